@@ -1,0 +1,52 @@
+# Everything happens in .venv, made on first use from pyproject.toml and constraints.txt.
+
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+RUN = .venv/bin/python
+
+.PHONY: demo test quick check bench proto clean
+
+demo: .venv/server  ## a local cluster and a model that learns from a click stream
+	$(RUN) examples/clickstream.py
+
+test: .venv/dev  ## every test
+	$(RUN) -m pytest
+
+quick: .venv/dev  ## the tests to run all day
+	$(RUN) -m pytest -m "not slow"
+
+check: .venv/dev .venv/proto  ## format, lint, types, layering, generated code
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest -q tests/test_layering.py
+	tests/generated.sh
+
+bench: .venv/dev  ## every benchmark; latest figures: docs/benchmarks.md
+	$(RUN) -m benchmarks.kernels
+	$(RUN) -m benchmarks.wire
+	$(RUN) -m benchmarks.step
+
+proto: .venv/proto  ## generate code from ps.proto
+	.venv-proto/bin/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto \
+	    --grpc_python_out=proto psproto/ps.proto
+
+clean:
+	rm -rf .venv .venv-proto build *.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/server: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[server]'
+	$(RUN) -m psserver warm
+	touch $@
+
+.venv/dev: .venv/server
+	$(PIP) -e '.[server,torch,dev]'
+	touch $@
+
+.venv/proto: .venv/bin/python  # a release whose output both protobuf 6 and 7 load
+	$(PYTHON) -m venv .venv-proto
+	.venv-proto/bin/python -m pip install --quiet --disable-pip-version-check grpcio-tools==1.80.0
+	touch $@

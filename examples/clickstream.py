@@ -1,0 +1,337 @@
+"""Clicks that drift: a factorization machine on the parameter server against the known truth.
+
+    python examples/clickstream.py [--shards 2 | --servers host:port,host:port]
+
+The stream is generated.  Users, items and contexts have scattered 64-bit keys and popularities
+after Zipf; items are born, fade and give way to new ones, so the model never stops meeting keys
+it has not seen.  Whether a click happens is drawn from a probability that hidden factors of the
+user, the item and the context determine, and those are a hash of the key, so nothing is stored
+and the best AUC that any model could reach is measured on the same samples.
+
+The model is a factorization machine (Rendle, 2010, https://doi.org/10.1109/ICDM.2010.127) with
+its gradient by hand in numpy.  Everything it learns lives on the server, one row [w, v] per key
+in a table per field.  A step is one round trip: an exchange pushes the gradients of the last
+batch and pulls the rows of the next.  Every batch is predicted before it is learnt from
+(progressive validation), so no held-out data is needed.
+
+The example fails when, over the second half of the stream, the share (AUC - 0.5) / (best - 0.5)
+is below --min-share.  Seeds 0 to 4 reach 0.927 to 0.940 in the default 4000 steps.  A shorter
+stream reaches less (0.90 to 0.92 in 2000), since keys are then seen less often.
+"""
+
+import argparse
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from auc import auc
+from cluster import servers
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table as Grid
+
+from psclient import Client
+
+FIELDS = ("user", "item", "context")
+FACTORS = 8  # length of v
+LR = 0.2
+INITIAL_STD = 0.02
+
+USERS = 20_000
+ITEMS = 5_000  # alive at any time
+CONTEXTS = 200
+LIFETIMES = (500, 2500)  # steps, shortest and longest life of an item
+
+HIDDEN = 4  # length of a hidden vector
+BIAS = -1.2
+BIAS_STD = 0.7  # of a user's, an item's and a context's own part of the logit
+MATCH_STD = 1.0  # of the part that is the inner product of user and item
+
+WINDOW = 50  # batches that a live AUC looks back over
+REFRESH_SECONDS = 1.0  # between live figures on a terminal
+LINES = 10  # in place of the bar where there is no terminal
+
+Keys = NDArray[np.int64]
+Rows = NDArray[np.float32]
+Floats = NDArray[np.float64]
+
+
+def scatter(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64 (Steele, Lea and Flood, 2014), a bijection of 64-bit numbers."""
+    mixed = numbers + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(mixed ^ (mixed >> np.uint64(31)))
+
+
+def hidden(keys: Keys, count: int) -> Floats:
+    """float64[n, count] standard normal numbers, a function of the key alone (Box and Muller)."""
+    positions = np.arange(2 * count).astype(np.uint64)
+    bits = scatter(scatter(keys.view(np.uint64)[:, None] + positions)) >> np.uint64(11)
+    uniform = (bits.astype(np.float64) + 0.5) / 2.0**53
+    radius = np.sqrt(-2 * np.log(uniform[:, :count]))
+    return np.asarray(radius * np.cos(2 * np.pi * uniform[:, count:]))
+
+
+def sigmoid(logits: NDArray[np.floating]) -> Floats:
+    return np.asarray(1 / (1 + np.exp(-logits.astype(np.float64))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Impressions in the order they happened."""
+
+    keys: dict[str, Keys]  # field: int64[n]
+    clicks: Rows  # float32[n], 0 or 1
+    truth: Floats  # float64[n], the probability that each click was drawn from
+
+
+class Stream:
+    """An endless click log with known probabilities; the same for the same seed."""
+
+    def __init__(self, seed: int, batch: int) -> None:
+        self._seed = seed
+        self._batch = batch
+
+    def batches(self, steps: int) -> Iterator[Batch]:
+        generator = np.random.default_rng(self._seed)
+        for step in range(1, steps + 1):
+            keys = {
+                "user": self._keys("user", self._popular(generator, USERS)),
+                "item": self._keys("item", self._alive(generator, step)),
+                "context": self._keys("context", self._popular(generator, CONTEXTS)),
+            }
+            truth = probability(keys)
+            clicks = (generator.random(self._batch) < truth).astype(np.float32)
+            yield Batch(keys=keys, clicks=clicks, truth=truth)
+
+    def _popular(self, generator: np.random.Generator, count: int) -> NDArray[np.uint64]:
+        """Ranks 0..count - 1, drawn in proportion to 1 / (rank + 1)."""
+        ranks = np.exp(generator.random(self._batch) * np.log(count + 1)) - 1
+        return np.asarray(ranks.astype(np.uint64))
+
+    def _alive(self, generator: np.random.Generator, step: int) -> NDArray[np.uint64]:
+        """Items on show at ``step``: the number of a place and of the generation that holds it.
+
+        A place has a popularity and a lifetime.  An item fades as it ages, its share of the
+        clicks going to whatever else is drawn, until the next generation takes its place.
+        """
+        first, second = self._popular(generator, ITEMS), self._popular(generator, ITEMS)
+        _, age = generation(first, step)
+        kept = generator.random(self._batch) > age**2
+        places = np.where(kept, first, second)
+        number, _ = generation(places, step)
+        return np.asarray(places + number * np.uint64(ITEMS))
+
+    def _keys(self, field: str, numbers: NDArray[np.uint64]) -> Keys:
+        """A key for each number of a field, anywhere in the int64 range."""
+        space = np.array([self._seed * len(FIELDS) + FIELDS.index(field)], dtype=np.uint64)
+        return np.asarray(scatter(scatter(numbers) ^ scatter(scatter(space))).view(np.int64))
+
+
+def generation(places: NDArray[np.uint64], step: int) -> tuple[NDArray[np.uint64], Floats]:
+    """How many items held each place before the one of ``step``, and its age in 0..1."""
+    shortest, longest = LIFETIMES
+    draw = scatter(places)
+    lifetime = shortest + (draw >> np.uint64(32)) % np.uint64(longest - shortest)
+    born = (draw % lifetime + np.uint64(step)) / lifetime
+    return born.astype(np.uint64), born % 1
+
+
+def probability(keys: dict[str, Keys]) -> Floats:
+    """The hidden truth: biases of all three, and how well the user and the item match."""
+    user, item = hidden(keys["user"], 1 + HIDDEN), hidden(keys["item"], 1 + HIDDEN)
+    context = hidden(keys["context"], 1)
+    match = np.sum(user[:, 1:] * item[:, 1:], axis=1) / np.sqrt(HIDDEN)
+    biases = user[:, 0] + item[:, 0] + context[:, 0]
+    return sigmoid(BIAS + BIAS_STD * biases + MATCH_STD * match)
+
+
+def predict(rows: dict[str, Rows]) -> Floats:
+    """float64[n] probabilities: logit = sum of w + sum over pairs of fields of <v, v'>.
+
+    The constant of the textbook formula is left to the contexts: each sample has exactly one.
+    """
+    stacked = np.stack([rows[field] for field in FIELDS])
+    total = stacked.sum(axis=0)
+    pairs = (total[:, 1:] ** 2 - (stacked[:, :, 1:] ** 2).sum(axis=0)).sum(axis=1) / 2
+    return sigmoid(total[:, 0] + pairs)
+
+
+def gradients(rows: dict[str, Rows], error: Rows) -> dict[str, Rows]:
+    """Of the logistic loss, summed over the batch by whoever sums duplicate keys.
+
+    rows   field: float32[n, 1 + FACTORS]
+    error  float32[n], probability - click, the gradient by the logit
+
+    By w it is the error; by v the error times the sum of the other fields' v.
+    """
+    total = np.sum([rows[field] for field in FIELDS], axis=0)
+    result = {}
+    for field in FIELDS:
+        by_logit = total - rows[field]
+        by_logit[:, 0] = 1
+        result[field] = by_logit * error[:, None]
+    return result
+
+
+class Record:
+    """What was predicted, what could have been, and what happened."""
+
+    def __init__(self, last: int | None = None) -> None:
+        """Keep the ``last`` batches, or all."""
+        self._batches: deque[tuple[Rows, Floats, Floats]] = deque(maxlen=last)
+
+    def add(self, batch: Batch, predicted: Floats) -> None:
+        self._batches.append((batch.clicks, predicted, batch.truth))
+
+    def aucs(self) -> tuple[float, float]:
+        """Of the model, and of the true probabilities."""
+        clicks, predicted, truth = (
+            np.concatenate(column) for column in zip(*self._batches, strict=True)
+        )
+        return auc(clicks, predicted), auc(clicks, truth)
+
+
+def share(model: float, best: float) -> float:
+    """How much of what can be known the model knows: 0 for a coin, 1 for the truth."""
+    return (model - 0.5) / (best - 0.5)
+
+
+class Display:
+    """Live figures: a bar on a terminal, a few lines elsewhere."""
+
+    def __init__(self, console: Console, ps: Client, *, steps: int, batch: int) -> None:
+        self._console = console
+        self._ps = ps
+        self._steps = steps
+        self._batch = batch
+        self._window = Record(last=WINDOW)
+        self._progress = Progress(
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=steps)
+
+    def __enter__(self) -> "Display":
+        self._start = self._shown = time.monotonic()
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def step(self, step: int, batch: Batch, predicted: Floats) -> None:
+        self._window.add(batch, predicted)
+        if self._console.is_terminal:
+            self._progress.update(self._task, completed=step)
+            if step == self._steps or time.monotonic() - self._shown >= REFRESH_SECONDS:
+                self._progress.update(self._task, description=self._figures(step))
+                self._shown = time.monotonic()
+        elif step * LINES // self._steps > (step - 1) * LINES // self._steps:
+            self._console.print(f"step {step:>6}  {self._figures(step)}", highlight=False)
+
+    def _figures(self, step: int) -> str:
+        rate = step / (time.monotonic() - self._start)
+        model, best = self._window.aucs()
+        rows = sum(self._ps.describe_table(field).rows for field in FIELDS)
+        return (
+            f"{rate:.0f} steps/s  {rate * self._batch:,.0f} examples/s  "
+            f"AUC {model:.3f} of {best:.3f}  {rows:,} rows"
+        )
+
+
+def train(ps: Client, stream: Stream, steps: int, display: Display) -> Record:
+    """Learn from ``steps`` batches; the record of the second half, each predicted when new."""
+    record = Record()
+    push: dict[str, tuple[Keys, Rows]] = {}
+    for step, batch in enumerate(stream.batches(steps)):
+        pull = batch.keys
+        rows = ps.exchange(push=push, pull=pull, step=step) if push else ps.pull(pull)
+        predicted = predict(rows)
+        gradient = gradients(rows, (predicted - batch.clicks).astype(np.float32))
+        push = {field: (batch.keys[field], gradient[field]) for field in FIELDS}
+        if step >= steps // 2:
+            record.add(batch, predicted)
+        display.step(step + 1, batch, predicted)
+    ps.push(push, step=steps)
+    return record
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    console = Console()
+    start = time.monotonic()
+    with (
+        servers(arguments.servers, arguments.shards) as addresses,
+        Client(addresses) as ps,
+    ):
+        console.print(f"{len(addresses)} shards ready: {', '.join(addresses)}", highlight=False)
+        for field in FIELDS:
+            ps.create_table(
+                field,
+                dim=1 + FACTORS,
+                optimizer="adagrad",
+                lr=LR,
+                initializer="normal",
+                initializer_args={"std": INITIAL_STD},
+                seed=arguments.seed,
+            )
+            if ps.describe_table(field).rows:
+                sys.exit(f"table {field!r} is trained already; this example needs fresh servers")
+        stream = Stream(arguments.seed, arguments.batch)
+        training = time.monotonic()
+        with Display(console, ps, steps=arguments.steps, batch=arguments.batch) as display:
+            record = train(ps, stream, arguments.steps, display)
+        seconds = time.monotonic() - training
+        model, best = record.aucs()
+        console.print(figures(model, best, seconds, arguments.steps, arguments.batch))
+        console.print(tables(ps))
+    console.print(f"stopped cleanly, {time.monotonic() - start:.1f} s in all", highlight=False)
+    if share(model, best) < arguments.min_share:
+        sys.exit(f"share {share(model, best):.3f} is below {arguments.min_share}")
+
+
+def figures(model: float, best: float, seconds: float, steps: int, batch: int) -> Grid:
+    grid = Grid("second half of the stream", "", title="Quality and speed")
+    grid.columns[1].justify = "right"
+    grid.add_row("AUC of the model, predicting before learning", f"{model:.4f}")
+    grid.add_row("best attainable AUC, of the true probabilities", f"{best:.4f}")
+    grid.add_row("share (AUC - 0.5) / (best - 0.5)", f"{share(model, best):.3f}")
+    grid.add_row("steps/s, generation included", f"{steps / seconds:,.0f}")
+    grid.add_row("examples/s", f"{steps * batch / seconds:,.0f}")
+    grid.add_row("seconds", f"{seconds:.1f}")
+    return grid
+
+
+def tables(ps: Client) -> Grid:
+    grid = Grid("table", "rows", "bytes", title="Held by the servers")
+    for column in grid.columns[1:]:
+        column.justify = "right"
+    for field in FIELDS:
+        info = ps.describe_table(field)
+        grid.add_row(field, f"{info.rows:,}", f"{info.bytes:,}")
+    return grid
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="A drifting click stream with known truth.")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--shards", type=int, default=2, help="of the cluster started here")
+    parser.add_argument("--servers", help="host:port,... of a running cluster to use instead")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--min-share", type=float, default=0.9, help="fail below this share")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

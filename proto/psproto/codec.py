@@ -1,0 +1,477 @@
+"""Arrays <-> the messages of ps.proto that carry them.
+
+A protobuf library copies a ``bytes`` field when it parses and again at each access. Here arrays are
+views of the received message, and are copied once into the one that is sent:
+
+    message  = *( header | padding | array | message )
+    header   = tag length <small message, parsed by protobuf>
+    padding  = tag length *7 zero              aligns the array that follows to its item size
+    array    = tag length <little-endian items>
+    length   = varint; five bytes wide for messages, whose lengths are known only afterwards
+
+Any field order, unknown fields and unaligned arrays (copied) are understood, as from any protobuf
+library; tests hold both against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from numba import njit
+from numpy.typing import NDArray
+
+from psproto import ps_pb2 as pb
+
+Keys = NDArray[np.uint64]
+Rows = NDArray[np.float32]
+
+WIRE: dict[int, np.dtype[Any]] = {
+    pb.DTYPE_FLOAT32: np.dtype("<f4"),
+    pb.DTYPE_BFLOAT16: np.dtype("<u2"),  # numpy has no bfloat16; these are its bits
+    pb.DTYPE_FLOAT16: np.dtype("<f2"),
+}
+_U8, _U4, _I8 = np.dtype("<u8"), np.dtype("<u4"), np.dtype("<i8")
+
+
+class Malformed(ValueError):
+    """The bytes are not the message they claim to be."""
+
+
+@dataclass(slots=True)
+class Pull:
+    """One PullRequest."""
+
+    header: pb.PullHeader
+    keys: Keys  # uint64[n]
+
+
+@dataclass(slots=True)
+class Push:
+    """One PushRequest."""
+
+    header: pb.PushHeader
+    keys: Keys  # uint64[n]
+    counts: NDArray[np.uint32] | None  # [n]; None: each 1
+    gradients: NDArray[Any]  # flat, in the wire dtype
+
+
+@dataclass(slots=True)
+class Pulled:
+    """One PullResponse."""
+
+    header: pb.PullResponseHeader
+    embeddings: NDArray[Any]  # flat or [n, dim], in the wire dtype
+    versions: NDArray[np.uint64]  # empty where not asked for, and so the next two
+    steps: NDArray[np.int64]
+    frequencies: NDArray[np.uint64]
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One ExchangeRequest."""
+
+    pushes: Sequence[Push]
+    pulls: Sequence[Pull]
+
+
+@dataclass(slots=True)
+class Exchanged:
+    """One ExchangeResponse."""
+
+    pushes: Sequence[pb.PushResponse]
+    pulls: Sequence[Pulled]
+
+
+# ---- numbers
+
+
+def wire_dtype(number: int) -> int:
+    """The dtype that a header means: unspecified is float32; Malformed if unknown."""
+    number = number or pb.DTYPE_FLOAT32
+    if number not in WIRE:
+        raise Malformed(f"dtype {number} is not one of {sorted(WIRE)}")
+    return number
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _round_bfloat16(bits: Any, out: Any) -> None:
+    for i in range(bits.shape[0]):
+        b = bits[i]
+        rounded = (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        nan = (b & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        out[i] = (b >> np.uint32(16)) | np.uint32(0x40) if nan else rounded
+
+
+def to_wire(values: Rows, dtype: int) -> NDArray[Any]:
+    """float32 numbers as they travel: themselves, or the nearest 16-bit ones, ties to even."""
+    if dtype == pb.DTYPE_FLOAT32:
+        return values
+    if dtype == pb.DTYPE_FLOAT16:
+        with np.errstate(over="ignore"):  # infinity; the server refuses it by name
+            return values.astype(np.float16)
+    values = np.ascontiguousarray(values)
+    out = np.empty(values.shape, np.uint16)
+    _round_bfloat16(values.reshape(-1).view(np.uint32), out.reshape(-1))
+    return out
+
+
+def from_wire(values: NDArray[Any], dtype: int) -> Rows:
+    """The float32 numbers that ``values`` stand for; a view where they are float32."""
+    if dtype == pb.DTYPE_FLOAT32:
+        return values
+    if dtype == pb.DTYPE_FLOAT16:
+        return values.astype(np.float32)
+    return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+# ---- writing
+
+
+class _Writer:
+    """Collects the pieces of a message and knows the offset that the next one will have."""
+
+    def __init__(self) -> None:
+        self._pieces: list[Any] = []
+        self._at = 0
+
+    def message(self) -> bytes:
+        """The message; the only copy of its arrays."""
+        return b"".join(self._pieces)
+
+    def small(self, field: int, body: bytes) -> None:
+        """A header, a number already encoded, or nothing if it is empty."""
+        if body:
+            self._append(bytes((field << 3 | 2,)) + _varint(len(body)) + body)
+
+    def number(self, field: int, value: int) -> None:
+        if value:
+            self._append(bytes((field << 3,)) + _varint(value))
+
+    def array(self, field: int, array: NDArray[Any] | None) -> None:
+        """An array, after the padding that aligns it."""
+        if array is None or not array.size:
+            return
+        head = bytes((field << 3 | 2,)) + _varint(array.nbytes)
+        past = (self._at + len(head)) % array.itemsize
+        if past:
+            spare = (-(self._at + 2 + len(head))) % array.itemsize
+            self._append(bytes((2 << 3 | 2, spare)) + bytes(spare))
+        self._append(head)
+        self._pieces.append(array.data)
+        self._at += array.nbytes
+
+    def begin(self, field: int) -> tuple[int, int, int]:
+        """Start a message within the message; ``end`` takes what this returns."""
+        self._append(bytes(6))
+        return field, len(self._pieces) - 1, self._at
+
+    def end(self, mark: tuple[int, int, int]) -> None:
+        field, piece, start = mark
+        n = self._at - start
+        wide = (
+            n & 127 | 128,
+            n >> 7 & 127 | 128,
+            n >> 14 & 127 | 128,
+            n >> 21 & 127 | 128,
+            n >> 28,
+        )
+        self._pieces[piece] = bytes((field << 3 | 2, *wide))
+
+    def _append(self, piece: bytes) -> None:
+        self._pieces.append(piece)
+        self._at += len(piece)
+
+
+def _varint(value: int) -> bytes:
+    if value < 128:
+        return bytes((value,))
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _put_push(writer: _Writer, push: Push) -> None:
+    writer.small(1, push.header.SerializeToString())
+    writer.array(3, push.keys)
+    writer.array(4, push.counts)
+    writer.array(5, push.gradients)
+
+
+def _put_pull(writer: _Writer, pull: Pull) -> None:
+    writer.small(1, pull.header.SerializeToString())
+    writer.array(3, pull.keys)
+
+
+def _put_pulled(writer: _Writer, pulled: Pulled) -> None:
+    writer.small(1, pulled.header.SerializeToString())
+    writer.array(3, pulled.embeddings)
+    writer.array(4, pulled.versions)
+    writer.array(5, pulled.steps)
+    writer.array(6, pulled.frequencies)
+
+
+def _put_exchange(writer: _Writer, exchange: Exchange) -> None:
+    for push in exchange.pushes:
+        mark = writer.begin(1)
+        _put_push(writer, push)
+        writer.end(mark)
+    for pull in exchange.pulls:
+        mark = writer.begin(2)
+        _put_pull(writer, pull)
+        writer.end(mark)
+
+
+def _put_exchanged(writer: _Writer, exchanged: Exchanged) -> None:
+    for push in exchanged.pushes:
+        mark = writer.begin(1)
+        writer._append(push.SerializeToString())
+        writer.end(mark)
+    for pulled in exchanged.pulls:
+        mark = writer.begin(2)
+        _put_pulled(writer, pulled)
+        writer.end(mark)
+
+
+def encode_pull(pull: Pull) -> bytes:
+    """A PullRequest."""
+    writer = _Writer()
+    _put_pull(writer, pull)
+    return writer.message()
+
+
+def encode_push(push: Push) -> bytes:
+    """A PushRequest."""
+    writer = _Writer()
+    _put_push(writer, push)
+    return writer.message()
+
+
+def encode_exchange(exchange: Exchange) -> bytes:
+    """An ExchangeRequest."""
+    writer = _Writer()
+    _put_exchange(writer, exchange)
+    return writer.message()
+
+
+def encode_stream_request(header: pb.StreamRequestHeader, exchange: Exchange) -> bytes:
+    """A StreamRequest."""
+    writer = _Writer()
+    writer.small(1, header.SerializeToString())
+    mark = writer.begin(2)
+    _put_exchange(writer, exchange)
+    writer.end(mark)
+    return writer.message()
+
+
+def encode_pulled(pulled: Pulled) -> bytes:
+    """A PullResponse."""
+    writer = _Writer()
+    _put_pulled(writer, pulled)
+    return writer.message()
+
+
+def encode_exchanged(exchanged: Exchanged) -> bytes:
+    """An ExchangeResponse."""
+    writer = _Writer()
+    _put_exchanged(writer, exchanged)
+    return writer.message()
+
+
+def encode_stream_response(id: int, answer: Exchanged | pb.Status) -> bytes:
+    """A StreamResponse."""
+    writer = _Writer()
+    writer.number(1, id)
+    if isinstance(answer, pb.Status):
+        writer.small(3, answer.SerializeToString())
+    else:
+        mark = writer.begin(2)
+        _put_exchanged(writer, answer)
+        writer.end(mark)
+    return writer.message()
+
+
+# ---- reading
+
+
+def _read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < end and shift < 70:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value & 0xFFFFFFFFFFFFFFFF, at
+        shift += 7
+    raise Malformed(f"a varint does not end at byte {at}")
+
+
+def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Fields of the message data[at:end]: number and extent of the contents (2), or, with -1 in
+    place of the start, the number and value of a varint. Other wire types are skipped.
+    """
+    while at < end:
+        tag, at = (data[at], at + 1) if data[at] < 128 else _read_varint(data, at, end)
+        kind = tag & 7
+        if tag < 8:
+            raise Malformed(f"field number 0 before byte {at}")
+        if kind == 2:
+            length, at = _read_varint(data, at, end)
+            if length > end - at:
+                raise Malformed(f"field {tag >> 3} is longer than its message at byte {at}")
+            yield tag >> 3, at, at + length
+            at += length
+        elif kind == 0:
+            value, at = _read_varint(data, at, end)
+            yield tag >> 3, -1, value
+        elif kind in (1, 5) and at + (size := 8 if kind == 1 else 4) <= end:
+            at += size
+        else:
+            raise Malformed(f"wire type {kind} of field {tag >> 3} at byte {at}")
+
+
+def _array(data: bytes, start: int, end: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """A view of data[start:end] as items, or a copy where they are not aligned."""
+    count, rest = divmod(end - start, dtype.itemsize)
+    if rest:
+        raise Malformed(f"{end - start} bytes are no array of {dtype.itemsize}-byte items")
+    if not count:
+        return np.empty(0, dtype)
+    if start % dtype.itemsize:
+        return np.frombuffer(data[start:end], dtype)
+    return np.frombuffer(data, dtype, count, start)
+
+
+def _parse(kind: Any, parts: list[bytes]) -> Any:
+    """A small message from its occurrences, which protobuf merges."""
+    try:
+        return kind.FromString(parts[0] if len(parts) == 1 else b"".join(parts))
+    except DecodeError as error:
+        raise Malformed(f"{kind.DESCRIPTOR.name}: {error}") from error
+
+
+def _get_pull(data: bytes, at: int, end: int) -> Pull:
+    header: list[bytes] = []
+    keys = (0, 0)
+    for number, start, stop in _fields(data, at, end):
+        if number == 1 and start >= 0:
+            header.append(data[start:stop])
+        elif number == 3 and start >= 0:
+            keys = start, stop
+    return Pull(_parse(pb.PullHeader, header), _array(data, *keys, _U8))
+
+
+def _get_push(data: bytes, at: int, end: int) -> Push:
+    header: list[bytes] = []
+    at_field = {3: (0, 0), 4: (0, 0), 5: (0, 0)}
+    for number, start, stop in _fields(data, at, end):
+        if number == 1 and start >= 0:
+            header.append(data[start:stop])
+        elif number in at_field and start >= 0:
+            at_field[number] = start, stop
+    parsed: pb.PushHeader = _parse(pb.PushHeader, header)
+    counts = _array(data, *at_field[4], _U4)
+    return Push(
+        parsed,
+        _array(data, *at_field[3], _U8),
+        counts if counts.size else None,
+        _array(data, *at_field[5], WIRE[wire_dtype(parsed.dtype)]),
+    )
+
+
+def _get_pulled(data: bytes, at: int, end: int) -> Pulled:
+    header: list[bytes] = []
+    at_field = {3: (0, 0), 4: (0, 0), 5: (0, 0), 6: (0, 0)}
+    for number, start, stop in _fields(data, at, end):
+        if number == 1 and start >= 0:
+            header.append(data[start:stop])
+        elif number in at_field and start >= 0:
+            at_field[number] = start, stop
+    parsed: pb.PullResponseHeader = _parse(pb.PullResponseHeader, header)
+    return Pulled(
+        parsed,
+        _array(data, *at_field[3], WIRE[wire_dtype(parsed.dtype)]),
+        _array(data, *at_field[4], _U8),
+        _array(data, *at_field[5], _I8),
+        _array(data, *at_field[6], _U8),
+    )
+
+
+def _get_exchange(data: bytes, at: int, end: int, into: Exchange) -> None:
+    pushes, pulls = list(into.pushes), list(into.pulls)
+    for number, start, stop in _fields(data, at, end):
+        if number == 1 and start >= 0:
+            pushes.append(_get_push(data, start, stop))
+        elif number == 2 and start >= 0:
+            pulls.append(_get_pull(data, start, stop))
+    into.pushes, into.pulls = pushes, pulls
+
+
+def _get_exchanged(data: bytes, at: int, end: int) -> Exchanged:
+    pushes: list[pb.PushResponse] = []
+    pulls: list[Pulled] = []
+    for number, start, stop in _fields(data, at, end):
+        if number == 1 and start >= 0:
+            pushes.append(_parse(pb.PushResponse, [data[start:stop]]))
+        elif number == 2 and start >= 0:
+            pulls.append(_get_pulled(data, start, stop))
+    return Exchanged(pushes, pulls)
+
+
+def decode_pull(data: bytes) -> Pull:
+    """A PullRequest; Malformed if it is none."""
+    return _get_pull(data, 0, len(data))
+
+
+def decode_push(data: bytes) -> Push:
+    """A PushRequest; Malformed if it is none."""
+    return _get_push(data, 0, len(data))
+
+
+def decode_exchange(data: bytes) -> Exchange:
+    """An ExchangeRequest; Malformed if it is none."""
+    exchange = Exchange([], [])
+    _get_exchange(data, 0, len(data), exchange)
+    return exchange
+
+
+def decode_stream_request(data: bytes) -> tuple[pb.StreamRequestHeader, Exchange]:
+    """A StreamRequest; Malformed if it is none."""
+    header: list[bytes] = []
+    exchange = Exchange([], [])
+    for number, start, stop in _fields(data, 0, len(data)):
+        if number == 1 and start >= 0:
+            header.append(data[start:stop])
+        elif number == 2 and start >= 0:
+            _get_exchange(data, start, stop, exchange)
+    return _parse(pb.StreamRequestHeader, header), exchange
+
+
+def decode_pulled(data: bytes) -> Pulled:
+    """A PullResponse; Malformed if it is none."""
+    return _get_pulled(data, 0, len(data))
+
+
+def decode_exchanged(data: bytes) -> Exchanged:
+    """An ExchangeResponse; Malformed if it is none."""
+    return _get_exchanged(data, 0, len(data))
+
+
+def decode_stream_response(data: bytes) -> tuple[int, Exchanged | pb.Status]:
+    """A StreamResponse: id, and the answer or the error; Malformed if it is none."""
+    id = 0
+    answer: Exchanged | pb.Status = Exchanged([], [])
+    for number, start, stop in _fields(data, 0, len(data)):
+        if number == 1 and start < 0:
+            id = stop
+        elif number == 2 and start >= 0:
+            answer = _get_exchanged(data, start, stop)
+        elif number == 3 and start >= 0:
+            answer = _parse(pb.Status, [data[start:stop]])
+    return id, answer

@@ -1,0 +1,247 @@
+"""Which shard a key belongs to, and the loops that a batch of keys needs on its way there.
+
+    hash(key)   SplitMix64's finalizer, Stafford's variant 13: every bit of the key counts
+    bucket      hash >> 52, one of 4096; a bucket moves between shards as a whole
+    shard       shard_of_bucket[bucket], from the shard map
+
+Keys are 64 bits wide; here they are uint64 arrays. The hash that places keys inside a shard's
+index is another one, on purpose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+BUCKETS = 4096
+MAX_SHARDS = 1024
+
+Keys = NDArray[np.uint64]
+Rows = NDArray[np.float32]
+
+jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
+
+
+@jit
+def mix64(key: Any) -> Any:
+    """SplitMix64's finalizer (Steele, Lea and Flood, 2014; constants: Stafford's variant 13)."""
+    x = np.uint64(key)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardMap:
+    """Which shard serves each bucket. ``epoch`` grows with every change."""
+
+    epoch: int
+    shards: int
+    shard_of_bucket: NDArray[np.uint16]  # [4096]
+
+    def __post_init__(self) -> None:
+        table = self.shard_of_bucket
+        if not 1 <= self.shards <= MAX_SHARDS:
+            raise ValueError(f"shards must be in 1..{MAX_SHARDS}, got {self.shards}")
+        if table.shape != (BUCKETS,) or table.dtype != np.uint16:
+            raise ValueError(
+                f"shard map must be uint16[{BUCKETS}], got {table.dtype}{list(table.shape)}"
+            )
+        if int(table.max()) >= self.shards:
+            raise ValueError(f"shard map names shard {table.max()} of {self.shards}")
+
+
+def even_map(shards: int) -> ShardMap:
+    """Epoch 1 of a cluster: bucket b belongs to shard b * shards // 4096."""
+    buckets = np.arange(BUCKETS, dtype=np.int64)
+    return ShardMap(1, shards, (buckets * shards // BUCKETS).astype(np.uint16))
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The distinct keys of a batch, grouped by shard.
+
+    keys[inverse] is the batch; keys[bounds[s]:bounds[s + 1]] belong to shard s. Within a shard,
+    keys stand in the order of their first occurrence.
+    """
+
+    keys: Keys  # uint64[u]
+    counts: NDArray[np.uint32]  # [u] occurrences in the batch
+    inverse: NDArray[np.int32]  # [n]
+    bounds: NDArray[np.int64]  # [shards + 1]
+
+
+@jit
+def _distinct(
+    keys: Any,
+    shard_of_bucket: Any,
+    slots: Any,
+    distinct: Any,
+    counts: Any,
+    inverse: Any,
+    of: Any,
+    sizes: Any,
+) -> int:
+    """Find the distinct keys in order of first occurrence; return how many.
+
+    slots     int32[power of two > n]  all -1; scratch
+    distinct  uint64[n], counts uint32[n], of uint16[n]   the key, its occurrences, its shard
+    inverse   int32[n]
+    sizes     int64[shards + 1]        zero; distinct keys of shard s are counted at s + 1
+    """
+    mask = np.uint64(slots.shape[0] - 1)
+    found = 0
+    for i in range(keys.shape[0]):
+        key = keys[i]
+        hashed = mix64(key)
+        at = hashed & mask
+        while slots[at] >= 0 and distinct[slots[at]] != key:
+            at = (at + np.uint64(1)) & mask
+        u = slots[at]
+        if u < 0:
+            u = found
+            found += 1
+            slots[at] = u
+            distinct[u] = key
+            counts[u] = 0
+            shard = shard_of_bucket[hashed >> np.uint64(52)]
+            of[u] = shard
+            sizes[shard + 1] += 1
+        counts[u] += np.uint32(1)
+        inverse[i] = u
+    return found
+
+
+@jit
+def _group(
+    distinct: Any,
+    counts: Any,
+    of: Any,
+    inverse: Any,
+    bounds: Any,
+    where: Any,
+    keys_out: Any,
+    counts_out: Any,
+) -> None:
+    """Reorder the distinct keys by shard, stably, and the inverse with them.
+
+    bounds  int64[shards + 1]  first distinct key of each shard
+    where   int32[u]           scratch
+    """
+    position = bounds.copy()
+    for u in range(distinct.shape[0]):
+        at = position[of[u]]
+        position[of[u]] = at + 1
+        where[u] = at
+        keys_out[at] = distinct[u]
+        counts_out[at] = counts[u]
+    for i in range(inverse.shape[0]):
+        inverse[i] = where[inverse[i]]
+
+
+def split(keys: Keys, shard_map: ShardMap) -> Split:
+    """The distinct keys of a batch, grouped by shard.
+
+    keys  uint64[n], n < 2^31, contiguous
+    """
+    n = len(keys)
+    slots = np.full(1 << max(2 * n - 1, 1).bit_length(), -1, np.int32)
+    distinct = np.empty(n, np.uint64)
+    counts = np.empty(n, np.uint32)
+    inverse = np.empty(n, np.int32)
+    of = np.empty(n, np.uint16)
+    bounds = np.zeros(shard_map.shards + 1, np.int64)
+    found = _distinct(keys, shard_map.shard_of_bucket, slots, distinct, counts, inverse, of, bounds)
+    np.cumsum(bounds, out=bounds)
+    if shard_map.shards == 1:
+        return Split(distinct[:found], counts[:found], inverse, bounds)
+    keys_out, counts_out = np.empty(found, np.uint64), np.empty(found, np.uint32)
+    where = np.empty(found, np.int32)
+    _group(distinct[:found], counts, of, inverse, bounds, where, keys_out, counts_out)
+    return Split(keys_out, counts_out, inverse, bounds)
+
+
+@jit
+def _check(keys: Any, shard_of_bucket: Any, shard: int, slots: Any, stray: Any) -> int:
+    """Return how many keys repeat an earlier one; stray[0] becomes the first stray key's index."""
+    mask = np.uint64(slots.shape[0] - 1)
+    repeated = 0
+    for i in range(keys.shape[0]):
+        key = keys[i]
+        hashed = mix64(key)
+        if shard_of_bucket[hashed >> np.uint64(52)] != shard and stray[0] < 0:
+            stray[0] = i
+        at = hashed & mask
+        while slots[at] >= 0 and keys[slots[at]] != key:
+            at = (at + np.uint64(1)) & mask
+        if slots[at] >= 0:
+            repeated += 1
+        else:
+            slots[at] = i
+    return repeated
+
+
+def check(keys: Keys, shard_map: ShardMap, shard: int) -> tuple[int, int]:
+    """How many of the keys repeat an earlier one, and the index of the first that belongs to
+    another shard, or -1.
+    """
+    slots = np.full(1 << max(2 * len(keys) - 1, 1).bit_length(), -1, np.int32)
+    stray = np.full(1, -1, np.int64)
+    return _check(keys, shard_map.shard_of_bucket, shard, slots, stray), int(stray[0])
+
+
+@jit
+def _stray(keys: Any, shard_of_bucket: Any, shard: int) -> int:
+    for i in range(keys.shape[0]):
+        if shard_of_bucket[mix64(keys[i]) >> np.uint64(52)] != shard:
+            return i
+    return -1
+
+
+def stray(keys: Keys, shard_map: ShardMap, shard: int) -> int:
+    """Index of the first key that belongs to another shard, or -1."""
+    return int(_stray(keys, shard_map.shard_of_bucket, shard))
+
+
+@jit
+def sum_rows(rows: Any, inverse: Any, out: Any) -> None:
+    """Sum the rows of equal keys: out[inverse[i]] += rows[i].
+
+    rows     float32[n, dim]
+    inverse  int32[n]
+    out      float32[u, dim]  zero
+    """
+    dim = rows.shape[1]
+    for i in range(rows.shape[0]):
+        u = inverse[i]
+        for j in range(dim):
+            out[u, j] += rows[i, j]
+
+
+@jit
+def scatter(rows: Any, first: int, inverse: Any, out: Any) -> None:
+    """Copy the rows of some distinct keys to every place of a batch: out[i] = rows[inverse[i]].
+
+    rows     [m, dim]  the distinct keys first..first + m - 1
+    inverse  int32[n]  those outside that range are left alone
+    out      [n, dim]
+    """
+    m, dim = rows.shape
+    for i in range(inverse.shape[0]):
+        u = inverse[i] - first
+        if 0 <= u < m:
+            for j in range(dim):
+                out[i, j] = rows[u, j]
+
+
+@jit
+def all_finite(values: Any) -> Any:
+    """Whether no float32 of ``values``, given as bits uint32[n], is infinite or NaN (a bool)."""
+    worst = np.uint32(0)
+    for i in range(values.shape[0]):
+        worst = max(worst, values[i] & np.uint32(0x7FFFFFFF))
+    return worst < np.uint32(0x7F800000)

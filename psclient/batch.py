@@ -1,0 +1,158 @@
+"""A batch of keys on its way to the shards and back.
+
+batch = Batch(keys, shard_map)        distinct keys by shard, and the inverse, found once
+batch.sum(gradients)                  one gradient for each distinct key
+batch.spread(rows)                    rows of distinct keys back to every place of the batch
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from psclient.errors import InvalidArgument
+from psproto import routing
+
+Rows = NDArray[np.float32]
+POOLINGS = ("sum", "mean", "sqrtn")
+
+
+def as_array(values: Any, name: str) -> NDArray[Any]:
+    """A NumPy view of an array of any framework (DLPack), or of a sequence; copies nothing of an
+    array in host memory. InvalidArgument if it cannot be read here.
+    """
+    if isinstance(values, np.ndarray):
+        return values
+    if hasattr(values, "detach"):  # a tensor that records gradients refuses DLPack
+        values = values.detach()
+    try:
+        return np.from_dlpack(values) if hasattr(values, "__dlpack__") else np.asarray(values)
+    except (BufferError, TypeError, ValueError, RuntimeError) as error:
+        raise InvalidArgument(f"{name}: no array in host memory: {error}") from error
+
+
+def as_keys(keys: Any) -> NDArray[np.uint64]:
+    """Keys of any shape as contiguous uint64; signed ones keep their bits."""
+    array = as_array(keys, "keys")
+    if not array.size and array.dtype.kind == "f":  # np.asarray([])
+        array = array.astype(np.uint64)
+    if array.dtype.kind not in "iu":
+        raise InvalidArgument(f"keys must be integers, got dtype {array.dtype}")
+    if array.dtype.kind == "i":
+        array = array.astype(np.int64, copy=False)
+    return np.ascontiguousarray(array).astype(np.uint64, copy=False)
+
+
+def _gradients(gradients: Any, shape: tuple[int, ...], table: str) -> Rows:
+    """Gradients as contiguous float32 of a shape, or InvalidArgument."""
+    array = as_array(gradients, f"table {table!r}: gradients")
+    if array.dtype.kind != "f":
+        raise InvalidArgument(f"table {table!r}: gradients must be floats, got {array.dtype}")
+    if array.shape != shape:
+        raise InvalidArgument(
+            f"table {table!r}: gradients must have shape {list(shape)}, got {list(array.shape)}"
+        )
+    return np.ascontiguousarray(array, np.float32)
+
+
+class Batch:
+    """The distinct keys of a batch. Make it once where the same keys are pulled and pushed."""
+
+    def __init__(self, keys: Any, shard_map: routing.ShardMap) -> None:
+        array = as_keys(keys)
+        self.shape = array.shape  # of the keys
+        self.split = routing.split(array.reshape(-1), shard_map)
+
+    def __len__(self) -> int:
+        return len(self.split.inverse)
+
+    @property
+    def keys(self) -> NDArray[np.uint64]:
+        """The distinct keys, by shard."""
+        return self.split.keys
+
+    def sum(self, gradients: Any, table: str, dim: int) -> Rows:
+        """float32[distinct, dim]: gradients[*shape, dim] summed over equal keys.
+
+        InvalidArgument if the shape does not fit or a number is infinite or NaN.
+        """
+        flat = _gradients(gradients, (*self.shape, dim), table).reshape(-1, dim)
+        sums = flat  # one shard keeps the order of distinct keys
+        if len(self.keys) < len(flat):
+            sums = np.zeros((len(self.keys), dim), np.float32)
+            routing.sum_rows(flat, self.split.inverse, sums)
+        elif len(self.split.bounds) > 2:
+            sums = np.empty_like(flat)
+            sums[self.split.inverse] = flat
+        return self.check(sums, table, dim)
+
+    def check(self, gradients: Any, table: str, dim: int) -> Rows:
+        """float32[distinct, dim]: gradients summed already, or InvalidArgument as for ``sum``."""
+        sums = _gradients(gradients, (len(self.keys), dim), table)
+        if not routing.all_finite(sums.reshape(-1).view(np.uint32)):
+            row, column = np.argwhere(~np.isfinite(sums))[0]
+            raise InvalidArgument(
+                f"table {table!r}: the gradient of key {self.keys[row]} is"
+                f" {sums[row, column]} at position {column}; all must be finite"
+            )
+        return sums
+
+    def spread(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """rows[distinct, ...] as [*shape, ...]."""
+        return rows[self.split.inverse].reshape(*self.shape, *rows.shape[1:])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _pool(rows: Any, inverse: Any, offsets: Any, weights: Any, mode: int, out: Any) -> None:
+    """out[b] = combination of rows[inverse[i]] * weights[i] over i in bag b.
+
+    rows     float32[u, dim]
+    inverse  int32[n]
+    offsets  int64[bags + 1]
+    weights  float32[n], or float32[0] for ones
+    mode     0 sum, 1 mean (by the sum of weights), 2 sqrtn (by the root of the sum of squares)
+    out      float32[bags, dim]  zero
+    """
+    dim = rows.shape[1]
+    for b in range(out.shape[0]):
+        total = np.float32(0)
+        for i in range(offsets[b], offsets[b + 1]):
+            w = weights[i] if weights.shape[0] else np.float32(1)
+            total += w * w if mode == 2 else w
+            u = inverse[i]
+            for j in range(dim):
+                out[b, j] += w * rows[u, j]
+        if mode and total != 0:
+            by = np.float32(1) / (np.sqrt(total) if mode == 2 else total)
+            for j in range(dim):
+                out[b, j] *= by
+
+
+def pool(rows: Rows, batch: Batch, offsets: Any, weights: Any, mode: str) -> Rows:
+    """Combine the rows of each bag of a flat batch: float32[bags, dim].
+
+    rows     float32[distinct, dim]
+    offsets  int[bags + 1]: bag b is keys offsets[b]..offsets[b + 1] - 1
+    weights  float[n] or None
+    mode     "sum"; "mean", by the sum of the weights; "sqrtn", by the root of the sum of their
+             squares (as in TensorFlow's embedding_lookup_sparse); an empty bag is 0
+    """
+    if mode not in POOLINGS:
+        raise InvalidArgument(f"mode must be one of {', '.join(POOLINGS)}, got {mode!r}")
+    n = len(batch)
+    bounds = as_array(offsets, "offsets").astype(np.int64)
+    ascending = bounds.ndim == 1 and bounds.size and not (np.diff(bounds) < 0).any()
+    if not ascending or bounds[0] != 0 or bounds[-1] != n:
+        raise InvalidArgument(f"offsets must ascend from 0 to {n}, the number of keys")
+    if weights is None:
+        w = np.empty(0, np.float32)
+    else:
+        w = np.ascontiguousarray(as_array(weights, "weights"), np.float32)
+        if w.shape != (n,):
+            raise InvalidArgument(f"weights must have shape [{n}], got {list(w.shape)}")
+    out = np.zeros((len(bounds) - 1, rows.shape[1]), np.float32)
+    _pool(rows, batch.split.inverse, bounds, w, POOLINGS.index(mode), out)
+    return out

@@ -1,0 +1,431 @@
+"""One shard as a client sees it: a channel, a pipelined stream, retries.
+
+    link.submit(call)   the request is on its way
+    link.wait(call)     its answer, or what went wrong
+
+There is no thread that reads replies and wakes their owners: whoever waits first reads for
+everybody until its own reply is there, then the next one takes over. It saves a hand-over for each
+call. A prefetch has nobody waiting, so a background thread, started with the first one, takes the
+reader's place meanwhile.
+
+When the stream breaks, the reader opens another and sends again all that is unanswered. Pushes
+carry (client id, incarnation, sequence), so the server applies each once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterable
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+
+from psclient.errors import DeadlineExceeded, PsError, SessionExpired, Unavailable, error_of
+from psproto import codec
+from psproto import ps_pb2 as pb
+
+FIRST_PAUSE = 0.02  # seconds between attempts to reach a server; doubles
+LONGEST_PAUSE = 1.0
+WATCH = 0.1  # seconds between looks for readers that wait past their deadline
+OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.dns_min_time_between_resolutions_ms", 1000),
+    ("grpc.keepalive_time_ms", 60_000),
+)
+RETRYABLE = (  # ends of a stream after which another one may do better
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+)
+
+
+class Session:
+    """Numbers the pushes of one client to one shard. See PushHeader in ps.proto."""
+
+    def __init__(self, client: int, incarnation: int) -> None:
+        self.client = client
+        self.incarnation = incarnation
+        self._next = 1
+        self._open: dict[int, None] = {}  # sequences not answered yet, ascending
+
+    def number(self, header: pb.PushHeader) -> None:
+        """Give a push its number."""
+        header.client_id = self.client
+        header.incarnation = self.incarnation
+        header.sequence = self._next
+        self._open[self._next] = None
+        self._next += 1
+        header.acknowledged = next(iter(self._open)) - 1
+
+    def answered(self, header: pb.PushHeader) -> None:
+        """Note that a push will not be repeated any more."""
+        if header.incarnation == self.incarnation:
+            self._open.pop(header.sequence, None)
+
+    def renew(self) -> None:
+        """Start the next incarnation."""
+        self.incarnation += 1
+        self._next = 1
+        self._open.clear()
+
+
+class Call:
+    """One request to one shard. ``answer`` or ``error`` is set once ``done``."""
+
+    __slots__ = (
+        "answer",
+        "attempts",
+        "deadline",
+        "done",
+        "error",
+        "exchange",
+        "handle",
+        "id",
+        "message",
+    )
+
+    def __init__(self, exchange: codec.Exchange, deadline: float) -> None:
+        self.exchange = exchange
+        self.deadline = deadline  # monotonic seconds
+        self.attempts = 0
+        self.done = False
+        self.answer: codec.Exchanged | None = None
+        self.error: PsError | None = None
+        self.id = 0
+        self.message = b""
+        self.handle: Any = None  # of a unary call
+
+    def encode(self, id: int) -> None:
+        """Make the message."""
+        self.id = id
+        left = max(self.deadline - time.monotonic(), 0.001)
+        header = pb.StreamRequestHeader(id=id, timeout_ms=min(int(left * 1000) + 1, 2**32 - 1))
+        self.message = codec.encode_stream_request(header, self.exchange)
+
+
+class Link:
+    """One shard behind its stream. Thread-safe."""
+
+    def __init__(self, where: str, address: str, session: Session) -> None:
+        self.where = where  # for messages: "shard 1 at 127.0.0.1:7001"
+        self.channel = grpc.insecure_channel(address, options=OPTIONS)
+        self._open_stream = self.channel.stream_stream("/ps.v1.RowService/Stream")
+        self._session = session
+        self._ids = itertools.count(1)
+        self._changed = threading.Condition()
+        self._pending: dict[int, Call] = {}
+        self._stream: Any = None
+        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
+        self._reader: Call | None = None  # the call whose owner reads now
+        self._background: threading.Thread | None = None
+        self._prefetches: dict[int, Call] = {}
+        self._closed = False
+        self._failures = 0  # of the stream since its last reply
+        self._last_failure = ""
+
+    def submit(self, call: Call, *, background: bool = False) -> None:
+        """Send a request. ``background``: its reply is read even while nobody waits for it."""
+        with self._changed:
+            if self._closed:
+                raise Unavailable(f"{self.where}: the client is closed")
+            for push in call.exchange.pushes:
+                self._session.number(push.header)
+            call.encode(next(self._ids))
+            self._send(call)
+            if background:
+                self._prefetches[call.id] = call
+                if self._background is None:
+                    self._background = threading.Thread(target=self._prefetch, daemon=True)
+                    self._background.start()
+                self._changed.notify_all()
+
+    def wait(self, call: Call) -> codec.Exchanged:
+        """The answer to a submitted call; raises a PsError."""
+        with self._changed:
+            self._prefetches.pop(call.id, None)
+        while True:
+            self._take_turns(call)
+            if call.answer is not None:
+                return call.answer
+            assert call.error is not None
+            if not self._again(call, call.error):
+                raise call.error
+
+    def watch(self, now: float) -> None:
+        """Wake a reader whose deadline has passed; called now and then by a thread."""
+        reader, stream = self._reader, self._stream
+        if reader is not None and reader.deadline < now and stream is not None:
+            stream.cancel()
+
+    def close(self) -> None:
+        """End the stream; calls that wait fail."""
+        with self._changed:
+            self._closed = True
+            stream = self._stream
+            self._drop_stream()
+            for call in list(self._pending.values()):
+                self._settle(call, None, Unavailable(f"{self.where}: the client was closed"))
+            self._changed.notify_all()
+        if stream is not None:
+            stream.cancel()
+        self.channel.close()
+
+    def pause(self) -> None:
+        """End the stream for now, for a fork; what is unanswered will be sent again."""
+        with self._changed:
+            stream = self._stream
+            self._drop_stream()
+        if stream is not None:
+            stream.cancel()
+
+    # ---- reading in turns
+
+    def _take_turns(self, call: Call) -> None:
+        """Return once the call is done, reading for everybody when no one else does."""
+        with self._changed:
+            while not call.done and self._reader is not None:
+                if not self._changed.wait(max(call.deadline - time.monotonic(), 0)):
+                    self._expire(call)
+            if call.done:
+                return
+            self._reader = call
+        try:
+            while not call.done:
+                self._read_one(call)
+        finally:
+            with self._changed:
+                self._reader = None
+                self._changed.notify_all()
+
+    def _read_one(self, reader: Call) -> None:
+        """Take one reply from the stream and settle whose it is."""
+        with self._changed:
+            if time.monotonic() >= reader.deadline:
+                self._expire(reader)
+                return
+            stream = self._stream or self._reopen()
+        try:
+            id, answer = codec.decode_stream_response(next(stream))
+        except (grpc.RpcError, StopIteration, codec.Malformed) as error:
+            self._broken(stream, error, reader)
+            return
+        self._failures = 0
+        with self._changed:
+            call = self._pending.get(id)
+            if call is not None:
+                if isinstance(answer, pb.Status):
+                    self._settle(call, None, error_of(answer, self.where))
+                else:
+                    self._settle(call, answer, None)
+                if call is not reader:
+                    self._changed.notify_all()
+
+    def _prefetch(self) -> None:
+        """Read while there are prefetches that nobody waits for."""
+        while True:
+            with self._changed:
+                while not self._closed and not any(
+                    not call.done for call in self._prefetches.values()
+                ):
+                    self._changed.wait()
+                if self._closed:
+                    return
+                call = next(call for call in self._prefetches.values() if not call.done)
+            self._take_turns(call)
+            with self._changed:
+                self._prefetches.pop(call.id, None)
+
+    # ---- the stream; the lock is held
+
+    def _send(self, call: Call) -> None:
+        self._pending[call.id] = call
+        call.attempts += 1
+        if self._stream is None:
+            self._reopen()
+        else:
+            self._outbox.put(call.message)
+
+    def _reopen(self) -> Any:
+        """Open a stream and send all that is unanswered."""
+        outbox = self._outbox = SimpleQueue()
+        for call in self._pending.values():
+            outbox.put(call.message)
+        self._stream = self._open_stream(iter(outbox.get, None))
+        return self._stream
+
+    def _drop_stream(self) -> None:
+        if self._stream is not None:
+            self._outbox.put(None)
+            self._stream = None
+
+    def _settle(self, call: Call, answer: codec.Exchanged | None, error: PsError | None) -> None:
+        self._pending.pop(call.id, None)
+        call.answer, call.error, call.done = answer, error, True
+        if error is None or pause_before(call, error) is None:
+            for push in call.exchange.pushes:
+                self._session.answered(push.header)
+
+    def _expire(self, call: Call) -> None:
+        why = f"; last failure: {self._last_failure}" if self._failures else ""
+        kind = Unavailable if self._failures else DeadlineExceeded
+        self._settle(call, None, kind(f"{self.where}: no answer in time{why}"))
+
+    # ---- failures; the lock is not held
+
+    def _broken(self, stream: Any, error: Exception, reader: Call) -> None:
+        """Drop a broken stream; fail what is unanswered, or pause before another attempt."""
+        code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.UNAVAILABLE
+        text = error.details() if isinstance(error, grpc.RpcError) else str(error)
+        with self._changed:
+            if self._stream is stream:
+                self._drop_stream()
+            for call in self._pending.values():
+                call.attempts += 1
+            if time.monotonic() >= reader.deadline:
+                self._expire(reader)
+                return
+            self._failures += 1
+            self._last_failure = f"{code.name}: {text}"
+            if code not in RETRYABLE:
+                status = pb.Status(code=code.value[0], message=text or code.name)
+                for call in list(self._pending.values()):
+                    self._settle(call, None, error_of(status, self.where))
+                self._changed.notify_all()
+                return
+        left = reader.deadline - time.monotonic()
+        pause = min(FIRST_PAUSE * 2 ** min(self._failures - 1, 8), LONGEST_PAUSE, max(left, 0))
+        if self._failures > 1:
+            time.sleep(pause)
+
+    def _again(self, call: Call, error: PsError) -> bool:
+        """Send a refused call once more where that may help, and say whether."""
+        pause = pause_before(call, error)
+        if pause is None:
+            return False
+        time.sleep(pause)
+        with self._changed:
+            call.done, call.error = False, None
+            if isinstance(error, SessionExpired):
+                renumber(call, self._session)
+                call.encode(next(self._ids))
+            self._send(call)
+        return True
+
+
+class UnaryLink:
+    """One shard behind unary calls: what clients of other languages do, and slower. Thread-safe."""
+
+    def __init__(self, where: str, address: str, session: Session) -> None:
+        self.where = where
+        self.channel = grpc.insecure_channel(address, options=OPTIONS)
+        self._exchange = self.channel.unary_unary("/ps.v1.RowService/Exchange")
+        self._session = session
+        self._lock = threading.Lock()
+
+    def submit(self, call: Call, *, background: bool = False) -> None:
+        """Send a request."""
+        with self._lock:
+            for push in call.exchange.pushes:
+                self._session.number(push.header)
+        call.message = codec.encode_exchange(call.exchange)
+        self._send(call)
+
+    def wait(self, call: Call) -> codec.Exchanged:
+        """The answer to a submitted call; raises a PsError."""
+        try:
+            while True:
+                try:
+                    return codec.decode_exchanged(call.handle.result())
+                except grpc.RpcError as failure:
+                    self._again(call, rpc_error(failure, self.where))
+        finally:
+            with self._lock:
+                for push in call.exchange.pushes:
+                    self._session.answered(push.header)
+
+    def watch(self, now: float) -> None:
+        """Nothing: each call has its own deadline."""
+
+    def pause(self) -> None:
+        """Nothing: no call is open between calls."""
+
+    def close(self) -> None:
+        """Close the channel; calls that wait fail."""
+        self.channel.close()
+
+    def _send(self, call: Call) -> None:
+        call.attempts += 1
+        left = max(call.deadline - time.monotonic(), 0.001)
+        call.handle = self._exchange.future(call.message, timeout=left)
+
+    def _again(self, call: Call, error: PsError) -> None:
+        """Send a failed call once more where that may help, or raise its error."""
+        pause = pause_before(call, error)
+        if pause is None and isinstance(error, Unavailable):
+            pause = min(FIRST_PAUSE * 2 ** min(call.attempts, 8), LONGEST_PAUSE)
+        if pause is None or time.monotonic() + pause >= call.deadline:
+            raise error
+        time.sleep(pause)
+        if isinstance(error, SessionExpired):
+            with self._lock:
+                renumber(call, self._session)
+            call.message = codec.encode_exchange(call.exchange)
+        self._send(call)
+
+
+def pause_before(call: Call, error: PsError) -> float | None:
+    """Seconds after which the refused call should be sent again; None: it should not."""
+    if isinstance(error, SessionExpired):  # refused at its first attempt, so never applied
+        return 0.0 if call.attempts == 1 and call.exchange.pushes else None
+    if error.retry_after is None or time.monotonic() + error.retry_after >= call.deadline:
+        return None
+    return error.retry_after
+
+
+def renumber(call: Call, session: Session) -> None:
+    """Put the pushes of a call into the client's next incarnation; the session's lock is held."""
+    headers = [push.header for push in call.exchange.pushes]
+    if any(header.incarnation == session.incarnation for header in headers):
+        session.renew()
+    for header in headers:
+        session.number(header)
+    call.attempts = 0
+
+
+def retry(
+    attempt: Callable[[float], Any], where: str, deadline: float, counted: Iterable[int]
+) -> Any:
+    """Call ``attempt(seconds left)`` until it succeeds, fails for good, or time is over."""
+    for n in counted:
+        left = deadline - time.monotonic()
+        try:
+            return attempt(max(left, 0.001))
+        except grpc.RpcError as error:
+            failure = rpc_error(error, where)
+        pause = min(FIRST_PAUSE * 2 ** min(n, 8), LONGEST_PAUSE)
+        if failure.retry_after is not None:
+            pause = failure.retry_after
+        elif not isinstance(failure, Unavailable):
+            raise failure
+        if time.monotonic() + pause >= deadline:
+            raise failure
+        time.sleep(pause)
+    raise AssertionError("counted ended")
+
+
+def rpc_error(error: grpc.RpcError, where: str) -> PsError:
+    """The exception for a failed unary call."""
+    trailers = dict(error.trailing_metadata() or ())
+    status = pb.Status(code=error.code().value[0], message=error.details() or "")
+    details = trailers.get("grpc-status-details-bin")
+    if details:
+        status = pb.Status.FromString(details)
+    return error_of(status, where)

@@ -1,0 +1,97 @@
+"""What can go wrong for a trainer.
+
+* PsError
+  - InvalidArgument    an argument breaks a rule; nothing was applied
+  - TableNotFound      no such table; a shard that lost its memory says so too
+  - SchemaMismatch     the table exists with another schema
+  - WrongShard         a key went to a shard that does not own it
+  - SessionExpired     a repeated push whose first attempt can no longer be told; it may have taken
+                       effect or not
+  - ResourceExhausted  a limit of the server, or its memory
+  - DeadlineExceeded   no answer in time; a push may have taken effect
+  - Unavailable        no server reached in time; a push may have taken effect
+  - VersionInFuture    the shard has not reached the min_version
+  - ServerFailure      anything else that a server answers
+"""
+
+from __future__ import annotations
+
+from psproto import ps_pb2 as pb
+
+
+class PsError(Exception):
+    """Root of everything that psclient raises on purpose."""
+
+    reason = ""  # as the server named it
+    retry_after: float | None = None  # seconds, where the server asks to try again
+
+
+class InvalidArgument(PsError, ValueError):
+    """An argument breaks a rule; nothing was applied."""
+
+
+class TableNotFound(PsError, LookupError):
+    """No such table."""
+
+
+class SchemaMismatch(PsError):
+    """The table exists with another schema."""
+
+
+class WrongShard(PsError):
+    """A key went to a shard that does not own it."""
+
+
+class SessionExpired(PsError):
+    """A repeated push whose first attempt can no longer be told."""
+
+
+class ResourceExhausted(PsError):
+    """A limit of the server, or its memory."""
+
+
+class DeadlineExceeded(PsError, TimeoutError):
+    """No answer in time; a push may have taken effect."""
+
+
+class Unavailable(PsError, ConnectionError):
+    """No server reached in time; a push may have taken effect."""
+
+
+class VersionInFuture(PsError):
+    """The shard has not reached the min_version."""
+
+
+class ServerFailure(PsError):
+    """Anything else that a server answers."""
+
+
+REASONS: dict[str, type[PsError]] = {
+    "TABLE_NOT_FOUND": TableNotFound,
+    "SCHEMA_MISMATCH": SchemaMismatch,
+    "WRONG_SHARD": WrongShard,
+    "SESSION_EXPIRED": SessionExpired,
+    "VERSION_IN_FUTURE": VersionInFuture,
+}
+CODES: dict[int, type[PsError]] = {  # of google.rpc.Code
+    3: InvalidArgument,
+    4: DeadlineExceeded,
+    8: ResourceExhausted,
+    14: Unavailable,
+}
+
+
+def error_of(status: pb.Status, where: str) -> PsError:
+    """The exception for a status; ``where`` names the server."""
+    info, delay = pb.ErrorInfo(), None
+    for detail in status.details:
+        if detail.type_url.endswith("/google.rpc.ErrorInfo"):
+            info = pb.ErrorInfo.FromString(detail.value)
+        elif detail.type_url.endswith("/google.rpc.RetryInfo"):
+            retry = pb.RetryInfo.FromString(detail.value).retry_delay
+            delay = retry.seconds + retry.nanos / 1e9
+    kind = REASONS.get(info.reason) or CODES.get(status.code, ServerFailure)
+    error = kind(f"{where}: {status.message}")
+    error.reason = info.reason
+    error.retry_after = delay
+    return error

@@ -1,0 +1,104 @@
+"""Which pushes were applied, so that a repeated one is noticed.
+
+A session is one incarnation of a client. It remembers the versions of the pushes that the client
+may still repeat: those after ``acknowledged``, and no more than WINDOW behind the newest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from psserver.errors import BadRequest, SessionExpired, TooLarge
+
+WINDOW = 4096  # pushes
+
+
+@dataclass(slots=True)
+class _Session:
+    incarnation: int
+    used: float  # seconds on the clock
+    newest: int = 0
+    forgotten: int = 0  # every push up to here can no longer be told apart
+    versions: dict[int, int] = field(default_factory=dict)
+
+
+class Sessions:
+    """The sessions of one shard.
+
+    limit   sessions kept; a new one replaces the least recently used that is older than ttl, or
+            is refused
+    ttl     seconds; far longer than any client goes on repeating a push
+    clock   monotonic seconds
+    """
+
+    def __init__(self, limit: int, ttl: float, clock: Callable[[], float]) -> None:
+        self._limit = limit
+        self._ttl = ttl
+        self._clock = clock
+        self._sessions: dict[int, _Session] = {}  # least recently used first
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def applied(
+        self, client: int, incarnation: int, sequence: int, acknowledged: int
+    ) -> int | None:
+        """The version under which this push was applied, None if it was not; changes nothing.
+
+        Raises SessionExpired if that cannot be known, TooLarge if there is no room for a new
+        session, BadRequest for impossible numbers.
+        """
+        if not 0 <= acknowledged < sequence:
+            raise BadRequest(
+                "INVALID_ARGUMENT",
+                f"sequence must be above acknowledged, got {sequence} and {acknowledged}",
+            )
+        session = self._sessions.get(client)
+        if session is None or session.incarnation < incarnation:
+            if acknowledged:
+                raise SessionExpired(
+                    f"no memory of client {client:#x} incarnation {incarnation}, which has had"
+                    f" pushes up to {acknowledged} acknowledged"
+                )
+            if session is None and len(self._sessions) >= self._limit:
+                oldest = next(iter(self._sessions.values()))
+                if self._clock() - oldest.used < self._ttl:
+                    raise TooLarge(
+                        "TOO_MANY_SESSIONS", f"{self._limit} sessions are in use, the limit"
+                    )
+            return None
+        if session.incarnation > incarnation:
+            raise SessionExpired(
+                f"client {client:#x} incarnation {incarnation} was replaced by incarnation"
+                f" {session.incarnation}"
+            )
+        if sequence <= session.forgotten:
+            raise SessionExpired(
+                f"client {client:#x}: push {sequence} is further back than the window, which"
+                f" starts after {session.forgotten}"
+            )
+        return session.versions.get(sequence)
+
+    def record(
+        self, client: int, incarnation: int, sequence: int, acknowledged: int, version: int
+    ) -> None:
+        """Remember a push that ``applied`` did not know and that is applied now."""
+        session = self._sessions.pop(client, None)
+        if session is None and len(self._sessions) >= self._limit:
+            del self._sessions[next(iter(self._sessions))]
+        if session is None or session.incarnation < incarnation:
+            session = _Session(incarnation, self._clock())
+        self._sessions[client] = session
+        session.used = self._clock()
+        session.versions[sequence] = version
+        session.newest = max(session.newest, sequence)
+        horizon = max(acknowledged, session.newest - WINDOW)
+        if horizon > session.forgotten:
+            if horizon - session.forgotten <= len(session.versions):
+                for old in range(session.forgotten + 1, horizon + 1):
+                    session.versions.pop(old, None)
+            else:
+                kept = {s: v for s, v in session.versions.items() if s > horizon}
+                session.versions = kept
+            session.forgotten = horizon

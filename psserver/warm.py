@@ -1,0 +1,44 @@
+"""Compile every kernel, or load it from the cache, before the first request needs it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from psproto import codec, routing
+from psproto import ps_pb2 as pb
+from storage import initializers, optimizers
+from storage.arena import Budget
+from storage.index import SEGMENT, Index
+from storage.schema import TableSchema
+from storage.table import Table
+
+
+def warm() -> None:
+    """Run each kernel once on a few rows; about a minute at first, a second afterwards."""
+    initializers.compile_all()
+    optimizers.compile_all()
+    schema = TableSchema(
+        name="warm",
+        dim=2,
+        optimizer=optimizers.make_optimizer("sgd", None, {}),
+        initializer=initializers.make_initializer("uniform", {}),
+    )
+    table = Table(schema, Budget(1 << 30))
+    keys = np.arange(4, dtype=np.uint64)
+    rows = np.ones((4, 2), np.float32)
+    table.push(keys, rows, np.ones(4, np.uint32), version=1, step=0)
+    table.pull(keys, "train", rows)
+    table.close()
+    index = Index(Budget(1 << 30))
+    many = np.arange(SEGMENT, dtype=np.uint64)
+    index.insert(many, many + np.uint64(1))
+    index.assign(keys, keys + np.uint64(1))
+    index.remove(keys)
+    index.close()
+    shard_map = routing.even_map(2)
+    split = routing.split(keys, shard_map)
+    routing.check(keys, shard_map, 0)
+    routing.stray(keys, shard_map, 0)
+    routing.sum_rows(rows, split.inverse, np.zeros((len(split.keys), 2), np.float32))
+    routing.all_finite(rows.reshape(-1).view(np.uint32))
+    codec.to_wire(rows, pb.DTYPE_BFLOAT16)

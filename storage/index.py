@@ -1,0 +1,269 @@
+"""Key to location, for one table on one shard.
+
+Extendible hashing over segments of open addressing:
+
+    hash      = mix64(key)
+    segment   = directory[top `depth` bits of hash]
+    position  = low bits of hash, then the next ones (linear probing), wrapping in the segment
+    entry     = key uint64, location uint64, side by side: one cache line answers
+    location  = tier code << 56 | place; 0 marks an empty entry, so every key is valid
+
+A full segment is split in two by the next bit of the hash. That moves at most 26,624 entries
+(under a millisecond), whatever the size of the table: the index never stops to grow. Segments
+are full at different loads, 5/8 to 13/16, because a good hash fills them evenly and they would
+otherwise all split within a few pushes. Fresh memory is zero, which is an empty segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.arena import Arena, Budget
+from storage.kernels import Keys, jit, mix64, prefetch
+
+SEGMENT = 1 << 15  # entries
+LEAST_FULL = SEGMENT * 5 // 8
+FULL_RANGE = SEGMENT * 3 // 16
+MAX_DEPTH = 28
+PLACE_BITS = 56
+AHEAD = 16  # keys whose entries are asked for before they are needed
+
+Locations = NDArray[np.uint64]
+
+_MASK = np.uint64(SEGMENT - 1)
+
+
+@jit
+def _home(directory: Any, depth: int, hashed: Any) -> Any:
+    """The first entry at which a key with this hash may be."""
+    segment = directory[(hashed >> np.uint64(1)) >> np.uint64(63 - depth)]
+    return np.uint64(segment) * np.uint64(SEGMENT) + (hashed & _MASK)
+
+
+@jit
+def _next(at: Any) -> Any:
+    return (at & ~_MASK) | ((at + np.uint64(1)) & _MASK)
+
+
+@jit
+def _full(segment: Any) -> Any:
+    """Entries at which this segment is split; multiples of the golden ratio spread evenly."""
+    return LEAST_FULL + (((np.int64(segment) * 40503) & 0xFFFF) * FULL_RANGE >> 16)
+
+
+@jit
+def find(entries: Any, directory: Any, depth: int, keys: Any, out: Any) -> Any:
+    """Write the location of every key, 0 for absent ones; return how many are absent.
+
+    entries    uint64[capacity, 2]   key, location
+    directory  int32[2**depth]       segment of each prefix
+    keys       uint64[n]
+    out        uint64[n]
+    """
+    n = keys.shape[0]
+    absent = 0
+    for i in range(min(AHEAD, n)):
+        prefetch(entries, np.int64(_home(directory, depth, mix64(keys[i]))), 0)
+    for i in range(n):
+        if i + AHEAD < n:
+            prefetch(entries, np.int64(_home(directory, depth, mix64(keys[i + AHEAD]))), 0)
+        key = keys[i]
+        at = _home(directory, depth, mix64(key))
+        while entries[at, 1] != 0 and entries[at, 0] != key:
+            at = _next(at)
+        location = entries[at, 1]
+        out[i] = location
+        absent += location == 0
+    return absent
+
+
+@jit
+def insert(
+    entries: Any, directory: Any, depth: int, counts: Any, keys: Any, locations: Any, start: int
+) -> Any:
+    """Add absent, distinct keys from ``start`` on; return where a full segment stopped it, or n.
+
+    counts     int64[segments]  entries in use, updated
+    keys       uint64[n]
+    locations  uint64[n]        none is 0
+    """
+    n = keys.shape[0]
+    for i in range(start, min(start + AHEAD, n)):
+        prefetch(entries, np.int64(_home(directory, depth, mix64(keys[i]))), 0)
+    for i in range(start, n):
+        if i + AHEAD < n:
+            prefetch(entries, np.int64(_home(directory, depth, mix64(keys[i + AHEAD]))), 0)
+        at = _home(directory, depth, mix64(keys[i]))
+        segment = at // np.uint64(SEGMENT)
+        if counts[segment] >= _full(segment):
+            return i
+        counts[segment] += 1
+        while entries[at, 1] != 0:
+            at = _next(at)
+        entries[at, 0] = keys[i]
+        entries[at, 1] = locations[i]
+    return n
+
+
+@jit
+def assign(entries: Any, directory: Any, depth: int, keys: Any, locations: Any) -> None:
+    """Give present keys another location."""
+    for i in range(keys.shape[0]):
+        at = _home(directory, depth, mix64(keys[i]))
+        while entries[at, 0] != keys[i] or entries[at, 1] == 0:
+            at = _next(at)
+        entries[at, 1] = locations[i]
+
+
+@jit
+def remove(entries: Any, directory: Any, depth: int, counts: Any, keys: Any) -> Any:
+    """Take keys out; return how many were present.
+
+    Later entries of the probe run move back into the hole, so there are no tombstones.
+    """
+    removed = 0
+    for i in range(keys.shape[0]):
+        key = keys[i]
+        at = _home(directory, depth, mix64(key))
+        while entries[at, 1] != 0 and entries[at, 0] != key:
+            at = _next(at)
+        if entries[at, 1] == 0:
+            continue
+        removed += 1
+        counts[at // np.uint64(SEGMENT)] -= 1
+        hole = at
+        at = _next(at)
+        while entries[at, 1] != 0:
+            home = mix64(entries[at, 0]) & _MASK
+            # May the entry at `at` stand at `hole`? Only if its home is not between them.
+            if ((at - home) & _MASK) >= ((at - hole) & _MASK):
+                entries[hole, 0] = entries[at, 0]
+                entries[hole, 1] = entries[at, 1]
+                hole = at
+            at = _next(at)
+        entries[hole, 0] = 0
+        entries[hole, 1] = 0
+    return removed
+
+
+@jit
+def split(entries: Any, counts: Any, source: int, target: int, bit: int, scratch: Any) -> None:
+    """Move the entries of segment ``source`` whose hash has ``bit`` set to the empty ``target``.
+
+    scratch  uint64[SEGMENT, 2]  overwritten
+    """
+    first = source * SEGMENT
+    for i in range(SEGMENT):
+        scratch[i, 0] = entries[first + i, 0]
+        scratch[i, 1] = entries[first + i, 1]
+        entries[first + i, 0] = 0
+        entries[first + i, 1] = 0
+    counts[source] = 0
+    counts[target] = 0
+    for i in range(SEGMENT):
+        if scratch[i, 1] == 0:
+            continue
+        hashed = mix64(scratch[i, 0])
+        segment = target if (hashed >> np.uint64(bit)) & np.uint64(1) else source
+        counts[segment] += 1
+        at = np.uint64(segment) * np.uint64(SEGMENT) + (hashed & _MASK)
+        while entries[at, 1] != 0:
+            at = _next(at)
+        entries[at, 0] = scratch[i, 0]
+        entries[at, 1] = scratch[i, 1]
+
+
+class Index:
+    """Where every key of a table is. Calls take arrays; keys within one call are distinct."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._entries = Arena(2, np.uint64, budget)
+        self._entries.grow(SEGMENT)
+        self._directory = np.zeros(1, np.int32)
+        self._depth = 0
+        self._depths = [0]  # by segment: bits of the hash that its keys share
+        self._counts = np.zeros(1, np.int64)
+        self._scratch = np.empty((0, 2), np.uint64)
+
+    def __len__(self) -> int:
+        return int(self._counts.sum())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes taken from the budget."""
+        return self._entries.bytes
+
+    def find(self, keys: Keys) -> tuple[Locations, int]:
+        """Locations uint64[n] (0: absent) of keys uint64[n], and how many are absent."""
+        out = np.empty(len(keys), np.uint64)
+        return out, find(self._entries.array, self._directory, self._depth, keys, out)
+
+    def insert(self, keys: Keys, locations: Locations) -> None:
+        """Add absent keys, all of them or none.
+
+        Raises OutOfMemory where a segment cannot be split.
+        """
+        done = 0
+        try:
+            while True:
+                done = insert(
+                    self._entries.array,
+                    self._directory,
+                    self._depth,
+                    self._counts,
+                    keys,
+                    locations,
+                    done,
+                )
+                if done == len(keys):
+                    return
+                self._split(keys[done])
+        except BaseException:
+            self.remove(keys[:done])
+            raise
+
+    def assign(self, keys: Keys, locations: Locations) -> None:
+        """Give present keys another location."""
+        assign(self._entries.array, self._directory, self._depth, keys, locations)
+
+    def remove(self, keys: Keys) -> int:
+        """Take keys out, absent ones included in the call; return how many were present."""
+        return int(remove(self._entries.array, self._directory, self._depth, self._counts, keys))
+
+    def slices(self) -> Iterator[tuple[Keys, Locations]]:
+        """All keys with their locations, a segment at a time, in no particular order."""
+        for segment in range(len(self._depths)):
+            entries = self._entries.array[segment * SEGMENT : (segment + 1) * SEGMENT]
+            used = entries[entries[:, 1] != 0]
+            yield used[:, 0].copy(), used[:, 1].copy()
+
+    def close(self) -> None:
+        """Return the memory."""
+        self._entries.close()
+
+    def _split(self, key: np.uint64) -> None:
+        """Split the segment of ``key``."""
+        prefix = int(mix64(key)) >> (64 - self._depth) if self._depth else 0
+        source = int(self._directory[prefix])
+        target = len(self._depths)
+        if self._depths[source] == MAX_DEPTH:
+            raise RuntimeError(f"index is lopsided: {MAX_DEPTH} bits of the hash do not split it")
+        self._entries.grow((target + 1) * SEGMENT)
+        if self._depths[source] == self._depth:
+            self._directory = np.repeat(self._directory, 2)
+            self._depth += 1
+        if not len(self._scratch):
+            self._scratch = np.empty((SEGMENT, 2), np.uint64)
+        if target == len(self._counts):
+            self._counts = np.concatenate([self._counts, np.zeros(target, np.int64)])
+        depth = self._depths[source] + 1
+        self._depths[source] = depth
+        self._depths.append(depth)
+        split(self._entries.array, self._counts, source, target, 64 - depth, self._scratch)
+        mine = np.flatnonzero(self._directory == source)
+        upper = (mine >> (self._depth - depth)) & 1 == 1
+        self._directory[mine[upper]] = target

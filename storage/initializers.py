@@ -1,0 +1,341 @@
+"""Initial values of embeddings: a pure function of (seed, key, position).
+
+The same on every shard, tier and restart, whatever the batch and the dim, because nothing is drawn
+in sequence: position j of a key's embedding is output j of the key's own SplitMix64 stream
+
+    stream = mix(key ^ seed)
+    bits_j = mix(stream + (j + 1) * GOLDEN)
+
+(Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014; the finalizer
+is Stafford's mix13). The streams of two keys start apart, since mix is a bijection. Floating-point
+work is + - * / and sqrt in float64, each exactly rounded, so every machine gets the same bits.
+
+To add one: write the class, add it to INITIALIZERS. Nothing else changes; the tests run over the
+dict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any, ClassVar
+
+import numpy as np
+
+from storage.kernels import Keys, Rows, Slots, inline, jit
+
+LARGEST = 1e30  # parameters beyond it overflow float32 sooner or later
+SQRT_HALF = math.sqrt(0.5)
+LN_2 = math.log(2.0)
+MIDDLE = 0.425  # where AS 241 changes from one rational function to the next
+CUT = 2.0  # standard deviations at which truncated_normal ends
+BELOW_CUT = 0.022750131948179209  # Phi(-CUT)
+
+
+def table_seed(seed: int, name: str) -> int:
+    """The seed of one table's initial values, uint64, from its schema's seed and its name."""
+    text = seed.to_bytes(8, "little") + name.encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+@inline
+def _mix(x: Any) -> Any:
+    """Stafford's mix13, a bijection of uint64."""
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@inline
+def _unit(stream: Any, j: Any) -> Any:
+    """Draw ``j`` of a stream: the middle of one of 2^52 equal parts of (0, 1), so never an end."""
+    bits = _mix(stream + np.uint64(j + 1) * np.uint64(0x9E3779B97F4A7C15))
+    return (np.float64(bits >> np.uint64(12)) + 0.5) * 2.0**-52
+
+
+@jit
+def _ln(x: float) -> float:
+    """Natural logarithm of x > 0 to about 2e-16, without a libm that differs between machines.
+
+    ln x = e ln 2 + 2 artanh s with x = m 2^e, sqrt(1/2) <= m < sqrt(2), s = (m - 1) / (m + 1).
+    """
+    m, e = math.frexp(x)
+    if m < SQRT_HALF:
+        m *= 2.0
+        e -= 1
+    s = (m - 1.0) / (m + 1.0)
+    t = s * s
+    series = 0.0
+    for k in range(21, 0, -2):  # t < 0.0295, so the first term left out is below 1e-18
+        series = series * t + 1.0 / k
+    return e * LN_2 + 2.0 * s * series
+
+
+@inline
+def _middle(q: Any) -> Any:
+    """The inverse of the normal CDF at 1/2 + q for abs(q) <= MIDDLE, relative error about 1e-16.
+
+    Algorithm AS 241, PPND16: Wichura, "The percentage points of the normal distribution", Applied
+    Statistics 37 (1988); a rational function of q here, and of sqrt(-ln tail) in _tail.
+    """
+    r = 0.180625 - q * q
+    top = 2.5090809287301226727e3
+    top = top * r + 3.3430575583588128105e4
+    top = top * r + 6.7265770927008700853e4
+    top = top * r + 4.5921953931549871457e4
+    top = top * r + 1.3731693765509461125e4
+    top = top * r + 1.9715909503065514427e3
+    top = top * r + 1.3314166789178437745e2
+    top = top * r + 3.3871328727963666080e0
+    low = 5.2264952788528545610e3
+    low = low * r + 2.8729085735721942674e4
+    low = low * r + 3.9307895800092710610e4
+    low = low * r + 2.1213794301586595867e4
+    low = low * r + 5.3941960214247511077e3
+    low = low * r + 6.8718700749205790830e2
+    low = low * r + 4.2313330701600911252e1
+    return q * top / (low * r + 1.0)
+
+
+@jit
+def _tail(p: float) -> float:
+    """The inverse of the normal CDF at 0 < p < 1/2 - MIDDLE; AS 241 as in _middle."""
+    r = np.sqrt(-_ln(p))
+    if r <= 5.0:
+        r -= 1.6
+        top = 7.74545014278341407640e-4
+        top = top * r + 2.27238449892691845833e-2
+        top = top * r + 2.41780725177450611770e-1
+        top = top * r + 1.27045825245236838258e0
+        top = top * r + 3.64784832476320460504e0
+        top = top * r + 5.76949722146069140550e0
+        top = top * r + 4.63033784615654529590e0
+        top = top * r + 1.42343711074968357734e0
+        low = 1.05075007164441684324e-9
+        low = low * r + 5.47593808499534494600e-4
+        low = low * r + 1.51986665636164571966e-2
+        low = low * r + 1.48103976427480074590e-1
+        low = low * r + 6.89767334985100004550e-1
+        low = low * r + 1.67638483018380384940e0
+        low = low * r + 2.05319162663775882187e0
+    else:
+        r -= 5.0
+        top = 2.01033439929228813265e-7
+        top = top * r + 2.71155556874348757815e-5
+        top = top * r + 1.24266094738807843860e-3
+        top = top * r + 2.65321895265761230930e-2
+        top = top * r + 2.96560571828504891230e-1
+        top = top * r + 1.78482653991729133580e0
+        top = top * r + 5.46378491116411436990e0
+        top = top * r + 6.65790464350110377720e0
+        low = 2.04426310338993978564e-15
+        low = low * r + 1.42151175831644588870e-7
+        low = low * r + 1.84631831751005468180e-5
+        low = low * r + 7.86869131145613259100e-4
+        low = low * r + 1.48753612908506148525e-2
+        low = low * r + 1.36929880922735805310e-1
+        low = low * r + 5.99832206555887937690e-1
+    return -top / (low * r + 1.0)
+
+
+@jit
+def _constant(rows: Any, dim: int, value: float, out: Any) -> None:
+    """out[rows, :dim] = value, for rows int64[m] and float32[r, >=dim]."""
+    for i in range(rows.shape[0]):
+        row = rows[i]
+        for j in range(dim):
+            out[row, j] = np.float32(value)
+
+
+@jit
+def _uniform(seed: int, keys: Any, rows: Any, dim: int, low: float, high: float, out: Any) -> None:
+    """out[rows, :dim] = low + (high - low) u_j of keys uint64[m]; rows and out as in _constant."""
+    for i in range(keys.shape[0]):
+        row = rows[i]
+        stream = _mix(keys[i] ^ seed)
+        for j in range(dim):
+            out[row, j] = np.float32(low + (high - low) * _unit(stream, j))
+
+
+@jit
+def _normal(
+    seed: int,
+    keys: Any,
+    rows: Any,
+    dim: int,
+    mean: float,
+    std: float,
+    cut: float,
+    below: float,
+    out: Any,
+) -> None:
+    """out[rows, :dim] = mean + std z_j; rows and out as in _constant.
+
+    z_j is the standard normal between -cut and cut, by the inverse of its CDF at
+    below + (1 - 2 below) u_j, where below = Phi(-cut).
+    """
+    for i in range(keys.shape[0]):
+        row = rows[i]
+        stream = _mix(keys[i] ^ seed)
+        for j in range(dim):  # right for most; without a branch, so the draws of a row overlap
+            q = below + (1.0 - 2.0 * below) * _unit(stream, j) - 0.5
+            out[row, j] = np.float32(mean + std * _middle(q))
+        for j in range(dim):
+            p = below + (1.0 - 2.0 * below) * _unit(stream, j)
+            if p < 0.5 - MIDDLE:
+                out[row, j] = np.float32(mean + std * max(-cut, _tail(p)))
+            elif p > 0.5 + MIDDLE:
+                out[row, j] = np.float32(mean - std * max(-cut, _tail(1.0 - p)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Initializer(ABC):
+    """How the embedding of a new row is made. Parameters are floats, checked at birth."""
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            number = isinstance(value, Real) and abs(value) <= LARGEST
+            self._require(field.name, number, f"a number of size up to {LARGEST:g}")
+            object.__setattr__(self, field.name, float(value))
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse parameters that are numbers but make no sense."""
+
+    def _require(self, field: str, holds: bool, rule: str) -> None:
+        if not holds:
+            value = getattr(self, field)
+            raise ValueError(f"initializer {self.name!r}: {field} must be {rule}, got {value!r}")
+
+    @abstractmethod
+    def fill(self, seed: int, keys: Keys, rows: Slots, dim: int, out: Rows) -> None:
+        """Write the initial value of ``keys[i]`` to ``out[rows[i], :dim]``, and nothing else.
+
+        seed  what table_seed returned
+        keys  uint64[m]            distinct or not
+        rows  int64[m]             positions in out
+        out   float32[r, >= dim]   C-contiguous
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Zeros(Initializer):
+    """All 0."""
+
+    name: ClassVar[str] = "zeros"
+
+    def fill(self, seed: int, keys: Keys, rows: Slots, dim: int, out: Rows) -> None:
+        _constant(_readonly(rows), dim, 0.0, out)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constant(Initializer):
+    """All the same number."""
+
+    name: ClassVar[str] = "constant"
+
+    value: float = 0.0
+
+    def fill(self, seed: int, keys: Keys, rows: Slots, dim: int, out: Rows) -> None:
+        _constant(_readonly(rows), dim, self.value, out)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Uniform(Initializer):
+    """Uniform between low and high; the defaults are those of Keras.
+
+    Drawn strictly between the two in float64; rounding to float32 may reach either.
+    """
+
+    name: ClassVar[str] = "uniform"
+
+    low: float = -0.05
+    high: float = 0.05
+
+    def _check(self) -> None:
+        self._require("high", self.high >= self.low, f"at least low, which is {self.low!r},")
+
+    def fill(self, seed: int, keys: Keys, rows: Slots, dim: int, out: Rows) -> None:
+        stream = np.uint64(seed), _readonly(keys), _readonly(rows)
+        _uniform(*stream, dim, self.low, self.high, out)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Normal(Initializer):
+    """Normal with the given mean and standard deviation; no value is beyond 8.3 deviations."""
+
+    name: ClassVar[str] = "normal"
+
+    mean: float = 0.0
+    std: float = 0.01
+
+    def _check(self) -> None:
+        self._require("std", self.std >= 0.0, ">= 0")
+
+    def fill(self, seed: int, keys: Keys, rows: Slots, dim: int, out: Rows) -> None:
+        stream = np.uint64(seed), _readonly(keys), _readonly(rows)
+        _normal(*stream, dim, self.mean, self.std, math.inf, 0.0, out)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TruncatedNormal(Initializer):
+    """Normal without what lies beyond 2 deviations of the mean, as TensorFlow's.
+
+    ``std`` is that of the normal before the cut, as in TensorFlow; what is left has 0.88 of it.
+    """
+
+    name: ClassVar[str] = "truncated_normal"
+
+    mean: float = 0.0
+    std: float = 0.01
+
+    def _check(self) -> None:
+        self._require("std", self.std >= 0.0, ">= 0")
+
+    def fill(self, seed: int, keys: Keys, rows: Slots, dim: int, out: Rows) -> None:
+        stream = np.uint64(seed), _readonly(keys), _readonly(rows)
+        _normal(*stream, dim, self.mean, self.std, CUT, BELOW_CUT, out)
+
+
+def make_initializer(name: str, params: Mapping[str, float]) -> Initializer:
+    """The initializer of that name; parameters left out keep their defaults.
+
+    Raises ValueError naming what is unknown, with what is allowed, or the rule that is broken.
+    """
+    if name not in INITIALIZERS:
+        raise ValueError(f"no initializer {name!r}; there are: {', '.join(INITIALIZERS)}")
+    make: Callable[..., Initializer] = INITIALIZERS[name]
+    allowed = [field.name for field in fields(INITIALIZERS[name])]
+    for param in params:
+        if param not in allowed:
+            has = ", ".join(allowed) or "none"
+            raise ValueError(f"initializer {name!r} has no parameter {param!r}; it has: {has}")
+    return make(**params)
+
+
+def compile_all() -> None:
+    """Run every initializer once, so that each kernel is compiled or loaded from the cache."""
+    for name in INITIALIZERS:
+        out = np.empty((1, 1), np.float32)
+        make_initializer(name, {}).fill(0, np.zeros(1, np.uint64), np.zeros(1, np.int64), 1, out)
+
+
+def _readonly(array: Any) -> Any:
+    """A view that cannot be written: decoded arrays are such, and each kernel has one signature."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+INITIALIZERS: dict[str, type[Initializer]] = {
+    c.name: c for c in (Zeros, Constant, Uniform, Normal, TruncatedNormal)
+}

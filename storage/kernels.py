@@ -1,0 +1,128 @@
+"""The loops numpy cannot express, shared by the index, the tiers and the optimizers.
+
+Every kernel releases the GIL, allocates nothing unless it says so, raises nothing, and trusts its
+arguments: the table checked them. Slots are int64; ``ABSENT`` marks a key without one.
+
+A row is one or more dependent cache misses away, and a batch knows its rows beforehand, so each
+loop asks for the memory of a few iterations ahead (``prefetch``) and the misses overlap.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+Keys = NDArray[np.uint64]
+Slots = NDArray[np.int64]
+Rows = NDArray[np.float32]
+
+ABSENT = -1
+LINE = 64  # bytes in a cache line
+AHEAD = 8  # rows asked for before they are needed
+
+jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
+inline = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False, inline="always")
+
+
+@intrinsic
+def prefetch(typingctx: Any, array: Any, row: Any, byte: Any) -> Any:
+    """Ask for the cache line at ``byte`` bytes into ``array[row]``; any address is safe."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array_type = signature.args[0]
+        view = context.make_array(array_type)(context, builder, args[0])
+        stride = cgutils.unpack_tuple(builder, view.strides)[0]
+        base = builder.ptrtoint(view.data, ir.IntType(64))
+        address = builder.add(builder.add(base, builder.mul(stride, args[1])), args[2])
+        pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+        i32 = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, i32(0), i32(3), i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.int64), codegen
+
+
+@jit
+def prefetch_row(array: Any, row: int, size: int) -> None:
+    """Ask for the first ``size`` bytes of ``array[row]``."""
+    for byte in range(0, size, LINE):
+        prefetch(array, row, byte)
+
+
+@inline
+def mix64(key: Any) -> Any:
+    """Scatter the 64 bits of ``key``: the 'moremur' finalizer (Pelle Evensen, 2019).
+
+    A bijection, and not the hash that routes keys to shards: the keys of one shard share bits of
+    that one, and an index built on them would be lopsided.
+    """
+    x = np.uint64(key)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x3C79AC492BA7B653)
+    x ^= x >> np.uint64(33)
+    x *= np.uint64(0x1CE4E5B9AC31D2B5)
+    x ^= x >> np.uint64(27)
+    return x
+
+
+@jit
+def gather(slab: Any, slots: Any, dim: int, out: Any) -> None:
+    """Copy the embeddings of ``slots`` into ``out``; rows of absent keys stay as they are.
+
+    slab   float32[capacity, width]  width >= dim
+    slots  int64[n]                  position in the slab, or ABSENT
+    out    float32[n, dim]           written where present
+    """
+    n = slots.shape[0]
+    size = 4 * dim
+    for i in range(min(AHEAD, n)):
+        if slots[i] >= 0:
+            prefetch_row(slab, slots[i], size)
+    for i in range(n):
+        ahead = i + AHEAD
+        if ahead < n and slots[ahead] >= 0:
+            prefetch_row(slab, slots[ahead], size)
+        slot = slots[i]
+        if slot >= 0:
+            for j in range(dim):
+                out[i, j] = slab[slot, j]
+
+
+@jit
+def fill_state(slab: Any, slots: Any, dim: int, state: Any) -> None:
+    """Write the initial optimizer state behind the embeddings of new rows.
+
+    slab   float32[capacity, dim + len(state)]
+    slots  int64[n]     positions of the new rows
+    state  float32[w]   what every new row's state holds
+    """
+    for i in range(slots.shape[0]):
+        slot = slots[i]
+        for j in range(state.shape[0]):
+            slab[slot, dim + j] = state[j]
+
+
+@jit
+def touch(meta: Any, slots: Any, counts: Any, step: int, version: int) -> None:
+    """Record a push in the metadata of its rows.
+
+    meta    uint64[capacity, 4]  key, key, version, step, frequency
+    slots   int64[n]             distinct positions
+    counts  uint32[n]            occurrences of each key in the push
+    """
+    n = slots.shape[0]
+    for i in range(n):
+        if i + AHEAD < n:
+            prefetch(meta, slots[i + AHEAD], 0)
+        slot = slots[i]
+        meta[slot, 1] = np.uint64(version)
+        meta[slot, 2] = np.uint64(step)
+        meta[slot, 3] += np.uint64(counts[i])

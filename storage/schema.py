@@ -1,0 +1,54 @@
+"""What a table is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+
+from storage.errors import SchemaMismatch
+from storage.initializers import Initializer
+from storage.optimizers import Optimizer
+
+MAX_DIM = 8192
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableSchema:
+    """Immutable; changing any field means creating another table."""
+
+    name: str
+    dim: int  # length of the embedding, the part a pull returns
+    optimizer: Optimizer
+    initializer: Initializer
+    seed: int = 0  # of the initial values
+    serving_default: float = 0.0  # what a serving pull returns for keys without a row
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise ValueError(
+                f"table name must be 1..128 letters, digits or any of _ . / - and start with a"
+                f" letter, a digit or _, got {self.name[:200]!r}"
+            )
+        if not 1 <= self.dim <= MAX_DIM:
+            raise ValueError(f"table {self.name!r}: dim must be in 1..{MAX_DIM}, got {self.dim}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"table {self.name!r}: seed must be in 0..2^64-1, got {self.seed}")
+        if not math.isfinite(self.serving_default):
+            raise ValueError(
+                f"table {self.name!r}: serving_default must be finite, got {self.serving_default}"
+            )
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row, embedding and state."""
+        return self.dim + self.optimizer.state_width(self.dim)
+
+    def require_equal(self, asked: TableSchema) -> None:
+        """Raise SchemaMismatch naming the first field in which ``asked`` differs."""
+        for field in dataclasses.fields(self):
+            held, wanted = getattr(self, field.name), getattr(asked, field.name)
+            if held != wanted:
+                raise SchemaMismatch(self.name, field.name, held, wanted)

@@ -1,0 +1,148 @@
+"""A table's part on one shard: one index, its tiers, one schema.
+
+Not thread-safe: the shard's engine thread is the only caller. Keys within one call are distinct;
+the service made sure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.arena import Budget
+from storage.index import PLACE_BITS, Index, Locations
+from storage.initializers import table_seed
+from storage.kernels import ABSENT, Keys, Rows, Slots
+from storage.schema import TableSchema
+from storage.tiers.base import FREQUENCY, STEP, VERSION, Meta, Tier
+from storage.tiers.host import HostTier
+
+Mode = Literal["train", "serve"]
+
+_PLACE = np.uint64((1 << PLACE_BITS) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class TableStats:
+    """What a table holds on this shard."""
+
+    rows: int
+    bytes: int  # taken from the budget: slab, metadata, index, unused room in each
+    index_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dump:
+    """Every row of a table on this shard, by ascending key."""
+
+    keys: Keys  # uint64[n]
+    rows: Rows  # float32[n, width]
+    meta: Meta  # uint64[n, 4]: key, version, step, frequency
+
+
+class Table:
+    """Rows by key under one schema."""
+
+    def __init__(self, schema: TableSchema, budget: Budget) -> None:
+        self.schema = schema
+        self._index = Index(budget)
+        self._host: Tier = HostTier(schema.dim, schema.width, budget)
+        self._seed = table_seed(schema.seed, schema.name)
+        self._state = schema.optimizer.initial_state(schema.dim)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def stats(self) -> TableStats:
+        """What the table holds now."""
+        index = self._index.bytes
+        return TableStats(rows=len(self), bytes=index + self._host.bytes, index_bytes=index)
+
+    def pull(self, keys: Keys, mode: Mode, out: Rows) -> Locations:
+        """Write the embeddings of ``keys`` to ``out``; changes nothing in the table.
+
+        keys  uint64[n]        distinct or not
+        mode  for keys without a row: "train" writes their initial value, "serve" the table's
+              serving default
+        out   float32[n, dim]
+
+        Returns uint64[n]: where each key is, 0 for keys without a row.
+        """
+        locations, absent = self._index.find(keys)
+        self._host.read(_places(locations), out)
+        if absent:
+            missing = np.flatnonzero(locations == 0)
+            if mode == "train":
+                initializer, dim = self.schema.initializer, self.schema.dim
+                initializer.fill(self._seed, keys[missing], missing, dim, out)
+            else:
+                out[missing] = self.schema.serving_default
+        return locations
+
+    def metadata(self, locations: Locations) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Versions uint64[n], steps int64[n], frequencies uint64[n]; 0 for keys without a row."""
+        meta = np.zeros((len(locations), 4), np.uint64)
+        present = np.flatnonzero(locations)
+        meta[present] = self._host.dump(_places(locations[present]))[1]
+        return meta[:, VERSION], meta[:, STEP].view(np.int64), meta[:, FREQUENCY]
+
+    def push(
+        self,
+        keys: Keys,
+        gradients: Rows,
+        counts: NDArray[Any],
+        *,
+        version: int,
+        step: int,
+        lr: float | None = None,
+    ) -> None:
+        """Run one optimizer step over the rows of ``keys``, creating those that are missing.
+
+        keys       uint64[n]        distinct
+        gradients  float32[n, dim]  finite
+        counts     uint32[n]        occurrences of each key behind its gradient
+        lr         overrides the table's learning rate for this push
+
+        All of it happens or, with OutOfMemory, nothing.
+        """
+        locations, absent = self._index.find(keys)
+        if absent:
+            missing = np.flatnonzero(locations == 0)
+            locations[missing] = self._create(keys[missing])
+        optimizer = self.schema.optimizer
+        lr = optimizer.lr if lr is None else lr
+        self._host.push(_places(locations), gradients, counts, optimizer, lr, step, version)
+
+    def dump(self) -> Dump:
+        """Copies of everything, for tests and tools; as large as the table."""
+        keys = [k for k, _ in self._index.slices()]
+        every = np.sort(np.concatenate(keys))
+        rows, meta = self._host.dump(_places(self._index.find(every)[0]))
+        return Dump(every, rows, meta)
+
+    def close(self) -> None:
+        """Return the memory."""
+        self._index.close()
+        self._host.close()
+
+    def _create(self, keys: Keys) -> Locations:
+        """Give absent keys their initial rows; all or, with OutOfMemory, none."""
+        places = self._host.allocate(len(keys))
+        locations = places.view(np.uint64) | np.uint64(self._host.code << PLACE_BITS)
+        try:
+            self._index.insert(keys, locations)
+        except BaseException:
+            self._host.release(places)
+            raise
+        self._host.create(keys, places, self.schema.initializer, self._seed, self._state)
+        return locations
+
+
+def _places(locations: Locations) -> Slots:
+    """Places int64[n] of locations; ABSENT where there is none."""
+    places = (locations & _PLACE).view(np.int64)
+    places[locations == 0] = ABSENT
+    return places

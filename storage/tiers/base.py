@@ -1,0 +1,78 @@
+"""The contract of a tier.
+
+To add one: write the class in a file beside this one. The table reaches tiers through this
+contract alone, and the tests of the contract run over every implementation.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+from numpy.typing import NDArray
+
+from storage.initializers import Initializer
+from storage.kernels import Keys, Rows, Slots
+from storage.optimizers import Optimizer
+
+Meta = NDArray[Any]  # uint64[n, 4]: key, version, step (the bits of an int64), frequency
+
+KEY, VERSION, STEP, FREQUENCY = range(4)
+
+
+class Tier(Protocol):
+    """Rows by place. Places are int64, chosen by the tier; calls take distinct, valid ones.
+
+    Rows are float32[width], ``[embedding | state]``; each has metadata of four 64-bit numbers.
+    """
+
+    name: ClassVar[str]
+    code: ClassVar[int]  # 1..255, in every location; never changes its meaning
+
+    @property
+    def rows(self) -> int:
+        """Rows held."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Bytes taken from the budget, overhead and unused places included."""
+        ...
+
+    def allocate(self, count: int) -> Slots:
+        """Places for new rows, contents undefined; OutOfMemory leaves the tier as it was."""
+        ...
+
+    def release(self, places: Slots) -> None:
+        """Give places back."""
+        ...
+
+    def create(
+        self, keys: Keys, places: Slots, initializer: Initializer, seed: int, state: Rows
+    ) -> None:
+        """Fill new rows: initial embeddings, initial state, metadata without history."""
+        ...
+
+    def read(self, places: Slots, out: Rows) -> None:
+        """Copy embeddings to ``out`` [n, dim]; where the place is ABSENT, it stays as it is."""
+        ...
+
+    def push(
+        self,
+        places: Slots,
+        gradients: Rows,
+        counts: NDArray[Any],
+        optimizer: Optimizer,
+        lr: float,
+        step: int,
+        version: int,
+    ) -> None:
+        """Record the push in the metadata and run one optimizer step over the rows."""
+        ...
+
+    def dump(self, places: Slots) -> tuple[Rows, Meta]:
+        """Copies of whole rows and of their metadata."""
+        ...
+
+    def close(self) -> None:
+        """Return the memory."""
+        ...
