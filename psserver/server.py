@@ -14,6 +14,7 @@ import asyncio
 import fcntl
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import IO
@@ -36,6 +37,9 @@ from psserver.warm import warm
 
 SERVICES = ("ps.v1.TableService", "ps.v1.RowService", "ps.v1.InfoService")
 HEALTH = ("", "liveness", "readiness", *SERVICES)
+SWITCH_SECONDS = (
+    1e-4  # loop and engine hand work to each other; 5 ms of waiting for the GIL is long
+)
 TRANSPORT_SLACK = 2  # a message up to twice the limit is read, so that its sender gets a reason
 
 log = structlog.get_logger()
@@ -151,6 +155,7 @@ async def _serve(config: ServerConfig) -> None:
 def serve(config: ServerConfig) -> None:
     """Run one shard until SIGTERM or SIGINT; ConfigError if it cannot start."""
     held = lock(config.data_dir) if config.data_dir else None
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         uvloop.run(_serve(config))
     finally:

@@ -68,6 +68,9 @@ MODES: dict[int, Mode] = {
     pb.MODE_SERVE: "serve",
 }
 
+_Work = tuple[float, "asyncio.Future[codec.Exchanged] | Exception"]  # its start, and how it goes
+_Answer = tuple[int, codec.Exchange, _Work]  # what a stream owes for the request of an id
+
 
 def status_of(error: Exception) -> Status:
     """The google.rpc.Status that tells a client about an error."""
@@ -203,8 +206,8 @@ class Service:
         """Answer requests in the order in which they come, several of them at work at a time."""
         task = asyncio.current_task()
         assert task is not None
-        answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(PIPELINE)
-        writer = asyncio.create_task(_write(answers, context))
+        answers: asyncio.Queue[_Answer | None] = asyncio.Queue(PIPELINE)
+        writer = asyncio.create_task(self._write(answers, context))
         broken: Exception | None = None
         self._counts.streams += 1
         try:
@@ -219,8 +222,9 @@ class Service:
                 except codec.Malformed as error:
                     broken = error
                     break
-                answer = self._answer(header, exchange, len(data), time.monotonic())
-                await answers.put(asyncio.ensure_future(answer))
+                wait = header.timeout_ms / 1000 if header.timeout_ms else math.inf
+                answer = self._begin(exchange, len(data), time.monotonic() + wait)
+                await answers.put((header.id, exchange, answer))
         except asyncio.CancelledError:
             if not self._draining:
                 writer.cancel()
@@ -236,24 +240,61 @@ class Service:
             self._count_error("Stream", status_of(broken))
             await _abort(context, broken)
 
-    async def _answer(
-        self, header: pb.StreamRequestHeader, exchange: codec.Exchange, size: int, now: float
-    ) -> bytes:
-        deadline = now + header.timeout_ms / 1000 if header.timeout_ms else math.inf
-        try:
-            done = await self._exchange(exchange, size, deadline)
-            return codec.encode_stream_response(header.id, done)
-        except Exception as error:
-            status = status_of(error)
-            self._count_error("Stream", status)
-            status_bytes = status.SerializeToString()
-            return codec.encode_stream_response(header.id, pb.Status.FromString(status_bytes))
+    async def _write(
+        self,
+        answers: asyncio.Queue[_Answer | None],
+        context: grpc.aio.ServicerContext[bytes, bytes],
+    ) -> None:
+        """Write answers in their order until the queue says None."""
+        while (answer := await answers.get()) is not None:
+            id, exchange, work = answer
+            try:
+                data = codec.encode_stream_response(id, await self._finish(exchange, work))
+            except Exception as error:
+                status = status_of(error)
+                self._count_error("Stream", status)
+                mirrored = pb.Status.FromString(status.SerializeToString())
+                data = codec.encode_stream_response(id, mirrored)
+            await context.write(data)
 
     async def _exchange(
         self, exchange: codec.Exchange, size: int, deadline: float
     ) -> codec.Exchanged:
-        """Check an exchange, have it done, count it. size: of the request, in bytes."""
-        config, counts, start = self._config, self._counts, time.perf_counter()
+        """Have an exchange done. size: of the request, in bytes."""
+        return await self._finish(exchange, self._begin(exchange, size, deadline))
+
+    def _begin(self, exchange: codec.Exchange, size: int, deadline: float) -> _Work:
+        """Check an exchange and hand it to the engine."""
+        start = time.perf_counter()
+        try:
+            self._admit(size)
+            pushes = [self._check_push(push) for push in exchange.pushes]
+            pulls = [self._check_pull(pull) for pull in exchange.pulls]
+        except Exception as error:
+            return start, error
+        self._counts.inflight_bytes += size
+        work = self._engine.submit(lambda: self._shard.exchange(pushes, pulls), deadline)
+        work.add_done_callback(lambda _: self._free(size))
+        return start, work
+
+    async def _finish(self, exchange: codec.Exchange, begun: _Work) -> codec.Exchanged:
+        """Wait for the engine, and count what was served."""
+        start, work = begun
+        if isinstance(work, Exception):
+            raise work
+        done = await work
+        seconds = time.perf_counter() - start
+        for push in exchange.pushes:
+            arrays = push.keys.nbytes + push.gradients.nbytes
+            self._counts.served("Push", push.header.table, len(push.keys), arrays, seconds)
+        for pull, pulled in zip(exchange.pulls, done.pulls, strict=True):
+            arrays = pull.keys.nbytes + pulled.embeddings.nbytes
+            self._counts.served("Pull", pull.header.table, len(pull.keys), arrays, seconds)
+        return done
+
+    def _admit(self, size: int) -> None:
+        """Refuse a request of so many bytes if it is too large, or comes at a bad time."""
+        config, inflight = self._config, self._counts.inflight_bytes
         if self._draining:
             raise Draining("the server is stopping")
         if size > config.max_message_bytes:
@@ -261,26 +302,13 @@ class Service:
                 "MESSAGE_TOO_LARGE",
                 f"the message has {size} bytes, the limit is {config.max_message_bytes}",
             )
-        if counts.inflight_bytes + size > config.max_inflight_bytes:
+        if inflight + size > config.max_inflight_bytes:
             raise Overloaded(
-                f"{counts.inflight_bytes} bytes are being worked on, the limit is"
-                f" {config.max_inflight_bytes}"
+                f"{inflight} bytes are being worked on, the limit is {config.max_inflight_bytes}"
             )
-        counts.inflight_bytes += size
-        try:
-            pushes = [self._check_push(push) for push in exchange.pushes]
-            pulls = [self._check_pull(pull) for pull in exchange.pulls]
-            done = await self._engine.submit(lambda: self._shard.exchange(pushes, pulls), deadline)
-        finally:
-            counts.inflight_bytes -= size
-        seconds = time.perf_counter() - start
-        for push in exchange.pushes:
-            arrays = push.keys.nbytes + push.gradients.nbytes
-            counts.served("Push", push.header.table, len(push.keys), arrays, seconds)
-        for pull, pulled in zip(exchange.pulls, done.pulls, strict=True):
-            arrays = pull.keys.nbytes + pulled.embeddings.nbytes
-            counts.served("Pull", pull.header.table, len(pull.keys), arrays, seconds)
-        return done
+
+    def _free(self, size: int) -> None:
+        self._counts.inflight_bytes -= size
 
     def _check_keys(self, table: str, keys: NDArray[np.uint64]) -> None:
         if len(keys) > self._config.max_keys:
@@ -317,8 +345,6 @@ class Service:
         header, keys, counts, n = push.header, push.keys, push.counts, len(push.keys)
         self._check_keys(header.table, keys)
         lr = header.lr if header.HasField("lr") else None
-        if lr is not None and not math.isfinite(lr):
-            raise BadRequest("NON_FINITE", f"table {header.table!r}: lr must be finite, got {lr}")
         if counts is not None and len(counts) != n:
             raise BadRequest(
                 "INVALID_ARGUMENT",
@@ -406,15 +432,6 @@ def _sum_repeated(
     routing.sum_rows(gradients, split.inverse, sums)
     total = np.bincount(split.inverse, weights=counts, minlength=len(split.keys))
     return split.keys, total.astype(np.uint32), sums
-
-
-async def _write(
-    answers: asyncio.Queue[asyncio.Task[bytes] | None],
-    context: grpc.aio.ServicerContext[bytes, bytes],
-) -> None:
-    """Write answers in their order until the queue says None."""
-    while (answer := await answers.get()) is not None:
-        await context.write(await answer)
 
 
 async def _abort(context: grpc.aio.ServicerContext[bytes, bytes], error: Exception) -> None:

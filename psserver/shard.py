@@ -23,6 +23,8 @@ from storage.errors import UnknownTable
 from storage.schema import TableSchema
 from storage.table import Mode, Table, TableStats
 
+_NO_VERSIONS, _NO_STEPS = np.empty(0, np.uint64), np.empty(0, np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class Push:
@@ -134,7 +136,13 @@ class Shard:
 
     def _check_push(self, push: Push) -> int | None:
         """The version under which the push was applied already, or None."""
-        dim = self._table(push.table).schema.dim
+        schema = self._table(push.table).schema
+        dim = schema.dim
+        if push.lr is not None:
+            try:
+                schema.optimizer.require_lr(push.lr)
+            except ValueError as error:
+                raise BadRequest("INVALID_ARGUMENT", f"table {push.table!r}: {error}") from error
         if len(push.keys) and push.gradients.shape[1] != dim:
             raise BadRequest(
                 "DIM_MISMATCH",
@@ -183,5 +191,7 @@ class Shard:
             dim=table.schema.dim,
             dtype=pull.dtype,  # type: ignore[arg-type]
         )
-        history = table.metadata(locations if pull.with_metadata else locations[:0])
-        return Pulled(header, to_wire(rows, pull.dtype), *map(np.ascontiguousarray, history))
+        embeddings = to_wire(rows, pull.dtype)
+        if not pull.with_metadata:
+            return Pulled(header, embeddings, _NO_VERSIONS, _NO_STEPS, _NO_VERSIONS)
+        return Pulled(header, embeddings, *map(np.ascontiguousarray, table.metadata(locations)))

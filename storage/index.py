@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.arena import Arena, Budget
-from storage.kernels import Keys, jit, mix64, prefetch
+from storage.kernels import ABSENT, Keys, Slots, jit, mix64, prefetch
 
 SEGMENT = 1 << 15  # entries
 LEAST_FULL = SEGMENT * 5 // 8
@@ -35,6 +35,7 @@ AHEAD = 16  # keys whose entries are asked for before they are needed
 Locations = NDArray[np.uint64]
 
 _MASK = np.uint64(SEGMENT - 1)
+_PLACE = np.uint64((1 << PLACE_BITS) - 1)
 
 
 @jit
@@ -175,6 +176,20 @@ def split(entries: Any, counts: Any, source: int, target: int, bit: int, scratch
             at = _next(at)
         entries[at, 0] = scratch[i, 0]
         entries[at, 1] = scratch[i, 1]
+
+
+@jit
+def _places(locations: Any, out: Any) -> None:
+    for i in range(locations.shape[0]):
+        place = np.int64(locations[i] & _PLACE)
+        out[i] = place if locations[i] != 0 else np.int64(ABSENT)
+
+
+def places(locations: Locations) -> Slots:
+    """Places int64[n] of locations uint64[n]; ABSENT where there is none."""
+    out = np.empty(len(locations), np.int64)
+    _places(locations, out)
+    return out
 
 
 class Index:

@@ -22,6 +22,7 @@ spares the compiler the question of negative positions. They read
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -304,7 +305,8 @@ class Optimizer(ABC):
         return lr >= 0.0, ">= 0"
 
     def _check(self) -> None:
-        """Refuse hyper-parameters that are numbers but make no sense."""
+        """Refuse numbers that make no sense."""
+        return  # any number will do, unless a kind says otherwise
 
     def _require(self, field: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -688,7 +690,8 @@ def compile_all() -> None:
 
 def _is_number(value: Any) -> tuple[bool, str]:
     """Whether a hyper-parameter survives float32, and the rule that says so."""
-    holds = isinstance(value, Real) and (value == 0 or SMALLEST <= abs(value) <= LARGEST)
+    size = abs(float(value)) if isinstance(value, Real) else math.nan
+    holds = size == 0.0 or SMALLEST <= size <= LARGEST
     return holds, f"0 or a number of size {SMALLEST:g} to {LARGEST:g}"
 
 

@@ -13,16 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.arena import Budget
-from storage.index import PLACE_BITS, Index, Locations
+from storage.index import PLACE_BITS, Index, Locations, places
 from storage.initializers import table_seed
-from storage.kernels import ABSENT, Keys, Rows, Slots
+from storage.kernels import Keys, Rows
 from storage.schema import TableSchema
 from storage.tiers.base import FREQUENCY, STEP, VERSION, Meta, Tier
 from storage.tiers.host import HostTier
 
 Mode = Literal["train", "serve"]
-
-_PLACE = np.uint64((1 << PLACE_BITS) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +70,7 @@ class Table:
         Returns uint64[n]: where each key is, 0 for keys without a row.
         """
         locations, absent = self._index.find(keys)
-        self._host.read(_places(locations), out)
+        self._host.read(places(locations), out)
         if absent:
             missing = np.flatnonzero(locations == 0)
             if mode == "train":
@@ -86,7 +84,7 @@ class Table:
         """Versions uint64[n], steps int64[n], frequencies uint64[n]; 0 for keys without a row."""
         meta = np.zeros((len(locations), 4), np.uint64)
         present = np.flatnonzero(locations)
-        meta[present] = self._host.dump(_places(locations[present]))[1]
+        meta[present] = self._host.dump(places(locations[present]))[1]
         return meta[:, VERSION], meta[:, STEP].view(np.int64), meta[:, FREQUENCY]
 
     def push(
@@ -114,13 +112,13 @@ class Table:
             locations[missing] = self._create(keys[missing])
         optimizer = self.schema.optimizer
         lr = optimizer.lr if lr is None else lr
-        self._host.push(_places(locations), gradients, counts, optimizer, lr, step, version)
+        self._host.push(places(locations), gradients, counts, optimizer, lr, step, version)
 
     def dump(self) -> Dump:
         """Copies of everything, for tests and tools; as large as the table."""
         keys = [k for k, _ in self._index.slices()]
         every = np.sort(np.concatenate(keys))
-        rows, meta = self._host.dump(_places(self._index.find(every)[0]))
+        rows, meta = self._host.dump(places(self._index.find(every)[0]))
         return Dump(every, rows, meta)
 
     def close(self) -> None:
@@ -130,19 +128,12 @@ class Table:
 
     def _create(self, keys: Keys) -> Locations:
         """Give absent keys their initial rows; all or, with OutOfMemory, none."""
-        places = self._host.allocate(len(keys))
-        locations = places.view(np.uint64) | np.uint64(self._host.code << PLACE_BITS)
+        slots = self._host.allocate(len(keys))
+        locations = slots.view(np.uint64) | np.uint64(self._host.code << PLACE_BITS)
         try:
             self._index.insert(keys, locations)
         except BaseException:
-            self._host.release(places)
+            self._host.release(slots)
             raise
-        self._host.create(keys, places, self.schema.initializer, self._seed, self._state)
+        self._host.create(keys, slots, self.schema.initializer, self._seed, self._state)
         return locations
-
-
-def _places(locations: Locations) -> Slots:
-    """Places int64[n] of locations; ABSENT where there is none."""
-    places = (locations & _PLACE).view(np.int64)
-    places[locations == 0] = ABSENT
-    return places

@@ -1,0 +1,108 @@
+"""Medians, tables, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+Contender = Callable[[int], Any]  # takes the number of the step
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the work, to try it")
+    return parser
+
+
+def interleave(
+    contenders: dict[str, Contender], *, steps: int, rounds: int, warm: int = 20
+) -> dict[str, list[float]]:
+    """Seconds of each step by contender.
+
+    All take turns, ``rounds`` times, so that a noisy minute of the machine hits all of them; each
+    turn starts with ``warm`` steps that are not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    at = dict.fromkeys(contenders, 0)
+    for _ in range(rounds):
+        for name, step in contenders.items():
+            for i in range(warm + steps // rounds):
+                start = time.perf_counter()
+                step(at[name])
+                if i >= warm:
+                    times[name].append(time.perf_counter() - start)
+                at[name] += 1
+    return times
+
+
+def stolen() -> float:
+    """Seconds of processor time that the host took from this machine since it started."""
+    with open("/proc/stat") as stat:
+        return int(stat.readline().split()[8]) / 100
+
+
+class Report:
+    """Figures of one run: printed as they come, written as JSON at the end."""
+
+    def __init__(self, name: str, path: Path | None) -> None:
+        self._name = name
+        self._path = path
+        self._console = Console(width=118)
+        self._sections: dict[str, list[dict[str, Any]]] = {}
+        self._started = time.time()
+        self._stolen = stolen()
+
+    def section(self, title: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Print a table; the keys of the first row are its head."""
+        self._sections[title] = list(rows)
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for i, head in enumerate(rows[0]):
+            table.add_column(head, justify="right" if i else "left", no_wrap=not i)
+        for row in rows:
+            table.add_row(*(_cell(value) for value in row.values()))
+        self._console.print(table)
+
+    def note(self, text: str) -> None:
+        """Print a line that belongs to the figures."""
+        self._sections.setdefault("notes", []).append({"note": text})
+        self._console.print(text, highlight=False)
+
+    def close(self) -> None:
+        """Say how quiet the machine was, and write the JSON."""
+        took = time.time() - self._started
+        self.note(f"{took:.0f} s; processor time taken by the host: {stolen() - self._stolen:.1f} s")
+        if self._path:
+            result = {
+                "benchmark": self._name,
+                "python": platform.python_version(),
+                "machine": platform.processor() or platform.machine(),
+                "sections": self._sections,
+            }
+            self._path.write_text(json.dumps(result, indent=1))
+
+
+def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and 99th percentile."""
+    return {
+        "p50 ms": float(np.median(seconds) * 1e3),
+        "p99 ms": float(np.quantile(seconds, 0.99) * 1e3),
+    }
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,115 @@
+"""Shards and bare echo servers as processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+import uvloop
+
+READY_SECONDS = 180.0
+
+
+def free_ports(count: int) -> int:
+    """The first of ``count`` consecutive free ports on loopback."""
+    for first in range(20_000 + os.getpid() % 10_000, 60_000, count):
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
+    raise OSError(f"no {count} consecutive free ports")
+
+
+@contextmanager
+def shards(count: int) -> Iterator[tuple[list[str], list[int]]]:
+    """A cluster; yields the addresses and the process ids of its shards."""
+    port = free_ports(count)
+    with tempfile.TemporaryDirectory(prefix="ps-bench-") as directory:
+        command = [sys.executable, "-m", "psserver", "up", "--shards", str(count)]
+        command += ["--port", str(port), "--metrics-port", "0", "--data-dir", directory]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            _wait(process)
+            with open(f"/proc/{process.pid}/task/{process.pid}/children") as children:
+                pids = [int(pid) for pid in children.read().split()]
+            yield [f"127.0.0.1:{port + shard}" for shard in range(count)], pids
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
+
+
+@contextmanager
+def echo() -> Iterator[str]:
+    """A bare grpc.aio server on uvloop, as a process; yields its address.
+
+    /Echo/Unary and /Echo/Stream answer each message with as many bytes as its first four say.
+    """
+    port = free_ports(1)
+    command = [sys.executable, "-m", "benchmarks.servers", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        _wait(process)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line.startswith("ready"):
+        raise RuntimeError(f"the server said {line!r} and exited with {process.poll()}")
+
+
+def rss(pid: int) -> int:
+    """Resident bytes of a process."""
+    with open(f"/proc/{pid}/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def cpu(pid: int) -> float:
+    """Processor seconds that a process has used."""
+    with open(f"/proc/{pid}/stat") as stat:
+        fields = stat.read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def _serve_echo(port: int) -> None:
+    replies: dict[int, bytes] = {}
+
+    def reply(data: bytes) -> bytes:
+        size = int.from_bytes(data[:4], "little")
+        return replies.setdefault(size, bytes(size))
+
+    async def unary(data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        return reply(data)
+
+    async def stream(_: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        while (data := await context.read()) is not grpc.aio.EOF:
+            await context.write(reply(data))
+
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
+    methods = {
+        "Unary": grpc.unary_unary_rpc_method_handler(unary),
+        "Stream": grpc.stream_stream_rpc_method_handler(stream),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Echo", methods),))
+    server.add_insecure_port(f"127.0.0.1:{port}")
+    await server.start()
+    print("ready", flush=True)
+    await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    uvloop.run(_serve_echo(int(sys.argv[1])))

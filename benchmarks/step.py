@@ -1,0 +1,145 @@
+"""The standard work through the public client, against the peers that can be installed.
+
+A step pulls B rows in the order drawn, duplicates kept, and pushes gradients for the distinct ids;
+finding distinct keys and scattering rows are inside. All contenders take turns.
+
+    echo       a bare grpcio stream that moves what an exchange moves: the limit for all of ours
+    exchange   one message: the last step's gradients and this step's keys
+    stream     a pull, then a push, on the stream
+    unary      a pull, then a push, as unary calls
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, closing
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+import numpy as np
+
+from benchmarks.peers import PEERS, Ids, Step, Unavailable, Work, initial_rows, keys_of, standard_work
+from benchmarks.report import Contender, Report, arguments, interleave, milliseconds
+from benchmarks.servers import echo, shards
+from psclient import Client, Table
+
+CHUNK = 100_000
+
+
+class Trainer:
+    """The standard work on one table through one client."""
+
+    def __init__(self, table: Table, keys: Ids, steps: list[Step], wire: Any) -> None:
+        self._table = table
+        self._steps = [(keys[ids], keys[distinct], grads) for ids, distinct, grads in steps]
+        self._wire = wire
+
+    def exchange(self, i: int) -> None:
+        """Push the gradients of the step before and pull the rows of this one."""
+        ids, _, _ = self._steps[i % len(self._steps)]
+        _, distinct, grads = self._steps[(i - 1) % len(self._steps)]
+        self._table.exchange(ids, (distinct, grads), step=i, wire=self._wire)
+
+    def pull_push(self, i: int) -> None:
+        """Pull the rows of this step, then push its gradients."""
+        ids, distinct, grads = self._steps[i % len(self._steps)]
+        self._table.pull(ids, wire=self._wire)
+        self._table.push(distinct, grads, step=i, wire=self._wire)
+
+
+class Echo:
+    """Moves as many bytes as an exchange, and does nothing with them."""
+
+    def __init__(self, address: str, steps: list[Step], dim: int, item: int) -> None:
+        self._channel = grpc.insecure_channel(
+            address, options=[("grpc.max_receive_message_length", -1)]
+        )
+        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
+        self._replies = self._channel.stream_stream("/Echo/Stream")(iter(self._outbox.get, None))
+        distinct = [len(step[1]) for step in steps]
+        self._messages = [
+            (n * dim * item).to_bytes(4, "little") + bytes(n * (8 + 4 + dim * item) + n * 8)
+            for n in distinct
+        ]
+
+    def step(self, i: int) -> None:
+        """One message each way."""
+        self._outbox.put(self._messages[i % len(self._messages)])
+        next(self._replies)
+
+    def close(self) -> None:
+        """End the stream."""
+        self._outbox.put(None)
+        self._channel.close()
+
+
+def fill(table: Table, keys: Ids, rows: Any) -> None:
+    """Give every key a row by pushes of a zero gradient; their values do not matter here."""
+    zero = np.zeros((CHUNK, table.dim), np.float32)
+    for at in range(0, len(keys), CHUNK):
+        part = keys[at : at + CHUNK]
+        table.push(part, zero[: len(part)])
+
+
+def main() -> None:
+    """Run and print."""
+    parser = arguments(__doc__)
+    parser.add_argument("--peers", default=",".join(PEERS), help="names, comma-separated")
+    options = parser.parse_args()
+    report = Report("step", options.json)
+    work = Work(rows=200_000) if options.quick else Work()
+    count = 60 if options.quick else 300
+    keys = keys_of(np.arange(work.rows))
+    with ExitStack() as stack:
+        addresses, _ = stack.enter_context(shards(1))
+        streams = stack.enter_context(Client(addresses))
+        unaries = stack.enter_context(Client(addresses, transport="unary"))
+        echo_address = stack.enter_context(echo())
+        table = streams.create_table("standard", work.dim, optimizer="adagrad", lr=0.05)
+        fill(table, keys, initial_rows(work))
+        peers = {}
+        for name in filter(None, options.peers.split(",")):
+            try:
+                peers[name] = stack.enter_context(closing(PEERS[name](work)))
+            except Unavailable as reason:
+                report.note(f"{name}: left out: {reason}")
+        for batch in (10_000, 1_000):
+            steps = standard_work(Work(rows=work.rows, batch=batch), 64)
+            contenders: dict[str, Contender] = {}
+            for wire, item in (("float32", 4), ("bfloat16", 2)):
+                trainer = Trainer(table, keys, steps, wire)
+                unary = Trainer(unaries.table("standard"), keys, steps, wire)
+                limit = Echo(echo_address, steps, work.dim, item)
+                stack.callback(limit.close)
+                contenders[f"echo {wire}"] = limit.step
+                contenders[f"exchange {wire}"] = trainer.exchange
+                contenders[f"stream {wire}"] = trainer.pull_push
+                contenders[f"unary {wire}"] = unary.pull_push
+            times = interleave(contenders, steps=count, rounds=6)
+            for name, peer in peers.items():
+                peer.run(steps[:20])
+                times[name] = peer.run((steps * 4)[: max(count * 2 // 3, 20)])
+                # ours once more beside each peer, so that both see the same minute
+                again = interleave(
+                    {"exchange float32": contenders["exchange float32"]}, steps=60, rounds=1
+                )
+                times[f"exchange float32, beside {name}"] = again["exchange float32"]
+            base = np.median(times["exchange float32"])
+            report.section(
+                f"step, B = {batch:,} ({np.mean([len(s[1]) for s in steps]):,.0f} distinct),"
+                f" {work.rows:,} rows, 1 shard",
+                [
+                    {
+                        "contender": name,
+                        **milliseconds(seconds),
+                        "x exchange float32": float(np.median(seconds) / base),
+                        "steps": len(seconds),
+                    }
+                    for name, seconds in times.items()
+                ],
+            )
+    report.close()
+
+
+if __name__ == "__main__":
+    main()

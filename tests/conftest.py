@@ -1,0 +1,75 @@
+"""Servers, clients and names for every test that wants them.
+
+cluster1, cluster2, cluster3  shared by the session; no test may harm them
+start_cluster                 a cluster of the test's own, which it may kill
+name                          of a table that no other test has
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+from servers import Cluster
+
+from psclient import Client
+
+_numbers = itertools.count(1)
+
+
+def _shared(shards: int) -> Iterator[Cluster]:
+    cluster = Cluster(shards, metrics=True).start()
+    try:
+        yield cluster
+    finally:
+        assert cluster.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def cluster1() -> Iterator[Cluster]:
+    yield from _shared(1)
+
+
+@pytest.fixture(scope="session")
+def cluster2() -> Iterator[Cluster]:
+    yield from _shared(2)
+
+
+@pytest.fixture(scope="session")
+def cluster3() -> Iterator[Cluster]:
+    yield from _shared(3)
+
+
+@pytest.fixture
+def start_cluster() -> Iterator[Callable[..., Cluster]]:
+    """start_cluster(shards, *flags, metrics=False): stopped after the test."""
+    with ExitStack() as stack:
+
+        def start(shards: int, *flags: str, metrics: bool = False) -> Cluster:
+            cluster = Cluster(shards, *flags, metrics=metrics).start()
+            stack.callback(cluster.stop)
+            return cluster
+
+        yield start
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    words = re.sub(r"[^A-Za-z0-9]+", "_", request.node.originalname)
+    return f"{words.removeprefix('test_')[:60]}.{next(_numbers)}"
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., Client]]:
+    """connect(cluster, **options): a client, closed after the test."""
+    with ExitStack() as stack:
+
+        def make(cluster: Cluster, **options: object) -> Client:
+            client = Client(cluster.addresses, **{"timeout": 20.0, **options})  # type: ignore[arg-type]
+            stack.callback(client.close)
+            return client
+
+        yield make

@@ -1,0 +1,161 @@
+"""Real servers for the tests: `psserver up` and `psserver serve` on free ports."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+READY_SECONDS = 100.0  # the first start compiles the kernels
+STOP_SECONDS = 30.0
+BELOW_EPHEMERAL = (12_000, 30_000)  # no outgoing connection takes a port from here
+
+
+def free_ports(count: int) -> int:
+    """The first of ``count`` consecutive local ports that nobody listens on just now."""
+    for _ in range(1000):
+        first = random.SystemRandom().randrange(*BELOW_EPHEMERAL)
+        sockets = [socket.socket() for _ in range(count)]
+        try:
+            for at, listener in enumerate(sockets):
+                listener.bind(("127.0.0.1", first + at))
+        except OSError:
+            continue
+        finally:
+            for listener in sockets:
+                listener.close()
+        return first
+    raise OSError(f"found no {count} consecutive free ports")
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+    """The first true value of ``condition()``; for states that announce themselves to nobody."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {condition}"
+        time.sleep(0.02)
+    return value
+
+
+class Cluster:
+    """`psserver up` as a process, from start() to stop()."""
+
+    def __init__(self, shards: int, *flags: str, metrics: bool = False) -> None:
+        self.shards = shards
+        self.port = free_ports(2 * shards)
+        self.metrics_port = self.port + shards if metrics else 0
+        self.addresses = [f"127.0.0.1:{self.port + shard}" for shard in range(shards)]
+        self.flags = flags
+        self._directory = tempfile.TemporaryDirectory(prefix="ps-test-")
+        self.directory = Path(self._directory.name)
+
+    def start(self) -> Cluster:
+        """Start the processes and wait until all serve."""
+        self.launch()
+        try:
+            eventually(self._ready, READY_SECONDS)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def launch(self) -> None:
+        """Start the processes."""
+        command = [sys.executable, "-m", "psserver", "up", "--shards", str(self.shards)]
+        command += ["--port", str(self.port), "--metrics-port", str(self.metrics_port)]
+        command += ["--data-dir", str(self.directory / "data"), *self.flags]
+        with self._file("out").open("wb") as out, self._file("err").open("wb") as err:
+            self.process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
+
+    def stop(self) -> int:
+        """SIGTERM; SIGKILL for all if that does not help. The exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            raise
+        finally:
+            self._directory.cleanup()
+
+    @property
+    def output(self) -> str:
+        return self._file("out").read_text()
+
+    @property
+    def errors(self) -> str:
+        return self._file("err").read_text()
+
+    def log(self, shard: int) -> list[dict[str, Any]]:
+        """The log lines of a shard."""
+        path = self.directory / "data" / f"shard-{shard}.log"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def pids(self, shard: int) -> list[int]:
+        """The processes that have announced themselves as ready, oldest first."""
+        return [entry["pid"] for entry in self.log(shard) if entry["event"] == "ready"]
+
+    def metrics(self, shard: int) -> dict[tuple[str, Mapping[str, str]], float]:
+        """Samples of /metrics by name and labels."""
+        return scrape(self.metrics_port + shard)
+
+    def _ready(self) -> bool:
+        assert self.process.poll() is None, f"psserver ended: {self.errors}"
+        return self.output.startswith("ready")
+
+    def _file(self, name: str) -> Path:
+        return self.directory / f"up.{name}"
+
+
+class Labels(dict[str, str]):
+    """Labels that can stand in a key."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
+def scrape(port: int) -> dict[tuple[str, Mapping[str, str]], float]:
+    """Samples of http://127.0.0.1:port/metrics by name and labels."""
+    url = f"http://127.0.0.1:{port}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as page:  # noqa: S310
+        text = page.read().decode()
+    return {
+        (sample.name, Labels(sample.labels)): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def serve(*flags: str, **environment: str) -> subprocess.Popen[str]:
+    """`psserver serve` as a process; its first line of output is "ready"."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "psserver", "serve", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
