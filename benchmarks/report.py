@@ -81,7 +81,9 @@ class Report:
     def close(self) -> None:
         """Say how quiet the machine was, and write the JSON."""
         took = time.time() - self._started
-        self.note(f"{took:.0f} s; processor time taken by the host: {stolen() - self._stolen:.1f} s")
+        self.note(
+            f"{took:.0f} s; processor time taken by the host: {stolen() - self._stolen:.1f} s"
+        )
         if self._path:
             result = {
                 "benchmark": self._name,

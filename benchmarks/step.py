@@ -18,7 +18,16 @@ from typing import Any
 import grpc
 import numpy as np
 
-from benchmarks.peers import PEERS, Ids, Step, Unavailable, Work, initial_rows, keys_of, standard_work
+from benchmarks.peers import (
+    PEERS,
+    Ids,
+    Step,
+    Unavailable,
+    Work,
+    initial_rows,
+    keys_of,
+    standard_work,
+)
 from benchmarks.report import Contender, Report, arguments, interleave, milliseconds
 from benchmarks.servers import echo, shards
 from psclient import Client, Table

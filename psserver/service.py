@@ -40,7 +40,7 @@ from psserver.errors import (
 from psserver.metrics import Counts
 from psserver.schemas import read_schema, write_schema
 from psserver.shard import Pull, Push, Shard
-from storage.errors import InvalidInput, OutOfMemory, SchemaMismatch, TierFull, UnknownTable
+from storage.errors import OutOfMemory, SchemaMismatch, UnknownTable
 from storage.table import Mode
 
 PIPELINE = 64  # requests of one stream that may be at work
@@ -49,7 +49,6 @@ Code = grpc.StatusCode
 CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     codec.Malformed: (Code.INVALID_ARGUMENT, "MALFORMED_MESSAGE"),
     BadRequest: (Code.INVALID_ARGUMENT, ""),  # an empty reason: the error has its own
-    InvalidInput: (Code.INVALID_ARGUMENT, "INVALID_ARGUMENT"),
     UnknownTable: (Code.NOT_FOUND, "TABLE_NOT_FOUND"),
     SchemaMismatch: (Code.FAILED_PRECONDITION, "SCHEMA_MISMATCH"),
     WrongShard: (Code.FAILED_PRECONDITION, ""),
@@ -57,7 +56,6 @@ CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     VersionInFuture: (Code.OUT_OF_RANGE, ""),
     TooLarge: (Code.RESOURCE_EXHAUSTED, ""),
     OutOfMemory: (Code.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
-    TierFull: (Code.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
     Overloaded: (Code.RESOURCE_EXHAUSTED, ""),
     DeadlinePassed: (Code.DEADLINE_EXCEEDED, ""),
     Draining: (Code.UNAVAILABLE, ""),

@@ -15,7 +15,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from storage.errors import OutOfMemory
 
-HUGE = 2 << 20  # bytes of a huge page, and of the smallest chunk
+HUGE = 2 << 20  # bytes of a huge page
+SMALLEST_CHUNK = 64 << 10  # bytes, of a table that has not filled a huge page yet
 LARGEST_CHUNK = 64 << 20  # bytes
 MAP_NORESERVE = 0x4000  # Linux; the mmap module names it from Python 3.13 on
 
@@ -73,13 +74,14 @@ class Arena:
         """Make at least ``rows`` rows usable, or raise OutOfMemory and change nothing.
 
         Chunks are a sixteenth of what is held: large enough to be rare, small enough to waste
-        little. Huge pages start with the second chunk, so that a small table stays small.
+        little. Huge pages start behind the first 2 MiB, so that a small table stays small.
         """
         wanted = rows * self._row_bytes
         if wanted <= self._taken:
             return
-        chunk = min(max(self._taken // 16, HUGE), LARGEST_CHUNK)
-        end = -(-max(wanted, self._taken + chunk) // HUGE) * HUGE
+        unit = SMALLEST_CHUNK if wanted <= HUGE else HUGE
+        chunk = min(max(self._taken // 16, unit), LARGEST_CHUNK)
+        end = -(-max(wanted, self._taken + chunk) // unit) * unit
         self._budget.take(end - self._taken)
         start = max(self._taken, HUGE)
         if end > start:

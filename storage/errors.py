@@ -1,10 +1,8 @@
 """What can go wrong in storage. Nothing here knows about gRPC.
 
 * StorageError
-  - InvalidInput     an argument breaks a rule; nothing was applied
   - UnknownTable     the table was never created on this shard
   - SchemaMismatch   the table exists with another schema
-  - TierFull         a write found no room and the caller made none
   - OutOfMemory      the shard's memory budget does not allow the growth a write needs
 """
 
@@ -13,10 +11,6 @@ from __future__ import annotations
 
 class StorageError(Exception):
     """Root of everything that storage raises on purpose."""
-
-
-class InvalidInput(StorageError, ValueError):
-    """An argument breaks a rule; nothing was applied."""
 
 
 class UnknownTable(StorageError):
@@ -34,14 +28,6 @@ class SchemaMismatch(StorageError):
         super().__init__(f"table {table!r} exists with {field} {held!r}, asked for {asked!r}")
         self.table = table
         self.field = field
-
-
-class TierFull(StorageError):
-    """A write found no room and the caller made none."""
-
-    def __init__(self, tier: str, capacity: int, wanted: int) -> None:
-        super().__init__(f"{tier} tier holds at most {capacity} rows, {wanted} wanted")
-        self.tier = tier
 
 
 class OutOfMemory(StorageError):

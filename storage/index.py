@@ -68,12 +68,15 @@ def find(entries: Any, directory: Any, depth: int, keys: Any, out: Any) -> Any:
     n = keys.shape[0]
     absent = 0
     for i in range(min(AHEAD, n)):
-        prefetch(entries, np.int64(_home(directory, depth, mix64(keys[i]))), 0)
+        out[i] = _home(directory, depth, mix64(keys[i]))  # until the answer takes its place
+        prefetch(entries, np.int64(out[i]), 0)
     for i in range(n):
         if i + AHEAD < n:
-            prefetch(entries, np.int64(_home(directory, depth, mix64(keys[i + AHEAD]))), 0)
+            home = _home(directory, depth, mix64(keys[i + AHEAD]))
+            out[i + AHEAD] = home
+            prefetch(entries, np.int64(home), 0)
         key = keys[i]
-        at = _home(directory, depth, mix64(key))
+        at = out[i]
         while entries[at, 1] != 0 and entries[at, 0] != key:
             at = _next(at)
         location = entries[at, 1]

@@ -1,0 +1,159 @@
+"""Shards, clients, table sizes, memory and start-up.
+
+Rows are pulled and pushed as in the standard work (B = 10,000, exchange, float32). On a machine
+with two cores, two shards and their trainer share them: what is lost is the cost of messages.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers import Work, keys_of, standard_work
+from benchmarks.report import Report, arguments
+from benchmarks.servers import cpu, rss, shards
+from benchmarks.step import Trainer, fill
+from psclient import Client
+
+DIM = 32
+ROW = 2 * DIM * 4  # raw bytes of an embedding and its Adagrad state
+
+
+def _train(addresses: list[str], rows: int, steps: int, barrier: Any, answers: Any) -> None:
+    """One trainer as a process: rows per second over ``steps`` exchanges."""
+    with Client(addresses) as client:
+        work = standard_work(Work(rows=rows), 32)
+        trainer = Trainer(client.table("scale"), keys_of(np.arange(rows)), work, "float32")
+        for i in range(20):
+            trainer.exchange(i)
+        barrier.wait()
+        start = time.perf_counter()
+        for i in range(steps):
+            trainer.exchange(i)
+        answers.put((start, time.perf_counter()))
+
+
+def throughput(addresses: list[str], rows: int, clients: int, steps: int) -> float:
+    """Rows per second (pulled in draw order) of several trainers together."""
+    context = multiprocessing.get_context("spawn")
+    barrier, answers = context.Barrier(clients), context.Queue()
+    trainers = [
+        context.Process(target=_train, args=(addresses, rows, steps, barrier, answers))
+        for _ in range(clients)
+    ]
+    for trainer in trainers:
+        trainer.start()
+    spans = [answers.get(timeout=300) for _ in trainers]
+    for trainer in trainers:
+        trainer.join()
+    elapsed = max(end for _, end in spans) - min(start for start, _ in spans)
+    return clients * steps * 10_000 / float(elapsed)
+
+
+def main() -> None:
+    """Run and print."""
+    parser = arguments(__doc__)
+    parser.add_argument("--largest", type=int, default=20_000_000, help="rows of the largest table")
+    options = parser.parse_args()
+    report = Report("scale", options.json)
+    rows, steps = (200_000, 30) if options.quick else (2_000_000, 200)
+    measured = []
+    for count, clients in ((1, 1), (2, 1), (4, 1), (1, 4)):
+        with ExitStack() as stack:
+            addresses, pids = stack.enter_context(shards(count))
+            client = stack.enter_context(Client(addresses))
+            fill(client.create_table("scale", DIM, lr=0.05), keys_of(np.arange(rows)), None)
+            before = sum(map(cpu, pids))
+            rate = throughput(addresses, rows, clients, steps // clients)
+            used = sum(map(cpu, pids)) - before
+            moved = (steps // clients + 20) * clients * 10_000 / 1e6
+            measured.append((count, clients, rate, used / moved))
+    report.section(
+        "shards and clients",
+        [
+            {
+                "shards": count,
+                "clients": clients,
+                "rows/s": rate,
+                "x 1 shard, 1 client": rate / measured[0][2],
+                "server CPU s a million rows": used,
+            }
+            for count, clients, rate, used in measured
+        ],
+    )
+    report.section("one table growing, 1 shard", _growth(options.largest, options.quick))
+    report.section("start", _starts())
+    report.close()
+
+
+def _growth(largest: int, quick: bool) -> list[dict[str, Any]]:
+    """Time and memory as one table grows; the worst memory between two sizes beside the last."""
+    sizes = [
+        n
+        for n in (1_000_000, 2_000_000, 5_000_000, 10_000_000, 20_000_000, 50_000_000)
+        if n <= largest
+    ]
+    if quick:
+        sizes = [100_000, 200_000]
+    found = []
+    with ExitStack() as stack:
+        addresses, pids = stack.enter_context(shards(1))
+        client = stack.enter_context(Client(addresses))
+        table = client.create_table("scale", DIM, lr=0.05)
+        empty, held, first = rss(pids[0]), 0, 0.0
+        for size in sizes:
+            worst = 0.0
+            for at in range(held, size, 200_000):
+                fill(table, keys_of(np.arange(at, min(at + 200_000, size))), None)
+                filled = min(at + 200_000, size)
+                if filled >= min(2_000_000, sizes[-1]):
+                    worst = max(worst, (rss(pids[0]) - empty) / (filled * ROW))
+            held = size
+            rng = np.random.default_rng(size)
+            batches = [keys_of(rng.integers(0, size, 10_000)) for _ in range(60)]
+            seconds = []
+            for batch in batches:
+                start = time.perf_counter()
+                table.pull(batch)
+                seconds.append(time.perf_counter() - start)
+            pull = float(np.median(seconds[10:])) / 10_000 * 1e9
+            first = first or pull
+            info = table.describe()
+            found.append(
+                {
+                    "rows": size,
+                    "pull, uniform, ns a key": pull,
+                    "x the smallest (<= 1.3)": pull / first,
+                    "resident bytes a row": (rss(pids[0]) - empty) / size,
+                    "x raw (<= 1.25)": (rss(pids[0]) - empty) / (size * ROW),
+                    "accounted x raw": info.bytes / (size * ROW),
+                    "worst so far, x raw (<= 1.35)": worst or None,
+                }
+            )
+    return found
+
+
+def _starts() -> list[dict[str, Any]]:
+    """Seconds from the command to ``ready``, kernels cached."""
+    found = []
+    for _ in range(3):
+        start = time.perf_counter()
+        with shards(1):
+            found.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import psserver.server"], check=True)
+    imports = time.perf_counter() - start
+    return [
+        {"what": "psserver up, to ready (<= 3 s)", "seconds": float(np.median(found))},
+        {"what": "of which importing", "seconds": imports},
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Pull and push against a bare grpcio echo that moves the same bytes in the same kind of call.
+
+Both sides are one server process (grpc.aio on uvloop) and one client process on loopback. Ours
+sends messages made beforehand, so that what is compared is the server: decode, check, find rows,
+step, encode. The keys are the distinct ones of the standard work.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+import numpy as np
+
+from benchmarks.peers import Work, keys_of, standard_work
+from benchmarks.report import Contender, Report, arguments, interleave, milliseconds
+from benchmarks.servers import echo, shards
+from benchmarks.step import fill
+from psclient import Client
+from psproto import codec
+from psproto import ps_pb2 as pb
+
+DIM = 32
+NO_LIMIT = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
+
+
+class Stream:
+    """One message out, one message in, on a stream."""
+
+    def __init__(self, channel: grpc.Channel, method: str) -> None:
+        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
+        self._replies = channel.stream_stream(method)(iter(self._outbox.get, None))
+
+    def __call__(self, message: bytes) -> bytes:
+        self._outbox.put(message)
+        return bytes(next(self._replies))
+
+    def close(self) -> None:
+        """End the stream."""
+        self._outbox.put(None)
+
+
+def messages(keys: list[Any], gradients: Any) -> dict[str, list[bytes]]:
+    """What a client would send for each step, by kind of call."""
+    pulls = [codec.Pull(pb.PullHeader(table="wire"), k) for k in keys]
+    pushes = [
+        codec.Push(pb.PushHeader(table="wire"), k, np.ones(len(k), np.uint32), gradients[: len(k)])
+        for k in keys
+    ]
+    head = pb.StreamRequestHeader(id=1)
+    return {
+        "pull": [codec.encode_pull(pull) for pull in pulls],
+        "push": [codec.encode_push(push) for push in pushes],
+        "stream pull": [
+            codec.encode_stream_request(head, codec.Exchange([], [pull])) for pull in pulls
+        ],
+        "stream push": [
+            codec.encode_stream_request(head, codec.Exchange([push], [])) for push in pushes
+        ],
+        "stream exchange": [
+            codec.encode_stream_request(head, codec.Exchange([push], [pull]))
+            for push, pull in zip(pushes, pulls, strict=True)
+        ],
+    }
+
+
+def _turn(call: Any, requests: list[bytes], i: int) -> None:
+    call(requests[i % len(requests)])
+
+
+def main() -> None:
+    """Run and print."""
+    options = arguments(__doc__).parse_args()
+    report = Report("wire", options.json)
+    work = Work(rows=200_000 if options.quick else 2_000_000)
+    all_keys = keys_of(np.arange(work.rows))
+    gradients = np.random.default_rng(0).standard_normal((10_000, DIM), dtype=np.float32)
+    with ExitStack() as stack:
+        addresses, _ = stack.enter_context(shards(1))
+        client = stack.enter_context(Client(addresses))
+        fill(client.create_table("wire", DIM, lr=0.05), all_keys, None)
+        ours = stack.enter_context(grpc.insecure_channel(addresses[0], options=NO_LIMIT))
+        bare = stack.enter_context(
+            grpc.insecure_channel(stack.enter_context(echo()), options=NO_LIMIT)
+        )
+        streams = Stream(ours, "/ps.v1.RowService/Stream"), Stream(bare, "/Echo/Stream")
+        for stream in streams:
+            stack.callback(stream.close)
+        calls: dict[str, tuple[Any, Any]] = {
+            "pull": (ours.unary_unary("/ps.v1.RowService/Pull"), bare.unary_unary("/Echo/Unary")),
+            "push": (ours.unary_unary("/ps.v1.RowService/Push"), bare.unary_unary("/Echo/Unary")),
+        }
+        calls |= dict.fromkeys(("stream pull", "stream push", "stream exchange"), streams)
+        for batch in (10_000, 1_000):
+            steps = standard_work(Work(rows=work.rows, batch=batch), 64)
+            keys = [all_keys[distinct].view(np.uint64) for _, distinct, _ in steps]
+            sent = messages(keys, gradients)
+            contenders: dict[str, Contender] = {}
+            for kind, (call, other) in calls.items():
+                requests = sent[kind]
+                replies = [len(call(request)) for request in requests]
+                echoed = [
+                    reply.to_bytes(4, "little") + request[4:]
+                    for request, reply in zip(requests, replies, strict=True)
+                ]
+                contenders[kind] = partial(_turn, call, requests)
+                contenders[f"{kind} echo"] = partial(_turn, other, echoed)
+            times = interleave(contenders, steps=60 if options.quick else 300, rounds=6)
+            report.section(
+                f"wire, {np.mean([len(k) for k in keys]):,.0f} distinct keys, dim {DIM}, float32",
+                [
+                    {
+                        "call": kind,
+                        **milliseconds(times[kind]),
+                        "echo p50 ms": float(np.median(times[f"{kind} echo"])) * 1e3,
+                        "x echo (<= 1.3)": float(
+                            np.median(times[kind]) / np.median(times[f"{kind} echo"])
+                        ),
+                    }
+                    for kind in calls
+                ],
+            )
+    report.close()
+
+
+if __name__ == "__main__":
+    main()
