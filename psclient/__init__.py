@@ -3,9 +3,10 @@
 errors.py    what can go wrong
 strings.py   keys from strings
 batch.py     distinct keys, sums of gradients, pooling
+fork.py      gRPC channels of a process that forks
 channels.py  one shard: a stream, retries
 client.py    all shards: tables, pull, push, exchange
-sync.py      the same for asyncio
+aio.py       the same for asyncio
 torch.py     PyTorch modules (imported on demand)
 """
 

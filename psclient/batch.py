@@ -43,7 +43,7 @@ def as_keys(keys: Any) -> NDArray[np.uint64]:
         raise InvalidArgument(f"keys must be integers, got dtype {array.dtype}")
     if array.dtype.kind == "i":
         array = array.astype(np.int64, copy=False)
-    return np.ascontiguousarray(array).astype(np.uint64, copy=False)
+    return array.astype(np.uint64, order="C", copy=False)  # of any shape, () too
 
 
 def _gradients(gradients: Any, shape: tuple[int, ...], table: str) -> Rows:

@@ -24,6 +24,7 @@ from typing import Any
 import grpc
 
 from psclient.errors import DeadlineExceeded, PsError, SessionExpired, Unavailable, error_of
+from psclient.fork import Cancelled, Channel
 from psproto import codec
 from psproto import ps_pb2 as pb
 
@@ -116,8 +117,7 @@ class Link:
 
     def __init__(self, where: str, address: str, session: Session) -> None:
         self.where = where  # for messages: "shard 1 at 127.0.0.1:7001"
-        self.channel = grpc.insecure_channel(address, options=OPTIONS)
-        self._open_stream = self.channel.stream_stream("/ps.v1.RowService/Stream")
+        self.channel = Channel(address, OPTIONS)
         self._session = session
         self._ids = itertools.count(1)
         self._changed = threading.Condition()
@@ -163,7 +163,7 @@ class Link:
         """Wake a reader whose deadline has passed; called now and then by a thread."""
         reader, stream = self._reader, self._stream
         if reader is not None and reader.deadline < now and stream is not None:
-            stream.cancel()
+            self.channel.cancel(stream)
 
     def close(self) -> None:
         """End the stream; calls that wait fail."""
@@ -175,16 +175,8 @@ class Link:
                 self._settle(call, None, Unavailable(f"{self.where}: the client was closed"))
             self._changed.notify_all()
         if stream is not None:
-            stream.cancel()
+            self.channel.cancel(stream)
         self.channel.close()
-
-    def pause(self) -> None:
-        """End the stream for now, for a fork; what is unanswered will be sent again."""
-        with self._changed:
-            stream = self._stream
-            self._drop_stream()
-        if stream is not None:
-            stream.cancel()
 
     # ---- reading in turns
 
@@ -258,7 +250,7 @@ class Link:
         outbox = self._outbox = SimpleQueue()
         for call in self._pending.values():
             outbox.put(call.message)
-        self._stream = self._open_stream(iter(outbox.get, None))
+        self._stream = self.channel.open_stream("/ps.v1.RowService/Stream", iter(outbox.get, None))
         return self._stream
 
     def _drop_stream(self) -> None:
@@ -325,8 +317,7 @@ class UnaryLink:
 
     def __init__(self, where: str, address: str, session: Session) -> None:
         self.where = where
-        self.channel = grpc.insecure_channel(address, options=OPTIONS)
-        self._exchange = self.channel.unary_unary("/ps.v1.RowService/Exchange")
+        self.channel = Channel(address, OPTIONS)
         self._session = session
         self._lock = threading.Lock()
 
@@ -344,6 +335,8 @@ class UnaryLink:
             while True:
                 try:
                     return codec.decode_exchanged(call.handle.result())
+                except Cancelled:
+                    self._send(call)
                 except grpc.RpcError as failure:
                     self._again(call, rpc_error(failure, self.where))
         finally:
@@ -354,9 +347,6 @@ class UnaryLink:
     def watch(self, now: float) -> None:
         """Nothing: each call has its own deadline."""
 
-    def pause(self) -> None:
-        """Nothing: no call is open between calls."""
-
     def close(self) -> None:
         """Close the channel; calls that wait fail."""
         self.channel.close()
@@ -364,7 +354,7 @@ class UnaryLink:
     def _send(self, call: Call) -> None:
         call.attempts += 1
         left = max(call.deadline - time.monotonic(), 0.001)
-        call.handle = self._exchange.future(call.message, timeout=left)
+        call.handle = self.channel.start("/ps.v1.RowService/Exchange", call.message, left)
 
     def _again(self, call: Call, error: PsError) -> None:
         """Send a failed call once more where that may help, or raise its error."""

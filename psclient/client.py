@@ -10,7 +10,7 @@ a bad one is applied nowhere. A request over a server's message limit is sent as
 from __future__ import annotations
 
 import os
-import random
+import secrets
 import threading
 import time
 import weakref
@@ -37,6 +37,11 @@ WIRES: dict[str, int] = {
     "float32": pb.DTYPE_FLOAT32,
     "bfloat16": pb.DTYPE_BFLOAT16,
     "float16": pb.DTYPE_FLOAT16,
+}
+LARGEST: dict[int, float | None] = {  # finite number; None: no float32 is larger
+    pb.DTYPE_FLOAT32: None,
+    pb.DTYPE_BFLOAT16: float.fromhex("0x1.fep127"),
+    pb.DTYPE_FLOAT16: 65504.0,
 }
 MODES: dict[str, int] = {"train": pb.MODE_TRAIN, "serve": pb.MODE_SERVE}
 ROOM = 4096  # bytes of a message left for headers
@@ -109,9 +114,12 @@ class _Sent:
 
 
 class Pending:
-    """A request under way. ``result()`` waits for it; call it once or often, from any thread."""
+    """A request under way. ``result()`` waits for it; call it once or often, from any thread of the
+    process that started it.
+    """
 
     def __init__(self, sent: list[_Sent], finish: Any) -> None:
+        self._process = os.getpid()
         self._sent = sent
         self._finish = finish
         self._lock = threading.Lock()
@@ -119,6 +127,8 @@ class Pending:
 
     def result(self) -> Any:
         """What the blocking method of the same name returns, or its error."""
+        if self._process != os.getpid():
+            raise InvalidArgument("the request was started by another process, before a fork")
         with self._lock:
             if self._sent is not None:
                 sent, failure = self._sent, None
@@ -142,7 +152,7 @@ class _Cluster:
         self.links: list[Link | UnaryLink] = []
         kind = Link if client._transport == "stream" else UnaryLink
         for shard, address in enumerate(client._addresses):
-            session = Session(client._client_id or random.getrandbits(63) + 1, client._incarnation)
+            session = Session(client._client_id or secrets.randbits(63) + 1, client._incarnation)
             self.links.append(kind(f"shard {shard} at {address}", address, session))
         self.pool = ThreadPoolExecutor(len(self.links), "psclient")
         try:
@@ -164,11 +174,13 @@ class _Cluster:
     def on_all(self, method: str, request: Any, answer: Any, deadline: float) -> list[Any]:
         """Call a unary method on every shard at once; answers in the order of the shards."""
 
+        message = request.SerializeToString()
+
         def call(link: Link | UnaryLink) -> Any:
-            rpc = link.channel.unary_unary(
-                f"/ps.v1.{method}", type(request).SerializeToString, answer.FromString
-            )
-            return retry(lambda left: rpc(request, timeout=left), link.where, deadline, count())
+            def attempt(left: float) -> bytes:
+                return link.channel.call(f"/ps.v1.{method}", message, left)
+
+            return answer.FromString(retry(attempt, link.where, deadline, count()))
 
         return list(self.pool.map(call, self.links))
 
@@ -325,14 +337,14 @@ class Client:
         self._dims.pop(name, None)
         cluster = self._connect()
         deadline = time.monotonic() + self._timeout
+        message = pb.DropTableRequest(name=name).SerializeToString()
 
         def drop(link: Link | UnaryLink) -> bool:
-            rpc = link.channel.unary_unary(
-                "/ps.v1.TableService/DropTable", pb.DropTableRequest.SerializeToString
-            )
-            request = pb.DropTableRequest(name=name)
+            def attempt(left: float) -> bytes:
+                return link.channel.call("/ps.v1.TableService/DropTable", message, left)
+
             try:
-                retry(lambda left: rpc(request, timeout=left), link.where, deadline, count())
+                retry(attempt, link.where, deadline, count())
             except TableNotFound:  # never there, or dropped by an attempt whose reply was lost
                 return False
             return True
@@ -453,6 +465,11 @@ class Client:
         dtype = self._dtype if wire is None else _known("wire", wire, WIRES)
         wanted = _known("mode", mode, MODES)
         cluster = self._connect()
+        if min_version and len(min_version) != len(cluster.links):
+            raise InvalidArgument(
+                f"min_version must name a version for each of {len(cluster.links)} shards, got"
+                f" {len(min_version)}"
+            )
         pushes = [
             self._push_part(name, keys, gradients, dtype, distinct)
             for name, (keys, gradients) in push.items()
@@ -490,6 +507,13 @@ class Client:
     ) -> _PushPart:
         batch, dim = self.batch(keys), self._dim(name)
         sums = batch.check(gradients, name, dim) if distinct else batch.sum(gradients, name, dim)
+        largest = LARGEST[dtype]
+        if largest is not None and sums.size and max(sums.max(), -sums.min()) > largest:
+            row, column = np.argwhere(np.abs(sums) > largest)[0]
+            raise InvalidArgument(
+                f"table {name!r}: the gradient of key {batch.keys[row]} is {sums[row, column]} at"
+                f" position {column}; the wire carries up to {largest:g}"
+            )
         return _PushPart(name, batch, sums, dtype, batch.split.counts)
 
     def _dim(self, name: str) -> int:
@@ -652,18 +676,24 @@ def _messages(
     lr: float | None,
 ) -> list[tuple[codec.Exchange, list[tuple[_PullPart, int, int]]]]:
     """The messages of a request for one shard: one, or several where that would be too large."""
-    asked = size = most = 0
+    asked = size = most = widest = 0
     for push in pushes:
         first, last = push.batch.split.bounds[shard : shard + 2].tolist()
-        item = codec.WIRE[push.dtype].itemsize
-        size += (last - first) * (12 + push.gradients.shape[1] * item)
+        row = 12 + push.gradients.shape[1] * codec.WIRE[push.dtype].itemsize
+        size += (last - first) * row
+        widest = max(widest, row)
         most = max(most, last - first)
     for pull in pulls:
         first, last = pull.batch.split.bounds[shard : shard + 2].tolist()
+        row = pull.dim * codec.WIRE[pull.dtype].itemsize + 24 * pull.metadata
         size += (last - first) * 8
-        asked += (last - first) * (pull.dim * codec.WIRE[pull.dtype].itemsize + 24 * pull.metadata)
+        asked += (last - first) * row
+        widest = max(widest, row)
         most = max(most, last - first)
-    pieces = max(-(-max(size, asked) // cluster.message_bytes), -(-most // cluster.keys), 1)
+    size = max(size, asked)
+    pieces = 1
+    if size > cluster.message_bytes or most > cluster.keys:  # a piece is rounded up to whole rows
+        pieces = max(-(-size // (cluster.message_bytes - widest)), -(-most // cluster.keys))
     built_pushes, built_pulls = [], []
     for push in pushes:
         first, last = push.batch.split.bounds[shard : shard + 2].tolist()
@@ -724,12 +754,12 @@ def _take(answer: codec.Exchanged, pulls: list[tuple[_PullPart, int, int]]) -> N
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
-def _before_fork() -> None:
-    """gRPC wants its threads idle across a fork: streams end, and start again afterwards."""
+def _after_fork() -> None:
+    """A child connects anew, under identities of its own."""
     for client in list(_clients):
-        if client._cluster is not None:
-            for link in client._cluster.links:
-                link.pause()
+        client._cluster = None
+        client._connecting = threading.Lock()
+        client._client_id = 0
 
 
-os.register_at_fork(before=_before_fork)
+os.register_at_fork(after_in_child=_after_fork)

@@ -132,7 +132,7 @@ class Labels(dict[str, str]):
 def scrape(port: int) -> dict[tuple[str, Mapping[str, str]], float]:
     """Samples of http://127.0.0.1:port/metrics by name and labels."""
     url = f"http://127.0.0.1:{port}/metrics"
-    with urllib.request.urlopen(url, timeout=10) as page:  # noqa: S310
+    with urllib.request.urlopen(url, timeout=10) as page:
         text = page.read().decode()
     return {
         (sample.name, Labels(sample.labels)): sample.value

@@ -300,16 +300,19 @@ def encode_stream_response(id: int, answer: Exchanged | pb.Status) -> bytes:
 # ---- reading
 
 
-def _read_varint(data: bytes, at: int, end: int) -> tuple[int, int]:
+def _read_varint(data: bytes, at: int, end: int, bits: int = 64) -> tuple[int, int]:
+    """A number of so many bits, and where it ends; leading zeros may fill its widest form."""
     value = shift = 0
-    while at < end and shift < 70:
+    while at < end and shift < bits:
         byte = data[at]
         at += 1
         value |= (byte & 127) << shift
         if byte < 128:
-            return value & 0xFFFFFFFFFFFFFFFF, at
+            if value >> bits:
+                break
+            return value, at
         shift += 7
-    raise Malformed(f"a varint does not end at byte {at}")
+    raise Malformed(f"no varint of {bits} bits ends at byte {at}")
 
 
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
@@ -317,12 +320,12 @@ def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
     place of the start, the number and value of a varint. Other wire types are skipped.
     """
     while at < end:
-        tag, at = (data[at], at + 1) if data[at] < 128 else _read_varint(data, at, end)
+        tag, at = (data[at], at + 1) if data[at] < 128 else _read_varint(data, at, end, 32)
         kind = tag & 7
         if tag < 8:
             raise Malformed(f"field number 0 before byte {at}")
         if kind == 2:
-            length, at = _read_varint(data, at, end)
+            length, at = _read_varint(data, at, end, 31)
             if length > end - at:
                 raise Malformed(f"field {tag >> 3} is longer than its message at byte {at}")
             yield tag >> 3, at, at + length
@@ -350,10 +353,13 @@ def _array(data: bytes, start: int, end: int, dtype: np.dtype[Any]) -> NDArray[A
 
 def _parse(kind: Any, parts: list[bytes]) -> Any:
     """A small message from its occurrences, which protobuf merges."""
+    message = kind()
     try:
-        return kind.FromString(parts[0] if len(parts) == 1 else b"".join(parts))
+        for part in parts:
+            message.MergeFromString(part)
     except DecodeError as error:
         raise Malformed(f"{kind.DESCRIPTOR.name}: {error}") from error
+    return message
 
 
 def _get_pull(data: bytes, at: int, end: int) -> Pull:
@@ -413,15 +419,14 @@ def _get_exchange(data: bytes, at: int, end: int, into: Exchange) -> None:
     into.pushes, into.pulls = pushes, pulls
 
 
-def _get_exchanged(data: bytes, at: int, end: int) -> Exchanged:
-    pushes: list[pb.PushResponse] = []
-    pulls: list[Pulled] = []
+def _get_exchanged(data: bytes, at: int, end: int, into: Exchanged) -> None:
+    pushes, pulls = list(into.pushes), list(into.pulls)
     for number, start, stop in _fields(data, at, end):
         if number == 1 and start >= 0:
             pushes.append(_parse(pb.PushResponse, [data[start:stop]]))
         elif number == 2 and start >= 0:
             pulls.append(_get_pulled(data, start, stop))
-    return Exchanged(pushes, pulls)
+    into.pushes, into.pulls = pushes, pulls
 
 
 def decode_pull(data: bytes) -> Pull:
@@ -460,18 +465,21 @@ def decode_pulled(data: bytes) -> Pulled:
 
 def decode_exchanged(data: bytes) -> Exchanged:
     """An ExchangeResponse; Malformed if it is none."""
-    return _get_exchanged(data, 0, len(data))
+    exchanged = Exchanged([], [])
+    _get_exchanged(data, 0, len(data), exchanged)
+    return exchanged
 
 
 def decode_stream_response(data: bytes) -> tuple[int, Exchanged | pb.Status]:
     """A StreamResponse: id, and the answer or the error; Malformed if it is none."""
     id = 0
-    answer: Exchanged | pb.Status = Exchanged([], [])
+    exchanged = Exchanged([], [])
+    error: list[bytes] = []
     for number, start, stop in _fields(data, 0, len(data)):
         if number == 1 and start < 0:
             id = stop
         elif number == 2 and start >= 0:
-            answer = _get_exchanged(data, start, stop)
+            _get_exchanged(data, start, stop, exchanged)
         elif number == 3 and start >= 0:
-            answer = _parse(pb.Status, [data[start:stop]])
-    return id, answer
+            error.append(data[start:stop])
+    return id, _parse(pb.Status, error) if error else exchanged

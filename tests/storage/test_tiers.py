@@ -1,0 +1,228 @@
+"""The contract of a tier, over every implementation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from storage.arena import HUGE, Budget
+from storage.errors import OutOfMemory
+from storage.initializers import INITIALIZERS, make_initializer, table_seed
+from storage.kernels import ABSENT
+from storage.optimizers import OPTIMIZERS, make_optimizer
+from storage.tiers.base import FREQUENCY, KEY, STEP, VERSION, Tier
+from storage.tiers.host import HostTier
+
+DIM = 3
+STATE = np.array([10.0, 20.0], np.float32)
+WIDTH = DIM + len(STATE)
+SEED = table_seed(1, "t")
+UNIFORM = make_initializer("uniform", {})
+MASK = 2**64 - 1
+MANY = 200_000  # rows of MANY are larger than the first chunks of any tier
+
+
+def u64(*numbers: int) -> np.ndarray:
+    return np.array(numbers, np.uint64)
+
+
+def ones(count: int) -> np.ndarray:
+    return np.ones(count, np.uint32)
+
+
+def initial(keys: np.ndarray) -> np.ndarray:
+    """What rows of these keys start from."""
+    rows = np.empty((len(keys), WIDTH), np.float32)
+    UNIFORM.fill(SEED, keys, np.arange(len(keys)), DIM, rows)
+    rows[:, DIM:] = STATE
+    return rows
+
+
+def create(tier: Tier, keys: np.ndarray) -> np.ndarray:
+    places = tier.allocate(len(keys))
+    tier.create(keys, places, UNIFORM, SEED, STATE)
+    return places
+
+
+class TierContract:
+    """What every tier does. An implementation inherits it and makes one."""
+
+    def make(self, budget: Budget, dim: int, width: int) -> Tier:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def budget(self) -> Budget:
+        return Budget(1 << 30)
+
+    @pytest.fixture
+    def tier(self, budget: Budget) -> Tier:
+        return self.make(budget, DIM, WIDTH)
+
+    def test_its_code_fits_into_a_location(self, tier: Tier) -> None:
+        assert 1 <= tier.code <= 255
+        assert tier.name
+
+    def test_a_new_tier_is_empty(self, tier: Tier, budget: Budget) -> None:
+        assert (tier.rows, tier.bytes, budget.held) == (0, 0, 0)
+
+    def test_places_are_distinct_and_counted(self, tier: Tier) -> None:
+        first, second = tier.allocate(5), tier.allocate(7)
+        assert first.dtype == second.dtype == np.int64
+        assert len(set(first.tolist()) | set(second.tolist())) == 12
+        assert min(*first, *second) >= 0
+        assert tier.rows == 12
+        assert tier.allocate(0).tolist() == []
+
+    def test_places_given_back_are_used_again_before_new_ones(self, tier: Tier) -> None:
+        places = create(tier, u64(*range(10)))
+        size = tier.bytes
+        tier.release(places[2:7])
+        assert tier.rows == 5
+        again = tier.allocate(6)
+        assert set(places[2:7].tolist()) < set(again.tolist())
+        assert not set(again.tolist()) & {*places[:2].tolist(), *places[7:].tolist()}
+        assert len(set(again.tolist())) == 6
+        assert tier.rows == 11
+        assert size <= tier.bytes
+
+    def test_churn_never_hands_out_a_place_twice(self, tier: Tier) -> None:
+        rng = np.random.default_rng(1)
+        held: set[int] = set()
+        for _ in range(200):
+            new = tier.allocate(int(rng.integers(0, 3000))).tolist()
+            assert not held & set(new)
+            assert len(set(new)) == len(new)
+            held |= set(new)
+            leave = rng.permutation(sorted(held))[: int(rng.integers(0, len(held) + 1))]
+            tier.release(leave.astype(np.int64))
+            held -= set(leave.tolist())
+            assert tier.rows == len(held)
+
+    def test_create_writes_embeddings_state_and_metadata_without_history(self, tier: Tier) -> None:
+        keys = u64(0, 1, MASK, 1 << 63, 42)
+        rows, meta = tier.dump(create(tier, keys))
+        assert np.array_equal(rows, initial(keys))
+        assert meta.tolist() == [[key, 0, 0, 0] for key in keys.tolist()]
+
+    @pytest.mark.parametrize("name", INITIALIZERS)
+    def test_every_initializer_fills_the_embedding_alone(self, tier: Tier, name: str) -> None:
+        initializer, keys = make_initializer(name, {}), u64(7, 8)
+        places = tier.allocate(2)
+        tier.create(keys, places, initializer, SEED, STATE)
+        want = np.full((2, DIM), np.nan, np.float32)
+        initializer.fill(SEED, keys, np.arange(2), DIM, want)
+        rows = tier.dump(places)[0]
+        assert np.array_equal(rows[:, :DIM], want)
+        assert rows[:, DIM:].tolist() == [STATE.tolist()] * 2
+
+    def test_a_recycled_place_keeps_nothing_of_its_last_row(self, tier: Tier) -> None:
+        places = create(tier, u64(1, 2))
+        sgd = make_optimizer("sgd", None, {})
+        tier.push(places, np.ones((2, DIM), np.float32), ones(2), sgd, 1.0, 5, 6)
+        tier.release(places)
+        keys = u64(3, 4)
+        rows, meta = tier.dump(create(tier, keys))
+        assert np.array_equal(rows, initial(keys))
+        assert meta.tolist() == [[3, 0, 0, 0], [4, 0, 0, 0]]
+
+    def test_read_copies_embeddings_and_leaves_absent_rows_untouched(self, tier: Tier) -> None:
+        keys = u64(5, 6, 7)
+        places = create(tier, keys)
+        asked = np.array([ABSENT, places[2], places[0], ABSENT, places[2]], np.int64)
+        out = np.full((5, DIM), -99, np.float32)
+        tier.read(asked, out)
+        want = np.full((5, DIM), -99, np.float32)
+        want[[1, 2, 4]] = initial(keys)[[2, 0, 2], :DIM]
+        assert np.array_equal(out, want)
+
+    def test_read_of_absent_rows_alone_touches_nothing(self, tier: Tier) -> None:
+        out = np.full((20, DIM), 3, np.float32)
+        tier.read(np.full(20, ABSENT, np.int64), out)
+        assert (out == 3).all()
+
+    def test_read_changes_nothing(self, tier: Tier) -> None:
+        places = create(tier, u64(*range(50)))
+        before = tier.dump(places)
+        tier.read(places, np.empty((50, DIM), np.float32))
+        for a, b in zip(before, tier.dump(places), strict=True):
+            assert np.array_equal(a, b)
+
+    def test_dump_returns_copies(self, tier: Tier) -> None:
+        places = create(tier, u64(1))
+        rows, meta = tier.dump(places)
+        rows[:], meta[:] = 0, 0
+        assert np.array_equal(tier.dump(places)[0], initial(u64(1)))
+
+    def test_push_records_metadata(self, tier: Tier) -> None:
+        keys = u64(5, 6, MASK)
+        places, sgd = create(tier, keys), make_optimizer("sgd", None, {})
+        zero = np.zeros((2, DIM), np.float32)
+        counts = np.array([2**32 - 1, 1], np.uint32)
+        tier.push(places[[0, 2]], zero, counts, sgd, 1.0, -7, 11)
+        tier.push(places[[0, 1]], zero, counts, sgd, 1.0, 2**63 - 1, 12)
+        meta = tier.dump(places)[1]
+        assert meta[:, KEY].tolist() == keys.tolist()
+        assert meta[:, VERSION].tolist() == [12, 12, 11]
+        assert meta[:, STEP].view(np.int64).tolist() == [2**63 - 1, 2**63 - 1, -7]
+        assert meta[:, FREQUENCY].tolist() == [2**33 - 2, 1, 1]
+
+    @pytest.mark.parametrize("name", OPTIMIZERS)
+    def test_push_runs_the_optimizer_over_its_rows_and_no_others(
+        self, budget: Budget, name: str
+    ) -> None:
+        optimizer = make_optimizer(name, None, {})
+        state = optimizer.initial_state(DIM)
+        tier, keys = self.make(budget, DIM, DIM + len(state)), u64(*range(20))
+        places = tier.allocate(20)
+        tier.create(keys, places, UNIFORM, SEED, state)
+        want = tier.dump(places)[0]
+        at = np.array([3, 19, 0])
+        gradients = np.arange(1, 1 + 3 * DIM, dtype=np.float32).reshape(3, DIM)
+        optimizer.step(want, at, gradients, 0.5, 9)
+        tier.push(places[at], gradients, ones(3), optimizer, 0.5, 9, 1)
+        assert np.array_equal(tier.dump(places)[0], want)
+
+    def test_a_batch_larger_than_a_chunk_works(self, tier: Tier, budget: Budget) -> None:
+        keys = np.arange(MANY, dtype=np.uint64)
+        places = create(tier, keys)
+        rows, meta = tier.dump(places)
+        assert np.array_equal(rows, initial(keys))
+        assert np.array_equal(meta[:, KEY], keys)
+        assert tier.rows == MANY
+        assert MANY * (4 * WIDTH + 32) <= tier.bytes == budget.held
+
+    def test_rows_stay_what_they_are_while_the_tier_grows(self, tier: Tier) -> None:
+        keys = u64(*range(100))
+        places = create(tier, keys)
+        create(tier, np.arange(1000, 1000 + MANY, dtype=np.uint64))
+        assert np.array_equal(tier.dump(places)[0], initial(keys))
+
+    @pytest.mark.parametrize("chunks", range(2, 8))
+    def test_allocate_without_room_leaves_the_rows_as_they_were(self, chunks: int) -> None:
+        budget = Budget(chunks * HUGE)
+        tier, keys = self.make(budget, DIM, WIDTH), u64(*range(100))
+        places = create(tier, keys)
+        tier.release(places[:10])
+        before = tier.dump(places[10:])
+        with pytest.raises(OutOfMemory):
+            tier.allocate(MANY * 2)
+        assert tier.rows == 90
+        for a, b in zip(before, tier.dump(places[10:]), strict=True):
+            assert np.array_equal(a, b)
+        again = tier.allocate(20)
+        assert set(places[:10].tolist()) < set(again.tolist())
+        assert not set(again.tolist()) & set(places[10:].tolist())
+        assert budget.held <= budget.limit
+        tier.close()
+        assert budget.held == 0
+
+    def test_close_returns_everything(self, tier: Tier, budget: Budget) -> None:
+        create(tier, np.arange(MANY, dtype=np.uint64))
+        assert tier.bytes == budget.held > 0
+        tier.close()
+        assert (tier.bytes, budget.held) == (0, 0)
+
+
+class TestHostTier(TierContract):
+    def make(self, budget: Budget, dim: int, width: int) -> Tier:
+        return HostTier(dim, width, budget)
