@@ -102,9 +102,13 @@ def _file(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        return tomllib.loads(Path(path).read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:  # unreadable, not UTF-8, not TOML
         raise ConfigError(f"config file {path}: {error}") from error
+    for name in values:
+        if name not in ServerConfig.model_fields:
+            raise ConfigError(f"config file {path}: {name}: unknown setting")
+    return values
 
 
 def _explain(item: Any) -> str:

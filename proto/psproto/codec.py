@@ -15,7 +15,7 @@ library; tests hold both against each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ WIRE: dict[int, np.dtype[Any]] = {
     pb.DTYPE_BFLOAT16: np.dtype("<u2"),  # numpy has no bfloat16; these are its bits
     pb.DTYPE_FLOAT16: np.dtype("<f2"),
 }
+MOST_FIELDS = 1 << 16  # in one message; only hostile ones have as many
 _U8, _U4, _I8 = np.dtype("<u8"), np.dtype("<u4"), np.dtype("<i8")
 
 
@@ -315,28 +316,39 @@ def _read_varint(data: bytes, at: int, end: int, bits: int = 64) -> tuple[int, i
     raise Malformed(f"no varint of {bits} bits ends at byte {at}")
 
 
-def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+def _fields(data: bytes, at: int, end: int) -> list[tuple[int, int, int]]:
     """Fields of the message data[at:end]: number and extent of the contents (2), or, with -1 in
     place of the start, the number and value of a varint. Other wire types are skipped.
     """
+    found = []
     while at < end:
-        tag, at = (data[at], at + 1) if data[at] < 128 else _read_varint(data, at, end, 32)
+        tag = data[at]
+        at += 1
+        if tag > 127:
+            tag, at = _read_varint(data, at - 1, end, 32)
         kind = tag & 7
         if tag < 8:
             raise Malformed(f"field number 0 before byte {at}")
         if kind == 2:
-            length, at = _read_varint(data, at, end, 31)
+            if at < end and data[at] < 128:
+                length = data[at]
+                at += 1
+            else:
+                length, at = _read_varint(data, at, end, 31)
             if length > end - at:
                 raise Malformed(f"field {tag >> 3} is longer than its message at byte {at}")
-            yield tag >> 3, at, at + length
+            found.append((tag >> 3, at, at + length))
             at += length
         elif kind == 0:
             value, at = _read_varint(data, at, end)
-            yield tag >> 3, -1, value
+            found.append((tag >> 3, -1, value))
         elif kind in (1, 5) and at + (size := 8 if kind == 1 else 4) <= end:
             at += size
         else:
             raise Malformed(f"wire type {kind} of field {tag >> 3} at byte {at}")
+        if len(found) > MOST_FIELDS:
+            raise Malformed(f"more than {MOST_FIELDS} fields in one message")
+    return found
 
 
 def _array(data: bytes, start: int, end: int, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -234,6 +234,26 @@ def test_a_push_without_room_changes_nothing_at_all(optimizer: str, known: int) 
     assert len(refused) >= 3  # the rows, their metadata and the index were refused room
 
 
+def test_a_push_that_the_index_has_no_room_for_gives_its_places_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OutOfMemory(1, 1, 1)
+
+    table = Table(schema(), Budget(ROOM))
+    push(table, u64([1, 2]))
+    before = table.dump()
+    with monkeypatch.context() as broken:
+        broken.setattr(table._index, "insert", refuse)
+        with pytest.raises(OutOfMemory):
+            push(table, u64(range(5000)), version=2)
+    assert_equal(table.dump(), before)
+    assert table._host.rows == len(table) == 2
+    push(table, u64(range(5000)), version=2)
+    assert table._host.rows == len(table) == 5000
+    assert set(table.dump().meta[:, 1].tolist()) == {2}
+
+
 def test_memory_is_what_the_budget_gave_and_all_of_it_comes_back() -> None:
     budget = Budget(ROOM)
     one, two = Table(schema(), budget), Table(schema(name="u", dim=40), budget)

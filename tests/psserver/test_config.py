@@ -1,0 +1,268 @@
+"""The configuration: which source counts, and how each refuses what it does not know."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from psserver.config import CONFIG, PREFIX, ConfigError, ServerConfig, load
+
+GIB = 1 << 30
+
+# field -> (in a file, in the environment, as a flag): three different, valid values
+VALUES: dict[str, tuple[Any, Any, Any]] = {
+    "shard": (1, 2, 3),
+    "shards": (10, 11, 12),
+    "host": ("10.0.0.1", "10.0.0.2", "::1"),
+    "port": (7001, 7002, 7003),
+    "metrics_port": (0, 9401, 9402),
+    "data_dir": (Path("/a"), Path("/b"), Path("/c")),
+    "memory_bytes": (GIB, 2 * GIB, 3 * GIB),
+    "max_message_bytes": (1 << 20, 2 << 20, 3 << 20),
+    "max_keys": (10, 20, 30),
+    "max_inflight_bytes": (1 << 20, 2 << 20, 3 << 20),
+    "max_tables": (1, 2, 3),
+    "max_sessions": (1, 2, 3),
+    "session_ttl_seconds": (600.0, 700.5, 800.0),
+    "drain_seconds": (0.0, 1.5, 2.0),
+}
+CLUSTER = {"shards": 100}  # so that every shard number above is one of the cluster
+
+# field -> values just beyond its bounds, and the rule that the message names
+BAD: list[tuple[str, Any, str]] = [
+    ("shard", -1, "greater than or equal to 0"),
+    ("shards", 0, "greater than or equal to 1"),
+    ("shards", 1025, "less than or equal to 1024"),
+    ("port", 0, "greater than or equal to 1"),
+    ("port", 65536, "less than or equal to 65535"),
+    ("metrics_port", -1, "greater than or equal to 0"),
+    ("metrics_port", 65536, "less than or equal to 65535"),
+    ("memory_bytes", (1 << 20) - 1, "greater than or equal to 1048576"),
+    ("max_message_bytes", (1 << 16) - 1, "greater than or equal to 65536"),
+    ("max_message_bytes", GIB + 1, "less than or equal to 1073741824"),
+    ("max_keys", 0, "greater than or equal to 1"),
+    ("max_inflight_bytes", (1 << 16) - 1, "greater than or equal to 65536"),
+    ("max_tables", 0, "greater than or equal to 1"),
+    ("max_sessions", 0, "greater than or equal to 1"),
+    ("session_ttl_seconds", 599.0, "greater than or equal to 600"),
+    ("drain_seconds", -0.5, "greater than or equal to 0"),
+    ("port", "seventy", "valid integer"),
+    ("drain_seconds", "soon", "valid number"),
+]
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(PREFIX):
+            monkeypatch.delenv(name)
+
+
+def flag(field: str, value: Any) -> list[str]:
+    return [f"--{field.replace('_', '-')}", str(value)]
+
+
+def environment(monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
+    for field, value in values.items():
+        monkeypatch.setenv(PREFIX + field.upper(), str(value))
+
+
+def file(directory: Path, **values: Any) -> Path:
+    path = directory / "ps.toml"
+    text = (
+        f'{field} = "{value}"\n' if isinstance(value, str | Path) else f"{field} = {value}\n"
+        for field, value in values.items()
+    )
+    path.write_text("".join(text))
+    return path
+
+
+# ---- which source counts
+
+
+def test_without_any_source_the_defaults_hold() -> None:
+    config = load([]).model_dump()
+    memory = config.pop("memory_bytes")
+    assert config == {
+        "shard": 0,
+        "shards": 1,
+        "host": "127.0.0.1",
+        "port": 7000,
+        "metrics_port": 9400,
+        "data_dir": None,
+        "max_message_bytes": 64 << 20,
+        "max_keys": 4_000_000,
+        "max_inflight_bytes": GIB,
+        "max_tables": 1024,
+        "max_sessions": 65_536,
+        "session_ttl_seconds": 86_400.0,
+        "drain_seconds": 10.0,
+    }
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < memory <= physical * 4 // 5
+
+
+def test_every_setting_is_tried_below() -> None:
+    assert set(VALUES) == set(ServerConfig.model_fields)
+
+
+@pytest.mark.parametrize("field", VALUES)
+@pytest.mark.parametrize("sources", range(1, 8))
+def test_flags_stand_before_the_environment_before_the_file(
+    field: str, sources: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_file, in_environment, in_flags = VALUES[field]
+    base = {} if field == "shards" else CLUSTER
+    flags = ["--config", str(file(tmp_path, **base, **({field: in_file} if sources & 1 else {})))]
+    want = in_file
+    if sources & 2:
+        environment(monkeypatch, **{field: in_environment})
+        want = in_environment
+    if sources & 4:
+        flags += flag(field, in_flags)
+        want = in_flags
+    assert getattr(load(flags), field) == want
+
+
+def test_settings_of_different_sources_come_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment(monkeypatch, shards=8)
+    path = file(tmp_path, port=7100, shards=2)
+    config = load(["--shard", "5", "--config", str(path), "--metrics-port", "0"])
+    got = (config.shard, config.shards, config.port, config.metrics_port)
+    assert got == (5, 8, 7100, 0)
+
+
+def test_the_file_may_be_named_by_the_environment_and_a_flag_names_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CONFIG, str(file(tmp_path, port=7100)))
+    assert load([]).port == 7100
+    (tmp_path / "other").mkdir()
+    other = file(tmp_path / "other", port=7200)
+    assert load(["--config", str(other)]).port == 7200
+
+
+def test_a_configuration_does_not_change() -> None:
+    config = load([])
+    with pytest.raises(ValidationError, match=r"frozen"):
+        config.port = 1  # type: ignore[misc]
+
+
+# ---- names that nobody knows
+
+
+def test_an_unknown_flag_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["--prot", "7000"], ["--por", "7000"], ["--memory", "1"], ["7000"]):
+        with pytest.raises(SystemExit) as caught:
+            load(flags)
+        assert caught.value.code == 2
+        assert f"unrecognized arguments: {' '.join(flags)}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["PROT", "CONFIG", "", "PORT_", "port"])
+def test_an_unknown_variable_is_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PREFIX + name, "1")
+    monkeypatch.setenv(PREFIX + "ZZZ", "1")
+    with pytest.raises(ConfigError) as caught:
+        load([])
+    assert str(caught.value) == f"unknown environment variables: {PREFIX}{name}, {PREFIX}ZZZ" or (
+        str(caught.value) == f"unknown environment variables: {PREFIX}ZZZ, {PREFIX}{name}"
+    )
+
+
+def test_variables_of_others_are_none_of_our_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PORT", "SHARD", "PS_PORT", "PSSERVER_PORT", "MY_PSCONFIG_PORT"):
+        monkeypatch.setenv(name, "nonsense")
+    assert load([]).port == 7000
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "prot",
+        "PORT",
+        "_env_prefix",
+        "_cli_parse_args",
+        "cli_args",
+        "model_cls",
+        "cli_exit_on_error",
+        "config",
+        "file",
+    ],
+)
+def test_an_unknown_name_in_the_file_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    path = file(tmp_path, **{name: "1"})
+    with pytest.raises(ConfigError, match=rf"{name}: unknown setting"):
+        load(["--config", str(path)])
+
+
+def test_a_section_in_the_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ps.toml"
+    path.write_text("[server]\nport = 7000\n")
+    with pytest.raises(ConfigError, match=r"server: unknown setting"):
+        load(["--config", str(path)])
+
+
+# ---- values that break a rule
+
+
+@pytest.mark.parametrize("source", ["flag", "environment", "file"])
+@pytest.mark.parametrize(("field", "value", "rule"), BAD)
+def test_a_bad_value_is_refused_with_the_field_the_rule_and_the_value(
+    field: str,
+    value: Any,
+    rule: str,
+    source: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = []
+    if source == "flag":
+        flags = [f"--{field.replace('_', '-')}={value}"]
+    elif source == "environment":
+        environment(monkeypatch, **{field: value})
+    else:
+        flags = ["--config", str(file(tmp_path, **{field: value}))]
+    with pytest.raises(ConfigError) as caught:
+        load(flags)
+    said = str(caught.value)
+    assert said.startswith(f"{field}: ")
+    assert rule in said
+    assert said.endswith((f"got {value!r}", f"got {str(value)!r}"))
+
+
+def test_every_bad_value_is_named_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"^port: .*, got '0'; max_keys: .*, got '0'$"):
+        load(["--port", "0", "--max-keys", "0"])
+
+
+@pytest.mark.parametrize(("shard", "shards"), [(1, 1), (2, 2), (3, 2), (1024, 1024)])
+def test_a_shard_must_be_one_of_the_cluster(shard: int, shards: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load([*flag("shard", shard), *flag("shards", shards)])
+    assert f"shard must be below shards ({shards}), got {shard}" in str(caught.value)
+
+
+def test_a_missing_config_file_is_refused_by_path(tmp_path: Path) -> None:
+    path = tmp_path / "none.toml"
+    with pytest.raises(ConfigError, match=rf"^config file {path}: .*No such file"):
+        load(["--config", str(path)])
+
+
+def test_a_config_flag_without_a_path_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^--config needs a path$"):
+        load(["--port", "7000", "--config"])
+
+
+@pytest.mark.parametrize("content", [b"port = ", b"port 7000", b"\xff\xfe", b"port = 1\nport = 2"])
+def test_a_file_that_is_no_toml_is_refused_by_path(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "ps.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"^config file {path}: "):
+        load(["--config", str(path)])

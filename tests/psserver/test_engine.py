@@ -1,0 +1,167 @@
+"""The engine thread: order, results, deadlines, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from psserver.engine import Engine
+from psserver.errors import DeadlinePassed
+
+
+def with_engine(act: Callable[[Engine], Any]) -> Any:
+    """Run ``await act(engine)`` on a loop, the engine open."""
+
+    async def run() -> Any:
+        engine = Engine()
+        engine.open(asyncio.get_running_loop())
+        try:
+            return await act(engine)
+        finally:
+            await asyncio.to_thread(engine.close)
+
+    return asyncio.run(run())
+
+
+def test_calls_run_one_after_another_in_the_order_in_which_they_were_submitted() -> None:
+    seen: list[tuple[str, int]] = []
+
+    def call(number: int) -> int:
+        seen.append(("begin", number))
+        time.sleep(0.001 * (number % 3 == 0))
+        seen.append(("end", number))
+        return number
+
+    async def act(engine: Engine) -> list[int]:
+        return await asyncio.gather(*(engine.submit(lambda n=n: call(n)) for n in range(50)))
+
+    assert with_engine(act) == list(range(50))
+    assert seen == [(what, n) for n in range(50) for what in ("begin", "end")]
+
+
+def test_calls_run_on_the_thread_named_engine_and_no_other() -> None:
+    async def act(engine: Engine) -> set[str]:
+        names = [engine.submit(lambda: threading.current_thread().name) for _ in range(5)]
+        return set(await asyncio.gather(*names))
+
+    assert with_engine(act) == {"engine"}
+
+
+def test_results_are_delivered_on_the_loop() -> None:
+    async def act(engine: Engine) -> str:
+        done: list[str] = []
+        future = engine.submit(lambda: None)
+        future.add_done_callback(lambda _: done.append(threading.current_thread().name))
+        await future
+        return done[0]
+
+    assert with_engine(act) == threading.current_thread().name
+
+
+def test_an_error_reaches_its_caller_alone_and_work_goes_on() -> None:
+    async def act(engine: Engine) -> list[Any]:
+        error = LookupError("mine")
+
+        def fail() -> None:
+            raise error
+
+        futures = [engine.submit(call) for call in (lambda: 1, fail, lambda: 3)]
+        answers = await asyncio.gather(*futures, return_exceptions=True)
+        return [answer if answer is not error else "mine" for answer in answers]
+
+    assert with_engine(act) == [1, "mine", 3]
+
+
+@pytest.mark.parametrize(("ahead", "runs"), [(-1.0, False), (60.0, True), (float("inf"), True)])
+def test_a_call_past_its_deadline_is_not_begun(ahead: float, runs: bool) -> None:
+    begun: list[bool] = []
+
+    async def act(engine: Engine) -> Any:
+        return await engine.submit(lambda: begun.append(True), time.monotonic() + ahead)
+
+    if runs:
+        with_engine(act)
+    else:
+        with pytest.raises(DeadlinePassed, match=r"^the deadline passed before the work began$"):
+            with_engine(act)
+    assert begun == [True] * runs
+
+
+def test_a_deadline_that_passes_in_the_queue_counts_when_the_call_is_due() -> None:
+    async def act(engine: Engine) -> list[Any]:
+        gate = threading.Event()
+        first = engine.submit(gate.wait, time.monotonic() + 0.05)  # begun in time, then slow
+        late = engine.submit(lambda: "late", time.monotonic() + 0.05)
+        after = engine.submit(lambda: "after")
+        await asyncio.sleep(0.1)
+        gate.set()
+        return await asyncio.gather(first, late, after, return_exceptions=True)
+
+    first, late, after = with_engine(act)
+    assert (first, after) == (True, "after")
+    assert isinstance(late, DeadlinePassed)
+
+
+def test_waiting_counts_the_calls_that_were_not_begun() -> None:
+    async def act(engine: Engine) -> tuple[int, int]:
+        started, gate = threading.Event(), threading.Event()
+        futures = [engine.submit(lambda: (started.set(), gate.wait()))]
+        await asyncio.to_thread(started.wait)
+        futures += [engine.submit(lambda: None) for _ in range(3)]
+        during = engine.waiting
+        gate.set()
+        await asyncio.gather(*futures)
+        return during, engine.waiting
+
+    assert with_engine(act) == (3, 0)
+
+
+def test_a_caller_that_went_away_stops_nobody() -> None:
+    ran: list[int] = []
+
+    async def act(engine: Engine) -> Any:
+        gate = threading.Event()
+        engine.submit(gate.wait)
+        gone = engine.submit(lambda: ran.append(1))
+        gone.cancel()
+        gate.set()
+        return await engine.submit(lambda: "next")
+
+    assert with_engine(act) == "next"
+    assert ran == [1]  # a call once submitted is not taken back
+
+
+def test_close_finishes_what_was_submitted_and_ends_the_thread() -> None:
+    ran: list[int] = []
+
+    async def run() -> list[int]:
+        engine = Engine()
+        engine.open(asyncio.get_running_loop())
+        futures = []
+        for number in range(20):
+            call = lambda n=number: (time.sleep(0.002), ran.append(n), n)[2]  # noqa: E731
+            futures.append(engine.submit(call))
+        engine.close()
+        assert ran == list(range(20))
+        assert "engine" not in [thread.name for thread in threading.enumerate()]
+        return list(await asyncio.gather(*futures))
+
+    assert asyncio.run(run()) == list(range(20))
+
+
+def test_a_loop_that_is_gone_ends_the_thread_quietly() -> None:
+    engine, gate = Engine(), threading.Event()
+
+    async def run() -> None:
+        engine.open(asyncio.get_running_loop())
+        engine.submit(gate.wait)
+
+    asyncio.run(run())
+    gate.set()
+    engine.close()
+    assert not engine._thread.is_alive()

@@ -1,0 +1,309 @@
+"""Repeated pushes are noticed: every small case, with a clock of the test's own."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from psserver.errors import BadRequest, Refused, SessionExpired, TooLarge
+from psserver.sessions import WINDOW, Sessions
+
+A, B, C = 0xA, 0xB, 0xC
+TTL = 600.0
+LAST = 2**64 - 1
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def sessions(clock: Clock) -> Sessions:
+    return Sessions(2, TTL, clock)
+
+
+def push(
+    sessions: Sessions, client: int, sequence: int, acknowledged: int = 0, incarnation: int = 0
+) -> int | None:
+    """What a shard does: the known version, or the push is recorded under ``version(...)``."""
+    numbers = (client, incarnation, sequence, acknowledged)
+    known = sessions.applied(*numbers)
+    if known is None:
+        sessions.record(*numbers, version(client, sequence, incarnation))
+    return known
+
+
+def version(client: int, sequence: int, incarnation: int = 0) -> int:
+    return client << 40 | incarnation << 20 | sequence
+
+
+def contents(sessions: Sessions) -> Any:
+    return copy.deepcopy([(client, asdict(s)) for client, s in sessions._sessions.items()])
+
+
+def test_a_new_push_is_not_known_and_a_repeated_one_is_known_under_its_version(
+    sessions: Sessions,
+) -> None:
+    assert push(sessions, A, 1) is None
+    assert push(sessions, A, 1) == version(A, 1)
+    assert push(sessions, A, 2) is None
+    assert push(sessions, A, 1) == version(A, 1)
+    assert push(sessions, A, 2) == version(A, 2)
+    assert len(sessions) == 1
+
+
+def test_clients_do_not_share_their_numbers(sessions: Sessions) -> None:
+    assert push(sessions, A, 1) is None
+    assert push(sessions, B, 1) is None
+    assert push(sessions, A, 1) == version(A, 1)
+    assert push(sessions, B, 1) == version(B, 1)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(1, 5))))
+def test_pushes_are_known_whatever_the_order_in_which_they_came(
+    sessions: Sessions, order: tuple[int, ...]
+) -> None:
+    for sequence in order:
+        assert push(sessions, A, sequence) is None
+    for sequence in order:
+        assert push(sessions, A, sequence) == version(A, sequence)
+
+
+@pytest.mark.parametrize("sequence", range(1, 6))
+@pytest.mark.parametrize("acknowledged", range(5))
+def test_what_was_acknowledged_is_forgotten_and_refused_and_the_rest_is_known(
+    sessions: Sessions, acknowledged: int, sequence: int
+) -> None:
+    for earlier in range(1, 5):
+        push(sessions, A, earlier)
+    assert push(sessions, A, 5, acknowledged) is None
+    if sequence > acknowledged:
+        assert push(sessions, A, sequence) == version(A, sequence)
+    else:
+        with pytest.raises(SessionExpired) as caught:
+            push(sessions, A, sequence)
+        assert str(caught.value) == (
+            f"client 0xa: push {sequence} is further back than the window, which starts after"
+            f" {acknowledged}"
+        )
+    assert set(sessions._sessions[A].versions) == set(range(acknowledged + 1, 6))
+
+
+def test_acknowledged_never_goes_back(sessions: Sessions) -> None:
+    push(sessions, A, 1)
+    push(sessions, A, 2, 1)
+    assert push(sessions, A, 3, 0) is None
+    with pytest.raises(SessionExpired):
+        push(sessions, A, 1)
+
+
+@pytest.mark.parametrize("newest", [WINDOW, WINDOW + 1, WINDOW + 7, 3 * WINDOW, LAST])
+def test_pushes_further_back_than_the_window_are_refused(sessions: Sessions, newest: int) -> None:
+    horizon = newest - WINDOW
+    push(sessions, A, 1)
+    push(sessions, A, newest)
+    for sequence in {s for s in (1, horizon, horizon - 1) if 1 <= s <= horizon}:
+        with pytest.raises(SessionExpired, match=rf"starts after {horizon}$"):
+            push(sessions, A, sequence)
+    for sequence in (horizon + 1, horizon + 2, newest - 1, newest):
+        known = version(A, sequence) if sequence in (1, newest) else None
+        assert sessions.applied(A, 0, sequence, 0) == known
+
+
+def test_the_window_holds_4096_pushes_and_no_more(sessions: Sessions) -> None:
+    assert WINDOW == 4096
+    for sequence in range(1, 2 * WINDOW + 11):
+        assert push(sessions, A, sequence) is None
+        assert len(sessions._sessions[A].versions) <= WINDOW
+    held = sessions._sessions[A].versions
+    assert set(held) == set(range(WINDOW + 11, 2 * WINDOW + 11))
+    assert all(held[sequence] == version(A, sequence) for sequence in held)
+
+
+def test_a_jump_forgets_as_much_as_single_steps_do(sessions: Sessions) -> None:
+    for sequence in (1, 2, 3, 10 * WINDOW, 10 * WINDOW + 1):
+        push(sessions, A, sequence)
+    assert set(sessions._sessions[A].versions) == {10 * WINDOW, 10 * WINDOW + 1}
+
+
+# ---- incarnations
+
+
+@pytest.mark.parametrize("held", range(3))
+@pytest.mark.parametrize("asked", range(3))
+@pytest.mark.parametrize("acknowledged", [0, 1])
+def test_a_newer_incarnation_starts_anew_and_an_older_one_is_refused(
+    sessions: Sessions, held: int, asked: int, acknowledged: int
+) -> None:
+    push(sessions, A, 2, 0, held)
+    numbers = (A, asked, 2, acknowledged)
+    if asked == held:
+        assert sessions.applied(*numbers) == version(A, 2, held)
+    elif asked < held:
+        with pytest.raises(SessionExpired) as caught:
+            sessions.applied(*numbers)
+        said = f"client 0xa incarnation {asked} was replaced by incarnation {held}"
+        assert str(caught.value) == said
+    elif acknowledged:
+        with pytest.raises(SessionExpired, match=r"^no memory of client 0xa incarnation"):
+            sessions.applied(*numbers)
+    else:
+        assert push(sessions, A, 2, 0, asked) is None
+        assert push(sessions, A, 2, 0, asked) == version(A, 2, asked)
+        assert sessions.applied(A, asked, 1, 0) is None
+    assert len(sessions) == 1
+
+
+def test_a_client_of_which_nothing_is_remembered_is_refused_once_it_had_answers(
+    sessions: Sessions,
+) -> None:
+    with pytest.raises(SessionExpired) as caught:
+        sessions.applied(A, 3, 8, 7)
+    assert str(caught.value) == (
+        "no memory of client 0xa incarnation 3, which has had pushes up to 7 acknowledged"
+    )
+    assert sessions.applied(A, 3, 8, 0) is None
+    assert len(sessions) == 0
+
+
+# ---- impossible numbers
+
+
+@pytest.mark.parametrize(
+    ("sequence", "acknowledged"),
+    [(0, 0), (0, 1), (1, 1), (1, 2), (5, LAST), (LAST, LAST), (-1, 0), (1, -1)],
+)
+@pytest.mark.parametrize("known", [False, True])
+def test_a_sequence_must_be_above_what_is_acknowledged(
+    sessions: Sessions, sequence: int, acknowledged: int, known: bool
+) -> None:
+    if known:
+        push(sessions, A, 1)
+    with pytest.raises(BadRequest) as caught:
+        sessions.applied(A, 0, sequence, acknowledged)
+    assert caught.value.reason == "INVALID_ARGUMENT"
+    assert str(caught.value) == (
+        f"sequence must be above acknowledged, got {sequence} and {acknowledged}"
+    )
+
+
+def test_the_largest_numbers_are_as_good_as_any(sessions: Sessions) -> None:
+    assert push(sessions, LAST, LAST, 0, LAST) is None
+    assert push(sessions, LAST, LAST, 0, LAST) == version(LAST, LAST, LAST)
+    assert sessions.applied(LAST, LAST, LAST, LAST - 1) == version(LAST, LAST, LAST)
+
+
+# ---- room and time
+
+
+def test_a_full_table_of_sessions_refuses_a_new_client_and_serves_the_others(
+    sessions: Sessions, clock: Clock
+) -> None:
+    push(sessions, A, 1)
+    push(sessions, B, 1)
+    clock.now += TTL - 0.001
+    with pytest.raises(TooLarge, match=r"^2 sessions are in use, the limit$") as caught:
+        push(sessions, C, 1)
+    assert caught.value.reason == "TOO_MANY_SESSIONS"
+    assert push(sessions, A, 2) is None
+    assert push(sessions, B, 1) == version(B, 1)
+    assert push(sessions, B, 1, 0, 1) is None  # another incarnation takes no more room
+    assert len(sessions) == 2
+
+
+def test_a_new_client_replaces_the_session_that_was_idle_longest_once_it_expired(
+    sessions: Sessions, clock: Clock
+) -> None:
+    push(sessions, A, 1)
+    clock.now += 1
+    push(sessions, B, 1)
+    clock.now += TTL - 2
+    push(sessions, A, 2)  # now B is the one idle longest
+    clock.now += 2
+    assert push(sessions, C, 1) is None
+    assert set(sessions._sessions) == {A, C}
+    assert push(sessions, A, 1) == version(A, 1)
+    with pytest.raises(SessionExpired, match=r"^no memory of client 0xb"):
+        push(sessions, B, 2, 1)
+
+
+def test_an_expired_session_is_kept_while_there_is_room(sessions: Sessions, clock: Clock) -> None:
+    push(sessions, A, 1)
+    clock.now += 1000 * TTL
+    assert push(sessions, A, 1) == version(A, 1)
+    push(sessions, B, 1)
+    assert set(sessions._sessions) == {A, B}
+
+
+@pytest.mark.parametrize("known", [(), (A,), (B,), (A, B)])
+@pytest.mark.parametrize("incarnation", [0, 1])
+@pytest.mark.parametrize("sequence", [0, 1, 2])
+@pytest.mark.parametrize("acknowledged", [0, 1])
+@pytest.mark.parametrize("later", [0.0, 2 * TTL])
+def test_asking_changes_nothing(
+    clock: Clock,
+    known: tuple[int, ...],
+    incarnation: int,
+    sequence: int,
+    acknowledged: int,
+    later: float,
+) -> None:
+    sessions = Sessions(1 if len(known) < 2 else 2, TTL, clock)
+    for client in known:
+        push(sessions, client, 1)
+    clock.now += later
+    before = contents(sessions)
+    for _ in range(2):
+        try:
+            sessions.applied(A, incarnation, sequence, acknowledged)
+        except Refused:
+            continue
+    assert contents(sessions) == before
+
+
+def test_every_short_history_answers_as_an_unlimited_memory_would(clock: Clock) -> None:
+    """All histories of three pushes over sequences 1..3, acknowledgements and incarnations."""
+    steps = [
+        (incarnation, sequence, acknowledged)
+        for incarnation in (0, 1)
+        for sequence in (1, 2, 3)
+        for acknowledged in range(sequence)
+    ]
+    for history in itertools.product(steps, repeat=3):
+        sessions = Sessions(1, TTL, clock)
+        seen: dict[int, int] = {}
+        at, low = -1, 0
+        for number, (incarnation, sequence, acknowledged) in enumerate(history, 1):
+            expired = (
+                incarnation < at
+                or (incarnation > at and acknowledged > 0)
+                or (incarnation == at and sequence <= low)
+            )
+            try:
+                known = sessions.applied(A, incarnation, sequence, acknowledged)
+            except SessionExpired:
+                assert expired, history
+                continue
+            assert not expired, history
+            if incarnation > at:
+                at, low, seen = incarnation, 0, {}
+            assert known == seen.get(sequence), history
+            if known is None:
+                sessions.record(A, incarnation, sequence, acknowledged, number)
+                seen[sequence] = number
+                low = max(low, acknowledged)
