@@ -318,7 +318,7 @@ def _read_varint(data: bytes, at: int, end: int, bits: int = 64) -> tuple[int, i
 
 def _fields(data: bytes, at: int, end: int) -> list[tuple[int, int, int]]:
     """Fields of the message data[at:end]: number and extent of the contents (2), or, with -1 in
-    place of the start, the number and value of a varint. Other wire types are skipped.
+    place of the start, the number and value of a varint; number 0 for other wire types.
     """
     found = []
     while at < end:
@@ -343,6 +343,7 @@ def _fields(data: bytes, at: int, end: int) -> list[tuple[int, int, int]]:
             value, at = _read_varint(data, at, end)
             found.append((tag >> 3, -1, value))
         elif kind in (1, 5) and at + (size := 8 if kind == 1 else 4) <= end:
+            found.append((0, -1, 0))  # no field has this number
             at += size
         else:
             raise Malformed(f"wire type {kind} of field {tag >> 3} at byte {at}")

@@ -295,7 +295,7 @@ def test_an_exchange_with_one_bad_part_applies_nothing(shard: Shard, what: str, 
     bad, error, message, reason = BAD_PARTS[what]
     shard.exchange([protected([1], 1), push([2], client=0xB, sequence=1)], [])
     before = state(shard)
-    pushes, pulls = [push([7]), protected([1, 8], 2)], [pull([1])]
+    pushes, pulls = [push([7]), protected([1, 8], 2)], [pull([])]
     if where == "alone":
         pushes, pulls = [], []
     into = pushes if isinstance(bad, Push) else pulls
