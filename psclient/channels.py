@@ -200,6 +200,8 @@ class Link:
     def _read_one(self, reader: Call) -> None:
         """Take one reply from the stream and settle whose it is."""
         with self._changed:
+            if reader.done:  # the client was closed
+                return
             if time.monotonic() >= reader.deadline:
                 self._expire(reader)
                 return
@@ -304,6 +306,8 @@ class Link:
             return False
         time.sleep(pause)
         with self._changed:
+            if self._closed:
+                return False
             call.done, call.error = False, None
             if isinstance(error, SessionExpired):
                 renumber(call, self._session)

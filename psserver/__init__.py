@@ -12,4 +12,5 @@ warm.py      kernels compiled before they are needed
 server.py    one shard as a process
 cluster.py   a local cluster
 cli.py       the command line
+__main__.py  python -m psserver
 """

@@ -85,7 +85,6 @@ class Server:
             self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise ConfigError(f"port: cannot listen on {address}: {error}") from error
-        await self._server.start()
         if config.metrics_port:
             registry = CollectorRegistry()
             registry.register(ShardCollector(self._shard, self._engine, self._counts))
@@ -99,6 +98,7 @@ class Server:
                 raise ConfigError(
                     f"metrics_port: cannot listen on {config.host}:{config.metrics_port}: {error}"
                 ) from error
+        await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def close(self) -> None:

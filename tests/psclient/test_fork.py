@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_array_equal
+from servers import eventually
 from torch.utils.data import DataLoader, Dataset
 
 from psclient import Client, PsError, Table
@@ -116,7 +117,7 @@ def test_a_fork_may_happen_while_other_threads_have_calls_in_flight(
         for seed in range(10):
             before = list(done)
             run_all([FORK.Process(target=check, args=(table, seed, 3)) for _ in range(2)])
-            assert done != before
+            eventually(lambda before=before: done != before)  # nobody was left behind
 
 
 def test_no_push_is_lost_or_doubled_by_a_fork(client: Client, name: str) -> None:

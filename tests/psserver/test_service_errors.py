@@ -1,0 +1,200 @@
+"""Every error has one status code and one documented reason: the trees, the dict and ps.proto."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+
+from psproto import codec
+from psproto import ps_pb2 as pb
+from psserver import errors as refusals
+from psserver.errors import (
+    BadRequest,
+    DeadlinePassed,
+    Draining,
+    Overloaded,
+    Refused,
+    SessionExpired,
+    TooLarge,
+    VersionInFuture,
+    WrongShard,
+)
+from psserver.service import CODES, status_of
+from storage import errors as storage_errors
+from storage.errors import OutOfMemory, SchemaMismatch, StorageError, UnknownTable
+
+ROOT = Path(__file__).parents[2]
+OWN_REASON = (BadRequest, TooLarge)  # told apart by a reason that each place gives
+
+
+def kinds(root: type[Exception]) -> list[type[Exception]]:
+    """All below a root."""
+    below = [kind for child in root.__subclasses__() for kind in (child, *kinds(child))]
+    return [kind for kind in below if kind.__module__ in ("psserver.errors", "storage.errors")]
+
+
+LEAVES = [*kinds(Refused), *kinds(StorageError)]
+
+
+def documented() -> dict[str, str]:
+    """reason -> name of its status code, from the comment at the top of ps.proto."""
+    text = (ROOT / "proto/psproto/ps.proto").read_text()
+    comment = text[: text.index("syntax =")]
+    block = comment[comment.index("Errors are gRPC status codes") :].replace("//", "")
+    found: dict[str, str] = {}
+    for code, reasons in re.findall(r"^ {3}([A-Z_]+) {2,}((?:.+\n)(?: {20,}.+\n)*)", block, re.M):
+        for reason in re.findall(r"[A-Z_]{5,}", re.sub(r"\([^)]*\)", "", reasons)):
+            assert reason not in found
+            found[reason] = code
+    return found
+
+
+def given(kind: type[Exception]) -> Iterator[str]:
+    """The reasons that the source gives to errors of a kind."""
+    for path in (ROOT / "psserver").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == kind.__name__:
+                first = node.args[0]
+                assert isinstance(first, ast.Constant), f"{path}:{node.lineno} gives no literal"
+                yield first.value
+
+
+def reasons(kind: type[Exception]) -> set[str]:
+    """All reasons with which an error of this kind may reach a client."""
+    if kind in OWN_REASON:
+        return set(given(kind))
+    return {CODES[kind][1] or kind.reason}  # type: ignore[attr-defined]
+
+
+def details(status: Any) -> dict[type[Message], Message]:
+    found: dict[type[Message], Message] = {}
+    for detail in status.details:
+        for kind in (ErrorInfo, RetryInfo):
+            if detail.Is(kind.DESCRIPTOR):
+                found[kind] = kind.FromString(detail.value)
+    assert len(found) == len(status.details)
+    return found
+
+
+def test_the_comment_in_ps_proto_can_be_read() -> None:
+    assert documented()["MALFORMED_MESSAGE"] == "INVALID_ARGUMENT"
+    assert documented()["OVERLOADED"] == "RESOURCE_EXHAUSTED"
+    assert documented()["DRAINING"] == "UNAVAILABLE"
+    assert len(documented()) >= 17
+
+
+@pytest.mark.parametrize("kind", LEAVES, ids=lambda kind: kind.__name__)
+def test_every_error_has_a_code_of_its_own(kind: type[Exception]) -> None:
+    assert kind in CODES
+
+
+def test_nothing_else_has_a_code() -> None:
+    assert set(CODES) == {codec.Malformed, *LEAVES}
+
+
+@pytest.mark.parametrize("kind", CODES, ids=lambda kind: kind.__name__)
+def test_every_reason_is_documented_under_its_code(kind: type[Exception]) -> None:
+    assert reasons(kind)
+    for reason in reasons(kind):
+        assert documented().get(reason) == CODES[kind][0].name, reason
+
+
+def test_every_documented_reason_can_occur() -> None:
+    assert set().union(*(reasons(kind) for kind in CODES)) == set(documented())
+
+
+@pytest.mark.parametrize("module", [refusals, storage_errors], ids=lambda module: module.__name__)
+def test_the_tree_in_the_docstring_is_the_tree(module: Any) -> None:
+    listed = re.findall(r"^(?:\* |  - )(\w+)", module.__doc__, re.M)
+    defined = [
+        name
+        for name, thing in vars(module).items()
+        if isinstance(thing, type) and thing.__module__ == module.__name__
+    ]
+    assert listed == defined
+    for name in defined:
+        assert vars(module)[name].__doc__
+
+
+EXAMPLES: list[tuple[Exception, str, str, dict[str, str], float | None]] = [
+    (codec.Malformed("bad"), "INVALID_ARGUMENT", "MALFORMED_MESSAGE", {}, None),
+    (BadRequest("NON_FINITE", "bad"), "INVALID_ARGUMENT", "NON_FINITE", {}, None),
+    (UnknownTable("t"), "NOT_FOUND", "TABLE_NOT_FOUND", {}, None),
+    (SchemaMismatch("t", "dim", 1, 2), "FAILED_PRECONDITION", "SCHEMA_MISMATCH", {}, None),
+    (WrongShard("t", 1, 2, 0, 9), "FAILED_PRECONDITION", "WRONG_SHARD", {"epoch": "9"}, None),
+    (SessionExpired("gone"), "FAILED_PRECONDITION", "SESSION_EXPIRED", {}, None),
+    (VersionInFuture("later"), "OUT_OF_RANGE", "VERSION_IN_FUTURE", {}, None),
+    (TooLarge("TOO_MANY_KEYS", "big"), "RESOURCE_EXHAUSTED", "TOO_MANY_KEYS", {}, None),
+    (OutOfMemory(1, 2, 3), "RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", {}, None),
+    (Overloaded("busy"), "RESOURCE_EXHAUSTED", "OVERLOADED", {}, 0.1),
+    (DeadlinePassed("late"), "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", {}, None),
+    (Draining("stopping"), "UNAVAILABLE", "DRAINING", {}, 1.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "reason", "metadata", "retry_after"),
+    EXAMPLES,
+    ids=[type(example[0]).__name__ for example in EXAMPLES],
+)
+def test_an_error_travels_with_its_code_message_reason_and_delay(
+    error: Exception, code: str, reason: str, metadata: dict[str, str], retry_after: float | None
+) -> None:
+    status = status_of(error)
+    assert status.code == grpc.StatusCode[code].value[0]
+    assert status.message == str(error) != ""
+    found = details(status)
+    assert found.pop(ErrorInfo) == ErrorInfo(reason=reason, domain="ps.v1", metadata=metadata)
+    if retry_after is not None:
+        delay = found.pop(RetryInfo).retry_delay
+        assert delay.seconds + delay.nanos / 1e9 == pytest.approx(retry_after)
+    assert not found
+
+
+def test_there_is_an_example_of_every_error() -> None:
+    assert {type(example[0]) for example in EXAMPLES} == set(CODES)
+
+
+def test_delays_are_given_where_ps_proto_says_so() -> None:
+    text = (ROOT / "proto/psproto/ps.proto").read_text()
+    promised = set(re.findall(r"([A-Z_]{5,}) \(RetryInfo\)", text))
+    assert promised == {reason for _, _, reason, _, delay in EXAMPLES if delay is not None}
+
+
+class Child(UnknownTable):
+    """An error that nobody listed."""
+
+
+def test_an_error_below_a_listed_one_travels_as_that_one() -> None:
+    assert status_of(Child("t")) == status_of(UnknownTable("t"))
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("secret"), KeyError("secret")])
+def test_an_error_nobody_expected_is_internal_and_tells_its_kind_alone(error: Exception) -> None:
+    status = status_of(error)
+    assert status.code == grpc.StatusCode.INTERNAL.value[0]
+    assert status.message == f"internal error: {type(error).__name__}"
+    assert details(status) == {ErrorInfo: ErrorInfo(reason="INTERNAL", domain="ps.v1")}
+
+
+def test_a_status_in_a_stream_has_the_bytes_of_google_rpc_status() -> None:
+    for example in EXAMPLES:
+        status = status_of(example[0])
+        data = status.SerializeToString(deterministic=True)
+        mirrored = pb.Status.FromString(data)
+        assert mirrored.SerializeToString(deterministic=True) == data
+        assert (mirrored.code, mirrored.message) == (status.code, status.message)
+        info = pb.ErrorInfo.FromString(mirrored.details[0].value)
+        assert (info.reason, info.domain, dict(info.metadata)) == (
+            example[2],
+            "ps.v1",
+            example[3],
+        )

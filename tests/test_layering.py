@@ -1,0 +1,145 @@
+"""The laws that a file can break without a test noticing, read from the source itself."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PLACES = {
+    "psproto": ROOT / "proto" / "psproto",
+    "storage": ROOT / "storage",
+    "psserver": ROOT / "psserver",
+    "psclient": ROOT / "psclient",
+}
+MAY_IMPORT = {
+    "psproto": set(),
+    "storage": set(),
+    "psserver": {"storage", "psproto"},
+    "psclient": {"psproto"},
+}
+OURS = {*PLACES, "tests", "benchmarks", "examples", "conftest", "servers"}
+NOT_IN_STORAGE = ("grpc", "google", "prometheus_client", "grpc_health", "grpc_reflection")
+NAMELESS = {"utils", "util", "common", "helpers", "helper", "manager", "types", "misc"}
+GENERATED = {"ps_pb2.py", "ps_pb2_grpc.py"}
+
+PACKAGES = sorted(path.parent for place in PLACES.values() for path in place.rglob("__init__.py"))
+FILES = sorted(path for place in PLACES.values() for path in place.rglob("*.py"))
+WRITTEN = [path for path in FILES if path.name not in GENERATED]
+
+
+def shown(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def package_of(path: Path) -> str:
+    """The top package that a file is in."""
+    return next(name for name, place in PLACES.items() if place in path.parents)
+
+
+def dotted(path: Path) -> str:
+    """The name under which a file is imported."""
+    place = PLACES[package_of(path)]
+    parts = path.relative_to(place.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Names of the modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{shown(path)}:{node.lineno} imports relatively"
+            assert node.module is not None
+            for name in node.names:
+                inner = f"{node.module}.{name.name}"
+                yield inner if inner in MODULES else node.module
+
+
+MODULES = {dotted(path) for path in FILES}
+
+
+def listed(package: Path) -> list[str]:
+    """The files that a package's docstring lists, in the order in which to read them."""
+    text = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    return re.findall(r"^ *([\w/]+\.(?:py|proto))\s{2,}\S", text, re.M)
+
+
+# ---- law 1
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=shown)
+def test_imports_point_one_way(path: Path) -> None:
+    package = package_of(path)
+    ours = {name.split(".")[0] for name in imports(path)} & OURS
+    assert ours <= {package} | MAY_IMPORT[package]
+
+
+@pytest.mark.parametrize("path", [p for p in WRITTEN if package_of(p) == "storage"], ids=shown)
+def test_storage_knows_no_network(path: Path) -> None:
+    assert not [name for name in imports(path) if name.split(".")[0] in NOT_IN_STORAGE]
+
+
+def test_the_rules_see_what_is_imported() -> None:
+    seen = {package: set[str]() for package in PLACES}
+    for path in WRITTEN:
+        seen[package_of(path)] |= {name.split(".")[0] for name in imports(path)} & OURS
+    for package, others in MAY_IMPORT.items():
+        assert seen[package] - {package} == others
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=shown)
+def test_no_file_imports_pickle(path: Path) -> None:
+    unsafe = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve"}
+    assert not {name.split(".")[0] for name in imports(path)} & unsafe
+
+
+# ---- law 2
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=shown)
+def test_a_package_lists_its_files_in_reading_order(package: Path) -> None:
+    """Files of a subpackage stand in the list of the package too."""
+    below = [path for path in package.rglob("*.py") if path.name != "__init__.py"]
+    there = {
+        str(path.relative_to(package))
+        for path in (*below, *package.glob("*.proto"))
+        if path.name not in GENERATED
+    }
+    names = listed(package)
+    assert sorted(names) == sorted(there)
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("path", [p for p in WRITTEN if p.name != "__init__.py"], ids=shown)
+def test_a_file_imports_only_files_listed_above_it(path: Path) -> None:
+    place = PLACES[package_of(path)]
+    order = listed(place)
+    name = str(path.relative_to(place))
+    above = {dotted(place / other) for other in order[: order.index(name)]}
+    above |= {dotted(place / generated) for generated in GENERATED}
+    mine = {one for one in imports(path) if one.split(".")[0] == place.name}
+    assert mine <= above
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("path", FILES, ids=shown)
+def test_a_file_is_named_for_what_is_in_it(path: Path) -> None:
+    parts = {part.removesuffix(".py") for part in path.relative_to(ROOT).parts}
+    assert not parts & NAMELESS
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=shown)
+def test_a_file_begins_with_what_it_is_for(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_proto_is_a_source_root_and_no_package() -> None:
+    assert not (ROOT / "proto" / "__init__.py").exists()

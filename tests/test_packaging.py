@@ -1,0 +1,70 @@
+"""What is installed: a wheel or a checkout, beside packages that have a module ``proto``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOT_THE_CLIENTS = {  # what the extras bring
+    *("lmdb", "prometheus_client", "psserver", "pydantic", "pydantic_settings", "rich", "storage"),
+    *("structlog", "torch", "typer", "uvloop", "xxhash"),
+}
+LOOK = """
+import proto, psproto, psclient, storage, psserver
+from psproto import ps_pb2
+assert hasattr(proto, "Message"), "proto is no longer proto-plus"
+print(psproto.__file__)
+"""
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    """A new environment that sees what this one has installed, this project excepted."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    ours = next(path for path in sys.path if path.endswith("site-packages"))
+    for each in Path(ours).iterdir():  # links, so that no .pth of an editable install is followed
+        if each.suffix != ".pth" and not each.name.startswith(
+            ("__editable__", "embedding_ps", "pip")
+        ):
+            (site / each.name).exists() or (site / each.name).symlink_to(each)
+    return python
+
+
+def install(python: Path, *what: str) -> None:
+    command = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", *what]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and "No matching distribution" in done.stderr:
+        pytest.skip("no package registry here: pip cannot fetch proto-plus or setuptools")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_an_install_works_beside_proto_plus(python: Path, tmp_path: Path, kind: str) -> None:
+    install(python, "proto-plus")  # what google-cloud-storage brings as its module ``proto``
+    install(python, *(["-e", str(ROOT)] if kind == "editable" else [str(ROOT)]))
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(python), "-c", LOOK],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=bare,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().startswith(str(ROOT if kind == "editable" else tmp_path))
+
+
+def test_the_client_imports_nothing_of_the_server_or_of_the_extras() -> None:
+    code = "import sys, psclient, psclient.aio; print(*{m.split('.')[0] for m in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) & NOT_THE_CLIENTS == set()
