@@ -93,7 +93,9 @@ def _rows(setup: Setup, cpp: Any, steps: int, line: float) -> list[dict[str, Any
     size = 1 << (setup.rows * 4 // 3).bit_length() if cpp is not None else 2
     flat = np.zeros((size, 2), np.uint64)
     numba: dict[str, Callable[[int], Any]] = {
-        "find": lambda i: find(entries, directory, depth, setup.asked[i % 64], setup.found),
+        "find": lambda i: find(
+            entries, directory, depth, index._salt, setup.asked[i % 64], setup.found
+        ),
         "gather": lambda i: gather(slab, setup.batches[i % 64], DIM, out),
         "adagrad": lambda i: adagrad.step(slab, setup.batches[i % 64], setup.gradients, 0.05, 1),
     }

@@ -93,7 +93,7 @@ def fill(table: Table, keys: Ids, rows: Any) -> None:
 def main() -> None:
     """Run and print."""
     parser = arguments(__doc__)
-    parser.add_argument("--peers", default=",".join(PEERS), help="names, comma-separated")
+    parser.add_argument("--peers", default=";".join(PEERS), help="names, separated by ;")
     options = parser.parse_args()
     report = Report("step", options.json)
     work = Work(rows=200_000) if options.quick else Work()
@@ -107,7 +107,7 @@ def main() -> None:
         table = streams.create_table("standard", work.dim, optimizer="adagrad", lr=0.05)
         fill(table, keys, initial_rows(work))
         peers = {}
-        for name in filter(None, options.peers.split(",")):
+        for name in filter(None, options.peers.split(";")):
             try:
                 peers[name] = stack.enter_context(closing(PEERS[name](work)))
             except Unavailable as reason:

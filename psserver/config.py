@@ -81,7 +81,7 @@ def load(flags: Sequence[str], environment: Mapping[str, str] | None = None) -> 
     """Read the configuration; ConfigError names what is unknown or wrong."""
     environment = os.environ if environment is None else environment
     known = {PREFIX + name.upper() for name in ServerConfig.model_fields} | {CONFIG}
-    unknown = sorted(n for n in environment if n.startswith(PREFIX) and n not in known)
+    unknown = sorted(n for n in environment if n.upper().startswith(PREFIX) and n not in known)
     if unknown:
         raise ConfigError(f"unknown environment variables: {', '.join(unknown)}")
     rest = list(flags)

@@ -429,7 +429,7 @@ def _sum_repeated(
     sums = np.zeros((len(split.keys), gradients.shape[1]), np.float32)
     routing.sum_rows(gradients, split.inverse, sums)
     total = np.bincount(split.inverse, weights=counts, minlength=len(split.keys))
-    return split.keys, total.astype(np.uint32), sums
+    return split.keys, np.minimum(total, 2**32 - 1).astype(np.uint32), sums
 
 
 async def _abort(context: grpc.aio.ServicerContext[bytes, bytes], error: Exception) -> None:

@@ -86,7 +86,9 @@ class Sessions:
         """Remember a push that ``applied`` did not know and that is applied now."""
         session = self._sessions.pop(client, None)
         if session is None and len(self._sessions) >= self._limit:
-            del self._sessions[next(iter(self._sessions))]
+            of_oldest, oldest = next(iter(self._sessions.items()))
+            if self._clock() - oldest.used >= self._ttl:  # else one exchange opened several
+                del self._sessions[of_oldest]
         if session is None or session.incarnation < incarnation:
             session = _Session(incarnation, self._clock())
         self._sessions[client] = session

@@ -114,14 +114,10 @@ class Shard:
         pushes; the earlier one is applied then, and repeating the call with the same sequence
         numbers completes it.
         """
-        known = [self._check_push(push) for push in pushes]
+        for push in pushes:
+            self._check_push(push)
         self._check_pulls(pulls)
-        pushed = [
-            PushResponse(version=self._apply(push))
-            if version is None
-            else PushResponse(version=version, duplicate=True)
-            for push, version in zip(pushes, known, strict=True)
-        ]
+        pushed = [self._push(push) for push in pushes]
         return Exchanged(pushed, [self._pull(pull) for pull in pulls])
 
     def dump(self) -> dict[str, Any]:
@@ -134,8 +130,8 @@ class Shard:
             raise UnknownTable(name)
         return table
 
-    def _check_push(self, push: Push) -> int | None:
-        """The version under which the push was applied already, or None."""
+    def _check_push(self, push: Push) -> None:
+        """Refuse a push that cannot be applied."""
         schema = self._table(push.table).schema
         dim = schema.dim
         if push.lr is not None:
@@ -148,6 +144,10 @@ class Shard:
                 "DIM_MISMATCH",
                 f"table {push.table!r} has dim {dim}, the gradients have {push.gradients.shape[1]}",
             )
+        self._applied(push)
+
+    def _applied(self, push: Push) -> int | None:
+        """The version under which the push was applied already, or None."""
         if not push.client:
             return None
         return self.sessions.applied(
@@ -170,7 +170,11 @@ class Shard:
                 f"the reply would take {size} bytes, the limit is {self._reply_bytes}",
             )
 
-    def _apply(self, push: Push) -> int:
+    def _push(self, push: Push) -> PushResponse:
+        """Apply a push, unless it was already: perhaps just now, by the same exchange."""
+        known = self._applied(push)
+        if known is not None:
+            return PushResponse(version=known, duplicate=True)
         version = self.version + 1
         self._table(push.table).push(
             push.keys, push.gradients, push.counts, version=version, step=push.step, lr=push.lr
@@ -180,7 +184,7 @@ class Shard:
             self.sessions.record(
                 push.client, push.incarnation, push.sequence, push.acknowledged, version
             )
-        return version
+        return PushResponse(version=version)
 
     def _pull(self, pull: Pull) -> Pulled:
         table = self._table(pull.table)

@@ -28,6 +28,11 @@ class Budget:
         self.limit = limit
         self.held = 0
 
+    @property
+    def free(self) -> int:
+        """Bytes that may still be taken."""
+        return self.limit - self.held
+
     def take(self, size: int) -> None:
         """Count ``size`` more bytes as held, or raise OutOfMemory and count nothing."""
         if self.held + size > self.limit:
@@ -82,11 +87,18 @@ class Arena:
         unit = SMALLEST_CHUNK if wanted <= HUGE else HUGE
         chunk = min(max(self._taken // 16, unit), LARGEST_CHUNK)
         end = -(-max(wanted, self._taken + chunk) // unit) * unit
+        if end - self._taken > self._budget.free:  # the last rows before the limit
+            end = -(-wanted // mmap.PAGESIZE) * mmap.PAGESIZE
         self._budget.take(end - self._taken)
         start = max(self._taken, HUGE)
         if end > start:
             self._map.madvise(mmap.MADV_HUGEPAGE, start, min(end, len(self._map)) - start)
         self._taken = end
+
+    def shrink(self, size: int) -> None:
+        """Go back to ``size`` bytes after growing; the rows behind were never touched."""
+        self._budget.give(self._taken - size)
+        self._taken = size
 
     def close(self) -> None:
         """Return the memory; the array must not be used again."""

@@ -2,7 +2,7 @@
 
 Extendible hashing over segments of open addressing:
 
-    hash      = mix64(key)
+    hash      = mix64(key ^ salt), a random salt for each index
     segment   = directory[top `depth` bits of hash]
     position  = low bits of hash, then the next ones (linear probing), wrapping in the segment
     entry     = key uint64, location uint64, side by side: one cache line answers
@@ -16,6 +16,7 @@ otherwise all split within a few pushes. Fresh memory is zero, which is an empty
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ from storage.kernels import ABSENT, Keys, Slots, jit, mix64, prefetch
 SEGMENT = 1 << 15  # entries
 LEAST_FULL = SEGMENT * 5 // 8
 FULL_RANGE = SEGMENT * 3 // 16
-MAX_DEPTH = 28
+MAX_DEPTH = 22  # of the directory, 16 MiB then: room for some 10^11 keys
 PLACE_BITS = 56
 AHEAD = 16  # keys whose entries are asked for before they are needed
 
@@ -57,22 +58,23 @@ def _full(segment: Any) -> Any:
 
 
 @jit
-def find(entries: Any, directory: Any, depth: int, keys: Any, out: Any) -> Any:
+def find(entries: Any, directory: Any, depth: int, salt: Any, keys: Any, out: Any) -> Any:
     """Write the location of every key, 0 for absent ones; return how many are absent.
 
     entries    uint64[capacity, 2]   key, location
     directory  int32[2**depth]       segment of each prefix
+    salt       uint64                of this index
     keys       uint64[n]
     out        uint64[n]
     """
     n = keys.shape[0]
     absent = 0
     for i in range(min(AHEAD, n)):
-        out[i] = _home(directory, depth, mix64(keys[i]))  # until the answer takes its place
+        out[i] = _home(directory, depth, mix64(keys[i] ^ salt))  # until the answer takes its place
         prefetch(entries, np.int64(out[i]), 0)
     for i in range(n):
         if i + AHEAD < n:
-            home = _home(directory, depth, mix64(keys[i + AHEAD]))
+            home = _home(directory, depth, mix64(keys[i + AHEAD] ^ salt))
             out[i + AHEAD] = home
             prefetch(entries, np.int64(home), 0)
         key = keys[i]
@@ -87,7 +89,14 @@ def find(entries: Any, directory: Any, depth: int, keys: Any, out: Any) -> Any:
 
 @jit
 def insert(
-    entries: Any, directory: Any, depth: int, counts: Any, keys: Any, locations: Any, start: int
+    entries: Any,
+    directory: Any,
+    depth: int,
+    salt: Any,
+    counts: Any,
+    keys: Any,
+    locations: Any,
+    start: int,
 ) -> Any:
     """Add absent, distinct keys from ``start`` on; return where a full segment stopped it, or n.
 
@@ -97,11 +106,11 @@ def insert(
     """
     n = keys.shape[0]
     for i in range(start, min(start + AHEAD, n)):
-        prefetch(entries, np.int64(_home(directory, depth, mix64(keys[i]))), 0)
+        prefetch(entries, np.int64(_home(directory, depth, mix64(keys[i] ^ salt))), 0)
     for i in range(start, n):
         if i + AHEAD < n:
-            prefetch(entries, np.int64(_home(directory, depth, mix64(keys[i + AHEAD]))), 0)
-        at = _home(directory, depth, mix64(keys[i]))
+            prefetch(entries, np.int64(_home(directory, depth, mix64(keys[i + AHEAD] ^ salt))), 0)
+        at = _home(directory, depth, mix64(keys[i] ^ salt))
         segment = at // np.uint64(SEGMENT)
         if counts[segment] >= _full(segment):
             return i
@@ -114,17 +123,17 @@ def insert(
 
 
 @jit
-def assign(entries: Any, directory: Any, depth: int, keys: Any, locations: Any) -> None:
+def assign(entries: Any, directory: Any, depth: int, salt: Any, keys: Any, locations: Any) -> None:
     """Give present keys another location."""
     for i in range(keys.shape[0]):
-        at = _home(directory, depth, mix64(keys[i]))
+        at = _home(directory, depth, mix64(keys[i] ^ salt))
         while entries[at, 0] != keys[i] or entries[at, 1] == 0:
             at = _next(at)
         entries[at, 1] = locations[i]
 
 
 @jit
-def remove(entries: Any, directory: Any, depth: int, counts: Any, keys: Any) -> Any:
+def remove(entries: Any, directory: Any, depth: int, salt: Any, counts: Any, keys: Any) -> Any:
     """Take keys out; return how many were present.
 
     Later entries of the probe run move back into the hole, so there are no tombstones.
@@ -132,7 +141,7 @@ def remove(entries: Any, directory: Any, depth: int, counts: Any, keys: Any) -> 
     removed = 0
     for i in range(keys.shape[0]):
         key = keys[i]
-        at = _home(directory, depth, mix64(key))
+        at = _home(directory, depth, mix64(key ^ salt))
         while entries[at, 1] != 0 and entries[at, 0] != key:
             at = _next(at)
         if entries[at, 1] == 0:
@@ -142,7 +151,7 @@ def remove(entries: Any, directory: Any, depth: int, counts: Any, keys: Any) -> 
         hole = at
         at = _next(at)
         while entries[at, 1] != 0:
-            home = mix64(entries[at, 0]) & _MASK
+            home = mix64(entries[at, 0] ^ salt) & _MASK
             # May the entry at `at` stand at `hole`? Only if its home is not between them.
             if ((at - home) & _MASK) >= ((at - hole) & _MASK):
                 entries[hole, 0] = entries[at, 0]
@@ -155,7 +164,9 @@ def remove(entries: Any, directory: Any, depth: int, counts: Any, keys: Any) -> 
 
 
 @jit
-def split(entries: Any, counts: Any, source: int, target: int, bit: int, scratch: Any) -> None:
+def split(
+    entries: Any, counts: Any, source: int, target: int, bit: int, salt: Any, scratch: Any
+) -> None:
     """Move the entries of segment ``source`` whose hash has ``bit`` set to the empty ``target``.
 
     scratch  uint64[SEGMENT, 2]  overwritten
@@ -171,7 +182,7 @@ def split(entries: Any, counts: Any, source: int, target: int, bit: int, scratch
     for i in range(SEGMENT):
         if scratch[i, 1] == 0:
             continue
-        hashed = mix64(scratch[i, 0])
+        hashed = mix64(scratch[i, 0] ^ salt)
         segment = target if (hashed >> np.uint64(bit)) & np.uint64(1) else source
         counts[segment] += 1
         at = np.uint64(segment) * np.uint64(SEGMENT) + (hashed & _MASK)
@@ -199,6 +210,7 @@ class Index:
     """Where every key of a table is. Calls take arrays; keys within one call are distinct."""
 
     def __init__(self, budget: Budget) -> None:
+        self._salt = np.uint64(int.from_bytes(os.urandom(8)))  # nobody can aim keys at a segment
         self._entries = Arena(2, np.uint64, budget)
         self._entries.grow(SEGMENT)
         self._directory = np.zeros(1, np.int32)
@@ -218,7 +230,7 @@ class Index:
     def find(self, keys: Keys) -> tuple[Locations, int]:
         """Locations uint64[n] (0: absent) of keys uint64[n], and how many are absent."""
         out = np.empty(len(keys), np.uint64)
-        return out, find(self._entries.array, self._directory, self._depth, keys, out)
+        return out, find(self._entries.array, self._directory, self._depth, self._salt, keys, out)
 
     def insert(self, keys: Keys, locations: Locations) -> None:
         """Add absent keys, all of them or none.
@@ -232,6 +244,7 @@ class Index:
                     self._entries.array,
                     self._directory,
                     self._depth,
+                    self._salt,
                     self._counts,
                     keys,
                     locations,
@@ -246,11 +259,15 @@ class Index:
 
     def assign(self, keys: Keys, locations: Locations) -> None:
         """Give present keys another location."""
-        assign(self._entries.array, self._directory, self._depth, keys, locations)
+        assign(self._entries.array, self._directory, self._depth, self._salt, keys, locations)
 
     def remove(self, keys: Keys) -> int:
         """Take keys out, absent ones included in the call; return how many were present."""
-        return int(remove(self._entries.array, self._directory, self._depth, self._counts, keys))
+        return int(
+            remove(
+                self._entries.array, self._directory, self._depth, self._salt, self._counts, keys
+            )
+        )
 
     def slices(self) -> Iterator[tuple[Keys, Locations]]:
         """All keys with their locations, a segment at a time, in no particular order."""
@@ -265,7 +282,7 @@ class Index:
 
     def _split(self, key: np.uint64) -> None:
         """Split the segment of ``key``."""
-        prefix = int(mix64(key)) >> (64 - self._depth) if self._depth else 0
+        prefix = int(mix64(key ^ self._salt)) >> (64 - self._depth) if self._depth else 0
         source = int(self._directory[prefix])
         target = len(self._depths)
         if self._depths[source] == MAX_DEPTH:
@@ -281,7 +298,9 @@ class Index:
         depth = self._depths[source] + 1
         self._depths[source] = depth
         self._depths.append(depth)
-        split(self._entries.array, self._counts, source, target, 64 - depth, self._scratch)
+        split(
+            self._entries.array, self._counts, source, target, 64 - depth, self._salt, self._scratch
+        )
         mine = np.flatnonzero(self._directory == source)
         upper = (mine >> (self._depth - depth)) & 1 == 1
         self._directory[mine[upper]] = target

@@ -35,7 +35,7 @@ class Tier(Protocol):
 
     @property
     def bytes(self) -> int:
-        """Bytes taken from the budget, overhead and unused places included."""
+        """Bytes taken from the budget, unused places included."""
         ...
 
     def allocate(self, count: int) -> Slots:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.arena import Arena, Budget
+from storage.errors import OutOfMemory
 from storage.initializers import Initializer
 from storage.kernels import Keys, Rows, Slots, fill_state, gather, touch
 from storage.optimizers import Optimizer
@@ -37,13 +38,18 @@ class HostTier:
 
     @property
     def bytes(self) -> int:
-        return self._slab.bytes + self._meta.bytes + self._free.nbytes
+        return self._slab.bytes + self._meta.bytes
 
     def allocate(self, count: int) -> Slots:
         recycled = min(count, self._free_count)
         fresh = count - recycled
+        before = self._slab.bytes
         self._slab.grow(self._used + fresh)
-        self._meta.grow(self._used + fresh)
+        try:
+            self._meta.grow(self._used + fresh)
+        except OutOfMemory:
+            self._slab.shrink(before)
+            raise
         self._free_count -= recycled
         slots = np.empty(count, np.int64)
         slots[:recycled] = self._free[self._free_count : self._free_count + recycled]
@@ -90,3 +96,4 @@ class HostTier:
     def close(self) -> None:
         self._slab.close()
         self._meta.close()
+        self._used = self._free_count = 0

@@ -595,6 +595,17 @@ def test_groups_which_no_version_of_the_contract_can_have_are_refused() -> None:
         codec.decode_pull(data)
 
 
+@pytest.mark.parametrize(
+    "field",
+    [b"\x20\0", b"\x21" + bytes(8), b"\x22\0", b"\x25" + bytes(4), wire(2, 2, b"\0")],
+    ids=["varint", "fixed64", "bytes", "fixed32", "padding"],
+)
+def test_a_message_has_at_most_65536_fields_of_any_kind(field: bytes) -> None:
+    assert codec.decode_pull(field * (2**16 - 1) + KEY).keys.tolist() == [1]
+    with pytest.raises(Malformed, match=r"^more than 65536 fields in one message$"):
+        codec.decode_pull(field * 2**16 + KEY)
+
+
 def test_a_number_of_more_than_64_bits_is_refused() -> None:
     data = KEY + b"\x20" + b"\xff" * 9 + b"\x02"  # protobuf drops what is too much
     assert pb.PullRequest.FromString(data).keys == u8(1).tobytes()
