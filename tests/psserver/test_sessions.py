@@ -307,3 +307,13 @@ def test_every_short_history_answers_as_an_unlimited_memory_would(clock: Clock) 
                 sessions.record(A, incarnation, sequence, acknowledged, number)
                 seen[sequence] = number
                 low = max(low, acknowledged)
+
+
+def test_sessions_opened_at_once_push_out_no_live_one() -> None:
+    sessions = Sessions(2, 600.0, lambda: 0.0)
+    sessions.record(1, 1, 1, 0, 10)
+    assert sessions.applied(2, 1, 1, 0) is None
+    assert sessions.applied(3, 1, 1, 0) is None  # both were checked while there was a place
+    sessions.record(2, 1, 1, 0, 11)
+    sessions.record(3, 1, 1, 0, 12)
+    assert [sessions.applied(client, 1, 1, 0) for client in (1, 2, 3)] == [10, 11, 12]

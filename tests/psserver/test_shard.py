@@ -391,3 +391,10 @@ def test_versions_grow_by_one_with_each_push_that_takes_effect() -> None:
     assert isinstance(pulled.pulls[0], Pulled)
     rows = shard.dump()["t"]
     assert {int(k): int(v) for k, v in rows.meta[:, :2]} == done
+
+
+def test_a_push_that_stands_twice_in_one_exchange_is_applied_once(shard: Shard) -> None:
+    shard.create_table(schema())
+    twice = protected([1], 1)
+    assert answers(shard.exchange([twice, twice], [])) == [(1, False), (1, True)]
+    assert shard.version == 1

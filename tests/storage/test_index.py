@@ -278,3 +278,11 @@ def test_a_row_takes_a_known_number_of_bytes(rows: int, limit: int) -> None:
     keys = np.arange(rows, dtype=np.uint64)
     index.insert(keys, keys + np.uint64(1))
     assert 16 * rows <= index.bytes <= limit * rows
+
+
+def test_keys_made_to_collide_without_the_salt_are_spread_with_it() -> None:
+    index = Index(Budget(1 << 30))
+    keys = keys_of((0b1 << 63) | i for i in range(2 * SEGMENT))
+    index.insert(keys, keys | np.uint64(1))
+    assert index._depth <= 4
+    assert len(index) == len(keys)

@@ -226,3 +226,14 @@ class TierContract:
 class TestHostTier(TierContract):
     def make(self, budget: Budget, dim: int, width: int) -> Tier:
         return HostTier(dim, width, budget)
+
+
+def test_a_refused_allocation_gives_back_what_it_had_taken() -> None:
+    budget = Budget(64 << 20)
+    tier = HostTier(32, 64, budget)
+    tier.allocate(10)
+    held = budget.held
+    with pytest.raises(OutOfMemory):
+        tier.allocate(260_000)  # the slab would fit, its metadata no longer
+    assert budget.held == held
+    tier.allocate(200_000)
