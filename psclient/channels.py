@@ -39,7 +39,6 @@ OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.dns_min_time_between_resolutions_ms", 1000),
     ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.use_local_subchannel_pool", 1),  # else a forked child finds its parent's connections
 )
 RETRYABLE = (  # ends of a stream after which another one may do better
     grpc.StatusCode.UNAVAILABLE,
