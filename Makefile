@@ -26,6 +26,9 @@ bench: .venv/dev  ## every benchmark; latest figures: docs/benchmarks.md
 	$(RUN) -m benchmarks.kernels
 	$(RUN) -m benchmarks.wire
 	$(RUN) -m benchmarks.step
+	$(RUN) -m benchmarks.scale
+	$(RUN) -m benchmarks.durability
+	$(RUN) -m benchmarks.checkpoint
 
 proto: .venv/proto  ## generate code from ps.proto
 	.venv-proto/bin/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto \
@@ -43,7 +46,7 @@ clean:
 	touch $@
 
 .venv/dev: .venv/server
-	$(PIP) -e '.[server,torch,dev]'
+	$(PIP) -e '.[server,torch,export,dev]'
 	touch $@
 
 .venv/proto: .venv/bin/python  # a release whose output both protobuf 6 and 7 load

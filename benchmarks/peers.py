@@ -1,4 +1,4 @@
-"""The standard work of performance.md, and what others reach on it.
+"""The standard work (docs/benchmarks.md), and what others reach on it.
 
     torch in-process               an embedding and Adagrad in this process; no server, no keys
     redis                          redis-server on loopback; Adagrad in the client

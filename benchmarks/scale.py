@@ -62,13 +62,13 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=20_000_000, help="rows of the largest table")
     options = parser.parse_args()
     report = Report("scale", options.json)
-    rows, steps = (200_000, 30) if options.quick else (2_000_000, 200)
+    rows, steps = (200_000, 30) if options.quick else (2_000_000, 800)
     measured = []
     for count, clients in ((1, 1), (2, 1), (4, 1), (1, 4)):
         with ExitStack() as stack:
             addresses, pids = stack.enter_context(shards(count))
             client = stack.enter_context(Client(addresses))
-            fill(client.create_table("scale", DIM, lr=0.05), keys_of(np.arange(rows)), None)
+            fill(client.create_table("scale", DIM, lr=0.05), keys_of(np.arange(rows)))
             before = sum(map(cpu, pids))
             rate = throughput(addresses, rows, clients, steps // clients)
             used = sum(map(cpu, pids)) - before
@@ -106,11 +106,14 @@ def _growth(largest: int, quick: bool) -> list[dict[str, Any]]:
         addresses, pids = stack.enter_context(shards(1))
         client = stack.enter_context(Client(addresses))
         table = client.create_table("scale", DIM, lr=0.05)
+        other = client.create_table("other", DIM)  # what serving takes is not the table's
+        fill(other, keys_of(np.arange(50_000)))
+        client.drop_table("other")
         empty, held, first = rss(pids[0]), 0, 0.0
         for size in sizes:
             worst = 0.0
             for at in range(held, size, 200_000):
-                fill(table, keys_of(np.arange(at, min(at + 200_000, size))), None)
+                fill(table, keys_of(np.arange(at, min(at + 200_000, size))))
                 filled = min(at + 200_000, size)
                 if filled >= min(2_000_000, sizes[-1]):
                     worst = max(worst, (rss(pids[0]) - empty) / (filled * ROW))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import grpc
 import uvloop
@@ -31,21 +31,32 @@ def free_ports(count: int) -> int:
 
 
 @contextmanager
-def shards(count: int) -> Iterator[tuple[list[str], list[int]]]:
-    """A cluster; yields the addresses and the process ids of its shards."""
+def shards(count: int, *, durable: bool = False) -> Iterator[tuple[list[str], list[int]]]:
+    """A cluster; yields the addresses and the process ids of its shards.
+
+    durable  with a data directory; without one the shards keep no log, as the peers do not
+    """
     port = free_ports(count)
-    with tempfile.TemporaryDirectory(prefix="ps-bench-") as directory:
-        command = [sys.executable, "-m", "psserver", "up", "--shards", str(count)]
-        command += ["--port", str(port), "--metrics-port", "0", "--data-dir", directory]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        try:
+    addresses = [f"127.0.0.1:{port + shard}" for shard in range(count)]
+    with tempfile.TemporaryDirectory(prefix="ps-bench-") as directory, ExitStack() as stack:
+        processes = []
+        for shard in range(count):
+            command = [sys.executable, "-m", "psserver", "serve", "--metrics-port", "0"]
+            command += ["--shard", str(shard), "--shards", str(count), "--port", str(port + shard)]
+            if durable:
+                command += ["--data-dir", f"{directory}/{shard}"]
+            log = stack.enter_context(open(f"{directory}/{shard}.err", "wb"))
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+            stack.callback(_stop, process)
+            processes.append(process)
+        for process in processes:
             _wait(process)
-            with open(f"/proc/{process.pid}/task/{process.pid}/children") as children:
-                pids = [int(pid) for pid in children.read().split()]
-            yield [f"127.0.0.1:{port + shard}" for shard in range(count)], pids
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(30)
+        yield addresses, [process.pid for process in processes]
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
 
 
 @contextmanager

@@ -3,10 +3,13 @@
 A step pulls B rows in the order drawn, duplicates kept, and pushes gradients for the distinct ids;
 finding distinct keys and scattering rows are inside. All contenders take turns.
 
-    echo       a bare grpcio stream that moves what an exchange moves: the limit for all of ours
+    table      the same work on a table of ours in this process, without messages; no service can
+               beat echo + table
+    echo       a bare grpcio stream that moves what an exchange moves: the limit
     exchange   one message: the last step's gradients and this step's keys
     stream     a pull, then a push, on the stream
     unary      a pull, then a push, as unary calls
+    durable    an exchange with a server that keeps a log; the others, and the peers, do not
 """
 
 from __future__ import annotations
@@ -24,15 +27,21 @@ from benchmarks.peers import (
     Step,
     Unavailable,
     Work,
-    initial_rows,
     keys_of,
     standard_work,
 )
 from benchmarks.report import Contender, Report, arguments, interleave, milliseconds
 from benchmarks.servers import echo, shards
 from psclient import Client, Table
+from psclient.batch import Batch
+from psproto import routing
+from storage.arena import Budget
+from storage.initializers import make_initializer
+from storage.optimizers import make_optimizer
+from storage.schema import TableSchema
+from storage.table import Table as LocalTable
 
-CHUNK = 100_000
+CHUNK = 10_000  # keys of a message while filling
 
 
 class Trainer:
@@ -82,12 +91,46 @@ class Echo:
         self._channel.close()
 
 
-def fill(table: Table, keys: Ids, rows: Any) -> None:
+def fill(table: Table, keys: Ids) -> None:
     """Give every key a row by pushes of a zero gradient; their values do not matter here."""
     zero = np.zeros((CHUNK, table.dim), np.float32)
     for at in range(0, len(keys), CHUNK):
         part = keys[at : at + CHUNK]
         table.push(part, zero[: len(part)])
+
+
+def local_table(keys: Ids, dim: int) -> LocalTable:
+    """A table in this process with a row for every key."""
+    optimizer = make_optimizer("adagrad", 0.05, {})
+    initializer = make_initializer("uniform", {})
+    schema = TableSchema(name="local", dim=dim, optimizer=optimizer, initializer=initializer)
+    table = LocalTable(schema, Budget(8 << 30))
+    zero, ones = np.zeros((CHUNK, dim), np.float32), np.ones(CHUNK, np.uint32)
+    for at in range(0, len(keys), CHUNK):
+        part = keys[at : at + CHUNK].view(np.uint64)
+        table.push(part, zero[: len(part)], ones[: len(part)], version=1, step=0)
+    return table
+
+
+class Local:
+    """The standard work on a table in this process, dedup and scatter included."""
+
+    def __init__(self, table: LocalTable, keys: Ids, steps: list[Step]) -> None:
+        self._table = table
+        self._map = routing.even_map(1)
+        self._steps = [(keys[ids], keys[distinct], grads) for ids, distinct, grads in steps]
+
+    def step(self, i: int) -> None:
+        """Push the gradients of the step before and pull the rows of this one."""
+        ids, _, _ = self._steps[i % len(self._steps)]
+        _, distinct, grads = self._steps[(i - 1) % len(self._steps)]
+        dim = grads.shape[1]
+        push, pull = Batch(distinct, self._map), Batch(ids, self._map)
+        sums = push.sum(grads, "local", dim)
+        self._table.push(push.keys, sums, push.split.counts, version=i, step=i)
+        rows = np.empty((len(pull.keys), dim), np.float32)
+        self._table.pull(pull.keys, "train", rows)
+        routing.scatter(rows, 0, pull.split.inverse, np.empty((len(ids), dim), np.float32))
 
 
 def main() -> None:
@@ -101,11 +144,15 @@ def main() -> None:
     keys = keys_of(np.arange(work.rows))
     with ExitStack() as stack:
         addresses, _ = stack.enter_context(shards(1))
+        logged, _ = stack.enter_context(shards(1, durable=True))
+        durable = stack.enter_context(Client(logged)).create_table("standard", work.dim, lr=0.05)
+        fill(durable, keys)
         streams = stack.enter_context(Client(addresses))
         unaries = stack.enter_context(Client(addresses, transport="unary"))
         echo_address = stack.enter_context(echo())
         table = streams.create_table("standard", work.dim, optimizer="adagrad", lr=0.05)
-        fill(table, keys, initial_rows(work))
+        fill(table, keys)
+        local = local_table(keys, work.dim)
         peers = {}
         for name in filter(None, options.peers.split(";")):
             try:
@@ -114,7 +161,7 @@ def main() -> None:
                 report.note(f"{name}: left out: {reason}")
         for batch in (10_000, 1_000):
             steps = standard_work(Work(rows=work.rows, batch=batch), 64)
-            contenders: dict[str, Contender] = {}
+            contenders: dict[str, Contender] = {"table": Local(local, keys, steps).step}
             for wire, item in (("float32", 4), ("bfloat16", 2)):
                 trainer = Trainer(table, keys, steps, wire)
                 unary = Trainer(unaries.table("standard"), keys, steps, wire)
@@ -124,6 +171,7 @@ def main() -> None:
                 contenders[f"exchange {wire}"] = trainer.exchange
                 contenders[f"stream {wire}"] = trainer.pull_push
                 contenders[f"unary {wire}"] = unary.pull_push
+            contenders["exchange durable"] = Trainer(durable, keys, steps, "float32").exchange
             times = interleave(contenders, steps=count, rounds=6)
             for name, peer in peers.items():
                 peer.run(steps[:20])
@@ -134,6 +182,7 @@ def main() -> None:
                 )
                 times[f"exchange float32, beside {name}"] = again["exchange float32"]
             base = np.median(times["exchange float32"])
+            bound = np.median(times["echo float32"]) + np.median(times["table"])
             report.section(
                 f"step, B = {batch:,} ({np.mean([len(s[1]) for s in steps]):,.0f} distinct),"
                 f" {work.rows:,} rows, 1 shard",
@@ -142,6 +191,7 @@ def main() -> None:
                         "contender": name,
                         **milliseconds(seconds),
                         "x exchange float32": float(np.median(seconds) / base),
+                        "x (echo + table)": float(np.median(seconds) / bound),
                         "steps": len(seconds),
                     }
                     for name, seconds in times.items()

@@ -3,6 +3,9 @@
 Both sides are one server process (grpc.aio on uvloop) and one client process on loopback. Ours
 sends messages made beforehand, so that what is compared is the server: decode, check, find rows,
 step, encode. The keys are the distinct ones of the standard work.
+
+``table`` is the same pull or push on a table in this process, without any message: the reads and
+writes of random rows that an echo is spared. No server answers sooner than echo + table.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ import numpy as np
 from benchmarks.peers import Work, keys_of, standard_work
 from benchmarks.report import Contender, Report, arguments, interleave, milliseconds
 from benchmarks.servers import echo, shards
-from benchmarks.step import fill
+from benchmarks.step import fill, local_table
 from psclient import Client
 from psproto import codec
 from psproto import ps_pb2 as pb
+from storage.table import Table
 
 DIM = 32
 NO_LIMIT = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
@@ -67,8 +71,37 @@ def messages(keys: list[Any], gradients: Any) -> dict[str, list[bytes]]:
     }
 
 
+class Local:
+    """What a call does to the rows."""
+
+    def __init__(self, table: Table, kind: str, keys: list[Any], gradients: Any) -> None:
+        self._table, self._kind, self._keys, self._gradients = table, kind, keys, gradients
+
+    def __call__(self, i: int) -> None:
+        """One pull, push, or push and pull."""
+        keys = self._keys[i % len(self._keys)]
+        if not self._kind.endswith("pull"):
+            gradients, ones = self._gradients[: len(keys)], np.ones(len(keys), np.uint32)
+            self._table.push(keys, gradients, ones, version=i, step=i)
+        if not self._kind.endswith("push"):
+            self._table.pull(keys, "train", np.empty((len(keys), DIM), np.float32))
+
+
 def _turn(call: Any, requests: list[bytes], i: int) -> None:
     call(requests[i % len(requests)])
+
+
+def _row(kind: str, ours: Any, echoed: Any, table: Any) -> dict[str, Any]:
+    """One line of the report, from the seconds of each turn."""
+    mine, bare, rows = (float(np.median(seconds)) for seconds in (ours, echoed, table))
+    return {
+        "call": kind,
+        **milliseconds(ours),
+        "echo": bare * 1e3,
+        "table": rows * 1e3,
+        "x echo (<= 1.3)": mine / bare,
+        "x (echo + table)": mine / (bare + rows),
+    }
 
 
 def main() -> None:
@@ -81,7 +114,8 @@ def main() -> None:
     with ExitStack() as stack:
         addresses, _ = stack.enter_context(shards(1))
         client = stack.enter_context(Client(addresses))
-        fill(client.create_table("wire", DIM, lr=0.05), all_keys, None)
+        fill(client.create_table("wire", DIM, lr=0.05), all_keys)
+        table = local_table(all_keys, DIM)
         ours = stack.enter_context(grpc.insecure_channel(addresses[0], options=NO_LIMIT))
         bare = stack.enter_context(
             grpc.insecure_channel(stack.enter_context(echo()), options=NO_LIMIT)
@@ -108,18 +142,12 @@ def main() -> None:
                 ]
                 contenders[kind] = partial(_turn, call, requests)
                 contenders[f"{kind} echo"] = partial(_turn, other, echoed)
+                contenders[f"{kind} table"] = Local(table, kind, keys, gradients)
             times = interleave(contenders, steps=60 if options.quick else 300, rounds=6)
             report.section(
                 f"wire, {np.mean([len(k) for k in keys]):,.0f} distinct keys, dim {DIM}, float32",
                 [
-                    {
-                        "call": kind,
-                        **milliseconds(times[kind]),
-                        "echo p50 ms": float(np.median(times[f"{kind} echo"])) * 1e3,
-                        "x echo (<= 1.3)": float(
-                            np.median(times[kind]) / np.median(times[f"{kind} echo"])
-                        ),
-                    }
+                    _row(kind, *(times[kind + more] for more in ("", " echo", " table")))
                     for kind in calls
                 ],
             )

@@ -102,7 +102,7 @@ class Batch:
 
     def spread(self, rows: NDArray[Any]) -> NDArray[Any]:
         """rows[distinct, ...] as [*shape, ...]."""
-        return rows[self.split.inverse].reshape(*self.shape, *rows.shape[1:])
+        return rows[self.split.inverse].reshape((*self.shape, *rows.shape[1:]))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -39,6 +39,7 @@ OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.dns_min_time_between_resolutions_ms", 1000),
     ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.use_local_subchannel_pool", 1),  # else a forked child finds its parent's connections
 )
 RETRYABLE = (  # ends of a stream after which another one may do better
     grpc.StatusCode.UNAVAILABLE,
@@ -118,9 +119,9 @@ class Link:
     def __init__(self, where: str, address: str, session: Session) -> None:
         self.where = where  # for messages: "shard 1 at 127.0.0.1:7001"
         self.channel = Channel(address, OPTIONS)
-        self._session = session
+        self.session = session
         self._ids = itertools.count(1)
-        self._changed = threading.Condition()
+        self.changing = threading.Condition()
         self._pending: dict[int, Call] = {}
         self._stream: Any = None
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
@@ -133,11 +134,11 @@ class Link:
 
     def submit(self, call: Call, *, background: bool = False) -> None:
         """Send a request. ``background``: its reply is read even while nobody waits for it."""
-        with self._changed:
+        with self.changing:
             if self._closed:
                 raise Unavailable(f"{self.where}: the client is closed")
             for push in call.exchange.pushes:
-                self._session.number(push.header)
+                self.session.number(push.header)
             call.encode(next(self._ids))
             self._send(call)
             if background:
@@ -145,11 +146,11 @@ class Link:
                 if self._background is None:
                     self._background = threading.Thread(target=self._prefetch, daemon=True)
                     self._background.start()
-                self._changed.notify_all()
+                self.changing.notify_all()
 
     def wait(self, call: Call) -> codec.Exchanged:
         """The answer to a submitted call; raises a PsError."""
-        with self._changed:
+        with self.changing:
             self._prefetches.pop(call.id, None)
         while True:
             self._take_turns(call)
@@ -167,13 +168,13 @@ class Link:
 
     def close(self) -> None:
         """End the stream; calls that wait fail."""
-        with self._changed:
+        with self.changing:
             self._closed = True
             stream = self._stream
             self._drop_stream()
             for call in list(self._pending.values()):
                 self._settle(call, None, Unavailable(f"{self.where}: the client was closed"))
-            self._changed.notify_all()
+            self.changing.notify_all()
         if stream is not None:
             self.channel.cancel(stream)
         self.channel.close()
@@ -182,9 +183,9 @@ class Link:
 
     def _take_turns(self, call: Call) -> None:
         """Return once the call is done, reading for everybody when no one else does."""
-        with self._changed:
+        with self.changing:
             while not call.done and self._reader is not None:
-                if not self._changed.wait(max(call.deadline - time.monotonic(), 0)):
+                if not self.changing.wait(max(call.deadline - time.monotonic(), 0)):
                     self._expire(call)
             if call.done:
                 return
@@ -193,13 +194,13 @@ class Link:
             while not call.done:
                 self._read_one(call)
         finally:
-            with self._changed:
+            with self.changing:
                 self._reader = None
-                self._changed.notify_all()
+                self.changing.notify_all()
 
     def _read_one(self, reader: Call) -> None:
         """Take one reply from the stream and settle whose it is."""
-        with self._changed:
+        with self.changing:
             if reader.done:  # the client was closed
                 return
             if time.monotonic() >= reader.deadline:
@@ -212,7 +213,7 @@ class Link:
             self._broken(stream, error, reader)
             return
         self._failures = 0
-        with self._changed:
+        with self.changing:
             call = self._pending.get(id)
             if call is not None:
                 if isinstance(answer, pb.Status):
@@ -220,21 +221,21 @@ class Link:
                 else:
                     self._settle(call, answer, None)
                 if call is not reader:
-                    self._changed.notify_all()
+                    self.changing.notify_all()
 
     def _prefetch(self) -> None:
         """Read while there are prefetches that nobody waits for."""
         while True:
-            with self._changed:
+            with self.changing:
                 while not self._closed and not any(
                     not call.done for call in self._prefetches.values()
                 ):
-                    self._changed.wait()
+                    self.changing.wait()
                 if self._closed:
                     return
                 call = next(call for call in self._prefetches.values() if not call.done)
             self._take_turns(call)
-            with self._changed:
+            with self.changing:
                 self._prefetches.pop(call.id, None)
 
     # ---- the stream; the lock is held
@@ -265,7 +266,7 @@ class Link:
         call.answer, call.error, call.done = answer, error, True
         if error is None or pause_before(call, error) is None:
             for push in call.exchange.pushes:
-                self._session.answered(push.header)
+                self.session.answered(push.header)
 
     def _expire(self, call: Call) -> None:
         why = f"; last failure: {self._last_failure}" if self._failures else ""
@@ -278,7 +279,7 @@ class Link:
         """Drop a broken stream; fail what is unanswered, or pause before another attempt."""
         code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.UNAVAILABLE
         text = error.details() if isinstance(error, grpc.RpcError) else str(error)
-        with self._changed:
+        with self.changing:
             if self._stream is stream:
                 self._drop_stream()
             for call in self._pending.values():
@@ -292,7 +293,7 @@ class Link:
                 status = pb.Status(code=code.value[0], message=text or code.name)
                 for call in list(self._pending.values()):
                     self._settle(call, None, error_of(status, self.where))
-                self._changed.notify_all()
+                self.changing.notify_all()
                 return
         left = reader.deadline - time.monotonic()
         pause = min(FIRST_PAUSE * 2 ** min(self._failures - 1, 8), LONGEST_PAUSE, max(left, 0))
@@ -305,12 +306,12 @@ class Link:
         if pause is None:
             return False
         time.sleep(pause)
-        with self._changed:
+        with self.changing:
             if self._closed:
                 return False
             call.done, call.error = False, None
             if isinstance(error, SessionExpired):
-                renumber(call, self._session)
+                renumber(call, self.session)
                 call.encode(next(self._ids))
             self._send(call)
         return True
@@ -322,14 +323,14 @@ class UnaryLink:
     def __init__(self, where: str, address: str, session: Session) -> None:
         self.where = where
         self.channel = Channel(address, OPTIONS)
-        self._session = session
-        self._lock = threading.Lock()
+        self.session = session
+        self.changing = threading.Lock()
 
     def submit(self, call: Call, *, background: bool = False) -> None:
         """Send a request."""
-        with self._lock:
+        with self.changing:
             for push in call.exchange.pushes:
-                self._session.number(push.header)
+                self.session.number(push.header)
         call.message = codec.encode_exchange(call.exchange)
         self._send(call)
 
@@ -344,9 +345,9 @@ class UnaryLink:
                 except grpc.RpcError as failure:
                     self._again(call, rpc_error(failure, self.where))
         finally:
-            with self._lock:
+            with self.changing:
                 for push in call.exchange.pushes:
-                    self._session.answered(push.header)
+                    self.session.answered(push.header)
 
     def watch(self, now: float) -> None:
         """Nothing: each call has its own deadline."""
@@ -369,10 +370,42 @@ class UnaryLink:
             raise error
         time.sleep(pause)
         if isinstance(error, SessionExpired):
-            with self._lock:
-                renumber(call, self._session)
+            with self.changing:
+                renumber(call, self.session)
             call.message = codec.encode_exchange(call.exchange)
         self._send(call)
+
+
+def delete(
+    link: Link | UnaryLink, header: pb.PushHeader, keys: codec.Keys, deadline: float
+) -> pb.DeleteResponse:
+    """Delete rows of one shard, once, however often it must be asked; raises a PsError."""
+    session, attempts = link.session, 0
+    with link.changing:
+        session.number(header)
+
+    def attempt(left: float) -> bytes:
+        nonlocal attempts
+        attempts += 1
+        message = codec.encode_delete(header, keys)
+        return link.channel.call("/ps.v1.RowService/Delete", message, left)
+
+    try:
+        try:
+            data: bytes = retry(attempt, link.where, deadline, itertools.count())
+        except SessionExpired:
+            if attempts > 1:
+                raise
+            with link.changing:  # refused at its first attempt, so never applied
+                if header.incarnation == session.incarnation:
+                    session.renew()
+                session.number(header)
+            data = retry(attempt, link.where, deadline, itertools.count())
+    finally:
+        with link.changing:
+            link.session.answered(header)
+    response: pb.DeleteResponse = pb.DeleteResponse.FromString(data)
+    return response
 
 
 def pause_before(call: Call, error: PsError) -> float | None:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psclient.batch import Batch, Rows, pool
-from psclient.channels import WATCH, Call, Link, Session, UnaryLink, retry
+from psclient.channels import WATCH, Call, Link, Session, UnaryLink, delete, retry
 from psclient.errors import InvalidArgument, TableNotFound
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
@@ -32,6 +32,7 @@ from psproto import ps_pb2 as pb
 Mode = Literal["train", "serve"]
 Wire = Literal["float32", "bfloat16", "float16"]
 Transport = Literal["stream", "unary"]
+Durability = Literal["applied", "log", "fsync"]
 
 WIRES: dict[str, int] = {
     "float32": pb.DTYPE_FLOAT32,
@@ -42,6 +43,11 @@ LARGEST: dict[int, float | None] = {  # finite number; None: no float32 is large
     pb.DTYPE_FLOAT32: None,
     pb.DTYPE_BFLOAT16: float.fromhex("0x1.fep127"),
     pb.DTYPE_FLOAT16: 65504.0,
+}
+DURABILITIES: dict[str, int] = {
+    "applied": pb.DURABILITY_APPLIED,
+    "log": pb.DURABILITY_LOG,
+    "fsync": pb.DURABILITY_FSYNC,
 }
 MODES: dict[str, int] = {"train": pb.MODE_TRAIN, "serve": pb.MODE_SERVE}
 ROOM = 4096  # bytes of a message left for headers
@@ -59,6 +65,7 @@ class TableInfo:
     initializer_args: dict[str, float]
     seed: int
     serving_default: float
+    durability: str
     rows: int
     bytes: int  # of server memory: rows, metadata, index, unused room
     shard_rows: tuple[int, ...]
@@ -280,6 +287,7 @@ class Client:
         initializer_args: Mapping[str, float] | None = None,
         seed: int = 0,
         serving_default: float = 0.0,
+        durability: Durability = "log",
     ) -> Table:
         """Create a table on every shard, or find it there with an equal schema.
 
@@ -291,6 +299,7 @@ class Client:
         initializer      zeros, constant, uniform, normal, truncated_normal
         seed             of the initial values
         serving_default  what serving pulls return for keys without a row
+        durability       of pushes that ask for none; see ``push``
 
         Raises SchemaMismatch if it exists with another schema, InvalidArgument for a bad value.
         """
@@ -308,6 +317,7 @@ class Client:
             initializer=pb.Rule(name=initializer, parameters=dict(initializer_args or {})),
             seed=seed,
             serving_default=serving_default,
+            durability=_known("durability", durability, DURABILITIES),  # type: ignore[arg-type]
         )
         request = pb.CreateTableRequest(schema=schema)
         self._on_all("TableService/CreateTable", request, pb.CreateTableResponse)
@@ -352,6 +362,24 @@ class Client:
         if not any(cluster.pool.map(drop, cluster.links)):
             raise TableNotFound(f"no table {name!r} on any shard")
 
+    def wait_durable(self) -> tuple[int, ...]:
+        """Return once all that was answered so far is on the disks of the shards.
+
+        Returns the versions on disk, by shard. Raises NoLog where a shard keeps no log.
+        """
+        request = pb.WaitDurableRequest()
+        answers = self._on_all("LogService/WaitDurable", request, pb.WaitDurableResponse)
+        return tuple(answer.durable_version for answer in answers)
+
+    def barrier(self, name: str) -> tuple[int, ...]:
+        """Put a mark into the log of every shard, for subscribers; its versions, by shard.
+
+        Pushes answered before are in front of it on every shard, pushes started after behind it.
+        """
+        request = pb.BarrierRequest(name=name)
+        answers = self._on_all("LogService/Barrier", request, pb.BarrierResponse)
+        return tuple(answer.version for answer in answers)
+
     # ---- rows
 
     def batch(self, keys: Any) -> Batch:
@@ -383,15 +411,19 @@ class Client:
         step: int = 0,
         lr: float | None = None,
         wire: Wire | None = None,
+        durability: Durability | None = None,
     ) -> None:
         """Apply gradients to rows of several tables, in one round trip.
 
         gradients  by table: (keys, gradients float[*shape of keys, dim]); those of equal keys are
                    summed, and the server's optimizer takes one step for each distinct key
-        step       the trainer's global step
+        step       the trainer's global step, in -2^47..2^47-1
         lr         learning rate of this push; the table's where None
+        durability  what is true once this returns: "applied", the servers have it in memory;
+                   "log", it outlives their processes; "fsync", it is on their disks; the table's
+                   where None
         """
-        self._start(gradients, {}, step=step, lr=lr, wire=wire).result()
+        self._start(gradients, {}, step=step, lr=lr, wire=wire, durability=durability).result()
 
     def exchange(
         self,
@@ -402,12 +434,15 @@ class Client:
         lr: float | None = None,
         mode: Mode = "train",
         wire: Wire | None = None,
+        durability: Durability | None = None,
     ) -> dict[str, Rows]:
         """Push the last step's gradients and pull the next step's rows in one message a shard.
 
         The pull sees the push.
         """
-        pending = self._start(push, pull, step=step, lr=lr, mode=mode, wire=wire)
+        pending = self._start(
+            push, pull, step=step, lr=lr, mode=mode, wire=wire, durability=durability
+        )
         return pending.result()[1]  # type: ignore[no-any-return]
 
     def start_exchange(
@@ -419,9 +454,19 @@ class Client:
         lr: float | None = None,
         mode: Mode = "train",
         wire: Wire | None = None,
+        durability: Durability | None = None,
     ) -> Pending:
         """``exchange``, started now and awaited later by ``result()``."""
-        pending = self._start(push, pull, step=step, lr=lr, mode=mode, wire=wire, background=True)
+        pending = self._start(
+            push,
+            pull,
+            step=step,
+            lr=lr,
+            mode=mode,
+            wire=wire,
+            durability=durability,
+            background=True,
+        )
         return Pending([], lambda: pending.result()[1])
 
     def pull_distinct(
@@ -441,9 +486,12 @@ class Client:
         step: int = 0,
         lr: float | None = None,
         wire: Wire | None = None,
+        durability: Durability | None = None,
     ) -> None:
         """``push`` of gradients summed already: float32[distinct, dim], in the batch's order."""
-        self._start(gradients, {}, step=step, lr=lr, wire=wire, distinct=True).result()
+        self._start(
+            gradients, {}, step=step, lr=lr, wire=wire, durability=durability, distinct=True
+        ).result()
 
     # ---- the line from keys to shards and back
 
@@ -456,6 +504,7 @@ class Client:
         lr: float | None = None,
         mode: str = "train",
         wire: str | None = None,
+        durability: str | None = None,
         metadata: bool = False,
         distinct: bool = False,
         min_version: Sequence[int] = (),
@@ -464,6 +513,9 @@ class Client:
         """Send a request; the pending result is (parts, embeddings by table)."""
         dtype = self._dtype if wire is None else _known("wire", wire, WIRES)
         wanted = _known("mode", mode, MODES)
+        level = 0 if durability is None else _known("durability", durability, DURABILITIES)
+        if not -codec.STEPS <= step < codec.STEPS:
+            raise InvalidArgument(f"step must be in -2^47..2^47-1, got {step}")
         cluster = self._connect()
         if min_version and len(min_version) != len(cluster.links):
             raise InvalidArgument(
@@ -488,7 +540,7 @@ class Client:
         deadline = time.monotonic() + self._timeout
         sent: list[_Sent] = []
         for shard, link in enumerate(cluster.links):
-            for exchange, ranges in _messages(cluster, shard, pushes, pulls, step, lr):
+            for exchange, ranges in _messages(cluster, shard, pushes, pulls, step, lr, level):
                 call = Call(exchange, deadline)
                 link.submit(call, background=background)
                 sent.append(_Sent(link, call, ranges))
@@ -614,9 +666,12 @@ class Table:
         step: int = 0,
         lr: float | None = None,
         wire: Wire | None = None,
+        durability: Durability | None = None,
     ) -> None:
         """Apply gradients float[*shape, dim] to the rows of keys[*shape]. See Client.push."""
-        self.client.push({self.name: (keys, gradients)}, step=step, lr=lr, wire=wire)
+        self.client.push(
+            {self.name: (keys, gradients)}, step=step, lr=lr, wire=wire, durability=durability
+        )
 
     def exchange(
         self,
@@ -627,12 +682,42 @@ class Table:
         lr: float | None = None,
         mode: Mode = "train",
         wire: Wire | None = None,
+        durability: Durability | None = None,
     ) -> Rows:
         """Push (keys, gradients) of the last step and pull ``keys`` of the next in one message."""
         tables = self.client.exchange(
-            {self.name: push}, {self.name: keys}, step=step, lr=lr, mode=mode, wire=wire
+            {self.name: push},
+            {self.name: keys},
+            step=step,
+            lr=lr,
+            mode=mode,
+            wire=wire,
+            durability=durability,
         )
         return tables[self.name]
+
+    def delete(self, keys: Any, *, durability: Durability | None = None) -> int:
+        """Delete the rows of keys, state and history too; keys without a row are left alone.
+
+        Returns how many rows went, or fewer if a reply was lost on the way. A shard deletes all of
+        its part or nothing.
+        """
+        client = self.client
+        level = 0 if durability is None else _known("durability", durability, DURABILITIES)
+        cluster, batch = client._connect(), client.batch(keys)
+        deadline = time.monotonic() + client._timeout
+
+        def part(shard: int) -> int:
+            deleted = 0
+            first, last = batch.split.bounds[shard : shard + 2].tolist()
+            most = min(cluster.keys, cluster.message_bytes // 8)
+            for low in range(first, last, most):
+                header = pb.PushHeader(table=self.name, durability=level)  # type: ignore[arg-type]
+                some = batch.keys[low : min(low + most, last)]
+                deleted += delete(cluster.links[shard], header, some, deadline).deleted
+            return deleted
+
+        return sum(cluster.pool.map(part, range(len(cluster.links))))
 
     def describe(self) -> TableInfo:
         """Schema and size over all shards."""
@@ -659,6 +744,7 @@ def _info(shards: Sequence[pb.DescribeTableResponse]) -> TableInfo:
         initializer_args=dict(schema.initializer.parameters),
         seed=schema.seed,
         serving_default=schema.serving_default,
+        durability=next(k for k, v in DURABILITIES.items() if v == schema.durability),
         rows=sum(shard.stats.rows for shard in shards),
         bytes=sum(shard.stats.bytes for shard in shards),
         shard_rows=tuple(shard.stats.rows for shard in shards),
@@ -674,6 +760,7 @@ def _messages(
     pulls: Sequence[_PullPart],
     step: int,
     lr: float | None,
+    durability: int,
 ) -> list[tuple[codec.Exchange, list[tuple[_PullPart, int, int]]]]:
     """The messages of a request for one shard: one, or several where that would be too large."""
     asked = size = most = widest = 0
@@ -698,7 +785,13 @@ def _messages(
     for push in pushes:
         first, last = push.batch.split.bounds[shard : shard + 2].tolist()
         for low, high in _ranges(first, last, pieces):
-            header = pb.PushHeader(table=push.table, dtype=push.dtype, step=step, lr=lr)  # type: ignore[arg-type]
+            header = pb.PushHeader(
+                table=push.table,
+                dtype=push.dtype,  # type: ignore[arg-type]
+                step=step,
+                lr=lr,
+                durability=durability,  # type: ignore[arg-type]
+            )
             built_pushes.append(
                 codec.Push(
                     header,

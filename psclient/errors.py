@@ -10,7 +10,16 @@
   - ResourceExhausted  a limit of the server, or its memory
   - DeadlineExceeded   no answer in time; a push may have taken effect
   - Unavailable        no server reached in time; a push may have taken effect
-  - VersionInFuture    the shard has not reached the min_version
+  - VersionInFuture    the shard has not reached the version
+  - VersionCompacted   the shard no longer has the changes behind a token; take a snapshot
+  - LogDiverged        a token of another history of the shard; take a snapshot
+  - NoLog              the shard keeps no log
+  - CheckpointNotFound  no such checkpoint
+  - CheckpointExists   there is a checkpoint of that name
+  - CheckpointUnfit    the checkpoint, or the server's configuration, cannot serve this purpose
+  - NotEmpty           rows would be lost
+  - RestoreConflict    another restore, or another step of it, is due
+  - DataLoss           stored bytes are damaged; never retried
   - ServerFailure      anything else that a server answers
 """
 
@@ -59,7 +68,43 @@ class Unavailable(PsError, ConnectionError):
 
 
 class VersionInFuture(PsError):
-    """The shard has not reached the min_version."""
+    """The shard has not reached the version."""
+
+
+class VersionCompacted(PsError):
+    """The shard no longer has the changes behind a token; take a snapshot."""
+
+
+class LogDiverged(PsError):
+    """A token of another history of the shard; take a snapshot."""
+
+
+class NoLog(PsError):
+    """The shard keeps no log."""
+
+
+class CheckpointNotFound(PsError, LookupError):
+    """No such checkpoint."""
+
+
+class CheckpointExists(PsError):
+    """There is a checkpoint of that name."""
+
+
+class CheckpointUnfit(PsError):
+    """The checkpoint, or the server's configuration, cannot serve this purpose."""
+
+
+class NotEmpty(PsError):
+    """Rows would be lost."""
+
+
+class RestoreConflict(PsError):
+    """Another restore, or another step of it, is due."""
+
+
+class DataLoss(PsError):
+    """Stored bytes are damaged; never retried."""
 
 
 class ServerFailure(PsError):
@@ -72,12 +117,22 @@ REASONS: dict[str, type[PsError]] = {
     "WRONG_SHARD": WrongShard,
     "SESSION_EXPIRED": SessionExpired,
     "VERSION_IN_FUTURE": VersionInFuture,
+    "VERSION_COMPACTED": VersionCompacted,
+    "LOG_DIVERGED": LogDiverged,
+    "NO_LOG": NoLog,
+    "CHECKPOINT_NOT_FOUND": CheckpointNotFound,
+    "CHECKPOINT_EXISTS": CheckpointExists,
+    "CHECKPOINT_UNFIT": CheckpointUnfit,
+    "NO_CHECKPOINT_URL": CheckpointUnfit,
+    "NOT_EMPTY": NotEmpty,
+    "RESTORE_CONFLICT": RestoreConflict,
 }
 CODES: dict[int, type[PsError]] = {  # of google.rpc.Code
     3: InvalidArgument,
     4: DeadlineExceeded,
     8: ResourceExhausted,
     14: Unavailable,
+    15: DataLoss,
 }
 
 

@@ -7,7 +7,8 @@
 
 A forward pass pulls one row for each distinct key as a leaf tensor; autograd sums the gradients of
 equal keys into it, and ``step`` pushes them. The server's optimizer does the rest: the modules have
-no parameters, and a ``state_dict`` holds no rows. Modules of a group may share a table.
+no parameters, and a ``state_dict`` holds no rows. Modules of a group may share a table, and a
+module may have parts in several tables: ``MultiHashEmbedding``, ``MixedDimensionEmbedding``.
 
 Under ``torch.no_grad()`` nothing is collected; in ``eval()`` mode pulls are serving pulls, so keys
 without a row give the table's serving default.
@@ -15,8 +16,9 @@ without a row give the table's serving default.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any, Literal
 
 import numpy as np
@@ -27,8 +29,21 @@ from torch.nn import functional
 from psclient.batch import Batch, as_keys
 from psclient.client import Client, Table
 from psclient.errors import InvalidArgument
+from psclient.mixed import MixedDimension
+from psclient.multihash import MultiHash
 
 Mode = Literal["sum", "mean"]
+Part = tuple[str, int]  # a feature's name, and which of its modules with a table
+
+MODE: dict[bool, Literal["train", "serve"]] = {
+    True: "train",
+    False: "serve",
+}  # of pulls, by ``training``
+COMBINE: dict[str, Callable[[list[Tensor]], Tensor]] = {  # psclient.combine in torch's terms
+    "add": lambda parts: reduce(torch.add, parts),
+    "multiply": lambda parts: reduce(torch.mul, parts),
+    "concatenate": lambda parts: torch.cat(parts, -1),
+}
 
 
 class _Rows:
@@ -39,26 +54,66 @@ class _Rows:
         self.batch = batch
         self.leaf = torch.from_numpy(embeddings).requires_grad_(collect)
 
+    def places(self) -> Tensor:
+        """int64[keys of the batch]: the row of each."""
+        return torch.from_numpy(self.batch.split.inverse.astype(np.int64))
 
-class _Remote(nn.Module):
+
+class _Feature(nn.Module):
+    """What a group takes: an output made of rows of one module with a table, or of several."""
+
+    def __init__(self, client: Client) -> None:
+        super().__init__()
+        self.client = client
+
+    def remotes(self) -> list[_Remote]:
+        """The modules with the tables."""
+        raise NotImplementedError
+
+    def requests(self, arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """Arguments for each of them, the keys first."""
+        raise NotImplementedError
+
+    def merge(self, outputs: list[Tensor]) -> Tensor:
+        """The output, from one of each of them."""
+        raise NotImplementedError
+
+    def step(self, step: int = 0, *, lr: float | None = None) -> None:
+        """Push the gradients collected since the last step, in one round trip."""
+        _push(self.client, self.remotes(), step, lr)
+
+    def forward(self, keys: Any, *arguments: Any) -> Tensor:
+        """Pull and combine the rows of integer keys[*shape]."""
+        return _forward(self.client, {"": self}, {"": (keys, *arguments)})[""]
+
+
+class _Remote(_Feature):
     """What Embedding and EmbeddingBag share: a table, and rows that wait for their gradients."""
 
     def __init__(self, table: Table) -> None:
-        super().__init__()
+        super().__init__(table.client)
         self.table = table
         self._collected: list[_Rows] = []
+
+    def remotes(self) -> list[_Remote]:
+        return [self]
+
+    def requests(self, arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        return [arguments]
+
+    def merge(self, outputs: list[Tensor]) -> Tensor:
+        return outputs[0]
 
     def combine(self, leaf: Tensor, places: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         """The output, from distinct rows [u, dim] and the place int64[*shape] of each key."""
         raise NotImplementedError
 
-    def step(self, step: int = 0, *, lr: float | None = None) -> None:
-        """Push the gradients collected since the last step, in one round trip."""
-        _push(self.table.client, [self], step, lr)
-
-    def forward(self, keys: Tensor, *arguments: Any) -> Tensor:
-        """Pull and combine the rows of integer keys[*shape]."""
-        return _forward(self.table.client, {"": self}, {"": (keys, *arguments)})[""]
+    def collect(self, batch: Batch, embeddings: Any) -> _Rows:
+        """Rows pulled in a forward pass; remembered for ``step`` if gradients are wanted."""
+        rows = _Rows(self.table, batch, embeddings, torch.is_grad_enabled())
+        if torch.is_grad_enabled():
+            self._collected.append(rows)
+        return rows
 
     def extra_repr(self) -> str:
         return f"{self.table.name!r}, dim={self.table.dim}"
@@ -98,13 +153,73 @@ class EmbeddingBag(_Remote):
         return f"{super().extra_repr()}, mode={self.mode!r}"
 
 
+class MultiHashEmbedding(_Feature):
+    """Embeddings put together from a row of each part: float32[*shape, dim] of keys[*shape].
+
+    rows  a psclient.multihash: QuotientRemainder, ChineseRemainder or KHash
+    """
+
+    def __init__(self, rows: MultiHash) -> None:
+        super().__init__(rows.client)
+        self.rows = rows
+        self.parts = nn.ModuleList(Embedding(table) for table in rows.tables)
+
+    def remotes(self) -> list[_Remote]:
+        return list(self.parts)  # type: ignore[arg-type]
+
+    def requests(self, arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        if len(arguments) > 1:
+            raise InvalidArgument(f"{self.rows!r} takes keys alone")
+        return [(keys,) for keys in self.rows.row_keys(arguments[0])]
+
+    def merge(self, outputs: list[Tensor]) -> Tensor:
+        return COMBINE[self.rows.combine](outputs)
+
+    def extra_repr(self) -> str:
+        return repr(self.rows)
+
+
+class MixedDimensionEmbedding(nn.Module):
+    """Embeddings that grow with their frequency: float32[*shape, dim] of keys[*shape].
+
+    Its pull takes two round trips, so it is a module of its own and in no group.
+    """
+
+    def __init__(self, rows: MixedDimension) -> None:
+        super().__init__()
+        self.rows = rows
+        self.small = Embedding(rows.small)
+        self.wide = Embedding(rows.wide)
+
+    def forward(self, keys: Any) -> Tensor:
+        """Pull the small rows of integer keys[*shape], then the wide ones that are earned."""
+        array = as_keys(keys)
+        flat = array.reshape(-1)
+        batch = self.rows.client.batch(flat)
+        pulled = self.rows.small.pull_rows(batch.keys, mode=MODE[self.training])
+        small = self.small.collect(batch, pulled.embeddings)
+        earned = batch.spread(pulled.frequencies >= self.rows.threshold)
+        rest = torch.zeros(len(flat), self.rows.wide.dim)
+        if earned.any():
+            rest = rest.index_put((torch.from_numpy(earned),), self.wide(flat[earned]))
+        out = torch.cat([functional.embedding(small.places(), small.leaf), rest], -1)
+        return out.reshape(*array.shape, self.rows.dim)
+
+    def step(self, step: int = 0, *, lr: float | None = None) -> None:
+        """Push the gradients collected since the last step, in one round trip."""
+        _push(self.rows.client, [self.small, self.wide], step, lr)
+
+    def extra_repr(self) -> str:
+        return repr(self.rows)
+
+
 class EmbeddingGroup(nn.Module):
     """Several features, over any tables of one client, in one round trip.
 
-    modules  by feature: Embedding or EmbeddingBag
+    modules  by feature: Embedding, EmbeddingBag or MultiHashEmbedding
     """
 
-    def __init__(self, client: Client, modules: Mapping[str, _Remote]) -> None:
+    def __init__(self, client: Client, modules: Mapping[str, _Feature]) -> None:
         super().__init__()
         self.client = client
         self.features = nn.ModuleDict(modules)
@@ -118,23 +233,39 @@ class EmbeddingGroup(nn.Module):
 
     def step(self, step: int = 0, *, lr: float | None = None) -> None:
         """Push the gradients collected since the last step, in one round trip."""
-        _push(self.client, [self._feature(name) for name in self.features], step, lr)
+        remotes = [remote for name in self.features for remote in self._feature(name).remotes()]
+        _push(self.client, remotes, step, lr)
 
-    def _feature(self, name: str) -> _Remote:
+    def _feature(self, name: str) -> _Feature:
         module = self.features[name]
-        assert isinstance(module, _Remote)
+        if not isinstance(module, _Feature):
+            raise InvalidArgument(f"feature {name!r}: a group cannot take {module}")
         return module
 
 
 def _forward(
-    client: Client, modules: Mapping[str, _Remote], inputs: Mapping[str, Any]
+    client: Client, features: Mapping[str, _Feature], inputs: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Pull the rows of every feature together; features that share a table share its rows."""
-    arguments = {
-        name: value if isinstance(value, tuple) else (value,) for name, value in inputs.items()
+    """Pull the rows of every feature together."""
+    modules, arguments = {}, {}
+    for name, feature in features.items():
+        value = inputs[name] if isinstance(inputs[name], tuple) else (inputs[name],)
+        requests = feature.requests(value)
+        for part, (remote, request) in enumerate(zip(feature.remotes(), requests, strict=True)):
+            modules[name, part], arguments[name, part] = remote, request
+    outputs = _pull(client, modules, arguments)
+    return {
+        name: feature.merge([outputs[name, part] for part in range(len(feature.remotes()))])
+        for name, feature in features.items()
     }
+
+
+def _pull(
+    client: Client, modules: Mapping[Part, _Remote], arguments: Mapping[Part, tuple[Any, ...]]
+) -> dict[Part, Tensor]:
+    """Pull the rows of every module together; modules that share a table share its rows."""
     keys = {name: as_keys(values[0]) for name, values in arguments.items()}
-    by_table: dict[str, list[str]] = {}
+    by_table: dict[str, list[Part]] = {}
     for name, module in modules.items():
         by_table.setdefault(module.table.name, []).append(name)
     batches = {
@@ -142,14 +273,11 @@ def _forward(
         for table, names in by_table.items()
     }
     training = any(module.training for module in modules.values())
-    pulled = client.pull_distinct(batches, mode="train" if training else "serve")
+    pulled = client.pull_distinct(batches, mode=MODE[training])
     outputs = {}
     for table, names in by_table.items():
-        first = modules[names[0]]
-        rows = _Rows(first.table, batches[table], pulled[table], torch.is_grad_enabled())
-        if torch.is_grad_enabled():
-            first._collected.append(rows)
-        places = torch.from_numpy(batches[table].split.inverse.astype(np.int64))
+        rows = modules[names[0]].collect(batches[table], pulled[table])
+        places = rows.places()
         at = 0
         for name in names:
             size = keys[name].size

@@ -1,16 +1,22 @@
 """A shard behind gRPC.
 
-errors.py    why a request is refused
-config.py    how a server is set up
-sessions.py  which pushes were applied
-shard.py     one shard's part of every table, without a network
-engine.py    the thread that owns the shard
-metrics.py   what a shard tells Prometheus
-schemas.py   table schemas as messages
-service.py   the gRPC methods
-warm.py      kernels compiled before they are needed
-server.py    one shard as a process
-cluster.py   a local cluster
-cli.py       the command line
-__main__.py  python -m psserver
+errors.py        why a request is refused
+config.py        how a server is set up
+schemas.py       table schemas as messages and as JSON
+sessions.py      which pushes were applied
+shard.py         one shard's part of every table, without a network
+engine.py        the thread that owns the shard
+checkpointer.py  what a shard keeps on disk beside the log
+checkpoints.py   named checkpoints of this shard: taken, verified, read
+restore.py       a shard's state replaced by a checkpoint's
+position.py      where a subscriber stands, and its token
+deltas.py        what a subscriber is told, as messages
+feed.py          subscriptions: every change, to whoever follows
+metrics.py       what a shard tells Prometheus
+service.py       the gRPC methods
+warm.py          kernels compiled before they are needed
+server.py        one shard as a process
+cluster.py       a local cluster
+cli.py           the command line
+__main__.py      python -m psserver
 """

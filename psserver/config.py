@@ -57,6 +57,25 @@ class ServerConfig(BaseSettings):
     session_ttl_seconds: float = Field(
         86_400.0, ge=600, description="an idle session is kept so long"
     )
+    segment_bytes: int = Field(256 << 20, ge=1 << 20, description="of a file of the version log")
+    fsync_seconds: float = Field(
+        0.02, gt=0, le=10, description="a change waits so long for its way to the disk to begin"
+    )
+    log_keep_bytes: int = Field(
+        2 << 30, ge=0, description="of the log kept for subscribers beyond what a restart needs"
+    )
+    log_keep_seconds: float = Field(0.0, ge=0, description="at least so much of the log is kept")
+    checkpoint_seconds: float = Field(
+        60.0, gt=0, description="between checkpoints to the data directory"
+    )
+    checkpoint_url: str | None = Field(
+        None,
+        description="where named checkpoints are, the same for all shards: file:///..., s3://...",
+    )
+    max_tombstones: int = Field(
+        1 << 20, ge=0, description="deleted keys remembered for subscribers that come back"
+    )
+    max_subscribers: int = Field(64, ge=0, description="streams of changes at a time")
     drain_seconds: float = Field(10.0, ge=0, description="work in hand may take so long at a stop")
 
     @model_validator(mode="after")

@@ -9,13 +9,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from psserver.errors import DeadlinePassed
 
 Result = TypeVar("Result")
-_Job = tuple[Callable[[], Any], float, "asyncio.Future[Any]"]
+_Job = tuple[Callable[[], Any], float, "asyncio.Future[Any] | None"]
 
 
 class Engine:
@@ -51,6 +52,19 @@ class Engine:
         self._jobs.put((call, deadline, future))
         return future
 
+    def run(self, call: Callable[[], Result]) -> Result:
+        """Run ``call`` on the engine thread and wait for it; called on any other thread."""
+        done: Future[Result] = Future()
+
+        def job() -> None:
+            try:
+                done.set_result(call())
+            except BaseException as error:
+                done.set_exception(error)
+
+        self._jobs.put((job, float("inf"), None))
+        return done.result()
+
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             call, deadline, future = job
@@ -61,6 +75,8 @@ class Engine:
                 result = call()
             except Exception as raised:
                 error = raised
+            if future is None:
+                continue
             try:
                 self._loop.call_soon_threadsafe(_settle, future, result, error)
             except RuntimeError:  # the loop is gone, and with it who asked

@@ -4,7 +4,17 @@
   - BadRequest        the request breaks a rule; the reason says which
   - WrongShard        a key belongs to another shard
   - SessionExpired    a push whose repetition could no longer be noticed
-  - VersionInFuture   a min_version that this shard has not reached
+  - VersionInFuture   a version that this shard has not reached
+  - NoLog             the shard has no data directory, and so no log
+  - LogDiverged       a token of another history of this shard
+  - VersionCompacted  a token that stands before what this shard still knows of its changes
+  - NoCheckpointUrl   the configuration names no place for checkpoints
+  - CheckpointExists  there is a checkpoint of that name
+  - CheckpointUnfit   the checkpoint cannot serve this purpose
+  - CheckpointBusy    one piece of work at a time
+  - NotEmpty          rows would be lost
+  - RestoreConflict   another restore, or another step of it, is due
+  - Restoring         between two steps of a restore
   - TooLarge          over a limit of this server
   - Overloaded        too much is in flight; later is fine
   - Draining          the server is stopping; another one will answer
@@ -58,9 +68,98 @@ class SessionExpired(Refused):
 
 
 class VersionInFuture(Refused):
-    """A min_version that this shard has not reached."""
+    """A version that this shard has not reached."""
 
     reason = "VERSION_IN_FUTURE"
+
+
+class NoLog(Refused):
+    """The shard has no data directory, and so no log."""
+
+    reason = "NO_LOG"
+
+    def __init__(self) -> None:
+        super().__init__("this shard keeps no log: it was started without a data directory")
+
+
+class LogDiverged(Refused):
+    """A token of another history of this shard."""
+
+    reason = "LOG_DIVERGED"
+
+
+class VersionCompacted(Refused):
+    """A token that stands before what this shard still knows of its changes.
+
+    log_horizon        the log holds the changes above this version
+    tombstone_horizon  deletes above this version are remembered; rows always are
+    """
+
+    reason = "VERSION_COMPACTED"
+
+    def __init__(self, version: int, log_horizon: int, tombstone_horizon: int) -> None:
+        super().__init__(
+            f"changes behind version {version} asked for; the log holds those behind version"
+            f" {log_horizon}, and deletes are remembered behind version {tombstone_horizon}"
+        )
+        self.log_horizon = log_horizon
+        self.tombstone_horizon = tombstone_horizon
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {
+            "log_horizon": str(self.log_horizon),
+            "tombstone_horizon": str(self.tombstone_horizon),
+        }
+
+
+class NoCheckpointUrl(Refused):
+    """The configuration names no place for checkpoints."""
+
+    reason = "NO_CHECKPOINT_URL"
+
+    def __init__(self) -> None:
+        super().__init__("this shard was started without a checkpoint_url")
+
+
+class CheckpointExists(Refused):
+    """There is a checkpoint of that name."""
+
+    reason = "CHECKPOINT_EXISTS"
+
+
+class CheckpointUnfit(Refused):
+    """The checkpoint cannot serve this purpose."""
+
+    reason = "CHECKPOINT_UNFIT"
+
+
+class CheckpointBusy(Refused):
+    """One piece of work at a time."""
+
+    reason = "CHECKPOINT_BUSY"
+
+
+class NotEmpty(Refused):
+    """Rows would be lost."""
+
+    reason = "NOT_EMPTY"
+
+
+class RestoreConflict(Refused):
+    """Another restore, or another step of it, is due."""
+
+    reason = "RESTORE_CONFLICT"
+
+
+class Restoring(Refused):
+    """Between two steps of a restore."""
+
+    reason = "RESTORING"
+    retry_after = 0.5
+
+    def __init__(self) -> None:
+        super().__init__("the shard is held by a restore")
 
 
 class TooLarge(Refused):

@@ -19,8 +19,10 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from psserver.engine import Engine
+from psserver.feed import Feed
 from psserver.shard import Shard
 from storage.errors import UnknownTable
+from storage.versionlog import VersionLog
 
 BOUNDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
@@ -68,23 +70,38 @@ class Counts:
 class ShardCollector(Collector):
     """Reads the counts and the shard whenever the page is asked for."""
 
-    def __init__(self, shard: Shard, engine: Engine, counts: Counts) -> None:
+    def __init__(
+        self, shard: Shard, engine: Engine, counts: Counts, log: VersionLog | None = None
+    ) -> None:
         self._shard = shard
         self._engine = engine
         self._counts = counts
+        self._log = log
 
     def collect(self) -> Iterator[Metric]:
         yield from self._traffic()
         yield from self._tables()
+        if self._log is not None:
+            yield from self._positions(self._log)
         shard, counts = self._shard, self._counts
         for name, help, value in (
-            ("ps_version", "Version of the shard: pushes applied.", shard.version),
+            ("ps_version", "Version of the shard: changes applied.", shard.version),
             ("ps_sessions", "Client sessions remembered.", len(shard.sessions)),
             ("ps_memory_bytes", "Memory taken by tables.", shard.budget.held),
             ("ps_memory_budget_bytes", "Memory that tables may take.", shard.budget.limit),
             ("ps_inflight_bytes", "Requests being worked on.", counts.inflight_bytes),
             ("ps_streams", "Open client streams.", counts.streams),
             ("ps_engine_waiting", "Calls waiting for the engine.", self._engine.waiting),
+        ):
+            yield GaugeMetricFamily(name, help, value)
+
+    def _positions(self, log: VersionLog) -> Iterator[Metric]:
+        for name, help, value in (
+            ("ps_log_written_version", "Newest version handed to the OS.", log.written),
+            ("ps_log_durable_version", "Newest version on disk.", log.durable),
+            ("ps_log_first_version", "Oldest version that the log still has.", log.first),
+            ("ps_log_backlog_bytes", "Appended and not yet written.", log.backlog),
+            ("ps_log_torn_bytes", "Of a torn tail that the start erased.", log.torn_bytes),
         ):
             yield GaugeMetricFamily(name, help, value)
 
@@ -123,3 +140,21 @@ class ShardCollector(Collector):
             rows.add_metric([name, "host"], stats.rows)
             size.add_metric([name, "host"], stats.bytes)
         yield from (rows, size)
+
+
+class FeedCollector(Collector):
+    """Reads how the subscribers fare whenever the page is asked for."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+
+    def collect(self) -> Iterator[Metric]:
+        feed, lag = self._feed, self._feed.lag
+        for name, help, value in (
+            ("ps_subscribers", "Subscribers.", feed.subscribers),
+            ("ps_subscriber_lag_versions", "Versions the slowest is behind.", lag.versions),
+            ("ps_subscriber_lag_seconds", "Age of what the slowest is being sent.", lag.seconds),
+        ):
+            yield GaugeMetricFamily(name, help, value)
+        yield CounterMetricFamily("ps_subscriber_bytes", "Sent to subscribers.", feed.bytes)
+        yield CounterMetricFamily("ps_subscriber_messages", "Of them.", feed.messages)

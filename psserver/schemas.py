@@ -1,15 +1,27 @@
-"""Table schemas as messages."""
+"""Table schemas as messages, and as JSON for what is stored."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+from google.protobuf import json_format
+
 from psproto import ps_pb2 as pb
 from psserver.errors import BadRequest
 from storage.initializers import make_initializer
 from storage.optimizers import make_optimizer
-from storage.schema import TableSchema
+from storage.schema import Durability, TableSchema
+
+LEVELS: dict[int, Durability] = {
+    pb.DURABILITY_APPLIED: "applied",
+    pb.DURABILITY_LOG: "log",
+    pb.DURABILITY_FSYNC: "fsync",
+}
+DURABILITIES: dict[Durability, pb.Durability] = {
+    level: number  # type: ignore[misc]
+    for number, level in LEVELS.items()
+}
 
 
 def read_schema(message: pb.TableSchema) -> TableSchema:
@@ -26,7 +38,13 @@ def read_schema(message: pb.TableSchema) -> TableSchema:
             ),
             seed=message.seed,
             serving_default=message.serving_default,
+            durability=LEVELS[message.durability or pb.DURABILITY_LOG],
         )
+    except KeyError as error:
+        raise BadRequest(
+            "INVALID_ARGUMENT",
+            f"table {message.name[:200]!r}: durability {message.durability} is unknown",
+        ) from error
     except ValueError as error:
         text = str(error)
         where = "" if repr(message.name) in text else f"table {message.name[:200]!r}: "
@@ -42,7 +60,19 @@ def write_schema(schema: TableSchema) -> pb.TableSchema:
         initializer=_rule(schema.initializer),
         seed=schema.seed,
         serving_default=schema.serving_default,
+        durability=DURABILITIES[schema.durability],
     )
+
+
+def to_json(schema: TableSchema) -> dict[str, Any]:
+    """A schema as what json can express."""
+    values = json_format.MessageToDict(write_schema(schema), preserving_proto_field_name=True)
+    return dict(values)
+
+
+def from_json(values: dict[str, Any]) -> TableSchema:
+    """The schema that ``to_json`` made so."""
+    return read_schema(json_format.ParseDict(values, pb.TableSchema()))
 
 
 def _rule(rule: Any) -> pb.Rule:

@@ -15,7 +15,9 @@ import fcntl
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -28,18 +30,33 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector, start_http_server
 
 from psproto import RELEASE, routing
+from psserver.checkpointer import Checkpointer, recover
+from psserver.checkpoints import Checkpoints
 from psserver.config import ConfigError, ServerConfig
 from psserver.engine import Engine
-from psserver.metrics import Counts, ShardCollector
+from psserver.feed import Feed
+from psserver.metrics import Counts, FeedCollector, ShardCollector
+from psserver.restore import COMMITTED, Restores, State, failed, loaded, settle
 from psserver.service import Service
 from psserver.shard import Shard
 from psserver.warm import warm
+from storage.base import Base
+from storage.errors import StorageError
+from storage.store import Store
+from storage.versionlog import VersionLog
 
-SERVICES = ("ps.v1.TableService", "ps.v1.RowService", "ps.v1.InfoService")
+SERVICES = (
+    "ps.v1.TableService",
+    "ps.v1.RowService",
+    "ps.v1.LogService",
+    "ps.v1.CheckpointService",
+    "ps.v1.InfoService",
+)
 HEALTH = ("", "liveness", "readiness", *SERVICES)
 SWITCH_SECONDS = (
     1e-4  # loop and engine hand work to each other; 5 ms of waiting for the GIL is long
 )
+LAST_ANSWERS_SECONDS = 1.0  # a stop gives them so long to leave
 TRANSPORT_SLACK = 2  # a message up to twice the limit is read, so that its sender gets a reason
 
 log = structlog.get_logger()
@@ -48,11 +65,18 @@ log = structlog.get_logger()
 class Server:
     """One shard behind gRPC."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, restart: Callable[[], None]) -> None:
+        """``restart``, called on any thread: close, and have another process take this place."""
         self._config = config
+        self._restart = restart
         self._engine = Engine()
         self._counts = Counts()
-        self._shard = Shard(
+        self._shard = self._new_shard()
+        self._health = HealthServicer()
+
+    def _new_shard(self) -> Shard:
+        config = self._config
+        return Shard(
             number=config.shard,
             shard_map=routing.even_map(config.shards),
             memory_bytes=config.memory_bytes,
@@ -61,13 +85,35 @@ class Server:
             max_sessions=config.max_sessions,
             session_ttl=config.session_ttl_seconds,
             clock=time.monotonic,
+            max_tombstones=config.max_tombstones,
         )
-        self._service = Service(self._shard, self._engine, self._counts, config, RELEASE)
-        self._health = HealthServicer()
 
     async def open(self) -> None:
         """Listen and serve."""
         config = self._config
+        self._log: VersionLog | None = None
+        self._feed: Feed | None = None
+        restore = self._begin(config.data_dir) if config.data_dir is not None else None
+        pins: dict[str, int] = {} if self._log is None else self._checkpointer.pins
+        self._checkpoints = Checkpoints(self._shard, self._engine, self._log, pins, self._store())
+        self._restores = Restores(
+            self._shard, self._engine, self._checkpoints, config.data_dir, restore, self._restart
+        )
+        if self._log is not None:
+            most = config.max_subscribers
+            self._feed = Feed(self._shard, self._engine, self._log, max_subscribers=most)
+            self._feed.open(asyncio.get_running_loop())
+        self._service = Service(
+            self._shard,
+            self._engine,
+            self._counts,
+            config,
+            RELEASE,
+            self._checkpoints,
+            self._restores,
+            self._log,
+            self._feed,
+        )
         self._engine.open(asyncio.get_running_loop())
         self._server = grpc.aio.server(
             options=[
@@ -87,7 +133,9 @@ class Server:
             raise ConfigError(f"port: cannot listen on {address}: {error}") from error
         if config.metrics_port:
             registry = CollectorRegistry()
-            registry.register(ShardCollector(self._shard, self._engine, self._counts))
+            registry.register(ShardCollector(self._shard, self._engine, self._counts, self._log))
+            if self._feed is not None:
+                registry.register(FeedCollector(self._feed))
             ProcessCollector(registry=registry)
             GCCollector(registry=registry)
             try:
@@ -99,21 +147,123 @@ class Server:
                     f"metrics_port: cannot listen on {config.host}:{config.metrics_port}: {error}"
                 ) from error
         await self._server.start()
+        if self._log is not None:
+            self._checkpointer.open()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def close(self) -> None:
         """Drain, then stop."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._service.drain()
-        await self._server.stop(self._config.drain_seconds)
+        grace = self._config.drain_seconds
+        stopping = asyncio.ensure_future(self._server.stop(grace))
+        finished = asyncio.ensure_future(self._service.finished())
+        await asyncio.wait({stopping, finished}, return_when=asyncio.FIRST_COMPLETED)
+        finished.cancel()
+        if not stopping.done():  # last answers are on their way, and to some who do not read
+            await self._server.stop(min(grace, LAST_ANSWERS_SECONDS))
+        await stopping
+        self._service.close()
+        if self._feed is not None:
+            self._feed.close()
+        if self._log is not None:
+            self._checkpointer.close()
         self._engine.close()
+        if self._log is not None:
+            self._log.close()
+            self._base.close()
         if self._config.metrics_port:
             self._metrics.shutdown()
+
+    def _store(self) -> Store | None:
+        url = self._config.checkpoint_url
+        if url is None:
+            return None
+        if url.startswith("memory:"):
+            raise ConfigError(f"checkpoint_url: {url} is seen by one process only")
+        try:
+            return Store(url)
+        except ValueError as error:
+            raise ConfigError(f"checkpoint_url: {error}") from error
+
+    def _begin(self, directory: Path) -> State | None:
+        """Recover; where a restore was committed, from what it brought, or else from what was."""
+        try:
+            restore = settle(directory)
+        except (StorageError, OSError) as error:
+            raise ConfigError(f"data_dir: {error}") from error
+        if restore is None or restore.phase != COMMITTED:
+            self._recover(directory)
+            return restore
+        try:
+            self._recover(directory)
+        except ConfigError as error:
+            log.error("restore failed", name=restore.name, error=str(error))
+            restore = failed(directory, restore, str(error))
+            self._shard = self._new_shard()
+            self._recover(directory)
+            return restore
+        return loaded(directory, restore)
+
+    def _recover(self, directory: Path) -> None:
+        """Open log and base, and bring the shard to where it was; ConfigError if that fails."""
+        config, start = self._config, time.monotonic()
+        try:
+            self._log, self._base = None, Base(directory / "base")
+            self._base.open()
+            state = self._base.state
+            self._log = VersionLog.open(
+                directory / "log",
+                fail=_fail,
+                wake=self._wake,
+                segment_bytes=config.segment_bytes,
+                flush_seconds=config.fsync_seconds,
+                lineage=state.lineage if state else None,
+                epoch=state.epoch if state else 1,
+                after=state.version if state else None,
+            )
+            found = recover(self._shard, self._base, self._log)
+        except StorageError as error:
+            self._base.close()
+            if self._log is not None:
+                self._log.close()
+            raise ConfigError(f"data_dir: {error}") from error
+        self._shard.attach(self._log)
+        self._checkpointer = Checkpointer(
+            self._shard,
+            self._engine,
+            self._base,
+            self._log,
+            seconds=config.checkpoint_seconds,
+            keep=(config.log_keep_bytes, config.log_keep_seconds),
+            stored_rows=found.rows,
+        )
+        log.info(
+            "recovered",
+            shard=config.shard,
+            version=self._shard.version,
+            rows=found.rows,
+            records=found.records,
+            record_bytes=found.record_bytes,
+            torn_bytes=self._log.torn_bytes,
+            seconds=round(time.monotonic() - start, 2),
+        )
+
+    def _wake(self) -> None:
+        """More of the log is on disk; called on its thread."""
+        if self._feed is not None:
+            self._feed.wake()
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in HEALTH:
             if name != "liveness" or status == health_pb2.HealthCheckResponse.SERVING:
                 await self._health.set(name, status)
+
+
+def _fail(error: Exception) -> None:
+    """The log cannot be trusted any more: end without another word to any client."""
+    log.critical("the version log failed", error=str(error))
+    os._exit(74)  # EX_IOERR
 
 
 def lock(directory: Path) -> IO[str]:
@@ -128,14 +278,21 @@ def lock(directory: Path) -> IO[str]:
     return held
 
 
-async def _serve(config: ServerConfig) -> None:
+async def _serve(config: ServerConfig) -> bool:
+    """Serve until told to stop; whether to start anew then."""
     started = time.monotonic()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     warm()
-    server = Server(config)
+    again = threading.Event()
+
+    def restart() -> None:
+        again.set()
+        loop.call_soon_threadsafe(stop.set)
+
+    server = Server(config, restart)
     await server.open()
     log.info(
         "ready",
@@ -150,14 +307,22 @@ async def _serve(config: ServerConfig) -> None:
     log.info("stopping", shard=config.shard)
     await server.close()
     log.info("stopped", shard=config.shard)
+    return again.is_set()
 
 
 def serve(config: ServerConfig) -> None:
-    """Run one shard until SIGTERM or SIGINT; ConfigError if it cannot start."""
+    """Run one shard until SIGTERM or SIGINT; ConfigError if it cannot start.
+
+    To start anew it becomes the command that it was started as, so that whoever looks after the
+    process sees nothing but a shard that is not ready for a while.
+    """
     held = lock(config.data_dir) if config.data_dir else None
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
-        uvloop.run(_serve(config))
+        again = uvloop.run(_serve(config))
     finally:
         if held:
             held.close()
+    if again:
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606

@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -24,26 +26,54 @@ from numpy.typing import NDArray
 
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
+from psserver.checkpoints import Checkpoints, Progress
 from psserver.config import ServerConfig
 from psserver.engine import Engine
 from psserver.errors import (
     BadRequest,
+    CheckpointBusy,
+    CheckpointExists,
+    CheckpointUnfit,
     DeadlinePassed,
     Draining,
+    LogDiverged,
+    NoCheckpointUrl,
+    NoLog,
+    NotEmpty,
     Overloaded,
     Refused,
+    RestoreConflict,
+    Restoring,
     SessionExpired,
     TooLarge,
+    VersionCompacted,
     VersionInFuture,
     WrongShard,
 )
+from psserver.feed import Feed
 from psserver.metrics import Counts
-from psserver.schemas import read_schema, write_schema
-from psserver.shard import Pull, Push, Shard
-from storage.errors import OutOfMemory, SchemaMismatch, UnknownTable
+from psserver.restore import Restores
+from psserver.schemas import LEVELS, read_schema, write_schema
+from psserver.shard import Change, Pull, Push, Shard
+from storage.errors import (
+    Compacted,
+    Corrupt,
+    DiskFull,
+    LogFailed,
+    OutOfMemory,
+    SchemaMismatch,
+    StoreFailed,
+    UnknownCheckpoint,
+    UnknownFormat,
+    UnknownTable,
+)
+from storage.schema import NAME, Durability
 from storage.table import Mode
+from storage.versionlog import VersionLog
 
 PIPELINE = 64  # requests of one stream that may be at work
+WORKERS = 4  # threads for checkpoints
+TELL_SECONDS = 0.2  # between two messages about a long piece of work
 
 Code = grpc.StatusCode
 CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
@@ -53,13 +83,31 @@ CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     SchemaMismatch: (Code.FAILED_PRECONDITION, "SCHEMA_MISMATCH"),
     WrongShard: (Code.FAILED_PRECONDITION, ""),
     SessionExpired: (Code.FAILED_PRECONDITION, ""),
+    NoLog: (Code.FAILED_PRECONDITION, ""),
+    LogDiverged: (Code.FAILED_PRECONDITION, ""),
+    UnknownCheckpoint: (Code.NOT_FOUND, "CHECKPOINT_NOT_FOUND"),
+    CheckpointExists: (Code.ALREADY_EXISTS, ""),
+    NoCheckpointUrl: (Code.FAILED_PRECONDITION, ""),
+    CheckpointUnfit: (Code.FAILED_PRECONDITION, ""),
+    NotEmpty: (Code.FAILED_PRECONDITION, ""),
+    RestoreConflict: (Code.FAILED_PRECONDITION, ""),
     VersionInFuture: (Code.OUT_OF_RANGE, ""),
+    VersionCompacted: (Code.OUT_OF_RANGE, ""),
+    Compacted: (Code.OUT_OF_RANGE, "VERSION_COMPACTED"),
     TooLarge: (Code.RESOURCE_EXHAUSTED, ""),
     OutOfMemory: (Code.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
+    DiskFull: (Code.RESOURCE_EXHAUSTED, "DISK_FULL"),
     Overloaded: (Code.RESOURCE_EXHAUSTED, ""),
+    CheckpointBusy: (Code.RESOURCE_EXHAUSTED, ""),
     DeadlinePassed: (Code.DEADLINE_EXCEEDED, ""),
+    Corrupt: (Code.DATA_LOSS, "DATA_LOSS"),
+    UnknownFormat: (Code.DATA_LOSS, "DATA_LOSS"),
     Draining: (Code.UNAVAILABLE, ""),
+    Restoring: (Code.UNAVAILABLE, ""),
+    StoreFailed: (Code.UNAVAILABLE, "STORE_FAILED"),
+    LogFailed: (Code.UNAVAILABLE, "DRAINING"),  # the process is about to end
 }
+RETRY_AFTER: dict[type[Exception], float] = {DiskFull: 1.0, LogFailed: 1.0}  # seconds
 MODES: dict[int, Mode] = {
     pb.MODE_UNSPECIFIED: "train",
     pb.MODE_TRAIN: "train",
@@ -83,8 +131,9 @@ def status_of(error: Exception) -> Status:
         info.reason = reason or error.reason
         info.metadata.update(error.metadata)
     status.details.append(_detail(info))
-    if isinstance(error, Refused) and error.retry_after is not None:
-        delay = Duration(nanos=round(error.retry_after % 1 * 1e9), seconds=int(error.retry_after))
+    again = error.retry_after if isinstance(error, Refused) else RETRY_AFTER.get(type(error))
+    if again is not None:
+        delay = Duration(nanos=round(again % 1 * 1e9), seconds=int(again))
         status.details.append(_detail(RetryInfo(retry_delay=delay)))
     return status
 
@@ -96,25 +145,53 @@ def _detail(message: Message) -> Detail:
 
 
 class Service:
-    """The methods of TableService, RowService and InfoService over one shard."""
+    """The methods of all services over one shard."""
 
     def __init__(
-        self, shard: Shard, engine: Engine, counts: Counts, config: ServerConfig, release: str
+        self,
+        shard: Shard,
+        engine: Engine,
+        counts: Counts,
+        config: ServerConfig,
+        release: str,
+        checkpoints: Checkpoints,
+        restores: Restores,
+        log: VersionLog | None = None,
+        feed: Feed | None = None,
     ) -> None:
         self._shard = shard
         self._engine = engine
         self._counts = counts
         self._config = config
         self._release = release
+        self._log = log
+        self._feed = feed
+        self._checkpoints = checkpoints
+        self._restores = restores
+        self._workers = ThreadPoolExecutor(WORKERS, "checkpoints")
         self._draining = False
         self._streams: dict[asyncio.Task[Any], bool] = {}  # True while it waits for a message
+        self._working = 0  # calls being served, subscriptions not counted
+        self._idle = asyncio.Event()  # set when none is
+        self._idle.set()
 
     def drain(self) -> None:
         """Refuse new work; streams finish what they have accepted and end."""
         self._draining = True
+        self._checkpoints.stop()
+        if self._feed is not None:
+            self._feed.drain()
         for stream, waits in self._streams.items():
             if waits:
                 stream.cancel()
+
+    async def finished(self) -> None:
+        """Return once nobody is being served but subscribers, who may never read what they have."""
+        await self._idle.wait()
+
+    def close(self) -> None:
+        """Wait for the threads; nobody is served any more."""
+        self._workers.shutdown()
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
         """The methods under their names, for a server."""
@@ -124,18 +201,42 @@ class Service:
             "ListTables": self._message(pb.ListTablesRequest, self.list_tables),
             "DropTable": self._message(pb.DropTableRequest, self.drop_table),
         }
-        info = {"GetServerInfo": self._message(pb.GetServerInfoRequest, self.get_server_info)}
+        info = {
+            "GetServerInfo": self._message(
+                pb.GetServerInfoRequest, self.get_server_info, though_held=True
+            )
+        }
+        work, restore = self._checkpoints, self._restores
+        checkpoints = {
+            "WriteCheckpoint": self._long(pb.WriteCheckpointRequest, work.write),
+            "CompleteCheckpoint": self._blocking(pb.CompleteCheckpointRequest, work.complete),
+            "ListCheckpoints": self._blocking(pb.ListCheckpointsRequest, work.listed),
+            "VerifyCheckpoint": self._long(pb.VerifyCheckpointRequest, work.verify),
+            "PrepareRestore": self._long(pb.PrepareRestoreRequest, restore.prepare),
+            "Restore": self._blocking(pb.RestoreRequest, restore.step, though_held=True),
+            "LoadTable": self._long(pb.LoadTableRequest, work.load_table),
+            "ReadRows": self._many(pb.ReadRowsRequest, work.read_rows),
+            "WriteRows": self._message(pb.WriteRowsRequest, self.write_rows),
+        }
+        log = {
+            "WaitDurable": self._message(pb.WaitDurableRequest, self.wait_durable),
+            "Barrier": self._message(pb.BarrierRequest, self.barrier),
+            "Subscribe": grpc.unary_stream_rpc_method_handler(self.subscribe),
+        }
         rows = {
             "Pull": self._unary("Pull", self.pull),
             "Push": self._unary("Push", self.push),
             "Exchange": self._unary("Exchange", self.exchange),
-            "Stream": grpc.stream_stream_rpc_method_handler(self.stream),
+            "Delete": self._unary("Delete", self.delete),
+            "Stream": grpc.stream_stream_rpc_method_handler(self._at_work(self.stream)),
         }
         return tuple(
             grpc.method_handlers_generic_handler(f"ps.v1.{name}", methods)
             for name, methods in (
                 ("TableService", tables),
                 ("RowService", rows),
+                ("LogService", log),
+                ("CheckpointService", checkpoints),
                 ("InfoService", info),
             )
         )
@@ -145,6 +246,7 @@ class Service:
     async def create_table(self, request: pb.CreateTableRequest) -> pb.CreateTableResponse:
         schema = read_schema(request.schema)
         held = await self._engine.submit(lambda: self._shard.create_table(schema))
+        await self._reached(self._shard.version, pb.DURABILITY_LOG)
         return pb.CreateTableResponse(schema=write_schema(held))
 
     async def describe_table(self, request: pb.DescribeTableRequest) -> pb.DescribeTableResponse:
@@ -159,6 +261,7 @@ class Service:
 
     async def drop_table(self, request: pb.DropTableRequest) -> pb.DropTableResponse:
         await self._engine.submit(lambda: self._shard.drop_table(request.name))
+        await self._reached(self._shard.version, pb.DURABILITY_LOG)
         return pb.DropTableResponse()
 
     async def get_server_info(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
@@ -175,6 +278,8 @@ class Service:
             version=shard.version,
             memory_bytes=shard.budget.held,
             memory_budget_bytes=shard.budget.limit,
+            lineage=self._log.lineage if self._log else b"",
+            durable_version=self._log.durable if self._log else 0,
         )
 
     def _describe(self, name: str) -> pb.DescribeTableResponse:
@@ -184,6 +289,59 @@ class Service:
             stats=pb.TableStats(rows=stats.rows, bytes=stats.bytes),
             version=self._shard.version,
         )
+
+    # ---- version log
+
+    async def wait_durable(self, request: pb.WaitDurableRequest) -> pb.WaitDurableResponse:
+        if self._log is None:
+            raise NoLog
+        version = request.version or self._shard.version
+        if version > self._shard.version:
+            raise VersionInFuture(
+                f"version {version} asked for, shard {self._shard.number} is at"
+                f" {self._shard.version}"
+            )
+        await self._reached(version, pb.DURABILITY_FSYNC)
+        return pb.WaitDurableResponse(durable_version=self._log.durable)
+
+    async def barrier(self, request: pb.BarrierRequest) -> pb.BarrierResponse:
+        if not NAME.fullmatch(request.name):
+            raise BadRequest(
+                "INVALID_ARGUMENT",
+                "the name of a barrier must be 1..128 letters, digits or any of _ . / - and start"
+                f" with a letter, a digit or _, got {request.name[:200]!r}",
+            )
+        version = await self._engine.submit(lambda: self._shard.barrier(request.name))
+        await self._reached(version, pb.DURABILITY_LOG)
+        return pb.BarrierResponse(version=version)
+
+    async def subscribe(self, data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        """Send changes until the subscriber is gone or something is wrong."""
+        try:
+            if self._feed is None:
+                raise NoLog
+            await self._feed.serve(data, context.write)
+        except Exception as error:
+            self._count_error("Subscribe", status_of(error))
+            await _abort(context, error)
+
+    async def write_rows(self, request: pb.WriteRowsRequest) -> pb.WriteRowsResponse:
+        done: pb.WriteRowsResponse = await self._on_worker(self._checkpoints.write_rows, request)
+        await self._reached(done.version, pb.DURABILITY_LOG)
+        return done
+
+    async def _reached(self, version: int, level: int) -> int:
+        """Wait until a version is written or, for FSYNC, on disk; returns the newest on disk."""
+        log = self._log
+        if log is None or level == pb.DURABILITY_APPLIED:
+            return log.durable if log else 0
+        durable = level == pb.DURABILITY_FSYNC
+        if version > (log.durable if durable else log.written):
+            loop = asyncio.get_running_loop()
+            reached = asyncio.Event()
+            log.wait(version, durable, lambda: _tell(loop, reached))
+            await reached.wait()
+        return log.durable
 
     # ---- rows
 
@@ -195,6 +353,12 @@ class Service:
         exchange = codec.Exchange([codec.decode_push(data)], [])
         done = await self._exchange(exchange, len(data), deadline)
         return bytes(done.pushes[0].SerializeToString())
+
+    async def delete(self, data: bytes, deadline: float) -> bytes:
+        change = self._check_delete(codec.decode_delete(data))
+        done = await self._engine.submit(lambda: self._shard.delete(change), deadline)
+        done.durable_version = await self._reached(done.version, done.achieved)
+        return bytes(done.SerializeToString())
 
     async def exchange(self, data: bytes, deadline: float) -> bytes:
         exchange = codec.decode_exchange(data)
@@ -281,6 +445,8 @@ class Service:
         if isinstance(work, Exception):
             raise work
         done = await work
+        for pushed in done.pushes:
+            pushed.durable_version = await self._reached(pushed.version, pushed.achieved)
         seconds = time.perf_counter() - start
         for push in exchange.pushes:
             arrays = push.keys.nbytes + push.gradients.nbytes
@@ -293,8 +459,7 @@ class Service:
     def _admit(self, size: int) -> None:
         """Refuse a request of so many bytes if it is too large, or comes at a bad time."""
         config, inflight = self._config, self._counts.inflight_bytes
-        if self._draining:
-            raise Draining("the server is stopping")
+        self._require_open()
         if size > config.max_message_bytes:
             raise TooLarge(
                 "MESSAGE_TOO_LARGE",
@@ -343,6 +508,11 @@ class Service:
         header, keys, counts, n = push.header, push.keys, push.counts, len(push.keys)
         self._check_keys(header.table, keys)
         lr = header.lr if header.HasField("lr") else None
+        if not -codec.STEPS <= header.step < codec.STEPS:
+            raise BadRequest(
+                "INVALID_ARGUMENT",
+                f"table {header.table!r}: step must be in -2^47..2^47-1, got {header.step}",
+            )
         if counts is not None and len(counts) != n:
             raise BadRequest(
                 "INVALID_ARGUMENT",
@@ -379,9 +549,42 @@ class Service:
             incarnation=header.incarnation,
             sequence=header.sequence,
             acknowledged=header.acknowledged,
+            durability=_level(header),
+        )
+
+    def _check_delete(self, push: codec.Push) -> Change:
+        header = push.header
+        self._admit(push.keys.nbytes)
+        self._check_keys(header.table, push.keys)
+        repeated, stray = routing.check(push.keys, self._shard.shard_map, self._shard.number)
+        if stray >= 0:
+            raise self._stray(header.table, push.keys[stray])
+        return Change(
+            table=header.table,
+            keys=np.unique(push.keys) if repeated else push.keys,
+            client=header.client_id,
+            incarnation=header.incarnation,
+            sequence=header.sequence,
+            acknowledged=header.acknowledged,
+            durability=_level(header),
         )
 
     # ---- gRPC
+
+    def _at_work(self, call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        """The same call, counted while it lasts."""
+
+        async def counted(data: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> Any:
+            self._working += 1
+            self._idle.clear()
+            try:
+                return await call(data, context)
+            finally:
+                self._working -= 1
+                if not self._working:
+                    self._idle.set()
+
+        return counted
 
     def _count_error(self, method: str, status: Status) -> None:
         info = ErrorInfo.FromString(status.details[0].value)
@@ -401,21 +604,124 @@ class Service:
                 await _abort(context, error)
                 raise AssertionError("abort returned") from None
 
-        return grpc.unary_unary_rpc_method_handler(call)
+        return grpc.unary_unary_rpc_method_handler(self._at_work(call))
 
     def _message(
-        self, kind: type[Message], method: Callable[[Any], Awaitable[Message]]
+        self,
+        kind: type[Message],
+        method: Callable[[Any], Awaitable[Message]],
+        *,
+        though_held: bool = False,
     ) -> grpc.RpcMethodHandler[bytes, bytes]:
         async def call(data: bytes, deadline: float) -> bytes:
-            if self._draining:
-                raise Draining("the server is stopping")
-            try:
-                request = kind.FromString(data)
-            except DecodeError as error:
-                raise codec.Malformed(f"{kind.DESCRIPTOR.name}: {error}") from error
-            return bytes((await method(request)).SerializeToString())
+            self._require_open(though_held=though_held)
+            return bytes((await method(_parse(kind, data))).SerializeToString())
 
-        return self._unary(kind.DESCRIPTOR.name.removesuffix("Request"), call)
+        return self._unary(_name_of(kind), call)
+
+    def _require_open(self, *, though_held: bool = False) -> None:
+        """Refuse work at a bad time."""
+        if self._draining:
+            raise Draining("the server is stopping")
+        if self._restores.held and not though_held:
+            raise Restoring
+
+    # ---- gRPC: what blocks, on threads of its own
+
+    def _blocking(
+        self, kind: type[Message], method: Callable[[Any], Message], *, though_held: bool = False
+    ) -> grpc.RpcMethodHandler[bytes, bytes]:
+        async def call(request: Any) -> Message:
+            return await self._on_worker(method, request)
+
+        return self._message(kind, call, though_held=though_held)
+
+    async def _on_worker(self, method: Callable[[Any], Any], request: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, method, request)
+
+    def _long(
+        self, kind: type[Message], method: Callable[[Any, Progress], Message]
+    ) -> grpc.RpcMethodHandler[bytes, bytes]:
+        """Messages about the progress of a long piece of work, then its result."""
+
+        async def answers(request: Any) -> AsyncIterator[Message]:
+            loop = asyncio.get_running_loop()
+            progress = self._checkpoints.progress()
+            work = loop.run_in_executor(self._workers, method, request, progress)
+            try:
+                while not (await asyncio.wait([work], timeout=TELL_SECONDS))[0]:
+                    yield pb.CheckpointProgress(bytes=progress.bytes, total=progress.total)
+                yield work.result()
+            finally:
+                progress.given_up = True
+                if not work.done():
+                    work.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+
+        return self._stream_out(kind, answers)
+
+    def _many(
+        self, kind: type[Message], method: Callable[[Any], Iterator[Message]]
+    ) -> grpc.RpcMethodHandler[bytes, bytes]:
+        """As many messages as there are, each made when the one before is on its way."""
+
+        async def answers(request: Any) -> AsyncIterator[Message]:
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(self._workers, method, request)
+            try:
+                while True:
+                    following = loop.run_in_executor(self._workers, next, found, None)
+                    item = await asyncio.shield(following)
+                    if item is None:
+                        return
+                    yield item
+            finally:
+                await asyncio.wait([following])
+                await loop.run_in_executor(self._workers, found.close)  # type: ignore[attr-defined]
+
+        return self._stream_out(kind, answers)
+
+    def _stream_out(
+        self, kind: type[Message], method: Callable[[Any], AsyncIterator[Message]]
+    ) -> grpc.RpcMethodHandler[bytes, bytes]:
+        async def call(data: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+            try:
+                self._require_open()
+                async for message in method(_parse(kind, data)):
+                    await context.write(bytes(message.SerializeToString()))
+            except Exception as error:
+                self._count_error(_name_of(kind), status_of(error))
+                await _abort(context, error)
+
+        return grpc.unary_stream_rpc_method_handler(self._at_work(call))
+
+
+def _parse(kind: type[Message], data: bytes) -> Message:
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise codec.Malformed(f"{kind.DESCRIPTOR.name}: {error}") from error
+
+
+def _name_of(kind: type[Message]) -> str:
+    """The method that takes such messages."""
+    return str(kind.DESCRIPTOR.name).removesuffix("Request")
+
+
+def _tell(loop: asyncio.AbstractEventLoop, reached: asyncio.Event) -> None:
+    """Set an event from another thread."""
+    with suppress(RuntimeError):  # the loop is gone, and with it who waits
+        loop.call_soon_threadsafe(reached.set)
+
+
+def _level(header: pb.PushHeader) -> Durability | None:
+    """What a push asks for; None: nothing, so the table's."""
+    if not header.durability:
+        return None
+    if header.durability not in LEVELS:
+        raise BadRequest(
+            "INVALID_ARGUMENT", f"table {header.table!r}: durability {header.durability} is unknown"
+        )
+    return LEVELS[header.durability]
 
 
 def _sum_repeated(

@@ -6,6 +6,7 @@ may still repeat: those after ``acknowledged``, and no more than WINDOW behind t
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -104,3 +105,28 @@ class Sessions:
                 kept = {s: v for s, v in session.versions.items() if s > horizon}
                 session.versions = kept
             session.forgotten = horizon
+
+    def pack(self) -> bytes:
+        """All sessions as numbers, least recently used first; for ``unpack``."""
+        numbers: list[int] = []
+        for client, session in self._sessions.items():
+            numbers += (client, session.incarnation, session.newest, session.forgotten)
+            numbers += (len(session.versions), *session.versions, *session.versions.values())
+        return struct.pack(f"<{len(numbers)}Q", *numbers)
+
+    def unpack(self, data: bytes) -> None:
+        """Take over sessions that were packed; they count as used now."""
+        numbers = struct.unpack(f"<{len(data) // 8}Q", data)
+        at = 0
+        while at < len(numbers):
+            client, incarnation, newest, forgotten, count = numbers[at : at + 5]
+            at += 5
+            sequences, versions = numbers[at : at + count], numbers[at + count : at + 2 * count]
+            at += 2 * count
+            self._sessions[client] = _Session(
+                incarnation,
+                self._clock(),
+                newest,
+                forgotten,
+                dict(zip(sequences, versions, strict=True)),
+            )

@@ -1,45 +1,67 @@
 """One shard's part of every table, without a network.
 
-Not thread-safe: the engine thread is the only caller. Pushes are applied in the order of the
-calls; each gets the next version.
+Not thread-safe: the engine thread is the only caller. Changes are applied in the order of the
+calls; each gets the next version and, where the shard has a log, is appended to it.
 """
 
 from __future__ import annotations
 
+import json
+import time
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from psproto import ps_pb2 as pb
 from psproto.codec import WIRE, Exchanged, Pulled, to_wire
-from psproto.ps_pb2 import PullResponseHeader, PushResponse
 from psproto.routing import ShardMap
-from psserver.errors import BadRequest, TooLarge, VersionInFuture
+from psserver.errors import BadRequest, NoLog, Overloaded, TooLarge, VersionInFuture
+from psserver.schemas import DURABILITIES, from_json, to_json
 from psserver.sessions import Sessions
+from storage import records
 from storage.arena import Budget
-from storage.errors import UnknownTable
-from storage.schema import TableSchema
+from storage.base import BaseState, BaseTable
+from storage.block import ROWS, Block
+from storage.errors import Corrupt, UnknownTable
+from storage.kernels import Keys, Rows
+from storage.records import Cause, Kind, Origin
+from storage.schema import Durability, TableSchema
 from storage.table import Mode, Table, TableStats
+from storage.tiers.base import Scan
+from storage.versionlog import VersionLog
 
+MAX_BACKLOG = 256 << 20  # bytes appended and not yet written
+MAX_DROPPED = 4096  # tables that were dropped and whose schemas are remembered
+RECORD = 64  # bytes of a record beside its arrays, and more than a barrier's name needs beside it
 _NO_VERSIONS, _NO_STEPS = np.empty(0, np.uint64), np.empty(0, np.int64)
 
 
-@dataclass(frozen=True, slots=True)
-class Push:
-    """A push whose keys are distinct and of this shard, and whose gradients are finite."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """Who asks for a change of which rows, and what is to be true when it is answered."""
 
     table: str
-    keys: NDArray[np.uint64]  # [n]
-    counts: NDArray[np.uint32]  # [n]
-    gradients: NDArray[np.float32]  # [n, dim]
-    step: int
-    lr: float | None
+    keys: Keys  # uint64[n], distinct and of this shard
     client: int  # 0: not protected against repetition
     incarnation: int
     sequence: int
     acknowledged: int
+    durability: Durability | None = None  # None: the table's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Push(Change):
+    """A push whose gradients are finite."""
+
+    counts: NDArray[np.uint32]  # [n]
+    gradients: Rows  # float32[n, dim]
+    step: int
+    lr: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +69,58 @@ class Pull:
     """A pull whose keys are of this shard."""
 
     table: str
-    keys: NDArray[np.uint64]  # [n]
+    keys: Keys  # uint64[n]
     dtype: int
     mode: Mode
     with_metadata: bool
     min_version: int
 
 
+class Tombstones(NamedTuple):
+    """Rows that one change deleted."""
+
+    table: int  # its number
+    keys: Keys
+    version: int
+    cause: Cause
+
+
+class Standing(NamedTuple):
+    """Which tables there are at one version."""
+
+    version: int
+    horizon: int  # deletes up to this version may have lost their tombstones
+    tables: tuple[tuple[int, TableSchema, int], ...]  # number, schema, version of the creation
+
+
+@dataclass(slots=True)
+class Held:
+    """A table, its number in the log and the version of its creation."""
+
+    table: Table
+    number: int
+    created: int
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """The shard at one version, for a reader that goes through the rows while pushes go on."""
+
+    version: int
+    next_table: int
+    tables: tuple[tuple[BaseTable, int, int, Scan], ...]  # with width and rows
+    sessions: bytes
+    tombstones: tuple[Tombstones, ...]
+    horizon: int  # deletes up to this version may have lost their tombstones
+
+
 class Shard:
     """The tables of one shard, their common version and the sessions of the clients.
 
-    reply_bytes  largest reply, in bytes of arrays
-    clock        monotonic seconds
+    reply_bytes     largest reply, in bytes of arrays
+    max_tombstones  deleted keys that are remembered for subscribers that come back
+    clock           monotonic seconds
+    now             seconds since 1970, for subscribers to see how old a change is
     """
 
     def __init__(
@@ -72,6 +134,9 @@ class Shard:
         max_sessions: int,
         session_ttl: float,
         clock: Callable[[], float],
+        now: Callable[[], float] = time.time,
+        log: VersionLog | None = None,
+        max_tombstones: int = 1 << 20,
     ) -> None:
         self.number = number
         self.shard_map = shard_map
@@ -80,17 +145,38 @@ class Shard:
         self.sessions = Sessions(max_sessions, session_ttl, clock)
         self._reply_bytes = reply_bytes
         self._max_tables = max_tables
-        self._tables: dict[str, Table] = {}
+        self._tables: dict[str, Held] = {}
+        self._numbered: dict[int, Held] = {}
+        self._next_table = 1
+        self._schemas: dict[int, TableSchema] = {}  # by number; of dropped tables too
+        self._log = log
+        self._now = now
+        self._buffers: deque[tuple[int, NDArray[np.uint8]]] = deque()  # with the version in them
+        self._tombstones: list[Tombstones] = []
+        self._forgotten = 0  # of them, from the first on; removed many at a time
+        self._tombstone_keys = 0
+        self._max_tombstones = max_tombstones
+        self.tombstone_horizon = 0
+
+    def attach(self, log: VersionLog) -> None:
+        """Append changes to ``log`` from now on; it holds the shard's version and none after."""
+        assert log.last == self.version
+        self._log = log
 
     def create_table(self, schema: TableSchema) -> TableSchema:
         """Create a table, or find it with an equal schema; SchemaMismatch if another."""
-        table = self._tables.get(schema.name)
-        if table is not None:
-            table.schema.require_equal(schema)
-            return table.schema
+        held = self._tables.get(schema.name)
+        if held is not None:
+            held.table.schema.require_equal(schema)
+            return held.table.schema
         if len(self._tables) >= self._max_tables:
             raise TooLarge("TOO_MANY_TABLES", f"{self._max_tables} tables exist, the limit")
-        self._tables[schema.name] = Table(schema, self.budget)
+        if schema.durability == "fsync" and self._log is None:
+            raise NoLog
+        parts = records.encode_create(self._origin(), self._next_table, to_json(schema))
+        self._reserve([RECORD + len(parts[1])])
+        self._add_table(self._next_table, schema, self.version + 1)
+        self._append(Kind.CREATE, parts)
         return schema
 
     def describe(self, name: str) -> tuple[TableSchema, TableStats]:
@@ -104,31 +190,279 @@ class Shard:
 
     def drop_table(self, name: str) -> None:
         """Drop a table and return its memory."""
-        self._table(name).close()
-        del self._tables[name]
+        held = self._held(name)
+        schema = to_json(held.table.schema)
+        parts = records.encode_drop(self._origin(), held.number, schema)
+        self._reserve([RECORD + len(parts[1])])
+        self._remove_table(held)
+        self._append(Kind.DROP, parts)
+
+    def delete(self, change: Change) -> pb.DeleteResponse:
+        """Delete rows; keys without one are left alone."""
+        held = self._held(change.table)
+        level = self._level(change)
+        known = self._applied(change)
+        if known is not None:
+            return pb.DeleteResponse(version=known, duplicate=True, achieved=level)
+        self._reserve([RECORD + 8 * len(change.keys)])
+        gone = held.table.delete(change.keys)
+        origin = self._origin(change)
+        self._bury(Tombstones(held.number, gone, self.version + 1, Cause.REQUEST))
+        self._append(
+            Kind.DELETE, records.encode_delete(origin, held.number, Cause.REQUEST, gone), change
+        )
+        return pb.DeleteResponse(version=self.version, achieved=level, deleted=len(gone))
+
+    def write_rows(
+        self, name: str, step: int, keys: Keys, frequencies: NDArray[np.uint64], rows: Rows
+    ) -> int:
+        """Write whole rows over those that are there, as one change; returns its version.
+
+        keys  uint64[n], distinct; frequencies uint64[n]; rows float32[n, width]; nobody may change
+              these arrays any more: the log has no copy
+        step  of all of them
+        """
+        held, n = self._held(name), len(keys)
+        self._reserve([RECORD + n * (16 + 4 * rows.shape[1])])
+        version = self.version + 1
+        versions, steps = np.full(n, version, np.uint64), np.full(n, step, np.int64)
+        frequencies = np.minimum(frequencies, np.uint64(0xFFFFFFFF))
+        held.table.put(keys, versions, steps, frequencies, rows)
+        origin = self._origin(step=step)
+        self._append(Kind.PUSH, records.encode_push(origin, held.number, keys, frequencies, rows))
+        return version
+
+    def scan(self, name: str) -> tuple[TableSchema, int, Scan]:
+        """A table's rows as they are now and will be, to be copied by slices on this thread."""
+        table = self._table(name)
+        return table.schema, self.version, table.scan()
+
+    def barrier(self, name: str) -> int:
+        """Mark this moment in the log, and return its version."""
+        if self._log is None:
+            raise NoLog
+        parts = records.encode_barrier(self._origin(), name)
+        self._reserve([RECORD + len(parts[1])])
+        self._append(Kind.BARRIER, parts)
+        return self.version
 
     def exchange(self, pushes: Sequence[Push], pulls: Sequence[Pull]) -> Exchanged:
         """Apply the pushes, then read the pulls.
 
-        Every part is checked before the first push is applied. OutOfMemory may come between two
-        pushes; the earlier one is applied then, and repeating the call with the same sequence
-        numbers completes it.
+        Every part is checked, and room in the log reserved, before the first push is applied.
+        OutOfMemory may come between two pushes; the earlier one is applied then, and repeating the
+        call with the same sequence numbers completes it.
         """
         for push in pushes:
             self._check_push(push)
         self._check_pulls(pulls)
+        self._reserve([self._record_bytes(push) for push in pushes])
         pushed = [self._push(push) for push in pushes]
         return Exchanged(pushed, [self._pull(pull) for pull in pulls])
 
     def dump(self) -> dict[str, Any]:
         """Copies of everything the shard holds, for tests: as large as the shard."""
-        return {name: self._tables[name].dump() for name in self.tables()}
+        return {name: self._tables[name].table.dump() for name in self.tables()}
+
+    # ---- subscribers
+
+    def schema_of(self, number: int) -> TableSchema | None:
+        """Of a table that has had this number; None once it is long dropped. From any thread."""
+        return self._schemas.get(number)
+
+    def standing(self) -> Standing:
+        """Which tables there are, by number."""
+        tables = sorted(self._tables.values(), key=lambda held: held.number)
+        return Standing(
+            self.version,
+            self.tombstone_horizon,
+            tuple((held.number, held.table.schema, held.created) for held in tables),
+        )
+
+    def rows_of(self, number: int) -> Scan | None:
+        """The rows of a table; None if there is none of this number any more."""
+        held = self._numbered.get(number)
+        return None if held is None else held.table.scan()
+
+    def tombstones(self, after: int, limit: int) -> list[Tombstones]:
+        """The oldest ones of versions above ``after``: so many of them, and whole versions."""
+        dead = self._tombstones
+        start = bisect_right(dead, after, lo=self._forgotten, key=lambda each: each.version)
+        end = min(start + limit, len(dead))
+        while start < end < len(dead) and dead[end].version == dead[end - 1].version:
+            end += 1
+        return dead[start:end]
+
+    # ---- base and log
+
+    def capture(self) -> Captured:
+        """The shard as it is now, to be read through while pushes go on."""
+        return Captured(
+            self.version,
+            self._next_table,
+            tuple(self._capture(held) for held in self._tables.values()),
+            self.sessions.pack(),
+            tuple(self._tombstones[self._forgotten :]),
+            self.tombstone_horizon,
+        )
+
+    def load_state(self, state: BaseState) -> None:
+        """Begin from a base state; its blocks come next."""
+        self.version = state.version
+        self._next_table = state.next_table
+        self.tombstone_horizon = state.horizon
+        self.sessions.unpack(state.sessions)
+        for table in state.tables:
+            self._add_table(table.number, from_json(json.loads(table.schema)), table.created)
+
+    def load_block(self, block: Block) -> None:
+        """Take in a block of the base; blocks come in the order in which they were made."""
+        held = self._numbered.get(block.table)
+        if held is None:  # dropped before the state was committed
+            return
+        if block.kind == ROWS:
+            table = held.table
+            table.put(block.keys, block.versions, block.steps, block.frequencies, block.rows)
+            return
+        for version in np.unique(block.versions):
+            chosen = block.versions == version
+            keys = block.keys[chosen].copy()
+            held.table.delete(keys, before=int(version))
+            cause = Cause(int(block.causes[chosen][0]))
+            self._bury(Tombstones(block.table, keys, int(version), cause))
+
+    def replay(self, version: int, record: records.Record) -> None:
+        """Apply a record of the log once more; records come in their order."""
+        self.version = version
+        match record:
+            case records.Create():
+                self._add_table(record.table, from_json(record.schema), version)
+                return
+            case records.Barrier():
+                return
+        held = self._numbered.get(record.table)
+        if held is None:
+            raise Corrupt(f"record of version {version}", f"there is no table {record.table}")
+        match record:
+            case records.Push(origin, _, keys, frequencies, rows):
+                versions = np.full(len(keys), version, np.uint64)
+                steps = np.full(len(keys), origin.step, np.int64)
+                held.table.put(keys, versions, steps, frequencies, rows)
+            case records.Delete(origin, number, cause, keys):
+                held.table.delete(keys)
+                self._bury(Tombstones(number, keys.copy(), version, cause))
+            case records.Drop(origin):
+                self._remove_table(held)
+        if origin.client:
+            self.sessions.record(
+                origin.client, origin.incarnation, origin.sequence, origin.acknowledged, version
+            )
+
+    def _capture(self, held: Held) -> tuple[BaseTable, int, int, Scan]:
+        schema = held.table.schema
+        text = json.dumps(to_json(schema), sort_keys=True)
+        base = BaseTable(number=held.number, schema=text, created=held.created)
+        return base, schema.width, len(held.table), held.table.scan()
+
+    def _add_table(self, number: int, schema: TableSchema, created: int) -> None:
+        held = Held(Table(schema, self.budget), number, created)
+        self._tables[schema.name] = self._numbered[number] = held
+        self._next_table = max(self._next_table, number + 1)
+        self._schemas[number] = schema
+        if len(self._schemas) > len(self._tables) + MAX_DROPPED:
+            del self._schemas[next(each for each in self._schemas if each not in self._numbered)]
+
+    def _remove_table(self, held: Held) -> None:
+        held.table.close()
+        del self._tables[held.table.schema.name], self._numbered[held.number]
+
+    def _bury(self, dead: Tombstones) -> None:
+        """Remember deleted rows, and forget the oldest ones beyond the limit."""
+        if not len(dead.keys):
+            return
+        self._tombstones.append(dead)
+        self._tombstone_keys += len(dead.keys)
+        while self._tombstone_keys > self._max_tombstones:
+            oldest = self._tombstones[self._forgotten]
+            self._forgotten += 1
+            self._tombstone_keys -= len(oldest.keys)
+            self.tombstone_horizon = max(self.tombstone_horizon, oldest.version)
+        if self._forgotten > max(1024, len(self._tombstones) // 2):
+            del self._tombstones[: self._forgotten]
+            self._forgotten = 0
+
+    def _origin(self, change: Change | None = None, step: int = 0) -> Origin:
+        now = int(self._now() * 1e6)
+        if change is None:
+            return Origin(step=step, time_us=now)
+        return Origin(
+            client=change.client,
+            incarnation=change.incarnation,
+            sequence=change.sequence,
+            acknowledged=change.acknowledged,
+            step=step,
+            time_us=now,
+        )
+
+    def _reserve(self, sizes: Sequence[int]) -> None:
+        """Make sure that records of so many bytes can be appended, or change nothing."""
+        if self._log is None or not sizes:
+            return
+        if self._log.backlog > MAX_BACKLOG:
+            raise Overloaded(f"the log is {self._log.backlog} bytes behind, {MAX_BACKLOG} may be")
+        self._log.reserve(*sizes)
+
+    def _append(self, kind: Kind, parts: Sequence[Any], change: Change | None = None) -> None:
+        """Give the change that was just applied its version, its record and its session."""
+        self.version += 1
+        if self._log is not None:
+            self._log.append(self.version, kind, parts)
+        if change is not None and change.client:
+            self.sessions.record(
+                change.client,
+                change.incarnation,
+                change.sequence,
+                change.acknowledged,
+                self.version,
+            )
+
+    def _record_bytes(self, push: Push) -> int:
+        return RECORD + len(push.keys) * (16 + 4 * self._table(push.table).schema.width)
+
+    def _images(self, table: Table, slots: Any) -> tuple[NDArray[Any], Rows]:
+        """Frequencies uint64[n] and rows float32[n, width] in memory that the log has done with."""
+        count, width = len(slots), table.schema.width
+        size = count * (8 + 4 * width)
+        buffer = None
+        if self._buffers and self._log is not None and self._buffers[0][0] <= self._log.written:
+            buffer = self._buffers.popleft()[1]
+        if buffer is None or len(buffer) < size:
+            buffer = np.empty(size, np.uint8)
+        self._buffers.append((self.version + 1, buffer))
+        frequencies = buffer[: 8 * count].view(np.uint64)
+        rows = buffer[8 * count : size].view(np.float32).reshape(count, width)
+        table.images(slots, frequencies, rows)
+        return frequencies, rows
+
+    # ---- checks
+
+    def _held(self, name: str) -> Held:
+        held = self._tables.get(name)
+        if held is None:
+            raise UnknownTable(name)
+        return held
 
     def _table(self, name: str) -> Table:
-        table = self._tables.get(name)
-        if table is None:
-            raise UnknownTable(name)
-        return table
+        return self._held(name).table
+
+    def _level(self, change: Change) -> pb.Durability:
+        """What will be true once the change is answered."""
+        level = change.durability or self._table(change.table).schema.durability
+        if self._log is None:
+            if level == "fsync":
+                raise NoLog
+            level = "applied"
+        return DURABILITIES[level]
 
     def _check_push(self, push: Push) -> None:
         """Refuse a push that cannot be applied."""
@@ -144,10 +478,11 @@ class Shard:
                 "DIM_MISMATCH",
                 f"table {push.table!r} has dim {dim}, the gradients have {push.gradients.shape[1]}",
             )
+        self._level(push)
         self._applied(push)
 
-    def _applied(self, push: Push) -> int | None:
-        """The version under which the push was applied already, or None."""
+    def _applied(self, push: Change) -> int | None:
+        """The version under which the change was applied already, or None."""
         if not push.client:
             return None
         return self.sessions.applied(
@@ -170,27 +505,34 @@ class Shard:
                 f"the reply would take {size} bytes, the limit is {self._reply_bytes}",
             )
 
-    def _push(self, push: Push) -> PushResponse:
+    def _push(self, push: Push) -> pb.PushResponse:
         """Apply a push, unless it was already: perhaps just now, by the same exchange."""
+        level = self._level(push)
         known = self._applied(push)
         if known is not None:
-            return PushResponse(version=known, duplicate=True)
-        version = self.version + 1
-        self._table(push.table).push(
-            push.keys, push.gradients, push.counts, version=version, step=push.step, lr=push.lr
+            return pb.PushResponse(version=known, duplicate=True, achieved=level)
+        held = self._held(push.table)
+        slots = held.table.push(
+            push.keys,
+            push.gradients,
+            push.counts,
+            version=self.version + 1,
+            step=push.step,
+            lr=push.lr,
         )
-        self.version = version
-        if push.client:
-            self.sessions.record(
-                push.client, push.incarnation, push.sequence, push.acknowledged, version
-            )
-        return PushResponse(version=version)
+        parts: Sequence[Any] = ()
+        if self._log is not None:
+            frequencies, rows = self._images(held.table, slots)
+            origin = self._origin(push, push.step)
+            parts = records.encode_push(origin, held.number, push.keys, frequencies, rows)
+        self._append(Kind.PUSH, parts, push)
+        return pb.PushResponse(version=self.version, achieved=level)
 
     def _pull(self, pull: Pull) -> Pulled:
         table = self._table(pull.table)
         rows = np.empty((len(pull.keys), table.schema.dim), np.float32)
         locations = table.pull(pull.keys, pull.mode, rows)
-        header = PullResponseHeader(
+        header = pb.PullResponseHeader(
             version=self.version,
             dim=table.schema.dim,
             dtype=pull.dtype,  # type: ignore[arg-type]

@@ -6,7 +6,18 @@ arena.py         memory that grows by chunks and never moves
 index.py         key -> location
 initializers.py  what a row starts from
 optimizers.py    in-place steps over rows of a slab
+segment.py       a file of frames: one piece of the version log
+records.py       what a frame of the version log says
+admission.py     which keys may have a row
+eviction.py      which rows leave
 schema.py        what a table is
+versionlog.py    the log of all changes: appended, synced, followed, cut
+block.py         many rows, or tombstones, as one run of bytes
+disk.py          what it takes to be sure that something is on disk
+pages.py         LMDB's pages, checked before LMDB follows them
+base.py          the blocks that the rest of the log builds on
+store.py         files under a URL
+checkpoint.py    the rows of all shards as files
 tiers/base.py    the contract of a tier
 tiers/host.py    rows in host memory
 table.py         a table's part on one shard

@@ -78,14 +78,14 @@ class Arena:
     def grow(self, rows: int) -> None:
         """Make at least ``rows`` rows usable, or raise OutOfMemory and change nothing.
 
-        Chunks are a sixteenth of what is held: large enough to be rare, small enough to waste
+        Chunks are 1/64 of what is held: large enough to be rare, small enough to waste
         little. Huge pages start behind the first 2 MiB, so that a small table stays small.
         """
         wanted = rows * self._row_bytes
         if wanted <= self._taken:
             return
         unit = SMALLEST_CHUNK if wanted <= HUGE else HUGE
-        chunk = min(max(self._taken // 16, unit), LARGEST_CHUNK)
+        chunk = min(max(self._taken // 64, unit), LARGEST_CHUNK)
         end = -(-max(wanted, self._taken + chunk) // unit) * unit
         if end - self._taken > self._budget.free:  # the last rows before the limit
             end = -(-wanted // mmap.PAGESIZE) * mmap.PAGESIZE

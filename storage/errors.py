@@ -4,6 +4,13 @@
   - UnknownTable     the table was never created on this shard
   - SchemaMismatch   the table exists with another schema
   - OutOfMemory      the shard's memory budget does not allow the growth a write needs
+  - Corrupt          stored bytes are not what was written; never retried
+  - UnknownFormat    stored bytes are whole, but in a format that this release does not read
+  - DiskFull         the disk has no room for what a write needs; nothing was changed
+  - Compacted        the log no longer holds the versions asked for
+  - LogFailed        the log could not be written or synced, and acknowledges nothing more
+  - UnknownCheckpoint  there is no checkpoint of that name, or it was never completed
+  - StoreFailed      the place of the checkpoints does not answer, or refuses
 """
 
 from __future__ import annotations
@@ -38,3 +45,68 @@ class OutOfMemory(StorageError):
             f"{wanted} bytes wanted, {held} of the budget of {budget} bytes are already held"
         )
         self.budget = budget
+
+
+class Corrupt(StorageError):
+    """Stored bytes are not what was written; never retried.
+
+    where  the file, and the place in it where that is known
+    what   what is wrong there
+    """
+
+    def __init__(self, where: str, what: str) -> None:
+        super().__init__(f"{where}: {what}")
+        self.where = where
+        self.what = what
+
+
+class UnknownFormat(StorageError):
+    """Stored bytes are whole, but in a format that this release does not read."""
+
+    def __init__(self, where: str, held: int, known: int) -> None:
+        super().__init__(f"{where}: written in format {held}, this release reads {known}")
+        self.where = where
+        self.held = held
+        self.known = known
+
+
+class DiskFull(StorageError):
+    """The disk has no room for what a write needs; nothing was changed."""
+
+    def __init__(self, directory: str, wanted: int) -> None:
+        super().__init__(f"no room for {wanted} more bytes in {directory}")
+        self.directory = directory
+        self.wanted = wanted
+
+
+class Compacted(StorageError):
+    """The log no longer holds the versions asked for; ``first`` is the oldest it still has."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__(f"the log begins at version {first}, older ones were asked for")
+        self.first = first
+
+
+class LogFailed(StorageError):
+    """The log could not be written or synced, and acknowledges nothing more."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"the version log has failed: {why}")
+        self.why = why
+
+
+class UnknownCheckpoint(StorageError):
+    """There is no checkpoint of that name, or it was never completed."""
+
+    def __init__(self, name: str, where: str) -> None:
+        super().__init__(f"no checkpoint {name!r}: {where} is missing")
+        self.name = name
+
+
+class StoreFailed(StorageError):
+    """The place of the checkpoints does not answer, or refuses."""
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__(f"{where}: {why}")
+        self.where = where
+        self.why = why

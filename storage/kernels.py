@@ -110,11 +110,35 @@ def fill_state(slab: Any, slots: Any, dim: int, state: Any) -> None:
             slab[slot, dim + j] = state[j]
 
 
+@inline
+def _frequency(meta: Any, slot: Any) -> Any:
+    low = np.uint64(0xFFFF)
+    return (meta[slot, 1] & low) << np.uint64(16) | (meta[slot, 2] & low)
+
+
+@inline
+def _record(meta: Any, slot: Any, version: Any, step: Any, frequency: Any) -> None:
+    """Pack the metadata of a row behind its key; a frequency stops counting at 2^32-1."""
+    shift, low = np.uint64(16), np.uint64(0xFFFF)
+    kept = min(np.uint64(frequency), np.uint64(0xFFFFFFFF))
+    meta[slot, 1] = np.uint64(version) << shift | kept >> shift
+    meta[slot, 2] = np.uint64(step) << shift | (kept & low)
+
+
+@jit
+def fresh(meta: Any, slots: Any, keys: Any) -> None:
+    """Write the metadata of new rows: their keys, and no history."""
+    for i in range(slots.shape[0]):
+        meta[slots[i], 0] = keys[i]
+        meta[slots[i], 1] = 0
+        meta[slots[i], 2] = 0
+
+
 @jit
 def touch(meta: Any, slots: Any, counts: Any, step: int, version: int) -> None:
     """Record a push in the metadata of its rows.
 
-    meta    uint64[capacity, 4]  key, key, version, step, frequency
+    meta    uint64[capacity, 3]  packed; see tiers/host.py
     slots   int64[n]             distinct positions
     counts  uint32[n]            occurrences of each key in the push
     """
@@ -122,7 +146,97 @@ def touch(meta: Any, slots: Any, counts: Any, step: int, version: int) -> None:
     for i in range(n):
         if i + AHEAD < n:
             prefetch(meta, slots[i + AHEAD], 0)
+            prefetch(meta, slots[i + AHEAD], 23)
         slot = slots[i]
-        meta[slot, 1] = np.uint64(version)
-        meta[slot, 2] = np.uint64(step)
-        meta[slot, 3] += np.uint64(counts[i])
+        _record(meta, slot, version, step, _frequency(meta, slot) + np.uint64(counts[i]))
+
+
+@jit
+def unpack(meta: Any, slots: Any, out: Any) -> None:
+    """Read metadata: out[i] = key, version, step (the bits of an int64), frequency.
+
+    meta  uint64[capacity, 3]  packed
+    out   uint64[n, 4]
+    """
+    for i in range(slots.shape[0]):
+        slot = slots[i]
+        out[i, 0] = meta[slot, 0]  # before the version, which `forget` takes before a key: see Scan
+        out[i, 1] = meta[slot, 1] >> np.uint64(16)
+        out[i, 2] = np.uint64(np.int64(meta[slot, 2]) >> np.int64(16))
+        out[i, 3] = _frequency(meta, slot)
+
+
+@jit
+def forget(meta: Any, slots: Any) -> None:
+    """Mark slots as holding no row: their version becomes 0, which no row has."""
+    for i in range(slots.shape[0]):
+        meta[slots[i], 1] = 0
+
+
+@jit
+def put(
+    slab: Any,
+    meta: Any,
+    slots: Any,
+    keys: Any,
+    versions: Any,
+    steps: Any,
+    frequencies: Any,
+    rows: Any,
+) -> None:
+    """Write whole rows and their metadata, except over newer ones.
+
+    slots        int64[n]      distinct positions
+    keys         uint64[n], versions uint64[n], steps int64[n], frequencies uint64[n]
+    rows         float32[n, width]
+    """
+    n, width = rows.shape
+    for i in range(n):
+        if i + AHEAD < n:
+            prefetch_row(slab, slots[i + AHEAD], 4 * width)
+            prefetch(meta, slots[i + AHEAD], 0)
+            prefetch(meta, slots[i + AHEAD], 23)
+        slot = slots[i]
+        if meta[slot, 1] >> np.uint64(16) > versions[i]:
+            continue
+        meta[slot, 0] = keys[i]
+        _record(meta, slot, versions[i], steps[i], frequencies[i])
+        for j in range(width):
+            slab[slot, j] = rows[i, j]
+
+
+@jit
+def images(slab: Any, meta: Any, slots: Any, frequencies: Any, rows: Any) -> None:
+    """Copy whole rows and their frequencies: what a push left.
+
+    slots        int64[n]
+    frequencies  uint64[n]          written
+    rows         float32[n, width]  written
+    """
+    n, width = rows.shape
+    for i in range(n):
+        if i + AHEAD < n:
+            prefetch_row(slab, slots[i + AHEAD], 4 * width)
+        slot = slots[i]
+        frequencies[i] = _frequency(meta, slot)
+        for j in range(width):
+            rows[i, j] = slab[slot, j]
+
+
+@jit
+def changed(meta: Any, start: int, stop: int, after: int, upto: int, slots: Any) -> Any:
+    """Find rows whose version is in after+1..upto, from slot ``start`` on.
+
+    slots  int64[n]  filled with their positions, ascending
+
+    Returns how many were found, and the slot behind the last one looked at.
+    """
+    found = 0
+    for slot in range(start, stop):
+        version = np.int64(meta[slot, 1] >> np.uint64(16))
+        if after < version <= upto:
+            if found == slots.shape[0]:
+                return found, slot
+            slots[found] = slot
+            found += 1
+    return found, stop

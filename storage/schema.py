@@ -6,12 +6,14 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from storage.errors import SchemaMismatch
 from storage.initializers import Initializer
 from storage.optimizers import Optimizer
 
 MAX_DIM = 8192
+Durability = Literal["applied", "log", "fsync"]
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}")
 
 
@@ -25,6 +27,7 @@ class TableSchema:
     initializer: Initializer
     seed: int = 0  # of the initial values
     serving_default: float = 0.0  # what a serving pull returns for keys without a row
+    durability: Durability = "log"  # of pushes that do not ask for one
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):

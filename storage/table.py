@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from storage.arena import Budget
 from storage.index import PLACE_BITS, Index, Locations, places
 from storage.initializers import table_seed
-from storage.kernels import Keys, Rows
+from storage.kernels import Keys, Rows, Slots
 from storage.schema import TableSchema
-from storage.tiers.base import FREQUENCY, STEP, VERSION, Meta, Tier
+from storage.tiers.base import FREQUENCY, STEP, VERSION, Meta, Scan, Tier
 from storage.tiers.host import HostTier
 
 Mode = Literal["train", "serve"]
@@ -84,7 +84,7 @@ class Table:
         """Versions uint64[n], steps int64[n], frequencies uint64[n]; 0 for keys without a row."""
         meta = np.zeros((len(locations), 4), np.uint64)
         present = np.flatnonzero(locations)
-        meta[present] = self._host.dump(places(locations[present]))[1]
+        meta[present] = self._host.meta(places(locations[present]))
         return meta[:, VERSION], meta[:, STEP].view(np.int64), meta[:, FREQUENCY]
 
     def push(
@@ -96,7 +96,7 @@ class Table:
         version: int,
         step: int,
         lr: float | None = None,
-    ) -> None:
+    ) -> Slots:
         """Run one optimizer step over the rows of ``keys``, creating those that are missing.
 
         keys       uint64[n]        distinct
@@ -104,7 +104,8 @@ class Table:
         counts     uint32[n]        occurrences of each key behind its gradient
         lr         overrides the table's learning rate for this push
 
-        All of it happens or, with OutOfMemory, nothing.
+        Returns the places of the rows, for ``images``. All of it happens or, with OutOfMemory,
+        nothing.
         """
         locations, absent = self._index.find(keys)
         if absent:
@@ -112,7 +113,54 @@ class Table:
             locations[missing] = self._create(keys[missing])
         optimizer = self.schema.optimizer
         lr = optimizer.lr if lr is None else lr
-        self._host.push(places(locations), gradients, counts, optimizer, lr, step, version)
+        slots = places(locations)
+        self._host.push(slots, gradients, counts, optimizer, lr, step, version)
+        return slots
+
+    def images(self, slots: Slots, frequencies: NDArray[Any], rows: Rows) -> None:
+        """Copy what a push left: whole rows float32[n, width], their frequencies uint64[n]."""
+        self._host.images(slots, frequencies, rows)
+
+    def put(
+        self,
+        keys: Keys,
+        versions: NDArray[Any],
+        steps: NDArray[Any],
+        frequencies: NDArray[Any],
+        rows: Rows,
+    ) -> None:
+        """Write whole rows as they were read from a block or a record; newer ones stay.
+
+        keys         uint64[n]           distinct
+        versions     uint64[n], steps int64[n], frequencies uint64[n]
+        rows         float32[n, width]
+
+        All of it happens or, with OutOfMemory, nothing.
+        """
+        locations, absent = self._index.find(keys)
+        if absent:
+            missing = np.flatnonzero(locations == 0)
+            locations[missing] = self._place(keys[missing])
+        self._host.put(keys, places(locations), versions, steps, frequencies, rows)
+
+    def delete(self, keys: Keys, before: int | None = None) -> Keys:
+        """Delete rows; return the keys of those that were there, in the order of ``keys``.
+
+        keys    uint64[n]  distinct
+        before  only rows of lower versions
+        """
+        locations, _ = self._index.find(keys)
+        there = np.flatnonzero(locations)
+        if before is not None:
+            meta = self._host.meta(places(locations[there]))
+            there = there[meta[:, VERSION] < before]
+        self._index.remove(keys[there])
+        self._host.release(places(locations[there]))
+        return keys[there]
+
+    def scan(self) -> Scan:
+        """All rows, for readers that go through them while pushes go on."""
+        return self._host.scan()
 
     def dump(self) -> Dump:
         """Copies of everything, for tests and tools; as large as the table."""
@@ -128,6 +176,13 @@ class Table:
 
     def _create(self, keys: Keys) -> Locations:
         """Give absent keys their initial rows; all or, with OutOfMemory, none."""
+        locations = self._place(keys)
+        slots = places(locations)
+        self._host.create(keys, slots, self.schema.initializer, self._seed, self._state)
+        return locations
+
+    def _place(self, keys: Keys) -> Locations:
+        """Places for the rows of absent keys, not filled yet; all or, with OutOfMemory, none."""
         slots = self._host.allocate(len(keys))
         locations = slots.view(np.uint64) | np.uint64(self._host.code << PLACE_BITS)
         try:
@@ -135,5 +190,4 @@ class Table:
         except BaseException:
             self._host.release(slots)
             raise
-        self._host.create(keys, slots, self.schema.initializer, self._seed, self._state)
         return locations

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 READY_SECONDS = 100.0  # the first start compiles the kernels
 STOP_SECONDS = 30.0
+SEGMENT = 16 << 20  # bytes of a log's file: many clusters run at once
 BELOW_EPHEMERAL = (12_000, 30_000)  # no outgoing connection takes a port from here
 
 
@@ -75,7 +76,8 @@ class Cluster:
         """Start the processes."""
         command = [sys.executable, "-m", "psserver", "up", "--shards", str(self.shards)]
         command += ["--port", str(self.port), "--metrics-port", str(self.metrics_port)]
-        command += ["--data-dir", str(self.directory / "data"), *self.flags]
+        command += ["--data-dir", str(self.directory / "data"), "--segment-bytes", str(SEGMENT)]
+        command += self.flags
         with self._file("out").open("wb") as out, self._file("err").open("wb") as err:
             self.process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
 

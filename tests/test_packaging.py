@@ -12,7 +12,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 NOT_THE_CLIENTS = {  # what the extras bring
-    *("lmdb", "prometheus_client", "psserver", "pydantic", "pydantic_settings", "rich", "storage"),
+    *(
+        "fsspec",
+        "pyarrow",
+        "lmdb",
+        "prometheus_client",
+        "psserver",
+        "pydantic",
+        "pydantic_settings",
+        "rich",
+        "storage",
+    ),
     *("structlog", "torch", "typer", "uvloop", "xxhash"),
 }
 LOOK = """

@@ -34,6 +34,7 @@ WIRE: dict[int, np.dtype[Any]] = {
     pb.DTYPE_BFLOAT16: np.dtype("<u2"),  # numpy has no bfloat16; these are its bits
     pb.DTYPE_FLOAT16: np.dtype("<f2"),
 }
+STEPS = 1 << 47  # the step of a push is in -STEPS..STEPS - 1
 MOST_FIELDS = 1 << 16  # in one message; only hostile ones have as many
 _U8, _U4, _I8 = np.dtype("<u8"), np.dtype("<u4"), np.dtype("<i8")
 
@@ -85,6 +86,18 @@ class Exchanged:
 
     pushes: Sequence[pb.PushResponse]
     pulls: Sequence[Pulled]
+
+
+@dataclass(slots=True)
+class Delta:
+    """One Delta. Arrays that it has no use for are empty."""
+
+    header: pb.DeltaHeader
+    keys: Keys  # uint64[n]
+    versions: NDArray[np.uint64]  # [n]; empty: the header's
+    rows: NDArray[Any]  # flat or [n, width], in the wire dtype
+    steps: NDArray[np.int64]  # [n] or empty, and so the next
+    frequencies: NDArray[np.uint64]
 
 
 # ---- numbers
@@ -254,6 +267,14 @@ def encode_push(push: Push) -> bytes:
     return writer.message()
 
 
+def encode_delete(header: pb.PushHeader, keys: Keys) -> bytes:
+    """A DeleteRequest."""
+    writer = _Writer()
+    writer.small(1, header.SerializeToString())
+    writer.array(3, keys)
+    return writer.message()
+
+
 def encode_exchange(exchange: Exchange) -> bytes:
     """An ExchangeRequest."""
     writer = _Writer()
@@ -278,6 +299,18 @@ def encode_pulled(pulled: Pulled) -> bytes:
     return writer.message()
 
 
+def encode_delta(delta: Delta) -> bytes:
+    """A Delta."""
+    writer = _Writer()
+    writer.small(1, delta.header.SerializeToString())
+    writer.array(3, delta.keys)
+    writer.array(4, delta.versions)
+    writer.array(5, delta.rows)
+    writer.array(6, delta.steps)
+    writer.array(7, delta.frequencies)
+    return writer.message()
+
+
 def encode_exchanged(exchanged: Exchanged) -> bytes:
     """An ExchangeResponse."""
     writer = _Writer()
@@ -290,7 +323,8 @@ def encode_stream_response(id: int, answer: Exchanged | pb.Status) -> bytes:
     writer = _Writer()
     writer.number(1, id)
     if isinstance(answer, pb.Status):
-        writer.small(3, answer.SerializeToString())
+        body = answer.SerializeToString()  # an empty one too: it says that this is no exchange
+        writer._append(bytes((3 << 3 | 2,)) + _varint(len(body)) + body)
     else:
         mark = writer.begin(2)
         _put_exchanged(writer, answer)
@@ -452,6 +486,11 @@ def decode_push(data: bytes) -> Push:
     return _get_push(data, 0, len(data))
 
 
+def decode_delete(data: bytes) -> Push:
+    """A DeleteRequest, as a push without gradients; Malformed if it is none."""
+    return _get_push(data, 0, len(data))
+
+
 def decode_exchange(data: bytes) -> Exchange:
     """An ExchangeRequest; Malformed if it is none."""
     exchange = Exchange([], [])
@@ -474,6 +513,26 @@ def decode_stream_request(data: bytes) -> tuple[pb.StreamRequestHeader, Exchange
 def decode_pulled(data: bytes) -> Pulled:
     """A PullResponse; Malformed if it is none."""
     return _get_pulled(data, 0, len(data))
+
+
+def decode_delta(data: bytes) -> Delta:
+    """A Delta; Malformed if it is none."""
+    header: list[bytes] = []
+    at_field = {3: (0, 0), 4: (0, 0), 5: (0, 0), 6: (0, 0), 7: (0, 0)}
+    for number, start, stop in _fields(data, 0, len(data)):
+        if number == 1 and start >= 0:
+            header.append(data[start:stop])
+        elif number in at_field and start >= 0:
+            at_field[number] = start, stop
+    parsed: pb.DeltaHeader = _parse(pb.DeltaHeader, header)
+    return Delta(
+        parsed,
+        _array(data, *at_field[3], _U8),
+        _array(data, *at_field[4], _U8),
+        _array(data, *at_field[5], WIRE[wire_dtype(parsed.dtype)]),
+        _array(data, *at_field[6], _I8),
+        _array(data, *at_field[7], _U8),
+    )
 
 
 def decode_exchanged(data: bytes) -> Exchanged:

@@ -14,18 +14,51 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_BFLOAT16: _ClassVar[DType]
     DTYPE_FLOAT16: _ClassVar[DType]
 
+class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DURABILITY_UNSPECIFIED: _ClassVar[Durability]
+    DURABILITY_APPLIED: _ClassVar[Durability]
+    DURABILITY_LOG: _ClassVar[Durability]
+    DURABILITY_FSYNC: _ClassVar[Durability]
+
 class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     MODE_UNSPECIFIED: _ClassVar[Mode]
     MODE_TRAIN: _ClassVar[Mode]
     MODE_SERVE: _ClassVar[Mode]
+
+class Start(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    START_UNSPECIFIED: _ClassVar[Start]
+    START_SNAPSHOT: _ClassVar[Start]
+    START_EARLIEST: _ClassVar[Start]
+    START_LATEST: _ClassVar[Start]
+
+class Content(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CONTENT_UNSPECIFIED: _ClassVar[Content]
+    CONTENT_VALUES: _ClassVar[Content]
+    CONTENT_KEYS: _ClassVar[Content]
+    CONTENT_VALUES_AND_STATE: _ClassVar[Content]
 DTYPE_UNSPECIFIED: DType
 DTYPE_FLOAT32: DType
 DTYPE_BFLOAT16: DType
 DTYPE_FLOAT16: DType
+DURABILITY_UNSPECIFIED: Durability
+DURABILITY_APPLIED: Durability
+DURABILITY_LOG: Durability
+DURABILITY_FSYNC: Durability
 MODE_UNSPECIFIED: Mode
 MODE_TRAIN: Mode
 MODE_SERVE: Mode
+START_UNSPECIFIED: Start
+START_SNAPSHOT: Start
+START_EARLIEST: Start
+START_LATEST: Start
+CONTENT_UNSPECIFIED: Content
+CONTENT_VALUES: Content
+CONTENT_KEYS: Content
+CONTENT_VALUES_AND_STATE: Content
 
 class Rule(_message.Message):
     __slots__ = ("name", "parameters")
@@ -43,20 +76,22 @@ class Rule(_message.Message):
     def __init__(self, name: _Optional[str] = ..., parameters: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class TableSchema(_message.Message):
-    __slots__ = ("name", "dim", "optimizer", "initializer", "seed", "serving_default")
+    __slots__ = ("name", "dim", "optimizer", "initializer", "seed", "serving_default", "durability")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIM_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
     INITIALIZER_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     SERVING_DEFAULT_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
     name: str
     dim: int
     optimizer: Rule
     initializer: Rule
     seed: int
     serving_default: float
-    def __init__(self, name: _Optional[str] = ..., dim: _Optional[int] = ..., optimizer: _Optional[_Union[Rule, _Mapping]] = ..., initializer: _Optional[_Union[Rule, _Mapping]] = ..., seed: _Optional[int] = ..., serving_default: _Optional[float] = ...) -> None: ...
+    durability: Durability
+    def __init__(self, name: _Optional[str] = ..., dim: _Optional[int] = ..., optimizer: _Optional[_Union[Rule, _Mapping]] = ..., initializer: _Optional[_Union[Rule, _Mapping]] = ..., seed: _Optional[int] = ..., serving_default: _Optional[float] = ..., durability: _Optional[_Union[Durability, str]] = ...) -> None: ...
 
 class TableStats(_message.Message):
     __slots__ = ("rows", "bytes")
@@ -165,7 +200,7 @@ class PullResponse(_message.Message):
     def __init__(self, header: _Optional[_Union[PullResponseHeader, _Mapping]] = ..., padding: _Optional[bytes] = ..., embeddings: _Optional[bytes] = ..., versions: _Optional[bytes] = ..., steps: _Optional[bytes] = ..., frequencies: _Optional[bytes] = ...) -> None: ...
 
 class PushHeader(_message.Message):
-    __slots__ = ("table", "dtype", "step", "lr", "client_id", "incarnation", "sequence", "acknowledged")
+    __slots__ = ("table", "dtype", "step", "lr", "client_id", "incarnation", "sequence", "acknowledged", "durability")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -174,6 +209,7 @@ class PushHeader(_message.Message):
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGED_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
     table: str
     dtype: DType
     step: int
@@ -182,7 +218,8 @@ class PushHeader(_message.Message):
     incarnation: int
     sequence: int
     acknowledged: int
-    def __init__(self, table: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., step: _Optional[int] = ..., lr: _Optional[float] = ..., client_id: _Optional[int] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., acknowledged: _Optional[int] = ...) -> None: ...
+    durability: Durability
+    def __init__(self, table: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., step: _Optional[int] = ..., lr: _Optional[float] = ..., client_id: _Optional[int] = ..., incarnation: _Optional[int] = ..., sequence: _Optional[int] = ..., acknowledged: _Optional[int] = ..., durability: _Optional[_Union[Durability, str]] = ...) -> None: ...
 
 class PushRequest(_message.Message):
     __slots__ = ("header", "padding", "keys", "counts", "gradients")
@@ -199,12 +236,40 @@ class PushRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[PushHeader, _Mapping]] = ..., padding: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., counts: _Optional[bytes] = ..., gradients: _Optional[bytes] = ...) -> None: ...
 
 class PushResponse(_message.Message):
-    __slots__ = ("version", "duplicate")
+    __slots__ = ("version", "duplicate", "achieved", "durable_version")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DUPLICATE_FIELD_NUMBER: _ClassVar[int]
+    ACHIEVED_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_VERSION_FIELD_NUMBER: _ClassVar[int]
     version: int
     duplicate: bool
-    def __init__(self, version: _Optional[int] = ..., duplicate: bool = ...) -> None: ...
+    achieved: Durability
+    durable_version: int
+    def __init__(self, version: _Optional[int] = ..., duplicate: bool = ..., achieved: _Optional[_Union[Durability, str]] = ..., durable_version: _Optional[int] = ...) -> None: ...
+
+class DeleteRequest(_message.Message):
+    __slots__ = ("header", "padding", "keys")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    header: PushHeader
+    padding: bytes
+    keys: bytes
+    def __init__(self, header: _Optional[_Union[PushHeader, _Mapping]] = ..., padding: _Optional[bytes] = ..., keys: _Optional[bytes] = ...) -> None: ...
+
+class DeleteResponse(_message.Message):
+    __slots__ = ("version", "duplicate", "achieved", "durable_version", "deleted")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DUPLICATE_FIELD_NUMBER: _ClassVar[int]
+    ACHIEVED_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DELETED_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    duplicate: bool
+    achieved: Durability
+    durable_version: int
+    deleted: int
+    def __init__(self, version: _Optional[int] = ..., duplicate: bool = ..., achieved: _Optional[_Union[Durability, str]] = ..., durable_version: _Optional[int] = ..., deleted: _Optional[int] = ...) -> None: ...
 
 class ExchangeRequest(_message.Message):
     __slots__ = ("pushes", "pulls")
@@ -296,6 +361,318 @@ class RetryInfo(_message.Message):
     retry_delay: RetryInfo.Delay
     def __init__(self, retry_delay: _Optional[_Union[RetryInfo.Delay, _Mapping]] = ...) -> None: ...
 
+class WaitDurableRequest(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class WaitDurableResponse(_message.Message):
+    __slots__ = ("durable_version",)
+    DURABLE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    durable_version: int
+    def __init__(self, durable_version: _Optional[int] = ...) -> None: ...
+
+class BarrierRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class BarrierResponse(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class SubscribeRequest(_message.Message):
+    __slots__ = ("token", "start", "tables", "content", "dtype", "coalesce_ms", "coalesce_rows", "progress_ms", "chunk_bytes")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    COALESCE_MS_FIELD_NUMBER: _ClassVar[int]
+    COALESCE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_MS_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    token: bytes
+    start: Start
+    tables: _containers.RepeatedScalarFieldContainer[str]
+    content: Content
+    dtype: DType
+    coalesce_ms: int
+    coalesce_rows: int
+    progress_ms: int
+    chunk_bytes: int
+    def __init__(self, token: _Optional[bytes] = ..., start: _Optional[_Union[Start, str]] = ..., tables: _Optional[_Iterable[str]] = ..., content: _Optional[_Union[Content, str]] = ..., dtype: _Optional[_Union[DType, str]] = ..., coalesce_ms: _Optional[int] = ..., coalesce_rows: _Optional[int] = ..., progress_ms: _Optional[int] = ..., chunk_bytes: _Optional[int] = ...) -> None: ...
+
+class DeltaHeader(_message.Message):
+    __slots__ = ("kind", "table", "dim", "width", "dtype", "version", "more", "token", "head", "time_us", "barrier", "schema", "cause")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[DeltaHeader.Kind]
+        KIND_ROWS: _ClassVar[DeltaHeader.Kind]
+        KIND_DELETES: _ClassVar[DeltaHeader.Kind]
+        KIND_TABLE_CREATED: _ClassVar[DeltaHeader.Kind]
+        KIND_TABLE_DROPPED: _ClassVar[DeltaHeader.Kind]
+        KIND_BARRIER: _ClassVar[DeltaHeader.Kind]
+        KIND_PROGRESS: _ClassVar[DeltaHeader.Kind]
+        KIND_SNAPSHOT: _ClassVar[DeltaHeader.Kind]
+        KIND_SNAPSHOT_END: _ClassVar[DeltaHeader.Kind]
+        KIND_CATCH_UP: _ClassVar[DeltaHeader.Kind]
+    KIND_UNSPECIFIED: DeltaHeader.Kind
+    KIND_ROWS: DeltaHeader.Kind
+    KIND_DELETES: DeltaHeader.Kind
+    KIND_TABLE_CREATED: DeltaHeader.Kind
+    KIND_TABLE_DROPPED: DeltaHeader.Kind
+    KIND_BARRIER: DeltaHeader.Kind
+    KIND_PROGRESS: DeltaHeader.Kind
+    KIND_SNAPSHOT: DeltaHeader.Kind
+    KIND_SNAPSHOT_END: DeltaHeader.Kind
+    KIND_CATCH_UP: DeltaHeader.Kind
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    DIM_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    TIME_US_FIELD_NUMBER: _ClassVar[int]
+    BARRIER_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    kind: DeltaHeader.Kind
+    table: str
+    dim: int
+    width: int
+    dtype: DType
+    version: int
+    more: bool
+    token: bytes
+    head: int
+    time_us: int
+    barrier: str
+    schema: TableSchema
+    cause: str
+    def __init__(self, kind: _Optional[_Union[DeltaHeader.Kind, str]] = ..., table: _Optional[str] = ..., dim: _Optional[int] = ..., width: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., version: _Optional[int] = ..., more: bool = ..., token: _Optional[bytes] = ..., head: _Optional[int] = ..., time_us: _Optional[int] = ..., barrier: _Optional[str] = ..., schema: _Optional[_Union[TableSchema, _Mapping]] = ..., cause: _Optional[str] = ...) -> None: ...
+
+class Delta(_message.Message):
+    __slots__ = ("header", "padding", "keys", "versions", "rows", "steps", "frequencies")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCIES_FIELD_NUMBER: _ClassVar[int]
+    header: DeltaHeader
+    padding: bytes
+    keys: bytes
+    versions: bytes
+    rows: bytes
+    steps: bytes
+    frequencies: bytes
+    def __init__(self, header: _Optional[_Union[DeltaHeader, _Mapping]] = ..., padding: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., versions: _Optional[bytes] = ..., rows: _Optional[bytes] = ..., steps: _Optional[bytes] = ..., frequencies: _Optional[bytes] = ...) -> None: ...
+
+class WriteCheckpointRequest(_message.Message):
+    __slots__ = ("name", "attempt", "base")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    attempt: str
+    base: str
+    def __init__(self, name: _Optional[str] = ..., attempt: _Optional[str] = ..., base: _Optional[str] = ...) -> None: ...
+
+class CheckpointPart(_message.Message):
+    __slots__ = ("path", "bytes", "checksum", "version")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    bytes: int
+    checksum: str
+    version: int
+    def __init__(self, path: _Optional[str] = ..., bytes: _Optional[int] = ..., checksum: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+
+class CheckpointProgress(_message.Message):
+    __slots__ = ("bytes", "total", "part", "rows")
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    total: int
+    part: CheckpointPart
+    rows: int
+    def __init__(self, bytes: _Optional[int] = ..., total: _Optional[int] = ..., part: _Optional[_Union[CheckpointPart, _Mapping]] = ..., rows: _Optional[int] = ...) -> None: ...
+
+class CompleteCheckpointRequest(_message.Message):
+    __slots__ = ("name", "attempt", "base", "parts")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    attempt: str
+    base: str
+    parts: _containers.RepeatedCompositeFieldContainer[CheckpointPart]
+    def __init__(self, name: _Optional[str] = ..., attempt: _Optional[str] = ..., base: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[CheckpointPart, _Mapping]]] = ...) -> None: ...
+
+class CheckpointTable(_message.Message):
+    __slots__ = ("name", "rows", "schema")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    rows: int
+    schema: TableSchema
+    def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., schema: _Optional[_Union[TableSchema, _Mapping]] = ...) -> None: ...
+
+class CheckpointInfo(_message.Message):
+    __slots__ = ("name", "base", "shards", "versions", "bytes", "time_us", "tables", "problem")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    TIME_US_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    base: str
+    shards: int
+    versions: _containers.RepeatedScalarFieldContainer[int]
+    bytes: int
+    time_us: int
+    tables: _containers.RepeatedCompositeFieldContainer[CheckpointTable]
+    problem: str
+    def __init__(self, name: _Optional[str] = ..., base: _Optional[str] = ..., shards: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., bytes: _Optional[int] = ..., time_us: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[CheckpointTable, _Mapping]]] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class ListCheckpointsRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class ListCheckpointsResponse(_message.Message):
+    __slots__ = ("checkpoints",)
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    checkpoints: _containers.RepeatedCompositeFieldContainer[CheckpointInfo]
+    def __init__(self, checkpoints: _Optional[_Iterable[_Union[CheckpointInfo, _Mapping]]] = ...) -> None: ...
+
+class VerifyCheckpointRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class PrepareRestoreRequest(_message.Message):
+    __slots__ = ("name", "id", "replace")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    id: str
+    replace: bool
+    def __init__(self, name: _Optional[str] = ..., id: _Optional[str] = ..., replace: bool = ...) -> None: ...
+
+class RestoreRequest(_message.Message):
+    __slots__ = ("id", "step")
+    class Step(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STEP_UNSPECIFIED: _ClassVar[RestoreRequest.Step]
+        STEP_HOLD: _ClassVar[RestoreRequest.Step]
+        STEP_COMMIT: _ClassVar[RestoreRequest.Step]
+        STEP_RELEASE: _ClassVar[RestoreRequest.Step]
+        STEP_ABORT: _ClassVar[RestoreRequest.Step]
+    STEP_UNSPECIFIED: RestoreRequest.Step
+    STEP_HOLD: RestoreRequest.Step
+    STEP_COMMIT: RestoreRequest.Step
+    STEP_RELEASE: RestoreRequest.Step
+    STEP_ABORT: RestoreRequest.Step
+    ID_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    step: RestoreRequest.Step
+    def __init__(self, id: _Optional[str] = ..., step: _Optional[_Union[RestoreRequest.Step, str]] = ...) -> None: ...
+
+class RestoreStatus(_message.Message):
+    __slots__ = ("id", "name", "phase", "why")
+    class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        PHASE_UNSPECIFIED: _ClassVar[RestoreStatus.Phase]
+        PHASE_PREPARED: _ClassVar[RestoreStatus.Phase]
+        PHASE_HELD: _ClassVar[RestoreStatus.Phase]
+        PHASE_COMMITTED: _ClassVar[RestoreStatus.Phase]
+        PHASE_LOADED: _ClassVar[RestoreStatus.Phase]
+        PHASE_FAILED: _ClassVar[RestoreStatus.Phase]
+        PHASE_ABORTING: _ClassVar[RestoreStatus.Phase]
+        PHASE_RELEASED: _ClassVar[RestoreStatus.Phase]
+        PHASE_ABORTED: _ClassVar[RestoreStatus.Phase]
+    PHASE_UNSPECIFIED: RestoreStatus.Phase
+    PHASE_PREPARED: RestoreStatus.Phase
+    PHASE_HELD: RestoreStatus.Phase
+    PHASE_COMMITTED: RestoreStatus.Phase
+    PHASE_LOADED: RestoreStatus.Phase
+    PHASE_FAILED: RestoreStatus.Phase
+    PHASE_ABORTING: RestoreStatus.Phase
+    PHASE_RELEASED: RestoreStatus.Phase
+    PHASE_ABORTED: RestoreStatus.Phase
+    ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    name: str
+    phase: RestoreStatus.Phase
+    why: str
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., phase: _Optional[_Union[RestoreStatus.Phase, str]] = ..., why: _Optional[str] = ...) -> None: ...
+
+class LoadTableRequest(_message.Message):
+    __slots__ = ("name", "table", "into")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    INTO_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    table: str
+    into: str
+    def __init__(self, name: _Optional[str] = ..., table: _Optional[str] = ..., into: _Optional[str] = ...) -> None: ...
+
+class ReadRowsRequest(_message.Message):
+    __slots__ = ("table", "checkpoint")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    checkpoint: str
+    def __init__(self, table: _Optional[str] = ..., checkpoint: _Optional[str] = ...) -> None: ...
+
+class WriteRowsRequest(_message.Message):
+    __slots__ = ("table", "width", "keys", "rows", "steps", "frequencies")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCIES_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    width: int
+    keys: bytes
+    rows: bytes
+    steps: bytes
+    frequencies: bytes
+    def __init__(self, table: _Optional[str] = ..., width: _Optional[int] = ..., keys: _Optional[bytes] = ..., rows: _Optional[bytes] = ..., steps: _Optional[bytes] = ..., frequencies: _Optional[bytes] = ...) -> None: ...
+
+class WriteRowsResponse(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
 class ShardMap(_message.Message):
     __slots__ = ("epoch", "shards", "shard_of_bucket")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -319,7 +696,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("release", "shard", "shard_map", "limits", "version", "memory_bytes", "memory_budget_bytes")
+    __slots__ = ("release", "shard", "shard_map", "limits", "version", "memory_bytes", "memory_budget_bytes", "lineage", "durable_version")
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     SHARD_MAP_FIELD_NUMBER: _ClassVar[int]
@@ -327,6 +704,8 @@ class GetServerInfoResponse(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LINEAGE_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_VERSION_FIELD_NUMBER: _ClassVar[int]
     release: str
     shard: int
     shard_map: ShardMap
@@ -334,4 +713,6 @@ class GetServerInfoResponse(_message.Message):
     version: int
     memory_bytes: int
     memory_budget_bytes: int
-    def __init__(self, release: _Optional[str] = ..., shard: _Optional[int] = ..., shard_map: _Optional[_Union[ShardMap, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., version: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ...) -> None: ...
+    lineage: bytes
+    durable_version: int
+    def __init__(self, release: _Optional[str] = ..., shard: _Optional[int] = ..., shard_map: _Optional[_Union[ShardMap, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., version: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., lineage: _Optional[bytes] = ..., durable_version: _Optional[int] = ...) -> None: ...

@@ -256,6 +256,11 @@ class RowServiceStub(object):
                 request_serializer=psproto_dot_ps__pb2.ExchangeRequest.SerializeToString,
                 response_deserializer=psproto_dot_ps__pb2.ExchangeResponse.FromString,
                 _registered_method=True)
+        self.Delete = channel.unary_unary(
+                '/ps.v1.RowService/Delete',
+                request_serializer=psproto_dot_ps__pb2.DeleteRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.DeleteResponse.FromString,
+                _registered_method=True)
         self.Stream = channel.stream_stream(
                 '/ps.v1.RowService/Stream',
                 request_serializer=psproto_dot_ps__pb2.StreamRequest.SerializeToString,
@@ -281,6 +286,13 @@ class RowServiceServicer(object):
 
     def Exchange(self, request, context):
         """Pushes, then pulls, as one unit: refused as a whole if any part is invalid.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Delete(self, request, context):
+        """Deletes rows; keys without one are left alone. Repeated under the same sequence, like a push.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -312,6 +324,11 @@ def add_RowServiceServicer_to_server(servicer, server):
                     servicer.Exchange,
                     request_deserializer=psproto_dot_ps__pb2.ExchangeRequest.FromString,
                     response_serializer=psproto_dot_ps__pb2.ExchangeResponse.SerializeToString,
+            ),
+            'Delete': grpc.unary_unary_rpc_method_handler(
+                    servicer.Delete,
+                    request_deserializer=psproto_dot_ps__pb2.DeleteRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.DeleteResponse.SerializeToString,
             ),
             'Stream': grpc.stream_stream_rpc_method_handler(
                     servicer.Stream,
@@ -412,6 +429,33 @@ class RowService(object):
             _registered_method=True)
 
     @staticmethod
+    def Delete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ps.v1.RowService/Delete',
+            psproto_dot_ps__pb2.DeleteRequest.SerializeToString,
+            psproto_dot_ps__pb2.DeleteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Stream(request_iterator,
             target,
             options=(),
@@ -428,6 +472,644 @@ class RowService(object):
             '/ps.v1.RowService/Stream',
             psproto_dot_ps__pb2.StreamRequest.SerializeToString,
             psproto_dot_ps__pb2.StreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class LogServiceStub(object):
+    """The version log. FAILED_PRECONDITION / NO_LOG where the shard keeps none.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.WaitDurable = channel.unary_unary(
+                '/ps.v1.LogService/WaitDurable',
+                request_serializer=psproto_dot_ps__pb2.WaitDurableRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.WaitDurableResponse.FromString,
+                _registered_method=True)
+        self.Barrier = channel.unary_unary(
+                '/ps.v1.LogService/Barrier',
+                request_serializer=psproto_dot_ps__pb2.BarrierRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.BarrierResponse.FromString,
+                _registered_method=True)
+        self.Subscribe = channel.unary_stream(
+                '/ps.v1.LogService/Subscribe',
+                request_serializer=psproto_dot_ps__pb2.SubscribeRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.Delta.FromString,
+                _registered_method=True)
+
+
+class LogServiceServicer(object):
+    """The version log. FAILED_PRECONDITION / NO_LOG where the shard keeps none.
+    """
+
+    def WaitDurable(self, request, context):
+        """Answers once all versions up to one are on disk.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Barrier(self, request, context):
+        """Appends a mark that subscribers receive in its place: barriers of one name on all shards are a
+        cut across them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Subscribe(self, request, context):
+        """Changed rows, in the order of their versions, durable ones only. At least once and without a
+        gap: apply a row if its version is above that of the one held, and neither repetition nor a
+        snapshot read while pushes go on can do harm. The stream ends with an error only, and goes on
+        in another one that is given the last token. A subscriber whose place the log has cut off is
+        caught up from the rows themselves (KIND_CATCH_UP), as long as deletes are remembered; behind
+        that, VERSION_COMPACTED: take a snapshot.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_LogServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'WaitDurable': grpc.unary_unary_rpc_method_handler(
+                    servicer.WaitDurable,
+                    request_deserializer=psproto_dot_ps__pb2.WaitDurableRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.WaitDurableResponse.SerializeToString,
+            ),
+            'Barrier': grpc.unary_unary_rpc_method_handler(
+                    servicer.Barrier,
+                    request_deserializer=psproto_dot_ps__pb2.BarrierRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.BarrierResponse.SerializeToString,
+            ),
+            'Subscribe': grpc.unary_stream_rpc_method_handler(
+                    servicer.Subscribe,
+                    request_deserializer=psproto_dot_ps__pb2.SubscribeRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.Delta.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'ps.v1.LogService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('ps.v1.LogService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class LogService(object):
+    """The version log. FAILED_PRECONDITION / NO_LOG where the shard keeps none.
+    """
+
+    @staticmethod
+    def WaitDurable(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ps.v1.LogService/WaitDurable',
+            psproto_dot_ps__pb2.WaitDurableRequest.SerializeToString,
+            psproto_dot_ps__pb2.WaitDurableResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Barrier(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ps.v1.LogService/Barrier',
+            psproto_dot_ps__pb2.BarrierRequest.SerializeToString,
+            psproto_dot_ps__pb2.BarrierResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Subscribe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/ps.v1.LogService/Subscribe',
+            psproto_dot_ps__pb2.SubscribeRequest.SerializeToString,
+            psproto_dot_ps__pb2.Delta.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class CheckpointServiceStub(object):
+    """Checkpoints of all shards, by name: 1..128 letters, digits or any of _ . - that start with a
+    letter, a digit or _. They lie where the servers' configuration says, which is the same place for
+    all shards; a client cannot say where.
+
+    A checkpoint is taken by WriteCheckpoint on every shard, under one `attempt`, then
+    CompleteCheckpoint on any shard with all that the shards answered. Until then there is none.
+
+    A restore is PrepareRestore on every shard, under one `id`, then each of the steps HOLD, COMMIT
+    and RELEASE on every shard, each begun when the one before is done everywhere. A shard that is
+    held refuses everything but InfoService and CheckpointService (UNAVAILABLE / RESTORING). So no
+    client meets restored shards beside others. COMMIT makes the shard start anew: ask for the status
+    until it is LOADED or FAILED. Until the first RELEASE the step ABORT brings back what was there
+    before. The steps outlive the shard's process, and may be repeated.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.WriteCheckpoint = channel.unary_stream(
+                '/ps.v1.CheckpointService/WriteCheckpoint',
+                request_serializer=psproto_dot_ps__pb2.WriteCheckpointRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.CheckpointProgress.FromString,
+                _registered_method=True)
+        self.CompleteCheckpoint = channel.unary_unary(
+                '/ps.v1.CheckpointService/CompleteCheckpoint',
+                request_serializer=psproto_dot_ps__pb2.CompleteCheckpointRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.CheckpointInfo.FromString,
+                _registered_method=True)
+        self.ListCheckpoints = channel.unary_unary(
+                '/ps.v1.CheckpointService/ListCheckpoints',
+                request_serializer=psproto_dot_ps__pb2.ListCheckpointsRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.ListCheckpointsResponse.FromString,
+                _registered_method=True)
+        self.VerifyCheckpoint = channel.unary_stream(
+                '/ps.v1.CheckpointService/VerifyCheckpoint',
+                request_serializer=psproto_dot_ps__pb2.VerifyCheckpointRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.CheckpointProgress.FromString,
+                _registered_method=True)
+        self.PrepareRestore = channel.unary_stream(
+                '/ps.v1.CheckpointService/PrepareRestore',
+                request_serializer=psproto_dot_ps__pb2.PrepareRestoreRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.CheckpointProgress.FromString,
+                _registered_method=True)
+        self.Restore = channel.unary_unary(
+                '/ps.v1.CheckpointService/Restore',
+                request_serializer=psproto_dot_ps__pb2.RestoreRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.RestoreStatus.FromString,
+                _registered_method=True)
+        self.LoadTable = channel.unary_stream(
+                '/ps.v1.CheckpointService/LoadTable',
+                request_serializer=psproto_dot_ps__pb2.LoadTableRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.CheckpointProgress.FromString,
+                _registered_method=True)
+        self.ReadRows = channel.unary_stream(
+                '/ps.v1.CheckpointService/ReadRows',
+                request_serializer=psproto_dot_ps__pb2.ReadRowsRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.Delta.FromString,
+                _registered_method=True)
+        self.WriteRows = channel.unary_unary(
+                '/ps.v1.CheckpointService/WriteRows',
+                request_serializer=psproto_dot_ps__pb2.WriteRowsRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.WriteRowsResponse.FromString,
+                _registered_method=True)
+
+
+class CheckpointServiceServicer(object):
+    """Checkpoints of all shards, by name: 1..128 letters, digits or any of _ . - that start with a
+    letter, a digit or _. They lie where the servers' configuration says, which is the same place for
+    all shards; a client cannot say where.
+
+    A checkpoint is taken by WriteCheckpoint on every shard, under one `attempt`, then
+    CompleteCheckpoint on any shard with all that the shards answered. Until then there is none.
+
+    A restore is PrepareRestore on every shard, under one `id`, then each of the steps HOLD, COMMIT
+    and RELEASE on every shard, each begun when the one before is done everywhere. A shard that is
+    held refuses everything but InfoService and CheckpointService (UNAVAILABLE / RESTORING). So no
+    client meets restored shards beside others. COMMIT makes the shard start anew: ask for the status
+    until it is LOADED or FAILED. Until the first RELEASE the step ABORT brings back what was there
+    before. The steps outlive the shard's process, and may be repeated.
+    """
+
+    def WriteCheckpoint(self, request, context):
+        """Writes this shard's part while pushes go on. The last message has `part`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CompleteCheckpoint(self, request, context):
+        """Checks that the parts are all there and fit, and makes them a checkpoint.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCheckpoints(self, request, context):
+        """All checkpoints, or one with its tables' schemas.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyCheckpoint(self, request, context):
+        """Reads every byte of the parts p with p % shards = shard, of what they build on too; DATA_LOSS
+        names what is missing or damaged.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PrepareRestore(self, request, context):
+        """Reads the rows that belong to this shard into files beside those it works with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Restore(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadTable(self, request, context):
+        """Writes this shard's rows of a table in a checkpoint into a table that exists, is empty and has
+        the same dim; each row is a change like a push. State of another optimizer is replaced by that
+        of a new row.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadRows(self, request, context):
+        """Whole rows: of this shard's table as they are now, each row whole but not all at one version,
+        or of a checkpoint's table, of its parts p with p % shards = shard. Messages are of KIND_ROWS;
+        the first has the schema and no rows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WriteRows(self, request, context):
+        """Writes rows as they are given, over those that are there. One version for each step among them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_CheckpointServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'WriteCheckpoint': grpc.unary_stream_rpc_method_handler(
+                    servicer.WriteCheckpoint,
+                    request_deserializer=psproto_dot_ps__pb2.WriteCheckpointRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.CheckpointProgress.SerializeToString,
+            ),
+            'CompleteCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompleteCheckpoint,
+                    request_deserializer=psproto_dot_ps__pb2.CompleteCheckpointRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.CheckpointInfo.SerializeToString,
+            ),
+            'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCheckpoints,
+                    request_deserializer=psproto_dot_ps__pb2.ListCheckpointsRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'VerifyCheckpoint': grpc.unary_stream_rpc_method_handler(
+                    servicer.VerifyCheckpoint,
+                    request_deserializer=psproto_dot_ps__pb2.VerifyCheckpointRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.CheckpointProgress.SerializeToString,
+            ),
+            'PrepareRestore': grpc.unary_stream_rpc_method_handler(
+                    servicer.PrepareRestore,
+                    request_deserializer=psproto_dot_ps__pb2.PrepareRestoreRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.CheckpointProgress.SerializeToString,
+            ),
+            'Restore': grpc.unary_unary_rpc_method_handler(
+                    servicer.Restore,
+                    request_deserializer=psproto_dot_ps__pb2.RestoreRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.RestoreStatus.SerializeToString,
+            ),
+            'LoadTable': grpc.unary_stream_rpc_method_handler(
+                    servicer.LoadTable,
+                    request_deserializer=psproto_dot_ps__pb2.LoadTableRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.CheckpointProgress.SerializeToString,
+            ),
+            'ReadRows': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadRows,
+                    request_deserializer=psproto_dot_ps__pb2.ReadRowsRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.Delta.SerializeToString,
+            ),
+            'WriteRows': grpc.unary_unary_rpc_method_handler(
+                    servicer.WriteRows,
+                    request_deserializer=psproto_dot_ps__pb2.WriteRowsRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.WriteRowsResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'ps.v1.CheckpointService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('ps.v1.CheckpointService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class CheckpointService(object):
+    """Checkpoints of all shards, by name: 1..128 letters, digits or any of _ . - that start with a
+    letter, a digit or _. They lie where the servers' configuration says, which is the same place for
+    all shards; a client cannot say where.
+
+    A checkpoint is taken by WriteCheckpoint on every shard, under one `attempt`, then
+    CompleteCheckpoint on any shard with all that the shards answered. Until then there is none.
+
+    A restore is PrepareRestore on every shard, under one `id`, then each of the steps HOLD, COMMIT
+    and RELEASE on every shard, each begun when the one before is done everywhere. A shard that is
+    held refuses everything but InfoService and CheckpointService (UNAVAILABLE / RESTORING). So no
+    client meets restored shards beside others. COMMIT makes the shard start anew: ask for the status
+    until it is LOADED or FAILED. Until the first RELEASE the step ABORT brings back what was there
+    before. The steps outlive the shard's process, and may be repeated.
+    """
+
+    @staticmethod
+    def WriteCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/ps.v1.CheckpointService/WriteCheckpoint',
+            psproto_dot_ps__pb2.WriteCheckpointRequest.SerializeToString,
+            psproto_dot_ps__pb2.CheckpointProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompleteCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ps.v1.CheckpointService/CompleteCheckpoint',
+            psproto_dot_ps__pb2.CompleteCheckpointRequest.SerializeToString,
+            psproto_dot_ps__pb2.CheckpointInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ps.v1.CheckpointService/ListCheckpoints',
+            psproto_dot_ps__pb2.ListCheckpointsRequest.SerializeToString,
+            psproto_dot_ps__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/ps.v1.CheckpointService/VerifyCheckpoint',
+            psproto_dot_ps__pb2.VerifyCheckpointRequest.SerializeToString,
+            psproto_dot_ps__pb2.CheckpointProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrepareRestore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/ps.v1.CheckpointService/PrepareRestore',
+            psproto_dot_ps__pb2.PrepareRestoreRequest.SerializeToString,
+            psproto_dot_ps__pb2.CheckpointProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Restore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ps.v1.CheckpointService/Restore',
+            psproto_dot_ps__pb2.RestoreRequest.SerializeToString,
+            psproto_dot_ps__pb2.RestoreStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadTable(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/ps.v1.CheckpointService/LoadTable',
+            psproto_dot_ps__pb2.LoadTableRequest.SerializeToString,
+            psproto_dot_ps__pb2.CheckpointProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadRows(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/ps.v1.CheckpointService/ReadRows',
+            psproto_dot_ps__pb2.ReadRowsRequest.SerializeToString,
+            psproto_dot_ps__pb2.Delta.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WriteRows(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ps.v1.CheckpointService/WriteRows',
+            psproto_dot_ps__pb2.WriteRowsRequest.SerializeToString,
+            psproto_dot_ps__pb2.WriteRowsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -61,6 +61,20 @@ def even_map(shards: int) -> ShardMap:
     return ShardMap(1, shards, (buckets * shards // BUCKETS).astype(np.uint16))
 
 
+@jit
+def _owners(keys: Any, shard_of_bucket: Any, out: Any) -> None:
+    """Write the shard of each key: keys uint64[n], out uint16[n]."""
+    for i in range(keys.shape[0]):
+        out[i] = shard_of_bucket[mix64(keys[i]) >> np.uint64(52)]
+
+
+def owners(keys: Keys, shard_map: ShardMap) -> NDArray[np.uint16]:
+    """The shard of each key, [n]."""
+    out = np.empty(len(keys), np.uint16)
+    _owners(keys, shard_map.shard_of_bucket, out)
+    return out
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """The distinct keys of a batch, grouped by shard.

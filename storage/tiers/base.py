@@ -15,8 +15,28 @@ from storage.kernels import Keys, Rows, Slots
 from storage.optimizers import Optimizer
 
 Meta = NDArray[Any]  # uint64[n, 4]: key, version, step (the bits of an int64), frequency
+# Versions are below 2^48, steps in -2^47..2^47-1; a frequency stops counting at 2^32-1.
 
 KEY, VERSION, STEP, FREQUENCY = range(4)
+
+
+class Scan(Protocol):
+    """The rows that a tier held at one moment, a slice at a time.
+
+    Any thread may use it while the engine thread pushes. A row that is pushed meanwhile may be
+    found torn or not at all; its version, or that of the push in a log, tells.
+    """
+
+    def find(self, start: int, after: int, upto: int, limit: int) -> tuple[Slots, int | None]:
+        """Places of up to ``limit`` rows with versions after+1..upto, and where to go on.
+
+        start  0, or where the last call said to go on; None says that there is no more
+        """
+        ...
+
+    def copy(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> Meta:
+        """Copy whole rows [n, width] and their frequencies uint64[n]; their metadata as now."""
+        ...
 
 
 class Tier(Protocol):
@@ -67,6 +87,30 @@ class Tier(Protocol):
         version: int,
     ) -> None:
         """Record the push in the metadata and run one optimizer step over the rows."""
+        ...
+
+    def images(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> None:
+        """Copy whole rows [n, width] and their frequencies uint64[n], as a push left them."""
+        ...
+
+    def put(
+        self,
+        keys: Keys,
+        places: Slots,
+        versions: NDArray[Any],
+        steps: NDArray[Any],
+        frequencies: NDArray[Any],
+        rows: Rows,
+    ) -> None:
+        """Write whole rows with their metadata, new or not; those that are newer stay."""
+        ...
+
+    def meta(self, places: Slots) -> Meta:
+        """A copy of the metadata alone."""
+        ...
+
+    def scan(self) -> Scan:
+        """All rows, for readers that go through them while pushes go on."""
         ...
 
     def dump(self, places: Slots) -> tuple[Rows, Meta]:

@@ -1,6 +1,9 @@
 """Rows in host memory: a slab, its metadata beside it, and the list of free slots.
 
 A place is a slot: the position of a row in the slab. The slab grows by chunks and never moves.
+Metadata is packed into 24 bytes a row:
+
+    key uint64 | version << 16 | frequency >> 16 | step << 16 | frequency & 0xffff
 """
 
 from __future__ import annotations
@@ -13,9 +16,44 @@ from numpy.typing import NDArray
 from storage.arena import Arena, Budget
 from storage.errors import OutOfMemory
 from storage.initializers import Initializer
-from storage.kernels import Keys, Rows, Slots, fill_state, gather, touch
+from storage.kernels import (
+    Keys,
+    Rows,
+    Slots,
+    changed,
+    fill_state,
+    forget,
+    fresh,
+    gather,
+    images,
+    put,
+    touch,
+    unpack,
+)
 from storage.optimizers import Optimizer
-from storage.tiers.base import KEY, Meta
+from storage.tiers.base import Meta, Scan
+
+
+class HostScan:
+    """The slots handed out so far, in their order. See Scan for the contract."""
+
+    def __init__(self, slab: Rows, meta: NDArray[Any], used: int) -> None:
+        self._slab, self._meta, self._used = slab, meta, used
+
+    def find(self, start: int, after: int, upto: int, limit: int) -> tuple[Slots, int | None]:
+        slots = np.empty(limit, np.int64)
+        found, end = changed(self._meta, start, self._used, after, upto, slots)
+        return slots[:found], None if end == self._used else int(end)
+
+    def copy(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> Meta:
+        images(self._slab, self._meta, places, frequencies, rows)
+        return _unpacked(self._meta, places)
+
+
+def _unpacked(packed: NDArray[Any], slots: Slots) -> Meta:
+    meta = np.empty((len(slots), 4), np.uint64)
+    unpack(packed, slots, meta)
+    return meta
 
 
 class HostTier:
@@ -27,7 +65,7 @@ class HostTier:
     def __init__(self, dim: int, width: int, budget: Budget) -> None:
         self._dim = dim
         self._slab = Arena(width, np.float32, budget)
-        self._meta = Arena(4, np.uint64, budget)
+        self._meta = Arena(3, np.uint64, budget)
         self._used = 0  # slots ever handed out
         self._free: Slots = np.empty(0, np.int64)  # a stack of the slots given back
         self._free_count = 0
@@ -58,6 +96,7 @@ class HostTier:
         return slots
 
     def release(self, places: Slots) -> None:
+        forget(self._meta.array, places)
         end = self._free_count + len(places)
         if end > len(self._free):
             grown = np.empty(max(end, 2 * len(self._free), 1024), np.int64)
@@ -71,8 +110,7 @@ class HostTier:
     ) -> None:
         initializer.fill(seed, keys, places, self._dim, self._slab.array)
         fill_state(self._slab.array, places, self._dim, state)
-        self._meta.array[places] = 0
-        self._meta.array[places, KEY] = keys
+        fresh(self._meta.array, places, keys)
 
     def read(self, places: Slots, out: Rows) -> None:
         gather(self._slab.array, places, self._dim, out)
@@ -90,8 +128,29 @@ class HostTier:
         touch(self._meta.array, places, counts, step, version)
         optimizer.step(self._slab.array, places, gradients, lr, step)
 
+    def images(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> None:
+        images(self._slab.array, self._meta.array, places, frequencies, rows)
+
+    def put(
+        self,
+        keys: Keys,
+        places: Slots,
+        versions: NDArray[Any],
+        steps: NDArray[Any],
+        frequencies: NDArray[Any],
+        rows: Rows,
+    ) -> None:
+        slab, meta = self._slab.array, self._meta.array
+        put(slab, meta, places, keys, versions, steps, frequencies, rows)
+
+    def meta(self, places: Slots) -> Meta:
+        return _unpacked(self._meta.array, places)
+
+    def scan(self) -> Scan:
+        return HostScan(self._slab.array, self._meta.array, self._used)
+
     def dump(self, places: Slots) -> tuple[Rows, Meta]:
-        return self._slab.array[places], self._meta.array[places]
+        return self._slab.array[places], self.meta(places)
 
     def close(self) -> None:
         self._slab.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,9 @@ def test_every_push_through_cut_connections_is_applied_once(
                 mine = client.table(name)
                 for i in range(PUSHES):
                     gradient = np.full((1, 2), -(4.0 ** (i % DIGITS)), np.float32)
-                    mine.push(keys_of[number][i // DIGITS : i // DIGITS + 1], gradient, step=i)
+                    keys = keys_of[number][i // DIGITS : i // DIGITS + 1]
+                    level: Any = (None, "applied", "log", "fsync")[i % 4]
+                    mine.push(keys, gradient, step=i, durability=level)
 
         for proxy in proxies:
             proxy.cut(24_000)

@@ -240,6 +240,15 @@ class TestRows:
         distinct, sums = sums_by_key(keys, gradients)
         assert_array_equal(pulled, -sums[np.searchsorted(distinct, keys)])
 
+    @pytest.mark.parametrize("shape", [(), (0,), (2, 3)])
+    def test_what_is_known_of_rows_has_the_shape_of_the_keys(
+        self, any_client: Client, name: str, shape: tuple[int, ...]
+    ) -> None:
+        table = summing(any_client, name)
+        rows = table.pull_rows(np.full(shape, 5))
+        assert rows.embeddings.shape == (*shape, DIM)
+        assert rows.found.shape == rows.versions.shape == rows.frequencies.shape == shape
+
     def test_gradients_of_equal_keys_are_summed_exactly(
         self, any_client: Client, name: str
     ) -> None:
@@ -533,6 +542,11 @@ class TestRefusals:
         names = "float32, bfloat16, float16"
         with pytest.raises(InvalidArgument, match=f"wire must be one of {names}, got 'int8'"):
             table.pull([1], wire="int8")  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("step", [2**47, -(2**47) - 1])
+    def test_a_step_out_of_range(self, table: Table, step: int) -> None:
+        with pytest.raises(InvalidArgument, match=rf"step must be in .*, got {step}"):
+            table.push([1], np.ones((1, DIM), np.float32), step=step)
 
     @pytest.mark.parametrize("lr", [float("nan"), float("inf")])
     def test_a_learning_rate_that_is_not_finite(self, table: Table, lr: float) -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from psproto import codec
 from psproto import ps_pb2 as pb
-from psproto.codec import Exchange, Exchanged, Malformed, Pull, Pulled, Push
+from psproto.codec import Delta, Exchange, Exchanged, Malformed, Pull, Pulled, Push
 
 GOLDEN = Path(__file__).parent / "golden"
 U64 = 2**64 - 1
@@ -64,6 +64,35 @@ HALF_PULLED = Pulled(
     EMPTY.view("<i8"),
     EMPTY,
 )
+
+
+@dataclass(frozen=True)
+class Delete:
+    """A DeleteRequest, which the codec decodes as a push without gradients."""
+
+    header: pb.PushHeader
+    keys: np.ndarray
+
+    @classmethod
+    def decode(cls, data: bytes) -> Delete:
+        push = codec.decode_delete(data)
+        return cls(push.header, push.keys)
+
+
+DELETE = Delete(
+    pb.PushHeader(table="users", client_id=7, sequence=3, durability=pb.DURABILITY_FSYNC),
+    u8(7, U64, 0),
+)
+DELTA = Delta(
+    pb.DeltaHeader(
+        kind=pb.DeltaHeader.KIND_ROWS, table="users", dim=2, width=3, version=300, token=b"t"
+    ),
+    u8(7, U64),
+    u8(9, 300),
+    f4(1.0, 2.0, -3.0, 4.0, 0.5, 6.0),
+    np.array([-4, 5], "<i8"),
+    u8(1 << 40, 1),
+)
 EXCHANGE = Exchange([PUSH, PLAIN_PUSH], [PULL, Pull(pb.PullHeader(table="t"), EMPTY)])
 EXCHANGED = Exchanged(
     [pb.PushResponse(version=300), pb.PushResponse(version=299, duplicate=True)],
@@ -79,6 +108,7 @@ SCHEMA = pb.TableSchema(
     initializer=pb.Rule(name="uniform"),
     seed=U64,
     serving_default=-0.5,
+    durability=pb.DURABILITY_FSYNC,
 )
 DESCRIBED = pb.DescribeTableResponse(
     schema=SCHEMA, stats=pb.TableStats(rows=3, bytes=2 << 20), version=8
@@ -103,7 +133,14 @@ class Kind:
 KINDS = {
     "PullRequest": Kind(pb.PullRequest, codec.decode_pull, codec.encode_pull, PULL),
     "PushRequest": Kind(pb.PushRequest, codec.decode_push, codec.encode_push, PUSH),
+    "DeleteRequest": Kind(
+        pb.DeleteRequest,
+        Delete.decode,
+        lambda delete: codec.encode_delete(delete.header, delete.keys),
+        DELETE,
+    ),
     "PullResponse": Kind(pb.PullResponse, codec.decode_pulled, codec.encode_pulled, PULLED),
+    "Delta": Kind(pb.Delta, codec.decode_delta, codec.encode_delta, DELTA),
     "ExchangeRequest": Kind(
         pb.ExchangeRequest, codec.decode_exchange, codec.encode_exchange, EXCHANGE
     ),
@@ -128,6 +165,8 @@ KINDS = {
 def as_message(value: Any) -> Message:
     """What we decoded, as protobuf's class; headers are always there."""
     match value:
+        case Delete(header, keys):
+            return pb.DeleteRequest(header=header, keys=keys.tobytes())
         case Pull(header, keys):
             return pb.PullRequest(header=header, keys=keys.tobytes())
         case Push(header, keys, counts, gradients):
@@ -142,6 +181,15 @@ def as_message(value: Any) -> Message:
                 header=header,
                 embeddings=embeddings.tobytes(),
                 versions=versions.tobytes(),
+                steps=steps.tobytes(),
+                frequencies=frequencies.tobytes(),
+            )
+        case Delta(header, keys, versions, rows, steps, frequencies):
+            return pb.Delta(
+                header=header,
+                keys=keys.tobytes(),
+                versions=versions.tobytes(),
+                rows=rows.tobytes(),
                 steps=steps.tobytes(),
                 frequencies=frequencies.tobytes(),
             )
@@ -217,7 +265,35 @@ MEANING = {
 }
 
 # Messages without arrays are protobuf's to encode; here an example of each.
+PART = pb.CheckpointPart(path="0/000001.blocks", bytes=1 << 21, checksum="0f", version=9)
 SMALL = [
+    PART,
+    pb.CheckpointTable(name="users", rows=7, schema=SCHEMA),
+    pb.CheckpointInfo(
+        name="daily",
+        base="first",
+        shards=2,
+        versions=[9, 300],
+        bytes=1 << 21,
+        time_us=1,
+        tables=[pb.CheckpointTable(name="users", rows=7)],
+        problem="gone",
+    ),
+    pb.CheckpointProgress(bytes=5, total=6, part=PART, rows=7),
+    pb.CompleteCheckpointRequest(name="daily", attempt="a", base="first", parts=[PART]),
+    pb.ListCheckpointsRequest(name="daily"),
+    pb.ListCheckpointsResponse(checkpoints=[pb.CheckpointInfo(name="daily")]),
+    pb.LoadTableRequest(name="daily", table="users", into="people"),
+    pb.PrepareRestoreRequest(name="daily", id="x", replace=True),
+    pb.ReadRowsRequest(table="users", checkpoint="daily"),
+    pb.RestoreRequest(id="x", step=1),  # type: ignore[arg-type]
+    pb.RestoreStatus(id="x", name="daily", phase=1, why="no"),  # type: ignore[arg-type]
+    pb.VerifyCheckpointRequest(name="daily"),
+    pb.WriteCheckpointRequest(name="daily", attempt="a", base="first"),
+    pb.WriteRowsRequest(
+        table="users", width=1, keys=bytes(8), rows=bytes(4), steps=bytes(8), frequencies=bytes(8)
+    ),
+    pb.WriteRowsResponse(version=9),
     pb.Rule(name="adam", parameters={"lr": 0.001, "beta1": 0.9}),
     SCHEMA,
     pb.TableStats(rows=3, bytes=2 << 20),
@@ -232,7 +308,40 @@ SMALL = [
     PULL.header,
     PULLED.header,
     PUSH.header,
-    pb.PushResponse(version=300, duplicate=True),
+    pb.PushResponse(version=300, duplicate=True, achieved=pb.DURABILITY_LOG, durable_version=299),
+    pb.DeleteResponse(
+        version=300, duplicate=True, achieved=pb.DURABILITY_LOG, durable_version=299, deleted=2
+    ),
+    pb.WaitDurableRequest(version=300),
+    pb.WaitDurableResponse(durable_version=301),
+    pb.BarrierRequest(name="epoch-1"),
+    pb.BarrierResponse(version=302),
+    pb.SubscribeRequest(
+        token=b"t",
+        start=pb.START_EARLIEST,
+        tables=["users", "items"],
+        content=pb.CONTENT_KEYS,
+        dtype=BF16,
+        coalesce_ms=1,
+        coalesce_rows=2,
+        progress_ms=3,
+        chunk_bytes=4,
+    ),
+    pb.DeltaHeader(
+        kind=pb.DeltaHeader.KIND_DELETES,
+        table="users",
+        dim=1,
+        width=2,
+        dtype=F16,
+        version=3,
+        more=True,
+        token=b"t",
+        head=4,
+        time_us=5,
+        barrier="b",
+        schema=SCHEMA,
+        cause="norm",
+    ),
     STREAM_HEADER,
     STATUS,
     STATUS.details[0],
@@ -249,6 +358,8 @@ SMALL = [
         version=5,
         memory_bytes=1,
         memory_budget_bytes=2,
+        lineage=bytes(range(16)),
+        durable_version=4,
     ),
 ]
 
@@ -341,12 +452,25 @@ push_requests = dtypes.flatmap(
             incarnation=uint64,
             sequence=uint64,
             acknowledged=uint64,
+            durability=st.integers(0, 4),
         ),
         padding=maybe,
         keys=items(8),
         counts=items(4),
         gradients=sized(dtype),
     )
+)
+delete_requests = st.builds(
+    pb.DeleteRequest,
+    header=st.builds(
+        pb.PushHeader,
+        table=name,
+        client_id=uint64,
+        sequence=uint64,
+        durability=st.integers(0, 4),
+    ),
+    padding=maybe,
+    keys=items(8),
 )
 pull_responses = dtypes.flatmap(
     lambda dtype: st.builds(
@@ -364,7 +488,39 @@ pull_responses = dtypes.flatmap(
         frequencies=items(8),
     )
 )
-push_responses = st.builds(pb.PushResponse, version=uint64, duplicate=st.booleans())
+deltas = dtypes.flatmap(
+    lambda dtype: st.builds(
+        pb.Delta,
+        header=st.builds(
+            pb.DeltaHeader,
+            kind=st.integers(0, 10),
+            table=name,
+            dim=st.integers(0, 2**32 - 1),
+            width=st.integers(0, 2**32 - 1),
+            dtype=st.just(dtype),
+            version=uint64,
+            more=st.booleans(),
+            token=st.binary(max_size=9),
+            head=uint64,
+            time_us=st.integers(-(2**63), 2**63 - 1),
+            barrier=name,
+            cause=name,
+        ),
+        padding=maybe,
+        keys=items(8),
+        versions=items(8),
+        rows=sized(dtype),
+        steps=items(8),
+        frequencies=items(8),
+    )
+)
+push_responses = st.builds(
+    pb.PushResponse,
+    version=uint64,
+    duplicate=st.booleans(),
+    achieved=st.integers(0, 4),
+    durable_version=uint64,
+)
 exchange_requests = st.builds(
     pb.ExchangeRequest,
     pushes=st.lists(push_requests, max_size=2),
@@ -397,9 +553,11 @@ MESSAGES = {
     "PullRequest": pull_requests,
     "PushRequest": push_requests,
     "PullResponse": pull_responses,
+    "Delta": deltas,
     "ExchangeRequest": exchange_requests,
     "ExchangeResponse": exchange_responses,
     "StreamRequest": stream_requests,
+    "DeleteRequest": delete_requests,
     "StreamResponse": stream_responses,
 }
 
@@ -624,6 +782,11 @@ def test_a_number_of_more_than_64_bits_is_refused() -> None:
         ("PullResponse", 4, 8),
         ("PullResponse", 5, 8),
         ("PullResponse", 6, 8),
+        ("Delta", 3, 8),
+        ("Delta", 4, 8),
+        ("Delta", 5, 4),
+        ("Delta", 6, 8),
+        ("Delta", 7, 8),
     ],
 )
 def test_an_array_of_part_of_an_item_is_refused(name: str, field: int, size: int) -> None:
@@ -642,6 +805,9 @@ def test_an_unknown_dtype_is_refused(dtype: int) -> None:
         codec.decode_push(push)
     with pytest.raises(Malformed, match=said):
         codec.decode_pulled(pulled)
+    delta = pb.Delta(header=pb.DeltaHeader(dtype=dtype)).SerializeToString()
+    with pytest.raises(Malformed, match=said):
+        codec.decode_delta(delta)
     with pytest.raises(Malformed, match=said):
         codec.wire_dtype(dtype)
 
@@ -708,10 +874,12 @@ def test_random_bytes_are_malformed_or_mean_the_same_to_protobuf(name: str) -> N
 def arrays(value: Any) -> list[np.ndarray]:
     """All arrays with something in them."""
     match value:
-        case Pull(_, keys):
+        case Pull(_, keys) | Delete(_, keys):
             found = [keys]
         case Push(_, keys, counts, gradients):
             found = [keys, gradients] if counts is None else [keys, counts, gradients]
+        case Delta(_, keys, versions, rows, steps, frequencies):
+            found = [keys, versions, rows, steps, frequencies]
         case Pulled(_, embeddings, versions, steps, frequencies):
             found = [embeddings, versions, steps, frequencies]
         case Exchange(pushes, pulls):
@@ -732,12 +900,17 @@ def with_name(value: Any, table: str) -> Any:
     match value:
         case Pull(_, keys):
             return Pull(pb.PullHeader(table=table), keys)
+        case Delete(_, keys):
+            return Delete(pb.PushHeader(table=table), keys)
         case Push(header, keys, counts, gradients):
             return Push(pb.PushHeader(table=table, dtype=header.dtype), keys, counts, gradients)
         case Pulled(header):
             version = 1 << 7 * min(len(table), 8)
             changed = pb.PullResponseHeader(version=version, dtype=header.dtype)
             return Pulled(changed, *(getattr(value, f) for f in PULLED_ARRAYS))
+        case Delta(header):
+            changed = pb.DeltaHeader(table=table, dtype=header.dtype)
+            return Delta(changed, *(getattr(value, f) for f in DELTA_ARRAYS))
         case Exchange(pushes, pulls):
             return Exchange(
                 [with_name(p, table) for p in pushes], [with_name(p, table) for p in pulls]
@@ -750,6 +923,7 @@ def with_name(value: Any, table: str) -> Any:
             return 1 << 7 * min(len(table), 8), with_name(answer, table)
 
 
+DELTA_ARRAYS = ("keys", "versions", "rows", "steps", "frequencies")
 PULLED_ARRAYS = ("embeddings", "versions", "steps", "frequencies")
 
 

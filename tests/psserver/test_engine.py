@@ -148,7 +148,7 @@ def test_close_finishes_what_was_submitted_and_ends_the_thread() -> None:
             futures.append(engine.submit(call))
         engine.close()
         assert ran == list(range(20))
-        assert "engine" not in [thread.name for thread in threading.enumerate()]
+        assert not engine._thread.is_alive()
         return list(await asyncio.gather(*futures))
 
     assert asyncio.run(run()) == list(range(20))

@@ -20,16 +20,29 @@ from psserver.errors import (
     BadRequest,
     DeadlinePassed,
     Draining,
+    LogDiverged,
+    NoLog,
     Overloaded,
     Refused,
     SessionExpired,
     TooLarge,
+    VersionCompacted,
     VersionInFuture,
     WrongShard,
 )
 from psserver.service import CODES, status_of
 from storage import errors as storage_errors
-from storage.errors import OutOfMemory, SchemaMismatch, StorageError, UnknownTable
+from storage.errors import (
+    Compacted,
+    Corrupt,
+    DiskFull,
+    LogFailed,
+    OutOfMemory,
+    SchemaMismatch,
+    StorageError,
+    UnknownFormat,
+    UnknownTable,
+)
 
 ROOT = Path(__file__).parents[2]
 OWN_REASON = (BadRequest, TooLarge)  # told apart by a reason that each place gives
@@ -131,12 +144,48 @@ EXAMPLES: list[tuple[Exception, str, str, dict[str, str], float | None]] = [
     (SchemaMismatch("t", "dim", 1, 2), "FAILED_PRECONDITION", "SCHEMA_MISMATCH", {}, None),
     (WrongShard("t", 1, 2, 0, 9), "FAILED_PRECONDITION", "WRONG_SHARD", {"epoch": "9"}, None),
     (SessionExpired("gone"), "FAILED_PRECONDITION", "SESSION_EXPIRED", {}, None),
+    (NoLog(), "FAILED_PRECONDITION", "NO_LOG", {}, None),
+    (LogDiverged("another"), "FAILED_PRECONDITION", "LOG_DIVERGED", {}, None),
     (VersionInFuture("later"), "OUT_OF_RANGE", "VERSION_IN_FUTURE", {}, None),
+    (
+        VersionCompacted(3, 9, 5),
+        "OUT_OF_RANGE",
+        "VERSION_COMPACTED",
+        {"log_horizon": "9", "tombstone_horizon": "5"},
+        None,
+    ),
+    (Compacted(7), "OUT_OF_RANGE", "VERSION_COMPACTED", {}, None),
     (TooLarge("TOO_MANY_KEYS", "big"), "RESOURCE_EXHAUSTED", "TOO_MANY_KEYS", {}, None),
     (OutOfMemory(1, 2, 3), "RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", {}, None),
+    (DiskFull("log", 9), "RESOURCE_EXHAUSTED", "DISK_FULL", {}, 1.0),
     (Overloaded("busy"), "RESOURCE_EXHAUSTED", "OVERLOADED", {}, 0.1),
     (DeadlinePassed("late"), "DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", {}, None),
+    (Corrupt("file at byte 9", "bad"), "DATA_LOSS", "DATA_LOSS", {}, None),
+    (UnknownFormat("file", 2, 1), "DATA_LOSS", "DATA_LOSS", {}, None),
     (Draining("stopping"), "UNAVAILABLE", "DRAINING", {}, 1.0),
+    (LogFailed("sync"), "UNAVAILABLE", "DRAINING", {}, 1.0),
+    *(
+        (kind("so"), CODES[kind][0].name, kind.reason, {}, kind.retry_after)  # type: ignore[attr-defined]
+        for kind in (
+            refusals.RestoreConflict,
+            refusals.NotEmpty,
+            refusals.CheckpointBusy,
+            refusals.CheckpointUnfit,
+            refusals.CheckpointExists,
+        )
+    ),
+    *(
+        (kind(), CODES[kind][0].name, kind.reason, {}, kind.retry_after)  # type: ignore[attr-defined]
+        for kind in (refusals.NoCheckpointUrl, refusals.Restoring)
+    ),
+    (storage_errors.StoreFailed("file", "io"), "UNAVAILABLE", "STORE_FAILED", {}, None),
+    (
+        storage_errors.UnknownCheckpoint("x", "file"),
+        "NOT_FOUND",
+        "CHECKPOINT_NOT_FOUND",
+        {},
+        None,
+    ),
 ]
 
 

@@ -49,7 +49,7 @@ def push(
 
 
 def version(client: int, sequence: int, incarnation: int = 0) -> int:
-    return client << 40 | incarnation << 20 | sequence
+    return (client << 40 | incarnation << 20 | sequence) % 2**64
 
 
 def contents(sessions: Sessions) -> Any:
@@ -317,3 +317,77 @@ def test_sessions_opened_at_once_push_out_no_live_one() -> None:
     sessions.record(2, 1, 1, 0, 11)
     sessions.record(3, 1, 1, 0, 12)
     assert [sessions.applied(client, 1, 1, 0) for client in (1, 2, 3)] == [10, 11, 12]
+
+
+# ---- packed
+
+
+def repacked(sessions: Sessions, clock: Clock, limit: int = 9) -> Sessions:
+    other = Sessions(limit, TTL, clock)
+    other.unpack(sessions.pack())
+    return other
+
+
+def test_no_sessions_are_packed_as_nothing(sessions: Sessions, clock: Clock) -> None:
+    assert sessions.pack() == b""
+    assert len(repacked(sessions, clock)) == 0
+
+
+def test_unpacked_sessions_are_those_that_were_packed(clock: Clock) -> None:
+    sessions = Sessions(9, TTL, clock)
+    push(sessions, A, 1)
+    sessions.record(LAST, LAST, LAST, LAST - 1, 2**48 - 1)
+    push(sessions, B, 3)
+    push(sessions, B, 7, 2)
+    push(sessions, C, 5, 0, 3)
+    push(sessions, A, 2, 1)
+    again = repacked(sessions, clock)
+    assert contents(again) == contents(sessions)
+    assert list(again._sessions) == list(sessions._sessions) == [LAST, B, C, A]
+    assert again.pack() == sessions.pack()
+
+
+def test_unpacked_sessions_count_as_used_now(sessions: Sessions, clock: Clock) -> None:
+    push(sessions, A, 1)
+    push(sessions, B, 1)
+    clock.now += 10 * TTL
+    again = repacked(sessions, clock, 2)
+    with pytest.raises(TooLarge):
+        push(again, C, 1)
+    clock.now += TTL
+    assert push(again, C, 1) is None
+    assert set(again._sessions) == {B, C}  # the order of their use was kept
+
+
+def test_a_full_window_comes_back(sessions: Sessions, clock: Clock) -> None:
+    for sequence in range(1, WINDOW + 100):
+        push(sessions, A, sequence)
+    again = repacked(sessions, clock)
+    assert contents(again) == contents(sessions)
+    with pytest.raises(SessionExpired):
+        push(again, A, 99)
+    assert push(again, A, 100) == version(A, 100)
+    assert push(again, A, WINDOW + 100) is None
+
+
+def test_every_short_history_goes_on_after_packing_as_without(clock: Clock) -> None:
+    steps = [
+        (incarnation, sequence, acknowledged)
+        for incarnation in (0, 1)
+        for sequence in (1, 2, 3)
+        for acknowledged in range(sequence)
+    ]
+
+    def answer(sessions: Sessions, step: tuple[int, int, int]) -> Any:
+        try:
+            return push(sessions, A, step[1], step[2], step[0])
+        except SessionExpired as error:
+            return str(error)
+
+    for history in itertools.product(steps, repeat=3):
+        plain = Sessions(1, TTL, clock)
+        packed = Sessions(1, TTL, clock)
+        for step in history:
+            packed = repacked(packed, clock)
+            assert answer(packed, step) == answer(plain, step), history
+        assert contents(packed) == contents(plain)

@@ -78,7 +78,7 @@ def test_growing_to_less_than_there_is_does_nothing() -> None:
     assert budget.held == arena.bytes == SMALLEST_CHUNK
 
 
-def test_chunks_are_a_sixteenth_of_what_is_held_within_bounds() -> None:
+def test_chunks_are_a_64th_of_what_is_held_within_bounds() -> None:
     budget = Budget(64 * GIB)
     arena = Arena(1 << 14, np.float32, budget)  # a row is 64 KiB, and none is touched
     chunks = []
@@ -88,7 +88,7 @@ def test_chunks_are_a_sixteenth_of_what_is_held_within_bounds() -> None:
         unit = SMALLEST_CHUNK if wanted <= HUGE else HUGE
         chunks.append(arena.bytes - before)
         assert arena.bytes % unit == 0
-        least = min(max(before // 16, unit), LARGEST_CHUNK)
+        least = min(max(before // 64, unit), LARGEST_CHUNK)
         assert least <= chunks[-1] < least + unit
     assert chunks[0] == SMALLEST_CHUNK
     assert chunks[-1] == LARGEST_CHUNK

@@ -155,14 +155,14 @@ def test_a_pull_answers_every_occurrence_and_says_which_keys_have_rows() -> None
 def test_metadata_is_that_of_the_last_push_and_zero_without_a_row() -> None:
     table = Table(schema(), Budget(ROOM))
     zero = np.zeros((2, DIM), np.float32)
-    table.push(u64([3, MASK]), zero, np.array([5, 1], np.uint32), version=1, step=-(2**63))
-    table.push(u64([4, MASK]), zero, np.array([2, 2**32 - 1], np.uint32), version=2, step=2**63 - 1)
+    table.push(u64([3, MASK]), zero, np.array([5, 1], np.uint32), version=1, step=-(2**47))
+    table.push(u64([4, MASK]), zero, np.array([2, 2**32 - 1], np.uint32), version=2, step=2**47 - 1)
     asked = u64([MASK, 9, 3, 4, MASK])
     locations = table.pull(asked, "train", np.empty((5, DIM), np.float32))
     versions, steps, frequencies = table.metadata(locations)
     assert versions.tolist() == [2, 0, 1, 2, 2]
-    assert steps.tolist() == [2**63 - 1, 0, -(2**63), 2**63 - 1, 2**63 - 1]
-    assert frequencies.tolist() == [2**32, 0, 5, 2, 2**32]
+    assert steps.tolist() == [2**47 - 1, 0, -(2**47), 2**47 - 1, 2**47 - 1]
+    assert frequencies.tolist() == [2**32 - 1, 0, 5, 2, 2**32 - 1]
     assert [array.dtype for array in (versions, steps, frequencies)] == [
         np.uint64,
         np.int64,
@@ -277,7 +277,7 @@ operations = st.lists(
         st.lists(st.sampled_from(POOL), unique=True, max_size=8),
         st.integers(-4, 4),  # gradient
         st.integers(1, 2**32 - 1),  # occurrences
-        st.integers(-(2**63), 2**63 - 1),  # step
+        st.integers(-(2**47), 2**47 - 1),  # step
         st.sampled_from([None, 1.0, 2.0]),
     ),
     max_size=12,
@@ -303,7 +303,7 @@ def test_pushes_do_to_a_table_what_they_do_to_a_dict(pushes: list[Any]) -> None:
         for key in keys:
             value, _, _, frequency = model.get(key, [3, 0, 0, 0])
             rate = 4 if lr is None else int(lr)
-            model[key] = [value - rate * gradient, version, step, frequency + count]
+            model[key] = [value - rate * gradient, version, step, min(frequency + count, 2**32 - 1)]
     dump = table.dump()
     assert dump.keys.tolist() == sorted(model)
     want = [model[key] for key in sorted(model)]
@@ -314,6 +314,121 @@ def test_pushes_do_to_a_table_what_they_do_to_a_dict(pushes: list[Any]) -> None:
     served = pull(table, u64(POOL), "serve")
     assert served.tolist() == [[model.get(key, [-2.5])[0]] * DIM for key in POOL]
     table.close()
+
+
+# ---- rows from a block or a record, and deletes
+
+
+def put(table: Table, keys: Any, versions: Any, value: float = 0.0, step: int = 3) -> None:
+    n = len(keys)
+    rows = np.full((n, table.schema.width), value, np.float32)
+    table.put(u64(keys), u64(versions), np.full(n, step), u64(range(1, n + 1)), rows)
+
+
+def versions_of(table: Table) -> dict[int, int]:
+    return {int(key): int(version) for key, version in table.dump().meta[:, :2]}
+
+
+def test_the_images_of_a_push_put_into_another_table_make_it_equal() -> None:
+    for optimizer in OPTIMIZERS:
+        made = schema(optimizer=make_optimizer(optimizer, None, {}))
+        one, two = Table(made, Budget(ROOM)), Table(made, Budget(ROOM))
+        rng = np.random.default_rng(3)
+        for version in range(1, 20):
+            keys = rng.choice(u64([*EXTREMES, *range(2, 10)]), 5, replace=False)
+            given = rng.normal(size=(5, DIM)).astype(np.float32)
+            step = int(rng.integers(-9, 9))
+            slots = one.push(keys, given, ones(5), version=version, step=step)
+            frequencies, rows = np.zeros(5, np.uint64), np.zeros((5, made.width), np.float32)
+            one.images(slots, frequencies, rows)
+            two.put(keys, np.full(5, version, np.uint64), np.full(5, step), frequencies, rows)
+        assert_equal(one.dump(), two.dump())
+
+
+def test_put_in_any_order_and_any_number_of_times_leaves_the_newest() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(50):
+        table = Table(schema(), Budget(ROOM))
+        newest: dict[int, int] = {}
+        for version in rng.integers(1, 20, size=30).tolist():
+            keys = rng.choice(12, int(rng.integers(0, 6)), replace=False).tolist()
+            put(table, keys, [version] * len(keys), float(version))
+            newest |= {key: max(version, newest.get(key, 0)) for key in keys}
+        assert versions_of(table) == newest
+        dump = table.dump()
+        want = [[float(newest[key])] * schema().width for key in sorted(newest)]
+        assert dump.rows.tolist() == want
+        assert len(table) == len(newest)
+
+
+def test_delete_returns_the_keys_that_were_there_in_the_order_asked() -> None:
+    table = Table(schema(), Budget(ROOM))
+    push(table, u64(EXTREMES))
+    assert table.delete(u64([9, MASK, 5, 0])).tolist() == [MASK, 0]
+    assert table.delete(u64([9, MASK, 5, 0])).tolist() == []
+    assert table.delete(u64([])).tolist() == []
+    assert set(table.dump().keys.tolist()) == set(EXTREMES) - {MASK, 0}
+    assert len(table) == len(EXTREMES) - 2
+
+
+def test_delete_before_a_version_leaves_newer_rows() -> None:
+    table = Table(schema(), Budget(ROOM))
+    put(table, [1, 2, 3, 4], [5, 6, 7, 8])
+    assert table.delete(u64([4, 3, 2, 1, 9]), before=7).tolist() == [2, 1]
+    assert versions_of(table) == {3: 7, 4: 8}
+
+
+def test_a_deleted_key_starts_anew() -> None:
+    table = Table(schema(), Budget(ROOM))
+    push(table, u64([1, 2]))
+    before = pull(table, u64([3]))
+    push(table, u64([3]))
+    table.delete(u64([3]))
+    assert np.array_equal(pull(table, u64([3])), before)
+    assert pull(table, u64([3]), "serve").tolist() == [[-2.5] * DIM]
+    push(table, u64([3]), version=9)
+    assert table.dump().meta[-1].tolist() == [3, 9, 10, 1]
+
+
+def test_deletes_give_their_places_back() -> None:
+    budget = Budget(ROOM)
+    table = Table(schema(), budget)
+    push(table, np.arange(50_000, dtype=np.uint64))
+    held = budget.held
+    for version in range(2, 8):
+        table.delete(np.arange(50_000, dtype=np.uint64))
+        assert len(table) == 0
+        push(table, np.arange(version * 100_000, version * 100_000 + 50_000, dtype=np.uint64))
+        table.delete(np.arange(version * 100_000, version * 100_000 + 50_000, dtype=np.uint64))
+        push(table, np.arange(50_000, dtype=np.uint64))
+    assert table.stats().bytes == budget.held <= held + table.stats().index_bytes
+
+
+def test_a_put_without_room_changes_nothing() -> None:
+    budget = Budget(4 * HUGE)
+    table = Table(schema(dim=64), budget)
+    put(table, [1, 2], [1, 2])
+    before, held = table.dump(), budget.held
+    with pytest.raises(OutOfMemory):
+        put(table, range(100_000), [3] * 100_000)
+    assert_equal(table.dump(), before)
+    put(table, [1, 5], [3, 3])
+    assert versions_of(table) == {1: 3, 2: 2, 5: 3}
+    assert budget.held >= held
+
+
+def test_a_scan_of_a_table_finds_what_its_dump_shows() -> None:
+    table = Table(schema(), Budget(ROOM))
+    for version in range(1, 30):
+        push(table, u64([version, version + 1, version // 2]), version)
+    table.delete(u64([7, 8]))
+    found, start = table.scan().find(0, 10, 20, 1000)
+    assert start is None
+    copied = table.scan().copy(
+        found, np.zeros(len(found), np.uint64), np.zeros((len(found), DIM), np.float32)
+    )
+    want = {key: version for key, version in versions_of(table).items() if 10 < version <= 20}
+    assert {int(key): int(version) for key, version in copied[:, :2]} == want
 
 
 # ---- schemas
@@ -380,6 +495,7 @@ CHANGES = {
     "initializer": make_initializer("normal", {}),
     "seed": 8,
     "serving_default": 0.0,
+    "durability": "fsync",
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -158,13 +160,13 @@ class TierContract:
         places, sgd = create(tier, keys), make_optimizer("sgd", None, {})
         zero = np.zeros((2, DIM), np.float32)
         counts = np.array([2**32 - 1, 1], np.uint32)
-        tier.push(places[[0, 2]], zero, counts, sgd, 1.0, -7, 11)
-        tier.push(places[[0, 1]], zero, counts, sgd, 1.0, 2**63 - 1, 12)
+        tier.push(places[[0, 2]], zero, counts, sgd, 1.0, -(2**47), 11)
+        tier.push(places[[0, 1]], zero, counts, sgd, 1.0, 2**47 - 1, 2**48 - 1)
         meta = tier.dump(places)[1]
         assert meta[:, KEY].tolist() == keys.tolist()
-        assert meta[:, VERSION].tolist() == [12, 12, 11]
-        assert meta[:, STEP].view(np.int64).tolist() == [2**63 - 1, 2**63 - 1, -7]
-        assert meta[:, FREQUENCY].tolist() == [2**33 - 2, 1, 1]
+        assert meta[:, VERSION].tolist() == [2**48 - 1, 2**48 - 1, 11]
+        assert meta[:, STEP].view(np.int64).tolist() == [2**47 - 1, 2**47 - 1, -(2**47)]
+        assert meta[:, FREQUENCY].tolist() == [2**32 - 1, 1, 1]  # stops there
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_push_runs_the_optimizer_over_its_rows_and_no_others(
@@ -215,6 +217,157 @@ class TierContract:
         assert budget.held <= budget.limit
         tier.close()
         assert budget.held == 0
+
+    def test_images_are_whole_rows_and_frequencies_as_a_push_left_them(self, tier: Tier) -> None:
+        keys, sgd = u64(5, 6, MASK), make_optimizer("sgd", None, {})
+        places = create(tier, keys)
+        counts = np.array([7, 2**32 - 1, 1], np.uint32)
+        tier.push(places, np.ones((3, DIM), np.float32), counts, sgd, 1.0, 5, 1)
+        tier.push(places[1:], np.ones((2, DIM), np.float32), ones(2), sgd, 1.0, 6, 2)
+        asked = places[[2, 0, 1]]
+        frequencies, rows = np.zeros(3, np.uint64), np.zeros((3, WIDTH), np.float32)
+        before = tier.dump(places)
+        tier.images(asked, frequencies, rows)
+        want, meta = tier.dump(asked)
+        assert np.array_equal(rows, want)
+        assert frequencies.tolist() == meta[:, FREQUENCY].tolist() == [2, 7, 2**32 - 1]
+        for a, b in zip(before, tier.dump(places), strict=True):
+            assert np.array_equal(a, b)
+
+    def test_put_writes_whole_rows_over_older_ones_and_leaves_newer_ones(self, tier: Tier) -> None:
+        sgd, keys = make_optimizer("sgd", None, {}), u64(1, 2, 3, 4)
+        old = create(tier, keys[:3])
+        for place, version in zip(old, (8, 9, 10), strict=True):
+            zero = np.zeros((1, DIM), np.float32)
+            tier.push(np.array([place]), zero, ones(1), sgd, 1.0, 5, version)
+        before = tier.dump(old)
+        places = np.concatenate([old, tier.allocate(1)])
+        rows = np.arange(4 * WIDTH, dtype=np.float32).reshape(4, WIDTH)
+        versions, steps = u64(9, 9, 9, 9), np.array([-1, -(2**47), 2**47 - 1, 7])
+        tier.put(keys, places, versions, steps, u64(3, 2**32 - 1, 1, 2**40), rows)
+        got, meta = tier.dump(places)
+        assert np.array_equal(got[[0, 1, 3]], rows[[0, 1, 3]])
+        assert np.array_equal(got[2], before[0][2])
+        assert meta.tolist() == [
+            [1, 9, MASK, 3],
+            [2, 9, MASK + 1 - 2**47, 2**32 - 1],
+            [3, 10, 5, 1],
+            [4, 9, 7, 2**32 - 1],  # frequencies stop there
+        ]
+
+    def test_put_of_nothing_changes_nothing(self, tier: Tier) -> None:
+        places = create(tier, u64(1))
+        before = tier.dump(places)
+        none = u64()
+        tier.put(
+            none,
+            none.view(np.int64),
+            none,
+            none.view(np.int64),
+            none,
+            np.empty((0, WIDTH), np.float32),
+        )
+        for a, b in zip(before, tier.dump(places), strict=True):
+            assert np.array_equal(a, b)
+
+    def found(self, tier: Tier, after: int, upto: int, limit: int) -> list[tuple[int, int]]:
+        """Keys and versions of a whole scan, in its order."""
+        scan, start = tier.scan(), 0
+        found = []
+        while start is not None:
+            places, start = scan.find(start, after, upto, limit)
+            assert len(places) <= limit
+            assert places.tolist() == sorted(set(places.tolist()))
+            frequencies = np.zeros(len(places), np.uint64)
+            rows = np.zeros((len(places), WIDTH), np.float32)
+            meta = scan.copy(places, frequencies, rows)
+            want, same = tier.dump(places)
+            assert np.array_equal(rows, want)
+            assert np.array_equal(meta, same)
+            assert np.array_equal(frequencies, meta[:, FREQUENCY])
+            found += [(int(key), int(version)) for key, version in meta[:, [KEY, VERSION]]]
+        return found
+
+    @pytest.mark.parametrize("limit", [1, 2, 3, 7, 1000])
+    def test_a_scan_finds_each_row_of_its_versions_once(self, tier: Tier, limit: int) -> None:
+        sgd = make_optimizer("sgd", None, {})
+        assert self.found(tier, 0, 100, limit) == []
+        places = create(tier, u64(*range(10)))
+        assert self.found(tier, 0, 100, limit) == []  # never pushed
+        for version in range(1, 7):
+            some = places[version : version + 3]
+            tier.push(
+                some, np.zeros((len(some), DIM), np.float32), ones(len(some)), sgd, 1.0, 0, version
+            )
+        versions = {key: min(key, 6) for key in range(1, 9)}
+        for after in range(8):
+            for upto in range(after, 9):
+                want = {(k, v) for k, v in versions.items() if after < v <= upto}
+                got = self.found(tier, after, upto, limit)
+                assert (set(got), len(got)) == (want, len(want))
+
+    def test_a_scan_knows_rows_of_its_moment_and_no_later_places(self, tier: Tier) -> None:
+        sgd = make_optimizer("sgd", None, {})
+        places = create(tier, u64(1, 2))
+        tier.push(places, np.zeros((2, DIM), np.float32), ones(2), sgd, 1.0, 0, 1)
+        scan = tier.scan()
+        more = create(tier, np.arange(10, 10 + MANY, dtype=np.uint64))
+        zero = np.zeros((MANY, DIM), np.float32)
+        tier.push(more, zero, ones(MANY), sgd, 1.0, 0, 1)
+        found, start = scan.find(0, 0, 9, 2 * MANY)
+        assert (sorted(found.tolist()), start) == (sorted(places.tolist()), None)
+
+    def test_a_row_that_left_is_not_found(self, tier: Tier) -> None:
+        sgd = make_optimizer("sgd", None, {})
+        places = create(tier, u64(1, 2, 3))
+        tier.push(places, np.zeros((3, DIM), np.float32), ones(3), sgd, 1.0, 0, 4)
+        scan = tier.scan()
+        tier.release(places[1:2])
+        assert sorted(key for key, _ in self.found(tier, 0, 9, 10)) == [1, 3]
+        found, _ = scan.find(0, 0, 9, 10)
+        assert sorted(found.tolist()) == sorted(places[[0, 2]].tolist())
+        meta = scan.copy(places[1:2], np.zeros(1, np.uint64), np.zeros((1, WIDTH), np.float32))
+        assert meta[0, VERSION] == 0
+
+    @pytest.mark.slow
+    def test_a_scan_beside_pushes_finds_untouched_rows_whole(self, budget: Budget) -> None:
+        """Half of the rows are pushed, released and created all the time, the others never."""
+        tier, sgd = self.make(budget, DIM, WIDTH), make_optimizer("sgd", None, {})
+        keys = np.arange(4000, dtype=np.uint64)
+        places = create(tier, keys)
+        zero = np.zeros((4000, DIM), np.float32)
+        tier.push(places, zero, ones(4000), sgd, 1.0, 0, 1)
+        still = dict(zip(keys[::2].tolist(), tier.dump(places[::2])[0].tolist(), strict=True))
+        stop, broken = threading.Event(), []
+
+        def scans() -> None:
+            count = 0
+            while not stop.is_set() or count < 20:
+                count += 1
+                scan, start, seen = tier.scan(), 0, {}
+                while start is not None:
+                    found, start = scan.find(start, 0, 1, 333)
+                    rows = np.zeros((len(found), WIDTH), np.float32)
+                    meta = scan.copy(found, np.zeros(len(found), np.uint64), rows)
+                    for row, (key, version, _, _) in zip(rows, meta.tolist(), strict=True):
+                        if version == 1 and key % 2 == 0:
+                            seen[key] = row.tolist()
+                        elif version == 1:
+                            broken.append(("a row of the past", key))
+                if seen != still:
+                    broken.append(("rows that nobody touched", len(seen)))
+
+        moving = places[1::2]
+        tier.push(moving, zero[: len(moving)], ones(len(moving)), sgd, 1.0, 0, 2)
+        thread = threading.Thread(target=scans)
+        thread.start()
+        for version in range(3, 63):
+            tier.release(moving)
+            moving = create(tier, keys[1::2])
+            tier.push(moving, zero[: len(moving)], ones(len(moving)), sgd, 1.0, 0, version)
+        stop.set()
+        thread.join()
+        assert broken == []
 
     def test_close_returns_everything(self, tier: Tier, budget: Budget) -> None:
         create(tier, np.arange(MANY, dtype=np.uint64))

@@ -1,0 +1,322 @@
+"""What checkpoints cost those who push, and how fast a shard comes back.
+
+cost     pushes of the standard work in windows with a named checkpoint and in windows without, in
+         turns. What one takes of a window is a share of a minute, as if each minute had one.
+         The log of a minute does not fit everywhere, so the shard makes a checkpoint of its data
+         directory in each window, and another shard makes one more: "local" is what that one costs.
+restore  a checkpoint of one shard read onto an empty one, against reading its files: from the disk,
+         past the page cache, and from the page cache
+replay   the log of a shard that starts again
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers import Ids, Work, keys_of, standard_work
+from benchmarks.report import Report, arguments
+from benchmarks.servers import READY_SECONDS, free_ports
+from benchmarks.step import fill
+from psclient import Client, Table, admin
+from psproto import ps_pb2 as pb
+
+DIM = 32
+MINUTE = 60.0
+CHUNK = 4 << 20  # bytes read at once
+NEVER = 1e6  # seconds
+
+
+class Shard:
+    """A server over a directory of its own, from start() to stop()."""
+
+    def __init__(self, directory: Path, url: str, *, checkpoint_seconds: float = NEVER) -> None:
+        self.directory = directory
+        self.address = ""
+        self._command = [sys.executable, "-m", "psserver", "serve", "--metrics-port", "0"]
+        self._command += ["--data-dir", str(directory / "data")]
+        self._command += ["--checkpoint-url", url]
+        self._command += ["--checkpoint-seconds", str(checkpoint_seconds)]
+        self._command += ["--log-keep-bytes", "0"]
+
+    def start(self) -> Shard:
+        """Return once it serves."""
+        self.directory.mkdir(exist_ok=True)
+        port = free_ports(1)
+        self.address = f"127.0.0.1:{port}"
+        with (self.directory / "err").open("ab") as err:
+            self.process = subprocess.Popen(
+                [*self._command, "--port", str(port)], stdout=subprocess.PIPE, stderr=err, text=True
+            )
+        assert self.process.stdout is not None
+        if not self.process.stdout.readline().startswith("ready"):
+            raise RuntimeError(f"the server exited with {self.process.wait(READY_SECONDS)}")
+        return self
+
+    def stop(self) -> None:
+        """End it and wait."""
+        self.process.terminate()
+        self.process.wait(READY_SECONDS)
+
+    def recovered(self) -> dict[str, Any]:
+        """What the last start found, as it logged it."""
+        lines = (self.directory / "err").read_text().splitlines()
+        found = [json.loads(line) for line in lines if '"event": "recovered"' in line]
+        return dict(found[-1])
+
+
+@contextmanager
+def running(shard: Shard) -> Iterator[Client]:
+    """A shard, and a client of it."""
+    shard.start()
+    try:
+        with Client([shard.address], timeout=120.0) as client:
+            yield client
+    finally:
+        shard.stop()
+
+
+def rate(push: Callable[[int], None], seconds: float, at: list[int]) -> float:
+    """Pushes a second."""
+    start, done = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < seconds:
+        push(at[0])
+        at[0] += 1
+        done += 1
+    return done / elapsed
+
+
+def pusher(table: Table, keys: Ids, work: Work) -> Callable[[int], None]:
+    """Pushes of the standard work, one behind the other."""
+    steps = standard_work(work, 64)
+
+    def push(i: int) -> None:
+        _, distinct, gradients = steps[i % len(steps)]
+        table.push(keys[distinct], gradients, step=i)
+
+    return push
+
+
+def cost(report: Report, directory: Path, work: Work, window: float, rounds: int) -> None:
+    """The section of that name."""
+    url = f"file://{directory}/cost-checkpoints"
+    plain = Shard(directory / "plain", url, checkpoint_seconds=window)
+    local = Shard(directory / "local", url, checkpoint_seconds=window / 2)
+    keys = keys_of(np.arange(work.rows))
+    rates: dict[str, list[float]] = {"none": [], "full": [], "incremental": [], "local": []}
+    spent: dict[str, list[float]] = {name: [] for name in rates}
+    sizes: dict[str, list[int]] = {name: [] for name in rates}
+    with running(plain) as client, running(local) as other:
+        pushes = {}
+        for name, one in (("plain", client), ("local", other)):
+            table = one.create_table("rows", DIM, lr=0.05)
+            fill(table, keys)
+            pushes[name] = pusher(table, keys, work)
+        at = [0]
+        for name in ("plain", "local"):
+            rate(pushes[name], 2.0, at)
+        for i in range(rounds):
+            rates["none"].append(rate(pushes["plain"], window, at))
+            for kind, base in (("full", None), ("incremental", f"full-{i}")):
+                words = (client, f"{kind}-{i}", base, spent[kind], sizes[kind])
+                told = threading.Thread(target=_take, args=words)
+                told.start()
+                rates[kind].append(rate(pushes["plain"], window, at))
+                told.join()
+            rates["local"].append(rate(pushes["local"], window, at))
+            shutil.rmtree(directory / "cost-checkpoints")
+    none = float(np.median(rates["none"]))
+    rows = []
+    for kind, title in (
+        ("none", "none"),
+        ("full", "named, full"),
+        ("incremental", "named, incremental"),
+        ("local", "local, one more"),
+    ):
+        with_one = float(np.median(rates[kind]))
+        lost = (none - with_one) / none * window / MINUTE
+        rows.append(
+            {
+                "checkpoint": title,
+                "pushes/s": with_one,
+                "lowest": min(rates[kind]),
+                "highest": max(rates[kind]),
+                "MB": float(np.median(sizes[kind])) / 1e6 if spent[kind] else None,
+                "takes s": float(np.median(spent[kind])) if spent[kind] else None,
+                "% of a minute (<= 5)": None if kind == "none" else 100 * lost,
+            }
+        )
+    report.section(
+        f"cost of a checkpoint a minute, {work.rows:,} rows, dim {DIM}, in windows of {window:g} s",
+        rows,
+    )
+
+
+def _take(
+    client: Client, name: str, base: str | None, spent: list[float], sizes: list[int]
+) -> None:
+    start = time.perf_counter()
+    sizes.append(admin.checkpoint(client, name, base=base).bytes)
+    spent.append(time.perf_counter() - start)
+
+
+def restore(report: Report, directory: Path, rows: int) -> None:
+    """The section of that name."""
+    url = f"file://{directory}/checkpoints"
+    source, target = Shard(directory / "source", url), Shard(directory / "target", url)
+    with running(source) as client:
+        fill(client.create_table("rows", DIM, lr=0.05), keys_of(np.arange(rows)))
+        start = time.perf_counter()
+        admin.checkpoint(client, "full")
+        taken = time.perf_counter() - start
+    os.sync()  # what the source wrote is not to be waited for later
+    paths = sorted((directory / "checkpoints").rglob("*.blocks"))
+    paths += sorted((directory / "checkpoints").rglob("*.records"))
+    size = sum(path.stat().st_size for path in paths)
+    disk = size / _seconds(lambda: _each(_read_direct, paths)) / 1e6
+    cached = size / _seconds(lambda: _each(_read, paths)) / 1e6
+    with running(target) as client:
+        step, id = pb.RestoreRequest, "0" * 16
+        request = pb.PrepareRestoreRequest(name="full", id=id)
+        link = admin._links(client)[0]
+        spent = {
+            "verify": _seconds(lambda: admin.verify(client, "full")),
+            "restore: prepare": _seconds(
+                lambda: admin._on_all(client, "PrepareRestore", request, None)
+            ),
+            "restore: start anew": _seconds(lambda: _start_anew(client, id)),
+        }
+        admin._step(client, link, id, step.STEP_RELEASE)
+        assert client.describe_table("rows").rows == rows
+    loaded = float(target.recovered()["seconds"])
+    whole = spent["restore: prepare"] + spent["restore: start anew"]
+    bound = min(500.0, disk)
+    found = [("take, with nobody pushing", taken), *spent.items()]
+    found += [("  of which loading", loaded), ("restore: whole", whole)]
+    report.section(
+        f"restore of one shard, {rows:,} rows, {size / 1e6:,.0f} MB; reading the files:"
+        f" {disk:,.0f} MB/s from the disk, {cached:,.0f} MB/s from the page cache",
+        [
+            {
+                "step": name,
+                "s": seconds,
+                "MB/s": size / seconds / 1e6,
+                f"x {bound:.0f} MB/s (>= 1)": size / seconds / 1e6 / bound,
+            }
+            for name, seconds in found
+        ],
+    )
+
+
+def _start_anew(client: Client, id: str) -> None:
+    link = admin._links(client)[0]
+    for step in (pb.RestoreRequest.STEP_HOLD, pb.RestoreRequest.STEP_COMMIT):
+        admin._step(client, link, id, step)
+    admin._await(client, [pb.RestoreStatus.PHASE_LOADED])
+
+
+def replay(report: Report, directory: Path, work: Work, size: int) -> None:
+    """The section of that name. size: bytes of log, about."""
+    shard = Shard(directory / "replay", f"file://{directory}/none")
+    keys = keys_of(np.arange(work.rows))
+    with running(shard) as client:
+        table = client.create_table("rows", DIM, lr=0.05)
+        fill(table, keys)
+        push = pusher(table, keys, work)
+        i = 0
+        while _bytes(shard.directory / "data" / "log") < size:
+            for _ in range(20):
+                push(i)
+                i += 1
+    start = time.perf_counter()
+    with running(shard):
+        took = time.perf_counter() - start
+    found = shard.recovered()
+    speed = found["record_bytes"] / found["seconds"] / 1e6
+    report.section(
+        f"replay of the log, {work.rows:,} rows, dim {DIM}",
+        [
+            {
+                "records": found["records"],
+                "MB": found["record_bytes"] / 1e6,
+                "s": found["seconds"],
+                "whole start s": took,
+                "MB/s (>= 200)": speed,
+            }
+        ],
+    )
+
+
+def _bytes(directory: Path) -> int:
+    """Written so far, about: the last segments are allocated ahead."""
+    sizes = sorted(path.stat().st_size for path in directory.glob("*.log"))
+    return sum(sizes[:-1])
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _each(call: Callable[[Path], None], paths: Sequence[Path]) -> None:
+    for path in paths:
+        call(path)
+
+
+def _read(path: Path) -> None:
+    buffer = bytearray(CHUNK)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def _read_direct(path: Path) -> None:
+    """Past the page cache, as fast as one reader can."""
+    try:
+        held = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:  # a file system without it
+        held = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(held, 0, 0, os.POSIX_FADV_DONTNEED)
+    buffer = mmap.mmap(-1, CHUNK)
+    try:
+        with os.fdopen(held, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    finally:
+        buffer.close()
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run and print."""
+    options = arguments(__doc__).parse_args(words)
+    report = Report("checkpoint", options.json)
+    rows = 500_000 if options.quick else 5_000_000
+    work = Work(rows=rows)
+    window, rounds = (5.0, 2) if options.quick else (10.0, 4)
+    with ExitStack() as stack:
+
+        def fresh() -> Path:
+            return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ps-bench-")))
+
+        cost(report, fresh(), work, window, rounds)
+        restore(report, fresh(), rows)
+        replay(report, fresh(), work, (300 if options.quick else 2000) << 20)
+    report.close()
+
+
+if __name__ == "__main__":
+    main()

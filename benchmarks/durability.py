@@ -1,0 +1,133 @@
+"""What durable pushes cost: the standard work's pushes at each level, in one run.
+
+One pusher sends them one behind the other, at the three levels in turns. Eight pushers, threads of
+two processes, send them at the same time; a push at ``fsync`` then shares its sync with others.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers import Ids, Step, Work, keys_of, standard_work
+from benchmarks.report import Contender, Report, arguments, interleave, milliseconds
+from benchmarks.servers import shards
+from benchmarks.step import fill
+from psclient import Client, Table
+
+LEVELS: tuple[Any, ...] = ("applied", "log", "fsync")
+TARGETS = {"log": 0.88, "fsync": 0.6}
+PROCESSES, THREADS = 2, 4
+
+
+def push(table: Table, keys: Ids, steps: list[Step], level: Any, i: int) -> None:
+    """The push of step i."""
+    _, distinct, gradients = steps[i % len(steps)]
+    table.push(keys[distinct], gradients, step=i, durability=level)
+
+
+def _pusher(addresses: list[str], work: Work, count: int, barrier: Any, answers: Any) -> None:
+    """A process of several pushers; they do every level, together with the other process."""
+    steps, keys = standard_work(work, 32), keys_of(np.arange(work.rows))
+    with ExitStack() as stack:
+        clients = [stack.enter_context(Client(addresses)) for _ in range(THREADS)]
+        tables = [client.table("durability") for client in clients]
+
+        def run(table: Table, level: str, first: int) -> None:
+            for i in range(first, first + count):
+                push(table, keys, steps, level, i)
+
+        for table in tables:
+            run(table, "applied", 0)
+        for _ in range(3):
+            for level in LEVELS:
+                threads = [
+                    threading.Thread(target=run, args=(table, level, 7 * at))
+                    for at, table in enumerate(tables)
+                ]
+                barrier.wait()
+                start = time.perf_counter()
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                answers.put((level, start, time.perf_counter()))
+
+
+def together(addresses: list[str], work: Work, count: int) -> dict[str, float]:
+    """Pushes a second of eight pushers, by level: the median of three turns."""
+    context = multiprocessing.get_context("spawn")
+    barrier, answers = context.Barrier(PROCESSES), context.Queue()
+    processes = [
+        context.Process(target=_pusher, args=(addresses, work, count, barrier, answers))
+        for _ in range(PROCESSES)
+    ]
+    for process in processes:
+        process.start()
+    rates: dict[str, list[float]] = {level: [] for level in LEVELS}
+    for _ in range(3):
+        for level in LEVELS:
+            spans = [answers.get(timeout=300) for _ in processes]
+            assert {each[0] for each in spans} == {level}
+            elapsed = max(end for _, _, end in spans) - min(start for _, start, _ in spans)
+            rates[level].append(PROCESSES * THREADS * count / elapsed)
+    for process in processes:
+        process.join()
+    return {level: float(np.median(each)) for level, each in rates.items()}
+
+
+def main() -> None:
+    """Run and print."""
+    options = arguments(__doc__).parse_args()
+    report = Report("durability", options.json)
+    rows, count = (100_000, 40) if options.quick else (2_000_000, 300)
+    keys = keys_of(np.arange(rows))
+    with ExitStack() as stack:
+        addresses, _ = stack.enter_context(shards(1, durable=True))
+        client = stack.enter_context(Client(addresses))
+        table = client.create_table("durability", 32, lr=0.05)
+        fill(table, keys)
+        for batch in (10_000, 1_000):
+            work = Work(rows=rows, batch=batch)
+            steps = standard_work(work, 64)
+            contenders: dict[str, Contender] = {
+                level: partial(push, table, keys, steps, level) for level in LEVELS
+            }
+            times = interleave(contenders, steps=count, rounds=10)
+            base = float(np.median(times["applied"]))
+            title = f"B = {batch:,} ({np.mean([len(s[1]) for s in steps]):,.0f} distinct)"
+            report.section(
+                f"one pusher, {title}",
+                [
+                    {
+                        "level": level,
+                        **milliseconds(times[level]),
+                        "pushes, x applied": base / float(np.median(times[level])),
+                    }
+                    for level in LEVELS
+                ],
+            )
+            rates = together(addresses, work, count // 4)
+            report.section(
+                f"eight pushers, {title}",
+                [
+                    {
+                        "level": level,
+                        "pushes/s": rates[level],
+                        "x applied": rates[level] / rates["applied"],
+                        "target": TARGETS.get(level),
+                    }
+                    for level in LEVELS
+                ],
+            )
+    report.close()
+
+
+if __name__ == "__main__":
+    main()

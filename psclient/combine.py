@@ -1,0 +1,85 @@
+"""How rows of several parts become one embedding, and its gradient theirs.
+
+To add one: write the class, add it to COMBINATIONS, and its counterpart to psclient.torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Literal, Protocol
+
+import numpy as np
+
+from psclient.batch import Rows
+from psclient.errors import InvalidArgument
+
+Combine = Literal["add", "multiply", "concatenate"]
+
+
+class Combination(Protocol):
+    """How parts float32[*shape, dim of the part] become embeddings float32[*shape, dim]."""
+
+    reads_parts: bool  # whether gradients depend on the rows
+
+    def dim(self, dims: Sequence[int]) -> int:
+        """Of the embedding; InvalidArgument if parts of these dims do not combine."""
+
+    def combine(self, parts: Sequence[Rows]) -> Rows:
+        """The embeddings."""
+
+    def gradients(self, gradient: Rows, parts: Sequence[Rows], dims: Sequence[int]) -> list[Rows]:
+        """By part, from the gradient of the embeddings; parts where ``reads_parts``."""
+
+
+class _Elementwise:
+    def dim(self, dims: Sequence[int]) -> int:
+        if len(set(dims)) > 1:
+            raise InvalidArgument(
+                f"tables must have one dim to be added or multiplied, got {list(dims)}"
+            )
+        return dims[0]
+
+
+class _Add(_Elementwise):
+    reads_parts = False
+
+    def combine(self, parts: Sequence[Rows]) -> Rows:
+        return reduce(np.add, parts)
+
+    def gradients(self, gradient: Rows, parts: Sequence[Rows], dims: Sequence[int]) -> list[Rows]:
+        return [gradient] * len(dims)
+
+
+class _Multiply(_Elementwise):
+    reads_parts = True
+
+    def combine(self, parts: Sequence[Rows]) -> Rows:
+        return reduce(np.multiply, parts)
+
+    def gradients(self, gradient: Rows, parts: Sequence[Rows], dims: Sequence[int]) -> list[Rows]:
+        """The gradient times the other parts; no division, so rows may be 0."""
+        return [
+            reduce(np.multiply, [*parts[:one], *parts[one + 1 :]], gradient)
+            for one in range(len(parts))
+        ]
+
+
+class _Concatenate:
+    reads_parts = False
+
+    def dim(self, dims: Sequence[int]) -> int:
+        return sum(dims)
+
+    def combine(self, parts: Sequence[Rows]) -> Rows:
+        return np.concatenate(parts, axis=-1)
+
+    def gradients(self, gradient: Rows, parts: Sequence[Rows], dims: Sequence[int]) -> list[Rows]:
+        return np.split(gradient, np.cumsum(dims)[:-1], axis=-1)
+
+
+COMBINATIONS: dict[str, Combination] = {
+    "add": _Add(),
+    "multiply": _Multiply(),
+    "concatenate": _Concatenate(),
+}

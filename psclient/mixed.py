@@ -1,0 +1,101 @@
+"""A feature whose embeddings grow: a small row for every key, a wide one for frequent keys.
+
+Most keys are rare, and rare keys cannot train many numbers. So each key has the first numbers of
+its embedding in a small table, whose servers count how often it was pushed; the others come into
+being, in a wide table, for keys that were pushed often enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psclient.batch import Batch, Rows, as_keys
+from psclient.client import Durability, Mode, Table, Wire
+from psclient.errors import InvalidArgument
+from psclient.multihash import Keys, checked_gradients, checked_tables
+
+MAX_FREQUENCY = (1 << 32) - 1  # where the servers' counts stop
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PulledMixed:
+    """Embeddings, with what a push of their gradients needs."""
+
+    embeddings: Rows  # float32[*shape, dim]; 0 beyond the small part where not wide
+    keys: Keys  # [*shape]
+    batch: Batch  # of the keys, flat
+    wide: NDArray[np.bool_]  # [*shape]: whether the key has earned its wide part
+
+
+class MixedDimension:
+    """A feature whose embeddings grow: float32[dim], dim = small.dim + wide.dim.
+
+    small      gives the first small.dim numbers of every key, and its frequency
+    wide       gives the others of a key pushed ``threshold`` times or more; they are 0 before
+    threshold  occurrences pushed, in 1..2^32 - 1
+
+    A pull takes two round trips (the second for the wide parts earned), a push one.
+    """
+
+    def __init__(self, small: Table, wide: Table, threshold: int) -> None:
+        checked_tables((small, wide), 2)
+        if small.name == wide.name:
+            raise InvalidArgument(f"small and wide must be two tables, got {small.name!r} twice")
+        if not 1 <= threshold <= MAX_FREQUENCY:
+            raise InvalidArgument(f"threshold must be in 1..2^32-1, got {threshold}")
+        self.small = small
+        self.wide = wide
+        self.threshold = threshold
+        self.client = small.client
+        self.dim = small.dim + wide.dim
+
+    def pull(self, keys: Any, *, mode: Mode = "train") -> Rows:
+        """Embeddings float32[*shape, dim] of keys[*shape]."""
+        return self.pull_mixed(keys, mode=mode).embeddings
+
+    def pull_mixed(self, keys: Any, *, mode: Mode = "train") -> PulledMixed:
+        """``pull``, with which keys have earned their wide part, for ``push``."""
+        array = as_keys(keys)
+        flat = array.reshape(-1)
+        batch = self.client.batch(flat)
+        rows = self.small.pull_rows(batch, mode=mode)
+        wide = rows.frequencies >= self.threshold
+        out = np.zeros((len(flat), self.dim), np.float32)
+        out[:, : self.small.dim] = rows.embeddings
+        if wide.any():
+            out[wide, self.small.dim :] = self.wide.pull(flat[wide], mode=mode)
+        shape = array.shape
+        return PulledMixed(out.reshape(*shape, self.dim), array, batch, wide.reshape(shape))
+
+    def push(
+        self,
+        keys: Any,
+        gradients: Any,
+        *,
+        step: int = 0,
+        lr: float | None = None,
+        wire: Wire | None = None,
+        durability: Durability | None = None,
+    ) -> None:
+        """Push gradients float[*shape, dim]; those of wide parts not earned are dropped.
+
+        keys  what pull_mixed returned; or int[*shape], whose frequencies are then pulled
+        """
+        pulled = keys if isinstance(keys, PulledMixed) else self.pull_mixed(keys)
+        array = checked_gradients(gradients, (*pulled.keys.shape, self.dim))
+        flat, split = array.reshape(-1, self.dim), self.small.dim
+        push: dict[str, tuple[Any, Rows]] = {self.small.name: (pulled.batch, flat[:, :split])}
+        if pulled.wide.any():
+            earned = flat[pulled.wide.reshape(-1)]
+            push[self.wide.name] = (pulled.keys[pulled.wide], earned[:, split:])
+        self.client.push(push, step=step, lr=lr, wire=wire, durability=durability)
+
+    def __repr__(self) -> str:
+        return (
+            f"MixedDimension({self.small.name!r}, {self.wide.name!r}, threshold={self.threshold},"
+            f" dim={self.dim})"
+        )

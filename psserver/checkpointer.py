@@ -1,0 +1,216 @@
+"""What a shard keeps in its data directory beside the log: made in the background, read at a start.
+
+    data directory = LOCK  log/ (storage/versionlog.py)  base/ (storage/base.py)
+
+A checkpoint takes the shard's version S, then goes through the rows while pushes go on, and packs
+those that changed since the last checkpoint into blocks. Once they are committed, the log up to S
+is not needed for a restart. Rows that a push changes meanwhile may be copied torn: each such push
+has a record behind S, and the base is committed only after these records are on disk, so that a
+restart always replays them over the copies.
+
+When the blocks hold more than twice the rows that live, or more keys were deleted than the shard
+remembers, the next checkpoint is a full one, and replaces them all.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+
+from psserver.engine import Engine
+from psserver.shard import Captured, Shard
+from storage.base import Base, BaseState
+from storage.block import BLOCK_BYTES, Block, Bytes, rows_per_block, tombstones_per_block
+from storage.errors import Corrupt, DiskFull, LogFailed
+from storage.records import decode
+from storage.tiers.base import KEY, STEP, VERSION
+from storage.versionlog import VersionLog
+
+REPLAY_BYTES = 4 << 20  # of the log, read at once
+STALE = 2  # rows in blocks for one that lives, at which all are written anew
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What a start found."""
+
+    rows: int  # in blocks
+    records: int  # replayed
+    record_bytes: int
+
+
+def recover(shard: Shard, base: Base, versions: VersionLog) -> Recovered:
+    """Bring an empty shard to the newest version: the base's blocks, then the records behind it.
+
+    Raises Corrupt where stored bytes are damaged, OutOfMemory if they do not fit.
+    """
+    rows = records = size = 0
+    state = base.state
+    if state is not None:
+        shard.load_state(state)
+        for _, block in base.blocks():
+            shard.load_block(block)
+            rows += len(block)
+    if versions.first > shard.version + 1:
+        raise Corrupt(
+            str(base.directory),
+            f"stands at version {shard.version}, but the log begins at version {versions.first}",
+        )
+    cursor = versions.cursor(shard.version)
+    while frames := cursor.read(upto=versions.last, max_bytes=REPLAY_BYTES):
+        for frame in frames:
+            shard.replay(frame.version, decode(frame))
+            size += len(frame.payload)
+        records += len(frames)
+    cursor.close()
+    if shard.version != versions.last:
+        raise Corrupt(str(versions.directory), f"ends at version {shard.version}, before its end")
+    return Recovered(rows, records, size)
+
+
+class Checkpointer:
+    """A thread that makes checkpoints.
+
+    seconds       between them
+    keep          bytes and seconds of log kept beyond what a restart needs
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        engine: Engine,
+        base: Base,
+        versions: VersionLog,
+        *,
+        seconds: float,
+        keep: tuple[int, float],
+        stored_rows: int,
+    ) -> None:
+        self._shard = shard
+        self._engine = engine
+        self._base = base
+        self._versions = versions
+        self._seconds = seconds
+        self._keep = keep
+        self._stored = stored_rows  # in the base's blocks
+        self._buffer = np.empty(BLOCK_BYTES, np.uint8)
+        self.pins: dict[str, int] = {}  # who needs the log behind which version
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="checkpointer", daemon=True)
+
+    def open(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Give up the checkpoint under way, and stop."""
+        self._stop.set()
+        self._thread.join()
+
+    def checkpoint(self) -> None:
+        """Make one now, unless nothing has changed; DiskFull leaves the last one in place."""
+        state = self._base.state
+        captured = self._engine.run(self._shard.capture)
+        after = state.version if state is not None else 0
+        if captured.version == after and state is not None:
+            return
+        live = sum(rows for _, _, rows, _ in captured.tables)
+        full = (
+            state is None
+            or self._stored > STALE * live
+            or captured.horizon > after  # deleted since, and nobody remembers which
+        )
+        after, kept = (0, ()) if full or state is None else (state.version, state.blocks)
+        before = 0 if full else self._stored
+        added, rows = [], 0
+        for block in blocks_of(captured, after, self._buffer):
+            added.append(self._base.add(block.seal()))
+            rows += len(block)
+            if self._stop.is_set():
+                self._base.discard()
+                return
+        # what was copied torn is whole in records up to here
+        self._versions.sync(self._engine.run(lambda: self._shard.version))
+        self._base.commit(
+            BaseState(
+                lineage=self._versions.lineage,
+                epoch=self._versions.epoch,
+                version=captured.version,
+                next_table=captured.next_table,
+                tables=tuple(table for table, _, _, _ in captured.tables),
+                horizon=captured.horizon,
+                sessions=captured.sessions,
+                blocks=(*kept, *added),
+            )
+        )
+        self._stored = before + rows
+        keep_bytes, keep_seconds = self._keep
+        self._versions.cut(min([captured.version, *self.pins.values()]), keep_bytes, keep_seconds)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._seconds):
+            start = time.monotonic()
+            try:
+                self.checkpoint()
+            except (DiskFull, OSError) as error:
+                log.warning("checkpoint failed", error=str(error))
+                with suppress(DiskFull, OSError):  # blocks that stay are deleted with the next one
+                    self._base.discard()
+            except LogFailed:
+                return
+            else:
+                log.debug("checkpoint", seconds=round(time.monotonic() - start, 3))
+
+
+def blocks_of(captured: Captured, after: int, buffer: Bytes) -> Iterator[Block]:
+    """What changed after a version, up to the captured one: unsealed blocks of tombstones, then of
+    rows, with no key twice.
+
+    buffer  uint8[BLOCK_BYTES]: a block is valid until the next one
+
+    A row that changes while this runs may be missing, or torn.
+    """
+    size = tombstones_per_block()
+    for dead in captured.tombstones:
+        if dead.version > after:
+            for at in range(0, len(dead.keys), size):
+                keys = dead.keys[at : at + size]
+                block = Block.tombstones(dead.table, len(keys), buffer)
+                block.keys[:], block.versions[:], block.causes[:] = keys, dead.version, dead.cause
+                yield block
+    for table, width, _, scan in captured.tables:
+        start: int | None = 0
+        most = rows_per_block(width)
+        while start is not None:
+            places, start = scan.find(start, after, captured.version, most)
+            if len(places):
+                # a row may be larger than a block
+                block = Block.empty(table.number, width, len(places), buffer if most > 1 else None)
+                meta = scan.copy(places, block.frequencies, block.rows)
+                block.keys[:], block.versions[:] = meta[:, KEY], meta[:, VERSION]
+                block.steps[:] = meta[:, STEP].view(np.int64)
+                yield from _unmoved(block, after, captured.version)
+
+
+def _unmoved(block: Block, after: int, upto: int) -> Iterator[Block]:
+    """The block without the rows that left their places while it was copied.
+
+    The places may hold other keys by now, even one that the block has already.
+    """
+    kept = (block.versions > np.uint64(after)) & (block.versions <= np.uint64(upto))
+    if kept.all():
+        yield block
+    elif kept.any():
+        less = Block.empty(block.table, block.width, int(kept.sum()))
+        less.keys[:], less.versions[:] = block.keys[kept], block.versions[kept]
+        less.steps[:], less.frequencies[:] = block.steps[kept], block.frequencies[kept]
+        less.rows[:] = block.rows[kept]
+        yield less

@@ -1,0 +1,15 @@
+"""What it takes to be sure that a name or a file is on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a directory's names, on disk; OSError if that failed."""
+    held = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(held)
+    finally:
+        os.close(held)

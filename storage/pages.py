@@ -1,0 +1,259 @@
+"""LMDB's pages, read without LMDB: it has no checksums, and damaged pages make it crash.
+
+    page      = number u64 | pad u16 | flags u16 | lower u16 | upper u16       lower, upper: the
+                | offsets u16[(lower - 16) / 2] | unused | nodes               unused bytes' bounds
+    meta      = page | magic u32 | version u32 | address u64 | map size u64
+                | database of free pages | main database | last page u64 | transaction u64
+    database  = pad u32 | flags u16 | depth u16 | branches u64 | leaves u64 | overflow pages u64
+                | entries u64 | root u64                         pad of the first is the page size
+    node      = low u16 | high u16 | flags u16 | key size u16 | key | value
+                in a branch: child page = low | high << 16 | flags << 32, no value
+                in a leaf: size of the value = low | high << 16; the value itself, or (flags 1)
+                the number u64 of the first of its overflow pages
+    overflow  = number u64 | pad u16 | flags u16 | pages u32 | value
+    free      = transaction u64 -> count u64 | pages u64[count], descending | unused
+
+Version 1 of the format, that of all LMDB 0.9, on 64-bit little-endian machines.
+
+Everything that LMDB would follow is checked: both meta pages, the tree and the list of free pages.
+Each page must be reached once and where its parent says, and no page may have two uses.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from storage.errors import Corrupt
+
+_META = struct.Struct("<Q2xH4xIIQQ")  # number flags magic version address map
+_DATABASE = struct.Struct("<IHHQQQQQ")
+_TAIL = struct.Struct("<QQ")  # last page, transaction
+_PAGE = struct.Struct("<Q2xHHH")
+_OVERFLOW = struct.Struct("<Q2xHI")
+_NODE = struct.Struct("<HHHH")
+_BRANCH, _LEAF, _BIG, _META_FLAG, _INTEGER_KEY = 1, 2, 4, 8, 8
+_NONE = 2**64 - 1  # root of an empty database
+_MAGIC, _VERSION = 0xBEEFC0DE, 1
+_UNSEEN = 1 << 20  # pages that the file may be too short, if they are free
+_Key = bytes | int | None  # None: no bound
+
+
+class _Database(NamedTuple):
+    pad: int
+    flags: int
+    depth: int
+    branches: int
+    leaves: int
+    overflow: int
+    entries: int
+    root: int
+
+
+class _Meta(NamedTuple):
+    free: _Database
+    main: _Database
+    last: int  # page
+    transaction: int
+
+
+def check(path: Path, known: frozenset[bytes]) -> Pages:
+    """Check all pages that LMDB would follow, or raise Corrupt.
+
+    known  the keys that may be in the file beside numbers of blocks (u64, big-endian)
+
+    Beside a running shard pages may be reused while they are read, which a new meta page shows.
+    """
+    file = os.open(path, os.O_RDONLY)
+    try:
+        for _ in range(20):
+            before = os.pread(file, 1 << 17, 0)
+            try:
+                return Pages(file, str(path), known)
+            except Corrupt:
+                if os.pread(file, 1 << 17, 0) == before:
+                    raise
+        raise OSError(errno.EAGAIN, "the base changes faster than it can be checked", str(path))
+    finally:
+        os.close(file)
+
+
+class Pages:
+    """The pages of a data file, checked.
+
+    size     bytes of a page
+    numbers  those of the blocks that were found
+    """
+
+    def __init__(self, file: int, path: str, known: frozenset[bytes]) -> None:
+        self._file = file
+        self._path = path
+        self._length = os.fstat(file).st_size
+        meta = self._newest_meta()
+        self._last = meta.last
+        if not 1 <= meta.last < self._length // self.size + _UNSEEN:
+            raise self._damage(None, f"the last page is said to be {meta.last}")
+        self._used = np.zeros(meta.last + 1, np.bool_)
+        self._used[:2] = True
+        self._counts = [0, 0, 0, 0]  # branches, leaves, overflow pages, entries
+        self.numbers: set[int] = set()
+        if meta.main.flags != 0 or meta.free.flags != _INTEGER_KEY:
+            raise self._damage(None, "the flags of a database are wrong")
+        for key, page, _ in self._entries(meta.main, free=False):
+            if len(key) == 8:
+                self.numbers.add(int.from_bytes(key, "big"))
+            elif key not in known:
+                raise self._damage(page, f"there is an entry {key!r}")
+        for key, page, value in self._entries(meta.free, free=True):
+            self._check_free(page, _integer(key), value, meta.transaction)
+
+    def _damage(self, page: int | None, what: str) -> Corrupt:
+        return Corrupt(self._path if page is None else f"{self._path}: page {page}", what)
+
+    def _newest_meta(self) -> _Meta:
+        """The meta page that LMDB takes, after both were checked."""
+        self.size = 4096
+        first = self._meta(0)
+        size = first.free.pad
+        if size not in (1 << power for power in range(9, 17)):
+            raise self._damage(0, f"the page size is said to be {size}")
+        self.size = size
+        second = self._meta(1)
+        if second.free.pad != size:
+            raise self._damage(1, f"the page size is said to be {second.free.pad}, and {size}")
+        even, odd = first.transaction, second.transaction
+        if even % 2 or (odd % 2 == 0 and (even or odd)) or abs(even - odd) > 1:
+            raise self._damage(None, f"the meta pages are of transactions {even} and {odd}")
+        return second if even < odd else first
+
+    def _meta(self, page: int) -> _Meta:
+        data = self._bytes(page, 1)
+        number, flags, magic, version, _, _ = _META.unpack_from(data)
+        if (number, flags, magic, version) != (page, _META_FLAG, _MAGIC, _VERSION):
+            raise self._damage(page, "this is no meta page of LMDB 0.9")
+        free, main = (
+            _Database(*_DATABASE.unpack_from(data, _META.size + i * _DATABASE.size)) for i in (0, 1)
+        )
+        return _Meta(free, main, *_TAIL.unpack_from(data, _META.size + 2 * _DATABASE.size))
+
+    def _bytes(self, page: int, count: int) -> bytes:
+        data = os.pread(self._file, count * self.size, page * self.size)
+        if len(data) < count * self.size:
+            raise self._damage(page, "the file ends before the end of the page")
+        return data
+
+    def _take(self, parent: int | None, page: int, count: int) -> None:
+        """Note that pages are used, by nobody else, and check that the file has them."""
+        end = page + count
+        if page < 2 or end > self._last + 1 or end * self.size > self._length:
+            raise self._damage(parent, f"it leads to pages {page}..{end - 1}, which do not exist")
+        if self._used[page:end].any():
+            raise self._damage(parent, f"pages {page}..{end - 1} have another use")
+        self._used[page:end] = True
+
+    def _entries(self, database: _Database, free: bool) -> Iterator[tuple[bytes, int, bytes]]:
+        """Key, page and value of each entry; overflowing values are read for ``free`` alone."""
+        self._counts = [0, 0, 0, 0]
+        if database.root != _NONE:
+            self._take(None, database.root, 1)
+            yield from self._walk(database.root, database.depth, free, None, None)
+        said = [database.branches, database.leaves, database.overflow, database.entries]
+        if self._counts != said or (database.root == _NONE and database.depth):
+            raise self._damage(None, f"a database should have {said}, it has {self._counts}")
+
+    def _walk(
+        self, page: int, depth: int, free: bool, low: _Key, high: _Key
+    ) -> Iterator[tuple[bytes, int, bytes]]:
+        """The entries below a page, whose keys must rise from ``low`` to below ``high``."""
+        data = self._bytes(page, 1)
+        number, flags, lower, upper = _PAGE.unpack_from(data)
+        if number != page or flags != (_LEAF if depth == 1 else _BRANCH):
+            raise self._damage(page, "another page is in its place")
+        if lower % 2 or not _PAGE.size <= lower <= upper <= self.size:
+            raise self._damage(page, f"unused bytes are said to be at {lower}..{upper}")
+        offsets = struct.unpack_from(f"<{(lower - _PAGE.size) // 2}H", data, _PAGE.size)
+        nodes = [self._node(page, data, offset, upper) for offset in offsets]
+        bounds = self._bounds(page, [key for _, key, _ in nodes], depth, free, low, high)
+        self._counts[0 if depth > 1 else 1] += 1
+        for i, (head, key, place) in enumerate(nodes):
+            if depth > 1:
+                child = head[0] | head[1] << 16 | head[2] << 32
+                self._take(page, child, 1)
+                yield from self._walk(child, depth - 1, free, bounds[i], bounds[i + 1])
+            else:
+                self._counts[3] += 1
+                yield key, page, self._value(page, data, head, place, free)
+
+    def _node(
+        self, page: int, data: bytes, offset: int, upper: int
+    ) -> tuple[tuple[int, ...], bytes, int]:
+        """Head, key and the offset behind the key."""
+        if not upper <= offset <= self.size - _NODE.size:
+            raise self._damage(page, f"a node is said to be at {offset}")
+        head = _NODE.unpack_from(data, offset)
+        end = offset + _NODE.size + head[3]
+        if end > self.size:
+            raise self._damage(page, f"the key at {offset} is said to have {head[3]} bytes")
+        return head, data[offset + _NODE.size : end], end
+
+    def _bounds(
+        self, page: int, keys: list[bytes], depth: int, free: bool, low: _Key, high: _Key
+    ) -> list[_Key]:
+        """From where to where the keys of each node's entries may be; checks those of this page.
+
+        The first key of a branch means nothing. Free pages are ordered by number.
+        """
+        if free and any(len(key) != 8 for key in keys[depth > 1 :]):
+            raise self._damage(page, "a key has not 8 bytes")
+        order: Callable[[bytes], Any] = _integer if free else bytes
+        known: list[Any] = [order(key) for key in keys[depth > 1 :]]
+        rising = all(a < b for a, b in pairwise(known))
+        if not rising or (
+            known
+            and ((low is not None and known[0] < low) or (high is not None and known[-1] >= high))
+        ):
+            raise self._damage(page, "its keys are out of order")
+        return [low, *known, high] if depth > 1 else []
+
+    def _value(
+        self, page: int, data: bytes, head: tuple[int, ...], place: int, free: bool
+    ) -> bytes:
+        """The value of a node whose key ends at ``place``; b"" if it is not read."""
+        size = head[0] | head[1] << 16
+        if head[2] not in (0, 1) or place + (8 if head[2] else size) > self.size:
+            raise self._damage(page, f"a value is said to have {size} bytes")
+        if not head[2]:
+            return data[place : place + size]
+        first = int.from_bytes(data[place : place + 8], "little")
+        count = (_OVERFLOW.size + size - 1) // self.size + 1
+        self._take(page, first, count)
+        self._counts[2] += count
+        length = _OVERFLOW.size + (size if free else 0)
+        value = os.pread(self._file, length, first * self.size)
+        if _OVERFLOW.unpack_from(value) != (first, _BIG, count):
+            raise self._damage(first, "another page is in its place")
+        return value[_OVERFLOW.size :]
+
+    def _check_free(self, page: int, transaction: int, value: bytes, newest: int) -> None:
+        """Check a list of free pages, and that they are free."""
+        numbers = np.frombuffer(value, "<u8", len(value) // 8)
+        if len(value) % 8 or not len(numbers) or numbers[0] >= len(numbers):
+            raise self._damage(page, f"a list of free pages has {len(value)} bytes")
+        pages = numbers[1 : 1 + int(numbers[0])]
+        falling = bool((pages[:-1] > pages[1:]).all())
+        if transaction > newest or not falling or (len(pages) and pages[0] > self._last):
+            raise self._damage(page, f"the free pages of transaction {transaction} make no sense")
+        if self._used[pages].any():
+            raise self._damage(page, f"pages free since transaction {transaction} are in use")
+        self._used[pages] = True
+
+
+def _integer(key: bytes) -> int:
+    return int.from_bytes(key, "little")

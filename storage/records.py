@@ -1,0 +1,250 @@
+"""What a frame of the version log says: the change that made its version.
+
+    record   = head body                                by the frame's kind:
+    1 push     = head | keys u64[count] | frequencies u64[count] | rows f32[count, width]
+    2 delete   = head | keys u64[count]
+    3 create   = head | schema, a JSON object
+    4 drop     = head | its schema, a JSON object
+    5 barrier  = head | name, UTF-8
+    head     = client u64 | incarnation u64 | sequence u64 | acknowledged u64 | step i64
+             | time_us u64 | table u32 | width u32 | count u32 | cause u32              (64 bytes)
+
+Little-endian; arrays begin at multiples of 8. Fields that a kind does not use are 0.
+
+* rows     after-images: whole rows [embedding | state] as the push left them, so that replaying a
+           record again, or over a newer row's copy, needs no arithmetic and does no harm
+* table    the number that the table got at creation; numbers are not used again
+* cause    why the rows of a delete left
+* client.. the push that this is, for finding repetitions; client 0 is not protected
+
+Encoding copies no array; decoding returns read-only views of the frame.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.errors import Corrupt
+from storage.kernels import Keys, Rows
+from storage.segment import Frame, Part
+
+HEAD = struct.Struct("<QQQQqQIIII")
+MAX_NAME = 1024  # bytes of a barrier's name
+
+
+class Kind(IntEnum):
+    """The kind of a record, and of its frame."""
+
+    PUSH = 1
+    DELETE = 2
+    CREATE = 3
+    DROP = 4
+    BARRIER = 5
+
+
+class Cause(IntEnum):
+    """Why rows were deleted."""
+
+    REQUEST = 1
+    STEP_TTL = 2
+    TIME_TTL = 3
+    NORM = 4
+    CAPACITY = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Who asked for the change, and when."""
+
+    client: int = 0  # 0: not protected against repetition
+    incarnation: int = 0
+    sequence: int = 0
+    acknowledged: int = 0  # the client had every answer up to this sequence
+    step: int = 0  # of the trainer
+    time_us: int = 0  # microseconds since 1970, by the shard's clock
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Push:
+    """Rows were created or changed."""
+
+    origin: Origin
+    table: int
+    keys: Keys  # uint64[n]
+    frequencies: NDArray[np.uint64]  # [n], after the push
+    rows: Rows  # float32[n, width], after the push
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Delete:
+    """Rows left."""
+
+    origin: Origin
+    table: int
+    cause: Cause
+    keys: Keys  # uint64[n]
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """A table was created."""
+
+    origin: Origin
+    table: int
+    schema: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """A table was dropped, with all its rows."""
+
+    origin: Origin
+    table: int
+    schema: dict[str, Any]  # its record of creation may be gone from the log
+
+
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    """A mark that a client asked for."""
+
+    origin: Origin
+    name: str
+
+
+Record = Push | Delete | Create | Drop | Barrier
+
+CAUSES = {int(cause): cause for cause in Cause}
+ORIGIN = tuple(field.name for field in dataclasses.fields(Origin))
+
+
+# ---- encoding: the parts of a payload, in order; arrays are C-contiguous and stay unchanged until
+#      the log has written them
+
+
+def encode_push(
+    origin: Origin, table: int, keys: Keys, frequencies: NDArray[np.uint64], rows: Rows
+) -> list[Part]:
+    """Parts of a push: keys uint64[n], frequencies uint64[n], rows float32[n, width]."""
+    count, width = rows.shape
+    assert keys.shape == frequencies.shape == (count,)
+    assert keys.dtype == frequencies.dtype == np.uint64
+    assert rows.dtype == np.float32
+    return [_head(origin, table, width, count), keys, frequencies, rows]
+
+
+def encode_delete(origin: Origin, table: int, cause: Cause, keys: Keys) -> list[Part]:
+    """Parts of a delete: keys uint64[n]."""
+    assert keys.dtype == np.uint64
+    return [_head(origin, table, 0, len(keys), cause), keys]
+
+
+def encode_create(origin: Origin, table: int, schema: Mapping[str, Any]) -> list[Part]:
+    """Parts of a table's creation; ``schema`` is what json can express."""
+    return [_head(origin, table), json.dumps(schema, sort_keys=True).encode()]
+
+
+def encode_drop(origin: Origin, table: int, schema: Mapping[str, Any]) -> list[Part]:
+    """Parts of a table's end; ``schema`` is what json can express."""
+    return [_head(origin, table), json.dumps(schema, sort_keys=True).encode()]
+
+
+def encode_barrier(origin: Origin, name: str) -> list[Part]:
+    """Parts of a barrier; ``name`` takes at most MAX_NAME bytes, the service made sure."""
+    return [_head(origin), name.encode()]
+
+
+def _head(origin: Origin, table: int = 0, width: int = 0, count: int = 0, cause: int = 0) -> bytes:
+    return HEAD.pack(
+        origin.client,
+        origin.incarnation,
+        origin.sequence,
+        origin.acknowledged,
+        origin.step,
+        origin.time_us,
+        table,
+        width,
+        count,
+        cause,
+    )
+
+
+# ---- decoding
+
+
+def decode(frame: Frame) -> Record:
+    """The record of a frame, with read-only views of its payload; Corrupt if it is none.
+
+    Its checksum was right, so Corrupt means a writer that was wrong, or another release.
+    """
+    where = f"record of version {frame.version}"
+    if len(frame.payload) < HEAD.size:
+        raise Corrupt(where, f"{len(frame.payload)} bytes, too short for the head of a record")
+    *who, table, width, count, cause = HEAD.unpack_from(frame.payload)
+    origin = Origin(**dict(zip(ORIGIN, who, strict=True)))
+    body = frame.payload[HEAD.size :]
+    match frame.kind:
+        case Kind.PUSH:
+            _require(where, body, count * (16 + 4 * width), cause=cause)
+            if not width:
+                raise Corrupt(where, "rows of width 0")
+            rows = _array(body, "<f4", count * width, 16 * count).reshape(count, width)
+            frequencies = _array(body, "<u8", count, 8 * count)
+            return Push(origin, table, _array(body, "<u8", count, 0), frequencies, rows)
+        case Kind.DELETE:
+            _require(where, body, count * 8, width=width)
+            if cause not in CAUSES:
+                raise Corrupt(where, f"deleted for an unknown cause {cause}")
+            return Delete(origin, table, CAUSES[cause], _array(body, "<u8", count, 0))
+        case Kind.CREATE:
+            _require(where, body, None, width=width, count=count, cause=cause)
+            return Create(origin, table, _schema(where, body))
+        case Kind.DROP:
+            _require(where, body, None, width=width, count=count, cause=cause)
+            return Drop(origin, table, _schema(where, body))
+        case Kind.BARRIER:
+            _require(where, body, None, table=table, width=width, count=count, cause=cause)
+            return Barrier(origin, _name(where, body))
+    raise Corrupt(where, f"unknown kind {frame.kind}")
+
+
+def _require(where: str, body: memoryview, size: int | None, **unused: int) -> None:
+    """Corrupt unless the body has its size (None: any) and unused fields are 0."""
+    for field, value in unused.items():
+        if value:
+            raise Corrupt(where, f"{field} {value} in a kind of record that has none")
+    if size is not None and len(body) != size:
+        raise Corrupt(where, f"{len(body)} bytes behind the head, which asks for {size}")
+
+
+def _array(body: memoryview, dtype: str, count: int, offset: int) -> NDArray[Any]:
+    """``count`` numbers of the body: a view if they are aligned, as those of a log's frame are."""
+    array = np.frombuffer(body, dtype, count, offset) if count else np.empty(0, dtype)
+    return array if array.flags.aligned else array.copy()
+
+
+def _schema(where: str, body: memoryview) -> dict[str, Any]:
+    try:
+        schema = json.loads(bytes(body))
+    except (ValueError, RecursionError) as error:
+        raise Corrupt(where, f"the schema is no JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise Corrupt(where, "the schema is no JSON object")
+    return schema
+
+
+def _name(where: str, body: memoryview) -> str:
+    if len(body) > MAX_NAME:
+        raise Corrupt(where, f"a name of {len(body)} bytes, {MAX_NAME} are allowed")
+    try:
+        return str(body, "utf-8")
+    except UnicodeDecodeError as error:
+        raise Corrupt(where, f"the name is no UTF-8: {error}") from error

@@ -1,0 +1,195 @@
+"""Damage the data directory of a stopped shard, byte by byte: each start refuses, or is identical.
+
+    python -m tests.fault.flips --count 10000 --seed 7
+
+A start that refuses must name the file, and the place in it. One that comes up must hold the very
+state that was stopped: then the byte meant nothing, as in a free page or behind a log's end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs by itself
+
+import numpy as np
+from stores import Home, change, contents, copy_of, push, schema
+
+from storage.errors import StorageError
+from storage.optimizers import make_optimizer
+
+MEMORY = Path("/dev/shm")  # noqa: S108  a disk that syncs at once, if there is one
+PLACES = ("data.mdb", ".log", "SYNCED", ".spare")  # of which an error names one
+TORN = "a torn tail was cut off"
+
+
+@contextmanager
+def a_directory() -> Iterator[Path]:
+    where = MEMORY if MEMORY.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="ps-flips-", dir=where) as directory:
+        yield Path(directory)
+
+
+def make(directory: Path, seed: int, *, clean: bool) -> tuple[Path, dict[str, Any]]:
+    """A shard's directory with a little of everything, and what it holds.
+
+    clean  stopped; else as kill -9 leaves it, all of it synced
+    """
+    rng = random.Random(seed)
+    home = Home(directory / "made", segment_bytes=1 << 14, keep=(1 << 14, 0.0), max_tombstones=20)
+    home.open()
+    shard = home.shard
+    shard.create_table(schema("t"))
+    shard.create_table(schema("adam", optimizer=make_optimizer("adam", 0.1, {}), dim=9))
+    shard.create_table(schema("gone"))
+    for sequence in range(1, 120):
+        keys = rng.sample(range(300), 12)
+        who = {"client": 1 + sequence % 3, "sequence": sequence}
+        wide = np.full((12, 9), float(sequence), np.float32)
+        match sequence % 4:
+            case 0:
+                shard.delete(change(keys, **who))
+            case 1:
+                shard.exchange([push(keys, table="adam", gradients=wide, **who)], [])
+            case _:
+                shard.exchange([push(keys, float(sequence), **who)], [])
+        if sequence == 50:
+            shard.exchange([push([1], table="gone")], [])
+            shard.drop_table("gone")
+        if sequence % 23 == 0:
+            shard.barrier(f"b{sequence}")
+            home.checkpoint()
+    home.written()
+    want = contents(shard)
+    if not clean:
+        copy_of(home.directory, directory / "killed")
+    home.close()
+    if clean:
+        copy_of(home.directory, directory / "stopped")
+    return directory / ("stopped" if clean else "killed"), want
+
+
+def damage(rng: random.Random, directory: Path) -> str:
+    """Change something in one file of a directory; what was done."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    paths = [path for path in paths if path.stat().st_size and path.name != "lock.mdb"]
+    path = rng.choice(paths)
+    name, size = path.relative_to(directory), path.stat().st_size
+    data = bytearray(path.read_bytes())
+    used = len(bytes(data).rstrip(b"\0")) or 1
+    at = rng.randrange(used if rng.random() < 0.9 else size)
+    match rng.choice(("bit", "bit", "bit", "byte", "zeros", "noise", "cut", "swap", "gone")):
+        case "bit":
+            bit = rng.randrange(8)
+            data[at] ^= 1 << bit
+            what = f"bit {bit} of byte {at} flipped"
+        case "byte":
+            data[at] = (data[at] + rng.randrange(1, 256)) % 256
+            what = f"byte {at} changed to {data[at]}"
+        case "zeros":
+            count = rng.choice((8, 64, 512, 4096))
+            data[at : at + count] = bytes(len(data[at : at + count]))
+            what = f"{count} bytes from {at} on zeroed"
+        case "noise":
+            count = rng.choice((2, 8, 512))
+            data[at : at + count] = rng.randbytes(len(data[at : at + count]))
+            what = f"{count} bytes from {at} on made noise"
+        case "gone":
+            path.unlink()
+            return f"{name}: deleted"
+        case "cut":
+            del data[at:]
+            what = f"cut at byte {at}"
+        case _:
+            count = rng.choice((8, 512, 4096))
+            other = rng.randrange(size)
+            chunk = bytes(data[other : other + count])
+            data[at : at + len(chunk)] = chunk
+            del data[size:]
+            what = f"{len(chunk)} bytes from {other} on copied to {at}"
+    path.write_bytes(data)
+    return f"{name}: {what}"
+
+
+def start(directory: Path, want: dict[str, Any]) -> tuple[str, str | None]:
+    """Start a shard; what became of it, and what is wrong with that, if anything is."""
+    home = Home(directory, segment_bytes=1 << 14, max_tombstones=20)
+    try:
+        home.open()
+    except StorageError as error:
+        text = str(error)
+        named = any(place in text for place in PLACES) or any(
+            f"{directory / part}:" in text for part in ("log", "base")
+        )
+        return type(error).__name__, None if named else f"does not name a file: {text}"
+    except Exception as error:
+        return type(error).__name__, f"{type(error).__name__}: {error}"
+    got = contents(home.shard)
+    torn = home.log.torn_bytes
+    home.close()
+    if got == want:
+        return "identical" if not torn else f"identical, {TORN}", None
+    differs = [key for key in want if got[key] != want[key]]
+    return "another state", f"came up with other {', '.join(differs)}"
+
+
+def run(
+    count: int, seed: int, directory: Path, say: Callable[[str], None] = print
+) -> tuple[Counter[str], list[str]]:
+    """How often each outcome came, and all that was wrong."""
+    say(f"seed {seed}, {count} damages")
+    rng = random.Random(seed)
+    outcomes: Counter[str] = Counter()
+    wrong: list[str] = []
+    places = []
+    for clean in (True, False):
+        (directory / str(clean)).mkdir()
+        places.append(make(directory / str(clean), seed, clean=clean))
+        outcome, what = start(copy_of(places[-1][0], directory / "same"), places[-1][1])
+        shutil.rmtree(directory / "same")
+        if outcome != "identical":
+            wrong.append(f"undamaged, clean={clean}: {outcome}: {what}")
+    began = time.monotonic()
+    for number in range(count):
+        source, want = rng.choice(places)
+        victim = copy_of(source, directory / "victim")
+        done = damage(rng, victim)
+        outcome, what = start(victim, want)
+        shutil.rmtree(victim)
+        kind = next(place for place in PLACES if place in done)
+        outcomes[f"{kind}: {outcome}"] += 1
+        if what is not None:
+            wrong.append(f"number {number}, {source.name}, {done}: {what}")
+        if (number + 1) % 1000 == 0:
+            say(f"{number + 1} damages, {time.monotonic() - began:.0f} s, {len(wrong)} wrong")
+    return outcomes, wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    given = parser.parse_args()
+    with a_directory() as directory:
+        outcomes, wrong = run(
+            given.count, given.seed, directory, lambda text: print(text, flush=True)
+        )
+    for outcome, often in sorted(outcomes.items()):
+        print(f"{often:6} {outcome}")
+    for line in wrong[:50]:
+        print(line, file=sys.stderr)
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Shards that start in a tenth of a second: a process that has everything loaded forks them.
+
+python nursery.py     prints "ready"; then, for each line of JSON {"flags": [...], "out": PATH},
+                      starts `psserver serve FLAGS` with its output in PATH and prints its pid
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+DIE_WITH_PARENT = 1  # of prctl
+
+
+class Nursery:
+    """The process, from open() to close(). It ends all that it started."""
+
+    def __enter__(self) -> Nursery:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._read() == "ready"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._process.stdout.close()
+
+    def start(self, flags: list[str], out: Path, broken: Path) -> int:
+        """The pid of a new shard."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(
+            json.dumps({"flags": flags, "out": str(out), "broken": str(broken)}) + "\n"
+        )
+        self._process.stdin.flush()
+        return int(self._read())
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+
+class Shard:
+    """A shard's server process, which may be killed and started again."""
+
+    def __init__(self, nursery: Nursery, out: Path, *flags: str) -> None:
+        self.out = out
+        self.flags = list(flags)
+        self.broken = out.with_suffix(".broken")
+        self.starts = 0
+        self._nursery = nursery
+
+    def start(self) -> Shard:
+        self.starts += 1
+        self.pid = self._nursery.start(self.flags, self.out, self.broken)
+        return self
+
+    def wait(self, seconds: float = 60.0) -> None:
+        """Return once it is ready; AssertionError with its last words if it ends instead."""
+        deadline = time.monotonic() + seconds
+        while not self.said("ready"):
+            assert self.alive(), f"{self.flags} ended:\n{self.tail()}"
+            assert time.monotonic() < deadline, f"{self.flags} is not ready:\n{self.tail()}"
+            time.sleep(0.005)
+
+    def alive(self) -> bool:
+        with suppress(OSError):
+            os.kill(self.pid, 0)
+            return True
+        return False
+
+    def kill(self, number: int = signal.SIGKILL, seconds: float = 30.0) -> None:
+        """Send a signal and wait for the end."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+        self.ended(seconds)
+
+    def ended(self, seconds: float = 30.0) -> None:
+        """Wait for the end."""
+        deadline = time.monotonic() + seconds
+        while self.alive():
+            assert time.monotonic() < deadline, f"{self.flags} does not end:\n{self.tail()}"
+            time.sleep(0.002)
+
+    def log(self) -> list[dict[str, Any]]:
+        """Its log lines, of all its lives."""
+        text = self.out.read_text() if self.out.exists() else ""
+        return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+    def tail(self) -> str:
+        return "\n".join(self.out.read_text().splitlines()[-15:]) if self.out.exists() else ""
+
+    def said(self, event: str) -> bool:
+        return (
+            self.out.exists()
+            and f'"pid": {self.pid}' in self.out.read_text()
+            and any(line["event"] == event and line.get("pid") == self.pid for line in self.log())
+        )
+
+
+def _break(broken: Path) -> None:
+    """Let the calls of logs to come fail while there is a file."""
+    from storage import segment, versionlog
+
+    def failing(name: str) -> Any:
+        call = getattr(os, name)
+
+        def wrapped(*args: Any) -> Any:
+            if broken.exists() and name in broken.read_text():
+                raise OSError(errno.EIO, "the test broke it")
+            return call(*args)
+
+        return wrapped
+
+    disk = segment.Disk(pwritev=failing("pwritev"), fdatasync=failing("fdatasync"))
+    versionlog.Disk = lambda: disk  # type: ignore[assignment, misc]
+
+
+def _serve(flags: list[str], out: str, broken: str) -> None:
+    """The life of a child."""
+    from psserver import cli
+    from psserver.config import ConfigError, load
+    from psserver.server import serve
+
+    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    cli._log_to_stderr()
+    _break(Path(broken))
+    try:
+        serve(load(flags))
+    except ConfigError as error:
+        print(f"psserver: {error}", flush=True)
+        os._exit(2)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def main() -> None:
+    from psserver import cli, server, warm  # noqa: F401
+
+    warm.warm()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
+    print("ready", flush=True)
+    for line in sys.stdin:
+        pid = os.fork()
+        if not pid:
+            _serve(**json.loads(line))
+        print(pid, flush=True)
+
+
+if __name__ == "__main__":
+    main()

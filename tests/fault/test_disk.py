@@ -1,0 +1,285 @@
+"""A disk that is full, breaks, or loses its power under a running shard.
+
+The oracle of the first two: SGD with learning rate 1 on rows that start at 0, and pushes of -1 to
+all keys at once. Every row must then be the number of pushes that were acknowledged; a push that
+was refused must be in none, one whose answer never came in all or none.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fault import disks
+from fault.nursery import Nursery, Shard
+from servers import free_ports
+
+from psclient import Client, Table
+from psclient.errors import PsError, ResourceExhausted
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+DIM = 16
+KEYS = np.arange(500)
+ONES = np.full((len(KEYS), DIM), -1.0, np.float32)
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as nursery:
+        yield nursery
+
+
+@pytest.fixture
+def shard(nursery: Nursery, tmp_path: Path) -> Iterator[Callable[..., Shard]]:
+    made: list[Shard] = []
+
+    def make(directory: Path, flags: str = "") -> Shard:
+        common = f"--port {free_ports(1)} --metrics-port 0 --memory-bytes 268435456"
+        flags = f"{common} --data-dir {directory} {flags}"
+        made.append(Shard(nursery, tmp_path / f"{len(made)}.log", *flags.split()).start())
+        made[-1].wait()
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.kill()
+
+
+def client_of(shard: Shard, timeout: float = 20.0) -> Client:
+    return Client([f"127.0.0.1:{shard.flags[1]}"], timeout=timeout)
+
+
+def plain(client: Client, name: str = "t") -> Table:
+    return client.create_table(name, DIM, optimizer="sgd", lr=1.0, initializer="zeros")
+
+
+def count(table: Table) -> int:
+    """How many pushes are in the rows, which must agree."""
+    values = np.unique(table.pull(KEYS))
+    assert len(values) == 1, f"half applied: {values}"
+    return int(values[0])
+
+
+# ---- full
+
+
+def fill(path: Path) -> None:
+    """Take all the room that is left."""
+    with path.open("wb", buffering=0) as file:
+        for size in (1 << 20, 4096):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+
+
+def until_refused(table: Table) -> int:
+    """Push until the disk is full; how many pushes were acknowledged."""
+    done, refused = 0, None
+    while refused is None:
+        try:
+            table.push(KEYS, ONES)
+            done += 1
+        except ResourceExhausted as error:
+            refused = error
+    assert refused.reason == "DISK_FULL"
+    assert refused.retry_after
+    assert "no room for" in str(refused)
+    return done
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_full_disk_refuses_pushes_whole_and_serves_pulls(
+    shard: Callable[..., Shard], restart: bool
+) -> None:
+    with disks.small(96) as disk:
+        # nothing of the log is given back, so that the disk stays full
+        flags = "--segment-bytes 2097152 --checkpoint-seconds 0.3 --log-keep-bytes 1000000000"
+        one = shard(disk / "shard", flags)
+        with client_of(one) as client, client_of(one, timeout=1.5) as hasty:
+            table = plain(client)
+            quick = hasty.table("t")
+            pushed = 0
+            for _ in range(30):
+                table.push(KEYS, ONES)
+                pushed += 1
+            fill(disk / "ballast")
+            pushed += until_refused(quick)
+            large = np.arange(10**6, 10**6 + 5000)
+            calls: list[Callable[[], object]] = [
+                lambda: quick.push(KEYS, ONES),
+                lambda: quick.push(KEYS, ONES, durability="applied"),
+                lambda: quick.push(large, np.ones((5000, DIM), np.float32)),
+                lambda: quick.exchange(KEYS, (KEYS, ONES)),
+            ]
+            for call in calls:
+                with pytest.raises(ResourceExhausted) as caught:
+                    call()
+                assert caught.value.reason == "DISK_FULL"
+                assert count(quick) == pushed
+            assert client.list_tables()[0].rows == len(KEYS)
+            if restart:
+                one.kill()
+                one.start().wait()
+                assert count(quick) == pushed
+            (disk / "ballast").unlink()
+            for _ in range(300):
+                table.push(KEYS, ONES, durability="fsync")
+                pushed += 1
+            assert count(table) == pushed
+            time.sleep(1.5)  # checkpoints go on
+            one.kill()
+            one.start().wait()
+            assert count(table) == pushed
+            recovered = [line for line in one.log() if line["event"] == "recovered"]
+            assert recovered[-1]["records"] < 300
+
+
+# ---- broken
+
+
+@pytest.mark.parametrize("what", ["fdatasync", "pwritev", "fdatasync pwritev"])
+def test_a_failed_write_or_sync_ends_the_process_and_nothing_acknowledged_is_lost(
+    shard: Callable[..., Shard], tmp_path: Path, what: str
+) -> None:
+    one = shard(tmp_path / "shard", "--checkpoint-seconds 0.2 --segment-bytes 1048576")
+    rng = random.Random(what)
+    with client_of(one, timeout=60.0) as client:
+        table = plain(client)
+        pushed, stop = [0], threading.Event()
+        failures: list[BaseException] = []
+
+        def push() -> None:
+            try:
+                while not stop.is_set():
+                    table.push(KEYS, ONES, durability=rng.choice(("log", "fsync")))  # type: ignore[arg-type]
+                    pushed[0] += 1
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=push)
+        thread.start()
+        for cycle in range(1, 5):
+            time.sleep(rng.uniform(0.05, 0.5))
+            one.broken.write_text(what)
+            one.ended()
+            events = [line["event"] for line in one.log()]
+            assert events.count("the version log failed") == cycle
+            one.broken.unlink()
+            one.start().wait()
+            acknowledged = pushed[0]
+            time.sleep(0.2)
+            with client_of(one) as other:
+                assert count(other.table("t")) >= acknowledged
+        stop.set()
+        thread.join()
+        assert failures == []
+        assert pushed[0] > 20
+        assert count(table) == pushed[0]
+
+
+# ---- power
+
+FLUSH = 0.1  # seconds within which what was handed over is on disk
+BUSY = 1.0  # where other tests keep the disk busy
+CUTS = 20
+
+
+class Trainer(threading.Thread):
+    """Pushes to one new key after the other, and notes what was acknowledged, when."""
+
+    def __init__(self, client: Client, number: int, level: str) -> None:
+        super().__init__()
+        self.level = level
+        self.first = number << 40
+        self.acknowledged: list[float] = []  # monotonic seconds; of key first, first + 1, ...
+        self._client = client
+        self._going = True
+
+    def run(self) -> None:
+        table = self._client.table("t")
+        one = np.full((1, DIM), -1.0, np.float32)
+        while self._going:
+            try:
+                key = self.first + len(self.acknowledged)
+                table.push(np.array([key]), one, durability=self.level)  # type: ignore[arg-type]
+            except PsError:
+                return
+            self.acknowledged.append(time.monotonic())
+
+    def stop(self) -> None:
+        self._going = False
+
+
+def test_a_power_failure_takes_nothing_synced_and_little_else(
+    shard: Callable[..., Shard],
+) -> None:
+    rng = random.Random(1)
+    lost_by_level, acknowledged = {"log": 0, "fsync": 0}, 0
+    oldest = []  # seconds from the acknowledgement of the first push lost to the cut, by cut
+    with disks.battery(192) as power:
+        flags = "--checkpoint-seconds 0.15 --segment-bytes 1048576"
+        one = shard(power.where / "shard", flags)
+        with client_of(one) as client:
+            plain(client)
+        kept: dict[int, int] = {}  # trainer's first key: how many of its pushes must be there
+        for cycle in range(1, CUTS + 1):
+            client = client_of(one)
+            client.table("t")
+            trainers = [
+                Trainer(client, 4 * cycle + n, "fsync" if n % 2 and cycle % 2 else "log")
+                for n in range(4)
+            ]
+            oldest.append(0.0)
+            for trainer in trainers:
+                trainer.start()
+            time.sleep(rng.choice((0.1, 0.5)) * (1 + rng.random()))
+            at = time.monotonic()
+            power.cut()
+            one.kill()
+            for trainer in trainers:
+                trainer.stop()
+            client.close()
+            for trainer in trainers:
+                trainer.join()
+            power.unmount()
+            power.mount()
+            one.start().wait()
+            with client_of(one) as fresh:
+                table = fresh.table("t")
+                for trainer in trainers:
+                    times = trainer.acknowledged
+                    acknowledged += len(times)
+                    asked = trainer.first + np.arange(len(times) + 2)
+                    values = table.pull(asked)
+                    assert (values == values[:, :1]).all()
+                    there = values[:, 0]
+                    assert set(there.tolist()) <= {0.0, 1.0}, "applied twice"
+                    found = int(there.sum())
+                    assert (there[:found] == 1).all(), "a hole in the order of the pushes"
+                    lost = times[found:]
+                    lost_by_level[trainer.level] += len(lost)
+                    if lost:
+                        oldest[-1] = max(oldest[-1], at - lost[0])
+                    kept[trainer.first] = found
+                for first, found in kept.items():
+                    if found:
+                        some = first + np.array([0, found // 2, found - 1])
+                        assert (table.pull(some) == 1).all(), "lost by a later failure"
+        torn = sum(bool(line["torn_bytes"]) for line in one.log() if line["event"] == "recovered")
+    print(
+        f"{CUTS} cuts, {acknowledged} pushes acknowledged, lost {lost_by_level},"
+        f" the oldest {max(oldest) * 1000:.0f} ms before its cut; {torn} torn tails"
+    )
+    assert lost_by_level["fsync"] == 0
+    late = [seconds for seconds in oldest if seconds > FLUSH]
+    assert len(late) <= 2, f"lost what was acknowledged {late} s before the cut"
+    assert max(oldest) <= BUSY
+    assert acknowledged > 20 * CUTS

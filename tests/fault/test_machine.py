@@ -1,0 +1,352 @@
+"""A shard with log and base against a dict, through every order of changes, stops and crashes.
+
+The dict is kept for each version, so that after a power failure, when some newest versions may be
+gone, the rest must still be the very state of the version that came back.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from stores import DIM, Home, change, contents, copy_of, power_cut, push, schema
+
+from storage.errors import DiskFull, LogFailed
+from storage.segment import Disk
+
+LAZY = 1000.0  # seconds until the log syncs by itself: tests say when
+NAMES = st.sampled_from(["t", "u", "v"])
+KEYS = st.lists(st.integers(0, 25) | st.sampled_from([2**63, 2**64 - 1]), unique=True, max_size=10)
+Rows = dict[int, tuple[float, int, int]]  # value, version, frequency; by key
+
+
+class Faulty:
+    """Calls that fail when they are told to."""
+
+    def __init__(self) -> None:
+        self.full = False
+        self.broken = False
+        self.disk = Disk(
+            pwritev=self.pwritev, fdatasync=self.fdatasync, posix_fallocate=self.posix_fallocate
+        )
+
+    def pwritev(self, fd: int, buffers: Any, offset: int) -> int:
+        if self.broken and len(buffers[0]) > 16:
+            os.pwritev(fd, [buffers[0][:16]], offset)
+            raise OSError(errno.EIO, "broken")
+        return os.pwritev(fd, buffers, offset)
+
+    def fdatasync(self, fd: int) -> None:
+        if self.broken:
+            raise OSError(errno.EIO, "broken")
+        os.fdatasync(fd)
+
+    def posix_fallocate(self, fd: int, offset: int, size: int) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, "full")
+        os.posix_fallocate(fd, offset, size)
+
+
+class Machine(RuleBasedStateMachine):
+    """What a shard may go through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        where = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108
+        self.root = Path(tempfile.mkdtemp(prefix="ps-machine-", dir=where))
+        self.copies = 0
+        self.model: dict[str, Rows] = {}
+        self.past: dict[int, tuple[Any, dict[str, Rows]]] = {}
+        self.faults = Faulty()
+        self.acknowledged = 0  # newest version that was awaited on disk
+
+    @initialize(
+        segment=st.sampled_from([4096, 1 << 14]),
+        keep=st.sampled_from([0, 4096]),
+        tombstones=st.sampled_from([0, 2, 1000]),
+    )
+    def begin(self, segment: int, keep: int, tombstones: int) -> None:
+        self.options: dict[str, Any] = {
+            "segment_bytes": segment,
+            "keep": (keep, 0.0),
+            "max_tombstones": tombstones,
+            "flush_seconds": LAZY,
+            "disk": self.faults.disk,
+        }
+        self.home = Home(self.root / "0", **self.options).open()
+        self.remember()
+
+    def teardown(self) -> None:
+        if hasattr(self, "home"):
+            self.abandon()
+        shutil.rmtree(self.root)
+
+    # ---- changes
+
+    @rule(name=NAMES, keys=KEYS, value=st.integers(-8, 8), client=st.integers(0, 2))
+    def push(self, name: str, keys: list[int], value: int, client: int) -> None:
+        if name not in self.model:
+            return
+        version = self.home.shard.version + 1
+        who = {"client": client, "sequence": version} if client else {}
+
+        def apply() -> None:
+            self.home.shard.exchange([push(keys, float(value), table=name, **who)], [])
+
+        if self.change(apply):
+            rows = self.model[name]
+            for key in keys:
+                old, _, seen = rows.get(key, (0.0, 0, 0))
+                rows[key] = (old - value, version, seen + 1)
+            self.remember()
+
+    @rule(name=NAMES, keys=KEYS, client=st.integers(0, 2))
+    def delete(self, name: str, keys: list[int], client: int) -> None:
+        if name not in self.model:
+            return
+        version = self.home.shard.version + 1
+        who = {"client": client, "sequence": version} if client else {}
+        if self.change(lambda: self.home.shard.delete(change(keys, table=name, **who))):
+            for key in keys:
+                self.model[name].pop(key, None)
+            self.remember()
+
+    @rule(name=NAMES)
+    def create(self, name: str) -> None:
+        if name not in self.model and self.change(
+            lambda: self.home.shard.create_table(schema(name))
+        ):
+            self.model[name] = {}
+            self.remember()
+
+    @rule(name=NAMES)
+    def drop(self, name: str) -> None:
+        if name in self.model and self.change(lambda: self.home.shard.drop_table(name)):
+            del self.model[name]
+            self.remember()
+
+    @rule()
+    def barrier(self) -> None:
+        if self.change(lambda: self.home.shard.barrier("b")):
+            self.remember()
+
+    @rule(work=st.lists(st.tuples(NAMES, KEYS, st.booleans()), min_size=2, max_size=6))
+    def burst(self, work: list[tuple[str, list[int], bool]]) -> None:
+        for name, keys, pushed in work:
+            self.create(name)
+            if pushed:
+                self.push(name, keys, 1, 1)
+            else:
+                self.delete(name, keys[:3], 2)
+
+    @rule(name=NAMES, keys=KEYS, gone=KEYS)
+    def delete_between_checkpoints(self, name: str, keys: list[int], gone: list[int]) -> None:
+        self.create(name)
+        self.push(name, keys, 2, 1)
+        self.checkpoint()
+        self.delete(name, gone[:2], 0)
+        self.delete(name, keys[:1], 1)
+        self.checkpoint()
+
+    @rule(client=st.integers(1, 2))
+    def repeat(self, client: int) -> None:
+        """The client's newest push once more, which is noticed."""
+        shard = self.home.shard
+        session = shard.sessions._sessions.get(client)
+        if session is None or not self.model:
+            return
+        table = next(iter(self.model))
+        sequence, version = max(session.versions.items())
+        try:
+            answer = shard.exchange([push([1], client=client, sequence=sequence, table=table)], [])
+        except (DiskFull, LogFailed):
+            return
+        assert (answer.pushes[0].duplicate, answer.pushes[0].version) == (True, version)
+
+    # ---- disk
+
+    @rule()
+    def sync(self) -> None:
+        if not self.home.failures:
+            self.home.log.sync(self.home.log.last)
+            self.acknowledged = self.home.log.last
+
+    @rule(full=st.booleans())
+    def fill(self, full: bool) -> None:
+        self.faults.full = full
+
+    @rule()
+    def checkpoint(self) -> None:
+        if not self.home.failures:
+            self.home.checkpoint()
+            self.acknowledged = max(self.acknowledged, self.home.base.state.version)  # type: ignore[union-attr]
+
+    # ---- stops and crashes
+
+    @precondition(lambda self: not self.home.failures)
+    @rule()
+    def reopen(self) -> None:
+        self.faults.full = False
+        self.home.close()
+        self.come_back(self.home.directory, least=self.home.shard.version)
+
+    @precondition(lambda self: not self.home.failures)
+    @rule()
+    def kill(self) -> None:
+        """All that was written stays."""
+        last = self.written()
+        copy = copy_of(self.home.directory, self.fresh())
+        self.abandon()
+        self.come_back(copy, least=last)
+
+    @precondition(lambda self: not self.home.failures)
+    @rule(seed=st.integers(0, 2**32))
+    def lose_power(self, seed: int) -> None:
+        """All that was synced stays, and some of the rest."""
+        self.written()
+        durable = self.home.log.durable
+        copy = power_cut(self.home.directory, self.fresh(), random.Random(seed))
+        self.abandon()
+        self.come_back(copy, least=durable)
+
+    @precondition(lambda self: not self.home.failures)
+    @rule(moment=st.sampled_from(["add", "commit", "cut", "end"]), power=st.booleans())
+    def kill_in_a_checkpoint(self, moment: str, power: bool) -> None:
+        """A copy of the directory from the middle of a checkpoint."""
+        home, target = self.home, self.fresh()
+        last = self.written()
+        taken: list[int] = []
+
+        def take() -> None:
+            if not taken:
+                taken.append(home.log.durable if power else last)
+                if power:
+                    power_cut(home.directory, target, random.Random(last))
+                else:
+                    copy_of(home.directory, target)
+
+        def before(call: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                take()
+                return call(*args, **kwargs)
+
+            return wrapped
+
+        owner: Any = home.log if moment == "cut" else home.base
+        if moment != "end":
+            setattr(owner, moment, before(getattr(owner, moment)))
+        home.checkpoint()
+        if moment != "end":
+            delattr(owner, moment)
+        take()
+        self.abandon()
+        self.come_back(target, least=taken[0])
+
+    @precondition(lambda self: not self.home.failures)
+    @rule(name=NAMES)
+    def break_the_disk(self, name: str) -> None:
+        """A write or sync fails: nothing more is acknowledged, and what was stays."""
+        self.written()
+        least, home = self.acknowledged, self.home
+        told: list[int] = []
+        self.faults.broken = True
+        if name in self.model:
+            self.push(name, [1, 2], 1, 0)
+        home.log.wait(home.log.last, True, lambda: told.append(home.log.last))
+        if home.log.durable < home.log.last:
+            while not home.failures:
+                time.sleep(0.0005)
+            assert told == []
+            with pytest.raises(LogFailed):
+                home.log.reserve(1)
+        copy = copy_of(home.directory, self.fresh())
+        self.abandon()
+        self.come_back(copy, least=least)
+
+    # ---- what must be true
+
+    @invariant()
+    def rows_are_the_dict(self) -> None:
+        if not hasattr(self, "home"):
+            return
+        dump = self.home.shard.dump()
+        assert sorted(dump) == sorted(self.model)
+        for name, rows in self.model.items():
+            table = dump[name]
+            assert table.keys.tolist() == sorted(rows)
+            assert table.rows.tolist() == [[rows[key][0]] * DIM for key in sorted(rows)]
+            assert table.meta[:, [1, 3]].tolist() == [[*rows[key][1:]] for key in sorted(rows)]
+
+    # ---- helpers
+
+    def change(self, call: Callable[[], Any]) -> bool:
+        """Whether the change was made; if the disk is full it must not be, in any part."""
+        before = self.home.shard.version
+        try:
+            call()
+        except DiskFull:
+            assert self.faults.full
+            assert contents(self.home.shard) == self.past[before][0]
+            return False
+        assert self.home.shard.version == self.home.log.last == before + 1
+        return True
+
+    def remember(self) -> None:
+        model = {name: dict(rows) for name, rows in self.model.items()}
+        self.past[self.home.shard.version] = contents(self.home.shard), model
+
+    def written(self) -> int:
+        """The newest version, which is handed to the operating system now."""
+        log = self.home.log
+        while log.written < log.last:
+            time.sleep(0.0002)
+        return log.last
+
+    def fresh(self) -> Path:
+        self.copies += 1
+        return self.root / str(self.copies)
+
+    def abandon(self) -> None:
+        """Leave the directory behind, as a dead process does."""
+        try:
+            self.home.log.close()
+        except LogFailed:
+            assert self.home.failures
+        self.home.base.close()
+        shutil.rmtree(self.home.directory)
+
+    def come_back(self, directory: Path, least: int) -> None:
+        """Start from a directory; versions after ``least`` may be missing."""
+        most = self.home.log.last
+        self.faults.full = self.faults.broken = False
+        self.home = Home(directory, **self.options).open()
+        version = self.home.shard.version
+        assert least <= version <= most
+        want, model = self.past[version]
+        assert contents(self.home.shard) == want
+        self.model = {name: dict(rows) for name, rows in model.items()}
+        self.acknowledged = version  # opening synced it
+
+
+Machine.TestCase.settings = settings(
+    max_examples=30,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.mark.slow
+class TestMachine(Machine.TestCase):  # type: ignore[misc, valid-type]
+    """Run by unittest's rules."""

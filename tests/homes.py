@@ -1,0 +1,196 @@
+"""A cluster in this process: shards with data directories, and what they do about checkpoints."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from stores import Direct, Home, change, push
+
+from psproto import ps_pb2 as pb
+from psproto import routing
+from psserver.checkpoints import Checkpoints
+from psserver.restore import COMMITTED, Restores, State, failed, loaded, settle
+from storage.errors import StorageError
+from storage.schema import TableSchema
+from storage.store import Store
+
+Step = pb.RestoreRequest
+
+
+class Node:
+    """One shard: a server without its network, that starts anew when a restore asks for it."""
+
+    def __init__(self, directory: Path, number: int, shards: int, url: str, **shard: Any) -> None:
+        self.directory = directory
+        self._settings = {"number": number, "shard_map": routing.even_map(shards), **shard}
+        self._store = Store(url)
+        self.engine = Direct()
+        self.again = False
+
+    def open(self) -> Self:
+        self.directory.mkdir(exist_ok=True, parents=True)
+        state = settle(self.directory)
+        if state is not None and state.phase == COMMITTED:
+            try:
+                self._open_home()
+            except StorageError as error:
+                state = failed(self.directory, state, str(error))
+                self._open_home()
+            else:
+                state = self._loaded(state)
+        else:
+            self._open_home()
+        self._serve(state)
+        return self
+
+    def _loaded(self, state: State) -> State:
+        try:
+            return loaded(self.directory, state)
+        except BaseException:
+            self.home.close()
+            raise
+
+    def _open_home(self) -> None:
+        self.home = Home(self.directory, engine=self.engine, **self._settings).open()
+
+    def _serve(self, state: State | None) -> None:
+        home = self.home
+        self.shard = home.shard
+        pins = home.checkpointer.pins
+        self.checkpoints = Checkpoints(
+            home.shard, self.engine, home.log, pins, self._store, now=lambda: 1.5
+        )
+        self.restores = Restores(
+            home.shard, self.engine, self.checkpoints, self.directory, state, self._restart
+        )
+
+    def _restart(self) -> None:
+        self.again = True
+
+    def close(self) -> None:
+        self.home.close()
+
+    def reopen(self) -> Self:
+        self.close()
+        return self.open()
+
+    def prepare(self, name: str, id: str, *, replace: bool = False) -> int:
+        request = pb.PrepareRestoreRequest(name=name, id=id, replace=replace)
+        return int(self.restores.prepare(request, self.checkpoints.progress()).rows)
+
+    def step(self, id: str, step: int) -> pb.RestoreStatus:
+        """Take a step, and start anew if that is what it asks for."""
+        self.restores.step(pb.RestoreRequest(id=id, step=step))
+        if self.again:
+            self.again = False
+            self.reopen()
+        return self.restores.step(pb.RestoreRequest())
+
+
+class Homes:
+    """All the shards of a cluster."""
+
+    def __init__(self, directory: Path, shards: int, url: str, **shard: Any) -> None:
+        self.url = url
+        self.nodes = [
+            Node(directory / f"shard-{number}", number, shards, url, **shard)
+            for number in range(shards)
+        ]
+        self.map = routing.even_map(shards)
+
+    def __enter__(self) -> Self:
+        for node in self.nodes:
+            node.open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for node in self.nodes:
+            node.close()
+
+    def create(self, schema: TableSchema) -> None:
+        for node in self.nodes:
+            node.shard.create_table(schema)
+
+    def drop(self, name: str) -> None:
+        for node in self.nodes:
+            node.shard.drop_table(name)
+
+    def push(self, keys: Sequence[int], value: float = 1.0, **more: Any) -> None:
+        for node, some in self._split(keys):
+            item = push(some, value, **more)
+            dim = node.shard.describe(item.table)[0].dim
+            gradients = np.full((len(some), dim), value, np.float32)
+            node.shard.exchange([replace(item, gradients=gradients)], [])
+
+    def delete(self, keys: Sequence[int], **more: Any) -> None:
+        for node, some in self._split(keys):
+            node.shard.delete(change(some, **more))
+
+    def _split(self, keys: Sequence[int]) -> list[tuple[Node, list[int]]]:
+        array = np.array(keys, np.uint64)
+        owners = routing.owners(array, self.map)
+        return [
+            (node, array[owners == shard].tolist())
+            for shard, node in enumerate(self.nodes)
+            if (owners == shard).any()
+        ]
+
+    def rows(self) -> dict[str, dict[int, tuple[Any, ...]]]:
+        """By table and key: the row, and key, version, step, frequency."""
+        found: dict[str, dict[int, tuple[Any, ...]]] = {}
+        for node in self.nodes:
+            for name, dump in node.shard.dump().items():
+                table = found.setdefault(name, {})
+                for key, row, meta in zip(
+                    dump.keys.tolist(), dump.rows.tolist(), dump.meta.tolist(), strict=True
+                ):
+                    assert key not in table
+                    table[key] = (row, meta)
+        return found
+
+    def versions(self) -> list[int]:
+        return [node.shard.version for node in self.nodes]
+
+    # ---- checkpoints
+
+    def write(self, name: str, base: str = "", attempt: str | None = None) -> list[Any]:
+        attempt = attempt or secrets.token_hex(8)
+        request = pb.WriteCheckpointRequest(name=name, attempt=attempt, base=base)
+        parts = []
+        for node in self.nodes:
+            done = node.checkpoints.write(request, node.checkpoints.progress())
+            parts.append(done.part)
+        return [attempt, parts]
+
+    def checkpoint(self, name: str, base: str = "") -> pb.CheckpointInfo:
+        attempt, parts = self.write(name, base)
+        return self.complete(name, attempt, parts, base)
+
+    def complete(self, name: str, attempt: str, parts: Any, base: str = "") -> pb.CheckpointInfo:
+        return self.nodes[0].checkpoints.complete(
+            pb.CompleteCheckpointRequest(name=name, attempt=attempt, base=base, parts=parts)
+        )
+
+    def verify(self, name: str) -> int:
+        request = pb.VerifyCheckpointRequest(name=name)
+        work = [node.checkpoints for node in self.nodes]
+        return sum(each.verify(request, each.progress()).bytes for each in work)
+
+    def restore(self, name: str, *, replace: bool = False) -> int:
+        id = secrets.token_hex(8)
+        rows = sum(node.prepare(name, id, replace=replace) for node in self.nodes)
+        for step in (Step.STEP_HOLD, Step.STEP_COMMIT, Step.STEP_RELEASE):
+            for node in self.nodes:
+                node.step(id, step)
+        return rows

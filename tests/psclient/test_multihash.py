@@ -1,0 +1,790 @@
+"""Features over several tables against NumPy and torch, with the same rows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from torch import nn
+
+from psclient import Client, Table
+from psclient.channels import Link
+from psclient.combine import COMBINATIONS
+from psclient.errors import InvalidArgument
+from psclient.mixed import MixedDimension
+from psclient.multihash import (
+    ChineseRemainder,
+    KHash,
+    MultiHash,
+    QuotientRemainder,
+    hashes,
+    sizes_for,
+)
+from psclient.torch import COMBINE, Embedding, EmbeddingGroup
+from psclient.torch import MixedDimensionEmbedding as MixedModule
+from psclient.torch import MultiHashEmbedding as HashModule
+
+MASK = 2**64 - 1
+EXTREME = np.array([-1, -2, 0, 1, -(2**63), -(2**63) + 1, 2**63 - 1, 2**63 - 2])
+ANY = np.random.default_rng(0).integers(0, 2**64, 5000, np.uint64)
+KINDS: list[Any] = [QuotientRemainder, ChineseRemainder, KHash]
+SIZES = (5, 7, 9)  # pairwise coprime, so that every kind takes them
+
+
+@pytest.fixture(params=[1, 2], ids=["1 shard", "2 shards"])
+def client(request: pytest.FixtureRequest, connect: Any) -> Client:
+    return connect(request.getfixturevalue(f"cluster{request.param}"))
+
+
+@pytest.fixture
+def messages(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every exchange that a client submits to a shard from now on."""
+    sent: list[Any] = []
+    inner = Link.submit
+
+    def submit(self: Link, call: Any, **rest: Any) -> None:
+        sent.append(call.exchange)
+        inner(self, call, **rest)
+
+    monkeypatch.setattr(Link, "submit", submit)
+    return sent
+
+
+@pytest.fixture(params=["a table a part", "one table"])
+def make(request: pytest.FixtureRequest, client: Client, name: str) -> Callable[..., MultiHash]:
+    """make(kind, combine): a feature of three parts whose rows are small integers."""
+    shared = request.param == "one table"
+
+    def build(kind: Any, combine: str, **options: Any) -> MultiHash:
+        dims = (4, 4, 4) if shared or combine != "concatenate" else (2, 3, 1)
+        tables = [summing(client, f"{name}.{part}", dim) for part, dim in enumerate(dims)]
+        feature: MultiHash = kind(tables[0] if shared else tables, SIZES, combine, **options)
+        seed = np.random.default_rng(7)
+        for table, keys in zip(feature.tables, every_row(feature), strict=True):
+            table.push(keys, -seed.integers(1, 4, (len(keys), table.dim)).astype(np.float32))
+        return feature
+
+    return build
+
+
+def summing(client: Client, name: str, dim: int) -> Table:
+    """A table whose rows are minus the sums of the gradients pushed."""
+    return client.create_table(name, dim, optimizer="sgd", lr=1.0, initializer="zeros")
+
+
+def offline(count: int = 1, dim: int = 4) -> list[Table]:
+    """Tables of a client that never connects."""
+    client = Client(["127.0.0.1:1"])
+    return [Table(client, f"t{number}", dim) for number in range(count)]
+
+
+def every_row(feature: MultiHash) -> list[np.ndarray]:
+    """By part: the keys of its rows, as the documentation has them."""
+    keys, used = [], Counter[str]()
+    for table, size in zip(feature.tables, feature.sizes, strict=True):
+        keys.append(np.arange(used[table.name], used[table.name] + size))
+        used[table.name] += size
+    return keys
+
+
+def dense(feature: MultiHash) -> list[np.ndarray]:
+    """By part: all its rows, float32[size, dim], row c that of code c."""
+    rows = zip(feature.tables, every_row(feature), strict=True)
+    return [table.pull(keys) for table, keys in rows]
+
+
+def integers(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-3, 4, shape).astype(np.float32)
+
+
+def keys_of(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).choice(np.append(np.arange(-60, 60), EXTREME), shape)
+
+
+def composed(combine: str, rows: list[Any], codes: Any) -> torch.Tensor:
+    """The composition in torch, of dense parts."""
+    places = torch.from_numpy(codes.astype(np.int64))
+    parts = [part[place] for part, place in zip(rows, places, strict=True)]
+    if combine == "add":
+        return sum(parts[1:], parts[0])
+    if combine == "multiply":
+        return math.prod(parts[1:], start=parts[0])
+    return torch.cat(parts, -1)
+
+
+# ---- codes, without a server
+
+
+def mix(x: int) -> int:
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
+    return x ^ x >> 31
+
+
+def stream(key: int, number: int) -> int:
+    return mix(mix(key & MASK) + (number + 1) * 0x9E3779B97F4A7C15 & MASK)
+
+
+class TestHashes:
+    def test_they_are_numbers_of_the_keys_splitmix64_streams(self) -> None:
+        expected = [[stream(int(key), number) for key in EXTREME] for number in range(3)]
+        assert hashes(EXTREME.astype(np.uint64), 3).tolist() == expected
+
+    def test_they_never_change(self) -> None:  # of key 0: the generator's published numbers
+        assert hashes(np.array([0, 1], np.uint64), 2).tolist() == [
+            [0xE220A8397B1DCDAF, 0xBFEF8030DDC2D772],
+            [0x6E789E6AA1B965F4, 0x5F552CE482F2AA47],
+        ]
+
+    @pytest.mark.parametrize("ids", [np.arange(20000), np.arange(20000) << 32], ids=["dense", "<<"])
+    def test_two_of_them_are_independent(self, ids: np.ndarray) -> None:
+        first, second = hashes(ids.astype(np.uint64), 2) % np.uint64(16)
+        cells = np.bincount((first * np.uint64(16) + second).astype(np.int64), minlength=256)
+        expected = len(ids) / 256
+        assert ((cells - expected) ** 2 / expected).sum() < 255 + 4 * math.sqrt(2 * 255)
+
+
+class TestCodes:
+    @pytest.mark.parametrize("hashed", [True, False])
+    @pytest.mark.parametrize("universe", [35, 31, 2])
+    def test_a_quotient_and_a_remainder_are_pythons(self, hashed: bool, universe: int) -> None:
+        feature = QuotientRemainder(*offline(), (5, 7), universe=universe, hashed=hashed)
+        bits = [int(key) & MASK for key in EXTREME]
+        numbers = [(stream(key, 0) if hashed else key) % universe for key in bits]
+        expected = [[x // 7 for x in numbers], [x % 7 for x in numbers]]
+        assert feature.codes(EXTREME).tolist() == expected
+
+    def test_remainders_are_pythons(self) -> None:
+        feature = ChineseRemainder(*offline(), SIZES, hashed=False)
+        bits = [int(key) & MASK for key in EXTREME]
+        assert feature.codes(EXTREME).tolist() == [[key % 315 % s for key in bits] for s in SIZES]
+
+    def test_k_hashes_are_pythons(self) -> None:
+        feature = KHash(*offline(), (1000, 2**40, 3))
+        expected = [
+            [stream(int(key), number) % size for key in EXTREME]
+            for number, size in enumerate(feature.sizes)
+        ]
+        assert feature.codes(EXTREME).tolist() == expected
+
+    @pytest.mark.parametrize("kind", [QuotientRemainder, ChineseRemainder])
+    @pytest.mark.parametrize("sizes", [(2, 3), (5, 7), (7, 5), SIZES, (2, 3, 5, 7), (11,)])
+    def test_every_number_of_the_universe_has_codes_of_its_own(
+        self, kind: Any, sizes: tuple[int, ...]
+    ) -> None:
+        for universe in (math.prod(sizes), math.prod(sizes) - 1):
+            feature = kind(*offline(), sizes, universe=universe, hashed=False)
+            codes = feature.codes(np.arange(universe))
+            assert len(np.unique(codes, axis=1).T) == feature.universe == universe
+            assert (codes.max(axis=1) < np.array(sizes, np.uint64)).all()
+            assert feature.collisions(np.arange(universe)) == 0
+
+    @pytest.mark.parametrize("kind", [QuotientRemainder, ChineseRemainder])
+    @pytest.mark.parametrize("hashed", [True, False])
+    def test_sizes_with_a_product_of_2_to_64_tell_all_keys_apart(
+        self, kind: Any, hashed: bool
+    ) -> None:
+        sizes = sizes_for(2**64, 4, coprime=True)
+        feature = kind(*offline(), sizes, hashed=hashed)
+        assert (feature.universe, max(sizes)) == (2**64, 65541)
+        keys = np.append(ANY, EXTREME.astype(np.uint64))
+        number = [0] * len(keys)
+        for place, code in enumerate(feature.codes(keys).tolist()):
+            if kind is QuotientRemainder:
+                number = [x * sizes[place] + c for x, c in zip(number, code, strict=True)]
+            else:
+                rest = math.prod(sizes) // sizes[place]
+                one = rest * pow(rest, -1, sizes[place])
+                number = [x + one * c for x, c in zip(number, code, strict=True)]
+        if kind is ChineseRemainder:
+            number = [x % math.prod(sizes) for x in number]
+        assert number == [stream(int(key), 0) if hashed else int(key) for key in keys]
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("stride", [7, 9, 315, 2**32, 2**58])
+    def test_strided_ids_use_every_row(self, kind: Any, stride: int) -> None:
+        feature = kind(*offline(), SIZES)
+        ids = np.arange(2000, dtype=np.uint64) * np.uint64(stride)
+        for code, size in zip(feature.codes(np.unique(ids)), SIZES, strict=True):
+            assert len(np.unique(code)) == min(size, len(np.unique(ids)))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3)])
+    def test_codes_have_the_shape_of_the_keys(self, kind: Any, shape: tuple[int, ...]) -> None:
+        keys = np.arange(math.prod(shape)).reshape(shape)
+        feature = kind(*offline(), SIZES)
+        assert feature.codes(keys).shape == feature.row_keys(keys).shape == (3, *shape)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_parts_of_one_table_have_ranges_of_its_keys(self, kind: Any) -> None:
+        apart, other = offline(2)
+        codes = kind(apart, SIZES).codes(ANY)
+        assert_array_equal(kind([apart, other, apart], SIZES).codes(ANY), codes)
+        together = np.array([[0], [5], [12]], np.uint64)
+        assert_array_equal(kind(apart, SIZES).row_keys(ANY), codes + together)
+        mixed = np.array([[0], [0], [5]], np.uint64)
+        assert_array_equal(kind([apart, other, apart], SIZES).row_keys(ANY), codes + mixed)
+
+
+class TestCollisions:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("count", [0, 1, 2, 30, 500])
+    def test_keys_that_share_all_codes_are_counted(self, kind: Any, count: int) -> None:
+        feature = kind(*offline(), SIZES)
+        keys = ANY[:count]
+        same = Counter(map(tuple, feature.codes(keys).T.tolist()))
+        shared = sum(number for number in same.values() if number > 1)
+        assert feature.collisions(np.repeat(keys, 2)) == shared / max(count, 1)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_there_are_as_many_as_chance_makes(self, kind: Any) -> None:
+        feature = kind(*offline(), (101, 103))
+        expected = 1 - math.exp(-len(ANY) / (101 * 103))
+        assert feature.collisions(ANY) == pytest.approx(expected, abs=0.03)
+        assert feature.collisions(np.arange(len(ANY))) == pytest.approx(expected, abs=0.03)
+
+
+class TestSizes:
+    @pytest.mark.parametrize("coprime", [False, True])
+    @pytest.mark.parametrize("parts", [2, 3, 4, 64])
+    @pytest.mark.parametrize("universe", [2, 3, 10, 1000, 1001, 10**7, 2**63, 2**64 - 1, 2**64])
+    def test_they_cover_the_universe(self, universe: int, parts: int, coprime: bool) -> None:
+        sizes = sizes_for(universe, parts, coprime=coprime)
+        assert len(sizes) == parts
+        assert math.prod(sizes) >= universe
+        assert min(sizes) == 2 or (min(sizes) - 1) ** parts < universe
+        if coprime:
+            assert all(math.gcd(a, b) == 1 for a, b in itertools.combinations(sizes, 2))
+            ChineseRemainder(*offline(), sizes, universe=universe)
+        else:
+            QuotientRemainder(*offline(), sizes, universe=universe)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((1, 2), r"universe must be in 2\.\.2\^64, got 1"),
+            ((2**64 + 1, 2), r"universe must be in 2\.\.2\^64, got 18446744073709551617"),
+            ((10, 1), r"parts must be in 2\.\.64, got 1"),
+        ],
+    )
+    def test_what_has_no_sizes_is_refused(self, arguments: Any, message: str) -> None:
+        with pytest.raises(InvalidArgument, match=message):
+            sizes_for(*arguments)
+
+
+class TestRules:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize(
+        ("sizes", "message"),
+        [
+            ((5, 1), r"sizes must be in 2\.\.2\^64-1, got 1 for part 1"),
+            ((0, 5), r"sizes must be in 2\.\.2\^64-1, got 0 for part 0"),
+            ((5, 2**64), r"sizes must be in 2\.\.2\^64-1, got 18446744073709551616 for part 1"),
+            ((5, 2.5), r"sizes must be a list of integers, got \(5, 2\.5\)"),
+            (5, "sizes must be a list of integers, got 5"),
+            ((), "sizes must name one size for each part, got none"),
+            ((2**64 - 1, 2), r"in table 't0' must add up to 2\^64 at most, got 184.*617"),
+        ],
+    )
+    def test_sizes(self, kind: Any, sizes: Any, message: str) -> None:
+        with pytest.raises(InvalidArgument, match=message):
+            kind(*offline(), sizes)
+
+    @pytest.mark.parametrize(
+        ("sizes", "message"),
+        [
+            ((4, 6), "sizes must be pairwise coprime, got 4 and 6, which 2 divides"),
+            ((5, 7, 35), "sizes must be pairwise coprime, got 5 and 35, which 5 divides"),
+            ((5, 5), "sizes must be pairwise coprime, got 5 and 5, which 5 divides"),
+        ],
+    )
+    def test_remainders_are_coprime(self, sizes: Any, message: str) -> None:
+        with pytest.raises(InvalidArgument, match=message):
+            ChineseRemainder(*offline(), sizes)
+        QuotientRemainder(*offline(), sizes)
+
+    @pytest.mark.parametrize("kind", [QuotientRemainder, ChineseRemainder])
+    @pytest.mark.parametrize("universe", [-1, 0, 1, 36])
+    def test_the_universe_is_covered(self, kind: Any, universe: int) -> None:
+        message = rf"universe must be in 2\.\.35, .* sizes \[5, 7\] tell apart, got {universe}"
+        with pytest.raises(InvalidArgument, match=message):
+            kind(*offline(), (5, 7), universe=universe)
+
+    def test_tables(self) -> None:
+        with pytest.raises(InvalidArgument, match=r"one for each of 3 parts, got .*'t0'.*'t1'"):
+            KHash(offline(2), SIZES)
+        with pytest.raises(InvalidArgument, match="tables must be of one client"):
+            KHash([*offline(), *offline()], (5, 7))
+        tables = [*offline(1, 4)]
+        tables.append(Table(tables[0].client, "other", 5))
+        assert KHash(tables, (5, 7), "concatenate").dim == 9
+        for combine in ("add", "multiply"):
+            with pytest.raises(InvalidArgument, match=r"must have one dim .*, got \[4, 5\]"):
+                KHash(tables, (5, 7), combine)  # type: ignore[arg-type]
+
+    def test_combine(self) -> None:
+        with pytest.raises(InvalidArgument, match="one of add, multiply, concatenate, got 'max'"):
+            KHash(*offline(), SIZES, "max")  # type: ignore[arg-type]
+        assert list(COMBINE) == list(COMBINATIONS)
+
+    def test_features_describe_themselves(self) -> None:
+        assert repr(KHash(*offline(), (5, 7), "concatenate")) == (
+            "KHash('t0', sizes=[5, 7], combine='concatenate', dim=8)"
+        )
+        assert repr(QuotientRemainder(offline(2), (5, 7))) == (
+            "QuotientRemainder('t0', 't1', sizes=[5, 7], combine='add', dim=4)"
+        )
+
+
+# ---- rows, on servers
+
+
+class TestGradients:
+    @pytest.mark.parametrize("combine", COMBINATIONS)
+    @pytest.mark.parametrize("parts", [1, 2, 3, 4])
+    def test_they_are_those_of_finite_differences(self, combine: str, parts: int) -> None:
+        by = COMBINATIONS[combine]
+        random = np.random.default_rng(parts)
+        rows: list[Any] = [random.normal(size=(6, 3)) for _ in range(parts)]
+        rows[0][0] = 0.0  # a product is 0 there, its gradients need not be
+        gradient = random.normal(size=(6, by.dim([3] * parts)))
+        given = by.gradients(gradient, rows, [3] * parts)
+        for part, place in itertools.product(range(parts), np.ndindex(6, 3)):
+            ends = []
+            for change in (1e-3, -1e-3):
+                moved = [row.copy() for row in rows]
+                moved[part][place] += change
+                ends.append((by.combine(moved) * gradient).sum())
+            expected = (ends[0] - ends[1]) / 2e-3  # exact but for rounding: linear in each part
+            assert given[part][place] == pytest.approx(expected, abs=1e-9)
+
+    @pytest.mark.parametrize("combine", COMBINATIONS)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_push_moves_rows_by_finite_differences(
+        self, make: Callable[..., MultiHash], kind: Any, combine: str
+    ) -> None:
+        feature = make(kind, combine)
+        keys = keys_of(1, 40)
+        codes = feature.codes(keys)
+        before = [torch.from_numpy(rows).double() for rows in dense(feature)]
+
+        def loss(rows: list[torch.Tensor]) -> float:
+            return float(torch.sin(composed(combine, rows, codes)).sum())
+
+        pulled = feature.pull_parts(keys)
+        feature.push(pulled, np.cos(pulled.embeddings))
+        after = dense(feature)
+        for part, rows in enumerate(before):
+            expected = np.zeros(rows.shape)
+            for place in np.ndindex(*rows.shape):
+                ends = []
+                for change in (1e-5, -1e-5):
+                    moved = [row.clone() for row in before]
+                    moved[part][place] += change
+                    ends.append(loss(moved))
+                expected[place] = (ends[0] - ends[1]) / 2e-5
+            assert_allclose(rows.numpy() - after[part], expected, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("combine", COMBINATIONS)
+class TestPullAndPush:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("shape", [(), (0,), (200,), (5, 4, 3)])
+    def test_integers_are_exact(
+        self, make: Callable[..., MultiHash], kind: Any, combine: str, shape: tuple[int, ...]
+    ) -> None:
+        feature = make(kind, combine)
+        rows = [torch.from_numpy(part).requires_grad_() for part in dense(feature)]
+        keys = keys_of(2, *shape)
+        gradients = integers(3, *shape, feature.dim)
+        expected = composed(combine, rows, feature.codes(keys))
+        assert_array_equal(feature.pull(keys), expected.detach().numpy())
+        expected.backward(torch.from_numpy(gradients))
+        feature.push(keys, gradients)
+        for part, theirs in zip(dense(feature), rows, strict=True):
+            assert theirs.grad is not None
+            assert_array_equal(part, (theirs - theirs.grad).detach().numpy())
+
+    def test_every_kind_of_request_gives_the_same(
+        self, make: Callable[..., MultiHash], combine: str
+    ) -> None:
+        feature = make(QuotientRemainder, combine)
+        first, second = keys_of(4, 50), keys_of(5, 60)
+        gradients = integers(6, 50, feature.dim)
+        before = dense(feature)
+        states = []
+        for given in ("keys", "pulled", "exchange", "exchange pulled"):
+            for table, keys, old in zip(feature.tables, every_row(feature), before, strict=True):
+                table.push(keys, table.pull(keys) - old)
+            what: Any = feature.pull_parts(first) if "pulled" in given else first
+            if "exchange" in given:
+                rows = feature.exchange(second, (what, gradients), step=3).embeddings
+            else:
+                feature.push(what, gradients, step=3)
+                rows = feature.pull(second)
+            states.append((rows, *dense(feature)))
+        for other in states[1:]:
+            for ours, theirs in zip(other, states[0], strict=True):
+                assert_array_equal(ours, theirs)
+
+    def test_one_message_a_shard_carries_all_parts(
+        self, make: Callable[..., MultiHash], messages: list[Any], combine: str
+    ) -> None:
+        feature = make(QuotientRemainder, combine)
+        shards = len(feature.client._addresses)
+        tables = len({table.name for table in feature.tables})
+        keys = np.arange(300)
+
+        def sizes() -> set[tuple[int, int]]:
+            each = [(len(message.pushes), len(message.pulls)) for message in messages]
+            assert len(each) == shards
+            del messages[:]
+            return set(each)
+
+        del messages[:]
+        pulled = feature.pull_parts(keys)
+        assert sizes() == {(0, tables)}
+        gradients = np.ones_like(pulled.embeddings)
+        feature.push(pulled, gradients)
+        assert sizes() == {(tables, 0)}
+        feature.exchange(keys, (pulled, gradients))
+        assert sizes() == {(tables, tables)}
+        feature.push(keys, gradients)
+        assert len(messages) == shards * (1 + (combine == "multiply"))
+
+    def test_rows_count_every_occurrence(
+        self, make: Callable[..., MultiHash], combine: str
+    ) -> None:
+        feature = make(QuotientRemainder, combine)
+        keys = keys_of(7, 500)
+        feature.push(keys, np.ones((500, feature.dim), np.float32), step=12)
+        for part, (table, rows) in enumerate(zip(feature.tables, every_row(feature), strict=True)):
+            used = np.bincount(feature.codes(keys)[part].astype(np.int64), minlength=len(rows))
+            pulled = table.pull_rows(rows)
+            assert_array_equal(pulled.frequencies, 1 + used)
+            assert_array_equal(pulled.steps, np.where(used, 12, 0))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda g: g[:, :-1], r"gradients must have shape \[4, \d+\], got \[4, \d+\]"),
+            (lambda g: g[0], r"gradients must have shape \[4, \d+\], got \[\d+\]"),
+            (lambda g: g.astype(int), "gradients must be floats, got int64"),
+            (lambda g: g * np.nan, r"gradients must be finite, got nan at \[0, 0\]"),
+            (lambda g: g / 0 * [[0], [0], [1], [0]], "gradients must be finite"),
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+    def test_bad_gradients_are_applied_nowhere(
+        self, make: Callable[..., MultiHash], combine: str, change: Any, message: str
+    ) -> None:
+        feature = make(KHash, combine)
+        before = dense(feature)
+        for keys in (np.arange(4), feature.pull_parts(np.arange(4))):
+            with pytest.raises(InvalidArgument, match=message):
+                feature.push(keys, change(np.ones((4, feature.dim), np.float32)))
+        for ours, theirs in zip(dense(feature), before, strict=True):
+            assert_array_equal(ours, theirs)
+
+
+class TestRequests:
+    def test_a_product_is_differentiated_where_it_was_pulled(
+        self, client: Client, name: str
+    ) -> None:
+        feature = QuotientRemainder(summing(client, name, 1), (2, 2), "multiply", hashed=False)
+        feature.tables[0].push([0, 1, 2, 3], np.array([[-2], [-2], [-5], [-5]], np.float32))
+        pulled = feature.pull_parts([0])
+        feature.tables[0].push([0, 1, 2, 3], np.ones((4, 1), np.float32))
+        feature.push(pulled, np.ones((1, 1), np.float32))  # by 2 and 5
+        assert feature.tables[0].pull([0, 2]).tolist() == [[1 - 5], [4 - 2]]
+        feature.push([0], np.ones((1, 1), np.float32))  # by -4 and 2, as they are now
+        assert feature.tables[0].pull([0, 2]).tolist() == [[-4 - 2], [2 + 4]]
+
+    def test_options_reach_the_client(self, client: Client, name: str) -> None:
+        table = client.create_table(
+            name, 1, optimizer="sgd", lr=1.0, initializer="zeros", serving_default=7.0
+        )
+        feature = QuotientRemainder(table, (2, 2), hashed=False)
+        assert feature.pull([0], mode="serve").tolist() == [[14]]
+        assert feature.pull([0]).tolist() == [[0]]
+        feature.push([0], np.full((1, 1), 1.001953125, np.float32), lr=2.0, step=5)
+        assert table.pull_rows([0, 2]).steps.tolist() == [5, 5]
+        assert feature.pull([0]).tolist() == [[-4.0078125]]
+        assert feature.pull([0], wire="bfloat16").tolist() == [[-4]]
+
+    def test_other_tables_travel_in_the_same_message(
+        self, client: Client, name: str, messages: list[Any]
+    ) -> None:
+        feature = QuotientRemainder(summing(client, name, 2), (50, 60))
+        other = summing(client, f"{name}.other", 3)
+        keys = np.arange(200)
+        batches = feature.batches(keys)
+        rows = client.pull({**batches, other.name: keys})
+        pulled = feature.compose(batches, rows)
+        ones = np.ones((200, 3), np.float32)
+        del messages[:]
+        client.push({**feature.gradients(pulled, ones[:, :2]), other.name: (keys, ones)})
+        assert [len(message.pushes) for message in messages] == [2] * len(client._addresses)
+        assert_array_equal(other.pull(keys), -ones)
+        used = sum(np.bincount(each.astype(int))[each] for each in feature.row_keys(keys))
+        assert_array_equal(feature.pull(keys), -np.stack([used, used], -1))
+
+    def test_a_pull_makes_no_rows(self, client: Client, name: str) -> None:
+        feature = KHash(summing(client, name, 2), (50, 60))
+        feature.pull(np.arange(100))
+        assert feature.tables[0].describe().rows == 0
+
+    def test_rows_are_made_by_need(self, client: Client, name: str) -> None:
+        feature = KHash(summing(client, name, 2), (2**40, 2**40))
+        feature.push(np.arange(100), np.ones((100, 2), np.float32))
+        assert feature.tables[0].describe().rows == 200
+
+
+# ---- torch
+
+
+@pytest.mark.parametrize("combine", COMBINATIONS)
+class TestModule:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("shape", [(), (30,), (4, 5)])
+    def test_it_trains_as_torch_does(
+        self, make: Callable[..., MultiHash], kind: Any, combine: str, shape: tuple[int, ...]
+    ) -> None:
+        feature = make(kind, combine)
+        module = HashModule(feature)
+        rows = [nn.Parameter(torch.from_numpy(part)) for part in dense(feature)]
+        local = torch.optim.SGD(rows, lr=0.01)
+        for step in range(3):
+            keys = keys_of(10 + step, *shape)
+            ours = module(torch.from_numpy(keys))
+            theirs = composed(combine, rows, feature.codes(keys))
+            assert_allclose(ours.detach().numpy(), theirs.detach().numpy(), rtol=1e-5, atol=1e-5)
+            local.zero_grad()
+            for output in (ours, theirs):
+                torch.sin(output).sum().backward()
+            module.step(step, lr=0.01)
+            local.step()
+            for part, their in zip(dense(feature), rows, strict=True):
+                assert_allclose(part, their.detach().numpy(), rtol=1e-5, atol=1e-5)
+
+    def test_two_passes_before_a_step_accumulate(
+        self, make: Callable[..., MultiHash], combine: str
+    ) -> None:
+        feature = make(QuotientRemainder, combine)
+        module = HashModule(feature)
+        rows = [nn.Parameter(torch.from_numpy(part)) for part in dense(feature)]
+        for keys in (keys_of(20, 30), keys_of(21, 6, 7)):
+            module(keys).square().sum().backward()
+            composed(combine, rows, feature.codes(keys)).square().sum().backward()
+        module.step()
+        for part, theirs in zip(dense(feature), rows, strict=True):
+            assert theirs.grad is not None
+            assert_array_equal(part, (theirs - theirs.grad).detach().numpy())
+
+    def test_a_group_takes_it_in_one_round_trip(
+        self, make: Callable[..., MultiHash], messages: list[Any], combine: str
+    ) -> None:
+        feature = make(QuotientRemainder, combine)
+        client, first = feature.client, feature.tables[0]
+        group = EmbeddingGroup(client, {"many": HashModule(feature), "one": Embedding(first)})
+        tables = len({table.name for table in feature.tables})
+        before = dense(feature)
+        keys = torch.arange(200)
+        del messages[:]
+        out = group({"many": keys, "one": torch.tensor([0, 1])})
+        assert [len(m.pulls) for m in messages] == [tables] * len(client._addresses)
+        assert list(out) == ["many", "one"]
+        rows = [torch.from_numpy(part) for part in before]
+        alone = composed(combine, rows, feature.codes(keys.numpy()))
+        assert torch.equal(out["many"].detach(), alone)
+        (out["many"].sum() * 0 + out["one"].sum() * 2).backward()
+        del messages[:]
+        group.step()
+        assert [len(m.pushes) for m in messages] == [tables] * len(client._addresses)
+        before[0][:2] -= 2
+        for ours, theirs in zip(dense(feature), before, strict=True):
+            assert_array_equal(ours, theirs)
+
+
+class TestModules:
+    def test_there_is_nothing_to_save_and_no_grad_collects_nothing(
+        self, client: Client, name: str
+    ) -> None:
+        module = HashModule(KHash(summing(client, name, 2), (5, 7)))
+        assert (dict(module.state_dict()), list(module.parameters())) == ({}, [])
+        with torch.no_grad():
+            assert not module(torch.arange(3)).requires_grad
+        assert [part._collected for part in module.remotes()] == [[], []]
+        assert repr(module).startswith("MultiHashEmbedding(\n  KHash('")
+
+    def test_evaluation_pulls_serve(self, client: Client, name: str) -> None:
+        table = client.create_table(name, 2, serving_default=2.5)
+        module = HashModule(KHash(table, (5, 7), "multiply")).eval()
+        assert module(torch.arange(3)).tolist() == [[6.25, 6.25]] * 3
+
+    def test_it_takes_keys_alone(self, client: Client, name: str) -> None:
+        module = HashModule(KHash(summing(client, name, 2), (5, 7)))
+        with pytest.raises(InvalidArgument, match=r"KHash\(.*takes keys alone"):
+            module(torch.arange(3), torch.tensor([0]))
+
+
+# ---- dims that grow
+
+
+@pytest.fixture
+def mixed(client: Client, name: str) -> MixedDimension:
+    """2 numbers for every key, 3 more from the third occurrence on, initially 10."""
+    wide = client.create_table(
+        f"{name}.wide", 3, optimizer="sgd", lr=1.0, initializer="constant",
+        initializer_args={"value": 10.0},
+    )  # fmt: skip
+    return MixedDimension(summing(client, f"{name}.small", 2), wide, 3)
+
+
+def ones(*shape: int) -> np.ndarray:
+    return np.ones((*shape, 5), np.float32)
+
+
+class TestMixedDimension:
+    def test_a_key_earns_its_wide_part(self, mixed: MixedDimension) -> None:
+        seen = []
+        for _ in range(5):
+            seen.append(mixed.pull([-1])[0].tolist())
+            mixed.push([-1], ones(1))
+        assert seen == [
+            [0, 0, 0, 0, 0],
+            [-1, -1, 0, 0, 0],
+            [-2, -2, 0, 0, 0],
+            [-3, -3, 10, 10, 10],
+            [-4, -4, 9, 9, 9],
+        ]
+
+    def test_rare_keys_have_no_wide_row(self, mixed: MixedDimension) -> None:
+        frequent = np.repeat(np.arange(10), 3)
+        for _ in range(2):
+            mixed.push(np.append(frequent, np.arange(100, 150)), ones(80))
+        assert (mixed.small.describe().rows, mixed.wide.describe().rows) == (60, 10)
+        assert mixed.wide.pull_rows(np.arange(10)).frequencies.tolist() == [3] * 10
+        pulled = mixed.pull_mixed(np.arange(200))
+        assert_array_equal(np.flatnonzero(pulled.wide), np.arange(10))
+        assert_array_equal(pulled.embeddings[:10], [[-6, -6, 7, 7, 7]] * 10)
+        assert_array_equal(pulled.embeddings[100:150], [[-2, -2, 0, 0, 0]] * 50)
+
+    @pytest.mark.parametrize("shape", [(), (0,), (40,), (3, 4, 5)])
+    def test_integers_are_exact(self, mixed: MixedDimension, shape: tuple[int, ...]) -> None:
+        mixed.push(np.repeat(np.arange(0, 20, 2), 3), ones(30))
+        keys = np.random.default_rng(1).integers(0, 20, shape)
+        gradients = integers(2, *shape, 5)
+        rows = np.zeros((20, 5), np.float32)
+        rows[::2] = [-3, -3, 10, 10, 10]
+        assert_array_equal(mixed.pull(keys), rows[keys])
+        mixed.push(mixed.pull_mixed(keys), gradients)
+        np.subtract.at(rows, keys.reshape(-1), gradients.reshape(-1, 5))
+        frequency = 3 * (np.arange(20) % 2 == 0) + np.bincount(keys.reshape(-1), minlength=20)
+        rows[1::2, 2:] = 10 * (frequency[1::2] >= 3)[:, None]
+        assert_array_equal(mixed.pull(np.arange(20)), rows)
+
+    def test_a_push_earns_what_its_pull_saw(self, mixed: MixedDimension) -> None:
+        pulled = mixed.pull_mixed([4])
+        mixed.push([4, 4, 4], ones(3))
+        mixed.push(pulled, ones(1))
+        assert mixed.pull([4]).tolist() == [[-4, -4, 10, 10, 10]]
+        mixed.push([4], ones(1))
+        assert mixed.pull([4]).tolist() == [[-5, -5, 9, 9, 9]]
+
+    def test_a_pull_takes_two_messages_and_a_push_one(
+        self, mixed: MixedDimension, messages: list[Any]
+    ) -> None:
+        keys = np.arange(200)
+        shards = len(mixed.client._addresses)
+        mixed.push(keys, ones(200))
+        del messages[:]
+        pulled = mixed.pull_mixed(keys)
+        assert len(messages) == shards  # nothing is earned
+        mixed.push(np.tile(keys, 2), ones(400))
+        del messages[:]
+        pulled = mixed.pull_mixed(keys)
+        assert len(messages) == 2 * shards
+        del messages[:]
+        mixed.push(pulled, ones(200))
+        assert [len(message.pushes) for message in messages] == [2] * shards
+
+    def test_serving_sees_what_training_does(self, mixed: MixedDimension) -> None:
+        mixed.push([1, 1, 1, 2], ones(4))
+        mixed.push([1], ones(1))
+        expected = [[-4, -4, 9, 9, 9], [-1, -1, 0, 0, 0], [0, 0, 0, 0, 0]]
+        assert mixed.pull([1, 2, 3]).tolist() == expected
+        assert mixed.pull([1, 2, 3], mode="serve").tolist() == expected
+        mixed.push([2, 2], ones(2))  # earned, and the wide row is yet to be pushed
+        assert mixed.pull([2]).tolist() == [[-3, -3, 10, 10, 10]]
+        assert mixed.pull([2], mode="serve").tolist() == [[-3, -3, 0, 0, 0]]
+
+    def test_options_reach_the_client(self, mixed: MixedDimension) -> None:
+        mixed.push([1, 1, 1], ones(3))
+        mixed.push([1], ones(1) * 1.001953125, step=9, lr=2.0, wire="bfloat16")
+        assert mixed.pull([1]).tolist() == [[-5, -5, 8, 8, 8]]
+        assert [table.pull_rows([1]).steps[0] for table in (mixed.small, mixed.wide)] == [9, 9]
+
+    def test_bad_gradients_are_applied_nowhere(self, mixed: MixedDimension) -> None:
+        mixed.push([1, 1, 1], ones(3))
+        before = mixed.pull([1]).tolist()
+        bad = ones(1)
+        bad[0, 4] = np.inf
+        for gradients, message in ((bad, r"got inf at \[0, 4\]"), (ones(2), "shape")):
+            with pytest.raises(InvalidArgument, match=message):
+                mixed.push([1], gradients)
+        assert mixed.pull([1]).tolist() == before
+
+    @pytest.mark.parametrize("threshold", [-1, 0, 2**32])
+    def test_a_threshold_that_no_count_reaches_is_refused(self, threshold: int) -> None:
+        with pytest.raises(InvalidArgument, match=rf"in 1\.\.2\^32-1, got {threshold}"):
+            MixedDimension(*offline(2), threshold)
+
+    def test_tables_that_do_not_fit_are_refused(self) -> None:
+        (table,) = offline()
+        with pytest.raises(InvalidArgument, match="must be two tables, got 't0' twice"):
+            MixedDimension(table, table, 3)
+        with pytest.raises(InvalidArgument, match="must be of one client"):
+            MixedDimension(table, *offline(), 3)
+
+
+class TestMixedModule:
+    @pytest.mark.parametrize("shape", [(), (0,), (40,), (3, 4)])
+    def test_it_trains_as_torch_does(self, mixed: MixedDimension, shape: tuple[int, ...]) -> None:
+        mixed.push(np.repeat(np.arange(0, 20, 2), 3), ones(30))
+        keys = np.random.default_rng(3).integers(0, 20, shape)
+        rows = nn.Parameter(torch.from_numpy(mixed.pull(np.arange(20))))
+        module = MixedModule(mixed)
+        ours, theirs = module(torch.from_numpy(keys)), rows[torch.from_numpy(keys)]
+        assert_array_equal(ours.detach().numpy(), theirs.detach().numpy())
+        for output in (ours, theirs):
+            output.square().sum().backward()
+        module.step(4)
+        assert rows.grad is not None
+        expected = (rows - rows.grad).detach().numpy()
+        frequency = np.bincount(keys.reshape(-1), minlength=20)
+        expected[1::2, 2:] = 10 * (frequency[1::2] >= 3)[:, None]
+        assert_array_equal(mixed.pull(np.arange(20)), expected)
+        even = np.arange(0, 20, 2)
+        assert_array_equal(mixed.small.pull_rows(even).frequencies, 3 + frequency[::2])
+        assert_array_equal(mixed.wide.pull_rows(even).frequencies, frequency[::2])
+
+    def test_evaluation_collects_nothing_without_gradients(self, mixed: MixedDimension) -> None:
+        mixed.push([1, 1, 1], ones(3))
+        module = MixedModule(mixed).eval()
+        with torch.no_grad():
+            assert module(torch.tensor([1, 2])).tolist() == [[-3, -3, 0, 0, 0], [0] * 5]
+        assert module.small._collected == module.wide._collected == []
+        assert (dict(module.state_dict()), list(module.parameters())) == ({}, [])
+
+    def test_a_group_refuses_it(self, mixed: MixedDimension) -> None:
+        group = EmbeddingGroup(mixed.client, {"a": MixedModule(mixed)})  # type: ignore[dict-item]
+        with pytest.raises(InvalidArgument, match="'a': a group cannot take MixedDimension"):
+            group({"a": torch.tensor([1])})

@@ -1,0 +1,890 @@
+"""Checkpoints of a cluster in this process: what is restored is what was there at the cut."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from homes import Homes, Node, Step
+from stores import DIM, change, push, schema
+
+from psproto import ps_pb2 as pb
+from psproto import routing
+from psserver import checkpoints, restore
+from psserver.engine import Engine
+from psserver.errors import (
+    BadRequest,
+    CheckpointBusy,
+    CheckpointExists,
+    CheckpointUnfit,
+    Draining,
+    NotEmpty,
+    RestoreConflict,
+)
+from storage import checkpoint as files
+from storage.errors import Corrupt, SchemaMismatch, UnknownCheckpoint, UnknownTable
+from storage.optimizers import OPTIMIZERS, make_optimizer
+
+ADAM = make_optimizer("adam", None, {})
+ID = "0123456789abcdef"
+Make = Callable[..., Homes]
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"file://{tmp_path}/checkpoints"
+
+
+@pytest.fixture
+def make(tmp_path: Path, url: str) -> Iterator[Make]:
+    """make(shards): a cluster, closed after the test."""
+    made: list[Homes] = []
+
+    def new(shards: int, **settings: Any) -> Homes:
+        directory = tmp_path / f"cluster-{len(made)}"
+        made.append(Homes(directory, shards, url, **settings).__enter__())
+        return made[-1]
+
+    yield new
+    for each in made:
+        each.__exit__(None, None, None)
+
+
+def fill(cluster: Homes) -> None:
+    """Rows of two tables, with state, various steps, frequencies and versions, and holes."""
+    cluster.create(schema())
+    cluster.create(schema("adam", optimizer=ADAM, dim=5))
+    cluster.push(range(400), 1.0, step=1)
+    cluster.push(range(100, 300), 2.0, step=-7)
+    cluster.push(range(50, 900), 0.5, table="adam", step=9)
+    cluster.push([0, 2**64 - 1, 2**63], 3.0, step=2**40)
+    cluster.delete(range(200, 250))
+    cluster.push(range(240, 245), 8.0, step=3)
+
+
+# ---- the whole cluster
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 5])
+def test_every_row_and_its_history_comes_back_on_any_number_of_shards(
+    make: Make, shards: int
+) -> None:
+    source, target = make(3), make(shards)
+    fill(source)
+    info = source.checkpoint("full")
+    assert {table.name: table.rows for table in info.tables} == {"adam": 850, "t": 357}
+    assert target.restore("full") == 1207
+    assert target.rows() == source.rows()
+    assert set(target.versions()) == {max(source.versions())}
+
+
+def test_a_restored_cluster_works_on_and_restarts(make: Make) -> None:
+    source, target = make(3), make(2)
+    fill(source)
+    source.checkpoint("full")
+    target.restore("full")
+    for cluster in (source, target):
+        cluster.push(range(500), 1.0, step=11)
+        cluster.delete(range(5, 10))
+    for node in target.nodes:
+        node.reopen()
+    without_versions = [
+        {table: {key: (row, meta[2:]) for key, (row, meta) in rows.items()} for table, rows in each}
+        for each in (source.rows().items(), target.rows().items())
+    ]
+    assert without_versions[0] == without_versions[1]
+
+
+def test_a_restored_shard_begins_another_lineage_with_an_empty_log(make: Make) -> None:
+    source, target = make(1), make(1)
+    fill(source)
+    source.checkpoint("full")
+    before = target.nodes[0].home.log.lineage
+    target.restore("full")
+    log = target.nodes[0].home.log
+    assert log.lineage not in (before, source.nodes[0].home.log.lineage)
+    assert (log.first, log.last) == (source.versions()[0] + 1, source.versions()[0])
+    assert target.nodes[0].shard.tombstone_horizon == source.versions()[0]
+
+
+def test_an_empty_cluster_makes_a_checkpoint_too(make: Make) -> None:
+    source, target = make(2), make(3)
+    source.checkpoint("empty")
+    assert target.restore("empty") == 0
+    assert target.rows() == {}
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_changes_and_deletes_come_back_from_a_chain(make: Make, shards: int) -> None:
+    source = make(3)
+    source.create(schema())
+    rng = random.Random(shards)
+    wanted = []
+    for step, (name, base) in enumerate([("a", ""), ("b", "a"), ("c", "b"), ("d", "c")]):
+        for _ in range(4):
+            source.push(rng.sample(range(300), 80), rng.randrange(9), step=step)
+            source.delete(rng.sample(range(300), 40))
+        if name == "c":
+            source.create(schema("late"))
+            source.push(range(50), table="late")
+        if name == "d":
+            source.drop("late")
+            source.create(schema("late", dim=3))
+            source.push(range(20, 40), table="late")
+        info = source.checkpoint(name, base)
+        assert info.base == base
+        wanted.append(source.rows())
+    for name, rows in zip("abcd", wanted, strict=True):
+        target = make(shards)
+        target.restore(name)
+        assert target.rows() == rows
+
+
+def test_an_incremental_checkpoint_is_as_large_as_what_changed(make: Make) -> None:
+    source = make(2)
+    source.create(schema())
+    source.push(range(20_000))
+    full = source.checkpoint("full")
+    source.push(range(20))
+    assert source.checkpoint("more", "full").bytes < full.bytes / 50
+
+
+def test_a_delete_since_the_base_that_was_forgotten_needs_a_full_one(make: Make) -> None:
+    source = make(1, max_tombstones=10)
+    source.create(schema())
+    source.push(range(100))
+    source.checkpoint("full")
+    source.delete(range(8))
+    source.checkpoint("more", "full")
+    source.delete(range(10, 20))
+    with pytest.raises(CheckpointUnfit, match="forgotten which keys were deleted"):
+        source.checkpoint("again", "full")
+    source.checkpoint("again", "more")
+
+
+def test_a_base_of_another_history_or_other_shards_is_refused(make: Make) -> None:
+    source, other, two = make(1), make(1), make(2)
+    fill(source)
+    source.checkpoint("full")
+    for cluster, why in ((other, "another history"), (two, "other shards")):
+        with pytest.raises(CheckpointUnfit, match=why):
+            cluster.checkpoint("more", "full")
+    other.restore("full")
+    with pytest.raises(CheckpointUnfit, match="another history"):
+        other.checkpoint("more", "full")
+    with pytest.raises(UnknownCheckpoint):
+        source.checkpoint("more", "nothing")
+
+
+# ---- sessions
+
+
+def test_a_repeated_push_is_known_after_a_restore_onto_the_same_shards(make: Make) -> None:
+    source, target = make(1), make(1)
+    source.create(schema())
+    source.push([1], client=7, incarnation=1, sequence=1)
+    version = source.versions()[0]
+    source.checkpoint("full")
+    target.restore("full")
+    again = push([1], client=7, incarnation=1, sequence=1)
+    answer = target.nodes[0].shard.exchange([again], []).pushes[0]
+    assert (answer.duplicate, answer.version) == (True, version)
+    assert target.rows() == source.rows()
+
+
+def test_sessions_are_not_mixed_between_other_shards(make: Make) -> None:
+    source, target = make(2), make(1)
+    source.create(schema())
+    source.push(range(50), client=7, incarnation=1, sequence=1)
+    source.checkpoint("full")
+    target.restore("full")
+    assert len(target.nodes[0].shard.sessions) == 0
+
+
+# ---- while pushes go on
+
+
+class Busy:
+    """An engine whose shard changes before each call and between blocks."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.before: Callable[[], None] | None = None
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        if self.before is not None:
+            self.before()
+        return call()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_changes_while_rows_are_copied_is_as_it_is_at_the_end(
+    make: Make, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = make(2, max_tombstones=1 << 20), make(3)
+    source.create(schema())
+    source.create(schema("short"))
+    source.push(range(3000))
+    source.push(range(500), table="short")
+    rng = random.Random(seed)
+    real = checkpoints.blocks_of
+    monkeypatch.setattr("psserver.checkpointer.rows_per_block", lambda width: 100)
+
+    def disturbed(*args: Any) -> Iterator[Any]:
+        for block in real(*args):
+            yield block
+            if rng.random() < 0.4:
+                source.push(rng.sample(range(4000), 300), rng.randrange(5), step=rng.randrange(9))
+            if rng.random() < 0.3:
+                source.delete(rng.sample(range(4000), 300))
+            if rng.random() < 0.05 and "short" in source.nodes[0].shard.tables():
+                source.drop("short")
+            if rng.random() < 0.05 and "new" not in source.nodes[0].shard.tables():
+                source.create(schema("new", dim=3))
+                source.push(range(40), table="new")
+
+    monkeypatch.setattr(checkpoints, "blocks_of", disturbed)
+    attempt, parts = "a" * 16, []
+    states: dict[str, dict[int, Any]] = {}
+    for node in source.nodes:  # the cut of a shard is when its own copying ends
+        request = pb.WriteCheckpointRequest(name="full", attempt=attempt)
+        parts.append(node.checkpoints.write(request, node.checkpoints.progress()).part)
+        assert parts[-1].version == node.shard.version
+        for name, dump in node.shard.dump().items():
+            rows = zip(dump.keys.tolist(), dump.rows.tolist(), dump.meta.tolist(), strict=True)
+            states.setdefault(name, {}).update({key: (row, meta) for key, row, meta in rows})
+    if set(source.nodes[0].shard.tables()) != set(source.nodes[1].shard.tables()):
+        pytest.skip("a table came or went between the cuts")
+    try:
+        source.complete("full", attempt, parts)
+    except CheckpointUnfit as error:  # refused by name: a table came or went between the cuts
+        assert "was created or dropped" in str(error)  # noqa: PT017
+        return
+    assert target.restore("full") == sum(map(len, states.values()))
+    assert target.rows() == states
+
+
+@pytest.mark.slow
+def test_a_checkpoint_under_pushes_of_another_thread_is_one_cut(
+    make: Make, tmp_path: Path, url: str
+) -> None:
+    """Each push adds 1 to all rows: at a cut all rows are alike, and say how many there were."""
+    source = make(1)
+    node = source.nodes[0]
+    loop = asyncio.new_event_loop()
+    engine = Engine()
+    engine.open(loop)
+    node.checkpoints._engine = engine
+    keys = np.arange(60_000, dtype=np.uint64)
+    engine.run(lambda: source.create(schema()))
+    stop = threading.Event()
+    done = 0
+
+    def train() -> None:
+        nonlocal done
+        item = push([0], -1.0)
+        item = replace(
+            item,
+            keys=keys,
+            counts=np.ones(len(keys), np.uint32),
+            gradients=np.full((len(keys), DIM), -1, np.float32),
+        )
+        while not stop.is_set():
+            version = engine.run(lambda: node.shard.exchange([item], []).pushes[0].version)
+            node.home.log.sync(version)
+            done += 1
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    try:
+        while done < 3:
+            pass
+        names = [f"c{i}" for i in range(4)]
+        for i, name in enumerate(names):
+            source.checkpoint(name, names[i - 1] if i % 2 else "")
+    finally:
+        stop.set()
+        trainer.join()
+        engine.close()
+        loop.close()
+    last = 0.0
+    for name in names:
+        part = files.open_checkpoint(node.checkpoints.store, name).parts[0]
+        target = make(2)
+        target.restore(name)
+        rows = target.rows()["t"]
+        values = {number for row, _ in rows.values() for number in row}
+        assert len(rows) == len(keys)
+        assert values == {float(part.version - 1)}  # version 1 made the table
+        assert {meta[1] for _, meta in rows.values()} == {part.version}
+        assert {meta[3] for _, meta in rows.values()} == {part.version - 1}
+        assert last < part.version
+        last = part.version
+
+
+def test_the_log_is_kept_while_it_is_copied(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = make(1), make(1)
+    node = source.nodes[0]
+    source.create(schema())
+    source.push(range(500))
+    real = checkpoints.blocks_of
+
+    def disturbed(*args: Any) -> Iterator[Any]:
+        for block in real(*args):
+            yield block
+            for _ in range(40):  # several segments
+                source.push(range(500))
+            node.home.checkpoint()  # which cuts the log
+
+    monkeypatch.setattr(checkpoints, "blocks_of", disturbed)
+    source.checkpoint("full")
+    first = node.home.log.first
+    target.restore("full")
+    assert target.rows() == source.rows()
+    assert node.home.checkpointer.pins == {}
+    source.push([1])
+    node.home.checkpoint()
+    assert node.home.log.first > first
+
+
+# ---- completing, names
+
+
+def test_a_checkpoint_is_there_when_it_is_complete_and_not_before(make: Make, url: str) -> None:
+    source = make(2)
+    fill(source)
+    listed = source.nodes[0].checkpoints.listed
+    attempt, parts = source.write("full")
+    assert [each.problem for each in listed(pb.ListCheckpointsRequest()).checkpoints] == [
+        "not completed"
+    ]
+    with pytest.raises(UnknownCheckpoint):
+        source.verify("full")
+    source.complete("full", attempt, parts)
+    info = listed(pb.ListCheckpointsRequest()).checkpoints[0]
+    assert (info.name, info.shards, info.problem) == ("full", 2, "")
+    assert list(info.versions) == source.versions()
+    assert source.verify("full") > 0
+
+
+def test_a_name_is_used_once(make: Make) -> None:
+    source = make(1)
+    source.checkpoint("full")
+    with pytest.raises(CheckpointExists):
+        source.checkpoint("full")
+    attempt, parts = source.write("other")
+    source.complete("other", attempt, parts)
+    with pytest.raises(CheckpointExists):
+        source.complete("other", attempt, parts)
+
+
+def test_what_earlier_attempts_left_is_cleared_away(make: Make, tmp_path: Path) -> None:
+    source = make(1)
+    fill(source)
+    source.write("full", attempt="1" * 16)
+    source.write("full", attempt="2" * 16)
+    attempt, parts = source.write("full")
+    source.complete("full", attempt, parts)
+    there = {path.name for path in (tmp_path / "checkpoints" / "full").iterdir()}
+    assert there == {files.MANIFEST, attempt}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../x", "a/b", "/tmp/x", "a\\b", "-x", "é", "a b", "x" * 129, "a\n"],  # noqa: S108
+)
+def test_a_checkpoint_is_named_and_never_pathed(make: Make, name: str) -> None:
+    node = make(1).nodes[0]
+    work, progress = node.checkpoints, node.checkpoints.progress()
+    calls: list[Callable[[], Any]] = [
+        lambda: work.write(pb.WriteCheckpointRequest(name=name, attempt=ID), progress),
+        lambda: work.complete(pb.CompleteCheckpointRequest(name=name, attempt=ID)),
+        lambda: work.verify(pb.VerifyCheckpointRequest(name=name), progress),
+        lambda: work.load_table(pb.LoadTableRequest(name=name, table="t", into="t"), progress),
+        lambda: node.restores.prepare(pb.PrepareRestoreRequest(name=name, id=ID), progress),
+    ]
+    if name:
+        calls += [
+            lambda: work.listed(pb.ListCheckpointsRequest(name=name)),
+            lambda: next(work.read_rows(pb.ReadRowsRequest(table="t", checkpoint=name))),
+            lambda: work.write(
+                pb.WriteCheckpointRequest(name="a", attempt=ID, base=name), progress
+            ),
+        ]
+    for call in calls:
+        with pytest.raises(BadRequest, match="name of a checkpoint"):
+            call()
+
+
+@pytest.mark.parametrize("bad", ["", "x", "../../../../etc/", ID.upper(), ID + "0"])
+def test_attempts_and_ids_are_no_paths_either(make: Make, bad: str) -> None:
+    node = make(1).nodes[0]
+    progress = node.checkpoints.progress()
+    with pytest.raises(BadRequest, match="attempt must be"):
+        node.checkpoints.write(pb.WriteCheckpointRequest(name="a", attempt=bad), progress)
+    with pytest.raises(BadRequest, match="attempt must be"):
+        node.checkpoints.complete(pb.CompleteCheckpointRequest(name="a", attempt=bad))
+    with pytest.raises(BadRequest, match="id must be"):
+        node.restores.prepare(pb.PrepareRestoreRequest(name="a", id=bad), progress)
+
+
+def test_parts_that_no_shard_wrote_are_refused(make: Make) -> None:
+    source = make(2)
+    fill(source)
+    attempt, parts = source.write("full")
+    bad: list[list[Any]] = [parts[:1], [], parts[::-1], [*parts, parts[0]]]
+    for field, value in (("path", "../x"), ("bytes", 0), ("checksum", "0" * 32)):
+        other = pb.CheckpointPart()
+        other.CopyFrom(parts[0])
+        setattr(other, field, value)
+        bad.append([other, parts[1]])
+    for each in bad:
+        with pytest.raises((CheckpointUnfit, Corrupt)):
+            source.complete("full", attempt, each)
+    with pytest.raises(UnknownCheckpoint):
+        source.verify("full")
+    source.complete("full", attempt, parts)
+
+
+def test_a_table_that_not_all_shards_have_makes_no_checkpoint(make: Make) -> None:
+    source = make(2)
+    source.nodes[0].shard.create_table(schema())
+    with pytest.raises(CheckpointUnfit, match="'t' was created or dropped"):
+        source.checkpoint("full")
+    source.create(schema())
+    source.checkpoint("full")
+
+
+def test_work_that_nobody_waits_for_ends(make: Make) -> None:
+    source = make(1)
+    fill(source)
+    work = source.nodes[0].checkpoints
+    progress = work.progress()
+    progress.given_up = True
+    with pytest.raises(Draining):
+        work.write(pb.WriteCheckpointRequest(name="full", attempt=ID), progress)
+    source.checkpoint("full")
+    work.stop()
+    with pytest.raises(Draining):
+        source.verify("full")
+
+
+def test_one_large_piece_of_work_at_a_time(make: Make) -> None:
+    source = make(1)
+    with source.nodes[0].checkpoints.alone(), pytest.raises(CheckpointBusy):
+        source.write("full")
+    source.write("full")
+
+
+# ---- damage
+
+
+def test_no_damage_is_restored(make: Make, tmp_path: Path) -> None:
+    source = make(2)
+    fill(source)
+    source.push(range(5), client=7, incarnation=1, sequence=1)
+    source.checkpoint("a")
+    source.push(range(5), client=7, incarnation=1, sequence=2)
+    source.delete(range(7, 12))
+    source.checkpoint("b", "a")
+    target = make(1)
+    rng = random.Random(0)
+    paths = [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
+    assert len(paths) >= 12
+    for path in paths:
+        whole = path.read_bytes()
+        for damage in ("flip", "flip", "flip", "cut", "gone"):
+            damaged = bytearray(whole)
+            if damage == "flip":
+                damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+            path.unlink()
+            if damage != "gone":
+                path.write_bytes(damaged if damage == "flip" else damaged[:-1])
+            with pytest.raises((Corrupt, UnknownCheckpoint)):
+                source.verify("b")
+            if path.name.endswith(".sessions") and path.parent.parent.name == "a":
+                continue  # those of the base are not what is restored
+            if not path.name.endswith(".sessions"):  # nor are those of other shards
+                with pytest.raises((Corrupt, UnknownCheckpoint)):
+                    target.restore("b")
+            assert target.rows() == {}
+            assert not (target.nodes[0].directory / "restore").exists()
+        path.write_bytes(whole)
+    target.restore("b")
+    assert target.rows() == source.rows()
+
+
+# ---- restores that are cut off
+
+
+def states(cluster: Homes) -> list[Any]:
+    return [
+        {name: dump.rows.tolist() for name, dump in node.shard.dump().items()}
+        for node in cluster.nodes
+    ]
+
+
+def test_a_cluster_with_tables_is_replaced_only_if_that_is_said(make: Make) -> None:
+    source, target = make(2), make(2)
+    fill(source)
+    source.checkpoint("full")
+    target.create(schema("mine"))
+    with pytest.raises(NotEmpty, match="'mine'"):
+        target.restore("full")
+    target.restore("full", replace=True)
+    assert target.rows() == source.rows()
+
+
+def test_a_table_that_comes_during_a_restore_is_not_replaced(make: Make) -> None:
+    source, target = make(1), make(1)
+    source.checkpoint("full")
+    node = target.nodes[0]
+    node.prepare("full", ID)
+    target.create(schema("mine"))
+    with pytest.raises(NotEmpty):
+        node.step(ID, Step.STEP_HOLD)
+    assert not node.restores.held
+    assert node.step(ID, Step.STEP_ABORT).phase == pb.RestoreStatus.PHASE_ABORTED
+
+
+def test_from_hold_to_release_the_shard_is_held(make: Make) -> None:
+    source, target = make(1), make(1)
+    fill(source)
+    source.checkpoint("full")
+    node = target.nodes[0]
+    told = []
+    node.prepare("full", ID)
+    told.append(node.restores.held)
+    for step in (Step.STEP_HOLD, Step.STEP_COMMIT, Step.STEP_RELEASE):
+        for _ in range(2):  # a step may be repeated
+            status = node.step(ID, step)
+            told.append(node.restores.held)
+    assert told == [False, True, True, True, True, False, False]
+    assert status.phase == pb.RestoreStatus.PHASE_RELEASED
+    assert target.rows() == source.rows()
+    assert {path.name for path in node.directory.iterdir()} >= {"base", "log", "restore"}
+    assert [path.name for path in (node.directory / "restore").iterdir()] == ["STATE"]
+
+
+@pytest.mark.parametrize("last", [None, Step.STEP_HOLD, Step.STEP_COMMIT])
+def test_until_it_is_released_what_was_there_can_come_back(make: Make, last: int | None) -> None:
+    source, target = make(1), make(1)
+    fill(source)
+    source.checkpoint("full")
+    target.create(schema("mine"))
+    target.push(range(9), table="mine")
+    before, node = target.rows(), target.nodes[0]
+    lineage = node.home.log.lineage
+    node.prepare("full", ID, replace=True)
+    for step in (Step.STEP_HOLD, Step.STEP_COMMIT):
+        if last is not None and step <= last:
+            node.step(ID, step)
+    for _ in range(2):
+        assert node.step(ID, Step.STEP_ABORT).phase == pb.RestoreStatus.PHASE_ABORTED
+    assert (target.rows(), node.home.log.lineage, node.restores.held) == (before, lineage, False)
+    target.push(range(9), table="mine")
+    target.restore("full", replace=True)
+    assert target.rows() == source.rows()
+
+
+def test_steps_out_of_their_order_are_refused(make: Make) -> None:
+    source, target = make(1), make(1)
+    source.checkpoint("full")
+    node = target.nodes[0]
+    for step in (Step.STEP_HOLD, Step.STEP_COMMIT):
+        with pytest.raises(RestoreConflict):
+            node.step(ID, step)
+    node.prepare("full", ID)
+    for step in (Step.STEP_COMMIT, Step.STEP_RELEASE):
+        with pytest.raises(RestoreConflict):
+            node.step(ID, step)
+    node.step(ID, Step.STEP_HOLD)
+    with pytest.raises(RestoreConflict):
+        node.prepare("full", "f" * 16)
+    for step in (Step.STEP_HOLD, Step.STEP_COMMIT, Step.STEP_RELEASE, Step.STEP_ABORT):
+        with pytest.raises(RestoreConflict):
+            node.step("f" * 16, step)
+
+
+def test_what_does_not_fit_into_memory_leaves_what_was_there(make: Make) -> None:
+    source, target = make(1), make(1, memory_bytes=3 << 20)
+    source.create(schema("large", optimizer=ADAM, dim=64))
+    source.push(range(20_000), table="large")
+    source.checkpoint("full")
+    target.create(schema("mine"))
+    target.push(range(9), table="mine")
+    before, node = target.rows(), target.nodes[0]
+    node.prepare("full", ID, replace=True)
+    node.step(ID, Step.STEP_HOLD)
+    status = node.step(ID, Step.STEP_COMMIT)
+    assert status.phase == pb.RestoreStatus.PHASE_FAILED
+    assert "budget" in status.why
+    assert node.restores.held
+    assert target.rows() == before
+    node.step(ID, Step.STEP_ABORT)
+    assert not node.restores.held
+    target.push(range(9), table="mine")
+    node.reopen()
+    assert len(target.rows()["mine"]) == 9
+
+
+class Died(Exception):
+    """The process ends here."""
+
+
+@pytest.mark.slow
+def test_wherever_a_shard_dies_it_is_all_there_or_nothing(
+    make: Make, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dies before each move and each sync in turn, also of what mends an earlier death."""
+    source, target = make(1), make(1)
+    fill(source)
+    source.checkpoint("full")
+    target.create(schema("mine"))
+    target.push(range(9), table="mine")
+    old, new = target.rows(), source.rows()
+    target.nodes[0].home.written()
+    target.nodes[0].close()
+    deaths = 0
+
+    def dying(real: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise Died
+            return real(*args, **more)
+
+        return call
+
+    for end in (Step.STEP_RELEASE, Step.STEP_ABORT):
+        for fuse in range(1, 200):
+            directory = tmp_path / f"dying-{end}-{fuse}"
+            shutil.copytree(target.nodes[0].directory, directory)
+            node = Node(directory, 0, 1, url).open()
+            left = [fuse]
+            with monkeypatch.context() as patch:
+                for name in ("sync", "_write_state", "_clean", "_clear"):
+                    patch.setattr(restore, name, dying(getattr(restore, name), left))
+                died = 0
+                while True:
+                    try:
+                        drive(node, end)
+                        break
+                    except Died:
+                        died += 1
+                        node.home.close()
+                        left[0] = fuse if died == 1 else 0  # once more, while it mends
+                        while True:
+                            node = Node(directory, 0, 1, url)
+                            try:
+                                node.open()
+                                break
+                            except Died:
+                                left[0] = 0
+                        rows = rows_of(node)
+                        assert rows in (old["mine"], new), fuse
+            assert rows_of(node) == (new if end == Step.STEP_RELEASE else old["mine"])
+            assert not node.restores.held
+            node.close()
+            shutil.rmtree(directory)
+            deaths += died
+            if not died:
+                break
+        else:
+            pytest.fail("it never came to an end")
+    assert deaths > 30
+
+
+def rows_of(node: Node) -> Any:
+    """The rows of the only table, or of the two of ``fill``."""
+    found: dict[str, Any] = {}
+    for name, dump in node.shard.dump().items():
+        rows = zip(dump.keys.tolist(), dump.rows.tolist(), dump.meta.tolist(), strict=True)
+        found[name] = {key: (row, meta) for key, row, meta in rows}
+    return found.get("mine", found)
+
+
+def drive(node: Node, end: int) -> None:
+    """Go on with a restore from wherever it is, to its release, or up to COMMIT and back."""
+    phase = node.restores.step(pb.RestoreRequest()).phase
+    status = pb.RestoreStatus
+    if phase == status.PHASE_UNSPECIFIED:
+        node.prepare("full", ID, replace=True)
+        phase = status.PHASE_PREPARED
+    if phase == status.PHASE_PREPARED:
+        phase = node.step(ID, Step.STEP_HOLD).phase
+    if phase == status.PHASE_HELD:
+        phase = node.step(ID, Step.STEP_COMMIT).phase
+    if phase in (status.PHASE_LOADED, status.PHASE_COMMITTED):
+        node.step(ID, end)
+
+
+# ---- tables and rows
+
+
+def written(node: Node, request: pb.ReadRowsRequest) -> dict[int, Any]:
+    """By key: row, version, step, frequency."""
+    found: dict[int, Any] = {}
+    messages = node.checkpoints.read_rows(request)
+    assert next(messages).header.HasField("schema")
+    for each in messages:
+        rows = np.frombuffer(each.rows, "<f4").reshape(-1, each.header.width).tolist()
+        columns = (
+            np.frombuffer(data, kind).tolist()
+            for data, kind in (
+                (each.keys, "<u8"),
+                (each.versions, "<u8"),
+                (each.steps, "<i8"),
+                (each.frequencies, "<u8"),
+            )
+        )
+        for row, key, version, step, frequency in zip(rows, *columns, strict=True):
+            assert key not in found
+            found[key] = (row, [key, version, np.uint64(step % 2**64), frequency])
+    return found
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5])
+def test_rows_are_read_from_shards_and_from_checkpoints(make: Make, shards: int) -> None:
+    source, other = make(3), make(shards)
+    fill(source)
+    source.checkpoint("full")
+    live = {}
+    for node in source.nodes:
+        live |= written(node, pb.ReadRowsRequest(table="adam"))
+    stored = {}
+    for node in other.nodes:
+        stored |= written(node, pb.ReadRowsRequest(table="adam", checkpoint="full"))
+    assert live == stored == source.rows()["adam"]
+    for request in (
+        pb.ReadRowsRequest(table="no"),
+        pb.ReadRowsRequest(table="no", checkpoint="full"),
+    ):
+        with pytest.raises(UnknownTable):
+            next(other.nodes[0].checkpoints.read_rows(request))
+
+
+def load(cluster: Homes, **request: str) -> int:
+    asked = pb.LoadTableRequest(**request)
+    return sum(
+        node.checkpoints.load_table(asked, node.checkpoints.progress()).rows
+        for node in cluster.nodes
+    )
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_table_is_filled_from_another_whatever_its_optimizer(make: Make, optimizer: str) -> None:
+    source, target = make(3), make(2)
+    fill(source)
+    source.checkpoint("full")
+    into = schema("into", optimizer=make_optimizer(optimizer, None, {}), dim=5)
+    target.create(into)
+    assert load(target, name="full", table="adam", into="into") == 850
+    found, rows = target.rows()["into"], source.rows()["adam"]
+    assert found.keys() == rows.keys()
+    state = into.optimizer.initial_state(5).tolist()
+    for key, (row, meta) in rows.items():
+        whole = row if optimizer == "adam" else [*row[:5], *state]
+        assert found[key][0] == whole
+        assert found[key][1][2:] == meta[2:]
+    for node in target.nodes:
+        node.reopen()
+    assert target.rows()["into"] == found
+
+
+def test_a_table_of_another_dim_or_with_rows_is_not_filled(make: Make) -> None:
+    source = make(2)
+    fill(source)
+    source.checkpoint("full")
+    source.create(schema("wide", dim=9))
+    with pytest.raises(SchemaMismatch, match="dim"):
+        load(source, name="full", table="adam", into="wide")
+    with pytest.raises(NotEmpty):
+        load(source, name="full", table="adam", into="adam")
+    for names in ({"table": "adam", "into": "no"}, {"table": "no", "into": "wide"}):
+        with pytest.raises(UnknownTable):
+            load(source, name="full", **names)
+
+
+def rows_message(numbers: list[int], **changes: Any) -> pb.WriteRowsRequest:
+    fields: dict[str, Any] = {
+        "table": "t",
+        "width": DIM,
+        "keys": np.array(numbers, np.uint64).tobytes(),
+        "rows": np.arange(len(numbers) * DIM, dtype=np.float32).tobytes(),
+    }
+    return pb.WriteRowsRequest(**{**fields, **changes})
+
+
+def test_rows_are_written_as_they_are_given(make: Make) -> None:
+    cluster = make(1)
+    cluster.create(schema(optimizer=ADAM))
+    node = cluster.nodes[0]
+    cluster.push([3])
+    steps = np.array([7, -7, 7], np.int64)
+    counts = np.array([1, 2**40, 3], np.uint64)
+    request = rows_message([1, 2, 3], steps=steps.tobytes(), frequencies=counts.tobytes())
+    assert node.checkpoints.write_rows(request).version == node.shard.version == 4
+    state = ADAM.initial_state(DIM).tolist()
+    found = cluster.rows()["t"]
+    assert {key: row for key, (row, _) in found.items()} == {
+        1: [0.0, 1.0, *state],
+        2: [2.0, 3.0, *state],
+        3: [4.0, 5.0, *state],
+    }
+    assert [found[key][1] for key in (1, 2, 3)] == [
+        [1, 4, 7, 1],
+        [2, 3, 2**64 - 7, 2**32 - 1],
+        [3, 4, 7, 3],
+    ]
+    node.reopen()
+    assert cluster.rows()["t"] == found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"width": 3},
+        {"keys": b"1234567"},
+        {"keys": np.array([1, 1], np.uint64).tobytes()},
+        {"rows": b""},
+        {"rows": np.full(2 * DIM, np.nan, np.float32).tobytes()},
+        {"steps": b"12345678"},
+        {"steps": np.full(2, 1 << 47, np.int64).tobytes()},
+        {"frequencies": b"12345678"},
+    ],
+)
+def test_rows_that_break_a_rule_are_not_written(make: Make, changes: dict[str, Any]) -> None:
+    cluster = make(1)
+    cluster.create(schema(optimizer=ADAM))
+    with pytest.raises(BadRequest):
+        cluster.nodes[0].checkpoints.write_rows(rows_message([1, 2], **changes))
+    assert cluster.rows() == {"t": {}}
+
+
+def test_rows_of_another_shard_are_not_written(make: Make) -> None:
+    cluster = make(2)
+    cluster.create(schema())
+    keys = np.arange(50, dtype=np.uint64)
+    other = keys[routing.owners(keys, cluster.map) == 1]
+    with pytest.raises(BadRequest):
+        cluster.nodes[0].checkpoints.write_rows(rows_message(other[:2].tolist()))
+    cluster.nodes[1].checkpoints.write_rows(rows_message(other[:2].tolist()))
+    assert set(cluster.rows()["t"]) == set(other[:2].tolist())
+
+
+def test_a_delete_after_written_rows_is_a_delete(make: Make) -> None:
+    cluster = make(1)
+    cluster.create(schema())
+    cluster.nodes[0].checkpoints.write_rows(rows_message([1, 2]))
+    cluster.nodes[0].shard.delete(change([1]))
+    cluster.nodes[0].reopen()
+    assert set(cluster.rows()["t"]) == {2}

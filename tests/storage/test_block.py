@@ -1,0 +1,218 @@
+"""Blocks: what is packed comes back, and what was damaged does not."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from storage.block import (
+    BLOCK_BYTES,
+    ROWS,
+    TOMBSTONES,
+    Block,
+    pack_rows,
+    pack_tombstones,
+    rows_per_block,
+    size_of,
+    tombstones_per_block,
+    unpack,
+    verify,
+)
+from storage.errors import Corrupt, UnknownFormat
+
+ROWS_GOLDEN = (
+    "5053424c4f434b0a 01000000 02000000 0200000000000000 07000000 01000000"
+    "0000000000000000 fdce9167a5080dbd 00000000000000000000000000000000"
+    "0100000000000000 ffffffffffffffff"  # keys
+    "0300000000000000 0400000000000000"  # versions
+    "feffffffffffffff 0600000000000000"  # steps
+    "0700000000000000 0800000000000000"  # frequencies
+    "0000003f 000080bf 00000000 000020c0"  # rows
+)
+TOMBSTONES_GOLDEN = (
+    "5053424c4f434b0a 01000000 00000000 0200000000000000 07000000 02000000"
+    "0000000000000000 5f36a1f721d6e5da 00000000000000000000000000000000"
+    "0100000000000000 ffffffffffffffff"  # keys
+    "0300000000000000 0400000000000000"  # versions
+    "01000000 05000000"  # causes
+)
+
+
+def u64(*numbers: int) -> NDArray[np.uint64]:
+    return np.array(numbers, np.uint64)
+
+
+def golden_rows() -> memoryview:
+    rows = np.array([[0.5, -1], [0, -2.5]], np.float32)
+    steps = np.array([-2, 6], np.int64)
+    return pack_rows(7, u64(1, 2**64 - 1), u64(3, 4), steps, u64(7, 8), rows)
+
+
+def golden_tombstones() -> memoryview:
+    causes = np.array([1, 5], np.uint32)
+    return pack_tombstones(7, u64(1, 2**64 - 1), u64(3, 4), causes)
+
+
+def contents(block: Block) -> tuple[Any, ...]:
+    arrays = (block.keys, block.versions, block.steps, block.frequencies, block.rows, block.causes)
+    return (block.table, block.kind, block.width, len(block), *(a.tolist() for a in arrays))
+
+
+GOLDEN = {
+    "rows": (golden_rows, ROWS_GOLDEN),
+    "tombstones": (golden_tombstones, TOMBSTONES_GOLDEN),
+}
+
+
+# ---- the format
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_format_is_what_it_always_was(name: str) -> None:
+    pack, golden = GOLDEN[name]
+    assert bytes(pack()).hex(" ", 8) == bytes.fromhex(golden).hex(" ", 8)
+
+
+def test_golden_bytes_read_back_as_what_was_packed() -> None:
+    keys, versions = [1, 2**64 - 1], [3, 4]
+    assert contents(unpack(bytes.fromhex(ROWS_GOLDEN), "golden")) == (
+        *(7, ROWS, 2, 2, keys, versions, [-2, 6], [7, 8], [[0.5, -1], [0, -2.5]], []),
+    )
+    assert contents(unpack(bytes.fromhex(TOMBSTONES_GOLDEN), "golden")) == (
+        *(7, TOMBSTONES, 0, 2, keys, versions, [], [], [], [1, 5]),
+    )
+
+
+def test_a_full_block_is_just_below_two_mebibytes() -> None:
+    for width in (1, 8, 64, 3 * 8192):
+        rows = rows_per_block(width)
+        assert size_of(ROWS, width, rows) <= BLOCK_BYTES < size_of(ROWS, width, rows + 1)
+    assert rows_per_block(1 << 20) == 1
+    count = tombstones_per_block()
+    assert size_of(TOMBSTONES, 0, count) <= BLOCK_BYTES < size_of(TOMBSTONES, 0, count + 1)
+
+
+# ---- packing in place
+
+
+@given(
+    table=st.integers(0, 2**32 - 1),
+    width=st.integers(1, 9),
+    count=st.integers(0, 20),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_rows_come_back_bit_for_bit(table: int, width: int, count: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    block = Block.empty(table, width, count)
+    parts = (block.keys, block.versions, block.steps, block.frequencies, block.rows)
+    for part in parts:
+        part.view(np.uint8)[...] = random.integers(0, 256, part.view(np.uint8).shape, np.uint8)
+    data = block.seal()
+    assert len(data) == size_of(ROWS, width, count)
+    again = unpack(data, "here")
+    assert (again.table, again.kind, again.width, len(again)) == (table, ROWS, width, count)
+    read = (again.keys, again.versions, again.steps, again.frequencies, again.rows)
+    assert [a.tobytes() for a in read] == [a.tobytes() for a in parts]
+    assert [(a.dtype, a.shape) for a in read] == [(a.dtype, a.shape) for a in parts]
+    assert len(again.causes) == 0
+
+
+def test_a_block_is_built_in_the_buffer_that_it_is_given() -> None:
+    buffer = np.full(BLOCK_BYTES, 0xEE, np.uint8)
+    for block in (Block.empty(1, 4, 10, buffer), Block.tombstones(1, 10, buffer)):
+        block.keys[:] = np.arange(10)
+        data = block.seal()
+        assert np.shares_memory(np.frombuffer(data, np.uint8), buffer)
+        assert unpack(data, "here").keys.tolist() == list(range(10))
+        assert (buffer[len(data) :] == 0xEE).all()
+
+
+def test_sealing_again_covers_what_changed() -> None:
+    block = Block.empty(1, 1, 1)
+    for number in range(2):
+        block.data[64:] = number
+        assert unpack(block.seal(), "here").keys[0] == number * 0x0101010101010101
+
+
+def test_reading_copies_nothing_if_the_bytes_are_aligned() -> None:
+    data = golden_rows()
+    block = unpack(data, "here")
+    whole = np.frombuffer(data, np.uint8)
+    assert all(np.shares_memory(a, whole) for a in (block.keys, block.steps, block.rows))
+
+
+@pytest.mark.parametrize("shift", range(8))
+def test_bytes_at_any_address_can_be_read(shift: int) -> None:
+    data = bytes(shift) + bytes(golden_rows())
+    block = unpack(memoryview(data)[shift:], "here")
+    assert contents(block) == contents(unpack(golden_rows(), "here"))
+    assert all(a.flags.aligned for a in (block.keys, block.versions, block.rows))
+
+
+def test_the_arrays_of_read_only_bytes_are_read_only() -> None:
+    block = unpack(bytes(golden_rows()), "here")
+    with pytest.raises(ValueError, match="read-only"):
+        block.rows[0, 0] = 1
+
+
+# ---- damage
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_every_flipped_bit_is_found(name: str) -> None:
+    data = bytearray(GOLDEN[name][0]())
+    for byte in range(len(data)):
+        for bit in range(8):
+            data[byte] ^= 1 << bit
+            with pytest.raises(Corrupt) as caught:
+                verify(data, "block 5")
+            assert caught.value.where == "block 5"
+            data[byte] ^= 1 << bit
+    verify(data, "block 5")
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_every_other_length_is_found(name: str) -> None:
+    data = bytes(GOLDEN[name][0]())
+    for size in range(len(data)):
+        with pytest.raises(Corrupt):
+            verify(data[:size], "block 5")
+    with pytest.raises(Corrupt):
+        verify(data + bytes(8), "block 5")
+
+
+def resealed(offset: int, value: int, size: int = 4) -> bytearray:
+    """A block with one field changed and a checksum that fits."""
+    data = bytearray(golden_rows())
+    data[offset : offset + size] = value.to_bytes(size, "little")
+    struct.pack_into("<Q", data, 40, xxhash.xxh3_64_intdigest(data[:40] + data[48:]))
+    return data
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "size", "what"),
+    [
+        (0, 0, 8, "begin"),
+        (12, 3, 4, "not 152"),
+        (16, 2**64 - 1, 8, "bytes, not"),
+        (28, 3, 4, "kind 3"),
+    ],
+)
+def test_a_header_that_lies_is_found_though_its_checksum_fits(
+    offset: int, value: int, size: int, what: str
+) -> None:
+    with pytest.raises(Corrupt, match=what):
+        unpack(resealed(offset, value, size), "here")
+
+
+def test_a_newer_format_is_not_called_damage() -> None:
+    with pytest.raises(UnknownFormat) as caught:
+        unpack(resealed(8, 2), "block 5")
+    assert (caught.value.where, caught.value.held, caught.value.known) == ("block 5", 2, 1)

@@ -1,0 +1,249 @@
+"""Records: what is encoded is decoded, and bytes that are no record are refused with a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from storage.errors import Corrupt
+from storage.records import (
+    HEAD,
+    MAX_NAME,
+    Barrier,
+    Cause,
+    Create,
+    Delete,
+    Drop,
+    Kind,
+    Origin,
+    Push,
+    Record,
+    decode,
+    encode_barrier,
+    encode_create,
+    encode_delete,
+    encode_drop,
+    encode_push,
+)
+from storage.segment import Frame, Part
+
+TOP = (1 << 64) - 1
+WHO = Origin(
+    client=TOP, incarnation=2, sequence=3, acknowledged=TOP - 1, step=-(1 << 63), time_us=1 << 50
+)
+KEYS = np.array([0, 1, TOP, 1 << 63, 5], np.uint64)
+FREQUENCIES = np.array([1, TOP, 3, 4, 5], np.uint64)
+ROWS = np.array([[1.5, -0.0, np.inf]] * 5, np.float32)
+NO_KEYS = np.empty(0, np.uint64)
+
+
+def joined(kind: int, parts: list[Part]) -> Frame:
+    """The frame as a log returns it."""
+    whole = b"".join(memoryview(part).cast("B") if len(part) else b"" for part in parts)
+    return Frame(9, kind, memoryview(whole))
+
+
+def changed(frame: Frame, offset: int, value: bytes) -> Frame:
+    whole = bytearray(frame.payload)
+    whole[offset : offset + len(value)] = value
+    return Frame(frame.version, frame.kind, memoryview(bytes(whole)))
+
+
+def plain(record: Record) -> dict[str, Any]:
+    """A record's fields, arrays with their types and bytes."""
+    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    return {"is": type(record)} | {
+        name: (v.dtype, v.shape, v.tobytes()) if isinstance(v, np.ndarray) else v
+        for name, v in fields.items()
+    }
+
+
+PUSH = joined(Kind.PUSH, encode_push(WHO, 7, KEYS, FREQUENCIES, ROWS))
+DELETE = joined(Kind.DELETE, encode_delete(WHO, 7, Cause.NORM, KEYS))
+CREATE = joined(Kind.CREATE, encode_create(WHO, 7, {"name": "t", "dim": 3}))
+DROP = joined(Kind.DROP, encode_drop(WHO, 7, {"name": "t", "dim": 3}))
+BARRIER = joined(Kind.BARRIER, encode_barrier(WHO, "Ende — 完"))
+RECORDS: dict[Kind, tuple[Frame, Record]] = {
+    Kind.PUSH: (PUSH, Push(WHO, 7, KEYS, FREQUENCIES, ROWS)),
+    Kind.DELETE: (DELETE, Delete(WHO, 7, Cause.NORM, KEYS)),
+    Kind.CREATE: (CREATE, Create(WHO, 7, {"name": "t", "dim": 3})),
+    Kind.DROP: (DROP, Drop(WHO, 7, {"name": "t", "dim": 3})),
+    Kind.BARRIER: (BARRIER, Barrier(WHO, "Ende — 完")),
+}
+OFFSETS = {"table": 48, "width": 52, "count": 56, "cause": 60}
+UNUSED = {
+    Kind.PUSH: ("cause",),
+    Kind.DELETE: ("width",),
+    Kind.CREATE: ("width", "count", "cause"),
+    Kind.DROP: ("width", "count", "cause"),
+    Kind.BARRIER: ("table", "width", "count", "cause"),
+}
+
+
+def test_every_kind_is_tested_here() -> None:
+    assert set(RECORDS) == set(UNUSED) == set(Kind)
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_what_is_encoded_is_decoded(kind: Kind) -> None:
+    frame, record = RECORDS[kind]
+    assert plain(decode(frame)) == plain(record)
+
+
+def test_a_push_is_these_bytes() -> None:
+    head = b"\xff" * 8 + b"\2" + bytes(7) + b"\3" + bytes(7) + b"\xfe" + b"\xff" * 7
+    head += bytes(7) + b"\x80" + bytes(6) + b"\4\0" + b"\7\0\0\0\3\0\0\0\5\0\0\0\0\0\0\0"
+    assert len(head) == HEAD.size == 64
+    assert bytes(PUSH.payload) == head + KEYS.tobytes() + FREQUENCIES.tobytes() + ROWS.tobytes()
+
+
+def test_encoding_copies_no_array() -> None:
+    parts = encode_push(WHO, 7, KEYS, FREQUENCIES, ROWS)
+    assert parts[1] is KEYS
+    assert parts[2] is FREQUENCIES
+    assert parts[3] is ROWS
+    assert encode_delete(WHO, 7, Cause.REQUEST, KEYS)[1] is KEYS
+
+
+def test_decoded_arrays_are_read_only_views_of_the_frame() -> None:
+    push = decode(PUSH)
+    assert isinstance(push, Push)
+    whole = np.frombuffer(PUSH.payload, np.uint8)
+    for array in (push.keys, push.frequencies, push.rows):
+        assert np.shares_memory(array, whole)
+        assert not array.flags.writeable
+        assert array.flags.aligned
+
+
+def test_a_frame_in_unaligned_memory_is_copied() -> None:
+    shifted = memoryview(b"x" + bytes(PUSH.payload))[1:]
+    push = decode(Frame(9, Kind.PUSH, shifted))
+    assert isinstance(push, Push)
+    assert plain(push) == plain(decode(PUSH))
+    assert push.keys.flags.aligned
+    assert push.rows.flags.aligned
+
+
+def test_a_push_or_delete_without_keys_is_a_record() -> None:
+    rows = np.empty((0, 4), np.float32)
+    push = joined(Kind.PUSH, encode_push(Origin(), 1, NO_KEYS, NO_KEYS, rows))
+    assert plain(decode(push)) == plain(Push(Origin(), 1, NO_KEYS, NO_KEYS, rows))
+    delete = joined(Kind.DELETE, encode_delete(Origin(), 1, Cause.REQUEST, NO_KEYS))
+    assert plain(decode(delete)) == plain(Delete(Origin(), 1, Cause.REQUEST, NO_KEYS))
+
+
+@pytest.mark.parametrize("cause", Cause)
+def test_every_cause_of_a_delete_comes_back(cause: Cause) -> None:
+    record = decode(joined(Kind.DELETE, encode_delete(WHO, 7, cause, KEYS)))
+    assert isinstance(record, Delete)
+    assert record.cause is cause
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_a_field_that_the_kind_has_not_must_be_zero(kind: Kind) -> None:
+    for field in UNUSED[kind]:
+        bad = changed(RECORDS[kind][0], OFFSETS[field], b"\1")
+        with pytest.raises(Corrupt) as caught:
+            decode(bad)
+        assert caught.value.where == "record of version 9"
+        assert caught.value.what in (
+            f"{field} 1 in a kind of record that has none",
+            f"{field} 5 in a kind of record that has none",
+        )
+
+
+@pytest.mark.parametrize("kind", [Kind.PUSH, Kind.DELETE])
+def test_lengths_are_exact(kind: Kind) -> None:
+    whole = bytes(RECORDS[kind][0].payload)
+    for size in [*range(len(whole)), len(whole) + 1, len(whole) + 8]:
+        with pytest.raises(Corrupt, match=r"^record of version 9: \d+ bytes"):
+            decode(Frame(9, kind, memoryview(whole.ljust(size, b"\0")[:size])))
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_less_than_a_head_is_refused(kind: Kind) -> None:
+    for size in range(HEAD.size):
+        with pytest.raises(Corrupt, match=f"{size} bytes, too short for the head of a record"):
+            decode(Frame(9, kind, RECORDS[kind][0].payload[:size]))
+
+
+@pytest.mark.parametrize("kind", [0, 6, 0xFFFFFFFF])
+def test_an_unknown_kind_is_refused(kind: int) -> None:
+    with pytest.raises(Corrupt, match=f"unknown kind {kind}"):
+        decode(Frame(9, kind, DROP.payload))
+
+
+@pytest.mark.parametrize("cause", [0, 6, 0xFFFFFFFF])
+def test_an_unknown_cause_is_refused(cause: int) -> None:
+    with pytest.raises(Corrupt, match=f"deleted for an unknown cause {cause}"):
+        decode(changed(DELETE, OFFSETS["cause"], cause.to_bytes(4, "little")))
+
+
+def test_rows_without_width_are_refused() -> None:
+    whole = bytearray(PUSH.payload[: HEAD.size + 16 * 5])
+    whole[OFFSETS["width"]] = 0
+    with pytest.raises(Corrupt, match="rows of width 0"):
+        decode(Frame(9, Kind.PUSH, memoryview(bytes(whole))))
+
+
+def test_the_largest_count_and_width_are_refused_before_memory_is_taken() -> None:
+    bad = changed(changed(PUSH, OFFSETS["count"], b"\xff" * 4), OFFSETS["width"], b"\xff" * 4)
+    with pytest.raises(Corrupt, match=r"140 bytes behind the head, which asks for \d{20}"):
+        decode(bad)
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"", "the schema is no JSON: "),
+        (b"{", "the schema is no JSON: "),
+        (b"\xff\xfe", "the schema is no JSON: "),
+        (b"[" * 100_000, "the schema is no JSON: "),
+        (b"[1]", "the schema is no JSON object"),
+        (b"null", "the schema is no JSON object"),
+    ],
+)
+def test_a_schema_is_a_json_object(body: bytes, why: str) -> None:
+    with pytest.raises(Corrupt, match=why):
+        decode(Frame(9, Kind.CREATE, memoryview(bytes(CREATE.payload[: HEAD.size]) + body)))
+
+
+def test_a_schema_comes_back_as_json_says() -> None:
+    schema = {"name": "t", "seed": TOP, "default": 0.1, "of": {"kind": "adam", "lr": [1e-300]}}
+    record = decode(joined(Kind.CREATE, encode_create(WHO, 1, schema)))
+    assert record == Create(WHO, 1, json.loads(json.dumps(schema)))
+
+
+@pytest.mark.parametrize("body", [b"\xff", b"a\xc3", b"\xed\xa0\x80"])
+def test_a_name_is_utf8(body: bytes) -> None:
+    with pytest.raises(Corrupt, match="the name is no UTF-8: "):
+        decode(Frame(9, Kind.BARRIER, memoryview(bytes(BARRIER.payload[: HEAD.size]) + body)))
+
+
+def test_a_name_has_its_limit() -> None:
+    longest = joined(Kind.BARRIER, encode_barrier(WHO, "n" * MAX_NAME))
+    assert decode(longest) == Barrier(WHO, "n" * MAX_NAME)
+    with pytest.raises(Corrupt, match="a name of 1025 bytes, 1024 are allowed"):
+        decode(joined(Kind.BARRIER, encode_barrier(WHO, "n" * (MAX_NAME + 1))))
+
+
+def test_hostile_bytes_are_refused_or_decoded_and_nothing_else() -> None:
+    dice = random.Random(11)
+    good = [frame for frame, _ in RECORDS.values()]
+    for _ in range(5000):
+        whole = bytearray(dice.choice(good).payload)
+        for _ in range(dice.randrange(4)):
+            whole[dice.randrange(min(len(whole), 80))] = dice.randrange(256)
+        if dice.random() < 0.3:
+            del whole[dice.randrange(len(whole)) :]
+        try:
+            record = decode(Frame(9, dice.randrange(7), memoryview(bytes(whole))))
+        except Corrupt:
+            continue
+        if isinstance(record, Push):
+            assert record.rows.shape[0] == len(record.keys) == len(record.frequencies)
