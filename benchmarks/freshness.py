@@ -252,7 +252,7 @@ def stopped(report: Report, directory: Path, rows: int, window: float, rounds: i
                         ]
                         for each in idle:
                             each.next(30)  # it is there; no more is taken
-                        push_for(table, keys, steps, 0.3)
+                        push_for(table, keys, steps, 1.0)  # until their buffers are full
                         rate = push_for(table, keys, steps, window)
                         one.wait_durable()
                         if turn:
