@@ -367,9 +367,7 @@ def streamed(report: Report, directory: Path, rows: int, seconds: float) -> None
         changed = updates(table, keys, share, seconds)
         assert client.wait_durable()[0] == last
         live.join()
-        came["coalesced"] = read_up_to(
-            server, last, tokens=tokens, coalesce_ms=60_000, coalesce_rows=len(share), **name
-        )
+        came["coalesced"] = read_up_to(server, last, tokens=tokens, coalesce_ms=1000, **name)
     short = ("--checkpoint-seconds", "1", "--log-keep-bytes", "0", *segments)
     with serving(directory, *short) as server, Client([server.address]) as client:
         table = client.table("rows")
