@@ -85,6 +85,32 @@ class Tombstones(NamedTuple):
     cause: Cause
 
 
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """A table on this shard, for a reader that goes through its rows while pushes go on."""
+
+    schema: TableSchema
+    number: int
+    version: int  # of the shard
+    rows: int
+    tiers: list[tuple[str, Scan, int]]  # name, rows, bytes
+    index_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a table knows of some keys now; 0 and empty for those without a row."""
+
+    version: int  # of the shard
+    number: int  # of the table
+    created: int  # version of its creation
+    tiers: list[str]
+    versions: NDArray[np.uint64]  # [n]
+    steps: NDArray[np.int64]  # [n]
+    frequencies: NDArray[np.uint64]  # [n]
+    embeddings: Rows  # float32[n, dim]
+
+
 class Standing(NamedTuple):
     """Which tables there are at one version."""
 
@@ -236,6 +262,32 @@ class Shard:
         """A table's rows as they are now and will be, to be copied by slices on this thread."""
         table = self._table(name)
         return table.schema, self.version, table.scan()
+
+    def holdings(self, name: str) -> Holdings:
+        """What there is of a table, to be read by slices."""
+        held = self._held(name)
+        stats = held.table.stats()
+        return Holdings(
+            held.table.schema,
+            held.number,
+            self.version,
+            stats.rows,
+            held.table.tiers(),
+            stats.index_bytes,
+        )
+
+    def holds(self, number: int) -> bool:
+        """Whether the table of this number is still there."""
+        return number in self._numbered
+
+    def known(self, name: str, keys: Keys) -> Known:
+        """What a table knows of distinct keys of this shard."""
+        held = self._held(name)
+        table = held.table
+        embeddings = np.empty((len(keys), table.schema.dim), np.float32)
+        locations = table.pull(keys, "serve", embeddings)
+        tiers, metadata = table.tiers_of(locations), table.metadata(locations)
+        return Known(self.version, held.number, held.created, tiers, *metadata, embeddings)
 
     def barrier(self, name: str) -> int:
         """Mark this moment in the log, and return its version."""

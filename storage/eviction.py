@@ -30,10 +30,9 @@ from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from storage.kernels import AHEAD, Keys, Rows, Slots, jit, prefetch_row
+from storage.kernels import AHEAD, Keys, Rows, Slots, jit, prefetch_row, square_sum
 from storage.records import Cause
 
 FIRST_STEP = -(1 << 47)  # that there can be
@@ -148,16 +147,6 @@ def _idle_versions(meta: Any, start: int, stop: int, last: Any, cause: int, caus
             causes[i] = cause
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
-def _square_sum(row: Any, dim: int) -> Any:
-    """Sum of squares of the first ``dim`` numbers, in float64, in the order that is fastest."""
-    total = 0.0
-    for j in range(dim):
-        number = np.float64(row[j])
-        total += number * number
-    return total
-
-
 @jit
 def _small(
     slab: Any, meta: Any, start: int, stop: int, dim: int, least: float, cause: int, causes: Any
@@ -171,7 +160,7 @@ def _small(
         if i + AHEAD < n and causes[i + AHEAD] == 255:
             prefetch_row(slab, start + i + AHEAD, 4 * dim)
         if causes[i] == 255:
-            causes[i] = cause if np.sqrt(_square_sum(slab[start + i], dim)) < least else 0
+            causes[i] = cause if np.sqrt(square_sum(slab[start + i], dim)) < least else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
