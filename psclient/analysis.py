@@ -115,6 +115,7 @@ class Analysis:
 
     table: str
     checkpoint: str | None
+    asked: dict[str, tuple[float, ...]]  # thresholds: frequencies, ages, norms
     time: float  # seconds since 1970: of the analysis, or when the checkpoint was complete
     seconds: float  # that it took
     dim: int
@@ -219,7 +220,13 @@ def analyze(
     last = admin._all_streams(client, "Analyze", request, pb.AnalyzeResponse, tell, service=SERVICE)
     summaries = [message.summary for message in last]
     when = admin.describe(client, checkpoint).time if checkpoint else time.time()
-    return _merged(summaries, table, checkpoint, when, time.perf_counter() - start, top)
+    asked = {
+        "frequencies": tuple(map(float, frequencies)),
+        "ages": tuple(map(float, ages)),
+        "norms": tuple(map(float, norms)),
+    }
+    seconds = time.perf_counter() - start
+    return _merged(summaries, table, checkpoint, asked, when, seconds, top)
 
 
 def _columns(message: pb.AnalyzeResponse) -> RowColumns:
@@ -240,6 +247,7 @@ def _merged(
     parts: Sequence[pb.Summary],
     table: str,
     checkpoint: str | None,
+    asked: dict[str, tuple[float, ...]],
     when: float,
     seconds: float,
     top: int,
@@ -264,6 +272,7 @@ def _merged(
     return Analysis(
         table=table,
         checkpoint=checkpoint,
+        asked=asked,
         time=when,
         seconds=seconds,
         dim=schema.dim,

@@ -37,9 +37,6 @@ class RowColumns(NamedTuple):
     norms: NDArray[np.float64]  # [n]  L2, of the embedding
     tier: str
 
-    def __len__(self) -> int:
-        return len(self.keys)
-
     def take(self, chosen: Any) -> RowColumns:
         """Some of the rows, by a mask or by positions."""
         return RowColumns._make([*(column[chosen] for column in self[:-1]), self.tier])
@@ -124,7 +121,7 @@ class Extremes:
         order = np.lexsort((keys, ranks))[: self._k]
         pairs = zip(self.rows[:-1], rows[:-1], strict=True)
         self.rows = RowColumns._make([*(np.concatenate(pair)[order] for pair in pairs), ""])
-        self.tiers = np.concatenate([self.tiers, np.full(len(rows), rows.tier)])[order]
+        self.tiers = np.concatenate([self.tiers, np.full(len(rows.keys), rows.tier)])[order]
         self._ranks = ranks[order]
 
 
@@ -164,10 +161,10 @@ class Summary:
 
         step  from which their ages are counted back; a row of a later one has age 0
         """
-        if not len(rows):
+        if not (count := len(rows.keys)):
             return
-        self.rows += len(rows)
-        self.tiers[rows.tier] = self.tiers.get(rows.tier, 0) + len(rows)
+        self.rows += count
+        self.tiers[rows.tier] = self.tiers.get(rows.tier, 0) + count
         self.occurrences += int(rows.frequencies.sum(dtype=np.uint64))
         self.norm_sum += float(rows.norms.sum())
         self.frequencies.add(rows.frequencies, rows.frequencies)
