@@ -152,8 +152,13 @@ class Analysis:
         return self.frequencies.behind(threshold)
 
     def dropped(self, threshold: int) -> int:
-        """Occurrences of all the other rows."""
-        return int(self.occurrences_between[: self.frequencies.position(threshold) + 1].sum())
+        """Occurrences whose gradients that threshold would have dropped.
+
+        All of the other rows, and of these all but the last of the first ``threshold``; fewer
+        where several come in one push.
+        """
+        below = self.occurrences_between[: self.frequencies.position(threshold) + 1]
+        return int(below.sum()) + self.admitted(threshold) * (threshold - 1)
 
     def idle(self, ttl: int) -> int:
         """Rows that a step TTL of so many steps evicts."""
@@ -455,8 +460,8 @@ class Gone:
 
     version: int  # of the shard, with which the row went
     cause: str  # request, step_ttl, time_ttl, norm, capacity
-    time: float | None  # seconds since 1970; None: not in the log any more
-    step: int | None  # of the table, of an eviction that is in the log
+    time: float | None  # seconds since 1970; None: it is not in the log any more
+    step: int | None  # the largest that had been pushed to the table; None alike
 
     def __str__(self) -> str:
         what = "deleted on request" if self.cause == "request" else f"evicted by {self.cause}"
@@ -552,7 +557,7 @@ def _key(key: int, shard: int, facts: pb.KeyFacts, admission: pb.Rule) -> KeyInf
             Gone(
                 gone.version,
                 gone.cause,
-                gone.time_us / 1e6 if gone.time_us else None,
+                gone.time_us / 1e6 if gone.HasField("time_us") else None,
                 gone.step if gone.HasField("step") else None,
             )
             for gone in facts.gone

@@ -105,8 +105,8 @@ class Analyses:
     def _live(self, request: pb.AnalyzeRequest, summary: Summary) -> Iterator[pb.AnalyzeResponse]:
         progress = self._checkpoints.progress()  # ends the work when the server does
         held = self._engine.run(lambda: self._shard.holdings(request.table))
-        step = _largest_step(held)
-        outbox = _Outbox(request, held.rows)
+        step = held.step
+        outbox = _Outbox(request, held.stats.rows)
         for tier, scan, _ in held.tiers:
             for rows, embeddings in self._slices(request, held, tier, scan):
                 progress.tell(0)
@@ -117,7 +117,8 @@ class Analyses:
         told.version, told.last_version = held.version, self._shard.version
         for name, _, size in held.tiers:
             told.tiers.add(name=name, rows=summary.tiers.get(name, 0), bytes=size)
-        told.index_bytes = held.index_bytes
+        told.index_bytes, told.waiting = held.stats.index_bytes, held.stats.waiting
+        told.waiting_bytes = held.stats.counter_bytes
         yield pb.AnalyzeResponse(done=outbox.done, total=outbox.done, summary=told)
 
     def _slices(
@@ -193,7 +194,11 @@ class Analyses:
         known = self._engine.run(lambda: self._shard.known(request.table, keys))
         gone, horizon = self._gone(known, keys)
         response = pb.InspectResponse(
-            version=known.version, created=known.created, tombstone_horizon=horizon
+            version=known.version,
+            created=known.created,
+            tombstone_horizon=horizon,
+            step=known.step,
+            admission=write_schema(known.schema).admission,
         )
         norms = _norms(known.embeddings, known.embeddings.shape[1])
         for i, key in enumerate(keys.tolist()):
@@ -205,8 +210,12 @@ class Analyses:
                 facts.norm = norms[i]
                 if request.embeddings:
                     facts.embedding.extend(known.embeddings[i].tolist())
+            elif known.waiting[i]:
+                facts.state, facts.waiting = pb.KeyFacts.STATE_WAITING, int(known.waiting[i])
             elif facts.gone:
                 facts.state = pb.KeyFacts.STATE_GONE
+            elif known.forgets:
+                facts.state, facts.why = pb.KeyFacts.STATE_UNKNOWN, known.forgets
             elif horizon > known.created:
                 facts.state = pb.KeyFacts.STATE_UNKNOWN
                 facts.why = f"deletes up to version {horizon} may be forgotten"
@@ -265,9 +274,7 @@ class Analyses:
         for frame in frames[:1]:
             record = decode(frame)
             if isinstance(record, Delete):
-                gone.time_us = record.origin.time_us
-                if dead.cause != Cause.REQUEST:
-                    gone.step = record.origin.step
+                gone.time_us, gone.step = record.origin.time_us, record.origin.step
         return gone
 
 
@@ -347,19 +354,6 @@ def _require(field: str, values: Sequence[float], least: float, most: float) -> 
         if not least <= value <= most or math.isinf(value):
             rule = f"in {least:g}..{most:g}" if least >= 1 or not least else "finite and above 0"
             raise BadRequest("INVALID_ARGUMENT", f"{field} must be {rule}, got {value!r}")
-
-
-def _largest_step(held: Holdings) -> int:
-    """Of all rows, some of which are pushed meanwhile."""
-    step = -LAST_STEP
-    for _, scan, _ in held.tiers:
-        start: int | None = 0
-        norms = np.empty(SLICE_ROWS, np.float64)
-        while start is not None:
-            places, start = scan.find(start, 0, ALL, SLICE_ROWS)
-            steps = scan.measure(places, norms[: len(places)])[:, STEP].view(np.int64)
-            step = max(step, int(steps.max(initial=step)))
-    return step
 
 
 def _norms(matrix: Rows, dim: int) -> NDArray[np.float64]:

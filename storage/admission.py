@@ -18,9 +18,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,11 @@ class Gate(ABC):
 
     cap: int = 0  # keys that it is made to count at a time
     dropped: int = 0  # counters that went for age or for room, so far
+
+    @property
+    def forgets(self) -> str:
+        """How a key may have been pushed that has neither row nor counter; empty: it was not."""
+        return ""
 
     @abstractmethod
     def weigh(self, keys: Keys, counts: Counts, version: int) -> tuple[Admitted, Counts]:
@@ -117,15 +122,17 @@ class Gate(ABC):
         """
         return np.empty(0, np.uint8)
 
-    def load_cells(self, cells: NDArray[Any]) -> None:
-        """Take over what ``cells`` of a gate of the same rule and seed returned.
+    def load_cells(self, start: int, data: NDArray[np.uint8]) -> None:
+        """Take over the bytes from ``start`` on of what ``cells`` of an equal gate returned.
 
-        Raises ValueError if it cannot have been the same rule.
+        All parts, each a whole number of cells, make an equal gate. Raises ValueError if it cannot
+        have been the same rule.
         """
-        own = self.cells()
-        if cells.shape != own.shape or cells.dtype != own.dtype:
-            found, wanted = f"{cells.dtype}[{len(cells)}]", f"{own.dtype}[{len(own)}]"
-            raise ValueError(f"cells must be {wanted}, got {found}")
+        size = self.cells().nbytes
+        if start < 0 or start + len(data) > size:
+            raise ValueError(
+                f"a sketch of {size} bytes has no bytes {start}..{start + len(data) - 1}"
+            )
 
     @property
     def entries(self) -> int:
@@ -176,8 +183,8 @@ class Counters(Index):
 
     @property
     def segments(self) -> int:
-        """Segments, of up to SEGMENT keys each; a split adds one at the end."""
-        return len(self._depths)
+        """Segments, of up to SEGMENT keys each; a split adds one at the end. None once closed."""
+        return len(self._depths) if self.bytes else 0
 
     def segment(self, number: int) -> tuple[Keys, NDArray[np.uint64]]:
         """Keys and counters of one segment, as copies."""
@@ -212,6 +219,10 @@ class CounterGate(CountingGate):
         self._counters = Counters(budget)
         self._next_full = 0  # segment to take from when there are too many
         self._next_old = 0  # segment to look through for old ones
+
+    @property
+    def forgets(self) -> str:
+        return f"{self.dropped} counters were dropped for age or room" if self.dropped else ""
 
     @property
     def entries(self) -> int:
@@ -412,6 +423,10 @@ class SketchGate(CountingGate):
         self._aged = 0  # the version at which it last began to age
 
     @property
+    def forgets(self) -> str:
+        return "a sketch loses counts as it ages"
+
+    @property
     def entries(self) -> int:
         """From the share of cells in use: Swamidass and Baldi, J. Chem. Inf. Model. 47 (2007)."""
         m = len(self._cells)
@@ -454,11 +469,16 @@ class SketchGate(CountingGate):
         cells: NDArray[Any] = _readonly(self._cells)
         return cells
 
-    def load_cells(self, cells: NDArray[Any]) -> None:
-        super().load_cells(cells)
-        self._cells[:] = cells
-        self._used = int(np.count_nonzero(cells))
-        self._halved = len(cells)
+    def load_cells(self, start: int, data: NDArray[np.uint8]) -> None:
+        super().load_cells(start, data)
+        size = self._cells.itemsize
+        held, cells = (
+            self._cells[start // size :][: len(data) // size],
+            data.view(self._cells.dtype),
+        )
+        self._used += int(np.count_nonzero(cells)) - int(np.count_nonzero(held))
+        held[:] = cells
+        self._halved = len(self._cells)
 
     def close(self) -> None:
         self._cells = self._cells[:0].copy()
@@ -509,6 +529,10 @@ class ProbabilityGate(Gate):
         self._p = p
         self._seed = np.uint64(seed)
 
+    @property
+    def forgets(self) -> str:
+        return "keys that were pushed and not drawn are not remembered"
+
     def weigh(self, keys: Keys, counts: Counts, version: int) -> tuple[Admitted, Counts]:
         admitted = np.empty(len(keys), np.bool_)
         arrays = _readonly(keys), _readonly(counts)
@@ -524,6 +548,10 @@ class Admission(ABC):
     """When a key may have a row. Parameters are checked at birth."""
 
     name: ClassVar[str]
+
+    def on(self, share: float) -> Self:
+        """The rule for a shard that has this share of the keys, 0..1."""
+        return self  # unless a parameter is of the whole table
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -566,17 +594,20 @@ class Counter(Admission):
     """At the push with its ``threshold``-th occurrence, exactly.
 
     20 to 51 bytes for each waiting key, 27 on average. Exact as long as no more than ``max_keys``
-    wait on a shard; then the stalest start again.
+    wait; then the stalest start again.
     """
 
     name: ClassVar[str] = "counter"
 
     threshold: int = 2  # occurrences
-    max_keys: int = 10_000_000  # waiting on a shard
+    max_keys: int = 10_000_000  # waiting, over all shards
 
     def _check(self) -> None:
         self._require("threshold", 1 <= self.threshold <= MOST, f"in 1..{MOST}")
         self._require("max_keys", 1 <= self.max_keys <= 1 << 36, "in 1..2^36")
+
+    def on(self, share: float) -> Self:
+        return replace(self, max_keys=math.ceil(self.max_keys * share))
 
     def gate(self, budget: Budget, seed: int) -> Gate:
         return CounterGate(self.threshold, self.max_keys, budget)
@@ -596,7 +627,7 @@ class Sketch(Admission):
     name: ClassVar[str] = "sketch"
 
     threshold: int = 2  # occurrences
-    expected_keys: int = 1_000_000  # waiting on a shard
+    expected_keys: int = 1_000_000  # waiting, over all shards
     error_rate: float = 0.01  # of keys that may be admitted early
 
     def _check(self) -> None:
@@ -607,6 +638,9 @@ class Sketch(Admission):
         object.__setattr__(self, "error_rate", float(self.error_rate))
         rule = f"such that 2^32 cells are enough, not {self.cells}"
         self._require("expected_keys", self.cells <= 1 << 32, rule)
+
+    def on(self, share: float) -> Self:
+        return replace(self, expected_keys=math.ceil(self.expected_keys * share))
 
     @property
     def hashes(self) -> int:
