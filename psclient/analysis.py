@@ -503,7 +503,7 @@ class KeyInfo:
                 return str(self.gone[-1])
             case "new":
                 return "was never pushed"
-        return f"has no row, and nothing is known of it: {self.why}"
+        return f"was never pushed, or that is forgotten: {self.why}"
 
 
 def inspect(

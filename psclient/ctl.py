@@ -297,9 +297,9 @@ def analyze(
         if history is not None:
             analysis.remember(history, found)
             moments = analysis.history(history, table)
-        report.show(Console(highlight=False), found)
         if html is not None:
             html.write_text(report.page(found, moments), encoding="utf-8")
+        report.show(Console(highlight=False), found)
     for path in (parquet, html):
         if path is not None:
             typer.echo(f"{path}: {path.stat().st_size:,} bytes")

@@ -142,7 +142,7 @@ def _interesting(
 
 def title(found: Analysis) -> str:
     """What was analyzed, when."""
-    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.time))
+    when = _when(found.time)
     of = f"checkpoint {found.checkpoint}, taken {when}" if found.checkpoint else when
     return f"{found.table} · {of}"
 
@@ -153,14 +153,16 @@ def facts(found: Analysis) -> list[tuple[str, str]]:
     shown = [
         ("rows", f"{found.rows:,}"),
         ("memory" if not found.checkpoint else "stored rows", size(found.bytes)),
-        ("row", f"dim {found.dim}, {found.optimizer}, {found.row_bytes} bytes"),
-        ("occurrences", f"{found.occurrences:,}, {per_row:,.1f} a row"),
+        ("a row", f"{found.row_bytes:,} B"),
+        ("dim, optimizer", f"{found.dim}, {found.optimizer}"),
+        ("occurrences", f"{found.occurrences:,}"),
+        ("occurrences a row", f"{per_row:,.1f}"),
         ("mean norm", f"{found.norm_mean:.4g}"),
         ("step", f"{found.step:,}"),
-        ("versions", " ".join(f"{version:,}" for version in found.versions)),
+        ("shard versions", ", ".join(f"{version:,}" for version in found.versions)),
     ]
     if found.waiting or found.waiting_bytes:
-        shown.insert(1, ("waiting keys", f"{found.waiting:,}, {size(found.waiting_bytes)}"))
+        shown.insert(1, ("waiting keys", f"{found.waiting:,}"))
     return shown
 
 
@@ -194,7 +196,7 @@ def show(console: Console, found: Analysis) -> None:
     grid = Table.grid(padding=(0, 2))
     for name, value in facts(found):
         grid.add_row(Text(name, style="dim"), plain(value))
-    grid.add_row(Text("took", style="dim"), f"{found.seconds:.1f} s")
+    grid.add_row(Text("took", style="dim"), f"{found.seconds:.2g} s")
     console.print(grid)
     parts = _table("Memory", "part", "rows", "bytes")
     for name, rows, count in memory(found):
@@ -226,7 +228,13 @@ def show(console: Console, found: Analysis) -> None:
 
 
 def _table(head: str, *columns: str) -> Table:
-    table = Table(title=head, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=head,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        min_width=len(head),
+    )
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
     return table
@@ -343,7 +351,7 @@ def page(found: Analysis, moments: Sequence[Moment] = ()) -> str:
         title=escape(title(found)),
         table=escape(found.table),
         subtitle=escape(title(found).partition(" · ")[2]),
-        seconds=f"{found.seconds:.1f}",
+        seconds=f"{found.seconds:.2g}",
         tiles=tiles,
         cards=cards,
         figures=_json(figures),
@@ -367,11 +375,10 @@ class _Chart:
     layout: dict[str, Any]
     columns: Sequence[str]
     lines: Sequence[Sequence[str]]
-    wide: bool = False
 
 
 def _charts(found: Analysis, moments: Sequence[Moment]) -> list[_Chart]:
-    charts = [_growth(moments)] if moments else []
+    charts = _growth(moments) if len(moments) > 1 else []
     grace = f" that were not pushed for {found.grace:,} steps" if found.grace else ""
     for head, about, axis, counts in (
         (
@@ -394,8 +401,8 @@ def _charts(found: Analysis, moments: Sequence[Moment]) -> list[_Chart]:
         -2,
         _curves(
             "If a key had to earn its row",
-            "Rows that an admission threshold would have refused, and their part of all"
-            " occurrences: gradients that would have been dropped.",
+            "Rows that an admission threshold would have refused, and the occurrences whose"
+            " gradients it would have dropped.",
             "admission threshold, occurrences",
             admitted,
             ("rows refused", "occurrences dropped"),
@@ -432,14 +439,21 @@ def _histogram(head: str, about: str, axis: str, counts: Sequence[tuple[str, int
     shares = [percent(_share(n, whole)) for n in values]
     trace = {
         "type": "bar",
-        "x": labels,
-        "y": values,
+        "orientation": "h",
+        "x": values,
+        "y": labels,
         "customdata": shares,
-        "hovertemplate": "%{x}<br>%{y:,} rows, %{customdata}<extra></extra>",
+        "hovertemplate": "%{y}<br>%{x:,} rows, %{customdata}<extra></extra>",
     }
     layout = {
-        "xaxis": {"title": {"text": axis}, "type": "category"},
-        "yaxis": {"title": {"text": "rows"}, "rangemode": "tozero"},
+        "xaxis": {"title": {"text": "rows"}, "rangemode": "tozero"},
+        "yaxis": {
+            "title": {"text": axis},
+            "type": "category",
+            "autorange": "reversed",
+            "dtick": 1,
+            "showgrid": False,
+        },
     }
     lines = [(label, f"{n:,}", share) for (label, n), share in zip(counts, shares, strict=True)]
     return _Chart(head, about, [trace], layout, (axis, "rows", "of rows"), lines)
@@ -490,8 +504,8 @@ def _memory(found: Analysis) -> _Chart:
         "hovertemplate": "%{y}: %{customdata}<extra></extra>",
     }
     layout = {
-        "xaxis": {"title": {"text": "bytes"}, "rangemode": "tozero"},
-        "yaxis": {"type": "category", "autorange": "reversed"},
+        "xaxis": {"title": {"text": "bytes"}, "rangemode": "tozero", "tickformat": ".3~s"},
+        "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
     }
     lines = [
         (name, "" if rows is None else f"{rows:,}", size(count)) for name, rows, count in parts
@@ -500,50 +514,70 @@ def _memory(found: Analysis) -> _Chart:
     return _Chart("Memory", about, [trace], layout, ("part", "rows", "bytes"), lines)
 
 
-def _growth(moments: Sequence[Moment]) -> _Chart:
-    when = [time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.time)) for each in moments]
-    traces: list[dict[str, Any]] = []
-    for name, values, axis in (
-        ("rows", [each.rows for each in moments], "y"),
-        ("waiting keys", [each.waiting for each in moments], "y"),
-        ("bytes", [each.bytes for each in moments], "y2"),
-    ):
-        if name == "waiting keys" and not any(values):
-            continue
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": name,
-                "x": when,
-                "y": values,
-                "yaxis": axis,
-                "hovertemplate": f"%{{x}}<br>%{{y:,}} {name}<extra></extra>",
-            }
+def _growth(moments: Sequence[Moment]) -> list[_Chart]:
+    """Rows over time, and memory, which checkpoints do not have."""
+    live = [each for each in moments if each.checkpoint is None]
+    rows = [_line("rows", [(each.time, each.rows) for each in moments])]
+    if any(each.waiting for each in live):
+        rows.append(_line("waiting keys", [(each.time, each.waiting) for each in live]))
+    charts = [
+        _Chart(
+            "Growth",
+            "Rows of this table in earlier analyses and in checkpoints, from the history.",
+            rows,
+            {"xaxis": {"type": "date"}, "yaxis": {"rangemode": "tozero"}},
+            ("time", "checkpoint", "rows", "waiting keys", "step"),
+            [
+                (
+                    _when(each.time),
+                    each.checkpoint or "",
+                    f"{each.rows:,}",
+                    "" if each.checkpoint else f"{each.waiting:,}",
+                    f"{each.step:,}",
+                )
+                for each in moments
+            ],
         )
-    layout = {
-        "xaxis": {"type": "date"},
-        "yaxis": {"title": {"text": "rows"}, "rangemode": "tozero"},
-        "yaxis2": {
-            "title": {"text": "bytes"},
-            "rangemode": "tozero",
-            "overlaying": "y",
-            "side": "right",
-            "showgrid": False,
-        },
-    }
-    lines = [
-        (at, f"{each.rows:,}", size(each.bytes), f"{each.waiting:,}", f"{each.step:,}")
-        for at, each in zip(when, moments, strict=True)
     ]
-    columns = ("time", "rows", "bytes", "waiting keys", "step")
-    about = "Earlier analyses of this table, from the history."
-    return _Chart("Growth", about, traces, layout, columns, lines, wide=True)
+    if len(live) > 1:
+        charts.append(
+            _Chart(
+                "Growth of memory",
+                "What the table took in earlier analyses.",
+                [_line("bytes", [(each.time, each.bytes) for each in live])],
+                {
+                    "xaxis": {"type": "date"},
+                    "yaxis": {
+                        "rangemode": "tozero",
+                        "tickformat": ".3~s",
+                        "title": {"text": "bytes"},
+                    },
+                },
+                ("time", "memory"),
+                [(_when(each.time), size(each.bytes)) for each in live],
+            )
+        )
+    return charts
+
+
+def _line(name: str, points: Sequence[tuple[float, int]]) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": name,
+        "x": [_when(at) for at, _ in points],
+        "y": [value for _, value in points],
+        "hovertemplate": f"%{{x}}<br>%{{y:,}} {name}<extra></extra>",
+    }
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def _card(id: str, chart: _Chart) -> str:
     return (
-        f"<section class='card{' wide' if chart.wide else ''}'><h2>{escape(chart.head)}</h2>"
+        f"<section class=card><h2>{escape(chart.head)}</h2>"
         f"<p>{escape(chart.about)}</p><div class=plot id={id}></div>"
         f"<details><summary>Figures</summary>{_html_table(chart.columns, chart.lines)}</details>"
         "</section>"
@@ -602,10 +636,8 @@ dd { margin: 0; font-size: 17px; font-weight: 600; font-variant-numeric: tabular
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 520px), 1fr));
          gap: 16px; }
 .card { padding: 16px 18px; min-width: 0; }
-.wide { grid-column: 1 / -1; }
 h2 { font-size: 17px; margin: 0; }
 .card p { margin: 2px 0 6px; font-size: 14px; min-height: 2.9em; }
-.wide p { min-height: 0; }
 .plot { height: 300px; }
 .scroll { overflow-x: auto; margin-top: 8px; }
 details { margin-top: 6px; }
