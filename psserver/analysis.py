@@ -29,6 +29,7 @@ from psserver.shard import Holdings, Known, Shard, Tombstones
 from storage import checkpoint as files
 from storage.analysis import Extremes, Histogram, RowColumns, Summary
 from storage.errors import Compacted, UnknownTable
+from storage.eviction import FIRST_STEP
 from storage.kernels import Keys, Rows, measure
 from storage.records import Cause, Delete, decode
 from storage.schema import TableSchema
@@ -158,19 +159,19 @@ class Analyses:
         outbox = _Outbox(
             request, 2 * sum(e.parts[p].bytes for e in checkpoint.chain for p in parts)
         )
-        newest, size = 0, 0
+        newest, size = FIRST_STEP, 0
         for part in parts:
             number = number_in(checkpoint, part, request.table)
 
             def pieces(part: int = part, number: int = number) -> Iterator[files.Piece]:
                 return files.rows_of(work.store, checkpoint, part, [number], progress.tell)
 
-            step = -LAST_STEP
+            step = FIRST_STEP
             for piece in pieces():
                 require_width(checkpoint, schema, piece.rows)
                 step = max(step, int(piece.steps.max(initial=step)))
                 yield from outbox.tell(progress.bytes)
-            newest = step if not summary.rows else max(newest, step)
+            newest = max(newest, step)
             for piece in pieces():
                 columns = piece[1:]
                 size += sum(column.nbytes for column in columns)
@@ -369,7 +370,7 @@ def _told(summary: Summary, schema: TableSchema, step: int) -> pb.Summary:
     return pb.Summary(
         schema=write_schema(schema),
         width=schema.width,
-        step=step if summary.rows else 0,
+        step=step if step > FIRST_STEP else 0,
         rows=summary.rows,
         occurrences=summary.occurrences,
         norm_sum=summary.norm_sum,

@@ -51,7 +51,7 @@ def edges_of(usual: tuple[float, ...], asked: Any) -> Edges:
 def _count(values: Any, edges: Any, weights: Any, counts: Any, sums: Any) -> None:
     """Count values by the number of edges that are not above them.
 
-    values   float64[n]  NaN has no edge below it
+    values   float64[n]  NaN has no edge above it: it is not below a threshold
     edges    float64[k]  ascending
     weights  uint64[n]   added to sums; or empty, and so are they
     counts   uint64[k + 1], sums uint64[k + 1]  updated
@@ -61,7 +61,7 @@ def _count(values: Any, edges: Any, weights: Any, counts: Any, sums: Any) -> Non
         low, left = 0, edges.shape[0]
         while left > 0:  # without a branch: which half it is cannot be foreseen
             half = (left + 1) >> 1
-            low += half if edges[low + half - 1] <= value else 0
+            low += 0 if value < edges[low + half - 1] else half
             left -= half
         counts[low] += np.uint64(1)
         if weights.shape[0]:

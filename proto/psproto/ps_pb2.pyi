@@ -829,7 +829,7 @@ class RowList(_message.Message):
     def __init__(self, keys: _Optional[_Iterable[int]] = ..., versions: _Optional[_Iterable[int]] = ..., steps: _Optional[_Iterable[int]] = ..., frequencies: _Optional[_Iterable[int]] = ..., norms: _Optional[_Iterable[float]] = ..., tiers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Summary(_message.Message):
-    __slots__ = ("schema", "version", "last_version", "step", "rows", "occurrences", "norm_sum", "frequencies", "frequency_sums", "ages", "norms", "idle_norms", "grace", "tiers", "index_bytes", "waiting", "waiting_bytes", "most_frequent", "least_frequent", "largest", "smallest", "width")
+    __slots__ = ("schema", "width", "version", "last_version", "step", "rows", "occurrences", "norm_sum", "frequencies", "frequency_sums", "ages", "norms", "idle_norms", "grace", "tiers", "index_bytes", "waiting", "waiting_bytes", "most_frequent", "least_frequent", "largest", "smallest")
     class Tier(_message.Message):
         __slots__ = ("name", "rows", "bytes")
         NAME_FIELD_NUMBER: _ClassVar[int]
@@ -840,6 +840,7 @@ class Summary(_message.Message):
         bytes: int
         def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     LAST_VERSION_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -860,8 +861,8 @@ class Summary(_message.Message):
     LEAST_FREQUENT_FIELD_NUMBER: _ClassVar[int]
     LARGEST_FIELD_NUMBER: _ClassVar[int]
     SMALLEST_FIELD_NUMBER: _ClassVar[int]
-    WIDTH_FIELD_NUMBER: _ClassVar[int]
     schema: TableSchema
+    width: int
     version: int
     last_version: int
     step: int
@@ -882,8 +883,7 @@ class Summary(_message.Message):
     least_frequent: RowList
     largest: RowList
     smallest: RowList
-    width: int
-    def __init__(self, schema: _Optional[_Union[TableSchema, _Mapping]] = ..., version: _Optional[int] = ..., last_version: _Optional[int] = ..., step: _Optional[int] = ..., rows: _Optional[int] = ..., occurrences: _Optional[int] = ..., norm_sum: _Optional[float] = ..., frequencies: _Optional[_Union[Histogram, _Mapping]] = ..., frequency_sums: _Optional[_Iterable[int]] = ..., ages: _Optional[_Union[Histogram, _Mapping]] = ..., norms: _Optional[_Union[Histogram, _Mapping]] = ..., idle_norms: _Optional[_Union[Histogram, _Mapping]] = ..., grace: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[Summary.Tier, _Mapping]]] = ..., index_bytes: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_bytes: _Optional[int] = ..., most_frequent: _Optional[_Union[RowList, _Mapping]] = ..., least_frequent: _Optional[_Union[RowList, _Mapping]] = ..., largest: _Optional[_Union[RowList, _Mapping]] = ..., smallest: _Optional[_Union[RowList, _Mapping]] = ..., width: _Optional[int] = ...) -> None: ...
+    def __init__(self, schema: _Optional[_Union[TableSchema, _Mapping]] = ..., width: _Optional[int] = ..., version: _Optional[int] = ..., last_version: _Optional[int] = ..., step: _Optional[int] = ..., rows: _Optional[int] = ..., occurrences: _Optional[int] = ..., norm_sum: _Optional[float] = ..., frequencies: _Optional[_Union[Histogram, _Mapping]] = ..., frequency_sums: _Optional[_Iterable[int]] = ..., ages: _Optional[_Union[Histogram, _Mapping]] = ..., norms: _Optional[_Union[Histogram, _Mapping]] = ..., idle_norms: _Optional[_Union[Histogram, _Mapping]] = ..., grace: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[Summary.Tier, _Mapping]]] = ..., index_bytes: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_bytes: _Optional[int] = ..., most_frequent: _Optional[_Union[RowList, _Mapping]] = ..., least_frequent: _Optional[_Union[RowList, _Mapping]] = ..., largest: _Optional[_Union[RowList, _Mapping]] = ..., smallest: _Optional[_Union[RowList, _Mapping]] = ...) -> None: ...
 
 class InspectRequest(_message.Message):
     __slots__ = ("table", "keys", "embeddings")
