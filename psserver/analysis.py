@@ -246,22 +246,20 @@ class Analyses:
     def _gone(self, known: Known, keys: Keys) -> tuple[dict[int, list[pb.KeyFacts.Gone]], int]:
         """By key, the deletes up to the version known of that are remembered; and the horizon."""
         found: dict[int, list[pb.KeyFacts.Gone]] = {}
-        at, told = known.created, None
+        at = known.created
         while True:
             dead = self._engine.run(lambda at=at: self._shard.tombstones(at, DEAD))  # type: ignore[misc]
             dead = [each for each in dead if each.version <= known.version]
             if not dead:
                 return found, self._shard.tombstone_horizon
-            for each in dead:
-                if each.table != known.number:
-                    continue
-                mine = keys[np.isin(keys, each.keys)].tolist()
-                if mine:
-                    told = self._told_of(each)
-                for key in mine:
-                    assert told is not None
-                    found.setdefault(key, []).append(told)
             at = dead[-1].version
+            mine = [each for each in dead if each.table == known.number]
+            gone = np.concatenate([np.empty(0, np.uint64), *(each.keys for each in mine)])
+            change = np.repeat(np.arange(len(mine)), [len(each.keys) for each in mine])
+            hits = np.flatnonzero(np.isin(gone, keys))
+            told = {i: self._told_of(mine[i]) for i in np.unique(change[hits]).tolist()}
+            for key, i in zip(gone[hits].tolist(), change[hits].tolist(), strict=True):
+                found.setdefault(key, []).append(told[i])
 
     def _told_of(self, dead: Tombstones) -> pb.KeyFacts.Gone:
         """A delete, with what its record says if the log still has it."""
