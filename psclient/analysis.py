@@ -445,7 +445,7 @@ def history(path: Path, table: str) -> list[Moment]:
                 moment = Moment(**json.loads(line))
                 float(moment.time), int(moment.rows), int(moment.bytes)
             except (TypeError, ValueError) as error:
-                raise InvalidArgument(f"{path}: line {number} is no analysis: {error}") from error
+                raise InvalidArgument(f"{path}: line {number} has no analysis: {error}") from error
             if moment.table == table:
                 found.append(moment)
     return sorted(found, key=lambda moment: moment.time)

@@ -332,12 +332,7 @@ def page(found: Analysis, moments: Sequence[Moment] = ()) -> str:
 
     InvalidArgument if plotly is missing.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise InvalidArgument(
-            "an HTML report needs plotly: pip install 'embedding-ps[report]'"
-        ) from error
+    library = _library()
     charts = _charts(found, moments)
     cards = "".join(_card(f"chart{i}", chart) for i, chart in enumerate(charts)) + "".join(
         _list_card(head, getattr(found, field)) for field, head in LISTS
@@ -355,8 +350,18 @@ def page(found: Analysis, moments: Sequence[Moment] = ()) -> str:
         tiles=tiles,
         cards=cards,
         figures=_json(figures),
-        library=get_plotlyjs(),
+        library=library,
     )
+
+
+def _library() -> str:
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise InvalidArgument(
+            "an HTML report needs plotly: pip install 'embedding-ps[report]'"
+        ) from error
+    return str(get_plotlyjs())
 
 
 def _json(value: Any) -> str:
