@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +16,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from psclient import admin, export
+from psclient import admin, analysis, export, report
 from psclient.client import Client
-from psclient.errors import PsError
+from psclient.errors import InvalidArgument, PsError
+from psclient.strings import hash_keys
 from psclient.subscriber import CONTENTS, STARTS, Change, Subscriber
 
 DEFAULT = "127.0.0.1:7000"
@@ -244,6 +245,83 @@ def import_(
     with _connected(servers) as client, _bar(f"import {parquet.name}", unit="rows") as tell:
         rows = export.import_parquet(client, table, parquet, progress=_summed(tell))
     typer.echo(f"{table}: {rows:,} rows")
+
+
+# ---- analysis
+
+
+@app.command()
+def analyze(
+    table: str,
+    checkpoint: Annotated[str | None, typer.Option(help="as this one has it")] = None,
+    frequency: Annotated[
+        list[int] | None, typer.Option(help="admission threshold to try; may be repeated")
+    ] = None,
+    ttl: Annotated[list[int] | None, typer.Option(help="step TTL to try; may be repeated")] = None,
+    norm: Annotated[
+        list[float] | None, typer.Option(help="norm threshold to try; may be repeated")
+    ] = None,
+    grace: Annotated[int, typer.Option(help="of the norm rule, in steps")] = 0,
+    top: Annotated[int, typer.Option(help="keys in each list of extremes")] = 10,
+    parquet: Annotated[Path | None, typer.Option(help="write a line for each row here")] = None,
+    embeddings: Annotated[bool, typer.Option(help="with its embedding")] = False,
+    html: Annotated[Path | None, typer.Option(help="write a page with plots here")] = None,
+    history: Annotated[
+        Path | None, typer.Option(help="remember this analysis here; the page shows the growth")
+    ] = None,
+    servers: Servers = DEFAULT,
+) -> None:
+    """Sum up a table, and try thresholds and TTLs on it; nothing is changed."""
+    with _connected(servers) as client, ExitStack() as stack:
+        sink = stack.enter_context(analysis.ParquetSink(parquet)) if parquet else None
+        unit = "bytes" if checkpoint else "rows"
+        with _bar(f"analyze {table}", unit=unit) as tell:
+            found = analysis.analyze(
+                client,
+                table,
+                checkpoint=checkpoint,
+                frequencies=frequency or (),
+                ages=ttl or (),
+                norms=norm or (),
+                grace=grace,
+                top=top,
+                sink=sink,
+                embeddings=embeddings,
+                progress=tell,
+            )
+        moments = []
+        if history is not None:
+            analysis.remember(history, found)
+            moments = analysis.history(history, table)
+        if html is not None:
+            html.write_text(report.page(found, moments), encoding="utf-8")
+        report.show(Console(highlight=False), found)
+    for path in (parquet, html):
+        if path is not None:
+            typer.echo(f"{path}: {path.stat().st_size:,} bytes")
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def inspect(
+    table: str,
+    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="64-bit, signed or not")],
+    text: Annotated[bool, typer.Option("--text", help="keys are strings, to be hashed")] = False,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="show them")] = False,
+    servers: Servers = DEFAULT,
+) -> None:
+    """Tell where keys live, or why they have no row; nothing is changed."""
+    with _connected(servers) as client:
+        numbers = hash_keys(keys).tolist() if text else [_number(key) for key in keys]
+        found = analysis.inspect(client, table, numbers, embeddings=embeddings)
+        report.show_keys(Console(highlight=False), found, keys if text else ())
+
+
+def _number(key: str) -> int:
+    """A key as it was written, in decimal or as 0x..."""
+    try:
+        return int(key, 0)
+    except ValueError:
+        raise InvalidArgument(f"KEY must be a whole number, got {key!r}; or say --text") from None
 
 
 @contextmanager

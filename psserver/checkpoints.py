@@ -286,13 +286,13 @@ class Checkpoints:
     ) -> pb.CheckpointProgress:
         """Read everything of the parts that are this shard's to verify."""
         checkpoint = self.open(request.name)
-        mine = self._share(checkpoint)
+        mine = self.share(checkpoint)
         progress.total = sum(each.parts[p].bytes for each in checkpoint.chain for p in mine)
         for part in mine:
             files.verify_part(self.store, checkpoint, part, progress.tell)
         return pb.CheckpointProgress(bytes=progress.bytes, total=progress.total)
 
-    def _share(self, checkpoint: Checkpoint) -> range:
+    def share(self, checkpoint: Checkpoint) -> range:
         """The parts that this shard looks at, where every part is looked at once."""
         return range(self._shard.number, len(checkpoint.parts), self._shard.shard_map.shards)
 
@@ -327,7 +327,7 @@ class Checkpoints:
         schema = schema_in(checkpoint, name)
         progress = self.progress()
         yield _head(schema, max(checkpoint.manifest.versions))
-        for part in self._share(checkpoint):
+        for part in self.share(checkpoint):
             number = number_in(checkpoint, part, name)
             for piece in files.rows_of(self.store, checkpoint, part, [number], progress.tell):
                 require_width(checkpoint, schema, piece.rows)

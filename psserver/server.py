@@ -30,6 +30,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector, start_http_server
 
 from psproto import RELEASE, routing
+from psserver.analysis import Analyses
 from psserver.checkpointer import Checkpointer, recover
 from psserver.checkpoints import Checkpoints
 from psserver.config import ConfigError, ServerConfig
@@ -51,6 +52,7 @@ SERVICES = (
     "ps.v1.RowService",
     "ps.v1.LogService",
     "ps.v1.CheckpointService",
+    "ps.v1.AnalysisService",
     "ps.v1.InfoService",
 )
 HEALTH = ("", "liveness", "readiness", *SERVICES)
@@ -114,6 +116,7 @@ class Server:
             self._checkpoints,
             self._restores,
             self._sweeper,
+            Analyses(self._shard, self._engine, self._checkpoints, self._log),
             self._log,
             self._feed,
         )
