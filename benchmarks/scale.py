@@ -69,9 +69,26 @@ def main() -> None:
     """Run and print."""
     parser = arguments(__doc__)
     parser.add_argument("--largest", type=int, default=20_000_000, help="rows of the largest table")
+    parser.add_argument(
+        "--parts", nargs="+", choices=("shards", "growth", "start"), help="some of it; else all"
+    )
     options = parser.parse_args()
     report = Report("scale", options.json)
-    rows, steps = (200_000, 30) if options.quick else (2_000_000, 800)
+    parts = options.parts or ("shards", "growth", "start")
+    if "shards" in parts:
+        report.section("shards and clients", _shards(options.quick))
+    if "growth" in parts:
+        sizes = _sizes(options.largest, options.quick)
+        report.section("one table growing, 1 shard", _growth(sizes))
+        report.section("as much bare memory", _bare(sizes))
+    if "start" in parts:
+        report.section("start", _starts())
+    report.close()
+
+
+def _shards(quick: bool) -> list[dict[str, Any]]:
+    """Rows per second of some shards and trainers, and what the servers use of the processor."""
+    rows, steps = (200_000, 30) if quick else (2_000_000, 800)
     measured = []
     for count, clients in ((1, 1), (2, 1), (4, 1), (1, 4)):
         with ExitStack() as stack:
@@ -83,35 +100,27 @@ def main() -> None:
             used = sum(map(cpu, pids)) - before
             moved = (steps // clients + 20) * clients * 10_000 / 1e6
             measured.append((count, clients, rate, used / moved))
-    report.section(
-        "shards and clients",
-        [
-            {
-                "shards": count,
-                "clients": clients,
-                "rows/s": rate,
-                "x 1 shard, 1 client": rate / measured[0][2],
-                "server CPU s a million rows": used,
-            }
-            for count, clients, rate, used in measured
-        ],
-    )
-    report.section("one table growing, 1 shard", _growth(options.largest, options.quick))
-    report.section("as much bare memory", _bare(options.largest, options.quick))
-    report.section("start", _starts())
-    report.close()
+    return [
+        {
+            "shards": count,
+            "clients": clients,
+            "rows/s": rate,
+            "x 1 shard, 1 client": rate / measured[0][2],
+            "server CPU s a million rows": used,
+        }
+        for count, clients, rate, used in measured
+    ]
 
 
 def _sizes(largest: int, quick: bool) -> list[int]:
     if quick:
         return [100_000, 200_000]
-    millions = (1, 2, 5, 10, 20, 50)
+    millions = (1, 2, 5, 10, 20, 30, 40, 50)
     return [n * 1_000_000 for n in millions if n * 1_000_000 <= largest]
 
 
-def _growth(largest: int, quick: bool) -> list[dict[str, Any]]:
+def _growth(sizes: list[int]) -> list[dict[str, Any]]:
     """Time and memory as one table grows; the worst memory between two sizes beside the last."""
-    sizes = _sizes(largest, quick)
     found = []
     with ExitStack() as stack:
         addresses, pids = stack.enter_context(shards(1))
@@ -154,10 +163,10 @@ def _growth(largest: int, quick: bool) -> list[dict[str, Any]]:
     return found
 
 
-def _bare(largest: int, quick: bool) -> list[dict[str, Any]]:
+def _bare(sizes: list[int]) -> list[dict[str, Any]]:
     """Nanoseconds that the memory itself takes for a key, by size; in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_read_memory, (_sizes(largest, quick),))
+        return pool.apply(_read_memory, (sizes,))
 
 
 def _read_memory(sizes: list[int]) -> list[dict[str, Any]]:
