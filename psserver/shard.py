@@ -407,6 +407,17 @@ class Shard:
         pushed = [self._push(push) for push in pushes]
         return Exchanged(pushed, [self._pull(pull) for pull in pulls])
 
+    def size(self, parts: Sequence[Push | Pull]) -> int:
+        """About how many bytes of rows these are about, and more than their records take. From any
+        thread; a table that is not there counts nothing.
+        """
+        size = 0
+        for part in parts:
+            held = self._tables.get(part.table)
+            if held is not None:
+                size += RECORD + len(part.keys) * (16 + 4 * held.table.schema.width)
+        return size
+
     def dump(self) -> dict[str, Any]:
         """Copies of everything the shard holds, for tests: as large as the shard."""
         return {name: self._tables[name].table.dump() for name in self.tables()}
