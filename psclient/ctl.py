@@ -10,16 +10,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import filesize
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from psclient import admin, analysis, export, report
@@ -34,7 +28,7 @@ Servers = Annotated[
     typer.Option(envvar="PSCTL_SERVERS", help="host:port of every shard, in order, with commas"),
 ]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
 @app.callback()
@@ -104,13 +98,15 @@ def _facts(change: Change, keys: int) -> dict[str, object]:
 
 def _line(change: Change, keys: int) -> str:
     """A change as a line for the eye."""
-    said = [f"[dim]{change.shard}:{change.version}[/dim]", f"[bold]{change.kind}[/bold]"]
+    clock = time.strftime("%H:%M:%S", time.localtime(change.time)) if change.time else ""
+    said = [f"[dim]{clock:8} shard {change.shard} {change.version:>10,}[/dim]"]
+    said += [f"[bold]{change.kind:8}[/bold]"]
     said += [escape(word) for word in (change.table, change.barrier, change.cause) if word]
     if len(change.keys):
         some = " ".join(str(key) for key in change.keys[:keys].tolist())
-        said.append(f"{len(change.keys)} keys: {some}{' ...' * (len(change.keys) > keys)}")
+        said.append(f"{len(change.keys):,} keys: {some}{' ...' * (len(change.keys) > keys)}")
     if change.more:
-        said.append("[dim]more[/dim]")
+        said.append("[dim]more follows[/dim]")
     return "  ".join(said)
 
 
@@ -343,16 +339,31 @@ def _connected(servers: str) -> Iterator[Client]:
 def _bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
     """A progress bar, to be told what is done and how much there is (0: unknown)."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
-        DownloadColumn() if unit == "bytes" else TextColumn("{task.completed:,} " + unit),
-        TransferSpeedColumn() if unit == "bytes" else TimeElapsedColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[amount]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(
-            task, completed=done, total=max(done, total) if total else None
-        )
+    start, console = time.monotonic(), Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None, amount="")
+
+        def tell(done: int, total: int) -> None:
+            amount = _amount(done, total, unit, time.monotonic() - start)
+            total = max(done, total, 1) if total else 0
+            progress.update(task, completed=done, total=total or None, amount=amount)
+
+        yield tell
+        progress.update(task, completed=1, total=1)  # full, also if there was nothing to tell
+
+
+def _amount(done: int, total: int, unit: str, seconds: float) -> str:
+    """How much of how much, and how fast."""
+    speed = int(done / seconds) if seconds else 0
+    if unit != "bytes":
+        return f"{done:,} {unit}, {speed:,} {unit}/s"
+    whole = f" of {filesize.decimal(total)}" if total > done else ""
+    return f"{filesize.decimal(done)}{whole}, {filesize.decimal(speed)}/s"
 
 
 def _summed(tell: Callable[[int, int], None]) -> Callable[[int], None]:

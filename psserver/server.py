@@ -43,7 +43,7 @@ from psserver.shard import Shard
 from psserver.sweeper import Sweeper
 from psserver.warm import warm
 from storage.base import Base
-from storage.errors import StorageError
+from storage.errors import Corrupt, StorageError
 from storage.store import Store
 from storage.versionlog import VersionLog
 
@@ -235,7 +235,8 @@ class Server:
             self._base.close()
             if self._log is not None:
                 self._log.close()
-            raise ConfigError(f"data_dir: {error}") from error
+            damaged = "DATA_LOSS: " if isinstance(error, Corrupt) else ""
+            raise ConfigError(f"data_dir: {damaged}{error}") from error
         self._shard.attach(self._log)
         self._checkpointer = Checkpointer(
             self._shard,
