@@ -37,7 +37,8 @@ from storage.schema import TableSchema
 from storage.tiers.base import FREQUENCY, KEY, STEP, VERSION, Scan
 from storage.versionlog import VersionLog
 
-Slice, Result = TypeVar("Slice"), TypeVar("Result")
+Slice = TypeVar("Slice")
+Result = TypeVar("Result")
 Columns = pb.AnalyzeRequest.Columns
 
 SLICE_ROWS = 4096  # read by the engine at once, of the usual width
