@@ -162,6 +162,8 @@ def measure(address: str, rows: int, kinds: Sequence[str], rounds: int) -> list[
                     "with ": after["p99 ms"],
                     "rise % (<= 20)": 100 * (after["p99 ms"] / before["p99 ms"] - 1),
                     "of the rounds, median": 100 * float(np.median(rises)),
+                    "lowest p99 without": min(float(np.quantile(a, 0.99) * 1e3) for a in alone),
+                    "highest": max(float(np.quantile(a, 0.99) * 1e3) for a in alone),
                 }
             )
     return found

@@ -4,8 +4,9 @@
     Inspect   rows and counters as of one version, then the deletes that are remembered
 
 Everything here blocks, and runs on threads of its own. A slice of a live table is read by the
-engine, so that each row is whole, which takes a tenth of a millisecond; all other work on it is
-done here. Together that has a fiftieth of a processor, so that trainers do not feel it.
+engine, so that each row is whole, which takes a few tenths of a millisecond; all other work on it
+is done here. Together that has 1.5 % of a processor: so few pulls meet it that their 99th percentile
+hardly moves.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ Slice = TypeVar("Slice")
 Result = TypeVar("Result")
 Columns = pb.AnalyzeRequest.Columns
 
-SLICE_ROWS = 4096  # read by the engine at once, of the usual width
-SLICE_BYTES = 1 << 20  # of embeddings
-SPARED = 49  # times the work on a slice, the pause after it: analyses have 2 % of a processor
+SLICE_ROWS = 16_384  # read by the engine at once: few slices meet few pulls
+SLICE_BYTES = 2 << 20  # of embeddings
+SPARED = 66  # times the work on a slice, the pause after it: analyses have 1.5 % of a processor
 TELL_SECONDS = 0.2  # between two messages without columns
 MESSAGE_BYTES = 1 << 20  # of columns in a message, about
 MAX_EDGES = 256  # asked for, of each histogram
