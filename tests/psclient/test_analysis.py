@@ -16,7 +16,7 @@ from numpy.testing import assert_array_equal
 from servers import Cluster
 from typer.testing import CliRunner
 
-from psclient import Client, admin, hash_keys
+from psclient import Client, admin, export, hash_keys
 from psclient.analysis import (
     Analysis,
     Histogram,
@@ -159,6 +159,18 @@ def test_parquet_has_a_line_for_each_row(
         assert_array_equal(np.stack(table["embedding"].to_numpy()), rows["rows"])
     assert sink.rows == len(rows["keys"])
     assert [each.name for each in tmp_path.iterdir()] == ["t.parquet"]
+
+
+def test_parquet_with_embeddings_can_be_imported(
+    client: Client, filled: str, tmp_path: Path, name: str
+) -> None:
+    with ParquetSink(tmp_path / "t.parquet") as sink:
+        analyze(client, filled, sink=sink, embeddings=True)
+    client.create_table(f"{name}.copy", DIM)
+    assert export.import_parquet(client, f"{name}.copy", tmp_path / "t.parquet") == sink.rows
+    copy, rows = whole(client, f"{name}.copy"), whole(client, filled)
+    for field in ("keys", "steps", "frequencies", "rows"):
+        assert_array_equal(copy[field], rows[field])
 
 
 def test_parquet_of_a_table_without_rows_has_its_columns(

@@ -271,16 +271,16 @@ def test_a_server_that_stops_gives_up(shard: Shard, monkeypatch: pytest.MonkeyPa
         next(messages)
 
 
-def test_the_engine_is_left_alone_for_as_long_as_was_promised(
+def test_the_pause_after_a_slice_is_a_multiple_of_the_work_on_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     slept: list[float] = []
-    clock = iter([5.0, 5.5])
-    monkeypatch.setattr(analysis.time, "perf_counter", lambda: next(clock))
+    clock = iter([5.0, 5.5, 7.0, 8.0])
+    monkeypatch.setattr(analysis.time, "thread_time", lambda: next(clock))
     monkeypatch.setattr(analysis.time, "sleep", slept.append)
     engine: Any = Direct()
-    assert Pace(engine, 19).run(lambda: "done") == "done"
-    assert slept == [9.5]
+    assert Pace(engine, 19).run(lambda: "slice", lambda found: f"{found} done") == "slice done"
+    assert slept == [19 * 1.5]
 
 
 # ---- keys

@@ -1,0 +1,211 @@
+"""What an analysis takes, and what those who pull feel of it.
+
+One shard, one pusher and one puller, each a process of its own, at a steady pace; an analysis in
+every other window, for a fourth process, which is nice since it would be on another machine. A
+window without one lasts as long as the one before.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peers import Ids, Work, keys_of, standard_work
+from benchmarks.report import Report, arguments, milliseconds
+from benchmarks.servers import shards
+from benchmarks.step import fill
+from psclient import Client, Table
+from psclient.analysis import ParquetSink, analyze
+
+PULLED = 1_000  # keys drawn for a pull
+PULL_SECONDS, PUSH_SECONDS = 0.01, 0.04  # from one to the next
+DISTINCT = 64  # steps of the work, again and again
+
+
+def summary(client: Client, _: Path) -> int:
+    """The summary alone."""
+    return analyze(client, "rows", frequencies=[3], ages=[5000], norms=[0.01]).rows
+
+
+def metadata(client: Client, path: Path) -> int:
+    """The summary, and the metadata of every row as Parquet."""
+    with ParquetSink(path) as sink:
+        analyze(client, "rows", sink=sink)
+    return sink.rows
+
+
+def embeddings(client: Client, path: Path) -> int:
+    """The summary, and all rows with their embeddings as Parquet."""
+    with ParquetSink(path) as sink:
+        analyze(client, "rows", sink=sink, embeddings=True)
+    return sink.rows
+
+
+KINDS: dict[str, Callable[[Client, Path], int]] = {
+    "summary": summary,
+    "summary and Parquet": metadata,
+    "summary and Parquet with embeddings": embeddings,
+}
+
+
+def push(address: str, rows: int) -> None:
+    """The pusher: says that it is ready, and pushes until it is killed."""
+    steps, keys = standard_work(Work(rows=rows), DISTINCT), keys_of(np.arange(rows))
+    with Client([address]) as client:
+        table = client.table("rows")
+        print("ready", flush=True)
+        for i, due in enumerate(ticks(PUSH_SECONDS)):
+            _, distinct, gradients = steps[i % DISTINCT]
+            table.push(keys[distinct], gradients, step=i)
+            sleep_until(due)
+
+
+def analyst(address: str, rows: int) -> None:
+    """Makes the analyses that its input names, one a line; prints rows and seconds of each."""
+    os.nice(19)
+    with Client([address]) as client, tempfile.TemporaryDirectory(prefix="ps-bench-") as directory:
+        path = Path(directory) / "rows.parquet"
+        print("ready", flush=True)
+        for line in sys.stdin:
+            start = time.perf_counter()
+            found = KINDS[line.strip()](client, path)
+            print(found, time.perf_counter() - start, flush=True)
+
+
+def ticks(seconds: float) -> Iterator[float]:
+    """Moments that far apart, from one on after now."""
+    due = time.perf_counter()
+    while True:
+        due = max(due + seconds, time.perf_counter())
+        yield due
+
+
+def sleep_until(moment: float) -> None:
+    """Sleep, if it is not past."""
+    time.sleep(max(0.0, moment - time.perf_counter()))
+
+
+@contextmanager
+def running(role: str, address: str, rows: int) -> Iterator[subprocess.Popen[str]]:
+    """One of the other processes, ready."""
+    command = [sys.executable, "-m", "benchmarks.analyze", role, address, str(rows)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    try:
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            raise RuntimeError(f"the {role} exited with {process.wait(10)}")
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def pulls(table: Table, draws: Sequence[Ids], done: Callable[[], bool]) -> list[float]:
+    """Seconds of each pull until it is done."""
+    seconds = []
+    for i, due in enumerate(ticks(PULL_SECONDS)):
+        start = time.perf_counter()
+        table.pull(draws[i % len(draws)])
+        seconds.append(time.perf_counter() - start)
+        if done():
+            return seconds
+        sleep_until(due)
+    raise AssertionError("ticks never end")
+
+
+def measure(address: str, rows: int, kinds: Sequence[str], rounds: int) -> list[dict[str, Any]]:
+    """Windows with each kind of analysis and without, in turns."""
+    draws = [keys_of(ids) for ids, _, _ in standard_work(Work(rows=rows, batch=PULLED), 256)]
+    found = []
+    with (
+        Client([address]) as client,
+        running("pusher", address, rows),
+        running("analyst", address, rows) as process,
+    ):
+        table = client.table("rows")
+        warm = time.perf_counter() + 3.0
+        pulls(table, draws, lambda: time.perf_counter() > warm)
+        for kind in kinds:
+            alone: list[list[float]] = []
+            beside: list[list[float]] = []
+            took: list[float] = []
+            for _ in range(rounds):
+                beside.append(_with(process, kind, table, draws, took))
+                end = time.perf_counter() + took[-1]
+                alone.append(pulls(table, draws, lambda end=end: time.perf_counter() > end))  # type: ignore[misc]
+            before, after = (
+                milliseconds(list(chain.from_iterable(each))) for each in (alone, beside)
+            )
+            pairs = zip(alone, beside, strict=True)
+            rises = [np.quantile(b, 0.99) / np.quantile(a, 0.99) - 1 for a, b in pairs]
+            found.append(
+                {
+                    "analysis": kind,
+                    "takes s (<= 60)": float(np.median(took)),
+                    "pulls": sum(map(len, beside)),
+                    "p50 ms without": before["p50 ms"],
+                    "with": after["p50 ms"],
+                    "p99 ms without": before["p99 ms"],
+                    "with ": after["p99 ms"],
+                    "rise % (<= 20)": 100 * (after["p99 ms"] / before["p99 ms"] - 1),
+                    "of the rounds, median": 100 * float(np.median(rises)),
+                    "lowest p99 without": min(float(np.quantile(a, 0.99) * 1e3) for a in alone),
+                    "highest": max(float(np.quantile(a, 0.99) * 1e3) for a in alone),
+                }
+            )
+    return found
+
+
+def _with(
+    process: subprocess.Popen[str], kind: str, table: Table, draws: Sequence[Ids], took: list[float]
+) -> list[float]:
+    """The pulls beside one analysis, whose seconds are added to ``took``."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    answer: list[str] = []
+    reader = Thread(target=lambda: answer.append(process.stdout.readline()))  # type: ignore[union-attr]
+    process.stdin.write(f"{kind}\n")
+    reader.start()
+    seconds = pulls(table, draws, lambda: not reader.is_alive())
+    took.append(float(answer[0].split()[1]))
+    return seconds
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run and print."""
+    parser = arguments(__doc__)
+    parser.add_argument("--only", choices=KINDS, help="this kind of analysis alone")
+    options = parser.parse_args(words)
+    report = Report("analyze", options.json)
+    rows, rounds = (500_000, 3) if options.quick else (5_000_000, 3)
+    kinds = [options.only] if options.only else list(KINDS)
+    with shards(1) as (addresses, _):
+        with Client(addresses) as client:
+            fill(client.create_table("rows", 32, lr=0.05), keys_of(np.arange(rows)))
+        report.section(
+            f"pulls of {PULLED:,} keys beside an analysis, {rows:,} rows, dim 32, one pusher",
+            measure(addresses[0], rows, kinds, rounds),
+        )
+    report.close()
+
+
+ROLES = {"pusher": push, "analyst": analyst}
+
+if __name__ == "__main__":
+    if len(sys.argv) == 4 and sys.argv[1] in ROLES:
+        ROLES[sys.argv[1]](sys.argv[2], int(sys.argv[3]))
+    else:
+        main()
