@@ -89,6 +89,7 @@ class AsyncClient:
     describe_table = _awaited(Client.describe_table)
     list_tables = _awaited(Client.list_tables)
     drop_table = _awaited(Client.drop_table)
+    evict = _awaited(Client.evict)
     batch = _awaited(Client.batch)
     pull = _awaited(Client.pull)
     push = _awaited(Client.push)

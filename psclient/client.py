@@ -66,8 +66,13 @@ class TableInfo:
     seed: int
     serving_default: float
     durability: str
+    admission: str
+    admission_args: dict[str, float]
+    eviction: dict[str, dict[str, float]]  # by rule
     rows: int
-    bytes: int  # of server memory: rows, metadata, index, unused room
+    bytes: int  # of server memory: rows, metadata, index, counters, unused room
+    waiting: int  # keys that are counted and have no row; an estimate with a sketch
+    counter_bytes: int  # of their counters, part of ``bytes``
     shard_rows: tuple[int, ...]
     shard_bytes: tuple[int, ...]
     versions: tuple[int, ...]  # of the shards
@@ -288,6 +293,9 @@ class Client:
         seed: int = 0,
         serving_default: float = 0.0,
         durability: Durability = "log",
+        admission: str = "always",
+        admission_args: Mapping[str, float] | None = None,
+        eviction: Mapping[str, Mapping[str, float]] | None = None,
     ) -> Table:
         """Create a table on every shard, or find it there with an equal schema.
 
@@ -300,6 +308,10 @@ class Client:
         seed             of the initial values
         serving_default  what serving pulls return for keys without a row
         durability       of pushes that ask for none; see ``push``
+        admission        which keys may have a row: always, counter, sketch, probability
+        admission_args   its parameters
+        eviction         which rows leave, any of these with their parameters: step_ttl, time_ttl,
+                         norm, and one of capacity_lru, capacity_lfu; docs/policies.md has them all
 
         Raises SchemaMismatch if it exists with another schema, InvalidArgument for a bad value.
         """
@@ -318,6 +330,10 @@ class Client:
             seed=seed,
             serving_default=serving_default,
             durability=_known("durability", durability, DURABILITIES),  # type: ignore[arg-type]
+            admission=pb.Rule(name=admission, parameters=dict(admission_args or {})),
+            evictions=[
+                pb.Rule(name=rule, parameters=dict(args)) for rule, args in (eviction or {}).items()
+            ],
         )
         request = pb.CreateTableRequest(schema=schema)
         self._on_all("TableService/CreateTable", request, pb.CreateTableResponse)
@@ -341,6 +357,20 @@ class Client:
         shards = [{item.schema.name: item for item in answer.tables} for answer in lists]
         names = sorted(set.intersection(*(set(shard) for shard in shards)))
         return [_info([shard[name] for shard in shards]) for name in names]
+
+    def evict(self, name: str, *, dry_run: bool = False) -> dict[str, int]:
+        """Evict the rows that are to leave by the table's rules now; how many did, by cause.
+
+        dry_run  only count them
+
+        By the first rule that holds for a row. The background finds the same rows by and by.
+        """
+        request = pb.EvictRequest(table=name, dry_run=dry_run)
+        evicted: dict[str, int] = {}
+        for answer in self._on_all("TableService/Evict", request, pb.EvictResponse):
+            for cause, rows in answer.evicted.items():
+                evicted[cause] = evicted.get(cause, 0) + rows
+        return evicted
 
     def drop_table(self, name: str) -> None:
         """Drop a table and its rows on every shard; TableNotFound if no shard has it."""
@@ -745,8 +775,13 @@ def _info(shards: Sequence[pb.DescribeTableResponse]) -> TableInfo:
         seed=schema.seed,
         serving_default=schema.serving_default,
         durability=next(k for k, v in DURABILITIES.items() if v == schema.durability),
+        admission=schema.admission.name,
+        admission_args=dict(schema.admission.parameters),
+        eviction={rule.name: dict(rule.parameters) for rule in schema.evictions},
         rows=sum(shard.stats.rows for shard in shards),
         bytes=sum(shard.stats.bytes for shard in shards),
+        waiting=sum(shard.stats.waiting for shard in shards),
+        counter_bytes=sum(shard.stats.counter_bytes for shard in shards),
         shard_rows=tuple(shard.stats.rows for shard in shards),
         shard_bytes=tuple(shard.stats.bytes for shard in shards),
         versions=tuple(shard.version for shard in shards),

@@ -25,14 +25,25 @@ import structlog
 
 from psserver.engine import Engine
 from psserver.shard import Captured, Shard
+from storage.admission import Counts, Versions
 from storage.base import Base, BaseState
-from storage.block import BLOCK_BYTES, Block, Bytes, rows_per_block, tombstones_per_block
+from storage.block import (
+    BLOCK_BYTES,
+    Block,
+    Bytes,
+    pack_cells,
+    pack_counters,
+    rows_per_block,
+    tombstones_per_block,
+)
 from storage.errors import Corrupt, DiskFull, LogFailed
+from storage.kernels import Keys
 from storage.records import decode
 from storage.tiers.base import KEY, STEP, VERSION
 from storage.versionlog import VersionLog
 
 REPLAY_BYTES = 4 << 20  # of the log, read at once
+CELLS_BYTES = BLOCK_BYTES - 4096  # of a sketch, in a block
 STALE = 2  # rows in blocks for one that lives, at which all are written anew
 
 log = structlog.get_logger()
@@ -122,13 +133,15 @@ class Checkpointer:
         after = state.version if state is not None else 0
         if captured.version == after and state is not None:
             return
-        live = sum(rows for _, _, rows, _ in captured.tables)
+        live = sum(each.rows + each.counters for each in captured.tables)
         full = (
             state is None
             or self._stored > STALE * live
             or captured.horizon > after  # deleted since, and nobody remembers which
         )
-        after, kept = (0, ()) if full or state is None else (state.version, state.blocks)
+        after, kept = 0, tuple[int, ...]()
+        if not full and state is not None:
+            after, kept = state.version, state.blocks[: len(state.blocks) - state.cells]
         before = 0 if full else self._stored
         added, rows = [], 0
         for block in blocks_of(captured, after, self._buffer):
@@ -137,6 +150,10 @@ class Checkpointer:
             if self._stop.is_set():
                 self._base.discard()
                 return
+        for table, keys, totals, versions in counters_of(captured, after, self._engine):
+            added.append(self._base.add(pack_counters(table, keys, versions, totals)))
+            rows += len(keys)
+        cells = [self._base.add(pack_cells(*part)) for part in cells_of(captured)]
         # what was copied torn is whole in records up to here
         self._versions.sync(self._engine.run(lambda: self._shard.version))
         self._base.commit(
@@ -145,10 +162,11 @@ class Checkpointer:
                 epoch=self._versions.epoch,
                 version=captured.version,
                 next_table=captured.next_table,
-                tables=tuple(table for table, _, _, _ in captured.tables),
+                tables=tuple(each.base for each in captured.tables),
                 horizon=captured.horizon,
                 sessions=captured.sessions,
-                blocks=(*kept, *added),
+                blocks=(*kept, *added, *cells),
+                cells=len(cells),
             )
         )
         self._stored = before + rows
@@ -186,18 +204,46 @@ def blocks_of(captured: Captured, after: int, buffer: Bytes) -> Iterator[Block]:
                 block = Block.tombstones(dead.table, len(keys), buffer)
                 block.keys[:], block.versions[:], block.causes[:] = keys, dead.version, dead.cause
                 yield block
-    for table, width, _, scan in captured.tables:
+    for each in captured.tables:
+        number, width, scan = each.base.number, each.width, each.scan
         start: int | None = 0
         most = rows_per_block(width)
         while start is not None:
             places, start = scan.find(start, after, captured.version, most)
             if len(places):
                 # a row may be larger than a block
-                block = Block.empty(table.number, width, len(places), buffer if most > 1 else None)
+                block = Block.empty(number, width, len(places), buffer if most > 1 else None)
                 meta = scan.copy(places, block.frequencies, block.rows)
                 block.keys[:], block.versions[:] = meta[:, KEY], meta[:, VERSION]
                 block.steps[:] = meta[:, STEP].view(np.int64)
                 yield from _unmoved(block, after, captured.version)
+
+
+Counted = tuple[int, Keys, Counts, Versions]  # number of the table, and its counters
+
+
+def counters_of(captured: Captured, after: int, engine: Engine) -> Iterator[Counted]:
+    """Exact counters that changed after a version, as they are now, a slice at a time.
+
+    What changes while this runs may be missing, or newer: a record behind the captured version has
+    what it became.
+    """
+    most = tombstones_per_block()
+    for each in captured.tables:
+        slices = each.table.gate.changed(after)
+        while (found := engine.run(lambda: next(slices, None))) is not None:  # noqa: B023
+            keys, totals, versions = found
+            for at in range(0, len(keys), most):
+                part = slice(at, at + most)
+                yield each.base.number, keys[part], totals[part], versions[part]
+
+
+def cells_of(captured: Captured) -> Iterator[tuple[int, int, Bytes]]:
+    """All sketches as they are now: number of the table, first byte, a block's worth of bytes."""
+    for each in captured.tables:
+        cells = each.table.gate.cells().view(np.uint8)
+        for start in range(0, len(cells), CELLS_BYTES):
+            yield each.base.number, start, cells[start : start + CELLS_BYTES]
 
 
 def _unmoved(block: Block, after: int, upto: int) -> Iterator[Block]:

@@ -549,18 +549,18 @@ def slice_rows(width: int) -> int:
 
 
 def _bytes_of(captured: Captured) -> int:
-    return sum(rows * (32 + 4 * width) for _, width, rows, _ in captured.tables)
+    return sum(each.rows * (32 + 4 * each.width) for each in captured.tables)
 
 
 def _tables_of(captured: Captured) -> tuple[PartTable, ...]:
     return tuple(
         PartTable(
-            number=table.number,
-            name=str(json.loads(table.schema)["name"]),
-            schema=table.schema,
-            rows=rows,
+            number=each.base.number,
+            name=str(json.loads(each.base.schema)["name"]),
+            schema=each.base.schema,
+            rows=each.rows,
         )
-        for table, _, rows, _ in captured.tables
+        for each in captured.tables
     )
 
 

@@ -140,6 +140,36 @@ class ShardCollector(Collector):
             rows.add_metric([name, "host"], stats.rows)
             size.add_metric([name, "host"], stats.bytes)
         yield from (rows, size)
+        yield from self._rules()
+
+    def _rules(self) -> Iterator[Metric]:
+        """What admission and eviction did, by table."""
+        of = ["table"]
+        waiting = GaugeMetricFamily("ps_waiting_keys", "Counted, without a row.", labels=of)
+        counters = GaugeMetricFamily("ps_counter_bytes", "Memory of their counters.", labels=of)
+        admitted = CounterMetricFamily("ps_admitted_keys", "Got a row by a push.", labels=of)
+        refused = CounterMetricFamily("ps_refused_keys", "Of pushes, got no row yet.", labels=of)
+        dropped = CounterMetricFamily(
+            "ps_dropped_gradients", "Occurrences of refused keys.", labels=of
+        )
+        expired = CounterMetricFamily(
+            "ps_expired_counters", "Counters that went for age or for room.", labels=of
+        )
+        evicted = CounterMetricFamily("ps_evicted_rows", "Left by a rule.", labels=[*of, "cause"])
+        for name in self._shard.tables():
+            try:
+                stats, (tally, old) = self._shard.describe(name)[1], self._shard.tally(name)
+            except UnknownTable:  # dropped since
+                continue
+            waiting.add_metric([name], stats.waiting)
+            counters.add_metric([name], stats.counter_bytes)
+            admitted.add_metric([name], tally.admitted)
+            refused.add_metric([name], tally.refused)
+            dropped.add_metric([name], tally.dropped)
+            expired.add_metric([name], old)
+            for cause, count in list(tally.evicted.items()):
+                evicted.add_metric([name, cause.name.lower()], count)
+        yield from (waiting, counters, admitted, refused, dropped, expired, evicted)
 
 
 class FeedCollector(Collector):

@@ -9,6 +9,8 @@ from google.protobuf import json_format
 
 from psproto import ps_pb2 as pb
 from psserver.errors import BadRequest
+from storage.admission import make_admission
+from storage.eviction import make_eviction
 from storage.initializers import make_initializer
 from storage.optimizers import make_optimizer
 from storage.schema import Durability, TableSchema
@@ -39,6 +41,15 @@ def read_schema(message: pb.TableSchema) -> TableSchema:
             seed=message.seed,
             serving_default=message.serving_default,
             durability=LEVELS[message.durability or pb.DURABILITY_LOG],
+            admission=make_admission(
+                message.admission.name or "always", dict(message.admission.parameters)
+            ),
+            evictions=tuple(
+                sorted(
+                    (make_eviction(rule.name, dict(rule.parameters)) for rule in message.evictions),
+                    key=lambda rule: rule.name,
+                )
+            ),
         )
     except KeyError as error:
         raise BadRequest(
@@ -61,6 +72,8 @@ def write_schema(schema: TableSchema) -> pb.TableSchema:
         seed=schema.seed,
         serving_default=schema.serving_default,
         durability=DURABILITIES[schema.durability],
+        admission=_rule(schema.admission),
+        evictions=map(_rule, schema.evictions),
     )
 
 

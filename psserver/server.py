@@ -39,6 +39,7 @@ from psserver.metrics import Counts, FeedCollector, ShardCollector
 from psserver.restore import COMMITTED, Restores, State, failed, loaded, settle
 from psserver.service import Service
 from psserver.shard import Shard
+from psserver.sweeper import Sweeper
 from psserver.warm import warm
 from storage.base import Base
 from storage.errors import StorageError
@@ -103,6 +104,7 @@ class Server:
             most = config.max_subscribers
             self._feed = Feed(self._shard, self._engine, self._log, max_subscribers=most)
             self._feed.open(asyncio.get_running_loop())
+        self._sweeper = Sweeper(self._shard, self._engine)
         self._service = Service(
             self._shard,
             self._engine,
@@ -111,6 +113,7 @@ class Server:
             RELEASE,
             self._checkpoints,
             self._restores,
+            self._sweeper,
             self._log,
             self._feed,
         )
@@ -149,6 +152,7 @@ class Server:
         await self._server.start()
         if self._log is not None:
             self._checkpointer.open()
+        self._sweeper.open()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def close(self) -> None:
@@ -163,6 +167,7 @@ class Server:
         if not stopping.done():  # last answers are on their way, and to some who do not read
             await self._server.stop(min(grace, LAST_ANSWERS_SECONDS))
         await stopping
+        self._sweeper.close()
         self._service.close()
         if self._feed is not None:
             self._feed.close()

@@ -55,6 +55,7 @@ from psserver.metrics import Counts
 from psserver.restore import Restores
 from psserver.schemas import LEVELS, read_schema, write_schema
 from psserver.shard import Change, Pull, Push, Shard
+from psserver.sweeper import Sweeper
 from storage.errors import (
     Compacted,
     Corrupt,
@@ -72,7 +73,7 @@ from storage.table import Mode
 from storage.versionlog import VersionLog
 
 PIPELINE = 64  # requests of one stream that may be at work
-WORKERS = 4  # threads for checkpoints
+WORKERS = 4  # threads for checkpoints and sweeps
 TELL_SECONDS = 0.2  # between two messages about a long piece of work
 
 Code = grpc.StatusCode
@@ -156,6 +157,7 @@ class Service:
         release: str,
         checkpoints: Checkpoints,
         restores: Restores,
+        sweeper: Sweeper,
         log: VersionLog | None = None,
         feed: Feed | None = None,
     ) -> None:
@@ -168,7 +170,8 @@ class Service:
         self._feed = feed
         self._checkpoints = checkpoints
         self._restores = restores
-        self._workers = ThreadPoolExecutor(WORKERS, "checkpoints")
+        self._sweeper = sweeper
+        self._workers = ThreadPoolExecutor(WORKERS, "worker")
         self._draining = False
         self._streams: dict[asyncio.Task[Any], bool] = {}  # True while it waits for a message
         self._working = 0  # calls being served, subscriptions not counted
@@ -200,6 +203,7 @@ class Service:
             "DescribeTable": self._message(pb.DescribeTableRequest, self.describe_table),
             "ListTables": self._message(pb.ListTablesRequest, self.list_tables),
             "DropTable": self._message(pb.DropTableRequest, self.drop_table),
+            "Evict": self._blocking(pb.EvictRequest, self._sweeper.evict),
         }
         info = {
             "GetServerInfo": self._message(
@@ -247,7 +251,8 @@ class Service:
         schema = read_schema(request.schema)
         held = await self._engine.submit(lambda: self._shard.create_table(schema))
         await self._reached(self._shard.version, pb.DURABILITY_LOG)
-        return pb.CreateTableResponse(schema=write_schema(held))
+        told = await self._engine.submit(lambda: self._describe(held.name))
+        return pb.CreateTableResponse(schema=told.schema, stats=told.stats)
 
     async def describe_table(self, request: pb.DescribeTableRequest) -> pb.DescribeTableResponse:
         return await self._engine.submit(lambda: self._describe(request.name))

@@ -23,21 +23,24 @@ from psproto.routing import ShardMap
 from psserver.errors import BadRequest, NoLog, Overloaded, TooLarge, VersionInFuture
 from psserver.schemas import DURABILITIES, from_json, to_json
 from psserver.sessions import Sessions
+from storage import block as blocks
 from storage import records
 from storage.arena import Budget
 from storage.base import BaseState, BaseTable
-from storage.block import ROWS, Block
+from storage.block import Block
 from storage.errors import Corrupt, UnknownTable
+from storage.eviction import Sweep
 from storage.kernels import Keys, Rows
 from storage.records import Cause, Kind, Origin
 from storage.schema import Durability, TableSchema
-from storage.table import Mode, Table, TableStats
+from storage.table import Mode, Table, TableStats, Tally
 from storage.tiers.base import Scan
 from storage.versionlog import VersionLog
 
 MAX_BACKLOG = 256 << 20  # bytes appended and not yet written
 MAX_DROPPED = 4096  # tables that were dropped and whose schemas are remembered
 RECORD = 64  # bytes of a record beside its arrays, and more than a barrier's name needs beside it
+SWEEPING, URGENT = 0.03, 0.5  # shares of the engine's time for eviction
 _NO_VERSIONS, _NO_STEPS = np.empty(0, np.uint64), np.empty(0, np.int64)
 
 
@@ -93,6 +96,18 @@ class Standing(NamedTuple):
     tables: tuple[tuple[int, TableSchema, int], ...]  # number, schema, version of the creation
 
 
+@dataclass(frozen=True, slots=True)
+class Captive:
+    """A table of a captured shard."""
+
+    base: BaseTable
+    table: Table
+    width: int
+    rows: int
+    counters: int  # exact ones
+    scan: Scan
+
+
 @dataclass(slots=True)
 class Held:
     """A table, its number in the log and the version of its creation."""
@@ -108,7 +123,7 @@ class Captured:
 
     version: int
     next_table: int
-    tables: tuple[tuple[BaseTable, int, int, Scan], ...]  # with width and rows
+    tables: tuple[Captive, ...]
     sessions: bytes
     tombstones: tuple[Tombstones, ...]
     horizon: int  # deletes up to this version may have lost their tombstones
@@ -143,6 +158,9 @@ class Shard:
         self.budget = Budget(memory_bytes)
         self.version = 0
         self.sessions = Sessions(max_sessions, session_ttl, clock)
+        owned = np.count_nonzero(shard_map.shard_of_bucket == number)
+        self._share = float(owned) / len(shard_map.shard_of_bucket)  # of the keys
+        self._swept = 0  # number of the table that was swept last
         self._reply_bytes = reply_bytes
         self._max_tables = max_tables
         self._tables: dict[str, Held] = {}
@@ -205,13 +223,8 @@ class Shard:
         if known is not None:
             return pb.DeleteResponse(version=known, duplicate=True, achieved=level)
         self._reserve([RECORD + 8 * len(change.keys)])
-        gone = held.table.delete(change.keys)
-        origin = self._origin(change)
-        self._bury(Tombstones(held.number, gone, self.version + 1, Cause.REQUEST))
-        self._append(
-            Kind.DELETE, records.encode_delete(origin, held.number, Cause.REQUEST, gone), change
-        )
-        return pb.DeleteResponse(version=self.version, achieved=level, deleted=len(gone))
+        deleted = self._delete(held, change.keys, Cause.REQUEST, change)
+        return pb.DeleteResponse(version=self.version, achieved=level, deleted=deleted)
 
     def write_rows(
         self, name: str, step: int, keys: Keys, frequencies: NDArray[np.uint64], rows: Rows
@@ -229,6 +242,7 @@ class Shard:
         frequencies = np.minimum(frequencies, np.uint64(0xFFFFFFFF))
         held.table.put(keys, versions, steps, frequencies, rows)
         origin = self._origin(step=step)
+        held.table.evictor.pushed(version, step, origin.time_us / 1e6)
         self._append(Kind.PUSH, records.encode_push(origin, held.number, keys, frequencies, rows))
         return version
 
@@ -236,6 +250,66 @@ class Shard:
         """A table's rows as they are now and will be, to be copied by slices on this thread."""
         table = self._table(name)
         return table.schema, self.version, table.scan()
+
+    # ---- eviction
+
+    def tick(self) -> float:
+        """Take the next slice of the background's eviction, of one table after the other.
+
+        Returns the share of this thread's time that it should have; 0: nothing is to be done.
+        Raises what a delete may raise for want of room in the log; the rows stay then.
+        """
+        seconds = self._now()
+        for _ in range(len(self._numbered)):
+            self._swept = min((n for n in self._numbered if n > self._swept), default=0)
+            self._swept = self._swept or min(self._numbered)
+            held = self._numbered[self._swept]
+            table, evictor = held.table, held.table.evictor
+            if stale := evictor.stale(seconds):
+                table.gate.expire(stale + 1)
+            if evictor.due(len(table), seconds):
+                for cause, keys in evictor.tick(table.view(), seconds).items():
+                    self._evict(held, cause, keys)
+                return URGENT if evictor.excess(len(table)) * 16 > len(table) else SWEEPING
+        return 0.0
+
+    def sweep(self, name: str, dry: bool) -> tuple[int, Sweep]:
+        """A sweep by all rules of a table, to be done by ``sweep_slice``; and the table's number.
+
+        dry  only count
+        """
+        held = self._held(name)
+        return held.number, held.table.evictor.sweep(dry=dry)
+
+    def sweep_slice(self, number: int, sweep: Sweep) -> None:
+        """Take the next slice of a sweep; UnknownTable if the table was dropped meanwhile."""
+        held = self._numbered.get(number)
+        if held is None:
+            schema = self._schemas.get(number)
+            raise UnknownTable(schema.name if schema else str(number))
+        view = held.table.view()
+        victims = sweep.slice(view, held.table.evictor.now(self._now()))
+        for cause, keys in victims.keys(view).items():
+            self._evict(held, cause, keys)
+
+    def tally(self, name: str) -> tuple[Tally, int]:
+        """What the rules of a table did, and how many counters were dropped for age or room."""
+        table = self._table(name)
+        return table.tally, table.gate.dropped
+
+    def _evict(self, held: Held, cause: Cause, keys: Keys) -> None:
+        self._reserve([RECORD + 8 * len(keys)])
+        evicted = held.table.tally.evicted
+        evicted[cause] = evicted.get(cause, 0) + self._delete(held, keys, cause)
+
+    def _delete(self, held: Held, keys: Keys, cause: Cause, change: Change | None = None) -> int:
+        """Delete rows as the next version, for which the log has room; how many there were."""
+        gone, rows = held.table.delete(keys)
+        self._bury(Tombstones(held.number, gone, self.version + 1, cause))
+        origin = self._origin(change)
+        parts = records.encode_delete(origin, held.number, cause, gone)
+        self._append(Kind.DELETE, parts, change)
+        return rows
 
     def barrier(self, name: str) -> int:
         """Mark this moment in the log, and return its version."""
@@ -314,20 +388,31 @@ class Shard:
         self.sessions.unpack(state.sessions)
         for table in state.tables:
             self._add_table(table.number, from_json(json.loads(table.schema)), table.created)
+            if table.policy:
+                self._numbered[table.number].table.evictor.load(table.policy)
 
     def load_block(self, block: Block) -> None:
         """Take in a block of the base; blocks come in the order in which they were made."""
         held = self._numbered.get(block.table)
         if held is None:  # dropped before the state was committed
             return
-        if block.kind == ROWS:
-            table = held.table
-            table.put(block.keys, block.versions, block.steps, block.frequencies, block.rows)
-            return
+        table = held.table
+        match block.kind:
+            case blocks.ROWS:
+                table.put(block.keys, block.versions, block.steps, block.frequencies, block.rows)
+                if len(block.keys):
+                    table.evictor.loaded(int(block.versions.max()), int(block.steps.max()))
+                return
+            case blocks.COUNTERS:
+                table.put_counters(block.keys, block.totals, block.versions)
+                return
+            case blocks.CELLS:
+                table.gate.load_cells(block.start, block.cells)
+                return
         for version in np.unique(block.versions):
             chosen = block.versions == version
             keys = block.keys[chosen].copy()
-            held.table.delete(keys, before=int(version))
+            table.delete(keys, before=int(version))
             cause = Cause(int(block.causes[chosen][0]))
             self._bury(Tombstones(block.table, keys, int(version), cause))
 
@@ -344,10 +429,13 @@ class Shard:
         if held is None:
             raise Corrupt(f"record of version {version}", f"there is no table {record.table}")
         match record:
-            case records.Push(origin, _, keys, frequencies, rows):
+            case records.Push(origin, _, keys, frequencies, rows, waiting, totals):
                 versions = np.full(len(keys), version, np.uint64)
                 steps = np.full(len(keys), origin.step, np.int64)
                 held.table.put(keys, versions, steps, frequencies, rows)
+                since = np.full(len(waiting), version, np.uint64)
+                held.table.put_counters(waiting, totals, since)
+                held.table.evictor.pushed(version, origin.step, origin.time_us / 1e6)
             case records.Delete(origin, number, cause, keys):
                 held.table.delete(keys)
                 self._bury(Tombstones(number, keys.copy(), version, cause))
@@ -358,14 +446,19 @@ class Shard:
                 origin.client, origin.incarnation, origin.sequence, origin.acknowledged, version
             )
 
-    def _capture(self, held: Held) -> tuple[BaseTable, int, int, Scan]:
-        schema = held.table.schema
-        text = json.dumps(to_json(schema), sort_keys=True)
-        base = BaseTable(number=held.number, schema=text, created=held.created)
-        return base, schema.width, len(held.table), held.table.scan()
+    def _capture(self, held: Held) -> Captive:
+        table = held.table
+        base = BaseTable(
+            number=held.number,
+            schema=json.dumps(to_json(table.schema), sort_keys=True),
+            created=held.created,
+            policy=table.evictor.pack(),
+        )
+        counters = 0 if len(table.gate.cells()) else table.gate.entries
+        return Captive(base, table, table.schema.width, len(table), counters, table.scan())
 
     def _add_table(self, number: int, schema: TableSchema, created: int) -> None:
-        held = Held(Table(schema, self.budget), number, created)
+        held = Held(Table(schema, self.budget, self._share), number, created)
         self._tables[schema.name] = self._numbered[number] = held
         self._next_table = max(self._next_table, number + 1)
         self._schemas[number] = schema
@@ -512,7 +605,7 @@ class Shard:
         if known is not None:
             return pb.PushResponse(version=known, duplicate=True, achieved=level)
         held = self._held(push.table)
-        slots = held.table.push(
+        pushed = held.table.push(
             push.keys,
             push.gradients,
             push.counts,
@@ -520,11 +613,15 @@ class Shard:
             step=push.step,
             lr=push.lr,
         )
+        origin = self._origin(push, push.step)
+        held.table.evictor.pushed(self.version + 1, push.step, origin.time_us / 1e6)
         parts: Sequence[Any] = ()
         if self._log is not None:
-            frequencies, rows = self._images(held.table, slots)
-            origin = self._origin(push, push.step)
-            parts = records.encode_push(origin, held.number, push.keys, frequencies, rows)
+            frequencies, rows = self._images(held.table, pushed.slots)
+            counted = pushed.waiting, pushed.totals
+            parts = records.encode_push(
+                origin, held.number, pushed.keys, frequencies, rows, *counted
+            )
         self._append(Kind.PUSH, parts, push)
         return pb.PushResponse(version=self.version, achieved=level)
 

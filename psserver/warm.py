@@ -6,7 +6,7 @@ import numpy as np
 
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
-from storage import initializers, optimizers
+from storage import admission, eviction, initializers, optimizers
 from storage.arena import Budget
 from storage.index import SEGMENT, Index
 from storage.schema import TableSchema
@@ -17,6 +17,8 @@ def warm() -> None:
     """Run each kernel once on a few rows; about a minute at first, a second afterwards."""
     initializers.compile_all()
     optimizers.compile_all()
+    admission.compile_all()
+    eviction.compile_all()
     schema = TableSchema(
         name="warm",
         dim=2,
@@ -26,7 +28,7 @@ def warm() -> None:
     table = Table(schema, Budget(1 << 30))
     keys = np.arange(4, dtype=np.uint64)
     rows = np.ones((4, 2), np.float32)
-    slots = table.push(keys, rows, np.ones(4, np.uint32), version=1, step=0)
+    slots = table.push(keys, rows, np.ones(4, np.uint32), version=1, step=0).slots
     frequencies, steps = np.ones(4, np.uint64), np.ones(4, np.int64)
     table.images(slots, frequencies, rows)
     table.put(keys, frequencies, steps, frequencies, rows)

@@ -18,9 +18,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,15 +117,17 @@ class Gate(ABC):
         """
         return np.empty(0, np.uint8)
 
-    def load_cells(self, cells: NDArray[Any]) -> None:
-        """Take over what ``cells`` of a gate of the same rule and seed returned.
+    def load_cells(self, start: int, data: NDArray[np.uint8]) -> None:
+        """Take over the bytes from ``start`` on of what ``cells`` of an equal gate returned.
 
-        Raises ValueError if it cannot have been the same rule.
+        All parts, each a whole number of cells, make an equal gate. Raises ValueError if it cannot
+        have been the same rule.
         """
-        own = self.cells()
-        if cells.shape != own.shape or cells.dtype != own.dtype:
-            found, wanted = f"{cells.dtype}[{len(cells)}]", f"{own.dtype}[{len(own)}]"
-            raise ValueError(f"cells must be {wanted}, got {found}")
+        size = self.cells().nbytes
+        if start < 0 or start + len(data) > size:
+            raise ValueError(
+                f"a sketch of {size} bytes has no bytes {start}..{start + len(data) - 1}"
+            )
 
     @property
     def entries(self) -> int:
@@ -176,8 +178,8 @@ class Counters(Index):
 
     @property
     def segments(self) -> int:
-        """Segments, of up to SEGMENT keys each; a split adds one at the end."""
-        return len(self._depths)
+        """Segments, of up to SEGMENT keys each; a split adds one at the end. None once closed."""
+        return len(self._depths) if self.bytes else 0
 
     def segment(self, number: int) -> tuple[Keys, NDArray[np.uint64]]:
         """Keys and counters of one segment, as copies."""
@@ -454,11 +456,16 @@ class SketchGate(CountingGate):
         cells: NDArray[Any] = _readonly(self._cells)
         return cells
 
-    def load_cells(self, cells: NDArray[Any]) -> None:
-        super().load_cells(cells)
-        self._cells[:] = cells
-        self._used = int(np.count_nonzero(cells))
-        self._halved = len(cells)
+    def load_cells(self, start: int, data: NDArray[np.uint8]) -> None:
+        super().load_cells(start, data)
+        size = self._cells.itemsize
+        held, cells = (
+            self._cells[start // size :][: len(data) // size],
+            data.view(self._cells.dtype),
+        )
+        self._used += int(np.count_nonzero(cells)) - int(np.count_nonzero(held))
+        held[:] = cells
+        self._halved = len(self._cells)
 
     def close(self) -> None:
         self._cells = self._cells[:0].copy()
@@ -525,6 +532,10 @@ class Admission(ABC):
 
     name: ClassVar[str]
 
+    def on(self, share: float) -> Self:
+        """The rule for a shard that has this share of the keys, 0..1."""
+        return self  # unless a parameter is of the whole table
+
     def __post_init__(self) -> None:
         for field in fields(self):
             if field.type == "int":
@@ -566,17 +577,20 @@ class Counter(Admission):
     """At the push with its ``threshold``-th occurrence, exactly.
 
     20 to 51 bytes for each waiting key, 27 on average. Exact as long as no more than ``max_keys``
-    wait on a shard; then the stalest start again.
+    wait; then the stalest start again.
     """
 
     name: ClassVar[str] = "counter"
 
     threshold: int = 2  # occurrences
-    max_keys: int = 10_000_000  # waiting on a shard
+    max_keys: int = 10_000_000  # waiting, over all shards
 
     def _check(self) -> None:
         self._require("threshold", 1 <= self.threshold <= MOST, f"in 1..{MOST}")
         self._require("max_keys", 1 <= self.max_keys <= 1 << 36, "in 1..2^36")
+
+    def on(self, share: float) -> Self:
+        return replace(self, max_keys=math.ceil(self.max_keys * share))
 
     def gate(self, budget: Budget, seed: int) -> Gate:
         return CounterGate(self.threshold, self.max_keys, budget)
@@ -596,7 +610,7 @@ class Sketch(Admission):
     name: ClassVar[str] = "sketch"
 
     threshold: int = 2  # occurrences
-    expected_keys: int = 1_000_000  # waiting on a shard
+    expected_keys: int = 1_000_000  # waiting, over all shards
     error_rate: float = 0.01  # of keys that may be admitted early
 
     def _check(self) -> None:
@@ -607,6 +621,9 @@ class Sketch(Admission):
         object.__setattr__(self, "error_rate", float(self.error_rate))
         rule = f"such that 2^32 cells are enough, not {self.cells}"
         self._require("expected_keys", self.cells <= 1 << 32, rule)
+
+    def on(self, share: float) -> Self:
+        return replace(self, expected_keys=math.ceil(self.expected_keys * share))
 
     @property
     def hashes(self) -> int:

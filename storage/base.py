@@ -81,6 +81,7 @@ class BaseTable:
     number: int  # given at creation, never reused
     schema: str  # JSON
     created: int  # version of its creation
+    policy: bytes = b""  # what its eviction knows, in that one's format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +96,11 @@ class BaseState:
     horizon: int = 0  # deletes up to this version may have lost their tombstones
     sessions: bytes = b""  # of the clients, in the engine's own format
     blocks: tuple[int, ...] = ()  # numbers of the live blocks, in the order they were added
+    cells: int = 0  # of these, the last ones, which the next state replaces: sketches are whole
 
     def pack(self) -> bytes:
         """The state as stored."""
-        tables = [[t.number, t.schema, t.created] for t in self.tables]
+        tables = [[t.number, t.schema, t.created, t.policy.hex()] for t in self.tables]
         facts = {
             "lineage": self.lineage.hex(),
             "epoch": self.epoch,
@@ -106,6 +108,7 @@ class BaseState:
             "next_table": self.next_table,
             "tables": tables,
             "horizon": self.horizon,
+            "cells": self.cells,
         }
         text = json.dumps(facts, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
@@ -137,10 +140,13 @@ class BaseState:
             version=facts["version"],
             next_table=facts["next_table"],
             tables=tuple(
-                BaseTable(number=number, schema=schema, created=created)
-                for number, schema, created in facts["tables"]
+                BaseTable(
+                    number=number, schema=schema, created=created, policy=bytes.fromhex(policy)
+                )
+                for number, schema, created, policy in facts["tables"]
             ),
             horizon=facts["horizon"],
+            cells=facts["cells"],
             sessions=data[rest:],
             blocks=tuple(np.frombuffer(data, "<u8", blocks, numbers).tolist()),
         )

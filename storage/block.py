@@ -1,16 +1,20 @@
-"""Many rows, or tombstones, as one run of bytes: the unit of base state, checkpoint and snapshot.
+"""Many rows, tombstones or counters as one run of bytes: the unit of base state and checkpoint.
 
     block       = header body                        little-endian
     header      = magic[8] | format u32 | width u32 | count u64 | table u32 | kind u32
-                  | zero u64 | checksum u64 | zero[16]                            (64 bytes)
-    body        = rows | tombstones                  as kind says
+                  | start u64 | checksum u64 | zero[16]                           (64 bytes)
+    body        = rows | tombstones | counters | cells       as kind says
     rows        = keys u64[count] | versions u64[count] | steps i64[count]
                   | frequencies u64[count] | rows f32[count, width]               (kind 1)
     tombstones  = keys u64[count] | versions u64[count] | causes u32[count]
                   (kind 2; width is 0)
+    counters    = keys u64[count] | versions u64[count] | totals u32[count]
+                  (kind 3; width is 0)
+    cells       = u8[count], bytes start.. of a table's sketch     (kind 4; width is 0)
 
-The checksum is the xxh3_64 of all other bytes, seed 0. A block is exactly as long as its header
-says. Every array begins at a multiple of 8 bytes, the first at a multiple of 64.
+``start`` is 0 in blocks of other kinds. The checksum is the xxh3_64 of all other bytes, seed 0. A
+block is exactly as long as its header says. Every array begins at a multiple of 8 bytes, the first
+at a multiple of 64.
 """
 
 from __future__ import annotations
@@ -32,12 +36,12 @@ Data = bytes | bytearray | memoryview | Bytes
 BLOCK_BYTES = (2 << 20) - 16  # of a full block; with LMDB's 16 bytes, 512 pages
 MAGIC = b"PSBLOCK\n"
 FORMAT = 1
-ROWS, TOMBSTONES = 1, 2
+ROWS, TOMBSTONES, COUNTERS, CELLS = KINDS = 1, 2, 3, 4
 
-_HEADER = struct.Struct("<8sIIQIIQQ16x")  # magic format width count table kind zero checksum
+_HEADER = struct.Struct("<8sIIQIIQQ16x")  # magic format width count table kind start checksum
 _CHECKSUM = 40  # offset of the checksum
 _ROW_META = 32  # bytes beside a row: key, version, step, frequency
-_TOMBSTONE = 20  # bytes: key, version, cause
+_TOMBSTONE = 20  # bytes: key, version, cause; or of a counter: key, version, total
 
 
 def rows_per_block(width: int) -> int:
@@ -46,13 +50,14 @@ def rows_per_block(width: int) -> int:
 
 
 def tombstones_per_block() -> int:
-    """Tombstones that fill a block."""
+    """Tombstones, or counters, that fill a block."""
     return (BLOCK_BYTES - _HEADER.size) // _TOMBSTONE
 
 
 def size_of(kind: int, width: int, count: int) -> int:
-    """Bytes of a block of ``count`` rows or tombstones."""
-    return _HEADER.size + count * (_ROW_META + 4 * width if kind == ROWS else _TOMBSTONE)
+    """Bytes of a block of ``count`` rows, tombstones, counters or bytes of cells."""
+    each = {ROWS: _ROW_META + 4 * width, CELLS: 1}.get(kind, _TOMBSTONE)
+    return _HEADER.size + count * each
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +70,15 @@ class Block:
 
     data: Bytes  # uint8[size], all of the block; the arrays below are parts of it
     table: int  # number of the table
-    kind: int  # ROWS or TOMBSTONES
+    kind: int  # ROWS, TOMBSTONES, COUNTERS or CELLS
     keys: Keys  # uint64[count]
     versions: NDArray[np.uint64]  # [count]  last push, or the delete
     steps: NDArray[np.int64]  # [count]  of the last push
     frequencies: NDArray[np.uint64]  # [count]
     rows: Rows  # float32[count, width]  [embedding | state]
     causes: NDArray[np.uint32]  # [count]  why the keys were deleted
+    totals: NDArray[np.uint32]  # [count]  occurrences of keys without a row
+    cells: Bytes  # uint8[count]  of a sketch
 
     @classmethod
     def empty(cls, table: int, width: int, count: int, buffer: Bytes | None = None) -> Block:
@@ -91,29 +98,41 @@ class Block:
     def _over(cls, data: Bytes, table: int, kind: int, width: int, count: int) -> Block:
         """The views of a block over its bytes, the header excepted."""
         end = _HEADER.size
+        each = {of: count if of == kind else 0 for of in KINDS}
+        keyed = count - each[CELLS]
 
         def part(dtype: str, length: int) -> NDArray[Any]:
             nonlocal end
             start, end = end, end + length * np.dtype(dtype).itemsize
             return data[start:end].view(dtype)
 
-        alive, dead = (count, 0) if kind == ROWS else (0, count)
-        keys, versions = part("<u8", count), part("<u8", count)
+        alive = each[ROWS]
+        keys, versions = part("<u8", keyed), part("<u8", keyed)
         steps, frequencies = part("<i8", alive), part("<u8", alive)
         rows = part("<f4", alive * width).reshape(alive, width)
-        return cls(data, table, kind, keys, versions, steps, frequencies, rows, part("<u4", dead))
+        causes, totals = part("<u4", each[TOMBSTONES]), part("<u4", each[COUNTERS])
+        cells = part("u1", each[CELLS])
+        return cls(
+            data, table, kind, keys, versions, steps, frequencies, rows, causes, totals, cells
+        )
 
     def __len__(self) -> int:
-        return len(self.keys)
+        """Keys, or for CELLS bytes."""
+        return len(self.keys) + len(self.cells)
 
     @property
     def width(self) -> int:
         """Numbers in a row; 0 for tombstones."""
         return int(self.rows.shape[1])
 
-    def seal(self) -> memoryview:
+    @property
+    def start(self) -> int:
+        """Of sealed CELLS: which of the sketch's bytes is the first."""
+        return int(_HEADER.unpack_from(self.data.data)[6])
+
+    def seal(self, start: int = 0) -> memoryview:
         """Write header and checksum; the block's bytes, not a copy. Fill the arrays before."""
-        fields = (MAGIC, FORMAT, self.width, len(self), self.table, self.kind, 0)
+        fields = (MAGIC, FORMAT, self.width, len(self), self.table, self.kind, start)
         _HEADER.pack_into(self.data.data, 0, *fields, 0)
         struct.pack_into("<Q", self.data.data, _CHECKSUM, _checksum(self.data))
         return self.data.data
@@ -143,6 +162,24 @@ def pack_tombstones(
     return block.seal()
 
 
+def pack_counters(
+    table: int, keys: Keys, versions: NDArray[np.uint64], totals: NDArray[np.uint32]
+) -> memoryview:
+    """A sealed block of copies of these arrays, each [n]."""
+    size = size_of(COUNTERS, 0, len(keys))
+    block = Block._over(np.empty(size, np.uint8), table, COUNTERS, 0, len(keys))
+    block.keys[:], block.versions[:], block.totals[:] = keys, versions, totals
+    return block.seal()
+
+
+def pack_cells(table: int, start: int, cells: Bytes) -> memoryview:
+    """A sealed block of a copy of a sketch's bytes uint8[n], the first of which is ``start``."""
+    size = size_of(CELLS, 0, len(cells))
+    block = Block._over(np.empty(size, np.uint8), table, CELLS, 0, len(cells))
+    block.cells[:] = cells
+    return block.seal(start)
+
+
 def unpack(data: Data, where: str) -> Block:
     """The block in ``data``, checked: views, or views of a copy if the bytes are not aligned.
 
@@ -161,7 +198,7 @@ def unpack(data: Data, where: str) -> Block:
         raise Corrupt(where, "the checksum of the block does not fit its bytes")
     if version != FORMAT:
         raise UnknownFormat(where, version, FORMAT)
-    if kind not in (ROWS, TOMBSTONES):
+    if kind not in KINDS:
         raise Corrupt(where, f"a block of kind {kind} is unknown")
     if len(raw) != size_of(kind, width, count):
         raise Corrupt(where, f"the block is {len(raw)} bytes, not {size_of(kind, width, count)}")

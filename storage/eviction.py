@@ -21,13 +21,14 @@ To add one: write the class, add it to EVICTIONS. Nothing else changes; the test
 
 from __future__ import annotations
 
+import math
 import struct
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from numbers import Real
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numba import njit
@@ -47,6 +48,7 @@ SCALE = 1 << 14  # of lfu's scores, which are whole numbers to be told apart exa
 SLICE = 1 << 16  # slots looked at in a call
 READ = 8 << 20  # bytes of rows read in a call
 MOST = 1 << 13  # rows found in a call
+_STATE = struct.Struct("<qQQ")  # step version bytes-of-times
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,10 @@ class Eviction(ABC):
 
     name: ClassVar[str]
     cause: ClassVar[Cause]
+
+    def on(self, share: float) -> Self:
+        """The rule for a shard that has this share of the keys, 0..1."""
+        return self  # unless a parameter is of the whole table
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -391,7 +397,10 @@ def _lowest(scores: Any, bound: int, ties: int, places: Any) -> Any:
 
 
 class Capacity(TableEviction):
-    """The table's part on a shard exceeds max_rows: the lowest score leaves first."""
+    """The table exceeds max_rows: the lowest score leaves first.
+
+    Each shard keeps the share of max_rows that it has of the keys, which a hash spreads evenly.
+    """
 
     __slots__ = ()
 
@@ -401,6 +410,10 @@ class Capacity(TableEviction):
 
     def _check(self) -> None:
         self._require("max_rows", self.max_rows >= 1, "1 or more")
+
+    def on(self, share: float) -> Self:
+        # every rule of this kind is a dataclass with the field
+        return replace(self, max_rows=math.ceil(self.max_rows * share))  # type: ignore[call-arg]
 
     def due(self, rows: int, last: Now, now: Now) -> bool:
         return rows > self.max_rows
@@ -415,7 +428,7 @@ class CapacityLru(Capacity):
 
     name: ClassVar[str] = "capacity_lru"
 
-    max_rows: int = 100_000_000  # on a shard
+    max_rows: int = 100_000_000  # over all shards
 
     def score(self, view: View, start: int, stop: int, now: Now, out: NDArray[np.int64]) -> None:
         _score_lru(view.meta, start, stop, out)
@@ -430,7 +443,7 @@ class CapacityLfu(Capacity):
 
     name: ClassVar[str] = "capacity_lfu"
 
-    max_rows: int = 100_000_000  # on a shard
+    max_rows: int = 100_000_000  # over all shards
     half_life: int = 100_000  # steps
 
     def _check(self) -> None:
@@ -616,8 +629,8 @@ class Evictor:
         require_distinct(rules)
         self._rules = tuple(rules)
         self._step, self._version = FIRST_STEP, 0  # of the table: the largest that was pushed
-        ttls = [rule.seconds for rule in rules if isinstance(rule, TimeTtl)]
-        self._timeline = Timeline(ttls[0]) if ttls else None
+        self._times = _timeline(rule.seconds for rule in rules if isinstance(rule, TimeTtl))
+        self._steps = _timeline(float(rule.steps) for rule in rules if isinstance(rule, StepTtl))
         self._sweep: Sweep | None = None  # in the background
         self._last = Now(FIRST_STEP, 0)  # when that, or the one before it, began
 
@@ -627,13 +640,41 @@ class Evictor:
         seconds  of a clock that goes on while the shard is down: the idle time counts
         """
         self._step, self._version = max(self._step, step), max(self._version, version)
-        if self._timeline is not None:
-            self._timeline.add(version, seconds)
+        if self._times is not None:
+            self._times.add(version, seconds)
+        if self._steps is not None:
+            self._steps.add(version, float(step))
+
+    def loaded(self, version: int, step: int) -> None:
+        """There are rows of this version and step, pushed nobody knows when."""
+        self._step, self._version = max(self._step, step), max(self._version, version)
 
     def now(self, seconds: float) -> Now:
         """What to compare rows with at a time of that clock."""
-        idle = 0 if self._timeline is None else self._timeline.version_before(seconds)
+        idle = 0 if self._times is None else self._times.version_before(seconds)
         return Now(self._step, self._version, idle)
+
+    def stale(self, seconds: float) -> int:
+        """What was last touched at a version up to this one has outlived a TTL; 0: nothing has.
+
+        For counters, which have no steps: a step TTL is kept as closely as Timeline says.
+        """
+        steps = 0 if self._steps is None else self._steps.version_before(float(self._step))
+        return max(steps, self.now(seconds).idle)
+
+    def excess(self, rows: int) -> int:
+        """How many of so many rows are too many."""
+        tables = (rule for rule in self._rules if isinstance(rule, TableEviction))
+        return max((rule.excess(rows) for rule in tables), default=0)
+
+    def due(self, rows: int, seconds: float) -> bool:
+        """Whether ``tick`` would do something: a sweep is not done, or one would be worth it."""
+        if self._sweep is not None:
+            return True
+        if not self._rules:
+            return False
+        now = self.now(seconds)
+        return any(rule.due(rows, self._last, now) for rule in self._rules)
 
     def sweep(self, *, dry: bool = False) -> Sweep:
         """A sweep of all rules that has not begun."""
@@ -647,10 +688,10 @@ class Evictor:
         limit  slots to look at
         most   keys to return
         """
+        if not self.due(view.rows, seconds):
+            return {}
         now = self.now(seconds)
         if self._sweep is None:
-            if not any(rule.due(view.rows, self._last, now) for rule in self._rules):
-                return {}
             self._sweep, self._last = self.sweep(), now
         victims = self._sweep.slice(view, now, limit, most)
         if self._sweep.done:
@@ -658,17 +699,32 @@ class Evictor:
         return victims.keys(view)
 
     def pack(self) -> bytes:
-        """step i64 | version u64 | timeline, little-endian; for a checkpoint."""
-        timeline = b"" if self._timeline is None else self._timeline.pack()
-        return struct.pack("<qQ", self._step, self._version) + timeline
+        """step i64 | version u64 | bytes of times u64 | times | steps, little-endian.
+
+        times, steps   the timelines of the rules; empty where there is no such rule
+        """
+        times = b"" if self._times is None else self._times.pack()
+        steps = b"" if self._steps is None else self._steps.pack()
+        return _STATE.pack(self._step, self._version, len(times)) + times + steps
 
     def load(self, data: bytes) -> None:
         """Take over what ``pack`` returned for the same rules; ValueError if it is not that."""
-        if len(data) < 16 or (self._timeline is None and len(data) > 16):
-            raise ValueError(f"{len(data)} bytes are no state of these eviction rules")
-        if self._timeline is not None:
-            self._timeline.load(data[16:])
-        self._step, self._version = struct.unpack_from("<qQ", data)
+        if len(data) < _STATE.size:
+            raise ValueError(f"{len(data)} bytes are no state of an eviction")
+        step, version, size = _STATE.unpack_from(data)
+        end = _STATE.size + size
+        parts = (self._times, data[_STATE.size : end]), (self._steps, data[end:])
+        for timeline, part in parts:
+            if bool(part) != (timeline is not None):
+                raise ValueError(f"{len(data)} bytes are no state of these eviction rules")
+        for timeline, part in parts:
+            if timeline is not None:
+                timeline.load(part)
+        self._step, self._version = step, version
+
+
+def _timeline(ttls: Iterable[float]) -> Timeline | None:
+    return next((Timeline(ttl) for ttl in ttls), None)
 
 
 def require_distinct(rules: Sequence[Eviction]) -> None:

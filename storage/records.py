@@ -1,20 +1,23 @@
 """What a frame of the version log says: the change that made its version.
 
     record   = head body                                by the frame's kind:
-    1 push     = head | keys u64[count] | frequencies u64[count] | rows f32[count, width]
+    1 push     = head | keys u64[count] | frequencies u64[count] | waiting u64[extra]
+               | rows f32[count, width] | totals u32[extra]
     2 delete   = head | keys u64[count]
     3 create   = head | schema, a JSON object
     4 drop     = head | its schema, a JSON object
     5 barrier  = head | name, UTF-8
     head     = client u64 | incarnation u64 | sequence u64 | acknowledged u64 | step i64
-             | time_us u64 | table u32 | width u32 | count u32 | cause u32              (64 bytes)
+             | time_us u64 | table u32 | width u32 | count u32 | extra u32              (64 bytes)
 
 Little-endian; arrays begin at multiples of 8. Fields that a kind does not use are 0.
 
 * rows     after-images: whole rows [embedding | state] as the push left them, so that replaying a
            record again, or over a newer row's copy, needs no arithmetic and does no harm
 * table    the number that the table got at creation; numbers are not used again
-* cause    why the rows of a delete left
+* waiting  keys of the push that may not have a row yet, and what their counters became: totals, not
+           what was added, so that they too may be replayed again
+* extra    of a delete: its cause, why the rows left
 * client.. the push that this is, for finding repetitions; client 0 is not protected
 
 Encoding copies no array; decoding returns read-only views of the frame.
@@ -82,11 +85,13 @@ class Push:
     keys: Keys  # uint64[n]
     frequencies: NDArray[np.uint64]  # [n], after the push
     rows: Rows  # float32[n, width], after the push
+    waiting: Keys  # uint64[m], keys without a row
+    totals: NDArray[np.uint32]  # [m], their occurrences, those of this push included
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Delete:
-    """Rows left."""
+    """Rows left, and counters of keys that had none."""
 
     origin: Origin
     table: int
@@ -123,6 +128,7 @@ class Barrier:
 Record = Push | Delete | Create | Drop | Barrier
 
 CAUSES = {int(cause): cause for cause in Cause}
+NO_KEYS, NO_TOTALS = np.empty(0, np.uint64), np.empty(0, np.uint32)
 ORIGIN = tuple(field.name for field in dataclasses.fields(Origin))
 
 
@@ -131,14 +137,27 @@ ORIGIN = tuple(field.name for field in dataclasses.fields(Origin))
 
 
 def encode_push(
-    origin: Origin, table: int, keys: Keys, frequencies: NDArray[np.uint64], rows: Rows
+    origin: Origin,
+    table: int,
+    keys: Keys,
+    frequencies: NDArray[np.uint64],
+    rows: Rows,
+    waiting: Keys = NO_KEYS,
+    totals: NDArray[np.uint32] = NO_TOTALS,
 ) -> list[Part]:
-    """Parts of a push: keys uint64[n], frequencies uint64[n], rows float32[n, width]."""
+    """Parts of a push: keys uint64[n], frequencies uint64[n], rows float32[n, width], and waiting
+    uint64[m] with totals uint32[m].
+    """
     count, width = rows.shape
     assert keys.shape == frequencies.shape == (count,)
-    assert keys.dtype == frequencies.dtype == np.uint64
+    assert keys.dtype == frequencies.dtype == waiting.dtype == np.uint64
+    assert waiting.shape == totals.shape
     assert rows.dtype == np.float32
-    return [_head(origin, table, width, count), keys, frequencies, rows]
+    assert totals.dtype == np.uint32
+    head = _head(origin, table, width, count, len(waiting))
+    if not len(waiting):
+        return [head, keys, frequencies, rows]
+    return [head, keys, frequencies, waiting, rows, totals]
 
 
 def encode_delete(origin: Origin, table: int, cause: Cause, keys: Keys) -> list[Part]:
@@ -162,7 +181,7 @@ def encode_barrier(origin: Origin, name: str) -> list[Part]:
     return [_head(origin), name.encode()]
 
 
-def _head(origin: Origin, table: int = 0, width: int = 0, count: int = 0, cause: int = 0) -> bytes:
+def _head(origin: Origin, table: int = 0, width: int = 0, count: int = 0, extra: int = 0) -> bytes:
     return HEAD.pack(
         origin.client,
         origin.incarnation,
@@ -173,7 +192,7 @@ def _head(origin: Origin, table: int = 0, width: int = 0, count: int = 0, cause:
         table,
         width,
         count,
-        cause,
+        extra,
     )
 
 
@@ -188,30 +207,33 @@ def decode(frame: Frame) -> Record:
     where = f"record of version {frame.version}"
     if len(frame.payload) < HEAD.size:
         raise Corrupt(where, f"{len(frame.payload)} bytes, too short for the head of a record")
-    *who, table, width, count, cause = HEAD.unpack_from(frame.payload)
+    *who, table, width, count, extra = HEAD.unpack_from(frame.payload)
     origin = Origin(**dict(zip(ORIGIN, who, strict=True)))
     body = frame.payload[HEAD.size :]
     match frame.kind:
         case Kind.PUSH:
-            _require(where, body, count * (16 + 4 * width), cause=cause)
+            _require(where, body, count * (16 + 4 * width) + 12 * extra)
             if not width:
                 raise Corrupt(where, "rows of width 0")
-            rows = _array(body, "<f4", count * width, 16 * count).reshape(count, width)
-            frequencies = _array(body, "<u8", count, 8 * count)
-            return Push(origin, table, _array(body, "<u8", count, 0), frequencies, rows)
+            keys, frequencies = _array(body, "<u8", count, 0), _array(body, "<u8", count, 8 * count)
+            start = 16 * count + 8 * extra
+            rows = _array(body, "<f4", count * width, start).reshape(count, width)
+            waiting = _array(body, "<u8", extra, 16 * count)
+            totals = _array(body, "<u4", extra, start + 4 * count * width)
+            return Push(origin, table, keys, frequencies, rows, waiting, totals)
         case Kind.DELETE:
             _require(where, body, count * 8, width=width)
-            if cause not in CAUSES:
-                raise Corrupt(where, f"deleted for an unknown cause {cause}")
-            return Delete(origin, table, CAUSES[cause], _array(body, "<u8", count, 0))
+            if extra not in CAUSES:
+                raise Corrupt(where, f"deleted for an unknown cause {extra}")
+            return Delete(origin, table, CAUSES[extra], _array(body, "<u8", count, 0))
         case Kind.CREATE:
-            _require(where, body, None, width=width, count=count, cause=cause)
+            _require(where, body, None, width=width, count=count, extra=extra)
             return Create(origin, table, _schema(where, body))
         case Kind.DROP:
-            _require(where, body, None, width=width, count=count, cause=cause)
+            _require(where, body, None, width=width, count=count, extra=extra)
             return Drop(origin, table, _schema(where, body))
         case Kind.BARRIER:
-            _require(where, body, None, table=table, width=width, count=count, cause=cause)
+            _require(where, body, None, table=table, width=width, count=count, extra=extra)
             return Barrier(origin, _name(where, body))
     raise Corrupt(where, f"unknown kind {frame.kind}")
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from storage.admission import Admission, Always
 from storage.errors import SchemaMismatch
+from storage.eviction import Eviction, require_distinct
 from storage.initializers import Initializer
 from storage.optimizers import Optimizer
 
@@ -28,6 +30,8 @@ class TableSchema:
     seed: int = 0  # of the initial values
     serving_default: float = 0.0  # what a serving pull returns for keys without a row
     durability: Durability = "log"  # of pushes that do not ask for one
+    admission: Admission = field(default_factory=Always)  # which keys may have a row
+    evictions: tuple[Eviction, ...] = ()  # which rows leave; at most one of a kind, by name
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -43,6 +47,10 @@ class TableSchema:
             raise ValueError(
                 f"table {self.name!r}: serving_default must be finite, got {self.serving_default}"
             )
+        try:
+            require_distinct(self.evictions)
+        except ValueError as error:
+            raise ValueError(f"table {self.name!r}: {error}") from error
 
     @property
     def width(self) -> int:
@@ -51,7 +59,7 @@ class TableSchema:
 
     def require_equal(self, asked: TableSchema) -> None:
         """Raise SchemaMismatch naming the first field in which ``asked`` differs."""
-        for field in dataclasses.fields(self):
-            held, wanted = getattr(self, field.name), getattr(asked, field.name)
+        for each in dataclasses.fields(self):
+            held, wanted = getattr(self, each.name), getattr(asked, each.name)
             if held != wanted:
-                raise SchemaMismatch(self.name, field.name, held, wanted)
+                raise SchemaMismatch(self.name, each.name, held, wanted)

@@ -6,16 +6,19 @@ the service made sure.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.admission import Counts, Versions
 from storage.arena import Budget
+from storage.eviction import Evictor, View
 from storage.index import PLACE_BITS, Index, Locations, places
 from storage.initializers import table_seed
 from storage.kernels import Keys, Rows, Slots
+from storage.records import NO_KEYS, NO_TOTALS, Cause
 from storage.schema import TableSchema
 from storage.tiers.base import FREQUENCY, STEP, VERSION, Meta, Scan, Tier
 from storage.tiers.host import HostTier
@@ -28,36 +31,77 @@ class TableStats:
     """What a table holds on this shard."""
 
     rows: int
-    bytes: int  # taken from the budget: slab, metadata, index, unused room in each
+    bytes: int  # taken from the budget: slab, metadata, index, counters, unused room in each
     index_bytes: int
+    waiting: int  # keys that are counted and have no row; of a sketch, about
+    counter_bytes: int  # of their counters
 
 
 @dataclass(frozen=True, slots=True)
 class Dump:
-    """Every row of a table on this shard, by ascending key."""
+    """Every row and counter of a table on this shard, by ascending key."""
 
     keys: Keys  # uint64[n]
     rows: Rows  # float32[n, width]
     meta: Meta  # uint64[n, 4]: key, version, step, frequency
+    counters: NDArray[np.uint64]  # [m, 3]  of exact ones: key, total, version
+    cells: NDArray[Any]  # of a sketch
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What a push did: keys that have rows now, and keys that wait for theirs."""
+
+    keys: Keys  # uint64[n]
+    slots: Slots  # int64[n]  where their rows are
+    waiting: Keys  # uint64[m]
+    totals: Counts  # uint32[m]  what their counters became
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a table's rules have done since it was opened."""
+
+    admitted: int = 0  # keys that got a row by a push
+    refused: int = 0  # keys of pushes that got none
+    dropped: int = 0  # occurrences whose gradients were dropped with them
+    evicted: dict[Cause, int] = field(default_factory=dict)  # rows that left by a rule
 
 
 class Table:
-    """Rows by key under one schema."""
+    """Rows by key under one schema.
 
-    def __init__(self, schema: TableSchema, budget: Budget) -> None:
+    share  of all keys that are this shard's, 0..1
+    """
+
+    def __init__(self, schema: TableSchema, budget: Budget, share: float = 1.0) -> None:
         self.schema = schema
+        self.tally = Tally()
+        self.evictor = Evictor([rule.on(share) for rule in schema.evictions])
         self._index = Index(budget)
         self._host: Tier = HostTier(schema.dim, schema.width, budget)
         self._seed = table_seed(schema.seed, schema.name)
         self._state = schema.optimizer.initial_state(schema.dim)
+        try:
+            self.gate = schema.admission.on(share).gate(budget, self._seed)
+        except BaseException:
+            self._index.close()
+            self._host.close()
+            raise
 
     def __len__(self) -> int:
         return len(self._index)
 
     def stats(self) -> TableStats:
         """What the table holds now."""
-        index = self._index.bytes
-        return TableStats(rows=len(self), bytes=index + self._host.bytes, index_bytes=index)
+        index, gate = self._index.bytes, self.gate
+        return TableStats(
+            rows=len(self),
+            bytes=index + self._host.bytes + gate.bytes,
+            index_bytes=index,
+            waiting=gate.entries,
+            counter_bytes=gate.bytes,
+        )
 
     def pull(self, keys: Keys, mode: Mode, out: Rows) -> Locations:
         """Write the embeddings of ``keys`` to ``out``; changes nothing in the table.
@@ -96,26 +140,65 @@ class Table:
         version: int,
         step: int,
         lr: float | None = None,
-    ) -> Slots:
-        """Run one optimizer step over the rows of ``keys``, creating those that are missing.
+    ) -> Pushed:
+        """Run one optimizer step over the rows of ``keys``, creating those that are admitted.
 
         keys       uint64[n]        distinct
         gradients  float32[n, dim]  finite
         counts     uint32[n]        occurrences of each key behind its gradient
         lr         overrides the table's learning rate for this push
 
-        Returns the places of the rows, for ``images``. All of it happens or, with OutOfMemory,
+        Gradients of the keys that have to wait are dropped. All of it happens or, with OutOfMemory,
         nothing.
         """
         locations, absent = self._index.find(keys)
+        waiting, totals = NO_KEYS, NO_TOTALS
         if absent:
             missing = np.flatnonzero(locations == 0)
-            locations[missing] = self._create(keys[missing])
+            admitted, counted = self._admit(keys, counts, missing, locations, version)
+            counts = counts.copy()
+            counts[missing[admitted]] = counted[admitted]
+            if not admitted.all():
+                refused, present = missing[~admitted], np.flatnonzero(locations)
+                waiting, totals = keys[refused], counted[~admitted]
+                self.tally.refused += len(refused)
+                self.tally.dropped += int(counts[refused].sum(dtype=np.uint64))
+                keys, counts, gradients = keys[present], counts[present], gradients[present]
+                locations = locations[present]
         optimizer = self.schema.optimizer
         lr = optimizer.lr if lr is None else lr
         slots = places(locations)
         self._host.push(slots, gradients, counts, optimizer, lr, step, version)
-        return slots
+        return Pushed(keys, slots, waiting, totals)
+
+    def _admit(
+        self,
+        keys: Keys,
+        counts: NDArray[Any],
+        missing: NDArray[np.int64],
+        locations: Locations,
+        version: int,
+    ) -> tuple[NDArray[np.bool_], Counts]:
+        """Make rows for the missing keys that may have one, and count the others.
+
+        missing    int64[m]   which of ``keys`` have no row
+        locations  uint64[n]  written where one is made
+
+        Returns bool[m], which of them have one now, and their occurrences so far, uint32[m].
+        """
+        absent, more = keys[missing], counts[missing]
+        admitted, totals = self.gate.weigh(absent, more, version)
+        fresh = absent[admitted]
+        made = self._create(fresh)
+        try:
+            self.gate.settle(absent, more, admitted, totals, version)
+        except BaseException:
+            self._index.remove(fresh)
+            self._host.release(places(made))
+            raise
+        locations[missing[admitted]] = made
+        self.tally.admitted += len(fresh)
+        return admitted, totals
 
     def images(self, slots: Slots, frequencies: NDArray[Any], rows: Rows) -> None:
         """Copy what a push left: whole rows float32[n, width], their frequencies uint64[n]."""
@@ -135,28 +218,51 @@ class Table:
         versions     uint64[n], steps int64[n], frequencies uint64[n]
         rows         float32[n, width]
 
-        All of it happens or, with OutOfMemory, nothing.
+        Keys that get a row here wait no longer. All of it happens or, with OutOfMemory, nothing.
         """
         locations, absent = self._index.find(keys)
         if absent:
             missing = np.flatnonzero(locations == 0)
             locations[missing] = self._place(keys[missing])
+            self.gate.forget(keys[missing])
         self._host.put(keys, places(locations), versions, steps, frequencies, rows)
 
-    def delete(self, keys: Keys, before: int | None = None) -> Keys:
-        """Delete rows; return the keys of those that were there, in the order of ``keys``.
+    def put_counters(self, keys: Keys, totals: Counts, versions: Versions) -> None:
+        """Write counters as they were read from a block or a record; newer ones stay.
+
+        keys  uint64[n], distinct; those that have a row need none; totals uint32[n]; versions
+              uint64[n]
+        """
+        absent = self._index.find(keys)[0] == 0
+        self.gate.put(keys[absent], totals[absent], versions[absent])
+
+    def delete(self, keys: Keys, before: int | None = None) -> tuple[Keys, int]:
+        """Delete rows, and the counters of keys without one.
 
         keys    uint64[n]  distinct
         before  only rows of lower versions
+
+        Returns the keys that had either, in the order of ``keys``, and how many had a row.
         """
-        locations, _ = self._index.find(keys)
+        locations, absent = self._index.find(keys)
         there = np.flatnonzero(locations)
         if before is not None:
             meta = self._host.meta(places(locations[there]))
             there = there[meta[:, VERSION] < before]
-        self._index.remove(keys[there])
+        gone = keys[there]
+        self._index.remove(gone)
         self._host.release(places(locations[there]))
-        return keys[there]
+        if absent:
+            missing = np.flatnonzero(locations == 0)
+            counted = missing[self.gate.waiting(keys[missing]) > 0]
+            if len(counted):
+                self.gate.forget(keys[counted])
+                return keys[np.sort(np.concatenate([there, counted]))], len(there)
+        return gone, len(there)
+
+    def view(self) -> View:
+        """The rows as sweeps look at them; valid until the next call that changes the table."""
+        return self._host.view()
 
     def scan(self) -> Scan:
         """All rows, for readers that go through them while pushes go on."""
@@ -167,12 +273,16 @@ class Table:
         keys = [k for k, _ in self._index.slices()]
         every = np.sort(np.concatenate(keys))
         rows, meta = self._host.dump(places(self._index.find(every)[0]))
-        return Dump(every, rows, meta)
+        parts = [np.stack([k, t, v], axis=1) for k, t, v in self.gate.changed(0)]
+        counters = np.concatenate([np.empty((0, 3), np.uint64), *parts])
+        counters = counters[np.argsort(counters[:, 0])]
+        return Dump(every, rows, meta, counters, self.gate.cells().copy())
 
     def close(self) -> None:
         """Return the memory."""
         self._index.close()
         self._host.close()
+        self.gate.close()
 
     def _create(self, keys: Keys) -> Locations:
         """Give absent keys their initial rows; all or, with OutOfMemory, none."""

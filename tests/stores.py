@@ -187,7 +187,7 @@ def push(keys: Sequence[int], value: float = 1.0, table: str = "t", **changes: A
 def contents(shard: Shard) -> dict[str, Any]:
     """All that a restart must bring back, in plain values."""
     captured = shard.capture()
-    numbers = {table.number for table, *_ in captured.tables}
+    numbers = {each.base.number for each in captured.tables}
     sessions = {}
     for client, session in shard.sessions._sessions.items():
         fields = dataclasses.asdict(session)
@@ -196,11 +196,22 @@ def contents(shard: Shard) -> dict[str, Any]:
     return {
         "version": shard.version,
         "next_table": captured.next_table,
-        "tables": sorted((t.number, t.schema, t.created) for t, *_ in captured.tables),
+        "tables": sorted(
+            (each.base.number, each.base.schema, each.base.created) for each in captured.tables
+        ),
         "rows": {
-            name: (dump.keys.tolist(), dump.rows.tolist(), dump.meta.tolist())
+            name: (
+                dump.keys.tolist(),
+                dump.rows.tolist(),
+                dump.meta.tolist(),
+                dump.counters.tolist(),
+                dump.cells.tolist(),
+            )
             for name, dump in shard.dump().items()
         },
+        "steps": sorted(
+            (each.base.number, each.table.evictor.now(0).step) for each in captured.tables
+        ),
         "sessions": sessions,
         "tombstones": sorted(
             (dead.version, dead.table, sorted(dead.keys.tolist()), int(dead.cause))

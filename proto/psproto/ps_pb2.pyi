@@ -76,7 +76,7 @@ class Rule(_message.Message):
     def __init__(self, name: _Optional[str] = ..., parameters: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class TableSchema(_message.Message):
-    __slots__ = ("name", "dim", "optimizer", "initializer", "seed", "serving_default", "durability")
+    __slots__ = ("name", "dim", "optimizer", "initializer", "seed", "serving_default", "durability", "admission", "evictions")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIM_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +84,8 @@ class TableSchema(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     SERVING_DEFAULT_FIELD_NUMBER: _ClassVar[int]
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    ADMISSION_FIELD_NUMBER: _ClassVar[int]
+    EVICTIONS_FIELD_NUMBER: _ClassVar[int]
     name: str
     dim: int
     optimizer: Rule
@@ -91,15 +93,21 @@ class TableSchema(_message.Message):
     seed: int
     serving_default: float
     durability: Durability
-    def __init__(self, name: _Optional[str] = ..., dim: _Optional[int] = ..., optimizer: _Optional[_Union[Rule, _Mapping]] = ..., initializer: _Optional[_Union[Rule, _Mapping]] = ..., seed: _Optional[int] = ..., serving_default: _Optional[float] = ..., durability: _Optional[_Union[Durability, str]] = ...) -> None: ...
+    admission: Rule
+    evictions: _containers.RepeatedCompositeFieldContainer[Rule]
+    def __init__(self, name: _Optional[str] = ..., dim: _Optional[int] = ..., optimizer: _Optional[_Union[Rule, _Mapping]] = ..., initializer: _Optional[_Union[Rule, _Mapping]] = ..., seed: _Optional[int] = ..., serving_default: _Optional[float] = ..., durability: _Optional[_Union[Durability, str]] = ..., admission: _Optional[_Union[Rule, _Mapping]] = ..., evictions: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ...) -> None: ...
 
 class TableStats(_message.Message):
-    __slots__ = ("rows", "bytes")
+    __slots__ = ("rows", "bytes", "waiting", "counter_bytes")
     ROWS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    COUNTER_BYTES_FIELD_NUMBER: _ClassVar[int]
     rows: int
     bytes: int
-    def __init__(self, rows: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+    waiting: int
+    counter_bytes: int
+    def __init__(self, rows: _Optional[int] = ..., bytes: _Optional[int] = ..., waiting: _Optional[int] = ..., counter_bytes: _Optional[int] = ...) -> None: ...
 
 class CreateTableRequest(_message.Message):
     __slots__ = ("schema",)
@@ -108,10 +116,12 @@ class CreateTableRequest(_message.Message):
     def __init__(self, schema: _Optional[_Union[TableSchema, _Mapping]] = ...) -> None: ...
 
 class CreateTableResponse(_message.Message):
-    __slots__ = ("schema",)
+    __slots__ = ("schema", "stats")
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    STATS_FIELD_NUMBER: _ClassVar[int]
     schema: TableSchema
-    def __init__(self, schema: _Optional[_Union[TableSchema, _Mapping]] = ...) -> None: ...
+    stats: TableStats
+    def __init__(self, schema: _Optional[_Union[TableSchema, _Mapping]] = ..., stats: _Optional[_Union[TableStats, _Mapping]] = ...) -> None: ...
 
 class DescribeTableRequest(_message.Message):
     __slots__ = ("name",)
@@ -148,6 +158,31 @@ class DropTableRequest(_message.Message):
 class DropTableResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class EvictRequest(_message.Message):
+    __slots__ = ("table", "dry_run")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    dry_run: bool
+    def __init__(self, table: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
+
+class EvictResponse(_message.Message):
+    __slots__ = ("evicted", "rows", "version")
+    class EvictedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    evicted: _containers.ScalarMap[str, int]
+    rows: int
+    version: int
+    def __init__(self, evicted: _Optional[_Mapping[str, int]] = ..., rows: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
 
 class PullHeader(_message.Message):
     __slots__ = ("table", "dtype", "mode", "with_metadata", "min_version")

@@ -55,6 +55,11 @@ class TableServiceStub(object):
                 request_serializer=psproto_dot_ps__pb2.DropTableRequest.SerializeToString,
                 response_deserializer=psproto_dot_ps__pb2.DropTableResponse.FromString,
                 _registered_method=True)
+        self.Evict = channel.unary_unary(
+                '/ps.v1.TableService/Evict',
+                request_serializer=psproto_dot_ps__pb2.EvictRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.EvictResponse.FromString,
+                _registered_method=True)
 
 
 class TableServiceServicer(object):
@@ -87,6 +92,14 @@ class TableServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Evict(self, request, context):
+        """Evicts this shard's rows that are to leave by the rules of their table now, instead of when the
+        background finds them; or only counts them. Pulls and pushes go on meanwhile.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TableServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +122,11 @@ def add_TableServiceServicer_to_server(servicer, server):
                     servicer.DropTable,
                     request_deserializer=psproto_dot_ps__pb2.DropTableRequest.FromString,
                     response_serializer=psproto_dot_ps__pb2.DropTableResponse.SerializeToString,
+            ),
+            'Evict': grpc.unary_unary_rpc_method_handler(
+                    servicer.Evict,
+                    request_deserializer=psproto_dot_ps__pb2.EvictRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.EvictResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -220,6 +238,33 @@ class TableService(object):
             '/ps.v1.TableService/DropTable',
             psproto_dot_ps__pb2.DropTableRequest.SerializeToString,
             psproto_dot_ps__pb2.DropTableResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Evict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ps.v1.TableService/Evict',
+            psproto_dot_ps__pb2.EvictRequest.SerializeToString,
+            psproto_dot_ps__pb2.EvictResponse.FromString,
             options,
             channel_credentials,
             insecure,

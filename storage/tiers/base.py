@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from numpy.typing import NDArray
 
+from storage.eviction import View
 from storage.initializers import Initializer
 from storage.kernels import Keys, Rows, Slots
 from storage.optimizers import Optimizer
@@ -111,6 +112,10 @@ class Tier(Protocol):
 
     def scan(self) -> Scan:
         """All rows, for readers that go through them while pushes go on."""
+        ...
+
+    def view(self) -> View:
+        """The tier as sweeps look at it; valid until the next call that changes it."""
         ...
 
     def dump(self, places: Slots) -> tuple[Rows, Meta]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from storage.arena import Arena, Budget
 from storage.errors import OutOfMemory
+from storage.eviction import View
 from storage.initializers import Initializer
 from storage.kernels import (
     Keys,
@@ -148,6 +149,10 @@ class HostTier:
 
     def scan(self) -> Scan:
         return HostScan(self._slab.array, self._meta.array, self._used)
+
+    def view(self) -> View:
+        rows = self._used - self._free_count
+        return View(self._slab.array, self._meta.array, self._used, rows, self._dim)
 
     def dump(self, places: Slots) -> tuple[Rows, Meta]:
         return self._slab.array[places], self.meta(places)

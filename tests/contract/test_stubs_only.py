@@ -182,6 +182,7 @@ def test_a_table_is_created_described_listed_and_dropped(peer: Peer, name: str) 
         optimizer=pb.Rule(name="sgd", parameters={"lr": 1.0}),
         initializer=pb.Rule(name="zeros"),
         durability=pb.DURABILITY_LOG,
+        admission=pb.Rule(name="always"),
     )
     assert described.stats.rows == 0
     listed = peer.tables.ListTables(pb.ListTablesRequest()).tables

@@ -109,10 +109,11 @@ SCHEMA = pb.TableSchema(
     seed=U64,
     serving_default=-0.5,
     durability=pb.DURABILITY_FSYNC,
+    admission=pb.Rule(name="counter", parameters={"threshold": 3}),
+    evictions=[pb.Rule(name="norm"), pb.Rule(name="step_ttl", parameters={"steps": 100})],
 )
-DESCRIBED = pb.DescribeTableResponse(
-    schema=SCHEMA, stats=pb.TableStats(rows=3, bytes=2 << 20), version=8
-)
+STATS = pb.TableStats(rows=3, bytes=2 << 20, waiting=4, counter_bytes=1 << 20)
+DESCRIBED = pb.DescribeTableResponse(schema=SCHEMA, stats=STATS, version=8)
 SHARD_MAP = pb.ShardMap(epoch=1, shards=2, shard_of_bucket=b"\0\0\1\0")
 LIMITS = pb.Limits(message_bytes=64 << 20, keys=4_000_000)
 
@@ -296,15 +297,17 @@ SMALL = [
     pb.WriteRowsResponse(version=9),
     pb.Rule(name="adam", parameters={"lr": 0.001, "beta1": 0.9}),
     SCHEMA,
-    pb.TableStats(rows=3, bytes=2 << 20),
+    STATS,
     pb.CreateTableRequest(schema=SCHEMA),
-    pb.CreateTableResponse(schema=SCHEMA),
+    pb.CreateTableResponse(schema=SCHEMA, stats=STATS),
     pb.DescribeTableRequest(name="users"),
     DESCRIBED,
     pb.ListTablesRequest(),
     pb.ListTablesResponse(tables=[DESCRIBED]),
     pb.DropTableRequest(name="users"),
     pb.DropTableResponse(),
+    pb.EvictRequest(table="users", dry_run=True),
+    pb.EvictResponse(evicted={"norm": 3, "capacity": 0}, rows=9, version=300),
     PULL.header,
     PULLED.header,
     PUSH.header,

@@ -442,7 +442,7 @@ def checkpoint_with(home: Home, meanwhile: Callable[[Shard], None]) -> None:
             done.append(1)
             meanwhile(home.shard)
 
-    tables = tuple((b, w, n, Paused(scan, once)) for b, w, n, scan in captured.tables)
+    tables = tuple(replace(each, scan=Paused(each.scan, once)) for each in captured.tables)
     changed = replace(captured, tables=tables)
     engine = home.checkpointer._engine
     calls = iter([changed])

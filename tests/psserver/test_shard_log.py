@@ -482,7 +482,7 @@ def test_a_base_state_and_its_blocks_are_the_shard() -> None:
     assert shard.dump()["t"].rows.tolist() == [[2.0, 2.0], [1.0, 1.0]]
     assert shard.sessions.applied(7, 0, 1, 0) == 2
     shard.create_table(schema("u"))
-    assert [(table.number, table.created) for table, *_ in shard.capture().tables] == [
+    assert [(each.base.number, each.base.created) for each in shard.capture().tables] == [
         (4, 3),
         (9, 21),
     ]

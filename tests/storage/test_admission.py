@@ -641,7 +641,8 @@ def test_cells_are_a_checkpoint_with_what_was_pushed_meanwhile() -> None:
     _, totals = gate.admit(keys[100:], 3 * ones(keys[100:]), 2)
     second = gate.cells()[half:].copy()
     copy = sketch(9, 1000)
-    copy.load_cells(np.concatenate([first, second]))
+    copy.load_cells(0, first)
+    copy.load_cells(half, second)
     for _ in range(2):
         copy.put(keys[100:], totals, np.full(400, 2, np.uint64))
     assert (copy.waiting(keys) == gate.waiting(keys)).mean() > 0.98
@@ -655,15 +656,15 @@ def test_loaded_cells_are_the_same_sketch() -> None:
     gate, keys = sketch(), spread(0, 500)
     gate.admit(keys, 2 * ones(keys), 1)
     copy = sketch()
-    copy.load_cells(gate.cells())
+    copy.load_cells(0, gate.cells())
     assert (copy.entries, copy.waiting(keys).tolist()) == (gate.entries, [2] * 500)
     gate.forget(keys)
     copy.forget(keys)
     assert (gate.entries, copy.entries, copy.cells().max()) == (0, 0, 0)
-    for other in (sketch(expected=1001), sketch(threshold=33)):
-        with pytest.raises(ValueError, match=r"cells must be uint8\[\d+\], got uint"):
-            copy.load_cells(other.cells())
-        other.close()
+    size = len(gate.cells())
+    for start, count in ((0, size + 1), (size - 5, 6), (size + 1, 0), (-1, 1)):
+        with pytest.raises(ValueError, match=rf"a sketch of {size} bytes has no bytes {start}\.\."):
+            copy.load_cells(start, np.zeros(count, np.uint8))
     gate.close()
     copy.close()
 
@@ -671,9 +672,9 @@ def test_loaded_cells_are_the_same_sketch() -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "sketch"])
 def test_other_gates_have_no_cells(name: str) -> None:
     gate = gate_of(make_admission(name, {}))
-    gate.load_cells(gate.cells())
-    with pytest.raises(ValueError, match=r"cells must be uint8\[0\], got uint8\[1\]"):
-        gate.load_cells(np.zeros(1, np.uint8))
+    gate.load_cells(0, gate.cells())
+    with pytest.raises(ValueError, match=r"a sketch of 0 bytes has no bytes 0\.\.0"):
+        gate.load_cells(0, np.zeros(1, np.uint8))
     gate.close()
 
 

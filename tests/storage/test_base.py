@@ -39,18 +39,20 @@ STATE = BaseState(
     version=17,
     next_table=4,
     tables=(
-        BaseTable(number=1, schema='{"name":"a"}', created=2),
+        BaseTable(number=1, schema='{"name":"a"}', created=2, policy=b"\0\xff"),
         BaseTable(number=3, schema='{"name":"\u00fc"}', created=9),
     ),
     horizon=5,
     sessions=b"\0sessions",
     blocks=(1, 2**40),
+    cells=1,
 )
 STATE_GOLDEN = (
-    "5053424153450a00 01000000 a0000000 0200000000000000 0900000000000000 be631880f46ad51d"
+    "5053424153450a00 01000000 b8000000 0200000000000000 0900000000000000 cb7988ec27351086"
     + (
         '{"lineage":"000102030405060708090a0b0c0d0e0f","epoch":3,"version":17,"next_table":4,'
-        '"tables":[[1,"{\\"name\\":\\"a\\"}",2],[3,"{\\"name\\":\\"\u00fc\\"}",9]],"horizon":5}  '
+        '"tables":[[1,"{\\"name\\":\\"a\\"}",2,"00ff"],[3,"{\\"name\\":\\"\u00fc\\"}",9,""]],'
+        '"horizon":5,"cells":1}      '
     )
     .encode()
     .hex()

@@ -14,9 +14,13 @@ from numpy.typing import NDArray
 
 from storage.block import (
     BLOCK_BYTES,
+    CELLS,
+    COUNTERS,
     ROWS,
     TOMBSTONES,
     Block,
+    pack_cells,
+    pack_counters,
     pack_rows,
     pack_tombstones,
     rows_per_block,
@@ -43,6 +47,18 @@ TOMBSTONES_GOLDEN = (
     "0300000000000000 0400000000000000"  # versions
     "01000000 05000000"  # causes
 )
+COUNTERS_GOLDEN = (
+    "5053424c4f434b0a 01000000 00000000 0200000000000000 07000000 03000000"
+    "0000000000000000 f042ee905f173b14 00000000000000000000000000000000"
+    "0100000000000000 ffffffffffffffff"  # keys
+    "0300000000000000 0400000000000000"  # versions
+    "01000000 ffffffff"  # totals
+)
+CELLS_GOLDEN = (
+    "5053424c4f434b0a 01000000 00000000 0300000000000000 07000000 04000000"
+    "0900000000000000 c6b6bf862aa42df6 00000000000000000000000000000000"
+    "01ff02"
+)
 
 
 def u64(*numbers: int) -> NDArray[np.uint64]:
@@ -55,6 +71,15 @@ def golden_rows() -> memoryview:
     return pack_rows(7, u64(1, 2**64 - 1), u64(3, 4), steps, u64(7, 8), rows)
 
 
+def golden_counters() -> memoryview:
+    totals = np.array([1, 2**32 - 1], np.uint32)
+    return pack_counters(7, u64(1, 2**64 - 1), u64(3, 4), totals)
+
+
+def golden_cells() -> memoryview:
+    return pack_cells(7, 9, np.array([1, 255, 2], np.uint8))
+
+
 def golden_tombstones() -> memoryview:
     causes = np.array([1, 5], np.uint32)
     return pack_tombstones(7, u64(1, 2**64 - 1), u64(3, 4), causes)
@@ -62,12 +87,15 @@ def golden_tombstones() -> memoryview:
 
 def contents(block: Block) -> tuple[Any, ...]:
     arrays = (block.keys, block.versions, block.steps, block.frequencies, block.rows, block.causes)
+    arrays += block.totals, block.cells
     return (block.table, block.kind, block.width, len(block), *(a.tolist() for a in arrays))
 
 
 GOLDEN = {
     "rows": (golden_rows, ROWS_GOLDEN),
     "tombstones": (golden_tombstones, TOMBSTONES_GOLDEN),
+    "counters": (golden_counters, COUNTERS_GOLDEN),
+    "cells": (golden_cells, CELLS_GOLDEN),
 }
 
 
@@ -83,11 +111,17 @@ def test_the_format_is_what_it_always_was(name: str) -> None:
 def test_golden_bytes_read_back_as_what_was_packed() -> None:
     keys, versions = [1, 2**64 - 1], [3, 4]
     assert contents(unpack(bytes.fromhex(ROWS_GOLDEN), "golden")) == (
-        *(7, ROWS, 2, 2, keys, versions, [-2, 6], [7, 8], [[0.5, -1], [0, -2.5]], []),
+        *(7, ROWS, 2, 2, keys, versions, [-2, 6], [7, 8], [[0.5, -1], [0, -2.5]], [], [], []),
     )
     assert contents(unpack(bytes.fromhex(TOMBSTONES_GOLDEN), "golden")) == (
-        *(7, TOMBSTONES, 0, 2, keys, versions, [], [], [], [1, 5]),
+        *(7, TOMBSTONES, 0, 2, keys, versions, [], [], [], [1, 5], [], []),
     )
+    assert contents(unpack(bytes.fromhex(COUNTERS_GOLDEN), "golden")) == (
+        *(7, COUNTERS, 0, 2, keys, versions, [], [], [], [], [1, 2**32 - 1], []),
+    )
+    cells = unpack(bytes.fromhex(CELLS_GOLDEN), "golden")
+    assert contents(cells) == (7, CELLS, 0, 3, [], [], [], [], [], [], [], [1, 255, 2])
+    assert cells.start == 9
 
 
 def test_a_full_block_is_just_below_two_mebibytes() -> None:
@@ -202,7 +236,7 @@ def resealed(offset: int, value: int, size: int = 4) -> bytearray:
         (0, 0, 8, "begin"),
         (12, 3, 4, "not 152"),
         (16, 2**64 - 1, 8, "bytes, not"),
-        (28, 3, 4, "kind 3"),
+        (28, 5, 4, "kind 5"),
     ],
 )
 def test_a_header_that_lies_is_found_though_its_checksum_fits(

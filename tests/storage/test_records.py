@@ -39,7 +39,10 @@ WHO = Origin(
 KEYS = np.array([0, 1, TOP, 1 << 63, 5], np.uint64)
 FREQUENCIES = np.array([1, TOP, 3, 4, 5], np.uint64)
 ROWS = np.array([[1.5, -0.0, np.inf]] * 5, np.float32)
+WAITING = np.array([9, TOP - 9, 0], np.uint64)
+TOTALS = np.array([1, 2, 0xFFFFFFFF], np.uint32)
 NO_KEYS = np.empty(0, np.uint64)
+NO_TOTALS = np.empty(0, np.uint32)
 
 
 def joined(kind: int, parts: list[Part]) -> Frame:
@@ -69,19 +72,19 @@ CREATE = joined(Kind.CREATE, encode_create(WHO, 7, {"name": "t", "dim": 3}))
 DROP = joined(Kind.DROP, encode_drop(WHO, 7, {"name": "t", "dim": 3}))
 BARRIER = joined(Kind.BARRIER, encode_barrier(WHO, "Ende — 完"))
 RECORDS: dict[Kind, tuple[Frame, Record]] = {
-    Kind.PUSH: (PUSH, Push(WHO, 7, KEYS, FREQUENCIES, ROWS)),
+    Kind.PUSH: (PUSH, Push(WHO, 7, KEYS, FREQUENCIES, ROWS, NO_KEYS, NO_TOTALS)),
     Kind.DELETE: (DELETE, Delete(WHO, 7, Cause.NORM, KEYS)),
     Kind.CREATE: (CREATE, Create(WHO, 7, {"name": "t", "dim": 3})),
     Kind.DROP: (DROP, Drop(WHO, 7, {"name": "t", "dim": 3})),
     Kind.BARRIER: (BARRIER, Barrier(WHO, "Ende — 完")),
 }
-OFFSETS = {"table": 48, "width": 52, "count": 56, "cause": 60}
+OFFSETS = {"table": 48, "width": 52, "count": 56, "extra": 60}
 UNUSED = {
-    Kind.PUSH: ("cause",),
+    Kind.PUSH: (),
     Kind.DELETE: ("width",),
-    Kind.CREATE: ("width", "count", "cause"),
-    Kind.DROP: ("width", "count", "cause"),
-    Kind.BARRIER: ("table", "width", "count", "cause"),
+    Kind.CREATE: ("width", "count", "extra"),
+    Kind.DROP: ("width", "count", "extra"),
+    Kind.BARRIER: ("table", "width", "count", "extra"),
 }
 
 
@@ -100,6 +103,18 @@ def test_a_push_is_these_bytes() -> None:
     head += bytes(7) + b"\x80" + bytes(6) + b"\4\0" + b"\7\0\0\0\3\0\0\0\5\0\0\0\0\0\0\0"
     assert len(head) == HEAD.size == 64
     assert bytes(PUSH.payload) == head + KEYS.tobytes() + FREQUENCIES.tobytes() + ROWS.tobytes()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4, 5])
+def test_keys_that_wait_come_back_with_their_totals(rows: int) -> None:
+    some = KEYS[:rows], FREQUENCIES[:rows], ROWS[:rows]
+    frame = joined(Kind.PUSH, encode_push(WHO, 7, *some, WAITING, TOTALS))
+    assert plain(decode(frame)) == plain(Push(WHO, 7, *some, WAITING, TOTALS))
+    arrays = (*some[:2], WAITING, some[2], TOTALS)
+    assert bytes(frame.payload[64:]) == b"".join(array.tobytes() for array in arrays)
+    for extra in (2, 4, 0):
+        with pytest.raises(Corrupt, match="bytes behind the head, which asks for"):
+            decode(changed(frame, OFFSETS["extra"], extra.to_bytes(4, "little")))
 
 
 def test_encoding_copies_no_array() -> None:
@@ -132,7 +147,9 @@ def test_a_frame_in_unaligned_memory_is_copied() -> None:
 def test_a_push_or_delete_without_keys_is_a_record() -> None:
     rows = np.empty((0, 4), np.float32)
     push = joined(Kind.PUSH, encode_push(Origin(), 1, NO_KEYS, NO_KEYS, rows))
-    assert plain(decode(push)) == plain(Push(Origin(), 1, NO_KEYS, NO_KEYS, rows))
+    assert plain(decode(push)) == plain(
+        Push(Origin(), 1, NO_KEYS, NO_KEYS, rows, NO_KEYS, NO_TOTALS)
+    )
     delete = joined(Kind.DELETE, encode_delete(Origin(), 1, Cause.REQUEST, NO_KEYS))
     assert plain(decode(delete)) == plain(Delete(Origin(), 1, Cause.REQUEST, NO_KEYS))
 
@@ -181,7 +198,7 @@ def test_an_unknown_kind_is_refused(kind: int) -> None:
 @pytest.mark.parametrize("cause", [0, 6, 0xFFFFFFFF])
 def test_an_unknown_cause_is_refused(cause: int) -> None:
     with pytest.raises(Corrupt, match=f"deleted for an unknown cause {cause}"):
-        decode(changed(DELETE, OFFSETS["cause"], cause.to_bytes(4, "little")))
+        decode(changed(DELETE, OFFSETS["extra"], cause.to_bytes(4, "little")))
 
 
 def test_rows_without_width_are_refused() -> None:

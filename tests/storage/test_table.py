@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from storage.admission import make_admission
 from storage.arena import HUGE, Budget
 from storage.errors import OutOfMemory, SchemaMismatch
+from storage.eviction import make_eviction
 from storage.initializers import INITIALIZERS, make_initializer
 from storage.optimizers import OPTIMIZERS, make_optimizer
 from storage.schema import MAX_DIM, TableSchema
@@ -51,6 +53,11 @@ def push(table: Table, keys: np.ndarray, version: int = 1, **rest: Any) -> None:
     dim = table.schema.dim
     given = {"step": 10, **rest}
     table.push(keys, gradients(len(keys), dim), ones(len(keys)), version=version, **given)
+
+
+def deleted(table: Table, keys: np.ndarray, **which: int) -> tuple[list[int], int]:
+    gone, rows = table.delete(keys, **which)
+    return gone.tolist(), rows
 
 
 def pull(table: Table, keys: np.ndarray, mode: Any = "train") -> np.ndarray:
@@ -338,7 +345,7 @@ def test_the_images_of_a_push_put_into_another_table_make_it_equal() -> None:
             keys = rng.choice(u64([*EXTREMES, *range(2, 10)]), 5, replace=False)
             given = rng.normal(size=(5, DIM)).astype(np.float32)
             step = int(rng.integers(-9, 9))
-            slots = one.push(keys, given, ones(5), version=version, step=step)
+            slots = one.push(keys, given, ones(5), version=version, step=step).slots
             frequencies, rows = np.zeros(5, np.uint64), np.zeros((5, made.width), np.float32)
             one.images(slots, frequencies, rows)
             two.put(keys, np.full(5, version, np.uint64), np.full(5, step), frequencies, rows)
@@ -364,9 +371,9 @@ def test_put_in_any_order_and_any_number_of_times_leaves_the_newest() -> None:
 def test_delete_returns_the_keys_that_were_there_in_the_order_asked() -> None:
     table = Table(schema(), Budget(ROOM))
     push(table, u64(EXTREMES))
-    assert table.delete(u64([9, MASK, 5, 0])).tolist() == [MASK, 0]
-    assert table.delete(u64([9, MASK, 5, 0])).tolist() == []
-    assert table.delete(u64([])).tolist() == []
+    assert deleted(table, u64([9, MASK, 5, 0])) == ([MASK, 0], 2)
+    assert deleted(table, u64([9, MASK, 5, 0])) == ([], 0)
+    assert deleted(table, u64([])) == ([], 0)
     assert set(table.dump().keys.tolist()) == set(EXTREMES) - {MASK, 0}
     assert len(table) == len(EXTREMES) - 2
 
@@ -374,7 +381,7 @@ def test_delete_returns_the_keys_that_were_there_in_the_order_asked() -> None:
 def test_delete_before_a_version_leaves_newer_rows() -> None:
     table = Table(schema(), Budget(ROOM))
     put(table, [1, 2, 3, 4], [5, 6, 7, 8])
-    assert table.delete(u64([4, 3, 2, 1, 9]), before=7).tolist() == [2, 1]
+    assert deleted(table, u64([4, 3, 2, 1, 9]), before=7) == ([2, 1], 2)
     assert versions_of(table) == {3: 7, 4: 8}
 
 
@@ -496,6 +503,8 @@ CHANGES = {
     "seed": 8,
     "serving_default": 0.0,
     "durability": "fsync",
+    "admission": make_admission("counter", {"threshold": 3}),
+    "evictions": (make_eviction("norm", {}),),
 }
 
 
