@@ -141,7 +141,8 @@ class MultiHash:
 
     def collisions(self, keys: Any) -> float:
         """Share of the distinct keys that share every part, so the embedding, with another one."""
-        codes = self.codes(np.unique(as_keys(keys)))
+        ordered = np.sort(as_keys(keys), axis=None)  # faster than np.unique
+        codes = self.codes(ordered[np.append(True, ordered[1:] != ordered[:-1])[: ordered.size]])
         codes = codes[:, np.lexsort(codes)]
         equal = (codes[:, 1:] == codes[:, :-1]).all(axis=0)  # to the next one
         shared = np.append(equal, False) | np.append(False, equal)

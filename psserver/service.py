@@ -291,7 +291,12 @@ class Service:
         schema, stats = self._shard.describe(name)
         return pb.DescribeTableResponse(
             schema=write_schema(schema),
-            stats=pb.TableStats(rows=stats.rows, bytes=stats.bytes),
+            stats=pb.TableStats(
+                rows=stats.rows,
+                bytes=stats.bytes,
+                waiting=stats.waiting,
+                counter_bytes=stats.counter_bytes,
+            ),
             version=self._shard.version,
         )
 
