@@ -18,6 +18,7 @@ COLOURS = {  # of Okabe and Ito, apart for colour-blind eyes too
     "admission": "#0072B2",
     "admission + eviction": "#009E73",
 }
+ABOVE = {"hashing": "top", "admission": "top"}  # the point, where the others are close below
 LOADS = (1 / 16, 1 / 4, 1, 4)  # ids a bucket, measured
 PANELS = (
     "Rows of users and items, day by day",
@@ -76,7 +77,7 @@ def _price(figure: go.Figure, results: Sequence[Result]) -> None:
             mode="markers+text",
             marker={"color": COLOURS[result.name], "size": 12},
             text=[result.name],
-            textposition="top center" if result.name == "admission" else "bottom center",
+            textposition=f"{ABOVE.get(result.name, 'bottom')} center",
             cliponaxis=False,
             showlegend=False,
         )
@@ -114,13 +115,13 @@ def _load(figure: go.Figure, seen: Seen, table: Table) -> None:
         curve = go.Scatter(x=loads, y=expected, mode="lines", line=line, hovertext=label)
         figure.add_trace(curve.update(showlegend=False), 3, 1)
         figure.add_annotation(
-            x=np.log10(loads[24]),
-            y=np.log10(expected[24]),
+            x=np.log10(loads[-20]),
+            y=np.log10(expected[-20]),
             text=label,
             font={"color": colour},
             showarrow=False,
-            xanchor="right",
-            yshift=12,
+            xanchor="left",
+            yshift=-10,
             row=3,
             col=1,
         )

@@ -24,7 +24,7 @@ HALF_LIVES = {"user": 28, "item": 7}  # days
 DAYS = 30
 HELD_OUT = 3  # of the days, the last ones
 
-Ranks = NDArray[np.uint64]
+Places = NDArray[np.uint64]  # by the bits of their numbers as float64, which may be huge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +39,10 @@ class Scale:
         return f"{impressions:,} impressions, {DAYS} days of {self.steps} steps of {self.batch:,}"
 
 
-def ranks(generator: np.random.Generator, size: int) -> Ranks:
-    """uint64[size] ranks from 0 on, drawn in proportion to about (rank + FIRST)^-EXPONENT."""
+def draw(generator: np.random.Generator, size: int) -> Places:
+    """uint64[size] places, drawn by their popularity."""
     tail = (1 - generator.random(size)) ** (-1 / (EXPONENT - 1)) - 1
-    return np.asarray(np.minimum(FIRST * tail, 2.0**62).astype(np.uint64))
+    return np.floor(FIRST * tail).view(np.uint64)
 
 
 class Stream:
@@ -57,7 +57,7 @@ class Stream:
     def ids(self, name: str, step: int) -> Keys:
         """The keys int64[batch] of a long field at a step."""
         generator = np.random.default_rng([self._seed, step, LONG.index(name)])
-        return self._holders(name, ranks(generator, self.scale.batch), step)
+        return self._holders(name, draw(generator, self.scale.batch), step)
 
     def batch(self, step: int) -> Batch:
         generator = np.random.default_rng([self._seed, step, len(LONG)])
@@ -68,12 +68,12 @@ class Stream:
         clicks = (generator.random(self.scale.batch) < truth).astype(np.float32)
         return Batch(keys=keys, clicks=clicks, truth=truth)
 
-    def _holders(self, name: str, places: Ranks, step: int) -> Keys:
+    def _holders(self, name: str, places: Places, step: int) -> Keys:
         """The key of who holds each place at a step."""
         mixed = scatter(places)
         phase = (mixed >> np.uint64(40)) / 2.0**24
         holder = phase + step / (2 * HALF_LIVES[name] * self.scale.steps)
-        return keys_of(name, mixed + holder.astype(np.uint64), self._seed)
+        return keys_of(name, scatter(mixed + holder.astype(np.uint64)), self._seed)
 
 
 @dataclass(frozen=True, slots=True)

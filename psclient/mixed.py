@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from psclient.batch import Batch, Rows, as_keys
 from psclient.client import Durability, Mode, Table, Wire
 from psclient.errors import InvalidArgument
-from psclient.multihash import Keys, checked_gradients, checked_tables
+from psclient.multihash import Keys, checked_gradients, checked_tables, whole
 
 MAX_FREQUENCY = (1 << 32) - 1  # where the servers' counts stop
 
@@ -45,7 +45,7 @@ class MixedDimension:
         checked_tables((small, wide), 2)
         if small.name == wide.name:
             raise InvalidArgument(f"small and wide must be two tables, got {small.name!r} twice")
-        if not 1 <= threshold <= MAX_FREQUENCY:
+        if not 1 <= whole(threshold, "threshold") <= MAX_FREQUENCY:
             raise InvalidArgument(f"threshold must be in 1..2^32-1, got {threshold}")
         self.small = small
         self.wide = wide
