@@ -60,16 +60,15 @@ class MixedDimension:
     def pull_mixed(self, keys: Any, *, mode: Mode = "train") -> PulledMixed:
         """``pull``, with which keys have earned their wide part, for ``push``."""
         array = as_keys(keys)
-        flat = array.reshape(-1)
-        batch = self.client.batch(flat)
-        rows = self.small.pull_rows(batch, mode=mode)
-        wide = rows.frequencies >= self.threshold
-        out = np.zeros((len(flat), self.dim), np.float32)
-        out[:, : self.small.dim] = rows.embeddings
-        if wide.any():
-            out[wide, self.small.dim :] = self.wide.pull(flat[wide], mode=mode)
-        shape = array.shape
-        return PulledMixed(out.reshape(*shape, self.dim), array, batch, wide.reshape(shape))
+        batch = self.client.batch(array.reshape(-1))
+        rows = self.small.pull_rows(batch.keys, mode=mode)
+        earned = rows.frequencies >= self.threshold
+        distinct = np.zeros((len(batch.keys), self.dim), np.float32)
+        distinct[:, : self.small.dim] = rows.embeddings
+        if earned.any():
+            distinct[earned, self.small.dim :] = self.wide.pull(batch.keys[earned], mode=mode)
+        out = batch.spread(distinct).reshape(*array.shape, self.dim)
+        return PulledMixed(out, array, batch, batch.spread(earned).reshape(array.shape))
 
     def push(
         self,
