@@ -302,7 +302,11 @@ def _read_direct(path: Path) -> None:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run and print."""
-    options = arguments(__doc__).parse_args(words)
+    parser = arguments(__doc__)
+    sections = ("cost", "restore", "replay")
+    parser.add_argument("--only", choices=sections, action="append", help="this section alone")
+    options = parser.parse_args(words)
+    wanted = options.only or sections
     report = Report("checkpoint", options.json)
     rows = 500_000 if options.quick else 5_000_000
     work = Work(rows=rows)
@@ -312,9 +316,12 @@ def main(words: Sequence[str] | None = None) -> None:
         def fresh() -> Path:
             return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ps-bench-")))
 
-        cost(report, fresh(), work, window, rounds)
-        restore(report, fresh(), rows)
-        replay(report, fresh(), work, (300 if options.quick else 2000) << 20)
+        if "cost" in wanted:
+            cost(report, fresh(), work, window, rounds)
+        if "restore" in wanted:
+            restore(report, fresh(), rows)
+        if "replay" in wanted:
+            replay(report, fresh(), work, (300 if options.quick else 2000) << 20)
     report.close()
 
 

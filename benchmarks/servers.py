@@ -50,7 +50,7 @@ def shards(count: int, *, durable: bool = False) -> Iterator[tuple[list[str], li
             stack.callback(_stop, process)
             processes.append(process)
         for process in processes:
-            _wait(process)
+            wait_until_ready(process)
         yield addresses, [process.pid for process in processes]
 
 
@@ -69,14 +69,15 @@ def echo() -> Iterator[str]:
     command = [sys.executable, "-m", "benchmarks.servers", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        _wait(process)
+        wait_until_ready(process)
         yield f"127.0.0.1:{port}"
     finally:
         process.kill()
         process.wait()
 
 
-def _wait(process: subprocess.Popen[str]) -> None:
+def wait_until_ready(process: subprocess.Popen[str]) -> None:
+    """Return once it serves; RuntimeError if it ends instead."""
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line.startswith("ready"):

@@ -15,6 +15,8 @@ follower.py    a copy of tables in memory that follows the cluster
 torch.py       PyTorch modules (imported on demand)
 admin.py       checkpoints, whole rows (imported on demand)
 export.py      tables as files of other programs (imported on demand)
+analysis.py    what a table holds, and what is known of a key (imported on demand)
+report.py      an analysis for the eye: a page, lines of a terminal (imported on demand)
 ctl.py         the command psctl (imported on demand)
 """
 

@@ -36,6 +36,7 @@ from psproto import routing
 Tell = Callable[[int, int], Any]  # bytes done, bytes in all (0: unknown)
 Status = pb.RestoreStatus
 Step = pb.RestoreRequest
+SERVICE = "CheckpointService"
 PATIENCE = 3600.0  # seconds that a shard may take to start with what was restored
 PREPARED = Status.PHASE_PREPARED
 POLL = 0.2  # seconds between looks at it
@@ -366,6 +367,8 @@ def _call(
     request: Any,
     answer: Any,
     seconds: float = 0.0,
+    *,
+    service: str = SERVICE,
 ) -> Any:
     """Call a unary method until it is answered; all of them may be repeated, with one exception:
     CompleteCheckpoint whose answer was lost says CheckpointExists the next time.
@@ -375,18 +378,18 @@ def _call(
     message = request.SerializeToString()
 
     def attempt(left: float) -> bytes:
-        return link.channel.call(f"/ps.v1.CheckpointService/{method}", message, left)
+        return link.channel.call(f"/ps.v1.{service}/{method}", message, left)
 
     deadline = time.monotonic() + (seconds or client._timeout)
     return answer.FromString(retry(attempt, link.where, deadline, itertools.count()))
 
 
 def _stream(
-    link: Link | UnaryLink, method: str, request: Any, answer: Any
+    link: Link | UnaryLink, method: str, request: Any, answer: Any, *, service: str = SERVICE
 ) -> Generator[Any, None, None]:
     """The messages that a method answers with."""
     requests = iter([request.SerializeToString()])
-    call = link.channel.open_stream(f"/ps.v1.CheckpointService/{method}", requests)
+    call = link.channel.open_stream(f"/ps.v1.{service}/{method}", requests)
     try:
         for data in call:
             yield answer.FromString(data)
@@ -400,24 +403,46 @@ def _on_all(
     client: Client, method: str, request: Any, progress: Tell | None
 ) -> list[pb.CheckpointProgress]:
     """Have all shards do a long piece of work; their last words. The first failure ends all."""
+    told = [(0, 0)] * len(_links(client))
+
+    def tell(shard: int, message: pb.CheckpointProgress) -> None:
+        told[shard] = (message.bytes, message.total)
+        if progress is not None:
+            progress(*map(sum, zip(*told, strict=True)))
+
+    return _all_streams(client, method, request, pb.CheckpointProgress, tell)
+
+
+def _all_streams(
+    client: Client,
+    method: str,
+    request: Any,
+    answer: Any,
+    tell: Callable[[int, Any], None],
+    *,
+    service: str = SERVICE,
+) -> list[Any]:
+    """Read a method's messages from all shards at once; the last of each. The first failure ends
+    all.
+
+    tell  is called with a shard and a message of it; not by two threads at once
+    """
     links = _links(client)
-    told = [(0, 0)] * len(links)
     telling = threading.Lock()
     stop = threading.Event()
 
-    def work(shard: int) -> pb.CheckpointProgress:
-        last = pb.CheckpointProgress()
-        with closing(_stream(links[shard], method, request, pb.CheckpointProgress)) as messages:
+    def work(shard: int) -> Any:
+        last = answer()
+        stream = _stream(links[shard], method, request, answer, service=service)
+        with closing(stream) as messages:
             for last in messages:
                 if stop.is_set():
                     break
                 with telling:
-                    told[shard] = (last.bytes, last.total)
-                    if progress is not None:
-                        progress(*map(sum, zip(*told, strict=True)))
+                    tell(shard, last)
         return last
 
-    with ThreadPoolExecutor(len(links), "checkpoint") as pool:
+    with ThreadPoolExecutor(len(links), "psclient-work") as pool:
         running = [pool.submit(work, shard) for shard in range(len(links))]
         try:
             wait(running, return_when=FIRST_EXCEPTION)

@@ -5,26 +5,21 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import filesize
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from psclient import admin, export
+from psclient import admin, analysis, export, report
 from psclient.client import Client
-from psclient.errors import PsError
+from psclient.errors import InvalidArgument, PsError
+from psclient.strings import hash_keys
 from psclient.subscriber import CONTENTS, STARTS, Change, Subscriber
 
 DEFAULT = "127.0.0.1:7000"
@@ -33,7 +28,7 @@ Servers = Annotated[
     typer.Option(envvar="PSCTL_SERVERS", help="host:port of every shard, in order, with commas"),
 ]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
 @app.callback()
@@ -103,13 +98,15 @@ def _facts(change: Change, keys: int) -> dict[str, object]:
 
 def _line(change: Change, keys: int) -> str:
     """A change as a line for the eye."""
-    said = [f"[dim]{change.shard}:{change.version}[/dim]", f"[bold]{change.kind}[/bold]"]
+    clock = time.strftime("%H:%M:%S", time.localtime(change.time)) if change.time else ""
+    said = [f"[dim]{clock:8} shard {change.shard} {change.version:>10,}[/dim]"]
+    said += [f"[bold]{change.kind:8}[/bold]"]
     said += [escape(word) for word in (change.table, change.barrier, change.cause) if word]
     if len(change.keys):
         some = " ".join(str(key) for key in change.keys[:keys].tolist())
-        said.append(f"{len(change.keys)} keys: {some}{' ...' * (len(change.keys) > keys)}")
+        said.append(f"{len(change.keys):,} keys: {some}{' ...' * (len(change.keys) > keys)}")
     if change.more:
-        said.append("[dim]more[/dim]")
+        said.append("[dim]more follows[/dim]")
     return "  ".join(said)
 
 
@@ -250,6 +247,83 @@ def import_(
     typer.echo(f"{table}: {rows:,} rows")
 
 
+# ---- analysis
+
+
+@app.command()
+def analyze(
+    table: str,
+    checkpoint: Annotated[str | None, typer.Option(help="as this one has it")] = None,
+    frequency: Annotated[
+        list[int] | None, typer.Option(help="admission threshold to try; may be repeated")
+    ] = None,
+    ttl: Annotated[list[int] | None, typer.Option(help="step TTL to try; may be repeated")] = None,
+    norm: Annotated[
+        list[float] | None, typer.Option(help="norm threshold to try; may be repeated")
+    ] = None,
+    grace: Annotated[int, typer.Option(help="of the norm rule, in steps")] = 0,
+    top: Annotated[int, typer.Option(help="keys in each list of extremes")] = 10,
+    parquet: Annotated[Path | None, typer.Option(help="write a line for each row here")] = None,
+    embeddings: Annotated[bool, typer.Option(help="with its embedding")] = False,
+    html: Annotated[Path | None, typer.Option(help="write a page with plots here")] = None,
+    history: Annotated[
+        Path | None, typer.Option(help="remember this analysis here; the page shows the growth")
+    ] = None,
+    servers: Servers = DEFAULT,
+) -> None:
+    """Sum up a table, and try thresholds and TTLs on it; nothing is changed."""
+    with _connected(servers) as client, ExitStack() as stack:
+        sink = stack.enter_context(analysis.ParquetSink(parquet)) if parquet else None
+        unit = "bytes" if checkpoint else "rows"
+        with _bar(f"analyze {table}", unit=unit) as tell:
+            found = analysis.analyze(
+                client,
+                table,
+                checkpoint=checkpoint,
+                frequencies=frequency or (),
+                ages=ttl or (),
+                norms=norm or (),
+                grace=grace,
+                top=top,
+                sink=sink,
+                embeddings=embeddings,
+                progress=tell,
+            )
+        moments = []
+        if history is not None:
+            analysis.remember(history, found)
+            moments = analysis.history(history, table)
+        if html is not None:
+            html.write_text(report.page(found, moments), encoding="utf-8")
+        report.show(Console(highlight=False), found)
+    for path in (parquet, html):
+        if path is not None:
+            typer.echo(f"{path}: {path.stat().st_size:,} bytes")
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def inspect(
+    table: str,
+    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="64-bit, signed or not")],
+    text: Annotated[bool, typer.Option("--text", help="keys are strings, to be hashed")] = False,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="show them")] = False,
+    servers: Servers = DEFAULT,
+) -> None:
+    """Tell where keys live, or why they have no row; nothing is changed."""
+    with _connected(servers) as client:
+        numbers = hash_keys(keys).tolist() if text else [_number(key) for key in keys]
+        found = analysis.inspect(client, table, numbers, embeddings=embeddings)
+        report.show_keys(Console(highlight=False), found, keys if text else ())
+
+
+def _number(key: str) -> int:
+    """A key as it was written, in decimal or as 0x..."""
+    try:
+        return int(key, 0)
+    except ValueError:
+        raise InvalidArgument(f"KEY must be a whole number, got {key!r}; or say --text") from None
+
+
 @contextmanager
 def _connected(servers: str) -> Iterator[Client]:
     """A client; what it raises ends the command with a message."""
@@ -265,16 +339,31 @@ def _connected(servers: str) -> Iterator[Client]:
 def _bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
     """A progress bar, to be told what is done and how much there is (0: unknown)."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
-        DownloadColumn() if unit == "bytes" else TextColumn("{task.completed:,} " + unit),
-        TransferSpeedColumn() if unit == "bytes" else TimeElapsedColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[amount]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(
-            task, completed=done, total=max(done, total) if total else None
-        )
+    start, console = time.monotonic(), Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None, amount="")
+
+        def tell(done: int, total: int) -> None:
+            amount = _amount(done, total, unit, time.monotonic() - start)
+            total = max(done, total, 1) if total else 0
+            progress.update(task, completed=done, total=total or None, amount=amount)
+
+        yield tell
+        progress.update(task, completed=1, total=1)  # full, also if there was nothing to tell
+
+
+def _amount(done: int, total: int, unit: str, seconds: float) -> str:
+    """How much of how much, and how fast."""
+    speed = int(done / seconds) if seconds else 0
+    if unit != "bytes":
+        return f"{done:,} {unit}, {speed:,} {unit}/s"
+    whole = f" of {filesize.decimal(total)}" if total > done else ""
+    return f"{filesize.decimal(done)}{whole}, {filesize.decimal(speed)}/s"
 
 
 def _summed(tell: Callable[[int, int], None]) -> Callable[[int], None]:

@@ -53,7 +53,7 @@ log = structlog.get_logger()
 class Recovered:
     """What a start found."""
 
-    rows: int  # in blocks
+    rows: int  # in blocks, tombstones and counters too
     records: int  # replayed
     record_bytes: int
 
@@ -69,7 +69,7 @@ def recover(shard: Shard, base: Base, versions: VersionLog) -> Recovered:
         shard.load_state(state)
         for _, block in base.blocks():
             shard.load_block(block)
-            rows += len(block)
+            rows += len(block.keys)
     if versions.first > shard.version + 1:
         raise Corrupt(
             str(base.directory),

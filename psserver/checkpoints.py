@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from psproto import ps_pb2 as pb
 from psproto import routing
-from psserver.checkpointer import blocks_of
+from psserver.checkpointer import blocks_of, counters_of
 from psserver.engine import Engine
 from psserver.errors import (
     BadRequest,
@@ -39,7 +39,7 @@ from psserver.errors import (
 from psserver.schemas import from_json, write_schema
 from psserver.shard import Captured, Shard
 from storage import checkpoint as files
-from storage.block import BLOCK_BYTES, ROWS
+from storage.block import BLOCK_BYTES, ROWS, pack_counters
 from storage.checkpoint import Base, Checkpoint, File, Manifest, Part, PartTable
 from storage.errors import Corrupt, SchemaMismatch, StorageError, UnknownCheckpoint, UnknownTable
 from storage.kernels import Keys, Rows
@@ -185,6 +185,8 @@ class Checkpoints:
             for block in blocks_of(captured, after, np.empty(BLOCK_BYTES, np.uint8)):
                 if base or block.kind == ROWS:  # a full one needs no tombstones
                     writer.block(block.seal())
+            for table, keys, totals, versions in counters_of(captured, 0, self._engine):
+                writer.block(pack_counters(table, keys, versions, totals), "counters")
             end = self._engine.run(shard.capture)
             log.sync(end.version)
             cursor = log.cursor(captured.version)
@@ -284,13 +286,13 @@ class Checkpoints:
     ) -> pb.CheckpointProgress:
         """Read everything of the parts that are this shard's to verify."""
         checkpoint = self.open(request.name)
-        mine = self._share(checkpoint)
+        mine = self.share(checkpoint)
         progress.total = sum(each.parts[p].bytes for each in checkpoint.chain for p in mine)
         for part in mine:
             files.verify_part(self.store, checkpoint, part, progress.tell)
         return pb.CheckpointProgress(bytes=progress.bytes, total=progress.total)
 
-    def _share(self, checkpoint: Checkpoint) -> range:
+    def share(self, checkpoint: Checkpoint) -> range:
         """The parts that this shard looks at, where every part is looked at once."""
         return range(self._shard.number, len(checkpoint.parts), self._shard.shard_map.shards)
 
@@ -325,7 +327,7 @@ class Checkpoints:
         schema = schema_in(checkpoint, name)
         progress = self.progress()
         yield _head(schema, max(checkpoint.manifest.versions))
-        for part in self._share(checkpoint):
+        for part in self.share(checkpoint):
             number = number_in(checkpoint, part, name)
             for piece in files.rows_of(self.store, checkpoint, part, [number], progress.tell):
                 require_width(checkpoint, schema, piece.rows)

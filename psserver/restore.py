@@ -40,6 +40,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from psproto import ps_pb2 as pb
 from psserver.checkpoints import (
     Checkpoints,
@@ -58,9 +61,10 @@ from psserver.schemas import to_json
 from psserver.shard import Shard
 from storage import checkpoint as files
 from storage.base import Base, BaseState, BaseTable
-from storage.block import Block, rows_per_block
+from storage.block import Block, pack_counters, rows_per_block, tombstones_per_block
 from storage.checkpoint import Checkpoint, Piece
 from storage.disk import sync
+from storage.kernels import Keys
 
 Step = pb.RestoreRequest
 PREPARED, HELD, COMMITTED = "prepared", "held", "committed"
@@ -244,6 +248,14 @@ class Restores:
                     packers[name].add(piece, own(piece.keys, shard))
             for packer in packers.values():
                 packer.flush()
+            for p in parts:
+                of = {table.number: table.name for table in checkpoint.parts[p].tables}
+                store = self._checkpoints.store
+                waiting = files.counters_of(store, checkpoint, p, of, progress.tell)
+                for number, keys, totals, versions in waiting:
+                    mine = own(keys, shard)
+                    arrays = keys[mine], totals[mine], versions[mine]
+                    writer.counters(numbers[of[number]], *arrays)
             writer.commit(
                 BaseState(
                     lineage=os.urandom(16),
@@ -309,6 +321,20 @@ class _Writer:
         self._begun.append(self._thread.submit(self._base.add, data))
         if len(self._begun) > AHEAD_BLOCKS:
             self._added.append(self._begun.popleft().result())
+
+    def counters(
+        self,
+        table: int,
+        keys: Keys,
+        totals: NDArray[np.uint32],
+        versions: NDArray[np.uint64],
+    ) -> None:
+        """Store counters, as many blocks as they take."""
+        most = tombstones_per_block()
+        for at in range(0, len(keys), most):
+            part = slice(at, at + most)
+            block = pack_counters(table, keys[part], versions[part], totals[part])
+            self._begun.append(self._thread.submit(self._base.add, block))
 
     def commit(self, state: BaseState) -> None:
         """Commit the state with all that was added."""

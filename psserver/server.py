@@ -30,6 +30,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector, start_http_server
 
 from psproto import RELEASE, routing
+from psserver.analysis import Analyses
 from psserver.checkpointer import Checkpointer, recover
 from psserver.checkpoints import Checkpoints
 from psserver.config import ConfigError, ServerConfig
@@ -42,7 +43,7 @@ from psserver.shard import Shard
 from psserver.sweeper import Sweeper
 from psserver.warm import warm
 from storage.base import Base
-from storage.errors import StorageError
+from storage.errors import Corrupt, StorageError
 from storage.store import Store
 from storage.versionlog import VersionLog
 
@@ -51,6 +52,7 @@ SERVICES = (
     "ps.v1.RowService",
     "ps.v1.LogService",
     "ps.v1.CheckpointService",
+    "ps.v1.AnalysisService",
     "ps.v1.InfoService",
 )
 HEALTH = ("", "liveness", "readiness", *SERVICES)
@@ -114,6 +116,7 @@ class Server:
             self._checkpoints,
             self._restores,
             self._sweeper,
+            Analyses(self._shard, self._engine, self._checkpoints, self._log),
             self._log,
             self._feed,
         )
@@ -232,7 +235,8 @@ class Server:
             self._base.close()
             if self._log is not None:
                 self._log.close()
-            raise ConfigError(f"data_dir: {error}") from error
+            damaged = "DATA_LOSS: " if isinstance(error, Corrupt) else ""
+            raise ConfigError(f"data_dir: {damaged}{error}") from error
         self._shard.attach(self._log)
         self._checkpointer = Checkpointer(
             self._shard,

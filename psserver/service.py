@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
+from psserver.analysis import Analyses
 from psserver.checkpoints import Checkpoints, Progress
 from psserver.config import ServerConfig
 from psserver.engine import Engine
@@ -158,6 +159,7 @@ class Service:
         checkpoints: Checkpoints,
         restores: Restores,
         sweeper: Sweeper,
+        analyses: Analyses,
         log: VersionLog | None = None,
         feed: Feed | None = None,
     ) -> None:
@@ -172,6 +174,7 @@ class Service:
         self._restores = restores
         self._sweeper = sweeper
         self._workers = ThreadPoolExecutor(WORKERS, "worker")
+        self._analyses = analyses
         self._draining = False
         self._streams: dict[asyncio.Task[Any], bool] = {}  # True while it waits for a message
         self._working = 0  # calls being served, subscriptions not counted
@@ -222,6 +225,10 @@ class Service:
             "ReadRows": self._many(pb.ReadRowsRequest, work.read_rows),
             "WriteRows": self._message(pb.WriteRowsRequest, self.write_rows),
         }
+        analyses = {
+            "Analyze": self._many(pb.AnalyzeRequest, self._analyses.analyze),
+            "Inspect": self._blocking(pb.InspectRequest, self._analyses.inspect),
+        }
         log = {
             "WaitDurable": self._message(pb.WaitDurableRequest, self.wait_durable),
             "Barrier": self._message(pb.BarrierRequest, self.barrier),
@@ -241,6 +248,7 @@ class Service:
                 ("RowService", rows),
                 ("LogService", log),
                 ("CheckpointService", checkpoints),
+                ("AnalysisService", analyses),
                 ("InfoService", info),
             )
         )

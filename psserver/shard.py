@@ -88,6 +88,36 @@ class Tombstones(NamedTuple):
     cause: Cause
 
 
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """A table on this shard, for a reader that goes through its rows while pushes go on."""
+
+    schema: TableSchema
+    number: int
+    version: int  # of the shard
+    step: int  # the largest that was pushed to it
+    tiers: list[tuple[str, Scan, int]]  # name, rows, bytes
+    stats: TableStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What a table knows of some keys now; 0 and empty for those without a row."""
+
+    version: int  # of the shard
+    number: int  # of the table
+    created: int  # version of its creation
+    tiers: list[str]
+    versions: NDArray[np.uint64]  # [n]
+    steps: NDArray[np.int64]  # [n]
+    frequencies: NDArray[np.uint64]  # [n]
+    embeddings: Rows  # float32[n, dim]
+    waiting: NDArray[np.uint32]  # [n]  occurrences that are counted towards admission
+    step: int  # the largest that was pushed to the table
+    schema: TableSchema
+    forgets: str  # how keys may have been pushed that have neither row nor counter
+
+
 class Standing(NamedTuple):
     """Which tables there are at one version."""
 
@@ -251,6 +281,49 @@ class Shard:
         table = self._table(name)
         return table.schema, self.version, table.scan()
 
+    def holdings(self, name: str) -> Holdings:
+        """What there is of a table, to be read by slices."""
+        held = self._held(name)
+        table = held.table
+        return Holdings(
+            table.schema,
+            held.number,
+            self.version,
+            table.evictor.step,
+            table.tiers(),
+            table.stats(),
+        )
+
+    def holds(self, number: int) -> bool:
+        """Whether the table of this number is still there."""
+        return number in self._numbered
+
+    def known(self, name: str, keys: Keys) -> Known:
+        """What a table knows of distinct keys of this shard."""
+        held = self._held(name)
+        table = held.table
+        embeddings = np.empty((len(keys), table.schema.dim), np.float32)
+        locations = table.pull(keys, "serve", embeddings)
+        versions, steps, frequencies = table.metadata(locations)
+        waiting = np.where(locations == 0, table.gate.waiting(keys), 0).astype(np.uint32)
+        forgets, stale = table.gate.forgets, table.evictor.stale(self._now())
+        if not forgets and table.gate.cap and stale > held.created:
+            forgets = f"counters last touched up to version {stale} have expired"
+        return Known(
+            version=self.version,
+            number=held.number,
+            created=held.created,
+            tiers=table.tiers_of(locations),
+            versions=versions,
+            steps=steps,
+            frequencies=frequencies,
+            embeddings=embeddings,
+            waiting=waiting,
+            step=table.evictor.step,
+            schema=table.schema,
+            forgets=forgets,
+        )
+
     # ---- eviction
 
     def tick(self) -> float:
@@ -306,7 +379,7 @@ class Shard:
         """Delete rows as the next version, for which the log has room; how many there were."""
         gone, rows = held.table.delete(keys)
         self._bury(Tombstones(held.number, gone, self.version + 1, cause))
-        origin = self._origin(change)
+        origin = self._origin(change, held.table.evictor.step)
         parts = records.encode_delete(origin, held.number, cause, gone)
         self._append(Kind.DELETE, parts, change)
         return rows

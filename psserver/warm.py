@@ -7,6 +7,7 @@ import numpy as np
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
 from storage import admission, eviction, initializers, optimizers
+from storage.analysis import RowColumns, Summary
 from storage.arena import Budget
 from storage.index import SEGMENT, Index
 from storage.schema import TableSchema
@@ -33,6 +34,11 @@ def warm() -> None:
     table.images(slots, frequencies, rows)
     table.put(keys, frequencies, steps, frequencies, rows)
     table.scan().copy(table.scan().find(0, 0, 1, 4)[0], frequencies, rows)
+    norms = np.empty(4)
+    meta = table.scan().measure(slots, norms)
+    table.scan().read(slots, rows)
+    seen = RowColumns(meta[:, 0], meta[:, 1], steps, frequencies, norms, "host")
+    Summary().add(seen, 0)
     table.delete(keys[:1])
     table.pull(keys, "train", rows)
     table.close()

@@ -21,4 +21,5 @@ checkpoint.py    the rows of all shards as files
 tiers/base.py    the contract of a tier
 tiers/host.py    rows in host memory
 table.py         a table's part on one shard
+analysis.py      what a table holds, summed up
 """

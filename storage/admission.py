@@ -54,6 +54,11 @@ class Gate(ABC):
     cap: int = 0  # keys that it is made to count at a time
     dropped: int = 0  # counters that went for age or for room, so far
 
+    @property
+    def forgets(self) -> str:
+        """How a key may have been pushed that has neither row nor counter; empty: it was not."""
+        return ""
+
     @abstractmethod
     def weigh(self, keys: Keys, counts: Counts, version: int) -> tuple[Admitted, Counts]:
         """Which keys of a push are to have a row; changes nothing.
@@ -214,6 +219,10 @@ class CounterGate(CountingGate):
         self._counters = Counters(budget)
         self._next_full = 0  # segment to take from when there are too many
         self._next_old = 0  # segment to look through for old ones
+
+    @property
+    def forgets(self) -> str:
+        return f"{self.dropped} counters were dropped for age or room" if self.dropped else ""
 
     @property
     def entries(self) -> int:
@@ -414,6 +423,10 @@ class SketchGate(CountingGate):
         self._aged = 0  # the version at which it last began to age
 
     @property
+    def forgets(self) -> str:
+        return "a sketch loses counts as it ages"
+
+    @property
     def entries(self) -> int:
         """From the share of cells in use: Swamidass and Baldi, J. Chem. Inf. Model. 47 (2007)."""
         m = len(self._cells)
@@ -515,6 +528,10 @@ class ProbabilityGate(Gate):
     def __init__(self, p: float, seed: int) -> None:
         self._p = p
         self._seed = np.uint64(seed)
+
+    @property
+    def forgets(self) -> str:
+        return "keys that were pushed and not drawn are not remembered"
 
     def weigh(self, keys: Keys, counts: Counts, version: int) -> tuple[Admitted, Counts]:
         admitted = np.empty(len(keys), np.bool_)

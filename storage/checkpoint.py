@@ -5,8 +5,9 @@
                 | NAME/ATTEMPT/SSSSS.NNNNNN.KIND   its files, numbered in the order of writing
     NAME        = [A-Za-z0-9_][A-Za-z0-9_.-]{0,127}
     ATTEMPT     = 16 hexadecimal digits, drawn anew for each attempt to take it
-    KIND        = blocks | records | sessions
-    blocks      = entry*
+    KIND        = blocks | records | counters | sessions
+    blocks      = entry*                           of rows and tombstones
+    counters    = entry*                           of exact counters, all of them
     entry       = size u64 | block | 0..7 zeros    block.py; every entry begins at a multiple of 8
     records     = record*
     record      = version u64 | size u32 | kind u32 | payload | 0..7 zeros             records.py
@@ -23,6 +24,9 @@ MANIFEST.json. So every byte of a checkpoint is covered by a checksum, and a fil
 at E when it ends. Rows that were last changed up to S are in blocks. Rows that changed since are
 not, or not as they were, or torn; but each change in S+1..E is in the records. A checkpoint is the
 shard at E: blocks, then records.
+
+Counters of keys that wait for a row are copied likewise, anew for each checkpoint, and the records
+say what became of them. Sketches are left out: what they have counted starts again.
 
 **Incremental.** A checkpoint that has a base holds what changed after the base's E: rows, and
 tombstones of deleted keys. It means nothing without the base, whose MANIFEST.json it names with
@@ -121,13 +125,14 @@ class Part:
     tables: tuple[PartTable, ...]
     blocks: tuple[File, ...]
     records: tuple[File, ...]
+    counters: tuple[File, ...]
     sessions: tuple[File, ...]  # one, or none
     micros: int  # since 1970, at E
 
     @property
     def files(self) -> tuple[File, ...]:
         """All of them."""
-        return (*self.blocks, *self.records, *self.sessions)
+        return (*self.blocks, *self.records, *self.counters, *self.sessions)
 
     @property
     def bytes(self) -> int:
@@ -303,7 +308,8 @@ def _parse(kind: type[T], content: dict[str, Any], where: str) -> T:
 
 _ITEMS: dict[type, dict[str, type]] = {
     Manifest: {"parts": File, "tables": CheckpointTable},
-    Part: {"tables": PartTable, "blocks": File, "records": File, "sessions": File},
+    Part: {"tables": PartTable}
+    | dict.fromkeys(("blocks", "records", "counters", "sessions"), File),
 }
 
 
@@ -319,15 +325,17 @@ class PartWriter:
         self._name = name
         self._prefix = f"{attempt}/{shard:05}"
         self._tell = tell
-        self._files: dict[str, list[File]] = {"blocks": [], "records": [], "sessions": []}
+        self._files: dict[str, list[File]] = {
+            kind: [] for kind in ("blocks", "records", "counters", "sessions")
+        }
         self._output: Output | None = None
         self._path = self._kind = ""
         self._count = 0
 
-    def block(self, data: Any) -> None:
-        """Append a sealed block."""
+    def block(self, data: Any, kind: str = "blocks") -> None:
+        """Append a sealed block; of counters, with that as its kind."""
         view = memoryview(data).cast("B")
-        self._append("blocks", [_ENTRY.pack(len(view)), view, _ZEROS[: -len(view) % 8]])
+        self._append(kind, [_ENTRY.pack(len(view)), view, _ZEROS[: -len(view) % 8]])
 
     def frames(self, frames: Iterable[Frame]) -> None:
         """Append records of the log."""
@@ -348,6 +356,7 @@ class PartWriter:
             name=self._name,
             blocks=tuple(self._files["blocks"]),
             records=tuple(self._files["records"]),
+            counters=tuple(self._files["counters"]),
             sessions=tuple(self._files["sessions"]),
             **rest,
         )
@@ -451,13 +460,49 @@ def rows_of(
             )
 
 
+def counters_of(
+    store: Store, checkpoint: Checkpoint, shard: int, tables: Iterable[int], tell: Tell
+) -> Iterator[tuple[int, Keys, NDArray[np.uint32], NDArray[np.uint64]]]:
+    """The exact counters of a shard's tables at the checkpoint's version: number of the table,
+    keys uint64[n], totals uint32[n], versions uint64[n]; all of a table at once.
+
+    There may be some of keys that have a row, which need none.
+    """
+    part, name = checkpoint.parts[shard], checkpoint.manifest.name
+    found: dict[int, list[tuple[Any, ...]]] = {number: [] for number in tables}
+    for file in part.counters:
+        data = read_file(store, name, file)
+        for block in blocks_in(data, store.where(f"{name}/{file.path}")):
+            if block.table in found:
+                found[block.table].append((block.keys, block.totals, block.versions))
+        tell(len(data))
+    for file in part.records:  # in order: the last word on a key counts
+        data = read_file(store, name, file)
+        for frame in frames_in(data, store.where(f"{name}/{file.path}")):
+            record = decode(frame)
+            if isinstance(record, Push | Delete) and record.table in found:
+                told = found[record.table]
+                none = np.zeros(len(record.keys), np.uint32)
+                told.append((record.keys, none, none.astype(np.uint64)))
+                if isinstance(record, Push):
+                    versions = np.full(len(record.waiting), frame.version, np.uint64)
+                    told.append((record.waiting, record.totals, versions))
+    for number, told in found.items():
+        if any(len(keys) for keys, _, _ in told):
+            keys, totals, versions = map(np.concatenate, zip(*told, strict=True))
+            order = np.argsort(keys, kind="stable")
+            last = order[np.append(np.flatnonzero(np.diff(keys[order])), len(order) - 1)]
+            last = last[totals[last] > 0]
+            yield number, keys[last], totals[last], versions[last]
+
+
 def verify_part(store: Store, checkpoint: Checkpoint, shard: int, tell: Tell) -> None:
     """Read everything that a checkpoint says of one shard; raises Corrupt or UnknownFormat."""
     part = checkpoint.parts[shard]
     for piece in rows_of(store, checkpoint, shard, [table.number for table in part.tables], tell):
         del piece
     for each in checkpoint.chain:
-        for file in each.parts[shard].sessions:
+        for file in (*each.parts[shard].counters, *each.parts[shard].sessions):
             tell(len(read_file(store, each.manifest.name, file)))
 
 

@@ -31,10 +31,9 @@ from numbers import Real
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-from storage.kernels import AHEAD, Keys, Rows, Slots, jit, prefetch_row
+from storage.kernels import AHEAD, Keys, Rows, Slots, jit, prefetch_row, square_sum
 from storage.records import Cause
 
 FIRST_STEP = -(1 << 47)  # that there can be
@@ -150,16 +149,6 @@ def _idle_versions(meta: Any, start: int, stop: int, last: Any, cause: int, caus
             causes[i] = cause
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
-def _square_sum(row: Any, dim: int) -> Any:
-    """Sum of squares of the first ``dim`` numbers, in float64, in the order that is fastest."""
-    total = 0.0
-    for j in range(dim):
-        number = np.float64(row[j])
-        total += number * number
-    return total
-
-
 @jit
 def _small(
     slab: Any, meta: Any, start: int, stop: int, dim: int, least: float, cause: int, causes: Any
@@ -173,7 +162,7 @@ def _small(
         if i + AHEAD < n and causes[i + AHEAD] == 255:
             prefetch_row(slab, start + i + AHEAD, 4 * dim)
         if causes[i] == 255:
-            causes[i] = cause if np.sqrt(_square_sum(slab[start + i], dim)) < least else 0
+            causes[i] = cause if np.sqrt(square_sum(slab[start + i], dim)) < least else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -653,6 +642,11 @@ class Evictor:
         """What to compare rows with at a time of that clock."""
         idle = 0 if self._times is None else self._times.version_before(seconds)
         return Now(self._step, self._version, idle)
+
+    @property
+    def step(self) -> int:
+        """Of the table: the largest that was pushed; FIRST_STEP if none was."""
+        return self._step
 
     def stale(self, seconds: float) -> int:
         """What was last touched at a version up to this one has outlived a TTL; 0: nothing has.

@@ -223,6 +223,31 @@ def images(slab: Any, meta: Any, slots: Any, frequencies: Any, rows: Any) -> Non
             rows[i, j] = slab[slot, j]
 
 
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+def square_sum(row: Any, dim: int) -> Any:
+    """Sum of squares of the first ``dim`` numbers, in float64, in the order that is fastest."""
+    total = 0.0
+    for j in range(dim):
+        number = np.float64(row[j])
+        total += number * number
+    return total
+
+
+@jit
+def measure(slab: Any, slots: Any, dim: int, norms: Any) -> None:
+    """Write the L2 norms of embeddings, the first ``dim`` numbers of rows.
+
+    slab   float32[capacity, width]  width >= dim
+    slots  int64[n]
+    norms  float64[n]  written
+    """
+    n = slots.shape[0]
+    for i in range(n):
+        if i + AHEAD < n:
+            prefetch_row(slab, slots[i + AHEAD], 4 * dim)
+        norms[i] = np.sqrt(square_sum(slab[slots[i]], dim))
+
+
 @jit
 def changed(meta: Any, start: int, stop: int, after: int, upto: int, slots: Any) -> Any:
     """Find rows whose version is in after+1..upto, from slot ``start`` on.

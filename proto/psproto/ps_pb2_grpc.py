@@ -1166,6 +1166,127 @@ class CheckpointService(object):
             _registered_method=True)
 
 
+class AnalysisServiceStub(object):
+    """What is in a table, and why a key has no row. Changes nothing.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Analyze = channel.unary_stream(
+                '/ps.v1.AnalysisService/Analyze',
+                request_serializer=psproto_dot_ps__pb2.AnalyzeRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.AnalyzeResponse.FromString,
+                _registered_method=True)
+        self.Inspect = channel.unary_unary(
+                '/ps.v1.AnalysisService/Inspect',
+                request_serializer=psproto_dot_ps__pb2.InspectRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.InspectResponse.FromString,
+                _registered_method=True)
+
+
+class AnalysisServiceServicer(object):
+    """What is in a table, and why a key has no row. Changes nothing.
+    """
+
+    def Analyze(self, request, context):
+        """Sums up the rows of this shard's table while pushes go on, or those of a checkpoint's table: of
+        its parts p with p % shards = shard. The last message has `summary`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Inspect(self, request, context):
+        """What the shard knows of up to 1000 keys, all of them its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AnalysisServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Analyze': grpc.unary_stream_rpc_method_handler(
+                    servicer.Analyze,
+                    request_deserializer=psproto_dot_ps__pb2.AnalyzeRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.AnalyzeResponse.SerializeToString,
+            ),
+            'Inspect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Inspect,
+                    request_deserializer=psproto_dot_ps__pb2.InspectRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.InspectResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'ps.v1.AnalysisService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('ps.v1.AnalysisService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class AnalysisService(object):
+    """What is in a table, and why a key has no row. Changes nothing.
+    """
+
+    @staticmethod
+    def Analyze(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/ps.v1.AnalysisService/Analyze',
+            psproto_dot_ps__pb2.AnalyzeRequest.SerializeToString,
+            psproto_dot_ps__pb2.AnalyzeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Inspect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ps.v1.AnalysisService/Inspect',
+            psproto_dot_ps__pb2.InspectRequest.SerializeToString,
+            psproto_dot_ps__pb2.InspectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class InfoServiceStub(object):
     """Missing associated documentation comment in .proto file."""
 

@@ -39,6 +39,17 @@ class Scan(Protocol):
         """Copy whole rows [n, width] and their frequencies uint64[n]; their metadata as now."""
         ...
 
+    def measure(self, places: Slots, norms: NDArray[Any]) -> Meta:
+        """Write the L2 norms of embeddings, float64[n]; their metadata as now.
+
+        Version 0: the row is gone from its place.
+        """
+        ...
+
+    def read(self, places: Slots, out: Rows) -> None:
+        """Copy embeddings [n, dim]."""
+        ...
+
 
 class Tier(Protocol):
     """Rows by place. Places are int64, chosen by the tier; calls take distinct, valid ones.

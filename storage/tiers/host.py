@@ -27,6 +27,7 @@ from storage.kernels import (
     fresh,
     gather,
     images,
+    measure,
     put,
     touch,
     unpack,
@@ -38,8 +39,8 @@ from storage.tiers.base import Meta, Scan
 class HostScan:
     """The slots handed out so far, in their order. See Scan for the contract."""
 
-    def __init__(self, slab: Rows, meta: NDArray[Any], used: int) -> None:
-        self._slab, self._meta, self._used = slab, meta, used
+    def __init__(self, slab: Rows, meta: NDArray[Any], used: int, dim: int) -> None:
+        self._slab, self._meta, self._used, self._dim = slab, meta, used, dim
 
     def find(self, start: int, after: int, upto: int, limit: int) -> tuple[Slots, int | None]:
         slots = np.empty(limit, np.int64)
@@ -49,6 +50,13 @@ class HostScan:
     def copy(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> Meta:
         images(self._slab, self._meta, places, frequencies, rows)
         return _unpacked(self._meta, places)
+
+    def measure(self, places: Slots, norms: NDArray[Any]) -> Meta:
+        measure(self._slab, places, self._dim, norms)
+        return _unpacked(self._meta, places)
+
+    def read(self, places: Slots, out: Rows) -> None:
+        gather(self._slab, places, self._dim, out)
 
 
 def _unpacked(packed: NDArray[Any], slots: Slots) -> Meta:
@@ -148,7 +156,7 @@ class HostTier:
         return _unpacked(self._meta.array, places)
 
     def scan(self) -> Scan:
-        return HostScan(self._slab.array, self._meta.array, self._used)
+        return HostScan(self._slab.array, self._meta.array, self._used, self._dim)
 
     def view(self) -> View:
         rows = self._used - self._free_count

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 from servers import Cluster, Labels, alive, eventually, free_ports, serve
+from stores import Home, push, schema, tail
 
 from psclient import Client, PsError, Table
 
@@ -237,6 +238,19 @@ class TestServe:
             assert err == f"psserver: data_dir: {tmp_path}/data is in use by another server\n"
         with Server(*data, "--port", str(second)):
             pass
+
+    def test_damage_is_refused_and_named(self, tmp_path: Path) -> None:
+        with Home(tmp_path / "data") as home:
+            home.shard.create_table(schema())
+            for _ in range(3):
+                home.shard.exchange([push([1, 2])], [])
+        path, end = tail(tmp_path / "data")
+        data = bytearray(path.read_bytes())
+        data[end // 2] ^= 1
+        path.write_bytes(data)
+        flags = ("--metrics-port", "0", "--port", str(free_ports(1)))
+        err = refused("--data-dir", str(tmp_path / "data"), *flags)
+        assert err.startswith(f"psserver: data_dir: DATA_LOSS: {path} at byte ")
 
     def test_flags_stand_before_the_environment_and_that_before_the_file(
         self, tmp_path: Path

@@ -917,6 +917,7 @@ def test_reflection_lists_the_services_and_their_methods(peer: Peer) -> None:
         "ps.v1.RowService",
         "ps.v1.LogService",
         "ps.v1.CheckpointService",
+        "ps.v1.AnalysisService",
         "ps.v1.InfoService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
@@ -941,6 +942,7 @@ def test_reflection_lists_the_services_and_their_methods(peer: Peer) -> None:
         "ps.v1.RowService",
         "ps.v1.LogService",
         "ps.v1.CheckpointService",
+        "ps.v1.AnalysisService",
         "ps.v1.InfoService",
     ],
 )

@@ -8,7 +8,9 @@ a push that was acknowledged and lost, 2 or 3 one that was applied twice. Some g
 once they are complete, and must stay deleted.
 
 Kills come while pushes are under way, during checkpoints (they are made all the time) and during
-recoveries. The seed decides what is done and when; what it meets depends on the machine.
+recoveries. Subscribers are attached all the time; one stops, and goes on from its tokens. After
+each cycle the trainers pause, and all that subscribers hold must be what the shards hold.
+The seed decides what is done and when; what it meets depends on the machine.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ import multiprocessing
 import random
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from threading import BrokenBarrierError
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs by itself
 from fault.nursery import Nursery, Shard
 from servers import free_ports
 
-from psclient import Client
+from psclient import Client, Follower, Subscriber, Table
+from psclient.follower import _State
 
 DIGITS = 8
 ONCE = float(sum(4**digit for digit in range(DIGITS)))  # every digit is 1
@@ -64,12 +69,36 @@ class Series:
         return float(sum(4**digit for digit in range(digits)))
 
 
+class Pause:
+    """Lets trainers stand still between two pushes; shared by processes."""
+
+    def __init__(self, context: Any, trainers: int) -> None:
+        self.wanted = context.Event()
+        self.gate = context.Barrier(trainers + 1)
+
+    def keep(self) -> None:
+        """A trainer's part."""
+        if self.wanted.is_set():
+            self.gate.wait(TIMEOUT)
+            self.gate.wait(TIMEOUT)
+
+    @contextmanager
+    def all_still(self) -> Iterator[None]:
+        """The other part; BrokenBarrierError if a trainer has failed."""
+        self.wanted.set()
+        self.gate.wait(TIMEOUT)
+        yield
+        self.wanted.clear()
+        self.gate.wait(TIMEOUT)
+
+
 def train(
     number: int,
     addresses: list[str],
     table: str,
     seed: str,
     stop: Any,
+    pause: Pause,
     began: Any,
     answers: Any,
 ) -> None:
@@ -83,6 +112,7 @@ def train(
             rows = client.table(table)
             began.put(True)
             while not stop.is_set():
+                pause.keep()
                 series = large if rng.random() < 0.03 else small
                 group = series.done // DIGITS
                 keys = series.keys(group)
@@ -100,6 +130,7 @@ def train(
         answers.put((number, [small, large], None))
     except BaseException as error:
         began.put(True)
+        pause.gate.abort()
         answers.put((number, [small, large], f"{type(error).__name__}: {error}"))
 
 
@@ -155,23 +186,145 @@ def addresses_of(shards: list[Shard]) -> list[str]:
     return [f"127.0.0.1:{shard.flags[shard.flags.index('--port') + 1]}" for shard in shards]
 
 
-def kill_some(rng: random.Random, shards: list[Shard], cycles: int) -> int:
-    """Kill ``cycles`` times and start again; how many of them hit a recovery."""
-    early = 0
-    for _ in range(cycles):
-        shard = rng.choice(shards)
-        if rng.random() < 0.35:  # in the middle of its start
-            time.sleep(rng.uniform(0.0, STARTING))
-            early += not shard.said("ready")
-        else:
-            shard.wait()
-            time.sleep(rng.choice((0.05, 0.3, 1.2)) * rng.random())
+def kill_one(rng: random.Random, shards: list[Shard]) -> int:
+    """Kill a shard and let it recover; how many more kills hit the recovery."""
+    shard, early = rng.choice(shards), 0
+    time.sleep(rng.choice((0.05, 0.3, 0.8)) * rng.random())
+    shard.kill()
+    time.sleep(rng.choice((0.0, 0.0, 0.1)))
+    shard.start()
+    while rng.random() < 0.35:
+        time.sleep(rng.uniform(0.0, STARTING))
+        early += not shard.said("ready")
         shard.kill()
-        time.sleep(rng.choice((0.0, 0.0, 0.1)))
         shard.start()
-    for shard in shards:
-        shard.wait()
+    shard.wait()
     return early
+
+
+class Resumer:
+    """A subscriber that keeps its tokens beside its rows, stops, and goes on from them."""
+
+    def __init__(self, addresses: list[str]) -> None:
+        self.resumed = -1
+        self._addresses = addresses
+        self._tokens: tuple[bytes, ...] | None = None
+        self._states = [_State() for _ in addresses]
+        self._building: list[_State | None] = [None for _ in addresses]
+        self._versions = [-1 for _ in addresses]
+        self._changed = threading.Condition()
+        self._failure: BaseException | None = None
+
+    def resume(self) -> None:
+        self.resumed += 1
+        self._subscriber = Subscriber(
+            self._addresses, tokens=self._tokens, timeout=TIMEOUT, chunk_bytes=4096
+        ).open()
+        self._thread = threading.Thread(target=self._run, args=(self._subscriber,), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._subscriber.close()
+        self._thread.join()
+        self._tokens = self._subscriber.tokens()
+
+    def wait_for(self, versions: Sequence[int], timeout: float) -> None:
+        def there() -> bool:
+            pairs = zip(self._versions, versions, strict=True)
+            return self._failure is not None or all(at >= version for at, version in pairs)
+
+        with self._changed:
+            assert self._changed.wait_for(there, timeout), f"at {self._versions}, not {versions}"
+        if self._failure is not None:
+            raise self._failure
+
+    def rows(self, table: str) -> Held:
+        copies = [state.tables[table] for state in self._states]
+        return sorted_rows(
+            *(
+                np.concatenate([getattr(copy, name)[: copy.count] for copy in copies])
+                for name in ("keys", "versions", "rows")
+            )
+        )
+
+    def _run(self, changes: Subscriber) -> None:
+        try:
+            for change in changes:
+                shard = change.shard
+                if change.kind == "snapshot":
+                    self._building[shard] = _State()
+                (self._building[shard] or self._states[shard]).apply(change)
+                if change.more:
+                    continue
+                with self._changed:
+                    self._states[shard] = self._building[shard] or self._states[shard]
+                    self._building[shard] = None
+                    self._versions[shard] = max(self._versions[shard], change.version)
+                    self._changed.notify_all()
+        except BaseException as error:
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+
+class Held(NamedTuple):
+    """Rows of a table, by key."""
+
+    keys: np.ndarray
+    versions: np.ndarray
+    rows: np.ndarray
+
+
+def sorted_rows(keys: np.ndarray, versions: np.ndarray, rows: np.ndarray) -> Held:
+    order = np.argsort(keys)
+    return Held(keys[order], versions[order], rows[order])
+
+
+class Watchers:
+    """The subscribers: one that sees every change, one that coalesces, one that comes and goes."""
+
+    def __init__(self, addresses: list[str]) -> None:
+        self.compared = 0  # rows
+        self.resumer = Resumer(addresses)
+        self._followers = {
+            "every change": Follower(addresses),
+            "coalesced": Follower(addresses, coalesce_ms=30),
+        }
+
+    def __enter__(self) -> Watchers:
+        self.resumer.resume()
+        for follower in self._followers.values():
+            follower.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.resumer.stop()
+        for follower in self._followers.values():
+            follower.close()
+
+    def differ(self, client: Client, name: str) -> list[str]:
+        """What they hold that the shards do not, or the other way round; nobody pushes."""
+        versions = client.wait_durable()
+        table, wrong = client.table(name), []
+        for title, follower in self._followers.items():
+            follower.wait_for(versions, TIMEOUT)
+            keys = follower.keys(name)
+            held = sorted_rows(keys, follower.row_versions(name, keys), follower.pull(name, keys))
+            wrong += self._compare(table, title, held)
+        self.resumer.wait_for(versions, TIMEOUT)
+        return wrong + self._compare(table, "the one that resumes", self.resumer.rows(name))
+
+    def _compare(self, table: Table, title: str, held: Held) -> list[str]:
+        there, wrong = table.describe().rows, []
+        if len(held.keys) != there:
+            wrong.append(f"{title}: holds {len(held.keys)} rows, the shards {there}")
+        got = table.pull_rows(held.keys)
+        self.compared += len(held.keys)
+        same = got.found & (got.versions == held.versions) & (got.embeddings == held.rows).all(1)
+        if not same.all():
+            some = held.keys[~same][:5].tolist()
+            wrong.append(f"{title}: {(~same).sum()} rows differ, those of {some} among them")
+        return wrong
 
 
 def run(cycles: int, seed: int, shards: int, say: Callable[[str], None] = print) -> list[str]:
@@ -185,18 +338,21 @@ def run(cycles: int, seed: int, shards: int, say: Callable[[str], None] = print)
         tempfile.TemporaryDirectory(prefix="ps-crash-") as directory,
         Nursery() as nursery,
         shards_of(nursery, Path(directory), shards) as alive,
+        ExitStack() as stack,
     ):
         addresses = addresses_of(alive)
+        watchers = stack.enter_context(Watchers(addresses))
         before: tuple[str, list[Series]] | None = None
         while done < cycles and not wrong:
             table = f"round-{done}"
             with Client(addresses, timeout=TIMEOUT) as client:
                 client.create_table(table, 1, optimizer="sgd", lr=1.0, initializer="zeros")
             stop, began, answers = spawn.Event(), spawn.SimpleQueue(), spawn.SimpleQueue()
+            pause = Pause(spawn, TRAINERS)
             trainers = [
                 spawn.Process(
                     target=train,
-                    args=(n, addresses, table, f"{seed} {done}", stop, began, answers),
+                    args=(n, addresses, table, f"{seed} {done}", stop, pause, began, answers),
                     daemon=True,
                 )
                 for n in range(TRAINERS)
@@ -205,9 +361,17 @@ def run(cycles: int, seed: int, shards: int, say: Callable[[str], None] = print)
                 trainer.start()
             for _ in trainers:
                 assert began.get()
-            count = min(ROUND, cycles - done)
-            early += kill_some(rng, alive, count)
-            done += count
+            with Client(addresses, timeout=TIMEOUT) as client, suppress(BrokenBarrierError):
+                for _ in range(min(ROUND, cycles - done)):
+                    away = rng.random() < 0.5
+                    if away:
+                        watchers.resumer.stop()
+                    early += kill_one(rng, alive)
+                    if away:
+                        watchers.resumer.resume()
+                    with pause.all_still():
+                        wrong += watchers.differ(client, table)
+                    done += 1
             stop.set()
             ends = [answers.get() for _ in trainers]
             for trainer in trainers:
@@ -222,8 +386,9 @@ def run(cycles: int, seed: int, shards: int, say: Callable[[str], None] = print)
                     client.drop_table(before[0])
             before = table, every
             say(
-                f"{done} cycles, {early} of them in a recovery, {pushed} pushes,"
-                f" {time.monotonic() - started:.0f} s: {'; '.join(wrong[:5]) or 'all as it should'}"
+                f"{done} cycles, {early} more kills in a recovery, {pushed} pushes, subscribers"
+                f" compared in {watchers.compared} rows, {time.monotonic() - started:.0f} s:"
+                f" {'; '.join(wrong[:5]) or 'all as it should'}"
             )
         if before is not None and not wrong:
             for shard in alive:

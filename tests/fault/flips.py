@@ -1,9 +1,11 @@
-"""Damage the data directory of a stopped shard, byte by byte: each start refuses, or is identical.
+"""Damage a stopped shard's directory, or a checkpoint: all is refused by name, or identical.
 
-    python -m tests.fault.flips --count 10000 --seed 7
+    python -m tests.fault.flips --count 10000 --seed 7             one byte each time
+    python -m tests.fault.flips --count 10000 --seed 7 --harder    and cuts, holes, lost files
 
 A start that refuses must name the file, and the place in it. One that comes up must hold the very
-state that was stopped: then the byte meant nothing, as in a free page or behind a log's end.
+state that was stopped: then the byte meant nothing, as in a free page or behind a log's end. Every
+byte of a named checkpoint means something: its verification must name the damaged file.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs by itself
 
 import numpy as np
+from homes import Homes
 from stores import Home, change, contents, copy_of, push, schema
 
 from storage.errors import StorageError
@@ -30,6 +33,9 @@ from storage.optimizers import make_optimizer
 
 MEMORY = Path("/dev/shm")  # noqa: S108  a disk that syncs at once, if there is one
 PLACES = ("data.mdb", ".log", "SYNCED", ".spare")  # of which an error names one
+PARTS = (".blocks", ".records", ".sessions", "MANIFEST.json", ".json")  # of a checkpoint
+BYTE = ("bit", "bit", "bit", "byte")
+HARDER = (*BYTE, "zeros", "noise", "cut", "swap", "gone")
 TORN = "a torn tail was cut off"
 
 
@@ -79,7 +85,65 @@ def make(directory: Path, seed: int, *, clean: bool) -> tuple[Path, dict[str, An
     return directory / ("stopped" if clean else "killed"), want
 
 
-def damage(rng: random.Random, directory: Path) -> str:
+class Checkpoint:
+    """A named checkpoint of two shards, built on another one, and who verifies it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory / "checkpoints"
+        self._cluster = Homes(directory / "cluster", 2, f"file://{self.directory}")
+
+    def __enter__(self) -> Checkpoint:
+        cluster = self._cluster.__enter__()
+        cluster.create(schema("t"))
+        cluster.create(schema("adam", optimizer=make_optimizer("adam", 0.1, {}), dim=9))
+        cluster.push(range(300), client=7, incarnation=1, sequence=1)
+        cluster.push(range(50), table="adam")
+        cluster.checkpoint("a")
+        capture = cluster.nodes[0].shard.capture
+
+        def captured() -> Any:  # what comes while rows are copied is added as records
+            found = capture()
+            cluster.nodes[0].shard.capture = capture  # type: ignore[method-assign]
+            cluster.push(range(20), client=7, incarnation=1, sequence=2)
+            return found
+
+        cluster.nodes[0].shard.capture = captured  # type: ignore[method-assign]
+        cluster.delete(range(7, 12))
+        cluster.checkpoint("b", "a")
+        self.verify()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cluster.__exit__(None, None, None)
+
+    def verify(self) -> None:
+        """StorageError if it is damaged."""
+        self._cluster.verify("b")
+
+    def damaged(self, rng: random.Random, kinds: Sequence[str]) -> tuple[str, str, str | None]:
+        """Damage it, look whether that is told, mend it: what was done, came of it, is wrong."""
+        whole = {p: p.read_bytes() for p in self.directory.rglob("*") if p.is_file()}
+        done = damage(rng, self.directory, kinds)
+        name = done.partition(": ")[0]
+        try:
+            self.verify()
+        except StorageError as error:
+            text, outcome = str(error), type(error).__name__
+            named = name in text or (outcome == "UnknownCheckpoint" and name.split("/")[0] in text)
+            wrong = None if named else f"does not name the file: {text}"
+        except Exception as error:
+            outcome = type(error).__name__
+            wrong = f"{outcome}: {error}"
+        else:
+            outcome = "verified"
+            same = all(p.exists() and p.read_bytes() == data for p, data in whole.items())
+            wrong = None if same else "verified, though it is damaged"
+        for path, data in whole.items():
+            path.write_bytes(data)
+        return done, outcome, wrong
+
+
+def damage(rng: random.Random, directory: Path, kinds: Sequence[str]) -> str:
     """Change something in one file of a directory; what was done."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     paths = [path for path in paths if path.stat().st_size and path.name != "lock.mdb"]
@@ -88,7 +152,7 @@ def damage(rng: random.Random, directory: Path) -> str:
     data = bytearray(path.read_bytes())
     used = len(bytes(data).rstrip(b"\0")) or 1
     at = rng.randrange(used if rng.random() < 0.9 else size)
-    match rng.choice(("bit", "bit", "bit", "byte", "zeros", "noise", "cut", "swap", "gone")):
+    match rng.choice(kinds):
         case "bit":
             bit = rng.randrange(8)
             data[at] ^= 1 << bit
@@ -144,7 +208,11 @@ def start(directory: Path, want: dict[str, Any]) -> tuple[str, str | None]:
 
 
 def run(
-    count: int, seed: int, directory: Path, say: Callable[[str], None] = print
+    count: int,
+    seed: int,
+    directory: Path,
+    kinds: Sequence[str] = HARDER,
+    say: Callable[[str], None] = print,
 ) -> tuple[Counter[str], list[str]]:
     """How often each outcome came, and all that was wrong."""
     say(f"seed {seed}, {count} damages")
@@ -160,18 +228,24 @@ def run(
         if outcome != "identical":
             wrong.append(f"undamaged, clean={clean}: {outcome}: {what}")
     began = time.monotonic()
-    for number in range(count):
-        source, want = rng.choice(places)
-        victim = copy_of(source, directory / "victim")
-        done = damage(rng, victim)
-        outcome, what = start(victim, want)
-        shutil.rmtree(victim)
-        kind = next(place for place in PLACES if place in done)
-        outcomes[f"{kind}: {outcome}"] += 1
-        if what is not None:
-            wrong.append(f"number {number}, {source.name}, {done}: {what}")
-        if (number + 1) % 1000 == 0:
-            say(f"{number + 1} damages, {time.monotonic() - began:.0f} s, {len(wrong)} wrong")
+    with Checkpoint(directory) as checkpoint:
+        for number in range(count):
+            at = rng.randrange(3)
+            if at == 2:
+                done, outcome, what = checkpoint.damaged(rng, kinds)
+            else:
+                source, want = places[at]
+                victim = copy_of(source, directory / "victim")
+                done = f"{source.name}/{damage(rng, victim, kinds)}"
+                outcome, what = start(victim, want)
+                shutil.rmtree(victim)
+            kind = next(place for place in PLACES + PARTS if place in done)
+            outcomes[f"{kind}: {outcome}"] += 1
+            if what is not None:
+                wrong.append(f"number {number}, {done}: {what}")
+            if (number + 1) % 1000 == 0:
+                spent = time.monotonic() - began
+                say(f"{number + 1} damages, {spent:.0f} s, {len(wrong)} wrong")
     return outcomes, wrong
 
 
@@ -179,10 +253,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--harder", action="store_true")
     given = parser.parse_args()
+    kinds = HARDER if given.harder else BYTE
     with a_directory() as directory:
         outcomes, wrong = run(
-            given.count, given.seed, directory, lambda text: print(text, flush=True)
+            given.count, given.seed, directory, kinds, lambda text: print(text, flush=True)
         )
     for outcome, often in sorted(outcomes.items()):
         print(f"{often:6} {outcome}")

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,9 @@ class Shard:
             time.sleep(0.002)
 
     def log(self) -> list[dict[str, Any]]:
-        """Its log lines, of all its lives."""
+        """Its log lines, of all its lives; a kill can cut one off."""
         text = self.out.read_text() if self.out.exists() else ""
-        return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        return list(_events(text))
 
     def tail(self) -> str:
         return "\n".join(self.out.read_text().splitlines()[-15:]) if self.out.exists() else ""
@@ -109,6 +110,18 @@ class Shard:
             and f'"pid": {self.pid}' in self.out.read_text()
             and any(line["event"] == event and line.get("pid") == self.pid for line in self.log())
         )
+
+
+def _events(text: str) -> Iterator[dict[str, Any]]:
+    decoder, at = json.JSONDecoder(), 0
+    while (at := text.find('{"', at)) >= 0:
+        try:
+            found, at = decoder.raw_decode(text, at)
+        except ValueError:
+            at += 1
+            continue
+        if "event" in found:
+            yield found
 
 
 def _break(broken: Path) -> None:

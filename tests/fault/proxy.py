@@ -1,7 +1,8 @@
-"""A TCP proxy that behaves as badly as a network can.
+"""Proxies that behave as badly as a network can. Seeded, so a failure can be replayed.
 
-Connections pass through; ``cut`` makes each one end after a random number of bytes, ``hold`` lets
-nothing through until ``release``. Seeded, so a failure can be replayed.
+Proxy     of TCP: connections pass through; ``cut`` makes each one end after a random number of
+          bytes, ``delay`` holds up what passes for random times, ``hold`` lets nothing through
+Repeater  of calls: each one arrives twice, and either answer is given
 """
 
 from __future__ import annotations
@@ -9,8 +10,13 @@ from __future__ import annotations
 import random
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import Any
+
+import grpc
 
 CHUNK = 16_384  # bytes
 
@@ -27,6 +33,7 @@ class Proxy:
         self._flowing = threading.Event()
         self._flowing.set()
         self._most = 0  # bytes until a connection is cut; 0: never
+        self._longest = 0.0  # seconds that some bytes are held up
         self.cuts = 0
         self._closed = False
         threading.Thread(target=self._accept, daemon=True).start()
@@ -34,6 +41,10 @@ class Proxy:
     def cut(self, most: int) -> None:
         """Cut every later connection after at most so many bytes; 0: no more."""
         self._most = most
+
+    def delay(self, longest: float) -> None:
+        """Hold up whatever passes for at most so many seconds; 0: no more."""
+        self._longest = longest
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -68,6 +79,8 @@ class Proxy:
         try:
             while data := source.recv(CHUNK):
                 self._flowing.wait()
+                if self._longest:
+                    time.sleep(self._random.uniform(0, self._longest))
                 if left is not None:
                     data = data[: left[0]]
                     left[0] -= len(data)
@@ -84,3 +97,40 @@ class Proxy:
                 except OSError:
                     continue
             source.close()
+
+
+class Repeater(grpc.GenericRpcHandler):
+    """Listens on a port of its own and makes every unary call to ``address`` twice."""
+
+    def __init__(self, address: str, seed: int) -> None:
+        self.repeated = 0
+        self._random = random.Random(seed)
+        self._channel = grpc.insecure_channel(address)
+        self._server = grpc.server(ThreadPoolExecutor(8))
+        self._server.add_generic_rpc_handlers((self,))
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def close(self) -> None:
+        self._server.stop(None).wait()
+        self._channel.close()
+
+    def service(self, details: Any) -> Any:
+        call = self._channel.unary_unary(details.method)
+
+        def twice(request: bytes, context: grpc.ServicerContext) -> Any:
+            at_once = self._random.random() < 0.5
+            calls = [call.future(request, timeout=30)]
+            if not at_once:
+                calls[0].exception()
+            calls.append(call.future(request, timeout=30))
+            self.repeated += 1
+            for each in calls:
+                each.exception()
+            answer = self._random.choice(calls)
+            if answer.exception() is None:
+                return answer.result()
+            context.set_trailing_metadata(answer.trailing_metadata())
+            context.abort(answer.code(), answer.details())
+
+        return grpc.unary_unary_rpc_method_handler(twice)

@@ -1,7 +1,8 @@
 """A shard with log and base against a dict, through every order of changes, stops and crashes.
 
 The dict is kept for each version, so that after a power failure, when some newest versions may be
-gone, the rest must still be the very state of the version that came back.
+gone, the rest must still be the very state of the version that came back. Table "v" has rules: a
+key gets its row at its second occurrence, and leaves when it was not pushed for three steps.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,30 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from stores import DIM, Home, change, contents, copy_of, power_cut, push, schema
 
+from storage.admission import Counter
 from storage.errors import DiskFull, LogFailed
+from storage.eviction import FIRST_STEP, StepTtl
+from storage.records import Cause
 from storage.segment import Disk
+from storage.tiers.base import FREQUENCY, STEP, VERSION
 
 LAZY = 1000.0  # seconds until the log syncs by itself: tests say when
 NAMES = st.sampled_from(["t", "u", "v"])
 KEYS = st.lists(st.integers(0, 25) | st.sampled_from([2**63, 2**64 - 1]), unique=True, max_size=10)
-Rows = dict[int, tuple[float, int, int]]  # value, version, frequency; by key
+STEPS = st.integers(0, 12)
+THRESHOLD, TTL = 2, 3  # of "v"
+
+
+@dataclass
+class Model:
+    """A table, by key."""
+
+    rows: dict[int, tuple[float, int, int, int]]  # value, version, frequency, step
+    waiting: dict[int, tuple[int, int]]  # occurrences, version of the last
+    step: int  # the largest that was pushed
+
+    def copy(self) -> Model:
+        return Model(dict(self.rows), dict(self.waiting), self.step)
 
 
 class Faulty:
@@ -66,8 +85,8 @@ class Machine(RuleBasedStateMachine):
         where = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108
         self.root = Path(tempfile.mkdtemp(prefix="ps-machine-", dir=where))
         self.copies = 0
-        self.model: dict[str, Rows] = {}
-        self.past: dict[int, tuple[Any, dict[str, Rows]]] = {}
+        self.model: dict[str, Model] = {}
+        self.past: dict[int, tuple[Any, dict[str, Model]]] = {}
         self.faults = Faulty()
         self.acknowledged = 0  # newest version that was awaited on disk
 
@@ -94,22 +113,48 @@ class Machine(RuleBasedStateMachine):
 
     # ---- changes
 
-    @rule(name=NAMES, keys=KEYS, value=st.integers(-8, 8), client=st.integers(0, 2))
-    def push(self, name: str, keys: list[int], value: int, client: int) -> None:
+    @rule(name=NAMES, keys=KEYS, value=st.integers(-8, 8), client=st.integers(0, 2), step=STEPS)
+    def push(self, name: str, keys: list[int], value: int, client: int, step: int = 0) -> None:
         if name not in self.model:
             return
         version = self.home.shard.version + 1
         who = {"client": client, "sequence": version} if client else {}
 
         def apply() -> None:
-            self.home.shard.exchange([push(keys, float(value), table=name, **who)], [])
+            self.home.shard.exchange([push(keys, float(value), table=name, step=step, **who)], [])
 
         if self.change(apply):
-            rows = self.model[name]
+            model = self.model[name]
+            model.step = max(model.step, step)
             for key in keys:
-                old, _, seen = rows.get(key, (0.0, 0, 0))
-                rows[key] = (old - value, version, seen + 1)
+                old, _, seen, _ = model.rows.get(key, (0.0, 0, 0, 0))
+                seen += 1 + model.waiting.pop(key, (0, 0))[0]
+                if name == "v" and seen < THRESHOLD:
+                    model.waiting[key] = seen, version
+                else:
+                    model.rows[key] = (old - value, version, seen, step)
             self.remember()
+
+    @rule(dry=st.booleans())
+    def evict(self, dry: bool) -> None:
+        if "v" not in self.model:
+            return
+        shard, model = self.home.shard, self.model["v"]
+        dead = [key for key, row in model.rows.items() if model.step - row[3] > TTL]
+        number, sweep = shard.sweep("v", dry)
+        if dry or not dead:
+            before = contents(shard)
+            while not sweep.done:
+                shard.sweep_slice(number, sweep)
+            assert contents(shard) == before
+        else:
+            if not self.change(lambda: shard.sweep_slice(number, sweep)):
+                return
+            for key in dead:
+                del model.rows[key]
+            self.remember()
+        assert sweep.done
+        assert sweep.counts == {Cause.STEP_TTL: len(dead)}
 
     @rule(name=NAMES, keys=KEYS, client=st.integers(0, 2))
     def delete(self, name: str, keys: list[int], client: int) -> None:
@@ -119,15 +164,16 @@ class Machine(RuleBasedStateMachine):
         who = {"client": client, "sequence": version} if client else {}
         if self.change(lambda: self.home.shard.delete(change(keys, table=name, **who))):
             for key in keys:
-                self.model[name].pop(key, None)
+                self.model[name].rows.pop(key, None)
+                self.model[name].waiting.pop(key, None)
             self.remember()
 
     @rule(name=NAMES)
     def create(self, name: str) -> None:
-        if name not in self.model and self.change(
-            lambda: self.home.shard.create_table(schema(name))
-        ):
-            self.model[name] = {}
+        rules = {"admission": Counter(threshold=THRESHOLD), "evictions": (StepTtl(steps=TTL),)}
+        made = schema(name, **(rules if name == "v" else {}))
+        if name not in self.model and self.change(lambda: self.home.shard.create_table(made)):
+            self.model[name] = Model({}, {}, FIRST_STEP)
             self.remember()
 
     @rule(name=NAMES)
@@ -282,11 +328,13 @@ class Machine(RuleBasedStateMachine):
             return
         dump = self.home.shard.dump()
         assert sorted(dump) == sorted(self.model)
-        for name, rows in self.model.items():
-            table = dump[name]
+        for name, model in self.model.items():
+            table, rows, waiting = dump[name], model.rows, model.waiting
             assert table.keys.tolist() == sorted(rows)
             assert table.rows.tolist() == [[rows[key][0]] * DIM for key in sorted(rows)]
-            assert table.meta[:, [1, 3]].tolist() == [[*rows[key][1:]] for key in sorted(rows)]
+            meta = [[*rows[key][1:]] for key in sorted(rows)]
+            assert table.meta[:, [VERSION, FREQUENCY, STEP]].tolist() == meta
+            assert table.counters.tolist() == [[key, *waiting[key]] for key in sorted(waiting)]
 
     # ---- helpers
 
@@ -303,7 +351,7 @@ class Machine(RuleBasedStateMachine):
         return True
 
     def remember(self) -> None:
-        model = {name: dict(rows) for name, rows in self.model.items()}
+        model = {name: each.copy() for name, each in self.model.items()}
         self.past[self.home.shard.version] = contents(self.home.shard), model
 
     def written(self) -> int:
@@ -335,7 +383,7 @@ class Machine(RuleBasedStateMachine):
         assert least <= version <= most
         want, model = self.past[version]
         assert contents(self.home.shard) == want
-        self.model = {name: dict(rows) for name, rows in model.items()}
+        self.model = {name: each.copy() for name, each in model.items()}
         self.acknowledged = version  # opening synced it
 
 

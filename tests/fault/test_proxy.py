@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fault.proxy import Proxy
+from fault.proxy import Proxy, Repeater
 from numpy.testing import assert_array_equal
 from servers import Cluster
 
@@ -60,16 +60,14 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
         raise errors[0]
 
 
-@pytest.mark.parametrize("transport", ["stream", "unary"])
-def test_every_push_through_cut_connections_is_applied_once(
-    cluster2: Cluster, proxies: list[Proxy], name: str, transport: str
-) -> None:
-    with Client(cluster2.addresses) as direct:
+def push_all(cluster: Cluster, addresses: list[str], name: str, transport: Any) -> None:
+    """Several clients push to keys of their own; each push must then have taken effect once."""
+    with Client(cluster.addresses) as direct:
         table = direct.create_table(name, 2, optimizer="sgd", lr=1.0, initializer="zeros")
         keys_of = [np.arange(PUSHES // DIGITS) + 1000 * number for number in range(CLIENTS)]
 
-        def push_all(number: int) -> None:
-            with through(proxies, transport=transport, timeout=60.0) as client:  # type: ignore[arg-type]
+        def push(number: int) -> None:
+            with Client(addresses, transport=transport, timeout=60.0) as client:
                 mine = client.table(name)
                 for i in range(PUSHES):
                     gradient = np.full((1, 2), -(4.0 ** (i % DIGITS)), np.float32)
@@ -77,13 +75,28 @@ def test_every_push_through_cut_connections_is_applied_once(
                     level: Any = (None, "applied", "log", "fsync")[i % 4]
                     mine.push(keys, gradient, step=i, durability=level)
 
-        for proxy in proxies:
-            proxy.cut(24_000)
-        in_threads(CLIENTS, push_all)
-
-        assert sum(proxy.cuts for proxy in proxies) >= 10, "the proxy cut hardly anything"
+        in_threads(CLIENTS, push)
         for keys in keys_of:
             assert_array_equal(table.pull(keys), np.full((len(keys), 2), ONCE))
+
+
+@pytest.mark.parametrize("transport", ["stream", "unary"])
+def test_every_push_through_cut_connections_is_applied_once(
+    cluster2: Cluster, proxies: list[Proxy], name: str, transport: str
+) -> None:
+    for proxy in proxies:
+        proxy.cut(24_000)
+        proxy.delay(0.002)
+    push_all(cluster2, [proxy.address for proxy in proxies], name, transport)
+    assert sum(proxy.cuts for proxy in proxies) >= 10, "the proxy cut hardly anything"
+
+
+def test_a_push_that_arrives_twice_is_applied_once(cluster2: Cluster, name: str) -> None:
+    repeaters = [Repeater(address, seed) for seed, address in enumerate(cluster2.addresses)]
+    push_all(cluster2, [repeater.address for repeater in repeaters], name, "unary")
+    assert sum(repeater.repeated for repeater in repeaters) >= CLIENTS * PUSHES
+    for repeater in repeaters:
+        repeater.close()
 
 
 def test_a_network_that_holds_everything_ends_in_an_error_at_the_deadline(

@@ -585,7 +585,7 @@ def test_psctl_tail_shows_changes(cluster1: Cluster, connect: Any, name: str) ->
     assert [line["kind"] for line in lines] == ["snapshot", "created", "rows", "snapshot_end"]
     assert (lines[2]["keys"], lines[2]["rows"]) == ([7], [[1.0, 1.0]])
     shown = psctl("tail", *where, "--limit", "4")
-    assert f"rows  {name}  1 keys: 7" in shown.stdout
+    assert f"rows      {name}  1 keys: 7" in shown.stdout
     shown = psctl("tail", "--servers", cluster1.addresses[0], "--start", "never")
     assert shown.returncode == 1
     assert shown.stderr.startswith("psctl: start must be one of")

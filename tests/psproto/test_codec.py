@@ -265,9 +265,91 @@ MEANING = {
     ),
 }
 
+EDGES = pb.Histogram(edges=[0.0, 0.5, 2.0], counts=[0, 1, 300, 1 << 40])
+ROW_LIST = pb.RowList(
+    keys=[7, U64],
+    versions=[9, 300],
+    steps=[-4, 5],
+    frequencies=[2**32 - 1, 1],
+    norms=[0.5, 0.0],
+    tiers=["host", "lmdb"],
+)
+SUMMARY = pb.Summary(
+    schema=SCHEMA,
+    width=32,
+    version=9,
+    last_version=300,
+    step=-5,
+    rows=2,
+    occurrences=1 << 32,
+    norm_sum=0.5,
+    frequencies=EDGES,
+    frequency_sums=[0, 1, 300, 1 << 41],
+    ages=EDGES,
+    norms=EDGES,
+    idle_norms=EDGES,
+    grace=100,
+    tiers=[pb.Summary.Tier(name="host", rows=2, bytes=1 << 21)],
+    index_bytes=1 << 19,
+    waiting=3,
+    waiting_bytes=1 << 12,
+    most_frequent=ROW_LIST,
+    least_frequent=ROW_LIST,
+    largest=ROW_LIST,
+    smallest=ROW_LIST,
+)
+FACTS = pb.KeyFacts(
+    key=U64,
+    state=pb.KeyFacts.STATE_ROW,
+    tier="host",
+    version=300,
+    step=-5,
+    frequency=4,
+    norm=0.5,
+    embedding=[0.5, -2.0],
+    waiting=2,
+    gone=[pb.KeyFacts.Gone(version=8, cause="step_ttl", time_us=1, step=0)],
+    why="no",
+)
+
 # Messages without arrays are protobuf's to encode; here an example of each.
 PART = pb.CheckpointPart(path="0/000001.blocks", bytes=1 << 21, checksum="0f", version=9)
 SMALL = [
+    EDGES,
+    ROW_LIST,
+    SUMMARY,
+    FACTS,
+    pb.AnalyzeRequest(
+        table="users",
+        checkpoint="daily",
+        frequencies=[3],
+        ages=[0, 5000],
+        norms=[0.01],
+        grace=100,
+        top=10,
+        columns=pb.AnalyzeRequest.COLUMNS_EMBEDDING,
+    ),
+    pb.AnalyzeResponse(
+        done=1,
+        total=2,
+        keys=bytes(8),
+        versions=bytes(8),
+        steps=bytes(8),
+        frequencies=bytes(8),
+        norms=bytes(8),
+        tier="host",
+        embeddings=bytes(8),
+        summary=SUMMARY,
+    ),
+    pb.InspectRequest(table="users", keys=bytes(8), embeddings=True),
+    pb.InspectResponse(
+        keys=[FACTS],
+        version=300,
+        created=1,
+        tombstone_horizon=7,
+        step=-5,
+        admission=pb.Rule(name="counter", parameters={"threshold": 3}),
+    ),
     PART,
     pb.CheckpointTable(name="users", rows=7, schema=SCHEMA),
     pb.CheckpointInfo(

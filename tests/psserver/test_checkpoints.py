@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from psserver.errors import (
     RestoreConflict,
 )
 from storage import checkpoint as files
+from storage.admission import Counter
 from storage.errors import Corrupt, SchemaMismatch, UnknownCheckpoint, UnknownTable
 from storage.optimizers import OPTIMIZERS, make_optimizer
 
@@ -146,6 +148,48 @@ def test_changes_and_deletes_come_back_from_a_chain(make: Make, shards: int) -> 
         target = make(shards)
         target.restore(name)
         assert target.rows() == rows
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_counters_come_back_as_they_were_at_the_cut(make: Make, shards: int) -> None:
+    """Keys are counted, admitted and deleted while the checkpoint is taken."""
+    source = make(3)
+    source.create(schema(admission=Counter(threshold=3)))
+    rng = random.Random(shards)
+
+    owners = routing.owners(np.arange(300, dtype=np.uint64), source.map)
+
+    def work(shard: int) -> None:
+        mine = np.flatnonzero(owners == shard).tolist()
+        for _ in range(4):
+            source.push(rng.sample(mine, len(mine) // 4))
+        source.delete(rng.sample(mine, len(mine) // 8))
+
+    for name, base in [("a", ""), ("b", "a")]:
+        for shard, node in enumerate(source.nodes):  # between the copying of rows and the end
+            work(shard)
+            node.checkpoints._engine = Meddling(node.engine, 2, partial(work, shard))
+        source.checkpoint(name, base)
+        target = make(shards)
+        target.restore(name)
+        assert target.rows() == source.rows()
+        assert target.waiting() == source.waiting()
+        assert target.waiting()
+        for node in source.nodes:
+            node.checkpoints._engine = node.engine
+
+
+class Meddling:
+    """An engine that does something else before its n-th call."""
+
+    def __init__(self, engine: Any, call: int, work: Callable[[], None]) -> None:
+        self._engine, self._left, self._work = engine, call, work
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        self._left -= 1
+        if not self._left:
+            self._work()
+        return self._engine.run(call)
 
 
 def test_an_incremental_checkpoint_is_as_large_as_what_changed(make: Make) -> None:

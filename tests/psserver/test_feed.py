@@ -1212,6 +1212,7 @@ async def test_a_subscriber_that_goes_leaves_no_file_open(node: Node) -> None:
 
 # ---- anything, in any order
 
+EXAMPLES = int(os.environ.get("PS_FEED_EXAMPLES", "25"))
 OPERATIONS = st.lists(
     st.one_of(
         st.tuples(st.just("push"), st.integers(0, 1), st.integers(0, 30), st.integers(1, 25)),
@@ -1307,7 +1308,7 @@ async def play_all(node: Node, operations: list[tuple[Any, ...]]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(operations=OPERATIONS)
 def test_whatever_happens_subscribers_hold_what_the_shard_held(
     operations: list[tuple[Any, ...]],

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from storage.arena import HUGE, Budget
 from storage.errors import OutOfMemory
@@ -328,6 +329,23 @@ class TierContract:
         assert sorted(found.tolist()) == sorted(places[[0, 2]].tolist())
         meta = scan.copy(places[1:2], np.zeros(1, np.uint64), np.zeros((1, WIDTH), np.float32))
         assert meta[0, VERSION] == 0
+        assert scan.measure(places, np.zeros(3))[:, VERSION].tolist() == [4, 0, 4]
+
+    def test_a_scan_measures_and_reads_embeddings_without_their_state(self, tier: Tier) -> None:
+        sgd = make_optimizer("sgd", None, {})
+        keys = u64(*range(30), MASK, 1 << 63)
+        places = create(tier, keys)
+        gradients = np.arange(len(keys) * DIM, dtype=np.float32).reshape(-1, DIM)
+        tier.push(places, gradients, ones(len(keys)), sgd, 1.0, -5, 4)
+        some = places[::-2]
+        norms, rows = np.zeros(len(some)), np.zeros((len(some), DIM), np.float32)
+        scan = tier.scan()
+        meta = scan.measure(some, norms)
+        scan.read(some, rows)
+        whole, wanted = tier.dump(some)
+        assert_array_equal(meta, wanted)
+        assert_array_equal(rows, whole[:, :DIM])
+        assert_allclose(norms, np.linalg.norm(whole[:, :DIM].astype(np.float64), axis=1))
 
     @pytest.mark.slow
     def test_a_scan_beside_pushes_finds_untouched_rows_whole(self, budget: Budget) -> None:

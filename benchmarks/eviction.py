@@ -1,0 +1,129 @@
+"""What eviction in the background costs: pushes to a table that turns over, and to one that grows.
+
+Two servers hold the same 5 M rows, last pushed at steps spread evenly over a TTL. The pushes of the
+standard work go to both in turns, each with some new keys; in the one with a step TTL as many rows
+leave as are new, so it stays as large as it is. The TTL follows from the rate measured first. A
+table that turns over a tenth a minute is swept ten times as often as one that turns over a
+hundredth, which is the target's; so that is an upper bound of the target's cost.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from contextlib import ExitStack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.peers import Work, keys_of, standard_work
+from benchmarks.report import Report, arguments
+from benchmarks.servers import shards
+from psclient import Client, Table
+
+CHUNK = 10_000  # keys of a message while filling
+DIM = 32
+TARGET = 0.95
+TURNOVERS = {0.1: 10.0, 0.6: 4.0}  # share of the rows a minute, seconds of a turn
+ROUNDS = 5
+
+
+class Trainer:
+    """Pushes to one table: the standard work's gradients, and those of new keys."""
+
+    def __init__(self, table: Table, work: Work, fresh: int) -> None:
+        self.table = table
+        self.times: list[float] = []
+        self._fresh = fresh
+        self._keys = keys_of(np.arange(work.rows))
+        self._steps = standard_work(work, 64)
+        self._new = itertools.count(1 << 62)  # no key of the work has this bit alone
+        self._at = 0
+
+    def fill(self, ttl: int) -> None:
+        """All rows, last pushed at steps from -ttl to 0."""
+        gradients = np.ones((CHUNK, DIM), np.float32)
+        for start in range(0, len(self._keys), CHUNK):
+            keys = self._keys[start : start + CHUNK]
+            step = -ttl + ttl * (start + CHUNK) // len(self._keys)
+            self.table.push(keys, gradients[: len(keys)], step=step, durability="applied")
+
+    def push(self) -> None:
+        """The next one."""
+        self._at += 1
+        _, distinct, gradients = self._steps[self._at % len(self._steps)]
+        new: NDArray[np.int64] = np.fromiter(self._new, np.int64, self._fresh)
+        keys = np.concatenate([self._keys[distinct], new])
+        gradients = np.concatenate([gradients, np.ones((self._fresh, DIM), np.float32)])
+        start = time.perf_counter()
+        self.table.push(keys, gradients, step=self._at)
+        self.times.append(time.perf_counter() - start)
+
+    def turn(self, seconds: float) -> None:
+        """Push for so long."""
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            self.push()
+
+
+def rate_of(work: Work) -> float:
+    """Pushes a second, without eviction."""
+    with ExitStack() as stack:
+        addresses, _ = stack.enter_context(shards(1, durable=True))
+        client = stack.enter_context(Client(addresses))
+        trainer = Trainer(client.create_table("rate", DIM, lr=0.05), work, 0)
+        trainer.turn(3.0)
+        return 1 / float(np.median(trainer.times[20:]))
+
+
+def main() -> None:
+    """Run and print."""
+    options = arguments(__doc__).parse_args()
+    report = Report("eviction", options.json)
+    work = Work(rows=500_000 if options.quick else 5_000_000, batch=10_000)
+    rate = rate_of(work)
+    for turnover, seconds in TURNOVERS.items():
+        ttl = round(60 * rate / turnover)
+        fresh = round(turnover * work.rows / 60 / rate)
+        with ExitStack() as stack:
+            trainers = {}
+            for name, rules in (("grows", {}), ("evicts", {"step_ttl": {"steps": ttl}})):
+                addresses, _ = stack.enter_context(shards(1, durable=True))
+                client = stack.enter_context(Client(addresses, timeout=60.0))
+                table = client.create_table(name, DIM, lr=0.05, eviction=rules)
+                trainers[name] = Trainer(table, work, fresh)
+                trainers[name].fill(ttl)
+            for trainer in trainers.values():
+                trainer.turn(1.0)
+                trainer.times.clear()
+            for _ in range(2 if options.quick else ROUNDS):
+                for trainer in trainers.values():
+                    trainer.turn(seconds / (4 if options.quick else 1))
+            base = sum(trainers["grows"].times) / len(trainers["grows"].times)
+            rows = []
+            for name, trainer in trainers.items():
+                held = trainer.table.describe().rows
+                pushed = work.rows + fresh * trainer._at
+                mean = sum(trainer.times) / len(trainer.times)
+                rows.append(
+                    {
+                        "table": name,
+                        "pushes/s": 1 / mean,
+                        "x without": base / mean,
+                        "target": TARGET if name == "evicts" else None,
+                        "p50 ms": float(np.median(trainer.times) * 1e3),
+                        "p99.9 ms": float(np.quantile(trainer.times, 0.999) * 1e3),
+                        "rows": held,
+                        "evicted": pushed - held,
+                    }
+                )
+            report.section(
+                f"{work.rows:,} rows, {turnover:.0%} of them new a minute, {fresh} in a push;"
+                f" TTL {ttl:,} steps",
+                rows,
+            )
+    report.close()
+
+
+if __name__ == "__main__":
+    main()

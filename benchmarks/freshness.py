@@ -1,0 +1,438 @@
+"""How soon a follower sees a push, what a subscriber costs, and how many bytes it is sent.
+
+fresh    50,000 changed rows a second, four followers in processes of their own; one of them is
+         stopped for a third of the time (SIGSTOP) and goes on. From the push's acknowledgement to
+         the moment from which the follower's ``pull`` returns its rows, by one monotonic clock. The
+         limit beside it: from the acknowledgement to the disk, since only durable versions are sent
+stopped  pushes of the standard work, as fast as they go, beside no subscriber, a stopped one, and
+         sixteen, in turns; and the server's memory
+bytes    a minute of updates of 1 % of a table: what a subscriber is sent that follows; one that was
+         away and coalesces; one that was away for so long that the log has been cut
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.peers import Ids, Work, keys_of, standard_work
+from benchmarks.report import Report, arguments
+from benchmarks.servers import cpu, free_ports, rss, wait_until_ready
+from benchmarks.step import fill
+from psclient import Change, Client, Follower, Subscriber, Table
+from psproto import ps_pb2 as pb
+
+DIM = 32
+RATE = 50_000  # changed rows a second
+FOLLOWERS = 4
+TARGET_MS = 50.0
+ROW = 8 + 4 * DIM  # bytes of a key and its embedding
+NEVER = "1000000"  # seconds
+
+
+class Server(NamedTuple):
+    """One durable shard."""
+
+    address: str
+    metrics: int  # port
+    pid: int
+
+
+@contextmanager
+def serving(directory: Path, *flags: str) -> Iterator[Server]:
+    """A shard over a directory, until the end of the block."""
+    directory.mkdir(parents=True, exist_ok=True)
+    port = free_ports(2)
+    command = [sys.executable, "-m", "psserver", "serve", "--port", str(port)]
+    command += ["--metrics-port", str(port + 1), "--data-dir", str(directory), *flags]
+    with (directory.parent / f"{directory.name}.err").open("ab") as err:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True)
+    try:
+        wait_until_ready(process)
+        yield Server(f"127.0.0.1:{port}", port + 1, process.pid)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+# ---- fresh
+
+
+def _follow(number: int, address: str, table: str, mailbox: Any, answers: Any) -> None:
+    """A follower as a process: when it saw which version, between two words from the mailbox."""
+    seen: list[tuple[int, float]] = []
+
+    def note(change: Change) -> None:
+        if not change.more:
+            seen.append((change.version, time.monotonic()))
+
+    with Follower([address], tables=[table], on_change=note) as follower:
+        follower.wait_for([0], 120)
+        answers.put((number, os.getpid(), len(follower)))
+        mailbox.get()
+        follower.wait_for([mailbox.get()], 60)
+        answers.put((number, np.array(seen), len(follower)))
+
+
+class Pushed(NamedTuple):
+    """What the pusher knows of its pushes."""
+
+    acknowledged: NDArray[np.float64]  # monotonic seconds
+    late: float  # seconds behind its schedule, at the end
+    rows: int
+
+
+def push_at(
+    table: Table, keys: Ids, work: Work, seconds: float, level: Any, stop_at: dict[float, Any]
+) -> Pushed:
+    """Push RATE rows a second; at some moments (seconds from the start) call something."""
+    steps = standard_work(work, 64)
+    acknowledged: list[float] = []
+    rows = 0
+    waiting = sorted(stop_at.items())
+    start = due = time.monotonic()
+    while due - start < seconds:
+        while waiting and due - start >= waiting[0][0]:
+            waiting.pop(0)[1]()
+        time.sleep(max(due - time.monotonic(), 0))
+        _, distinct, gradients = steps[len(acknowledged) % len(steps)]
+        table.push(keys[distinct], gradients, step=len(acknowledged), durability=level)
+        acknowledged.append(time.monotonic())
+        rows += len(distinct)
+        due += len(distinct) / RATE
+    return Pushed(np.array(acknowledged), max(time.monotonic() - due, 0), rows)
+
+
+def delays(pushed: Pushed, first: int, seen: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Seconds from the acknowledgement of push i, of version first + i, to when it was seen."""
+    versions = first + np.arange(len(pushed.acknowledged))
+    order = np.argsort(seen[:, 0], kind="stable")
+    at = np.searchsorted(seen[order, 0], versions)
+    return np.asarray(seen[order, 1][at] - pushed.acknowledged)
+
+
+def _watch_disk(address: str, done: threading.Event, reached: list[tuple[int, float]]) -> None:
+    """Ask what is on disk; to wait for it would hurry it."""
+    with grpc.insecure_channel(address) as channel:
+        ask = channel.unary_unary("/ps.v1.InfoService/GetServerInfo")
+        while not done.wait(0.002):
+            answer = pb.GetServerInfoResponse.FromString(ask(b"", timeout=30))
+            reached.append((answer.durable_version, time.monotonic()))
+
+
+def fresh(report: Report, directory: Path, rows: int, seconds: float, batch: int) -> None:
+    """The section of that name, of one size of batch."""
+    context = multiprocessing.get_context("spawn")
+    keys, work = keys_of(np.arange(rows)), Work(rows=rows, batch=batch)
+    found = []
+    with ExitStack() as stack:
+        server = stack.enter_context(serving(directory, "--checkpoint-seconds", NEVER))
+        client = stack.enter_context(Client([server.address]))
+        table = client.create_table("fresh", DIM, lr=0.05)
+        fill(table, keys)
+        client.wait_durable()
+        for level in ("log", "fsync"):
+            mailboxes = [context.SimpleQueue() for _ in range(FOLLOWERS)]
+            answers = context.SimpleQueue()
+            processes = [
+                context.Process(target=_follow, args=(n, server.address, "fresh", box, answers))
+                for n, box in enumerate(mailboxes)
+            ]
+            for process in processes:
+                process.start()
+            pids = {number: pid for number, pid, _ in (answers.get() for _ in processes)}
+            for box in mailboxes:
+                box.put("begin")
+            first = client.wait_durable()[0] + 1
+            stopping = {
+                seconds / 3: lambda pids=pids: os.kill(pids[0], signal.SIGSTOP),
+                2 * seconds / 3: lambda pids=pids: os.kill(pids[0], signal.SIGCONT),
+            }
+            reached: list[tuple[int, float]] = []
+            done = threading.Event()
+            watch = threading.Thread(target=_watch_disk, args=(server.address, done, reached))
+            if level == "log":
+                watch.start()
+            used = cpu(server.pid)
+            pushed = push_at(table, keys, work, seconds, level, dict(stopping))
+            time.sleep(0.2)
+            last = client.wait_durable()[0]
+            time.sleep(0.02)
+            done.set()
+            if level == "log":
+                watch.join()
+            for box in mailboxes:
+                box.put(last)
+            seen = {number: times for number, times, _ in (answers.get() for _ in processes)}
+            used = cpu(server.pid) - used
+            for process in processes:
+                process.join()
+            assert last == first + len(pushed.acknowledged) - 1
+            found += _fresh_rows(level, seconds, pushed, first, seen, reached)
+    distinct, rate = pushed.rows / len(pushed.acknowledged), pushed.rows / seconds
+    report.section(
+        f"from acknowledged to visible, B = {batch:,} ({distinct:,.0f} distinct), {rows:,} rows,"
+        f" {rate:,.0f} changed rows/s, {FOLLOWERS} followers; server: {used / seconds:.2f} cores",
+        found,
+    )
+
+
+def _fresh_rows(
+    level: str,
+    seconds: float,
+    pushed: Pushed,
+    first: int,
+    seen: dict[int, NDArray[np.float64]],
+    reached: list[tuple[int, float]],
+) -> list[dict[str, Any]]:
+    since = pushed.acknowledged - pushed.acknowledged[0]
+    stopped = (since >= seconds / 3 - 0.5) & (since < 2 * seconds / 3)
+    by_follower = {number: delays(pushed, first, times) for number, times in seen.items()}
+    always = np.concatenate([by_follower[n] for n in range(1, FOLLOWERS)])
+    meanwhile = np.concatenate([by_follower[n][stopped] for n in range(1, FOLLOWERS)])
+    resumed = by_follower[0]
+    going_on = pushed.acknowledged[0] + 2 * seconds / 3
+    behind = (resumed > TARGET_MS / 1e3) & (since >= 2 * seconds / 3)
+    caught = (pushed.acknowledged[behind] + resumed[behind]).max(initial=going_on) - going_on
+    before = resumed[since < seconds / 3 - 0.5]
+    after = resumed[(since >= 2 * seconds / 3 + caught)]
+    rows = [
+        ("three that go on", always),
+        ("  while the fourth is stopped", meanwhile),
+        ("the fourth, before it is stopped", before),
+        (f"the fourth, once caught up ({caught:.2f} s)", after),
+    ]
+    if reached:
+        rows.insert(0, ("on disk: the limit", delays(pushed, first, np.array(reached))))
+    return [
+        {
+            "acknowledged at": level,
+            "visible in": title,
+            "pushes": len(times),
+            "p50 ms": float(np.median(times) * 1e3),
+            "p99 ms (<= 50)": float(np.quantile(times, 0.99) * 1e3),
+            "most ms": float(times.max() * 1e3),
+        }
+        for title, times in rows
+        if len(times)
+    ]
+
+
+# ---- stopped
+
+
+def stopped(report: Report, directory: Path, rows: int, window: float, rounds: int) -> None:
+    """The section of that name."""
+    keys = keys_of(np.arange(rows))
+    found = []
+    for batch in (1_000, 10_000):
+        steps = standard_work(Work(rows=rows, batch=batch), 64)
+        home = directory / str(batch)
+        with serving(home, "--checkpoint-seconds", "20") as server, Client([server.address]) as one:
+            table = one.create_table("rows", DIM, lr=0.05)
+            fill(table, keys)
+            rates: dict[int, list[float]] = {0: [], 1: [], 16: []}
+            memory: dict[int, list[int]] = {count: [] for count in rates}
+            for turn in range(rounds + 1):
+                for count in np.roll(list(rates), turn).tolist():
+                    with ExitStack() as stack:
+                        idle = [
+                            stack.enter_context(Subscriber([server.address], start="latest"))
+                            for _ in range(count)
+                        ]
+                        for each in idle:
+                            each.next(30)  # it is there; no more is taken
+                        push_for(table, keys, steps, 1.0)  # until their buffers are full
+                        rate = push_for(table, keys, steps, window)
+                        one.wait_durable()
+                        if turn:
+                            rates[count].append(rate)
+                            memory[count].append(rss(server.pid))
+            held = float(np.median(memory[0]))
+            for count, measured in rates.items():
+                median = float(np.median(measured))
+                kept = float(np.median(np.array(measured) / rates[0]))  # in each turn
+                more = (float(np.median(memory[count])) - held) / max(count, 1)
+                found.append(
+                    {
+                        "B": batch,
+                        "stopped subscribers": count,
+                        "pushes/s": median,
+                        "lowest": min(measured),
+                        "highest": max(measured),
+                        "% slower (<= 5)": 100 * (1 - kept) if count else None,
+                        "server MB": float(np.median(memory[count])) / 1e6,
+                        "MB more each": more / 1e6 if count else None,
+                    }
+                )
+    report.section(f"stopped subscribers, {rows:,} rows, {rounds} turns of {window:g} s", found)
+
+
+def push_for(table: Table, keys: Ids, steps: Sequence[Any], seconds: float) -> float:
+    """Pushes a second, one behind the other."""
+    start, done = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < seconds:
+        _, distinct, gradients = steps[done % len(steps)]
+        table.push(keys[distinct], gradients, step=done)
+        done += 1
+    return done / elapsed
+
+
+# ---- bytes
+
+
+def sent(server: Server) -> float:
+    """Bytes that the server has sent to subscribers, ever, as its metrics say."""
+    page = urllib.request.urlopen(f"http://127.0.0.1:{server.metrics}/metrics", timeout=30)
+    with page:
+        for line in page.read().decode().splitlines():
+            if line.startswith("ps_subscriber_bytes_total"):
+                return float(line.split()[1])
+    raise RuntimeError("the server does not say how much it sent")
+
+
+class Came(NamedTuple):
+    """What a subscriber was sent."""
+
+    rows: int
+    bytes: float
+    seconds: float
+    mode: str  # kind of the first message that says
+
+
+def read_up_to(server: Server, version: int, **options: Any) -> Came:
+    """Subscribe and read up to a version."""
+    before, start, rows, mode = sent(server), time.perf_counter(), 0, "tail"
+    with Subscriber([server.address], **options) as changes:
+        for change in changes:
+            mode = change.kind if change.kind in ("snapshot", "catch_up") else mode
+            rows += len(change.keys)
+            if change.version >= version and not change.more:
+                break
+    return Came(rows, sent(server) - before, time.perf_counter() - start, mode)
+
+
+def updates(table: Table, keys: Ids, share: Ids, seconds: float) -> int:
+    """Ten pushes a second of 1,000 rows of ``share``; how many rows were changed, ever."""
+    rng = np.random.default_rng(1)
+    gradients = rng.standard_normal((1000, DIM), dtype=np.float32)
+    due, count = time.monotonic(), int(10 * seconds)
+    each = [share[i : i + 1000] for i in range(0, len(share), 1000)]  # each row once, at least
+    for i in range(count):
+        part = each[i] if i < len(each) else rng.choice(share, 1000, replace=False)
+        time.sleep(max(due - time.monotonic(), 0))
+        table.push(keys[part], gradients[: len(part)], step=i)
+        due += 0.1
+    return 1000 * count
+
+
+def streamed(report: Report, directory: Path, rows: int, seconds: float) -> None:
+    """The section of that name."""
+    keys = keys_of(np.arange(rows))
+    share = np.random.default_rng(2).choice(rows, rows // 100, replace=False)
+    name: dict[str, Any] = {"tables": ["rows"]}
+    segments = ("--segment-bytes", str(4 << 20))  # the log is cut by whole segments
+    with ExitStack() as stack:
+        flags = ("--checkpoint-seconds", NEVER, *segments)
+        server = stack.enter_context(serving(directory, *flags))
+        client = stack.enter_context(Client([server.address]))
+        table = client.create_table("rows", DIM, lr=0.05)
+        fill(table, keys)
+        client.wait_durable()
+        with Subscriber([server.address], start="latest", **name) as changes:
+            changes.next(30)
+            tokens = changes.tokens()
+        came: dict[str, Came] = {}
+        live = threading.Thread(
+            target=lambda: came.update(live=read_up_to(server, last, tokens=tokens, **name))
+        )
+        last = int(client.wait_durable()[0] + 10 * seconds)
+        live.start()
+        changed = updates(table, keys, share, seconds)
+        assert client.wait_durable()[0] == last
+        live.join()
+        came["coalesced"] = read_up_to(server, last, tokens=tokens, coalesce_ms=1000, **name)
+    short = ("--checkpoint-seconds", "1", "--log-keep-bytes", "0", *segments)
+    with serving(directory, *short) as server, Client([server.address]) as client:
+        table = client.table("rows")
+        while read_mode(server, tokens) != "catch_up":
+            table.push(keys[share[:1]], np.zeros((1, DIM), np.float32))
+            time.sleep(0.5)
+        last = client.wait_durable()[0]
+        came["catch-up"] = read_up_to(server, last, tokens=tokens, **name)
+    titles = {
+        "live": "follows, every change",
+        "coalesced": "was away, newest values of 32 MB of log at a time",
+        "catch-up": "was away, the log has been cut: catch-up",
+    }
+    report.section(
+        f"bytes for {seconds:g} s of updates: {changed:,} changes of {len(share):,} of {rows:,}"
+        f" rows (the table: {rows * ROW / 1e6:,.0f} MB of keys and embeddings)",
+        [
+            {
+                "a subscriber that": titles[how],
+                "rows sent": each.rows,
+                "MB": each.bytes / 1e6,
+                "x keys and embeddings (<= 1.2)": each.bytes / (each.rows * ROW),
+                "rows sent, x distinct": each.rows / len(share),
+                "% of the table": 100 * each.bytes / (rows * ROW),
+                "s": each.seconds,
+            }
+            for how, each in came.items()
+        ],
+    )
+
+
+def read_mode(server: Server, tokens: tuple[bytes, ...]) -> str:
+    """How a subscriber would go on from tokens."""
+    with Subscriber([server.address], tables=["rows"], tokens=tokens) as changes:
+        change = changes.next(60)
+        assert change is not None
+        return change.kind
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run and print."""
+    parser = arguments(__doc__)
+    parser.add_argument("--only", choices=("fresh", "stopped", "bytes"), help="this section alone")
+    options = parser.parse_args(words)
+    report = Report("freshness", options.json)
+    quick = options.quick
+    with ExitStack() as stack:
+
+        def new(name: str) -> Path:
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ps-bench-")))
+            return path / name
+
+        if options.only in (None, "fresh"):
+            for batch in (1_000, 10_000):
+                rows, seconds = (100_000, 3.0) if quick else (2_000_000, 15.0)
+                fresh(report, new("fresh"), rows, seconds, batch)
+                gc.collect()
+        if options.only in (None, "stopped"):
+            rows, window, rounds = (100_000, 0.5, 2) if quick else (2_000_000, 1.0, 9)
+            stopped(report, new("stopped"), rows, window, rounds)
+        if options.only in (None, "bytes"):
+            rows, seconds = (500_000, 6.0) if quick else (5_000_000, 60.0)
+            streamed(report, new("bytes"), rows, seconds)
+    report.close()
+
+
+if __name__ == "__main__":
+    main()

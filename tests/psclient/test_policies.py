@@ -1,0 +1,230 @@
+"""Admission and eviction as a trainer meets them: over shards, clients and restarts."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from servers import Cluster, Labels, alive, eventually
+from typer.testing import CliRunner
+
+from psclient import Client
+from psclient.client import Table
+from psclient.ctl import app
+from psclient.errors import InvalidArgument, SchemaMismatch
+from psclient.subscriber import Subscriber
+
+DIM = 2
+KEYS = np.array([5, -1, 2**63 - 1, -(2**63), 0, 77])
+
+
+def table_of(client: Client, name: str, **rules: Any) -> Table:
+    """Rows start at 1 and lose their gradients."""
+    return client.create_table(
+        name,
+        DIM,
+        optimizer="sgd",
+        lr=1.0,
+        initializer="constant",
+        initializer_args={"value": 1.0},
+        serving_default=-4.0,
+        **rules,
+    )
+
+
+def push(table: Table, keys: Any, step: int = 0, value: float = 1.0) -> None:
+    table.push(keys, np.full((len(keys), DIM), value, np.float32), step=step)
+
+
+def column(table: Table, keys: Any, mode: Any = "train") -> list[float]:
+    rows: list[float] = table.pull(keys, mode=mode)[:, 0].tolist()
+    return rows
+
+
+def test_the_rules_of_a_table_are_described(
+    cluster2: Cluster, connect: Callable[..., Client], name: str
+) -> None:
+    client = connect(cluster2)
+    eviction = {"step_ttl": {"steps": 100}, "capacity_lfu": {"max_rows": 5000}}
+    rules = {"admission": "sketch", "admission_args": {"threshold": 4}, "eviction": eviction}
+    table_of(client, name, **rules)
+    table_of(client, name, **rules)
+    info = client.describe_table(name)
+    sketch = {"threshold": 4.0, "expected_keys": 1e6, "error_rate": 0.01}
+    assert (info.admission, info.admission_args) == ("sketch", sketch)
+    assert info.eviction == {
+        "step_ttl": {"steps": 100.0},
+        "capacity_lfu": {"max_rows": 5000.0, "half_life": 100_000.0},
+    }
+    assert (info.rows, info.waiting) == (0, 0)
+    assert info.bytes > info.counter_bytes > 1e6 * 7
+    with pytest.raises(SchemaMismatch, match="admission"):
+        table_of(client, name, **{**rules, "admission_args": {"threshold": 5}})
+    with pytest.raises(SchemaMismatch, match="evictions"):
+        table_of(client, name, **{**rules, "eviction": {}})
+
+
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        ({"admission": "bloom"}, "no admission 'bloom'; there are: always, counter,"),
+        ({"admission": "counter", "admission_args": {"limit": 3}}, "no parameter 'limit'"),
+        (
+            {"admission": "counter", "admission_args": {"threshold": 0}},
+            r"threshold must be in 1\.\.16777215, got 0",
+        ),
+        ({"admission": "probability", "admission_args": {"p": 1.5}}, "p must be above 0 and at"),
+        ({"eviction": {"lru": {}}}, "no eviction 'lru'; there are: step_ttl,"),
+        ({"eviction": {"step_ttl": {"steps": 1.5}}}, "steps must be a whole number"),
+        ({"eviction": {"norm": {"threshold": -1}}}, "threshold must be above 0, got -1"),
+        ({"eviction": {"capacity_lru": {}, "capacity_lfu": {}}}, "are of one kind"),
+    ],
+)
+def test_a_rule_that_makes_no_sense_is_refused_by_name(
+    cluster2: Cluster, connect: Callable[..., Client], name: str, rules: Any, says: str
+) -> None:
+    client = connect(cluster2)
+    with pytest.raises(InvalidArgument, match=f"table {name!r}.*{says}"):
+        table_of(client, name, **rules)
+    assert name not in [info.name for info in client.list_tables()]
+
+
+@pytest.mark.parametrize("transport", ["stream", "unary"])
+@pytest.mark.parametrize("rule", ["counter", "sketch"])
+def test_occurrences_of_all_clients_and_duplicates_count(
+    cluster3: Cluster, connect: Callable[..., Client], name: str, rule: str, transport: Any
+) -> None:
+    clients = [connect(cluster3, transport=transport) for _ in range(2)]
+    rules = {"admission": rule, "admission_args": {"threshold": 4}}
+    one, two = (table_of(client, name, **rules) for client in clients)
+    push(one, KEYS)
+    push(two, np.repeat(KEYS, 2))
+    assert column(one, KEYS) == [1.0] * 6
+    assert column(one, KEYS, "serve") == [-4.0] * 6
+    info = clients[0].describe_table(name)
+    assert (info.rows, info.waiting) == (0, 6)
+    assert not two.pull_rows(KEYS).found.any()
+    push(one, KEYS[:4], step=9)
+    assert column(two, KEYS) == [0.0] * 4 + [1.0] * 2
+    assert column(two, KEYS, "serve") == [0.0] * 4 + [-4.0] * 2
+    seen = two.pull_rows(KEYS)
+    assert seen.frequencies.tolist() == [4] * 4 + [0] * 2
+    assert seen.steps.tolist() == [9] * 4 + [0] * 2
+    info = clients[1].describe_table(name)
+    assert (info.rows, info.waiting) == (4, 2)
+
+
+def test_eviction_on_demand_counts_first_and_then_evicts(
+    cluster3: Cluster, connect: Callable[..., Client], name: str
+) -> None:
+    client = connect(cluster3)
+    table = table_of(client, name, eviction={"norm": {"threshold": 1.0, "grace": 0}})
+    keys = np.arange(300)
+    push(table, keys, value=-9.0)
+    push(table, keys[:120], value=9.6)  # 0.4 is left, twice: a norm of 0.57
+
+    def counted() -> bool:
+        """The background evicts too: a dry run between two equal counts of rows tells the rest."""
+        before = client.describe_table(name).rows
+        would = client.evict(name, dry_run=True)
+        return before == client.describe_table(name).rows == 180 + would["norm"]
+
+    assert eventually(counted)
+    client.evict(name)
+    eventually(lambda: client.describe_table(name).rows == 180)
+    assert client.evict(name, dry_run=True) == {"norm": 0}
+    assert not table.pull_rows(keys[:120]).found.any()
+    shown = CliRunner().invoke(
+        app, ["evict", name, "--dry-run", "--servers", ",".join(cluster3.addresses)]
+    )
+    assert shown.exit_code == 0
+    assert "norm" in shown.output
+    assert "180" in shown.output
+
+
+def test_rows_leave_in_the_background_and_subscribers_are_told_why(
+    cluster2: Cluster, connect: Callable[..., Client], name: str
+) -> None:
+    client = connect(cluster2)
+    table = table_of(client, name, eviction={"step_ttl": {"steps": 64}})
+    with Subscriber(cluster2.addresses, tables=[name], start="latest") as changes:
+        push(table, np.arange(500))
+        push(table, np.arange(100), step=65)
+        push(table, [1000 + i for i in range(40)], step=65)  # so that every shard is at step 65
+        assert eventually(lambda: client.describe_table(name).rows == 140)
+        gone: list[int] = []
+        for change in changes:
+            if change.kind == "deletes":
+                assert change.cause == "step_ttl"
+                gone += change.keys.tolist()
+            if len(gone) == 400:
+                break
+    assert sorted(gone) == list(range(100, 500))
+    label = Labels(table=name, cause="step_ttl")
+    pages = [cluster2.metrics(shard) for shard in range(2)]
+    assert sum(page["ps_evicted_rows_total", label] for page in pages) == 400
+
+
+def test_capacity_holds_over_all_shards(
+    cluster2: Cluster, connect: Callable[..., Client], name: str
+) -> None:
+    client = connect(cluster2)
+    table = table_of(client, name, eviction={"capacity_lru": {"max_rows": 1000}})
+    for start in range(0, 5000, 500):
+        push(table, np.arange(start, start + 500))
+    eventually(lambda: client.describe_table(name).rows <= 1000)
+    assert client.describe_table(name).shard_rows == (500, 500)
+
+
+def test_rules_show_in_the_metrics(
+    cluster2: Cluster, connect: Callable[..., Client], name: str
+) -> None:
+    client = connect(cluster2)
+    table = table_of(client, name, admission="counter", admission_args={"threshold": 3})
+    push(table, np.repeat(np.arange(100), 2))
+    push(table, np.arange(60))
+    pages = [cluster2.metrics(shard) for shard in range(2)]
+    of = Labels(table=name)
+
+    def total(metric: str) -> float:
+        return sum(page[metric, of] for page in pages)
+
+    assert total("ps_admitted_keys_total") == 60
+    assert total("ps_waiting_keys") == 40
+    assert total("ps_refused_keys_total") == 100
+    assert total("ps_dropped_gradients_total") == 200
+    assert total("ps_counter_bytes") > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["counter", "sketch"])
+def test_counters_outlive_a_kill_with_and_without_a_checkpoint(
+    start_cluster: Callable[..., Cluster], name: str, rule: str
+) -> None:
+    cluster = start_cluster(1, "--checkpoint-seconds", "0.5")
+    keys, args = np.arange(2000), {"threshold": 4, "expected_keys": 100_000}
+    if rule == "counter":
+        del args["expected_keys"]
+    with Client(cluster.addresses, timeout=60.0) as client:
+        table = table_of(client, name, admission=rule, admission_args=args)
+        for done in range(3):
+            push(table, keys)
+            if done == 1:  # the first two are in the base then, the third in the log
+                base = cluster.directory / "data" / "shard-0" / "base" / "data.mdb"
+                before = base.stat().st_mtime_ns
+                eventually(lambda base=base, before=before: base.stat().st_mtime_ns > before)
+            old = cluster.pids(0)[-1]
+            os.kill(old, signal.SIGKILL)
+            eventually(lambda old=old: not alive(old))
+            assert_array_equal(table.pull(keys), np.ones((2000, DIM)))
+            info = client.describe_table(name)
+            assert info.rows == 0
+            assert abs(info.waiting - 2000) <= (100 if rule == "sketch" else 0)
+        push(table, keys)
+        assert_array_equal(table.pull(keys), np.zeros((2000, DIM)))
+        assert client.describe_table(name).rows == 2000

@@ -1,0 +1,489 @@
+"""What a shard says about its tables and keys, and that saying it changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from homes import Homes
+from numpy.testing import assert_array_equal
+from stores import Direct, Home, change, contents, make_shard, push, schema
+
+from psproto import ps_pb2 as pb
+from psserver import analysis
+from psserver.analysis import Analyses, Pace
+from psserver.checkpoints import Checkpoints
+from psserver.errors import BadRequest, Draining, TooLarge, WrongShard
+from psserver.shard import Shard
+from storage.admission import make_admission
+from storage.analysis import AGES, FREQUENCIES, NORMS, edges_of
+from storage.errors import UnknownCheckpoint, UnknownTable
+from storage.eviction import make_eviction
+
+Columns = pb.AnalyzeRequest.Columns
+State = pb.KeyFacts
+U64 = 2**64 - 1
+COUNTING = make_admission("counter", {"threshold": 3})
+TTL = (make_eviction("step_ttl", {"steps": 10}),)
+
+
+def analyses(shard: Shard, **more: Any) -> Analyses:
+    engine: Any = Direct()
+    checkpoints = Checkpoints(shard, engine, None, {}, None)
+    return Analyses(shard, engine, checkpoints, more.get("log"), Pace(engine, 0.0))
+
+
+@pytest.fixture
+def shard() -> Shard:
+    """A table of 300 rows with holes, all kinds of steps, frequencies and norms."""
+    shard = make_shard()
+    shard.create_table(schema())
+    rng = np.random.default_rng(0)
+    for step in range(40):
+        keys = [*np.unique(rng.integers(0, 400, 30)).tolist(), U64 - step]
+        shard.exchange([push(keys, float(rng.normal()), step=3 * step - 9)], [])
+    shard.delete(change(range(0, 400, 5)))
+    shard.exchange([push([1000], step=50)], [])  # takes a place that was given back
+    return shard
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Home]:
+    with Home(tmp_path / "shard") as home:
+        yield home
+
+
+def answers(shard: Shard, **fields: Any) -> list[pb.AnalyzeResponse]:
+    return list(analyses(shard).analyze(pb.AnalyzeRequest(table="t", **fields)))
+
+
+def columns_of(messages: list[pb.AnalyzeResponse]) -> dict[str, np.ndarray]:
+    kinds = {"keys": "<u8", "versions": "<u8", "steps": "<i8", "frequencies": "<u8"}
+    kinds |= {"norms": "<f8", "embeddings": "<f4"}
+    return {
+        field: np.concatenate([np.frombuffer(getattr(m, field), kind) for m in messages])
+        for field, kind in kinds.items()
+    }
+
+
+# ---- tables
+
+
+@pytest.mark.parametrize("slice_rows", [1, 7, 4096])
+def test_a_summary_says_what_is_in_the_table(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch, slice_rows: int
+) -> None:
+    monkeypatch.setattr(analysis, "SLICE_ROWS", slice_rows)
+    asked = {"frequencies": [3], "ages": [10, 33], "norms": [0.7]}
+    *_, last = answers(shard, **asked, grace=20, top=4)
+    told, dump = last.summary, shard.dump()["t"]
+    versions, steps, frequencies = dump.meta[:, 1], dump.meta[:, 2].view(np.int64), dump.meta[:, 3]
+    norms = np.sqrt((dump.rows.astype(np.float64) ** 2).sum(axis=1))
+    ages = 108 - steps
+    n = len(dump.keys)
+    assert (last.done, last.total, told.rows, told.step) == (n, n, n, 108)
+    assert (told.version, told.last_version, told.width) == (shard.version, shard.version, 2)
+    assert told.schema.name == "t"
+    assert told.occurrences == int(frequencies.sum())
+    assert told.norm_sum == pytest.approx(float(norms.sum()))
+    for histogram, usual, edges, values, side in (
+        (told.frequencies, FREQUENCIES, [3], frequencies, "right"),
+        (told.ages, AGES, [10, 33], ages, "left"),
+        (told.norms, NORMS, [0.7], norms, "right"),
+        (told.idle_norms, NORMS, [0.7], norms[ages >= 20], "right"),
+    ):
+        every = edges_of(usual, edges)
+        buckets = np.searchsorted(every, values.astype(np.float64), side)  # type: ignore[call-overload]
+        assert histogram.edges == every.tolist()
+        assert histogram.counts == np.bincount(buckets, minlength=len(every) + 1).tolist()
+    [tier] = told.tiers
+    stats = shard.describe("t")[1]
+    assert (tier.name, tier.rows) == ("host", n)
+    assert tier.bytes + told.index_bytes + told.waiting_bytes == stats.bytes
+    order = np.lexsort((dump.keys, -frequencies.astype(float)))[:4]
+    assert told.most_frequent.keys == dump.keys[order].tolist()
+    assert told.most_frequent.versions == versions[order].tolist()
+    assert told.most_frequent.steps == steps[order].tolist()
+    assert told.most_frequent.tiers == ["host"] * 4
+    assert told.smallest.norms == pytest.approx(np.sort(norms)[:4].tolist())
+
+
+@pytest.mark.parametrize("columns", [Columns.COLUMNS_METADATA, Columns.COLUMNS_EMBEDDING])
+def test_rows_come_with_the_summary_if_they_are_wanted(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch, columns: Any
+) -> None:
+    monkeypatch.setattr(analysis, "SLICE_ROWS", 7)
+    monkeypatch.setattr(analysis, "MESSAGE_BYTES", 1000)
+    *messages, last = answers(shard, columns=columns)
+    assert len(messages) > 5
+    assert {message.tier for message in messages} == {"host"}
+    found, dump = columns_of(messages), shard.dump()["t"]
+    order = np.argsort(found["keys"])
+    assert_array_equal(found["keys"][order], dump.keys)
+    assert_array_equal(found["versions"][order], dump.meta[:, 1])
+    assert_array_equal(found["steps"][order], dump.meta[:, 2].view(np.int64))
+    assert_array_equal(found["frequencies"][order], dump.meta[:, 3])
+    embeddings = dump.rows if columns == Columns.COLUMNS_EMBEDDING else dump.rows[:0]
+    rows = found["embeddings"].reshape(-1, 2)
+    assert_array_equal(rows[order] if len(rows) else rows, embeddings)
+    assert found["norms"].sum() == pytest.approx(last.summary.norm_sum)
+    assert not last.keys
+
+
+def test_an_empty_table_has_a_summary_of_nothing() -> None:
+    shard = make_shard()
+    shard.create_table(schema())
+    [last] = answers(shard, columns=Columns.COLUMNS_METADATA, top=3)
+    assert (last.summary.rows, last.summary.step, last.done) == (0, 0, 0)
+    assert not any(last.summary.ages.counts)
+
+
+def test_keys_that_wait_are_counted_beside_the_rows() -> None:
+    shard = make_shard()
+    shard.create_table(schema(admission=COUNTING))
+    shard.exchange([push(range(100)), push(range(10)), push(range(3))], [])
+    *_, last = answers(shard)
+    assert (last.summary.rows, last.summary.waiting) == (3, 97)
+    assert last.summary.waiting_bytes == shard.describe("t")[1].counter_bytes > 0
+
+
+def test_what_a_checkpoint_holds_is_summed_up_alike(tmp_path: Path) -> None:
+    """Of a chain of checkpoints, with deletes, on other shards than it was taken from."""
+    url = f"file://{tmp_path}/checkpoints"
+    request = pb.AnalyzeRequest(table="t", ages=[7], norms=[1.5], top=5, grace=2)
+    with Homes(tmp_path / "source", 3, url) as source, Homes(tmp_path / "two", 2, url) as two:
+        source.create(schema())
+        source.push(range(300), 1.0, step=1)
+        source.push(range(100, 200), 2.0, step=7)
+        source.checkpoint("a")
+        source.push(range(50, 400), 0.5, step=9)
+        source.delete(range(0, 50, 2))
+        source.checkpoint("b", base="a")
+        live = [last_of(node, request) for node in source.nodes]
+        source.push(range(1000), 3.0, step=20)
+        request.checkpoint = "b"
+        same = [last_of(node, request) for node in source.nodes]
+        fewer = [last_of(node, request) for node in two.nodes]
+        for summary, wanted in zip(same, live, strict=True):
+            for field in ("rows", "step", "occurrences", "frequencies", "ages", "norms"):
+                assert getattr(summary, field) == getattr(wanted, field)
+            assert summary.largest.keys == wanted.largest.keys
+            assert summary.idle_norms == wanted.idle_norms
+            assert [tier.name for tier in summary.tiers] == ["checkpoint"]
+        for field in ("frequencies", "ages", "norms"):
+            counts = [[getattr(part, field).counts for part in parts] for parts in (fewer, live)]
+            assert_array_equal(np.sum(counts[0], axis=0), np.sum(counts[1], axis=0))
+        request.columns = Columns.COLUMNS_EMBEDDING
+        messages = [m for node in two.nodes for m in run(node, request)]
+        found = columns_of([m for m in messages if m.keys])
+        assert len(np.unique(found["keys"])) == sum(part.rows for part in live) == 375
+        want = {k: -1.0 * (k < 300) - 2 * (100 <= k < 200) - 0.5 * (k >= 50) for k in range(400)}
+        rows = zip(found["keys"].tolist(), found["embeddings"].reshape(-1, 2).tolist(), strict=True)
+        assert all(row == [want[key]] * 2 for key, row in rows)
+        request.table = "u"
+        with pytest.raises(UnknownTable):
+            run(two.nodes[0], request)
+        request.checkpoint = "c"
+        with pytest.raises(UnknownCheckpoint):
+            run(two.nodes[0], request)
+
+
+def run(node: Any, request: pb.AnalyzeRequest) -> list[pb.AnalyzeResponse]:
+    pace = Pace(node.engine, 0.0)
+    return list(Analyses(node.shard, node.engine, node.checkpoints, None, pace).analyze(request))
+
+
+def last_of(node: Any, request: pb.AnalyzeRequest) -> pb.Summary:
+    return run(node, request)[-1].summary
+
+
+BAD = [
+    ({"frequencies": [0]}, "frequencies must be in 1..4.29497e+09, got 0"),
+    ({"frequencies": [1 << 32]}, "frequencies must be in"),
+    ({"ages": [(1 << 48) + 1]}, "ages must be in"),
+    ({"norms": [0.0]}, "norms must be finite and above 0, got 0.0"),
+    ({"norms": [-1.0]}, "norms must be"),
+    ({"norms": [float("inf")]}, "norms must be"),
+    ({"norms": [float("nan")]}, "norms must be"),
+    ({"grace": (1 << 48) + 1}, "grace must be in"),
+    ({"top": 1001}, "top must be in 0..1000, got 1001"),
+    ({"frequencies": range(1, 300)}, "frequencies: 299 edges, the limit is 256"),
+    ({"columns": 9}, "columns 9 is unknown"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD, ids=lambda value: str(value)[:40])
+def test_what_makes_no_sense_is_refused(shard: Shard, fields: Any, message: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        answers(shard, **fields)
+    assert message in str(caught.value)
+
+
+def test_a_table_that_is_dropped_meanwhile_is_not_there(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(analysis, "SLICE_ROWS", 7)
+    monkeypatch.setattr(analysis, "MESSAGE_BYTES", 1)
+    request = pb.AnalyzeRequest(table="t", columns=Columns.COLUMNS_METADATA)
+    messages = analyses(shard).analyze(request)
+    next(messages)
+    shard.drop_table("t")
+    shard.create_table(schema())
+    with pytest.raises(UnknownTable):
+        list(messages)
+    with pytest.raises(UnknownTable):
+        answers(make_shard())
+
+
+def test_rows_that_change_meanwhile_are_seen_as_they_are_then(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(analysis, "SLICE_ROWS", 7)
+    monkeypatch.setattr(analysis, "MESSAGE_BYTES", 1)
+    request = pb.AnalyzeRequest(table="t", columns=Columns.COLUMNS_METADATA)
+    messages = analyses(shard).analyze(request)
+    before = set(shard.dump()["t"].keys.tolist())
+    first = set(np.frombuffer(next(messages).keys, "<u8").tolist())
+    rest = sorted(before - first)
+    shard.delete(change(rest[:20]))
+    shard.exchange([push(rest[20:], step=1000)], [])
+    *others, last = messages
+    found = columns_of(others)
+    assert sorted(found["keys"].tolist()) == rest[20:]
+    assert set(found["steps"].tolist()) == {1000}
+    assert last.summary.ages.counts[0] >= len(rest[20:])  # pushed later than it began: age 0
+    assert last.summary.last_version == shard.version == last.summary.version + 2
+
+
+def test_a_server_that_stops_gives_up(shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analysis, "SLICE_ROWS", 7)
+    engine: Any = Direct()
+    checkpoints = Checkpoints(shard, engine, None, {}, None)
+    work = Analyses(shard, engine, checkpoints, None, Pace(engine, 0.0))
+    monkeypatch.setattr(analysis, "TELL_SECONDS", 0.0)
+    messages = work.analyze(pb.AnalyzeRequest(table="t"))
+    assert next(messages).done == 7
+    checkpoints.stop()
+    with pytest.raises(Draining):
+        next(messages)
+
+
+def test_the_engine_is_left_alone_for_as_long_as_was_promised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slept: list[float] = []
+    clock = iter([5.0, 5.5])
+    monkeypatch.setattr(analysis.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(analysis.time, "sleep", slept.append)
+    engine: Any = Direct()
+    assert Pace(engine, 19).run(lambda: "done") == "done"
+    assert slept == [9.5]
+
+
+# ---- keys
+
+
+def inspected(shard: Shard, *keys: int, log: Any = None, **more: Any) -> dict[int, pb.KeyFacts]:
+    array = np.array([key % (1 << 64) for key in keys], np.uint64)
+    request = pb.InspectRequest(table="t", keys=array.tobytes(), **more)
+    response = analyses(shard, log=log).inspect(request)
+    assert [facts.key for facts in response.keys] == array.tolist()
+    assert (response.version, response.created) == (shard.version, 1)
+    return dict(zip(keys, response.keys, strict=True))
+
+
+def test_a_key_with_a_row_tells_where_it_is(shard: Shard) -> None:
+    shard.exchange([push([7, -7 % (1 << 64)], 2.0, step=77)], [])
+    known = inspected(shard, 7, -7, embeddings=True)
+    dump = shard.dump()["t"]
+    for key, facts in known.items():
+        at = int(np.searchsorted(dump.keys, np.uint64(key % (1 << 64))))
+        row = dump.rows[at]
+        assert facts.state == State.STATE_ROW
+        assert (facts.tier, facts.version, facts.step) == ("host", shard.version, 77)
+        assert facts.frequency == dump.meta[at, 3]
+        assert facts.embedding == row.tolist()
+        assert facts.norm == pytest.approx(float(np.linalg.norm(row)))
+    assert not inspected(shard, 7)[7].embedding
+
+
+def test_a_key_that_was_never_pushed_is_new(shard: Shard) -> None:
+    assert {facts.state for facts in inspected(shard, 5000, -5000).values()} == {State.STATE_NEW}
+
+
+def test_a_key_that_waits_tells_with_how_many_occurrences() -> None:
+    shard = make_shard()
+    shard.create_table(schema(admission=COUNTING))
+    shard.exchange([push([1, 2, 3]), push([2, 3]), push([3])], [])
+    known = inspected(shard, 1, 2, 3, 4)
+    assert [(f.state, f.waiting) for f in known.values()] == [
+        (State.STATE_WAITING, 1),
+        (State.STATE_WAITING, 2),
+        (State.STATE_ROW, 0),
+        (State.STATE_NEW, 0),
+    ]
+
+
+def evict(shard: Shard) -> None:
+    number, sweep = shard.sweep("t", False)
+    while not sweep.done:
+        shard.sweep_slice(number, sweep)
+
+
+def test_an_evicted_key_tells_by_which_rule_and_at_which_step(home: Home) -> None:
+    shard = home.shard
+    shard.create_table(schema(admission=COUNTING, evictions=TTL))
+    shard.exchange([push([1, 2, 3], counts=np.full(3, 3, np.uint32), step=5)], [])
+    shard.exchange([push([3], step=20)], [])
+    evict(shard)
+    shard.delete(change([3]))
+    shard.exchange([push([2], step=21)], [])
+    home.written()
+    known = inspected(shard, 1, 2, 3, log=home.log)
+    assert [facts.state for facts in known.values()] == [
+        State.STATE_GONE,
+        State.STATE_WAITING,
+        State.STATE_GONE,
+    ]
+    ttl = State.Gone(version=4, cause="step_ttl", time_us=1_500_000, step=20)
+    request = State.Gone(version=5, cause="request", time_us=1_500_000, step=20)
+    assert [list(facts.gone) for facts in known.values()] == [[ttl], [ttl], [request]]
+    for _ in range(40):  # until the log has another segment
+        shard.exchange([push(range(100, 300), step=21)], [])
+    home.checkpoint()
+    assert home.log.first > 4
+    [gone] = inspected(shard, 1, log=home.log)[1].gone
+    assert gone == State.Gone(version=4, cause="step_ttl")
+
+
+def test_a_key_that_came_back_remembers_that_it_went(shard: Shard) -> None:
+    shard.exchange([push([0])], [])
+    shard.delete(change([0]))
+    shard.exchange([push([0])], [])
+    facts = inspected(shard, 0)[0]
+    assert facts.state == State.STATE_ROW
+    assert [(gone.version, gone.cause) for gone in facts.gone] == [
+        (42, "request"),
+        (45, "request"),
+    ]
+
+
+def test_where_deletes_are_forgotten_it_is_not_known_what_was() -> None:
+    shard = make_shard(max_tombstones=4)
+    shard.create_table(schema())
+    shard.exchange([push(range(10))], [])
+    shard.delete(change([0, 1, 2, 3]))
+    shard.delete(change([4]))
+    known = inspected(shard, 0, 4, 5, 99)
+    assert [facts.state for facts in known.values()] == [
+        State.STATE_UNKNOWN,
+        State.STATE_GONE,
+        State.STATE_ROW,
+        State.STATE_UNKNOWN,
+    ]
+    assert known[0].why == known[99].why == "deletes up to version 3 may be forgotten"
+
+
+def test_deletes_of_another_table_are_not_this_one_s(shard: Shard) -> None:
+    shard.create_table(schema("u"))
+    shard.exchange([push([9000], table="u")], [])
+    shard.delete(change([9000], table="u"))
+    assert inspected(shard, 9000)[9000].state == State.STATE_NEW
+
+
+FORGETFUL = [
+    ("probability", {"p": 1e-9}, "keys that were pushed and not drawn are not remembered"),
+    ("sketch", {"expected_keys": 10}, "a sketch loses counts as it ages"),
+    ("counter", {"threshold": 3, "max_keys": 2}, "1 counters were dropped for age or room"),
+]
+
+
+@pytest.mark.parametrize(("name", "parameters", "why"), FORGETFUL)
+def test_where_an_admission_rule_forgets_it_is_not_known_what_was(
+    name: str, parameters: dict[str, float], why: str
+) -> None:
+    shard = make_shard()
+    shard.create_table(schema(admission=make_admission(name, parameters)))
+    for key in range(3):
+        shard.exchange([push([key])], [])
+    facts = inspected(shard, 12345)[12345]
+    assert (facts.state, facts.why) == (State.STATE_UNKNOWN, why)
+
+
+def test_where_counters_have_expired_it_is_not_known_what_was() -> None:
+    shard = make_shard()
+    shard.create_table(schema(admission=COUNTING, evictions=TTL))
+    shard.exchange([push([1], step=0)], [])
+    assert inspected(shard, 2)[2].state == State.STATE_NEW
+    for step in range(1, 40):
+        shard.exchange([push([3], step=step)], [])
+    facts = inspected(shard, 2)[2]
+    assert facts.state == State.STATE_UNKNOWN
+    assert facts.why.startswith("counters last touched up to version")
+
+
+def test_an_inspection_says_the_rule_and_the_step_of_the_table(shard: Shard) -> None:
+    response = analyses(shard).inspect(pb.InspectRequest(table="t"))
+    assert (response.step, response.admission.name, list(response.keys)) == (108, "always", [])
+
+
+def test_keys_that_make_no_sense_are_refused(shard: Shard) -> None:
+    def ask(data: bytes, table: str = "t") -> None:
+        analyses(shard).inspect(pb.InspectRequest(table=table, keys=data))
+
+    with pytest.raises(BadRequest, match="7 bytes of keys"):
+        ask(bytes(7))
+    with pytest.raises(BadRequest, match="distinct"):
+        ask(bytes(16))
+    with pytest.raises(TooLarge, match="1001 keys, the limit is 1000"):
+        ask(np.arange(1001, dtype=np.uint64).tobytes())
+    with pytest.raises(UnknownTable):
+        ask(bytes(8), "u")
+    other = make_shard(shard_map=analysis.routing.even_map(2))
+    other.create_table(schema())
+    strays = np.arange(64, dtype=np.uint64)
+    with pytest.raises(WrongShard, match="belongs to shard 1"):
+        analyses(other).inspect(pb.InspectRequest(table="t", keys=strays.tobytes()))
+
+
+# ---- nothing changes
+
+
+RULES = ["always", "counter", "sketch", "probability"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_neither_an_analysis_nor_an_inspection_changes_anything(home: Home, rule: str) -> None:
+    shard = home.shard
+    parameters: dict[str, float] = {"expected_keys": 1000} if rule == "sketch" else {}
+    shard.create_table(schema(admission=make_admission(rule, parameters), evictions=TTL))
+    rng = np.random.default_rng(1)
+    for step in range(30):
+        shard.exchange([push(np.unique(rng.integers(0, 200, 20)).tolist(), step=step)], [])
+    evict(shard)
+    shard.delete(change(range(20)))
+    before, last = state_of(shard), home.log.last
+    answers(shard, columns=Columns.COLUMNS_EMBEDDING, top=10, frequencies=[3], grace=4)
+    inspected(shard, *range(-50, 300), embeddings=True, log=home.log)
+    assert state_of(shard) == before
+    assert home.log.last == last
+
+
+def state_of(shard: Shard) -> dict[str, Any]:
+    """Everything, the budget and what rules and gates keep to themselves included."""
+    table = shard._table("t")
+    dump = table.dump()
+    return {
+        "contents": contents(shard),
+        "counters": dump.counters.tolist(),
+        "cells": dump.cells.tolist(),
+        "policy": table.evictor.pack(),
+        "tally": repr(table.tally),
+        "held": shard.budget.held,
+        "gate": {k: v for k, v in vars(table.gate).items() if isinstance(v, int | float)},
+        "stats": table.stats(),
+        "horizon": shard.tombstone_horizon,
+    }
