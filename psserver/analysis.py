@@ -5,8 +5,8 @@
 
 Everything here blocks, and runs on threads of its own. A slice of a live table is read by the
 engine, so that each row is whole, which takes a few tenths of a millisecond; all other work on it
-is done here. Together that has 1.5 % of a processor: so few pulls meet it that their 99th percentile
-hardly moves.
+is done here. Together that has 1.5 % of a processor: so few pulls meet it that their 99th
+percentile hardly moves.
 """
 
 from __future__ import annotations
