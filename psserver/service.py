@@ -236,6 +236,7 @@ class Service:
         """Refuse new work; streams finish what they have accepted and end."""
         self._draining = True
         self._checkpoints.stop()
+        self._sweeper.stop()
         if self._feed is not None:
             self._feed.drain()
         for stream, waits in self._streams.items():
