@@ -2,7 +2,7 @@
 
 One shard, one pusher and one puller, each a process of its own, at a steady pace; an analysis in
 every other window, for a fourth process, which is nice since it would be on another machine. A
-window without one lasts as long as the one before.
+window without one lasts as long as the first with one.
 """
 
 from __future__ import annotations
@@ -142,10 +142,12 @@ def measure(address: str, rows: int, kinds: Sequence[str], rounds: int) -> list[
             alone: list[list[float]] = []
             beside: list[list[float]] = []
             took: list[float] = []
-            for _ in range(rounds):
-                beside.append(_with(process, kind, table, draws, took))
-                end = time.perf_counter() + took[-1]
-                alone.append(pulls(table, draws, lambda end=end: time.perf_counter() > end))  # type: ignore[misc]
+            for i in range(2 * rounds):
+                if i % 4 in (0, 3):  # with, without, without, with: what drifts meets both
+                    beside.append(_with(process, kind, table, draws, took))
+                else:
+                    end = time.perf_counter() + took[0]
+                    alone.append(pulls(table, draws, lambda end=end: time.perf_counter() > end))  # type: ignore[misc]
             before, after = (
                 milliseconds(list(chain.from_iterable(each))) for each in (alone, beside)
             )
@@ -190,7 +192,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=KINDS, help="this kind of analysis alone")
     options = parser.parse_args(words)
     report = Report("analyze", options.json)
-    rows, rounds = (500_000, 3) if options.quick else (5_000_000, 3)
+    rows, rounds = (500_000, 4) if options.quick else (5_000_000, 2)
     kinds = [options.only] if options.only else list(KINDS)
     with shards(1) as (addresses, _):
         with Client(addresses) as client:

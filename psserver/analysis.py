@@ -5,8 +5,7 @@
 
 Everything here blocks, and runs on threads of its own. A slice of a live table is read by the
 engine, so that each row is whole, which takes a few tenths of a millisecond; all other work on it
-is done here. Together that has 1.5 % of a processor: so few pulls meet it that their 99th
-percentile hardly moves.
+is done here. Together that has a hundredth of a processor, so that few pulls meet it.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ Columns = pb.AnalyzeRequest.Columns
 
 SLICE_ROWS = 16_384  # read by the engine at once: few slices meet few pulls
 SLICE_BYTES = 2 << 20  # of embeddings
-SPARED = 66  # times the work on a slice, the pause after it: analyses have 1.5 % of a processor
+SPARED = 99  # times the work on a slice, the pause after it: analyses have 1 % of a processor
 TELL_SECONDS = 0.2  # between two messages without columns
 MESSAGE_BYTES = 1 << 20  # of columns in a message, about
 MAX_EDGES = 256  # asked for, of each histogram
@@ -148,13 +147,14 @@ class Analyses:
                 raise UnknownTable(request.table)
             norms = np.empty(len(places), np.float64)
             meta = scan.measure(places, norms)
-            there = np.flatnonzero(meta[:, VERSION])  # the others went since they were found
+            if not (there := meta[:, VERSION] != 0).all():  # some went since they were found
+                meta, norms, places = meta[there], norms[there], places[there]
             matrix = None
             if wanted:
-                matrix = np.empty((len(there), dim), np.float32)
-                scan.read(places[there], matrix)
-            columns = meta[there, KEY], meta[there, VERSION], meta[there, STEP].view(np.int64)
-            return RowColumns(*columns, meta[there, FREQUENCY], norms[there], tier), matrix
+                matrix = np.empty((len(places), dim), np.float32)
+                scan.read(places, matrix)
+            columns = meta[:, KEY], meta[:, VERSION], meta[:, STEP].view(np.int64)
+            return RowColumns(*columns, meta[:, FREQUENCY], norms, tier), matrix
 
         for tier, scan, _ in held.tiers:
             start: int | None = 0

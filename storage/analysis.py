@@ -149,7 +149,7 @@ class Summary:
         self.frequencies = Histogram(edges_of(FREQUENCIES, frequencies), weighted=True)
         self.ages = Histogram(edges_of(AGES, ages), upper=True)
         self.norms = Histogram(edges_of(NORMS, norms))
-        self.idle_norms = Histogram(self.norms.edges)
+        self.idle_norms = Histogram(self.norms.edges) if grace > 0 else self.norms
         self.most_frequent = Extremes(top, largest=True)
         self.least_frequent = Extremes(top, largest=False)
         self.largest = Extremes(top, largest=True)
@@ -171,7 +171,8 @@ class Summary:
         ages = np.maximum(step - rows.steps, 0)
         self.ages.add(ages)
         self.norms.add(rows.norms)
-        self.idle_norms.add(rows.norms[ages >= self.grace])
+        if self.grace > 0:
+            self.idle_norms.add(rows.norms[ages >= self.grace])
         frequencies = rows.frequencies.astype(np.float64)
         self.most_frequent.add(rows, frequencies)
         self.least_frequent.add(rows, frequencies)
