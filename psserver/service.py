@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
 from psserver.analysis import Analyses
-from psserver.begun import Begun
 from psserver.checkpoints import Checkpoints, Progress
 from psserver.config import ServerConfig
 from psserver.engine import Engine
@@ -121,54 +120,7 @@ MODES: dict[int, Mode] = {
 _Work = tuple[float, "asyncio.Future[codec.Exchanged] | Exception"]  # its start, and how it goes
 
 
-class _Replies:
-    """Answers on their way to one peer, in the order in which they are put.
-
-    One is written at once where it is known already and nothing is in its way; a task, which ends
-    when it has caught up, does the rest.
-    """
-
-    def __init__(self, write: Callable[[bytes], Coroutine[Any, Any, None]]) -> None:
-        self._write = write
-        self._owed: asyncio.Queue[Begun[bytes]] = asyncio.Queue(PIPELINE)
-        self._unwritten = 0  # those owed, also where there is no room in the queue yet
-        self._last: Begun[None] | None = None  # what was written at once
-        self._task: asyncio.Task[None] | None = None
-
-    async def put(self, answer: Begun[bytes]) -> None:
-        """Have an answer written; waits while PIPELINE others are owed."""
-        if self._task is None or self._task.done():
-            if self._task is not None:
-                self._task.result()  # or its error
-            if answer.over and (self._last is None or self._last.over):
-                if self._last is not None:
-                    self._last.result()
-                self._last = Begun(self._write(answer.result()))
-                return
-            self._unwritten = 0
-            self._task = asyncio.create_task(self._catch_up())
-        self._unwritten += 1
-        await self._owed.put(answer)
-
-    async def written(self) -> None:
-        """Return once nothing is owed."""
-        if self._task is not None:
-            await self._task
-        if self._last is not None:
-            await self._last
-
-    def cancel(self) -> None:
-        """Leave what is owed."""
-        if self._task is not None:
-            self._task.cancel()
-
-    async def _catch_up(self) -> None:
-        last, self._last = self._last, None
-        if last is not None:
-            await last
-        while self._unwritten:
-            await self._write(await (await self._owed.get()))
-            self._unwritten -= 1
+_Answer = tuple[int, codec.Exchange, _Work]  # what a stream owes for the request of an id
 
 
 def status_of(error: Exception) -> Status:
@@ -438,7 +390,8 @@ class Service:
         """Answer requests in the order in which they come, several of them at work at a time."""
         task = asyncio.current_task()
         assert task is not None
-        replies = _Replies(context.write)
+        answers: asyncio.Queue[_Answer | None] = asyncio.Queue(PIPELINE)
+        writer = asyncio.create_task(self._write(answers, context))
         broken: Exception | None = None
         self._counts.streams += 1
         try:
@@ -454,31 +407,39 @@ class Service:
                     broken = error
                     break
                 wait = header.timeout_ms / 1000 if header.timeout_ms else math.inf
-                work = self._begin(exchange, len(data), time.monotonic() + wait)
-                await replies.put(Begun(self._answer(header.id, exchange, work)))
+                answer = self._begin(exchange, len(data), time.monotonic() + wait)
+                await answers.put((header.id, exchange, answer))
         except asyncio.CancelledError:
             if not self._draining:
-                replies.cancel()
+                writer.cancel()
                 raise
         finally:
             self._counts.streams -= 1
             self._streams.pop(task, None)
-        await replies.written()
+        await answers.put(None)
+        await writer
         if broken is None and self._draining:
             broken = Draining("the server is stopping")
         if broken is not None:
             self._count_error("Stream", status_of(broken))
             await _abort(context, broken)
 
-    async def _answer(self, id: int, exchange: codec.Exchange, work: _Work) -> bytes:
-        """The message that answers the request of an id; no error is raised."""
-        try:
-            return codec.encode_stream_response(id, await self._finish(exchange, work))
-        except Exception as error:
-            status = status_of(error)
-            self._count_error("Stream", status)
-            mirrored = pb.Status.FromString(status.SerializeToString())
-            return codec.encode_stream_response(id, mirrored)
+    async def _write(
+        self,
+        answers: asyncio.Queue[_Answer | None],
+        context: grpc.aio.ServicerContext[bytes, bytes],
+    ) -> None:
+        """Write answers in their order until the queue says None."""
+        while (answer := await answers.get()) is not None:
+            id, exchange, work = answer
+            try:
+                data = codec.encode_stream_response(id, await self._finish(exchange, work))
+            except Exception as error:
+                status = status_of(error)
+                self._count_error("Stream", status)
+                mirrored = pb.Status.FromString(status.SerializeToString())
+                data = codec.encode_stream_response(id, mirrored)
+            await context.write(data)
 
     async def _exchange(
         self, exchange: codec.Exchange, size: int, deadline: float
