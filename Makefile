@@ -28,7 +28,9 @@ bench: .venv/dev  ## every benchmark; latest figures: docs/benchmarks.md
 	$(RUN) -m benchmarks.step
 	$(RUN) -m benchmarks.scale
 	$(RUN) -m benchmarks.durability
+	$(RUN) -m benchmarks.freshness
 	$(RUN) -m benchmarks.checkpoint
+	$(RUN) -m benchmarks.eviction
 	$(RUN) -m benchmarks.analyze
 
 proto: .venv/proto  ## generate code from ps.proto

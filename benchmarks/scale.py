@@ -2,11 +2,17 @@
 
 Rows are pulled and pushed as in the standard work (B = 10,000, exchange, float32). On a machine
 with two cores, two shards and their trainer share them: what is lost is the cost of messages.
+
+A growing table is compared with bare memory: a process of its own reads as many random places of as
+much memory, with the same prefetch, an entry of the index and the embedding for each key. It runs
+after the server has ended, since both do not fit beside each other. Where its time grows with the
+size, so must the table's: caches, page tables and the host of a virtual machine are not ours.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -17,12 +23,15 @@ import numpy as np
 
 from benchmarks.peers import Work, keys_of, standard_work
 from benchmarks.report import Report, arguments
-from benchmarks.servers import cpu, rss, shards
+from benchmarks.servers import cpu, huge, rss, shards
 from benchmarks.step import Trainer, fill
 from psclient import Client
+from storage.arena import Arena, Budget
+from storage.kernels import gather
 
 DIM = 32
 ROW = 2 * DIM * 4  # raw bytes of an embedding and its Adagrad state
+INDEX_PLACES = 17  # for ten rows: how full the index is on average
 
 
 def _train(addresses: list[str], rows: int, steps: int, barrier: Any, answers: Any) -> None:
@@ -60,9 +69,26 @@ def main() -> None:
     """Run and print."""
     parser = arguments(__doc__)
     parser.add_argument("--largest", type=int, default=20_000_000, help="rows of the largest table")
+    parser.add_argument(
+        "--parts", nargs="+", choices=("shards", "growth", "start"), help="some of it; else all"
+    )
     options = parser.parse_args()
     report = Report("scale", options.json)
-    rows, steps = (200_000, 30) if options.quick else (2_000_000, 800)
+    parts = options.parts or ("shards", "growth", "start")
+    if "shards" in parts:
+        report.section("shards and clients", _shards(options.quick))
+    if "growth" in parts:
+        sizes = _sizes(options.largest, options.quick)
+        report.section("one table growing, 1 shard", _growth(sizes))
+        report.section("as much bare memory", _bare(sizes))
+    if "start" in parts:
+        report.section("start", _starts())
+    report.close()
+
+
+def _shards(quick: bool) -> list[dict[str, Any]]:
+    """Rows per second of some shards and trainers, and what the servers use of the processor."""
+    rows, steps = (200_000, 30) if quick else (2_000_000, 800)
     measured = []
     for count, clients in ((1, 1), (2, 1), (4, 1), (1, 4)):
         with ExitStack() as stack:
@@ -74,33 +100,27 @@ def main() -> None:
             used = sum(map(cpu, pids)) - before
             moved = (steps // clients + 20) * clients * 10_000 / 1e6
             measured.append((count, clients, rate, used / moved))
-    report.section(
-        "shards and clients",
-        [
-            {
-                "shards": count,
-                "clients": clients,
-                "rows/s": rate,
-                "x 1 shard, 1 client": rate / measured[0][2],
-                "server CPU s a million rows": used,
-            }
-            for count, clients, rate, used in measured
-        ],
-    )
-    report.section("one table growing, 1 shard", _growth(options.largest, options.quick))
-    report.section("start", _starts())
-    report.close()
-
-
-def _growth(largest: int, quick: bool) -> list[dict[str, Any]]:
-    """Time and memory as one table grows; the worst memory between two sizes beside the last."""
-    sizes = [
-        n
-        for n in (1_000_000, 2_000_000, 5_000_000, 10_000_000, 20_000_000, 50_000_000)
-        if n <= largest
+    return [
+        {
+            "shards": count,
+            "clients": clients,
+            "rows/s": rate,
+            "x 1 shard, 1 client": rate / measured[0][2],
+            "server CPU s a million rows": used,
+        }
+        for count, clients, rate, used in measured
     ]
+
+
+def _sizes(largest: int, quick: bool) -> list[int]:
     if quick:
-        sizes = [100_000, 200_000]
+        return [100_000, 200_000]
+    millions = (1, 2, 5, 10, 20, 30, 40, 50)
+    return [n * 1_000_000 for n in millions if n * 1_000_000 <= largest]
+
+
+def _growth(sizes: list[int]) -> list[dict[str, Any]]:
+    """Time and memory as one table grows; the worst memory between two sizes beside the last."""
     found = []
     with ExitStack() as stack:
         addresses, pids = stack.enter_context(shards(1))
@@ -137,8 +157,56 @@ def _growth(largest: int, quick: bool) -> list[dict[str, Any]]:
                     "x raw (<= 1.25)": (rss(pids[0]) - empty) / (size * ROW),
                     "accounted x raw": info.bytes / (size * ROW),
                     "worst so far, x raw (<= 1.35)": worst or None,
+                    "in huge pages": huge(pids[0]) / rss(pids[0]),
                 }
             )
+    return found
+
+
+def _bare(sizes: list[int]) -> list[dict[str, Any]]:
+    """Nanoseconds that the memory itself takes for a key, by size; in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_read_memory, (sizes,))
+
+
+def _read_memory(sizes: list[int]) -> list[dict[str, Any]]:
+    budget = Budget(1 << 40)
+    slab, entries = Arena(2 * DIM, np.float32, budget), Arena(2, np.uint64, budget)
+    entry, row = np.empty((10_000, 1), np.uint64), np.empty((10_000, DIM), np.float32)
+    found: list[dict[str, Any]] = []
+    held = 0
+    for size in sizes:
+        for arena, rows, before in (
+            (slab, size, held),
+            (entries, size * INDEX_PLACES // 10, held * INDEX_PLACES // 10),
+        ):
+            arena.grow(rows)
+            for at in range(before, rows, 200_000):  # every page
+                arena.array[at : min(at + 200_000, rows), 0] = 1
+        held = size
+        rng = np.random.default_rng(size)
+        seconds = []
+        for _ in range(60):
+            places, slots = (
+                rng.integers(0, size * INDEX_PLACES // 10, 10_000),
+                rng.integers(0, size, 10_000),
+            )
+            start = time.perf_counter()
+            gather(entries.array, places, 1, entry)
+            gather(slab.array, slots, DIM, row)
+            seconds.append(time.perf_counter() - start)
+        taken = float(np.median(seconds[10:])) / 10_000 * 1e9
+        first = found[0]["random reads, ns a key"] if found else taken
+        pid = os.getpid()
+        found.append(
+            {
+                "rows": size,
+                "random reads, ns a key": taken,
+                "x the smallest": taken / first,
+                "GB": (slab.bytes + entries.bytes) / 1e9,
+                "in huge pages": huge(pid) / rss(pid),
+            }
+        )
     return found
 
 

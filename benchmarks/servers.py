@@ -90,6 +90,12 @@ def rss(pid: int) -> int:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def huge(pid: int) -> int:
+    """Bytes of a process that lie in huge pages."""
+    with open(f"/proc/{pid}/smaps_rollup") as maps:
+        return next(int(line.split()[1]) * 1024 for line in maps if line.startswith("AnonHuge"))
+
+
 def cpu(pid: int) -> float:
     """Processor seconds that a process has used."""
     with open(f"/proc/{pid}/stat") as stat:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from psclient.batch import Batch, Rows, as_keys
 from psclient.client import Durability, Mode, Table, Wire
 from psclient.errors import InvalidArgument
-from psclient.multihash import Keys, checked_gradients, checked_tables
+from psclient.multihash import Keys, checked_gradients, checked_tables, whole
 
 MAX_FREQUENCY = (1 << 32) - 1  # where the servers' counts stop
 
@@ -45,7 +45,7 @@ class MixedDimension:
         checked_tables((small, wide), 2)
         if small.name == wide.name:
             raise InvalidArgument(f"small and wide must be two tables, got {small.name!r} twice")
-        if not 1 <= threshold <= MAX_FREQUENCY:
+        if not 1 <= whole(threshold, "threshold") <= MAX_FREQUENCY:
             raise InvalidArgument(f"threshold must be in 1..2^32-1, got {threshold}")
         self.small = small
         self.wide = wide
@@ -60,16 +60,15 @@ class MixedDimension:
     def pull_mixed(self, keys: Any, *, mode: Mode = "train") -> PulledMixed:
         """``pull``, with which keys have earned their wide part, for ``push``."""
         array = as_keys(keys)
-        flat = array.reshape(-1)
-        batch = self.client.batch(flat)
-        rows = self.small.pull_rows(batch, mode=mode)
-        wide = rows.frequencies >= self.threshold
-        out = np.zeros((len(flat), self.dim), np.float32)
-        out[:, : self.small.dim] = rows.embeddings
-        if wide.any():
-            out[wide, self.small.dim :] = self.wide.pull(flat[wide], mode=mode)
-        shape = array.shape
-        return PulledMixed(out.reshape(*shape, self.dim), array, batch, wide.reshape(shape))
+        batch = self.client.batch(array.reshape(-1))
+        rows = self.small.pull_rows(batch.keys, mode=mode)
+        earned = rows.frequencies >= self.threshold
+        distinct = np.zeros((len(batch.keys), self.dim), np.float32)
+        distinct[:, : self.small.dim] = rows.embeddings
+        if earned.any():
+            distinct[earned, self.small.dim :] = self.wide.pull(batch.keys[earned], mode=mode)
+        out = batch.spread(distinct).reshape(*array.shape, self.dim)
+        return PulledMixed(out, array, batch, batch.spread(earned).reshape(array.shape))
 
     def push(
         self,

@@ -15,6 +15,7 @@ like any other: they come into being when they are pushed. All parts travel in o
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -62,9 +63,9 @@ def sizes_for(universe: int, parts: int = 2, *, coprime: bool = False) -> tuple[
 
     coprime  pairwise, as ChineseRemainder needs them
     """
-    if not 2 <= universe <= KEYS:
+    if not 2 <= whole(universe, "universe") <= KEYS:
         raise InvalidArgument(f"universe must be in 2..2^64, got {universe}")
-    if not 2 <= parts <= 64:
+    if not 2 <= whole(parts, "parts") <= 64:
         raise InvalidArgument(f"parts must be in 2..64, got {parts}")
     least = max(2, round(universe ** (1 / parts)) - 1)
     while least**parts < universe:
@@ -141,7 +142,8 @@ class MultiHash:
 
     def collisions(self, keys: Any) -> float:
         """Share of the distinct keys that share every part, so the embedding, with another one."""
-        codes = self.codes(np.unique(as_keys(keys)))
+        ordered = np.sort(as_keys(keys), axis=None)  # faster than np.unique
+        codes = self.codes(ordered[np.append(True, ordered[1:] != ordered[:-1])[: ordered.size]])
         codes = codes[:, np.lexsort(codes)]
         equal = (codes[:, 1:] == codes[:, :-1]).all(axis=0)  # to the next one
         shared = np.append(equal, False) | np.append(False, equal)
@@ -267,12 +269,12 @@ class _Complementary(MultiHash):
         if self.coprime:
             _check_coprime(self.sizes)
         covered = self.universe
-        if universe is not None and not 2 <= universe <= covered:
+        if universe is not None and not 2 <= whole(universe, "universe") <= covered:
             raise InvalidArgument(
                 f"universe must be in 2..{covered}, as many numbers as sizes {list(self.sizes)}"
                 f" tell apart, got {universe}"
             )
-        self.universe = covered if universe is None else universe
+        self.universe = covered if universe is None else whole(universe, "universe")
         self.hashed = hashed
 
     def _numbers(self, keys: Any) -> Keys:
@@ -318,10 +320,18 @@ class KHash(MultiHash):
 # ---- rules
 
 
+def whole(value: Any, field: str) -> int:
+    """The integer that a parameter is, of Python or NumPy; InvalidArgument for any other value."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InvalidArgument(f"{field} must be an integer, got {value!r}") from None
+
+
 def _checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
     try:
-        known = [size.__index__() for size in sizes]
-    except (TypeError, AttributeError):
+        known = [operator.index(size) for size in sizes]
+    except TypeError:
         raise InvalidArgument(f"sizes must be a list of integers, got {sizes!r}") from None
     if not known:
         raise InvalidArgument("sizes must name one size for each part, got none")
@@ -344,6 +354,9 @@ def checked_tables(tables: Table | Sequence[Table], parts: int) -> tuple[Table, 
     each = (tables,) * parts if isinstance(tables, Table) else tuple(tables)
     if len(each) != parts:
         raise InvalidArgument(f"tables must be one, or one for each of {parts} parts, got {each}")
+    for table in each:
+        if not isinstance(table, Table):
+            raise InvalidArgument(f"tables must be of type Table, got {table!r}")
     if any(table.client is not each[0].client for table in each):
         raise InvalidArgument("tables must be of one client")
     return each

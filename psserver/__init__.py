@@ -6,6 +6,7 @@ schemas.py       table schemas as messages and as JSON
 sessions.py      which pushes were applied
 shard.py         one shard's part of every table, without a network
 engine.py        the thread that owns the shard
+begun.py         coroutines that begin where they are made
 sweeper.py       eviction in the background and on demand
 checkpointer.py  what a shard keeps on disk beside the log
 checkpoints.py   named checkpoints of this shard: taken, verified, read

@@ -82,6 +82,7 @@ def recover(shard: Shard, base: Base, versions: VersionLog) -> Recovered:
             size += len(frame.payload)
         records += len(frames)
     cursor.close()
+    shard.recovered()
     if shard.version != versions.last:
         raise Corrupt(str(versions.directory), f"ends at version {shard.version}, before its end")
     return Recovered(rows, records, size)
@@ -153,7 +154,12 @@ class Checkpointer:
         for table, keys, totals, versions in counters_of(captured, after, self._engine):
             added.append(self._base.add(pack_counters(table, keys, versions, totals)))
             rows += len(keys)
-        cells = [self._base.add(pack_cells(*part)) for part in cells_of(captured)]
+        cells = []
+        for part in cells_of(captured):
+            cells.append(self._base.add(pack_cells(*part)))
+            if self._stop.is_set():
+                self._base.discard()
+                return
         # what was copied torn is whole in records up to here
         self._versions.sync(self._engine.run(lambda: self._shard.version))
         self._base.commit(

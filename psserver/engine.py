@@ -1,6 +1,9 @@
 """The thread that owns the shard.
 
-Everything that touches rows runs here, in the order of arrival, so that nothing else needs a lock.
+Everything that touches rows runs here, one call after another in the order of arrival, so that
+nothing else needs a lock. To hand a call over and its result back takes longer than a small call
+itself; where nothing is at work or waits, the loop may run one in the engine's place. It has the
+engine's turn meanwhile, so order and exclusion are the same.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ class Engine:
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._counting = threading.Lock()
+        self._unfinished = 0  # calls submitted and not over
+        self._turn = threading.Lock()  # held by the thread that runs a call; free if none is left
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -42,14 +48,26 @@ class Engine:
         return self._jobs.qsize()
 
     def submit(
-        self, call: Callable[[], Result], deadline: float = float("inf")
+        self,
+        call: Callable[[], Result],
+        deadline: float = float("inf"),
+        *,
+        at_once: bool = False,
     ) -> asyncio.Future[Result]:
         """Run ``call`` on the engine thread; called on the loop, which gets the result.
 
         deadline  monotonic seconds; a call not begun by then fails with DeadlinePassed
+        at_once   run it here and now if the engine has nothing else to do: the loop waits for it
         """
         future: asyncio.Future[Result] = self._loop.create_future()
-        self._jobs.put((call, deadline, future))
+        if at_once and self._take_turn():
+            try:
+                _settle(future, *_outcome(call, deadline))
+            finally:
+                self._turn.release()
+                self._over()
+        else:
+            self._put((call, deadline, future))
         return future
 
     def run(self, call: Callable[[], Result]) -> Result:
@@ -62,25 +80,49 @@ class Engine:
             except BaseException as error:
                 done.set_exception(error)
 
-        self._jobs.put((job, float("inf"), None))
+        self._put((job, float("inf"), None))
         return done.result()
+
+    def _put(self, job: _Job) -> None:
+        with self._counting:
+            self._unfinished += 1
+            self._jobs.put(job)
+
+    def _take_turn(self) -> bool:
+        """Keep the engine from its work, if it has none."""
+        with self._counting:
+            if self._unfinished:
+                return False
+            self._unfinished = 1
+            self._turn.acquire()
+            return True
+
+    def _over(self) -> None:
+        with self._counting:
+            self._unfinished -= 1
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             call, deadline, future = job
-            result, error = None, None
-            try:
-                if time.monotonic() > deadline:
-                    raise DeadlinePassed("the deadline passed before the work began")
-                result = call()
-            except Exception as raised:
-                error = raised
+            with self._turn:
+                result, error = _outcome(call, deadline)
+            self._over()
             if future is None:
                 continue
             try:
                 self._loop.call_soon_threadsafe(_settle, future, result, error)
             except RuntimeError:  # the loop is gone, and with it who asked
                 return
+
+
+def _outcome(call: Callable[[], Any], deadline: float) -> tuple[Any, Exception | None]:
+    """Result and error of a call."""
+    try:
+        if time.monotonic() > deadline:
+            raise DeadlinePassed("the deadline passed before the work began")
+        return call(), None
+    except Exception as error:
+        return None, error
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:

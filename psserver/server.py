@@ -1,7 +1,7 @@
 """One shard as a process: its life from configuration to a graceful stop.
 
     engine thread   owns the shard
-    event loop      gRPC on uvloop
+    event loop      gRPC on uvloop; small work in the engine's place, while that is idle
     metrics thread  answers /metrics
 
 A server is ready once its kernels are loaded and it listens. SIGTERM or SIGINT: health turns

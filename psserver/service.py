@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
 from psserver.analysis import Analyses
+from psserver.begun import Begun
 from psserver.checkpoints import Checkpoints, Progress
 from psserver.config import ServerConfig
 from psserver.engine import Engine
@@ -74,6 +75,7 @@ from storage.table import Mode
 from storage.versionlog import VersionLog
 
 PIPELINE = 64  # requests of one stream that may be at work
+AT_ONCE = 4 << 20  # bytes of rows, a millisecond's work: the loop does no more itself
 WORKERS = 4  # threads for checkpoints and sweeps
 TELL_SECONDS = 0.2  # between two messages about a long piece of work
 
@@ -117,7 +119,56 @@ MODES: dict[int, Mode] = {
 }
 
 _Work = tuple[float, "asyncio.Future[codec.Exchanged] | Exception"]  # its start, and how it goes
-_Answer = tuple[int, codec.Exchange, _Work]  # what a stream owes for the request of an id
+
+
+class _Replies:
+    """Answers on their way to one peer, in the order in which they are put.
+
+    One is written at once where it is known already and nothing is in its way; a task, which ends
+    when it has caught up, does the rest.
+    """
+
+    def __init__(self, write: Callable[[bytes], Coroutine[Any, Any, None]]) -> None:
+        self._write = write
+        self._owed: asyncio.Queue[Begun[bytes]] = asyncio.Queue(PIPELINE)
+        self._unwritten = 0  # those owed, also where there is no room in the queue yet
+        self._last: Begun[None] | None = None  # what was written at once
+        self._task: asyncio.Task[None] | None = None
+
+    async def put(self, answer: Begun[bytes]) -> None:
+        """Have an answer written; waits while PIPELINE others are owed."""
+        if self._task is None or self._task.done():
+            if self._task is not None:
+                self._task.result()  # or its error
+            if answer.over and (self._last is None or self._last.over):
+                if self._last is not None:
+                    self._last.result()
+                self._last = Begun(self._write(answer.result()))
+                return
+            self._unwritten = 0
+            self._task = asyncio.create_task(self._catch_up())
+        self._unwritten += 1
+        await self._owed.put(answer)
+
+    async def written(self) -> None:
+        """Return once nothing is owed."""
+        if self._task is not None:
+            await self._task
+        if self._last is not None:
+            await self._last
+
+    def cancel(self) -> None:
+        """Leave what is owed."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _catch_up(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            await last
+        while self._unwritten:
+            await self._write(await (await self._owed.get()))
+            self._unwritten -= 1
 
 
 def status_of(error: Exception) -> Status:
@@ -185,6 +236,7 @@ class Service:
         """Refuse new work; streams finish what they have accepted and end."""
         self._draining = True
         self._checkpoints.stop()
+        self._sweeper.stop()
         if self._feed is not None:
             self._feed.drain()
         for stream, waits in self._streams.items():
@@ -386,8 +438,7 @@ class Service:
         """Answer requests in the order in which they come, several of them at work at a time."""
         task = asyncio.current_task()
         assert task is not None
-        answers: asyncio.Queue[_Answer | None] = asyncio.Queue(PIPELINE)
-        writer = asyncio.create_task(self._write(answers, context))
+        replies = _Replies(context.write)
         broken: Exception | None = None
         self._counts.streams += 1
         try:
@@ -403,39 +454,31 @@ class Service:
                     broken = error
                     break
                 wait = header.timeout_ms / 1000 if header.timeout_ms else math.inf
-                answer = self._begin(exchange, len(data), time.monotonic() + wait)
-                await answers.put((header.id, exchange, answer))
+                work = self._begin(exchange, len(data), time.monotonic() + wait)
+                await replies.put(Begun(self._answer(header.id, exchange, work)))
         except asyncio.CancelledError:
             if not self._draining:
-                writer.cancel()
+                replies.cancel()
                 raise
         finally:
             self._counts.streams -= 1
             self._streams.pop(task, None)
-        await answers.put(None)
-        await writer
+        await replies.written()
         if broken is None and self._draining:
             broken = Draining("the server is stopping")
         if broken is not None:
             self._count_error("Stream", status_of(broken))
             await _abort(context, broken)
 
-    async def _write(
-        self,
-        answers: asyncio.Queue[_Answer | None],
-        context: grpc.aio.ServicerContext[bytes, bytes],
-    ) -> None:
-        """Write answers in their order until the queue says None."""
-        while (answer := await answers.get()) is not None:
-            id, exchange, work = answer
-            try:
-                data = codec.encode_stream_response(id, await self._finish(exchange, work))
-            except Exception as error:
-                status = status_of(error)
-                self._count_error("Stream", status)
-                mirrored = pb.Status.FromString(status.SerializeToString())
-                data = codec.encode_stream_response(id, mirrored)
-            await context.write(data)
+    async def _answer(self, id: int, exchange: codec.Exchange, work: _Work) -> bytes:
+        """The message that answers the request of an id; no error is raised."""
+        try:
+            return codec.encode_stream_response(id, await self._finish(exchange, work))
+        except Exception as error:
+            status = status_of(error)
+            self._count_error("Stream", status)
+            mirrored = pb.Status.FromString(status.SerializeToString())
+            return codec.encode_stream_response(id, mirrored)
 
     async def _exchange(
         self, exchange: codec.Exchange, size: int, deadline: float
@@ -453,9 +496,21 @@ class Service:
         except Exception as error:
             return start, error
         self._counts.inflight_bytes += size
-        work = self._engine.submit(lambda: self._shard.exchange(pushes, pulls), deadline)
-        work.add_done_callback(lambda _: self._free(size))
+        work = self._engine.submit(
+            lambda: self._shard.exchange(pushes, pulls),
+            deadline,
+            at_once=self._is_small([*pushes, *pulls]),
+        )
+        if work.done():
+            self._free(size)
+        else:
+            work.add_done_callback(lambda _: self._free(size))
         return start, work
+
+    def _is_small(self, parts: Sequence[Push | Pull]) -> bool:
+        """Whether the loop may do this itself: it is soon done, and waits for no disk."""
+        size = self._shard.size(parts)
+        return size <= AT_ONCE and (self._log is None or self._log.room > 2 * size)
 
     async def _finish(self, exchange: codec.Exchange, begun: _Work) -> codec.Exchanged:
         """Wait for the engine, and count what was served."""

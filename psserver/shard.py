@@ -29,7 +29,7 @@ from storage.arena import Budget
 from storage.base import BaseState, BaseTable
 from storage.block import Block
 from storage.errors import Corrupt, UnknownTable
-from storage.eviction import Sweep
+from storage.eviction import MOST, Sweep
 from storage.kernels import Keys, Rows
 from storage.records import Cause, Kind, Origin
 from storage.schema import Durability, TableSchema
@@ -40,6 +40,7 @@ from storage.versionlog import VersionLog
 MAX_BACKLOG = 256 << 20  # bytes appended and not yet written
 MAX_DROPPED = 4096  # tables that were dropped and whose schemas are remembered
 RECORD = 64  # bytes of a record beside its arrays, and more than a barrier's name needs beside it
+EVICTED = RECORD + 8 * MOST  # bytes of a record of what a slice of a sweep found, at most
 SWEEPING, URGENT = 0.03, 0.5  # shares of the engine's time for eviction
 _NO_VERSIONS, _NO_STEPS = np.empty(0, np.uint64), np.empty(0, np.int64)
 
@@ -190,7 +191,8 @@ class Shard:
         self.sessions = Sessions(max_sessions, session_ttl, clock)
         owned = np.count_nonzero(shard_map.shard_of_bucket == number)
         self._share = float(owned) / len(shard_map.shard_of_bucket)  # of the keys
-        self._swept = 0  # number of the table that was swept last
+        self._ruled: list[int] = []  # numbers of the tables from which rows leave by themselves
+        self._swept = self._expired = 0  # which of these had its turn last
         self._reply_bytes = reply_bytes
         self._max_tables = max_tables
         self._tables: dict[str, Held] = {}
@@ -332,15 +334,19 @@ class Shard:
         Returns the share of this thread's time that it should have; 0: nothing is to be done.
         Raises what a delete may raise for want of room in the log; the rows stay then.
         """
-        seconds = self._now()
-        for _ in range(len(self._numbered)):
-            self._swept = min((n for n in self._numbered if n > self._swept), default=0)
-            self._swept = self._swept or min(self._numbered)
-            held = self._numbered[self._swept]
+        seconds, ruled = self._now(), self._ruled
+        if not ruled:
+            return 0.0
+        self._expired = (self._expired + 1) % len(ruled)
+        table = self._numbered[ruled[self._expired]].table
+        if stale := table.evictor.stale(seconds):
+            table.gate.expire(stale + 1)
+        for _ in ruled:
+            self._swept = (self._swept + 1) % len(ruled)
+            held = self._numbered[ruled[self._swept]]
             table, evictor = held.table, held.table.evictor
-            if stale := evictor.stale(seconds):
-                table.gate.expire(stale + 1)
             if evictor.due(len(table), seconds):
+                self._reserve([EVICTED] * len(table.schema.evictions))
                 for cause, keys in evictor.tick(table.view(), seconds).items():
                     self._evict(held, cause, keys)
                 return URGENT if evictor.excess(len(table)) * 16 > len(table) else SWEEPING
@@ -360,6 +366,8 @@ class Shard:
         if held is None:
             schema = self._schemas.get(number)
             raise UnknownTable(schema.name if schema else str(number))
+        if not sweep.dry:
+            self._reserve([EVICTED] * len(sweep.counts))
         view = held.table.view()
         victims = sweep.slice(view, held.table.evictor.now(self._now()))
         for cause, keys in victims.keys(view).items():
@@ -371,7 +379,7 @@ class Shard:
         return table.tally, table.gate.dropped
 
     def _evict(self, held: Held, cause: Cause, keys: Keys) -> None:
-        self._reserve([RECORD + 8 * len(keys)])
+        """Evict what a slice found; the log has room, so that the sweep loses none."""
         evicted = held.table.tally.evicted
         evicted[cause] = evicted.get(cause, 0) + self._delete(held, keys, cause)
 
@@ -406,6 +414,17 @@ class Shard:
         self._reserve([self._record_bytes(push) for push in pushes])
         pushed = [self._push(push) for push in pushes]
         return Exchanged(pushed, [self._pull(pull) for pull in pulls])
+
+    def size(self, parts: Sequence[Push | Pull]) -> int:
+        """About how many bytes of rows these are about, and more than their records take. From any
+        thread; a table that is not there counts nothing.
+        """
+        size = 0
+        for part in parts:
+            held = self._tables.get(part.table)
+            if held is not None:
+                size += RECORD + len(part.keys) * (16 + 4 * held.table.schema.width)
+        return size
 
     def dump(self) -> dict[str, Any]:
         """Copies of everything the shard holds, for tests: as large as the shard."""
@@ -480,7 +499,10 @@ class Shard:
                 table.put_counters(block.keys, block.totals, block.versions)
                 return
             case blocks.CELLS:
-                table.gate.load_cells(block.start, block.cells)
+                try:
+                    table.gate.load_cells(block.start, block.cells)
+                except ValueError as error:
+                    raise Corrupt(f"sketch of table {table.schema.name!r}", str(error)) from error
                 return
         for version in np.unique(block.versions):
             chosen = block.versions == version
@@ -519,6 +541,15 @@ class Shard:
                 origin.client, origin.incarnation, origin.sequence, origin.acknowledged, version
             )
 
+    def recovered(self) -> None:
+        """Base and log are loaded; Corrupt if only a part of something was."""
+        for held in self._numbered.values():
+            try:
+                held.table.gate.begin(self.version)
+            except ValueError as error:
+                name = held.table.schema.name
+                raise Corrupt(f"sketch of table {name!r}", str(error)) from error
+
     def _capture(self, held: Held) -> Captive:
         table = held.table
         base = BaseTable(
@@ -533,6 +564,8 @@ class Shard:
     def _add_table(self, number: int, schema: TableSchema, created: int) -> None:
         held = Held(Table(schema, self.budget, self._share), number, created)
         self._tables[schema.name] = self._numbered[number] = held
+        if schema.evictions:
+            self._ruled.append(number)
         self._next_table = max(self._next_table, number + 1)
         self._schemas[number] = schema
         if len(self._schemas) > len(self._tables) + MAX_DROPPED:
@@ -541,6 +574,8 @@ class Shard:
     def _remove_table(self, held: Held) -> None:
         held.table.close()
         del self._tables[held.table.schema.name], self._numbered[held.number]
+        if held.number in self._ruled:
+            self._ruled.remove(held.number)
 
     def _bury(self, dead: Tombstones) -> None:
         """Remember deleted rows, and forget the oldest ones beyond the limit."""

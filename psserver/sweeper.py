@@ -1,6 +1,6 @@
 """Eviction in the background, and on demand: slices of sweeps between the pushes.
 
-A slice takes the engine for well under a millisecond. The background pauses after each one so
+A slice takes the engine for about a millisecond. The background pauses after each one so
 long that eviction has 3 % of the engine's time, or half of it while a table exceeds its rows by
 more than a sixteenth. Nothing is lost if a sweep ends early: the next one finds the same rows.
 """
@@ -14,7 +14,7 @@ import structlog
 
 from psproto import ps_pb2 as pb
 from psserver.engine import Engine
-from psserver.errors import Overloaded
+from psserver.errors import Draining, Overloaded
 from psserver.shard import Shard
 from storage.errors import DiskFull, LogFailed
 
@@ -32,6 +32,7 @@ class Sweeper:
         self._shard = shard
         self._engine = engine
         self._stop = threading.Event()
+        self._asked = threading.Lock()  # held by a sweep on demand
         self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
 
     def open(self) -> None:
@@ -40,15 +41,28 @@ class Sweeper:
 
     def close(self) -> None:
         """Stop it, and sweeps on demand; the engine must still run."""
-        self._stop.set()
+        self.stop()
         self._thread.join()
+
+    def stop(self) -> None:
+        """Let no sweep go on."""
+        self._stop.set()
 
     def evict(self, request: pb.EvictRequest) -> pb.EvictResponse:
         """Sweep a table once by all its rules, or only count what that would evict; blocks.
 
-        Raises UnknownTable, and DiskFull or Overloaded where the log has no room for the deletes;
-        what was evicted until then stays so.
+        Raises UnknownTable, DiskFull or Overloaded where the log has no room for the deletes,
+        Overloaded while another sweep is asked for, and Draining; what was evicted until then stays
+        so.
         """
+        if not self._asked.acquire(blocking=False):
+            raise Overloaded("the shard is at another sweep that was asked for")
+        try:
+            return self._evict(request)
+        finally:
+            self._asked.release()
+
+    def _evict(self, request: pb.EvictRequest) -> pb.EvictResponse:
         shard, run = self._shard, self._engine.run
         number, sweep = run(lambda: shard.sweep(request.table, request.dry_run))
         rows = run(lambda: shard.describe(request.table)[1].rows)
@@ -56,6 +70,8 @@ class Sweeper:
             start = time.monotonic()
             run(lambda: shard.sweep_slice(number, sweep))
             self._stop.wait(time.monotonic() - start)  # leave pushes at least half of the time
+        if not sweep.done:
+            raise Draining("the server is stopping")
         evicted = {cause.name.lower(): count for cause, count in sweep.counts.items()}
         return pb.EvictResponse(evicted=evicted, rows=rows, version=shard.version)
 
@@ -75,5 +91,9 @@ class Sweeper:
                 if not told:
                     log.warning("eviction waits", error=str(error))
                 pause, told = FULL_SECONDS, True
+                continue
+            except Exception as error:  # memory, say: the rows stay, and the next sweep finds them
+                log.exception("eviction failed", error=str(error))
+                pause = FULL_SECONDS
                 continue
             pause, told = max(SHORTEST, took * (1 / share - 1)) if share else IDLE_SECONDS, False

@@ -51,6 +51,7 @@ class Gate(ABC):
     Calls take keys without a row, uint64[n], distinct within a call.
     """
 
+    counting: ClassVar[bool] = False  # whether keys that wait have counters
     cap: int = 0  # keys that it is made to count at a time
     dropped: int = 0  # counters that went for age or for room, so far
 
@@ -134,6 +135,13 @@ class Gate(ABC):
                 f"a sketch of {size} bytes has no bytes {start}..{start + len(data) - 1}"
             )
 
+    def begin(self, version: int) -> None:
+        """All that was stored is loaded, and pushes go on behind this version.
+
+        Raises ValueError if only a part of a sketch was loaded.
+        """
+        return  # unless a gate ages
+
     @property
     def entries(self) -> int:
         """Keys waiting; for a sketch, estimated."""
@@ -197,6 +205,7 @@ class Counters(Index):
 class CountingGate(Gate):
     """Admits a key once its occurrences reach a threshold."""
 
+    counting: ClassVar[bool] = True
     _threshold: int
 
     def weigh(self, keys: Keys, counts: Counts, version: int) -> tuple[Admitted, Counts]:
@@ -421,6 +430,7 @@ class SketchGate(CountingGate):
         self._halved = rule.cells  # cells up to here were halved since ageing began
         self._version = 0  # of the last push
         self._aged = 0  # the version at which it last began to age
+        self._loaded = 0  # bytes of cells that were stored
 
     @property
     def forgets(self) -> str:
@@ -430,6 +440,8 @@ class SketchGate(CountingGate):
     def entries(self) -> int:
         """From the share of cells in use: Swamidass and Baldi, J. Chem. Inf. Model. 47 (2007)."""
         m = len(self._cells)
+        if not m:  # closed
+            return 0
         return round(-m / self._k * math.log1p(-min(self._used, m - 1) / m))
 
     @property
@@ -442,9 +454,7 @@ class SketchGate(CountingGate):
         self._version = max(self._version, version)
         self.forget(keys[admitted])
         self._add(keys[~admitted], counts[~admitted].astype(np.int64))
-        if self._used > FULL * len(self._cells):
-            self._age()
-        self._halve(max(HALVED, 64 * self._k * len(keys)))
+        self._keep_up(len(keys))
 
     def waiting(self, keys: Keys) -> Counts:
         out = np.empty(len(keys), np.uint32)
@@ -464,6 +474,7 @@ class SketchGate(CountingGate):
         self._version = max(self._version, int(versions.max(initial=0)))
         lacking = totals.astype(np.int64) - self.waiting(keys)
         self._add(keys, np.maximum(lacking, 0))
+        self._keep_up(len(keys))
 
     def cells(self) -> NDArray[Any]:
         cells: NDArray[Any] = _readonly(self._cells)
@@ -479,6 +490,13 @@ class SketchGate(CountingGate):
         self._used += int(np.count_nonzero(cells)) - int(np.count_nonzero(held))
         held[:] = cells
         self._halved = len(self._cells)
+        self._loaded += len(data)
+
+    def begin(self, version: int) -> None:
+        size = self._cells.nbytes
+        if self._loaded not in (0, size):
+            raise ValueError(f"{self._loaded} bytes are no sketch of {size} bytes")
+        self._version = self._aged = version
 
     def close(self) -> None:
         self._cells = self._cells[:0].copy()
@@ -487,6 +505,12 @@ class SketchGate(CountingGate):
     def _add(self, keys: Keys, amounts: NDArray[np.int64]) -> None:
         arrays = _readonly(keys), _readonly(amounts)
         self._used += _add(self._cells, self._salt, self._k, self._most, *arrays)
+
+    def _keep_up(self, keys: int) -> None:
+        """After so many keys were counted: age if too many cells are in use, and go on ageing."""
+        if self._used > FULL * len(self._cells):
+            self._age()
+        self._halve(max(HALVED, 64 * self._k * keys))
 
     def _age(self) -> None:
         """Begin to halve all cells, unless that is still going on."""

@@ -54,8 +54,8 @@ class Pushed:
 
     keys: Keys  # uint64[n]
     slots: Slots  # int64[n]  where their rows are
-    waiting: Keys  # uint64[m]
-    totals: Counts  # uint32[m]  what their counters became
+    waiting: Keys  # uint64[m]  those that have a counter
+    totals: Counts  # uint32[m]  what it became
 
 
 @dataclass(slots=True)
@@ -160,7 +160,8 @@ class Table:
             counts[missing[admitted]] = counted[admitted]
             if not admitted.all():
                 refused, present = missing[~admitted], np.flatnonzero(locations)
-                waiting, totals = keys[refused], counted[~admitted]
+                if self.gate.counting:
+                    waiting, totals = keys[refused], counted[~admitted]
                 self.tally.refused += len(refused)
                 self.tally.dropped += int(counts[refused].sum(dtype=np.uint64))
                 keys, counts, gradients = keys[present], counts[present], gradients[present]

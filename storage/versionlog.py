@@ -292,6 +292,11 @@ class VersionLog:
 
     # ---- the engine thread
 
+    @property
+    def room(self) -> int:
+        """Bytes of records that fit into the segment at hand: nobody waits for the disk."""
+        return self._plan.size - self._at
+
     def reserve(self, *sizes: int) -> None:
         """Make sure that records with ``sizes`` bytes of payload can be appended next.
 

@@ -37,6 +37,9 @@ WIRE: dict[int, np.dtype[Any]] = {
 STEPS = 1 << 47  # the step of a push is in -STEPS..STEPS - 1
 MOST_FIELDS = 1 << 16  # in one message; only hostile ones have as many
 _U8, _U4, _I8 = np.dtype("<u8"), np.dtype("<u4"), np.dtype("<i8")
+_BYTE = [bytes((byte,)) for byte in range(256)]
+_PADDING = [bytes((2 << 3 | 2, spare)) + bytes(spare) for spare in range(8)]
+_NOWHERE = (0, 0)  # extent of a field that the message does not have
 
 
 class Malformed(ValueError):
@@ -159,24 +162,25 @@ class _Writer:
     def small(self, field: int, body: bytes) -> None:
         """A header, a number already encoded, or nothing if it is empty."""
         if body:
-            self._append(bytes((field << 3 | 2,)) + _varint(len(body)) + body)
+            self._append(_BYTE[field << 3 | 2] + _varint(len(body)) + body)
 
     def number(self, field: int, value: int) -> None:
         if value:
-            self._append(bytes((field << 3,)) + _varint(value))
+            self._append(_BYTE[field << 3] + _varint(value))
 
     def array(self, field: int, array: NDArray[Any] | None) -> None:
         """An array, after the padding that aligns it."""
         if array is None or not array.size:
             return
-        head = bytes((field << 3 | 2,)) + _varint(array.nbytes)
-        past = (self._at + len(head)) % array.itemsize
-        if past:
-            spare = (-(self._at + 2 + len(head))) % array.itemsize
-            self._append(bytes((2 << 3 | 2, spare)) + bytes(spare))
-        self._append(head)
-        self._pieces.append(array.data)
-        self._at += array.nbytes
+        size, item = array.nbytes, array.itemsize
+        head = _BYTE[field << 3 | 2] + _varint(size)
+        at = self._at + len(head)
+        if at % item:
+            padding = _PADDING[-(at + 2) % item]
+            self._pieces.append(padding)
+            at += len(padding)
+        self._pieces += (head, array.data)
+        self._at = at + size
 
     def begin(self, field: int) -> tuple[int, int, int]:
         """Start a message within the message; ``end`` takes what this returns."""
@@ -202,7 +206,7 @@ class _Writer:
 
 def _varint(value: int) -> bytes:
     if value < 128:
-        return bytes((value,))
+        return _BYTE[value]
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -324,7 +328,7 @@ def encode_stream_response(id: int, answer: Exchanged | pb.Status) -> bytes:
     writer.number(1, id)
     if isinstance(answer, pb.Status):
         body = answer.SerializeToString()  # an empty one too: it says that this is no exchange
-        writer._append(bytes((3 << 3 | 2,)) + _varint(len(body)) + body)
+        writer._append(_BYTE[3 << 3 | 2] + _varint(len(body)) + body)
     else:
         mark = writer.begin(2)
         _put_exchanged(writer, answer)
@@ -400,8 +404,10 @@ def _array(data: bytes, start: int, end: int, dtype: np.dtype[Any]) -> NDArray[A
 
 def _parse(kind: Any, parts: list[bytes]) -> Any:
     """A small message from its occurrences, which protobuf merges."""
-    message = kind()
     try:
+        if len(parts) == 1:
+            return kind.FromString(parts[0])
+        message = kind()
         for part in parts:
             message.MergeFromString(part)
     except DecodeError as error:
@@ -411,30 +417,37 @@ def _parse(kind: Any, parts: list[bytes]) -> Any:
 
 def _get_pull(data: bytes, at: int, end: int) -> Pull:
     header: list[bytes] = []
-    keys = (0, 0)
+    keys = _NOWHERE
     for number, start, stop in _fields(data, at, end):
-        if number == 1 and start >= 0:
+        if start < 0:
+            continue
+        if number == 1:
             header.append(data[start:stop])
-        elif number == 3 and start >= 0:
+        elif number == 3:
             keys = start, stop
     return Pull(_parse(pb.PullHeader, header), _array(data, *keys, _U8))
 
 
 def _get_push(data: bytes, at: int, end: int) -> Push:
     header: list[bytes] = []
-    at_field = {3: (0, 0), 4: (0, 0), 5: (0, 0)}
+    keys = counts = gradients = _NOWHERE
     for number, start, stop in _fields(data, at, end):
-        if number == 1 and start >= 0:
+        if start < 0:
+            continue
+        if number == 1:
             header.append(data[start:stop])
-        elif number in at_field and start >= 0:
-            at_field[number] = start, stop
+        elif number == 3:
+            keys = start, stop
+        elif number == 4:
+            counts = start, stop
+        elif number == 5:
+            gradients = start, stop
     parsed: pb.PushHeader = _parse(pb.PushHeader, header)
-    counts = _array(data, *at_field[4], _U4)
     return Push(
         parsed,
-        _array(data, *at_field[3], _U8),
-        counts if counts.size else None,
-        _array(data, *at_field[5], WIRE[wire_dtype(parsed.dtype)]),
+        _array(data, *keys, _U8),
+        _array(data, *counts, _U4) if counts[0] != counts[1] else None,
+        _array(data, *gradients, WIRE[wire_dtype(parsed.dtype)]),
     )
 
 
@@ -456,14 +469,14 @@ def _get_pulled(data: bytes, at: int, end: int) -> Pulled:
     )
 
 
-def _get_exchange(data: bytes, at: int, end: int, into: Exchange) -> None:
-    pushes, pulls = list(into.pushes), list(into.pulls)
+def _get_exchange(data: bytes, at: int, end: int, pushes: list[Push], pulls: list[Pull]) -> None:
     for number, start, stop in _fields(data, at, end):
-        if number == 1 and start >= 0:
+        if start < 0:
+            continue
+        if number == 1:
             pushes.append(_get_push(data, start, stop))
-        elif number == 2 and start >= 0:
+        elif number == 2:
             pulls.append(_get_pull(data, start, stop))
-    into.pushes, into.pulls = pushes, pulls
 
 
 def _get_exchanged(data: bytes, at: int, end: int, into: Exchanged) -> None:
@@ -493,21 +506,25 @@ def decode_delete(data: bytes) -> Push:
 
 def decode_exchange(data: bytes) -> Exchange:
     """An ExchangeRequest; Malformed if it is none."""
-    exchange = Exchange([], [])
-    _get_exchange(data, 0, len(data), exchange)
-    return exchange
+    pushes: list[Push] = []
+    pulls: list[Pull] = []
+    _get_exchange(data, 0, len(data), pushes, pulls)
+    return Exchange(pushes, pulls)
 
 
 def decode_stream_request(data: bytes) -> tuple[pb.StreamRequestHeader, Exchange]:
     """A StreamRequest; Malformed if it is none."""
     header: list[bytes] = []
-    exchange = Exchange([], [])
+    pushes: list[Push] = []
+    pulls: list[Pull] = []
     for number, start, stop in _fields(data, 0, len(data)):
-        if number == 1 and start >= 0:
+        if start < 0:
+            continue
+        if number == 1:
             header.append(data[start:stop])
-        elif number == 2 and start >= 0:
-            _get_exchange(data, start, stop, exchange)
-    return _parse(pb.StreamRequestHeader, header), exchange
+        elif number == 2:
+            _get_exchange(data, start, stop, pushes, pulls)
+    return _parse(pb.StreamRequestHeader, header), Exchange(pushes, pulls)
 
 
 def decode_pulled(data: bytes) -> Pulled:

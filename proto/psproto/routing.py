@@ -98,16 +98,18 @@ def _distinct(
     counts: Any,
     inverse: Any,
     of: Any,
-    sizes: Any,
+    bounds: Any,
 ) -> int:
     """Find the distinct keys in order of first occurrence; return how many.
 
-    slots     int32[power of two > n]  all -1; scratch
+    slots     int32[power of two > n]  scratch
     distinct  uint64[n], counts uint32[n], of uint16[n]   the key, its occurrences, its shard
     inverse   int32[n]
-    sizes     int64[shards + 1]        zero; distinct keys of shard s are counted at s + 1
+    bounds    int64[shards + 1]        distinct keys of the shards below s, and of all
     """
     mask = np.uint64(slots.shape[0] - 1)
+    slots[:] = -1
+    bounds[:] = 0
     found = 0
     for i in range(keys.shape[0]):
         key = keys[i]
@@ -124,9 +126,11 @@ def _distinct(
             counts[u] = 0
             shard = shard_of_bucket[hashed >> np.uint64(52)]
             of[u] = shard
-            sizes[shard + 1] += 1
+            bounds[shard + 1] += 1
         counts[u] += np.uint32(1)
         inverse[i] = u
+    for shard in range(1, bounds.shape[0]):
+        bounds[shard] += bounds[shard - 1]
     return found
 
 
@@ -157,20 +161,24 @@ def _group(
         inverse[i] = where[inverse[i]]
 
 
+def _slots_for(n: int) -> int:
+    """A power of two, at least twice the number of keys."""
+    return 1 << max(2 * n - 1, 1).bit_length()
+
+
 def split(keys: Keys, shard_map: ShardMap) -> Split:
     """The distinct keys of a batch, grouped by shard.
 
     keys  uint64[n], n < 2^31, contiguous
     """
     n = len(keys)
-    slots = np.full(1 << max(2 * n - 1, 1).bit_length(), -1, np.int32)
+    slots = np.empty(_slots_for(n), np.int32)
     distinct = np.empty(n, np.uint64)
     counts = np.empty(n, np.uint32)
     inverse = np.empty(n, np.int32)
     of = np.empty(n, np.uint16)
-    bounds = np.zeros(shard_map.shards + 1, np.int64)
+    bounds = np.empty(shard_map.shards + 1, np.int64)
     found = _distinct(keys, shard_map.shard_of_bucket, slots, distinct, counts, inverse, of, bounds)
-    np.cumsum(bounds, out=bounds)
     if shard_map.shards == 1:
         return Split(distinct[:found], counts[:found], inverse, bounds)
     keys_out, counts_out = np.empty(found, np.uint64), np.empty(found, np.uint32)
@@ -181,8 +189,12 @@ def split(keys: Keys, shard_map: ShardMap) -> Split:
 
 @jit
 def _check(keys: Any, shard_of_bucket: Any, shard: int, slots: Any, stray: Any) -> int:
-    """Return how many keys repeat an earlier one; stray[0] becomes the first stray key's index."""
+    """Return how many keys repeat an earlier one; stray[0] becomes the first stray key's index,
+    or -1. slots: scratch, as in ``_distinct``.
+    """
     mask = np.uint64(slots.shape[0] - 1)
+    slots[:] = -1
+    stray[0] = -1
     repeated = 0
     for i in range(keys.shape[0]):
         key = keys[i]
@@ -203,8 +215,7 @@ def check(keys: Keys, shard_map: ShardMap, shard: int) -> tuple[int, int]:
     """How many of the keys repeat an earlier one, and the index of the first that belongs to
     another shard, or -1.
     """
-    slots = np.full(1 << max(2 * len(keys) - 1, 1).bit_length(), -1, np.int32)
-    stray = np.full(1, -1, np.int64)
+    slots, stray = np.empty(_slots_for(len(keys)), np.int32), np.empty(1, np.int64)
     return _check(keys, shard_map.shard_of_bucket, shard, slots, stray), int(stray[0])
 
 

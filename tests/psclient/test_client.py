@@ -125,6 +125,13 @@ class TestTables:
         assert info.rows == sum(info.shard_rows) == 1000
         assert min(info.shard_rows) > 0
 
+    def test_keys_that_wait_for_a_row_are_counted(self, client: Client, name: str) -> None:
+        table = client.create_table(name, DIM, admission="counter", admission_args={"threshold": 2})
+        table.push([*range(1000), 1, 2, 3], np.ones((1003, DIM), np.float32))
+        info = table.describe()
+        assert (info.rows, info.waiting) == (3, 997)
+        assert 997 * 16 < info.counter_bytes < info.bytes
+
     def test_an_equal_table_is_left_alone(self, client: Client, name: str) -> None:
         table = summing(client, name)
         table.push([1], np.ones((1, DIM), np.float32))

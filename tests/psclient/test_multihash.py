@@ -322,12 +322,24 @@ class TestRules:
             KHash(offline(2), SIZES)
         with pytest.raises(InvalidArgument, match="tables must be of one client"):
             KHash([*offline(), *offline()], (5, 7))
+        with pytest.raises(InvalidArgument, match="tables must be of type Table, got 'user'"):
+            KHash(["user", "item"], (5, 7))  # type: ignore[list-item]
         tables = [*offline(1, 4)]
         tables.append(Table(tables[0].client, "other", 5))
         assert KHash(tables, (5, 7), "concatenate").dim == 9
         for combine in ("add", "multiply"):
             with pytest.raises(InvalidArgument, match=r"must have one dim .*, got \[4, 5\]"):
                 KHash(tables, (5, 7), combine)  # type: ignore[arg-type]
+
+    def test_numbers_are_whole(self) -> None:
+        with pytest.raises(InvalidArgument, match=r"universe must be an integer, got 30\.5"):
+            QuotientRemainder(*offline(), (5, 7), universe=30.5)  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgument, match="parts must be an integer, got '2'"):
+            sizes_for(100, "2")  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgument, match=r"threshold must be an integer, got 1\.5"):
+            MixedDimension(*offline(2), 1.5)  # type: ignore[arg-type]
+        numpys = QuotientRemainder(*offline(), np.array([5, 7]), universe=np.int32(30))  # type: ignore[arg-type]
+        assert (numpys.sizes, numpys.universe) == ((5, 7), 30)
 
     def test_combine(self) -> None:
         with pytest.raises(InvalidArgument, match="one of add, multiply, concatenate, got 'max'"):

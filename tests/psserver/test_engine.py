@@ -165,3 +165,62 @@ def test_a_loop_that_is_gone_ends_the_thread_quietly() -> None:
     gate.set()
     engine.close()
     assert not engine._thread.is_alive()
+
+
+def test_an_idle_engine_has_a_small_call_done_where_it_is_submitted() -> None:
+    async def act(engine: Engine) -> tuple[bool, str]:
+        future = engine.submit(lambda: threading.current_thread().name, at_once=True)
+        return future.done(), await future
+
+    assert with_engine(act) == (True, threading.current_thread().name)
+
+
+def test_a_busy_engine_keeps_the_order_whether_or_not_a_call_may_be_done_at_once() -> None:
+    seen: list[int] = []
+
+    async def act(engine: Engine) -> list[bool]:
+        gate = threading.Event()
+        futures = [engine.submit(gate.wait)]
+        for n in range(6):
+            futures.append(engine.submit(lambda n=n: seen.append(n), at_once=n % 2 == 0))
+        done = [future.done() for future in futures]
+        gate.set()
+        await asyncio.gather(*futures)
+        return done
+
+    assert with_engine(act) == [False] * 7
+    assert seen == list(range(6))
+
+
+def test_the_engine_waits_for_a_call_that_is_done_at_once() -> None:
+    seen: list[str] = []
+
+    async def act(engine: Engine) -> None:
+        other = threading.Thread(target=lambda: engine.run(lambda: seen.append("thread")))
+
+        def call() -> None:
+            other.start()
+            time.sleep(0.02)
+            seen.append("loop")
+
+        engine.submit(call, at_once=True)
+        await asyncio.to_thread(other.join)
+
+    with_engine(act)
+    assert seen == ["loop", "thread"]
+
+
+def test_what_is_done_at_once_fails_like_any_other_call() -> None:
+    async def act(engine: Engine) -> list[Any]:
+        def fail() -> None:
+            raise LookupError("mine")
+
+        futures = [engine.submit(fail, at_once=True)]
+        futures.append(engine.submit(lambda: None, time.monotonic() - 1, at_once=True))
+        futures.append(engine.submit(lambda: "after", at_once=True))
+        return [
+            type(each) if isinstance(each, Exception) else each
+            for each in await asyncio.gather(*futures, return_exceptions=True)
+        ]
+
+    assert with_engine(act) == [LookupError, DeadlinePassed, "after"]

@@ -113,7 +113,7 @@ def test_each_kind_of_change_is_a_record_of_the_next_version(shard: Shard, log: 
     assert pushed.frequencies.tolist() == [1, 1]
     assert pushed.rows.tolist() == [[-2.0, -2.0]] * 2
     assert isinstance(deleted, records.Delete)
-    assert deleted.origin == records.Origin(**then, time_us=1_500_000)
+    assert deleted.origin == records.Origin(**then, step=-4, time_us=1_500_000)  # the table's step
     assert (deleted.table, deleted.cause, deleted.keys.tolist()) == (1, Cause.REQUEST, [U64])
     assert isinstance(barrier, records.Barrier)
     assert barrier.name == "epoch-1"

@@ -1,0 +1,219 @@
+"""Eviction as the shard does it: slices between pushes, and what a restart must not change."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stores import Direct, Home, make_shard, push, schema
+
+from psproto import ps_pb2 as pb
+from psserver.errors import Draining, Overloaded
+from psserver.shard import SWEEPING, URGENT, Shard
+from psserver.sweeper import Sweeper
+from storage.admission import Probability, Sketch
+from storage.errors import DiskFull, UnknownTable
+from storage.eviction import CapacityLru, Norm, StepTtl, TimeTtl
+
+
+def rows(shard: Shard, table: str = "t") -> int:
+    return shard.describe(table)[1].rows
+
+
+def give(shard: Shard, keys: Any, **changes: Any) -> None:
+    shard.exchange([push(keys, **changes)], [])
+
+
+def ticks(shard: Shard, most: int = 100) -> float:
+    """Tick until nothing is to be done; the largest share that was asked for."""
+    asked = [shard.tick()]
+    while asked[-1]:
+        assert len(asked) < most
+        asked.append(shard.tick())
+    return max(asked)
+
+
+def test_without_rules_nothing_is_looked_at() -> None:
+    shard = make_shard()
+    shard.create_table(schema())
+    give(shard, range(100))
+    shard._numbered[1].table.view = None  # type: ignore[assignment]
+    assert shard.tick() == 0.0
+
+
+def test_tables_take_turns_and_a_dropped_one_none() -> None:
+    shard = make_shard()
+    for name in "abc":
+        shard.create_table(schema(name, evictions=(StepTtl(steps=2),)))
+        give(shard, range(10), table=name, step=0)
+        give(shard, range(4), table=name, step=9)
+    shard.drop_table("b")
+    assert ticks(shard) == SWEEPING
+    assert (rows(shard, "a"), rows(shard, "c")) == (4, 4)
+
+
+def test_a_table_far_above_its_rows_is_urgent() -> None:
+    shard = make_shard()
+    shard.create_table(schema(evictions=(CapacityLru(max_rows=10),)))
+    give(shard, range(1000))
+    assert shard.tick() == URGENT
+    ticks(shard)
+    assert rows(shard) == 10
+
+
+@pytest.mark.parametrize("rule", [StepTtl(steps=2), TimeTtl(seconds=5.0), Norm(grace=1)])
+def test_rows_that_stay_for_want_of_room_leave_once_there_is_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: Any
+) -> None:
+    now = [100.0]
+    with Home(tmp_path / "home", now=lambda: now[0]) as home:
+        shard = home.shard
+        shard.create_table(schema(evictions=(rule,)))
+        give(shard, range(100), value=0.0, step=0)
+        now[0] = 200.0
+        give(shard, [1000], value=5.0, step=9)
+
+        def full(*sizes: int) -> None:
+            raise DiskFull("here", sum(sizes))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(home.log, "reserve", full)
+            for _ in range(3):
+                with pytest.raises(DiskFull):
+                    shard.tick()
+            with pytest.raises(DiskFull):
+                shard.sweep_slice(*shard.sweep("t", dry=False))
+            assert rows(shard) == 101
+        ticks(shard)
+        assert rows(shard) == 1
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_restart_ages_no_sketch(tmp_path: Path, checkpoint: bool) -> None:
+    now = [100.0]
+    rules = {"admission": Sketch(threshold=8), "evictions": (TimeTtl(seconds=10.0),)}
+    with Home(tmp_path / "home", now=lambda: now[0]) as home:
+        home.shard.create_table(schema(**rules))
+        give(home.shard, [7], counts=np.array([1], np.uint32))
+        now[0] = 150.0  # so that something is stale
+        give(home.shard, [1, 2, 3], counts=np.array([5, 5, 5], np.uint32))
+        if checkpoint:
+            home.checkpoint()
+        home.reopen()
+        for _ in range(5):
+            home.shard.tick()
+        gate = home.shard._numbered[1].table.gate
+        assert gate.waiting(np.array([1, 2, 3], np.uint64)).tolist() == [5, 5, 5]
+
+
+def test_a_sketch_that_is_replayed_is_no_fuller_than_it_was(tmp_path: Path) -> None:
+    rule = Sketch(threshold=2, expected_keys=2000)
+    with Home(tmp_path / "home") as home:
+        home.shard.create_table(schema(admission=rule))
+        for start in range(0, 20_000, 500):
+            give(home.shard, range(start, start + 500))
+        home.reopen()
+        before = rows(home.shard)
+        give(home.shard, range(1 << 40, (1 << 40) + 500))
+        assert rows(home.shard) - before <= 10
+
+
+def test_a_part_of_a_sketch_is_damage(tmp_path: Path) -> None:
+    shard = make_shard()
+    shard.create_table(schema(admission=Sketch(expected_keys=100)))
+    gate = shard._numbered[1].table.gate
+    gate.load_cells(0, np.ones(8, np.uint8))
+    with pytest.raises(Exception, match="sketch of table 't': 8 bytes are no sketch of"):
+        shard.recovered()
+
+
+def test_keys_without_counters_are_no_part_of_a_record(tmp_path: Path) -> None:
+    with Home(tmp_path / "home") as home:
+        home.shard.create_table(schema(admission=Probability(p=1e-9)))
+        pushed = home.shard._numbered[1].table.push(
+            np.arange(9, dtype=np.uint64),
+            np.ones((9, 2), np.float32),
+            np.ones(9, np.uint32),
+            version=1,
+            step=0,
+        )
+        assert (len(pushed.keys), len(pushed.waiting), len(pushed.totals)) == (0, 0, 0)
+
+
+# ---- on demand
+
+
+class Slow(Direct):
+    """An engine that does something before its n-th call."""
+
+    def __init__(self, call: int, then: Callable[[], None]) -> None:
+        self._left, self._then = call, then
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        self._left -= 1
+        if not self._left:
+            self._then()
+        return call()
+
+
+def idle(shard: Shard) -> None:
+    shard.create_table(schema(evictions=(StepTtl(steps=2),)))
+    give(shard, range(100), step=0)
+    give(shard, [1000], step=9)
+
+
+def test_a_sweep_on_demand_tells_what_it_did() -> None:
+    shard = make_shard()
+    idle(shard)
+    sweeper = Sweeper(shard, Direct())  # type: ignore[arg-type]
+    told = sweeper.evict(pb.EvictRequest(table="t", dry_run=True))
+    assert (dict(told.evicted), told.rows, told.version) == ({"step_ttl": 100}, 101, 3)
+    told = sweeper.evict(pb.EvictRequest(table="t"))
+    assert (dict(told.evicted), told.rows, told.version) == ({"step_ttl": 100}, 101, 4)
+    assert rows(shard) == 1
+    with pytest.raises(UnknownTable):
+        sweeper.evict(pb.EvictRequest(table="u"))
+
+
+def test_a_stop_ends_a_sweep_that_is_not_done() -> None:
+    shard = make_shard()
+    idle(shard)
+    sweeper = Sweeper(shard, Direct())  # type: ignore[arg-type]
+    sweeper.stop()
+    with pytest.raises(Draining):
+        sweeper.evict(pb.EvictRequest(table="t"))
+    assert rows(shard) == 101
+
+
+def test_a_shard_does_one_sweep_on_demand_at_a_time() -> None:
+    shard = make_shard()
+    idle(shard)
+    refused: list[Exception] = []
+
+    def another() -> None:
+        def ask() -> None:
+            try:
+                sweeper.evict(pb.EvictRequest(table="t"))
+            except Overloaded as error:
+                refused.append(error)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+
+    sweeper = Sweeper(shard, Slow(2, another))  # type: ignore[arg-type]
+    sweeper.evict(pb.EvictRequest(table="t"))
+    assert len(refused) == 1
+    assert rows(shard) == 1
+
+
+def test_a_table_dropped_during_a_sweep_is_told() -> None:
+    shard = make_shard()
+    idle(shard)
+    sweeper = Sweeper(shard, Slow(3, lambda: shard.drop_table("t")))  # type: ignore[arg-type]
+    with pytest.raises(UnknownTable, match="'t'"):
+        sweeper.evict(pb.EvictRequest(table="t"))

@@ -1,0 +1,120 @@
+"""The examples: what the generated data promises, what fails them, and one from end to end."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """module(name): a file of the examples."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module
+
+
+class TestStream:
+    @pytest.fixture
+    def stream(self, module: Any) -> Any:
+        tail = module("tail")
+        return tail.Stream(0, tail.Scale(steps=5, batch=2048))
+
+    def test_a_step_is_the_same_whenever_it_is_asked_for(self, module: Any, stream: Any) -> None:
+        first = stream.batch(3)
+        stream.batch(4)
+        again = module("tail").Stream(0, stream.scale).batch(3)
+        for field in ("user", "item", "context"):
+            assert again.keys[field].tolist() == first.keys[field].tolist()
+        assert again.clicks.tolist() == first.clicks.tolist()
+        assert again.keys["user"].tolist() == stream.ids("user", 3).tolist()
+
+    def test_steps_and_seeds_differ(self, module: Any, stream: Any) -> None:
+        keys = set(stream.batch(3).keys["user"].tolist())
+        other = module("tail").Stream(1, stream.scale).batch(3)
+        assert not keys & set(other.keys["user"].tolist())
+        assert not keys & set(stream.batch(3).keys["item"].tolist())
+        assert stream.batch(4).clicks.tolist() != stream.batch(3).clicks.tolist()
+
+    @pytest.mark.parametrize("field", ["user", "item"])
+    def test_its_tail_is_that_of_a_public_log(self, module: Any, stream: Any, field: str) -> None:
+        seen = module("tail").Seen.of(stream, field)
+        assert int(seen.counts.sum()) == stream.learnt * 2048
+        assert 0.02 < seen.at_least(10) < 0.035
+        assert 0.15 < seen.at_least(2) < 0.2
+        assert seen.counts.max() < 0.011 * seen.counts.sum()
+
+    @pytest.mark.parametrize("field", ["user", "item"])
+    def test_half_of_the_places_change_hands_in_a_half_life(
+        self, module: Any, stream: Any, field: str
+    ) -> None:
+        half_life = module("tail").HALF_LIVES[field] * stream.scale.steps
+        places = np.arange(10_000, dtype=np.float64).view(np.uint64)
+        first, later, last = (
+            stream._holders(field, places, 7 + passed) for passed in (0, half_life, 2 * half_life)
+        )
+        assert (first == later).mean() == pytest.approx(0.5, abs=0.02)
+        assert not (first == last).any()
+
+
+class TestLongtail:
+    @pytest.mark.parametrize("ids", [10_000, 1_000_000])
+    def test_multi_hash_has_a_twentieth_and_tells_ids_apart(self, module: Any, ids: int) -> None:
+        seen = module("tail").Seen(np.arange(ids), np.ones(ids, np.int64))
+        sizes = module("ways").part_sizes(seen)
+        assert 0.95 * 4 * ids / 20 < sum(sizes) <= 4 * ids / 20
+        assert ids / prod(sizes) <= 1e-4
+        assert ids / prod(sizes[:1] * (len(sizes) - 1)) > 1e-4  # one part fewer
+
+    def test_each_claim_can_fail(self, module: Any) -> None:
+        longtail = module("longtail")
+        names = ("hashing", "multi-hash", "everything", "admission", "admission + eviction")
+        good = [
+            module("ways").Result(
+                name=name,
+                collisions={"hashing": 0.201, "multi-hash": 1.9e-4}.get(name, 0.0),
+                rows={"everything": 1000}.get(name, 300),
+                bytes=0,
+                counter_bytes=0,
+                parameters={"hashing": 20_000, "multi-hash": 1000}.get(name, 0),
+                auc={"everything": 0.7}.get(name, 0.69901),
+            )
+            for name in names
+        ]
+
+        def holding(**changes: Any) -> list[bool]:
+            results = [replace(one, **changes.get(f"r{at}", {})) for at, one in enumerate(good)]
+            return [claim.holds for claim in longtail.claims(results, 0.785, longtail.FULL)]
+
+        assert holding() == [True] * 6
+        broken = [
+            {"r0": {"collisions": 0.2}},
+            {"r1": {"collisions": 2e-4}},
+            {"r1": {"parameters": 1001}},
+            {"r4": {"rows": 301}},
+            {"r4": {"auc": 0.69899}},
+            {"r2": {"auc": 0.699}},
+        ]
+        for at, changes in enumerate(broken):
+            assert holding(**changes) == [claim != at for claim in range(6)], changes
+
+    @pytest.mark.slow
+    def test_its_claims_hold_on_a_short_stream(self, tmp_path: Path) -> None:
+        pytest.importorskip("plotly")
+        command = [sys.executable, EXAMPLES / "longtail.py", "--quick", "--html", "plots.html"]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (run.returncode, run.stderr) == (0, "")
+        assert run.stdout.count("holds") == 6
+        assert "stopped cleanly" in run.stdout
+        page = (tmp_path / "plots.html").read_text()
+        assert "admission + eviction" in page
+        assert "<script src" not in page
