@@ -29,7 +29,7 @@ from storage.arena import Budget
 from storage.base import BaseState, BaseTable
 from storage.block import Block
 from storage.errors import Corrupt, UnknownTable
-from storage.eviction import MOST, Sweep
+from storage.eviction import Sweep
 from storage.kernels import Keys, Rows
 from storage.records import Cause, Kind, Origin
 from storage.schema import Durability, TableSchema
@@ -40,7 +40,6 @@ from storage.versionlog import VersionLog
 MAX_BACKLOG = 256 << 20  # bytes appended and not yet written
 MAX_DROPPED = 4096  # tables that were dropped and whose schemas are remembered
 RECORD = 64  # bytes of a record beside its arrays, and more than a barrier's name needs beside it
-EVICTED = RECORD + 8 * MOST  # bytes of a record of what a slice of a sweep found, at most
 SWEEPING, URGENT = 0.03, 0.5  # shares of the engine's time for eviction
 _NO_VERSIONS, _NO_STEPS = np.empty(0, np.uint64), np.empty(0, np.int64)
 
@@ -346,9 +345,11 @@ class Shard:
             held = self._numbered[ruled[self._swept]]
             table, evictor = held.table, held.table.evictor
             if evictor.due(len(table), seconds):
-                self._reserve([EVICTED] * len(table.schema.evictions))
-                for cause, keys in evictor.tick(table.view(), seconds).items():
-                    self._evict(held, cause, keys)
+                try:
+                    self._evict(held, evictor.tick(table.view(), seconds))
+                except BaseException:
+                    evictor.again()
+                    raise
                 return URGENT if evictor.excess(len(table)) * 16 > len(table) else SWEEPING
         return 0.0
 
@@ -366,22 +367,21 @@ class Shard:
         if held is None:
             schema = self._schemas.get(number)
             raise UnknownTable(schema.name if schema else str(number))
-        if not sweep.dry:
-            self._reserve([EVICTED] * len(sweep.counts))
         view = held.table.view()
         victims = sweep.slice(view, held.table.evictor.now(self._now()))
-        for cause, keys in victims.keys(view).items():
-            self._evict(held, cause, keys)
+        self._evict(held, victims.keys(view))
 
     def tally(self, name: str) -> tuple[Tally, int]:
         """What the rules of a table did, and how many counters were dropped for age or room."""
         table = self._table(name)
         return table.tally, table.gate.dropped
 
-    def _evict(self, held: Held, cause: Cause, keys: Keys) -> None:
-        """Evict what a slice found; the log has room, so that the sweep loses none."""
+    def _evict(self, held: Held, victims: dict[Cause, Keys]) -> None:
+        """Evict what a slice found: all of it or, where the log has no room, none."""
+        self._reserve([RECORD + 8 * len(keys) for keys in victims.values()])
         evicted = held.table.tally.evicted
-        evicted[cause] = evicted.get(cause, 0) + self._delete(held, keys, cause)
+        for cause, keys in victims.items():
+            evicted[cause] = evicted.get(cause, 0) + self._delete(held, keys, cause)
 
     def _delete(self, held: Held, keys: Keys, cause: Cause, change: Change | None = None) -> int:
         """Delete rows as the next version, for which the log has room; how many there were."""

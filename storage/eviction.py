@@ -697,6 +697,10 @@ class Evictor:
             self._sweep = None
         return victims.keys(view)
 
+    def again(self) -> None:
+        """What the last slice found could not be deleted: begin a new sweep."""
+        self._sweep, self._last = None, Now(FIRST_STEP, 0)
+
     def pack(self) -> bytes:
         """step i64 | version u64 | bytes of times u64 | times | steps, little-endian.
 
