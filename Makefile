@@ -30,6 +30,8 @@ bench: .venv/dev  ## every benchmark; latest figures: docs/benchmarks.md
 	$(RUN) -m benchmarks.durability
 	$(RUN) -m benchmarks.checkpoint
 	$(RUN) -m benchmarks.freshness
+	$(RUN) -m benchmarks.eviction
+	$(RUN) -m benchmarks.analyze
 
 proto: .venv/proto  ## generate code from ps.proto
 	.venv-proto/bin/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto \

@@ -556,11 +556,6 @@ class Sweep:
         self._selection: Selection | None = None  # for the first of the tables' rules
 
     @property
-    def dry(self) -> bool:
-        """Whether it only counts."""
-        return self._dry
-
-    @property
     def done(self) -> bool:
         """Whether there is no slice left."""
         return self._end is not None and self._at >= self._end and not self._tables
