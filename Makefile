@@ -49,7 +49,7 @@ clean:
 	touch $@
 
 .venv/dev: .venv/server
-	$(PIP) -e '.[server,torch,export,dev]'
+	$(PIP) -e '.[server,torch,export,report,dev]'
 	touch $@
 
 .venv/proto: .venv/bin/python  # a release whose output both protobuf 6 and 7 load
