@@ -21,7 +21,7 @@ from storage.base import Base
 from storage.initializers import make_initializer
 from storage.optimizers import make_optimizer
 from storage.schema import TableSchema
-from storage.segment import Disk
+from storage.segment import HEADER, Disk
 from storage.versionlog import SEGMENT_NAME, VersionLog
 
 DIM = 2
@@ -228,7 +228,7 @@ def tail(directory: Path) -> tuple[Path, int]:
     data = (directory / "log" / "SYNCED").read_bytes()
     marks = [struct.unpack_from("<QQQ", data, at) for at in (0, SECTOR) if len(data) >= at + 24]
     ends = [end for _, of, end in marks if of == first]
-    return paths[-1], max(ends, default=0)
+    return paths[-1], max(ends, default=HEADER.size)  # the header is synced before the name
 
 
 def copy_of(source: Path, target: Path) -> Path:

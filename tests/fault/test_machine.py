@@ -396,7 +396,6 @@ class Machine(RuleBasedStateMachine):
 Machine.TestCase.settings = settings(
     max_examples=30,
     stateful_step_count=40,
-    derandomize=True,  # the same examples in every run
     phases=(Phase.generate,),  # a failure is told as it is found: shrinking takes minutes
     deadline=None,
     suppress_health_check=list(HealthCheck),
