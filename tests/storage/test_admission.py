@@ -624,11 +624,11 @@ def test_ageing_goes_a_slice_at_a_time() -> None:
 
 
 def test_a_cell_that_is_full_is_not_taken_from() -> None:
-    gate, keys = sketch(32, 1), spread(0, 3000)  # about five to a cell
-    gate.put(keys, 31 * ones(keys), ones(keys).astype(np.uint64))
+    gate, keys = sketch(32, 1), spread(0, 100)  # too few cells in use to age
+    gate.put(keys, 300 * ones(keys), ones(keys).astype(np.uint64))  # as ten keys of a cell would
     full = gate.cells() == 255
     assert full.any()
-    gate.forget(keys[:2000])
+    gate.forget(keys[:50])
     assert (gate.cells()[full] == 255).all()
     gate.close()
 
