@@ -1,6 +1,6 @@
 """What a shard keeps in its data directory beside the log: made in the background, read at a start.
 
-    data directory = LOCK  log/ (storage/versionlog.py)  base/ (storage/base.py)
+    data directory = LOCK  SHARD  log/ (storage/versionlog.py)  base/ (storage/base.py)
 
 A checkpoint takes the shard's version S, then goes through the rows while pushes go on, and packs
 those that changed since the last checkpoint into blocks. Once they are committed, the log up to S

@@ -1,6 +1,6 @@
 """A shard's state replaced by a checkpoint's: all of it or nothing, wherever the process dies.
 
-    data directory  = LOCK  log/  base/  restore/
+    data directory  = LOCK  SHARD  log/  base/  restore/
     restore/        = STATE                     which step is reached (checkpoint.py's JSON)
                     | base/                     what is to take the place of base/; complete once
                                                 STATE is there

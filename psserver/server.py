@@ -43,6 +43,8 @@ from psserver.shard import Shard
 from psserver.sweeper import Sweeper
 from psserver.warm import warm
 from storage.base import Base
+from storage.checkpoint import from_json, to_json
+from storage.disk import replace
 from storage.errors import Corrupt, StorageError
 from storage.store import Store
 from storage.versionlog import VersionLog
@@ -55,6 +57,7 @@ SERVICES = (
     "ps.v1.AnalysisService",
     "ps.v1.InfoService",
 )
+OWNER = "SHARD"  # file in a data directory: whose it is
 HEALTH = ("", "liveness", "readiness", *SERVICES)
 SWITCH_SECONDS = (
     1e-4  # loop and engine hand work to each other; 5 ms of waiting for the GIL is long
@@ -197,9 +200,10 @@ class Server:
     def _begin(self, directory: Path) -> State | None:
         """Recover; where a restore was committed, from what it brought, or else from what was."""
         try:
+            claim(directory, self._config.shard, self._shard.shard_map)
             restore = settle(directory)
         except (StorageError, OSError) as error:
-            raise ConfigError(f"data_dir: {error}") from error
+            raise _unfit(error) from error
         if restore is None or restore.phase != COMMITTED:
             self._recover(directory)
             return restore
@@ -235,8 +239,7 @@ class Server:
             self._base.close()
             if self._log is not None:
                 self._log.close()
-            damaged = "DATA_LOSS: " if isinstance(error, Corrupt) else ""
-            raise ConfigError(f"data_dir: {damaged}{error}") from error
+            raise _unfit(error) from error
         self._shard.attach(self._log)
         self._checkpointer = Checkpointer(
             self._shard,
@@ -269,6 +272,11 @@ class Server:
                 await self._health.set(name, status)
 
 
+def _unfit(error: Exception) -> ConfigError:
+    damaged = "DATA_LOSS: " if isinstance(error, Corrupt) else ""
+    return ConfigError(f"data_dir: {damaged}{error}")
+
+
 def _fail(error: Exception) -> None:
     """The log cannot be trusted any more: end without another word to any client."""
     log.critical("the version log failed", error=str(error))
@@ -285,6 +293,29 @@ def lock(directory: Path) -> IO[str]:
         held.close()
         raise ConfigError(f"data_dir: {directory} is in use by another server") from error
     return held
+
+
+def claim(directory: Path, shard: int, shard_map: routing.ShardMap) -> None:
+    """Note whose ``directory`` is; ConfigError if it is another shard's, or of another map.
+
+    A shard would find keys in it that are not its own, and miss others. Corrupt if the note is
+    damaged.
+    """
+    path = directory / OWNER
+    asked = {"format": 1, "shard": shard, "shards": shard_map.shards, "epoch": shard_map.epoch}
+    if not path.exists():
+        replace(path, to_json(asked))
+        return
+    held = {"format": 1, **from_json(path.read_bytes(), str(path))}
+    if held != asked:
+        owner, other = (
+            f"shard {each['shard']} of {each['shards']} (shard map of epoch {each['epoch']})"
+            for each in (held, asked)
+        )
+        raise ConfigError(
+            f"data_dir: {directory} is of {owner}, and this is {other}; for another number of"
+            " shards: psctl checkpoint, psserver on new directories, psctl restore"
+        )
 
 
 async def _serve(config: ServerConfig) -> bool:

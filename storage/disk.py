@@ -13,3 +13,14 @@ def sync(path: Path) -> None:
         os.fsync(held)
     finally:
         os.close(held)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Have a file of these bytes, or the one before it, on disk whatever happens meanwhile."""
+    fresh = path.with_name(path.name + ".new")
+    with fresh.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+    sync(path.parent)

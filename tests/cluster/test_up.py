@@ -18,6 +18,8 @@ from servers import Cluster, Labels, alive, eventually, free_ports, serve
 from stores import Home, push, schema, tail
 
 from psclient import Client, PsError, Table
+from psproto.routing import even_map
+from psserver.server import claim
 
 pytestmark = pytest.mark.slow
 
@@ -238,6 +240,12 @@ class TestServe:
             assert err == f"psserver: data_dir: {tmp_path}/data is in use by another server\n"
         with Server(*data, "--port", str(second)):
             pass
+
+    def test_a_data_directory_of_another_number_of_shards_is_refused(self, tmp_path: Path) -> None:
+        claim(tmp_path, 1, even_map(2))
+        flags = ("--metrics-port", "0", "--port", str(free_ports(1)), "--data-dir", str(tmp_path))
+        err = refused(*flags, "--shards", "3", "--shard", "1")
+        assert err.startswith(f"psserver: data_dir: {tmp_path} is of shard 1 of 2 ")
 
     def test_damage_is_refused_and_named(self, tmp_path: Path) -> None:
         with Home(tmp_path / "data") as home:
