@@ -51,7 +51,9 @@ class ServerConfig(BaseSettings):
     )
     max_message_bytes: int = Field(64 << 20, ge=1 << 16, le=1 << 30, description="of one request")
     max_keys: int = Field(4_000_000, ge=1, description="in one pull or push")
-    max_inflight_bytes: int = Field(1 << 30, ge=1 << 16, description="of requests at work")
+    max_inflight_bytes: int = Field(
+        1 << 30, ge=1 << 16, description="of requests and replies in memory; a stream may have 1/8"
+    )
     max_tables: int = Field(1024, ge=1, description="tables on this shard")
     max_sessions: int = Field(65_536, ge=1, description="clients remembered")
     session_ttl_seconds: float = Field(

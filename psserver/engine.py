@@ -107,22 +107,22 @@ class Engine:
             with self._turn:
                 result, error = _outcome(call, deadline)
             self._over()
-            if future is None:
-                continue
-            try:
-                self._loop.call_soon_threadsafe(_settle, future, result, error)
-            except RuntimeError:  # the loop is gone, and with it who asked
-                return
+            if future is not None:
+                try:
+                    self._loop.call_soon_threadsafe(_settle, future, result, error)
+                except RuntimeError:  # the loop is gone, and with it who asked
+                    return
+            del job, call, future, result, error  # requests and replies are large; idle may be long
 
 
 def _outcome(call: Callable[[], Any], deadline: float) -> tuple[Any, Exception | None]:
-    """Result and error of a call."""
+    """Result and error of a call; the error without its frames, which have the request."""
     try:
         if time.monotonic() > deadline:
             raise DeadlinePassed("the deadline passed before the work began")
         return call(), None
     except Exception as error:
-        return None, error
+        return None, error.with_traceback(None)
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:

@@ -56,7 +56,7 @@ class Counts:
         self.streams = 0
 
     def served(self, method: str, table: str, keys: int, size: int, seconds: float) -> None:
-        """Count one pull or push that succeeded."""
+        """Count one pull, push or delete that succeeded."""
         traffic = self.traffic.get((method, table))
         if traffic is None:
             traffic = self.traffic[method, table] = Traffic()
@@ -89,7 +89,7 @@ class ShardCollector(Collector):
             ("ps_sessions", "Client sessions remembered.", len(shard.sessions)),
             ("ps_memory_bytes", "Memory taken by tables.", shard.budget.held),
             ("ps_memory_budget_bytes", "Memory that tables may take.", shard.budget.limit),
-            ("ps_inflight_bytes", "Requests being worked on.", counts.inflight_bytes),
+            ("ps_inflight_bytes", "Requests, and replies not yet sent.", counts.inflight_bytes),
             ("ps_streams", "Open client streams.", counts.streams),
             ("ps_engine_waiting", "Calls waiting for the engine.", self._engine.waiting),
         ):
@@ -107,7 +107,9 @@ class ShardCollector(Collector):
 
     def _traffic(self) -> Iterator[Metric]:
         labels = ["method", "table"]
-        requests = CounterMetricFamily("ps_requests", "Pulls and pushes served.", labels=labels)
+        requests = CounterMetricFamily(
+            "ps_requests", "Pulls, pushes, deletes served.", labels=labels
+        )
         keys = CounterMetricFamily("ps_keys", "Keys in them.", labels=labels)
         size = CounterMetricFamily("ps_array_bytes", "Bytes of arrays in them.", labels=labels)
         latency = HistogramMetricFamily(

@@ -74,6 +74,7 @@ from storage.table import Mode
 from storage.versionlog import VersionLog
 
 PIPELINE = 64  # requests of one stream that may be at work
+SHARES = 8  # a stream is not read while it has this part of max_inflight_bytes in memory
 AT_ONCE = 4 << 20  # bytes of rows, a millisecond's work: the loop does no more itself
 WORKERS = 4  # threads for checkpoints and sweeps
 TELL_SECONDS = 0.2  # between two messages about a long piece of work
@@ -117,10 +118,26 @@ MODES: dict[int, Mode] = {
     pb.MODE_SERVE: "serve",
 }
 
-_Work = tuple[float, "asyncio.Future[codec.Exchanged] | Exception"]  # its start, and how it goes
+# its start, the bytes that it and its reply may take, what was asked for, and how it goes
+_Begun = tuple[float, int, codec.Exchange | None, "asyncio.Future[codec.Exchanged] | Exception"]
 
 
-_Answer = tuple[int, codec.Exchange, _Work]  # what a stream owes for the request of an id
+class _Flow:
+    """What one stream has at work.
+
+    answers  what it is owed, in order, by the ids of its requests; None: no more will come
+    held     bytes of requests and replies in them
+    room     set whenever there is less
+    gone     nobody reads any more
+    """
+
+    __slots__ = ("answers", "gone", "held", "room")
+
+    def __init__(self) -> None:
+        self.answers: asyncio.Queue[tuple[int, _Begun] | None] = asyncio.Queue()
+        self.held = 0
+        self.room = asyncio.Event()
+        self.gone = False
 
 
 def status_of(error: Exception) -> Status:
@@ -179,7 +196,9 @@ class Service:
         self._workers = ThreadPoolExecutor(WORKERS, "worker")
         self._analyses = analyses
         self._draining = False
+        self._share = config.max_inflight_bytes // SHARES
         self._streams: dict[asyncio.Task[Any], bool] = {}  # True while it waits for a message
+        self._writers: set[asyncio.Task[None]] = set()  # the loop holds tasks weakly
         self._working = 0  # calls being served, subscriptions not counted
         self._idle = asyncio.Event()  # set when none is
         self._idle.set()
@@ -377,9 +396,17 @@ class Service:
         return bytes(done.pushes[0].SerializeToString())
 
     async def delete(self, data: bytes, deadline: float) -> bytes:
+        start, size = time.perf_counter(), len(data)
+        self._admit(size)
         change = self._check_delete(codec.decode_delete(data))
-        done = await self._engine.submit(lambda: self._shard.delete(change), deadline)
+        self._counts.inflight_bytes += size
+        try:
+            done = await self._engine.submit(lambda: self._shard.delete(change), deadline)
+        finally:
+            self._counts.inflight_bytes -= size
         done.durable_version = await self._reached(done.version, done.achieved)
+        seconds, keys = time.perf_counter() - start, change.keys
+        self._counts.served("Delete", change.table, len(keys), keys.nbytes, seconds)
         return bytes(done.SerializeToString())
 
     async def exchange(self, data: bytes, deadline: float) -> bytes:
@@ -388,97 +415,135 @@ class Service:
 
     async def stream(self, _: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """Answer requests in the order in which they come, several of them at work at a time."""
+        flow = _Flow()
+        writer = asyncio.create_task(self._write(flow, context))
+        self._writers.add(writer)
+        writer.add_done_callback(self._writers.discard)
+        self._counts.streams += 1
+        try:
+            broken = await self._read(flow, context)
+            flow.answers.put_nowait(None)
+            await asyncio.shield(writer)
+        except BaseException:
+            flow.gone = True
+            flow.answers.put_nowait(None)
+            raise
+        finally:
+            self._counts.streams -= 1
+        if broken is not None:
+            self._count_error("Stream", status_of(broken))
+            await _abort(context, broken)
+
+    async def _read(
+        self, flow: _Flow, context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> Exception | None:
+        """Begin requests as they come and there is room; why that ends, if it was not the client.
+
+        Nothing keeps a message here once it is begun: no local, no error's traceback. The task is
+        not kept either: it would hold itself, by the error that ends it.
+        """
         task = asyncio.current_task()
         assert task is not None
-        answers: asyncio.Queue[_Answer | None] = asyncio.Queue(PIPELINE)
-        writer = asyncio.create_task(self._write(answers, context))
-        broken: Exception | None = None
-        self._counts.streams += 1
         try:
             while not self._draining:
                 self._streams[task] = True
                 data = await context.read()
                 self._streams[task] = False
-                if data is grpc.aio.EOF:
-                    break
-                try:
-                    header, exchange = codec.decode_stream_request(data)
-                except codec.Malformed as error:
-                    broken = error
-                    break
-                wait = header.timeout_ms / 1000 if header.timeout_ms else math.inf
-                answer = self._begin(exchange, len(data), time.monotonic() + wait)
-                await answers.put((header.id, exchange, answer))
+                if data is grpc.aio.EOF or flow.gone:
+                    return None
+                self._accept(flow, data)
+                del data
+                while flow.held >= self._share or flow.answers.qsize() >= PIPELINE:
+                    flow.room.clear()
+                    await flow.room.wait()
         except asyncio.CancelledError:
             if not self._draining:
-                writer.cancel()
                 raise
+        except codec.Malformed as error:
+            return error.with_traceback(None)
         finally:
-            self._counts.streams -= 1
             self._streams.pop(task, None)
-        await answers.put(None)
-        await writer
-        if broken is None and self._draining:
-            broken = Draining("the server is stopping")
-        if broken is not None:
-            self._count_error("Stream", status_of(broken))
-            await _abort(context, broken)
+            del task
+        return Draining("the server is stopping")
 
-    async def _write(
-        self,
-        answers: asyncio.Queue[_Answer | None],
-        context: grpc.aio.ServicerContext[bytes, bytes],
-    ) -> None:
-        """Write answers in their order until the queue says None."""
-        while (answer := await answers.get()) is not None:
-            id, exchange, work = answer
+    def _accept(self, flow: _Flow, data: bytes) -> None:
+        """Begin a request of a stream."""
+        header, exchange = codec.decode_stream_request(data)
+        wait = header.timeout_ms / 1000 if header.timeout_ms else math.inf
+        begun = self._begin(exchange, len(data), time.monotonic() + wait)
+        flow.held += begun[1]
+        flow.answers.put_nowait((header.id, begun))
+
+    async def _write(self, flow: _Flow, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        """Write answers in their order until the queue says None; none once the client is gone."""
+        while (answer := await flow.answers.get()) is not None:
+            id, begun = answer
             try:
-                data = codec.encode_stream_response(id, await self._finish(exchange, work))
+                done = await self._finish(begun)
+                data = b"" if flow.gone else codec.encode_stream_response(id, done)
+                del done
             except Exception as error:
                 status = status_of(error)
                 self._count_error("Stream", status)
                 mirrored = pb.Status.FromString(status.SerializeToString())
                 data = codec.encode_stream_response(id, mirrored)
-            await context.write(data)
+            if not flow.gone:
+                try:
+                    await context.write(data)
+                except Exception:  # gRPC has several, and they say that the call is over
+                    flow.gone = True
+            held = begun[1]
+            flow.held -= held
+            self._counts.inflight_bytes -= held
+            del answer, begun, data
+            flow.room.set()
 
     async def _exchange(
         self, exchange: codec.Exchange, size: int, deadline: float
     ) -> codec.Exchanged:
         """Have an exchange done. size: of the request, in bytes."""
-        return await self._finish(exchange, self._begin(exchange, size, deadline))
+        begun = self._begin(exchange, size, deadline)
+        held = begun[1]
+        try:
+            return await self._finish(begun)
+        finally:
+            del begun
+            self._counts.inflight_bytes -= held
 
-    def _begin(self, exchange: codec.Exchange, size: int, deadline: float) -> _Work:
-        """Check an exchange and hand it to the engine."""
+    def _begin(self, exchange: codec.Exchange, size: int, deadline: float) -> _Begun:
+        """Check an exchange and hand it to the engine; whoever called gives its bytes back."""
         start = time.perf_counter()
         try:
             self._admit(size)
             pushes = [self._check_push(push) for push in exchange.pushes]
             pulls = [self._check_pull(pull) for pull in exchange.pulls]
-        except Exception as error:
-            return start, error
-        self._counts.inflight_bytes += size
+            reply = min(self._shard.reply_bytes(pulls), self._config.max_message_bytes)
+            self._require_room(size + reply)
+        except Exception as error:  # without the frames, which have the request
+            return start, 0, None, error.with_traceback(None)
+        self._counts.inflight_bytes += size + reply
         work = self._engine.submit(
             lambda: self._shard.exchange(pushes, pulls),
             deadline,
             at_once=self._is_small([*pushes, *pulls]),
         )
-        if work.done():
-            self._free(size)
-        else:
-            work.add_done_callback(lambda _: self._free(size))
-        return start, work
+        return start, size + reply, exchange, work
 
     def _is_small(self, parts: Sequence[Push | Pull]) -> bool:
         """Whether the loop may do this itself: it is soon done, and waits for no disk."""
         size = self._shard.size(parts)
         return size <= AT_ONCE and (self._log is None or self._log.room > 2 * size)
 
-    async def _finish(self, exchange: codec.Exchange, begun: _Work) -> codec.Exchanged:
+    async def _finish(self, begun: _Begun) -> codec.Exchanged:
         """Wait for the engine, and count what was served."""
-        start, work = begun
-        if isinstance(work, Exception):
-            raise work
-        done = await work
+        start, _, exchange, work = begun
+        try:
+            if isinstance(work, Exception):
+                raise work
+            done = await work
+        finally:
+            del begun, work  # an error has this frame, which must not have the error
+        assert exchange is not None
         for pushed in done.pushes:
             pushed.durable_version = await self._reached(pushed.version, pushed.achieved)
         seconds = time.perf_counter() - start
@@ -501,11 +566,18 @@ class Service:
             )
         if inflight + size > config.max_inflight_bytes:
             raise Overloaded(
-                f"{inflight} bytes are being worked on, the limit is {config.max_inflight_bytes}"
+                f"requests and replies of {inflight} bytes are in memory, this one has {size}, the"
+                f" limit is {config.max_inflight_bytes}"
             )
 
-    def _free(self, size: int) -> None:
-        self._counts.inflight_bytes -= size
+    def _require_room(self, size: int) -> None:
+        """Refuse a request that with its reply takes so many bytes, if others take too many."""
+        inflight, limit = self._counts.inflight_bytes, self._config.max_inflight_bytes
+        if inflight and inflight + size > limit:
+            raise Overloaded(
+                f"requests and replies of {inflight} bytes are in memory, this one takes {size},"
+                f" the limit is {limit}"
+            )
 
     def _check_keys(self, table: str, keys: NDArray[np.uint64]) -> None:
         if len(keys) > self._config.max_keys:
@@ -588,7 +660,6 @@ class Service:
 
     def _check_delete(self, push: codec.Push) -> Change:
         header = push.header
-        self._admit(push.keys.nbytes)
         self._check_keys(header.table, push.keys)
         repeated, stray = routing.check(push.keys, self._shard.shard_map, self._shard.number)
         if stray >= 0:
@@ -632,13 +703,23 @@ class Service:
             remaining = context.time_remaining()
             deadline = math.inf if remaining is None else time.monotonic() + remaining
             try:
-                return await method(data, deadline)
+                answer = await method(data, deadline)
+                size = len(answer)
+                self._counts.inflight_bytes += size
+                task = asyncio.current_task()  # it ends once the answer is sent
+                assert task is not None
+                task.add_done_callback(lambda _: self._sent(size))
+                del task
+                return answer
             except Exception as error:
                 self._count_error(name, status_of(error))
                 await _abort(context, error)
                 raise AssertionError("abort returned") from None
 
         return grpc.unary_unary_rpc_method_handler(self._at_work(call))
+
+    def _sent(self, size: int) -> None:
+        self._counts.inflight_bytes -= size
 
     def _message(
         self,

@@ -426,6 +426,17 @@ class Shard:
                 size += RECORD + len(part.keys) * (16 + 4 * held.table.schema.width)
         return size
 
+    def reply_bytes(self, pulls: Sequence[Pull]) -> int:
+        """Bytes of arrays in the reply to these. From any thread; none of a table that is not
+        there.
+        """
+        size = 0
+        for pull in pulls:
+            held = self._tables.get(pull.table)
+            if held is not None:
+                size += self._pulled_bytes(pull, held.table.schema.dim)
+        return size
+
     def dump(self) -> dict[str, Any]:
         """Copies of everything the shard holds, for tests: as large as the shard."""
         return {name: self._tables[name].table.dump() for name in self.tables()}
@@ -690,11 +701,13 @@ class Shard:
             push.client, push.incarnation, push.sequence, push.acknowledged
         )
 
+    def _pulled_bytes(self, pull: Pull, dim: int) -> int:
+        return len(pull.keys) * (dim * WIRE[pull.dtype].itemsize + 24 * pull.with_metadata)
+
     def _check_pulls(self, pulls: Sequence[Pull]) -> None:
         size = 0
         for pull in pulls:
-            row = self._table(pull.table).schema.dim * WIRE[pull.dtype].itemsize
-            size += len(pull.keys) * (row + 24 * pull.with_metadata)
+            size += self._pulled_bytes(pull, self._table(pull.table).schema.dim)
             if pull.min_version > self.version:
                 raise VersionInFuture(
                     f"min_version {pull.min_version} asked for, shard {self.number} is at"

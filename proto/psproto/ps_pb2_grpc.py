@@ -346,7 +346,8 @@ class RowServiceServicer(object):
     def Stream(self, request_iterator, context):
         """Exchanges, pipelined. Each request is answered by one response with its id, in the order of
         arrival. A bad request is answered by `error` and the stream goes on; a message that cannot
-        be parsed ends it.
+        be parsed ends it. Of a client that does not read its answers the server reads no more requests
+        once a good part of what it may keep in memory is waiting.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

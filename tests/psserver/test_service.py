@@ -1,0 +1,201 @@
+"""The gRPC methods of a server in this process: what it keeps in memory, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status
+from servers import free_ports
+
+from psproto import codec
+from psproto import ps_pb2 as pb
+from psserver.config import load
+from psserver.server import Server
+
+DIM = 1024
+KEYS = np.arange(100, dtype=np.uint64)
+REPLY = len(KEYS) * DIM * 4  # bytes
+LIMIT = 8 << 20  # of max_inflight_bytes
+SHARE = LIMIT // 8
+
+
+class Peer:
+    """A client of one server, both on this loop."""
+
+    def __init__(self, server: Server, channel: grpc.aio.Channel) -> None:
+        self.counts = server._counts
+        self._channel = channel
+
+    async def call(self, method: str, data: bytes, timeout: float = 20) -> bytes:
+        return await self._channel.unary_unary(f"/ps.v1.{method}")(data, timeout=timeout)  # type: ignore[no-any-return]
+
+    async def create(self, name: str) -> None:
+        rule = pb.Rule(name="sgd", parameters={"lr": 1.0})
+        schema = pb.TableSchema(
+            name=name, dim=DIM, optimizer=rule, initializer=pb.Rule(name="zeros")
+        )
+        request = pb.CreateTableRequest(schema=schema)
+        await self.call("TableService/CreateTable", request.SerializeToString())
+
+    def stream(self) -> Any:
+        return self._channel.stream_stream("/ps.v1.RowService/Stream")()
+
+
+def with_server(act: Callable[[Peer], Awaitable[Any]], *flags: str) -> Any:
+    """Run ``await act(peer)`` beside a server that has a table "t"."""
+
+    async def run() -> Any:
+        port = free_ports(1)
+        server = Server(load(["--port", str(port), "--metrics-port", "0", *flags]), lambda: None)
+        await server.open()
+        options = [("grpc.max_receive_message_length", -1)]
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+                peer = Peer(server, channel)
+                await peer.create("t")
+                return await act(peer)
+        finally:
+            await server.close()
+
+    return asyncio.run(run())
+
+
+def pull(table: str = "t") -> codec.Pull:
+    return codec.Pull(pb.PullHeader(table=table), KEYS)
+
+
+def message(id: int, *pulls: codec.Pull) -> bytes:
+    header = pb.StreamRequestHeader(id=id)
+    return codec.encode_stream_request(header, codec.Exchange([], list(pulls)))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def settled(number: Callable[[], int]) -> int:
+    """A number once it has stayed the same for a while."""
+    last = -1
+    while last != (last := number()):
+        await asyncio.sleep(0.2)
+    return last
+
+
+def refusal(error: grpc.aio.AioRpcError) -> tuple[str, str]:
+    """Code and reason of a refused call."""
+    details = dict(error.trailing_metadata())["grpc-status-details-bin"]
+    info = ErrorInfo.FromString(Status.FromString(details).details[0].value)
+    return error.code().name, info.reason
+
+
+def requests() -> int:
+    """Requests that are in memory: decoded, and not yet dropped."""
+    gc.collect()
+    return sum(isinstance(each, codec.Exchange) for each in gc.get_objects())
+
+
+def left() -> int:
+    """Like ``requests``, but cycles count."""
+    return sum(isinstance(each, codec.Exchange) for each in gc.get_objects())
+
+
+def test_a_stream_whose_answers_nobody_reads_is_not_read_beyond_its_share() -> None:
+    async def act(peer: Peer) -> list[int]:
+        stream = peer.stream()
+        for id in range(1, 25):
+            await stream.write(message(id, pull()))
+        await stream.done_writing()
+        held = await settled(lambda: peer.counts.inflight_bytes)
+        assert SHARE <= held < SHARE + REPLY + 1000
+        assert peer.counts.traffic["Pull", "t"].requests < 24
+        answers = [codec.decode_stream_response(data) async for data in stream]
+        assert {answer.pulls[0].embeddings.nbytes for _, answer in answers} == {REPLY}
+        await until(lambda: peer.counts.inflight_bytes == 0)
+        return [id for id, _ in answers]
+
+    assert with_server(act, "--max-inflight-bytes", str(LIMIT)) == list(range(1, 25))
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_stream_that_is_given_up_leaves_nothing_in_memory(closed: bool) -> None:
+    async def act(peer: Peer) -> None:
+        before = requests()
+        gc.disable()
+        try:
+            stream = peer.stream()
+            for id in range(1, 25):
+                await stream.write(message(id, pull()))
+            if closed:
+                await stream.done_writing()
+            await settled(lambda: peer.counts.inflight_bytes)
+            stream.cancel()
+            del stream
+            await until(lambda: peer.counts.inflight_bytes == 0)
+            assert peer.counts.streams == 0
+            await until(lambda: left() == before)
+        finally:
+            gc.enable()
+
+    with_server(act, "--max-inflight-bytes", str(LIMIT))
+
+
+def test_a_refused_request_leaves_nothing_in_memory() -> None:
+    bad = codec.Pull(pb.PullHeader(table="t", mode=99), KEYS)  # type: ignore[arg-type]
+
+    async def act(peer: Peer) -> list[str]:
+        before = requests()
+        gc.disable()
+        try:
+            stream, reasons = peer.stream(), []
+            for id, one in enumerate([bad, pull("none"), bad, pull()]):
+                await stream.write(message(id, one))
+                _, answer = codec.decode_stream_response(await stream.read())
+                if isinstance(answer, pb.Status):
+                    reasons.append(ErrorInfo.FromString(answer.details[0].value).reason)
+            await until(lambda: left() == before)
+            await stream.write(message(9)[:-1] + b"\xff")
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stream.read()
+            await until(lambda: left() == before)
+            return reasons
+        finally:
+            gc.enable()
+
+    assert with_server(act) == ["INVALID_ARGUMENT", "TABLE_NOT_FOUND", "INVALID_ARGUMENT"]
+
+
+def test_replies_that_wait_count_against_the_limit_of_the_process() -> None:
+    async def act(peer: Peer) -> None:
+        streams = [peer.stream() for _ in range(8)]
+        for stream in streams:
+            for id in range(24):
+                await stream.write(message(id, pull()))
+        held = await settled(lambda: peer.counts.inflight_bytes)
+        assert held > LIMIT - REPLY
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await peer.call("RowService/Pull", codec.encode_pull(pull()))
+        assert refusal(caught.value) == ("RESOURCE_EXHAUSTED", "OVERLOADED")
+        for stream in streams:
+            stream.cancel()
+        await until(lambda: peer.counts.inflight_bytes == 0)
+        await peer.call("RowService/Pull", codec.encode_pull(pull()))
+
+    with_server(act, "--max-inflight-bytes", str(LIMIT))
+
+
+def test_a_reply_larger_than_the_limit_goes_out_where_nothing_else_is_in_memory() -> None:
+    async def act(peer: Peer) -> int:
+        data = await peer.call("RowService/Pull", codec.encode_pull(pull()))
+        await until(lambda: peer.counts.inflight_bytes == 0)
+        return codec.decode_pulled(data).embeddings.nbytes
+
+    assert with_server(act, "--max-inflight-bytes", str(1 << 16)) == REPLY
