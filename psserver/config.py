@@ -107,12 +107,14 @@ def load(flags: Sequence[str], environment: Mapping[str, str] | None = None) -> 
         raise ConfigError(f"unknown environment variables: {', '.join(unknown)}")
     rest = list(flags)
     path = environment.get(CONFIG)
-    if "--config" in rest:
-        at = rest.index("--config")
-        if at + 1 == len(rest):
-            raise ConfigError("--config needs a path")
-        path = rest[at + 1]
-        del rest[at : at + 2]
+    for at, flag in enumerate(rest):
+        name, joined, value = flag.partition("=")
+        if name == "--config":
+            if not joined and at + 1 == len(rest):
+                raise ConfigError("--config needs a path")
+            path = value if joined else rest[at + 1]
+            del rest[at : at + 2 - len(joined)]
+            break
     try:
         return CliApp.run(ServerConfig, cli_args=rest, **_file(path))
     except ValidationError as error:

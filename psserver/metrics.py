@@ -62,6 +62,11 @@ class Counts:
             traffic = self.traffic[method, table] = Traffic()
         traffic.add(keys, size, seconds)
 
+    def forget(self, table: str) -> None:
+        """Drop the series of a table that is gone."""
+        for where in [each for each in self.traffic if each[1] == table]:
+            del self.traffic[where]
+
     def failed(self, method: str, code: str, reason: str) -> None:
         """Count one request that was refused."""
         self.errors[method, code, reason] = self.errors.get((method, code, reason), 0) + 1
@@ -115,7 +120,10 @@ class ShardCollector(Collector):
         latency = HistogramMetricFamily(
             "ps_request_seconds", "From decoding to result, on the server.", labels=labels
         )
+        tables = set(self._shard.tables())
         for where, traffic in list(self._counts.traffic.items()):
+            if where[1] not in tables:  # dropped, and counted since by an answer that was late
+                continue
             requests.add_metric(where, traffic.requests)
             keys.add_metric(where, traffic.keys)
             size.add_metric(where, traffic.bytes)

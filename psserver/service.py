@@ -297,6 +297,7 @@ class Service:
 
     async def drop_table(self, request: pb.DropTableRequest) -> pb.DropTableResponse:
         await self._engine.submit(lambda: self._shard.drop_table(request.name))
+        self._counts.forget(request.name)
         await self._reached(self._shard.version, pb.DURABILITY_LOG)
         return pb.DropTableResponse()
 

@@ -169,6 +169,10 @@ def test_the_file_may_be_named_by_the_environment_and_a_flag_names_another(
     (tmp_path / "other").mkdir()
     other = file(tmp_path / "other", port=7200)
     assert load(["--config", str(other)]).port == 7200
+    assert load([f"--config={other}", "--shards", "3"]).model_dump(include={"port", "shards"}) == {
+        "port": 7200,
+        "shards": 3,
+    }
 
 
 def test_a_configuration_does_not_change() -> None:

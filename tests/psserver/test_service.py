@@ -199,3 +199,17 @@ def test_a_reply_larger_than_the_limit_goes_out_where_nothing_else_is_in_memory(
         return codec.decode_pulled(data).embeddings.nbytes
 
     assert with_server(act, "--max-inflight-bytes", str(1 << 16)) == REPLY
+
+
+def test_deletes_are_counted_and_a_dropped_table_takes_its_series_with_it() -> None:
+    async def act(peer: Peer) -> list[tuple[tuple[str, str], tuple[int, int, int]]]:
+        header = pb.PushHeader(table="t")
+        await peer.call("RowService/Delete", codec.encode_delete(header, KEYS))
+        await peer.create("gone")
+        await peer.call("RowService/Pull", codec.encode_pull(pull("gone")))
+        drop = pb.DropTableRequest(name="gone").SerializeToString()
+        await peer.call("TableService/DropTable", drop)
+        counted = peer.counts.traffic.items()
+        return [(where, (each.requests, each.keys, each.bytes)) for where, each in counted]
+
+    assert with_server(act) == [(("Delete", "t"), (1, len(KEYS), KEYS.nbytes))]
