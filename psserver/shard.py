@@ -405,14 +405,14 @@ class Shard:
         """Apply the pushes, then read the pulls.
 
         Every part is checked, and room in the log reserved, before the first push is applied.
-        OutOfMemory may come between two pushes; the earlier one is applied then, and repeating the
-        call with the same sequence numbers completes it.
+        OutOfMemory alone may come between two pushes; the earlier one is applied then, and the same
+        call under the same sequence numbers completes it.
         """
-        for push in pushes:
-            self._check_push(push)
+        known = [self._check_push(push) for push in pushes]
+        _check_order(pushes)
         self._check_pulls(pulls)
         self._reserve([self._record_bytes(push) for push in pushes])
-        pushed = [self._push(push) for push in pushes]
+        pushed = [self._push(push, version) for push, version in zip(pushes, known, strict=True)]
         return Exchanged(pushed, [self._pull(pull) for pull in pulls])
 
     def size(self, parts: Sequence[Push | Pull]) -> int:
@@ -676,8 +676,8 @@ class Shard:
             level = "applied"
         return DURABILITIES[level]
 
-    def _check_push(self, push: Push) -> None:
-        """Refuse a push that cannot be applied."""
+    def _check_push(self, push: Push) -> int | None:
+        """Refuse a push that cannot be applied; the version under which it was, or None."""
         schema = self._table(push.table).schema
         dim = schema.dim
         if push.lr is not None:
@@ -691,7 +691,7 @@ class Shard:
                 f"table {push.table!r} has dim {dim}, the gradients have {push.gradients.shape[1]}",
             )
         self._level(push)
-        self._applied(push)
+        return self._applied(push)
 
     def _applied(self, push: Change) -> int | None:
         """The version under which the change was applied already, or None."""
@@ -719,10 +719,9 @@ class Shard:
                 f"the reply would take {size} bytes, the limit is {self._reply_bytes}",
             )
 
-    def _push(self, push: Push) -> pb.PushResponse:
-        """Apply a push, unless it was already: perhaps just now, by the same exchange."""
+    def _push(self, push: Push, known: int | None) -> pb.PushResponse:
+        """Apply a push, unless it was already, under the version ``known``."""
         level = self._level(push)
-        known = self._applied(push)
         if known is not None:
             return pb.PushResponse(version=known, duplicate=True, achieved=level)
         held = self._held(push.table)
@@ -759,3 +758,32 @@ class Shard:
         if not pull.with_metadata:
             return Pulled(header, embeddings, _NO_VERSIONS, _NO_STEPS, _NO_VERSIONS)
         return Pulled(header, embeddings, *map(np.ascontiguousarray, table.metadata(locations)))
+
+
+def _check_order(pushes: Sequence[Push]) -> None:
+    """Refuse pushes of an exchange of which one could leave the next without its session.
+
+    A push makes its client forget what it acknowledges, and what is far behind it. So those of one
+    client must be of one incarnation, ascend, and acknowledge nothing of the exchange itself.
+    """
+    if len(pushes) < 2:
+        return
+    firsts: dict[int, Push] = {}
+    lasts: dict[int, Push] = {}
+    for push in pushes:
+        if not push.client:
+            continue
+        first, last = firsts.setdefault(push.client, push), lasts.get(push.client)
+        if last is not None and not (
+            push.incarnation == last.incarnation
+            and push.sequence > last.sequence
+            and push.acknowledged < first.sequence
+        ):
+            raise BadRequest(
+                "INVALID_ARGUMENT",
+                "pushes of one client in an exchange must be of one incarnation, ascend, and"
+                f" acknowledge none of each other: client {push.client:#x} has incarnation"
+                f" {push.incarnation} sequence {push.sequence} acknowledged {push.acknowledged}"
+                f" behind incarnation {last.incarnation} sequence {last.sequence}",
+            )
+        lasts[push.client] = push

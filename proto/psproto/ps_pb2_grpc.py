@@ -330,7 +330,8 @@ class RowServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Exchange(self, request, context):
-        """Pushes, then pulls, as one unit: refused as a whole if any part is invalid.
+        """Pushes, then pulls, as one unit: refused as a whole if any part is. OUT_OF_MEMORY alone may come
+        when some of several pushes are applied: see ExchangeRequest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

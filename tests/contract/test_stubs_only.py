@@ -342,15 +342,15 @@ def test_a_retried_push_is_a_duplicate_with_the_same_version(
         push_request(name, keys, [[1, 1]], sequence=number, **session) for number in (1, 2)
     )
     answers = [peer.rows.Push(request) for request in (first, second, first)]
-    answers += peer.rows.Exchange(pb.ExchangeRequest(pushes=[second, first])).pushes
+    answers += peer.rows.Exchange(pb.ExchangeRequest(pushes=[first, second])).pushes
     answers += conversation.ask(pb.ExchangeRequest(pushes=[first])).exchange.pushes
     version = answers[0].version
     assert [(answer.version, answer.duplicate) for answer in answers] == [
         (version, False),
         (version + 1, False),
         (version, True),
-        (version + 1, True),
         (version, True),
+        (version + 1, True),
         (version, True),
     ]
     assert embeddings(peer.rows.Pull(pull_request(name, keys))) == [[-2, -2]]

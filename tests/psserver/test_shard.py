@@ -345,13 +345,14 @@ def test_a_repeated_push_is_answered_with_its_version_and_applied_once(shard: Sh
         (4, False),
     ]
     before = state(shard)
-    assert answers(shard.exchange([protected([1], 2), protected([1], 1)], [])) == [
-        (4, True),
-        (3, True),
-    ]
+    for again in ([1, 2], [2], [1]):
+        assert answers(shard.exchange([protected([1], number) for number in again], [])) == [
+            (2 + number, True) for number in again
+        ]
     assert state(shard) == before
-    mixed = [protected([1], 2), protected([1], 3, acknowledged=2)]
+    mixed = [protected([1], 2, acknowledged=1), protected([1], 3, acknowledged=1)]
     assert answers(shard.exchange(mixed, [])) == [(4, True), (5, False)]
+    shard.exchange([protected([1], 4, acknowledged=3)], [])
     with pytest.raises(SessionExpired):
         shard.exchange([protected([1], 2)], [])
 
@@ -377,6 +378,7 @@ def test_versions_grow_by_one_with_each_push_that_takes_effect() -> None:
     version = 1
     for _ in range(300):
         sequences = rng.choice(np.arange(1, 60), size=int(rng.integers(1, 4)), replace=False)
+        sequences.sort()
         pushes = [protected([int(s)], int(s)) for s in sequences]
         want = []
         for sequence in sequences.tolist():
@@ -393,7 +395,44 @@ def test_versions_grow_by_one_with_each_push_that_takes_effect() -> None:
     assert {int(k): int(v) for k, v in rows.meta[:, :2]} == done
 
 
-def test_a_push_that_stands_twice_in_one_exchange_is_applied_once(shard: Shard) -> None:
-    twice = protected([1], 1)
-    assert answers(shard.exchange([twice, twice], [])) == [(3, False), (3, True)]
-    assert shard.version == 3
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((1, 5, 4), (1, 3, 0)),  # acknowledges the one behind it
+        ((1, 5000, 0), (1, 2, 0)),  # moves the window past it
+        ((2, 1, 0), (1, 2, 0)),  # replaces its incarnation
+        ((1, 2, 0), (2, 1, 0)),
+        ((1, 2, 0), (1, 2, 0)),
+        ((1, 2, 0), (1, 3, 2)),
+    ],
+)
+@pytest.mark.parametrize("between", [[], [push([5], client=0xB, sequence=1)], [push([6])]])
+def test_pushes_that_could_cost_each_other_the_session_are_refused_as_a_whole(
+    shard: Shard, first: tuple[int, int, int], second: tuple[int, int, int], between: list[Push]
+) -> None:
+    shard.exchange([protected([1], 1, incarnation=1)], [])
+    before = state(shard)
+    one, other = (
+        protected([1], sequence, incarnation=incarnation, acknowledged=acknowledged)
+        for incarnation, sequence, acknowledged in (first, second)
+    )
+    with pytest.raises(BadRequest) as caught:
+        shard.exchange([one, *between, other], [])
+    assert caught.value.reason == "INVALID_ARGUMENT"
+    assert str(caught.value) == (
+        "pushes of one client in an exchange must be of one incarnation, ascend, and acknowledge"
+        f" none of each other: client 0xa has incarnation {second[0]} sequence {second[1]}"
+        f" acknowledged {second[2]} behind incarnation {first[0]} sequence {first[1]}"
+    )
+    assert state(shard) == before
+
+
+def test_an_exchange_that_replaces_a_session_of_its_own_clients_is_applied_as_a_whole() -> None:
+    clock = [0.0]
+    shard = make_shard(clock=lambda: clock[0])
+    shard.create_table(schema())
+    for client in (0xA, 0xB):
+        shard.exchange([push([1], client=client, sequence=1)], [])
+    clock[0] = 1e9  # the two sessions that there may be have expired
+    new = [push([client], client=client, sequence=1) for client in (0xC, 0xD, 0xE)]
+    assert answers(shard.exchange(new, [])) == [(4, False), (5, False), (6, False)]
