@@ -77,6 +77,7 @@ PIPELINE = 64  # requests of one stream that may be at work
 SHARES = 8  # a stream is not read while it has this part of max_inflight_bytes in memory
 AT_ONCE = 4 << 20  # bytes of rows, a millisecond's work: the loop does no more itself
 WORKERS = 4  # threads for checkpoints and sweeps
+MESSAGE = 1024  # bytes of an error's; as a trailer, twice, it must stay below gRPC's 8 KiB
 TELL_SECONDS = 0.2  # between two messages about a long piece of work
 
 Code = grpc.StatusCode
@@ -147,6 +148,8 @@ def status_of(error: Exception) -> Status:
         (Code.INTERNAL, "INTERNAL"),
     )
     message = str(error) if reason != "INTERNAL" else f"internal error: {type(error).__name__}"
+    if len(text := message.encode(errors="replace")) > MESSAGE:
+        message = text[: MESSAGE - 3].decode(errors="ignore") + "..."
     info = ErrorInfo(reason=reason, domain="ps.v1")
     status = Status(code=code.value[0], message=message)
     if isinstance(error, Refused):
@@ -278,30 +281,41 @@ class Service:
 
     # ---- tables and server
 
-    async def create_table(self, request: pb.CreateTableRequest) -> pb.CreateTableResponse:
+    async def create_table(
+        self, request: pb.CreateTableRequest, deadline: float
+    ) -> pb.CreateTableResponse:
         schema = read_schema(request.schema)
-        held = await self._engine.submit(lambda: self._shard.create_table(schema))
+        held = await self._engine.submit(lambda: self._shard.create_table(schema), deadline)
         await self._reached(self._shard.version, pb.DURABILITY_LOG)
         told = await self._engine.submit(lambda: self._describe(held.name))
         return pb.CreateTableResponse(schema=told.schema, stats=told.stats)
 
-    async def describe_table(self, request: pb.DescribeTableRequest) -> pb.DescribeTableResponse:
-        return await self._engine.submit(lambda: self._describe(request.name))
+    async def describe_table(
+        self, request: pb.DescribeTableRequest, deadline: float
+    ) -> pb.DescribeTableResponse:
+        return await self._engine.submit(lambda: self._describe(request.name), deadline)
 
-    async def list_tables(self, request: pb.ListTablesRequest) -> pb.ListTablesResponse:
+    async def list_tables(
+        self, request: pb.ListTablesRequest, deadline: float
+    ) -> pb.ListTablesResponse:
         return await self._engine.submit(
             lambda: pb.ListTablesResponse(
                 tables=[self._describe(name) for name in self._shard.tables()]
-            )
+            ),
+            deadline,
         )
 
-    async def drop_table(self, request: pb.DropTableRequest) -> pb.DropTableResponse:
-        await self._engine.submit(lambda: self._shard.drop_table(request.name))
+    async def drop_table(
+        self, request: pb.DropTableRequest, deadline: float
+    ) -> pb.DropTableResponse:
+        await self._engine.submit(lambda: self._shard.drop_table(request.name), deadline)
         self._counts.forget(request.name)
         await self._reached(self._shard.version, pb.DURABILITY_LOG)
         return pb.DropTableResponse()
 
-    async def get_server_info(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:
+    async def get_server_info(
+        self, request: pb.GetServerInfoRequest, deadline: float
+    ) -> pb.GetServerInfoResponse:
         shard, limits = self._shard, self._config
         return pb.GetServerInfoResponse(
             release=self._release,
@@ -334,7 +348,9 @@ class Service:
 
     # ---- version log
 
-    async def wait_durable(self, request: pb.WaitDurableRequest) -> pb.WaitDurableResponse:
+    async def wait_durable(
+        self, request: pb.WaitDurableRequest, deadline: float
+    ) -> pb.WaitDurableResponse:
         if self._log is None:
             raise NoLog
         version = request.version or self._shard.version
@@ -346,14 +362,14 @@ class Service:
         await self._reached(version, pb.DURABILITY_FSYNC)
         return pb.WaitDurableResponse(durable_version=self._log.durable)
 
-    async def barrier(self, request: pb.BarrierRequest) -> pb.BarrierResponse:
+    async def barrier(self, request: pb.BarrierRequest, deadline: float) -> pb.BarrierResponse:
         if not NAME.fullmatch(request.name):
             raise BadRequest(
                 "INVALID_ARGUMENT",
                 "the name of a barrier must be 1..128 letters, digits or any of _ . / - and start"
                 f" with a letter, a digit or _, got {request.name[:200]!r}",
             )
-        version = await self._engine.submit(lambda: self._shard.barrier(request.name))
+        version = await self._engine.submit(lambda: self._shard.barrier(request.name), deadline)
         await self._reached(version, pb.DURABILITY_LOG)
         return pb.BarrierResponse(version=version)
 
@@ -367,8 +383,12 @@ class Service:
             self._count_error("Subscribe", status_of(error))
             await _abort(context, error)
 
-    async def write_rows(self, request: pb.WriteRowsRequest) -> pb.WriteRowsResponse:
-        done: pb.WriteRowsResponse = await self._on_worker(self._checkpoints.write_rows, request)
+    async def write_rows(
+        self, request: pb.WriteRowsRequest, deadline: float
+    ) -> pb.WriteRowsResponse:
+        done: pb.WriteRowsResponse = await self._on_worker(
+            self._checkpoints.write_rows, request, deadline
+        )
         await self._reached(done.version, pb.DURABILITY_LOG)
         return done
 
@@ -725,13 +745,13 @@ class Service:
     def _message(
         self,
         kind: type[Message],
-        method: Callable[[Any], Awaitable[Message]],
+        method: Callable[[Any, float], Awaitable[Message]],
         *,
         though_held: bool = False,
     ) -> grpc.RpcMethodHandler[bytes, bytes]:
         async def call(data: bytes, deadline: float) -> bytes:
             self._require_open(though_held=though_held)
-            return bytes((await method(_parse(kind, data))).SerializeToString())
+            return bytes((await method(_parse(kind, data), deadline)).SerializeToString())
 
         return self._unary(_name_of(kind), call)
 
@@ -747,13 +767,18 @@ class Service:
     def _blocking(
         self, kind: type[Message], method: Callable[[Any], Message], *, though_held: bool = False
     ) -> grpc.RpcMethodHandler[bytes, bytes]:
-        async def call(request: Any) -> Message:
-            return await self._on_worker(method, request)
+        async def call(request: Any, deadline: float) -> Message:
+            return await self._on_worker(method, request, deadline)
 
         return self._message(kind, call, though_held=though_held)
 
-    async def _on_worker(self, method: Callable[[Any], Any], request: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._workers, method, request)
+    async def _on_worker(self, method: Callable[[Any], Any], request: Any, deadline: float) -> Any:
+        def work() -> Any:
+            if time.monotonic() > deadline:
+                raise DeadlinePassed("the deadline passed before the work began")
+            return method(request)
+
+        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
     def _long(
         self, kind: type[Message], method: Callable[[Any, Progress], Message]

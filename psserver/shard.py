@@ -32,7 +32,7 @@ from storage.errors import Corrupt, UnknownTable
 from storage.eviction import Sweep
 from storage.kernels import Keys, Rows
 from storage.records import Cause, Kind, Origin
-from storage.schema import Durability, TableSchema
+from storage.schema import NAME, Durability, TableSchema
 from storage.table import Mode, Table, TableStats, Tally
 from storage.tiers.base import Scan
 from storage.versionlog import VersionLog
@@ -660,9 +660,15 @@ class Shard:
 
     def _held(self, name: str) -> Held:
         held = self._tables.get(name)
-        if held is None:
-            raise UnknownTable(name)
-        return held
+        if held is not None:
+            return held
+        if not NAME.fullmatch(name):
+            raise BadRequest(
+                "INVALID_ARGUMENT",
+                "table name must be 1..128 letters, digits or any of _ . / - and start with a"
+                f" letter, a digit or _, got {name[:200]!r}",
+            )
+        raise UnknownTable(name)
 
     def _table(self, name: str) -> Table:
         return self._held(name).table

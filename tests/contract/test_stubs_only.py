@@ -409,7 +409,7 @@ def bad_pushes(name: str, own: list[int], foreign: int) -> dict[str, tuple[str, 
         "infinity": (finite, push_request(name, one, [[float("-inf"), 1.0]])),
         "sum": (finite, push_request(name, one * 2, [[3e38] * DIM] * 2)),
         "unknown table": ("NOT_FOUND/TABLE_NOT_FOUND", push_request("no.table", one, ones)),
-        "no table": ("NOT_FOUND/TABLE_NOT_FOUND", push_request("", one, ones)),
+        "no table": (argument, push_request("", one, ones)),
         "foreign key": ("FAILED_PRECONDITION/WRONG_SHARD", push_request(name, [foreign], ones)),
         "counts": (argument, counts),
         "sequence 0": (argument, push_request(name, one, ones, client_id=1)),
@@ -430,10 +430,12 @@ def bad_pulls(name: str, own: list[int], foreign: int) -> dict[str, tuple[str, p
     torn = pull_request(name, own[:1])
     torn.keys = torn.keys[:-1]
     future = pull_request(name, own[:1], min_version=2**64 - 1)
+    argument = "INVALID_ARGUMENT/INVALID_ARGUMENT"
     return {
         "unknown table": ("NOT_FOUND/TABLE_NOT_FOUND", pull_request("no.table", own[:1])),
+        "bad name": (argument, pull_request("n" * 20_000, own[:1])),
         "foreign key": ("FAILED_PRECONDITION/WRONG_SHARD", pull_request(name, [foreign])),
-        "mode": ("INVALID_ARGUMENT/INVALID_ARGUMENT", pull_request(name, own[:1], mode=7)),
+        "mode": (argument, pull_request(name, own[:1], mode=7)),
         "torn keys": ("INVALID_ARGUMENT/MALFORMED_MESSAGE", torn),
         "dtype": ("INVALID_ARGUMENT/MALFORMED_MESSAGE", pull_request(name, own[:1], dtype=8)),
         "future": ("OUT_OF_RANGE/VERSION_IN_FUTURE", future),

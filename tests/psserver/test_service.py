@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -17,6 +19,7 @@ from servers import free_ports
 from psproto import codec
 from psproto import ps_pb2 as pb
 from psserver.config import load
+from psserver.errors import DeadlinePassed
 from psserver.server import Server
 
 DIM = 1024
@@ -31,6 +34,8 @@ class Peer:
 
     def __init__(self, server: Server, channel: grpc.aio.Channel) -> None:
         self.counts = server._counts
+        self.engine = server._engine
+        self.service = server._service
         self._channel = channel
 
     async def call(self, method: str, data: bytes, timeout: float = 20) -> bytes:
@@ -213,3 +218,81 @@ def test_deletes_are_counted_and_a_dropped_table_takes_its_series_with_it() -> N
         return [(where, (each.requests, each.keys, each.bytes)) for where, each in counted]
 
     assert with_server(act) == [(("Delete", "t"), (1, len(KEYS), KEYS.nbytes))]
+
+
+# ---- deadlines
+
+TABLE_METHODS: dict[str, Any] = {
+    "CreateTable": pb.CreateTableRequest(schema=pb.TableSchema(name="new", dim=1)),
+    "DropTable": pb.DropTableRequest(name="t"),
+    "DescribeTable": pb.DescribeTableRequest(name="t"),
+    "ListTables": pb.ListTablesRequest(),
+}
+
+
+@pytest.mark.parametrize("method", TABLE_METHODS)
+def test_what_a_caller_no_longer_waits_for_is_not_begun(method: str) -> None:
+    data = TABLE_METHODS[method].SerializeToString()
+
+    async def act(peer: Peer) -> list[str]:
+        gate = threading.Event()
+        slow = peer.engine.submit(gate.wait)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await peer.call(f"TableService/{method}", data, timeout=0.05)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        gate.set()
+        await slow
+        tables = await peer.call("TableService/ListTables", b"")
+        return [each.schema.name for each in pb.ListTablesResponse.FromString(tables).tables]
+
+    assert with_server(act) == ["t"]
+
+
+def test_what_waits_for_a_thread_past_its_deadline_is_not_begun() -> None:
+    begun: list[float] = []
+
+    async def act(peer: Peer) -> None:
+        work, now = peer.service._on_worker, time.monotonic()
+        await work(begun.append, 20.0, now + 20.0)
+        with pytest.raises(DeadlinePassed, match=r"^the deadline passed before the work began$"):
+            await work(begun.append, -1.0, now - 1.0)
+
+    with_server(act)
+    assert begun == [20.0]
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("letter", ["n", "\u00e4", "\U0001f600"])
+@pytest.mark.parametrize("length", [1, 128, 129, 20_000, 200_000])
+def test_an_error_about_a_name_reaches_its_caller_however_long_it_is(
+    letter: str, length: int
+) -> None:
+    name = letter * length
+    header = pb.PushHeader(table=name)
+    one = np.ones(1, np.uint64)
+    rule = pb.TableSchema(name="a", dim=4, optimizer=pb.Rule(name=name))
+    calls = {
+        "RowService/Pull": codec.encode_pull(pull(name)),
+        "RowService/Push": codec.encode_push(codec.Push(header, one, None, np.ones(1, np.float32))),
+        "RowService/Delete": codec.encode_delete(header, one),
+        "TableService/DescribeTable": pb.DescribeTableRequest(name=name).SerializeToString(),
+        "TableService/DropTable": pb.DropTableRequest(name=name).SerializeToString(),
+        "TableService/Evict": pb.EvictRequest(table=name).SerializeToString(),
+        "AnalysisService/Inspect": pb.InspectRequest(table=name).SerializeToString(),
+    }
+    fits = letter == "n" and length <= 128
+    wanted = ("NOT_FOUND", "TABLE_NOT_FOUND") if fits else ("INVALID_ARGUMENT",) * 2
+
+    async def act(peer: Peer) -> None:
+        for method, data in calls.items():
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await peer.call(method, data)
+            assert (method, refusal(caught.value)) == (method, wanted)
+        request = pb.CreateTableRequest(schema=rule)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await peer.call("TableService/CreateTable", request.SerializeToString())
+        assert refusal(caught.value) == ("INVALID_ARGUMENT",) * 2
+
+    with_server(act)

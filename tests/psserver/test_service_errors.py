@@ -218,6 +218,15 @@ def test_delays_are_given_where_ps_proto_says_so() -> None:
     assert promised == {reason for _, _, reason, _, delay in EXAMPLES if delay is not None}
 
 
+@pytest.mark.parametrize("letter", ["n", "\u00e4", "\U0001f600"])
+def test_a_long_message_is_cut(letter: str) -> None:
+    status = status_of(BadRequest("INVALID_ARGUMENT", letter * 20_000))
+    kept = 1021 // len(letter.encode())
+    assert status.message == letter * kept + "..."
+    whole = letter * (1024 // len(letter.encode()))
+    assert status_of(BadRequest("INVALID_ARGUMENT", whole)).message == whole
+
+
 class Child(UnknownTable):
     """An error that nobody listed."""
 
