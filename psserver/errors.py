@@ -17,6 +17,7 @@
   - Restoring         between two steps of a restore
   - TooLarge          over a limit of this server
   - Overloaded        too much is in flight; later is fine
+  - Starting          not ready yet
   - Draining          the server is stopping; another one will answer
   - DeadlinePassed    the caller no longer waits; nothing was applied
 """
@@ -175,6 +176,16 @@ class Overloaded(Refused):
 
     reason = "OVERLOADED"
     retry_after = 0.1
+
+
+class Starting(Refused):
+    """Not ready yet."""
+
+    reason = "STARTING"
+    retry_after = 0.5
+
+    def __init__(self) -> None:
+        super().__init__("the shard is starting: it brings back what it held")
 
 
 class Draining(Refused):

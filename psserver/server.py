@@ -4,7 +4,8 @@
     event loop      gRPC on uvloop; small work in the engine's place, while that is idle
     metrics thread  answers /metrics
 
-A server is ready once its kernels are loaded and it listens. SIGTERM or SIGINT: health turns
+A server listens at once. It is alive then, and refuses work with UNAVAILABLE until its kernels are
+loaded and its shard is recovered; then health turns SERVING. SIGTERM or SIGINT: health turns
 NOT_SERVING, new work is refused with UNAVAILABLE, work in hand is finished, the process ends.
 """
 
@@ -38,7 +39,7 @@ from psserver.engine import Engine
 from psserver.feed import Feed
 from psserver.metrics import Counts, FeedCollector, ShardCollector
 from psserver.restore import COMMITTED, Restores, State, failed, loaded, settle
-from psserver.service import Service
+from psserver.service import Door, Service
 from psserver.shard import Shard
 from psserver.sweeper import Sweeper
 from psserver.warm import warm
@@ -94,12 +95,45 @@ class Server:
             max_tombstones=config.max_tombstones,
         )
 
+    async def listen(self) -> None:
+        """Answer that the shard is alive, and not ready; ConfigError if the port is taken."""
+        config = self._config
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", TRANSPORT_SLACK * config.max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        self._door = Door()
+        self._server.add_generic_rpc_handlers((self._door,))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        address = f"{config.host}:{config.port}"
+        try:
+            self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise ConfigError(f"port: cannot listen on {address}: {error}") from error
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._health.set("liveness", health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+
     async def open(self) -> None:
-        """Listen and serve."""
+        """Recover and serve; ConfigError if that cannot be."""
+        try:
+            await self._open()
+        except BaseException:
+            await self._server.stop(0)
+            raise
+
+    async def _open(self) -> None:
         config = self._config
         self._log: VersionLog | None = None
         self._feed: Feed | None = None
-        restore = self._begin(config.data_dir) if config.data_dir is not None else None
+        restore: State | None = None
+        if config.data_dir is not None:
+            restore = await asyncio.to_thread(self._begin, config.data_dir)
         pins: dict[str, int] = {} if self._log is None else self._checkpointer.pins
         self._checkpoints = Checkpoints(self._shard, self._engine, self._log, pins, self._store())
         self._restores = Restores(
@@ -124,22 +158,6 @@ class Server:
             self._feed,
         )
         self._engine.open(asyncio.get_running_loop())
-        self._server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", TRANSPORT_SLACK * config.max_message_bytes),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
-            ]
-        )
-        self._server.add_generic_rpc_handlers(self._service.handlers())
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
-        address = f"{config.host}:{config.port}"
-        try:
-            self._server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise ConfigError(f"port: cannot listen on {address}: {error}") from error
         if config.metrics_port:
             registry = CollectorRegistry()
             registry.register(ShardCollector(self._shard, self._engine, self._counts, self._log))
@@ -155,10 +173,10 @@ class Server:
                 raise ConfigError(
                     f"metrics_port: cannot listen on {config.host}:{config.metrics_port}: {error}"
                 ) from error
-        await self._server.start()
         if self._log is not None:
             self._checkpointer.open()
         self._sweeper.open()
+        self._door.open(self._service)
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def close(self) -> None:
@@ -325,7 +343,6 @@ async def _serve(config: ServerConfig) -> bool:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    warm()
     again = threading.Event()
 
     def restart() -> None:
@@ -333,6 +350,8 @@ async def _serve(config: ServerConfig) -> bool:
         loop.call_soon_threadsafe(stop.set)
 
     server = Server(config, restart)
+    await server.listen()
+    await asyncio.to_thread(warm)
     await server.open()
     log.info(
         "ready",

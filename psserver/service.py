@@ -46,6 +46,7 @@ from psserver.errors import (
     RestoreConflict,
     Restoring,
     SessionExpired,
+    Starting,
     TooLarge,
     VersionCompacted,
     VersionInFuture,
@@ -107,6 +108,7 @@ CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     DeadlinePassed: (Code.DEADLINE_EXCEEDED, ""),
     Corrupt: (Code.DATA_LOSS, "DATA_LOSS"),
     UnknownFormat: (Code.DATA_LOSS, "DATA_LOSS"),
+    Starting: (Code.UNAVAILABLE, ""),
     Draining: (Code.UNAVAILABLE, ""),
     Restoring: (Code.UNAVAILABLE, ""),
     StoreFailed: (Code.UNAVAILABLE, "STORE_FAILED"),
@@ -167,6 +169,30 @@ def _detail(message: Message) -> Detail:
     detail = Detail()
     detail.Pack(message)
     return detail
+
+
+class Door:
+    """The way to the methods, a grpc.GenericRpcHandler: refused until there is a service."""
+
+    def __init__(self) -> None:
+        self._handlers: tuple[grpc.GenericRpcHandler, ...] = ()
+        self._closed = grpc.stream_stream_rpc_method_handler(_refuse)  # fits all four kinds
+
+    def open(self, service: Service) -> None:
+        """Let calls in from now on."""
+        self._handlers = service.handlers()
+
+    def service(
+        self, handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        if not self._handlers and handler_call_details.method.startswith("/ps.v1."):
+            return self._closed
+        found = (each.service(handler_call_details) for each in self._handlers)
+        return next((each for each in found if each is not None), None)
+
+
+async def _refuse(_: Any, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+    await _abort(context, Starting())
 
 
 class Service:

@@ -59,6 +59,7 @@ def with_server(act: Callable[[Peer], Awaitable[Any]], *flags: str) -> Any:
     async def run() -> Any:
         port = free_ports(1)
         server = Server(load(["--port", str(port), "--metrics-port", "0", *flags]), lambda: None)
+        await server.listen()
         await server.open()
         options = [("grpc.max_receive_message_length", -1)]
         try:

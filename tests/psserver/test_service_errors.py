@@ -176,7 +176,7 @@ EXAMPLES: list[tuple[Exception, str, str, dict[str, str], float | None]] = [
     ),
     *(
         (kind(), CODES[kind][0].name, kind.reason, {}, kind.retry_after)  # type: ignore[attr-defined]
-        for kind in (refusals.NoCheckpointUrl, refusals.Restoring)
+        for kind in (refusals.NoCheckpointUrl, refusals.Restoring, refusals.Starting)
     ),
     (storage_errors.StoreFailed("file", "io"), "UNAVAILABLE", "STORE_FAILED", {}, None),
     (
