@@ -2,14 +2,19 @@
 
 Every contender gets the same batches, in turns. The roofs: reading random cache lines as fast as
 the memory lets (per line), and copying (per byte). A key costs one line in the index; a row of
-dim 32 with Adagrad state four, read and written.
+dim 32 with Adagrad state four, read and written. The shares say how long the roof would take for
+the lines, or the bytes, of a row, by how long the kernel takes: 1 is at the roof.
+
+Where there is no g++, the roofs are measured by a loop of numba and by numpy, and there is nothing
+to compare with.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,12 +25,27 @@ from psclient.batch import Batch
 from psproto import routing
 from storage.arena import Arena, Budget
 from storage.index import Index, find
-from storage.kernels import gather
+from storage.kernels import gather, jit, mix64, prefetch
 from storage.optimizers import OPTIMIZERS, make_optimizer
 
 N = 10_000  # keys in a batch
 DIM = 32
 LINES = 256 // 64  # of a row of 64 floats
+LINES_AHEAD = 32  # asked for ahead where nothing else is done
+
+
+class Roofs(NamedTuple):
+    """What the machine can do."""
+
+    line: float  # nanoseconds for a random cache line
+    copied: float  # GB/s
+
+    def shares(self, ns: float, lines: int, size: int) -> dict[str, Any]:
+        """Of each roof, reached by ``ns`` nanoseconds for so many lines and bytes."""
+        return {
+            "of random lines": lines * self.line / ns,
+            "of copying": size / self.copied / ns,
+        }
 
 
 class Setup:
@@ -59,89 +79,97 @@ def main() -> None:
     if cpp is None:
         report.note("C++ left out: no g++ here (apt-get install g++)")
     steps = 60 if options.quick else 300
-    line, copied = _roofs(setup, cpp)
+    roofs = _roofs(setup, cpp)
     report.note(
-        f"roofs: a random cache line {line:.1f} ns; copying {copied:.1f} GB/s"
-        f" ({2 * DIM * 4 / copied:.1f} ns a row of 256 bytes)"
+        f"roofs: a random cache line {roofs.line:.1f} ns; copying {roofs.copied:.1f} GB/s"
+        f" ({2 * DIM * 4 / roofs.copied:.1f} ns a row of 256 bytes)"
     )
     report.section(
-        f"rows, uniform, {setup.rows:,} of them, {N:,} a batch", _rows(setup, cpp, steps, line)
+        f"rows, uniform, {setup.rows:,} of them, {N:,} a batch", _rows(setup, cpp, steps, roofs)
     )
-    report.section("optimizers, dim 32, the same rows", _optimizers(setup, steps, line))
+    report.section("optimizers, dim 32, the same rows", _optimizers(setup, steps, roofs))
     report.section("index, inserting", _inserts(setup, cpp))
     report.section(f"a batch of the standard work, {N:,} x {DIM}", _batches(cpp, steps))
     report.close()
 
 
-def _roofs(setup: Setup, cpp: Any) -> tuple[float, float]:
-    """Nanoseconds for a random line, and GB/s of a copy."""
+def _roofs(setup: Setup, cpp: Any) -> Roofs:
+    lines = setup.slab.array[: setup.rows].view(np.uint64).reshape(-1)
+    count, reads = len(lines) // 8, 500_000
+    target, source = np.empty(256 << 20, np.uint8), np.ones(256 << 20, np.uint8)
     if cpp is not None:
-        lines = setup.slab.array[: setup.rows].view(np.uint64).reshape(-1)
-        access = min(
-            cpp.random_access_roof(lines, len(lines) // 8, 500_000, seed) for seed in range(20)
-        )
-        target = np.empty(256 << 20, np.uint8)
-        source = np.ones(256 << 20, np.uint8)
-        return float(access), float(cpp.copy_roof(target, source, len(source), 5))
-    raise SystemExit("the roofs are measured in C++: apt-get install g++")
+        seeds = range(0, 20 * reads, reads)  # of lines that differ from time to time
+        access = min(cpp.random_access_roof(lines, count, reads, seed) for seed in seeds)
+        return Roofs(float(access), float(cpp.copy_roof(target, source, len(source), 5)))
+    by_line = lines.reshape(-1, 8)
+    _read_lines(by_line, count, 1000, 0)  # compiles
+    read = min(_seconds(lambda: _read_lines(by_line, count, reads, seed)) for seed in range(20))  # noqa: B023
+    copy = min(_seconds(lambda: np.copyto(target, source)) for _ in range(5))
+    return Roofs(read * 1e9 / reads, len(source) / copy / 1e9)
 
 
-def _rows(setup: Setup, cpp: Any, steps: int, line: float) -> list[dict[str, Any]]:
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@jit
+def _read_lines(lines: Any, count: int, reads: int, seed: int) -> Any:
+    """Read random lines, none of which waits for another; their sum, or the loop would go.
+
+    lines  uint64[count, 8], far more than the caches hold; count < 2**32
+    """
+    total, most, first = np.uint64(0), np.uint64(count), np.uint64(seed * reads)
+    for i in range(reads):
+        ahead = (mix64(first + np.uint64(i + LINES_AHEAD)) >> np.uint64(32)) * most >> np.uint64(32)
+        prefetch(lines, np.int64(ahead), 0)
+        at = (mix64(first + np.uint64(i)) >> np.uint64(32)) * most >> np.uint64(32)
+        total += lines[np.int64(at), 0]
+    return total
+
+
+def _rows(setup: Setup, cpp: Any, steps: int, roofs: Roofs) -> list[dict[str, Any]]:
     index, slab, out = setup.index, setup.slab.array, setup.out
     entries, directory, depth = index._entries.array, index._directory, index._depth
     adagrad = make_optimizer("adagrad", 0.05, {})
-    size = 1 << (setup.rows * 4 // 3).bit_length() if cpp is not None else 2
-    flat = np.zeros((size, 2), np.uint64)
-    numba: dict[str, Callable[[int], Any]] = {
+    contenders: dict[str, Callable[[int], Any]] = {
         "find": lambda i: find(
             entries, directory, depth, index._salt, setup.asked[i % 64], setup.found
         ),
         "gather": lambda i: gather(slab, setup.batches[i % 64], DIM, out),
         "adagrad": lambda i: adagrad.step(slab, setup.batches[i % 64], setup.gradients, 0.05, 1),
     }
-    locations = np.arange(1, setup.rows + 1, dtype=np.int64)
-    cpp.index_insert(flat, size - 1, setup.keys, locations, setup.rows)
-    found = np.empty(N, np.int64)
-    other: dict[str, Callable[[int], Any]] = {
-        "find": lambda i: cpp.index_find(flat, size - 1, setup.asked[i % 64], N, found),
-        "gather": lambda i: cpp.gather(slab, 2 * DIM, DIM, setup.batches[i % 64], N, out),
-        "adagrad": lambda i: cpp.adagrad(
-            slab, 2 * DIM, DIM, setup.batches[i % 64], setup.gradients, N, 0.05, 1e-10
-        ),
-    }
-    contenders = {f"numba {name}": call for name, call in numba.items()}
-    contenders |= {f"C++ {name}": call for name, call in other.items()}
+    if cpp is not None:
+        size = 1 << (setup.rows * 4 // 3).bit_length()
+        flat = np.zeros((size, 2), np.uint64)
+        locations = np.arange(1, setup.rows + 1, dtype=np.int64)
+        cpp.index_insert(flat, size - 1, setup.keys, locations, setup.rows)
+        found = np.empty(N, np.int64)
+        contenders |= {
+            "C++ find": lambda i: cpp.index_find(flat, size - 1, setup.asked[i % 64], N, found),
+            "C++ gather": lambda i: cpp.gather(slab, 2 * DIM, DIM, setup.batches[i % 64], N, out),
+            "C++ adagrad": lambda i: cpp.adagrad(
+                slab, 2 * DIM, DIM, setup.batches[i % 64], setup.gradients, N, 0.05, 1e-10
+            ),
+        }
     whole = slab[: setup.rows]  # take copies what is not contiguous, so it takes whole rows
     contenders["np.take"] = lambda i: np.take(whole, setup.batches[i % 64], axis=0)
     times = interleave(contenders, steps=steps, rounds=10, warm=3)
-    lines = {"find": 1, "gather": LINES // 2, "adagrad": LINES}
+    each = {name: float(np.median(seconds)) / N * 1e9 for name, seconds in times.items()}
+    lines = {"find": 1, "gather": LINES // 2, "adagrad": LINES, "np.take": LINES}
     rows = []
     for name, touched in lines.items():
-        ours = float(np.median(times[f"numba {name}"])) / N * 1e9
-        theirs = float(np.median(times[f"C++ {name}"])) / N * 1e9
-        rows.append(
-            {
-                "kernel": name,
-                "ns a row": ours,
-                "C++ ns": theirs,
-                "x C++ (<= 1.35)": ours / theirs,
-                "x random lines": touched * line / ours,
-            }
-        )
-    take = float(np.median(times["np.take"])) / N * 1e9
-    rows.append(
-        {
-            "kernel": "np.take, for comparison",
-            "ns a row": take,
-            "C++ ns": None,
-            "x C++ (<= 1.35)": None,
-            "x random lines": LINES // 2 * line / take,
-        }
-    )
+        row: dict[str, Any] = {"kernel": name, "ns a row": each[name]}
+        if cpp is not None:
+            theirs = each.get(f"C++ {name}")
+            ratio = None if theirs is None else each[name] / theirs
+            row |= {"C++ ns": theirs, "x C++ (<= 1.35)": ratio}
+        rows.append(row | roofs.shares(each[name], touched, 64 * touched))
     return rows
 
 
-def _optimizers(setup: Setup, steps: int, line: float) -> list[dict[str, Any]]:
+def _optimizers(setup: Setup, steps: int, roofs: Roofs) -> list[dict[str, Any]]:
     rows = []
     for name in OPTIMIZERS:
         optimizer = make_optimizer(name, 0.001, {})
@@ -154,15 +182,8 @@ def _optimizers(setup: Setup, steps: int, line: float) -> list[dict[str, Any]]:
         step = partial(_step, optimizer, slab, slots, setup.gradients)
         seconds = np.median(interleave({name: step}, steps=steps // 3, rounds=1)[name])
         each = float(seconds) / N * 1e9
-        touched = -(-width * 4 // 64)
-        rows.append(
-            {
-                "optimizer": name,
-                "floats a row": width,
-                "ns a row": each,
-                "x random lines": touched * line / each,
-            }
-        )
+        row = {"optimizer": name, "floats a row": width, "ns a row": each}
+        rows.append(row | roofs.shares(each, -(-width * 4 // 64), width * 4))
     return rows
 
 
@@ -181,15 +202,6 @@ def _inserts(setup: Setup, cpp: Any) -> list[dict[str, Any]]:
         {"i": lambda i: index.insert(*batches[i])}, steps=len(batches), rounds=1, warm=0
     )
     seconds = times["i"]
-    size = 1 << (setup.rows * 4 // 3).bit_length()
-    flat = np.full((size, 2), 0, np.uint64)
-    signed = locations.view(np.int64)
-    bulk = interleave(
-        {"c": lambda i: cpp.index_insert(flat, size - 1, setup.keys, signed, setup.rows)},
-        steps=1,
-        rounds=1,
-        warm=0,
-    )["c"][0]
     total = sum(seconds)
     pause, usual, size_of = max(seconds), float(np.median(seconds)), index.bytes / setup.rows
     for keys, _ in batches:
@@ -199,11 +211,9 @@ def _inserts(setup: Setup, cpp: Any) -> list[dict[str, Any]]:
             {"i": lambda i: index.insert(*batches[i])}, steps=len(batches), rounds=1, warm=0
         )["i"]
     )
-    return [
+    rows = [
         {"what": "ours, growing from nothing, ns a key", "figure": total / setup.rows * 1e9},
         {"what": "ours, into its final size, ns a key", "figure": again / setup.rows * 1e9},
-        {"what": "C++, into its final size, ns a key", "figure": bulk / setup.rows * 1e9},
-        {"what": "x C++ (<= 1.35)", "figure": again / bulk},
         {
             "what": f"ours, slowest batch of {N:,} (the pause of growing), ms",
             "figure": pause * 1e3,
@@ -211,6 +221,16 @@ def _inserts(setup: Setup, cpp: Any) -> list[dict[str, Any]]:
         {"what": f"ours, median batch of {N:,}, ms", "figure": usual * 1e3},
         {"what": "ours, bytes of index a key", "figure": size_of},
     ]
+    if cpp is not None:
+        size = 1 << (setup.rows * 4 // 3).bit_length()
+        flat = np.full((size, 2), 0, np.uint64)
+        signed = locations.view(np.int64)
+        bulk = _seconds(lambda: cpp.index_insert(flat, size - 1, setup.keys, signed, setup.rows))
+        rows += [
+            {"what": "C++, into its final size, ns a key", "figure": bulk / setup.rows * 1e9},
+            {"what": "x C++ (<= 1.35)", "figure": again / bulk},
+        ]
+    return rows
 
 
 def _batches(cpp: Any, steps: int) -> list[dict[str, Any]]:
@@ -230,14 +250,15 @@ def _batches(cpp: Any, steps: int) -> list[dict[str, Any]]:
         "distinct keys and summed gradients (<= 0.6 ms)": lambda i: Batch(keys[i % 64], one).sum(
             full, "", DIM
         ),
-        "C++ distinct keys and summed gradients": lambda i: cpp.unique_sum(
-            keys[i % 64], N, full, DIM, distinct, inverse, sums, scratch, len(scratch) - 1
-        ),
         "scatter": lambda i: routing.scatter(full, 0, batches[i % 64].split.inverse, out),
         "np.unique with inverse, for comparison": lambda i: np.unique(
             keys[i % 64], return_inverse=True
         ),
     }
+    if cpp is not None:
+        calls["C++ distinct keys and summed gradients"] = lambda i: cpp.unique_sum(
+            keys[i % 64], N, full, DIM, distinct, inverse, sums, scratch, len(scratch) - 1
+        )
     times = interleave(calls, steps=steps, rounds=10, warm=3)
     return [
         {"what": name, "ms": float(np.median(t)) * 1e3, "p99 ms": float(np.quantile(t, 0.99)) * 1e3}
