@@ -194,10 +194,10 @@ def restore(report: Report, directory: Path, rows: int) -> None:
     size = sum(path.stat().st_size for path in paths)
     disk = size / _seconds(lambda: _each(_read_direct, paths)) / 1e6
     cached = size / _seconds(lambda: _each(_read, paths)) / 1e6
-    new, had = {"take, with nobody pushing": taken}, {}
+    new = {"take, with nobody pushing": taken}
     new |= _restored(Shard(directory / "new", url), rows, lambda: time.sleep(IDLE_SECONDS))
     shutil.rmtree(directory / "new")
-    had |= _restored(Shard(directory / "had", url), rows, lambda: _touch(2 * size))
+    had = _restored(Shard(directory / "had", url), rows, lambda: _touch(2 * size))
     time.sleep(IDLE_SECONDS)
     new["memory: touch as much"], had["memory: touch as much"] = _touch(size), _touch(size)
     bound = min(500.0, disk)
