@@ -19,10 +19,10 @@ back. From HELD to the end the shard refuses work, so that no client meets resto
 others. STATE stays when it is over, so that whoever finds other shards on their way knows whether
 it was on to the end or back.
 
-What is restored begins a new lineage, at the largest version of the checkpoint: tokens of
-subscribers are of another history, and versions go on growing. Its log is empty. Sessions of
-clients are kept if the cluster has the shards that it had; else a client whose repetition cannot be
-told is refused with SESSION_EXPIRED.
+What is restored begins a new lineage, at the largest version of the checkpoint, which may be below
+the shard's: tokens of subscribers are of another history, and so are their versions. Its log is
+empty. Sessions of clients are kept if the cluster has the shards that it had; else a client whose
+repetition cannot be told is refused with SESSION_EXPIRED.
 """
 
 from __future__ import annotations
