@@ -64,6 +64,7 @@ from storage.base import Base, BaseState, BaseTable
 from storage.block import Block, pack_counters, rows_per_block, tombstones_per_block
 from storage.checkpoint import Checkpoint, Piece
 from storage.disk import sync
+from storage.errors import Corrupt
 from storage.kernels import Keys
 
 Step = pb.RestoreRequest
@@ -396,10 +397,11 @@ def settle(directory: Path) -> State | None:
     """Finish what a restore has begun in a data directory, before anything in it is opened.
 
     Returns its state then: COMMITTED says that what was restored is in place and has to be loaded.
-    Raises Corrupt if STATE is damaged.
+    Raises Corrupt if STATE is damaged, or gone from between two steps.
     """
     state = _read_state(directory)
     if state is None:
+        _require_unmoved(directory / "restore")
         _clear(directory)
     elif state.phase == COMMITTED:
         _exchange(directory)
@@ -457,10 +459,21 @@ def _move(source: Path, target: Path) -> None:
         sync(parent)
 
 
+def _require_unmoved(restore: Path) -> None:
+    """Corrupt if base or log were moved, and nothing says how far that went."""
+    for path in (restore / of / name for of in ("old", "dead") for name in ("base", "log")):
+        if path.exists():
+            raise Corrupt(str(restore / "STATE"), f"is gone, but {path} was moved by a restore")
+
+
 def _clear(directory: Path) -> None:
-    """Forget the restore: STATE first."""
+    """Forget the restore: STATE behind what has a meaning with it only."""
     restore = directory / "restore"
     if restore.exists():
+        for name in ("old", "dead"):
+            if (restore / name).exists():
+                shutil.rmtree(restore / name)
+        sync(restore)
         (restore / "STATE").unlink(missing_ok=True)
         sync(restore)
         shutil.rmtree(restore)

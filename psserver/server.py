@@ -199,7 +199,7 @@ class Server:
         try:
             restore = settle(directory)
         except (StorageError, OSError) as error:
-            raise ConfigError(f"data_dir: {error}") from error
+            raise ConfigError(f"data_dir: {_told(error)}") from error
         if restore is None or restore.phase != COMMITTED:
             self._recover(directory)
             return restore
@@ -235,8 +235,7 @@ class Server:
             self._base.close()
             if self._log is not None:
                 self._log.close()
-            damaged = "DATA_LOSS: " if isinstance(error, Corrupt) else ""
-            raise ConfigError(f"data_dir: {damaged}{error}") from error
+            raise ConfigError(f"data_dir: {_told(error)}") from error
         self._shard.attach(self._log)
         self._checkpointer = Checkpointer(
             self._shard,
@@ -269,9 +268,14 @@ class Server:
                 await self._health.set(name, status)
 
 
-def _fail(error: Exception) -> None:
-    """The log cannot be trusted any more: end without another word to any client."""
-    log.critical("the version log failed", error=str(error))
+def _told(error: Exception) -> str:
+    """What is wrong with a data directory; damage by its name."""
+    return f"DATA_LOSS: {error}" if isinstance(error, Corrupt) else str(error)
+
+
+def _fail(error: Exception, what: str = "the version log") -> None:
+    """It cannot be trusted any more: end without another word to any client."""
+    log.critical(f"{what} failed", error=str(error))
     os._exit(74)  # EX_IOERR
 
 

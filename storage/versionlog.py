@@ -425,6 +425,8 @@ class VersionLog:
                       segment's file, which is when its last record was written
 
         Returns the bytes deleted. The segment being written always stays. One thread at a time.
+        LogFailed if a segment cannot be deleted, or that it was cannot be brought to disk: with the
+        next one gone and it back, the log would have a gap. The log has failed then.
         """
         with self._lock:
             segments = self._segments
@@ -439,9 +441,13 @@ class VersionLog:
                     break
                 old += 1
             self._segments = segments[old:]
-        for segment in segments[:old]:  # oldest first, and on disk in that order: never a gap
-            segment.path.unlink()
-            self._disk.fsync(self._directory_fd)
+        try:
+            for segment in segments[:old]:  # oldest first, and on disk in that order: never a gap
+                segment.path.unlink()
+                self._disk.fsync(self._directory_fd)
+        except OSError as error:
+            self._give_up(error)
+            raise LogFailed(str(error)) from error
         return sum(each.size for each in segments[:old])
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import random
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from stores import DIM, change, push, schema
 from psproto import ps_pb2 as pb
 from psproto import routing
 from psserver import checkpoints, restore
+from psserver.config import ConfigError, ServerConfig
 from psserver.engine import Engine
 from psserver.errors import (
     BadRequest,
@@ -30,6 +32,7 @@ from psserver.errors import (
     NotEmpty,
     RestoreConflict,
 )
+from psserver.server import Server
 from storage import checkpoint as files
 from storage.admission import Counter
 from storage.errors import Corrupt, SchemaMismatch, UnknownCheckpoint, UnknownTable
@@ -745,6 +748,47 @@ def test_wherever_a_shard_dies_it_is_all_there_or_nothing(
         else:
             pytest.fail("it never came to an end")
     assert deaths > 30
+
+
+@pytest.mark.parametrize("moves", [1, 2, 3])
+def test_a_lost_state_in_the_middle_of_an_exchange_is_damage(
+    make: Make, url: str, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    """What was there before is in restore/old, and nobody may take it for left over."""
+    cluster = make(1)
+    fill(cluster)
+    cluster.checkpoint("full")
+    node = cluster.nodes[0]
+    node.prepare("full", ID, replace=True)
+    node.step(ID, Step.STEP_HOLD)
+    node.restores.step(pb.RestoreRequest(id=ID, step=Step.STEP_COMMIT))
+    node.home.written()
+    node.close()
+    left, move = [moves], restore._move
+
+    def dying(source: Path, target: Path) -> None:
+        if not left[0]:
+            raise Died
+        left[0] -= 1
+        move(source, target)
+
+    with monkeypatch.context() as patch, suppress(Died):
+        patch.setattr(restore, "_move", dying)
+        restore.settle(node.directory)
+    state = node.directory / "restore" / "STATE"
+    whole = state.read_bytes()
+    state.unlink()
+    before = sorted(node.directory.rglob("*"))
+    for _ in range(2):
+        with pytest.raises(
+            Corrupt, match=r"restore/STATE: is gone, but .*/restore/old/base was mo"
+        ):
+            restore.settle(node.directory)
+    assert sorted(node.directory.rglob("*")) == before
+    with pytest.raises(ConfigError, match=r"^data_dir: DATA_LOSS: .*/restore/STATE: is gone"):
+        Server(ServerConfig(data_dir=node.directory), lambda: None)._begin(node.directory)
+    state.write_bytes(whole)
+    node.open()
 
 
 def rows_of(node: Node) -> Any:
