@@ -36,7 +36,7 @@ from psserver.checkpoints import Checkpoints
 from psserver.config import ConfigError, ServerConfig
 from psserver.engine import Engine
 from psserver.feed import Feed
-from psserver.metrics import Counts, FeedCollector, ShardCollector
+from psserver.metrics import CheckpointCollector, Counts, FeedCollector, ShardCollector
 from psserver.restore import COMMITTED, Restores, State, failed, loaded, settle
 from psserver.service import Service
 from psserver.shard import Shard
@@ -142,6 +142,8 @@ class Server:
             registry.register(ShardCollector(self._shard, self._engine, self._counts, self._log))
             if self._feed is not None:
                 registry.register(FeedCollector(self._feed))
+            if self._log is not None:
+                registry.register(CheckpointCollector(self._checkpointer))
             ProcessCollector(registry=registry)
             GCCollector(registry=registry)
             try:
@@ -242,6 +244,7 @@ class Server:
             self._engine,
             self._base,
             self._log,
+            fail=lambda error: _fail(error, "the base"),
             seconds=config.checkpoint_seconds,
             keep=(config.log_keep_bytes, config.log_keep_seconds),
             stored_rows=found.rows,

@@ -237,6 +237,11 @@ class Base:
         self.close()
 
     @property
+    def failure(self) -> OSError | None:
+        """The write or sync that failed, after which nothing is written any more."""
+        return self._failure
+
+    @property
     def bytes(self) -> int:
         """Size of the file: live blocks, free pages and what is allocated ahead."""
         return os.fstat(self._file).st_size

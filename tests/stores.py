@@ -110,6 +110,7 @@ class Home:
             self._engine,
             self.base,
             self.log,
+            fail=self.failures.append,
             seconds=NEVER,
             keep=self._keep,
             stored_rows=self.recovered.rows,

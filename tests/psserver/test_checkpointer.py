@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,9 +24,10 @@ from stores import DIM, Home, change, contents, copy_of, make_shard, push, schem
 
 from psserver.engine import Engine
 from psserver.errors import NoLog
+from psserver.metrics import CheckpointCollector
 from psserver.shard import Shard
 from storage.block import ROWS, TOMBSTONES, rows_per_block
-from storage.errors import Corrupt, DiskFull
+from storage.errors import Corrupt, DiskFull, LogFailed
 from storage.initializers import make_initializer
 from storage.optimizers import make_optimizer
 from storage.records import Cause
@@ -361,7 +366,9 @@ def test_a_checkpoint_that_finds_the_disk_full_leaves_the_last_one(
     assert_restarts_equal(home)
 
 
-@pytest.mark.parametrize("error", [DiskFull("base", 1), OSError(5, "broken")])
+@pytest.mark.parametrize(
+    "error", [DiskFull("base", 1), OSError(5, "broken"), ZeroDivisionError("a defect")]
+)
 def test_the_thread_goes_on_after_a_checkpoint_and_its_cleaning_up_failed(
     home: Home, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -382,6 +389,119 @@ def test_the_thread_goes_on_after_a_checkpoint_and_its_cleaning_up_failed(
             threading.Event().wait(0.005)
         home.checkpointer.close()
     assert len(calls) >= 6
+
+
+def run_thread(home: Home) -> None:
+    """Let the checkpointer's thread work until it ends by itself."""
+    home.checkpointer._seconds = 0.001
+    home.checkpointer.open()
+    home.checkpointer._thread.join(10)
+    assert not home.checkpointer._thread.is_alive()
+
+
+def test_damage_that_a_checkpoint_meets_ends_the_process(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage = Corrupt("data.mdb", "MDB_PAGE_NOTFOUND")
+
+    def find(_: Any) -> int:
+        raise damage
+
+    home.shard.exchange([push([1])], [])
+    with monkeypatch.context() as patch:
+        patch.setattr(home.base, "add", find)
+        run_thread(home)
+    assert home.failures == [damage]
+
+
+def test_a_sync_of_the_base_that_fails_ends_the_process(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, commits = home.base._try, list[int]()
+    failure = lmdb.DiskError("mdb_txn_commit: Input/output error")
+    failure.code = errno.EIO  # type: ignore[attr-defined]
+
+    def fail() -> None:
+        commits.append(1)
+        raise failure
+
+    def broken(call: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        return real(fail if call.__name__ == "commit" else call, *args, **more)
+
+    home.shard.exchange([push([1])], [])
+    with monkeypatch.context() as patch:
+        patch.setattr(home.base, "_try", broken)
+        run_thread(home)
+    assert len(commits) == 1  # nobody tries again
+    assert home.failures == [home.base.failure]
+    assert isinstance(home.base.failure, OSError)
+
+
+def test_a_failed_log_ends_the_thread_which_need_not_tell(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise LogFailed("the disk is gone")
+
+    monkeypatch.setattr(home.checkpointer, "checkpoint", refuse)
+    run_thread(home)
+    assert home.failures == []
+
+
+def test_it_is_known_when_the_last_checkpoint_was_made(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def age() -> float:
+        (metric,) = CheckpointCollector(home.checkpointer).collect()
+        (sample,) = metric.samples
+        assert sample.name == "ps_checkpoint_age_seconds"
+        return float(sample.value)
+
+    def refuse(*_: Any) -> int:
+        raise DiskFull("base", 1)
+
+    now = [home.checkpointer.made]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    home.checkpoint()
+    now[0] += 100
+    home.shard.exchange([push([1])], [])
+    with monkeypatch.context() as full:
+        full.setattr(home.base, "add", refuse)
+        with pytest.raises(DiskFull):
+            home.checkpoint()
+    home.base.discard()
+    assert age() == 100
+    home.checkpoint()
+    now[0] += 5
+    assert age() == 5
+    home.checkpoint()  # nothing is to be done: all is there
+    assert age() == 0
+
+
+def test_the_log_is_kept_for_a_time_and_goes_on_an_idle_shard_too(tmp_path: Path) -> None:
+    with Home(tmp_path / "shard", segment_bytes=4096, keep=(0, 300.0)) as home:
+        home.shard.create_table(schema())
+        for _ in range(40):
+            home.shard.exchange([push(list(range(10)))], [])
+        home.checkpoint()
+        assert home.log.first == 1
+        state = home.base.state
+        segments = sorted((home.directory / "log").glob("*.log"))
+        assert len(segments) > 3
+        for path in segments[:2]:
+            os.utime(path, (0, 0))
+        home.checkpoint()
+        assert home.log.first == int(segments[2].stem)
+        assert home.base.state is state
+        for path in segments[2:]:
+            os.utime(path, (0, 0))
+        home.checkpointer.pins["somebody"] = int(segments[3].stem)
+        home.checkpoint()
+        assert home.log.first == int(segments[3].stem)
+        del home.checkpointer.pins["somebody"]
+        home.checkpoint()
+        assert home.log.first == int(segments[-1].stem)
+        assert_restarts_equal(home)
 
 
 def test_a_log_without_its_segments_is_damage(home: Home) -> None:
