@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 from homes import Homes, Node, Step
 from stores import DIM, change, push, schema
 
@@ -35,7 +36,13 @@ from psserver.errors import (
 from psserver.server import Server
 from storage import checkpoint as files
 from storage.admission import Counter
-from storage.errors import Corrupt, SchemaMismatch, UnknownCheckpoint, UnknownTable
+from storage.errors import (
+    Corrupt,
+    SchemaMismatch,
+    StoreFailed,
+    UnknownCheckpoint,
+    UnknownTable,
+)
 from storage.optimizers import OPTIMIZERS, make_optimizer
 
 ADAM = make_optimizer("adam", None, {})
@@ -427,10 +434,34 @@ def test_a_name_is_used_once(make: Make) -> None:
     source.checkpoint("full")
     with pytest.raises(CheckpointExists):
         source.checkpoint("full")
-    attempt, parts = source.write("other")
-    source.complete("other", attempt, parts)
+    one, two = source.write("other"), source.write("other")
+    source.complete("other", *one)
     with pytest.raises(CheckpointExists):
-        source.complete("other", attempt, parts)
+        source.complete("other", *two)
+
+
+def test_a_completion_may_be_repeated_whatever_became_of_the_first(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make(2)
+    fill(source)
+    attempt, parts = source.write("full")
+    source.write("full")
+    store = source.nodes[0].checkpoints.store
+
+    def refuse(path: str) -> None:
+        raise StoreFailed(path, "PermissionError: no")
+
+    with monkeypatch.context() as patch, structlog.testing.capture_logs() as lines:
+        patch.setattr(store, "remove", refuse)
+        first = source.complete("full", attempt, parts)
+    assert [(line["event"], line["checkpoint"]) for line in lines] == [
+        ("earlier attempts are left", "full")
+    ]
+    source.nodes[0].checkpoints._now = lambda: 9.5
+    assert source.complete("full", attempt, parts) == first
+    assert store.directories("full") == [attempt]
+    assert source.verify("full") > 0
 
 
 def test_what_earlier_attempts_left_is_cleared_away(make: Make, tmp_path: Path) -> None:
@@ -886,6 +917,16 @@ def test_a_table_is_filled_from_another_whatever_its_optimizer(make: Make, optim
     for node in target.nodes:
         node.reopen()
     assert target.rows()["into"] == found
+
+
+def test_a_table_is_on_disk_once_it_is_filled(make: Make) -> None:
+    source, target = make(1), make(1, flush_seconds=60.0)
+    fill(source)
+    source.checkpoint("full")
+    target.create(schema("mine", dim=5))
+    assert load(target, name="full", table="adam", into="mine") == 850
+    log = target.nodes[0].home.log
+    assert log.durable == target.nodes[0].shard.version > 1
 
 
 def test_a_table_of_another_dim_or_with_rows_is_not_filled(make: Make) -> None:
