@@ -89,7 +89,7 @@ class BaseState:
     """What the listed blocks are: the shard at one version of its log."""
 
     lineage: bytes  # [16]
-    epoch: int
+    epoch: int  # reserved: always 1
     version: int  # the blocks hold every change up to it; replay starts behind it
     next_table: int  # number for the next new table
     tables: tuple[BaseTable, ...] = ()

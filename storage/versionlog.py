@@ -159,7 +159,8 @@ class VersionLog:
     """The version log of one shard; see the module for its files and threads.
 
     lineage     16 bytes that no other log has; kept by every segment
-    epoch       as given to ``open``; the log only carries it
+    epoch       as given to ``open``; the log only carries it. Reserved: it does not change yet, not
+                even when a shard comes up without versions that were answered and not durable
     last        version of the newest record appended, 0 if there never was one
     written     newest version handed to the OS: it survives the death of the process
     durable     newest version synced: it survives a power failure

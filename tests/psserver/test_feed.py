@@ -1054,6 +1054,28 @@ async def test_a_chunked_change_that_was_interrupted_comes_again_whole(node: Nod
     assert sum(len(each.keys) for each in found) == 100
 
 
+def test_rows_of_a_table_that_is_gone_are_told_after_a_restart(tmp_path: Path) -> None:
+    """Neither the base nor what is replayed says anything of it."""
+
+    async def test(node: Node) -> None:
+        await node.create("a")
+        await node.push([1, 2], table="a")
+        await node.create("b")
+        await node.push([3], table="b")
+        await node.delete([2], table="a")
+        await node.drop("a")
+        await node.cut()
+        await node.reopen()
+        assert node.home.recovered.records == 0
+        found = await node.read(start=pb.START_EARLIEST)
+        assert [each.header.version for each in found] == list(range(7))
+        assert said(found[2]) == ("a", 2, [1, 2])
+        found = await node.read(start=pb.START_EARLIEST, tables=["b"])
+        assert {each.header.table for each in found} == {"", "b"}
+
+    asyncio.run(with_node(tmp_path / "shard", test, keep=(1 << 30, 0.0)))
+
+
 # ---- tokens that are none here
 
 
