@@ -9,11 +9,11 @@ One stream a shard; a thread for each reads it, opens it again behind the last c
 failure, and waits while the application has enough to do: the rest stays on the servers' disks.
 
 Changes of one shard come in their order, those of several in any. A change is delivered at least
-once. Apply a row if its version is above that of the one held, and neither repetition nor a
-snapshot read while pushes go on can do harm. At ``snapshot`` all that is held of that shard is
-void: it may be of another history, whose versions do not compare. Where ``more`` is false, what was
-applied is a state that the shard was in. Delta and DeltaHeader in ps.proto say what comes in which
-order.
+once. Apply a row if its version is above that of the one held, and the change's not below the
+creation of the table held, and neither repetition nor a snapshot read while pushes go on can do
+harm. At ``snapshot`` all that is held of that shard is void: it may be of another history, whose
+versions do not compare. Where ``more`` is false, what was applied is a state that the shard was in.
+Delta and DeltaHeader in ps.proto say what comes in which order.
 """
 
 from __future__ import annotations
