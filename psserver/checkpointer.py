@@ -14,9 +14,11 @@ remembers, the next checkpoint is a full one, and replaces them all.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +62,7 @@ class Recovered:
 def recover(shard: Shard, base: Base, versions: VersionLog) -> Recovered:
     """Bring an empty shard to the newest version: the base's blocks, then the records behind it.
 
+    From then on the base says that there is a log, so that a lost one is not taken for a new one.
     Raises Corrupt where stored bytes are damaged, OutOfMemory if they do not fit.
     """
     rows = records = size = 0
@@ -84,6 +87,11 @@ def recover(shard: Shard, base: Base, versions: VersionLog) -> Recovered:
     shard.recovered()
     if shard.version != versions.last:
         raise Corrupt(str(versions.directory), f"ends at version {shard.version}, before its end")
+    if state is None:
+        state = BaseState(lineage=versions.lineage, epoch=versions.epoch, version=0, next_table=1)
+    if not state.logged:
+        with suppress(DiskFull):  # the next start does it
+            base.commit(dataclasses.replace(state, logged=True))
     return Recovered(rows, records, size)
 
 
@@ -188,6 +196,7 @@ class Checkpointer:
                 sessions=captured.sessions,
                 blocks=(*kept, *added, *cells),
                 cells=len(cells),
+                logged=True,
             )
         )
         self._stored = before + rows

@@ -60,7 +60,7 @@ from psserver.errors import NoLog, NotEmpty, RestoreConflict
 from psserver.schemas import to_json
 from psserver.shard import Shard
 from storage import checkpoint as files
-from storage.base import Base, BaseState, BaseTable
+from storage.base import DATA, Base, BaseState, BaseTable
 from storage.block import Block, pack_counters, rows_per_block, tombstones_per_block
 from storage.checkpoint import Checkpoint, Piece
 from storage.disk import sync
@@ -396,7 +396,8 @@ def _text(schema: Any) -> str:
 def settle(directory: Path) -> State | None:
     """Finish what a restore has begun in a data directory, before anything in it is opened.
 
-    Returns its state then: COMMITTED says that what was restored is in place and has to be loaded.
+    Returns its state then: COMMITTED says that what was restored is in place and has to be loaded,
+    FAILED that it is lost.
     Raises Corrupt if STATE is damaged, or gone from between two steps.
     """
     state = _read_state(directory)
@@ -405,6 +406,8 @@ def settle(directory: Path) -> State | None:
         _clear(directory)
     elif state.phase == COMMITTED:
         _exchange(directory)
+        if not (directory / "base" / DATA).exists():  # it would be taken for a new one
+            state = failed(directory, state, f"{directory / 'base' / DATA} is gone")
     elif state.phase == ABORTING:
         _take_back(directory)
         state = dataclasses.replace(state, phase=ABORTED)

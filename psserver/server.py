@@ -231,6 +231,7 @@ class Server:
                 lineage=state.lineage if state else None,
                 epoch=state.epoch if state else 1,
                 after=state.version if state else None,
+                made=state is not None and state.logged,
             )
             found = recover(self._shard, self._base, self._log)
         except StorageError as error:

@@ -242,6 +242,7 @@ class VersionLog:
         lineage: bytes | None = None,
         epoch: int = 0,
         after: int | None = None,
+        made: bool = False,
         clock: Callable[[], float] = time.time,
         disk: Disk | None = None,
     ) -> VersionLog:
@@ -256,6 +257,7 @@ class VersionLog:
         lineage        16 bytes that the log must have, or gets when it is made; None: any, random
         after          version of the base: the log must hold everything after it, and begins there
                        when it is made; None: do not ask
+        made           it was made before: Corrupt if it is gone
         clock          seconds, of the same kind as the modification times of files
         disk           the system calls that write
 
@@ -273,7 +275,7 @@ class VersionLog:
             disk=disk or Disk(),
         )
         try:
-            log._load(lineage, after)
+            log._load(lineage, after, made)
         except BaseException:
             log._release()
             raise
@@ -671,14 +673,16 @@ class VersionLog:
 
     # ---- opening and closing
 
-    def _load(self, lineage: bytes | None, after: int | None) -> None:
+    def _load(self, lineage: bytes | None, after: int | None, made: bool) -> None:
         """Bring the log from its files, or make its first segment."""
+        names = sorted(os.listdir(self.directory)) if self.directory.exists() else []
+        firsts = [int(match[1]) for name in names if (match := SEGMENT_NAME.fullmatch(name))]
+        if made and not firsts:
+            raise self._gone()
         self._make_directory()
-        names = sorted(os.listdir(self.directory))
         for name in names:
             if name.endswith(".spare"):
                 (self.directory / name).unlink()
-        firsts = [int(match[1]) for name in names if (match := SEGMENT_NAME.fullmatch(name))]
         if firsts:
             self._load_segments(firsts, lineage)
             self._load_last(after)
@@ -707,13 +711,16 @@ class VersionLog:
         self.lineage = lineage
         synced = self.directory / "SYNCED"
         if synced.exists() and any(synced.read_bytes()):
-            raise Corrupt(str(self.directory), "no segment is left of a log that was synced")
+            raise self._gone()
         self._preallocate(HEADER.size)
         self._active = self._take_spare(0, after + 1)
         self._begin(self._active, previous=0)
         self._segments = (self._active,)
         self.last = self.written = self.durable = after
         self._marks = Marks(self._disk, synced, lineage)
+
+    def _gone(self) -> Corrupt:
+        return Corrupt(str(self.directory), "no segment is left of a log that was synced")
 
     def _load_segments(self, firsts: list[int], lineage: bytes | None) -> None:
         """Check that the segments are those of one log, by their headers."""

@@ -94,6 +94,7 @@ class Home:
                 lineage=state.lineage if state else None,
                 epoch=state.epoch if state else 1,
                 after=state.version if state else None,
+                made=state is not None and state.logged,
                 disk=self._disk,
             )
             try:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -513,6 +514,22 @@ def test_a_log_without_its_segments_is_damage(home: Home) -> None:
         path.unlink()
     with pytest.raises(Corrupt, match=r"log: no segment is left of a log that was synced"):
         copy.open()
+
+
+@pytest.mark.parametrize("checkpoints", [0, 1])
+def test_a_lost_log_is_damage_and_not_the_beginning_of_a_new_one(
+    home: Home, checkpoints: int
+) -> None:
+    for _ in range(checkpoints):
+        home.checkpoint()
+    home.shard.exchange([push([1])], [])
+    home.written()
+    copy = Home(copy_of(home.directory, home.directory.with_name("copy")))
+    shutil.rmtree(copy.directory / "log")
+    for _ in range(2):
+        with pytest.raises(Corrupt, match=r"copy/log: no segment is left of a log that was synced"):
+            copy.open()
+    assert not (copy.directory / "log").exists()
 
 
 def test_a_lost_base_is_damage_if_the_log_has_not_all(tmp_path: Path) -> None:

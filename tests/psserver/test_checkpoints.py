@@ -822,6 +822,25 @@ def test_a_lost_state_in_the_middle_of_an_exchange_is_damage(
     node.open()
 
 
+def test_a_lost_base_that_was_restored_is_not_taken_for_a_new_one(make: Make) -> None:
+    cluster = make(1)
+    fill(cluster)
+    cluster.checkpoint("full")
+    cluster.push(range(9), 5.0)
+    before = cluster.rows()
+    node = cluster.nodes[0]
+    node.prepare("full", ID, replace=True)
+    node.step(ID, Step.STEP_HOLD)
+    node.restores.step(pb.RestoreRequest(id=ID, step=Step.STEP_COMMIT))
+    node.close()
+    (node.directory / "restore" / "base" / "data.mdb").unlink()
+    node.open()
+    status = node.restores.step(pb.RestoreRequest())
+    assert status.phase == pb.RestoreStatus.PHASE_FAILED
+    assert status.why.endswith("base/data.mdb is gone")
+    assert cluster.rows() == before
+
+
 def rows_of(node: Node) -> Any:
     """The rows of the only table, or of the two of ``fill``."""
     found: dict[str, Any] = {}

@@ -365,7 +365,7 @@ def test_unpacked_sessions_are_as_old_as_they_were(sessions: Sessions, clock: Cl
 
 
 def test_the_bytes_of_packed_sessions(sessions: Sessions, clock: Clock) -> None:
-    """Both the format of today and that of 0.1, which had no idle seconds, are read."""
+    """Also those that were packed when there were no idle seconds yet are read."""
     for sequence in (1, 3, 2):
         push(sessions, A, sequence, sequence > 1)
     clock.now += 300.9
