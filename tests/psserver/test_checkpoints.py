@@ -6,6 +6,7 @@ import asyncio
 import random
 import shutil
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -598,6 +599,54 @@ def test_no_damage_is_restored(make: Make, tmp_path: Path) -> None:
         path.write_bytes(whole)
     target.restore("b")
     assert target.rows() == source.rows()
+
+
+# ---- how much is copied at once
+
+
+def test_no_piece_of_work_holds_more_than_some_blocks_at_once(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In files and queues of a block or two, so that a table of 16 blocks is a large one."""
+    monkeypatch.setattr(files, "FILE_BYTES", 1)
+    monkeypatch.setattr(restore, "AHEAD_BLOCKS", 2)
+    rows, dim, block = 120_000, 64, 1 << 21
+    room = {"segment_bytes": 1 << 26, "memory_bytes": 1 << 30}
+    source, target = make(1, **room), make(1, **room)
+    source.create(schema(dim=dim))
+    ones = np.ones((rows, dim), np.float32)
+    for keys in np.split(np.arange(rows, dtype=np.uint64), 6):
+        counts = np.ones(len(keys), np.uint64)
+        source.nodes[0].shard.write_rows("t", 1, keys, counts, ones[: len(keys)])
+    one, other = source.nodes[0], target.nodes[0]
+
+    def read(**request: str) -> None:
+        for _ in one.checkpoints.read_rows(pb.ReadRowsRequest(**request)):
+            pass
+
+    def peak(work: Callable[[], Any]) -> float:
+        """In blocks."""
+        tracemalloc.start()
+        try:
+            work()
+            return tracemalloc.get_traced_memory()[1] / block
+        finally:
+            tracemalloc.stop()
+
+    peaks = {
+        "base": peak(one.home.checkpoint),
+        "named": peak(lambda: source.checkpoint("full")),
+        "verify": peak(lambda: source.verify("full")),
+        "live": peak(lambda: read(table="t")),
+        "stored": peak(lambda: read(table="t", checkpoint="full")),
+        "restore": peak(lambda: other.prepare("full", ID)),
+    }
+    other.step(ID, Step.STEP_ABORT)
+    target.create(schema("u", dim=dim))
+    peaks["load"] = peak(lambda: load(target, name="full", table="t", into="u"))
+    most = {"base": 1, "named": 2, "verify": 4, "live": 1, "stored": 4, "restore": 9, "load": 6}
+    assert {name for name, size in peaks.items() if size > most[name]} == set(), peaks
+    assert one.shard.describe("t")[1].bytes > 16 * block
 
 
 # ---- restores that are cut off
