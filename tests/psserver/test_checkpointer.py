@@ -774,6 +774,8 @@ def test_long_checkpoints_beside_large_pushes_lose_nothing(tmp_path: Path) -> No
                 pushes = [push(keys, gradients=gradients)]
                 engine.run(partial(home.shard.exchange, pushes, []))
                 engine.run(partial(home.shard.delete, change(gone)))
+                if pushed % 50 == 0:  # the log has room for so many
+                    home.written()
         dump, version = home.shard.dump()["t"], home.shard.version
         home.reopen()
         again = home.shard.dump()["t"]
