@@ -420,7 +420,7 @@ def test_a_sync_of_the_base_that_fails_ends_the_process(
 ) -> None:
     real, commits = home.base._try, list[int]()
     failure = lmdb.DiskError("mdb_txn_commit: Input/output error")
-    failure.code = errno.EIO  # type: ignore[attr-defined]
+    failure.code = errno.EIO  # type: ignore[misc]
 
     def fail() -> None:
         commits.append(1)
