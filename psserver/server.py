@@ -201,7 +201,7 @@ class Server:
         try:
             restore = settle(directory)
         except (StorageError, OSError) as error:
-            raise ConfigError(f"data_dir: {_told(error)}") from error
+            raise _unfit(error) from error
         if restore is None or restore.phase != COMMITTED:
             self._recover(directory)
             return restore
@@ -238,7 +238,7 @@ class Server:
             self._base.close()
             if self._log is not None:
                 self._log.close()
-            raise ConfigError(f"data_dir: {_told(error)}") from error
+            raise _unfit(error) from error
         self._shard.attach(self._log)
         self._checkpointer = Checkpointer(
             self._shard,
@@ -272,9 +272,9 @@ class Server:
                 await self._health.set(name, status)
 
 
-def _told(error: Exception) -> str:
-    """What is wrong with a data directory; damage by its name."""
-    return f"DATA_LOSS: {error}" if isinstance(error, Corrupt) else str(error)
+def _unfit(error: Exception) -> ConfigError:
+    damaged = "DATA_LOSS: " if isinstance(error, Corrupt) else ""
+    return ConfigError(f"data_dir: {damaged}{error}")
 
 
 def _fail(error: Exception, what: str = "the version log") -> None:
