@@ -245,7 +245,7 @@ class Server:
             self._engine,
             self._base,
             self._log,
-            fail=lambda error: _fail(error, "the base"),
+            fail=_fail_base,
             seconds=config.checkpoint_seconds,
             keep=(config.log_keep_bytes, config.log_keep_seconds),
             stored_rows=found.rows,
@@ -277,9 +277,15 @@ def _unfit(error: Exception) -> ConfigError:
     return ConfigError(f"data_dir: {damaged}{error}")
 
 
-def _fail(error: Exception, what: str = "the version log") -> None:
-    """It cannot be trusted any more: end without another word to any client."""
-    log.critical(f"{what} failed", error=str(error))
+def _fail(error: Exception) -> None:
+    """The log cannot be trusted any more: end without another word to any client."""
+    log.critical("the version log failed", error=str(error))
+    os._exit(74)  # EX_IOERR
+
+
+def _fail_base(error: Exception) -> None:
+    """Nor can the base."""
+    log.critical("the base failed", error=str(error))
     os._exit(74)  # EX_IOERR
 
 
