@@ -370,8 +370,7 @@ def _call(
     *,
     service: str = SERVICE,
 ) -> Any:
-    """Call a unary method until it is answered; all of them may be repeated, with one exception:
-    CompleteCheckpoint whose answer was lost says CheckpointExists the next time.
+    """Call a unary method until it is answered; all of them may be repeated.
 
     seconds  that it may take; 0: as long as any operation of the client
     """

@@ -36,7 +36,7 @@ from psserver.checkpoints import Checkpoints
 from psserver.config import ConfigError, ServerConfig
 from psserver.engine import Engine
 from psserver.feed import Feed
-from psserver.metrics import Counts, FeedCollector, ShardCollector
+from psserver.metrics import CheckpointCollector, Counts, FeedCollector, ShardCollector
 from psserver.restore import COMMITTED, Restores, State, failed, loaded, settle
 from psserver.service import Service
 from psserver.shard import Shard
@@ -142,6 +142,8 @@ class Server:
             registry.register(ShardCollector(self._shard, self._engine, self._counts, self._log))
             if self._feed is not None:
                 registry.register(FeedCollector(self._feed))
+            if self._log is not None:
+                registry.register(CheckpointCollector(self._checkpointer))
             ProcessCollector(registry=registry)
             GCCollector(registry=registry)
             try:
@@ -199,7 +201,7 @@ class Server:
         try:
             restore = settle(directory)
         except (StorageError, OSError) as error:
-            raise ConfigError(f"data_dir: {error}") from error
+            raise _unfit(error) from error
         if restore is None or restore.phase != COMMITTED:
             self._recover(directory)
             return restore
@@ -229,20 +231,21 @@ class Server:
                 lineage=state.lineage if state else None,
                 epoch=state.epoch if state else 1,
                 after=state.version if state else None,
+                made=state is not None and state.logged,
             )
             found = recover(self._shard, self._base, self._log)
         except StorageError as error:
             self._base.close()
             if self._log is not None:
                 self._log.close()
-            damaged = "DATA_LOSS: " if isinstance(error, Corrupt) else ""
-            raise ConfigError(f"data_dir: {damaged}{error}") from error
+            raise _unfit(error) from error
         self._shard.attach(self._log)
         self._checkpointer = Checkpointer(
             self._shard,
             self._engine,
             self._base,
             self._log,
+            fail=_fail_base,
             seconds=config.checkpoint_seconds,
             keep=(config.log_keep_bytes, config.log_keep_seconds),
             stored_rows=found.rows,
@@ -269,9 +272,20 @@ class Server:
                 await self._health.set(name, status)
 
 
+def _unfit(error: Exception) -> ConfigError:
+    damaged = "DATA_LOSS: " if isinstance(error, Corrupt) else ""
+    return ConfigError(f"data_dir: {damaged}{error}")
+
+
 def _fail(error: Exception) -> None:
     """The log cannot be trusted any more: end without another word to any client."""
     log.critical("the version log failed", error=str(error))
+    os._exit(74)  # EX_IOERR
+
+
+def _fail_base(error: Exception) -> None:
+    """Nor can the base."""
+    log.critical("the base failed", error=str(error))
     os._exit(74)  # EX_IOERR
 
 

@@ -549,6 +549,7 @@ class Shard:
             except ValueError as error:
                 name = held.table.schema.name
                 raise Corrupt(f"sketch of table {name!r}", str(error)) from error
+        self.sessions.replayed()
 
     def _capture(self, held: Held) -> Captive:
         table = held.table

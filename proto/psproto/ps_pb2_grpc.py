@@ -791,7 +791,7 @@ class CheckpointServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CompleteCheckpoint(self, request, context):
-        """Checks that the parts are all there and fit, and makes them a checkpoint.
+        """Checks that the parts are all there and fit, and makes them a checkpoint. May be repeated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
