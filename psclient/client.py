@@ -232,7 +232,8 @@ class Client:
     timeout      seconds that an operation may take, retries included
     transport    "stream" (fast), or "unary" (one RPC a message)
     client_id    1..2^64-1, where the identity must outlive the process; else random
-    incarnation  must grow with each use of the same client_id; else seconds since 1970
+    incarnation  must grow with each use of the same client_id, or its pushes are refused
+                 (SessionExpired); nanoseconds since 1970 where None
 
     Connects at the first use. Every method raises a PsError; see psclient.errors.
     """
@@ -258,7 +259,7 @@ class Client:
         self._timeout = timeout
         self._transport = transport
         self._client_id = client_id
-        self._incarnation = int(time.time()) if incarnation is None else incarnation
+        self._incarnation = time.time_ns() if incarnation is None else incarnation
         self._cluster: _Cluster | None = None
         self._connecting = threading.Lock()
         self._dims: dict[str, int] = {}

@@ -6,7 +6,7 @@
   - SchemaMismatch     the table exists with another schema
   - WrongShard         a key went to a shard that does not own it
   - SessionExpired     a repeated push whose first attempt can no longer be told; it may have taken
-                       effect or not
+                       effect or not; or a client id whose incarnation did not grow
   - ResourceExhausted  a limit of the server, or its memory
   - DeadlineExceeded   no answer in time; a push may have taken effect
   - Unavailable        no server reached in time; a push may have taken effect
