@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from psclient.batch import Batch, Rows, pool
 from psclient.channels import WATCH, Call, Link, Session, UnaryLink, delete, retry
-from psclient.errors import InvalidArgument, TableNotFound
+from psclient.errors import InvalidArgument, SchemaMismatch, TableNotFound
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
 
@@ -183,9 +183,13 @@ class _Cluster:
         self._closed = threading.Event()
         threading.Thread(target=self._watch, args=(self.links,), daemon=True).start()
 
-    def on_all(self, method: str, request: Any, answer: Any, deadline: float) -> list[Any]:
-        """Call a unary method on every shard at once; answers in the order of the shards."""
+    def on_all(
+        self, method: str, request: Any, answer: Any, deadline: float, *, first: bool = False
+    ) -> list[Any]:
+        """Call a unary method on every shard at once; answers in the order of the shards.
 
+        first  on shard 0 before the others: of several clients that do not agree, one is ahead
+        """
         message = request.SerializeToString()
 
         def call(link: Link | UnaryLink) -> Any:
@@ -194,7 +198,8 @@ class _Cluster:
 
             return answer.FromString(retry(attempt, link.where, deadline, count()))
 
-        return list(self.pool.map(call, self.links))
+        done = [call(self.links[0])] if first else []
+        return done + list(self.pool.map(call, self.links[len(done) :]))
 
     def close(self) -> None:
         for link in self.links:
@@ -337,7 +342,7 @@ class Client:
             ],
         )
         request = pb.CreateTableRequest(schema=schema)
-        self._on_all("TableService/CreateTable", request, pb.CreateTableResponse)
+        self._on_all("TableService/CreateTable", request, pb.CreateTableResponse, first=True)
         self._dims[name] = int(dim)
         return Table(self, name, int(dim))
 
@@ -346,7 +351,11 @@ class Client:
         return Table(self, name, self._dim(name))
 
     def describe_table(self, name: str) -> TableInfo:
-        """Schema and size of a table over all shards; TableNotFound if there is none."""
+        """Schema and size of a table over all shards.
+
+        Raises TableNotFound if there is none, SchemaMismatch if it is not the same on all shards:
+        it was dropped on some of them and created anew meanwhile.
+        """
         request = pb.DescribeTableRequest(name=name)
         return _info(self._on_all("TableService/DescribeTable", request, pb.DescribeTableResponse))
 
@@ -390,7 +399,8 @@ class Client:
                 return False
             return True
 
-        if not any(cluster.pool.map(drop, cluster.links)):
+        others = list(cluster.pool.map(drop, cluster.links[1:]))
+        if not any([drop(cluster.links[0]), *others]):  # the first to have it is the last
             raise TableNotFound(f"no table {name!r} on any shard")
 
     def wait_durable(self) -> tuple[int, ...]:
@@ -605,9 +615,9 @@ class Client:
             dim = self._dims[name] = self.describe_table(name).dim
         return dim
 
-    def _on_all(self, method: str, request: Any, answer: Any) -> list[Any]:
+    def _on_all(self, method: str, request: Any, answer: Any, *, first: bool = False) -> list[Any]:
         deadline = time.monotonic() + self._timeout
-        return self._connect().on_all(method, request, answer, deadline)
+        return self._connect().on_all(method, request, answer, deadline, first=first)
 
     def _connect(self) -> _Cluster:
         cluster = self._cluster
@@ -766,6 +776,14 @@ def _known(field: str, value: str, known: Mapping[str, int]) -> int:
 
 def _info(shards: Sequence[pb.DescribeTableResponse]) -> TableInfo:
     schema = shards[0].schema
+    for number, shard in enumerate(shards):
+        if shard.schema != schema:
+            fields = [f.name for f in schema.DESCRIPTOR.fields]
+            field = next(f for f in fields if getattr(shard.schema, f) != getattr(schema, f))
+            raise SchemaMismatch(
+                f"table {schema.name!r} has another {field} on shard {number} than on shard 0;"
+                " drop it and create it anew"
+            )
     return TableInfo(
         name=schema.name,
         dim=schema.dim,

@@ -29,6 +29,7 @@ from psclient.errors import (
     Unavailable,
     VersionInFuture,
 )
+from psproto import ps_pb2 as pb
 from psproto import routing
 from storage.initializers import INITIALIZERS
 from storage.optimizers import OPTIMIZERS
@@ -64,6 +65,15 @@ def any_client(request: pytest.FixtureRequest, cluster: Cluster, connect: Any) -
 def summing(client: Client, name: str, dim: int = DIM) -> Table:
     """A table whose rows are minus the sums of the gradients pushed."""
     return client.create_table(name, dim, optimizer="sgd", lr=1.0, initializer="zeros")
+
+
+def create_on(client: Client, shard: int, name: str, dim: int) -> None:
+    """Create the table of ``summing`` on one shard only."""
+    schema = pb.TableSchema(name=name, dim=dim)
+    schema.optimizer.name, schema.optimizer.parameters["lr"] = "sgd", 1.0
+    schema.initializer.name = "zeros"
+    message = pb.CreateTableRequest(schema=schema).SerializeToString()
+    client._connect().links[shard].channel.call("/ps.v1.TableService/CreateTable", message, 20.0)
 
 
 def integers(seed: int, *shape: int) -> np.ndarray:
@@ -196,6 +206,45 @@ class TestTables:
         with pytest.raises(InvalidArgument, match=message):
             client.create_table(**{"name": name, "dim": DIM, **arguments})
         assert name not in [info.name for info in client.list_tables()]
+
+    def test_whoever_creates_on_the_first_shard_first_gets_its_way(
+        self, cluster3: Cluster, connect: Any, name: str
+    ) -> None:
+        slow, fast = connect(cluster3), connect(cluster3)
+        create_on(slow, 0, name, 4)
+        with pytest.raises(SchemaMismatch, match="exists with dim"):
+            summing(fast, name, 5)
+        summing(slow, name, 4).push(np.arange(9), np.ones((9, 4), np.float32))
+        assert fast.describe_table(name).rows == 9
+
+    def test_the_first_shard_drops_last(self, cluster3: Cluster, connect: Any, name: str) -> None:
+        client = connect(cluster3)
+        summing(client, name, 4)
+        calls: list[str] = []
+        for link in client._connect().links:
+
+            def call(*args: Any, where: str = link.where, inner: Any = link.channel.call) -> bytes:
+                calls.append(where.split(" at ")[0])
+                return inner(*args)
+
+            link.channel.call = call
+        client.drop_table(name)
+        assert sorted(calls[:2]) == ["shard 1", "shard 2"]
+        assert calls[2:] == ["shard 0"]
+
+    def test_a_table_that_is_not_the_same_on_all_shards_is_refused_until_it_is_dropped(
+        self, cluster3: Cluster, connect: Any, name: str
+    ) -> None:
+        client = connect(cluster3)
+        for shard, dim in enumerate((4, 4, 5)):
+            create_on(client, shard, name, dim)
+        said = f"table '{name}' has another dim on shard 2 than on shard 0; drop it"
+        for call in (lambda: client.table(name), client.list_tables):
+            with pytest.raises(SchemaMismatch, match=said):
+                call()
+        client.drop_table(name)
+        summing(client, name, 5)
+        assert client.describe_table(name).dim == 5
 
     def test_tables_are_listed_by_name(self, client: Client, name: str) -> None:
         for letter in "cab":
