@@ -130,9 +130,10 @@ class Pending:
     process that started it.
     """
 
-    def __init__(self, sent: list[_Sent], finish: Any) -> None:
+    def __init__(self, sent: list[_Sent], finish: Any, later: Sequence[_Sent] = ()) -> None:
         self._process = os.getpid()
         self._sent = sent
+        self._later = later  # to be submitted once all that was sent is answered
         self._finish = finish
         self._lock = threading.Lock()
         self._result: Any = None
@@ -143,17 +144,26 @@ class Pending:
             raise InvalidArgument("the request was started by another process, before a fork")
         with self._lock:
             if self._sent is not None:
-                sent, failure = self._sent, None
-                for item in sent:
-                    try:
-                        _take(item.link.wait(item.call), item.pulls)
-                    except Exception as error:
-                        failure = failure or error
-                if failure is not None:
-                    raise failure
+                self._wait()
+                if self._later:
+                    for item in self._later:
+                        item.link.submit(item.call)
+                    self._sent, self._later = [*self._later], ()
+                    self._wait()
                 self._result = self._finish()
                 self._sent = None  # type: ignore[assignment]
             return self._result
+
+    def _wait(self) -> None:
+        """Take all answers; raise the first error once all are there."""
+        failure = None
+        for item in self._sent:
+            try:
+                _take(item.link.wait(item.call), item.pulls)
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
 
 class _Cluster:
@@ -479,7 +489,8 @@ class Client:
     ) -> dict[str, Rows]:
         """Push the last step's gradients and pull the next step's rows in one message a shard.
 
-        The pull sees the push.
+        The pull sees the push. What is larger than a message travels in several, and what is pulled
+        after all that is pushed.
         """
         pending = self._start(
             push, pull, step=step, lr=lr, mode=mode, wire=wire, durability=durability
@@ -497,7 +508,12 @@ class Client:
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> Pending:
-        """``exchange``, started now and awaited later by ``result()``."""
+        """``exchange``, started now and awaited later by ``result()``.
+
+        Exchanges under way together take effect in the order of their start, but for those that
+        the server asks to send again (OVERLOADED, DISK_FULL): others may overtake them. One that is
+        larger than a message begins to pull when ``result()`` is called.
+        """
         pending = self._start(
             push,
             pull,
@@ -580,9 +596,14 @@ class Client:
             )
         deadline = time.monotonic() + self._timeout
         sent: list[_Sent] = []
+        later: list[_Sent] = []
         for shard, link in enumerate(cluster.links):
-            for exchange, ranges in _messages(cluster, shard, pushes, pulls, step, lr, level):
+            messages = _messages(cluster, shard, pushes, pulls, step, lr, level)
+            for exchange, ranges in messages:
                 call = Call(exchange, deadline)
+                if pushes and len(messages) > 1 and not exchange.pushes:
+                    later.append(_Sent(link, call, ranges))  # a push may have to be sent again
+                    continue
                 link.submit(call, background=background)
                 sent.append(_Sent(link, call, ranges))
 
@@ -593,7 +614,7 @@ class Client:
                 results[part.table] = part.out.reshape(*shape, part.dim)
             return pulls, results
 
-        return Pending(sent, finish)
+        return Pending(sent, finish, later)
 
     def _push_part(
         self, name: str, keys: Any, gradients: Any, dtype: int, distinct: bool

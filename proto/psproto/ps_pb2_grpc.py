@@ -352,7 +352,8 @@ class RowServiceServicer(object):
     def Stream(self, request_iterator, context):
         """Exchanges, pipelined. Each request is answered by one response with its id, in the order of
         arrival. A bad request is answered by `error` and the stream goes on; a message that cannot
-        be parsed ends it.
+        be parsed ends it. Requests take effect in that order; one that was refused with RetryInfo and
+        is sent again comes after those that followed it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

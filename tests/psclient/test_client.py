@@ -817,6 +817,58 @@ class TestLimits:
         for table in tables:
             assert_array_equal(pulled[table.name], -push[table.name][1])
 
+    @pytest.mark.parametrize("transport", ["stream", "unary"])
+    @pytest.mark.parametrize("background", [False, True])
+    def test_an_exchange_in_pieces_pulls_once_every_push_is_answered(
+        self,
+        small: Cluster,
+        connect: Any,
+        name: str,
+        transport: str,
+        background: bool,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Else a push that the server asks to send again (OVERLOADED) would come after the pull."""
+        client = connect(small, transport=transport)
+        table = summing(client, name)
+        (link,) = client._connect().links
+        events: list[str] = []
+
+        def submit(call: Any, *, inner: Any = link.submit, **rest: Any) -> None:
+            events.append("push" if call.exchange.pushes else "pull")
+            inner(call, **rest)
+
+        def wait(call: Any, *, inner: Any = link.wait) -> Any:
+            answer = inner(call)
+            events.append("pushed" if call.exchange.pushes else "pulled")
+            return answer
+
+        monkeypatch.setattr(link, "submit", submit)
+        monkeypatch.setattr(link, "wait", wait)
+        keys = np.arange(3000)
+        gradients = integers(15, 3000, DIM)
+        exchange = client.start_exchange if background else client.exchange
+        result = exchange({name: (keys, gradients)}, {name: keys})
+        pulled = (result.result() if background else result)[name]
+        pieces = len(events) // 4
+        assert pieces > 1
+        assert events == [
+            each for each in ("push", "pushed", "pull", "pulled") for _ in range(pieces)
+        ]
+        assert_array_equal(pulled, -gradients)
+        assert_array_equal(table.pull(keys), -gradients)
+
+    def test_an_exchange_in_pieces_whose_push_fails_pulls_nothing(
+        self, small: Cluster, connect: Any, name: str, messages: list[Any]
+    ) -> None:
+        client = connect(small)
+        table = summing(client, name)
+        client.drop_table(name)
+        client._dims[name] = DIM  # what a client that has not heard of the drop believes
+        with pytest.raises(TableNotFound, match=name):
+            table.exchange(np.arange(3000), (np.arange(3000), integers(16, 3000, DIM)))
+        assert {len(message.pulls) for message in messages} == {0}
+
 
 class TestThreads:
     def test_pushes_of_eight_threads_add_up(self, any_client: Client, name: str) -> None:
