@@ -1,6 +1,7 @@
 """Embedding tables on parameter servers, for trainers of any framework.
 
 errors.py      what can go wrong
+checked.py     values of arguments
 strings.py     keys from strings
 batch.py       distinct keys, sums of gradients, pooling
 fork.py        gRPC channels of a process that forks

@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from psclient import checked
 from psclient.batch import Batch, Rows, pool
 from psclient.channels import WATCH, Call, Link, Session, UnaryLink, delete, retry
 from psclient.errors import InvalidArgument, SchemaMismatch, TableNotFound
@@ -50,6 +51,7 @@ DURABILITIES: dict[str, int] = {
     "fsync": pb.DURABILITY_FSYNC,
 }
 MODES: dict[str, int] = {"train": pb.MODE_TRAIN, "serve": pb.MODE_SERVE}
+MAX_DIM = 8192
 ROOM = 4096  # bytes of a message left for headers
 
 
@@ -130,11 +132,18 @@ class Pending:
     process that started it.
     """
 
-    def __init__(self, sent: list[_Sent], finish: Any, later: Sequence[_Sent] = ()) -> None:
+    def __init__(
+        self,
+        sent: list[_Sent],
+        finish: Any,
+        later: Sequence[_Sent] = (),
+        failed: Callable[[Exception], None] | None = None,
+    ) -> None:
         self._process = os.getpid()
         self._sent = sent
         self._later = later  # to be submitted once all that was sent is answered
         self._finish = finish
+        self._failed = failed
         self._lock = threading.Lock()
         self._result: Any = None
 
@@ -159,9 +168,11 @@ class Pending:
         failure = None
         for item in self._sent:
             try:
-                _take(item.link.wait(item.call), item.pulls)
+                _take(item.link.wait(item.call), item.pulls, item.link.where)
             except Exception as error:
                 failure = failure or error
+                if self._failed is not None:
+                    self._failed(error)
         if failure is not None:
             raise failure
 
@@ -246,11 +257,12 @@ class Client:
     wire         dtype of embeddings and gradients on the wire: "float32", "bfloat16", "float16"
     timeout      seconds that an operation may take, retries included
     transport    "stream" (fast), or "unary" (one RPC a message)
-    client_id    1..2^64-1, where the identity must outlive the process; else random
-    incarnation  must grow with each use of the same client_id, or its pushes are refused
+    client_id    1..2^64-1, where the identity must outlive the process; 0: random
+    incarnation  0..2^63-1; must grow with each use of the same client_id, or its pushes are refused
                  (SessionExpired); nanoseconds since 1970 where None
 
-    Connects at the first use. Every method raises a PsError; see psclient.errors.
+    Connects at the first use. What can go wrong is a PsError, values that no server was asked about
+    included; see psclient.errors.
     """
 
     def __init__(
@@ -263,18 +275,24 @@ class Client:
         client_id: int = 0,
         incarnation: int | None = None,
     ) -> None:
-        if isinstance(addresses, str) or not addresses:
+        if (
+            isinstance(addresses, str)
+            or not addresses
+            or not all(isinstance(each, str) for each in addresses)
+        ):
             raise InvalidArgument(f"addresses must be a list of 'host:port', got {addresses!r}")
         if transport not in ("stream", "unary"):
             raise InvalidArgument(f"transport must be 'stream' or 'unary', got {transport!r}")
-        if not timeout > 0:
-            raise InvalidArgument(f"timeout must be positive, got {timeout}")
+        if not 0 < checked.number("timeout", timeout) <= threading.TIMEOUT_MAX:
+            raise InvalidArgument(f"timeout must be positive seconds, got {timeout}")
         self._addresses = list(addresses)
         self._dtype = _known("wire", wire, WIRES)
         self._timeout = timeout
         self._transport = transport
-        self._client_id = client_id
-        self._incarnation = time.time_ns() if incarnation is None else incarnation
+        self._client_id = checked.integer("client_id", client_id, 0, 1 << 64)
+        if incarnation is None:
+            incarnation = time.time_ns()
+        self._incarnation = checked.integer("incarnation", incarnation, 0, 1 << 63)
         self._cluster: _Cluster | None = None
         self._connecting = threading.Lock()
         self._dims: dict[str, int] = {}
@@ -331,30 +349,27 @@ class Client:
 
         Raises SchemaMismatch if it exists with another schema, InvalidArgument for a bad value.
         """
-        if not isinstance(dim, int | np.integer) or dim < 1:
-            raise InvalidArgument(f"table {name!r}: dim must be a positive integer, got {dim!r}")
-        if not 0 <= seed < 1 << 64:
-            raise InvalidArgument(f"table {name!r}: seed must be in 0..2^64-1, got {seed}")
-        parameters = dict(optimizer_args or {})
-        if lr is not None:
-            parameters["lr"] = lr
+        at = f"table {checked.text('name', name)!r}: "
+        dim = checked.integer(f"{at}dim", dim, 1, MAX_DIM + 1)
+        rates = {} if lr is None else {"lr": lr}
         schema = pb.TableSchema(
             name=name,
-            dim=int(dim),
-            optimizer=pb.Rule(name=optimizer, parameters=parameters),
-            initializer=pb.Rule(name=initializer, parameters=dict(initializer_args or {})),
-            seed=seed,
-            serving_default=serving_default,
+            dim=dim,
+            optimizer=_rule(f"{at}optimizer", optimizer, optimizer_args, rates),
+            initializer=_rule(f"{at}initializer", initializer, initializer_args),
+            seed=checked.integer(f"{at}seed", seed, 0, 1 << 64),
+            serving_default=checked.number(f"{at}serving_default", serving_default),
             durability=_known("durability", durability, DURABILITIES),  # type: ignore[arg-type]
-            admission=pb.Rule(name=admission, parameters=dict(admission_args or {})),
+            admission=_rule(f"{at}admission", admission, admission_args),
             evictions=[
-                pb.Rule(name=rule, parameters=dict(args)) for rule, args in (eviction or {}).items()
+                _rule(f"{at}eviction", rule, args)
+                for rule, args in checked.mapping(f"{at}eviction", eviction).items()
             ],
         )
         request = pb.CreateTableRequest(schema=schema)
         self._on_all("TableService/CreateTable", request, pb.CreateTableResponse, first=True)
-        self._dims[name] = int(dim)
-        return Table(self, name, int(dim))
+        self._dims[name] = dim
+        return Table(self, name, dim)
 
     def table(self, name: str) -> Table:
         """A table that exists; TableNotFound if it does not."""
@@ -366,7 +381,7 @@ class Client:
         Raises TableNotFound if there is none, SchemaMismatch if it is not the same on all shards:
         it was dropped on some of them and created anew meanwhile.
         """
-        request = pb.DescribeTableRequest(name=name)
+        request = pb.DescribeTableRequest(name=checked.text("name of a table", name))
         return _info(self._on_all("TableService/DescribeTable", request, pb.DescribeTableResponse))
 
     def list_tables(self) -> list[TableInfo]:
@@ -385,7 +400,9 @@ class Client:
 
         By the first rule that holds for a row. The background finds the same rows by and by.
         """
-        request = pb.EvictRequest(table=name, dry_run=dry_run)
+        request = pb.EvictRequest(
+            table=checked.text("name of a table", name), dry_run=bool(dry_run)
+        )
         evicted: dict[str, int] = {}
         for answer in self._on_all("TableService/Evict", request, pb.EvictResponse):
             for cause, rows in answer.evicted.items():
@@ -394,10 +411,11 @@ class Client:
 
     def drop_table(self, name: str) -> None:
         """Drop a table and its rows on every shard; TableNotFound if no shard has it."""
+        request = pb.DropTableRequest(name=checked.text("name of a table", name))
+        message = request.SerializeToString()
         self._dims.pop(name, None)
         cluster = self._connect()
         deadline = time.monotonic() + self._timeout
-        message = pb.DropTableRequest(name=name).SerializeToString()
 
         def drop(link: Link | UnaryLink) -> bool:
             def attempt(left: float) -> bytes:
@@ -427,7 +445,7 @@ class Client:
 
         Pushes answered before are in front of it on every shard, pushes started after behind it.
         """
-        request = pb.BarrierRequest(name=name)
+        request = pb.BarrierRequest(name=checked.text("name of a barrier", name))
         answers = self._on_all("LogService/Barrier", request, pb.BarrierResponse)
         return tuple(answer.version for answer in answers)
 
@@ -571,14 +589,15 @@ class Client:
         dtype = self._dtype if wire is None else _known("wire", wire, WIRES)
         wanted = _known("mode", mode, MODES)
         level = 0 if durability is None else _known("durability", durability, DURABILITIES)
-        if not -codec.STEPS <= step < codec.STEPS:
-            raise InvalidArgument(f"step must be in -2^47..2^47-1, got {step}")
+        step = checked.integer("step", step, -codec.STEPS, codec.STEPS)
+        lr = None if lr is None else checked.number("lr", lr)
         cluster = self._connect()
         if min_version and len(min_version) != len(cluster.links):
             raise InvalidArgument(
                 f"min_version must name a version for each of {len(cluster.links)} shards, got"
                 f" {len(min_version)}"
             )
+        min_version = [checked.integer("min_version", each, 0, 1 << 64) for each in min_version]
         pushes = [
             self._push_part(name, keys, gradients, dtype, distinct)
             for name, (keys, gradients) in push.items()
@@ -614,7 +633,12 @@ class Client:
                 results[part.table] = part.out.reshape(*shape, part.dim)
             return pulls, results
 
-        return Pending(sent, finish, later)
+        def failed(error: Exception) -> None:
+            if isinstance(error, SchemaMismatch | TableNotFound):
+                for name in (*push, *pull):  # dropped, and perhaps created anew: ask next time
+                    self._dims.pop(name, None)
+
+        return Pending(sent, finish, later, failed)
 
     def _push_part(
         self, name: str, keys: Any, gradients: Any, dtype: int, distinct: bool
@@ -653,7 +677,11 @@ class Client:
 
 
 class Table:
-    """One table of a client. Its methods are those of the client for one table."""
+    """One table of a client. Its methods are those of the client for one table.
+
+    dim  of its embeddings when this was made; SchemaMismatch tells that the table was created anew
+         with another one: then ask the client for it again
+    """
 
     def __init__(self, client: Client, name: str, dim: int) -> None:
         self.client = client
@@ -789,8 +817,21 @@ class Table:
         return f"Table({self.name!r}, dim={self.dim})"
 
 
+def _rule(
+    field: str,
+    name: str,
+    parameters: Mapping[str, float] | None,
+    more: Mapping[str, float] | None = None,
+) -> pb.Rule:
+    numbers = {
+        checked.text(f"parameter of {field}", key): checked.number(f"{field} {key}", value)
+        for key, value in {**checked.mapping(field, parameters), **(more or {})}.items()
+    }
+    return pb.Rule(name=checked.text(field, name), parameters=numbers)
+
+
 def _known(field: str, value: str, known: Mapping[str, int]) -> int:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise InvalidArgument(f"{field} must be one of {', '.join(known)}, got {value!r}")
     return known[value]
 
@@ -905,9 +946,14 @@ def _ranges(first: int, last: int, pieces: int) -> list[tuple[int, int]]:
     return [(low, min(low + step, last)) for low in range(first, last, step)]
 
 
-def _take(answer: codec.Exchanged, pulls: list[tuple[_PullPart, int, int]]) -> None:
+def _take(answer: codec.Exchanged, pulls: list[tuple[_PullPart, int, int]], where: str) -> None:
     """Write the embeddings of one reply where they belong."""
     for pulled, (part, first, last) in zip(answer.pulls, pulls, strict=True):
+        if pulled.header.dim != part.dim:
+            raise SchemaMismatch(
+                f"{where}: table {part.table!r} has dim {pulled.header.dim}, not {part.dim} as this"
+                " client was told before: it was dropped and created anew"
+            )
         rows = codec.from_wire(pulled.embeddings, part.dtype).reshape(last - first, part.dim)
         if part.distinct:
             part.out[first:last] = rows

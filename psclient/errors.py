@@ -3,7 +3,7 @@
 * PsError
   - InvalidArgument    an argument breaks a rule; nothing was applied
   - TableNotFound      no such table; a shard that lost its memory says so too
-  - SchemaMismatch     the table exists with another schema
+  - SchemaMismatch     the table exists with another schema, or was created anew with another one
   - WrongShard         a key went to a shard that does not own it
   - SessionExpired     a repeated push whose first attempt can no longer be told; it may have taken
                        effect or not; or a client id whose incarnation did not grow
@@ -114,6 +114,7 @@ class ServerFailure(PsError):
 REASONS: dict[str, type[PsError]] = {
     "TABLE_NOT_FOUND": TableNotFound,
     "SCHEMA_MISMATCH": SchemaMismatch,
+    "DIM_MISMATCH": SchemaMismatch,  # gradients had the dim that this client was told before
     "WRONG_SHARD": WrongShard,
     "SESSION_EXPIRED": SessionExpired,
     "VERSION_IN_FUTURE": VersionInFuture,

@@ -19,7 +19,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from servers import Cluster, free_ports
 
 from psclient import Client, PsError, Table, hash_keys
-from psclient.aio import AsyncClient
+from psclient.aio import AsyncClient, AsyncTable
 from psclient.channels import Link, UnaryLink
 from psclient.errors import (
     DeadlineExceeded,
@@ -188,12 +188,21 @@ class TestTables:
             ({"optimizer": "sgd", "optimizer_args": {"beta1": 1.0}}, "'sgd' has no parameter"),
             ({"initializer": "constant", "initializer_args": {"low": 1}}, "it has: value"),
             ({"optimizer": "sgd", "lr": -1.0}, "lr must be >= 0"),
-            ({"dim": 0}, "dim must be a positive integer, got 0"),
-            ({"dim": 8193}, "dim must be in 1..8192, got 8193"),
-            ({"dim": 2.5}, "dim must be a positive integer, got 2.5"),
-            ({"seed": -1}, "seed must be in"),
-            ({"seed": 2**64}, "seed must be in"),
+            ({"dim": 0}, r"dim must be an integer in 1\.\.8192, got 0"),
+            ({"dim": 8193}, r"dim must be an integer in 1\.\.8192, got 8193"),
+            ({"dim": 2.5}, r"dim must be an integer in 1\.\.8192, got 2\.5"),
+            ({"seed": -1}, r"seed must be an integer in 0\.\.2\^64-1, got"),
+            ({"seed": 2**64}, r"seed must be an integer in 0\.\.2\^64-1, got"),
+            ({"lr": "a"}, "optimizer lr must be a number, got 'a'"),
+            ({"optimizer": None}, "optimizer must be text in Unicode, got None"),
+            ({"optimizer_args": {"eps": [1]}}, r"optimizer eps must be a number, got \[1\]"),
+            ({"initializer_args": {5: 1}}, "parameter of .* must be text in Unicode, got 5"),
+            ({"admission_args": 3}, "admission must come with a mapping .*, got 3"),
+            ({"eviction": "step_ttl"}, "eviction must come with a mapping .*, got 'step_ttl'"),
+            ({"serving_default": "0"}, "serving_default must be a number, got '0'"),
             ({"serving_default": float("nan")}, "serving_default must be finite, got nan"),
+            ({"name": 5}, "name must be text in Unicode, got 5"),
+            ({"name": "\ud800"}, r"name must be text in Unicode, got '\\ud800'"),
             ({"name": ""}, "table name must be 1..128"),
             ({"name": "-x"}, "table name must be 1..128"),
             ({"name": "a b"}, "table name must be 1..128"),
@@ -282,6 +291,26 @@ class TestTables:
             table.pull([1])
         with pytest.raises(TableNotFound, match=name):
             table.push([1], np.ones((1, DIM), np.float32))
+
+    def test_a_table_created_anew_with_another_dim_is_noticed_once(
+        self, any_client: Client, cluster: Cluster, connect: Any, name: str
+    ) -> None:
+        other = connect(cluster)
+        table, keys = summing(any_client, name), np.arange(20)
+        for dim, use in (
+            (2, lambda: table.pull(keys)),
+            (6, lambda: table.push(keys, np.ones((20, 2), np.float32))),
+            (3, lambda: table.exchange(keys, (keys, np.ones((20, 6), np.float32)))),
+            (5, lambda: table.pull_rows(keys)),
+        ):
+            other.drop_table(name)
+            summing(other, name, dim)
+            with pytest.raises(SchemaMismatch, match=name):
+                use()
+            again = any_client.table(name)
+            assert again.dim == dim
+            again.push(keys, np.ones((20, dim), np.float32))
+            assert_array_equal(again.pull(keys), -np.ones((20, dim), np.float32))
 
 
 class TestRows:
@@ -599,10 +628,54 @@ class TestRefusals:
         with pytest.raises(InvalidArgument, match=f"wire must be one of {names}, got 'int8'"):
             table.pull([1], wire="int8")  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("step", [2**47, -(2**47) - 1])
-    def test_a_step_out_of_range(self, table: Table, step: int) -> None:
-        with pytest.raises(InvalidArgument, match=rf"step must be in .*, got {step}"):
+    @pytest.mark.parametrize("step", [2**47, -(2**47) - 1, 1.5, "1", None])
+    def test_a_step_out_of_range(self, table: Table, step: Any) -> None:
+        with pytest.raises(InvalidArgument) as caught:
             table.push([1], np.ones((1, DIM), np.float32), step=step)
+        assert str(caught.value) == f"step must be an integer in -2^47..2^47-1, got {step!r}"
+
+    @pytest.mark.parametrize("lr", ["a", "0.1", [0.1]])
+    def test_a_learning_rate_that_is_no_number(self, table: Table, lr: Any) -> None:
+        with pytest.raises(InvalidArgument) as caught:
+            table.push([1], np.ones((1, DIM), np.float32), lr=lr)
+        assert str(caught.value) == f"lr must be a number, got {lr!r}"
+
+    @pytest.mark.parametrize("version", [-1, 2**64, 0.5])
+    def test_a_version_that_cannot_be(self, table: Table, version: Any) -> None:
+        with pytest.raises(InvalidArgument) as caught:
+            table.pull_rows([1], min_version=[version] * len(table.client._addresses))
+        rule = "min_version must be an integer in 0..2^64-1"
+        assert str(caught.value) == f"{rule}, got {version!r}"
+
+    @pytest.mark.parametrize("wrong", [5, None, "\udfff"])
+    def test_a_name_that_is_no_text(self, table: Table, wrong: Any) -> None:
+        client = table.client
+        for call in (
+            lambda: client.pull({wrong: [1]}),
+            lambda: client.push({wrong: ([1], np.ones((1, DIM), np.float32))}),
+            lambda: client.table(wrong),
+            lambda: client.evict(wrong),
+            lambda: client.drop_table(wrong),
+            lambda: client.barrier(wrong),
+        ):
+            with pytest.raises(InvalidArgument) as caught:
+                call()
+            assert str(caught.value).endswith(f" must be text in Unicode, got {wrong!r}")
+
+    @pytest.mark.parametrize(
+        ("offsets", "weights", "message"),
+        [
+            (["a"], None, "offsets must be integers, got dtype <U1"),
+            ([0.0, 1.0], None, "offsets must be integers, got dtype float64"),
+            ([0, 1], ["a"], "weights must be numbers, got dtype <U1"),
+        ],
+    )
+    def test_bags_that_are_no_numbers(
+        self, table: Table, offsets: Any, weights: Any, message: str
+    ) -> None:
+        with pytest.raises(InvalidArgument) as caught:
+            table.pull_pooled([1], offsets, weights=weights)
+        assert str(caught.value) == message
 
     @pytest.mark.parametrize("lr", [float("nan"), float("inf")])
     def test_a_learning_rate_that_is_not_finite(self, table: Table, lr: float) -> None:
@@ -749,6 +822,14 @@ class TestFrameworks:
         table.push([1], torch.full((1, DIM), 0.5, dtype=dtype))
         assert_array_equal(table.pull([1]), np.full((1, DIM), -0.5, np.float32))
 
+    def test_gradients_of_bfloat16(self, client: Client, name: str) -> None:
+        table = summing(client, name)
+        gradients = torch.randn(5, DIM).to(torch.bfloat16).requires_grad_()
+        table.push(np.arange(5), gradients)
+        assert_array_equal(table.pull(np.arange(5)), -gradients.detach().float().numpy())
+        with pytest.raises(InvalidArgument, match="no array in host memory"):
+            table.push([1], torch.ones(1, DIM, device="meta", dtype=torch.bfloat16))
+
     def test_results_become_torch_tensors_without_a_copy(self, client: Client, name: str) -> None:
         table = client.create_table(name, DIM, initializer="normal")
         pulled = table.pull([1, 2])
@@ -774,6 +855,13 @@ class TestStrings:
         keys = hash_keys(strings)
         assert keys.dtype == np.uint64
         assert keys.tolist() == expected
+
+    @pytest.mark.parametrize(
+        "strings", ["male", b"ab", [1, 2], [b"a", None], ["\ud800"], [bytearray(2)]]
+    )
+    def test_what_is_no_list_of_strings_is_refused(self, strings: Any) -> None:
+        with pytest.raises(InvalidArgument, match="strings must be "):
+            hash_keys(strings)
 
     def test_no_strings_give_no_keys(self) -> None:
         assert hash_keys([]).shape == (0,)
@@ -926,6 +1014,24 @@ class TestAsyncio:
 
         assert_array_equal(asyncio.run(train()), np.full((50, DIM), -40, np.float32))
 
+    @pytest.mark.parametrize(("blocking", "awaited"), [(Client, AsyncClient), (Table, AsyncTable)])
+    def test_every_call_has_its_counterpart(self, blocking: type, awaited: type) -> None:
+        started = {"start_pull", "start_exchange"}  # tasks of asyncio are that
+        calls = {name for name in vars(blocking) if not name.startswith("_")} - started
+        assert calls <= set(vars(awaited))
+
+    def test_deletes_barriers_and_durability(self, cluster: Cluster, name: str) -> None:
+        async def work() -> None:
+            async with AsyncClient(cluster.addresses, timeout=20.0) as ps:
+                table = await ps.create_table(name, DIM)
+                await table.push(np.arange(50), np.ones((50, DIM), np.float32))
+                assert await table.delete(np.arange(40)) == 40
+                marks = await ps.barrier("epoch")
+                on_disk = await ps.wait_durable()
+                assert all(disk >= mark for disk, mark in zip(on_disk, marks, strict=True))
+
+        asyncio.run(work())
+
     def test_the_event_loop_goes_on_while_a_call_waits(self, cluster: Cluster, name: str) -> None:
         async def unreachable() -> int:
             ticks = 0
@@ -947,12 +1053,23 @@ class TestAsyncio:
 
 
 class TestAddresses:
-    @pytest.mark.parametrize("addresses", [[], "127.0.0.1:7000", ""])
+    @pytest.mark.parametrize("addresses", [[], "127.0.0.1:7000", "", [7000]])
     def test_must_be_a_list(self, addresses: Any) -> None:
         with pytest.raises(InvalidArgument, match="addresses must be a list of 'host:port'"):
             Client(addresses)
 
-    @pytest.mark.parametrize("options", [{"transport": "udp"}, {"timeout": 0}, {"wire": "int8"}])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"transport": "udp"},
+            {"wire": "int8"},
+            {"wire": None},
+            *({"timeout": value} for value in (0, float("nan"), float("inf"), "1")),
+            *({"client_id": value} for value in (-1, 2**64, 1.5)),
+            *({"incarnation": value} for value in (-1, 2**63, "1")),
+        ],
+        ids=repr,
+    )
     def test_options_are_checked_at_birth(self, options: dict[str, Any]) -> None:
         with pytest.raises(InvalidArgument, match=next(iter(options))):
             Client(["127.0.0.1:1"], **options)
