@@ -498,26 +498,6 @@ class TestRows:
         assert_array_equal(table.pull(batch)[..., 0], [[-2, -2, -1]])
         assert any_client.batch(batch) is batch
 
-    @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-    def test_every_optimizer_gives_the_same_on_any_number_of_shards(
-        self, cluster1: Cluster, cluster3: Cluster, connect: Any, name: str, optimizer: str
-    ) -> None:
-        tables = [
-            connect(cluster).create_table(name, 8, optimizer=optimizer, seed=3)
-            for cluster in (cluster1, cluster3)
-        ]
-        random = np.random.default_rng(9)
-        for step in range(1, 6):
-            keys = random.integers(0, 300, 500)
-            gradients = random.standard_normal((500, 8)).astype(np.float32)
-            for table in tables:
-                table.push(keys, gradients, step=step)
-        one, three = (table.pull_rows(np.arange(300)) for table in tables)
-        assert np.isfinite(one.embeddings).all()
-        assert_array_equal(one.embeddings, three.embeddings)
-        assert_array_equal(one.frequencies, three.frequencies)
-        assert_array_equal(one.steps, three.steps)
-
 
 class TestSpread:
     @pytest.mark.parametrize(
