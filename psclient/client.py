@@ -1,7 +1,8 @@
 """The client: tables, pulls and pushes over all shards, blocking.
 
 One batch of keys takes one straight line: find the distinct keys and their shards, send each shard
-one message, scatter its reply into the result. Several tables travel in the same messages.
+one message, scatter its reply into the result. Several tables travel in the same messages. A shard
+that does not own a key refuses its message; the shard map is fetched and the message sent again.
 
 A push is atomic for each shard. Gradients are checked here before the first message leaves, so that
 a bad one is applied nowhere. A request over a server's message limit is sent as several.
@@ -26,7 +27,8 @@ from numpy.typing import NDArray
 from psclient import checked
 from psclient.batch import Batch, Rows, pool
 from psclient.channels import WATCH, Call, Link, Session, UnaryLink, delete, retry
-from psclient.errors import InvalidArgument, SchemaMismatch, TableNotFound
+from psclient.errors import InvalidArgument, SchemaMismatch, TableNotFound, WrongShard
+from psclient.moved import resend
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
 
@@ -138,12 +140,14 @@ class Pending:
         finish: Any,
         later: Sequence[_Sent] = (),
         failed: Callable[[Exception], None] | None = None,
+        moved: Callable[[_Sent], codec.Exchanged] | None = None,
     ) -> None:
         self._process = os.getpid()
         self._sent = sent
         self._later = later  # to be submitted once all that was sent is answered
         self._finish = finish
         self._failed = failed
+        self._moved = moved
         self._lock = threading.Lock()
         self._result: Any = None
 
@@ -168,13 +172,21 @@ class Pending:
         failure = None
         for item in self._sent:
             try:
-                _take(item.link.wait(item.call), item.pulls, item.link.where)
+                _take(self._answer(item), item.pulls, item.link.where)
             except Exception as error:
                 failure = failure or error
                 if self._failed is not None:
                     self._failed(error)
         if failure is not None:
             raise failure
+
+    def _answer(self, item: _Sent) -> codec.Exchanged:
+        try:
+            return item.link.wait(item.call)
+        except WrongShard:
+            if self._moved is None:
+                raise
+            return self._moved(item)
 
 
 class _Cluster:
@@ -189,13 +201,7 @@ class _Cluster:
             self.links.append(kind(f"shard {shard} at {address}", address, session))
         self.pool = ThreadPoolExecutor(len(self.links), "psclient")
         try:
-            infos = self.on_all(
-                "InfoService/GetServerInfo",
-                pb.GetServerInfoRequest(),
-                pb.GetServerInfoResponse,
-                deadline,
-            )
-            self.shard_map = self._check(infos)
+            infos = self.refresh(deadline)
         except BaseException:
             self.close()
             raise
@@ -203,6 +209,15 @@ class _Cluster:
         self.keys = min(int(info.limits.keys) for info in infos)
         self._closed = threading.Event()
         threading.Thread(target=self._watch, args=(self.links,), daemon=True).start()
+
+    def refresh(self, deadline: float) -> list[pb.GetServerInfoResponse]:
+        """Ask the shards for their map, and what else they tell of themselves."""
+        request = pb.GetServerInfoRequest()
+        infos = self.on_all(
+            "InfoService/GetServerInfo", request, pb.GetServerInfoResponse, deadline
+        )
+        self.shard_map = self._check(infos)
+        return infos
 
     def on_all(
         self, method: str, request: Any, answer: Any, deadline: float, *, first: bool = False
@@ -638,7 +653,12 @@ class Client:
                 for name in (*push, *pull):  # dropped, and perhaps created anew: ask next time
                     self._dims.pop(name, None)
 
-        return Pending(sent, finish, later, failed)
+        def moved(item: _Sent) -> codec.Exchanged:
+            cluster.refresh(deadline)
+            least = [part.min_version for part, _, _ in item.pulls]
+            return resend(cluster.links, cluster.shard_map, item.call, least)
+
+        return Pending(sent, finish, later, failed, moved)
 
     def _push_part(
         self, name: str, keys: Any, gradients: Any, dtype: int, distinct: bool
@@ -797,17 +817,31 @@ class Table:
         cluster, batch = client._connect(), client.batch(keys)
         deadline = time.monotonic() + client._timeout
 
-        def part(shard: int) -> int:
+        def part(batch: Batch, shard: int, moved: list[codec.Keys] | None) -> int:
             deleted = 0
             first, last = batch.split.bounds[shard : shard + 2].tolist()
             most = min(cluster.keys, cluster.message_bytes // 8)
             for low in range(first, last, most):
                 header = pb.PushHeader(table=self.name, durability=level)  # type: ignore[arg-type]
                 some = batch.keys[low : min(low + most, last)]
-                deleted += delete(cluster.links[shard], header, some, deadline).deleted
+                try:
+                    deleted += delete(cluster.links[shard], header, some, deadline).deleted
+                except WrongShard:
+                    if moved is None:
+                        raise
+                    moved.append(some)
             return deleted
 
-        return sum(cluster.pool.map(part, range(len(cluster.links))))
+        def parts(batch: Batch, moved: list[codec.Keys] | None = None) -> int:
+            shards = range(len(cluster.links))
+            return sum(cluster.pool.map(lambda shard: part(batch, shard, moved), shards))
+
+        moved: list[codec.Keys] = []
+        deleted = parts(batch, moved)
+        if moved:
+            cluster.refresh(deadline)
+            deleted += parts(Batch(np.concatenate(moved), cluster.shard_map))
+        return deleted
 
     def describe(self) -> TableInfo:
         """Schema and size over all shards."""

@@ -4,7 +4,7 @@
   - InvalidArgument    an argument breaks a rule; nothing was applied
   - TableNotFound      no such table; a shard that lost its memory says so too
   - SchemaMismatch     the table exists with another schema, or was created anew with another one
-  - WrongShard         a key went to a shard that does not own it
+  - WrongShard         a key went to a shard that does not own it, by the newest shard map too
   - SessionExpired     a repeated push whose first attempt can no longer be told; it may have taken
                        effect or not; or a client id whose incarnation did not grow
   - ResourceExhausted  a limit of the server, or its memory
