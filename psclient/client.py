@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -127,6 +127,47 @@ class _Sent:
     link: Link | UnaryLink
     call: Call
     pulls: list[tuple[_PullPart, int, int]]  # part, first and last + 1 distinct key
+    moved: bool = False  # its keys, and they were sent again
+
+
+@dataclass(slots=True)
+class _Rest:
+    """What a request under way may have to do besides waiting."""
+
+    client: Client
+    cluster: _Cluster
+    tables: tuple[str, ...]
+    deadline: float  # monotonic seconds
+    late: bool  # nobody need wait before the deadline
+    later: list[_Sent]  # pulls that leave once all pushes are answered
+
+    def submit(self) -> list[_Sent]:
+        """Send what was to wait."""
+        for item in self.later:
+            item.call.deadline = self._until()
+            item.link.submit(item.call)
+        sent, self.later = self.later, []
+        return sent
+
+    def note(self, error: Exception) -> None:
+        """Forget the dims of tables that were dropped, and perhaps created anew."""
+        if isinstance(error, SchemaMismatch | TableNotFound):
+            for name in self.tables:
+                self.client._dims.pop(name, None)
+
+    def resend(self, item: _Sent) -> codec.Exchanged:
+        """Send what a shard refused to those that the newest shard map names."""
+        deadline = self._until()
+        self.cluster.refresh(deadline)
+        least = [part.min_version for part, _, _ in item.pulls]
+        return resend(
+            self.cluster.links, self.cluster.shard_map, item.call.exchange, least, deadline
+        )
+
+    def _until(self) -> float:
+        if self.late:
+            return max(self.deadline, time.monotonic() + self.client._timeout)
+        return self.deadline
 
 
 class Pending:
@@ -134,20 +175,11 @@ class Pending:
     process that started it.
     """
 
-    def __init__(
-        self,
-        sent: list[_Sent],
-        finish: Any,
-        later: Sequence[_Sent] = (),
-        failed: Callable[[Exception], None] | None = None,
-        moved: Callable[[_Sent], codec.Exchanged] | None = None,
-    ) -> None:
+    def __init__(self, sent: list[_Sent], finish: Any, rest: _Rest | None = None) -> None:
         self._process = os.getpid()
         self._sent = sent
-        self._later = later  # to be submitted once all that was sent is answered
         self._finish = finish
-        self._failed = failed
-        self._moved = moved
+        self._rest = rest
         self._lock = threading.Lock()
         self._result: Any = None
 
@@ -158,10 +190,8 @@ class Pending:
         with self._lock:
             if self._sent is not None:
                 self._wait()
-                if self._later:
-                    for item in self._later:
-                        item.link.submit(item.call)
-                    self._sent, self._later = [*self._later], ()
+                if self._rest is not None and self._rest.later:
+                    self._sent = self._rest.submit()
                     self._wait()
                 self._result = self._finish()
                 self._sent = None  # type: ignore[assignment]
@@ -175,8 +205,8 @@ class Pending:
                 _take(self._answer(item), item.pulls, item.link.where)
             except Exception as error:
                 failure = failure or error
-                if self._failed is not None:
-                    self._failed(error)
+                if self._rest is not None:
+                    self._rest.note(error)
         if failure is not None:
             raise failure
 
@@ -184,9 +214,10 @@ class Pending:
         try:
             return item.link.wait(item.call)
         except WrongShard:
-            if self._moved is None:
+            if self._rest is None or item.moved:
                 raise
-            return self._moved(item)
+            item.moved = True
+            return self._rest.resend(item)
 
 
 class _Cluster:
@@ -648,17 +679,8 @@ class Client:
                 results[part.table] = part.out.reshape(*shape, part.dim)
             return pulls, results
 
-        def failed(error: Exception) -> None:
-            if isinstance(error, SchemaMismatch | TableNotFound):
-                for name in (*push, *pull):  # dropped, and perhaps created anew: ask next time
-                    self._dims.pop(name, None)
-
-        def moved(item: _Sent) -> codec.Exchanged:
-            cluster.refresh(deadline)
-            least = [part.min_version for part, _, _ in item.pulls]
-            return resend(cluster.links, cluster.shard_map, item.call, least)
-
-        return Pending(sent, finish, later, failed, moved)
+        rest = _Rest(self, cluster, (*push, *pull), deadline, background, later)
+        return Pending(sent, finish, rest)
 
     def _push_part(
         self, name: str, keys: Any, gradients: Any, dtype: int, distinct: bool

@@ -19,16 +19,17 @@ Places = NDArray[np.int64]  # of some keys among those of a refused push or pull
 def resend(
     links: Sequence[Link | UnaryLink],
     shard_map: routing.ShardMap,
-    refused: Call,
+    exchange: codec.Exchange,
     min_versions: Sequence[Sequence[int]],
+    deadline: float,
 ) -> codec.Exchanged:
     """What a refused exchange would have answered, from the shards of a newer map.
 
     min_versions  of each pull, by shard; empty: any will do
+    deadline      monotonic seconds
 
     The keys of the refused exchange went to one shard, which applied nothing.
     """
-    exchange = refused.exchange
     push_owners = [routing.owners(push.keys, shard_map) for push in exchange.pushes]
     pull_owners = [routing.owners(pull.keys, shard_map) for pull in exchange.pulls]
     sent: list[tuple[Link | UnaryLink, Call, list[int]]] = []
@@ -47,7 +48,7 @@ def resend(
                 numbers.append(number)
                 places[number].append(at)
         if pushes or pulls:
-            call = Call(codec.Exchange(pushes, pulls), refused.deadline)
+            call = Call(codec.Exchange(pushes, pulls), deadline)
             link.submit(call)
             sent.append((link, call, numbers))
     answers: list[list[codec.Pulled]] = [[] for _ in exchange.pulls]

@@ -918,6 +918,26 @@ class TestShardMap:
         assert table.delete(self.KEYS[:290]) == 290
         assert table.describe().rows == 10
 
+    def test_a_request_that_failed_sends_nothing_again_when_it_is_asked_again(
+        self, astray: Callable[[], Client], name: str, messages: list[Any]
+    ) -> None:
+        client = astray()
+        true, old = routing.even_map(3), client._connect().shard_map
+        taken, owned = (routing.owners(self.KEYS.astype(np.uint64), each) for each in (old, true))
+        pushed = int(np.flatnonzero(taken != owned)[0])
+        pulled = int(np.flatnonzero(taken != taken[pushed])[0])
+        table, gone = summing(client, name), f"{name}.gone"
+        client._dims[gone] = DIM
+        push = {name: ([pushed], np.ones((1, DIM), np.float32))}
+        pending = client.start_exchange(push, {gone: [pulled]})
+        with pytest.raises(TableNotFound, match=gone):
+            pending.result()
+        del messages[:]
+        with pytest.raises((TableNotFound, WrongShard)):
+            pending.result()
+        assert messages == []
+        assert_array_equal(table.pull([pushed]), -np.ones((1, DIM), np.float32))
+
     def test_a_second_refusal_is_an_error(
         self, astray: Callable[[], Client], name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -988,8 +1008,10 @@ class TestLimits:
         table = summing(client, name)
         (link,) = client._connect().links
         events: list[str] = []
+        deadlines: dict[bool, set[float]] = {False: set(), True: set()}
 
         def submit(call: Any, *, inner: Any = link.submit, **rest: Any) -> None:
+            deadlines[bool(call.exchange.pulls)].add(call.deadline)
             events.append("push" if call.exchange.pushes else "pull")
             inner(call, **rest)
 
@@ -1010,6 +1032,8 @@ class TestLimits:
         assert events == [
             each for each in ("push", "pushed", "pull", "pulled") for _ in range(pieces)
         ]
+        fresh = min(deadlines[True]) > max(deadlines[False])  # a prefetch may be awaited late
+        assert fresh == background
         assert_array_equal(pulled, -gradients)
         assert_array_equal(table.pull(keys), -gradients)
 
