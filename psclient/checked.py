@@ -12,9 +12,11 @@ from psclient.errors import InvalidArgument
 
 def integer(field: str, value: Any, low: int, end: int) -> int:
     """The integer ``value``, of any type of integers, if it is in low..end - 1."""
-    with suppress(TypeError):
+    try:
         if low <= (number := operator.index(value)) < end:
             return number
+    except TypeError:
+        pass
     rule = f"{_power(low)}..{_power(end - 1)}"
     raise InvalidArgument(f"{field} must be an integer in {rule}, got {value!r}")
 
