@@ -258,8 +258,7 @@ def warm_start(
             raise NotEmpty(f"table {into!r} has {rows} rows")
         if rows:
             client.drop_table(into)
-    create = pb.CreateTableRequest(schema=schema)
-    client._on_all("TableService/CreateTable", create, pb.CreateTableResponse)
+    _create(client, schema)
     request = pb.LoadTableRequest(name=name, table=table, into=into)
     try:
         done = _on_all(client, "LoadTable", request, progress)
@@ -267,7 +266,7 @@ def warm_start(
         with suppress(PsError):
             client.drop_table(into)
             if existed is not None:
-                client._on_all("TableService/CreateTable", create, pb.CreateTableResponse)
+                _create(client, schema)
         raise
     return sum(each.rows for each in done)
 
@@ -341,6 +340,11 @@ def write_rows(
             _call(client, link, "WriteRows", request, pb.WriteRowsResponse)
 
     list(cluster.pool.map(part, range(len(cluster.links))))
+
+
+def _create(client: Client, schema: pb.TableSchema) -> None:
+    request = pb.CreateTableRequest(schema=schema)
+    client._on_all("TableService/CreateTable", request, pb.CreateTableResponse, first=True)
 
 
 def _schema(client: Client, table: str) -> pb.TableSchema | None:

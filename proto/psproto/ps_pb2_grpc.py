@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class TableServiceStub(object):
-    """Tables. A table exists on every shard; a client creates, describes and drops it on each.
+    """Tables. A table exists on every shard; a client creates, describes and drops it on each: it creates
+    it on shard 0 before the others and drops it there after them, so that of several clients whose
+    schemas differ one gets its way on all shards.
     """
 
     def __init__(self, channel):
@@ -63,7 +65,9 @@ class TableServiceStub(object):
 
 
 class TableServiceServicer(object):
-    """Tables. A table exists on every shard; a client creates, describes and drops it on each.
+    """Tables. A table exists on every shard; a client creates, describes and drops it on each: it creates
+    it on shard 0 before the others and drops it there after them, so that of several clients whose
+    schemas differ one gets its way on all shards.
     """
 
     def CreateTable(self, request, context):
@@ -137,7 +141,9 @@ def add_TableServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TableService(object):
-    """Tables. A table exists on every shard; a client creates, describes and drops it on each.
+    """Tables. A table exists on every shard; a client creates, describes and drops it on each: it creates
+    it on shard 0 before the others and drops it there after them, so that of several clients whose
+    schemas differ one gets its way on all shards.
     """
 
     @staticmethod
@@ -346,7 +352,8 @@ class RowServiceServicer(object):
     def Stream(self, request_iterator, context):
         """Exchanges, pipelined. Each request is answered by one response with its id, in the order of
         arrival. A bad request is answered by `error` and the stream goes on; a message that cannot
-        be parsed ends it.
+        be parsed ends it. Requests take effect in that order; one that was refused with RetryInfo and
+        is sent again comes after those that followed it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
