@@ -13,7 +13,7 @@ from numpy.testing import assert_array_equal
 from servers import Cluster, Labels, alive, eventually
 from typer.testing import CliRunner
 
-from psclient import Client
+from psclient import Client, admin
 from psclient.client import Table
 from psclient.ctl import app
 from psclient.errors import InvalidArgument, SchemaMismatch
@@ -117,6 +117,17 @@ def test_occurrences_of_all_clients_and_duplicates_count(
     assert seen.steps.tolist() == [9] * 4 + [0] * 2
     info = clients[1].describe_table(name)
     assert (info.rows, info.waiting) == (4, 2)
+
+
+def test_rows_are_as_fresh_as_the_table_whoever_brings_them(
+    cluster2: Cluster, connect: Callable[..., Client], name: str
+) -> None:
+    one, two = connect(cluster2), connect(cluster2)
+    ahead = table_of(one, name, eviction={"step_ttl": {"steps": 64}})
+    push(ahead, np.arange(100), step=700)
+    push(two.table(name), np.arange(10))
+    admin.write_rows(two, name, np.arange(100, 110), np.ones((10, DIM), np.float32))
+    assert ahead.pull_rows(np.arange(110)).steps.tolist() == [700] * 110
 
 
 def test_eviction_on_demand_counts_first_and_then_evicts(

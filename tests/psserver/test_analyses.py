@@ -296,14 +296,14 @@ def inspected(shard: Shard, *keys: int, log: Any = None, **more: Any) -> dict[in
 
 
 def test_a_key_with_a_row_tells_where_it_is(shard: Shard) -> None:
-    shard.exchange([push([7, -7 % (1 << 64)], 2.0, step=77)], [])
+    shard.exchange([push([7, -7 % (1 << 64)], 2.0, step=177)], [])
     known = inspected(shard, 7, -7, embeddings=True)
     dump = shard.dump()["t"]
     for key, facts in known.items():
         at = int(np.searchsorted(dump.keys, np.uint64(key % (1 << 64))))
         row = dump.rows[at]
         assert facts.state == State.STATE_ROW
-        assert (facts.tier, facts.version, facts.step) == ("host", shard.version, 77)
+        assert (facts.tier, facts.version, facts.step) == ("host", shard.version, 177)
         assert facts.frequency == dump.meta[at, 3]
         assert facts.embedding == row.tolist()
         assert facts.norm == pytest.approx(float(np.linalg.norm(row)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stores import Direct, Home, make_shard, push, schema
+from stores import Direct, Home, contents, make_shard, push, schema
 
 from psproto import ps_pb2 as pb
 from psserver.errors import Draining, Overloaded
@@ -18,6 +18,7 @@ from psserver.sweeper import Sweeper
 from storage.admission import Probability, Sketch
 from storage.errors import DiskFull, UnknownTable
 from storage.eviction import CapacityLru, Norm, StepTtl, TimeTtl
+from storage.optimizers import Sgd
 
 
 def rows(shard: Shard, table: str = "t") -> int:
@@ -26,6 +27,10 @@ def rows(shard: Shard, table: str = "t") -> int:
 
 def give(shard: Shard, keys: Any, **changes: Any) -> None:
     shard.exchange([push(keys, **changes)], [])
+
+
+def steps(shard: Shard) -> dict[int, int]:
+    return {key: step for key, _, step, _ in shard.dump()["t"].meta.tolist()}
 
 
 def ticks(shard: Shard, most: int = 100) -> float:
@@ -63,6 +68,44 @@ def test_a_table_far_above_its_rows_is_urgent() -> None:
     assert shard.tick() == URGENT
     ticks(shard)
     assert rows(shard) == 10
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_client_that_is_behind_or_tells_no_step_makes_no_row_idle(
+    tmp_path: Path, checkpoint: bool
+) -> None:
+    with Home(tmp_path / "home") as home:
+        home.shard.create_table(schema(evictions=(StepTtl(steps=100),)))
+        for step in range(0, 1000, 50):
+            give(home.shard, [1], step=step)
+            give(home.shard, [2], step=0)
+            give(home.shard, [3], step=max(0, step - 500))
+            ticks(home.shard)
+        assert steps(home.shard) == {1: 950, 2: 950, 3: 950}
+        if checkpoint:
+            home.checkpoint()
+        before = contents(home.shard)
+        home.reopen()
+        assert contents(home.shard) == before
+        give(home.shard, [2], step=0)
+        give(home.shard, [3], step=1051)
+        ticks(home.shard)
+        assert steps(home.shard) == {3: 1051}
+
+
+def test_the_optimizer_takes_the_step_of_the_push_whatever_the_table_has() -> None:
+    seen: list[int] = []
+
+    class Spy(Sgd):
+        def step(self, slab: Any, slots: Any, grads: Any, lr: float, step: int) -> None:
+            seen.append(step)
+
+    shard = make_shard()
+    shard.create_table(schema(optimizer=Spy(lr=1.0)))
+    for step in (7, 3, 0, 9):
+        give(shard, [1], step=step)
+    assert seen == [7, 3, 0, 9]
+    assert steps(shard) == {1: 9}
 
 
 @pytest.mark.parametrize("rule", [StepTtl(steps=2), TimeTtl(seconds=5.0), Norm(grace=1)])
