@@ -231,7 +231,7 @@ class Analyses:
                 facts.state = pb.KeyFacts.STATE_GONE
             elif known.forgets:
                 facts.state, facts.why = pb.KeyFacts.STATE_UNKNOWN, known.forgets
-            elif horizon > known.created:
+            elif horizon >= known.created:  # equal behind a restore, whose tables begin there
                 facts.state = pb.KeyFacts.STATE_UNKNOWN
                 facts.why = f"deletes up to version {horizon} may be forgotten"
             else:

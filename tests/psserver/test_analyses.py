@@ -387,6 +387,30 @@ def test_where_deletes_are_forgotten_it_is_not_known_what_was() -> None:
     assert known[0].why == known[99].why == "deletes up to version 3 may be forgotten"
 
 
+def test_behind_a_restore_it_is_not_known_what_was_and_of_later_tables_it_is(
+    tmp_path: Path,
+) -> None:
+    with Homes(tmp_path / "source", 1, f"file://{tmp_path}/checkpoints") as homes:
+        homes.create(schema(evictions=TTL))
+        homes.push(range(10), step=1)
+        homes.push([99], step=50)
+        evict(homes.nodes[0].shard)
+        homes.checkpoint("a")
+        homes.restore("a", replace=True)
+        homes.create(schema("later"))
+        [node] = homes.nodes
+        asked = [
+            pb.InspectRequest(table=table, keys=np.array([3, 99], np.uint64).tobytes())
+            for table in ("t", "later")
+        ]
+        work = Analyses(node.shard, node.engine, node.checkpoints, None)
+        told = [[(facts.state, facts.why) for facts in work.inspect(each).keys] for each in asked]
+    assert told == [
+        [(State.STATE_UNKNOWN, "deletes up to version 4 may be forgotten"), (State.STATE_ROW, "")],
+        [(State.STATE_NEW, "")] * 2,
+    ]
+
+
 def test_deletes_of_another_table_are_not_this_one_s(shard: Shard) -> None:
     shard.create_table(schema("u"))
     shard.exchange([push([9000], table="u")], [])
