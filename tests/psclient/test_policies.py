@@ -212,6 +212,23 @@ def test_rules_show_in_the_metrics(
     assert total("ps_counter_bytes") > 0
 
 
+def test_counters_that_expire_show_in_the_metrics(
+    cluster2: Cluster, connect: Callable[..., Client], name: str
+) -> None:
+    client = connect(cluster2)
+    rules = {"admission": "counter", "admission_args": {"threshold": 9}}
+    table = table_of(client, name, **rules, eviction={"step_ttl": {"steps": 64}})
+    push(table, np.arange(100))
+    push(table, np.arange(100, 140), step=100)
+
+    def expired() -> float:
+        pages = [cluster2.metrics(shard) for shard in range(2)]
+        return sum(page["ps_expired_counters_total", Labels(table=name)] for page in pages)
+
+    assert eventually(lambda: expired() == 100)
+    assert client.describe_table(name).waiting == 40
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["counter", "sketch"])
 def test_counters_outlive_a_kill_with_and_without_a_checkpoint(

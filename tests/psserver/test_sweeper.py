@@ -15,7 +15,7 @@ from psproto import ps_pb2 as pb
 from psserver.errors import Draining, Overloaded
 from psserver.shard import SWEEPING, URGENT, Shard
 from psserver.sweeper import Sweeper
-from storage.admission import Probability, Sketch
+from storage.admission import Counter, Probability, Sketch
 from storage.errors import DiskFull, UnknownTable
 from storage.eviction import CapacityLru, Norm, StepTtl, TimeTtl
 from storage.optimizers import Sgd
@@ -31,6 +31,10 @@ def give(shard: Shard, keys: Any, **changes: Any) -> None:
 
 def steps(shard: Shard) -> dict[int, int]:
     return {key: step for key, _, step, _ in shard.dump()["t"].meta.tolist()}
+
+
+def counters(shard: Shard) -> dict[int, int]:
+    return {key: total for key, total, _ in shard.dump()["t"].counters.tolist()}
 
 
 def ticks(shard: Shard, most: int = 100) -> float:
@@ -133,6 +137,63 @@ def test_rows_that_stay_for_want_of_room_leave_once_there_is_some(
             assert rows(shard) == 101
         ticks(shard)
         assert rows(shard) == 1
+
+
+@pytest.mark.parametrize("rule", [StepTtl(steps=100), TimeTtl(seconds=100.0)])
+def test_counters_that_outlive_a_ttl_go_and_are_counted(rule: Any) -> None:
+    now = [0.0]
+    shard = make_shard(now=lambda: now[0])
+    shard.create_table(schema(admission=Counter(threshold=9), evictions=(rule,)))
+    give(shard, range(50), step=0)
+    now[0] = 60.0
+    give(shard, range(40, 60), step=60)
+    ticks(shard)
+    younger = dict.fromkeys(range(40, 50), 2) | dict.fromkeys(range(50, 60), 1)
+    assert counters(shard) == dict.fromkeys(range(40), 1) | younger
+    assert shard.tally("t")[1] == 0
+    now[0] = 120.0
+    give(shard, [1000], step=120)
+    ticks(shard)
+    assert counters(shard) == younger | {1000: 1}
+    assert shard.tally("t")[1] == 40
+
+
+@pytest.mark.parametrize("rule", [StepTtl(steps=100), TimeTtl(seconds=100.0)])
+def test_a_sketch_ages_once_in_a_ttl(rule: Any) -> None:
+    now = [0.0]
+    shard = make_shard(now=lambda: now[0])
+    shard.create_table(
+        schema(admission=Sketch(threshold=20, expected_keys=1000), evictions=(rule,))
+    )
+    gate = shard._numbered[1].table.gate
+    eight = np.array([8], np.uint32)
+    found = []
+    for key, at in enumerate((0, 60, 120, 130, 190, 300)):
+        now[0] = float(at)
+        give(shard, [key], step=at, counts=eight)
+        for _ in range(20):
+            shard.tick()
+        found.append(gate.waiting(np.arange(6, dtype=np.uint64)).tolist())
+    assert found == [
+        [8, 0, 0, 0, 0, 0],
+        [8, 8, 0, 0, 0, 0],
+        [4, 4, 4, 0, 0, 0],
+        [4, 4, 4, 8, 0, 0],
+        [4, 4, 4, 8, 8, 0],
+        [2, 2, 2, 4, 4, 4],
+    ]
+
+
+def test_a_sketch_that_nobody_pushes_to_is_empty_in_the_end() -> None:
+    now = [0.0]
+    shard = make_shard(now=lambda: now[0])
+    rules = {"admission": Sketch(expected_keys=1000), "evictions": (TimeTtl(seconds=100.0),)}
+    shard.create_table(schema(**rules))
+    give(shard, range(500))
+    now[0] = 101.0
+    for _ in range(10):
+        shard.tick()
+    assert shard.describe("t")[1].waiting == 0
 
 
 @pytest.mark.parametrize("checkpoint", [True, False])
