@@ -508,7 +508,7 @@ class SketchGate(CountingGate):
         self._used += _add(self._cells, self._salt, self._k, self._most, *arrays)
 
     def _keep_up(self, keys: int) -> None:
-        """After so many keys were counted: age while too many cells are in use, but not for long."""
+        """So many keys were counted: age while too many cells are in use, but not for long."""
         left = max(HALVED, 64 * self._k * keys)
         while left > 0:
             if self._used > FULL * len(self._cells):

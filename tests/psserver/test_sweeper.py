@@ -12,9 +12,10 @@ import pytest
 from stores import Direct, Home, contents, make_shard, push, schema
 
 from psproto import ps_pb2 as pb
+from psserver import sweeper as module
 from psserver.errors import Draining, Overloaded
 from psserver.shard import SWEEPING, URGENT, Shard
-from psserver.sweeper import Sweeper
+from psserver.sweeper import FULL_SECONDS, IDLE_SECONDS, SHORTEST, Sweeper
 from storage.admission import Counter, Probability, Sketch
 from storage.errors import DiskFull, UnknownTable
 from storage.eviction import CapacityLru, Norm, StepTtl, TimeTtl
@@ -246,6 +247,72 @@ def test_keys_without_counters_are_no_part_of_a_record(tmp_path: Path) -> None:
             step=0,
         )
         assert (len(pushed.keys), len(pushed.waiting), len(pushed.totals)) == (0, 0, 0)
+
+
+# ---- pace
+
+
+class Clock:
+    """Time that passes while a shard ticks, and in pauses, which it writes down."""
+
+    def __init__(self, ticks: list[Any]) -> None:
+        self.now = 7.0
+        self.pauses: list[float] = []
+        self._ticks = ticks  # seconds and share, or the error, of each
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def tick(self) -> float:
+        seconds, told = self._ticks[len(self.pauses) - 1]
+        self.now += seconds
+        if isinstance(told, Exception):
+            raise told
+        return float(told)
+
+    def is_set(self) -> bool:
+        return False
+
+    def wait(self, seconds: float) -> bool:
+        """The event that ends the thread: after the last tick."""
+        self.pauses.append(round(seconds, 6))
+        self.now += seconds
+        return len(self.pauses) > len(self._ticks)
+
+
+def test_the_pause_after_a_slice_leaves_eviction_its_share_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    busy = [(0.003, SWEEPING), (0.003, URGENT), (0.0, SWEEPING), (1e-5, URGENT), (0.5, 0.0)]
+    clock = Clock([*busy, (0.0, DiskFull("here", 1)), (0.0, ValueError()), (0.0, 0.0)])
+    shard: Any = make_shard()
+    monkeypatch.setattr(shard, "tick", clock.tick)
+    monkeypatch.setattr(module, "time", clock)
+    sweeper = Sweeper(shard, Direct())  # type: ignore[arg-type]
+    monkeypatch.setattr(sweeper, "_stop", clock)
+    sweeper._run()
+    first, *slices = clock.pauses
+    assert first == IDLE_SECONDS
+    assert slices[:2] == [0.097, 0.003]  # 3 % and half of the time
+    assert slices[2:] == [SHORTEST, SHORTEST, IDLE_SECONDS, FULL_SECONDS, FULL_SECONDS, 0.1]
+
+
+def test_a_sweep_on_demand_leaves_pushes_half_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock([])
+    shard: Any = make_shard()
+    idle(shard)
+    do = shard.sweep_slice
+
+    def slice(number: int, sweep: Any) -> None:
+        do(number, sweep)
+        clock.now += 0.25
+
+    monkeypatch.setattr(shard, "sweep_slice", slice)
+    monkeypatch.setattr(module, "time", clock)
+    sweeper = Sweeper(shard, Direct())  # type: ignore[arg-type]
+    monkeypatch.setattr(sweeper, "_stop", clock)
+    sweeper.evict(pb.EvictRequest(table="t"))
+    assert clock.pauses == [0.25]
 
 
 # ---- on demand
