@@ -523,8 +523,9 @@ def _growth(moments: Sequence[Moment]) -> list[_Chart]:
     """Rows over time, and memory, which checkpoints do not have."""
     live = [each for each in moments if each.checkpoint is None]
     rows = [_line("rows", [(each.time, each.rows) for each in moments])]
-    if any(each.waiting for each in live):
-        rows.append(_line("waiting keys", [(each.time, each.waiting) for each in live]))
+    counted = [each for each in moments if each.checkpoint is None or each.waiting]
+    if any(each.waiting for each in counted):
+        rows.append(_line("waiting keys", [(each.time, each.waiting) for each in counted]))
     charts = [
         _Chart(
             "Growth",
@@ -537,7 +538,7 @@ def _growth(moments: Sequence[Moment]) -> list[_Chart]:
                     _when(each.time),
                     each.checkpoint or "",
                     f"{each.rows:,}",
-                    "" if each.checkpoint else f"{each.waiting:,}",
+                    f"{each.waiting:,}" if each in counted else "",
                     f"{each.step:,}",
                 )
                 for each in moments

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from stores import Direct, Home, change, contents, make_shard, push, schema
 
 from psproto import ps_pb2 as pb
 from psserver import analysis
-from psserver.analysis import Analyses, Pace
+from psserver.analysis import SPARED_STORED, Analyses, Pace
 from psserver.checkpoints import Checkpoints
 from psserver.errors import BadRequest, Draining, TooLarge, WrongShard
 from psserver.shard import Shard
@@ -281,6 +284,50 @@ def test_the_pause_after_a_slice_is_a_multiple_of_the_work_on_it(
     engine: Any = Direct()
     assert Pace(engine, 19).run(lambda: "slice", lambda found: f"{found} done") == "slice done"
     assert slept == [19 * 1.5]
+
+
+@pytest.mark.parametrize("base", ["", "a"])
+def test_a_checkpoint_tells_how_many_keys_wait_and_a_sketch_is_not_in_it(
+    tmp_path: Path, base: str
+) -> None:
+    url = f"file://{tmp_path}/checkpoints"
+    with Homes(tmp_path / "source", 2, url) as source, Homes(tmp_path / "three", 3, url) as three:
+        source.create(schema(admission=COUNTING))
+        source.create(schema("s", admission=make_admission("sketch", {"threshold": 3})))
+        source.push(range(1000))
+        source.push(range(500), table="s")
+        source.checkpoint("a")
+        source.push(range(900, 1100))
+        source.push(range(10))
+        source.push(range(10))
+        source.checkpoint("b", base=base)
+        told = [
+            [last_of(node, pb.AnalyzeRequest(table=table, checkpoint="b")) for node in three.nodes]
+            for table in "ts"
+        ]
+    assert [
+        [sum(each.rows for each in parts), sum(each.waiting for each in parts)] for parts in told
+    ] == [[10, 1090], [0, 0]]
+
+
+def test_a_checkpoint_is_read_with_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    ticks = itertools.count(0.0, 0.001)
+    clock = SimpleNamespace(
+        thread_time=lambda: next(ticks), sleep=slept.append, monotonic=time.monotonic
+    )
+    with Homes(tmp_path / "source", 1, f"file://{tmp_path}/checkpoints") as source:
+        source.create(schema(admission=COUNTING))
+        for _ in range(3):
+            source.push(range(1000))
+        source.checkpoint("a")
+        monkeypatch.setattr(analysis, "time", clock)
+        [node] = source.nodes
+        work = Analyses(node.shard, node.engine, node.checkpoints, None)
+        *_, last = work.analyze(pb.AnalyzeRequest(table="t", checkpoint="a"))
+    assert last.summary.rows == 1000
+    assert len(slept) > 4
+    assert slept == [pytest.approx(SPARED_STORED * 0.001)] * len(slept)
 
 
 # ---- keys
