@@ -327,6 +327,11 @@ def show_keys(console: Console, found: Sequence[KeyInfo], names: Sequence[str] =
 # ---- HTML
 
 
+def require() -> None:
+    """InvalidArgument if plotly is missing, without which there is no page."""
+    _library()
+
+
 def page(found: Analysis, moments: Sequence[Moment] = ()) -> str:
     """One HTML page; ``moments`` of a history, by time, are its growth.
 
