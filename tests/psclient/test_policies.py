@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -130,32 +131,59 @@ def test_rows_are_as_fresh_as_the_table_whoever_brings_them(
     assert ahead.pull_rows(np.arange(110)).steps.tolist() == [700] * 110
 
 
-def test_eviction_on_demand_counts_first_and_then_evicts(
+def overdue(client: Client, name: str) -> Table:
+    """180 rows, 120 of them idle, which the background does not look for before step 6,490."""
+    table = table_of(client, name, eviction={"step_ttl": {"steps": 6400}})
+    push(table, np.arange(1000, 1060), step=-100)
+    push(table, np.arange(120), step=0)
+    push(table, np.arange(2000, 2060), step=6390)
+    assert eventually(lambda: client.describe_table(name).rows == 180)  # it was at work then
+    push(table, np.arange(2000, 2060), step=6401)
+    return table
+
+
+def test_eviction_on_demand_counts_first_and_then_evicts_on_all_shards(
     cluster3: Cluster, connect: Callable[..., Client], name: str
 ) -> None:
     client = connect(cluster3)
-    table = table_of(client, name, eviction={"norm": {"threshold": 1.0, "grace": 0}})
-    keys = np.arange(300)
-    push(table, keys, value=-9.0)
-    push(table, keys[:120], value=9.6)  # 0.4 is left, twice: a norm of 0.57
+    table = overdue(client, name)
+    assert client.evict(name, dry_run=True) == {"step_ttl": 120}
+    assert client.describe_table(name).rows == 180
+    assert client.evict(name) == {"step_ttl": 120}
+    assert client.evict(name) == client.evict(name, dry_run=True) == {"step_ttl": 0}
+    keys = np.concatenate([np.arange(120), np.arange(2000, 2060)])
+    assert table.pull_rows(keys).found.tolist() == [False] * 120 + [True] * 60
+    label = Labels(table=name, cause="step_ttl")
+    pages = [cluster3.metrics(shard) for shard in range(3)]
+    assert sum(page["ps_evicted_rows_total", label] for page in pages) == 180
 
-    def counted() -> bool:
-        """The background evicts too: a dry run between two equal counts of rows tells the rest."""
-        before = client.describe_table(name).rows
-        would = client.evict(name, dry_run=True)
-        return before == client.describe_table(name).rows == 180 + would["norm"]
 
-    assert eventually(counted)
-    client.evict(name)
-    eventually(lambda: client.describe_table(name).rows == 180)
-    assert client.evict(name, dry_run=True) == {"norm": 0}
-    assert not table.pull_rows(keys[:120]).found.any()
-    shown = CliRunner().invoke(
-        app, ["evict", name, "--dry-run", "--servers", ",".join(cluster3.addresses)]
-    )
-    assert shown.exit_code == 0
-    assert "norm" in shown.output
-    assert "180" in shown.output
+def test_psctl_evicts_and_says_what(
+    cluster3: Cluster, connect: Callable[..., Client], name: str
+) -> None:
+    client = connect(cluster3)
+    overdue(client, name)
+    table_of(client, f"{name}.kept")
+
+    def psctl(*words: str) -> list[list[str]]:
+        where = {"PSCTL_SERVERS": ",".join(cluster3.addresses), "COLUMNS": "100"}
+        done = CliRunner().invoke(app, ["evict", *words], env=where)
+        assert done.exit_code == 0, done.output
+        return [re.findall(r"[\w.%]+", line) for line in done.output.splitlines()]
+
+    counted = [
+        ["step_ttl", "120", "66.7%"],
+        [],
+        ["together", "120", "66.7%"],
+        ["of", "rows", "180"],
+    ]
+    would, did = psctl(name, "--dry-run"), psctl(name)
+    assert would[1] == ["cause", "rows", "that", "would", "leave", "share"]
+    assert did[1] == ["cause", "rows", "evicted", "share"]
+    assert would[3:-1] == did[3:-1] == counted
+    assert client.describe_table(name).rows == 60
+    none = [["no", "rule", "for", "eviction", "0", "rows", "stay"]]
+    assert [line[-7:] for line in psctl(f"{name}.kept")] == none
 
 
 def test_rows_leave_in_the_background_and_subscribers_are_told_why(

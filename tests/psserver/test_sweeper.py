@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,7 @@ from stores import Direct, Home, contents, make_shard, push, schema
 from psproto import ps_pb2 as pb
 from psserver import sweeper as module
 from psserver.errors import Draining, Overloaded
+from psserver.service import Service
 from psserver.shard import SWEEPING, URGENT, Shard
 from psserver.sweeper import FULL_SECONDS, IDLE_SECONDS, SHORTEST, Sweeper
 from storage.admission import Counter, Probability, Sketch
@@ -358,6 +363,42 @@ def test_a_stop_ends_a_sweep_that_is_not_done() -> None:
     with pytest.raises(Draining):
         sweeper.evict(pb.EvictRequest(table="t"))
     assert rows(shard) == 101
+
+
+def test_a_sweep_ends_when_nobody_waits_for_it_and_another_may_begin() -> None:
+    shard = make_shard()
+    idle(shard)
+    gone = threading.Event()
+    sweeper = Sweeper(shard, Slow(3, gone.set))  # type: ignore[arg-type]
+    shard.create_table(schema("b", evictions=(CapacityLru(max_rows=1),)))
+    give(shard, range(100), table="b")
+    with pytest.raises(Draining, match="whoever asked is gone"):
+        sweeper.evict(pb.EvictRequest(table="b"), gone)
+    assert rows(shard, "b") == 100
+    assert sweeper.evict(pb.EvictRequest(table="t")).evicted == {"step_ttl": 100}
+
+
+def test_a_call_that_is_given_up_ends_its_sweep() -> None:
+    begun, seen = threading.Event(), []
+
+    class Endless:
+        def evict(self, request: pb.EvictRequest, gone: threading.Event) -> None:
+            begun.set()
+            seen.append(gone.wait(60.0))
+
+    async def call() -> None:
+        with ThreadPoolExecutor(1) as workers:
+            service: Any = SimpleNamespace(_sweeper=Endless(), _workers=workers)
+            service._on_worker = partial(Service._on_worker, service)
+            task = asyncio.create_task(Service.evict(service, pb.EvictRequest()))
+            while not begun.is_set():
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(call())
+    assert seen == [True]
 
 
 def test_a_shard_does_one_sweep_on_demand_at_a_time() -> None:
