@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from homes import Homes
 from stores import Direct, Home, contents, make_shard, push, schema
 
 from psproto import ps_pb2 as pb
@@ -25,6 +26,7 @@ from storage.admission import Counter, Probability, Sketch
 from storage.errors import DiskFull, UnknownTable
 from storage.eviction import CapacityLru, Norm, StepTtl, TimeTtl
 from storage.optimizers import Sgd
+from storage.records import Cause
 
 
 def rows(shard: Shard, table: str = "t") -> int:
@@ -252,6 +254,35 @@ def test_keys_without_counters_are_no_part_of_a_record(tmp_path: Path) -> None:
             step=0,
         )
         assert (len(pushed.keys), len(pushed.waiting), len(pushed.totals)) == (0, 0, 0)
+
+
+def test_saving_and_exporting_evict_nothing(tmp_path: Path) -> None:
+    rules = CapacityLru(max_rows=5), StepTtl(steps=2)
+    with Homes(tmp_path / "home", 1, f"file://{tmp_path}/checkpoints") as homes:
+        homes.create(schema(admission=Counter(threshold=2), evictions=rules))
+        for keys, step in ((range(20), 0), (range(20), 0), (range(15, 30), 9)):
+            homes.push(keys, step=step)
+        [node] = homes.nodes
+        number, sweep = node.shard.sweep("t", True)
+        node.shard.sweep_slice(number, sweep)
+        assert sweep.counts[Cause.STEP_TTL] == 15
+        before = contents(node.shard)
+        homes.checkpoint("a")
+        homes.checkpoint("b", base="a")
+        homes.verify("b")
+        node.home.checkpoint()
+        exported = [
+            sorted(np.frombuffer(message.keys, "<u8").tolist())
+            for stored in ("", "a", "b")
+            for message in node.checkpoints.read_rows(
+                pb.ReadRowsRequest(table="t", checkpoint=stored)
+            )
+            if message.keys
+        ]
+        assert exported == [list(range(20))] * 3
+        assert contents(node.shard) == before
+        node.reopen()
+        assert contents(node.shard) == before
 
 
 # ---- pace
