@@ -451,7 +451,8 @@ class Client:
 
         gradients  by table: (keys, gradients float[*shape of keys, dim]); those of equal keys are
                    summed, and the server's optimizer takes one step for each distinct key
-        step       the trainer's global step, in -2^47..2^47-1
+        step       the trainer's global step, in -2^47..2^47-1; rows are of the largest that any
+                   client has pushed to the table
         lr         learning rate of this push; the table's where None
         durability  what is true once this returns: "applied", the servers have it in memory;
                    "log", it outlives their processes; "fsync", it is on their disks; the table's

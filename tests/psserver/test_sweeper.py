@@ -37,8 +37,8 @@ def give(shard: Shard, keys: Any, **changes: Any) -> None:
     shard.exchange([push(keys, **changes)], [])
 
 
-def steps(shard: Shard) -> dict[int, int]:
-    return {key: step for key, _, step, _ in shard.dump()["t"].meta.tolist()}
+def steps(shard: Shard, table: str = "t") -> dict[int, int]:
+    return {key: step for key, _, step, _ in shard.dump()[table].meta.tolist()}
 
 
 def counters(shard: Shard) -> dict[int, int]:
@@ -103,6 +103,21 @@ def test_a_client_that_is_behind_or_tells_no_step_makes_no_row_idle(
         give(home.shard, [3], step=1051)
         ticks(home.shard)
         assert steps(home.shard) == {3: 1051}
+
+
+def test_the_step_of_a_table_comes_with_a_restore_and_with_rows_of_another(tmp_path: Path) -> None:
+    with Homes(tmp_path / "home", 1, f"file://{tmp_path}/checkpoints") as homes:
+        homes.create(schema())
+        homes.push([1], step=700)
+        homes.checkpoint("a")
+        homes.restore("a", replace=True)
+        homes.create(schema("u"))
+        [node] = homes.nodes
+        load = pb.LoadTableRequest(name="a", table="t", into="u")
+        node.checkpoints.load_table(load, node.checkpoints.progress())
+        for table in "tu":
+            homes.push([2], step=3, table=table)
+            assert steps(node.shard, table) == {1: 700, 2: 700}
 
 
 def test_the_optimizer_takes_the_step_of_the_push_whatever_the_table_has() -> None:
