@@ -135,6 +135,7 @@ class Captive:
     width: int
     rows: int
     counters: int  # exact ones
+    edits: int  # of a sketch; see Gate
     scan: Scan
 
 
@@ -563,8 +564,9 @@ class Shard:
             created=held.created,
             policy=table.evictor.pack(),
         )
-        counters = 0 if len(table.gate.cells()) else table.gate.entries
-        return Captive(base, table, table.schema.width, len(table), counters, table.scan())
+        gate, width = table.gate, table.schema.width
+        counters = 0 if len(gate.cells()) else gate.entries
+        return Captive(base, table, width, len(table), counters, gate.edits, table.scan())
 
     def _add_table(self, number: int, schema: TableSchema, created: int) -> None:
         held = Held(Table(schema, self.budget, self._share), number, created)

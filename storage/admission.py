@@ -54,6 +54,7 @@ class Gate(ABC):
     counting: ClassVar[bool] = False  # whether keys that wait have counters
     cap: int = 0  # keys that it is made to count at a time
     dropped: int = 0  # counters that went for age or for room, so far
+    edits: int = 0  # grows whenever ``cells`` change
 
     @property
     def forgets(self) -> str:
@@ -466,7 +467,7 @@ class SketchGate(CountingGate):
         self._add(keys, -self.waiting(keys).astype(np.int64))
 
     def expire(self, before: int, limit: int = SEGMENT) -> None:
-        if before > self._aged:
+        if before > self._aged and self._used:
             self._age()
         self._halve(limit)
 
@@ -506,6 +507,7 @@ class SketchGate(CountingGate):
     def _add(self, keys: Keys, amounts: NDArray[np.int64]) -> None:
         arrays = _readonly(keys), _readonly(amounts)
         self._used += _add(self._cells, self._salt, self._k, self._most, *arrays)
+        self.edits += len(keys)
 
     def _keep_up(self, keys: int) -> None:
         """So many keys were counted: age while too many cells are in use, but not for long."""
@@ -529,6 +531,7 @@ class SketchGate(CountingGate):
         self._used -= int(np.count_nonzero(cells == 1))
         cells >>= 1
         self._halved += len(cells)
+        self.edits += len(cells)
         return len(cells)
 
 
