@@ -311,7 +311,7 @@ def write_rows(
 
     keys         uint64[n] or int64[n], distinct
     rows         float32[n, dim]: the state becomes that of new rows; or [n, width]: with the state
-    steps        int64[n]; 0 where None
+    steps        int64[n]; where None, the largest that was pushed to the table
     frequencies  uint64[n]; 1 where None
 
     Done again, it does the same: a failure leaves some of the rows written.
@@ -319,7 +319,7 @@ def write_rows(
     cluster = client._connect()
     keys = np.ascontiguousarray(keys).view(np.uint64)
     rows = np.ascontiguousarray(rows, np.float32)
-    steps = np.zeros(len(keys), np.int64) if steps is None else steps.astype(np.int64)
+    steps = np.empty(0, np.int64) if steps is None else steps.astype(np.int64)
     counts = np.ones(len(keys), np.uint64) if frequencies is None else frequencies.astype(np.uint64)
     most = max(1, min(cluster.keys, cluster.message_bytes // (24 + 4 * rows.shape[1])))
     owners = routing.owners(keys, cluster.shard_map)
@@ -333,7 +333,7 @@ def write_rows(
                 width=rows.shape[1],
                 keys=keys[some].tobytes(),
                 rows=rows[some].tobytes(),
-                steps=steps[some].tobytes(),
+                steps=steps[some].tobytes() if len(steps) else b"",
                 frequencies=counts[some].tobytes(),
             )
             link = cluster.links[shard]

@@ -439,18 +439,22 @@ class Client:
         names = sorted(set.intersection(*(set(shard) for shard in shards)))
         return [_info([shard[name] for shard in shards]) for name in names]
 
-    def evict(self, name: str, *, dry_run: bool = False) -> dict[str, int]:
+    def evict(self, name: str, *, dry_run: bool = False, timeout: float = 3600.0) -> dict[str, int]:
         """Evict the rows that are to leave by the table's rules now; how many did, by cause.
 
         dry_run  only count them
+        timeout  seconds that it may take, instead of the client's; then the shards give it up, and
+                 the rows evicted until then stay so
 
-        By the first rule that holds for a row. The background finds the same rows by and by.
+        By the first rule that holds for a row. The background finds the same rows by and by; those
+        that it evicts meanwhile, or that a call did which failed, are not counted.
         """
         request = pb.EvictRequest(
             table=checked.text("name of a table", name), dry_run=bool(dry_run)
         )
         evicted: dict[str, int] = {}
-        for answer in self._on_all("TableService/Evict", request, pb.EvictResponse):
+        method, deadline = "TableService/Evict", time.monotonic() + timeout
+        for answer in self._connect().on_all(method, request, pb.EvictResponse, deadline):
             for cause, rows in answer.evicted.items():
                 evicted[cause] = evicted.get(cause, 0) + rows
         return evicted
@@ -532,7 +536,8 @@ class Client:
 
         gradients  by table: (keys, gradients float[*shape of keys, dim]); those of equal keys are
                    summed, and the server's optimizer takes one step for each distinct key
-        step       the trainer's global step, in -2^47..2^47-1
+        step       the trainer's global step, in -2^47..2^47-1; rows are of the largest that any
+                   client has pushed to the table
         lr         learning rate of this push; the table's where None
         durability  what is true once this returns: "applied", the servers have it in memory;
                    "log", it outlives their processes; "fsync", it is on their disks; the table's

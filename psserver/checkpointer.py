@@ -127,6 +127,7 @@ class Checkpointer:
         self._keep = keep
         self._stored = stored_rows  # in the base's blocks
         self._buffer = np.empty(BLOCK_BYTES, np.uint8)
+        self._sketches: dict[int, tuple[int, list[int]]] = {}  # by table: edits, its blocks
         self.pins: dict[str, int] = {}  # who needs the log behind which version
         self.made = time.monotonic()
         self._stop = threading.Event()
@@ -177,14 +178,16 @@ class Checkpointer:
         for table, keys, totals, versions in counters_of(captured, after, self._engine):
             added.append(self._base.add(pack_counters(table, keys, versions, totals)))
             rows += len(keys)
-        cells = []
-        for part in cells_of(captured):
-            cells.append(self._base.add(pack_cells(*part)))
+        sketches = self._kept_sketches(captured, state)
+        for part in cells_of(captured, {table for table, (_, held) in sketches.items() if held}):
+            sketches[part[0]][1].append(self._base.add(pack_cells(*part)))
             if self._stop.is_set():
                 self._base.discard()
                 return False
         # what was copied torn is whole in records up to here
         self._versions.sync(self._engine.run(lambda: self._shard.version))
+        self._sketches = sketches
+        cells = [block for _, held in sketches.values() for block in held]
         self._base.commit(
             BaseState(
                 lineage=self._versions.lineage,
@@ -201,6 +204,18 @@ class Checkpointer:
         )
         self._stored = before + rows
         return True
+
+    def _kept_sketches(
+        self, captured: Captured, state: BaseState | None
+    ) -> dict[int, tuple[int, list[int]]]:
+        """By table, the edits of its sketch, and the blocks that have it; none if it changed."""
+        listed = set(state.blocks) if state is not None else set()
+        kept: dict[int, tuple[int, list[int]]] = {}
+        for each in captured.tables:
+            edits, blocks = self._sketches.get(each.base.number, (-1, []))
+            same = edits == each.edits and listed.issuperset(blocks)
+            kept[each.base.number] = each.edits, blocks if same else []
+        return kept
 
     def _run(self) -> None:
         while not self._stop.wait(self._seconds):
@@ -283,9 +298,14 @@ def counters_of(captured: Captured, after: int, engine: Engine) -> Iterator[Coun
                 yield each.base.number, keys[part], totals[part], versions[part]
 
 
-def cells_of(captured: Captured) -> Iterator[tuple[int, int, Bytes]]:
-    """All sketches as they are now: number of the table, first byte, a block's worth of bytes."""
+def cells_of(captured: Captured, but: set[int]) -> Iterator[tuple[int, int, Bytes]]:
+    """Sketches as they are now: number of the table, first byte, a block's worth of bytes.
+
+    but  tables whose sketches are left out
+    """
     for each in captured.tables:
+        if each.base.number in but:
+            continue
         cells = each.table.gate.cells().view(np.uint8)
         for start in range(0, len(cells), CELLS_BYTES):
             yield each.base.number, start, cells[start : start + CELLS_BYTES]

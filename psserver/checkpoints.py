@@ -354,8 +354,9 @@ class Checkpoints:
 
     def write_rows(self, request: pb.WriteRowsRequest) -> pb.WriteRowsResponse:
         """Write the rows of a message."""
-        schema, _ = self._engine.run(lambda: self._shard.describe(request.table))
-        keys, steps, frequencies, rows = self._read_message(request, schema)
+        shard, table = self._shard, request.table
+        schema, now = self._engine.run(lambda: (shard.describe(table)[0], shard.step(table)))
+        keys, steps, frequencies, rows = self._read_message(request, schema, now)
         own = with_state(rows, schema)
         for each in self._slices(keys, steps, frequencies, own):
             self._engine.run(lambda each=each: self._apply(request.table, each))  # type: ignore[misc]
@@ -427,9 +428,12 @@ class Checkpoints:
             yield batch
 
     def _read_message(
-        self, request: pb.WriteRowsRequest, schema: TableSchema
+        self, request: pb.WriteRowsRequest, schema: TableSchema, now: int
     ) -> tuple[Keys, NDArray[Any], NDArray[Any], Rows]:
-        """Keys, steps, frequencies and rows of a message; BadRequest if they break a rule."""
+        """Keys, steps, frequencies and rows of a message; BadRequest if they break a rule.
+
+        now  the step of rows that come without one
+        """
         shard, where = self._shard, f"table {request.table!r}"
         if request.width not in (schema.dim, schema.width):
             raise BadRequest(
@@ -440,7 +444,7 @@ class Checkpoints:
         keys = _array(request.keys, "<u8", where)
         n = len(keys)
         rows = _array(request.rows, "<f4", where)
-        steps = _array(request.steps, "<i8", where) if request.steps else np.zeros(n, np.int64)
+        steps = _array(request.steps, "<i8", where) if request.steps else np.full(n, now)
         frequencies = np.ones(n, np.uint64)
         if request.frequencies:
             frequencies = _array(request.frequencies, "<u8", where)

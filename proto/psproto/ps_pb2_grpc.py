@@ -98,7 +98,8 @@ class TableServiceServicer(object):
 
     def Evict(self, request, context):
         """Evicts this shard's rows that are to leave by the rules of their table now, instead of when the
-        background finds them; or only counts them. Pulls and pushes go on meanwhile.
+        background finds them; or only counts them. Pulls and pushes go on meanwhile. It takes as long
+        as it takes, and ends early if the caller does; one at a time on a shard.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -445,14 +445,14 @@ class TestRows:
     def test_pull_rows_tells_what_the_servers_know(self, any_client: Client, name: str) -> None:
         table = summing(any_client, name)
         before = table.describe().versions
-        table.push([10, 11, 10, 10], np.ones((4, DIM), np.float32), step=5)
-        table.push([[10, 12]], np.ones((1, 2, DIM), np.float32), step=-3)
+        table.push([10, 11, 10, 10], np.ones((4, DIM), np.float32), step=-3)
+        table.push([[10, 12]], np.ones((1, 2, DIM), np.float32), step=5)
         after = table.describe().versions
         keys = np.array([[10, 11], [12, 13]])
         rows = table.pull_rows(keys)
         assert_array_equal(rows.embeddings, np.array([[[-4], [-1]], [[-1], [0]]]).repeat(DIM, 2))
         assert_array_equal(rows.found, [[True, True], [True, False]])
-        assert_array_equal(rows.steps, [[-3, 5], [-3, 0]])
+        assert_array_equal(rows.steps, [[5, -3], [5, 0]])
         assert_array_equal(rows.frequencies, [[4, 1], [1, 0]])
         assert rows.versions[1, 1] == 0
         assert rows.versions[0, 0] in after  # the last push of its shard

@@ -27,6 +27,8 @@ from psserver.engine import Engine
 from psserver.errors import NoLog
 from psserver.metrics import CheckpointCollector
 from psserver.shard import Shard
+from storage import eviction
+from storage.admission import Sketch
 from storage.block import ROWS, TOMBSTONES, rows_per_block
 from storage.errors import Corrupt, DiskFull, LogFailed
 from storage.initializers import make_initializer
@@ -320,6 +322,36 @@ def test_sessions_come_back_from_the_base_and_from_the_log(home: Home) -> None:
 
 
 # ---- the log behind a checkpoint
+
+
+def test_a_sketch_is_written_again_if_it_changed(home: Home) -> None:
+    rules = {"admission": Sketch(expected_keys=1000), "evictions": (eviction.StepTtl(steps=10),)}
+    for name in "ab":
+        home.shard.create_table(schema(name, **rules))
+    change = [
+        lambda: home.shard.exchange([push([1, 2], table="a"), push([1], table="b")], []),
+        lambda: home.shard.exchange([push([1])], []),
+        lambda: home.shard.exchange([push([3], table="a")], []),
+        lambda: home.shard.exchange([push([], step=100, table="b")], []),  # ages it
+        lambda: home.shard.drop_table("a"),
+    ]
+    sketches = []
+    for each in change:
+        each()
+        for _ in range(4):
+            home.shard.tick()
+        home.checkpoint()
+        assert home.base.state is not None
+        sketches.append(home.base.state.blocks[-home.base.state.cells :])
+        before = contents(home.shard)
+    (a, b), second, (a2, b2), (a3, b3), last = sketches
+    assert second == (a, b)
+    assert (b2, a3) == (b, a2)
+    assert a2 != a
+    assert b3 != b
+    assert last == (b3,)
+    home.reopen()
+    assert contents(home.shard) == before
 
 
 def test_the_log_is_cut_up_to_the_checkpoint(tmp_path: Path) -> None:

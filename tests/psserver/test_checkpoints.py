@@ -105,7 +105,7 @@ def test_a_restored_cluster_works_on_and_restarts(make: Make) -> None:
     source.checkpoint("full")
     target.restore("full")
     for cluster in (source, target):
-        cluster.push(range(500), 1.0, step=11)
+        cluster.push(range(500), 1.0, step=2**40 + 11)
         cluster.delete(range(5, 10))
     for node in target.nodes:
         node.reopen()
@@ -1044,6 +1044,17 @@ def test_rows_are_written_as_they_are_given(make: Make) -> None:
     ]
     node.reopen()
     assert cluster.rows()["t"] == found
+
+
+def test_rows_that_come_without_a_step_are_as_fresh_as_the_table(make: Make) -> None:
+    cluster = make(1)
+    cluster.create(schema())
+    write = cluster.nodes[0].checkpoints.write_rows
+    write(rows_message([1]))
+    cluster.push([2], step=700)
+    write(rows_message([3]))
+    steps = {key: meta[2] for key, (_, meta) in cluster.rows()["t"].items()}
+    assert steps == {1: 0, 2: 700, 3: 700}
 
 
 @pytest.mark.parametrize(
