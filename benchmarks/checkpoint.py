@@ -4,8 +4,11 @@ cost     pushes of the standard work in windows with a named checkpoint and in w
          turns. What one takes of a window is a share of a minute, as if each minute had one.
          The log of a minute does not fit everywhere, so the shard makes a checkpoint of its data
          directory in each window, and another shard makes one more: "local" is what that one costs.
-restore  a checkpoint of one shard read onto an empty one, against reading its files: from the disk,
-         past the page cache, and from the page cache
+restore  a checkpoint of one shard read onto an empty one, against reading its files (from the disk,
+         past the page cache, and from the page cache) and against touching as much memory. A
+         virtual machine gives memory that it has not used for some seconds back to its host and
+         gets it again page by page, so all of it is done twice: when the machine was idle, and
+         when a process has just touched and freed twice as much
 replay   the log of a shard that starts again
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -38,6 +42,7 @@ DIM = 32
 MINUTE = 60.0
 CHUNK = 4 << 20  # bytes read at once
 NEVER = 1e6  # seconds
+IDLE_SECONDS = 20.0  # until the host has taken free memory back
 
 
 class Shard:
@@ -176,36 +181,26 @@ def _take(
 def restore(report: Report, directory: Path, rows: int) -> None:
     """The section of that name."""
     url = f"file://{directory}/checkpoints"
-    source, target = Shard(directory / "source", url), Shard(directory / "target", url)
+    source = Shard(directory / "source", url)
     with running(source) as client:
         fill(client.create_table("rows", DIM, lr=0.05), keys_of(np.arange(rows)))
         start = time.perf_counter()
         admin.checkpoint(client, "full")
         taken = time.perf_counter() - start
+    shutil.rmtree(directory / "source")
     os.sync()  # what the source wrote is not to be waited for later
     paths = sorted((directory / "checkpoints").rglob("*.blocks"))
     paths += sorted((directory / "checkpoints").rglob("*.records"))
     size = sum(path.stat().st_size for path in paths)
     disk = size / _seconds(lambda: _each(_read_direct, paths)) / 1e6
     cached = size / _seconds(lambda: _each(_read, paths)) / 1e6
-    with running(target) as client:
-        step, id = pb.RestoreRequest, "0" * 16
-        request = pb.PrepareRestoreRequest(name="full", id=id)
-        link = admin._links(client)[0]
-        spent = {
-            "verify": _seconds(lambda: admin.verify(client, "full")),
-            "restore: prepare": _seconds(
-                lambda: admin._on_all(client, "PrepareRestore", request, None)
-            ),
-            "restore: start anew": _seconds(lambda: _start_anew(client, id)),
-        }
-        admin._step(client, link, id, step.STEP_RELEASE)
-        assert client.describe_table("rows").rows == rows
-    loaded = float(target.recovered()["seconds"])
-    whole = spent["restore: prepare"] + spent["restore: start anew"]
+    new = {"take, with nobody pushing": taken}
+    new |= _restored(Shard(directory / "new", url), rows, lambda: time.sleep(IDLE_SECONDS))
+    shutil.rmtree(directory / "new")
+    had = _restored(Shard(directory / "had", url), rows, lambda: _touch(2 * size))
+    time.sleep(IDLE_SECONDS)
+    new["memory: touch as much"], had["memory: touch as much"] = _touch(size), _touch(size)
     bound = min(500.0, disk)
-    found = [("take, with nobody pushing", taken), *spent.items()]
-    found += [("  of which loading", loaded), ("restore: whole", whole)]
     report.section(
         f"restore of one shard, {rows:,} rows, {size / 1e6:,.0f} MB; reading the files:"
         f" {disk:,.0f} MB/s from the disk, {cached:,.0f} MB/s from the page cache",
@@ -215,10 +210,47 @@ def restore(report: Report, directory: Path, rows: int) -> None:
                 "s": seconds,
                 "MB/s": size / seconds / 1e6,
                 f"x {bound:.0f} MB/s (>= 1)": size / seconds / 1e6 / bound,
+                "memory had before: s": had.get(name),
+                "its MB/s": size / had[name] / 1e6 if name in had else None,
+                "x": size / had[name] / 1e6 / bound if name in had else None,
             }
-            for name, seconds in found
+            for name, seconds in new.items()
         ],
     )
+
+
+def _restored(target: Shard, rows: int, before: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of each step of a restore, each right after a call of ``before``."""
+    with running(target) as client:
+        step, id = pb.RestoreRequest, "0" * 16
+        request = pb.PrepareRestoreRequest(name="full", id=id)
+        steps: dict[str, Callable[[], Any]] = {
+            "verify": lambda: admin.verify(client, "full"),
+            "restore: prepare": lambda: admin._on_all(client, "PrepareRestore", request, None),
+            "restore: start anew": lambda: _start_anew(client, id),
+        }
+        spent = {}
+        for name, call in steps.items():
+            before()
+            spent[name] = _seconds(call)
+        admin._step(client, admin._links(client)[0], id, step.STEP_RELEASE)
+        assert client.describe_table("rows").rows == rows
+    loaded = float(target.recovered()["seconds"])
+    whole = spent["restore: prepare"] + spent["restore: start anew"]
+    return {**spent, "  of which loading": loaded, "restore: whole": whole}
+
+
+def _touch(size: int) -> float:
+    """Seconds in which a process of its own touches ``size`` bytes that it has just been given."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_touch_here, (size,))
+
+
+def _touch_here(size: int) -> float:
+    held = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    held.madvise(mmap.MADV_HUGEPAGE)
+    array = np.frombuffer(held, np.uint8)
+    return _seconds(lambda: array[:: mmap.PAGESIZE].fill(1))
 
 
 def _start_anew(client: Client, id: str) -> None:

@@ -1,6 +1,7 @@
 """The standard work (docs/benchmarks.md), and what others reach on it.
 
     torch in-process               an embedding and Adagrad in this process; no server, no keys
+    torch in-process, training     the same behind autograd, which has a gradient for every id
     redis                          redis-server on loopback; Adagrad in the client
     redis, one trainer             the same, and a push trusts the rows its pull read
     tensorflow remote ps           TensorFlow's C++ gRPC server, eager; a push is not waited for
@@ -80,6 +81,17 @@ def standard_work(work: Work, steps: int) -> list[Step]:
     return drawn
 
 
+def of_every_id(step: Step) -> Rows:
+    """float32[B, dim]: gradients as a network has them, one for each of the ids, whose sums over
+    equal ids are those of the step.
+    """
+    ids, distinct, grads = step
+    _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    assert len(counts) == len(distinct)
+    share: Rows = np.reciprocal(counts.astype(np.float32))
+    return grads[inverse] * share[inverse, None]
+
+
 def keys_of(ids: Ids, seed: int = 0) -> Ids:
     """A random 63-bit key for every id: a bijection, so distinct ids have distinct keys.
 
@@ -130,12 +142,13 @@ class Torch(Peer):
     """``torch.nn.Embedding`` and ``torch.optim.Adagrad`` with torch's default threads.
 
     The gradient is handed over as the coalesced sparse tensor that it is: the optimizer need not
-    sort it again, and no backward pass builds it.
+    sort it again, and no backward pass builds it. With ``training`` a backward pass does build it,
+    of a gradient for every id, and the optimizer sums those of equal ids: torch as it is used.
     """
 
-    name = "torch in-process"
-
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, *, training: bool = False) -> None:
+        self.name = "torch in-process, training" if training else "torch in-process"
+        self._training = training
         try:
             self._torch: Any = importlib.import_module("torch")
         except ImportError as error:
@@ -151,8 +164,19 @@ class Torch(Peer):
             self._embedding.parameters(), lr=LEARNING_RATE, eps=EPSILON
         )
 
+    def run(self, steps: Sequence[Step]) -> list[float]:
+        if self._training:
+            steps = [(step[0], step[1], of_every_id(step)) for step in steps]
+        return super().run(steps)
+
     def step(self, ids: Ids, distinct: Ids, grads: Rows) -> Rows:
         torch = self._torch
+        if self._training:
+            self._optimizer.zero_grad()
+            pulled = self._embedding(torch.from_numpy(ids))
+            pulled.backward(torch.from_numpy(grads))
+            self._optimizer.step()
+            return pulled.detach().numpy()  # type: ignore[no-any-return]
         with torch.no_grad():
             rows: Rows = self._embedding(torch.from_numpy(ids)).numpy()
         weight = self._embedding.weight
@@ -549,6 +573,7 @@ def tensorflow_session(cluster: dict[str, list[str]], work: Work) -> TensorFlowC
 
 PEERS: dict[str, Callable[[Work], Peer]] = {
     "torch in-process": Torch,
+    "torch in-process, training": partial(Torch, training=True),
     "redis": Redis,
     "redis, one trainer": partial(Redis, reread=False),
     "tensorflow remote ps": TensorFlow,

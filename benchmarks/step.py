@@ -7,6 +7,7 @@ finding distinct keys and scattering rows are inside. All contenders take turns.
                beat echo + table
     echo       a bare grpcio stream that moves what an exchange moves: the limit
     exchange   one message: the last step's gradients and this step's keys
+    training   the same with a gradient for every id, duplicates included, as a network has them
     stream     a pull, then a push, on the stream
     unary      a pull, then a push, as unary calls
     durable    an exchange with a server that keeps a log; the others, and the peers, do not
@@ -28,6 +29,7 @@ from benchmarks.peers import (
     Unavailable,
     Work,
     keys_of,
+    of_every_id,
     standard_work,
 )
 from benchmarks.report import Contender, Report, arguments, interleave, milliseconds
@@ -50,6 +52,7 @@ class Trainer:
     def __init__(self, table: Table, keys: Ids, steps: list[Step], wire: Any) -> None:
         self._table = table
         self._steps = [(keys[ids], keys[distinct], grads) for ids, distinct, grads in steps]
+        self._every = [of_every_id(step) for step in steps]
         self._wire = wire
 
     def exchange(self, i: int) -> None:
@@ -57,6 +60,13 @@ class Trainer:
         ids, _, _ = self._steps[i % len(self._steps)]
         _, distinct, grads = self._steps[(i - 1) % len(self._steps)]
         self._table.exchange(ids, (distinct, grads), step=i, wire=self._wire)
+
+    def training(self, i: int) -> None:
+        """``exchange`` with a gradient for every id."""
+        ids, _, _ = self._steps[i % len(self._steps)]
+        last = (i - 1) % len(self._steps)
+        push = self._steps[last][0], self._every[last]
+        self._table.exchange(ids, push, step=i, wire=self._wire)
 
     def pull_push(self, i: int) -> None:
         """Pull the rows of this step, then push its gradients."""
@@ -169,6 +179,7 @@ def main() -> None:
                 stack.callback(limit.close)
                 contenders[f"echo {wire}"] = limit.step
                 contenders[f"exchange {wire}"] = trainer.exchange
+                contenders[f"training {wire}"] = trainer.training
                 contenders[f"stream {wire}"] = trainer.pull_push
                 contenders[f"unary {wire}"] = unary.pull_push
             contenders["exchange durable"] = Trainer(durable, keys, steps, "float32").exchange
@@ -177,10 +188,9 @@ def main() -> None:
                 peer.run(steps[:20])
                 times[name] = peer.run((steps * 4)[: max(count * 2 // 3, 20)])
                 # ours once more beside each peer, so that both see the same minute
-                again = interleave(
-                    {"exchange float32": contenders["exchange float32"]}, steps=60, rounds=1
-                )
-                times[f"exchange float32, beside {name}"] = again["exchange float32"]
+                ours = "training float32" if "training" in name else "exchange float32"
+                again = interleave({ours: contenders[ours]}, steps=60, rounds=1)
+                times[f"{ours}, beside {name}"] = again[ours]
             base = np.median(times["exchange float32"])
             bound = np.median(times["echo float32"]) + np.median(times["table"])
             report.section(

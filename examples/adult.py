@@ -2,8 +2,10 @@
 
     python examples/adult.py DIRECTORY [--shards 2 | --servers host:port,host:port] [--reference]
 
-DIRECTORY holds adult.data.gz and adult.test.gz (https://doi.org/10.24432/C5XW20), each with a
-header line.  Without --servers the example starts a cluster of its own and stops it at the end.
+DIRECTORY holds adult.data and adult.test as they are in the archive that "Download" gives at
+https://doi.org/10.24432/C5XW20; they may be compressed (adult.data.gz) and begin with a line that
+names the columns.  Without --servers the example starts a cluster of its own and stops it at the
+end.
 
 Every categorical value becomes a key, the hash of "column=value"; so does every number, once as
 it is where its values repeat (7688 as a capital gain is a category of its own) and once as a
@@ -59,6 +61,23 @@ HIDDEN = (64, 32)
 DROPOUT = 0.3
 BATCH = 512
 
+COLUMNS = (  # of the files, in their order
+    "age",
+    "workclass",
+    "fnlwgt",
+    "education",
+    "education-num",
+    "marital-status",
+    "occupation",
+    "relationship",
+    "race",
+    "sex",
+    "capital-gain",
+    "capital-loss",
+    "hours-per-week",
+    "native-country",
+    "salary",
+)
 CATEGORICAL = (
     "workclass",
     "education",
@@ -128,11 +147,15 @@ class Samples:
         return {"wide": torch.from_numpy(self.wide), "deep": torch.from_numpy(self.deep)}
 
 
-def read(path: Path) -> Samples:
-    with gzip.open(path, "rt", newline="") as file:
+def read(directory: Path, name: str) -> Samples:
+    """The people of ``name`` or ``name``.gz."""
+    found = [path for path in (directory / name, directory / f"{name}.gz") if path.exists()]
+    if not found:
+        sys.exit(f"{directory} has no {name} or {name}.gz; see https://doi.org/10.24432/C5XW20")
+    with gzip.open(found[0], "rt") if found[0].suffix == ".gz" else found[0].open() as file:
         lines = csv.reader(file, skipinitialspace=True)
-        header = next(lines)
-        people = [line for line in lines if line]
+        people = [line for line in lines if len(line) > 1]  # the test file begins with a remark
+    header = people.pop(0) if people[0][0] == COLUMNS[0] else COLUMNS
     columns = {
         name: np.array(values)
         for name, values in zip(header, zip(*people, strict=True), strict=True)
@@ -384,16 +407,16 @@ def main() -> None:
 
 def load(directory: Path, *, validate: bool) -> tuple[Samples, Samples]:
     """What to train on and what to score."""
-    samples = read(directory / "adult.data.gz")
+    samples = read(directory, "adult.data")
     if not validate:
-        return samples, read(directory / "adult.test.gz")
+        return samples, read(directory, "adult.test")
     held = len(samples) // 5
     return samples.take(slice(0, -held)), samples.take(slice(-held, None))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Wide and deep on the census-income data.")
-    parser.add_argument("directory", type=Path, help="holds adult.data.gz and adult.test.gz")
+    parser.add_argument("directory", type=Path, help="holds adult.data and adult.test")
     parser.add_argument("--shards", type=int, default=2, help="of the cluster started here")
     parser.add_argument("--servers", help="host:port,... of a running cluster to use instead")
     parser.add_argument("--epochs", type=int, default=8)

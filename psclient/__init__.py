@@ -1,10 +1,12 @@
 """Embedding tables on parameter servers, for trainers of any framework.
 
 errors.py      what can go wrong
+checked.py     values of arguments
 strings.py     keys from strings
 batch.py       distinct keys, sums of gradients, pooling
 fork.py        gRPC channels of a process that forks
 channels.py    one shard: a stream, retries
+moved.py       a request sent again where its keys are
 client.py      all shards: tables, pull, push, exchange
 aio.py         the same for asyncio
 combine.py     how rows of several parts become one embedding (imported on demand)

@@ -258,8 +258,7 @@ def warm_start(
             raise NotEmpty(f"table {into!r} has {rows} rows")
         if rows:
             client.drop_table(into)
-    create = pb.CreateTableRequest(schema=schema)
-    client._on_all("TableService/CreateTable", create, pb.CreateTableResponse)
+    _create(client, schema)
     request = pb.LoadTableRequest(name=name, table=table, into=into)
     try:
         done = _on_all(client, "LoadTable", request, progress)
@@ -267,7 +266,7 @@ def warm_start(
         with suppress(PsError):
             client.drop_table(into)
             if existed is not None:
-                client._on_all("TableService/CreateTable", create, pb.CreateTableResponse)
+                _create(client, schema)
         raise
     return sum(each.rows for each in done)
 
@@ -312,7 +311,7 @@ def write_rows(
 
     keys         uint64[n] or int64[n], distinct
     rows         float32[n, dim]: the state becomes that of new rows; or [n, width]: with the state
-    steps        int64[n]; 0 where None
+    steps        int64[n]; where None, the largest that was pushed to the table
     frequencies  uint64[n]; 1 where None
 
     Done again, it does the same: a failure leaves some of the rows written.
@@ -320,7 +319,7 @@ def write_rows(
     cluster = client._connect()
     keys = np.ascontiguousarray(keys).view(np.uint64)
     rows = np.ascontiguousarray(rows, np.float32)
-    steps = np.zeros(len(keys), np.int64) if steps is None else steps.astype(np.int64)
+    steps = np.empty(0, np.int64) if steps is None else steps.astype(np.int64)
     counts = np.ones(len(keys), np.uint64) if frequencies is None else frequencies.astype(np.uint64)
     most = max(1, min(cluster.keys, cluster.message_bytes // (24 + 4 * rows.shape[1])))
     owners = routing.owners(keys, cluster.shard_map)
@@ -334,13 +333,18 @@ def write_rows(
                 width=rows.shape[1],
                 keys=keys[some].tobytes(),
                 rows=rows[some].tobytes(),
-                steps=steps[some].tobytes(),
+                steps=steps[some].tobytes() if len(steps) else b"",
                 frequencies=counts[some].tobytes(),
             )
             link = cluster.links[shard]
             _call(client, link, "WriteRows", request, pb.WriteRowsResponse)
 
     list(cluster.pool.map(part, range(len(cluster.links))))
+
+
+def _create(client: Client, schema: pb.TableSchema) -> None:
+    request = pb.CreateTableRequest(schema=schema)
+    client._on_all("TableService/CreateTable", request, pb.CreateTableResponse, first=True)
 
 
 def _schema(client: Client, table: str) -> pb.TableSchema | None:
@@ -370,8 +374,7 @@ def _call(
     *,
     service: str = SERVICE,
 ) -> Any:
-    """Call a unary method until it is answered; all of them may be repeated, with one exception:
-    CompleteCheckpoint whose answer was lost says CheckpointExists the next time.
+    """Call a unary method until it is answered; all of them may be repeated.
 
     seconds  that it may take; 0: as long as any operation of the client
     """

@@ -5,7 +5,8 @@
         rows = await users.pull(keys)
 
 There is one implementation, the blocking one; here it runs on a few threads, so neither the search
-for distinct keys nor a scatter ever holds up the event loop. Cancelling an ``await`` stops the
+for distinct keys nor a scatter ever holds up the event loop. ``start_pull`` and ``start_exchange``
+have no counterpart: make a task of ``pull`` or ``exchange``. Cancelling an ``await`` stops the
 waiting, not the request: a push that was sent may take effect.
 """
 
@@ -60,6 +61,7 @@ class AsyncTable:
     pull_pooled = _awaited(Table.pull_pooled)
     push = _awaited(Table.push)
     exchange = _awaited(Table.exchange)
+    delete = _awaited(Table.delete)
     describe = _awaited(Table.describe)
 
 
@@ -90,6 +92,8 @@ class AsyncClient:
     list_tables = _awaited(Client.list_tables)
     drop_table = _awaited(Client.drop_table)
     evict = _awaited(Client.evict)
+    wait_durable = _awaited(Client.wait_durable)
+    barrier = _awaited(Client.barrier)
     batch = _awaited(Client.batch)
     pull = _awaited(Client.pull)
     push = _awaited(Client.push)

@@ -190,7 +190,8 @@ def analyze(
     norms        norms, beside 1, 2 and 5 times powers of ten
     grace        of the norm rule, in steps
     top          rows in each list of extremes, up to 1000
-    sink         is given the rows themselves, too, in no order; not by two threads at once
+    sink         is given the rows themselves, too, in no order; not by two threads at once; of a
+                 table without rows, none of them once
     embeddings   with their embeddings
     progress     is told rows, of a checkpoint bytes, done and in all
 
@@ -231,7 +232,17 @@ def analyze(
         "norms": tuple(map(float, norms)),
     }
     seconds = time.perf_counter() - start
-    return _merged(summaries, table, checkpoint, asked, when, seconds, top)
+    found = _merged(summaries, table, checkpoint, asked, when, seconds, top)
+    if sink is not None and not found.rows:
+        sink(_nothing(found.dim if embeddings else None))
+    return found
+
+
+def _nothing(dim: int | None) -> RowColumns:
+    """No rows; None: without embeddings."""
+    none = np.empty(0, np.uint64)
+    matrix = None if dim is None else np.empty((0, dim), np.float32)
+    return RowColumns(none, none, none.view(np.int64), none, none.view(np.float64), "", matrix)
 
 
 def _columns(message: pb.AnalyzeResponse) -> RowColumns:
@@ -332,7 +343,22 @@ def _list(parts: Sequence[pb.RowList], field: str, sign: float, top: int) -> Row
     )
 
 
-# ---- Parquet
+# ---- files
+
+
+def beside(path: Path) -> Path:
+    """A file to be written in the place of ``path`` until it is whole: empty, and there.
+
+    InvalidArgument if it cannot be: now, and not when the work is done.
+    """
+    if path.is_dir():
+        raise InvalidArgument(f"{path} is a directory, not a file to be written")
+    found = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        found.touch()
+    except OSError as error:
+        raise InvalidArgument(f"{path} cannot be written: {error.strerror}") from error
+    return found
 
 
 class ParquetSink:
@@ -345,11 +371,10 @@ class ParquetSink:
     """
 
     def __init__(self, path: Path) -> None:
-        """InvalidArgument if pyarrow is missing."""
+        """InvalidArgument if pyarrow is missing; and from ``with``, if no file can be there."""
         self.rows = 0
         self._arrow, self._parquet = export._pyarrow()
         self._path = path
-        self._beside = path.with_name(f".{path.name}.{os.getpid()}")
         self._writer: Any = None
         self._held: list[Any] = []  # record batches
         self._waiting = 0  # rows in them
@@ -363,7 +388,7 @@ class ParquetSink:
             "step": arrow.array(columns.steps),
             "version": arrow.array(columns.versions),
             "norm": arrow.array(columns.norms),
-            "tier": arrow.array([columns.tier] * len(columns.keys)),
+            "tier": arrow.array([columns.tier] * len(columns.keys), arrow.string()),
         }
         if columns.embeddings is not None:
             arrays["embedding"] = export._arrow(arrow, columns.embeddings)
@@ -373,6 +398,7 @@ class ParquetSink:
             self._write()
 
     def __enter__(self) -> Self:
+        self._beside = beside(self._path)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -381,20 +407,15 @@ class ParquetSink:
                 self._write()
             if self._writer is not None:
                 self._writer.close()
-            if kind is None:
-                os.replace(self._beside, self._path)
+                if kind is None:
+                    os.replace(self._beside, self._path)
         finally:
             self._beside.unlink(missing_ok=True)
 
     def _write(self) -> None:
-        """Write what waits as a row group; of a table without rows, an empty one."""
+        """Write what waits as a row group."""
         if not self._held:
-            if self._writer is None:
-                nothing = np.empty(0, np.uint64)
-                steps, norms = np.empty(0, np.int64), np.empty(0, np.float64)
-                self(RowColumns(nothing, nothing, steps, nothing, norms, "", None))
-            else:
-                return
+            return
         table = self._arrow.Table.from_batches(self._held)
         if self._writer is None:
             self._writer = self._parquet.ParquetWriter(self._beside, table.schema)

@@ -22,7 +22,8 @@ POOLINGS = ("sum", "mean", "sqrtn")
 
 def as_array(values: Any, name: str) -> NDArray[Any]:
     """A NumPy view of an array of any framework (DLPack), or of a sequence; copies nothing of an
-    array in host memory. InvalidArgument if it cannot be read here.
+    array in host memory, but bfloat16, which becomes float32. InvalidArgument if it cannot be read
+    here.
     """
     if isinstance(values, np.ndarray):
         return values
@@ -31,6 +32,9 @@ def as_array(values: Any, name: str) -> NDArray[Any]:
     try:
         return np.from_dlpack(values) if hasattr(values, "__dlpack__") else np.asarray(values)
     except (BufferError, TypeError, ValueError, RuntimeError) as error:
+        if str(getattr(values, "dtype", "")).endswith("bfloat16"):  # NumPy has none
+            wide = values.float() if hasattr(values, "float") else values.astype("float32")
+            return as_array(wide, name)
         raise InvalidArgument(f"{name}: no array in host memory: {error}") from error
 
 
@@ -49,7 +53,7 @@ def as_keys(keys: Any) -> NDArray[np.uint64]:
 def _gradients(gradients: Any, shape: tuple[int, ...], table: str) -> Rows:
     """Gradients as contiguous float32 of a shape, or InvalidArgument."""
     array = as_array(gradients, f"table {table!r}: gradients")
-    if array.dtype.kind != "f":
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":  # ml_dtypes'
         raise InvalidArgument(f"table {table!r}: gradients must be floats, got {array.dtype}")
     if array.shape != shape:
         raise InvalidArgument(
@@ -143,14 +147,20 @@ def pool(rows: Rows, batch: Batch, offsets: Any, weights: Any, mode: str) -> Row
     if mode not in POOLINGS:
         raise InvalidArgument(f"mode must be one of {', '.join(POOLINGS)}, got {mode!r}")
     n = len(batch)
-    bounds = as_array(offsets, "offsets").astype(np.int64)
+    given = as_array(offsets, "offsets")
+    if given.size and given.dtype.kind not in "iu":
+        raise InvalidArgument(f"offsets must be integers, got dtype {given.dtype}")
+    bounds = given.astype(np.int64)
     ascending = bounds.ndim == 1 and bounds.size and not (np.diff(bounds) < 0).any()
     if not ascending or bounds[0] != 0 or bounds[-1] != n:
         raise InvalidArgument(f"offsets must ascend from 0 to {n}, the number of keys")
     if weights is None:
         w = np.empty(0, np.float32)
     else:
-        w = np.ascontiguousarray(as_array(weights, "weights"), np.float32)
+        given = as_array(weights, "weights")
+        if given.dtype.kind not in "fiu":
+            raise InvalidArgument(f"weights must be numbers, got dtype {given.dtype}")
+        w = np.ascontiguousarray(given, np.float32)
         if w.shape != (n,):
             raise InvalidArgument(f"weights must have shape [{n}], got {list(w.shape)}")
     out = np.zeros((len(bounds) - 1, rows.shape[1]), np.float32)

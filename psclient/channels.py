@@ -56,7 +56,8 @@ class Session:
         self.client = client
         self.incarnation = incarnation
         self._next = 1
-        self._open: dict[int, None] = {}  # sequences not answered yet, ascending
+        self._open: dict[int, None] = {}  # sequences that may be sent again, ascending
+        self._known = False  # the shard has applied a push of this incarnation, and said so
 
     def number(self, header: pb.PushHeader) -> None:
         """Give a push its number."""
@@ -65,18 +66,20 @@ class Session:
         header.sequence = self._next
         self._open[self._next] = None
         self._next += 1
-        header.acknowledged = next(iter(self._open)) - 1
+        header.acknowledged = next(iter(self._open)) - 1 if self._known else 0
 
-    def answered(self, header: pb.PushHeader) -> None:
-        """Note that a push will not be repeated any more."""
+    def over(self, header: pb.PushHeader, *, applied: bool) -> None:
+        """Note that a push will not be repeated any more; ``applied``: its answer has come."""
         if header.incarnation == self.incarnation:
             self._open.pop(header.sequence, None)
+            self._known |= applied
 
     def renew(self) -> None:
         """Start the next incarnation."""
         self.incarnation += 1
         self._next = 1
         self._open.clear()
+        self._known = False
 
 
 class Call:
@@ -92,12 +95,14 @@ class Call:
         "handle",
         "id",
         "message",
+        "renewed",
     )
 
     def __init__(self, exchange: codec.Exchange, deadline: float) -> None:
         self.exchange = exchange
         self.deadline = deadline  # monotonic seconds
         self.attempts = 0
+        self.renewed = False  # numbered anew, after its session had expired
         self.done = False
         self.answer: codec.Exchanged | None = None
         self.error: PsError | None = None
@@ -266,7 +271,7 @@ class Link:
         call.answer, call.error, call.done = answer, error, True
         if error is None or pause_before(call, error) is None:
             for push in call.exchange.pushes:
-                self.session.answered(push.header)
+                self.session.over(push.header, applied=error is None)
 
     def _expire(self, call: Call) -> None:
         why = f"; last failure: {self._last_failure}" if self._failures else ""
@@ -336,10 +341,13 @@ class UnaryLink:
 
     def wait(self, call: Call) -> codec.Exchanged:
         """The answer to a submitted call; raises a PsError."""
+        applied = False
         try:
             while True:
                 try:
-                    return codec.decode_exchanged(call.handle.result())
+                    answer = codec.decode_exchanged(call.handle.result())
+                    applied = True
+                    return answer
                 except Cancelled:
                     self._send(call)
                 except grpc.RpcError as failure:
@@ -347,7 +355,7 @@ class UnaryLink:
         finally:
             with self.changing:
                 for push in call.exchange.pushes:
-                    self.session.answered(push.header)
+                    self.session.over(push.header, applied=applied)
 
     def watch(self, now: float) -> None:
         """Nothing: each call has its own deadline."""
@@ -380,7 +388,7 @@ def delete(
     link: Link | UnaryLink, header: pb.PushHeader, keys: codec.Keys, deadline: float
 ) -> pb.DeleteResponse:
     """Delete rows of one shard, once, however often it must be asked; raises a PsError."""
-    session, attempts = link.session, 0
+    session, attempts, data = link.session, 0, None
     with link.changing:
         session.number(header)
 
@@ -392,7 +400,7 @@ def delete(
 
     try:
         try:
-            data: bytes = retry(attempt, link.where, deadline, itertools.count())
+            data = retry(attempt, link.where, deadline, itertools.count())
         except SessionExpired:
             if attempts > 1:
                 raise
@@ -403,7 +411,7 @@ def delete(
             data = retry(attempt, link.where, deadline, itertools.count())
     finally:
         with link.changing:
-            link.session.answered(header)
+            session.over(header, applied=data is not None)
     response: pb.DeleteResponse = pb.DeleteResponse.FromString(data)
     return response
 
@@ -411,20 +419,24 @@ def delete(
 def pause_before(call: Call, error: PsError) -> float | None:
     """Seconds after which the refused call should be sent again; None: it should not."""
     if isinstance(error, SessionExpired):  # refused at its first attempt, so never applied
-        return 0.0 if call.attempts == 1 and call.exchange.pushes else None
+        first = call.attempts == 1 and not call.renewed
+        return 0.0 if first and call.exchange.pushes else None
     if error.retry_after is None or time.monotonic() + error.retry_after >= call.deadline:
         return None
     return error.retry_after
 
 
 def renumber(call: Call, session: Session) -> None:
-    """Put the pushes of a call into the client's next incarnation; the session's lock is held."""
+    """Put the pushes of a call into the client's next incarnation; the session's lock is held.
+
+    Once: where that is refused too, another user of the client id is ahead.
+    """
     headers = [push.header for push in call.exchange.pushes]
     if any(header.incarnation == session.incarnation for header in headers):
         session.renew()
     for header in headers:
         session.number(header)
-    call.attempts = 0
+    call.attempts, call.renewed = 0, True
 
 
 def retry(

@@ -1,7 +1,8 @@
 """The client: tables, pulls and pushes over all shards, blocking.
 
 One batch of keys takes one straight line: find the distinct keys and their shards, send each shard
-one message, scatter its reply into the result. Several tables travel in the same messages.
+one message, scatter its reply into the result. Several tables travel in the same messages. A shard
+that does not own a key refuses its message; the shard map is fetched and the message sent again.
 
 A push is atomic for each shard. Gradients are checked here before the first message leaves, so that
 a bad one is applied nowhere. A request over a server's message limit is sent as several.
@@ -23,9 +24,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from psclient import checked
 from psclient.batch import Batch, Rows, pool
 from psclient.channels import WATCH, Call, Link, Session, UnaryLink, delete, retry
-from psclient.errors import InvalidArgument, TableNotFound
+from psclient.errors import InvalidArgument, SchemaMismatch, TableNotFound, WrongShard
+from psclient.moved import resend
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
 
@@ -50,6 +53,7 @@ DURABILITIES: dict[str, int] = {
     "fsync": pb.DURABILITY_FSYNC,
 }
 MODES: dict[str, int] = {"train": pb.MODE_TRAIN, "serve": pb.MODE_SERVE}
+MAX_DIM = 8192
 ROOM = 4096  # bytes of a message left for headers
 
 
@@ -123,6 +127,47 @@ class _Sent:
     link: Link | UnaryLink
     call: Call
     pulls: list[tuple[_PullPart, int, int]]  # part, first and last + 1 distinct key
+    moved: bool = False  # its keys, and they were sent again
+
+
+@dataclass(slots=True)
+class _Rest:
+    """What a request under way may have to do besides waiting."""
+
+    client: Client
+    cluster: _Cluster
+    tables: tuple[str, ...]
+    deadline: float  # monotonic seconds
+    late: bool  # nobody need wait before the deadline
+    later: list[_Sent]  # pulls that leave once all pushes are answered
+
+    def submit(self) -> list[_Sent]:
+        """Send what was to wait."""
+        for item in self.later:
+            item.call.deadline = self._until()
+            item.link.submit(item.call)
+        sent, self.later = self.later, []
+        return sent
+
+    def note(self, error: Exception) -> None:
+        """Forget the dims of tables that were dropped, and perhaps created anew."""
+        if isinstance(error, SchemaMismatch | TableNotFound):
+            for name in self.tables:
+                self.client._dims.pop(name, None)
+
+    def resend(self, item: _Sent) -> codec.Exchanged:
+        """Send what a shard refused to those that the newest shard map names."""
+        deadline = self._until()
+        self.cluster.refresh(deadline)
+        least = [part.min_version for part, _, _ in item.pulls]
+        return resend(
+            self.cluster.links, self.cluster.shard_map, item.call.exchange, least, deadline
+        )
+
+    def _until(self) -> float:
+        if self.late:
+            return max(self.deadline, time.monotonic() + self.client._timeout)
+        return self.deadline
 
 
 class Pending:
@@ -130,10 +175,11 @@ class Pending:
     process that started it.
     """
 
-    def __init__(self, sent: list[_Sent], finish: Any) -> None:
+    def __init__(self, sent: list[_Sent], finish: Any, rest: _Rest | None = None) -> None:
         self._process = os.getpid()
         self._sent = sent
         self._finish = finish
+        self._rest = rest
         self._lock = threading.Lock()
         self._result: Any = None
 
@@ -143,17 +189,35 @@ class Pending:
             raise InvalidArgument("the request was started by another process, before a fork")
         with self._lock:
             if self._sent is not None:
-                sent, failure = self._sent, None
-                for item in sent:
-                    try:
-                        _take(item.link.wait(item.call), item.pulls)
-                    except Exception as error:
-                        failure = failure or error
-                if failure is not None:
-                    raise failure
+                self._wait()
+                if self._rest is not None and self._rest.later:
+                    self._sent = self._rest.submit()
+                    self._wait()
                 self._result = self._finish()
                 self._sent = None  # type: ignore[assignment]
             return self._result
+
+    def _wait(self) -> None:
+        """Take all answers; raise the first error once all are there."""
+        failure = None
+        for item in self._sent:
+            try:
+                _take(self._answer(item), item.pulls, item.link.where)
+            except Exception as error:
+                failure = failure or error
+                if self._rest is not None:
+                    self._rest.note(error)
+        if failure is not None:
+            raise failure
+
+    def _answer(self, item: _Sent) -> codec.Exchanged:
+        try:
+            return item.link.wait(item.call)
+        except WrongShard:
+            if self._rest is None or item.moved:
+                raise
+            item.moved = True
+            return self._rest.resend(item)
 
 
 class _Cluster:
@@ -168,13 +232,7 @@ class _Cluster:
             self.links.append(kind(f"shard {shard} at {address}", address, session))
         self.pool = ThreadPoolExecutor(len(self.links), "psclient")
         try:
-            infos = self.on_all(
-                "InfoService/GetServerInfo",
-                pb.GetServerInfoRequest(),
-                pb.GetServerInfoResponse,
-                deadline,
-            )
-            self.shard_map = self._check(infos)
+            infos = self.refresh(deadline)
         except BaseException:
             self.close()
             raise
@@ -183,9 +241,22 @@ class _Cluster:
         self._closed = threading.Event()
         threading.Thread(target=self._watch, args=(self.links,), daemon=True).start()
 
-    def on_all(self, method: str, request: Any, answer: Any, deadline: float) -> list[Any]:
-        """Call a unary method on every shard at once; answers in the order of the shards."""
+    def refresh(self, deadline: float) -> list[pb.GetServerInfoResponse]:
+        """Ask the shards for their map, and what else they tell of themselves."""
+        request = pb.GetServerInfoRequest()
+        infos = self.on_all(
+            "InfoService/GetServerInfo", request, pb.GetServerInfoResponse, deadline
+        )
+        self.shard_map = self._check(infos)
+        return infos
 
+    def on_all(
+        self, method: str, request: Any, answer: Any, deadline: float, *, first: bool = False
+    ) -> list[Any]:
+        """Call a unary method on every shard at once; answers in the order of the shards.
+
+        first  on shard 0 before the others: of several clients that do not agree, one is ahead
+        """
         message = request.SerializeToString()
 
         def call(link: Link | UnaryLink) -> Any:
@@ -194,7 +265,8 @@ class _Cluster:
 
             return answer.FromString(retry(attempt, link.where, deadline, count()))
 
-        return list(self.pool.map(call, self.links))
+        done = [call(self.links[0])] if first else []
+        return done + list(self.pool.map(call, self.links[len(done) :]))
 
     def close(self) -> None:
         for link in self.links:
@@ -231,10 +303,12 @@ class Client:
     wire         dtype of embeddings and gradients on the wire: "float32", "bfloat16", "float16"
     timeout      seconds that an operation may take, retries included
     transport    "stream" (fast), or "unary" (one RPC a message)
-    client_id    1..2^64-1, where the identity must outlive the process; else random
-    incarnation  must grow with each use of the same client_id; else seconds since 1970
+    client_id    1..2^64-1, where the identity must outlive the process; 0: random
+    incarnation  0..2^63-1; must grow with each use of the same client_id, or its pushes are refused
+                 (SessionExpired); nanoseconds since 1970 where None
 
-    Connects at the first use. Every method raises a PsError; see psclient.errors.
+    Connects at the first use. What can go wrong is a PsError, values that no server was asked about
+    included; see psclient.errors.
     """
 
     def __init__(
@@ -247,18 +321,24 @@ class Client:
         client_id: int = 0,
         incarnation: int | None = None,
     ) -> None:
-        if isinstance(addresses, str) or not addresses:
+        if (
+            isinstance(addresses, str)
+            or not addresses
+            or not all(isinstance(each, str) for each in addresses)
+        ):
             raise InvalidArgument(f"addresses must be a list of 'host:port', got {addresses!r}")
         if transport not in ("stream", "unary"):
             raise InvalidArgument(f"transport must be 'stream' or 'unary', got {transport!r}")
-        if not timeout > 0:
-            raise InvalidArgument(f"timeout must be positive, got {timeout}")
+        if not 0 < checked.number("timeout", timeout) <= threading.TIMEOUT_MAX:
+            raise InvalidArgument(f"timeout must be positive seconds, got {timeout}")
         self._addresses = list(addresses)
         self._dtype = _known("wire", wire, WIRES)
         self._timeout = timeout
         self._transport = transport
-        self._client_id = client_id
-        self._incarnation = int(time.time()) if incarnation is None else incarnation
+        self._client_id = checked.integer("client_id", client_id, 0, 1 << 64)
+        if incarnation is None:
+            incarnation = time.time_ns()
+        self._incarnation = checked.integer("incarnation", incarnation, 0, 1 << 63)
         self._cluster: _Cluster | None = None
         self._connecting = threading.Lock()
         self._dims: dict[str, int] = {}
@@ -315,38 +395,39 @@ class Client:
 
         Raises SchemaMismatch if it exists with another schema, InvalidArgument for a bad value.
         """
-        if not isinstance(dim, int | np.integer) or dim < 1:
-            raise InvalidArgument(f"table {name!r}: dim must be a positive integer, got {dim!r}")
-        if not 0 <= seed < 1 << 64:
-            raise InvalidArgument(f"table {name!r}: seed must be in 0..2^64-1, got {seed}")
-        parameters = dict(optimizer_args or {})
-        if lr is not None:
-            parameters["lr"] = lr
+        at = f"table {checked.text('name', name)!r}: "
+        dim = checked.integer(f"{at}dim", dim, 1, MAX_DIM + 1)
+        rates = {} if lr is None else {"lr": lr}
         schema = pb.TableSchema(
             name=name,
-            dim=int(dim),
-            optimizer=pb.Rule(name=optimizer, parameters=parameters),
-            initializer=pb.Rule(name=initializer, parameters=dict(initializer_args or {})),
-            seed=seed,
-            serving_default=serving_default,
+            dim=dim,
+            optimizer=_rule(f"{at}optimizer", optimizer, optimizer_args, rates),
+            initializer=_rule(f"{at}initializer", initializer, initializer_args),
+            seed=checked.integer(f"{at}seed", seed, 0, 1 << 64),
+            serving_default=checked.number(f"{at}serving_default", serving_default),
             durability=_known("durability", durability, DURABILITIES),  # type: ignore[arg-type]
-            admission=pb.Rule(name=admission, parameters=dict(admission_args or {})),
+            admission=_rule(f"{at}admission", admission, admission_args),
             evictions=[
-                pb.Rule(name=rule, parameters=dict(args)) for rule, args in (eviction or {}).items()
+                _rule(f"{at}eviction", rule, args)
+                for rule, args in checked.mapping(f"{at}eviction", eviction).items()
             ],
         )
         request = pb.CreateTableRequest(schema=schema)
-        self._on_all("TableService/CreateTable", request, pb.CreateTableResponse)
-        self._dims[name] = int(dim)
-        return Table(self, name, int(dim))
+        self._on_all("TableService/CreateTable", request, pb.CreateTableResponse, first=True)
+        self._dims[name] = dim
+        return Table(self, name, dim)
 
     def table(self, name: str) -> Table:
         """A table that exists; TableNotFound if it does not."""
         return Table(self, name, self._dim(name))
 
     def describe_table(self, name: str) -> TableInfo:
-        """Schema and size of a table over all shards; TableNotFound if there is none."""
-        request = pb.DescribeTableRequest(name=name)
+        """Schema and size of a table over all shards.
+
+        Raises TableNotFound if there is none, SchemaMismatch if it is not the same on all shards:
+        it was dropped on some of them and created anew meanwhile.
+        """
+        request = pb.DescribeTableRequest(name=checked.text("name of a table", name))
         return _info(self._on_all("TableService/DescribeTable", request, pb.DescribeTableResponse))
 
     def list_tables(self) -> list[TableInfo]:
@@ -358,26 +439,33 @@ class Client:
         names = sorted(set.intersection(*(set(shard) for shard in shards)))
         return [_info([shard[name] for shard in shards]) for name in names]
 
-    def evict(self, name: str, *, dry_run: bool = False) -> dict[str, int]:
+    def evict(self, name: str, *, dry_run: bool = False, timeout: float = 3600.0) -> dict[str, int]:
         """Evict the rows that are to leave by the table's rules now; how many did, by cause.
 
         dry_run  only count them
+        timeout  seconds that it may take, instead of the client's; then the shards give it up, and
+                 the rows evicted until then stay so
 
-        By the first rule that holds for a row. The background finds the same rows by and by.
+        By the first rule that holds for a row. The background finds the same rows by and by; those
+        that it evicts meanwhile, or that a call did which failed, are not counted.
         """
-        request = pb.EvictRequest(table=name, dry_run=dry_run)
+        request = pb.EvictRequest(
+            table=checked.text("name of a table", name), dry_run=bool(dry_run)
+        )
         evicted: dict[str, int] = {}
-        for answer in self._on_all("TableService/Evict", request, pb.EvictResponse):
+        method, deadline = "TableService/Evict", time.monotonic() + timeout
+        for answer in self._connect().on_all(method, request, pb.EvictResponse, deadline):
             for cause, rows in answer.evicted.items():
                 evicted[cause] = evicted.get(cause, 0) + rows
         return evicted
 
     def drop_table(self, name: str) -> None:
         """Drop a table and its rows on every shard; TableNotFound if no shard has it."""
+        request = pb.DropTableRequest(name=checked.text("name of a table", name))
+        message = request.SerializeToString()
         self._dims.pop(name, None)
         cluster = self._connect()
         deadline = time.monotonic() + self._timeout
-        message = pb.DropTableRequest(name=name).SerializeToString()
 
         def drop(link: Link | UnaryLink) -> bool:
             def attempt(left: float) -> bytes:
@@ -389,7 +477,8 @@ class Client:
                 return False
             return True
 
-        if not any(cluster.pool.map(drop, cluster.links)):
+        others = list(cluster.pool.map(drop, cluster.links[1:]))
+        if not any([drop(cluster.links[0]), *others]):  # the first to have it is the last
             raise TableNotFound(f"no table {name!r} on any shard")
 
     def wait_durable(self) -> tuple[int, ...]:
@@ -406,7 +495,7 @@ class Client:
 
         Pushes answered before are in front of it on every shard, pushes started after behind it.
         """
-        request = pb.BarrierRequest(name=name)
+        request = pb.BarrierRequest(name=checked.text("name of a barrier", name))
         answers = self._on_all("LogService/Barrier", request, pb.BarrierResponse)
         return tuple(answer.version for answer in answers)
 
@@ -447,7 +536,8 @@ class Client:
 
         gradients  by table: (keys, gradients float[*shape of keys, dim]); those of equal keys are
                    summed, and the server's optimizer takes one step for each distinct key
-        step       the trainer's global step, in -2^47..2^47-1
+        step       the trainer's global step, in -2^47..2^47-1; rows are of the largest that any
+                   client has pushed to the table
         lr         learning rate of this push; the table's where None
         durability  what is true once this returns: "applied", the servers have it in memory;
                    "log", it outlives their processes; "fsync", it is on their disks; the table's
@@ -468,7 +558,8 @@ class Client:
     ) -> dict[str, Rows]:
         """Push the last step's gradients and pull the next step's rows in one message a shard.
 
-        The pull sees the push.
+        The pull sees the push. What is larger than a message travels in several, and what is pulled
+        after all that is pushed.
         """
         pending = self._start(
             push, pull, step=step, lr=lr, mode=mode, wire=wire, durability=durability
@@ -486,7 +577,12 @@ class Client:
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> Pending:
-        """``exchange``, started now and awaited later by ``result()``."""
+        """``exchange``, started now and awaited later by ``result()``.
+
+        Exchanges under way together take effect in the order of their start, but for those that
+        the server asks to send again (OVERLOADED, DISK_FULL): others may overtake them. One that is
+        larger than a message begins to pull when ``result()`` is called.
+        """
         pending = self._start(
             push,
             pull,
@@ -544,14 +640,15 @@ class Client:
         dtype = self._dtype if wire is None else _known("wire", wire, WIRES)
         wanted = _known("mode", mode, MODES)
         level = 0 if durability is None else _known("durability", durability, DURABILITIES)
-        if not -codec.STEPS <= step < codec.STEPS:
-            raise InvalidArgument(f"step must be in -2^47..2^47-1, got {step}")
+        step = checked.integer("step", step, -codec.STEPS, codec.STEPS)
+        lr = None if lr is None else checked.number("lr", lr)
         cluster = self._connect()
         if min_version and len(min_version) != len(cluster.links):
             raise InvalidArgument(
                 f"min_version must name a version for each of {len(cluster.links)} shards, got"
                 f" {len(min_version)}"
             )
+        min_version = [checked.integer("min_version", each, 0, 1 << 64) for each in min_version]
         pushes = [
             self._push_part(name, keys, gradients, dtype, distinct)
             for name, (keys, gradients) in push.items()
@@ -569,9 +666,14 @@ class Client:
             )
         deadline = time.monotonic() + self._timeout
         sent: list[_Sent] = []
+        later: list[_Sent] = []
         for shard, link in enumerate(cluster.links):
-            for exchange, ranges in _messages(cluster, shard, pushes, pulls, step, lr, level):
+            messages = _messages(cluster, shard, pushes, pulls, step, lr, level)
+            for exchange, ranges in messages:
                 call = Call(exchange, deadline)
+                if pushes and len(messages) > 1 and not exchange.pushes:
+                    later.append(_Sent(link, call, ranges))  # a push may have to be sent again
+                    continue
                 link.submit(call, background=background)
                 sent.append(_Sent(link, call, ranges))
 
@@ -582,7 +684,8 @@ class Client:
                 results[part.table] = part.out.reshape(*shape, part.dim)
             return pulls, results
 
-        return Pending(sent, finish)
+        rest = _Rest(self, cluster, (*push, *pull), deadline, background, later)
+        return Pending(sent, finish, rest)
 
     def _push_part(
         self, name: str, keys: Any, gradients: Any, dtype: int, distinct: bool
@@ -604,9 +707,9 @@ class Client:
             dim = self._dims[name] = self.describe_table(name).dim
         return dim
 
-    def _on_all(self, method: str, request: Any, answer: Any) -> list[Any]:
+    def _on_all(self, method: str, request: Any, answer: Any, *, first: bool = False) -> list[Any]:
         deadline = time.monotonic() + self._timeout
-        return self._connect().on_all(method, request, answer, deadline)
+        return self._connect().on_all(method, request, answer, deadline, first=first)
 
     def _connect(self) -> _Cluster:
         cluster = self._cluster
@@ -621,7 +724,11 @@ class Client:
 
 
 class Table:
-    """One table of a client. Its methods are those of the client for one table."""
+    """One table of a client. Its methods are those of the client for one table.
+
+    dim  of its embeddings when this was made; SchemaMismatch tells that the table was created anew
+         with another one: then ask the client for it again
+    """
 
     def __init__(self, client: Client, name: str, dim: int) -> None:
         self.client = client
@@ -737,17 +844,31 @@ class Table:
         cluster, batch = client._connect(), client.batch(keys)
         deadline = time.monotonic() + client._timeout
 
-        def part(shard: int) -> int:
+        def part(batch: Batch, shard: int, moved: list[codec.Keys] | None) -> int:
             deleted = 0
             first, last = batch.split.bounds[shard : shard + 2].tolist()
             most = min(cluster.keys, cluster.message_bytes // 8)
             for low in range(first, last, most):
                 header = pb.PushHeader(table=self.name, durability=level)  # type: ignore[arg-type]
                 some = batch.keys[low : min(low + most, last)]
-                deleted += delete(cluster.links[shard], header, some, deadline).deleted
+                try:
+                    deleted += delete(cluster.links[shard], header, some, deadline).deleted
+                except WrongShard:
+                    if moved is None:
+                        raise
+                    moved.append(some)
             return deleted
 
-        return sum(cluster.pool.map(part, range(len(cluster.links))))
+        def parts(batch: Batch, moved: list[codec.Keys] | None = None) -> int:
+            shards = range(len(cluster.links))
+            return sum(cluster.pool.map(lambda shard: part(batch, shard, moved), shards))
+
+        moved: list[codec.Keys] = []
+        deleted = parts(batch, moved)
+        if moved:
+            cluster.refresh(deadline)
+            deleted += parts(Batch(np.concatenate(moved), cluster.shard_map))
+        return deleted
 
     def describe(self) -> TableInfo:
         """Schema and size over all shards."""
@@ -757,14 +878,35 @@ class Table:
         return f"Table({self.name!r}, dim={self.dim})"
 
 
+def _rule(
+    field: str,
+    name: str,
+    parameters: Mapping[str, float] | None,
+    more: Mapping[str, float] | None = None,
+) -> pb.Rule:
+    numbers = {
+        checked.text(f"parameter of {field}", key): checked.number(f"{field} {key}", value)
+        for key, value in {**checked.mapping(field, parameters), **(more or {})}.items()
+    }
+    return pb.Rule(name=checked.text(field, name), parameters=numbers)
+
+
 def _known(field: str, value: str, known: Mapping[str, int]) -> int:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise InvalidArgument(f"{field} must be one of {', '.join(known)}, got {value!r}")
     return known[value]
 
 
 def _info(shards: Sequence[pb.DescribeTableResponse]) -> TableInfo:
     schema = shards[0].schema
+    for number, shard in enumerate(shards):
+        if shard.schema != schema:
+            fields = [f.name for f in schema.DESCRIPTOR.fields]
+            field = next(f for f in fields if getattr(shard.schema, f) != getattr(schema, f))
+            raise SchemaMismatch(
+                f"table {schema.name!r} has another {field} on shard {number} than on shard 0;"
+                " drop it and create it anew"
+            )
     return TableInfo(
         name=schema.name,
         dim=schema.dim,
@@ -865,9 +1007,14 @@ def _ranges(first: int, last: int, pieces: int) -> list[tuple[int, int]]:
     return [(low, min(low + step, last)) for low in range(first, last, step)]
 
 
-def _take(answer: codec.Exchanged, pulls: list[tuple[_PullPart, int, int]]) -> None:
+def _take(answer: codec.Exchanged, pulls: list[tuple[_PullPart, int, int]], where: str) -> None:
     """Write the embeddings of one reply where they belong."""
     for pulled, (part, first, last) in zip(answer.pulls, pulls, strict=True):
+        if pulled.header.dim != part.dim:
+            raise SchemaMismatch(
+                f"{where}: table {part.table!r} has dim {pulled.header.dim}, not {part.dim} as this"
+                " client was told before: it was dropped and created anew"
+            )
         rows = codec.from_wire(pulled.embeddings, part.dtype).reshape(last - first, part.dim)
         if part.distinct:
             part.out[first:last] = rows

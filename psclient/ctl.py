@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -272,30 +273,35 @@ def analyze(
     servers: Servers = DEFAULT,
 ) -> None:
     """Sum up a table, and try thresholds and TTLs on it; nothing is changed."""
-    with _connected(servers) as client, ExitStack() as stack:
-        sink = stack.enter_context(analysis.ParquetSink(parquet)) if parquet else None
+    with _connected(servers) as client, _whole(html) as page:
+        if html is not None:
+            report.require()
+        if history is not None:
+            history.open("a").close()
+            analysis.history(history, table)
         unit = "bytes" if checkpoint else "rows"
-        with _bar(f"analyze {table}", unit=unit) as tell:
-            found = analysis.analyze(
-                client,
-                table,
-                checkpoint=checkpoint,
-                frequencies=frequency or (),
-                ages=ttl or (),
-                norms=norm or (),
-                grace=grace,
-                top=top,
-                sink=sink,
-                embeddings=embeddings,
-                progress=tell,
-            )
+        with analysis.ParquetSink(parquet) if parquet else nullcontext() as sink:
+            with _bar(f"analyze {table}", unit=unit) as tell:
+                found = analysis.analyze(
+                    client,
+                    table,
+                    checkpoint=checkpoint,
+                    frequencies=frequency or (),
+                    ages=ttl or (),
+                    norms=norm or (),
+                    grace=grace,
+                    top=top,
+                    sink=sink,
+                    embeddings=embeddings,
+                    progress=tell,
+                )
+            report.show(Console(highlight=False), found)
         moments = []
         if history is not None:
             analysis.remember(history, found)
             moments = analysis.history(history, table)
-        if html is not None:
-            html.write_text(report.page(found, moments), encoding="utf-8")
-        report.show(Console(highlight=False), found)
+        if page is not None:
+            page.write_text(report.page(found, moments), encoding="utf-8")
     for path in (parquet, html):
         if path is not None:
             typer.echo(f"{path}: {path.stat().st_size:,} bytes")
@@ -330,9 +336,23 @@ def _connected(servers: str) -> Iterator[Client]:
     try:
         with Client([each.strip() for each in servers.split(",")]) as client:
             yield client
-    except PsError as error:
+    except (PsError, OSError) as error:
         typer.echo(f"psctl: {error}", err=True)
         raise typer.Exit(1) from None
+
+
+@contextmanager
+def _whole(path: Path | None) -> Iterator[Path | None]:
+    """What to write a file to that takes its place if all goes well."""
+    if path is None:
+        yield None
+        return
+    beside = analysis.beside(path)
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @contextmanager

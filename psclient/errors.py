@@ -3,10 +3,10 @@
 * PsError
   - InvalidArgument    an argument breaks a rule; nothing was applied
   - TableNotFound      no such table; a shard that lost its memory says so too
-  - SchemaMismatch     the table exists with another schema
-  - WrongShard         a key went to a shard that does not own it
+  - SchemaMismatch     the table exists with another schema, or was created anew with another one
+  - WrongShard         a key went to a shard that does not own it, by the newest shard map too
   - SessionExpired     a repeated push whose first attempt can no longer be told; it may have taken
-                       effect or not
+                       effect or not; or a client id whose incarnation did not grow
   - ResourceExhausted  a limit of the server, or its memory
   - DeadlineExceeded   no answer in time; a push may have taken effect
   - Unavailable        no server reached in time; a push may have taken effect
@@ -114,6 +114,7 @@ class ServerFailure(PsError):
 REASONS: dict[str, type[PsError]] = {
     "TABLE_NOT_FOUND": TableNotFound,
     "SCHEMA_MISMATCH": SchemaMismatch,
+    "DIM_MISMATCH": SchemaMismatch,  # gradients had the dim that this client was told before
     "WRONG_SHARD": WrongShard,
     "SESSION_EXPIRED": SessionExpired,
     "VERSION_IN_FUTURE": VersionInFuture,

@@ -70,8 +70,9 @@ def import_parquet(client: Client, table: str, path: Path, *, progress: Tell | N
     """Write the rows of a Parquet file into a table that exists; returns how many.
 
     Columns: key (int64 or uint64) and embedding (a list of dim numbers); step and frequency where
-    there; state where the file says that it is of an optimizer like the table's, else the state is
-    that of new rows. Rows of these keys are replaced; of equal keys the last one stays.
+    there, else the largest step that was pushed to the table, and 1; state where the file says that
+    it is of an optimizer like the table's, else the state is that of new rows. Rows of
+    these keys are replaced; of equal keys the last one stays.
     """
     arrow, parquet = _pyarrow()
     info = client.describe_table(table)

@@ -262,9 +262,10 @@ class _Shard:
                 self._kept = len(self._waiting)
             return False
         with lock:
-            if self.building is not None:
+            if self.building is not None:  # of another history perhaps, with lower versions
                 self._apply(self.building)
                 self.state, self.building = self.building, None
+                self.version = change.version
             self._apply(self.state)
             self._kept = 0
             self.version = max(self.version, change.version)
@@ -345,7 +346,9 @@ class Follower:
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """The version that each shard is followed to; -1 where there is no state yet."""
+        """The version that each shard is followed to; -1 where there is no state yet. It goes back
+        where a shard was restored to an older checkpoint.
+        """
         with self._changed:
             return tuple(shard.version for shard in self._shards)
 

@@ -327,6 +327,11 @@ def show_keys(console: Console, found: Sequence[KeyInfo], names: Sequence[str] =
 # ---- HTML
 
 
+def require() -> None:
+    """InvalidArgument if plotly is missing, without which there is no page."""
+    _library()
+
+
 def page(found: Analysis, moments: Sequence[Moment] = ()) -> str:
     """One HTML page; ``moments`` of a history, by time, are its growth.
 
@@ -523,8 +528,9 @@ def _growth(moments: Sequence[Moment]) -> list[_Chart]:
     """Rows over time, and memory, which checkpoints do not have."""
     live = [each for each in moments if each.checkpoint is None]
     rows = [_line("rows", [(each.time, each.rows) for each in moments])]
-    if any(each.waiting for each in live):
-        rows.append(_line("waiting keys", [(each.time, each.waiting) for each in live]))
+    counted = [each for each in moments if each.checkpoint is None or each.waiting]
+    if any(each.waiting for each in counted):
+        rows.append(_line("waiting keys", [(each.time, each.waiting) for each in counted]))
     charts = [
         _Chart(
             "Growth",
@@ -537,7 +543,7 @@ def _growth(moments: Sequence[Moment]) -> list[_Chart]:
                     _when(each.time),
                     each.checkpoint or "",
                     f"{each.rows:,}",
-                    "" if each.checkpoint else f"{each.waiting:,}",
+                    f"{each.waiting:,}" if each in counted else "",
                     f"{each.step:,}",
                 )
                 for each in moments

@@ -15,6 +15,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from psclient.errors import InvalidArgument
+
 _P1 = np.uint64(0x9E3779B185EBCA87)
 _P2 = np.uint64(0xC2B2AE3D27D4EB4F)
 _P3 = np.uint64(0x165667B19E3779F9)
@@ -79,9 +81,20 @@ def _hash_all(data: Any, bounds: Any, out: Any) -> None:
         out[i] = _xxh64(data, bounds[i], bounds[i + 1])
 
 
+def _bytes(string: Any) -> bytes:
+    try:
+        if isinstance(string, str | bytes):
+            return string.encode() if isinstance(string, str) else string
+    except UnicodeEncodeError:
+        pass
+    raise InvalidArgument(f"strings must be text in Unicode, or bytes, got {string!r}")
+
+
 def hash_keys(strings: Iterable[str | bytes]) -> NDArray[np.uint64]:
-    """Keys uint64[n] of n strings; ``bytes`` are hashed as they are."""
-    encoded = [s.encode() if isinstance(s, str) else bytes(s) for s in strings]
+    """Keys uint64[n] of n strings; ``bytes`` are hashed as they are. InvalidArgument for others."""
+    if isinstance(strings, str | bytes):
+        raise InvalidArgument(f"strings must be a list of them, got {strings!r}")
+    encoded = [_bytes(s) for s in strings]
     bounds = np.zeros(len(encoded) + 1, np.int64)
     np.cumsum([len(s) for s in encoded], out=bounds[1:])
     out = np.empty(len(encoded), np.uint64)

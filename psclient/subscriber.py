@@ -9,9 +9,11 @@ One stream a shard; a thread for each reads it, opens it again behind the last c
 failure, and waits while the application has enough to do: the rest stays on the servers' disks.
 
 Changes of one shard come in their order, those of several in any. A change is delivered at least
-once. Apply a row if its version is above that of the one held, and neither repetition nor a
-snapshot read while pushes go on can do harm. Where ``more`` is false, what was applied is a state
-that the shard was in. Delta and DeltaHeader in ps.proto say what comes in which order.
+once. Apply a row if its version is above that of the one held, and the change's not below the
+creation of the table held, and neither repetition nor a snapshot read while pushes go on can do
+harm. At ``snapshot`` all that is held of that shard is void: it may be of another history, whose
+versions do not compare. Where ``more`` is false, what was applied is a state that the shard was in.
+Delta and DeltaHeader in ps.proto say what comes in which order.
 """
 
 from __future__ import annotations
@@ -92,7 +94,8 @@ class Change:
               dropped       the table is gone, with its rows
               barrier       the mark ``barrier``
               progress      nothing new up to ``version``
-              snapshot      what is not sent before snapshot_end is not there
+              snapshot      all that is held of this shard is void, its versions too; what is
+                            not sent before snapshot_end is not there
               catch_up      what changed since the token; tables that are not sent are gone
               snapshot_end  of a snapshot or catch-up
 

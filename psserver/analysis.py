@@ -5,7 +5,8 @@
 
 Everything here blocks, and runs on threads of its own. A slice of a live table is read by the
 engine, so that each row is whole, which takes a few tenths of a millisecond; all other work on it
-is done here. Together that has a hundredth of a processor, so that few pulls meet it.
+is done here. Together that has a hundredth of a processor, so that few pulls meet it. A checkpoint
+needs no engine, but cores and the interpreter's lock that the engine wants too: it has a tenth.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from psserver.errors import BadRequest, TooLarge, WrongShard
 from psserver.schemas import write_schema
 from psserver.shard import Holdings, Known, Shard, Tombstones
 from storage import checkpoint as files
+from storage.admission import Counter
 from storage.analysis import Extremes, Histogram, RowColumns, Summary
 from storage.errors import Compacted, UnknownTable
 from storage.eviction import FIRST_STEP
@@ -44,6 +46,8 @@ Columns = pb.AnalyzeRequest.Columns
 SLICE_ROWS = 16_384  # read by the engine at once: few slices meet few pulls
 SLICE_BYTES = 2 << 20  # of embeddings
 SPARED = 99  # times the work on a slice, the pause after it: analyses have 1 % of a processor
+SPARED_STORED = 9  # the same for pieces of checkpoints, which have another 10 %
+LONGEST = 1.0  # seconds of a pause beside the engine: a server that stops waits for it
 TELL_SECONDS = 0.2  # between two messages without columns
 MESSAGE_BYTES = 1 << 20  # of columns in a message, about
 MAX_EDGES = 256  # asked for, of each histogram
@@ -79,6 +83,14 @@ class Pace:
             time.sleep(self._spared * (took + time.thread_time() - start))
         return done
 
+    def beside(self, work: Callable[[], Result]) -> Result:
+        """``work`` on this thread, which needs no engine; then pause, up to LONGEST."""
+        with self._turn:
+            start = time.thread_time()
+            done = work()
+            time.sleep(min(self._spared * (time.thread_time() - start), LONGEST))
+        return done
+
 
 class Analyses:
     """What one shard says about its tables. Thread-safe.
@@ -99,6 +111,7 @@ class Analyses:
         self._checkpoints = checkpoints
         self._log = log
         self._pace = pace or Pace(engine)
+        self._pace_stored = pace or Pace(engine, SPARED_STORED)
 
     # ---- tables
 
@@ -165,7 +178,7 @@ class Analyses:
 
     def _stored(self, request: pb.AnalyzeRequest, summary: Summary) -> Iterator[pb.AnalyzeResponse]:
         """Each part is read twice: ages are counted back from the largest step in it."""
-        work = self._checkpoints
+        work, beside = self._checkpoints, self._pace_stored.beside
         checkpoint = work.open(request.checkpoint)
         schema = schema_in(checkpoint, request.table)
         progress = work.progress()
@@ -173,30 +186,49 @@ class Analyses:
         outbox = _Outbox(
             request, 2 * sum(e.parts[p].bytes for e in checkpoint.chain for p in parts)
         )
-        newest, size = FIRST_STEP, 0
+        wanted = request.columns == Columns.COLUMNS_EMBEDDING
+        newest, size, waiting = FIRST_STEP, 0, 0
+
+        def largest(pieces: Iterator[files.Piece]) -> int | None:
+            """The largest step of the next piece; None: there is none."""
+            if (piece := next(pieces, None)) is None:
+                return None
+            require_width(checkpoint, schema, piece.rows)
+            return int(piece.steps.max(initial=FIRST_STEP))
+
+        def summed(
+            pieces: Iterator[files.Piece], step: int
+        ) -> tuple[RowColumns, Rows | None, int] | None:
+            """The next piece summed up, embeddings if wanted, its bytes; None: there is none."""
+            if (piece := next(pieces, None)) is None:
+                return None
+            columns = piece[1:]
+            copies = map(np.array, columns[:-1])  # see Piece
+            norms = _norms(piece.rows, schema.dim)
+            rows = RowColumns._make([*copies, norms, "checkpoint"])
+            summary.add(rows, step)
+            matrix = np.array(piece.rows[:, : schema.dim]) if wanted else None
+            return rows, matrix, sum(column.nbytes for column in columns)
+
         for part in parts:
             number = number_in(checkpoint, part, request.table)
-
-            def pieces(part: int = part, number: int = number) -> Iterator[files.Piece]:
-                return files.rows_of(work.store, checkpoint, part, [number], progress.tell)
-
-            step = FIRST_STEP
-            for piece in pieces():
-                require_width(checkpoint, schema, piece.rows)
-                step = max(step, int(piece.steps.max(initial=step)))
+            asked = work.store, checkpoint, part, [number], progress.tell
+            step, pieces = FIRST_STEP, files.rows_of(*asked)
+            while (found := beside(partial(largest, pieces))) is not None:
+                step = max(step, found)
                 yield from outbox.tell(progress.bytes)
-            newest = max(newest, step)
-            for piece in pieces():
-                columns = piece[1:]
-                size += sum(column.nbytes for column in columns)
-                norms = _norms(piece.rows, schema.dim)
-                copies = map(np.array, columns[:-1])  # see Piece
-                rows = RowColumns._make([*copies, norms, "checkpoint"])
-                summary.add(rows, step)
-                matrix = np.array(piece.rows[:, : schema.dim]) if request.columns else None
+            newest, pieces = max(newest, step), files.rows_of(*asked)
+            while (done := beside(partial(summed, pieces, step))) is not None:
+                rows, matrix, more = done
+                size += more
                 yield from outbox.put(rows, matrix, progress.bytes)
+            if isinstance(schema.admission, Counter):  # checkpoints hold no sketches
+                counters = files.counters_of(*asked)
+                while (some := beside(partial(next, counters, None))) is not None:
+                    waiting += len(some[1])
         yield from outbox.rest()
         told = _told(summary, schema, newest)
+        told.waiting = waiting
         told.version = told.last_version = max(checkpoint.manifest.versions)
         told.tiers.add(name="checkpoint", rows=summary.rows, bytes=size)
         yield pb.AnalyzeResponse(done=progress.bytes, total=progress.bytes, summary=told)
@@ -231,7 +263,7 @@ class Analyses:
                 facts.state = pb.KeyFacts.STATE_GONE
             elif known.forgets:
                 facts.state, facts.why = pb.KeyFacts.STATE_UNKNOWN, known.forgets
-            elif horizon > known.created:
+            elif horizon >= known.created:  # equal behind a restore, whose tables begin there
                 facts.state = pb.KeyFacts.STATE_UNKNOWN
                 facts.why = f"deletes up to version {horizon} may be forgotten"
             else:

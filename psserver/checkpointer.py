@@ -14,9 +14,10 @@ remembers, the next checkpoint is a full one, and replaces them all.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -61,6 +62,7 @@ class Recovered:
 def recover(shard: Shard, base: Base, versions: VersionLog) -> Recovered:
     """Bring an empty shard to the newest version: the base's blocks, then the records behind it.
 
+    From then on the base says that there is a log, so that a lost one is not taken for a new one.
     Raises Corrupt where stored bytes are damaged, OutOfMemory if they do not fit.
     """
     rows = records = size = 0
@@ -85,14 +87,23 @@ def recover(shard: Shard, base: Base, versions: VersionLog) -> Recovered:
     shard.recovered()
     if shard.version != versions.last:
         raise Corrupt(str(versions.directory), f"ends at version {shard.version}, before its end")
+    if state is None:
+        state = BaseState(lineage=versions.lineage, epoch=versions.epoch, version=0, next_table=1)
+    if not state.logged:
+        with suppress(DiskFull):  # the next start does it
+            base.commit(dataclasses.replace(state, logged=True))
     return Recovered(rows, records, size)
 
 
 class Checkpointer:
     """A thread that makes checkpoints.
 
+    fail          called on the thread, once, when nobody can say what is on disk any more
     seconds       between them
     keep          bytes and seconds of log kept beyond what a restart needs
+
+    ``made`` is when the newest change that a restart need not replay was the newest: monotonic
+    seconds.
     """
 
     def __init__(
@@ -102,6 +113,7 @@ class Checkpointer:
         base: Base,
         versions: VersionLog,
         *,
+        fail: Callable[[Exception], None],
         seconds: float,
         keep: tuple[int, float],
         stored_rows: int,
@@ -110,11 +122,14 @@ class Checkpointer:
         self._engine = engine
         self._base = base
         self._versions = versions
+        self._fail = fail
         self._seconds = seconds
         self._keep = keep
         self._stored = stored_rows  # in the base's blocks
         self._buffer = np.empty(BLOCK_BYTES, np.uint8)
+        self._sketches: dict[int, tuple[int, list[int]]] = {}  # by table: edits, its blocks
         self.pins: dict[str, int] = {}  # who needs the log behind which version
+        self.made = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="checkpointer", daemon=True)
 
@@ -128,12 +143,21 @@ class Checkpointer:
         self._thread.join()
 
     def checkpoint(self) -> None:
-        """Make one now, unless nothing has changed; DiskFull leaves the last one in place."""
-        state = self._base.state
+        """Make one now, unless nothing has changed; DiskFull leaves the last one in place.
+
+        Then cut the log: what it is kept for passes by itself, too.
+        """
+        state, began = self._base.state, time.monotonic()
         captured = self._engine.run(self._shard.capture)
-        after = state.version if state is not None else 0
-        if captured.version == after and state is not None:
+        if (state is None or captured.version > state.version) and not self._make(captured, state):
             return
+        self.made = began
+        keep_bytes, keep_seconds = self._keep
+        self._versions.cut(min([captured.version, *self.pins.values()]), keep_bytes, keep_seconds)
+
+    def _make(self, captured: Captured, state: BaseState | None) -> bool:
+        """Bring the base from a state to the captured one; False if that was given up."""
+        after = state.version if state is not None else 0
         live = sum(each.rows + each.counters for each in captured.tables)
         full = (
             state is None
@@ -150,18 +174,20 @@ class Checkpointer:
             rows += len(block)
             if self._stop.is_set():
                 self._base.discard()
-                return
+                return False
         for table, keys, totals, versions in counters_of(captured, after, self._engine):
             added.append(self._base.add(pack_counters(table, keys, versions, totals)))
             rows += len(keys)
-        cells = []
-        for part in cells_of(captured):
-            cells.append(self._base.add(pack_cells(*part)))
+        sketches = self._kept_sketches(captured, state)
+        for part in cells_of(captured, {table for table, (_, held) in sketches.items() if held}):
+            sketches[part[0]][1].append(self._base.add(pack_cells(*part)))
             if self._stop.is_set():
                 self._base.discard()
-                return
+                return False
         # what was copied torn is whole in records up to here
         self._versions.sync(self._engine.run(lambda: self._shard.version))
+        self._sketches = sketches
+        cells = [block for _, held in sketches.values() for block in held]
         self._base.commit(
             BaseState(
                 lineage=self._versions.lineage,
@@ -173,25 +199,53 @@ class Checkpointer:
                 sessions=captured.sessions,
                 blocks=(*kept, *added, *cells),
                 cells=len(cells),
+                logged=True,
             )
         )
         self._stored = before + rows
-        keep_bytes, keep_seconds = self._keep
-        self._versions.cut(min([captured.version, *self.pins.values()]), keep_bytes, keep_seconds)
+        return True
+
+    def _kept_sketches(
+        self, captured: Captured, state: BaseState | None
+    ) -> dict[int, tuple[int, list[int]]]:
+        """By table, the edits of its sketch, and the blocks that have it; none if it changed."""
+        listed = set(state.blocks) if state is not None else set()
+        kept: dict[int, tuple[int, list[int]]] = {}
+        for each in captured.tables:
+            edits, blocks = self._sketches.get(each.base.number, (-1, []))
+            same = edits == each.edits and listed.issuperset(blocks)
+            kept[each.base.number] = each.edits, blocks if same else []
+        return kept
 
     def _run(self) -> None:
         while not self._stop.wait(self._seconds):
             start = time.monotonic()
             try:
-                self.checkpoint()
-            except (DiskFull, OSError) as error:
-                log.warning("checkpoint failed", error=str(error))
-                with suppress(DiskFull, OSError):  # blocks that stay are deleted with the next one
-                    self._base.discard()
-            except LogFailed:
+                if self._survives(self.checkpoint):
+                    log.debug("checkpoint", seconds=round(time.monotonic() - start, 3))
+                else:  # blocks that stay are deleted with the next one
+                    self._survives(self._base.discard)
+            except LogFailed:  # which it has told by itself
                 return
-            else:
-                log.debug("checkpoint", seconds=round(time.monotonic() - start, 3))
+            except Exception as error:
+                self._fail(error)
+                return
+
+    def _survives(self, call: Callable[[], None]) -> bool:
+        """Whether the call went well. Raises what another attempt cannot mend: damage, and a write
+        or sync after which nobody can say what is on disk.
+        """
+        try:
+            call()
+        except (Corrupt, LogFailed):
+            raise
+        except Exception as error:
+            if self._base.failure is not None:
+                raise
+            expected = isinstance(error, (DiskFull, OSError))
+            log.warning("checkpoint failed", error=str(error), exc_info=not expected)
+            return False
+        return True
 
 
 def blocks_of(captured: Captured, after: int, buffer: Bytes) -> Iterator[Block]:
@@ -244,9 +298,14 @@ def counters_of(captured: Captured, after: int, engine: Engine) -> Iterator[Coun
                 yield each.base.number, keys[part], totals[part], versions[part]
 
 
-def cells_of(captured: Captured) -> Iterator[tuple[int, int, Bytes]]:
-    """All sketches as they are now: number of the table, first byte, a block's worth of bytes."""
+def cells_of(captured: Captured, but: set[int]) -> Iterator[tuple[int, int, Bytes]]:
+    """Sketches as they are now: number of the table, first byte, a block's worth of bytes.
+
+    but  tables whose sketches are left out
+    """
     for each in captured.tables:
+        if each.base.number in but:
+            continue
         cells = each.table.gate.cells().view(np.uint8)
         for start in range(0, len(cells), CELLS_BYTES):
             yield each.base.number, start, cells[start : start + CELLS_BYTES]

@@ -15,10 +15,11 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from psproto import ps_pb2 as pb
@@ -51,6 +52,8 @@ from storage.versionlog import VersionLog
 RECORD_BYTES = 4 << 20  # of the log, copied at once
 SLICE_ROWS, SLICE_BYTES = 2048, 512 << 10  # for the engine at once: well below a millisecond
 SLICE_STEPS = 16  # versions that the engine makes at once
+
+logger = structlog.get_logger()
 
 
 class Progress:
@@ -218,8 +221,21 @@ class Checkpoints:
         return pb.CheckpointProgress(bytes=progress.bytes, total=progress.bytes, part=told)
 
     def complete(self, request: pb.CompleteCheckpointRequest) -> pb.CheckpointInfo:
-        """Make the parts of all shards a checkpoint."""
+        """Make the parts of all shards a checkpoint; the same again if they are one already."""
         name, attempt = require_name(request.name), require_id("attempt", request.attempt)
+        path = f"{name}/{files.MANIFEST}"
+        if not self.store.exists(path):
+            with suppress(FileExistsError):
+                self.store.publish(path, files.to_json(files.facts(self._manifest(request))))
+        manifest, _ = files.read_manifest(self.store, name)
+        if manifest.attempt != attempt:
+            raise CheckpointExists(f"checkpoint {name!r} exists")
+        self.store.sync(path)  # who published it may have died before it did
+        self._clear_away(name, attempt)
+        return _info(manifest, schemas=True)
+
+    def _manifest(self, request: pb.CompleteCheckpointRequest) -> Manifest:
+        """Of the checkpoint that the parts make; CheckpointUnfit if they make none."""
         base = self.open(request.base) if request.base else None
         parts = [self._part(request, shard, told) for shard, told in enumerate(request.parts)]
         if len(parts) != self._shard.shard_map.shards:
@@ -234,9 +250,9 @@ class Checkpoints:
         told_parts = tuple(
             File(path=told.path, bytes=told.bytes, checksum=told.checksum) for told in request.parts
         )
-        manifest = Manifest(
-            name=name,
-            attempt=attempt,
+        return Manifest(
+            name=request.name,
+            attempt=request.attempt,
             base=named,
             parts=told_parts,
             versions=tuple(part.version for part in parts),
@@ -244,14 +260,15 @@ class Checkpoints:
             bytes=sum(part.bytes for part in parts) + sum(file.bytes for file in told_parts),
             micros=int(self._now() * 1e6),
         )
+
+    def _clear_away(self, name: str, kept: str) -> None:
+        """Remove what other attempts at a checkpoint left, if that can be done."""
         try:
-            self.store.publish(f"{name}/{files.MANIFEST}", files.to_json(files.facts(manifest)))
-        except FileExistsError:
-            raise CheckpointExists(f"checkpoint {name!r} exists") from None
-        for other in self.store.directories(name):
-            if other != attempt and files.ATTEMPT.fullmatch(other):
-                self.store.remove(f"{name}/{other}")
-        return _info(manifest, schemas=True)
+            for other in self.store.directories(name):
+                if other != kept and files.ATTEMPT.fullmatch(other):
+                    self.store.remove(f"{name}/{other}")
+        except StorageError as error:
+            logger.warning("earlier attempts are left", checkpoint=name, error=str(error))
 
     def _part(
         self, request: pb.CompleteCheckpointRequest, shard: int, told: pb.CheckpointPart
@@ -337,15 +354,16 @@ class Checkpoints:
 
     def write_rows(self, request: pb.WriteRowsRequest) -> pb.WriteRowsResponse:
         """Write the rows of a message."""
-        schema, _ = self._engine.run(lambda: self._shard.describe(request.table))
-        keys, steps, frequencies, rows = self._read_message(request, schema)
+        shard, table = self._shard, request.table
+        schema, now = self._engine.run(lambda: (shard.describe(table)[0], shard.step(table)))
+        keys, steps, frequencies, rows = self._read_message(request, schema, now)
         own = with_state(rows, schema)
         for each in self._slices(keys, steps, frequencies, own):
             self._engine.run(lambda each=each: self._apply(request.table, each))  # type: ignore[misc]
         return pb.WriteRowsResponse(version=self._shard.version)
 
     def load_table(self, request: pb.LoadTableRequest, progress: Progress) -> pb.CheckpointProgress:
-        """Write this shard's rows of a stored table into an empty one."""
+        """Write this shard's rows of a stored table into an empty one; they are on disk then."""
         checkpoint = self.open(request.name)
         source = schema_in(checkpoint, request.table)
         schema, stats = self._engine.run(lambda: self._shard.describe(request.into))
@@ -371,6 +389,8 @@ class Checkpoints:
                     for each in self._slices(*columns, whole):
                         self._patiently(request.into, each, progress)
                     written += len(rows)
+        if self._log is not None:
+            self._log.sync(self._engine.run(lambda: self._shard.version))
         return pb.CheckpointProgress(bytes=progress.bytes, total=progress.total, rows=written)
 
     def _patiently(self, table: str, each: list[_Slice], progress: Progress) -> None:
@@ -408,9 +428,12 @@ class Checkpoints:
             yield batch
 
     def _read_message(
-        self, request: pb.WriteRowsRequest, schema: TableSchema
+        self, request: pb.WriteRowsRequest, schema: TableSchema, now: int
     ) -> tuple[Keys, NDArray[Any], NDArray[Any], Rows]:
-        """Keys, steps, frequencies and rows of a message; BadRequest if they break a rule."""
+        """Keys, steps, frequencies and rows of a message; BadRequest if they break a rule.
+
+        now  the step of rows that come without one
+        """
         shard, where = self._shard, f"table {request.table!r}"
         if request.width not in (schema.dim, schema.width):
             raise BadRequest(
@@ -421,7 +444,7 @@ class Checkpoints:
         keys = _array(request.keys, "<u8", where)
         n = len(keys)
         rows = _array(request.rows, "<f4", where)
-        steps = _array(request.steps, "<i8", where) if request.steps else np.zeros(n, np.int64)
+        steps = _array(request.steps, "<i8", where) if request.steps else np.full(n, now)
         frequencies = np.ones(n, np.uint64)
         if request.frequencies:
             frequencies = _array(request.frequencies, "<u8", where)

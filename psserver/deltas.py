@@ -132,7 +132,8 @@ class Told:
 class Batch:
     """The changes from one commit mark to the next, without those that are not wanted.
 
-    schema_of  the schema of a table by its number; None if the table is long gone
+    schema_of  the schema of a table by its number; None if the table is long gone: its rows are
+               left out, and its end follows
     """
 
     wanted: Wanted

@@ -44,6 +44,7 @@ from psserver.errors import (
     VersionInFuture,
 )
 from psserver.position import AFTER_SCAN, SCANS, WHEN_CUT_OFF, Phase, Position, decode, digest
+from psserver.schemas import from_json
 from psserver.shard import Shard, Standing, Tombstones
 from storage import records
 from storage.errors import Compacted
@@ -211,7 +212,8 @@ class _Tail:
         self.gathering = 0.0  # monotonic seconds since when changes wait for others; 0: none do
         self.since = 0.0  # when the oldest change of the last messages was applied
         self._log = feed.log
-        self._schema_of = feed.shard.schema_of
+        self._known_schema = feed.shard.schema_of
+        self._read: dict[int, TableSchema] = {}  # of tables whose creation was read here
         self._wanted = wanted
         self._deltas = deltas
         self._cursor = feed.log.cursor(position.version)
@@ -262,6 +264,12 @@ class _Tail:
     def _next_batch(self) -> Batch:
         return Batch(self._wanted, self._schema_of, self.seen)
 
+    def _schema_of(self, number: int) -> TableSchema | None:
+        """Of a table at this place in the log, which a shard that has started since may not know:
+        if it was dropped before the base was made.
+        """
+        return self._known_schema(number) or self._read.get(number)
+
     def _fill(self) -> bool:
         """Take changes into the batch; whether it is to be told now."""
         batch, until = self._batch, self.position.until if self.within else None
@@ -273,7 +281,12 @@ class _Tail:
             if not batch.takes(self._frames[-1].kind):
                 return True
             frame = self._frames.pop()
-            batch.take(frame.version, records.decode(frame))
+            record = records.decode(frame)
+            if isinstance(record, records.Create):
+                self._read[record.table] = from_json(record.schema)
+            batch.take(frame.version, record)
+            if isinstance(record, records.Drop):
+                self._read.pop(record.table, None)
             self.seen = frame.version
             if frame.version == until:
                 return True

@@ -6,6 +6,7 @@ page is asked for. Labels are table, tier, method and code, never a key.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from psserver.checkpointer import Checkpointer
 from psserver.engine import Engine
 from psserver.feed import Feed
 from psserver.shard import Shard
@@ -198,3 +200,17 @@ class FeedCollector(Collector):
             yield GaugeMetricFamily(name, help, value)
         yield CounterMetricFamily("ps_subscriber_bytes", "Sent to subscribers.", feed.bytes)
         yield CounterMetricFamily("ps_subscriber_messages", "Of them.", feed.messages)
+
+
+class CheckpointCollector(Collector):
+    """Reads how old the last checkpoint is whenever the page is asked for."""
+
+    def __init__(self, checkpointer: Checkpointer) -> None:
+        self._checkpointer = checkpointer
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            "ps_checkpoint_age_seconds",
+            "Since the data directory's base had all changes.",
+            time.monotonic() - self._checkpointer.made,
+        )

@@ -57,7 +57,7 @@ class Position:
     """A place in the history of a shard; see the module for the fields."""
 
     lineage: bytes  # 16 bytes
-    epoch: int
+    epoch: int  # of the lineage; reserved, always 1
     tables: int  # digest of the names that are subscribed to
     phase: Phase
     version: int

@@ -19,10 +19,10 @@ back. From HELD to the end the shard refuses work, so that no client meets resto
 others. STATE stays when it is over, so that whoever finds other shards on their way knows whether
 it was on to the end or back.
 
-What is restored begins a new lineage, at the largest version of the checkpoint: tokens of
-subscribers are of another history, and versions go on growing. Its log is empty. Sessions of
-clients are kept if the cluster has the shards that it had; else a client whose repetition cannot be
-told is refused with SESSION_EXPIRED.
+What is restored begins a new lineage, at the largest version of the checkpoint, which may be below
+the shard's: tokens of subscribers are of another history, and so are their versions. Its log is
+empty. Sessions of clients are kept if the cluster has the shards that it had; else a client whose
+repetition cannot be told is refused with SESSION_EXPIRED.
 """
 
 from __future__ import annotations
@@ -60,10 +60,11 @@ from psserver.errors import NoLog, NotEmpty, RestoreConflict
 from psserver.schemas import to_json
 from psserver.shard import Shard
 from storage import checkpoint as files
-from storage.base import Base, BaseState, BaseTable
+from storage.base import DATA, Base, BaseState, BaseTable
 from storage.block import Block, pack_counters, rows_per_block, tombstones_per_block
 from storage.checkpoint import Checkpoint, Piece
 from storage.disk import sync
+from storage.errors import Corrupt
 from storage.kernels import Keys
 
 Step = pb.RestoreRequest
@@ -395,14 +396,18 @@ def _text(schema: Any) -> str:
 def settle(directory: Path) -> State | None:
     """Finish what a restore has begun in a data directory, before anything in it is opened.
 
-    Returns its state then: COMMITTED says that what was restored is in place and has to be loaded.
-    Raises Corrupt if STATE is damaged.
+    Returns its state then: COMMITTED says that what was restored is in place and has to be loaded,
+    FAILED that it is lost.
+    Raises Corrupt if STATE is damaged, or gone from between two steps.
     """
     state = _read_state(directory)
     if state is None:
+        _require_unmoved(directory / "restore")
         _clear(directory)
     elif state.phase == COMMITTED:
         _exchange(directory)
+        if not (directory / "base" / DATA).exists():  # it would be taken for a new one
+            state = failed(directory, state, f"{directory / 'base' / DATA} is gone")
     elif state.phase == ABORTING:
         _take_back(directory)
         state = dataclasses.replace(state, phase=ABORTED)
@@ -457,10 +462,21 @@ def _move(source: Path, target: Path) -> None:
         sync(parent)
 
 
+def _require_unmoved(restore: Path) -> None:
+    """Corrupt if base or log were moved, and nothing says how far that went."""
+    for path in (restore / of / name for of in ("old", "dead") for name in ("base", "log")):
+        if path.exists():
+            raise Corrupt(str(restore / "STATE"), f"is gone, but {path} was moved by a restore")
+
+
 def _clear(directory: Path) -> None:
-    """Forget the restore: STATE first."""
+    """Forget the restore: STATE behind what has a meaning with it only."""
     restore = directory / "restore"
     if restore.exists():
+        for name in ("old", "dead"):
+            if (restore / name).exists():
+                shutil.rmtree(restore / name)
+        sync(restore)
         (restore / "STATE").unlink(missing_ok=True)
         sync(restore)
         shutil.rmtree(restore)

@@ -37,7 +37,7 @@ from psserver.checkpoints import Checkpoints
 from psserver.config import ConfigError, ServerConfig
 from psserver.engine import Engine
 from psserver.feed import Feed
-from psserver.metrics import Counts, FeedCollector, ShardCollector
+from psserver.metrics import CheckpointCollector, Counts, FeedCollector, ShardCollector
 from psserver.restore import COMMITTED, Restores, State, failed, loaded, settle
 from psserver.service import Door, Service
 from psserver.shard import Shard
@@ -163,6 +163,8 @@ class Server:
             registry.register(ShardCollector(self._shard, self._engine, self._counts, self._log))
             if self._feed is not None:
                 registry.register(FeedCollector(self._feed))
+            if self._log is not None:
+                registry.register(CheckpointCollector(self._checkpointer))
             ProcessCollector(registry=registry)
             GCCollector(registry=registry)
             try:
@@ -251,6 +253,7 @@ class Server:
                 lineage=state.lineage if state else None,
                 epoch=state.epoch if state else 1,
                 after=state.version if state else None,
+                made=state is not None and state.logged,
             )
             found = recover(self._shard, self._base, self._log)
         except StorageError as error:
@@ -264,6 +267,7 @@ class Server:
             self._engine,
             self._base,
             self._log,
+            fail=_fail_base,
             seconds=config.checkpoint_seconds,
             keep=(config.log_keep_bytes, config.log_keep_seconds),
             stored_rows=found.rows,
@@ -298,6 +302,12 @@ def _unfit(error: Exception) -> ConfigError:
 def _fail(error: Exception) -> None:
     """The log cannot be trusted any more: end without another word to any client."""
     log.critical("the version log failed", error=str(error))
+    os._exit(74)  # EX_IOERR
+
+
+def _fail_base(error: Exception) -> None:
+    """Nor can the base."""
+    log.critical("the base failed", error=str(error))
     os._exit(74)  # EX_IOERR
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import grpc
@@ -258,7 +260,7 @@ class Service:
             "DescribeTable": self._message(pb.DescribeTableRequest, self.describe_table),
             "ListTables": self._message(pb.ListTablesRequest, self.list_tables),
             "DropTable": self._message(pb.DropTableRequest, self.drop_table),
-            "Evict": self._blocking(pb.EvictRequest, self._sweeper.evict),
+            "Evict": self._message(pb.EvictRequest, self.evict),
         }
         info = {
             "GetServerInfo": self._message(
@@ -417,6 +419,14 @@ class Service:
         )
         await self._reached(done.version, pb.DURABILITY_LOG)
         return done
+
+    async def evict(self, request: pb.EvictRequest, deadline: float) -> pb.EvictResponse:
+        gone = threading.Event()
+        work = partial(self._sweeper.evict, gone=gone)
+        try:
+            return await self._on_worker(work, request, deadline)  # type: ignore[no-any-return]
+        finally:
+            gone.set()  # the caller, perhaps
 
     async def _reached(self, version: int, level: int) -> int:
         """Wait until a version is written or, for FSYNC, on disk; returns the newest on disk."""

@@ -2,6 +2,12 @@
 
 A session is one incarnation of a client. It remembers the versions of the pushes that the client
 may still repeat: those after ``acknowledged``, and no more than WINDOW behind the newest.
+
+    packed   = session*                          least recently used first
+    session  = client incarnation newest forgotten count_idle sequence[count] version[count]
+
+All are u64, little-endian. The lower half of ``count_idle`` is a count, the upper half the seconds
+for which the session was not used. Time does not pass for packed sessions.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ from dataclasses import dataclass, field
 from psserver.errors import BadRequest, SessionExpired, TooLarge
 
 WINDOW = 4096  # pushes
+HALF = (1 << 32) - 1
 
 
 @dataclass(slots=True)
@@ -107,26 +114,43 @@ class Sessions:
             session.forgotten = horizon
 
     def pack(self) -> bytes:
-        """All sessions as numbers, least recently used first; for ``unpack``."""
+        """All sessions as numbers; see the module, and ``unpack``."""
         numbers: list[int] = []
+        now = self._clock()
         for client, session in self._sessions.items():
+            count, idle = len(session.versions), min(int(now - session.used), HALF)
             numbers += (client, session.incarnation, session.newest, session.forgotten)
-            numbers += (len(session.versions), *session.versions, *session.versions.values())
+            numbers += (count | idle << 32, *session.versions, *session.versions.values())
         return struct.pack(f"<{len(numbers)}Q", *numbers)
 
     def unpack(self, data: bytes) -> None:
-        """Take over sessions that were packed; they count as used now."""
+        """Take over sessions that were packed."""
         numbers = struct.unpack(f"<{len(data) // 8}Q", data)
+        now = self._clock()
         at = 0
         while at < len(numbers):
-            client, incarnation, newest, forgotten, count = numbers[at : at + 5]
+            client, incarnation, newest, forgotten, both = numbers[at : at + 5]
+            count, idle = both & HALF, both >> 32
             at += 5
             sequences, versions = numbers[at : at + count], numbers[at + count : at + 2 * count]
             at += 2 * count
             self._sessions[client] = _Session(
                 incarnation,
-                self._clock(),
+                now - idle,
                 newest,
                 forgotten,
                 dict(zip(sequences, versions, strict=True)),
             )
+
+    def replayed(self) -> None:
+        """Forget those over the limit: others replaced them after they were packed, and the replay
+        of what these others did could not tell that they had expired.
+
+        One was idle for its ttl when it was replaced, so for half of that when it was packed: what
+        is replayed takes in less. Who was not is kept: its pushes may still be repeated.
+        """
+        while len(self._sessions) > self._limit:
+            client, oldest = next(iter(self._sessions.items()))
+            if self._clock() - oldest.used < self._ttl / 2:
+                break
+            del self._sessions[client]

@@ -29,7 +29,7 @@ from storage.arena import Budget
 from storage.base import BaseState, BaseTable
 from storage.block import Block
 from storage.errors import Corrupt, UnknownTable
-from storage.eviction import Sweep
+from storage.eviction import FIRST_STEP, Sweep
 from storage.kernels import Keys, Rows
 from storage.records import Cause, Kind, Origin
 from storage.schema import NAME, Durability, TableSchema
@@ -135,6 +135,7 @@ class Captive:
     width: int
     rows: int
     counters: int  # exact ones
+    edits: int  # of a sketch; see Gate
     scan: Scan
 
 
@@ -264,7 +265,7 @@ class Shard:
 
         keys  uint64[n], distinct; frequencies uint64[n]; rows float32[n, width]; nobody may change
               these arrays any more: the log has no copy
-        step  of all of them
+        step  of all of them, as it is given
         """
         held, n = self._held(name), len(keys)
         self._reserve([RECORD + n * (16 + 4 * rows.shape[1])])
@@ -294,6 +295,11 @@ class Shard:
             table.tiers(),
             table.stats(),
         )
+
+    def step(self, name: str) -> int:
+        """The largest step that was pushed to a table; 0 if none was."""
+        step = self._table(name).evictor.step
+        return step if step > FIRST_STEP else 0
 
     def holds(self, number: int) -> bool:
         """Whether the table of this number is still there."""
@@ -560,6 +566,7 @@ class Shard:
             except ValueError as error:
                 name = held.table.schema.name
                 raise Corrupt(f"sketch of table {name!r}", str(error)) from error
+        self.sessions.replayed()
 
     def _capture(self, held: Held) -> Captive:
         table = held.table
@@ -569,8 +576,9 @@ class Shard:
             created=held.created,
             policy=table.evictor.pack(),
         )
-        counters = 0 if len(table.gate.cells()) else table.gate.entries
-        return Captive(base, table, table.schema.width, len(table), counters, table.scan())
+        gate, width = table.gate, table.schema.width
+        counters = 0 if len(gate.cells()) else gate.entries
+        return Captive(base, table, width, len(table), counters, gate.edits, table.scan())
 
     def _add_table(self, number: int, schema: TableSchema, created: int) -> None:
         held = Held(Table(schema, self.budget, self._share), number, created)
@@ -739,8 +747,8 @@ class Shard:
             step=push.step,
             lr=push.lr,
         )
-        origin = self._origin(push, push.step)
-        held.table.evictor.pushed(self.version + 1, push.step, origin.time_us / 1e6)
+        origin = self._origin(push, pushed.step)
+        held.table.evictor.pushed(self.version + 1, pushed.step, origin.time_us / 1e6)
         parts: Sequence[Any] = ()
         if self._log is not None:
             frequencies, rows = self._images(held.table, pushed.slots)

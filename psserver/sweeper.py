@@ -48,8 +48,12 @@ class Sweeper:
         """Let no sweep go on."""
         self._stop.set()
 
-    def evict(self, request: pb.EvictRequest) -> pb.EvictResponse:
+    def evict(
+        self, request: pb.EvictRequest, gone: threading.Event | None = None
+    ) -> pb.EvictResponse:
         """Sweep a table once by all its rules, or only count what that would evict; blocks.
+
+        gone  set when nobody waits for the answer any more: the sweep ends
 
         Raises UnknownTable, DiskFull or Overloaded where the log has no room for the deletes,
         Overloaded while another sweep is asked for, and Draining; what was evicted until then stays
@@ -58,20 +62,20 @@ class Sweeper:
         if not self._asked.acquire(blocking=False):
             raise Overloaded("the shard is at another sweep that was asked for")
         try:
-            return self._evict(request)
+            return self._evict(request, gone or threading.Event())
         finally:
             self._asked.release()
 
-    def _evict(self, request: pb.EvictRequest) -> pb.EvictResponse:
+    def _evict(self, request: pb.EvictRequest, gone: threading.Event) -> pb.EvictResponse:
         shard, run = self._shard, self._engine.run
         number, sweep = run(lambda: shard.sweep(request.table, request.dry_run))
         rows = run(lambda: shard.describe(request.table)[1].rows)
-        while not sweep.done and not self._stop.is_set():
+        while not (sweep.done or self._stop.is_set() or gone.is_set()):
             start = time.monotonic()
             run(lambda: shard.sweep_slice(number, sweep))
             self._stop.wait(time.monotonic() - start)  # leave pushes at least half of the time
         if not sweep.done:
-            raise Draining("the server is stopping")
+            raise Draining("the server is stopping, or whoever asked is gone")
         evicted = {cause.name.lower(): count for cause, count in sweep.counts.items()}
         return pb.EvictResponse(evicted=evicted, rows=rows, version=shard.version)
 

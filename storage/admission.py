@@ -54,6 +54,7 @@ class Gate(ABC):
     counting: ClassVar[bool] = False  # whether keys that wait have counters
     cap: int = 0  # keys that it is made to count at a time
     dropped: int = 0  # counters that went for age or for room, so far
+    edits: int = 0  # grows whenever ``cells`` change
 
     @property
     def forgets(self) -> str:
@@ -403,13 +404,14 @@ class SketchGate(CountingGate):
     counts, and in streams of Zipf's law more than a tenth of admissions come late.)
 
     Early: a key is admitted before its time only if every one of its k cells is shared. As the
-    sketch ages, at most half the cells are in use, so at most 2^-k <= error_rate of keys; unless
-    one push brings more new keys than a 64th of those expected, since ageing comes after it.
+    sketch ages, at most half the cells are in use, so at most 2^-k <= error_rate of keys: a push is
+    weighed before it counts, and ages the sketch behind it, 64 cells for each that it counted.
 
     Late: by nothing, but for these.
     - Ageing halves all counts, rounding down, a slice with every push, when FULL of the cells are
       in use (more keys wait than were expected), and once in a TTL through ``expire``. What is
-      counted while it goes on may be halved too.
+      counted while it goes on may be halved too. A push of more new keys than were expected is
+      halved at once, until no more than FULL of the cells are in use.
     - A key whose own estimate was too high takes out more than it had brought in. Those that share
       cells with it, k ln 2 of them on average, lose up to their whole count, so each is late by
       less than the threshold. It takes a key of the rare kind that is admitted early.
@@ -465,7 +467,7 @@ class SketchGate(CountingGate):
         self._add(keys, -self.waiting(keys).astype(np.int64))
 
     def expire(self, before: int, limit: int = SEGMENT) -> None:
-        if before > self._aged:
+        if before > self._aged and self._used:
             self._age()
         self._halve(limit)
 
@@ -505,12 +507,17 @@ class SketchGate(CountingGate):
     def _add(self, keys: Keys, amounts: NDArray[np.int64]) -> None:
         arrays = _readonly(keys), _readonly(amounts)
         self._used += _add(self._cells, self._salt, self._k, self._most, *arrays)
+        self.edits += len(keys)
 
     def _keep_up(self, keys: int) -> None:
-        """After so many keys were counted: age if too many cells are in use, and go on ageing."""
-        if self._used > FULL * len(self._cells):
-            self._age()
-        self._halve(max(HALVED, 64 * self._k * keys))
+        """So many keys were counted: age while too many cells are in use, but not for long."""
+        left = max(HALVED, 64 * self._k * keys)
+        while left > 0:
+            if self._used > FULL * len(self._cells):
+                self._age()
+            if not (done := self._halve(left)):
+                return
+            left -= done
 
     def _age(self) -> None:
         """Begin to halve all cells, unless that is still going on."""
@@ -518,12 +525,14 @@ class SketchGate(CountingGate):
             self._halved = 0
             self._aged = max(self._version, self._aged)
 
-    def _halve(self, limit: int) -> None:
-        """Halve the next cells, if the sketch ages."""
+    def _halve(self, limit: int) -> int:
+        """Halve up to ``limit`` of the next cells, if the sketch ages; how many they were."""
         cells = self._cells[self._halved : self._halved + limit]
         self._used -= int(np.count_nonzero(cells == 1))
         cells >>= 1
         self._halved += len(cells)
+        self.edits += len(cells)
+        return len(cells)
 
 
 # ---- probability

@@ -89,7 +89,7 @@ class BaseState:
     """What the listed blocks are: the shard at one version of its log."""
 
     lineage: bytes  # [16]
-    epoch: int
+    epoch: int  # reserved: always 1
     version: int  # the blocks hold every change up to it; replay starts behind it
     next_table: int  # number for the next new table
     tables: tuple[BaseTable, ...] = ()
@@ -97,6 +97,7 @@ class BaseState:
     sessions: bytes = b""  # of the clients, in the engine's own format
     blocks: tuple[int, ...] = ()  # numbers of the live blocks, in the order they were added
     cells: int = 0  # of these, the last ones, which the next state replaces: sketches are whole
+    logged: bool = False  # there was a log already that goes on from here: it must be there
 
     def pack(self) -> bytes:
         """The state as stored."""
@@ -109,6 +110,7 @@ class BaseState:
             "tables": tables,
             "horizon": self.horizon,
             "cells": self.cells,
+            "logged": self.logged,
         }
         text = json.dumps(facts, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
@@ -147,6 +149,7 @@ class BaseState:
             ),
             horizon=facts["horizon"],
             cells=facts["cells"],
+            logged=facts.get("logged", False),  # the first ones did not say
             sessions=data[rest:],
             blocks=tuple(np.frombuffer(data, "<u8", blocks, numbers).tolist()),
         )
@@ -235,6 +238,11 @@ class Base:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def failure(self) -> OSError | None:
+        """The write or sync that failed, after which nothing is written any more."""
+        return self._failure
 
     @property
     def bytes(self) -> int:

@@ -78,50 +78,70 @@ class Timeline:
 
     Pushes within 1/PARTS of a TTL share a sample, the last of them, so that a row is found idle by
     that much too late, and never too early. Samples older than a TTL tell nothing new: one is
-    kept, and at most PARTS + 3 in all. A clock that goes back stands still until it is caught up.
+    kept, and at most PARTS + 3 in all.
+
+    A clock that goes back by less than such a part stands still until it has caught up. By more:
+    it was ahead and is right again, or it is wrong now and will be set right. No row may seem more
+    idle than it is in either case. So what was pushed in the future counts as pushed now; and when
+    the clock reaches the future of then, all rows count as pushed at the next push.
     """
 
     def __init__(self, ttl: float) -> None:
         self._ttl = ttl
         self._samples: list[tuple[int, float]] = []  # version, seconds; both ascending
         self._start = 0.0  # seconds of the first push that shares the last sample
+        self._most = 0.0  # the latest that the clock has shown: later than that if it went back
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def add(self, version: int, seconds: float) -> None:
         """There was a push; ``seconds`` of any clock that goes on after a restart."""
+        part = self._ttl / PARTS
         if self._samples:
-            if version <= self._samples[-1][0]:
+            newest, last = self._samples[-1]
+            if version <= newest:
                 return  # known from the checkpoint, replayed from the log
-            seconds = max(seconds, self._samples[-1][1])
-        if self._samples and seconds - self._start <= self._ttl / PARTS:
+            if self._caught_up(seconds):
+                self._samples, self._start = [(newest, seconds)], seconds
+            elif seconds < last - part:
+                del self._samples[self._before(seconds - part) :]
+                self._samples.append((newest, seconds))
+                self._start = seconds
+            else:
+                seconds = max(seconds, last)
+        self._most = max(self._most, seconds)
+        if self._samples and seconds - self._start <= part:
             self._samples[-1] = version, seconds
             return
-        del self._samples[: max(0, self._idle(seconds) - 1)]
+        del self._samples[: max(0, self._before(seconds - self._ttl) - 1)]
         self._samples.append((version, seconds))
         self._start = seconds
 
     def version_before(self, seconds: float) -> int:
         """All versions up to this one are older than a TTL; 0 if none is known to be."""
-        idle = self._idle(seconds)
+        idle = 0 if self._caught_up(seconds) else self._before(seconds - self._ttl)
         return self._samples[idle - 1][0] if idle else 0
 
-    def _idle(self, seconds: float) -> int:
-        """Samples that are older than a TTL: the first ones."""
-        return bisect_left(self._samples, seconds - self._ttl, key=lambda sample: sample[1])
+    def _caught_up(self, seconds: float) -> bool:
+        """Whether the clock went back and is again where it was."""
+        return bool(self._samples) and self._samples[-1][1] < self._most <= seconds
+
+    def _before(self, seconds: float) -> int:
+        """Samples of earlier times: the first ones."""
+        return bisect_left(self._samples, seconds, key=lambda sample: sample[1])
 
     def pack(self) -> bytes:
-        """start f64 | { version u64 | seconds f64 }*, little-endian."""
+        """start f64 | most f64 | { version u64 | seconds f64 }*, little-endian."""
         pairs = b"".join(struct.pack("<Qd", *sample) for sample in self._samples)
-        return struct.pack("<d", self._start) + pairs
+        return struct.pack("<dd", self._start, self._most) + pairs
 
     def load(self, data: bytes) -> None:
         """Take over what ``pack`` returned; ValueError if it is not that."""
-        if len(data) % 16 != 8:
-            raise ValueError(f"a timeline is 8 bytes and 16 for each sample, got {len(data)}")
-        (self._start,) = struct.unpack_from("<d", data)
-        self._samples = list(struct.iter_unpack("<Qd", data[8:]))
+        if not data or len(data) % 16:
+            raise ValueError(f"a timeline is 16 bytes and 16 for each sample, got {len(data)}")
+        self._start, self._most = struct.unpack_from("<dd", data)
+        self._samples = list(struct.iter_unpack("<Qd", data[16:]))
 
 
 # ---- rules for rows

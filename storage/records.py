@@ -72,7 +72,7 @@ class Origin:
     incarnation: int = 0
     sequence: int = 0
     acknowledged: int = 0  # the client had every answer up to this sequence
-    step: int = 0  # of the trainer; of a delete, the table's at that moment
+    step: int = 0  # of a push, its rows' afterwards; of a delete, the table's at that moment
     time_us: int = 0  # microseconds since 1970, by the shard's clock
 
 

@@ -87,6 +87,8 @@ class Store:
     def read(self, path: str, most: int) -> bytes:
         """The file, or its first ``most`` bytes."""
         with _Meaning(self.where(path)):
+            if self.local:  # where as much is allocated as may come
+                most = min(most, os.path.getsize(self._full(path)))
             return bytes(self._files.cat_file(self._full(path), start=0, end=most))
 
     def exists(self, path: str) -> bool:

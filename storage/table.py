@@ -56,6 +56,7 @@ class Pushed:
     slots: Slots  # int64[n]  where their rows are
     waiting: Keys  # uint64[m]  those that have a counter
     totals: Counts  # uint32[m]  what it became
+    step: int  # the rows' step now: the largest that was pushed to the table
 
 
 @dataclass(slots=True)
@@ -146,6 +147,8 @@ class Table:
         keys       uint64[n]        distinct
         gradients  float32[n, dim]  finite
         counts     uint32[n]        occurrences of each key behind its gradient
+        step       of the trainer, for the optimizer; rows take it too or, where that is larger,
+                   the table's: a client that is behind, or tells no step, makes no row look idle
         lr         overrides the table's learning rate for this push
 
         Gradients of the keys that have to wait are dropped. All of it happens or, with OutOfMemory,
@@ -169,8 +172,9 @@ class Table:
         optimizer = self.schema.optimizer
         lr = optimizer.lr if lr is None else lr
         slots = places(locations)
-        self._host.push(slots, gradients, counts, optimizer, lr, step, version)
-        return Pushed(keys, slots, waiting, totals)
+        stamp = max(step, self.evictor.step)
+        self._host.push(slots, gradients, counts, optimizer, lr, step, version, stamp)
+        return Pushed(keys, slots, waiting, totals, stamp)
 
     def _admit(
         self,

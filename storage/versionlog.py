@@ -159,7 +159,8 @@ class VersionLog:
     """The version log of one shard; see the module for its files and threads.
 
     lineage     16 bytes that no other log has; kept by every segment
-    epoch       as given to ``open``; the log only carries it
+    epoch       as given to ``open``; the log only carries it. Reserved: it does not change yet, not
+                even when a shard comes up without versions that were answered and not durable
     last        version of the newest record appended, 0 if there never was one
     written     newest version handed to the OS: it survives the death of the process
     durable     newest version synced: it survives a power failure
@@ -241,6 +242,7 @@ class VersionLog:
         lineage: bytes | None = None,
         epoch: int = 0,
         after: int | None = None,
+        made: bool = False,
         clock: Callable[[], float] = time.time,
         disk: Disk | None = None,
     ) -> VersionLog:
@@ -255,6 +257,7 @@ class VersionLog:
         lineage        16 bytes that the log must have, or gets when it is made; None: any, random
         after          version of the base: the log must hold everything after it, and begins there
                        when it is made; None: do not ask
+        made           it was made before: Corrupt if it is gone
         clock          seconds, of the same kind as the modification times of files
         disk           the system calls that write
 
@@ -272,7 +275,7 @@ class VersionLog:
             disk=disk or Disk(),
         )
         try:
-            log._load(lineage, after)
+            log._load(lineage, after, made)
         except BaseException:
             log._release()
             raise
@@ -425,6 +428,8 @@ class VersionLog:
                       segment's file, which is when its last record was written
 
         Returns the bytes deleted. The segment being written always stays. One thread at a time.
+        LogFailed if a segment cannot be deleted, or that it was cannot be brought to disk: with the
+        next one gone and it back, the log would have a gap. The log has failed then.
         """
         with self._lock:
             segments = self._segments
@@ -439,9 +444,13 @@ class VersionLog:
                     break
                 old += 1
             self._segments = segments[old:]
-        for segment in segments[:old]:  # oldest first, and on disk in that order: never a gap
-            segment.path.unlink()
-            self._disk.fsync(self._directory_fd)
+        try:
+            for segment in segments[:old]:  # oldest first, and on disk in that order: never a gap
+                segment.path.unlink()
+                self._disk.fsync(self._directory_fd)
+        except OSError as error:
+            self._give_up(error)
+            raise LogFailed(str(error)) from error
         return sum(each.size for each in segments[:old])
 
     def close(self) -> None:
@@ -664,14 +673,16 @@ class VersionLog:
 
     # ---- opening and closing
 
-    def _load(self, lineage: bytes | None, after: int | None) -> None:
+    def _load(self, lineage: bytes | None, after: int | None, made: bool) -> None:
         """Bring the log from its files, or make its first segment."""
+        names = sorted(os.listdir(self.directory)) if self.directory.exists() else []
+        firsts = [int(match[1]) for name in names if (match := SEGMENT_NAME.fullmatch(name))]
+        if made and not firsts:
+            raise self._gone()
         self._make_directory()
-        names = sorted(os.listdir(self.directory))
         for name in names:
             if name.endswith(".spare"):
                 (self.directory / name).unlink()
-        firsts = [int(match[1]) for name in names if (match := SEGMENT_NAME.fullmatch(name))]
         if firsts:
             self._load_segments(firsts, lineage)
             self._load_last(after)
@@ -700,13 +711,16 @@ class VersionLog:
         self.lineage = lineage
         synced = self.directory / "SYNCED"
         if synced.exists() and any(synced.read_bytes()):
-            raise Corrupt(str(self.directory), "no segment is left of a log that was synced")
+            raise self._gone()
         self._preallocate(HEADER.size)
         self._active = self._take_spare(0, after + 1)
         self._begin(self._active, previous=0)
         self._segments = (self._active,)
         self.last = self.written = self.durable = after
         self._marks = Marks(self._disk, synced, lineage)
+
+    def _gone(self) -> Corrupt:
+        return Corrupt(str(self.directory), "no segment is left of a log that was synced")
 
     def _load_segments(self, firsts: list[int], lineage: bytes | None) -> None:
         """Check that the segments are those of one log, by their headers."""

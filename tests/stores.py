@@ -94,6 +94,7 @@ class Home:
                 lineage=state.lineage if state else None,
                 epoch=state.epoch if state else 1,
                 after=state.version if state else None,
+                made=state is not None and state.logged,
                 disk=self._disk,
             )
             try:
@@ -110,6 +111,7 @@ class Home:
             self._engine,
             self.base,
             self.log,
+            fail=self.failures.append,
             seconds=NEVER,
             keep=self._keep,
             stored_rows=self.recovered.rows,

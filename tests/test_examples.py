@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
+import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -118,3 +121,56 @@ class TestLongtail:
         page = (tmp_path / "plots.html").read_text()
         assert "admission + eviction" in page
         assert "<script src" not in page
+
+
+class TestAdult:
+    PEOPLE = (
+        "52, Private, 100001, Masters, 14, Divorced, Sales, Unmarried, Other, Female,"
+        " 7688, 0, 41, ?, >50K",
+        "23, ?, 90000, 9th, 5, Never-married, ?, Own-child, White, Male,"
+        " 0, 1900, 20, United-States, <=50K",
+    )
+
+    @pytest.mark.parametrize("compressed", [False, True])
+    @pytest.mark.parametrize("form", ["as published", "with a header"])
+    @pytest.mark.parametrize("file", ["adult.data", "adult.test"])
+    def test_reads_the_files_as_published_and_with_a_header(
+        self, module: Any, tmp_path: Path, file: str, form: str, compressed: bool
+    ) -> None:
+        adult = module("adult")
+        first = [",".join(adult.COLUMNS)] if form == "with a header" else []
+        stop = ""
+        if file == "adult.test":
+            first, stop = first or ["|1x3 Cross validator"], "."
+        text = "\n".join([*first, *(person + stop for person in self.PEOPLE), "", ""])
+        if compressed:
+            (tmp_path / f"{file}.gz").write_bytes(gzip.compress(text.encode()))
+        else:
+            (tmp_path / file).write_text(text)
+        samples = adult.read(tmp_path, file)
+        assert samples.labels.tolist() == [1.0, 0.0]
+        assert samples.numbers[:, 0].tolist() == np.float32([52 / 40 - 1, 23 / 40 - 1]).tolist()
+        keys = adult.column_keys("native-country", np.array(["?", "United-States"]))
+        assert samples.deep[:, adult.CATEGORICAL.index("native-country")].tolist() == keys.tolist()
+
+    def test_says_where_files_that_are_missing_come_from(self, module: Any, tmp_path: Path) -> None:
+        said = (
+            f"^{re.escape(str(tmp_path))} has no adult.data or adult.data.gz; see https://doi.org"
+        )
+        with pytest.raises(SystemExit, match=said):
+            module("adult").read(tmp_path, "adult.data")
+
+    @pytest.mark.slow
+    def test_its_auc_is_that_of_training_in_process(self) -> None:
+        directory = os.environ.get("ADULT_DATA")
+        if not directory:
+            pytest.skip(
+                "ADULT_DATA names no directory with adult.data and adult.test, which are in the"
+                " archive that https://doi.org/10.24432/C5XW20 offers"
+            )
+        command = [sys.executable, EXAMPLES / "adult.py", directory, "--reference"]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (run.returncode, run.stderr) == (0, "")
+        served, in_process = map(float, re.findall(r"AUC (0\.\d+)", run.stdout))
+        assert served >= 0.918
+        assert served >= in_process - 0.002

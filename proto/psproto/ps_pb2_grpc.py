@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class TableServiceStub(object):
-    """Tables. A table exists on every shard; a client creates, describes and drops it on each.
+    """Tables. A table exists on every shard; a client creates, describes and drops it on each: it creates
+    it on shard 0 before the others and drops it there after them, so that of several clients whose
+    schemas differ one gets its way on all shards.
     """
 
     def __init__(self, channel):
@@ -63,7 +65,9 @@ class TableServiceStub(object):
 
 
 class TableServiceServicer(object):
-    """Tables. A table exists on every shard; a client creates, describes and drops it on each.
+    """Tables. A table exists on every shard; a client creates, describes and drops it on each: it creates
+    it on shard 0 before the others and drops it there after them, so that of several clients whose
+    schemas differ one gets its way on all shards.
     """
 
     def CreateTable(self, request, context):
@@ -94,7 +98,8 @@ class TableServiceServicer(object):
 
     def Evict(self, request, context):
         """Evicts this shard's rows that are to leave by the rules of their table now, instead of when the
-        background finds them; or only counts them. Pulls and pushes go on meanwhile.
+        background finds them; or only counts them. Pulls and pushes go on meanwhile. It takes as long
+        as it takes, and ends early if the caller does; one at a time on a shard.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -137,7 +142,9 @@ def add_TableServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TableService(object):
-    """Tables. A table exists on every shard; a client creates, describes and drops it on each.
+    """Tables. A table exists on every shard; a client creates, describes and drops it on each: it creates
+    it on shard 0 before the others and drops it there after them, so that of several clients whose
+    schemas differ one gets its way on all shards.
     """
 
     @staticmethod
@@ -347,8 +354,9 @@ class RowServiceServicer(object):
     def Stream(self, request_iterator, context):
         """Exchanges, pipelined. Each request is answered by one response with its id, in the order of
         arrival. A bad request is answered by `error` and the stream goes on; a message that cannot
-        be parsed ends it. Of a client that does not read its answers the server reads no more requests
-        once a good part of what it may keep in memory is waiting.
+        be parsed ends it. Requests take effect in that order; one that was refused with RetryInfo and
+        is sent again comes after those that followed it. Of a client that does not read its answers the
+        server reads no more requests once a good part of what it may keep in memory is waiting.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -793,7 +801,7 @@ class CheckpointServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CompleteCheckpoint(self, request, context):
-        """Checks that the parts are all there and fit, and makes them a checkpoint.
+        """Checks that the parts are all there and fit, and makes them a checkpoint. May be repeated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

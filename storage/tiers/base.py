@@ -97,8 +97,13 @@ class Tier(Protocol):
         lr: float,
         step: int,
         version: int,
+        stamp: int | None = None,
     ) -> None:
-        """Record the push in the metadata and run one optimizer step over the rows."""
+        """Record the push in the metadata and run one optimizer step over the rows.
+
+        step   of the optimizer
+        stamp  the step recorded; None: the same
+        """
         ...
 
     def images(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> None:

@@ -133,8 +133,9 @@ class HostTier:
         lr: float,
         step: int,
         version: int,
+        stamp: int | None = None,
     ) -> None:
-        touch(self._meta.array, places, counts, step, version)
+        touch(self._meta.array, places, counts, step if stamp is None else stamp, version)
         optimizer.step(self._slab.array, places, gradients, lr, step)
 
     def images(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> None:

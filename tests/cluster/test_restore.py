@@ -18,13 +18,14 @@ from safetensors.numpy import load_file
 from servers import Cluster, eventually
 from typer.testing import CliRunner
 
-from psclient import Client, PulledRows, admin, ctl, export
+from psclient import Client, Follower, PulledRows, Subscriber, admin, ctl, export
 from psclient.client import Table
 from psclient.errors import (
     CheckpointNotFound,
     CheckpointUnfit,
     DataLoss,
     InvalidArgument,
+    LogDiverged,
     NotEmpty,
     PsError,
     RestoreConflict,
@@ -199,6 +200,42 @@ def test_a_client_that_trains_on_gets_through_a_restore(
         for shard in (0, 1):  # what was restored is there once, and what came after on all keys
             mine = split.keys[split.bounds[shard] : split.bounds[shard + 1]].astype(np.int64)
             assert len({rows[key] - (key % 2 == 0) for key in mine}) == 1
+
+
+def test_who_follows_holds_what_was_restored_though_its_versions_are_lower(
+    start_cluster: Start, connect: Connect, flags: tuple[str, ...]
+) -> None:
+    cluster = start_cluster(1, *flags)
+    with connect(cluster) as client:
+        table = client.create_table("sum", 2, optimizer="sgd", lr=1.0, initializer="zeros")
+        keys = np.arange(50)
+        table.push(keys, -np.ones((50, 2)))
+        admin.checkpoint(client, "early")
+        for _ in range(20):
+            table.push(keys[:40], -np.ones((40, 2)))
+        with Follower(cluster.addresses, tables=["sum"]) as follower:
+            before = client.wait_durable()
+            follower.wait_for(before, 20)
+            with Subscriber(cluster.addresses, start="latest") as changes:
+                assert changes.next(20) is not None
+                tokens = changes.tokens()
+            admin.restore(client, "early", replace=True)
+            eventually(lambda: follower.versions < before)
+            assert follower.versions == client.wait_durable()
+            assert follower.lag == (0,)
+            table.push(keys[:10], -np.ones((10, 2)))
+            after = client.wait_durable()
+            assert after < before
+            follower.wait_for(after, 20)  # would be there at once by the versions of before
+            assert follower.versions == after
+            assert np.array_equal(follower.pull("sum", keys), table.pull(keys))
+            assert follower.pull("sum", keys)[:, 0].tolist() == [2.0] * 10 + [1.0] * 40
+        with Subscriber(cluster.addresses, tokens=tokens) as changes, pytest.raises(LogDiverged):
+            changes.next(20)
+        with Subscriber(cluster.addresses, tokens=tokens, when_lost="snapshot") as changes:
+            first = changes.next(20)
+            assert first is not None
+            assert (first.kind, first.version) == ("snapshot", after[0])
 
 
 # ---- death

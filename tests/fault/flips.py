@@ -4,8 +4,10 @@
     python -m tests.fault.flips --count 10000 --seed 7 --harder    and cuts, holes, lost files
 
 A start that refuses must name the file, and the place in it. One that comes up must hold the very
-state that was stopped: then the byte meant nothing, as in a free page or behind a log's end. Every
-byte of a named checkpoint means something: its verification must name the damaged file.
+state that was stopped: then the byte meant nothing, as in a free page or behind a log's end. One
+that finds a restore between two steps may also hold what was there before, if it says that the
+restore has failed. Every byte of a named checkpoint means something: its verification must name the
+damaged file.
 """
 
 from __future__ import annotations
@@ -18,24 +20,30 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs by itself
 
 import numpy as np
-from homes import Homes
+from homes import Homes, Node, Step
 from stores import Home, change, contents, copy_of, push, schema
 
+from psproto import ps_pb2 as pb
+from psserver import restore
+from storage.admission import Counter as Admission
 from storage.errors import StorageError
 from storage.optimizers import make_optimizer
 
 MEMORY = Path("/dev/shm")  # noqa: S108  a disk that syncs at once, if there is one
-PLACES = ("data.mdb", ".log", "SYNCED", ".spare")  # of which an error names one
-PARTS = (".blocks", ".records", ".sessions", "MANIFEST.json", ".json")  # of a checkpoint
+PLACES = ("data.mdb", ".log", "SYNCED", ".spare", "STATE")  # of which an error names one
+PARTS = (".blocks", ".records", ".counters", ".sessions", "MANIFEST.json", ".json")
+WHOLE = ("log", "base")  # directories that an error names, and that may be lost
 BYTE = ("bit", "bit", "bit", "byte")
-HARDER = (*BYTE, "zeros", "noise", "cut", "swap", "gone")
+HARDER = (*BYTE, "zeros", "noise", "cut", "swap", "gone", "lost")
+MOVES = 3  # by which a restore exchanges base and log
+RESTORE = "0123456789abcdef"
 TORN = "a torn tail was cut off"
 
 
@@ -85,6 +93,42 @@ def make(directory: Path, seed: int, *, clean: bool) -> tuple[Path, dict[str, An
     return directory / ("stopped" if clean else "killed"), want
 
 
+def half_restored(directory: Path, moves: int) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """A directory whose process died between two of the moves of a restore; what it is to hold,
+    and what it held before.
+    """
+    with Homes(directory / "cluster", 1, f"file://{directory}/checkpoints") as cluster:
+        cluster.create(schema("t"))
+        cluster.push(range(60), client=7, incarnation=1, sequence=1)
+        cluster.checkpoint("a")
+        cluster.push(range(30, 90), client=7, incarnation=1, sequence=2)
+        cluster.create(schema("later"))
+        node = cluster.nodes[0]
+        before = contents(node.shard)
+        node.prepare("a", RESTORE, replace=True)
+        node.step(RESTORE, Step.STEP_HOLD)
+        node.restores.step(pb.RestoreRequest(id=RESTORE, step=Step.STEP_COMMIT))
+        node.home.written()
+        made = copy_of(node.directory, directory / "half")
+        node.reopen()
+        after = contents(node.shard)
+    left, move = [moves], restore._move
+
+    def dying(source: Path, target: Path) -> None:
+        if not left[0]:
+            raise InterruptedError
+        left[0] -= 1
+        move(source, target)
+
+    restore._move = dying
+    try:
+        with suppress(InterruptedError):
+            restore.settle(made)
+    finally:
+        restore._move = move
+    return made, after, before
+
+
 class Checkpoint:
     """A named checkpoint of two shards, built on another one, and who verifies it."""
 
@@ -96,6 +140,8 @@ class Checkpoint:
         cluster = self._cluster.__enter__()
         cluster.create(schema("t"))
         cluster.create(schema("adam", optimizer=make_optimizer("adam", 0.1, {}), dim=9))
+        cluster.create(schema("waiting", admission=Admission(threshold=3)))
+        cluster.push(range(100), table="waiting")
         cluster.push(range(300), client=7, incarnation=1, sequence=1)
         cluster.push(range(50), table="adam")
         cluster.checkpoint("a")
@@ -109,6 +155,7 @@ class Checkpoint:
 
         cluster.nodes[0].shard.capture = captured  # type: ignore[method-assign]
         cluster.delete(range(7, 12))
+        cluster.push(range(50, 150), table="waiting")
         cluster.checkpoint("b", "a")
         self.verify()
         return self
@@ -139,6 +186,7 @@ class Checkpoint:
             same = all(p.exists() and p.read_bytes() == data for p, data in whole.items())
             wrong = None if same else "verified, though it is damaged"
         for path, data in whole.items():
+            path.parent.mkdir(exist_ok=True)
             path.write_bytes(data)
         return done, outcome, wrong
 
@@ -168,7 +216,12 @@ def damage(rng: random.Random, directory: Path, kinds: Sequence[str]) -> str:
             count = rng.choice((2, 8, 512))
             data[at : at + count] = rng.randbytes(len(data[at : at + count]))
             what = f"{count} bytes from {at} on made noise"
-        case "gone":
+        case "lost" if path.name != "STATE":  # with which there would be nothing left
+            tops = [directory / part for part in WHOLE if directory / part in path.parents]
+            whole = tops[0] if tops else path.parent
+            shutil.rmtree(whole)
+            return f"{whole.relative_to(directory)}: lost, {name} included"
+        case "gone" | "lost":
             path.unlink()
             return f"{name}: deleted"
         case "cut":
@@ -185,24 +238,32 @@ def damage(rng: random.Random, directory: Path, kinds: Sequence[str]) -> str:
     return f"{name}: {what}"
 
 
-def start(directory: Path, want: dict[str, Any]) -> tuple[str, str | None]:
-    """Start a shard; what became of it, and what is wrong with that, if anything is."""
-    home = Home(directory, segment_bytes=1 << 14, max_tombstones=20)
+def start(
+    directory: Path, want: dict[str, Any], before: dict[str, Any] | None = None
+) -> tuple[str, str | None]:
+    """Start a shard; what became of it, and what is wrong with that, if anything is.
+
+    before  what it held before a restore that is under way
+    """
+    node = Node(directory, 0, 1, "file:///nowhere", segment_bytes=1 << 14, max_tombstones=20)
     try:
-        home.open()
+        node.open()
     except StorageError as error:
         text = str(error)
         named = any(place in text for place in PLACES) or any(
-            f"{directory / part}:" in text for part in ("log", "base")
+            f"{directory / part}:" in text for part in WHOLE
         )
         return type(error).__name__, None if named else f"does not name a file: {text}"
     except Exception as error:
         return type(error).__name__, f"{type(error).__name__}: {error}"
-    got = contents(home.shard)
-    torn = home.log.torn_bytes
-    home.close()
+    got = contents(node.shard)
+    torn = node.home.log.torn_bytes
+    failed = node.restores.step(pb.RestoreRequest()).phase == pb.RestoreStatus.PHASE_FAILED
+    node.close()
     if got == want:
         return "identical" if not torn else f"identical, {TORN}", None
+    if failed and got == before:
+        return "the restore failed, identical", None
     differs = [key for key in want if got[key] != want[key]]
     return "another state", f"came up with other {', '.join(differs)}"
 
@@ -219,25 +280,28 @@ def run(
     rng = random.Random(seed)
     outcomes: Counter[str] = Counter()
     wrong: list[str] = []
-    places = []
+    places: list[tuple[Path, dict[str, Any], dict[str, Any] | None]] = []
     for clean in (True, False):
         (directory / str(clean)).mkdir()
-        places.append(make(directory / str(clean), seed, clean=clean))
-        outcome, what = start(copy_of(places[-1][0], directory / "same"), places[-1][1])
+        places.append((*make(directory / str(clean), seed, clean=clean), None))
+    (directory / "restore").mkdir()
+    places.append(half_restored(directory / "restore", 1 + seed % MOVES))
+    for source, want, before in places:
+        outcome, what = start(copy_of(source, directory / "same"), want, before)
         shutil.rmtree(directory / "same")
         if outcome != "identical":
-            wrong.append(f"undamaged, clean={clean}: {outcome}: {what}")
+            wrong.append(f"undamaged, {source}: {outcome}: {what}")
     began = time.monotonic()
     with Checkpoint(directory) as checkpoint:
         for number in range(count):
-            at = rng.randrange(3)
-            if at == 2:
+            at = rng.randrange(4)
+            if at == 3:
                 done, outcome, what = checkpoint.damaged(rng, kinds)
             else:
-                source, want = places[at]
+                source, want, before = places[at]
                 victim = copy_of(source, directory / "victim")
                 done = f"{source.name}/{damage(rng, victim, kinds)}"
-                outcome, what = start(victim, want)
+                outcome, what = start(victim, want, before)
                 shutil.rmtree(victim)
             kind = next(place for place in PLACES + PARTS if place in done)
             outcomes[f"{kind}: {outcome}"] += 1

@@ -125,8 +125,10 @@ def _events(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _break(broken: Path) -> None:
-    """Let the calls of logs to come fail while there is a file."""
-    from storage import segment, versionlog
+    """Let the calls that it names fail while there is a file: of logs and bases to come."""
+    import lmdb
+
+    from storage import base, segment, versionlog
 
     def failing(name: str) -> Any:
         call = getattr(os, name)
@@ -140,6 +142,18 @@ def _break(broken: Path) -> None:
 
     disk = segment.Disk(pwritev=failing("pwritev"), fdatasync=failing("fdatasync"))
     versionlog.Disk = lambda: disk  # type: ignore[assignment, misc]
+    whole = base.Base._try
+
+    def attempt(self: Any, call: Any, *args: Any, **more: Any) -> Any:
+        def broken_call(*_: Any, **__: Any) -> None:
+            error = lmdb.DiskError("the test broke it")
+            error.code = errno.EIO  # type: ignore[misc]
+            raise error
+
+        fails = broken.exists() and "lmdb" in broken.read_text()
+        return whole(self, broken_call if fails else call, *args, **more)
+
+    base.Base._try = attempt  # type: ignore[method-assign]
 
 
 def _serve(flags: list[str], out: str, broken: str) -> None:

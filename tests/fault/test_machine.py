@@ -132,7 +132,7 @@ class Machine(RuleBasedStateMachine):
                 if name == "v" and seen < THRESHOLD:
                     model.waiting[key] = seen, version
                 else:
-                    model.rows[key] = (old - value, version, seen, step)
+                    model.rows[key] = (old - value, version, seen, model.step)
             self.remember()
 
     @rule(dry=st.booleans())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from contextlib import suppress
 from dataclasses import fields
@@ -173,14 +174,18 @@ def test_parquet_with_embeddings_can_be_imported(
         assert_array_equal(copy[field], rows[field])
 
 
+@pytest.mark.parametrize("embeddings", [False, True])
 def test_parquet_of_a_table_without_rows_has_its_columns(
-    client: Client, name: str, tmp_path: Path
+    client: Client, filled: str, name: str, tmp_path: Path, embeddings: bool
 ) -> None:
-    client.create_table(name, DIM)
-    with ParquetSink(tmp_path / "t.parquet") as sink:
-        found = analyze(client, name, sink=sink)
+    schemas = []
+    client.create_table(f"{name}.empty", DIM)
+    for table in (filled, f"{name}.empty"):
+        with ParquetSink(tmp_path / "t.parquet") as sink:
+            found = analyze(client, table, sink=sink, embeddings=embeddings)
+        schemas.append(parquet.read_schema(tmp_path / "t.parquet"))
     assert parquet.read_table(tmp_path / "t.parquet").num_rows == found.rows == 0
-    assert "tier" in parquet.read_schema(tmp_path / "t.parquet").names
+    assert schemas[0] == schemas[1]
 
 
 def test_a_parquet_file_that_was_given_up_is_not_there(tmp_path: Path) -> None:
@@ -311,6 +316,55 @@ def test_psctl_analyze_shows_and_writes_all_of_it(
     page = (tmp_path / "t.html").read_text()
     assert f"<h1>{filled}</h1>" in page
     assert "Growth" in page
+
+
+BAD = [
+    (["--parquet", "no/such/t.parquet"], "t.parquet cannot be written: No such file or directory"),
+    (["--html", "no/such/t.html"], "t.html cannot be written: No such file or directory"),
+    (["--html", "."], "is a directory, not a file to be written"),
+    (["--parquet", "."], "is a directory, not a file to be written"),
+    (["--history", "no/such/h.jsonl"], "No such file or directory"),
+    (["--history", "junk"], "line 1 has no analysis"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD)
+def test_psctl_analyze_refuses_what_it_cannot_write_before_it_reads(
+    cluster2: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "junk").write_text("{}\n")
+    shown = psctl(cluster2, "analyze", "nothing", *words, fails=True)
+    assert message in shown  # and not that there is no such table
+    assert [each.name for each in tmp_path.iterdir()] == ["junk"]
+
+
+def test_psctl_analyze_refuses_a_page_without_its_library_before_it_reads(
+    cluster2: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    words = ["analyze", "nothing", "--html", str(tmp_path / "t.html")]
+    assert "needs plotly" in psctl(cluster2, *words, fails=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_psctl_analyze_shows_and_keeps_what_it_has_if_a_page_cannot_be_written(
+    cluster2: Cluster, filled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("psclient.report.page", full)
+    words = ["analyze", filled, "--parquet", "t.parquet", "--html", "t.html"]
+    monkeypatch.chdir(tmp_path)
+    shown = psctl(cluster2, *words, fails=True)
+    assert "occurrences" in shown
+    assert "psctl: [Errno 28] No space left on device" in shown
+    assert [each.name for each in tmp_path.iterdir()] == ["t.parquet"]
 
 
 def test_psctl_inspect_takes_keys_of_all_kinds(cluster2: Cluster, filled: str, name: str) -> None:

@@ -19,7 +19,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from servers import Cluster, free_ports
 
 from psclient import Client, PsError, Table, hash_keys
-from psclient.aio import AsyncClient
+from psclient.aio import AsyncClient, AsyncTable
 from psclient.channels import Link, UnaryLink
 from psclient.errors import (
     DeadlineExceeded,
@@ -28,7 +28,9 @@ from psclient.errors import (
     TableNotFound,
     Unavailable,
     VersionInFuture,
+    WrongShard,
 )
+from psproto import ps_pb2 as pb
 from psproto import routing
 from storage.initializers import INITIALIZERS
 from storage.optimizers import OPTIMIZERS
@@ -64,6 +66,15 @@ def any_client(request: pytest.FixtureRequest, cluster: Cluster, connect: Any) -
 def summing(client: Client, name: str, dim: int = DIM) -> Table:
     """A table whose rows are minus the sums of the gradients pushed."""
     return client.create_table(name, dim, optimizer="sgd", lr=1.0, initializer="zeros")
+
+
+def create_on(client: Client, shard: int, name: str, dim: int) -> None:
+    """Create the table of ``summing`` on one shard only."""
+    schema = pb.TableSchema(name=name, dim=dim)
+    schema.optimizer.name, schema.optimizer.parameters["lr"] = "sgd", 1.0
+    schema.initializer.name = "zeros"
+    message = pb.CreateTableRequest(schema=schema).SerializeToString()
+    client._connect().links[shard].channel.call("/ps.v1.TableService/CreateTable", message, 20.0)
 
 
 def integers(seed: int, *shape: int) -> np.ndarray:
@@ -178,12 +189,21 @@ class TestTables:
             ({"optimizer": "sgd", "optimizer_args": {"beta1": 1.0}}, "'sgd' has no parameter"),
             ({"initializer": "constant", "initializer_args": {"low": 1}}, "it has: value"),
             ({"optimizer": "sgd", "lr": -1.0}, "lr must be >= 0"),
-            ({"dim": 0}, "dim must be a positive integer, got 0"),
-            ({"dim": 8193}, "dim must be in 1..8192, got 8193"),
-            ({"dim": 2.5}, "dim must be a positive integer, got 2.5"),
-            ({"seed": -1}, "seed must be in"),
-            ({"seed": 2**64}, "seed must be in"),
+            ({"dim": 0}, r"dim must be an integer in 1\.\.8192, got 0"),
+            ({"dim": 8193}, r"dim must be an integer in 1\.\.8192, got 8193"),
+            ({"dim": 2.5}, r"dim must be an integer in 1\.\.8192, got 2\.5"),
+            ({"seed": -1}, r"seed must be an integer in 0\.\.2\^64-1, got"),
+            ({"seed": 2**64}, r"seed must be an integer in 0\.\.2\^64-1, got"),
+            ({"lr": "a"}, "optimizer lr must be a number, got 'a'"),
+            ({"optimizer": None}, "optimizer must be text in Unicode, got None"),
+            ({"optimizer_args": {"eps": [1]}}, r"optimizer eps must be a number, got \[1\]"),
+            ({"initializer_args": {5: 1}}, "parameter of .* must be text in Unicode, got 5"),
+            ({"admission_args": 3}, "admission must come with a mapping .*, got 3"),
+            ({"eviction": "step_ttl"}, "eviction must come with a mapping .*, got 'step_ttl'"),
+            ({"serving_default": "0"}, "serving_default must be a number, got '0'"),
             ({"serving_default": float("nan")}, "serving_default must be finite, got nan"),
+            ({"name": 5}, "name must be text in Unicode, got 5"),
+            ({"name": "\ud800"}, r"name must be text in Unicode, got '\\ud800'"),
             ({"name": ""}, "table name must be 1..128"),
             ({"name": "-x"}, "table name must be 1..128"),
             ({"name": "a b"}, "table name must be 1..128"),
@@ -196,6 +216,45 @@ class TestTables:
         with pytest.raises(InvalidArgument, match=message):
             client.create_table(**{"name": name, "dim": DIM, **arguments})
         assert name not in [info.name for info in client.list_tables()]
+
+    def test_whoever_creates_on_the_first_shard_first_gets_its_way(
+        self, cluster3: Cluster, connect: Any, name: str
+    ) -> None:
+        slow, fast = connect(cluster3), connect(cluster3)
+        create_on(slow, 0, name, 4)
+        with pytest.raises(SchemaMismatch, match="exists with dim"):
+            summing(fast, name, 5)
+        summing(slow, name, 4).push(np.arange(9), np.ones((9, 4), np.float32))
+        assert fast.describe_table(name).rows == 9
+
+    def test_the_first_shard_drops_last(self, cluster3: Cluster, connect: Any, name: str) -> None:
+        client = connect(cluster3)
+        summing(client, name, 4)
+        calls: list[str] = []
+        for link in client._connect().links:
+
+            def call(*args: Any, where: str = link.where, inner: Any = link.channel.call) -> bytes:
+                calls.append(where.split(" at ")[0])
+                return inner(*args)
+
+            link.channel.call = call
+        client.drop_table(name)
+        assert sorted(calls[:2]) == ["shard 1", "shard 2"]
+        assert calls[2:] == ["shard 0"]
+
+    def test_a_table_that_is_not_the_same_on_all_shards_is_refused_until_it_is_dropped(
+        self, cluster3: Cluster, connect: Any, name: str
+    ) -> None:
+        client = connect(cluster3)
+        for shard, dim in enumerate((4, 4, 5)):
+            create_on(client, shard, name, dim)
+        said = f"table '{name}' has another dim on shard 2 than on shard 0; drop it"
+        for call in (lambda: client.table(name), client.list_tables):
+            with pytest.raises(SchemaMismatch, match=said):
+                call()
+        client.drop_table(name)
+        summing(client, name, 5)
+        assert client.describe_table(name).dim == 5
 
     def test_tables_are_listed_by_name(self, client: Client, name: str) -> None:
         for letter in "cab":
@@ -233,6 +292,26 @@ class TestTables:
             table.pull([1])
         with pytest.raises(TableNotFound, match=name):
             table.push([1], np.ones((1, DIM), np.float32))
+
+    def test_a_table_created_anew_with_another_dim_is_noticed_once(
+        self, any_client: Client, cluster: Cluster, connect: Any, name: str
+    ) -> None:
+        other = connect(cluster)
+        table, keys = summing(any_client, name), np.arange(20)
+        for dim, use in (
+            (2, lambda: table.pull(keys)),
+            (6, lambda: table.push(keys, np.ones((20, 2), np.float32))),
+            (3, lambda: table.exchange(keys, (keys, np.ones((20, 6), np.float32)))),
+            (5, lambda: table.pull_rows(keys)),
+        ):
+            other.drop_table(name)
+            summing(other, name, dim)
+            with pytest.raises(SchemaMismatch, match=name):
+                use()
+            again = any_client.table(name)
+            assert again.dim == dim
+            again.push(keys, np.ones((20, dim), np.float32))
+            assert_array_equal(again.pull(keys), -np.ones((20, dim), np.float32))
 
 
 class TestRows:
@@ -366,14 +445,14 @@ class TestRows:
     def test_pull_rows_tells_what_the_servers_know(self, any_client: Client, name: str) -> None:
         table = summing(any_client, name)
         before = table.describe().versions
-        table.push([10, 11, 10, 10], np.ones((4, DIM), np.float32), step=5)
-        table.push([[10, 12]], np.ones((1, 2, DIM), np.float32), step=-3)
+        table.push([10, 11, 10, 10], np.ones((4, DIM), np.float32), step=-3)
+        table.push([[10, 12]], np.ones((1, 2, DIM), np.float32), step=5)
         after = table.describe().versions
         keys = np.array([[10, 11], [12, 13]])
         rows = table.pull_rows(keys)
         assert_array_equal(rows.embeddings, np.array([[[-4], [-1]], [[-1], [0]]]).repeat(DIM, 2))
         assert_array_equal(rows.found, [[True, True], [True, False]])
-        assert_array_equal(rows.steps, [[-3, 5], [-3, 0]])
+        assert_array_equal(rows.steps, [[5, -3], [5, 0]])
         assert_array_equal(rows.frequencies, [[4, 1], [1, 0]])
         assert rows.versions[1, 1] == 0
         assert rows.versions[0, 0] in after  # the last push of its shard
@@ -419,26 +498,6 @@ class TestRows:
         table.push(batch, np.ones((1, 3, DIM), np.float32))
         assert_array_equal(table.pull(batch)[..., 0], [[-2, -2, -1]])
         assert any_client.batch(batch) is batch
-
-    @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-    def test_every_optimizer_gives_the_same_on_any_number_of_shards(
-        self, cluster1: Cluster, cluster3: Cluster, connect: Any, name: str, optimizer: str
-    ) -> None:
-        tables = [
-            connect(cluster).create_table(name, 8, optimizer=optimizer, seed=3)
-            for cluster in (cluster1, cluster3)
-        ]
-        random = np.random.default_rng(9)
-        for step in range(1, 6):
-            keys = random.integers(0, 300, 500)
-            gradients = random.standard_normal((500, 8)).astype(np.float32)
-            for table in tables:
-                table.push(keys, gradients, step=step)
-        one, three = (table.pull_rows(np.arange(300)) for table in tables)
-        assert np.isfinite(one.embeddings).all()
-        assert_array_equal(one.embeddings, three.embeddings)
-        assert_array_equal(one.frequencies, three.frequencies)
-        assert_array_equal(one.steps, three.steps)
 
 
 class TestSpread:
@@ -550,10 +609,54 @@ class TestRefusals:
         with pytest.raises(InvalidArgument, match=f"wire must be one of {names}, got 'int8'"):
             table.pull([1], wire="int8")  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("step", [2**47, -(2**47) - 1])
-    def test_a_step_out_of_range(self, table: Table, step: int) -> None:
-        with pytest.raises(InvalidArgument, match=rf"step must be in .*, got {step}"):
+    @pytest.mark.parametrize("step", [2**47, -(2**47) - 1, 1.5, "1", None])
+    def test_a_step_out_of_range(self, table: Table, step: Any) -> None:
+        with pytest.raises(InvalidArgument) as caught:
             table.push([1], np.ones((1, DIM), np.float32), step=step)
+        assert str(caught.value) == f"step must be an integer in -2^47..2^47-1, got {step!r}"
+
+    @pytest.mark.parametrize("lr", ["a", "0.1", [0.1]])
+    def test_a_learning_rate_that_is_no_number(self, table: Table, lr: Any) -> None:
+        with pytest.raises(InvalidArgument) as caught:
+            table.push([1], np.ones((1, DIM), np.float32), lr=lr)
+        assert str(caught.value) == f"lr must be a number, got {lr!r}"
+
+    @pytest.mark.parametrize("version", [-1, 2**64, 0.5])
+    def test_a_version_that_cannot_be(self, table: Table, version: Any) -> None:
+        with pytest.raises(InvalidArgument) as caught:
+            table.pull_rows([1], min_version=[version] * len(table.client._addresses))
+        rule = "min_version must be an integer in 0..2^64-1"
+        assert str(caught.value) == f"{rule}, got {version!r}"
+
+    @pytest.mark.parametrize("wrong", [5, None, "\udfff"])
+    def test_a_name_that_is_no_text(self, table: Table, wrong: Any) -> None:
+        client = table.client
+        for call in (
+            lambda: client.pull({wrong: [1]}),
+            lambda: client.push({wrong: ([1], np.ones((1, DIM), np.float32))}),
+            lambda: client.table(wrong),
+            lambda: client.evict(wrong),
+            lambda: client.drop_table(wrong),
+            lambda: client.barrier(wrong),
+        ):
+            with pytest.raises(InvalidArgument) as caught:
+                call()
+            assert str(caught.value).endswith(f" must be text in Unicode, got {wrong!r}")
+
+    @pytest.mark.parametrize(
+        ("offsets", "weights", "message"),
+        [
+            (["a"], None, "offsets must be integers, got dtype <U1"),
+            ([0.0, 1.0], None, "offsets must be integers, got dtype float64"),
+            ([0, 1], ["a"], "weights must be numbers, got dtype <U1"),
+        ],
+    )
+    def test_bags_that_are_no_numbers(
+        self, table: Table, offsets: Any, weights: Any, message: str
+    ) -> None:
+        with pytest.raises(InvalidArgument) as caught:
+            table.pull_pooled([1], offsets, weights=weights)
+        assert str(caught.value) == message
 
     @pytest.mark.parametrize("lr", [float("nan"), float("inf")])
     def test_a_learning_rate_that_is_not_finite(self, table: Table, lr: float) -> None:
@@ -700,6 +803,14 @@ class TestFrameworks:
         table.push([1], torch.full((1, DIM), 0.5, dtype=dtype))
         assert_array_equal(table.pull([1]), np.full((1, DIM), -0.5, np.float32))
 
+    def test_gradients_of_bfloat16(self, client: Client, name: str) -> None:
+        table = summing(client, name)
+        gradients = torch.randn(5, DIM).to(torch.bfloat16).requires_grad_()
+        table.push(np.arange(5), gradients)
+        assert_array_equal(table.pull(np.arange(5)), -gradients.detach().float().numpy())
+        with pytest.raises(InvalidArgument, match="no array in host memory"):
+            table.push([1], torch.ones(1, DIM, device="meta", dtype=torch.bfloat16))
+
     def test_results_become_torch_tensors_without_a_copy(self, client: Client, name: str) -> None:
         table = client.create_table(name, DIM, initializer="normal")
         pulled = table.pull([1, 2])
@@ -726,8 +837,121 @@ class TestStrings:
         assert keys.dtype == np.uint64
         assert keys.tolist() == expected
 
+    @pytest.mark.parametrize(
+        "strings", ["male", b"ab", [1, 2], [b"a", None], ["\ud800"], [bytearray(2)]]
+    )
+    def test_what_is_no_list_of_strings_is_refused(self, strings: Any) -> None:
+        with pytest.raises(InvalidArgument, match="strings must be "):
+            hash_keys(strings)
+
     def test_no_strings_give_no_keys(self) -> None:
         assert hash_keys([]).shape == (0,)
+
+
+class TestShardMap:
+    """A client whose shard map is old finds the keys all the same."""
+
+    KEYS = np.arange(300)
+
+    @pytest.fixture(params=["stream", "unary"])
+    def astray(
+        self, request: pytest.FixtureRequest, cluster3: Cluster, connect: Any
+    ) -> Callable[[], Client]:
+        """astray(): a client that sends most keys to shards that do not own them."""
+        client = connect(cluster3, transport=request.param)
+        true = client._connect().shard_map
+
+        def lead() -> Client:
+            table = np.roll(true.shard_of_bucket, 1000)
+            client._cluster.shard_map = routing.ShardMap(true.epoch - 1, true.shards, table)
+            return client
+
+        return lead
+
+    def test_pushes_and_pulls_are_sent_again_where_the_keys_are(
+        self, astray: Callable[[], Client], name: str
+    ) -> None:
+        table, other = (summing(astray(), f"{name}.{dim}", dim) for dim in (DIM, 2))
+        gradients = integers(17, 300, DIM)
+        astray()
+        table.push(np.r_[self.KEYS, 7, 7], np.r_[gradients, np.ones((2, DIM), np.float32)], step=5)
+        gradients[7] += 2
+        rows = table.pull_rows(self.KEYS)
+        astray()
+        again = table.pull_rows(self.KEYS, min_version=table.describe().versions)
+        assert_array_equal(again.embeddings, -gradients)
+        for field in ("embeddings", "found", "versions", "steps", "frequencies"):
+            assert_array_equal(getattr(again, field), getattr(rows, field))
+        assert rows.frequencies.tolist() == [3 if key == 7 else 1 for key in self.KEYS]
+        client = astray()
+        push = {table.name: (self.KEYS, gradients), other.name: (self.KEYS, gradients[:, :2])}
+        pulled = client.exchange(push, {other.name: self.KEYS[::-1], table.name: self.KEYS})
+        assert_array_equal(pulled[table.name], -2 * gradients)
+        assert_array_equal(pulled[other.name], -gradients[::-1, :2])
+
+    def test_the_map_is_fetched_once(
+        self, astray: Callable[[], Client], name: str, messages: list[Any]
+    ) -> None:
+        table = summing(astray(), name)
+        table.push([5], np.ones((1, DIM), np.float32))
+        assert table.client._connect().shard_map.epoch == 1
+        assert len(messages) == 2
+        table.push([5], np.ones((1, DIM), np.float32))
+        assert len(messages) == 3
+        assert_array_equal(table.pull([5]), np.full((1, DIM), -2, np.float32))
+
+    def test_a_batch_made_before_is_sent_again_too(
+        self, astray: Callable[[], Client], name: str
+    ) -> None:
+        table = summing(astray(), name)
+        batch, rows = table.pull_distinct(self.KEYS)
+        assert_array_equal(rows, np.zeros((300, DIM)))
+        gradients = integers(18, 300, DIM)
+        for _ in range(2):
+            table.client.push_distinct({name: (batch, gradients)})
+        assert_array_equal(table.pull(batch.keys), -2 * gradients)
+
+    def test_deletes_are_sent_again_too(self, astray: Callable[[], Client], name: str) -> None:
+        table = summing(astray(), name)
+        table.push(self.KEYS, integers(19, 300, DIM))
+        astray()
+        assert table.delete(self.KEYS[:290]) == 290
+        assert table.describe().rows == 10
+
+    def test_a_request_that_failed_sends_nothing_again_when_it_is_asked_again(
+        self, astray: Callable[[], Client], name: str, messages: list[Any]
+    ) -> None:
+        client = astray()
+        true, old = routing.even_map(3), client._connect().shard_map
+        taken, owned = (routing.owners(self.KEYS.astype(np.uint64), each) for each in (old, true))
+        pushed = int(np.flatnonzero(taken != owned)[0])
+        pulled = int(np.flatnonzero(taken != taken[pushed])[0])
+        table, gone = summing(client, name), f"{name}.gone"
+        client._dims[gone] = DIM
+        push = {name: ([pushed], np.ones((1, DIM), np.float32))}
+        pending = client.start_exchange(push, {gone: [pulled]})
+        with pytest.raises(TableNotFound, match=gone):
+            pending.result()
+        del messages[:]
+        with pytest.raises((TableNotFound, WrongShard)):
+            pending.result()
+        assert messages == []
+        assert_array_equal(table.pull([pushed]), -np.ones((1, DIM), np.float32))
+
+    def test_a_second_refusal_is_an_error(
+        self, astray: Callable[[], Client], name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = astray()
+        table = summing(client, name)
+        monkeypatch.setattr(client._connect(), "refresh", lambda deadline: [])
+        for call in (
+            lambda: table.pull(self.KEYS),
+            lambda: table.push(self.KEYS, integers(20, 300, DIM)),
+            lambda: table.delete(self.KEYS),
+        ):
+            with pytest.raises(WrongShard, match="belongs to shard") as caught:
+                call()
+            assert caught.value.reason == "WRONG_SHARD"
 
 
 class TestLimits:
@@ -767,6 +991,62 @@ class TestLimits:
         pulled = client.exchange(push, {table.name: keys for table in tables})
         for table in tables:
             assert_array_equal(pulled[table.name], -push[table.name][1])
+
+    @pytest.mark.parametrize("transport", ["stream", "unary"])
+    @pytest.mark.parametrize("background", [False, True])
+    def test_an_exchange_in_pieces_pulls_once_every_push_is_answered(
+        self,
+        small: Cluster,
+        connect: Any,
+        name: str,
+        transport: str,
+        background: bool,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Else a push that the server asks to send again (OVERLOADED) would come after the pull."""
+        client = connect(small, transport=transport)
+        table = summing(client, name)
+        (link,) = client._connect().links
+        events: list[str] = []
+        deadlines: dict[bool, set[float]] = {False: set(), True: set()}
+
+        def submit(call: Any, *, inner: Any = link.submit, **rest: Any) -> None:
+            deadlines[bool(call.exchange.pulls)].add(call.deadline)
+            events.append("push" if call.exchange.pushes else "pull")
+            inner(call, **rest)
+
+        def wait(call: Any, *, inner: Any = link.wait) -> Any:
+            answer = inner(call)
+            events.append("pushed" if call.exchange.pushes else "pulled")
+            return answer
+
+        monkeypatch.setattr(link, "submit", submit)
+        monkeypatch.setattr(link, "wait", wait)
+        keys = np.arange(3000)
+        gradients = integers(15, 3000, DIM)
+        exchange = client.start_exchange if background else client.exchange
+        result = exchange({name: (keys, gradients)}, {name: keys})
+        pulled = (result.result() if background else result)[name]
+        pieces = len(events) // 4
+        assert pieces > 1
+        assert events == [
+            each for each in ("push", "pushed", "pull", "pulled") for _ in range(pieces)
+        ]
+        fresh = min(deadlines[True]) > max(deadlines[False])  # a prefetch may be awaited late
+        assert fresh == background
+        assert_array_equal(pulled, -gradients)
+        assert_array_equal(table.pull(keys), -gradients)
+
+    def test_an_exchange_in_pieces_whose_push_fails_pulls_nothing(
+        self, small: Cluster, connect: Any, name: str, messages: list[Any]
+    ) -> None:
+        client = connect(small)
+        table = summing(client, name)
+        client.drop_table(name)
+        client._dims[name] = DIM  # what a client that has not heard of the drop believes
+        with pytest.raises(TableNotFound, match=name):
+            table.exchange(np.arange(3000), (np.arange(3000), integers(16, 3000, DIM)))
+        assert {len(message.pulls) for message in messages} == {0}
 
 
 class TestThreads:
@@ -825,6 +1105,24 @@ class TestAsyncio:
 
         assert_array_equal(asyncio.run(train()), np.full((50, DIM), -40, np.float32))
 
+    @pytest.mark.parametrize(("blocking", "awaited"), [(Client, AsyncClient), (Table, AsyncTable)])
+    def test_every_call_has_its_counterpart(self, blocking: type, awaited: type) -> None:
+        started = {"start_pull", "start_exchange"}  # tasks of asyncio are that
+        calls = {name for name in vars(blocking) if not name.startswith("_")} - started
+        assert calls <= set(vars(awaited))
+
+    def test_deletes_barriers_and_durability(self, cluster: Cluster, name: str) -> None:
+        async def work() -> None:
+            async with AsyncClient(cluster.addresses, timeout=20.0) as ps:
+                table = await ps.create_table(name, DIM)
+                await table.push(np.arange(50), np.ones((50, DIM), np.float32))
+                assert await table.delete(np.arange(40)) == 40
+                marks = await ps.barrier("epoch")
+                on_disk = await ps.wait_durable()
+                assert all(disk >= mark for disk, mark in zip(on_disk, marks, strict=True))
+
+        asyncio.run(work())
+
     def test_the_event_loop_goes_on_while_a_call_waits(self, cluster: Cluster, name: str) -> None:
         async def unreachable() -> int:
             ticks = 0
@@ -846,12 +1144,23 @@ class TestAsyncio:
 
 
 class TestAddresses:
-    @pytest.mark.parametrize("addresses", [[], "127.0.0.1:7000", ""])
+    @pytest.mark.parametrize("addresses", [[], "127.0.0.1:7000", "", [7000]])
     def test_must_be_a_list(self, addresses: Any) -> None:
         with pytest.raises(InvalidArgument, match="addresses must be a list of 'host:port'"):
             Client(addresses)
 
-    @pytest.mark.parametrize("options", [{"transport": "udp"}, {"timeout": 0}, {"wire": "int8"}])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"transport": "udp"},
+            {"wire": "int8"},
+            {"wire": None},
+            *({"timeout": value} for value in (0, float("nan"), float("inf"), "1")),
+            *({"client_id": value} for value in (-1, 2**64, 1.5)),
+            *({"incarnation": value} for value in (-1, 2**63, "1")),
+        ],
+        ids=repr,
+    )
     def test_options_are_checked_at_birth(self, options: dict[str, Any]) -> None:
         with pytest.raises(InvalidArgument, match=next(iter(options))):
             Client(["127.0.0.1:1"], **options)

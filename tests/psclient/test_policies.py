@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from numpy.testing import assert_array_equal
 from servers import Cluster, Labels, alive, eventually
 from typer.testing import CliRunner
 
-from psclient import Client
+from psclient import Client, admin
 from psclient.client import Table
 from psclient.ctl import app
 from psclient.errors import InvalidArgument, SchemaMismatch
@@ -119,32 +120,70 @@ def test_occurrences_of_all_clients_and_duplicates_count(
     assert (info.rows, info.waiting) == (4, 2)
 
 
-def test_eviction_on_demand_counts_first_and_then_evicts(
+def test_rows_are_as_fresh_as_the_table_whoever_brings_them(
+    cluster2: Cluster, connect: Callable[..., Client], name: str
+) -> None:
+    one, two = connect(cluster2), connect(cluster2)
+    ahead = table_of(one, name, eviction={"step_ttl": {"steps": 64}})
+    push(ahead, np.arange(100), step=700)
+    push(two.table(name), np.arange(10))
+    admin.write_rows(two, name, np.arange(100, 110), np.ones((10, DIM), np.float32))
+    assert ahead.pull_rows(np.arange(110)).steps.tolist() == [700] * 110
+
+
+def overdue(client: Client, name: str) -> Table:
+    """180 rows, 120 of them idle, which the background does not look for before step 6,490."""
+    table = table_of(client, name, eviction={"step_ttl": {"steps": 6400}})
+    push(table, np.arange(1000, 1060), step=-100)
+    push(table, np.arange(120), step=0)
+    push(table, np.arange(2000, 2060), step=6390)
+    assert eventually(lambda: client.describe_table(name).rows == 180)  # it was at work then
+    push(table, np.arange(2000, 2060), step=6401)
+    return table
+
+
+def test_eviction_on_demand_counts_first_and_then_evicts_on_all_shards(
     cluster3: Cluster, connect: Callable[..., Client], name: str
 ) -> None:
     client = connect(cluster3)
-    table = table_of(client, name, eviction={"norm": {"threshold": 1.0, "grace": 0}})
-    keys = np.arange(300)
-    push(table, keys, value=-9.0)
-    push(table, keys[:120], value=9.6)  # 0.4 is left, twice: a norm of 0.57
+    table = overdue(client, name)
+    assert client.evict(name, dry_run=True) == {"step_ttl": 120}
+    assert client.describe_table(name).rows == 180
+    assert client.evict(name) == {"step_ttl": 120}
+    assert client.evict(name) == client.evict(name, dry_run=True) == {"step_ttl": 0}
+    keys = np.concatenate([np.arange(120), np.arange(2000, 2060)])
+    assert table.pull_rows(keys).found.tolist() == [False] * 120 + [True] * 60
+    label = Labels(table=name, cause="step_ttl")
+    pages = [cluster3.metrics(shard) for shard in range(3)]
+    assert sum(page["ps_evicted_rows_total", label] for page in pages) == 180
 
-    def counted() -> bool:
-        """The background evicts too: a dry run between two equal counts of rows tells the rest."""
-        before = client.describe_table(name).rows
-        would = client.evict(name, dry_run=True)
-        return before == client.describe_table(name).rows == 180 + would["norm"]
 
-    assert eventually(counted)
-    client.evict(name)
-    eventually(lambda: client.describe_table(name).rows == 180)
-    assert client.evict(name, dry_run=True) == {"norm": 0}
-    assert not table.pull_rows(keys[:120]).found.any()
-    shown = CliRunner().invoke(
-        app, ["evict", name, "--dry-run", "--servers", ",".join(cluster3.addresses)]
-    )
-    assert shown.exit_code == 0
-    assert "norm" in shown.output
-    assert "180" in shown.output
+def test_psctl_evicts_and_says_what(
+    cluster3: Cluster, connect: Callable[..., Client], name: str
+) -> None:
+    client = connect(cluster3)
+    overdue(client, name)
+    table_of(client, f"{name}.kept")
+
+    def psctl(*words: str) -> list[list[str]]:
+        where = {"PSCTL_SERVERS": ",".join(cluster3.addresses), "COLUMNS": "100"}
+        done = CliRunner().invoke(app, ["evict", *words], env=where)
+        assert done.exit_code == 0, done.output
+        return [re.findall(r"[\w.%]+", line) for line in done.output.splitlines()]
+
+    counted = [
+        ["step_ttl", "120", "66.7%"],
+        [],
+        ["together", "120", "66.7%"],
+        ["of", "rows", "180"],
+    ]
+    would, did = psctl(name, "--dry-run"), psctl(name)
+    assert would[1] == ["cause", "rows", "that", "would", "leave", "share"]
+    assert did[1] == ["cause", "rows", "evicted", "share"]
+    assert would[3:-1] == did[3:-1] == counted
+    assert client.describe_table(name).rows == 60
+    none = [["no", "rule", "for", "eviction", "0", "rows", "stay"]]
+    assert [line[-7:] for line in psctl(f"{name}.kept")] == none
 
 
 def test_rows_leave_in_the_background_and_subscribers_are_told_why(
@@ -199,6 +238,23 @@ def test_rules_show_in_the_metrics(
     assert total("ps_refused_keys_total") == 100
     assert total("ps_dropped_gradients_total") == 200
     assert total("ps_counter_bytes") > 0
+
+
+def test_counters_that_expire_show_in_the_metrics(
+    cluster2: Cluster, connect: Callable[..., Client], name: str
+) -> None:
+    client = connect(cluster2)
+    rules = {"admission": "counter", "admission_args": {"threshold": 9}}
+    table = table_of(client, name, **rules, eviction={"step_ttl": {"steps": 64}})
+    push(table, np.arange(100))
+    push(table, np.arange(100, 140), step=100)
+
+    def expired() -> float:
+        pages = [cluster2.metrics(shard) for shard in range(2)]
+        return sum(page["ps_expired_counters_total", Labels(table=name)] for page in pages)
+
+    assert eventually(lambda: expired() == 100)
+    assert client.describe_table(name).waiting == 40
 
 
 @pytest.mark.slow

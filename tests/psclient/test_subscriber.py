@@ -31,7 +31,9 @@ from psclient.errors import (
     Unavailable,
     VersionCompacted,
 )
-from psclient.follower import _Copy
+from psclient.follower import _Copy, _Shard
+from psclient.subscriber import Kind
+from psproto import ps_pb2 as pb
 
 DIM = 4
 
@@ -513,6 +515,60 @@ def test_a_follower_says_how_long_it_was_waited_for(cluster1: Cluster, name: str
             follower.wait_for([1 << 60], 0.2)
         with pytest.raises(InvalidArgument, match="2 versions for 1 shards"):
             follower.wait_for([0, 0])
+
+
+def message(kind: Kind, version: int, *, stream: int, more: bool = False, **more_: Any) -> Change:
+    """What shard 0 says of table u, whose head it is at."""
+    nothing = np.empty(0, np.uint64)
+    fields: dict[str, Any] = {"keys": nothing, "versions": nothing, "rows": None, "schema": None}
+    return Change(
+        shard=0,
+        stream=stream,
+        kind=kind,
+        table="u",
+        steps=None,
+        frequencies=None,
+        version=version,
+        more=more,
+        token=b"token",
+        head=version,
+        time=0.0,
+        dim=1,
+        barrier="",
+        cause="",
+        **{**fields, **more_},
+    )
+
+
+def one_row(key: int, version: int, value: float) -> dict[str, Any]:
+    return {
+        "keys": np.array([key], np.uint64),
+        "versions": np.array([version], np.uint64),
+        "rows": np.array([[value]], np.float32),
+    }
+
+
+def test_a_follower_goes_back_with_a_shard_that_was_restored() -> None:
+    schema, lock, shard = pb.TableSchema(name="u", dim=1), threading.Condition(), _Shard()
+    for change in (
+        message("created", 1, stream=0, schema=schema),
+        message("rows", 200, stream=0, **one_row(5, 200, 2.0)),
+    ):
+        shard.take(change, lock)
+    assert (shard.version, shard.head) == (200, 200)
+    for change in (
+        message("snapshot", 100, stream=1, more=True),
+        message("created", 100, stream=1, more=True, schema=schema),
+        message("rows", 100, stream=1, more=True, **one_row(5, 90, 1.0)),
+        message("snapshot_end", 100, stream=1),
+    ):
+        assert shard.version == 200
+        shard.take(change, lock)
+    assert (shard.version, shard.head) == (100, 100)
+    assert shard.state.tables["u"].rows[:1].tolist() == [[1.0]]
+    shard.take(message("rows", 101, stream=1, **one_row(5, 101, 3.0)), lock)
+    assert (shard.version, shard.head) == (101, 101)
+    assert shard.state.tables["u"].rows[:1].tolist() == [[3.0]]
 
 
 def test_an_error_that_does_not_pass_ends_a_follower(cluster1: Cluster) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from stores import Direct, Home, change, contents, make_shard, push, schema
 
 from psproto import ps_pb2 as pb
 from psserver import analysis
-from psserver.analysis import Analyses, Pace
+from psserver.analysis import SPARED_STORED, Analyses, Pace
 from psserver.checkpoints import Checkpoints
 from psserver.errors import BadRequest, Draining, TooLarge, WrongShard
 from psserver.shard import Shard
@@ -283,6 +286,50 @@ def test_the_pause_after_a_slice_is_a_multiple_of_the_work_on_it(
     assert slept == [19 * 1.5]
 
 
+@pytest.mark.parametrize("base", ["", "a"])
+def test_a_checkpoint_tells_how_many_keys_wait_and_a_sketch_is_not_in_it(
+    tmp_path: Path, base: str
+) -> None:
+    url = f"file://{tmp_path}/checkpoints"
+    with Homes(tmp_path / "source", 2, url) as source, Homes(tmp_path / "three", 3, url) as three:
+        source.create(schema(admission=COUNTING))
+        source.create(schema("s", admission=make_admission("sketch", {"threshold": 3})))
+        source.push(range(1000))
+        source.push(range(500), table="s")
+        source.checkpoint("a")
+        source.push(range(900, 1100))
+        source.push(range(10))
+        source.push(range(10))
+        source.checkpoint("b", base=base)
+        told = [
+            [last_of(node, pb.AnalyzeRequest(table=table, checkpoint="b")) for node in three.nodes]
+            for table in "ts"
+        ]
+    assert [
+        [sum(each.rows for each in parts), sum(each.waiting for each in parts)] for parts in told
+    ] == [[10, 1090], [0, 0]]
+
+
+def test_a_checkpoint_is_read_with_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    ticks = itertools.count(0.0, 0.001)
+    clock = SimpleNamespace(
+        thread_time=lambda: next(ticks), sleep=slept.append, monotonic=time.monotonic
+    )
+    with Homes(tmp_path / "source", 1, f"file://{tmp_path}/checkpoints") as source:
+        source.create(schema(admission=COUNTING))
+        for _ in range(3):
+            source.push(range(1000))
+        source.checkpoint("a")
+        monkeypatch.setattr(analysis, "time", clock)
+        [node] = source.nodes
+        work = Analyses(node.shard, node.engine, node.checkpoints, None)
+        *_, last = work.analyze(pb.AnalyzeRequest(table="t", checkpoint="a"))
+    assert last.summary.rows == 1000
+    assert len(slept) > 4
+    assert slept == [pytest.approx(SPARED_STORED * 0.001)] * len(slept)
+
+
 # ---- keys
 
 
@@ -296,14 +343,14 @@ def inspected(shard: Shard, *keys: int, log: Any = None, **more: Any) -> dict[in
 
 
 def test_a_key_with_a_row_tells_where_it_is(shard: Shard) -> None:
-    shard.exchange([push([7, -7 % (1 << 64)], 2.0, step=77)], [])
+    shard.exchange([push([7, -7 % (1 << 64)], 2.0, step=177)], [])
     known = inspected(shard, 7, -7, embeddings=True)
     dump = shard.dump()["t"]
     for key, facts in known.items():
         at = int(np.searchsorted(dump.keys, np.uint64(key % (1 << 64))))
         row = dump.rows[at]
         assert facts.state == State.STATE_ROW
-        assert (facts.tier, facts.version, facts.step) == ("host", shard.version, 77)
+        assert (facts.tier, facts.version, facts.step) == ("host", shard.version, 177)
         assert facts.frequency == dump.meta[at, 3]
         assert facts.embedding == row.tolist()
         assert facts.norm == pytest.approx(float(np.linalg.norm(row)))
@@ -385,6 +432,30 @@ def test_where_deletes_are_forgotten_it_is_not_known_what_was() -> None:
         State.STATE_UNKNOWN,
     ]
     assert known[0].why == known[99].why == "deletes up to version 3 may be forgotten"
+
+
+def test_behind_a_restore_it_is_not_known_what_was_and_of_later_tables_it_is(
+    tmp_path: Path,
+) -> None:
+    with Homes(tmp_path / "source", 1, f"file://{tmp_path}/checkpoints") as homes:
+        homes.create(schema(evictions=TTL))
+        homes.push(range(10), step=1)
+        homes.push([99], step=50)
+        evict(homes.nodes[0].shard)
+        homes.checkpoint("a")
+        homes.restore("a", replace=True)
+        homes.create(schema("later"))
+        [node] = homes.nodes
+        asked = [
+            pb.InspectRequest(table=table, keys=np.array([3, 99], np.uint64).tobytes())
+            for table in ("t", "later")
+        ]
+        work = Analyses(node.shard, node.engine, node.checkpoints, None)
+        told = [[(facts.state, facts.why) for facts in work.inspect(each).keys] for each in asked]
+    assert told == [
+        [(State.STATE_UNKNOWN, "deletes up to version 4 may be forgotten"), (State.STATE_ROW, "")],
+        [(State.STATE_NEW, "")] * 2,
+    ]
 
 
 def test_deletes_of_another_table_are_not_this_one_s(shard: Shard) -> None:

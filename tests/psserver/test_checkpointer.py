@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import random
+import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,9 +25,12 @@ from stores import DIM, Home, change, contents, copy_of, make_shard, push, schem
 
 from psserver.engine import Engine
 from psserver.errors import NoLog
+from psserver.metrics import CheckpointCollector
 from psserver.shard import Shard
+from storage import eviction
+from storage.admission import Sketch
 from storage.block import ROWS, TOMBSTONES, rows_per_block
-from storage.errors import Corrupt, DiskFull
+from storage.errors import Corrupt, DiskFull, LogFailed
 from storage.initializers import make_initializer
 from storage.optimizers import make_optimizer
 from storage.records import Cause
@@ -316,6 +324,36 @@ def test_sessions_come_back_from_the_base_and_from_the_log(home: Home) -> None:
 # ---- the log behind a checkpoint
 
 
+def test_a_sketch_is_written_again_if_it_changed(home: Home) -> None:
+    rules = {"admission": Sketch(expected_keys=1000), "evictions": (eviction.StepTtl(steps=10),)}
+    for name in "ab":
+        home.shard.create_table(schema(name, **rules))
+    change = [
+        lambda: home.shard.exchange([push([1, 2], table="a"), push([1], table="b")], []),
+        lambda: home.shard.exchange([push([1])], []),
+        lambda: home.shard.exchange([push([3], table="a")], []),
+        lambda: home.shard.exchange([push([], step=100, table="b")], []),  # ages it
+        lambda: home.shard.drop_table("a"),
+    ]
+    sketches = []
+    for each in change:
+        each()
+        for _ in range(4):
+            home.shard.tick()
+        home.checkpoint()
+        assert home.base.state is not None
+        sketches.append(home.base.state.blocks[-home.base.state.cells :])
+        before = contents(home.shard)
+    (a, b), second, (a2, b2), (a3, b3), last = sketches
+    assert second == (a, b)
+    assert (b2, a3) == (b, a2)
+    assert a2 != a
+    assert b3 != b
+    assert last == (b3,)
+    home.reopen()
+    assert contents(home.shard) == before
+
+
 def test_the_log_is_cut_up_to_the_checkpoint(tmp_path: Path) -> None:
     with Home(tmp_path / "shard", segment_bytes=4096) as home:
         home.shard.create_table(schema())
@@ -361,7 +399,9 @@ def test_a_checkpoint_that_finds_the_disk_full_leaves_the_last_one(
     assert_restarts_equal(home)
 
 
-@pytest.mark.parametrize("error", [DiskFull("base", 1), OSError(5, "broken")])
+@pytest.mark.parametrize(
+    "error", [DiskFull("base", 1), OSError(5, "broken"), ZeroDivisionError("a defect")]
+)
 def test_the_thread_goes_on_after_a_checkpoint_and_its_cleaning_up_failed(
     home: Home, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -384,6 +424,119 @@ def test_the_thread_goes_on_after_a_checkpoint_and_its_cleaning_up_failed(
     assert len(calls) >= 6
 
 
+def run_thread(home: Home) -> None:
+    """Let the checkpointer's thread work until it ends by itself."""
+    home.checkpointer._seconds = 0.001
+    home.checkpointer.open()
+    home.checkpointer._thread.join(10)
+    assert not home.checkpointer._thread.is_alive()
+
+
+def test_damage_that_a_checkpoint_meets_ends_the_process(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage = Corrupt("data.mdb", "MDB_PAGE_NOTFOUND")
+
+    def find(_: Any) -> int:
+        raise damage
+
+    home.shard.exchange([push([1])], [])
+    with monkeypatch.context() as patch:
+        patch.setattr(home.base, "add", find)
+        run_thread(home)
+    assert home.failures == [damage]
+
+
+def test_a_sync_of_the_base_that_fails_ends_the_process(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, commits = home.base._try, list[int]()
+    failure = lmdb.DiskError("mdb_txn_commit: Input/output error")
+    failure.code = errno.EIO  # type: ignore[misc]
+
+    def fail() -> None:
+        commits.append(1)
+        raise failure
+
+    def broken(call: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        return real(fail if call.__name__ == "commit" else call, *args, **more)
+
+    home.shard.exchange([push([1])], [])
+    with monkeypatch.context() as patch:
+        patch.setattr(home.base, "_try", broken)
+        run_thread(home)
+    assert len(commits) == 1  # nobody tries again
+    assert home.failures == [home.base.failure]
+    assert isinstance(home.base.failure, OSError)
+
+
+def test_a_failed_log_ends_the_thread_which_need_not_tell(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise LogFailed("the disk is gone")
+
+    monkeypatch.setattr(home.checkpointer, "checkpoint", refuse)
+    run_thread(home)
+    assert home.failures == []
+
+
+def test_it_is_known_when_the_last_checkpoint_was_made(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def age() -> float:
+        (metric,) = CheckpointCollector(home.checkpointer).collect()
+        (sample,) = metric.samples
+        assert sample.name == "ps_checkpoint_age_seconds"
+        return float(sample.value)
+
+    def refuse(*_: Any) -> int:
+        raise DiskFull("base", 1)
+
+    now = [home.checkpointer.made]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    home.checkpoint()
+    now[0] += 100
+    home.shard.exchange([push([1])], [])
+    with monkeypatch.context() as full:
+        full.setattr(home.base, "add", refuse)
+        with pytest.raises(DiskFull):
+            home.checkpoint()
+    home.base.discard()
+    assert age() == 100
+    home.checkpoint()
+    now[0] += 5
+    assert age() == 5
+    home.checkpoint()  # nothing is to be done: all is there
+    assert age() == 0
+
+
+def test_the_log_is_kept_for_a_time_and_goes_on_an_idle_shard_too(tmp_path: Path) -> None:
+    with Home(tmp_path / "shard", segment_bytes=4096, keep=(0, 300.0)) as home:
+        home.shard.create_table(schema())
+        for _ in range(40):
+            home.shard.exchange([push(list(range(10)))], [])
+        home.checkpoint()
+        assert home.log.first == 1
+        state = home.base.state
+        segments = sorted((home.directory / "log").glob("*.log"))
+        assert len(segments) > 3
+        for path in segments[:2]:
+            os.utime(path, (0, 0))
+        home.checkpoint()
+        assert home.log.first == int(segments[2].stem)
+        assert home.base.state is state
+        for path in segments[2:]:
+            os.utime(path, (0, 0))
+        home.checkpointer.pins["somebody"] = int(segments[3].stem)
+        home.checkpoint()
+        assert home.log.first == int(segments[3].stem)
+        del home.checkpointer.pins["somebody"]
+        home.checkpoint()
+        assert home.log.first == int(segments[-1].stem)
+        assert_restarts_equal(home)
+
+
 def test_a_log_without_its_segments_is_damage(home: Home) -> None:
     home.shard.exchange([push([1])], [])
     home.checkpoint()
@@ -393,6 +546,22 @@ def test_a_log_without_its_segments_is_damage(home: Home) -> None:
         path.unlink()
     with pytest.raises(Corrupt, match=r"log: no segment is left of a log that was synced"):
         copy.open()
+
+
+@pytest.mark.parametrize("checkpoints", [0, 1])
+def test_a_lost_log_is_damage_and_not_the_beginning_of_a_new_one(
+    home: Home, checkpoints: int
+) -> None:
+    for _ in range(checkpoints):
+        home.checkpoint()
+    home.shard.exchange([push([1])], [])
+    home.written()
+    copy = Home(copy_of(home.directory, home.directory.with_name("copy")))
+    shutil.rmtree(copy.directory / "log")
+    for _ in range(2):
+        with pytest.raises(Corrupt, match=r"copy/log: no segment is left of a log that was synced"):
+            copy.open()
+    assert not (copy.directory / "log").exists()
 
 
 def test_a_lost_base_is_damage_if_the_log_has_not_all(tmp_path: Path) -> None:
@@ -628,14 +797,17 @@ def test_long_checkpoints_beside_large_pushes_lose_nothing(tmp_path: Path) -> No
     with working_engine() as engine, Home(tmp_path / "shard", engine=engine, **options) as home:
         home.shard.create_table(made)
         with checkpoints_meanwhile(home) as versions:
-            for _ in range(300):
+            pushed = 0
+            while pushed < 300 or len(set(versions)) <= 5:
+                pushed += 1
                 keys = rng.choice(20_000, 500, replace=False).tolist()
                 gone = rng.choice(20_000, 300, replace=False).tolist()
                 gradients = rng.normal(size=(500, 64)).astype(np.float32)
                 pushes = [push(keys, gradients=gradients)]
                 engine.run(partial(home.shard.exchange, pushes, []))
                 engine.run(partial(home.shard.delete, change(gone)))
-        assert len(set(versions)) > 5
+                if pushed % 50 == 0:  # the log has room for so many
+                    home.written()
         dump, version = home.shard.dump()["t"], home.shard.version
         home.reopen()
         again = home.shard.dump()["t"]

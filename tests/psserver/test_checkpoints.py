@@ -6,7 +6,9 @@ import asyncio
 import random
 import shutil
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import structlog
 from homes import Homes, Node, Step
 from stores import DIM, change, push, schema
 
 from psproto import ps_pb2 as pb
 from psproto import routing
 from psserver import checkpoints, restore
+from psserver.config import ConfigError, ServerConfig
 from psserver.engine import Engine
 from psserver.errors import (
     BadRequest,
@@ -30,9 +34,16 @@ from psserver.errors import (
     NotEmpty,
     RestoreConflict,
 )
+from psserver.server import Server
 from storage import checkpoint as files
 from storage.admission import Counter
-from storage.errors import Corrupt, SchemaMismatch, UnknownCheckpoint, UnknownTable
+from storage.errors import (
+    Corrupt,
+    SchemaMismatch,
+    StoreFailed,
+    UnknownCheckpoint,
+    UnknownTable,
+)
 from storage.optimizers import OPTIMIZERS, make_optimizer
 
 ADAM = make_optimizer("adam", None, {})
@@ -94,7 +105,7 @@ def test_a_restored_cluster_works_on_and_restarts(make: Make) -> None:
     source.checkpoint("full")
     target.restore("full")
     for cluster in (source, target):
-        cluster.push(range(500), 1.0, step=11)
+        cluster.push(range(500), 1.0, step=2**40 + 11)
         cluster.delete(range(5, 10))
     for node in target.nodes:
         node.reopen()
@@ -424,10 +435,34 @@ def test_a_name_is_used_once(make: Make) -> None:
     source.checkpoint("full")
     with pytest.raises(CheckpointExists):
         source.checkpoint("full")
-    attempt, parts = source.write("other")
-    source.complete("other", attempt, parts)
+    one, two = source.write("other"), source.write("other")
+    source.complete("other", *one)
     with pytest.raises(CheckpointExists):
-        source.complete("other", attempt, parts)
+        source.complete("other", *two)
+
+
+def test_a_completion_may_be_repeated_whatever_became_of_the_first(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make(2)
+    fill(source)
+    attempt, parts = source.write("full")
+    source.write("full")
+    store = source.nodes[0].checkpoints.store
+
+    def refuse(path: str) -> None:
+        raise StoreFailed(path, "PermissionError: no")
+
+    with monkeypatch.context() as patch, structlog.testing.capture_logs() as lines:
+        patch.setattr(store, "remove", refuse)
+        first = source.complete("full", attempt, parts)
+    assert [(line["event"], line["checkpoint"]) for line in lines] == [
+        ("earlier attempts are left", "full")
+    ]
+    source.nodes[0].checkpoints._now = lambda: 9.5
+    assert source.complete("full", attempt, parts) == first
+    assert store.directories("full") == [attempt]
+    assert source.verify("full") > 0
 
 
 def test_what_earlier_attempts_left_is_cleared_away(make: Make, tmp_path: Path) -> None:
@@ -564,6 +599,54 @@ def test_no_damage_is_restored(make: Make, tmp_path: Path) -> None:
         path.write_bytes(whole)
     target.restore("b")
     assert target.rows() == source.rows()
+
+
+# ---- how much is copied at once
+
+
+def test_no_piece_of_work_holds_more_than_some_blocks_at_once(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In files and queues of a block or two, so that a table of 16 blocks is a large one."""
+    monkeypatch.setattr(files, "FILE_BYTES", 1)
+    monkeypatch.setattr(restore, "AHEAD_BLOCKS", 2)
+    rows, dim, block = 120_000, 64, 1 << 21
+    room = {"segment_bytes": 1 << 26, "memory_bytes": 1 << 30}
+    source, target = make(1, **room), make(1, **room)
+    source.create(schema(dim=dim))
+    ones = np.ones((rows, dim), np.float32)
+    for keys in np.split(np.arange(rows, dtype=np.uint64), 6):
+        counts = np.ones(len(keys), np.uint64)
+        source.nodes[0].shard.write_rows("t", 1, keys, counts, ones[: len(keys)])
+    one, other = source.nodes[0], target.nodes[0]
+
+    def read(**request: str) -> None:
+        for _ in one.checkpoints.read_rows(pb.ReadRowsRequest(**request)):
+            pass
+
+    def peak(work: Callable[[], Any]) -> float:
+        """In blocks."""
+        tracemalloc.start()
+        try:
+            work()
+            return tracemalloc.get_traced_memory()[1] / block
+        finally:
+            tracemalloc.stop()
+
+    peaks = {
+        "base": peak(one.home.checkpoint),
+        "named": peak(lambda: source.checkpoint("full")),
+        "verify": peak(lambda: source.verify("full")),
+        "live": peak(lambda: read(table="t")),
+        "stored": peak(lambda: read(table="t", checkpoint="full")),
+        "restore": peak(lambda: other.prepare("full", ID)),
+    }
+    other.step(ID, Step.STEP_ABORT)
+    target.create(schema("u", dim=dim))
+    peaks["load"] = peak(lambda: load(target, name="full", table="t", into="u"))
+    most = {"base": 1, "named": 2, "verify": 4, "live": 1, "stored": 4, "restore": 9, "load": 6}
+    assert {name for name, size in peaks.items() if size > most[name]} == set(), peaks
+    assert one.shard.describe("t")[1].bytes > 16 * block
 
 
 # ---- restores that are cut off
@@ -747,6 +830,66 @@ def test_wherever_a_shard_dies_it_is_all_there_or_nothing(
     assert deaths > 30
 
 
+@pytest.mark.parametrize("moves", [1, 2, 3])
+def test_a_lost_state_in_the_middle_of_an_exchange_is_damage(
+    make: Make, url: str, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    """What was there before is in restore/old, and nobody may take it for left over."""
+    cluster = make(1)
+    fill(cluster)
+    cluster.checkpoint("full")
+    node = cluster.nodes[0]
+    node.prepare("full", ID, replace=True)
+    node.step(ID, Step.STEP_HOLD)
+    node.restores.step(pb.RestoreRequest(id=ID, step=Step.STEP_COMMIT))
+    node.home.written()
+    node.close()
+    left, move = [moves], restore._move
+
+    def dying(source: Path, target: Path) -> None:
+        if not left[0]:
+            raise Died
+        left[0] -= 1
+        move(source, target)
+
+    with monkeypatch.context() as patch, suppress(Died):
+        patch.setattr(restore, "_move", dying)
+        restore.settle(node.directory)
+    state = node.directory / "restore" / "STATE"
+    whole = state.read_bytes()
+    state.unlink()
+    before = sorted(node.directory.rglob("*"))
+    for _ in range(2):
+        with pytest.raises(
+            Corrupt, match=r"restore/STATE: is gone, but .*/restore/old/base was mo"
+        ):
+            restore.settle(node.directory)
+    assert sorted(node.directory.rglob("*")) == before
+    with pytest.raises(ConfigError, match=r"^data_dir: DATA_LOSS: .*/restore/STATE: is gone"):
+        Server(ServerConfig(data_dir=node.directory), lambda: None)._begin(node.directory)
+    state.write_bytes(whole)
+    node.open()
+
+
+def test_a_lost_base_that_was_restored_is_not_taken_for_a_new_one(make: Make) -> None:
+    cluster = make(1)
+    fill(cluster)
+    cluster.checkpoint("full")
+    cluster.push(range(9), 5.0)
+    before = cluster.rows()
+    node = cluster.nodes[0]
+    node.prepare("full", ID, replace=True)
+    node.step(ID, Step.STEP_HOLD)
+    node.restores.step(pb.RestoreRequest(id=ID, step=Step.STEP_COMMIT))
+    node.close()
+    (node.directory / "restore" / "base" / "data.mdb").unlink()
+    node.open()
+    status = node.restores.step(pb.RestoreRequest())
+    assert status.phase == pb.RestoreStatus.PHASE_FAILED
+    assert status.why.endswith("base/data.mdb is gone")
+    assert cluster.rows() == before
+
+
 def rows_of(node: Node) -> Any:
     """The rows of the only table, or of the two of ``fill``."""
     found: dict[str, Any] = {}
@@ -844,6 +987,16 @@ def test_a_table_is_filled_from_another_whatever_its_optimizer(make: Make, optim
     assert target.rows()["into"] == found
 
 
+def test_a_table_is_on_disk_once_it_is_filled(make: Make) -> None:
+    source, target = make(1), make(1, flush_seconds=60.0)
+    fill(source)
+    source.checkpoint("full")
+    target.create(schema("mine", dim=5))
+    assert load(target, name="full", table="adam", into="mine") == 850
+    log = target.nodes[0].home.log
+    assert log.durable == target.nodes[0].shard.version > 1
+
+
 def test_a_table_of_another_dim_or_with_rows_is_not_filled(make: Make) -> None:
     source = make(2)
     fill(source)
@@ -891,6 +1044,17 @@ def test_rows_are_written_as_they_are_given(make: Make) -> None:
     ]
     node.reopen()
     assert cluster.rows()["t"] == found
+
+
+def test_rows_that_come_without_a_step_are_as_fresh_as_the_table(make: Make) -> None:
+    cluster = make(1)
+    cluster.create(schema())
+    write = cluster.nodes[0].checkpoints.write_rows
+    write(rows_message([1]))
+    cluster.push([2], step=700)
+    write(rows_message([3]))
+    steps = {key: meta[2] for key, (_, meta) in cluster.rows()["t"].items()}
+    assert steps == {1: 0, 2: 700, 3: 700}
 
 
 @pytest.mark.parametrize(

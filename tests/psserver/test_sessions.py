@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import asdict
+import struct
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from psserver.errors import BadRequest, Refused, SessionExpired, TooLarge
 from psserver.sessions import WINDOW, Sessions
 
-A, B, C = 0xA, 0xB, 0xC
+A, B, C, D, E = 0xA, 0xB, 0xC, 0xD, 0xE
 TTL = 600.0
 LAST = 2**64 - 1
 
@@ -347,16 +348,65 @@ def test_unpacked_sessions_are_those_that_were_packed(clock: Clock) -> None:
     assert again.pack() == sessions.pack()
 
 
-def test_unpacked_sessions_count_as_used_now(sessions: Sessions, clock: Clock) -> None:
+def test_unpacked_sessions_are_as_old_as_they_were(sessions: Sessions, clock: Clock) -> None:
     push(sessions, A, 1)
+    clock.now += 2
     push(sessions, B, 1)
-    clock.now += 10 * TTL
-    again = repacked(sessions, clock, 2)
+    clock.now += TTL - 3
+    packed = sessions.pack()
+    clock.now = 0.5  # of another process, later
+    again = Sessions(2, TTL, clock)
+    again.unpack(packed)
     with pytest.raises(TooLarge):
         push(again, C, 1)
-    clock.now += TTL
+    clock.now += 1
     assert push(again, C, 1) is None
     assert set(again._sessions) == {B, C}  # the order of their use was kept
+
+
+def test_the_bytes_of_packed_sessions(sessions: Sessions, clock: Clock) -> None:
+    """Also those that were packed when there were no idle seconds yet are read."""
+    for sequence in (1, 3, 2):
+        push(sessions, A, sequence, sequence > 1)
+    clock.now += 300.9
+    numbers = [A, 0, 3, 1, 2 | 300 << 32, 3, 2, version(A, 3), version(A, 2)]
+    assert sessions.pack() == struct.pack("<9Q", *numbers)
+    numbers[4] = 2
+    again = Sessions(9, TTL, clock)
+    again.unpack(struct.pack("<9Q", *numbers))
+    assert again._sessions[A] == replace(sessions._sessions[A], used=clock.now)
+
+
+def test_a_session_that_was_replaced_does_not_come_back_with_the_replay(clock: Clock) -> None:
+    """Else a full table would refuse every new client for a ttl after a restart."""
+    sessions = Sessions(2, TTL, clock)
+    push(sessions, A, 1)
+    push(sessions, B, 1)
+    clock.now += TTL - 30
+    packed = sessions.pack()
+    clock.now += 30
+    push(sessions, C, 1)
+    push(sessions, D, 1)
+    assert list(sessions._sessions) == [C, D]
+    again = Sessions(2, TTL, clock)
+    again.unpack(packed)
+    for client in (C, D):
+        again.record(client, 0, 1, 0, version(client, 1))
+    again.replayed()
+    assert list(again._sessions) == [C, D]
+    clock.now += TTL
+    assert push(again, E, 1) is None
+
+
+def test_a_live_session_over_the_limit_is_kept_by_a_replay(
+    sessions: Sessions, clock: Clock
+) -> None:
+    push(sessions, A, 1)
+    push(sessions, B, 1)
+    clock.now += TTL / 4
+    again = repacked(sessions, clock, 1)
+    again.replayed()
+    assert list(again._sessions) == [A, B]
 
 
 def test_a_full_window_comes_back(sessions: Sessions, clock: Clock) -> None:

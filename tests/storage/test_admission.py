@@ -568,6 +568,29 @@ def test_with_more_keys_than_expected_it_ages_and_keeps_its_rate() -> None:
     gate.close()
 
 
+@pytest.mark.parametrize("expected", [500, 2000, 20_000])
+@pytest.mark.parametrize("count", [1, 2])
+def test_pushes_of_more_keys_than_expected_make_no_others_early(expected: int, count: int) -> None:
+    rate, size = 0.01, 10_000
+    gate = sketch(3, expected, rate)
+    for version in range(1, 11):
+        keys = spread(version * size, (version + 1) * size)
+        assert gate.admit(keys, count * ones(keys), version)[0].mean() <= five_sigma(rate, size)
+        assert np.count_nonzero(gate.cells()) <= len(gate.cells()) / 2
+    gate.close()
+
+
+def test_a_push_ages_a_sketch_no_further_than_its_keys_pay_for() -> None:
+    """High counts in most cells, of which a halving frees none."""
+    gate, keys = sketch(100, 100_000), spread(0, 10)
+    cells = len(gate.cells())
+    gate.load_cells(0, np.full(2 * cells, 255, np.uint8))
+    for version, halved in ((1, HALVED), (2, 2 * HALVED)):
+        gate.admit(keys, ones(keys), version)
+        assert np.count_nonzero(gate.cells() < 65_000) == halved
+    gate.close()
+
+
 def test_in_a_stream_few_are_early_and_next_to_none_late() -> None:
     """Zipf's law, each admission taken out again; no more wait than expected, so nothing ages."""
     rate, threshold, count = 0.01, 3, 200_000

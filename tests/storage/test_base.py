@@ -46,8 +46,20 @@ STATE = BaseState(
     sessions=b"\0sessions",
     blocks=(1, 2**40),
     cells=1,
+    logged=True,
 )
 STATE_GOLDEN = (
+    "5053424153450a00 01000000 c0000000 0200000000000000 0900000000000000 f55372af7f7881f3"
+    + (
+        '{"lineage":"000102030405060708090a0b0c0d0e0f","epoch":3,"version":17,"next_table":4,'
+        '"tables":[[1,"{\\"name\\":\\"a\\"}",2,"00ff"],[3,"{\\"name\\":\\"\u00fc\\"}",9,""]],'
+        '"horizon":5,"cells":1,"logged":true}'
+    )
+    .encode()
+    .hex()
+    + "0100000000000000 0000000000010000 0073657373696f6e73"
+)
+FIRST_GOLDEN = (  # of the first states, which did not say whether there is a log
     "5053424153450a00 01000000 b8000000 0200000000000000 0900000000000000 cb7988ec27351086"
     + (
         '{"lineage":"000102030405060708090a0b0c0d0e0f","epoch":3,"version":17,"next_table":4,'
@@ -91,6 +103,8 @@ def stored(directory: Path) -> set[int]:
 def test_the_format_of_the_state_is_what_it_always_was() -> None:
     assert STATE.pack().hex(" ", 8) == bytes.fromhex(STATE_GOLDEN).hex(" ", 8)
     assert BaseState.unpack(bytes.fromhex(STATE_GOLDEN), "golden") == STATE
+    older = dataclasses.replace(STATE, logged=False)
+    assert BaseState.unpack(bytes.fromhex(FIRST_GOLDEN), "golden") == older
 
 
 def test_an_empty_state_comes_back() -> None:

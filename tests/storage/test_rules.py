@@ -106,14 +106,22 @@ def test_the_nth_occurrence_admits_however_occurrences_are_split(
     oracle.close()
 
 
+@pytest.mark.parametrize(
+    "rule", [Counter(threshold=3), Sketch(threshold=3, expected_keys=10_000, error_rate=1e-6)]
+)
 @pytest.mark.parametrize("optimizer", OPTIMIZER)
-def test_random_pushes_and_evictions_are_those_of_a_dict(optimizer: str) -> None:
-    table = make(optimizer, admission=Counter(threshold=3), evictions=(StepTtl(steps=4),))
+def test_random_pushes_and_evictions_are_those_of_a_dict(optimizer: str, rule: Any) -> None:
+    """And rows are those of an oracle without rules. In the sketch no two keys share all cells."""
+    table, oracle = make(optimizer, admission=rule, evictions=(StepTtl(steps=4),)), make(optimizer)
+    every = np.arange(200, dtype=np.uint64) - np.uint64(100)
     rng, last, waiting = np.random.default_rng(11), dict[int, int](), dict[int, int]()
     for step in range(1, 120):
-        keys = rng.choice(200, 20, replace=False).astype(np.uint64) - np.uint64(100)
+        keys = rng.choice(every, 20, replace=False)
         counts = rng.integers(1, 3, 20)
         push(table, keys, counts, version=step, step=step)
+        totals = [waiting.get(key, 0) + n for key, n in zip(keys.tolist(), counts, strict=True)]
+        admitted = np.array([key in last for key in keys.tolist()]) | (np.array(totals) >= 3)
+        push(oracle, keys[admitted], counts[admitted], version=step, step=step)
         for key, count in zip(keys.tolist(), counts.tolist(), strict=True):
             if key in last:
                 last[key] = step
@@ -127,10 +135,14 @@ def test_random_pushes_and_evictions_are_those_of_a_dict(optimizer: str) -> None
             assert evict(table) == ({Cause.STEP_TTL: len(dead)} if dead else {})
             for key in dead:
                 del last[key]
+            oracle.delete(np.array(dead, np.uint64))
         held = table.dump()
         assert dict(zip(held.keys.tolist(), held.meta[:, STEP].tolist(), strict=True)) == last
-        assert dict(held.counters[:, :2].tolist()) == waiting
+        assert held.rows.tobytes() == oracle.dump().rows.tobytes()
+        counted = zip(every.tolist(), table.gate.waiting(every).tolist(), strict=True)
+        assert {key: count for key, count in counted if count} == waiting
     table.close()
+    oracle.close()
 
 
 @pytest.mark.parametrize("rule", [Counter(threshold=2), Sketch(threshold=2, expected_keys=100)])

@@ -793,6 +793,31 @@ class TestCut:
             each.join(20)
         assert wrong == []
 
+    @pytest.mark.parametrize("call", ["fsync", "unlink"])
+    def test_a_cut_that_may_come_back_in_part_is_a_failure_of_the_log(
+        self, opened: Opener, directory: Path, call: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Else the next cut leaves a gap behind what comes back, and the next start refuses it."""
+        failures: list[Exception] = []
+        gate, disk = gated("fsync")
+        log = opened(disk=disk, fail=failures.append)
+        append(log, *range(1, 101))
+        log.sync(100)
+        with monkeypatch.context() as patch:
+            if call == "unlink":
+                patch.setattr(Path, "unlink", lambda _: gate.through("unlink", 0, lambda: None))
+            gate.error = OSError(errno.EIO, "the disk is gone")
+            with pytest.raises(LogFailed, match="the disk is gone"):
+                log.cut(100)
+        gate.error = None
+        assert [str(each) for each in failures] == ["[Errno 5] the disk is gone"]
+        with pytest.raises(LogFailed):
+            log.reserve(1)
+        with pytest.raises(LogFailed):
+            log.close()
+        reopened = opened()
+        assert everything(reopened) == [frame(each) for each in range(reopened.first, 101)]
+
     def test_the_directory_is_synced_after_each_segment_that_goes(
         self, opened: Opener, directory: Path
     ) -> None:

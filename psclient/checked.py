@@ -1,0 +1,54 @@
+"""Values of arguments, checked before they travel: InvalidArgument names field, rule and value."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from psclient.errors import InvalidArgument
+
+
+def integer(field: str, value: Any, low: int, end: int) -> int:
+    """The integer ``value``, of any type of integers, if it is in low..end - 1."""
+    try:
+        if low <= (number := operator.index(value)) < end:
+            return number
+    except TypeError:
+        pass
+    rule = f"{_power(low)}..{_power(end - 1)}"
+    raise InvalidArgument(f"{field} must be an integer in {rule}, got {value!r}")
+
+
+def number(field: str, value: Any) -> float:
+    """The number ``value``; a server says whether it may be infinite or NaN."""
+    if not isinstance(value, str | bytes):
+        with suppress(TypeError, ValueError, OverflowError):
+            return float(value)
+    raise InvalidArgument(f"{field} must be a number, got {value!r}")
+
+
+def text(field: str, value: Any) -> str:
+    """The text ``value``, which UTF-8 has bytes for."""
+    if isinstance(value, str):
+        with suppress(UnicodeEncodeError):
+            value.encode()
+            return value
+    raise InvalidArgument(f"{field} must be text in Unicode, got {value!r}")
+
+
+def mapping(field: str, value: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The mapping ``value``; an empty one for None."""
+    if value is not None and not isinstance(value, Mapping):
+        raise InvalidArgument(f"{field} must come with a mapping of its parameters, got {value!r}")
+    return value or {}
+
+
+def _power(number: int) -> str:
+    """A number as people write it: 2^64-1."""
+    for least, offset in ((1 << 32, ""), ((1 << 32) - 1, "-1")):
+        size = abs(number) + bool(offset)
+        if abs(number) >= least and size & (size - 1) == 0:
+            return f"{'-' * (number < 0)}2^{size.bit_length() - 1}{offset}"
+    return str(number)

@@ -1,0 +1,99 @@
+"""A request whose keys live on other shards than the client believed, sent again where they do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psclient.channels import Call, Link, UnaryLink
+from psclient.errors import PsError
+from psproto import codec, routing
+from psproto import ps_pb2 as pb
+
+Places = NDArray[np.int64]  # of some keys among those of a refused push or pull
+
+
+def resend(
+    links: Sequence[Link | UnaryLink],
+    shard_map: routing.ShardMap,
+    exchange: codec.Exchange,
+    min_versions: Sequence[Sequence[int]],
+    deadline: float,
+) -> codec.Exchanged:
+    """What a refused exchange would have answered, from the shards of a newer map.
+
+    min_versions  of each pull, by shard; empty: any will do
+    deadline      monotonic seconds
+
+    The keys of the refused exchange went to one shard, which applied nothing.
+    """
+    push_owners = [routing.owners(push.keys, shard_map) for push in exchange.pushes]
+    pull_owners = [routing.owners(pull.keys, shard_map) for pull in exchange.pulls]
+    sent: list[tuple[Link | UnaryLink, Call, list[int]]] = []
+    places: list[list[Places]] = [[] for _ in exchange.pulls]
+    for shard, link in enumerate(links):
+        pushes, pulls, numbers = [], [], []
+        for push, owners in zip(exchange.pushes, push_owners, strict=True):
+            at = np.flatnonzero(owners == shard)
+            if at.size:
+                pushes.append(_some_push(push, at))
+        for number, (pull, owners) in enumerate(zip(exchange.pulls, pull_owners, strict=True)):
+            at = np.flatnonzero(owners == shard)
+            if at.size:
+                least = min_versions[number][shard] if min_versions[number] else 0
+                pulls.append(_some_pull(pull, at, least))
+                numbers.append(number)
+                places[number].append(at)
+        if pushes or pulls:
+            call = Call(codec.Exchange(pushes, pulls), deadline)
+            link.submit(call)
+            sent.append((link, call, numbers))
+    answers: list[list[codec.Pulled]] = [[] for _ in exchange.pulls]
+    failure = None
+    for link, call, numbers in sent:
+        try:
+            for number, pulled in zip(numbers, link.wait(call).pulls, strict=True):
+                answers[number].append(pulled)
+        except PsError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return codec.Exchanged([], [_joined(*each) for each in zip(answers, places, strict=True)])
+
+
+def _some_push(push: codec.Push, at: Places) -> codec.Push:
+    header = pb.PushHeader()
+    header.CopyFrom(push.header)
+    gradients = push.gradients.reshape(len(push.keys), -1)[at]
+    counts = None if push.counts is None else push.counts[at]
+    return codec.Push(header, push.keys[at], counts, gradients)
+
+
+def _some_pull(pull: codec.Pull, at: Places, min_version: int) -> codec.Pull:
+    header = pb.PullHeader()
+    header.CopyFrom(pull.header)
+    header.min_version = min_version
+    return codec.Pull(header, pull.keys[at])
+
+
+def _joined(answers: list[codec.Pulled], places: list[Places]) -> codec.Pulled:
+    """The answers to parts of a pull as the answer to the whole."""
+    order = np.argsort(np.concatenate(places))
+
+    def whole(field: str) -> NDArray[Any]:
+        parts = [
+            getattr(answer, field).reshape(len(at), -1)
+            for answer, at in zip(answers, places, strict=True)
+        ]
+        return np.concatenate(parts)[order].reshape(-1)
+
+    return codec.Pulled(
+        answers[0].header,
+        whole("embeddings"),
+        whole("versions"),
+        whole("steps"),
+        whole("frequencies"),
+    )
