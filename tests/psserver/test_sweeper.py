@@ -436,7 +436,7 @@ def test_a_call_that_is_given_up_ends_its_sweep() -> None:
         with ThreadPoolExecutor(1) as workers:
             service: Any = SimpleNamespace(_sweeper=Endless(), _workers=workers)
             service._on_worker = partial(Service._on_worker, service)
-            task = asyncio.create_task(Service.evict(service, pb.EvictRequest()))
+            task = asyncio.create_task(Service.evict(service, pb.EvictRequest(), float("inf")))
             while not begun.is_set():
                 await asyncio.sleep(0.001)
             task.cancel()
