@@ -459,6 +459,9 @@ class Service:
         self._counts.inflight_bytes += size
         try:
             done = await self._engine.submit(lambda: self._shard.delete(change), deadline)
+        except asyncio.CancelledError:
+            size = self._leave(size)
+            raise
         finally:
             self._counts.inflight_bytes -= size
         done.durable_version = await self._reached(done.version, done.achieved)
@@ -563,6 +566,9 @@ class Service:
         held = begun[1]
         try:
             return await self._finish(begun)
+        except asyncio.CancelledError:
+            held = self._leave(held)
+            raise
         finally:
             del begun
             self._counts.inflight_bytes -= held
@@ -777,6 +783,11 @@ class Service:
 
     def _sent(self, size: int) -> None:
         self._counts.inflight_bytes -= size
+
+    def _leave(self, size: int) -> int:
+        """Give so many bytes back once the engine is through with all that it has; returns 0."""
+        self._engine.submit(lambda: None).add_done_callback(lambda _: self._sent(size))
+        return 0
 
     def _message(
         self,

@@ -249,6 +249,27 @@ def test_what_a_caller_no_longer_waits_for_is_not_begun(method: str) -> None:
     assert with_server(act) == ["t"]
 
 
+@pytest.mark.parametrize("method", ["Pull", "Delete"])
+def test_what_a_caller_no_longer_waits_for_counts_until_the_engine_has_dropped_it(
+    method: str,
+) -> None:
+    async def act(peer: Peer) -> None:
+        data = codec.encode_pull(pull())
+        if method == "Delete":
+            data = codec.encode_delete(pb.PushHeader(table="t"), KEYS)
+        held = len(data) + (REPLY if method == "Pull" else 0)
+        gate = threading.Event()
+        peer.engine.submit(gate.wait)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await peer.call(f"RowService/{method}", data, timeout=0.05)
+        await asyncio.sleep(0.05)
+        assert peer.counts.inflight_bytes == held
+        gate.set()
+        await until(lambda: peer.counts.inflight_bytes == 0)
+
+    with_server(act)
+
+
 def test_what_waits_for_a_thread_past_its_deadline_is_not_begun() -> None:
     begun: list[float] = []
 
