@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -871,6 +872,7 @@ async def test_a_table_that_was_dropped_before_the_base_is_told_by_its_name(node
 
 
 @run
+@patch.object(feeds, "STEP_BYTES", 480)  # no more is read of the table before this is sent
 async def test_rows_pushed_while_a_snapshot_is_read_come_behind_it(node: Node) -> None:
     await node.create()
     await node.push(list(range(100)))
