@@ -78,7 +78,6 @@ from storage.versionlog import VersionLog
 
 PIPELINE = 64  # requests of one stream that may be at work
 SHARES = 8  # a stream is not read while it has this part of max_inflight_bytes in memory
-PROMPT = 256 << 10  # bytes of a request and its reply that is written before the next is read
 AT_ONCE = 4 << 20  # bytes of rows, a millisecond's work: the loop does no more itself
 WORKERS = 4  # threads for checkpoints and sweeps
 MESSAGE = 1024  # bytes of an error's; as a trailer, twice, it must stay below gRPC's 8 KiB
@@ -132,18 +131,16 @@ class _Flow:
     """What one stream has at work.
 
     answers  what it is owed, in order, by the ids of its requests; None: no more will come
-    held     bytes of requests and replies that are not answered
-    owed     how many those are
+    held     bytes of requests and replies in them
     room     set whenever there is less
     gone     nobody reads any more
     """
 
-    __slots__ = ("answers", "gone", "held", "owed", "room")
+    __slots__ = ("answers", "gone", "held", "room")
 
     def __init__(self) -> None:
         self.answers: asyncio.Queue[tuple[int, _Begun] | None] = asyncio.Queue()
         self.held = 0
-        self.owed = 0
         self.room = asyncio.Event()
         self.gone = False
 
@@ -434,19 +431,15 @@ class Service:
     async def _reached(self, version: int, level: int) -> int:
         """Wait until a version is written or, for FSYNC, on disk; returns the newest on disk."""
         log = self._log
-        if log is not None and not self._has(version, level):
+        if log is None or level == pb.DURABILITY_APPLIED:
+            return log.durable if log else 0
+        durable = level == pb.DURABILITY_FSYNC
+        if version > (log.durable if durable else log.written):
             loop = asyncio.get_running_loop()
             reached = asyncio.Event()
-            log.wait(version, level == pb.DURABILITY_FSYNC, lambda: _tell(loop, reached))
+            log.wait(version, durable, lambda: _tell(loop, reached))
             await reached.wait()
-        return log.durable if log else 0
-
-    def _has(self, version: int, level: int) -> bool:
-        """Whether a version is written or, for FSYNC, on disk."""
-        log = self._log
-        if log is None or level == pb.DURABILITY_APPLIED:
-            return True
-        return version <= (log.durable if level == pb.DURABILITY_FSYNC else log.written)
+        return log.durable
 
     # ---- rows
 
@@ -518,13 +511,8 @@ class Service:
                 self._streams[task] = False
                 if data is grpc.aio.EOF or flow.gone:
                     return None
-                id, begun = self._accept(flow, data)
+                self._accept(flow, data)
                 del data
-                if flow.owed == 1 and self._is_over(begun):  # nobody is to be answered before it
-                    await self._answer(flow, id, begun, context)
-                else:
-                    flow.answers.put_nowait((id, begun))
-                del begun
                 while flow.held >= self._share or flow.answers.qsize() >= PIPELINE:
                     flow.room.clear()
                     await flow.room.wait()
@@ -538,43 +526,20 @@ class Service:
             del task
         return Draining("the server is stopping")
 
-    def _accept(self, flow: _Flow, data: bytes) -> tuple[int, _Begun]:
-        """Begin a request of a stream; its id, and how it goes."""
+    def _accept(self, flow: _Flow, data: bytes) -> None:
+        """Begin a request of a stream."""
         header, exchange = codec.decode_stream_request(data)
         wait = header.timeout_ms / 1000 if header.timeout_ms else math.inf
         begun = self._begin(exchange, len(data), time.monotonic() + wait)
         flow.held += begun[1]
-        flow.owed += 1
-        return header.id, begun
-
-    def _is_over(self, begun: _Begun) -> bool:
-        """Whether the answer is there and small: to write it holds up no other request."""
-        _, size, _, work = begun
-        if isinstance(work, Exception):
-            return True
-        if size > PROMPT or not work.done() or work.exception() is not None:
-            return False
-        return all(self._has(done.version, done.achieved) for done in work.result().pushes)
+        flow.answers.put_nowait((header.id, begun))
 
     async def _write(self, flow: _Flow, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """Write answers in their order until the queue says None; none once the client is gone."""
         while (answer := await flow.answers.get()) is not None:
-            await self._answer(flow, *answer, context)
-            del answer
-
-    async def _answer(
-        self,
-        flow: _Flow,
-        id: int,
-        begun: _Begun,
-        context: grpc.aio.ServicerContext[bytes, bytes],
-    ) -> None:
-        """Write the answer to a request, if anybody is there to read it."""
-        held, finished = begun[1], self._finish(begun)
-        del begun  # an error has this frame, which must not have the error
-        try:
+            id, begun = answer
             try:
-                done = await finished
+                done = await self._finish(begun)
                 data = b"" if flow.gone else codec.encode_stream_response(id, done)
                 del done
             except Exception as error:
@@ -587,10 +552,10 @@ class Service:
                     await context.write(data)
                 except Exception:  # gRPC has several, and they say that the call is over
                     flow.gone = True
-        finally:
+            held = begun[1]
             flow.held -= held
-            flow.owed -= 1
             self._counts.inflight_bytes -= held
+            del answer, begun, data
             flow.room.set()
 
     async def _exchange(
