@@ -31,10 +31,13 @@ def free_ports(count: int) -> int:
 
 
 @contextmanager
-def shards(count: int, *, durable: bool = False) -> Iterator[tuple[list[str], list[int]]]:
+def shards(
+    count: int, *, durable: bool = False, busy_poll: float = 0.0
+) -> Iterator[tuple[list[str], list[int]]]:
     """A cluster; yields the addresses and the process ids of its shards.
 
-    durable  with a data directory; without one the shards keep no log, as the peers do not
+    durable    with a data directory; without one the shards keep no log, as the peers do not
+    busy_poll  seconds for which they do not sleep after a request
     """
     port = free_ports(count)
     addresses = [f"127.0.0.1:{port + shard}" for shard in range(count)]
@@ -43,6 +46,7 @@ def shards(count: int, *, durable: bool = False) -> Iterator[tuple[list[str], li
         for shard in range(count):
             command = [sys.executable, "-m", "psserver", "serve", "--metrics-port", "0"]
             command += ["--shard", str(shard), "--shards", str(count), "--port", str(port + shard)]
+            command += ["--busy-poll-seconds", str(busy_poll)]
             if durable:
                 command += ["--data-dir", f"{directory}/{shard}"]
             log = stack.enter_context(open(f"{directory}/{shard}.err", "wb"))

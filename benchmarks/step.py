@@ -10,6 +10,7 @@ finding distinct keys and scattering rows are inside. All contenders take turns.
     training   the same with a gradient for every id, duplicates included, as a network has them
     stream     a pull, then a push, on the stream
     unary      a pull, then a push, as unary calls
+    busy       the same with a server that looks for the next request without sleeping, for 2 ms
     durable    an exchange with a server that keeps a log; the others, and the peers, do not
 """
 
@@ -44,6 +45,7 @@ from storage.schema import TableSchema
 from storage.table import Table as LocalTable
 
 CHUNK = 10_000  # keys of a message while filling
+BUSY_POLL = 0.002  # seconds; longer than a trainer here takes between two steps
 
 
 class Trainer:
@@ -157,6 +159,9 @@ def main() -> None:
         logged, _ = stack.enter_context(shards(1, durable=True))
         durable = stack.enter_context(Client(logged)).create_table("standard", work.dim, lr=0.05)
         fill(durable, keys)
+        polling, _ = stack.enter_context(shards(1, busy_poll=BUSY_POLL))
+        busy = stack.enter_context(Client(polling)).create_table("standard", work.dim, lr=0.05)
+        fill(busy, keys)
         streams = stack.enter_context(Client(addresses))
         unaries = stack.enter_context(Client(addresses, transport="unary"))
         echo_address = stack.enter_context(echo())
@@ -182,15 +187,20 @@ def main() -> None:
                 contenders[f"training {wire}"] = trainer.training
                 contenders[f"stream {wire}"] = trainer.pull_push
                 contenders[f"unary {wire}"] = unary.pull_push
+            trainer = Trainer(busy, keys, steps, "float32")
+            contenders["exchange busy"] = trainer.exchange
+            contenders["training busy"] = trainer.training
+            contenders["stream busy"] = trainer.pull_push
             contenders["exchange durable"] = Trainer(durable, keys, steps, "float32").exchange
             times = interleave(contenders, steps=count, rounds=6)
             for name, peer in peers.items():
                 peer.run(steps[:20])
                 times[name] = peer.run((steps * 4)[: max(count * 2 // 3, 20)])
                 # ours once more beside each peer, so that both see the same minute
-                ours = "training float32" if "training" in name else "exchange float32"
-                again = interleave({ours: contenders[ours]}, steps=60, rounds=1)
-                times[f"{ours}, beside {name}"] = again[ours]
+                ours = "training" if "training" in name else "exchange"
+                beside = {each: contenders[each] for each in (f"{ours} float32", f"{ours} busy")}
+                for each, seconds in interleave(beside, steps=60, rounds=2).items():
+                    times[f"{each}, beside {name}"] = seconds
             base = np.median(times["exchange float32"])
             bound = np.median(times["echo float32"]) + np.median(times["table"])
             report.section(

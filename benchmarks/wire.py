@@ -4,6 +4,8 @@ Both sides are one server process (grpc.aio on uvloop) and one client process on
 sends messages made beforehand, so that what is compared is the server: decode, check, find rows,
 step, encode. The keys are the distinct ones of the standard work.
 
+``busy`` is a server of ours that looks for the next request without sleeping, for 2 ms.
+
 ``table`` is the same pull or push on a table in this process, without any message: the reads and
 writes of random rows that an echo is spared. No server answers sooner than echo + table.
 """
@@ -21,7 +23,7 @@ import numpy as np
 from benchmarks.peers import Work, keys_of, standard_work
 from benchmarks.report import Contender, Report, arguments, interleave, milliseconds
 from benchmarks.servers import echo, shards
-from benchmarks.step import fill, local_table
+from benchmarks.step import BUSY_POLL, fill, local_table
 from psclient import Client
 from psproto import codec
 from psproto import ps_pb2 as pb
@@ -91,9 +93,9 @@ def _turn(call: Any, requests: list[bytes], i: int) -> None:
     call(requests[i % len(requests)])
 
 
-def _row(kind: str, ours: Any, echoed: Any, table: Any) -> dict[str, Any]:
+def _row(kind: str, ours: Any, echoed: Any, table: Any, busy: Any) -> dict[str, Any]:
     """One line of the report, from the seconds of each turn."""
-    mine, bare, rows = (float(np.median(seconds)) for seconds in (ours, echoed, table))
+    mine, bare, rows, awake = (float(np.median(each)) for each in (ours, echoed, table, busy))
     return {
         "call": kind,
         **milliseconds(ours),
@@ -101,6 +103,8 @@ def _row(kind: str, ours: Any, echoed: Any, table: Any) -> dict[str, Any]:
         "table": rows * 1e3,
         "x echo (<= 1.3)": mine / bare,
         "x (echo + table)": mine / (bare + rows),
+        "busy": awake * 1e3,
+        "busy x echo": awake / bare,
     }
 
 
@@ -113,27 +117,35 @@ def main() -> None:
     gradients = np.random.default_rng(0).standard_normal((10_000, DIM), dtype=np.float32)
     with ExitStack() as stack:
         addresses, _ = stack.enter_context(shards(1))
-        client = stack.enter_context(Client(addresses))
-        fill(client.create_table("wire", DIM, lr=0.05), all_keys)
+        polling, _ = stack.enter_context(shards(1, busy_poll=BUSY_POLL))
+        for each in (addresses, polling):
+            client = stack.enter_context(Client(each))
+            fill(client.create_table("wire", DIM, lr=0.05), all_keys)
         table = local_table(all_keys, DIM)
         ours = stack.enter_context(grpc.insecure_channel(addresses[0], options=NO_LIMIT))
+        awake = stack.enter_context(grpc.insecure_channel(polling[0], options=NO_LIMIT))
         bare = stack.enter_context(
             grpc.insecure_channel(stack.enter_context(echo()), options=NO_LIMIT)
         )
-        streams = Stream(ours, "/ps.v1.RowService/Stream"), Stream(bare, "/Echo/Stream")
+        calls: dict[str, list[Any]] = {
+            kind: [
+                ours.unary_unary(f"/ps.v1.RowService/{kind.title()}"),
+                awake.unary_unary(f"/ps.v1.RowService/{kind.title()}"),
+                bare.unary_unary("/Echo/Unary"),
+            ]
+            for kind in ("pull", "push")
+        }
+        streams = [Stream(each, "/ps.v1.RowService/Stream") for each in (ours, awake)]
+        streams.append(Stream(bare, "/Echo/Stream"))
         for stream in streams:
             stack.callback(stream.close)
-        calls: dict[str, tuple[Any, Any]] = {
-            "pull": (ours.unary_unary("/ps.v1.RowService/Pull"), bare.unary_unary("/Echo/Unary")),
-            "push": (ours.unary_unary("/ps.v1.RowService/Push"), bare.unary_unary("/Echo/Unary")),
-        }
         calls |= dict.fromkeys(("stream pull", "stream push", "stream exchange"), streams)
         for batch in (10_000, 1_000):
             steps = standard_work(Work(rows=work.rows, batch=batch), 64)
             keys = [all_keys[distinct].view(np.uint64) for _, distinct, _ in steps]
             sent = messages(keys, gradients)
             contenders: dict[str, Contender] = {}
-            for kind, (call, other) in calls.items():
+            for kind, (call, polled, other) in calls.items():
                 requests = sent[kind]
                 replies = [len(call(request)) for request in requests]
                 echoed = [
@@ -141,13 +153,14 @@ def main() -> None:
                     for request, reply in zip(requests, replies, strict=True)
                 ]
                 contenders[kind] = partial(_turn, call, requests)
+                contenders[f"{kind} busy"] = partial(_turn, polled, requests)
                 contenders[f"{kind} echo"] = partial(_turn, other, echoed)
                 contenders[f"{kind} table"] = Local(table, kind, keys, gradients)
             times = interleave(contenders, steps=60 if options.quick else 300, rounds=6)
             report.section(
                 f"wire, {np.mean([len(k) for k in keys]):,.0f} distinct keys, dim {DIM}, float32",
                 [
-                    _row(kind, *(times[kind + more] for more in ("", " echo", " table")))
+                    _row(kind, *(times[kind + more] for more in ("", " echo", " table", " busy")))
                     for kind in calls
                 ],
             )

@@ -78,6 +78,9 @@ class ServerConfig(BaseSettings):
         1 << 20, ge=0, description="deleted keys remembered for subscribers that come back"
     )
     max_subscribers: int = Field(64, ge=0, description="streams of changes at a time")
+    busy_poll_seconds: float = Field(
+        0.0, ge=0, le=1, description="the server does not sleep so long after a request"
+    )
     drain_seconds: float = Field(10.0, ge=0, description="work in hand may take so long at a stop")
 
     @model_validator(mode="after")

@@ -32,9 +32,10 @@ class Engine:
         self._turn = threading.Lock()  # held by the thread that runs a call; free if none is left
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    def open(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Start the thread; results go to ``loop``."""
+    def open(self, loop: asyncio.AbstractEventLoop, busy_poll: float = 0.0) -> None:
+        """Start the thread; results go to ``loop``, kept awake so many seconds after each call."""
         self._loop = loop
+        self._poll = BusyPoll(loop, busy_poll)
         self._thread.start()
 
     def close(self) -> None:
@@ -60,6 +61,7 @@ class Engine:
         at_once   run it here and now if the engine has nothing else to do: the loop waits for it
         """
         future: asyncio.Future[Result] = self._loop.create_future()
+        self._poll.stay()
         if at_once and self._take_turn():
             try:
                 _settle(future, *_outcome(call, deadline))
@@ -113,6 +115,34 @@ class Engine:
                 except RuntimeError:  # the loop is gone, and with it who asked
                     return
             del job, call, future, result, error  # requests and replies are large; idle may be long
+
+
+class BusyPoll:
+    """Keeps a loop awake for a while after each request.
+
+    A core that has slept answers late: it is woken by an interrupt, slows its clock meanwhile, and
+    starts with cold caches. Where the next request comes soon and a core is free, looking for it
+    again and again costs that core and saves the waking.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        self._loop = loop
+        self._seconds = seconds
+        self._end = 0.0  # of looking, in seconds of the loop
+        self._looking = False
+
+    def stay(self) -> None:
+        """Look for more from now on, for as long as was set."""
+        if self._seconds:
+            self._end = self._loop.time() + self._seconds
+            if not self._looking:
+                self._looking = True
+                self._look()
+
+    def _look(self) -> None:
+        self._looking = self._loop.time() < self._end
+        if self._looking:
+            self._loop.call_soon(self._look)  # a loop with something to call does not sleep
 
 
 def _outcome(call: Callable[[], Any], deadline: float) -> tuple[Any, Exception | None]:

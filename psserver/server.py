@@ -157,7 +157,7 @@ class Server:
             self._log,
             self._feed,
         )
-        self._engine.open(asyncio.get_running_loop())
+        self._engine.open(asyncio.get_running_loop(), config.busy_poll_seconds)
         if config.metrics_port:
             registry = CollectorRegistry()
             registry.register(ShardCollector(self._shard, self._engine, self._counts, self._log))

@@ -30,6 +30,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "session_ttl_seconds": (600.0, 700.5, 800.0),
     "segment_bytes": (1 << 20, 2 << 20, 3 << 20),
     "fsync_seconds": (0.001, 0.5, 10.0),
+    "busy_poll_seconds": (0.0, 0.002, 1.0),
     "log_keep_bytes": (0, 1, 2),
     "log_keep_seconds": (0.0, 1.5, 2.0),
     "checkpoint_seconds": (0.5, 1.0, 2.0),
@@ -60,6 +61,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("segment_bytes", (1 << 20) - 1, "greater than or equal to 1048576"),
     ("fsync_seconds", 0.0, "greater than 0"),
     ("fsync_seconds", 10.5, "less than or equal to 10"),
+    ("busy_poll_seconds", -0.1, "greater than or equal to 0"),
+    ("busy_poll_seconds", 1.5, "less than or equal to 1"),
     ("log_keep_bytes", -1, "greater than or equal to 0"),
     ("log_keep_seconds", -0.5, "greater than or equal to 0"),
     ("checkpoint_seconds", 0.0, "greater than 0"),
@@ -123,6 +126,7 @@ def test_without_any_source_the_defaults_hold() -> None:
         "checkpoint_url": None,
         "max_tombstones": 1 << 20,
         "max_subscribers": 64,
+        "busy_poll_seconds": 0.0,
         "drain_seconds": 10.0,
     }
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from psserver.engine import Engine
+from psserver.engine import BusyPoll, Engine
 from psserver.errors import DeadlinePassed
 
 
@@ -224,3 +224,64 @@ def test_what_is_done_at_once_fails_like_any_other_call() -> None:
         ]
 
     assert with_engine(act) == [LookupError, DeadlinePassed, "after"]
+
+
+# ---- busy polling
+
+
+class Clock:
+    """What BusyPoll needs of a loop; a round of it calls what was called for soon."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.soon: list[Callable[[], None]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_soon(self, call: Callable[[], None]) -> None:
+        self.soon.append(call)
+
+    def round(self, seconds: float) -> int:
+        """Let time pass, then make a round; how many calls it had."""
+        self.now += seconds
+        calls, self.soon = self.soon, []
+        for call in calls:
+            call()
+        return len(calls)
+
+
+def test_a_loop_is_kept_awake_for_as_long_as_was_set_after_the_last_request() -> None:
+    clock = Clock()
+    poll = BusyPoll(clock, 0.002)  # type: ignore[arg-type]
+    assert clock.round(0.001) == 0
+    poll.stay()
+    assert [clock.round(0.001) for _ in range(4)] == [1, 1, 0, 0]
+    poll.stay()
+    rounds = [clock.round(0.001)]
+    poll.stay()  # one call a round, however many requests there are
+    poll.stay()
+    assert rounds + [clock.round(0.001) for _ in range(4)] == [1, 1, 1, 0, 0]
+
+
+def test_a_loop_that_may_sleep_is_left_alone() -> None:
+    clock = Clock()
+    BusyPoll(clock, 0.0).stay()  # type: ignore[arg-type]
+    assert clock.round(0.0) == 0
+
+
+def test_an_engine_keeps_its_loop_awake_after_a_call() -> None:
+    async def run() -> int:
+        engine, loop = Engine(), asyncio.get_running_loop()
+        selector: Any = loop._selector  # type: ignore[attr-defined]
+        select, rounds = selector.select, []
+        engine.open(loop, 0.2)
+        try:
+            await engine.submit(lambda: None)
+            selector.select = lambda timeout=None: rounds.append(timeout) or select(timeout)
+            await asyncio.sleep(0.1)
+            return len(rounds)
+        finally:
+            await asyncio.to_thread(engine.close)
+
+    assert asyncio.run(run()) > 20  # one or two if it sleeps
