@@ -61,7 +61,6 @@ class Engine:
         at_once   run it here and now if the engine has nothing else to do: the loop waits for it
         """
         future: asyncio.Future[Result] = self._loop.create_future()
-        self._poll.stay()
         if at_once and self._take_turn():
             try:
                 _settle(future, *_outcome(call, deadline))
@@ -70,6 +69,7 @@ class Engine:
                 self._over()
         else:
             self._put((call, deadline, future))
+        self._poll.stay()
         return future
 
     def run(self, call: Callable[[], Result]) -> Result:
