@@ -129,6 +129,7 @@ REASONS: dict[str, type[PsError]] = {
     "RESTORE_CONFLICT": RestoreConflict,
 }
 CODES: dict[int, type[PsError]] = {  # of google.rpc.Code
+    1: Unavailable,  # a server that ends, or starts, cancels what it does not answer
     3: InvalidArgument,
     4: DeadlineExceeded,
     8: ResourceExhausted,

@@ -351,13 +351,19 @@ async def _serve(config: ServerConfig) -> bool:
     started = time.monotonic()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    again = threading.Event()
+    again, over = threading.Event(), False
 
     def restart() -> None:
         again.set()
         loop.call_soon_threadsafe(stop.set)
+
+    def end() -> None:
+        nonlocal over
+        over = True
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
 
     server = Server(config, restart)
     await server.listen()
@@ -376,7 +382,7 @@ async def _serve(config: ServerConfig) -> bool:
     log.info("stopping", shard=config.shard)
     await server.close()
     log.info("stopped", shard=config.shard)
-    return again.is_set()
+    return again.is_set() and not over
 
 
 def serve(config: ServerConfig) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 from servers import Cluster, alive, eventually
 
 from psclient import Client, PsError, Table
-from psclient.channels import Session
-from psclient.errors import SessionExpired
+from psclient.channels import Session, retry
+from psclient.errors import SessionExpired, Unavailable
 from psproto import ps_pb2 as pb
 
 ONE = -np.ones((1, 1), np.float32)  # a gradient that adds 1 to a row of dim 1
@@ -101,3 +104,36 @@ def test_a_push_goes_on_where_only_given_up_ones_came_before(
     client._timeout = 60.0
     table.push([2], ONE)
     assert_array_equal(table.pull([2]), [[1]])
+
+
+class TestCancelled:
+    """A server that ends cancels calls that it has begun, and nobody else does."""
+
+    class Ended(grpc.RpcError):
+        def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.CANCELLED
+
+        def details(self) -> str:
+            return "CANCELLED"
+
+        def trailing_metadata(self) -> tuple[()]:
+            return ()
+
+    def test_such_a_call_is_made_again(self) -> None:
+        left: list[float] = []
+
+        def attempt(seconds: float) -> str:
+            left.append(seconds)
+            if len(left) < 3:
+                raise self.Ended
+            return "done"
+
+        assert retry(attempt, "shard 0", time.monotonic() + 20, itertools.count()) == "done"
+        assert 20 >= left[0] > left[1] > left[2]
+
+    def test_it_ends_as_unavailable_once_time_is_over(self) -> None:
+        def attempt(_: float) -> None:
+            raise self.Ended
+
+        with pytest.raises(Unavailable, match=r"^shard 0: CANCELLED$"):
+            retry(attempt, "shard 0", time.monotonic() + 0.01, itertools.count())
