@@ -37,8 +37,9 @@ def warm() -> None:
     norms = np.empty(4)
     meta = table.scan().measure(slots, norms)
     table.scan().read(slots, rows)
-    seen = RowColumns(meta[:, 0], meta[:, 1], steps, frequencies, norms, "host")
-    Summary().add(seen, 0)
+    of_table = meta[:, 0], meta[:, 1], meta[:, 2].view(np.int64), meta[:, 3]
+    for columns in (of_table, [column.copy() for column in of_table]):  # those of checkpoints
+        Summary().add(RowColumns._make([*columns, norms, "host"]), 0)
     table.delete(keys[:1])
     table.pull(keys, "train", rows)
     table.close()

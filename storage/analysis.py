@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.kernels import Keys, jit
+from storage.kernels import Keys, inline, jit
 
 FREQUENCIES = tuple(2.0**i for i in range(32))
 AGES = (0.0, *(2.0**i for i in range(33)))  # steps
@@ -24,7 +24,6 @@ NORMS = tuple(float(f"{digit}e{power}") for power in range(-6, 5) for digit in (
 
 Edges = NDArray[np.float64]
 Counts = NDArray[np.uint64]
-_UNWEIGHTED = np.empty(0, np.uint64)
 
 
 class RowColumns(NamedTuple):
@@ -47,25 +46,76 @@ def edges_of(usual: tuple[float, ...], asked: Any) -> Edges:
     return np.union1d(np.asarray(usual, np.float64), np.asarray(asked, np.float64))
 
 
-@jit
-def _count(values: Any, edges: Any, weights: Any, counts: Any, sums: Any) -> None:
-    """Count values by the number of edges that are not above them.
+@inline
+def _place(edges: Any, value: Any) -> Any:
+    """How many of the ascending edges are not above a value; all for NaN, which no threshold is."""
+    low, left = 0, edges.shape[0]
+    while left > 0:  # without a branch: which half it is cannot be foreseen
+        half = (left + 1) >> 1
+        low += 0 if value < edges[low + half - 1] else half
+        left -= half
+    return low
 
-    values   float64[n]  NaN has no edge above it: it is not below a threshold
-    edges    float64[k]  ascending
-    weights  uint64[n]   added to sums; or empty, and so are they
-    counts   uint64[k + 1], sums uint64[k + 1]  updated
+
+@inline
+def _enters(value: Any, key: Any, sign: float, last: Any, last_key: Any) -> Any:
+    """Whether a row comes before the last one of a full list of extremes."""
+    rank = np.inf if np.isnan(value) else sign * value
+    return rank < last or (rank == last and key < last_key)
+
+
+@jit
+def _look(
+    keys: Any,
+    steps: Any,
+    frequencies: Any,
+    norms: Any,
+    step: int,
+    grace: int,
+    of_frequencies: Any,
+    of_ages: Any,
+    of_norms: Any,
+    of_idle_norms: Any,
+    lasts: Any,
+    last_keys: Any,
+    enter: Any,
+) -> Any:
+    """Count rows in histograms, and say which lists of extremes one of them would enter.
+
+    All in one pass without the interpreter's lock: to take it often is what a pull would notice.
+
+    keys, steps, frequencies, norms  [n]; see RowColumns
+    step           ages are counted back from it
+    grace          idle_norms count rows of at least this age
+    of_*           (edges float64[k], counts uint64[k + 1], sums uint64[k + 1] or empty), updated
+    lasts          float64[4]  ranks of the last rows of the lists: most and least frequent, largest
+                   and smallest
+    last_keys      uint64[4]   keys of the same
+    enter          bool[4]     written
+
+    Returns the sums of frequencies and norms.
     """
-    for i in range(values.shape[0]):
-        value = values[i]
-        low, left = 0, edges.shape[0]
-        while left > 0:  # without a branch: which half it is cannot be foreseen
-            half = (left + 1) >> 1
-            low += 0 if value < edges[low + half - 1] else half
-            left -= half
-        counts[low] += np.uint64(1)
-        if weights.shape[0]:
-            sums[low] += weights[i]
+    occurrences, norm_sum = np.uint64(0), 0.0
+    enter[:] = False
+    for i in range(keys.shape[0]):
+        key, count, norm = keys[i], frequencies[i], norms[i]
+        age = max(step - steps[i], 0)
+        occurrences += count
+        norm_sum += norm
+        frequency = np.float64(count)
+        at = _place(of_frequencies[0], frequency)
+        of_frequencies[1][at] += np.uint64(1)
+        of_frequencies[2][at] += count
+        of_ages[1][_place(of_ages[0], np.float64(age))] += np.uint64(1)
+        at = _place(of_norms[0], norm)
+        of_norms[1][at] += np.uint64(1)
+        if grace > 0 and age >= grace:
+            of_idle_norms[1][at] += np.uint64(1)  # of the same edges
+        enter[0] |= _enters(frequency, key, -1.0, lasts[0], last_keys[0])
+        enter[1] |= _enters(frequency, key, 1.0, lasts[1], last_keys[1])
+        enter[2] |= _enters(norm, key, -1.0, lasts[2], last_keys[2])
+        enter[3] |= _enters(norm, key, 1.0, lasts[3], last_keys[3])
+    return occurrences, norm_sum
 
 
 class Histogram:
@@ -82,10 +132,10 @@ class Histogram:
         self.sums = np.zeros(len(self.counts) if weighted else 0, np.uint64)
         self._bounds = np.nextafter(edges, np.inf) if upper else edges
 
-    def add(self, values: NDArray[Any], weights: Counts = _UNWEIGHTED) -> None:
-        """Count values [n] with weights uint64[n]."""
-        numbers, weights = values.astype(np.float64), np.array(weights)
-        _count(numbers, self._bounds, weights, self.counts, self.sums)
+    @property
+    def parts(self) -> tuple[Edges, Counts, Counts]:
+        """Edges to compare with, counts and sums; the kernel updates them."""
+        return self._bounds, self.counts, self.sums
 
 
 class Extremes:
@@ -104,6 +154,15 @@ class Extremes:
             "",
         )
         self.tiers = np.empty(0, np.str_)  # of the rows
+
+    @property
+    def last(self) -> tuple[float, int]:
+        """Rank and key that a row must come before to enter; anything does while there is room."""
+        if not self._k:
+            return -np.inf, 0
+        if len(self._ranks) < self._k:
+            return np.inf, (1 << 64) - 1
+        return float(self._ranks[-1]), int(self.rows.keys[-1])
 
     def add(self, rows: RowColumns, values: NDArray[Any]) -> None:
         """Look at rows with values float64[n]; NaN is neither small nor large."""
@@ -165,16 +224,17 @@ class Summary:
             return
         self.rows += count
         self.tiers[rows.tier] = self.tiers.get(rows.tier, 0) + count
-        self.occurrences += int(rows.frequencies.sum(dtype=np.uint64))
-        self.norm_sum += float(rows.norms.sum())
-        self.frequencies.add(rows.frequencies, rows.frequencies)
-        ages = np.maximum(step - rows.steps, 0)
-        self.ages.add(ages)
-        self.norms.add(rows.norms)
-        if self.grace > 0:
-            self.idle_norms.add(rows.norms[ages >= self.grace])
-        frequencies = rows.frequencies.astype(np.float64)
-        self.most_frequent.add(rows, frequencies)
-        self.least_frequent.add(rows, frequencies)
-        self.largest.add(rows, rows.norms)
-        self.smallest.add(rows, rows.norms)
+        values = (rows.frequencies, rows.frequencies, rows.norms, rows.norms)
+        lists = (self.most_frequent, self.least_frequent, self.largest, self.smallest)
+        lasts, last_keys = zip(*(each.last for each in lists), strict=True)
+        enter = np.empty(len(lists), np.bool_)
+        occurrences, norm_sum = _look(
+            *(rows.keys, rows.steps, rows.frequencies, rows.norms, step, self.grace),
+            *(self.frequencies.parts, self.ages.parts, self.norms.parts, self.idle_norms.parts),
+            *(np.array(lasts), np.array(last_keys, np.uint64), enter),
+        )
+        self.occurrences += int(occurrences)
+        self.norm_sum += norm_sum
+        for each, ranked, enters in zip(lists, values, enter.tolist(), strict=True):
+            if enters:
+                each.add(rows, ranked.astype(np.float64))
