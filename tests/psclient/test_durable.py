@@ -178,6 +178,7 @@ def test_a_delete_from_an_unknown_table_is_refused(client: Client, name: str) ->
         rows.delete(KEYS)
 
 
+@pytest.mark.slow
 def test_a_delete_larger_than_a_message_is_sent_in_parts(start_cluster: Any, name: str) -> None:
     cluster = start_cluster(2, "--max-message-bytes", "65536", "--max-keys", "5000")
     keys = np.arange(40_000)

@@ -186,6 +186,7 @@ def test_psctl_evicts_and_says_what(
     assert [line[-7:] for line in psctl(f"{name}.kept")] == none
 
 
+@pytest.mark.slow
 def test_rows_leave_in_the_background_and_subscribers_are_told_why(
     cluster2: Cluster, connect: Callable[..., Client], name: str
 ) -> None:

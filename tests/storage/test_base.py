@@ -543,6 +543,7 @@ def check_written(base: Base) -> None:
         assert contents(block) == bytes(rows(1000 + number, len(block), 50)), number
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_no_committed_state(tmp_path: Path) -> None:
     assert run("kills", tmp_path / "base", 5) > KILLS
 
@@ -772,6 +773,7 @@ def test_pages_that_change_while_they_are_checked_are_no_damage(tmp_path: Path) 
     assert checked > 10
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_is_found_or_changes_nothing(memory: Path) -> None:
     process = start("flips", memory / "base", 11, 0.05)
     output, _ = process.communicate(timeout=100)

@@ -200,6 +200,7 @@ def every_file(chain: Path) -> list[Path]:
     return sorted(path for path in chain.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_every_file_is_found(store: Store, chain: Path) -> None:
     verify(store)
     rng = random.Random(1)

@@ -1048,6 +1048,7 @@ class TestBytes:
                 log.close()
                 shutil.rmtree(where)
 
+    @pytest.mark.slow
     def test_every_flipped_byte_is_noticed_or_does_not_matter(
         self, opened: Opener, tmp_path: Path
     ) -> None:
@@ -1103,6 +1104,7 @@ for version in range(log.last + 1, 1 << 30):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_nothing_that_it_acknowledged(
     opened: Opener, directory: Path
 ) -> None:
