@@ -91,12 +91,11 @@ def _look(
     lasts          float64[4]  ranks of the last rows of the lists: most and least frequent, largest
                    and smallest
     last_keys      uint64[4]   keys of the same
-    enter          bool[4]     written
+    enter          bool[4]     set where a row does
 
     Returns the sums of frequencies and norms.
     """
     occurrences, norm_sum = np.uint64(0), 0.0
-    enter[:] = False
     for i in range(keys.shape[0]):
         key, count, norm = keys[i], frequencies[i], norms[i]
         age = max(step - steps[i], 0)
@@ -156,24 +155,23 @@ class Extremes:
         self.tiers = np.empty(0, np.str_)  # of the rows
 
     @property
+    def room(self) -> bool:
+        """Whether any row enters."""
+        return len(self._ranks) < self._k
+
+    @property
     def last(self) -> tuple[float, int]:
-        """Rank and key that a row must come before to enter; anything does while there is room."""
-        if not self._k:
+        """Rank and key of the last row; without one, what no row comes before."""
+        if not len(self._ranks):
             return -np.inf, 0
-        if len(self._ranks) < self._k:
-            return np.inf, (1 << 64) - 1
         return float(self._ranks[-1]), int(self.rows.keys[-1])
 
     def add(self, rows: RowColumns, values: NDArray[Any]) -> None:
-        """Look at rows with values float64[n]; NaN is neither small nor large."""
-        if not self._k:
-            return
+        """Take rows with values float64[n], of which one enters; NaN is neither small nor large."""
         ranks = np.where(np.isnan(values), np.inf, self._sign * values)
-        if len(self._ranks) == self._k:
-            rank, key = self._ranks[-1], self.rows.keys[-1]
-            better = (ranks < rank) | ((ranks == rank) & (rows.keys < key))
-            if not better.any():
-                return
+        if not self.room:
+            rank, key = self.last
+            better = (ranks < rank) | ((ranks == rank) & (rows.keys < np.uint64(key)))
             rows, ranks = rows.take(better), ranks[better]
         ranks = np.concatenate([self._ranks, ranks])
         keys = np.concatenate([self.rows.keys, rows.keys])
@@ -227,7 +225,7 @@ class Summary:
         values = (rows.frequencies, rows.frequencies, rows.norms, rows.norms)
         lists = (self.most_frequent, self.least_frequent, self.largest, self.smallest)
         lasts, last_keys = zip(*(each.last for each in lists), strict=True)
-        enter = np.empty(len(lists), np.bool_)
+        enter = np.array([each.room for each in lists])
         occurrences, norm_sum = _look(
             *(rows.keys, rows.steps, rows.frequencies, rows.norms, step, self.grace),
             *(self.frequencies.parts, self.ages.parts, self.norms.parts, self.idle_norms.parts),

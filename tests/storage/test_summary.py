@@ -131,6 +131,16 @@ def test_how_rows_are_cut_into_slices_does_not_matter(seed: int, cuts: list[int]
     assert (one.rows, one.occurrences) == (many.rows, many.occurrences)
 
 
+@pytest.mark.parametrize("norm", [np.nan, np.inf, -np.inf, 0.0])
+@pytest.mark.parametrize("key", [0, (1 << 64) - 1])
+def test_a_list_with_room_takes_any_row(key: int, norm: float) -> None:
+    summary = Summary(top=2)
+    row = [np.array([key], np.uint64), *(np.array([1], kind) for kind in ("u8", "i8", "u8"))]
+    summary.add(RowColumns._make([*row, np.array([norm]), "host"]), 1)
+    for name in ("most_frequent", "least_frequent", "largest", "smallest"):
+        assert getattr(summary, name).rows.keys.tolist() == [key]
+
+
 @pytest.mark.parametrize("upper", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 8, 31])
 def test_every_value_falls_between_its_edges(count: int, upper: bool) -> None:
