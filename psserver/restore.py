@@ -63,7 +63,7 @@ from storage import checkpoint as files
 from storage.base import DATA, Base, BaseState, BaseTable
 from storage.block import Block, pack_counters, rows_per_block, tombstones_per_block
 from storage.checkpoint import Checkpoint, Piece
-from storage.disk import sync
+from storage.disk import replace, sync
 from storage.errors import Corrupt
 from storage.kernels import Keys
 
@@ -498,11 +498,5 @@ def _read_state(directory: Path) -> State | None:
 def _write_state(directory: Path, state: State) -> None:
     path = directory / "restore" / "STATE"
     path.parent.mkdir(exist_ok=True)
-    fresh = path.with_name("STATE.new")
-    with fresh.open("wb") as file:
-        file.write(files.to_json(files.facts(state)))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
-    sync(path.parent)
+    replace(path, files.to_json(files.facts(state)))
     sync(directory)
