@@ -25,6 +25,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from auc import auc
+from bar import Bar
 from clicks import (
     CONTEXTS,
     FACTORS,
@@ -44,7 +45,6 @@ from clicks import (
 from cluster import servers
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as Grid
 
 from psclient import Client
@@ -123,32 +123,15 @@ class Record:
         return auc(clicks, predicted), auc(clicks, truth)
 
 
-class Display:
-    """Live figures: a bar on a terminal, a few lines elsewhere."""
+class Display(Bar):
+    """Live figures."""
 
     def __init__(self, console: Console, ps: Client, *, steps: int, batch: int) -> None:
-        self._console = console
+        super().__init__(console, steps, LINES)
         self._ps = ps
-        self._steps = steps
         self._batch = batch
         self._window = Record(last=WINDOW)
-        self._progress = Progress(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("", total=steps)
-
-    def __enter__(self) -> "Display":
-        self._start = self._shown = time.monotonic()
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._shown = time.monotonic()
 
     def step(self, step: int, batch: Batch, predicted: Floats) -> None:
         self._window.add(batch, predicted)
@@ -157,7 +140,7 @@ class Display:
             if step == self._steps or time.monotonic() - self._shown >= REFRESH_SECONDS:
                 self._progress.update(self._task, description=self._figures(step))
                 self._shown = time.monotonic()
-        elif step * LINES // self._steps > (step - 1) * LINES // self._steps:
+        elif self._has_line(step):
             self._console.print(f"step {step:>6}  {self._figures(step)}", highlight=False)
 
     def _figures(self, step: int) -> str:

@@ -32,11 +32,11 @@ from typing import Any
 
 import numpy as np
 from auc import auc
+from bar import Bar
 from clicks import Batch, Floats, Rows, predict, share
 from cluster import servers
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as Grid
 from tail import HELD_OUT, LONG, Scale, Seen, Stream
 from ways import Result, Way, embeddings, make_ways
@@ -187,35 +187,17 @@ def claims(results: list[Result], best: float, size: Size) -> list[Claim]:
     ]
 
 
-class Display:
-    """A bar on a terminal, a few lines elsewhere."""
+class Display(Bar):
+    """How many rows there are."""
 
     def __init__(self, console: Console, ways: list[Way], steps: int) -> None:
-        self._console = console
+        super().__init__(console, steps, LINES)
         self._ways = ways
-        self._steps = steps
-        self._progress = Progress(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("", total=steps)
-
-    def __enter__(self) -> "Display":
-        self._start = time.monotonic()
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
 
     def step(self, step: int) -> None:
         if self._console.is_terminal:
             self._progress.update(self._task, completed=step, description=self._figures(step))
-        elif step * LINES // self._steps > (step - 1) * LINES // self._steps:
+        elif self._has_line(step):
             self._console.print(f"step {step:>5}  {self._figures(step)}", highlight=False)
 
     def _figures(self, step: int) -> str:
