@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -246,7 +247,7 @@ class Server:
             state = self._base.state
             self._log = VersionLog.open(
                 directory / "log",
-                fail=_fail,
+                fail=partial(_fail, "the version log"),
                 wake=self._wake,
                 segment_bytes=config.segment_bytes,
                 flush_seconds=config.fsync_seconds,
@@ -267,7 +268,7 @@ class Server:
             self._engine,
             self._base,
             self._log,
-            fail=_fail_base,
+            fail=partial(_fail, "the base"),
             seconds=config.checkpoint_seconds,
             keep=(config.log_keep_bytes, config.log_keep_seconds),
             stored_rows=found.rows,
@@ -299,15 +300,9 @@ def _unfit(error: Exception) -> ConfigError:
     return ConfigError(f"data_dir: {damaged}{error}")
 
 
-def _fail(error: Exception) -> None:
-    """The log cannot be trusted any more: end without another word to any client."""
-    log.critical("the version log failed", error=str(error))
-    os._exit(74)  # EX_IOERR
-
-
-def _fail_base(error: Exception) -> None:
-    """Nor can the base."""
-    log.critical("the base failed", error=str(error))
+def _fail(what: str, error: Exception) -> None:
+    """What is on disk cannot be trusted any more: end without another word to any client."""
+    log.critical(f"{what} failed", error=str(error))
     os._exit(74)  # EX_IOERR
 
 
