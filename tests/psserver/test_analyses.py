@@ -225,13 +225,18 @@ def test_what_makes_no_sense_is_refused(shard: Shard, fields: Any, message: str)
     assert message in str(caught.value)
 
 
-def test_a_table_that_is_dropped_meanwhile_is_not_there(
-    shard: Shard, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def small_messages(shard: Shard, monkeypatch: pytest.MonkeyPatch) -> Iterator[pb.AnalyzeResponse]:
+    """The messages about a table, a slice in each and before the next is read."""
     monkeypatch.setattr(analysis, "SLICE_ROWS", 7)
     monkeypatch.setattr(analysis, "MESSAGE_BYTES", 1)
     request = pb.AnalyzeRequest(table="t", columns=Columns.COLUMNS_METADATA)
-    messages = analyses(shard).analyze(request)
+    return analyses(shard).analyze(request)
+
+
+def test_a_table_that_is_dropped_meanwhile_is_not_there(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = small_messages(shard, monkeypatch)
     next(messages)
     shard.drop_table("t")
     shard.create_table(schema())
@@ -244,10 +249,7 @@ def test_a_table_that_is_dropped_meanwhile_is_not_there(
 def test_rows_that_change_meanwhile_are_seen_as_they_are_then(
     shard: Shard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(analysis, "SLICE_ROWS", 7)
-    monkeypatch.setattr(analysis, "MESSAGE_BYTES", 1)
-    request = pb.AnalyzeRequest(table="t", columns=Columns.COLUMNS_METADATA)
-    messages = analyses(shard).analyze(request)
+    messages = small_messages(shard, monkeypatch)
     before = set(shard.dump()["t"].keys.tolist())
     first = set(np.frombuffer(next(messages).keys, "<u8").tolist())
     rest = sorted(before - first)
