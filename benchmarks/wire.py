@@ -51,9 +51,11 @@ class Stream:
 
 def messages(keys: list[Any], gradients: Any) -> dict[str, list[bytes]]:
     """What a client would send for each step, by kind of call."""
-    pulls = [codec.Pull(pb.PullHeader(table="wire"), k) for k in keys]
+    pulls = [codec.PullMessage(pb.PullHeader(table="wire"), k) for k in keys]
     pushes = [
-        codec.Push(pb.PushHeader(table="wire"), k, np.ones(len(k), np.uint32), gradients[: len(k)])
+        codec.PushMessage(
+            pb.PushHeader(table="wire"), k, np.ones(len(k), np.uint32), gradients[: len(k)]
+        )
         for k in keys
     ]
     head = pb.StreamRequestHeader(id=1)

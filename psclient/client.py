@@ -970,7 +970,7 @@ def _messages(
                 durability=durability,  # type: ignore[arg-type]
             )
             built_pushes.append(
-                codec.Push(
+                codec.PushMessage(
                     header,
                     push.batch.keys[low:high],
                     push.counts[low:high],
@@ -987,7 +987,9 @@ def _messages(
                 with_metadata=pull.metadata,
                 min_version=pull.min_version[shard] if pull.min_version else 0,
             )
-            built_pulls.append((codec.Pull(head, pull.batch.keys[low:high]), (pull, low, high)))
+            built_pulls.append(
+                (codec.PullMessage(head, pull.batch.keys[low:high]), (pull, low, high))
+            )
     if pieces == 1:
         if not built_pushes and not built_pulls:
             return []

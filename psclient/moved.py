@@ -64,19 +64,19 @@ def resend(
     return codec.Exchanged([], [_joined(*each) for each in zip(answers, places, strict=True)])
 
 
-def _some_push(push: codec.Push, at: Places) -> codec.Push:
+def _some_push(push: codec.PushMessage, at: Places) -> codec.PushMessage:
     header = pb.PushHeader()
     header.CopyFrom(push.header)
     gradients = push.gradients.reshape(len(push.keys), -1)[at]
     counts = None if push.counts is None else push.counts[at]
-    return codec.Push(header, push.keys[at], counts, gradients)
+    return codec.PushMessage(header, push.keys[at], counts, gradients)
 
 
-def _some_pull(pull: codec.Pull, at: Places, min_version: int) -> codec.Pull:
+def _some_pull(pull: codec.PullMessage, at: Places, min_version: int) -> codec.PullMessage:
     header = pb.PullHeader()
     header.CopyFrom(pull.header)
     header.min_version = min_version
-    return codec.Pull(header, pull.keys[at])
+    return codec.PullMessage(header, pull.keys[at])
 
 
 def _joined(answers: list[codec.Pulled], places: list[Places]) -> codec.Pulled:

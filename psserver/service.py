@@ -656,7 +656,7 @@ class Service:
         belongs = int(shard_map.shard_of_bucket[bucket])
         return WrongShard(table, int(key), belongs, self._shard.number, shard_map.epoch)
 
-    def _check_pull(self, pull: codec.Pull) -> Pull:
+    def _check_pull(self, pull: codec.PullMessage) -> Pull:
         header = pull.header
         self._check_keys(header.table, pull.keys)
         if header.mode not in MODES:
@@ -673,7 +673,7 @@ class Service:
             min_version=header.min_version,
         )
 
-    def _check_push(self, push: codec.Push) -> Push:
+    def _check_push(self, push: codec.PushMessage) -> Push:
         header, keys, counts, n = push.header, push.keys, push.counts, len(push.keys)
         self._check_keys(header.table, keys)
         lr = header.lr if header.HasField("lr") else None
@@ -721,7 +721,7 @@ class Service:
             durability=_level(header),
         )
 
-    def _check_delete(self, push: codec.Push) -> Change:
+    def _check_delete(self, push: codec.PushMessage) -> Change:
         header = push.header
         self._check_keys(header.table, push.keys)
         repeated, stray = routing.check(push.keys, self._shard.shard_map, self._shard.number)

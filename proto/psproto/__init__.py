@@ -2,7 +2,11 @@
 
 ps.proto     messages and services; its comments are normative
 routing.py   key hash, buckets, shard map, and the kernels that split and join batches
-codec.py     arrays <-> messages
+dtypes.py    numbers on the wire
+messages.py  the messages that carry arrays
+encoding.py  messages to bytes
+decoding.py  bytes to messages
+codec.py     all of that under one name
 """
 
 RELEASE = "0.1.0"

@@ -66,7 +66,9 @@ def _bad_requests(table: str, limit: int) -> dict[tuple[str, str], tuple[str, by
     nan[3, 2] = np.nan
 
     def push(name: str, keys: Any, gradients: Any) -> bytes:
-        return codec.encode_push(codec.Push(pb.PushHeader(table=name), keys, None, gradients))
+        return codec.encode_push(
+            codec.PushMessage(pb.PushHeader(table=name), keys, None, gradients)
+        )
 
     return {
         ("INVALID_ARGUMENT", "MALFORMED_MESSAGE"): ("Push", os.urandom(100) + b"\xff" * 20),
@@ -76,7 +78,9 @@ def _bad_requests(table: str, limit: int) -> dict[tuple[str, str], tuple[str, by
         ("FAILED_PRECONDITION", "WRONG_SHARD"): ("Push", push(table, theirs[:1], good[:1])),
         ("RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE"): (
             "Pull",
-            codec.encode_pull(codec.Pull(pb.PullHeader(table=table), np.zeros(limit, np.uint64))),
+            codec.encode_pull(
+                codec.PullMessage(pb.PullHeader(table=table), np.zeros(limit, np.uint64))
+            ),
         ),
     }
 

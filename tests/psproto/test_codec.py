@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from psproto import codec
 from psproto import ps_pb2 as pb
-from psproto.codec import Delta, Exchange, Exchanged, Malformed, Pull, Pulled, Push
+from psproto.codec import Delta, Exchange, Exchanged, Malformed, Pulled, PullMessage, PushMessage
 
 GOLDEN = Path(__file__).parent / "golden"
 U64 = 2**64 - 1
@@ -42,14 +42,14 @@ def f4(*numbers: float) -> np.ndarray:
 
 EMPTY = u8()
 
-PULL = Pull(pb.PullHeader(table="users", mode=pb.MODE_SERVE, min_version=3), u8(7, U64, 0))
-PUSH = Push(
+PULL = PullMessage(pb.PullHeader(table="users", mode=pb.MODE_SERVE, min_version=3), u8(7, U64, 0))
+PUSH = PushMessage(
     pb.PushHeader(table="users", dtype=BF16, step=-1, lr=0.5, client_id=1 << 63, sequence=2),
     u8(5, 1 << 63),
     u4(1, 2**32 - 1),
     codec.to_wire(f4(1.0, -2.0, 0.5, 3.0), BF16),
 )
-PLAIN_PUSH = Push(pb.PushHeader(table="items"), u8(1), None, f4(0.25, -1.0))
+PLAIN_PUSH = PushMessage(pb.PushHeader(table="items"), u8(1), None, f4(0.25, -1.0))
 PULLED = Pulled(
     pb.PullResponseHeader(version=300, dim=2, dtype=F32),
     f4(1.0, 2.0, -3.0, 4.0),
@@ -93,7 +93,7 @@ DELTA = Delta(
     np.array([-4, 5], "<i8"),
     u8(1 << 40, 1),
 )
-EXCHANGE = Exchange([PUSH, PLAIN_PUSH], [PULL, Pull(pb.PullHeader(table="t"), EMPTY)])
+EXCHANGE = Exchange([PUSH, PLAIN_PUSH], [PULL, PullMessage(pb.PullHeader(table="t"), EMPTY)])
 EXCHANGED = Exchanged(
     [pb.PushResponse(version=300), pb.PushResponse(version=299, duplicate=True)],
     [PULLED, HALF_PULLED],
@@ -168,9 +168,9 @@ def as_message(value: Any) -> Message:
     match value:
         case Delete(header, keys):
             return pb.DeleteRequest(header=header, keys=keys.tobytes())
-        case Pull(header, keys):
+        case PullMessage(header, keys):
             return pb.PullRequest(header=header, keys=keys.tobytes())
-        case Push(header, keys, counts, gradients):
+        case PushMessage(header, keys, counts, gradients):
             return pb.PushRequest(
                 header=header,
                 keys=keys.tobytes(),
@@ -959,9 +959,9 @@ def test_random_bytes_are_malformed_or_mean_the_same_to_protobuf(name: str) -> N
 def arrays(value: Any) -> list[np.ndarray]:
     """All arrays with something in them."""
     match value:
-        case Pull(_, keys) | Delete(_, keys):
+        case PullMessage(_, keys) | Delete(_, keys):
             found = [keys]
-        case Push(_, keys, counts, gradients):
+        case PushMessage(_, keys, counts, gradients):
             found = [keys, gradients] if counts is None else [keys, counts, gradients]
         case Delta(_, keys, versions, rows, steps, frequencies):
             found = [keys, versions, rows, steps, frequencies]
@@ -983,12 +983,14 @@ def is_view(array: np.ndarray, data: bytes) -> bool:
 def with_name(value: Any, table: str) -> Any:
     """The example with another table name, which moves everything behind it."""
     match value:
-        case Pull(_, keys):
-            return Pull(pb.PullHeader(table=table), keys)
+        case PullMessage(_, keys):
+            return PullMessage(pb.PullHeader(table=table), keys)
         case Delete(_, keys):
             return Delete(pb.PushHeader(table=table), keys)
-        case Push(header, keys, counts, gradients):
-            return Push(pb.PushHeader(table=table, dtype=header.dtype), keys, counts, gradients)
+        case PushMessage(header, keys, counts, gradients):
+            return PushMessage(
+                pb.PushHeader(table=table, dtype=header.dtype), keys, counts, gradients
+            )
         case Pulled(header):
             version = 1 << 7 * min(len(table), 8)
             changed = pb.PullResponseHeader(version=version, dtype=header.dtype)

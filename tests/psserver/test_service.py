@@ -73,11 +73,11 @@ def with_server(act: Callable[[Peer], Awaitable[Any]], *flags: str) -> Any:
     return asyncio.run(run())
 
 
-def pull(table: str = "t") -> codec.Pull:
-    return codec.Pull(pb.PullHeader(table=table), KEYS)
+def pull(table: str = "t") -> codec.PullMessage:
+    return codec.PullMessage(pb.PullHeader(table=table), KEYS)
 
 
-def message(id: int, *pulls: codec.Pull) -> bytes:
+def message(id: int, *pulls: codec.PullMessage) -> bytes:
     header = pb.StreamRequestHeader(id=id)
     return codec.encode_stream_request(header, codec.Exchange([], list(pulls)))
 
@@ -155,7 +155,7 @@ def test_a_stream_that_is_given_up_leaves_nothing_in_memory(closed: bool) -> Non
 
 
 def test_a_refused_request_leaves_nothing_in_memory() -> None:
-    bad = codec.Pull(pb.PullHeader(table="t", mode=99), KEYS)  # type: ignore[arg-type]
+    bad = codec.PullMessage(pb.PullHeader(table="t", mode=99), KEYS)  # type: ignore[arg-type]
 
     async def act(peer: Peer) -> list[str]:
         before = requests()
@@ -297,7 +297,9 @@ def test_an_error_about_a_name_reaches_its_caller_however_long_it_is(
     rule = pb.TableSchema(name="a", dim=4, optimizer=pb.Rule(name=name))
     calls = {
         "RowService/Pull": codec.encode_pull(pull(name)),
-        "RowService/Push": codec.encode_push(codec.Push(header, one, None, np.ones(1, np.float32))),
+        "RowService/Push": codec.encode_push(
+            codec.PushMessage(header, one, None, np.ones(1, np.float32))
+        ),
         "RowService/Delete": codec.encode_delete(header, one),
         "TableService/DescribeTable": pb.DescribeTableRequest(name=name).SerializeToString(),
         "TableService/DropTable": pb.DropTableRequest(name=name).SerializeToString(),

@@ -1,0 +1,201 @@
+"""Messages to bytes: the arrays are copied once, into the message that is sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+from psproto import ps_pb2 as pb
+from psproto.messages import Delta, Exchange, Exchanged, Keys, Pulled, PullMessage, PushMessage
+
+_BYTE = [bytes((byte,)) for byte in range(256)]
+_PADDING = [bytes((2 << 3 | 2, spare)) + bytes(spare) for spare in range(8)]
+
+
+class _Writer:
+    """Collects the pieces of a message and knows the offset that the next one will have."""
+
+    def __init__(self) -> None:
+        self._pieces: list[Any] = []
+        self._at = 0
+
+    def message(self) -> bytes:
+        """The message; the only copy of its arrays."""
+        return b"".join(self._pieces)
+
+    def small(self, field: int, body: bytes) -> None:
+        """A header, a number already encoded, or nothing if it is empty."""
+        if body:
+            self._append(_BYTE[field << 3 | 2] + _varint(len(body)) + body)
+
+    def number(self, field: int, value: int) -> None:
+        if value:
+            self._append(_BYTE[field << 3] + _varint(value))
+
+    def array(self, field: int, array: NDArray[Any] | None) -> None:
+        """An array, after the padding that aligns it."""
+        if array is None or not array.size:
+            return
+        size, item = array.nbytes, array.itemsize
+        head = _BYTE[field << 3 | 2] + _varint(size)
+        at = self._at + len(head)
+        if at % item:
+            padding = _PADDING[-(at + 2) % item]
+            self._pieces.append(padding)
+            at += len(padding)
+        self._pieces += (head, array.data)
+        self._at = at + size
+
+    def begin(self, field: int) -> tuple[int, int, int]:
+        """Start a message within the message; ``end`` takes what this returns."""
+        self._append(bytes(6))
+        return field, len(self._pieces) - 1, self._at
+
+    def end(self, mark: tuple[int, int, int]) -> None:
+        field, piece, start = mark
+        n = self._at - start
+        wide = (
+            n & 127 | 128,
+            n >> 7 & 127 | 128,
+            n >> 14 & 127 | 128,
+            n >> 21 & 127 | 128,
+            n >> 28,
+        )
+        self._pieces[piece] = bytes((field << 3 | 2, *wide))
+
+    def _append(self, piece: bytes) -> None:
+        self._pieces.append(piece)
+        self._at += len(piece)
+
+
+def _varint(value: int) -> bytes:
+    if value < 128:
+        return _BYTE[value]
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _put_push(writer: _Writer, push: PushMessage) -> None:
+    writer.small(1, push.header.SerializeToString())
+    writer.array(3, push.keys)
+    writer.array(4, push.counts)
+    writer.array(5, push.gradients)
+
+
+def _put_pull(writer: _Writer, pull: PullMessage) -> None:
+    writer.small(1, pull.header.SerializeToString())
+    writer.array(3, pull.keys)
+
+
+def _put_pulled(writer: _Writer, pulled: Pulled) -> None:
+    writer.small(1, pulled.header.SerializeToString())
+    writer.array(3, pulled.embeddings)
+    writer.array(4, pulled.versions)
+    writer.array(5, pulled.steps)
+    writer.array(6, pulled.frequencies)
+
+
+def _put_exchange(writer: _Writer, exchange: Exchange) -> None:
+    for push in exchange.pushes:
+        mark = writer.begin(1)
+        _put_push(writer, push)
+        writer.end(mark)
+    for pull in exchange.pulls:
+        mark = writer.begin(2)
+        _put_pull(writer, pull)
+        writer.end(mark)
+
+
+def _put_exchanged(writer: _Writer, exchanged: Exchanged) -> None:
+    for push in exchanged.pushes:
+        mark = writer.begin(1)
+        writer._append(push.SerializeToString())
+        writer.end(mark)
+    for pulled in exchanged.pulls:
+        mark = writer.begin(2)
+        _put_pulled(writer, pulled)
+        writer.end(mark)
+
+
+def encode_pull(pull: PullMessage) -> bytes:
+    """A PullRequest."""
+    writer = _Writer()
+    _put_pull(writer, pull)
+    return writer.message()
+
+
+def encode_push(push: PushMessage) -> bytes:
+    """A PushRequest."""
+    writer = _Writer()
+    _put_push(writer, push)
+    return writer.message()
+
+
+def encode_delete(header: pb.PushHeader, keys: Keys) -> bytes:
+    """A DeleteRequest."""
+    writer = _Writer()
+    writer.small(1, header.SerializeToString())
+    writer.array(3, keys)
+    return writer.message()
+
+
+def encode_exchange(exchange: Exchange) -> bytes:
+    """An ExchangeRequest."""
+    writer = _Writer()
+    _put_exchange(writer, exchange)
+    return writer.message()
+
+
+def encode_stream_request(header: pb.StreamRequestHeader, exchange: Exchange) -> bytes:
+    """A StreamRequest."""
+    writer = _Writer()
+    writer.small(1, header.SerializeToString())
+    mark = writer.begin(2)
+    _put_exchange(writer, exchange)
+    writer.end(mark)
+    return writer.message()
+
+
+def encode_pulled(pulled: Pulled) -> bytes:
+    """A PullResponse."""
+    writer = _Writer()
+    _put_pulled(writer, pulled)
+    return writer.message()
+
+
+def encode_delta(delta: Delta) -> bytes:
+    """A Delta."""
+    writer = _Writer()
+    writer.small(1, delta.header.SerializeToString())
+    writer.array(3, delta.keys)
+    writer.array(4, delta.versions)
+    writer.array(5, delta.rows)
+    writer.array(6, delta.steps)
+    writer.array(7, delta.frequencies)
+    return writer.message()
+
+
+def encode_exchanged(exchanged: Exchanged) -> bytes:
+    """An ExchangeResponse."""
+    writer = _Writer()
+    _put_exchanged(writer, exchanged)
+    return writer.message()
+
+
+def encode_stream_response(id: int, answer: Exchanged | pb.Status) -> bytes:
+    """A StreamResponse."""
+    writer = _Writer()
+    writer.number(1, id)
+    if isinstance(answer, pb.Status):
+        body = answer.SerializeToString()  # an empty one too: it says that this is no exchange
+        writer._append(_BYTE[3 << 3 | 2] + _varint(len(body)) + body)
+    else:
+        mark = writer.begin(2)
+        _put_exchanged(writer, answer)
+        writer.end(mark)
+    return writer.message()
