@@ -28,13 +28,13 @@ DURABILITIES: dict[Durability, pb.Durability] = {
 
 def read_schema(message: pb.TableSchema) -> TableSchema:
     """The schema that a message asks for, defaults filled in; BadRequest if it breaks a rule."""
-    parameters = dict(message.optimizer.parameters)
-    lr = parameters.pop("lr", None)
     try:
         return TableSchema(
             name=message.name,
             dim=message.dim,
-            optimizer=make_optimizer(message.optimizer.name or "adagrad", lr, parameters),
+            optimizer=make_optimizer(
+                message.optimizer.name or "adagrad", None, dict(message.optimizer.parameters)
+            ),
             initializer=make_initializer(
                 message.initializer.name or "uniform", dict(message.initializer.parameters)
             ),

@@ -2,10 +2,16 @@
 
 errors.py        what can go wrong
 kernels.py       the loops numpy cannot express
+registry.py      objects built by name
 arena.py         memory that grows by chunks and never moves
 index.py         key -> location
 initializers.py  what a row starts from
-optimizers.py    in-place steps over rows of a slab
+optimizer.py     the contract of an optimizer
+sgd.py           SGD and momentum
+adagrad.py       Adagrad, row-wise Adagrad, AdagradDecay
+adam.py          Adam, AdamW, AdamAsync
+ftrl.py          FTRL and group FTRL
+optimizers.py    all optimizers by name
 segment.py       a file of frames: one piece of the version log
 records.py       what a frame of the version log says
 admission.py     which keys may have a row

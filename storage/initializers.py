@@ -19,14 +19,15 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
 
-from storage.kernels import Keys, Rows, Slots, inline, jit
+from storage.kernels import Keys, Rows, Slots, inline, jit, readonly
+from storage.registry import build
 
 LARGEST = 1e30  # parameters beyond it overflow float32 sooner or later
 SQRT_HALF = math.sqrt(0.5)
@@ -235,7 +236,7 @@ class Zeros(Initializer):
     name: ClassVar[str] = "zeros"
 
     def fill(self, seed: int, keys: Keys, rows: Slots, dim: int, out: Rows) -> None:
-        _constant(_readonly(rows), dim, 0.0, out)
+        _constant(readonly(rows), dim, 0.0, out)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +248,7 @@ class Constant(Initializer):
     value: float = 0.0
 
     def fill(self, seed: int, keys: Keys, rows: Slots, dim: int, out: Rows) -> None:
-        _constant(_readonly(rows), dim, self.value, out)
+        _constant(readonly(rows), dim, self.value, out)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,7 +267,7 @@ class Uniform(Initializer):
         self._require("high", self.high >= self.low, f">= low = {self.low!r}")
 
     def fill(self, seed: int, keys: Keys, rows: Slots, dim: int, out: Rows) -> None:
-        keys, rows = _readonly(keys), _readonly(rows)
+        keys, rows = readonly(keys), readonly(rows)
         _uniform(np.uint64(seed), keys, rows, dim, self.low, self.high, out)
 
 
@@ -283,7 +284,7 @@ class Normal(Initializer):
         self._require("std", self.std >= 0.0, ">= 0")
 
     def fill(self, seed: int, keys: Keys, rows: Slots, dim: int, out: Rows) -> None:
-        keys, rows = _readonly(keys), _readonly(rows)
+        keys, rows = readonly(keys), readonly(rows)
         _normal(np.uint64(seed), keys, rows, dim, self.mean, self.std, math.inf, 0.0, out)
 
 
@@ -303,24 +304,13 @@ class TruncatedNormal(Initializer):
         self._require("std", self.std >= 0.0, ">= 0")
 
     def fill(self, seed: int, keys: Keys, rows: Slots, dim: int, out: Rows) -> None:
-        keys, rows = _readonly(keys), _readonly(rows)
+        keys, rows = readonly(keys), readonly(rows)
         _normal(np.uint64(seed), keys, rows, dim, self.mean, self.std, CUT, BELOW_CUT, out)
 
 
-def make_initializer(name: str, params: Mapping[str, float]) -> Initializer:
-    """The initializer of that name; parameters left out keep their defaults.
-
-    Raises ValueError naming what is unknown, with what is allowed, or the rule that is broken.
-    """
-    if name not in INITIALIZERS:
-        raise ValueError(f"no initializer {name!r}; there are: {', '.join(INITIALIZERS)}")
-    make: Callable[..., Initializer] = INITIALIZERS[name]
-    allowed = [field.name for field in fields(INITIALIZERS[name])]
-    for param in params:
-        if param not in allowed:
-            has = ", ".join(allowed) or "none"
-            raise ValueError(f"initializer {name!r} has no parameter {param!r}; it has: {has}")
-    return make(**params)
+def make_initializer(name: str, parameters: Mapping[str, float]) -> Initializer:
+    """Return the initializer of that name; see ``registry.build``."""
+    return build("initializer", INITIALIZERS, name, parameters)
 
 
 def compile_all() -> None:
@@ -328,13 +318,6 @@ def compile_all() -> None:
     for name in INITIALIZERS:
         out = np.empty((1, 1), np.float32)
         make_initializer(name, {}).fill(0, np.zeros(1, np.uint64), np.zeros(1, np.int64), 1, out)
-
-
-def _readonly(array: Any) -> Any:
-    """A view that cannot be written: decoded arrays are such, and each kernel has one signature."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
 
 
 INITIALIZERS: dict[str, type[Initializer]] = {

@@ -30,6 +30,16 @@ jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 inline = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False, inline="always")
 
 
+def readonly(array: NDArray[Any]) -> NDArray[Any]:
+    """Return a view of ``array`` that cannot be written.
+
+    Decoded arrays are read-only. A kernel that always gets read-only arrays is compiled once.
+    """
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
 @intrinsic
 def prefetch(typingctx: Any, array: Any, row: Any, byte: Any) -> Any:
     """Ask for the cache line at ``byte`` bytes into ``array[row]``; any address is safe."""

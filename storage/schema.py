@@ -12,7 +12,7 @@ from storage.admission import Admission, Always
 from storage.errors import SchemaMismatch
 from storage.eviction import Eviction, require_distinct
 from storage.initializers import Initializer
-from storage.optimizers import Optimizer
+from storage.optimizer import Optimizer
 
 MAX_DIM = 8192
 Durability = Literal["applied", "log", "fsync"]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from storage.eviction import View
 from storage.initializers import Initializer
 from storage.kernels import Keys, Rows, Slots
-from storage.optimizers import Optimizer
+from storage.optimizer import Optimizer
 
 Meta = NDArray[Any]  # uint64[n, 4]: key, version, step (the bits of an int64), frequency
 # Versions are below 2^48, steps in -2^47..2^47-1; a frequency stops counting at 2^32-1.

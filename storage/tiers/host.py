@@ -32,7 +32,7 @@ from storage.kernels import (
     touch,
     unpack,
 )
-from storage.optimizers import Optimizer
+from storage.optimizer import Optimizer
 from storage.tiers.base import Meta, Scan
 
 

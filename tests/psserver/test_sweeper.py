@@ -25,8 +25,8 @@ from psserver.sweeper import FULL_SECONDS, IDLE_SECONDS, SHORTEST, Sweeper
 from storage.admission import Counter, Probability, Sketch
 from storage.errors import DiskFull, UnknownTable
 from storage.eviction import CapacityLru, Norm, StepTtl, TimeTtl
-from storage.optimizers import Sgd
 from storage.records import Cause
+from storage.sgd import Sgd
 
 
 def rows(shard: Shard, table: str = "t") -> int:

@@ -1,0 +1,120 @@
+"""The contract of an optimizer: an in-place step over rows of a slab.
+
+In the formulas g is the gradient, w the embedding, and all are per number unless a row is named.
+The kernels take hyper-parameters as Python floats, compute in float32, and count in uint64, which
+spares the compiler the question of negative positions. They read
+
+    slab   float32[capacity, width]  C-contiguous; rows in ``slots`` are written, no others
+    slots  int64[n]                  distinct positions of rows that are there
+    grads  float32[n, dim]           C-contiguous, finite
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any, ClassVar
+
+import numpy as np
+from numba import njit
+
+from storage.kernels import AHEAD, Rows, Slots
+
+SMALLEST = 1e-30  # a hyper-parameter closer to 0, or beyond LARGEST, does not survive float32
+LARGEST = 1e30
+
+ONE = np.uint64(1)
+NEXT = np.uint64(AHEAD)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+def square_sum32(numbers: Any) -> Any:
+    """Sum of squares of float32[n], added in the order that suits the vector unit.
+
+    The order depends on n and the machine, not on the run: no other kernel lets it vary at all.
+    """
+    total = np.float32(0.0)
+    for j in range(numbers.shape[0]):
+        total += numbers[j] * numbers[j]
+    return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optimizer(ABC):
+    """How a gradient changes a row. Hyper-parameters are checked at birth."""
+
+    name: ClassVar[str]
+
+    lr: float  # learning rate, where a push brings none
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            self._require(field.name, *_is_number(value))
+            if field.type == "int":
+                self._require(field.name, value == int(value), "a whole number")
+            kind = int if field.type == "int" else float
+            object.__setattr__(self, field.name, kind(value))
+        self.require_lr(self.lr)
+        self._check()
+
+    def require_lr(self, lr: float) -> None:
+        """Raise ValueError unless ``lr``, perhaps a push's own, is one to step with."""
+        for holds, rule in (_is_number(lr), self._lr_rule(lr)):
+            if not holds:
+                raise ValueError(f"optimizer {self.name!r}: lr must be {rule}, got {lr!r}")
+
+    def _lr_rule(self, lr: float) -> tuple[bool, str]:
+        return lr >= 0.0, ">= 0"
+
+    def _check(self) -> None:
+        """Refuse numbers that make no sense."""
+        return  # any number will do, unless a kind says otherwise
+
+    def _require(self, field: str, holds: bool, rule: str) -> None:
+        if not holds:
+            value = getattr(self, field)
+            raise ValueError(f"optimizer {self.name!r}: {field} must be {rule}, got {value!r}")
+
+    def _require_fraction(self, *names: str) -> None:
+        for field in names:
+            self._require(field, 0.0 <= getattr(self, field) < 1.0, ">= 0 and < 1")
+
+    def _require_positive(self, *names: str) -> None:
+        for field in names:
+            self._require(field, getattr(self, field) > 0.0, "> 0")
+
+    def _require_not_negative(self, *names: str) -> None:
+        for field in names:
+            self._require(field, getattr(self, field) >= 0.0, ">= 0")
+
+    def _require_flag(self, field: str) -> None:
+        self._require(field, getattr(self, field) in (0, 1), "0 or 1")
+
+    @abstractmethod
+    def state_width(self, dim: int) -> int:
+        """Numbers of state behind an embedding of ``dim`` numbers."""
+
+    def initial_state(self, dim: int) -> Rows:
+        """The state of a new row, float32[state_width(dim)]."""
+        return np.zeros(self.state_width(dim), np.float32)
+
+    @abstractmethod
+    def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
+        """Apply one gradient to each row in ``slots``, in place.
+
+        slab   float32[capacity, dim + state_width(dim)]  C-contiguous
+        slots  int64[n]         distinct positions of rows that are there
+        grads  float32[n, dim]  C-contiguous, finite
+        lr     the table's or the push's own; require_lr holds
+        step   the trainer's global step
+        """
+
+
+def _is_number(value: Any) -> tuple[bool, str]:
+    """Whether a hyper-parameter survives float32, and the rule that says so."""
+    size = abs(float(value)) if isinstance(value, Real) else math.nan
+    holds = size == 0.0 or SMALLEST <= size <= LARGEST
+    return holds, f"0 or a number of size {SMALLEST:g} to {LARGEST:g}"
