@@ -26,7 +26,8 @@ from benchmarks.report import Report, arguments, milliseconds
 from benchmarks.servers import shards
 from benchmarks.step import fill
 from psclient import Client, Table
-from psclient.analysis import ParquetSink, analyze
+from psclient.tools.analysis import analyze
+from psclient.tools.sink import ParquetSink
 
 PULLED = 1_000  # keys drawn for a pull
 PULL_SECONDS, PUSH_SECONDS = 0.01, 0.04  # from one to the next

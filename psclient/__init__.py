@@ -16,10 +16,32 @@ subscriber.py  every change, in order
 follower.py    a copy of tables in memory that follows the cluster
 torch.py       PyTorch modules (imported on demand)
 admin.py       checkpoints, whole rows (imported on demand)
-export.py      tables as files of other programs (imported on demand)
-analysis.py    what a table holds, and what is known of a key (imported on demand)
-report.py      an analysis for the eye: a page, lines of a terminal (imported on demand)
-ctl.py         the command psctl (imported on demand)
+
+None of the following is imported by the client:
+
+tools/staged.py                 files that appear under their name when they are complete
+tools/arrow.py                  what reading and writing Parquet have in common
+tools/columns.py                rows by columns, as every format of an export has them
+tools/parquet.py                a table as a Parquet file
+tools/safetensors.py            a table as a safetensors file
+tools/export.py                 a table, or a checkpoint's, to a file
+tools/importer.py               a Parquet file into a table
+tools/summary.py                a table, summed up
+tools/analysis.py               sum up a table, or a checkpoint's
+tools/sink.py                   the rows of an analysis as a Parquet file
+tools/history.py                how a table grew: a file that remembers analyses
+tools/keys.py                   where a key's row is, or why it has none
+tools/figures.py                the figures of an analysis
+tools/terminal.py               an analysis for the terminal
+tools/charts.py                 an analysis as plots
+tools/page.py                   an analysis as an HTML page
+tools/commands/shell.py         what all commands share
+tools/commands/cluster.py       psctl tail
+tools/commands/tables.py        psctl evict
+tools/commands/checkpoints.py   psctl checkpoint, checkpoints, verify, restore
+tools/commands/rows.py          psctl export, import
+tools/commands/analyses.py      psctl analyze, inspect
+tools/ctl.py                    the command psctl
 """
 
 from psclient.batch import Batch

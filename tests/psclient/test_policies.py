@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from psclient import Client, admin
 from psclient.client import Table
-from psclient.ctl import app
 from psclient.errors import InvalidArgument, SchemaMismatch
 from psclient.subscriber import Subscriber
+from psclient.tools.ctl import app
 
 DIM = 2
 KEYS = np.array([5, -1, 2**63 - 1, -(2**63), 0, 77])

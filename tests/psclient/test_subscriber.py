@@ -623,7 +623,7 @@ def test_a_copy_is_a_dict_of_rows(steps: Any, crowd: bool) -> None:
 
 def psctl(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from psclient.ctl import main; main()", *arguments],
+        [sys.executable, "-c", "from psclient.tools.ctl import main; main()", *arguments],
         capture_output=True,
         text=True,
         timeout=60,

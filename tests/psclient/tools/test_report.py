@@ -13,9 +13,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from psclient import report
-from psclient.analysis import Analysis, Gone, Histogram, KeyInfo, Moment, RowList, Tier
 from psclient.errors import InvalidArgument
+from psclient.tools import figures as known
+from psclient.tools import page as pages
+from psclient.tools import terminal
+from psclient.tools.history import Moment
+from psclient.tools.keys import Gone, KeyInfo
+from psclient.tools.summary import Analysis, Histogram, RowList, Tier
 
 EVIL = "</script><img src=x onerror=alert(1)>&\"'"
 
@@ -101,7 +105,7 @@ def figures(page: Page) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def page() -> Page:
-    return Page(report.page(an_analysis(), MOMENTS))
+    return Page(pages.page(an_analysis(), MOMENTS))
 
 
 def test_every_figure_is_plotted(page: Page) -> None:
@@ -178,8 +182,8 @@ def test_the_page_knows_light_and_dark(page: Page) -> None:
 
 def test_what_comes_from_data_is_escaped() -> None:
     moments = [Moment(i, "t", EVIL, 1, 2, 3, 4, 5) for i in range(2)]
-    text = report.page(an_analysis(table=EVIL, checkpoint=EVIL, optimizer=EVIL), moments)
-    assert "<img" not in text.replace(report._library(), "")
+    text = pages.page(an_analysis(table=EVIL, checkpoint=EVIL, optimizer=EVIL), moments)
+    assert "<img" not in text.replace(pages._library(), "")
     page = Page(text)
     assert [attrs for tag, attrs in page.tags if tag == "img"] == []
     assert len([tag for tag, _ in page.tags if tag == "script"]) == 3
@@ -201,7 +205,7 @@ def test_an_empty_table_makes_a_page_and_tables() -> None:
         idle_norms=empty,
         asked={},
     )
-    assert "<h1>ads/user</h1>" in report.page(nothing)
+    assert "<h1>ads/user</h1>" in pages.page(nothing)
     assert "ads/user" in shown(nothing)
 
 
@@ -209,14 +213,14 @@ def test_numbers_that_json_does_not_know_make_no_broken_page() -> None:
     odd = rows(1)
     odd.norms[:] = np.nan
     found = an_analysis(norm_mean=float("inf"), largest=odd)
-    assert figures(Page(report.page(found)))
+    assert figures(Page(pages.page(found)))
     assert "nan" in shown(found)
 
 
 def test_without_plotly_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(InvalidArgument, match=r"\[report\]"):
-        report.page(an_analysis())
+        pages.page(an_analysis())
 
 
 # ---- terminal
@@ -228,7 +232,7 @@ def console(width: int) -> Console:
 
 def shown(found: Analysis, width: int = 140) -> str:
     out = console(width)
-    report.show(out, found)
+    terminal.show(out, found)
     return out.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
@@ -271,7 +275,7 @@ def test_keys_show_what_is_known_of_them() -> None:
         KeyInfo(5, 0, "unknown", *nothing, 0, None, (), "[b]lost[/b]"),
     ]
     out = console(100)
-    report.show_keys(out, found)
+    terminal.show_keys(out, found)
     lines = [" ".join(line.split()) for line in out.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     evicted = str(gone[0])
     assert [line for line in lines if line] == [
@@ -298,7 +302,7 @@ def test_keys_show_what_is_known_of_them() -> None:
     [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (123_456, "123 kB"), (5 * 10**15, "5 PB")],
 )
 def test_bytes_have_units(count: int, text: str) -> None:
-    assert report.size(count) == text
+    assert known.size(count) == text
 
 
 @pytest.mark.parametrize(
@@ -306,4 +310,4 @@ def test_bytes_have_units(count: int, text: str) -> None:
     [(0.0, "0%"), (1.0, "100%"), (0.5, "50.0%"), (1e-5, "0.001%"), (0.99999, "100%")],
 )
 def test_shares_tell_little_from_nothing(share: float, text: str) -> None:
-    assert report.percent(share) == text
+    assert known.percent(share) == text

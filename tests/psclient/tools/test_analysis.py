@@ -17,20 +17,15 @@ from numpy.testing import assert_array_equal
 from servers import Cluster
 from typer.testing import CliRunner
 
-from psclient import Client, admin, export, hash_keys
-from psclient.analysis import (
-    Analysis,
-    Histogram,
-    Moment,
-    ParquetSink,
-    RowColumns,
-    analyze,
-    history,
-    inspect,
-    remember,
-)
-from psclient.ctl import app
+from psclient import Client, admin, hash_keys
 from psclient.errors import CheckpointUnfit, InvalidArgument, TableNotFound
+from psclient.tools import importer
+from psclient.tools.analysis import analyze
+from psclient.tools.ctl import app
+from psclient.tools.history import Moment, history, remember
+from psclient.tools.keys import inspect
+from psclient.tools.sink import ParquetSink
+from psclient.tools.summary import Analysis, Histogram, RowColumns
 
 DIM = 3
 LISTS = ("most_frequent", "least_frequent", "largest", "smallest")
@@ -168,7 +163,7 @@ def test_parquet_with_embeddings_can_be_imported(
     with ParquetSink(tmp_path / "t.parquet") as sink:
         analyze(client, filled, sink=sink, embeddings=True)
     client.create_table(f"{name}.copy", DIM)
-    assert export.import_parquet(client, f"{name}.copy", tmp_path / "t.parquet") == sink.rows
+    assert importer.import_parquet(client, f"{name}.copy", tmp_path / "t.parquet") == sink.rows
     copy, rows = whole(client, f"{name}.copy"), whole(client, filled)
     for field in ("keys", "steps", "frequencies", "rows"):
         assert_array_equal(copy[field], rows[field])
@@ -358,7 +353,7 @@ def test_psctl_analyze_shows_and_keeps_what_it_has_if_a_page_cannot_be_written(
     def full(*_: Any) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("psclient.report.page", full)
+    monkeypatch.setattr("psclient.tools.page.page", full)
     words = ["analyze", filled, "--parquet", "t.parquet", "--html", "t.html"]
     monkeypatch.chdir(tmp_path)
     shown = psctl(cluster2, *words, fails=True)

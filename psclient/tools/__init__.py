@@ -1,0 +1,28 @@
+"""psctl and what it does, as functions: export, import, analyze, inspect.
+
+Needs more than the client does: pip install 'embedding-ps[ctl]'.
+
+staged.py                 files that appear under their name when they are complete
+arrow.py                  what reading and writing Parquet have in common
+columns.py                rows by columns, as every format of an export has them
+parquet.py                a table as a Parquet file
+safetensors.py            a table as a safetensors file
+export.py                 a table, or a checkpoint's, to a file
+importer.py               a Parquet file into a table
+summary.py                a table, summed up
+analysis.py               sum up a table, or a checkpoint's
+sink.py                   the rows of an analysis as a Parquet file
+history.py                how a table grew: a file that remembers analyses
+keys.py                   where a key's row is, or why it has none
+figures.py                the figures of an analysis
+terminal.py               an analysis for the terminal
+charts.py                 an analysis as plots
+page.py                   an analysis as an HTML page
+commands/shell.py         what all commands share
+commands/cluster.py       psctl tail
+commands/tables.py        psctl evict
+commands/checkpoints.py   psctl checkpoint, checkpoints, verify, restore
+commands/rows.py          psctl export, import
+commands/analyses.py      psctl analyze, inspect
+ctl.py                    the command psctl
+"""

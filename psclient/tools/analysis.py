@@ -1,0 +1,202 @@
+"""What a table holds: of a running cluster, or of a checkpoint.
+
+    with Client(addresses) as ps:
+        found = analyze(ps, "user", frequencies=[3], ages=[5000], norms=[0.01])
+        found.admitted(3), found.idle(5000), found.small(0.01)     # rows, exactly
+
+Nothing is changed. An analysis reads every row once, each as it is at that moment, in slices that
+leave trainers undisturbed: a row that is created meanwhile may be missing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psclient import admin
+from psclient.client import Client
+from psclient.errors import InvalidArgument
+from psclient.tools.summary import Analysis, Histogram, RowColumns, RowList, Sink, Tier
+from psproto import ps_pb2 as pb
+
+SERVICE = "AnalysisService"
+Columns = pb.AnalyzeRequest.Columns
+METADATA_BYTES = 24  # of a row, in memory
+
+
+def analyze(
+    client: Client,
+    table: str,
+    *,
+    checkpoint: str | None = None,
+    frequencies: Sequence[int] = (),
+    ages: Sequence[int] = (),
+    norms: Sequence[float] = (),
+    grace: int = 0,
+    top: int = 10,
+    sink: Sink | None = None,
+    embeddings: bool = False,
+    progress: admin.Tell | None = None,
+) -> Analysis:
+    """Sum up a table as it is, or as a checkpoint has it.
+
+    frequencies  thresholds of occurrences to be told of exactly, beside powers of two
+    ages         TTLs in steps, alike
+    norms        norms, beside 1, 2 and 5 times powers of ten
+    grace        of the norm rule, in steps
+    top          rows in each list of extremes, up to 1000
+    sink         is given the rows themselves, too, in no order; not by two threads at once; of a
+                 table without rows, none of them once
+    embeddings   with their embeddings
+    progress     is told rows, of a checkpoint bytes, done and in all
+
+    Raises TableNotFound, CheckpointNotFound, DataLoss, InvalidArgument for a bad threshold.
+    """
+    start = time.perf_counter()
+    columns = Columns.COLUMNS_EMBEDDING if embeddings else Columns.COLUMNS_METADATA
+    try:
+        request = pb.AnalyzeRequest(
+            table=table,
+            checkpoint=checkpoint or "",
+            frequencies=frequencies,
+            ages=ages,
+            norms=norms,
+            grace=grace,
+            top=top,
+            columns=columns if sink is not None else Columns.COLUMNS_UNSPECIFIED,
+        )
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(
+            f"thresholds must be numbers, whole and not negative but for norms: {error}"
+        ) from error
+    told = [(0, 0)] * len(admin._links(client))
+
+    def tell(shard: int, message: pb.AnalyzeResponse) -> None:
+        if sink is not None and message.keys:
+            sink(_columns(message))
+        told[shard] = (message.done, message.total)
+        if progress is not None:
+            progress(*map(sum, zip(*told, strict=True)))
+
+    last = admin._all_streams(client, "Analyze", request, pb.AnalyzeResponse, tell, service=SERVICE)
+    summaries = [message.summary for message in last]
+    when = admin.describe(client, checkpoint).time if checkpoint else time.time()
+    asked = {
+        "frequencies": tuple(map(float, frequencies)),
+        "ages": tuple(map(float, ages)),
+        "norms": tuple(map(float, norms)),
+    }
+    seconds = time.perf_counter() - start
+    found = _merged(summaries, table, checkpoint, asked, when, seconds, top)
+    if sink is not None and not found.rows:
+        sink(_nothing(found.dim if embeddings else None))
+    return found
+
+
+def _nothing(dim: int | None) -> RowColumns:
+    """No rows; None: without embeddings."""
+    none = np.empty(0, np.uint64)
+    matrix = None if dim is None else np.empty((0, dim), np.float32)
+    return RowColumns(none, none, none.view(np.int64), none, none.view(np.float64), "", matrix)
+
+
+def _columns(message: pb.AnalyzeResponse) -> RowColumns:
+    n = len(message.keys) // 8
+    flat = np.frombuffer(message.embeddings, "<f4")
+    return RowColumns(
+        np.frombuffer(message.keys, "<u8"),
+        np.frombuffer(message.frequencies, "<u8"),
+        np.frombuffer(message.steps, "<i8"),
+        np.frombuffer(message.versions, "<u8"),
+        np.frombuffer(message.norms, "<f8"),
+        message.tier,
+        flat.reshape(n, -1) if len(flat) else None,
+    )
+
+
+def _merged(
+    parts: Sequence[pb.Summary],
+    table: str,
+    checkpoint: str | None,
+    asked: dict[str, tuple[float, ...]],
+    when: float,
+    seconds: float,
+    top: int,
+) -> Analysis:
+    """One analysis of the summaries of all shards."""
+    schema = parts[0].schema
+    rows = sum(part.rows for part in parts)
+    tiers: dict[str, list[int]] = {}
+    for tier in (tier for part in parts for tier in part.tiers):
+        held = tiers.setdefault(tier.name, [0, 0])
+        held[0] += tier.rows
+        held[1] += tier.bytes
+    lists = {
+        name: _list([getattr(part, name) for part in parts], field, sign, top)
+        for name, field, sign in (
+            ("most_frequent", "frequencies", -1.0),
+            ("least_frequent", "frequencies", 1.0),
+            ("largest", "norms", -1.0),
+            ("smallest", "norms", 1.0),
+        )
+    }
+    return Analysis(
+        table=table,
+        checkpoint=checkpoint,
+        asked=asked,
+        time=when,
+        seconds=seconds,
+        dim=schema.dim,
+        row_bytes=4 * parts[0].width + METADATA_BYTES,
+        optimizer=schema.optimizer.name,
+        versions=tuple(part.version for part in parts),
+        step=max((part.step for part in parts if part.rows), default=0),
+        rows=rows,
+        shard_rows=tuple(part.rows for part in parts),
+        occurrences=sum(part.occurrences for part in parts),
+        norm_mean=sum(part.norm_sum for part in parts) / rows if rows else 0.0,
+        frequencies=_histogram([part.frequencies for part in parts]),
+        occurrences_between=np.sum([part.frequency_sums for part in parts], axis=0, dtype=np.int64),
+        ages=_histogram([part.ages for part in parts]),
+        norms=_histogram([part.norms for part in parts]),
+        idle_norms=_histogram([part.idle_norms for part in parts]),
+        grace=parts[0].grace,
+        tiers=tuple(Tier(name, *held) for name, held in tiers.items()),
+        index_bytes=sum(part.index_bytes for part in parts),
+        waiting=sum(part.waiting for part in parts),
+        waiting_bytes=sum(part.waiting_bytes for part in parts),
+        **lists,
+    )
+
+
+def _histogram(parts: Sequence[pb.Histogram]) -> Histogram:
+    edges = np.array(parts[0].edges, np.float64)
+    return Histogram(edges, np.sum([part.counts for part in parts], axis=0, dtype=np.int64))
+
+
+def _list(parts: Sequence[pb.RowList], field: str, sign: float, top: int) -> RowList:
+    """The most extreme of the shards' extremes; of equal values, those of the least keys."""
+    keys = np.concatenate([np.array(part.keys, np.uint64) for part in parts])
+    values = np.concatenate([np.array(getattr(part, field), np.float64) for part in parts])
+    ranks = np.where(np.isnan(values), np.inf, sign * values)
+    order = np.lexsort((keys, ranks))[:top]
+    tiers = [tier for part in parts for tier in part.tiers]
+
+    def column(name: str, dtype: Any) -> NDArray[Any]:
+        whole = np.concatenate([np.array(getattr(part, name), dtype) for part in parts])
+        chosen: NDArray[Any] = whole[order]
+        return chosen
+
+    return RowList(
+        keys[order],
+        column("versions", np.uint64),
+        column("steps", np.int64),
+        column("frequencies", np.uint64),
+        column("norms", np.float64),
+        tuple(tiers[i] for i in order.tolist()),
+        np.repeat(np.arange(len(parts)), [len(part.keys) for part in parts])[order],
+    )

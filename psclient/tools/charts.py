@@ -1,0 +1,229 @@
+"""An analysis as plots of plotly, each with its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from psclient.tools.figures import (
+    Threshold,
+    admissions,
+    buckets,
+    cells,
+    memory,
+    percent,
+    share,
+    size,
+    small,
+    ttls,
+    when,
+)
+from psclient.tools.history import Moment
+from psclient.tools.summary import Analysis
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    head: str
+    about: str
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+    columns: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+
+def charts(found: Analysis, moments: Sequence[Moment]) -> list[Chart]:
+    charts = _growth(moments) if len(moments) > 1 else []
+    grace = f" that were not pushed for {found.grace:,} steps" if found.grace else ""
+    for head, about, axis, counts in (
+        (
+            "Frequency",
+            "How often the keys that have rows were pushed.",
+            "occurrences",
+            buckets(found.frequencies, whole=True),
+        ),
+        (
+            "Age",
+            "Steps since a row was pushed last.",
+            "steps",
+            buckets(found.ages, whole=True, upper=True),
+        ),
+        ("Norm", "L2 norms of embeddings.", "norm", buckets(found.norms)),
+    ):
+        charts.append(_histogram(head, about, axis, counts))
+    admitted = admissions(found)
+    charts.insert(
+        -2,
+        _curves(
+            "If a key had to earn its row",
+            "Rows that an admission threshold would have refused, and the occurrences whose"
+            " gradients it would have dropped.",
+            "admission threshold, occurrences",
+            admitted,
+            ("rows refused", "occurrences dropped"),
+        ),
+    )
+    charts.insert(
+        -1,
+        _curves(
+            "If rows had to be pushed",
+            "Rows that a step TTL would evict now.",
+            "step TTL, steps",
+            ttls(found),
+            ("rows evicted",),
+        ),
+    )
+    charts.append(
+        _curves(
+            "If rows had to be large",
+            f"Rows{grace} that a norm threshold would evict now.",
+            "norm threshold",
+            small(found),
+            ("rows evicted",),
+        )
+    )
+    charts.append(_memory(found))
+    shards = [(f"{i}", rows) for i, rows in enumerate(found.shard_rows)]
+    charts.append(_histogram("Shards", "Rows of each shard.", "shard", shards))
+    return charts
+
+
+def _histogram(head: str, about: str, axis: str, counts: Sequence[tuple[str, int]]) -> Chart:
+    labels, values = [label for label, _ in counts], [n for _, n in counts]
+    whole = sum(values)
+    shares = [percent(share(n, whole)) for n in values]
+    trace = {
+        "type": "bar",
+        "orientation": "h",
+        "x": values,
+        "y": labels,
+        "customdata": shares,
+        "hovertemplate": "%{y}<br>%{x:,} rows, %{customdata}<extra></extra>",
+    }
+    layout = {
+        "xaxis": {"title": {"text": "rows"}, "rangemode": "tozero"},
+        "yaxis": {
+            "title": {"text": axis},
+            "type": "category",
+            "autorange": "reversed",
+            "dtick": 1,
+            "showgrid": False,
+        },
+    }
+    lines = [(label, f"{n:,}", share) for (label, n), share in zip(counts, shares, strict=True)]
+    return Chart(head, about, [trace], layout, (axis, "rows", "of rows"), lines)
+
+
+def _curves(
+    head: str, about: str, axis: str, chosen: Sequence[Threshold], names: tuple[str, ...]
+) -> Chart:
+    at = [each.value for each in chosen]
+    shares = [[each.share for each in chosen], [each.lost for each in chosen]]
+    traces: list[dict[str, Any]] = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": name,
+            "x": at,
+            "y": values,
+            "customdata": [each.rows for each in chosen],
+            "hovertemplate": f"%{{x}}: %{{y:.2%}} {name}<extra></extra>",
+            "marker": {
+                "size": [11 if each.asked else 6 for each in chosen],
+                "symbol": ["diamond" if each.asked else "circle" for each in chosen],
+            },
+        }
+        for name, values in zip(names, shares, strict=False)
+    ]
+    layout = {
+        "xaxis": {"title": {"text": axis}, "type": "log", "dtick": 1},
+        "yaxis": {"tickformat": ".0%", "range": [-0.02, 1.04]},
+    }
+    columns = [axis, "rows", "of rows"]
+    lines = [[*cells(each)] for each in chosen]
+    for line, each in zip(lines, chosen, strict=True):
+        line[0] += " ◆" if each.asked else ""
+        line += [percent(each.lost)] if len(names) > 1 else []
+    columns += ["of occurrences"] if len(names) > 1 else []
+    return Chart(head, about, traces, layout, columns, lines)
+
+
+def _memory(found: Analysis) -> Chart:
+    parts = memory(found)
+    trace = {
+        "type": "bar",
+        "orientation": "h",
+        "y": [escape(name) for name, _, _ in parts],
+        "x": [count for _, _, count in parts],
+        "customdata": [size(count) for _, _, count in parts],
+        "hovertemplate": "%{y}: %{customdata}<extra></extra>",
+    }
+    layout = {
+        "xaxis": {"title": {"text": "bytes"}, "rangemode": "tozero", "tickformat": ".3~s"},
+        "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
+    }
+    lines = [
+        (name, "" if rows is None else f"{rows:,}", size(count)) for name, rows, count in parts
+    ]
+    about = "What is taken: rows by tier, with unused room, and what finds them."
+    return Chart("Memory", about, [trace], layout, ("part", "rows", "bytes"), lines)
+
+
+def _growth(moments: Sequence[Moment]) -> list[Chart]:
+    """Rows over time, and memory, which checkpoints do not have."""
+    live = [each for each in moments if each.checkpoint is None]
+    rows = [_line("rows", [(each.time, each.rows) for each in moments])]
+    counted = [each for each in moments if each.checkpoint is None or each.waiting]
+    if any(each.waiting for each in counted):
+        rows.append(_line("waiting keys", [(each.time, each.waiting) for each in counted]))
+    charts = [
+        Chart(
+            "Growth",
+            "Rows of this table in earlier analyses and in checkpoints, from the history.",
+            rows,
+            {"xaxis": {"type": "date"}, "yaxis": {"rangemode": "tozero"}},
+            ("time", "checkpoint", "rows", "waiting keys", "step"),
+            [
+                (
+                    when(each.time),
+                    each.checkpoint or "",
+                    f"{each.rows:,}",
+                    f"{each.waiting:,}" if each in counted else "",
+                    f"{each.step:,}",
+                )
+                for each in moments
+            ],
+        )
+    ]
+    if len(live) > 1:
+        charts.append(
+            Chart(
+                "Growth of memory",
+                "What the table took in earlier analyses.",
+                [_line("bytes", [(each.time, each.bytes) for each in live])],
+                {
+                    "xaxis": {"type": "date"},
+                    "yaxis": {
+                        "rangemode": "tozero",
+                        "tickformat": ".3~s",
+                        "title": {"text": "bytes"},
+                    },
+                },
+                ("time", "memory"),
+                [(when(each.time), size(each.bytes)) for each in live],
+            )
+        )
+    return charts
+
+
+def _line(name: str, points: Sequence[tuple[float, int]]) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": name,
+        "x": [when(at) for at, _ in points],
+        "y": [value for _, value in points],
+        "hovertemplate": f"%{{x}}<br>%{{y:,}} {name}<extra></extra>",
+    }

@@ -1,0 +1,9 @@
+"""The commands of psctl, in groups.
+
+shell.py         what all commands share
+cluster.py       psctl tail
+tables.py        psctl evict
+checkpoints.py   psctl checkpoint, checkpoints, verify, restore
+rows.py          psctl export, import
+analyses.py      psctl analyze, inspect
+"""
