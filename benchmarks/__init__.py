@@ -2,7 +2,8 @@
 
 report.py   medians, tables, JSON
 servers.py  shards and bare echo servers as processes
-peers.py    the standard work, and other systems doing it
+work.py     the standard work
+peers/      other systems doing it
 kernels.py  index, gather, optimizer steps against C++ and the machine
 wire.py     pull and push against a bare grpcio echo
 step.py     the standard work through the client, against the peers

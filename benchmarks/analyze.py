@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers import Ids, Work, keys_of, standard_work
 from benchmarks.report import Report, arguments, milliseconds
 from benchmarks.servers import shards
 from benchmarks.step import fill
+from benchmarks.work import Ids, Work, keys_of, standard_work
 from psclient import Client, Table
 from psclient.tools.analysis import analyze
 from psclient.tools.sink import ParquetSink

@@ -31,10 +31,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers import Ids, Work, keys_of, standard_work
 from benchmarks.report import Report, arguments
 from benchmarks.servers import READY_SECONDS, free_ports
 from benchmarks.step import fill
+from benchmarks.work import Ids, Work, keys_of, standard_work
 from psclient import Client, Table, admin
 from psproto import ps_pb2 as pb
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers import Ids, Step, Work, keys_of, standard_work
 from benchmarks.report import Contender, Report, arguments, interleave, milliseconds
 from benchmarks.servers import shards
 from benchmarks.step import fill
+from benchmarks.work import Ids, Step, Work, keys_of, standard_work
 from psclient import Client, Table
 
 LEVELS: tuple[Any, ...] = ("applied", "log", "fsync")

@@ -16,9 +16,9 @@ from contextlib import ExitStack
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.peers import Work, keys_of, standard_work
 from benchmarks.report import Report, arguments
 from benchmarks.servers import shards
+from benchmarks.work import Work, keys_of, standard_work
 from psclient import Client, Table
 
 CHUNK = 10_000  # keys of a message while filling

@@ -31,10 +31,10 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.peers import Ids, Work, keys_of, standard_work
 from benchmarks.report import Report, arguments
 from benchmarks.servers import cpu, free_ports, rss, wait_until_ready
 from benchmarks.step import fill
+from benchmarks.work import Ids, Work, keys_of, standard_work
 from psclient import Change, Client, Follower, Subscriber, Table
 from psproto import ps_pb2 as pb
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.cpp.build import load
-from benchmarks.peers import Work, keys_of, standard_work
 from benchmarks.report import Report, arguments, interleave
+from benchmarks.work import Work, keys_of, standard_work
 from psclient.batch import Batch
 from psproto import routing
 from storage.arena import Arena, Budget

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers import Work, keys_of, standard_work
 from benchmarks.report import Report, arguments
 from benchmarks.servers import cpu, huge, rss, shards
 from benchmarks.step import Trainer, fill
+from benchmarks.work import Work, keys_of, standard_work
 from psclient import Client
 from storage.arena import Arena, Budget
 from storage.kernels import gather

@@ -23,18 +23,10 @@ from typing import Any
 import grpc
 import numpy as np
 
-from benchmarks.peers import (
-    PEERS,
-    Ids,
-    Step,
-    Unavailable,
-    Work,
-    keys_of,
-    of_every_id,
-    standard_work,
-)
+from benchmarks.peers import PEERS, Unavailable
 from benchmarks.report import Contender, Report, arguments, interleave, milliseconds
 from benchmarks.servers import echo, shards
+from benchmarks.work import Ids, Step, Work, keys_of, of_every_id, standard_work
 from psclient import Client, Table
 from psclient.batch import Batch
 from psproto import routing

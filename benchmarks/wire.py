@@ -20,10 +20,10 @@ from typing import Any
 import grpc
 import numpy as np
 
-from benchmarks.peers import Work, keys_of, standard_work
 from benchmarks.report import Contender, Report, arguments, interleave, milliseconds
 from benchmarks.servers import echo, shards
 from benchmarks.step import BUSY_POLL, fill, local_table
+from benchmarks.work import Work, keys_of, standard_work
 from psclient import Client
 from psproto import codec
 from psproto import ps_pb2 as pb

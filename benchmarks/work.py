@@ -1,0 +1,79 @@
+"""The standard work (docs/benchmarks.md): one table, and the batches drawn from it.
+
+Every contender of a benchmark gets the same batches and starts from the same rows. This file
+imports only NumPy, because the interpreter of another system imports it too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+Rows = NDArray[np.float32]
+Step = tuple[Ids, Ids, Rows]  # ids [B] with duplicates, the distinct ones ascending, their grads
+
+
+@dataclass(frozen=True)
+class Work:
+    """One table and how it is drawn from."""
+
+    rows: int = 2_000_000
+    dim: int = 32
+    batch: int = 10_000  # ids a step, duplicates included
+    zipf: float = 1.05  # exponent; rank r is drawn with probability proportional to r ** -zipf
+    seed: int = 0
+
+
+def standard_work(work: Work, steps: int) -> list[Step]:
+    """The first ``steps`` steps of ``work``: the same ones in every process and on every call.
+
+    Ids are 0..rows-1; which of them are frequent is a fixed permutation.
+    """
+    mass = np.cumsum(np.arange(1, work.rows + 1, dtype=np.float64) ** -work.zipf)
+    mass /= mass[-1]
+    order = np.random.default_rng((work.seed, 1)).permutation(work.rows)
+    rng = np.random.default_rng((work.seed, 2))
+    drawn: list[Step] = []
+    for _ in range(steps):
+        ids = order[np.searchsorted(mass, rng.random(work.batch), side="right")]
+        distinct = np.unique(ids)
+        grads = rng.standard_normal((len(distinct), work.dim), dtype=np.float32)
+        drawn.append((ids, distinct, grads))
+    return drawn
+
+
+def of_every_id(step: Step) -> Rows:
+    """float32[B, dim]: gradients as a network has them, one for each of the ids, whose sums over
+    equal ids are those of the step.
+    """
+    ids, distinct, grads = step
+    _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    assert len(counts) == len(distinct)
+    share: Rows = np.reciprocal(counts.astype(np.float32))
+    return grads[inverse] * share[inverse, None]
+
+
+def keys_of(ids: Ids, seed: int = 0) -> Ids:
+    """A random 63-bit key for every id: a bijection, so distinct ids have distinct keys.
+
+    The splitmix64 generator (Steele, Lea, Flood, 2014) modulo 2**63, where its multiplications by
+    odd numbers and its shifts can be undone as well.
+    """
+    low = np.uint64((1 << 63) - 1)
+    offset = np.uint64(np.random.default_rng((seed, 3)).integers(1 << 63))
+    x = (ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + offset) & low
+    x ^= x >> np.uint64(30)
+    x = x * np.uint64(0xBF58476D1CE4E5B9) & low
+    x ^= x >> np.uint64(27)
+    x = x * np.uint64(0x94D049BB133111EB) & low
+    x ^= x >> np.uint64(31)
+    return x.view(np.int64)
+
+
+def initial_rows(work: Work) -> Rows:
+    """float32[rows, dim] that every peer starts from."""
+    rng = np.random.default_rng((work.seed, 4))
+    return rng.standard_normal((work.rows, work.dim), dtype=np.float32) * np.float32(0.01)
