@@ -218,7 +218,7 @@ def _starts() -> list[dict[str, Any]]:
         with shards(1):
             found.append(time.perf_counter() - start)
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import psserver.server"], check=True)
+    subprocess.run([sys.executable, "-c", "import psserver.process"], check=True)
     imports = time.perf_counter() - start
     return [
         {"what": "psserver up, to ready (<= 3 s)", "seconds": float(np.median(found))},

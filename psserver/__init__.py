@@ -14,11 +14,16 @@ analysis.py      what a table holds, and what is known of a key
 position.py      where a subscriber stands, and its token
 deltas.py        what a subscriber is told, as messages
 feed.py          subscriptions: every change, to whoever follows
-metrics.py       what a shard tells Prometheus
+stats.py         what the service counts
+metrics.py       the collectors of /metrics
 service.py       the gRPC methods
-warm.py          kernels compiled before they are needed
-server.py        one shard as a process
-cluster.py       a local cluster
+datadir.py       a shard's data directory: locked, recovered, closed
+listener.py      the gRPC port: alive before it is ready
+server.py        the parts of one shard, opened and closed in order
+warm.py          compile the kernels before they are needed
+logs.py          log lines on stderr
+process.py       one shard as a process: signals, restart, exit status
+cluster.py       a local cluster of processes
 cli.py           the command line
 __main__.py      python -m psserver
 """

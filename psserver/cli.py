@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
-import structlog
 import typer
 
 from psserver import cluster
 from psserver.config import ConfigError, load
-from psserver.server import serve as serve_shard
+from psserver.logs import log_to_stderr
+from psserver.process import serve as serve_shard
 from psserver.warm import warm as warm_kernels
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
@@ -21,7 +20,7 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 @app.command(context_settings={**_PASS_ON, "help_option_names": []})
 def serve(context: typer.Context) -> None:
     """Serve one shard. Settings: flags (see --help), PSCONFIG_* variables, --config FILE."""
-    _log_to_stderr()
+    log_to_stderr()
     try:
         serve_shard(load(context.args))
     except ConfigError as error:
@@ -46,19 +45,6 @@ def up(
 def warm() -> None:
     """Compile the kernels into the cache, so that servers start quickly."""
     warm_kernels()
-
-
-def _log_to_stderr() -> None:
-    terminal = sys.stderr.isatty()
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer(),
-        ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 def main() -> None:

@@ -7,9 +7,7 @@ page is asked for. Labels are table, tier, method and code, never a key.
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -23,66 +21,20 @@ from psserver.checkpointer import Checkpointer
 from psserver.engine import Engine
 from psserver.feed import Feed
 from psserver.shard import Shard
+from psserver.stats import BOUNDS, ServiceStats
 from storage.errors import UnknownTable
 from storage.versionlog import VersionLog
-
-BOUNDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
-
-
-@dataclass(slots=True)
-class Traffic:
-    """Of one method on one table."""
-
-    requests: int = 0
-    keys: int = 0
-    bytes: int = 0  # of arrays, in and out
-    seconds: float = 0.0
-    buckets: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
-
-    def add(self, keys: int, size: int, seconds: float) -> None:
-        """Count one request, from its decoding to its result."""
-        self.requests += 1
-        self.keys += keys
-        self.bytes += size
-        self.seconds += seconds
-        self.buckets[bisect_left(BOUNDS, seconds)] += 1
-
-
-class Counts:
-    """What the service counts; written by the event loop alone."""
-
-    def __init__(self) -> None:
-        self.traffic: dict[tuple[str, str], Traffic] = {}  # by method and table
-        self.errors: dict[tuple[str, str, str], int] = {}  # by method, code and reason
-        self.inflight_bytes = 0
-        self.streams = 0
-
-    def served(self, method: str, table: str, keys: int, size: int, seconds: float) -> None:
-        """Count one pull, push or delete that succeeded."""
-        traffic = self.traffic.get((method, table))
-        if traffic is None:
-            traffic = self.traffic[method, table] = Traffic()
-        traffic.add(keys, size, seconds)
-
-    def forget(self, table: str) -> None:
-        """Drop the series of a table that is gone."""
-        for where in [each for each in self.traffic if each[1] == table]:
-            del self.traffic[where]
-
-    def failed(self, method: str, code: str, reason: str) -> None:
-        """Count one request that was refused."""
-        self.errors[method, code, reason] = self.errors.get((method, code, reason), 0) + 1
 
 
 class ShardCollector(Collector):
     """Reads the counts and the shard whenever the page is asked for."""
 
     def __init__(
-        self, shard: Shard, engine: Engine, counts: Counts, log: VersionLog | None = None
+        self, shard: Shard, engine: Engine, stats: ServiceStats, log: VersionLog | None = None
     ) -> None:
         self._shard = shard
         self._engine = engine
-        self._counts = counts
+        self._stats = stats
         self._log = log
 
     def collect(self) -> Iterator[Metric]:
@@ -90,14 +42,14 @@ class ShardCollector(Collector):
         yield from self._tables()
         if self._log is not None:
             yield from self._positions(self._log)
-        shard, counts = self._shard, self._counts
+        shard, service = self._shard, self._stats
         for name, help, value in (
             ("ps_version", "Version of the shard: changes applied.", shard.version),
             ("ps_sessions", "Client sessions remembered.", len(shard.sessions)),
             ("ps_memory_bytes", "Memory taken by tables.", shard.budget.held),
             ("ps_memory_budget_bytes", "Memory that tables may take.", shard.budget.limit),
-            ("ps_inflight_bytes", "Requests, and replies not yet sent.", counts.inflight_bytes),
-            ("ps_streams", "Open client streams.", counts.streams),
+            ("ps_inflight_bytes", "Requests, and replies not yet sent.", service.inflight_bytes),
+            ("ps_streams", "Open client streams.", service.streams),
             ("ps_engine_waiting", "Calls waiting for the engine.", self._engine.waiting),
         ):
             yield GaugeMetricFamily(name, help, value)
@@ -123,7 +75,7 @@ class ShardCollector(Collector):
             "ps_request_seconds", "From decoding to result, on the server.", labels=labels
         )
         tables = set(self._shard.tables())
-        for where, traffic in list(self._counts.traffic.items()):
+        for where, traffic in list(self._stats.traffic.items()):
             if where[1] not in tables:  # dropped, and counted since by an answer that was late
                 continue
             requests.add_metric(where, traffic.requests)
@@ -137,7 +89,7 @@ class ShardCollector(Collector):
         errors = CounterMetricFamily(
             "ps_errors", "Requests refused.", labels=["method", "code", "reason"]
         )
-        for what, count in list(self._counts.errors.items()):
+        for what, count in list(self._stats.errors.items()):
             errors.add_metric(what, count)
         yield from (requests, keys, size, latency, errors)
 

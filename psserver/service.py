@@ -55,10 +55,10 @@ from psserver.errors import (
     WrongShard,
 )
 from psserver.feed import Feed
-from psserver.metrics import Counts
 from psserver.restore import Restores
 from psserver.schemas import LEVELS, read_schema, write_schema
 from psserver.shard import Change, Pull, Push, Shard
+from psserver.stats import ServiceStats
 from psserver.sweeper import Sweeper
 from storage.errors import (
     Compacted,
@@ -204,7 +204,7 @@ class Service:
         self,
         shard: Shard,
         engine: Engine,
-        counts: Counts,
+        counts: ServiceStats,
         config: ServerConfig,
         release: str,
         checkpoints: Checkpoints,

@@ -19,7 +19,7 @@ from stores import Home, push, schema, tail
 
 from psclient import Client, PsError, Table
 from psproto.routing import even_map
-from psserver.server import claim
+from psserver.datadir import claim
 
 pytestmark = pytest.mark.slow
 

@@ -158,9 +158,9 @@ def _break(broken: Path) -> None:
 
 def _serve(flags: list[str], out: str, broken: str) -> None:
     """The life of a child."""
-    from psserver import cli
     from psserver.config import ConfigError, load
-    from psserver.server import serve
+    from psserver.logs import log_to_stderr
+    from psserver.process import serve
 
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -169,7 +169,7 @@ def _serve(flags: list[str], out: str, broken: str) -> None:
     os.dup2(nothing, 0)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
-    cli._log_to_stderr()
+    log_to_stderr()
     _break(Path(broken))
     try:
         serve(load(flags))
@@ -183,7 +183,7 @@ def _serve(flags: list[str], out: str, broken: str) -> None:
 
 
 def main() -> None:
-    from psserver import cli, server, warm  # noqa: F401
+    from psserver import cli, warm  # noqa: F401
 
     warm.warm()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children

@@ -24,6 +24,7 @@ from psproto import ps_pb2 as pb
 from psproto import routing
 from psserver import checkpoints, restore
 from psserver.config import ConfigError, ServerConfig
+from psserver.datadir import DataDirectory
 from psserver.engine import Engine
 from psserver.errors import (
     BadRequest,
@@ -34,7 +35,6 @@ from psserver.errors import (
     NotEmpty,
     RestoreConflict,
 )
-from psserver.server import Server
 from storage import checkpoint as files
 from storage.admission import Counter
 from storage.errors import (
@@ -866,7 +866,9 @@ def test_a_lost_state_in_the_middle_of_an_exchange_is_damage(
             restore.settle(node.directory)
     assert sorted(node.directory.rglob("*")) == before
     with pytest.raises(ConfigError, match=r"^data_dir: DATA_LOSS: .*/restore/STATE: is gone"):
-        Server(ServerConfig(data_dir=node.directory), lambda: None)._begin(node.directory)
+        DataDirectory(
+            node.directory, ServerConfig(), Engine(), lambda: node.shard, lambda: None
+        ).open()
     state.write_bytes(whole)
     node.open()
 

@@ -1,12 +1,9 @@
-"""One shard as a process: how it starts, and whose a data directory is."""
+"""A server that starts: what it answers before it is ready, and then."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +14,11 @@ from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from servers import free_ports
 
-from psproto.routing import ShardMap, even_map
-from psserver import server as module
+from psserver import datadir as module
 from psserver.config import ConfigError, load
-from psserver.server import HEALTH, OWNER, Server, claim
+from psserver.listener import HEALTH
+from psserver.server import Server
 from storage.errors import Corrupt
-
-
-class TestClaim:
-    def test_a_directory_is_its_shards_from_the_first_start_on(self, tmp_path: Path) -> None:
-        for _ in range(2):
-            claim(tmp_path, 1, even_map(2))
-            assert os.listdir(tmp_path) == [OWNER]
-
-    @pytest.mark.parametrize(("shard", "shards"), [(0, 2), (1, 3), (0, 1)])
-    def test_another_shard_or_another_number_of_them_is_refused_with_both_named(
-        self, tmp_path: Path, shard: int, shards: int
-    ) -> None:
-        claim(tmp_path, 1, even_map(2))
-        with pytest.raises(ConfigError) as caught:
-            claim(tmp_path, shard, even_map(shards))
-        assert str(caught.value) == (
-            f"data_dir: {tmp_path} is of shard 1 of 2 (shard map of epoch 1), and this is shard"
-            f" {shard} of {shards} (shard map of epoch 1); for another number of shards:"
-            " psctl checkpoint, psserver on new directories, psctl restore"
-        )
-        claim(tmp_path, 1, even_map(2))
-
-    def test_another_map_of_as_many_shards_is_refused(self, tmp_path: Path) -> None:
-        claim(tmp_path, 0, even_map(2))
-        moved = ShardMap(2, even_map(2).shards, even_map(2).shard_of_bucket)
-        with pytest.raises(ConfigError, match=r"epoch 1\), and this is .* epoch 2\)"):
-            claim(tmp_path, 0, moved)
-
-    def test_a_damaged_note_is_refused_by_name(self, tmp_path: Path) -> None:
-        claim(tmp_path, 0, even_map(2))
-        path = tmp_path / OWNER
-        data = path.read_bytes()
-        for at in range(0, len(data), 7):
-            path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-            with pytest.raises(Corrupt, match=rf"^{path}: "):
-                claim(tmp_path, 0, even_map(2))
-
 
 METHODS = (
     "InfoService/GetServerInfo",
@@ -149,30 +109,3 @@ async def told(channel: grpc.aio.Channel) -> tuple[dict[str, Any], dict[str, str
         for name in HEALTH
     }
     return calls, health
-
-
-class TestRestart:
-    """A server that is to start anew becomes the same command again."""
-
-    @pytest.mark.parametrize(("number", "again"), [(None, True), (signal.SIGTERM, False)])
-    def test_a_signal_on_the_way_ends_it_for_good(
-        self, monkeypatch: pytest.MonkeyPatch, number: signal.Signals | None, again: bool
-    ) -> None:
-        class Restarting:
-            def __init__(self, _: object, restart: Callable[[], None]) -> None:
-                self._restart = restart
-
-            async def listen(self) -> None:
-                pass
-
-            async def open(self) -> None:
-                self._restart()
-
-            async def close(self) -> None:
-                if number is not None:
-                    signal.raise_signal(number)
-                    await asyncio.sleep(0.01)  # the loop hears of it
-
-        monkeypatch.setattr(module, "Server", Restarting)
-        monkeypatch.setattr(module, "warm", lambda: None)
-        assert asyncio.run(module._serve(load([]))) is again

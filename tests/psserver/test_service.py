@@ -33,7 +33,7 @@ class Peer:
     """A client of one server, both on this loop."""
 
     def __init__(self, server: Server, channel: grpc.aio.Channel) -> None:
-        self.counts = server._counts
+        self.counts = server._stats
         self.engine = server._engine
         self.service = server._service
         self._channel = channel

@@ -1,0 +1,178 @@
+"""A shard's data directory: locked by one server, owned by one shard, recovered at a start.
+
+data directory = LOCK  SHARD  log/ (storage/versionlog.py)  base/ (storage/base.py)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+import structlog
+
+from psproto import routing
+from psserver.checkpointer import Checkpointer, recover
+from psserver.config import ConfigError, ServerConfig
+from psserver.engine import Engine
+from psserver.restore import COMMITTED, State, failed, loaded, settle
+from psserver.shard import Shard
+from storage.base import Base
+from storage.checkpoint import from_json, to_json
+from storage.disk import replace
+from storage.errors import Corrupt, StorageError
+from storage.versionlog import VersionLog
+
+OWNER = "SHARD"  # file in a data directory: the shard that it belongs to
+
+log = structlog.get_logger()
+
+
+def lock(directory: Path) -> IO[str]:
+    """Make ``directory`` this process's alone for as long as the returned file is open."""
+    directory.mkdir(parents=True, exist_ok=True)
+    held = (directory / "LOCK").open("a")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        held.close()
+        raise ConfigError(f"data_dir: {directory} is in use by another server") from error
+    return held
+
+
+def claim(directory: Path, shard: int, shard_map: routing.ShardMap) -> None:
+    """Note whose ``directory`` is; ConfigError if it is another shard's, or of another map.
+
+    A shard would find keys in it that are not its own, and miss others. Corrupt if the note is
+    damaged.
+    """
+    path = directory / OWNER
+    asked = {"format": 1, "shard": shard, "shards": shard_map.shards, "epoch": shard_map.epoch}
+    if not path.exists():
+        replace(path, to_json(asked))
+        return
+    held = {"format": 1, **from_json(path.read_bytes(), str(path))}
+    if held != asked:
+        owner, other = (
+            f"shard {each['shard']} of {each['shards']} (shard map of epoch {each['epoch']})"
+            for each in (held, asked)
+        )
+        raise ConfigError(
+            f"data_dir: {directory} is of {owner}, and this is {other}; for another number of"
+            " shards: psctl checkpoint, psserver on new directories, psctl restore"
+        )
+
+
+class DataDirectory:
+    """The log and the base of one shard, from ``open`` to ``close``.
+
+    shard         recovered by ``open``
+    restore       the state of a restore that the last process left, or None
+    log, base, checkpointer  are there after ``open``
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: ServerConfig,
+        engine: Engine,
+        make_shard: Callable[[], Shard],
+        wake: Callable[[], None],
+    ) -> None:
+        self.directory = directory
+        self.restore: State | None = None
+        self._config = config
+        self._engine = engine
+        self._make_shard = make_shard
+        self._wake = wake
+
+    def open(self) -> Shard:
+        """Recover; where a restore was committed, from what it brought, or else from what was."""
+        self.shard = self._make_shard()
+        try:
+            claim(self.directory, self._config.shard, self.shard.shard_map)
+            restore = settle(self.directory)
+        except (StorageError, OSError) as error:
+            raise _unfit(error) from error
+        self.restore = restore
+        if restore is None or restore.phase != COMMITTED:
+            self._recover()
+            return self.shard
+        try:
+            self._recover()
+        except ConfigError as error:
+            log.error("restore failed", name=restore.name, error=str(error))
+            self.restore = failed(self.directory, restore, str(error))
+            self.shard = self._make_shard()
+            self._recover()
+            return self.shard
+        self.restore = loaded(self.directory, restore)
+        return self.shard
+
+    def close(self) -> None:
+        """Close log and base; the checkpointer was closed before."""
+        self.log.close()
+        self.base.close()
+
+    def _recover(self) -> None:
+        """Open log and base, and bring the shard to where it was; ConfigError if that fails."""
+        config, start = self._config, time.monotonic()
+        self.base = Base(self.directory / "base")
+        versions: VersionLog | None = None
+        try:
+            self.base.open()
+            state = self.base.state
+            versions = VersionLog.open(
+                self.directory / "log",
+                fail=partial(_fail, "the version log"),
+                wake=self._wake,
+                segment_bytes=config.segment_bytes,
+                flush_seconds=config.fsync_seconds,
+                lineage=state.lineage if state else None,
+                epoch=state.epoch if state else 1,
+                after=state.version if state else None,
+                made=state is not None and state.logged,
+            )
+            found = recover(self.shard, self.base, versions)
+        except StorageError as error:
+            self.base.close()
+            if versions is not None:
+                versions.close()
+            raise _unfit(error) from error
+        self.log = versions
+        self.shard.attach(self.log)
+        self.checkpointer = Checkpointer(
+            self.shard,
+            self._engine,
+            self.base,
+            self.log,
+            fail=partial(_fail, "the base"),
+            seconds=config.checkpoint_seconds,
+            keep=(config.log_keep_bytes, config.log_keep_seconds),
+            stored_rows=found.rows,
+        )
+        log.info(
+            "recovered",
+            shard=config.shard,
+            version=self.shard.version,
+            rows=found.rows,
+            records=found.records,
+            record_bytes=found.record_bytes,
+            torn_bytes=self.log.torn_bytes,
+            seconds=round(time.monotonic() - start, 2),
+        )
+
+
+def _unfit(error: Exception) -> ConfigError:
+    damaged = "DATA_LOSS: " if isinstance(error, Corrupt) else ""
+    return ConfigError(f"data_dir: {damaged}{error}")
+
+
+def _fail(what: str, error: Exception) -> None:
+    """What is on disk cannot be trusted any more: end without another word to any client."""
+    log.critical(f"{what} failed", error=str(error))
+    os._exit(74)  # EX_IOERR
