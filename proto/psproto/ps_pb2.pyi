@@ -731,7 +731,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("release", "shard", "shard_map", "limits", "version", "memory_bytes", "memory_budget_bytes", "lineage", "durable_version")
+    __slots__ = ("release", "shard", "shard_map", "limits", "version", "memory_bytes", "memory_budget_bytes", "lineage", "durable_version", "uptime_seconds", "tables", "rows", "log_bytes", "log_first_version", "flush_age_seconds")
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     SHARD_MAP_FIELD_NUMBER: _ClassVar[int]
@@ -741,6 +741,12 @@ class GetServerInfoResponse(_message.Message):
     MEMORY_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     LINEAGE_FIELD_NUMBER: _ClassVar[int]
     DURABLE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    LOG_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOG_FIRST_VERSION_FIELD_NUMBER: _ClassVar[int]
+    FLUSH_AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     release: str
     shard: int
     shard_map: ShardMap
@@ -750,7 +756,13 @@ class GetServerInfoResponse(_message.Message):
     memory_budget_bytes: int
     lineage: bytes
     durable_version: int
-    def __init__(self, release: _Optional[str] = ..., shard: _Optional[int] = ..., shard_map: _Optional[_Union[ShardMap, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., version: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., lineage: _Optional[bytes] = ..., durable_version: _Optional[int] = ...) -> None: ...
+    uptime_seconds: float
+    tables: int
+    rows: int
+    log_bytes: int
+    log_first_version: int
+    flush_age_seconds: float
+    def __init__(self, release: _Optional[str] = ..., shard: _Optional[int] = ..., shard_map: _Optional[_Union[ShardMap, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., version: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., lineage: _Optional[bytes] = ..., durable_version: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., tables: _Optional[int] = ..., rows: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_first_version: _Optional[int] = ..., flush_age_seconds: _Optional[float] = ...) -> None: ...
 
 class AnalyzeRequest(_message.Message):
     __slots__ = ("table", "checkpoint", "frequencies", "ages", "norms", "grace", "top", "columns")
