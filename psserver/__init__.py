@@ -10,7 +10,10 @@ sweeper.py       eviction in the background and on demand
 checkpointer.py  what a shard keeps on disk beside the log
 checkpoints.py   named checkpoints of this shard: taken, verified, read
 restore.py       a shard's state replaced by a checkpoint's
-analysis.py      what a table holds, and what is known of a key
+pace.py          turns for slow readers on the engine
+summaries.py     summaries of tables as messages
+inspection.py    what is known of single keys
+analysis.py      what a table holds
 position.py      where a subscriber stands, and its token
 deltas.py        what a subscriber is told, as messages
 feed.py          subscriptions: every change, to whoever follows

@@ -26,7 +26,7 @@ import structlog
 
 from psserver.engine import Engine
 from psserver.shard import Captured, Shard
-from storage.admission import Counts, Versions
+from storage.admission.gates import Occurrences, Versions
 from storage.base import Base, BaseState
 from storage.block import (
     BLOCK_BYTES,
@@ -279,7 +279,7 @@ def blocks_of(captured: Captured, after: int, buffer: Bytes) -> Iterator[Block]:
                 yield from _unmoved(block, after, captured.version)
 
 
-Counted = tuple[int, Keys, Counts, Versions]  # number of the table, and its counters
+Counted = tuple[int, Keys, Occurrences, Versions]  # number of the table, and its counters
 
 
 def counters_of(captured: Captured, after: int, engine: Engine) -> Iterator[Counted]:

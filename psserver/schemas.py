@@ -9,8 +9,8 @@ from google.protobuf import json_format
 
 from psproto import ps_pb2 as pb
 from psserver.errors import BadRequest
-from storage.admission import make_admission
-from storage.eviction import make_eviction
+from storage.admission.rules import make_admission
+from storage.eviction.rules import make_eviction
 from storage.initializers import make_initializer
 from storage.optimizers import make_optimizer
 from storage.schema import Durability, TableSchema

@@ -29,7 +29,8 @@ from storage.arena import Budget
 from storage.base import BaseState, BaseTable
 from storage.block import Block
 from storage.errors import Corrupt, UnknownTable
-from storage.eviction import FIRST_STEP, Sweep
+from storage.eviction.contract import FIRST_STEP
+from storage.eviction.sweep import Sweep
 from storage.kernels import Keys, Rows
 from storage.records import Cause, Kind, Origin
 from storage.schema import NAME, Durability, TableSchema

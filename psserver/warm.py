@@ -6,9 +6,11 @@ import numpy as np
 
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
-from storage import admission, eviction, initializers, optimizers
+from storage import initializers, optimizers
+from storage.admission import rules as admission
 from storage.analysis import RowColumns, Summary
 from storage.arena import Budget
+from storage.eviction import sweep as eviction
 from storage.index import SEGMENT, Index
 from storage.schema import TableSchema
 from storage.table import Table

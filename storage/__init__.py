@@ -14,8 +14,16 @@ ftrl.py          FTRL and group FTRL
 optimizers.py    all optimizers by name
 segment.py       a file of frames: one piece of the version log
 records.py       what a frame of the version log says
-admission.py     which keys may have a row
-eviction.py      which rows leave
+admission/gates.py    which keys may have a row: gates, and what they promise
+admission/counter.py  exact counters of the keys that wait
+admission/sketch.py   a counting Bloom filter of them
+admission/rules.py    the admission rules of a table's schema
+eviction/timeline.py   which versions are older than a TTL
+eviction/contract.py   what an eviction rule is, and what it looks at
+eviction/rules.py      the eviction rules of a table's schema
+eviction/selection.py  the rows of the lowest scores, found by slices
+eviction/sweep.py      one pass of rules over the rows
+eviction/evictor.py    the eviction of one table: when to sweep
 schema.py        what a table is
 versionlog.py    the log of all changes: appended, synced, followed, cut
 block.py         many rows, or tombstones, as one run of bytes

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.kernels import Keys, inline, jit
+from storage.kernels import Keys, Rows, inline, jit, measure
 
 FREQUENCIES = tuple(2.0**i for i in range(32))
 AGES = (0.0, *(2.0**i for i in range(33)))  # steps
 NORMS = tuple(float(f"{digit}e{power}") for power in range(-6, 5) for digit in (1, 2, 5))
 
 Edges = NDArray[np.float64]
-Counts = NDArray[np.uint64]
+BucketCounts = NDArray[np.uint64]
 
 
 class RowColumns(NamedTuple):
@@ -39,6 +39,13 @@ class RowColumns(NamedTuple):
     def take(self, chosen: Any) -> RowColumns:
         """Some of the rows, by a mask or by positions."""
         return RowColumns._make([*(column[chosen] for column in self[:-1]), self.tier])
+
+
+def norms_of(matrix: Rows, dim: int) -> NDArray[np.float64]:
+    """Return the L2 norms, float64[n], of the first ``dim`` numbers of rows float32[n, >= dim]."""
+    norms = np.empty(len(matrix), np.float64)
+    measure(np.array(matrix), np.arange(len(matrix)), dim, norms)
+    return norms
 
 
 def edges_of(usual: tuple[float, ...], asked: Any) -> Edges:
@@ -132,7 +139,7 @@ class Histogram:
         self._bounds = np.nextafter(edges, np.inf) if upper else edges
 
     @property
-    def parts(self) -> tuple[Edges, Counts, Counts]:
+    def parts(self) -> tuple[Edges, BucketCounts, BucketCounts]:
         """Edges to compare with, counts and sums; the kernel updates them."""
         return self._bounds, self.counts, self.sums
 

@@ -8,9 +8,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from storage.admission import Admission, Always
+from storage.admission.rules import Admission, Always
 from storage.errors import SchemaMismatch
-from storage.eviction import Eviction, require_distinct
+from storage.eviction.contract import Eviction, require_distinct
 from storage.initializers import Initializer
 from storage.optimizer import Optimizer
 

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.admission import Counts, Versions
+from storage.admission.gates import Occurrences, Versions
 from storage.arena import Budget
-from storage.eviction import Evictor, View
+from storage.eviction.contract import View
+from storage.eviction.evictor import Evictor
 from storage.index import PLACE_BITS, Index, Locations, places
 from storage.initializers import table_seed
 from storage.kernels import Keys, Rows, Slots
@@ -55,7 +56,7 @@ class Pushed:
     keys: Keys  # uint64[n]
     slots: Slots  # int64[n]  where their rows are
     waiting: Keys  # uint64[m]  those that have a counter
-    totals: Counts  # uint32[m]  what it became
+    totals: Occurrences  # uint32[m]  what it became
     step: int  # the rows' step now: the largest that was pushed to the table
 
 
@@ -183,7 +184,7 @@ class Table:
         missing: NDArray[np.int64],
         locations: Locations,
         version: int,
-    ) -> tuple[NDArray[np.bool_], Counts]:
+    ) -> tuple[NDArray[np.bool_], Occurrences]:
         """Make rows for the missing keys that may have one, and count the others.
 
         missing    int64[m]   which of ``keys`` have no row
@@ -232,7 +233,7 @@ class Table:
             self.gate.forget(keys[missing])
         self._host.put(keys, places(locations), versions, steps, frequencies, rows)
 
-    def put_counters(self, keys: Keys, totals: Counts, versions: Versions) -> None:
+    def put_counters(self, keys: Keys, totals: Occurrences, versions: Versions) -> None:
         """Write counters as they were read from a block or a record; newer ones stay.
 
         keys  uint64[n], distinct; those that have a row need none; totals uint32[n]; versions

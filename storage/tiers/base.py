@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from numpy.typing import NDArray
 
-from storage.eviction import View
+from storage.eviction.contract import View
 from storage.initializers import Initializer
 from storage.kernels import Keys, Rows, Slots
 from storage.optimizer import Optimizer

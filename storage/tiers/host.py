@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from storage.arena import Arena, Budget
 from storage.errors import OutOfMemory
-from storage.eviction import View
+from storage.eviction.contract import View
 from storage.initializers import Initializer
 from storage.kernels import (
     Keys,

@@ -32,7 +32,7 @@ from stores import Home, change, contents, copy_of, push, schema
 
 from psproto import ps_pb2 as pb
 from psserver import restore
-from storage.admission import Counter as Admission
+from storage.admission.rules import Counter as Admission
 from storage.errors import StorageError
 from storage.optimizers import make_optimizer
 

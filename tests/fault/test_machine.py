@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from stores import DIM, Home, change, contents, copy_of, power_cut, push, schema
 
-from storage.admission import Counter
+from storage.admission.rules import Counter
 from storage.errors import DiskFull, LogFailed
-from storage.eviction import FIRST_STEP, StepTtl
+from storage.eviction.contract import FIRST_STEP
+from storage.eviction.rules import StepTtl
 from storage.records import Cause
 from storage.segment import Disk
 from storage.tiers.base import FREQUENCY, STEP, VERSION

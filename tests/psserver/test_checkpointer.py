@@ -27,10 +27,10 @@ from psserver.engine import Engine
 from psserver.errors import NoLog
 from psserver.metrics import CheckpointCollector
 from psserver.shard import Shard
-from storage import eviction
-from storage.admission import Sketch
+from storage.admission.rules import Sketch
 from storage.block import ROWS, TOMBSTONES, rows_per_block
 from storage.errors import Corrupt, DiskFull, LogFailed
+from storage.eviction import rules as eviction
 from storage.initializers import make_initializer
 from storage.optimizers import make_optimizer
 from storage.records import Cause

@@ -36,7 +36,7 @@ from psserver.errors import (
     RestoreConflict,
 )
 from storage import checkpoint as files
-from storage.admission import Counter
+from storage.admission.rules import Counter
 from storage.errors import (
     Corrupt,
     SchemaMismatch,

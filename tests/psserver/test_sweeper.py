@@ -22,9 +22,9 @@ from psserver.errors import Draining, Overloaded
 from psserver.service import Service
 from psserver.shard import SWEEPING, URGENT, Shard
 from psserver.sweeper import FULL_SECONDS, IDLE_SECONDS, SHORTEST, Sweeper
-from storage.admission import Counter, Probability, Sketch
+from storage.admission.rules import Counter, Probability, Sketch
 from storage.errors import DiskFull, UnknownTable
-from storage.eviction import CapacityLru, Norm, StepTtl, TimeTtl
+from storage.eviction.rules import CapacityLru, Norm, StepTtl, TimeTtl
 from storage.records import Cause
 from storage.sgd import Sgd
 

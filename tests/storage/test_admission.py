@@ -18,23 +18,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from storage.admission import (
+from storage.admission.counter import LAST_VERSION, MOST, CounterGate
+from storage.admission.gates import LARGEST, Gate
+from storage.admission.rules import (
     ADMISSIONS,
-    HALVED,
-    LARGEST,
-    LAST_VERSION,
-    MOST,
     PLANNED,
     Admission,
     Counter,
-    CounterGate,
-    Gate,
     Probability,
     Sketch,
-    SketchGate,
     compile_all,
     make_admission,
 )
+from storage.admission.sketch import HALVED, SketchGate
 from storage.arena import Budget
 from storage.errors import OutOfMemory
 from storage.index import SEGMENT

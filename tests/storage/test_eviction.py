@@ -16,27 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.arena import Budget
-from storage.eviction import (
+from storage.eviction.contract import Eviction, Now, RowEviction, TableEviction, View
+from storage.eviction.evictor import Evictor
+from storage.eviction.rules import (
     EVICTIONS,
-    MOST,
-    PARTS,
-    READ,
     CapacityLfu,
     CapacityLru,
-    Eviction,
-    Evictor,
     Norm,
-    Now,
-    RowEviction,
     StepTtl,
-    Sweep,
-    TableEviction,
-    Timeline,
     TimeTtl,
-    View,
-    compile_all,
     make_eviction,
 )
+from storage.eviction.sweep import MOST, READ, Sweep, compile_all
+from storage.eviction.timeline import PARTS, Timeline
 from storage.initializers import make_initializer
 from storage.optimizers import OPTIMIZERS, make_optimizer
 from storage.records import Cause

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from storage.admission import ADMISSIONS, Always, Counter, Probability, Sketch
+from storage.admission.rules import ADMISSIONS, Always, Counter, Probability, Sketch
 from storage.arena import Budget
 from storage.errors import OutOfMemory
-from storage.eviction import CapacityLfu, CapacityLru, Norm, StepTtl, TimeTtl
+from storage.eviction.rules import CapacityLfu, CapacityLru, Norm, StepTtl, TimeTtl
 from storage.initializers import make_initializer
 from storage.optimizers import OPTIMIZERS, make_optimizer
 from storage.records import Cause

@@ -21,7 +21,9 @@ from storage.analysis import (
     edges_of,
 )
 from storage.arena import Budget
-from storage.eviction import Norm, Now, StepTtl, Sweep
+from storage.eviction.contract import Now
+from storage.eviction.rules import Norm, StepTtl
+from storage.eviction.sweep import Sweep
 from storage.initializers import make_initializer
 from storage.optimizers import make_optimizer
 from storage.schema import TableSchema

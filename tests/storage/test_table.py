@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.admission import make_admission
+from storage.admission.rules import make_admission
 from storage.arena import HUGE, Budget
 from storage.errors import OutOfMemory, SchemaMismatch
-from storage.eviction import make_eviction
+from storage.eviction.rules import make_eviction
 from storage.initializers import INITIALIZERS, make_initializer
 from storage.optimizers import OPTIMIZERS, make_optimizer
 from storage.schema import MAX_DIM, TableSchema

@@ -1,0 +1,119 @@
+"""What a shard knows of single keys: rows, counters, and the deletes that are remembered."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from psproto import ps_pb2 as pb
+from psproto import routing
+from psserver.engine import Engine
+from psserver.errors import BadRequest, TooLarge, WrongShard
+from psserver.schemas import write_schema
+from psserver.shard import Known, Shard, Tombstones
+from storage.analysis import norms_of
+from storage.errors import Compacted
+from storage.kernels import Keys
+from storage.records import Cause, Delete, decode
+from storage.versionlog import VersionLog
+
+MAX_INSPECTED = 1000
+DEAD = 1024  # changes whose tombstones are looked through at once
+
+
+class Inspector:
+    """What one shard knows of keys. Thread-safe.
+
+    log  None: what it would tell about deletes is not told
+    """
+
+    def __init__(self, shard: Shard, engine: Engine, log: VersionLog | None) -> None:
+        self._shard = shard
+        self._engine = engine
+        self._log = log
+
+    def inspect(self, request: pb.InspectRequest) -> pb.InspectResponse:
+        """What the shard knows of keys."""
+        keys = self._keys(request)
+        known = self._engine.run(lambda: self._shard.known(request.table, keys))
+        gone, horizon = self._gone(known, keys)
+        response = pb.InspectResponse(
+            version=known.version,
+            created=known.created,
+            tombstone_horizon=horizon,
+            step=known.step,
+            admission=write_schema(known.schema).admission,
+        )
+        norms = norms_of(known.embeddings, known.embeddings.shape[1])
+        for i, key in enumerate(keys.tolist()):
+            facts = response.keys.add(key=key, gone=gone.get(key, ()))
+            if known.versions[i]:
+                facts.state = pb.KeyFacts.STATE_ROW
+                facts.tier, facts.version = known.tiers[i], int(known.versions[i])
+                facts.step, facts.frequency = int(known.steps[i]), int(known.frequencies[i])
+                facts.norm = norms[i]
+                if request.embeddings:
+                    facts.embedding.extend(known.embeddings[i].tolist())
+            elif known.waiting[i]:
+                facts.state, facts.waiting = pb.KeyFacts.STATE_WAITING, int(known.waiting[i])
+            elif facts.gone:
+                facts.state = pb.KeyFacts.STATE_GONE
+            elif known.forgets:
+                facts.state, facts.why = pb.KeyFacts.STATE_UNKNOWN, known.forgets
+            elif horizon >= known.created:  # equal behind a restore, whose tables begin there
+                facts.state = pb.KeyFacts.STATE_UNKNOWN
+                facts.why = f"deletes up to version {horizon} may be forgotten"
+            else:
+                facts.state = pb.KeyFacts.STATE_NEW
+        return response
+
+    def _keys(self, request: pb.InspectRequest) -> Keys:
+        """The keys of a request; refuses what is no key of this shard."""
+        shard, where = self._shard, f"table {request.table[:200]!r}"
+        if len(request.keys) % 8:
+            raise BadRequest("INVALID_ARGUMENT", f"{where}: {len(request.keys)} bytes of keys")
+        keys = np.frombuffer(request.keys, "<u8")
+        if len(keys) > MAX_INSPECTED:
+            raise TooLarge(
+                "TOO_MANY_KEYS", f"{where}: {len(keys)} keys, the limit is {MAX_INSPECTED}"
+            )
+        repeated, stray = routing.check(keys, shard.shard_map, shard.number)
+        if stray >= 0:
+            key, shard_map = keys[stray], shard.shard_map
+            belongs = int(routing.owners(keys[stray : stray + 1], shard_map)[0])
+            raise WrongShard(request.table, int(key), belongs, shard.number, shard_map.epoch)
+        if repeated:
+            raise BadRequest("INVALID_ARGUMENT", f"{where}: keys must be distinct")
+        return keys
+
+    def _gone(self, known: Known, keys: Keys) -> tuple[dict[int, list[pb.KeyFacts.Gone]], int]:
+        """By key, the deletes up to the version known of that are remembered; and the horizon."""
+        found: dict[int, list[pb.KeyFacts.Gone]] = {}
+        at = known.created
+        while True:
+            dead = self._engine.run(lambda at=at: self._shard.tombstones(at, DEAD))  # type: ignore[misc]
+            dead = [each for each in dead if each.version <= known.version]
+            if not dead:
+                return found, self._shard.tombstone_horizon
+            at = dead[-1].version
+            mine = [each for each in dead if each.table == known.number]
+            gone = np.concatenate([np.empty(0, np.uint64), *(each.keys for each in mine)])
+            change = np.repeat(np.arange(len(mine)), [len(each.keys) for each in mine])
+            hits = np.flatnonzero(np.isin(gone, keys))
+            told = {i: self._told_of(mine[i]) for i in np.unique(change[hits]).tolist()}
+            for key, i in zip(gone[hits].tolist(), change[hits].tolist(), strict=True):
+                found.setdefault(key, []).append(told[i])
+
+    def _told_of(self, dead: Tombstones) -> pb.KeyFacts.Gone:
+        """A delete, with what its record says if the log still has it."""
+        gone = pb.KeyFacts.Gone(version=dead.version, cause=Cause(dead.cause).name.lower())
+        if self._log is None:
+            return gone
+        try:
+            frames = self._log.read(dead.version - 1, upto=dead.version)
+        except Compacted:
+            return gone
+        for frame in frames[:1]:
+            record = decode(frame)
+            if isinstance(record, Delete):
+                gone.time_us, gone.step = record.origin.time_us, record.origin.step
+        return gone

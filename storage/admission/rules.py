@@ -1,0 +1,198 @@
+"""The admission rules of a table's schema.
+
+To add one: write the rule and its gate, add the rule to ADMISSIONS. Nothing else changes; the tests
+run over the dict.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from numbers import Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from storage.admission.counter import MOST, CounterGate
+from storage.admission.gates import AlwaysGate, Gate, ProbabilityGate
+from storage.admission.sketch import SketchGate
+from storage.arena import Budget
+from storage.registry import build
+
+PLANNED = 30 / 64  # share of a sketch's cells in use when the expected keys wait
+SMALLEST = 1 << 12  # cells; in fewer, the share in use depends on luck
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission(ABC):
+    """When a key may have a row. Parameters are checked at birth."""
+
+    name: ClassVar[str]
+
+    def on(self, share: float) -> Self:
+        """The rule for a shard that has this share of the keys, 0..1."""
+        return self  # unless a parameter is of the whole table
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.type == "int":
+                value = getattr(self, field.name)
+                whole = isinstance(value, Real) and float(value).is_integer()
+                self._require(field.name, whole, "a whole number")
+                object.__setattr__(self, field.name, int(value))
+        self._check()
+
+    def _check(self) -> None:
+        """Refuse numbers that make no sense."""
+        return  # there are none, unless a rule says otherwise
+
+    def _require(self, field: str, holds: bool, rule: str) -> None:
+        if not holds:
+            value = getattr(self, field)
+            raise ValueError(f"admission {self.name!r}: {field} must be {rule}, got {value!r}")
+
+    @abstractmethod
+    def gate(self, budget: Budget, seed: int) -> Gate:
+        """A gate without counters; OutOfMemory if the budget does not allow it.
+
+        seed  what table_seed returned
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Always(Admission):
+    """At the first push."""
+
+    name: ClassVar[str] = "always"
+
+    def gate(self, budget: Budget, seed: int) -> Gate:
+        return AlwaysGate()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counter(Admission):
+    """At the push with its ``threshold``-th occurrence, exactly.
+
+    20 to 51 bytes for each waiting key, 27 on average. Exact as long as no more than ``max_keys``
+    wait; then the stalest start again.
+    """
+
+    name: ClassVar[str] = "counter"
+
+    threshold: int = 2  # occurrences
+    max_keys: int = 10_000_000  # waiting, over all shards
+
+    def _check(self) -> None:
+        self._require("threshold", 1 <= self.threshold <= MOST, f"in 1..{MOST}")
+        self._require("max_keys", 1 <= self.max_keys <= 1 << 36, "in 1..2^36")
+
+    def on(self, share: float) -> Self:
+        return replace(self, max_keys=math.ceil(self.max_keys * share))
+
+    def gate(self, budget: Budget, seed: int) -> Gate:
+        return CounterGate(self.threshold, self.max_keys, budget)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sketch(Admission):
+    """As Counter, from a sketch of fixed size: early for a few keys, 11 bytes a key at 1 %.
+
+    The size is that of a Bloom filter (Bloom, "Space/time trade-offs in hash coding with allowable
+    errors", CACM 13, 1970): for n keys, k = log2(1 / error_rate) cells each, rounded up, and
+    m = n k / -ln(1 - PLANNED) cells in all, so that n keys leave 1 - PLANNED of them empty. That
+    is a little below the half which is best; the rest is for luck, and for what is counted while
+    the sketch ages.
+    """
+
+    name: ClassVar[str] = "sketch"
+
+    threshold: int = 2  # occurrences
+    expected_keys: int = 1_000_000  # waiting, over all shards
+    error_rate: float = 0.01  # of keys that may be admitted early
+
+    def _check(self) -> None:
+        self._require("threshold", 1 <= self.threshold <= 1 << 13, "in 1..8192")
+        self._require("expected_keys", 1 <= self.expected_keys <= 1 << 32, "in 1..2^32")
+        rate = isinstance(self.error_rate, Real) and 1e-6 <= self.error_rate <= 0.5
+        self._require("error_rate", rate, "in 1e-6..0.5")
+        object.__setattr__(self, "error_rate", float(self.error_rate))
+        rule = f"such that 2^32 cells are enough, not {self.cells}"
+        self._require("expected_keys", self.cells <= 1 << 32, rule)
+
+    def on(self, share: float) -> Self:
+        return replace(self, expected_keys=math.ceil(self.expected_keys * share))
+
+    @property
+    def hashes(self) -> int:
+        """Cells of a key."""
+        return max(1, math.ceil(-math.log2(self.error_rate)))
+
+    @property
+    def cells(self) -> int:
+        """Cells in all."""
+        wanted = math.ceil(self.expected_keys * self.hashes / -math.log1p(-PLANNED))
+        return max(SMALLEST, wanted)
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger[Any]]:
+        """Of a cell: room for the counts of eight keys that are about to be admitted."""
+        return np.uint8 if self.threshold <= 32 else np.uint16
+
+    @property
+    def bytes(self) -> int:
+        """What a gate takes, but for rounding up."""
+        return self.cells * np.dtype(self.dtype).itemsize
+
+    def gate(self, budget: Budget, seed: int) -> Gate:
+        return SketchGate(
+            budget,
+            seed,
+            threshold=self.threshold,
+            expected_keys=self.expected_keys,
+            hashes=self.hashes,
+            cells=self.cells,
+            dtype=self.dtype,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probability(Admission):
+    """At each occurrence with probability ``p``, by a draw from (seed, key, version)."""
+
+    name: ClassVar[str] = "probability"
+
+    p: float = 0.1
+
+    def _check(self) -> None:
+        self._require("p", isinstance(self.p, Real) and 0 < self.p <= 1, "above 0 and at most 1")
+        object.__setattr__(self, "p", float(self.p))
+
+    def gate(self, budget: Budget, seed: int) -> Gate:
+        return ProbabilityGate(self.p, seed)
+
+
+def make_admission(name: str, params: Mapping[str, float]) -> Admission:
+    """The admission rule of that name; parameters left out keep their defaults.
+
+    Raises ValueError naming what is unknown, with what is allowed, or the rule that is broken.
+    """
+    return build("admission", ADMISSIONS, name, params)
+
+
+def compile_all() -> None:
+    """Run every gate once, so that each kernel is compiled or loaded from the cache."""
+    small = Sketch(expected_keys=1)
+    every = [make_admission(name, {}) for name in ADMISSIONS if name != small.name]
+    for rule in (*every, small, Sketch(threshold=100, expected_keys=1)):
+        gate = rule.gate(Budget(1 << 30), 0)
+        keys, ones = np.arange(2, dtype=np.uint64), np.ones(2, np.uint32)
+        gate.admit(keys, ones, 1)
+        gate.put(keys, ones, ones.astype(np.uint64))
+        gate.forget(keys)
+        gate.expire(1)
+        gate.close()
+
+
+ADMISSIONS: dict[str, type[Admission]] = {c.name: c for c in (Always, Counter, Sketch, Probability)}

@@ -1,0 +1,247 @@
+"""A counting Bloom filter of the keys that wait for a row.
+
+cells   uint8[m] or uint16[m]   a key's count is in each of its k cells, with those of others
+keys    uint64[n]
+
+Cell i of a key is at (h + i s) m / 2^64, with s odd: two hashes do for k (Kirsch and
+Mitzenmacher, "Less hashing, same performance: building a better Bloom filter", ESA 2006).
+
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.admission.gates import GOLDEN, Admitted, CountingGate, Occurrences, Versions
+from storage.arena import Arena, Budget
+from storage.index import SEGMENT
+from storage.kernels import Keys, inline, jit, mix64, prefetch, readonly
+
+FULL = 31 / 64  # share at which it ages
+HALVED = 1 << 18  # cells halved at a time, or 64 for each cell counted if that is more
+AHEAD = 8  # keys whose cells are asked for before they are needed
+
+
+@inline
+def _stride(hashed: Any) -> Any:
+    return mix64(hashed + np.uint64(GOLDEN)) | np.uint64(1)
+
+
+@inline
+def _cell(hashed: Any, m: Any) -> Any:
+    """A hash's cell, for m up to 2^32: the product of its upper half with m, halved again."""
+    return ((hashed >> np.uint64(32)) * np.uint64(m)) >> np.uint64(32)
+
+
+@jit
+def _prefetch_cells(cells: Any, salt: Any, k: int, key: Any) -> None:
+    hashed = mix64(key ^ salt)
+    stride = _stride(hashed)
+    for _ in range(k):
+        prefetch(cells, np.int64(_cell(hashed, cells.shape[0])), 0)
+        hashed += stride
+
+
+@jit
+def _estimate(cells: Any, salt: Any, k: int, keys: Any, out: Any) -> None:
+    """out[i], uint32: the least of the cells of keys[i], which is its count unless all are shared.
+
+    Prefetches some keys ahead: k random cells are k cache misses, and in a batch they can overlap.
+    """
+    n = keys.shape[0]
+    for i in range(min(AHEAD, n)):
+        _prefetch_cells(cells, salt, k, keys[i])
+    for i in range(n):
+        if i + AHEAD < n:
+            _prefetch_cells(cells, salt, k, keys[i + AHEAD])
+        hashed = mix64(keys[i] ^ salt)
+        stride = _stride(hashed)
+        least = np.uint32(0xFFFFFFFF)
+        for _ in range(k):
+            least = min(least, np.uint32(cells[_cell(hashed, cells.shape[0])]))
+            hashed += stride
+        out[i] = least
+
+
+@jit
+def _add(cells: Any, salt: Any, k: int, most: int, keys: Any, amounts: Any) -> Any:
+    """Add to the cells of every key; return how many more cells are in use.
+
+    most     what a cell counts to; one that has reached it no longer knows what it holds, so
+             nothing is taken from it
+    amounts  int64[n]  negative to take out
+    """
+    n = keys.shape[0]
+    more = 0
+    for i in range(min(AHEAD, n)):
+        _prefetch_cells(cells, salt, k, keys[i])
+    for i in range(n):
+        if i + AHEAD < n:
+            _prefetch_cells(cells, salt, k, keys[i + AHEAD])
+        hashed = mix64(keys[i] ^ salt)
+        stride = _stride(hashed)
+        for _ in range(k):
+            at = _cell(hashed, cells.shape[0])
+            hashed += stride
+            held = np.int64(cells[at])
+            if held == most and amounts[i] < 0:
+                continue
+            new = min(max(held + amounts[i], np.int64(0)), np.int64(most))
+            more += int(new > 0) - int(held > 0)
+            cells[at] = new
+    return more
+
+
+class SketchGate(CountingGate):
+    """A counting Bloom filter.
+
+    Fan, Cao, Almeida and Broder, "Summary cache: a scalable wide-area web cache sharing protocol",
+    IEEE/ACM Transactions on Networking 8 (2000). A cell holds the sum of the counts of its keys.
+    (Conservative update would raise only a key's least cells. A cell then holds a maximum, from
+    which no key can be taken out again: the keys that share cells with an admitted one lose their
+    counts, and in streams of Zipf's law more than a tenth of admissions come late.)
+
+    Early: a key is admitted before its time only if every one of its k cells is shared. As the
+    sketch ages, at most half the cells are in use, so at most 2^-k <= error_rate of keys: a push is
+    weighed before it counts, and ages the sketch behind it, 64 cells for each that it counted.
+
+    Late: by nothing, but for these.
+    - Ageing halves all counts, rounding down, a slice with every push, when FULL of the cells are
+      in use (more keys wait than were expected), and once in a TTL through ``expire``. What is
+      counted while it goes on may be halved too. A push of more new keys than were expected is
+      halved at once, until no more than FULL of the cells are in use.
+    - A key whose own estimate was too high takes out more than it had brought in. Those that share
+      cells with it, k ln 2 of them on average, lose up to their whole count, so each is late by
+      less than the threshold. It takes a key of the rare kind that is admitted early.
+    - A cell that reached its maximum is not taken from until ageing halves it, which loses what it
+      could not count. That takes some 8 keys close to the threshold in one cell.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        seed: int,
+        *,
+        threshold: int,
+        expected_keys: int,
+        hashes: int,
+        cells: int,
+        dtype: type[np.unsignedinteger[Any]],
+    ) -> None:
+        self.cap = expected_keys
+        self._threshold = threshold
+        self._k = hashes
+        self._salt = np.uint64(mix64(np.uint64(seed)))
+        self._arena = Arena(1, dtype, budget)
+        self._arena.grow(cells)
+        self._cells = self._arena.array.reshape(-1)[:cells]
+        self._most = int(np.iinfo(dtype).max)
+        self._used = 0  # cells above 0
+        self._halved = cells  # cells up to here were halved since ageing began
+        self._version = 0  # of the last push
+        self._aged = 0  # the version at which it last began to age
+        self._loaded = 0  # bytes of cells that were stored
+
+    @property
+    def forgets(self) -> str:
+        return "a sketch loses counts as it ages"
+
+    @property
+    def entries(self) -> int:
+        """From the share of cells in use: Swamidass and Baldi, J. Chem. Inf. Model. 47 (2007)."""
+        m = len(self._cells)
+        if not m:  # closed
+            return 0
+        return round(-m / self._k * math.log1p(-min(self._used, m - 1) / m))
+
+    @property
+    def bytes(self) -> int:
+        return self._arena.bytes
+
+    def settle(
+        self, keys: Keys, counts: Occurrences, admitted: Admitted, totals: Occurrences, version: int
+    ) -> None:
+        self._version = max(self._version, version)
+        self.forget(keys[admitted])
+        self._add(keys[~admitted], counts[~admitted].astype(np.int64))
+        self._keep_up(len(keys))
+
+    def waiting(self, keys: Keys) -> Occurrences:
+        out = np.empty(len(keys), np.uint32)
+        _estimate(self._cells, self._salt, self._k, readonly(keys), out)
+        return out
+
+    def forget(self, keys: Keys) -> None:
+        self._add(keys, -self.waiting(keys).astype(np.int64))
+
+    def expire(self, before: int, limit: int = SEGMENT) -> None:
+        if before > self._aged and self._used:
+            self._age()
+        self._halve(limit)
+
+    def put(self, keys: Keys, totals: Occurrences, versions: Versions) -> None:
+        """Here counts have no versions: what a key lacks is added, so that nothing is lowered."""
+        self._version = max(self._version, int(versions.max(initial=0)))
+        lacking = totals.astype(np.int64) - self.waiting(keys)
+        self._add(keys, np.maximum(lacking, 0))
+        self._keep_up(len(keys))
+
+    def cells(self) -> NDArray[Any]:
+        cells: NDArray[Any] = readonly(self._cells)
+        return cells
+
+    def load_cells(self, start: int, data: NDArray[np.uint8]) -> None:
+        super().load_cells(start, data)
+        size = self._cells.itemsize
+        held, cells = (
+            self._cells[start // size :][: len(data) // size],
+            data.view(self._cells.dtype),
+        )
+        self._used += int(np.count_nonzero(cells)) - int(np.count_nonzero(held))
+        held[:] = cells
+        self._halved = len(self._cells)
+        self._loaded += len(data)
+
+    def begin(self, version: int) -> None:
+        size = self._cells.nbytes
+        if self._loaded not in (0, size):
+            raise ValueError(f"{self._loaded} bytes are no sketch of {size} bytes")
+        self._version = self._aged = version
+
+    def close(self) -> None:
+        self._cells = self._cells[:0].copy()
+        self._arena.close()
+
+    def _add(self, keys: Keys, amounts: NDArray[np.int64]) -> None:
+        arrays = readonly(keys), readonly(amounts)
+        self._used += _add(self._cells, self._salt, self._k, self._most, *arrays)
+        self.edits += len(keys)
+
+    def _keep_up(self, keys: int) -> None:
+        """So many keys were counted: age while too many cells are in use, but not for long."""
+        left = max(HALVED, 64 * self._k * keys)
+        while left > 0:
+            if self._used > FULL * len(self._cells):
+                self._age()
+            if not (done := self._halve(left)):
+                return
+            left -= done
+
+    def _age(self) -> None:
+        """Begin to halve all cells, unless that is still going on."""
+        if self._halved == len(self._cells):
+            self._halved = 0
+            self._aged = max(self._version, self._aged)
+
+    def _halve(self, limit: int) -> int:
+        """Halve up to ``limit`` of the next cells, if the sketch ages; how many they were."""
+        cells = self._cells[self._halved : self._halved + limit]
+        self._used -= int(np.count_nonzero(cells == 1))
+        cells >>= 1
+        self._halved += len(cells)
+        self.edits += len(cells)
+        return len(cells)

@@ -1,0 +1,244 @@
+"""The eviction rules of a table's schema.
+
+To add one: write the class, add it to EVICTIONS. Nothing else changes; the tests run over the dict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.eviction.contract import (
+    EMPTY,
+    FIRST_STEP,
+    Eviction,
+    Now,
+    RowEviction,
+    TableEviction,
+    View,
+)
+from storage.kernels import AHEAD, jit, prefetch_row, square_sum
+from storage.records import Cause
+from storage.registry import build
+
+ROUNDS = 64  # sweeps in a TTL
+SCALE = 1 << 14  # of lfu's scores, which are whole numbers to be told apart exactly
+
+# ---- rules for rows
+#
+# meta    uint64[capacity, 3]  packed; version 0: no row
+# causes  uint8[stop - start]  of the slots from start on; written where it is 0 and the rule holds
+
+
+@jit
+def _idle_steps(meta: Any, start: int, stop: int, last: int, cause: int, causes: Any) -> None:
+    """Rows of steps up to ``last``, which is one that a row can have."""
+    most = (np.int64(last) << np.int64(16)) | np.int64(0xFFFF)  # metadata of a row with that step
+    for i in range(stop - start):
+        if np.int64(meta[start + i, 2]) <= most and causes[i] == 0:
+            held = meta[start + i, 1] >> np.uint64(16) != 0
+            causes[i] = cause if held else 0
+
+
+@jit
+def _idle_versions(meta: Any, start: int, stop: int, last: Any, cause: int, causes: Any) -> None:
+    """Rows of versions 1..last."""
+    for i in range(stop - start):
+        version = meta[start + i, 1] >> np.uint64(16)
+        if version <= last and version != 0 and causes[i] == 0:
+            causes[i] = cause
+
+
+@jit
+def _small(
+    slab: Any, meta: Any, start: int, stop: int, dim: int, least: float, cause: int, causes: Any
+) -> None:
+    """Of the rows marked 255, mark those with a norm below ``least`` by ``cause``, others by 0.
+
+    slab  float32[capacity, >= dim]
+    """
+    n = stop - start
+    for i in range(n):
+        if i + AHEAD < n and causes[i + AHEAD] == 255:
+            prefetch_row(slab, start + i + AHEAD, 4 * dim)
+        if causes[i] == 255:
+            causes[i] = cause if np.sqrt(square_sum(slab[start + i], dim)) < least else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTtl(RowEviction):
+    """A row leaves when the table's step - its last step > steps.
+
+    Found when the table's step has moved on by a ROUNDS-th of that, at the latest.
+    """
+
+    name: ClassVar[str] = "step_ttl"
+    cause: ClassVar[Cause] = Cause.STEP_TTL
+
+    steps: int = 1_000_000
+
+    def _check(self) -> None:
+        self._require("steps", self.steps >= 1, "1 or more")
+
+    def due(self, rows: int, last: Now, now: Now) -> bool:
+        return now.step - last.step >= max(1, self.steps // ROUNDS)
+
+    def mark(self, view: View, start: int, stop: int, now: Now, causes: NDArray[np.uint8]) -> None:
+        last = now.step - self.steps - 1
+        if last >= FIRST_STEP:
+            _idle_steps(view.meta, start, stop, last, int(self.cause), causes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeTtl(RowEviction):
+    """A row leaves when it is idle for longer than seconds; see Timeline for how closely."""
+
+    name: ClassVar[str] = "time_ttl"
+    cause: ClassVar[Cause] = Cause.TIME_TTL
+
+    seconds: float = 30 * 24 * 3600.0
+
+    def _check(self) -> None:
+        self._require("seconds", self.seconds >= 1e-3, "0.001 or more")
+
+    def due(self, rows: int, last: Now, now: Now) -> bool:
+        return now.idle > last.idle
+
+    def mark(self, view: View, start: int, stop: int, now: Now, causes: NDArray[np.uint8]) -> None:
+        _idle_versions(view.meta, start, stop, np.uint64(now.idle), int(self.cause), causes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm(RowEviction):
+    """A row leaves when the L2 norm of its embedding < threshold and it was not pushed for grace.
+
+    The table's step - its last step >= grace. So no row is judged before it is ``grace`` steps old,
+    and none while it is trained: it would come back with the next push, from its initial value
+    instead of the small one that it had learnt. With grace 0 every row is judged in every sweep.
+    """
+
+    name: ClassVar[str] = "norm"
+    cause: ClassVar[Cause] = Cause.NORM
+    reads_rows: ClassVar[bool] = True
+
+    threshold: float = 1e-3
+    grace: int = 10_000  # steps
+
+    def _check(self) -> None:
+        self._require("threshold", self.threshold > 0.0, "above 0")
+        self._require("grace", self.grace >= 0, "0 or more")
+
+    def due(self, rows: int, last: Now, now: Now) -> bool:
+        pause = max(1, self.grace // ROUNDS)
+        return now.step - last.step >= pause or (self.grace == 0 and now.version > last.version)
+
+    def mark(self, view: View, start: int, stop: int, now: Now, causes: NDArray[np.uint8]) -> None:
+        last = now.step - self.grace
+        if last < FIRST_STEP:
+            return
+        judged = np.zeros(stop - start, np.uint8)
+        _idle_steps(view.meta, start, stop, last, 255, judged)
+        dim, least = view.dim, self.threshold
+        _small(view.slab, view.meta, start, stop, dim, least, int(self.cause), judged)
+        np.copyto(causes, judged, where=causes == 0)
+
+
+# ---- rules for tables
+#
+# scores  int64[n]
+
+
+@jit
+def _score_lru(meta: Any, start: int, stop: int, scores: Any) -> None:
+    for i in range(stop - start):
+        version = np.int64(meta[start + i, 1] >> np.uint64(16))
+        scores[i] = version if version != 0 else EMPTY
+
+
+@jit
+def _score_lfu(meta: Any, start: int, stop: int, last: int, half_life: float, scores: Any) -> None:
+    low = np.uint64(0xFFFF)
+    for i in range(stop - start):
+        first, second = meta[start + i, 1], meta[start + i, 2]
+        if first >> np.uint64(16) == 0:
+            scores[i] = EMPTY
+            continue
+        frequency = np.float64((first & low) << np.uint64(16) | (second & low))
+        age = max(np.float64(last - (np.int64(second) >> np.int64(16))), 0.0)
+        scores[i] = np.int64(np.floor(SCALE * (np.log2(max(frequency, 1.0)) - age / half_life)))
+
+
+class Capacity(TableEviction):
+    """The table exceeds max_rows: the lowest score leaves first.
+
+    Each shard keeps the share of max_rows that it has of the keys, which a hash spreads evenly.
+    """
+
+    __slots__ = ()
+
+    cause: ClassVar[Cause] = Cause.CAPACITY
+
+    max_rows: int
+
+    def _check(self) -> None:
+        self._require("max_rows", self.max_rows >= 1, "1 or more")
+
+    def on(self, share: float) -> Self:
+        # every rule of this kind is a dataclass with the field
+        return replace(self, max_rows=math.ceil(self.max_rows * share))  # type: ignore[call-arg]
+
+    def due(self, rows: int, last: Now, now: Now) -> bool:
+        return rows > self.max_rows
+
+    def excess(self, rows: int) -> int:
+        return max(0, rows - self.max_rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapacityLru(Capacity):
+    """Score: the version of the last push."""
+
+    name: ClassVar[str] = "capacity_lru"
+
+    max_rows: int = 100_000_000  # over all shards
+
+    def score(self, view: View, start: int, stop: int, now: Now, out: NDArray[np.int64]) -> None:
+        _score_lru(view.meta, start, stop, out)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapacityLfu(Capacity):
+    """Score: log2(frequency) - (table's step - last step) / half_life.
+
+    So a row that is not pushed for a half-life counts as one of half its frequency.
+    """
+
+    name: ClassVar[str] = "capacity_lfu"
+
+    max_rows: int = 100_000_000  # over all shards
+    half_life: int = 100_000  # steps
+
+    def _check(self) -> None:
+        Capacity._check(self)
+        self._require("half_life", self.half_life >= 1, "1 or more")
+
+    def score(self, view: View, start: int, stop: int, now: Now, out: NDArray[np.int64]) -> None:
+        _score_lfu(view.meta, start, stop, now.step, float(self.half_life), out)
+
+
+def make_eviction(name: str, params: Mapping[str, float]) -> Eviction:
+    """The eviction rule of that name; parameters left out keep their defaults.
+
+    Raises ValueError naming what is unknown, with what is allowed, or the rule that is broken.
+    """
+    return build("eviction", EVICTIONS, name, params)
+
+
+EVICTIONS: dict[str, type[Eviction]] = {
+    c.name: c for c in (StepTtl, TimeTtl, Norm, CapacityLru, CapacityLfu)
+}

@@ -1,0 +1,101 @@
+"""One pass of eviction rules over the rows of a table.
+
+A sweep goes through the slots of a tier a slice at a time, between pushes. Its caller deletes what
+a slice found before the next slice, and writes it to the log with its cause; nothing is changed
+here. Slices read the metadata, 24 bytes a slot, in order; only the norm rule reads rows.
+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from storage.eviction.contract import Eviction, Now, RowEviction, TableEviction, View
+from storage.eviction.rules import EVICTIONS, Capacity, make_eviction
+from storage.eviction.selection import NOBODY, Selection, Victims
+from storage.records import Cause
+
+SLICE = 1 << 16  # slots looked at in a call
+READ = 8 << 20  # bytes of rows read in a call
+MOST = 1 << 13  # rows found in a call
+
+
+class Sweep:
+    """One pass of rules over the rows of a table, a slice at a time.
+
+    A dry sweep only counts. Then its victims stay, so rules for tables are asked what would be
+    left to do for them, and their victims are not looked for.
+    """
+
+    def __init__(self, rules: Sequence[Eviction], *, dry: bool = False) -> None:
+        self.counts = {rule.cause: 0 for rule in rules}
+        self._dry = dry
+        self._rows = [rule for rule in rules if isinstance(rule, RowEviction)]
+        self._tables = [rule for rule in rules if isinstance(rule, TableEviction)]  # to do
+        self._at = 0  # the next slot for the rules for rows
+        self._end: int | None = None  # slots that there were at the beginning
+        self._selection: Selection | None = None  # for the first of the tables' rules
+
+    @property
+    def done(self) -> bool:
+        """Whether there is no slice left."""
+        return self._end is not None and self._at >= self._end and not self._tables
+
+    def slice(self, view: View, now: Now, limit: int = SLICE, most: int = MOST) -> Victims:
+        """Look at up to ``limit`` slots; return up to ``most`` victims.
+
+        They are to be deleted before the next slice; nobody, if the sweep is dry.
+        """
+        if self._end is None:
+            self._end = view.used if self._rows else 0
+        if any(rule.reads_rows for rule in self._rows) and self._at < self._end:
+            limit = min(limit, max(1, READ // (4 * view.dim)))
+        if self._at < self._end:
+            victims = self._slice_rows(view, now, min(self._at + limit, self._end), most)
+        else:
+            victims = self._slice_table(view, now, limit, most)
+        for cause, count in zip(*np.unique(victims.causes, return_counts=True), strict=True):
+            self.counts[Cause(cause)] += int(count)
+        return NOBODY if self._dry else victims
+
+    def _slice_rows(self, view: View, now: Now, stop: int, most: int) -> Victims:
+        start = self._at
+        causes = np.zeros(stop - start, np.uint8)
+        for rule in self._rows:
+            rule.mark(view, start, stop, now, causes)
+        places = np.flatnonzero(causes)
+        self._at = stop
+        if len(places) > most and not self._dry:
+            places = places[:most]
+            self._at = start + int(places[-1]) + 1
+        return Victims(places + start, causes[places])
+
+    def _slice_table(self, view: View, now: Now, limit: int, most: int) -> Victims:
+        if self._selection is None and self._tables:
+            rule = self._tables[0]
+            excess = rule.excess(view.rows - (sum(self.counts.values()) if self._dry else 0))
+            if not excess or self._dry:
+                self.counts[rule.cause] += excess
+                del self._tables[0]
+                return NOBODY
+            self._selection = Selection(rule, view, excess, now)
+        if self._selection is None:
+            return NOBODY
+        victims = self._selection.slice(view, limit, most)
+        if self._selection.done:
+            self._selection = None
+            del self._tables[0]
+        return victims
+
+
+def compile_all() -> None:
+    """Run every rule once, so that each kernel is compiled or loaded from the cache."""
+    meta = np.ones((2, 3), np.uint64) << np.uint64(16)
+    view = View(np.ones((2, 1), np.float32), meta, 2, 2, 1)
+    for name in EVICTIONS:
+        params = {"max_rows": 1} if issubclass(EVICTIONS[name], Capacity) else {}
+        sweep = Sweep([make_eviction(name, params)])
+        while not sweep.done:
+            sweep.slice(view, Now(1, 1))
