@@ -15,7 +15,10 @@ from typing import Any, Self
 import numpy as np
 
 from psproto.routing import even_map
+from psserver.analysis import Analyses
 from psserver.checkpointer import Checkpointer, Recovered, recover
+from psserver.checkpoints import Checkpoints
+from psserver.pace import Pace
 from psserver.shard import Change, Push, Shard
 from storage.base import Base
 from storage.initializers import make_initializer
@@ -276,3 +279,23 @@ def power_cut(source: Path, target: Path, rng: random.Random) -> Path:
                 file.seek(start)
                 file.write(bytes(len(old)))
     return target
+
+
+def shard_of_all_kinds() -> Shard:
+    """Return a shard with a table of 300 rows, free slots, and all kinds of metadata."""
+    shard = make_shard()
+    shard.create_table(schema())
+    rng = np.random.default_rng(0)
+    for step in range(40):
+        keys = [*np.unique(rng.integers(0, 400, 30)).tolist(), (1 << 64) - 1 - step]
+        shard.exchange([push(keys, float(rng.normal()), step=3 * step - 9)], [])
+    shard.delete(change(range(0, 400, 5)))
+    shard.exchange([push([1000], step=50)], [])  # reuses a slot
+    return shard
+
+
+def analyses_of(shard: Shard, log: VersionLog | None = None) -> Analyses:
+    """Return the analyses of a shard, without pauses."""
+    engine: Any = Direct()
+    checkpoints = Checkpoints(shard, engine, None, {}, None)
+    return Analyses(shard, engine, checkpoints, log, Pace(engine, 0.0))

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from homes import Homes
 from numpy.testing import assert_array_equal
-from stores import Direct, Home, change, contents, make_shard, push, schema
+from stores import Direct, Home, analyses_of, change, make_shard, push, schema, shard_of_all_kinds
 
 from psproto import ps_pb2 as pb
-from psserver import analysis
-from psserver.analysis import SPARED_STORED, Analyses, Pace
+from psserver import analysis, pace, summaries
+from psserver.analysis import Analyses
 from psserver.checkpoints import Checkpoints
-from psserver.errors import BadRequest, Draining, TooLarge, WrongShard
+from psserver.errors import BadRequest, Draining
+from psserver.pace import SPARED_STORED, Pace
 from psserver.shard import Shard
 from storage.admission.rules import make_admission
 from storage.analysis import AGES, FREQUENCIES, NORMS, edges_of
@@ -33,24 +34,9 @@ COUNTING = make_admission("counter", {"threshold": 3})
 TTL = (make_eviction("step_ttl", {"steps": 10}),)
 
 
-def analyses(shard: Shard, **more: Any) -> Analyses:
-    engine: Any = Direct()
-    checkpoints = Checkpoints(shard, engine, None, {}, None)
-    return Analyses(shard, engine, checkpoints, more.get("log"), Pace(engine, 0.0))
-
-
 @pytest.fixture
 def shard() -> Shard:
-    """A table of 300 rows with holes, all kinds of steps, frequencies and norms."""
-    shard = make_shard()
-    shard.create_table(schema())
-    rng = np.random.default_rng(0)
-    for step in range(40):
-        keys = [*np.unique(rng.integers(0, 400, 30)).tolist(), U64 - step]
-        shard.exchange([push(keys, float(rng.normal()), step=3 * step - 9)], [])
-    shard.delete(change(range(0, 400, 5)))
-    shard.exchange([push([1000], step=50)], [])  # takes a place that was given back
-    return shard
+    return shard_of_all_kinds()
 
 
 @pytest.fixture
@@ -60,7 +46,7 @@ def home(tmp_path: Path) -> Iterator[Home]:
 
 
 def answers(shard: Shard, **fields: Any) -> list[pb.AnalyzeResponse]:
-    return list(analyses(shard).analyze(pb.AnalyzeRequest(table="t", **fields)))
+    return list(analyses_of(shard).analyze(pb.AnalyzeRequest(table="t", **fields)))
 
 
 def columns_of(messages: list[pb.AnalyzeResponse]) -> dict[str, np.ndarray]:
@@ -119,7 +105,7 @@ def test_rows_come_with_the_summary_if_they_are_wanted(
     shard: Shard, monkeypatch: pytest.MonkeyPatch, columns: Any
 ) -> None:
     monkeypatch.setattr(analysis, "SLICE_ROWS", 7)
-    monkeypatch.setattr(analysis, "MESSAGE_BYTES", 1000)
+    monkeypatch.setattr(summaries, "MESSAGE_BYTES", 1000)
     *messages, last = answers(shard, columns=columns)
     assert len(messages) > 5
     assert {message.tier for message in messages} == {"host"}
@@ -228,9 +214,9 @@ def test_what_makes_no_sense_is_refused(shard: Shard, fields: Any, message: str)
 def small_messages(shard: Shard, monkeypatch: pytest.MonkeyPatch) -> Iterator[pb.AnalyzeResponse]:
     """The messages about a table, a slice in each and before the next is read."""
     monkeypatch.setattr(analysis, "SLICE_ROWS", 7)
-    monkeypatch.setattr(analysis, "MESSAGE_BYTES", 1)
+    monkeypatch.setattr(summaries, "MESSAGE_BYTES", 1)
     request = pb.AnalyzeRequest(table="t", columns=Columns.COLUMNS_METADATA)
-    return analyses(shard).analyze(request)
+    return analyses_of(shard).analyze(request)
 
 
 def test_a_table_that_is_dropped_meanwhile_is_not_there(
@@ -268,7 +254,7 @@ def test_a_server_that_stops_gives_up(shard: Shard, monkeypatch: pytest.MonkeyPa
     engine: Any = Direct()
     checkpoints = Checkpoints(shard, engine, None, {}, None)
     work = Analyses(shard, engine, checkpoints, None, Pace(engine, 0.0))
-    monkeypatch.setattr(analysis, "TELL_SECONDS", 0.0)
+    monkeypatch.setattr(summaries, "PROGRESS_SECONDS", 0.0)
     messages = work.analyze(pb.AnalyzeRequest(table="t"))
     assert next(messages).done == 7
     checkpoints.stop()
@@ -311,7 +297,7 @@ def test_a_checkpoint_is_read_with_pauses(tmp_path: Path, monkeypatch: pytest.Mo
         for _ in range(3):
             source.push(range(1000))
         source.checkpoint("a")
-        monkeypatch.setattr(analysis, "time", clock)
+        monkeypatch.setattr(pace, "time", clock)
         [node] = source.nodes
         work = Analyses(node.shard, node.engine, node.checkpoints, None)
         *_, last = work.analyze(pb.AnalyzeRequest(table="t", checkpoint="a"))

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from homes import Homes
-from numpy.testing import assert_array_equal
-from stores import Direct, Home, change, contents, make_shard, push, schema
+from stores import (
+    Home,
+    analyses_of,
+    change,
+    contents,
+    make_shard,
+    push,
+    schema,
+    shard_of_all_kinds,
+)
 
 from psproto import ps_pb2 as pb
-from psserver import analysis
-from psserver.analysis import SPARED_STORED, Analyses, Pace
-from psserver.checkpoints import Checkpoints
-from psserver.errors import BadRequest, Draining, TooLarge, WrongShard
+from psproto import routing
+from psserver.analysis import Analyses
+from psserver.errors import BadRequest, TooLarge, WrongShard
 from psserver.shard import Shard
 from storage.admission.rules import make_admission
-from storage.analysis import AGES, FREQUENCIES, NORMS, edges_of
-from storage.errors import UnknownCheckpoint, UnknownTable
+from storage.errors import UnknownTable
 from storage.eviction.rules import make_eviction
 
 Columns = pb.AnalyzeRequest.Columns
@@ -33,24 +36,9 @@ COUNTING = make_admission("counter", {"threshold": 3})
 TTL = (make_eviction("step_ttl", {"steps": 10}),)
 
 
-def analyses(shard: Shard, **more: Any) -> Analyses:
-    engine: Any = Direct()
-    checkpoints = Checkpoints(shard, engine, None, {}, None)
-    return Analyses(shard, engine, checkpoints, more.get("log"), Pace(engine, 0.0))
-
-
 @pytest.fixture
 def shard() -> Shard:
-    """A table of 300 rows with holes, all kinds of steps, frequencies and norms."""
-    shard = make_shard()
-    shard.create_table(schema())
-    rng = np.random.default_rng(0)
-    for step in range(40):
-        keys = [*np.unique(rng.integers(0, 400, 30)).tolist(), U64 - step]
-        shard.exchange([push(keys, float(rng.normal()), step=3 * step - 9)], [])
-    shard.delete(change(range(0, 400, 5)))
-    shard.exchange([push([1000], step=50)], [])  # takes a place that was given back
-    return shard
+    return shard_of_all_kinds()
 
 
 @pytest.fixture
@@ -65,7 +53,7 @@ def home(tmp_path: Path) -> Iterator[Home]:
 def inspected(shard: Shard, *keys: int, log: Any = None, **more: Any) -> dict[int, pb.KeyFacts]:
     array = np.array([key % (1 << 64) for key in keys], np.uint64)
     request = pb.InspectRequest(table="t", keys=array.tobytes(), **more)
-    response = analyses(shard, log=log).inspect(request)
+    response = analyses_of(shard, log=log).inspect(request)
     assert [facts.key for facts in response.keys] == array.tolist()
     assert (response.version, response.created) == (shard.version, 1)
     return dict(zip(keys, response.keys, strict=True))
@@ -226,13 +214,13 @@ def test_where_counters_have_expired_it_is_not_known_what_was() -> None:
 
 
 def test_an_inspection_says_the_rule_and_the_step_of_the_table(shard: Shard) -> None:
-    response = analyses(shard).inspect(pb.InspectRequest(table="t"))
+    response = analyses_of(shard).inspect(pb.InspectRequest(table="t"))
     assert (response.step, response.admission.name, list(response.keys)) == (108, "always", [])
 
 
 def test_keys_that_make_no_sense_are_refused(shard: Shard) -> None:
     def ask(data: bytes, table: str = "t") -> None:
-        analyses(shard).inspect(pb.InspectRequest(table=table, keys=data))
+        analyses_of(shard).inspect(pb.InspectRequest(table=table, keys=data))
 
     with pytest.raises(BadRequest, match="7 bytes of keys"):
         ask(bytes(7))
@@ -242,11 +230,11 @@ def test_keys_that_make_no_sense_are_refused(shard: Shard) -> None:
         ask(np.arange(1001, dtype=np.uint64).tobytes())
     with pytest.raises(UnknownTable):
         ask(bytes(8), "u")
-    other = make_shard(shard_map=analysis.routing.even_map(2))
+    other = make_shard(shard_map=routing.even_map(2))
     other.create_table(schema())
     strays = np.arange(64, dtype=np.uint64)
     with pytest.raises(WrongShard, match="belongs to shard 1"):
-        analyses(other).inspect(pb.InspectRequest(table="t", keys=strays.tobytes()))
+        analyses_of(other).inspect(pb.InspectRequest(table="t", keys=strays.tobytes()))
 
 
 # ---- nothing changes
@@ -266,7 +254,8 @@ def test_neither_an_analysis_nor_an_inspection_changes_anything(home: Home, rule
     evict(shard)
     shard.delete(change(range(20)))
     before, last = state_of(shard), home.log.last
-    answers(shard, columns=Columns.COLUMNS_EMBEDDING, top=10, frequencies=[3], grace=4)
+    asked = {"columns": Columns.COLUMNS_EMBEDDING, "top": 10, "frequencies": [3], "grace": 4}
+    assert list(analyses_of(shard).analyze(pb.AnalyzeRequest(table="t", **asked)))
     inspected(shard, *range(-50, 300), embeddings=True, log=home.log)
     assert state_of(shard) == before
     assert home.log.last == last
