@@ -27,7 +27,8 @@ import structlog
 from psserver.engine import Engine
 from psserver.shard import Captured, Shard
 from storage.admission.gates import Occurrences, Versions
-from storage.base import Base, BaseState
+from storage.base import Base
+from storage.basestate import BaseState
 from storage.block import (
     BLOCK_BYTES,
     Block,
@@ -153,7 +154,9 @@ class Checkpointer:
             return
         self.made = began
         keep_bytes, keep_seconds = self._keep
-        self._versions.cut(min([captured.version, *self.pins.values()]), keep_bytes, keep_seconds)
+        self._versions.truncate(
+            min([captured.version, *self.pins.values()]), keep_bytes, keep_seconds
+        )
 
     def _make(self, captured: Captured, state: BaseState | None) -> bool:
         """Bring the base from a state to the captured one; False if that was given up."""

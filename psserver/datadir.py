@@ -131,7 +131,7 @@ class DataDirectory:
                 fail=partial(_fail, "the version log"),
                 wake=self._wake,
                 segment_bytes=config.segment_bytes,
-                flush_seconds=config.fsync_seconds,
+                sync_seconds=config.fsync_seconds,
                 lineage=state.lineage if state else None,
                 epoch=state.epoch if state else 1,
                 after=state.version if state else None,

@@ -60,7 +60,8 @@ from psserver.errors import NoLog, NotEmpty, RestoreConflict
 from psserver.schemas import to_json
 from psserver.shard import Shard
 from storage import checkpoint as files
-from storage.base import DATA, Base, BaseState, BaseTable
+from storage.base import DATA, Base
+from storage.basestate import BaseState, BaseTable
 from storage.block import Block, pack_counters, rows_per_block, tombstones_per_block
 from storage.checkpoint import Checkpoint, Piece
 from storage.disk import replace, sync

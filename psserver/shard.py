@@ -26,7 +26,7 @@ from psserver.sessions import Sessions
 from storage import block as blocks
 from storage import records
 from storage.arena import Budget
-from storage.base import BaseState, BaseTable
+from storage.basestate import BaseState, BaseTable
 from storage.block import Block
 from storage.errors import Corrupt, UnknownTable
 from storage.eviction.contract import FIRST_STEP

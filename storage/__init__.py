@@ -12,7 +12,9 @@ adagrad.py       Adagrad, row-wise Adagrad, AdagradDecay
 adam.py          Adam, AdamW, AdamAsync
 ftrl.py          FTRL and group FTRL
 optimizers.py    all optimizers by name
-segment.py       a file of frames: one piece of the version log
+disk.py          system calls that write; names and files that survive a power failure
+segment.py       one file of the version log, made of frames
+tail.py          a torn tail told from damage
 records.py       what a frame of the version log says
 admission/gates.py    which keys may have a row: gates, and what they promise
 admission/counter.py  exact counters of the keys that wait
@@ -25,9 +27,12 @@ eviction/selection.py  the rows of the lowest scores, found by slices
 eviction/sweep.py      one pass of rules over the rows
 eviction/evictor.py    the eviction of one table: when to sweep
 schema.py        what a table is
-versionlog.py    the log of all changes: appended, synced, followed, cut
+marks.py         up to where the version log is on disk
+logfiles.py      the version log's files
+cursor.py        a reader of the version log
+versionlog.py    the version log: appended, synced, read, truncated
 block.py         many rows, or tombstones, as one run of bytes
-disk.py          what it takes to be sure that something is on disk
+basestate.py     which blocks of the base are live
 pages.py         LMDB's pages, checked before LMDB follows them
 base.py          the blocks that the rest of the log builds on
 store.py         files under a URL

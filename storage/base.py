@@ -30,32 +30,28 @@ fails then, that is DiskFull, and nothing has changed. The file never shrinks.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
 import lmdb
 import numpy as np
-import xxhash
 
+from storage.basestate import BaseState
 from storage.block import BLOCK_BYTES, Block, Bytes, Data, unpack
-from storage.disk import sync
-from storage.errors import Corrupt, DiskFull, UnknownFormat
+from storage.disk import NO_SPACE, sync
+from storage.errors import Corrupt, DiskFull
 from storage.pages import check
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-FORMAT = 1
-MAGIC = b"PSBASE\n\0"
 DATA = "data.mdb"
 MAP_BYTES = 1 << 30  # smallest map; address space, not memory
 BATCH_BLOCKS = 16  # blocks in a transaction, at most
@@ -63,8 +59,6 @@ BATCH_BYTES = 32 << 20  # bytes of blocks in a transaction of more than one, at 
 SLACK = 1 << 20  # bytes that a transaction may need beside its values and the free list
 
 _STATE, _SEAL = b"state", b"seal"
-_HEAD = struct.Struct("<8sIIQQQ")  # magic format json blocks sessions checksum
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DAMAGE = (
     lmdb.CorruptedError,
     lmdb.PageNotFoundError,
@@ -72,87 +66,6 @@ _DAMAGE = (
     lmdb.VersionMismatchError,
     lmdb.IncompatibleError,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BaseTable:
-    """A table that existed at the version of a base state."""
-
-    number: int  # given at creation, never reused
-    schema: str  # JSON
-    created: int  # version of its creation
-    policy: bytes = b""  # what its eviction knows, in that one's format
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BaseState:
-    """What the listed blocks are: the shard at one version of its log."""
-
-    lineage: bytes  # [16]
-    epoch: int  # reserved: always 1
-    version: int  # the blocks hold every change up to it; replay starts behind it
-    next_table: int  # number for the next new table
-    tables: tuple[BaseTable, ...] = ()
-    horizon: int = 0  # deletes up to this version may have lost their tombstones
-    sessions: bytes = b""  # of the clients, in the engine's own format
-    blocks: tuple[int, ...] = ()  # numbers of the live blocks, in the order they were added
-    cells: int = 0  # of these, the last ones, which the next state replaces: sketches are whole
-    logged: bool = False  # there was a log already that goes on from here: it must be there
-
-    def pack(self) -> bytes:
-        """The state as stored."""
-        tables = [[t.number, t.schema, t.created, t.policy.hex()] for t in self.tables]
-        facts = {
-            "lineage": self.lineage.hex(),
-            "epoch": self.epoch,
-            "version": self.version,
-            "next_table": self.next_table,
-            "tables": tables,
-            "horizon": self.horizon,
-            "cells": self.cells,
-            "logged": self.logged,
-        }
-        text = json.dumps(facts, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        head = _HEAD.pack(MAGIC, FORMAT, len(text), len(self.blocks), len(self.sessions), 0)
-        body = text + np.array(self.blocks, "<u8").tobytes() + self.sessions
-        checksum = xxhash.xxh3_64_intdigest(head[:-8] + body)
-        return head[:-8] + checksum.to_bytes(8, "little") + body
-
-    @classmethod
-    def unpack(cls, data: bytes, where: str) -> BaseState:
-        """The state in ``data``; Corrupt names ``where`` unless all of it is intact."""
-        if len(data) < _HEAD.size:
-            raise Corrupt(where, f"{len(data)} bytes are too few for a state")
-        magic, version, text, blocks, sessions, checksum = _HEAD.unpack_from(data)
-        if magic != MAGIC:
-            raise Corrupt(where, f"a state does not begin with {magic!r}")
-        if xxhash.xxh3_64_intdigest(data[: _HEAD.size - 8] + data[_HEAD.size :]) != checksum:
-            raise Corrupt(where, "the checksum of the state does not fit its bytes")
-        if version != FORMAT:
-            raise UnknownFormat(where, version, FORMAT)
-        numbers = _HEAD.size + text
-        rest = numbers + 8 * blocks
-        if len(data) != rest + sessions:
-            raise Corrupt(where, f"the state is {len(data)} bytes, not {rest + sessions}")
-        facts = json.loads(data[_HEAD.size : numbers])
-        return cls(
-            lineage=bytes.fromhex(facts["lineage"]),
-            epoch=facts["epoch"],
-            version=facts["version"],
-            next_table=facts["next_table"],
-            tables=tuple(
-                BaseTable(
-                    number=number, schema=schema, created=created, policy=bytes.fromhex(policy)
-                )
-                for number, schema, created, policy in facts["tables"]
-            ),
-            horizon=facts["horizon"],
-            cells=facts["cells"],
-            logged=facts.get("logged", False),  # the first ones did not say
-            sessions=data[rest:],
-            blocks=tuple(np.frombuffer(data, "<u8", blocks, numbers).tolist()),
-        )
 
 
 class Base:
@@ -350,7 +263,7 @@ class Base:
         except lmdb.Error as error:
             raise self._meaning(error) from error
         except OSError as error:
-            if error.errno in _NO_ROOM:
+            if error.errno in NO_SPACE:
                 raise DiskFull(str(self.directory), SLACK) from error
             raise
 
@@ -439,7 +352,7 @@ class Base:
             try:
                 os.posix_fallocate(self._file, held, end - held)
             except OSError as error:
-                if error.errno not in _NO_ROOM:
+                if error.errno not in NO_SPACE:
                     raise
                 self._short = end - held
         if info["map_size"] < end:
@@ -459,7 +372,7 @@ class Base:
             raise self._meaning(error) from error
 
     def _meaning(self, error: lmdb.Error) -> Exception:
-        if error.code in _NO_ROOM or (self._short and error.code == errno.EIO):
+        if error.code in NO_SPACE or (self._short and error.code == errno.EIO):
             return DiskFull(str(self.directory), self._short or SLACK)
         if isinstance(error, _DAMAGE):
             return Corrupt(str(self._path), str(error))

@@ -7,7 +7,6 @@ call asks the file system.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,11 +17,10 @@ from typing import Any, Self
 import fsspec
 from xxhash import xxh3_128
 
-from storage.disk import sync
+from storage.disk import NO_SPACE, sync
 from storage.errors import DiskFull, StoreFailed
 
 Data = bytes | bytearray | memoryview
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Store:
@@ -174,7 +172,7 @@ class _Meaning:
     ) -> None:
         if error is None or isinstance(error, FileNotFoundError | FileExistsError | StoreFailed):
             return
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
             raise DiskFull(self._where, 0) from error
         if isinstance(error, Exception):  # of a driver's own kind, as often as OSError
             raise StoreFailed(self._where, f"{type(error).__name__}: {error}") from error

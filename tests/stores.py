@@ -21,11 +21,13 @@ from psserver.checkpoints import Checkpoints
 from psserver.pace import Pace
 from psserver.shard import Change, Push, Shard
 from storage.base import Base
+from storage.disk import Disk
 from storage.initializers import make_initializer
+from storage.logfiles import SEGMENT_NAME
 from storage.optimizers import make_optimizer
 from storage.schema import TableSchema
-from storage.segment import HEADER, Disk
-from storage.versionlog import SEGMENT_NAME, VersionLog
+from storage.segment import HEADER
+from storage.versionlog import VersionLog
 
 DIM = 2
 MEMORY = 256 << 20  # bytes
@@ -69,7 +71,7 @@ class Home:
         engine: Any = None,
         disk: Disk | None = None,
         segment_bytes: int = 1 << 16,
-        flush_seconds: float = 0.002,
+        sync_seconds: float = 0.002,
         keep: tuple[int, float] = (0, 0.0),
         **shard: Any,
     ) -> None:
@@ -78,7 +80,7 @@ class Home:
         self._engine = engine or Direct()
         self._disk = disk
         self._segment_bytes = segment_bytes
-        self._flush_seconds = flush_seconds
+        self._sync_seconds = sync_seconds
         self._keep = keep
         self._settings = shard
 
@@ -93,7 +95,7 @@ class Home:
                 fail=self.failures.append,
                 wake=lambda: None,
                 segment_bytes=self._segment_bytes,
-                flush_seconds=self._flush_seconds,
+                sync_seconds=self._sync_seconds,
                 lineage=state.lineage if state else None,
                 epoch=state.epoch if state else 1,
                 after=state.version if state else None,

@@ -25,11 +25,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from stores import DIM, Home, change, contents, copy_of, power_cut, push, schema
 
 from storage.admission.rules import Counter
+from storage.disk import Disk
 from storage.errors import DiskFull, LogFailed
 from storage.eviction.contract import FIRST_STEP
 from storage.eviction.rules import StepTtl
 from storage.records import Cause
-from storage.segment import Disk
 from storage.tiers.base import FREQUENCY, STEP, VERSION
 
 LAZY = 1000.0  # seconds until the log syncs by itself: tests say when
@@ -101,7 +101,7 @@ class Machine(RuleBasedStateMachine):
             "segment_bytes": segment,
             "keep": (keep, 0.0),
             "max_tombstones": tombstones,
-            "flush_seconds": LAZY,
+            "sync_seconds": LAZY,
             "disk": self.faults.disk,
         }
         self.home = Home(self.root / "0", **self.options).open()

@@ -990,7 +990,7 @@ def test_a_table_is_filled_from_another_whatever_its_optimizer(make: Make, optim
 
 
 def test_a_table_is_on_disk_once_it_is_filled(make: Make) -> None:
-    source, target = make(1), make(1, flush_seconds=60.0)
+    source, target = make(1), make(1, sync_seconds=60.0)
     fill(source)
     source.checkpoint("full")
     target.create(schema("mine", dim=5))

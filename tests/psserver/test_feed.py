@@ -41,8 +41,8 @@ from psserver.errors import (
 from psserver.feed import Feed
 from psserver.position import Phase, decode
 from psserver.shard import Shard
+from storage.disk import Disk
 from storage.optimizers import make_optimizer
-from storage.segment import Disk
 
 K = pb.DeltaHeader
 Rows = dict[int, tuple[float, ...]]
@@ -1413,6 +1413,6 @@ def test_whatever_happens_subscribers_hold_what_the_shard_held(
             Path(directory) / "shard",
             lambda node: play_all(node, operations),
             max_tombstones=60,
-            flush_seconds=LAZY,
+            sync_seconds=LAZY,
         )
         asyncio.run(test)

@@ -19,7 +19,7 @@ from psserver.errors import BadRequest, NoLog, Overloaded, SessionExpired
 from psserver.schemas import from_json
 from psserver.shard import Pull, Shard
 from storage import records
-from storage.base import BaseState, BaseTable
+from storage.basestate import BaseState, BaseTable
 from storage.block import pack_rows, pack_tombstones, unpack
 from storage.errors import Corrupt, DiskFull, SchemaMismatch, UnknownTable
 from storage.optimizers import OPTIMIZERS, make_optimizer

@@ -27,7 +27,8 @@ import xxhash
 from lmdb.verify import verify as verify_pages
 
 import storage.base
-from storage.base import _SEAL, _STATE, Base, BaseState, BaseTable
+from storage.base import _SEAL, _STATE, Base
+from storage.basestate import BaseState, BaseTable
 from storage.block import Block, pack_rows, pack_tombstones
 from storage.errors import Corrupt, DiskFull, UnknownFormat
 from storage.pages import Pages, check

@@ -14,27 +14,21 @@ import numpy as np
 import pytest
 import xxhash
 
+from storage.disk import CHUNK, MAX_BUFFERS, Disk, erase, preallocate, write_all
 from storage.errors import Corrupt, DiskFull, UnknownFormat
 from storage.segment import (
-    CHUNK,
     FRAME,
     HEADER,
     LARGE_CHUNK,
-    MAX_BUFFERS,
     MAX_VERSION,
     SMALL,
-    Disk,
     Frame,
     Header,
     Reader,
-    Tail,
     encode,
-    erase,
-    find_tail,
     frame_bytes,
-    preallocate,
-    write_all,
 )
+from storage.tail import Tail, find_tail
 
 LINEAGE = bytes(range(16))
 HEAD = Header(lineage=LINEAGE, first=7, previous=3)

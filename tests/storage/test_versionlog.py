@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from storage.disk import Disk
 from storage.errors import Compacted, Corrupt, DiskFull, LogFailed, UnknownFormat
-from storage.segment import HEADER, Disk, Frame, Header, frame_bytes
-from storage.versionlog import SLOT, VersionLog
+from storage.marks import SLOT
+from storage.segment import HEADER, Frame, Header, frame_bytes
+from storage.versionlog import VersionLog
 
 LINEAGE = bytes(range(16))
 SMALL = HEADER.size + 30 * frame_bytes(100)  # bytes of a segment
@@ -252,7 +254,7 @@ class TestGroupCommit:
         self, opened: Opener
     ) -> None:
         gate, disk = gated("pwritev", "fdatasync")
-        log = opened(disk=disk, segment_bytes=1 << 20, flush_seconds=60)
+        log = opened(disk=disk, segment_bytes=1 << 20, sync_seconds=60)
         close_gate(gate)
         append(log, 1)
         assert gate.reached.wait(10)
@@ -271,7 +273,7 @@ class TestGroupCommit:
 
     def test_writing_goes_on_while_a_sync_takes_long(self, opened: Opener) -> None:
         gate, disk = gated("fdatasync")
-        log = opened(disk=disk, flush_seconds=60)
+        log = opened(disk=disk, sync_seconds=60)
         close_gate(gate)
         done = threading.Event()
         append(log, 1)
@@ -312,7 +314,7 @@ class TestGroupCommit:
 
     def test_records_are_synced_in_time_though_nobody_waits(self, opened: Opener) -> None:
         woken = threading.Event()
-        log = opened(flush_seconds=0.05, wake=woken.set)
+        log = opened(sync_seconds=0.05, wake=woken.set)
         start = time.monotonic()
         append(log, 1)
         assert woken.wait(10)
@@ -320,7 +322,7 @@ class TestGroupCommit:
         assert time.monotonic() - start >= 0.04
 
     def test_who_waits_for_durable_does_not_wait_for_the_flush(self, opened: Opener) -> None:
-        log = opened(flush_seconds=60)
+        log = opened(sync_seconds=60)
         append(log, 1)
         start = time.monotonic()
         log.sync(1)
@@ -353,7 +355,7 @@ class TestGroupCommit:
             log.sync(2)
 
     def test_close_syncs_everything_and_twice_does_no_harm(self, opened: Opener) -> None:
-        log = opened(flush_seconds=60)
+        log = opened(sync_seconds=60)
         called: list[int] = []
         append(log, *range(1, 200))
         log.wait(199, True, lambda: called.append(199))
@@ -389,7 +391,7 @@ class TestFailure:
             failures.append(error)
             failed.set()
 
-        log = opened(disk=disk, fail=fail, flush_seconds=60, wake=lambda: called.append("wake"))
+        log = opened(disk=disk, fail=fail, sync_seconds=60, wake=lambda: called.append("wake"))
         append(log, 1)
         log.sync(1)
         called.clear()
@@ -445,7 +447,7 @@ class TestFailure:
         """The calls of a roll, one failing after the other."""
         gate, disk = gated(call)
         failed = threading.Event()
-        log = opened(disk=disk, fail=lambda error: failed.set(), flush_seconds=60)
+        log = opened(disk=disk, fail=lambda error: failed.set(), sync_seconds=60)
         append(log, 1, 2, size=1500)
         log.sync(2)
         left = [after]
@@ -566,7 +568,7 @@ class TestFullDisk:
             assert version > 100
             expected = [frame(each, 1000) for each in range(1, version)]
             assert everything(log) == expected
-            assert log.cut(version - 1) > 0
+            assert log.truncate(version - 1) > 0
             append(log, version, size=1000)
             log.sync(version)
             first = log.first
@@ -580,7 +582,7 @@ class TestFullDisk:
 
 class TestCursor:
     def test_only_what_is_durable_is_read_unless_asked(self, opened: Opener) -> None:
-        log = opened(flush_seconds=60)
+        log = opened(sync_seconds=60)
         append(log, 1, 2)
         log.sync(2)
         append(log, 3, 4)
@@ -626,7 +628,7 @@ class TestCursor:
                 assert cursor.after == version
 
     def test_readers_beside_a_writer_see_every_version_once(self, opened: Opener) -> None:
-        log, count = opened(segment_bytes=64 << 10, flush_seconds=0.002), 3000
+        log, count = opened(segment_bytes=64 << 10, sync_seconds=0.002), 3000
         sizes = [v * 37 % 700 for v in range(count + 1)]
         wrong: list[str] = []
 
@@ -704,7 +706,7 @@ class TestCut:
         self, log: VersionLog, directory: Path, version: int, left: list[int], opened: Opener
     ) -> None:
         size = HEADER.size + 30 * frame_bytes(100)
-        assert log.cut(version) == (4 - len(left)) * size
+        assert log.truncate(version) == (4 - len(left)) * size
         assert self.firsts(directory) == left
         assert log.first == left[0]
         expected = [frame(each) for each in range(left[0], 101)]
@@ -728,7 +730,7 @@ class TestCut:
             (rest, [91]),
             (0, [91]),
         ):
-            log.cut(100, keep_bytes=keep)
+            log.truncate(100, keep_bytes=keep)
             assert self.firsts(directory) == left
 
     def test_what_was_written_lately_is_kept(self, opened: Opener, directory: Path) -> None:
@@ -739,11 +741,11 @@ class TestCut:
         for first, age in ((1, 300), (31, 200), (61, 100)):
             os.utime(directory / name(first), (now - age, now - age))
         for keep, left in ((301, [1, 31, 61, 91]), (250, [31, 61, 91]), (150, [61, 91])):
-            log.cut(100, keep_seconds=keep)
+            log.truncate(100, keep_seconds=keep)
             assert self.firsts(directory) == left
-        log.cut(60, keep_seconds=1)
+        log.truncate(60, keep_seconds=1)
         assert self.firsts(directory) == [61, 91]
-        log.cut(100, keep_seconds=99)
+        log.truncate(100, keep_seconds=99)
         assert self.firsts(directory) == [91]
 
     def test_a_cursor_reads_its_cut_segment_to_the_end_and_then_says_compacted(
@@ -751,7 +753,7 @@ class TestCut:
     ) -> None:
         with contextlib.closing(log.cursor(0)) as inside, contextlib.closing(log.cursor(0)) as out:
             assert inside.read(max_bytes=1) == [frame(1)]
-            log.cut(60)
+            log.truncate(60)
             assert inside.read() == [frame(version) for version in range(2, 31)]
             for cursor in (inside, out):
                 with pytest.raises(Compacted) as caught:
@@ -759,7 +761,7 @@ class TestCut:
                 assert caught.value.first == 61
 
     def test_cursors_beside_a_cut_have_no_gap(self, opened: Opener) -> None:
-        log, wrong, done = opened(flush_seconds=0.001), list[str](), threading.Event()
+        log, wrong, done = opened(sync_seconds=0.001), list[str](), threading.Event()
 
         def follow() -> None:
             cursor = log.cursor(0)
@@ -786,7 +788,7 @@ class TestCut:
             append(log, version)
             if version % 40 == 0:
                 log.sync(version)
-                log.cut(version - 50)
+                log.truncate(version - 50)
         log.sync(2000)
         done.set()
         for each in readers:
@@ -808,7 +810,7 @@ class TestCut:
                 patch.setattr(Path, "unlink", lambda _: gate.through("unlink", 0, lambda: None))
             gate.error = OSError(errno.EIO, "the disk is gone")
             with pytest.raises(LogFailed, match="the disk is gone"):
-                log.cut(100)
+                log.truncate(100)
         gate.error = None
         assert [str(each) for each in failures] == ["[Errno 5] the disk is gone"]
         with pytest.raises(LogFailed):
@@ -831,7 +833,7 @@ class TestCut:
         append(log, *range(1, 101))
         log.sync(100)
         seen.clear()
-        log.cut(100)
+        log.truncate(100)
         assert seen == [[31, 61, 91], [61, 91], [91]]
 
 
@@ -859,7 +861,7 @@ class TestRecovery:
         log = opened()
         append(log, *range(1, 101))
         log.sync(100)
-        log.cut(60)
+        log.truncate(60)
         log.close()
         for after in (59, 101):
             with pytest.raises(Corrupt) as caught:
@@ -989,7 +991,7 @@ class TestRecovery:
 
     def test_bytes_that_were_erased_never_come_back(self, opened: Opener, directory: Path) -> None:
         """A power failure keeps records 12 to 20 but loses 11; a later 11 must not revive them."""
-        build(directory, 20, step=100, flush_seconds=60)
+        build(directory, 20, step=100, sync_seconds=60)
         start = HEADER.size + 10 * frame_bytes(100)
         with (directory / name(1)).open("r+b") as file:
             file.seek(start)
@@ -1025,7 +1027,7 @@ class TestBytes:
         self, opened: Opener, tmp_path: Path
     ) -> None:
         good = tmp_path / "good"
-        build(good, 3, step=100, flush_seconds=60)
+        build(good, 3, step=100, sync_seconds=60)
         whole = (good / name(1)).read_bytes()
         start, end = (HEADER.size + count * frame_bytes(100) for count in (2, 3))
         expected = [frame(1), frame(2)]
@@ -1094,7 +1096,7 @@ from pathlib import Path
 from storage.versionlog import VersionLog
 
 log = VersionLog.open(Path(sys.argv[1]), fail=print, wake=lambda: None, segment_bytes=1 << 16,
-                      flush_seconds=0.003)
+                      sync_seconds=0.003)
 for version in range(log.last + 1, 1 << 30):
     size = version * 37 % 3000
     payload = random.Random(version).randbytes(size)

@@ -1,0 +1,105 @@
+"""The state of the base: which blocks are live, and what they are.
+
+    state  = magic[8] | format u32 | json u32 | blocks u64 | sessions u64 | checksum u64
+             | JSON in UTF-8, padded with blanks to 8 bytes | numbers u64[blocks] | sessions
+
+Little-endian; ``json`` and ``sessions`` are in bytes, the checksum is the xxh3_64 of all other
+bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from storage.errors import Corrupt, UnknownFormat
+
+FORMAT = 1
+MAGIC = b"PSBASE\n\0"
+
+_HEAD = struct.Struct("<8sIIQQQ")  # magic format json blocks sessions checksum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseTable:
+    """A table that existed at the version of a base state."""
+
+    number: int  # given at creation, never reused
+    schema: str  # JSON
+    created: int  # version of its creation
+    policy: bytes = b""  # what its eviction knows, in that one's format
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseState:
+    """What the listed blocks are: the shard at one version of its log."""
+
+    lineage: bytes  # [16]
+    epoch: int  # reserved: always 1
+    version: int  # the blocks hold every change up to it; replay starts behind it
+    next_table: int  # number for the next new table
+    tables: tuple[BaseTable, ...] = ()
+    horizon: int = 0  # deletes up to this version may have lost their tombstones
+    sessions: bytes = b""  # of the clients, in the engine's own format
+    blocks: tuple[int, ...] = ()  # numbers of the live blocks, in the order they were added
+    cells: int = 0  # of these, the last ones, which the next state replaces: sketches are whole
+    logged: bool = False  # there was a log already that goes on from here: it must be there
+
+    def pack(self) -> bytes:
+        """The state as stored."""
+        tables = [[t.number, t.schema, t.created, t.policy.hex()] for t in self.tables]
+        facts = {
+            "lineage": self.lineage.hex(),
+            "epoch": self.epoch,
+            "version": self.version,
+            "next_table": self.next_table,
+            "tables": tables,
+            "horizon": self.horizon,
+            "cells": self.cells,
+            "logged": self.logged,
+        }
+        text = json.dumps(facts, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        head = _HEAD.pack(MAGIC, FORMAT, len(text), len(self.blocks), len(self.sessions), 0)
+        body = text + np.array(self.blocks, "<u8").tobytes() + self.sessions
+        checksum = xxhash.xxh3_64_intdigest(head[:-8] + body)
+        return head[:-8] + checksum.to_bytes(8, "little") + body
+
+    @classmethod
+    def unpack(cls, data: bytes, where: str) -> BaseState:
+        """The state in ``data``; Corrupt names ``where`` unless all of it is intact."""
+        if len(data) < _HEAD.size:
+            raise Corrupt(where, f"{len(data)} bytes are too few for a state")
+        magic, version, text, blocks, sessions, checksum = _HEAD.unpack_from(data)
+        if magic != MAGIC:
+            raise Corrupt(where, f"a state does not begin with {magic!r}")
+        if xxhash.xxh3_64_intdigest(data[: _HEAD.size - 8] + data[_HEAD.size :]) != checksum:
+            raise Corrupt(where, "the checksum of the state does not fit its bytes")
+        if version != FORMAT:
+            raise UnknownFormat(where, version, FORMAT)
+        numbers = _HEAD.size + text
+        rest = numbers + 8 * blocks
+        if len(data) != rest + sessions:
+            raise Corrupt(where, f"the state is {len(data)} bytes, not {rest + sessions}")
+        facts = json.loads(data[_HEAD.size : numbers])
+        return cls(
+            lineage=bytes.fromhex(facts["lineage"]),
+            epoch=facts["epoch"],
+            version=facts["version"],
+            next_table=facts["next_table"],
+            tables=tuple(
+                BaseTable(
+                    number=number, schema=schema, created=created, policy=bytes.fromhex(policy)
+                )
+                for number, schema, created, policy in facts["tables"]
+            ),
+            horizon=facts["horizon"],
+            cells=facts["cells"],
+            logged=facts.get("logged", False),  # the first ones did not say
+            sessions=data[rest:],
+            blocks=tuple(np.frombuffer(data, "<u8", blocks, numbers).tolist()),
+        )

@@ -1,0 +1,345 @@
+"""The files of one version log: created, checked, preallocated and deleted.
+
+    log/       = SYNCED segment* spare*
+    SYNCED     = marks.py: up to where the log is on disk
+    segment    = 00000000000000000001.log       segment.py; named by its first version
+    spare      = 00000000000000000001.spare     a preallocated file that will become a segment
+
+**Opening** checks every segment's header, and that the segments follow one another. It verifies
+the frames of the last segment only, since no other segment can have a torn tail. A cursor verifies
+every frame that it reads, so the others are verified when they are replayed.
+
+Three threads call: the engine thread preallocates and takes spares, the log thread makes segments
+of them, the flush thread deletes old segments. ``segments`` is replaced, never changed, so that
+readers need no lock.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import itertools
+import os
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from storage.disk import Disk, as_disk_full, erase, preallocate, write_all
+from storage.errors import Compacted, Corrupt
+from storage.marks import SLOT, Mark, Marks
+from storage.segment import HEADER, Header, Reader, frame_bytes, place
+from storage.tail import find_tail
+
+SEGMENT_NAME = re.compile(r"(\d{20})\.log")
+
+
+@dataclass(slots=True, eq=False)
+class SegmentFile:
+    """One segment's file.
+
+    The log thread writes ``end``, ``hints`` and ``last`` before it announces the versions that
+    they cover. Readers look at them afterwards.
+    """
+
+    path: Path
+    size: int  # preallocated bytes
+    first: int = 0
+    end: int = HEADER.size  # bytes that are written and will not change
+    last: int | None = None  # None: records are still written to it
+    fd: int = -1  # for writing; owned by the log thread
+    uncached: int = 0  # bytes from the start that were dropped from the OS's cache
+    hints: list[tuple[int, int]] = field(default_factory=list)  # versions and their offsets
+
+
+class LogFiles:
+    """The segments of one log, its spare and its marks.
+
+    lineage     16 random bytes that identify this log; every segment contains them
+    segments    all segments, oldest first
+    active      the segment that records are written to, the last of ``segments``
+    seed        seed of the checksums of the active segment's frames
+    torn_bytes  bytes of a torn tail that opening erased
+    """
+
+    def __init__(
+        self, directory: Path, *, segment_bytes: int, clock: Callable[[], float], disk: Disk
+    ) -> None:
+        """Store the settings. ``open`` reads the files."""
+        self.directory = directory
+        self.disk = disk
+        self.lineage = b""
+        self.segments: tuple[SegmentFile, ...] = ()
+        self.active = SegmentFile(directory, 0)
+        self.seed = 0
+        self.torn_bytes = 0
+        self._segment_bytes = segment_bytes
+        self._clock = clock
+        self._marks: Marks | None = None
+        self._directory_fd = -1
+        self._changing = threading.Lock()  # held while ``segments`` is replaced
+        self._spare_lock = threading.Lock()  # held while the disk preallocates
+        self._spare: SegmentFile | None = None
+        self._spares = itertools.count(1)
+
+    # ---- spares
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether the next segment is preallocated."""
+        return self._spare is not None
+
+    def preallocate(self, size: int = 0) -> None:
+        """Have a spare of at least ``size`` bytes. Raises DiskFull or OSError, and changes nothing
+        then.
+        """
+        with self._spare_lock:
+            spare = self._spare
+            if spare is None:
+                self._spare = self._new_spare(max(size, self._segment_bytes))
+            elif spare.size < size:
+                preallocate(self.disk, spare.fd, spare.path, spare.size, size)
+                spare.size = size
+
+    def take_spare(self, size: int, version: int) -> SegmentFile:
+        """Return the spare, to be written from ``version`` on with a payload of ``size`` bytes."""
+        need = HEADER.size + frame_bytes(size)
+        if self._spare is None or self._spare.size < need:
+            self.preallocate(need)  # the caller did not reserve
+        with self._spare_lock:
+            segment, self._spare = self._spare, None
+        assert segment is not None
+        segment.first = version
+        return segment
+
+    def _new_spare(self, size: int) -> SegmentFile:
+        path = self.directory / f"{next(self._spares):020}.spare"
+        with as_disk_full(self.directory, size):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o640)
+        try:
+            preallocate(self.disk, fd, path, 0, size)
+        except BaseException:
+            os.close(fd)
+            path.unlink()
+            raise
+        return SegmentFile(path, size, fd=fd)
+
+    # ---- segments
+
+    def holding(self, version: int) -> SegmentFile:
+        """Return the segment that contains ``version``, or will. Raises Compacted if it was
+        deleted.
+        """
+        segments = self.segments
+        at = bisect.bisect_right(segments, version, key=lambda each: each.first)
+        if not at:
+            raise Compacted(segments[0].first)
+        return segments[at - 1]
+
+    def roll(self, segment: SegmentFile) -> None:
+        """Make ``segment``, a former spare, the active one. The old one is on disk already.
+
+        An old segment without a record is replaced by the new one, which has the same name.
+        """
+        old = self.active
+        with contextlib.suppress(OSError):  # unused preallocated bytes are harmless
+            os.ftruncate(old.fd, old.end)
+        os.close(old.fd)
+        old.fd = -1
+        kept = tuple(each for each in self.segments if each.first < segment.first)
+        self._begin(segment, previous=kept[-1].first if kept else 0)
+        with self._changing:
+            old.last = segment.first - 1
+            kept = tuple(each for each in self.segments if each.first < segment.first)
+            self.segments = (*kept, segment)
+        self.active = segment
+
+    def _begin(self, segment: SegmentFile, previous: int) -> None:
+        """Give a spare its header, then its name.
+
+        The header is on disk before the name is, so a segment without a header is damaged.
+        """
+        header = Header(lineage=self.lineage, first=segment.first, previous=previous)
+        self.seed = header.seed
+        write_all(self.disk, segment.fd, [memoryview(header.encode())], 0)
+        self.disk.fdatasync(segment.fd)
+        path = self.directory / f"{segment.first:020}.log"
+        segment.path.rename(path)
+        segment.path = path
+        self.disk.fsync(self._directory_fd)
+
+    def sync(self, version: int, end: int) -> None:
+        """Bring the active segment to disk, and mark that ``version`` is, which ends at ``end``."""
+        assert self._marks is not None
+        self.disk.fdatasync(self.active.fd)
+        self._marks.write(Mark(version, self.active.first, end))
+
+    def truncate(self, version: int, keep_bytes: int, keep_seconds: float) -> int:
+        """Delete the oldest segments whose versions are all <= ``version``; return their bytes.
+
+        See ``VersionLog.truncate``. An OSError leaves in doubt what is deleted.
+        """
+        with self._changing:
+            segments = self.segments
+            old = self._deletable(segments, version, keep_bytes, keep_seconds)
+            self.segments = segments[old:]
+        for segment in segments[:old]:  # oldest first, and on disk in that order: never a gap
+            segment.path.unlink()
+            self.disk.fsync(self._directory_fd)
+        return sum(each.size for each in segments[:old])
+
+    def _deletable(
+        self,
+        segments: tuple[SegmentFile, ...],
+        version: int,
+        keep_bytes: int,
+        keep_seconds: float,
+    ) -> int:
+        """Return how many of the oldest segments may be deleted."""
+        kept = sum(each.end for each in segments)
+        for at, segment in enumerate(segments[:-1]):
+            kept -= segment.end
+            assert segment.last is not None
+            if segment.last > version or kept < keep_bytes:
+                return at
+            if keep_seconds and self._clock() - segment.path.stat().st_mtime < keep_seconds:
+                return at
+        return len(segments) - 1
+
+    # ---- opening and closing
+
+    def open(self, lineage: bytes | None, after: int | None, made: bool) -> int:
+        """Read and check the files, or create the first segment; see ``VersionLog.open``.
+
+        Returns the newest version.
+        """
+        names = sorted(os.listdir(self.directory)) if self.directory.exists() else []
+        firsts = [int(match[1]) for name in names if (match := SEGMENT_NAME.fullmatch(name))]
+        if made and not firsts:
+            raise self._gone()
+        self._make_directory()
+        for name in names:
+            if name.endswith(".spare"):
+                (self.directory / name).unlink()
+        if firsts:
+            self._load_segments(firsts, lineage)
+            last = self._load_last(after)
+        else:
+            last = after or 0
+            self._make(lineage or os.urandom(16), last)
+        assert self._marks is not None
+        with as_disk_full(self.directory, 2 * SLOT):
+            for _ in range(2):  # one of them is good while the other is written
+                self._marks.write(Mark(last, self.active.first, self.active.end))
+        return last
+
+    def close(self) -> None:
+        """Close every file, and delete the unused spare."""
+        if self._spare is not None:
+            self._spare.path.unlink()
+        for segment in (self.active, self._spare):
+            if segment is not None and segment.fd >= 0:
+                os.close(segment.fd)
+                segment.fd = -1
+        self._spare = None
+        if self._marks is not None:
+            self._marks.close()
+            self._marks = None
+        if self._directory_fd >= 0:
+            os.close(self._directory_fd)
+            self._directory_fd = -1
+
+    def _make_directory(self) -> None:
+        if not self.directory.exists():
+            self.directory.mkdir()
+            parent = os.open(self.directory.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                self.disk.fsync(parent)
+            finally:
+                os.close(parent)
+        self._directory_fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+
+    def _make(self, lineage: bytes, after: int) -> None:
+        """Create a log without records, whose first record will have version ``after + 1``."""
+        if len(lineage) != 16:
+            raise ValueError(f"a lineage has 16 bytes, not {len(lineage)}")
+        self.lineage = lineage
+        synced = self.directory / "SYNCED"
+        if synced.exists() and any(synced.read_bytes()):
+            raise self._gone()
+        self.preallocate()
+        self.active = self.take_spare(0, after + 1)
+        self._begin(self.active, previous=0)
+        self.segments = (self.active,)
+        self._marks = Marks(self.disk, synced, lineage)
+
+    def _gone(self) -> Corrupt:
+        return Corrupt(str(self.directory), "no segment is left of a log that was synced")
+
+    def _load_segments(self, firsts: list[int], lineage: bytes | None) -> None:
+        """Check by their headers that the segments belong to one log and follow one another."""
+        segments = []
+        previous = None
+        for first in firsts:
+            path = self.directory / f"{first:020}.log"
+            with contextlib.closing(Reader(path)) as reader:
+                header = reader.header
+            lineage = lineage or header.lineage
+            if header.lineage != lineage:
+                raise Corrupt(
+                    str(path), f"of lineage {header.lineage.hex()}, not of {lineage.hex()}"
+                )
+            if header.first != first:
+                raise Corrupt(str(path), f"begins with version {header.first}, says its header")
+            if previous is not None and header.previous != previous:
+                raise Corrupt(
+                    str(path), f"follows segment {header.previous}, but {previous} is before it"
+                )
+            previous = first
+            size = path.stat().st_size
+            segments.append(SegmentFile(path, size, first=first, end=size))
+        for segment, after in itertools.pairwise(segments):
+            segment.last = after.first - 1
+        assert lineage is not None
+        self.lineage = lineage
+        self.segments = tuple(segments)
+        self.active = segments[-1]
+
+    def _load_last(self, after: int | None) -> int:
+        """Verify the last segment against the newest mark, and erase a torn tail.
+
+        Returns the newest version. The bytes verified come from the disk, not from the OS's cache:
+        after a failed sync of an earlier process the two may differ.
+        """
+        segment = self.active
+        self._marks = Marks(self.disk, self.directory / "SYNCED", self.lineage)
+        mark = self._marks.read() or Mark(0, 0, 0)
+        if mark.first > segment.first:
+            raise Corrupt(
+                str(self.directory), f"segment {mark.first:020}.log is gone, and it was synced"
+            )
+        segment.fd = os.open(segment.path, os.O_RDWR)
+        self.disk.fdatasync(segment.fd)
+        os.posix_fadvise(segment.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        synced_end = mark.end if mark.first == segment.first else HEADER.size
+        with contextlib.closing(Reader(segment.path)) as reader:
+            self.seed = reader.header.seed
+            tail = find_tail(reader, segment.size, synced_end)
+        if tail.last < mark.version:
+            raise Corrupt(
+                place(segment.path, tail.end),
+                f"ends with version {tail.last}, {mark.version} was synced",
+            )
+        first = self.segments[0].first
+        if after is not None and not first - 1 <= after <= tail.last:
+            raise Corrupt(
+                str(self.directory),
+                f"versions {first} to {tail.last}, but the base stands at version {after}",
+            )
+        segment.end = tail.end
+        if tail.dirty > tail.end:
+            self.torn_bytes = tail.dirty - tail.end
+            erase(self.disk, segment.fd, tail.end, tail.dirty)
+        self.disk.fsync(self._directory_fd)
+        return tail.last

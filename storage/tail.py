@@ -1,0 +1,114 @@
+"""The end of a segment's frames: a torn tail is told from damage.
+
+After a power failure or the death of the process the last bytes of a segment may not be a frame: a
+*torn tail*. Whole frames may even follow it, since a disk writes pages in any order. A bad frame is
+a torn tail if it had not been synced, and damage if it had. Two things prove that it had been
+synced: the caller knows (``synced_end``), or the field ``synced`` of a later whole frame says so.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from storage.disk import CHUNK, pread_all
+from storage.errors import Corrupt
+from storage.segment import CHECKSUM, FRAME, MAX_VERSION, Reader
+
+_ZEROS = bytes(CHUNK)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tail:
+    """Where the frames of a segment end."""
+
+    last: int  # version of the last frame; first - 1 without frames
+    end: int  # byte after it
+    dirty: int  # byte after the last byte that is not zero; equal to `end` without a torn tail
+
+
+def find_tail(reader: Reader, size: int, synced_end: int) -> Tail:
+    """Verify every frame of the segment and return where the frames end. Raises Corrupt on damage.
+
+    size        bytes of the file
+    synced_end  bytes of the file that are known to have been synced
+
+    Damage is a bad frame below ``synced_end``, a bad frame before a whole frame that was written
+    after the bad one had been synced, or a whole frame out of order. All else is a torn tail.
+    """
+    try:
+        while reader.offset < size:
+            reader.read(MAX_VERSION, size, CHUNK)
+    except Corrupt as bad:
+        end, fd, expected = reader.offset, reader.fileno(), reader.version
+        dirty = _dirty(fd, end, size)
+        damage = (
+            end < synced_end
+            or _whole(fd, reader.header.seed, end, size)
+            or any(_witnesses(fd, reader.header.seed, end, dirty, size, expected))
+        )
+        if damage:
+            raise Corrupt(bad.where, f"{bad.what}, and that is no torn tail") from bad
+        return Tail(last=expected - 1, end=end, dirty=dirty)
+    return Tail(last=reader.version - 1, end=reader.offset, dirty=reader.offset)
+
+
+def _written(fd: int, start: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of the file from ``start`` on that are not holes."""
+    while start < size:
+        try:
+            start = os.lseek(fd, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only holes up to the end
+                return
+            raise
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        yield start, end
+        start = end
+
+
+def _dirty(fd: int, start: int, size: int) -> int:
+    """Return the byte after the last byte that is not zero; ``start`` if all are zero."""
+    dirty = start
+    for at, end in _written(fd, start, size):
+        for offset in range(at, end, CHUNK):
+            data = pread_all(fd, min(CHUNK, end - offset), offset)
+            if data != _ZEROS[: len(data)]:  # ten times as fast as a search for the last byte
+                dirty = offset + len(data.rstrip(b"\0"))
+    return dirty
+
+
+def _whole(fd: int, seed: int, offset: int, size: int) -> bool:
+    """Return whether a frame of any version begins at ``offset`` and its checksum agrees."""
+    head = pread_all(fd, FRAME.size, offset)
+    if len(head) < FRAME.size:
+        return False
+    checksum, length, kind, _, _ = FRAME.unpack(head)
+    total = FRAME.size + length
+    if not kind or total > size - offset:
+        return False
+    return bool(xxh3_64_intdigest(pread_all(fd, total, offset)[CHECKSUM.size :], seed) == checksum)
+
+
+def _witnesses(
+    fd: int, seed: int, start: int, dirty: int, size: int, expected: int
+) -> Iterator[bool]:
+    """Look after ``start`` for frames that were written after ``expected`` had been synced.
+
+    Yields for each candidate whether it is a whole frame.
+    """
+    newest = expected + (size - start) // FRAME.size
+    for offset in range(start, dirty, CHUNK):
+        data = pread_all(fd, CHUNK + FRAME.size, offset)
+        words = np.frombuffer(data, "<u8", len(data) // 8)
+        if len(words) < 4:
+            return
+        versions, synced = words[2:-1], words[3:]
+        likely = (synced >= expected) & (versions > synced) & (versions <= newest)
+        for word in np.flatnonzero(likely).tolist():
+            yield _whole(fd, seed, offset + 8 * word, size)
