@@ -35,7 +35,7 @@ from benchmarks.report import Report, arguments
 from benchmarks.servers import READY_SECONDS, free_ports
 from benchmarks.step import fill
 from benchmarks.work import Ids, Work, keys_of, standard_work
-from psclient import Client, Table, admin
+from psclient import Client, Table, admin, calls, restores
 from psproto import ps_pb2 as pb
 
 DIM = 32
@@ -226,14 +226,14 @@ def _restored(target: Shard, rows: int, before: Callable[[], Any]) -> dict[str, 
         request = pb.PrepareRestoreRequest(name="full", id=id)
         steps: dict[str, Callable[[], Any]] = {
             "verify": lambda: admin.verify(client, "full"),
-            "restore: prepare": lambda: admin._on_all(client, "PrepareRestore", request, None),
+            "restore: prepare": lambda: calls.on_all(client, "PrepareRestore", request, None),
             "restore: start anew": lambda: _start_anew(client, id),
         }
         spent = {}
         for name, call in steps.items():
             before()
             spent[name] = _seconds(call)
-        admin._step(client, admin._links(client)[0], id, step.STEP_RELEASE)
+        restores.take_step(client, calls.links(client)[0], id, step.STEP_RELEASE)
         assert client.describe_table("rows").rows == rows
     loaded = float(target.recovered()["seconds"])
     whole = spent["restore: prepare"] + spent["restore: start anew"]
@@ -254,10 +254,10 @@ def _touch_here(size: int) -> float:
 
 
 def _start_anew(client: Client, id: str) -> None:
-    link = admin._links(client)[0]
+    link = calls.links(client)[0]
     for step in (pb.RestoreRequest.STEP_HOLD, pb.RestoreRequest.STEP_COMMIT):
-        admin._step(client, link, id, step)
-    admin._await(client, [pb.RestoreStatus.PHASE_LOADED])
+        restores.take_step(client, link, id, step)
+    restores.await_phases(client, [pb.RestoreStatus.PHASE_LOADED])
 
 
 def replay(report: Report, directory: Path, work: Work, size: int) -> None:

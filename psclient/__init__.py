@@ -15,7 +15,11 @@ mixed.py       features whose embeddings grow with their frequency (imported on 
 subscriber.py  every change, in order
 follower.py    a copy of tables in memory that follows the cluster
 torch.py       PyTorch modules (imported on demand)
-admin.py       checkpoints, whole rows (imported on demand)
+calls.py       calls to all shards, long ones too
+checkpoints.py  take, list, verify checkpoints
+restores.py    a cluster restored from a checkpoint
+rows.py        whole rows of a table
+admin.py       the four above under one name (imported on demand)
 
 None of the following is imported by the client:
 

@@ -8,7 +8,13 @@ shard.py         one shard's part of every table, without a network
 engine.py        the thread that owns the shard
 sweeper.py       eviction in the background and on demand
 checkpointer.py  what a shard keeps on disk beside the log
-checkpoints.py   named checkpoints of this shard: taken, verified, read
+work.py          long work: one piece at a time, with its progress
+stored.py        what a checkpoint holds for a shard
+catalog.py       the checkpoints there are: listed, verified
+rows.py          whole rows in and out
+checkpoints.py   named checkpoints of this shard, taken
+swap.py          how far a restore is, and the directories that it moves
+staging.py       a base made of a checkpoint
 restore.py       a shard's state replaced by a checkpoint's
 pace.py          turns for slow readers on the engine
 summaries.py     summaries of tables as messages

@@ -19,18 +19,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psproto import ps_pb2 as pb
-from psserver.checkpoints import Checkpoints, number_in, require_width, schema_in
+from psserver.checkpoints import Checkpoints
 from psserver.engine import Engine
 from psserver.inspection import Inspector
 from psserver.pace import SPARED_STORED, Pace
 from psserver.shard import Holdings, Shard
+from psserver.stored import number_in, require_width, schema_in
 from psserver.summaries import Columns, Outbox, read_summary, write_summary
-from storage import checkpoint as files
 from storage.admission.rules import Counter
 from storage.analysis import RowColumns, Summary, norms_of
 from storage.errors import UnknownTable
 from storage.eviction.contract import FIRST_STEP
 from storage.kernels import Rows
+from storage.part_reader import Piece, counters_of, rows_of
 from storage.tiers.base import FREQUENCY, KEY, STEP, VERSION, Scan
 from storage.versionlog import VersionLog
 
@@ -71,7 +72,7 @@ class Analyses:
             yield from self._live(request, summary)
 
     def _live(self, request: pb.AnalyzeRequest, summary: Summary) -> Iterator[pb.AnalyzeResponse]:
-        progress = self._checkpoints.progress()  # ends the work when the server does
+        progress = self._checkpoints.work.progress()  # ends the work when the server does
         held = self._engine.run(lambda: self._shard.holdings(request.table))
         outbox = Outbox(request, held.stats.rows)
 
@@ -125,16 +126,16 @@ class Analyses:
 
     def _stored(self, request: pb.AnalyzeRequest, summary: Summary) -> Iterator[pb.AnalyzeResponse]:
         """Each part is read twice: ages are counted back from the largest step in it."""
-        work, beside = self._checkpoints, self._pace_stored.beside
-        checkpoint = work.open(request.checkpoint)
+        catalog, beside = self._checkpoints.catalog, self._pace_stored.beside
+        checkpoint = catalog.open(request.checkpoint)
         schema = schema_in(checkpoint, request.table)
-        progress = work.progress()
-        parts = work.share(checkpoint)
+        progress = self._checkpoints.work.progress()
+        parts = catalog.share(checkpoint)
         outbox = Outbox(request, 2 * sum(e.parts[p].bytes for e in checkpoint.chain for p in parts))
         wanted = request.columns == Columns.COLUMNS_EMBEDDING
         newest, size, waiting = FIRST_STEP, 0, 0
 
-        def largest(pieces: Iterator[files.Piece]) -> int | None:
+        def largest(pieces: Iterator[Piece]) -> int | None:
             """The largest step of the next piece; None: there is none."""
             if (piece := next(pieces, None)) is None:
                 return None
@@ -142,7 +143,7 @@ class Analyses:
             return int(piece.steps.max(initial=FIRST_STEP))
 
         def summed(
-            pieces: Iterator[files.Piece], step: int
+            pieces: Iterator[Piece], step: int
         ) -> tuple[RowColumns, Rows | None, int] | None:
             """The next piece summed up, embeddings if wanted, its bytes; None: there is none."""
             if (piece := next(pieces, None)) is None:
@@ -157,18 +158,18 @@ class Analyses:
 
         for part in parts:
             number = number_in(checkpoint, part, request.table)
-            asked = work.store, checkpoint, part, [number], progress.tell
-            step, pieces = FIRST_STEP, files.rows_of(*asked)
+            asked = catalog.store, checkpoint, part, [number], progress.tell
+            step, pieces = FIRST_STEP, rows_of(*asked)
             while (found := beside(partial(largest, pieces))) is not None:
                 step = max(step, found)
                 yield from outbox.progress(progress.bytes)
-            newest, pieces = max(newest, step), files.rows_of(*asked)
+            newest, pieces = max(newest, step), rows_of(*asked)
             while (done := beside(partial(summed, pieces, step))) is not None:
                 rows, matrix, more = done
                 size += more
                 yield from outbox.put(rows, matrix, progress.bytes)
             if isinstance(schema.admission, Counter):  # checkpoints hold no sketches
-                counters = files.counters_of(*asked)
+                counters = counters_of(*asked)
                 while (some := beside(partial(next, counters, None))) is not None:
                     waiting += len(some[1])
         yield from outbox.flush()

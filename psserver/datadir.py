@@ -19,12 +19,12 @@ from psproto import routing
 from psserver.checkpointer import Checkpointer, recover
 from psserver.config import ConfigError, ServerConfig
 from psserver.engine import Engine
-from psserver.restore import COMMITTED, State, failed, loaded, settle
 from psserver.shard import Shard
+from psserver.swap import COMMITTED, State, failed, loaded, settle
 from storage.base import Base
-from storage.checkpoint import from_json, to_json
 from storage.disk import replace
 from storage.errors import Corrupt, StorageError
+from storage.sealed import seal, unseal
 from storage.versionlog import VersionLog
 
 OWNER = "SHARD"  # file in a data directory: the shard that it belongs to
@@ -53,9 +53,9 @@ def claim(directory: Path, shard: int, shard_map: routing.ShardMap) -> None:
     path = directory / OWNER
     asked = {"format": 1, "shard": shard, "shards": shard_map.shards, "epoch": shard_map.epoch}
     if not path.exists():
-        replace(path, to_json(asked))
+        replace(path, seal(asked))
         return
-    held = {"format": 1, **from_json(path.read_bytes(), str(path))}
+    held = {"format": 1, **unseal(path.read_bytes(), str(path))}
     if held != asked:
         owner, other = (
             f"shard {each['shard']} of {each['shards']} (shard map of epoch {each['epoch']})"

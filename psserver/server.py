@@ -22,10 +22,11 @@ from psserver.engine import Engine
 from psserver.feed import Feed
 from psserver.listener import Listener
 from psserver.metrics import CheckpointCollector, FeedCollector, ShardCollector
-from psserver.restore import Restores, State
+from psserver.restore import Restores
 from psserver.service import Service
 from psserver.shard import Shard
 from psserver.stats import ServiceStats
+from psserver.swap import State
 from psserver.sweeper import Sweeper
 from storage.store import Store
 

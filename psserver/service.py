@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
 from psserver.analysis import Analyses
-from psserver.checkpoints import Checkpoints, Progress
+from psserver.checkpoints import Checkpoints
 from psserver.config import ServerConfig
 from psserver.engine import Engine
 from psserver.errors import (
@@ -60,6 +60,7 @@ from psserver.schemas import LEVELS, read_schema, write_schema
 from psserver.shard import Change, Pull, Push, Shard
 from psserver.stats import ServiceStats
 from psserver.sweeper import Sweeper
+from psserver.work import Progress
 from storage.errors import (
     Compacted,
     Corrupt,
@@ -237,7 +238,7 @@ class Service:
     def drain(self) -> None:
         """Refuse new work; streams finish what they have accepted and end."""
         self._draining = True
-        self._checkpoints.stop()
+        self._checkpoints.work.stop()
         self._sweeper.stop()
         if self._feed is not None:
             self._feed.drain()
@@ -271,12 +272,12 @@ class Service:
         checkpoints = {
             "WriteCheckpoint": self._long(pb.WriteCheckpointRequest, work.write),
             "CompleteCheckpoint": self._blocking(pb.CompleteCheckpointRequest, work.complete),
-            "ListCheckpoints": self._blocking(pb.ListCheckpointsRequest, work.listed),
-            "VerifyCheckpoint": self._long(pb.VerifyCheckpointRequest, work.verify),
+            "ListCheckpoints": self._blocking(pb.ListCheckpointsRequest, work.catalog.listed),
+            "VerifyCheckpoint": self._long(pb.VerifyCheckpointRequest, work.catalog.verify),
             "PrepareRestore": self._long(pb.PrepareRestoreRequest, restore.prepare),
             "Restore": self._blocking(pb.RestoreRequest, restore.step, though_held=True),
-            "LoadTable": self._long(pb.LoadTableRequest, work.load_table),
-            "ReadRows": self._many(pb.ReadRowsRequest, work.read_rows),
+            "LoadTable": self._long(pb.LoadTableRequest, work.rows.load_table),
+            "ReadRows": self._many(pb.ReadRowsRequest, work.rows.read_rows),
             "WriteRows": self._message(pb.WriteRowsRequest, self.write_rows),
         }
         analyses = {
@@ -415,7 +416,7 @@ class Service:
         self, request: pb.WriteRowsRequest, deadline: float
     ) -> pb.WriteRowsResponse:
         done: pb.WriteRowsResponse = await self._on_worker(
-            self._checkpoints.write_rows, request, deadline
+            self._checkpoints.rows.write_rows, request, deadline
         )
         await self._reached(done.version, pb.DURABILITY_LOG)
         return done
@@ -834,7 +835,7 @@ class Service:
 
         async def answers(request: Any) -> AsyncIterator[Message]:
             loop = asyncio.get_running_loop()
-            progress = self._checkpoints.progress()
+            progress = self._checkpoints.work.progress()
             work = loop.run_in_executor(self._workers, method, request, progress)
             try:
                 while not (await asyncio.wait([work], timeout=TELL_SECONDS))[0]:

@@ -36,7 +36,11 @@ basestate.py     which blocks of the base are live
 pages.py         LMDB's pages, checked before LMDB follows them
 base.py          the blocks that the rest of the log builds on
 store.py         files under a URL
-checkpoint.py    the rows of all shards as files
+sealed.py        small JSON files with a checksum
+manifest.py      what the manifests of a checkpoint contain
+checkpoint.py    the files of a checkpoint, and the chain it belongs to
+part_writer.py   one shard's part of a checkpoint, written
+part_reader.py   one shard's part of a checkpoint, read
 tiers/base.py    the contract of a tier
 tiers/host.py    rows in host memory
 table.py         a table's part on one shard

@@ -15,7 +15,8 @@ from stores import Direct, Home, change, push
 from psproto import ps_pb2 as pb
 from psproto import routing
 from psserver.checkpoints import Checkpoints
-from psserver.restore import COMMITTED, Restores, State, failed, loaded, settle
+from psserver.restore import Restores
+from psserver.swap import COMMITTED, State, failed, loaded, settle
 from storage.errors import StorageError
 from storage.schema import TableSchema
 from storage.store import Store
@@ -82,7 +83,7 @@ class Node:
 
     def prepare(self, name: str, id: str, *, replace: bool = False) -> int:
         request = pb.PrepareRestoreRequest(name=name, id=id, replace=replace)
-        return int(self.restores.prepare(request, self.checkpoints.progress()).rows)
+        return int(self.restores.prepare(request, self.checkpoints.work.progress()).rows)
 
     def step(self, id: str, step: int) -> pb.RestoreStatus:
         """Take a step, and start anew if that is what it asks for."""
@@ -174,7 +175,7 @@ class Homes:
         request = pb.WriteCheckpointRequest(name=name, attempt=attempt, base=base)
         parts = []
         for node in self.nodes:
-            done = node.checkpoints.write(request, node.checkpoints.progress())
+            done = node.checkpoints.write(request, node.checkpoints.work.progress())
             parts.append(done.part)
         return [attempt, parts]
 
@@ -190,7 +191,7 @@ class Homes:
     def verify(self, name: str) -> int:
         request = pb.VerifyCheckpointRequest(name=name)
         work = [node.checkpoints for node in self.nodes]
-        return sum(each.verify(request, each.progress()).bytes for each in work)
+        return sum(each.catalog.verify(request, each.work.progress()).bytes for each in work)
 
     def restore(self, name: str, *, replace: bool = False) -> int:
         id = secrets.token_hex(8)

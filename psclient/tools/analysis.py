@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psclient import admin
+from psclient import admin, calls
 from psclient.client import Client
 from psclient.errors import InvalidArgument
 from psclient.tools.summary import Analysis, Histogram, RowColumns, RowList, Sink, Tier
@@ -40,7 +40,7 @@ def analyze(
     top: int = 10,
     sink: Sink | None = None,
     embeddings: bool = False,
-    progress: admin.Tell | None = None,
+    progress: calls.Tell | None = None,
 ) -> Analysis:
     """Sum up a table as it is, or as a checkpoint has it.
 
@@ -73,7 +73,7 @@ def analyze(
         raise InvalidArgument(
             f"thresholds must be numbers, whole and not negative but for norms: {error}"
         ) from error
-    told = [(0, 0)] * len(admin._links(client))
+    told = [(0, 0)] * len(calls.links(client))
 
     def tell(shard: int, message: pb.AnalyzeResponse) -> None:
         if sink is not None and message.keys:
@@ -82,7 +82,7 @@ def analyze(
         if progress is not None:
             progress(*map(sum, zip(*told, strict=True)))
 
-    last = admin._all_streams(client, "Analyze", request, pb.AnalyzeResponse, tell, service=SERVICE)
+    last = calls.all_streams(client, "Analyze", request, pb.AnalyzeResponse, tell, service=SERVICE)
     summaries = [message.summary for message in last]
     when = admin.describe(client, checkpoint).time if checkpoint else time.time()
     asked = {

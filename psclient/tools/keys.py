@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psclient import admin
+from psclient import calls
 from psclient.client import Client
 from psclient.errors import InvalidArgument
 from psproto import ps_pb2 as pb
@@ -104,7 +104,7 @@ def inspect(
             request = pb.InspectRequest(
                 table=table, keys=distinct[some].tobytes(), embeddings=embeddings
             )
-            answer = admin._call(
+            answer = calls.call(
                 client, link, "Inspect", request, pb.InspectResponse, service=SERVICE
             )
             for i, facts in zip(some.tolist(), answer.keys, strict=True):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from servers import Cluster, eventually
 
-from psclient import Client, Follower, PulledRows, Subscriber, admin
+from psclient import Client, Follower, PulledRows, Subscriber, admin, calls, restores
 from psclient.client import Table
 from psclient.errors import (
     CheckpointNotFound,
@@ -290,20 +290,20 @@ def test_a_shard_that_dies_during_a_restore_leaves_all_or_nothing(
         client.table("t").push(KEYS, np.ones((len(KEYS), 6)), step=11)
         later = whole(client, "t")
         id = "0123456789abcdef"
-        links = admin._links(client)
+        links = calls.links(client)
         request = pb.PrepareRestoreRequest(name="full", id=id, replace=True)
-        admin._on_all(client, "PrepareRestore", request, None)
+        calls.on_all(client, "PrepareRestore", request, None)
         if after != "prepare":
             for link in links:
-                admin._step(client, link, id, step.STEP_HOLD)
+                restores.take_step(client, link, id, step.STEP_HOLD)
         if after in ("commit", "half committed", "loaded"):
             for link in links[: 1 if after == "half committed" else 2]:
-                admin._step(client, link, id, step.STEP_COMMIT)
+                restores.take_step(client, link, id, step.STEP_COMMIT)
         if after == "loaded":
-            admin._await(client, [pb.RestoreStatus.PHASE_LOADED])
+            restores.await_phases(client, [pb.RestoreStatus.PHASE_LOADED])
         for shard in (0, 1):
             kill(cluster, shard)
-        admin._statuses(client, 60.0)  # once they are there again
+        restores.statuses_of(client, 60.0)  # once they are there again
         if after == "prepare":
             assert whole(client, "t") == later
             admin.restore(client, "full", replace=True)
@@ -342,8 +342,8 @@ def test_a_shard_is_killed_at_random_moments_of_restores(
             except PsError:
                 told = False
             kills.join()
-            statuses = admin._statuses(client, 60.0)
-            if any(each.phase not in (*admin.OVER, admin.PREPARED) for each in statuses):
+            statuses = restores.statuses_of(client, 60.0)
+            if any(each.phase not in (*restores.OVER, admin.PREPARED) for each in statuses):
                 admin.restore(client, "full", replace=True)
                 told = True
             found = whole(client, "t")
@@ -374,7 +374,7 @@ def test_what_is_damaged_is_named_and_changes_nothing(
                 call()
         assert whole(client, "t") == before
         assert [table.name for table in client.list_tables()] == ["t"]
-        assert all(each.phase in admin.OVER for each in admin._statuses(client))
+        assert all(each.phase in restores.OVER for each in restores.statuses_of(client))
 
 
 def test_memory_that_does_not_suffice_is_told_and_changes_nothing(
@@ -436,8 +436,8 @@ def test_nobody_waits_when_a_checkpoint_is_given_up(
     with connect(cluster) as client:
         fill(client)
         request = pb.WriteCheckpointRequest(name="a", attempt="0" * 16)
-        link = admin._links(client)[0]
-        stream = admin._stream(link, "WriteCheckpoint", request, pb.CheckpointProgress)
+        link = calls.links(client)[0]
+        stream = calls.stream(link, "WriteCheckpoint", request, pb.CheckpointProgress)
         next(stream)
         stream.close()
         started = time.monotonic()

@@ -257,7 +257,7 @@ def test_a_server_that_stops_gives_up(shard: Shard, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(summaries, "PROGRESS_SECONDS", 0.0)
     messages = work.analyze(pb.AnalyzeRequest(table="t"))
     assert next(messages).done == 7
-    checkpoints.stop()
+    checkpoints.work.stop()
     with pytest.raises(Draining):
         next(messages)
 

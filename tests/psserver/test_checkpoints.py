@@ -22,7 +22,7 @@ from stores import DIM, change, push, schema
 
 from psproto import ps_pb2 as pb
 from psproto import routing
-from psserver import checkpoints, restore
+from psserver import checkpoints, restore, staging, swap
 from psserver.config import ConfigError, ServerConfig
 from psserver.datadir import DataDirectory
 from psserver.engine import Engine
@@ -35,8 +35,9 @@ from psserver.errors import (
     NotEmpty,
     RestoreConflict,
 )
-from storage import checkpoint as files
+from storage import part_writer
 from storage.admission.rules import Counter
+from storage.checkpoint import open_checkpoint
 from storage.errors import (
     Corrupt,
     SchemaMismatch,
@@ -44,6 +45,7 @@ from storage.errors import (
     UnknownCheckpoint,
     UnknownTable,
 )
+from storage.manifest import MANIFEST
 from storage.optimizers import OPTIMIZERS, make_optimizer
 
 ADAM = make_optimizer("adam", None, {})
@@ -311,7 +313,7 @@ def test_what_changes_while_rows_are_copied_is_as_it_is_at_the_end(
     states: dict[str, dict[int, Any]] = {}
     for node in source.nodes:  # the cut of a shard is when its own copying ends
         request = pb.WriteCheckpointRequest(name="full", attempt=attempt)
-        parts.append(node.checkpoints.write(request, node.checkpoints.progress()).part)
+        parts.append(node.checkpoints.write(request, node.checkpoints.work.progress()).part)
         assert parts[-1].version == node.shard.version
         for name, dump in node.shard.dump().items():
             rows = zip(dump.keys.tolist(), dump.rows.tolist(), dump.meta.tolist(), strict=True)
@@ -372,7 +374,7 @@ def test_a_checkpoint_under_pushes_of_another_thread_is_one_cut(
         loop.close()
     last = 0.0
     for name in names:
-        part = files.open_checkpoint(node.checkpoints.store, name).parts[0]
+        part = open_checkpoint(node.checkpoints.catalog.store, name).parts[0]
         target = make(2)
         target.restore(name)
         rows = target.rows()["t"]
@@ -416,7 +418,7 @@ def test_the_log_is_kept_while_it_is_copied(make: Make, monkeypatch: pytest.Monk
 def test_a_checkpoint_is_there_when_it_is_complete_and_not_before(make: Make, url: str) -> None:
     source = make(2)
     fill(source)
-    listed = source.nodes[0].checkpoints.listed
+    listed = source.nodes[0].checkpoints.catalog.listed
     attempt, parts = source.write("full")
     assert [each.problem for each in listed(pb.ListCheckpointsRequest()).checkpoints] == [
         "not completed"
@@ -448,7 +450,7 @@ def test_a_completion_may_be_repeated_whatever_became_of_the_first(
     fill(source)
     attempt, parts = source.write("full")
     source.write("full")
-    store = source.nodes[0].checkpoints.store
+    store = source.nodes[0].checkpoints.catalog.store
 
     def refuse(path: str) -> None:
         raise StoreFailed(path, "PermissionError: no")
@@ -473,7 +475,7 @@ def test_what_earlier_attempts_left_is_cleared_away(make: Make, tmp_path: Path) 
     attempt, parts = source.write("full")
     source.complete("full", attempt, parts)
     there = {path.name for path in (tmp_path / "checkpoints" / "full").iterdir()}
-    assert there == {files.MANIFEST, attempt}
+    assert there == {MANIFEST, attempt}
 
 
 @pytest.mark.parametrize(
@@ -482,18 +484,18 @@ def test_what_earlier_attempts_left_is_cleared_away(make: Make, tmp_path: Path) 
 )
 def test_a_checkpoint_is_named_and_never_pathed(make: Make, name: str) -> None:
     node = make(1).nodes[0]
-    work, progress = node.checkpoints, node.checkpoints.progress()
+    work, progress = node.checkpoints, node.checkpoints.work.progress()
     calls: list[Callable[[], Any]] = [
         lambda: work.write(pb.WriteCheckpointRequest(name=name, attempt=ID), progress),
         lambda: work.complete(pb.CompleteCheckpointRequest(name=name, attempt=ID)),
-        lambda: work.verify(pb.VerifyCheckpointRequest(name=name), progress),
-        lambda: work.load_table(pb.LoadTableRequest(name=name, table="t", into="t"), progress),
+        lambda: work.catalog.verify(pb.VerifyCheckpointRequest(name=name), progress),
+        lambda: work.rows.load_table(pb.LoadTableRequest(name=name, table="t", into="t"), progress),
         lambda: node.restores.prepare(pb.PrepareRestoreRequest(name=name, id=ID), progress),
     ]
     if name:
         calls += [
-            lambda: work.listed(pb.ListCheckpointsRequest(name=name)),
-            lambda: next(work.read_rows(pb.ReadRowsRequest(table="t", checkpoint=name))),
+            lambda: work.catalog.listed(pb.ListCheckpointsRequest(name=name)),
+            lambda: next(work.rows.read_rows(pb.ReadRowsRequest(table="t", checkpoint=name))),
             lambda: work.write(
                 pb.WriteCheckpointRequest(name="a", attempt=ID, base=name), progress
             ),
@@ -506,7 +508,7 @@ def test_a_checkpoint_is_named_and_never_pathed(make: Make, name: str) -> None:
 @pytest.mark.parametrize("bad", ["", "x", "../../../../etc/", ID.upper(), ID + "0"])
 def test_attempts_and_ids_are_no_paths_either(make: Make, bad: str) -> None:
     node = make(1).nodes[0]
-    progress = node.checkpoints.progress()
+    progress = node.checkpoints.work.progress()
     with pytest.raises(BadRequest, match="attempt must be"):
         node.checkpoints.write(pb.WriteCheckpointRequest(name="a", attempt=bad), progress)
     with pytest.raises(BadRequest, match="attempt must be"):
@@ -546,19 +548,19 @@ def test_work_that_nobody_waits_for_ends(make: Make) -> None:
     source = make(1)
     fill(source)
     work = source.nodes[0].checkpoints
-    progress = work.progress()
+    progress = work.work.progress()
     progress.given_up = True
     with pytest.raises(Draining):
         work.write(pb.WriteCheckpointRequest(name="full", attempt=ID), progress)
     source.checkpoint("full")
-    work.stop()
+    work.work.stop()
     with pytest.raises(Draining):
         source.verify("full")
 
 
 def test_one_large_piece_of_work_at_a_time(make: Make) -> None:
     source = make(1)
-    with source.nodes[0].checkpoints.alone(), pytest.raises(CheckpointBusy):
+    with source.nodes[0].checkpoints.work.alone(), pytest.raises(CheckpointBusy):
         source.write("full")
     source.write("full")
 
@@ -608,8 +610,8 @@ def test_no_piece_of_work_holds_more_than_some_blocks_at_once(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In files and queues of a block or two, so that a table of 16 blocks is a large one."""
-    monkeypatch.setattr(files, "FILE_BYTES", 1)
-    monkeypatch.setattr(restore, "AHEAD_BLOCKS", 2)
+    monkeypatch.setattr(part_writer, "FILE_BYTES", 1)
+    monkeypatch.setattr(staging, "AHEAD_BLOCKS", 2)
     rows, dim, block = 120_000, 64, 1 << 21
     room = {"segment_bytes": 1 << 26, "memory_bytes": 1 << 30}
     source, target = make(1, **room), make(1, **room)
@@ -621,7 +623,7 @@ def test_no_piece_of_work_holds_more_than_some_blocks_at_once(
     one, other = source.nodes[0], target.nodes[0]
 
     def read(**request: str) -> None:
-        for _ in one.checkpoints.read_rows(pb.ReadRowsRequest(**request)):
+        for _ in one.checkpoints.rows.read_rows(pb.ReadRowsRequest(**request)):
             pass
 
     def peak(work: Callable[[], Any]) -> float:
@@ -798,8 +800,9 @@ def test_wherever_a_shard_dies_it_is_all_there_or_nothing(
             node = Node(directory, 0, 1, url).open()
             left = [fuse]
             with monkeypatch.context() as patch:
-                for name in ("sync", "_write_state", "_clean", "_clear"):
-                    patch.setattr(restore, name, dying(getattr(restore, name), left))
+                for module in (restore, swap):
+                    for name in {"sync", "write_state", "clean", "clear"} & vars(module).keys():
+                        patch.setattr(module, name, dying(getattr(module, name), left))
                 died = 0
                 while True:
                     try:
@@ -844,7 +847,7 @@ def test_a_lost_state_in_the_middle_of_an_exchange_is_damage(
     node.restores.step(pb.RestoreRequest(id=ID, step=Step.STEP_COMMIT))
     node.home.written()
     node.close()
-    left, move = [moves], restore._move
+    left, move = [moves], swap._move
 
     def dying(source: Path, target: Path) -> None:
         if not left[0]:
@@ -853,8 +856,8 @@ def test_a_lost_state_in_the_middle_of_an_exchange_is_damage(
         move(source, target)
 
     with monkeypatch.context() as patch, suppress(Died):
-        patch.setattr(restore, "_move", dying)
-        restore.settle(node.directory)
+        patch.setattr(swap, "_move", dying)
+        swap.settle(node.directory)
     state = node.directory / "restore" / "STATE"
     whole = state.read_bytes()
     state.unlink()
@@ -863,7 +866,7 @@ def test_a_lost_state_in_the_middle_of_an_exchange_is_damage(
         with pytest.raises(
             Corrupt, match=r"restore/STATE: is gone, but .*/restore/old/base was mo"
         ):
-            restore.settle(node.directory)
+            swap.settle(node.directory)
     assert sorted(node.directory.rglob("*")) == before
     with pytest.raises(ConfigError, match=r"^data_dir: DATA_LOSS: .*/restore/STATE: is gone"):
         DataDirectory(
@@ -922,7 +925,7 @@ def drive(node: Node, end: int) -> None:
 def written(node: Node, request: pb.ReadRowsRequest) -> dict[int, Any]:
     """By key: row, version, step, frequency."""
     found: dict[int, Any] = {}
-    messages = node.checkpoints.read_rows(request)
+    messages = node.checkpoints.rows.read_rows(request)
     assert next(messages).header.HasField("schema")
     for each in messages:
         rows = np.frombuffer(each.rows, "<f4").reshape(-1, each.header.width).tolist()
@@ -958,13 +961,13 @@ def test_rows_are_read_from_shards_and_from_checkpoints(make: Make, shards: int)
         pb.ReadRowsRequest(table="no", checkpoint="full"),
     ):
         with pytest.raises(UnknownTable):
-            next(other.nodes[0].checkpoints.read_rows(request))
+            next(other.nodes[0].checkpoints.rows.read_rows(request))
 
 
 def load(cluster: Homes, **request: str) -> int:
     asked = pb.LoadTableRequest(**request)
     return sum(
-        node.checkpoints.load_table(asked, node.checkpoints.progress()).rows
+        node.checkpoints.rows.load_table(asked, node.checkpoints.work.progress()).rows
         for node in cluster.nodes
     )
 
@@ -1031,7 +1034,7 @@ def test_rows_are_written_as_they_are_given(make: Make) -> None:
     steps = np.array([7, -7, 7], np.int64)
     counts = np.array([1, 2**40, 3], np.uint64)
     request = rows_message([1, 2, 3], steps=steps.tobytes(), frequencies=counts.tobytes())
-    assert node.checkpoints.write_rows(request).version == node.shard.version == 4
+    assert node.checkpoints.rows.write_rows(request).version == node.shard.version == 4
     state = ADAM.initial_state(DIM).tolist()
     found = cluster.rows()["t"]
     assert {key: row for key, (row, _) in found.items()} == {
@@ -1051,7 +1054,7 @@ def test_rows_are_written_as_they_are_given(make: Make) -> None:
 def test_rows_that_come_without_a_step_are_as_fresh_as_the_table(make: Make) -> None:
     cluster = make(1)
     cluster.create(schema())
-    write = cluster.nodes[0].checkpoints.write_rows
+    write = cluster.nodes[0].checkpoints.rows.write_rows
     write(rows_message([1]))
     cluster.push([2], step=700)
     write(rows_message([3]))
@@ -1076,7 +1079,7 @@ def test_rows_that_break_a_rule_are_not_written(make: Make, changes: dict[str, A
     cluster = make(1)
     cluster.create(schema(optimizer=ADAM))
     with pytest.raises(BadRequest):
-        cluster.nodes[0].checkpoints.write_rows(rows_message([1, 2], **changes))
+        cluster.nodes[0].checkpoints.rows.write_rows(rows_message([1, 2], **changes))
     assert cluster.rows() == {"t": {}}
 
 
@@ -1086,15 +1089,15 @@ def test_rows_of_another_shard_are_not_written(make: Make) -> None:
     keys = np.arange(50, dtype=np.uint64)
     other = keys[routing.owners(keys, cluster.map) == 1]
     with pytest.raises(BadRequest):
-        cluster.nodes[0].checkpoints.write_rows(rows_message(other[:2].tolist()))
-    cluster.nodes[1].checkpoints.write_rows(rows_message(other[:2].tolist()))
+        cluster.nodes[0].checkpoints.rows.write_rows(rows_message(other[:2].tolist()))
+    cluster.nodes[1].checkpoints.rows.write_rows(rows_message(other[:2].tolist()))
     assert set(cluster.rows()["t"]) == set(other[:2].tolist())
 
 
 def test_a_delete_after_written_rows_is_a_delete(make: Make) -> None:
     cluster = make(1)
     cluster.create(schema())
-    cluster.nodes[0].checkpoints.write_rows(rows_message([1, 2]))
+    cluster.nodes[0].checkpoints.rows.write_rows(rows_message([1, 2]))
     cluster.nodes[0].shard.delete(change([1]))
     cluster.nodes[0].reopen()
     assert set(cluster.rows()["t"]) == {2}

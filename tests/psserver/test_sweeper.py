@@ -114,7 +114,7 @@ def test_the_step_of_a_table_comes_with_a_restore_and_with_rows_of_another(tmp_p
         homes.create(schema("u"))
         [node] = homes.nodes
         load = pb.LoadTableRequest(name="a", table="t", into="u")
-        node.checkpoints.load_table(load, node.checkpoints.progress())
+        node.checkpoints.rows.load_table(load, node.checkpoints.work.progress())
         for table in "tu":
             homes.push([2], step=3, table=table)
             assert steps(node.shard, table) == {1: 700, 2: 700}

@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from storage import checkpoint as files
+from storage import part_writer
 from storage.block import pack_rows, pack_tombstones
-from storage.checkpoint import Base, CheckpointTable, File, Manifest, PartTable, PartWriter
+from storage.checkpoint import open_checkpoint, read_manifest
 from storage.errors import Corrupt, StorageError, StoreFailed, UnknownCheckpoint, UnknownFormat
+from storage.manifest import MANIFEST, Base, CheckpointTable, File, Manifest, PartTable, facts
+from storage.part_reader import rows_of, verify_part
+from storage.part_writer import PartWriter
 from storage.records import Cause, Kind, Origin, encode_delete, encode_push
+from storage.sealed import seal, unseal
 from storage.segment import Frame
 from storage.store import Store
 
@@ -74,7 +78,7 @@ def write(
     """A checkpoint of one shard with one table."""
     named = None
     if base is not None:
-        named = Base(name=base, checksum=files.read_manifest(store, base)[1])
+        named = Base(name=base, checksum=read_manifest(store, base)[1])
     told: list[int] = []
     writer = PartWriter(store, name, ATTEMPT, 0, told.append)
     for each in blocks:
@@ -105,15 +109,15 @@ def write(
         bytes=part.bytes,
         micros=2,
     )
-    store.publish(f"{name}/{files.MANIFEST}", files.to_json(files.facts(manifest)))
+    store.publish(f"{name}/{MANIFEST}", seal(facts(manifest)))
     return manifest
 
 
 def read(store: Store, name: str) -> dict[int, int]:
     """By key: the version of its row. Everything else of the row fits it."""
     found: dict[int, int] = {}
-    checkpoint = files.open_checkpoint(store, name)
-    for piece in files.rows_of(store, checkpoint, 0, [1], lambda _: None):
+    checkpoint = open_checkpoint(store, name)
+    for piece in rows_of(store, checkpoint, 0, [1], lambda _: None):
         assert piece.table == 1
         assert np.array_equal(piece.steps, -piece.versions.astype(np.int64))
         assert np.array_equal(piece.frequencies, piece.keys)
@@ -146,7 +150,7 @@ def test_rows_and_deletes_of_an_incremental_one_hide_those_of_its_base(store: St
     assert read(store, "a") == {1: 4, 2: 4, 3: 4, 5: 13}
     assert read(store, "b") == {2: 31, 3: 25, 5: 13}
     assert read(store, "c") == {3: 25, 5: 13}
-    assert [each.manifest.name for each in files.open_checkpoint(store, "c").chain] == list("cba")
+    assert [each.manifest.name for each in open_checkpoint(store, "c").chain] == list("cba")
 
 
 def test_rows_of_other_tables_are_passed_over(store: Store) -> None:
@@ -165,11 +169,11 @@ def test_a_checkpoint_that_yields_other_rows_than_were_there_is_corrupt(store: S
 def test_large_files_are_cut_and_read_in_order(
     store: Store, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "FILE_BYTES", 1 << 16)
+    monkeypatch.setattr(part_writer, "FILE_BYTES", 1 << 16)
     blocks = [block(range(at, at + 500), 4) for at in range(0, 2 * count, 500)]
     frames = [pushed(11 + i, *range(i, i + 100)) for i in range(count // 100)]
     write(store, "a", blocks, frames, 500 * len(blocks))
-    part = files.open_checkpoint(store, "a").parts[0]
+    part = open_checkpoint(store, "a").parts[0]
     assert len(part.files) >= part.bytes // (1 << 17)
     found = read(store, "a")
     assert all(found[i] == 11 + min(i, len(frames) - 1) for i in range(len(frames)))
@@ -193,7 +197,7 @@ def chain(store: Store, tmp_path: Path) -> Path:
 
 
 def verify(store: Store) -> None:
-    files.verify_part(store, files.open_checkpoint(store, "b"), 0, lambda _: None)
+    verify_part(store, open_checkpoint(store, "b"), 0, lambda _: None)
 
 
 def every_file(chain: Path) -> list[Path]:
@@ -227,7 +231,7 @@ def test_a_missing_or_cut_file_is_named(store: Store, chain: Path, change: str) 
             path.write_bytes({"cut": whole[:-1], "empty": b"", "longer": whole + b"\0"}[change])
         with pytest.raises(StorageError, match=path.name) as caught:
             verify(store)
-        gone = change == "missing" and path == chain / "b" / files.MANIFEST
+        gone = change == "missing" and path == chain / "b" / MANIFEST
         assert isinstance(caught.value, UnknownCheckpoint if gone else Corrupt)
         path.write_bytes(whole)
 
@@ -235,7 +239,7 @@ def test_a_missing_or_cut_file_is_named(store: Store, chain: Path, change: str) 
 def test_a_base_that_was_taken_again_under_its_name_is_not_the_base(
     store: Store, chain: Path
 ) -> None:
-    (chain / "a" / files.MANIFEST).unlink()
+    (chain / "a" / MANIFEST).unlink()
     store.remove(f"a/{ATTEMPT}")
     write(store, "a", [block([1, 2, 3], 4)], [pushed(13, 6)], 4)
     with pytest.raises(Corrupt, match="another 'a' than the one that is there now"):
@@ -244,7 +248,7 @@ def test_a_base_that_was_taken_again_under_its_name_is_not_the_base(
 
 def test_a_chain_that_is_too_long_is_refused(store: Store, chain: Path) -> None:
     with pytest.raises(Corrupt, match="build on each other"):
-        files.open_checkpoint(store, "b", depth=1)
+        open_checkpoint(store, "b", depth=1)
 
 
 # ---- manifests
@@ -264,26 +268,26 @@ def test_a_chain_that_is_too_long_is_refused(store: Store, chain: Path) -> None:
     ],
 )
 def test_a_manifest_is_what_was_written_to_the_byte(change: Callable[[str], str]) -> None:
-    data = files.to_json(files.facts(File(path="p", bytes=1, checksum="c")) | {"name": "a"})
+    data = seal(facts(File(path="p", bytes=1, checksum="c")) | {"name": "a"})
     with pytest.raises(Corrupt, match="here"):
-        files.from_json(change(data.decode()).encode(errors="surrogatepass"), "here")
-    assert files.from_json(data, "here")["name"] == "a"
+        unseal(change(data.decode()).encode(errors="surrogatepass"), "here")
+    assert unseal(data, "here")["name"] == "a"
 
 
 def test_a_manifest_of_another_format_is_unknown_not_corrupt() -> None:
     with pytest.raises(UnknownFormat):
-        files.from_json(files.to_json({"format": 2}), "here")
+        unseal(seal({"format": 2}), "here")
 
 
 def test_a_manifest_of_another_shape_is_corrupt(store: Store) -> None:
     manifest = write(store, "a", [], [], 0)
     for change in ({"parts": [1]}, {"more": 1}, {"base": "x"}, {"tables": [{}]}):
-        facts = files.facts(dataclasses.replace(manifest, name="b")) | change
-        path = f"b/{files.MANIFEST}"
+        content = facts(dataclasses.replace(manifest, name="b")) | change
+        path = f"b/{MANIFEST}"
         store.remove("b")
-        store.publish(path, files.to_json(facts))
-        with pytest.raises(Corrupt, match=files.MANIFEST):
-            files.open_checkpoint(store, "b")
+        store.publish(path, seal(content))
+        with pytest.raises(Corrupt, match=MANIFEST):
+            open_checkpoint(store, "b")
 
 
 # ---- the store
@@ -333,7 +337,7 @@ def test_a_store_without_local_files_works_alike(tmp_path: Path) -> None:
     write(store, "a", [block([1, 2, 3], 4)], [pushed(13, 5)], 4)
     assert read(store, "a") == {1: 4, 2: 4, 3: 4, 5: 13}
     with pytest.raises(FileExistsError):
-        store.publish(f"a/{files.MANIFEST}", b"")
+        store.publish(f"a/{MANIFEST}", b"")
     assert store.directories() == ["a"]
     store.remove("a")
     with pytest.raises(UnknownCheckpoint):

@@ -1,0 +1,161 @@
+"""Whole rows of a table: read, written, and loaded from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psclient.batch import Rows
+from psclient.calls import Tell, call, links, on_all, stream
+from psclient.checkpoints import list_stored, verify
+from psclient.client import Client
+from psclient.errors import NotEmpty, PsError, TableNotFound
+from psproto import ps_pb2 as pb
+from psproto import routing
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """Whole rows of one table."""
+
+    keys: NDArray[np.uint64]  # [n]
+    versions: NDArray[np.uint64]
+    steps: NDArray[np.int64]
+    frequencies: NDArray[np.uint64]
+    rows: Rows  # float32[n, width]: [embedding | optimizer state]
+
+
+def warm_start(
+    client: Client,
+    name: str,
+    table: str,
+    into: str,
+    *,
+    replace: bool = False,
+    progress: Tell | None = None,
+) -> int:
+    """Fill a table from a table of a checkpoint; returns the rows written.
+
+    ``into`` is created like the stored table if it does not exist. If it does, it must have the
+    same dim, and no rows unless ``replace`` lets them go; where its optimizer is another one, the
+    state of the rows is that of new ones. Steps and frequencies are kept, versions are new.
+
+    The checkpoint is verified first. If it fails all the same, ``into`` is left without rows.
+    """
+    stored = {each.name: each for each in list_stored(client, name)[0].tables}
+    if table not in stored:
+        raise TableNotFound(f"no table {table!r} in checkpoint {name!r}")
+    verify(client, name, progress=progress)
+    schema = pb.TableSchema()
+    schema.CopyFrom(stored[table].schema)
+    schema.name = into
+    existed = _schema(client, into)
+    if existed is not None:
+        schema = existed
+        rows = client.describe_table(into).rows
+        if rows and not replace:
+            raise NotEmpty(f"table {into!r} has {rows} rows")
+        if rows:
+            client.drop_table(into)
+    _create(client, schema)
+    request = pb.LoadTableRequest(name=name, table=table, into=into)
+    try:
+        done = on_all(client, "LoadTable", request, progress)
+    except BaseException:
+        with suppress(PsError):
+            client.drop_table(into)
+            if existed is not None:
+                _create(client, schema)
+        raise
+    return sum(each.rows for each in done)
+
+
+def read_rows(
+    client: Client, table: str, *, checkpoint: str | None = None
+) -> Iterator[pb.TableSchema | RowBatch]:
+    """The schema of a table, then all its rows in no order: as they are, or as a checkpoint has it.
+
+    The first batch is empty: it shows how wide rows are.
+    Rows of a live table are each whole, but not all of one moment.
+    """
+    request = pb.ReadRowsRequest(table=table, checkpoint=checkpoint or "")
+    told = False
+    for link in links(client):
+        for answer in stream(link, "ReadRows", request, pb.Delta):
+            head = answer.header
+            if head.HasField("schema") and not told:
+                told = True
+                yield head.schema
+            elif head.HasField("schema"):
+                continue
+            yield RowBatch(
+                np.frombuffer(answer.keys, "<u8"),
+                np.frombuffer(answer.versions, "<u8"),
+                np.frombuffer(answer.steps, "<i8"),
+                np.frombuffer(answer.frequencies, "<u8"),
+                np.frombuffer(answer.rows, "<f4").reshape(-1, head.width),
+            )
+
+
+def write_rows(
+    client: Client,
+    table: str,
+    keys: NDArray[Any],
+    rows: NDArray[Any],
+    *,
+    steps: NDArray[Any] | None = None,
+    frequencies: NDArray[Any] | None = None,
+) -> None:
+    """Write rows as they are given, over those that are there; not for training.
+
+    keys         uint64[n] or int64[n], distinct
+    rows         float32[n, dim]: the state becomes that of new rows; or [n, width]: with the state
+    steps        int64[n]; where None, the largest that was pushed to the table
+    frequencies  uint64[n]; 1 where None
+
+    Done again, it does the same: a failure leaves some of the rows written.
+    """
+    cluster = client._connect()
+    keys = np.ascontiguousarray(keys).view(np.uint64)
+    rows = np.ascontiguousarray(rows, np.float32)
+    steps = np.empty(0, np.int64) if steps is None else steps.astype(np.int64)
+    counts = np.ones(len(keys), np.uint64) if frequencies is None else frequencies.astype(np.uint64)
+    most = max(1, min(cluster.keys, cluster.message_bytes // (24 + 4 * rows.shape[1])))
+    owners = routing.owners(keys, cluster.shard_map)
+
+    def part(shard: int) -> None:
+        mine = np.flatnonzero(owners == shard)
+        for at in range(0, len(mine), most):
+            some = mine[at : at + most]
+            request = pb.WriteRowsRequest(
+                table=table,
+                width=rows.shape[1],
+                keys=keys[some].tobytes(),
+                rows=rows[some].tobytes(),
+                steps=steps[some].tobytes() if len(steps) else b"",
+                frequencies=counts[some].tobytes(),
+            )
+            link = cluster.links[shard]
+            call(client, link, "WriteRows", request, pb.WriteRowsResponse)
+
+    list(cluster.pool.map(part, range(len(cluster.links))))
+
+
+def _create(client: Client, schema: pb.TableSchema) -> None:
+    request = pb.CreateTableRequest(schema=schema)
+    client._on_all("TableService/CreateTable", request, pb.CreateTableResponse, first=True)
+
+
+def _schema(client: Client, table: str) -> pb.TableSchema | None:
+    request = pb.DescribeTableRequest(name=table)
+    try:
+        found = client._on_all("TableService/DescribeTable", request, pb.DescribeTableResponse)
+    except TableNotFound:
+        return None
+    schema: pb.TableSchema = found[0].schema
+    return schema

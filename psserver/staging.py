@@ -1,0 +1,189 @@
+"""A base of a shard's rows in a checkpoint, made next to the one that the shard works with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psserver.schemas import to_json
+from psserver.shard import Shard
+from psserver.stored import overlapping, own, require_width, runs, schema_of
+from psserver.work import Progress
+from storage.base import Base
+from storage.basestate import BaseState, BaseTable
+from storage.block import Block, pack_counters, rows_per_block, tombstones_per_block
+from storage.checkpoint import Checkpoint, read_file
+from storage.kernels import Keys
+from storage.part_reader import Piece, counters_of, rows_of
+from storage.store import Store
+
+AHEAD_BLOCKS = 24  # packed and not yet written: more than go into a transaction
+
+
+def stage(
+    shard: Shard, store: Store, checkpoint: Checkpoint, directory: Path, progress: Progress
+) -> int:
+    """Make a base of this shard's rows in a checkpoint; how many they are."""
+    manifest = checkpoint.manifest
+    schemas = {table.name: schema_of(checkpoint, table.schema) for table in manifest.tables}
+    numbers = {name: number for number, name in enumerate(sorted(schemas), 1)}
+    version = max(manifest.versions)
+    parts = overlapping(checkpoint, shard)
+    progress.total = sum(each.parts[p].bytes for each in checkpoint.chain for p in parts)
+    with _Writer(directory) as writer:
+        packers = {
+            name: _Packer(numbers[name], schema.width, writer) for name, schema in schemas.items()
+        }
+        for p in parts:
+            of = {table.number: table.name for table in checkpoint.parts[p].tables}
+            rows = rows_of(store, checkpoint, p, of, progress.tell)
+            for piece in rows:
+                name = of[piece.table]
+                require_width(checkpoint, schemas[name], piece.rows)
+                packers[name].add(piece, own(piece.keys, shard))
+        for packer in packers.values():
+            packer.flush()
+        for p in parts:
+            of = {table.number: table.name for table in checkpoint.parts[p].tables}
+            waiting = counters_of(store, checkpoint, p, of, progress.tell)
+            for number, keys, totals, versions in waiting:
+                mine = own(keys, shard)
+                arrays = keys[mine], totals[mine], versions[mine]
+                writer.counters(numbers[of[number]], *arrays)
+        writer.commit(
+            BaseState(
+                lineage=os.urandom(16),
+                epoch=1,
+                version=version,
+                next_table=len(numbers) + 1,
+                tables=tuple(
+                    BaseTable(number=number, schema=_text(schemas[name]), created=version)
+                    for name, number in numbers.items()
+                ),
+                horizon=version,
+                sessions=_sessions(shard, store, checkpoint),
+            )
+        )
+    return sum(packer.rows for packer in packers.values())
+
+
+def _sessions(shard: Shard, store: Store, checkpoint: Checkpoint) -> bytes:
+    """The sessions of this shard, if the checkpoint is of the same shards."""
+    if len(checkpoint.parts) != shard.shard_map.shards:
+        return b""
+    part = checkpoint.parts[shard.number]
+    if part.buckets != runs(shard):
+        return b""
+    read = (read_file(store, checkpoint.manifest.name, file) for file in part.sessions)
+    return b"".join(read)
+
+
+class _Writer:
+    """A new base, written by a thread of its own: its syncs take as long as all the rest."""
+
+    def __init__(self, directory: Path) -> None:
+        self._base = Base(directory)
+        self._thread = ThreadPoolExecutor(1, "restore writer")
+        self._begun: deque[Future[int]] = deque()
+        self._added: list[int] = []
+
+    def __enter__(self) -> Self:
+        try:
+            self._thread.submit(self._base.open).result()
+        except BaseException:
+            self._thread.shutdown()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for each in self._begun:
+            each.cancel()
+        self._thread.submit(self._base.close).result()
+        self._thread.shutdown()
+
+    def add(self, block: Block) -> None:
+        """Store a block, whose arrays nobody changes any more."""
+        data = block.seal()
+        self._begun.append(self._thread.submit(self._base.add, data))
+        if len(self._begun) > AHEAD_BLOCKS:
+            self._added.append(self._begun.popleft().result())
+
+    def counters(
+        self,
+        table: int,
+        keys: Keys,
+        totals: NDArray[np.uint32],
+        versions: NDArray[np.uint64],
+    ) -> None:
+        """Store counters, as many blocks as they take."""
+        most = tombstones_per_block()
+        for at in range(0, len(keys), most):
+            part = slice(at, at + most)
+            block = pack_counters(table, keys[part], versions[part], totals[part])
+            self._begun.append(self._thread.submit(self._base.add, block))
+
+    def commit(self, state: BaseState) -> None:
+        """Commit the state with all that was added."""
+        self._added += [each.result() for each in self._begun]
+        self._begun.clear()
+        whole = dataclasses.replace(state, blocks=tuple(self._added))
+        self._thread.submit(self._base.commit, whole).result()
+
+
+class _Packer:
+    """Full blocks of one table's rows, out of pieces of any size."""
+
+    def __init__(self, number: int, width: int, writer: _Writer) -> None:
+        self.rows = 0
+        self._writer = writer
+        self._most = rows_per_block(width)
+        self._number, self._width = number, width
+        self._block: Block | None = None
+        self._used = 0
+
+    def add(self, piece: Piece, chosen: Any) -> None:
+        """Take the chosen rows of a piece."""
+        arrays = [each[chosen] for each in piece[1:]]
+        at, end = 0, len(arrays[0])
+        self.rows += end
+        while at < end:
+            if self._block is None:
+                self._block = Block.empty(self._number, self._width, self._most)
+            n = min(end - at, self._most - self._used)
+            for target, array in zip(_arrays(self._block), arrays, strict=True):
+                target[self._used : self._used + n] = array[at : at + n]
+            at, self._used = at + n, self._used + n
+            if self._used == self._most:
+                self._writer.add(self._block)
+                self._block, self._used = None, 0
+
+    def flush(self) -> None:
+        """Add the block that is not full."""
+        if self._block is not None and self._used:
+            rest = Block.empty(self._number, self._width, self._used)
+            for target, array in zip(_arrays(rest), _arrays(self._block), strict=True):
+                target[:] = array[: self._used]
+            self._writer.add(rest)
+        self._block, self._used = None, 0
+
+
+def _arrays(block: Block) -> tuple[Any, ...]:
+    return block.keys, block.versions, block.steps, block.frequencies, block.rows
+
+
+def _text(schema: Any) -> str:
+    return json.dumps(to_json(schema), sort_keys=True)

@@ -1,0 +1,236 @@
+"""The rows and counters of one shard's part of a checkpoint, read newest first."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.arena import Budget
+from storage.block import ROWS, Block, unpack
+from storage.checkpoint import Checkpoint, Tell, read_file
+from storage.errors import Corrupt
+from storage.index import Index
+from storage.kernels import Keys, Rows
+from storage.manifest import File
+from storage.part_writer import ENTRY, RECORD
+from storage.records import Delete, Push, decode
+from storage.segment import Frame
+from storage.store import Store
+
+SEEN_BYTES = 1 << 40  # address space for the keys of newer layers
+T = TypeVar("T")
+
+
+class Piece(NamedTuple):
+    """Rows of one table of a shard: views that are valid until the next piece."""
+
+    table: int  # its number on that shard
+    keys: Keys  # uint64[n]
+    versions: NDArray[np.uint64]
+    steps: NDArray[np.int64]
+    frequencies: NDArray[np.uint64]
+    rows: Rows  # float32[n, width]
+
+
+def blocks_in(data: bytes, where: str) -> list[Block]:
+    """The blocks of a file whose checksum was right."""
+    found, at = [], 0
+    while at < len(data):
+        if at + ENTRY.size > len(data):
+            raise Corrupt(f"{where} at byte {at}", "no whole entry")
+        size: int = ENTRY.unpack_from(data, at)[0]
+        at += ENTRY.size
+        if size > len(data) - at:
+            raise Corrupt(f"{where} at byte {at}", f"a block of {size} bytes goes beyond the end")
+        found.append(unpack(memoryview(data)[at : at + size], f"{where} at byte {at}"))
+        at += size + -size % 8
+    return found
+
+
+def frames_in(data: bytes, where: str) -> list[Frame]:
+    """The records of a file whose checksum was right, undecoded."""
+    found, at, view = [], 0, memoryview(data)
+    while at < len(data):
+        if at + RECORD.size > len(data):
+            raise Corrupt(f"{where} at byte {at}", "no whole record")
+        version, size, kind = RECORD.unpack_from(data, at)
+        at += RECORD.size
+        if size > len(data) - at:
+            raise Corrupt(f"{where} at byte {at}", f"a record of {size} bytes goes beyond the end")
+        found.append(Frame(version, kind, view[at : at + size]))
+        at += size + -size % 8
+    return found
+
+
+def rows_of(
+    store: Store, checkpoint: Checkpoint, shard: int, tables: Iterable[int], tell: Tell
+) -> Iterator[Piece]:
+    """The rows of a shard's tables at the checkpoint's version, each key once, in no order.
+
+    tables  their numbers on that shard
+
+    All files are checked, those without such rows too; Corrupt names the bad one, or says that the
+    checkpoint yields another number of rows than it was taken from.
+    """
+    part = checkpoint.parts[shard]
+    asked = {table.number: table for table in part.tables}
+    asked = {number: asked[number] for number in tables}
+    seen = {number: _Seen() for number in asked}
+    found = dict.fromkeys(asked, 0)
+    try:
+        for piece in _newest_first(store, checkpoint, shard, seen, tell):
+            found[piece.table] += len(piece.keys)
+            yield piece
+    finally:
+        for each in seen.values():
+            each.close()
+    for number, table in asked.items():
+        if found[number] != table.rows:
+            raise Corrupt(
+                store.where(f"{part.name}/{part.attempt}/{shard:05}"),
+                f"table {table.name!r} has {found[number]} rows, the shard had {table.rows}",
+            )
+
+
+def counters_of(
+    store: Store, checkpoint: Checkpoint, shard: int, tables: Iterable[int], tell: Tell
+) -> Iterator[tuple[int, Keys, NDArray[np.uint32], NDArray[np.uint64]]]:
+    """The exact counters of a shard's tables at the checkpoint's version: number of the table,
+    keys uint64[n], totals uint32[n], versions uint64[n]; all of a table at once.
+
+    There may be some of keys that have a row, which need none.
+    """
+    part, name = checkpoint.parts[shard], checkpoint.manifest.name
+    found: dict[int, list[tuple[Any, ...]]] = {number: [] for number in tables}
+    for file in part.counters:
+        data = read_file(store, name, file)
+        for block in blocks_in(data, store.where(f"{name}/{file.path}")):
+            if block.table in found:
+                found[block.table].append((block.keys, block.totals, block.versions))
+        tell(len(data))
+    for file in part.records:  # in order: the last word on a key counts
+        data = read_file(store, name, file)
+        for frame in frames_in(data, store.where(f"{name}/{file.path}")):
+            record = decode(frame)
+            if isinstance(record, Push | Delete) and record.table in found:
+                told = found[record.table]
+                none = np.zeros(len(record.keys), np.uint32)
+                told.append((record.keys, none, none.astype(np.uint64)))
+                if isinstance(record, Push):
+                    versions = np.full(len(record.waiting), frame.version, np.uint64)
+                    told.append((record.waiting, record.totals, versions))
+    for number, told in found.items():
+        if any(len(keys) for keys, _, _ in told):
+            keys, totals, versions = map(np.concatenate, zip(*told, strict=True))
+            order = np.argsort(keys, kind="stable")
+            last = order[np.append(np.flatnonzero(np.diff(keys[order])), len(order) - 1)]
+            last = last[totals[last] > 0]
+            yield number, keys[last], totals[last], versions[last]
+
+
+def verify_part(store: Store, checkpoint: Checkpoint, shard: int, tell: Tell) -> None:
+    """Read everything that a checkpoint says of one shard; raises Corrupt or UnknownFormat."""
+    part = checkpoint.parts[shard]
+    for piece in rows_of(store, checkpoint, shard, [table.number for table in part.tables], tell):
+        del piece
+    for each in checkpoint.chain:
+        for file in (*each.parts[shard].counters, *each.parts[shard].sessions):
+            tell(len(read_file(store, each.manifest.name, file)))
+
+
+class _Seen:
+    """Keys that a newer layer has told about; made when there is one."""
+
+    def __init__(self) -> None:
+        self._index: Index | None = None
+
+    def new(self, keys: Keys) -> Any:
+        """Which of the keys it does not hold: a slice where that is all of them."""
+        if self._index is None:
+            return slice(None)
+        locations, absent = self._index.find(keys)
+        return slice(None) if absent == len(keys) else np.flatnonzero(locations == 0)
+
+    def add(self, keys: Keys) -> None:
+        """Hold keys that it does not hold yet."""
+        if len(keys):
+            if self._index is None:
+                self._index = Index(Budget(SEEN_BYTES))
+            self._index.insert(keys, np.ones(len(keys), np.uint64))
+
+    def close(self) -> None:
+        """Return the memory."""
+        if self._index is not None:
+            self._index.close()
+
+
+def _newest_first(
+    store: Store, checkpoint: Checkpoint, shard: int, seen: dict[int, _Seen], tell: Tell
+) -> Iterator[Piece]:
+    files = [
+        (each, file, file in each.parts[shard].records)
+        for each in checkpoint.chain
+        for file in (*each.parts[shard].blocks, *each.parts[shard].records)[::-1]
+    ]
+
+    def read(item: tuple[Checkpoint, File, bool]) -> bytes:
+        return read_file(store, item[0].manifest.name, item[1])
+
+    for (each, file, is_records), data in zip(files, ahead(read, files), strict=True):
+        where = store.where(f"{each.manifest.name}/{file.path}")
+        if is_records:
+            yield from _from_records(frames_in(data, where), seen)
+        else:
+            yield from _from_blocks(blocks_in(data, where), seen, last=each.base is None)
+        tell(len(data))
+
+
+def _from_records(frames: list[Frame], seen: dict[int, _Seen]) -> Iterator[Piece]:
+    for frame in reversed(frames):
+        record = decode(frame)
+        if not isinstance(record, Push | Delete) or record.table not in seen:
+            continue
+        held = seen[record.table]
+        new = held.new(record.keys)
+        keys = record.keys[new]
+        held.add(keys)
+        if isinstance(record, Push) and len(keys):
+            versions = np.full(len(keys), frame.version, np.uint64)
+            steps = np.full(len(keys), record.origin.step, np.int64)
+            rest = (record.frequencies[new], record.rows[new])
+            yield Piece(record.table, keys, versions, steps, *rest)
+
+
+def _from_blocks(blocks: list[Block], seen: dict[int, _Seen], *, last: bool) -> Iterator[Piece]:
+    for block in reversed(blocks):
+        if block.table not in seen:
+            continue
+        held = seen[block.table]
+        new = held.new(block.keys)
+        keys = block.keys[new]
+        if not last:
+            held.add(keys)
+        if block.kind == ROWS and len(keys):
+            rest = (block.steps[new], block.frequencies[new], block.rows[new])
+            yield Piece(block.table, keys, block.versions[new], *rest)
+
+
+def ahead(read: Callable[[Any], T], items: Sequence[Any], by: int = 1) -> Iterator[T]:
+    """``read`` of each item in order, begun on another thread before it is asked for."""
+    with ThreadPoolExecutor(1, "checkpoint reader") as pool:
+        begun: deque[Future[T]] = deque()
+        try:
+            for item in items:
+                begun.append(pool.submit(read, item))
+                if len(begun) > by:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        finally:
+            for each in begun:
+                each.cancel()
