@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -76,16 +76,23 @@ def warm_start(
 
 
 def read_rows(
-    client: Client, table: str, *, checkpoint: str | None = None
+    client: Client,
+    table: str,
+    *,
+    checkpoint: str | None = None,
+    shards: Sequence[int] | None = None,
 ) -> Iterator[pb.TableSchema | RowBatch]:
     """The schema of a table, then all its rows in no order: as they are, or as a checkpoint has it.
 
     The first batch is empty: it shows how wide rows are.
     Rows of a live table are each whole, but not all of one moment.
+
+    shards  read the rows of these shards only; of a checkpoint, the share that each of them serves
     """
     request = pb.ReadRowsRequest(table=table, checkpoint=checkpoint or "")
     told = False
-    for link in links(client):
+    all_links = links(client)
+    for link in all_links if shards is None else [all_links[shard] for shard in shards]:
         for answer in stream(link, "ReadRows", request, pb.Delta):
             head = answer.header
             if head.HasField("schema") and not told:
