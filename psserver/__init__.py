@@ -25,7 +25,14 @@ deltas.py        what a subscriber is told, as messages
 feed.py          subscriptions: every change, to whoever follows
 stats.py         what the service counts
 metrics.py       the collectors of /metrics
-service.py       the gRPC methods
+status.py        the status with which an error reaches a client
+limits.py        admission of requests
+workers.py       threads for what blocks
+handlers.py      gRPC method handlers, the same for every method
+checks.py        what a request can get wrong by itself
+exchange.py      pulls, pushes, deletes and exchanges
+stream.py        the bidirectional stream
+service.py       the gRPC methods of all services
 datadir.py       a shard's data directory: locked, recovered, closed
 listener.py      the gRPC port: alive before it is ready
 server.py        the parts of one shard, opened and closed in order

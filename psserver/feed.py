@@ -153,13 +153,24 @@ class Feed:
                     await asyncio.wait({running})
             raise
 
+    async def settled(self, version: int, level: int) -> int:
+        """Wait until a version is as safe as a pb.Durability asks; return the newest on disk."""
+        log = self.log
+        if level == pb.DURABILITY_FSYNC and version > log.durable:
+            await self._logged(version, durable=True)
+        elif level == pb.DURABILITY_LOG and version > log.written:
+            await self._logged(version, durable=False)
+        return log.durable
+
     async def durable(self, version: int) -> None:
         """Wait until a version is on disk."""
-        if version > self.log.durable:
-            reached = asyncio.Event()
-            tell = partial(self.loop.call_soon_threadsafe, reached.set)
-            self.log.wait(version, True, lambda: _quietly(tell))
-            await reached.wait()
+        await self.settled(version, pb.DURABILITY_FSYNC)
+
+    async def _logged(self, version: int, *, durable: bool) -> None:
+        reached = asyncio.Event()
+        tell = partial(self.loop.call_soon_threadsafe, reached.set)
+        self.log.wait(version, durable, lambda: _quietly(tell))
+        await reached.wait()
 
     def _wake(self) -> None:
         moved, self.moved = self.moved, asyncio.Event()

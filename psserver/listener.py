@@ -12,7 +12,8 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from psserver.config import ConfigError, ServerConfig
-from psserver.service import Door, Service
+from psserver.handlers import Door
+from psserver.service import Service
 
 SERVICES = (
     "ps.v1.TableService",
@@ -60,7 +61,7 @@ class Listener:
 
     async def serve(self, service: Service) -> None:
         """Let calls in, and be ready."""
-        self._door.open(service)
+        self._door.open(service.handlers())
         await self._set_health(Status.SERVING)
 
     async def refuse(self) -> None:

@@ -274,7 +274,7 @@ def test_what_waits_for_a_thread_past_its_deadline_is_not_begun() -> None:
     begun: list[float] = []
 
     async def act(peer: Peer) -> None:
-        work, now = peer.service._on_worker, time.monotonic()
+        work, now = peer.service._workers.run, time.monotonic()
         await work(begun.append, 20.0, now + 20.0)
         with pytest.raises(DeadlinePassed, match=r"^the deadline passed before the work began$"):
             await work(begun.append, -1.0, now - 1.0)

@@ -30,7 +30,7 @@ from psserver.errors import (
     VersionInFuture,
     WrongShard,
 )
-from psserver.service import CODES, status_of
+from psserver.status import CODES, status_of
 from storage import errors as storage_errors
 from storage.errors import (
     Compacted,

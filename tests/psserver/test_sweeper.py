@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +20,7 @@ from psserver.errors import Draining, Overloaded
 from psserver.service import Service
 from psserver.shard import SWEEPING, URGENT, Shard
 from psserver.sweeper import FULL_SECONDS, IDLE_SECONDS, SHORTEST, Sweeper
+from psserver.workers import Workers
 from storage.admission.rules import Counter, Probability, Sketch
 from storage.errors import DiskFull, UnknownTable
 from storage.eviction.rules import CapacityLru, Norm, StepTtl, TimeTtl
@@ -433,15 +432,15 @@ def test_a_call_that_is_given_up_ends_its_sweep() -> None:
             seen.append(gone.wait(60.0))
 
     async def call() -> None:
-        with ThreadPoolExecutor(1) as workers:
-            service: Any = SimpleNamespace(_sweeper=Endless(), _workers=workers)
-            service._on_worker = partial(Service._on_worker, service)
-            task = asyncio.create_task(Service.evict(service, pb.EvictRequest(), float("inf")))
-            while not begun.is_set():
-                await asyncio.sleep(0.001)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+        workers = Workers()
+        service: Any = SimpleNamespace(_sweeper=Endless(), _workers=workers)
+        task = asyncio.create_task(Service.evict(service, pb.EvictRequest(), float("inf")))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        workers.close()
 
     asyncio.run(call())
     assert seen == [True]

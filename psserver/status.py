@@ -1,0 +1,128 @@
+"""The status with which an error reaches a client: one table from the error trees to codes."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf.any_pb2 import Any as Detail
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from psproto import codec
+from psserver.errors import (
+    BadRequest,
+    CheckpointBusy,
+    CheckpointExists,
+    CheckpointUnfit,
+    DeadlinePassed,
+    Draining,
+    LogDiverged,
+    NoCheckpointUrl,
+    NoLog,
+    NotEmpty,
+    Overloaded,
+    Refused,
+    RestoreConflict,
+    Restoring,
+    SessionExpired,
+    Starting,
+    TooLarge,
+    VersionCompacted,
+    VersionInFuture,
+    WrongShard,
+)
+from storage.errors import (
+    Compacted,
+    Corrupt,
+    DiskFull,
+    LogFailed,
+    OutOfMemory,
+    SchemaMismatch,
+    StoreFailed,
+    UnknownCheckpoint,
+    UnknownFormat,
+    UnknownTable,
+)
+
+MESSAGE = 1024  # bytes of an error's; as a trailer, twice, it must stay below gRPC's 8 KiB
+
+Code = grpc.StatusCode
+CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
+    codec.Malformed: (Code.INVALID_ARGUMENT, "MALFORMED_MESSAGE"),
+    BadRequest: (Code.INVALID_ARGUMENT, ""),  # an empty reason: the error has its own
+    UnknownTable: (Code.NOT_FOUND, "TABLE_NOT_FOUND"),
+    SchemaMismatch: (Code.FAILED_PRECONDITION, "SCHEMA_MISMATCH"),
+    WrongShard: (Code.FAILED_PRECONDITION, ""),
+    SessionExpired: (Code.FAILED_PRECONDITION, ""),
+    NoLog: (Code.FAILED_PRECONDITION, ""),
+    LogDiverged: (Code.FAILED_PRECONDITION, ""),
+    UnknownCheckpoint: (Code.NOT_FOUND, "CHECKPOINT_NOT_FOUND"),
+    CheckpointExists: (Code.ALREADY_EXISTS, ""),
+    NoCheckpointUrl: (Code.FAILED_PRECONDITION, ""),
+    CheckpointUnfit: (Code.FAILED_PRECONDITION, ""),
+    NotEmpty: (Code.FAILED_PRECONDITION, ""),
+    RestoreConflict: (Code.FAILED_PRECONDITION, ""),
+    VersionInFuture: (Code.OUT_OF_RANGE, ""),
+    VersionCompacted: (Code.OUT_OF_RANGE, ""),
+    Compacted: (Code.OUT_OF_RANGE, "VERSION_COMPACTED"),
+    TooLarge: (Code.RESOURCE_EXHAUSTED, ""),
+    OutOfMemory: (Code.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
+    DiskFull: (Code.RESOURCE_EXHAUSTED, "DISK_FULL"),
+    Overloaded: (Code.RESOURCE_EXHAUSTED, ""),
+    CheckpointBusy: (Code.RESOURCE_EXHAUSTED, ""),
+    DeadlinePassed: (Code.DEADLINE_EXCEEDED, ""),
+    Corrupt: (Code.DATA_LOSS, "DATA_LOSS"),
+    UnknownFormat: (Code.DATA_LOSS, "DATA_LOSS"),
+    Starting: (Code.UNAVAILABLE, ""),
+    Draining: (Code.UNAVAILABLE, ""),
+    Restoring: (Code.UNAVAILABLE, ""),
+    StoreFailed: (Code.UNAVAILABLE, "STORE_FAILED"),
+    LogFailed: (Code.UNAVAILABLE, "DRAINING"),  # the process is about to end
+}
+RETRY_AFTER: dict[type[Exception], float] = {DiskFull: 1.0, LogFailed: 1.0}  # seconds
+
+
+def status_of(error: Exception) -> Status:
+    """The google.rpc.Status that tells a client about an error."""
+    code, reason = next(
+        (found for kind in type(error).__mro__ if (found := CODES.get(kind))),
+        (Code.INTERNAL, "INTERNAL"),
+    )
+    message = str(error) if reason != "INTERNAL" else f"internal error: {type(error).__name__}"
+    if len(text := message.encode(errors="replace")) > MESSAGE:
+        message = text[: MESSAGE - 3].decode(errors="ignore") + "..."
+    info = ErrorInfo(reason=reason, domain="ps.v1")
+    status = Status(code=code.value[0], message=message)
+    if isinstance(error, Refused):
+        info.reason = reason or error.reason
+        info.metadata.update(error.metadata)
+    status.details.append(_detail(info))
+    again = error.retry_after if isinstance(error, Refused) else RETRY_AFTER.get(type(error))
+    if again is not None:
+        delay = Duration(nanos=round(again % 1 * 1e9), seconds=int(again))
+        status.details.append(_detail(RetryInfo(retry_delay=delay)))
+    return status
+
+
+def _detail(message: Message) -> Detail:
+    detail = Detail()
+    detail.Pack(message)
+    return detail
+
+
+def code_of(status: Status) -> grpc.StatusCode:
+    """gRPC's own name of a status code."""
+    return next(code for code in Code if code.value[0] == status.code)
+
+
+def reason_of(status: Status) -> str:
+    """The reason in a status that ``status_of`` made."""
+    return str(ErrorInfo.FromString(status.details[0].value).reason)
+
+
+async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: Exception) -> None:
+    """End a call with the status of an error; raises."""
+    status = status_of(error)
+    context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
+    await context.abort(code_of(status), status.message)

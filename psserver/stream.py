@@ -1,0 +1,147 @@
+"""The bidirectional stream: exchanges, several of them in flight at a time, answered in order."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from typing import Any
+
+import grpc
+
+from psproto import codec
+from psproto import ps_pb2 as pb
+from psserver.errors import Draining
+from psserver.exchange import Begun, Exchanges
+from psserver.handlers import Context, Handlers
+from psserver.limits import Limits, Reservation
+from psserver.status import abort, status_of
+
+PIPELINE = 64  # requests of one stream that may be in flight
+
+
+class _Flow:
+    """What one stream has in flight.
+
+    answers   what it is owed, in order, by the ids of its requests; None: no more will come
+    inflight  bytes of requests and replies in them
+    room      set whenever there is less
+    gone      nobody reads any more
+    """
+
+    __slots__ = ("answers", "gone", "inflight", "room")
+
+    def __init__(self) -> None:
+        self.answers: asyncio.Queue[tuple[int, Begun, Reservation] | None] = asyncio.Queue()
+        self.inflight = 0
+        self.room = asyncio.Event()
+        self.gone = False
+
+
+class Streams:
+    """The streams of all clients.
+
+    share  a stream is not read while it has so many bytes in flight
+    """
+
+    def __init__(
+        self, exchanges: Exchanges, limits: Limits, handlers: Handlers, share: int
+    ) -> None:
+        self._exchanges = exchanges
+        self._limits = limits
+        self._handlers = handlers
+        self._share = share
+        self._streams: dict[asyncio.Task[Any], bool] = {}  # True while it waits for a message
+        self._writers: set[asyncio.Task[None]] = set()  # the loop holds tasks weakly
+
+    def drain(self) -> None:
+        """End the streams that wait for a message; the others end when they have answered."""
+        for stream, waits in self._streams.items():
+            if waits:
+                stream.cancel()
+
+    async def stream(self, _: Any, context: Context) -> None:
+        """Answer requests in the order in which they come."""
+        flow = _Flow()
+        writer = asyncio.create_task(self._write(flow, context))
+        self._writers.add(writer)
+        writer.add_done_callback(self._writers.discard)
+        self._limits.stats.streams += 1
+        try:
+            broken = await self._read(flow, context)
+            flow.answers.put_nowait(None)
+            await asyncio.shield(writer)
+        except BaseException:
+            flow.gone = True
+            flow.answers.put_nowait(None)
+            raise
+        finally:
+            self._limits.stats.streams -= 1
+        if broken is not None:
+            self._handlers.count_error("Stream", broken)
+            await abort(context, broken)
+
+    async def _read(self, flow: _Flow, context: Context) -> Exception | None:
+        """Begin requests as they come and there is room; why that ends, if it was not the client.
+
+        Nothing keeps a message here once it is begun: no local, no error's traceback. The task is
+        not kept either: it would hold itself, by the error that ends it.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            while not self._limits.draining:
+                self._streams[task] = True
+                data = await context.read()
+                self._streams[task] = False
+                if data is grpc.aio.EOF or flow.gone:
+                    return None
+                self._accept(flow, data)
+                del data
+                while flow.inflight >= self._share or flow.answers.qsize() >= PIPELINE:
+                    flow.room.clear()
+                    await flow.room.wait()
+        except asyncio.CancelledError:
+            if not self._limits.draining:
+                raise
+        except codec.Malformed as error:
+            return error.with_traceback(None)
+        finally:
+            self._streams.pop(task, None)
+            del task
+        return Draining("the server is stopping")
+
+    def _accept(self, flow: _Flow, data: bytes) -> None:
+        """Begin a request of a stream."""
+        header, exchange = codec.decode_stream_request(data)
+        wait = header.timeout_ms / 1000 if header.timeout_ms else math.inf
+        try:
+            reservation = self._limits.admit(len(data))
+            begun = self._exchanges.begin(exchange, time.monotonic() + wait, reservation)
+        except Exception as error:
+            reservation = Reservation(self._limits, 0)
+            begun = time.perf_counter(), None, error.with_traceback(None)
+        flow.inflight += reservation.size
+        flow.answers.put_nowait((header.id, begun, reservation))
+
+    async def _write(self, flow: _Flow, context: Context) -> None:
+        """Write answers in their order until the queue says None; none once the client is gone."""
+        while (answer := await flow.answers.get()) is not None:
+            id, begun, reservation = answer
+            try:
+                done = await self._exchanges.finish(begun)
+                data = b"" if flow.gone else codec.encode_stream_response(id, done)
+                del done
+            except Exception as error:
+                self._handlers.count_error("Stream", error)
+                mirrored = pb.Status.FromString(status_of(error).SerializeToString())
+                data = codec.encode_stream_response(id, mirrored)
+            if not flow.gone:
+                try:
+                    await context.write(data)
+                except Exception:  # gRPC has several, and they say that the call is over
+                    flow.gone = True
+            flow.inflight -= reservation.size
+            reservation.release()
+            del answer, begun, data
+            flow.room.set()
