@@ -26,8 +26,12 @@ class Reservation:
         self.size = size
 
     def add(self, more: int) -> None:
-        """Count ``more`` bytes too; Overloaded if others are in flight and leave no room."""
-        self._limits.require_room(more, self.size)
+        """Count ``more`` bytes of a reply; Overloaded if others are in flight and leave no room.
+
+        A reply that is larger than the limit goes out when nothing else is in flight.
+        """
+        if self._limits.stats.inflight_bytes > self.size:
+            self._limits.require_room(more)
         self._limits.stats.inflight_bytes += more
         self.size += more
 
@@ -67,9 +71,9 @@ class Limits:
             raise TooLarge(
                 "MESSAGE_TOO_LARGE", f"the message has {size} bytes, the limit is {most}"
             )
-        reservation = Reservation(self, 0)
-        reservation.add(size)
-        return reservation
+        self.require_room(size)
+        self.stats.inflight_bytes += size
+        return Reservation(self, size)
 
     def require_open(self, *, during_restore: bool = False) -> None:
         """Refuse work while the server stops or, but for some methods, is between restore steps."""
@@ -78,15 +82,12 @@ class Limits:
         if self._restores.held and not during_restore:
             raise Restoring
 
-    def require_room(self, more: int, own: int = 0) -> None:
-        """Refuse ``more`` bytes where others than the caller's ``own`` are in flight and too many.
-
-        A message that is larger than the limit is admitted when nothing else is in flight.
-        """
+    def require_room(self, size: int) -> None:
+        """Refuse ``size`` more bytes in flight where they exceed the limit."""
         inflight, limit = self.stats.inflight_bytes, self._config.max_inflight_bytes
-        if inflight > own and inflight + more > limit:
+        if inflight + size > limit:
             raise Overloaded(
-                f"in-flight limit reached: {inflight} bytes in flight + {more} requested >"
+                f"in-flight limit reached: {inflight} bytes in flight + {size} requested >"
                 f" max_inflight_bytes={limit}; retry later"
             )
 
