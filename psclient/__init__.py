@@ -3,11 +3,23 @@
 errors.py      what can go wrong
 checked.py     values of arguments
 strings.py     keys from strings
+choices.py     words that arguments take: modes, dtypes on the wire, durability
+arrays.py      keys and gradients from arrays of any framework
 batch.py       distinct keys, sums of gradients, pooling
-fork.py        gRPC channels of a process that forks
-channels.py    one shard: a stream, retries
+schema.py      schemas of tables
+channel.py     gRPC channels of a process that forks
+retry.py       failed calls: errors, pauses
+session.py     a request to a shard, numbers of pushes
+stream.py      one shard through a stream
+unary.py       one shard through unary calls
 moved.py       a request sent again where its keys are
-client.py      all shards: tables, pull, push, exchange
+cluster.py     all shards, their map
+request.py     parts of a request and the messages they travel in
+pending.py     requests in flight
+connection.py  addresses and options; connects, closes
+rowclient.py   pull, push, exchange, delete
+table.py       one table
+client.py      all tables: create, describe, evict, drop
 aio.py         the same for asyncio
 combine.py     how rows of several parts become one embedding (imported on demand)
 multihash.py   features over several tables, a row of each for a key (imported on demand)
@@ -49,11 +61,14 @@ tools/ctl.py                    the command psctl
 """
 
 from psclient.batch import Batch
-from psclient.client import Client, Pending, PulledRows, Table, TableInfo
+from psclient.client import Client
 from psclient.errors import PsError
 from psclient.follower import Follower
+from psclient.pending import Pending
+from psclient.schema import TableInfo
 from psclient.strings import hash_keys
 from psclient.subscriber import Change, Subscriber
+from psclient.table import PulledRows, Table
 
 __all__ = [
     "Batch",

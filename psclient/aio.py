@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
-from psclient.client import Client, Table
+from psclient.client import Client
+from psclient.table import Table
 
 P = ParamSpec("P")
 Result = TypeVar("Result")

@@ -12,8 +12,10 @@ from typing import Any
 
 import grpc
 
-from psclient.channels import Link, UnaryLink, retry, rpc_error
 from psclient.client import Client
+from psclient.retry import retry, rpc_error
+from psclient.stream import Link
+from psclient.unary import UnaryLink
 from psproto import ps_pb2 as pb
 
 Tell = Callable[[int, int], Any]  # bytes done, bytes in all (0: unknown)

@@ -38,6 +38,13 @@ def text(field: str, value: Any) -> str:
     raise InvalidArgument(f"{field} must be text in Unicode, got {value!r}")
 
 
+def one_of(field: str, value: Any, known: Mapping[str, int]) -> int:
+    """The number of the word ``value``, if it is one of ``known``."""
+    if not isinstance(value, str) or value not in known:
+        raise InvalidArgument(f"{field} must be one of {', '.join(known)}, got {value!r}")
+    return known[value]
+
+
 def mapping(field: str, value: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """The mapping ``value``; an empty one for None."""
     if value is not None and not isinstance(value, Mapping):

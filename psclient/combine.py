@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from psclient.batch import Rows
+from psclient.arrays import Rows
 from psclient.errors import InvalidArgument
 
 Combine = Literal["add", "multiply", "concatenate"]

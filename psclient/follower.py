@@ -21,8 +21,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from psclient.batch import Batch, Rows
-from psclient.client import Client, Wire
+from psclient.arrays import Rows
+from psclient.batch import Batch
+from psclient.choices import Wire
+from psclient.client import Client
 from psclient.errors import DeadlineExceeded, InvalidArgument, PsError, TableNotFound
 from psclient.subscriber import Change, Subscriber
 from psproto import routing

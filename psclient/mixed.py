@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psclient.batch import Batch, Rows, as_keys
-from psclient.client import Durability, Mode, Table, Wire
+from psclient.arrays import Rows, as_keys
+from psclient.batch import Batch
+from psclient.choices import Durability, Mode, Wire
 from psclient.errors import InvalidArgument
 from psclient.multihash import Keys, checked_gradients, checked_tables, whole
+from psclient.table import Table
 
 MAX_FREQUENCY = (1 << 32) - 1  # where the servers' counts stop
 

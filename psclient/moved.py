@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psclient.channels import Call, Link, UnaryLink
 from psclient.errors import PsError
+from psclient.session import Call
+from psclient.stream import Link
+from psclient.unary import UnaryLink
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
 

@@ -25,10 +25,13 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from psclient.batch import Batch, Rows, as_array, as_keys
-from psclient.client import Client, Durability, Mode, Table, Wire
+from psclient.arrays import Rows, as_array, as_keys
+from psclient.batch import Batch
+from psclient.choices import Durability, Mode, Wire
 from psclient.combine import COMBINATIONS, Combine
 from psclient.errors import InvalidArgument
+from psclient.rowclient import RowClient
+from psclient.table import Table
 from psproto import routing
 
 Keys = NDArray[np.uint64]
@@ -111,7 +114,7 @@ class MultiHash:
                 f"combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}"
             )
         self.combine = combine
-        self.client: Client = self.tables[0].client
+        self.client: RowClient = self.tables[0].client
         self.dims = tuple(table.dim for table in self.tables)
         self.dim = COMBINATIONS[combine].dim(self.dims)
         self.universe = min(math.prod(self.sizes), KEYS)

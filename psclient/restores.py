@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from psclient.calls import Tell, call, links, on_all
-from psclient.channels import Link, UnaryLink
 from psclient.checkpoints import describe
 from psclient.client import Client
 from psclient.errors import DataLoss, PsError, RestoreConflict
+from psclient.stream import Link
+from psclient.unary import UnaryLink
 from psproto import ps_pb2 as pb
 
 Status = pb.RestoreStatus

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psclient.batch import Rows
+from psclient.arrays import Rows
 from psclient.calls import Tell, call, links, on_all, stream
 from psclient.checkpoints import list_stored, verify
 from psclient.client import Client

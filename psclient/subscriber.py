@@ -29,8 +29,10 @@ import grpc
 import numpy as np
 from numpy.typing import NDArray
 
-from psclient.channels import FIRST_PAUSE, LONGEST_PAUSE, OPTIONS, RETRYABLE, rpc_error
-from psclient.client import WIRES, Client, Wire, _known
+from psclient import checked
+from psclient.channel import OPTIONS, Channel
+from psclient.choices import WIRES, Wire
+from psclient.client import Client
 from psclient.errors import (
     InvalidArgument,
     LogDiverged,
@@ -39,7 +41,7 @@ from psclient.errors import (
     VersionCompacted,
     VersionInFuture,
 )
-from psclient.fork import Channel
+from psclient.retry import FIRST_PAUSE, LONGEST_PAUSE, RETRYABLE, rpc_error
 from psproto import codec
 from psproto import ps_pb2 as pb
 
@@ -173,10 +175,10 @@ class Subscriber:
             raise InvalidArgument("tables must name one at least; None means all")
         try:
             request = pb.SubscribeRequest(
-                start=_known("start", start, STARTS),  # type: ignore[arg-type]
+                start=checked.one_of("start", start, STARTS),  # type: ignore[arg-type]
                 tables=names or [],
-                content=_known("content", content, CONTENTS),  # type: ignore[arg-type]
-                dtype=_known("wire", wire, WIRES),  # type: ignore[arg-type]
+                content=checked.one_of("content", content, CONTENTS),  # type: ignore[arg-type]
+                dtype=checked.one_of("wire", wire, WIRES),  # type: ignore[arg-type]
                 coalesce_ms=coalesce_ms,
                 coalesce_rows=coalesce_rows,
                 progress_ms=progress_ms,

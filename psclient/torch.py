@@ -26,11 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from psclient.batch import Batch, as_keys
-from psclient.client import Client, Table
+from psclient.arrays import as_keys
+from psclient.batch import Batch
 from psclient.errors import InvalidArgument
 from psclient.mixed import MixedDimension
 from psclient.multihash import MultiHash
+from psclient.rowclient import RowClient
+from psclient.table import Table
 
 Mode = Literal["sum", "mean"]
 Part = tuple[str, int]  # a feature's name, and which of its modules with a table
@@ -62,7 +64,7 @@ class _Rows:
 class _Feature(nn.Module):
     """What a group takes: an output made of rows of one module with a table, or of several."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: RowClient) -> None:
         super().__init__()
         self.client = client
 
@@ -219,7 +221,7 @@ class EmbeddingGroup(nn.Module):
     modules  by feature: Embedding, EmbeddingBag or MultiHashEmbedding
     """
 
-    def __init__(self, client: Client, modules: Mapping[str, _Feature]) -> None:
+    def __init__(self, client: RowClient, modules: Mapping[str, _Feature]) -> None:
         super().__init__()
         self.client = client
         self.features = nn.ModuleDict(modules)
@@ -244,7 +246,7 @@ class EmbeddingGroup(nn.Module):
 
 
 def _forward(
-    client: Client, features: Mapping[str, _Feature], inputs: Mapping[str, Any]
+    client: RowClient, features: Mapping[str, _Feature], inputs: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Pull the rows of every feature together."""
     modules, arguments = {}, {}
@@ -261,7 +263,7 @@ def _forward(
 
 
 def _pull(
-    client: Client, modules: Mapping[Part, _Remote], arguments: Mapping[Part, tuple[Any, ...]]
+    client: RowClient, modules: Mapping[Part, _Remote], arguments: Mapping[Part, tuple[Any, ...]]
 ) -> dict[Part, Tensor]:
     """Pull the rows of every module together; modules that share a table share its rows."""
     keys = {name: as_keys(values[0]) for name, values in arguments.items()}
@@ -287,7 +289,7 @@ def _pull(
     return outputs
 
 
-def _push(client: Client, modules: Sequence[_Remote], step: int, lr: float | None) -> None:
+def _push(client: RowClient, modules: Sequence[_Remote], step: int, lr: float | None) -> None:
     """Push what the modules collected; several passes over a table count as one batch."""
     by_table: dict[str, list[_Rows]] = {}
     for module in modules:
@@ -301,7 +303,7 @@ def _push(client: Client, modules: Sequence[_Remote], step: int, lr: float | Non
         module._collected.clear()
 
 
-def _merge(client: Client, passes: list[_Rows]) -> tuple[Batch, Any]:
+def _merge(client: RowClient, passes: list[_Rows]) -> tuple[Batch, Any]:
     """One batch and its gradients float32[distinct, dim] from those of several passes."""
     gradients = [rows.leaf.grad.numpy() for rows in passes if rows.leaf.grad is not None]
     if len(passes) == 1:

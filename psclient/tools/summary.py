@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from psclient.batch import Rows
+from psclient.arrays import Rows
 from psclient.errors import InvalidArgument
 
 

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from servers import Cluster, eventually
 
-from psclient import Client, Follower, PulledRows, Subscriber, admin, calls, restores
-from psclient.client import Table
+from psclient import Client, Follower, PulledRows, Subscriber, Table, admin, calls, restores
 from psclient.errors import (
     CheckpointNotFound,
     CheckpointUnfit,

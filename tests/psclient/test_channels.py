@@ -16,8 +16,9 @@ from numpy.testing import assert_array_equal
 from servers import Cluster, alive, eventually
 
 from psclient import Client, PsError, Table
-from psclient.channels import Session, retry
 from psclient.errors import SessionExpired, Unavailable
+from psclient.retry import retry
+from psclient.session import Session
 from psproto import ps_pb2 as pb
 
 ONE = -np.ones((1, 1), np.float32)  # a gradient that adds 1 to a row of dim 1

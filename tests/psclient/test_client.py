@@ -20,7 +20,6 @@ from servers import Cluster, free_ports
 
 from psclient import Client, PsError, Table, hash_keys
 from psclient.aio import AsyncClient, AsyncTable
-from psclient.channels import Link, UnaryLink
 from psclient.errors import (
     DeadlineExceeded,
     InvalidArgument,
@@ -30,6 +29,8 @@ from psclient.errors import (
     VersionInFuture,
     WrongShard,
 )
+from psclient.stream import Link
+from psclient.unary import UnaryLink
 from psproto import ps_pb2 as pb
 from psproto import routing
 from storage.initializers import INITIALIZERS

@@ -15,7 +15,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import nn
 
 from psclient import Client, Table
-from psclient.channels import Link
 from psclient.combine import COMBINATIONS
 from psclient.errors import InvalidArgument
 from psclient.mixed import MixedDimension
@@ -27,6 +26,7 @@ from psclient.multihash import (
     hashes,
     sizes_for,
 )
+from psclient.stream import Link
 from psclient.torch import COMBINE, Embedding, EmbeddingGroup
 from psclient.torch import MixedDimensionEmbedding as MixedModule
 from psclient.torch import MultiHashEmbedding as HashModule

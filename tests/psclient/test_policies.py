@@ -14,8 +14,7 @@ from numpy.testing import assert_array_equal
 from servers import Cluster, Labels, alive, eventually
 from typer.testing import CliRunner
 
-from psclient import Client, admin
-from psclient.client import Table
+from psclient import Client, Table, admin
 from psclient.errors import InvalidArgument, SchemaMismatch
 from psclient.subscriber import Subscriber
 from psclient.tools.ctl import app

@@ -12,8 +12,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from torch import Tensor, nn
 
 from psclient import Client, Table
-from psclient.channels import Link
 from psclient.errors import InvalidArgument
+from psclient.stream import Link
 from psclient.torch import Embedding, EmbeddingBag, EmbeddingGroup
 
 DIM = 6

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from psclient import Client, admin
-from psclient.client import Table
+from psclient import Client, Table, admin
 from psproto import ps_pb2 as pb
 
 KEYS = np.concatenate([np.arange(30_000), np.array([-1, -(2**63), 2**63 - 1])])

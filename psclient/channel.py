@@ -23,6 +23,16 @@ import grpc
 from numba.core.compiler_lock import global_compiler_lock
 
 PATIENCE = 2.0  # seconds that a fork waits for cancelled calls to end
+OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.dns_min_time_between_resolutions_ms", 1000),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.use_local_subchannel_pool", 1),  # else a forked child finds its parent's connections
+)
 Cancelled = grpc.FutureCancelledError  # by a fork: begin the call again
 
 

@@ -1,0 +1,141 @@
+"""Requests: their parts, and the messages that they travel in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psclient.arrays import Rows
+from psclient.batch import Batch
+from psclient.cluster import Cluster
+from psclient.errors import SchemaMismatch
+from psproto import codec, routing
+from psproto import ps_pb2 as pb
+
+
+@dataclass(slots=True)
+class PullPart:
+    """One pull of a request, and where its result goes."""
+
+    table: str
+    dim: int
+    batch: Batch
+    dtype: int
+    mode: int
+    metadata: bool
+    distinct: bool  # results for the distinct keys, not for the whole batch
+    min_version: Sequence[int]
+    out: Rows  # embeddings: [n, dim], or [distinct, dim]
+    history: NDArray[np.uint64]  # [3, distinct]: versions, steps, frequencies; [3, 0] without
+
+
+@dataclass(slots=True)
+class PushPart:
+    """One push of a request: a gradient for each distinct key of the batch."""
+
+    table: str
+    batch: Batch
+    gradients: Rows  # float32[distinct, dim]
+    dtype: int
+    counts: NDArray[np.uint32]
+
+
+def messages(
+    cluster: Cluster,
+    shard: int,
+    pushes: Sequence[PushPart],
+    pulls: Sequence[PullPart],
+    step: int,
+    lr: float | None,
+    durability: int,
+) -> list[tuple[codec.Exchange, list[tuple[PullPart, int, int]]]]:
+    """The messages of a request for one shard: one, or several where that would be too large."""
+    asked = size = most = widest = 0
+    for push in pushes:
+        first, last = push.batch.split.bounds[shard : shard + 2].tolist()
+        row = 12 + push.gradients.shape[1] * codec.WIRE[push.dtype].itemsize
+        size += (last - first) * row
+        widest = max(widest, row)
+        most = max(most, last - first)
+    for pull in pulls:
+        first, last = pull.batch.split.bounds[shard : shard + 2].tolist()
+        row = pull.dim * codec.WIRE[pull.dtype].itemsize + 24 * pull.metadata
+        size += (last - first) * 8
+        asked += (last - first) * row
+        widest = max(widest, row)
+        most = max(most, last - first)
+    size = max(size, asked)
+    pieces = 1
+    if size > cluster.message_bytes or most > cluster.keys:  # a piece is rounded up to whole rows
+        pieces = max(-(-size // (cluster.message_bytes - widest)), -(-most // cluster.keys))
+    built_pushes, built_pulls = [], []
+    for push in pushes:
+        first, last = push.batch.split.bounds[shard : shard + 2].tolist()
+        for low, high in _ranges(first, last, pieces):
+            header = pb.PushHeader(
+                table=push.table,
+                dtype=push.dtype,  # type: ignore[arg-type]
+                step=step,
+                lr=lr,
+                durability=durability,  # type: ignore[arg-type]
+            )
+            built_pushes.append(
+                codec.PushMessage(
+                    header,
+                    push.batch.keys[low:high],
+                    push.counts[low:high],
+                    codec.to_wire(push.gradients[low:high], push.dtype),
+                )
+            )
+    for pull in pulls:
+        first, last = pull.batch.split.bounds[shard : shard + 2].tolist()
+        for low, high in _ranges(first, last, pieces):
+            head = pb.PullHeader(
+                table=pull.table,
+                dtype=pull.dtype,  # type: ignore[arg-type]
+                mode=pull.mode,  # type: ignore[arg-type]
+                with_metadata=pull.metadata,
+                min_version=pull.min_version[shard] if pull.min_version else 0,
+            )
+            built_pulls.append(
+                (codec.PullMessage(head, pull.batch.keys[low:high]), (pull, low, high))
+            )
+    if pieces == 1:
+        if not built_pushes and not built_pulls:
+            return []
+        requests, targets = [p for p, _ in built_pulls], [t for _, t in built_pulls]
+        return [(codec.Exchange(built_pushes, requests), targets)]
+    each: list[tuple[codec.Exchange, list[tuple[PullPart, int, int]]]] = []
+    each += [(codec.Exchange([push], []), []) for push in built_pushes]
+    each += [(codec.Exchange([], [pull]), [target]) for pull, target in built_pulls]
+    return each
+
+
+def _ranges(first: int, last: int, pieces: int) -> list[tuple[int, int]]:
+    """first..last in about equal, non-empty pieces."""
+    if first == last:
+        return []
+    step = -(-(last - first) // pieces)
+    return [(low, min(low + step, last)) for low in range(first, last, step)]
+
+
+def take(answer: codec.Exchanged, pulls: list[tuple[PullPart, int, int]], where: str) -> None:
+    """Write the embeddings of one reply where they belong."""
+    for pulled, (part, first, last) in zip(answer.pulls, pulls, strict=True):
+        if pulled.header.dim != part.dim:
+            raise SchemaMismatch(
+                f"{where}: table {part.table!r} has dim {pulled.header.dim}, not {part.dim} as this"
+                " client was told before: it was dropped and created anew"
+            )
+        rows = codec.from_wire(pulled.embeddings, part.dtype).reshape(last - first, part.dim)
+        if part.distinct:
+            part.out[first:last] = rows
+        else:
+            routing.scatter(rows, first, part.batch.split.inverse, part.out)
+        if part.metadata:
+            part.history[0, first:last] = pulled.versions
+            part.history[1, first:last] = pulled.steps.view(np.uint64)
+            part.history[2, first:last] = pulled.frequencies

@@ -1,0 +1,52 @@
+"""Calls that failed: what went wrong, and when to try again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import grpc
+
+from psclient.errors import PsError, Unavailable, error_of
+from psproto import ps_pb2 as pb
+
+FIRST_PAUSE = 0.02  # seconds between attempts to reach a server; doubles
+LONGEST_PAUSE = 1.0
+RETRYABLE = (  # ends of a stream after which another one may do better
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+)
+
+
+def retry(
+    attempt: Callable[[float], Any], where: str, deadline: float, counted: Iterable[int]
+) -> Any:
+    """Call ``attempt(seconds left)`` until it succeeds, fails for good, or time is over."""
+    for n in counted:
+        left = deadline - time.monotonic()
+        try:
+            return attempt(max(left, 0.001))
+        except grpc.RpcError as error:
+            failure = rpc_error(error, where)
+        pause = min(FIRST_PAUSE * 2 ** min(n, 8), LONGEST_PAUSE)
+        if failure.retry_after is not None:
+            pause = failure.retry_after
+        elif not isinstance(failure, Unavailable):
+            raise failure
+        if time.monotonic() + pause >= deadline:
+            raise failure
+        time.sleep(pause)
+    raise AssertionError("counted ended")
+
+
+def rpc_error(error: grpc.RpcError, where: str) -> PsError:
+    """The exception for a failed unary call."""
+    trailers = dict(error.trailing_metadata() or ())
+    status = pb.Status(code=error.code().value[0], message=error.details() or "")
+    details = trailers.get("grpc-status-details-bin")
+    if details:
+        status = pb.Status.FromString(details)
+    return error_of(status, where)

@@ -1,0 +1,280 @@
+"""The line from keys to shards and back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from psclient import checked
+from psclient.arrays import Rows
+from psclient.batch import Batch
+from psclient.choices import DURABILITIES, LARGEST, MODES, WIRES, Durability, Mode, Wire
+from psclient.connection import Connection
+from psclient.errors import InvalidArgument, WrongShard
+from psclient.pending import Pending, Rest, Sent
+from psclient.request import PullPart, PushPart, messages
+from psclient.schema import TableInfo, table_info
+from psclient.session import Call
+from psclient.unary import delete
+from psproto import codec
+from psproto import ps_pb2 as pb
+
+
+class RowClient(Connection):
+    """Requests for rows of tables by their names."""
+
+    def describe_table(self, name: str) -> TableInfo:
+        """Schema and size of a table over all shards.
+
+        Raises TableNotFound if there is none, SchemaMismatch if it is not the same on all shards:
+        it was dropped on some of them and created anew meanwhile.
+        """
+        request = pb.DescribeTableRequest(name=checked.text("name of a table", name))
+        return table_info(
+            self._on_all("TableService/DescribeTable", request, pb.DescribeTableResponse)
+        )
+
+    def batch(self, keys: Any) -> Batch:
+        """The distinct keys of ``keys`` (any shape), for use in several calls."""
+        return keys if isinstance(keys, Batch) else Batch(keys, self._connect().shard_map)
+
+    def pull(
+        self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
+    ) -> dict[str, Rows]:
+        """Embeddings of keys of several tables, in one round trip: float32[*shape, dim] each.
+
+        keys  by table: int64 or uint64 of any shape, duplicates welcome, or a Batch
+        mode  for keys without a row: "train" returns the value that the row will start from,
+              "serve" the table's serving default
+        """
+        return self._start({}, keys, mode=mode, wire=wire).result()[1]  # type: ignore[no-any-return]
+
+    def start_pull(
+        self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
+    ) -> Pending:
+        """``pull``, started now and awaited later by ``result()``."""
+        pending = self._start({}, keys, mode=mode, wire=wire, background=True)
+        return Pending([], lambda: pending.result()[1])
+
+    def push(
+        self,
+        gradients: Mapping[str, tuple[Any, Any]],
+        *,
+        step: int = 0,
+        lr: float | None = None,
+        wire: Wire | None = None,
+        durability: Durability | None = None,
+    ) -> None:
+        """Apply gradients to rows of several tables, in one round trip.
+
+        gradients  by table: (keys, gradients float[*shape of keys, dim]); those of equal keys are
+                   summed, and the server's optimizer takes one step for each distinct key
+        step       the trainer's global step, in -2^47..2^47-1; rows are of the largest that any
+                   client has pushed to the table
+        lr         learning rate of this push; the table's where None
+        durability  what is true once this returns: "applied", the servers have it in memory;
+                   "log", it outlives their processes; "fsync", it is on their disks; the table's
+                   where None
+        """
+        self._start(gradients, {}, step=step, lr=lr, wire=wire, durability=durability).result()
+
+    def exchange(
+        self,
+        push: Mapping[str, tuple[Any, Any]],
+        pull: Mapping[str, Any],
+        *,
+        step: int = 0,
+        lr: float | None = None,
+        mode: Mode = "train",
+        wire: Wire | None = None,
+        durability: Durability | None = None,
+    ) -> dict[str, Rows]:
+        """Push the last step's gradients and pull the next step's rows in one message a shard.
+
+        The pull sees the push. What is larger than a message travels in several, and what is pulled
+        after all that is pushed.
+        """
+        pending = self._start(
+            push, pull, step=step, lr=lr, mode=mode, wire=wire, durability=durability
+        )
+        return pending.result()[1]  # type: ignore[no-any-return]
+
+    def start_exchange(
+        self,
+        push: Mapping[str, tuple[Any, Any]],
+        pull: Mapping[str, Any],
+        *,
+        step: int = 0,
+        lr: float | None = None,
+        mode: Mode = "train",
+        wire: Wire | None = None,
+        durability: Durability | None = None,
+    ) -> Pending:
+        """``exchange``, started now and awaited later by ``result()``.
+
+        Exchanges under way together take effect in the order of their start, but for those that
+        the server asks to send again (OVERLOADED, DISK_FULL): others may overtake them. One that is
+        larger than a message begins to pull when ``result()`` is called.
+        """
+        pending = self._start(
+            push,
+            pull,
+            step=step,
+            lr=lr,
+            mode=mode,
+            wire=wire,
+            durability=durability,
+            background=True,
+        )
+        return Pending([], lambda: pending.result()[1])
+
+    def pull_distinct(
+        self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
+    ) -> dict[str, Rows]:
+        """Embeddings of the distinct keys of each batch, in their order: float32[distinct, dim].
+
+        keys  by table: a Batch, whose ``keys`` they are and whose ``split.inverse`` leads back
+        """
+        pending = self._start({}, keys, mode=mode, wire=wire, distinct=True)
+        return pending.result()[1]  # type: ignore[no-any-return]
+
+    def push_distinct(
+        self,
+        gradients: Mapping[str, tuple[Batch, Any]],
+        *,
+        step: int = 0,
+        lr: float | None = None,
+        wire: Wire | None = None,
+        durability: Durability | None = None,
+    ) -> None:
+        """``push`` of gradients summed already: float32[distinct, dim], in the batch's order."""
+        self._start(
+            gradients, {}, step=step, lr=lr, wire=wire, durability=durability, distinct=True
+        ).result()
+
+    # ---- the line from keys to shards and back
+
+    def _start(
+        self,
+        push: Mapping[str, tuple[Any, Any]],
+        pull: Mapping[str, Any],
+        *,
+        step: int = 0,
+        lr: float | None = None,
+        mode: str = "train",
+        wire: str | None = None,
+        durability: str | None = None,
+        metadata: bool = False,
+        distinct: bool = False,
+        min_version: Sequence[int] = (),
+        background: bool = False,
+    ) -> Pending:
+        """Send a request; the pending result is (parts, embeddings by table)."""
+        dtype = self._dtype if wire is None else checked.one_of("wire", wire, WIRES)
+        wanted = checked.one_of("mode", mode, MODES)
+        level = 0 if durability is None else checked.one_of("durability", durability, DURABILITIES)
+        step = checked.integer("step", step, -codec.STEPS, codec.STEPS)
+        lr = None if lr is None else checked.number("lr", lr)
+        cluster = self._connect()
+        if min_version and len(min_version) != len(cluster.links):
+            raise InvalidArgument(
+                f"min_version must name a version for each of {len(cluster.links)} shards, got"
+                f" {len(min_version)}"
+            )
+        min_version = [checked.integer("min_version", each, 0, 1 << 64) for each in min_version]
+        pushes = [
+            self._push_part(name, keys, gradients, dtype, distinct)
+            for name, (keys, gradients) in push.items()
+        ]
+        pulls = []
+        for name, keys in pull.items():
+            dim, batch = self._dim(name), self.batch(keys)
+            u = len(batch.keys)
+            out = np.empty((u if distinct else len(batch), dim), np.float32)
+            history = np.empty((3, u if metadata else 0), np.uint64)
+            pulls.append(
+                PullPart(
+                    name, dim, batch, dtype, wanted, metadata, distinct, min_version, out, history
+                )
+            )
+        deadline = time.monotonic() + self._timeout
+        sent: list[Sent] = []
+        later: list[Sent] = []
+        for shard, link in enumerate(cluster.links):
+            built = messages(cluster, shard, pushes, pulls, step, lr, level)
+            for exchange, ranges in built:
+                call = Call(exchange, deadline)
+                if pushes and len(built) > 1 and not exchange.pushes:
+                    later.append(Sent(link, call, ranges))  # a push may have to be sent again
+                    continue
+                link.submit(call, background=background)
+                sent.append(Sent(link, call, ranges))
+
+        def finish() -> tuple[list[PullPart], dict[str, Rows]]:
+            results = {}
+            for part in pulls:
+                shape = (-1,) if part.distinct else part.batch.shape
+                results[part.table] = part.out.reshape(*shape, part.dim)
+            return pulls, results
+
+        rest = Rest(self._dims, self._timeout, cluster, (*push, *pull), deadline, background, later)
+        return Pending(sent, finish, rest)
+
+    def _push_part(
+        self, name: str, keys: Any, gradients: Any, dtype: int, distinct: bool
+    ) -> PushPart:
+        batch, dim = self.batch(keys), self._dim(name)
+        sums = batch.check(gradients, name, dim) if distinct else batch.sum(gradients, name, dim)
+        largest = LARGEST[dtype]
+        if largest is not None and sums.size and max(sums.max(), -sums.min()) > largest:
+            row, column = np.argwhere(np.abs(sums) > largest)[0]
+            raise InvalidArgument(
+                f"table {name!r}: the gradient of key {batch.keys[row]} is {sums[row, column]} at"
+                f" position {column}; the wire carries up to {largest:g}"
+            )
+        return PushPart(name, batch, sums, dtype, batch.split.counts)
+
+    def _dim(self, name: str) -> int:
+        dim = self._dims.get(name)
+        if dim is None:
+            dim = self._dims[name] = self.describe_table(name).dim
+        return dim
+
+    def _delete(self, name: str, keys: Any, durability: Durability | None) -> int:
+        """Delete the rows of keys, state and history too; keys without a row are left alone.
+
+        Returns how many rows went, or fewer if a reply was lost on the way. A shard deletes all of
+        its part or nothing.
+        """
+        level = 0 if durability is None else checked.one_of("durability", durability, DURABILITIES)
+        cluster, batch = self._connect(), self.batch(keys)
+        deadline = time.monotonic() + self._timeout
+
+        def part(batch: Batch, shard: int, moved: list[codec.Keys] | None) -> int:
+            deleted = 0
+            first, last = batch.split.bounds[shard : shard + 2].tolist()
+            most = min(cluster.keys, cluster.message_bytes // 8)
+            for low in range(first, last, most):
+                header = pb.PushHeader(table=name, durability=level)  # type: ignore[arg-type]
+                some = batch.keys[low : min(low + most, last)]
+                try:
+                    deleted += delete(cluster.links[shard], header, some, deadline).deleted
+                except WrongShard:
+                    if moved is None:
+                        raise
+                    moved.append(some)
+            return deleted
+
+        def parts(batch: Batch, moved: list[codec.Keys] | None = None) -> int:
+            shards = range(len(cluster.links))
+            return sum(cluster.pool.map(lambda shard: part(batch, shard, moved), shards))
+
+        moved: list[codec.Keys] = []
+        deleted = parts(batch, moved)
+        if moved:
+            cluster.refresh(deadline)
+            deleted += parts(Batch(np.concatenate(moved), cluster.shard_map))
+        return deleted
