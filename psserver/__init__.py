@@ -4,6 +4,14 @@ errors.py        why a request is refused
 config.py        how a server is set up
 schemas.py       table schemas as messages and as JSON
 sessions.py      which pushes were applied
+requests.py      what a shard is asked to do
+tombstones.py    keys that were deleted
+tables.py        the tables of a shard, by name and by number
+sequencer.py     versions: each change gets the next one
+afterimages.py   buffers for the rows that a push left
+views.py         what readers of a shard get
+sweeps.py        eviction on the engine thread, one slice at a time
+recovery.py      a shard brought back from its base and its log
 shard.py         one shard's part of every table, without a network
 engine.py        the thread that owns the shard
 sweeper.py       eviction in the background and on demand

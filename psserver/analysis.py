@@ -23,9 +23,10 @@ from psserver.checkpoints import Checkpoints
 from psserver.engine import Engine
 from psserver.inspection import Inspector
 from psserver.pace import SPARED_STORED, Pace
-from psserver.shard import Holdings, Shard
+from psserver.shard import Shard
 from psserver.stored import number_in, require_width, schema_in
 from psserver.summaries import Columns, Outbox, read_summary, write_summary
+from psserver.views import TableView
 from storage.admission.rules import Counter
 from storage.analysis import RowColumns, Summary, norms_of
 from storage.errors import UnknownTable
@@ -73,7 +74,7 @@ class Analyses:
 
     def _live(self, request: pb.AnalyzeRequest, summary: Summary) -> Iterator[pb.AnalyzeResponse]:
         progress = self._checkpoints.work.progress()  # ends the work when the server does
-        held = self._engine.run(lambda: self._shard.holdings(request.table))
+        held = self._engine.run(lambda: self._shard.view_table(request.table))
         outbox = Outbox(request, held.stats.rows)
 
         def work(found: tuple[RowColumns, Rows | None]) -> list[pb.AnalyzeResponse]:
@@ -94,7 +95,7 @@ class Analyses:
         yield pb.AnalyzeResponse(done=outbox.done, total=outbox.done, summary=told)
 
     def _slices(
-        self, request: pb.AnalyzeRequest, held: Holdings
+        self, request: pb.AnalyzeRequest, held: TableView
     ) -> Iterator[Callable[[], tuple[RowColumns, Rows | None]]]:
         """What the engine is to do: read some rows as they are then, with embeddings if wanted."""
         dim = held.schema.dim

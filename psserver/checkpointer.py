@@ -25,7 +25,8 @@ import numpy as np
 import structlog
 
 from psserver.engine import Engine
-from psserver.shard import Captured, Shard
+from psserver.shard import Shard
+from psserver.views import Capture
 from storage.admission.gates import Occurrences, Versions
 from storage.base import Base
 from storage.basestate import BaseState
@@ -69,9 +70,9 @@ def recover(shard: Shard, base: Base, versions: VersionLog) -> Recovered:
     rows = records = size = 0
     state = base.state
     if state is not None:
-        shard.load_state(state)
+        shard.recovery.load_state(state)
         for _, block in base.blocks():
-            shard.load_block(block)
+            shard.recovery.load_block(block)
             rows += len(block.keys)
     if versions.first > shard.version + 1:
         raise Corrupt(
@@ -81,11 +82,11 @@ def recover(shard: Shard, base: Base, versions: VersionLog) -> Recovered:
     cursor = versions.cursor(shard.version)
     while frames := cursor.read(upto=versions.last, max_bytes=REPLAY_BYTES):
         for frame in frames:
-            shard.replay(frame.version, decode(frame))
+            shard.recovery.replay(frame.version, decode(frame))
             size += len(frame.payload)
         records += len(frames)
     cursor.close()
-    shard.recovered()
+    shard.recovery.finish()
     if shard.version != versions.last:
         raise Corrupt(str(versions.directory), f"ends at version {shard.version}, before its end")
     if state is None:
@@ -158,7 +159,7 @@ class Checkpointer:
             min([captured.version, *self.pins.values()]), keep_bytes, keep_seconds
         )
 
-    def _make(self, captured: Captured, state: BaseState | None) -> bool:
+    def _make(self, captured: Capture, state: BaseState | None) -> bool:
         """Bring the base from a state to the captured one; False if that was given up."""
         after = state.version if state is not None else 0
         live = sum(each.rows + each.counters for each in captured.tables)
@@ -209,7 +210,7 @@ class Checkpointer:
         return True
 
     def _kept_sketches(
-        self, captured: Captured, state: BaseState | None
+        self, captured: Capture, state: BaseState | None
     ) -> dict[int, tuple[int, list[int]]]:
         """By table, the edits of its sketch, and the blocks that have it; none if it changed."""
         listed = set(state.blocks) if state is not None else set()
@@ -251,7 +252,7 @@ class Checkpointer:
         return True
 
 
-def blocks_of(captured: Captured, after: int, buffer: Bytes) -> Iterator[Block]:
+def blocks_of(captured: Capture, after: int, buffer: Bytes) -> Iterator[Block]:
     """What changed after a version, up to the captured one: unsealed blocks of tombstones, then of
     rows, with no key twice.
 
@@ -285,7 +286,7 @@ def blocks_of(captured: Captured, after: int, buffer: Bytes) -> Iterator[Block]:
 Counted = tuple[int, Keys, Occurrences, Versions]  # number of the table, and its counters
 
 
-def counters_of(captured: Captured, after: int, engine: Engine) -> Iterator[Counted]:
+def counters_of(captured: Capture, after: int, engine: Engine) -> Iterator[Counted]:
     """Exact counters that changed after a version, as they are now, a slice at a time.
 
     What changes while this runs may be missing, or newer: a record behind the captured version has
@@ -301,7 +302,7 @@ def counters_of(captured: Captured, after: int, engine: Engine) -> Iterator[Coun
                 yield each.base.number, keys[part], totals[part], versions[part]
 
 
-def cells_of(captured: Captured, but: set[int]) -> Iterator[tuple[int, int, Bytes]]:
+def cells_of(captured: Capture, but: set[int]) -> Iterator[tuple[int, int, Bytes]]:
     """Sketches as they are now: number of the table, first byte, a block's worth of bytes.
 
     but  tables whose sketches are left out

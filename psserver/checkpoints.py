@@ -23,8 +23,9 @@ from psserver.checkpointer import blocks_of, counters_of
 from psserver.engine import Engine
 from psserver.errors import CheckpointExists, CheckpointUnfit, NoLog
 from psserver.rows import RowFiles
-from psserver.shard import Captured, Shard
+from psserver.shard import Shard
 from psserver.stored import require_id, require_name, runs
+from psserver.views import Capture
 from psserver.work import Progress, Work
 from storage.block import BLOCK_BYTES, ROWS, pack_counters
 from storage.checkpoint import open_part, read_manifest
@@ -230,11 +231,11 @@ class Checkpoints:
         return open_part(self._catalog.store, request.name, file)
 
 
-def _bytes_of(captured: Captured) -> int:
+def _bytes_of(captured: Capture) -> int:
     return sum(each.rows * (32 + 4 * each.width) for each in captured.tables)
 
 
-def _tables_of(captured: Captured) -> tuple[PartTable, ...]:
+def _tables_of(captured: Capture) -> tuple[PartTable, ...]:
     return tuple(
         PartTable(
             number=each.base.number,

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
 from psserver.errors import BadRequest, TooLarge, WrongShard
+from psserver.requests import Delete, Pull, Push
 from psserver.schemas import LEVELS
-from psserver.shard import Change, Pull, Push, Shard
+from psserver.shard import Shard
 from storage.schema import Durability
 from storage.table import Mode
 
@@ -109,13 +110,13 @@ class Checks:
             durability=_level(header),
         )
 
-    def delete(self, push: codec.PushMessage) -> Change:
+    def delete(self, push: codec.PushMessage) -> Delete:
         header = push.header
         self._keys(header.table, push.keys)
         repeated, stray = routing.check(push.keys, self._shard.shard_map, self._shard.number)
         if stray >= 0:
             raise self._stray(header.table, push.keys[stray])
-        return Change(
+        return Delete(
             table=header.table,
             keys=np.unique(push.keys) if repeated else push.keys,
             client=header.client_id,

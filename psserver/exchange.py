@@ -12,7 +12,8 @@ from psserver.config import ServerConfig
 from psserver.engine import Engine
 from psserver.feed import Feed
 from psserver.limits import Limits, Reservation
-from psserver.shard import Pull, Push, Shard
+from psserver.requests import Pull, Push
+from psserver.shard import Shard
 from storage.versionlog import VersionLog
 
 AT_ONCE = 4 << 20  # bytes of rows, a millisecond's work: the loop does no more itself

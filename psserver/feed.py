@@ -45,7 +45,9 @@ from psserver.errors import (
 )
 from psserver.position import AFTER_SCAN, SCANS, WHEN_CUT_OFF, Phase, Position, decode, digest
 from psserver.schemas import from_json
-from psserver.shard import Shard, Standing, Tombstones
+from psserver.shard import Shard
+from psserver.tombstones import Tombstones
+from psserver.views import TableList
 from storage import records
 from storage.errors import Compacted
 from storage.schema import TableSchema
@@ -412,7 +414,7 @@ class _Subscription:
     async def _scan(self) -> None:
         """Send the rows of versions above ``after``, as they were at ``version``."""
         feed = self._feed
-        standing = await feed.engine.submit(feed.shard.standing)
+        standing = await feed.engine.submit(feed.shard.table_list)
         position = self.position
         if position.boot != feed.boot:  # not begun, or by another process
             position = replace(position, version=standing.version, table=0, slot=0, boot=feed.boot)
@@ -454,7 +456,7 @@ class _Subscription:
         if self._feed.draining:
             raise Draining("the server is stopping")
 
-    async def _beginning(self, standing: Standing) -> bool:
+    async def _beginning(self, standing: TableList) -> bool:
         """Send tables and deletes; False if the scan must begin again."""
         position, feed = self.position, self._feed
         token, names = position.encode(), {}

@@ -9,7 +9,9 @@ from psproto import routing
 from psserver.engine import Engine
 from psserver.errors import BadRequest, TooLarge, WrongShard
 from psserver.schemas import write_schema
-from psserver.shard import Known, Shard, Tombstones
+from psserver.shard import Shard
+from psserver.tombstones import Tombstones
+from psserver.views import KeyView
 from storage.analysis import norms_of
 from storage.errors import Compacted
 from storage.kernels import Keys
@@ -34,7 +36,7 @@ class Inspector:
     def inspect(self, request: pb.InspectRequest) -> pb.InspectResponse:
         """What the shard knows of keys."""
         keys = self._keys(request)
-        known = self._engine.run(lambda: self._shard.known(request.table, keys))
+        known = self._engine.run(lambda: self._shard.view_keys(request.table, keys))
         gone, horizon = self._gone(known, keys)
         response = pb.InspectResponse(
             version=known.version,
@@ -85,7 +87,7 @@ class Inspector:
             raise BadRequest("INVALID_ARGUMENT", f"{where}: keys must be distinct")
         return keys
 
-    def _gone(self, known: Known, keys: Keys) -> tuple[dict[int, list[pb.KeyFacts.Gone]], int]:
+    def _gone(self, known: KeyView, keys: Keys) -> tuple[dict[int, list[pb.KeyFacts.Gone]], int]:
         """By key, the deletes up to the version known of that are remembered; and the horizon."""
         found: dict[int, list[pb.KeyFacts.Gone]] = {}
         at = known.created

@@ -68,11 +68,11 @@ class Sweeper:
 
     def _evict(self, request: pb.EvictRequest, gone: threading.Event) -> pb.EvictResponse:
         shard, run = self._shard, self._engine.run
-        number, sweep = run(lambda: shard.sweep(request.table, request.dry_run))
+        number, sweep = run(lambda: shard.sweeps.begin(request.table, request.dry_run))
         rows = run(lambda: shard.describe(request.table)[1].rows)
         while not (sweep.done or self._stop.is_set() or gone.is_set()):
             start = time.monotonic()
-            run(lambda: shard.sweep_slice(number, sweep))
+            run(lambda: shard.sweeps.take_slice(number, sweep))
             self._stop.wait(time.monotonic() - start)  # leave pushes at least half of the time
         if not sweep.done:
             raise Draining("the server is stopping, or whoever asked is gone")
@@ -81,7 +81,7 @@ class Sweeper:
 
     def _tick(self) -> tuple[float, float]:
         start = time.monotonic()
-        share = self._shard.tick()
+        share = self._shard.sweeps.tick()
         return share, time.monotonic() - start
 
     def _run(self) -> None:

@@ -19,7 +19,8 @@ from psserver.analysis import Analyses
 from psserver.checkpointer import Checkpointer, Recovered, recover
 from psserver.checkpoints import Checkpoints
 from psserver.pace import Pace
-from psserver.shard import Change, Push, Shard
+from psserver.requests import Delete, Push
+from psserver.shard import Shard
 from storage.base import Base
 from storage.disk import Disk
 from storage.initializers import make_initializer
@@ -161,7 +162,7 @@ def schema(name: str = "t", **changes: Any) -> TableSchema:
     return TableSchema(**{**fields, **changes})
 
 
-def change(keys: Sequence[int], table: str = "t", **changes: Any) -> Change:
+def change(keys: Sequence[int], table: str = "t", **changes: Any) -> Delete:
     """A delete."""
     fields: dict[str, Any] = {
         "table": table,
@@ -171,7 +172,7 @@ def change(keys: Sequence[int], table: str = "t", **changes: Any) -> Change:
         "sequence": 0,
         "acknowledged": 0,
     }
-    return Change(**{**fields, **changes})
+    return Delete(**{**fields, **changes})
 
 
 def push(keys: Sequence[int], value: float = 1.0, table: str = "t", **changes: Any) -> Push:

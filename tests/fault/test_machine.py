@@ -142,12 +142,12 @@ class Machine(RuleBasedStateMachine):
             return
         shard, model = self.home.shard, self.model["v"]
         dead = [key for key, row in model.rows.items() if model.step - row[3] > TTL]
-        number, sweep = shard.sweep("v", dry)
+        number, sweep = shard.sweeps.begin("v", dry)
         if dry or not dead:
             before = contents(shard)
             try:
                 while not sweep.done:
-                    shard.sweep_slice(number, sweep)
+                    shard.sweeps.take_slice(number, sweep)
             except DiskFull:  # there must be room for what it may find
                 assert self.faults.full
                 assert not dry
@@ -155,7 +155,7 @@ class Machine(RuleBasedStateMachine):
                 return
             assert contents(shard) == before
         else:
-            if not self.change(lambda: shard.sweep_slice(number, sweep)):
+            if not self.change(lambda: shard.sweeps.take_slice(number, sweep)):
                 return
             for key in dead:
                 del model.rows[key]

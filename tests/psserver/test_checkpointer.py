@@ -339,7 +339,7 @@ def test_a_sketch_is_written_again_if_it_changed(home: Home) -> None:
     for each in change:
         each()
         for _ in range(4):
-            home.shard.tick()
+            home.shard.sweeps.tick()
         home.checkpoint()
         assert home.base.state is not None
         sketches.append(home.base.state.blocks[-home.base.state.cells :])

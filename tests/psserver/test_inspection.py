@@ -92,9 +92,9 @@ def test_a_key_that_waits_tells_with_how_many_occurrences() -> None:
 
 
 def evict(shard: Shard) -> None:
-    number, sweep = shard.sweep("t", False)
+    number, sweep = shard.sweeps.begin("t", False)
     while not sweep.done:
-        shard.sweep_slice(number, sweep)
+        shard.sweeps.take_slice(number, sweep)
 
 
 def test_an_evicted_key_tells_by_which_rule_and_at_which_step(home: Home) -> None:
@@ -263,7 +263,7 @@ def test_neither_an_analysis_nor_an_inspection_changes_anything(home: Home, rule
 
 def state_of(shard: Shard) -> dict[str, Any]:
     """Everything, the budget and what rules and gates keep to themselves included."""
-    table = shard._table("t")
+    table = shard._tables.get("t").table
     dump = table.dump()
     return {
         "contents": contents(shard),

@@ -14,7 +14,8 @@ from psproto import ps_pb2 as pb
 from psproto.codec import Exchanged, Pulled
 from psproto.routing import even_map
 from psserver.errors import BadRequest, SessionExpired, TooLarge, VersionInFuture
-from psserver.shard import Pull, Push, Shard
+from psserver.requests import Pull, Push
+from psserver.shard import Shard
 from storage.arena import HUGE
 from storage.errors import OutOfMemory, SchemaMismatch, UnknownTable
 from storage.initializers import make_initializer
@@ -422,7 +423,7 @@ def test_pushes_that_could_cost_each_other_the_session_are_refused_as_a_whole(
     assert str(caught.value) == (
         "pushes of one client in an exchange must be of one incarnation, ascend, and acknowledge"
         f" none of each other: client 0xa has incarnation {second[0]} sequence {second[1]}"
-        f" acknowledged {second[2]} behind incarnation {first[0]} sequence {first[1]}"
+        f" acknowledged {second[2]} after incarnation {first[0]} sequence {first[1]}"
     )
     assert state(shard) == before
 

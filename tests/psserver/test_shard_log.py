@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from stores import DIM, change, contents, make_shard, push, schema
 
 from psproto import ps_pb2 as pb
-from psserver import shard as shard_module
+from psserver import sequencer as sequencer_module
 from psserver.errors import BadRequest, NoLog, Overloaded, SessionExpired
+from psserver.requests import Pull
 from psserver.schemas import from_json
-from psserver.shard import Pull, Shard
+from psserver.shard import Shard
 from storage import records
 from storage.basestate import BaseState, BaseTable
 from storage.block import pack_rows, pack_tombstones, unpack
@@ -83,7 +84,7 @@ def replayed(log: Log, **changes: Any) -> Shard:
     """A new shard after all records."""
     shard = make_shard(**changes)
     for frame in log.frames:
-        shard.replay(frame.version, decode(frame))
+        shard.recovery.replay(frame.version, decode(frame))
     return shard
 
 
@@ -235,12 +236,12 @@ def test_a_log_that_is_far_behind_refuses_a_change_before_it_is_made(
 ) -> None:
     shard.exchange([push([1, 2])], [])
     before = contents(shard)
-    log.backlog = shard_module.MAX_BACKLOG + 1
+    log.backlog = sequencer_module.MAX_BACKLOG + 1
     with pytest.raises(Overloaded, match="bytes behind") as caught:
         CHANGES[what](shard)
     assert caught.value.retry_after
     assert contents(shard) == before
-    log.backlog = shard_module.MAX_BACKLOG
+    log.backlog = sequencer_module.MAX_BACKLOG
     CHANGES[what](shard)
 
 
@@ -424,7 +425,7 @@ def test_a_record_of_a_table_that_is_not_there_is_damage() -> None:
     shard = make_shard()
     record = records.Delete(records.Origin(), 9, Cause.REQUEST, np.empty(0, np.uint64))
     with pytest.raises(Corrupt, match=r"record of version 4: there is no table 9"):
-        shard.replay(4, record)
+        shard.recovery.replay(4, record)
 
 
 def test_replaying_a_record_over_the_row_that_it_left_changes_nothing(
@@ -434,7 +435,7 @@ def test_replaying_a_record_over_the_row_that_it_left_changes_nothing(
     before = contents(shard)
     again = replayed(log)
     for frame in log.frames[1:]:
-        again.replay(frame.version, decode(frame))
+        again.recovery.replay(frame.version, decode(frame))
     assert contents(again)["rows"] == before["rows"]
 
 
@@ -456,7 +457,7 @@ def test_a_base_state_and_its_blocks_are_the_shard() -> None:
         blocks=(),
     )
     shard = make_shard()
-    shard.load_state(state)
+    shard.recovery.load_state(state)
     keys, none = np.array([1, 2, 3], np.uint64), np.array([5], np.uint64)
 
     def rows(versions: list[int], value: float) -> Any:
@@ -471,14 +472,16 @@ def test_a_base_state_and_its_blocks_are_the_shard() -> None:
         )
         return unpack(bytes(data), "block")
 
-    shard.load_block(rows([5, 6, 7], 1.0))
+    shard.recovery.load_block(rows([5, 6, 7], 1.0))
     dead = pack_tombstones(4, keys, np.array([8, 6, 8], np.uint64), np.array([1, 2, 1], np.uint32))
-    shard.load_block(unpack(bytes(dead), "block"))
-    shard.load_block(unpack(bytes(pack_tombstones(9, none, none, np.ones(1, np.uint32))), "block"))
+    shard.recovery.load_block(unpack(bytes(dead), "block"))
+    shard.recovery.load_block(
+        unpack(bytes(pack_tombstones(9, none, none, np.ones(1, np.uint32))), "block")
+    )
     assert (shard.version, shard.tables()) == (20, ["t"])
     assert shard.dump()["t"].meta[:, :2].tolist() == [[2, 6]]  # as old as its tombstone: newer
     assert tombstones(shard) == [(6, [2]), (8, [1, 3])]
-    shard.load_block(rows([9], 2.0))
+    shard.recovery.load_block(rows([9], 2.0))
     assert shard.dump()["t"].rows.tolist() == [[2.0, 2.0], [1.0, 1.0]]
     assert shard.sessions.applied(7, 0, 1, 0) == 2
     shard.create_table(schema("u"))

@@ -18,8 +18,9 @@ from psproto import ps_pb2 as pb
 from psserver import sweeper as module
 from psserver.errors import Draining, Overloaded
 from psserver.service import Service
-from psserver.shard import SWEEPING, URGENT, Shard
+from psserver.shard import Shard
 from psserver.sweeper import FULL_SECONDS, IDLE_SECONDS, SHORTEST, Sweeper
+from psserver.sweeps import SWEEPING, URGENT
 from psserver.workers import Workers
 from storage.admission.rules import Counter, Probability, Sketch
 from storage.errors import DiskFull, UnknownTable
@@ -46,10 +47,10 @@ def counters(shard: Shard) -> dict[int, int]:
 
 def ticks(shard: Shard, most: int = 100) -> float:
     """Tick until nothing is to be done; the largest share that was asked for."""
-    asked = [shard.tick()]
+    asked = [shard.sweeps.tick()]
     while asked[-1]:
         assert len(asked) < most
-        asked.append(shard.tick())
+        asked.append(shard.sweeps.tick())
     return max(asked)
 
 
@@ -57,8 +58,8 @@ def test_without_rules_nothing_is_looked_at() -> None:
     shard = make_shard()
     shard.create_table(schema())
     give(shard, range(100))
-    shard._numbered[1].table.view = None  # type: ignore[assignment]
-    assert shard.tick() == 0.0
+    shard._tables.require_number(1).table.view = None  # type: ignore[assignment]
+    assert shard.sweeps.tick() == 0.0
 
 
 def test_tables_take_turns_and_a_dropped_one_none() -> None:
@@ -76,7 +77,7 @@ def test_a_table_far_above_its_rows_is_urgent() -> None:
     shard = make_shard()
     shard.create_table(schema(evictions=(CapacityLru(max_rows=10),)))
     give(shard, range(1000))
-    assert shard.tick() == URGENT
+    assert shard.sweeps.tick() == URGENT
     ticks(shard)
     assert rows(shard) == 10
 
@@ -153,9 +154,9 @@ def test_rows_that_stay_for_want_of_room_leave_once_there_is_some(
             patch.setattr(home.log, "reserve", full)
             for _ in range(3):
                 with pytest.raises(DiskFull):
-                    shard.tick()
+                    shard.sweeps.tick()
             with pytest.raises(DiskFull):
-                shard.sweep_slice(*shard.sweep("t", dry=False))
+                shard.sweeps.take_slice(*shard.sweeps.begin("t", dry=False))
             assert rows(shard) == 101
         ticks(shard)
         assert rows(shard) == 1
@@ -187,14 +188,14 @@ def test_a_sketch_ages_once_in_a_ttl(rule: Any) -> None:
     shard.create_table(
         schema(admission=Sketch(threshold=20, expected_keys=1000), evictions=(rule,))
     )
-    gate = shard._numbered[1].table.gate
+    gate = shard._tables.require_number(1).table.gate
     eight = np.array([8], np.uint32)
     found = []
     for key, at in enumerate((0, 60, 120, 130, 190, 300)):
         now[0] = float(at)
         give(shard, [key], step=at, counts=eight)
         for _ in range(20):
-            shard.tick()
+            shard.sweeps.tick()
         found.append(gate.waiting(np.arange(6, dtype=np.uint64)).tolist())
     assert found == [
         [8, 0, 0, 0, 0, 0],
@@ -214,7 +215,7 @@ def test_a_sketch_that_nobody_pushes_to_is_empty_in_the_end() -> None:
     give(shard, range(500))
     now[0] = 101.0
     for _ in range(10):
-        shard.tick()
+        shard.sweeps.tick()
     assert shard.describe("t")[1].waiting == 0
 
 
@@ -231,8 +232,8 @@ def test_a_restart_ages_no_sketch(tmp_path: Path, checkpoint: bool) -> None:
             home.checkpoint()
         home.reopen()
         for _ in range(5):
-            home.shard.tick()
-        gate = home.shard._numbered[1].table.gate
+            home.shard.sweeps.tick()
+        gate = home.shard._tables.require_number(1).table.gate
         assert gate.waiting(np.array([1, 2, 3], np.uint64)).tolist() == [5, 5, 5]
 
 
@@ -251,16 +252,16 @@ def test_a_sketch_that_is_replayed_is_no_fuller_than_it_was(tmp_path: Path) -> N
 def test_a_part_of_a_sketch_is_damage(tmp_path: Path) -> None:
     shard = make_shard()
     shard.create_table(schema(admission=Sketch(expected_keys=100)))
-    gate = shard._numbered[1].table.gate
+    gate = shard._tables.require_number(1).table.gate
     gate.load_cells(0, np.ones(8, np.uint8))
     with pytest.raises(Exception, match="sketch of table 't': 8 bytes are no sketch of"):
-        shard.recovered()
+        shard.recovery.finish()
 
 
 def test_keys_without_counters_are_no_part_of_a_record(tmp_path: Path) -> None:
     with Home(tmp_path / "home") as home:
         home.shard.create_table(schema(admission=Probability(p=1e-9)))
-        pushed = home.shard._numbered[1].table.push(
+        pushed = home.shard._tables.require_number(1).table.push(
             np.arange(9, dtype=np.uint64),
             np.ones((9, 2), np.float32),
             np.ones(9, np.uint32),
@@ -277,8 +278,8 @@ def test_saving_and_exporting_evict_nothing(tmp_path: Path) -> None:
         for keys, step in ((range(20), 0), (range(20), 0), (range(15, 30), 9)):
             homes.push(keys, step=step)
         [node] = homes.nodes
-        number, sweep = node.shard.sweep("t", True)
-        node.shard.sweep_slice(number, sweep)
+        number, sweep = node.shard.sweeps.begin("t", True)
+        node.shard.sweeps.take_slice(number, sweep)
         assert sweep.counts[Cause.STEP_TTL] == 15
         before = contents(node.shard)
         homes.checkpoint("a")
@@ -336,7 +337,7 @@ def test_the_pause_after_a_slice_leaves_eviction_its_share_of_the_time(
     busy = [(0.003, SWEEPING), (0.003, URGENT), (0.0, SWEEPING), (1e-5, URGENT), (0.5, 0.0)]
     clock = Clock([*busy, (0.0, DiskFull("here", 1)), (0.0, ValueError()), (0.0, 0.0)])
     shard: Any = make_shard()
-    monkeypatch.setattr(shard, "tick", clock.tick)
+    monkeypatch.setattr(shard.sweeps, "tick", clock.tick)
     monkeypatch.setattr(module, "time", clock)
     sweeper = Sweeper(shard, Direct())  # type: ignore[arg-type]
     monkeypatch.setattr(sweeper, "_stop", clock)
@@ -351,13 +352,13 @@ def test_a_sweep_on_demand_leaves_pushes_half_of_the_time(monkeypatch: pytest.Mo
     clock = Clock([])
     shard: Any = make_shard()
     idle(shard)
-    do = shard.sweep_slice
+    do = shard.sweeps.take_slice
 
     def slice(number: int, sweep: Any) -> None:
         do(number, sweep)
         clock.now += 0.25
 
-    monkeypatch.setattr(shard, "sweep_slice", slice)
+    monkeypatch.setattr(shard.sweeps, "take_slice", slice)
     monkeypatch.setattr(module, "time", clock)
     sweeper = Sweeper(shard, Direct())  # type: ignore[arg-type]
     monkeypatch.setattr(sweeper, "_stop", clock)

@@ -1,0 +1,120 @@
+"""A shard brought back from its base and its log."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from psserver.schemas import from_json
+from psserver.sequencer import Sequencer
+from psserver.tables import TableEntry, Tables
+from psserver.tombstones import TombstoneQueue, Tombstones
+from storage import block as blocks
+from storage import records
+from storage.basestate import BaseState
+from storage.block import Block
+from storage.errors import Corrupt
+from storage.records import Cause
+
+
+class Recovery:
+    """Loads a base state, its blocks, then the records of the log, into an empty shard."""
+
+    def __init__(self, tables: Tables, sequencer: Sequencer, tombstones: TombstoneQueue) -> None:
+        self._tables = tables
+        self._sequencer = sequencer
+        self._tombstones = tombstones
+
+    def load_state(self, state: BaseState) -> None:
+        """Begin from a base state; its blocks come next."""
+        self._sequencer.version = state.version
+        self._tables.next_number = state.next_table
+        self._tombstones.horizon = state.horizon
+        self._sequencer.sessions.unpack(state.sessions)
+        for table in state.tables:
+            schema = from_json(json.loads(table.schema))
+            entry = self._tables.add(table.number, schema, table.created)
+            if table.policy:
+                entry.table.evictor.load(table.policy)
+
+    def load_block(self, block: Block) -> None:
+        """Load a block of the base; blocks come in the order in which they were made."""
+        entry = self._tables.numbered(block.table)
+        if entry is None:  # dropped before the state was committed
+            return
+        match block.kind:
+            case blocks.ROWS:
+                _load_rows(entry, block)
+            case blocks.COUNTERS:
+                entry.table.put_counters(block.keys, block.totals, block.versions)
+            case blocks.CELLS:
+                _load_cells(entry, block)
+            case _:
+                self._load_tombstones(entry, block)
+
+    def _load_tombstones(self, entry: TableEntry, block: Block) -> None:
+        for version in np.unique(block.versions):
+            chosen = block.versions == version
+            keys = block.keys[chosen].copy()
+            entry.table.delete(keys, before=int(version))
+            cause = Cause(int(block.causes[chosen][0]))
+            self._tombstones.add(Tombstones(block.table, keys, int(version), cause))
+
+    def replay(self, version: int, record: records.Record) -> None:
+        """Apply a record of the log again; records come in their order."""
+        self._sequencer.version = version
+        match record:
+            case records.Create():
+                self._tables.add(record.table, from_json(record.schema), version)
+                return
+            case records.Barrier():
+                return
+        entry = self._tables.numbered(record.table)
+        if entry is None:
+            raise Corrupt(f"record of version {version}", f"there is no table {record.table}")
+        match record:
+            case records.Push():
+                _replay_push(entry, version, record)
+            case records.Delete(_, number, cause, keys):
+                entry.table.delete(keys)
+                self._tombstones.add(Tombstones(number, keys.copy(), version, cause))
+            case records.Drop():
+                self._tables.remove(entry)
+        if (origin := record.origin).client:
+            self._sequencer.sessions.record(
+                origin.client, origin.incarnation, origin.sequence, origin.acknowledged, version
+            )
+
+    def finish(self) -> None:
+        """End the recovery; raises Corrupt if a sketch was loaded in part."""
+        for entry in self._tables:
+            try:
+                entry.table.gate.begin(self._sequencer.version)
+            except ValueError as error:
+                raise Corrupt(f"sketch of table {entry.schema.name!r}", str(error)) from error
+        self._sequencer.sessions.replayed()
+
+
+def _load_rows(entry: TableEntry, block: Block) -> None:
+    table = entry.table
+    table.put(block.keys, block.versions, block.steps, block.frequencies, block.rows)
+    if len(block.keys):
+        table.evictor.loaded(int(block.versions.max()), int(block.steps.max()))
+
+
+def _load_cells(entry: TableEntry, block: Block) -> None:
+    try:
+        entry.table.gate.load_cells(block.start, block.cells)
+    except ValueError as error:
+        raise Corrupt(f"sketch of table {entry.schema.name!r}", str(error)) from error
+
+
+def _replay_push(entry: TableEntry, version: int, record: records.Push) -> None:
+    origin, keys, waiting = record.origin, record.keys, record.waiting
+    versions = np.full(len(keys), version, np.uint64)
+    steps = np.full(len(keys), origin.step, np.int64)
+    entry.table.put(keys, versions, steps, record.frequencies, record.rows)
+    since = np.full(len(waiting), version, np.uint64)
+    entry.table.put_counters(waiting, record.totals, since)
+    entry.table.evictor.pushed(version, origin.step, origin.time_us / 1e6)

@@ -1,0 +1,113 @@
+"""The tables of one shard, by name and by number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from psserver.errors import BadRequest
+from storage.arena import Budget
+from storage.errors import UnknownTable
+from storage.schema import NAME, TableSchema
+from storage.table import Table
+
+MAX_DROPPED = 4096  # dropped tables whose schemas are kept
+
+
+@dataclass(slots=True)
+class TableEntry:
+    """A table, its number in the log and the version of its creation."""
+
+    table: Table
+    number: int
+    created: int
+
+    @property
+    def schema(self) -> TableSchema:
+        """Schema of the table."""
+        return self.table.schema
+
+
+class Tables:
+    """The tables of one shard. Numbers ascend and are never used again.
+
+    share  part of all keys that this shard owns, 0..1
+    ruled  numbers of the tables with eviction rules
+    """
+
+    def __init__(self, budget: Budget, share: float) -> None:
+        self._budget = budget
+        self._share = share
+        self._by_name: dict[str, TableEntry] = {}
+        self._by_number: dict[int, TableEntry] = {}
+        self._schemas: dict[int, TableSchema] = {}  # by number; of dropped tables too
+        self.ruled: list[int] = []
+        self.next_number = 1
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __iter__(self) -> Iterator[TableEntry]:
+        return iter(self._by_name.values())
+
+    def names(self) -> list[str]:
+        """Return the names of the tables, sorted."""
+        return sorted(self._by_name)
+
+    def find(self, name: str) -> TableEntry | None:
+        """Return the table of that name, or None. May be called from any thread."""
+        return self._by_name.get(name)
+
+    def get(self, name: str) -> TableEntry:
+        """Return the table of that name.
+
+        Raises UnknownTable, or BadRequest for what no table can be named.
+        """
+        entry = self._by_name.get(name)
+        if entry is not None:
+            return entry
+        if not NAME.fullmatch(name):
+            raise BadRequest(
+                "INVALID_ARGUMENT",
+                "table name must be 1..128 letters, digits or any of _ . / - and start with a"
+                f" letter, a digit or _, got {name[:200]!r}",
+            )
+        raise UnknownTable(name)
+
+    def numbered(self, number: int) -> TableEntry | None:
+        """Return the table of that number; None once it is dropped."""
+        return self._by_number.get(number)
+
+    def require_number(self, number: int) -> TableEntry:
+        """Return the table of that number; raises UnknownTable once it is dropped."""
+        entry = self._by_number.get(number)
+        if entry is None:
+            schema = self._schemas.get(number)
+            raise UnknownTable(schema.name if schema else str(number))
+        return entry
+
+    def schema_of(self, number: int) -> TableSchema | None:
+        """Return the schema of a table, dropped or not; None for a table dropped long ago.
+
+        May be called from any thread.
+        """
+        return self._schemas.get(number)
+
+    def add(self, number: int, schema: TableSchema, created: int) -> TableEntry:
+        """Make a table without rows."""
+        entry = TableEntry(Table(schema, self._budget, self._share), number, created)
+        self._by_name[schema.name] = self._by_number[number] = entry
+        if schema.evictions:
+            self.ruled.append(number)
+        self.next_number = max(self.next_number, number + 1)
+        self._schemas[number] = schema
+        if len(self._schemas) > len(self._by_name) + MAX_DROPPED:
+            del self._schemas[next(each for each in self._schemas if each not in self._by_number)]
+        return entry
+
+    def remove(self, entry: TableEntry) -> None:
+        """Drop a table, and return its memory."""
+        entry.table.close()
+        del self._by_name[entry.schema.name], self._by_number[entry.number]
+        if entry.number in self.ruled:
+            self.ruled.remove(entry.number)

@@ -1,0 +1,138 @@
+"""What readers of a shard get: copies of facts, and scans that go on while pushes do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psserver.schemas import to_json
+from psserver.tables import TableEntry
+from psserver.tombstones import Tombstones
+from storage.basestate import BaseTable
+from storage.kernels import Keys, Rows
+from storage.schema import TableSchema
+from storage.table import Table, TableStats
+from storage.tiers.base import Scan
+
+
+@dataclass(frozen=True, slots=True)
+class TableView:
+    """A table on this shard, for a reader that goes through its rows while pushes go on."""
+
+    schema: TableSchema
+    number: int
+    version: int  # of the shard
+    step: int  # largest step that was pushed to the table
+    tiers: list[tuple[str, Scan, int]]  # name, rows, bytes
+    stats: TableStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyView:
+    """The facts of some keys of a table; 0 and empty for keys without a row."""
+
+    version: int  # of the shard
+    number: int  # of the table
+    created: int  # version of the table's creation
+    tiers: list[str]
+    versions: NDArray[np.uint64]  # [n]
+    steps: NDArray[np.int64]  # [n]
+    frequencies: NDArray[np.uint64]  # [n]
+    embeddings: Rows  # float32[n, dim]
+    waiting: NDArray[np.uint32]  # [n]  occurrences that are counted towards admission
+    step: int  # largest step that was pushed to the table
+    schema: TableSchema
+    forgets: str  # why keys without row and counter may have been pushed; empty: they were not
+
+
+class TableList(NamedTuple):
+    """The tables of a shard at one version."""
+
+    version: int
+    horizon: int  # deletes up to this version may have lost their tombstones
+    tables: tuple[tuple[int, TableSchema, int], ...]  # number, schema, version of the creation
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedTable:
+    """A table of a captured shard."""
+
+    base: BaseTable
+    table: Table
+    width: int
+    rows: int
+    counters: int  # exact ones
+    edits: int  # of a sketch; see Gate
+    scan: Scan
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """A shard at one version, for a reader that goes through the rows while pushes go on."""
+
+    version: int
+    next_table: int
+    tables: tuple[CapturedTable, ...]
+    sessions: bytes
+    tombstones: tuple[Tombstones, ...]
+    horizon: int  # deletes up to this version may have lost their tombstones
+
+
+def capture_table(entry: TableEntry) -> CapturedTable:
+    """Return a table as it is now."""
+    table = entry.table
+    base = BaseTable(
+        number=entry.number,
+        schema=json.dumps(to_json(table.schema), sort_keys=True),
+        created=entry.created,
+        policy=table.evictor.pack(),
+    )
+    gate, width = table.gate, table.schema.width
+    counters = 0 if len(gate.cells()) else gate.entries
+    return CapturedTable(base, table, width, len(table), counters, gate.edits, table.scan())
+
+
+def view_table(entry: TableEntry, version: int) -> TableView:
+    """Return a table, to be read by slices."""
+    table = entry.table
+    return TableView(
+        table.schema,
+        entry.number,
+        version,
+        table.evictor.step,
+        table.tiers(),
+        table.stats(),
+    )
+
+
+def view_keys(entry: TableEntry, keys: Keys, version: int, now: float) -> KeyView:
+    """Return the facts of distinct keys of this shard.
+
+    now  seconds since 1970
+    """
+    table = entry.table
+    embeddings = np.empty((len(keys), table.schema.dim), np.float32)
+    locations = table.pull(keys, "serve", embeddings)
+    versions, steps, frequencies = table.metadata(locations)
+    waiting = np.where(locations == 0, table.gate.waiting(keys), 0).astype(np.uint32)
+    forgets, stale = table.gate.forgets, table.evictor.stale(now)
+    if not forgets and table.gate.cap and stale > entry.created:
+        forgets = f"counters last touched up to version {stale} have expired"
+    return KeyView(
+        version=version,
+        number=entry.number,
+        created=entry.created,
+        tiers=table.tiers_of(locations),
+        versions=versions,
+        steps=steps,
+        frequencies=frequencies,
+        embeddings=embeddings,
+        waiting=waiting,
+        step=table.evictor.step,
+        schema=table.schema,
+        forgets=forgets,
+    )
