@@ -76,7 +76,7 @@ class Rule(_message.Message):
     def __init__(self, name: _Optional[str] = ..., parameters: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class TableSchema(_message.Message):
-    __slots__ = ("name", "dim", "optimizer", "initializer", "seed", "serving_default", "durability", "admission", "evictions")
+    __slots__ = ("name", "dim", "optimizer", "initializer", "seed", "serving_default", "durability", "admission", "evictions", "max_step_ahead")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIM_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +86,7 @@ class TableSchema(_message.Message):
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
     ADMISSION_FIELD_NUMBER: _ClassVar[int]
     EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEP_AHEAD_FIELD_NUMBER: _ClassVar[int]
     name: str
     dim: int
     optimizer: Rule
@@ -95,7 +96,8 @@ class TableSchema(_message.Message):
     durability: Durability
     admission: Rule
     evictions: _containers.RepeatedCompositeFieldContainer[Rule]
-    def __init__(self, name: _Optional[str] = ..., dim: _Optional[int] = ..., optimizer: _Optional[_Union[Rule, _Mapping]] = ..., initializer: _Optional[_Union[Rule, _Mapping]] = ..., seed: _Optional[int] = ..., serving_default: _Optional[float] = ..., durability: _Optional[_Union[Durability, str]] = ..., admission: _Optional[_Union[Rule, _Mapping]] = ..., evictions: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ...) -> None: ...
+    max_step_ahead: int
+    def __init__(self, name: _Optional[str] = ..., dim: _Optional[int] = ..., optimizer: _Optional[_Union[Rule, _Mapping]] = ..., initializer: _Optional[_Union[Rule, _Mapping]] = ..., seed: _Optional[int] = ..., serving_default: _Optional[float] = ..., durability: _Optional[_Union[Durability, str]] = ..., admission: _Optional[_Union[Rule, _Mapping]] = ..., evictions: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ..., max_step_ahead: _Optional[int] = ...) -> None: ...
 
 class TableStats(_message.Message):
     __slots__ = ("rows", "bytes", "waiting", "counter_bytes")
@@ -148,6 +150,26 @@ class ListTablesResponse(_message.Message):
     TABLES_FIELD_NUMBER: _ClassVar[int]
     tables: _containers.RepeatedCompositeFieldContainer[DescribeTableResponse]
     def __init__(self, tables: _Optional[_Iterable[_Union[DescribeTableResponse, _Mapping]]] = ...) -> None: ...
+
+class AlterTableRequest(_message.Message):
+    __slots__ = ("schema", "fields")
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    FIELDS_FIELD_NUMBER: _ClassVar[int]
+    schema: TableSchema
+    fields: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, schema: _Optional[_Union[TableSchema, _Mapping]] = ..., fields: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class AlterTableResponse(_message.Message):
+    __slots__ = ("schema", "stats", "version", "dropped_counters")
+    SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    STATS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    schema: TableSchema
+    stats: TableStats
+    version: int
+    dropped_counters: int
+    def __init__(self, schema: _Optional[_Union[TableSchema, _Mapping]] = ..., stats: _Optional[_Union[TableStats, _Mapping]] = ..., version: _Optional[int] = ..., dropped_counters: _Optional[int] = ...) -> None: ...
 
 class DropTableRequest(_message.Message):
     __slots__ = ("name",)
@@ -456,6 +478,7 @@ class DeltaHeader(_message.Message):
         KIND_SNAPSHOT: _ClassVar[DeltaHeader.Kind]
         KIND_SNAPSHOT_END: _ClassVar[DeltaHeader.Kind]
         KIND_CATCH_UP: _ClassVar[DeltaHeader.Kind]
+        KIND_TABLE_ALTERED: _ClassVar[DeltaHeader.Kind]
     KIND_UNSPECIFIED: DeltaHeader.Kind
     KIND_ROWS: DeltaHeader.Kind
     KIND_DELETES: DeltaHeader.Kind
@@ -466,6 +489,7 @@ class DeltaHeader(_message.Message):
     KIND_SNAPSHOT: DeltaHeader.Kind
     KIND_SNAPSHOT_END: DeltaHeader.Kind
     KIND_CATCH_UP: DeltaHeader.Kind
+    KIND_TABLE_ALTERED: DeltaHeader.Kind
     KIND_FIELD_NUMBER: _ClassVar[int]
     TABLE_FIELD_NUMBER: _ClassVar[int]
     DIM_FIELD_NUMBER: _ClassVar[int]
