@@ -48,13 +48,13 @@ IDLE_SECONDS = 20.0  # until the host has taken free memory back
 class Shard:
     """A server over a directory of its own, from start() to stop()."""
 
-    def __init__(self, directory: Path, url: str, *, checkpoint_seconds: float = NEVER) -> None:
+    def __init__(self, directory: Path, url: str, *, flush_seconds: float = NEVER) -> None:
         self.directory = directory
         self.address = ""
         self._command = [sys.executable, "-m", "psserver", "serve", "--metrics-port", "0"]
         self._command += ["--data-dir", str(directory / "data")]
         self._command += ["--checkpoint-url", url]
-        self._command += ["--checkpoint-seconds", str(checkpoint_seconds)]
+        self._command += ["--flush-seconds", str(flush_seconds)]
         self._command += ["--log-keep-bytes", "0"]
 
     def start(self) -> Shard:
@@ -118,8 +118,8 @@ def pusher(table: Table, keys: Ids, work: Work) -> Callable[[int], None]:
 def cost(report: Report, directory: Path, work: Work, window: float, rounds: int) -> None:
     """The section of that name."""
     url = f"file://{directory}/cost-checkpoints"
-    plain = Shard(directory / "plain", url, checkpoint_seconds=window)
-    local = Shard(directory / "local", url, checkpoint_seconds=window / 2)
+    plain = Shard(directory / "plain", url, flush_seconds=window)
+    local = Shard(directory / "local", url, flush_seconds=window / 2)
     keys = keys_of(np.arange(work.rows))
     rates: dict[str, list[float]] = {"none": [], "full": [], "incremental": [], "local": []}
     spent: dict[str, list[float]] = {name: [] for name in rates}

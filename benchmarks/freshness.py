@@ -142,7 +142,7 @@ def fresh(report: Report, directory: Path, rows: int, seconds: float, batch: int
     keys, work = keys_of(np.arange(rows)), Work(rows=rows, batch=batch)
     found = []
     with ExitStack() as stack:
-        server = stack.enter_context(serving(directory, "--checkpoint-seconds", NEVER))
+        server = stack.enter_context(serving(directory, "--flush-seconds", NEVER))
         client = stack.enter_context(Client([server.address]))
         table = client.create_table("fresh", DIM, lr=0.05)
         fill(table, keys)
@@ -244,7 +244,7 @@ def stopped(report: Report, directory: Path, rows: int, window: float, rounds: i
     for batch in (1_000, 10_000):
         steps = standard_work(Work(rows=rows, batch=batch), 64)
         home = directory / str(batch)
-        with serving(home, "--checkpoint-seconds", "20") as server, Client([server.address]) as one:
+        with serving(home, "--flush-seconds", "20") as server, Client([server.address]) as one:
             table = one.create_table("rows", DIM, lr=0.05)
             fill(table, keys)
             rates: dict[int, list[float]] = {0: [], 1: [], 16: []}
@@ -349,7 +349,7 @@ def streamed(report: Report, directory: Path, rows: int, seconds: float) -> None
     name: dict[str, Any] = {"tables": ["rows"]}
     segments = ("--segment-bytes", str(4 << 20))  # the log is cut by whole segments
     with ExitStack() as stack:
-        flags = ("--checkpoint-seconds", NEVER, *segments)
+        flags = ("--flush-seconds", NEVER, *segments)
         server = stack.enter_context(serving(directory, *flags))
         client = stack.enter_context(Client([server.address]))
         table = client.create_table("rows", DIM, lr=0.05)
@@ -368,7 +368,7 @@ def streamed(report: Report, directory: Path, rows: int, seconds: float) -> None
         assert client.wait_durable()[0] == last
         live.join()
         came["coalesced"] = read_up_to(server, last, tokens=tokens, coalesce_ms=1000, **name)
-    short = ("--checkpoint-seconds", "1", "--log-keep-bytes", "0", *segments)
+    short = ("--flush-seconds", "1", "--log-keep-bytes", "0", *segments)
     with serving(directory, *short) as server, Client([server.address]) as client:
         table = client.table("rows")
         while read_mode(server, tokens) != "catch_up":

@@ -15,7 +15,9 @@ recovery.py      a shard brought back from its base and its log
 shard.py         one shard's part of every table, without a network
 engine.py        the thread that owns the shard
 sweeper.py       eviction in the background and on demand
-checkpointer.py  what a shard keeps on disk beside the log
+replay.py        a shard brought back from its data directory
+packing.py       rows of a shard packed into blocks
+flusher.py       dirty rows written to the base
 work.py          long work: one piece at a time, with its progress
 stored.py        what a checkpoint holds for a shard
 catalog.py       the checkpoints there are: listed, verified

@@ -19,9 +19,9 @@ import structlog
 
 from psproto import ps_pb2 as pb
 from psserver.catalog import Catalog, describe
-from psserver.checkpointer import blocks_of, counters_of
 from psserver.engine import Engine
 from psserver.errors import CheckpointExists, CheckpointUnfit, NoLog
+from psserver.packing import blocks_of, counters_of
 from psserver.rows import RowFiles
 from psserver.shard import Shard
 from psserver.stored import require_id, require_name, runs
@@ -57,7 +57,7 @@ class Checkpoints:
     """What one shard does about named checkpoints. Thread-safe.
 
     log    None: this shard cannot take checkpoints
-    pins   of the checkpointer: keeps the log while it is copied
+    pins   of the flusher: keeps the log while it is copied
     store  None: the configuration names no place for checkpoints
     now    seconds since 1970
     """

@@ -67,8 +67,8 @@ class ServerConfig(BaseSettings):
         2 << 30, ge=0, description="of the log kept for subscribers beyond what a restart needs"
     )
     log_keep_seconds: float = Field(0.0, ge=0, description="at least so much of the log is kept")
-    checkpoint_seconds: float = Field(
-        60.0, gt=0, description="between checkpoints to the data directory"
+    flush_seconds: float = Field(
+        60.0, gt=0, description="seconds between flushes of changed rows to the data directory"
     )
     checkpoint_url: str | None = Field(
         None,

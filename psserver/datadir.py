@@ -16,9 +16,10 @@ from typing import IO
 import structlog
 
 from psproto import routing
-from psserver.checkpointer import Checkpointer, recover
 from psserver.config import ConfigError, ServerConfig
 from psserver.engine import Engine
+from psserver.flusher import Flusher
+from psserver.replay import recover
 from psserver.shard import Shard
 from psserver.swap import COMMITTED, State, failed, loaded, settle
 from storage.base import Base
@@ -72,7 +73,7 @@ class DataDirectory:
 
     shard         recovered by ``open``
     restore       the state of a restore that the last process left, or None
-    log, base, checkpointer  are there after ``open``
+    log, base, flusher  are there after ``open``
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class DataDirectory:
         return self.shard
 
     def close(self) -> None:
-        """Close log and base; the checkpointer was closed before."""
+        """Close log and base; the flusher was closed before."""
         self.log.close()
         self.base.close()
 
@@ -145,13 +146,13 @@ class DataDirectory:
             raise _unfit(error) from error
         self.log = versions
         self.shard.attach(self.log)
-        self.checkpointer = Checkpointer(
+        self.flusher = Flusher(
             self.shard,
             self._engine,
             self.base,
             self.log,
             fail=partial(_fail, "the base"),
-            seconds=config.checkpoint_seconds,
+            seconds=config.flush_seconds,
             keep=(config.log_keep_bytes, config.log_keep_seconds),
             stored_rows=found.rows,
         )

@@ -17,9 +17,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from psserver.checkpointer import Checkpointer
 from psserver.engine import Engine
 from psserver.feed import Feed
+from psserver.flusher import Flusher
 from psserver.shard import Shard
 from psserver.stats import BOUNDS, ServiceStats
 from storage.errors import UnknownTable
@@ -154,15 +154,15 @@ class FeedCollector(Collector):
         yield CounterMetricFamily("ps_subscriber_messages", "Of them.", feed.messages)
 
 
-class CheckpointCollector(Collector):
-    """Reads how old the last checkpoint is whenever the page is asked for."""
+class FlushCollector(Collector):
+    """Reads the age of the last flush whenever the page is asked for."""
 
-    def __init__(self, checkpointer: Checkpointer) -> None:
-        self._checkpointer = checkpointer
+    def __init__(self, flusher: Flusher) -> None:
+        self._flusher = flusher
 
     def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
-            "ps_checkpoint_age_seconds",
-            "Since the data directory's base had all changes.",
-            time.monotonic() - self._checkpointer.made,
+            "ps_flush_age_seconds",
+            "Seconds since the last flush to the data directory.",
+            time.monotonic() - self._flusher.flushed,
         )

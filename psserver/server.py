@@ -21,7 +21,7 @@ from psserver.datadir import DataDirectory
 from psserver.engine import Engine
 from psserver.feed import Feed
 from psserver.listener import Listener
-from psserver.metrics import CheckpointCollector, FeedCollector, ShardCollector
+from psserver.metrics import FeedCollector, FlushCollector, ShardCollector
 from psserver.restore import Restores
 from psserver.service import Service
 from psserver.shard import Shard
@@ -80,7 +80,7 @@ class Server:
         if config.metrics_port:
             self._open_metrics()
         if self._data is not None:
-            self._data.checkpointer.open()
+            self._data.flusher.open()
         self._sweeper.open()
         await self._listener.serve(self._service)
 
@@ -97,7 +97,7 @@ class Server:
     def _open_parts(self) -> None:
         config, data, shard, engine = self._config, self._data, self._shard, self._engine
         versions = None if data is None else data.log
-        pins: dict[str, int] = {} if data is None else data.checkpointer.pins
+        pins: dict[str, int] = {} if data is None else data.flusher.pins
         restore: State | None = None if data is None else data.restore
         checkpoints = Checkpoints(shard, engine, versions, pins, self._store())
         restores = Restores(shard, engine, checkpoints, config.data_dir, restore, self._restart)
@@ -127,7 +127,7 @@ class Server:
         if self._feed is not None:
             registry.register(FeedCollector(self._feed))
         if data is not None:
-            registry.register(CheckpointCollector(data.checkpointer))
+            registry.register(FlushCollector(data.flusher))
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)
         try:
@@ -156,7 +156,7 @@ class Server:
         if self._feed is not None:
             self._feed.close()
         if self._data is not None:
-            self._data.checkpointer.close()
+            self._data.flusher.close()
         self._engine.close()
         if self._data is not None:
             self._data.close()

@@ -63,7 +63,7 @@ class Node:
     def _serve(self, state: State | None) -> None:
         home = self.home
         self.shard = home.shard
-        pins = home.checkpointer.pins
+        pins = home.flusher.pins
         self.checkpoints = Checkpoints(
             home.shard, self.engine, home.log, pins, self._store, now=lambda: 1.5
         )

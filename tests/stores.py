@@ -16,9 +16,10 @@ import numpy as np
 
 from psproto.routing import even_map
 from psserver.analysis import Analyses
-from psserver.checkpointer import Checkpointer, Recovered, recover
 from psserver.checkpoints import Checkpoints
+from psserver.flusher import Flusher
 from psserver.pace import Pace
+from psserver.replay import Recovered, recover
 from psserver.requests import Delete, Push
 from psserver.shard import Shard
 from storage.base import Base
@@ -60,7 +61,7 @@ def make_shard(**changes: Any) -> Shard:
 
 
 class Home:
-    """A shard, its log, base and checkpointer over one directory, from open() to close().
+    """A shard, its log, base and flusher over one directory, from open() to close().
 
     Checkpoints are made when a test says so. ``failures`` is what the log could not do.
     """
@@ -112,7 +113,7 @@ class Home:
             self.base.close()
             raise
         self.shard.attach(self.log)
-        self.checkpointer = Checkpointer(
+        self.flusher = Flusher(
             self.shard,
             self._engine,
             self.base,
@@ -143,8 +144,8 @@ class Home:
     ) -> None:
         self.close()
 
-    def checkpoint(self) -> None:
-        self.checkpointer.checkpoint()
+    def flush(self) -> None:
+        self.flusher.flush()
 
     def written(self) -> None:
         """Return once everything appended was handed to the operating system."""

@@ -45,7 +45,7 @@ ROUND = 20  # cycles until all is verified and new trainers begin
 TRAINERS = 4
 STARTING = 0.04  # seconds that a start takes, about
 TIMEOUT = 90.0  # seconds that a trainer goes on repeating a push
-FLAGS = "--metrics-port 0 --checkpoint-seconds 0.1 --segment-bytes 1048576 --log-keep-bytes 0"
+FLAGS = "--metrics-port 0 --flush-seconds 0.1 --segment-bytes 1048576 --log-keep-bytes 0"
 FLAGS += " --memory-bytes 1073741824 --fsync-seconds 0.02"
 
 

@@ -82,7 +82,7 @@ def make(directory: Path, seed: int, *, clean: bool) -> tuple[Path, dict[str, An
             shard.drop_table("gone")
         if sequence % 23 == 0:
             shard.barrier(f"b{sequence}")
-            home.checkpoint()
+            home.flush()
     home.written()
     want = contents(shard)
     if not clean:

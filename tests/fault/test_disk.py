@@ -103,7 +103,7 @@ def test_a_full_disk_refuses_pushes_whole_and_serves_pulls(
 ) -> None:
     with disks.small(96) as disk:
         # nothing of the log is given back, so that the disk stays full
-        flags = "--segment-bytes 2097152 --checkpoint-seconds 0.3 --log-keep-bytes 1000000000"
+        flags = "--segment-bytes 2097152 --flush-seconds 0.3 --log-keep-bytes 1000000000"
         one = shard(disk / "shard", flags)
         with client_of(one) as client, client_of(one, timeout=1.5) as hasty:
             table = plain(client)
@@ -159,7 +159,7 @@ def test_a_full_disk_refuses_pushes_whole_and_serves_pulls(
 def test_a_failed_write_or_sync_ends_the_process_and_nothing_acknowledged_is_lost(
     shard: Callable[..., Shard], tmp_path: Path, what: str, told: str
 ) -> None:
-    one = shard(tmp_path / "shard", "--checkpoint-seconds 0.2 --segment-bytes 1048576")
+    one = shard(tmp_path / "shard", "--flush-seconds 0.2 --segment-bytes 1048576")
     rng = random.Random(what)
     with client_of(one, timeout=60.0) as client:
         table = plain(client)
@@ -261,7 +261,7 @@ def test_a_power_failure_takes_nothing_synced_and_little_else(
     slowest: list[float] = []  # seconds that a sync of another file took meanwhile, by cut
     oldest = []  # seconds from the acknowledgement of the first push lost to the cut, by cut
     with disks.battery(192) as power:
-        flags = "--checkpoint-seconds 0.15 --segment-bytes 1048576"
+        flags = "--flush-seconds 0.15 --segment-bytes 1048576"
         one = shard(power.where / "shard", flags)
         with client_of(one) as client:
             plain(client)

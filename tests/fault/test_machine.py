@@ -242,7 +242,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def checkpoint(self) -> None:
         if not self.home.failures:
-            self.home.checkpoint()
+            self.home.flush()
             self.acknowledged = max(self.acknowledged, self.home.base.state.version)  # type: ignore[union-attr]
 
     # ---- stops and crashes
@@ -299,7 +299,7 @@ class Machine(RuleBasedStateMachine):
         owner: Any = home.log if moment == "cut" else home.base
         if moment != "end":
             setattr(owner, moment, before(getattr(owner, moment)))
-        home.checkpoint()
+        home.flush()
         if moment != "end":
             delattr(owner, moment)
         take()

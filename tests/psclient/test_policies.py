@@ -262,7 +262,7 @@ def test_counters_that_expire_show_in_the_metrics(
 def test_counters_outlive_a_kill_with_and_without_a_checkpoint(
     start_cluster: Callable[..., Cluster], name: str, rule: str
 ) -> None:
-    cluster = start_cluster(1, "--checkpoint-seconds", "0.5")
+    cluster = start_cluster(1, "--flush-seconds", "0.5")
     keys, args = np.arange(2000), {"threshold": 4, "expected_keys": 100_000}
     if rule == "counter":
         del args["expected_keys"]

@@ -404,7 +404,7 @@ def test_a_server_has_room_for_so_many_subscribers(start_cluster: Any) -> None:
 def test_a_token_behind_the_horizons_needs_a_snapshot(
     start_cluster: Any, connect: Any, name: str
 ) -> None:
-    flags = ("--log-keep-bytes", "0", "--checkpoint-seconds", "0.2", "--max-tombstones", "10")
+    flags = ("--log-keep-bytes", "0", "--flush-seconds", "0.2", "--max-tombstones", "10")
     cluster = start_cluster(1, *flags)
     client = connect(cluster)
     table = table_of(client, name, 256)

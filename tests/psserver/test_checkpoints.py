@@ -293,7 +293,7 @@ def test_what_changes_while_rows_are_copied_is_as_it_is_at_the_end(
     source.push(range(500), table="short")
     rng = random.Random(seed)
     real = checkpoints.blocks_of
-    monkeypatch.setattr("psserver.checkpointer.rows_per_block", lambda width: 100)
+    monkeypatch.setattr("psserver.packing.rows_per_block", lambda width: 100)
 
     def disturbed(*args: Any) -> Iterator[Any]:
         for block in real(*args):
@@ -399,16 +399,16 @@ def test_the_log_is_kept_while_it_is_copied(make: Make, monkeypatch: pytest.Monk
             yield block
             for _ in range(40):  # several segments
                 source.push(range(500))
-            node.home.checkpoint()  # which cuts the log
+            node.home.flush()  # which cuts the log
 
     monkeypatch.setattr(checkpoints, "blocks_of", disturbed)
     source.checkpoint("full")
     first = node.home.log.first
     target.restore("full")
     assert target.rows() == source.rows()
-    assert node.home.checkpointer.pins == {}
+    assert node.home.flusher.pins == {}
     source.push([1])
-    node.home.checkpoint()
+    node.home.flush()
     assert node.home.log.first > first
 
 

@@ -117,7 +117,7 @@ def test_an_evicted_key_tells_by_which_rule_and_at_which_step(home: Home) -> Non
     assert [list(facts.gone) for facts in known.values()] == [[ttl], [ttl], [request]]
     for _ in range(40):  # until the log has another segment
         shard.exchange([push(range(100, 300), step=21)], [])
-    home.checkpoint()
+    home.flush()
     assert home.log.first > 4
     [gone] = inspected(shard, 1, log=home.log)[1].gone
     assert gone == State.Gone(version=4, cause="step_ttl")

@@ -95,7 +95,7 @@ def test_a_client_that_is_behind_or_tells_no_step_makes_no_row_idle(
             ticks(home.shard)
         assert steps(home.shard) == {1: 950, 2: 950, 3: 950}
         if checkpoint:
-            home.checkpoint()
+            home.flush()
         before = contents(home.shard)
         home.reopen()
         assert contents(home.shard) == before
@@ -229,7 +229,7 @@ def test_a_restart_ages_no_sketch(tmp_path: Path, checkpoint: bool) -> None:
         now[0] = 150.0  # so that something is stale
         give(home.shard, [1, 2, 3], counts=np.array([5, 5, 5], np.uint32))
         if checkpoint:
-            home.checkpoint()
+            home.flush()
         home.reopen()
         for _ in range(5):
             home.shard.sweeps.tick()
@@ -285,7 +285,7 @@ def test_saving_and_exporting_evict_nothing(tmp_path: Path) -> None:
         homes.checkpoint("a")
         homes.checkpoint("b", base="a")
         homes.verify("b")
-        node.home.checkpoint()
+        node.home.flush()
         exported = [
             sorted(np.frombuffer(message.keys, "<u8").tolist())
             for stored in ("", "a", "b")

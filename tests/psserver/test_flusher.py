@@ -1,4 +1,4 @@
-"""A checkpoint and the log behind it bring back the very state, whatever happened meanwhile."""
+"""A flush and the log behind it bring back the very state, whatever happened meanwhile."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stores import DIM, Home, change, contents, copy_of, make_shard, push, schem
 
 from psserver.engine import Engine
 from psserver.errors import NoLog
-from psserver.metrics import CheckpointCollector
+from psserver.metrics import FlushCollector
 from psserver.shard import Shard
 from storage.admission.rules import Sketch
 from storage.block import ROWS, TOMBSTONES, rows_per_block
@@ -58,18 +58,18 @@ def assert_restarts_equal(home: Home) -> None:
     assert contents(home.shard) == before
 
 
-# ---- what a checkpoint writes
+# ---- what a flush writes
 
 
-def test_a_shard_without_a_checkpoint_is_replayed_from_the_log(home: Home) -> None:
+def test_a_shard_without_a_flush_is_replayed_from_the_log(home: Home) -> None:
     home.shard.exchange([push([1, 2]), push([2, 3])], [])
     assert_restarts_equal(home)
     assert (home.recovered.rows, home.recovered.records) == (0, 3)
 
 
-def test_the_first_checkpoint_holds_every_row_and_nothing_is_replayed(home: Home) -> None:
+def test_the_first_flush_holds_every_row_and_nothing_is_replayed(home: Home) -> None:
     home.shard.exchange([push([3, 1, 2]), push([2])], [])
-    home.checkpoint()
+    home.flush()
     assert home.base.state is not None
     assert home.base.state.version == home.shard.version == 3
     assert blocks(home) == [(ROWS, [3, 1, 2], [2, 2, 3])]
@@ -77,19 +77,19 @@ def test_the_first_checkpoint_holds_every_row_and_nothing_is_replayed(home: Home
     assert (home.recovered.rows, home.recovered.records) == (3, 0)
 
 
-def test_the_next_checkpoint_holds_what_changed_since(home: Home) -> None:
+def test_the_next_flush_holds_what_changed_since(home: Home) -> None:
     home.shard.exchange([push([1, 2, 3])], [])
-    home.checkpoint()
+    home.flush()
     home.shard.exchange([push([2, 4])], [])
-    home.checkpoint()
+    home.flush()
     assert blocks(home) == [(ROWS, [1, 2, 3], [2, 2, 2]), (ROWS, [2, 4], [3, 3])]
     assert_restarts_equal(home)
     assert (home.recovered.rows, home.recovered.records) == (5, 0)
 
 
-def test_what_came_after_a_checkpoint_is_replayed_over_it(home: Home) -> None:
+def test_what_came_after_a_flush_is_replayed_over_it(home: Home) -> None:
     home.shard.exchange([push([1, 2, 3])], [])
-    home.checkpoint()
+    home.flush()
     home.shard.exchange([push([2], 5.0), push([9])], [])
     home.shard.delete(change([1]))
     assert_restarts_equal(home)
@@ -98,18 +98,18 @@ def test_what_came_after_a_checkpoint_is_replayed_over_it(home: Home) -> None:
 
 def test_nothing_is_written_when_nothing_changed(home: Home) -> None:
     home.shard.exchange([push([1])], [])
-    home.checkpoint()
+    home.flush()
     state = home.base.state
-    home.checkpoint()
+    home.flush()
     assert home.base.state is state
     home.reopen()
-    home.checkpoint()
+    home.flush()
     assert home.base.state == state
 
 
-def test_an_empty_shard_makes_a_checkpoint_too(tmp_path: Path) -> None:
+def test_an_empty_shard_makes_a_flush_too(tmp_path: Path) -> None:
     with Home(tmp_path / "shard") as home:
-        home.checkpoint()
+        home.flush()
         assert home.base.state is not None
         assert (home.base.state.version, home.base.state.blocks) == (0, ())
         assert_restarts_equal(home)
@@ -117,11 +117,11 @@ def test_an_empty_shard_makes_a_checkpoint_too(tmp_path: Path) -> None:
 
 def test_at_two_stored_rows_for_one_that_lives_all_are_written_anew(home: Home) -> None:
     home.shard.exchange([push([1, 2, 3])], [])
-    home.checkpoint()
+    home.flush()
     stored = []
     for _ in range(12):
         home.shard.exchange([push([1, 2])], [])
-        home.checkpoint()
+        home.flush()
         stored.append(sum(len(keys) for _, keys, _ in blocks(home)))
         before = contents(home.shard)
         with Home(copy_of(home.directory, home.directory.with_name(f"c{len(stored)}"))) as other:
@@ -131,12 +131,12 @@ def test_at_two_stored_rows_for_one_that_lives_all_are_written_anew(home: Home) 
 
 def test_the_rows_stored_are_counted_across_a_restart(home: Home) -> None:
     home.shard.exchange([push([1, 2, 3])], [])
-    home.checkpoint()
+    home.flush()
     stored = []
     for _ in range(6):
         home.reopen()
         home.shard.exchange([push([1, 2])], [])
-        home.checkpoint()
+        home.flush()
         stored.append(sum(len(keys) for _, keys, _ in blocks(home)))
     assert stored == [5, 7, 3, 5, 7, 3]
 
@@ -149,7 +149,7 @@ def test_rows_that_fill_several_blocks(tmp_path: Path) -> None:
         keys = list(range(2 * most + 1))
         gradients = np.random.default_rng(1).normal(size=(len(keys), 1500)).astype(np.float32)
         home.shard.exchange([push(keys, table="wide", gradients=gradients)], [])
-        home.checkpoint()
+        home.flush()
         assert [len(keys) for _, keys, _ in blocks(home)] == [most, most, 1]
         assert_restarts_equal(home)
 
@@ -160,7 +160,7 @@ def test_a_row_larger_than_a_block_is_a_block_of_its_own(tmp_path: Path) -> None
     with Home(tmp_path / "shard", segment_bytes=1 << 24) as home:
         home.shard.create_table(schema(dim=dim, optimizer=make_optimizer("adam", 0.1, {})))
         home.shard.exchange([push([1, 2], gradients=np.ones((2, dim), np.float32))], [])
-        home.checkpoint()
+        home.flush()
         assert_restarts_equal(home)
 
 
@@ -177,7 +177,7 @@ def test_state_comes_back_with_the_rows(tmp_path: Path, optimizer: str) -> None:
             gradients = rng.normal(size=(8, DIM)).astype(np.float32)
             home.shard.exchange([push(keys, gradients=gradients, step=step)], [])
             if step % 2:
-                home.checkpoint()
+                home.flush()
                 assert_restarts_equal(home)
         assert_restarts_equal(home)
 
@@ -187,10 +187,10 @@ def test_state_comes_back_with_the_rows(tmp_path: Path, optimizer: str) -> None:
 
 def test_deleted_rows_stay_deleted(home: Home) -> None:
     home.shard.exchange([push([1, 2, 3])], [])
-    home.checkpoint()
+    home.flush()
     home.shard.delete(change([2, 3, 77]))
     home.shard.exchange([push([3])], [])
-    home.checkpoint()
+    home.flush()
     assert blocks(home)[1:] == [(TOMBSTONES, [2, 3], [3, 3]), (ROWS, [3], [4])]
     assert_restarts_equal(home)
     assert home.shard.dump()["t"].keys.tolist() == [1, 3]
@@ -203,13 +203,13 @@ def test_deleted_rows_stay_deleted_when_their_tombstones_were_forgotten(
     with Home(tmp_path / "shard", max_tombstones=limit) as home:
         home.shard.create_table(schema())
         home.shard.exchange([push(list(range(10)))], [])
-        home.checkpoint()
+        home.flush()
         for key in (2, 3, 5):
             home.shard.delete(change([key]))
-        home.checkpoint()
+        home.flush()
         assert_restarts_equal(home)
         home.shard.exchange([push([3])], [])
-        home.checkpoint()
+        home.flush()
         assert_restarts_equal(home)
         assert home.shard.dump()["t"].keys.tolist() == [0, 1, 3, 4, 6, 7, 8, 9]
 
@@ -220,11 +220,11 @@ def test_the_horizon_of_tombstones_never_goes_back(tmp_path: Path) -> None:
         home.shard.exchange([push(list(range(10)))], [])
         for key in range(2):
             home.shard.delete(change([key]))
-        home.checkpoint()
+        home.flush()
         for key in range(2, 9):
             home.shard.delete(change([key]))
             if key % 3 == 0:
-                home.checkpoint()
+                home.flush()
             horizon = home.shard.tombstone_horizon
             home.reopen()
             assert home.shard.tombstone_horizon >= horizon
@@ -243,7 +243,7 @@ def test_a_delete_of_nothing_takes_no_memory(home: Home) -> None:
 def test_the_causes_of_deletes_come_back(home: Home) -> None:
     home.shard.exchange([push([1, 2])], [])
     home.shard.delete(change([1]))
-    home.checkpoint()
+    home.flush()
     home.shard.delete(change([2]))
     home.reopen()
     assert [dead.cause for dead in home.shard.capture().tombstones] == [Cause.REQUEST] * 2
@@ -256,13 +256,13 @@ def test_a_dropped_table_stays_dropped_and_its_number_is_not_used_again(home: Ho
     home.shard.create_table(schema("gone", dim=3))
     rows = push([1, 2], table="gone", gradients=np.ones((2, 3), np.float32))
     home.shard.exchange([push([7]), rows], [])
-    home.checkpoint()
+    home.flush()
     home.shard.drop_table("gone")
-    home.checkpoint()
+    home.flush()
     assert_restarts_equal(home)
     home.shard.create_table(schema("new"))
     home.shard.exchange([push([7], table="new")], [])
-    home.checkpoint()
+    home.flush()
     assert_restarts_equal(home)
     assert home.shard.tables() == ["new", "t"]
     assert home.shard.dump()["new"].keys.tolist() == [7]
@@ -270,19 +270,19 @@ def test_a_dropped_table_stays_dropped_and_its_number_is_not_used_again(home: Ho
 
 def test_a_table_dropped_and_created_again_under_its_name_is_another(home: Home) -> None:
     home.shard.exchange([push([1, 2])], [])
-    home.checkpoint()
+    home.flush()
     home.shard.drop_table("t")
     home.shard.create_table(schema(seed=9))
     home.shard.exchange([push([2])], [])
     assert_restarts_equal(home)
-    home.checkpoint()
+    home.flush()
     assert_restarts_equal(home)
     assert home.shard.dump()["t"].keys.tolist() == [2]
 
 
-def test_a_table_dropped_behind_the_checkpoint_is_dropped_again(home: Home) -> None:
+def test_a_table_dropped_behind_the_flush_is_dropped_again(home: Home) -> None:
     home.shard.exchange([push([1, 2])], [])
-    home.checkpoint()
+    home.flush()
     home.shard.drop_table("t")
     assert_restarts_equal(home)
     assert home.shard.tables() == []
@@ -301,7 +301,7 @@ def test_a_schema_comes_back_whole(home: Home) -> None:
     home.shard.create_table(made)
     home.reopen()
     assert home.shard.describe("whole")[0] == made
-    home.checkpoint()
+    home.flush()
     home.reopen()
     assert home.shard.describe("whole")[0] == made
 
@@ -310,7 +310,7 @@ def test_sessions_come_back_from_the_base_and_from_the_log(home: Home) -> None:
     for sequence in (1, 2, 4):
         home.shard.exchange([push([sequence], client=0xA, sequence=sequence)], [])
     home.shard.delete(change([1], client=0xB, incarnation=3, sequence=9, acknowledged=0))
-    home.checkpoint()
+    home.flush()
     home.shard.exchange([push([5], client=0xA, sequence=5, acknowledged=1)], [])
     assert_restarts_equal(home)
     again = home.shard.exchange([push([2], client=0xA, sequence=2)], []).pushes[0]
@@ -321,7 +321,7 @@ def test_sessions_come_back_from_the_base_and_from_the_log(home: Home) -> None:
     assert (repeated.version, repeated.duplicate) == (5, True)
 
 
-# ---- the log behind a checkpoint
+# ---- the log behind a flush
 
 
 def test_a_sketch_is_written_again_if_it_changed(home: Home) -> None:
@@ -340,7 +340,7 @@ def test_a_sketch_is_written_again_if_it_changed(home: Home) -> None:
         each()
         for _ in range(4):
             home.shard.sweeps.tick()
-        home.checkpoint()
+        home.flush()
         assert home.base.state is not None
         sketches.append(home.base.state.blocks[-home.base.state.cells :])
         before = contents(home.shard)
@@ -354,13 +354,13 @@ def test_a_sketch_is_written_again_if_it_changed(home: Home) -> None:
     assert contents(home.shard) == before
 
 
-def test_the_log_is_cut_up_to_the_checkpoint(tmp_path: Path) -> None:
+def test_the_log_is_cut_up_to_the_flush(tmp_path: Path) -> None:
     with Home(tmp_path / "shard", segment_bytes=4096) as home:
         home.shard.create_table(schema())
         for _ in range(40):
             home.shard.exchange([push(list(range(10)))], [])
         assert home.log.first == 1
-        home.checkpoint()
+        home.flush()
         assert home.log.first > 1
         assert len(list((home.directory / "log").glob("*.log"))) == 1
         assert_restarts_equal(home)
@@ -371,16 +371,16 @@ def test_the_log_is_kept_as_long_as_the_settings_say(tmp_path: Path) -> None:
         home.shard.create_table(schema())
         for _ in range(40):
             home.shard.exchange([push(list(range(10)))], [])
-        home.checkpoint()
+        home.flush()
         assert home.log.first == 1
         assert_restarts_equal(home)
 
 
-def test_a_checkpoint_that_finds_the_disk_full_leaves_the_last_one(
+def test_a_flush_that_finds_the_disk_full_leaves_the_last_one(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home.shard.exchange([push([1])], [])
-    home.checkpoint()
+    home.flush()
     state = home.base.state
     home.shard.exchange([push([2])], [])
 
@@ -390,23 +390,23 @@ def test_a_checkpoint_that_finds_the_disk_full_leaves_the_last_one(
     with monkeypatch.context() as full:
         full.setattr(home.base, "add", refuse)
         with pytest.raises(DiskFull):
-            home.checkpoint()
+            home.flush()
     assert home.base.state is state
     home.base.discard()
     assert_restarts_equal(home)
     home.shard.exchange([push([3])], [])
-    home.checkpoint()
+    home.flush()
     assert_restarts_equal(home)
 
 
 @pytest.mark.parametrize(
     "error", [DiskFull("base", 1), OSError(5, "broken"), ZeroDivisionError("a defect")]
 )
-def test_the_thread_goes_on_after_a_checkpoint_and_its_cleaning_up_failed(
+def test_the_thread_goes_on_after_a_flush_and_its_cleaning_up_failed(
     home: Home, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     calls = []
-    home.checkpointer._seconds = 0.001
+    home.flusher._seconds = 0.001
 
     def refuse() -> None:
         calls.append(1)
@@ -414,25 +414,25 @@ def test_the_thread_goes_on_after_a_checkpoint_and_its_cleaning_up_failed(
 
     with monkeypatch.context() as full:
         full.setattr(home.base, "discard", refuse)
-        full.setattr(home.checkpointer, "checkpoint", refuse)
-        home.checkpointer.open()
+        full.setattr(home.flusher, "flush", refuse)
+        home.flusher.open()
         for _ in range(1000):
             if len(calls) >= 6:
                 break
             threading.Event().wait(0.005)
-        home.checkpointer.close()
+        home.flusher.close()
     assert len(calls) >= 6
 
 
 def run_thread(home: Home) -> None:
-    """Let the checkpointer's thread work until it ends by itself."""
-    home.checkpointer._seconds = 0.001
-    home.checkpointer.open()
-    home.checkpointer._thread.join(10)
-    assert not home.checkpointer._thread.is_alive()
+    """Let the flusher's thread work until it ends by itself."""
+    home.flusher._seconds = 0.001
+    home.flusher.open()
+    home.flusher._thread.join(10)
+    assert not home.flusher._thread.is_alive()
 
 
-def test_damage_that_a_checkpoint_meets_ends_the_process(
+def test_damage_that_a_flush_meets_ends_the_process(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     damage = Corrupt("data.mdb", "MDB_PAGE_NOTFOUND")
@@ -476,38 +476,38 @@ def test_a_failed_log_ends_the_thread_which_need_not_tell(
     def refuse() -> None:
         raise LogFailed("the disk is gone")
 
-    monkeypatch.setattr(home.checkpointer, "checkpoint", refuse)
+    monkeypatch.setattr(home.flusher, "flush", refuse)
     run_thread(home)
     assert home.failures == []
 
 
-def test_it_is_known_when_the_last_checkpoint_was_made(
+def test_it_is_known_when_the_last_flush_was_made(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def age() -> float:
-        (metric,) = CheckpointCollector(home.checkpointer).collect()
+        (metric,) = FlushCollector(home.flusher).collect()
         (sample,) = metric.samples
-        assert sample.name == "ps_checkpoint_age_seconds"
+        assert sample.name == "ps_flush_age_seconds"
         return float(sample.value)
 
     def refuse(*_: Any) -> int:
         raise DiskFull("base", 1)
 
-    now = [home.checkpointer.made]
+    now = [home.flusher.flushed]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    home.checkpoint()
+    home.flush()
     now[0] += 100
     home.shard.exchange([push([1])], [])
     with monkeypatch.context() as full:
         full.setattr(home.base, "add", refuse)
         with pytest.raises(DiskFull):
-            home.checkpoint()
+            home.flush()
     home.base.discard()
     assert age() == 100
-    home.checkpoint()
+    home.flush()
     now[0] += 5
     assert age() == 5
-    home.checkpoint()  # nothing is to be done: all is there
+    home.flush()  # nothing is to be done: all is there
     assert age() == 0
 
 
@@ -516,30 +516,30 @@ def test_the_log_is_kept_for_a_time_and_goes_on_an_idle_shard_too(tmp_path: Path
         home.shard.create_table(schema())
         for _ in range(40):
             home.shard.exchange([push(list(range(10)))], [])
-        home.checkpoint()
+        home.flush()
         assert home.log.first == 1
         state = home.base.state
         segments = sorted((home.directory / "log").glob("*.log"))
         assert len(segments) > 3
         for path in segments[:2]:
             os.utime(path, (0, 0))
-        home.checkpoint()
+        home.flush()
         assert home.log.first == int(segments[2].stem)
         assert home.base.state is state
         for path in segments[2:]:
             os.utime(path, (0, 0))
-        home.checkpointer.pins["somebody"] = int(segments[3].stem)
-        home.checkpoint()
+        home.flusher.pins["somebody"] = int(segments[3].stem)
+        home.flush()
         assert home.log.first == int(segments[3].stem)
-        del home.checkpointer.pins["somebody"]
-        home.checkpoint()
+        del home.flusher.pins["somebody"]
+        home.flush()
         assert home.log.first == int(segments[-1].stem)
         assert_restarts_equal(home)
 
 
 def test_a_log_without_its_segments_is_damage(home: Home) -> None:
     home.shard.exchange([push([1])], [])
-    home.checkpoint()
+    home.flush()
     home.written()
     copy = Home(copy_of(home.directory, home.directory.with_name("copy")))
     for path in (copy.directory / "log").glob("*.log"):
@@ -548,12 +548,10 @@ def test_a_log_without_its_segments_is_damage(home: Home) -> None:
         copy.open()
 
 
-@pytest.mark.parametrize("checkpoints", [0, 1])
-def test_a_lost_log_is_damage_and_not_the_beginning_of_a_new_one(
-    home: Home, checkpoints: int
-) -> None:
-    for _ in range(checkpoints):
-        home.checkpoint()
+@pytest.mark.parametrize("flushes", [0, 1])
+def test_a_lost_log_is_damage_and_not_the_beginning_of_a_new_one(home: Home, flushes: int) -> None:
+    for _ in range(flushes):
+        home.flush()
     home.shard.exchange([push([1])], [])
     home.written()
     copy = Home(copy_of(home.directory, home.directory.with_name("copy")))
@@ -569,7 +567,7 @@ def test_a_lost_base_is_damage_if_the_log_has_not_all(tmp_path: Path) -> None:
         home.shard.create_table(schema())
         for _ in range(40):
             home.shard.exchange([push(list(range(10)))], [])
-        home.checkpoint()
+        home.flush()
         home.written()
         copy = copy_of(home.directory, tmp_path / "copy")
     (copy / "base" / "data.mdb").unlink()
@@ -601,8 +599,8 @@ class Paused:
         return self._scan.copy(*args)
 
 
-def checkpoint_with(home: Home, meanwhile: Callable[[Shard], None]) -> None:
-    """A checkpoint during which ``meanwhile`` happens, after rows were found."""
+def flush_with(home: Home, meanwhile: Callable[[Shard], None]) -> None:
+    """A flush during which ``meanwhile`` happens, after rows were found."""
     captured = home.shard.capture()
     done = []
 
@@ -613,18 +611,18 @@ def checkpoint_with(home: Home, meanwhile: Callable[[Shard], None]) -> None:
 
     tables = tuple(replace(each, scan=Paused(each.scan, once)) for each in captured.tables)
     changed = replace(captured, tables=tables)
-    engine = home.checkpointer._engine
+    engine = home.flusher._engine
     calls = iter([changed])
 
     class First:
         def run(self, call: Callable[[], Any]) -> Any:
             return next(calls, None) or engine.run(call)
 
-    home.checkpointer._engine = First()
+    home.flusher._engine = First()
     try:
-        home.checkpoint()
+        home.flush()
     finally:
-        home.checkpointer._engine = engine
+        home.flusher._engine = engine
 
 
 def push_some(shard: Shard) -> None:
@@ -690,16 +688,16 @@ def test_changes_while_rows_are_copied_are_not_lost(
 ) -> None:
     home.shard.exchange([push([1, 2, 3, 4], 2.0)], [])
     for _ in range(before):
-        home.checkpoint()
+        home.flush()
         home.shard.exchange([push([1, 2, 3, 4])], [])
-    checkpoint_with(home, meanwhile)
+    flush_with(home, meanwhile)
     if restart:
         assert_restarts_equal(home)
-    home.checkpoint()
+    home.flush()
     assert_restarts_equal(home)
     if "t" in home.shard.tables():
         home.shard.delete(change([1, 2, 3, 4]))
-        home.checkpoint()
+        home.flush()
         assert_restarts_equal(home)
         home.shard.exchange([push([1, 2, 3, 4])], [])
         assert_restarts_equal(home)
@@ -715,8 +713,8 @@ def working_engine() -> Iterator[Engine]:
 
 
 @contextmanager
-def checkpoints_meanwhile(home: Home) -> Iterator[list[int]]:
-    """One checkpoint after the other; the versions at which they stood."""
+def flushes_meanwhile(home: Home) -> Iterator[list[int]]:
+    """One flush after the other; the versions at which they stood."""
     stop = threading.Event()
     failed: list[BaseException] = []
     made: list[int] = []
@@ -724,7 +722,7 @@ def checkpoints_meanwhile(home: Home) -> Iterator[list[int]]:
     def run() -> None:
         try:
             while not stop.is_set():
-                home.checkpoint()
+                home.flush()
                 assert home.base.state is not None
                 made.append(home.base.state.version)
         except BaseException as error:
@@ -758,7 +756,7 @@ operations = st.lists(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(operations, st.sampled_from([0, 3, 1000]), st.randoms(use_true_random=False))
-def test_checkpoints_beside_a_working_engine_lose_nothing(
+def test_flushes_beside_a_working_engine_lose_nothing(
     tmp_path_factory: pytest.TempPathFactory,
     work: list[tuple[str, list[int]]],
     tombstones: int,
@@ -768,7 +766,7 @@ def test_checkpoints_beside_a_working_engine_lose_nothing(
     directory = tmp_path_factory.mktemp("shard")
     with working_engine() as engine, Home(directory, engine=engine, **options) as home:
         home.shard.create_table(schema())
-        with checkpoints_meanwhile(home):
+        with flushes_meanwhile(home):
             for kind, keys in work:
                 engine.run(partial(act, home.shard, kind, keys))
                 if rng.random() < 0.1:
@@ -790,13 +788,13 @@ def act(shard: Shard, kind: str, keys: list[int]) -> None:
 
 
 @pytest.mark.slow
-def test_long_checkpoints_beside_large_pushes_lose_nothing(tmp_path: Path) -> None:
+def test_long_flushes_beside_large_pushes_lose_nothing(tmp_path: Path) -> None:
     """Blocks take long enough to be copied that pushes and deletes come in between."""
     rng, options = np.random.default_rng(3), {"segment_bytes": 8 << 20}
     made = schema(dim=64, optimizer=make_optimizer("adam", 0.1, {}))
     with working_engine() as engine, Home(tmp_path / "shard", engine=engine, **options) as home:
         home.shard.create_table(made)
-        with checkpoints_meanwhile(home) as versions:
+        with flushes_meanwhile(home) as versions:
             pushed = 0
             while pushed < 300 or len(set(versions)) <= 5:
                 pushed += 1

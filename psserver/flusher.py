@@ -1,0 +1,224 @@
+"""Flushes: dirty rows written to the base of the data directory, in the background.
+
+A flush takes the shard's version S, then scans the rows while pushes go on, and packs the rows that
+changed since the last flush into blocks. Once they are committed, a restart does not need the log
+up to S. A row that a push changes during the scan may be copied torn. Each such push has a record
+after S, and the base is committed only after these records are on disk, so a restart always replays
+them over the torn copies.
+
+A flush is full, and replaces all blocks, when the blocks contain more than twice the live rows, or
+when more keys were deleted than the shard keeps tombstones for.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+
+from psserver.engine import Engine
+from psserver.packing import blocks_of, cells_of, counters_of
+from psserver.shard import Shard
+from psserver.views import Capture
+from storage.base import Base
+from storage.basestate import BaseState
+from storage.block import BLOCK_BYTES, pack_cells, pack_counters
+from storage.errors import Corrupt, DiskFull, LogFailed
+from storage.versionlog import VersionLog
+
+STALE = 2  # rows in blocks per live row, beyond which a flush is full
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sketch:
+    """A table's sketch in the base."""
+
+    edits: int  # of the sketch when it was written; see Gate
+    blocks: tuple[int, ...]  # numbers of its blocks; empty: it must be written
+
+
+class Flusher:
+    """The thread that flushes.
+
+    flushed  monotonic seconds of the last flush: a restart replays only later changes
+    pins     by user: the version after which the user needs the log
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        engine: Engine,
+        base: Base,
+        versions: VersionLog,
+        *,
+        fail: Callable[[Exception], None],
+        seconds: float,
+        keep: tuple[int, float],
+        stored_rows: int,
+    ) -> None:
+        """Store the settings. ``open`` starts the thread.
+
+        fail         called once, on the thread, when nobody can know any more what is on disk
+        seconds      between flushes
+        keep         bytes and seconds of log to keep for subscribers
+        stored_rows  rows in the base's blocks
+        """
+        self._shard = shard
+        self._engine = engine
+        self._base = base
+        self._versions = versions
+        self._fail = fail
+        self._seconds = seconds
+        self._keep = keep
+        self._stored = stored_rows
+        self._buffer = np.empty(BLOCK_BYTES, np.uint8)
+        self._sketches: dict[int, _Sketch] = {}  # by number of the table
+        self.pins: dict[str, int] = {}
+        self.flushed = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="flusher", daemon=True)
+
+    def open(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Abandon a flush in progress, and stop the thread."""
+        self._stop.set()
+        self._thread.join()
+
+    def flush(self) -> None:
+        """Flush now, unless nothing has changed, then truncate the log.
+
+        DiskFull leaves the last flush in place. The log is truncated even without changes, since
+        the reasons to keep it pass with time.
+        """
+        state, began = self._base.state, time.monotonic()
+        captured = self._engine.run(self._shard.capture)
+        if (state is None or captured.version > state.version) and not self._write(captured, state):
+            return
+        self.flushed = began
+        needed = min([captured.version, *self.pins.values()])
+        self._versions.truncate(needed, *self._keep)
+
+    def _write(self, captured: Capture, state: BaseState | None) -> bool:
+        """Bring the base to the captured version. Returns False if the thread was stopped."""
+        full = self._must_be_full(captured, state)
+        after, kept = 0, tuple[int, ...]()
+        if not full and state is not None:
+            after, kept = state.version, state.blocks[: len(state.blocks) - state.cells]
+        written = self._write_changes(captured, after)
+        sketches = None if written is None else self._write_sketches(captured, state)
+        if written is None or sketches is None:
+            self._base.discard()
+            return False
+        blocks, rows = written
+        # a record up to here replaces each row that was copied torn
+        self._versions.sync(self._engine.run(lambda: self._shard.version))
+        cells = [block for sketch in sketches.values() for block in sketch.blocks]
+        self._base.commit(
+            BaseState(
+                lineage=self._versions.lineage,
+                epoch=self._versions.epoch,
+                version=captured.version,
+                next_table=captured.next_table,
+                tables=tuple(each.base for each in captured.tables),
+                horizon=captured.horizon,
+                sessions=captured.sessions,
+                blocks=(*kept, *blocks, *cells),
+                cells=len(cells),
+                logged=True,
+            )
+        )
+        self._sketches = sketches
+        self._stored = rows if full else self._stored + rows
+        return True
+
+    def _must_be_full(self, captured: Capture, state: BaseState | None) -> bool:
+        live = sum(each.rows + each.counters for each in captured.tables)
+        return (
+            state is None
+            or self._stored > STALE * live
+            or captured.horizon > state.version  # tombstones since then were discarded
+        )
+
+    def _write_changes(self, captured: Capture, after: int) -> tuple[list[int], int] | None:
+        """Write what changed after version ``after``, without sketches.
+
+        Returns the numbers of the new blocks, and the rows, tombstones and counters in them; None
+        if the thread was stopped.
+        """
+        blocks, rows = [], 0
+        for block in blocks_of(captured, after, self._buffer):
+            blocks.append(self._base.add(block.seal()))
+            rows += len(block)
+            if self._stop.is_set():
+                return None
+        for table, keys, totals, versions in counters_of(captured, after, self._engine):
+            blocks.append(self._base.add(pack_counters(table, keys, versions, totals)))
+            rows += len(keys)
+        return blocks, rows
+
+    def _write_sketches(
+        self, captured: Capture, state: BaseState | None
+    ) -> dict[int, _Sketch] | None:
+        """Write sketches that changed. Returns all of them; None if the thread was stopped."""
+        sketches = self._kept_sketches(captured, state)
+        written: dict[int, list[int]] = {}
+        unchanged = {table for table, sketch in sketches.items() if sketch.blocks}
+        for table, start, cells in cells_of(captured, unchanged):
+            block = self._base.add(pack_cells(table, start, cells))
+            written.setdefault(table, []).append(block)
+            if self._stop.is_set():
+                return None
+        for table, blocks in written.items():
+            sketches[table] = _Sketch(sketches[table].edits, tuple(blocks))
+        return sketches
+
+    def _kept_sketches(self, captured: Capture, state: BaseState | None) -> dict[int, _Sketch]:
+        """Return the sketches by table, with the blocks that contain them if they are unchanged."""
+        listed = set(state.blocks) if state is not None else set()
+        kept: dict[int, _Sketch] = {}
+        for each in captured.tables:
+            old = self._sketches.get(each.base.number, _Sketch(-1, ()))
+            same = old.edits == each.edits and listed.issuperset(old.blocks)
+            kept[each.base.number] = _Sketch(each.edits, old.blocks if same else ())
+        return kept
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._seconds):
+            start = time.monotonic()
+            try:
+                if self._survives(self.flush):
+                    log.debug("flush", seconds=round(time.monotonic() - start, 3))
+                else:  # blocks left over now are deleted with the next flush
+                    self._survives(self._base.discard)
+            except LogFailed:  # the log has called its own ``fail``
+                return
+            except Exception as error:
+                self._fail(error)
+                return
+
+    def _survives(self, call: Callable[[], None]) -> bool:
+        """Return whether the call succeeded.
+
+        Raises errors that another attempt cannot mend: damage, and a failed write or sync after
+        which nobody can know what is on disk.
+        """
+        try:
+            call()
+        except (Corrupt, LogFailed):
+            raise
+        except Exception as error:
+            if self._base.failure is not None:
+                raise
+            expected = isinstance(error, (DiskFull, OSError))
+            log.warning("flush failed", error=str(error), exc_info=not expected)
+            return False
+        return True

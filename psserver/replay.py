@@ -1,0 +1,64 @@
+"""A shard brought back from its data directory, at a start.
+
+data directory = LOCK  SHARD  log/ (storage/versionlog.py)  base/ (storage/base.py)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import suppress
+from dataclasses import dataclass
+
+from psserver.shard import Shard
+from storage.base import Base
+from storage.basestate import BaseState
+from storage.errors import Corrupt, DiskFull
+from storage.records import decode
+from storage.versionlog import VersionLog
+
+REPLAY_BYTES = 4 << 20  # bytes of the log per read
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What a start read."""
+
+    rows: int  # rows, tombstones and counters in blocks
+    records: int  # records replayed
+    record_bytes: int
+
+
+def recover(shard: Shard, base: Base, versions: VersionLog) -> Recovered:
+    """Bring an empty shard to the newest version: load the base, then replay the log after it.
+
+    Records in the base that a log exists, so that a lost log is noticed at the next start. Raises
+    Corrupt where stored bytes are damaged, OutOfMemory if they do not fit.
+    """
+    rows = records = size = 0
+    state = base.state
+    if state is not None:
+        shard.recovery.load_state(state)
+        for _, block in base.blocks():
+            shard.recovery.load_block(block)
+            rows += len(block.keys)
+    if versions.first > shard.version + 1:
+        raise Corrupt(
+            str(base.directory),
+            f"stands at version {shard.version}, but the log begins at version {versions.first}",
+        )
+    cursor = versions.cursor(shard.version)
+    while frames := cursor.read(upto=versions.last, max_bytes=REPLAY_BYTES):
+        for frame in frames:
+            shard.recovery.replay(frame.version, decode(frame))
+            size += len(frame.payload)
+        records += len(frames)
+    cursor.close()
+    shard.recovery.finish()
+    if shard.version != versions.last:
+        raise Corrupt(str(versions.directory), f"ends at version {shard.version}, before its end")
+    if state is None:
+        state = BaseState(lineage=versions.lineage, epoch=versions.epoch, version=0, next_table=1)
+    if not state.logged:
+        with suppress(DiskFull):  # the next start does it
+            base.commit(dataclasses.replace(state, logged=True))
+    return Recovered(rows, records, size)
