@@ -1,4 +1,4 @@
-"""Servers, clients and names for every test that wants them.
+"""Fixtures for all tests: servers, clients and unused table names.
 
 cluster1, cluster2, cluster3  shared by the session; no test may harm them
 start_cluster                 a cluster of the test's own, which it may kill
@@ -45,7 +45,7 @@ def cluster3() -> Iterator[Cluster]:
 
 @pytest.fixture
 def start_cluster() -> Iterator[Callable[..., Cluster]]:
-    """start_cluster(shards, *flags, metrics=False): stopped after the test."""
+    """Return start_cluster(shards, *flags, metrics=False). Its clusters stop after the test."""
     with ExitStack() as stack:
 
         def start(shards: int, *flags: str, metrics: bool = False) -> Cluster:
@@ -64,7 +64,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def connect() -> Iterator[Callable[..., Client]]:
-    """connect(cluster, **options): a client, closed after the test."""
+    """Return connect(cluster, **options). Its clients are closed after the test."""
     with ExitStack() as stack:
 
         def make(cluster: Cluster, **options: object) -> Client:

@@ -1,4 +1,4 @@
-"""A cluster in this process: shards with data directories, and what they do about checkpoints."""
+"""A cluster in this process: shards with data directories and their checkpoint services."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Step = pb.RestoreRequest
 
 
 class Node:
-    """One shard: a server without its network, that starts anew when a restore asks for it."""
+    """One shard: a server without its network. It restarts when a restore asks for it."""
 
     def __init__(self, directory: Path, number: int, shards: int, url: str, **shard: Any) -> None:
         self.directory = directory
@@ -86,7 +86,7 @@ class Node:
         return int(self.restores.prepare(request, self.checkpoints.work.progress()).rows)
 
     def step(self, id: str, step: int) -> pb.RestoreStatus:
-        """Take a step, and start anew if that is what it asks for."""
+        """Run a step of a restore, and restart if the step asks for it."""
         self.restores.step(pb.RestoreRequest(id=id, step=step))
         if self.again:
             self.again = False
@@ -95,7 +95,7 @@ class Node:
 
 
 class Homes:
-    """All the shards of a cluster."""
+    """The shards of a cluster."""
 
     def __init__(self, directory: Path, shards: int, url: str, **shard: Any) -> None:
         self.url = url
@@ -148,7 +148,7 @@ class Homes:
         ]
 
     def rows(self) -> dict[str, dict[int, tuple[Any, ...]]]:
-        """By table and key: the row, and key, version, step, frequency."""
+        """Return the row, key, version, step and frequency of every key, by table and key."""
         found: dict[str, dict[int, tuple[Any, ...]]] = {}
         for node in self.nodes:
             for name, dump in node.shard.dump().items():
@@ -161,7 +161,7 @@ class Homes:
         return found
 
     def waiting(self) -> dict[int, int]:
-        """Occurrences by key, of table t."""
+        """Return the counted occurrences of table t, by key."""
         dumps = [node.shard.dump()["t"] for node in self.nodes]
         return {key: total for dump in dumps for key, total, _ in dump.counters.tolist()}
 

@@ -1,4 +1,4 @@
-"""Optimizers in float64 that share no code with the server's.
+"""Reference optimizers in float64. They share no code with the server's.
 
 PyTorch's own with one parameter per row, so that each row has its own step count, or a
 transcription of the published formula.
@@ -21,7 +21,7 @@ Doubles = NDArray[np.float64]
 
 
 class TorchReference:
-    """One of PyTorch's optimizers, a parameter per row; rows without a gradient are left alone."""
+    """One of PyTorch's optimizers, one parameter per row. Rows without gradient do not change."""
 
     make: Callable[[Any, list[torch.nn.Parameter]], torch.optim.Optimizer]
     state: ClassVar[tuple[str, ...]] = ()
@@ -85,7 +85,7 @@ class AdamWReference(TorchReference):
 
 
 class Transcription:
-    """A published formula in float64, a row at a time."""
+    """A published formula in float64, one row at a time."""
 
     def __init__(self, optimizer: Any, embeddings: Doubles) -> None:
         self.o = optimizer
@@ -182,7 +182,7 @@ class FtrlReference(Transcription):
         self.w[r] = self.solve(self.linear[r], accum**power / lr, lr)
 
     def solve(self, linear: Doubles, strength: Doubles, lr: float) -> Doubles:
-        """The w that minimises linear w + strength w^2 / 2 + l1 |w| + (l2 + beta / 2 lr) w^2."""
+        """Minimise linear w + strength w^2 / 2 + l1 |w| + (l2 + beta / 2 lr) w^2 over w."""
         quadratic = strength + 2 * (self.o.l2 + self.o.beta / (2 * lr))
         clipped = np.clip(linear, -self.o.l1, self.o.l1)
         return np.asarray((clipped - linear) / quadratic)

@@ -25,7 +25,7 @@ BELOW_EPHEMERAL = (12_000, 30_000)  # no outgoing connection takes a port from h
 
 
 def free_ports(count: int) -> int:
-    """The first of ``count`` consecutive local ports that nobody listens on just now."""
+    """Return the first of ``count`` consecutive local ports that are free at the moment."""
     for _ in range(1000):
         first = random.SystemRandom().randrange(*BELOW_EPHEMERAL)
         sockets = [socket.socket() for _ in range(count)]
@@ -42,7 +42,7 @@ def free_ports(count: int) -> int:
 
 
 def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
-    """The first true value of ``condition()``; for states that announce themselves to nobody."""
+    """Wait until ``condition()`` is true, and return its value. Fail after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {condition}"
@@ -82,7 +82,7 @@ class Cluster:
             self.process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
 
     def stop(self) -> int:
-        """SIGTERM; SIGKILL for all if that does not help. The exit status."""
+        """Send SIGTERM, and SIGKILL to all if that does not help. Return the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -103,17 +103,17 @@ class Cluster:
         return self._file("err").read_text()
 
     def log(self, shard: int) -> list[dict[str, Any]]:
-        """The log lines of a shard."""
+        """Return the log lines of a shard."""
         path = self.directory / "data" / f"shard-{shard}.log"
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     def pids(self, shard: int) -> list[int]:
-        """The processes that have announced themselves as ready, oldest first."""
+        """Return the pids of the processes that reported to be ready, oldest first."""
         return [entry["pid"] for entry in self.log(shard) if entry["event"] == "ready"]
 
     def metrics(self, shard: int) -> dict[tuple[str, Mapping[str, str]], float]:
-        """Samples of /metrics by name and labels."""
+        """Return the samples of /metrics by name and labels."""
         return scrape(self.metrics_port + shard)
 
     def _ready(self) -> bool:
@@ -125,14 +125,14 @@ class Cluster:
 
 
 class Labels(dict[str, str]):
-    """Labels that can stand in a key."""
+    """Return labels in a hashable form."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(frozenset(self.items()))
 
 
 def scrape(port: int) -> dict[tuple[str, Mapping[str, str]], float]:
-    """Samples of http://127.0.0.1:port/metrics by name and labels."""
+    """Return the samples of http://127.0.0.1:port/metrics by name and labels."""
     url = f"http://127.0.0.1:{port}/metrics"
     with urllib.request.urlopen(url, timeout=10) as page:
         text = page.read().decode()
@@ -155,7 +155,7 @@ def serve(*flags: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs."""
+    """Return whether a process is running."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""A shard with its data directory, in this process: what a server is without its network."""
+"""A shard with its data directory, in this process: a server without its network."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ NEVER = 3600.0  # seconds
 
 
 class Direct:
-    """An engine without a thread: the caller's is the one."""
+    """An engine without a thread of its own: calls run on the caller's thread."""
 
     def run(self, call: Callable[[], Any]) -> Any:
         return call()
@@ -194,7 +194,7 @@ def push(keys: Sequence[int], value: float = 1.0, table: str = "t", **changes: A
 
 
 def contents(shard: Shard) -> dict[str, Any]:
-    """All that a restart must bring back, in plain values."""
+    """Everything that a restart must recover, as plain values."""
     captured = shard.capture()
     numbers = {each.base.number for each in captured.tables}
     sessions = {}
@@ -231,7 +231,7 @@ def contents(shard: Shard) -> dict[str, Any]:
 
 
 def tail(directory: Path) -> tuple[Path, int]:
-    """The last segment of a shard's log, and the byte of it up to which it was synced."""
+    """Return the last segment file of a shard's log and the offset up to which it was synced."""
     paths = sorted(p for p in (directory / "log").iterdir() if SEGMENT_NAME.fullmatch(p.name))
     first = int(paths[-1].stem)
     data = (directory / "log" / "SYNCED").read_bytes()
@@ -241,13 +241,13 @@ def tail(directory: Path) -> tuple[Path, int]:
 
 
 def copy_of(source: Path, target: Path) -> Path:
-    """The directory as a dead process leaves it; nobody may write to it meanwhile."""
+    """Return a copy of the directory as after `kill -9`. Nobody may write to it meanwhile."""
     shutil.copytree(source, target, copy_function=_copy_file)
     return target
 
 
 def _copy_file(source: str, target: str) -> None:
-    """Copy what is not zero: most of a data directory is preallocated."""
+    """Copy a file without its zeros: most of a data directory is preallocated."""
     with open(source, "rb") as old, open(target, "wb") as new:
         size = os.fstat(old.fileno()).st_size
         new.truncate(size)
@@ -266,7 +266,7 @@ def _copy_file(source: str, target: str) -> None:
 
 
 def power_cut(source: Path, target: Path, rng: random.Random) -> Path:
-    """The directory as a power failure may leave it: of what was not synced, some sectors.
+    """Return a copy of the directory as after a power loss: some unsynced sectors are lost.
 
     The checkpoints' base is synced whenever a test can look, and is copied as it is.
     """

@@ -1,16 +1,16 @@
-"""Kill shards at random moments while trainers push, and look whether each push took effect once.
+"""Kill shards at random moments while trainers push, and check that each push took effect once.
 
     python -m tests.fault.crash --cycles 1000 --seed 7
 
-The oracle: SGD with learning rate 1 on rows that start at 0, and in push i the gradient -4^(i % 8)
-for the keys of group i // 8. A digit of a row, in base 4, says how often its push was applied: 0 is
-a push that was acknowledged and lost, 2 or 3 one that was applied twice. Some groups are deleted
-once they are complete, and must stay deleted.
+The oracle: SGD with learning rate 1 on rows that start at 0. Push i has the gradient -4^(i % 8) for
+the keys of group i // 8. Each base-4 digit of a row then shows how often its push was applied: 0
+means that an acknowledged push was lost, 2 or 3 that it was applied more than once. Some groups are
+deleted once they are complete, and must stay deleted.
 
-Kills come while pushes are under way, during checkpoints (they are made all the time) and during
-recoveries. Subscribers are attached all the time; one stops, and goes on from its tokens. After
-each cycle the trainers pause, and all that subscribers hold must be what the shards hold.
-The seed decides what is done and when; what it meets depends on the machine.
+Kills happen while pushes are in flight, during flushes (which run all the time) and during
+recoveries. Subscribers are attached all the time. One stops and continues from its tokens. After
+each cycle the trainers pause, and the subscribers' rows must equal the shards' rows. The seed
+decides what is done and when; the outcome also depends on the machine's timing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ FLAGS += " --memory-bytes 1073741824 --fsync-seconds 0.02"
 
 @dataclass
 class Series:
-    """The pushes of one trainer to groups of ``width`` keys: how far it came, what it deleted."""
+    """The pushes of one trainer to groups of ``width`` keys: its progress and its deletes."""
 
     base: int
     width: int
@@ -70,21 +70,21 @@ class Series:
 
 
 class Pause:
-    """Lets trainers stand still between two pushes; shared by processes."""
+    """A gate at which trainers of several processes pause between two pushes."""
 
     def __init__(self, context: Any, trainers: int) -> None:
         self.wanted = context.Event()
         self.gate = context.Barrier(trainers + 1)
 
     def keep(self) -> None:
-        """A trainer's part."""
+        """Pause here while the gate is closed. Called by trainers."""
         if self.wanted.is_set():
             self.gate.wait(TIMEOUT)
             self.gate.wait(TIMEOUT)
 
     @contextmanager
     def all_still(self) -> Iterator[None]:
-        """The other part; BrokenBarrierError if a trainer has failed."""
+        """Close the gate and wait for all trainers. BrokenBarrierError if a trainer has failed."""
         self.wanted.set()
         self.gate.wait(TIMEOUT)
         yield
@@ -102,7 +102,7 @@ def train(
     began: Any,
     answers: Any,
 ) -> None:
-    """Push until told to stop, then say how far it came."""
+    """Push until asked to stop, then report the progress."""
     rng = random.Random(f"{seed} {number}")
     base = number << 40
     small, large = Series(base, 6), Series(base + (1 << 39), 2000)
@@ -135,13 +135,13 @@ def train(
 
 
 def digits(got: np.ndarray, want: float) -> str:
-    """What is wrong with rows that should all be ``want``."""
+    """Return a description of the rows that differ from ``want``."""
     bad = got.reshape(-1)[got.reshape(-1) != want]
     return f"{len(bad)} rows are not {want} but {sorted(set(bad.tolist()))[:5]}"
 
 
 def verify(client: Client, table: str, every: list[Series]) -> list[str]:
-    """What the rows say against what was acknowledged."""
+    """Return the differences between the rows and the acknowledged pushes."""
     rows, wrong = client.table(table), []
     for series in every:
         groups = -(-series.done // DIGITS)
@@ -164,7 +164,7 @@ def verify(client: Client, table: str, every: list[Series]) -> list[str]:
 
 @contextmanager
 def shards_of(nursery: Nursery, directory: Path, count: int) -> Iterator[list[Shard]]:
-    """Running shards, ended at the end."""
+    """Start shards, and stop them at the end."""
     port = free_ports(count)
     shards = []
     for number in range(count):
@@ -187,7 +187,7 @@ def addresses_of(shards: list[Shard]) -> list[str]:
 
 
 def kill_one(rng: random.Random, shards: list[Shard]) -> int:
-    """Kill a shard and let it recover; how many more kills hit the recovery."""
+    """Kill a shard and let it recover. Return the number of further kills during the recovery."""
     shard, early = rng.choice(shards), 0
     time.sleep(rng.choice((0.05, 0.3, 0.8)) * rng.random())
     shard.kill()
@@ -203,7 +203,7 @@ def kill_one(rng: random.Random, shards: list[Shard]) -> int:
 
 
 class Resumer:
-    """A subscriber that keeps its tokens beside its rows, stops, and goes on from them."""
+    """A subscriber that stores its tokens with its rows, stops, and continues from the tokens."""
 
     def __init__(self, addresses: list[str]) -> None:
         self.resumed = -1
@@ -268,7 +268,7 @@ class Resumer:
 
 
 class Held(NamedTuple):
-    """Rows of a table, by key."""
+    """Return the rows of a table, by key."""
 
     keys: np.ndarray
     versions: np.ndarray
@@ -281,7 +281,7 @@ def sorted_rows(keys: np.ndarray, versions: np.ndarray, rows: np.ndarray) -> Hel
 
 
 class Watchers:
-    """The subscribers: one that sees every change, one that coalesces, one that comes and goes."""
+    """Three subscribers: one sees every change, one coalesces, one disconnects and comes back."""
 
     def __init__(self, addresses: list[str]) -> None:
         self.compared = 0  # rows
@@ -303,7 +303,7 @@ class Watchers:
             follower.close()
 
     def differ(self, client: Client, name: str) -> list[str]:
-        """What they hold that the shards do not, or the other way round; nobody pushes."""
+        """Return the differences between the subscribers' rows and the shards'. Nobody may push."""
         versions = client.wait_durable()
         table, wrong = client.table(name), []
         for title, follower in self._followers.items():
@@ -328,7 +328,7 @@ class Watchers:
 
 
 def run(cycles: int, seed: int, shards: int, say: Callable[[str], None] = print) -> list[str]:
-    """All that was wrong, which is nothing."""
+    """Run the cycles and return all errors, which should be none."""
     say(f"seed {seed}, {cycles} cycles, {shards} shards, {TRAINERS} trainers")
     rng = random.Random(seed)
     spawn = multiprocessing.get_context("spawn")

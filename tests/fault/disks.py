@@ -1,4 +1,4 @@
-"""File systems of a test's own: small ones, and ones whose power can be cut."""
+"""Temporary file systems for tests: small ones, and ones that simulate a power loss."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def unmount(where: Path) -> None:
 
 @contextmanager
 def small(mebibytes: int) -> Iterator[Path]:
-    """A directory on a file system of that size; skips the test where that cannot be had."""
+    """Return a directory on a small file system. Skips the test where that is impossible."""
     if os.geteuid():
         pytest.skip("needs root, to mount a small tmpfs")
     with tempfile.TemporaryDirectory(prefix="ps-small-") as directory:
@@ -44,7 +44,7 @@ def small(mebibytes: int) -> Iterator[Path]:
 
 
 class Battery:
-    """An ext4 in a file, mounted at ``where``, whose power can be cut."""
+    """An ext4 file system in a file, mounted at ``where``, that can simulate a power loss."""
 
     def __init__(self, image: Path, where: Path) -> None:
         self.where = where
@@ -54,7 +54,7 @@ class Battery:
         command("mount", "-o", "loop", str(self._image), str(self.where))
 
     def cut(self) -> None:
-        """From now on nothing reaches the disk, the journal's memory included."""
+        """Simulate a power loss: nothing reaches the disk from now on, not even the journal."""
         fd = os.open(self.where, os.O_RDONLY)
         try:
             fcntl.ioctl(fd, SHUTDOWN, struct.pack("I", NOLOGFLUSH))
@@ -67,7 +67,7 @@ class Battery:
 
 @contextmanager
 def battery(mebibytes: int) -> Iterator[Battery]:
-    """A mounted file system; skips the test where that cannot be had."""
+    """Mount a file system, or skip the test where that is impossible."""
     if os.geteuid():
         pytest.skip("needs root, to mount an ext4 and cut its power")
     with tempfile.TemporaryDirectory(prefix="ps-power-") as directory:

@@ -1,13 +1,13 @@
-"""Damage a stopped shard's directory, or a checkpoint: all is refused by name, or identical.
+"""Damage a stopped shard's directory or a checkpoint. Each damage must be refused or harmless.
 
     python -m tests.fault.flips --count 10000 --seed 7             one byte each time
     python -m tests.fault.flips --count 10000 --seed 7 --harder    and cuts, holes, lost files
 
-A start that refuses must name the file, and the place in it. One that comes up must hold the very
-state that was stopped: then the byte meant nothing, as in a free page or behind a log's end. One
-that finds a restore between two steps may also hold what was there before, if it says that the
-restore has failed. Every byte of a named checkpoint means something: its verification must name the
-damaged file.
+A start that refuses must name the file and the offset in it. A start that succeeds must recover
+exactly the state that was stopped: then the byte had no meaning, as in a free page or after the end
+of the log. A start between two steps of a restore may also recover the earlier state, if it reports
+that the restore failed. Every byte of a named checkpoint has a meaning, so its verification must
+name the damaged file.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def a_directory() -> Iterator[Path]:
 
 
 def make(directory: Path, seed: int, *, clean: bool) -> tuple[Path, dict[str, Any]]:
-    """A shard's directory with a little of everything, and what it holds.
+    """A shard's directory with every kind of content, and its expected state.
 
     clean  stopped; else as kill -9 leaves it, all of it synced
     """
@@ -130,7 +130,7 @@ def half_restored(directory: Path, moves: int) -> tuple[Path, dict[str, Any], di
 
 
 class Checkpoint:
-    """A named checkpoint of two shards, built on another one, and who verifies it."""
+    """An incremental checkpoint of two shards, its parent, and its verification."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory / "checkpoints"
@@ -164,11 +164,11 @@ class Checkpoint:
         self._cluster.__exit__(None, None, None)
 
     def verify(self) -> None:
-        """StorageError if it is damaged."""
+        """Verify the checkpoint. StorageError if it is damaged."""
         self._cluster.verify("b")
 
     def damaged(self, rng: random.Random, kinds: Sequence[str]) -> tuple[str, str, str | None]:
-        """Damage it, look whether that is told, mend it: what was done, came of it, is wrong."""
+        """Damage the checkpoint, verify, repair. Return the damage, the outcome and any error."""
         whole = {p: p.read_bytes() for p in self.directory.rglob("*") if p.is_file()}
         done = damage(rng, self.directory, kinds)
         name = done.partition(": ")[0]
@@ -192,7 +192,7 @@ class Checkpoint:
 
 
 def damage(rng: random.Random, directory: Path, kinds: Sequence[str]) -> str:
-    """Change something in one file of a directory; what was done."""
+    """Damage one file of a directory. Return a description of the damage."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     paths = [path for path in paths if path.stat().st_size and path.name != "lock.mdb"]
     path = rng.choice(paths)
@@ -241,7 +241,7 @@ def damage(rng: random.Random, directory: Path, kinds: Sequence[str]) -> str:
 def start(
     directory: Path, want: dict[str, Any], before: dict[str, Any] | None = None
 ) -> tuple[str, str | None]:
-    """Start a shard; what became of it, and what is wrong with that, if anything is.
+    """Start a shard. Return the outcome, and a description of the error if it is wrong.
 
     before  what it held before a restore that is under way
     """
@@ -275,7 +275,7 @@ def run(
     kinds: Sequence[str] = HARDER,
     say: Callable[[str], None] = print,
 ) -> tuple[Counter[str], list[str]]:
-    """How often each outcome came, and all that was wrong."""
+    """Return the number of each outcome, and all errors."""
     say(f"seed {seed}, {count} damages")
     rng = random.Random(seed)
     outcomes: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Shards that start in a tenth of a second: a process that has everything loaded forks them.
+"""Shards that start in a tenth of a second, forked from a process with all modules loaded.
 
 python nursery.py     prints "ready"; then, for each line of JSON {"flags": [...], "out": PATH},
                       starts `psserver serve FLAGS` with its output in PATH and prints its pid
@@ -24,7 +24,7 @@ DIE_WITH_PARENT = 1  # of prctl
 
 
 class Nursery:
-    """The process, from open() to close(). It ends all that it started."""
+    """The parent process, from open() to close(). It ends all shards that it started."""
 
     def __enter__(self) -> Nursery:
         self._process = subprocess.Popen(
@@ -41,7 +41,7 @@ class Nursery:
         self._process.stdout.close()
 
     def start(self, flags: list[str], out: Path, broken: Path) -> int:
-        """The pid of a new shard."""
+        """Start a shard and return its pid."""
         assert self._process.stdin is not None
         self._process.stdin.write(
             json.dumps({"flags": flags, "out": str(out), "broken": str(broken)}) + "\n"
@@ -55,7 +55,7 @@ class Nursery:
 
 
 class Shard:
-    """A shard's server process, which may be killed and started again."""
+    """A shard's server process. It can be killed and started again."""
 
     def __init__(self, nursery: Nursery, out: Path, *flags: str) -> None:
         self.out = out
@@ -70,7 +70,7 @@ class Shard:
         return self
 
     def wait(self, seconds: float = 60.0) -> None:
-        """Return once it is ready; AssertionError with its last words if it ends instead."""
+        """Wait until the server is ready. AssertionError with its last lines if it ends."""
         deadline = time.monotonic() + seconds
         while not self.said("ready"):
             assert self.alive(), f"{self.flags} ended:\n{self.tail()}"
@@ -84,20 +84,20 @@ class Shard:
         return False
 
     def kill(self, number: int = signal.SIGKILL, seconds: float = 30.0) -> None:
-        """Send a signal and wait for the end."""
+        """Send a signal and wait until the process has ended."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
         self.ended(seconds)
 
     def ended(self, seconds: float = 30.0) -> None:
-        """Wait for the end."""
+        """Wait until the process has ended."""
         deadline = time.monotonic() + seconds
         while self.alive():
             assert time.monotonic() < deadline, f"{self.flags} does not end:\n{self.tail()}"
             time.sleep(0.002)
 
     def log(self) -> list[dict[str, Any]]:
-        """Its log lines, of all its lives; a kill can cut one off."""
+        """Return the log lines of all its processes. A kill can truncate a line."""
         text = self.out.read_text() if self.out.exists() else ""
         return list(_events(text))
 
@@ -125,7 +125,7 @@ def _events(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _break(broken: Path) -> None:
-    """Let the calls that it names fail while there is a file: of logs and bases to come."""
+    """Make the calls named in a file fail while the file exists."""
     import lmdb
 
     from storage import base, segment, versionlog
@@ -157,7 +157,7 @@ def _break(broken: Path) -> None:
 
 
 def _serve(flags: list[str], out: str, broken: str) -> None:
-    """The life of a child."""
+    """Run a shard in the child process."""
     from psserver.config import ConfigError, load
     from psserver.logs import log_to_stderr
     from psserver.process import serve

@@ -1,8 +1,8 @@
-"""Proxies that behave as badly as a network can. Seeded, so a failure can be replayed.
+"""Proxies that imitate a bad network. They are seeded, so a failure can be repeated.
 
-Proxy     of TCP: connections pass through; ``cut`` makes each one end after a random number of
-          bytes, ``delay`` holds up what passes for random times, ``hold`` lets nothing through
-Repeater  of calls: each one arrives twice, and either answer is given
+Proxy     forwards TCP connections. ``cut`` ends each one after a random number of bytes, ``delay``
+          delays data by random times, ``hold`` blocks all data
+Repeater  forwards gRPC calls, each of them twice, and returns either reply
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHUNK = 16_384  # bytes
 
 
 class Proxy:
-    """Listens on a port of its own and forwards to ``address``."""
+    """A proxy that listens on a port of its own and forwards to ``address``."""
 
     def __init__(self, address: str, seed: int) -> None:
         host, port = address.split(":")
@@ -39,16 +39,16 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut(self, most: int) -> None:
-        """Cut every later connection after at most so many bytes; 0: no more."""
+        """Cut every later connection after at most this number of bytes. 0 stops cutting."""
         self._most = most
 
     def delay(self, longest: float) -> None:
-        """Hold up whatever passes for at most so many seconds; 0: no more."""
+        """Delay all data by at most this number of seconds. 0 stops delaying."""
         self._longest = longest
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Let nothing through meanwhile."""
+        """Block all data during the with statement."""
         self._flowing.clear()
         try:
             yield
@@ -100,7 +100,7 @@ class Proxy:
 
 
 class Repeater(grpc.GenericRpcHandler):
-    """Listens on a port of its own and makes every unary call to ``address`` twice."""
+    """A proxy that makes every unary call to ``address`` twice."""
 
     def __init__(self, address: str, seed: int) -> None:
         self.repeated = 0

@@ -1,4 +1,4 @@
-"""Twenty kills under load, as `python -m tests.fault.crash` does a thousand."""
+"""Twenty kills under load. `python -m tests.fault.crash` does a thousand."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A disk that is full, breaks, or loses its power under a running shard.
 
-The oracle of the first two: SGD with learning rate 1 on rows that start at 0, and pushes of -1 to
-all keys at once. Every row must then be the number of pushes that were acknowledged; a push that
-was refused must be in none, one whose answer never came in all or none.
+The oracle of the first two cases: SGD with learning rate 1 on rows that start at 0, and pushes of -1
+to all keys. Every row must then be the number of acknowledged pushes. A refused push must be in no
+row. A push whose reply was lost must be in all rows or in none.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def plain(client: Client, name: str = "t") -> Table:
 
 
 def count(table: Table) -> int:
-    """How many pushes are in the rows, which must agree."""
+    """Return the number of pushes in the rows, which must all agree."""
     values = np.unique(table.pull(KEYS))
     assert len(values) == 1, f"half applied: {values}"
     return int(values[0])
@@ -72,7 +72,7 @@ def count(table: Table) -> int:
 
 
 def fill(path: Path) -> None:
-    """Take all the room that is left."""
+    """Fill the rest of the disk."""
     with path.open("wb", buffering=0) as file:
         for size in (1 << 20, 4096):
             try:
@@ -83,7 +83,7 @@ def fill(path: Path) -> None:
 
 
 def until_refused(table: Table) -> int:
-    """Push until the disk is full; how many pushes were acknowledged."""
+    """Push until the disk is full. Return the number of acknowledged pushes."""
     done, refused = 0, None
     while refused is None:
         try:
@@ -203,7 +203,7 @@ CUTS = int(ASKED or "20")
 
 
 class Trainer(threading.Thread):
-    """Pushes to one new key after the other, and notes what was acknowledged, when."""
+    """A thread that pushes to new keys, one by one, and records when each was acknowledged."""
 
     def __init__(self, client: Client, number: int, level: str) -> None:
         super().__init__()
@@ -229,7 +229,7 @@ class Trainer(threading.Thread):
 
 
 class Probe(threading.Thread):
-    """Syncs a small file now and then: how long the disk itself takes, at worst."""
+    """A thread that syncs a small file repeatedly and records the longest time."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

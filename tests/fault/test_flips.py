@@ -1,4 +1,4 @@
-"""Hundreds of damages to a stopped shard's files; `python -m tests.fault.flips` does 10,000."""
+"""Hundreds of damaged files of a stopped shard. `python -m tests.fault.flips` does 10,000."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ten trainers at once, four of them bad: everyone else's sums come out exact."""
+"""Ten concurrent trainers, four of them hostile: the sums of the others must be exact."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _resident(pid: int) -> int:
 
 
 def _refusal(error: grpc.RpcError) -> tuple[str, str]:
-    """Code and reason of a failed call."""
+    """Return the code and reason of a failed call."""
     details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin")
     if details is None:
         return error.code().name, ""
@@ -56,7 +56,7 @@ def _refusal(error: grpc.RpcError) -> tuple[str, str]:
 
 
 def _bad_requests(table: str, limit: int) -> dict[tuple[str, str], tuple[str, bytes]]:
-    """Messages for shard 0, by the code and reason that each must get, with their methods."""
+    """Return bad messages for shard 0 with their methods, by expected code and reason."""
     shard_map = routing.even_map(2)
     split = routing.split(KEYS.view(np.uint64), shard_map)
     mine, theirs = split.keys[: split.bounds[1]], split.keys[split.bounds[1] :]
@@ -193,7 +193,7 @@ def test_bad_trainers_harm_nobody(start_cluster: Callable[..., Cluster]) -> None
 
 
 def _metric(cluster: Cluster, shard: int, name: str) -> float:
-    """The one sample of a metric without labels."""
+    """Return the value of a metric without labels."""
     found = [value for (each, _), value in cluster.metrics(shard).items() if each == name]
     assert len(found) == 1
     return found[0]

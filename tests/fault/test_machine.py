@@ -1,8 +1,8 @@
-"""A shard with log and base against a dict, through every order of changes, stops and crashes.
+"""Compare a shard with log and base with a dict, over random orders of changes and crashes.
 
-The dict is kept for each version, so that after a power failure, when some newest versions may be
-gone, the rest must still be the very state of the version that came back. Table "v" has rules: a
-key gets its row at its second occurrence, and leaves when it was not pushed for three steps.
+The expected state is kept for each version. After a power loss the newest versions may be missing,
+and the shard must have exactly the state of the version that it recovered. Table "v" has rules: a
+key gets its row at its second occurrence, and is evicted when it was not pushed for three steps.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ THRESHOLD, TTL = 2, 3  # of "v"
 
 @dataclass
 class Model:
-    """A table, by key."""
+    """The expected rows of a table, by key."""
 
     rows: dict[int, tuple[float, int, int, int]]  # value, version, frequency, step
     waiting: dict[int, tuple[int, int]]  # occurrences, version of the last
@@ -52,7 +52,7 @@ class Model:
 
 
 class Faulty:
-    """Calls that fail when they are told to."""
+    """System calls that fail on demand."""
 
     def __init__(self) -> None:
         self.full = False
@@ -79,7 +79,7 @@ class Faulty:
 
 
 class Machine(RuleBasedStateMachine):
-    """What a shard may go through."""
+    """The state machine: all operations on a shard."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(client=st.integers(1, 2))
     def repeat(self, client: int) -> None:
-        """The client's newest push once more, which is noticed."""
+        """Repeat the client's newest push. The shard must recognize it."""
         shard = self.home.shard
         session = shard.sessions._sessions.get(client)
         if session is None or not self.model:
@@ -257,7 +257,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: not self.home.failures)
     @rule()
     def kill(self) -> None:
-        """All that was written stays."""
+        """Kill the process: everything written must remain."""
         last = self.written()
         copy = copy_of(self.home.directory, self.fresh())
         self.abandon()
@@ -266,7 +266,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: not self.home.failures)
     @rule(seed=st.integers(0, 2**32))
     def lose_power(self, seed: int) -> None:
-        """All that was synced stays, and some of the rest."""
+        """Cut the power: everything synced must remain, and some of the rest may."""
         self.written()
         durable = self.home.log.durable
         copy = power_cut(self.home.directory, self.fresh(), random.Random(seed))
@@ -276,7 +276,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: not self.home.failures)
     @rule(moment=st.sampled_from(["add", "commit", "cut", "end"]), power=st.booleans())
     def kill_in_a_checkpoint(self, moment: str, power: bool) -> None:
-        """A copy of the directory from the middle of a checkpoint."""
+        """Crash in the middle of a flush."""
         home, target = self.home, self.fresh()
         last = self.written()
         taken: list[int] = []
@@ -309,7 +309,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: not self.home.failures)
     @rule(name=NAMES)
     def break_the_disk(self, name: str) -> None:
-        """A write or sync fails: nothing more is acknowledged, and what was stays."""
+        """Fail a write or sync: nothing more is acknowledged, and acknowledged changes remain."""
         self.written()
         least, home = self.acknowledged, self.home
         told: list[int] = []
@@ -346,7 +346,7 @@ class Machine(RuleBasedStateMachine):
     # ---- helpers
 
     def change(self, call: Callable[[], Any]) -> bool:
-        """Whether the change was made; if the disk is full it must not be, in any part."""
+        """Return whether the change was made. On a full disk no part of it may be made."""
         before = self.home.shard.version
         try:
             call()
@@ -362,7 +362,7 @@ class Machine(RuleBasedStateMachine):
         self.past[self.home.shard.version] = contents(self.home.shard), model
 
     def written(self) -> int:
-        """The newest version, which is handed to the operating system now."""
+        """Write everything to the operating system and return the newest version."""
         log = self.home.log
         while log.written < log.last:
             time.sleep(0.0002)
@@ -373,7 +373,7 @@ class Machine(RuleBasedStateMachine):
         return self.root / str(self.copies)
 
     def abandon(self) -> None:
-        """Leave the directory behind, as a dead process does."""
+        """Abandon the directory, as a killed process does."""
         try:
             self.home.log.close()
         except LogFailed:
@@ -382,7 +382,7 @@ class Machine(RuleBasedStateMachine):
         shutil.rmtree(self.home.directory)
 
     def come_back(self, directory: Path, least: int) -> None:
-        """Start from a directory; versions after ``least`` may be missing."""
+        """Start from a directory. Versions after ``least`` may be missing."""
         most = self.home.log.last
         self.faults.full = self.faults.broken = False
         self.home = Home(directory, **self.options).open()
@@ -405,4 +405,4 @@ Machine.TestCase.settings = settings(
 
 @pytest.mark.slow
 class TestMachine(Machine.TestCase):  # type: ignore[misc, valid-type]
-    """Run by unittest's rules."""
+    """The state machine as a unittest test case."""

@@ -1,7 +1,7 @@
-"""Pushes through a network that drops, holds and cuts: each takes effect exactly once.
+"""Push through a network that drops, delays and cuts: each push takes effect exactly once.
 
-The oracle: SGD with learning rate 1 on rows that start at 0, and in push i the gradient -4^(i % 8)
-for key i // 8. A digit of a key's row, in base 4, says how often its push was applied.
+The oracle: SGD with learning rate 1 on rows that start at 0. Push i has the gradient -4^(i % 8) for
+key i // 8. Each base-4 digit of a row then shows how often its push was applied.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def through(proxies: list[Proxy], **options: float) -> Client:
 
 
 def in_threads(count: int, work: Callable[[int], None]) -> None:
-    """Run work(0..count - 1) at once; raise what any of them raised."""
+    """Run work(0..count - 1) concurrently. Raise the first exception of any."""
     errors: list[BaseException] = []
 
     def run(number: int) -> None:
@@ -61,7 +61,7 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
 
 
 def push_all(cluster: Cluster, addresses: list[str], name: str, transport: Any) -> None:
-    """Several clients push to keys of their own; each push must then have taken effect once."""
+    """Let several clients push to keys of their own, then check that each push took effect once."""
     with Client(cluster.addresses) as direct:
         table = direct.create_table(name, 2, optimizer="sgd", lr=1.0, initializer="zeros")
         keys_of = [np.arange(PUSHES // DIGITS) + 1000 * number for number in range(CLIENTS)]
