@@ -1,8 +1,8 @@
 """A disk that is full, breaks, or loses its power under a running shard.
 
-The oracle of the first two cases: SGD with learning rate 1 on rows that start at 0, and pushes of -1
-to all keys. Every row must then be the number of acknowledged pushes. A refused push must be in no
-row. A push whose reply was lost must be in all rows or in none.
+The oracle of the first two cases: SGD with learning rate 1 on rows that start at 0, and pushes of
+-1 to all keys. Every row must then be the number of acknowledged pushes. A refused push must be in
+no row. A push whose reply was lost must be in all rows or in none.
 """
 
 from __future__ import annotations
