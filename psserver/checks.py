@@ -110,6 +110,9 @@ class Checks:
             durability=_level(header),
         )
 
+    def _distinct(self, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        return routing.split(keys, self._shard.shard_map).keys
+
     def delete(self, push: codec.PushMessage) -> Delete:
         header = push.header
         self._keys(header.table, push.keys)
@@ -118,7 +121,7 @@ class Checks:
             raise self._stray(header.table, push.keys[stray])
         return Delete(
             table=header.table,
-            keys=np.unique(push.keys) if repeated else push.keys,
+            keys=self._distinct(push.keys) if repeated else push.keys,
             client=header.client_id,
             incarnation=header.incarnation,
             sequence=header.sequence,

@@ -6,10 +6,14 @@
 
 Keys are 64 bits wide; here they are uint64 arrays. The hash that places keys inside a shard's
 index is another one, on purpose.
+
+mix64 is public and invertible, so anyone can choose keys with equal hashes. The hash tables in here
+therefore place a key by another hash, of random numbers that each process draws.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +37,26 @@ def mix64(key: Any) -> Any:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+@jit
+def _place(key: Any, salt: Any, mask: Any) -> Any:
+    """Return the slot of a key: the upper half of (x ^ x >> 32) * salt[2], x = (key ^ salt[0]) *
+    salt[1]. It does not wait for the key's routing hash, so a core computes both at once.
+
+    salt  uint64[3], random; the multipliers are odd
+    """
+    x = (key ^ salt[0]) * salt[1]
+    x = (x ^ (x >> np.uint64(32))) * salt[2]
+    return (x >> np.uint64(32)) & mask
+
+
+def draw_salt() -> NDArray[np.uint64]:
+    """Draw the random numbers of a process's hash tables, uint64[3]."""
+    return np.frombuffer(os.urandom(24), np.uint64) | np.array([0, 1, 1], np.uint64)
+
+
+_SALT = draw_salt()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,6 +117,7 @@ class Split:
 def _distinct(
     keys: Any,
     shard_of_bucket: Any,
+    salt: Any,
     slots: Any,
     distinct: Any,
     counts: Any,
@@ -114,7 +139,7 @@ def _distinct(
     for i in range(keys.shape[0]):
         key = keys[i]
         hashed = mix64(key)
-        at = hashed & mask
+        at = _place(key, salt, mask)
         while slots[at] >= 0 and distinct[slots[at]] != key:
             at = (at + np.uint64(1)) & mask
         u = slots[at]
@@ -178,7 +203,9 @@ def split(keys: Keys, shard_map: ShardMap) -> Split:
     inverse = np.empty(n, np.int32)
     of = np.empty(n, np.uint16)
     bounds = np.empty(shard_map.shards + 1, np.int64)
-    found = _distinct(keys, shard_map.shard_of_bucket, slots, distinct, counts, inverse, of, bounds)
+    found = _distinct(
+        keys, shard_map.shard_of_bucket, _SALT, slots, distinct, counts, inverse, of, bounds
+    )
     if shard_map.shards == 1:
         return Split(distinct[:found], counts[:found], inverse, bounds)
     keys_out, counts_out = np.empty(found, np.uint64), np.empty(found, np.uint32)
@@ -188,7 +215,7 @@ def split(keys: Keys, shard_map: ShardMap) -> Split:
 
 
 @jit
-def _check(keys: Any, shard_of_bucket: Any, shard: int, slots: Any, stray: Any) -> int:
+def _check(keys: Any, shard_of_bucket: Any, shard: int, salt: Any, slots: Any, stray: Any) -> int:
     """Return how many keys repeat an earlier one; stray[0] becomes the first stray key's index,
     or -1. slots: scratch, as in ``_distinct``.
     """
@@ -201,7 +228,7 @@ def _check(keys: Any, shard_of_bucket: Any, shard: int, slots: Any, stray: Any) 
         hashed = mix64(key)
         if shard_of_bucket[hashed >> np.uint64(52)] != shard and stray[0] < 0:
             stray[0] = i
-        at = hashed & mask
+        at = _place(key, salt, mask)
         while slots[at] >= 0 and keys[slots[at]] != key:
             at = (at + np.uint64(1)) & mask
         if slots[at] >= 0:
@@ -216,7 +243,7 @@ def check(keys: Keys, shard_map: ShardMap, shard: int) -> tuple[int, int]:
     another shard, or -1.
     """
     slots, stray = np.empty(_slots_for(len(keys)), np.int32), np.empty(1, np.int64)
-    return _check(keys, shard_map.shard_of_bucket, shard, slots, stray), int(stray[0])
+    return _check(keys, shard_map.shard_of_bucket, shard, _SALT, slots, stray), int(stray[0])
 
 
 @jit

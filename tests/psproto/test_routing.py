@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,6 +183,60 @@ def test_check_counts_repetitions_and_finds_the_first_stray_key(
     first = strays[0] if strays else -1
     assert routing.check(keys, shard_map, shard) == (len(keys) - len(set(keys.tolist())), first)
     assert routing.stray(keys, shard_map, shard) == first
+
+
+# ---- keys that were chosen to collide
+
+
+def unmix64(hashed: int) -> int:
+    """Return the key of a hash: mix64 is invertible."""
+
+    def unshift(x: int, bits: int) -> int:
+        key = x
+        for _ in range(64 // bits):
+            key = x ^ (key >> bits)
+        return key
+
+    x = unshift(hashed, 31) * pow(0x94D049BB133111EB, -1, 2**64) & MASK
+    x = unshift(x, 27) * pow(0xBF58476D1CE4E5B9, -1, 2**64) & MASK
+    return unshift(x, 30)
+
+
+CRAFTED = np.array([unmix64(i << 20) for i in range(60_000)], np.uint64)  # equal lower halves
+TABLES = {
+    "split": lambda keys: routing.split(keys, even_map(1)),
+    "check": lambda keys: routing.check(keys, even_map(1), 0),
+}
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def test_crafted_keys_have_equal_lower_halves_of_their_hashes() -> None:
+    assert {hash_of(int(key)) & 0xFFFFF for key in CRAFTED[:100]} == {0}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_keys_with_equal_hashes_take_no_longer_than_any_others(table: str) -> None:
+    random = np.random.default_rng(1).integers(0, MASK, len(CRAFTED), np.uint64)
+    TABLES[table](random)
+    usual = min(seconds(lambda: TABLES[table](random)) for _ in range(5))
+    assert min(seconds(lambda: TABLES[table](CRAFTED)) for _ in range(5)) < 20 * usual + 0.01
+
+
+@pytest.mark.parametrize("keys", [CRAFTED, *SPREAD.values()], ids=["crafted", *SPREAD])
+def test_no_slot_of_a_table_gets_many_keys(keys: np.ndarray) -> None:
+    mask, salt = np.uint64((1 << 18) - 1), routing.draw_salt()
+    slots = [int(routing._place(key, salt, mask)) for key in keys[:20_000]]
+    assert max(Counter(slots).values()) <= 8
+
+
+def test_each_process_draws_its_own_salt() -> None:
+    assert not np.array_equal(routing.draw_salt(), routing.draw_salt())
+    assert all(routing.draw_salt()[1:] & np.uint64(1))
 
 
 # ---- rows
