@@ -22,6 +22,8 @@ from typing import Any
 import grpc
 from numba.core.compiler_lock import global_compiler_lock
 
+from psproto import keepalive
+
 PATIENCE = 2.0  # seconds that a fork waits for cancelled calls to end
 OPTIONS = (
     ("grpc.max_receive_message_length", -1),
@@ -30,7 +32,7 @@ OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.dns_min_time_between_resolutions_ms", 1000),
-    ("grpc.keepalive_time_ms", 60_000),
+    *keepalive.client_options(),
     ("grpc.use_local_subchannel_pool", 1),  # else a forked child finds its parent's connections
 )
 Cancelled = grpc.FutureCancelledError  # by a fork: begin the call again

@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from psproto import keepalive
 from psserver.config import ConfigError, ServerConfig
 from psserver.handlers import Door
 from psserver.service import Service
@@ -44,6 +45,7 @@ class Listener:
                 ("grpc.max_receive_message_length", TRANSPORT_SLACK * config.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
+                *keepalive.server_options(),
             ]
         )
         self._server.add_generic_rpc_handlers((self._door,))

@@ -7,6 +7,7 @@ from functools import partial
 
 import grpc
 
+from psproto import names
 from psproto import ps_pb2 as pb
 from psserver.analysis import Analyses
 from psserver.checkpoints import Checkpoints
@@ -25,7 +26,6 @@ from psserver.status import abort
 from psserver.stream import Streams
 from psserver.sweeper import Sweeper
 from psserver.workers import Workers
-from storage.schema import NAME
 from storage.versionlog import VersionLog
 
 SHARES = 8  # a stream is not read while it has this part of max_inflight_bytes in flight
@@ -222,12 +222,8 @@ class Service:
         return pb.WaitDurableResponse(durable_version=self._log.durable)
 
     async def barrier(self, request: pb.BarrierRequest, deadline: float) -> pb.BarrierResponse:
-        if not NAME.fullmatch(request.name):
-            raise BadRequest(
-                "INVALID_ARGUMENT",
-                "the name of a barrier must be 1..128 letters, digits or any of _ . / - and start"
-                f" with a letter, a digit or _, got {request.name[:200]!r}",
-            )
+        if problem := names.problem("barrier", request.name):
+            raise BadRequest("INVALID_ARGUMENT", problem)
         version = await self._engine.submit(lambda: self._shard.barrier(request.name), deadline)
         await self._settled(version, pb.DURABILITY_LOG)
         return pb.BarrierResponse(version=version)

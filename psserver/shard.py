@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from psproto import names
 from psproto import ps_pb2 as pb
 from psproto.codec import WIRE, Exchanged, Pulled, to_wire
 from psproto.routing import ShardMap
@@ -113,6 +114,8 @@ class Shard:
         if entry is not None:
             entry.schema.require_equal(schema)
             return entry.schema
+        if problem := names.problem("table", schema.name):
+            raise BadRequest("INVALID_ARGUMENT", problem)
         if len(self._tables) >= self._max_tables:
             raise TooLarge("TOO_MANY_TABLES", f"{self._max_tables} tables exist, the limit")
         if schema.durability == "fsync" and self._sequencer.log is None:

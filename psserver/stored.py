@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from psproto import routing
+from psproto import names, routing
 from psserver.errors import BadRequest, CheckpointUnfit
 from psserver.schemas import from_json
 from psserver.shard import Shard
 from storage.checkpoint import Checkpoint
 from storage.errors import Corrupt, UnknownTable
 from storage.kernels import Keys, Rows
-from storage.manifest import ATTEMPT, NAME
+from storage.manifest import ATTEMPT
 from storage.schema import TableSchema
 
 SLICE_ROWS, SLICE_BYTES = 2048, 512 << 10  # for the engine at once: well below a millisecond
@@ -25,12 +25,8 @@ SLICE_ROWS, SLICE_BYTES = 2048, 512 << 10  # for the engine at once: well below 
 
 def require_name(name: str) -> str:
     """The name of a checkpoint, which is no path; BadRequest otherwise."""
-    if not NAME.fullmatch(name):
-        raise BadRequest(
-            "INVALID_ARGUMENT",
-            "the name of a checkpoint must be 1..128 letters, digits or any of _ . - and start with"
-            f" a letter, a digit or _, got {name[:200]!r}",
-        )
+    if problem := names.problem("checkpoint", name):
+        raise BadRequest("INVALID_ARGUMENT", problem)
     return name
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from psproto import names
 from psserver.errors import BadRequest
 from storage.arena import Budget
 from storage.errors import UnknownTable
-from storage.schema import NAME, TableSchema
+from storage.schema import TableSchema
 from storage.table import Table
 
 MAX_DROPPED = 4096  # dropped tables whose schemas are kept
@@ -66,12 +67,8 @@ class Tables:
         entry = self._by_name.get(name)
         if entry is not None:
             return entry
-        if not NAME.fullmatch(name):
-            raise BadRequest(
-                "INVALID_ARGUMENT",
-                "table name must be 1..128 letters, digits or any of _ . / - and start with a"
-                f" letter, a digit or _, got {name[:200]!r}",
-            )
+        if problem := names.problem("table", name):
+            raise BadRequest("INVALID_ARGUMENT", problem)
         raise UnknownTable(name)
 
     def numbered(self, number: int) -> TableEntry | None:

@@ -133,7 +133,7 @@ def test_a_barrier_stands_behind_what_was_answered_before(client: Client, name: 
 
 
 def test_a_barrier_of_a_bad_name_is_refused(client: Client) -> None:
-    with pytest.raises(InvalidArgument, match="name of a barrier"):
+    with pytest.raises(InvalidArgument, match="barrier name must be"):
         client.barrier("no spaces")
 
 

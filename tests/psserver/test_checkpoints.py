@@ -501,7 +501,7 @@ def test_a_checkpoint_is_named_and_never_pathed(make: Make, name: str) -> None:
             ),
         ]
     for call in calls:
-        with pytest.raises(BadRequest, match="name of a checkpoint"):
+        with pytest.raises(BadRequest, match="checkpoint name must be"):
             call()
 
 

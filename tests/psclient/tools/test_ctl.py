@@ -63,4 +63,4 @@ def test_psctl_does_it_all(
     assert len(load_file(tmp_path / "all" / "t.safetensors")["keys"]) == rows + 9
     psctl(target, "import", "t2", "--parquet", str(tmp_path / "one.parquet"))
     assert "no checkpoint" in psctl(target, "verify", "c", fails=True)
-    assert "name of a checkpoint" in psctl(target, "checkpoint", "../c", fails=True)
+    assert "checkpoint name must be" in psctl(target, "checkpoint", "../c", fails=True)
