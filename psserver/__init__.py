@@ -13,6 +13,7 @@ views.py         what readers of a shard get
 sweeps.py        eviction on the engine thread, one slice at a time
 recovery.py      a shard brought back from its base and its log
 shard.py         one shard's part of every table, without a network
+loops.py         calls handed to an event loop by other threads
 engine.py        the thread that owns the shard
 sweeper.py       eviction in the background and on demand
 replay.py        a shard brought back from its data directory
@@ -30,9 +31,15 @@ pace.py          turns for slow readers on the engine
 summaries.py     summaries of tables as messages
 inspection.py    what is known of single keys
 analysis.py      what a table holds
-position.py      where a subscriber stands, and its token
-deltas.py        what a subscriber is told, as messages
-feed.py          subscriptions: every change, to whoever follows
+position.py      a subscriber's position in a shard's history, and its token
+wanted.py        what a subscriber asked for
+deltas.py        records and rows as messages of a subscription
+source.py        log, engine and threads that subscriptions share
+sender.py        one subscriber's stream
+logtail.py       messages of a subscription made of the log
+rowscan.py       snapshots and catch-ups: rows sent while pushes go on
+subscription.py  one subscription: the log, or a scan where the log does not reach back
+feed.py          the subscriptions of one shard
 stats.py         what the service counts
 metrics.py       the collectors of /metrics
 status.py        the status with which an error reaches a client

@@ -1,10 +1,9 @@
-"""What a subscriber is told: records of the log and rows of tables as Delta messages.
+"""Records of the log and rows of tables as Delta messages.
 
-    Wanted    what the subscriber asked for: tables, content, dtype, coalescing
-    Batch     the changes that are told together: one, or the newest values of several
+    Batch     the changes that are sent together: one, or the newest values of several
     Deltas    makes the messages
 
-Nothing here waits or knows the network; it runs on the threads of the feed.
+Nothing here waits or uses the network. It runs on the threads of the feed.
 """
 
 from __future__ import annotations
@@ -15,24 +14,18 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
-from psserver.errors import BadRequest
 from psserver.schemas import from_json, write_schema
+from psserver.wanted import Wanted
 from storage import records
 from storage.kernels import Keys, Rows
 from storage.records import Cause, Kind
-from storage.schema import NAME, TableSchema
+from storage.schema import TableSchema
 
-CHUNK_BYTES = 1 << 20  # arrays of one message, unless the subscriber says otherwise
-MOST_CHUNK_BYTES = 16 << 20
-PROGRESS_SECONDS = 1.0
-MOST_COALESCE_MS = 60_000
-COALESCE_BYTES = 32 << 20  # of records that are coalesced at a time
-MAX_TABLES = 4096  # names in one request
+COALESCE_BYTES = 32 << 20  # bytes of records that are coalesced at a time
 
 DeltaKind = pb.DeltaHeader
 _ALL = routing.even_map(1)
@@ -41,87 +34,9 @@ _NO_STEPS = np.empty(0, np.int64)
 _NO_ROWS = np.empty((0, 0), np.float32)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What a subscriber asked for."""
-
-    tables: frozenset[str]  # none: all
-    content: int
-    dtype: int
-    coalesce_seconds: float
-    coalesce_rows: int
-    progress_seconds: float
-    chunk_bytes: int
-
-    @property
-    def coalesces(self) -> bool:
-        """Whether several changes may be told as one."""
-        return self.coalesce_seconds > 0 or self.coalesce_rows > 0
-
-    def wants(self, table: str) -> bool:
-        """Whether a table is subscribed to."""
-        return not self.tables or table in self.tables
-
-    def width(self, schema: TableSchema) -> int:
-        """Numbers of a row as sent."""
-        if self.content == pb.CONTENT_KEYS:
-            return 0
-        return schema.width if self.content == pb.CONTENT_VALUES_AND_STATE else schema.dim
-
-    def rows_per_message(self, width: int) -> int:
-        """Rows of so many numbers that fill a message; at least one."""
-        state = self.content == pb.CONTENT_VALUES_AND_STATE
-        row = 16 + width * codec.WIRE[self.dtype].itemsize + 16 * state
-        return max(1, self.chunk_bytes // row)
-
-
-def parse(data: bytes) -> pb.SubscribeRequest:
-    """A SubscribeRequest; Malformed if it is none."""
-    request = pb.SubscribeRequest()
-    try:
-        request.ParseFromString(data)
-    except DecodeError as error:
-        raise codec.Malformed(f"SubscribeRequest: {error}") from error
-    return request
-
-
-def read_wanted(request: pb.SubscribeRequest) -> Wanted:
-    """What a request asks for, defaults filled in; BadRequest if it breaks a rule."""
-    if len(request.tables) > MAX_TABLES:
-        raise _bad(f"{len(request.tables)} tables named, {MAX_TABLES} may be")
-    for name in request.tables:
-        if not NAME.fullmatch(name):
-            raise _bad(f"{name[:200]!r} cannot be the name of a table")
-    content = request.content or pb.CONTENT_VALUES
-    if content not in pb.Content.values():
-        raise _bad(f"content {content} is unknown")
-    dtype = codec.wire_dtype(request.dtype)
-    if content == pb.CONTENT_VALUES_AND_STATE and dtype != pb.DTYPE_FLOAT32:
-        raise _bad("state is sent as float32 only")
-    if request.start not in pb.Start.values():
-        raise _bad(f"start {request.start} is unknown")
-    if request.coalesce_ms > MOST_COALESCE_MS:
-        raise _bad(f"coalesce_ms must be in 0..{MOST_COALESCE_MS}, got {request.coalesce_ms}")
-    if request.chunk_bytes > MOST_CHUNK_BYTES:
-        raise _bad(f"chunk_bytes must be in 0..{MOST_CHUNK_BYTES}, got {request.chunk_bytes}")
-    return Wanted(
-        tables=frozenset(request.tables),
-        content=content,
-        dtype=dtype,
-        coalesce_seconds=request.coalesce_ms / 1000,
-        coalesce_rows=request.coalesce_rows,
-        progress_seconds=request.progress_ms / 1000 or PROGRESS_SECONDS,
-        chunk_bytes=request.chunk_bytes or CHUNK_BYTES,
-    )
-
-
-def _bad(why: str) -> BadRequest:
-    return BadRequest("INVALID_ARGUMENT", f"subscription: {why}")
-
-
 @dataclass(frozen=True, slots=True)
-class Told:
-    """One change that a batch tells of."""
+class LoggedChange:
+    """One change of a batch."""
 
     version: int
     record: records.Record
@@ -130,23 +45,23 @@ class Told:
 
 @dataclass(slots=True)
 class Batch:
-    """The changes from one commit mark to the next, without those that are not wanted.
+    """The wanted changes from one commit mark to the next.
 
-    schema_of  the schema of a table by its number; None if the table is long gone: its rows are
-               left out, and its end follows
+    schema_of  returns the schema of a table by its number. None if the table was dropped long ago:
+               its rows are left out, and its drop follows
     """
 
     wanted: Wanted
     schema_of: Callable[[int], TableSchema | None]
-    version: int  # of the newest change that was taken, wanted or not
-    told: list[Told] = field(default_factory=list)
+    version: int  # of the newest change read, wanted or not
+    changes: list[LoggedChange] = field(default_factory=list)
     rows: int = 0
     bytes: int = 0
-    full: bool = False  # takes nothing more
+    full: bool = False  # accepts no further change
 
     def takes(self, kind: int) -> bool:
-        """Whether a record of this kind can go into the same batch."""
-        return not self.told or kind in (Kind.PUSH, Kind.DELETE)
+        """Return whether a record of this kind can go into the same batch."""
+        return not self.changes or kind in (Kind.PUSH, Kind.DELETE)
 
     def take(self, version: int, record: records.Record) -> None:
         """Add the next change."""
@@ -171,42 +86,40 @@ class Batch:
                 self.full = True
             case records.Barrier():
                 self.full = True
-        self.told.append(Told(version, record, schema))
+        self.changes.append(LoggedChange(version, record, schema))
 
     @property
     def since_us(self) -> int:
-        """When the oldest change in here was applied: microseconds since 1970."""
-        return self.told[0].record.origin.time_us
+        """Microseconds since 1970 when the oldest change of the batch was applied."""
+        return self.changes[0].record.origin.time_us
 
 
 def newest(keys: Keys) -> NDArray[np.int64]:
-    """Where each distinct key of ``keys`` stands last, ascending."""
+    """Return the index of the last occurrence of each distinct key, ascending."""
     split = routing.split(keys, _ALL)
     last = np.empty(len(split.keys), np.int64)
-    last[split.inverse] = np.arange(len(keys))  # the last assignment stays
+    last[split.inverse] = np.arange(len(keys))  # the last assignment wins
     last.sort()
     return last
 
 
 class Deltas:
-    """Makes the messages of one subscription.
-
-    head  gives the newest durable version
-    """
+    """Makes the messages of one subscription."""
 
     def __init__(self, wanted: Wanted, head: Callable[[], int]) -> None:
+        """Store the parts. ``head`` returns the newest durable version."""
         self._wanted = wanted
         self._head = head
 
     def mark(self, kind: DeltaKind.Kind, **fields: Any) -> bytes:
-        """A message without arrays."""
+        """Return a message without arrays."""
         header = pb.DeltaHeader(kind=kind, head=self._head(), **fields)
         return codec.encode_delta(
             codec.Delta(header, _NO_KEYS, _NO_KEYS, _NO_ROWS, _NO_STEPS, _NO_KEYS)
         )
 
     def created(self, schema: TableSchema, **fields: Any) -> bytes:
-        """That there is a table."""
+        """Return the message that a table exists."""
         return self.mark(
             DeltaKind.KIND_TABLE_CREATED,
             table=schema.name,
@@ -226,12 +139,14 @@ class Deltas:
         frequencies: NDArray[np.uint64],
         **last: Any,
     ) -> Iterator[bytes]:
-        """Values of rows, as many messages as they take.
+        """Yield the messages that contain these rows.
 
-        keys  uint64[n], distinct; versions uint64[n], or empty where all are ``version``;
-              rows float32[n, width or more]; steps int64[n] and frequencies uint64[n], which may
-              be empty where they are not wanted
-        last  fields of the last message; those before have ``more`` and no token
+        keys         uint64[n], distinct
+        versions     uint64[n], or empty if all are ``version``
+        rows         float32[n, width or more]
+        steps        int64[n], may be empty if state is not wanted
+        frequencies  uint64[n], may be empty if state is not wanted
+        last         fields of the last message; the messages before it have ``more`` and no token
         """
         wanted, width = self._wanted, self._wanted.width(schema)
         state = wanted.content == pb.CONTENT_VALUES_AND_STATE
@@ -269,7 +184,7 @@ class Deltas:
         cause: Cause,
         **last: Any,
     ) -> Iterator[bytes]:
-        """That rows are gone; arguments as of ``rows``."""
+        """Yield the messages that these rows were deleted; arguments as of ``rows``."""
         for part, fields in self._parts(len(keys), self._wanted.rows_per_message(0), last):
             header = pb.DeltaHeader(
                 kind=DeltaKind.KIND_DELETES,
@@ -284,24 +199,24 @@ class Deltas:
             )
 
     def batch(self, batch: Batch, token: bytes, more: bool) -> Iterator[bytes]:
-        """The messages of a batch that tells of something; the last one carries the token."""
-        last = {"token": token, "more": more, "time_us": batch.told[-1].record.origin.time_us}
-        if len(batch.told) == 1:
-            yield from self._change(batch.told[0], last)
+        """Yield the messages of a batch with changes; the last one carries the token."""
+        last = {"token": token, "more": more, "time_us": batch.changes[-1].record.origin.time_us}
+        if len(batch.changes) == 1:
+            yield from self._change(batch.changes[0], last)
             return
-        pieces = list(self._newest(batch.told, batch.version))
+        pieces = list(self._newest(batch.changes, batch.version))
         for piece in pieces[:-1]:
             yield from piece(more=True)
         yield from pieces[-1](**last)
 
-    def _change(self, told: Told, last: dict[str, Any]) -> Iterator[bytes]:
-        version, schema = told.version, told.schema
+    def _change(self, change: LoggedChange, last: dict[str, Any]) -> Iterator[bytes]:
+        version, schema = change.version, change.schema
         if schema is None:
-            assert isinstance(told.record, records.Barrier)
-            name = told.record.name
+            assert isinstance(change.record, records.Barrier)
+            name = change.record.name
             yield self.mark(DeltaKind.KIND_BARRIER, version=version, barrier=name, **last)
             return
-        match told.record:
+        match change.record:
             case records.Push(origin, _, keys, frequencies, rows):
                 steps = self._steps(len(keys), origin.step)
                 yield from self.rows(
@@ -316,10 +231,12 @@ class Deltas:
                     DeltaKind.KIND_TABLE_DROPPED, table=schema.name, version=version, **last
                 )
 
-    def _newest(self, told: Sequence[Told], version: int) -> Iterator[Callable[..., Any]]:
-        """Pushes and deletes as their newest values: calls that make messages, by table."""
-        tables: dict[int, list[Told]] = {}
-        for each in told:
+    def _newest(
+        self, sequence: Sequence[LoggedChange], version: int
+    ) -> Iterator[Callable[..., Any]]:
+        """Yield, by table, calls that make messages of the newest value of each key."""
+        tables: dict[int, list[LoggedChange]] = {}
+        for each in sequence:
             assert isinstance(each.record, records.Push | records.Delete)
             tables.setdefault(each.record.table, []).append(each)
         for changes in tables.values():
@@ -353,14 +270,14 @@ class Deltas:
                 )
 
     def _steps(self, count: int, step: int) -> NDArray[np.int64]:
-        """The step of a push for each of its rows, where it is wanted."""
+        """Return the step of a push for each of its rows; empty if state is not wanted."""
         state = self._wanted.content == pb.CONTENT_VALUES_AND_STATE
         return np.full(count if state else 0, step, np.int64)
 
     def _parts(
         self, count: int, most: int, last: dict[str, Any]
     ) -> Iterator[tuple[slice, dict[str, Any]]]:
-        """Ranges of at most so many items, each with the fields of its message."""
+        """Yield ranges of at most ``most`` items, each with the fields of its message."""
         for start in range(0, count, most):
             end = min(start + most, count)
             yield slice(start, end), last if end == count else {"more": True}

@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from psserver.errors import DeadlinePassed
+from psserver.loops import post
 
 Result = TypeVar("Result")
 _Job = tuple[Callable[[], Any], float, "asyncio.Future[Any] | None"]
@@ -109,11 +110,8 @@ class Engine:
             with self._turn:
                 result, error = _outcome(call, deadline)
             self._over()
-            if future is not None:
-                try:
-                    self._loop.call_soon_threadsafe(_settle, future, result, error)
-                except RuntimeError:  # the loop is gone, and with it who asked
-                    return
+            if future is not None and not post(self._loop, _settle, future, result, error):
+                return
             del job, call, future, result, error  # requests and replies are large; idle may be long
 
 

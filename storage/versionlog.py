@@ -243,7 +243,7 @@ class VersionLog:
 
     # ---- any thread
 
-    def wait(self, version: int, durable: bool, call: Callable[[], None]) -> None:
+    def wait(self, version: int, durable: bool, call: Callable[[], object]) -> None:
         """Have ``call`` called once ``version`` is written, or durable.
 
         It is called on this thread if that is so already, else on a thread of the log; never if

@@ -28,7 +28,7 @@ from stores import DIM, Home, change, copy_of, power_cut, push, schema
 
 from psproto import codec
 from psproto import ps_pb2 as pb
-from psserver import feed as feeds
+from psserver import rowscan
 from psserver.engine import Engine
 from psserver.errors import (
     BadRequest,
@@ -212,7 +212,7 @@ class Node:
     async def cut(self) -> None:
         """Cut the log up to the newest version."""
         await self.durable()
-        await asyncio.to_thread(self.home.checkpoint)
+        await asyncio.to_thread(self.home.flush)
 
     @asynccontextmanager
     async def subscribe(self, copied: Copy | None = None, **fields: Any) -> AsyncIterator[Reader]:
@@ -929,22 +929,22 @@ async def test_the_engine_copies_small_slices(node: Node) -> None:
         lambda: node.shard.exchange([push(keys, table="wide", gradients=values)], [])
     )
     sizes = []
-    real = feeds._copy
+    real = rowscan._copy
 
     def copy_and_note(scan: Any, places: Any, width: int) -> Any:
         sizes.append(len(places) * (4 * width + 32))
         return real(scan, places, width)
 
-    feeds._copy = copy_and_note  # type: ignore[assignment]
+    rowscan._copy = copy_and_note  # type: ignore[assignment]
     try:
         await node.durable()
         async with node.subscribe() as reader:
             reader._checks = False
             await reader.up_to(2)
     finally:
-        feeds._copy = real
+        rowscan._copy = real
     assert sum(sizes) >= 4000 * 2048
-    assert max(sizes) <= feeds.SLICE_BYTES
+    assert max(sizes) <= rowscan.SLICE_BYTES
 
 
 # ---- going on from anywhere

@@ -1,0 +1,216 @@
+"""The rows of a shard, sent to a subscriber while pushes go on: a snapshot or a catch-up.
+
+A scan takes the shard's version V, then reads the rows a slice at a time. The engine thread copies
+the slices, so rows are whole, and a push waits for one slice at most. Rows of versions above V are
+left out: the log has them, and the subscriber gets the log from V on. Once the subscriber has the
+log up to the shard's version at the end of the scan, its rows are a state that the shard was in,
+and SNAPSHOT_END says so. A slot that is reused between two slices is no exception: its new row has
+a version above V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from psserver.deltas import DeltaKind, Deltas, newest
+from psserver.errors import VersionCompacted
+from psserver.position import AFTER_SCAN, Phase, Position
+from psserver.sender import Sender
+from psserver.source import Source
+from psserver.tombstones import Tombstones
+from psserver.views import TableList
+from psserver.wanted import Wanted
+from storage import records
+from storage.schema import TableSchema
+from storage.tiers.base import KEY, STEP, VERSION, Scan
+
+SLICE_BYTES = 256 << 10  # bytes of rows that the engine thread copies at a time
+SLICE_TOMBSTONES = 4096  # changes whose deletes are read at a time
+
+
+class RowScan:
+    """Sends tables, deletes and rows to one subscriber."""
+
+    def __init__(self, source: Source, wanted: Wanted, deltas: Deltas, sender: Sender) -> None:
+        """Store the parts. The position is the sender's."""
+        self._source = source
+        self._wanted = wanted
+        self._deltas = deltas
+        self._sender = sender
+
+    async def run(self) -> None:
+        """Send the rows of versions above ``after``, as they were at ``version``.
+
+        Raises VersionCompacted if tombstones after ``after`` were discarded.
+        """
+        source, sender = self._source, self._sender
+        tables = await source.engine.submit(source.shard.table_list)
+        position = sender.position
+        if position.boot != source.boot:  # not begun, or begun by another process
+            position = await self._start(position, tables)
+        if position.table == 0 and not await self._send_tables(tables):
+            return
+        for number, schema, created in tables.tables:
+            if created <= position.version and self._wanted.wants(schema.name):
+                await self._send_rows(number, schema)
+        until = await source.engine.submit(lambda: source.shard.version)
+        await source.durable(until)  # a version that is lost may come again with other changes
+        sender.position = replace(
+            sender.position, phase=AFTER_SCAN[position.phase], until=until, table=0, slot=0
+        )
+
+    async def _start(self, position: Position, tables: TableList) -> Position:
+        """Begin the scan at the shard's version, and say so."""
+        boot = self._source.boot
+        position = replace(position, version=tables.version, table=0, slot=0, boot=boot)
+        if position.after < tables.horizon and position.after:
+            position = self._compacted(position, tables.horizon)
+        await self._source.durable(position.version)
+        whole = position.phase == Phase.SNAPSHOT and not position.after
+        kind = DeltaKind.KIND_SNAPSHOT if whole else DeltaKind.KIND_CATCH_UP
+        await self._send(
+            [self._deltas.mark(kind, version=position.version, token=position.encode(), more=True)]
+        )
+        self._sender.position = position
+        return position
+
+    def _compacted(self, position: Position, horizon: int) -> Position:
+        """Begin a snapshot again if deletes after ``after`` are unknown; a catch-up cannot."""
+        if position.phase == Phase.SNAPSHOT:
+            return replace(position, after=0)
+        raise VersionCompacted(position.after, self._source.log.first - 1, horizon)
+
+    async def _send(self, messages: list[bytes]) -> None:
+        self._source.check_draining()
+        await self._sender.send(messages)
+
+    async def _send_tables(self, tables: TableList) -> bool:
+        """Send tables and deletes. Returns False if the scan must begin again."""
+        sender, source = self._sender, self._source
+        position = sender.position
+        token, names = position.encode(), {}
+        for number, schema, created in tables.tables:
+            if created <= position.version and self._wanted.wants(schema.name):
+                names[number] = schema.name
+                await self._send(
+                    [self._deltas.created(schema, version=created, token=token, more=True)]
+                )
+        at = position.after
+        while at and at < position.version:
+            dead = await source.engine.submit(partial(self._tombstones, at))
+            if dead is None:
+                sender.position = replace(position, boot=0)
+                return False
+            if not dead:
+                break
+            at = dead[-1].version
+            dead = [each for each in dead if each.version <= position.version]
+            make = partial(self._make_deletes, dead, names, token)
+            await self._send(await source.work(make))
+        return True
+
+    def _tombstones(self, after: int) -> list[Tombstones] | None:
+        """Return deletes above a version; None if some were discarded. On the engine thread."""
+        shard = self._source.shard
+        if after < shard.tombstone_horizon:
+            return None
+        return shard.tombstones(after, SLICE_TOMBSTONES)
+
+    def _make_deletes(
+        self, dead: list[Tombstones], names: dict[int, str], token: bytes
+    ) -> list[bytes]:
+        return list(self._deletes(dead, names, token))
+
+    def _deletes(
+        self, dead: list[Tombstones], names: dict[int, str], token: bytes
+    ) -> Iterator[bytes]:
+        groups: dict[tuple[int, records.Cause], list[Tombstones]] = {}
+        for each in dead:
+            if each.table in names:
+                groups.setdefault((each.table, each.cause), []).append(each)
+        for (number, cause), some in groups.items():
+            keys = np.concatenate([each.keys for each in some])
+            versions = np.repeat(
+                np.array([each.version for each in some], np.uint64),
+                [len(each.keys) for each in some],
+            )
+            last = newest(keys)
+            yield from self._deltas.deletes(
+                names[number],
+                self._sender.position.version,
+                keys[last],
+                versions[last],
+                cause,
+                token=token,
+                more=True,
+            )
+
+    async def _send_rows(self, number: int, schema: TableSchema) -> None:
+        """Send the rows of a table that were not sent yet."""
+        source, position = self._source, self._sender.position
+        if number < position.table:
+            return
+        slot: int | None = position.slot if number == position.table else 0
+        width = self._wanted.width(schema)
+        limit = self._wanted.rows_per_message(width)
+        while slot is not None:
+            source.check_draining()
+            scan = await source.engine.submit(partial(source.shard.rows_of, number))
+            if scan is None:  # dropped: the log has that after ``version``
+                return
+            find = partial(scan.find, slot, position.after, position.version, limit)
+            slots, slot = await source.work(find)
+            position = replace(
+                position,
+                table=number + (slot is None),
+                slot=0 if slot is None else slot,
+            )
+            copied = [
+                await source.engine.submit(partial(_copy, scan, some, width))
+                for some in _slices(slots, 32 + 4 * width)
+            ]
+            if copied:
+                make = partial(self._make_rows, schema, copied, position)
+                await self._send(await source.work(make))
+            self._sender.position = position
+
+    def _make_rows(
+        self, schema: TableSchema, copied: list[tuple[Any, ...]], position: Position
+    ) -> list[bytes]:
+        """Return the message of a slice of rows; none if all rows have newer versions by now."""
+        meta, frequencies, rows = map(np.concatenate, zip(*copied, strict=True))
+        versions = meta[:, VERSION]
+        still = (versions > position.after) & (versions <= position.version)
+        if not still.all():
+            meta, frequencies, rows = meta[still], frequencies[still], rows[still]
+        return list(
+            self._deltas.rows(
+                schema,
+                position.version,
+                np.ascontiguousarray(meta[:, KEY]),
+                np.ascontiguousarray(meta[:, VERSION]),
+                rows,
+                np.ascontiguousarray(meta[:, STEP]).view(np.int64),
+                frequencies,
+                token=position.encode(),
+                more=True,
+            )
+        )
+
+
+def _slices(slots: Any, row_bytes: int) -> Iterator[Any]:
+    most = max(1, SLICE_BYTES // row_bytes)
+    for start in range(0, len(slots), most):
+        yield slots[start : start + most]
+
+
+def _copy(scan: Scan, slots: Any, width: int) -> tuple[Any, Any, Any]:
+    """Copy metadata, frequencies and the first ``width`` numbers of rows. On the engine thread."""
+    frequencies = np.empty(len(slots), np.uint64)
+    rows = np.empty((len(slots), width), np.float32)
+    return scan.copy(slots, frequencies, rows), frequencies, rows
