@@ -117,6 +117,7 @@ REASONS: dict[str, type[PsError]] = {
     "DIM_MISMATCH": SchemaMismatch,  # gradients had the dim that this client was told before
     "WRONG_SHARD": WrongShard,
     "SESSION_EXPIRED": SessionExpired,
+    "STEP_TOO_FAR": InvalidArgument,
     "VERSION_IN_FUTURE": VersionInFuture,
     "VERSION_COMPACTED": VersionCompacted,
     "LOG_DIVERGED": LogDiverged,

@@ -242,6 +242,7 @@ def _tables_of(captured: Capture) -> tuple[PartTable, ...]:
             name=str(json.loads(each.base.schema)["name"]),
             schema=each.base.schema,
             rows=each.rows,
+            step=each.step,
         )
         for each in captured.tables
     )

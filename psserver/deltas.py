@@ -61,7 +61,7 @@ class Batch:
 
     def takes(self, kind: int) -> bool:
         """Return whether a record of this kind can go into the same batch."""
-        return not self.changes or kind in (Kind.PUSH, Kind.DELETE)
+        return not self.changes or kind in (Kind.PUSH, Kind.WRITE, Kind.DELETE)
 
     def take(self, version: int, record: records.Record) -> None:
         """Add the next change."""

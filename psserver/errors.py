@@ -3,6 +3,7 @@
 * Refused
   - BadRequest        the request breaks a rule; the reason says which
   - WrongShard        a key belongs to another shard
+  - StepTooFar        the step of a push is too far ahead of the table's
   - SessionExpired    a push whose repetition could no longer be noticed
   - VersionInFuture   a version that this shard has not reached
   - NoLog             the shard has no data directory, and so no log
@@ -60,6 +61,23 @@ class WrongShard(Refused):
     @property
     def metadata(self) -> dict[str, str]:
         return {"epoch": str(self.epoch)}
+
+
+class StepTooFar(Refused):
+    """The step of a push is too far ahead of the table's."""
+
+    reason = "STEP_TOO_FAR"
+
+    def __init__(self, table: str, step: int, at: int, ahead: int) -> None:
+        super().__init__(
+            f"table {table!r} is at step {at}: a push of step {step} is {step - at} steps ahead,"
+            f" max_step_ahead is {ahead}; if the step is right, alter the table's max_step_ahead"
+        )
+        self.at, self.ahead = at, ahead
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"table_step": str(self.at), "max_step_ahead": str(self.ahead)}
 
 
 class SessionExpired(Refused):

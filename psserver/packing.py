@@ -63,7 +63,7 @@ def counters_of(captured: Capture, after: int, engine: Engine) -> Iterator[Count
     """
     most = tombstones_per_block()
     for each in captured.tables:
-        slices = each.table.gate.changed(after)
+        slices = each.gate.changed(after)
         while (found := engine.run(lambda: next(slices, None))) is not None:  # noqa: B023
             keys, totals, versions = found
             for at in range(0, len(keys), most):
@@ -79,7 +79,7 @@ def cells_of(captured: Capture, but: set[int]) -> Iterator[tuple[int, int, Bytes
     for each in captured.tables:
         if each.base.number in but:
             continue
-        cells = each.table.gate.cells().view(np.uint8)
+        cells = each.gate.cells().view(np.uint8)
         for start in range(0, len(cells), CELLS_BYTES):
             yield each.base.number, start, cells[start : start + CELLS_BYTES]
 

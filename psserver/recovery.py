@@ -25,6 +25,7 @@ class Recovery:
         self._tables = tables
         self._sequencer = sequencer
         self._tombstones = tombstones
+        self._without_policy: set[int] = set()  # tables whose step is taken from their rows
 
     def load_state(self, state: BaseState) -> None:
         """Begin from a base state; its blocks come next."""
@@ -37,6 +38,8 @@ class Recovery:
             entry = self._tables.add(table.number, schema, table.created)
             if table.policy:
                 entry.table.evictor.load(table.policy)
+            else:
+                self._without_policy.add(table.number)
 
     def load_block(self, block: Block) -> None:
         """Load a block of the base; blocks come in the order in which they were made."""
@@ -46,6 +49,9 @@ class Recovery:
         match block.kind:
             case blocks.ROWS:
                 _load_rows(entry, block)
+                if entry.number in self._without_policy and len(block.keys):
+                    newest, last = int(block.versions.max()), int(block.steps.max())
+                    entry.table.evictor.loaded(newest, last)
             case blocks.COUNTERS:
                 entry.table.put_counters(block.keys, block.totals, block.versions)
             case blocks.CELLS:
@@ -99,8 +105,6 @@ class Recovery:
 def _load_rows(entry: TableEntry, block: Block) -> None:
     table = entry.table
     table.put(block.keys, block.versions, block.steps, block.frequencies, block.rows)
-    if len(block.keys):
-        table.evictor.loaded(int(block.versions.max()), int(block.steps.max()))
 
 
 def _load_cells(entry: TableEntry, block: Block) -> None:
@@ -117,4 +121,8 @@ def _replay_push(entry: TableEntry, version: int, record: records.Push) -> None:
     entry.table.put(keys, versions, steps, record.frequencies, record.rows)
     since = np.full(len(waiting), version, np.uint64)
     entry.table.put_counters(waiting, record.totals, since)
-    entry.table.evictor.pushed(version, origin.step, origin.time_us / 1e6)
+    evictor, seconds = entry.table.evictor, origin.time_us / 1e6
+    if record.imported:
+        evictor.written(version, seconds)
+    else:
+        evictor.pushed(version, origin.step, seconds)

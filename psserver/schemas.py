@@ -13,7 +13,7 @@ from storage.admission.rules import make_admission
 from storage.eviction.rules import make_eviction
 from storage.initializers import make_initializer
 from storage.optimizers import make_optimizer
-from storage.schema import Durability, TableSchema
+from storage.schema import MAX_STEP_AHEAD, Durability, TableSchema
 
 LEVELS: dict[int, Durability] = {
     pb.DURABILITY_APPLIED: "applied",
@@ -39,6 +39,9 @@ def read_schema(message: pb.TableSchema) -> TableSchema:
                 message.initializer.name or "uniform", dict(message.initializer.parameters)
             ),
             seed=message.seed,
+            max_step_ahead=(
+                message.max_step_ahead if message.HasField("max_step_ahead") else MAX_STEP_AHEAD
+            ),
             serving_default=message.serving_default,
             durability=LEVELS[message.durability or pb.DURABILITY_LOG],
             admission=make_admission(
@@ -74,6 +77,7 @@ def write_schema(schema: TableSchema) -> pb.TableSchema:
         durability=DURABILITIES[schema.durability],
         admission=_rule(schema.admission),
         evictions=map(_rule, schema.evictions),
+        max_step_ahead=schema.max_step_ahead,
     )
 
 

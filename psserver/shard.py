@@ -18,7 +18,7 @@ from psproto import ps_pb2 as pb
 from psproto.codec import WIRE, Exchanged, Pulled, to_wire
 from psproto.routing import ShardMap
 from psserver.afterimages import ImageBuffers
-from psserver.errors import BadRequest, NoLog, TooLarge, VersionInFuture
+from psserver.errors import BadRequest, NoLog, StepTooFar, TooLarge, VersionInFuture
 from psserver.recovery import Recovery
 from psserver.requests import Change, Delete, Pull, Push, check_order
 from psserver.schemas import DURABILITIES, to_json
@@ -193,7 +193,7 @@ class Shard:
         keys         uint64[n], distinct
         frequencies  uint64[n]
         rows         float32[n, width]
-        step         of all rows, as it is given
+        step         of all rows; the step of the table stays
 
         Nobody may change the arrays afterwards: the log has no copy.
         """
@@ -204,9 +204,9 @@ class Shard:
         frequencies = np.minimum(frequencies, np.uint64(0xFFFFFFFF))
         entry.table.put(keys, versions, steps, frequencies, rows)
         origin = self._sequencer.origin(step=step)
-        entry.table.evictor.pushed(version, step, origin.time_us / 1e6)
-        parts = records.encode_push(origin, entry.number, keys, frequencies, rows)
-        self._sequencer.append(Kind.PUSH, parts)
+        entry.table.evictor.written(version, origin.time_us / 1e6)
+        parts = records.encode_write(origin, entry.number, keys, frequencies, rows)
+        self._sequencer.append(Kind.WRITE, parts)
         return version
 
     def barrier(self, name: str) -> int:
@@ -319,8 +319,11 @@ class Shard:
                 f"table {push.table!r} has dim {schema.dim}, the gradients have"
                 f" {push.gradients.shape[1]}",
             )
-        level = self._level(entry, push)
-        return _CheckedPush(push, entry, level, self._sequencer.applied(push))
+        level, applied = self._level(entry, push), self._sequencer.applied(push)
+        if applied is None and push.step > entry.table.evictor.last_step(schema.max_step_ahead):
+            at = self.step(push.table)
+            raise StepTooFar(push.table, push.step, max(at, 0), schema.max_step_ahead)
+        return _CheckedPush(push, entry, level, applied)
 
     def _check_pulls(self, pulls: Sequence[Pull]) -> list[TableEntry]:
         """Return the table of each pull; refuse pulls that cannot be answered."""

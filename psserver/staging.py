@@ -22,8 +22,10 @@ from storage.base import Base
 from storage.basestate import BaseState, BaseTable
 from storage.block import Block, pack_counters, rows_per_block, tombstones_per_block
 from storage.checkpoint import Checkpoint, read_file
+from storage.eviction.evictor import Evictor
 from storage.kernels import Keys
 from storage.part_reader import Piece, counters_of, rows_of
+from storage.schema import TableSchema
 from storage.store import Store
 
 AHEAD_BLOCKS = 24  # packed and not yet written: more than go into a transaction
@@ -66,7 +68,12 @@ def stage(
                 version=version,
                 next_table=len(numbers) + 1,
                 tables=tuple(
-                    BaseTable(number=number, schema=_text(schemas[name]), created=version)
+                    BaseTable(
+                        number=number,
+                        schema=_text(schemas[name]),
+                        created=version,
+                        policy=_policy(checkpoint, schemas[name]),
+                    )
                     for name, number in numbers.items()
                 ),
                 horizon=version,
@@ -74,6 +81,17 @@ def stage(
             )
         )
     return sum(packer.rows for packer in packers.values())
+
+
+def _policy(checkpoint: Checkpoint, schema: TableSchema) -> bytes:
+    """Return the eviction state of a table: its step; empty if the checkpoint does not have it."""
+    tables = (each for part in checkpoint.parts for each in part.tables)
+    steps = [each.step for each in tables if each.name == schema.name and each.step is not None]
+    if not steps:
+        return b""
+    evictor = Evictor(schema.evictions)
+    evictor.loaded(max(checkpoint.manifest.versions), max(steps))
+    return evictor.pack()
 
 
 def _sessions(shard: Shard, store: Store, checkpoint: Checkpoint) -> bytes:

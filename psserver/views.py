@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from psserver.schemas import to_json
 from psserver.tables import TableEntry
 from psserver.tombstones import Tombstones
+from storage.admission.gates import Gate
 from storage.basestate import BaseTable
 from storage.kernels import Keys, Rows
 from storage.schema import TableSchema
@@ -66,7 +67,9 @@ class CapturedTable:
     width: int
     rows: int
     counters: int  # exact ones
+    gate: Gate  # that counted at this version: an alteration may replace the table's
     edits: int  # of a sketch; see Gate
+    step: int  # of the table
     scan: Scan
 
 
@@ -93,7 +96,17 @@ def capture_table(entry: TableEntry) -> CapturedTable:
     )
     gate, width = table.gate, table.schema.width
     counters = 0 if len(gate.cells()) else gate.entries
-    return CapturedTable(base, table, width, len(table), counters, gate.edits, table.scan())
+    return CapturedTable(
+        base=base,
+        table=table,
+        width=width,
+        rows=len(table),
+        counters=counters,
+        gate=gate,
+        edits=gate.edits,
+        step=table.evictor.step,
+        scan=table.scan(),
+    )
 
 
 def view_table(entry: TableEntry, version: int) -> TableView:

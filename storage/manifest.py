@@ -37,6 +37,7 @@ class PartTable:
     name: str
     schema: str  # JSON
     rows: int
+    step: int | None = None  # of the table; None: the largest of its rows (older checkpoints)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,8 @@
     3 create   = head | schema, a JSON object
     4 drop     = head | its schema, a JSON object
     5 barrier  = head | name, UTF-8
+    6 alter    = head | schema, a JSON object
+    7 write    = head | keys u64[count] | frequencies u64[count] | rows f32[count, width]
     head     = client u64 | incarnation u64 | sequence u64 | acknowledged u64 | step i64
              | time_us u64 | table u32 | width u32 | count u32 | extra u32              (64 bytes)
 
@@ -17,7 +19,10 @@ Little-endian; arrays begin at multiples of 8. Fields that a kind does not use a
 * table    the number that the table got at creation; numbers are not used again
 * waiting  keys of the push that may not have a row yet, and what their counters became: totals, not
            what was added, so that they too may be replayed again
-* extra    of a delete: its cause, why the rows left
+* extra    of a delete: its cause, why the rows left; of an alter: 1 if the table's counters were
+           dropped, else 0
+* step     of a push, the step of the table and of its rows after it; of a write, the step of its
+           rows, which does not move the step of the table
 * client.. the push that this is, for finding repetitions; client 0 is not protected
 
 Encoding copies no array; decoding returns read-only views of the frame.
@@ -52,6 +57,8 @@ class Kind(IntEnum):
     CREATE = 3
     DROP = 4
     BARRIER = 5
+    ALTER = 6
+    WRITE = 7
 
 
 class Cause(IntEnum):
@@ -72,7 +79,7 @@ class Origin:
     incarnation: int = 0
     sequence: int = 0
     acknowledged: int = 0  # the client had every answer up to this sequence
-    step: int = 0  # of a push, its rows' afterwards; of a delete, the table's at that moment
+    step: int = 0  # of a push or write, its rows' afterwards; of a delete, the table's then
     time_us: int = 0  # microseconds since 1970, by the shard's clock
 
 
@@ -87,6 +94,7 @@ class Push:
     rows: Rows  # float32[n, width], after the push
     waiting: Keys  # uint64[m], keys without a row
     totals: NDArray[np.uint32]  # [m], their occurrences, those of this push included
+    imported: bool = False  # whole rows were written: the step is theirs, not the table's
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,6 +117,16 @@ class Create:
 
 
 @dataclass(frozen=True, slots=True)
+class Alter:
+    """Settings of a table were changed; its rows stay."""
+
+    origin: Origin
+    table: int
+    schema: dict[str, Any]  # with the new settings
+    dropped: bool  # the counters towards admission were dropped, and start again from zero
+
+
+@dataclass(frozen=True, slots=True)
 class Drop:
     """A table was dropped, with all its rows."""
 
@@ -125,7 +143,7 @@ class Barrier:
     name: str
 
 
-Record = Push | Delete | Create | Drop | Barrier
+Record = Push | Delete | Create | Alter | Drop | Barrier
 
 CAUSES = {int(cause): cause for cause in Cause}
 NO_KEYS, NO_TOTALS = np.empty(0, np.uint64), np.empty(0, np.uint32)
@@ -171,6 +189,24 @@ def encode_create(origin: Origin, table: int, schema: Mapping[str, Any]) -> list
     return [_head(origin, table), json.dumps(schema, sort_keys=True).encode()]
 
 
+def encode_write(
+    origin: Origin,
+    table: int,
+    keys: Keys,
+    frequencies: NDArray[np.uint64],
+    rows: Rows,
+) -> list[Part]:
+    """Return the parts of a write; arrays as of ``encode_push``."""
+    return encode_push(origin, table, keys, frequencies, rows)
+
+
+def encode_alter(
+    origin: Origin, table: int, schema: Mapping[str, Any], *, dropped: bool
+) -> list[Part]:
+    """Return the parts of an alteration; ``schema`` is what json can express."""
+    return [_head(origin, table, extra=dropped), json.dumps(schema, sort_keys=True).encode()]
+
+
 def encode_drop(origin: Origin, table: int, schema: Mapping[str, Any]) -> list[Part]:
     """Parts of a table's end; ``schema`` is what json can express."""
     return [_head(origin, table), json.dumps(schema, sort_keys=True).encode()]
@@ -211,7 +247,10 @@ def decode(frame: Frame) -> Record:
     origin = Origin(**dict(zip(ORIGIN, who, strict=True)))
     body = frame.payload[HEAD.size :]
     match frame.kind:
-        case Kind.PUSH:
+        case Kind.PUSH | Kind.WRITE:
+            imported = frame.kind == Kind.WRITE
+            if imported and extra:
+                raise Corrupt(where, f"extra {extra} in a kind of record that has none")
             _require(where, body, count * (16 + 4 * width) + 12 * extra)
             if not width:
                 raise Corrupt(where, "rows of width 0")
@@ -220,7 +259,7 @@ def decode(frame: Frame) -> Record:
             rows = _array(body, "<f4", count * width, start).reshape(count, width)
             waiting = _array(body, "<u8", extra, 16 * count)
             totals = _array(body, "<u4", extra, start + 4 * count * width)
-            return Push(origin, table, keys, frequencies, rows, waiting, totals)
+            return Push(origin, table, keys, frequencies, rows, waiting, totals, imported)
         case Kind.DELETE:
             _require(where, body, count * 8, width=width)
             if extra not in CAUSES:
@@ -229,13 +268,18 @@ def decode(frame: Frame) -> Record:
         case Kind.CREATE:
             _require(where, body, None, width=width, count=count, extra=extra)
             return Create(origin, table, _schema(where, body))
+        case Kind.ALTER:
+            _require(where, body, None, width=width, count=count)
+            if extra > 1:
+                raise Corrupt(where, f"extra {extra} of an alteration, which is 0 or 1")
+            return Alter(origin, table, _schema(where, body), bool(extra))
         case Kind.DROP:
             _require(where, body, None, width=width, count=count, extra=extra)
             return Drop(origin, table, _schema(where, body))
         case Kind.BARRIER:
             _require(where, body, None, table=table, width=width, count=count, extra=extra)
             return Barrier(origin, _name(where, body))
-    raise Corrupt(where, f"unknown kind {frame.kind}")
+    raise Corrupt(where, f"unknown kind {frame.kind}: damaged, or written by a newer release")
 
 
 def _require(where: str, body: memoryview, size: int | None, **unused: int) -> None:

@@ -10,11 +10,12 @@ from typing import Literal
 
 from storage.admission.rules import Admission, Always
 from storage.errors import SchemaMismatch
-from storage.eviction.contract import Eviction, require_distinct
+from storage.eviction.contract import LAST_STEP, Eviction, require_distinct
 from storage.initializers import Initializer
 from storage.optimizer import Optimizer
 
 MAX_DIM = 8192
+MAX_STEP_AHEAD = 100_000_000  # steps; the default
 Durability = Literal["applied", "log", "fsync"]
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}")
 
@@ -32,6 +33,7 @@ class TableSchema:
     durability: Durability = "log"  # of pushes that do not ask for one
     admission: Admission = field(default_factory=Always)  # which keys may have a row
     evictions: tuple[Eviction, ...] = ()  # which rows leave; at most one of a kind, by name
+    max_step_ahead: int = MAX_STEP_AHEAD  # of a push, see Evictor.last_step; 0: no bound
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -46,6 +48,11 @@ class TableSchema:
         if not math.isfinite(self.serving_default):
             raise ValueError(
                 f"table {self.name!r}: serving_default must be finite, got {self.serving_default}"
+            )
+        if not 0 <= self.max_step_ahead <= LAST_STEP:
+            raise ValueError(
+                f"table {self.name!r}: max_step_ahead must be in 0..2^47-1, got"
+                f" {self.max_step_ahead}"
             )
         try:
             require_distinct(self.evictions)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from storage.kernels import Rows
 from storage.records import Cause
 
-FIRST_STEP = -(1 << 47)  # that there can be
+FIRST_STEP, LAST_STEP = -(1 << 47), (1 << 47) - 1  # that there can be
 LARGEST = 1e30  # a parameter beyond it is a mistake
 WHOLE = 1 << 48  # versions and steps end there
 EMPTY = (1 << 63) - 1  # the score of a slot without a row

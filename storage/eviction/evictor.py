@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from storage.eviction.contract import (
     FIRST_STEP,
+    LAST_STEP,
     Eviction,
     Now,
     TableEviction,
@@ -37,6 +38,33 @@ class Evictor:
         self._steps = _timeline(float(rule.steps) for rule in rules if isinstance(rule, StepTtl))
         self._sweep: Sweep | None = None  # in the background
         self._last = Now(FIRST_STEP, 0)  # when that, or the one before it, began
+
+    def last_step(self, ahead: int) -> int:
+        """Return the largest step that a push may have; see ``TableSchema.max_step_ahead``.
+
+        ahead  steps that a push may be ahead of the table; 0: no bound
+
+        Rows are as old as the table's step, the largest step pushed so far, says. So one push whose
+        step is wrong, milliseconds since 1970 say, would make every other row idle, and then keep
+        the rules from ever holding again. Therefore:
+
+        * A table that no push has reached yet is at step 0. A first push is bounded like any other.
+        * Steps may go back without a bound. A trainer that starts again, or the slower of two, does
+          not move the table's step, and its rows take the table's step instead of its own. Rows
+          become idle again once a trainer has passed the table's step.
+        * All tables have the bound, with a step TTL or without: steps also mean something to the
+          norm rule, to LFU, and to rules that a table gets later.
+        * Rows that are imported, loaded or restored keep their own steps, and move no table's step.
+          The step of a table survives restarts and comes with a restored checkpoint.
+        * A push that was applied before is answered as a duplicate, whatever its step.
+        """
+        return max(self._step, 0) + ahead if ahead else LAST_STEP
+
+    def written(self, version: int, seconds: float) -> None:
+        """Record that whole rows were written, which have steps of their own."""
+        self._version = max(self._version, version)
+        if self._times is not None:
+            self._times.add(version, seconds)
 
     def pushed(self, version: int, step: int, seconds: float) -> None:
         """There was a push, now or in a log that is replayed.

@@ -183,6 +183,7 @@ def test_a_table_is_created_described_listed_and_dropped(peer: Peer, name: str) 
         initializer=pb.Rule(name="zeros"),
         durability=pb.DURABILITY_LOG,
         admission=pb.Rule(name="always"),
+        max_step_ahead=100_000_000,
     )
     assert described.stats.rows == 0
     listed = peer.tables.ListTables(pb.ListTablesRequest()).tables

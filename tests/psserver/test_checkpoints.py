@@ -75,7 +75,7 @@ def make(tmp_path: Path, url: str) -> Iterator[Make]:
 
 def fill(cluster: Homes) -> None:
     """Rows of two tables, with state, various steps, frequencies and versions, and holes."""
-    cluster.create(schema())
+    cluster.create(schema(max_step_ahead=0))
     cluster.create(schema("adam", optimizer=ADAM, dim=5))
     cluster.push(range(400), 1.0, step=1)
     cluster.push(range(100, 300), 2.0, step=-7)

@@ -25,6 +25,7 @@ from psserver.errors import (
     Overloaded,
     Refused,
     SessionExpired,
+    StepTooFar,
     TooLarge,
     VersionCompacted,
     VersionInFuture,
@@ -146,6 +147,13 @@ EXAMPLES: list[tuple[Exception, str, str, dict[str, str], float | None]] = [
     (SessionExpired("gone"), "FAILED_PRECONDITION", "SESSION_EXPIRED", {}, None),
     (NoLog(), "FAILED_PRECONDITION", "NO_LOG", {}, None),
     (LogDiverged("another"), "FAILED_PRECONDITION", "LOG_DIVERGED", {}, None),
+    (
+        StepTooFar("t", 1000, 5, 100),
+        "OUT_OF_RANGE",
+        "STEP_TOO_FAR",
+        {"table_step": "5", "max_step_ahead": "100"},
+        None,
+    ),
     (VersionInFuture("later"), "OUT_OF_RANGE", "VERSION_IN_FUTURE", {}, None),
     (
         VersionCompacted(3, 9, 5),

@@ -105,21 +105,6 @@ def test_a_client_that_is_behind_or_tells_no_step_makes_no_row_idle(
         assert steps(home.shard) == {3: 1051}
 
 
-def test_the_step_of_a_table_comes_with_a_restore_and_with_rows_of_another(tmp_path: Path) -> None:
-    with Homes(tmp_path / "home", 1, f"file://{tmp_path}/checkpoints") as homes:
-        homes.create(schema())
-        homes.push([1], step=700)
-        homes.checkpoint("a")
-        homes.restore("a", replace=True)
-        homes.create(schema("u"))
-        [node] = homes.nodes
-        load = pb.LoadTableRequest(name="a", table="t", into="u")
-        node.checkpoints.rows.load_table(load, node.checkpoints.work.progress())
-        for table in "tu":
-            homes.push([2], step=3, table=table)
-            assert steps(node.shard, table) == {1: 700, 2: 700}
-
-
 def test_the_optimizer_takes_the_step_of_the_push_whatever_the_table_has() -> None:
     seen: list[int] = []
 

@@ -14,6 +14,7 @@ from storage.errors import Corrupt
 from storage.records import (
     HEAD,
     MAX_NAME,
+    Alter,
     Barrier,
     Cause,
     Create,
@@ -24,11 +25,13 @@ from storage.records import (
     Push,
     Record,
     decode,
+    encode_alter,
     encode_barrier,
     encode_create,
     encode_delete,
     encode_drop,
     encode_push,
+    encode_write,
 )
 from storage.segment import Frame, Part
 
@@ -70,6 +73,9 @@ PUSH = joined(Kind.PUSH, encode_push(WHO, 7, KEYS, FREQUENCIES, ROWS))
 DELETE = joined(Kind.DELETE, encode_delete(WHO, 7, Cause.NORM, KEYS))
 CREATE = joined(Kind.CREATE, encode_create(WHO, 7, {"name": "t", "dim": 3}))
 DROP = joined(Kind.DROP, encode_drop(WHO, 7, {"name": "t", "dim": 3}))
+ALTER = joined(Kind.ALTER, encode_alter(WHO, 7, {"name": "t", "dim": 3}, dropped=True))
+KEPT = joined(Kind.ALTER, encode_alter(WHO, 7, {"name": "t", "dim": 3}, dropped=False))
+WRITE = joined(Kind.WRITE, encode_write(WHO, 7, KEYS, FREQUENCIES, ROWS))
 BARRIER = joined(Kind.BARRIER, encode_barrier(WHO, "Ende — 完"))
 RECORDS: dict[Kind, tuple[Frame, Record]] = {
     Kind.PUSH: (PUSH, Push(WHO, 7, KEYS, FREQUENCIES, ROWS, NO_KEYS, NO_TOTALS)),
@@ -77,6 +83,11 @@ RECORDS: dict[Kind, tuple[Frame, Record]] = {
     Kind.CREATE: (CREATE, Create(WHO, 7, {"name": "t", "dim": 3})),
     Kind.DROP: (DROP, Drop(WHO, 7, {"name": "t", "dim": 3})),
     Kind.BARRIER: (BARRIER, Barrier(WHO, "Ende — 完")),
+    Kind.ALTER: (ALTER, Alter(WHO, 7, {"name": "t", "dim": 3}, dropped=True)),
+    Kind.WRITE: (
+        WRITE,
+        Push(WHO, 7, KEYS, FREQUENCIES, ROWS, NO_KEYS, NO_TOTALS, imported=True),
+    ),
 }
 OFFSETS = {"table": 48, "width": 52, "count": 56, "extra": 60}
 UNUSED = {
@@ -85,6 +96,8 @@ UNUSED = {
     Kind.CREATE: ("width", "count", "extra"),
     Kind.DROP: ("width", "count", "extra"),
     Kind.BARRIER: ("table", "width", "count", "extra"),
+    Kind.ALTER: ("width", "count"),
+    Kind.WRITE: ("extra",),
 }
 
 
@@ -161,6 +174,12 @@ def test_every_cause_of_a_delete_comes_back(cause: Cause) -> None:
     assert record.cause is cause
 
 
+def test_an_alteration_says_whether_counters_were_dropped() -> None:
+    assert plain(decode(KEPT)) == plain(Alter(WHO, 7, {"name": "t", "dim": 3}, dropped=False))
+    with pytest.raises(Corrupt, match="extra 2 of an alteration, which is 0 or 1"):
+        decode(changed(ALTER, OFFSETS["extra"], b"\2"))
+
+
 @pytest.mark.parametrize("kind", Kind)
 def test_a_field_that_the_kind_has_not_must_be_zero(kind: Kind) -> None:
     for field in UNUSED[kind]:
@@ -174,7 +193,7 @@ def test_a_field_that_the_kind_has_not_must_be_zero(kind: Kind) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", [Kind.PUSH, Kind.DELETE])
+@pytest.mark.parametrize("kind", [Kind.PUSH, Kind.WRITE, Kind.DELETE])
 def test_lengths_are_exact(kind: Kind) -> None:
     whole = bytes(RECORDS[kind][0].payload)
     for size in [*range(len(whole)), len(whole) + 1, len(whole) + 8]:
@@ -189,7 +208,7 @@ def test_less_than_a_head_is_refused(kind: Kind) -> None:
             decode(Frame(9, kind, RECORDS[kind][0].payload[:size]))
 
 
-@pytest.mark.parametrize("kind", [0, 6, 0xFFFFFFFF])
+@pytest.mark.parametrize("kind", [0, max(Kind) + 1, 0xFFFFFFFF])
 def test_an_unknown_kind_is_refused(kind: int) -> None:
     with pytest.raises(Corrupt, match=f"unknown kind {kind}"):
         decode(Frame(9, kind, DROP.payload))

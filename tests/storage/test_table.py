@@ -505,6 +505,7 @@ CHANGES = {
     "durability": "fsync",
     "admission": make_admission("counter", {"threshold": 3}),
     "evictions": (make_eviction("norm", {}),),
+    "max_step_ahead": 5,
 }
 
 
