@@ -174,7 +174,7 @@ def _take(
     client: Client, name: str, base: str | None, spent: list[float], sizes: list[int]
 ) -> None:
     start = time.perf_counter()
-    sizes.append(admin.checkpoint(client, name, base=base).bytes)
+    sizes.append(admin.checkpoint(client, name, parent=base).bytes)
     spent.append(time.perf_counter() - start)
 
 

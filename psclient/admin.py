@@ -2,7 +2,7 @@
 
     with Client(addresses) as ps:
         admin.checkpoint(ps, "monday")
-        admin.checkpoint(ps, "tuesday", base="monday")
+        admin.checkpoint(ps, "tuesday", parent="monday")
         admin.restore(ps, "tuesday", replace=True)
 
 A checkpoint has a name, never a path: where checkpoints lie is in the configuration of the servers.

@@ -83,7 +83,7 @@ class Analyses:
             return list(outbox.put(rows, embeddings, summary.rows))
 
         for read in self._slices(request, held):
-            progress.tell(0)
+            progress.add(0)
             yield from self._pace.run(read, work)
         yield from outbox.flush()
         told = write_summary(summary, held.schema, held.step)
@@ -159,7 +159,7 @@ class Analyses:
 
         for part in parts:
             number = number_in(checkpoint, part, request.table)
-            asked = catalog.store, checkpoint, part, [number], progress.tell
+            asked = catalog.store, checkpoint, part, [number], progress.add
             step, pieces = FIRST_STEP, rows_of(*asked)
             while (found := beside(partial(largest, pieces))) is not None:
                 step = max(step, found)

@@ -1,20 +1,22 @@
-"""The checkpoints at the place that the configuration names: listed, opened, verified."""
+"""The checkpoints in the store that the configuration names: list, open, verify."""
 
 from __future__ import annotations
 
-import json
+import structlog
 
 from psproto import ps_pb2 as pb
 from psserver.errors import NoCheckpointUrl
-from psserver.schemas import from_json, write_schema
+from psserver.schemas import write_schema
 from psserver.shard import Shard
-from psserver.stored import require_name
+from psserver.stored import read_stored, require_name, require_width
 from psserver.work import Progress
 from storage.checkpoint import Checkpoint, open_checkpoint, read_manifest
 from storage.errors import StorageError, UnknownCheckpoint
 from storage.manifest import NAME, Manifest
 from storage.part_reader import verify_part
 from storage.store import Store
+
+logger = structlog.get_logger()
 
 
 class Catalog:
@@ -29,58 +31,81 @@ class Catalog:
 
     @property
     def store(self) -> Store:
-        """Where checkpoints are."""
+        """Return the store of the checkpoints. Raises NoCheckpointUrl."""
         if self._store is None:
             raise NoCheckpointUrl
         return self._store
 
+    def stop(self) -> None:
+        """Let all file operations fail at once."""
+        if self._store is not None:
+            self._store.stop()
+
     def open(self, name: str) -> Checkpoint:
-        """A checkpoint's manifests, checked."""
+        """Read and check the manifests of a checkpoint; see ``open_checkpoint``."""
         return open_checkpoint(self.store, require_name(name))
 
     def listed(self, request: pb.ListCheckpointsRequest) -> pb.ListCheckpointsResponse:
-        """All of them, or one."""
+        """Return all checkpoints, or one with the schemas of its tables."""
         if request.name:
             info = describe(self.open(request.name).manifest, schemas=True)
             return pb.ListCheckpointsResponse(checkpoints=[info])
-        names = [name for name in self.store.directories() if NAME.fullmatch(name)]
-        return pb.ListCheckpointsResponse(checkpoints=map(self._look, names))
+        return pb.ListCheckpointsResponse(checkpoints=map(self._look, self.names()))
+
+    def names(self) -> list[str]:
+        """Return the names of all checkpoints, sorted, complete or not."""
+        return [name for name in self.store.directories() if NAME.fullmatch(name)]
 
     def _look(self, name: str) -> pb.CheckpointInfo:
+        """Describe one of many checkpoints. A damaged one has a problem and no error."""
         try:
             return describe(read_manifest(self.store, name)[0], schemas=False)
         except UnknownCheckpoint:
             return pb.CheckpointInfo(name=name, problem="not completed")
         except StorageError as error:
             return pb.CheckpointInfo(name=name, problem=str(error))
+        except Exception as error:
+            logger.exception("cannot list a checkpoint", checkpoint=name)
+            return pb.CheckpointInfo(name=name, problem=f"damaged: {type(error).__name__}")
 
     def verify(
         self, request: pb.VerifyCheckpointRequest, progress: Progress
     ) -> pb.CheckpointProgress:
-        """Read everything of the parts that are this shard's to verify."""
+        """Read every byte of this shard's share of a checkpoint and of its parents.
+
+        Raises Corrupt or UnknownFormat, which name the file, if a byte is not as written or two
+        statements of the checkpoint contradict each other.
+        """
         checkpoint = self.open(request.name)
+        schemas = {
+            table.name: read_stored(checkpoint.manifest.name, table.name, table.schema)
+            for table in checkpoint.manifest.tables
+        }
         mine = self.share(checkpoint)
         progress.total = sum(each.parts[p].bytes for each in checkpoint.chain for p in mine)
         for part in mine:
-            verify_part(self.store, checkpoint, part, progress.tell)
+            by_number = {each.number: schemas[each.name] for each in checkpoint.parts[part].tables}
+            for piece in verify_part(self.store, checkpoint, part, progress.add):
+                require_width(checkpoint, by_number[piece.table], piece.rows)
         return pb.CheckpointProgress(bytes=progress.bytes, total=progress.total)
 
     def share(self, checkpoint: Checkpoint) -> range:
-        """The parts that this shard looks at, where every part is looked at once."""
+        """Return the parts that this shard reads, when all shards together read each part once."""
         return range(self._shard.number, len(checkpoint.parts), self._shard.shard_map.shards)
 
 
 def describe(manifest: Manifest, *, schemas: bool) -> pb.CheckpointInfo:
-    """The message about a checkpoint."""
+    """Return the message about a checkpoint. Raises CheckpointUnfit for an unknown schema."""
     tables = []
     for table in manifest.tables:
-        told = pb.CheckpointTable(name=table.name, rows=table.rows)
+        message = pb.CheckpointTable(name=table.name, rows=table.rows)
         if schemas:
-            told.schema.CopyFrom(write_schema(from_json(json.loads(table.schema))))
-        tables.append(told)
+            schema = read_stored(manifest.name, table.name, table.schema)
+            message.schema.CopyFrom(write_schema(schema))
+        tables.append(message)
     return pb.CheckpointInfo(
         name=manifest.name,
-        base=manifest.base.name if manifest.base else "",
+        parent=manifest.parent.name if manifest.parent else "",
         shards=len(manifest.parts),
         versions=manifest.versions,
         bytes=manifest.bytes,

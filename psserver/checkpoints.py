@@ -1,17 +1,17 @@
-"""Named checkpoints of this shard's part of every table, taken.
+"""Take named checkpoints of this shard's part of every table.
 
     WriteCheckpoint     version S, rows while pushes go on, version E, records S+1..E, manifest
     CompleteCheckpoint  the parts of all shards become a checkpoint
 
-Everything here blocks, and runs on threads of its own. The engine is asked for moments only: to
-capture a version, or to take or copy a slice of rows. storage/checkpoint.py has the files.
+These methods block, and run on worker threads. The engine thread only captures a version, or copies
+a slice of rows. storage/checkpoint.py describes the files.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -35,13 +35,12 @@ from storage.manifest import (
     MANIFEST,
     MAX_CHAIN,
     MAX_MANIFEST,
-    Base,
-    CheckpointTable,
     File,
     Manifest,
+    Parent,
     Part,
     PartTable,
-    facts,
+    tables_over,
 )
 from storage.part_writer import PartWriter
 from storage.sealed import seal
@@ -54,10 +53,10 @@ logger = structlog.get_logger()
 
 
 class Checkpoints:
-    """What one shard does about named checkpoints. Thread-safe.
+    """The named checkpoints of one shard. Thread-safe.
 
     log    None: this shard cannot take checkpoints
-    pins   of the flusher: keeps the log while it is copied
+    pins   of the flusher, by attempt: the log keeps the versions after a pin
     store  None: the configuration names no place for checkpoints
     now    seconds since 1970
     """
@@ -76,78 +75,74 @@ class Checkpoints:
         self._log = log
         self._pins = pins
         self._now = now
-        self.work = Work()
-        self.catalog = self._catalog = Catalog(shard, store)
+        self.catalog = Catalog(shard, store)
+        self.work = Work(self.catalog.stop)
         self.rows = RowFiles(shard, engine, log, self.catalog, self.work)
 
     def write(
         self, request: pb.WriteCheckpointRequest, progress: Progress
     ) -> pb.CheckpointProgress:
-        """Write this shard's part."""
+        """Write this shard's part of a checkpoint."""
         name, attempt = require_name(request.name), require_id("attempt", request.attempt)
         if self._log is None:
             raise NoLog
-        if self._catalog.store.exists(f"{name}/{MANIFEST}"):
-            raise CheckpointExists(f"checkpoint {name!r} exists")
-        base = self._base(request.base) if request.base else None
-        with self.work.alone():
+        with self.work.alone(f"it takes checkpoint {name!r}"):
+            if self.catalog.store.exists(f"{name}/{MANIFEST}"):
+                raise CheckpointExists(f"checkpoint {name!r} exists")
+            parent = self._parent(request.parent, self._log) if request.parent else None
             self._pins[attempt] = 0  # until the version is known
             try:
-                return self._write(name, attempt, base, self._log, progress)
+                return self._write(name, attempt, parent, self._log, progress)
             finally:
                 del self._pins[attempt]
 
-    def _base(self, name: str) -> tuple[Base, Part]:
-        """What to build on: CheckpointUnfit unless this shard can."""
-        base, shard = self._catalog.open(name), self._shard
-        if len(base.chain) >= MAX_CHAIN:
+    def _parent(self, name: str, log: VersionLog) -> tuple[Parent, Part]:
+        """Open the parent of an incremental checkpoint.
+
+        Raises CheckpointUnfit if this shard cannot know what changed since.
+        """
+        parent, shard = self.catalog.open(name), self._shard
+        if len(parent.chain) >= MAX_CHAIN:
             raise CheckpointUnfit(
-                f"{name!r} is the {len(base.chain)}th of a chain, {MAX_CHAIN} may be:"
-                " take a full one"
+                f"{name!r} has {len(parent.chain) - 1} ancestors, and a chain has at most"
+                f" {MAX_CHAIN} checkpoints: take a full one"
             )
-        part = next((part for part in base.parts if part.shard == shard.number), None)
+        part = next((part for part in parent.parts if part.shard == shard.number), None)
         if part is None or part.shards != shard.shard_map.shards or part.buckets != runs(shard):
             raise CheckpointUnfit(f"{name!r} was taken of other shards: take a full one")
-        assert self._log is not None
-        if part.lineage != self._log.lineage.hex() or part.version > shard.version:
+        if part.lineage != log.lineage.hex() or part.version > shard.version:
             raise CheckpointUnfit(
-                f"{name!r} is of another history of shard {shard.number}: take a full one"
+                f"{name!r} belongs to another history of shard {shard.number}: take a full one"
             )
-        return Base(name=name, checksum=base.checksum), part
+        return Parent(name=name, checksum=parent.checksum), part
 
     def _write(
         self,
         name: str,
         attempt: str,
-        base: tuple[Base, Part] | None,
+        parent: tuple[Parent, Part] | None,
         log: VersionLog,
         progress: Progress,
     ) -> pb.CheckpointProgress:
         shard = self._shard
         captured = self._engine.run(shard.capture)
         self._pins[attempt] = captured.version
-        after = base[1].version if base else 0
-        if base and captured.horizon > after:
+        after = parent[1].version if parent else 0
+        if parent and captured.horizon > after:
             raise CheckpointUnfit(
-                f"{base[0].name!r} is too old: shard {shard.number} has forgotten which keys were"
-                f" deleted up to version {captured.horizon}: take a full one"
+                f"{parent[0].name!r} is too old: shard {shard.number} no longer knows which keys"
+                f" were deleted up to version {captured.horizon}: take a full one"
             )
-        progress.total = 0 if base else _bytes_of(captured)
-        writer = PartWriter(self._catalog.store, name, attempt, shard.number, progress.tell)
+        progress.total = 0 if parent else _bytes_of(captured)
+        writer = PartWriter(self.catalog.store, name, attempt, shard.number, progress.add)
         try:
             for block in blocks_of(captured, after, np.empty(BLOCK_BYTES, np.uint8)):
-                if base or block.kind == ROWS:  # a full one needs no tombstones
+                if parent or block.kind == ROWS:  # a full one needs no tombstones
                     writer.block(block.seal())
             for table, keys, totals, versions in counters_of(captured, 0, self._engine):
                 writer.block(pack_counters(table, keys, versions, totals), "counters")
             end = self._engine.run(shard.capture)
-            log.sync(end.version)
-            cursor = log.cursor(captured.version)
-            try:
-                while frames := cursor.read(upto=end.version, max_bytes=RECORD_BYTES):
-                    writer.frames(frames)
-            finally:
-                cursor.close()
+            _copy_log(log, captured.version, end.version, writer)
             writer.sessions(end.sessions)
             part, file = writer.finish(
                 attempt=attempt,
@@ -158,77 +153,108 @@ class Checkpoints:
                 version=end.version,
                 copied=captured.version,
                 after=after,
-                base=base[0] if base else None,
+                parent=parent[0] if parent else None,
                 tables=_tables_of(end),
                 micros=int(self._now() * 1e6),
             )
         except BaseException:
             writer.discard()
             raise
-        told = pb.CheckpointPart(
+        written = pb.CheckpointPart(
             path=file.path, bytes=file.bytes, checksum=file.checksum, version=part.version
         )
-        return pb.CheckpointProgress(bytes=progress.bytes, total=progress.bytes, part=told)
+        return pb.CheckpointProgress(bytes=progress.bytes, total=progress.bytes, part=written)
 
     def complete(self, request: pb.CompleteCheckpointRequest) -> pb.CheckpointInfo:
-        """Make the parts of all shards a checkpoint; the same again if they are one already."""
+        """Make the parts of all shards a checkpoint. Idempotent."""
         name, attempt = require_name(request.name), require_id("attempt", request.attempt)
-        path = f"{name}/{MANIFEST}"
-        if not self._catalog.store.exists(path):
+        store, path = self.catalog.store, f"{name}/{MANIFEST}"
+        if not store.exists(path):
+            data = seal(self._manifest(request))
+            if len(data) > MAX_MANIFEST:
+                raise CheckpointUnfit(
+                    f"its manifest would have {len(data)} bytes, the limit is {MAX_MANIFEST}"
+                )
             with suppress(FileExistsError):
-                self._catalog.store.publish(path, seal(facts(self._manifest(request))))
-        manifest, _ = read_manifest(self._catalog.store, name)
+                store.publish(path, data)
+        manifest, _ = read_manifest(store, name)
         if manifest.attempt != attempt:
             raise CheckpointExists(f"checkpoint {name!r} exists")
-        self._catalog.store.sync(path)  # who published it may have died before it did
+        store.sync(path)  # a server that published it may have died before its own sync
         self._clear_away(name, attempt)
         return describe(manifest, schemas=True)
 
     def _manifest(self, request: pb.CompleteCheckpointRequest) -> Manifest:
-        """Of the checkpoint that the parts make; CheckpointUnfit if they make none."""
-        base = self._catalog.open(request.base) if request.base else None
-        parts = [self._part(request, shard, told) for shard, told in enumerate(request.parts)]
-        if len(parts) != self._shard.shard_map.shards:
-            raise CheckpointUnfit(
-                f"{len(parts)} parts, there are {self._shard.shard_map.shards} shards"
-            )
-        named = Base(name=request.base, checksum=base.checksum) if base else None
-        for part in parts:
-            if part.base != named or part.shards != len(parts):
-                raise CheckpointUnfit(f"shard {part.shard} wrote something else")
-        tables = _common_tables(parts)
-        told_parts = tuple(
-            File(path=told.path, bytes=told.bytes, checksum=told.checksum) for told in request.parts
+        """Build the manifest over the parts. Raises CheckpointUnfit if they do not fit."""
+        checkpoint = self.catalog.open(request.parent) if request.parent else None
+        shards = self._shard.shard_map.shards
+        if len(request.parts) != shards:
+            raise CheckpointUnfit(f"{len(request.parts)} parts for {shards} shards")
+        parts = tuple(
+            self._part(request, shard, claimed) for shard, claimed in enumerate(request.parts)
         )
-        return Manifest(
+        parent = Parent(name=request.parent, checksum=checkpoint.checksum) if checkpoint else None
+        for shard, part in enumerate(parts):
+            if (part.parent, part.shard, part.shards) != (parent, shard, len(parts)):
+                raise CheckpointUnfit(
+                    f"shard {shard} wrote its part for another parent or another number of shards"
+                )
+        try:
+            tables = tables_over(parts)
+        except KeyError as error:
+            raise CheckpointUnfit(
+                f"table {error} was created, altered or dropped while the checkpoint was taken:"
+                " take it again"
+            ) from error
+        files = tuple(
+            File(path=each.path, bytes=each.bytes, checksum=each.checksum) for each in request.parts
+        )
+        manifest = Manifest(
             name=request.name,
             attempt=request.attempt,
-            base=named,
-            parts=told_parts,
+            parent=parent,
+            parts=files,
             versions=tuple(part.version for part in parts),
             tables=tables,
-            bytes=sum(part.bytes for part in parts) + sum(file.bytes for file in told_parts),
+            bytes=sum(part.bytes for part in parts) + sum(file.bytes for file in files),
             micros=int(self._now() * 1e6),
         )
+        if why := manifest.contradiction(parts):
+            raise CheckpointUnfit(f"checkpoint {request.name!r}: {why}")
+        return manifest
 
     def _clear_away(self, name: str, kept: str) -> None:
-        """Remove what other attempts at a checkpoint left, if that can be done."""
+        """Remove the files of other attempts at a checkpoint, or log that they stay."""
         try:
-            for other in self._catalog.store.directories(name):
+            for other in self.catalog.store.directories(name):
                 if other != kept and ATTEMPT.fullmatch(other):
-                    self._catalog.store.remove(f"{name}/{other}")
+                    self.catalog.store.remove(f"{name}/{other}")
         except StorageError as error:
             logger.warning("earlier attempts are left", checkpoint=name, error=str(error))
 
     def _part(
-        self, request: pb.CompleteCheckpointRequest, shard: int, told: pb.CheckpointPart
+        self, request: pb.CompleteCheckpointRequest, shard: int, claimed: pb.CheckpointPart
     ) -> Part:
-        """A part that a client says a shard wrote."""
-        path = f"{request.attempt}/{shard:05}.json"  # the only one it can be
-        if told.path != path or not 0 < told.bytes <= MAX_MANIFEST:
-            raise CheckpointUnfit(f"the part of shard {shard} is not what a shard wrote")
-        file = File(path=path, bytes=told.bytes, checksum=told.checksum)
-        return open_part(self._catalog.store, request.name, file)
+        """Read the manifest of a part that a client says a shard wrote."""
+        path = f"{request.attempt}/{shard:05}.json"  # the only one that a shard writes
+        if claimed.path != path or not 0 < claimed.bytes <= MAX_MANIFEST:
+            raise CheckpointUnfit(
+                f"part {shard}: {claimed.path[:200]!r} of {claimed.bytes} bytes was not written by"
+                f" shard {shard}, which writes {path!r}"
+            )
+        file = File(path=path, bytes=claimed.bytes, checksum=claimed.checksum)
+        return open_part(self.catalog.store, request.name, file)
+
+
+def _copy_log(log: VersionLog, after: int, upto: int, writer: PartWriter) -> None:
+    """Copy the records of the versions ``after`` + 1 .. ``upto``."""
+    log.sync(upto)
+    cursor = log.cursor(after)
+    try:
+        while frames := cursor.read(upto=upto, max_bytes=RECORD_BYTES):
+            writer.frames(frames)
+    finally:
+        cursor.close()
 
 
 def _bytes_of(captured: Capture) -> int:
@@ -245,23 +271,4 @@ def _tables_of(captured: Capture) -> tuple[PartTable, ...]:
             step=each.step,
         )
         for each in captured.tables
-    )
-
-
-def _common_tables(parts: Sequence[Part]) -> tuple[CheckpointTable, ...]:
-    """The tables, which all parts must have with equal schemas."""
-    held = [{table.name: table for table in part.tables} for part in parts]
-    names = sorted(set().union(*held))
-    for name in names:
-        schemas = {each[name].schema if name in each else None for each in held}
-        if len(schemas) > 1:
-            raise CheckpointUnfit(
-                f"table {name!r} was created or dropped while the checkpoint was taken: take it"
-                " again"
-            )
-    return tuple(
-        CheckpointTable(
-            name=name, schema=held[0][name].schema, rows=sum(each[name].rows for each in held)
-        )
-        for name in names
     )

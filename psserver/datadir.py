@@ -9,6 +9,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -25,7 +26,7 @@ from psserver.swap import COMMITTED, State, failed, loaded, settle
 from storage.base import Base
 from storage.disk import replace
 from storage.errors import Corrupt, StorageError
-from storage.sealed import seal, unseal
+from storage.sealed import FORMAT, STRICT, seal, unseal
 from storage.versionlog import VersionLog
 
 OWNER = "SHARD"  # file in a data directory: the shard that it belongs to
@@ -45,6 +46,17 @@ def lock(directory: Path) -> IO[str]:
     return held
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """The contents of SHARD: which shard's data a directory contains."""
+
+    __pydantic_config__ = STRICT
+    format: int = FORMAT
+    shard: int
+    shards: int
+    epoch: int  # of the shard map
+
+
 def claim(directory: Path, shard: int, shard_map: routing.ShardMap) -> None:
     """Note whose ``directory`` is; ConfigError if it is another shard's, or of another map.
 
@@ -52,14 +64,14 @@ def claim(directory: Path, shard: int, shard_map: routing.ShardMap) -> None:
     damaged.
     """
     path = directory / OWNER
-    asked = {"format": 1, "shard": shard, "shards": shard_map.shards, "epoch": shard_map.epoch}
+    asked = Owner(shard=shard, shards=shard_map.shards, epoch=shard_map.epoch)
     if not path.exists():
         replace(path, seal(asked))
         return
-    held = {"format": 1, **unseal(path.read_bytes(), str(path))}
+    held = unseal(Owner, path.read_bytes(), str(path))
     if held != asked:
         owner, other = (
-            f"shard {each['shard']} of {each['shards']} (shard map of epoch {each['epoch']})"
+            f"shard {each.shard} of {each.shards} (shard map of epoch {each.epoch})"
             for each in (held, asked)
         )
         raise ConfigError(

@@ -82,7 +82,7 @@ class Restores:
         name, id = require_name(request.name), require_id("id", request.id)
         if self._directory is None:
             raise NoLog
-        with self._checkpoints.work.alone():
+        with self._checkpoints.work.alone(f"it prepares a restore of {name!r}"):
             state = self._state
             if self.held:
                 assert state is not None

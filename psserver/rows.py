@@ -92,7 +92,7 @@ class RowFiles:
         yield _head(schema, max(checkpoint.manifest.versions))
         for part in self._catalog.share(checkpoint):
             number = number_in(checkpoint, part, name)
-            for piece in rows_of(self._catalog.store, checkpoint, part, [number], progress.tell):
+            for piece in rows_of(self._catalog.store, checkpoint, part, [number], progress.add):
                 require_width(checkpoint, schema, piece.rows)
                 yield _rows(schema, *piece[1:])
 
@@ -123,12 +123,10 @@ class RowFiles:
         written = 0
         parts = overlapping(checkpoint, self._shard)
         progress.total = sum(each.parts[p].bytes for each in checkpoint.chain for p in parts)
-        with self._work.alone():
+        with self._work.alone(f"it fills table {request.into!r}"):
             for part in parts:
                 number = number_in(checkpoint, part, request.table)
-                for piece in rows_of(
-                    self._catalog.store, checkpoint, part, [number], progress.tell
-                ):
+                for piece in rows_of(self._catalog.store, checkpoint, part, [number], progress.add):
                     require_width(checkpoint, source, piece.rows)
                     mine = own(piece.keys, self._shard)
                     rows = piece.rows[mine]
@@ -144,7 +142,7 @@ class RowFiles:
     def _patiently(self, table: str, each: list[_Slice], progress: Progress) -> None:
         """Apply slices, as soon as the log keeps up."""
         while True:
-            progress.tell(0)
+            progress.add(0)
             try:
                 self._engine.run(lambda: self._apply(table, each))
                 return

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from psserver.schemas import to_json
 from psserver.shard import Shard
-from psserver.stored import overlapping, own, require_width, runs, schema_of
+from psserver.stored import overlapping, own, read_stored, require_width, runs
 from psserver.work import Progress
 from storage.base import Base
 from storage.basestate import BaseState, BaseTable
@@ -36,7 +36,10 @@ def stage(
 ) -> int:
     """Make a base of this shard's rows in a checkpoint; how many they are."""
     manifest = checkpoint.manifest
-    schemas = {table.name: schema_of(checkpoint, table.schema) for table in manifest.tables}
+    schemas = {
+        table.name: read_stored(manifest.name, table.name, table.schema)
+        for table in manifest.tables
+    }
     numbers = {name: number for number, name in enumerate(sorted(schemas), 1)}
     version = max(manifest.versions)
     parts = overlapping(checkpoint, shard)
@@ -47,7 +50,7 @@ def stage(
         }
         for p in parts:
             of = {table.number: table.name for table in checkpoint.parts[p].tables}
-            rows = rows_of(store, checkpoint, p, of, progress.tell)
+            rows = rows_of(store, checkpoint, p, of, progress.add)
             for piece in rows:
                 name = of[piece.table]
                 require_width(checkpoint, schemas[name], piece.rows)
@@ -56,7 +59,7 @@ def stage(
             packer.flush()
         for p in parts:
             of = {table.number: table.name for table in checkpoint.parts[p].tables}
-            waiting = counters_of(store, checkpoint, p, of, progress.tell)
+            waiting = counters_of(store, checkpoint, p, of, progress.add)
             for number, keys, totals, versions in waiting:
                 mine = own(keys, shard)
                 arrays = keys[mine], totals[mine], versions[mine]

@@ -1,4 +1,4 @@
-"""What a checkpoint holds for a shard: its names, its parts, its tables, its rows."""
+"""What a checkpoint contains for a shard: its names, parts, tables and rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import numpy as np
+from google.protobuf import json_format
 
 from psproto import names, routing
 from psserver.errors import BadRequest, CheckpointUnfit
@@ -17,21 +18,18 @@ from storage.kernels import Keys, Rows
 from storage.manifest import ATTEMPT
 from storage.schema import TableSchema
 
-SLICE_ROWS, SLICE_BYTES = 2048, 512 << 10  # for the engine at once: well below a millisecond
-
-
-# ---- names
+SLICE_ROWS, SLICE_BYTES = 2048, 512 << 10  # that the engine copies at once: much less than 1 ms
 
 
 def require_name(name: str) -> str:
-    """The name of a checkpoint, which is no path; BadRequest otherwise."""
+    """Return ``name`` if it is a name of a checkpoint, which is never a path; else BadRequest."""
     if problem := names.problem("checkpoint", name):
         raise BadRequest("INVALID_ARGUMENT", problem)
     return name
 
 
 def require_id(field: str, value: str) -> str:
-    """16 hexadecimal digits; BadRequest otherwise."""
+    """Return ``value`` if it is 16 hexadecimal digits; else BadRequest, which names the field."""
     if not ATTEMPT.fullmatch(value):
         raise BadRequest(
             "INVALID_ARGUMENT", f"{field} must be 16 hexadecimal digits, got {value[:200]!r}"
@@ -39,18 +37,15 @@ def require_id(field: str, value: str) -> str:
     return value
 
 
-# ---- what a checkpoint holds for a shard
-
-
 def runs(shard: Shard) -> tuple[tuple[int, int], ...]:
-    """The buckets that a shard owns, as runs: first, last + 1."""
+    """Return the buckets that a shard owns, as runs (first, last + 1)."""
     mine = shard.shard_map.shard_of_bucket == shard.number
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mine, [False]]).astype(np.int8)))
     return tuple(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def overlapping(checkpoint: Checkpoint, shard: Shard) -> list[int]:
-    """The parts that may hold rows of this shard."""
+    """Return the parts that may contain rows of a shard."""
     mine = runs(shard)
     return [
         part.shard
@@ -60,43 +55,64 @@ def overlapping(checkpoint: Checkpoint, shard: Shard) -> list[int]:
 
 
 def own(keys: Keys, shard: Shard) -> Any:
-    """Which of the keys belong to the shard: positions, or a slice where all do."""
+    """Return which keys belong to the shard: positions, or a slice if all do."""
     mine = routing.owners(keys, shard.shard_map) == shard.number
     return slice(None) if mine.all() else np.flatnonzero(mine)
 
 
 def schema_in(checkpoint: Checkpoint, table: str) -> TableSchema:
-    """The schema of a stored table; UnknownTable."""
-    for held in checkpoint.manifest.tables:
-        if held.name == table:
-            return schema_of(checkpoint, held.schema)
+    """Return the schema of a table in a checkpoint. Raises UnknownTable."""
+    for each in checkpoint.manifest.tables:
+        if each.name == table:
+            return read_stored(checkpoint.manifest.name, each.name, each.schema)
     raise UnknownTable(table)
 
 
-def schema_of(checkpoint: Checkpoint, text: str) -> TableSchema:
-    """A stored schema; CheckpointUnfit if this release does not know it."""
+def read_stored(checkpoint: str, table: str, text: str) -> TableSchema:
+    """Read the schema of a table as a manifest has it.
+
+    Raises CheckpointUnfit if this release cannot read it, Corrupt if it is another table's.
+    """
     try:
-        return from_json(json.loads(text))
-    except (BadRequest, ValueError) as error:
-        raise CheckpointUnfit(f"{checkpoint.manifest.name!r}: {error}") from error
+        schema = from_json(json.loads(text))
+    except (
+        BadRequest,
+        ValueError,
+        TypeError,
+        RecursionError,
+        AttributeError,
+        json_format.Error,
+    ) as error:
+        raise CheckpointUnfit(
+            f"checkpoint {checkpoint!r}: cannot read the schema of table {table!r}: {error}"
+        ) from error
+    if schema.name != table:
+        raise Corrupt(
+            f"checkpoint {checkpoint!r}", f"table {table!r} has the schema of {schema.name!r}"
+        )
+    return schema
 
 
 def number_in(checkpoint: Checkpoint, part: int, table: str) -> int:
-    """The number of a stored table on the shard of a part."""
-    return next(each.number for each in checkpoint.parts[part].tables if each.name == table)
+    """Return the number that a table has in a part."""
+    for each in checkpoint.parts[part].tables:
+        if each.name == table:
+            return each.number
+    raise Corrupt(f"checkpoint {checkpoint.manifest.name!r}", f"part {part} has no table {table!r}")
 
 
 def require_width(checkpoint: Checkpoint, schema: TableSchema, rows: Rows) -> None:
-    """Corrupt unless rows are as wide as their schema says."""
+    """Raise Corrupt unless rows are as wide as their schema says."""
     if rows.shape[1] != schema.width:
         raise Corrupt(
             f"checkpoint {checkpoint.manifest.name!r}",
-            f"rows of table {schema.name!r} have {rows.shape[1]} numbers, not {schema.width}",
+            f"rows of table {schema.name!r} have {rows.shape[1]} numbers, its schema says"
+            f" {schema.width}",
         )
 
 
 def fits(source: TableSchema, target: TableSchema) -> bool:
-    """Whether rows of one table, state included, mean the same in another."""
+    """Return whether rows of one table, with their optimizer state, mean the same in another."""
     return (source.dim, source.optimizer.name, source.width) == (
         target.dim,
         target.optimizer.name,
@@ -105,7 +121,7 @@ def fits(source: TableSchema, target: TableSchema) -> bool:
 
 
 def with_state(rows: Rows, schema: TableSchema) -> Rows:
-    """Whole rows: those given, or with the state of new rows behind them."""
+    """Return rows with optimizer state: as given, or with the state of new rows appended."""
     if rows.shape[1] == schema.width:
         return rows
     whole = np.empty((len(rows), schema.width), np.float32)
@@ -115,5 +131,5 @@ def with_state(rows: Rows, schema: TableSchema) -> Rows:
 
 
 def slice_rows(width: int) -> int:
-    """Rows that the engine takes or copies at once."""
+    """Return how many rows of ``width`` numbers the engine copies at once."""
     return max(1, min(SLICE_ROWS, SLICE_BYTES // (4 * width)))

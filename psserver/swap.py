@@ -32,28 +32,39 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, Literal
 
 from storage.base import DATA
 from storage.disk import replace, sync
 from storage.errors import Corrupt
-from storage.manifest import facts
-from storage.sealed import seal, unseal
+from storage.manifest import Attempt, Format, Name
+from storage.sealed import FORMAT, STRICT, seal, unseal
 
-PREPARED, HELD, COMMITTED = "prepared", "held", "committed"
-LOADED, FAILED, ABORTING = "loaded", "failed", "aborting"
-RELEASED, ABORTED = "released", "aborted"
+PREPARED: Final = "prepared"
+HELD: Final = "held"
+COMMITTED: Final = "committed"
+LOADED: Final = "loaded"
+FAILED: Final = "failed"
+ABORTING: Final = "aborting"
+RELEASED: Final = "released"
+ABORTED: Final = "aborted"
 OVER = (RELEASED, ABORTED)
+Phase = Literal[
+    "prepared", "held", "committed", "loaded", "failed", "aborting", "released", "aborted"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """How far a restore is."""
+    """How far a restore is: the contents of STATE."""
 
-    id: str
-    name: str  # of the checkpoint
-    replace: bool  # tables that are there may go
-    phase: str
-    why: str = ""  # it failed
+    __pydantic_config__ = STRICT
+    format: Format = FORMAT
+    id: Attempt
+    name: Name  # of the checkpoint
+    replace: bool  # existing tables may be deleted
+    phase: Phase
+    why: str = ""  # the error, if it failed
 
 
 def settle(directory: Path) -> State | None:
@@ -155,11 +166,11 @@ def read_state(directory: Path) -> State | None:
     path = directory / "restore" / "STATE"
     if not path.exists():
         return None
-    return State(**unseal(path.read_bytes(), str(path)))
+    return unseal(State, path.read_bytes(), str(path))
 
 
 def write_state(directory: Path, state: State) -> None:
     path = directory / "restore" / "STATE"
     path.parent.mkdir(exist_ok=True)
-    replace(path, seal(facts(state)))
+    replace(path, seal(state))
     sync(directory)

@@ -1,51 +1,61 @@
-"""Long work on checkpoints: one piece at a time, with its progress, until the server stops."""
+"""Long work on checkpoints: one at a time, with its progress, until the server stops."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from psserver.errors import CheckpointBusy, Draining
 
 
 class Progress:
-    """How far a piece of work is: read by the event loop, told by the thread that does it."""
+    """How far a long call is. Written by the thread that works, read by the event loop."""
 
     def __init__(self, stopping: threading.Event) -> None:
         self.bytes = 0
-        self.total = 0  # about; 0: unknown
-        self.given_up = False  # nobody waits any more
+        self.total = 0  # an estimate; 0: unknown
+        self.given_up = False  # the client is gone
         self._stopping = stopping
 
-    def tell(self, size: int) -> None:
-        """Count ``size`` more bytes; raises Draining if the work is not wanted any more."""
+    def add(self, size: int) -> None:
+        """Count ``size`` more bytes. Raises Draining if the result is not wanted any more."""
         self.bytes += size
         if self.given_up or self._stopping.is_set():
-            raise Draining("the server is stopping, or nobody waits")
+            raise Draining("the server is stopping, or the client is gone")
 
 
 class Work:
-    """The large pieces of work of one shard. Thread-safe."""
+    """The lock of one shard's long work, and its end. Thread-safe.
 
-    def __init__(self) -> None:
-        self._working = threading.Lock()
+    on_stop  called by ``stop``
+    """
+
+    def __init__(self, on_stop: Callable[[], None] = lambda: None) -> None:
+        self._lock = threading.Lock()
+        self._owner = ""
         self._stopping = threading.Event()
+        self._on_stop = on_stop
 
     def progress(self) -> Progress:
-        """For a piece of work that is about to begin."""
+        """Return the progress of a call that begins."""
         return Progress(self._stopping)
 
     def stop(self) -> None:
-        """Give up what is under way."""
+        """Let all work fail soon."""
         self._stopping.set()
+        self._on_stop()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """One large piece of work at a time; CheckpointBusy otherwise."""
-        if not self._working.acquire(blocking=False):
-            raise CheckpointBusy("the shard is at work on another checkpoint or restore")
+    def alone(self, what: str) -> Iterator[None]:
+        """Hold the lock. Raises CheckpointBusy, which names the work that holds it.
+
+        what  describes the work, for the others
+        """
+        if not self._lock.acquire(blocking=False):
+            raise CheckpointBusy(f"the shard is busy: {self._owner}; try again later")
+        self._owner = what
         try:
             yield
         finally:
-            self._working.release()
+            self._lock.release()

@@ -35,6 +35,7 @@ block.py         many rows, or tombstones, as one run of bytes
 basestate.py     which blocks of the base are live
 pages.py         LMDB's pages, checked before LMDB follows them
 base.py          the blocks that the rest of the log builds on
+deadline.py      blocking calls with a deadline
 store.py         files under a URL
 sealed.py        small JSON files with a checksum
 manifest.py      what the manifests of a checkpoint contain

@@ -12,29 +12,27 @@
     records     = record*
     record      = version u64 | size u32 | kind u32 | payload | 0..7 zeros             records.py
     sessions    = the sessions of the clients, in the engine's own format
-    manifest    = JSON, to the byte what ``json.dumps(..., sort_keys=True, indent=1)`` and a line
-                  feed make of {"checksum": C, "content": {...}}, where C is the xxh3_128 in
-                  hexadecimal of what it makes of the content alone
+    manifest    = a sealed file of the schemas in manifest.py                           sealed.py
 
-Little-endian. Files have their size and xxh3_128 in the shard's manifest, these have theirs in
-MANIFEST.json. So every byte of a checkpoint is covered by a checksum, and a file is read whole
-(64 MiB) and checked before anything in it is believed.
+Little-endian. A shard's manifest has the size and the xxh3_128 of each file of the shard, and
+MANIFEST.json has those of the shards' manifests. So a checksum covers every byte of a checkpoint.
+A file is read whole (64 MiB) and checked before anything in it is used.
 
-**One cut.** A shard is copied while pushes go on. It is at version S when the copying begins and
-at E when it ends. Rows that were last changed up to S are in blocks. Rows that changed since are
-not, or not as they were, or torn; but each change in S+1..E is in the records. A checkpoint is the
-shard at E: blocks, then records.
+**Consistent cut.** A shard is copied while pushes go on. It is at version S when the copying begins
+and at E when it ends. Blocks contain the rows that were last changed up to S. A row that changed
+after S may be missing in the blocks, or old, or torn. But the records contain each change of
+S+1..E. Blocks, then records, give the shard at E.
 
-Counters of keys that wait for a row are copied likewise, anew for each checkpoint, and the records
-say what became of them. Sketches are left out: what they have counted starts again.
+Exact counters of keys without a row are copied the same way, all of them for each checkpoint.
+Sketches are not copied: after a restore they count from zero.
 
-**Incremental.** A checkpoint that has a base holds what changed after the base's E: rows, and
-tombstones of deleted keys. It means nothing without the base, whose MANIFEST.json it names with
-its checksum.
+**Incremental.** A checkpoint with a parent contains what changed after the parent's E: rows, and
+tombstones of deleted keys. It cannot be read without the parent. Its manifest has the name of the
+parent and the checksum of the parent's MANIFEST.json. (The field is called "base" in the file.)
 
-**Reading** goes from the newest to the oldest, and takes of each key what it meets first: records
-from the last to the first, then blocks from the last to the first, then the base. Only the keys of
-newer layers are kept in memory, never those of the oldest, which is the large one.
+**Reading** goes from the newest layer to the oldest, and the first row or delete of a key counts:
+records from the last to the first, then blocks from the last to the first, then the parent. Memory
+holds the keys of the newer layers, never those of the oldest layer, which is the large one.
 """
 
 from __future__ import annotations
@@ -45,102 +43,117 @@ from dataclasses import dataclass
 from xxhash import xxh3_128_hexdigest
 
 from storage.errors import Corrupt, UnknownCheckpoint
-from storage.manifest import MANIFEST, MAX_CHAIN, MAX_MANIFEST, Base, File, Manifest, Part, parse
+from storage.manifest import MANIFEST, MAX_CHAIN, MAX_MANIFEST, File, Manifest, Parent, Part
 from storage.sealed import unseal
 from storage.store import Store
 
-Tell = Callable[[int], None]  # is told how many more bytes were read or written
+Report = Callable[
+    [int], None
+]  # called with the number of bytes read or written since the last call
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint whose manifests are intact, and what it builds on."""
+    """A checkpoint whose manifests are intact and agree, and its parent."""
 
     manifest: Manifest
     checksum: str  # of MANIFEST.json
     parts: tuple[Part, ...]  # by shard
-    base: Checkpoint | None
+    parent: Checkpoint | None
 
     @property
     def chain(self) -> list[Checkpoint]:
-        """This one, its base, the base of that, and so on."""
-        found: list[Checkpoint] = []
+        """Return this checkpoint, its parent, the parent's parent, and so on."""
+        chain: list[Checkpoint] = []
         at: Checkpoint | None = self
         while at is not None:
-            found.append(at)
-            at = at.base
-        return found
+            chain.append(at)
+            at = at.parent
+        return chain
 
 
 def open_checkpoint(store: Store, name: str, *, depth: int = MAX_CHAIN) -> Checkpoint:
-    """Read and check the manifests of a checkpoint and of all that it builds on.
+    """Read and check the manifests of a checkpoint and of all checkpoints that it needs.
 
-    Raises UnknownCheckpoint, Corrupt naming the file, or UnknownFormat.
+    depth  checkpoints that the chain may have
+
+    Raises UnknownCheckpoint, UnknownFormat, or Corrupt, which names the file: a manifest is
+    damaged, or two manifests contradict each other.
     """
     manifest, checksum = read_manifest(store, name)
     where = store.where(f"{name}/{MANIFEST}")
-    parts = [open_part(store, name, file) for file in manifest.parts]
+    parts = tuple(open_part(store, name, file) for file in manifest.parts)
     for shard, part in enumerate(parts):
-        told = (part.name, part.attempt, part.shard, part.shards, part.base)
-        if told != (name, manifest.attempt, shard, len(parts), manifest.base):
-            raise Corrupt(store.where(f"{name}/{manifest.parts[shard].path}"), "is of another one")
-    base = None
-    if manifest.base is not None:
-        base = _open_base(store, manifest.base, where, depth - 1)
-        for part, before in zip(parts, base.parts, strict=False):
+        written = (part.name, part.attempt, part.shard, part.shards, part.parent)
+        if written != (name, manifest.attempt, shard, len(parts), manifest.parent):
+            path = store.where(f"{name}/{manifest.parts[shard].path}")
+            raise Corrupt(path, f"belongs to another checkpoint, shard or attempt than {where}")
+    if error := manifest.contradiction(parts):
+        raise Corrupt(where, error)
+    parent = None
+    if manifest.parent is not None:
+        parent = _open_parent(store, manifest.parent, where, depth - 1)
+        for part, before in zip(parts, parent.parts, strict=False):
             if not _follows(part, before):
-                raise Corrupt(where, f"shard {part.shard} does not follow {base.manifest.name!r}")
-    return Checkpoint(manifest, checksum, tuple(parts), base)
+                raise Corrupt(where, f"shard {part.shard} does not follow {parent.manifest.name!r}")
+    return Checkpoint(manifest, checksum, parts, parent)
 
 
 def _follows(part: Part, before: Part) -> bool:
-    """Whether a part holds what changed since another."""
-    told = (part.after, part.lineage, part.shards, part.buckets)
-    return told == (before.version, before.lineage, before.shards, before.buckets)
+    """Return whether a part contains the changes after another part."""
+    needed = (part.after, part.lineage, part.shards, part.buckets)
+    return needed == (before.version, before.lineage, before.shards, before.buckets)
 
 
-def _open_base(store: Store, named: Base, where: str, depth: int) -> Checkpoint:
+def _open_parent(store: Store, named: Parent, where: str, depth: int) -> Checkpoint:
     if depth <= 0:
-        raise Corrupt(where, f"more than {MAX_CHAIN} checkpoints build on each other")
+        raise Corrupt(where, f"a chain of more than {MAX_CHAIN} checkpoints")
     try:
-        base = open_checkpoint(store, named.name, depth=depth)
+        parent = open_checkpoint(store, named.name, depth=depth)
     except UnknownCheckpoint as error:
-        raise Corrupt(where, f"builds on {named.name!r}, but {error}") from error
-    if base.checksum != named.checksum:
-        raise Corrupt(where, f"builds on another {named.name!r} than the one that is there now")
-    return base
+        raise Corrupt(where, f"its parent {named.name!r} is missing: {error}") from error
+    if parent.checksum != named.checksum:
+        raise Corrupt(where, f"its parent {named.name!r} was replaced by another checkpoint")
+    return parent
 
 
 def read_manifest(store: Store, name: str) -> tuple[Manifest, str]:
-    """A checkpoint's MANIFEST.json and its checksum; nothing else is looked at."""
+    """Read a checkpoint's MANIFEST.json alone; returns it and its checksum."""
     path = f"{name}/{MANIFEST}"
     where = store.where(path)
     try:
         data = store.read(path, MAX_MANIFEST)
     except FileNotFoundError:
         raise UnknownCheckpoint(name, where) from None
-    manifest = parse(Manifest, unseal(data, where), where)
-    if manifest.name != name or not manifest.parts:
+    manifest = unseal(Manifest, data, where)
+    if manifest.name != name:
         raise Corrupt(where, f"is the manifest of {manifest.name!r}")
     return manifest, xxh3_128_hexdigest(data)
 
 
 def open_part(store: Store, name: str, file: File) -> Part:
-    """The manifest of a shard, checked."""
+    """Read and check a shard's manifest."""
     where = store.where(f"{name}/{file.path}")
-    return parse(Part, unseal(read_file(store, name, file), where), where)
+    if file.bytes > MAX_MANIFEST:
+        raise Corrupt(where, f"a manifest of {file.bytes} bytes, the limit is {MAX_MANIFEST}")
+    part = unseal(Part, read_file(store, name, file), where)
+    if error := part.contradiction():
+        raise Corrupt(where, error)
+    return part
 
 
 def read_file(store: Store, name: str, file: File) -> bytes:
-    """A file of checkpoint ``name``; Corrupt names it if it is missing or not what was written."""
+    """Read a file of checkpoint ``name``.
+
+    Raises Corrupt, which names the file, if it is missing or not as written.
+    """
     where = store.where(f"{name}/{file.path}")
     try:
-        data = store.read(f"{name}/{file.path}", file.bytes + 1)
+        data = store.read(f"{name}/{file.path}", file.bytes)
     except FileNotFoundError:
         raise Corrupt(where, "the file is missing") from None
     if len(data) != file.bytes:
-        size = "more" if len(data) > file.bytes else len(data)
-        raise Corrupt(where, f"{size} bytes, the manifest says {file.bytes}")
+        raise Corrupt(where, f"{len(data)} bytes, the manifest says {file.bytes}")
     if xxh3_128_hexdigest(data) != file.checksum:
-        raise Corrupt(where, "the checksum of the file is not the one in the manifest")
+        raise Corrupt(where, "the checksum of the file does not match the one in the manifest")
     return data

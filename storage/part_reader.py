@@ -1,4 +1,4 @@
-"""The rows and counters of one shard's part of a checkpoint, read newest first."""
+"""Read the rows and counters of one shard's part of a checkpoint, the newest layer first."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.arena import Budget
-from storage.block import ROWS, Block, unpack
-from storage.checkpoint import Checkpoint, Tell, read_file
+from storage.block import COUNTERS, ROWS, TOMBSTONES, Block, unpack
+from storage.checkpoint import Checkpoint, Report, read_file
 from storage.errors import Corrupt
 from storage.index import Index
 from storage.kernels import Keys, Rows
@@ -22,12 +22,12 @@ from storage.records import Delete, Push, decode
 from storage.segment import Frame
 from storage.store import Store
 
-SEEN_BYTES = 1 << 40  # address space for the keys of newer layers
+SEEN_BYTES = 1 << 40  # limit of the keys of newer layers, in bytes
 T = TypeVar("T")
 
 
 class Piece(NamedTuple):
-    """Rows of one table of a shard: views that are valid until the next piece."""
+    """Rows of one table of a shard. The arrays are valid until the next piece is read."""
 
     table: int  # its number on that shard
     keys: Keys  # uint64[n]
@@ -37,27 +37,30 @@ class Piece(NamedTuple):
     rows: Rows  # float32[n, width]
 
 
-def blocks_in(data: bytes, where: str) -> list[Block]:
-    """The blocks of a file whose checksum was right."""
+def blocks_in(data: bytes, where: str, kinds: Sequence[int]) -> list[Block]:
+    """Split a file whose checksum is right into its blocks, all of them of ``kinds``."""
     found, at = [], 0
     while at < len(data):
         if at + ENTRY.size > len(data):
-            raise Corrupt(f"{where} at byte {at}", "no whole entry")
+            raise Corrupt(f"{where} at byte {at}", "an incomplete entry")
         size: int = ENTRY.unpack_from(data, at)[0]
         at += ENTRY.size
         if size > len(data) - at:
             raise Corrupt(f"{where} at byte {at}", f"a block of {size} bytes goes beyond the end")
-        found.append(unpack(memoryview(data)[at : at + size], f"{where} at byte {at}"))
+        block = unpack(memoryview(data)[at : at + size], f"{where} at byte {at}")
+        if block.kind not in kinds:
+            raise Corrupt(f"{where} at byte {at}", f"a block of kind {block.kind}, not {kinds}")
+        found.append(block)
         at += size + -size % 8
     return found
 
 
 def frames_in(data: bytes, where: str) -> list[Frame]:
-    """The records of a file whose checksum was right, undecoded."""
+    """Split a file, whose checksum is right, into its records, undecoded."""
     found, at, view = [], 0, memoryview(data)
     while at < len(data):
         if at + RECORD.size > len(data):
-            raise Corrupt(f"{where} at byte {at}", "no whole record")
+            raise Corrupt(f"{where} at byte {at}", "an incomplete record")
         version, size, kind = RECORD.unpack_from(data, at)
         at += RECORD.size
         if size > len(data) - at:
@@ -68,14 +71,15 @@ def frames_in(data: bytes, where: str) -> list[Frame]:
 
 
 def rows_of(
-    store: Store, checkpoint: Checkpoint, shard: int, tables: Iterable[int], tell: Tell
+    store: Store, checkpoint: Checkpoint, shard: int, tables: Iterable[int], report: Report
 ) -> Iterator[Piece]:
-    """The rows of a shard's tables at the checkpoint's version, each key once, in no order.
+    """Read the rows that tables of a shard had at the checkpoint's version, each key once, in no
+    order.
 
     tables  their numbers on that shard
 
-    All files are checked, those without such rows too; Corrupt names the bad one, or says that the
-    checkpoint yields another number of rows than it was taken from.
+    Every file of the part is checked, also one without rows of these tables. Raises Corrupt, which
+    names a damaged file, or a table with another number of rows than its manifest says.
     """
     part = checkpoint.parts[shard]
     asked = {table.number: table for table in part.tables}
@@ -83,7 +87,7 @@ def rows_of(
     seen = {number: _Seen() for number in asked}
     found = dict.fromkeys(asked, 0)
     try:
-        for piece in _newest_first(store, checkpoint, shard, seen, tell):
+        for piece in _newest_first(store, checkpoint, shard, seen, report):
             found[piece.table] += len(piece.keys)
             yield piece
     finally:
@@ -98,66 +102,75 @@ def rows_of(
 
 
 def counters_of(
-    store: Store, checkpoint: Checkpoint, shard: int, tables: Iterable[int], tell: Tell
+    store: Store, checkpoint: Checkpoint, shard: int, tables: Iterable[int], report: Report
 ) -> Iterator[tuple[int, Keys, NDArray[np.uint32], NDArray[np.uint64]]]:
-    """The exact counters of a shard's tables at the checkpoint's version: number of the table,
-    keys uint64[n], totals uint32[n], versions uint64[n]; all of a table at once.
+    """Read the exact counters that tables of a shard had at the checkpoint's version.
 
-    There may be some of keys that have a row, which need none.
+    Yields once for each table: its number, keys uint64[n], totals uint32[n], versions uint64[n].
+    A key that has a row may have a counter too, which is not needed.
     """
     part, name = checkpoint.parts[shard], checkpoint.manifest.name
     found: dict[int, list[tuple[Any, ...]]] = {number: [] for number in tables}
     for file in part.counters:
         data = read_file(store, name, file)
-        for block in blocks_in(data, store.where(f"{name}/{file.path}")):
+        for block in blocks_in(data, store.where(f"{name}/{file.path}"), (COUNTERS,)):
             if block.table in found:
                 found[block.table].append((block.keys, block.totals, block.versions))
-        tell(len(data))
-    for file in part.records:  # in order: the last word on a key counts
+        report(len(data))
+    for file in part.records:  # in order: the last record of a key counts
         data = read_file(store, name, file)
         for frame in frames_in(data, store.where(f"{name}/{file.path}")):
             record = decode(frame)
             if isinstance(record, Push | Delete) and record.table in found:
-                told = found[record.table]
+                columns = found[record.table]
                 none = np.zeros(len(record.keys), np.uint32)
-                told.append((record.keys, none, none.astype(np.uint64)))
+                columns.append((record.keys, none, none.astype(np.uint64)))
                 if isinstance(record, Push):
                     versions = np.full(len(record.waiting), frame.version, np.uint64)
-                    told.append((record.waiting, record.totals, versions))
-    for number, told in found.items():
-        if any(len(keys) for keys, _, _ in told):
-            keys, totals, versions = map(np.concatenate, zip(*told, strict=True))
+                    columns.append((record.waiting, record.totals, versions))
+    for number, columns in found.items():
+        if any(len(keys) for keys, _, _ in columns):
+            keys, totals, versions = map(np.concatenate, zip(*columns, strict=True))
             order = np.argsort(keys, kind="stable")
             last = order[np.append(np.flatnonzero(np.diff(keys[order])), len(order) - 1)]
             last = last[totals[last] > 0]
             yield number, keys[last], totals[last], versions[last]
 
 
-def verify_part(store: Store, checkpoint: Checkpoint, shard: int, tell: Tell) -> None:
-    """Read everything that a checkpoint says of one shard; raises Corrupt or UnknownFormat."""
-    part = checkpoint.parts[shard]
-    for piece in rows_of(store, checkpoint, shard, [table.number for table in part.tables], tell):
-        del piece
+def verify_part(
+    store: Store, checkpoint: Checkpoint, shard: int, report: Report
+) -> Iterator[Piece]:
+    """Read and check every byte that a checkpoint and its parents have of one shard.
+
+    Yields the rows of all tables, for checks of the caller. Raises Corrupt, UnknownFormat.
+    """
+    numbers = [table.number for table in checkpoint.parts[shard].tables]
+    yield from rows_of(store, checkpoint, shard, numbers, report)
     for each in checkpoint.chain:
-        for file in (*each.parts[shard].counters, *each.parts[shard].sessions):
-            tell(len(read_file(store, each.manifest.name, file)))
+        name, part = each.manifest.name, each.parts[shard]
+        for file in part.counters:
+            data = read_file(store, name, file)
+            blocks_in(data, store.where(f"{name}/{file.path}"), (COUNTERS,))
+            report(len(data))
+        for file in part.sessions:
+            report(len(read_file(store, name, file)))
 
 
 class _Seen:
-    """Keys that a newer layer has told about; made when there is one."""
+    """The keys of the newer layers. It takes memory only if there is a newer layer."""
 
     def __init__(self) -> None:
         self._index: Index | None = None
 
     def new(self, keys: Keys) -> Any:
-        """Which of the keys it does not hold: a slice where that is all of them."""
+        """Return which keys are not in here: positions, or a slice if none is."""
         if self._index is None:
             return slice(None)
         locations, absent = self._index.find(keys)
         return slice(None) if absent == len(keys) else np.flatnonzero(locations == 0)
 
     def add(self, keys: Keys) -> None:
-        """Hold keys that it does not hold yet."""
+        """Add keys that are not in here."""
         if len(keys):
             if self._index is None:
                 self._index = Index(Budget(SEEN_BYTES))
@@ -170,12 +183,13 @@ class _Seen:
 
 
 def _newest_first(
-    store: Store, checkpoint: Checkpoint, shard: int, seen: dict[int, _Seen], tell: Tell
+    store: Store, checkpoint: Checkpoint, shard: int, seen: dict[int, _Seen], report: Report
 ) -> Iterator[Piece]:
     files = [
-        (each, file, file in each.parts[shard].records)
+        (each, file, is_records)
         for each in checkpoint.chain
-        for file in (*each.parts[shard].blocks, *each.parts[shard].records)[::-1]
+        for is_records, kind in ((True, "records"), (False, "blocks"))
+        for file in reversed(getattr(each.parts[shard], kind))
     ]
 
     def read(item: tuple[Checkpoint, File, bool]) -> bytes:
@@ -186,8 +200,10 @@ def _newest_first(
         if is_records:
             yield from _from_records(frames_in(data, where), seen)
         else:
-            yield from _from_blocks(blocks_in(data, where), seen, last=each.base is None)
-        tell(len(data))
+            yield from _from_blocks(
+                blocks_in(data, where, (ROWS, TOMBSTONES)), seen, last=each.parent is None
+            )
+        report(len(data))
 
 
 def _from_records(frames: list[Frame], seen: dict[int, _Seen]) -> Iterator[Piece]:
@@ -195,10 +211,10 @@ def _from_records(frames: list[Frame], seen: dict[int, _Seen]) -> Iterator[Piece
         record = decode(frame)
         if not isinstance(record, Push | Delete) or record.table not in seen:
             continue
-        held = seen[record.table]
-        new = held.new(record.keys)
+        newer = seen[record.table]
+        new = newer.new(record.keys)
         keys = record.keys[new]
-        held.add(keys)
+        newer.add(keys)
         if isinstance(record, Push) and len(keys):
             versions = np.full(len(keys), frame.version, np.uint64)
             steps = np.full(len(keys), record.origin.step, np.int64)
@@ -210,18 +226,18 @@ def _from_blocks(blocks: list[Block], seen: dict[int, _Seen], *, last: bool) -> 
     for block in reversed(blocks):
         if block.table not in seen:
             continue
-        held = seen[block.table]
-        new = held.new(block.keys)
+        newer = seen[block.table]
+        new = newer.new(block.keys)
         keys = block.keys[new]
         if not last:
-            held.add(keys)
+            newer.add(keys)
         if block.kind == ROWS and len(keys):
             rest = (block.steps[new], block.frequencies[new], block.rows[new])
             yield Piece(block.table, keys, block.versions[new], *rest)
 
 
 def ahead(read: Callable[[Any], T], items: Sequence[Any], by: int = 1) -> Iterator[T]:
-    """``read`` of each item in order, begun on another thread before it is asked for."""
+    """Return ``read(item)`` of each item in order. Another thread reads ``by`` items ahead."""
     with ThreadPoolExecutor(1, "checkpoint reader") as pool:
         begun: deque[Future[T]] = deque()
         try:

@@ -1,4 +1,4 @@
-"""The files of one shard's part of a checkpoint, written; checkpoint.py has their grammar."""
+"""Write one shard's part of a checkpoint. checkpoint.py has the grammar of its files."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 from xxhash import xxh3_128_hexdigest
 
-from storage.checkpoint import Tell
-from storage.manifest import File, Part, facts
+from storage.checkpoint import Report
+from storage.manifest import KINDS, File, Part
 from storage.sealed import seal
 from storage.segment import Frame
 from storage.store import Output, Store
 
-FILE_BYTES = 64 << 20  # of a file, about
-CLOSING = 4  # files that are written and not finished, at most
+FILE_BYTES = 64 << 20  # a file that has this size is closed
+CLOSING = 4  # largest number of files that wait to be synced
 
 ENTRY = struct.Struct("<Q")
 RECORD = struct.Struct("<QII")
@@ -25,7 +25,7 @@ _ZEROS = bytes(8)
 
 
 class _Closing(NamedTuple):
-    """A file that is written, on its way to the disk."""
+    """A file that is written in full and not synced yet."""
 
     kind: str
     path: str
@@ -34,21 +34,19 @@ class _Closing(NamedTuple):
 
 
 class PartWriter:
-    """Writes what one shard adds to a checkpoint: blocks, then records, then the rest.
+    """Writes the files of one shard in the order of the calls, then its manifest.
 
-    Files are finished on a thread of its own, which waits for the disk, while the next are written:
-    the sooner all rows are copied, the fewer records come meanwhile.
+    A thread of its own syncs a file while the next one is written. The less time the copy takes,
+    the fewer records it needs.
     """
 
-    def __init__(self, store: Store, name: str, attempt: str, shard: int, tell: Tell) -> None:
-        """``tell`` is called after each block and each run of records."""
+    def __init__(self, store: Store, name: str, attempt: str, shard: int, report: Report) -> None:
+        """``report`` is called after each block and each record with the bytes written."""
         self._store = store
         self._name = name
         self._prefix = f"{attempt}/{shard:05}"
-        self._tell = tell
-        self._files: dict[str, list[File]] = {
-            kind: [] for kind in ("blocks", "records", "counters", "sessions")
-        }
+        self._report = report
+        self._files: dict[str, list[File]] = {kind: [] for kind in KINDS}
         self._output: Output | None = None
         self._path = self._kind = ""
         self._count = 0
@@ -56,7 +54,7 @@ class PartWriter:
         self._closer = ThreadPoolExecutor(1, "checkpoint files")
 
     def block(self, data: Any, kind: str = "blocks") -> None:
-        """Append a sealed block; of counters, with that as its kind."""
+        """Append a sealed block of rows or tombstones; or of counters, if that is its kind."""
         view = memoryview(data).cast("B")
         self._append(kind, [ENTRY.pack(len(view)), view, _ZEROS[: -len(view) % 8]])
 
@@ -68,28 +66,29 @@ class PartWriter:
             self._append("records", [head, frame.payload, _ZEROS[: -size % 8]])
 
     def sessions(self, data: bytes) -> None:
-        """Write the sessions."""
+        """Write the clients' sessions, unless there are none."""
         if data:
             self._append("sessions", [data])
 
     def finish(self, **rest: Any) -> tuple[Part, File]:
-        """Write the shard's manifest; ``rest`` are the fields of Part that are not known here."""
+        """Finish the files and write the shard's manifest.
+
+        rest  the fields of Part other than the name and the files
+
+        Returns the manifest and the file that contains it.
+        """
         self._close(0)
         self._closer.shutdown()
         part = Part(
             name=self._name,
-            blocks=tuple(self._files["blocks"]),
-            records=tuple(self._files["records"]),
-            counters=tuple(self._files["counters"]),
-            sessions=tuple(self._files["sessions"]),
-            **rest,
+            **{kind: tuple(files) for kind, files in self._files.items()} | rest,
         )
-        data, path = seal(facts(part)), f"{self._prefix}.json"
+        data, path = seal(part), f"{self._prefix}.json"
         self._store.publish(f"{self._name}/{path}", data)
         return part, File(path=path, bytes=len(data), checksum=xxh3_128_hexdigest(data))
 
     def discard(self) -> None:
-        """Give up; the files are left to whoever completes or removes the checkpoint."""
+        """Give up. The files stay until another attempt is completed, or the name is deleted."""
         self._closer.shutdown(cancel_futures=True)
         for each in self._closing:
             each.output.discard()
@@ -104,10 +103,10 @@ class PartWriter:
             self._output = self._store.create(f"{self._name}/{self._path}")
         before = self._output.bytes
         self._output.write(parts)
-        self._tell(self._output.bytes - before)
+        self._report(self._output.bytes - before)
 
     def _close(self, most: int) -> None:
-        """Have the file finished; return once at most so many are not."""
+        """Hand over the open file to be synced; return when at most ``most`` files wait for it."""
         if self._output is not None:
             output, self._output = self._output, None
             checksum = self._closer.submit(output.close)

@@ -1,43 +1,95 @@
-"""Small JSON files with a checksum.
+"""Small JSON files with a checksum and a schema.
 
-file  = JSON, to the byte what ``json.dumps(..., sort_keys=True, indent=1)`` and a line feed
-        make of {"checksum": C, "content": {...}}, where C is the xxh3_128 in hexadecimal of
-        what it makes of the content alone
+    file     = {"checksum": C, "content": CONTENT} as ``json.dumps(..., sort_keys=True, indent=1)``
+               writes it, and a line feed
+    C        = hexadecimal xxh3_128 of CONTENT alone, as the same call writes it
+    CONTENT  = an object with the member "format": 1, and the fields of one dataclass
+
+The schema is the dataclass: types are strict, and unknown or missing fields are errors. A field
+may have bounds (``Annotated[int, Field(ge=0)]``).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, TypeVar, cast
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from xxhash import xxh3_128_hexdigest
 
 from storage.errors import Corrupt, UnknownFormat
 
 FORMAT = 1
+STRICT = ConfigDict(extra="forbid", strict=True)  # the ``__pydantic_config__`` of each dataclass
+
+_HEAD, _MIDDLE, _TAIL = b'{\n "checksum": "', b'",\n "content": ', b"\n}\n"
+_DIGITS = 32  # of the checksum
+T = TypeVar("T")
 
 
-def seal(content: dict[str, Any]) -> bytes:
-    """A content as it is stored, with its checksum."""
-    checksum = xxh3_128_hexdigest(_dumps(content).encode())
-    return f"{_dumps({'checksum': checksum, 'content': content})}\n".encode()
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Versioned:
+    """The only field that every format has."""
+
+    format: int
 
 
-def unseal(data: bytes, where: str) -> dict[str, Any]:
-    """The content that ``seal`` made so; Corrupt if a single byte is another."""
+def seal(content: Any) -> bytes:
+    """Return the bytes of the file for a dataclass."""
+    return seal_fields(fields_of(content))
+
+
+def fields_of(content: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass under their names in the file."""
+    names = getattr(content, "NAMES_IN_FILE", {})
+    return {names.get(name, name): value for name, value in dataclasses.asdict(content).items()}
+
+
+def seal_fields(fields: dict[str, Any]) -> bytes:
+    """Return the bytes of the file for any JSON object."""
+    text = json.dumps(fields, sort_keys=True, indent=1)
+    checksum = xxh3_128_hexdigest(text.encode())
+    inner = text.replace("\n", "\n ").encode()  # strings have no line feeds: JSON escapes them
+    return b"".join([_HEAD, checksum.encode(), _MIDDLE, inner, _TAIL])
+
+
+def unseal(kind: type[T], data: bytes, where: str) -> T:
+    """Read a file that ``seal`` made.
+
+    where  names the file in errors
+
+    Raises Corrupt if a byte is not as written or a field breaks the schema of ``kind``, and
+    UnknownFormat for another format.
+    """
+    start = len(_HEAD) + _DIGITS + len(_MIDDLE)
+    end = len(data) - len(_TAIL)
+    checksum = data[len(_HEAD) : len(_HEAD) + _DIGITS]
+    if end < start or data[:start] != _HEAD + checksum + _MIDDLE or data[end:] != _TAIL:
+        raise Corrupt(where, "not a file with a checksum and a content")
+    content = data[start:end].replace(b"\n ", b"\n")
+    if xxh3_128_hexdigest(content).encode() != checksum:
+        raise Corrupt(where, "the checksum does not match the content")
     try:
-        whole = json.loads(data)
-        content = dict(whole["content"])
-        intact = seal(content) == data
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise Corrupt(where, f"no manifest: {error}") from error
-    if not intact:
-        raise Corrupt(where, "the checksum of the manifest does not fit its content")
-    held = content.pop("format", None)
-    if held != FORMAT:
-        raise UnknownFormat(where, held if isinstance(held, int) else 0, FORMAT)
-    return content
+        found = _adapter(_Versioned).validate_json(content).format
+        if found != FORMAT:
+            raise UnknownFormat(where, found, FORMAT)
+        read: T = _adapter(cast(Hashable, kind)).validate_json(content)
+    except ValidationError as error:
+        raise Corrupt(where, _first(error)) from error
+    return read
 
 
-def _dumps(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, indent=1)
+@functools.cache
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+    adapter: TypeAdapter[Any] = TypeAdapter(cast(Any, kind))
+    return adapter
+
+
+def _first(error: ValidationError) -> str:
+    """Describe the first broken rule: field, rule and value."""
+    item = error.errors(include_url=False)[0]
+    field = ".".join(map(str, item["loc"])) or "content"
+    return f"{field}: {item['msg']}, got {item['input']!r:.100}"

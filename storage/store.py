@@ -1,37 +1,48 @@
-"""Files under one URL prefix: a directory, or what else fsspec reaches.
+"""Files under one URL prefix: a directory, or another place that fsspec reaches.
 
-Paths are relative to the prefix and made of names that the callers have checked. What is created
-is whole once ``close`` returns, and on disk where the files are local. Nothing is cached: every
-call asks the file system.
+Paths are relative to the prefix and consist of names that the callers have checked. In a local
+store no path leaves the prefix: symbolic links below it are not followed, and only regular files
+are read. A file is complete once ``close`` returns, and on disk where the store is local. Nothing
+is cached. Every call has a deadline (deadline.py).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 import fsspec
 from xxhash import xxh3_128
 
-from storage.disk import NO_SPACE, sync
-from storage.errors import DiskFull, StoreFailed
+from storage.deadline import Deadlines
+from storage.disk import NO_SPACE, pread_all
+from storage.errors import Corrupt, DiskFull, StorageError, StoreFailed
 
 Data = bytes | bytearray | memoryview
+SECONDS = 120.0  # for one operation: 64 MiB at least, or a sync of them
+BUFFER_BYTES = 1 << 20  # small writes are collected up to this size
+T = TypeVar("T")
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+# a FIFO must not block the open; whether it is a regular file is seen afterwards
+_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Store:
     """The files under ``url``. Any thread.
 
-    Raises FileNotFoundError where a file is missing, FileExistsError from ``publish``, DiskFull,
-    and StoreFailed for everything else that a file system answers.
+    seconds  deadline of one operation
+
+    Every method raises FileNotFoundError for a missing file, DiskFull, Corrupt for a symbolic link
+    or a file of another kind, and StoreFailed for every other error of the file system.
     """
 
-    def __init__(self, url: str) -> None:
-        """Nothing is read; ValueError if fsspec does not know the scheme or lacks its package."""
+    def __init__(self, url: str, seconds: float = SECONDS) -> None:
+        """Read nothing; ValueError if fsspec does not know the scheme or lacks its package."""
         self.url = url
         try:
             self._files, root = fsspec.core.url_to_fs(
@@ -41,141 +52,286 @@ class Store:
             raise ValueError(f"{url}: {error}") from error
         self._root = root.rstrip("/")
         self.local = "file" in _protocols(self._files)
+        self._deadlines = Deadlines(seconds)
+
+    def stop(self) -> None:
+        """Let every call fail at once, those that are under way too."""
+        self._deadlines.stop()
 
     def create(self, path: str) -> Output:
-        """A new file, or a new content; call ``close``, or ``discard`` it."""
-        with _Meaning(self.where(path)):
-            self._make_parent(path)
-            return Output(self._files.open(self._full(path), "wb"), self.where(path), self.local)
+        """Create a file, or truncate one. Call ``close`` or ``discard`` on the result."""
+        where = self.where(path)
+        file = self._run(path, lambda: self._open_output(path), undo=lambda file: file.close())
+        return Output(file, where, self.local, self._deadlines)
 
     def publish(self, path: str, data: Data) -> None:
-        """Write a file at once: it is whole or not there. FileExistsError where there is one.
+        """Create a file with all its contents at once.
 
-        Locally nobody else can create it meanwhile, and it is on disk with all that was created
-        in its directory. Elsewhere it is one put, preceded by a look.
+        Raises FileExistsError if the file exists. In a local store this is atomic, and the file is
+        on disk together with everything created in its directory. Elsewhere it is one put after a
+        look whether the file exists.
         """
-        with _Meaning(self.where(path)):
-            if not self.local:
-                if self._files.exists(self._full(path)):
-                    raise FileExistsError(self.where(path))
-                self._files.pipe_file(self._full(path), bytes(data))
-                return
-            self._make_parent(path)
-            target = Path(self._full(path))
-            beside = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}")
-            with beside.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.link(beside, target)
-            finally:
-                beside.unlink()
-            self.sync(path)
+        self._run(path, lambda: self._publish(path, bytes(data)))
 
     def sync(self, path: str) -> None:
-        """Make sure, locally, that the names up to ``path`` are on disk."""
+        """Flush the names of the directories of ``path`` to the disk, in a local store."""
         if self.local:
-            parent = Path(self._full(path)).parent
-            root = Path(self._root).parent
-            while parent != root and root in parent.parents:
-                sync(parent)
-                parent = parent.parent
+            self._run(path, lambda: self._sync(path))
 
     def read(self, path: str, most: int) -> bytes:
-        """The file, or its first ``most`` bytes."""
-        with _Meaning(self.where(path)):
-            if self.local:  # where as much is allocated as may come
-                most = min(most, os.path.getsize(self._full(path)))
-            return bytes(self._files.cat_file(self._full(path), start=0, end=most))
+        """Return the contents of a file. Raises Corrupt if it has more than ``most`` bytes."""
+        data = self._run(path, lambda: self._read(path, most))
+        if len(data) > most:
+            raise Corrupt(self.where(path), f"more than {most} bytes")
+        return data
 
     def exists(self, path: str) -> bool:
-        """Whether there is such a file."""
-        with _Meaning(self.where(path)):
-            return bool(self._files.exists(self._full(path)))
+        """Return whether there is such a file."""
+        return self._run(path, lambda: self._exists(path))
 
     def directories(self, path: str = "") -> list[str]:
-        """Names of the directories in one, sorted; none where it does not exist."""
-        with _Meaning(self.where(path)):
-            try:
-                found = self._files.ls(self._full(path), detail=True)
-            except FileNotFoundError:
-                return []
-        names = (str(each["name"]).rstrip("/") for each in found if each["type"] == "directory")
-        return sorted(name.rsplit("/", 1)[-1] for name in names)
+        """Return the sorted names of the directories in ``path``, symbolic links included.
+
+        A directory that does not exist has none.
+        """
+        return self._run(path, lambda: sorted(self._directories(path)))
 
     def remove(self, path: str) -> None:
-        """Remove a directory and everything in it; what is gone already is no error."""
-        with _Meaning(self.where(path)), suppress(FileNotFoundError):
-            self._files.rm(self._full(path), recursive=True)
+        """Remove a file, or a directory with everything in it. A missing one is no error."""
+        self._run(path, lambda: self._remove(path))
 
     def where(self, path: str) -> str:
-        """How errors name a file."""
+        """Return the name of a file for errors."""
         return f"{self.url.rstrip('/')}/{path}"
+
+    def _run(
+        self, path: str, function: Callable[[], T], undo: Callable[[T], None] | None = None
+    ) -> T:
+        where = self.where(path)
+
+        def call() -> T:
+            with _translated(where):
+                return function()
+
+        return self._deadlines.call(where, call, undo)
+
+    # ---- on the threads of the deadlines
 
     def _full(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
 
-    def _make_parent(self, path: str) -> None:
-        if self.local:
-            self._files.makedirs(self._full(path).rsplit("/", 1)[0], exist_ok=True)
+    @contextmanager
+    def _parents(self, path: str, *, make: bool = False) -> Iterator[tuple[list[int], str]]:
+        """Open the directories from the prefix to the one that contains ``path``.
+
+        Yields their descriptors and the last name of ``path``. No symbolic link is followed.
+        """
+        *above, name = path.split("/")
+        opened: list[int] = []
+        try:
+            if make and not os.path.isdir(self._root):
+                self._make_root()
+            opened.append(os.open(self._root, _DIRECTORY))
+            for each in above:
+                if make:
+                    with suppress(FileExistsError):
+                        os.mkdir(each, dir_fd=opened[-1])
+                opened.append(self._enter(opened[-1], each, path))
+            yield opened, name
+        finally:
+            for fd in opened:
+                os.close(fd)
+
+    def _make_root(self) -> None:
+        try:
+            os.makedirs(self._root, exist_ok=True)
+        except FileExistsError as error:  # means another file to the callers of ``publish``
+            raise StoreFailed(self.where(""), f"not a directory: {error}") from error
+
+    def _enter(self, fd: int, name: str, path: str) -> int:
+        try:
+            return os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+        except NotADirectoryError:
+            if stat.S_ISLNK(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode):
+                raise Corrupt(
+                    self.where(path), f"{name} is a symbolic link, which is not followed"
+                ) from None
+            raise
+
+    def _open_file(self, fd: int, name: str, path: str, flags: int) -> int:
+        """Open a regular file and nothing else."""
+        if stat.S_ISLNK(_mode(name, fd)):
+            raise Corrupt(self.where(path), "a symbolic link, which is not followed")
+        file = os.open(name, flags | _FILE, 0o666, dir_fd=fd)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise Corrupt(self.where(path), "not a regular file")
+        return file
+
+    def _open_output(self, path: str) -> Any:
+        if not self.local:
+            return self._files.open(self._full(path), "wb")
+        with self._parents(path, make=True) as (fds, name):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            return open(self._open_file(fds[-1], name, path, flags), "wb", buffering=0)
+
+    def _publish(self, path: str, data: bytes) -> None:
+        if not self.local:
+            if self._files.exists(self._full(path)):
+                raise FileExistsError(self.where(path))
+            self._files.pipe_file(self._full(path), data)
+            return
+        with self._parents(path, make=True) as (fds, name):
+            fd = fds[-1]
+            fresh = f".{name}.{os.getpid()}.{os.urandom(4).hex()}"
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            with open(self._open_file(fd, fresh, path, flags), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                os.link(fresh, name, src_dir_fd=fd, dst_dir_fd=fd)
+            finally:
+                os.unlink(fresh, dir_fd=fd)
+            _sync_all(fds)
+
+    def _sync(self, path: str) -> None:
+        with self._parents(path) as (fds, _):
+            _sync_all(fds)
+
+    def _read(self, path: str, most: int) -> bytes:
+        if not self.local:
+            return bytes(self._files.cat_file(self._full(path), start=0, end=most + 1))
+        with self._parents(path) as (fds, name):
+            file = self._open_file(fds[-1], name, path, os.O_RDONLY)
+            try:
+                size = os.fstat(file).st_size
+                if size > most:  # before memory is taken for it
+                    raise Corrupt(self.where(path), f"{size} bytes, more than {most}")
+                return pread_all(file, size, 0)
+            finally:
+                os.close(file)
+
+    def _exists(self, path: str) -> bool:
+        if not self.local:
+            return bool(self._files.exists(self._full(path)))
+        try:
+            with self._parents(path) as (fds, name):
+                return _mode(name, fds[-1]) != 0
+        except FileNotFoundError:
+            return False
+
+    def _directories(self, path: str) -> list[str]:
+        if not self.local:
+            with suppress(FileNotFoundError):
+                found = self._files.ls(self._full(path), detail=True)
+                names = (each["name"] for each in found if each["type"] == "directory")
+                return [str(name).rstrip("/").rsplit("/", 1)[-1] for name in names]
+            return []
+        try:
+            with self._parents(f"{path}/." if path else ".") as (fds, _), os.scandir(fds[-1]) as at:
+                return [
+                    each.name
+                    for each in at
+                    if each.is_symlink() or each.is_dir(follow_symlinks=False)
+                ]
+        except FileNotFoundError:
+            return []
+
+    def _remove(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            if not self.local:
+                self._files.rm(self._full(path), recursive=True)
+                return
+            with self._parents(path) as (fds, name):
+                if stat.S_ISDIR(_mode(name, fds[-1])):
+                    shutil.rmtree(name, dir_fd=fds[-1])
+                else:
+                    os.unlink(name, dir_fd=fds[-1])
+                os.fsync(fds[-1])
 
 
 class Output:
-    """A file being written: its bytes and their xxh3_128 so far."""
+    """A file being written. It computes the xxh3_128 of its bytes."""
 
-    def __init__(self, file: Any, where: str, local: bool) -> None:
+    def __init__(self, file: Any, where: str, local: bool, deadlines: Deadlines) -> None:
         self._file = file
         self._where = where
         self._local = local
+        self._deadlines = deadlines
         self._digest = xxh3_128()
+        self._buffer = bytearray()
         self.bytes = 0
 
     def write(self, parts: Sequence[Any]) -> None:
-        """Append buffers, one behind the other."""
-        with _Meaning(self._where):
-            for part in parts:
-                view = memoryview(part).cast("B")
-                self._file.write(view)
-                self._digest.update(view)
-                self.bytes += len(view)
+        """Append buffers, one after another. The caller may reuse them afterwards."""
+        views = [memoryview(part).cast("B") for part in parts]
+        for view in views:
+            self._digest.update(view)
+            self.bytes += len(view)
+        if len(self._buffer) + sum(map(len, views)) <= BUFFER_BYTES:
+            self._buffer += b"".join(views)
+            return
+        buffer, self._buffer = self._buffer, bytearray()
+        self._run(lambda: _write_all(self._file, [memoryview(buffer), *views]))
 
     def close(self) -> str:
-        """Finish the file; the hexadecimal xxh3_128 of its bytes."""
-        with _Meaning(self._where):
-            if self._local:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-            self._file.close()
+        """Finish the file. Returns the hexadecimal xxh3_128 of its bytes."""
+        self._run(self._close)
         return self._digest.hexdigest()
 
     def discard(self) -> None:
-        """Give up; whatever was written of it is of no use."""
-        with suppress(Exception):
-            self._file.close()
+        """Give up. The file is left as it is."""
+        with suppress(StorageError):
+            self._run(self._file.close)
+
+    def _close(self) -> None:
+        _write_all(self._file, [memoryview(self._buffer)])
+        if self._local:
+            os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _run(self, function: Callable[[], None]) -> None:
+        def call() -> None:
+            with _translated(self._where):
+                function()
+
+        self._deadlines.call(self._where, call)
 
 
-class _Meaning:
-    """Says in our words what a file system answers."""
+def _write_all(file: Any, views: Sequence[memoryview]) -> None:
+    for view in views:
+        left = view
+        while len(left):
+            left = left[file.write(left) :]  # an unbuffered file may write less
 
-    def __init__(self, where: str) -> None:
-        self._where = where
 
-    def __enter__(self) -> Self:
-        return self
+def _sync_all(fds: Sequence[int]) -> None:
+    for fd in reversed(fds):
+        os.fsync(fd)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None or isinstance(error, FileNotFoundError | FileExistsError | StoreFailed):
-            return
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
-            raise DiskFull(self._where, 0) from error
-        if isinstance(error, Exception):  # of a driver's own kind, as often as OSError
-            raise StoreFailed(self._where, f"{type(error).__name__}: {error}") from error
+
+def _mode(name: str, fd: int) -> int:
+    """Return the kind of a file in a directory, not of what it links to; 0 if it is missing."""
+    try:
+        return os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return 0
+
+
+@contextmanager
+def _translated(where: str) -> Iterator[None]:
+    """Turn the errors of a file system into those that Store names."""
+    try:
+        yield
+    except (FileNotFoundError, FileExistsError, StorageError):
+        raise
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise DiskFull(where, 0) from error
+        raise StoreFailed(where, f"{type(error).__name__}: {error}") from error
+    except Exception as error:  # a driver has errors of its own
+        raise StoreFailed(where, f"{type(error).__name__}: {error}") from error
 
 
 def _protocols(files: Any) -> tuple[str, ...]:

@@ -172,7 +172,7 @@ class Homes:
 
     def write(self, name: str, base: str = "", attempt: str | None = None) -> list[Any]:
         attempt = attempt or secrets.token_hex(8)
-        request = pb.WriteCheckpointRequest(name=name, attempt=attempt, base=base)
+        request = pb.WriteCheckpointRequest(name=name, attempt=attempt, parent=base)
         parts = []
         for node in self.nodes:
             done = node.checkpoints.write(request, node.checkpoints.work.progress())
@@ -185,7 +185,7 @@ class Homes:
 
     def complete(self, name: str, attempt: str, parts: Any, base: str = "") -> pb.CheckpointInfo:
         return self.nodes[0].checkpoints.complete(
-            pb.CompleteCheckpointRequest(name=name, attempt=attempt, base=base, parts=parts)
+            pb.CompleteCheckpointRequest(name=name, attempt=attempt, parent=base, parts=parts)
         )
 
     def verify(self, name: str) -> int:

@@ -537,14 +537,14 @@ class Delta(_message.Message):
     def __init__(self, header: _Optional[_Union[DeltaHeader, _Mapping]] = ..., padding: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., versions: _Optional[bytes] = ..., rows: _Optional[bytes] = ..., steps: _Optional[bytes] = ..., frequencies: _Optional[bytes] = ...) -> None: ...
 
 class WriteCheckpointRequest(_message.Message):
-    __slots__ = ("name", "attempt", "base")
+    __slots__ = ("name", "attempt", "parent")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
-    BASE_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
     name: str
     attempt: str
-    base: str
-    def __init__(self, name: _Optional[str] = ..., attempt: _Optional[str] = ..., base: _Optional[str] = ...) -> None: ...
+    parent: str
+    def __init__(self, name: _Optional[str] = ..., attempt: _Optional[str] = ..., parent: _Optional[str] = ...) -> None: ...
 
 class CheckpointPart(_message.Message):
     __slots__ = ("path", "bytes", "checksum", "version")
@@ -571,16 +571,16 @@ class CheckpointProgress(_message.Message):
     def __init__(self, bytes: _Optional[int] = ..., total: _Optional[int] = ..., part: _Optional[_Union[CheckpointPart, _Mapping]] = ..., rows: _Optional[int] = ...) -> None: ...
 
 class CompleteCheckpointRequest(_message.Message):
-    __slots__ = ("name", "attempt", "base", "parts")
+    __slots__ = ("name", "attempt", "parent", "parts")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
-    BASE_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
     PARTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     attempt: str
-    base: str
+    parent: str
     parts: _containers.RepeatedCompositeFieldContainer[CheckpointPart]
-    def __init__(self, name: _Optional[str] = ..., attempt: _Optional[str] = ..., base: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[CheckpointPart, _Mapping]]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., attempt: _Optional[str] = ..., parent: _Optional[str] = ..., parts: _Optional[_Iterable[_Union[CheckpointPart, _Mapping]]] = ...) -> None: ...
 
 class CheckpointTable(_message.Message):
     __slots__ = ("name", "rows", "schema")
@@ -593,9 +593,9 @@ class CheckpointTable(_message.Message):
     def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., schema: _Optional[_Union[TableSchema, _Mapping]] = ...) -> None: ...
 
 class CheckpointInfo(_message.Message):
-    __slots__ = ("name", "base", "shards", "versions", "bytes", "time_us", "tables", "problem")
+    __slots__ = ("name", "parent", "shards", "versions", "bytes", "time_us", "tables", "problem")
     NAME_FIELD_NUMBER: _ClassVar[int]
-    BASE_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -603,14 +603,14 @@ class CheckpointInfo(_message.Message):
     TABLES_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     name: str
-    base: str
+    parent: str
     shards: int
     versions: _containers.RepeatedScalarFieldContainer[int]
     bytes: int
     time_us: int
     tables: _containers.RepeatedCompositeFieldContainer[CheckpointTable]
     problem: str
-    def __init__(self, name: _Optional[str] = ..., base: _Optional[str] = ..., shards: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., bytes: _Optional[int] = ..., time_us: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[CheckpointTable, _Mapping]]] = ..., problem: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., parent: _Optional[str] = ..., shards: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., bytes: _Optional[int] = ..., time_us: _Optional[int] = ..., tables: _Optional[_Iterable[_Union[CheckpointTable, _Mapping]]] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class ListCheckpointsRequest(_message.Message):
     __slots__ = ("name",)

@@ -91,7 +91,7 @@ def test_three_shards_are_restored_onto_two_and_onto_five(
     admin.checkpoint(old, "a")
     table.push(KEYS[50:500], np.ones((450, 6)), step=9)
     table.delete(KEYS[900:1000])
-    admin.checkpoint(old, "b", base="a")
+    admin.checkpoint(old, "b", parent="a")
     rows, stored = table.pull_rows(KEYS), whole(old, "t")
     for shards in (2, 5):
         new = connect(start_cluster(shards, *flags))
@@ -133,8 +133,8 @@ def test_pushes_go_on_during_a_checkpoint_and_it_is_one_cut(
             before = pushed
             infos = [
                 admin.checkpoint(old, "a"),
-                admin.checkpoint(old, "b", base="a"),
-                admin.checkpoint(old, "c", base="b"),
+                admin.checkpoint(old, "b", parent="a"),
+                admin.checkpoint(old, "c", parent="b"),
             ]
             eventually(lambda: pushed > before)
         finally:

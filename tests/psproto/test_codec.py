@@ -354,7 +354,7 @@ SMALL = [
     pb.CheckpointTable(name="users", rows=7, schema=SCHEMA),
     pb.CheckpointInfo(
         name="daily",
-        base="first",
+        parent="first",
         shards=2,
         versions=[9, 300],
         bytes=1 << 21,
@@ -363,7 +363,7 @@ SMALL = [
         problem="gone",
     ),
     pb.CheckpointProgress(bytes=5, total=6, part=PART, rows=7),
-    pb.CompleteCheckpointRequest(name="daily", attempt="a", base="first", parts=[PART]),
+    pb.CompleteCheckpointRequest(name="daily", attempt="a", parent="first", parts=[PART]),
     pb.ListCheckpointsRequest(name="daily"),
     pb.ListCheckpointsResponse(checkpoints=[pb.CheckpointInfo(name="daily")]),
     pb.LoadTableRequest(name="daily", table="users", into="people"),
@@ -372,7 +372,7 @@ SMALL = [
     pb.RestoreRequest(id="x", step=1),  # type: ignore[arg-type]
     pb.RestoreStatus(id="x", name="daily", phase=1, why="no"),  # type: ignore[arg-type]
     pb.VerifyCheckpointRequest(name="daily"),
-    pb.WriteCheckpointRequest(name="daily", attempt="a", base="first"),
+    pb.WriteCheckpointRequest(name="daily", attempt="a", parent="first"),
     pb.WriteRowsRequest(
         table="users", width=1, keys=bytes(8), rows=bytes(4), steps=bytes(8), frequencies=bytes(8)
     ),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +12,12 @@ import pytest
 from storage import part_writer
 from storage.block import pack_rows, pack_tombstones
 from storage.checkpoint import open_checkpoint, read_manifest
-from storage.errors import Corrupt, StorageError, StoreFailed, UnknownCheckpoint, UnknownFormat
-from storage.manifest import MANIFEST, Base, CheckpointTable, File, Manifest, PartTable, facts
+from storage.errors import Corrupt, StorageError, UnknownCheckpoint, UnknownFormat
+from storage.manifest import MANIFEST, CheckpointTable, Manifest, Parent, PartTable
 from storage.part_reader import rows_of, verify_part
 from storage.part_writer import PartWriter
 from storage.records import Cause, Kind, Origin, encode_delete, encode_push
-from storage.sealed import seal, unseal
+from storage.sealed import seal
 from storage.segment import Frame
 from storage.store import Store
 
@@ -78,7 +75,7 @@ def write(
     """A checkpoint of one shard with one table."""
     named = None
     if base is not None:
-        named = Base(name=base, checksum=read_manifest(store, base)[1])
+        named = Parent(name=base, checksum=read_manifest(store, base)[1])
     told: list[int] = []
     writer = PartWriter(store, name, ATTEMPT, 0, told.append)
     for each in blocks:
@@ -94,7 +91,7 @@ def write(
         version=versions[1],
         copied=versions[0],
         after=versions[2],
-        base=named,
+        parent=named,
         tables=(PartTable(number=1, name="t", schema="{}", rows=rows),),
         micros=1,
     )
@@ -102,14 +99,14 @@ def write(
     manifest = Manifest(
         name=name,
         attempt=ATTEMPT,
-        base=named,
+        parent=named,
         parts=(file,),
         versions=(versions[1],),
         tables=(CheckpointTable(name="t", schema="{}", rows=rows),),
-        bytes=part.bytes,
+        bytes=part.bytes + file.bytes,
         micros=2,
     )
-    store.publish(f"{name}/{MANIFEST}", seal(facts(manifest)))
+    store.publish(f"{name}/{MANIFEST}", seal(manifest))
     return manifest
 
 
@@ -197,7 +194,8 @@ def chain(store: Store, tmp_path: Path) -> Path:
 
 
 def verify(store: Store) -> None:
-    verify_part(store, open_checkpoint(store, "b"), 0, lambda _: None)
+    for _ in verify_part(store, open_checkpoint(store, "b"), 0, lambda _: None):
+        pass
 
 
 def every_file(chain: Path) -> list[Path]:
@@ -242,93 +240,13 @@ def test_a_base_that_was_taken_again_under_its_name_is_not_the_base(
     (chain / "a" / MANIFEST).unlink()
     store.remove(f"a/{ATTEMPT}")
     write(store, "a", [block([1, 2, 3], 4)], [pushed(13, 6)], 4)
-    with pytest.raises(Corrupt, match="another 'a' than the one that is there now"):
+    with pytest.raises(Corrupt, match="its parent 'a' was replaced by another checkpoint"):
         verify(store)
 
 
 def test_a_chain_that_is_too_long_is_refused(store: Store, chain: Path) -> None:
-    with pytest.raises(Corrupt, match="build on each other"):
+    with pytest.raises(Corrupt, match="a chain of more than"):
         open_checkpoint(store, "b", depth=1)
-
-
-# ---- manifests
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda text: text.replace("\n", "\r\n"),
-        lambda text: text + "\n",
-        lambda text: text.replace('"name": "a"', '"name": "b"'),
-        lambda text: json.dumps(json.loads(text)),
-        lambda _: "[]",
-        lambda _: '{"checksum": "", "content": 3}',
-        lambda _: "{" * 100_000,
-        lambda _: "\ud800",
-    ],
-)
-def test_a_manifest_is_what_was_written_to_the_byte(change: Callable[[str], str]) -> None:
-    data = seal(facts(File(path="p", bytes=1, checksum="c")) | {"name": "a"})
-    with pytest.raises(Corrupt, match="here"):
-        unseal(change(data.decode()).encode(errors="surrogatepass"), "here")
-    assert unseal(data, "here")["name"] == "a"
-
-
-def test_a_manifest_of_another_format_is_unknown_not_corrupt() -> None:
-    with pytest.raises(UnknownFormat):
-        unseal(seal({"format": 2}), "here")
-
-
-def test_a_manifest_of_another_shape_is_corrupt(store: Store) -> None:
-    manifest = write(store, "a", [], [], 0)
-    for change in ({"parts": [1]}, {"more": 1}, {"base": "x"}, {"tables": [{}]}):
-        content = facts(dataclasses.replace(manifest, name="b")) | change
-        path = f"b/{MANIFEST}"
-        store.remove("b")
-        store.publish(path, seal(content))
-        with pytest.raises(Corrupt, match=MANIFEST):
-            open_checkpoint(store, "b")
-
-
-# ---- the store
-
-
-def test_publish_creates_a_file_once(store: Store) -> None:
-    store.publish("a/x", b"one")
-    with pytest.raises(FileExistsError):
-        store.publish("a/x", b"two")
-    assert store.read("a/x", 100) == b"one"
-    assert store.read("a/x", 2) == b"on"
-
-
-def test_nothing_is_left_of_a_publication_that_failed(store: Store, tmp_path: Path) -> None:
-    store.publish("a/x", b"one")
-    with pytest.raises(FileExistsError):
-        store.publish("a/x", b"two")
-    assert [path.name for path in (tmp_path / "checkpoints" / "a").iterdir()] == ["x"]
-
-
-def test_directories_are_listed_and_removed(store: Store) -> None:
-    assert store.directories() == []
-    store.publish("b/x", b"")
-    store.publish("a/y/z", b"")
-    store.publish("file", b"")
-    assert store.directories() == ["a", "b"]
-    assert store.directories("a") == ["y"]
-    store.remove("a/y")
-    store.remove("a/y")
-    assert store.directories("a") == []
-
-
-def test_a_scheme_that_nobody_knows_is_a_value_error() -> None:
-    with pytest.raises(ValueError, match="nosuch"):
-        Store("nosuch://bucket/x")
-
-
-def test_a_store_that_refuses_says_where(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StoreFailed, match="file/a/x"):
-        Store(f"file://{tmp_path}/file").publish("a/x", b"")
 
 
 def test_a_store_without_local_files_works_alike(tmp_path: Path) -> None:

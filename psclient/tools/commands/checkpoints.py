@@ -23,7 +23,7 @@ def checkpoint(
 ) -> None:
     """Take a checkpoint of all tables, while trainers go on."""
     with connected(servers) as client, bar(f"checkpoint {name}") as tell:
-        done = admin.checkpoint(client, name, base=incremental_from, progress=tell)
+        done = admin.checkpoint(client, name, parent=incremental_from, progress=tell)
     typer.echo(f"{name}: {sum(done.rows.values()):,} rows, {done.bytes:,} bytes")
 
 
@@ -37,7 +37,7 @@ def checkpoints(servers: Servers = DEFAULT) -> None:
         table.add_row(
             each.name,
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.time)) if each.time else "",
-            each.base or "",
+            each.parent or "",
             str(each.shards or ""),
             f"{sum(each.rows.values()):,}" if each.shards else "",
             f"{each.bytes:,}" if each.shards else "",
