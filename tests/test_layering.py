@@ -143,3 +143,11 @@ def test_a_file_begins_with_what_it_is_for(path: Path) -> None:
 
 def test_proto_is_a_source_root_and_no_package() -> None:
     assert not (ROOT / "proto" / "__init__.py").exists()
+
+
+# ---- shape
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=shown)
+def test_a_file_has_one_purpose_and_at_most_500_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 500
