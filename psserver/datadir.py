@@ -146,7 +146,6 @@ class DataDirectory:
                 segment_bytes=config.segment_bytes,
                 sync_seconds=config.fsync_seconds,
                 lineage=state.lineage if state else None,
-                epoch=state.epoch if state else 1,
                 after=state.version if state else None,
                 made=state is not None and state.logged,
             )

@@ -119,10 +119,10 @@ class Feed:
         if request.token:
             position = decode(request.token)
             self._check(position, tables)
-            return position
+            return replace(position, epoch=log.history.epoch)
         position = Position(
             lineage=log.lineage,
-            epoch=log.epoch,
+            epoch=log.history.epoch,
             tables=tables,
             phase=Phase.TAIL,
             version=log.durable,
@@ -137,15 +137,19 @@ class Feed:
     def _check(self, position: Position, tables: int) -> None:
         """Refuse a position that is not in this history."""
         log = self.source.log
-        if (position.lineage, position.epoch) != (log.lineage, log.epoch):
+        if position.lineage != log.lineage:
             raise LogDiverged(
-                f"the token is of lineage {position.lineage.hex()}, epoch {position.epoch};"
-                f" the log of lineage {log.lineage.hex()}, epoch {log.epoch}"
+                f"the token is of lineage {position.lineage.hex()}, the log of {log.lineage.hex()}"
+            )
+        if not log.history.contains(position.epoch, position.newest):
+            raise LogDiverged(
+                f"the token is of version {position.newest} in epoch {position.epoch:016x}, which"
+                " is not part of this shard's history: its data directory was put back from a copy"
             )
         if position.tables != tables:
             raise BadRequest("INVALID_ARGUMENT", "the token is of a subscription to other tables")
-        if position.version > log.durable:
+        if position.newest > log.durable:
             raise VersionInFuture(
-                f"the token stands at version {position.version}, shard"
+                f"the token is of version {position.newest}, shard"
                 f" {self.source.shard.number} is at {log.durable}"
             )

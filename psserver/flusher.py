@@ -125,7 +125,7 @@ class Flusher:
         self._base.commit(
             BaseState(
                 lineage=self._versions.lineage,
-                epoch=self._versions.epoch,
+                history=self._versions.history,
                 version=captured.version,
                 next_table=captured.next_table,
                 tables=tuple(each.base for each in captured.tables),

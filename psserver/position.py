@@ -1,18 +1,19 @@
-"""Where a subscriber stands in the history of a shard, and the token that says so.
+"""A subscriber's position in the history of a shard, and the token that stands for it.
 
     token = format u8 | phase u8 | zero u16 | table u32 | lineage[16] | epoch u64 | version u64
           | tables u64 | after u64 | until u64 | slot u64 | boot u64 | checksum u64
 
 Little-endian. A subscriber is in one of five phases:
 
-    TAIL                    has every change up to ``version``
-    SNAPSHOT, CATCH_UP      is being sent the rows as they were at ``version``, of versions above
-                            ``after``: the next is that of ``slot`` in table number ``table``
-                            (0: tables and deletes come first), in the process called ``boot``
-    SNAPSHOT_TAIL,          has had the rows, and has every change up to ``version``; the rows and
-    CATCH_UP_TAIL           the changes up to ``until`` together are a state of the shard
+    TAIL            has every change up to ``version``
+    SNAPSHOT,       is being sent the rows as they were at ``version``, those of versions above
+    CATCH_UP        ``after``. Next is the row of ``slot`` in table number ``table`` (0: tables and
+                    deletes come first), in the process ``boot``
+    SNAPSHOT_TAIL,  has the rows, and every change up to ``version``. Once it has the changes up to
+    CATCH_UP_TAIL   ``until``, its rows are a state that the shard was in
 
-Slots are places in memory, so a scan goes on in the same process only, and else begins again.
+A slot is an index in memory, so a scan continues only in the same process, and begins again in
+another.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from xxhash import xxh3_64_intdigest
 from psserver.errors import BadRequest
 
 FORMAT = 1
+MAX_SLOT = 1 << 40  # no table of one shard has more slots
 _TOKEN = struct.Struct("<BBHI16s7Q")
 _CHECKSUM = struct.Struct("<Q")
-_SEED = 0x70736665656431  # a checksum of something else is none of a token
+_SEED = 0x70736665656431  # so that a checksum of something else is not one of a token
 TOKEN_BYTES = _TOKEN.size + _CHECKSUM.size
 
 
@@ -50,14 +52,21 @@ WHEN_CUT_OFF = {
     Phase.SNAPSHOT_TAIL: Phase.SNAPSHOT,
     Phase.CATCH_UP_TAIL: Phase.CATCH_UP,
 }
+_USES: dict[Phase, frozenset[str]] = {  # fields that a phase uses; the others are 0
+    Phase.TAIL: frozenset(),
+    Phase.SNAPSHOT: frozenset(("after", "table", "slot", "boot")),
+    Phase.CATCH_UP: frozenset(("after", "table", "slot", "boot")),
+    Phase.SNAPSHOT_TAIL: frozenset(("after", "until", "boot")),
+    Phase.CATCH_UP_TAIL: frozenset(("after", "until", "boot")),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """A place in the history of a shard; see the module for the fields."""
+    """A position in the history of a shard; see the top of the file for the fields."""
 
     lineage: bytes  # 16 bytes
-    epoch: int  # of the lineage; reserved, always 1
+    epoch: int  # in which the shard was at ``version``
     tables: int  # digest of the names that are subscribed to
     phase: Phase
     version: int
@@ -67,8 +76,13 @@ class Position:
     slot: int = 0
     boot: int = 0  # 0: the scan has not begun
 
+    @property
+    def newest(self) -> int:
+        """Newest version that the position refers to; it was durable."""
+        return max(self.version, self.after, self.until)
+
     def encode(self) -> bytes:
-        """The token."""
+        """Return the token."""
         token = _TOKEN.pack(
             FORMAT,
             self.phase,
@@ -87,32 +101,59 @@ class Position:
 
 
 def decode(token: bytes) -> Position:
-    """The position that a token stands for; BadRequest unless it is whole and of this format."""
+    """Return the position of a token. Raises BadRequest unless every field follows its rule.
+
+    Whether the versions are part of the shard's history is for the caller to check.
+    """
     if len(token) != TOKEN_BYTES:
         raise _malformed(token, f"{len(token)} bytes, not {TOKEN_BYTES}")
     body = token[: _TOKEN.size]
     if _CHECKSUM.unpack(token[_TOKEN.size :])[0] != xxh3_64_intdigest(body, _SEED):
         raise _malformed(token, "its checksum is wrong")
-    version, phase, _, table, lineage, epoch, *rest = _TOKEN.unpack(body)
-    if version != FORMAT:
-        raise _malformed(token, f"of format {version}, this release reads {FORMAT}")
-    stands, tables, after, until, slot, boot = rest
-    return Position(
+    format_, phase, zero, table, lineage, epoch, *rest = _TOKEN.unpack(body)
+    version, tables, after, until, slot, boot = rest
+    if format_ != FORMAT:
+        raise _malformed(token, f"of format {format_}, this release reads {FORMAT}")
+    if zero:
+        raise _malformed(token, f"bytes 2 and 3 must be 0, got {zero}")
+    if phase not in Phase.__members__.values():
+        raise _malformed(token, f"phase must be in 1..{len(Phase)}, got {phase}")
+    position = Position(
         lineage=lineage,
         epoch=epoch,
         tables=tables,
         phase=Phase(phase),
-        version=stands,
+        version=version,
         after=after,
         until=until,
         table=table,
         slot=slot,
         boot=boot,
     )
+    _check(position, token)
+    return position
+
+
+def _check(position: Position, token: bytes) -> None:
+    phase = position.phase
+    for field in ("after", "until", "table", "slot", "boot"):
+        value = getattr(position, field)
+        if value and field not in _USES[phase]:
+            raise _malformed(token, f"{field} must be 0 in phase {phase.name}, got {value}")
+    if phase in SCANS and position.boot and position.after > position.version:
+        raise _malformed(
+            token, f"after must be in 0..version {position.version}, got {position.after}"
+        )
+    if phase in AFTER_SCAN.values() and position.until < position.version:
+        raise _malformed(
+            token, f"until must be at least version {position.version}, got {position.until}"
+        )
+    if position.slot > MAX_SLOT:
+        raise _malformed(token, f"slot must be in 0..{MAX_SLOT}, got {position.slot}")
 
 
 def digest(tables: Iterable[str]) -> int:
-    """Of a set of table names; 0 of none, which means all."""
+    """Return the digest of a set of table names; 0 of an empty set, which means all tables."""
     names = sorted(set(tables))
     return xxh3_64_intdigest("\0".join(names).encode()) if names else 0
 

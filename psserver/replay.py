@@ -13,6 +13,7 @@ from psserver.shard import Shard
 from storage.base import Base
 from storage.basestate import BaseState
 from storage.errors import Corrupt, DiskFull
+from storage.history import History, draw_epoch
 from storage.records import decode
 from storage.versionlog import VersionLog
 
@@ -31,8 +32,8 @@ class Recovered:
 def recover(shard: Shard, base: Base, versions: VersionLog) -> Recovered:
     """Bring an empty shard to the newest version: load the base, then replay the log after it.
 
-    Records in the base that a log exists, so that a lost log is noticed at the next start. Raises
-    Corrupt where stored bytes are damaged, OutOfMemory if they do not fit.
+    Begins the epoch of this process. Raises Corrupt where stored bytes are damaged, OutOfMemory if
+    they do not fit.
     """
     rows = records = size = 0
     state = base.state
@@ -56,9 +57,23 @@ def recover(shard: Shard, base: Base, versions: VersionLog) -> Recovered:
     shard.recovery.finish()
     if shard.version != versions.last:
         raise Corrupt(str(versions.directory), f"ends at version {shard.version}, before its end")
-    if state is None:
-        state = BaseState(lineage=versions.lineage, epoch=versions.epoch, version=0, next_table=1)
-    if not state.logged:
-        with suppress(DiskFull):  # the next start does it
-            base.commit(dataclasses.replace(state, logged=True))
+    _begin_epoch(base, versions)
     return Recovered(rows, records, size)
+
+
+def _begin_epoch(base: Base, versions: VersionLog) -> None:
+    """Draw the epoch of this process, and record it in the base, with the fact that a log exists.
+
+    On a full disk the next flush records both. Until then a restart does not recognize the
+    versions of this process, and subscribers take a snapshot.
+    """
+    state, epoch = base.state, draw_epoch()
+    if state is None:
+        versions.history = History((epoch,))
+        state = BaseState(
+            lineage=versions.lineage, history=versions.history, version=0, next_table=1
+        )
+    else:
+        versions.history = state.history.begin(epoch, versions.last)
+    with suppress(DiskFull):
+        base.commit(dataclasses.replace(state, history=versions.history, logged=True))

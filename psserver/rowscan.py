@@ -164,7 +164,10 @@ class RowScan:
             if scan is None:  # dropped: the log has that after ``version``
                 return
             find = partial(scan.find, slot, position.after, position.version, limit)
+            start = slot
             slots, slot = await source.work(find)
+            if slot is not None and slot <= start:  # a token can name a slot after the last one
+                slot = None
             position = replace(
                 position,
                 table=number + (slot is None),

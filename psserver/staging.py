@@ -23,6 +23,7 @@ from storage.basestate import BaseState, BaseTable
 from storage.block import Block, pack_counters, rows_per_block, tombstones_per_block
 from storage.checkpoint import Checkpoint, read_file
 from storage.eviction.evictor import Evictor
+from storage.history import History, draw_epoch
 from storage.kernels import Keys
 from storage.part_reader import Piece, counters_of, rows_of
 from storage.schema import TableSchema
@@ -67,7 +68,7 @@ def stage(
         writer.commit(
             BaseState(
                 lineage=os.urandom(16),
-                epoch=1,
+                history=History((draw_epoch(),)),
                 version=version,
                 next_table=len(numbers) + 1,
                 tables=tuple(

@@ -27,6 +27,7 @@ eviction/selection.py  the rows of the lowest scores, found by slices
 eviction/sweep.py      one pass of rules over the rows
 eviction/evictor.py    the eviction of one table: when to sweep
 schema.py        what a table is
+history.py       epochs: which versions belong to the history of a log
 marks.py         up to where the version log is on disk
 logfiles.py      the version log's files
 cursor.py        a reader of the version log

@@ -17,8 +17,10 @@ import numpy as np
 import xxhash
 
 from storage.errors import Corrupt, UnknownFormat
+from storage.history import History
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)  # format 1 had one epoch, and at first no `logged`
 MAGIC = b"PSBASE\n\0"
 
 _HEAD = struct.Struct("<8sIIQQQ")  # magic format json blocks sessions checksum
@@ -39,7 +41,7 @@ class BaseState:
     """What the listed blocks are: the shard at one version of its log."""
 
     lineage: bytes  # [16]
-    epoch: int  # reserved: always 1
+    history: History  # epochs of the log
     version: int  # the blocks hold every change up to it; replay starts behind it
     next_table: int  # number for the next new table
     tables: tuple[BaseTable, ...] = ()
@@ -54,7 +56,8 @@ class BaseState:
         tables = [[t.number, t.schema, t.created, t.policy.hex()] for t in self.tables]
         facts = {
             "lineage": self.lineage.hex(),
-            "epoch": self.epoch,
+            "epochs": self.history.epochs,
+            "ends": self.history.ends,
             "version": self.version,
             "next_table": self.next_table,
             "tables": tables,
@@ -79,7 +82,7 @@ class BaseState:
             raise Corrupt(where, f"a state does not begin with {magic!r}")
         if xxhash.xxh3_64_intdigest(data[: _HEAD.size - 8] + data[_HEAD.size :]) != checksum:
             raise Corrupt(where, "the checksum of the state does not fit its bytes")
-        if version != FORMAT:
+        if version not in READABLE:
             raise UnknownFormat(where, version, FORMAT)
         numbers = _HEAD.size + text
         rest = numbers + 8 * blocks
@@ -88,7 +91,10 @@ class BaseState:
         facts = json.loads(data[_HEAD.size : numbers])
         return cls(
             lineage=bytes.fromhex(facts["lineage"]),
-            epoch=facts["epoch"],
+            history=History(
+                tuple(facts["epochs"]) if "epochs" in facts else (facts["epoch"],),
+                tuple(facts.get("ends", ())),
+            ),
             version=facts["version"],
             next_table=facts["next_table"],
             tables=tuple(
@@ -99,7 +105,7 @@ class BaseState:
             ),
             horizon=facts["horizon"],
             cells=facts["cells"],
-            logged=facts.get("logged", False),  # the first ones did not say
+            logged=facts.get("logged", False),
             sessions=data[rest:],
             blocks=tuple(np.frombuffer(data, "<u8", blocks, numbers).tolist()),
         )

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 from storage.cursor import Cursor
 from storage.disk import CHUNK, Disk, write_all
 from storage.errors import DiskFull, LogFailed
+from storage.history import History, draw_epoch
 from storage.logfiles import LogFiles, SegmentFile
 from storage.segment import HEADER, MAX_PAYLOAD, Frame, Part, encode, frame_bytes
 
@@ -57,7 +58,7 @@ class VersionLog:
     """The version log of one shard; see the top of the file for its threads.
 
     lineage     16 random bytes that identify this log; every segment contains them
-    epoch       as given to ``open``; the log only carries it
+    history     epochs of the log; whoever recovers the shard sets it before the log is used
     last        version of the newest record appended, 0 without records
     written     newest version handed to the OS: it survives the death of the process
     durable     newest version synced: it survives a power failure
@@ -71,11 +72,10 @@ class VersionLog:
         sync_seconds: float,
         fail: Callable[[Exception], None],
         wake: Callable[[], None],
-        epoch: int,
     ) -> None:
         """Store the settings. ``open`` reads the files and starts the threads."""
         self.files = files
-        self.epoch = epoch
+        self.history = History((draw_epoch(),))
         self.last = self.written = self.durable = 0
         self._sync_seconds = sync_seconds
         self._fail = fail
@@ -120,7 +120,6 @@ class VersionLog:
         segment_bytes: int = SEGMENT_BYTES,
         sync_seconds: float = SYNC_SECONDS,
         lineage: bytes | None = None,
-        epoch: int = 0,
         after: int | None = None,
         made: bool = False,
         clock: Callable[[], float] = time.time,
@@ -152,7 +151,7 @@ class VersionLog:
         except BaseException:
             files.close()
             raise
-        log = cls(files, sync_seconds=sync_seconds, fail=fail, wake=wake, epoch=epoch)
+        log = cls(files, sync_seconds=sync_seconds, fail=fail, wake=wake)
         log.last = log.written = log.durable = last
         log._at = files.active.end
         log._thread.start()

@@ -99,7 +99,6 @@ class Home:
                 segment_bytes=self._segment_bytes,
                 sync_seconds=self._sync_seconds,
                 lineage=state.lineage if state else None,
-                epoch=state.epoch if state else 1,
                 after=state.version if state else None,
                 made=state is not None and state.logged,
                 disk=self._disk,

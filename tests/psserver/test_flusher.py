@@ -103,8 +103,9 @@ def test_nothing_is_written_when_nothing_changed(home: Home) -> None:
     home.flush()
     assert home.base.state is state
     home.reopen()
+    state = home.base.state
     home.flush()
-    assert home.base.state == state
+    assert home.base.state is state
 
 
 def test_an_empty_shard_makes_a_flush_too(tmp_path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from psserver.errors import BadRequest
-from psserver.position import TOKEN_BYTES, Phase, Position, decode, digest
+from psserver.position import MAX_SLOT, TOKEN_BYTES, Phase, Position, decode, digest
 
 MOST = 2**64 - 1
+UNUSED = ("after", "until", "table", "slot", "boot")  # fields of a token in phase TAIL
 PLAIN = Position(lineage=bytes(16), epoch=1, tables=0, phase=Phase.TAIL, version=0)
 FULL = Position(
     lineage=bytes(range(16)),
@@ -18,28 +20,55 @@ FULL = Position(
     phase=Phase.CATCH_UP,
     version=MOST - 2,
     after=MOST - 3,
-    until=MOST - 4,
     table=2**32 - 1,
-    slot=MOST - 5,
+    slot=MAX_SLOT,
     boot=MOST - 6,
 )
+FULL_TAIL = replace(FULL, phase=Phase.CATCH_UP_TAIL, until=MOST - 1, table=0, slot=0)
+POSITIONS = [
+    PLAIN,
+    FULL,
+    replace(FULL, phase=Phase.SNAPSHOT),
+    FULL_TAIL,
+    replace(FULL_TAIL, phase=Phase.SNAPSHOT_TAIL),
+]
 
 
-@pytest.mark.parametrize("phase", Phase)
-def test_a_token_says_where_its_subscriber_stood(phase: Phase) -> None:
-    for position in (PLAIN, FULL):
-        position = replace(position, phase=phase)
-        token = position.encode()
-        assert len(token) == TOKEN_BYTES == 88
-        assert decode(token) == position
+@pytest.mark.parametrize("position", POSITIONS, ids=lambda each: each.phase.name)
+def test_a_token_stands_for_its_position(position: Position) -> None:
+    token = position.encode()
+    assert len(token) == TOKEN_BYTES == 88
+    assert decode(token) == position
+
+
+@pytest.mark.parametrize(
+    ("position", "changes", "why"),
+    [
+        (PLAIN, {"phase": 0}, "phase must be in 1..5, got 0"),
+        (PLAIN, {"phase": 6}, "phase must be in 1..5, got 6"),
+        *((PLAIN, {field: 7}, f"{field} must be 0 in phase TAIL, got 7") for field in UNUSED),
+        (FULL, {"until": 1}, "until must be 0 in phase CATCH_UP, got 1"),
+        (FULL, {"after": MOST}, f"after must be in 0..version {MOST - 2}, got {MOST}"),
+        (FULL, {"slot": MAX_SLOT + 1}, f"slot must be in 0..{MAX_SLOT}, got {MAX_SLOT + 1}"),
+        (FULL_TAIL, {"until": 5}, f"until must be at least version {MOST - 2}, got 5"),
+        (FULL_TAIL, {"slot": 5}, "slot must be 0 in phase CATCH_UP_TAIL, got 5"),
+    ],
+)
+def test_every_field_of_a_token_has_bounds(
+    position: Position, changes: dict[str, Any], why: str
+) -> None:
+    forged = replace(position, **changes).encode()
+    with pytest.raises(BadRequest, match=r"^token [0-9a-f]+\.\.\. is malformed: ") as caught:
+        decode(forged)
+    assert str(caught.value).endswith(why)
 
 
 def test_a_token_is_these_bytes() -> None:
     """A change of them is a change of the format: old tokens must be refused by name."""
     assert FULL.encode().hex() == (
         "01030000ffffffff000102030405060708090a0b0c0d0e0fffffffffffffffff"
-        "fdfffffffffffffffefffffffffffffffcfffffffffffffffbffffffffffffff"
-        "fafffffffffffffff9ffffffffffffff" + FULL.encode()[-8:].hex()
+        "fdfffffffffffffffefffffffffffffffcffffffffffffff0000000000000000"
+        "0000000000010000f9ffffffffffffff" + FULL.encode()[-8:].hex()
     )
 
 

@@ -23,6 +23,7 @@ from storage import records
 from storage.basestate import BaseState, BaseTable
 from storage.block import pack_rows, pack_tombstones, unpack
 from storage.errors import Corrupt, DiskFull, SchemaMismatch, UnknownTable
+from storage.history import History
 from storage.optimizers import OPTIMIZERS, make_optimizer
 from storage.records import Cause, Kind, decode
 from storage.segment import Frame
@@ -448,7 +449,7 @@ def test_a_base_state_and_its_blocks_are_the_shard() -> None:
     sessions.exchange([push([1], client=7, sequence=1)], [])
     state = BaseState(
         lineage=bytes(16),
-        epoch=1,
+        history=History((1,)),
         version=20,
         next_table=9,
         tables=(BaseTable(number=4, schema=schemas, created=3),),

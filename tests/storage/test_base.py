@@ -31,12 +31,13 @@ from storage.base import _SEAL, _STATE, Base
 from storage.basestate import BaseState, BaseTable
 from storage.block import Block, pack_rows, pack_tombstones
 from storage.errors import Corrupt, DiskFull, UnknownFormat
+from storage.history import History
 from storage.pages import Pages, check
 
 KNOWN = frozenset((_STATE, _SEAL))
 STATE = BaseState(
     lineage=bytes(range(16)),
-    epoch=3,
+    history=History((3, 2**64 - 1), (11,)),
     version=17,
     next_table=4,
     tables=(
@@ -50,6 +51,18 @@ STATE = BaseState(
     logged=True,
 )
 STATE_GOLDEN = (
+    "5053424153450a00 02000000 e8000000 0200000000000000 0900000000000000 9cd95034f6b51a66"
+    + (
+        '{"lineage":"000102030405060708090a0b0c0d0e0f","epochs":[3,18446744073709551615],'
+        '"ends":[11],"version":17,"next_table":4,'
+        '"tables":[[1,"{\\"name\\":\\"a\\"}",2,"00ff"],[3,"{\\"name\\":\\"\u00fc\\"}",9,""]],'
+        '"horizon":5,"cells":1,"logged":true}    '
+    )
+    .encode()
+    .hex()
+    + "0100000000000000 0000000000010000 0073657373696f6e73"
+)
+OLDER_GOLDEN = (  # format 1: one epoch
     "5053424153450a00 01000000 c0000000 0200000000000000 0900000000000000 f55372af7f7881f3"
     + (
         '{"lineage":"000102030405060708090a0b0c0d0e0f","epoch":3,"version":17,"next_table":4,'
@@ -60,7 +73,7 @@ STATE_GOLDEN = (
     .hex()
     + "0100000000000000 0000000000010000 0073657373696f6e73"
 )
-FIRST_GOLDEN = (  # of the first states, which did not say whether there is a log
+FIRST_GOLDEN = (  # the first states, without `logged`
     "5053424153450a00 01000000 b8000000 0200000000000000 0900000000000000 cb7988ec27351086"
     + (
         '{"lineage":"000102030405060708090a0b0c0d0e0f","epoch":3,"version":17,"next_table":4,'
@@ -104,12 +117,14 @@ def stored(directory: Path) -> set[int]:
 def test_the_format_of_the_state_is_what_it_always_was() -> None:
     assert STATE.pack().hex(" ", 8) == bytes.fromhex(STATE_GOLDEN).hex(" ", 8)
     assert BaseState.unpack(bytes.fromhex(STATE_GOLDEN), "golden") == STATE
-    older = dataclasses.replace(STATE, logged=False)
-    assert BaseState.unpack(bytes.fromhex(FIRST_GOLDEN), "golden") == older
+    older = dataclasses.replace(STATE, history=History((3,)))
+    assert BaseState.unpack(bytes.fromhex(OLDER_GOLDEN), "golden") == older
+    first = dataclasses.replace(older, logged=False)
+    assert BaseState.unpack(bytes.fromhex(FIRST_GOLDEN), "golden") == first
 
 
 def test_an_empty_state_comes_back() -> None:
-    empty = BaseState(lineage=bytes(16), epoch=0, version=0, next_table=1)
+    empty = BaseState(lineage=bytes(16), history=History((0,)), version=0, next_table=1)
     assert BaseState.unpack(empty.pack(), "here") == empty
 
 
@@ -681,12 +696,12 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
 
 def test_a_state_of_a_newer_format_is_not_called_damage() -> None:
     data = bytearray(STATE.pack())
-    data[8] = 2
+    data[8] = 3
     checksum = xxhash.xxh3_64_intdigest(data[:32] + data[40:])
     data[32:40] = checksum.to_bytes(8, "little")
     with pytest.raises(UnknownFormat) as caught:
         BaseState.unpack(bytes(data), "here")
-    assert (caught.value.where, caught.value.held, caught.value.known) == ("here", 2, 1)
+    assert (caught.value.where, caught.value.held, caught.value.known) == ("here", 3, 2)
 
 
 def test_a_page_in_use_that_is_listed_as_free_is_found(tmp_path: Path) -> None:

@@ -138,8 +138,8 @@ def close_gate(gate: Gate) -> None:
 
 class TestAppend:
     def test_a_new_log_is_empty_and_has_a_lineage(self, opened: Opener, directory: Path) -> None:
-        log = opened(epoch=3)
-        assert (log.first, log.last, log.written, log.durable, log.epoch) == (1, 0, 0, 0, 3)
+        log = opened()
+        assert (log.first, log.last, log.written, log.durable) == (1, 0, 0, 0)
         assert (log.torn_bytes, log.backlog) == (0, 0)
         assert files(directory) == [name(1), "SYNCED"]
         assert (directory / name(1)).stat().st_size == SMALL
