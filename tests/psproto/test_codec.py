@@ -386,6 +386,8 @@ SMALL = [
     DESCRIBED,
     pb.ListTablesRequest(),
     pb.ListTablesResponse(tables=[DESCRIBED]),
+    pb.AlterTableRequest(schema=SCHEMA, fields=["lr", "evictions"]),
+    pb.AlterTableResponse(schema=SCHEMA, stats=STATS, version=300, dropped_counters=7),
     pb.DropTableRequest(name="users"),
     pb.DropTableResponse(),
     pb.EvictRequest(table="users", dry_run=True),
