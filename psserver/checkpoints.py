@@ -264,9 +264,9 @@ def _bytes_of(captured: Capture) -> int:
 def _tables_of(captured: Capture) -> tuple[PartTable, ...]:
     return tuple(
         PartTable(
-            number=each.base.number,
-            name=str(json.loads(each.base.schema)["name"]),
-            schema=each.base.schema,
+            number=each.number,
+            name=str(json.loads(each.schema)["name"]),
+            schema=each.schema,
             rows=each.rows,
             step=each.step,
         )

@@ -186,9 +186,9 @@ class Flusher:
         listed = set(state.blocks) if state is not None else set()
         kept: dict[int, _Sketch] = {}
         for each in captured.tables:
-            old = self._sketches.get(each.base.number, _Sketch(-1, ()))
+            old = self._sketches.get(each.number, _Sketch(-1, ()))
             same = old.edits == each.edits and listed.issuperset(old.blocks)
-            kept[each.base.number] = _Sketch(each.edits, old.blocks if same else ())
+            kept[each.number] = _Sketch(each.edits, old.blocks if same else ())
         return kept
 
     def _run(self) -> None:

@@ -38,7 +38,7 @@ def blocks_of(captured: Capture, after: int, buffer: Bytes) -> Iterator[Block]:
                 block.keys[:], block.versions[:], block.causes[:] = keys, dead.version, dead.cause
                 yield block
     for each in captured.tables:
-        number, width, scan = each.base.number, each.width, each.scan
+        number, width, scan = each.number, each.width, each.scan
         start: int | None = 0
         most = rows_per_block(width)
         while start is not None:
@@ -68,7 +68,7 @@ def counters_of(captured: Capture, after: int, engine: Engine) -> Iterator[Count
             keys, totals, versions = found
             for at in range(0, len(keys), most):
                 part = slice(at, at + most)
-                yield each.base.number, keys[part], totals[part], versions[part]
+                yield each.number, keys[part], totals[part], versions[part]
 
 
 def cells_of(captured: Capture, but: set[int]) -> Iterator[tuple[int, int, Bytes]]:
@@ -77,11 +77,11 @@ def cells_of(captured: Capture, but: set[int]) -> Iterator[tuple[int, int, Bytes
     but  numbers of tables whose sketches are left out
     """
     for each in captured.tables:
-        if each.base.number in but:
+        if each.number in but:
             continue
         cells = each.gate.cells().view(np.uint8)
         for start in range(0, len(cells), CELLS_BYTES):
-            yield each.base.number, start, cells[start : start + CELLS_BYTES]
+            yield each.number, start, cells[start : start + CELLS_BYTES]
 
 
 def _unmoved(block: Block, after: int, upto: int) -> Iterator[Block]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 
 import grpc
@@ -26,8 +28,10 @@ from psserver.status import abort
 from psserver.stream import Streams
 from psserver.sweeper import Sweeper
 from psserver.workers import Workers
+from storage.errors import UnknownTable
 from storage.versionlog import VersionLog
 
+LISTED = 16  # tables that the engine describes at once
 SHARES = 8  # a stream is not read while it has this part of max_inflight_bytes in flight
 
 
@@ -157,12 +161,12 @@ class Service:
     async def list_tables(
         self, request: pb.ListTablesRequest, deadline: float
     ) -> pb.ListTablesResponse:
-        return await self._engine.submit(
-            lambda: pb.ListTablesResponse(
-                tables=[self._describe(name) for name in self._shard.tables()]
-            ),
-            deadline,
-        )
+        names = await self._engine.submit(self._shard.tables, deadline)
+        answer = pb.ListTablesResponse()
+        for at in range(0, len(names), LISTED):
+            some = partial(self._describe_all, names[at : at + LISTED])
+            answer.tables.extend(await self._engine.submit(some, deadline))
+        return answer
 
     async def drop_table(
         self, request: pb.DropTableRequest, deadline: float
@@ -191,6 +195,14 @@ class Service:
             lineage=self._log.lineage if self._log else b"",
             durable_version=self._log.durable if self._log else 0,
         )
+
+    def _describe_all(self, names: Sequence[str]) -> list[pb.DescribeTableResponse]:
+        """Describe tables; those that were dropped meanwhile are left out."""
+        described = []
+        for name in names:
+            with suppress(UnknownTable):
+                described.append(self._describe(name))
+        return described
 
     def _describe(self, name: str) -> pb.DescribeTableResponse:
         schema, stats = self._shard.describe(name)

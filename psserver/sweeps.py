@@ -11,6 +11,7 @@ from storage.kernels import Keys
 from storage.records import Cause
 
 SWEEPING, URGENT = 0.03, 0.5  # shares of the engine's time for eviction
+LOOKED = 64  # tables that a tick asks whether a sweep is due
 
 
 class Sweeps:
@@ -43,7 +44,7 @@ class Sweeps:
         table = self._tables.require_number(ruled[self._expired]).table
         if stale := table.evictor.stale(seconds):
             table.gate.expire(stale + 1)
-        for _ in ruled:
+        for _ in ruled[:LOOKED]:
             self._swept = (self._swept + 1) % len(ruled)
             entry = self._tables.require_number(ruled[self._swept])
             table, evictor = entry.table, entry.table.evictor

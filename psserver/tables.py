@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from psproto import names
 from psserver.errors import BadRequest
+from psserver.schemas import to_json
 from storage.arena import Budget
 from storage.errors import UnknownTable
 from storage.schema import TableSchema
@@ -22,6 +24,7 @@ class TableEntry:
     table: Table
     number: int
     created: int
+    text: str  # its schema as JSON
 
     @property
     def schema(self) -> TableSchema:
@@ -92,7 +95,8 @@ class Tables:
 
     def add(self, number: int, schema: TableSchema, created: int) -> TableEntry:
         """Make a table without rows."""
-        entry = TableEntry(Table(schema, self._budget, self._share), number, created)
+        text = json.dumps(to_json(schema), sort_keys=True)
+        entry = TableEntry(Table(schema, self._budget, self._share), number, created, text)
         self._by_name[schema.name] = self._by_number[number] = entry
         if schema.evictions:
             self.ruled.append(number)

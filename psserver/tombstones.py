@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import chain, islice
 from typing import NamedTuple
 
 from storage.kernels import Keys
 from storage.records import Cause
+
+CHUNK = 1024  # entries
 
 
 class Tombstones(NamedTuple):
@@ -23,12 +27,15 @@ class TombstoneQueue:
 
     limit    keys that are kept
     horizon  tombstones up to this version may have been discarded
+
+    Entries are in chunks. A chunk that is full does not change any more, so ``all`` copies one
+    chunk and not the queue, which may have a million entries.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._entries: list[Tombstones] = []
-        self._discarded = 0  # entries at the front; removed from the list many at a time
+        self._chunks: list[list[Tombstones]] = [[]]  # of CHUNK entries each, but for the last
+        self._discarded = 0  # entries of the first chunk
         self._keys = 0  # in the entries that are left
         self.horizon = 0
 
@@ -36,26 +43,54 @@ class TombstoneQueue:
         """Append tombstones, and discard the oldest beyond the limit."""
         if not len(dead.keys):
             return
-        self._entries.append(dead)
+        if len(self._chunks[-1]) == CHUNK:
+            self._chunks.append([])
+        self._chunks[-1].append(dead)
         self._keys += len(dead.keys)
         while self._keys > self._limit:
-            oldest = self._entries[self._discarded]
-            self._discarded += 1
-            self._keys -= len(oldest.keys)
-            self.horizon = max(self.horizon, oldest.version)
-        if self._discarded > max(1024, len(self._entries) // 2):
-            del self._entries[: self._discarded]
+            self._discard()
+
+    def _discard(self) -> None:
+        oldest = self._chunks[0][self._discarded]
+        self._discarded += 1
+        self._keys -= len(oldest.keys)
+        self.horizon = max(self.horizon, oldest.version)
+        if self._discarded == CHUNK:
+            self._chunks = self._chunks[1:] or [[]]
             self._discarded = 0
 
-    def all(self) -> tuple[Tombstones, ...]:
-        """Return all tombstones."""
-        return tuple(self._entries[self._discarded :])
+    def all(self) -> TombstoneList:
+        """Return all tombstones as they are now."""
+        return TombstoneList((*self._chunks[:-1], self._chunks[-1].copy()), self._discarded)
 
     def after(self, version: int, limit: int) -> list[Tombstones]:
         """Return the oldest entries after a version: about ``limit``, and whole versions."""
-        entries = self._entries
-        start = bisect_right(entries, version, lo=self._discarded, key=lambda each: each.version)
-        end = min(start + limit, len(entries))
-        while start < end < len(entries) and entries[end].version == entries[end - 1].version:
-            end += 1
-        return entries[start:end]
+        entries: list[Tombstones] = []
+        chunks, number = self._chunks, max(bisect_right(self._chunks, version, key=_first) - 1, 0)
+        least = 0 if number else self._discarded
+        start = bisect_right(chunks[number], version, lo=least, key=lambda each: each.version)
+        for chunk in chunks[number:]:
+            for dead in islice(chunk, start, None):
+                if len(entries) >= limit and dead.version != entries[-1].version:
+                    return entries
+                entries.append(dead)
+            start = 0
+        return entries
+
+
+class TombstoneList:
+    """Tombstones as they were at one moment, oldest first."""
+
+    def __init__(self, chunks: tuple[list[Tombstones], ...], discarded: int) -> None:
+        self._chunks, self._discarded = chunks, discarded
+
+    def __len__(self) -> int:
+        return sum(map(len, self._chunks)) - self._discarded
+
+    def __iter__(self) -> Iterator[Tombstones]:
+        return islice(chain.from_iterable(self._chunks), self._discarded, None)
+
+
+def _first(chunk: list[Tombstones]) -> int:
+    """Return the version of the first entry of a chunk."""
+    return chunk[0].version if chunk else 1 << 64

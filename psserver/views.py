@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from psserver.schemas import to_json
 from psserver.tables import TableEntry
-from psserver.tombstones import Tombstones
+from psserver.tombstones import TombstoneList
 from storage.admission.gates import Gate
 from storage.basestate import BaseTable
+from storage.eviction.evictor import EvictorState
 from storage.kernels import Keys, Rows
 from storage.schema import TableSchema
 from storage.table import Table, TableStats
@@ -62,7 +61,10 @@ class TableList(NamedTuple):
 class CapturedTable:
     """A table of a captured shard."""
 
-    base: BaseTable
+    number: int  # given at creation
+    schema: str  # JSON
+    created: int  # version of its creation
+    policy: EvictorState
     table: Table
     width: int
     rows: int
@@ -71,6 +73,16 @@ class CapturedTable:
     edits: int  # of a sketch; see Gate
     step: int  # of the table
     scan: Scan
+
+    @property
+    def base(self) -> BaseTable:
+        """The table as the base of a data directory lists it."""
+        return BaseTable(
+            number=self.number,
+            schema=self.schema,
+            created=self.created,
+            policy=self.policy.pack(),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,23 +93,20 @@ class Capture:
     next_table: int
     tables: tuple[CapturedTable, ...]
     sessions: bytes
-    tombstones: tuple[Tombstones, ...]
+    tombstones: TombstoneList
     horizon: int  # deletes up to this version may have lost their tombstones
 
 
 def capture_table(entry: TableEntry) -> CapturedTable:
     """Return a table as it is now."""
     table = entry.table
-    base = BaseTable(
-        number=entry.number,
-        schema=json.dumps(to_json(table.schema), sort_keys=True),
-        created=entry.created,
-        policy=table.evictor.pack(),
-    )
     gate, width = table.gate, table.schema.width
     counters = 0 if len(gate.cells()) else gate.entries
     return CapturedTable(
-        base=base,
+        number=entry.number,
+        schema=entry.text,
+        created=entry.created,
+        policy=table.evictor.snapshot(),
         table=table,
         width=width,
         rows=len(table),

@@ -15,6 +15,7 @@ from storage.kernels import Keys, jit
 
 COUNT_BITS = 24  # of an exact counter; the 40 above hold its version
 MOST = (1 << COUNT_BITS) - 1
+TRIMMED = 2048  # counters dropped at a time beyond those that came
 LAST_VERSION = (1 << 64 - COUNT_BITS) - 1  # later versions count as this one; 35 years at 1000/s
 
 
@@ -82,7 +83,7 @@ class CounterGate(CountingGate):
         self._counters.insert(keys[added], counters[added])  # first: it is what may fail
         self._counters.assign(keys[known], counters[known])
         self._counters.remove(keys[admitted])
-        self._trim()
+        self._trim(int(np.count_nonzero(added)))
 
     def waiting(self, keys: Keys) -> Occurrences:
         return _count_of(self._counters.find(keys)[0])
@@ -103,27 +104,31 @@ class CounterGate(CountingGate):
         newer = (held != 0) & (counters > held)
         self._counters.insert(keys[added], counters[added])
         self._counters.assign(keys[newer], counters[newer])
-        self._trim()
+        self._trim(int(np.count_nonzero(added)))
 
     def changed(self, after: int) -> Iterator[tuple[Keys, Occurrences, Versions]]:
         number = 0
         while number < self._counters.segments:  # what a split takes out of reach comes later
             keys, counters = self._counters.segment(number)
             new = _version_of(counters) > min(after, LAST_VERSION - 1)
-            if new.any():
-                yield keys[new], _count_of(counters[new]), _version_of(counters[new])
+            yield keys[new], _count_of(counters[new]), _version_of(counters[new])
             number += 1
 
     def close(self) -> None:
         self._counters.close()
 
-    def _trim(self) -> None:
-        """Drop stale counters until no more than the cap are left."""
-        while (excess := len(self._counters) - self.cap) > 0:
+    def _trim(self, added: int) -> None:
+        """Drop stale counters until no more than the cap are left, but not many more than came.
+
+        More are left for the next calls only where an alteration made the cap smaller.
+        """
+        left = added + TRIMMED
+        while left > 0 and (excess := len(self._counters) - self.cap) > 0:
             segments = self._counters.segments
             keys, counters = self._counters.segment(self._next_full)
             self._next_full = (self._next_full + 1) % segments
-            count = min(len(keys), max(1, len(keys) // 16, excess // segments))
+            count = min(len(keys), left, max(1, len(keys) // 16, excess // segments))
+            left -= max(count, 1)
             if count:
                 self._drop(keys[np.argpartition(counters, count - 1)[:count]])
 

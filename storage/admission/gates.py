@@ -96,9 +96,10 @@ class Gate(ABC):
         return  # unless a gate counts
 
     def changed(self, after: int) -> Iterator[tuple[Keys, Occurrences, Versions]]:
-        """Counters of versions above ``after``, a slice at a time; pushes may go on in between.
+        """Yield counters of versions above ``after``, in slices; pushes may go on in between.
 
-        Every counter that stays comes at least once. Sketches have ``cells`` instead.
+        Every counter that stays comes at least once. A slice looks at a bounded number of counters,
+        so it may be empty. Sketches have ``cells`` instead.
         """
         return iter(())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from storage.eviction.contract import (
     FIRST_STEP,
@@ -21,6 +22,25 @@ from storage.kernels import Keys
 from storage.records import Cause
 
 _STATE = struct.Struct("<qQQ")  # step version bytes-of-times
+
+
+@dataclass(frozen=True, slots=True)
+class EvictorState:
+    """What an evictor knows besides its rules."""
+
+    step: int  # of the table
+    version: int  # of the last push
+    times: Timeline | None  # of the time TTL
+    steps: Timeline | None  # of the step TTL
+
+    def pack(self) -> bytes:
+        """step i64 | version u64 | bytes of times u64 | times | steps, little-endian.
+
+        times, steps   the timelines of the rules; empty where there is no such rule
+        """
+        times = b"" if self.times is None else self.times.pack()
+        steps = b"" if self.steps is None else self.steps.pack()
+        return _STATE.pack(self.step, self.version, len(times)) + times + steps
 
 
 class Evictor:
@@ -139,14 +159,15 @@ class Evictor:
         """What the last slice found could not be deleted: begin a new sweep."""
         self._sweep, self._last = None, Now(FIRST_STEP, 0)
 
-    def pack(self) -> bytes:
-        """step i64 | version u64 | bytes of times u64 | times | steps, little-endian.
+    def snapshot(self) -> EvictorState:
+        """Return the state as it is now, to be packed later on any thread."""
+        times = None if self._times is None else self._times.copy()
+        steps = None if self._steps is None else self._steps.copy()
+        return EvictorState(self._step, self._version, times, steps)
 
-        times, steps   the timelines of the rules; empty where there is no such rule
-        """
-        times = b"" if self._times is None else self._times.pack()
-        steps = b"" if self._steps is None else self._steps.pack()
-        return _STATE.pack(self._step, self._version, len(times)) + times + steps
+    def pack(self) -> bytes:
+        """Return the state as ``load`` takes it; see EvictorState."""
+        return self.snapshot().pack()
 
     def load(self, data: bytes) -> None:
         """Take over what ``pack`` returned for the same rules; ValueError if it is not that."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_left
+from itertools import chain
 
 PARTS = 256  # of a TTL: how closely time is known
 
@@ -68,8 +69,24 @@ class Timeline:
 
     def pack(self) -> bytes:
         """start f64 | most f64 | { version u64 | seconds f64 }*, little-endian."""
-        pairs = b"".join(struct.pack("<Qd", *sample) for sample in self._samples)
-        return struct.pack("<dd", self._start, self._most) + pairs
+        numbers = chain.from_iterable(self._samples)
+        layout = "<dd" + "Qd" * len(self._samples)
+        return struct.pack(layout, self._start, self._most, *numbers)
+
+    def copy(self) -> Timeline:
+        """Return a timeline that goes on from the same samples."""
+        return self.with_ttl(self._ttl)
+
+    def with_ttl(self, ttl: float) -> Timeline:
+        """Return a timeline of another TTL that goes on from the same samples.
+
+        Samples that a shorter TTL dropped are unknown to a longer one: until it has passed, rows
+        that were pushed before the oldest sample do not count as idle.
+        """
+        other = Timeline(ttl)
+        other._samples = self._samples.copy()
+        other._start, other._most = self._start, self._most
+        return other
 
     def load(self, data: bytes) -> None:
         """Take over what ``pack`` returned; ValueError if it is not that."""

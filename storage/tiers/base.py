@@ -29,9 +29,11 @@ class Scan(Protocol):
     """
 
     def find(self, start: int, after: int, upto: int, limit: int) -> tuple[Slots, int | None]:
-        """Places of up to ``limit`` rows with versions after+1..upto, and where to go on.
+        """Return places of up to ``limit`` rows with versions after+1..upto, and the next start.
 
-        start  0, or where the last call said to go on; None says that there is no more
+        start  0, or what the last call returned; None after the last call
+
+        A call looks at a bounded number of places, so it may return no place and a next start.
         """
         ...
 

@@ -35,6 +35,8 @@ from storage.kernels import (
 from storage.optimizer import Optimizer
 from storage.tiers.base import Meta, Scan
 
+FIND_SLOTS = 1 << 16  # slots that a call of ``find`` looks at: 1.5 MiB of metadata
+
 
 class HostScan:
     """The slots handed out so far, in their order. See Scan for the contract."""
@@ -44,7 +46,8 @@ class HostScan:
 
     def find(self, start: int, after: int, upto: int, limit: int) -> tuple[Slots, int | None]:
         slots = np.empty(limit, np.int64)
-        found, end = changed(self._meta, start, self._used, after, upto, slots)
+        stop = min(self._used, start + FIND_SLOTS)
+        found, end = changed(self._meta, start, stop, after, upto, slots)
         return slots[:found], None if end == self._used else int(end)
 
     def copy(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> Meta:

@@ -274,7 +274,7 @@ def test_saving_and_exporting_evict_nothing(tmp_path: Path) -> None:
         exported = [
             sorted(np.frombuffer(message.keys, "<u8").tolist())
             for stored in ("", "a", "b")
-            for message in node.checkpoints.read_rows(
+            for message in node.checkpoints.rows.read_rows(
                 pb.ReadRowsRequest(table="t", checkpoint=stored)
             )
             if message.keys
