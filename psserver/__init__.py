@@ -1,6 +1,8 @@
 """A shard behind gRPC.
 
 errors.py        why a request is refused
+addresses.py     hosts and ports to listen on
+memory.py        the memory limit, and how it is divided
 config.py        how a server is set up
 schemas.py       table schemas as messages and as JSON
 sessions.py      which pushes were applied

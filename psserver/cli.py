@@ -13,7 +13,9 @@ from psserver.logs import log_to_stderr
 from psserver.process import serve as serve_shard
 from psserver.warm import warm as warm_kernels
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 

@@ -89,7 +89,8 @@ def up(
         command = [sys.executable, "-m", "psserver", "serve", "--shard", str(shard)]
         command += ["--shards", str(shards), "--host", host, "--port", str(port + shard)]
         command += ["--metrics-port", str(metrics_port + shard if metrics_port else 0)]
-        command += ["--data-dir", str(data_dir / f"shard-{shard}"), *flags]
+        command += ["--data-dir", str(data_dir / f"shard-{shard}")]
+        command += ["--colocated-shards", str(shards), *flags]
         members.append(_Member(shard, command, data_dir / f"shard-{shard}.log"))
     status = 0
     announced = False

@@ -1,93 +1,166 @@
-"""How a server is set up: flags, then environment (PSCONFIG_*), then a TOML file, then defaults.
+"""The settings of a server: from flags, environment variables, a TOML file, or defaults.
 
-Every name is known or refused, wherever it comes from.
+Flags win over PSCONFIG_* variables, and those over the file. An unknown name is refused, wherever
+it comes from.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from psserver.addresses import bare_host
+from psserver.memory import Plan, default_inflight, memory_limit, show, transport_bytes
 
 PREFIX = "PSCONFIG_"  # no service in Kubernetes injects variables of that name
 CONFIG = "PSCONFIG_FILE"
+METAVARS = {"int": "N", "float": "SECONDS", "str": "TEXT", "Path": "PATH"}
 
 
 class ConfigError(Exception):
     """A setting is unknown or breaks a rule."""
 
 
-def _memory() -> int:
-    """Four fifths of the memory that this process may use, in bytes."""
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            available = min(available, int(Path(limit).read_text()))
-        except (OSError, ValueError):  # no such hierarchy, or no limit
-            continue
-    return available * 4 // 5
-
-
 class ServerConfig(BaseSettings):
-    """One shard's server."""
+    """Serve one shard until SIGTERM or SIGINT.
+
+    Each setting is a flag here, a variable PSCONFIG_<SETTING> in the environment, or a line of a
+    TOML file named by --config FILE or PSCONFIG_FILE; a flag wins over a variable, and a variable
+    over the file. Exit status: 0 after a signal, 2 if the shard cannot start, 74 if its disk fails.
+    """
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, extra="forbid", frozen=True, cli_kebab_case=True, cli_prog_name="serve"
+        env_prefix=PREFIX,
+        extra="forbid",
+        frozen=True,
+        cli_kebab_case=True,
+        cli_prog_name="psserver serve",
     )
 
-    shard: int = Field(0, ge=0, description="number of this shard")
-    shards: int = Field(1, ge=1, le=1024, description="shards in the cluster")
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(7000, ge=1, le=65535, description="port of the service")
-    metrics_port: int = Field(9400, ge=0, le=65535, description="port of /metrics; 0: none")
-    data_dir: Path | None = Field(None, description="directory of this shard alone; locked")
-    memory_bytes: int = Field(
-        default_factory=_memory, ge=1 << 20, description="tables may take; default 80 %% of limit"
+    shard: int = Field(0, ge=0, description="Number of this shard, from 0")
+    shards: int = Field(1, ge=1, le=1024, description="Number of shards in the cluster")
+    host: str = Field(
+        "127.0.0.1",
+        description="Address to listen on, for clients and for metrics: a name, an IPv4 or an IPv6"
+        " address; 0.0.0.0 and :: are all addresses",
     )
-    max_message_bytes: int = Field(64 << 20, ge=1 << 16, le=1 << 30, description="of one request")
-    max_keys: int = Field(4_000_000, ge=1, description="in one pull or push")
+    port: int = Field(7000, ge=1, le=65535, description="Port for clients (gRPC)")
+    metrics_port: int = Field(
+        9400, ge=0, le=65535, description="Port for Prometheus (HTTP, /metrics); 0 turns it off"
+    )
+    data_dir: Path | None = Field(
+        None,
+        description="Directory for the rows and the version log of this shard alone; without one,"
+        " rows are lost when the server stops",
+    )
+    colocated_shards: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Number of shards that share this machine's or container's memory; the defaults"
+        " of memory_bytes and max_inflight_bytes divide by it",
+    )
+    max_message_bytes: int = Field(
+        64 << 20, ge=1 << 16, le=1 << 30, description="Largest request, in bytes"
+    )
     max_inflight_bytes: int = Field(
-        1 << 30, ge=1 << 16, description="of requests and replies in memory; a stream may have 1/8"
+        default_factory=lambda data: _inflight(data),
+        ge=1 << 16,
+        description="Memory for requests in flight and their replies, in bytes; one stream may use"
+        " an eighth. Further requests are refused and retried",
     )
-    max_tables: int = Field(1024, ge=1, description="tables on this shard")
-    max_sessions: int = Field(65_536, ge=1, description="clients remembered")
+    memory_bytes: int = Field(
+        default_factory=lambda data: _left_for_tables(data),
+        ge=1 << 20,
+        description="Memory for all tables of this shard, in bytes. Pushes that need more are"
+        " refused",
+    )
+    max_keys: int = Field(4_000_000, ge=1, description="Most keys in one pull or push")
+    max_tables: int = Field(1024, ge=1, description="Most tables on this shard")
+    max_sessions: int = Field(
+        65_536,
+        ge=1,
+        description="Most client sessions whose pushes are de-duplicated; beyond them the longest"
+        " idle session expires",
+    )
     session_ttl_seconds: float = Field(
-        86_400.0, ge=600, description="an idle session is kept so long"
+        86_400.0, ge=600, description="Seconds to keep an idle client session"
     )
-    segment_bytes: int = Field(256 << 20, ge=1 << 20, description="of a file of the version log")
+    segment_bytes: int = Field(
+        256 << 20, ge=1 << 20, description="Size of a version-log segment file, in bytes"
+    )
     fsync_seconds: float = Field(
-        0.02, gt=0, le=10, description="a change waits so long for its way to the disk to begin"
+        0.02,
+        gt=0,
+        le=10,
+        description="Longest wait before written changes are synced to disk (fsync), in seconds;"
+        " changes of that time share one sync",
     )
     log_keep_bytes: int = Field(
-        2 << 30, ge=0, description="of the log kept for subscribers beyond what a restart needs"
+        2 << 30,
+        ge=0,
+        description="Version log to keep for subscribers, in bytes, beyond what a restart needs",
     )
-    log_keep_seconds: float = Field(0.0, ge=0, description="at least so much of the log is kept")
+    log_keep_seconds: float = Field(
+        0.0, ge=0, description="Version log to keep for subscribers at least, in seconds"
+    )
     flush_seconds: float = Field(
-        60.0, gt=0, description="seconds between flushes of changed rows to the data directory"
+        60.0, gt=0, description="Seconds between flushes of changed rows to the data directory"
     )
     checkpoint_url: str | None = Field(
         None,
-        description="where named checkpoints are, the same for all shards: file:///..., s3://...",
+        description="Where named checkpoints are stored, the same for all shards:"
+        " file:///path or s3://bucket/path",
     )
     max_tombstones: int = Field(
-        1 << 20, ge=0, description="deleted keys remembered for subscribers that come back"
+        1 << 20,
+        ge=0,
+        description="Most deleted keys remembered, so that subscribers that were away learn of the"
+        " deletes without a new snapshot",
     )
-    max_subscribers: int = Field(64, ge=0, description="streams of changes at a time")
+    max_subscribers: int = Field(
+        64, ge=0, description="Most subscriptions to changes at the same time"
+    )
     busy_poll_seconds: float = Field(
-        0.0, ge=0, le=1, description="the server does not sleep so long after a request"
+        0.0,
+        ge=0,
+        le=1,
+        description="Seconds to poll for the next request before sleeping: lower latency for a"
+        " busy core",
     )
-    drain_seconds: float = Field(10.0, ge=0, description="work in hand may take so long at a stop")
+    drain_seconds: float = Field(
+        10.0, ge=0, description="Longest time to finish requests in flight at a stop, in seconds"
+    )
+
+    @field_validator("host")
+    @classmethod
+    def _host_alone(cls, host: str) -> str:
+        return bare_host(host)
 
     @model_validator(mode="after")
     def _shard_in_cluster(self) -> ServerConfig:
         if self.shard >= self.shards:
             raise ValueError(f"shard must be below shards ({self.shards}), got {self.shard}")
         return self
+
+    @property
+    def memory(self) -> Plan:
+        """How the memory limit is divided by default, around this max_inflight_bytes."""
+        return _plan(self.model_dump())
 
     @classmethod
     def settings_customise_sources(
@@ -99,6 +172,48 @@ class ServerConfig(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return env_settings, init_settings  # init: the file; flags stand before both
+
+
+def _inflight(data: Mapping[str, Any]) -> int:
+    return default_inflight(memory_limit(), data["colocated_shards"])
+
+
+def _plan(data: Mapping[str, Any]) -> Plan:
+    return Plan(
+        limit=memory_limit(),
+        colocated=data["colocated_shards"],
+        inflight=data["max_inflight_bytes"],
+        transport=transport_bytes(data["max_message_bytes"]),
+    )
+
+
+def _left_for_tables(data: Mapping[str, Any]) -> int:
+    plan = _plan(data)
+    if problem := plan.problem():
+        raise ConfigError(problem)
+    return plan.tables
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Help as users read it: sizes with their unit, and defaults that are computed in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        text = re.sub(r"\(default factory: .*\)", "(default: from the memory limit)", text)
+        text = text.replace(" (default: null)", "")
+        if action.dest.endswith("_bytes"):
+            text = re.sub(r"\(default: (\d+)\)", _with_unit, text)
+        return text
+
+    def _metavar_formatter(
+        self, action: argparse.Action, default_metavar: str
+    ) -> Callable[[int], tuple[str, ...]]:
+        kind = re.sub(r"[{}]|,null", "", str(action.metavar or default_metavar or ""))
+        return lambda count: (METAVARS.get(kind, kind),) * count
+
+
+def _with_unit(match: re.Match[str]) -> str:
+    return f"(default: {match[1]}, {show(int(match[1]))})"
 
 
 def load(flags: Sequence[str], environment: Mapping[str, str] | None = None) -> ServerConfig:
@@ -118,10 +233,11 @@ def load(flags: Sequence[str], environment: Mapping[str, str] | None = None) -> 
             path = value if joined else rest[at + 1]
             del rest[at : at + 2 - len(joined)]
             break
+    source = CliSettingsSource[Any](ServerConfig, formatter_class=HelpFormatter)
     try:
-        return CliApp.run(ServerConfig, cli_args=rest, **_file(path))
+        return CliApp.run(ServerConfig, cli_args=rest, cli_settings_source=source, **_file(path))
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(item) for item in error.errors())) from error
+        raise ConfigError("; ".join(_explain(item) for item in _causes(error))) from error
 
 
 def _file(path: str | None) -> dict[str, Any]:
@@ -137,8 +253,15 @@ def _file(path: str | None) -> dict[str, Any]:
     return values
 
 
+def _causes(error: ValidationError) -> list[Any]:
+    """Return the errors, without those of defaults that follow from a setting in error."""
+    items = error.errors()
+    return [item for item in items if item["type"] != "default_factory_not_called"] or items
+
+
 def _explain(item: Any) -> str:
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"{name}: unknown setting"
-    return f"{name or 'settings'}: {item['msg']}, got {item['input']!r}" if name else item["msg"]
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}, got {item['input']!r}" if name else message

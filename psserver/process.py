@@ -18,6 +18,7 @@ import uvloop
 
 from psserver.config import ServerConfig
 from psserver.datadir import lock
+from psserver.memory import BASE_BYTES, show
 from psserver.server import Server
 from psserver.warm import warm
 
@@ -26,6 +27,27 @@ SWITCH_SECONDS = (
 )
 
 log = structlog.get_logger()
+
+
+def report_memory(config: ServerConfig) -> None:
+    """Log the memory limit and how it is divided; warn where it can be exceeded."""
+    plan = config.memory
+    log.info(
+        "memory",
+        limit=str(plan.limit),
+        shards_sharing_it=plan.colocated,
+        base=show(BASE_BYTES),
+        max_inflight=show(plan.inflight),
+        transport=show(plan.transport),
+        tables=show(config.memory_bytes),
+    )
+    if config.memory_bytes + plan.reserve > plan.part:
+        log.warning(
+            "memory limit may be exceeded",
+            limit=str(plan.limit),
+            needed=show(plan.colocated * (config.memory_bytes + plan.reserve)),
+            advice="lower memory_bytes or max_inflight_bytes, or raise the limit",
+        )
 
 
 async def _serve(config: ServerConfig) -> bool:
@@ -73,6 +95,7 @@ def serve(config: ServerConfig) -> None:
     To start anew it becomes the command that it was started as, so that whoever looks after the
     process sees nothing but a shard that is not ready for a while.
     """
+    report_memory(config)
     held = lock(config.data_dir) if config.data_dir else None
     sys.setswitchinterval(SWITCH_SECONDS)
     try:

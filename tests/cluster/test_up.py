@@ -67,6 +67,7 @@ class TestUp:
         assert [pid for pid in pids if alive(pid)] == []
         for shard in range(2):
             assert [entry["event"] for entry in cluster.log(shard)] == [
+                "memory",
                 "recovered",
                 "ready",
                 "stopping",

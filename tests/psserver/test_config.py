@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from psserver import config as module
 from psserver.config import CONFIG, PREFIX, ConfigError, ServerConfig, load
+from psserver.memory import Limit, memory_limit
 
 GIB = 1 << 30
 
@@ -22,6 +24,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "metrics_port": (0, 9401, 9402),
     "data_dir": (Path("/a"), Path("/b"), Path("/c")),
     "memory_bytes": (GIB, 2 * GIB, 3 * GIB),
+    "colocated_shards": (2, 3, 4),
     "max_message_bytes": (1 << 20, 2 << 20, 3 << 20),
     "max_keys": (10, 20, 30),
     "max_inflight_bytes": (1 << 20, 2 << 20, 3 << 20),
@@ -50,6 +53,14 @@ BAD: list[tuple[str, Any, str]] = [
     ("port", 65536, "less than or equal to 65535"),
     ("metrics_port", -1, "greater than or equal to 0"),
     ("metrics_port", 65536, "less than or equal to 65535"),
+    ("colocated_shards", 0, "greater than or equal to 1"),
+    ("colocated_shards", 1025, "less than or equal to 1024"),
+    ("host", "", "must be a name, an IPv4 or an IPv6 address"),
+    ("host", "a b", "must be a name, an IPv4 or an IPv6 address"),
+    ("host", "127.0.0.1:7000", "must be a host without a port"),
+    ("host", "[::1]:7000", "must be a host without a port"),
+    ("host", "[localhost]", "must be a host without a port"),
+    ("host", "unix:/tmp/x", "must be a host without a port"),
     ("memory_bytes", (1 << 20) - 1, "greater than or equal to 1048576"),
     ("max_message_bytes", (1 << 16) - 1, "greater than or equal to 65536"),
     ("max_message_bytes", GIB + 1, "less than or equal to 1073741824"),
@@ -112,9 +123,10 @@ def test_without_any_source_the_defaults_hold() -> None:
         "port": 7000,
         "metrics_port": 9400,
         "data_dir": None,
+        "colocated_shards": 1,
         "max_message_bytes": 64 << 20,
         "max_keys": 4_000_000,
-        "max_inflight_bytes": GIB,
+        "max_inflight_bytes": memory_limit().bytes // 8 if memory_limit().bytes < 8 * GIB else GIB,
         "max_tables": 1024,
         "max_sessions": 65_536,
         "session_ttl_seconds": 86_400.0,
@@ -129,8 +141,7 @@ def test_without_any_source_the_defaults_hold() -> None:
         "busy_poll_seconds": 0.0,
         "drain_seconds": 10.0,
     }
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < memory <= physical * 4 // 5
+    assert 0 < memory < memory_limit().bytes
 
 
 def test_every_setting_is_tried_below() -> None:
@@ -297,3 +308,59 @@ def test_a_file_that_is_no_toml_is_refused_by_path(content: bytes, tmp_path: Pat
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=rf"^config file {path}: "):
         load(["--config", str(path)])
+
+
+# ---- memory, and what users read
+
+
+def test_the_defaults_of_memory_follow_from_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "memory_limit", lambda: Limit(8 * GIB, "test"))
+    whole, half = load([]), load(["--colocated-shards", "2"])
+    assert (whole.max_inflight_bytes, half.max_inflight_bytes) == (GIB, GIB // 2)
+    assert 5 * GIB < whole.memory_bytes == whole.memory.tables < 7 * GIB
+    assert 2 * half.memory_bytes <= whole.memory_bytes
+    assert load(["--max-inflight-bytes", str(2 * GIB)]).memory_bytes < whole.memory_bytes
+
+
+def test_a_limit_that_leaves_nothing_is_refused_unless_the_budget_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "memory_limit", lambda: Limit(200 << 20, "test"))
+    with pytest.raises(ConfigError, match=r"^no memory is left for tables: the limit is 200 MiB"):
+        load([])
+    assert load(["--memory-bytes", str(64 << 20)]).memory_bytes == 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("given", "host"),
+    [("::1", "::1"), ("[::1]", "::1"), ("::", "::"), ("[::]", "::"), ("localhost", "localhost")],
+)
+def test_an_ipv6_address_may_have_brackets(given: str, host: str) -> None:
+    assert load(["--host", given]).host == host
+
+
+@pytest.mark.parametrize("field", ServerConfig.model_fields)
+def test_every_help_text_stands_alone(field: str) -> None:
+    text = ServerConfig.model_fields[field].description or ""
+    assert text[:1].isupper()
+    assert len(text) >= 20
+    assert not text.endswith(".")
+    assert not text.lower().startswith(("of ", "in ", "a ", "the "))
+    if field.endswith("_bytes"):
+        assert "bytes" in text
+    if field.endswith("_seconds"):
+        assert "econds" in text
+
+
+def test_help_shows_sizes_with_units_and_computed_defaults_in_words(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load(["--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: 67108864, 64 MiB)" in text
+    assert text.count("(default: from the memory limit)") == 2
+    assert "--data-dir PATH" in text
+    for noise in ("factory", "null", "%%"):
+        assert noise not in text
