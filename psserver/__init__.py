@@ -44,6 +44,7 @@ subscription.py  one subscription: the log, or a scan where the log does not rea
 feed.py          the subscriptions of one shard
 stats.py         what the service counts
 metrics.py       the collectors of /metrics
+info.py          what a shard reports about itself
 status.py        the status with which an error reaches a client
 limits.py        admission of requests
 workers.py       threads for what blocks

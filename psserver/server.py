@@ -13,13 +13,14 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector, start_http_server
 
-from psproto import RELEASE, routing
+from psproto import routing
 from psserver.analysis import Analyses
 from psserver.checkpoints import Checkpoints
 from psserver.config import ConfigError, ServerConfig
 from psserver.datadir import DataDirectory
 from psserver.engine import Engine
 from psserver.feed import Feed
+from psserver.info import ServerInfo
 from psserver.listener import Listener
 from psserver.metrics import FeedCollector, FlushCollector, ShardCollector
 from psserver.restore import Restores
@@ -105,12 +106,15 @@ class Server:
             self._feed = Feed(shard, engine, versions, max_subscribers=config.max_subscribers)
             self._feed.open(asyncio.get_running_loop())
         self._sweeper = Sweeper(shard, engine)
+        flusher = None if data is None else data.flusher
+        flushed = None if flusher is None else lambda: flusher.flushed
+        info = ServerInfo(shard, config, versions, flushed)
         self._service = Service(
             shard,
             engine,
             self._stats,
             config,
-            RELEASE,
+            info,
             checkpoints,
             restores,
             self._sweeper,

@@ -19,6 +19,7 @@ from psserver.errors import BadRequest, NoLog, VersionInFuture
 from psserver.exchange import Exchanges
 from psserver.feed import Feed
 from psserver.handlers import Context, Handlers
+from psserver.info import ServerInfo
 from psserver.limits import Limits
 from psserver.restore import Restores
 from psserver.schemas import read_schema, write_schema
@@ -44,7 +45,7 @@ class Service:
         engine: Engine,
         counts: ServiceStats,
         config: ServerConfig,
-        release: str,
+        info: ServerInfo,
         checkpoints: Checkpoints,
         restores: Restores,
         sweeper: Sweeper,
@@ -54,8 +55,7 @@ class Service:
     ) -> None:
         self._shard = shard
         self._engine = engine
-        self._config = config
-        self._release = release
+        self._info = info
         self._log = log
         self._feed = feed
         self._checkpoints = checkpoints
@@ -179,22 +179,7 @@ class Service:
     async def get_server_info(
         self, request: pb.GetServerInfoRequest, deadline: float
     ) -> pb.GetServerInfoResponse:
-        shard, limits = self._shard, self._config
-        return pb.GetServerInfoResponse(
-            release=self._release,
-            shard=shard.number,
-            shard_map=pb.ShardMap(
-                epoch=shard.shard_map.epoch,
-                shards=shard.shard_map.shards,
-                shard_of_bucket=shard.shard_map.shard_of_bucket.astype("<u2").tobytes(),
-            ),
-            limits=pb.Limits(message_bytes=limits.max_message_bytes, keys=limits.max_keys),
-            version=shard.version,
-            memory_bytes=shard.budget.held,
-            memory_budget_bytes=shard.budget.limit,
-            lineage=self._log.lineage if self._log else b"",
-            durable_version=self._log.durable if self._log else 0,
-        )
+        return self._info.read()
 
     def _describe_all(self, names: Sequence[str]) -> list[pb.DescribeTableResponse]:
         """Describe tables; those that were dropped meanwhile are left out."""

@@ -1,0 +1,65 @@
+"""What a shard reports about itself: GetServerInfo."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from psproto import RELEASE
+from psproto import ps_pb2 as pb
+from psserver.config import ServerConfig
+from psserver.shard import Shard
+from storage.errors import UnknownTable
+from storage.versionlog import VersionLog
+
+
+class ServerInfo:
+    """Reads the figures of a shard; thread-safe, and never waits for the engine.
+
+    flushed  returns the time of the last flush, monotonic seconds; None without a data directory
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        config: ServerConfig,
+        log: VersionLog | None = None,
+        flushed: Callable[[], float] | None = None,
+    ) -> None:
+        self._shard = shard
+        self._config = config
+        self._log = log
+        self._flushed = flushed
+        self._started = time.monotonic()
+
+    def read(self) -> pb.GetServerInfoResponse:
+        """Return the figures as they are now."""
+        shard, config, log, now = self._shard, self._config, self._log, time.monotonic()
+        tables = shard.tables()
+        return pb.GetServerInfoResponse(
+            release=RELEASE,
+            shard=shard.number,
+            shard_map=pb.ShardMap(
+                epoch=shard.shard_map.epoch,
+                shards=shard.shard_map.shards,
+                shard_of_bucket=shard.shard_map.shard_of_bucket.astype("<u2").tobytes(),
+            ),
+            limits=pb.Limits(message_bytes=config.max_message_bytes, keys=config.max_keys),
+            version=shard.version,
+            memory_bytes=shard.budget.held,
+            memory_budget_bytes=shard.budget.limit,
+            lineage=b"" if log is None else log.lineage,
+            durable_version=0 if log is None else log.durable,
+            uptime_seconds=now - self._started,
+            tables=len(tables),
+            rows=sum(map(self._rows, tables)),
+            log_bytes=0 if log is None else sum(each.size for each in log.files.segments),
+            log_first_version=0 if log is None else log.first,
+            flush_age_seconds=0.0 if self._flushed is None else now - self._flushed(),
+        )
+
+    def _rows(self, table: str) -> int:
+        with suppress(UnknownTable):  # dropped meanwhile
+            return self._shard.describe(table)[1].rows
+        return 0
