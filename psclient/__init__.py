@@ -36,24 +36,28 @@ admin.py       the four above under one name (imported on demand)
 None of the following is imported by the client:
 
 tools/staged.py                 files that appear under their name when they are complete
-tools/arrow.py                  what reading and writing Parquet have in common
+tools/arrow.py                  what reading and writing Parquet share
 tools/columns.py                rows by columns, as every format of an export has them
 tools/parquet.py                a table as a Parquet file
 tools/safetensors.py            a table as a safetensors file
-tools/export.py                 a table, or a checkpoint's, to a file
-tools/importer.py               a Parquet file into a table
+tools/export.py                 a table to a file, or to a file per shard
+tools/cells.py                  columns of a Parquet file as arrays, checked
+tools/source.py                 Parquet files as a source of rows, checked
+tools/importer.py               Parquet files into a table
 tools/summary.py                a table, summed up
 tools/analysis.py               sum up a table, or a checkpoint's
-tools/sink.py                   the rows of an analysis as a Parquet file
+tools/sink.py                   rows of an analysis as a Parquet file
 tools/history.py                how a table grew: a file that remembers analyses
 tools/keys.py                   where a key's row is, or why it has none
+tools/status.py                 the state of each shard
+tools/rules.py                  rules of a table as they are typed
 tools/figures.py                the figures of an analysis
 tools/terminal.py               an analysis for the terminal
 tools/charts.py                 an analysis as plots
 tools/page.py                   an analysis as an HTML page
 tools/commands/shell.py         what all commands share
-tools/commands/cluster.py       psctl tail
-tools/commands/tables.py        psctl evict
+tools/commands/cluster.py       psctl status, tail
+tools/commands/tables.py        psctl tables, table, create, drop, evict
 tools/commands/checkpoints.py   psctl checkpoint, checkpoints, verify, restore
 tools/commands/rows.py          psctl export, import
 tools/commands/analyses.py      psctl analyze, inspect

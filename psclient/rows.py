@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +81,7 @@ def read_rows(
     *,
     checkpoint: str | None = None,
     shards: Sequence[int] | None = None,
-) -> Iterator[pb.TableSchema | RowBatch]:
+) -> Generator[pb.TableSchema | RowBatch, None, None]:
     """The schema of a table, then all its rows in no order: as they are, or as a checkpoint has it.
 
     The first batch is empty: it shows how wide rows are.

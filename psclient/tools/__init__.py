@@ -3,24 +3,28 @@
 Needs more than the client does: pip install 'embedding-ps[ctl]'.
 
 staged.py                 files that appear under their name when they are complete
-arrow.py                  what reading and writing Parquet have in common
+arrow.py                  what reading and writing Parquet share
 columns.py                rows by columns, as every format of an export has them
 parquet.py                a table as a Parquet file
 safetensors.py            a table as a safetensors file
-export.py                 a table, or a checkpoint's, to a file
-importer.py               a Parquet file into a table
+export.py                 a table to a file, or to a file per shard
+cells.py                  columns of a Parquet file as arrays, checked
+source.py                 Parquet files as a source of rows, checked
+importer.py               Parquet files into a table
 summary.py                a table, summed up
 analysis.py               sum up a table, or a checkpoint's
-sink.py                   the rows of an analysis as a Parquet file
+sink.py                   rows of an analysis as a Parquet file
 history.py                how a table grew: a file that remembers analyses
 keys.py                   where a key's row is, or why it has none
+status.py                 the state of each shard
+rules.py                  rules of a table as they are typed
 figures.py                the figures of an analysis
 terminal.py               an analysis for the terminal
 charts.py                 an analysis as plots
 page.py                   an analysis as an HTML page
 commands/shell.py         what all commands share
-commands/cluster.py       psctl tail
-commands/tables.py        psctl evict
+commands/cluster.py       psctl status, tail
+commands/tables.py        psctl tables, table, create, drop, evict
 commands/checkpoints.py   psctl checkpoint, checkpoints, verify, restore
 commands/rows.py          psctl export, import
 commands/analyses.py      psctl analyze, inspect

@@ -1,13 +1,14 @@
-"""The command ``psctl``: look at a cluster from outside."""
+"""The command ``psctl``: operate a cluster from outside."""
 
 from __future__ import annotations
 
 from psclient.tools.commands import analyses, checkpoints, cluster, rows, tables
 from psclient.tools.commands.shell import app
 
-__all__ = ["analyses", "app", "checkpoints", "cluster", "main", "rows", "tables"]
+GROUPS = [each.__name__ for each in (cluster, tables, checkpoints, rows, analyses)]
+app.registered_commands.sort(key=lambda each: GROUPS.index(each.callback.__module__))
 
 
 def main() -> None:
-    """Entry point of the ``psctl`` command."""
-    app()
+    """Run ``psctl``."""
+    app(prog_name="psctl")

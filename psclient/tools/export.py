@@ -6,24 +6,31 @@
     safetensors  tensors keys U64[n], embeddings F32[n, dim], states F32[n, width - dim],
                  versions U64[n], steps I64[n], frequencies U64[n]; "ps.schema" alike
 
-``state`` is missing where the optimizer keeps none. Rows come in no order, each key once. Memory
-does not grow with the table. A file is whole, or not there under its name. Parquet needs pyarrow:
+There is no ``state`` if the optimizer has none. Rows come in no order, each key once. Memory does
+not grow with the table. A file appears under its name when it is complete. Parquet needs pyarrow:
 pip install 'embedding-ps[export]'.
+
+Keys are 64 bits wide, and a server does not know whether a trainer sees them as signed. Export them
+with the type of the column that they are joined with. pandas, polars and DuckDB compare uint64 with
+int64 by value, so a negative int64 key never matches the uint64 key with the same bits.
 """
 
 from __future__ import annotations
 
-import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from psclient import admin
-from psclient.admin import RowBatch
+from psclient.calls import links
 from psclient.client import Client
 from psclient.errors import InvalidArgument
-from psclient.tools.columns import Tell, grouped
+from psclient.rows import RowBatch, read_rows
+from psclient.tools.arrow import KeyType, key_type
+from psclient.tools.columns import Part, Tell
 from psclient.tools.parquet import write_parquet
 from psclient.tools.safetensors import write_safetensors
+from psclient.tools.staged import staged_directory, staged_file
 from psproto import ps_pb2 as pb
 
 
@@ -34,29 +41,96 @@ def export(
     *,
     checkpoint: str | None = None,
     format: str = "parquet",
+    keys: str = "uint64",
+    parts: bool = False,
     progress: Tell | None = None,
 ) -> int:
-    """Write a table as it is, or as a checkpoint has it, to a file; returns its rows.
+    """Write a table to a file, or to a directory of files; return the number of its rows.
 
-    format  "parquet" or "safetensors"
+    checkpoint  export the table as this checkpoint has it; None: as it is now
+    format      "parquet" or "safetensors"
+    keys        dtype of the keys, "uint64" or "int64"
+    parts       write a file per shard, in parallel: ``path`` becomes a directory, which must not
+                exist or be empty, with the files part-00000.FORMAT, part-00001.FORMAT, ...
+    progress    called with the number of rows that were written since the last call
 
-    Raises InvalidArgument if pyarrow is missing, TableNotFound, CheckpointNotFound, DataLoss.
+    Raises InvalidArgument if ``path`` cannot be written or pyarrow is missing, TableNotFound,
+    CheckpointNotFound, DataLoss. On any error nothing appears under ``path``.
     """
     if format not in FORMATS:
         raise InvalidArgument(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    messages = admin.read_rows(client, table, checkpoint=checkpoint)
-    schema = next(messages)
-    assert isinstance(schema, pb.TableSchema)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        rows = FORMATS[format](beside, schema, grouped(messages), progress or (lambda _: None))
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return rows
+    work = _Work(client, table, checkpoint, format, key_type(keys), progress)
+    if not parts:
+        with staged_file(path) as temporary:
+            return work.write(temporary, None)
+    shards = range(len(links(client)))
+    with (
+        staged_directory(path) as directory,
+        ThreadPoolExecutor(len(shards), "psclient-export") as pool,
+    ):
+        files = [directory / f"part-{shard:05}.{format}" for shard in shards]
+        try:
+            return sum(pool.map(work.write, files, shards))
+        finally:
+            work.stop.set()
 
 
-FORMATS: dict[str, Callable[[Path, pb.TableSchema, Iterator[RowBatch], Tell], int]] = {
+class _Work:
+    """An export under way, in one thread or in one per shard.
+
+    stop  makes all threads end with their next batch
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        table: str,
+        checkpoint: str | None,
+        format: str,
+        keys: KeyType,
+        progress: Tell | None,
+    ) -> None:
+        self._client = client
+        self._table = table
+        self._checkpoint = checkpoint
+        self._write = FORMATS[format]
+        self._keys = keys
+        self._progress = progress
+        self._telling = threading.Lock()
+        self.stop = threading.Event()
+
+    def write(self, path: Path, shard: int | None) -> int:
+        """Write the rows of one shard, or of all if ``shard`` is None; return how many."""
+        messages = read_rows(
+            self._client,
+            self._table,
+            checkpoint=self._checkpoint,
+            shards=None if shard is None else [shard],
+        )
+        try:
+            schema = next(messages)
+            assert isinstance(schema, pb.TableSchema)
+            return self._write(Part(path, schema, self._keys, self._batches(messages)), self._tell)
+        except BaseException:
+            self.stop.set()
+            raise
+        finally:
+            messages.close()
+
+    def _batches(self, messages: Iterator[pb.TableSchema | RowBatch]) -> Iterator[RowBatch]:
+        for batch in messages:
+            if self.stop.is_set():
+                return
+            assert isinstance(batch, RowBatch)
+            yield batch
+
+    def _tell(self, rows: int) -> None:
+        if self._progress is not None:
+            with self._telling:
+                self._progress(rows)
+
+
+FORMATS: dict[str, Callable[[Part, Tell], int]] = {
     "parquet": write_parquet,
     "safetensors": write_safetensors,
 }

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
-
-from psclient.admin import RowBatch
-from psclient.tools.arrow import SCHEMA, array, pyarrow, schema_text
-from psclient.tools.columns import Tell, columns
-from psproto import ps_pb2 as pb
+from psclient.tools.arrow import SCHEMA, array, pyarrow, schema_text, writer
+from psclient.tools.columns import Part, Tell
 
 
-def write_parquet(
-    path: Path, schema: pb.TableSchema, batches: Iterator[RowBatch], progress: Tell
-) -> int:
-    """Write rows to a new file; returns how many."""
+def write_parquet(part: Part, progress: Tell) -> int:
+    """Write rows to a new file; return how many."""
     arrow, parquet = pyarrow()
-    writer, total = None, 0
-    with ExitStack() as stack:
-        for batch in batches:
-            named = columns(batch, schema.dim)
-            arrays = [array(arrow, values) for values in named.values()]
-            if writer is None:
-                described = arrow.schema(
-                    [(name, made.type) for name, made in zip(named, arrays, strict=True)],
-                    metadata={SCHEMA: schema_text(schema)},
-                )
-                writer = stack.enter_context(parquet.ParquetWriter(path, described))
-            writer.write_batch(arrow.record_batch(arrays, schema=described))
-            total += len(batch.keys)
-            progress(len(batch.keys))
+    out, total = None, 0
+    try:
+        for columns in part.columns():
+            arrays = [array(arrow, values) for values in columns.values()]
+            if out is None:
+                fields = [(name, a.type) for name, a in zip(columns, arrays, strict=True)]
+                schema = arrow.schema(fields, metadata={SCHEMA: schema_text(part.schema)})
+                out = writer(parquet, part.path, schema)
+            out.write_batch(arrow.record_batch(arrays, schema=schema))
+            total += len(columns["key"])
+            progress(len(columns["key"]))
+    finally:
+        if out is not None:
+            out.close()
     return total

@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from psclient.tools.arrow import GROUP_ROWS, array, pyarrow
-from psclient.tools.staged import beside
+from psclient.errors import InvalidArgument
+from psclient.tools.arrow import GROUP_ROWS, array, key_type, pyarrow, writer
+from psclient.tools.staged import staged_file
 from psclient.tools.summary import RowColumns
 
 
 class ParquetSink:
-    """Rows of an analysis as a Parquet file, which is whole, or not there under its name.
+    """Write the rows of an analysis to a Parquet file, which appears once it is complete.
 
-    key uint64 | frequency uint64 | step int64 | version uint64 | norm float64 | tier string
-    | embedding float32[dim]
+        with ParquetSink(path) as sink:
+            analyze(client, "user", sink=sink)
 
-    ``embedding`` only where the analysis has it. Memory does not grow with the table.
+    Columns: key uint64 or int64 | frequency uint64 | step int64 | version uint64 | norm float64
+    | tier string | embedding float32[dim]
+
+    There is an ``embedding`` only if the analysis has embeddings. Memory does not grow with the
+    table.
+
+    path  file to write; an existing one is replaced
+    keys  dtype of the keys, "uint64" or "int64"
     """
 
-    def __init__(self, path: Path) -> None:
-        """InvalidArgument if pyarrow is missing; and from ``with``, if no file can be there."""
+    def __init__(self, path: Path, *, keys: str = "uint64") -> None:
+        """Raise InvalidArgument if pyarrow is missing; ``with`` raises it for a bad path."""
         self.rows = 0
+        self._keys = key_type(keys)
         self._arrow, self._parquet = pyarrow()
         self._path = path
         self._writer: Any = None
-        self._held: list[Any] = []  # record batches
+        self._batches: list[Any] = []  # record batches that wait to be written
         self._waiting = 0  # rows in them
+        self._stack = ExitStack()
 
     def __call__(self, columns: RowColumns) -> None:
-        """Take rows."""
+        """Take rows; not thread-safe."""
         arrow = self._arrow
         arrays = {
-            "key": arrow.array(columns.keys),
+            "key": arrow.array(columns.keys.view(self._keys)),
             "frequency": arrow.array(columns.frequencies),
             "step": arrow.array(columns.steps),
             "version": arrow.array(columns.versions),
@@ -42,33 +52,35 @@ class ParquetSink:
         }
         if columns.embeddings is not None:
             arrays["embedding"] = array(arrow, columns.embeddings)
-        self._held.append(arrow.record_batch(list(arrays.values()), names=list(arrays)))
+        self._batches.append(arrow.record_batch(list(arrays.values()), names=list(arrays)))
         self._waiting += len(columns.keys)
         if self._waiting >= GROUP_ROWS:
             self._write()
 
     def __enter__(self) -> Self:
-        self._beside = beside(self._path)
+        self._temporary = self._stack.enter_context(staged_file(self._path))
+        self._stack.callback(self._close)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self._write()
-            if self._writer is not None:
-                self._writer.close()
-                if kind is None:
-                    os.replace(self._beside, self._path)
-        finally:
-            self._beside.unlink(missing_ok=True)
+    def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
+        with self._stack:
+            if error is not None:
+                raise error
+            self._write()
+            if self._writer is None:
+                raise InvalidArgument(f"{self._path}: the analysis gave no columns to write")
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
     def _write(self) -> None:
-        """Write what waits as a row group."""
-        if not self._held:
+        """Write the waiting rows as a row group."""
+        if not self._batches:
             return
-        table = self._arrow.Table.from_batches(self._held)
+        table = self._arrow.Table.from_batches(self._batches)
         if self._writer is None:
-            self._writer = self._parquet.ParquetWriter(self._beside, table.schema)
+            self._writer = writer(self._parquet, self._temporary, table.schema)
         self._writer.write_table(table)
         self.rows += self._waiting
-        self._held, self._waiting = [], 0
+        self._batches, self._waiting = [], 0

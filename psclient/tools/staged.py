@@ -1,23 +1,70 @@
-"""Files that appear under their name when they are complete, or not at all."""
+"""Files and directories that appear under their name when they are complete, or not at all.
+
+Work in progress has the name ``.NAME.PID`` in the same directory. A process that is killed leaves
+it there; it may be deleted.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from psclient.errors import InvalidArgument
 
 
-def beside(path: Path) -> Path:
-    """A file to be written in the place of ``path`` until it is whole: empty, and there.
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary file, which replaces ``path`` if the block succeeds.
 
-    InvalidArgument if it cannot be: now, and not when the work is done.
+    Raises InvalidArgument at once, not after the work, if ``path`` cannot be written.
     """
     if path.is_dir():
         raise InvalidArgument(f"{path} is a directory, not a file to be written")
-    found = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = _temporary(path)
     try:
-        found.touch()
+        temporary.touch()
     except OSError as error:
         raise InvalidArgument(f"{path} cannot be written: {error.strerror}") from error
-    return found
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary directory, which becomes ``path`` if the block succeeds.
+
+    Raises InvalidArgument at once if ``path`` exists and is not an empty directory, or if it
+    cannot be created.
+    """
+    if path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None):
+        raise InvalidArgument(f"{path} exists: choose a new or an empty directory")
+    temporary = _temporary(path)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise InvalidArgument(f"{path} cannot be created: {error.strerror}") from error
+    try:
+        yield temporary
+        for each in temporary.iterdir():
+            _sync(each)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    path = Path(os.path.abspath(path))
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file is on disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -172,16 +172,15 @@ def test_psctl_evicts_and_says_what(
 
     counted = [
         ["step_ttl", "120", "66.7%"],
-        [],
-        ["together", "120", "66.7%"],
-        ["of", "rows", "180"],
+        ["total", "120", "66.7%"],
+        ["rows", "before", "180"],
     ]
     would, did = psctl(name, "--dry-run"), psctl(name)
-    assert would[1] == ["cause", "rows", "that", "would", "leave", "share"]
-    assert did[1] == ["cause", "rows", "evicted", "share"]
-    assert would[3:-1] == did[3:-1] == counted
+    assert would[0] == ["cause", "rows", "that", "would", "be", "evicted", "share"]
+    assert did[0] == ["cause", "rows", "evicted", "share"]
+    assert would[2:] == did[2:] == counted
     assert client.describe_table(name).rows == 60
-    none = [["no", "rule", "for", "eviction", "0", "rows", "stay"]]
+    none = [["no", "eviction", "rule", "all", "0", "rows", "stay"]]
     assert [line[-7:] for line in psctl(f"{name}.kept")] == none
 
 

@@ -1,8 +1,8 @@
 """The commands of psctl, in groups.
 
 shell.py         what all commands share
-cluster.py       psctl tail
-tables.py        psctl evict
+cluster.py       psctl status, tail
+tables.py        psctl tables, table, create, drop, evict
 checkpoints.py   psctl checkpoint, checkpoints, verify, restore
 rows.py          psctl export, import
 analyses.py      psctl analyze, inspect

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -13,45 +11,76 @@ from rich.console import Console
 
 from psclient.errors import InvalidArgument
 from psclient.strings import hash_keys
-from psclient.tools import analysis, staged, terminal
+from psclient.tools import analysis, terminal
 from psclient.tools import history as histories
 from psclient.tools import keys as known
 from psclient.tools import page as pages
 from psclient.tools import sink as sinks
+from psclient.tools.commands.rows import Keys, KeysOption
 from psclient.tools.commands.shell import DEFAULT, Servers, app, bar, connected
+from psclient.tools.staged import staged_file
+
+TableName = Annotated[str, typer.Argument(metavar="TABLE", help="Name of the table.")]
 
 
 @app.command()
 def analyze(
-    table: str,
-    checkpoint: Annotated[str | None, typer.Option(help="as this one has it")] = None,
+    table: TableName,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Analyze the table as this checkpoint has it.")
+    ] = None,
     frequency: Annotated[
-        list[int] | None, typer.Option(help="admission threshold to try; may be repeated")
+        list[int] | None,
+        typer.Option(help="Count exactly for this admission threshold; may be repeated."),
     ] = None,
-    ttl: Annotated[list[int] | None, typer.Option(help="step TTL to try; may be repeated")] = None,
+    ttl: Annotated[
+        list[int] | None,
+        typer.Option(help="Count exactly for this TTL in steps; may be repeated."),
+    ] = None,
     norm: Annotated[
-        list[float] | None, typer.Option(help="norm threshold to try; may be repeated")
+        list[float] | None,
+        typer.Option(help="Count exactly for this threshold of the norm; may be repeated."),
     ] = None,
-    grace: Annotated[int, typer.Option(help="of the norm rule, in steps")] = 0,
-    top: Annotated[int, typer.Option(help="keys in each list of extremes")] = 10,
-    parquet: Annotated[Path | None, typer.Option(help="write a line for each row here")] = None,
-    embeddings: Annotated[bool, typer.Option(help="with its embedding")] = False,
-    html: Annotated[Path | None, typer.Option(help="write a page with plots here")] = None,
+    grace: Annotated[
+        int,
+        typer.Option(help="Grace period of the norm rule: steps for which a pushed row is kept."),
+    ] = 0,
+    top: Annotated[
+        int, typer.Option(help="Number of keys in each list of extremes, up to 1000.")
+    ] = 10,
+    parquet: Annotated[
+        Path | None, typer.Option(help="Write the metadata of every row to this Parquet file.")
+    ] = None,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Write embeddings to the Parquet file too.")
+    ] = False,
+    keys: KeysOption = Keys.UINT64,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with plots to this HTML file.")
+    ] = None,
     history: Annotated[
-        Path | None, typer.Option(help="remember this analysis here; the page shows the growth")
+        Path | None,
+        typer.Option(
+            help="Append the main figures to this file. The page plots all analyses in it over"
+            " time."
+        ),
     ] = None,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Sum up a table, and try thresholds and TTLs on it; nothing is changed."""
-    with connected(servers) as client, _whole(html) as page:
+    """Show what a table contains, and what rules would evict.
+
+    Prints sizes, frequencies, ages and norms. Nothing in the cluster changes. Existing files given
+    by --parquet and --html are replaced.
+    """
+    with connected(servers) as client, staged_file(html) if html else nullcontext() as page:
         if html is not None:
             pages.require()
         if history is not None:
             history.open("a").close()
             histories.history(history, table)
         unit = "bytes" if checkpoint else "rows"
-        with sinks.ParquetSink(parquet) if parquet else nullcontext() as sink:
-            with bar(f"analyze {table}", unit=unit) as tell:
+        with sinks.ParquetSink(parquet, keys=keys) if parquet else nullcontext() as sink:
+            with bar(f"analyze {table}", unit=unit) as show:
                 found = analysis.analyze(
                     client,
                     table,
@@ -63,7 +92,7 @@ def analyze(
                     top=top,
                     sink=sink,
                     embeddings=embeddings,
-                    progress=tell,
+                    progress=show,
                 )
             terminal.show(Console(highlight=False), found)
         moments = []
@@ -79,13 +108,20 @@ def analyze(
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def inspect(
-    table: str,
-    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="64-bit, signed or not")],
-    text: Annotated[bool, typer.Option("--text", help="keys are strings, to be hashed")] = False,
-    embeddings: Annotated[bool, typer.Option("--embeddings", help="show them")] = False,
+    table: TableName,
+    keys: Annotated[
+        list[str],
+        typer.Argument(metavar="KEY...", help="Keys as decimal or 0x... numbers of -2^63..2^64-1."),
+    ],
+    text: Annotated[
+        bool, typer.Option("--text", help="Take the keys as strings and hash them.")
+    ] = False,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Show the embeddings of the rows.")
+    ] = False,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Tell where keys live, or why they have no row; nothing is changed."""
+    """Show where the rows of keys are, or why a key has no row. Changes nothing."""
     with connected(servers) as client:
         numbers = hash_keys(keys).tolist() if text else [_number(key) for key in keys]
         found = known.inspect(client, table, numbers, embeddings=embeddings)
@@ -93,22 +129,9 @@ def inspect(
 
 
 def _number(key: str) -> int:
-    """A key as it was written, in decimal or as 0x..."""
     try:
         return int(key, 0)
     except ValueError:
-        raise InvalidArgument(f"KEY must be a whole number, got {key!r}; or say --text") from None
-
-
-@contextmanager
-def _whole(path: Path | None) -> Iterator[Path | None]:
-    """What to write a file to that takes its place if all goes well."""
-    if path is None:
-        yield None
-        return
-    beside = staged.beside(path)
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+        raise InvalidArgument(
+            f"KEY must be a whole number, got {key!r}; use --text for strings"
+        ) from None

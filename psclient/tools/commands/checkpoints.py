@@ -7,72 +7,133 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from psclient import admin
-from psclient.tools.commands.shell import DEFAULT, Servers, app, bar, connected
+from psclient.tools import figures
+from psclient.tools.commands.shell import (
+    DEFAULT,
+    Servers,
+    app,
+    bar,
+    connected,
+    listing,
+    print_listing,
+)
+
+Name = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Name of the checkpoint.")]
 
 
 @app.command()
 def checkpoint(
-    name: Annotated[str, typer.Argument(help="of the new checkpoint")],
+    name: Name,
     incremental_from: Annotated[
-        str | None, typer.Option(help="store only what changed since this one, and need it")
+        str | None,
+        typer.Option(
+            help="Store only the changes since this checkpoint. The new checkpoint needs it and"
+            " cannot be restored without it."
+        ),
     ] = None,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Take a checkpoint of all tables, while trainers go on."""
-    with connected(servers) as client, bar(f"checkpoint {name}") as tell:
-        done = admin.checkpoint(client, name, parent=incremental_from, progress=tell)
+    """Take a checkpoint of all tables. Training goes on meanwhile.
+
+    It is stored under the checkpoint_url of the servers' configuration.
+    """
+    if incremental_from == "":
+        raise typer.BadParameter("--incremental-from needs the name of a checkpoint")
+    with connected(servers) as client, bar(f"checkpoint {name}") as show:
+        done = admin.checkpoint(client, name, parent=incremental_from, progress=show)
     typer.echo(f"{name}: {sum(done.rows.values()):,} rows, {done.bytes:,} bytes")
 
 
 @app.command()
 def checkpoints(servers: Servers = DEFAULT) -> None:
-    """List the checkpoints."""
+    """List the checkpoints, with the problems of unusable ones."""
     with connected(servers) as client:
         found = admin.checkpoints(client)
-    table = Table("name", "taken", "builds on", "shards", "rows", "bytes", "problem")
-    for each in found:
-        table.add_row(
-            each.name,
-            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.time)) if each.time else "",
-            each.parent or "",
-            str(each.shards or ""),
-            f"{sum(each.rows.values()):,}" if each.shards else "",
-            f"{each.bytes:,}" if each.shards else "",
-            each.problem or "",
+    lines = [
+        (
+            escape(each.name),
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.time)) if each.time else "-",
+            escape(each.parent or "-"),
+            str(each.shards or "-"),
+            f"{sum(each.rows.values()):,}" if each.shards else "-",
+            figures.size(each.bytes) if each.shards else "-",
         )
-    Console().print(table)
+        for each in found
+    ]
+    console = Console(highlight=False)
+    columns = ("checkpoint<", "taken<", "parent<", "shards", "rows", "size")
+    print_listing(listing(*columns), lines)
+    for each in found:
+        if each.problem:
+            problem = f"{escape(each.name)} cannot be used: {escape(each.problem)}"
+            console.print(problem, soft_wrap=True)
 
 
 @app.command()
-def verify(name: str, servers: Servers = DEFAULT) -> None:
-    """Read every byte of a checkpoint, and of what it builds on."""
-    with connected(servers) as client, bar(f"verify {name}") as tell:
-        size = admin.verify(client, name, progress=tell)
-    typer.echo(f"{name}: {size:,} bytes are as they were written")
+def verify(name: Name, servers: Servers = DEFAULT) -> None:
+    """Check that a checkpoint is complete and undamaged.
+
+    Reads every byte of it, and of the checkpoints that it needs, and compares all checksums.
+    Changes nothing.
+    """
+    with connected(servers) as client, bar(f"verify {name}") as show:
+        size = admin.verify(client, name, progress=show)
+    typer.echo(f"{name}: {size:,} bytes are undamaged")
 
 
 @app.command()
 def restore(
-    name: Annotated[str, typer.Argument(help="of the checkpoint", show_default=False)] = "",
-    replace: Annotated[bool, typer.Option(help="let go what is there")] = False,
-    abort: Annotated[bool, typer.Option(help="give up a restore that was cut off")] = False,
-    table: Annotated[str | None, typer.Option(help="only this table, as another one")] = None,
-    into: Annotated[str | None, typer.Option(help="the other table")] = None,
+    name: Annotated[
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="Name of the checkpoint.", show_default=False),
+    ] = "",
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Overwrite: existing tables are deleted.")
+    ] = False,
+    abort: Annotated[
+        bool,
+        typer.Option(
+            "--abort",
+            help="Undo an interrupted restore: the tables from before it are back. Needs no"
+            " CHECKPOINT.",
+        ),
+    ] = False,
+    table: Annotated[
+        str | None,
+        typer.Option(help="Restore only this table of the checkpoint, to the table of --into."),
+    ] = None,
+    into: Annotated[
+        str | None,
+        typer.Option(
+            help="Table to fill with the rows of --table. It is created if it does not exist."
+            " Other tables stay as they are."
+        ),
+    ] = None,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Make the cluster what a checkpoint holds; or fill one table from a table in it."""
+    r"""Replace all tables by those of a checkpoint, or fill one.
+
+    \b
+      psctl restore monday                          into a cluster without tables
+      psctl restore monday --replace                all existing tables are deleted
+      psctl restore monday --table user --into new  into one table
+      psctl restore --abort                         undo an interrupted restore
+
+    All shards are restored, or none. If the command is interrupted, repeat it, or undo it with
+    --abort. With --table and --into, --replace deletes the rows of the table of --into first.
+    """
     if (table is None) != (into is None) or bool(name) == abort:
-        raise typer.BadParameter("NAME, NAME --table T --into T2, or --abort")
+        raise typer.BadParameter("give CHECKPOINT, CHECKPOINT --table T --into T2, or --abort")
     with connected(servers) as client:
         if abort:
             admin.abort_restore(client)
             return
-        with bar(f"restore {name}") as tell:
+        with bar(f"restore {name}") as show:
             if table is not None and into is not None:
-                rows = admin.warm_start(client, name, table, into, replace=replace, progress=tell)
+                rows = admin.warm_start(client, name, table, into, replace=replace, progress=show)
             else:
-                rows = admin.restore(client, name, replace=replace, progress=tell)
+                rows = admin.restore(client, name, replace=replace, progress=show)
     typer.echo(f"{name}: {rows:,} rows")

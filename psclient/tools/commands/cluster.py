@@ -1,62 +1,184 @@
-"""psctl tail: the changes of a cluster."""
+"""psctl status, tail: the shards of a cluster, and its changes."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
-from psclient.errors import PsError
 from psclient.subscriber import CONTENTS, STARTS, Change, Subscriber
-from psclient.tools.commands.shell import DEFAULT, Servers, app
+from psclient.tools import figures
+from psclient.tools.commands.shell import (
+    DEFAULT,
+    Exit,
+    Output,
+    OutputOption,
+    Servers,
+    addresses,
+    app,
+    listing,
+    print_listing,
+    reported,
+)
+from psclient.tools.status import ShardStatus
+from psclient.tools.status import status as ask_shards
+
+STYLES = {"ready": "green", "unreachable": "bold red", "misplaced": "bold red"}
+
+
+@app.command()
+def status(
+    output: OutputOption = Output.TABLE,
+    timeout: Annotated[
+        float, typer.Option(min=0.01, help="Seconds to wait for the answer of a shard.")
+    ] = 5.0,
+    servers: Servers = DEFAULT,
+) -> None:
+    r"""Show the state of every shard. Exit status 0: all are ready.
+
+    \b
+    States:
+      ready        takes work
+      starting     recovers its data; takes work when done
+      restoring    between two steps of a restore; refuses work until the restore ends
+      draining     stops; refuses new work
+      misplaced    serves another shard than its place in --servers says
+      unreachable  does not answer
+
+    Exit status 3 if a shard is unreachable, otherwise 1 if a shard is not ready.
+    """
+    with reported():
+        shards = ask_shards(addresses(servers), timeout=timeout)
+        if output is Output.JSON:
+            typer.echo(json.dumps([asdict(each) for each in shards], indent=1))
+        else:
+            _show_shards(shards)
+    if any(each.state == "unreachable" for each in shards):
+        raise typer.Exit(Exit.UNREACHABLE)
+    if not all(each.ready for each in shards):
+        raise typer.Exit(Exit.FAILED)
+
+
+def _show_shards(shards: Sequence[ShardStatus]) -> None:
+    console = Console(highlight=False)
+    ready = sum(each.ready for each in shards)
+    console.print(Text(f"{ready} of {len(shards)} shards ready", style="bold"))
+    print_listing(
+        listing("shard", "address<", "state<", "release<", "uptime"),
+        [
+            (
+                str(each.shard),
+                each.address,
+                Text(each.state, style=STYLES.get(each.state, "yellow")),
+                each.release or "-",
+                _duration(each.uptime_seconds),
+            )
+            for each in shards
+        ],
+    )
+    answered = [each for each in shards if each.version is not None]
+    if answered:
+        print_listing(
+            listing(
+                "shard", *("version", "durable", "tables", "rows", "memory", "log", "flush age")
+            ),
+            [_data(each) for each in answered],
+        )
+    for each in shards:
+        if each.problem:
+            problem = f"shard {each.shard} is {each.state}: {each.problem}"
+            console.print(Text(" ".join(problem.split())), soft_wrap=True)
+
+
+def _data(shard: ShardStatus) -> tuple[str, ...]:
+    """Return the figures of a shard that answered."""
+    used, budget = shard.memory_bytes or 0, shard.memory_budget_bytes or 0
+    logged = shard.durable_version is not None
+    return (
+        str(shard.shard),
+        f"{shard.version:,}",
+        f"{shard.durable_version:,}" if logged else "-",
+        str(shard.tables),
+        f"{shard.rows:,}",
+        f"{figures.size(used)} of {figures.size(budget)}",
+        figures.size(shard.log_bytes or 0) if logged else "-",
+        _duration(shard.flush_age_seconds),
+    )
+
+
+def _duration(seconds: float | None) -> str:
+    """Return a duration in its largest unit."""
+    if seconds is None:
+        return "-"
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+# ---- changes
 
 
 @app.command()
 def tail(
-    table: Annotated[list[str] | None, typer.Option(help="only this one; may be repeated")] = None,
-    start: Annotated[str, typer.Option(help=f"one of {', '.join(STARTS)}")] = "latest",
-    content: Annotated[str, typer.Option(help=f"one of {', '.join(CONTENTS)}")] = "values",
-    coalesce_ms: Annotated[int, typer.Option(help="newest values within so many ms")] = 0,
-    keys: Annotated[int, typer.Option(help="keys shown of a change")] = 4,
-    progress: Annotated[bool, typer.Option(help="show progress messages too")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
-    limit: Annotated[int, typer.Option(help="end after so many changes; 0: never")] = 0,
+    table: Annotated[
+        list[str] | None,
+        typer.Option(help="Show changes of this table only; may be repeated for several tables."),
+    ] = None,
+    start: Annotated[
+        str, typer.Option(help=f"Where to start in the version log: {', '.join(STARTS)}.")
+    ] = "latest",
+    content: Annotated[
+        str, typer.Option(help=f"What to receive of changed rows: {', '.join(CONTENTS)}.")
+    ] = "values",
+    coalesce_ms: Annotated[
+        int,
+        typer.Option(help="Merge the changes of a key within this many milliseconds; 0: never."),
+    ] = 0,
+    keys: Annotated[int, typer.Option(help="Number of keys to show of each change.")] = 4,
+    progress: Annotated[
+        bool, typer.Option("--progress", help="Show the progress messages of idle shards too.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per line.")
+    ] = False,
+    limit: Annotated[int, typer.Option(help="End after this many changes; 0: never.")] = 0,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Follow the changes of a cluster, one a line."""
+    """Follow the changes of a cluster, one per line. Ctrl-C ends it."""
     console = Console(highlight=False, soft_wrap=True)
-    try:
-        with Subscriber(
-            [each.strip() for each in servers.split(",")],
+    with (
+        reported(),
+        Subscriber(
+            addresses(servers),
             tables=table or None,
             start=start,  # type: ignore[arg-type]
             content=content,  # type: ignore[arg-type]
             coalesce_ms=coalesce_ms,
-        ) as changes:
-            shown = 0
-            for change in changes:
-                if change.kind == "progress" and not progress:
-                    continue
-                if as_json:
-                    print(json.dumps(_facts(change, keys)), flush=True)
-                else:
-                    console.print(_line(change, keys))
-                shown += 1
-                if shown == limit:
-                    return
-    except KeyboardInterrupt:
-        return
-    except PsError as error:
-        typer.echo(f"psctl: {error}", err=True)
-        raise typer.Exit(1) from None
+        ) as changes,
+    ):
+        shown = 0
+        for change in changes:
+            if change.kind == "progress" and not progress:
+                continue
+            if as_json:
+                print(json.dumps(_facts(change, keys)), flush=True)
+            else:
+                console.print(_line(change, keys))
+            shown += 1
+            if shown == limit:
+                return
 
 
 def _facts(change: Change, keys: int) -> dict[str, object]:
-    """What a change says, with its first keys and rows."""
+    """Return a change with its first keys and rows, for JSON."""
     rows = change.rows[:keys].tolist() if change.rows is not None else None
     facts = {
         "shard": change.shard,
@@ -76,14 +198,14 @@ def _facts(change: Change, keys: int) -> dict[str, object]:
 
 
 def _line(change: Change, keys: int) -> str:
-    """A change as a line for the eye."""
+    """Return a change as a line of a terminal."""
     clock = time.strftime("%H:%M:%S", time.localtime(change.time)) if change.time else ""
-    said = [f"[dim]{clock:8} shard {change.shard} {change.version:>10,}[/dim]"]
-    said += [f"[bold]{change.kind:8}[/bold]"]
-    said += [escape(word) for word in (change.table, change.barrier, change.cause) if word]
+    words = [f"[dim]{clock:8} shard {change.shard} {change.version:>10,}[/dim]"]
+    words += [f"[bold]{change.kind:8}[/bold]"]
+    words += [escape(word) for word in (change.table, change.barrier, change.cause) if word]
     if len(change.keys):
-        some = " ".join(str(key) for key in change.keys[:keys].tolist())
-        said.append(f"{len(change.keys):,} keys: {some}{' ...' * (len(change.keys) > keys)}")
+        first = " ".join(str(key) for key in change.keys[:keys].tolist())
+        words.append(f"{len(change.keys):,} keys: {first}{' ...' * (len(change.keys) > keys)}")
     if change.more:
-        said.append("[dim]more follows[/dim]")
-    return "  ".join(said)
+        words.append("[dim]more follows[/dim]")
+    return "  ".join(words)

@@ -1,48 +1,151 @@
-"""What all commands of psctl share: the options, a connection, a progress bar."""
+"""What all commands of psctl share: options, a connection, exit statuses, a progress bar.
+
+To add a command: decorate a function with ``app.command()`` in the file of its group. Its body runs
+inside ``connected``, which turns errors into one line on stderr and an exit status. The first line
+of its docstring appears in the list of ``psctl --help``.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated
+from enum import IntEnum, StrEnum
+from typing import Annotated, Literal, NoReturn
 
 import typer
-from rich import filesize
+from rich import box, filesize
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
 
 from psclient.client import Client
-from psclient.errors import PsError
+from psclient.errors import DeadlineExceeded, PsError, Unavailable
+from psclient.tools.importer import ImportIncomplete
 
 DEFAULT = "127.0.0.1:7000"
 Servers = Annotated[
     str,
-    typer.Option(envvar="PSCTL_SERVERS", help="host:port of every shard, in order, with commas"),
+    typer.Option(
+        envvar="PSCTL_SERVERS",
+        help="Addresses of all shards in their order: HOST:PORT,HOST:PORT,...",
+    ),
 ]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+class Output(StrEnum):
+    """Formats of listings."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+OutputOption = Annotated[Output, typer.Option(help="Format of the listing.")]
+
+
+class Exit(IntEnum):
+    """Exit statuses, documented in ``psctl --help``."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2  # click's own
+    UNREACHABLE = 3
+    INCOMPLETE = 4
+    INTERRUPTED = 130
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 
 @app.callback()
 def _group() -> None:
-    """Look at a cluster from outside."""
+    """Operate a parameter-server cluster: tables, checkpoints, files, analyses.
+
+    \b
+    Exit status:
+      0    success
+      1    refused or failed; one line on stderr says why
+      2    wrong usage
+      3    a server is unreachable, or does not answer in time
+      4    incomplete: a part of the work is done and stays; repeat the command
+      130  interrupted by Ctrl-C
+    """
 
 
 @contextmanager
 def connected(servers: str) -> Iterator[Client]:
-    """A client; what it raises ends the command with a message."""
+    """Yield a client; end the command with a message and an exit status on errors."""
+    with reported(), Client(addresses(servers)) as client:
+        yield client
+
+
+def addresses(servers: str) -> list[str]:
+    """Return the addresses of the shards, in their order."""
+    return [each.strip() for each in servers.split(",")]
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn errors into one line on stderr and an exit status."""
     try:
-        with Client([each.strip() for each in servers.split(",")]) as client:
-            yield client
+        yield
+    except BrokenPipeError:
+        raise
+    except KeyboardInterrupt:
+        fail("interrupted", Exit.INTERRUPTED)
     except (PsError, OSError) as error:
-        typer.echo(f"psctl: {error}", err=True)
-        raise typer.Exit(1) from None
+        fail(str(error), _status(error))
+
+
+def fail(message: str, status: Exit) -> NoReturn:
+    """End the command with a line on stderr."""
+    typer.echo(f"psctl: {' '.join(message.split())}", err=True)
+    raise typer.Exit(status) from None
+
+
+def _status(error: Exception) -> Exit:
+    if isinstance(error, ImportIncomplete):
+        return Exit.INCOMPLETE
+    if isinstance(error, (Unavailable, DeadlineExceeded)):
+        return Exit.UNREACHABLE
+    return Exit.FAILED
+
+
+# ---- listings
+
+
+def listing(*columns: str) -> Table:
+    """Return a table for ``print_listing``; columns align right, or left if "<" follows."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for column in columns:
+        justify: Literal["left", "right"] = "left" if column.endswith("<") else "right"
+        table.add_column(column.removesuffix("<"), justify=justify, no_wrap=True)
+    return table
+
+
+def print_listing(table: Table, lines: Iterable[Sequence[str | Text]]) -> None:
+    """Print lines under the columns of a table, whole even where the terminal is narrower."""
+    for line in lines:
+        table.add_row(*line)
+    width = Console(width=1 << 16).measure(table).maximum
+    Console(width=width, highlight=False).print(table)
+
+
+# ---- progress
 
 
 @contextmanager
 def bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, to be told what is done and how much there is (0: unknown)."""
+    """Show a progress bar on a terminal.
+
+    Yields a function of the amount that is done and the amount in all (0: unknown).
+    """
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -53,17 +156,17 @@ def bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=None, amount="")
 
-        def tell(done: int, total: int) -> None:
+        def show(done: int, total: int) -> None:
             amount = _amount(done, total, unit, time.monotonic() - start)
             total = max(done, total, 1) if total else 0
             progress.update(task, completed=done, total=total or None, amount=amount)
 
-        yield tell
-        progress.update(task, completed=1, total=1)  # full, also if there was nothing to tell
+        yield show
+        progress.update(task, completed=1, total=1)  # full, even if nothing was reported
 
 
 def _amount(done: int, total: int, unit: str, seconds: float) -> str:
-    """How much of how much, and how fast."""
+    """Return the amount done, the amount in all and the speed."""
     speed = int(done / seconds) if seconds else 0
     if unit != "bytes":
         return f"{done:,} {unit}, {speed:,} {unit}/s"
@@ -71,13 +174,13 @@ def _amount(done: int, total: int, unit: str, seconds: float) -> str:
     return f"{filesize.decimal(done)}{whole}, {filesize.decimal(speed)}/s"
 
 
-def summed(tell: Callable[[int, int], None]) -> Callable[[int], None]:
-    """For work that tells how much more is done."""
+def summed(show: Callable[[int, int], None]) -> Callable[[int], None]:
+    """Return a function that takes increments and reports their sum to ``show``."""
     done = 0
 
-    def more(size: int) -> None:
+    def add(size: int) -> None:
         nonlocal done
         done += size
-        tell(done, 0)
+        show(done, 0)
 
-    return more
+    return add

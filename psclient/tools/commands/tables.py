@@ -1,36 +1,237 @@
-"""psctl evict: the tables of a cluster."""
+"""psctl tables, table, create, drop, evict: the tables of a cluster."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from psclient.tools.commands.shell import DEFAULT, Servers, app, connected
+from psclient.client import Client
+from psclient.errors import TableNotFound
+from psclient.schema import TableInfo
+from psclient.tools import figures
+from psclient.tools.commands.shell import (
+    DEFAULT,
+    Output,
+    OutputOption,
+    Servers,
+    app,
+    connected,
+    listing,
+    print_listing,
+)
+from psclient.tools.rules import parse_rule, rule_text
+from psproto import ps_pb2 as pb
+
+Name = Annotated[str, typer.Argument(metavar="TABLE", help="Name of the table.")]
+
+
+@app.command()
+def tables(output: OutputOption = Output.TABLE, servers: Servers = DEFAULT) -> None:
+    """List the tables with their sizes over all shards."""
+    with connected(servers) as client:
+        found = client.list_tables()
+    if output is Output.JSON:
+        typer.echo(json.dumps([asdict(each) for each in found], indent=1))
+        return
+    columns = ("table<", "dim", "optimizer<", "rows", "memory", "admission<", "eviction<")
+    lines = [
+        (
+            escape(each.name),
+            str(each.dim),
+            each.optimizer,
+            f"{each.rows:,}",
+            figures.size(each.bytes),
+            each.admission,
+            ", ".join(each.eviction) or "-",
+        )
+        for each in found
+    ]
+    print_listing(listing(*columns), lines)
+
+
+@app.command()
+def table(name: Name, output: OutputOption = Output.TABLE, servers: Servers = DEFAULT) -> None:
+    """Show all settings of a table, and its size on each shard."""
+    with connected(servers) as client:
+        info = client.describe_table(name)
+    if output is Output.JSON:
+        typer.echo(json.dumps(asdict(info), indent=1))
+        return
+    console, grid = Console(highlight=False), Table.grid(padding=(0, 2))
+    for field, value in _fields(info):
+        grid.add_row(f"[dim]{field}[/dim]", escape(value))
+    console.print(grid)
+    lines = [
+        (str(shard), f"{rows:,}", figures.size(size), f"{version:,}")
+        for shard, (rows, size, version) in enumerate(
+            zip(info.shard_rows, info.shard_bytes, info.versions, strict=True)
+        )
+    ]
+    console.print()
+    print_listing(listing("shard", "rows", "memory", "version"), lines)
+
+
+def _fields(info: TableInfo) -> list[tuple[str, str]]:
+    """Return all fields of a table over all shards, with their values."""
+    evictions = [rule_text(name, args) for name, args in info.eviction.items()]
+    return [
+        ("table", info.name),
+        ("dim", str(info.dim)),
+        ("optimizer", rule_text(info.optimizer, info.optimizer_args)),
+        ("initializer", rule_text(info.initializer, info.initializer_args)),
+        ("seed", str(info.seed)),
+        ("serving default", f"{info.serving_default:g}"),
+        ("durability", info.durability),
+        ("admission", rule_text(info.admission, info.admission_args)),
+        ("eviction", "\n".join(evictions) or "none"),
+        ("rows", f"{info.rows:,}"),
+        ("memory", figures.size(info.bytes)),
+        ("waiting keys", f"{info.waiting:,}, counters {figures.size(info.counter_bytes)}"),
+    ]
+
+
+@app.command()
+def create(
+    name: Name,
+    dim: Annotated[int, typer.Option(help="Length of the embeddings.", show_default=False)],
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            help="Rule of updates: sgd, momentum, adagrad, rowwise_adagrad, adagrad_decay, adam,"
+            " adamw, adam_async, ftrl or group_ftrl, with parameters."
+        ),
+    ] = "adagrad",
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate (default: the optimizer's own).")
+    ] = None,
+    initializer: Annotated[
+        str,
+        typer.Option(
+            help="Initial values: zeros, constant, uniform, normal or truncated_normal, with"
+            " parameters."
+        ),
+    ] = "uniform",
+    seed: Annotated[int, typer.Option(help="Seed of the initial values.")] = 0,
+    serving_default: Annotated[
+        float, typer.Option(help="What serving pulls return for keys without a row.")
+    ] = 0.0,
+    durability: Annotated[
+        str,
+        typer.Option(
+            help="When a push is answered: applied (in memory), log (survives a crash of the"
+            " server) or fsync (survives a power loss)."
+        ),
+    ] = "log",
+    admission: Annotated[
+        str,
+        typer.Option(
+            help="Which keys get a row: always, counter, sketch or probability, with parameters."
+        ),
+    ] = "always",
+    eviction: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Which rows are evicted: step_ttl, time_ttl, norm, capacity_lru or capacity_lfu,"
+            " with parameters; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    servers: Servers = DEFAULT,
+) -> None:
+    r"""Create a table on all shards.
+
+    Parameters follow a rule after a colon; omitted ones take their defaults:
+
+    \b
+      psctl create user --dim 16 --optimizer adam:lr=0.001,beta1=0.9 \
+        --admission counter:threshold=3 --eviction step_ttl:steps=100000
+
+    Nothing changes if the table exists with equal settings. It is an error if it exists with
+    different ones.
+    """
+    with connected(servers) as client:
+        optimizer, optimizer_args = parse_rule("--optimizer", optimizer)
+        initializer, initializer_args = parse_rule("--initializer", initializer)
+        admission, admission_args = parse_rule("--admission", admission)
+        existed = any(each.name == name for each in client.list_tables())
+        client.create_table(
+            name,
+            dim,
+            optimizer=optimizer,
+            lr=lr,
+            optimizer_args=optimizer_args,
+            initializer=initializer,
+            initializer_args=initializer_args,
+            seed=seed,
+            serving_default=serving_default,
+            durability=durability,  # type: ignore[arg-type]
+            admission=admission,
+            admission_args=admission_args,
+            eviction=dict(parse_rule("--eviction", each) for each in eviction or ()),
+        )
+    typer.echo(f"{name}: exists with these settings" if existed else f"{name}: created")
+
+
+@app.command()
+def drop(
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
+    servers: Servers = DEFAULT,
+) -> None:
+    """Delete a table with all its rows, on all shards. Asks for confirmation.
+
+    Checkpoints that contain the table are kept: `psctl restore CHECKPOINT --table TABLE --into
+    TABLE` brings its rows back.
+    """
+    with connected(servers) as client:
+        rows = f"{_rows(client, name):,} rows"
+        if not yes:
+            typer.confirm(f"Delete table {name} with {rows}?", abort=True, err=True)
+        client.drop_table(name)
+    typer.echo(f"{name}: dropped, {rows} deleted")
+
+
+def _rows(client: Client, name: str) -> int:
+    """Return the rows of a table, which some of the shards may lack or have with another schema."""
+    answers = client._on_all(
+        "TableService/ListTables", pb.ListTablesRequest(), pb.ListTablesResponse
+    )
+    found = [each for answer in answers for each in answer.tables if each.schema.name == name]
+    if not found:
+        raise TableNotFound(f"no table {name!r} on any shard")
+    return sum(each.stats.rows for each in found)
 
 
 @app.command()
 def evict(
-    table: str,
-    dry_run: Annotated[bool, typer.Option(help="only count the rows that would leave")] = False,
+    table: Name,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count the rows that would be evicted; delete none.")
+    ] = False,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Evict the rows of a table that are to leave by its rules, now."""
+    """Delete the rows that a table's eviction rules select, now.
+
+    The servers evict the same rows in the background. Use this command not to wait for them.
+    """
     with connected(servers) as client:
-        held = client.describe_table(table)
+        info = client.describe_table(table)
         evicted = client.evict(table, dry_run=dry_run)
-    if not held.eviction:
-        typer.echo(f"{table}: no rule for eviction, {held.rows:,} rows stay")
+    if not info.eviction:
+        typer.echo(f"{table}: no eviction rule; all {info.rows:,} rows stay")
         return
-    shown = Table("cause", "rows that would leave" if dry_run else "rows evicted", "share")
-    for column in shown.columns[1:]:
-        column.justify = "right"
+    shown = listing("cause<", "rows that would be evicted" if dry_run else "rows evicted", "share")
+    lines = [
+        (cause, f"{rows:,}", figures.percent(rows / max(info.rows, 1)))
+        for cause, rows in sorted(evicted.items())
+    ]
     gone = sum(evicted.values())
-    for cause, rows in sorted(evicted.items()):
-        shown.add_row(cause, f"{rows:,}", f"{rows / max(held.rows, 1):.1%}")
-    shown.add_section()
-    shown.add_row("together", f"{gone:,}", f"{gone / max(held.rows, 1):.1%}")
-    shown.add_row("of rows", f"{held.rows:,}", "")
-    Console().print(shown)
+    lines.append(("total", f"{gone:,}", figures.percent(gone / max(info.rows, 1))))
+    lines.append(("rows before", f"{info.rows:,}", ""))
+    print_listing(shown, lines)

@@ -11,7 +11,7 @@ import pytest
 from filled import KEYS, fill, whole
 from safetensors.numpy import load_file
 from servers import Cluster
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from psclient import Client
 from psclient.tools import ctl
@@ -26,10 +26,17 @@ def flags(tmp_path: Path) -> tuple[str, ...]:
     return ("--checkpoint-url", f"file://{tmp_path}/checkpoints")
 
 
+def run(*words: str, servers: list[str], typed: str | None = None) -> Result:
+    environment = {"PSCTL_SERVERS": ",".join(servers), "COLUMNS": "80"}
+    return CliRunner().invoke(ctl.app, words, env=environment, input=typed)
+
+
 def psctl(cluster: Cluster, *words: str, fails: bool = False) -> str:
-    environment = {"PSCTL_SERVERS": ",".join(cluster.addresses), "COLUMNS": "160"}
-    done = CliRunner().invoke(ctl.app, words, env=environment)
-    assert bool(done.exit_code) == fails, (done.exception, done.stderr)
+    done = run(*words, servers=cluster.addresses)
+    assert done.exit_code == (1 if fails else 0), (done.exception, done.stderr)
+    if fails:
+        assert done.stderr.startswith("psctl: ")
+        assert done.stderr.count("\n") == 1
     return done.stderr if fails else done.stdout
 
 
@@ -46,8 +53,8 @@ def test_psctl_does_it_all(
         wanted = whole(client, "t")
     assert "exists" in psctl(source, "checkpoint", "b", fails=True)
     listing = psctl(source, "checkpoints")
-    assert all(word in listing for word in ("builds on", " a ", " b ", f"{rows + 9:,}"))
-    assert "as they were written" in psctl(source, "verify", "b")
+    assert all(word in listing for word in ("parent", " a ", "\nb ", f"{rows + 9:,}"))
+    assert "undamaged" in psctl(source, "verify", "b")
     psctl(target, "restore", "b")
     with connect(target) as client:
         assert whole(client, "t") == wanted

@@ -88,32 +88,74 @@ def test_an_empty_table_is_exported_too(shared: Cluster, tmp_path: Path, name: s
         client.drop_table(name)
 
 
-def test_what_is_no_table_of_rows_is_not_imported(
-    shared: Cluster, tmp_path: Path, name: str
-) -> None:
-    import pyarrow as pa
-
-    floats = pa.array([[1.0, 2.0], [3.0, 4.0]], pa.list_(pa.float32()))
-    bad: list[tuple[dict[str, Any], str]] = [
-        ({"key": pa.array([1, 2])}, "no column 'embedding'"),
-        ({"key": pa.array([1.0, 2.0]), "embedding": floats}, "key must be"),
-        ({"key": pa.array([1, 2]), "embedding": pa.array([[1.0], [2.0]])}, "has dim 2"),
-        ({"key": pa.array([1, 2]), "embedding": pa.array([[1.0, 2.0], [2.0]])}, "one length"),
-        ({"key": pa.array([1, 2]), "embedding": pa.array([[1.0, 2.0], None])}, "null"),
-    ]
-    path = tmp_path / "x.parquet"
+@pytest.mark.parametrize("format", list(export.FORMATS))
+def test_keys_are_signed_or_not(shared: Cluster, tmp_path: Path, format: str) -> None:
+    found = {}
     with Client(shared.addresses) as client:
-        client.create_table(name, 2)
-        for columns, why in bad:
-            parquet.write_table(pa.table(columns), path)
+        for keys in ("uint64", "int64"):
+            path = tmp_path / keys
+            export.export(client, "t", path, format=format, keys=keys)
+            if format == "parquet":
+                found[keys] = parquet.read_table(path)["key"].to_numpy()
+            else:
+                found[keys] = load_file(path)["keys"]
+        with pytest.raises(InvalidArgument, match="keys must be one of uint64, int64, got 'int32'"):
+            export.export(client, "t", tmp_path / "x", keys="int32")
+    assert (found["uint64"].dtype, found["int64"].dtype) == (np.uint64, np.int64)
+    assert {-1, -(2**63), 2**63 - 1} <= set(found["int64"].tolist())
+    unsigned, signed = np.sort(found["uint64"]), np.sort(found["int64"].view(np.uint64))
+    assert np.array_equal(unsigned, signed)
+
+
+@pytest.mark.parametrize("stored", [None, "full"])
+def test_parts_are_a_file_per_shard_and_go_back(
+    shared: Cluster, tmp_path: Path, stored: str | None
+) -> None:
+    path = tmp_path / "t"
+    told: list[int] = []
+    with Client(shared.addresses) as client:
+        rows = whole(client, "t")
+        more = {"checkpoint": stored, "keys": "int64", "parts": True}
+        assert export.export(client, "t", path, progress=told.append, **more) == len(rows)
+        assert sorted(each.name for each in path.iterdir()) == [
+            f"part-{shard:05}.parquet" for shard in range(3)
+        ]
+        assert sum(told) == parquet.read_table(path).num_rows == len(rows)
+        client.create_table("parts", 6, optimizer="adam")
+        assert importer.import_parquet(client, "parts", path) == len(rows)
+        for key, (row, _, *history) in whole(client, "parts").items():
+            assert (row, *history) == (rows[key][0], *rows[key][2:])
+        client.drop_table("parts")
+        with pytest.raises(InvalidArgument, match="choose a new or an empty directory"):
+            export.export(client, "t", path, **more)
+    assert [each.name for each in tmp_path.iterdir()] == ["t"]
+
+
+def test_an_export_of_parts_that_fails_leaves_nothing(
+    shared: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = export.FORMATS["parquet"]
+
+    def fail(part: Any, progress: Any) -> int:
+        if part.path.name == "part-00001.parquet":
+            raise OSError(28, "No space left on device")
+        return write(part, progress)
+
+    monkeypatch.setitem(export.FORMATS, "parquet", fail)
+    with Client(shared.addresses) as client, pytest.raises(OSError, match="No space left"):
+        export.export(client, "t", tmp_path / "t", parts=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_can_be_written_nothing_is_read(shared: Cluster, tmp_path: Path) -> None:
+    with Client(shared.addresses) as client:
+        for path, parts, why in (
+            (tmp_path, False, "is a directory"),
+            (tmp_path / "no" / "t", False, "cannot be written: No such file"),
+            (Path("/proc/t"), True, "cannot be created: No such file"),
+        ):
             with pytest.raises(InvalidArgument, match=why):
-                importer.import_parquet(client, name, path)
-        twice = pa.array([7, -7, 7])
-        floats = pa.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-        parquet.write_table(pa.table({"key": twice, "embedding": floats}), path)
-        assert importer.import_parquet(client, name, path) == 2
-        assert client.table(name).pull([7, -7]).tolist() == [[5.0, 6.0], [3.0, 4.0]]
-        client.drop_table(name)
+                export.export(client, "nothing", path, parts=parts)
 
 
 def test_without_pyarrow_it_is_said_what_to_install(

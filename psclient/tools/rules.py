@@ -1,0 +1,37 @@
+"""Rules of a table as they are typed: RULE, or RULE:PARAMETER=NUMBER,PARAMETER=NUMBER."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from psclient.errors import InvalidArgument
+
+
+def parse_rule(field: str, text: str) -> tuple[str, dict[str, float]]:
+    """Return name and parameters of a rule.
+
+    field  named by the InvalidArgument of a bad text
+
+    >>> parse_rule("--optimizer", "adam:lr=0.01,beta1=0.8")
+    ('adam', {'lr': 0.01, 'beta1': 0.8})
+    """
+    name, colon, parameters = text.partition(":")
+    found: dict[str, float] = {}
+    for each in parameters.split(",") if colon else []:
+        parameter, equals, value = each.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            equals = ""
+        if not equals or not parameter or parameter in found:
+            raise InvalidArgument(
+                f"{field} must be RULE or RULE:PARAMETER=NUMBER,..., got {text!r}"
+            )
+        found[parameter] = number
+    return name, found
+
+
+def rule_text(name: str, parameters: Mapping[str, float]) -> str:
+    """Return a rule as ``parse_rule`` reads it."""
+    numbers = ",".join(f"{each}={value:g}" for each, value in parameters.items())
+    return f"{name}:{numbers}" if numbers else name

@@ -1,0 +1,190 @@
+"""Parquet files as a source of rows for one table.
+
+``files_of`` lists the files, ``require`` checks a file by its footer alone, ``read`` checks and
+returns its rows. What is wrong is an InvalidArgument that names the file, the row, the column and
+the rule.
+
+Memory is bounded whatever a file contains. Lists are compared with the table's dim before they
+are read: a fixed size by the type, other lists by the count of numbers in the footer. Batches are
+bounded in bytes. A row group that is large in memory must also be large in the file, so that a
+small file cannot expand without bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from psclient.errors import InvalidArgument, PsError
+from psclient.tools import cells
+from psclient.tools.arrow import GROUP_ROWS, optimizer_of, pyarrow
+
+BATCH_BYTES = 32 << 20  # of the rows that are read at once
+BUFFER_BYTES = 1 << 20  # of a column that are read from the file at once
+SMALL_GROUP = 256 << 20  # bytes of a row group that may be read to find the row that is wrong
+LARGE_GROUP = 1 << 30  # bytes of a row group's lists from which its size in the file counts
+EXPANSION = 100  # bytes that one byte of a large row group may become
+NUMBER_BYTES = 8  # at most, of a number of a list, decoded
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The table that rows are for."""
+
+    table: str
+    dim: int
+    width: int  # numbers of a row: dim, and the optimizer's state
+    optimizer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some rows of a file, in its order."""
+
+    keys: NDArray[np.uint64]  # [n]
+    rows: NDArray[np.float32]  # [n, dim], or with state [n, width]
+    steps: NDArray[np.int64] | None
+    frequencies: NDArray[np.int64] | None
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files to read: ``path``, or all *.parquet files in a directory, by name.
+
+    Files and directories whose names start with "." or "_" are skipped, as other programs keep
+    their own files under such names.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise InvalidArgument(
+            f"{path} is not a file or a directory" if path.exists() else f"{path} does not exist"
+        )
+    found = sorted(
+        each
+        for each in path.rglob("*.parquet")
+        if each.is_file() and not any(p[0] in "._" for p in each.relative_to(path).parts)
+    )
+    if not found:
+        raise InvalidArgument(f"{path} contains no *.parquet file")
+    return found
+
+
+def require(path: Path, target: Target) -> int:
+    """Check a file's columns by its footer; return how many rows the footer announces."""
+    with _opened(path) as (arrow, file):
+        for name, length in _lists(file, target, arrow).items():
+            _require_counts(file.metadata, name, length)
+        return int(file.metadata.num_rows)
+
+
+def read(path: Path, target: Target) -> Iterator[Rows]:
+    """Yield the rows of a file, checked, in batches of bounded size."""
+    start = 0
+    with _opened(path) as (arrow, file):
+        lists = _lists(file, target, arrow)
+        columns = ["key", *lists, *(set(file.schema_arrow.names) & {"step", "frequency"})]
+        most = BATCH_BYTES // (NUMBER_BYTES * sum(lists.values()) + 24)
+        size = max(1, min(GROUP_ROWS, most))
+        for batch in file.iter_batches(batch_size=size, columns=columns):
+            yield _rows(arrow, batch, lists, start)
+            start += batch.num_rows
+        if start != file.metadata.num_rows:
+            raise InvalidArgument(f"has {start:,} rows, its footer {file.metadata.num_rows:,}")
+
+
+def _rows(arrow: Any, batch: Any, lists: dict[str, int], start: int) -> Rows:
+    """Convert a batch; ``start`` is the number of its first row in the file."""
+    names = batch.schema.names
+    try:
+        matrices = [cells.to_matrix(name, batch[name], n) for name, n in lists.items()]
+        integers = {
+            name: cells.to_integers(arrow, name, batch[name], bounds)
+            for name, bounds in (("step", cells.STEPS), ("frequency", cells.FREQUENCIES))
+            if name in names
+        }
+        return Rows(
+            cells.to_keys(arrow, "key", batch["key"]),
+            matrices[0] if len(matrices) == 1 else np.concatenate(matrices, axis=1),
+            integers.get("step"),
+            integers.get("frequency"),
+        )
+    except cells.BadColumn as error:
+        where = "" if error.row is None else f"row {start + error.row} (counted from 0): "
+        raise InvalidArgument(f"{where}{error}") from error
+
+
+def _lists(file: Any, target: Target, arrow: Any) -> dict[str, int]:
+    """Check the types of the columns; return the lists to read, with their lengths.
+
+    The optimizer's state is among them if the file's is of the same optimizer.
+    """
+    schema = file.schema_arrow
+    for name in ("key", "embedding", "state", "step", "frequency"):
+        count = schema.names.count(name)
+        if count > 1 or (count == 0 and name in ("key", "embedding")):
+            raise InvalidArgument(f"has {count or 'no'} columns {name!r}; exactly one is needed")
+    lists = {"embedding": target.dim}
+    state = target.width - target.dim
+    if state and "state" in schema.names and optimizer_of(schema.metadata) == target.optimizer:
+        lists["state"] = state
+    try:
+        cells.require_keys(arrow, "key", schema.field("key").type)
+        for name, length in lists.items():
+            cells.require_lists(arrow, name, schema.field(name).type, length)
+        for name in {"step", "frequency"} & set(schema.names):
+            cells.require_integers(arrow, name, schema.field(name).type)
+    except cells.BadColumn as error:
+        raise InvalidArgument(f"{error} (table {target.table!r}, dim {target.dim})") from error
+    return lists
+
+
+def _require_counts(metadata: Any, name: str, length: int) -> None:
+    """Check that each row group has ``length`` numbers per row, before they are read.
+
+    In a small row group a wrong count is left for ``read``, which finds the row.
+    """
+    [leaf] = [
+        i
+        for i in range(metadata.num_columns)
+        if metadata.schema.column(i).path.split(".")[0] == name
+        and metadata.schema.column(i).max_repetition_level == 1
+    ]
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunk, rows = group.column(leaf), group.num_rows
+        size = NUMBER_BYTES * max(chunk.num_values, rows * length)
+        where = f"row group {number}: column {name!r}"
+        if size > SMALL_GROUP and chunk.num_values != rows * length:
+            raise InvalidArgument(
+                f"{where} must contain {length} numbers per row, it has"
+                f" {chunk.num_values:,} numbers in {rows:,} rows"
+            )
+        if size > LARGE_GROUP and size > EXPANSION * chunk.total_uncompressed_size:
+            raise InvalidArgument(
+                f"{where} expands from {chunk.total_uncompressed_size:,} to {size:,} bytes;"
+                " write the file with smaller row groups"
+            )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Open a file; every error about it becomes an InvalidArgument that starts with its name."""
+    arrow, parquet = pyarrow()
+    try:
+        with parquet.ParquetFile(
+            path, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+        ) as file:
+            yield arrow, file
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{path}: {error}") from error
+    except PsError:
+        raise
+    except Exception as error:  # a library reads what anybody may have written
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InvalidArgument(f"{path}: cannot be read as Parquet: {reason}") from error
