@@ -10,7 +10,6 @@ from psserver.engine import Engine
 from psserver.errors import BadRequest, TooLarge, WrongShard
 from psserver.schemas import write_schema
 from psserver.shard import Shard
-from psserver.tombstones import Tombstones
 from psserver.views import KeyView
 from storage.analysis import norms_of
 from storage.errors import Compacted
@@ -19,7 +18,7 @@ from storage.records import Cause, Delete, decode
 from storage.versionlog import VersionLog
 
 MAX_INSPECTED = 1000
-DEAD = 1024  # changes whose tombstones are looked through at once
+DEAD = 65_536  # tombstones that are looked through at once
 
 
 class Inspector:
@@ -93,25 +92,25 @@ class Inspector:
         at = known.created
         while True:
             dead = self._engine.run(lambda at=at: self._shard.tombstones(at, DEAD))  # type: ignore[misc]
-            dead = [each for each in dead if each.version <= known.version]
-            if not dead:
+            dead = dead.take(dead.versions <= known.version)
+            if not len(dead):
                 return found, self._shard.tombstone_horizon
-            at = dead[-1].version
-            mine = [each for each in dead if each.table == known.number]
-            gone = np.concatenate([np.empty(0, np.uint64), *(each.keys for each in mine)])
-            change = np.repeat(np.arange(len(mine)), [len(each.keys) for each in mine])
-            hits = np.flatnonzero(np.isin(gone, keys))
-            told = {i: self._told_of(mine[i]) for i in np.unique(change[hits]).tolist()}
-            for key, i in zip(gone[hits].tolist(), change[hits].tolist(), strict=True):
-                found.setdefault(key, []).append(told[i])
+            at = int(dead.versions[-1])
+            hits = dead.take((dead.tables == known.number) & np.isin(dead.keys, keys))
+            told: dict[int, pb.KeyFacts.Gone] = {}
+            columns = (column.tolist() for column in (hits.keys, hits.versions, hits.causes))
+            for key, version, cause in zip(*columns, strict=True):
+                if version not in told:
+                    told[version] = self._told_of(version, Cause(cause))
+                found.setdefault(key, []).append(told[version])
 
-    def _told_of(self, dead: Tombstones) -> pb.KeyFacts.Gone:
+    def _told_of(self, version: int, cause: Cause) -> pb.KeyFacts.Gone:
         """A delete, with what its record says if the log still has it."""
-        gone = pb.KeyFacts.Gone(version=dead.version, cause=Cause(dead.cause).name.lower())
+        gone = pb.KeyFacts.Gone(version=version, cause=cause.name.lower())
         if self._log is None:
             return gone
         try:
-            frames = self._log.read(dead.version - 1, upto=dead.version)
+            frames = self._log.read(version - 1, upto=version)
         except Compacted:
             return gone
         for frame in frames[:1]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from psserver.engine import Engine
+from psserver.tombstones import joined
 from psserver.views import Capture
 from storage.admission.gates import Occurrences, Versions
 from storage.block import (
@@ -30,13 +31,13 @@ def blocks_of(captured: Capture, after: int, buffer: Bytes) -> Iterator[Block]:
     buffer  uint8[BLOCK_BYTES]; a block is valid until the next one is asked for
     """
     size = tombstones_per_block()
-    for dead in captured.tombstones:
-        if dead.version > after:
-            for at in range(0, len(dead.keys), size):
-                keys = dead.keys[at : at + size]
-                block = Block.tombstones(dead.table, len(keys), buffer)
-                block.keys[:], block.versions[:], block.causes[:] = keys, dead.version, dead.cause
-                yield block
+    for number, dead in joined([part.after(after) for part in captured.tombstones]).by_table():
+        for at in range(0, len(dead), size):
+            part = dead.take(slice(at, at + size))
+            block = Block.tombstones(number, len(part), buffer)
+            block.keys[:], block.versions[:] = part.keys, part.versions
+            block.causes[:] = part.causes
+            yield block
     for each in captured.tables:
         number, width, scan = each.number, each.width, each.scan
         start: int | None = 0

@@ -15,7 +15,6 @@ from storage import records
 from storage.basestate import BaseState
 from storage.block import Block
 from storage.errors import Corrupt
-from storage.records import Cause
 
 
 class Recovery:
@@ -60,12 +59,16 @@ class Recovery:
                 self._load_tombstones(entry, block)
 
     def _load_tombstones(self, entry: TableEntry, block: Block) -> None:
-        for version in np.unique(block.versions):
-            chosen = block.versions == version
-            keys = block.keys[chosen].copy()
-            entry.table.delete(keys, before=int(version))
-            cause = Cause(int(block.causes[chosen][0]))
-            self._tombstones.add(Tombstones(block.table, keys, int(version), cause))
+        tables = np.full(len(block.keys), block.table, np.uint32)
+        self._tombstones.load(Tombstones(tables, block.keys, block.versions, block.causes))
+        order = np.lexsort((block.versions, block.keys))
+        keys, versions = block.keys[order], block.versions[order]
+        newest = np.append(keys[1:] != keys[:-1], True)  # of each key, its last delete
+        entry.table.delete(keys[newest], before=versions[newest])
+
+    def blocks_loaded(self) -> None:
+        """End the base; records of the log come next."""
+        self._tombstones.settle()
 
     def replay(self, version: int, record: records.Record) -> None:
         """Apply a record of the log again; records come in their order."""
@@ -84,7 +87,7 @@ class Recovery:
                 _replay_push(entry, version, record)
             case records.Delete(_, number, cause, keys):
                 entry.table.delete(keys)
-                self._tombstones.add(Tombstones(number, keys.copy(), version, cause))
+                self._tombstones.add(number, keys, version, cause)
             case records.Drop():
                 self._tables.remove(entry)
         if (origin := record.origin).client:

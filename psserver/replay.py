@@ -42,6 +42,7 @@ def recover(shard: Shard, base: Base, versions: VersionLog) -> Recovered:
         for _, block in base.blocks():
             shard.recovery.load_block(block)
             rows += len(block.keys)
+        shard.recovery.blocks_loaded()
     if versions.first > shard.version + 1:
         raise Corrupt(
             str(base.directory),

@@ -30,7 +30,7 @@ from storage.schema import TableSchema
 from storage.tiers.base import KEY, STEP, VERSION, Scan
 
 SLICE_BYTES = 256 << 10  # bytes of rows that the engine thread copies at a time
-SLICE_TOMBSTONES = 4096  # changes whose deletes are read at a time
+SLICE_TOMBSTONES = 65_536  # deletes that are read at a time
 
 
 class RowScan:
@@ -106,49 +106,40 @@ class RowScan:
             if dead is None:
                 sender.position = replace(position, boot=0)
                 return False
-            if not dead:
+            if not len(dead):
                 break
-            at = dead[-1].version
-            dead = [each for each in dead if each.version <= position.version]
+            at = int(dead.versions[-1])
+            dead = dead.take(dead.versions <= position.version)
             make = partial(self._make_deletes, dead, names, token)
             await self._send(await source.work(make))
         return True
 
-    def _tombstones(self, after: int) -> list[Tombstones] | None:
+    def _tombstones(self, after: int) -> Tombstones | None:
         """Return deletes above a version; None if some were discarded. On the engine thread."""
         shard = self._source.shard
         if after < shard.tombstone_horizon:
             return None
         return shard.tombstones(after, SLICE_TOMBSTONES)
 
-    def _make_deletes(
-        self, dead: list[Tombstones], names: dict[int, str], token: bytes
-    ) -> list[bytes]:
+    def _make_deletes(self, dead: Tombstones, names: dict[int, str], token: bytes) -> list[bytes]:
         return list(self._deletes(dead, names, token))
 
-    def _deletes(
-        self, dead: list[Tombstones], names: dict[int, str], token: bytes
-    ) -> Iterator[bytes]:
-        groups: dict[tuple[int, records.Cause], list[Tombstones]] = {}
-        for each in dead:
-            if each.table in names:
-                groups.setdefault((each.table, each.cause), []).append(each)
-        for (number, cause), some in groups.items():
-            keys = np.concatenate([each.keys for each in some])
-            versions = np.repeat(
-                np.array([each.version for each in some], np.uint64),
-                [len(each.keys) for each in some],
-            )
-            last = newest(keys)
-            yield from self._deltas.deletes(
-                names[number],
-                self._sender.position.version,
-                keys[last],
-                versions[last],
-                cause,
-                token=token,
-                more=True,
-            )
+    def _deletes(self, dead: Tombstones, names: dict[int, str], token: bytes) -> Iterator[bytes]:
+        for number, of_table in dead.by_table():
+            if number not in names:
+                continue
+            for cause in np.unique(of_table.causes).tolist():
+                found = of_table.take(of_table.causes == cause)
+                found = found.take(newest(found.keys))
+                yield from self._deltas.deletes(
+                    names[number],
+                    self._sender.position.version,
+                    found.keys,
+                    found.versions,
+                    records.Cause(cause),
+                    token=token,
+                    more=True,
+                )
 
     async def _send_rows(self, number: int, schema: TableSchema) -> None:
         """Send the rows of a table that were not sent yet."""

@@ -294,7 +294,7 @@ class Shard:
         """Deletes up to this version may have lost their tombstones."""
         return self._tombstones.horizon
 
-    def tombstones(self, after: int, limit: int) -> list[Tombstones]:
+    def tombstones(self, after: int, limit: int) -> Tombstones:
         """Return the oldest tombstones after a version: about ``limit``, and whole versions."""
         return self._tombstones.after(after, limit)
 
@@ -394,7 +394,7 @@ class Shard:
     ) -> int:
         """Delete rows as the next version, for which the log has room; return how many."""
         gone, rows = entry.table.delete(keys)
-        self._tombstones.add(Tombstones(entry.number, gone, self.version + 1, cause))
+        self._tombstones.add(entry.number, gone, self.version + 1, cause)
         origin = self._sequencer.origin(change, entry.table.evictor.step)
         parts = records.encode_delete(origin, entry.number, cause, gone)
         self._sequencer.append(Kind.DELETE, parts, change)

@@ -2,95 +2,150 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator
-from itertools import chain, islice
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from storage.kernels import Keys
 from storage.records import Cause
 
-CHUNK = 1024  # entries
+CHUNK = 1 << 16  # tombstones
 
 
-class Tombstones(NamedTuple):
-    """Keys that one change deleted."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Tombstones:
+    """Keys that were deleted, ordered by the version of their delete."""
 
-    table: int  # number of the table
-    keys: Keys
-    version: int  # of the change
-    cause: Cause
+    tables: NDArray[np.uint32]  # [n]  numbers of the tables
+    keys: Keys  # uint64[n]
+    versions: NDArray[np.uint64]  # [n]  of the deletes, ascending
+    causes: NDArray[np.uint32]  # [n]
+
+    def __len__(self) -> int:
+        """Return the number of tombstones."""
+        return len(self.keys)
+
+    def take(self, chosen: NDArray[np.bool_] | NDArray[np.int64] | slice) -> Tombstones:
+        """Return the tombstones at these indices."""
+        return Tombstones(*(column[chosen] for column in self.columns()))
+
+    def columns(self) -> tuple[NDArray[Any], ...]:
+        """Return tables, keys, versions and causes."""
+        return self.tables, self.keys, self.versions, self.causes
+
+    def after(self, version: int) -> Tombstones:
+        """Return the tombstones of deletes after a version."""
+        return self.take(slice(int(np.searchsorted(self.versions, version, "right")), None))
+
+    def by_table(self) -> list[tuple[int, Tombstones]]:
+        """Return the tombstones of each table, with its number."""
+        return [
+            (number, self.take(self.tables == number)) for number in np.unique(self.tables).tolist()
+        ]
+
+
+def no_tombstones(capacity: int = 0) -> Tombstones:
+    """Return arrays for ``capacity`` tombstones, undefined."""
+    return Tombstones(
+        np.empty(capacity, np.uint32),
+        np.empty(capacity, np.uint64),
+        np.empty(capacity, np.uint64),
+        np.empty(capacity, np.uint32),
+    )
+
+
+def joined(parts: list[Tombstones]) -> Tombstones:
+    """Return the tombstones of several parts as one."""
+    columns = zip(*(part.columns() for part in (no_tombstones(), *parts)), strict=True)
+    return Tombstones(*map(np.concatenate, columns))
 
 
 class TombstoneQueue:
     """The newest tombstones of a shard, oldest first.
 
-    limit    keys that are kept
-    horizon  tombstones up to this version may have been discarded
+    They are in parts: slices of arrays that are filled once and do not change afterwards. So what
+    ``all`` returns stays valid, and neither it nor ``add`` copies what is there. The tombstones of
+    one version are in one part.
 
-    Entries are in chunks. A chunk that is full does not change any more, so ``all`` copies one
-    chunk and not the queue, which may have a million entries.
+    limit    tombstones that are kept
+    horizon  tombstones up to this version may have been discarded
     """
 
     def __init__(self, limit: int) -> None:
+        """Create an empty queue."""
         self._limit = limit
-        self._chunks: list[list[Tombstones]] = [[]]  # of CHUNK entries each, but for the last
-        self._discarded = 0  # entries of the first chunk
-        self._keys = 0  # in the entries that are left
+        self._chunk = no_tombstones(CHUNK)  # arrays that are being filled
+        self._end = 0  # of the entries in them
+        self._parts = [no_tombstones()]  # the last one is a slice of the chunk
+        self._count = 0
         self.horizon = 0
 
-    def add(self, dead: Tombstones) -> None:
-        """Append tombstones, and discard the oldest beyond the limit."""
-        if not len(dead.keys):
-            return
-        if len(self._chunks[-1]) == CHUNK:
-            self._chunks.append([])
-        self._chunks[-1].append(dead)
-        self._keys += len(dead.keys)
-        while self._keys > self._limit:
-            self._discard()
-
-    def _discard(self) -> None:
-        oldest = self._chunks[0][self._discarded]
-        self._discarded += 1
-        self._keys -= len(oldest.keys)
-        self.horizon = max(self.horizon, oldest.version)
-        if self._discarded == CHUNK:
-            self._chunks = self._chunks[1:] or [[]]
-            self._discarded = 0
-
-    def all(self) -> TombstoneList:
-        """Return all tombstones as they are now."""
-        return TombstoneList((*self._chunks[:-1], self._chunks[-1].copy()), self._discarded)
-
-    def after(self, version: int, limit: int) -> list[Tombstones]:
-        """Return the oldest entries after a version: about ``limit``, and whole versions."""
-        entries: list[Tombstones] = []
-        chunks, number = self._chunks, max(bisect_right(self._chunks, version, key=_first) - 1, 0)
-        least = 0 if number else self._discarded
-        start = bisect_right(chunks[number], version, lo=least, key=lambda each: each.version)
-        for chunk in chunks[number:]:
-            for dead in islice(chunk, start, None):
-                if len(entries) >= limit and dead.version != entries[-1].version:
-                    return entries
-                entries.append(dead)
-            start = 0
-        return entries
-
-
-class TombstoneList:
-    """Tombstones as they were at one moment, oldest first."""
-
-    def __init__(self, chunks: tuple[list[Tombstones], ...], discarded: int) -> None:
-        self._chunks, self._discarded = chunks, discarded
-
     def __len__(self) -> int:
-        return sum(map(len, self._chunks)) - self._discarded
+        """Return the number of tombstones."""
+        return self._count
 
-    def __iter__(self) -> Iterator[Tombstones]:
-        return islice(chain.from_iterable(self._chunks), self._discarded, None)
+    def add(self, table: int, keys: Keys, version: int, cause: Cause) -> None:
+        """Append the tombstones of one delete, and discard the oldest beyond the limit."""
+        count = len(keys)
+        if not count:
+            return
+        if self._end + count > len(self._chunk):
+            self._chunk, self._end = no_tombstones(max(CHUNK, count)), 0
+            self._parts.append(no_tombstones())
+        chunk, part = self._chunk, slice(self._end, self._end + count)
+        chunk.tables[part], chunk.keys[part] = table, keys
+        chunk.versions[part], chunk.causes[part] = version, cause
+        start = self._end - len(self._parts[-1])
+        self._end += count
+        self._parts[-1] = chunk.take(slice(start, self._end))
+        self._count += count
+        self._trim()
 
+    def load(self, dead: Tombstones) -> None:
+        """Append tombstones in any order. ``settle`` must follow the last call."""
+        self._parts.insert(-1, dead.take(np.arange(len(dead))))  # a copy
+        self._count += len(dead)
 
-def _first(chunk: list[Tombstones]) -> int:
-    """Return the version of the first entry of a chunk."""
-    return chunk[0].version if chunk else 1 << 64
+    def settle(self) -> None:
+        """Order what was loaded by version, and discard the oldest beyond the limit."""
+        found = joined(self._parts)
+        order = np.argsort(found.versions, kind="stable")
+        self._chunk, self._end = no_tombstones(CHUNK), 0
+        self._parts = [found.take(order), no_tombstones()]
+        self._trim()
+
+    def all(self) -> list[Tombstones]:
+        """Return all tombstones, in parts."""
+        return list(self._parts)
+
+    def after(self, version: int, limit: int) -> Tombstones:
+        """Return the oldest tombstones after a version: about ``limit``, and whole versions."""
+        found, left = list[Tombstones](), limit
+        for part in self._parts:
+            part = part.after(version)
+            if len(part) > left:
+                last = part.versions[left - 1]
+                part = part.take(slice(0, int(np.searchsorted(part.versions, last, "right"))))
+            found.append(part)
+            left -= len(part)
+            if left <= 0:
+                break
+        return joined(found)
+
+    def _trim(self) -> None:
+        """Discard the oldest versions until the limit holds."""
+        while self._count > self._limit:
+            oldest = self._parts[0]
+            if not len(oldest):
+                self._parts = self._parts[1:]
+                continue
+            last = oldest.versions[min(self._count - self._limit, len(oldest)) - 1]
+            rest = oldest.after(last)
+            self.horizon = max(self.horizon, int(last))
+            self._count -= len(oldest) - len(rest)
+            if len(rest) or len(self._parts) == 1:
+                self._parts[0] = rest
+            else:
+                self._parts = self._parts[1:]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psserver.tables import TableEntry
-from psserver.tombstones import TombstoneList
+from psserver.tombstones import Tombstones
 from storage.admission.gates import Gate
 from storage.basestate import BaseTable
 from storage.eviction.evictor import EvictorState
@@ -93,7 +93,7 @@ class Capture:
     next_table: int
     tables: tuple[CapturedTable, ...]
     sessions: bytes
-    tombstones: TombstoneList
+    tombstones: list[Tombstones]  # in parts, oldest first
     horizon: int  # deletes up to this version may have lost their tombstones
 
 

@@ -242,11 +242,11 @@ class Table:
         absent = self._index.find(keys)[0] == 0
         self.gate.put(keys[absent], totals[absent], versions[absent])
 
-    def delete(self, keys: Keys, before: int | None = None) -> tuple[Keys, int]:
+    def delete(self, keys: Keys, before: Versions | None = None) -> tuple[Keys, int]:
         """Delete rows, and the counters of keys without one.
 
         keys    uint64[n]  distinct
-        before  only rows of lower versions
+        before  uint64[n]  only rows of lower versions; None: all rows
 
         Returns the keys that had either, in the order of ``keys``, and how many had a row.
         """
@@ -254,7 +254,7 @@ class Table:
         there = np.flatnonzero(locations)
         if before is not None:
             meta = self._host.meta(places(locations[there]))
-            there = there[meta[:, VERSION] < before]
+            there = there[meta[:, VERSION] < before[there]]
         gone = keys[there]
         self._index.remove(gone)
         self._host.release(places(locations[there]))

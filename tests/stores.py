@@ -22,6 +22,7 @@ from psserver.pace import Pace
 from psserver.replay import Recovered, recover
 from psserver.requests import Delete, Push
 from psserver.shard import Shard
+from psserver.tombstones import joined
 from storage.base import Base
 from storage.disk import Disk
 from storage.initializers import make_initializer
@@ -222,9 +223,11 @@ def contents(shard: Shard) -> dict[str, Any]:
         ),
         "sessions": sessions,
         "tombstones": sorted(
-            (dead.version, dead.table, sorted(dead.keys.tolist()), int(dead.cause))
-            for dead in captured.tombstones
-            if dead.table in numbers and len(dead.keys)
+            (version, table, key, cause)
+            for table, key, version, cause in zip(
+                *(column.tolist() for column in joined(captured.tombstones).columns()), strict=True
+            )
+            if table in numbers
         ),
     }
 

@@ -27,6 +27,7 @@ from psserver.engine import Engine
 from psserver.errors import NoLog
 from psserver.metrics import FlushCollector
 from psserver.shard import Shard
+from psserver.tombstones import joined
 from storage.admission.rules import Sketch
 from storage.block import ROWS, TOMBSTONES, rows_per_block
 from storage.errors import Corrupt, DiskFull, LogFailed
@@ -229,7 +230,7 @@ def test_the_horizon_of_tombstones_never_goes_back(tmp_path: Path) -> None:
             horizon = home.shard.tombstone_horizon
             home.reopen()
             assert home.shard.tombstone_horizon >= horizon
-            kept = {key for dead in home.shard.capture().tombstones for key in dead.keys.tolist()}
+            kept = set(joined(home.shard.capture().tombstones).keys.tolist())
             assert kept <= set(range(key + 1))
             deleted_after = {n for n in range(key + 1) if 3 + n > home.shard.tombstone_horizon}
             assert deleted_after <= kept, "a delete behind the horizon has no tombstone"
@@ -238,7 +239,7 @@ def test_the_horizon_of_tombstones_never_goes_back(tmp_path: Path) -> None:
 def test_a_delete_of_nothing_takes_no_memory(home: Home) -> None:
     for _ in range(100):
         home.shard.delete(change([5]))
-    assert not len(home.shard.capture().tombstones)
+    assert len(joined(home.shard.capture().tombstones)) == 0
 
 
 def test_the_causes_of_deletes_come_back(home: Home) -> None:
@@ -247,7 +248,7 @@ def test_the_causes_of_deletes_come_back(home: Home) -> None:
     home.flush()
     home.shard.delete(change([2]))
     home.reopen()
-    assert [dead.cause for dead in home.shard.capture().tombstones] == [Cause.REQUEST] * 2
+    assert joined(home.shard.capture().tombstones).causes.tolist() == [Cause.REQUEST] * 2
 
 
 # ---- tables

@@ -19,6 +19,7 @@ from psserver.errors import BadRequest, NoLog, Overloaded, SessionExpired
 from psserver.requests import Pull
 from psserver.schemas import from_json
 from psserver.shard import Shard
+from psserver.tombstones import joined
 from storage import records
 from storage.basestate import BaseState, BaseTable
 from storage.block import pack_rows, pack_tombstones, unpack
@@ -341,7 +342,12 @@ def test_a_bad_delete_changes_nothing(shard: Shard, bad: Any, error: Any) -> Non
 
 
 def tombstones(shard: Shard) -> list[tuple[int, list[int]]]:
-    return [(dead.version, dead.keys.tolist()) for dead in shard.capture().tombstones]
+    """Return the deleted keys, by the version of their delete."""
+    found: dict[int, list[int]] = {}
+    dead = joined(shard.capture().tombstones)
+    for version, key in zip(dead.versions.tolist(), dead.keys.tolist(), strict=True):
+        found.setdefault(version, []).append(key)
+    return list(found.items())
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 4, 100])
@@ -481,6 +487,7 @@ def test_a_base_state_and_its_blocks_are_the_shard() -> None:
     )
     assert (shard.version, shard.tables()) == (20, ["t"])
     assert shard.dump()["t"].meta[:, :2].tolist() == [[2, 6]]  # as old as its tombstone: newer
+    shard.recovery.blocks_loaded()
     assert tombstones(shard) == [(6, [2]), (8, [1, 3])]
     shard.recovery.load_block(rows([9], 2.0))
     assert shard.dump()["t"].rows.tolist() == [[2.0, 2.0], [1.0, 1.0]]

@@ -1,49 +1,147 @@
-"""The queue of tombstones against a plain list."""
+"""Deleted keys: kept in order, within a limit, and written in few blocks."""
 
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
+from stores import Home, change, contents, push, schema
 
 from psserver import tombstones
-from psserver.tombstones import TombstoneQueue, Tombstones
+from psserver.tombstones import TombstoneQueue, Tombstones, joined
+from storage.block import TOMBSTONES, tombstones_per_block
 from storage.records import Cause
 
 
+def listed(dead: Tombstones) -> list[tuple[int, int, int, int]]:
+    return list(zip(*(column.tolist() for column in dead.columns()), strict=True))
+
+
+def u64(*values: int) -> np.ndarray:
+    return np.array(values, np.uint64)
+
+
+def test_tombstones_are_kept_in_the_order_of_their_versions() -> None:
+    queue = TombstoneQueue(10)
+    queue.add(1, u64(7, 8), 3, Cause.REQUEST)
+    queue.add(2, u64(), 4, Cause.NORM)
+    queue.add(2, u64(7), 5, Cause.NORM)
+    assert listed(joined(queue.all())) == [(1, 7, 3, 1), (1, 8, 3, 1), (2, 7, 5, 4)]
+    assert listed(queue.after(3, 10)) == [(2, 7, 5, 4)]
+    assert listed(queue.after(0, 1)) == [(1, 7, 3, 1), (1, 8, 3, 1)]  # whole versions
+    assert listed(queue.after(5, 10)) == []
+    assert queue.horizon == 0
+
+
 @pytest.mark.parametrize("seed", range(20))
-def test_the_queue_is_a_list_that_loses_its_oldest(
+def test_the_queue_is_a_list_that_loses_its_oldest_versions(
     monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(tombstones, "CHUNK", 4)
+    monkeypatch.setattr(tombstones, "CHUNK", 8)
     rng = random.Random(seed)
-    queue, model, version, horizon = TombstoneQueue(40), list[Tombstones](), 0, 0
+    queue, model, version, horizon = TombstoneQueue(40), list[tuple[int, ...]](), 0, 0
     for _ in range(150):
-        version += rng.choice((0, 1, 1, 3))
-        dead = Tombstones(1, np.arange(rng.randrange(6), dtype=np.uint64), version, Cause.REQUEST)
-        queue.add(dead)
-        model += [dead] if len(dead.keys) else []
-        while sum(len(each.keys) for each in model) > 40:
-            horizon = model.pop(0).version
+        version += rng.choice((1, 1, 3))
+        table, count = rng.randrange(3), rng.choice((0, 1, 2, 5, 12))
+        queue.add(table, np.arange(count, dtype=np.uint64), version, Cause.REQUEST)
+        model += [(table, key, version, 1) for key in range(count)]
+        while len(model) > 40:
+            horizon = model[0][2]
+            model = [each for each in model if each[2] > horizon]
         assert queue.horizon == horizon
-        seen = queue.all()
-        assert [id(each) for each in seen] == [id(each) for each in model]
-        assert len(seen) == len(model)
+        assert len(queue) == len(model)
+        assert listed(joined(queue.all())) == model
         after, limit = rng.randrange(version + 2), rng.randrange(1, 12)
-        later = [each for each in model if each.version > after]
-        while limit < len(later) and later[limit].version == later[limit - 1].version:
-            limit += 1
-        assert [id(each) for each in queue.after(after, limit)] == [id(e) for e in later[:limit]]
+        later = [each for each in model if each[2] > after]
+        found = listed(queue.after(after, limit))
+        assert found == later[: len(found)]
+        assert len(found) == len(later) or len(found) >= limit
+        assert not found or later[len(found) :] == [e for e in later if e[2] > found[-1][2]]
 
 
-def test_what_was_captured_does_not_change() -> None:
+def test_what_was_captured_does_not_change_and_memory_is_bounded() -> None:
     queue = TombstoneQueue(5000)
-    key = np.zeros(1, np.uint64)
     for version in range(1, 2001):
-        queue.add(Tombstones(1, key, version, Cause.NORM))
+        queue.add(1, u64(version), version, Cause.NORM)
     seen = queue.all()
-    for version in range(2001, 9001):
-        queue.add(Tombstones(1, key, version, Cause.NORM))
-    assert [each.version for each in seen] == list(range(1, 2001))
-    assert len(queue.all()) == 5000
+    for version in range(2001, 200_000):
+        queue.add(1, u64(version), version, Cause.NORM)
+        assert len(queue._parts) <= 2
+    assert joined(seen).keys.tolist() == list(range(1, 2001))
+    assert len(joined(queue.all())) == len(queue) == 5000
+    assert queue.horizon == 199_999 - 5000
+
+
+def test_versions_are_discarded_whole() -> None:
+    queue = TombstoneQueue(3)
+    queue.add(1, u64(1, 2, 3), 1, Cause.REQUEST)
+    queue.add(1, u64(4), 2, Cause.REQUEST)
+    assert (listed(joined(queue.all())), queue.horizon) == ([(1, 4, 2, 1)], 1)
+    queue.add(1, u64(5, 6, 7, 8), 3, Cause.REQUEST)
+    assert (listed(joined(queue.all())), queue.horizon) == ([], 3)
+
+
+def test_loaded_tombstones_are_ordered_once_all_are_there() -> None:
+    queue = TombstoneQueue(3)
+    queue.horizon = 1
+    u32 = np.array([1, 1], np.uint32)
+    queue.load(Tombstones(u32, u64(1, 2), u64(2, 5), u32))
+    queue.load(Tombstones(u32 + 1, u64(3, 4), u64(3, 4), u32))
+    queue.settle()
+    assert [version for _, _, version, _ in listed(joined(queue.all()))] == [3, 4, 5]
+    assert queue.horizon == 2
+
+
+@pytest.mark.parametrize("tables", [1, 2])
+def test_many_small_deletes_are_few_blocks(tmp_path: Path, tables: int) -> None:
+    count = 3000
+    with Home(tmp_path / "shard", segment_bytes=1 << 20) as home:
+        for table in range(tables):
+            home.shard.create_table(schema(f"t{table}"))
+            home.shard.exchange([push(list(range(count)), table=f"t{table}")], [])
+        home.flush()
+        for key in range(count // 2):
+            home.shard.delete(change([key], f"t{key % tables}"))
+        for key in range(0, count // 2, 3):  # they come back, and are newer than their tombstone
+            home.shard.exchange([push([key], table=f"t{key % tables}")], [])
+        home.flush()
+        dead = [block for _, block in home.base.blocks() if block.kind == TOMBSTONES]
+        assert len(dead) == tables
+        assert sum(map(len, dead)) == count // 2
+        before = contents(home.shard)
+        home.reopen()
+        assert home.recovered.records == 0
+        assert contents(home.shard) == before
+
+
+def test_a_key_deleted_twice_between_two_flushes_stays_deleted(tmp_path: Path) -> None:
+    with Home(tmp_path / "shard") as home:
+        home.shard.create_table(schema())
+        for _ in range(3):
+            home.shard.exchange([push([1, 2])], [])
+            home.flush()
+            home.shard.delete(change([1]))
+            home.shard.exchange([push([1])], [])
+            home.shard.delete(change([1]))
+        home.flush()
+        home.reopen()
+        assert home.shard.dump()["t"].keys.tolist() == [2]
+
+
+@pytest.mark.slow
+def test_a_flush_and_a_recovery_of_sixty_thousand_single_deletes(tmp_path: Path) -> None:
+    count = 60_000
+    with Home(tmp_path / "shard", segment_bytes=64 << 20) as home:
+        home.shard.create_table(schema())
+        home.shard.exchange([push(list(range(2 * count)))], [])
+        home.flush()
+        blocks = len(home.base.state.blocks)  # type: ignore[union-attr]
+        for key in range(count):
+            home.shard.delete(change([key]))
+        home.flush()
+        added = len(home.base.state.blocks) - blocks  # type: ignore[union-attr]
+        assert added == -(-count // tombstones_per_block())
+        home.reopen()
+        assert len(joined(home.shard.capture().tombstones)) == count

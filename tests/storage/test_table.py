@@ -381,8 +381,10 @@ def test_delete_returns_the_keys_that_were_there_in_the_order_asked() -> None:
 def test_delete_before_a_version_leaves_newer_rows() -> None:
     table = Table(schema(), Budget(ROOM))
     put(table, [1, 2, 3, 4], [5, 6, 7, 8])
-    assert deleted(table, u64([4, 3, 2, 1, 9]), before=7) == ([2, 1], 2)
+    before = u64([7, 7, 7, 7, 7])
+    assert deleted(table, u64([4, 3, 2, 1, 9]), before=before) == ([2, 1], 2)
     assert versions_of(table) == {3: 7, 4: 8}
+    assert deleted(table, u64([3, 4]), before=u64([8, 8])) == ([3], 1)
 
 
 def test_a_deleted_key_starts_anew() -> None:
