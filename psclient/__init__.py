@@ -51,7 +51,8 @@ tools/history.py                how a table grew: a file that remembers analyses
 tools/keys.py                   where a key's row is, or why it has none
 tools/status.py                 the state of each shard
 tools/rules.py                  rules of a table as they are typed
-tools/figures.py                the figures of an analysis
+tools/figures.py                figures of an analysis as text
+tools/listing.py                tables of a terminal
 tools/terminal.py               an analysis for the terminal
 tools/charts.py                 an analysis as plots
 tools/page.py                   an analysis as an HTML page

@@ -18,7 +18,8 @@ history.py                how a table grew: a file that remembers analyses
 keys.py                   where a key's row is, or why it has none
 status.py                 the state of each shard
 rules.py                  rules of a table as they are typed
-figures.py                the figures of an analysis
+figures.py                figures of an analysis as text
+listing.py                tables of a terminal
 terminal.py               an analysis for the terminal
 charts.py                 an analysis as plots
 page.py                   an analysis as an HTML page

@@ -1,11 +1,11 @@
-"""What a table holds: of a running cluster, or of a checkpoint.
+"""Sum up a table of a running cluster, or of a checkpoint.
 
     with Client(addresses) as ps:
-        found = analyze(ps, "user", frequencies=[3], ages=[5000], norms=[0.01])
-        found.admitted(3), found.idle(5000), found.small(0.01)     # rows, exactly
+        result = analyze(ps, "user", frequencies=[3], ages=[5000], norms=[0.01])
+        result.admitted(3), result.idle(5000), result.small(0.01)  # numbers of rows, exact
 
-Nothing is changed. An analysis reads every row once, each as it is at that moment, in slices that
-leave trainers undisturbed: a row that is created meanwhile may be missing.
+An analysis changes nothing. It reads every row once, each as it is at that moment, in slices so
+short that pulls and pushes do not wait. It may miss a row that is created meanwhile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from psproto import ps_pb2 as pb
 
 SERVICE = "AnalysisService"
 Columns = pb.AnalyzeRequest.Columns
-METADATA_BYTES = 24  # of a row, in memory
+METADATA_BYTES = 24  # per row, in memory
 
 
 def analyze(
@@ -42,17 +42,18 @@ def analyze(
     embeddings: bool = False,
     progress: calls.Tell | None = None,
 ) -> Analysis:
-    """Sum up a table as it is, or as a checkpoint has it.
+    """Return the figures of a table as it is, or as a checkpoint has it.
 
-    frequencies  thresholds of occurrences to be told of exactly, beside powers of two
-    ages         TTLs in steps, alike
-    norms        norms, beside 1, 2 and 5 times powers of ten
-    grace        of the norm rule, in steps
-    top          rows in each list of extremes, up to 1000
-    sink         is given the rows themselves, too, in no order; not by two threads at once; of a
-                 table without rows, none of them once
-    embeddings   with their embeddings
-    progress     is told rows, of a checkpoint bytes, done and in all
+    checkpoint   name of the checkpoint; None: the table as it is now
+    frequencies  admission thresholds to count exactly, in addition to powers of two
+    ages         TTLs in steps to count exactly, in addition to powers of two
+    norms        norms to count exactly, in addition to 1, 2 and 5 times powers of ten
+    grace        grace period of the norm rule, in steps
+    top          number of rows in each list of extremes, up to 1000
+    sink         called with the rows themselves, in no order, by one thread at a time; called once
+                 without rows if the table is empty
+    embeddings   pass embeddings to the sink too
+    progress     called with the amount done and in all: rows, or bytes of a checkpoint
 
     Raises TableNotFound, CheckpointNotFound, DataLoss, InvalidArgument for a bad threshold.
     """
@@ -71,18 +72,18 @@ def analyze(
         )
     except (TypeError, ValueError) as error:
         raise InvalidArgument(
-            f"thresholds must be numbers, whole and not negative but for norms: {error}"
+            f"thresholds must be non-negative integers, norms may be fractions: {error}"
         ) from error
-    told = [(0, 0)] * len(calls.links(client))
+    amounts = [(0, 0)] * len(calls.links(client))
 
-    def tell(shard: int, message: pb.AnalyzeResponse) -> None:
+    def take(shard: int, message: pb.AnalyzeResponse) -> None:
         if sink is not None and message.keys:
             sink(_columns(message))
-        told[shard] = (message.done, message.total)
+        amounts[shard] = (message.done, message.total)
         if progress is not None:
-            progress(*map(sum, zip(*told, strict=True)))
+            progress(*map(sum, zip(*amounts, strict=True)))
 
-    last = calls.all_streams(client, "Analyze", request, pb.AnalyzeResponse, tell, service=SERVICE)
+    last = calls.all_streams(client, "Analyze", request, pb.AnalyzeResponse, take, service=SERVICE)
     summaries = [message.summary for message in last]
     when = admin.describe(client, checkpoint).time if checkpoint else time.time()
     asked = {
@@ -91,14 +92,14 @@ def analyze(
         "norms": tuple(map(float, norms)),
     }
     seconds = time.perf_counter() - start
-    found = _merged(summaries, table, checkpoint, asked, when, seconds, top)
-    if sink is not None and not found.rows:
-        sink(_nothing(found.dim if embeddings else None))
-    return found
+    result = _merged(summaries, table, checkpoint, asked, when, seconds, top)
+    if sink is not None and not result.rows:
+        sink(_no_rows(result.dim if embeddings else None))
+    return result
 
 
-def _nothing(dim: int | None) -> RowColumns:
-    """No rows; None: without embeddings."""
+def _no_rows(dim: int | None) -> RowColumns:
+    """Return the columns of no rows; without embeddings if ``dim`` is None."""
     none = np.empty(0, np.uint64)
     matrix = None if dim is None else np.empty((0, dim), np.float32)
     return RowColumns(none, none, none.view(np.int64), none, none.view(np.float64), "", matrix)
@@ -127,14 +128,14 @@ def _merged(
     seconds: float,
     top: int,
 ) -> Analysis:
-    """One analysis of the summaries of all shards."""
+    """Return one analysis for the summaries of all shards."""
     schema = parts[0].schema
     rows = sum(part.rows for part in parts)
     tiers: dict[str, list[int]] = {}
     for tier in (tier for part in parts for tier in part.tiers):
-        held = tiers.setdefault(tier.name, [0, 0])
-        held[0] += tier.rows
-        held[1] += tier.bytes
+        sums = tiers.setdefault(tier.name, [0, 0])
+        sums[0] += tier.rows
+        sums[1] += tier.bytes
     lists = {
         name: _list([getattr(part, name) for part in parts], field, sign, top)
         for name, field, sign in (
@@ -165,7 +166,7 @@ def _merged(
         norms=_histogram([part.norms for part in parts]),
         idle_norms=_histogram([part.idle_norms for part in parts]),
         grace=parts[0].grace,
-        tiers=tuple(Tier(name, *held) for name, held in tiers.items()),
+        tiers=tuple(Tier(name, *sums) for name, sums in tiers.items()),
         index_bytes=sum(part.index_bytes for part in parts),
         waiting=sum(part.waiting for part in parts),
         waiting_bytes=sum(part.waiting_bytes for part in parts),
@@ -179,7 +180,7 @@ def _histogram(parts: Sequence[pb.Histogram]) -> Histogram:
 
 
 def _list(parts: Sequence[pb.RowList], field: str, sign: float, top: int) -> RowList:
-    """The most extreme of the shards' extremes; of equal values, those of the least keys."""
+    """Return the most extreme rows of all shards; among equal values, the smallest keys."""
     keys = np.concatenate([np.array(part.keys, np.uint64) for part in parts])
     values = np.concatenate([np.array(getattr(part, field), np.float64) for part in parts])
     ranks = np.where(np.isnan(values), np.inf, sign * values)

@@ -1,4 +1,4 @@
-"""An analysis as plots of plotly, each with its figures."""
+"""An analysis as plots of plotly, each with its figures as a table."""
 
 from __future__ import annotations
 
@@ -26,71 +26,64 @@ from psclient.tools.summary import Analysis
 
 @dataclass(frozen=True, slots=True)
 class Chart:
+    """A plot, and the table of its figures."""
+
     head: str
-    about: str
-    data: list[dict[str, Any]]
-    layout: dict[str, Any]
+    about: str  # a sentence
+    data: list[dict[str, Any]]  # traces of plotly
+    layout: dict[str, Any]  # of plotly
     columns: Sequence[str]
     lines: Sequence[Sequence[str]]
 
 
-def charts(found: Analysis, moments: Sequence[Moment]) -> list[Chart]:
-    charts = _growth(moments) if len(moments) > 1 else []
-    grace = f" that were not pushed for {found.grace:,} steps" if found.grace else ""
-    for head, about, axis, counts in (
-        (
+def charts(result: Analysis, moments: Sequence[Moment]) -> list[Chart]:
+    """Return all charts of an analysis; ``moments`` are its history, by time."""
+    grace = f" that were not pushed for {result.grace:,} steps" if result.grace else ""
+    shards = [(f"{i}", rows) for i, rows in enumerate(result.shard_rows)]
+    return [
+        *(_growth(moments) if len(moments) > 1 else ()),
+        _histogram(
             "Frequency",
             "How often the keys that have rows were pushed.",
             "occurrences",
-            buckets(found.frequencies, whole=True),
+            buckets(result.frequencies, whole=True),
         ),
-        (
-            "Age",
-            "Steps since a row was pushed last.",
-            "steps",
-            buckets(found.ages, whole=True, upper=True),
-        ),
-        ("Norm", "L2 norms of embeddings.", "norm", buckets(found.norms)),
-    ):
-        charts.append(_histogram(head, about, axis, counts))
-    admitted = admissions(found)
-    charts.insert(
-        -2,
         _curves(
-            "If a key had to earn its row",
+            "Admission thresholds",
             "Rows that an admission threshold would have refused, and the occurrences whose"
             " gradients it would have dropped.",
             "admission threshold, occurrences",
-            admitted,
+            admissions(result),
             ("rows refused", "occurrences dropped"),
         ),
-    )
-    charts.insert(
-        -1,
+        _histogram(
+            "Age",
+            "Steps since the last push of a row.",
+            "steps",
+            buckets(result.ages, whole=True, upper=True),
+        ),
         _curves(
-            "If rows had to be pushed",
+            "Step TTLs",
             "Rows that a step TTL would evict now.",
             "step TTL, steps",
-            ttls(found),
+            ttls(result),
             ("rows evicted",),
         ),
-    )
-    charts.append(
+        _histogram("Norm", "L2 norms of embeddings.", "norm", buckets(result.norms)),
         _curves(
-            "If rows had to be large",
+            "Norm thresholds",
             f"Rows{grace} that a norm threshold would evict now.",
             "norm threshold",
-            small(found),
+            small(result),
             ("rows evicted",),
-        )
-    )
-    charts.append(_memory(found))
-    shards = [(f"{i}", rows) for i, rows in enumerate(found.shard_rows)]
-    charts.append(_histogram("Shards", "Rows of each shard.", "shard", shards))
-    return charts
+        ),
+        _memory(result),
+        _histogram("Shards", "Rows of each shard.", "shard", shards),
+    ]
 
 
 def _histogram(head: str, about: str, axis: str, counts: Sequence[tuple[str, int]]) -> Chart:
+    """Return a chart of counts by range."""
     labels, values = [label for label, _ in counts], [n for _, n in counts]
     whole = sum(values)
     shares = [percent(share(n, whole)) for n in values]
@@ -119,6 +112,7 @@ def _histogram(head: str, about: str, axis: str, counts: Sequence[tuple[str, int
 def _curves(
     head: str, about: str, axis: str, chosen: Sequence[Threshold], names: tuple[str, ...]
 ) -> Chart:
+    """Return a chart of shares by threshold: of rows, and with a second name of occurrences."""
     at = [each.value for each in chosen]
     shares = [[each.share for each in chosen], [each.lost for each in chosen]]
     traces: list[dict[str, Any]] = [
@@ -150,8 +144,8 @@ def _curves(
     return Chart(head, about, traces, layout, columns, lines)
 
 
-def _memory(found: Analysis) -> Chart:
-    parts = memory(found)
+def _memory(result: Analysis) -> Chart:
+    parts = memory(result)
     trace = {
         "type": "bar",
         "orientation": "h",
@@ -167,12 +161,12 @@ def _memory(found: Analysis) -> Chart:
     lines = [
         (name, "" if rows is None else f"{rows:,}", size(count)) for name, rows, count in parts
     ]
-    about = "What is taken: rows by tier, with unused room, and what finds them."
+    about = "Memory by part: rows of each tier, unused room included, index and counters."
     return Chart("Memory", about, [trace], layout, ("part", "rows", "bytes"), lines)
 
 
 def _growth(moments: Sequence[Moment]) -> list[Chart]:
-    """Rows over time, and memory, which checkpoints do not have."""
+    """Return charts of rows and of memory over time; checkpoints have no figure of memory."""
     live = [each for each in moments if each.checkpoint is None]
     rows = [_line("rows", [(each.time, each.rows) for each in moments])]
     counted = [each for each in moments if each.checkpoint is None or each.waiting]
@@ -181,7 +175,7 @@ def _growth(moments: Sequence[Moment]) -> list[Chart]:
     charts = [
         Chart(
             "Growth",
-            "Rows of this table in earlier analyses and in checkpoints, from the history.",
+            "Rows of this table in earlier analyses and in checkpoints.",
             rows,
             {"xaxis": {"type": "date"}, "yaxis": {"rangemode": "tozero"}},
             ("time", "checkpoint", "rows", "waiting keys", "step"),
@@ -201,7 +195,7 @@ def _growth(moments: Sequence[Moment]) -> list[Chart]:
         charts.append(
             Chart(
                 "Growth of memory",
-                "What the table took in earlier analyses.",
+                "Memory of this table in earlier analyses.",
                 [_line("bytes", [(each.time, each.bytes) for each in live])],
                 {
                     "xaxis": {"type": "date"},
@@ -219,6 +213,7 @@ def _growth(moments: Sequence[Moment]) -> list[Chart]:
 
 
 def _line(name: str, points: Sequence[tuple[float, int]]) -> dict[str, Any]:
+    """Return a trace of values over time, seconds since 1970."""
     return {
         "type": "scatter",
         "mode": "lines+markers",

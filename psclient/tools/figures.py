@@ -1,4 +1,4 @@
-"""The figures of an analysis, as a page and a terminal show them."""
+"""Figures of an analysis as text, for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from psclient.tools.arrow import KeyType
 from psclient.tools.summary import Analysis, Histogram, RowList
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -16,56 +17,60 @@ UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """What a rule would do."""
+    """What a rule with a threshold would do."""
 
     value: float
-    asked: bool  # not one of the usual ones
-    rows: int  # that stay below it, or leave
+    asked: bool  # given by the caller, not one of the usual ones
+    rows: int  # that the rule would refuse or evict
     share: float  # of all rows
     lost: float = 0.0  # share of the occurrences
 
 
 def size(count: float) -> str:
-    """Bytes with a unit."""
+    """Return a number of bytes with a unit."""
     power = 0 if count < 1000 else min(int(math.log10(count) // 3), len(UNITS) - 1)
     return f"{count / 1000**power:.3g} {UNITS[power]}" if power else f"{count:.0f} B"
 
 
 def number(value: float) -> str:
-    """A number of an axis: whole ones whole, others short."""
+    """Return the value of an axis: whole numbers with separators, others with few digits."""
     return f"{value:,.0f}" if value >= 1 and float(value).is_integer() else f"{value:.6g}"
 
 
 def percent(part: float) -> str:
-    """A share: as many digits as it takes to tell it from nothing and from all."""
+    """Return a share in percent, with enough digits to differ from 0 % and 100 %."""
     if part in (0.0, 1.0):
         return f"{part:.0%}"
-    return f"{part:.1%}" if 0.001 <= part <= 0.999 else f"{100 * part:.3g}%"
+    if part < 0.001:
+        return f"{100 * part:.3g}%"
+    digits = 1 if part <= 0.999 else math.ceil(round(-math.log10(1 - part), 9)) - 2
+    return f"{100 * part:.{digits}f}%"
 
 
 def share(part: float, whole: float) -> float:
+    """Return a part of a whole; 0 of nothing."""
     return part / whole if whole else 0.0
 
 
 def buckets(
     histogram: Histogram, *, whole: bool = False, upper: bool = False
 ) -> list[tuple[str, int]]:
-    """The counts from the first that is not 0 to the last, under what they are of.
+    """Return the buckets from the first to the last that is not empty: range and count.
 
-    whole  values are whole numbers
-    upper  the larger edge of a bucket belongs to it, not the smaller one; values are at least 0
+    whole  the values are whole numbers, so ranges have inclusive ends
+    upper  a bucket contains its upper edge instead of its lower one; values are at least 0
     """
     used = np.flatnonzero(histogram.counts)
     if not len(used):
         return []
     edges = [0.0 if upper else -math.inf, *histogram.edges.tolist(), math.inf]
-    found = []
+    ranges: list[tuple[str, int]] = []
     for i in range(int(used[0]), int(used[-1]) + 1):
         low, high = edges[i], edges[i + 1]
         if whole:
             low, high = (low + (i > 0), high) if upper else (low, high - 1)
-        found.append((_between(low, high), int(histogram.counts[i])))
-    return found
+        ranges.append((_between(low, high), int(histogram.counts[i])))
+    return ranges
 
 
 def _between(low: float, high: float) -> str:
@@ -76,39 +81,39 @@ def _between(low: float, high: float) -> str:
     return number(low) if low == high else f"{number(low)} … {number(high)}"
 
 
-def admissions(found: Analysis) -> list[Threshold]:
-    """What counting to a threshold would have left without a row."""
-    chosen = _interesting(found.frequencies, found.asked.get("frequencies", ()), least=2)
+def admissions(result: Analysis) -> list[Threshold]:
+    """Return what admission thresholds would have refused."""
+    chosen = _interesting(result.frequencies, result.asked.get("frequencies", ()), least=2)
     return [
         Threshold(
             value,
             asked,
-            found.rows - found.admitted(int(value)),
-            1 - share(found.admitted(int(value)), found.rows) if found.rows else 0.0,
-            share(found.dropped(int(value)), found.occurrences),
+            result.rows - result.admitted(int(value)),
+            1 - share(result.admitted(int(value)), result.rows) if result.rows else 0.0,
+            share(result.dropped(int(value)), result.occurrences),
         )
         for value, asked in chosen
     ]
 
 
-def ttls(found: Analysis) -> list[Threshold]:
-    """What a step TTL would evict."""
-    chosen = _interesting(found.ages, found.asked.get("ages", ()), least=1)
-    rows = [(value, asked, found.idle(int(value))) for value, asked in chosen]
-    return [Threshold(value, asked, n, share(n, found.rows)) for value, asked, n in rows]
+def ttls(result: Analysis) -> list[Threshold]:
+    """Return what step TTLs would evict."""
+    chosen = _interesting(result.ages, result.asked.get("ages", ()), least=1)
+    rows = [(value, asked, result.idle(int(value))) for value, asked in chosen]
+    return [Threshold(value, asked, n, share(n, result.rows)) for value, asked, n in rows]
 
 
-def small(found: Analysis) -> list[Threshold]:
-    """What the norm rule would evict."""
-    chosen = _interesting(found.idle_norms, found.asked.get("norms", ()), least=0)
-    rows = [(value, asked, found.small(value)) for value, asked in chosen]
-    return [Threshold(value, asked, n, share(n, found.rows)) for value, asked, n in rows]
+def small(result: Analysis) -> list[Threshold]:
+    """Return what thresholds of the norm rule would evict."""
+    chosen = _interesting(result.idle_norms, result.asked.get("norms", ()), least=0)
+    rows = [(value, asked, result.small(value)) for value, asked in chosen]
+    return [Threshold(value, asked, n, share(n, result.rows)) for value, asked, n in rows]
 
 
 def _interesting(
     histogram: Histogram, asked: Sequence[float], least: float
 ) -> list[tuple[float, bool]]:
-    """Edges with values on both sides, one more on either end, and all that were asked for."""
+    """Return the edges with values on both sides, one more at either end, and all asked ones."""
     sums = np.concatenate([[0], np.cumsum(histogram.counts)])[1:-1]
     both = np.flatnonzero((sums > 0) & (sums < histogram.counts.sum()))
     first, last = (max(0, both[0] - 1), both[-1] + 1) if len(both) else (0, -1)
@@ -119,41 +124,41 @@ def _interesting(
     ]
 
 
-def title(found: Analysis) -> str:
-    """What was analyzed, when."""
-    taken = when(found.time)
-    of = f"checkpoint {found.checkpoint}, taken {taken}" if found.checkpoint else taken
-    return f"{found.table} · {of}"
+def title(result: Analysis) -> str:
+    """Return what was analyzed, and when."""
+    taken = when(result.time)
+    of = f"checkpoint {result.checkpoint}, taken {taken}" if result.checkpoint else taken
+    return f"{result.table} · {of}"
 
 
-def facts(found: Analysis) -> list[tuple[str, str]]:
-    """The table in short: names and values."""
-    per_row = share(found.occurrences, found.rows)
+def facts(result: Analysis) -> list[tuple[str, str]]:
+    """Return the main figures of the table: names and values."""
+    per_row = share(result.occurrences, result.rows)
     shown = [
-        ("rows", f"{found.rows:,}"),
-        ("memory" if not found.checkpoint else "stored rows", size(found.bytes)),
-        ("a row", f"{found.row_bytes:,} B"),
-        ("dim, optimizer", f"{found.dim}, {found.optimizer}"),
-        ("occurrences", f"{found.occurrences:,}"),
-        ("occurrences a row", f"{per_row:,.1f}"),
-        ("mean norm", f"{found.norm_mean:.4g}"),
-        ("step", f"{found.step:,}"),
-        ("shard versions", ", ".join(f"{version:,}" for version in found.versions)),
+        ("rows", f"{result.rows:,}"),
+        ("memory" if not result.checkpoint else "stored rows", size(result.bytes)),
+        ("bytes per row", f"{result.row_bytes:,}"),
+        ("dim, optimizer", f"{result.dim}, {result.optimizer}"),
+        ("occurrences", f"{result.occurrences:,}"),
+        ("occurrences per row", f"{per_row:,.1f}"),
+        ("mean norm", f"{result.norm_mean:.4g}"),
+        ("step", f"{result.step:,}"),
+        ("shard versions", ", ".join(f"{version:,}" for version in result.versions)),
     ]
-    if found.waiting or found.waiting_bytes:
-        shown.insert(1, ("waiting keys", f"{found.waiting:,}"))
+    if result.waiting or result.waiting_bytes:
+        shown.insert(1, ("waiting keys", f"{result.waiting:,}"))
     return shown
 
 
-def memory(found: Analysis) -> list[tuple[str, int | None, int]]:
-    """What takes how many bytes: tiers, with their rows, and what else there is."""
+def memory(result: Analysis) -> list[tuple[str, int | None, int]]:
+    """Return the parts of the table's memory: name, rows or None, bytes."""
     parts: list[tuple[str, int | None, int]] = [
-        (tier.name, tier.rows, tier.bytes) for tier in found.tiers
+        (tier.name, tier.rows, tier.bytes) for tier in result.tiers
     ]
-    if found.index_bytes:
-        parts.append(("index", None, found.index_bytes))
-    if found.waiting_bytes:
-        parts.append(("admission", None, found.waiting_bytes))
+    if result.index_bytes:
+        parts.append(("index", None, result.index_bytes))
+    if result.waiting_bytes:
+        parts.append(("admission", None, result.waiting_bytes))
     return parts
 
 
@@ -168,12 +173,12 @@ LISTS = (
 EXTREMES = ("key", "occurrences", "norm", "last step", "version", "shard", "tier")
 
 
-def lines(rows: RowList) -> list[tuple[str, ...]]:
-    """Rows of such a table."""
+def lines(rows: RowList, keys: KeyType = np.uint64) -> list[tuple[str, ...]]:
+    """Return the cells of a table of extremes; ``keys`` shows keys as signed or unsigned."""
     return [
         (str(key), f"{frequency:,}", f"{norm:.4g}", f"{step:,}", f"{version:,}", str(shard), tier)
         for key, frequency, norm, step, version, shard, tier in zip(
-            rows.keys.tolist(),
+            rows.keys.view(keys).tolist(),
             rows.frequencies.tolist(),
             rows.norms.tolist(),
             rows.steps.tolist(),
@@ -186,8 +191,10 @@ def lines(rows: RowList) -> list[tuple[str, ...]]:
 
 
 def cells(each: Threshold) -> tuple[str, str, str]:
+    """Return the cells of a threshold: value, rows, share of all rows."""
     return number(each.value), f"{each.rows:,}", percent(each.share)
 
 
 def when(seconds: float) -> str:
+    """Return a moment, seconds since 1970, as local time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

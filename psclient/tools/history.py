@@ -1,4 +1,4 @@
-"""How a table grew: a file that remembers analyses."""
+"""Growth of a table: a file of earlier analyses, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -12,44 +12,49 @@ from psclient.tools.summary import Analysis
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """What a history remembers of an analysis."""
+    """The main figures of one analysis."""
 
     time: float  # seconds since 1970
     table: str
     checkpoint: str | None
     rows: int
     bytes: int
-    waiting: int
+    waiting: int  # keys that are counted for admission
     occurrences: int
     step: int
 
 
-def remember(path: Path, found: Analysis) -> None:
-    """Append an analysis to a history, a file of one JSON object a line."""
+def append_history(path: Path, result: Analysis) -> None:
+    """Append an analysis to a history file, which is created if it does not exist."""
     moment = Moment(
-        round(found.time, 3),
-        found.table,
-        found.checkpoint,
-        found.rows,
-        found.bytes,
-        found.waiting,
-        found.occurrences,
-        found.step,
+        round(result.time, 3),
+        result.table,
+        result.checkpoint,
+        result.rows,
+        result.bytes,
+        result.waiting,
+        result.occurrences,
+        result.step,
     )
     with path.open("a") as file:
         file.write(json.dumps(asdict(moment)) + "\n")
 
 
-def history(path: Path, table: str) -> list[Moment]:
-    """What a history has of a table, by time; InvalidArgument names a line that has no analysis."""
-    found = []
+def read_history(path: Path, table: str) -> list[Moment]:
+    """Return the analyses of a table in a history file, by time.
+
+    Raises InvalidArgument with the number of a line that is not an analysis.
+    """
+    moments = []
     with path.open() as file:
         for number, line in enumerate(file, 1):
             try:
                 moment = Moment(**json.loads(line))
                 float(moment.time), int(moment.rows), int(moment.bytes)
             except (TypeError, ValueError) as error:
-                raise InvalidArgument(f"{path}: line {number} has no analysis: {error}") from error
+                raise InvalidArgument(
+                    f"{path}: line {number} is not an analysis: {error}"
+                ) from error
             if moment.table == table:
-                found.append(moment)
-    return sorted(found, key=lambda moment: moment.time)
+                moments.append(moment)
+    return sorted(moments, key=lambda moment: moment.time)

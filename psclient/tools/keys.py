@@ -1,10 +1,12 @@
-"""What is known of a key: where its row is, or why it has none.
+"""Find where the row of a key is, or why the key has no row.
 
-inspect(ps, "user", [42])[0].reason
+>>> inspect(ps, "user", [42])[0].reason  # doctest: +SKIP
+'has a row in tier host'
 """
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from psproto import ps_pb2 as pb
 from psproto import routing
 
 SERVICE = "AnalysisService"
-MOST_KEYS = 1000  # inspected in one message
+MOST_KEYS = 1000  # per message
 STATES = {
     pb.KeyFacts.STATE_ROW: "row",
     pb.KeyFacts.STATE_WAITING: "waiting",
@@ -31,13 +33,13 @@ STATES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Gone:
-    """A delete that is remembered."""
+class Deletion:
+    """A deletion of a row that the shard remembers."""
 
-    version: int  # of the shard, with which the row went
+    version: int  # of the shard, with which the row was deleted
     cause: str  # request, step_ttl, time_ttl, norm, capacity
-    time: float | None  # seconds since 1970; None: it is not in the log any more
-    step: int | None  # the largest that had been pushed to the table; None alike
+    time: float | None  # seconds since 1970; None if the version log no longer has it
+    step: int | None  # step of the table at that time; None if the version log no longer has it
 
     def __str__(self) -> str:
         what = "deleted on request" if self.cause == "request" else f"evicted by {self.cause}"
@@ -53,50 +55,57 @@ class Gone:
 class KeyInfo:
     """What the servers know of a key."""
 
-    key: int  # as it was asked for
+    key: int  # as the caller gave it
     shard: int
     state: str  # row, waiting, gone, new, unknown
-    tier: str | None  # of its row, as all up to the embedding
+    # Of the key's row; None unless the state is "row":
+    tier: str | None
     version: int | None
     step: int | None
     frequency: int | None
     norm: float | None
-    embedding: NDArray[np.float32] | None
-    waiting: int  # occurrences that are counted towards admission
-    threshold: int | None  # at which it is admitted
-    gone: tuple[Gone, ...]  # deletes of it that are remembered, by version
-    why: str
+    embedding: NDArray[np.float32] | None  # if asked for
+    waiting: int  # occurrences that are counted for admission
+    threshold: int | None  # occurrences that admit a key
+    deletions: tuple[Deletion, ...]  # that the shard remembers, by version
+    why: str  # what the shard no longer knows, if the state is "unknown"
 
     @property
     def reason(self) -> str:
-        """Where its row is, or why it has none, as a sentence."""
+        """Say where the row is, or why there is none."""
         match self.state:
             case "row":
                 return f"has a row in tier {self.tier}"
             case "waiting":
-                return f"waits for admission with {self.waiting} of {self.threshold} occurrences"
+                return f"waits for admission: {self.waiting} of {self.threshold} occurrences"
             case "gone":
-                return str(self.gone[-1])
+                return str(self.deletions[-1])
             case "new":
                 return "was never pushed"
-        return f"was never pushed, or that is forgotten: {self.why}"
+        return f"has no record: it was never pushed, or its record is lost ({self.why})"
 
 
 def inspect(
     client: Client, table: str, keys: Sequence[int] | NDArray[Any], *, embeddings: bool = False
 ) -> list[KeyInfo]:
-    """What the servers know of keys, in their order; any 64-bit keys, duplicates too.
+    """Return what the servers know of keys, in the order of the keys.
 
-    Raises TableNotFound.
+    keys        int[n], any of -2^63..2^64-1; duplicates are allowed
+    embeddings  return the embeddings of rows too
+
+    Changes nothing. Raises TableNotFound, InvalidArgument for a key that is not such an integer.
     """
-    asked = [int(key) for key in keys]
-    if strange := [key for key in asked if not -(1 << 63) <= key < 1 << 64]:
-        raise InvalidArgument(f"key {strange[0]} has more than 64 bits")
+    try:
+        asked = [operator.index(key) for key in keys]
+    except TypeError as error:
+        raise InvalidArgument(f"keys must be integers: {error}") from error
+    if outside := [key for key in asked if not -(1 << 63) <= key < 1 << 64]:
+        raise InvalidArgument(f"keys must be in -2^63..2^64-1, got {outside[0]}")
     every = np.array([key % (1 << 64) for key in asked], np.uint64)
     distinct, inverse = np.unique(every, return_inverse=True)
     cluster = client._connect()
     owners = routing.owners(distinct, cluster.shard_map)
-    found: list[Any] = [None] * len(distinct)
+    answers: list[Any] = [None] * len(distinct)
     for shard, link in enumerate(cluster.links):
         mine = np.flatnonzero(owners == shard)
         for at in range(0, len(mine), MOST_KEYS):
@@ -108,29 +117,29 @@ def inspect(
                 client, link, "Inspect", request, pb.InspectResponse, service=SERVICE
             )
             for i, facts in zip(some.tolist(), answer.keys, strict=True):
-                found[i] = (shard, facts, answer.admission)
+                answers[i] = (shard, facts, answer.admission)
     if not asked:
         client.describe_table(table)  # TableNotFound
-    return [_key(key, *found[i]) for key, i in zip(asked, inverse.tolist(), strict=True)]
+    return [_key(key, *answers[i]) for key, i in zip(asked, inverse.tolist(), strict=True)]
 
 
 def _key(key: int, shard: int, facts: pb.KeyFacts, admission: pb.Rule) -> KeyInfo:
-    there = facts.state == pb.KeyFacts.STATE_ROW
+    exists = facts.state == pb.KeyFacts.STATE_ROW
     threshold = admission.parameters.get("threshold") if admission.name else None
     return KeyInfo(
         key,
         shard,
         STATES.get(facts.state, "unknown"),
-        facts.tier if there else None,
-        facts.version if there else None,
-        facts.step if there else None,
-        facts.frequency if there else None,
-        facts.norm if there else None,
+        facts.tier if exists else None,
+        facts.version if exists else None,
+        facts.step if exists else None,
+        facts.frequency if exists else None,
+        facts.norm if exists else None,
         np.array(facts.embedding, np.float32) if facts.embedding else None,
         facts.waiting,
         None if threshold is None else int(threshold),
         tuple(
-            Gone(
+            Deletion(
                 gone.version,
                 gone.cause,
                 gone.time_us / 1e6 if gone.HasField("time_us") else None,

@@ -1,7 +1,7 @@
 """An analysis as one HTML page with plots.
 
-The page loads nothing: plotly.js is part of it, and a content security policy says so to the
-browser. Whatever is plotted also stands in a table, and all that comes from data is escaped.
+The page loads nothing from elsewhere: it contains plotly.js, and a content security policy forbids
+the browser to load more. A table accompanies every plot. All text that comes from data is escaped.
 Needs plotly: pip install 'embedding-ps[report]'.
 """
 
@@ -13,7 +13,10 @@ from html import escape
 from string import Template
 from typing import Any
 
+import numpy as np
+
 from psclient.errors import InvalidArgument
+from psclient.tools.arrow import KeyType
 from psclient.tools.charts import Chart, charts
 from psclient.tools.figures import EXTREMES, LISTS, facts, lines, title
 from psclient.tools.history import Moment
@@ -21,30 +24,33 @@ from psclient.tools.summary import Analysis, RowList
 
 
 def require() -> None:
-    """InvalidArgument if plotly is missing, without which there is no page."""
+    """Raise InvalidArgument if plotly is missing, which a page needs."""
     _library()
 
 
-def page(found: Analysis, moments: Sequence[Moment] = ()) -> str:
-    """One HTML page; ``moments`` of a history, by time, are its growth.
+def page(result: Analysis, moments: Sequence[Moment] = (), *, keys: KeyType = np.uint64) -> str:
+    """Return an analysis as an HTML page.
 
-    InvalidArgument if plotly is missing.
+    moments  earlier analyses of the table, by time, for plots of its growth
+    keys     shows keys as signed or unsigned
+
+    Raises InvalidArgument if plotly is missing.
     """
     library = _library()
-    drawn = charts(found, moments)
+    drawn = charts(result, moments)
     cards = "".join(_card(f"chart{i}", chart) for i, chart in enumerate(drawn)) + "".join(
-        _list_card(head, getattr(found, field)) for field, head in LISTS
+        _list_card(head, getattr(result, field), keys) for field, head in LISTS
     )
     figures = {f"chart{i}": {"data": c.data, "layout": c.layout} for i, c in enumerate(drawn)}
     tiles = "".join(
         f"<div class=tile><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
-        for name, value in facts(found)
+        for name, value in facts(result)
     )
     return _PAGE.substitute(
-        title=escape(title(found)),
-        table=escape(found.table),
-        subtitle=escape(title(found).partition(" · ")[2]),
-        seconds=f"{found.seconds:.2g}",
+        title=escape(title(result)),
+        table=escape(result.table),
+        subtitle=escape(title(result).partition(" · ")[2]),
+        seconds=f"{result.seconds:.2g}",
         tiles=tiles,
         cards=cards,
         figures=_json(figures),
@@ -63,7 +69,7 @@ def _library() -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON that may stand in a script element."""
+    """Return JSON that is safe inside a script element."""
     text = json.dumps(value, allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -79,10 +85,10 @@ def _card(id: str, chart: Chart) -> str:
     )
 
 
-def _list_card(head: str, rows: RowList) -> str:
+def _list_card(head: str, rows: RowList, keys: KeyType) -> str:
     if not len(rows.keys):
         return ""
-    table = _html_table(EXTREMES, lines(rows))
+    table = _html_table(EXTREMES, lines(rows, keys))
     return f"<section class=card><h2>{escape(head)}</h2><div class=scroll>{table}</div></section>"
 
 
@@ -152,8 +158,8 @@ footer { margin-top: 24px; font-size: 13px; }
 <header><h1>$table</h1><p>$subtitle</p></header>
 <dl>$tiles</dl>
 <div class="cards">$cards</div>
-<footer>Every row was read once, as it was at that moment, in $seconds s. What lies on either side
-of a threshold is counted exactly; ◆ marks those that were asked for.</footer>
+<footer>The analysis read every row once, in $seconds s. Counts on either side of a threshold are
+exact. ◆ marks thresholds given by the caller.</footer>
 </main>
 <script type="application/json" id="figures">$figures</script>
 <script>$library</script>

@@ -1,4 +1,4 @@
-"""A table, summed up: the figures of an analysis."""
+"""The result of an analysis: the rows of a table, summed up over all shards."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from psclient.errors import InvalidArgument
 
 @dataclass(frozen=True, slots=True)
 class RowColumns:
-    """What an analysis saw of some rows of one tier."""
+    """Some rows of one tier, as an analysis read them."""
 
     keys: NDArray[np.uint64]  # [n]
-    frequencies: NDArray[np.uint64]
+    frequencies: NDArray[np.uint64]  # occurrences pushed
     steps: NDArray[np.int64]  # of the last push
     versions: NDArray[np.uint64]  # of the last push
-    norms: NDArray[np.float64]  # L2, of the embedding
+    norms: NDArray[np.float64]  # L2 norm of the embedding
     tier: str
     embeddings: Rows | None  # float32[n, dim]
 
@@ -30,42 +30,45 @@ Sink = Callable[[RowColumns], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Histogram:
-    """How many values lie between edges; what is counted on either side of an edge is exact.
+    """Counts of values between edges. The counts on either side of an edge are exact.
 
-    counts[i] is of edges[i-1] <= value < edges[i]; of ages, of edges[i-1] < value <= edges[i].
+    counts[i] counts the values in [edges[i-1], edges[i]); in a histogram of ages those in
+    (edges[i-1], edges[i]].
     """
 
     edges: NDArray[np.float64]  # [k], ascending
     counts: NDArray[np.int64]  # [k + 1]
 
-    def behind(self, edge: float) -> int:
-        """How many values are behind an edge: from it on or, of ages, above it."""
+    def above(self, edge: float) -> int:
+        """Return how many values are at least ``edge``; of ages, greater than it."""
         return int(self.counts[self.position(edge) + 1 :].sum())
 
-    def before(self, edge: float) -> int:
-        """All other values."""
+    def below(self, edge: float) -> int:
+        """Return how many values are less than ``edge``; of ages, at most it."""
         return int(self.counts[: self.position(edge) + 1].sum())
 
     def position(self, edge: float) -> int:
-        """Of an edge; InvalidArgument for a number that is none."""
+        """Return the index of an edge; InvalidArgument for a number that is not an edge."""
         at = int(np.searchsorted(self.edges, edge))
         if at == len(self.edges) or self.edges[at] != edge:
-            raise InvalidArgument(f"{edge:g} is no edge of this histogram: name it to analyze()")
+            raise InvalidArgument(
+                f"{edge:g} is not an edge of this histogram: pass it to analyze() as a threshold"
+            )
         return at
 
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """Rows of one tier, over all shards."""
+    """The rows of one tier, over all shards."""
 
     name: str
     rows: int
-    bytes: int  # taken, unused room included
+    bytes: int  # allocated, unused room included
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowList:
-    """Some rows, from the most extreme on."""
+    """The most extreme rows by some measure, the most extreme first."""
 
     keys: NDArray[np.uint64]
     versions: NDArray[np.uint64]
@@ -82,28 +85,28 @@ class Analysis:
 
     table: str
     checkpoint: str | None
-    asked: dict[str, tuple[float, ...]]  # thresholds: frequencies, ages, norms
-    time: float  # seconds since 1970: of the analysis, or when the checkpoint was complete
-    seconds: float  # that it took
+    asked: dict[str, tuple[float, ...]]  # thresholds that the caller gave: frequencies, ages, norms
+    time: float  # seconds since 1970: of the analysis, or of the checkpoint
+    seconds: float  # duration of the analysis
     dim: int
-    row_bytes: int  # embedding, state and metadata
+    row_bytes: int  # embedding, state and metadata of a row
     optimizer: str
     versions: tuple[int, ...]  # of the shards, when the analysis began
     step: int  # the largest that was pushed
     rows: int
     shard_rows: tuple[int, ...]
-    occurrences: int  # pushed, of all rows
+    occurrences: int  # pushed, sum over all rows
     norm_mean: float
     frequencies: Histogram
-    occurrences_between: NDArray[np.int64]  # [k + 1], occurrences of the rows in each count of it
+    occurrences_between: NDArray[np.int64]  # [k + 1], occurrences of the rows of each count of it
     ages: Histogram  # steps since the last push
     norms: Histogram
-    idle_norms: Histogram  # of rows of an age of at least ``grace``
+    idle_norms: Histogram  # norms of the rows whose age is at least ``grace``
     grace: int
     tiers: tuple[Tier, ...]
     index_bytes: int
-    waiting: int  # keys that are counted towards admission
-    waiting_bytes: int
+    waiting: int  # keys that are counted for admission and have no row yet
+    waiting_bytes: int  # of their counters
     most_frequent: RowList
     least_frequent: RowList
     largest: RowList
@@ -111,26 +114,26 @@ class Analysis:
 
     @property
     def bytes(self) -> int:
-        """Taken by all of it."""
+        """Memory of the table: rows, index and counters."""
         return sum(tier.bytes for tier in self.tiers) + self.index_bytes + self.waiting_bytes
 
     def admitted(self, threshold: int) -> int:
-        """Rows whose keys occurred at least so often: what that threshold would have admitted."""
-        return self.frequencies.behind(threshold)
+        """Return how many rows an admission threshold would have admitted."""
+        return self.frequencies.above(threshold)
 
     def dropped(self, threshold: int) -> int:
-        """Occurrences whose gradients that threshold would have dropped.
+        """Return how many occurrences an admission threshold would have dropped with gradients.
 
-        All of the other rows, and of these all but the last of the first ``threshold``; fewer
-        where several come in one push.
+        A refused key loses all its occurrences, an admitted key the first ``threshold - 1``. An
+        admitted key loses fewer if several of its occurrences come in one push.
         """
         below = self.occurrences_between[: self.frequencies.position(threshold) + 1]
         return int(below.sum()) + self.admitted(threshold) * (threshold - 1)
 
     def idle(self, ttl: int) -> int:
-        """Rows that a step TTL of so many steps evicts."""
-        return self.ages.behind(ttl)
+        """Return how many rows a step TTL of ``ttl`` steps evicts."""
+        return self.ages.above(ttl)
 
     def small(self, threshold: float) -> int:
-        """Rows that the norm rule with this threshold evicts, under ``grace``."""
-        return self.idle_norms.before(threshold)
+        """Return how many rows the norm rule evicts with this threshold and ``grace``."""
+        return self.idle_norms.below(threshold)

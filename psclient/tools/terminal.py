@@ -1,4 +1,4 @@
-"""An analysis for the terminal."""
+"""An analysis, and facts about keys, for the terminal."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.markup import escape as plain
 from rich.table import Table
 from rich.text import Text
 
+from psclient.tools.arrow import KeyType
 from psclient.tools.figures import (
     EXTREMES,
     LISTS,
@@ -31,48 +32,50 @@ from psclient.tools.figures import (
     ttls,
 )
 from psclient.tools.keys import KeyInfo
+from psclient.tools.listing import natural_width, print_whole
 from psclient.tools.summary import Analysis, RowList
 
-BAR = 24  # characters
+BAR = 24  # characters of the longest bar
+GAP = 4  # columns between two tables
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 STYLES = {"row": "green", "waiting": "yellow", "gone": "red", "new": "dim", "unknown": "magenta"}
 
 
-def show(console: Console, found: Analysis) -> None:
-    """Print an analysis."""
-    console.print(Text(title(found), style="bold"))
+def show(console: Console, result: Analysis, *, keys: KeyType = np.uint64) -> None:
+    """Print an analysis; ``keys`` shows keys as signed or unsigned."""
+    console.print(Text(title(result), style="bold"))
     grid = Table.grid(padding=(0, 2))
-    for name, value in facts(found):
+    for name, value in facts(result):
         grid.add_row(Text(name, style="dim"), plain(value))
-    grid.add_row(Text("took", style="dim"), f"{found.seconds:.2g} s")
-    console.print(grid)
+    grid.add_row(Text("duration", style="dim"), f"{result.seconds:.2g} s")
+    print_whole(console, grid)
     parts = _table("Memory", "part", "rows", "bytes")
-    for name, rows, count in memory(found):
+    for name, rows, count in memory(result):
         parts.add_row(plain(name), "" if rows is None else f"{rows:,}", size(count))
-    shards = [(f"shard {i}", rows) for i, rows in enumerate(found.shard_rows)]
-    _print_beside(console, parts, _bars("Shards", "shard", shards))
-    frequencies = buckets(found.frequencies, whole=True)
-    _print_beside(
+    shards = [(f"shard {i}", rows) for i, rows in enumerate(result.shard_rows)]
+    _print_pair(console, parts, _bars("Shards", "shard", shards))
+    frequencies = buckets(result.frequencies, whole=True)
+    _print_pair(
         console,
         _bars("Frequency of keys", "occurrences", frequencies),
-        _tries("Refused by an admission threshold", "occurrences", admissions(found), lost=True),
+        _tries("Refused by an admission threshold", "occurrences", admissions(result), lost=True),
     )
-    ages = buckets(found.ages, whole=True, upper=True)
-    _print_beside(
+    ages = buckets(result.ages, whole=True, upper=True)
+    _print_pair(
         console,
         _bars("Age of rows, since the last push", "steps", ages),
-        _tries("Evicted by a step TTL", "steps", ttls(found)),
+        _tries("Evicted by a step TTL", "steps", ttls(result)),
     )
-    grace = f", grace {found.grace:,}" if found.grace else ""
-    _print_beside(
+    grace = f", grace {result.grace:,}" if result.grace else ""
+    _print_pair(
         console,
-        _bars("L2 norm of embeddings", "norm", buckets(found.norms)),
-        _tries(f"Evicted by a norm threshold{grace}", "norm", small(found)),
+        _bars("L2 norm of embeddings", "norm", buckets(result.norms)),
+        _tries(f"Evicted by a norm threshold{grace}", "norm", small(result)),
     )
     for field, head in LISTS:
-        extremes: RowList = getattr(found, field)
+        extremes: RowList = getattr(result, field)
         if len(extremes.keys):
-            console.print(_extremes(head, extremes))
+            print_whole(console, _extremes(head, extremes, keys))
 
 
 def _table(head: str, *columns: str) -> Table:
@@ -81,6 +84,7 @@ def _table(head: str, *columns: str) -> Table:
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,
         min_width=len(head),
     )
     for i, column in enumerate(columns):
@@ -88,12 +92,17 @@ def _table(head: str, *columns: str) -> Table:
     return table
 
 
-def _print_beside(console: Console, left: Table, right: Table) -> None:
-    """Print two tables, beside one another where there is room."""
-    console.print(Columns([left, right], padding=(0, 4)))
+def _print_pair(console: Console, left: Table, right: Table) -> None:
+    """Print two tables, side by side if they fit."""
+    if natural_width(console, left) + GAP + natural_width(console, right) <= console.width:
+        console.print(Columns([left, right], padding=(0, GAP)))
+    else:
+        print_whole(console, left)
+        print_whole(console, right)
 
 
 def _tries(head: str, column: str, chosen: Sequence[Threshold], *, lost: bool = False) -> Table:
+    """Return a table of what thresholds would do; ``lost`` adds the share of occurrences."""
     table = _table(head, column, "rows", "of rows", *(("of occurrences",) if lost else ()))
     for each in chosen:
         row = (*cells(each), *((percent(each.lost),) if lost else ()))
@@ -102,6 +111,7 @@ def _tries(head: str, column: str, chosen: Sequence[Threshold], *, lost: bool = 
 
 
 def _bars(head: str, column: str, counts: Sequence[tuple[str, int]]) -> Table:
+    """Return a table of counts with bars."""
     table = _table(head, column, "rows", "of rows")
     table.add_column("", justify="left", no_wrap=True)
     whole, most = sum(n for _, n in counts), max((n for _, n in counts), default=0)
@@ -112,37 +122,42 @@ def _bars(head: str, column: str, counts: Sequence[tuple[str, int]]) -> Table:
 
 
 def _bar(part: float) -> str:
+    """Return a bar whose length is a share of BAR characters."""
     eighths = math.ceil(part * BAR * 8)
     return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
 
 
-def _extremes(head: str, rows: RowList) -> Table:
+def _extremes(head: str, rows: RowList, keys: KeyType) -> Table:
     table = _table(head, *EXTREMES)
-    for line in lines(rows):
+    for line in lines(rows, keys):
         table.add_row(*map(plain, line))
     return table
 
 
-def show_keys(console: Console, found: Sequence[KeyInfo], names: Sequence[str] = ()) -> None:
-    """Print what is known of keys; names: what they were made of."""
+def show_keys(console: Console, infos: Sequence[KeyInfo], names: Sequence[str] = ()) -> None:
+    """Print facts about keys; ``names`` are the strings that the keys were made of."""
     table = Table(box=None, show_header=False, padding=(0, 2, 1, 0))
     table.add_column(no_wrap=True, justify="right", vertical="top")
     table.add_column()
-    for i, each in enumerate(found):
+    for i, each in enumerate(infos):
         name = f"{names[i]}\n{each.key}" if names else str(each.key)
-        said = [
-            Text(each.reason, style=STYLES[each.state]).append(f"  shard {each.shard}", style="dim")
-        ]
-        if each.state == "row":
-            said.append(
-                Text(
-                    f"{each.frequency:,} occurrences · last pushed at step {each.step:,},"
-                    f" version {each.version:,} · norm {each.norm:.4g}"
-                )
-            )
-        before = each.gone[:-1] if each.state == "gone" else each.gone
-        said += [Text(f"before: {gone}", style="dim") for gone in reversed(before)]
-        if each.embedding is not None:
-            said.append(Text(np.array2string(each.embedding, precision=4, threshold=64)))
-        table.add_row(Text(name, style="bold"), Group(*said))
+        table.add_row(Text(name, style="bold"), Group(*_facts_of(each)))
     console.print(table)
+
+
+def _facts_of(info: KeyInfo) -> list[Text]:
+    """Return the lines about one key."""
+    reason = Text(info.reason, style=STYLES[info.state])
+    texts = [reason.append(f"  shard {info.shard}", style="dim")]
+    if info.state == "row":
+        texts.append(
+            Text(
+                f"{info.frequency:,} occurrences · last pushed at step {info.step:,},"
+                f" version {info.version:,} · norm {info.norm:.4g}"
+            )
+        )
+    earlier = info.deletions[:-1] if info.state == "gone" else info.deletions
+    texts += [Text(f"earlier: {deletion}", style="dim") for deletion in reversed(earlier)]
+    if info.embedding is not None:
+        texts.append(Text(np.array2string(info.embedding, precision=4, threshold=64)))
+    return texts

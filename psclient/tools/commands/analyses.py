@@ -12,12 +12,13 @@ from rich.console import Console
 from psclient.errors import InvalidArgument
 from psclient.strings import hash_keys
 from psclient.tools import analysis, terminal
-from psclient.tools import history as histories
 from psclient.tools import keys as known
 from psclient.tools import page as pages
 from psclient.tools import sink as sinks
+from psclient.tools.arrow import key_type
 from psclient.tools.commands.rows import Keys, KeysOption
 from psclient.tools.commands.shell import DEFAULT, Servers, app, bar, connected
+from psclient.tools.history import append_history, read_history
 from psclient.tools.staged import staged_file
 
 TableName = Annotated[str, typer.Argument(metavar="TABLE", help="Name of the table.")]
@@ -77,11 +78,11 @@ def analyze(
             pages.require()
         if history is not None:
             history.open("a").close()
-            histories.history(history, table)
+            read_history(history, table)
         unit = "bytes" if checkpoint else "rows"
         with sinks.ParquetSink(parquet, keys=keys) if parquet else nullcontext() as sink:
             with bar(f"analyze {table}", unit=unit) as show:
-                found = analysis.analyze(
+                result = analysis.analyze(
                     client,
                     table,
                     checkpoint=checkpoint,
@@ -94,13 +95,13 @@ def analyze(
                     embeddings=embeddings,
                     progress=show,
                 )
-            terminal.show(Console(highlight=False), found)
+            terminal.show(Console(highlight=False), result, keys=key_type(keys))
         moments = []
         if history is not None:
-            histories.remember(history, found)
-            moments = histories.history(history, table)
+            append_history(history, result)
+            moments = read_history(history, table)
         if page is not None:
-            page.write_text(pages.page(found, moments), encoding="utf-8")
+            page.write_text(pages.page(result, moments, keys=key_type(keys)), encoding="utf-8")
     for path in (parquet, html):
         if path is not None:
             typer.echo(f"{path}: {path.stat().st_size:,} bytes")
@@ -124,8 +125,8 @@ def inspect(
     """Show where the rows of keys are, or why a key has no row. Changes nothing."""
     with connected(servers) as client:
         numbers = hash_keys(keys).tolist() if text else [_number(key) for key in keys]
-        found = known.inspect(client, table, numbers, embeddings=embeddings)
-        terminal.show_keys(Console(highlight=False), found, keys if text else ())
+        infos = known.inspect(client, table, numbers, embeddings=embeddings)
+        terminal.show_keys(Console(highlight=False), infos, keys if text else ())
 
 
 def _number(key: str) -> int:

@@ -17,9 +17,8 @@ from psclient.tools.commands.shell import (
     app,
     bar,
     connected,
-    listing,
-    print_listing,
 )
+from psclient.tools.listing import listing, print_listing
 
 Name = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Name of the checkpoint.")]
 

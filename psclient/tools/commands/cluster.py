@@ -23,10 +23,9 @@ from psclient.tools.commands.shell import (
     Servers,
     addresses,
     app,
-    listing,
-    print_listing,
     reported,
 )
+from psclient.tools.listing import listing, print_listing
 from psclient.tools.status import ShardStatus
 from psclient.tools.status import status as ask_shards
 

@@ -31,9 +31,7 @@ class Keys(StrEnum):
 
 KeysOption = Annotated[
     Keys,
-    typer.Option(
-        help="Type of the keys in the file: the type of the column that they are joined with."
-    ),
+    typer.Option(help="Type of the keys: that of the column that the file is joined with."),
 ]
 
 

@@ -8,17 +8,15 @@ of its docstring appears in the list of ``psctl --help``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum, StrEnum
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from rich import box, filesize
+from rich import filesize
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
 from psclient.client import Client
 from psclient.errors import DeadlineExceeded, PsError, Unavailable
@@ -115,26 +113,6 @@ def _status(error: Exception) -> Exit:
     if isinstance(error, (Unavailable, DeadlineExceeded)):
         return Exit.UNREACHABLE
     return Exit.FAILED
-
-
-# ---- listings
-
-
-def listing(*columns: str) -> Table:
-    """Return a table for ``print_listing``; columns align right, or left if "<" follows."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for column in columns:
-        justify: Literal["left", "right"] = "left" if column.endswith("<") else "right"
-        table.add_column(column.removesuffix("<"), justify=justify, no_wrap=True)
-    return table
-
-
-def print_listing(table: Table, lines: Iterable[Sequence[str | Text]]) -> None:
-    """Print lines under the columns of a table, whole even where the terminal is narrower."""
-    for line in lines:
-        table.add_row(*line)
-    width = Console(width=1 << 16).measure(table).maximum
-    Console(width=width, highlight=False).print(table)
 
 
 # ---- progress

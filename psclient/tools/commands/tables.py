@@ -22,9 +22,8 @@ from psclient.tools.commands.shell import (
     Servers,
     app,
     connected,
-    listing,
-    print_listing,
 )
+from psclient.tools.listing import listing, print_listing
 from psclient.tools.rules import parse_rule, rule_text
 from psproto import ps_pb2 as pb
 

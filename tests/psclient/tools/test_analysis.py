@@ -22,7 +22,7 @@ from psclient.errors import CheckpointUnfit, InvalidArgument, TableNotFound
 from psclient.tools import importer
 from psclient.tools.analysis import analyze
 from psclient.tools.ctl import app
-from psclient.tools.history import Moment, history, remember
+from psclient.tools.history import Moment, append_history, read_history
 from psclient.tools.keys import inspect
 from psclient.tools.sink import ParquetSink
 from psclient.tools.summary import Analysis, Histogram, RowColumns
@@ -91,7 +91,7 @@ def test_an_analysis_sums_up_all_shards(client: Client, filled: str) -> None:
         assert found.idle(ttl) == (ages > ttl).sum()
     for threshold in (0.1, 0.5, 0.7, 1.0):
         assert found.small(threshold) == ((norms < threshold) & (ages >= 10)).sum()
-    assert (found.norms.before(0.7), found.norms.behind(0.7)) == (
+    assert (found.norms.below(0.7), found.norms.above(0.7)) == (
         (norms < 0.7).sum(),
         (norms >= 0.7).sum(),
     )
@@ -109,11 +109,11 @@ def test_an_analysis_sums_up_all_shards(client: Client, filled: str) -> None:
 
 def test_a_threshold_that_was_not_asked_for_is_not_guessed(client: Client, filled: str) -> None:
     found = analyze(client, filled)
-    with pytest.raises(InvalidArgument, match="3 is no edge"):
+    with pytest.raises(InvalidArgument, match="3 is not an edge"):
         found.admitted(3)
-    with pytest.raises(InvalidArgument, match="33 is no edge"):
+    with pytest.raises(InvalidArgument, match="33 is not an edge"):
         found.idle(33)
-    with pytest.raises(InvalidArgument, match=r"1e\+12 is no edge"):
+    with pytest.raises(InvalidArgument, match=r"1e\+12 is not an edge"):
         found.small(1e12)
 
 
@@ -207,7 +207,7 @@ def test_keys_tell_where_they_are_or_why_they_are_not(
     assert found[0].step == rows["steps"][0]
     assert_array_equal(found[0].embedding, rows["rows"][0])
     assert (found[0].reason, found[3].reason) == ("has a row in tier host", "was never pushed")
-    [gone] = found[1].gone
+    [gone] = found[1].deletions
     assert (gone.cause, gone.step) == ("request", 95)
     assert time.time() - 60 < gone.time < time.time() + 1
     assert found[1].reason.startswith(f"deleted on request at version {gone.version}, step 95, 20")
@@ -224,14 +224,14 @@ def test_a_key_that_waits_says_for_what(client: Client, name: str) -> None:
     )
     table.push(np.array([7, 7, -8, -8, -8]), np.ones((5, DIM), np.float32), step=1)
     waits, has = inspect(client, name, [7, -8])
-    assert (waits.reason, waits.threshold) == ("waits for admission with 2 of 3 occurrences", 3)
+    assert (waits.reason, waits.threshold) == ("waits for admission: 2 of 3 occurrences", 3)
     assert has.frequency == 3
     assert analyze(client, name).waiting == 1
 
 
 @pytest.mark.parametrize("key", [1 << 64, -(1 << 63) - 1])
 def test_a_key_of_more_than_64_bits_is_refused(client: Client, filled: str, key: int) -> None:
-    with pytest.raises(InvalidArgument, match="more than 64 bits"):
+    with pytest.raises(InvalidArgument, match="keys must be in -2"):
         inspect(client, filled, [key])
 
 
@@ -256,10 +256,10 @@ def an_analysis(**changes: Any) -> Analysis:
 
 def test_a_history_remembers_every_analysis_of_a_table(tmp_path: Path) -> None:
     path = tmp_path / "h.jsonl"
-    remember(path, an_analysis(time=9.0, rows=5, index_bytes=100, waiting=2, step=7))
-    remember(path, an_analysis(table="u"))
-    remember(path, an_analysis(time=4.0, rows=3, checkpoint="c", occurrences=8))
-    assert history(path, "t") == [
+    append_history(path, an_analysis(time=9.0, rows=5, index_bytes=100, waiting=2, step=7))
+    append_history(path, an_analysis(table="u"))
+    append_history(path, an_analysis(time=4.0, rows=3, checkpoint="c", occurrences=8))
+    assert read_history(path, "t") == [
         Moment(4.0, "t", "c", 3, 0, 0, 8, 0),
         Moment(9.0, "t", None, 5, 100, 2, 0, 7),
     ]
@@ -269,11 +269,11 @@ def test_a_history_remembers_every_analysis_of_a_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", ["{", "[]", "{}", '{"time": 1, "rows": 2}', "3"])
 def test_a_history_with_something_else_in_it_is_refused_by_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "h.jsonl"
-    remember(path, an_analysis())
+    append_history(path, an_analysis())
     with path.open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(InvalidArgument, match="line 2 has no analysis"):
-        history(path, "t")
+    with pytest.raises(InvalidArgument, match="line 2 is not an analysis"):
+        read_history(path, "t")
 
 
 # ---- psctl
@@ -307,7 +307,7 @@ def test_psctl_analyze_shows_and_writes_all_of_it(
     ):
         assert word in shown
     assert parquet.read_table(tmp_path / "t.parquet").num_rows == found.rows
-    assert len(history(tmp_path / "h.jsonl", filled)) == 2
+    assert len(read_history(tmp_path / "h.jsonl", filled)) == 2
     page = (tmp_path / "t.html").read_text()
     assert f"<h1>{filled}</h1>" in page
     assert "Growth" in page
@@ -319,7 +319,7 @@ BAD = [
     (["--html", "."], "is a directory, not a file to be written"),
     (["--parquet", "."], "is a directory, not a file to be written"),
     (["--history", "no/such/h.jsonl"], "No such file or directory"),
-    (["--history", "junk"], "line 1 has no analysis"),
+    (["--history", "junk"], "line 1 is not an analysis"),
 ]
 
 
@@ -350,7 +350,7 @@ def test_psctl_analyze_refuses_a_page_without_its_library_before_it_reads(
 def test_psctl_analyze_shows_and_keeps_what_it_has_if_a_page_cannot_be_written(
     cluster2: Cluster, filled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> str:
+    def full(*_: Any, **__: Any) -> str:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("psclient.tools.page.page", full)

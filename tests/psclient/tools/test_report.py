@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import re
 import sys
 from html.parser import HTMLParser
 from typing import Any
@@ -18,7 +19,7 @@ from psclient.tools import figures as known
 from psclient.tools import page as pages
 from psclient.tools import terminal
 from psclient.tools.history import Moment
-from psclient.tools.keys import Gone, KeyInfo
+from psclient.tools.keys import Deletion, KeyInfo
 from psclient.tools.summary import Analysis, Histogram, RowList, Tier
 
 EVIL = "</script><img src=x onerror=alert(1)>&\"'"
@@ -265,7 +266,7 @@ def test_markup_in_data_is_text() -> None:
 
 
 def test_keys_show_what_is_known_of_them() -> None:
-    gone = Gone(7, "step_ttl", 1.7e9, -4), Gone(8, "request", None, None)
+    gone = Deletion(7, "step_ttl", 1.7e9, -4), Deletion(8, "request", None, None)
     nothing = (None,) * 6
     found = [
         KeyInfo(-1, 0, "row", "host", 9, 5, 4, 0.5, np.ones(2, np.float32), 0, None, gone, ""),
@@ -281,15 +282,15 @@ def test_keys_show_what_is_known_of_them() -> None:
     assert [line for line in lines if line] == [
         "-1 has a row in tier host shard 0",
         "4 occurrences · last pushed at step 5, version 9 · norm 0.5",
-        "before: deleted on request at version 8",
-        f"before: {evicted}",
+        "earlier: deleted on request at version 8",
+        f"earlier: {evicted}",
         "[1. 1.]",
-        "2 waits for admission with 2 of 3 occurrences shard 1",
-        f"before: {evicted}",
+        "2 waits for admission: 2 of 3 occurrences shard 1",
+        f"earlier: {evicted}",
         "3 deleted on request at version 8 shard 1",
-        f"before: {evicted}",
+        f"earlier: {evicted}",
         "4 was never pushed shard 0",
-        "5 was never pushed, or that is forgotten: [b]lost[/b] shard 0",
+        "5 has no record: it was never pushed, or its record is lost ([b]lost[/b]) shard 0",
     ]
     assert evicted.startswith("evicted by step_ttl at version 7, step -4, 2023-11-1")
 
@@ -307,7 +308,26 @@ def test_bytes_have_units(count: int, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("share", "text"),
-    [(0.0, "0%"), (1.0, "100%"), (0.5, "50.0%"), (1e-5, "0.001%"), (0.99999, "100%")],
+    [
+        (0.0, "0%"),
+        (1.0, "100%"),
+        (0.5, "50.0%"),
+        (1e-5, "0.001%"),
+        (0.99999, "99.999%"),
+        (5648 / 5649, "99.98%"),
+    ],
 )
 def test_shares_tell_little_from_nothing(share: float, text: str) -> None:
     assert known.percent(share) == text
+
+
+def test_keys_are_shown_as_the_trainer_sees_them_and_whole() -> None:
+    """No digit of a key is cut off where the terminal is narrow."""
+    unsigned, out = shown(an_analysis(), 80), console(80)
+    terminal.show(out, an_analysis(), keys=np.int64)
+    signed = out.file.getvalue()  # type: ignore[attr-defined]
+    assert str(2**64 - 1) in unsigned
+    assert str(2**64 - 1) not in signed
+    assert re.search(r"^ *-1 +1 ", signed, re.M)
+    text = pages.page(an_analysis(), keys=np.int64)
+    assert "<td>-1</td>" in text
