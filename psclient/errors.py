@@ -118,6 +118,7 @@ REASONS: dict[str, type[PsError]] = {
     "WRONG_SHARD": WrongShard,
     "SESSION_EXPIRED": SessionExpired,
     "STEP_TOO_FAR": InvalidArgument,
+    "NOT_ALTERABLE": InvalidArgument,
     "VERSION_IN_FUTURE": VersionInFuture,
     "VERSION_COMPACTED": VersionCompacted,
     "LOG_DIVERGED": LogDiverged,

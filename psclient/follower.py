@@ -221,8 +221,13 @@ class _State:
                 if table is None or table.created < change.version:
                     copy = _Copy(schema.dim, schema.serving_default, change.version)
                     self.tables[change.table] = copy
+                else:
+                    table.default = schema.serving_default
                 if self.stated is not None:
                     self.stated.add(change.table)
+            case "altered" if table is not None:
+                assert change.schema is not None
+                table.default = change.schema.serving_default
             case "dropped" if table is not None and table.created < change.version:
                 del self.tables[change.table]
             case "snapshot" | "catch_up":

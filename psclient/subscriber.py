@@ -49,6 +49,7 @@ Kind = Literal[
     "rows",
     "deletes",
     "created",
+    "altered",
     "dropped",
     "barrier",
     "progress",
@@ -64,6 +65,7 @@ KINDS: dict[int, Kind] = {
     pb.DeltaHeader.KIND_ROWS: "rows",
     pb.DeltaHeader.KIND_DELETES: "deletes",
     pb.DeltaHeader.KIND_TABLE_CREATED: "created",
+    pb.DeltaHeader.KIND_TABLE_ALTERED: "altered",
     pb.DeltaHeader.KIND_TABLE_DROPPED: "dropped",
     pb.DeltaHeader.KIND_BARRIER: "barrier",
     pb.DeltaHeader.KIND_PROGRESS: "progress",
@@ -93,6 +95,7 @@ class Change:
     kind      rows          these rows have these values
               deletes       these rows are gone; ``cause`` says why
               created       there is a table; rows of an older one of its name are gone
+              altered       the table has other settings, in ``schema``; its rows stay
               dropped       the table is gone, with its rows
               barrier       the mark ``barrier``
               progress      nothing new up to ``version``
@@ -121,7 +124,7 @@ class Change:
     dim: int  # of the table's embeddings
     barrier: str
     cause: str
-    schema: pb.TableSchema | None  # of a created table
+    schema: pb.TableSchema | None  # of a created or altered table
 
 
 class Subscriber:

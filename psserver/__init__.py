@@ -5,6 +5,7 @@ addresses.py     hosts and ports to listen on
 memory.py        the memory limit, and how it is divided
 config.py        how a server is set up
 schemas.py       table schemas as messages and as JSON
+alterations.py   which settings of a live table can be altered
 sessions.py      which pushes were applied
 requests.py      what a shard is asked to do
 tombstones.py    keys that were deleted

@@ -79,7 +79,7 @@ class Batch:
                 self.full = (
                     not self.wanted.coalesces or self.rows >= most or self.bytes >= COALESCE_BYTES
                 )
-            case records.Create() | records.Drop():
+            case records.Create() | records.Alter() | records.Drop():
                 schema = from_json(record.schema)
                 if not self.wanted.wants(schema.name):
                     return
@@ -120,8 +120,15 @@ class Deltas:
 
     def created(self, schema: TableSchema, **fields: Any) -> bytes:
         """Return the message that a table exists."""
+        return self._of_table(DeltaKind.KIND_TABLE_CREATED, schema, fields)
+
+    def altered(self, schema: TableSchema, **fields: Any) -> bytes:
+        """Return the message that a table has other settings."""
+        return self._of_table(DeltaKind.KIND_TABLE_ALTERED, schema, fields)
+
+    def _of_table(self, kind: DeltaKind.Kind, schema: TableSchema, fields: dict[str, Any]) -> bytes:
         return self.mark(
-            DeltaKind.KIND_TABLE_CREATED,
+            kind,
             table=schema.name,
             dim=schema.dim,
             schema=write_schema(schema),
@@ -226,6 +233,8 @@ class Deltas:
                 yield from self.deletes(schema.name, version, keys, _NO_KEYS, cause, **last)
             case records.Create():
                 yield self.created(schema, version=version, **last)
+            case records.Alter():
+                yield self.altered(schema, version=version, **last)
             case records.Drop():
                 yield self.mark(
                     DeltaKind.KIND_TABLE_DROPPED, table=schema.name, version=version, **last

@@ -3,6 +3,7 @@
 * Refused
   - BadRequest        the request breaks a rule; the reason says which
   - WrongShard        a key belongs to another shard
+  - NotAlterable      a field of a table that is fixed at its creation
   - StepTooFar        the step of a push is too far ahead of the table's
   - SessionExpired    a push whose repetition could no longer be noticed
   - VersionInFuture   a version that this shard has not reached
@@ -61,6 +62,22 @@ class WrongShard(Refused):
     @property
     def metadata(self) -> dict[str, str]:
         return {"epoch": str(self.epoch)}
+
+
+class NotAlterable(Refused):
+    """A field of a table that is fixed at its creation."""
+
+    reason = "NOT_ALTERABLE"
+
+    def __init__(self, table: str, field: str, why: str, alterable: str) -> None:
+        super().__init__(
+            f"table {table[:200]!r}: {field} cannot be altered: {why}; alterable are: {alterable}"
+        )
+        self.field = field
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return {"field": self.field}
 
 
 class StepTooFar(Refused):

@@ -35,6 +35,7 @@ class Recovery:
         for table in state.tables:
             schema = from_json(json.loads(table.schema))
             entry = self._tables.add(table.number, schema, table.created)
+            entry.counting = table.counting
             if table.policy:
                 entry.table.evictor.load(table.policy)
             else:
@@ -52,7 +53,9 @@ class Recovery:
                     newest, last = int(block.versions.max()), int(block.steps.max())
                     entry.table.evictor.loaded(newest, last)
             case blocks.COUNTERS:
-                entry.table.put_counters(block.keys, block.totals, block.versions)
+                kept = block.versions > entry.counting
+                arrays = block.keys[kept], block.totals[kept], block.versions[kept]
+                entry.table.put_counters(*arrays)
             case blocks.CELLS:
                 _load_cells(entry, block)
             case _:
@@ -88,6 +91,8 @@ class Recovery:
             case records.Delete(_, number, cause, keys):
                 entry.table.delete(keys)
                 self._tombstones.add(number, keys, version, cause)
+            case records.Alter(origin, _, schema):
+                self._tables.alter(entry, from_json(schema), version, origin.time_us / 1e6)
             case records.Drop():
                 self._tables.remove(entry)
         if (origin := record.origin).client:

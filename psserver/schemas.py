@@ -9,7 +9,8 @@ from google.protobuf import json_format
 
 from psproto import ps_pb2 as pb
 from psserver.errors import BadRequest
-from storage.admission.rules import make_admission
+from storage.admission.rules import Admission, make_admission
+from storage.eviction.contract import Eviction
 from storage.eviction.rules import make_eviction
 from storage.initializers import make_initializer
 from storage.optimizers import make_optimizer
@@ -27,7 +28,10 @@ DURABILITIES: dict[Durability, pb.Durability] = {
 
 
 def read_schema(message: pb.TableSchema) -> TableSchema:
-    """The schema that a message asks for, defaults filled in; BadRequest if it breaks a rule."""
+    """Return the schema that a message asks for; fields that are absent take their defaults.
+
+    Raises BadRequest naming the table, the field and the rule that a value breaks.
+    """
     try:
         return TableSchema(
             name=message.name,
@@ -43,26 +47,39 @@ def read_schema(message: pb.TableSchema) -> TableSchema:
                 message.max_step_ahead if message.HasField("max_step_ahead") else MAX_STEP_AHEAD
             ),
             serving_default=message.serving_default,
-            durability=LEVELS[message.durability or pb.DURABILITY_LOG],
-            admission=make_admission(
-                message.admission.name or "always", dict(message.admission.parameters)
-            ),
-            evictions=tuple(
-                sorted(
-                    (make_eviction(rule.name, dict(rule.parameters)) for rule in message.evictions),
-                    key=lambda rule: rule.name,
-                )
-            ),
+            durability=read_durability(message),
+            admission=read_admission(message),
+            evictions=read_evictions(message),
         )
-    except KeyError as error:
-        raise BadRequest(
-            "INVALID_ARGUMENT",
-            f"table {message.name[:200]!r}: durability {message.durability} is unknown",
-        ) from error
     except ValueError as error:
-        text = str(error)
-        where = "" if repr(message.name) in text else f"table {message.name[:200]!r}: "
-        raise BadRequest("INVALID_ARGUMENT", where + text) from error
+        raise refused(message.name, error) from error
+
+
+def refused(table: str, error: ValueError) -> BadRequest:
+    """Return the refusal of a value that breaks a rule; its message names the table."""
+    text = str(error)
+    where = "" if repr(table) in text else f"table {table[:200]!r}: "
+    return BadRequest("INVALID_ARGUMENT", where + text)
+
+
+def read_durability(message: pb.TableSchema) -> Durability:
+    """Return the default durability of a table; raises ValueError."""
+    level = LEVELS.get(message.durability or pb.DURABILITY_LOG)
+    if level is None:
+        raise ValueError(f"durability {message.durability} is unknown")
+    return level
+
+
+def read_admission(message: pb.TableSchema) -> Admission:
+    """Return the admission rule of a table; raises ValueError."""
+    rule = message.admission
+    return make_admission(rule.name or "always", dict(rule.parameters))
+
+
+def read_evictions(message: pb.TableSchema) -> tuple[Eviction, ...]:
+    """Return the eviction rules of a table, sorted by name; raises ValueError."""
+    rules = [make_eviction(rule.name, dict(rule.parameters)) for rule in message.evictions]
+    return tuple(sorted(rules, key=lambda rule: rule.name))
 
 
 def write_schema(schema: TableSchema) -> pb.TableSchema:

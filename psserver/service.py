@@ -11,6 +11,7 @@ import grpc
 
 from psproto import names
 from psproto import ps_pb2 as pb
+from psserver.alterations import altered, require_alterable
 from psserver.analysis import Analyses
 from psserver.checkpoints import Checkpoints
 from psserver.config import ServerConfig
@@ -94,6 +95,7 @@ class Service:
             "CreateTable": make.message(pb.CreateTableRequest, self.create_table),
             "DescribeTable": make.message(pb.DescribeTableRequest, self.describe_table),
             "ListTables": make.message(pb.ListTablesRequest, self.list_tables),
+            "AlterTable": make.message(pb.AlterTableRequest, self.alter_table),
             "DropTable": make.message(pb.DropTableRequest, self.drop_table),
             "Evict": make.message(pb.EvictRequest, self.evict),
         }
@@ -167,6 +169,26 @@ class Service:
             some = partial(self._describe_all, names[at : at + LISTED])
             answer.tables.extend(await self._engine.submit(some, deadline))
         return answer
+
+    async def alter_table(
+        self, request: pb.AlterTableRequest, deadline: float
+    ) -> pb.AlterTableResponse:
+        require_alterable(request)
+        name, change = request.schema.name, partial(altered, request=request)
+
+        def alter() -> pb.AlterTableResponse:
+            _, dropped = self._shard.alter_table(name, change)
+            told = self._describe(name)
+            return pb.AlterTableResponse(
+                schema=told.schema,
+                stats=told.stats,
+                version=told.version,
+                dropped_counters=dropped,
+            )
+
+        done = await self._engine.submit(alter, deadline)
+        await self._settled(done.version, pb.DURABILITY_LOG)
+        return done
 
     async def drop_table(
         self, request: pb.DropTableRequest, deadline: float

@@ -127,6 +127,31 @@ class Shard:
         self._sequencer.append(Kind.CREATE, parts)
         return schema
 
+    def alter_table(
+        self, name: str, change: Callable[[TableSchema], TableSchema]
+    ) -> tuple[TableSchema, int]:
+        """Give a table other settings; its rows stay. Nothing changes if the settings are equal.
+
+        change  returns the new schema for the present one, or raises
+
+        Returns the new schema, and how many counters towards admission were dropped; see
+        ``Table.alter``. Raises OutOfMemory or DiskFull, and changes nothing then.
+        """
+        entry = self._tables.get(name)
+        schema = change(entry.schema)
+        if schema == entry.schema:
+            return schema, 0
+        if schema.durability == "fsync" and self._sequencer.log is None:
+            raise NoLog
+        origin, stored = self._sequencer.origin(), to_json(schema)
+        parts = records.encode_alter(origin, entry.number, stored, dropped=False)
+        self._sequencer.reserve([RECORD + len(parts[1])])
+        dropped = self._tables.alter(entry, schema, self.version + 1, origin.time_us / 1e6)
+        lost = dropped is not None
+        parts = records.encode_alter(origin, entry.number, stored, dropped=lost)
+        self._sequencer.append(Kind.ALTER, parts)
+        return schema, dropped or 0
+
     def drop_table(self, name: str) -> None:
         """Drop a table and return its memory."""
         entry = self._tables.get(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from psserver.errors import Overloaded
 from psserver.sequencer import RECORD, Sequencer
 from psserver.tables import TableEntry, Tables
 from storage.eviction.sweep import Sweep
@@ -66,8 +67,13 @@ class Sweeps:
         return entry.number, entry.table.evictor.sweep(dry=dry)
 
     def take_slice(self, number: int, sweep: Sweep) -> None:
-        """Take the next slice of a sweep; raises UnknownTable once the table is dropped."""
+        """Take the next slice of a sweep.
+
+        Raises UnknownTable once the table is dropped, Overloaded once its rules were altered.
+        """
         entry = self._tables.require_number(number)
+        if sweep.rules != entry.table.evictor.rules:
+            raise Overloaded(f"table {entry.schema.name!r} was altered during the sweep: repeat it")
         view = entry.table.view()
         victims = sweep.slice(view, entry.table.evictor.now(self._sequencer.now()))
         self._evict(entry, victims.keys(view))

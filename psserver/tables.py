@@ -25,6 +25,7 @@ class TableEntry:
     number: int
     created: int
     text: str  # its schema as JSON
+    counting: int = 0  # counters of versions up to this one were dropped by an alteration
 
     @property
     def schema(self) -> TableSchema:
@@ -98,13 +99,31 @@ class Tables:
         text = json.dumps(to_json(schema), sort_keys=True)
         entry = TableEntry(Table(schema, self._budget, self._share), number, created, text)
         self._by_name[schema.name] = self._by_number[number] = entry
-        if schema.evictions:
-            self.ruled.append(number)
+        self._list_ruled(entry)
         self.next_number = max(self.next_number, number + 1)
         self._schemas[number] = schema
         if len(self._schemas) > len(self._by_name) + MAX_DROPPED:
             del self._schemas[next(each for each in self._schemas if each not in self._by_number)]
         return entry
+
+    def alter(
+        self, entry: TableEntry, schema: TableSchema, version: int, seconds: float
+    ) -> int | None:
+        """Give a table other settings; arguments, result and errors as of ``Table.alter``."""
+        dropped = entry.table.alter(schema, version, seconds)
+        if dropped is not None:
+            entry.counting = version
+        entry.text = json.dumps(to_json(schema), sort_keys=True)
+        self._schemas[entry.number] = schema
+        self._list_ruled(entry)
+        return dropped
+
+    def _list_ruled(self, entry: TableEntry) -> None:
+        """List a table among those with eviction rules, or not, as its schema says."""
+        if entry.schema.evictions and entry.number not in self.ruled:
+            self.ruled.append(entry.number)
+        elif not entry.schema.evictions and entry.number in self.ruled:
+            self.ruled.remove(entry.number)
 
     def remove(self, entry: TableEntry) -> None:
         """Drop a table, and return its memory."""

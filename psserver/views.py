@@ -64,6 +64,7 @@ class CapturedTable:
     number: int  # given at creation
     schema: str  # JSON
     created: int  # version of its creation
+    counting: int  # counters of versions up to this one were dropped by an alteration
     policy: EvictorState
     table: Table
     width: int
@@ -82,6 +83,7 @@ class CapturedTable:
             schema=self.schema,
             created=self.created,
             policy=self.policy.pack(),
+            counting=self.counting,
         )
 
 
@@ -106,6 +108,7 @@ def capture_table(entry: TableEntry) -> CapturedTable:
         number=entry.number,
         schema=entry.text,
         created=entry.created,
+        counting=entry.counting,
         policy=table.evictor.snapshot(),
         table=table,
         width=width,
@@ -142,6 +145,8 @@ def view_keys(entry: TableEntry, keys: Keys, version: int, now: float) -> KeyVie
     versions, steps, frequencies = table.metadata(locations)
     waiting = np.where(locations == 0, table.gate.waiting(keys), 0).astype(np.uint32)
     forgets, stale = table.gate.forgets, table.evictor.stale(now)
+    if entry.counting:
+        forgets = f"what was counted up to version {entry.counting} was dropped by an alteration"
     if not forgets and table.gate.cap and stale > entry.created:
         forgets = f"counters last touched up to version {stale} have expired"
     return KeyView(

@@ -33,7 +33,8 @@ class BaseTable:
     number: int  # given at creation, never reused
     schema: str  # JSON
     created: int  # version of its creation
-    policy: bytes = b""  # what its eviction knows, in that one's format
+    policy: bytes = b""  # state of its eviction, in the format of the eviction
+    counting: int = 0  # counters of versions up to this one were dropped by an alteration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,8 @@ class BaseState:
             "cells": self.cells,
             "logged": self.logged,
         }
+        if counting := {str(t.number): t.counting for t in self.tables if t.counting}:
+            facts["counting"] = counting
         text = json.dumps(facts, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         head = _HEAD.pack(MAGIC, FORMAT, len(text), len(self.blocks), len(self.sessions), 0)
@@ -99,7 +102,11 @@ class BaseState:
             next_table=facts["next_table"],
             tables=tuple(
                 BaseTable(
-                    number=number, schema=schema, created=created, policy=bytes.fromhex(policy)
+                    number=number,
+                    schema=schema,
+                    created=created,
+                    policy=bytes.fromhex(policy),
+                    counting=facts.get("counting", {}).get(str(number), 0),
                 )
                 for number, schema, created, policy in facts["tables"]
             ),

@@ -40,11 +40,11 @@ class SchemaMismatch(StorageError):
 class OutOfMemory(StorageError):
     """The shard's memory budget does not allow the growth a write needs."""
 
-    def __init__(self, budget: int, held: int, wanted: int) -> None:
+    def __init__(self, budget: int, held: int, wanted: int, what: str = "") -> None:
         super().__init__(
-            f"{wanted} bytes wanted, {held} of the budget of {budget} bytes are already held"
+            f"{what}{wanted} bytes wanted, {held} of the budget of {budget} bytes are already held"
         )
-        self.budget = budget
+        self.budget, self.held, self.wanted, self.what = budget, held, wanted, what
 
 
 class Corrupt(StorageError):

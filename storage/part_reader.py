@@ -18,7 +18,7 @@ from storage.index import Index
 from storage.kernels import Keys, Rows
 from storage.manifest import File
 from storage.part_writer import ENTRY, RECORD
-from storage.records import Delete, Push, decode
+from storage.records import Alter, Delete, Push, decode
 from storage.segment import Frame
 from storage.store import Store
 
@@ -121,6 +121,8 @@ def counters_of(
         data = read_file(store, name, file)
         for frame in frames_in(data, store.where(f"{name}/{file.path}")):
             record = decode(frame)
+            if isinstance(record, Alter) and record.dropped and record.table in found:
+                found[record.table].clear()
             if isinstance(record, Push | Delete) and record.table in found:
                 columns = found[record.table]
                 none = np.zeros(len(record.keys), np.uint32)

@@ -22,7 +22,7 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableSchema:
-    """Immutable; changing any field means creating another table."""
+    """What a table is. An alteration of a table replaces its schema by another one."""
 
     name: str
     dim: int  # length of the embedding, the part a pull returns

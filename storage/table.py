@@ -12,8 +12,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.admission.gates import Occurrences, Versions
+from storage.admission.gates import Gate, Occurrences, Versions
+from storage.admission.rules import Admission
 from storage.arena import Budget
+from storage.errors import OutOfMemory
 from storage.eviction.contract import View
 from storage.eviction.evictor import Evictor
 from storage.index import PLACE_BITS, Index, Locations, places
@@ -79,13 +81,14 @@ class Table:
     def __init__(self, schema: TableSchema, budget: Budget, share: float = 1.0) -> None:
         self.schema = schema
         self.tally = Tally()
+        self._budget, self._share = budget, share
         self.evictor = Evictor([rule.on(share) for rule in schema.evictions])
         self._index = Index(budget)
         self._host: Tier = HostTier(schema.dim, schema.width, budget)
         self._seed = table_seed(schema.seed, schema.name)
         self._state = schema.optimizer.initial_state(schema.dim)
         try:
-            self.gate = schema.admission.on(share).gate(budget, self._seed)
+            self.gate = self._make_gate(schema.admission.on(share))
         except BaseException:
             self._index.close()
             self._host.close()
@@ -93,6 +96,43 @@ class Table:
 
     def __len__(self) -> int:
         return len(self._index)
+
+    def alter(self, schema: TableSchema, version: int, seconds: float) -> int | None:
+        """Go on under a schema that differs in alterable fields; see psserver/alterations.py.
+
+        version  of the alteration, at ``seconds``
+
+        Returns None if no counters towards admission are lost; else about how many there were. They
+        are dropped where the new rule cannot go on from them, and their keys start again from zero.
+
+        Raises OutOfMemory, and changes nothing then, if there is no room for a new sketch.
+        """
+        dropped = self._alter_admission(schema)
+        if schema.evictions != self.schema.evictions:
+            rules = [rule.on(self._share) for rule in schema.evictions]
+            self.evictor = self.evictor.altered(rules, version, seconds)
+        self.schema = schema
+        return dropped
+
+    def _make_gate(self, admission: Admission) -> Gate:
+        try:
+            return admission.gate(self._budget, self._seed)
+        except OutOfMemory as error:
+            what = f"table {self.schema.name!r}: {error.what}"
+            raise OutOfMemory(error.budget, error.held, error.wanted, what) from error
+
+    def _alter_admission(self, schema: TableSchema) -> int | None:
+        old, new = self.schema.admission.on(self._share), schema.admission.on(self._share)
+        if new.keeps(old):
+            new.alter(self.gate)
+            return None
+        gate = self._make_gate(new)
+        replaced, dropped = self.gate, self.gate.entries
+        gate.dropped = replaced.dropped + dropped
+        gate.edits = replaced.edits + 1  # so that no block of cells is taken for the new gate's
+        replaced.close()
+        self.gate = gate
+        return dropped if replaced.counting or replaced.forgets else None
 
     def stats(self) -> TableStats:
         """What the table holds now."""

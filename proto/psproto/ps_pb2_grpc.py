@@ -52,6 +52,11 @@ class TableServiceStub(object):
                 request_serializer=psproto_dot_ps__pb2.ListTablesRequest.SerializeToString,
                 response_deserializer=psproto_dot_ps__pb2.ListTablesResponse.FromString,
                 _registered_method=True)
+        self.AlterTable = channel.unary_unary(
+                '/ps.v1.TableService/AlterTable',
+                request_serializer=psproto_dot_ps__pb2.AlterTableRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.AlterTableResponse.FromString,
+                _registered_method=True)
         self.DropTable = channel.unary_unary(
                 '/ps.v1.TableService/DropTable',
                 request_serializer=psproto_dot_ps__pb2.DropTableRequest.SerializeToString,
@@ -89,6 +94,13 @@ class TableServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AlterTable(self, request, context):
+        """Changes settings of a table whose rows stay; see AlterTableRequest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DropTable(self, request, context):
         """Drops a table and its rows. NOT_FOUND where there is none.
         """
@@ -122,6 +134,11 @@ def add_TableServiceServicer_to_server(servicer, server):
                     servicer.ListTables,
                     request_deserializer=psproto_dot_ps__pb2.ListTablesRequest.FromString,
                     response_serializer=psproto_dot_ps__pb2.ListTablesResponse.SerializeToString,
+            ),
+            'AlterTable': grpc.unary_unary_rpc_method_handler(
+                    servicer.AlterTable,
+                    request_deserializer=psproto_dot_ps__pb2.AlterTableRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.AlterTableResponse.SerializeToString,
             ),
             'DropTable': grpc.unary_unary_rpc_method_handler(
                     servicer.DropTable,
@@ -218,6 +235,33 @@ class TableService(object):
             '/ps.v1.TableService/ListTables',
             psproto_dot_ps__pb2.ListTablesRequest.SerializeToString,
             psproto_dot_ps__pb2.ListTablesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AlterTable(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ps.v1.TableService/AlterTable',
+            psproto_dot_ps__pb2.AlterTableRequest.SerializeToString,
+            psproto_dot_ps__pb2.AlterTableResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -140,6 +140,10 @@ class Gate(ABC):
         """Bytes taken from the budget."""
         return 0
 
+    def alter(self, threshold: int, cap: int) -> None:
+        """Go on with the same counters under another threshold and another ``cap``."""
+        return  # unless a gate counts
+
     def close(self) -> None:
         """Return the memory."""
         return  # unless a gate has any
@@ -166,6 +170,9 @@ class CountingGate(Gate):
     def weigh(self, keys: Keys, counts: Occurrences, version: int) -> tuple[Admitted, Occurrences]:
         totals = _sum(self.waiting(keys), counts)
         return totals >= self._threshold, totals
+
+    def alter(self, threshold: int, cap: int) -> None:
+        self._threshold, self.cap = threshold, cap
 
 
 @jit

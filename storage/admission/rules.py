@@ -19,6 +19,7 @@ from storage.admission.counter import MOST, CounterGate
 from storage.admission.gates import AlwaysGate, Gate, ProbabilityGate
 from storage.admission.sketch import SketchGate
 from storage.arena import Budget
+from storage.errors import OutOfMemory
 from storage.registry import build
 
 PLANNED = 30 / 64  # share of a sketch's cells in use when the expected keys wait
@@ -52,6 +53,14 @@ class Admission(ABC):
         if not holds:
             value = getattr(self, field)
             raise ValueError(f"admission {self.name!r}: {field} must be {rule}, got {value!r}")
+
+    def keeps(self, other: Admission) -> bool:
+        """Return whether a gate of this rule can go on with the counters of another rule's gate."""
+        return self == other
+
+    def alter(self, gate: Gate) -> None:
+        """Let a gate whose counters this rule keeps go on under this rule."""
+        return  # unless a gate counts
 
     @abstractmethod
     def gate(self, budget: Budget, seed: int) -> Gate:
@@ -91,6 +100,12 @@ class Counter(Admission):
     def on(self, share: float) -> Self:
         return replace(self, max_keys=math.ceil(self.max_keys * share))
 
+    def keeps(self, other: Admission) -> bool:
+        return isinstance(other, Counter)
+
+    def alter(self, gate: Gate) -> None:
+        gate.alter(self.threshold, self.max_keys)
+
     def gate(self, budget: Budget, seed: int) -> Gate:
         return CounterGate(self.threshold, self.max_keys, budget)
 
@@ -124,6 +139,14 @@ class Sketch(Admission):
     def on(self, share: float) -> Self:
         return replace(self, expected_keys=math.ceil(self.expected_keys * share))
 
+    def keeps(self, other: Admission) -> bool:
+        if not isinstance(other, Sketch):
+            return False
+        return (self.cells, self.hashes, self.dtype) == (other.cells, other.hashes, other.dtype)
+
+    def alter(self, gate: Gate) -> None:
+        gate.alter(self.threshold, self.expected_keys)
+
     @property
     def hashes(self) -> int:
         """Cells of a key."""
@@ -146,15 +169,22 @@ class Sketch(Admission):
         return self.cells * np.dtype(self.dtype).itemsize
 
     def gate(self, budget: Budget, seed: int) -> Gate:
-        return SketchGate(
-            budget,
-            seed,
-            threshold=self.threshold,
-            expected_keys=self.expected_keys,
-            hashes=self.hashes,
-            cells=self.cells,
-            dtype=self.dtype,
-        )
+        try:
+            return SketchGate(
+                budget,
+                seed,
+                threshold=self.threshold,
+                expected_keys=self.expected_keys,
+                hashes=self.hashes,
+                cells=self.cells,
+                dtype=self.dtype,
+            )
+        except OutOfMemory as error:
+            what = (
+                f"admission 'sketch' with expected_keys {self.expected_keys} on this shard and"
+                f" error_rate {self.error_rate:g}: "
+            )
+            raise OutOfMemory(error.budget, error.held, error.wanted, what) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,6 +59,33 @@ class Evictor:
         self._sweep: Sweep | None = None  # in the background
         self._last = Now(FIRST_STEP, 0)  # when that, or the one before it, began
 
+    @property
+    def rules(self) -> tuple[Eviction, ...]:
+        """The rules, as this shard applies them."""
+        return self._rules
+
+    def altered(self, rules: Sequence[Eviction], version: int, seconds: float) -> Evictor:
+        """Return an evictor of other rules that goes on from the same step and the same times.
+
+        version  of the alteration, at ``seconds``
+
+        Rows know no time. So under a time TTL that the table did not have before, rows that were
+        pushed before the alteration count as pushed at the alteration.
+        """
+        other = Evictor(rules)
+        other._step, other._version = self._step, self._version
+        if other._times is not None:
+            if self._times is not None:
+                other._times = self._times.with_ttl(other._times.ttl)
+            else:
+                other._times.add(version, seconds)
+        if other._steps is not None:
+            if self._steps is not None:
+                other._steps = self._steps.with_ttl(other._steps.ttl)
+            else:
+                other._steps.add(version, float(self._step))
+        return other
+
     def last_step(self, ahead: int) -> int:
         """Return the largest step that a push may have; see ``TableSchema.max_step_ahead``.
 

@@ -30,6 +30,7 @@ class Sweep:
     """
 
     def __init__(self, rules: Sequence[Eviction], *, dry: bool = False) -> None:
+        self.rules = tuple(rules)
         self.counts = {rule.cause: 0 for rule in rules}
         self._dry = dry
         self._rows = [rule for rule in rules if isinstance(rule, RowEviction)]

@@ -23,7 +23,7 @@ class Timeline:
     """
 
     def __init__(self, ttl: float) -> None:
-        self._ttl = ttl
+        self.ttl = ttl
         self._samples: list[tuple[int, float]] = []  # version, seconds; both ascending
         self._start = 0.0  # seconds of the first push that shares the last sample
         self._most = 0.0  # the latest that the clock has shown: later than that if it went back
@@ -33,7 +33,7 @@ class Timeline:
 
     def add(self, version: int, seconds: float) -> None:
         """There was a push; ``seconds`` of any clock that goes on after a restart."""
-        part = self._ttl / PARTS
+        part = self.ttl / PARTS
         if self._samples:
             newest, last = self._samples[-1]
             if version <= newest:
@@ -50,13 +50,13 @@ class Timeline:
         if self._samples and seconds - self._start <= part:
             self._samples[-1] = version, seconds
             return
-        del self._samples[: max(0, self._before(seconds - self._ttl) - 1)]
+        del self._samples[: max(0, self._before(seconds - self.ttl) - 1)]
         self._samples.append((version, seconds))
         self._start = seconds
 
     def version_before(self, seconds: float) -> int:
         """All versions up to this one are older than a TTL; 0 if none is known to be."""
-        idle = 0 if self._caught_up(seconds) else self._before(seconds - self._ttl)
+        idle = 0 if self._caught_up(seconds) else self._before(seconds - self.ttl)
         return self._samples[idle - 1][0] if idle else 0
 
     def _caught_up(self, seconds: float) -> bool:
@@ -75,7 +75,7 @@ class Timeline:
 
     def copy(self) -> Timeline:
         """Return a timeline that goes on from the same samples."""
-        return self.with_ttl(self._ttl)
+        return self.with_ttl(self.ttl)
 
     def with_ttl(self, ttl: float) -> Timeline:
         """Return a timeline of another TTL that goes on from the same samples.

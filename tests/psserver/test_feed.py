@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import threading
 from pathlib import Path
@@ -92,6 +93,26 @@ async def test_earliest_is_every_change_in_its_order(node: Node) -> None:
     assert (found[6].header.cause, said(found[6])) == ("request", ("a", 6, [1]))
     assert found[7].header.table == "b"
     assert (found[8].header.schema.dim, found[8].header.dim) == (3, 3)
+
+
+@run
+async def test_an_alteration_is_sent_with_the_new_settings(node: Node) -> None:
+    await node.create("a")
+    await node.create("b")
+    await node.push([1, 2], table="a")
+    for name in "ab":
+        await node.do(
+            lambda shard, name=name: shard.alter_table(
+                name, lambda old: dataclasses.replace(old, serving_default=2.5)
+            )
+        )
+    await node.push([3], table="a")
+    found = await node.read(start=pb.START_EARLIEST, tables=["a"], coalesce_rows=100)
+    assert kinds(found) == ["PROGRESS", "TABLE_CREATED", "ROWS", "TABLE_ALTERED", "ROWS"]
+    altered = found[3].header
+    assert (altered.table, altered.version, altered.dim, altered.more) == ("a", 4, DIM, False)
+    assert altered.schema.serving_default == 2.5
+    assert found[1].header.schema.serving_default == 0.0
 
 
 @run

@@ -320,3 +320,59 @@ def test_an_error_about_a_name_reaches_its_caller_however_long_it_is(
         assert refusal(caught.value) == ("INVALID_ARGUMENT",) * 2
 
     with_server(act)
+
+
+# ---- tables
+
+
+def stored(name: str, **fields: Any) -> pb.TableSchema:
+    rule = pb.Rule(name="sgd", parameters={"lr": 1.0})
+    return pb.TableSchema(
+        name=name, dim=DIM, optimizer=rule, initializer=pb.Rule(name="zeros"), **fields
+    )
+
+
+def test_a_sketch_is_within_the_budget_and_its_size_is_said_at_creation() -> None:
+    def sketch(keys: int) -> pb.Rule:
+        return pb.Rule(name="sketch", parameters={"expected_keys": keys, "error_rate": 0.01})
+
+    async def act(peer: Peer) -> None:
+        large = pb.CreateTableRequest(schema=stored("large", admission=sketch(100_000_000)))
+        before = peer.service._shard.budget.held
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await peer.call("TableService/CreateTable", large.SerializeToString())
+        assert refusal(caught.value) == ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY")
+        message = str(caught.value.details())
+        assert "table 'large': admission 'sketch' with expected_keys 100000000" in message
+        assert peer.service._shard.budget.held == before
+        small = pb.CreateTableRequest(schema=stored("small", admission=sketch(1_000_000)))
+        data = await peer.call("TableService/CreateTable", small.SerializeToString())
+        stats = pb.CreateTableResponse.FromString(data).stats
+        assert 11_066_818 <= stats.counter_bytes < 14 << 20
+        assert peer.service._shard.budget.held - before == stats.bytes
+
+    with_server(act, "--memory-bytes", str(256 << 20))
+
+
+def test_a_table_is_altered_and_what_cannot_be_is_refused() -> None:
+    async def alter(peer: Peer, fields: list[str], **values: Any) -> pb.AlterTableResponse:
+        request = pb.AlterTableRequest(schema=pb.TableSchema(name="t", **values), fields=fields)
+        data = await peer.call("TableService/AlterTable", request.SerializeToString())
+        return pb.AlterTableResponse.FromString(data)
+
+    async def act(peer: Peer) -> None:
+        rule = pb.Rule(parameters={"lr": 0.5})
+        done = await alter(peer, ["lr", "max_step_ahead"], optimizer=rule, max_step_ahead=0)
+        assert (done.version, done.dropped_counters) == (2, 0)
+        again = await alter(peer, ["lr", "max_step_ahead"], optimizer=rule, max_step_ahead=0)
+        assert again == done
+        request = pb.DescribeTableRequest(name="t").SerializeToString()
+        data = await peer.call("TableService/DescribeTable", request)
+        assert pb.DescribeTableResponse.FromString(data).schema == done.schema
+        assert done.schema.optimizer.parameters == {"lr": 0.5}
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await alter(peer, ["dim"], dim=DIM + 1)
+        assert refusal(caught.value) == ("FAILED_PRECONDITION", "NOT_ALTERABLE")
+        assert "'t': dim cannot be altered: every row has" in str(caught.value.details())
+
+    with_server(act)

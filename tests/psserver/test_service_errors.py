@@ -22,6 +22,7 @@ from psserver.errors import (
     Draining,
     LogDiverged,
     NoLog,
+    NotAlterable,
     Overloaded,
     Refused,
     SessionExpired,
@@ -147,6 +148,13 @@ EXAMPLES: list[tuple[Exception, str, str, dict[str, str], float | None]] = [
     (SessionExpired("gone"), "FAILED_PRECONDITION", "SESSION_EXPIRED", {}, None),
     (NoLog(), "FAILED_PRECONDITION", "NO_LOG", {}, None),
     (LogDiverged("another"), "FAILED_PRECONDITION", "LOG_DIVERGED", {}, None),
+    (
+        NotAlterable("t", "dim", "no", "lr"),
+        "FAILED_PRECONDITION",
+        "NOT_ALTERABLE",
+        {"field": "dim"},
+        None,
+    ),
     (
         StepTooFar("t", 1000, 5, 100),
         "OUT_OF_RANGE",

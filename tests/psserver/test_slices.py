@@ -55,6 +55,7 @@ SITES = {
     "rowscan.py:_send_rows": "as many rows as take 256 KiB",
     "rowscan.py:_send_tables": "4,096 changes with tombstones, which are not copied",
     "rowscan.py:run": ALL_TABLES,
+    "service.py:alter_table": SMALL,
     "service.py:barrier": SMALL,
     "service.py:create_table": SMALL,
     "service.py:describe_table": SMALL,

@@ -1,0 +1,497 @@
+"""Settings of a live table: what can be altered, what stays, and what a crash leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from homes import Homes
+from stores import Home, change, contents, copy_of, make_shard, push, schema
+
+from psproto import ps_pb2 as pb
+from psserver.alterations import ALTERABLE, FIXED, altered, require_alterable
+from psserver.errors import BadRequest, NoLog, NotAlterable, Overloaded
+from psserver.schemas import read_schema, write_schema
+from psserver.shard import Shard
+from psserver.status import code_of, reason_of, status_of
+from storage.admission.rules import ADMISSIONS, Always, Counter, Probability, Sketch
+from storage.errors import OutOfMemory, SchemaMismatch, UnknownTable
+from storage.eviction.rules import CapacityLfu, CapacityLru, Norm, StepTtl, TimeTtl
+from storage.schema import TableSchema
+
+NEW: dict[str, Any] = {
+    "lr": 0.25,
+    "serving_default": 2.5,
+    "durability": "applied",
+    "admission": Counter(threshold=3),
+    "evictions": (Norm(), StepTtl(steps=7)),
+    "max_step_ahead": 9,
+}
+SMALL_SKETCH = Sketch(threshold=3, expected_keys=1000)
+
+
+def asked(table: str = "t", **values: Any) -> pb.AlterTableRequest:
+    """A request as a client makes it."""
+    whole = write_schema(with_values(schema(table), **values))
+    return pb.AlterTableRequest(schema=whole, fields=list(values))
+
+
+def with_values(old: TableSchema, **values: Any) -> TableSchema:
+    if "lr" in values:
+        values["optimizer"] = dataclasses.replace(old.optimizer, lr=values.pop("lr"))
+    return dataclasses.replace(old, **values)
+
+
+def alter(shard: Shard, table: str = "t", **values: Any) -> tuple[TableSchema, int]:
+    request = asked(table, **values)
+    require_alterable(request)
+    return shard.alter_table(table, lambda old: altered(old, request))
+
+
+def give(shard: Shard, keys: Any, step: int = 5, **changes: Any) -> None:
+    shard.exchange([push(keys, step=step, **changes)], [])
+
+
+def keys_of(shard: Shard, table: str = "t") -> list[int]:
+    return list(shard.dump()[table].keys.tolist())
+
+
+def counters(shard: Shard) -> dict[int, int]:
+    return {key: total for key, total, _ in shard.dump()["t"].counters.tolist()}
+
+
+def everything(shard: Shard) -> dict[str, Any]:
+    """What a restart must bring back, the states of eviction and admission included."""
+    return contents(shard) | {
+        "policies": {each.number: each.base.policy for each in shard.capture().tables},
+        "counting": {each.number: each.counting for each in shard.capture().tables},
+        "ruled": sorted(shard._tables.ruled),
+        "rules": {e.number: (e.table.evictor.rules, e.schema) for e in shard._tables},
+    }
+
+
+# ---- what can be altered
+
+
+def test_every_field_of_a_schema_can_be_altered_or_says_why_not() -> None:
+    fields = {field.name for field in dataclasses.fields(TableSchema)}
+    assert set(ALTERABLE) | set(FIXED) == fields | {"lr"}
+    assert set(ALTERABLE) & set(FIXED) == set()
+    assert set(NEW) == set(ALTERABLE)
+    assert {field.name for field in pb.TableSchema.DESCRIPTOR.fields} == fields
+
+
+@pytest.mark.parametrize("field", FIXED)
+def test_what_cannot_be_altered_is_refused_with_the_field_and_the_reason(field: str) -> None:
+    request = pb.AlterTableRequest(schema=pb.TableSchema(name="t"), fields=["lr", field])
+    with pytest.raises(NotAlterable) as caught:
+        require_alterable(request)
+    assert f"table 't': {field} cannot be altered: {FIXED[field]}" in str(caught.value)
+    status = status_of(caught.value)
+    assert (code_of(status).name, reason_of(status)) == ("FAILED_PRECONDITION", "NOT_ALTERABLE")
+    assert pb.ErrorInfo.FromString(status.details[0].value).metadata == {"field": field}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ([], "'t': no field to alter is named"),
+        (["lr", "rate"], "'t': no field 'rate'; alterable are: lr, serving_default,"),
+    ],
+)
+def test_fields_that_make_no_sense_are_refused(fields: list[str], message: str) -> None:
+    with pytest.raises(BadRequest, match=message):
+        require_alterable(pb.AlterTableRequest(schema=pb.TableSchema(name="t"), fields=fields))
+
+
+BAD = [
+    ({"optimizer": pb.Rule(parameters={"lr": -1.0})}, "lr", "'t': .*lr"),
+    ({}, "lr", "'t': lr: schema.optimizer.parameters"),
+    ({"serving_default": float("nan")}, "serving_default", "'t': serving_default must be finite"),
+    ({"durability": 9}, "durability", "'t': durability 9 is unknown"),
+    ({"admission": pb.Rule(name="bloom")}, "admission", "'t': no admission 'bloom'"),
+    (
+        {"admission": pb.Rule(name="counter", parameters={"threshold": 0})},
+        "admission",
+        "'t': admission 'counter': threshold must be in",
+    ),
+    ({"evictions": [pb.Rule(name="ttl")]}, "evictions", "'t': no eviction 'ttl'"),
+    (
+        {"evictions": [pb.Rule(name="capacity_lru"), pb.Rule(name="capacity_lfu")]},
+        "evictions",
+        "'t': evictions .* are of one kind",
+    ),
+    ({"max_step_ahead": 1 << 47}, "max_step_ahead", "'t': max_step_ahead must be in"),
+    ({}, "max_step_ahead", "'t': max_step_ahead: schema.max_step_ahead is missing"),
+]
+
+
+@pytest.mark.parametrize(("fields", "name", "message"), BAD)
+def test_a_value_that_breaks_a_rule_is_refused_and_nothing_changes(
+    fields: Any, name: str, message: str
+) -> None:
+    shard = make_shard()
+    shard.create_table(schema())
+    give(shard, range(9))
+    before = everything(shard)
+    named = ["serving_default", name] if name != "serving_default" else [name]
+    request = pb.AlterTableRequest(schema=pb.TableSchema(name="t", **fields), fields=named)
+    with pytest.raises(BadRequest, match=message):
+        shard.alter_table("t", lambda old: altered(old, request))
+    assert everything(shard) == before
+
+
+@pytest.mark.parametrize("field", NEW)
+def test_a_field_is_altered_and_the_others_and_all_rows_stay(tmp_path: Path, field: str) -> None:
+    with Home(tmp_path / "home") as home:
+        shard = home.shard
+        shard.create_table(schema())
+        shard.create_table(schema("u"))
+        give(shard, range(20))
+        rows, version = contents(shard)["rows"], shard.version
+        now, dropped = alter(shard, **{field: NEW[field]})
+        assert now == shard.describe("t")[0] == with_values(schema(), **{field: NEW[field]})
+        assert (shard.version, dropped) == (version + 1, 0)
+        assert contents(shard)["rows"] == rows
+        assert shard.describe("u")[0] == schema("u")
+        assert alter(shard, **{field: NEW[field]}) == (now, 0)  # a repetition changes nothing
+        assert shard.version == version + 1
+        before = everything(shard)
+        home.reopen()
+        assert everything(home.shard) == before
+
+
+def test_a_table_that_is_not_there_or_a_log_that_is_not() -> None:
+    shard = make_shard()
+    with pytest.raises(UnknownTable):
+        alter(shard, lr=1.0)
+    shard.create_table(schema())
+    with pytest.raises(NoLog):
+        alter(shard, durability="fsync")
+
+
+def test_creating_an_altered_table_asks_for_what_it_is_now() -> None:
+    shard = make_shard()
+    shard.create_table(schema())
+    for field, value in NEW.items():
+        alter(shard, **{field: value})
+    new = with_values(schema(), **NEW)
+    version = shard.version
+    assert shard.create_table(new) == new
+    assert read_schema(write_schema(new)) == new
+    with pytest.raises(SchemaMismatch, match="'t' exists with optimizer"):
+        shard.create_table(schema())
+    assert shard.version == version
+
+
+# ---- what each does
+
+
+def test_the_learning_rate_of_pushes_that_send_none() -> None:
+    shard = make_shard()
+    shard.create_table(schema())
+    give(shard, [1])
+    alter(shard, lr=0.25)
+    give(shard, [1])
+    give(shard, [1], lr=0.5)
+    assert shard.dump()["t"].rows.tolist() == [[-1.75, -1.75]]
+
+
+def test_what_a_serving_pull_returns() -> None:
+    shard = make_shard()
+    shard.create_table(schema())
+    alter(shard, serving_default=2.5)
+    out = np.empty((1, 2), np.float32)
+    shard._tables.get("t").table.pull(np.zeros(1, np.uint64), "serve", out)
+    assert out.tolist() == [[2.5, 2.5]]
+
+
+def test_how_far_ahead_a_push_may_be() -> None:
+    shard = make_shard()
+    shard.create_table(schema())
+    alter(shard, max_step_ahead=9)
+    with pytest.raises(Exception, match="max_step_ahead is 9"):
+        give(shard, [1], step=10)
+    alter(shard, max_step_ahead=0)
+    give(shard, [1], step=1 << 46)
+
+
+def ticks(shard: Shard) -> None:
+    for _ in range(50):
+        if not shard.sweeps.tick():
+            return
+    raise AssertionError("sweeps go on for ever")
+
+
+def test_eviction_begins_ends_and_changes() -> None:
+    shard = make_shard()
+    shard.create_table(schema())
+    for step in range(100):
+        give(shard, [step], step=step)
+    ticks(shard)
+    assert len(keys_of(shard)) == 100
+    alter(shard, evictions=(StepTtl(steps=40),))
+    ticks(shard)
+    assert keys_of(shard) == list(range(59, 100))
+    alter(shard, evictions=(StepTtl(steps=20), CapacityLru(max_rows=10)))
+    ticks(shard)
+    assert keys_of(shard) == list(range(90, 100))
+    alter(shard, evictions=())
+    give(shard, range(200, 300), step=1000)
+    ticks(shard)
+    assert len(keys_of(shard)) == 110
+    assert shard.sweeps.tick() == 0.0
+
+
+def test_a_time_ttl_counts_from_the_alteration_and_keeps_its_times_when_it_changes() -> None:
+    seconds = [1000.0]
+    shard = make_shard(now=lambda: seconds[0])
+    shard.create_table(schema())
+    give(shard, [1])
+    seconds[0] = 1400.0
+    alter(shard, evictions=(TimeTtl(seconds=100),))
+    give(shard, [2])
+    seconds[0] = 1450.0
+    ticks(shard)
+    give(shard, [3])
+    assert keys_of(shard) == [1, 2, 3]  # the first counts as pushed at the alteration
+    alter(shard, evictions=(TimeTtl(seconds=1000), Norm(threshold=1e-9)))
+    seconds[0] = 1550.0
+    give(shard, [4])
+    ticks(shard)
+    assert keys_of(shard) == [1, 2, 3, 4]
+    alter(shard, evictions=(TimeTtl(seconds=120),))
+    ticks(shard)
+    assert keys_of(shard) == [3, 4]
+
+
+def test_a_sweep_on_demand_ends_when_its_rules_are_altered() -> None:
+    shard = make_shard()
+    shard.create_table(schema(evictions=(StepTtl(steps=10),)))
+    give(shard, range(100), step=0)
+    give(shard, [100], step=50)
+    number, sweep = shard.sweeps.begin("t", False)
+    alter(shard, evictions=(StepTtl(steps=1000),))
+    with pytest.raises(Overloaded, match="'t' was altered during the sweep: repeat it"):
+        shard.sweeps.take_slice(number, sweep)
+    assert len(keys_of(shard)) == 101
+    number, sweep = shard.sweeps.begin("t", False)
+    alter(shard, lr=0.5)  # no rule
+    shard.sweeps.take_slice(number, sweep)
+
+
+# ---- admission
+
+
+def test_counters_stay_when_the_threshold_or_their_number_changes() -> None:
+    shard = make_shard()
+    shard.create_table(schema(admission=Counter(threshold=5)))
+    for _ in range(3):
+        give(shard, range(10))
+    assert alter(shard, admission=Counter(threshold=9))[1] == 0
+    assert counters(shard) == dict.fromkeys(range(10), 3)
+    assert alter(shard, admission=Counter(threshold=2, max_keys=4))[1] == 0
+    give(shard, [0, 1, 20])  # more than enough now
+    assert keys_of(shard) == [0, 1]
+    assert len(counters(shard)) == 4  # the stalest made room
+
+
+def test_a_sketch_stays_when_its_threshold_changes_and_its_size_does_not() -> None:
+    shard = make_shard()
+    shard.create_table(schema(admission=Sketch(threshold=5, expected_keys=1000)))
+    for _ in range(3):
+        give(shard, range(10))
+    cells = shard.dump()["t"].cells.tolist()
+    assert alter(shard, admission=Sketch(threshold=4, expected_keys=1000))[1] == 0
+    assert shard.dump()["t"].cells.tolist() == cells
+    give(shard, range(5))
+    assert keys_of(shard) == list(range(5))
+    for other in (
+        Sketch(threshold=4, expected_keys=9000),
+        Sketch(threshold=4, expected_keys=9000, error_rate=1e-4),
+        Sketch(threshold=40, expected_keys=9000, error_rate=1e-4),
+    ):
+        alter(shard, admission=other)
+        assert not shard.dump()["t"].cells.any()
+        give(shard, range(50, 60))
+
+
+KINDS = [Always(), Counter(threshold=3), SMALL_SKETCH, Probability(p=1e-9)]
+
+
+def test_there_is_one_of_every_kind_here() -> None:
+    assert {type(rule) for rule in KINDS} == set(ADMISSIONS.values())
+
+
+@pytest.mark.parametrize("old", KINDS, ids=lambda rule: rule.name)
+@pytest.mark.parametrize("new", KINDS, ids=lambda rule: rule.name)
+def test_another_kind_drops_the_counters_says_how_many_and_keeps_the_rows(
+    old: Any, new: Any
+) -> None:
+    shard = make_shard()
+    held = shard.budget.held
+    shard.create_table(schema(admission=old))
+    give(shard, range(20))
+    rows = keys_of(shard)
+    waiting = shard.describe("t")[1].waiting
+    _, dropped = alter(shard, admission=new)
+    assert dropped == (0 if new is old else waiting)
+    assert shard.describe("t")[1].waiting == (waiting if new is old else 0)
+    assert keys_of(shard) == rows
+    assert shard.tally("t")[1] == dropped
+    lossless = new is old or old == Always()
+    known = shard.view_keys("t", np.array([7, 999], np.uint64))
+    assert ("by an alteration" in known.forgets) == (not lossless)
+    for _ in range(2):
+        give(shard, range(100, 120))
+    admitted = {"always": 20, "counter": 0, "sketch": 0, "probability": 0}[new.name]
+    assert len(keys_of(shard)) == len(rows) + admitted
+    give(shard, range(100, 120))
+    assert len(keys_of(shard)) == len(rows) + (0 if new.name == "probability" else 20)
+    shard.drop_table("t")
+    assert shard.budget.held == held
+
+
+def test_without_memory_for_the_new_counters_nothing_changes(tmp_path: Path) -> None:
+    with Home(tmp_path / "home") as home:
+        shard = home.shard
+        shard.create_table(schema(admission=Counter(threshold=3)))
+        give(shard, range(20))
+        before, held = everything(shard), shard.budget.held
+        with pytest.raises(OutOfMemory, match="sketch"):
+            alter(shard, lr=0.5, admission=Sketch(expected_keys=100_000_000))
+        assert (everything(shard), shard.budget.held) == (before, held)
+        home.reopen()
+        assert everything(home.shard) == before
+
+
+# ---- crashes
+
+
+def script(rng: random.Random) -> list[tuple[str, Any]]:
+    """Operations: pushes, deletes, alterations of every field, flushes."""
+    rules = [(), (StepTtl(steps=30),), (TimeTtl(seconds=50), CapacityLfu(max_rows=40)), (Norm(),)]
+    values: dict[str, list[Any]] = {
+        "lr": [0.25, 0.5, 1.0],
+        "serving_default": [0.0, 1.5],
+        "durability": ["applied", "log", "fsync"],
+        "admission": [*KINDS, Counter(threshold=2), Sketch(threshold=2, expected_keys=1000)],
+        "evictions": rules,
+        "max_step_ahead": [0, 500, 1000],
+    }
+    assert set(values) == set(ALTERABLE)
+    done: list[tuple[str, Any]] = []
+    for step in range(40):
+        some = rng.sample(range(60), 15)
+        done.append(("push", (some, 10 * step)))
+        fields = rng.sample(sorted(values), rng.randrange(1, 3))
+        done.append(
+            rng.choice(
+                (
+                    ("alter", {field: rng.choice(values[field]) for field in fields}),
+                    ("alter", {field: rng.choice(values[field]) for field in fields}),
+                    ("delete", some[:4]),
+                    ("flush", None),
+                    ("evict", None),
+                )
+            )
+        )
+    return done
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_recovered_after_a_kill_is_what_there_was(tmp_path: Path, seed: int) -> None:
+    rng, seconds = random.Random(seed), [1000.0]
+    with Home(tmp_path / "home", now=lambda: seconds[0]) as home:
+        home.shard.create_table(schema())
+        for number, (what, value) in enumerate(script(rng)):
+            seconds[0] += 7.0
+            match what:
+                case "push":
+                    give(home.shard, value[0], step=value[1])
+                case "alter":
+                    alter(home.shard, **value)
+                case "delete":
+                    home.shard.delete(change(value))
+                case "flush":
+                    home.flush()
+                case "evict":
+                    table, sweep = home.shard.sweeps.begin("t", False)
+                    while not sweep.done:
+                        home.shard.sweeps.take_slice(table, sweep)
+            if what in ("alter", "flush") or number % 9 == 0:
+                home.written()
+                dead = copy_of(tmp_path / "home", tmp_path / f"dead-{number}")
+                with Home(dead, now=lambda: seconds[0]) as again:
+                    assert everything(again.shard) == everything(home.shard), (number, what, value)
+
+
+def test_counters_in_old_blocks_do_not_come_back(tmp_path: Path) -> None:
+    with Home(tmp_path / "home") as home:
+        home.shard.create_table(schema(admission=Counter(threshold=5)))
+        give(home.shard, range(1000))
+        home.flush()
+        for rule in (Always(), Counter(threshold=5)):
+            alter(home.shard, admission=rule)
+        give(home.shard, [5])
+        home.flush()  # keeps the block with the old counters
+        assert counters(home.shard) == {5: 1}
+        home.reopen()
+        assert counters(home.shard) == {5: 1}
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("base", ["", "a"])
+def test_a_checkpoint_has_the_schema_as_altered(tmp_path: Path, base: str) -> None:
+    url = f"file://{tmp_path}/checkpoints"
+    with Homes(tmp_path / "one", 2, url) as one, Homes(tmp_path / "three", 3, url) as three:
+        one.create(schema(admission=Counter(threshold=4)))
+        one.push(range(500))
+        one.checkpoint("a")
+        for node in one.nodes:
+            alter(node.shard, admission=Counter(threshold=2), evictions=(Norm(),), lr=0.5)
+        one.push(range(100))
+        one.checkpoint("b", base=base)
+        three.restore("b", replace=True)
+        expected = with_values(
+            schema(), admission=Counter(threshold=2), evictions=(Norm(),), lr=0.5
+        )
+        assert [node.shard.describe("t")[0] for node in three.nodes] == [expected] * 3
+        kept = {key: total for node in three.nodes for key, total in counters(node.shard).items()}
+        assert kept == dict.fromkeys(range(100, 500), 1)
+        assert sorted(key for node in three.nodes for key in keys_of(node.shard)) == list(
+            range(100)
+        )
+        three.restore("a", replace=True)
+        assert three.nodes[0].shard.describe("t")[0] == schema(admission=Counter(threshold=4))
+
+
+@pytest.mark.parametrize("rule", [Always(), SMALL_SKETCH, Counter(threshold=9)])
+def test_counters_that_are_dropped_while_a_checkpoint_is_taken_are_not_in_it(
+    tmp_path: Path, rule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from psserver import checkpoints
+
+    def counters_then_alter(captured: Any, *rest: Any) -> Any:
+        yield from original(captured, *rest)
+        alter(node.shard, admission=rule)
+
+    original = checkpoints.counters_of
+    with Homes(tmp_path / "one", 1, f"file://{tmp_path}/checkpoints") as one:
+        [node] = one.nodes
+        one.create(schema(admission=Counter(threshold=4)))
+        one.push(range(500))
+        monkeypatch.setattr(checkpoints, "counters_of", counters_then_alter)
+        one.checkpoint("a")
+        before = counters(node.shard)
+        one.restore("a", replace=True)
+        [node] = one.nodes
+        assert counters(node.shard) == before
+        assert len(before) == (500 if rule == Counter(threshold=9) else 0)
+        assert node.shard.describe("t")[0].admission == rule
