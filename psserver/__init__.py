@@ -49,6 +49,10 @@ info.py          what a shard reports about itself
 status.py        the status with which an error reaches a client
 limits.py        admission of requests
 workers.py       threads for what blocks
+transport.py     what gRPC may hold before the service sees it
+connections.py   connections whose peers do not finish their messages
+door.py          the way to all methods
+health.py        the health service
 handlers.py      gRPC method handlers, the same for every method
 checks.py        what a request can get wrong by itself
 exchange.py      pulls, pushes, deletes and exchanges

@@ -97,6 +97,16 @@ class ServerConfig(BaseSettings):
         description="Most client sessions whose pushes are de-duplicated; beyond them the longest"
         " idle session expires",
     )
+    max_calls: int = Field(
+        8192, ge=1, description="Most calls in progress, open streams included; more are refused"
+    )
+    max_connections: int = Field(8192, ge=1, description="Most open client connections")
+    receive_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds that a large message may take to arrive before its connection is"
+        " closed",
+    )
     session_ttl_seconds: float = Field(
         86_400.0, ge=600, description="Seconds to keep an idle client session"
     )

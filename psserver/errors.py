@@ -19,6 +19,7 @@
   - Restoring         between two steps of a restore
   - TooLarge          over a limit of this server
   - Overloaded        too much is in flight; later is fine
+  - Busy              too much long work is under way
   - Starting          not ready yet
   - Draining          the server is stopping; another one will answer
   - DeadlinePassed    the caller no longer waits; nothing was applied
@@ -211,6 +212,13 @@ class Overloaded(Refused):
 
     reason = "OVERLOADED"
     retry_after = 0.1
+
+
+class Busy(Refused):
+    """Too much long work is under way."""
+
+    reason = "BUSY"
+    retry_after = 1.0
 
 
 class Starting(Refused):

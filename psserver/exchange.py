@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from psproto import codec
+from psproto import ps_pb2 as pb
 from psserver.checks import Checks
 from psserver.config import ServerConfig
 from psserver.engine import Engine
 from psserver.feed import Feed
 from psserver.limits import Limits, Reservation
-from psserver.requests import Pull, Push
+from psserver.requests import Delete, Pull, Push
 from psserver.shard import Shard
+from psserver.workers import Workers
 from storage.versionlog import VersionLog
 
-AT_ONCE = 4 << 20  # bytes of rows, a millisecond's work: the loop does no more itself
+AT_ONCE = 4 << 20  # bytes of a message or of rows, some milliseconds' work: the loop does no more
+AT_ONCE_PARTS = 64  # pushes and pulls, likewise
+AT_ONCE_FIELDS = 512  # of a message, a part counted as several; likewise
 
-# its start, what was asked for, and how it goes
+Result = TypeVar("Result")
+Header = pb.StreamRequestHeader | None  # None: of a message that is no stream's
+Decode = Callable[[bytes, int], tuple[Header, codec.Exchange]]
+# when it came, what was asked for, and how it goes
 Begun = tuple[float, codec.Exchange | None, "asyncio.Future[codec.Exchanged] | Exception"]
+
+
+@dataclass(slots=True)
+class Checked:
+    """An exchange whose parts break no rule by themselves."""
+
+    exchange: codec.Exchange
+    pushes: list[Push]
+    pulls: list[Pull]
 
 
 class Exchanges:
@@ -30,6 +50,7 @@ class Exchanges:
         shard: Shard,
         engine: Engine,
         limits: Limits,
+        workers: Workers,
         config: ServerConfig,
         log: VersionLog | None,
         feed: Feed | None,
@@ -37,6 +58,7 @@ class Exchanges:
         self._shard = shard
         self._engine = engine
         self._limits = limits
+        self._workers = workers
         self._checks = Checks(shard, config.max_keys)
         self._max_reply = config.max_message_bytes
         self._log = log
@@ -44,25 +66,23 @@ class Exchanges:
 
     async def pull(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
         """Answer an encoded PullRequest."""
-        exchange = codec.Exchange([], [codec.decode_pull(data)])
-        done = await self._exchange(exchange, deadline, reservation)
+        done = await self._exchange(_decode_pull, data, deadline, reservation)
         return codec.encode_pulled(done.pulls[0])
 
     async def push(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
         """Answer an encoded PushRequest."""
-        exchange = codec.Exchange([codec.decode_push(data)], [])
-        done = await self._exchange(exchange, deadline, reservation)
+        done = await self._exchange(_decode_push, data, deadline, reservation)
         return bytes(done.pushes[0].SerializeToString())
 
     async def exchange(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
         """Answer an encoded ExchangeRequest."""
-        exchange = codec.decode_exchange(data)
-        return codec.encode_exchanged(await self._exchange(exchange, deadline, reservation))
+        done = await self._exchange(_decode_exchange, data, deadline, reservation)
+        return codec.encode_exchanged(done)
 
     async def delete(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
         """Answer an encoded DeleteRequest."""
         start = time.perf_counter()
-        change = self._checks.delete(codec.decode_delete(data))
+        change = await self._on_time(self._read_delete, data, reservation)
         try:
             done = await self._engine.submit(lambda: self._shard.delete(change), deadline)
         except asyncio.CancelledError:
@@ -75,9 +95,12 @@ class Exchanges:
         return bytes(done.SerializeToString())
 
     async def _exchange(
-        self, exchange: codec.Exchange, deadline: float, reservation: Reservation
+        self, decode: Decode, data: bytes, deadline: float, reservation: Reservation
     ) -> codec.Exchanged:
-        begun = self.begin(exchange, deadline, reservation)
+        start = time.perf_counter()
+        _, checked = await self.read(decode, data, reservation)
+        begun = self.begin(checked, start, deadline, reservation)
+        del checked
         try:
             return await self.finish(begun)
         except asyncio.CancelledError:
@@ -86,12 +109,54 @@ class Exchanges:
         finally:
             del begun
 
-    def begin(self, exchange: codec.Exchange, deadline: float, reservation: Reservation) -> Begun:
-        """Check an exchange and hand it to the engine, or release its reservation."""
-        start = time.perf_counter()
+    async def read(
+        self, decode: Decode, data: bytes, reservation: Reservation
+    ) -> tuple[Header, Checked | Exception]:
+        """Decode and check a message; what its checks find is returned, Malformed is raised."""
+        return await self._on_time(partial(self._read, decode), data, reservation)
+
+    async def _on_time(
+        self, read: Callable[[bytes, int], Result], data: bytes, reservation: Reservation
+    ) -> Result:
+        """Read a message here if that takes little, else on a thread.
+
+        The Python code of that thread lets the loop run every SWITCH_SECONDS.
+        """
+        if len(data) <= AT_ONCE:
+            with suppress(codec.TooManyFields):
+                return read(data, AT_ONCE_FIELDS)
+        work = partial(read, data, codec.MOST_FIELDS)
+        del data
+        return await self._workers.run(self._workers.checks, work, reservation=reservation)
+
+    def _read(self, decode: Decode, data: bytes, budget: int) -> tuple[Header, Checked | Exception]:
+        header, exchange = decode(data, budget)
         try:
             pushes = [self._checks.push(push) for push in exchange.pushes]
             pulls = [self._checks.pull(pull) for pull in exchange.pulls]
+        except Exception as error:  # without the frames, which have the request
+            return header, error.with_traceback(None)
+        return header, Checked(exchange, pushes, pulls)
+
+    def _read_delete(self, data: bytes, budget: int) -> Delete:
+        return self._checks.delete(codec.decode_delete(data, budget))
+
+    def begin(
+        self,
+        checked: Checked | Exception,
+        start: float,
+        deadline: float,
+        reservation: Reservation,
+    ) -> Begun:
+        """Hand an exchange to the engine, or release its reservation.
+
+        start  seconds of the performance counter when it came
+        """
+        if isinstance(checked, Exception):
+            reservation.release()
+            return start, None, checked
+        pushes, pulls = checked.pushes, checked.pulls
+        try:
             reservation.add(min(self._shard.reply_bytes(pulls), self._max_reply))
         except Exception as error:  # without the frames, which have the request
             reservation.release()
@@ -101,10 +166,12 @@ class Exchanges:
             deadline,
             at_once=self._is_small([*pushes, *pulls]),
         )
-        return start, exchange, work
+        return start, checked.exchange, work
 
     def _is_small(self, parts: Sequence[Push | Pull]) -> bool:
         """Whether the loop may do this itself: it is soon done, and waits for no disk."""
+        if len(parts) > AT_ONCE_PARTS:
+            return False
         size = self._shard.size(parts)
         return size <= AT_ONCE and (self._log is None or self._log.room > 2 * size)
 
@@ -129,3 +196,15 @@ class Exchanges:
             arrays = pull.keys.nbytes + pulled.embeddings.nbytes
             served("Pull", pull.header.table, len(pull.keys), arrays, seconds)
         return done
+
+
+def _decode_pull(data: bytes, budget: int) -> tuple[Header, codec.Exchange]:
+    return None, codec.Exchange([], [codec.decode_pull(data, budget)])
+
+
+def _decode_push(data: bytes, budget: int) -> tuple[Header, codec.Exchange]:
+    return None, codec.Exchange([codec.decode_push(data, budget)], [])
+
+
+def _decode_exchange(data: bytes, budget: int) -> tuple[Header, codec.Exchange]:
+    return None, codec.decode_exchange(data, budget)

@@ -14,6 +14,8 @@ from psserver.errors import Draining, Overloaded, Restoring, TooLarge
 from psserver.restore import Restores
 from psserver.stats import ServiceStats
 
+CONTROL_BYTES = 256 << 10  # of a message that carries no arrays
+
 
 class Reservation:
     """The bytes that one message and its reply have in flight."""
@@ -41,14 +43,22 @@ class Reservation:
         self.size = size
 
     def release(self) -> None:
-        """Return the bytes, unless another owner does so later."""
+        """Return the bytes, unless they were handed over."""
         if not self._handed_over:
             self.resize(0)
 
+    def hand_over(self) -> None:
+        """Let another owner return the bytes, with ``end``."""
+        self._handed_over = True
+
+    def end(self) -> None:
+        """Return the bytes after they were handed over."""
+        self.resize(0)
+
     def release_after(self, work: asyncio.Future[Any]) -> None:
         """Return the bytes when ``work`` ends, as it still uses the message."""
-        self._handed_over = True
-        work.add_done_callback(lambda _: self.resize(0))
+        self.hand_over()
+        work.add_done_callback(lambda _: self.end())
 
 
 class Limits:
@@ -63,13 +73,21 @@ class Limits:
         self._idle = asyncio.Event()  # set while there is no call
         self._idle.set()
 
-    def admit(self, size: int, *, during_restore: bool = False) -> Reservation:
-        """Admit a message of ``size`` bytes, or raise the reason why not."""
+    def admit(self, size: int, *, arrays: bool = True, during_restore: bool = False) -> Reservation:
+        """Admit a message of ``size`` bytes, or raise the reason why not.
+
+        arrays  false for a message of a kind that carries none: it must be small
+        """
         self.require_open(during_restore=during_restore)
         most = self._config.max_message_bytes
         if size > most:
             raise TooLarge(
-                "MESSAGE_TOO_LARGE", f"the message has {size} bytes, the limit is {most}"
+                "MESSAGE_TOO_LARGE", f"message of {size} bytes > max_message_bytes={most}"
+            )
+        if size > CONTROL_BYTES and not arrays:
+            raise TooLarge(
+                "MESSAGE_TOO_LARGE",
+                f"message of {size} bytes > {CONTROL_BYTES}, the limit for messages without arrays",
             )
         self.require_room(size)
         self.stats.inflight_bytes += size
@@ -92,7 +110,9 @@ class Limits:
             )
 
     def begin_call(self) -> None:
-        """Count a call until ``end_call``."""
+        """Count a call until ``end_call``; Overloaded if there are too many."""
+        if self._calls >= self._config.max_calls:
+            raise Overloaded(f"max_calls={self._config.max_calls} calls in progress; retry later")
         self._calls += 1
         self._idle.clear()
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from psproto import ps_pb2 as pb
 from psproto import routing
+from psproto.codec import RowsMessage
 from psserver.catalog import Catalog
 from psserver.engine import Engine
 from psserver.errors import BadRequest, NotEmpty, Overloaded
@@ -98,7 +99,7 @@ class RowFiles:
 
     # ---- rows in
 
-    def write_rows(self, request: pb.WriteRowsRequest) -> pb.WriteRowsResponse:
+    def write_rows(self, request: RowsMessage) -> pb.WriteRowsResponse:
         """Write the rows of a message."""
         shard, table = self._shard, request.table
         schema, now = self._engine.run(lambda: (shard.describe(table)[0], shard.step(table)))
@@ -174,7 +175,7 @@ class RowFiles:
             yield batch
 
     def _read_message(
-        self, request: pb.WriteRowsRequest, schema: TableSchema, now: int
+        self, request: RowsMessage, schema: TableSchema, now: int
     ) -> tuple[Keys, NDArray[Any], NDArray[Any], Rows]:
         """Keys, steps, frequencies and rows of a message; BadRequest if they break a rule.
 
@@ -251,7 +252,7 @@ def _rows(
     )
 
 
-def _array(data: bytes, dtype: str, where: str) -> NDArray[Any]:
+def _array(data: bytes | memoryview, dtype: str, where: str) -> NDArray[Any]:
     try:
         return np.frombuffer(data, dtype)
     except ValueError as error:

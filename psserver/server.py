@@ -119,6 +119,7 @@ class Server:
             restores,
             self._sweeper,
             Analyses(shard, engine, checkpoints, versions),
+            self._listener.connections,
             versions,
             self._feed,
         )

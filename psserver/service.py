@@ -9,28 +9,30 @@ from functools import partial
 
 import grpc
 
-from psproto import names
+from psproto import codec, names
 from psproto import ps_pb2 as pb
 from psserver.alterations import altered, require_alterable
 from psserver.analysis import Analyses
 from psserver.checkpoints import Checkpoints
 from psserver.config import ServerConfig
+from psserver.connections import Connections
+from psserver.door import Context, Handler
 from psserver.engine import Engine
 from psserver.errors import BadRequest, NoLog, VersionInFuture
 from psserver.exchange import Exchanges
 from psserver.feed import Feed
-from psserver.handlers import Context, Handlers
+from psserver.handlers import Handlers
 from psserver.info import ServerInfo
-from psserver.limits import Limits
+from psserver.limits import Limits, Reservation
 from psserver.restore import Restores
 from psserver.schemas import read_schema, write_schema
 from psserver.shard import Shard
 from psserver.stats import ServiceStats
-from psserver.status import abort
 from psserver.stream import Streams
 from psserver.sweeper import Sweeper
 from psserver.workers import Workers
 from storage.errors import UnknownTable
+from storage.schema import TableSchema
 from storage.versionlog import VersionLog
 
 LISTED = 16  # tables that the engine describes at once
@@ -51,6 +53,7 @@ class Service:
         restores: Restores,
         sweeper: Sweeper,
         analyses: Analyses,
+        connections: Connections,
         log: VersionLog | None = None,
         feed: Feed | None = None,
     ) -> None:
@@ -65,8 +68,8 @@ class Service:
         self._analyses = analyses
         self._limits = Limits(config, counts, restores)
         self._workers = Workers()
-        self._make = Handlers(self._limits, self._workers, checkpoints)
-        self._exchanges = Exchanges(shard, engine, self._limits, config, log, feed)
+        self._make = Handlers(self._limits, self._workers, checkpoints, connections)
+        self._exchanges = Exchanges(shard, engine, self._limits, self._workers, config, log, feed)
         self._streams = Streams(
             self._exchanges, self._limits, self._make, config.max_inflight_bytes // SHARES
         )
@@ -88,8 +91,8 @@ class Service:
         """Wait for the threads; nobody is served any more."""
         self._workers.close()
 
-    def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
-        """The methods under their names, for a server."""
+    def methods(self) -> dict[str, Handler]:
+        """Return the handlers of all methods, by their full names."""
         make = self._make
         tables = {
             "CreateTable": make.message(pb.CreateTableRequest, self.create_table),
@@ -105,44 +108,51 @@ class Service:
             )
         }
         work, restore = self._checkpoints, self._restores
+        short, store = self._workers.short, self._workers.store
         checkpoints = {
             "WriteCheckpoint": make.long(pb.WriteCheckpointRequest, work.write),
-            "CompleteCheckpoint": make.blocking(pb.CompleteCheckpointRequest, work.complete),
-            "ListCheckpoints": make.blocking(pb.ListCheckpointsRequest, work.catalog.listed),
+            "CompleteCheckpoint": make.blocking(pb.CompleteCheckpointRequest, work.complete, store),
+            "ListCheckpoints": make.blocking(pb.ListCheckpointsRequest, work.catalog.listed, store),
             "VerifyCheckpoint": make.long(pb.VerifyCheckpointRequest, work.catalog.verify),
             "PrepareRestore": make.long(pb.PrepareRestoreRequest, restore.prepare),
-            "Restore": make.blocking(pb.RestoreRequest, restore.step, during_restore=True),
+            "Restore": make.blocking(pb.RestoreRequest, restore.step, short, during_restore=True),
             "LoadTable": make.long(pb.LoadTableRequest, work.rows.load_table),
             "ReadRows": make.many(pb.ReadRowsRequest, work.rows.read_rows),
-            "WriteRows": make.message(pb.WriteRowsRequest, self.write_rows),
+            "WriteRows": make.unary("WriteRows", self.write_rows),
         }
         analyses = {
             "Analyze": make.many(pb.AnalyzeRequest, self._analyses.analyze),
-            "Inspect": make.blocking(pb.InspectRequest, self._analyses.inspect),
+            "Inspect": make.blocking(pb.InspectRequest, self._analyses.inspect, short),
         }
         log = {
             "WaitDurable": make.message(pb.WaitDurableRequest, self.wait_durable),
             "Barrier": make.message(pb.BarrierRequest, self.barrier),
-            "Subscribe": grpc.unary_stream_rpc_method_handler(self.subscribe),
+            "Subscribe": grpc.unary_stream_rpc_method_handler(
+                make.served("Subscribe", self.subscribe)
+            ),
         }
         rows = {
             "Pull": make.unary("Pull", self._exchanges.pull),
             "Push": make.unary("Push", self._exchanges.push),
             "Exchange": make.unary("Exchange", self._exchanges.exchange),
             "Delete": make.unary("Delete", self._exchanges.delete),
-            "Stream": grpc.stream_stream_rpc_method_handler(make.counted(self._streams.stream)),
+            "Stream": grpc.stream_stream_rpc_method_handler(
+                make.counted("Stream", self._streams.stream)
+            ),
         }
-        return tuple(
-            grpc.method_handlers_generic_handler(f"ps.v1.{name}", methods)
-            for name, methods in (
-                ("TableService", tables),
-                ("RowService", rows),
-                ("LogService", log),
-                ("CheckpointService", checkpoints),
-                ("AnalysisService", analyses),
-                ("InfoService", info),
-            )
-        )
+        services = {
+            "TableService": tables,
+            "RowService": rows,
+            "LogService": log,
+            "CheckpointService": checkpoints,
+            "AnalysisService": analyses,
+            "InfoService": info,
+        }
+        return {
+            f"/ps.v1.{service}/{name}": handler
+            for service, methods in services.items()
+            for name, handler in methods.items()
+        }
 
     # ---- tables and server
 
@@ -150,10 +160,10 @@ class Service:
         self, request: pb.CreateTableRequest, deadline: float
     ) -> pb.CreateTableResponse:
         schema = read_schema(request.schema)
-        held = await self._engine.submit(lambda: self._shard.create_table(schema), deadline)
-        await self._settled(self._shard.version, pb.DURABILITY_LOG)
-        told = await self._engine.submit(lambda: self._describe(held.name))
-        return pb.CreateTableResponse(schema=told.schema, stats=told.stats)
+        # in one call of the engine: nobody can drop the table between creation and description
+        made = await self._engine.submit(lambda: self._create(schema), deadline)
+        await self._settled(made.version, pb.DURABILITY_LOG)
+        return pb.CreateTableResponse(schema=made.schema, stats=made.stats)
 
     async def describe_table(
         self, request: pb.DescribeTableRequest, deadline: float
@@ -211,6 +221,9 @@ class Service:
                 described.append(self._describe(name))
         return described
 
+    def _create(self, schema: TableSchema) -> pb.DescribeTableResponse:
+        return self._describe(self._shard.create_table(schema).name)
+
     def _describe(self, name: str) -> pb.DescribeTableResponse:
         schema, stats = self._shard.describe(name)
         return pb.DescribeTableResponse(
@@ -249,28 +262,20 @@ class Service:
 
     async def subscribe(self, data: bytes, context: Context) -> None:
         """Send changes until the subscriber is gone or something is wrong."""
-        try:
-            if self._feed is None:
-                raise NoLog
-            await self._feed.serve(data, context.write)
-        except Exception as error:
-            self._make.count_error("Subscribe", error)
-            await abort(context, error)
+        if self._feed is None:
+            raise NoLog
+        await self._feed.serve(data, context.write)
 
-    async def write_rows(
-        self, request: pb.WriteRowsRequest, deadline: float
-    ) -> pb.WriteRowsResponse:
-        done: pb.WriteRowsResponse = await self._workers.run(
-            self._checkpoints.rows.write_rows, request, deadline
-        )
+    async def write_rows(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
+        work = partial(self._checkpoints.rows.write_rows, codec.decode_rows(data))
+        done = await self._workers.run(self._workers.short, work, deadline, reservation)
         await self._settled(done.version, pb.DURABILITY_LOG)
-        return done
+        return bytes(done.SerializeToString())
 
     async def evict(self, request: pb.EvictRequest, deadline: float) -> pb.EvictResponse:
         gone = threading.Event()
-        work = partial(self._sweeper.evict, gone=gone)
         try:
-            return await self._workers.run(work, request, deadline)
+            return await self._workers.start_long(self._sweeper.evict, request, gone)
         finally:
             gone.set()  # the caller, perhaps
 

@@ -12,6 +12,7 @@ from google.rpc.status_pb2 import Status
 from psproto import codec
 from psserver.errors import (
     BadRequest,
+    Busy,
     CheckpointBusy,
     CheckpointExists,
     CheckpointUnfit,
@@ -74,6 +75,7 @@ CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     OutOfMemory: (Code.RESOURCE_EXHAUSTED, "OUT_OF_MEMORY"),
     DiskFull: (Code.RESOURCE_EXHAUSTED, "DISK_FULL"),
     Overloaded: (Code.RESOURCE_EXHAUSTED, ""),
+    Busy: (Code.RESOURCE_EXHAUSTED, ""),
     CheckpointBusy: (Code.RESOURCE_EXHAUSTED, ""),
     DeadlinePassed: (Code.DEADLINE_EXCEEDED, ""),
     Corrupt: (Code.DATA_LOSS, "DATA_LOSS"),

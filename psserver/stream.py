@@ -11,9 +11,10 @@ import grpc
 
 from psproto import codec
 from psproto import ps_pb2 as pb
+from psserver.door import Context
 from psserver.errors import Draining
-from psserver.exchange import Begun, Exchanges
-from psserver.handlers import Context, Handlers
+from psserver.exchange import AT_ONCE_FIELDS, Begun, Exchanges
+from psserver.handlers import Handlers
 from psserver.limits import Limits, Reservation
 from psserver.status import abort, status_of
 
@@ -96,8 +97,11 @@ class Streams:
                 self._streams[task] = False
                 if data is grpc.aio.EOF or flow.gone:
                     return None
-                self._accept(flow, data)
+                self._handlers.arrived(context, data)
+                accepted = self._accept(flow, data)
                 del data
+                await accepted
+                del accepted
                 while flow.inflight >= self._share or flow.answers.qsize() >= PIPELINE:
                     flow.room.clear()
                     await flow.room.wait()
@@ -111,18 +115,29 @@ class Streams:
             del task
         return Draining("the server is stopping")
 
-    def _accept(self, flow: _Flow, data: bytes) -> None:
+    async def _accept(self, flow: _Flow, data: bytes) -> None:
         """Begin a request of a stream."""
-        header, exchange = codec.decode_stream_request(data)
-        wait = header.timeout_ms / 1000 if header.timeout_ms else math.inf
+        start = time.perf_counter()
         try:
             reservation = self._limits.admit(len(data))
-            begun = self._exchanges.begin(exchange, time.monotonic() + wait, reservation)
         except Exception as error:
-            reservation = Reservation(self._limits, 0)
-            begun = time.perf_counter(), None, error.with_traceback(None)
+            header, _ = codec.decode_stream_request(data, AT_ONCE_FIELDS)
+            begun: Begun = start, None, error.with_traceback(None)
+            flow.answers.put_nowait((header.id, begun, Reservation(self._limits, 0)))
+            return
+        try:
+            head, checked = await self._exchanges.read(
+                codec.decode_stream_request, data, reservation
+            )
+        except BaseException:
+            reservation.release()
+            raise
+        del data
+        assert head is not None
+        wait = head.timeout_ms / 1000 if head.timeout_ms else math.inf
+        begun = self._exchanges.begin(checked, start, time.monotonic() + wait, reservation)
         flow.inflight += reservation.size
-        flow.answers.put_nowait((header.id, begun, reservation))
+        flow.answers.put_nowait((head.id, begun, reservation))
 
     async def _write(self, flow: _Flow, context: Context) -> None:
         """Write answers in their order until the queue says None; none once the client is gone."""

@@ -6,6 +6,7 @@ keepalive.py  pings on quiet connections: gRPC options of both sides
 routing.py    key hash, buckets, shard map, and the kernels that split and join batches
 dtypes.py     numbers on the wire
 messages.py   the messages that carry arrays
+fields.py     the fields of a message, within a budget
 encoding.py   messages to bytes
 decoding.py   bytes to messages
 codec.py      all of that under one name

@@ -16,7 +16,7 @@ library; tests hold both against each other.
 from __future__ import annotations
 
 from psproto.decoding import (
-    MOST_FIELDS,
+    MOST_HEADER,
     decode_delete,
     decode_delta,
     decode_exchange,
@@ -24,12 +24,14 @@ from psproto.decoding import (
     decode_pull,
     decode_pulled,
     decode_push,
+    decode_rows,
     decode_stream_request,
     decode_stream_response,
 )
 from psproto.dtypes import (
     WIRE,
     Malformed,
+    TooManyFields,
     from_wire,
     to_wire,
     wire_dtype,
@@ -45,6 +47,7 @@ from psproto.encoding import (
     encode_stream_request,
     encode_stream_response,
 )
+from psproto.fields import MOST_FIELDS, MOST_PARTS
 from psproto.messages import (
     Delta,
     Exchange,
@@ -53,10 +56,13 @@ from psproto.messages import (
     Pulled,
     PullMessage,
     PushMessage,
+    RowsMessage,
 )
 
 __all__ = [
     "MOST_FIELDS",
+    "MOST_HEADER",
+    "MOST_PARTS",
     "STEPS",
     "WIRE",
     "Delta",
@@ -67,6 +73,8 @@ __all__ = [
     "PullMessage",
     "Pulled",
     "PushMessage",
+    "RowsMessage",
+    "TooManyFields",
     "decode_delete",
     "decode_delta",
     "decode_exchange",
@@ -74,6 +82,7 @@ __all__ = [
     "decode_pull",
     "decode_pulled",
     "decode_push",
+    "decode_rows",
     "decode_stream_request",
     "decode_stream_response",
     "encode_delete",

@@ -26,6 +26,13 @@ class Malformed(ValueError):
     """The bytes are not the message they claim to be."""
 
 
+class TooManyFields(Malformed):
+    """A message has more fields or parts than a receiver reads."""
+
+    def __init__(self) -> None:
+        super().__init__("too many fields, pushes or pulls in one message")
+
+
 def wire_dtype(number: int) -> int:
     """The dtype that a header means: unspecified is float32; Malformed if unknown."""
     number = number or pb.DTYPE_FLOAT32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,16 +46,16 @@ class Pulled:
 class Exchange:
     """One ExchangeRequest."""
 
-    pushes: Sequence[PushMessage]
-    pulls: Sequence[PullMessage]
+    pushes: list[PushMessage]
+    pulls: list[PullMessage]
 
 
 @dataclass(slots=True)
 class Exchanged:
     """One ExchangeResponse."""
 
-    pushes: Sequence[pb.PushResponse]
-    pulls: Sequence[Pulled]
+    pushes: list[pb.PushResponse]
+    pulls: list[Pulled]
 
 
 @dataclass(slots=True)
@@ -69,3 +68,15 @@ class Delta:
     rows: NDArray[Any]  # flat or [n, width], in the wire dtype
     steps: NDArray[np.int64]  # [n] or empty, and so the next
     frequencies: NDArray[np.uint64]
+
+
+@dataclass(slots=True)
+class RowsMessage:
+    """One WriteRowsRequest. Its arrays are still bytes, as their checks depend on the table."""
+
+    table: str
+    width: int
+    keys: memoryview
+    rows: memoryview
+    steps: memoryview
+    frequencies: memoryview

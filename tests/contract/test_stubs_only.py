@@ -434,7 +434,11 @@ def bad_pulls(name: str, own: list[int], foreign: int) -> dict[str, tuple[str, p
     argument = "INVALID_ARGUMENT/INVALID_ARGUMENT"
     return {
         "unknown table": ("NOT_FOUND/TABLE_NOT_FOUND", pull_request("no.table", own[:1])),
-        "bad name": (argument, pull_request("n" * 20_000, own[:1])),
+        "bad name": (argument, pull_request("n" * 4_000, own[:1])),
+        "long header": (
+            "INVALID_ARGUMENT/MALFORMED_MESSAGE",
+            pull_request("n" * 20_000, own[:1]),
+        ),
         "foreign key": ("FAILED_PRECONDITION/WRONG_SHARD", pull_request(name, [foreign])),
         "mode": (argument, pull_request(name, own[:1], mode=7)),
         "torn keys": ("INVALID_ARGUMENT/MALFORMED_MESSAGE", torn),

@@ -7,6 +7,7 @@ golden/  one example of every message of ps.proto, as hexadecimal: what it was e
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,16 @@ from hypothesis import strategies as st
 
 from psproto import codec
 from psproto import ps_pb2 as pb
-from psproto.codec import Delta, Exchange, Exchanged, Malformed, Pulled, PullMessage, PushMessage
+from psproto.codec import (
+    Delta,
+    Exchange,
+    Exchanged,
+    Malformed,
+    Pulled,
+    PullMessage,
+    PushMessage,
+    TooManyFields,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 U64 = 2**64 - 1
@@ -845,10 +855,86 @@ def test_groups_which_no_version_of_the_contract_can_have_are_refused() -> None:
     [b"\x20\0", b"\x21" + bytes(8), b"\x22\0", b"\x25" + bytes(4), wire(2, 2, b"\0")],
     ids=["varint", "fixed64", "bytes", "fixed32", "padding"],
 )
-def test_a_message_has_at_most_65536_fields_of_any_kind(field: bytes) -> None:
-    assert codec.decode_pull(field * (2**16 - 1) + KEY).keys.tolist() == [1]
-    with pytest.raises(Malformed, match=r"^more than 65536 fields in one message$"):
-        codec.decode_pull(field * 2**16 + KEY)
+def test_a_message_has_at_most_32768_fields_of_any_kind(field: bytes) -> None:
+    assert codec.decode_pull(field * (2**15 - 1) + KEY).keys.tolist() == [1]
+    with pytest.raises(TooManyFields, match=r"^too many fields, pushes or pulls in one message$"):
+        codec.decode_pull(field * 2**15 + KEY)
+
+
+NESTED = {
+    "DeleteRequest": (codec.decode_delete, lambda inner: inner),
+    "PullRequest": (codec.decode_pull, lambda inner: inner),
+    "PushRequest": (codec.decode_push, lambda inner: inner),
+    "WriteRowsRequest": (codec.decode_rows, lambda inner: inner),
+    "PullResponse": (codec.decode_pulled, lambda inner: inner),
+    "Delta": (codec.decode_delta, lambda inner: inner),
+    "ExchangeRequest, pushes": (codec.decode_exchange, lambda inner: wire(1, 2, inner)),
+    "ExchangeRequest, pulls": (codec.decode_exchange, lambda inner: wire(2, 2, inner)),
+    "ExchangeResponse": (codec.decode_exchanged, lambda inner: wire(2, 2, inner)),
+    "StreamRequest": (
+        codec.decode_stream_request,
+        lambda inner: wire(2, 2, wire(1, 2, inner)),
+    ),
+    "StreamResponse": (
+        codec.decode_stream_response,
+        lambda inner: wire(2, 2, wire(2, 2, inner)),
+    ),
+}
+
+
+def decoders() -> set[str]:
+    return {name for name in dir(codec) if name.startswith("decode_")}
+
+
+def test_every_decoder_is_among_those_with_a_budget() -> None:
+    assert {decode.__name__ for decode, _ in NESTED.values()} == decoders()
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_fields_of_all_parts_are_counted_together(kind: str) -> None:
+    decode, wrap = NESTED[kind]
+    empty = wire(15, 2, b"")
+    decode(wrap(empty * 1000))
+    for parts in (1, 8, 40):
+        with pytest.raises(TooManyFields):
+            decode(wrap(empty * (2**15 // parts + 1)) * parts)
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_a_message_of_millions_of_empty_fields_is_refused_at_once(kind: str) -> None:
+    decode, wrap = NESTED[kind]
+    data = wrap(wire(15, 2, b"") * (4 << 20))
+    start = time.perf_counter()
+    with pytest.raises(TooManyFields):
+        decode(data)
+    assert time.perf_counter() - start < 0.5  # of reading all of it, 4
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_exchange_has_at_least_2048_parts_and_a_limit(number: int) -> None:
+    inner = wire(1, 2, pb.PushHeader(table="t").SerializeToString())
+    inner += wire(2, 2, b"\0" * 7) + wire(3, 2, u8(1).tobytes()) + wire(4, 2, u4(1).tobytes())
+    part = wire(number, 2, inner + wire(2, 2, b"\0") * 2 + wire(5, 2, f4(1.0).tobytes()))
+    found = codec.decode_exchange(part * codec.MOST_PARTS)
+    assert len(found.pushes) + len(found.pulls) == codec.MOST_PARTS
+    with pytest.raises(TooManyFields):
+        codec.decode_exchange(wire(number, 2, b"") * 2 * codec.MOST_PARTS)
+
+
+def test_a_smaller_budget_is_of_the_whole_message_too() -> None:
+    data = codec.encode_stream_request(STREAM_HEADER, EXCHANGE)
+    codec.decode_stream_request(data, 100)
+    with pytest.raises(TooManyFields):
+        codec.decode_stream_request(data, 40)
+
+
+@pytest.mark.parametrize("kind", ["PullRequest", "PushRequest", "DeleteRequest"])
+def test_a_header_has_a_limit(kind: str) -> None:
+    decode, _ = NESTED[kind]
+    decode(wire(1, 2, pb.PullHeader(table="t" * 4000).SerializeToString()))
+    for header in (pb.PullHeader(table="t" * 4096), pb.PullHeader(table="t" * 3000)):
+        with pytest.raises(Malformed, match=r"Header is longer than 4096 bytes$"):
+            decode(wire(1, 2, header.SerializeToString()) * 2)
 
 
 def test_a_number_of_more_than_64_bits_is_refused() -> None:

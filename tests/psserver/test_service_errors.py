@@ -66,7 +66,7 @@ def documented() -> dict[str, str]:
     block = comment[comment.index("Errors are gRPC status codes") :].replace("//", "")
     found: dict[str, str] = {}
     for code, reasons in re.findall(r"^ {3}([A-Z_]+) {2,}((?:.+\n)(?: {20,}.+\n)*)", block, re.M):
-        for reason in re.findall(r"[A-Z_]{5,}", re.sub(r"\([^)]*\)", "", reasons)):
+        for reason in re.findall(r"[A-Z_]{4,}", re.sub(r"\([^)]*\)", "", reasons)):
             assert reason not in found
             found[reason] = code
     return found
@@ -185,6 +185,7 @@ EXAMPLES: list[tuple[Exception, str, str, dict[str, str], float | None]] = [
         for kind in (
             refusals.RestoreConflict,
             refusals.NotEmpty,
+            refusals.Busy,
             refusals.CheckpointBusy,
             refusals.CheckpointUnfit,
             refusals.CheckpointExists,
@@ -230,7 +231,7 @@ def test_there_is_an_example_of_every_error() -> None:
 
 def test_delays_are_given_where_ps_proto_says_so() -> None:
     text = (ROOT / "proto/psproto/ps.proto").read_text()
-    promised = set(re.findall(r"([A-Z_]{5,}) \(RetryInfo\)", text))
+    promised = set(re.findall(r"([A-Z_]{4,}) \(RetryInfo\)", text))
     assert promised == {reason for _, _, reason, _, delay in EXAMPLES if delay is not None}
 
 

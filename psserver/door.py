@@ -1,0 +1,98 @@
+"""The way to all methods of a server, those of health checks and reflection included."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from psproto import codec
+from psserver.connections import Connections
+from psserver.errors import Starting, TooLarge
+from psserver.limits import CONTROL_BYTES
+from psserver.status import abort
+
+Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Finds the handler of a method. Methods of ps.v1 are refused until the door is opened."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._methods: dict[str, Handler] = {}
+        self._opened = False
+        self._closed = grpc.stream_stream_rpc_method_handler(_refuse)  # fits all four kinds
+
+    def open(self, methods: Mapping[str, Handler]) -> None:
+        """Let calls of methods in, by their full names."""
+        self._methods.update(methods)
+        self._opened = True
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
+        method = handler_call_details.method
+        if not self._opened and method.startswith("/ps.v1."):
+            return self._closed
+        return self._methods.get(method)
+
+    # ---- what generated code expects of a server
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Do nothing: generated code adds the same methods as registered ones."""
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
+        """Let calls of a foreign service in. Their messages are limited before they are parsed."""
+        for name, handler in handlers.items():
+            self._methods[f"/{service}/{name}"] = self._limited(handler)
+
+    def _limited(self, handler: Handler) -> Handler:
+        parse, answer = handler.request_deserializer, handler.response_serializer
+
+        def read(data: bytes, context: Context) -> Any:
+            self._connections.arrived(context.peer(), len(data))
+            if len(data) > CONTROL_BYTES:
+                raise TooLarge(
+                    "MESSAGE_TOO_LARGE", f"message of {len(data)} bytes > {CONTROL_BYTES}"
+                )
+            try:
+                return parse(data)
+            except DecodeError as error:
+                raise codec.Malformed(str(error)) from error
+
+        async def requests(many: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+            async for data in many:
+                yield read(data, context)
+
+        async def unary(data: bytes, context: Context) -> Any:
+            try:
+                request = read(data, context)
+            except (TooLarge, codec.Malformed) as error:
+                await abort(context, error)
+            return await handler.unary_unary(request, context)
+
+        async def watch(data: bytes, context: Context) -> None:
+            try:
+                request = read(data, context)
+            except (TooLarge, codec.Malformed) as error:
+                await abort(context, error)
+            await handler.unary_stream(request, context)
+
+        async def stream(many: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+            try:
+                async for reply in handler.stream_stream(requests(many, context), context):
+                    yield reply
+            except (TooLarge, codec.Malformed) as error:
+                await abort(context, error)
+
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(stream, None, answer)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(watch, None, answer)
+        return grpc.unary_unary_rpc_method_handler(unary, None, answer)
+
+
+async def _refuse(_: Any, context: Context) -> None:
+    await abort(context, Starting())

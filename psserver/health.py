@@ -1,0 +1,60 @@
+"""The health service of grpc.health.v1: what is SERVING, to whoever asks or watches.
+
+A status is set without waiting for those who watch: one who does not read hinders nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import TypeAlias
+
+import grpc
+from grpc_health.v1 import health_pb2 as pb
+from grpc_health.v1 import health_pb2_grpc
+
+Status: TypeAlias = pb.HealthCheckResponse
+Serving: TypeAlias = pb.HealthCheckResponse.ServingStatus
+
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """Statuses by name."""
+
+    def __init__(self) -> None:
+        self._statuses: dict[str, Serving] = {}
+        self._changed = asyncio.Event()  # set, and replaced, with each change
+
+    def set(self, names: Iterable[str], status: Serving) -> None:
+        """Set the status of names."""
+        self._statuses.update(dict.fromkeys(names, status))
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def Check(  # noqa: N802
+        self, request: pb.HealthCheckRequest, context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> Status:
+        """Return the status of a name; NOT_FOUND where it has none."""
+        status = self._statuses.get(request.service)
+        if status is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND)
+        return Status(status=status)
+
+    async def List(  # noqa: N802
+        self, request: pb.HealthListRequest, context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> pb.HealthListResponse:
+        """Return the statuses of all names."""
+        found = {name: Status(status=status) for name, status in self._statuses.items()}
+        return pb.HealthListResponse(statuses=found)
+
+    async def Watch(  # noqa: N802
+        self, request: pb.HealthCheckRequest, context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> None:
+        """Send the status of a name, and again whenever it changes."""
+        last = None
+        while True:
+            changed = self._changed
+            status = self._statuses.get(request.service, Status.SERVICE_UNKNOWN)
+            if status != last:
+                await context.write(Status(status=status))
+                last = status
+            await changed.wait()
