@@ -98,7 +98,7 @@ class ServerConfig(BaseSettings):
         " idle session expires",
     )
     max_calls: int = Field(
-        8192, ge=1, description="Most calls in progress, open streams included; more are refused"
+        4096, ge=1, description="Most calls in progress, open streams included; more are refused"
     )
     max_connections: int = Field(8192, ge=1, description="Most open client connections")
     receive_seconds: float = Field(
@@ -193,7 +193,7 @@ def _plan(data: Mapping[str, Any]) -> Plan:
         limit=memory_limit(),
         colocated=data["colocated_shards"],
         inflight=data["max_inflight_bytes"],
-        transport=transport_bytes(data["max_message_bytes"]),
+        transport=transport_bytes(data["max_message_bytes"], data["max_inflight_bytes"]),
     )
 
 

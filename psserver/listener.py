@@ -38,9 +38,7 @@ class Listener:
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self._health = Health()
-        self.connections = Connections(
-            config.port, transport.unfinished_bytes(config), config.receive_seconds
-        )
+        self.connections = Connections(config.port, config.memory.transport, config.receive_seconds)
         self._door = Door(self.connections)
 
     async def listen(self) -> None:

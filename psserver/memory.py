@@ -82,9 +82,13 @@ def default_inflight(limit: Limit, colocated: int) -> int:
     return min(max(limit.bytes // colocated // 8, LEAST_INFLIGHT), MOST_INFLIGHT)
 
 
-def transport_bytes(max_message_bytes: int) -> int:
-    """Return what gRPC may have received of messages that are not admitted yet."""
-    return 2 * max_message_bytes
+def transport_bytes(max_message_bytes: int, inflight: int) -> int:
+    """Return what gRPC may have received of messages that are not admitted yet.
+
+    As much as may be in flight: connections with more unfinished messages are closed. And two whole
+    messages at least, as a message exists twice while it is handed over.
+    """
+    return max(2 * max_message_bytes, inflight, LEAST_INFLIGHT)
 
 
 def memory_limit(root: Path = Path("/")) -> Limit:

@@ -133,7 +133,7 @@ def test_without_any_source_the_defaults_hold() -> None:
         "max_message_bytes": 64 << 20,
         "max_keys": 4_000_000,
         "max_inflight_bytes": memory_limit().bytes // 8 if memory_limit().bytes < 8 * GIB else GIB,
-        "max_calls": 8192,
+        "max_calls": 4096,
         "max_connections": 8192,
         "receive_seconds": 60.0,
         "max_tables": 1024,

@@ -38,11 +38,13 @@ async def outcomes(peer: Peer, calls: int) -> Counter[Any]:
 
 
 @pytest.mark.slow
-def test_of_5000_calls_at_once_all_are_served() -> None:
+def test_of_5000_calls_at_once_all_are_served_or_asked_to_come_again() -> None:
     async def act(peer: Peer) -> Counter[Any]:
         return await outcomes(peer, CALLS)
 
-    assert with_server(act) == {"served": CALLS}
+    found = with_server(act)
+    assert set(found) <= {"served", ("RESOURCE_EXHAUSTED", "OVERLOADED", True)}
+    assert found["served"] >= 4096
 
 
 def test_calls_beyond_the_limit_are_asked_to_come_again() -> None:
