@@ -59,6 +59,7 @@ exchange.py      pulls, pushes, deletes and exchanges
 stream.py        the bidirectional stream
 service.py       the gRPC methods of all services
 datadir.py       a shard's data directory: locked, recovered, closed
+exposition.py    serve /metrics over HTTP
 listener.py      the gRPC port: alive before it is ready
 server.py        the parts of one shard, opened and closed in order
 warm.py          compile the kernels before they are needed

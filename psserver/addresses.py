@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
+import os
 import re
+import socket
 
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,253})")
 
@@ -26,3 +29,39 @@ def bare_host(host: str) -> str:
 def join(host: str, port: int) -> str:
     """Return ``host:port``, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Listen on all addresses of ``host``; :: takes IPv4 as well. Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    listeners: list[socket.socket] = []
+    missing: OSError | None = None
+    for family, _, _, _, address in found:
+        both = host == "::" and socket.has_dualstack_ipv6()
+        try:
+            listeners.append(socket.create_server(address, family=family, dualstack_ipv6=both))
+        except OSError as error:
+            missing = error
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                break
+    else:
+        if listeners:
+            return listeners
+    for listener in listeners:
+        listener.close()
+    assert missing is not None
+    raise missing
+
+
+def cannot_listen(field: str, host: str, port: int, error: OSError) -> str:
+    """Return why a port cannot be used, and what to do; ``field`` is the setting."""
+    number = error.errno or 0
+    reason = os.strerror(number) if number > 0 else error.strerror or str(error)
+    match number:
+        case errno.EADDRINUSE:
+            reason += "; stop the process that uses it, or choose another port"
+        case errno.EACCES:
+            reason += f"; ports below 1024 need privileges, and this is uid {os.geteuid()}"
+        case errno.EADDRNOTAVAIL:
+            reason += "; this machine does not have that address"
+    return f"{field}: cannot listen on {join(host, port)}: {reason}"

@@ -1,9 +1,12 @@
-"""The command line: ``psserver serve`` for one shard, ``psserver up`` for a local cluster."""
+"""Parameter server for embedding tables.
+
+Run one shard with ``psserver serve``, or a cluster on this machine with ``psserver up``.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -21,34 +24,60 @@ _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 @app.command(context_settings={**_PASS_ON, "help_option_names": []})
 def serve(context: typer.Context) -> None:
-    """Serve one shard. Settings: flags (see --help), PSCONFIG_* variables, --config FILE."""
+    """Run one shard. ``psserver serve --help`` lists the settings."""
     log_to_stderr()
     try:
         serve_shard(load(context.args))
     except ConfigError as error:
-        typer.echo(f"psserver: {error}", err=True)
-        raise typer.Exit(2) from None
+        _refuse(error)
 
 
 @app.command(context_settings=_PASS_ON)
 def up(
     context: typer.Context,
-    data_dir: Annotated[Path, typer.Option(help="gets a directory and a log for each shard")],
-    shards: Annotated[int, typer.Option(min=1, max=64)] = 1,
-    host: Annotated[str, typer.Option()] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="of shard 0; shard i listens on port + i")] = 7000,
-    metrics_port: Annotated[int, typer.Option(help="of shard 0; 0: none")] = 9400,
+    data_dir: Annotated[
+        Path, typer.Option(help="Directory for all data: shard-I/ and shard-I.log for each shard")
+    ],
+    shards: Annotated[int, typer.Option(min=1, max=64, help="Number of shards to run")] = 1,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on: a name, an IPv4 or an IPv6 address")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port of shard 0; shard I uses this port + I")
+    ] = 7000,
+    metrics_port: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Port of shard 0 for Prometheus; shard I uses this port + I; 0 turns it off",
+        ),
+    ] = 9400,
 ) -> None:
-    """Run a local cluster; further flags go to every serve. Prints 'ready' once all serve."""
-    raise typer.Exit(cluster.up(shards, host, port, metrics_port, data_dir, context.args))
+    """Run a cluster on this machine: one process per shard, restarted when it dies.
+
+    Prints 'ready ADDRESS...' once all shards serve, and runs until SIGTERM or Ctrl-C. All other
+    flags are passed to every shard: see 'psserver serve --help'. The shards divide the memory
+    limit among them.
+    """
+    try:
+        status = cluster.up(shards, host, port, metrics_port, data_dir, context.args)
+    except ConfigError as error:
+        _refuse(error)
+    raise typer.Exit(status)
 
 
 @app.command()
 def warm() -> None:
-    """Compile the kernels into the cache, so that servers start quickly."""
+    """Compile the kernels into their cache, so that servers and clients start quickly."""
     warm_kernels()
 
 
+def _refuse(error: ConfigError) -> NoReturn:
+    typer.echo(f"psserver: {error}", err=True)
+    raise typer.Exit(2) from None
+
+
 def main() -> None:
-    """Entry point of the ``psserver`` command."""
+    """Run the ``psserver`` command."""
     app()

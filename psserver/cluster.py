@@ -1,4 +1,4 @@
-"""A local cluster: one process a shard, started again when it dies."""
+"""Run a local cluster: one process per shard, restarted when it dies."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-QUICK = 5.0  # seconds; a shard that dies sooner is started again only after a pause
+from psserver.addresses import bare_host, join
+from psserver.config import ConfigError
+from psserver.datadir import unusable
+
+QUICK = 5.0  # seconds; a shard that dies sooner is restarted only after a pause
 LONGEST_PAUSE = 10.0  # seconds
+LAST_PORT = 65535
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
@@ -49,7 +54,7 @@ class _Member:
                 self.ready.set()
 
     def revive(self) -> None:
-        """Start the process again if it died and its pause is over."""
+        """Restart the process if it died and its pause is over."""
         if self.process.poll() is None:
             return
         quick = time.monotonic() - self._started < QUICK + self._pause
@@ -58,32 +63,43 @@ class _Member:
             return
         self._pause = pause
         print(
-            f"shard {self.shard} exited with {self.process.returncode}, starting it again",
+            f"shard {self.shard} exited with status {self.process.returncode}; restarting it",
             file=sys.stderr,
             flush=True,
         )
         self.start()
 
-    def why(self) -> str:
-        """The end of its log."""
+    def log_tail(self) -> str:
+        """Return the last lines of the shard's log."""
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-10:])
 
 
 def up(
     shards: int, host: str, port: int, metrics_port: int, data_dir: Path, flags: Sequence[str]
 ) -> int:
-    """Run shard i on port + i until SIGTERM or SIGINT; print ``ready`` once all serve.
+    """Run shard i on port + i until SIGTERM or SIGINT; print ``ready`` once all shards serve.
 
-    metrics_port  of shard 0, the next for shard 1, ...; 0: none
-    data_dir      gets a directory and a log for each shard
-    flags         passed to every ``serve``
+    metrics_port  of shard 0; shard i uses metrics_port + i; 0 turns metrics off
+    data_dir      gets a directory and a log file for each shard
+    flags         passed to every ``psserver serve``
 
-    Returns the exit status: 1 if a shard could not start at all.
+    Returns the exit status: 0 after a signal, 1 if a shard did not start. Raises ConfigError.
     """
+    try:
+        host = bare_host(host)
+    except ValueError as error:
+        raise ConfigError(f"host: {error}, got {host!r}") from error
+    for name, first in (("port", port), ("metrics_port", metrics_port)):
+        if first + shards - 1 > LAST_PORT:
+            raise ConfigError(f"{name}: {shards} shards need ports up to {first + shards - 1}")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        (data_dir / "shard-0.log").open("ab").close()
+    except OSError as error:
+        raise ConfigError(str(unusable(data_dir, error))) from error
     members = []
     for shard in range(shards):
         command = [sys.executable, "-m", "psserver", "serve", "--shard", str(shard)]
@@ -98,11 +114,13 @@ def up(
         if not announced:
             dead = [m for m in members if m.process.poll() is not None and not m.ready.is_set()]
             if dead:
-                print(f"shard {dead[0].shard} did not start:\n{dead[0].why()}", file=sys.stderr)
+                print(
+                    f"shard {dead[0].shard} did not start:\n{dead[0].log_tail()}", file=sys.stderr
+                )
                 status = 1
                 break
             if all(member.ready.is_set() for member in members):
-                addresses = " ".join(f"{host}:{port + shard}" for shard in range(shards))
+                addresses = " ".join(join(host, port + shard) for shard in range(shards))
                 print(f"ready {addresses}", flush=True)
                 announced = True
         else:

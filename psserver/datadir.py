@@ -5,8 +5,11 @@ data directory = LOCK  SHARD  log/ (storage/versionlog.py)  base/ (storage/base.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import pwd
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,15 +38,59 @@ log = structlog.get_logger()
 
 
 def lock(directory: Path) -> IO[str]:
-    """Make ``directory`` this process's alone for as long as the returned file is open."""
-    directory.mkdir(parents=True, exist_ok=True)
-    held = (directory / "LOCK").open("a")
+    """Create a data directory if it is missing, and lock it until the returned file is closed.
+
+    Raises ConfigError where another server holds the lock, or this process may not write there.
+    """
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / "LOCK").open("a")
+    except OSError as error:
+        raise unusable(directory, error) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        held.close()
+        file.close()
         raise ConfigError(f"data_dir: {directory} is in use by another server") from error
-    return held
+    except OSError as error:  # some network file systems
+        file.close()
+        raise unusable(directory, error) from error
+    return file
+
+
+def unusable(directory: Path, error: OSError) -> ConfigError:
+    """Return what is wrong with a data directory, and what to do, in one line."""
+    path = Path(os.fsdecode(error.filename)) if error.filename else directory
+    reason, advice = os.strerror(error.errno or 0), "choose another data_dir"
+    match error.errno:
+        case errno.EROFS:
+            advice = "mount it for writing, or choose another data_dir"
+        case errno.EACCES | errno.EPERM:
+            reason += f" for user {_user(os.geteuid())}; {_owner(path)}"
+            advice = "start the server as its owner, change the owner, or choose another data_dir"
+        case errno.ENOTDIR | errno.EEXIST:
+            reason = "it is not a directory"
+        case errno.ENOSPC | errno.EDQUOT:
+            advice = "free some space, or choose another data_dir"
+    return ConfigError(f"data_dir: cannot use {path}: {reason}; {advice}")
+
+
+def _owner(path: Path) -> str:
+    """Return whose ``path`` is, or the first directory above it that may be looked at."""
+    for each in (path, *path.parents):
+        try:
+            found = each.stat()
+        except OSError:
+            continue
+        return f"{each} belongs to {_user(found.st_uid)}, mode {stat.S_IMODE(found.st_mode):o}"
+    return "its owner is unknown"
+
+
+def _user(uid: int) -> str:
+    try:
+        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
+    except KeyError:
+        return f"uid {uid}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +105,10 @@ class Owner:
 
 
 def claim(directory: Path, shard: int, shard_map: routing.ShardMap) -> None:
-    """Note whose ``directory`` is; ConfigError if it is another shard's, or of another map.
+    """Record in SHARD which shard owns a data directory, at its first start.
 
-    A shard would find keys in it that are not its own, and miss others. Corrupt if the note is
-    damaged.
+    Raises ConfigError if another shard owns it, or the same shard of another shard map: it has keys
+    of other shards then, and lacks some of its own. Raises Corrupt if SHARD is damaged.
     """
     path = directory / OWNER
     asked = Owner(shard=shard, shards=shard_map.shards, epoch=shard_map.epoch)
@@ -75,17 +122,16 @@ def claim(directory: Path, shard: int, shard_map: routing.ShardMap) -> None:
             for each in (held, asked)
         )
         raise ConfigError(
-            f"data_dir: {directory} is of {owner}, and this is {other}; for another number of"
-            " shards: psctl checkpoint, psserver on new directories, psctl restore"
+            f"data_dir: {directory} belongs to {owner}, and this server is {other}; to change the"
+            " number of shards: psctl checkpoint, start psserver on new directories, psctl restore"
         )
 
 
 class DataDirectory:
     """The log and the base of one shard, from ``open`` to ``close``.
 
-    shard         recovered by ``open``
-    restore       the state of a restore that the last process left, or None
-    log, base, flusher  are there after ``open``
+    restore              state of a restore that the last process began, or None
+    log, base, flusher   exist after ``open``
     """
 
     def __init__(
@@ -104,12 +150,22 @@ class DataDirectory:
         self._wake = wake
 
     def open(self) -> Shard:
-        """Recover; where a restore was committed, from what it brought, or else from what was."""
+        """Recover the shard; ConfigError if the directory cannot be used.
+
+        After a committed restore the shard gets the restored state. If that cannot be loaded, the
+        restore has failed, and the shard gets the state before it.
+        """
+        try:
+            return self._open()
+        except OSError as error:
+            raise unusable(self.directory, error) from error
+
+    def _open(self) -> Shard:
         self.shard = self._make_shard()
         try:
             claim(self.directory, self._config.shard, self.shard.shard_map)
             restore = settle(self.directory)
-        except (StorageError, OSError) as error:
+        except StorageError as error:
             raise _unfit(error) from error
         self.restore = restore
         if restore is None or restore.phase != COMMITTED:
@@ -132,7 +188,7 @@ class DataDirectory:
         self.base.close()
 
     def _recover(self) -> None:
-        """Open log and base, and bring the shard to where it was; ConfigError if that fails."""
+        """Open log and base, and bring the shard to its newest version."""
         config, start = self._config, time.monotonic()
         self.base = Base(self.directory / "base")
         versions: VersionLog | None = None
@@ -150,10 +206,12 @@ class DataDirectory:
                 made=state is not None and state.logged,
             )
             found = recover(self.shard, self.base, versions)
-        except StorageError as error:
+        except (StorageError, OSError) as error:
             self.base.close()
             if versions is not None:
                 versions.close()
+            if isinstance(error, OSError):
+                raise
             raise _unfit(error) from error
         self.log = versions
         self.shard.attach(self.log)
@@ -179,12 +237,12 @@ class DataDirectory:
         )
 
 
-def _unfit(error: Exception) -> ConfigError:
+def _unfit(error: StorageError) -> ConfigError:
     damaged = "DATA_LOSS: " if isinstance(error, Corrupt) else ""
     return ConfigError(f"data_dir: {damaged}{error}")
 
 
 def _fail(what: str, error: Exception) -> None:
-    """What is on disk cannot be trusted any more: end without another word to any client."""
+    """End the process at once: what is on disk cannot be trusted, so nothing may be answered."""
     log.critical(f"{what} failed", error=str(error))
     os._exit(74)  # EX_IOERR

@@ -1,7 +1,7 @@
-"""The port of one shard: gRPC, health, reflection; alive before it is ready.
+"""Serve gRPC, health and reflection on the port of one shard.
 
-A server listens at once. It is alive then, and refuses work with UNAVAILABLE until its kernels are
-loaded and its shard is recovered; then health turns SERVING.
+The port opens at once. Until the kernels are loaded and the shard is recovered the server is alive
+but not ready: all calls are refused with UNAVAILABLE and a delay for the retry.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from psproto import keepalive
 from psserver import transport
+from psserver.addresses import bind, cannot_listen, join
 from psserver.config import ConfigError, ServerConfig
 from psserver.connections import Connections
 from psserver.door import Door
@@ -42,7 +43,7 @@ class Listener:
         self._door = Door(self.connections)
 
     async def listen(self) -> None:
-        """Answer that the shard is alive, and not ready; ConfigError if the port is taken."""
+        """Open the port, alive and not ready; ConfigError if the port cannot be used."""
         config = self._config
         self._server = grpc.aio.server(
             options=[
@@ -57,26 +58,37 @@ class Listener:
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
             ReflectionServicer(names), self._door
         )
-        address = f"{config.host}:{config.port}"
         try:
-            self._server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise ConfigError(f"port: cannot listen on {address}: {error}") from error
+            self._bind()
+        except ConfigError:
+            await self._server.stop(0)
+            raise
         self._health.set(READINESS, Status.NOT_SERVING)
         self._health.set(["liveness"], Status.SERVING)
         await self._server.start()
         self.connections.open()
 
+    def _bind(self) -> None:
+        host, port = self._config.host, self._config.port
+        try:
+            for listener in bind(host, port):  # gRPC would not report the reason
+                listener.close()
+            self._server.add_insecure_port(join(host, port))
+        except OSError as error:
+            raise ConfigError(cannot_listen("port", host, port, error)) from error
+        except RuntimeError as error:
+            raise ConfigError(f"port: cannot listen on {join(host, port)}: {error}") from error
+
     async def serve(self, service: Service) -> None:
-        """Let calls in, and be ready."""
+        """Pass calls to ``service`` and report that the shard is ready."""
         self._door.open(service.methods())
         self._health.set(READINESS, Status.SERVING)
 
     async def refuse(self) -> None:
-        """Be alive, and not ready."""
+        """Report that the shard is alive but not ready."""
         self._health.set(READINESS, Status.NOT_SERVING)
 
     async def stop(self, grace: float) -> None:
-        """Close the port, and end the calls that are left after ``grace`` seconds."""
+        """Close the port; cancel the calls that are still in flight after ``grace`` seconds."""
         await self._server.stop(grace)
         self.connections.close()

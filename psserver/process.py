@@ -1,7 +1,8 @@
-"""One shard as a process: from its configuration to its exit status.
+"""Run one shard as a process: its signals, its restart, its exit status.
 
-SIGTERM or SIGINT: health turns NOT_SERVING, new work is refused with UNAVAILABLE, work in hand is
-finished, the process ends.
+On SIGTERM or SIGINT health turns NOT_SERVING, new calls are refused with UNAVAILABLE, calls in
+flight are finished for up to drain_seconds, and the process exits with status 0. Before the shard
+is ready, a signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ import time
 import structlog
 import uvloop
 
+from psserver.addresses import join
 from psserver.config import ServerConfig
 from psserver.datadir import lock
 from psserver.memory import BASE_BYTES, show
 from psserver.server import Server
 from psserver.warm import warm
 
-SWITCH_SECONDS = (
-    1e-4  # loop and engine hand work to each other; 5 ms of waiting for the GIL is long
-)
+SWITCH_SECONDS = 1e-4  # between looks for threads that wait for the GIL; the default, 5 ms, is long
+CLOSE_SECONDS = 30.0  # to close everything after the drain; a file system may hang for ever
 
 log = structlog.get_logger()
 
@@ -51,7 +52,7 @@ def report_memory(config: ServerConfig) -> None:
 
 
 async def _serve(config: ServerConfig) -> bool:
-    """Serve until told to stop; whether to start anew then."""
+    """Serve until a signal or a restart; return whether to start anew."""
     started = time.monotonic()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -71,38 +72,70 @@ async def _serve(config: ServerConfig) -> bool:
 
     server = Server(config, restart)
     await server.listen()
-    await asyncio.to_thread(warm)
-    await server.open()
+    if not await _start(server, stop):
+        log.info("stopped before it was ready", shard=config.shard)
+        return False
     log.info(
         "ready",
         shard=config.shard,
         shards=config.shards,
-        address=f"{config.host}:{config.port}",
+        address=join(config.host, config.port),
         seconds=round(time.monotonic() - started, 2),
         pid=os.getpid(),
     )
     print("ready", flush=True)
     await stop.wait()
     log.info("stopping", shard=config.shard)
-    await server.close()
-    log.info("stopped", shard=config.shard)
+    try:
+        await asyncio.wait_for(server.close(), config.drain_seconds + CLOSE_SECONDS)
+    except TimeoutError:
+        log.error("stopped without closing", shard=config.shard, waited_seconds=CLOSE_SECONDS)
+    else:
+        log.info("stopped", shard=config.shard)
     return again.is_set() and not over
 
 
-def serve(config: ServerConfig) -> None:
-    """Run one shard until SIGTERM or SIGINT; ConfigError if it cannot start.
+async def _start(server: Server, stop: asyncio.Event) -> bool:
+    """Load the kernels and recover; return False if a signal comes first.
 
-    To start anew it becomes the command that it was started as, so that whoever looks after the
-    process sees nothing but a shard that is not ready for a while.
+    A start that is given up is like a crash, after which any data directory recovers.
+    """
+
+    async def start() -> None:
+        await asyncio.to_thread(warm)
+        await server.open()
+
+    starting = asyncio.ensure_future(start())
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if starting.done():
+        await starting
+        return True
+    return False
+
+
+async def _live(config: ServerConfig) -> None:
+    """Serve, then end this process or replace it: threads that still wait are not waited for."""
+    again = await _serve(config)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if again:
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
+    os._exit(0)
+
+
+def serve(config: ServerConfig) -> None:
+    """Run one shard until SIGTERM or SIGINT, then exit; ConfigError if it cannot start.
+
+    A restore that restarts the shard replaces the process by the same command with the same process
+    id, so a supervisor only sees a shard that is not ready for a while.
     """
     report_memory(config)
     held = lock(config.data_dir) if config.data_dir else None
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
-        again = uvloop.run(_serve(config))
+        uvloop.run(_live(config))
     finally:
         if held:
             held.close()
-    if again:
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606

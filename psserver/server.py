@@ -1,8 +1,10 @@
-"""The parts of one shard's server, opened and closed in order.
+"""Open and close the parts of one shard's server, in order.
+
+Threads of a server, in addition to those of the log and the flusher:
 
 engine thread   owns the shard
-event loop      gRPC on uvloop; small work in the engine's place, while that is idle
-metrics thread  answers /metrics
+event loop      gRPC on uvloop; runs small work of the engine itself while the engine is idle
+metrics thread  serves /metrics
 """
 
 from __future__ import annotations
@@ -11,14 +13,16 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Gauge, GCCollector, ProcessCollector
 
 from psproto import routing
+from psserver.addresses import cannot_listen
 from psserver.analysis import Analyses
 from psserver.checkpoints import Checkpoints
 from psserver.config import ConfigError, ServerConfig
 from psserver.datadir import DataDirectory
 from psserver.engine import Engine
+from psserver.exposition import Exposition
 from psserver.feed import Feed
 from psserver.info import ServerInfo
 from psserver.listener import Listener
@@ -31,19 +35,24 @@ from psserver.swap import State
 from psserver.sweeper import Sweeper
 from storage.store import Store
 
-LAST_ANSWERS_SECONDS = 1.0  # a stop gives them so long to leave
+LAST_ANSWERS_SECONDS = 1.0  # for the last replies to reach their clients at a stop
 
 
 class Server:
     """One shard behind gRPC."""
 
     def __init__(self, config: ServerConfig, restart: Callable[[], None]) -> None:
-        """``restart``, called on any thread: close, and have another process take this place."""
+        """Create the parts. ``restart`` may be called on any thread: close and start anew."""
         self._config = config
         self._restart = restart
         self._engine = Engine()
         self._stats = ServiceStats()
         self._listener = Listener(config)
+        self._registry = CollectorRegistry()
+        self._ready = Gauge(
+            "ps_ready", "1 while the shard serves, 0 before.", registry=self._registry
+        )
+        self._metrics: Exposition | None = None
         self._data: DataDirectory | None = None
         self._feed: Feed | None = None
 
@@ -62,15 +71,21 @@ class Server:
         )
 
     async def listen(self) -> None:
-        """Answer that the shard is alive, and not ready; ConfigError if the port is taken."""
+        """Take both ports, alive and not ready; ConfigError if a port cannot be used."""
         await self._listener.listen()
+        try:
+            self._open_metrics()
+        except ConfigError:
+            await self._listener.stop(0)
+            raise
 
     async def open(self) -> None:
-        """Recover and serve; ConfigError if that cannot be."""
+        """Recover the shard and serve it; ConfigError if that is impossible."""
         try:
             await self._open()
         except BaseException:
             await self._listener.stop(0)
+            self._close_metrics()
             raise
 
     async def _open(self) -> None:
@@ -78,12 +93,12 @@ class Server:
         await self._open_shard()
         self._open_parts()
         self._engine.open(asyncio.get_running_loop(), config.busy_poll_seconds)
-        if config.metrics_port:
-            self._open_metrics()
+        self._register_collectors()
         if self._data is not None:
             self._data.flusher.open()
         self._sweeper.open()
         await self._listener.serve(self._service)
+        self._ready.set(1)
 
     async def _open_shard(self) -> None:
         directory = self._config.data_dir
@@ -125,27 +140,36 @@ class Server:
         )
 
     def _open_metrics(self) -> None:
-        config, data = self._config, self._data
-        registry = CollectorRegistry()
-        versions = None if data is None else data.log
-        registry.register(ShardCollector(self._shard, self._engine, self._stats, versions))
-        if self._feed is not None:
-            registry.register(FeedCollector(self._feed))
-        if data is not None:
-            registry.register(FlushCollector(data.flusher))
-        ProcessCollector(registry=registry)
-        GCCollector(registry=registry)
+        config = self._config
+        if not config.metrics_port:
+            return
+        ProcessCollector(registry=self._registry)
+        GCCollector(registry=self._registry)
+        metrics = Exposition(self._registry)
         try:
-            self._metrics, _ = start_http_server(
-                config.metrics_port, config.host, registry=registry
-            )
+            metrics.open(config.host, config.metrics_port)
         except OSError as error:
-            raise ConfigError(
-                f"metrics_port: cannot listen on {config.host}:{config.metrics_port}: {error}"
-            ) from error
+            text = cannot_listen("metrics_port", config.host, config.metrics_port, error)
+            raise ConfigError(text) from error
+        self._metrics = metrics
+
+    def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def _register_collectors(self) -> None:
+        """Show the recovered shard on /metrics."""
+        register, data = self._registry.register, self._data
+        versions = None if data is None else data.log
+        register(ShardCollector(self._shard, self._engine, self._stats, versions))
+        if self._feed is not None:
+            register(FeedCollector(self._feed))
+        if data is not None:
+            register(FlushCollector(data.flusher))
 
     async def close(self) -> None:
-        """Drain, then stop."""
+        """Finish the calls in flight, then stop all threads and close the data directory."""
+        self._ready.set(0)
         await self._listener.refuse()
         self._service.drain()
         grace = self._config.drain_seconds
@@ -153,7 +177,7 @@ class Server:
         finished = asyncio.ensure_future(self._service.finished())
         await asyncio.wait({stopping, finished}, return_when=asyncio.FIRST_COMPLETED)
         finished.cancel()
-        if not stopping.done():  # last answers are on their way, and to some who do not read
+        if not stopping.done():  # replies are on their way, some to clients that do not read
             await self._listener.stop(min(grace, LAST_ANSWERS_SECONDS))
         await stopping
         self._sweeper.close()
@@ -165,8 +189,7 @@ class Server:
         self._engine.close()
         if self._data is not None:
             self._data.close()
-        if self._config.metrics_port:
-            self._metrics.shutdown()
+        self._close_metrics()
 
     def _store(self) -> Store | None:
         url = self._config.checkpoint_url
@@ -180,6 +203,6 @@ class Server:
             raise ConfigError(f"checkpoint_url: {error}") from error
 
     def _wake(self) -> None:
-        """More of the log is on disk; called on its thread."""
+        """Wake the feed: more of the log is on disk. Called on the log's thread."""
         if self._feed is not None:
             self._feed.wake()

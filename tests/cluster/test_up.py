@@ -93,7 +93,7 @@ class TestUp:
         assert_array_equal(table.pull(keys), -ones)  # what was answered is kept
         assert cluster.pids(0) == [survivor]
         assert len(cluster.pids(1)) == 2
-        assert "shard 1 exited with -9, starting it again" in cluster.errors
+        assert "shard 1 exited with status -9; restarting it" in cluster.errors
         table.push(keys, ones)
         assert_array_equal(table.pull(keys), -2 * ones)
 
@@ -196,7 +196,7 @@ class TestUp:
         cluster = start_cluster(1)
         os.kill(cluster.pids(0)[0], signal.SIGTERM)
         eventually(lambda: len(cluster.pids(0)) == 2, WAIT)
-        assert "shard 0 exited with 0, starting it again" in cluster.errors
+        assert "shard 0 exited with status 0; restarting it" in cluster.errors
 
 
 class Server:
@@ -246,7 +246,7 @@ class TestServe:
         claim(tmp_path, 1, even_map(2))
         flags = ("--metrics-port", "0", "--port", str(free_ports(1)), "--data-dir", str(tmp_path))
         err = refused(*flags, "--shards", "3", "--shard", "1")
-        assert err.startswith(f"psserver: data_dir: {tmp_path} is of shard 1 of 2 ")
+        assert err.startswith(f"psserver: data_dir: {tmp_path} belongs to shard 1 of 2 ")
 
     def test_damage_is_refused_and_named(self, tmp_path: Path) -> None:
         with Home(tmp_path / "data") as home:

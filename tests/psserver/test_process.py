@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from servers import free_ports
 
 from psserver import process as module
 from psserver.config import load
@@ -37,3 +42,76 @@ class TestRestart:
         monkeypatch.setattr(module, "Server", Restarting)
         monkeypatch.setattr(module, "warm", lambda: None)
         assert asyncio.run(module._serve(load([]))) is again
+
+
+class TestStart:
+    """A signal before the shard is ready ends the process, however long the recovery takes."""
+
+    def test_a_signal_during_recovery_is_not_kept_waiting(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Recovering:
+            def __init__(self, *_: object) -> None:
+                pass
+
+            async def listen(self) -> None:
+                asyncio.get_running_loop().call_later(0.05, signal.raise_signal, signal.SIGTERM)
+
+            async def open(self) -> None:
+                await asyncio.sleep(3600)
+
+        monkeypatch.setattr(module, "Server", Recovering)
+        monkeypatch.setattr(module, "warm", lambda: None)
+        assert asyncio.run(module._serve(load([]))) is False
+
+
+class TestStop:
+    """A stop ends, even if a file system never answers."""
+
+    def test_what_does_not_close_is_left_behind(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        class Stuck:
+            def __init__(self, *_: object) -> None:
+                pass
+
+            async def listen(self) -> None:
+                asyncio.get_running_loop().call_later(0.2, signal.raise_signal, signal.SIGTERM)
+
+            async def open(self) -> None:
+                pass
+
+            async def close(self) -> None:
+                await asyncio.sleep(3600)
+
+        monkeypatch.setattr(module, "Server", Stuck)
+        monkeypatch.setattr(module, "warm", lambda: None)
+        monkeypatch.setattr(module, "CLOSE_SECONDS", 0.05)
+        assert asyncio.run(module._serve(load(["--drain-seconds", "0"]))) is False
+        assert "stopped without closing" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+class TestExit:
+    """Exit statuses of the command."""
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_signal_is_status_0_with_a_worker_that_hangs(
+        self, tmp_path: Path, number: signal.Signals
+    ) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        flags = ["--port", str(free_ports(1)), "--metrics-port", "0", "--data-dir", str(tmp_path)]
+        code = (
+            "import threading, sys; from psserver import server, cli;"
+            "whole = server.Server._register_collectors;"
+            f"hang = lambda: open({str(tmp_path / 'pipe')!r});"
+            "server.Server._register_collectors = lambda self:"
+            " (threading.Thread(target=hang).start(), whole(self));"
+            f"sys.argv = ['psserver', 'serve', *{flags!r}]; cli.main()"
+        )
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.wait(20) == 0
+        process.stdout.close()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from servers import free_ports
 
 from psserver import datadir as module
+from psserver.addresses import join
 from psserver.config import ConfigError, load
 from psserver.listener import HEALTH
 from psserver.server import Server
@@ -109,3 +112,73 @@ async def told(channel: grpc.aio.Channel) -> tuple[dict[str, Any], dict[str, str
         for name in HEALTH
     }
     return calls, health
+
+
+class TestAddresses:
+    """A server listens for clients and for scrapes on the same address, of any family."""
+
+    @pytest.mark.parametrize(
+        ("host", "reached"),
+        [
+            ("127.0.0.1", ["127.0.0.1"]),
+            ("localhost", ["127.0.0.1"]),
+            ("::1", ["::1"]),
+            ("[::1]", ["::1"]),
+            ("::", ["::1", "127.0.0.1"]),
+            ("[::]", ["::1", "127.0.0.1"]),
+            ("0.0.0.0", ["127.0.0.1"]),  # noqa: S104
+        ],
+    )
+    def test_both_ports_answer(self, host: str, reached: list[str]) -> None:
+        if ":" in host and not ipv6():
+            pytest.skip("this machine has no IPv6")
+        port = free_ports(2)
+        flags = ["--host", host, "--port", str(port), "--metrics-port", str(port + 1)]
+
+        async def run() -> None:
+            server = Server(load(flags), lambda: None)
+            await server.listen()
+            try:
+                for each in reached:
+                    async with grpc.aio.insecure_channel(join(each, port)) as channel:
+                        assert (await told(channel))[1]["liveness"] == "SERVING"
+                    url = f"http://{join(each, port + 1)}/metrics"
+                    page = await asyncio.to_thread(lambda u=url: urllib.request.urlopen(u).read())  # noqa: S310
+                    assert b"\nps_ready 0.0\n" in page
+            finally:
+                await server._listener.stop(0)
+                server._close_metrics()
+
+        asyncio.run(run())
+
+    @pytest.mark.parametrize("setting", ["port", "metrics_port"])
+    def test_a_port_in_use_is_named_with_a_remedy(self, setting: str) -> None:
+        async def run(taken: int) -> None:
+            ports = {"port": free_ports(1), "metrics_port": 0, setting: taken}
+            flags = ["--port", str(ports["port"]), "--metrics-port", str(ports["metrics_port"])]
+            await Server(load(flags), lambda: None).listen()
+
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            taken = other.getsockname()[1]
+            with pytest.raises(ConfigError) as caught:
+                asyncio.run(run(taken))
+        assert str(caught.value) == (
+            f"{setting}: cannot listen on 127.0.0.1:{taken}: Address already in use; stop the"
+            " process that uses it, or choose another port"
+        )
+
+    def test_an_address_of_another_machine_is_named(self) -> None:
+        async def run() -> None:
+            flags = ["--host", "192.0.2.1", "--port", str(free_ports(1)), "--metrics-port", "0"]
+            await Server(load(flags), lambda: None).listen()
+
+        with pytest.raises(ConfigError, match=r"this machine does not have that address$"):
+            asyncio.run(run())
+
+
+def ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,116 @@
+"""Serve /metrics over HTTP: one thread, and bounds on what clients can occupy.
+
+A connection carries one request and has REQUEST_SECONDS for it. Beyond MOST_CONNECTIONS the oldest
+one is closed, so half-open connections cannot keep a scrape out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from typing import Any
+
+import structlog
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+from psserver.addresses import bind
+
+REQUEST_SECONDS = 5.0  # for a connection, from its request to its answer
+MOST_CONNECTIONS = 64
+HEAD_BYTES = 16 << 10  # of a request
+
+log = structlog.get_logger()
+
+
+class Exposition:
+    """The metrics thread, from ``open`` to ``close``."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._page = make_wsgi_app(registry)
+        self._connections: dict[asyncio.StreamWriter, None] = {}  # oldest first
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._listeners: list[socket.socket] = []
+        self._running = threading.Event()
+
+    def open(self, host: str, port: int) -> None:
+        """Listen and start the thread; OSError if the address cannot be used."""
+        self._listeners = bind(host, port)
+        self._thread.start()
+        self._running.wait()
+
+    def close(self) -> None:
+        """Stop the thread and close all connections."""
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def _run(self) -> None:
+        asyncio.run(self._main())
+
+    async def _main(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        servers = [
+            await asyncio.start_server(self._serve, sock=listener, limit=HEAD_BYTES)
+            for listener in self._listeners
+        ]
+        self._running.set()
+        await self._stop.wait()
+        for server in servers:
+            server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._connections) >= MOST_CONNECTIONS:
+            oldest = next(iter(self._connections))
+            del self._connections[oldest]
+            oldest.transport.abort()
+        self._connections[writer] = None
+        try:
+            async with asyncio.timeout(REQUEST_SECONDS):
+                head = await reader.readuntil(b"\r\n\r\n")
+                writer.write(self._answer(head))
+                writer.close()
+                await writer.wait_closed()
+        except (TimeoutError, OSError, EOFError, asyncio.LimitOverrunError):
+            pass
+        finally:
+            self._connections.pop(writer, None)
+            writer.transport.abort()
+
+    def _answer(self, head: bytes) -> bytes:
+        """Return the whole response to a request."""
+        try:
+            environ = _environ(head)
+        except ValueError:
+            return _response("400 Bad Request", [], b"")
+        if environ["PATH_INFO"] not in ("/", "/metrics"):
+            return _response("404 Not Found", [], b"metrics are at /metrics\n")
+        status, headers = "", list[tuple[str, str]]()
+
+        def start_response(line: str, fields: list[tuple[str, str]]) -> None:
+            nonlocal status, headers
+            status, headers = line, fields
+
+        try:
+            body = b"".join(self._page(environ, start_response))
+        except Exception as error:
+            log.error("metrics failed", error=repr(error))
+            return _response("500 Internal Server Error", [], b"")
+        return _response(status, headers, b"" if environ["REQUEST_METHOD"] == "HEAD" else body)
+
+
+def _environ(head: bytes) -> dict[str, Any]:
+    """Return a request as WSGI has it; ValueError if it is not HTTP."""
+    first, *lines = head.decode("latin-1").split("\r\n")
+    method, target, _ = first.split(" ")
+    path, _, query = target.partition("?")
+    environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "QUERY_STRING": query}
+    for line in lines:
+        name, _, value = line.partition(":")
+        environ["HTTP_" + name.strip().upper().replace("-", "_")] = value.strip()
+    return environ
+
+
+def _response(status: str, headers: list[tuple[str, str]], body: bytes) -> bytes:
+    fields = [*headers, ("Content-Length", str(len(body))), ("Connection", "close")]
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields)
+    return f"HTTP/1.1 {status}\r\n{head}\r\n".encode("latin-1") + body
