@@ -76,7 +76,7 @@ def test_half_open_connections_take_no_threads_and_keep_no_scrape_out(port: int)
             if at % 2:
                 connection.sendall(b"GET /metrics")
         assert ask(port)[0] == "HTTP/1.1 200 OK"
-        assert threading.active_count() == before
+        assert threading.active_count() <= before
 
 
 def test_beyond_the_limit_the_oldest_connection_is_closed(port: int) -> None:
