@@ -105,14 +105,15 @@ class Connections:
         self._known = seen
         for peer in [each for each in list(self._arrived) if each not in seen]:
             self._arrived.pop(peer, None)
+        total = sum(each.unfinished for each in seen.values())
+        if total > self._most:
+            self._shed(total - self._most)
         self.unfinished = sum(each.unfinished for each in seen.values())
-        if self.unfinished > self._most:
-            self._shed()
 
-    def _shed(self) -> None:
-        """Close the connections with the oldest unfinished messages until there is room."""
+    def _shed(self, excess: int) -> None:
+        """Close the connections with the oldest unfinished messages: ``excess`` bytes of them."""
         order = sorted(self._known, key=lambda peer: self._known[peer].since)
-        excess, chosen = self.unfinished - self._most, set()
+        chosen = set()
         for peer in order:
             if excess > 0 and self._known[peer].unfinished:
                 excess -= self._known[peer].unfinished
