@@ -14,6 +14,7 @@ stream.py      one shard through a stream
 unary.py       one shard through unary calls
 moved.py       a request sent again where its keys are
 cluster.py     all shards, their map
+versions.py    versions of shards, and their epochs
 request.py     parts of a request and the messages they travel in
 pending.py     requests in flight
 connection.py  addresses and options; connects, closes
@@ -24,7 +25,11 @@ aio.py         the same for asyncio
 combine.py     how rows of several parts become one embedding (imported on demand)
 multihash.py   features over several tables, a row of each for a key (imported on demand)
 mixed.py       features whose embeddings grow with their frequency (imported on demand)
+changes.py     changes of rows, as a subscriber gets them
+shardstream.py  the subscription to one shard
 subscriber.py  every change, in order
+copies.py      one shard's part of one table in memory
+replica.py     one shard's tables in memory
 follower.py    a copy of tables in memory that follows the cluster
 torch.py       PyTorch modules (imported on demand)
 calls.py       calls to all shards, long ones too
@@ -66,14 +71,16 @@ tools/ctl.py                    the command psctl
 """
 
 from psclient.batch import Batch
+from psclient.changes import Change
 from psclient.client import Client
 from psclient.errors import PsError
 from psclient.follower import Follower
 from psclient.pending import Pending
 from psclient.schema import TableInfo
 from psclient.strings import hash_keys
-from psclient.subscriber import Change, Subscriber
+from psclient.subscriber import Subscriber
 from psclient.table import PulledRows, Table
+from psclient.versions import Versions
 
 __all__ = [
     "Batch",
@@ -86,5 +93,6 @@ __all__ = [
     "Subscriber",
     "Table",
     "TableInfo",
+    "Versions",
     "hash_keys",
 ]

@@ -23,6 +23,7 @@ from psclient.schema import MAX_DIM, TableInfo, rule, table_info
 from psclient.stream import Link
 from psclient.table import Table
 from psclient.unary import UnaryLink
+from psclient.versions import Versions
 from psproto import ps_pb2 as pb
 
 
@@ -153,20 +154,24 @@ class Client(RowClient):
         if not any([drop(cluster.links[0]), *others]):  # the first to have it is the last
             raise TableNotFound(f"no table {name!r} on any shard")
 
-    def wait_durable(self) -> tuple[int, ...]:
+    def wait_durable(self) -> Versions:
         """Return once all that was answered so far is on the disks of the shards.
 
         Returns the versions on disk, by shard. Raises NoLog where a shard keeps no log.
         """
         request = pb.WaitDurableRequest()
         answers = self._on_all("LogService/WaitDurable", request, pb.WaitDurableResponse)
-        return tuple(answer.durable_version for answer in answers)
+        return Versions(
+            (answer.durable_version for answer in answers), (answer.epoch for answer in answers)
+        )
 
-    def barrier(self, name: str) -> tuple[int, ...]:
+    def barrier(self, name: str) -> Versions:
         """Put a mark into the log of every shard, for subscribers; its versions, by shard.
 
         Pushes answered before are in front of it on every shard, pushes started after behind it.
         """
         request = pb.BarrierRequest(name=checked.text("name of a barrier", name))
         answers = self._on_all("LogService/Barrier", request, pb.BarrierResponse)
-        return tuple(answer.version for answer in answers)
+        return Versions(
+            (answer.version for answer in answers), (answer.epoch for answer in answers)
+        )

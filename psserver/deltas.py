@@ -21,13 +21,21 @@ from psproto import ps_pb2 as pb
 from psserver.schemas import from_json, write_schema
 from psserver.wanted import Wanted
 from storage import records
+from storage.history import History
 from storage.kernels import Keys, Rows
 from storage.records import Cause, Kind
 from storage.schema import TableSchema
 
 COALESCE_BYTES = 32 << 20  # bytes of records that are coalesced at a time
 
+EPOCHS = 256  # newest epochs that a subscriber is sent
+
 DeltaKind = pb.DeltaHeader
+WITH_HISTORY = (
+    DeltaKind.KIND_SNAPSHOT,
+    DeltaKind.KIND_CATCH_UP,
+    DeltaKind.KIND_SNAPSHOT_END,
+)
 _ALL = routing.even_map(1)
 _NO_KEYS = np.empty(0, np.uint64)
 _NO_STEPS = np.empty(0, np.int64)
@@ -106,17 +114,28 @@ def newest(keys: Keys) -> NDArray[np.int64]:
 class Deltas:
     """Makes the messages of one subscription."""
 
-    def __init__(self, wanted: Wanted, head: Callable[[], int]) -> None:
+    def __init__(self, wanted: Wanted, head: Callable[[], int], history: History) -> None:
         """Store the parts. ``head`` returns the newest durable version."""
         self._wanted = wanted
         self._head = head
+        self._history = pb.History(
+            epochs=history.epochs[-EPOCHS:], ends=history.ends[-EPOCHS + 1 :]
+        )
 
     def mark(self, kind: DeltaKind.Kind, **fields: Any) -> bytes:
         """Return a message without arrays."""
+        if kind in WITH_HISTORY:
+            fields["history"] = self._history
         header = pb.DeltaHeader(kind=kind, head=self._head(), **fields)
         return codec.encode_delta(
             codec.Delta(header, _NO_KEYS, _NO_KEYS, _NO_ROWS, _NO_STEPS, _NO_KEYS)
         )
+
+    def progress(self, *, first: bool = False, **fields: Any) -> bytes:
+        """Return the message that nothing is new; the first one has the history."""
+        if first:
+            fields["history"] = self._history
+        return self.mark(DeltaKind.KIND_PROGRESS, **fields)
 
     def created(self, schema: TableSchema, **fields: Any) -> bytes:
         """Return the message that a table exists."""

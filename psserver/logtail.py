@@ -79,11 +79,14 @@ class LogTail:
             out.append(self.progress())
         return out
 
-    def progress(self) -> bytes:
-        """Return the message that there is nothing new up to here."""
+    def progress(self, *, first: bool = False) -> bytes:
+        """Return the message that there is nothing new up to here.
+
+        first  it is the first message of the stream
+        """
         position = self.position
-        return self._deltas.mark(
-            DeltaKind.KIND_PROGRESS,
+        return self._deltas.progress(
+            first=first,
             version=position.version,
             token=position.encode(),
             more=self.within,

@@ -251,14 +251,17 @@ class Service:
                 f" {self._shard.version}"
             )
         await self._settled(version, pb.DURABILITY_FSYNC)
-        return pb.WaitDurableResponse(durable_version=self._log.durable)
+        return pb.WaitDurableResponse(
+            durable_version=self._log.durable, epoch=self._log.history.epoch
+        )
 
     async def barrier(self, request: pb.BarrierRequest, deadline: float) -> pb.BarrierResponse:
         if problem := names.problem("barrier", request.name):
             raise BadRequest("INVALID_ARGUMENT", problem)
         version = await self._engine.submit(lambda: self._shard.barrier(request.name), deadline)
         await self._settled(version, pb.DURABILITY_LOG)
-        return pb.BarrierResponse(version=version)
+        epoch = self._log.history.epoch if self._log else 0
+        return pb.BarrierResponse(version=version, epoch=epoch)
 
     async def subscribe(self, data: bytes, context: Context) -> None:
         """Send changes until the subscriber is gone or something is wrong."""

@@ -39,7 +39,7 @@ class Subscription:
         self.sender = Sender(position, write, count)
         self._source = source
         self._wanted = wanted
-        self._deltas = Deltas(wanted, lambda: source.log.durable)
+        self._deltas = Deltas(wanted, lambda: source.log.durable, source.log.history)
 
     async def run(self) -> None:
         """Send changes. Ends only by raising."""
@@ -65,7 +65,7 @@ class Subscription:
         flush = False
         position = sender.position
         if position.phase == Phase.TAIL and source.log.first <= position.version + 1:
-            await sender.send([tail.progress()])
+            await sender.send([tail.progress(first=True)])
         idle = time.monotonic()  # since when nothing was sent
         while True:
             source.check_draining()
@@ -75,7 +75,9 @@ class Subscription:
             if messages:
                 sender.since = tail.since or float("inf")
                 await sender.send(messages)
-                sender.position, sender.since, tail.since = tail.position, float("inf"), 0.0
+                sender.since, tail.since = float("inf"), 0.0
+            sender.position = tail.position
+            if messages:
                 idle = time.monotonic()
                 flush = False
                 continue

@@ -425,10 +425,12 @@ class WaitDurableRequest(_message.Message):
     def __init__(self, version: _Optional[int] = ...) -> None: ...
 
 class WaitDurableResponse(_message.Message):
-    __slots__ = ("durable_version",)
+    __slots__ = ("durable_version", "epoch")
     DURABLE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     durable_version: int
-    def __init__(self, durable_version: _Optional[int] = ...) -> None: ...
+    epoch: int
+    def __init__(self, durable_version: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class BarrierRequest(_message.Message):
     __slots__ = ("name",)
@@ -437,10 +439,12 @@ class BarrierRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class BarrierResponse(_message.Message):
-    __slots__ = ("version",)
+    __slots__ = ("version", "epoch")
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     version: int
-    def __init__(self, version: _Optional[int] = ...) -> None: ...
+    epoch: int
+    def __init__(self, version: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class SubscribeRequest(_message.Message):
     __slots__ = ("token", "start", "tables", "content", "dtype", "coalesce_ms", "coalesce_rows", "progress_ms", "chunk_bytes")
@@ -464,8 +468,16 @@ class SubscribeRequest(_message.Message):
     chunk_bytes: int
     def __init__(self, token: _Optional[bytes] = ..., start: _Optional[_Union[Start, str]] = ..., tables: _Optional[_Iterable[str]] = ..., content: _Optional[_Union[Content, str]] = ..., dtype: _Optional[_Union[DType, str]] = ..., coalesce_ms: _Optional[int] = ..., coalesce_rows: _Optional[int] = ..., progress_ms: _Optional[int] = ..., chunk_bytes: _Optional[int] = ...) -> None: ...
 
+class History(_message.Message):
+    __slots__ = ("epochs", "ends")
+    EPOCHS_FIELD_NUMBER: _ClassVar[int]
+    ENDS_FIELD_NUMBER: _ClassVar[int]
+    epochs: _containers.RepeatedScalarFieldContainer[int]
+    ends: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, epochs: _Optional[_Iterable[int]] = ..., ends: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class DeltaHeader(_message.Message):
-    __slots__ = ("kind", "table", "dim", "width", "dtype", "version", "more", "token", "head", "time_us", "barrier", "schema", "cause")
+    __slots__ = ("kind", "table", "dim", "width", "dtype", "version", "more", "token", "head", "time_us", "barrier", "schema", "cause", "history")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[DeltaHeader.Kind]
@@ -503,6 +515,7 @@ class DeltaHeader(_message.Message):
     BARRIER_FIELD_NUMBER: _ClassVar[int]
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     CAUSE_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_FIELD_NUMBER: _ClassVar[int]
     kind: DeltaHeader.Kind
     table: str
     dim: int
@@ -516,7 +529,8 @@ class DeltaHeader(_message.Message):
     barrier: str
     schema: TableSchema
     cause: str
-    def __init__(self, kind: _Optional[_Union[DeltaHeader.Kind, str]] = ..., table: _Optional[str] = ..., dim: _Optional[int] = ..., width: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., version: _Optional[int] = ..., more: bool = ..., token: _Optional[bytes] = ..., head: _Optional[int] = ..., time_us: _Optional[int] = ..., barrier: _Optional[str] = ..., schema: _Optional[_Union[TableSchema, _Mapping]] = ..., cause: _Optional[str] = ...) -> None: ...
+    history: History
+    def __init__(self, kind: _Optional[_Union[DeltaHeader.Kind, str]] = ..., table: _Optional[str] = ..., dim: _Optional[int] = ..., width: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., version: _Optional[int] = ..., more: bool = ..., token: _Optional[bytes] = ..., head: _Optional[int] = ..., time_us: _Optional[int] = ..., barrier: _Optional[str] = ..., schema: _Optional[_Union[TableSchema, _Mapping]] = ..., cause: _Optional[str] = ..., history: _Optional[_Union[History, _Mapping]] = ...) -> None: ...
 
 class Delta(_message.Message):
     __slots__ = ("header", "padding", "keys", "versions", "rows", "steps", "frequencies")

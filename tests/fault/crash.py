@@ -37,7 +37,7 @@ from fault.nursery import Nursery, Shard
 from servers import free_ports
 
 from psclient import Client, Follower, Subscriber, Table
-from psclient.follower import _State
+from psclient.replica import State
 
 DIGITS = 8
 ONCE = float(sum(4**digit for digit in range(DIGITS)))  # every digit is 1
@@ -209,8 +209,8 @@ class Resumer:
         self.resumed = -1
         self._addresses = addresses
         self._tokens: tuple[bytes, ...] | None = None
-        self._states = [_State() for _ in addresses]
-        self._building: list[_State | None] = [None for _ in addresses]
+        self._states = [State() for _ in addresses]
+        self._building: list[State | None] = [None for _ in addresses]
         self._versions = [-1 for _ in addresses]
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
@@ -252,7 +252,7 @@ class Resumer:
             for change in changes:
                 shard = change.shard
                 if change.kind == "snapshot":
-                    self._building[shard] = _State()
+                    self._building[shard] = State()
                 (self._building[shard] or self._states[shard]).apply(change)
                 if change.more:
                     continue

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from psclient.subscriber import CONTENTS, STARTS, Change, Subscriber
+from psclient.changes import Change
+from psclient.subscriber import CONTENTS, STARTS, Subscriber
 from psclient.tools import figures
 from psclient.tools.commands.shell import (
     DEFAULT,

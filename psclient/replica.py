@@ -1,0 +1,151 @@
+"""One shard's tables in memory, built from its changes."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from psclient.changes import Change
+from psclient.copies import Copy
+from psclient.errors import LogDiverged
+from psclient.versions import History
+
+MAX_PAST = 4096  # epochs
+
+
+class State:
+    """The tables of a shard at one moment."""
+
+    def __init__(self) -> None:
+        """Create a state without tables."""
+        self.tables: dict[str, Copy] = {}
+        self.listed: set[str] | None = None  # tables of the catch-up or snapshot in progress
+
+    def apply(self, change: Change) -> None:
+        """Apply one change."""
+        table = self.tables.get(change.table)
+        match change.kind:
+            case "rows" if table is not None:
+                assert change.rows is not None
+                table.put(change.keys, change.versions, change.rows)
+            case "deletes" if table is not None:
+                table.remove(change.keys, change.versions)
+            case "created":
+                schema = change.schema
+                assert schema is not None
+                if table is None or table.created < change.version:
+                    copy = Copy(schema.dim, schema.serving_default, change.version)
+                    self.tables[change.table] = copy
+                else:
+                    table.default = schema.serving_default
+                if self.listed is not None:
+                    self.listed.add(change.table)
+            case "altered" if table is not None:
+                assert change.schema is not None
+                table.default = change.schema.serving_default
+            case "dropped" if table is not None and table.created < change.version:
+                del self.tables[change.table]
+            case "snapshot" | "catch_up":
+                self.listed = set()
+            case "snapshot_end" if self.listed is not None:
+                for name in self.tables.keys() - self.listed:
+                    del self.tables[name]
+                self.listed = None
+
+
+class ShardReplica:
+    """A replica of one shard: its visible state, and changes that wait for the next commit mark.
+
+    version  of the state; -1: there is no state yet
+    head     newest durable version of the shard, as far as known
+    latency  seconds from the newest change until it was visible here
+    history  of the state; None: unknown
+    """
+
+    def __init__(self) -> None:
+        """Create a replica without a state."""
+        self.version = -1
+        self.head = 0
+        self.latency = 0.0
+        self.history: History | None = None
+        self.state = State()
+        self.building: State | None = None  # by the snapshot in progress
+        self._next_history: History | None = None
+        self._past: dict[int, None] = {}  # epochs of histories that were abandoned, oldest first
+        self._waiting: list[Change] = []
+        self._kept = 0  # of them, up to the last token
+        self._stream = 0
+
+    def take(self, change: Change, lock: threading.Condition) -> bool:
+        """Accept a change. Returns whether the visible state has moved.
+
+        lock  is held while the state moves, and notified afterwards
+        """
+        if change.stream != self._stream:  # what came after the last token comes again
+            self._stream = change.stream
+            del self._waiting[self._kept :]
+        self.head = change.head
+        if change.history is not None:
+            self._next_history = change.history
+        if change.kind == "snapshot":
+            self.building = State()
+            self._waiting.clear()
+        if change.kind != "progress":
+            self._waiting.append(change)
+        if change.more:
+            if change.token:
+                if self.building is not None:
+                    self._apply(self.building)
+                self._kept = len(self._waiting)
+            return False
+        with lock:
+            self._commit(change)
+            lock.notify_all()
+        return True
+
+    def reached(self, version: int, epoch: int) -> bool:
+        """Return whether the state includes a version of an epoch.
+
+        epoch  0: unknown; the versions are compared as numbers
+
+        Raises LogDiverged if the version is of a history that was abandoned.
+        """
+        history = self.history
+        if epoch and history is not None:
+            known = history.contains(epoch, version)
+            if known is False or (known is None and epoch in self._past):
+                raise LogDiverged(
+                    f"version {version} of epoch {epoch:016x} is of a history that was abandoned:"
+                    " the shard was restored to an older state"
+                )
+            if known is None:  # of a later epoch, which this replica has not seen yet
+                return False
+        return self.version >= version
+
+    def _commit(self, change: Change) -> None:
+        """Make everything up to this change visible."""
+        if self.building is not None:  # possibly of another history, with lower versions
+            self._apply(self.building)
+            self.state, self.building = self.building, None
+            self.version = change.version
+        self._apply(self.state)
+        self._kept = 0
+        self.version = max(self.version, change.version)
+        if change.time:
+            self.latency = time.time() - change.time
+        if self._next_history is not None:
+            self._replace_history(self._next_history)
+            self._next_history = None
+
+    def _replace_history(self, history: History) -> None:
+        if self.history is not None:
+            gone = (epoch for epoch in self.history.epochs if epoch not in history.epochs)
+            self._past.update(dict.fromkeys(gone))
+            while len(self._past) > MAX_PAST:
+                del self._past[next(iter(self._past))]
+        self.history = history
+
+    def _apply(self, state: State) -> None:
+        for change in self._waiting:
+            state.apply(change)
+        self._waiting.clear()
