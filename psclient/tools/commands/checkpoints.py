@@ -113,7 +113,7 @@ def restore(
     ] = None,
     servers: Servers = DEFAULT,
 ) -> None:
-    r"""Replace all tables by those of a checkpoint, or fill one.
+    """Replace all tables by those of a checkpoint, or fill one.
 
     \b
       psctl restore monday                          into a cluster without tables

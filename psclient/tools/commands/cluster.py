@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Annotated
 
@@ -41,13 +42,13 @@ def status(
     ] = 5.0,
     servers: Servers = DEFAULT,
 ) -> None:
-    r"""Show the state of every shard. Exit status 0: all are ready.
+    """Show the state of every shard. Exit status 0: all are ready.
 
     \b
     States:
       ready        takes work
       starting     recovers its data; takes work when done
-      restoring    between two steps of a restore; refuses work until the restore ends
+      restoring    is being restored; refuses work meanwhile
       draining     stops; refuses new work
       misplaced    serves another shard than its place in --servers says
       unreachable  does not answer
@@ -156,6 +157,7 @@ def tail(
     console = Console(highlight=False, soft_wrap=True)
     with (
         reported(),
+        suppress(KeyboardInterrupt),
         Subscriber(
             addresses(servers),
             tables=table or None,

@@ -37,7 +37,9 @@ KeysOption = Annotated[
 
 @app.command(name="export")
 def export_(
-    name: Annotated[str, typer.Argument(help="Table, or checkpoint whose tables are exported.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Table, or checkpoint whose tables are exported.")
+    ],
     out: Annotated[
         Path,
         typer.Option(
@@ -105,7 +107,9 @@ def _exports(
 
 @app.command(name="import")
 def import_(
-    table: Annotated[str, typer.Argument(help="Table to write to; it must exist.")],
+    table: Annotated[
+        str, typer.Argument(metavar="TABLE", help="Table to write to; it must exist.")
+    ],
     parquet: Annotated[
         Path,
         typer.Option(help="Parquet file, or directory of *.parquet files that are read by name."),

@@ -143,12 +143,12 @@ def create(
     ] = None,
     servers: Servers = DEFAULT,
 ) -> None:
-    r"""Create a table on all shards.
+    """Create a table on all shards.
 
     Parameters follow a rule after a colon; omitted ones take their defaults:
 
     \b
-      psctl create user --dim 16 --optimizer adam:lr=0.001,beta1=0.9 \
+      psctl create user --dim 16 --optimizer adam:lr=0.001,beta1=0.9 \\
         --admission counter:threshold=3 --eviction step_ttl:steps=100000
 
     Nothing changes if the table exists with equal settings. It is an error if it exists with

@@ -206,6 +206,7 @@ def commands() -> Iterator[tuple[str, Any]]:
 def test_every_help_text_stands_alone(command: str, found: Any) -> None:
     """Commands and options are described in sentences; the first line fits into the list."""
     assert found.help
+    assert "\\" not in found.help.replace(" \\\n", "")
     first = found.help.splitlines()[0]
     assert first[0].isupper()
     assert first.endswith(".")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 from filled import whole
-from servers import Cluster
+from servers import Cluster, eventually
 
 from psclient import Client
 from psclient.errors import InvalidArgument, TableNotFound, Unavailable
@@ -100,6 +105,31 @@ def test_an_import_that_ends_early_says_what_stands_and_is_completed_by_another(
     assert {key: row for key, (row, *_) in first.items()}.items() <= {
         key: row for key, (row, *_) in again.items()
     }.items()
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_rows_are_written_ends_with_the_status_of_incomplete_work(
+    cluster2: Cluster, client: Client, table: str, tmp_path: Path
+) -> None:
+    for i in range(300):
+        write(tmp_path / f"{i:03}.parquet", np.arange(N * i, N * (i + 1)))
+    words = ["import", table, "--parquet", str(tmp_path)]
+    importing = subprocess.Popen(
+        [sys.executable, "-c", "from psclient.tools.ctl import main; main()", *words],
+        env={**os.environ, "PSCTL_SERVERS": ",".join(cluster2.addresses)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    eventually(lambda: client.describe_table(table).rows or importing.poll() is not None, 60.0)
+    importing.send_signal(signal.SIGINT)
+    _, errors = importing.communicate(timeout=60)
+    assert importing.returncode == 4
+    assert re.fullmatch(
+        rf"psctl: import into '{re.escape(table)}' is incomplete: [\d,]+ of 300,000 rows are"
+        r" written and stay; repeat the same import to complete it\. Cause: KeyboardInterrupt\n",
+        errors,
+    )
+    assert 0 < client.describe_table(table).rows < 300 * N
 
 
 def test_a_file_that_changes_after_its_check_is_checked_again(
