@@ -27,7 +27,7 @@ from psserver.replay import recover
 from psserver.shard import Shard
 from psserver.swap import COMMITTED, State, failed, loaded, settle
 from storage.base import Base
-from storage.disk import replace
+from storage.disk import read_file, replace, require_file
 from storage.errors import Corrupt, StorageError
 from storage.sealed import FORMAT, STRICT, seal, unseal
 from storage.versionlog import VersionLog
@@ -44,7 +44,10 @@ def lock(directory: Path) -> IO[str]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        require_file(directory / "LOCK")
         file = (directory / "LOCK").open("a")
+    except Corrupt as error:
+        raise _unfit(error) from error
     except OSError as error:
         raise unusable(directory, error) from error
     try:
@@ -115,7 +118,7 @@ def claim(directory: Path, shard: int, shard_map: routing.ShardMap) -> None:
     if not path.exists():
         replace(path, seal(asked))
         return
-    held = unseal(Owner, path.read_bytes(), str(path))
+    held = unseal(Owner, read_file(path), str(path))
     if held != asked:
         owner, other = (
             f"shard {each.shard} of {each.shards} (shard map of epoch {each.epoch})"

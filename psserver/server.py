@@ -180,6 +180,11 @@ class Server:
         if not stopping.done():  # replies are on their way, some to clients that do not read
             await self._listener.stop(min(grace, LAST_ANSWERS_SECONDS))
         await stopping
+        await asyncio.to_thread(self._close_threads)
+        self._close_metrics()
+
+    def _close_threads(self) -> None:
+        """Stop all threads and close the data directory. Blocks while its file system hangs."""
         self._sweeper.close()
         self._service.close()
         if self._feed is not None:
@@ -189,7 +194,6 @@ class Server:
         self._engine.close()
         if self._data is not None:
             self._data.close()
-        self._close_metrics()
 
     def _store(self) -> Store | None:
         url = self._config.checkpoint_url

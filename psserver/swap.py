@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from storage.base import DATA
-from storage.disk import replace, sync
+from storage.disk import read_file, replace, sync
 from storage.errors import Corrupt
 from storage.manifest import Attempt, Format, Name
 from storage.sealed import FORMAT, STRICT, seal, unseal
@@ -166,7 +166,7 @@ def read_state(directory: Path) -> State | None:
     path = directory / "restore" / "STATE"
     if not path.exists():
         return None
-    return unseal(State, path.read_bytes(), str(path))
+    return unseal(State, read_file(path), str(path))
 
 
 def write_state(directory: Path, state: State) -> None:

@@ -45,14 +45,14 @@ import numpy as np
 
 from storage.basestate import BaseState
 from storage.block import BLOCK_BYTES, Block, Bytes, Data, unpack
-from storage.disk import NO_SPACE, sync
+from storage.disk import NO_SPACE, open_file, require_file, sync
 from storage.errors import Corrupt, DiskFull
 from storage.pages import check
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-DATA = "data.mdb"
+DATA, LOCK = "data.mdb", "lock.mdb"
 MAP_BYTES = 1 << 30  # smallest map; address space, not memory
 BATCH_BLOCKS = 16  # blocks in a transaction, at most
 BATCH_BYTES = 32 << 20  # bytes of blocks in a transaction of more than one, at most
@@ -116,7 +116,8 @@ class Base:
         pages = check(self._path, frozenset((_STATE, _SEAL)))
         self._page = pages.size
         self._numbers, self._next = pages.numbers, max(pages.numbers, default=0) + 1
-        self._file = os.open(self._path, os.O_RDONLY if self._readonly else os.O_RDWR)
+        self._file = open_file(self._path, os.O_RDONLY if self._readonly else os.O_RDWR)
+        require_file(self.directory / LOCK)
         try:
             self._open_map()
             self._find_state()

@@ -5,14 +5,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.errors import DiskFull
+from storage.errors import Corrupt, DiskFull
 
 CHUNK = 1 << 20  # bytes read or written by one system call
 MAX_BUFFERS = 1024  # buffers per pwritev call (IOV_MAX)
+KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the quota or the file is full
 
 
@@ -26,9 +34,38 @@ class Disk:
     posix_fallocate: Callable[[int, int, int], None] = os.posix_fallocate
 
 
+def open_file(path: Path, flags: int, mode: int = 0o640) -> int:
+    """Open a regular file and return its descriptor. Raises OSError, or Corrupt for another kind.
+
+    Returns at once where ``os.open`` would wait for the other end of a FIFO.
+    """
+    require_file(path)
+    fd = os.open(path, flags | os.O_NONBLOCK, mode)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):  # replaced a moment ago
+        os.close(fd)
+        raise Corrupt(str(path), "is not a regular file")
+    return fd
+
+
+def require_file(path: Path) -> None:
+    """Raise Corrupt if ``path`` exists and is not a regular file."""
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except FileNotFoundError:
+        return
+    if kind != stat.S_IFREG:
+        raise Corrupt(str(path), f"is {KINDS.get(kind, 'not a regular file')}, not a regular file")
+
+
+def read_file(path: Path) -> bytes:
+    """Return the contents of a regular file. Raises OSError, or Corrupt for another kind."""
+    with open(open_file(path, os.O_RDONLY), "rb") as file:
+        return file.read()
+
+
 def sync(path: Path) -> None:
     """Flush a file's bytes, or a directory's names, to the disk. Raises OSError on failure."""
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(fd)
     finally:
@@ -38,7 +75,8 @@ def sync(path: Path) -> None:
 def replace(path: Path, data: bytes) -> None:
     """Atomically replace a file: after a crash it has either the old or the new contents."""
     fresh = path.with_name(path.name + ".new")
-    with fresh.open("wb") as file:
+    fresh.unlink(missing_ok=True)
+    with fresh.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -26,7 +26,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from storage.disk import Disk, as_disk_full, erase, preallocate, write_all
+from storage.disk import (
+    Disk,
+    as_disk_full,
+    erase,
+    open_file,
+    preallocate,
+    read_file,
+    write_all,
+)
 from storage.errors import Compacted, Corrupt
 from storage.marks import SLOT, Mark, Marks
 from storage.segment import HEADER, Header, Reader, frame_bytes, place
@@ -266,7 +274,7 @@ class LogFiles:
             raise ValueError(f"a lineage has 16 bytes, not {len(lineage)}")
         self.lineage = lineage
         synced = self.directory / "SYNCED"
-        if synced.exists() and any(synced.read_bytes()):
+        if synced.exists() and any(read_file(synced)):
             raise self._gone()
         self.preallocate()
         self.active = self.take_spare(0, after + 1)
@@ -319,7 +327,7 @@ class LogFiles:
             raise Corrupt(
                 str(self.directory), f"segment {mark.first:020}.log is gone, and it was synced"
             )
-        segment.fd = os.open(segment.path, os.O_RDWR)
+        segment.fd = open_file(segment.path, os.O_RDWR)
         self.disk.fdatasync(segment.fd)
         os.posix_fadvise(segment.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         synced_end = mark.end if mark.first == segment.first else HEADER.size

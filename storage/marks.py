@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-from storage.disk import Disk, write_all
+from storage.disk import Disk, open_file, write_all
 from storage.errors import Corrupt
 
 SLOT = 512  # bytes
@@ -44,7 +44,7 @@ class Marks:
         self._disk = disk
         self._path = path
         self._seed = xxh3_64_intdigest(lineage)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o640)
+        self._fd = open_file(path, os.O_RDWR | os.O_CREAT)
         self._slot = 0  # of the older mark, which is overwritten next
 
     def read(self) -> Mark | None:

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from storage.disk import open_file
 from storage.errors import Corrupt
 
 _META = struct.Struct("<Q2xH4xIIQQ")  # number flags magic version address map
@@ -71,7 +72,7 @@ def check(path: Path, known: frozenset[bytes]) -> Pages:
 
     Beside a running shard pages may be reused while they are read, which a new meta page shows.
     """
-    file = os.open(path, os.O_RDONLY)
+    file = open_file(path, os.O_RDONLY)
     try:
         for _ in range(20):
             before = os.pread(file, 1 << 17, 0)

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 from xxhash import xxh3_64, xxh3_64_intdigest
 
-from storage.disk import CHUNK, pread_all
+from storage.disk import CHUNK, open_file, pread_all
 from storage.errors import Corrupt, UnknownFormat
 
 FORMAT = 1
@@ -139,7 +139,7 @@ class Reader:
     def __init__(self, path: Path) -> None:
         """Open ``path`` and read its header. Raises Corrupt, UnknownFormat or OSError."""
         self.path = path
-        self._fd = os.open(path, os.O_RDONLY)
+        self._fd = open_file(path, os.O_RDONLY)
         try:
             self.header = Header.decode(pread_all(self._fd, HEADER.size, 0), place(path, 0))
         except BaseException:
