@@ -7,6 +7,7 @@ choices.py     words that arguments take: modes, dtypes on the wire, durability
 arrays.py      keys and gradients from arrays of any framework
 batch.py       distinct keys, sums of gradients, pooling
 schema.py      schemas of tables
+alteration.py  settings of a live table
 channel.py     gRPC channels of a process that forks
 retry.py       failed calls: errors, pauses
 session.py     a request to a shard, numbers of pushes
@@ -64,12 +65,14 @@ tools/page.py                   an analysis as an HTML page
 tools/commands/shell.py         what all commands share
 tools/commands/cluster.py       psctl status, tail
 tools/commands/tables.py        psctl tables, table, create, drop, evict
+tools/commands/alter.py         psctl alter
 tools/commands/checkpoints.py   psctl checkpoint, checkpoints, verify, restore
 tools/commands/rows.py          psctl export, import
 tools/commands/analyses.py      psctl analyze, inspect
 tools/ctl.py                    the command psctl
 """
 
+from psclient.alteration import Alteration
 from psclient.batch import Batch
 from psclient.changes import Change
 from psclient.client import Client
@@ -83,6 +86,7 @@ from psclient.table import PulledRows, Table
 from psclient.versions import Versions
 
 __all__ = [
+    "Alteration",
     "Batch",
     "Change",
     "Client",

@@ -63,6 +63,7 @@ class AsyncTable:
     push = _awaited(Table.push)
     exchange = _awaited(Table.exchange)
     delete = _awaited(Table.delete)
+    alter = _awaited(Table.alter)
     describe = _awaited(Table.describe)
 
 
@@ -89,6 +90,7 @@ class AsyncClient:
         """See Client.table."""
         return AsyncTable(await self._calls.run(self._blocking.table, name), self._calls)
 
+    alter_table = _awaited(Client.alter_table)
     describe_table = _awaited(Client.describe_table)
     list_tables = _awaited(Client.list_tables)
     drop_table = _awaited(Client.drop_table)

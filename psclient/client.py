@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from itertools import count
 
 from psclient import checked
+from psclient.alteration import STEPS
 from psclient.choices import DURABILITIES, Durability
 from psclient.errors import TableNotFound
 from psclient.retry import retry
@@ -58,6 +59,7 @@ class Client(RowClient):
         admission: str = "always",
         admission_args: Mapping[str, float] | None = None,
         eviction: Mapping[str, Mapping[str, float]] | None = None,
+        max_step_ahead: int | None = None,
     ) -> Table:
         """Create a table on every shard, or find it there with an equal schema.
 
@@ -74,6 +76,9 @@ class Client(RowClient):
         admission_args   its parameters
         eviction         which rows leave, any of these with their parameters: step_ttl, time_ttl,
                          norm, and one of capacity_lru, capacity_lfu; docs/policies.md has them all
+        max_step_ahead   steps that a push may be ahead of the largest step pushed before; a push
+                         beyond is refused (InvalidArgument, reason STEP_TOO_FAR). 100,000,000 where
+                         None; 0: no bound
 
         Raises SchemaMismatch if it exists with another schema, InvalidArgument for a bad value.
         """
@@ -94,6 +99,9 @@ class Client(RowClient):
                 for kind, args in checked.mapping(f"{at}eviction", eviction).items()
             ],
         )
+        if max_step_ahead is not None:
+            ahead = checked.integer(f"{at}max_step_ahead", max_step_ahead, 0, STEPS)
+            schema.max_step_ahead = ahead
         request = pb.CreateTableRequest(schema=schema)
         self._on_all("TableService/CreateTable", request, pb.CreateTableResponse, first=True)
         self._dims[name] = dim

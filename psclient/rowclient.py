@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from psclient import checked
+from psclient.alteration import Alteration, alter_request, alteration_of, incomplete
 from psclient.arrays import Rows
 from psclient.batch import Batch
 from psclient.choices import DURABILITIES, LARGEST, MODES, WIRES, Durability, Mode, Wire
 from psclient.connection import Connection
-from psclient.errors import InvalidArgument, WrongShard
+from psclient.errors import InvalidArgument, PsError, WrongShard
 from psclient.pending import Pending, Rest, Sent
 from psclient.request import PullPart, PushPart, messages
 from psclient.schema import TableInfo, table_info
@@ -36,6 +37,53 @@ class RowClient(Connection):
         return table_info(
             self._on_all("TableService/DescribeTable", request, pb.DescribeTableResponse)
         )
+
+    def alter_table(
+        self,
+        name: str,
+        *,
+        lr: float | None = None,
+        serving_default: float | None = None,
+        durability: Durability | None = None,
+        admission: str | None = None,
+        admission_args: Mapping[str, float] | None = None,
+        eviction: Mapping[str, Mapping[str, float]] | None = None,
+        max_step_ahead: int | None = None,
+    ) -> Alteration:
+        """Change settings of a table on every shard; what is None stays, and so do all rows.
+
+        Arguments are those of ``create_table``; nothing else of a table can be altered.
+
+        admission  counters towards admission stay if the rule stays of the same kind, those of a
+                   sketch if its size stays, too. Otherwise they are dropped, and
+                   ``Alteration.dropped_counters`` says how many
+        eviction   replaces all rules of the table; {}: no row leaves any more
+
+        Idempotent. Where a shard fails, the error names it, and other shards may have the new
+        settings: repeat the same call to complete it. Raises TableNotFound, InvalidArgument for a
+        bad value, ResourceExhausted if a new sketch does not fit into the memory budget.
+        """
+        request = alter_request(
+            name,
+            lr=lr,
+            serving_default=serving_default,
+            durability=durability,
+            admission=admission,
+            admission_args=admission_args,
+            eviction=eviction,
+            max_step_ahead=max_step_ahead,
+        )
+        return self._alter(request)
+
+    def _alter(self, request: pb.AlterTableRequest) -> Alteration:
+        method, answer = "TableService/AlterTable", pb.AlterTableResponse
+        try:
+            shards = self._on_all(method, request, answer, first=True)
+        except InvalidArgument:  # by shard 0, which is asked before the others
+            raise
+        except PsError as error:
+            raise incomplete(request.schema.name, error) from error
+        return alteration_of(shards)
 
     def batch(self, keys: Any) -> Batch:
         """The distinct keys of ``keys`` (any shape), for use in several calls."""

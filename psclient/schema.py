@@ -29,6 +29,7 @@ class TableInfo:
     admission: str
     admission_args: dict[str, float]
     eviction: dict[str, dict[str, float]]  # by rule
+    max_step_ahead: int  # steps that a push may be ahead of the table; 0: no bound
     rows: int
     bytes: int  # of server memory: rows, metadata, index, counters, unused room
     waiting: int  # keys that are counted and have no row; an estimate with a sketch
@@ -59,7 +60,7 @@ def table_info(shards: Sequence[pb.DescribeTableResponse]) -> TableInfo:
             field = next(f for f in fields if getattr(shard.schema, f) != getattr(schema, f))
             raise SchemaMismatch(
                 f"table {schema.name!r} has another {field} on shard {number} than on shard 0;"
-                " drop it and create it anew"
+                " drop it and create it anew, or repeat an alteration that failed midway"
             )
     return TableInfo(
         name=schema.name,
@@ -74,6 +75,7 @@ def table_info(shards: Sequence[pb.DescribeTableResponse]) -> TableInfo:
         admission=schema.admission.name,
         admission_args=dict(schema.admission.parameters),
         eviction={rule.name: dict(rule.parameters) for rule in schema.evictions},
+        max_step_ahead=schema.max_step_ahead,
         rows=sum(shard.stats.rows for shard in shards),
         bytes=sum(shard.stats.bytes for shard in shards),
         waiting=sum(shard.stats.waiting for shard in shards),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from psclient.alteration import Alteration
 from psclient.arrays import Rows
 from psclient.batch import Batch, pool
 from psclient.choices import Durability, Mode, Wire
@@ -145,6 +146,10 @@ class Table:
         its part or nothing.
         """
         return self.client._delete(self.name, keys, durability)
+
+    def alter(self, **settings: Any) -> Alteration:
+        """Change settings of the table; see ``Client.alter_table``."""
+        return self.client.alter_table(self.name, **settings)
 
     def describe(self) -> TableInfo:
         """Schema and size over all shards."""

@@ -26,6 +26,7 @@ page.py                   an analysis as an HTML page
 commands/shell.py         what all commands share
 commands/cluster.py       psctl status, tail
 commands/tables.py        psctl tables, table, create, drop, evict
+commands/alter.py         psctl alter
 commands/checkpoints.py   psctl checkpoint, checkpoints, verify, restore
 commands/rows.py          psctl export, import
 commands/analyses.py      psctl analyze, inspect

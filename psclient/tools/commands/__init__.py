@@ -3,6 +3,7 @@
 shell.py         what all commands share
 cluster.py       psctl status, tail
 tables.py        psctl tables, table, create, drop, evict
+alter.py         psctl alter
 checkpoints.py   psctl checkpoint, checkpoints, verify, restore
 rows.py          psctl export, import
 analyses.py      psctl analyze, inspect

@@ -89,6 +89,7 @@ def _fields(info: TableInfo) -> list[tuple[str, str]]:
         ("durability", info.durability),
         ("admission", rule_text(info.admission, info.admission_args)),
         ("eviction", "\n".join(evictions) or "none"),
+        ("max step ahead", f"{info.max_step_ahead:,}" if info.max_step_ahead else "no bound"),
         ("rows", f"{info.rows:,}"),
         ("memory", figures.size(info.bytes)),
         ("waiting keys", f"{info.waiting:,}, counters {figures.size(info.counter_bytes)}"),
@@ -141,6 +142,13 @@ def create(
             show_default=False,
         ),
     ] = None,
+    max_step_ahead: Annotated[
+        int,
+        typer.Option(
+            help="Refuse a push whose step is further ahead of the table's largest step; 0: take"
+            " any step."
+        ),
+    ] = 100_000_000,
     servers: Servers = DEFAULT,
 ) -> None:
     """Create a table on all shards.
@@ -173,6 +181,7 @@ def create(
             admission=admission,
             admission_args=admission_args,
             eviction=dict(parse_rule("--eviction", each) for each in eviction or ()),
+            max_step_ahead=max_step_ahead,
         )
     typer.echo(f"{name}: exists with these settings" if existed else f"{name}: created")
 
