@@ -1,0 +1,174 @@
+"""Bad arguments are refused by name, and nothing is applied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from servers import Cluster
+from tables import DIM, summing
+
+from psclient import Client, PsError, Table
+from psclient.errors import (
+    InvalidArgument,
+)
+
+
+class TestWire:
+    @pytest.mark.parametrize(("wire", "limit"), [("bfloat16", 256), ("float16", 2048)])
+    def test_numbers_that_a_wire_holds_travel_exactly(
+        self, any_client: Client, name: str, wire: Any, limit: int
+    ) -> None:
+        table = summing(any_client, name)
+        gradients = np.random.default_rng(0).integers(-limit, limit + 1, (100, DIM))
+        table.push(np.arange(100), gradients.astype(np.float32), wire=wire)
+        assert_array_equal(table.pull(np.arange(100), wire=wire), -gradients)
+        assert_array_equal(table.pull(np.arange(100)), -gradients)
+
+    @pytest.mark.parametrize(
+        ("wire", "error"), [("float32", 0.0), ("bfloat16", 2**-8), ("float16", 2**-11)]
+    )
+    def test_other_numbers_are_rounded_to_the_nearest(
+        self, cluster: Cluster, connect: Any, name: str, wire: Any, error: float
+    ) -> None:
+        client = connect(cluster, wire=wire)
+        table = summing(client, name)
+        gradients = np.random.default_rng(1).standard_normal((500, DIM)).astype(np.float32)
+        table.push(np.arange(500), gradients, wire="float32")
+        exact = table.pull(np.arange(500), wire="float32")
+        assert_array_equal(exact, -gradients)
+        assert_allclose(table.pull(np.arange(500)), exact, rtol=error, atol=0)
+        table.push(np.arange(500, 1000), gradients)
+        pushed = table.pull(np.arange(500, 1000), wire="float32")
+        assert_allclose(pushed, exact, rtol=error, atol=0)
+
+    @pytest.mark.parametrize(("wire", "large"), [("float16", 70_000.0), ("bfloat16", 3.4e38)])
+    def test_a_gradient_too_large_for_the_wire_is_applied_nowhere(
+        self, any_client: Client, name: str, wire: Any, large: float
+    ) -> None:
+        table = summing(any_client, name)
+        gradients = np.ones((100, DIM), np.float32)
+        gradients[42, 1] = -large
+        with pytest.raises(InvalidArgument, match=f"'{name}': the gradient of key 42 is -.* at"):
+            table.push(np.arange(100), gradients, wire=wire)
+        assert table.describe().rows == 0
+
+
+class TestRefusals:
+    @pytest.fixture
+    def table(self, any_client: Client, name: str) -> Iterator[Table]:
+        table = summing(any_client, name)
+        yield table
+        assert table.describe().rows == 0  # nothing was applied
+
+    @pytest.mark.parametrize("keys", [[1.0, 2.0], np.array(["a", "b"]), [True, False], [None, 1]])
+    def test_keys_that_are_no_integers(self, table: Table, keys: Any) -> None:
+        with pytest.raises(InvalidArgument, match="keys must be integers, got dtype"):
+            table.pull(keys)
+        with pytest.raises(InvalidArgument, match="keys must be integers, got dtype"):
+            table.push(keys, np.ones((2, DIM), np.float32))
+
+    @pytest.mark.parametrize("shape", [(2,), (2, DIM + 1), (3, DIM), (2, DIM, 1), (2 * DIM,)])
+    def test_gradients_of_another_shape(self, table: Table, shape: tuple[int, ...]) -> None:
+        with pytest.raises(InvalidArgument) as caught:
+            table.push([1, 2], np.ones(shape, np.float32))
+        assert f"gradients must have shape [2, {DIM}], got {list(shape)}" in str(caught.value)
+        assert table.name in str(caught.value)
+
+    def test_gradients_that_are_no_floats(self, table: Table) -> None:
+        with pytest.raises(InvalidArgument, match="gradients must be floats, got int64"):
+            table.push([1, 2], np.ones((2, DIM), np.int64))
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    def test_a_gradient_that_is_not_finite_is_named(self, table: Table, bad: float) -> None:
+        gradients = np.ones((100, DIM), np.float32)
+        gradients[77, 2] = bad
+        with pytest.raises(InvalidArgument) as caught:
+            table.push(np.arange(1000, 1100), gradients)
+        assert f"table '{table.name}': the gradient of key 1077 is {bad} at position 2;" in str(
+            caught.value
+        )
+
+    def test_finite_gradients_whose_sum_is_not(self, table: Table) -> None:
+        with pytest.raises(InvalidArgument, match="the gradient of key 5 is inf at position 0"):
+            table.push([5, 5], np.full((2, DIM), 3e38, np.float32))
+
+    def test_an_unknown_mode(self, table: Table) -> None:
+        with pytest.raises(InvalidArgument, match="mode must be one of train, serve, got 'eval'"):
+            table.pull([1], mode="eval")  # type: ignore[arg-type]
+
+    def test_an_unknown_wire(self, table: Table) -> None:
+        names = "float32, bfloat16, float16"
+        with pytest.raises(InvalidArgument, match=f"wire must be one of {names}, got 'int8'"):
+            table.pull([1], wire="int8")  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("step", [2**47, -(2**47) - 1, 1.5, "1", None])
+    def test_a_step_out_of_range(self, table: Table, step: Any) -> None:
+        with pytest.raises(InvalidArgument) as caught:
+            table.push([1], np.ones((1, DIM), np.float32), step=step)
+        assert str(caught.value) == f"step must be an integer in -2^47..2^47-1, got {step!r}"
+
+    @pytest.mark.parametrize("lr", ["a", "0.1", [0.1]])
+    def test_a_learning_rate_that_is_no_number(self, table: Table, lr: Any) -> None:
+        with pytest.raises(InvalidArgument) as caught:
+            table.push([1], np.ones((1, DIM), np.float32), lr=lr)
+        assert str(caught.value) == f"lr must be a number, got {lr!r}"
+
+    @pytest.mark.parametrize("version", [-1, 2**64, 0.5])
+    def test_a_version_that_cannot_be(self, table: Table, version: Any) -> None:
+        with pytest.raises(InvalidArgument) as caught:
+            table.pull_rows([1], min_version=[version] * len(table.client._addresses))
+        rule = "min_version must be an integer in 0..2^64-1"
+        assert str(caught.value) == f"{rule}, got {version!r}"
+
+    @pytest.mark.parametrize("wrong", [5, None, "\udfff"])
+    def test_a_name_that_is_no_text(self, table: Table, wrong: Any) -> None:
+        client = table.client
+        for call in (
+            lambda: client.pull({wrong: [1]}),
+            lambda: client.push({wrong: ([1], np.ones((1, DIM), np.float32))}),
+            lambda: client.table(wrong),
+            lambda: client.evict(wrong),
+            lambda: client.drop_table(wrong),
+            lambda: client.barrier(wrong),
+        ):
+            with pytest.raises(InvalidArgument) as caught:
+                call()
+            assert str(caught.value).endswith(f" must be text in Unicode, got {wrong!r}")
+
+    @pytest.mark.parametrize(
+        ("offsets", "weights", "message"),
+        [
+            (["a"], None, "offsets must be integers, got dtype <U1"),
+            ([0.0, 1.0], None, "offsets must be integers, got dtype float64"),
+            ([0, 1], ["a"], "weights must be numbers, got dtype <U1"),
+        ],
+    )
+    def test_bags_that_are_no_numbers(
+        self, table: Table, offsets: Any, weights: Any, message: str
+    ) -> None:
+        with pytest.raises(InvalidArgument) as caught:
+            table.pull_pooled([1], offsets, weights=weights)
+        assert str(caught.value) == message
+
+    @pytest.mark.parametrize("lr", [float("nan"), float("inf")])
+    def test_a_learning_rate_that_is_not_finite(self, table: Table, lr: float) -> None:
+        with pytest.raises(InvalidArgument, match="lr must be "):
+            table.push([1], np.ones((1, DIM), np.float32), lr=lr)
+
+    def test_one_bad_table_keeps_the_others_from_being_pushed(self, table: Table) -> None:
+        good = np.ones((50, DIM), np.float32)
+        with pytest.raises(PsError):
+            table.client.push({table.name: (np.arange(50), good), "no/such": ([1], good[:1])})
+
+    def test_offsets_and_weights_that_do_not_fit(self, table: Table) -> None:
+        for offsets in ([], [1, 3], [0, 2], [0, 2, 1, 3], [[0, 3]]):
+            with pytest.raises(InvalidArgument, match="offsets must ascend from 0 to 3"):
+                table.pull_pooled([1, 2, 3], offsets)
+        with pytest.raises(InvalidArgument, match=r"weights must have shape \[3\], got \[2\]"):
+            table.pull_pooled([1, 2, 3], [0, 3], weights=[1.0, 2.0])
+        with pytest.raises(InvalidArgument, match="mode must be one of sum, mean, sqrtn"):
+            table.pull_pooled([1, 2, 3], [0, 3], pooling="max")
