@@ -3,21 +3,26 @@
 errors.py      what can go wrong
 checked.py     values of arguments
 strings.py     keys from strings
+addresses.py   addresses of servers
 choices.py     words that arguments take: modes, dtypes on the wire, durability
 arrays.py      keys and gradients from arrays of any framework
 batch.py       distinct keys, sums of gradients, pooling
 schema.py      schemas of tables
 alteration.py  settings of a live table
-channel.py     gRPC channels of a process that forks
+signals.py     exceptions of signal handlers, delayed
+channel.py     gRPC channels that survive forks and signals
 retry.py       failed calls: errors, pauses
 session.py     a request to a shard, numbers of pushes
+link.py        one shard: what streams and unary calls have in common
 stream.py      one shard through a stream
 unary.py       one shard through unary calls
 moved.py       a request sent again where its keys are
+fanout.py      unary calls to several shards at once
 cluster.py     all shards, their map
 versions.py    versions of shards, and their epochs
 request.py     parts of a request and the messages they travel in
 pending.py     requests in flight
+deletes.py     rows deleted on every shard
 connection.py  addresses and options; connects, closes
 rowclient.py   pull, push, exchange, delete
 table.py       one table

@@ -13,22 +13,21 @@ from typing import Any
 import grpc
 
 from psclient.client import Client
+from psclient.link import Link
 from psclient.retry import retry, rpc_error
-from psclient.stream import Link
-from psclient.unary import UnaryLink
 from psproto import ps_pb2 as pb
 
 Tell = Callable[[int, int], Any]  # bytes done, bytes in all (0: unknown)
 SERVICE = "CheckpointService"
 
 
-def links(client: Client) -> Sequence[Link | UnaryLink]:
+def links(client: Client) -> Sequence[Link]:
     return client._connect().links
 
 
 def call(
     client: Client,
-    link: Link | UnaryLink,
+    link: Link,
     method: str,
     request: Any,
     answer: Any,
@@ -50,13 +49,17 @@ def call(
 
 
 def stream(
-    link: Link | UnaryLink, method: str, request: Any, answer: Any, *, service: str = SERVICE
+    link: Link, method: str, request: Any, answer: Any, *, service: str = SERVICE
 ) -> Generator[Any, None, None]:
     """The messages that a method answers with."""
     requests = iter([request.SerializeToString()])
     call = link.channel.open_stream(f"/ps.v1.{service}/{method}", requests)
     try:
-        for data in call:
+        while True:
+            try:
+                data = link.channel.read(call)
+            except StopIteration:
+                return
             yield answer.FromString(data)
     except grpc.RpcError as error:
         raise rpc_error(error, link.where) from None

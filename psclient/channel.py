@@ -1,13 +1,16 @@
-"""gRPC channels of a process that forks, as data loaders do.
+"""gRPC channels that survive forks and signals.
 
-gRPC survives a fork if no thread is inside it at that moment, waiting for an answer included; else
-the child hangs or aborts. So before a fork every call is cancelled and everybody who would begin
-another waits; afterwards the parent's owners begin theirs again. The child leaves what it inherited
-alone, for ever, and makes channels of its own. (gRPC's GRPC_ENABLE_FORK_SUPPORT does neither: it
-waits for calls, and ends a child whose inherited channels it cannot shut down.)
+A fork. gRPC survives it only if no thread is inside gRPC at that moment; waiting for an answer
+counts as being inside. Otherwise the child hangs or aborts. Before a fork, therefore, every call is
+cancelled and threads that want to start another one wait. Afterwards the owners in the parent start
+their calls again. The child never touches the channels that it inherited and makes its own.
+(GRPC_ENABLE_FORK_SUPPORT does not help: it waits for calls, and ends a child whose inherited
+channels it cannot shut down.) numba's compiler lock needs the same care: if the process forks while
+another thread loads a kernel, the lock would stay locked in the child.
 
-The lock of numba's compiler goes the same way: forked while another thread loads a kernel, it
-would stay locked in the child.
+A signal. Its handler may raise an exception in the middle of gRPC's Python code, which would leave
+locks locked and a stream that can never be read again. Every entry into gRPC is therefore shielded
+(signals.py), and an interrupted wait cancels its call.
 """
 
 from __future__ import annotations
@@ -22,10 +25,14 @@ from typing import Any
 import grpc
 from numba.core.compiler_lock import global_compiler_lock
 
+from psclient.errors import Unavailable
+from psclient.signals import Shield
 from psproto import keepalive
 
-PATIENCE = 2.0  # seconds that a fork waits for cancelled calls to end
-OPTIONS = (
+Options = tuple[tuple[str, int], ...]
+
+FORK_PATIENCE = 2.0  # seconds that a fork waits for cancelled calls to end
+OPTIONS: Options = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -35,93 +42,93 @@ OPTIONS = (
     *keepalive.client_options(),
     ("grpc.use_local_subchannel_pool", 1),  # else a forked child finds its parent's connections
 )
-Cancelled = grpc.FutureCancelledError  # by a fork: begin the call again
-
-
-class _Gate:
-    """Whoever calls into gRPC is inside; a fork closes it, which waits until nobody is."""
-
-    def __init__(self) -> None:
-        self._empty = threading.Condition(threading.Lock())
-        self._inside = 0
-
-    def __enter__(self) -> None:
-        with self._empty:
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._empty:
-            self._inside -= 1
-            self._empty.notify_all()
-
-    def close(self) -> None:
-        self._empty.acquire()
-        while self._inside:
-            self._empty.wait()
-
-    def open(self) -> None:
-        self._empty.release()
+Cancelled = grpc.FutureCancelledError  # by a fork: start the call again
 
 
 class Channel:
-    """A connection to one server. Thread-safe."""
+    """A connection to one server. Thread-safe.
 
-    def __init__(self, address: str, options: tuple[tuple[str, int], ...]) -> None:
-        with _gate:
-            self._channel = grpc.insecure_channel(address, options=options)
-            self._calls: set[Any] = set()
-            _channels.add(self)
-            _register_hooks()
+    Its methods raise Unavailable once it is closed.
+    """
+
+    def __init__(self, address: str, options: Options = OPTIONS) -> None:
+        self._address = address
+        self._options = options
+        self._channel: Any = None  # gRPC's, once the first call is made
+        self._calls: set[Any] = set()
+        self._closed = False
 
     def open_stream(self, method: str, requests: Iterator[bytes]) -> Any:
-        """Begin a stream of messages both ways."""
-        with _gate:
-            return self._note(self._channel.stream_stream(method)(requests))
+        """Start a stream of messages both ways. Read it with ``read``."""
+        with Shield(), _gate:
+            return self._note(self._open().stream_stream(method)(requests))
 
     def start(self, method: str, message: bytes, timeout: float) -> Any:
-        """Begin a unary call. Its result() raises RpcError, or Cancelled by a fork."""
-        with _gate:
-            return self._note(self._channel.unary_unary(method).future(message, timeout=timeout))
+        """Start a unary call. Its ``result`` raises RpcError, or Cancelled after a fork."""
+        with Shield(), _gate:
+            return self._note(self._open().unary_unary(method).future(message, timeout=timeout))
 
     def call(self, method: str, message: bytes, timeout: float) -> bytes:
-        """The answer to a unary call; raises RpcError."""
+        """Return the answer to a unary call; raise RpcError."""
         deadline = time.monotonic() + timeout
         while True:
             try:
                 left = max(deadline - time.monotonic(), 0.001)
-                return self.start(method, message, left).result()  # type: ignore[no-any-return]
+                return self.result(self.start(method, message, left))
             except Cancelled:
                 continue
 
+    def result(self, call: Any) -> bytes:
+        """Return the answer to a started call; raise RpcError, or Cancelled after a fork."""
+        with Shield(call.cancel):
+            return call.result()  # type: ignore[no-any-return]
+
+    def read(self, stream: Any) -> bytes:
+        """Return the next message of a stream; raise RpcError, or StopIteration at its end."""
+        with Shield(stream.cancel):
+            return next(stream)  # type: ignore[no-any-return]
+
     def cancel(self, call: Any) -> None:
         """Cancel a stream or a call."""
-        with _gate:
+        with Shield(), _gate:
             call.cancel()
 
     def close(self) -> None:
-        """Close it and its calls."""
-        with _gate:
-            self._channel.close()
+        """Close the channel and end its calls."""
+        with Shield(), _gate:
+            self._closed = True
+            if self._channel is not None:
+                self._channel.close()
 
     def quiet(self) -> None:
-        """Cancel every call and wait until gRPC's threads have left; the gate is closed."""
+        """Cancel every call and wait until gRPC's threads have ended; the gate is closed."""
         for call in self._calls.copy():
             call.cancel()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + FORK_PATIENCE
         state: Any = getattr(self._channel, "_call_state", None)  # no public name tells
         while len(self._calls) or getattr(state, "managed_calls", 0):
             if time.monotonic() > deadline:
                 return
             time.sleep(0.0005)
 
+    def _open(self) -> Any:
+        """Return gRPC's channel, made by the first call."""
+        if self._closed:
+            raise Unavailable(f"the connection to {self._address} is closed")
+        if self._channel is None:
+            self._channel = grpc.insecure_channel(self._address, options=self._options)
+            _channels.add(self)
+            _register_hooks()
+        return self._channel
+
     def _note(self, call: Any) -> Any:
         self._calls.add(call)
-        if not call.add_callback(lambda: self._calls.discard(call)):  # over already
+        if not call.add_callback(lambda: self._calls.discard(call)):  # it has ended already
             self._calls.discard(call)
         return call
 
 
-_gate = _Gate()
+_gate = threading.RLock()  # taken by whoever calls into gRPC, and by a fork while it lasts
 _channels: weakref.WeakSet[Channel] = weakref.WeakSet()
 _inherited: list[Channel] = []  # never destroyed: that would call into gRPC
 _hooked = False
@@ -129,13 +136,13 @@ _hooked = False
 
 def _before() -> None:
     global_compiler_lock.acquire()
-    _gate.close()
+    _gate.acquire()
     for channel in list(_channels):
         channel.quiet()
 
 
 def _in_parent() -> None:
-    _gate.open()
+    _gate.release()
     global_compiler_lock.release()
 
 
@@ -146,7 +153,7 @@ def _in_child() -> None:
 
 
 def _register_hooks() -> None:
-    """After gRPC's own, which it registers with the first channel: the last come first."""
+    """Register after gRPC, which registers with its first channel: the last hook runs first."""
     global _hooked
     if not _hooked:
         _hooked = True

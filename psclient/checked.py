@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -27,6 +28,13 @@ def number(field: str, value: Any) -> float:
         with suppress(TypeError, ValueError, OverflowError):
             return float(value)
     raise InvalidArgument(f"{field} must be a number, got {value!r}")
+
+
+def seconds(field: str, value: Any) -> float:
+    """The number of seconds ``value``, above 0 and not more than a thread can wait."""
+    if not 0 < (given := number(field, value)) <= threading.TIMEOUT_MAX:
+        raise InvalidArgument(f"{field} must be positive seconds, got {value}")
+    return given
 
 
 def text(field: str, value: Any) -> str:

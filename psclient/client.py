@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from itertools import count
 
 from psclient import checked
 from psclient.alteration import STEPS
 from psclient.choices import DURABILITIES, Durability
 from psclient.errors import TableNotFound
-from psclient.retry import retry
+from psclient.fanout import Ask, ask_all
 from psclient.rowclient import RowClient
 from psclient.schema import MAX_DIM, TableInfo, rule, table_info
-from psclient.stream import Link
 from psclient.table import Table
-from psclient.unary import UnaryLink
 from psclient.versions import Versions
 from psproto import ps_pb2 as pb
 
@@ -109,7 +106,7 @@ class Client(RowClient):
 
     def table(self, name: str) -> Table:
         """A table that exists; TableNotFound if it does not."""
-        return Table(self, name, self._dim(name))
+        return Table(self, name, self._dim(name, self._deadline()))
 
     def list_tables(self) -> list[TableInfo]:
         """All tables that exist on every shard, by name."""
@@ -133,33 +130,28 @@ class Client(RowClient):
         request = pb.EvictRequest(
             table=checked.text("name of a table", name), dry_run=bool(dry_run)
         )
+        deadline = time.monotonic() + checked.seconds("timeout", timeout)
         evicted: dict[str, int] = {}
-        method, deadline = "TableService/Evict", time.monotonic() + timeout
-        for answer in self._connect().on_all(method, request, pb.EvictResponse, deadline):
-            for cause, rows in answer.evicted.items():
+        method, answer = "TableService/Evict", pb.EvictResponse
+        for shard in self._on_all(method, request, answer, deadline=deadline):
+            for cause, rows in shard.evicted.items():
                 evicted[cause] = evicted.get(cause, 0) + rows
         return evicted
 
     def drop_table(self, name: str) -> None:
         """Drop a table and its rows on every shard; TableNotFound if no shard has it."""
         request = pb.DropTableRequest(name=checked.text("name of a table", name))
-        message = request.SerializeToString()
+        deadline = self._deadline()
+        cluster = self._connect(deadline)
         self._dims.pop(name, None)
-        cluster = self._connect()
-        deadline = time.monotonic() + self._timeout
-
-        def drop(link: Link | UnaryLink) -> bool:
-            def attempt(left: float) -> bytes:
-                return link.channel.call("/ps.v1.TableService/DropTable", message, left)
-
-            try:
-                retry(attempt, link.where, deadline, count())
-            except TableNotFound:  # never there, or dropped by an attempt whose reply was lost
-                return False
-            return True
-
-        others = list(cluster.pool.map(drop, cluster.links[1:]))
-        if not any([drop(cluster.links[0]), *others]):  # the first to have it is the last
+        message = request.SerializeToString()
+        asks = [Ask(link, "TableService/DropTable", message) for link in cluster.links]
+        for some in (asks[1:], asks[:1]):  # the first to have a table is the last
+            ask_all(some, deadline)
+            for ask in some:  # not found: never there, or dropped by an attempt without a reply
+                if ask.error is not None and not isinstance(ask.error, TableNotFound):
+                    raise ask.error
+        if all(ask.error is not None for ask in asks):
             raise TableNotFound(f"no table {name!r} on any shard")
 
     def wait_durable(self) -> Versions:

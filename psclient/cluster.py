@@ -6,27 +6,43 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count
-from typing import Any
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 import numpy as np
 
-from psclient.errors import InvalidArgument
-from psclient.retry import retry
+from psclient.addresses import hint
+from psclient.channel import OPTIONS
+from psclient.errors import InvalidArgument, PsError, Unavailable
+from psclient.fanout import Ask, ask_all
+from psclient.link import Link
 from psclient.session import Session
-from psclient.stream import Link
+from psclient.signals import Shield, wake_delayed
+from psclient.stream import StreamLink
 from psclient.unary import UnaryLink
 from psproto import ps_pb2 as pb
 from psproto import routing
 
-WATCH = 0.1  # seconds between looks for readers that wait past their deadline
+WATCH = 0.1  # seconds between looks for calls that wait past their deadline
 ROOM = 4096  # bytes of a message left for headers
+LINKS: dict[str, type[Link]] = {"stream": StreamLink, "unary": UnaryLink}  # by transport
+
+Result = TypeVar("Result")
 
 
 class Cluster:
-    """The shards as one process sees them; made again after a fork."""
+    """The shards as one process sees them; made again after a fork.
+
+    client_id  0: a random one for each shard
+    proxy      use the HTTP proxy that the environment names
+    deadline   monotonic seconds at which the shards must have answered
+
+    links          one for each shard, in their order
+    shard_map      which shard owns each key
+    message_bytes  the largest request or reply that every shard accepts, without its headers
+    keys           the most keys in one request that every shard accepts
+    """
 
     def __init__(
         self,
@@ -34,27 +50,33 @@ class Cluster:
         transport: str,
         client_id: int,
         incarnation: int,
+        *,
+        proxy: bool,
         deadline: float,
     ) -> None:
         self.process = os.getpid()
-        self.links: list[Link | UnaryLink] = []
-        kind = Link if transport == "stream" else UnaryLink
+        self._stop: SimpleQueue[None] = SimpleQueue()
+        options = (*OPTIONS, ("grpc.enable_http_proxy", int(proxy)))
+        self.links: list[Link] = []
         for shard, address in enumerate(addresses):
             session = Session(client_id or secrets.randbits(63) + 1, incarnation)
-            self.links.append(kind(f"shard {shard} at {address}", address, session))
-        self.pool = ThreadPoolExecutor(len(self.links), "psclient")
+            where = f"shard {shard} at {address}"
+            self.links.append(LINKS[transport](where, address, session, options))
         try:
             infos = self.refresh(deadline)
+        except Unavailable as error:
+            self.close()
+            raise _explained(error, proxy) from None
         except BaseException:
             self.close()
             raise
         self.message_bytes = min(int(info.limits.message_bytes) for info in infos) - ROOM
         self.keys = min(int(info.limits.keys) for info in infos)
-        self._closed = threading.Event()
-        threading.Thread(target=self._watch, args=(self.links,), daemon=True).start()
+        with Shield():
+            threading.Thread(target=_watch, args=(self.links, self._stop), daemon=True).start()
 
     def refresh(self, deadline: float) -> list[pb.GetServerInfoResponse]:
-        """Ask the shards for their map, and what else they tell of themselves."""
+        """Fetch the shard map, and what else the shards report about themselves."""
         request = pb.GetServerInfoRequest()
         infos = self.on_all(
             "InfoService/GetServerInfo", request, pb.GetServerInfoResponse, deadline
@@ -65,30 +87,54 @@ class Cluster:
     def on_all(
         self, method: str, request: Any, answer: Any, deadline: float, *, first: bool = False
     ) -> list[Any]:
-        """Call a unary method on every shard at once; answers in the order of the shards.
+        """Call a unary method on every shard at once; return answers in the order of the shards.
 
-        first  on shard 0 before the others: of several clients that do not agree, one is ahead
+        first  call shard 0 before the others: of several clients that disagree, one is then ahead
         """
         message = request.SerializeToString()
+        asks = [Ask(link, method, message) for link in self.links]
+        for some in (asks[:1], asks[1:]) if first else (asks,):
+            ask_all(some, deadline)
+            for ask in some:
+                if ask.error is not None:
+                    raise ask.error
+        return [answer.FromString(ask.answer) for ask in asks]
 
-        def call(link: Link | UnaryLink) -> Any:
-            def attempt(left: float) -> bytes:
-                return link.channel.call(f"/ps.v1.{method}", message, left)
+    def on_each(self, work: Callable[[int], Result]) -> list[Result]:
+        """Run ``work(shard)`` for every shard at once, on threads; raise the first error.
 
-            return answer.FromString(retry(attempt, link.where, deadline, count()))
+        If a signal interrupts the caller, work that has begun is finished.
+        """
+        done: SimpleQueue[tuple[int, Any, BaseException | None]] = SimpleQueue()
 
-        done = [call(self.links[0])] if first else []
-        return done + list(self.pool.map(call, self.links[len(done) :]))
+        def run(shard: int) -> None:
+            try:
+                done.put((shard, work(shard), None))
+            except BaseException as error:
+                done.put((shard, None, error))
+
+        with Shield():
+            for shard in range(len(self.links)):
+                threading.Thread(target=run, args=(shard,), daemon=True).start()
+        ended = sorted((done.get() for _ in self.links), key=lambda each: each[0])
+        for _, _, error in ended:
+            if error is not None:
+                raise error
+        return [result for _, result, _ in ended]
 
     def close(self) -> None:
+        """End all connections; waiting calls fail."""
         for link in self.links:
             link.close()
-        self.pool.shutdown(wait=False)
-        if hasattr(self, "_closed"):
-            self._closed.set()
+        self._stop.put(None)
+
+    def forget(self) -> None:
+        """Have the connections ended by their own thread; safe in a garbage collection."""
+        if self.process == os.getpid():
+            self._stop.put(None)
 
     def _check(self, infos: list[pb.GetServerInfoResponse]) -> routing.ShardMap:
-        """The shard map, if the servers are the shards of one cluster in their order."""
+        """Return the shard map if the servers are the shards of one cluster in their order."""
         for shard, (link, info) in enumerate(zip(self.links, infos, strict=True)):
             if info.shard_map.shards != len(self.links):
                 raise InvalidArgument(
@@ -101,8 +147,25 @@ class Cluster:
         table = np.frombuffer(newest.shard_of_bucket, "<u2")
         return routing.ShardMap(newest.epoch, newest.shards, table)
 
-    def _watch(self, links: list[Link | UnaryLink]) -> None:
-        while not self._closed.wait(WATCH):
+
+def _watch(links: Sequence[Link], stop: SimpleQueue[None]) -> None:
+    """Look after calls until the cluster is closed or forgotten; then end the connections."""
+    while True:
+        try:
+            stop.get(timeout=WATCH)
+        except Empty:
+            wake_delayed()
             now = time.monotonic()
             for link in links:
                 link.watch(now)
+        else:
+            for link in links:
+                link.close()
+            return
+
+
+def _explained(error: PsError, proxy: bool) -> PsError:
+    """Return the error of a server that was not reached, with what may be the cause."""
+    explained = type(error)(f"{error}{hint(str(error), proxy=proxy)}")
+    explained.reason, explained.retry_after = error.reason, error.retry_after
+    return explained

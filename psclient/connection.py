@@ -1,18 +1,24 @@
-"""What a client is connected with, and its life."""
+"""What a client is connected with: addresses and options, and its life from first use to close."""
 
 from __future__ import annotations
 
+import contextvars
 import os
 import threading
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Self
 
 from psclient import checked
+from psclient.addresses import checked_addresses
 from psclient.choices import WIRES, Transport, Wire
 from psclient.cluster import Cluster
-from psclient.errors import InvalidArgument
+from psclient.errors import DeadlineExceeded, InvalidArgument
+
+started: contextvars.ContextVar[float | None] = contextvars.ContextVar("started", default=None)
+"""When the running operation began, in monotonic seconds, if that was before now."""
 
 
 class Connection:
@@ -27,30 +33,25 @@ class Connection:
         transport: Transport = "stream",
         client_id: int = 0,
         incarnation: int | None = None,
+        proxy: bool = False,
     ) -> None:
-        if (
-            isinstance(addresses, str)
-            or not addresses
-            or not all(isinstance(each, str) for each in addresses)
-        ):
-            raise InvalidArgument(f"addresses must be a list of 'host:port', got {addresses!r}")
+        self._addresses = checked_addresses(addresses)
         if transport not in ("stream", "unary"):
             raise InvalidArgument(f"transport must be 'stream' or 'unary', got {transport!r}")
-        if not 0 < checked.number("timeout", timeout) <= threading.TIMEOUT_MAX:
-            raise InvalidArgument(f"timeout must be positive seconds, got {timeout}")
-        self._addresses = list(addresses)
         self._dtype = checked.one_of("wire", wire, WIRES)
-        self._timeout = timeout
+        self._timeout = checked.seconds("timeout", timeout)
         self._transport = transport
+        self._proxy = bool(proxy)
         self._client_id = checked.integer("client_id", client_id, 0, 1 << 64)
         if incarnation is None:
             incarnation = time.time_ns()
         self._incarnation = checked.integer("incarnation", incarnation, 0, 1 << 63)
+        self._options = {"wire": wire, "transport": transport, "proxy": self._proxy}
         self._cluster: Cluster | None = None
-        self._connecting = threading.Lock()
+        self._connecting = threading.RLock()
         self._dims: dict[str, int] = {}
         self._closed = False
-        _clients.add(self)
+        _connections.add(self)
 
     def __enter__(self) -> Self:
         return self
@@ -58,44 +59,95 @@ class Connection:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle addresses and options; what is loaded connects anew, under its own identity."""
+        return _load, (type(self), self._addresses, {**self._options, "timeout": self._timeout})
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self
+
     def close(self) -> None:
-        """Close the connections; calls that wait fail. The client cannot be used again."""
+        """Close the connections; waiting calls fail. The client cannot be used again.
+
+        Idempotent. A client that is no longer referenced closes by itself.
+        """
         self._closed = True
-        if self._cluster is not None:
-            self._cluster.close()
-            self._cluster = None
+        cluster, self._cluster = self._cluster, None
+        if cluster is not None and cluster.process == os.getpid():
+            cluster.close()
 
-    def _on_all(self, method: str, request: Any, answer: Any, *, first: bool = False) -> list[Any]:
-        deadline = time.monotonic() + self._timeout
-        return self._connect().on_all(method, request, answer, deadline, first=first)
+    def _deadline(self) -> float:
+        """Return when an operation that begins now must have ended, in monotonic seconds."""
+        return (started.get() or time.monotonic()) + self._timeout
 
-    def _connect(self) -> Cluster:
+    def _on_all(
+        self,
+        method: str,
+        request: Any,
+        answer: Any,
+        *,
+        first: bool = False,
+        deadline: float | None = None,
+    ) -> list[Any]:
+        """Call a unary method on every shard; return answers in the order of the shards."""
+        deadline = deadline or self._deadline()
+        return self._connect(deadline).on_all(method, request, answer, deadline, first=first)
+
+    def _connect(self, deadline: float | None = None) -> Cluster:
+        """Return the shards, connected to before ``deadline``; InvalidArgument once closed."""
         cluster = self._cluster
         if cluster is not None and cluster.process == os.getpid():
             return cluster
-        with self._connecting:
+        deadline = deadline or self._deadline()
+        try:  # released whether or not a signal came before ``acquire`` returned
+            if not self._connecting.acquire(timeout=max(deadline - time.monotonic(), 0)):
+                raise DeadlineExceeded("another thread is still connecting to the shards")
+            return self._connected(deadline)
+        finally:
+            with suppress(RuntimeError):  # this thread does not have the lock
+                self._connecting.release()
+
+    def _connected(self, deadline: float) -> Cluster:
+        self._require_open()
+        cluster = self._cluster
+        if cluster is None or cluster.process != os.getpid():
+            cluster = Cluster(
+                self._addresses,
+                self._transport,
+                self._client_id,
+                self._incarnation,
+                proxy=self._proxy,
+                deadline=deadline,
+            )
+            self._cluster = cluster
+            weakref.finalize(self, cluster.forget).atexit = False
             if self._closed:
-                raise InvalidArgument("the client is closed")
-            if self._cluster is None or self._cluster.process != os.getpid():
-                self._cluster = Cluster(
-                    self._addresses,
-                    self._transport,
-                    self._client_id,
-                    self._incarnation,
-                    time.monotonic() + self._timeout,
-                )
-            return self._cluster
+                self.close()
+                cluster.close()
+                self._require_open()
+        return cluster
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise InvalidArgument("the client is closed")
 
 
-_clients: weakref.WeakSet[Connection] = weakref.WeakSet()
+def _load(kind: type[Connection], addresses: Sequence[str], options: dict[str, Any]) -> Connection:
+    return kind(addresses, **options)
+
+
+_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """A child connects anew, under identities of its own."""
-    for client in list(_clients):
-        client._cluster = None
-        client._connecting = threading.Lock()
-        client._client_id = 0
+    """Have a child connect anew, under identities of its own."""
+    for connection in list(_connections):
+        connection._cluster = None
+        connection._connecting = threading.RLock()
+        connection._client_id = 0
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psclient.errors import PsError
+from psclient.link import Link
 from psclient.session import Call
-from psclient.stream import Link
-from psclient.unary import UnaryLink
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
 
@@ -19,7 +18,7 @@ Places = NDArray[np.int64]  # of some keys among those of a refused push or pull
 
 
 def resend(
-    links: Sequence[Link | UnaryLink],
+    links: Sequence[Link],
     shard_map: routing.ShardMap,
     exchange: codec.Exchange,
     min_versions: Sequence[Sequence[int]],
@@ -34,7 +33,7 @@ def resend(
     """
     push_owners = [routing.owners(push.keys, shard_map) for push in exchange.pushes]
     pull_owners = [routing.owners(pull.keys, shard_map) for pull in exchange.pulls]
-    sent: list[tuple[Link | UnaryLink, Call, list[int]]] = []
+    sent: list[tuple[Link, Call, list[int]]] = []
     places: list[list[Places]] = [[] for _ in exchange.pulls]
     for shard, link in enumerate(links):
         pushes, pulls, numbers = [], [], []
@@ -50,12 +49,28 @@ def resend(
                 numbers.append(number)
                 places[number].append(at)
         if pushes or pulls:
-            call = Call(codec.Exchange(pushes, pulls), deadline)
-            link.submit(call)
-            sent.append((link, call, numbers))
-    answers: list[list[codec.Pulled]] = [[] for _ in exchange.pulls]
+            sent.append((link, Call(codec.Exchange(pushes, pulls), deadline), numbers))
+    try:
+        answers = _answers(sent, len(exchange.pulls))
+    except BaseException:
+        for link, call, _ in sent:
+            link.abandon(call)
+        raise
+    return codec.Exchanged([], [_joined(*each) for each in zip(answers, places, strict=True)])
+
+
+def _answers(
+    calls: Sequence[tuple[Link, Call, Sequence[int]]], pulls: int
+) -> list[list[codec.Pulled]]:
+    """Send the calls; return the answers to each pull, or raise the first error.
+
+    calls  link, call, and which pull each of the call's pulls is a part of
+    """
+    answers: list[list[codec.Pulled]] = [[] for _ in range(pulls)]
     failure = None
-    for link, call, numbers in sent:
+    for link, call, _ in calls:
+        link.submit(call)
+    for link, call, numbers in calls:
         try:
             for number, pulled in zip(numbers, link.wait(call).pulls, strict=True):
                 answers[number].append(pulled)
@@ -63,7 +78,7 @@ def resend(
             failure = failure or error
     if failure is not None:
         raise failure
-    return codec.Exchanged([], [_joined(*each) for each in zip(answers, places, strict=True)])
+    return answers
 
 
 def _some_push(push: codec.PushMessage, at: Places) -> codec.PushMessage:

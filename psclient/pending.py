@@ -1,60 +1,105 @@
-"""Requests under way."""
+"""Requests in flight."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from psclient.cluster import Cluster
-from psclient.errors import InvalidArgument, SchemaMismatch, TableNotFound, WrongShard
+from psclient.errors import InvalidArgument, PsError, SchemaMismatch, TableNotFound, WrongShard
+from psclient.link import Link
 from psclient.moved import resend
 from psclient.request import PullPart, take
 from psclient.session import Call
-from psclient.stream import Link
-from psclient.unary import UnaryLink
 from psproto import codec
 
 
 @dataclass(slots=True)
 class Sent:
-    """A call under way, and which distinct keys its pulls are about."""
+    """A message to one shard, and which distinct keys its pulls are for."""
 
-    link: Link | UnaryLink
+    link: Link
     call: Call
     pulls: list[tuple[PullPart, int, int]]  # part, first and last + 1 distinct key
-    moved: bool = False  # its keys, and they were sent again
+    moved: bool = False  # its keys belong to other shards, and it was sent to them
 
 
-@dataclass(slots=True)
-class Rest:
-    """What a request under way may have to do besides waiting."""
+@dataclass(slots=True, kw_only=True)
+class Request:
+    """The messages of one request, from the first one sent to the last answer.
 
-    dims: dict[str, int]  # of tables, as the client knows them
-    timeout: float  # seconds that an operation may take
+    owner     the client, which must not be closed as forgotten meanwhile
+    dims      of tables, as the client knows them
+    timeout   seconds that an operation may take
+    deadline  monotonic seconds
+    late      the caller need not wait before the deadline, so what it sends later has a new one
+    sent      messages that were sent
+    later     pulls to send once all pushes are answered
+    """
+
+    owner: object
+    dims: dict[str, int]
+    timeout: float
     cluster: Cluster
     tables: tuple[str, ...]
-    deadline: float  # monotonic seconds
-    late: bool  # nobody need wait before the deadline
-    later: list[Sent]  # pulls that leave once all pushes are answered
+    deadline: float
+    late: bool
+    sent: list[Sent] = field(default_factory=list)
+    later: list[Sent] = field(default_factory=list)
 
-    def submit(self) -> list[Sent]:
-        """Send what was to wait."""
-        for item in self.later:
-            item.call.deadline = self._until()
-            item.link.submit(item.call)
-        sent, self.later = self.later, []
-        return sent
+    def submit(self, item: Sent, *, background: bool = False) -> None:
+        """Send a message."""
+        self.sent.append(item)  # first: a signal may come at any time
+        item.link.submit(item.call, background=background)
 
-    def note(self, error: Exception) -> None:
+    def wait(self) -> None:
+        """Take all answers; raise the first error once all have arrived."""
+        self._take_answers()
+        if self.later:
+            self.sent, later = [], self.later
+            self.later = []
+            for item in later:
+                item.call.deadline = self._until()
+                self.submit(item)
+            self._take_answers()
+
+    def abandon(self) -> None:
+        """Give up every message after an interruption; none is sent again."""
+        for item in self.sent:
+            item.link.abandon(item.call)
+        self.later = []
+
+    def _take_answers(self) -> None:
+        failure = None
+        for item in self.sent:
+            try:
+                take(self._answer(item), item.pulls, item.link.where)
+            except PsError as error:
+                failure = failure or error
+                self._note(error)
+        if failure is not None:
+            raise failure
+
+    def _answer(self, item: Sent) -> codec.Exchanged:
+        try:
+            return item.link.wait(item.call)
+        except WrongShard:
+            if item.moved:
+                raise
+            item.moved = True
+            return self._resend(item)
+
+    def _note(self, error: PsError) -> None:
         """Forget the dims of tables that were dropped, and perhaps created anew."""
         if isinstance(error, SchemaMismatch | TableNotFound):
             for name in self.tables:
                 self.dims.pop(name, None)
 
-    def resend(self, item: Sent) -> codec.Exchanged:
+    def _resend(self, item: Sent) -> codec.Exchanged:
         """Send what a shard refused to those that the newest shard map names."""
         deadline = self._until()
         self.cluster.refresh(deadline)
@@ -70,50 +115,45 @@ class Rest:
 
 
 class Pending:
-    """A request under way. ``result()`` waits for it; call it once or often, from any thread of the
-    process that started it.
+    """A request in flight. Call ``result()`` once or often, from any thread of the process that
+    started it.
     """
 
-    def __init__(self, sent: list[Sent], finish: Any, rest: Rest | None = None) -> None:
+    def __init__(self, request: Request, finish: Callable[[], Any]) -> None:
         self._process = os.getpid()
-        self._sent = sent
+        self._request: Request | None = request
         self._finish = finish
-        self._rest = rest
         self._lock = threading.Lock()
         self._result: Any = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("a request in flight cannot be pickled or copied: pass on its result()")
+
     def result(self) -> Any:
-        """What the blocking method of the same name returns, or its error."""
+        """Wait; return what the blocking method of the same name returns, or raise its error.
+
+        If a signal interrupts it, the request is given up: its push takes effect once or not at
+        all, and another result() raises Unavailable.
+        """
         if self._process != os.getpid():
             raise InvalidArgument("the request was started by another process, before a fork")
         with self._lock:
-            if self._sent is not None:
-                self._wait()
-                if self._rest is not None and self._rest.later:
-                    self._sent = self._rest.submit()
-                    self._wait()
-                self._result = self._finish()
-                self._sent = None  # type: ignore[assignment]
+            if self._request is not None:
+                try:
+                    self._request.wait()
+                    self._result = self._finish()
+                    self._request = None
+                except PsError:
+                    raise
+                except BaseException:
+                    if self._request is not None:
+                        self._request.abandon()
+                    raise
             return self._result
 
-    def _wait(self) -> None:
-        """Take all answers; raise the first error once all are there."""
-        failure = None
-        for item in self._sent:
-            try:
-                take(self._answer(item), item.pulls, item.link.where)
-            except Exception as error:
-                failure = failure or error
-                if self._rest is not None:
-                    self._rest.note(error)
-        if failure is not None:
-            raise failure
-
-    def _answer(self, item: Sent) -> codec.Exchanged:
-        try:
-            return item.link.wait(item.call)
-        except WrongShard:
-            if self._rest is None or item.moved:
-                raise
-            item.moved = True
-            return self._rest.resend(item)
+    def then(self, change: Callable[[Any], Any]) -> Pending:
+        """Return the same request with the result ``change(result)``."""
+        assert self._request is not None
+        finish = self._finish
+        self._finish = lambda: change(finish())
+        return self

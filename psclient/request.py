@@ -16,6 +16,15 @@ from psproto import codec, routing
 from psproto import ps_pb2 as pb
 
 
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What all pushes of a request have in common."""
+
+    step: int = 0
+    lr: float | None = None
+    durability: int = 0  # 0: the table's
+
+
 @dataclass(slots=True)
 class PullPart:
     """One pull of a request, and where its result goes."""
@@ -30,6 +39,11 @@ class PullPart:
     min_version: Sequence[int]
     out: Rows  # embeddings: [n, dim], or [distinct, dim]
     history: NDArray[np.uint64]  # [3, distinct]: versions, steps, frequencies; [3, 0] without
+
+    def shaped(self) -> Rows:
+        """Return the embeddings in the shape of the keys, or [distinct, dim]."""
+        shape = (-1,) if self.distinct else self.batch.shape
+        return self.out.reshape(*shape, self.dim)
 
 
 @dataclass(slots=True)
@@ -48,9 +62,7 @@ def messages(
     shard: int,
     pushes: Sequence[PushPart],
     pulls: Sequence[PullPart],
-    step: int,
-    lr: float | None,
-    durability: int,
+    header: Header,
 ) -> list[tuple[codec.Exchange, list[tuple[PullPart, int, int]]]]:
     """The messages of a request for one shard: one, or several where that would be too large."""
     asked = size = most = widest = 0
@@ -75,16 +87,16 @@ def messages(
     for push in pushes:
         first, last = push.batch.split.bounds[shard : shard + 2].tolist()
         for low, high in _ranges(first, last, pieces):
-            header = pb.PushHeader(
+            of_push = pb.PushHeader(
                 table=push.table,
                 dtype=push.dtype,  # type: ignore[arg-type]
-                step=step,
-                lr=lr,
-                durability=durability,  # type: ignore[arg-type]
+                step=header.step,
+                lr=header.lr,
+                durability=header.durability,  # type: ignore[arg-type]
             )
             built_pushes.append(
                 codec.PushMessage(
-                    header,
+                    of_push,
                     push.batch.keys[low:high],
                     push.counts[low:high],
                     codec.to_wire(push.gradients[low:high], push.dtype),

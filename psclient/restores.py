@@ -11,8 +11,7 @@ from psclient.calls import Tell, call, links, on_all
 from psclient.checkpoints import describe
 from psclient.client import Client
 from psclient.errors import DataLoss, PsError, RestoreConflict
-from psclient.stream import Link
-from psclient.unary import UnaryLink
+from psclient.link import Link
 from psproto import ps_pb2 as pb
 
 Status = pb.RestoreStatus
@@ -109,7 +108,7 @@ def _abort(client: Client, id: str) -> None:
         await_phases(client, (*OVER, PREPARED))
 
 
-def take_step(client: Client, link: Link | UnaryLink, id: str, step: int) -> pb.RestoreStatus:
+def take_step(client: Client, link: Link, id: str, step: int) -> pb.RestoreStatus:
     """Have one shard take a step of a restore."""
     request = pb.RestoreRequest(id=id, step=step)  # type: ignore[arg-type]
     status: pb.RestoreStatus = call(client, link, "Restore", request, pb.RestoreStatus)

@@ -21,6 +21,18 @@ RETRYABLE = (  # ends of a stream after which another one may do better
 )
 
 
+def backoff(attempts: int) -> float:
+    """Return the seconds to wait after so many attempts to reach a server."""
+    return min(FIRST_PAUSE * 2.0 ** min(attempts, 8), LONGEST_PAUSE)
+
+
+def pause_after(error: PsError, attempts: int) -> float | None:
+    """Return the seconds to wait before another attempt; None: it would not help."""
+    if error.retry_after is not None:
+        return error.retry_after
+    return backoff(attempts) if isinstance(error, Unavailable) else None
+
+
 def retry(
     attempt: Callable[[float], Any], where: str, deadline: float, counted: Iterable[int]
 ) -> Any:
@@ -31,19 +43,15 @@ def retry(
             return attempt(max(left, 0.001))
         except grpc.RpcError as error:
             failure = rpc_error(error, where)
-        pause = min(FIRST_PAUSE * 2 ** min(n, 8), LONGEST_PAUSE)
-        if failure.retry_after is not None:
-            pause = failure.retry_after
-        elif not isinstance(failure, Unavailable):
-            raise failure
-        if time.monotonic() + pause >= deadline:
+        pause = pause_after(failure, n)
+        if pause is None or time.monotonic() + pause >= deadline:
             raise failure
         time.sleep(pause)
     raise AssertionError("counted ended")
 
 
 def rpc_error(error: grpc.RpcError, where: str) -> PsError:
-    """The exception for a failed unary call."""
+    """Return the exception for a failed unary call."""
     trailers = dict(error.trailing_metadata() or ())
     status = pb.Status(code=error.code().value[0], message=error.details() or "")
     details = trailers.get("grpc-status-details-bin")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,12 +13,12 @@ from psclient.arrays import Rows
 from psclient.batch import Batch
 from psclient.choices import DURABILITIES, LARGEST, MODES, WIRES, Durability, Mode, Wire
 from psclient.connection import Connection
-from psclient.errors import InvalidArgument, PsError, WrongShard
-from psclient.pending import Pending, Rest, Sent
-from psclient.request import PullPart, PushPart, messages
+from psclient.deletes import delete_rows
+from psclient.errors import InvalidArgument, PsError
+from psclient.pending import Pending, Request, Sent
+from psclient.request import Header, PullPart, PushPart, messages
 from psclient.schema import TableInfo, table_info
 from psclient.session import Call
-from psclient.unary import delete
 from psproto import codec
 from psproto import ps_pb2 as pb
 
@@ -33,10 +32,7 @@ class RowClient(Connection):
         Raises TableNotFound if there is none, SchemaMismatch if it is not the same on all shards:
         it was dropped on some of them and created anew meanwhile.
         """
-        request = pb.DescribeTableRequest(name=checked.text("name of a table", name))
-        return table_info(
-            self._on_all("TableService/DescribeTable", request, pb.DescribeTableResponse)
-        )
+        return self._describe(name, self._deadline())
 
     def alter_table(
         self,
@@ -87,7 +83,7 @@ class RowClient(Connection):
 
     def batch(self, keys: Any) -> Batch:
         """The distinct keys of ``keys`` (any shape), for use in several calls."""
-        return keys if isinstance(keys, Batch) else Batch(keys, self._connect().shard_map)
+        return self._batch(keys, self._deadline())
 
     def pull(
         self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
@@ -98,14 +94,13 @@ class RowClient(Connection):
         mode  for keys without a row: "train" returns the value that the row will start from,
               "serve" the table's serving default
         """
-        return self._start({}, keys, mode=mode, wire=wire).result()[1]  # type: ignore[no-any-return]
+        return self._start({}, keys, mode=mode, wire=wire).result()  # type: ignore[no-any-return]
 
     def start_pull(
         self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
     ) -> Pending:
         """``pull``, started now and awaited later by ``result()``."""
-        pending = self._start({}, keys, mode=mode, wire=wire, background=True)
-        return Pending([], lambda: pending.result()[1])
+        return self._start({}, keys, mode=mode, wire=wire, background=True)
 
     def push(
         self,
@@ -148,7 +143,7 @@ class RowClient(Connection):
         pending = self._start(
             push, pull, step=step, lr=lr, mode=mode, wire=wire, durability=durability
         )
-        return pending.result()[1]  # type: ignore[no-any-return]
+        return pending.result()  # type: ignore[no-any-return]
 
     def start_exchange(
         self,
@@ -167,7 +162,7 @@ class RowClient(Connection):
         the server asks to send again (OVERLOADED, DISK_FULL): others may overtake them. One that is
         larger than a message begins to pull when ``result()`` is called.
         """
-        pending = self._start(
+        return self._start(
             push,
             pull,
             step=step,
@@ -177,7 +172,6 @@ class RowClient(Connection):
             durability=durability,
             background=True,
         )
-        return Pending([], lambda: pending.result()[1])
 
     def pull_distinct(
         self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
@@ -187,7 +181,7 @@ class RowClient(Connection):
         keys  by table: a Batch, whose ``keys`` they are and whose ``split.inverse`` leads back
         """
         pending = self._start({}, keys, mode=mode, wire=wire, distinct=True)
-        return pending.result()[1]  # type: ignore[no-any-return]
+        return pending.result()  # type: ignore[no-any-return]
 
     def push_distinct(
         self,
@@ -215,66 +209,117 @@ class RowClient(Connection):
         mode: str = "train",
         wire: str | None = None,
         durability: str | None = None,
+        distinct: bool = False,
+        background: bool = False,
+    ) -> Pending:
+        """Send a request; the result is the embeddings by table."""
+        deadline = self._deadline()
+        header = self._header(step, lr, durability)
+        dtype = self._dtype if wire is None else checked.one_of("wire", wire, WIRES)
+        wanted = checked.one_of("mode", mode, MODES)
+        self._connect(deadline)
+        pushes = [
+            self._push_part(name, keys, gradients, dtype, distinct, deadline)
+            for name, (keys, gradients) in push.items()
+        ]
+        pulls = [
+            self._pull_part(name, keys, dtype, wanted, deadline, distinct=distinct)
+            for name, keys in pull.items()
+        ]
+
+        def finish() -> dict[str, Rows]:
+            return {part.table: part.shaped() for part in pulls}
+
+        return Pending(self._send(header, pushes, pulls, deadline, background=background), finish)
+
+    def _pull_rows(self, name: str, keys: Any, mode: str, min_version: Sequence[int]) -> PullPart:
+        """Pull rows of one table with their history."""
+        deadline = self._deadline()
+        wanted = checked.one_of("mode", mode, MODES)
+        shards = len(self._connect(deadline).links)
+        if min_version and len(min_version) != shards:
+            raise InvalidArgument(
+                f"min_version must name a version for each of {shards} shards, got"
+                f" {len(min_version)}"
+            )
+        least = [checked.integer("min_version", each, 0, 1 << 64) for each in min_version]
+        part = self._pull_part(
+            name, keys, self._dtype, wanted, deadline, metadata=True, min_version=least
+        )
+        request = self._send(Header(), [], [part], deadline)
+        Pending(request, lambda: None).result()
+        return part
+
+    def _send(
+        self,
+        header: Header,
+        pushes: Sequence[PushPart],
+        pulls: Sequence[PullPart],
+        deadline: float,
+        *,
+        background: bool = False,
+    ) -> Request:
+        """Send the messages of a request."""
+        cluster = self._connect(deadline)
+        request = Request(
+            owner=self,
+            dims=self._dims,
+            timeout=self._timeout,
+            cluster=cluster,
+            tables=(*(part.table for part in pushes), *(part.table for part in pulls)),
+            deadline=deadline,
+            late=background,
+        )
+        try:
+            for shard, link in enumerate(cluster.links):
+                built = messages(cluster, shard, pushes, pulls, header)
+                for exchange, ranges in built:
+                    item = Sent(link, Call(exchange, deadline), ranges)
+                    if pushes and len(built) > 1 and not exchange.pushes:
+                        request.later.append(item)  # a push may have to be sent again
+                    else:
+                        request.submit(item, background=background)
+        except BaseException:
+            request.abandon()
+            raise
+        return request
+
+    def _header(self, step: int, lr: float | None, durability: str | None) -> Header:
+        return Header(
+            step=checked.integer("step", step, -codec.STEPS, codec.STEPS),
+            lr=None if lr is None else checked.number("lr", lr),
+            durability=0
+            if durability is None
+            else checked.one_of("durability", durability, DURABILITIES),
+        )
+
+    def _batch(self, keys: Any, deadline: float) -> Batch:
+        return keys if isinstance(keys, Batch) else Batch(keys, self._connect(deadline).shard_map)
+
+    def _pull_part(
+        self,
+        name: str,
+        keys: Any,
+        dtype: int,
+        mode: int,
+        deadline: float,
+        *,
         metadata: bool = False,
         distinct: bool = False,
         min_version: Sequence[int] = (),
-        background: bool = False,
-    ) -> Pending:
-        """Send a request; the pending result is (parts, embeddings by table)."""
-        dtype = self._dtype if wire is None else checked.one_of("wire", wire, WIRES)
-        wanted = checked.one_of("mode", mode, MODES)
-        level = 0 if durability is None else checked.one_of("durability", durability, DURABILITIES)
-        step = checked.integer("step", step, -codec.STEPS, codec.STEPS)
-        lr = None if lr is None else checked.number("lr", lr)
-        cluster = self._connect()
-        if min_version and len(min_version) != len(cluster.links):
-            raise InvalidArgument(
-                f"min_version must name a version for each of {len(cluster.links)} shards, got"
-                f" {len(min_version)}"
-            )
-        min_version = [checked.integer("min_version", each, 0, 1 << 64) for each in min_version]
-        pushes = [
-            self._push_part(name, keys, gradients, dtype, distinct)
-            for name, (keys, gradients) in push.items()
-        ]
-        pulls = []
-        for name, keys in pull.items():
-            dim, batch = self._dim(name), self.batch(keys)
-            u = len(batch.keys)
-            out = np.empty((u if distinct else len(batch), dim), np.float32)
-            history = np.empty((3, u if metadata else 0), np.uint64)
-            pulls.append(
-                PullPart(
-                    name, dim, batch, dtype, wanted, metadata, distinct, min_version, out, history
-                )
-            )
-        deadline = time.monotonic() + self._timeout
-        sent: list[Sent] = []
-        later: list[Sent] = []
-        for shard, link in enumerate(cluster.links):
-            built = messages(cluster, shard, pushes, pulls, step, lr, level)
-            for exchange, ranges in built:
-                call = Call(exchange, deadline)
-                if pushes and len(built) > 1 and not exchange.pushes:
-                    later.append(Sent(link, call, ranges))  # a push may have to be sent again
-                    continue
-                link.submit(call, background=background)
-                sent.append(Sent(link, call, ranges))
-
-        def finish() -> tuple[list[PullPart], dict[str, Rows]]:
-            results = {}
-            for part in pulls:
-                shape = (-1,) if part.distinct else part.batch.shape
-                results[part.table] = part.out.reshape(*shape, part.dim)
-            return pulls, results
-
-        rest = Rest(self._dims, self._timeout, cluster, (*push, *pull), deadline, background, later)
-        return Pending(sent, finish, rest)
+    ) -> PullPart:
+        dim, batch = self._dim(name, deadline), self._batch(keys, deadline)
+        u = len(batch.keys)
+        out = np.empty((u if distinct else len(batch), dim), np.float32)
+        history = np.empty((3, u if metadata else 0), np.uint64)
+        return PullPart(
+            name, dim, batch, dtype, mode, metadata, distinct, min_version, out, history
+        )
 
     def _push_part(
-        self, name: str, keys: Any, gradients: Any, dtype: int, distinct: bool
+        self, name: str, keys: Any, gradients: Any, dtype: int, distinct: bool, deadline: float
     ) -> PushPart:
-        batch, dim = self.batch(keys), self._dim(name)
+        dim, batch = self._dim(name, deadline), self._batch(keys, deadline)
         sums = batch.check(gradients, name, dim) if distinct else batch.sum(gradients, name, dim)
         largest = LARGEST[dtype]
         if largest is not None and sums.size and max(sums.max(), -sums.min()) > largest:
@@ -285,44 +330,19 @@ class RowClient(Connection):
             )
         return PushPart(name, batch, sums, dtype, batch.split.counts)
 
-    def _dim(self, name: str) -> int:
+    def _dim(self, name: str, deadline: float) -> int:
         dim = self._dims.get(name)
         if dim is None:
-            dim = self._dims[name] = self.describe_table(name).dim
+            dim = self._dims[name] = self._describe(name, deadline).dim
         return dim
 
+    def _describe(self, name: str, deadline: float) -> TableInfo:
+        request = pb.DescribeTableRequest(name=checked.text("name of a table", name))
+        method, answer = "TableService/DescribeTable", pb.DescribeTableResponse
+        return table_info(self._on_all(method, request, answer, deadline=deadline))
+
     def _delete(self, name: str, keys: Any, durability: Durability | None) -> int:
-        """Delete the rows of keys, state and history too; keys without a row are left alone.
-
-        Returns how many rows went, or fewer if a reply was lost on the way. A shard deletes all of
-        its part or nothing.
-        """
-        level = 0 if durability is None else checked.one_of("durability", durability, DURABILITIES)
-        cluster, batch = self._connect(), self.batch(keys)
-        deadline = time.monotonic() + self._timeout
-
-        def part(batch: Batch, shard: int, moved: list[codec.Keys] | None) -> int:
-            deleted = 0
-            first, last = batch.split.bounds[shard : shard + 2].tolist()
-            most = min(cluster.keys, cluster.message_bytes // 8)
-            for low in range(first, last, most):
-                header = pb.PushHeader(table=name, durability=level)  # type: ignore[arg-type]
-                some = batch.keys[low : min(low + most, last)]
-                try:
-                    deleted += delete(cluster.links[shard], header, some, deadline).deleted
-                except WrongShard:
-                    if moved is None:
-                        raise
-                    moved.append(some)
-            return deleted
-
-        def parts(batch: Batch, moved: list[codec.Keys] | None = None) -> int:
-            shards = range(len(cluster.links))
-            return sum(cluster.pool.map(lambda shard: part(batch, shard, moved), shards))
-
-        moved: list[codec.Keys] = []
-        deleted = parts(batch, moved)
-        if moved:
-            cluster.refresh(deadline)
-            deleted += parts(Batch(np.concatenate(moved), cluster.shard_map))
-        return deleted
+        deadline = self._deadline()
+        header = self._header(0, None, durability)
+        cluster = self._connect(deadline)
+        return delete_rows(cluster, name, self._batch(keys, deadline), header.durability, deadline)

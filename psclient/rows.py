@@ -150,7 +150,7 @@ def write_rows(
             link = cluster.links[shard]
             call(client, link, "WriteRows", request, pb.WriteRowsResponse)
 
-    list(cluster.pool.map(part, range(len(cluster.links))))
+    cluster.on_each(part)
 
 
 def _create(client: Client, schema: pb.TableSchema) -> None:

@@ -1,4 +1,4 @@
-"""One request to one shard, and the numbers of pushes."""
+"""One request to one shard, and the numbers that make its pushes take effect exactly once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Session:
         self.incarnation = incarnation
         self._next = 1
         self._open: dict[int, None] = {}  # sequences that may be sent again, ascending
-        self._known = False  # the shard has applied a push of this incarnation, and said so
+        self._answered = False  # the shard has answered a push of this incarnation
 
     def number(self, header: pb.PushHeader) -> None:
         """Give a push its number."""
@@ -27,20 +27,23 @@ class Session:
         header.sequence = self._next
         self._open[self._next] = None
         self._next += 1
-        header.acknowledged = next(iter(self._open)) - 1 if self._known else 0
+        header.acknowledged = next(iter(self._open)) - 1 if self._answered else 0
 
     def over(self, header: pb.PushHeader, *, applied: bool) -> None:
-        """Note that a push will not be repeated any more; ``applied``: its answer has come."""
+        """Note that a push will not be sent again. Idempotent.
+
+        applied  its answer has arrived
+        """
         if header.incarnation == self.incarnation:
             self._open.pop(header.sequence, None)
-            self._known |= applied
+            self._answered |= applied
 
     def renew(self) -> None:
         """Start the next incarnation."""
         self.incarnation += 1
         self._next = 1
         self._open.clear()
-        self._known = False
+        self._answered = False
 
 
 class Call:
@@ -72,7 +75,7 @@ class Call:
         self.handle: Any = None  # of a unary call
 
     def encode(self, id: int) -> None:
-        """Make the message."""
+        """Build the message of a stream."""
         self.id = id
         left = max(self.deadline - time.monotonic(), 0.001)
         header = pb.StreamRequestHeader(id=id, timeout_ms=min(int(left * 1000) + 1, 2**32 - 1))
@@ -80,7 +83,7 @@ class Call:
 
 
 def pause_before(call: Call, error: PsError) -> float | None:
-    """Seconds after which the refused call should be sent again; None: it should not."""
+    """Return the seconds to wait before sending a refused call again; None: do not send it."""
     if isinstance(error, SessionExpired):  # refused at its first attempt, so never applied
         first = call.attempts == 1 and not call.renewed
         return 0.0 if first and call.exchange.pushes else None
@@ -90,9 +93,9 @@ def pause_before(call: Call, error: PsError) -> float | None:
 
 
 def renumber(call: Call, session: Session) -> None:
-    """Put the pushes of a call into the client's next incarnation; the session's lock is held.
+    """Move the pushes of a call into the client's next incarnation; the session's lock is held.
 
-    Once: where that is refused too, another user of the client id is ahead.
+    This helps once: if the shard refuses it too, another user of the client id is ahead.
     """
     headers = [push.header for push in call.exchange.pushes]
     if any(header.incarnation == session.incarnation for header in headers):

@@ -1,20 +1,16 @@
-"""One shard as a client sees it: a channel, a pipelined stream, retries.
+"""One shard through its pipelined stream.
 
-    link.submit(call)   the request is on its way
-    link.wait(call)     its answer, or what went wrong
+No thread reads replies and wakes their owners: the caller that waits first reads for everybody
+until its own reply has arrived, then the next one takes over. This saves a hand-over for each call.
+For a prefetch nobody waits, so a background thread, started with the first one, reads in its place.
 
-There is no thread that reads replies and wakes their owners: whoever waits first reads for
-everybody until its own reply is there, then the next one takes over. It saves a hand-over for each
-call. A prefetch has nobody waiting, so a background thread, started with the first one, takes the
-reader's place meanwhile.
-
-When the stream breaks, the reader opens another and sends again all that is unanswered. Pushes
-carry (client id, incarnation, sequence), so the server applies each once.
+When the stream breaks, the reader opens another one and sends every unanswered request again.
+Pushes carry (client id, incarnation, sequence), so the server applies each once. A caller that a
+signal interrupts drops the stream; its own request is not sent again, those of others are.
 """
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from queue import SimpleQueue
@@ -22,102 +18,137 @@ from typing import Any
 
 import grpc
 
-from psclient.channel import OPTIONS, Channel
+from psclient.channel import OPTIONS, Options
 from psclient.errors import DeadlineExceeded, PsError, SessionExpired, Unavailable, error_of
+from psclient.link import Link
 from psclient.retry import FIRST_PAUSE, LONGEST_PAUSE, RETRYABLE
 from psclient.session import Call, Session, pause_before, renumber
+from psclient.signals import Shield
 from psproto import codec
 from psproto import ps_pb2 as pb
 
+LOST = 2.0  # seconds after its deadline at which a reader is taken for gone
 
-class Link:
-    """One shard behind its stream. Thread-safe."""
 
-    def __init__(self, where: str, address: str, session: Session) -> None:
-        self.where = where  # for messages: "shard 1 at 127.0.0.1:7001"
-        self.channel = Channel(address, OPTIONS)
-        self.session = session
-        self._ids = itertools.count(1)
-        self.changing = threading.Condition()
-        self._pending: dict[int, Call] = {}
+class StreamLink(Link):
+    """One shard through its stream. Thread-safe."""
+
+    def __init__(
+        self, where: str, address: str, session: Session, options: Options = OPTIONS
+    ) -> None:
+        super().__init__(where, address, session, options)
         self._stream: Any = None
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         self._reader: Call | None = None  # the call whose owner reads now
+        self._reader_thread = 0  # who that is
+        self._sleeping: dict[Any, Call] = {}  # by the lock that its owner waits for
+        self._prefetches: SimpleQueue[Call | None] = SimpleQueue()
         self._background: threading.Thread | None = None
-        self._prefetches: dict[int, Call] = {}
-        self._closed = False
         self._failures = 0  # of the stream since its last reply
         self._last_failure = ""
 
     def submit(self, call: Call, *, background: bool = False) -> None:
-        """Send a request. ``background``: its reply is read even while nobody waits for it."""
-        with self.changing:
-            if self._closed:
-                raise Unavailable(f"{self.where}: the client is closed")
-            for push in call.exchange.pushes:
-                self.session.number(push.header)
-            call.encode(next(self._ids))
-            self._send(call)
+        with self.lock:
+            try:
+                self._begin(call)
+                call.encode(call.id)
+                self._send(call)
+            except PsError:
+                self._finish(call, applied=False)
+                raise
             if background:
-                self._prefetches[call.id] = call
-                if self._background is None:
+                if self._background is None or not self._background.is_alive():
                     self._background = threading.Thread(target=self._prefetch, daemon=True)
-                    self._background.start()
-                self.changing.notify_all()
+                    with Shield():
+                        self._background.start()
+                self._prefetches.put(call)
 
     def wait(self, call: Call) -> codec.Exchanged:
-        """The answer to a submitted call; raises a PsError."""
-        with self.changing:
-            self._prefetches.pop(call.id, None)
         while True:
-            self._take_turns(call)
+            while not call.done:
+                self._take_turns(call)
             if call.answer is not None:
                 return call.answer
             assert call.error is not None
             if not self._again(call, call.error):
                 raise call.error
 
+    def abandon(self, call: Call) -> None:
+        with self.lock:
+            unfinished = not call.done or self._reads(call)
+            self._give_up(call, "the call was interrupted")
+            if self._reads(call):
+                self._reader = None
+            stream = self._drop_stream() if unfinished else None
+            self._pass_on()
+        if stream is not None:
+            self.channel.cancel(stream)
+
     def watch(self, now: float) -> None:
-        """Wake a reader whose deadline has passed; called now and then by a thread."""
+        super().watch(now)
         reader, stream = self._reader, self._stream
         if reader is not None and reader.deadline < now and stream is not None:
             self.channel.cancel(stream)
+        with self.lock:
+            if self._reader is not None and self._reader.deadline + LOST < now:
+                self._reader = None
+            self._pass_on()
 
     def close(self) -> None:
-        """End the stream; calls that wait fail."""
-        with self.changing:
+        with self.lock:
             self._closed = True
-            stream = self._stream
-            self._drop_stream()
-            for call in list(self._pending.values()):
-                self._settle(call, None, Unavailable(f"{self.where}: the client was closed"))
-            self.changing.notify_all()
+            stream = self._drop_stream()
+            for call in list(self._open.values()):
+                self._give_up(call, "the client was closed")
+            self._prefetches.put(None)
         if stream is not None:
             self.channel.cancel(stream)
-        self.channel.close()
+        super().close()
 
     # ---- reading in turns
 
     def _take_turns(self, call: Call) -> None:
         """Return once the call is done, reading for everybody when no one else does."""
-        with self.changing:
-            while not call.done and self._reader is not None:
-                if not self.changing.wait(max(call.deadline - time.monotonic(), 0)):
-                    self._expire(call)
-            if call.done:
-                return
-            self._reader = call
         try:
-            while not call.done:
+            while (turn := self._turn(call)) is not None:
+                if not turn.acquire(timeout=max(call.deadline - time.monotonic(), 0)):
+                    with self.lock:
+                        self._sleeping.pop(turn, None)
+                        if not call.done:
+                            self._expire(call)
+            while not call.done and self._reads(call):
                 self._read_one(call)
         finally:
-            with self.changing:
-                self._reader = None
-                self.changing.notify_all()
+            with self.lock:
+                if self._reads(call):
+                    self._reader = None
+                self._pass_on()
+
+    def _turn(self, call: Call) -> Any:
+        """Make the call the reader, if there is none; else return a lock to wait for."""
+        with self.lock:
+            if call.done:
+                return None
+            mine = self._reader_thread == threading.get_ident()
+            if self._reader is None or mine:
+                if self._reader is not None:  # this is a signal's handler, within a read
+                    stream = self._drop_stream()
+                    if stream is not None:
+                        self.channel.cancel(stream)
+                self._reader, self._reader_thread = call, threading.get_ident()
+                return None
+            turn = threading.Lock()
+            turn.acquire()
+            self._sleeping[turn] = call
+            return turn
+
+    def _reads(self, call: Call) -> bool:
+        """Return whether this thread is the reader, for this call."""
+        return self._reader is call and self._reader_thread == threading.get_ident()
 
     def _read_one(self, reader: Call) -> None:
-        """Take one reply from the stream and settle whose it is."""
-        with self.changing:
+        """Take one reply from the stream and settle the call that it belongs to."""
+        with self.lock:
             if reader.done:  # the client was closed
                 return
             if time.monotonic() >= reader.deadline:
@@ -125,40 +156,40 @@ class Link:
                 return
             stream = self._stream or self._reopen()
         try:
-            id, answer = codec.decode_stream_response(next(stream))
+            id, answer = codec.decode_stream_response(self.channel.read(stream))
         except (grpc.RpcError, StopIteration, codec.Malformed) as error:
             self._broken(stream, error, reader)
             return
         self._failures = 0
-        with self.changing:
-            call = self._pending.get(id)
-            if call is not None:
+        with self.lock:
+            call = self._open.get(id)
+            if call is not None and not call.done:
                 if isinstance(answer, pb.Status):
                     self._settle(call, None, error_of(answer, self.where))
                 else:
                     self._settle(call, answer, None)
-                if call is not reader:
-                    self.changing.notify_all()
 
     def _prefetch(self) -> None:
-        """Read while there are prefetches that nobody waits for."""
-        while True:
-            with self.changing:
-                while not self._closed and not any(
-                    not call.done for call in self._prefetches.values()
-                ):
-                    self.changing.wait()
-                if self._closed:
-                    return
-                call = next(call for call in self._prefetches.values() if not call.done)
+        """Read the replies to prefetches."""
+        while (call := self._prefetches.get()) is not None:
             self._take_turns(call)
-            with self.changing:
-                self._prefetches.pop(call.id, None)
 
-    # ---- the stream; the lock is held
+    # ---- the lock is held
+
+    def _pass_on(self) -> None:
+        """Wake one sleeper to read where nobody does."""
+        if self._reader is None and self._sleeping:
+            turn = next(iter(self._sleeping))
+            del self._sleeping[turn]
+            turn.release()
+
+    def _wake(self, call: Call) -> None:
+        """Wake the owners of a call."""
+        for turn in [turn for turn, each in self._sleeping.items() if each is call]:
+            del self._sleeping[turn]
+            turn.release()
 
     def _send(self, call: Call) -> None:
-        self._pending[call.id] = call
         call.attempts += 1
         if self._stream is None:
             self._reopen()
@@ -167,23 +198,35 @@ class Link:
 
     def _reopen(self) -> Any:
         """Open a stream and send all that is unanswered."""
-        outbox = self._outbox = SimpleQueue()
-        for call in self._pending.values():
-            outbox.put(call.message)
-        self._stream = self.channel.open_stream("/ps.v1.RowService/Stream", iter(outbox.get, None))
-        return self._stream
+        outbox: SimpleQueue[bytes | None] = SimpleQueue()
+        for call in list(self._open.values()):
+            if not call.done:
+                outbox.put(call.message)
+        try:
+            requests = iter(outbox.get, None)
+            stream = self.channel.open_stream("/ps.v1.RowService/Stream", requests)
+        except BaseException:
+            outbox.put(None)  # it may have been opened all the same
+            raise
+        self._outbox.put(None)
+        self._outbox, self._stream = outbox, stream
+        return stream
 
-    def _drop_stream(self) -> None:
-        if self._stream is not None:
-            self._outbox.put(None)
-            self._stream = None
+    def _drop_stream(self) -> Any:
+        """Forget the stream and return it."""
+        self._outbox.put(None)
+        stream, self._stream = self._stream, None
+        return stream
 
     def _settle(self, call: Call, answer: codec.Exchanged | None, error: PsError | None) -> None:
-        self._pending.pop(call.id, None)
         call.answer, call.error, call.done = answer, error, True
         if error is None or pause_before(call, error) is None:
-            for push in call.exchange.pushes:
-                self.session.over(push.header, applied=error is None)
+            self._finish(call, applied=error is None)
+        self._wake(call)
+
+    def _give_up(self, call: Call, why: str) -> None:
+        super()._give_up(call, why)
+        self._wake(call)
 
     def _expire(self, call: Call) -> None:
         why = f"; last failure: {self._last_failure}" if self._failures else ""
@@ -196,11 +239,11 @@ class Link:
         """Drop a broken stream; fail what is unanswered, or pause before another attempt."""
         code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.UNAVAILABLE
         text = error.details() if isinstance(error, grpc.RpcError) else str(error)
-        with self.changing:
+        with self.lock:
             if self._stream is stream:
                 self._drop_stream()
-            for call in self._pending.values():
-                call.attempts += 1
+            for call in list(self._open.values()):
+                call.attempts += not call.done
             if time.monotonic() >= reader.deadline:
                 self._expire(reader)
                 return
@@ -208,9 +251,8 @@ class Link:
             self._last_failure = f"{code.name}: {text}"
             if code not in RETRYABLE:
                 status = pb.Status(code=code.value[0], message=text or code.name)
-                for call in list(self._pending.values()):
+                for call in [each for each in self._open.values() if not each.done]:
                     self._settle(call, None, error_of(status, self.where))
-                self.changing.notify_all()
                 return
         left = reader.deadline - time.monotonic()
         pause = min(FIRST_PAUSE * 2 ** min(self._failures - 1, 8), LONGEST_PAUSE, max(left, 0))
@@ -218,17 +260,18 @@ class Link:
             time.sleep(pause)
 
     def _again(self, call: Call, error: PsError) -> bool:
-        """Send a refused call once more where that may help, and say whether."""
+        """Send a refused call once more where that may help; return whether it was sent."""
         pause = pause_before(call, error)
-        if pause is None:
-            return False
-        time.sleep(pause)
-        with self.changing:
-            if self._closed:
+        if pause is not None:
+            time.sleep(pause)
+        with self.lock:
+            if pause is None or self._closed or self._open.get(call.id) is not call:
+                self._finish(call, applied=False)
                 return False
             call.done, call.error = False, None
             if isinstance(error, SessionExpired):
                 renumber(call, self.session)
-                call.encode(next(self._ids))
+                self._identify(call)  # a reply to the refused message may still arrive
+                call.encode(call.id)
             self._send(call)
         return True

@@ -48,7 +48,7 @@ class Table:
     def start_pull(self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None) -> Pending:
         """``pull``, started now and awaited later by ``result()``."""
         pending = self.client.start_pull({self.name: keys}, mode=mode, wire=wire)
-        return Pending([], lambda: pending.result()[self.name])
+        return pending.then(lambda rows: rows[self.name])
 
     def pull_rows(
         self, keys: Any, *, mode: Mode = "train", min_version: Sequence[int] = ()
@@ -58,15 +58,9 @@ class Table:
         min_version  by shard: refuse (VersionInFuture) to read from an older state; as given by
                      describe_table().versions
         """
-        batch = self.client.batch(keys)
-        pending = self.client._start(
-            {}, {self.name: batch}, mode=mode, metadata=True, min_version=min_version
-        )
-        (part,), rows = pending.result()
-        versions, steps, frequencies = (batch.spread(column) for column in part.history)
-        return PulledRows(
-            rows[self.name], versions > 0, versions, steps.view(np.int64), frequencies
-        )
+        part = self.client._pull_rows(self.name, keys, mode, min_version)
+        versions, steps, frequencies = (part.batch.spread(column) for column in part.history)
+        return PulledRows(part.shaped(), versions > 0, versions, steps.view(np.int64), frequencies)
 
     def pull_distinct(
         self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None

@@ -9,7 +9,7 @@ import pytest
 from servers import Cluster
 
 from psclient import Client
-from psclient.stream import Link
+from psclient.stream import StreamLink
 from psclient.unary import UnaryLink
 
 
@@ -40,7 +40,7 @@ def any_client(request: pytest.FixtureRequest, cluster: Cluster, connect: Any) -
 def messages(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every exchange that a client submits to a shard from now on."""
     sent: list[Any] = []
-    for kind in (Link, UnaryLink):
+    for kind in (StreamLink, UnaryLink):
 
         def submit(
             self: Any, call: Any, *, inner: Callable[..., None] = kind.submit, **rest: Any

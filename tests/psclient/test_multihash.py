@@ -26,7 +26,7 @@ from psclient.multihash import (
     hashes,
     sizes_for,
 )
-from psclient.stream import Link
+from psclient.stream import StreamLink
 from psclient.torch import COMBINE, Embedding, EmbeddingGroup
 from psclient.torch import MixedDimensionEmbedding as MixedModule
 from psclient.torch import MultiHashEmbedding as HashModule
@@ -47,13 +47,13 @@ def client(request: pytest.FixtureRequest, connect: Any) -> Client:
 def messages(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every exchange that a client submits to a shard from now on."""
     sent: list[Any] = []
-    inner = Link.submit
+    inner = StreamLink.submit
 
-    def submit(self: Link, call: Any, **rest: Any) -> None:
+    def submit(self: StreamLink, call: Any, **rest: Any) -> None:
         sent.append(call.exchange)
         inner(self, call, **rest)
 
-    monkeypatch.setattr(Link, "submit", submit)
+    monkeypatch.setattr(StreamLink, "submit", submit)
     return sent
 
 

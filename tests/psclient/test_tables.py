@@ -148,11 +148,11 @@ class TestTables:
         calls: list[str] = []
         for link in client._connect().links:
 
-            def call(*args: Any, where: str = link.where, inner: Any = link.channel.call) -> bytes:
+            def start(*args: Any, where: str = link.where, inner: Any = link.channel.start) -> Any:
                 calls.append(where.split(" at ")[0])
                 return inner(*args)
 
-            link.channel.call = call
+            link.channel.start = start
         client.drop_table(name)
         assert sorted(calls[:2]) == ["shard 1", "shard 2"]
         assert calls[2:] == ["shard 0"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from psclient import Client, Table
 from psclient.errors import InvalidArgument
-from psclient.stream import Link
+from psclient.stream import StreamLink
 from psclient.torch import Embedding, EmbeddingBag, EmbeddingGroup
 
 DIM = 6
@@ -34,13 +34,13 @@ def table(client: Client, name: str) -> Table:
 def messages(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every exchange that a client submits to a shard from now on."""
     sent: list[Any] = []
-    inner = Link.submit
+    inner = StreamLink.submit
 
-    def submit(self: Link, call: Any, **rest: Any) -> None:
+    def submit(self: StreamLink, call: Any, **rest: Any) -> None:
         sent.append(call.exchange)
         inner(self, call, **rest)
 
-    monkeypatch.setattr(Link, "submit", submit)
+    monkeypatch.setattr(StreamLink, "submit", submit)
     return sent
 
 

@@ -1,0 +1,62 @@
+"""Addresses of servers, checked before they are used; why one may be out of reach."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from psclient.errors import InvalidArgument
+
+PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # that gRPC looks for, in this order
+_HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[^\s:/\[\]@?#]+):([0-9]{1,5})")
+
+
+def checked_addresses(addresses: Any) -> list[str]:
+    """Return the addresses as a list; InvalidArgument names the first that is not host:port."""
+    if (
+        isinstance(addresses, str)
+        or not isinstance(addresses, Sequence)
+        or not addresses
+        or not all(isinstance(each, str) for each in addresses)
+    ):
+        raise InvalidArgument(f"addresses must be a list of 'host:port', got {addresses!r}")
+    for shard, address in enumerate(addresses):
+        if problem := _problem(address):
+            raise InvalidArgument(f"addresses: shard {shard} at {address!r}: {problem}")
+    return list(addresses)
+
+
+def _problem(address: str) -> str | None:
+    if address.startswith("unix:"):
+        return None
+    if "://" in address:
+        return "write host:port, without a scheme such as http://"
+    match = _HOST_PORT.fullmatch(address)
+    if match is not None:
+        return None if 1 <= int(match[2]) <= 65535 else "the port must be in 1..65535"
+    if address.count(":") > 1 and "[" not in address:
+        return f"write an IPv6 address in brackets and with its port, such as '[{address}]:7000'"
+    if address.rpartition(":")[0] == "":
+        return f"the port is missing; write it as in '{address.strip(':') or 'localhost'}:7000'"
+    return "an address must be host:port, such as 'localhost:7000' or '[::1]:7000'"
+
+
+def hint(text: str, *, proxy: bool) -> str:
+    """Return what may be the cause where no server was reached; "" if nothing is known.
+
+    text   what gRPC says
+    proxy  whether the client uses the proxy of the environment
+    """
+    if "DNS" in text or "resol" in text:
+        return "; its name cannot be resolved"
+    there = next((name for name in PROXIES if os.environ.get(name)), None)
+    if there is None:
+        return ""
+    if proxy:
+        return f"; the proxy of the environment variable {there} is in use (proxy=True)"
+    return (
+        f"; the environment variable {there} names a proxy, which is not used:"
+        " Client(proxy=True) uses it"
+    )

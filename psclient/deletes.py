@@ -1,0 +1,92 @@
+"""Rows deleted on every shard that has some of them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from psclient.batch import Batch
+from psclient.cluster import Cluster
+from psclient.errors import SessionExpired, WrongShard
+from psclient.link import Link
+from psclient.retry import retry
+from psproto import codec
+from psproto import ps_pb2 as pb
+
+
+def delete_rows(
+    cluster: Cluster, table: str, batch: Batch, durability: int, deadline: float
+) -> int:
+    """Delete the rows of a batch; return how many there were.
+
+    Keys that a shard refuses, because they belong to another one, are sent again by the newest
+    shard map.
+    """
+    refused: list[codec.Keys] = []
+    deleted = _round(cluster, table, batch, durability, deadline, refused)
+    if refused:
+        cluster.refresh(deadline)
+        again = Batch(np.concatenate(refused), cluster.shard_map)
+        deleted += _round(cluster, table, again, durability, deadline, None)
+    return deleted
+
+
+def _round(
+    cluster: Cluster,
+    table: str,
+    batch: Batch,
+    durability: int,
+    deadline: float,
+    refused: list[codec.Keys] | None,
+) -> int:
+    """Delete by the shard map of the batch.
+
+    refused  takes keys that belong to another shard; None: WrongShard is raised
+    """
+    most = min(cluster.keys, cluster.message_bytes // 8)
+
+    def part(shard: int) -> int:
+        deleted = 0
+        first, last = batch.split.bounds[shard : shard + 2].tolist()
+        for low in range(first, last, most):
+            header = pb.PushHeader(table=table, durability=durability)  # type: ignore[arg-type]
+            some = batch.keys[low : min(low + most, last)]
+            try:
+                deleted += _delete(cluster.links[shard], header, some, deadline)
+            except WrongShard:
+                if refused is None:
+                    raise
+                refused.append(some)
+        return deleted
+
+    return sum(cluster.on_each(part))
+
+
+def _delete(link: Link, header: pb.PushHeader, keys: codec.Keys, deadline: float) -> int:
+    """Delete rows of one shard, once, however often it must be asked; return how many."""
+    session, attempts, data = link.session, 0, None
+
+    def attempt(left: float) -> bytes:
+        nonlocal attempts
+        attempts += 1
+        message = codec.encode_delete(header, keys)
+        return link.channel.call("/ps.v1.RowService/Delete", message, left)
+
+    try:
+        with link.lock:
+            session.number(header)
+        try:
+            data = retry(attempt, link.where, deadline, itertools.count())
+        except SessionExpired:
+            if attempts > 1:
+                raise
+            with link.lock:  # refused at its first attempt, so never applied
+                if header.incarnation == session.incarnation:
+                    session.renew()
+                session.number(header)
+            data = retry(attempt, link.where, deadline, itertools.count())
+    finally:
+        with link.lock:
+            session.over(header, applied=data is not None)
+    return int(pb.DeleteResponse.FromString(data).deleted)
