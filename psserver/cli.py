@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from psproto import kernelcache
 from psserver import cluster
 from psserver.config import ConfigError, load
 from psserver.logs import log_to_stderr
@@ -68,9 +69,31 @@ def up(
 
 
 @app.command()
-def warm() -> None:
-    """Compile the kernels into their cache, so that servers and clients start quickly."""
-    warm_kernels()
+def warm(
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Compile nothing: report whether a server started like this command would load"
+            " all kernels from the cache; exit with status 1 if not",
+        ),
+    ] = False,
+) -> None:
+    """Compile the kernels into their cache, so that servers and clients start quickly.
+
+    The cache is NUMBA_CACHE_DIR if set, else __pycache__ next to the installed sources, else
+    ~/.cache/numba. A read-only cache is used as well, by any user.
+    """
+    if not check:
+        warm_kernels()
+        return
+    kernelcache.require()
+    try:
+        warm_kernels()
+    except kernelcache.NotCached as error:
+        typer.echo(f"psserver: kernels would be compiled at each start: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo("all kernels are in the cache")
 
 
 def _refuse(error: ConfigError) -> NoReturn:

@@ -131,8 +131,8 @@ def serve(config: ServerConfig) -> None:
     A restore that restarts the shard replaces the process by the same command with the same process
     id, so a supervisor only sees a shard that is not ready for a while.
     """
-    report_memory(config)
     held = lock(config.data_dir) if config.data_dir else None
+    report_memory(config)
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
         uvloop.run(_live(config))

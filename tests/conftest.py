@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from servers import Cluster
@@ -54,6 +56,15 @@ def start_cluster() -> Iterator[Callable[..., Cluster]]:
             return cluster
 
         yield start
+
+
+@pytest.fixture
+def public_path() -> Iterator[Path]:
+    """A directory that other users can read; pytest's own are private."""
+    with tempfile.TemporaryDirectory(prefix="ps-test-") as directory:
+        path = Path(directory)
+        path.chmod(0o755)
+        yield path
 
 
 @pytest.fixture

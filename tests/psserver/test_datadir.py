@@ -87,11 +87,9 @@ class TestUnusable:
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
     @pytest.mark.parametrize("within", ["", "LOCK", "SHARD", "base", "log"])
     def test_a_directory_of_another_user_names_both_users(
-        self, tmp_path: Path, within: str
+        self, public_path: Path, within: str
     ) -> None:
-        for above in (tmp_path, *tmp_path.parents[:3]):
-            above.chmod(0o755)
-        data = tmp_path / "data"
+        data = public_path / "data"
         with Home(data):
             pass
         lock(data).close()

@@ -1,0 +1,177 @@
+"""Where compiled kernels are kept: a cache that is used even where it cannot be written.
+
+Numba takes the first directory that it can write, ignores a filled one that it cannot, and fails at
+import where it can write none. Kernels of this project are loaded from the first of these that has
+them, and saved to the first that takes them:
+
+    NUMBA_CACHE_DIR     if it is set
+    __pycache__         next to the source; ``psserver warm`` fills it while an image is built
+    ~/.cache/numba      of the user, or below XDG_CACHE_HOME
+
+Where none can be written kernels are compiled in each process, with one warning. A cached kernel is
+used while the sources that it was compiled from are unchanged, the kernels and constants that they
+import included; neither their time nor their owner counts. It must have been compiled for the same
+processor by the same release of numba: NUMBA_CPU_NAME=generic makes an image that fits all.
+
+``install`` changes numba for functions of PACKAGES alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from numba.core import config, dispatcher
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
+from numba.misc.appdirs import AppDirs
+
+PACKAGES = ("psproto", "storage", "psserver", "psclient")
+_IMPORTS = re.compile(r"^from ([\w.]+) import (\([^)]*\)|.*)$", re.M)
+
+
+class NotCached(Exception):
+    """A kernel would have to be compiled; raised while ``require`` is in force."""
+
+
+class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
+    """The cache of one kernel."""
+
+    required = False  # raise NotCached instead of compiling
+    _warned = False
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._name = repr(function)
+        self._py_func = function
+        self._impl = _Impl(function)
+        self._directories = directories(function)
+        self._cache_path = str(self._directories[0])
+        stamp = source_stamp(function.__module__)
+        self._files = [
+            IndexDataCacheFile(str(directory), self._impl.filename_base, stamp)
+            for directory in self._directories
+        ]
+        self._cache_file = self._files[0]
+        self.enable()
+
+    def _load_overload(self, signature: Any, target: Any) -> Any:
+        if not self._enabled:
+            return None
+        key = self._index_key(signature, target.codegen())
+        for file in self._files:
+            try:
+                data = file.load(key)
+                if data is not None:
+                    return self._impl.rebuild(target, data)
+            except Exception:  # noqa: S112  # unreadable or damaged: as if it were not there
+                continue
+        if KernelCache.required:
+            raise NotCached(
+                f"{self._py_func.__module__}.{self._py_func.__qualname__} is not in"
+                f" {', '.join(map(str, self._directories))}"
+            )
+        return None
+
+    def _save_overload(self, signature: Any, result: Any) -> None:
+        if not self._enabled or not self._impl.check_cachable(result):
+            return
+        key, data = self._index_key(signature, result.codegen), self._impl.reduce(result)
+        for directory, file in zip(self._directories, self._files, strict=True):
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                file.save(key, data)
+            except Exception:  # noqa: S112  # not writable, no space, or a damaged index
+                continue
+            return
+        if not KernelCache._warned:
+            KernelCache._warned = True
+            warnings.warn(
+                "compiled kernels cannot be saved, so each process compiles them again: make one of"
+                f" {', '.join(map(str, self._directories))} writable, or set NUMBA_CACHE_DIR",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+class _Impl(CompileResultCacheImpl):  # type: ignore[misc]
+    """Names the files of one kernel; they are not those of numba's own cache."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._lineno = function.__code__.co_firstlineno
+        self._locator = self
+        self._py_file = function.__code__.co_filename  # numba names it in warnings
+        name = f"{function.__module__}.{function.__qualname__}"
+        self._filename_base = self.get_filename_base(name, getattr(sys, "abiflags", ""))
+
+    def get_disambiguator(self) -> str:
+        return str(self._lineno)
+
+
+def directories(function: Callable[..., Any]) -> list[Path]:
+    """Return where a kernel may be cached, in the order of search."""
+    source = Path(function.__code__.co_filename).absolute().parent
+    below = f"{source.name}_{hashlib.sha256(bytes(source)).hexdigest()[:40]}"
+    found = [Path(config.CACHE_DIR) / below] if config.CACHE_DIR else []
+    user = Path(AppDirs(appname="numba", appauthor=False).user_cache_dir)
+    return [*found, source / "__pycache__", user / below]
+
+
+@functools.cache
+def source_stamp(module: str) -> str:
+    """Return a checksum of the sources of a module and of all modules of ours that it imports.
+
+    A kernel contains the code and the constants of the kernels that it calls. The ``__init__`` of a
+    package has none.
+    """
+    digest = hashlib.sha256()
+    todo, seen = [module], set[str]()
+    while todo:
+        name = todo.pop()
+        if name not in seen:
+            seen.add(name)
+            todo += _imports(name)
+    for name in sorted(seen):
+        digest.update(_source(name))
+    return digest.hexdigest()
+
+
+def _imports(module: str) -> list[str]:
+    """Return the modules of ours that a module imports."""
+    found = []
+    for package, names in _IMPORTS.findall(_source(module).decode(errors="replace")):
+        if package.partition(".")[0] in PACKAGES:
+            below = (f"{package}.{name}" for name in re.findall(r"\w+", names))
+            found += [
+                each for each in (package, *below) if each in sys.modules and each not in PACKAGES
+            ]
+    return found
+
+
+@functools.cache
+def _source(module: str) -> bytes:
+    """Return the source of a module; nothing where it is not a file."""
+    try:
+        return Path(getattr(sys.modules.get(module), "__file__", None) or os.devnull).read_bytes()
+    except OSError:
+        return b""
+
+
+def _cache_for(function: Callable[..., Any]) -> FunctionCache:
+    ours = function.__module__.partition(".")[0] in PACKAGES
+    return KernelCache(function) if ours else FunctionCache(function)
+
+
+def install() -> None:
+    """Let numba use this cache for the kernels of PACKAGES; the package does so when imported."""
+    dispatcher.FunctionCache = _cache_for  # type: ignore[attr-defined]
+
+
+def require() -> None:
+    """Raise NotCached from now on where a kernel would have to be compiled."""
+    KernelCache.required = True
