@@ -24,7 +24,7 @@ from storage.errors import Corrupt, DiskFull, StorageError, StoreFailed
 
 Data = bytes | bytearray | memoryview
 SECONDS = 120.0  # for one operation: 64 MiB at least, or a sync of them
-BUFFER_BYTES = 1 << 20  # small writes are collected up to this size
+BUFFER_BYTES = 256 << 10  # small writes are collected up to this size
 T = TypeVar("T")
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
