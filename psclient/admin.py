@@ -10,7 +10,15 @@ Work is done by the servers, all shards at once; a client that dies leaves nothi
 the next call would not finish or clear away.
 """
 
-from psclient.checkpoints import CheckpointInfo, checkpoint, checkpoints, describe, verify
+from psclient.checkpoints import (
+    CheckpointInfo,
+    checkpoint,
+    checkpoints,
+    delete,
+    describe,
+    prune,
+    verify,
+)
 from psclient.restores import abort_restore, restore
 from psclient.rows import RowBatch, read_rows, warm_start, write_rows
 
@@ -20,7 +28,9 @@ __all__ = [
     "abort_restore",
     "checkpoint",
     "checkpoints",
+    "delete",
     "describe",
+    "prune",
     "read_rows",
     "restore",
     "verify",

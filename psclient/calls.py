@@ -1,4 +1,4 @@
-"""Calls to all shards: unary ones, and long ones that stream their progress."""
+"""Calls to one shard or to all: unary ones, and long ones that stream their progress."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from psproto import ps_pb2 as pb
 
 Tell = Callable[[int, int], Any]  # bytes done, bytes in all (0: unknown)
 SERVICE = "CheckpointService"
+LOOK_SECONDS = 0.02  # between two looks whether shard 0 has accepted a call
 
 
 def links(client: Client) -> Sequence[Link]:
@@ -67,18 +68,53 @@ def stream(
         link.channel.cancel(call)
 
 
+def proceed(
+    client: Client, id: str, step: pb.ContinueRequest.Step, shards: Sequence[int] | None = None
+) -> None:
+    """Let a call of this id go on, on all shards or on some."""
+    request = pb.ContinueRequest(id=id, step=step)
+    for shard, link in enumerate(links(client)):
+        if shards is None or shard in shards:
+            call(client, link, "Continue", request, pb.ContinueResponse)
+
+
 def on_all(
-    client: Client, method: str, request: Any, progress: Tell | None
+    client: Client,
+    method: str,
+    request: Any,
+    progress: Tell | None,
+    *,
+    on_stage: Callable[[int, Sequence[pb.CheckpointProgress]], None] | None = None,
+    in_turn: bool = False,
 ) -> list[pb.CheckpointProgress]:
-    """Have all shards do a long piece of work; their last words. The first failure ends all."""
-    told = [(0, 0)] * len(links(client))
+    """Let all shards do a long piece of work. Returns the last message of each.
 
-    def tell(shard: int, message: pb.CheckpointProgress) -> None:
-        told[shard] = (message.bytes, message.total)
+    progress  called with the bytes done and an estimate of all (0: unknown)
+    on_stage  called once for each stage, when all shards have reached it, with their messages
+    in_turn   begin on shard 0, and on the others once it has accepted the call: it reached a stage
+
+    The first failure ends the work on all shards.
+    """
+    shards = len(links(client))
+    latest = [pb.CheckpointProgress()] * shards
+    reached = pb.CheckpointProgress.STAGE_UNSPECIFIED
+    accepted = threading.Event()
+
+    def take(shard: int, message: pb.CheckpointProgress) -> None:
+        nonlocal reached
+        latest[shard] = message
+        if message.stage:
+            accepted.set()
         if progress is not None:
-            progress(*map(sum, zip(*told, strict=True)))
+            progress(sum(each.bytes for each in latest), sum(each.total for each in latest))
+        stage = min(each.stage for each in latest)
+        if stage > reached:
+            reached = stage
+            if on_stage is not None:
+                on_stage(stage, latest)
 
-    return all_streams(client, method, request, pb.CheckpointProgress, tell)
+    wait_for = accepted if in_turn else None
+    return all_streams(client, method, request, pb.CheckpointProgress, take, wait_for=wait_for)
 
 
 def all_streams(
@@ -86,36 +122,52 @@ def all_streams(
     method: str,
     request: Any,
     answer: Any,
-    tell: Callable[[int, Any], None],
+    take: Callable[[int, Any], None],
     *,
     service: str = SERVICE,
+    wait_for: threading.Event | None = None,
 ) -> list[Any]:
-    """Read a method's messages from all shards at once; the last of each. The first failure ends
-    all.
+    """Call a method with a stream of answers on all shards. Returns the last answer of each.
 
-    tell  is called with a shard and a message of it; not by two threads at once
+    answer    class of the answers
+    take      called with a shard and an answer of it; never by two threads at once
+    wait_for  set by ``take``: the other shards are called once it is, or shard 0 has ended
+
+    The first failure ends all calls and is raised.
     """
     shards = links(client)
-    telling = threading.Lock()
-    stop = threading.Event()
+    taking = threading.Lock()
+    stop, ended = threading.Event(), threading.Event()
 
     def work(shard: int) -> Any:
+        if wait_for is not None and shard:
+            while not (wait_for.is_set() or ended.is_set()):
+                wait_for.wait(LOOK_SECONDS)
+            if stop.is_set():
+                return None
         last = answer()
         answers = stream(shards[shard], method, request, answer, service=service)
         with closing(answers) as messages:
             for last in messages:
                 if stop.is_set():
                     break
-                with telling:
-                    tell(shard, last)
+                with taking:
+                    take(shard, last)
         return last
+
+    def first_ended(_: Any) -> None:
+        if running[0].exception() is not None:
+            stop.set()
+        ended.set()
 
     with ThreadPoolExecutor(len(shards), "psclient-work") as pool:
         running = [pool.submit(work, shard) for shard in range(len(shards))]
+        running[0].add_done_callback(first_ended)
         try:
             wait(running, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()  # each ends with its next message
+            ended.set()
     for each in running:
         if (error := each.exception()) is not None:
             raise error

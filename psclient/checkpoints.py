@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from psclient.calls import Tell, call, links, on_all
+from psclient.calls import Tell, all_streams, call, links, on_all, proceed, stream
 from psclient.client import Client
 from psclient.errors import InvalidArgument
 from psproto import ps_pb2 as pb
@@ -67,6 +68,57 @@ def verify(client: Client, name: str, *, progress: Tell | None = None) -> int:
     """
     done = on_all(client, "VerifyCheckpoint", pb.VerifyCheckpointRequest(name=name), progress)
     return sum(each.bytes for each in done)
+
+
+def delete(client: Client, *names: str, dry_run: bool = False) -> list[str]:
+    """Delete checkpoints. Returns their names in the order in which they were deleted.
+
+    dry_run  delete nothing, and return what would be deleted
+
+    A checkpoint that another one needs is deleted only together with it. Raises CheckpointNeeded,
+    CheckpointNotFound, and ResourceExhausted if one of them is being taken, verified, restored or
+    read; nothing is deleted then. A name whose checkpoint was never completed, or is damaged, can
+    be deleted too.
+    """
+    if not names:
+        raise InvalidArgument("delete needs the name of a checkpoint")
+    return _delete(client, pb.DeleteCheckpointsRequest(names=names, dry_run=dry_run))
+
+
+def prune(client: Client, keep: int, *, dry_run: bool = False) -> list[str]:
+    """Delete all checkpoints but the newest ``keep`` and those that these need.
+
+    Returns the names that were deleted, or with ``dry_run`` would be. Checkpoints that were never
+    completed, or are damaged, neither count nor are deleted. Raises what ``delete`` raises.
+    """
+    if keep < 1:
+        raise InvalidArgument(f"keep must be at least 1, got {keep}")
+    return _delete(client, pb.DeleteCheckpointsRequest(keep=keep, dry_run=dry_run))
+
+
+def _delete(client: Client, request: pb.DeleteCheckpointsRequest) -> list[str]:
+    request.id = secrets.token_hex(8)
+    if request.dry_run:
+        answers = stream(links(client)[0], "DeleteCheckpoints", request, pb.CheckpointProgress)
+        return [name for answer in answers for name in answer.names]
+    shards = len(links(client))
+    stages = [pb.CheckpointProgress.STAGE_UNSPECIFIED] * shards
+    ready, done = pb.CheckpointProgress.STAGE_READY, pb.CheckpointProgress.STAGE_DONE
+    accepted = threading.Event()
+
+    def take(shard: int, message: pb.CheckpointProgress) -> None:
+        before, stages[shard] = list(stages), message.stage
+        if shard == 0 and message.stage == ready:
+            accepted.set()
+        if min(before) < ready <= min(stages):
+            proceed(client, request.id, pb.ContinueRequest.STEP_START, [0])
+        if shard == 0 and message.stage == done:  # the others refused all readers until now
+            proceed(client, request.id, pb.ContinueRequest.STEP_START, range(1, shards))
+
+    last = all_streams(
+        client, "DeleteCheckpoints", request, pb.CheckpointProgress, take, wait_for=accepted
+    )
+    return list(last[0].names)
 
 
 def list_stored(client: Client, name: str) -> Sequence[pb.CheckpointInfo]:

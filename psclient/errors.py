@@ -17,6 +17,7 @@
   - CheckpointNotFound  no such checkpoint
   - CheckpointExists   there is a checkpoint of that name
   - CheckpointUnfit    the checkpoint, or the server's configuration, cannot serve this purpose
+  - CheckpointNeeded   another checkpoint cannot be read without this one
   - NotEmpty           rows would be lost
   - RestoreConflict    another restore, or another step of it, is due
   - DataLoss           stored bytes are damaged; never retried
@@ -95,6 +96,10 @@ class CheckpointUnfit(PsError):
     """The checkpoint, or the server's configuration, cannot serve this purpose."""
 
 
+class CheckpointNeeded(PsError):
+    """Another checkpoint cannot be read without this one."""
+
+
 class NotEmpty(PsError):
     """Rows would be lost."""
 
@@ -127,6 +132,7 @@ REASONS: dict[str, type[PsError]] = {
     "CHECKPOINT_EXISTS": CheckpointExists,
     "CHECKPOINT_UNFIT": CheckpointUnfit,
     "NO_CHECKPOINT_URL": CheckpointUnfit,
+    "CHECKPOINT_NEEDED": CheckpointNeeded,
     "NOT_EMPTY": NotEmpty,
     "RESTORE_CONFLICT": RestoreConflict,
 }

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Generator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psclient.arrays import Rows
-from psclient.calls import Tell, call, links, on_all, stream
+from psclient.calls import Tell, call, links, on_all, proceed, stream
 from psclient.checkpoints import list_stored, verify
 from psclient.client import Client
-from psclient.errors import NotEmpty, PsError, TableNotFound
+from psclient.errors import DataLoss, TableNotFound
 from psproto import ps_pb2 as pb
 from psproto import routing
 
@@ -39,39 +39,47 @@ def warm_start(
     replace: bool = False,
     progress: Tell | None = None,
 ) -> int:
-    """Fill a table from a table of a checkpoint; returns the rows written.
+    """Fill a table from a table of a checkpoint. Returns the number of rows written.
 
-    ``into`` is created like the stored table if it does not exist. If it does, it must have the
-    same dim, and no rows unless ``replace`` lets them go; where its optimizer is another one, the
-    state of the rows is that of new ones. Steps and frequencies are kept, versions are new.
+    name      the checkpoint, which is verified first
+    table     the table in the checkpoint
+    into      the table to fill; created like the stored table if it does not exist
+    replace   ``into`` may have rows, which are deleted
+    progress  called with the bytes done and an estimate of all (0: unknown)
 
-    The checkpoint is verified first. If it fails all the same, ``into`` is left without rows.
+    If ``into`` exists it must have the same dim. Steps and frequencies of the rows are kept. Their
+    versions are new. If the optimizer of ``into`` differs from that of the stored table, the rows
+    get the optimizer state of new rows.
+
+    Nothing is deleted before all shards have accepted the request. Until the table is complete,
+    pulls and pushes to it raise Unavailable. If the load fails later, ``into`` has no rows then, or
+    does not exist if it did not exist before.
+
+    Raises CheckpointNotFound, TableNotFound if the checkpoint lacks the table, NotEmpty if ``into``
+    has rows or counters, SchemaMismatch for another dim, ResourceExhausted if memory or disk do not
+    suffice or a shard is at work on another checkpoint, and DataLoss.
     """
     stored = {each.name: each for each in list_stored(client, name)[0].tables}
     if table not in stored:
         raise TableNotFound(f"no table {table!r} in checkpoint {name!r}")
     verify(client, name, progress=progress)
-    schema = pb.TableSchema()
-    schema.CopyFrom(stored[table].schema)
-    schema.name = into
-    existed = _schema(client, into)
-    if existed is not None:
-        schema = existed
-        rows = client.describe_table(into).rows
-        if rows and not replace:
-            raise NotEmpty(f"table {into!r} has {rows} rows")
-        if rows:
-            client.drop_table(into)
-    _create(client, schema)
-    request = pb.LoadTableRequest(name=name, table=table, into=into)
-    try:
-        done = on_all(client, "LoadTable", request, progress)
-    except BaseException:
-        with suppress(PsError):
-            client.drop_table(into)
-            if existed is not None:
-                _create(client, schema)
-        raise
+    request = pb.LoadTableRequest(
+        name=name, table=table, into=into, id=secrets.token_hex(8), replace=replace
+    )
+
+    def on_stage(stage: int, messages: Sequence[pb.CheckpointProgress]) -> None:
+        if stage == pb.CheckpointProgress.STAGE_READY:
+            proceed(client, request.id, pb.ContinueRequest.STEP_START)
+            return
+        rows = sum(each.rows for each in messages)
+        if rows != stored[table].rows:
+            raise DataLoss(
+                f"checkpoint {name!r}, table {table!r}: {rows} rows were read,"
+                f" {stored[table].rows} were stored"
+            )
+        proceed(client, request.id, pb.ContinueRequest.STEP_FINISH)
+
+    done = on_all(client, "LoadTable", request, progress, on_stage=on_stage, in_turn=True)
     return sum(each.rows for each in done)
 
 
@@ -151,18 +159,3 @@ def write_rows(
             call(client, link, "WriteRows", request, pb.WriteRowsResponse)
 
     cluster.on_each(part)
-
-
-def _create(client: Client, schema: pb.TableSchema) -> None:
-    request = pb.CreateTableRequest(schema=schema)
-    client._on_all("TableService/CreateTable", request, pb.CreateTableResponse, first=True)
-
-
-def _schema(client: Client, table: str) -> pb.TableSchema | None:
-    request = pb.DescribeTableRequest(name=table)
-    try:
-        found = client._on_all("TableService/DescribeTable", request, pb.DescribeTableResponse)
-    except TableNotFound:
-        return None
-    schema: pb.TableSchema = found[0].schema
-    return schema

@@ -15,6 +15,7 @@ afterimages.py   buffers for the rows that a push left
 views.py         what readers of a shard get
 sweeps.py        eviction on the engine thread, one slice at a time
 recovery.py      a shard brought back from its base and its log
+fills.py         tables that are hidden while they are filled
 shard.py         one shard's part of every table, without a network
 loops.py         calls handed to an event loop by other threads
 engine.py        the thread that owns the shard
@@ -23,13 +24,18 @@ replay.py        a shard brought back from its data directory
 packing.py       rows of a shard packed into blocks
 flusher.py       dirty rows written to the base
 work.py          long work: one piece at a time, with its progress
-stored.py        what a checkpoint holds for a shard
-catalog.py       the checkpoints there are: listed, verified
+stored.py        what a checkpoint contains for a shard
+uses.py          which checkpoints are in use
+catalog.py       list, open and verify checkpoints
+calls.py         calls that wait until their client lets them go on
+deletion.py      delete checkpoints
+slices.py        whole rows in portions for the engine
 rows.py          whole rows in and out
-checkpoints.py   named checkpoints of this shard, taken
+loading.py       fill a table from a checkpoint
+checkpoints.py   take named checkpoints of this shard
 swap.py          how far a restore is, and the directories that it moves
 staging.py       a base made of a checkpoint
-restore.py       a shard's state replaced by a checkpoint's
+restore.py       replace a shard's state by a checkpoint's
 pace.py          turns for slow readers on the engine
 summaries.py     summaries of tables as messages
 inspection.py    what is known of single keys

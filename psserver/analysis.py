@@ -29,6 +29,7 @@ from psserver.summaries import Columns, Outbox, read_summary, write_summary
 from psserver.views import TableView
 from storage.admission.rules import Counter
 from storage.analysis import RowColumns, Summary, norms_of
+from storage.checkpoint import Checkpoint
 from storage.errors import UnknownTable
 from storage.eviction.contract import FIRST_STEP
 from storage.kernels import Rows
@@ -126,9 +127,15 @@ class Analyses:
                     yield partial(read, tier, scan, places)
 
     def _stored(self, request: pb.AnalyzeRequest, summary: Summary) -> Iterator[pb.AnalyzeResponse]:
+        catalog = self._checkpoints.catalog
+        with catalog.reading(request.checkpoint, "it is being analyzed") as checkpoint:
+            yield from self._stored_rows(checkpoint, request, summary)
+
+    def _stored_rows(
+        self, checkpoint: Checkpoint, request: pb.AnalyzeRequest, summary: Summary
+    ) -> Iterator[pb.AnalyzeResponse]:
         """Each part is read twice: ages are counted back from the largest step in it."""
         catalog, beside = self._checkpoints.catalog, self._pace_stored.beside
-        checkpoint = catalog.open(request.checkpoint)
         schema = schema_in(checkpoint, request.table)
         progress = self._checkpoints.work.progress()
         parts = catalog.share(checkpoint)

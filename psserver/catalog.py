@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import structlog
 
 from psproto import ps_pb2 as pb
-from psserver.errors import NoCheckpointUrl
+from psserver.errors import CheckpointBusy, NoCheckpointUrl
 from psserver.schemas import write_schema
 from psserver.shard import Shard
 from psserver.stored import read_stored, require_name, require_width
+from psserver.uses import Uses
 from psserver.work import Progress
 from storage.checkpoint import Checkpoint, open_checkpoint, read_manifest
 from storage.errors import StorageError, UnknownCheckpoint
@@ -28,6 +32,7 @@ class Catalog:
     def __init__(self, shard: Shard, store: Store | None) -> None:
         self._shard = shard
         self._store = store
+        self.uses = Uses()
 
     @property
     def store(self) -> Store:
@@ -44,6 +49,19 @@ class Catalog:
     def open(self, name: str) -> Checkpoint:
         """Read and check the manifests of a checkpoint; see ``open_checkpoint``."""
         return open_checkpoint(self.store, require_name(name))
+
+    @contextmanager
+    def reading(self, name: str, what: str) -> Iterator[Checkpoint]:
+        """Open a checkpoint and keep it, and all that it needs, from being deleted.
+
+        what  describes the work, for a client that wants to delete it
+        """
+        checkpoint = self.open(name)
+        names = [each.manifest.name for each in checkpoint.chain]
+        with self.uses.using(names, what):
+            if read_manifest(self.store, name)[1] != checkpoint.checksum:
+                raise CheckpointBusy(f"checkpoint {name!r} was replaced just now; try again")
+            yield checkpoint
 
     def listed(self, request: pb.ListCheckpointsRequest) -> pb.ListCheckpointsResponse:
         """Return all checkpoints, or one with the schemas of its tables."""
@@ -76,17 +94,18 @@ class Catalog:
         Raises Corrupt or UnknownFormat, which name the file, if a byte is not as written or two
         statements of the checkpoint contradict each other.
         """
-        checkpoint = self.open(request.name)
-        schemas = {
-            table.name: read_stored(checkpoint.manifest.name, table.name, table.schema)
-            for table in checkpoint.manifest.tables
-        }
-        mine = self.share(checkpoint)
-        progress.total = sum(each.parts[p].bytes for each in checkpoint.chain for p in mine)
-        for part in mine:
-            by_number = {each.number: schemas[each.name] for each in checkpoint.parts[part].tables}
-            for piece in verify_part(self.store, checkpoint, part, progress.add):
-                require_width(checkpoint, by_number[piece.table], piece.rows)
+        with self.reading(request.name, "it is being verified") as checkpoint:
+            schemas = {
+                table.name: read_stored(checkpoint.manifest.name, table.name, table.schema)
+                for table in checkpoint.manifest.tables
+            }
+            mine = self.share(checkpoint)
+            progress.total = sum(each.parts[p].bytes for each in checkpoint.chain for p in mine)
+            for part in mine:
+                tables = checkpoint.parts[part].tables
+                by_number = {each.number: schemas[each.name] for each in tables}
+                for piece in verify_part(self.store, checkpoint, part, progress.add):
+                    require_width(checkpoint, by_number[piece.table], piece.rows)
         return pb.CheckpointProgress(bytes=progress.bytes, total=progress.total)
 
     def share(self, checkpoint: Checkpoint) -> range:

@@ -12,23 +12,27 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import numpy as np
 import structlog
 
 from psproto import ps_pb2 as pb
+from psserver.calls import Calls
 from psserver.catalog import Catalog, describe
+from psserver.deletion import Deletion
 from psserver.engine import Engine
 from psserver.errors import CheckpointExists, CheckpointUnfit, NoLog
+from psserver.loading import TableLoader
 from psserver.packing import blocks_of, counters_of
-from psserver.rows import RowFiles
+from psserver.rows import RowTransfer
 from psserver.shard import Shard
 from psserver.stored import require_id, require_name, runs
 from psserver.views import Capture
 from psserver.work import Progress, Work
 from storage.block import BLOCK_BYTES, ROWS, pack_counters
-from storage.checkpoint import open_part, read_manifest
+from storage.checkpoint import Checkpoint, open_part, read_manifest
 from storage.errors import StorageError
 from storage.manifest import (
     ATTEMPT,
@@ -59,6 +63,7 @@ class Checkpoints:
     pins   of the flusher, by attempt: the log keeps the versions after a pin
     store  None: the configuration names no place for checkpoints
     now    seconds since 1970
+    directory  the shard's data directory
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class Checkpoints:
         pins: dict[str, int],
         store: Store | None,
         now: Callable[[], float] = time.time,
+        directory: Path | None = None,
     ) -> None:
         self._shard = shard
         self._engine = engine
@@ -77,7 +83,12 @@ class Checkpoints:
         self._now = now
         self.catalog = Catalog(shard, store)
         self.work = Work(self.catalog.stop)
-        self.rows = RowFiles(shard, engine, log, self.catalog, self.work)
+        self.calls = Calls()
+        self.deletion = Deletion(shard, self.catalog, self.calls)
+        self.rows = RowTransfer(shard, engine, self.catalog, self.work)
+        self.loader = TableLoader(
+            shard, engine, log, self.catalog, self.work, self.calls, directory
+        )
 
     def write(
         self, request: pb.WriteCheckpointRequest, progress: Progress
@@ -86,22 +97,24 @@ class Checkpoints:
         name, attempt = require_name(request.name), require_id("attempt", request.attempt)
         if self._log is None:
             raise NoLog
-        with self.work.alone(f"it takes checkpoint {name!r}"):
+        what = f"it takes checkpoint {name!r}"
+        parents = self.catalog.reading(request.parent, what) if request.parent else nullcontext()
+        with self.work.alone(what), self.catalog.uses.using([name], what), parents as opened:
             if self.catalog.store.exists(f"{name}/{MANIFEST}"):
                 raise CheckpointExists(f"checkpoint {name!r} exists")
-            parent = self._parent(request.parent, self._log) if request.parent else None
+            parent = self._parent(opened, self._log) if opened else None
             self._pins[attempt] = 0  # until the version is known
             try:
                 return self._write(name, attempt, parent, self._log, progress)
             finally:
                 del self._pins[attempt]
 
-    def _parent(self, name: str, log: VersionLog) -> tuple[Parent, Part]:
-        """Open the parent of an incremental checkpoint.
+    def _parent(self, parent: Checkpoint, log: VersionLog) -> tuple[Parent, Part]:
+        """Return the parent of an incremental checkpoint, and this shard's part of it.
 
         Raises CheckpointUnfit if this shard cannot know what changed since.
         """
-        parent, shard = self.catalog.open(name), self._shard
+        name, shard = parent.manifest.name, self._shard
         if len(parent.chain) >= MAX_CHAIN:
             raise CheckpointUnfit(
                 f"{name!r} has {len(parent.chain) - 1} ancestors, and a chain has at most"
@@ -168,9 +181,21 @@ class Checkpoints:
     def complete(self, request: pb.CompleteCheckpointRequest) -> pb.CheckpointInfo:
         """Make the parts of all shards a checkpoint. Idempotent."""
         name, attempt = require_name(request.name), require_id("attempt", request.attempt)
+        what = f"checkpoint {name!r} is being completed"
+        parents = self.catalog.reading(request.parent, what) if request.parent else nullcontext()
+        with self.catalog.uses.using([name], what), parents as parent:
+            return self._complete(request, name, attempt, parent)
+
+    def _complete(
+        self,
+        request: pb.CompleteCheckpointRequest,
+        name: str,
+        attempt: str,
+        parent: Checkpoint | None,
+    ) -> pb.CheckpointInfo:
         store, path = self.catalog.store, f"{name}/{MANIFEST}"
         if not store.exists(path):
-            data = seal(self._manifest(request))
+            data = seal(self._manifest(request, parent))
             if len(data) > MAX_MANIFEST:
                 raise CheckpointUnfit(
                     f"its manifest would have {len(data)} bytes, the limit is {MAX_MANIFEST}"
@@ -184,9 +209,10 @@ class Checkpoints:
         self._clear_away(name, attempt)
         return describe(manifest, schemas=True)
 
-    def _manifest(self, request: pb.CompleteCheckpointRequest) -> Manifest:
+    def _manifest(
+        self, request: pb.CompleteCheckpointRequest, checkpoint: Checkpoint | None
+    ) -> Manifest:
         """Build the manifest over the parts. Raises CheckpointUnfit if they do not fit."""
-        checkpoint = self.catalog.open(request.parent) if request.parent else None
         shards = self._shard.shard_map.shards
         if len(request.parts) != shards:
             raise CheckpointUnfit(f"{len(request.parts)} parts for {shards} shards")

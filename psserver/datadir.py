@@ -23,6 +23,7 @@ from psproto import routing
 from psserver.config import ConfigError, ServerConfig
 from psserver.engine import Engine
 from psserver.flusher import Flusher
+from psserver.loading import settle_load
 from psserver.replay import recover
 from psserver.shard import Shard
 from psserver.swap import COMMITTED, State, failed, loaded, settle
@@ -218,6 +219,11 @@ class DataDirectory:
             raise _unfit(error) from error
         self.log = versions
         self.shard.attach(self.log)
+        try:
+            settle_load(self.directory, self.shard, self.log)
+        except StorageError as error:
+            self.close()
+            raise _unfit(error) from error
         self.flusher = Flusher(
             self.shard,
             self._engine,

@@ -16,6 +16,9 @@
   - CheckpointBusy    one piece of work at a time
   - NotEmpty          rows would be lost
   - RestoreConflict   another restore, or another step of it, is due
+  - TableLoading      the table is being filled from a checkpoint
+  - CheckpointNeeded  another checkpoint cannot be read without this one
+  - UnknownCall       no call of this id waits for a Continue
   - Restoring         between two steps of a restore
   - TooLarge          over a limit of this server
   - Overloaded        too much is in flight; later is fine
@@ -187,6 +190,28 @@ class RestoreConflict(Refused):
     """Another restore, or another step of it, is due."""
 
     reason = "RESTORE_CONFLICT"
+
+
+class TableLoading(Refused):
+    """The table is being filled from a checkpoint."""
+
+    reason = "TABLE_LOADING"
+    retry_after = 1.0
+
+    def __init__(self, table: str) -> None:
+        super().__init__(f"table {table!r} is being filled from a checkpoint; try again later")
+
+
+class CheckpointNeeded(Refused):
+    """Another checkpoint cannot be read without this one."""
+
+    reason = "CHECKPOINT_NEEDED"
+
+
+class UnknownCall(Refused):
+    """No call of this id waits for a Continue."""
+
+    reason = "CALL_NOT_FOUND"
 
 
 class Restoring(Refused):

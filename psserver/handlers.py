@@ -13,7 +13,6 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from psproto import codec
-from psproto import ps_pb2 as pb
 from psserver.checkpoints import Checkpoints
 from psserver.connections import Connections
 from psserver.door import Context, Handler
@@ -142,7 +141,7 @@ class Handlers:
             work = self._workers.start_long(method, request, progress)
             try:
                 while not (await asyncio.wait([work], timeout=PROGRESS_SECONDS))[0]:
-                    yield pb.CheckpointProgress(bytes=progress.bytes, total=progress.total)
+                    yield progress.message()
                 yield work.result()
             finally:
                 progress.given_up = True

@@ -95,8 +95,8 @@ class Restores:
             try:
                 catalog = self._checkpoints.catalog
                 target = self._directory / "restore" / "base"
-                checkpoint = catalog.open(name)
-                rows = stage(self._shard, catalog.store, checkpoint, target, progress)
+                with catalog.reading(name, "it is being restored") as checkpoint:
+                    rows = stage(self._shard, catalog.store, checkpoint, target, progress)
             except BaseException:
                 clear(self._directory)  # the room may be wanted
                 raise

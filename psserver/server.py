@@ -115,7 +115,9 @@ class Server:
         versions = None if data is None else data.log
         pins: dict[str, int] = {} if data is None else data.flusher.pins
         restore: State | None = None if data is None else data.restore
-        checkpoints = Checkpoints(shard, engine, versions, pins, self._store())
+        checkpoints = Checkpoints(
+            shard, engine, versions, pins, self._store(), directory=config.data_dir
+        )
         restores = Restores(shard, engine, checkpoints, config.data_dir, restore, self._restart)
         if versions is not None:
             self._feed = Feed(shard, engine, versions, max_subscribers=config.max_subscribers)

@@ -116,7 +116,9 @@ class Service:
             "VerifyCheckpoint": make.long(pb.VerifyCheckpointRequest, work.catalog.verify),
             "PrepareRestore": make.long(pb.PrepareRestoreRequest, restore.prepare),
             "Restore": make.blocking(pb.RestoreRequest, restore.step, short, during_restore=True),
-            "LoadTable": make.long(pb.LoadTableRequest, work.rows.load_table),
+            "LoadTable": make.long(pb.LoadTableRequest, work.loader.load),
+            "DeleteCheckpoints": make.long(pb.DeleteCheckpointsRequest, work.deletion.delete),
+            "Continue": make.blocking(pb.ContinueRequest, work.calls.proceed, short),
             "ReadRows": make.many(pb.ReadRowsRequest, work.rows.read_rows),
             "WriteRows": make.unary("WriteRows", self.write_rows),
         }

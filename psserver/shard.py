@@ -19,6 +19,7 @@ from psproto.codec import WIRE, Exchanged, Pulled, to_wire
 from psproto.routing import ShardMap
 from psserver.afterimages import ImageBuffers
 from psserver.errors import BadRequest, NoLog, StepTooFar, TooLarge, VersionInFuture
+from psserver.fills import Fills
 from psserver.recovery import Recovery
 from psserver.requests import Change, Delete, Pull, Push, check_order
 from psserver.schemas import DURABILITIES, to_json
@@ -94,6 +95,7 @@ class Shard:
         self._tombstones = TombstoneQueue(max_tombstones)
         self._buffers = ImageBuffers()
         self.recovery = Recovery(self._tables, self._sequencer, self._tombstones)
+        self.fills = Fills(self._tables, self._sequencer)
         self.sweeps = Sweeps(self._tables, self._sequencer, self._delete)
 
     @property
@@ -114,18 +116,26 @@ class Shard:
         if entry is not None:
             entry.schema.require_equal(schema)
             return entry.schema
+        self.require_creatable(schema)
+        self._create(schema)
+        return schema
+
+    def require_creatable(self, schema: TableSchema) -> None:
+        """Refuse a table that cannot be created although none of its name exists."""
+        self._tables.require_not_hidden(schema.name)
         if problem := names.problem("table", schema.name):
             raise BadRequest("INVALID_ARGUMENT", problem)
         if len(self._tables) >= self._max_tables:
             raise TooLarge("TOO_MANY_TABLES", f"{self._max_tables} tables exist, the limit")
         if schema.durability == "fsync" and self._sequencer.log is None:
             raise NoLog
+
+    def _create(self, schema: TableSchema) -> None:
         number = self._tables.next_number
         parts = records.encode_create(self._sequencer.origin(), number, to_json(schema))
         self._sequencer.reserve([RECORD + len(parts[1])])
         self._tables.add(number, schema, self.version + 1)
         self._sequencer.append(Kind.CREATE, parts)
-        return schema
 
     def alter_table(
         self, name: str, change: Callable[[TableSchema], TableSchema]
@@ -222,7 +232,24 @@ class Shard:
 
         Nobody may change the arrays afterwards: the log has no copy.
         """
-        entry, n = self._tables.get(name), len(keys)
+        return self._write_rows(self._tables.get(name), step, keys, frequencies, rows)
+
+    def load_rows(
+        self, number: int, step: int, keys: Keys, frequencies: NDArray[np.uint64], rows: Rows
+    ) -> int:
+        """Write whole rows into the table of this number; see ``write_rows``."""
+        entry = self._tables.require_number(number)
+        return self._write_rows(entry, step, keys, frequencies, rows)
+
+    def _write_rows(
+        self,
+        entry: TableEntry,
+        step: int,
+        keys: Keys,
+        frequencies: NDArray[np.uint64],
+        rows: Rows,
+    ) -> int:
+        n = len(keys)
         self._sequencer.reserve([RECORD + n * (16 + 4 * rows.shape[1])])
         version = self.version + 1
         versions, steps = np.full(n, version, np.uint64), np.full(n, step, np.int64)

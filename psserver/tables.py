@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from psproto import names
-from psserver.errors import BadRequest
+from psserver.errors import BadRequest, TableLoading
 from psserver.schemas import to_json
 from storage.arena import Budget
 from storage.errors import UnknownTable
@@ -45,18 +45,19 @@ class Tables:
         self._share = share
         self._by_name: dict[str, TableEntry] = {}
         self._by_number: dict[int, TableEntry] = {}
+        self._hidden: dict[str, TableEntry] = {}  # being filled; nobody can use their names
         self._schemas: dict[int, TableSchema] = {}  # by number; of dropped tables too
         self.ruled: list[int] = []
         self.next_number = 1
 
     def __len__(self) -> int:
-        return len(self._by_name)
+        return len(self._by_number)
 
     def __iter__(self) -> Iterator[TableEntry]:
-        return iter(self._by_name.values())
+        return iter(self._by_number.values())
 
     def names(self) -> list[str]:
-        """Return the names of the tables, sorted."""
+        """Return the names of the tables that are not hidden, sorted."""
         return sorted(self._by_name)
 
     def find(self, name: str) -> TableEntry | None:
@@ -66,14 +67,20 @@ class Tables:
     def get(self, name: str) -> TableEntry:
         """Return the table of that name.
 
-        Raises UnknownTable, or BadRequest for what no table can be named.
+        Raises UnknownTable, TableLoading, or BadRequest for what no table can be named.
         """
         entry = self._by_name.get(name)
         if entry is not None:
             return entry
+        self.require_not_hidden(name)
         if problem := names.problem("table", name):
             raise BadRequest("INVALID_ARGUMENT", problem)
         raise UnknownTable(name)
+
+    def require_not_hidden(self, name: str) -> None:
+        """Raise TableLoading while a table of this name is being filled."""
+        if name in self._hidden:
+            raise TableLoading(name)
 
     def numbered(self, number: int) -> TableEntry | None:
         """Return the table of that number; None once it is dropped."""
@@ -94,15 +101,18 @@ class Tables:
         """
         return self._schemas.get(number)
 
-    def add(self, number: int, schema: TableSchema, created: int) -> TableEntry:
+    def add(
+        self, number: int, schema: TableSchema, created: int, *, hidden: bool = False
+    ) -> TableEntry:
         """Make a table without rows."""
         text = json.dumps(to_json(schema), sort_keys=True)
         entry = TableEntry(Table(schema, self._budget, self._share), number, created, text)
-        self._by_name[schema.name] = self._by_number[number] = entry
+        self._by_number[number] = entry
+        (self._hidden if hidden else self._by_name)[schema.name] = entry
         self._list_ruled(entry)
         self.next_number = max(self.next_number, number + 1)
         self._schemas[number] = schema
-        if len(self._schemas) > len(self._by_name) + MAX_DROPPED:
+        if len(self._schemas) > len(self._by_number) + MAX_DROPPED:
             del self._schemas[next(each for each in self._schemas if each not in self._by_number)]
         return entry
 
@@ -128,6 +138,13 @@ class Tables:
     def remove(self, entry: TableEntry) -> None:
         """Drop a table, and return its memory."""
         entry.table.close()
-        del self._by_name[entry.schema.name], self._by_number[entry.number]
+        del self._by_number[entry.number]
+        for by_name in (self._by_name, self._hidden):
+            if by_name.get(entry.schema.name) is entry:
+                del by_name[entry.schema.name]
         if entry.number in self.ruled:
             self.ruled.remove(entry.number)
+
+    def reveal(self, entry: TableEntry) -> None:
+        """Let a hidden table be used under its name."""
+        self._by_name[entry.schema.name] = self._hidden.pop(entry.schema.name)

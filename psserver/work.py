@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from psproto import ps_pb2 as pb
 from psserver.errors import CheckpointBusy, Draining
 
 
@@ -15,14 +16,27 @@ class Progress:
     def __init__(self, stopping: threading.Event) -> None:
         self.bytes = 0
         self.total = 0  # an estimate; 0: unknown
+        self.rows = 0
+        self.stage = pb.CheckpointProgress.STAGE_UNSPECIFIED
         self.given_up = False  # the client is gone
         self._stopping = stopping
 
     def add(self, size: int) -> None:
         """Count ``size`` more bytes. Raises Draining if the result is not wanted any more."""
         self.bytes += size
+        self.require_wanted()
+
+    def require_wanted(self) -> None:
+        """Raise Draining if the result is not wanted any more."""
         if self.given_up or self._stopping.is_set():
             raise Draining("the server is stopping, or the client is gone")
+
+    def message(self) -> pb.CheckpointProgress:
+        """Return the message about the progress so far."""
+        stage = self.stage  # first: the rows are final once it is DONE
+        return pb.CheckpointProgress(
+            bytes=self.bytes, total=self.total, rows=self.rows, stage=stage
+        )
 
 
 class Work:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +17,7 @@ from stores import Direct, Home, change, push
 from psproto import ps_pb2 as pb
 from psproto import routing
 from psserver.checkpoints import Checkpoints
+from psserver.loading import settle_load
 from psserver.restore import Restores
 from psserver.swap import COMMITTED, State, failed, loaded, settle
 from storage.errors import StorageError
@@ -22,6 +25,7 @@ from storage.schema import TableSchema
 from storage.store import Store
 
 Step = pb.RestoreRequest
+Continue = pb.ContinueRequest
 
 
 class Node:
@@ -59,13 +63,20 @@ class Node:
 
     def _open_home(self) -> None:
         self.home = Home(self.directory, engine=self.engine, **self._settings).open()
+        settle_load(self.directory, self.home.shard, self.home.log)
 
     def _serve(self, state: State | None) -> None:
         home = self.home
         self.shard = home.shard
         pins = home.flusher.pins
         self.checkpoints = Checkpoints(
-            home.shard, self.engine, home.log, pins, self._store, now=lambda: 1.5
+            home.shard,
+            self.engine,
+            home.log,
+            pins,
+            self._store,
+            now=lambda: 1.5,
+            directory=self.directory,
         )
         self.restores = Restores(
             home.shard, self.engine, self.checkpoints, self.directory, state, self._restart
@@ -200,3 +211,61 @@ class Homes:
             for node in self.nodes:
                 node.step(id, step)
         return rows
+
+    def load(self, name: str, table: str, into: str, *, replace: bool = False, **hooks: Any) -> int:
+        """Fill a table as a client does; ``hooks`` are called at "ready" and at "done"."""
+        with Load(self, name, table, into, replace=replace) as load:
+            for stage, step in (("ready", Continue.STEP_START), ("done", Continue.STEP_FINISH)):
+                load.reach(stage)
+                hooks.get(stage, lambda: None)()
+                load.proceed(step)
+            return load.rows()
+
+
+class Load:
+    """LoadTable on all shards of a cluster, one thread each; left early, the client is gone."""
+
+    def __init__(
+        self, cluster: Homes, name: str, table: str, into: str, *, replace: bool = False
+    ) -> None:
+        self.nodes = cluster.nodes
+        self.id = secrets.token_hex(8)
+        self.request = pb.LoadTableRequest(
+            name=name, table=table, into=into, id=self.id, replace=replace
+        )
+        self.progress = [node.checkpoints.work.progress() for node in self.nodes]
+        self.pool = ThreadPoolExecutor(len(self.nodes))
+
+    def __enter__(self) -> Self:
+        self.running = [
+            self.pool.submit(node.checkpoints.loader.load, self.request, progress)
+            for node, progress in zip(self.nodes, self.progress, strict=True)
+        ]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for progress in self.progress:
+            progress.given_up = True
+        self.pool.shutdown()
+
+    def reach(self, stage: str) -> None:
+        """Wait until all shards are at a stage; raise what one of them raises."""
+        wanted = pb.CheckpointProgress.Stage.Value(f"STAGE_{stage.upper()}")
+        while min(progress.stage for progress in self.progress) < wanted:
+            for each in self.running:
+                if each.done():
+                    each.result()
+            time.sleep(0.001)
+
+    def proceed(self, step: int) -> None:
+        request = pb.ContinueRequest(id=self.id, step=step)  # type: ignore[arg-type]
+        for node in self.nodes:
+            node.checkpoints.calls.proceed(request)
+
+    def rows(self) -> int:
+        return sum(each.result().rows for each in self.running)

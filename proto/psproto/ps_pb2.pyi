@@ -573,16 +573,60 @@ class CheckpointPart(_message.Message):
     def __init__(self, path: _Optional[str] = ..., bytes: _Optional[int] = ..., checksum: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
 
 class CheckpointProgress(_message.Message):
-    __slots__ = ("bytes", "total", "part", "rows")
+    __slots__ = ("bytes", "total", "part", "rows", "stage", "names")
+    class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STAGE_UNSPECIFIED: _ClassVar[CheckpointProgress.Stage]
+        STAGE_READY: _ClassVar[CheckpointProgress.Stage]
+        STAGE_DONE: _ClassVar[CheckpointProgress.Stage]
+    STAGE_UNSPECIFIED: CheckpointProgress.Stage
+    STAGE_READY: CheckpointProgress.Stage
+    STAGE_DONE: CheckpointProgress.Stage
     BYTES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
     bytes: int
     total: int
     part: CheckpointPart
     rows: int
-    def __init__(self, bytes: _Optional[int] = ..., total: _Optional[int] = ..., part: _Optional[_Union[CheckpointPart, _Mapping]] = ..., rows: _Optional[int] = ...) -> None: ...
+    stage: CheckpointProgress.Stage
+    names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, bytes: _Optional[int] = ..., total: _Optional[int] = ..., part: _Optional[_Union[CheckpointPart, _Mapping]] = ..., rows: _Optional[int] = ..., stage: _Optional[_Union[CheckpointProgress.Stage, str]] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class DeleteCheckpointsRequest(_message.Message):
+    __slots__ = ("id", "names", "keep", "dry_run")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    names: _containers.RepeatedScalarFieldContainer[str]
+    keep: int
+    dry_run: bool
+    def __init__(self, id: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ..., keep: _Optional[int] = ..., dry_run: bool = ...) -> None: ...
+
+class ContinueRequest(_message.Message):
+    __slots__ = ("id", "step")
+    class Step(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STEP_UNSPECIFIED: _ClassVar[ContinueRequest.Step]
+        STEP_START: _ClassVar[ContinueRequest.Step]
+        STEP_FINISH: _ClassVar[ContinueRequest.Step]
+    STEP_UNSPECIFIED: ContinueRequest.Step
+    STEP_START: ContinueRequest.Step
+    STEP_FINISH: ContinueRequest.Step
+    ID_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    step: ContinueRequest.Step
+    def __init__(self, id: _Optional[str] = ..., step: _Optional[_Union[ContinueRequest.Step, str]] = ...) -> None: ...
+
+class ContinueResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class CompleteCheckpointRequest(_message.Message):
     __slots__ = ("name", "attempt", "parent", "parts")
@@ -655,7 +699,7 @@ class PrepareRestoreRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., id: _Optional[str] = ..., replace: bool = ...) -> None: ...
 
 class RestoreRequest(_message.Message):
-    __slots__ = ("id", "step")
+    __slots__ = ("id", "step", "owner")
     class Step(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STEP_UNSPECIFIED: _ClassVar[RestoreRequest.Step]
@@ -670,9 +714,11 @@ class RestoreRequest(_message.Message):
     STEP_ABORT: RestoreRequest.Step
     ID_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     id: str
     step: RestoreRequest.Step
-    def __init__(self, id: _Optional[str] = ..., step: _Optional[_Union[RestoreRequest.Step, str]] = ...) -> None: ...
+    owner: str
+    def __init__(self, id: _Optional[str] = ..., step: _Optional[_Union[RestoreRequest.Step, str]] = ..., owner: _Optional[str] = ...) -> None: ...
 
 class RestoreStatus(_message.Message):
     __slots__ = ("id", "name", "phase", "why")
@@ -707,14 +753,18 @@ class RestoreStatus(_message.Message):
     def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., phase: _Optional[_Union[RestoreStatus.Phase, str]] = ..., why: _Optional[str] = ...) -> None: ...
 
 class LoadTableRequest(_message.Message):
-    __slots__ = ("name", "table", "into")
+    __slots__ = ("name", "table", "into", "id", "replace")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TABLE_FIELD_NUMBER: _ClassVar[int]
     INTO_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REPLACE_FIELD_NUMBER: _ClassVar[int]
     name: str
     table: str
     into: str
-    def __init__(self, name: _Optional[str] = ..., table: _Optional[str] = ..., into: _Optional[str] = ...) -> None: ...
+    id: str
+    replace: bool
+    def __init__(self, name: _Optional[str] = ..., table: _Optional[str] = ..., into: _Optional[str] = ..., id: _Optional[str] = ..., replace: bool = ...) -> None: ...
 
 class ReadRowsRequest(_message.Message):
     __slots__ = ("table", "checkpoint")

@@ -809,6 +809,16 @@ class CheckpointServiceStub(object):
                 request_serializer=psproto_dot_ps__pb2.LoadTableRequest.SerializeToString,
                 response_deserializer=psproto_dot_ps__pb2.CheckpointProgress.FromString,
                 _registered_method=True)
+        self.DeleteCheckpoints = channel.unary_stream(
+                '/ps.v1.CheckpointService/DeleteCheckpoints',
+                request_serializer=psproto_dot_ps__pb2.DeleteCheckpointsRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.CheckpointProgress.FromString,
+                _registered_method=True)
+        self.Continue = channel.unary_unary(
+                '/ps.v1.CheckpointService/Continue',
+                request_serializer=psproto_dot_ps__pb2.ContinueRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.ContinueResponse.FromString,
+                _registered_method=True)
         self.ReadRows = channel.unary_stream(
                 '/ps.v1.CheckpointService/ReadRows',
                 request_serializer=psproto_dot_ps__pb2.ReadRowsRequest.SerializeToString,
@@ -880,9 +890,35 @@ class CheckpointServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def LoadTable(self, request, context):
-        """Writes this shard's rows of a table in a checkpoint into a table that exists, is empty and has
-        the same dim; each row is a change like a push. State of another optimizer is replaced by that
-        of a new row.
+        """Fills a table with this shard's rows of a table in a checkpoint. Each row is a change like a
+        push. The target is created like the stored table if it does not exist. If it exists, it must
+        have the same dim, and no rows and no counters unless `replace` is set. If its optimizer differs
+        from the stored one, the rows get the state of new rows.
+
+        Call it on every shard with one new `id`, on shard 0 first. A shard that accepts the request
+        answers with stage READY, has changed nothing, and refuses other long work. Then Continue with
+        START on every shard: it replaces the target by a new table. Until the end the table is hidden:
+        pulls and pushes get TABLE_LOADING. A shard whose rows are durable answers DONE. Then Continue
+        with FINISH on every shard: the table appears, and the last message is sent. If anything fails
+        before FINISH, or the call ends, the shard drops the new table. It creates an empty one if the
+        target existed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteCheckpoints(self, request, context):
+        """Deletes checkpoints, the newest first and of each the manifest first. Call it on every shard with
+        one new `id`, on shard 0 first. Shards answer READY and refuse to read these checkpoints. Then
+        Continue with START on shard 0 alone, which deletes; its last message has `names`. Then Continue
+        with START on the other shards. CHECKPOINT_NEEDED: a checkpoint that stays needs one of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Continue(self, request, context):
+        """Lets a LoadTable or DeleteCheckpoints call of this id go on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -941,6 +977,16 @@ def add_CheckpointServiceServicer_to_server(servicer, server):
                     servicer.LoadTable,
                     request_deserializer=psproto_dot_ps__pb2.LoadTableRequest.FromString,
                     response_serializer=psproto_dot_ps__pb2.CheckpointProgress.SerializeToString,
+            ),
+            'DeleteCheckpoints': grpc.unary_stream_rpc_method_handler(
+                    servicer.DeleteCheckpoints,
+                    request_deserializer=psproto_dot_ps__pb2.DeleteCheckpointsRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.CheckpointProgress.SerializeToString,
+            ),
+            'Continue': grpc.unary_unary_rpc_method_handler(
+                    servicer.Continue,
+                    request_deserializer=psproto_dot_ps__pb2.ContinueRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.ContinueResponse.SerializeToString,
             ),
             'ReadRows': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadRows,
@@ -1155,6 +1201,60 @@ class CheckpointService(object):
             '/ps.v1.CheckpointService/LoadTable',
             psproto_dot_ps__pb2.LoadTableRequest.SerializeToString,
             psproto_dot_ps__pb2.CheckpointProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/ps.v1.CheckpointService/DeleteCheckpoints',
+            psproto_dot_ps__pb2.DeleteCheckpointsRequest.SerializeToString,
+            psproto_dot_ps__pb2.CheckpointProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Continue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ps.v1.CheckpointService/Continue',
+            psproto_dot_ps__pb2.ContinueRequest.SerializeToString,
+            psproto_dot_ps__pb2.ContinueResponse.FromString,
             options,
             channel_credentials,
             insecure,

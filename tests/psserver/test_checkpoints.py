@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-import shutil
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,13 +16,11 @@ import numpy as np
 import pytest
 import structlog
 from homes import Homes, Node, Step
-from stores import DIM, change, push, schema
+from stores import DIM, push, schema
 
 from psproto import ps_pb2 as pb
 from psproto import routing
-from psserver import checkpoints, restore, staging, swap
-from psserver.config import ConfigError, ServerConfig
-from psserver.datadir import DataDirectory
+from psserver import checkpoints, staging
 from psserver.engine import Engine
 from psserver.errors import (
     BadRequest,
@@ -32,21 +28,17 @@ from psserver.errors import (
     CheckpointExists,
     CheckpointUnfit,
     Draining,
-    NotEmpty,
-    RestoreConflict,
 )
 from storage import part_writer
 from storage.admission.rules import Counter
 from storage.checkpoint import open_checkpoint
 from storage.errors import (
     Corrupt,
-    SchemaMismatch,
     StoreFailed,
     UnknownCheckpoint,
-    UnknownTable,
 )
 from storage.manifest import MANIFEST
-from storage.optimizers import OPTIMIZERS, make_optimizer
+from storage.optimizers import make_optimizer
 
 ADAM = make_optimizer("adam", None, {})
 ID = "0123456789abcdef"
@@ -489,7 +481,9 @@ def test_a_checkpoint_is_named_and_never_pathed(make: Make, name: str) -> None:
         lambda: work.write(pb.WriteCheckpointRequest(name=name, attempt=ID), progress),
         lambda: work.complete(pb.CompleteCheckpointRequest(name=name, attempt=ID)),
         lambda: work.catalog.verify(pb.VerifyCheckpointRequest(name=name), progress),
-        lambda: work.rows.load_table(pb.LoadTableRequest(name=name, table="t", into="t"), progress),
+        lambda: work.loader.load(
+            pb.LoadTableRequest(name=name, table="t", into="t", id=ID), progress
+        ),
         lambda: node.restores.prepare(pb.PrepareRestoreRequest(name=name, id=ID), progress),
     ]
     if name:
@@ -648,459 +642,7 @@ def test_no_piece_of_work_holds_more_than_some_blocks_at_once(
     }
     other.step(ID, Step.STEP_ABORT)
     target.create(schema("u", dim=dim))
-    peaks["load"] = peak(lambda: load(target, name="full", table="t", into="u"))
+    peaks["load"] = peak(lambda: target.load(name="full", table="t", into="u"))
     most = {"base": 1, "named": 2, "verify": 4, "live": 1, "stored": 4, "restore": 9, "load": 6}
     assert {name for name, size in peaks.items() if size > most[name]} == set(), peaks
     assert one.shard.describe("t")[1].bytes > 16 * block
-
-
-# ---- restores that are cut off
-
-
-def states(cluster: Homes) -> list[Any]:
-    return [
-        {name: dump.rows.tolist() for name, dump in node.shard.dump().items()}
-        for node in cluster.nodes
-    ]
-
-
-def test_a_cluster_with_tables_is_replaced_only_if_that_is_said(make: Make) -> None:
-    source, target = make(2), make(2)
-    fill(source)
-    source.checkpoint("full")
-    target.create(schema("mine"))
-    with pytest.raises(NotEmpty, match="'mine'"):
-        target.restore("full")
-    target.restore("full", replace=True)
-    assert target.rows() == source.rows()
-
-
-def test_a_table_that_comes_during_a_restore_is_not_replaced(make: Make) -> None:
-    source, target = make(1), make(1)
-    source.checkpoint("full")
-    node = target.nodes[0]
-    node.prepare("full", ID)
-    target.create(schema("mine"))
-    with pytest.raises(NotEmpty):
-        node.step(ID, Step.STEP_HOLD)
-    assert not node.restores.held
-    assert node.step(ID, Step.STEP_ABORT).phase == pb.RestoreStatus.PHASE_ABORTED
-
-
-def test_from_hold_to_release_the_shard_is_held(make: Make) -> None:
-    source, target = make(1), make(1)
-    fill(source)
-    source.checkpoint("full")
-    node = target.nodes[0]
-    told = []
-    node.prepare("full", ID)
-    told.append(node.restores.held)
-    for step in (Step.STEP_HOLD, Step.STEP_COMMIT, Step.STEP_RELEASE):
-        for _ in range(2):  # a step may be repeated
-            status = node.step(ID, step)
-            told.append(node.restores.held)
-    assert told == [False, True, True, True, True, False, False]
-    assert status.phase == pb.RestoreStatus.PHASE_RELEASED
-    assert target.rows() == source.rows()
-    assert {path.name for path in node.directory.iterdir()} >= {"base", "log", "restore"}
-    assert [path.name for path in (node.directory / "restore").iterdir()] == ["STATE"]
-
-
-@pytest.mark.parametrize("last", [None, Step.STEP_HOLD, Step.STEP_COMMIT])
-def test_until_it_is_released_what_was_there_can_come_back(make: Make, last: int | None) -> None:
-    source, target = make(1), make(1)
-    fill(source)
-    source.checkpoint("full")
-    target.create(schema("mine"))
-    target.push(range(9), table="mine")
-    before, node = target.rows(), target.nodes[0]
-    lineage = node.home.log.lineage
-    node.prepare("full", ID, replace=True)
-    for step in (Step.STEP_HOLD, Step.STEP_COMMIT):
-        if last is not None and step <= last:
-            node.step(ID, step)
-    for _ in range(2):
-        assert node.step(ID, Step.STEP_ABORT).phase == pb.RestoreStatus.PHASE_ABORTED
-    assert (target.rows(), node.home.log.lineage, node.restores.held) == (before, lineage, False)
-    target.push(range(9), table="mine")
-    target.restore("full", replace=True)
-    assert target.rows() == source.rows()
-
-
-def test_steps_out_of_their_order_are_refused(make: Make) -> None:
-    source, target = make(1), make(1)
-    source.checkpoint("full")
-    node = target.nodes[0]
-    for step in (Step.STEP_HOLD, Step.STEP_COMMIT):
-        with pytest.raises(RestoreConflict):
-            node.step(ID, step)
-    node.prepare("full", ID)
-    for step in (Step.STEP_COMMIT, Step.STEP_RELEASE):
-        with pytest.raises(RestoreConflict):
-            node.step(ID, step)
-    node.step(ID, Step.STEP_HOLD)
-    with pytest.raises(RestoreConflict):
-        node.prepare("full", "f" * 16)
-    for step in (Step.STEP_HOLD, Step.STEP_COMMIT, Step.STEP_RELEASE, Step.STEP_ABORT):
-        with pytest.raises(RestoreConflict):
-            node.step("f" * 16, step)
-
-
-def test_what_does_not_fit_into_memory_leaves_what_was_there(make: Make) -> None:
-    source, target = make(1), make(1, memory_bytes=3 << 20)
-    source.create(schema("large", optimizer=ADAM, dim=64))
-    source.push(range(20_000), table="large")
-    source.checkpoint("full")
-    target.create(schema("mine"))
-    target.push(range(9), table="mine")
-    before, node = target.rows(), target.nodes[0]
-    node.prepare("full", ID, replace=True)
-    node.step(ID, Step.STEP_HOLD)
-    status = node.step(ID, Step.STEP_COMMIT)
-    assert status.phase == pb.RestoreStatus.PHASE_FAILED
-    assert "budget" in status.why
-    assert node.restores.held
-    assert target.rows() == before
-    node.step(ID, Step.STEP_ABORT)
-    assert not node.restores.held
-    target.push(range(9), table="mine")
-    node.reopen()
-    assert len(target.rows()["mine"]) == 9
-
-
-class Died(Exception):
-    """The process ends here."""
-
-
-@pytest.mark.slow
-def test_wherever_a_shard_dies_it_is_all_there_or_nothing(
-    make: Make, tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It dies before each move and each sync in turn, also of what mends an earlier death."""
-    source, target = make(1), make(1)
-    fill(source)
-    source.checkpoint("full")
-    target.create(schema("mine"))
-    target.push(range(9), table="mine")
-    old, new = target.rows(), source.rows()
-    target.nodes[0].home.written()
-    target.nodes[0].close()
-    deaths = 0
-
-    def dying(real: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
-        def call(*args: Any, **more: Any) -> Any:
-            left[0] -= 1
-            if left[0] == 0:
-                raise Died
-            return real(*args, **more)
-
-        return call
-
-    for end in (Step.STEP_RELEASE, Step.STEP_ABORT):
-        for fuse in range(1, 200):
-            directory = tmp_path / f"dying-{end}-{fuse}"
-            shutil.copytree(target.nodes[0].directory, directory)
-            node = Node(directory, 0, 1, url).open()
-            left = [fuse]
-            with monkeypatch.context() as patch:
-                for module in (restore, swap):
-                    for name in {"sync", "write_state", "clean", "clear"} & vars(module).keys():
-                        patch.setattr(module, name, dying(getattr(module, name), left))
-                died = 0
-                while True:
-                    try:
-                        drive(node, end)
-                        break
-                    except Died:
-                        died += 1
-                        node.home.close()
-                        left[0] = fuse if died == 1 else 0  # once more, while it mends
-                        while True:
-                            node = Node(directory, 0, 1, url)
-                            try:
-                                node.open()
-                                break
-                            except Died:
-                                left[0] = 0
-                        rows = rows_of(node)
-                        assert rows in (old["mine"], new), fuse
-            assert rows_of(node) == (new if end == Step.STEP_RELEASE else old["mine"])
-            assert not node.restores.held
-            node.close()
-            shutil.rmtree(directory)
-            deaths += died
-            if not died:
-                break
-        else:
-            pytest.fail("it never came to an end")
-    assert deaths > 30
-
-
-@pytest.mark.parametrize("moves", [1, 2, 3])
-def test_a_lost_state_in_the_middle_of_an_exchange_is_damage(
-    make: Make, url: str, monkeypatch: pytest.MonkeyPatch, moves: int
-) -> None:
-    """What was there before is in restore/old, and nobody may take it for left over."""
-    cluster = make(1)
-    fill(cluster)
-    cluster.checkpoint("full")
-    node = cluster.nodes[0]
-    node.prepare("full", ID, replace=True)
-    node.step(ID, Step.STEP_HOLD)
-    node.restores.step(pb.RestoreRequest(id=ID, step=Step.STEP_COMMIT))
-    node.home.written()
-    node.close()
-    left, move = [moves], swap._move
-
-    def dying(source: Path, target: Path) -> None:
-        if not left[0]:
-            raise Died
-        left[0] -= 1
-        move(source, target)
-
-    with monkeypatch.context() as patch, suppress(Died):
-        patch.setattr(swap, "_move", dying)
-        swap.settle(node.directory)
-    state = node.directory / "restore" / "STATE"
-    whole = state.read_bytes()
-    state.unlink()
-    before = sorted(node.directory.rglob("*"))
-    for _ in range(2):
-        with pytest.raises(
-            Corrupt, match=r"restore/STATE: is gone, but .*/restore/old/base was mo"
-        ):
-            swap.settle(node.directory)
-    assert sorted(node.directory.rglob("*")) == before
-    with pytest.raises(ConfigError, match=r"^data_dir: DATA_LOSS: .*/restore/STATE: is gone"):
-        DataDirectory(
-            node.directory, ServerConfig(), Engine(), lambda: node.shard, lambda: None
-        ).open()
-    state.write_bytes(whole)
-    node.open()
-
-
-def test_a_lost_base_that_was_restored_is_not_taken_for_a_new_one(make: Make) -> None:
-    cluster = make(1)
-    fill(cluster)
-    cluster.checkpoint("full")
-    cluster.push(range(9), 5.0)
-    before = cluster.rows()
-    node = cluster.nodes[0]
-    node.prepare("full", ID, replace=True)
-    node.step(ID, Step.STEP_HOLD)
-    node.restores.step(pb.RestoreRequest(id=ID, step=Step.STEP_COMMIT))
-    node.close()
-    (node.directory / "restore" / "base" / "data.mdb").unlink()
-    node.open()
-    status = node.restores.step(pb.RestoreRequest())
-    assert status.phase == pb.RestoreStatus.PHASE_FAILED
-    assert status.why.endswith("base/data.mdb is gone")
-    assert cluster.rows() == before
-
-
-def rows_of(node: Node) -> Any:
-    """The rows of the only table, or of the two of ``fill``."""
-    found: dict[str, Any] = {}
-    for name, dump in node.shard.dump().items():
-        rows = zip(dump.keys.tolist(), dump.rows.tolist(), dump.meta.tolist(), strict=True)
-        found[name] = {key: (row, meta) for key, row, meta in rows}
-    return found.get("mine", found)
-
-
-def drive(node: Node, end: int) -> None:
-    """Go on with a restore from wherever it is, to its release, or up to COMMIT and back."""
-    phase = node.restores.step(pb.RestoreRequest()).phase
-    status = pb.RestoreStatus
-    if phase == status.PHASE_UNSPECIFIED:
-        node.prepare("full", ID, replace=True)
-        phase = status.PHASE_PREPARED
-    if phase == status.PHASE_PREPARED:
-        phase = node.step(ID, Step.STEP_HOLD).phase
-    if phase == status.PHASE_HELD:
-        phase = node.step(ID, Step.STEP_COMMIT).phase
-    if phase in (status.PHASE_LOADED, status.PHASE_COMMITTED):
-        node.step(ID, end)
-
-
-# ---- tables and rows
-
-
-def written(node: Node, request: pb.ReadRowsRequest) -> dict[int, Any]:
-    """By key: row, version, step, frequency."""
-    found: dict[int, Any] = {}
-    messages = node.checkpoints.rows.read_rows(request)
-    assert next(messages).header.HasField("schema")
-    for each in messages:
-        rows = np.frombuffer(each.rows, "<f4").reshape(-1, each.header.width).tolist()
-        columns = (
-            np.frombuffer(data, kind).tolist()
-            for data, kind in (
-                (each.keys, "<u8"),
-                (each.versions, "<u8"),
-                (each.steps, "<i8"),
-                (each.frequencies, "<u8"),
-            )
-        )
-        for row, key, version, step, frequency in zip(rows, *columns, strict=True):
-            assert key not in found
-            found[key] = (row, [key, version, np.uint64(step % 2**64), frequency])
-    return found
-
-
-@pytest.mark.parametrize("shards", [1, 2, 5])
-def test_rows_are_read_from_shards_and_from_checkpoints(make: Make, shards: int) -> None:
-    source, other = make(3), make(shards)
-    fill(source)
-    source.checkpoint("full")
-    live = {}
-    for node in source.nodes:
-        live |= written(node, pb.ReadRowsRequest(table="adam"))
-    stored = {}
-    for node in other.nodes:
-        stored |= written(node, pb.ReadRowsRequest(table="adam", checkpoint="full"))
-    assert live == stored == source.rows()["adam"]
-    for request in (
-        pb.ReadRowsRequest(table="no"),
-        pb.ReadRowsRequest(table="no", checkpoint="full"),
-    ):
-        with pytest.raises(UnknownTable):
-            next(other.nodes[0].checkpoints.rows.read_rows(request))
-
-
-def load(cluster: Homes, **request: str) -> int:
-    asked = pb.LoadTableRequest(**request)
-    return sum(
-        node.checkpoints.rows.load_table(asked, node.checkpoints.work.progress()).rows
-        for node in cluster.nodes
-    )
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_table_is_filled_from_another_whatever_its_optimizer(make: Make, optimizer: str) -> None:
-    source, target = make(3), make(2)
-    fill(source)
-    source.checkpoint("full")
-    into = schema("into", optimizer=make_optimizer(optimizer, None, {}), dim=5)
-    target.create(into)
-    assert load(target, name="full", table="adam", into="into") == 850
-    found, rows = target.rows()["into"], source.rows()["adam"]
-    assert found.keys() == rows.keys()
-    state = into.optimizer.initial_state(5).tolist()
-    for key, (row, meta) in rows.items():
-        whole = row if optimizer == "adam" else [*row[:5], *state]
-        assert found[key][0] == whole
-        assert found[key][1][2:] == meta[2:]
-    for node in target.nodes:
-        node.reopen()
-    assert target.rows()["into"] == found
-
-
-def test_a_table_is_on_disk_once_it_is_filled(make: Make) -> None:
-    source, target = make(1), make(1, sync_seconds=60.0)
-    fill(source)
-    source.checkpoint("full")
-    target.create(schema("mine", dim=5))
-    assert load(target, name="full", table="adam", into="mine") == 850
-    log = target.nodes[0].home.log
-    assert log.durable == target.nodes[0].shard.version > 1
-
-
-def test_a_table_of_another_dim_or_with_rows_is_not_filled(make: Make) -> None:
-    source = make(2)
-    fill(source)
-    source.checkpoint("full")
-    source.create(schema("wide", dim=9))
-    with pytest.raises(SchemaMismatch, match="dim"):
-        load(source, name="full", table="adam", into="wide")
-    with pytest.raises(NotEmpty):
-        load(source, name="full", table="adam", into="adam")
-    for names in ({"table": "adam", "into": "no"}, {"table": "no", "into": "wide"}):
-        with pytest.raises(UnknownTable):
-            load(source, name="full", **names)
-
-
-def rows_message(numbers: list[int], **changes: Any) -> pb.WriteRowsRequest:
-    fields: dict[str, Any] = {
-        "table": "t",
-        "width": DIM,
-        "keys": np.array(numbers, np.uint64).tobytes(),
-        "rows": np.arange(len(numbers) * DIM, dtype=np.float32).tobytes(),
-    }
-    return pb.WriteRowsRequest(**{**fields, **changes})
-
-
-def test_rows_are_written_as_they_are_given(make: Make) -> None:
-    cluster = make(1)
-    cluster.create(schema(optimizer=ADAM))
-    node = cluster.nodes[0]
-    cluster.push([3])
-    steps = np.array([7, -7, 7], np.int64)
-    counts = np.array([1, 2**40, 3], np.uint64)
-    request = rows_message([1, 2, 3], steps=steps.tobytes(), frequencies=counts.tobytes())
-    assert node.checkpoints.rows.write_rows(request).version == node.shard.version == 4
-    state = ADAM.initial_state(DIM).tolist()
-    found = cluster.rows()["t"]
-    assert {key: row for key, (row, _) in found.items()} == {
-        1: [0.0, 1.0, *state],
-        2: [2.0, 3.0, *state],
-        3: [4.0, 5.0, *state],
-    }
-    assert [found[key][1] for key in (1, 2, 3)] == [
-        [1, 4, 7, 1],
-        [2, 3, 2**64 - 7, 2**32 - 1],
-        [3, 4, 7, 3],
-    ]
-    node.reopen()
-    assert cluster.rows()["t"] == found
-
-
-def test_rows_that_come_without_a_step_are_as_fresh_as_the_table(make: Make) -> None:
-    cluster = make(1)
-    cluster.create(schema())
-    write = cluster.nodes[0].checkpoints.rows.write_rows
-    write(rows_message([1]))
-    cluster.push([2], step=700)
-    write(rows_message([3]))
-    steps = {key: meta[2] for key, (_, meta) in cluster.rows()["t"].items()}
-    assert steps == {1: 0, 2: 700, 3: 700}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"width": 3},
-        {"keys": b"1234567"},
-        {"keys": np.array([1, 1], np.uint64).tobytes()},
-        {"rows": b""},
-        {"rows": np.full(2 * DIM, np.nan, np.float32).tobytes()},
-        {"steps": b"12345678"},
-        {"steps": np.full(2, 1 << 47, np.int64).tobytes()},
-        {"frequencies": b"12345678"},
-    ],
-)
-def test_rows_that_break_a_rule_are_not_written(make: Make, changes: dict[str, Any]) -> None:
-    cluster = make(1)
-    cluster.create(schema(optimizer=ADAM))
-    with pytest.raises(BadRequest):
-        cluster.nodes[0].checkpoints.rows.write_rows(rows_message([1, 2], **changes))
-    assert cluster.rows() == {"t": {}}
-
-
-def test_rows_of_another_shard_are_not_written(make: Make) -> None:
-    cluster = make(2)
-    cluster.create(schema())
-    keys = np.arange(50, dtype=np.uint64)
-    other = keys[routing.owners(keys, cluster.map) == 1]
-    with pytest.raises(BadRequest):
-        cluster.nodes[0].checkpoints.rows.write_rows(rows_message(other[:2].tolist()))
-    cluster.nodes[1].checkpoints.rows.write_rows(rows_message(other[:2].tolist()))
-    assert set(cluster.rows()["t"]) == set(other[:2].tolist())
-
-
-def test_a_delete_after_written_rows_is_a_delete(make: Make) -> None:
-    cluster = make(1)
-    cluster.create(schema())
-    cluster.nodes[0].checkpoints.rows.write_rows(rows_message([1, 2]))
-    cluster.nodes[0].shard.delete(change([1]))
-    cluster.nodes[0].reopen()
-    assert set(cluster.rows()["t"]) == {2}

@@ -172,9 +172,8 @@ def test_the_step_of_a_table_comes_with_a_restore_and_not_with_rows_of_another(
         one.checkpoint("a")
         more.restore("a", replace=True)
         more.create(schema("u"))
+        more.load("a", "t", "u")
         for node in more.nodes:
-            load = pb.LoadTableRequest(name="a", table="t", into="u")
-            node.checkpoints.rows.load_table(load, node.checkpoints.work.progress())
             assert [node.shard.step(name) for name in "tu"] == [700, 0]
         more.push(range(100), step=3)
         more.push(range(100), step=3, table="u")

@@ -1,0 +1,250 @@
+"""Fill a table of this shard from a checkpoint, whole or not at all.
+
+    data directory  = ... LOADING    there while a table is filled: name and number of the table,
+                                     and the schema of the table that it replaced (sealed.py)
+
+A load that is interrupted leaves no rows behind. The shard drops the table that it filled, and
+creates an empty one if the target existed before. After a crash the next start does the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import structlog
+
+from psproto import names
+from psproto import ps_pb2 as pb
+from psserver.calls import Calls, Step
+from psserver.catalog import Catalog
+from psserver.engine import Engine
+from psserver.errors import BadRequest, Overloaded
+from psserver.schemas import from_json, to_json
+from psserver.shard import Shard
+from psserver.slices import Slice, slices_of
+from psserver.stored import (
+    fits,
+    number_in,
+    overlapping,
+    own,
+    require_width,
+    schema_in,
+    with_state,
+)
+from psserver.work import Progress, Work
+from storage.checkpoint import Checkpoint
+from storage.disk import replace, sync
+from storage.errors import OutOfMemory, SchemaMismatch
+from storage.manifest import Format, Natural, Schema, TableName
+from storage.part_reader import rows_of
+from storage.schema import TableSchema
+from storage.sealed import FORMAT, STRICT, seal, unseal
+from storage.versionlog import VersionLog
+
+FILE = "LOADING"
+PAUSE_SECONDS = 0.05  # before another try, while the log is behind
+KEY_BYTES = 16  # that a row takes at least, next to its numbers
+
+logger = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """The contents of LOADING."""
+
+    __pydantic_config__ = STRICT
+    format: Format = FORMAT
+    name: TableName
+    number: Natural
+    schema: Schema | None  # JSON, of the table that existed; None: there was none
+
+
+class TableLoader:
+    """Fills tables of one shard from checkpoints. Thread-safe.
+
+    directory  data directory; None: a crash leaves nothing anyway
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        engine: Engine,
+        log: VersionLog | None,
+        catalog: Catalog,
+        work: Work,
+        calls: Calls,
+        directory: Path | None,
+    ) -> None:
+        self._shard = shard
+        self._engine = engine
+        self._log = log
+        self._catalog = catalog
+        self._work = work
+        self._calls = calls
+        self._directory = directory
+
+    def load(self, request: pb.LoadTableRequest, progress: Progress) -> pb.CheckpointProgress:
+        """Fill the table. See LoadTable in ps.proto for the steps of the client."""
+        what = f"it fills table {request.into!r}"
+        with (
+            self._calls.open(request.id, progress) as call,
+            self._work.alone(what),
+            self._catalog.reading(request.name, what) as checkpoint,
+        ):
+            source = schema_in(checkpoint, request.table)
+            target = self._accept(checkpoint, source, request)
+            progress.stage = pb.CheckpointProgress.STAGE_READY
+            call.wait(Step.STEP_START)
+            loading = self._begin(target, replace=request.replace)
+            try:
+                progress.rows = self._fill(checkpoint, source, target, loading.number, progress)
+                progress.stage = pb.CheckpointProgress.STAGE_DONE
+                call.wait(Step.STEP_FINISH)
+            except BaseException:
+                self._cancel(loading)
+                raise
+            self._remove_file()
+            self._engine.run(lambda: self._shard.fills.finish(loading.number))
+        return progress.message()
+
+    def _accept(
+        self, checkpoint: Checkpoint, source: TableSchema, request: pb.LoadTableRequest
+    ) -> TableSchema:
+        """Return the schema of the new table. Refuse now all that can be refused."""
+        if problem := names.problem("table", request.into):
+            raise BadRequest("INVALID_ARGUMENT", problem)
+        fresh = dataclasses.replace(source, name=request.into)
+
+        def look() -> tuple[TableSchema, int]:
+            fills = self._shard.fills
+            old = fills.require_replaceable(request.into, replace=request.replace)
+            if old is None:
+                self._shard.require_creatable(fresh)
+                return fresh, 0
+            return old.schema, old.table.stats().bytes
+
+        target, freed = self._engine.run(look)
+        if target.dim != source.dim:
+            raise SchemaMismatch(request.into, "dim", target.dim, source.dim)
+        shards = self._shard.shard_map.shards
+        if len(checkpoint.parts) == shards:  # else the number of rows is not known yet
+            tables = checkpoint.parts[self._shard.number].tables
+            rows = sum(each.rows for each in tables if each.name == request.table)
+            wanted, budget = rows * (KEY_BYTES + 4 * target.width), self._shard.budget
+            if wanted > budget.limit - budget.held + freed:
+                raise OutOfMemory(budget.limit, budget.held - freed, wanted)
+        return target
+
+    def _begin(self, target: TableSchema, *, replace: bool) -> Loading:
+        """Put a hidden table in the place of the target, or change nothing."""
+        fills = self._shard.fills
+
+        def look() -> Loading:
+            old = fills.require_replaceable(target.name, replace=replace)
+            text = None if old is None else json.dumps(to_json(old.schema), sort_keys=True)
+            return Loading(name=target.name, number=fills.next_number(), schema=text)
+
+        while True:
+            loading = self._engine.run(look)
+            self._write_file(loading)
+            try:
+                begin = partial(fills.begin, target, loading.number, replace=replace)
+                if self._engine.run(begin):
+                    return loading
+            except BaseException:
+                self._remove_file()
+                raise
+
+    def _fill(
+        self,
+        checkpoint: Checkpoint,
+        source: TableSchema,
+        target: TableSchema,
+        number: int,
+        progress: Progress,
+    ) -> int:
+        """Write this shard's rows. Returns how many there are; they are durable."""
+        same = fits(source, target)
+        written = 0
+        parts = overlapping(checkpoint, self._shard)
+        progress.total = sum(each.parts[p].bytes for each in checkpoint.chain for p in parts)
+        for part in parts:
+            stored = number_in(checkpoint, part, source.name)
+            for piece in rows_of(self._catalog.store, checkpoint, part, [stored], progress.add):
+                require_width(checkpoint, source, piece.rows)
+                mine = own(piece.keys, self._shard)
+                rows = piece.rows[mine]
+                whole = rows if same else with_state(rows[:, : target.dim], target)
+                columns = (piece.keys[mine], piece.steps[mine], piece.frequencies[mine])
+                for slices in slices_of(*columns, whole):
+                    self._apply(number, slices, progress)
+                written += len(rows)
+        if self._log is not None:
+            self._log.sync(self._engine.run(lambda: self._shard.version))
+        return written
+
+    def _apply(self, number: int, slices: list[Slice], progress: Progress) -> None:
+        """Write slices, as soon as the log keeps up."""
+        left = list(reversed(slices))
+
+        def write() -> None:
+            while left:
+                self._shard.load_rows(number, *left[-1])
+                left.pop()
+
+        while True:
+            progress.require_wanted()
+            try:
+                self._engine.run(write)
+                return
+            except Overloaded:
+                time.sleep(PAUSE_SECONDS)
+
+    def _cancel(self, loading: Loading) -> None:
+        """Take the load back, or log that only the next start does."""
+        try:
+            self._engine.run(lambda: _cancel(self._shard, loading))
+            if self._log is not None:
+                self._log.sync(self._engine.run(lambda: self._shard.version))
+            self._remove_file()
+        except Exception as error:
+            logger.error(
+                "a table stays hidden until the next start", table=loading.name, error=str(error)
+            )
+
+    def _write_file(self, loading: Loading) -> None:
+        if self._directory is not None:
+            replace(self._directory / FILE, seal(loading))
+
+    def _remove_file(self) -> None:
+        if self._directory is not None:
+            _remove(self._directory)
+
+
+def settle_load(directory: Path, shard: Shard, log: VersionLog) -> None:
+    """Take back a load that a crash has interrupted, before the shard serves.
+
+    Raises Corrupt if LOADING is damaged.
+    """
+    path = directory / FILE
+    if path.exists():
+        loading = unseal(Loading, path.read_bytes(), str(path))
+        _cancel(shard, loading)
+        log.sync(shard.version)
+        _remove(directory)
+        logger.warning("an interrupted load was taken back", table=loading.name)
+
+
+def _cancel(shard: Shard, loading: Loading) -> None:
+    schema = None if loading.schema is None else from_json(json.loads(loading.schema))
+    shard.fills.cancel(loading.name, loading.number, schema)
+
+
+def _remove(directory: Path) -> None:
+    (directory / FILE).unlink(missing_ok=True)
+    sync(directory)
