@@ -382,6 +382,9 @@ SMALL = [
     pb.RestoreRequest(id="x", step=1),  # type: ignore[arg-type]
     pb.RestoreStatus(id="x", name="daily", phase=1, why="no"),  # type: ignore[arg-type]
     pb.VerifyCheckpointRequest(name="daily"),
+    pb.DeleteCheckpointsRequest(id="x", names=["daily"], keep=3, dry_run=True),
+    pb.ContinueRequest(id="x", step=1),  # type: ignore[arg-type]
+    pb.ContinueResponse(),
     pb.WriteCheckpointRequest(name="daily", attempt="a", parent="first"),
     pb.WriteRowsRequest(
         table="users", width=1, keys=bytes(8), rows=bytes(4), steps=bytes(8), frequencies=bytes(8)
