@@ -50,7 +50,6 @@ rowscan.py       snapshots and catch-ups: rows sent while pushes go on
 subscription.py  one subscription: the log, or a scan where the log does not reach back
 feed.py          the subscriptions of one shard
 stats.py         what the service counts
-metrics.py       the collectors of /metrics
 info.py          what a shard reports about itself
 status.py        the status with which an error reaches a client
 limits.py        admission of requests
@@ -65,6 +64,7 @@ exchange.py      pulls, pushes, deletes and exchanges
 stream.py        the bidirectional stream
 service.py       the gRPC methods of all services
 datadir.py       a shard's data directory: locked, recovered, closed
+metrics.py       the collectors of /metrics
 exposition.py    serve /metrics over HTTP
 listener.py      the gRPC port: alive before it is ready
 server.py        the parts of one shard, opened and closed in order

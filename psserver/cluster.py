@@ -18,6 +18,7 @@ from psserver.datadir import unusable
 QUICK = 5.0  # seconds; a shard that dies sooner is restarted only after a pause
 LONGEST_PAUSE = 10.0  # seconds
 LAST_PORT = 65535
+LOOK_SECONDS = 0.05  # between two looks at the processes
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
@@ -26,7 +27,7 @@ def _die_with_parent() -> None:
 
 
 class _Member:
-    """One shard's process."""
+    """One shard's process. Its stderr is appended to the file ``log``."""
 
     def __init__(self, shard: int, command: Sequence[str], log: Path) -> None:
         self.shard = shard
@@ -37,8 +38,10 @@ class _Member:
         self.start()
 
     def start(self) -> None:
+        """Start the process."""
         self._started = time.monotonic()
         with self._log.open("ab") as log:
+            self._log_start = log.tell()
             self.process = subprocess.Popen(
                 self._command,
                 stdout=subprocess.PIPE,
@@ -53,8 +56,13 @@ class _Member:
             if line.strip() == b"ready":
                 self.ready.set()
 
-    def revive(self) -> None:
-        """Restart the process if it died and its pause is over."""
+    @property
+    def failed(self) -> bool:
+        """Whether the process ended before its shard was ready."""
+        return self.process.poll() is not None and not self.ready.is_set()
+
+    def restart_if_dead(self) -> None:
+        """Restart the process if it ended; after a quick death only when a pause is over."""
         if self.process.poll() is None:
             return
         quick = time.monotonic() - self._started < QUICK + self._pause
@@ -69,9 +77,13 @@ class _Member:
         )
         self.start()
 
-    def log_tail(self) -> str:
-        """Return the last lines of the shard's log."""
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-10:])
+    def error(self) -> str:
+        """Return what the process wrote last: its error message, or the end of its log."""
+        with self._log.open("rb") as log:
+            log.seek(self._log_start)
+            lines = log.read().decode(errors="replace").splitlines()
+        messages = [line for line in lines if not line.startswith("{")]
+        return "\n".join((messages or lines)[-10:])
 
 
 def up(
@@ -85,21 +97,10 @@ def up(
 
     Returns the exit status: 0 after a signal, 1 if a shard did not start. Raises ConfigError.
     """
-    try:
-        host = bare_host(host)
-    except ValueError as error:
-        raise ConfigError(f"host: {error}, got {host!r}") from error
-    for name, first in (("port", port), ("metrics_port", metrics_port)):
-        if first + shards - 1 > LAST_PORT:
-            raise ConfigError(f"{name}: {shards} shards need ports up to {first + shards - 1}")
+    host = _check(shards, host, port, metrics_port, data_dir)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        (data_dir / "shard-0.log").open("ab").close()
-    except OSError as error:
-        raise ConfigError(str(unusable(data_dir, error))) from error
     members = []
     for shard in range(shards):
         command = [sys.executable, "-m", "psserver", "serve", "--shard", str(shard)]
@@ -109,25 +110,46 @@ def up(
         command += ["--colocated-shards", str(shards), *flags]
         members.append(_Member(shard, command, data_dir / f"shard-{shard}.log"))
     status = 0
-    announced = False
-    while not stop.wait(0.05):
-        if not announced:
-            dead = [m for m in members if m.process.poll() is not None and not m.ready.is_set()]
-            if dead:
-                print(
-                    f"shard {dead[0].shard} did not start:\n{dead[0].log_tail()}", file=sys.stderr
-                )
-                status = 1
-                break
-            if all(member.ready.is_set() for member in members):
-                addresses = " ".join(join(host, port + shard) for shard in range(shards))
-                print(f"ready {addresses}", flush=True)
-                announced = True
-        else:
+    if _ready(members, stop):
+        print("ready", *(join(host, port + shard) for shard in range(shards)), flush=True)
+        while not stop.wait(LOOK_SECONDS):
             for member in members:
-                member.revive()
+                member.restart_if_dead()
+    elif not stop.is_set():
+        status = 1
     for member in members:
         member.process.terminate()
     for member in members:
         member.process.wait()
     return status
+
+
+def _check(shards: int, host: str, port: int, metrics_port: int, data_dir: Path) -> str:
+    """Return the host without brackets; ConfigError for what no shard could use."""
+    try:
+        host = bare_host(host)
+    except ValueError as error:
+        raise ConfigError(f"host: {error}, got {host!r}") from error
+    for name, first in (("port", port), ("metrics_port", metrics_port)):
+        if first + shards - 1 > LAST_PORT:
+            raise ConfigError(
+                f"{name}: {shards} shards from port {first} on need ports above {LAST_PORT}"
+            )
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        (data_dir / "shard-0.log").open("ab").close()
+    except OSError as error:
+        raise unusable(data_dir, error) from error
+    return host
+
+
+def _ready(members: Sequence[_Member], stop: threading.Event) -> bool:
+    """Wait until all shards serve; return False after a signal or if one does not start."""
+    while not stop.wait(LOOK_SECONDS):
+        for member in members:
+            if member.failed:
+                print(f"shard {member.shard} did not start:\n{member.error()}", file=sys.stderr)
+                return False
+        if all(member.ready.is_set() for member in members):
+            return True
+    return False

@@ -1,4 +1,4 @@
-"""Log lines on stderr: JSON, or readable text on a terminal."""
+"""Write log lines to stderr: JSON, or readable text on a terminal."""
 
 from __future__ import annotations
 

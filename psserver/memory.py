@@ -1,4 +1,4 @@
-"""The memory that a server may use, and how it is divided.
+"""Find the memory limit of this process, and divide it.
 
 The limit is the least of: physical memory, the cgroup of this process and every group above it
 (v1 and v2), the commit limit where the kernel does not overcommit, and ``ulimit -d`` and ``-v``.
@@ -21,7 +21,8 @@ from pathlib import Path, PurePosixPath
 
 BASE_BYTES = 256 << 20  # of an idle server; measured 145 MiB, 250 MiB while kernels compile
 ADDRESS_BYTES = 3 << 30  # of address space of an idle server: stacks, heaps, reserved ranges
-ADDRESS_PARTS = 4  # of address space that one byte of a table takes: a disk file is mapped too
+ADDRESS_PARTS = 4  # of address space per byte of a table: tables reserve it, and a file is mapped
+DATA_BYTES, DATA_PARTS = 512 << 20, 2  # the same for private memory, which ulimit -d limits
 SLACK = 10  # a tenth of what remains
 LEAST_TABLES = 16 << 20  # bytes; a server with less is of no use
 LEAST_INFLIGHT, MOST_INFLIGHT = 16 << 20, 1 << 30  # bytes, of the default
@@ -129,13 +130,13 @@ def _meminfo(text: str) -> dict[str, int]:
 
 
 def _resource_limits(text: str) -> Iterator[Limit]:
-    """Read the soft limits in /proc/self/limits, less what an idle server takes of them."""
+    """Read the soft limits in /proc/self/limits; both count reserved memory as well."""
     if data := re.search(r"^Max data size\s+(\d+)", text, re.M):
-        yield Limit(int(data[1]), "RLIMIT_DATA, ulimit -d")
+        usable = max(int(data[1]) - DATA_BYTES, 0) // DATA_PARTS
+        yield Limit(usable, f"RLIMIT_DATA, ulimit -d: {show(int(data[1]))} of private memory")
     if space := re.search(r"^Max address space\s+(\d+)", text, re.M):
         usable = max(int(space[1]) - ADDRESS_BYTES, 0) // ADDRESS_PARTS
-        text = f"RLIMIT_AS, ulimit -v: {show(int(space[1]))} of address space"
-        yield Limit(usable, text)
+        yield Limit(usable, f"RLIMIT_AS, ulimit -v: {show(int(space[1]))} of address space")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +170,8 @@ def _unescaped(field: str) -> str:
 def _walk(root: Path, mount: _Mount, group: str, files: tuple[str, ...]) -> Iterator[Limit]:
     """Read the limits of a group and of all groups above it that are mounted.
 
-    In a container the path of the group may be that of the host, of which the mount shows the last
-    part only, or relative to a namespace; what cannot be found below the mount is its top.
+    In a container the mount may show only the last part of the group's path, or the path may be
+    relative to a namespace. For a path outside the mount, the top of the mount counts.
     """
     path = PurePosixPath(group)
     inside = path.is_relative_to(mount.root) and ".." not in path.parts

@@ -1,7 +1,7 @@
-"""What a shard tells Prometheus.
+"""Collect the metrics of a shard for Prometheus.
 
-The service counts in plain objects as it works; a collector reads them and the shard when the
-page is asked for. Labels are table, tier, method and code, never a key.
+Collectors read the statistics of the service and the state of the shard at each scrape. Labels are
+method, table, tier, code, reason and cause of eviction; a key is never a label.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from psserver.connections import Connections
 from psserver.engine import Engine
 from psserver.feed import Feed
 from psserver.flusher import Flusher
@@ -27,7 +28,7 @@ from storage.versionlog import VersionLog
 
 
 class ShardCollector(Collector):
-    """Reads the counts and the shard whenever the page is asked for."""
+    """Collects traffic, tables, memory and log positions at each scrape."""
 
     def __init__(
         self, shard: Shard, engine: Engine, stats: ServiceStats, log: VersionLog | None = None
@@ -44,39 +45,49 @@ class ShardCollector(Collector):
             yield from self._positions(self._log)
         shard, service = self._shard, self._stats
         for name, help, value in (
-            ("ps_version", "Version of the shard: changes applied.", shard.version),
-            ("ps_sessions", "Client sessions remembered.", len(shard.sessions)),
-            ("ps_memory_bytes", "Memory taken by tables.", shard.budget.held),
-            ("ps_memory_budget_bytes", "Memory that tables may take.", shard.budget.limit),
-            ("ps_inflight_bytes", "Requests, and replies not yet sent.", service.inflight_bytes),
+            ("ps_version", "Version of the shard: number of changes applied.", shard.version),
+            ("ps_sessions", "Client sessions whose pushes are de-duplicated.", len(shard.sessions)),
+            ("ps_memory_bytes", "Memory used by tables, in bytes.", shard.budget.held),
+            ("ps_memory_budget_bytes", "Memory limit for tables, in bytes.", shard.budget.limit),
+            (
+                "ps_inflight_bytes",
+                "Bytes of requests and replies in flight.",
+                service.inflight_bytes,
+            ),
             ("ps_streams", "Open client streams.", service.streams),
-            ("ps_engine_waiting", "Calls waiting for the engine.", self._engine.waiting),
+            ("ps_engine_waiting", "Calls that wait for the engine thread.", self._engine.waiting),
         ):
             yield GaugeMetricFamily(name, help, value)
 
     def _positions(self, log: VersionLog) -> Iterator[Metric]:
         for name, help, value in (
-            ("ps_log_written_version", "Newest version handed to the OS.", log.written),
-            ("ps_log_durable_version", "Newest version on disk.", log.durable),
-            ("ps_log_first_version", "Oldest version that the log still has.", log.first),
-            ("ps_log_backlog_bytes", "Appended and not yet written.", log.backlog),
-            ("ps_log_torn_bytes", "Of a torn tail that the start erased.", log.torn_bytes),
+            ("ps_log_written_version", "Newest version written to the log file.", log.written),
+            ("ps_log_durable_version", "Newest version synced to disk.", log.durable),
+            ("ps_log_first_version", "Oldest version in the log.", log.first),
+            ("ps_log_backlog_bytes", "Bytes of log records that are not written yet.", log.backlog),
+            (
+                "ps_log_torn_bytes",
+                "Bytes of a torn log tail that the last start removed.",
+                log.torn_bytes,
+            ),
         ):
             yield GaugeMetricFamily(name, help, value)
 
     def _traffic(self) -> Iterator[Metric]:
         labels = ["method", "table"]
         requests = CounterMetricFamily(
-            "ps_requests", "Pulls, pushes, deletes served.", labels=labels
+            "ps_requests", "Pulls, pushes and deletes served.", labels=labels
         )
-        keys = CounterMetricFamily("ps_keys", "Keys in them.", labels=labels)
-        size = CounterMetricFamily("ps_array_bytes", "Bytes of arrays in them.", labels=labels)
+        keys = CounterMetricFamily("ps_keys", "Keys in served requests.", labels=labels)
+        size = CounterMetricFamily(
+            "ps_array_bytes", "Bytes of keys, rows and gradients in served requests.", labels=labels
+        )
         latency = HistogramMetricFamily(
-            "ps_request_seconds", "From decoding to result, on the server.", labels=labels
+            "ps_request_seconds", "Latency on the server, from decoding to result.", labels=labels
         )
         tables = set(self._shard.tables())
         for where, traffic in list(self._stats.traffic.items()):
-            if where[1] not in tables:  # dropped, and counted since by an answer that was late
+            if where[1] not in tables:  # dropped, then counted again by a late reply
                 continue
             requests.add_metric(where, traffic.requests)
             keys.add_metric(where, traffic.keys)
@@ -94,8 +105,10 @@ class ShardCollector(Collector):
         yield from (requests, keys, size, latency, errors)
 
     def _tables(self) -> Iterator[Metric]:
-        rows = GaugeMetricFamily("ps_table_rows", "Rows held.", labels=["table", "tier"])
-        size = GaugeMetricFamily("ps_table_bytes", "Memory taken.", labels=["table", "tier"])
+        rows = GaugeMetricFamily("ps_table_rows", "Rows in a table.", labels=["table", "tier"])
+        size = GaugeMetricFamily(
+            "ps_table_bytes", "Memory used by a table, in bytes.", labels=["table", "tier"]
+        )
         for name in self._shard.tables():
             try:
                 stats = self._shard.describe(name)[1]
@@ -107,19 +120,31 @@ class ShardCollector(Collector):
         yield from self._rules()
 
     def _rules(self) -> Iterator[Metric]:
-        """What admission and eviction did, by table."""
+        """Yield what admission and eviction did, by table."""
         of = ["table"]
-        waiting = GaugeMetricFamily("ps_waiting_keys", "Counted, without a row.", labels=of)
-        counters = GaugeMetricFamily("ps_counter_bytes", "Memory of their counters.", labels=of)
-        admitted = CounterMetricFamily("ps_admitted_keys", "Got a row by a push.", labels=of)
-        refused = CounterMetricFamily("ps_refused_keys", "Of pushes, got no row yet.", labels=of)
+        waiting = GaugeMetricFamily(
+            "ps_waiting_keys", "Keys that are counted but not admitted.", labels=of
+        )
+        counters = GaugeMetricFamily(
+            "ps_counter_bytes", "Memory of admission counters, in bytes.", labels=of
+        )
+        admitted = CounterMetricFamily("ps_admitted_keys", "Keys that a push admitted.", labels=of)
+        refused = CounterMetricFamily(
+            "ps_refused_keys", "Keys in pushes that were not admitted.", labels=of
+        )
         dropped = CounterMetricFamily(
-            "ps_dropped_gradients", "Occurrences of refused keys.", labels=of
+            "ps_dropped_gradients",
+            "Gradients dropped because their key was not admitted.",
+            labels=of,
         )
         expired = CounterMetricFamily(
-            "ps_expired_counters", "Counters that went for age or for room.", labels=of
+            "ps_expired_counters",
+            "Admission counters removed by age or for lack of room.",
+            labels=of,
         )
-        evicted = CounterMetricFamily("ps_evicted_rows", "Left by a rule.", labels=[*of, "cause"])
+        evicted = CounterMetricFamily(
+            "ps_evicted_rows", "Rows evicted, by rule.", labels=[*of, "cause"]
+        )
         for name in self._shard.tables():
             try:
                 stats, (tally, old) = self._shard.describe(name)[1], self._shard.tally(name)
@@ -136,8 +161,27 @@ class ShardCollector(Collector):
         yield from (waiting, counters, admitted, refused, dropped, expired, evicted)
 
 
+class ConnectionCollector(Collector):
+    """Collects what clients send without finishing it, at each scrape."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            "ps_unfinished_bytes",
+            "Bytes of messages that have not arrived completely.",
+            self._connections.unfinished,
+        )
+        yield CounterMetricFamily(
+            "ps_closed_connections",
+            "Connections closed because their messages were not finished.",
+            self._connections.closed,
+        )
+
+
 class FeedCollector(Collector):
-    """Reads how the subscribers fare whenever the page is asked for."""
+    """Collects number, lag and traffic of subscribers at each scrape."""
 
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
@@ -145,17 +189,27 @@ class FeedCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         feed, lag = self._feed, self._feed.lag
         for name, help, value in (
-            ("ps_subscribers", "Subscribers.", feed.subscribers),
-            ("ps_subscriber_lag_versions", "Versions the slowest is behind.", lag.versions),
-            ("ps_subscriber_lag_seconds", "Age of what the slowest is being sent.", lag.seconds),
+            ("ps_subscribers", "Open subscriptions.", feed.subscribers),
+            (
+                "ps_subscriber_lag_versions",
+                "Versions that the slowest subscriber lags behind.",
+                lag.versions,
+            ),
+            (
+                "ps_subscriber_lag_seconds",
+                "Seconds that the slowest subscriber lags behind.",
+                lag.seconds,
+            ),
         ):
             yield GaugeMetricFamily(name, help, value)
-        yield CounterMetricFamily("ps_subscriber_bytes", "Sent to subscribers.", feed.bytes)
-        yield CounterMetricFamily("ps_subscriber_messages", "Of them.", feed.messages)
+        yield CounterMetricFamily("ps_subscriber_bytes", "Bytes sent to subscribers.", feed.bytes)
+        yield CounterMetricFamily(
+            "ps_subscriber_messages", "Messages sent to subscribers.", feed.messages
+        )
 
 
 class FlushCollector(Collector):
-    """Reads the age of the last flush whenever the page is asked for."""
+    """Collects the age of the last flush at each scrape."""
 
     def __init__(self, flusher: Flusher) -> None:
         self._flusher = flusher

@@ -18,11 +18,12 @@ import structlog
 import uvloop
 
 from psserver.addresses import join
-from psserver.config import ServerConfig
+from psserver.config import ConfigError, ServerConfig
 from psserver.datadir import lock
 from psserver.memory import BASE_BYTES, show
 from psserver.server import Server
 from psserver.warm import warm
+from storage.errors import OutOfMemory
 
 SWITCH_SECONDS = 1e-4  # between looks for threads that wait for the GIL; the default, 5 ms, is long
 CLOSE_SECONDS = 30.0  # to close everything after the drain; a file system may hang for ever
@@ -102,7 +103,11 @@ async def _start(server: Server, stop: asyncio.Event) -> bool:
     """
 
     async def start() -> None:
-        await asyncio.to_thread(warm)
+        try:
+            await asyncio.to_thread(_warm)
+        except BaseException:
+            await server.abandon()
+            raise
         await server.open()
 
     starting = asyncio.ensure_future(start())
@@ -113,6 +118,15 @@ async def _start(server: Server, stop: asyncio.Event) -> bool:
         await starting
         return True
     return False
+
+
+def _warm() -> None:
+    try:
+        warm()
+    except OutOfMemory as error:
+        raise ConfigError(
+            f"not enough address space to start ({error}): raise ulimit -v and -d, or remove them"
+        ) from error
 
 
 async def _live(config: ServerConfig) -> None:

@@ -26,7 +26,7 @@ from psserver.exposition import Exposition
 from psserver.feed import Feed
 from psserver.info import ServerInfo
 from psserver.listener import Listener
-from psserver.metrics import FeedCollector, FlushCollector, ShardCollector
+from psserver.metrics import ConnectionCollector, FeedCollector, FlushCollector, ShardCollector
 from psserver.restore import Restores
 from psserver.service import Service
 from psserver.shard import Shard
@@ -84,8 +84,7 @@ class Server:
         try:
             await self._open()
         except BaseException:
-            await self._listener.stop(0)
-            self._close_metrics()
+            await self.abandon()
             raise
 
     async def _open(self) -> None:
@@ -99,6 +98,11 @@ class Server:
         self._sweeper.open()
         await self._listener.serve(self._service)
         self._ready.set(1)
+
+    async def abandon(self) -> None:
+        """Close both ports of a server that does not start."""
+        await self._listener.stop(0)
+        self._close_metrics()
 
     async def _open_shard(self) -> None:
         directory = self._config.data_dir
@@ -164,6 +168,7 @@ class Server:
         register, data = self._registry.register, self._data
         versions = None if data is None else data.log
         register(ShardCollector(self._shard, self._engine, self._stats, versions))
+        register(ConnectionCollector(self._listener.connections))
         if self._feed is not None:
             register(FeedCollector(self._feed))
         if data is not None:

@@ -206,7 +206,7 @@ class Service:
         self, request: pb.DropTableRequest, deadline: float
     ) -> pb.DropTableResponse:
         await self._engine.submit(lambda: self._shard.drop_table(request.name), deadline)
-        self._limits.stats.forget(request.name)
+        self._limits.stats.remove_table(request.name)
         await self._settled(self._shard.version, pb.DURABILITY_LOG)
         return pb.DropTableResponse()
 

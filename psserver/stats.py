@@ -1,4 +1,4 @@
-"""What the service counts as it works; plain objects that the collectors of /metrics read."""
+"""Count requests, bytes and errors of the service, for the collectors in metrics.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BOUNDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.
 
 @dataclass(slots=True)
 class Traffic:
-    """Of one method on one table."""
+    """Counts of one method on one table."""
 
     requests: int = 0
     keys: int = 0
@@ -19,7 +19,7 @@ class Traffic:
     buckets: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
 
     def add(self, keys: int, size: int, seconds: float) -> None:
-        """Count one request, from its decoding to its result."""
+        """Count one request; ``seconds`` from decoding to result."""
         self.requests += 1
         self.keys += keys
         self.bytes += size
@@ -28,7 +28,7 @@ class Traffic:
 
 
 class ServiceStats:
-    """What the service counts; written by the event loop alone."""
+    """Counts of the whole service. Only the event loop writes them; any thread may read."""
 
     def __init__(self) -> None:
         self.traffic: dict[tuple[str, str], Traffic] = {}  # by method and table
@@ -43,11 +43,11 @@ class ServiceStats:
             traffic = self.traffic[method, table] = Traffic()
         traffic.add(keys, size, seconds)
 
-    def forget(self, table: str) -> None:
-        """Drop the series of a table that is gone."""
+    def remove_table(self, table: str) -> None:
+        """Remove the counts of a dropped table."""
         for where in [each for each in self.traffic if each[1] == table]:
             del self.traffic[where]
 
     def failed(self, method: str, code: str, reason: str) -> None:
-        """Count one request that was refused."""
+        """Count one refused request."""
         self.errors[method, code, reason] = self.errors.get((method, code, reason), 0) + 1

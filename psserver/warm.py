@@ -15,9 +15,11 @@ from storage.index import SEGMENT, Index
 from storage.schema import TableSchema
 from storage.table import Table
 
+BUDGET = 64 << 20  # bytes for the tables that are made here
+
 
 def warm() -> None:
-    """Run each kernel once on a few rows; about a minute at first, a second afterwards."""
+    """Run each kernel once on a few rows: a minute to compile, a second from the cache."""
     initializers.compile_all()
     optimizers.compile_all()
     admission.compile_all()
@@ -28,7 +30,7 @@ def warm() -> None:
         optimizer=optimizers.make_optimizer("sgd", None, {}),
         initializer=initializers.make_initializer("uniform", {}),
     )
-    table = Table(schema, Budget(1 << 30))
+    table = Table(schema, Budget(BUDGET))
     keys = np.arange(4, dtype=np.uint64)
     rows = np.ones((4, 2), np.float32)
     slots = table.push(keys, rows, np.ones(4, np.uint32), version=1, step=0).slots
@@ -45,7 +47,7 @@ def warm() -> None:
     table.delete(keys[:1])
     table.pull(keys, "train", rows)
     table.close()
-    index = Index(Budget(1 << 30))
+    index = Index(Budget(BUDGET))
     many = np.arange(SEGMENT, dtype=np.uint64)
     index.insert(many, many + np.uint64(1))
     index.assign(keys, keys + np.uint64(1))

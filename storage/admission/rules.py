@@ -216,7 +216,7 @@ def compile_all() -> None:
     small = Sketch(expected_keys=1)
     every = [make_admission(name, {}) for name in ADMISSIONS if name != small.name]
     for rule in (*every, small, Sketch(threshold=100, expected_keys=1)):
-        gate = rule.gate(Budget(1 << 30), 0)
+        gate = rule.gate(Budget(64 << 20), 0)
         keys, ones = np.arange(2, dtype=np.uint64), np.ones(2, np.uint32)
         gate.admit(keys, ones, 1)
         gate.put(keys, ones, ones.astype(np.uint64))

@@ -11,6 +11,8 @@ from psserver.memory import (
     ADDRESS_BYTES,
     ADDRESS_PARTS,
     BASE_BYTES,
+    DATA_BYTES,
+    DATA_PARTS,
     LEAST_TABLES,
     Limit,
     Plan,
@@ -176,8 +178,8 @@ CASES: list[tuple[str, dict[str, str], int, str]] = [
     (
         "ulimit -d",
         {"proc/self/limits": f"Max data size             {GIB}           unlimited       bytes\n"},
-        GIB,
-        "RLIMIT_DATA, ulimit -d",
+        (GIB - DATA_BYTES) // DATA_PARTS,
+        "RLIMIT_DATA, ulimit -d: 1 GiB of private memory",
     ),
     (
         "ulimit -v",

@@ -14,7 +14,8 @@ import pytest
 from servers import free_ports
 
 from psserver import process as module
-from psserver.config import load
+from psserver.config import ConfigError, load
+from storage.errors import OutOfMemory
 
 
 class TestRestart:
@@ -60,9 +61,46 @@ class TestStart:
             async def open(self) -> None:
                 await asyncio.sleep(3600)
 
+            async def abandon(self) -> None:
+                pass
+
         monkeypatch.setattr(module, "Server", Recovering)
         monkeypatch.setattr(module, "warm", lambda: None)
         assert asyncio.run(module._serve(load([]))) is False
+
+
+class TestMemory:
+    """A server reports how the memory limit is divided, and what does not fit into it."""
+
+    @pytest.mark.parametrize(("memory", "warned"), [(1 << 30, False), (1 << 50, True)])
+    def test_the_parts_are_logged_and_an_excess_is_a_warning(
+        self, capsys: pytest.CaptureFixture[str], memory: int, warned: bool
+    ) -> None:
+        module.report_memory(load(["--memory-bytes", str(memory)]))
+        text = capsys.readouterr().out
+        for part in ("limit=", "base=", "max_inflight=", "transport=", "tables="):
+            assert part in text
+        assert ("memory limit may be exceeded" in text) is warned
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("kind", "size"), [("-v", 12 << 20), ("-d", 3 << 20)])
+    def test_a_server_starts_below_a_ulimit(self, tmp_path: Path, kind: str, size: int) -> None:
+        flags = f"--port {free_ports(1)} --metrics-port 0 --data-dir {tmp_path}"
+        command = f"ulimit {kind} {size}; exec {sys.executable} -m psserver serve {flags}"
+        process = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        assert process.wait(20) == 0
+        process.stdout.close()
+
+    def test_too_little_address_space_is_one_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail() -> None:
+            raise OutOfMemory(1, 0, 2)
+
+        monkeypatch.setattr(module, "warm", fail)
+        with pytest.raises(ConfigError, match=r"^not enough address space to start"):
+            module._warm()
 
 
 class TestStop:

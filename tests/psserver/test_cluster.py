@@ -1,0 +1,55 @@
+"""A local cluster: what it refuses at once, and what it reports of a shard that fails."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from psserver import cluster
+from psserver.config import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"host": "a b"}, "host: must be a name, an IPv4 or an IPv6 address, got 'a b'"),
+        ({"port": 65535}, "port: 2 shards from port 65535 on need ports above 65535"),
+        ({"metrics_port": 65535}, "metrics_port: 2 shards from port 65535 on need ports above"),
+        ({"data_dir": Path("/dev/null/x")}, "data_dir: cannot use /dev/null/x: it is not a dir"),
+    ],
+)
+def test_what_no_shard_could_use_is_refused_at_once(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    settings: dict[str, Any] = {"host": "::1", "port": 7000, "metrics_port": 0}
+    settings |= {"shards": 2, "data_dir": tmp_path / "data", "flags": []}
+    with pytest.raises(ConfigError) as caught:
+        cluster.up(**{**settings, **changes})
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("lines", "shown"),
+    [
+        (['{"event": "memory"}', "psserver: port: taken"], "psserver: port: taken"),
+        (
+            ['{"event": "memory"}', '{"event": "failed"}'],
+            '{"event": "memory"}\n{"event": "failed"}',
+        ),
+    ],
+)
+def test_the_error_of_a_shard_is_its_own_and_of_this_start(
+    tmp_path: Path, lines: list[str], shown: str
+) -> None:
+    log = tmp_path / "shard-0.log"
+    log.write_text("psserver: of an earlier start\n")
+    code = f"import sys; print({chr(10).join(lines)!r}, file=sys.stderr); sys.exit(2)"
+    member = cluster._Member(0, [sys.executable, "-c", code], log)
+    member.process.wait()
+    assert member.failed
+    assert member.error() == shown
+    assert member.process.stdout is not None
+    member.process.stdout.close()
