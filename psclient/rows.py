@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psclient.arrays import Rows
+from psclient.arrays import Rows, as_array, as_keys
 from psclient.calls import Tell, call, links, on_all, proceed, stream
 from psclient.checkpoints import list_stored, verify
 from psclient.client import Client
-from psclient.errors import DataLoss, TableNotFound
+from psclient.errors import DataLoss, InvalidArgument, TableNotFound
 from psproto import ps_pb2 as pb
 from psproto import routing
+
+STEPS = (-(1 << 47), (1 << 47) - 1)  # smallest and largest step of a row
+FREQUENCIES = (0, (1 << 32) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,20 +129,31 @@ def write_rows(
     steps: NDArray[Any] | None = None,
     frequencies: NDArray[Any] | None = None,
 ) -> None:
-    """Write rows as they are given, over those that are there; not for training.
+    """Write whole rows and replace existing rows of the same keys; not for training.
 
-    keys         uint64[n] or int64[n], distinct
+    keys         int[n] of any 64-bit values, distinct
     rows         float32[n, dim]: the state becomes that of new rows; or [n, width]: with the state
-    steps        int64[n]; where None, the largest that was pushed to the table
-    frequencies  uint64[n]; 1 where None
+    steps        int[n], -2^47..2^47-1; None: the largest that was pushed to the table
+    frequencies  int[n], 0..2^32-1; None: 1
 
-    Done again, it does the same: a failure leaves some of the rows written.
+    Idempotent. If it fails, some of the rows may be written: repeat it. Raises InvalidArgument
+    before anything is written if an argument breaks these rules.
     """
+    keys = as_keys(keys)
+    if keys.ndim != 1 or np.ndim(rows) != 2 or len(rows) != len(keys):
+        raise InvalidArgument(
+            f"keys must have shape [n] and rows [n, width], got {keys.shape} and {np.shape(rows)}"
+        )
+    with np.errstate(over="ignore"):
+        rows = np.ascontiguousarray(rows, np.float32)
+    if not np.isfinite(rows).all():
+        raise InvalidArgument(f"table {table!r}: all numbers of rows must be finite as float32")
+    n = len(keys)
+    counts = np.ones(n, np.uint64)
+    if frequencies is not None:
+        counts = _integers("frequencies", frequencies, n, *FREQUENCIES).astype(np.uint64)
+    steps = np.empty(0, np.int64) if steps is None else _integers("steps", steps, n, *STEPS)
     cluster = client._connect()
-    keys = np.ascontiguousarray(keys).view(np.uint64)
-    rows = np.ascontiguousarray(rows, np.float32)
-    steps = np.empty(0, np.int64) if steps is None else steps.astype(np.int64)
-    counts = np.ones(len(keys), np.uint64) if frequencies is None else frequencies.astype(np.uint64)
     most = max(1, min(cluster.keys, cluster.message_bytes // (24 + 4 * rows.shape[1])))
     owners = routing.owners(keys, cluster.shard_map)
 
@@ -159,3 +173,16 @@ def write_rows(
             call(client, link, "WriteRows", request, pb.WriteRowsResponse)
 
     cluster.on_each(part)
+
+
+def _integers(name: str, values: Any, n: int, low: int, high: int) -> NDArray[np.int64]:
+    """Return integers as int64[n]; InvalidArgument if one is not in low..high."""
+    array = as_array(values, name)
+    if array.shape != (n,) or (n and array.dtype.kind not in "iu"):
+        raise InvalidArgument(
+            f"{name} must be {n} integers, got {array.dtype} of shape {array.shape}"
+        )
+    if n and not (int(array.min()) >= low and int(array.max()) <= high):
+        wrong = int(array.min()) if int(array.min()) < low else int(array.max())
+        raise InvalidArgument(f"{name} must be in {low}..{high}, got {wrong}")
+    return array.astype(np.int64)

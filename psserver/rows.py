@@ -139,6 +139,8 @@ class RowTransfer:
             )
         if not routing.all_finite(rows.view(np.uint32)):
             raise BadRequest("NON_FINITE", f"{where}: all numbers of rows must be finite")
+        if n and frequencies.max() >= 1 << 32:
+            raise BadRequest("INVALID_ARGUMENT", f"{where}: frequencies must be in 0..2^32-1")
         if n and not (steps.min() >= -(1 << 47) and steps.max() < 1 << 47):
             raise BadRequest("INVALID_ARGUMENT", f"{where}: steps must be in -2^47..2^47-1")
         return keys, steps, frequencies, rows.reshape(n, request.width)

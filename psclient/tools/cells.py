@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-STEPS = (-(1 << 47), (1 << 47) - 1)  # smallest and largest step that a server takes
-FREQUENCIES = (0, (1 << 32) - 1)  # rows keep frequencies in 32 bits
 KEYS = "integers of up to 64 bits or decimal(p, 0)"
 WHOLE = "cast it to int64 (pandas turns integers with missing values into doubles)"
 HASH = "turn strings into keys with psclient.hash_keys"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,12 +47,13 @@ def read_history(path: Path, table: str) -> list[Moment]:
     Raises InvalidArgument with the number of a line that is not an analysis.
     """
     moments = []
-    with path.open() as file:
+    with path.open(errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
                 moment = Moment(**json.loads(line))
-                float(moment.time), int(moment.rows), int(moment.bytes)
-            except (TypeError, ValueError) as error:
+                time.localtime(moment.time)
+                int(moment.rows), int(moment.bytes), int(moment.waiting), int(moment.step)
+            except (TypeError, ValueError, OverflowError, OSError) as error:
                 raise InvalidArgument(
                     f"{path}: line {number} is not an analysis: {error}"
                 ) from error

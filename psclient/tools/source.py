@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psclient.errors import InvalidArgument, PsError
+from psclient.rows import FREQUENCIES, STEPS
 from psclient.tools import cells
 from psclient.tools.arrow import GROUP_ROWS, optimizer_of, pyarrow
 
@@ -105,7 +106,7 @@ def _rows(arrow: Any, batch: Any, lists: dict[str, int], start: int) -> Rows:
         matrices = [cells.to_matrix(name, batch[name], n) for name, n in lists.items()]
         integers = {
             name: cells.to_integers(arrow, name, batch[name], bounds)
-            for name, bounds in (("step", cells.STEPS), ("frequency", cells.FREQUENCIES))
+            for name, bounds in (("step", STEPS), ("frequency", FREQUENCIES))
             if name in names
         }
         return Rows(

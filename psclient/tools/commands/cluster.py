@@ -141,16 +141,18 @@ def tail(
     ] = "values",
     coalesce_ms: Annotated[
         int,
-        typer.Option(help="Merge the changes of a key within this many milliseconds; 0: never."),
+        typer.Option(
+            min=0, help="Merge the changes of a key within this many milliseconds; 0: never."
+        ),
     ] = 0,
-    keys: Annotated[int, typer.Option(help="Number of keys to show of each change.")] = 4,
+    keys: Annotated[int, typer.Option(min=0, help="Number of keys to show of each change.")] = 4,
     progress: Annotated[
         bool, typer.Option("--progress", help="Show the progress messages of idle shards too.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per line.")
     ] = False,
-    limit: Annotated[int, typer.Option(help="End after this many changes; 0: never.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="End after this many changes; 0: never.")] = 0,
     servers: Servers = DEFAULT,
 ) -> None:
     """Follow the changes of a cluster, one per line. Ctrl-C ends it."""

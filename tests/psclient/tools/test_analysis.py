@@ -266,11 +266,14 @@ def test_a_history_remembers_every_analysis_of_a_table(tmp_path: Path) -> None:
     assert [json.loads(line)["table"] for line in path.read_text().splitlines()] == ["t", "u", "t"]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"time": 1, "rows": 2}', "3"])
+FAR = json.dumps(dict.fromkeys(Moment.__slots__, 10**30))
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"time": 1, "rows": 2}', "3", "\udcff", FAR])
 def test_a_history_with_something_else_in_it_is_refused_by_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "h.jsonl"
     append_history(path, an_analysis())
-    with path.open("a") as file:
+    with path.open("a", errors="surrogateescape") as file:
         file.write(line + "\n")
     with pytest.raises(InvalidArgument, match="line 2 is not an analysis"):
         read_history(path, "t")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from filled import whole
 from servers import Cluster, eventually
 
 from psclient import Client
+from psclient.calls import call
 from psclient.errors import InvalidArgument, TableNotFound, Unavailable
+from psclient.rows import write_rows
 from psclient.tools import importer
 from psclient.tools.importer import ImportIncomplete, import_parquet
+from psproto import ps_pb2 as pb
 
 N = 1000
 
@@ -105,6 +109,45 @@ def test_an_import_that_ends_early_says_what_stands_and_is_completed_by_another(
     assert {key: row for key, (row, *_) in first.items()}.items() <= {
         key: row for key, (row, *_) in again.items()
     }.items()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frequencies": [1, -2]}, "frequencies must be in 0..4294967295, got -2"),
+        ({"frequencies": [1, 2**32]}, "got 4294967296"),
+        ({"frequencies": [1.0, 1.5]}, "frequencies must be 2 integers, got float64"),
+        ({"frequencies": [1]}, r"frequencies must be 2 integers, got int64 of shape \(1,\)"),
+        ({"steps": [0, 2**47]}, "steps must be in -140737488355328..140737488355327"),
+        ({"steps": [0, np.nan]}, "steps must be 2 integers"),
+        ({"keys": [1.0, 2.0]}, "keys must be integers"),
+        ({"keys": [1, 2, 3]}, r"keys must have shape \[n\]"),
+        ({"rows": [1.0, 2.0]}, r"rows \[n, width\]"),
+        ({"rows": [[1.0, 2.0], [np.nan, 2.0]]}, "must be finite"),
+        ({"rows": [[1.0, 2.0], [1e39, 2.0]]}, "must be finite"),
+    ],
+)
+def test_rows_that_cannot_be_stored_as_they_are_are_not_written(
+    client: Client, table: str, changes: dict[str, Any], message: str
+) -> None:
+    rows = {"keys": [1, 2], "rows": [[1.0, 2.0], [3.0, 4.0]], **changes}
+    arrays = {name: np.array(values) for name, values in rows.items()}
+    with pytest.raises(InvalidArgument, match=message):
+        write_rows(client, table, **arrays)
+    assert client.describe_table(table).rows == 0
+
+
+def test_a_server_stores_no_frequency_as_another(client: Client, table: str) -> None:
+    request = pb.WriteRowsRequest(table=table, width=2, rows=bytes(8))
+    shard = client._connect().links[0]
+    request.keys = next(
+        k
+        for k in map(int.to_bytes, range(99), repeat(8), repeat("little"))
+        if (client.batch(np.frombuffer(k, "<u8")).split.bounds[1] == 1)
+    )
+    request.frequencies = (2**32).to_bytes(8, "little")
+    with pytest.raises(InvalidArgument, match=r"frequencies must be in 0\.\.2\^32-1"):
+        call(client, shard, "WriteRows", request, pb.WriteRowsResponse)
 
 
 @pytest.mark.slow
