@@ -26,7 +26,7 @@ from storage.kernels import Keys, Rows
 from storage.records import Cause, Kind
 from storage.schema import TableSchema
 
-COALESCE_BYTES = 32 << 20  # bytes of records that are coalesced at a time
+COALESCE_BYTES = 32 << 20  # bytes of records that one subscription coalesces at a time
 
 EPOCHS = 256  # newest epochs that a subscriber is sent
 
@@ -60,6 +60,7 @@ class Batch:
     """
 
     wanted: Wanted
+    most: int  # bytes of records, beyond which the batch is full
     schema_of: Callable[[int], TableSchema | None]
     version: int  # of the newest change read, wanted or not
     changes: list[LoggedChange] = field(default_factory=list)
@@ -85,7 +86,7 @@ class Batch:
                 self.bytes += len(keys) * (16 + 4 * width)
                 most = self.wanted.coalesce_rows or self.rows + 1
                 self.full = (
-                    not self.wanted.coalesces or self.rows >= most or self.bytes >= COALESCE_BYTES
+                    not self.wanted.coalesces or self.rows >= most or self.bytes >= self.most
                 )
             case records.Create() | records.Alter() | records.Drop():
                 schema = from_json(record.schema)

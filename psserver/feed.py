@@ -90,10 +90,12 @@ class Feed:
         task = asyncio.current_task()
         assert task is not None
         self._running[subscription] = task
+        self.source.readers = len(self._running)
         try:
             await subscription.run()
         finally:
             del self._running[subscription]
+            self.source.readers = len(self._running)
 
     @property
     def subscribers(self) -> int:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-from psserver.deltas import Batch, DeltaKind, Deltas
+from psserver.deltas import COALESCE_BYTES, Batch, DeltaKind, Deltas
 from psserver.position import Phase, Position
 from psserver.schemas import from_json
 from psserver.source import Source
@@ -35,6 +35,7 @@ class LogTail:
         self.seen = position.version
         self.gathering = 0.0
         self.since = 0.0
+        self._source = source
         self._known_schema = source.shard.schema_of
         self._read: dict[int, TableSchema] = {}  # of tables whose creation was read here
         self._wanted = wanted
@@ -104,7 +105,8 @@ class LogTail:
         return True
 
     def _next_batch(self) -> Batch:
-        return Batch(self._wanted, self._schema_of, self.seen)
+        most = min(COALESCE_BYTES, self._source.coalesce_bytes)
+        return Batch(self._wanted, most, self._schema_of, self.seen)
 
     def _schema_of(self, number: int) -> TableSchema | None:
         """Return the schema of a table at this position of the log.

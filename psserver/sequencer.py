@@ -11,7 +11,7 @@ from psserver.sessions import Sessions
 from storage.records import Kind, Origin
 from storage.versionlog import VersionLog
 
-MAX_BACKLOG = 256 << 20  # bytes appended and not yet written
+MAX_BACKLOG = 256 << 20  # bytes of memory of records appended and not yet written
 RECORD = 64  # bytes of a record besides its arrays; a barrier's name needs less than the rest
 
 
@@ -37,8 +37,11 @@ class Sequencer:
         """
         if self.log is None or not sizes:
             return
-        if self.log.backlog > MAX_BACKLOG:
-            raise Overloaded(f"the log is {self.log.backlog} bytes behind, {MAX_BACKLOG} may be")
+        if self.log.memory > MAX_BACKLOG:
+            raise Overloaded(
+                f"records that wait to be written take {self.log.memory} bytes of memory, the limit"
+                f" is {MAX_BACKLOG}; retry later"
+            )
         self.log.reserve(*sizes)
 
     def origin(self, change: Change | None = None, step: int = 0) -> Origin:

@@ -17,6 +17,7 @@ from psserver.shard import Shard
 from storage.versionlog import VersionLog
 
 THREADS = 2
+COALESCED_BYTES = 128 << 20  # bytes of records that all subscriptions coalesce at a time
 
 Result = TypeVar("Result")
 
@@ -27,6 +28,7 @@ class Source:
     boot      random number of this process, never 0
     moved     an event that is set, and replaced, whenever there is more to send
     draining  the server is stopping
+    readers   number of subscriptions
     """
 
     def __init__(self, shard: Shard, engine: Engine, log: VersionLog) -> None:
@@ -37,6 +39,7 @@ class Source:
         self.boot = int.from_bytes(os.urandom(8), "little") | 1
         self.moved = asyncio.Event()
         self.draining = False
+        self.readers = 0
         self._pool = ThreadPoolExecutor(THREADS, "feed")
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -55,6 +58,11 @@ class Source:
         """Wake the subscriptions; called on the loop."""
         moved, self.moved = self.moved, asyncio.Event()
         moved.set()
+
+    @property
+    def coalesce_bytes(self) -> int:
+        """Bytes of records that each subscription may coalesce: its share of COALESCED_BYTES."""
+        return COALESCED_BYTES // max(self.readers, 1)
 
     def check_draining(self) -> None:
         """Raise Draining if the server is stopping."""

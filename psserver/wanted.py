@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from psproto import codec
+from psproto import codec, names
 from psproto import ps_pb2 as pb
 from psserver.errors import BadRequest
-from storage.schema import NAME, TableSchema
+from storage.schema import TableSchema
 
+MAX_REQUEST_BYTES = 640 << 10  # of a SubscribeRequest; MAX_TABLES names need less
+LEAST_CHUNK_BYTES = 4096  # each message costs the event loop and the engine some time
+LEAST_PROGRESS_MS = 100
 CHUNK_BYTES = 1 << 20  # bytes of arrays per message, unless the subscriber asks for another size
 MOST_CHUNK_BYTES = 16 << 20
 PROGRESS_SECONDS = 1.0
@@ -53,7 +56,9 @@ class Wanted:
 
 
 def parse(data: bytes) -> pb.SubscribeRequest:
-    """Parse a SubscribeRequest. Raises Malformed."""
+    """Parse a SubscribeRequest. Raises Malformed, or BadRequest if it is too large to parse."""
+    if len(data) > MAX_REQUEST_BYTES:
+        raise _bad(f"a request may have {MAX_REQUEST_BYTES} bytes, got {len(data)}")
     request = pb.SubscribeRequest()
     try:
         request.ParseFromString(data)
@@ -65,22 +70,26 @@ def parse(data: bytes) -> pb.SubscribeRequest:
 def read_wanted(request: pb.SubscribeRequest) -> Wanted:
     """Return what a request asks for, with defaults. Raises BadRequest if it breaks a rule."""
     if len(request.tables) > MAX_TABLES:
-        raise _bad(f"{len(request.tables)} tables named, {MAX_TABLES} may be")
+        raise _bad(f"at most {MAX_TABLES} tables may be named, got {len(request.tables)}")
     for name in request.tables:
-        if not NAME.fullmatch(name):
-            raise _bad(f"{name[:200]!r} cannot be the name of a table")
+        if problem := names.problem("table", name):
+            raise _bad(problem)
     content = request.content or pb.CONTENT_VALUES
     if content not in pb.Content.values():
-        raise _bad(f"content {content} is unknown")
+        raise _bad(f"content must be one of {pb.Content.values()}, got {content}")
     dtype = codec.wire_dtype(request.dtype)
     if content == pb.CONTENT_VALUES_AND_STATE and dtype != pb.DTYPE_FLOAT32:
-        raise _bad("state is sent as float32 only")
+        raise _bad(f"values and state are sent as float32 only, got dtype {dtype}")
     if request.start not in pb.Start.values():
-        raise _bad(f"start {request.start} is unknown")
+        raise _bad(f"start must be one of {pb.Start.values()}, got {request.start}")
     if request.coalesce_ms > MOST_COALESCE_MS:
         raise _bad(f"coalesce_ms must be in 0..{MOST_COALESCE_MS}, got {request.coalesce_ms}")
     if request.chunk_bytes > MOST_CHUNK_BYTES:
         raise _bad(f"chunk_bytes must be in 0..{MOST_CHUNK_BYTES}, got {request.chunk_bytes}")
+    if 0 < request.progress_ms < LEAST_PROGRESS_MS:
+        raise _bad(
+            f"progress_ms must be 0 or at least {LEAST_PROGRESS_MS}, got {request.progress_ms}"
+        )
     return Wanted(
         tables=frozenset(request.tables),
         content=content,
@@ -88,7 +97,7 @@ def read_wanted(request: pb.SubscribeRequest) -> Wanted:
         coalesce_seconds=request.coalesce_ms / 1000,
         coalesce_rows=request.coalesce_rows,
         progress_seconds=request.progress_ms / 1000 or PROGRESS_SECONDS,
-        chunk_bytes=request.chunk_bytes or CHUNK_BYTES,
+        chunk_bytes=max(request.chunk_bytes or CHUNK_BYTES, LEAST_CHUNK_BYTES),
     )
 
 

@@ -195,6 +195,8 @@ class Reader:
                 if frames:
                     break
                 raise
+        if len(self._chunk) > LARGE_CHUNK:  # a reader that has caught up may be idle for long
+            self._chunk = memoryview(b"")
         return frames
 
     def _next(self, end: int) -> Frame:

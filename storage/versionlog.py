@@ -37,6 +37,7 @@ from storage.segment import HEADER, MAX_PAYLOAD, Frame, Part, encode, frame_byte
 SEGMENT_BYTES = 256 << 20
 SYNC_SECONDS = 0.02
 RUN_BYTES = 8 << 20  # bytes written before their waiters are called
+RECORD_MEMORY = 2048  # bytes of the objects of one record that waits to be written
 NEVER = float("inf")  # seconds
 HINT_BYTES = 256 << 10  # of a segment, between offsets that a cursor may start from
 CACHED_BYTES = 32 << 20  # newest bytes of a segment that stay in the OS's cache
@@ -182,6 +183,14 @@ class VersionLog:
     def backlog(self) -> int:
         """Bytes appended and not yet handed to the OS."""
         return self._appended - self._handed
+
+    @property
+    def memory(self) -> int:
+        """Approximate bytes of memory that the records of the backlog take.
+
+        A small record takes more memory for its objects than for its bytes.
+        """
+        return self.backlog + RECORD_MEMORY * (self.last - self.written)
 
     # ---- the engine thread
 

@@ -20,6 +20,7 @@ from stores import DIM, Home, change, push, schema
 
 from psproto import codec
 from psproto import ps_pb2 as pb
+from psserver import wanted
 from psserver.engine import Engine
 from psserver.feed import Feed
 from psserver.shard import Shard
@@ -27,6 +28,7 @@ from psserver.shard import Shard
 K = pb.DeltaHeader
 Rows = dict[int, tuple[float, ...]]
 Tables = dict[str, Rows]
+wanted.LEAST_CHUNK_BYTES = 1  # so that a few rows take several messages
 SEGMENT = 4096  # bytes: a few changes each
 QUIET = 0.05  # seconds in which nothing comes
 

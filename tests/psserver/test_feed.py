@@ -6,6 +6,8 @@ import asyncio
 import dataclasses
 import os
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,14 @@ from stores import DIM, push
 
 from psproto import codec
 from psproto import ps_pb2 as pb
+from psserver import logtail
 from psserver.errors import (
+    BadRequest,
     Draining,
     TooLarge,
 )
+from psserver.source import COALESCED_BYTES
+from psserver.wanted import parse, read_wanted
 from storage.disk import Disk
 from storage.optimizers import make_optimizer
 
@@ -290,7 +296,7 @@ async def test_nothing_is_sent_of_changes_without_rows(node: Node) -> None:
 async def test_an_idle_stream_says_that_it_lives(node: Node) -> None:
     await node.create()
     await node.durable()
-    async with node.subscribe(progress_ms=20) as reader:
+    async with node.subscribe(progress_ms=100) as reader:
         await reader.up_to(1)
         tokens = set()
         for _ in range(3):
@@ -380,3 +386,61 @@ async def test_a_subscriber_that_goes_leaves_no_file_open(node: Node) -> None:
             await reader.next()
             await reader.next()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# ---- what a subscriber may cost
+
+
+@run
+async def test_one_large_change_in_small_messages_is_made_a_step_at_a_time(node: Node) -> None:
+    """A subscriber that does not read holds one step of messages, not all of the change's."""
+    await node.create()
+    await node.push(list(range(120_000)))
+    await node.durable()
+    made: list[int] = []
+    real = logtail.LogTail.messages
+
+    def messages(tail: Any, flush: bool) -> list[bytes]:
+        found = real(tail, flush)
+        made.append(sum(len(each) + logtail.MESSAGE_BYTES for each in found))
+        return found
+
+    logtail.LogTail.messages = messages  # type: ignore[method-assign]
+    try:
+        async with node.subscribe(start=pb.START_EARLIEST, chunk_bytes=1000) as reader:
+            await reader.up_to(2)
+    finally:
+        logtail.LogTail.messages = real  # type: ignore[method-assign]
+    assert sum(made) > 2 * logtail.STEP_BYTES
+    assert max(made) < 1.1 * logtail.STEP_BYTES
+
+
+@run
+async def test_a_request_costs_the_loop_little(node: Node) -> None:
+    """Whatever is in it: a message that is too large is refused before it is parsed."""
+    fields = {
+        "many names": pb.SubscribeRequest(tables=["a" * 128] * 4096),
+        "empty names": pb.SubscribeRequest(tables=[""] * 300_000),
+        "too large": pb.SubscribeRequest(tables=["a"] * 10_000_000),
+    }
+    for name, request in fields.items():
+        data = request.SerializeToString()
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            with suppress(BadRequest):
+                read_wanted(parse(data))
+            times.append(time.perf_counter() - began)
+        assert min(times) < 0.02, name
+
+
+@run
+async def test_subscriptions_share_the_memory_for_coalescing(node: Node) -> None:
+    source = node.feed.source
+    await node.create()
+    await node.durable()
+    assert source.coalesce_bytes == COALESCED_BYTES
+    async with node.subscribe() as one, node.subscribe() as other:
+        await asyncio.gather(one.next(), other.next())
+        assert source.coalesce_bytes == COALESCED_BYTES // 2
+    assert source.readers == 0

@@ -41,7 +41,7 @@ class Log:
     def __init__(self) -> None:
         self.frames: list[Frame] = []
         self.last = self.written = self.durable = 0
-        self.backlog = 0
+        self.memory = 0
         self.reserved: tuple[int, ...] = ()
         self.full = False
         self.lazy: list[tuple[int, int, Any]] = []  # appended, not written
@@ -238,12 +238,12 @@ def test_a_log_that_is_far_behind_refuses_a_change_before_it_is_made(
 ) -> None:
     shard.exchange([push([1, 2])], [])
     before = contents(shard)
-    log.backlog = sequencer_module.MAX_BACKLOG + 1
-    with pytest.raises(Overloaded, match="bytes behind") as caught:
+    log.memory = sequencer_module.MAX_BACKLOG + 1
+    with pytest.raises(Overloaded, match="bytes of memory, the limit is") as caught:
         CHANGES[what](shard)
     assert caught.value.retry_after
     assert contents(shard) == before
-    log.backlog = sequencer_module.MAX_BACKLOG
+    log.memory = sequencer_module.MAX_BACKLOG
     CHANGES[what](shard)
 
 

@@ -70,15 +70,21 @@ async def test_no_byte_of_a_token_can_be_changed(node: Node) -> None:
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"content": 9}, "content 9 is unknown"),
-        ({"start": 9}, "start 9 is unknown"),
-        ({"tables": ["no good"]}, "'no good' cannot be the name of a table"),
-        ({"tables": ["t"] * 5000}, "5000 tables named, 4096 may be"),
+        ({"content": 9}, "content must be one of [0, 1, 2, 3], got 9"),
+        ({"start": 9}, "start must be one of [0, 1, 2, 3], got 9"),
+        (
+            {"tables": ["no good"]},
+            "table name must be 1..128 letters, digits or any of _ . / -, and each part between"
+            " slashes must start with a letter, a digit or _, got 'no good'",
+        ),
+        ({"tables": ["t"] * 5000}, "at most 4096 tables may be named, got 5000"),
+        ({"tables": ["x" * 700_000]}, "a request may have 655360 bytes, got 700004"),
+        ({"progress_ms": 99}, "progress_ms must be 0 or at least 100, got 99"),
         ({"coalesce_ms": 60_001}, "coalesce_ms must be in 0..60000, got 60001"),
         ({"chunk_bytes": 1 << 25}, "chunk_bytes must be in 0..16777216, got 33554432"),
         (
             {"content": pb.CONTENT_VALUES_AND_STATE, "dtype": pb.DTYPE_FLOAT16},
-            "state is sent as float32 only",
+            "values and state are sent as float32 only, got dtype 3",
         ),
     ],
 )

@@ -438,3 +438,15 @@ class TestWriting:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert os.fstat(file).st_size == 0
+
+
+def test_a_reader_that_is_idle_keeps_no_large_frame(tmp_path: Path) -> None:
+    path = tmp_path / "segment"
+    large = bytes(LARGE_CHUNK * 3)
+    header = Header(lineage=LINEAGE, first=1, previous=0)
+    frame = b"".join(encode(header.seed, 1, 0, 1, [memoryview(large)], len(large)))
+    path.write_bytes(header.encode() + frame)
+    reader = Reader(path)
+    assert len(reader.read(1, path.stat().st_size, 1)) == 1
+    assert len(reader._chunk) <= LARGE_CHUNK
+    reader.close()

@@ -23,7 +23,7 @@ from storage.disk import Disk
 from storage.errors import Compacted, Corrupt, DiskFull, LogFailed, UnknownFormat
 from storage.marks import SLOT
 from storage.segment import HEADER, Frame, Header, frame_bytes
-from storage.versionlog import VersionLog
+from storage.versionlog import RECORD_MEMORY, VersionLog
 
 LINEAGE = bytes(range(16))
 SMALL = HEADER.size + 30 * frame_bytes(100)  # bytes of a segment
@@ -261,6 +261,7 @@ class TestGroupCommit:
         append(log, *range(2, 101))
         assert (log.written, log.durable) == (0, 0)
         assert log.backlog == 100 * frame_bytes(100)
+        assert log.memory == log.backlog + 100 * RECORD_MEMORY
         waits = [threading.Event() for _ in range(100)]
         for version, each in enumerate(waits, 1):
             log.wait(version, False, each.set)
