@@ -115,7 +115,7 @@ def messages(
             built_pulls.append(
                 (codec.PullMessage(head, pull.batch.keys[low:high]), (pull, low, high))
             )
-    if pieces == 1:
+    if pieces == 1 and len(built_pushes) + len(built_pulls) <= codec.MOST_PARTS:
         if not built_pushes and not built_pulls:
             return []
         requests, targets = [p for p, _ in built_pulls], [t for _, t in built_pulls]

@@ -50,12 +50,12 @@ rowscan.py       snapshots and catch-ups: rows sent while pushes go on
 subscription.py  one subscription: the log, or a scan where the log does not reach back
 feed.py          the subscriptions of one shard
 stats.py         what the service counts
+connections.py   connections whose peers do not finish their messages
 info.py          what a shard reports about itself
 status.py        the status with which an error reaches a client
 limits.py        admission of requests
 workers.py       threads for what blocks
 transport.py     what gRPC may hold before the service sees it
-connections.py   connections whose peers do not finish their messages
 door.py          the way to all methods
 health.py        the health service
 handlers.py      gRPC method handlers, the same for every method

@@ -11,7 +11,7 @@ from psproto import ps_pb2 as pb
 from psserver.errors import BadRequest
 from storage.admission.rules import Admission, make_admission
 from storage.eviction.contract import Eviction
-from storage.eviction.rules import make_eviction
+from storage.eviction.rules import EVICTIONS, make_eviction
 from storage.initializers import make_initializer
 from storage.optimizers import make_optimizer
 from storage.schema import MAX_STEP_AHEAD, Durability, TableSchema
@@ -78,6 +78,10 @@ def read_admission(message: pb.TableSchema) -> Admission:
 
 def read_evictions(message: pb.TableSchema) -> tuple[Eviction, ...]:
     """Return the eviction rules of a table, sorted by name; raises ValueError."""
+    if len(message.evictions) > len(EVICTIONS):
+        raise ValueError(
+            f"{len(message.evictions)} eviction rules, at most {len(EVICTIONS)} are different"
+        )
     rules = [make_eviction(rule.name, dict(rule.parameters)) for rule in message.evictions]
     return tuple(sorted(rules, key=lambda rule: rule.name))
 

@@ -192,3 +192,17 @@ def test_a_table_that_another_client_drops_at_once_was_created() -> None:
         return found
 
     assert with_server(act) == ["u"] * 50
+
+
+def test_a_schema_of_thousands_of_rules_does_not_stop_the_loop() -> None:
+    rules = [pb.Rule(name="norm")] * 20_000
+    schema = pb.TableSchema(name="u", dim=4, evictions=rules)
+    data = pb.CreateTableRequest(schema=schema).SerializeToString()
+
+    async def act(peer: Peer) -> float:
+        pulse = Pulse()
+        with pytest.raises(grpc.aio.AioRpcError, match="20000 eviction rules, at most 5 are"):
+            await peer.call("TableService/CreateTable", data)
+        return pulse.stop()
+
+    assert with_server(act) < 0.2
