@@ -217,7 +217,6 @@ class Index:
         self._depth = 0
         self._depths = [0]  # by segment: bits of the hash that its keys share
         self._counts = np.zeros(1, np.int64)
-        self._scratch = np.empty((0, 2), np.uint64)
 
     def __len__(self) -> int:
         return int(self._counts.sum())
@@ -291,16 +290,13 @@ class Index:
         if self._depths[source] == self._depth:
             self._directory = np.repeat(self._directory, 2)
             self._depth += 1
-        if not len(self._scratch):
-            self._scratch = np.empty((SEGMENT, 2), np.uint64)
         if target == len(self._counts):
             self._counts = np.concatenate([self._counts, np.zeros(target, np.int64)])
+        scratch = np.empty((SEGMENT, 2), np.uint64)  # 512 KiB, which an index does not keep
         depth = self._depths[source] + 1
         self._depths[source] = depth
         self._depths.append(depth)
-        split(
-            self._entries.array, self._counts, source, target, 64 - depth, self._salt, self._scratch
-        )
+        split(self._entries.array, self._counts, source, target, 64 - depth, self._salt, scratch)
         mine = np.flatnonzero(self._directory == source)
         upper = (mine >> (self._depth - depth)) & 1 == 1
         self._directory[mine[upper]] = target

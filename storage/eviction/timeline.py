@@ -1,96 +1,116 @@
-"""Which versions are older than a TTL."""
+"""The versions that are older than a TTL."""
 
 from __future__ import annotations
 
 import struct
+from array import array
 from bisect import bisect_left
 from itertools import chain
 
-PARTS = 256  # of a TTL: how closely time is known
+PARTS = 256  # samples per TTL
 
 
 class Timeline:
-    """Which versions are older than a TTL; rows know the version of their last push, not its time.
+    """Maps versions to times, to find the versions that are older than a TTL.
 
-    Pushes within 1/PARTS of a TTL share a sample, the last of them, so that a row is found idle by
-    that much too late, and never too early. Samples older than a TTL tell nothing new: one is
-    kept, and at most PARTS + 3 in all.
+    A row records the version of its last push, not its time. The timeline keeps samples: pairs of a
+    version and the time of its push. Pushes within 1/PARTS of a TTL share one sample, that of the
+    last push. A row therefore counts as idle up to 1/PARTS of a TTL too late, and never too early.
+    Of the samples that are older than a TTL only the newest is kept, so there are at most PARTS + 3
+    samples, 4 KiB.
 
-    A clock that goes back by less than such a part stands still until it has caught up. By more:
-    it was ahead and is right again, or it is wrong now and will be set right. No row may seem more
-    idle than it is in either case. So what was pushed in the future counts as pushed now; and when
-    the clock reaches the future of then, all rows count as pushed at the next push.
+    The clock may go back.
+
+    * By less than 1/PARTS of a TTL: time stands still until the clock has caught up.
+    * By more: either the clock was ahead and is right again, or it is wrong now and will be
+      corrected. No row may seem more idle than it is in either case. Therefore pushes at times that
+      are now in the future count as pushed now. When the clock reaches that future, all rows count
+      as pushed at the next push.
     """
 
     def __init__(self, ttl: float) -> None:
+        """Create a timeline without samples. ``ttl`` is in the unit of its times."""
         self.ttl = ttl
-        self._samples: list[tuple[int, float]] = []  # version, seconds; both ascending
-        self._start = 0.0  # seconds of the first push that shares the last sample
-        self._most = 0.0  # the latest that the clock has shown: later than that if it went back
+        self._versions = array("Q")  # of the samples, ascending
+        self._times = array("d")  # of the samples, ascending
+        self._start = 0.0  # time of the first push that shares the last sample
+        self._latest = 0.0  # latest time that the clock has shown
 
     def __len__(self) -> int:
-        return len(self._samples)
+        """Return the number of samples."""
+        return len(self._times)
 
-    def add(self, version: int, seconds: float) -> None:
-        """There was a push; ``seconds`` of any clock that goes on after a restart."""
+    def add(self, version: int, time: float) -> None:
+        """Record a push. A version that is not above the newest sample's is known already.
+
+        time  of a clock that goes on while the process is down
+        """
         part = self.ttl / PARTS
-        if self._samples:
-            newest, last = self._samples[-1]
+        if self._versions:
+            newest, last = self._versions[-1], self._times[-1]
             if version <= newest:
-                return  # known from the checkpoint, replayed from the log
-            if self._caught_up(seconds):
-                self._samples, self._start = [(newest, seconds)], seconds
-            elif seconds < last - part:
-                del self._samples[self._before(seconds - part) :]
-                self._samples.append((newest, seconds))
-                self._start = seconds
+                return
+            if self._caught_up(time):
+                self._drop(0, len(self))
+                self._append(newest, time)
+            elif time < last - part:
+                self._drop(self._count_before(time - part), len(self))
+                self._append(newest, time)
             else:
-                seconds = max(seconds, last)
-        self._most = max(self._most, seconds)
-        if self._samples and seconds - self._start <= part:
-            self._samples[-1] = version, seconds
+                time = max(time, last)
+        self._latest = max(self._latest, time)
+        if self._versions and time - self._start <= part:
+            self._versions[-1], self._times[-1] = version, time
             return
-        del self._samples[: max(0, self._before(seconds - self.ttl) - 1)]
-        self._samples.append((version, seconds))
-        self._start = seconds
+        self._drop(0, self._count_before(time - self.ttl) - 1)
+        self._append(version, time)
 
-    def version_before(self, seconds: float) -> int:
-        """All versions up to this one are older than a TTL; 0 if none is known to be."""
-        idle = 0 if self._caught_up(seconds) else self._before(seconds - self.ttl)
-        return self._samples[idle - 1][0] if idle else 0
+    def version_before(self, time: float) -> int:
+        """Return the newest version that is older than a TTL at ``time``; 0 if none is."""
+        idle = 0 if self._caught_up(time) else self._count_before(time - self.ttl)
+        return self._versions[idle - 1] if idle else 0
 
-    def _caught_up(self, seconds: float) -> bool:
-        """Whether the clock went back and is again where it was."""
-        return bool(self._samples) and self._samples[-1][1] < self._most <= seconds
+    def _append(self, version: int, time: float) -> None:
+        self._versions.append(version)
+        self._times.append(time)
+        self._start = time
 
-    def _before(self, seconds: float) -> int:
-        """Samples of earlier times: the first ones."""
-        return bisect_left(self._samples, seconds, key=lambda sample: sample[1])
+    def _drop(self, start: int, stop: int) -> None:
+        if stop > start:
+            del self._versions[start:stop], self._times[start:stop]
+
+    def _caught_up(self, time: float) -> bool:
+        """Return whether the clock went back and is again where it was."""
+        return bool(self._times) and self._times[-1] < self._latest <= time
+
+    def _count_before(self, time: float) -> int:
+        """Return how many samples are older than a time."""
+        return bisect_left(self._times, time)
 
     def pack(self) -> bytes:
-        """start f64 | most f64 | { version u64 | seconds f64 }*, little-endian."""
-        numbers = chain.from_iterable(self._samples)
-        layout = "<dd" + "Qd" * len(self._samples)
-        return struct.pack(layout, self._start, self._most, *numbers)
+        """start f64 | latest f64 | { version u64 | time f64 }*, little-endian."""
+        numbers = chain.from_iterable(zip(self._versions, self._times, strict=True))
+        return struct.pack("<dd" + "Qd" * len(self), self._start, self._latest, *numbers)
+
+    def load(self, data: bytes) -> None:
+        """Load what ``pack`` returned; raises ValueError for anything else."""
+        if not data or len(data) % 16:
+            raise ValueError(f"a timeline is a multiple of 16 bytes, got {len(data)} bytes")
+        self._start, self._latest = struct.unpack_from("<dd", data)
+        numbers = struct.unpack_from("<" + "Qd" * (len(data) // 16 - 1), data, 16)
+        self._versions, self._times = array("Q", numbers[::2]), array("d", numbers[1::2])
 
     def copy(self) -> Timeline:
-        """Return a timeline that goes on from the same samples."""
+        """Return a copy."""
         return self.with_ttl(self.ttl)
 
     def with_ttl(self, ttl: float) -> Timeline:
-        """Return a timeline of another TTL that goes on from the same samples.
+        """Return a timeline of another TTL that starts from a copy of the samples.
 
-        Samples that a shorter TTL dropped are unknown to a longer one: until it has passed, rows
-        that were pushed before the oldest sample do not count as idle.
+        Samples that a shorter TTL dropped stay unknown. Rows that were pushed before the oldest
+        sample do not count as idle until the longer TTL has passed since that sample.
         """
         other = Timeline(ttl)
-        other._samples = self._samples.copy()
-        other._start, other._most = self._start, self._most
+        other._versions, other._times = self._versions[:], self._times[:]
+        other._start, other._latest = self._start, self._latest
         return other
-
-    def load(self, data: bytes) -> None:
-        """Take over what ``pack`` returned; ValueError if it is not that."""
-        if not data or len(data) % 16:
-            raise ValueError(f"a timeline is 16 bytes and 16 for each sample, got {len(data)}")
-        self._start, self._most = struct.unpack_from("<dd", data)
-        self._samples = list(struct.iter_unpack("<Qd", data[16:]))

@@ -570,7 +570,7 @@ def test_a_timeline_survives_and_replay_adds_nothing_twice() -> None:
     assert len(again) == len(timeline) > 10
     Timeline(10.0).load(Timeline(10.0).pack())
     for size in (0, 7, 8, 24, 33):
-        with pytest.raises(ValueError, match=f"16 for each sample, got {size}"):
+        with pytest.raises(ValueError, match=f"multiple of 16 bytes, got {size} bytes"):
             again.load(bytes(size))
 
 
