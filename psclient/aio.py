@@ -4,41 +4,106 @@
         users = await ps.create_table("user", dim=32)
         rows = await users.pull(keys)
 
-There is one implementation, the blocking one; here it runs on a few threads, so neither the search
-for distinct keys nor a scatter ever holds up the event loop. ``start_pull`` and ``start_exchange``
-have no counterpart: make a task of ``pull`` or ``exchange``. Cancelling an ``await`` stops the
-waiting, not the request: a push that was sent may take effect.
+There is one implementation, the blocking one. Here it runs on threads, so neither the search for
+distinct keys nor a scatter delays the event loop. ``start_pull`` and ``start_exchange`` have no
+counterpart: create a task of ``pull`` or ``exchange``. Cancelling an ``await`` ends the wait and
+not the request: a push that was sent may take effect.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import os
+import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial, wraps
-from typing import Any, ParamSpec, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import wraps
+from typing import Any, ParamSpec, Self, TypeVar
 
 from psclient.client import Client
+from psclient.connection import started
+from psclient.errors import DeadlineExceeded
 from psclient.table import Table
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
-THREADS = 32  # calls under way at a time
+THREADS = 32  # calls in flight at a time; further ones wait
 
 
 class _Calls:
-    """Runs blocking calls on threads of one client."""
+    """Runs blocking calls of one client on threads of this process."""
 
-    def __init__(self, threads: ThreadPoolExecutor) -> None:
-        self._threads = threads
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self._process = 0
+        self._pool: ThreadPoolExecutor | None = None
 
     async def run(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, partial(call, *args, **options))
+        """Await a call; its time begins now, a wait for a free thread included."""
+        self.client._require_open()
+        future = self._threads().submit(_run, time.monotonic(), call, args, options)
+        late = False
+
+        def expire() -> None:
+            nonlocal late
+            late = future.cancel()  # only if it has not begun; else it ends by itself
+
+        timer = asyncio.get_running_loop().call_later(self.client._timeout, expire)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if not late:
+                raise
+            raise DeadlineExceeded(
+                f"{THREADS} other calls of this client took all of its timeout,"
+                f" {self.client._timeout} s"
+            ) from None
+        finally:
+            timer.cancel()
+
+    async def run_long(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Await a call that may take long, on a thread of its own."""
+        self.client._require_open()
+        future: Future[Any] = Future()
+
+        def work() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call(*args, **options))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        threading.Thread(target=work, name="psclient-aio-long", daemon=True).start()
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """End the threads."""
+        pool, self._pool = self._pool, None
+        if pool is not None and self._process == os.getpid():
+            pool.shutdown(wait=False)
+
+    def _threads(self) -> ThreadPoolExecutor:
+        """Return this process's threads: a fork does not copy them."""
+        if self._pool is None or self._process != os.getpid():
+            self._process = os.getpid()
+            self._pool = ThreadPoolExecutor(THREADS, "psclient-aio")
+        return self._pool
+
+
+def _run(
+    begun: float, call: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+) -> Any:
+    def work() -> Any:
+        started.set(begun)
+        return call(*args, **options)
+
+    return contextvars.copy_context().run(work)
 
 
 def _awaited(method: Callable[P, Result]) -> Callable[P, Any]:
-    """The method of AsyncClient or AsyncTable that runs a blocking one of the same name."""
+    """Return the method of AsyncClient or AsyncTable that runs a blocking one of the same name."""
 
     @wraps(method)
     async def call(self: Any, *args: Any, **options: Any) -> Any:
@@ -50,11 +115,15 @@ def _awaited(method: Callable[P, Result]) -> Callable[P, Any]:
 class AsyncTable:
     """Table, awaited: see psclient.Table for arguments and results."""
 
-    def __init__(self, table: Table, calls: _Calls) -> None:
+    def __init__(self, client: AsyncClient, table: Table) -> None:
+        self.client = client
         self._blocking = table
-        self._calls = calls
+        self._calls = client._calls
         self.name = table.name
         self.dim = table.dim
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load, (self.client, self.name, self.dim)
 
     pull = _awaited(Table.pull)
     pull_rows = _awaited(Table.pull_rows)
@@ -66,35 +135,57 @@ class AsyncTable:
     alter = _awaited(Table.alter)
     describe = _awaited(Table.describe)
 
+    def __repr__(self) -> str:
+        return f"AsyncTable({self.name!r}, dim={self.dim})"
+
 
 class AsyncClient:
-    """Client, awaited: see psclient.Client for arguments and results."""
+    """Client, awaited: see psclient.Client for arguments and results.
+
+    It may be used by several event loops, and in forked processes. An operation's timeout begins
+    with the ``await``.
+    """
 
     def __init__(self, addresses: Any, **options: Any) -> None:
         self._blocking = Client(addresses, **options)
-        self._threads = ThreadPoolExecutor(THREADS, "psclient-aio")
-        self._calls = _Calls(self._threads)
+        self._calls = _Calls(self._blocking)
 
-    async def __aenter__(self) -> AsyncClient:
+    async def __aenter__(self) -> Self:
+        self._blocking._require_open()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle addresses and options; what is loaded connects anew."""
+        return _load_client, (type(self), self._blocking)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self
+
     async def create_table(self, name: str, dim: int, **options: Any) -> AsyncTable:
         """See Client.create_table."""
         table = await self._calls.run(self._blocking.create_table, name, dim, **options)
-        return AsyncTable(table, self._calls)
+        return AsyncTable(self, table)
 
     async def table(self, name: str) -> AsyncTable:
         """See Client.table."""
-        return AsyncTable(await self._calls.run(self._blocking.table, name), self._calls)
+        return AsyncTable(self, await self._calls.run(self._blocking.table, name))
+
+    async def evict(self, *args: Any, **options: Any) -> dict[str, int]:
+        """See Client.evict."""
+        return await self._calls.run_long(  # type: ignore[no-any-return]
+            self._blocking.evict, *args, **options
+        )
 
     alter_table = _awaited(Client.alter_table)
     describe_table = _awaited(Client.describe_table)
     list_tables = _awaited(Client.list_tables)
     drop_table = _awaited(Client.drop_table)
-    evict = _awaited(Client.evict)
     wait_durable = _awaited(Client.wait_durable)
     barrier = _awaited(Client.barrier)
     batch = _awaited(Client.batch)
@@ -106,5 +197,15 @@ class AsyncClient:
 
     async def close(self) -> None:
         """See Client.close."""
-        await self._calls.run(self._blocking.close)
-        self._threads.shutdown(wait=False)
+        self._blocking.close()
+        self._calls.close()
+
+
+def _load(client: AsyncClient, name: str, dim: int) -> AsyncTable:
+    return AsyncTable(client, Table(client._blocking, name, dim))
+
+
+def _load_client(kind: type[AsyncClient], blocking: Client) -> AsyncClient:
+    client = kind(blocking._addresses)
+    client._blocking, client._calls = blocking, _Calls(blocking)
+    return client

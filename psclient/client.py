@@ -106,6 +106,7 @@ class Client(RowClient):
 
     def table(self, name: str) -> Table:
         """A table that exists; TableNotFound if it does not."""
+        self._require_open()
         return Table(self, name, self._dim(name, self._deadline()))
 
     def list_tables(self) -> list[TableInfo]:

@@ -83,6 +83,7 @@ class RowClient(Connection):
 
     def batch(self, keys: Any) -> Batch:
         """The distinct keys of ``keys`` (any shape), for use in several calls."""
+        self._require_open()
         return self._batch(keys, self._deadline())
 
     def pull(

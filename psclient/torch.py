@@ -97,6 +97,10 @@ class _Remote(_Feature):
         self.table = table
         self._collected: list[_Rows] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out collected gradients: ``step`` of the original pushes them."""
+        return {**self.__dict__, "_collected": []}
+
     def remotes(self) -> list[_Remote]:
         return [self]
 

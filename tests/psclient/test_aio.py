@@ -42,8 +42,8 @@ class TestAsyncio:
     @pytest.mark.parametrize(("blocking", "awaited"), [(Client, AsyncClient), (Table, AsyncTable)])
     def test_every_call_has_its_counterpart(self, blocking: type, awaited: type) -> None:
         started = {"start_pull", "start_exchange"}  # tasks of asyncio are that
-        calls = {name for name in vars(blocking) if not name.startswith("_")} - started
-        assert calls <= set(vars(awaited))
+        calls = {name for name in dir(blocking) if not name.startswith("_")} - started
+        assert calls <= set(dir(awaited))
 
     def test_deletes_barriers_and_durability(self, cluster: Cluster, name: str) -> None:
         async def work() -> None:
