@@ -8,7 +8,8 @@ for everything else:
     limit / colocated shards  =  base        the process itself: interpreter, kernels, gRPC
                               +  in flight   max_inflight_bytes
                               +  transport   messages that gRPC has received and nobody has admitted
-                              +  slack       a tenth: heap, log buffers, tombstones, sessions, pages
+                              +  backlog     log records and rows in them that are not written yet
+                              +  slack       a tenth: heap, tombstones, sessions, pages of files
                               +  tables      memory_bytes
 """
 
@@ -26,6 +27,7 @@ DATA_BYTES, DATA_PARTS = 512 << 20, 2  # the same for private memory, which ulim
 SLACK = 10  # a tenth of what remains
 LEAST_TABLES = 16 << 20  # bytes; a server with less is of no use
 LEAST_INFLIGHT, MOST_INFLIGHT = 16 << 20, 1 << 30  # bytes, of the default
+MOST_BACKLOG = 256 << 20  # bytes
 NO_LIMIT = 1 << 60  # v1 writes a huge number where there is none
 
 
@@ -55,9 +57,14 @@ class Plan:
         return self.limit.bytes // self.colocated
 
     @property
+    def backlog(self) -> int:
+        """Return the most bytes that may wait for the log's disk."""
+        return min(self.part // 16, MOST_BACKLOG)
+
+    @property
     def reserve(self) -> int:
         """Return the part that no table may take, slack aside."""
-        return BASE_BYTES + self.inflight + self.transport
+        return BASE_BYTES + self.inflight + self.transport + self.backlog
 
     @property
     def tables(self) -> int:
@@ -72,9 +79,10 @@ class Plan:
         shared = f", which {self.colocated} shards share" if self.colocated > 1 else ""
         return (
             f"no memory is left for tables: the limit is {self.limit}{shared}; a server needs"
-            f" {show(BASE_BYTES)} itself, {show(self.inflight)} for requests in flight and"
-            f" {show(self.transport)} for messages that arrive; raise the limit, or lower"
-            " max_inflight_bytes and max_message_bytes, or set memory_bytes"
+            f" {show(BASE_BYTES)} itself, {show(self.inflight)} for requests in flight,"
+            f" {show(self.transport)} for messages that arrive and {show(self.backlog)} for the"
+            " log; raise the limit, or lower max_inflight_bytes and max_message_bytes, or set"
+            " memory_bytes"
         )
 
 

@@ -41,6 +41,7 @@ def report_memory(config: ServerConfig) -> None:
         base=show(BASE_BYTES),
         max_inflight=show(plan.inflight),
         transport=show(plan.transport),
+        log_backlog=show(plan.backlog),
         tables=show(config.memory_bytes),
     )
     if config.memory_bytes + plan.reserve > plan.part:

@@ -11,7 +11,7 @@ from psserver.sessions import Sessions
 from storage.records import Kind, Origin
 from storage.versionlog import VersionLog
 
-MAX_BACKLOG = 256 << 20  # bytes of memory of records appended and not yet written
+MAX_BACKLOG = 256 << 20  # bytes of memory of records appended and not yet written; the default
 RECORD = 64  # bytes of a record besides its arrays; a barrier's name needs less than the rest
 
 
@@ -20,14 +20,20 @@ class Sequencer:
 
     now  seconds since 1970, recorded with each change
     log  None: the shard keeps nothing on disk
+    max_backlog  bytes in the log's queue above which changes are refused
     """
 
     def __init__(
-        self, sessions: Sessions, now: Callable[[], float], log: VersionLog | None
+        self,
+        sessions: Sessions,
+        now: Callable[[], float],
+        log: VersionLog | None,
+        max_backlog: int = MAX_BACKLOG,
     ) -> None:
         self.sessions = sessions
         self.now = now
         self.log = log
+        self.max_backlog = max_backlog
         self.version = 0
 
     def reserve(self, sizes: Sequence[int]) -> None:
@@ -37,10 +43,10 @@ class Sequencer:
         """
         if self.log is None or not sizes:
             return
-        if self.log.memory > MAX_BACKLOG:
+        if self.log.memory > self.max_backlog:
             raise Overloaded(
-                f"records that wait to be written take {self.log.memory} bytes of memory, the limit"
-                f" is {MAX_BACKLOG}; retry later"
+                f"the disk is slow: records that wait to be written take {self.log.memory} bytes of"
+                f" memory, the limit is {self.max_backlog}; retry later"
             )
         self.log.reserve(*sizes)
 

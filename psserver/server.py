@@ -68,6 +68,7 @@ class Server:
             session_ttl=config.session_ttl_seconds,
             clock=time.monotonic,
             max_tombstones=config.max_tombstones,
+            max_backlog=config.memory.backlog,
         )
 
     async def listen(self) -> None:

@@ -23,7 +23,7 @@ from psserver.fills import Fills
 from psserver.recovery import Recovery
 from psserver.requests import Change, Delete, Pull, Push, check_order
 from psserver.schemas import DURABILITIES, to_json
-from psserver.sequencer import RECORD, Sequencer
+from psserver.sequencer import MAX_BACKLOG, RECORD, Sequencer
 from psserver.sessions import Sessions
 from psserver.sweeps import Sweeps
 from psserver.tables import TableEntry, Tables
@@ -82,6 +82,7 @@ class Shard:
         now: Callable[[], float] = time.time,
         log: VersionLog | None = None,
         max_tombstones: int = 1 << 20,
+        max_backlog: int = MAX_BACKLOG,
     ) -> None:
         self.number = number
         self.shard_map = shard_map
@@ -91,7 +92,7 @@ class Shard:
         self._reply_bytes = reply_bytes
         self._max_tables = max_tables
         self._tables = Tables(self.budget, float(owned) / len(shard_map.shard_of_bucket))
-        self._sequencer = Sequencer(self.sessions, now, log)
+        self._sequencer = Sequencer(self.sessions, now, log, max_backlog)
         self._tombstones = TombstoneQueue(max_tombstones)
         self._buffers = ImageBuffers()
         self.recovery = Recovery(self._tables, self._sequencer, self._tombstones)

@@ -225,7 +225,8 @@ def plan(limit: int, **changes: Any) -> Plan:
 @pytest.mark.parametrize("colocated", [1, 2, 7])
 def test_colocated_servers_together_stay_below_the_limit(colocated: int) -> None:
     each = plan(PHYSICAL, colocated=colocated)
-    total = colocated * (each.tables + BASE_BYTES + each.inflight + each.transport)
+    parts = each.tables, BASE_BYTES, each.inflight, each.transport, each.backlog
+    total = colocated * sum(parts)
     assert 0.85 * PHYSICAL < total < PHYSICAL
     assert each.problem() is None
 
@@ -233,8 +234,9 @@ def test_colocated_servers_together_stay_below_the_limit(colocated: int) -> None
 def test_a_limit_that_leaves_nothing_is_refused_with_all_parts_of_it() -> None:
     assert plan(2 * GIB, colocated=2, inflight=GIB).problem() == (
         "no memory is left for tables: the limit is 2 GiB (test), which 2 shards share; a server"
-        " needs 256 MiB itself, 1 GiB for requests in flight and 128 MiB for messages that arrive;"
-        " raise the limit, or lower max_inflight_bytes and max_message_bytes, or set memory_bytes"
+        " needs 256 MiB itself, 1 GiB for requests in flight, 128 MiB for messages that arrive and"
+        " 64 MiB for the log; raise the limit, or lower max_inflight_bytes and max_message_bytes,"
+        " or set memory_bytes"
     )
 
 
