@@ -71,7 +71,7 @@ tools/commands/shell.py         what all commands share
 tools/commands/cluster.py       psctl status, tail
 tools/commands/tables.py        psctl tables, table, create, drop, evict
 tools/commands/alter.py         psctl alter
-tools/commands/checkpoints.py   psctl checkpoint, checkpoints, verify, restore
+tools/commands/checkpoints.py   psctl checkpoint, checkpoints, verify, restore, delete, prune
 tools/commands/rows.py          psctl export, import
 tools/commands/analyses.py      psctl analyze, inspect
 tools/ctl.py                    the command psctl

@@ -5,20 +5,23 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from psclient.calls import Tell, call, links, on_all
 from psclient.checkpoints import describe
 from psclient.client import Client
-from psclient.errors import DataLoss, PsError, RestoreConflict
+from psclient.errors import DataLoss, DeadlineExceeded, PsError, RestoreConflict, Unavailable
 from psclient.link import Link
 from psproto import ps_pb2 as pb
 
 Status = pb.RestoreStatus
 Step = pb.RestoreRequest
-PATIENCE = 3600.0  # seconds that a shard may take to start with what was restored
+PATIENCE = 3600.0  # seconds that a shard may take to start with the restored tables
 PREPARED = Status.PHASE_PREPARED
-POLL = 0.2  # seconds between looks at it
+POLL = 0.2  # seconds between two polls
+POLL_TIMEOUT = 2.0  # seconds; a shard that restarts must not delay the polls of the others
+TAKEOVER = 10.0  # seconds; longer than a server waits for a client that is gone
 OVER = (Status.PHASE_UNSPECIFIED, Status.PHASE_RELEASED, Status.PHASE_ABORTED)
 BACK = (Status.PHASE_FAILED, Status.PHASE_ABORTING, Status.PHASE_ABORTED)
 
@@ -26,35 +29,41 @@ BACK = (Status.PHASE_FAILED, Status.PHASE_ABORTING, Status.PHASE_ABORTED)
 def restore(
     client: Client, name: str, *, replace: bool = False, progress: Tell | None = None
 ) -> int:
-    """Make the whole cluster what a checkpoint holds: all of it or, on any failure, nothing.
+    """Replace the tables of the whole cluster by those of a checkpoint. Returns the rows restored.
 
-    The cluster may have another number of shards. It must have no table, or ``replace`` must say
-    that all that is there may go, pushes included that are made meanwhile. A restore of the same
-    checkpoint that was cut off between its steps is finished. Returns the rows restored.
+    name      the checkpoint; it may have been taken of another number of shards
+    replace   existing tables are deleted, pushes included that arrive meanwhile
+    progress  called with the bytes read and an estimate of all (0: unknown)
 
-    Raises NotEmpty, DataLoss, RestoreConflict where another restore waits to be finished
-    (``abort_restore``), ResourceExhausted where memory or disk do not suffice.
+    All shards are restored or, on any failure, none. An interrupted restore of the same checkpoint
+    is finished instead, once the client that began it is gone.
+
+    Raises NotEmpty if there are tables and ``replace`` is not set, DataLoss, RestoreConflict if
+    another client restores, or an interrupted restore of another checkpoint waits
+    (``abort_restore``), and ResourceExhausted if memory or disk do not suffice.
     """
+    owner = secrets.token_hex(8)
     statuses = statuses_of(client)
     left = {(each.id, each.name) for each in statuses if each.phase not in (*OVER, PREPARED)}
-    if len(left) > 1 or any(held != name for _, held in left):
-        raise RestoreConflict(f"restores wait to be finished or aborted: {sorted(left)}")
+    if len(left) > 1 or any(other != name for _, other in left):
+        raise RestoreConflict(f"unfinished restores: {sorted(left)}; finish or abort them first")
     if left:
         id = next(iter(left))[0]
         if not any(each.id == id and each.phase in BACK for each in statuses):
-            _run(client, id, name)
+            _take_over(client, id, owner)
+            _run(client, id, name, owner)
             return sum(table.rows for table in client.list_tables())
         abort_restore(client)
     id = secrets.token_hex(8)
-    rows = _prepare(client, id, name, replace, progress)
-    _run(client, id, name)
+    rows = _prepare(client, id, name, owner, replace, progress)
+    _run(client, id, name, owner)
     return rows
 
 
 def abort_restore(client: Client) -> None:
-    """Bring back what was there before a restore that was cut off; nothing where none was.
+    """Undo an interrupted restore: the tables from before it are back. No error if there is none.
 
-    Raises RestoreConflict if shards serve what was restored already: then it can only be finished.
+    Raises RestoreConflict if a shard already serves the restored tables: then finish the restore.
     """
     statuses = statuses_of(client)
     left = {each.id for each in statuses if each.phase not in OVER}
@@ -66,67 +75,119 @@ def abort_restore(client: Client) -> None:
     await_phases(client, OVER)
 
 
-def _prepare(client: Client, id: str, name: str, replace: bool, progress: Tell | None) -> int:
+def _prepare(
+    client: Client, id: str, name: str, owner: str, replace: bool, progress: Tell | None
+) -> int:
     expected = sum(describe(client, name).rows.values())
     request = pb.PrepareRestoreRequest(name=name, id=id, replace=replace)
     try:
-        done = on_all(client, "PrepareRestore", request, progress)
+        done = on_all(client, "PrepareRestore", request, progress, in_turn=True)
         rows = sum(each.rows for each in done)
         if rows != expected:
             raise DataLoss(f"checkpoint {name!r}: {rows} rows were read, {expected} were stored")
         for link in links(client):
-            take_step(client, link, id, Step.STEP_HOLD)
+            take_step(client, link, id, Step.STEP_HOLD, owner)
     except BaseException:
         _abort(client, id)
         raise
     return rows
 
 
-def _run(client: Client, id: str, name: str) -> None:
-    """From wherever a restore is to its end, or back."""
+def _take_over(client: Client, id: str, owner: str) -> None:
+    """Become the owner of an interrupted restore. Raises RestoreConflict if its client goes on."""
+    first, end = links(client)[0], time.monotonic() + TAKEOVER
+    while True:
+        released = any(
+            each.id == id and each.phase == Status.PHASE_RELEASED for each in statuses_of(client)
+        )
+        try:
+            take_step(client, first, id, Step.STEP_RELEASE if released else Step.STEP_HOLD, owner)
+            return
+        except RestoreConflict:
+            if time.monotonic() > end:
+                raise
+        time.sleep(POLL)
+
+
+def _run(client: Client, id: str, name: str, owner: str) -> None:
+    """Take a restore from any of its phases to its end, or undo it if it failed."""
     statuses = statuses_of(client)
     if not any(each.phase == Status.PHASE_RELEASED and each.id == id for each in statuses):
         for step in (Step.STEP_HOLD, Step.STEP_COMMIT):
             for link in links(client):
-                take_step(client, link, id, step)
-        statuses = await_phases(client, (Status.PHASE_LOADED, *BACK))
+                take_step(client, link, id, step, owner)
+        statuses = await_phases(client, (Status.PHASE_LOADED, *BACK), id, owner)
     for link, status in zip(links(client), statuses, strict=True):
         if status.phase in BACK:
             _abort(client, id)
-            error = PsError(f"{link.where}: {name!r} was restored nowhere: {status.why}")
+            error = PsError(f"{link.where}: no shard was restored from {name!r}: {status.why}")
             error.reason = "RESTORE_FAILED"
             raise error
     for link in links(client):
-        take_step(client, link, id, Step.STEP_RELEASE)
+        take_step(client, link, id, Step.STEP_RELEASE, owner)
 
 
 def _abort(client: Client, id: str) -> None:
+    """Undo a restore of this client, as far as the shards can be reached."""
     for link in links(client):
         with suppress(PsError):
             take_step(client, link, id, Step.STEP_ABORT)
     with suppress(PsError):
-        await_phases(client, (*OVER, PREPARED))
+        end = time.monotonic() + PATIENCE
+        while any(
+            each is None or (each.id == id and each.phase not in (*OVER, PREPARED))
+            for each in _poll(client)
+        ):
+            if time.monotonic() > end:
+                return
+            time.sleep(POLL)
 
 
-def take_step(client: Client, link: Link, id: str, step: int) -> pb.RestoreStatus:
-    """Have one shard take a step of a restore."""
-    request = pb.RestoreRequest(id=id, step=step)  # type: ignore[arg-type]
+def take_step(client: Client, link: Link, id: str, step: int, owner: str = "") -> pb.RestoreStatus:
+    """Let one shard take a step of a restore. Returns its status."""
+    request = pb.RestoreRequest(id=id, step=step, owner=owner)  # type: ignore[arg-type]
     status: pb.RestoreStatus = call(client, link, "Restore", request, pb.RestoreStatus)
     return status
 
 
 def statuses_of(client: Client, seconds: float = 0.0) -> list[pb.RestoreStatus]:
-    """Return each shard's status, waiting up to ``seconds`` for a shard that starts anew."""
+    """Return each shard's status, waiting up to ``seconds`` for a shard that restarts."""
     request = pb.RestoreRequest()
     return [
         call(client, link, "Restore", request, pb.RestoreStatus, seconds) for link in links(client)
     ]
 
 
-def await_phases(client: Client, phases: Sequence[int]) -> list[pb.RestoreStatus]:
-    """The statuses, once all are in one of the phases; shards that start anew are waited for."""
+def await_phases(
+    client: Client, phases: Sequence[int], id: str = "", owner: str = ""
+) -> list[pb.RestoreStatus]:
+    """Return the statuses once all shards are in one of the phases, after their restarts.
+
+    The polls also show the shards that the owner is still there.
+    """
+    end = time.monotonic() + PATIENCE
     while True:
-        statuses = statuses_of(client, PATIENCE)
-        if all(each.phase in phases for each in statuses):
+        found = _poll(client, id, owner)
+        statuses = [each for each in found if each is not None and each.phase in phases]
+        if len(statuses) == len(found):
             return statuses
+        if time.monotonic() > end:
+            raise Unavailable(f"after {PATIENCE:g} s not all shards are in the phase to wait for")
         time.sleep(POLL)
+
+
+def _poll(client: Client, id: str = "", owner: str = "") -> list[pb.RestoreStatus | None]:
+    """Ask all shards at once for their status; None for one that does not answer."""
+    request = pb.RestoreRequest(id=id, owner=owner)
+
+    def ask(link: Link) -> pb.RestoreStatus | None:
+        try:
+            status: pb.RestoreStatus = call(
+                client, link, "Restore", request, pb.RestoreStatus, POLL_TIMEOUT
+            )
+            return status
+        except (Unavailable, DeadlineExceeded):
+            return None
+
+    with ThreadPoolExecutor(len(links(client)), "psclient-restore") as pool:
+        return list(pool.map(ask, links(client)))

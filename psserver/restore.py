@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from psserver.swap import (
 from psserver.work import Progress
 
 Step = pb.RestoreRequest
+LEASE_SECONDS = 6.0  # an owner that has not called for this time may be replaced
 PHASES = {
     PREPARED: pb.RestoreStatus.PHASE_PREPARED,
     HELD: pb.RestoreStatus.PHASE_HELD,
@@ -47,9 +49,10 @@ PHASES = {
 class Restores:
     """The restore of one shard, if one is under way. Thread-safe.
 
-    directory  the shard's data directory; None: there is nothing to restore into
-    state      as ``settle`` found it
-    restart    makes the process start anew; called on any thread, returns at once
+    directory  data directory of the shard; None: there is nothing to restore into
+    state      as ``settle`` returned it
+    restart    makes the process start again; called on any thread, returns at once
+    clock      monotonic seconds
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Restores:
         directory: Path | None,
         state: State | None,
         restart: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._shard = shard
         self._engine = engine
@@ -67,31 +71,31 @@ class Restores:
         self._directory = directory
         self._restart = restart
         self._state = state
+        self._clock = clock
+        self._owner = ""  # the client that drives the restore, from HOLD on
+        self._seen = 0.0  # when it last called
         self._changing = threading.Lock()
 
     @property
     def held(self) -> bool:
-        """Whether the shard must refuse work."""
+        """Return whether the shard must refuse work."""
         state = self._state
         return state is not None and state.phase not in (PREPARED, *OVER)
 
     def prepare(
         self, request: pb.PrepareRestoreRequest, progress: Progress
     ) -> pb.CheckpointProgress:
-        """Write what is to be restored beside what is there."""
+        """Stage a checkpoint next to the live data, without touching the live data."""
         name, id = require_name(request.name), require_id("id", request.id)
         if self._directory is None:
             raise NoLog
         with self._checkpoints.work.alone(f"it prepares a restore of {name!r}"):
-            state = self._state
-            if self.held:
-                assert state is not None
-                raise RestoreConflict(
-                    f"restore {state.id} of {state.name!r} is {state.phase}: finish or abort it"
-                )
-            self._require_empty(request.replace)
-            self._state = None
-            clear(self._directory)
+            with self._changing:
+                self._require_free()
+                self._require_empty(request.replace)
+                self._state, self._owner = None, ""
+                clear(self._directory)
+            progress.stage = pb.CheckpointProgress.STAGE_READY
             try:
                 catalog = self._checkpoints.catalog
                 target = self._directory / "restore" / "base"
@@ -103,12 +107,23 @@ class Restores:
             self._reach(State(id=id, name=name, replace=request.replace, phase=PREPARED))
         return pb.CheckpointProgress(bytes=progress.bytes, total=progress.total, rows=rows)
 
+    def _require_free(self) -> None:
+        if self.held:
+            state = self._state
+            assert state is not None
+            raise RestoreConflict(
+                f"restore {state.id} of {state.name!r} is {state.phase}: finish or abort it"
+            )
+
     def step(self, request: pb.RestoreRequest) -> pb.RestoreStatus:
-        """Take a step, unless it is taken already."""
+        """Take a step, or only return the status. A step that was taken before is no error."""
         with self._changing:
             state = self._state
             if state is not None and state.id == request.id:
-                if request.step != Step.STEP_UNSPECIFIED:
+                if request.step == Step.STEP_UNSPECIFIED:
+                    self._stay(request.owner)
+                else:
+                    self._require_owner(request, state)
                     self._take(request.step, state)
             elif request.step in (Step.STEP_HOLD, Step.STEP_COMMIT) or (
                 self.held and request.step != Step.STEP_UNSPECIFIED
@@ -116,10 +131,30 @@ class Restores:
                 raise RestoreConflict(f"restore {request.id[:16]!r} is not under way here")
             return self._status()
 
+    def _stay(self, owner: str) -> None:
+        """Note that the owner is there; after a restart, the first client that says so is it."""
+        if owner and owner == (self._owner or owner):
+            self._owner, self._seen = owner, self._clock()
+
+    def _require_owner(self, request: pb.RestoreRequest, state: State) -> None:
+        """Make a client the owner, unless another one has called a moment ago.
+
+        Every client may abort.
+        """
+        idle = self._clock() - self._seen
+        other = self._owner not in ("", request.owner)
+        if other and idle < LEASE_SECONDS and request.step != Step.STEP_ABORT:
+            raise RestoreConflict(
+                f"restore {state.id} of {state.name!r} is driven by another client, which called"
+                f" {idle:.1f} s ago: wait for it, or abort it"
+            )
+        self._owner, self._seen = request.owner, self._clock()
+
     def _take(self, step: int, state: State) -> None:
         match step, state.phase:
             case (Step.STEP_HOLD, "prepared"):
-                self._hold(state)
+                with self._checkpoints.work.alone(f"it restores {state.name!r}"):
+                    self._hold(state)
             case (Step.STEP_COMMIT, "held"):
                 self._reach(dataclasses.replace(state, phase=COMMITTED))
                 self._restart()
@@ -141,9 +176,9 @@ class Restores:
                 raise RestoreConflict(f"restore {state.id} of {state.name!r} is {state.phase}")
 
     def _hold(self, state: State) -> None:
-        self._reach(dataclasses.replace(state, phase=HELD))  # from here on nothing is begun
+        self._reach(dataclasses.replace(state, phase=HELD))  # from now on nothing begins
         try:
-            self._require_empty(state.replace)  # by now: behind all that was begun before
+            self._require_empty(state.replace)  # after all that began before
         except NotEmpty:
             self._reach(state)
             raise

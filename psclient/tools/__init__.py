@@ -27,7 +27,7 @@ commands/shell.py         what all commands share
 commands/cluster.py       psctl status, tail
 commands/tables.py        psctl tables, table, create, drop, evict
 commands/alter.py         psctl alter
-commands/checkpoints.py   psctl checkpoint, checkpoints, verify, restore
+commands/checkpoints.py   psctl checkpoint, checkpoints, verify, restore, delete, prune
 commands/rows.py          psctl export, import
 commands/analyses.py      psctl analyze, inspect
 ctl.py                    the command psctl

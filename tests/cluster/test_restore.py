@@ -342,7 +342,7 @@ def test_a_shard_is_killed_at_random_moments_of_restores(
                 told = False
             kills.join()
             statuses = restores.statuses_of(client, 60.0)
-            if any(each.phase not in (*restores.OVER, admin.PREPARED) for each in statuses):
+            if any(each.phase not in (*restores.OVER, restores.PREPARED) for each in statuses):
                 admin.restore(client, "full", replace=True)
                 told = True
             found = whole(client, "t")
@@ -447,3 +447,35 @@ def test_nobody_waits_when_a_checkpoint_is_given_up(
             except PsError as error:
                 if error.reason != "CHECKPOINT_BUSY" or time.monotonic() > started + 20:
                     raise
+
+
+@pytest.mark.parametrize("names", [("a", "a"), ("a", "b")])
+def test_of_two_restores_at_once_one_is_done_and_the_other_refused_by_name(
+    start_cluster: Start, connect: Connect, flags: tuple[str, ...], names: tuple[str, str]
+) -> None:
+    cluster = start_cluster(2, *flags)
+    client = connect(cluster)
+    table = client.create_table("t", 4, optimizer="sgd", lr=1.0, initializer="zeros")
+    for name, rows in (("a", 2000), ("b", 3000)):
+        table.push(np.arange(rows), np.ones((rows, 4)))
+        admin.checkpoint(client, name)
+    for _ in range(2):
+        done: list[Any] = []
+
+        def work(name: str, done: list[Any] = done) -> None:
+            with Client(cluster.addresses) as other:
+                try:
+                    done.append((name, admin.restore(other, name, replace=True)))
+                except PsError as error:
+                    done.append(error)
+
+        threads = [threading.Thread(target=work, args=[name]) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        won = [each for each in done if isinstance(each, tuple)]
+        lost = [each for each in done if isinstance(each, PsError)]
+        assert len(won) == len(lost) == 1, done
+        assert lost[0].reason in ("RESTORE_CONFLICT", "CHECKPOINT_BUSY"), lost
+        assert client.describe_table("t").rows == won[0][1] == {"a": 2000, "b": 3000}[won[0][0]]

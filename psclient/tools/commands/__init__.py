@@ -4,7 +4,7 @@ shell.py         what all commands share
 cluster.py       psctl status, tail
 tables.py        psctl tables, table, create, drop, evict
 alter.py         psctl alter
-checkpoints.py   psctl checkpoint, checkpoints, verify, restore
+checkpoints.py   psctl checkpoint, checkpoints, verify, restore, delete, prune
 rows.py          psctl export, import
 analyses.py      psctl analyze, inspect
 """

@@ -1,4 +1,4 @@
-"""psctl checkpoint, checkpoints, verify, restore."""
+"""psctl checkpoint, checkpoints, verify, restore, delete, prune."""
 
 from __future__ import annotations
 
@@ -33,6 +33,14 @@ def checkpoint(
             " cannot be restored without it."
         ),
     ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Afterwards delete all checkpoints but this number of newest ones and those that"
+            " these need, as psctl prune does.",
+        ),
+    ] = None,
     servers: Servers = DEFAULT,
 ) -> None:
     """Take a checkpoint of all tables. Training goes on meanwhile.
@@ -43,7 +51,9 @@ def checkpoint(
         raise typer.BadParameter("--incremental-from needs the name of a checkpoint")
     with connected(servers) as client, bar(f"checkpoint {name}") as show:
         done = admin.checkpoint(client, name, parent=incremental_from, progress=show)
-    typer.echo(f"{name}: {sum(done.rows.values()):,} rows, {done.bytes:,} bytes")
+        typer.echo(f"{name}: {sum(done.rows.values()):,} rows, {done.bytes:,} bytes")
+        if keep is not None:
+            _print_deleted(admin.prune(client, keep), dry_run=False)
 
 
 @app.command()
@@ -136,3 +146,47 @@ def restore(
             else:
                 rows = admin.restore(client, name, replace=replace, progress=show)
     typer.echo(f"{name}: {rows:,} rows")
+
+
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Delete nothing; print what would be deleted.")
+]
+
+
+@app.command()
+def delete(
+    names: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT...", help="Names of the checkpoints.")
+    ],
+    dry_run: DryRun = False,
+    servers: Servers = DEFAULT,
+) -> None:
+    """Delete checkpoints.
+
+    Refused if a checkpoint that stays needs one of them, or if one of them is in use: it is being
+    taken, verified, restored or exported. Nothing is deleted then.
+    """
+    with connected(servers) as client:
+        _print_deleted(admin.delete(client, *names, dry_run=dry_run), dry_run=dry_run)
+
+
+@app.command()
+def prune(
+    keep: Annotated[int, typer.Option(min=1, help="Number of newest checkpoints to keep.")],
+    dry_run: DryRun = False,
+    servers: Servers = DEFAULT,
+) -> None:
+    """Delete old checkpoints.
+
+    Keeps the newest ones, and every checkpoint that they need. Checkpoints that were never
+    completed, or are damaged, do not count and are not deleted.
+    """
+    with connected(servers) as client:
+        _print_deleted(admin.prune(client, keep, dry_run=dry_run), dry_run=dry_run)
+
+
+def _print_deleted(names: list[str], *, dry_run: bool) -> None:
+    for name in names:
+        typer.echo(f"{name}: {'would be deleted' if dry_run else 'deleted'}")
+    if not names:
+        typer.echo("nothing to delete")

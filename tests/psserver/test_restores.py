@@ -18,6 +18,7 @@ from psserver.config import ConfigError, ServerConfig
 from psserver.datadir import DataDirectory
 from psserver.engine import Engine
 from psserver.errors import (
+    CheckpointBusy,
     NotEmpty,
     RestoreConflict,
 )
@@ -25,6 +26,7 @@ from storage.errors import (
     Corrupt,
 )
 from storage.optimizers import make_optimizer
+from storage.sealed import fields_of, seal_fields
 
 ADAM = make_optimizer("adam", None, {})
 ID = "0123456789abcdef"
@@ -326,3 +328,87 @@ def drive(node: Node, end: int) -> None:
         phase = node.step(ID, Step.STEP_COMMIT).phase
     if phase in (status.PHASE_LOADED, status.PHASE_COMMITTED):
         node.step(ID, end)
+
+
+# ---- one owner
+
+
+@pytest.fixture
+def prepared(make: Make) -> Node:
+    """A shard with a prepared restore of "full", whose clock is the attribute ``seconds``."""
+    cluster = make(1)
+    cluster.checkpoint("full")
+    node = cluster.nodes[0]
+    node.prepare("full", ID)
+    node.seconds = 100.0  # type: ignore[attr-defined]
+    node.restores._clock = lambda: node.seconds  # type: ignore[attr-defined]
+    return node
+
+
+def take(node: Node, step: int, owner: str, id: str = ID) -> pb.RestoreStatus:
+    return node.restores.step(pb.RestoreRequest(id=id, step=step, owner=owner))  # type: ignore[arg-type]
+
+
+def test_a_restore_has_one_owner_and_another_client_is_refused_by_name(prepared: Node) -> None:
+    take(prepared, Step.STEP_HOLD, "a" * 16)
+    for step in (Step.STEP_HOLD, Step.STEP_COMMIT, Step.STEP_RELEASE):
+        with pytest.raises(RestoreConflict, match=rf"{ID} of 'full' is driven by another client"):
+            take(prepared, step, "b" * 16)
+    with pytest.raises(RestoreConflict, match="finish or abort"):
+        prepared.prepare("full", "f" * 16)
+    assert take(prepared, Step.STEP_HOLD, "a" * 16).phase == pb.RestoreStatus.PHASE_HELD
+
+
+def test_an_owner_that_polls_stays_and_one_that_is_gone_is_replaced(prepared: Node) -> None:
+    take(prepared, Step.STEP_HOLD, "a" * 16)
+    for _ in range(5):
+        prepared.seconds += restore.LEASE_SECONDS / 2  # type: ignore[attr-defined]
+        take(prepared, Step.STEP_UNSPECIFIED, "a" * 16)
+        with pytest.raises(RestoreConflict):
+            take(prepared, Step.STEP_HOLD, "b" * 16)
+    take(prepared, Step.STEP_UNSPECIFIED, "b" * 16)  # a look makes nobody the owner
+    prepared.seconds += restore.LEASE_SECONDS  # type: ignore[attr-defined]
+    take(prepared, Step.STEP_HOLD, "b" * 16)
+    with pytest.raises(RestoreConflict):
+        take(prepared, Step.STEP_COMMIT, "a" * 16)
+
+
+def test_a_new_restore_has_a_new_owner(prepared: Node) -> None:
+    take(prepared, Step.STEP_HOLD, "a" * 16)
+    take(prepared, Step.STEP_ABORT, "a" * 16)
+    prepared.prepare("full", "f" * 16)
+    take(prepared, Step.STEP_HOLD, "b" * 16, "f" * 16)
+
+
+def test_every_client_may_abort(prepared: Node) -> None:
+    take(prepared, Step.STEP_HOLD, "a" * 16)
+    take(prepared, Step.STEP_ABORT, "b" * 16)
+    assert not prepared.restores.held
+
+
+def test_a_shard_that_does_other_work_is_not_held(prepared: Node) -> None:
+    with (
+        prepared.checkpoints.work.alone("it fills table 't'"),
+        pytest.raises(CheckpointBusy, match="it fills table 't'"),
+    ):
+        take(prepared, Step.STEP_HOLD, "a" * 16)
+    assert not prepared.restores.held
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"phase": "unknown"},
+        {"phase": 3},
+        {"replace": "yes"},
+        {"id": "../x"},
+        {"name": ""},
+        {"more": 1},
+    ],
+)
+def test_a_state_of_wrong_types_is_damage(prepared: Node, damage: dict[str, Any]) -> None:
+    path = prepared.directory / "restore" / "STATE"
+    state = prepared.restores._state
+    path.write_bytes(seal_fields(fields_of(state) | damage))
+    with pytest.raises(Corrupt, match=f"STATE: {next(iter(damage))}"):
+        swap.settle(prepared.directory)
