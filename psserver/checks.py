@@ -5,6 +5,8 @@ What depends on the state of the shard (tables, sessions, versions) the shard ch
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +16,7 @@ from psserver.errors import BadRequest, TooLarge, WrongShard
 from psserver.requests import Delete, Pull, Push
 from psserver.schemas import LEVELS
 from psserver.shard import Shard
+from storage.kernels import largest_magnitude
 from storage.schema import Durability
 from storage.table import Mode
 
@@ -89,7 +92,8 @@ class Checks:
         counts = np.ones(n, np.uint32) if counts is None else counts
         if repeated:
             keys, counts, gradients = _sum_repeated(keys, counts, gradients, self._shard.shard_map)
-        if not routing.all_finite(gradients.reshape(-1).view(np.uint32)):
+        largest = largest_magnitude(gradients)
+        if not math.isfinite(largest):
             row, column = np.argwhere(~np.isfinite(gradients))[0]
             raise BadRequest(
                 "NON_FINITE",
@@ -103,6 +107,7 @@ class Checks:
             gradients=gradients,
             step=header.step,
             lr=lr,
+            largest=largest,
             client=header.client_id,
             incarnation=header.incarnation,
             sequence=header.sequence,

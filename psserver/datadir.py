@@ -24,7 +24,7 @@ from psserver.config import ConfigError, ServerConfig
 from psserver.engine import Engine
 from psserver.flusher import Flusher
 from psserver.loading import settle_load
-from psserver.replay import recover
+from psserver.replay import recover, restore_excess
 from psserver.shard import Shard
 from psserver.swap import COMMITTED, State, failed, loaded, settle
 from storage.base import Base
@@ -176,7 +176,7 @@ class DataDirectory:
             self._recover()
             return self.shard
         try:
-            self._recover()
+            self._recover(restore_excess(self._config.memory_bytes))
         except ConfigError as error:
             log.error("restore failed", name=restore.name, error=str(error))
             self.restore = failed(self.directory, restore, str(error))
@@ -191,8 +191,11 @@ class DataDirectory:
         self.log.close()
         self.base.close()
 
-    def _recover(self) -> None:
-        """Open log and base, and bring the shard to its newest version."""
+    def _recover(self, excess: int | None = None) -> None:
+        """Open log and base, and bring the shard to its newest version.
+
+        excess  bytes of memory that tables may take beyond the budget; see replay.recover
+        """
         config, start = self._config, time.monotonic()
         self.base = Base(self.directory / "base")
         versions: VersionLog | None = None
@@ -209,7 +212,7 @@ class DataDirectory:
                 after=state.version if state else None,
                 made=state is not None and state.logged,
             )
-            found = recover(self.shard, self.base, versions)
+            found = recover(self.shard, self.base, versions, excess)
         except (StorageError, OSError) as error:
             self.base.close()
             if versions is not None:
@@ -244,6 +247,15 @@ class DataDirectory:
             torn_bytes=self.log.torn_bytes,
             seconds=round(time.monotonic() - start, 2),
         )
+        budget = self.shard.budget
+        if budget.free < 0:
+            log.warning(
+                "memory over budget: pushes that need more memory are refused until rows are"
+                " deleted, tables are dropped or memory_bytes is raised",
+                shard=config.shard,
+                memory_bytes=budget.held,
+                memory_budget_bytes=budget.limit,
+            )
 
 
 def _unfit(error: StorageError) -> ConfigError:

@@ -18,7 +18,7 @@ from storage.block import (
     tombstones_per_block,
 )
 from storage.kernels import Keys
-from storage.tiers.base import KEY, STEP, VERSION
+from storage.tiers.base import EVERY, KEY, STEP, VERSION
 
 CELLS_BYTES = BLOCK_BYTES - 4096  # bytes of a sketch per block
 
@@ -43,7 +43,7 @@ def blocks_of(captured: Capture, after: int, buffer: Bytes) -> Iterator[Block]:
         start: int | None = 0
         most = rows_per_block(width)
         while start is not None:
-            places, start = scan.find(start, after, captured.version, most)
+            places, start = scan.find(start, after, captured.version, most, EVERY)
             if len(places):
                 # a row may be larger than a block
                 block = Block.empty(number, width, len(places), buffer if most > 1 else None)

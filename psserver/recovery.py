@@ -12,19 +12,36 @@ from psserver.tables import TableEntry, Tables
 from psserver.tombstones import TombstoneQueue, Tombstones
 from storage import block as blocks
 from storage import records
+from storage.arena import Budget
 from storage.basestate import BaseState
 from storage.block import Block
 from storage.errors import Corrupt
+from storage.kernels import Images
 
 
 class Recovery:
     """Loads a base state, its blocks, then the records of the log, into an empty shard."""
 
-    def __init__(self, tables: Tables, sequencer: Sequencer, tombstones: TombstoneQueue) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        tables: Tables,
+        sequencer: Sequencer,
+        tombstones: TombstoneQueue,
+    ) -> None:
+        self._budget = budget
         self._tables = tables
         self._sequencer = sequencer
         self._tombstones = tombstones
         self._without_policy: set[int] = set()  # tables whose step is taken from their rows
+
+    def begin(self, excess: int | None = None) -> None:
+        """Begin a recovery, during which tables may take more memory than the budget.
+
+        excess  bytes beyond the budget; None: any number, because what a shard has acknowledged
+                must load, whatever its budget is now
+        """
+        self._budget.begin_loading(excess)
 
     def load_state(self, state: BaseState) -> None:
         """Begin from a base state; its blocks come next."""
@@ -108,11 +125,12 @@ class Recovery:
             except ValueError as error:
                 raise Corrupt(f"sketch of table {entry.schema.name!r}", str(error)) from error
         self._sequencer.sessions.replayed()
+        self._budget.end_loading()
 
 
 def _load_rows(entry: TableEntry, block: Block) -> None:
     table = entry.table
-    table.put(block.keys, block.versions, block.steps, block.frequencies, block.rows)
+    table.put(Images(block.keys, block.versions, block.steps, block.frequencies, block.rows))
 
 
 def _load_cells(entry: TableEntry, block: Block) -> None:
@@ -126,7 +144,7 @@ def _replay_push(entry: TableEntry, version: int, record: records.Push) -> None:
     origin, keys, waiting = record.origin, record.keys, record.waiting
     versions = np.full(len(keys), version, np.uint64)
     steps = np.full(len(keys), origin.step, np.int64)
-    entry.table.put(keys, versions, steps, record.frequencies, record.rows)
+    entry.table.put(Images(keys, versions, steps, record.frequencies, record.rows))
     since = np.full(len(waiting), version, np.uint64)
     entry.table.put_counters(waiting, record.totals, since)
     evictor, seconds = entry.table.evictor, origin.time_us / 1e6

@@ -29,12 +29,24 @@ class Recovered:
     record_bytes: int
 
 
-def recover(shard: Shard, base: Base, versions: VersionLog) -> Recovered:
+def restore_excess(budget: int) -> int:
+    """Return the bytes that a restored shard may take beyond its budget.
+
+    Equal rows do not take equal memory on two shards: indexes are random. What fitted into the
+    budget of one shard must fit into an equal budget of another.
+    """
+    return budget // 16 + (2 << 20)
+
+
+def recover(shard: Shard, base: Base, versions: VersionLog, excess: int | None = None) -> Recovered:
     """Bring an empty shard to the newest version: load the base, then replay the log after it.
 
+    excess  bytes of memory that the tables may take beyond the budget; None: any number
+
     Begins the epoch of this process. Raises Corrupt where stored bytes are damaged, OutOfMemory if
-    they do not fit.
+    the tables take more than ``excess`` allows.
     """
+    shard.recovery.begin(excess)
     rows = records = size = 0
     state = base.state
     if state is not None:

@@ -35,6 +35,7 @@ class Push(Change):
     gradients: Rows  # float32[n, dim]
     step: int
     lr: float | None
+    largest: float | None = None  # largest magnitude of the gradients, if it is known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from psserver.errors import BadRequest, SessionExpired, TooLarge
 
 WINDOW = 4096  # pushes
+LEAST_WINDOW = 64  # pushes: what one stream may have in flight
+REMEMBERED = 1 << 20  # pushes of all sessions together, while their windows are above the least
 HALF = (1 << 32) - 1
 
 
@@ -103,7 +105,7 @@ class Sessions:
         session.used = self._clock()
         session.versions[sequence] = version
         session.newest = max(session.newest, sequence)
-        horizon = max(acknowledged, session.newest - WINDOW)
+        horizon = max(acknowledged, session.newest - self._window())
         if horizon > session.forgotten:
             if horizon - session.forgotten <= len(session.versions):
                 for old in range(session.forgotten + 1, horizon + 1):
@@ -112,6 +114,13 @@ class Sessions:
                 kept = {s: v for s, v in session.versions.items() if s > horizon}
                 session.versions = kept
             session.forgotten = horizon
+
+    def _window(self) -> int:
+        """Return how many pushes a session remembers: fewer, the more sessions there are.
+
+        A client that acknowledges nothing must not take memory without bound.
+        """
+        return max(LEAST_WINDOW, min(WINDOW, REMEMBERED // len(self._sessions)))
 
     def pack(self) -> bytes:
         """All sessions as numbers; see the module, and ``unpack``."""

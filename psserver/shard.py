@@ -40,7 +40,7 @@ from psserver.views import (
 from storage import records
 from storage.arena import Budget
 from storage.eviction.contract import FIRST_STEP
-from storage.kernels import Keys, Rows
+from storage.kernels import Images, Keys, Rows
 from storage.records import Cause, Kind
 from storage.schema import TableSchema
 from storage.table import TableStats, Tally
@@ -95,7 +95,7 @@ class Shard:
         self._sequencer = Sequencer(self.sessions, now, log, max_backlog)
         self._tombstones = TombstoneQueue(max_tombstones)
         self._buffers = ImageBuffers()
-        self.recovery = Recovery(self._tables, self._sequencer, self._tombstones)
+        self.recovery = Recovery(self.budget, self._tables, self._sequencer, self._tombstones)
         self.fills = Fills(self._tables, self._sequencer)
         self.sweeps = Sweeps(self._tables, self._sequencer, self._delete)
 
@@ -103,6 +103,11 @@ class Shard:
     def version(self) -> int:
         """Version of the newest change. May be read from any thread."""
         return self._sequencer.version
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of after-images that are on their way to the log, or were. From any thread."""
+        return self._buffers.bytes
 
     def attach(self, log: VersionLog) -> None:
         """Append changes to ``log`` from now on; it ends at the shard's version."""
@@ -200,13 +205,16 @@ class Shard:
         """Apply the pushes, then read the pulls.
 
         Every part is checked, and room in the log reserved, before the first push is applied.
-        OutOfMemory alone may come between two pushes. The earlier one is applied then, and the same
-        call under the same sequence numbers completes it.
+        Only OutOfMemory may come between two pushes, or RowOverflow where both change the same row.
+        The earlier push is applied then, and a repeated call does not apply it again.
         """
         checked = [self._check_push(push) for push in pushes]
         check_order(pushes)
         entries = self._check_pulls(pulls)
         self._sequencer.reserve([_record_bytes(each.entry, each.push) for each in checked])
+        if len(checked) > 1:  # a single one is checked as it is applied
+            for each in checked:
+                _check_rows(each)
         pushed = [self._push(each) for each in checked]
         return Exchanged(pushed, [self._pull(*each) for each in zip(entries, pulls, strict=True)])
 
@@ -255,7 +263,7 @@ class Shard:
         version = self.version + 1
         versions, steps = np.full(n, version, np.uint64), np.full(n, step, np.int64)
         frequencies = np.minimum(frequencies, np.uint64(0xFFFFFFFF))
-        entry.table.put(keys, versions, steps, frequencies, rows)
+        entry.table.put(Images(keys, versions, steps, frequencies, rows))
         origin = self._sequencer.origin(step=step)
         entry.table.evictor.written(version, origin.time_us / 1e6)
         parts = records.encode_write(origin, entry.number, keys, frequencies, rows)
@@ -332,7 +340,13 @@ class Shard:
         )
 
     def capture(self) -> Capture:
-        """Return the shard as it is now, to be read through while pushes go on."""
+        """Return the shard as it is now, to be read through while pushes go on.
+
+        Buffers that wait for the next push are freed: a shard that is flushed regularly and has
+        nothing to do keeps none.
+        """
+        if self._sequencer.log is not None:
+            self._buffers.drain(self._sequencer.log.written)
         return Capture(
             self.version,
             self._tables.next_number,
@@ -414,7 +428,14 @@ class Shard:
             return pb.PushResponse(version=applied, duplicate=True, achieved=level)
         table, sequencer, version = entry.table, self._sequencer, self.version + 1
         pushed = table.push(
-            push.keys, push.gradients, push.counts, version=version, step=push.step, lr=push.lr
+            push.keys,
+            push.gradients,
+            push.counts,
+            version=version,
+            step=push.step,
+            lr=push.lr,
+            largest=push.largest,
+            copied=sequencer.log is not None,
         )
         origin = sequencer.origin(push, pushed.step)
         table.evictor.pushed(version, pushed.step, origin.time_us / 1e6)
@@ -452,6 +473,15 @@ class Shard:
         parts = records.encode_delete(origin, entry.number, cause, gone)
         self._sequencer.append(Kind.DELETE, parts, change)
         return rows
+
+
+def _check_rows(checked: _CheckedPush) -> None:
+    """Raise RowOverflow if the push, applied alone, would leave infinity or NaN in a row."""
+    push = checked.push
+    if checked.applied is None:
+        checked.entry.table.check_push(
+            push.keys, push.gradients, step=push.step, lr=push.lr, largest=push.largest
+        )
 
 
 def _record_bytes(entry: TableEntry, part: Push | Pull) -> int:

@@ -12,6 +12,7 @@ from storage.analysis import RowColumns, Summary
 from storage.arena import Budget
 from storage.eviction import sweep as eviction
 from storage.index import SEGMENT, Index
+from storage.kernels import Images
 from storage.schema import TableSchema
 from storage.table import Table
 
@@ -36,7 +37,8 @@ def warm() -> None:
     slots = table.push(keys, rows, np.ones(4, np.uint32), version=1, step=0).slots
     frequencies, steps = np.ones(4, np.uint64), np.ones(4, np.int64)
     table.images(slots, frequencies, rows)
-    table.put(keys, frequencies, steps, frequencies, rows)
+    table.put(Images(keys, frequencies, steps, frequencies, rows))
+    table.check_push(keys, rows, step=0, largest=1e30)
     table.scan().copy(table.scan().find(0, 0, 1, 4)[0], frequencies, rows)
     norms = np.empty(4)
     meta = table.scan().measure(slots, norms)

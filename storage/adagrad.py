@@ -90,6 +90,9 @@ class Adagrad(Optimizer):
     def initial_state(self, dim: int) -> Rows:
         return np.full(dim, self.initial_accumulator, np.float32)
 
+    def roots(self, dim: int) -> slice:
+        return slice(dim, 2 * dim)
+
     def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
         _adagrad(slab, readonly(slots), readonly(grads), float(lr), self.eps)
 
@@ -114,6 +117,9 @@ class RowwiseAdagrad(Optimizer):
 
     def state_width(self, dim: int) -> int:
         return 1
+
+    def roots(self, dim: int) -> slice:
+        return slice(dim, dim + 1)
 
     def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
         _rowwise_adagrad(slab, readonly(slots), readonly(grads), float(lr), self.eps)
@@ -153,6 +159,9 @@ class AdagradDecay(Optimizer):
         state = np.full(dim + 1, self.initial_accumulator, np.float32)
         state[dim] = 0.0
         return state
+
+    def roots(self, dim: int) -> slice:
+        return slice(dim, 2 * dim)
 
     def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
         period = float(min(step // self.accumulator_decay_step, LAST_COUNT))

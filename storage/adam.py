@@ -115,6 +115,12 @@ class Adam(Optimizer):
     def state_width(self, dim: int) -> int:
         return 2 * dim + 1
 
+    def roots(self, dim: int) -> slice:
+        return slice(2 * dim, 3 * dim + 1)
+
+    def _is_tame(self, lr: float) -> bool:
+        return _is_tame(self.beta1, self.beta2, self.eps)
+
     def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
         rows = slab, readonly(slots), readonly(grads)
         _adam(*rows, float(lr), self.beta1, self.beta2, self.eps, 0.0)
@@ -142,6 +148,12 @@ class AdamW(Optimizer):
 
     def state_width(self, dim: int) -> int:
         return 2 * dim + 1
+
+    def roots(self, dim: int) -> slice:
+        return slice(2 * dim, 3 * dim + 1)
+
+    def _is_tame(self, lr: float) -> bool:
+        return _is_tame(self.beta1, self.beta2, self.eps) and lr * self.weight_decay <= 1e6
 
     def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
         rows = slab, readonly(slots), readonly(grads)
@@ -183,10 +195,21 @@ class AdamAsync(Optimizer):
     def state_width(self, dim: int) -> int:
         return 2 * dim + 1
 
+    def roots(self, dim: int) -> slice:
+        return slice(2 * dim, 3 * dim + 1)
+
+    def _is_tame(self, lr: float) -> bool:
+        return _is_tame(self.beta1, self.beta2, self.eps)
+
     def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
         kernel = _rmsprop if self.apply_sparse_rmsprop else _adam_async
         rows = slab, readonly(slots), readonly(grads)
         kernel(*rows, float(lr), self.beta1, self.beta2, self.eps)
+
+
+def _is_tame(beta1: float, beta2: float, eps: float) -> bool:
+    """Return whether lr m / (sqrt(v) + eps) stays far below what float32 can express."""
+    return 1.0 - beta1 >= 1e-6 and 1.0 - beta2 >= 1e-9 and eps >= 1e-12
 
 
 ADAM: tuple[type[Optimizer], ...] = (Adam, AdamW, AdamAsync)

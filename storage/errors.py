@@ -3,6 +3,7 @@
 * StorageError
   - UnknownTable     the table was never created on this shard
   - SchemaMismatch   the table exists with another schema
+  - RowOverflow      a push would leave infinity or NaN in a row; it was not applied
   - OutOfMemory      the shard's memory budget does not allow the growth a write needs
   - Corrupt          stored bytes are not what was written; never retried
   - UnknownFormat    stored bytes are whole, but in a format that this release does not read
@@ -35,6 +36,18 @@ class SchemaMismatch(StorageError):
         super().__init__(f"table {table!r} exists with {field} {held!r}, asked for {asked!r}")
         self.table = table
         self.field = field
+
+
+class RowOverflow(StorageError):
+    """A push would leave infinity or NaN in a row; nothing of it was applied."""
+
+    def __init__(self, table: str, key: int, gradient: float) -> None:
+        super().__init__(
+            f"table {table!r}: the push would leave infinity or NaN in the row of key {key}, whose"
+            f" gradient reaches {gradient:g}; clip the gradients or lower the learning rate"
+        )
+        self.table = table
+        self.key = key
 
 
 class OutOfMemory(StorageError):

@@ -114,6 +114,15 @@ class Ftrl(Optimizer):
         state[:dim] = self.initial_accumulator
         return state
 
+    def roots(self, dim: int) -> slice:
+        return slice(dim, 2 * dim)
+
+    def _is_tame(self, lr: float) -> bool:
+        if lr < 1e-6 or self.l2_shrinkage > 1e6:
+            return False
+        root: float = self.initial_accumulator**-self.learning_rate_power
+        return bool((root + self.beta) / lr + 2.0 * self.l2 >= 1e-6)  # the least divisor of z
+
     def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
         rows = slab, readonly(slots), readonly(grads)
         penalties = self.l1, self.l2, 0.0, self.l2_shrinkage, self.beta

@@ -9,7 +9,7 @@ loop asks for the memory of a few iterations ahead (``prefetch``) and the misses
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -25,6 +25,17 @@ Rows = NDArray[np.float32]
 ABSENT = -1
 LINE = 64  # bytes in a cache line
 AHEAD = 8  # rows asked for before they are needed
+
+
+class Images(NamedTuple):
+    """Whole rows with their metadata, as they are stored."""
+
+    keys: Keys  # uint64[n], distinct
+    versions: NDArray[np.uint64]  # [n]
+    steps: NDArray[np.int64]  # [n]
+    frequencies: NDArray[np.uint64]  # [n]
+    rows: Rows  # float32[n, width]
+
 
 jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 inline = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False, inline="always")
@@ -170,17 +181,39 @@ def unpack(meta: Any, slots: Any, out: Any) -> None:
     """
     for i in range(slots.shape[0]):
         slot = slots[i]
-        out[i, 0] = meta[slot, 0]  # before the version, which `forget` takes before a key: see Scan
+        out[i, 0] = meta[slot, 0]  # before the version, which `release` clears before the key
         out[i, 1] = meta[slot, 1] >> np.uint64(16)
         out[i, 2] = np.uint64(np.int64(meta[slot, 2]) >> np.int64(16))
         out[i, 3] = _frequency(meta, slot)
 
 
 @jit
-def forget(meta: Any, slots: Any) -> None:
-    """Mark slots as holding no row: their version becomes 0, which no row has."""
+def release(meta: Any, slots: Any, first: Any) -> Any:
+    """Put slots on the list of free ones; return the first of the list now.
+
+    A free slot has version 0, which no row has, and in place of its key the next free slot, or
+    ABSENT. The list takes no memory, and a delete can therefore not fail.
+
+    first  the first free slot so far, or ABSENT
+    """
     for i in range(slots.shape[0]):
-        meta[slots[i], 1] = 0
+        slot = slots[i]
+        meta[slot, 1] = 0
+        meta[slot, 0] = np.uint64(first)
+        first = slot
+    return first
+
+
+@jit
+def reuse(meta: Any, first: Any, slots: Any) -> Any:
+    """Take as many slots off the list of free ones as ``slots`` has room for.
+
+    Returns the first slot of the list that is left, or ABSENT. The list must be long enough.
+    """
+    for i in range(slots.shape[0]):
+        slots[i] = first
+        first = np.int64(meta[first, 0])
+    return first
 
 
 @jit
@@ -217,7 +250,7 @@ def put(
 
 @jit
 def images(slab: Any, meta: Any, slots: Any, frequencies: Any, rows: Any) -> None:
-    """Copy whole rows and their frequencies: what a push left.
+    """Copy whole rows and their frequencies.
 
     slots        int64[n]
     frequencies  uint64[n]          written
@@ -231,6 +264,57 @@ def images(slab: Any, meta: Any, slots: Any, frequencies: Any, rows: Any) -> Non
         frequencies[i] = _frequency(meta, slot)
         for j in range(width):
             rows[i, j] = slab[slot, j]
+
+
+@jit
+def _largest(numbers: Any) -> Any:
+    """Return the bits of the largest magnitude among float32 numbers, given by their bits.
+
+    numbers  uint32[n]
+
+    The bits of magnitudes have the order of the magnitudes; infinity and NaN come last.
+    """
+    most = np.uint32(0)
+    for i in range(numbers.shape[0]):
+        most = max(most, numbers[i] & np.uint32(0x7FFFFFFF))
+    return most
+
+
+def largest_magnitude(numbers: Rows) -> float:
+    """Return the largest magnitude among float32 numbers; infinity and NaN count as the largest."""
+    bits = readonly(np.ascontiguousarray(numbers)).reshape(-1).view(np.uint32)
+    return float(np.uint32(_largest(bits)).view(np.float32))
+
+
+@jit
+def largest_in(slab: Any, slots: Any, most: Any) -> None:
+    """Raise ``most`` to the largest magnitude in each column of some rows, all given by their bits.
+
+    slab   uint32[capacity, width]
+    slots  int64[n]
+    most   uint32[width]  written; a vector per column, which spares a sum over each row
+    """
+    n, width = slots.shape[0], most.shape[0]
+    for i in range(n):
+        if i + AHEAD < n:
+            prefetch_row(slab, slots[i + AHEAD], 4 * width)
+        slot = slots[i]
+        for j in range(width):
+            most[j] = max(most[j], slab[slot, j] & np.uint32(0x7FFFFFFF))
+
+
+@jit
+def any_below(rows: Any, start: int, floors: Any) -> Any:
+    """Return whether a number of a row is below its floor, or NaN.
+
+    rows    float32[n, width]
+    floors  float32[k]  of the numbers from ``start`` on
+    """
+    below = 0
+    for i in range(rows.shape[0]):
+        for j in range(floors.shape[0]):
+            below += not rows[i, start + j] >= floors[j]
+    return below > 0
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})

@@ -22,6 +22,9 @@ from numba import njit
 
 from storage.kernels import AHEAD, Rows, Slots
 
+TAME_NUMBER = 1e12  # magnitude of a number in a row; see Optimizer.is_tame
+TAME_GRADIENT = 1e6
+TAME_LR = 1e3
 SMALLEST = 1e-30  # a hyper-parameter closer to 0, or beyond LARGEST, does not survive float32
 LARGEST = 1e30
 
@@ -100,6 +103,25 @@ class Optimizer(ABC):
     def initial_state(self, dim: int) -> Rows:
         """The state of a new row, float32[state_width(dim)]."""
         return np.zeros(self.state_width(dim), np.float32)
+
+    def roots(self, dim: int) -> slice:
+        """Return which numbers of a row the step takes a root of; none by default.
+
+        Pushes never make them less than those of a new row.
+        """
+        return slice(dim, dim)
+
+    def is_tame(self, lr: float) -> bool:
+        """Return whether a step of tame gradients is sure to leave tame rows finite.
+
+        Where it is, nobody need look at the result of a push before it is applied. Gradients are
+        tame up to TAME_GRADIENT. A row is tame if its numbers are not beyond TAME_NUMBER, and the
+        ``roots`` not below those of a new row. False is always right, and costs time.
+        """
+        return lr <= TAME_LR and self._is_tame(lr)
+
+    def _is_tame(self, lr: float) -> bool:
+        return True
 
     @abstractmethod
     def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:

@@ -6,7 +6,7 @@ the service made sure.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -15,18 +15,21 @@ from numpy.typing import NDArray
 from storage.admission.gates import Gate, Occurrences, Versions
 from storage.admission.rules import Admission
 from storage.arena import Budget
-from storage.errors import OutOfMemory
+from storage.errors import OutOfMemory, RowOverflow
 from storage.eviction.contract import View
 from storage.eviction.evictor import Evictor
 from storage.index import PLACE_BITS, Index, Locations, places
 from storage.initializers import table_seed
-from storage.kernels import Keys, Rows, Slots
+from storage.kernels import Images, Keys, Rows, Slots, any_below, largest_magnitude, readonly
+from storage.optimizer import TAME_GRADIENT, TAME_NUMBER
 from storage.records import NO_KEYS, NO_TOTALS, Cause
 from storage.schema import TableSchema
 from storage.tiers.base import FREQUENCY, STEP, VERSION, Meta, Scan, Tier
 from storage.tiers.host import HostTier
 
 Mode = Literal["train", "serve"]
+TRIED = 1 << 14  # rows that a push is tried on at once
+LARGEST_DRAW = 10.0  # no initial value is beyond this many times the sum of its parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,10 @@ class Table:
         self._host: Tier = HostTier(schema.dim, schema.width, budget)
         self._seed = table_seed(schema.seed, schema.name)
         self._state = schema.optimizer.initial_state(schema.dim)
+        roots = schema.optimizer.roots(schema.dim)
+        self._root = roots.start
+        self._floors = self._state[roots.start - schema.dim : roots.stop - schema.dim]
+        self._tame = self._starts_tame()  # every row is; see Optimizer.is_tame
         try:
             self.gate = self._make_gate(schema.admission.on(share))
         except BaseException:
@@ -182,6 +189,8 @@ class Table:
         version: int,
         step: int,
         lr: float | None = None,
+        largest: float | None = None,
+        copied: bool = False,
     ) -> Pushed:
         """Run one optimizer step over the rows of ``keys``, creating those that are admitted.
 
@@ -191,10 +200,13 @@ class Table:
         step       of the trainer, for the optimizer; rows take it too or, where that is larger,
                    the table's: a client that is behind, or tells no step, makes no row look idle
         lr         overrides the table's learning rate for this push
+        largest    largest magnitude of the gradients; None: it is not known
+        copied     the caller passes the result to ``images``
 
-        Gradients of the keys that have to wait are dropped. All of it happens or, with OutOfMemory,
-        nothing.
+        Gradients of the keys that have to wait are dropped. All of it happens or, with OutOfMemory
+        or RowOverflow, nothing.
         """
+        self.check_push(keys, gradients, step=step, lr=lr, largest=largest)
         locations, absent = self._index.find(keys)
         waiting, totals = NO_KEYS, NO_TOTALS
         if absent:
@@ -215,7 +227,60 @@ class Table:
         slots = places(locations)
         stamp = max(step, self.evictor.step)
         self._host.push(slots, gradients, counts, optimizer, lr, step, version, stamp)
+        if not copied:
+            self._tame = self._tame and self._host.largest(slots) <= TAME_NUMBER
         return Pushed(keys, slots, waiting, totals, stamp)
+
+    def check_push(
+        self,
+        keys: Keys,
+        gradients: Rows,
+        *,
+        step: int,
+        lr: float | None = None,
+        largest: float | None = None,
+    ) -> None:
+        """Raise RowOverflow if a push would leave infinity or NaN in a row that is finite now.
+
+        Arguments are those of ``push``. Where the table, the gradients and the hyper-parameters are
+        tame, that cannot be. Elsewhere the step is tried on copies of the rows.
+        """
+        optimizer = self.schema.optimizer
+        lr = optimizer.lr if lr is None else lr
+        if largest is None:
+            largest = largest_magnitude(gradients)
+        if self._tame and largest <= TAME_GRADIENT and optimizer.is_tame(lr):
+            return
+        for start in range(0, len(keys), TRIED):
+            part = slice(start, start + TRIED)
+            rows = self._copies(keys[part])
+            before = np.isfinite(rows).all(axis=1)
+            optimizer.step(rows, np.arange(len(rows)), gradients[part], lr, step)
+            bad = np.flatnonzero(before & ~np.isfinite(rows).all(axis=1))
+            if len(bad):
+                at = start + int(bad[0])
+                reached = float(np.abs(gradients[at]).max())
+                raise RowOverflow(self.schema.name, int(keys[at]), reached)
+
+    def _copies(self, keys: Keys) -> Rows:
+        """Return copies of rows, float32[n, width]; keys without one get the one they would get."""
+        locations, absent = self._index.find(keys)
+        rows = np.empty((len(keys), self.schema.width), np.float32)
+        present = np.flatnonzero(locations)
+        rows[present] = self._host.dump(places(locations[present]))[0]
+        if absent:
+            missing = np.flatnonzero(locations == 0)
+            dim = self.schema.dim
+            self.schema.initializer.fill(self._seed, keys[missing], missing, dim, rows)
+            rows[missing, dim:] = self._state
+        return rows
+
+    def _starts_tame(self) -> bool:
+        """Return whether new rows are tame."""
+        initializer = self.schema.initializer
+        parameters = (getattr(initializer, field.name) for field in fields(initializer))
+        largest = LARGEST_DRAW * sum(map(abs, parameters))
+        return bool(max(largest, np.abs(self._state).max(initial=0.0)) <= TAME_NUMBER)
 
     def _admit(
         self,
@@ -247,31 +312,31 @@ class Table:
         return admitted, totals
 
     def images(self, slots: Slots, frequencies: NDArray[Any], rows: Rows) -> None:
-        """Copy what a push left: whole rows float32[n, width], their frequencies uint64[n]."""
+        """Copy the rows that a push left.
+
+        frequencies  uint64[n]          written
+        rows         float32[n, width]  written
+        """
         self._host.images(slots, frequencies, rows)
+        self._tame = self._tame and largest_magnitude(rows) <= TAME_NUMBER
 
-    def put(
-        self,
-        keys: Keys,
-        versions: NDArray[Any],
-        steps: NDArray[Any],
-        frequencies: NDArray[Any],
-        rows: Rows,
-    ) -> None:
+    def put(self, images: Images) -> None:
         """Write whole rows as they were read from a block or a record; newer ones stay.
-
-        keys         uint64[n]           distinct
-        versions     uint64[n], steps int64[n], frequencies uint64[n]
-        rows         float32[n, width]
 
         Keys that get a row here wait no longer. All of it happens or, with OutOfMemory, nothing.
         """
+        keys, rows = images.keys, images.rows
         locations, absent = self._index.find(keys)
         if absent:
             missing = np.flatnonzero(locations == 0)
             locations[missing] = self._place(keys[missing])
             self.gate.forget(keys[missing])
-        self._host.put(keys, places(locations), versions, steps, frequencies, rows)
+        self._host.put(places(locations), images)
+        self._tame = (
+            self._tame
+            and largest_magnitude(rows) <= TAME_NUMBER
+            and not any_below(readonly(rows), self._root, self._floors)
+        )
 
     def put_counters(self, keys: Keys, totals: Occurrences, versions: Versions) -> None:
         """Write counters as they were read from a block or a record; newer ones stay.

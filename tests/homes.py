@@ -12,12 +12,13 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from stores import Direct, Home, change, push
+from stores import MEMORY, Direct, Home, change, push
 
 from psproto import ps_pb2 as pb
 from psproto import routing
 from psserver.checkpoints import Checkpoints
 from psserver.loading import settle_load
+from psserver.replay import restore_excess
 from psserver.restore import Restores
 from psserver.swap import COMMITTED, State, failed, loaded, settle
 from storage.errors import StorageError
@@ -43,7 +44,7 @@ class Node:
         state = settle(self.directory)
         if state is not None and state.phase == COMMITTED:
             try:
-                self._open_home()
+                self._open_home(restore_excess(self._settings.get("memory_bytes", MEMORY)))
             except StorageError as error:
                 state = failed(self.directory, state, str(error))
                 self._open_home()
@@ -61,8 +62,8 @@ class Node:
             self.home.close()
             raise
 
-    def _open_home(self) -> None:
-        self.home = Home(self.directory, engine=self.engine, **self._settings).open()
+    def _open_home(self, excess: int | None = None) -> None:
+        self.home = Home(self.directory, engine=self.engine, excess=excess, **self._settings).open()
         settle_load(self.directory, self.home.shard, self.home.log)
 
     def _serve(self, state: State | None) -> None:

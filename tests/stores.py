@@ -76,6 +76,7 @@ class Home:
         segment_bytes: int = 1 << 16,
         sync_seconds: float = 0.002,
         keep: tuple[int, float] = (0, 0.0),
+        excess: int | None = None,
         **shard: Any,
     ) -> None:
         self.directory = directory
@@ -85,6 +86,7 @@ class Home:
         self._segment_bytes = segment_bytes
         self._sync_seconds = sync_seconds
         self._keep = keep
+        self._excess = excess
         self._settings = shard
 
     def open(self) -> Self:
@@ -105,7 +107,7 @@ class Home:
                 disk=self._disk,
             )
             try:
-                self.recovered: Recovered = recover(self.shard, self.base, self.log)
+                self.recovered: Recovered = recover(self.shard, self.base, self.log, self._excess)
             except BaseException:
                 self.log.close()
                 raise

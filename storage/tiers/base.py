@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 
 from storage.eviction.contract import View
 from storage.initializers import Initializer
-from storage.kernels import Keys, Rows, Slots
+from storage.kernels import Images, Keys, Rows, Slots
 from storage.optimizer import Optimizer
 
 Meta = NDArray[Any]  # uint64[n, 4]: key, version, step (the bits of an int64), frequency
 # Versions are below 2^48, steps in -2^47..2^47-1; a frequency stops counting at 2^32-1.
 
 KEY, VERSION, STEP, FREQUENCY = range(4)
+LOOK = 1 << 16  # places whose metadata takes 1.5 MiB; more would keep others waiting
+EVERY = 1 << 62  # places
 
 
 class Scan(Protocol):
@@ -28,12 +30,15 @@ class Scan(Protocol):
     found torn or not at all; its version, or that of the push in a log, tells.
     """
 
-    def find(self, start: int, after: int, upto: int, limit: int) -> tuple[Slots, int | None]:
+    def find(
+        self, start: int, after: int, upto: int, limit: int, look: int = LOOK
+    ) -> tuple[Slots, int | None]:
         """Return places of up to ``limit`` rows with versions after+1..upto, and the next start.
 
         start  0, or what the last call returned; None after the last call
+        look   places that this call looks at; EVERY where nobody waits
 
-        A call looks at a bounded number of places, so it may return no place and a next start.
+        A call that has looked at ``look`` places may return no place and a next start.
         """
         ...
 
@@ -112,15 +117,11 @@ class Tier(Protocol):
         """Copy whole rows [n, width] and their frequencies uint64[n], as a push left them."""
         ...
 
-    def put(
-        self,
-        keys: Keys,
-        places: Slots,
-        versions: NDArray[Any],
-        steps: NDArray[Any],
-        frequencies: NDArray[Any],
-        rows: Rows,
-    ) -> None:
+    def largest(self, places: Slots) -> float:
+        """Return the largest magnitude in whole rows; infinity and NaN count as the largest."""
+        ...
+
+    def put(self, places: Slots, images: Images) -> None:
         """Write whole rows with their metadata, new or not; those that are newer stay."""
         ...
 

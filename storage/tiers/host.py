@@ -13,53 +13,57 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.arena import Arena, Budget
-from storage.errors import OutOfMemory
+from storage.arena import Arena, Budget, Memory
 from storage.eviction.contract import View
 from storage.initializers import Initializer
 from storage.kernels import (
+    ABSENT,
+    Images,
     Keys,
     Rows,
     Slots,
     changed,
     fill_state,
-    forget,
     fresh,
     gather,
     images,
+    largest_in,
     measure,
     put,
+    release,
+    reuse,
     touch,
     unpack,
 )
 from storage.optimizer import Optimizer
-from storage.tiers.base import Meta, Scan
-
-FIND_SLOTS = 1 << 16  # slots that a call of ``find`` looks at: 1.5 MiB of metadata
+from storage.tiers.base import LOOK, Meta, Scan
 
 
 class HostScan:
-    """The slots handed out so far, in their order. See Scan for the contract."""
+    """The slots that were handed out so far, in their order. See Scan for the contract."""
 
-    def __init__(self, slab: Rows, meta: NDArray[Any], used: int, dim: int) -> None:
+    def __init__(self, slab: Memory, meta: Memory, used: int, dim: int) -> None:
         self._slab, self._meta, self._used, self._dim = slab, meta, used, dim
 
-    def find(self, start: int, after: int, upto: int, limit: int) -> tuple[Slots, int | None]:
+    def find(
+        self, start: int, after: int, upto: int, limit: int, look: int = LOOK
+    ) -> tuple[Slots, int | None]:
         slots = np.empty(limit, np.int64)
-        stop = min(self._used, start + FIND_SLOTS)
-        found, end = changed(self._meta, start, stop, after, upto, slots)
+        stop = min(start + look, self._used)
+        found, end = changed(self._meta.array(), start, stop, after, upto, slots)
         return slots[:found], None if end == self._used else int(end)
 
     def copy(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> Meta:
-        images(self._slab, self._meta, places, frequencies, rows)
-        return _unpacked(self._meta, places)
+        meta = self._meta.array()
+        images(self._slab.array(), meta, places, frequencies, rows)
+        return _unpacked(meta, places)
 
     def measure(self, places: Slots, norms: NDArray[Any]) -> Meta:
-        measure(self._slab, places, self._dim, norms)
-        return _unpacked(self._meta, places)
+        measure(self._slab.array(), places, self._dim, norms)
+        return _unpacked(self._meta.array(), places)
 
     def read(self, places: Slots, out: Rows) -> None:
-        gather(self._slab, places, self._dim, out)
+        gather(self._slab.array(), places, self._dim, out)
 
 
 def _unpacked(packed: NDArray[Any], slots: Slots) -> Meta:
@@ -79,7 +83,7 @@ class HostTier:
         self._slab = Arena(width, np.float32, budget)
         self._meta = Arena(3, np.uint64, budget)
         self._used = 0  # slots ever handed out
-        self._free: Slots = np.empty(0, np.int64)  # a stack of the slots given back
+        self._first_free = ABSENT  # of the list of slots given back; see kernels.release
         self._free_count = 0
 
     @property
@@ -92,30 +96,24 @@ class HostTier:
 
     def allocate(self, count: int) -> Slots:
         recycled = min(count, self._free_count)
-        fresh = count - recycled
+        used = self._used + count - recycled
         before = self._slab.bytes
-        self._slab.grow(self._used + fresh)
+        self._slab.grow(used)
         try:
-            self._meta.grow(self._used + fresh)
-        except OutOfMemory:
+            self._meta.grow(used)
+        except BaseException:
             self._slab.shrink(before)
             raise
-        self._free_count -= recycled
         slots = np.empty(count, np.int64)
-        slots[:recycled] = self._free[self._free_count : self._free_count + recycled]
-        slots[recycled:] = np.arange(self._used, self._used + fresh)
-        self._used += fresh
+        self._first_free = reuse(self._meta.array, self._first_free, slots[:recycled])
+        slots[recycled:] = np.arange(self._used, used)
+        self._free_count -= recycled
+        self._used = used
         return slots
 
     def release(self, places: Slots) -> None:
-        forget(self._meta.array, places)
-        end = self._free_count + len(places)
-        if end > len(self._free):
-            grown = np.empty(max(end, 2 * len(self._free), 1024), np.int64)
-            grown[: self._free_count] = self._free[: self._free_count]
-            self._free = grown
-        self._free[self._free_count : end] = places
-        self._free_count = end
+        self._first_free = release(self._meta.array, places, self._first_free)
+        self._free_count += len(places)
 
     def create(
         self, keys: Keys, places: Slots, initializer: Initializer, seed: int, state: Rows
@@ -144,23 +142,19 @@ class HostTier:
     def images(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> None:
         images(self._slab.array, self._meta.array, places, frequencies, rows)
 
-    def put(
-        self,
-        keys: Keys,
-        places: Slots,
-        versions: NDArray[Any],
-        steps: NDArray[Any],
-        frequencies: NDArray[Any],
-        rows: Rows,
-    ) -> None:
-        slab, meta = self._slab.array, self._meta.array
-        put(slab, meta, places, keys, versions, steps, frequencies, rows)
+    def largest(self, places: Slots) -> float:
+        bits = np.zeros(self._slab.array.shape[1], np.uint32)
+        largest_in(self._slab.array.view(np.uint32), places, bits)
+        return float(bits.max().view(np.float32))
+
+    def put(self, places: Slots, images: Images) -> None:
+        put(self._slab.array, self._meta.array, places, *images)
 
     def meta(self, places: Slots) -> Meta:
         return _unpacked(self._meta.array, places)
 
     def scan(self) -> Scan:
-        return HostScan(self._slab.array, self._meta.array, self._used, self._dim)
+        return HostScan(self._slab.memory, self._meta.memory, self._used, self._dim)
 
     def view(self) -> View:
         rows = self._used - self._free_count
@@ -173,3 +167,4 @@ class HostTier:
         self._slab.close()
         self._meta.close()
         self._used = self._free_count = 0
+        self._first_free = ABSENT

@@ -40,6 +40,7 @@ from storage.errors import (
     DiskFull,
     LogFailed,
     OutOfMemory,
+    RowOverflow,
     SchemaMismatch,
     StorageError,
     UnknownFormat,
@@ -142,6 +143,7 @@ def test_the_tree_in_the_docstring_is_the_tree(module: Any) -> None:
 EXAMPLES: list[tuple[Exception, str, str, dict[str, str], float | None]] = [
     (codec.Malformed("bad"), "INVALID_ARGUMENT", "MALFORMED_MESSAGE", {}, None),
     (BadRequest("NON_FINITE", "bad"), "INVALID_ARGUMENT", "NON_FINITE", {}, None),
+    (RowOverflow("t", 1, 1e30), "INVALID_ARGUMENT", "ROW_OVERFLOW", {}, None),
     (UnknownTable("t"), "NOT_FOUND", "TABLE_NOT_FOUND", {}, None),
     (SchemaMismatch("t", "dim", 1, 2), "FAILED_PRECONDITION", "SCHEMA_MISMATCH", {}, None),
     (WrongShard("t", 1, 2, 0, 9), "FAILED_PRECONDITION", "WRONG_SHARD", {"epoch": "9"}, None),

@@ -13,6 +13,7 @@ from storage.arena import Budget
 from storage.errors import OutOfMemory
 from storage.eviction.rules import CapacityLfu, CapacityLru, Norm, StepTtl, TimeTtl
 from storage.initializers import make_initializer
+from storage.kernels import Images
 from storage.optimizers import OPTIMIZERS, make_optimizer
 from storage.records import Cause
 from storage.schema import TableSchema
@@ -283,7 +284,7 @@ def test_the_norm_is_that_of_the_embedding_alone() -> None:
     rows[:, :3] = [[0.6, 0.8, 0.0], [0.0, 0.0, below], [0.0, -above, 0.0]]
     rows[0, :3] *= np.float32(1.001)
     keys, ones = u64(1, 2, 3), np.ones(3, np.uint64)
-    table.put(keys, ones, np.zeros(3, np.int64), ones, rows)
+    table.put(Images(keys, ones, np.zeros(3, np.int64), ones, rows))
     table.evictor.pushed(1, 0, 0.0)
     assert evict(table) == {Cause.NORM: 1}
     assert table.dump().keys.tolist() == [1, 3]

@@ -14,6 +14,7 @@ from storage.arena import HUGE, Budget
 from storage.errors import OutOfMemory, SchemaMismatch
 from storage.eviction.rules import make_eviction
 from storage.initializers import INITIALIZERS, make_initializer
+from storage.kernels import Images
 from storage.optimizers import OPTIMIZERS, make_optimizer
 from storage.schema import MAX_DIM, TableSchema
 from storage.table import Dump, Table
@@ -329,7 +330,7 @@ def test_pushes_do_to_a_table_what_they_do_to_a_dict(pushes: list[Any]) -> None:
 def put(table: Table, keys: Any, versions: Any, value: float = 0.0, step: int = 3) -> None:
     n = len(keys)
     rows = np.full((n, table.schema.width), value, np.float32)
-    table.put(u64(keys), u64(versions), np.full(n, step), u64(range(1, n + 1)), rows)
+    table.put(Images(u64(keys), u64(versions), np.full(n, step), u64(range(1, n + 1)), rows))
 
 
 def versions_of(table: Table) -> dict[int, int]:
@@ -348,7 +349,8 @@ def test_the_images_of_a_push_put_into_another_table_make_it_equal() -> None:
             slots = one.push(keys, given, ones(5), version=version, step=step).slots
             frequencies, rows = np.zeros(5, np.uint64), np.zeros((5, made.width), np.float32)
             one.images(slots, frequencies, rows)
-            two.put(keys, np.full(5, version, np.uint64), np.full(5, step), frequencies, rows)
+            versions = np.full(5, version, np.uint64)
+            two.put(Images(keys, versions, np.full(5, step), frequencies, rows))
         assert_equal(one.dump(), two.dump())
 
 

@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from storage.arena import HUGE, Budget
 from storage.errors import OutOfMemory
 from storage.initializers import INITIALIZERS, make_initializer, table_seed
-from storage.kernels import ABSENT
+from storage.kernels import ABSENT, Images
 from storage.optimizers import OPTIMIZERS, make_optimizer
 from storage.tiers.base import FREQUENCY, KEY, STEP, VERSION, Tier
 from storage.tiers.host import HostTier
@@ -245,7 +245,7 @@ class TierContract:
         places = np.concatenate([old, tier.allocate(1)])
         rows = np.arange(4 * WIDTH, dtype=np.float32).reshape(4, WIDTH)
         versions, steps = u64(9, 9, 9, 9), np.array([-1, -(2**47), 2**47 - 1, 7])
-        tier.put(keys, places, versions, steps, u64(3, 2**32 - 1, 1, 2**40), rows)
+        tier.put(places, Images(keys, versions, steps, u64(3, 2**32 - 1, 1, 2**40), rows))
         got, meta = tier.dump(places)
         assert np.array_equal(got[[0, 1, 3]], rows[[0, 1, 3]])
         assert np.array_equal(got[2], before[0][2])
@@ -260,14 +260,8 @@ class TierContract:
         places = create(tier, u64(1))
         before = tier.dump(places)
         none = u64()
-        tier.put(
-            none,
-            none.view(np.int64),
-            none,
-            none.view(np.int64),
-            none,
-            np.empty((0, WIDTH), np.float32),
-        )
+        places_none, rows = none.view(np.int64), np.empty((0, WIDTH), np.float32)
+        tier.put(places_none, Images(none, none, none.view(np.int64), none, rows))
         for a, b in zip(before, tier.dump(places), strict=True):
             assert np.array_equal(a, b)
 
