@@ -77,23 +77,26 @@ class Batch:
         self.version = version
         schema: TableSchema | None = None
         match record:
-            case records.Push(table=number, keys=keys) | records.Delete(table=number, keys=keys):
+            case (
+                records.PushRecord(table=number, keys=keys)
+                | records.DeleteRecord(table=number, keys=keys)
+            ):
                 schema = self.schema_of(number)
                 if schema is None or not self.wanted.wants(schema.name) or not len(keys):
                     return
                 self.rows += len(keys)
-                width = schema.width if isinstance(record, records.Push) else 0
+                width = schema.width if isinstance(record, records.PushRecord) else 0
                 self.bytes += len(keys) * (16 + 4 * width)
                 most = self.wanted.coalesce_rows or self.rows + 1
                 self.full = (
                     not self.wanted.coalesces or self.rows >= most or self.bytes >= self.most
                 )
-            case records.Create() | records.Alter() | records.Drop():
+            case records.CreateRecord() | records.AlterRecord() | records.DropRecord():
                 schema = from_json(record.schema)
                 if not self.wanted.wants(schema.name):
                     return
                 self.full = True
-            case records.Barrier():
+            case records.BarrierRecord():
                 self.full = True
         self.changes.append(LoggedChange(version, record, schema))
 
@@ -239,23 +242,23 @@ class Deltas:
     def _change(self, change: LoggedChange, last: dict[str, Any]) -> Iterator[bytes]:
         version, schema = change.version, change.schema
         if schema is None:
-            assert isinstance(change.record, records.Barrier)
+            assert isinstance(change.record, records.BarrierRecord)
             name = change.record.name
             yield self.mark(DeltaKind.KIND_BARRIER, version=version, barrier=name, **last)
             return
         match change.record:
-            case records.Push(origin, _, keys, frequencies, rows):
+            case records.PushRecord(origin, _, keys, frequencies, rows):
                 steps = self._steps(len(keys), origin.step)
                 yield from self.rows(
                     schema, version, keys, _NO_KEYS, rows, steps, frequencies, **last
                 )
-            case records.Delete(_, _, cause, keys):
+            case records.DeleteRecord(_, _, cause, keys):
                 yield from self.deletes(schema.name, version, keys, _NO_KEYS, cause, **last)
-            case records.Create():
+            case records.CreateRecord():
                 yield self.created(schema, version=version, **last)
-            case records.Alter():
+            case records.AlterRecord():
                 yield self.altered(schema, version=version, **last)
-            case records.Drop():
+            case records.DropRecord():
                 yield self.mark(
                     DeltaKind.KIND_TABLE_DROPPED, table=schema.name, version=version, **last
                 )
@@ -266,7 +269,7 @@ class Deltas:
         """Yield, by table, calls that make messages of the newest value of each key."""
         tables: dict[int, list[LoggedChange]] = {}
         for each in sequence:
-            assert isinstance(each.record, records.Push | records.Delete)
+            assert isinstance(each.record, records.PushRecord | records.DeleteRecord)
             tables.setdefault(each.record.table, []).append(each)
         for changes in tables.values():
             schema = changes[0].schema
@@ -277,14 +280,14 @@ class Deltas:
             start = 0
             for each in changes:
                 record = each.record
-                assert isinstance(record, records.Push | records.Delete)
+                assert isinstance(record, records.PushRecord | records.DeleteRecord)
                 end = start + len(record.keys)
                 low, high = np.searchsorted(chosen, (start, end))
                 at, start = chosen[low:high] - start, end
                 if not len(at):
                     continue
                 versions = np.full(len(at), each.version, np.uint64)
-                if isinstance(record, records.Push):
+                if isinstance(record, records.PushRecord):
                     rows = record.rows[at, : self._wanted.width(schema)]
                     steps = self._steps(len(at), record.origin.step)
                     pushed.append((record.keys[at], versions, rows, steps, record.frequencies[at]))

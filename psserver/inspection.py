@@ -14,7 +14,7 @@ from psserver.views import KeyView
 from storage.analysis import norms_of
 from storage.errors import Compacted
 from storage.kernels import Keys
-from storage.records import Cause, Delete, decode
+from storage.records import Cause, DeleteRecord, decode
 from storage.versionlog import VersionLog
 
 MAX_INSPECTED = 1000
@@ -115,6 +115,6 @@ class Inspector:
             return gone
         for frame in frames[:1]:
             record = decode(frame)
-            if isinstance(record, Delete):
+            if isinstance(record, DeleteRecord):
                 gone.time_us, gone.step = record.origin.time_us, record.origin.step
         return gone

@@ -127,10 +127,10 @@ class LogTail:
                 return True
             frame = self._frames.pop()
             record = records.decode(frame)
-            if isinstance(record, records.Create):
+            if isinstance(record, records.CreateRecord):
                 self._read[record.table] = from_json(record.schema)
             batch.take(frame.version, record)
-            if isinstance(record, records.Drop):
+            if isinstance(record, records.DropRecord):
                 self._read.pop(record.table, None)
             self.seen = frame.version
             if frame.version == until:

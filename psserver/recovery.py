@@ -94,23 +94,23 @@ class Recovery:
         """Apply a record of the log again; records come in their order."""
         self._sequencer.version = version
         match record:
-            case records.Create():
+            case records.CreateRecord():
                 self._tables.add(record.table, from_json(record.schema), version)
                 return
-            case records.Barrier():
+            case records.BarrierRecord():
                 return
         entry = self._tables.numbered(record.table)
         if entry is None:
             raise Corrupt(f"record of version {version}", f"there is no table {record.table}")
         match record:
-            case records.Push():
+            case records.PushRecord():
                 _replay_push(entry, version, record)
-            case records.Delete(_, number, cause, keys):
+            case records.DeleteRecord(_, number, cause, keys):
                 entry.table.delete(keys)
                 self._tombstones.add(number, keys, version, cause)
-            case records.Alter(origin, _, schema):
+            case records.AlterRecord(origin, _, schema):
                 self._tables.alter(entry, from_json(schema), version, origin.time_us / 1e6)
-            case records.Drop():
+            case records.DropRecord():
                 self._tables.remove(entry)
         if (origin := record.origin).client:
             self._sequencer.sessions.record(
@@ -140,7 +140,7 @@ def _load_cells(entry: TableEntry, block: Block) -> None:
         raise Corrupt(f"sketch of table {entry.schema.name!r}", str(error)) from error
 
 
-def _replay_push(entry: TableEntry, version: int, record: records.Push) -> None:
+def _replay_push(entry: TableEntry, version: int, record: records.PushRecord) -> None:
     origin, keys, waiting = record.origin, record.keys, record.waiting
     versions = np.full(len(keys), version, np.uint64)
     steps = np.full(len(keys), origin.step, np.int64)

@@ -1,30 +1,26 @@
-"""The blocks that the rest of the log builds on: what a shard loads before it replays its log.
+"""The base: blocks in LMDB that a shard loads before it replays its log.
 
     base   = data.mdb lock.mdb               an LMDB environment with one database
     entry  = number u64, big-endian -> block     see block.py; numbers begin at 1
-           | "state" -> state
+           | "state" -> state                    see basestate.py
            | "seal" -> transaction u64
-    state  = magic[8] | format u32 | json u32 | blocks u64 | sessions u64 | checksum u64
-             | JSON in UTF-8, padded with blanks to 8 bytes | numbers u64[blocks] | sessions
-                                             little-endian; ``json`` and ``sessions`` are in bytes,
-                                             the checksum is the xxh3_64 of all other bytes
 
-A checkpoint adds blocks, in transactions of up to 32 MiB, and then commits a state that lists the
-live ones. Blocks that the state does not list are left over, from a checkpoint that did not commit
-or by one that replaced them, and are deleted.
+A flush adds blocks, in transactions of up to 32 MiB, then commits a state that lists the live
+blocks. A block that the state does not list is left over, from a flush that did not commit or by a
+flush that replaced it, and is deleted.
 
-What is protected. LMDB has no checksums, and trusts its pages: damaged ones make it fail, hang or
-write over live blocks. So all pages that it would follow are checked before it opens the file: both
-meta pages, the tree and the lists of free pages, each page reached once and where its parent says.
-State and blocks have checksums, which are checked whenever they are read. A meta page damaged so
-that LMDB prefers the older one would silently bring back the previous state; therefore each commit
-is followed by a transaction that changes nothing, the *seal*, and both meta pages stand for the
-newest state. (After a kill between the two, the next open seals.) Damage to bytes without meaning
-goes unnoticed. So does, until it is opened again, damage to the tree of an open base.
+**Integrity.** LMDB has no checksums and trusts its pages: damaged pages make it fail, hang or write
+over live blocks. So all pages that LMDB would follow are checked before it opens the file: both
+meta pages, the tree and the lists of free pages (pages.py). State and blocks have checksums, which
+are checked at every read. A damaged meta page could make LMDB prefer the older one, and silently
+bring back the previous state. Therefore each commit is followed by an empty transaction, the
+*seal*, after which both meta pages point to the newest state. If the process is killed between the
+two, the next open seals. Damage to bytes without meaning is not noticed. Damage to the tree of an
+open base is noticed at the next open.
 
-A disk that runs full. LMDB reports a short write like a broken disk, so the file is allocated
-before each transaction. If that is refused, the transaction may still fit into free pages; if it
-fails then, that is DiskFull, and nothing has changed. The file never shrinks.
+**A full disk.** LMDB reports a short write like a broken disk, so the file is allocated before each
+transaction. If that is refused, the transaction may still fit into free pages. If it then fails,
+DiskFull is raised and nothing has changed. The file never shrinks.
 """
 
 from __future__ import annotations
@@ -54,9 +50,9 @@ T = TypeVar("T")
 
 DATA, LOCK = "data.mdb", "lock.mdb"
 MAP_BYTES = 1 << 30  # smallest map; address space, not memory
-BATCH_BLOCKS = 16  # blocks in a transaction, at most
-BATCH_BYTES = 32 << 20  # bytes of blocks in a transaction of more than one, at most
-SLACK = 1 << 20  # bytes that a transaction may need beside its values and the free list
+BATCH_BLOCKS = 16  # most blocks per transaction
+BATCH_BYTES = 32 << 20  # most bytes of blocks per transaction of more than one block
+SLACK = 1 << 20  # bytes that a transaction may need besides its values and the free list
 
 _STATE, _SEAL = b"state", b"seal"
 _DAMAGE = (
@@ -69,47 +65,48 @@ _DAMAGE = (
 
 
 class Base:
-    """The base state of a shard and its blocks, in ``directory``.
+    """The base of one shard.
 
-    ``state`` is the committed one, None before the first commit.
+    state  the committed state; None before the first commit
 
-    Writes (``add``, ``commit``, ``discard``) come from one thread. ``block`` and ``blocks`` may be
-    called by any thread meanwhile: they copy a block out of the map, so a read transaction lasts
-    as long as the copy, and what they return never points into the map.
+    One thread writes (``add``, ``commit``, ``discard``). Any thread may call ``block`` and
+    ``blocks`` meanwhile. They copy a block out of the memory map, so a read transaction lasts as
+    long as the copy, and the result never points into the map.
 
     The map begins at ``map_bytes`` or twice the file, whichever is more, and doubles when a
-    transaction might not fit. It is address space only.
+    transaction might not fit. It takes address space only.
 
-    A read-only base is for tools, also beside a running shard: it stays at the state it found,
-    and keeps the shard from reusing the pages of deleted blocks until it is closed.
+    A read-only base is for tools, which may run next to the shard. It stays at the state that it
+    found, and keeps the shard from reusing the pages of deleted blocks until it is closed.
     """
 
     def __init__(
         self, directory: Path, *, readonly: bool = False, map_bytes: int = MAP_BYTES
     ) -> None:
+        """Store the settings. ``open`` opens the file."""
         self.directory = directory
         self.state: BaseState | None = None
         self._path = directory / DATA
         self._readonly = readonly
         self._map_bytes = map_bytes
-        self._map_lock = threading.Lock()  # nobody reads while the map moves
+        self._map_lock = threading.Lock()  # held while the map is read or moves
         self._env: Any = None
         self._file = -1
         self._snapshot: Any = None  # the read transaction of a read-only base
-        self._numbers: set[int] = set()  # of the blocks that are stored, listed or not
+        self._numbers: set[int] = set()  # of all stored blocks, live or not
         self._next = 1  # number for the next block
-        self._write: Any = None  # the write transaction that takes blocks, if there is one
+        self._write: Any = None  # the open write transaction, if any
         self._added: list[int] = []  # numbers of the blocks in it
-        self._room = 0  # bytes that it may still take
+        self._room = 0  # bytes that it has room for
         self._failure: OSError | None = None
         self._page = 4096  # bytes of a page of LMDB
-        self._short = 0  # bytes that the disk lacked for the transaction, at worst
+        self._short = 0  # most bytes that the disk lacked for the transaction
 
     def open(self) -> Self:
-        """Check the file, find the state, delete what it does not list.
+        """Check the file, read the state, and delete blocks that the state does not list.
 
-        Raises Corrupt or UnknownFormat, and OSError if the file cannot be opened. A disk that is
-        full is no obstacle, unless the base is new (DiskFull).
+        Raises Corrupt or UnknownFormat, and OSError if the file cannot be opened. On a full disk
+        an existing base still opens; creating one raises DiskFull.
         """
         if not self._readonly and not self._path.exists():
             self._create()
@@ -131,7 +128,7 @@ class Base:
         return self
 
     def close(self) -> None:
-        """Let go of the file. Blocks added since the last commit are lost."""
+        """Close the file. Blocks added since the last commit are lost."""
         self._abort()
         with self._map_lock:
             if self._snapshot is not None:
@@ -166,10 +163,10 @@ class Base:
     # ---- writing
 
     def add(self, block: Data) -> int:
-        """Store a sealed block, which is copied, and return its number.
+        """Store a copy of a sealed block, and return its number.
 
-        It is on disk after the commit that lists it, and gone if there is none. DiskFull loses
-        also some of the blocks added before: begin the checkpoint anew, after ``discard``.
+        The block is on disk after the commit that lists it. Without a commit it is lost. DiskFull
+        also loses some blocks added before: call ``discard`` and begin the flush again.
         """
         data = np.frombuffer(block, np.uint8).data
         if self._write is not None and (
@@ -187,9 +184,9 @@ class Base:
         return number
 
     def commit(self, state: BaseState) -> None:
-        """Make ``state`` the committed one, durably, and delete all blocks that it does not list.
+        """Commit ``state`` durably, and delete all blocks that it does not list.
 
-        DiskFull leaves the state as it was. ValueError if it lists a block that is not stored.
+        DiskFull leaves the old state. Raises ValueError if a listed block is not stored.
         """
         self._finish()
         live = set(state.blocks)
@@ -200,13 +197,13 @@ class Base:
         self._try(self._write.put, _STATE, data)
         self._delete(self._numbers - live)
         self.state = state
-        with suppress(DiskFull):  # it is committed all the same
+        with suppress(DiskFull):  # the state is committed already
             self._seal()
 
     def discard(self) -> None:
-        """Delete the blocks that the committed state does not list, as after a failed checkpoint.
+        """Delete the blocks that the committed state does not list, as after a failed flush.
 
-        Their pages are used again.
+        Their pages become free.
         """
         self._abort()
         unlisted = self._numbers - set(self.state.blocks if self.state else ())
@@ -218,14 +215,14 @@ class Base:
     # ---- reading
 
     def block(self, number: int) -> Block:
-        """A listed block, in memory of its own; Corrupt names it if it is damaged. Any thread."""
+        """Return a copy of a live block. Raises Corrupt if it is damaged. Any thread."""
         return self._read(number, None)
 
     def blocks(self) -> Iterator[tuple[int, Block]]:
-        """The listed blocks with their numbers, in the order of the list, each checked.
+        """Yield the live blocks with their numbers, in the order of the list, each verified.
 
-        A block is valid until the next one is asked for: all use the same memory. Corrupt names
-        the first damaged one. Any thread.
+        All blocks use the same memory, so a block is valid until the next one is asked for. Raises
+        Corrupt at the first damaged block. Any thread.
         """
         buffer = np.empty(BLOCK_BYTES, np.uint8)
         for number in self.state.blocks if self.state else ():
@@ -250,7 +247,7 @@ class Base:
     # ---- opening
 
     def _create(self) -> None:
-        """Make an empty base beside its place and move it there: it is whole, or not there."""
+        """Atomically create an empty base: in a temporary directory, then moved into place."""
         fresh = self.directory / "new"
         try:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -283,7 +280,7 @@ class Base:
             raise self._meaning(error) from error
 
     def _take_snapshot(self) -> Any:
-        """The newest state; the shard may have grown the file since it was opened."""
+        """Begin a read transaction. The shard may have grown the file since it was opened."""
         while True:
             try:
                 return self._env.begin(buffers=True)
@@ -307,20 +304,20 @@ class Base:
     # ---- transactions
 
     def _seal(self) -> None:
-        """Commit a transaction that changes nothing: see the top of the file."""
+        """Commit an empty transaction; see the top of the file."""
         self._begin(0)
         self._try(self._write.put, _SEAL, struct.pack("<Q", self._write.id()))
         self._finish()
 
     def _delete(self, numbers: set[int]) -> None:
-        """Delete blocks and finish the transaction."""
+        """Delete blocks and commit the transaction."""
         for number in numbers:
             self._try(self._write.delete, _key(number))
         self._finish()
         self._numbers -= numbers
 
     def _begin(self, size: int) -> None:
-        """Begin a write transaction with room for ``size`` bytes of values; DiskFull otherwise."""
+        """Begin a write transaction with room for ``size`` bytes of values, or raise DiskFull."""
         if self._failure is not None:
             raise self._failure
         assert not self._readonly, "a read-only base was written to"
@@ -328,7 +325,7 @@ class Base:
         self._write = self._try(self._env.begin, write=True)
 
     def _finish(self) -> None:
-        """Commit the write transaction, if there is one; LMDB has synced it then."""
+        """Commit and sync the write transaction, if there is one."""
         if self._write is not None:
             self._try(self._write.commit)
             self._numbers.update(self._added)
@@ -340,10 +337,10 @@ class Base:
             self._write, self._added = None, []
 
     def _reserve(self, size: int) -> None:
-        """Make map and file large enough for a transaction, even if no free page can be used.
+        """Make map and file large enough for a transaction that cannot use any free page.
 
-        The list of free pages takes 8 bytes a page, and the whole of it may be written anew. If
-        the disk has no room, the transaction may still fit into free pages, so LMDB tries.
+        The list of free pages takes 8 bytes per page, and all of it may be rewritten. If the disk
+        is full, the transaction may still fit into free pages, so LMDB tries.
         """
         info = self._env.info()
         used = (info["last_pgno"] + 1) * self._page
@@ -361,11 +358,11 @@ class Base:
                 self._try(self._env.set_mapsize, max(2 * info["map_size"], end))
 
     def _taken(self, size: int) -> int:
-        """Bytes that a value of ``size`` bytes takes: whole pages, with a header of 16 bytes."""
+        """Return the bytes of the pages that a value of ``size`` bytes takes, header included."""
         return -(-(size + 16) // self._page) * self._page
 
     def _try(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call LMDB; on failure give up the transaction and say it in our words."""
+        """Call LMDB. On failure abort the transaction and raise an error of this package."""
         try:
             return call(*args, **kwargs)
         except lmdb.Error as error:
@@ -377,7 +374,7 @@ class Base:
             return DiskFull(str(self.directory), self._short or SLACK)
         if isinstance(error, _DAMAGE):
             return Corrupt(str(self._path), str(error))
-        # A failed sync among them. What is on disk is unknown, so nothing is written again.
+        # After a failed sync nobody knows what is on disk, so nothing is written again.
         self._failure = OSError(max(error.code, 0) or errno.EIO, str(error), str(self._path))
         return self._failure
 

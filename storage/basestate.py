@@ -39,21 +39,21 @@ class BaseTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseState:
-    """What the listed blocks are: the shard at one version of its log."""
+    """What the live blocks contain: the shard at one version of its log."""
 
     lineage: bytes  # [16]
     history: History  # epochs of the log
-    version: int  # the blocks hold every change up to it; replay starts behind it
+    version: int  # the blocks contain every change up to it; replay starts after it
     next_table: int  # number for the next new table
     tables: tuple[BaseTable, ...] = ()
     horizon: int = 0  # deletes up to this version may have lost their tombstones
-    sessions: bytes = b""  # of the clients, in the engine's own format
+    sessions: bytes = b""  # of the clients, as the shard packs them
     blocks: tuple[int, ...] = ()  # numbers of the live blocks, in the order they were added
-    cells: int = 0  # of these, the last ones, which the next state replaces: sketches are whole
-    logged: bool = False  # there was a log already that goes on from here: it must be there
+    cells: int = 0  # how many of these, at the end, contain sketches, which are written as a whole
+    logged: bool = False  # a log exists, so a missing one is damage
 
     def pack(self) -> bytes:
-        """The state as stored."""
+        """Return the bytes that are stored."""
         tables = [[t.number, t.schema, t.created, t.policy.hex()] for t in self.tables]
         facts = {
             "lineage": self.lineage.hex(),
@@ -77,14 +77,14 @@ class BaseState:
 
     @classmethod
     def unpack(cls, data: bytes, where: str) -> BaseState:
-        """The state in ``data``; Corrupt names ``where`` unless all of it is intact."""
+        """Return the state in ``data``. Raises Corrupt or UnknownFormat with ``where``."""
         if len(data) < _HEAD.size:
-            raise Corrupt(where, f"{len(data)} bytes are too few for a state")
+            raise Corrupt(where, f"{len(data)} bytes are too short for a state")
         magic, version, text, blocks, sessions, checksum = _HEAD.unpack_from(data)
         if magic != MAGIC:
-            raise Corrupt(where, f"a state does not begin with {magic!r}")
+            raise Corrupt(where, f"a state must begin with {MAGIC!r}, got {magic!r}")
         if xxhash.xxh3_64_intdigest(data[: _HEAD.size - 8] + data[_HEAD.size :]) != checksum:
-            raise Corrupt(where, "the checksum of the state does not fit its bytes")
+            raise Corrupt(where, "the checksum of the state does not match its bytes")
         if version not in READABLE:
             raise UnknownFormat(where, version, FORMAT)
         numbers = _HEAD.size + text

@@ -1,9 +1,9 @@
-"""Many rows, tombstones or counters as one run of bytes: the unit of base state and checkpoint.
+"""Blocks: many rows, tombstones or counters in one run of bytes, the unit of base and checkpoint.
 
     block       = header body                        little-endian
     header      = magic[8] | format u32 | width u32 | count u64 | table u32 | kind u32
                   | start u64 | checksum u64 | zero[16]                           (64 bytes)
-    body        = rows | tombstones | counters | cells       as kind says
+    body        = rows | tombstones | counters | cells       depending on kind
     rows        = keys u64[count] | versions u64[count] | steps i64[count]
                   | frequencies u64[count] | rows f32[count, width]               (kind 1)
     tombstones  = keys u64[count] | versions u64[count] | causes u32[count]
@@ -12,9 +12,9 @@
                   (kind 3; width is 0)
     cells       = u8[count], bytes start.. of a table's sketch     (kind 4; width is 0)
 
-``start`` is 0 in blocks of other kinds. The checksum is the xxh3_64 of all other bytes, seed 0. A
-block is exactly as long as its header says. Every array begins at a multiple of 8 bytes, the first
-at a multiple of 64.
+``start`` is 0 in blocks of other kinds. The checksum is the xxh3_64 of all other bytes, with seed
+0. The length of a block follows from its header. Every array begins at a multiple of 8 bytes, the
+first one at a multiple of 64.
 """
 
 from __future__ import annotations
@@ -40,35 +40,35 @@ ROWS, TOMBSTONES, COUNTERS, CELLS = KINDS = 1, 2, 3, 4
 
 _HEADER = struct.Struct("<8sIIQIIQQ16x")  # magic format width count table kind start checksum
 _CHECKSUM = 40  # offset of the checksum
-_ROW_META = 32  # bytes beside a row: key, version, step, frequency
+_ROW_META = 32  # bytes per row in addition to its numbers: key, version, step, frequency
 _TOMBSTONE = 20  # bytes: key, version, cause; or of a counter: key, version, total
 
 
 def rows_per_block(width: int) -> int:
-    """Rows of ``width`` numbers that fill a block; at least one."""
+    """Return how many rows of ``width`` numbers fill a block; at least one."""
     return max(1, (BLOCK_BYTES - _HEADER.size) // (_ROW_META + 4 * width))
 
 
 def tombstones_per_block() -> int:
-    """Tombstones, or counters, that fill a block."""
+    """Return how many tombstones, or counters, fill a block."""
     return (BLOCK_BYTES - _HEADER.size) // _TOMBSTONE
 
 
 def size_of(kind: int, width: int, count: int) -> int:
-    """Bytes of a block of ``count`` rows, tombstones, counters or bytes of cells."""
+    """Return the bytes of a block of ``count`` rows, tombstones, counters or bytes of cells."""
     each = {ROWS: _ROW_META + 4 * width, CELLS: 1}.get(kind, _TOMBSTONE)
     return _HEADER.size + count * each
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Views into the bytes of one block; nothing is copied. Arrays of the other kind are empty.
+    """Views into the bytes of one block, without a copy. Arrays that its kind lacks are empty.
 
-    A new block comes from ``empty`` or ``tombstones``: fill the arrays in place, then ``seal``.
-    A stored one comes from ``unpack``; where its bytes are read-only, so are the arrays.
+    To write a block, call ``empty`` or ``tombstones``, fill the arrays in place, then ``seal``. To
+    read one, call ``unpack``. If the bytes are read-only, so are the arrays.
     """
 
-    data: Bytes  # uint8[size], all of the block; the arrays below are parts of it
+    data: Bytes  # uint8[size], the whole block; the arrays below are parts of it
     table: int  # number of the table
     kind: int  # ROWS, TOMBSTONES, COUNTERS or CELLS
     keys: Keys  # uint64[count]
@@ -82,21 +82,21 @@ class Block:
 
     @classmethod
     def empty(cls, table: int, width: int, count: int, buffer: Bytes | None = None) -> Block:
-        """A block of ``count`` rows whose arrays are still undefined.
+        """Return a block of ``count`` rows whose arrays are undefined.
 
-        ``buffer``, uint8 and at least ``size_of(ROWS, width, count)`` bytes, 8-byte aligned, is
-        used for it if given: a loop over blocks then touches the same, cached memory.
+        buffer  uint8[>= size_of(ROWS, width, count)], 8-byte aligned, memory to use; None: new
+                memory. A loop over blocks that reuses a buffer stays in the CPU's cache
         """
         return cls._over(_take(buffer, size_of(ROWS, width, count)), table, ROWS, width, count)
 
     @classmethod
     def tombstones(cls, table: int, count: int, buffer: Bytes | None = None) -> Block:
-        """A block of ``count`` tombstones whose arrays are still undefined; see ``empty``."""
+        """Return a block of ``count`` tombstones whose arrays are undefined; see ``empty``."""
         return cls._over(_take(buffer, size_of(TOMBSTONES, 0, count)), table, TOMBSTONES, 0, count)
 
     @classmethod
     def _over(cls, data: Bytes, table: int, kind: int, width: int, count: int) -> Block:
-        """The views of a block over its bytes, the header excepted."""
+        """Return the views of a block over its bytes, except the header."""
         end = _HEADER.size
         each = {of: count if of == kind else 0 for of in KINDS}
         keyed = count - each[CELLS]
@@ -117,7 +117,7 @@ class Block:
         )
 
     def __len__(self) -> int:
-        """Keys, or for CELLS bytes."""
+        """Return the number of keys, or of bytes for CELLS."""
         return len(self.keys) + len(self.cells)
 
     @property
@@ -127,11 +127,14 @@ class Block:
 
     @property
     def start(self) -> int:
-        """Of sealed CELLS: which of the sketch's bytes is the first."""
+        """Of sealed CELLS: index of the first byte within the sketch."""
         return int(_HEADER.unpack_from(self.data.data)[6])
 
     def seal(self, start: int = 0) -> memoryview:
-        """Write header and checksum; the block's bytes, not a copy. Fill the arrays before."""
+        """Write header and checksum, and return the block's bytes, not a copy.
+
+        The arrays must be filled before.
+        """
         fields = (MAGIC, FORMAT, self.width, len(self), self.table, self.kind, start)
         _HEADER.pack_into(self.data.data, 0, *fields, 0)
         struct.pack_into("<Q", self.data.data, _CHECKSUM, _checksum(self.data))
@@ -146,7 +149,7 @@ def pack_rows(
     frequencies: NDArray[np.uint64],
     rows: Rows,
 ) -> memoryview:
-    """A sealed block of copies of these arrays: [n], and rows [n, width]."""
+    """Return a sealed block with copies of these arrays, each [n], and rows [n, width]."""
     block = Block.empty(table, rows.shape[1], len(keys))
     block.keys[:], block.versions[:], block.steps[:] = keys, versions, steps
     block.frequencies[:], block.rows[:] = frequencies, rows
@@ -156,7 +159,7 @@ def pack_rows(
 def pack_tombstones(
     table: int, keys: Keys, versions: NDArray[np.uint64], causes: NDArray[np.uint32]
 ) -> memoryview:
-    """A sealed block of copies of these arrays, each [n]."""
+    """Return a sealed block with copies of these arrays, each [n]."""
     block = Block.tombstones(table, len(keys))
     block.keys[:], block.versions[:], block.causes[:] = keys, versions, causes
     return block.seal()
@@ -165,7 +168,7 @@ def pack_tombstones(
 def pack_counters(
     table: int, keys: Keys, versions: NDArray[np.uint64], totals: NDArray[np.uint32]
 ) -> memoryview:
-    """A sealed block of copies of these arrays, each [n]."""
+    """Return a sealed block with copies of these arrays, each [n]."""
     size = size_of(COUNTERS, 0, len(keys))
     block = Block._over(np.empty(size, np.uint8), table, COUNTERS, 0, len(keys))
     block.keys[:], block.versions[:], block.totals[:] = keys, versions, totals
@@ -173,7 +176,7 @@ def pack_counters(
 
 
 def pack_cells(table: int, start: int, cells: Bytes) -> memoryview:
-    """A sealed block of a copy of a sketch's bytes uint8[n], the first of which is ``start``."""
+    """Return a sealed block with a copy of a sketch's bytes uint8[n], from index ``start`` on."""
     size = size_of(CELLS, 0, len(cells))
     block = Block._over(np.empty(size, np.uint8), table, CELLS, 0, len(cells))
     block.cells[:] = cells
@@ -181,25 +184,25 @@ def pack_cells(table: int, start: int, cells: Bytes) -> memoryview:
 
 
 def unpack(data: Data, where: str) -> Block:
-    """The block in ``data``, checked: views, or views of a copy if the bytes are not aligned.
+    """Return the block in ``data`` after checking magic, checksum, format and length.
 
-    ``where`` names the block in Corrupt, which is raised unless magic, checksum and length are
-    right, and in UnknownFormat.
+    The result has views of ``data``, or of a copy if the bytes are not aligned. Raises Corrupt or
+    UnknownFormat with ``where``, the name of the block.
     """
     raw: Bytes = np.frombuffer(data, np.uint8)
     if raw.ctypes.data % 8:
         raw = raw.copy()
     if len(raw) < _HEADER.size:
-        raise Corrupt(where, f"{len(raw)} bytes are too few for a block")
+        raise Corrupt(where, f"{len(raw)} bytes are too short for a block")
     magic, version, width, count, table, kind, _, checksum = _HEADER.unpack_from(raw.data)
     if magic != MAGIC:
-        raise Corrupt(where, f"a block does not begin with {magic!r}")
+        raise Corrupt(where, f"a block must begin with {MAGIC!r}, got {magic!r}")
     if _checksum(raw) != checksum:
-        raise Corrupt(where, "the checksum of the block does not fit its bytes")
+        raise Corrupt(where, "the checksum of the block does not match its bytes")
     if version != FORMAT:
         raise UnknownFormat(where, version, FORMAT)
     if kind not in KINDS:
-        raise Corrupt(where, f"a block of kind {kind} is unknown")
+        raise Corrupt(where, f"unknown kind {kind} of a block")
     if len(raw) != size_of(kind, width, count):
         raise Corrupt(where, f"the block is {len(raw)} bytes, not {size_of(kind, width, count)}")
     return Block._over(raw, table, kind, width, count)

@@ -1,7 +1,7 @@
-"""LMDB's pages, read without LMDB: it has no checksums, and damaged pages make it crash.
+"""A check of LMDB's pages without LMDB, which has no checksums and crashes on damaged pages.
 
-    page      = number u64 | pad u16 | flags u16 | lower u16 | upper u16       lower, upper: the
-                | offsets u16[(lower - 16) / 2] | unused | nodes               unused bytes' bounds
+    page      = number u64 | pad u16 | flags u16 | lower u16 | upper u16       lower, upper: bounds
+                | offsets u16[(lower - 16) / 2] | unused | nodes               of the unused bytes
     meta      = page | magic u32 | version u32 | address u64 | map size u64
                 | database of free pages | main database | last page u64 | transaction u64
     database  = pad u32 | flags u16 | depth u16 | branches u64 | leaves u64 | overflow pages u64
@@ -13,10 +13,10 @@
     overflow  = number u64 | pad u16 | flags u16 | pages u32 | value
     free      = transaction u64 -> count u64 | pages u64[count], descending | unused
 
-Version 1 of the format, that of all LMDB 0.9, on 64-bit little-endian machines.
+This is version 1 of the format, which all LMDB 0.9 use, on 64-bit little-endian machines.
 
 Everything that LMDB would follow is checked: both meta pages, the tree and the list of free pages.
-Each page must be reached once and where its parent says, and no page may have two uses.
+Each page must be reached once, at the number that its parent names. No page may have two uses.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _NODE = struct.Struct("<HHHH")
 _BRANCH, _LEAF, _BIG, _META_FLAG, _INTEGER_KEY = 1, 2, 4, 8, 8
 _NONE = 2**64 - 1  # root of an empty database
 _MAGIC, _VERSION = 0xBEEFC0DE, 1
-_UNSEEN = 1 << 20  # pages that the file may be too short, if they are free
+_UNSEEN = 1 << 20  # free pages at the end that the file may lack
 _Key = bytes | int | None  # None: no bound
 
 
@@ -66,11 +66,12 @@ class _Meta(NamedTuple):
 
 
 def check(path: Path, known: frozenset[bytes]) -> Pages:
-    """Check all pages that LMDB would follow, or raise Corrupt.
+    """Check all pages that LMDB would follow. Raises Corrupt.
 
-    known  the keys that may be in the file beside numbers of blocks (u64, big-endian)
+    known  keys that may be in the file besides numbers of blocks (u64, big-endian)
 
-    Beside a running shard pages may be reused while they are read, which a new meta page shows.
+    While a shard runs, pages may be reused during the check. A changed meta page reveals that, and
+    the check is repeated.
     """
     file = open_file(path, os.O_RDONLY)
     try:
@@ -87,10 +88,10 @@ def check(path: Path, known: frozenset[bytes]) -> Pages:
 
 
 class Pages:
-    """The pages of a data file, checked.
+    """The checked pages of a data file.
 
-    size     bytes of a page
-    numbers  those of the blocks that were found
+    size     bytes per page
+    numbers  numbers of the blocks in it
     """
 
     def __init__(self, file: int, path: str, known: frozenset[bytes]) -> None:
@@ -100,7 +101,7 @@ class Pages:
         meta = self._newest_meta()
         self._last = meta.last
         if not 1 <= meta.last < self._length // self.size + _UNSEEN:
-            raise self._damage(None, f"the last page is said to be {meta.last}")
+            raise self._damage(None, f"the meta page names page {meta.last} as the last one")
         self._used = np.zeros(meta.last + 1, np.bool_)
         self._used[:2] = True
         self._counts = [0, 0, 0, 0]  # branches, leaves, overflow pages, entries
@@ -119,16 +120,16 @@ class Pages:
         return Corrupt(self._path if page is None else f"{self._path}: page {page}", what)
 
     def _newest_meta(self) -> _Meta:
-        """The meta page that LMDB takes, after both were checked."""
+        """Check both meta pages, and return the one that LMDB uses."""
         self.size = 4096
         first = self._meta(0)
         size = first.free.pad
         if size not in (1 << power for power in range(9, 17)):
-            raise self._damage(0, f"the page size is said to be {size}")
+            raise self._damage(0, f"invalid page size {size}")
         self.size = size
         second = self._meta(1)
         if second.free.pad != size:
-            raise self._damage(1, f"the page size is said to be {second.free.pad}, and {size}")
+            raise self._damage(1, f"the page size is {second.free.pad} here and {size} in page 0")
         even, odd = first.transaction, second.transaction
         if even % 2 or (odd % 2 == 0 and (even or odd)) or abs(even - odd) > 1:
             raise self._damage(None, f"the meta pages are of transactions {even} and {odd}")
@@ -138,7 +139,7 @@ class Pages:
         data = self._bytes(page, 1)
         number, flags, magic, version, _, _ = _META.unpack_from(data)
         if (number, flags, magic, version) != (page, _META_FLAG, _MAGIC, _VERSION):
-            raise self._damage(page, "this is no meta page of LMDB 0.9")
+            raise self._damage(page, "this is not a meta page of LMDB 0.9")
         free, main = (
             _Database(*_DATABASE.unpack_from(data, _META.size + i * _DATABASE.size)) for i in (0, 1)
         )
@@ -151,34 +152,36 @@ class Pages:
         return data
 
     def _take(self, parent: int | None, page: int, count: int) -> None:
-        """Note that pages are used, by nobody else, and check that the file has them."""
+        """Mark pages as used. Raises Corrupt if they are used already, or not in the file."""
         end = page + count
         if page < 2 or end > self._last + 1 or end * self.size > self._length:
-            raise self._damage(parent, f"it leads to pages {page}..{end - 1}, which do not exist")
+            raise self._damage(parent, f"it refers to pages {page}..{end - 1}, which do not exist")
         if self._used[page:end].any():
             raise self._damage(parent, f"pages {page}..{end - 1} have another use")
         self._used[page:end] = True
 
     def _entries(self, database: _Database, free: bool) -> Iterator[tuple[bytes, int, bytes]]:
-        """Key, page and value of each entry; overflowing values are read for ``free`` alone."""
+        """Yield key, page and value of each entry. Overflow pages are read only if ``free``."""
         self._counts = [0, 0, 0, 0]
         if database.root != _NONE:
             self._take(None, database.root, 1)
             yield from self._walk(database.root, database.depth, free, None, None)
         said = [database.branches, database.leaves, database.overflow, database.entries]
         if self._counts != said or (database.root == _NONE and database.depth):
-            raise self._damage(None, f"a database should have {said}, it has {self._counts}")
+            raise self._damage(
+                None, f"a database declares {said} pages and entries, it has {self._counts}"
+            )
 
     def _walk(
         self, page: int, depth: int, free: bool, low: _Key, high: _Key
     ) -> Iterator[tuple[bytes, int, bytes]]:
-        """The entries below a page, whose keys must rise from ``low`` to below ``high``."""
+        """Yield the entries below a page, whose keys must ascend from ``low`` to below ``high``."""
         data = self._bytes(page, 1)
         number, flags, lower, upper = _PAGE.unpack_from(data)
         if number != page or flags != (_LEAF if depth == 1 else _BRANCH):
             raise self._damage(page, "another page is in its place")
         if lower % 2 or not _PAGE.size <= lower <= upper <= self.size:
-            raise self._damage(page, f"unused bytes are said to be at {lower}..{upper}")
+            raise self._damage(page, f"invalid bounds {lower}..{upper} of the unused bytes")
         offsets = struct.unpack_from(f"<{(lower - _PAGE.size) // 2}H", data, _PAGE.size)
         nodes = [self._node(page, data, offset, upper) for offset in offsets]
         bounds = self._bounds(page, [key for _, key, _ in nodes], depth, free, low, high)
@@ -195,21 +198,23 @@ class Pages:
     def _node(
         self, page: int, data: bytes, offset: int, upper: int
     ) -> tuple[tuple[int, ...], bytes, int]:
-        """Head, key and the offset behind the key."""
+        """Return head, key and the offset after the key of a node."""
         if not upper <= offset <= self.size - _NODE.size:
-            raise self._damage(page, f"a node is said to be at {offset}")
+            raise self._damage(page, f"invalid offset {offset} of a node")
         head = _NODE.unpack_from(data, offset)
         end = offset + _NODE.size + head[3]
         if end > self.size:
-            raise self._damage(page, f"the key at {offset} is said to have {head[3]} bytes")
+            raise self._damage(
+                page, f"the key at {offset} declares {head[3]} bytes, which leave the page"
+            )
         return head, data[offset + _NODE.size : end], end
 
     def _bounds(
         self, page: int, keys: list[bytes], depth: int, free: bool, low: _Key, high: _Key
     ) -> list[_Key]:
-        """From where to where the keys of each node's entries may be; checks those of this page.
+        """Check the order of a page's keys, and return the bounds of each child's keys.
 
-        The first key of a branch means nothing. Free pages are ordered by number.
+        The first key of a branch has no meaning. Lists of free pages are ordered by number.
         """
         if free and any(len(key) != 8 for key in keys[depth > 1 :]):
             raise self._damage(page, "a key has not 8 bytes")
@@ -226,10 +231,10 @@ class Pages:
     def _value(
         self, page: int, data: bytes, head: tuple[int, ...], place: int, free: bool
     ) -> bytes:
-        """The value of a node whose key ends at ``place``; b"" if it is not read."""
+        """Return the value of a node whose key ends at ``place``; b"" if it is not read."""
         size = head[0] | head[1] << 16
         if head[2] not in (0, 1) or place + (8 if head[2] else size) > self.size:
-            raise self._damage(page, f"a value is said to have {size} bytes")
+            raise self._damage(page, f"a value declares {size} bytes, which leave the page")
         if not head[2]:
             return data[place : place + size]
         first = int.from_bytes(data[place : place + 8], "little")
@@ -243,14 +248,14 @@ class Pages:
         return value[_OVERFLOW.size :]
 
     def _check_free(self, page: int, transaction: int, value: bytes, newest: int) -> None:
-        """Check a list of free pages, and that they are free."""
+        """Check a list of free pages, and that these pages are free."""
         numbers = np.frombuffer(value, "<u8", len(value) // 8)
         if len(value) % 8 or not len(numbers) or numbers[0] >= len(numbers):
-            raise self._damage(page, f"a list of free pages has {len(value)} bytes")
+            raise self._damage(page, f"invalid length {len(value)} of a list of free pages")
         pages = numbers[1 : 1 + int(numbers[0])]
         falling = bool((pages[:-1] > pages[1:]).all())
         if transaction > newest or not falling or (len(pages) and pages[0] > self._last):
-            raise self._damage(page, f"the free pages of transaction {transaction} make no sense")
+            raise self._damage(page, f"invalid list of pages free since transaction {transaction}")
         if self._used[pages].any():
             raise self._damage(page, f"pages free since transaction {transaction} are in use")
         self._used[pages] = True

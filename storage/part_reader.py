@@ -18,7 +18,7 @@ from storage.index import Index
 from storage.kernels import Keys, Rows
 from storage.manifest import File
 from storage.part_writer import ENTRY, RECORD
-from storage.records import Alter, Delete, Push, decode
+from storage.records import AlterRecord, DeleteRecord, PushRecord, decode
 from storage.segment import Frame
 from storage.store import Store
 
@@ -121,13 +121,13 @@ def counters_of(
         data = read_file(store, name, file)
         for frame in frames_in(data, store.where(f"{name}/{file.path}")):
             record = decode(frame)
-            if isinstance(record, Alter) and record.dropped and record.table in found:
+            if isinstance(record, AlterRecord) and record.dropped and record.table in found:
                 found[record.table].clear()
-            if isinstance(record, Push | Delete) and record.table in found:
+            if isinstance(record, PushRecord | DeleteRecord) and record.table in found:
                 columns = found[record.table]
                 none = np.zeros(len(record.keys), np.uint32)
                 columns.append((record.keys, none, none.astype(np.uint64)))
-                if isinstance(record, Push):
+                if isinstance(record, PushRecord):
                     versions = np.full(len(record.waiting), frame.version, np.uint64)
                     columns.append((record.waiting, record.totals, versions))
     for number, columns in found.items():
@@ -211,13 +211,13 @@ def _newest_first(
 def _from_records(frames: list[Frame], seen: dict[int, _Seen]) -> Iterator[Piece]:
     for frame in reversed(frames):
         record = decode(frame)
-        if not isinstance(record, Push | Delete) or record.table not in seen:
+        if not isinstance(record, PushRecord | DeleteRecord) or record.table not in seen:
             continue
         newer = seen[record.table]
         new = newer.new(record.keys)
         keys = record.keys[new]
         newer.add(keys)
-        if isinstance(record, Push) and len(keys):
+        if isinstance(record, PushRecord) and len(keys):
             versions = np.full(len(keys), frame.version, np.uint64)
             steps = np.full(len(keys), record.origin.step, np.int64)
             rest = (record.frequencies[new], record.rows[new])

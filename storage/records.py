@@ -1,6 +1,6 @@
-"""What a frame of the version log says: the change that made its version.
+"""The records of the version log: each describes the change that made its version.
 
-    record   = head body                                by the frame's kind:
+    record   = head body                                depending on the frame's kind:
     1 push     = head | keys u64[count] | frequencies u64[count] | waiting u64[extra]
                | rows f32[count, width] | totals u32[extra]
     2 delete   = head | keys u64[count]
@@ -14,16 +14,15 @@
 
 Little-endian; arrays begin at multiples of 8. Fields that a kind does not use are 0.
 
-* rows     after-images: whole rows [embedding | state] as the push left them, so that replaying a
-           record again, or over a newer row's copy, needs no arithmetic and does no harm
-* table    the number that the table got at creation; numbers are not used again
-* waiting  keys of the push that may not have a row yet, and what their counters became: totals, not
-           what was added, so that they too may be replayed again
-* extra    of a delete: its cause, why the rows left; of an alter: 1 if the table's counters were
-           dropped, else 0
-* step     of a push, the step of the table and of its rows after it; of a write, the step of its
+* rows     after-images: whole rows [embedding | state] after the push. Replay needs no arithmetic
+           and is idempotent
+* table    number of the table, given at creation and never reused
+* waiting  keys of the push that have no row yet, with the new totals of their counters, so that
+           replaying them is idempotent too
+* extra    of a delete: its cause. Of an alter: 1 if the table's counters were dropped, else 0
+* step     of a push: the step of the table and of its rows after it. Of a write: the step of its
            rows, which does not move the step of the table
-* client.. the push that this is, for finding repetitions; client 0 is not protected
+* client.. identify the push, so that retries are recognized; client 0: retries are not recognized
 
 Encoding copies no array; decoding returns read-only views of the frame.
 """
@@ -73,18 +72,18 @@ class Cause(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Who asked for the change, and when."""
+    """The client that asked for the change, and the time."""
 
-    client: int = 0  # 0: not protected against repetition
+    client: int = 0  # 0: retries are not recognized
     incarnation: int = 0
     sequence: int = 0
-    acknowledged: int = 0  # the client had every answer up to this sequence
-    step: int = 0  # of a push or write, its rows' afterwards; of a delete, the table's then
+    acknowledged: int = 0  # the client has received every answer up to this sequence
+    step: int = 0  # of a push or write: of its rows afterwards; of a delete: of the table
     time_us: int = 0  # microseconds since 1970, by the shard's clock
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Push:
+class PushRecord:
     """Rows were created or changed."""
 
     origin: Origin
@@ -93,13 +92,13 @@ class Push:
     frequencies: NDArray[np.uint64]  # [n], after the push
     rows: Rows  # float32[n, width], after the push
     waiting: Keys  # uint64[m], keys without a row
-    totals: NDArray[np.uint32]  # [m], their occurrences, those of this push included
-    imported: bool = False  # whole rows were written: the step is theirs, not the table's
+    totals: NDArray[np.uint32]  # [m], their occurrences, including this push
+    imported: bool = False  # a write: the step is that of the rows, not of the table
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Delete:
-    """Rows left, and counters of keys that had none."""
+class DeleteRecord:
+    """Rows were deleted, and counters of keys without a row."""
 
     origin: Origin
     table: int
@@ -108,7 +107,7 @@ class Delete:
 
 
 @dataclass(frozen=True, slots=True)
-class Create:
+class CreateRecord:
     """A table was created."""
 
     origin: Origin
@@ -117,33 +116,33 @@ class Create:
 
 
 @dataclass(frozen=True, slots=True)
-class Alter:
+class AlterRecord:
     """Settings of a table were changed; its rows stay."""
 
     origin: Origin
     table: int
     schema: dict[str, Any]  # with the new settings
-    dropped: bool  # the counters towards admission were dropped, and start again from zero
+    dropped: bool  # the counters of keys without a row were dropped
 
 
 @dataclass(frozen=True, slots=True)
-class Drop:
+class DropRecord:
     """A table was dropped, with all its rows."""
 
     origin: Origin
     table: int
-    schema: dict[str, Any]  # its record of creation may be gone from the log
+    schema: dict[str, Any]  # the record of its creation may be truncated
 
 
 @dataclass(frozen=True, slots=True)
-class Barrier:
+class BarrierRecord:
     """A mark that a client asked for."""
 
     origin: Origin
     name: str
 
 
-Record = Push | Delete | Create | Alter | Drop | Barrier
+Record = PushRecord | DeleteRecord | CreateRecord | AlterRecord | DropRecord | BarrierRecord
 
 CAUSES = {int(cause): cause for cause in Cause}
 NO_KEYS, NO_TOTALS = np.empty(0, np.uint64), np.empty(0, np.uint32)
@@ -163,8 +162,13 @@ def encode_push(
     waiting: Keys = NO_KEYS,
     totals: NDArray[np.uint32] = NO_TOTALS,
 ) -> list[Part]:
-    """Parts of a push: keys uint64[n], frequencies uint64[n], rows float32[n, width], and waiting
-    uint64[m] with totals uint32[m].
+    """Return the parts of a push.
+
+    keys         uint64[n]
+    frequencies  uint64[n]           after the push
+    rows         float32[n, width]   after the push
+    waiting      uint64[m]           keys without a row
+    totals       uint32[m]           their occurrences
     """
     count, width = rows.shape
     assert keys.shape == frequencies.shape == (count,)
@@ -179,13 +183,13 @@ def encode_push(
 
 
 def encode_delete(origin: Origin, table: int, cause: Cause, keys: Keys) -> list[Part]:
-    """Parts of a delete: keys uint64[n]."""
+    """Return the parts of a delete of keys uint64[n]."""
     assert keys.dtype == np.uint64
     return [_head(origin, table, 0, len(keys), cause), keys]
 
 
 def encode_create(origin: Origin, table: int, schema: Mapping[str, Any]) -> list[Part]:
-    """Parts of a table's creation; ``schema`` is what json can express."""
+    """Return the parts of a table's creation. ``schema`` must be valid for JSON."""
     return [_head(origin, table), json.dumps(schema, sort_keys=True).encode()]
 
 
@@ -203,17 +207,17 @@ def encode_write(
 def encode_alter(
     origin: Origin, table: int, schema: Mapping[str, Any], *, dropped: bool
 ) -> list[Part]:
-    """Return the parts of an alteration; ``schema`` is what json can express."""
+    """Return the parts of an alteration. ``schema`` must be valid for JSON."""
     return [_head(origin, table, extra=dropped), json.dumps(schema, sort_keys=True).encode()]
 
 
 def encode_drop(origin: Origin, table: int, schema: Mapping[str, Any]) -> list[Part]:
-    """Parts of a table's end; ``schema`` is what json can express."""
+    """Return the parts of a table's drop. ``schema`` must be valid for JSON."""
     return [_head(origin, table), json.dumps(schema, sort_keys=True).encode()]
 
 
 def encode_barrier(origin: Origin, name: str) -> list[Part]:
-    """Parts of a barrier; ``name`` takes at most MAX_NAME bytes, the service made sure."""
+    """Return the parts of a barrier. The service made sure that ``name`` fits into MAX_NAME."""
     return [_head(origin), name.encode()]
 
 
@@ -236,9 +240,9 @@ def _head(origin: Origin, table: int = 0, width: int = 0, count: int = 0, extra:
 
 
 def decode(frame: Frame) -> Record:
-    """The record of a frame, with read-only views of its payload; Corrupt if it is none.
+    """Return the record of a frame, with read-only views of its payload. Raises Corrupt.
 
-    Its checksum was right, so Corrupt means a writer that was wrong, or another release.
+    The frame's checksum was correct, so Corrupt means a bug in the writer, or another release.
     """
     where = f"record of version {frame.version}"
     if len(frame.payload) < HEAD.size:
@@ -250,49 +254,49 @@ def decode(frame: Frame) -> Record:
         case Kind.PUSH | Kind.WRITE:
             imported = frame.kind == Kind.WRITE
             if imported and extra:
-                raise Corrupt(where, f"extra {extra} in a kind of record that has none")
+                raise Corrupt(where, f"extra must be 0 in this kind of record, got {extra}")
             _require(where, body, count * (16 + 4 * width) + 12 * extra)
             if not width:
-                raise Corrupt(where, "rows of width 0")
+                raise Corrupt(where, "rows must have a width above 0")
             keys, frequencies = _array(body, "<u8", count, 0), _array(body, "<u8", count, 8 * count)
             start = 16 * count + 8 * extra
             rows = _array(body, "<f4", count * width, start).reshape(count, width)
             waiting = _array(body, "<u8", extra, 16 * count)
             totals = _array(body, "<u4", extra, start + 4 * count * width)
-            return Push(origin, table, keys, frequencies, rows, waiting, totals, imported)
+            return PushRecord(origin, table, keys, frequencies, rows, waiting, totals, imported)
         case Kind.DELETE:
             _require(where, body, count * 8, width=width)
             if extra not in CAUSES:
-                raise Corrupt(where, f"deleted for an unknown cause {extra}")
-            return Delete(origin, table, CAUSES[extra], _array(body, "<u8", count, 0))
+                raise Corrupt(where, f"unknown cause {extra} of a delete")
+            return DeleteRecord(origin, table, CAUSES[extra], _array(body, "<u8", count, 0))
         case Kind.CREATE:
             _require(where, body, None, width=width, count=count, extra=extra)
-            return Create(origin, table, _schema(where, body))
+            return CreateRecord(origin, table, _schema(where, body))
         case Kind.ALTER:
             _require(where, body, None, width=width, count=count)
             if extra > 1:
-                raise Corrupt(where, f"extra {extra} of an alteration, which is 0 or 1")
-            return Alter(origin, table, _schema(where, body), bool(extra))
+                raise Corrupt(where, f"extra of an alteration must be 0 or 1, got {extra}")
+            return AlterRecord(origin, table, _schema(where, body), bool(extra))
         case Kind.DROP:
             _require(where, body, None, width=width, count=count, extra=extra)
-            return Drop(origin, table, _schema(where, body))
+            return DropRecord(origin, table, _schema(where, body))
         case Kind.BARRIER:
             _require(where, body, None, table=table, width=width, count=count, extra=extra)
-            return Barrier(origin, _name(where, body))
+            return BarrierRecord(origin, _name(where, body))
     raise Corrupt(where, f"unknown kind {frame.kind}: damaged, or written by a newer release")
 
 
 def _require(where: str, body: memoryview, size: int | None, **unused: int) -> None:
-    """Corrupt unless the body has its size (None: any) and unused fields are 0."""
+    """Raise Corrupt unless the body has its size (None: any) and unused fields are 0."""
     for field, value in unused.items():
         if value:
-            raise Corrupt(where, f"{field} {value} in a kind of record that has none")
+            raise Corrupt(where, f"{field} must be 0 in this kind of record, got {value}")
     if size is not None and len(body) != size:
-        raise Corrupt(where, f"{len(body)} bytes behind the head, which asks for {size}")
+        raise Corrupt(where, f"{len(body)} bytes after the head, which declares {size}")
 
 
 def _array(body: memoryview, dtype: str, count: int, offset: int) -> NDArray[Any]:
-    """``count`` numbers of the body: a view if they are aligned, as those of a log's frame are."""
+    """Return ``count`` numbers of the body: a view if they are aligned, as in a frame of a log."""
     array = np.frombuffer(body, dtype, count, offset) if count else np.empty(0, dtype)
     return array if array.flags.aligned else array.copy()
 
@@ -301,16 +305,16 @@ def _schema(where: str, body: memoryview) -> dict[str, Any]:
     try:
         schema = json.loads(bytes(body))
     except (ValueError, RecursionError) as error:
-        raise Corrupt(where, f"the schema is no JSON: {error}") from error
+        raise Corrupt(where, f"the schema is not JSON: {error}") from error
     if not isinstance(schema, dict):
-        raise Corrupt(where, "the schema is no JSON object")
+        raise Corrupt(where, "the schema is not a JSON object")
     return schema
 
 
 def _name(where: str, body: memoryview) -> str:
     if len(body) > MAX_NAME:
-        raise Corrupt(where, f"a name of {len(body)} bytes, {MAX_NAME} are allowed")
+        raise Corrupt(where, f"a name of {len(body)} bytes, the limit is {MAX_NAME}")
     try:
         return str(body, "utf-8")
     except UnicodeDecodeError as error:
-        raise Corrupt(where, f"the name is no UTF-8: {error}") from error
+        raise Corrupt(where, f"the name is not UTF-8: {error}") from error

@@ -108,19 +108,19 @@ def test_each_kind_of_change_is_a_record_of_the_next_version(shard: Shard, log: 
         (5, Kind.DROP),
     ]
     created, pushed, deleted, barrier, dropped = log.records()
-    assert isinstance(created, records.Create)
+    assert isinstance(created, records.CreateRecord)
     assert (created.table, from_json(created.schema)) == (1, schema())
-    assert isinstance(pushed, records.Push)
+    assert isinstance(pushed, records.PushRecord)
     assert pushed.origin == records.Origin(**who, step=-4, time_us=1_500_000)
     assert (pushed.table, pushed.keys.tolist()) == (1, [5, U64])
     assert pushed.frequencies.tolist() == [1, 1]
     assert pushed.rows.tolist() == [[-2.0, -2.0]] * 2
-    assert isinstance(deleted, records.Delete)
+    assert isinstance(deleted, records.DeleteRecord)
     assert deleted.origin == records.Origin(**then, step=-4, time_us=1_500_000)  # the table's step
     assert (deleted.table, deleted.cause, deleted.keys.tolist()) == (1, Cause.REQUEST, [U64])
-    assert isinstance(barrier, records.Barrier)
+    assert isinstance(barrier, records.BarrierRecord)
     assert barrier.name == "epoch-1"
-    assert isinstance(dropped, records.Drop)
+    assert isinstance(dropped, records.DropRecord)
     assert dropped.table == 1
 
 
@@ -141,7 +141,7 @@ def test_numbers_of_tables_are_never_used_again(shard: Shard, log: Log) -> None:
     for _ in range(3):
         shard.drop_table("t")
         shard.create_table(schema())
-    made = [record.table for record in log.records() if isinstance(record, records.Create)]
+    made = [record.table for record in log.records() if isinstance(record, records.CreateRecord)]
     assert made == [1, 2, 3, 4]
 
 
@@ -157,7 +157,7 @@ def test_a_push_is_logged_with_the_whole_rows_that_it_left(log: Log, optimizer: 
         gradients = rng.normal(size=(4, DIM)).astype(np.float32)
         shard.exchange([push(keys.tolist(), gradients=gradients, counts=counts, step=step)], [])
         record = decode(log.frames[-1])
-        assert isinstance(record, records.Push)
+        assert isinstance(record, records.PushRecord)
         dump = shard.dump()["t"]
         at = np.searchsorted(dump.keys, record.keys)
         assert np.array_equal(record.rows, dump.rows[at])
@@ -172,7 +172,7 @@ def test_rows_wait_in_memory_of_their_own_until_they_are_written(shard: Shard, l
         if value % 10 == 0:
             log.write()
     log.write()
-    pushed = [record for record in log.records() if isinstance(record, records.Push)]
+    pushed = [record for record in log.records() if isinstance(record, records.PushRecord)]
     total, want = 0.0, []
     for value in range(1, 50):
         want += [-(total + 1), -(total + 1 + value)]
@@ -430,7 +430,7 @@ def test_the_schema_of_a_replayed_table_is_held_against_another(shard: Shard, lo
 
 def test_a_record_of_a_table_that_is_not_there_is_damage() -> None:
     shard = make_shard()
-    record = records.Delete(records.Origin(), 9, Cause.REQUEST, np.empty(0, np.uint64))
+    record = records.DeleteRecord(records.Origin(), 9, Cause.REQUEST, np.empty(0, np.uint64))
     with pytest.raises(Corrupt, match=r"record of version 4: there is no table 9"):
         shard.recovery.replay(4, record)
 

@@ -14,15 +14,15 @@ from storage.errors import Corrupt
 from storage.records import (
     HEAD,
     MAX_NAME,
-    Alter,
-    Barrier,
+    AlterRecord,
+    BarrierRecord,
     Cause,
-    Create,
-    Delete,
-    Drop,
+    CreateRecord,
+    DeleteRecord,
+    DropRecord,
     Kind,
     Origin,
-    Push,
+    PushRecord,
     Record,
     decode,
     encode_alter,
@@ -78,15 +78,15 @@ KEPT = joined(Kind.ALTER, encode_alter(WHO, 7, {"name": "t", "dim": 3}, dropped=
 WRITE = joined(Kind.WRITE, encode_write(WHO, 7, KEYS, FREQUENCIES, ROWS))
 BARRIER = joined(Kind.BARRIER, encode_barrier(WHO, "Ende — 完"))
 RECORDS: dict[Kind, tuple[Frame, Record]] = {
-    Kind.PUSH: (PUSH, Push(WHO, 7, KEYS, FREQUENCIES, ROWS, NO_KEYS, NO_TOTALS)),
-    Kind.DELETE: (DELETE, Delete(WHO, 7, Cause.NORM, KEYS)),
-    Kind.CREATE: (CREATE, Create(WHO, 7, {"name": "t", "dim": 3})),
-    Kind.DROP: (DROP, Drop(WHO, 7, {"name": "t", "dim": 3})),
-    Kind.BARRIER: (BARRIER, Barrier(WHO, "Ende — 完")),
-    Kind.ALTER: (ALTER, Alter(WHO, 7, {"name": "t", "dim": 3}, dropped=True)),
+    Kind.PUSH: (PUSH, PushRecord(WHO, 7, KEYS, FREQUENCIES, ROWS, NO_KEYS, NO_TOTALS)),
+    Kind.DELETE: (DELETE, DeleteRecord(WHO, 7, Cause.NORM, KEYS)),
+    Kind.CREATE: (CREATE, CreateRecord(WHO, 7, {"name": "t", "dim": 3})),
+    Kind.DROP: (DROP, DropRecord(WHO, 7, {"name": "t", "dim": 3})),
+    Kind.BARRIER: (BARRIER, BarrierRecord(WHO, "Ende — 完")),
+    Kind.ALTER: (ALTER, AlterRecord(WHO, 7, {"name": "t", "dim": 3}, dropped=True)),
     Kind.WRITE: (
         WRITE,
-        Push(WHO, 7, KEYS, FREQUENCIES, ROWS, NO_KEYS, NO_TOTALS, imported=True),
+        PushRecord(WHO, 7, KEYS, FREQUENCIES, ROWS, NO_KEYS, NO_TOTALS, imported=True),
     ),
 }
 OFFSETS = {"table": 48, "width": 52, "count": 56, "extra": 60}
@@ -122,11 +122,11 @@ def test_a_push_is_these_bytes() -> None:
 def test_keys_that_wait_come_back_with_their_totals(rows: int) -> None:
     some = KEYS[:rows], FREQUENCIES[:rows], ROWS[:rows]
     frame = joined(Kind.PUSH, encode_push(WHO, 7, *some, WAITING, TOTALS))
-    assert plain(decode(frame)) == plain(Push(WHO, 7, *some, WAITING, TOTALS))
+    assert plain(decode(frame)) == plain(PushRecord(WHO, 7, *some, WAITING, TOTALS))
     arrays = (*some[:2], WAITING, some[2], TOTALS)
     assert bytes(frame.payload[64:]) == b"".join(array.tobytes() for array in arrays)
     for extra in (2, 4, 0):
-        with pytest.raises(Corrupt, match="bytes behind the head, which asks for"):
+        with pytest.raises(Corrupt, match="bytes after the head, which declares"):
             decode(changed(frame, OFFSETS["extra"], extra.to_bytes(4, "little")))
 
 
@@ -140,7 +140,7 @@ def test_encoding_copies_no_array() -> None:
 
 def test_decoded_arrays_are_read_only_views_of_the_frame() -> None:
     push = decode(PUSH)
-    assert isinstance(push, Push)
+    assert isinstance(push, PushRecord)
     whole = np.frombuffer(PUSH.payload, np.uint8)
     for array in (push.keys, push.frequencies, push.rows):
         assert np.shares_memory(array, whole)
@@ -151,7 +151,7 @@ def test_decoded_arrays_are_read_only_views_of_the_frame() -> None:
 def test_a_frame_in_unaligned_memory_is_copied() -> None:
     shifted = memoryview(b"x" + bytes(PUSH.payload))[1:]
     push = decode(Frame(9, Kind.PUSH, shifted))
-    assert isinstance(push, Push)
+    assert isinstance(push, PushRecord)
     assert plain(push) == plain(decode(PUSH))
     assert push.keys.flags.aligned
     assert push.rows.flags.aligned
@@ -161,22 +161,22 @@ def test_a_push_or_delete_without_keys_is_a_record() -> None:
     rows = np.empty((0, 4), np.float32)
     push = joined(Kind.PUSH, encode_push(Origin(), 1, NO_KEYS, NO_KEYS, rows))
     assert plain(decode(push)) == plain(
-        Push(Origin(), 1, NO_KEYS, NO_KEYS, rows, NO_KEYS, NO_TOTALS)
+        PushRecord(Origin(), 1, NO_KEYS, NO_KEYS, rows, NO_KEYS, NO_TOTALS)
     )
     delete = joined(Kind.DELETE, encode_delete(Origin(), 1, Cause.REQUEST, NO_KEYS))
-    assert plain(decode(delete)) == plain(Delete(Origin(), 1, Cause.REQUEST, NO_KEYS))
+    assert plain(decode(delete)) == plain(DeleteRecord(Origin(), 1, Cause.REQUEST, NO_KEYS))
 
 
 @pytest.mark.parametrize("cause", Cause)
 def test_every_cause_of_a_delete_comes_back(cause: Cause) -> None:
     record = decode(joined(Kind.DELETE, encode_delete(WHO, 7, cause, KEYS)))
-    assert isinstance(record, Delete)
+    assert isinstance(record, DeleteRecord)
     assert record.cause is cause
 
 
 def test_an_alteration_says_whether_counters_were_dropped() -> None:
-    assert plain(decode(KEPT)) == plain(Alter(WHO, 7, {"name": "t", "dim": 3}, dropped=False))
-    with pytest.raises(Corrupt, match="extra 2 of an alteration, which is 0 or 1"):
+    assert plain(decode(KEPT)) == plain(AlterRecord(WHO, 7, {"name": "t", "dim": 3}, dropped=False))
+    with pytest.raises(Corrupt, match="extra of an alteration must be 0 or 1, got 2"):
         decode(changed(ALTER, OFFSETS["extra"], b"\2"))
 
 
@@ -188,8 +188,8 @@ def test_a_field_that_the_kind_has_not_must_be_zero(kind: Kind) -> None:
             decode(bad)
         assert caught.value.where == "record of version 9"
         assert caught.value.what in (
-            f"{field} 1 in a kind of record that has none",
-            f"{field} 5 in a kind of record that has none",
+            f"{field} must be 0 in this kind of record, got 1",
+            f"{field} must be 0 in this kind of record, got 5",
         )
 
 
@@ -216,32 +216,32 @@ def test_an_unknown_kind_is_refused(kind: int) -> None:
 
 @pytest.mark.parametrize("cause", [0, 6, 0xFFFFFFFF])
 def test_an_unknown_cause_is_refused(cause: int) -> None:
-    with pytest.raises(Corrupt, match=f"deleted for an unknown cause {cause}"):
+    with pytest.raises(Corrupt, match=f"unknown cause {cause} of a delete"):
         decode(changed(DELETE, OFFSETS["extra"], cause.to_bytes(4, "little")))
 
 
 def test_rows_without_width_are_refused() -> None:
     whole = bytearray(PUSH.payload[: HEAD.size + 16 * 5])
     whole[OFFSETS["width"]] = 0
-    with pytest.raises(Corrupt, match="rows of width 0"):
+    with pytest.raises(Corrupt, match="rows must have a width above 0"):
         decode(Frame(9, Kind.PUSH, memoryview(bytes(whole))))
 
 
 def test_the_largest_count_and_width_are_refused_before_memory_is_taken() -> None:
     bad = changed(changed(PUSH, OFFSETS["count"], b"\xff" * 4), OFFSETS["width"], b"\xff" * 4)
-    with pytest.raises(Corrupt, match=r"140 bytes behind the head, which asks for \d{20}"):
+    with pytest.raises(Corrupt, match=r"140 bytes after the head, which declares \d{20}"):
         decode(bad)
 
 
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        (b"", "the schema is no JSON: "),
-        (b"{", "the schema is no JSON: "),
-        (b"\xff\xfe", "the schema is no JSON: "),
-        (b"[" * 100_000, "the schema is no JSON: "),
-        (b"[1]", "the schema is no JSON object"),
-        (b"null", "the schema is no JSON object"),
+        (b"", "the schema is not JSON: "),
+        (b"{", "the schema is not JSON: "),
+        (b"\xff\xfe", "the schema is not JSON: "),
+        (b"[" * 100_000, "the schema is not JSON: "),
+        (b"[1]", "the schema is not a JSON object"),
+        (b"null", "the schema is not a JSON object"),
     ],
 )
 def test_a_schema_is_a_json_object(body: bytes, why: str) -> None:
@@ -252,19 +252,19 @@ def test_a_schema_is_a_json_object(body: bytes, why: str) -> None:
 def test_a_schema_comes_back_as_json_says() -> None:
     schema = {"name": "t", "seed": TOP, "default": 0.1, "of": {"kind": "adam", "lr": [1e-300]}}
     record = decode(joined(Kind.CREATE, encode_create(WHO, 1, schema)))
-    assert record == Create(WHO, 1, json.loads(json.dumps(schema)))
+    assert record == CreateRecord(WHO, 1, json.loads(json.dumps(schema)))
 
 
 @pytest.mark.parametrize("body", [b"\xff", b"a\xc3", b"\xed\xa0\x80"])
 def test_a_name_is_utf8(body: bytes) -> None:
-    with pytest.raises(Corrupt, match="the name is no UTF-8: "):
+    with pytest.raises(Corrupt, match="the name is not UTF-8: "):
         decode(Frame(9, Kind.BARRIER, memoryview(bytes(BARRIER.payload[: HEAD.size]) + body)))
 
 
 def test_a_name_has_its_limit() -> None:
     longest = joined(Kind.BARRIER, encode_barrier(WHO, "n" * MAX_NAME))
-    assert decode(longest) == Barrier(WHO, "n" * MAX_NAME)
-    with pytest.raises(Corrupt, match="a name of 1025 bytes, 1024 are allowed"):
+    assert decode(longest) == BarrierRecord(WHO, "n" * MAX_NAME)
+    with pytest.raises(Corrupt, match="a name of 1025 bytes, the limit is 1024"):
         decode(joined(Kind.BARRIER, encode_barrier(WHO, "n" * (MAX_NAME + 1))))
 
 
@@ -281,5 +281,5 @@ def test_hostile_bytes_are_refused_or_decoded_and_nothing_else() -> None:
             record = decode(Frame(9, dice.randrange(7), memoryview(bytes(whole))))
         except Corrupt:
             continue
-        if isinstance(record, Push):
+        if isinstance(record, PushRecord):
             assert record.rows.shape[0] == len(record.keys) == len(record.frequencies)
