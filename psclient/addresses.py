@@ -38,8 +38,8 @@ def _problem(address: str) -> str | None:
         return None if 1 <= int(match[2]) <= 65535 else "the port must be in 1..65535"
     if address.count(":") > 1 and "[" not in address:
         return f"write an IPv6 address in brackets and with its port, such as '[{address}]:7000'"
-    if address.rpartition(":")[0] == "":
-        return f"the port is missing; write it as in '{address.strip(':') or 'localhost'}:7000'"
+    if ":" not in address:
+        return f"the port is missing; write it as in '{address or 'localhost'}:7000'"
     return "an address must be host:port, such as 'localhost:7000' or '[::1]:7000'"
 
 

@@ -1,0 +1,43 @@
+"""A server that answers as a test says, for what real servers do rarely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+from psproto import ps_pb2 as pb
+from psproto import routing
+
+Method = Callable[[bytes, Any], bytes]
+
+
+def info(shards: int = 1) -> bytes:
+    """The answer to GetServerInfo of shard 0."""
+    table = routing.even_map(shards).shard_of_bucket.astype("<u2").tobytes()
+    return pb.GetServerInfoResponse(
+        shard_map=pb.ShardMap(epoch=1, shards=shards, shard_of_bucket=table),
+        limits=pb.Limits(message_bytes=1 << 24, keys=1 << 20),
+    ).SerializeToString()
+
+
+@contextmanager
+def fake_server(methods: dict[str, Method], threads: int = 64) -> Iterator[str]:
+    """Serve unary methods ("TableService/Evict") on a free port; yields the address."""
+    known: dict[str, Method] = {"InfoService/GetServerInfo": lambda _, __: info(), **methods}
+
+    class Handler(grpc.GenericRpcHandler):
+        def service(self, details: Any) -> Any:
+            method = known.get(details.method.removeprefix("/ps.v1."))
+            return None if method is None else grpc.unary_unary_rpc_method_handler(method)
+
+    server = grpc.server(ThreadPoolExecutor(threads), handlers=[Handler()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(0).wait()
