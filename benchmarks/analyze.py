@@ -1,8 +1,8 @@
-"""What an analysis takes, and what those who pull feel of it.
+"""Measure an analysis, and how much it slows pulls down.
 
-One shard, one pusher and one puller, each a process of its own, at a steady pace; an analysis in
-every other window, for a fourth process, which is nice since it would be on another machine. A
-window without one lasts as long as the first with one.
+One shard, one pusher and one puller, each a process, push and pull at a steady pace. A fourth
+process runs an analysis in every other window. It runs at low priority, because it would be on
+another machine. A window without an analysis lasts as long as the first window with one.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from psclient import Client, Table
 from psclient.tools.analysis import analyze
 from psclient.tools.sink import ParquetSink
 
-PULLED = 1_000  # keys drawn for a pull
-PULL_SECONDS, PUSH_SECONDS = 0.01, 0.04  # from one to the next
-DISTINCT = 64  # steps of the work, again and again
+PULLED = 1_000  # keys per pull, drawn from the work
+PULL_SECONDS, PUSH_SECONDS = 0.01, 0.04  # between two
+DISTINCT = 64  # steps of the work, which repeat
 
 
 def summary(client: Client, _: Path) -> int:
-    """The summary alone."""
+    """Run an analysis with its summary only."""
     return analyze(client, "rows", frequencies=[3], ages=[5000], norms=[0.01]).rows
 
 
 def metadata(client: Client, path: Path) -> int:
-    """The summary, and the metadata of every row as Parquet."""
+    """Run an analysis that also writes the metadata of every row to Parquet."""
     with ParquetSink(path) as sink:
         analyze(client, "rows", sink=sink)
     return sink.rows
 
 
 def embeddings(client: Client, path: Path) -> int:
-    """The summary, and all rows with their embeddings as Parquet."""
+    """Run an analysis that also writes all rows with embeddings to Parquet."""
     with ParquetSink(path) as sink:
         analyze(client, "rows", sink=sink, embeddings=True)
     return sink.rows
@@ -61,7 +61,7 @@ KINDS: dict[str, Callable[[Client, Path], int]] = {
 
 
 def push(address: str, rows: int) -> None:
-    """The pusher: says that it is ready, and pushes until it is killed."""
+    """Push at a steady pace until killed; print "ready" first."""
     steps, keys = standard_work(Work(rows=rows), DISTINCT), keys_of(np.arange(rows))
     with Client([address]) as client:
         table = client.table("rows")
@@ -73,7 +73,7 @@ def push(address: str, rows: int) -> None:
 
 
 def analyst(address: str, rows: int) -> None:
-    """Makes the analyses that its input names, one a line; prints rows and seconds of each."""
+    """Run the analyses named on standard input, one per line; print rows and seconds of each."""
     os.nice(19)
     with Client([address]) as client, tempfile.TemporaryDirectory(prefix="ps-bench-") as directory:
         path = Path(directory) / "rows.parquet"
@@ -85,7 +85,7 @@ def analyst(address: str, rows: int) -> None:
 
 
 def ticks(seconds: float) -> Iterator[float]:
-    """Moments that far apart, from one on after now."""
+    """Yield moments ``seconds`` apart, starting after now."""
     due = time.perf_counter()
     while True:
         due = max(due + seconds, time.perf_counter())
@@ -93,13 +93,13 @@ def ticks(seconds: float) -> Iterator[float]:
 
 
 def sleep_until(moment: float) -> None:
-    """Sleep, if it is not past."""
+    """Sleep until a moment, unless it is past."""
     time.sleep(max(0.0, moment - time.perf_counter()))
 
 
 @contextmanager
 def running(role: str, address: str, rows: int) -> Iterator[subprocess.Popen[str]]:
-    """One of the other processes, ready."""
+    """Start one of the other processes and wait until it is ready."""
     command = [sys.executable, "-m", "benchmarks.analyze", role, address, str(rows)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
@@ -115,7 +115,7 @@ def running(role: str, address: str, rows: int) -> Iterator[subprocess.Popen[str
 
 
 def pulls(table: Table, draws: Sequence[Ids], done: Callable[[], bool]) -> list[float]:
-    """Seconds of each pull until it is done."""
+    """Pull at a steady pace until ``done``; return the seconds of each pull."""
     seconds = []
     for i, due in enumerate(ticks(PULL_SECONDS)):
         start = time.perf_counter()
@@ -128,7 +128,7 @@ def pulls(table: Table, draws: Sequence[Ids], done: Callable[[], bool]) -> list[
 
 
 def measure(address: str, rows: int, kinds: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """Windows with each kind of analysis and without, in turns."""
+    """Measure windows with each kind of analysis, and windows without, in turns."""
     draws = [keys_of(ids) for ids, _, _ in standard_work(Work(rows=rows, batch=PULLED), 256)]
     found = []
     with (
@@ -144,7 +144,10 @@ def measure(address: str, rows: int, kinds: Sequence[str], rounds: int) -> list[
             beside: list[list[float]] = []
             took: list[float] = []
             for i in range(2 * rounds):
-                if i % 4 in (0, 3):  # with, without, without, with: what drifts meets both
+                if i % 4 in (
+                    0,
+                    3,
+                ):  # with, without, without, with: both kinds see the same drift of the machine
                     beside.append(_with(process, kind, table, draws, took))
                 else:
                     end = time.perf_counter() + took[0]
@@ -175,7 +178,7 @@ def measure(address: str, rows: int, kinds: Sequence[str], rounds: int) -> list[
 def _with(
     process: subprocess.Popen[str], kind: str, table: Table, draws: Sequence[Ids], took: list[float]
 ) -> list[float]:
-    """The pulls beside one analysis, whose seconds are added to ``took``."""
+    """Pull during one analysis; append its seconds to ``took``."""
     assert process.stdin is not None
     assert process.stdout is not None
     answer: list[str] = []
@@ -188,9 +191,9 @@ def _with(
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run and print."""
+    """Run the benchmark and print its tables."""
     parser = arguments(__doc__)
-    parser.add_argument("--only", choices=KINDS, help="this kind of analysis alone")
+    parser.add_argument("--only", choices=KINDS, help="run only this kind of analysis")
     options = parser.parse_args(words)
     report = Report("analyze", options.json)
     rows, rounds = (500_000, 4) if options.quick else (5_000_000, 2)
@@ -199,7 +202,7 @@ def main(words: Sequence[str] | None = None) -> None:
         with Client(addresses) as client:
             fill(client.create_table("rows", 32, lr=0.05), keys_of(np.arange(rows)))
         report.section(
-            f"pulls of {PULLED:,} keys beside an analysis, {rows:,} rows, dim 32, one pusher",
+            f"pulls of {PULLED:,} keys during an analysis, {rows:,} rows, dim 32, one pusher",
             measure(addresses[0], rows, kinds, rounds),
         )
     report.close()

@@ -1,15 +1,15 @@
-"""What checkpoints cost those who push, and how fast a shard comes back.
+"""Measure the cost of checkpoints for pushes, and the speed of restore and replay.
 
-cost     pushes of the standard work in windows with a named checkpoint and in windows without, in
-         turns. What one takes of a window is a share of a minute, as if each minute had one.
-         The log of a minute does not fit everywhere, so the shard makes a checkpoint of its data
-         directory in each window, and another shard makes one more: "local" is what that one costs.
-restore  a checkpoint of one shard read onto an empty one, against reading its files (from the disk,
-         past the page cache, and from the page cache) and against touching as much memory. A
-         virtual machine gives memory that it has not used for some seconds back to its host and
-         gets it again page by page, so all of it is done twice: when the machine was idle, and
-         when a process has just touched and freed twice as much
-replay   the log of a shard that starts again
+cost     Pushes of the standard work, in windows with a named checkpoint and in windows without, in
+         turns. The cost is given as if a checkpoint were taken once per minute. The log of a
+         minute does not fit everywhere, so the shard flushes in each window. Another shard flushes
+         once more than that: "local" is the cost of that flush.
+restore  A checkpoint of one shard, restored onto an empty shard. It is compared with reading the
+         files, past the page cache and from it, and with touching as much memory. A virtual machine
+         returns unused memory to its host after some seconds and gets it back page by page.
+         Therefore everything runs twice: on an idle machine, and right after a process has touched
+         and freed twice as much memory.
+replay   The start of a shard that replays its log.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from psproto import ps_pb2 as pb
 
 DIM = 32
 MINUTE = 60.0
-CHUNK = 4 << 20  # bytes read at once
+CHUNK = 4 << 20  # bytes per read
 NEVER = 1e6  # seconds
-IDLE_SECONDS = 20.0  # until the host has taken free memory back
+IDLE_SECONDS = 20.0  # until the host has reclaimed free memory
 
 
 class Shard:
-    """A server over a directory of its own, from start() to stop()."""
+    """A server with a data directory of its own."""
 
     def __init__(self, directory: Path, url: str, *, flush_seconds: float = NEVER) -> None:
         self.directory = directory
@@ -58,7 +58,7 @@ class Shard:
         self._command += ["--log-keep-bytes", "0"]
 
     def start(self) -> Shard:
-        """Return once it serves."""
+        """Start the server and wait until it is ready."""
         self.directory.mkdir(exist_ok=True)
         port = free_ports(1)
         self.address = f"127.0.0.1:{port}"
@@ -72,12 +72,12 @@ class Shard:
         return self
 
     def stop(self) -> None:
-        """End it and wait."""
+        """Stop the server and wait for it."""
         self.process.terminate()
         self.process.wait(READY_SECONDS)
 
     def recovered(self) -> dict[str, Any]:
-        """What the last start found, as it logged it."""
+        """Return what the last start recovered, from the server's log."""
         lines = (self.directory / "err").read_text().splitlines()
         found = [json.loads(line) for line in lines if '"event": "recovered"' in line]
         return dict(found[-1])
@@ -85,7 +85,7 @@ class Shard:
 
 @contextmanager
 def running(shard: Shard) -> Iterator[Client]:
-    """A shard, and a client of it."""
+    """Run a shard, with a client of it."""
     shard.start()
     try:
         with Client([shard.address], timeout=120.0) as client:
@@ -95,7 +95,7 @@ def running(shard: Shard) -> Iterator[Client]:
 
 
 def rate(push: Callable[[int], None], seconds: float, at: list[int]) -> float:
-    """Pushes a second."""
+    """Return pushes per second."""
     start, done = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - start) < seconds:
         push(at[0])
@@ -105,7 +105,7 @@ def rate(push: Callable[[int], None], seconds: float, at: list[int]) -> float:
 
 
 def pusher(table: Table, keys: Ids, work: Work) -> Callable[[int], None]:
-    """Pushes of the standard work, one behind the other."""
+    """Push the standard work, one push after the other."""
     steps = standard_work(work, 64)
 
     def push(i: int) -> None:
@@ -116,7 +116,7 @@ def pusher(table: Table, keys: Ids, work: Work) -> Callable[[int], None]:
 
 
 def cost(report: Report, directory: Path, work: Work, window: float, rounds: int) -> None:
-    """The section of that name."""
+    """Run the section "cost"."""
     url = f"file://{directory}/cost-checkpoints"
     plain = Shard(directory / "plain", url, flush_seconds=window)
     local = Shard(directory / "local", url, flush_seconds=window / 2)
@@ -165,7 +165,7 @@ def cost(report: Report, directory: Path, work: Work, window: float, rounds: int
             }
         )
     report.section(
-        f"cost of a checkpoint a minute, {work.rows:,} rows, dim {DIM}, in windows of {window:g} s",
+        f"cost of a checkpoint per minute, {work.rows:,} rows, dim {DIM}, windows of {window:g} s",
         rows,
     )
 
@@ -179,7 +179,7 @@ def _take(
 
 
 def restore(report: Report, directory: Path, rows: int) -> None:
-    """The section of that name."""
+    """Run the section "restore"."""
     url = f"file://{directory}/checkpoints"
     source = Shard(directory / "source", url)
     with running(source) as client:
@@ -188,7 +188,7 @@ def restore(report: Report, directory: Path, rows: int) -> None:
         admin.checkpoint(client, "full")
         taken = time.perf_counter() - start
     shutil.rmtree(directory / "source")
-    os.sync()  # what the source wrote is not to be waited for later
+    os.sync()  # otherwise later steps wait for what the source wrote
     paths = sorted((directory / "checkpoints").rglob("*.blocks"))
     paths += sorted((directory / "checkpoints").rglob("*.records"))
     size = sum(path.stat().st_size for path in paths)
@@ -220,7 +220,7 @@ def restore(report: Report, directory: Path, rows: int) -> None:
 
 
 def _restored(target: Shard, rows: int, before: Callable[[], Any]) -> dict[str, float]:
-    """Seconds of each step of a restore, each right after a call of ``before``."""
+    """Return the seconds of each step of a restore; call ``before`` right before each step."""
     with running(target) as client:
         step, id = pb.RestoreRequest, "0" * 16
         request = pb.PrepareRestoreRequest(name="full", id=id)
@@ -241,7 +241,7 @@ def _restored(target: Shard, rows: int, before: Callable[[], Any]) -> dict[str, 
 
 
 def _touch(size: int) -> float:
-    """Seconds in which a process of its own touches ``size`` bytes that it has just been given."""
+    """Return the seconds in which a new process touches ``size`` bytes of new memory."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_touch_here, (size,))
 
@@ -261,7 +261,7 @@ def _start_anew(client: Client, id: str) -> None:
 
 
 def replay(report: Report, directory: Path, work: Work, size: int) -> None:
-    """The section of that name. size: bytes of log, about."""
+    """Run the section "replay" with a log of about ``size`` bytes."""
     shard = Shard(directory / "replay", f"file://{directory}/none")
     keys = keys_of(np.arange(work.rows))
     with running(shard) as client:
@@ -293,7 +293,7 @@ def replay(report: Report, directory: Path, work: Work, size: int) -> None:
 
 
 def _bytes(directory: Path) -> int:
-    """Written so far, about: the last segments are allocated ahead."""
+    """Return the size of the log so far; approximate, because segments are preallocated."""
     sizes = sorted(path.stat().st_size for path in directory.glob("*.log"))
     return sum(sizes[:-1])
 
@@ -317,10 +317,10 @@ def _read(path: Path) -> None:
 
 
 def _read_direct(path: Path) -> None:
-    """Past the page cache, as fast as one reader can."""
+    """Read files past the page cache, as fast as one reader can."""
     try:
         held = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    except OSError:  # a file system without it
+    except OSError:  # the file system has no direct reads
         held = os.open(path, os.O_RDONLY)
         os.posix_fadvise(held, 0, 0, os.POSIX_FADV_DONTNEED)
     buffer = mmap.mmap(-1, CHUNK)
@@ -333,10 +333,10 @@ def _read_direct(path: Path) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run and print."""
+    """Run the benchmark and print its tables."""
     parser = arguments(__doc__)
     sections = ("cost", "restore", "replay")
-    parser.add_argument("--only", choices=sections, action="append", help="this section alone")
+    parser.add_argument("--only", choices=sections, action="append", help="run only this section")
     options = parser.parse_args(words)
     wanted = options.only or sections
     report = Report("checkpoint", options.json)

@@ -1,7 +1,7 @@
-"""What durable pushes cost: the standard work's pushes at each level, in one run.
+"""Measure the cost of durable pushes: the standard work at each level of durability, in one run.
 
-One pusher sends them one behind the other, at the three levels in turns. Eight pushers, threads of
-two processes, send them at the same time; a push at ``fsync`` then shares its sync with others.
+One pusher sends pushes one after the other, at the three levels in turns. Then eight pushers, the
+threads of two processes, push at the same time: pushes at ``fsync`` then share syncs of the disk.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ PROCESSES, THREADS = 2, 4
 
 
 def push(table: Table, keys: Ids, steps: list[Step], level: Any, i: int) -> None:
-    """The push of step i."""
+    """Push step i."""
     _, distinct, gradients = steps[i % len(steps)]
     table.push(keys[distinct], gradients, step=i, durability=level)
 
 
 def _pusher(addresses: list[str], work: Work, count: int, barrier: Any, answers: Any) -> None:
-    """A process of several pushers; they do every level, together with the other process."""
+    """Run several pushers through all levels, at the same time as the other process."""
     steps, keys = standard_work(work, 32), keys_of(np.arange(work.rows))
     with ExitStack() as stack:
         clients = [stack.enter_context(Client(addresses)) for _ in range(THREADS)]
@@ -61,7 +61,7 @@ def _pusher(addresses: list[str], work: Work, count: int, barrier: Any, answers:
 
 
 def together(addresses: list[str], work: Work, count: int) -> dict[str, float]:
-    """Pushes a second of eight pushers, by level: the median of three turns."""
+    """Return pushes per second of eight pushers by level, the median of three turns."""
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(PROCESSES), context.Queue()
     processes = [
@@ -83,7 +83,7 @@ def together(addresses: list[str], work: Work, count: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run and print."""
+    """Run the benchmark and print its tables."""
     options = arguments(__doc__).parse_args()
     report = Report("durability", options.json)
     rows, count = (100_000, 40) if options.quick else (2_000_000, 300)

@@ -1,10 +1,11 @@
-"""What eviction in the background costs: pushes to a table that turns over, and to one that grows.
+"""Measure the cost of eviction in the background.
 
-Two servers hold the same 5 M rows, last pushed at steps spread evenly over a TTL. The pushes of the
-standard work go to both in turns, each with some new keys; in the one with a step TTL as many rows
-leave as are new, so it stays as large as it is. The TTL follows from the rate measured first. A
-table that turns over a tenth a minute is swept ten times as often as one that turns over a
-hundredth, which is the target's; so that is an upper bound of the target's cost.
+Two servers have the same 5 M rows, whose last pushes are spread evenly over a TTL. Pushes of the
+standard work go to both in turns, each with some new keys. One server has a step TTL: as many rows
+are evicted as are new, so its table keeps its size, while the other grows. The TTL follows from the
+rate that is measured first. A table that renews a tenth of its rows per minute is swept ten times
+as often as one that renews a hundredth, which is the target's rate. The result is therefore an
+upper bound of the target's cost.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from benchmarks.servers import shards
 from benchmarks.work import Work, keys_of, standard_work
 from psclient import Client, Table
 
-CHUNK = 10_000  # keys of a message while filling
+CHUNK = 10_000  # keys per message while a table is filled
 DIM = 32
 TARGET = 0.95
-TURNOVERS = {0.1: 10.0, 0.6: 4.0}  # share of the rows a minute, seconds of a turn
+TURNOVERS = {0.1: 10.0, 0.6: 4.0}  # share of the rows per minute, seconds of a turn
 ROUNDS = 5
 
 
 class Trainer:
-    """Pushes to one table: the standard work's gradients, and those of new keys."""
+    """Push gradients of the standard work and of new keys to one table."""
 
     def __init__(self, table: Table, work: Work, fresh: int) -> None:
         self.table = table
@@ -37,11 +38,11 @@ class Trainer:
         self._fresh = fresh
         self._keys = keys_of(np.arange(work.rows))
         self._steps = standard_work(work, 64)
-        self._new = itertools.count(1 << 62)  # no key of the work has this bit alone
+        self._new = itertools.count(1 << 62)  # no key of the work has only this bit set
         self._at = 0
 
     def fill(self, ttl: int) -> None:
-        """All rows, last pushed at steps from -ttl to 0."""
+        """Push all rows at steps from -ttl to 0."""
         gradients = np.ones((CHUNK, DIM), np.float32)
         for start in range(0, len(self._keys), CHUNK):
             keys = self._keys[start : start + CHUNK]
@@ -49,7 +50,7 @@ class Trainer:
             self.table.push(keys, gradients[: len(keys)], step=step, durability="applied")
 
     def push(self) -> None:
-        """The next one."""
+        """Send the next push."""
         self._at += 1
         _, distinct, gradients = self._steps[self._at % len(self._steps)]
         new: NDArray[np.int64] = np.fromiter(self._new, np.int64, self._fresh)
@@ -60,14 +61,14 @@ class Trainer:
         self.times.append(time.perf_counter() - start)
 
     def turn(self, seconds: float) -> None:
-        """Push for so long."""
+        """Push for ``seconds``."""
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             self.push()
 
 
 def rate_of(work: Work) -> float:
-    """Pushes a second, without eviction."""
+    """Return pushes per second without eviction."""
     with ExitStack() as stack:
         addresses, _ = stack.enter_context(shards(1, durable=True))
         client = stack.enter_context(Client(addresses))
@@ -77,7 +78,7 @@ def rate_of(work: Work) -> float:
 
 
 def main() -> None:
-    """Run and print."""
+    """Run the benchmark and print its tables."""
     options = arguments(__doc__).parse_args()
     report = Report("eviction", options.json)
     work = Work(rows=500_000 if options.quick else 5_000_000, batch=10_000)
@@ -118,7 +119,7 @@ def main() -> None:
                     }
                 )
             report.section(
-                f"{work.rows:,} rows, {turnover:.0%} of them new a minute, {fresh} in a push;"
+                f"{work.rows:,} rows, {turnover:.0%} of them new per minute, {fresh} per push;"
                 f" TTL {ttl:,} steps",
                 rows,
             )

@@ -1,13 +1,14 @@
-"""How soon a follower sees a push, what a subscriber costs, and how many bytes it is sent.
+"""Measure how soon followers see pushes, what subscribers cost, and how many bytes they receive.
 
-fresh    50,000 changed rows a second, four followers in processes of their own; one of them is
-         stopped for a third of the time (SIGSTOP) and goes on. From the push's acknowledgement to
-         the moment from which the follower's ``pull`` returns its rows, by one monotonic clock. The
-         limit beside it: from the acknowledgement to the disk, since only durable versions are sent
-stopped  pushes of the standard work, as fast as they go, beside no subscriber, a stopped one, and
-         sixteen, in turns; and the server's memory
-bytes    a minute of updates of 1 % of a table: what a subscriber is sent that follows; one that was
-         away and coalesces; one that was away for so long that the log has been cut
+fresh    50,000 changed rows per second and four followers, each a process. One follower is stopped
+         (SIGSTOP) for a third of the time and continues. The latency of a push is the time from
+         its reply until the follower's ``pull`` returns its rows, by one monotonic clock. The limit
+         is the time from the reply until the push is on disk, because only durable versions are
+         streamed.
+stopped  Pushes of the standard work at full speed, with no subscriber, with one stopped subscriber
+         and with sixteen, in turns; and the memory of the server.
+bytes    One minute of updates to 1 % of a table: the bytes that three subscribers receive. One
+         follows, one was away and coalesces, one was away so long that the log was truncated.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from psclient import Change, Client, Follower, Subscriber, Table
 from psproto import ps_pb2 as pb
 
 DIM = 32
-RATE = 50_000  # changed rows a second
+RATE = 50_000  # changed rows per second
 FOLLOWERS = 4
 TARGET_MS = 50.0
 ROW = 8 + 4 * DIM  # bytes of a key and its embedding
@@ -56,7 +57,7 @@ class Server(NamedTuple):
 
 @contextmanager
 def serving(directory: Path, *flags: str) -> Iterator[Server]:
-    """A shard over a directory, until the end of the block."""
+    """Run a shard on a directory until the end of the block."""
     directory.mkdir(parents=True, exist_ok=True)
     port = free_ports(2)
     command = [sys.executable, "-m", "psserver", "serve", "--port", str(port)]
@@ -75,7 +76,7 @@ def serving(directory: Path, *flags: str) -> Iterator[Server]:
 
 
 def _follow(number: int, address: str, table: str, mailbox: Any, answers: Any) -> None:
-    """A follower as a process: when it saw which version, between two words from the mailbox."""
+    """Follow in a process of its own; report when each version became visible."""
     seen: list[tuple[int, float]] = []
 
     def note(change: Change) -> None:
@@ -91,7 +92,7 @@ def _follow(number: int, address: str, table: str, mailbox: Any, answers: Any) -
 
 
 class Pushed(NamedTuple):
-    """What the pusher knows of its pushes."""
+    """What the pusher knows about its pushes."""
 
     acknowledged: NDArray[np.float64]  # monotonic seconds
     late: float  # seconds behind its schedule, at the end
@@ -101,7 +102,7 @@ class Pushed(NamedTuple):
 def push_at(
     table: Table, keys: Ids, work: Work, seconds: float, level: Any, stop_at: dict[float, Any]
 ) -> Pushed:
-    """Push RATE rows a second; at some moments (seconds from the start) call something."""
+    """Push RATE rows per second; call functions at moments given in seconds from the start."""
     steps = standard_work(work, 64)
     acknowledged: list[float] = []
     rows = 0
@@ -120,7 +121,7 @@ def push_at(
 
 
 def delays(pushed: Pushed, first: int, seen: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Seconds from the acknowledgement of push i, of version first + i, to when it was seen."""
+    """Return seconds from the reply of push i, of version first + i, until a follower saw it."""
     versions = first + np.arange(len(pushed.acknowledged))
     order = np.argsort(seen[:, 0], kind="stable")
     at = np.searchsorted(seen[order, 0], versions)
@@ -128,7 +129,7 @@ def delays(pushed: Pushed, first: int, seen: NDArray[np.float64]) -> NDArray[np.
 
 
 def _watch_disk(address: str, done: threading.Event, reached: list[tuple[int, float]]) -> None:
-    """Ask what is on disk; to wait for it would hurry it."""
+    """Poll the durable version. Waiting for a version would make the server sync sooner."""
     with grpc.insecure_channel(address) as channel:
         ask = channel.unary_unary("/ps.v1.InfoService/GetServerInfo")
         while not done.wait(0.002):
@@ -137,7 +138,7 @@ def _watch_disk(address: str, done: threading.Event, reached: list[tuple[int, fl
 
 
 def fresh(report: Report, directory: Path, rows: int, seconds: float, batch: int) -> None:
-    """The section of that name, of one size of batch."""
+    """Run the section "fresh" for one batch size."""
     context = multiprocessing.get_context("spawn")
     keys, work = keys_of(np.arange(rows)), Work(rows=rows, batch=batch)
     found = []
@@ -238,7 +239,7 @@ def _fresh_rows(
 
 
 def stopped(report: Report, directory: Path, rows: int, window: float, rounds: int) -> None:
-    """The section of that name."""
+    """Run the section "stopped"."""
     keys = keys_of(np.arange(rows))
     found = []
     for batch in (1_000, 10_000):
@@ -257,8 +258,10 @@ def stopped(report: Report, directory: Path, rows: int, window: float, rounds: i
                             for _ in range(count)
                         ]
                         for each in idle:
-                            each.next(30)  # it is there; no more is taken
-                        push_for(table, keys, steps, 1.0)  # until their buffers are full
+                            each.next(30)  # subscribed; it reads no more
+                        push_for(
+                            table, keys, steps, 1.0
+                        )  # until the buffers of the connections are full
                         rate = push_for(table, keys, steps, window)
                         one.wait_durable()
                         if turn:
@@ -285,7 +288,7 @@ def stopped(report: Report, directory: Path, rows: int, window: float, rounds: i
 
 
 def push_for(table: Table, keys: Ids, steps: Sequence[Any], seconds: float) -> float:
-    """Pushes a second, one behind the other."""
+    """Push for ``seconds``, one push after the other; return pushes per second."""
     start, done = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - start) < seconds:
         _, distinct, gradients = steps[done % len(steps)]
@@ -298,22 +301,22 @@ def push_for(table: Table, keys: Ids, steps: Sequence[Any], seconds: float) -> f
 
 
 def sent(server: Server) -> float:
-    """Bytes that the server has sent to subscribers, ever, as its metrics say."""
+    """Return the bytes that the server has sent to subscribers, from its metrics."""
     page = urllib.request.urlopen(f"http://127.0.0.1:{server.metrics}/metrics", timeout=30)
     with page:
         for line in page.read().decode().splitlines():
             if line.startswith("ps_subscriber_bytes_total"):
                 return float(line.split()[1])
-    raise RuntimeError("the server does not say how much it sent")
+    raise RuntimeError("the metrics have no count of bytes sent to subscribers")
 
 
 class Came(NamedTuple):
-    """What a subscriber was sent."""
+    """What a subscriber received."""
 
     rows: int
     bytes: float
     seconds: float
-    mode: str  # kind of the first message that says
+    mode: str  # kind of the first message, which shows how it starts
 
 
 def read_up_to(server: Server, version: int, **options: Any) -> Came:
@@ -329,11 +332,11 @@ def read_up_to(server: Server, version: int, **options: Any) -> Came:
 
 
 def updates(table: Table, keys: Ids, share: Ids, seconds: float) -> int:
-    """Ten pushes a second of 1,000 rows of ``share``; how many rows were changed, ever."""
+    """Push 1,000 rows of ``share`` ten times per second; return how many rows were changed."""
     rng = np.random.default_rng(1)
     gradients = rng.standard_normal((1000, DIM), dtype=np.float32)
     due, count = time.monotonic(), int(10 * seconds)
-    each = [share[i : i + 1000] for i in range(0, len(share), 1000)]  # each row once, at least
+    each = [share[i : i + 1000] for i in range(0, len(share), 1000)]  # each row at least once
     for i in range(count):
         part = each[i] if i < len(each) else rng.choice(share, 1000, replace=False)
         time.sleep(max(due - time.monotonic(), 0))
@@ -343,11 +346,11 @@ def updates(table: Table, keys: Ids, share: Ids, seconds: float) -> int:
 
 
 def streamed(report: Report, directory: Path, rows: int, seconds: float) -> None:
-    """The section of that name."""
+    """Run the section "bytes"."""
     keys = keys_of(np.arange(rows))
     share = np.random.default_rng(2).choice(rows, rows // 100, replace=False)
     name: dict[str, Any] = {"tables": ["rows"]}
-    segments = ("--segment-bytes", str(4 << 20))  # the log is cut by whole segments
+    segments = ("--segment-bytes", str(4 << 20))  # the log is truncated by whole segments
     with ExitStack() as stack:
         flags = ("--flush-seconds", NEVER, *segments)
         server = stack.enter_context(serving(directory, *flags))
@@ -400,7 +403,7 @@ def streamed(report: Report, directory: Path, rows: int, seconds: float) -> None
 
 
 def read_mode(server: Server, tokens: tuple[bytes, ...]) -> str:
-    """How a subscriber would go on from tokens."""
+    """Return how a subscription from tokens would start."""
     with Subscriber([server.address], tables=["rows"], tokens=tokens) as changes:
         change = changes.next(60)
         assert change is not None
@@ -408,9 +411,11 @@ def read_mode(server: Server, tokens: tuple[bytes, ...]) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run and print."""
+    """Run the benchmark and print its tables."""
     parser = arguments(__doc__)
-    parser.add_argument("--only", choices=("fresh", "stopped", "bytes"), help="this section alone")
+    parser.add_argument(
+        "--only", choices=("fresh", "stopped", "bytes"), help="run only this section"
+    )
     options = parser.parse_args(words)
     report = Report("freshness", options.json)
     quick = options.quick

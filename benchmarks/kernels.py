@@ -1,12 +1,12 @@
-"""The loops that touch rows, against C++ and against the machine, in one process and one run.
+"""Measure the loops that touch rows, against C++ and against the machine, in one process.
 
-Every contender gets the same batches, in turns. The roofs: reading random cache lines as fast as
-the memory lets (per line), and copying (per byte). A key costs one line in the index; a row of
-dim 32 with Adagrad state four, read and written. The shares say how long the roof would take for
-the lines, or the bytes, of a row, by how long the kernel takes: 1 is at the roof.
+Every contender gets the same batches, in turns. There are two limits of the machine: the rate of
+random cache lines that memory can deliver, and the rate of copying. A key costs one cache line in
+the index. A row of dim 32 with Adagrad state costs four lines, read and written. A share is the
+time that the machine needs for the lines or bytes of a row, divided by the time of the kernel: 1 is
+the limit.
 
-Where there is no g++, the roofs are measured by a loop of numba and by numpy, and there is nothing
-to compare with.
+Without g++ there is no comparison with C++, and the limits are measured with numba and NumPy.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from storage.optimizers import OPTIMIZERS, make_optimizer
 
 N = 10_000  # keys in a batch
 DIM = 32
-LINES = 256 // 64  # of a row of 64 floats
-LINES_AHEAD = 32  # asked for ahead where nothing else is done
+LINES = 256 // 64  # per row of 64 floats
+LINES_AHEAD = 32  # lines to prefetch ahead in a loop that does nothing else
 
 
 class Roofs(NamedTuple):
-    """What the machine can do."""
+    """Limits of the machine."""
 
-    line: float  # nanoseconds for a random cache line
+    line: float  # nanoseconds per random cache line
     copied: float  # GB/s
 
     def shares(self, ns: float, lines: int, size: int) -> dict[str, Any]:
-        """Of each roof, reached by ``ns`` nanoseconds for so many lines and bytes."""
+        """Return the share of each limit that ``ns`` nanoseconds reach for some lines and bytes."""
         return {
             "of random lines": lines * self.line / ns,
             "of copying": size / self.copied / ns,
@@ -49,7 +49,7 @@ class Roofs(NamedTuple):
 
 
 class Setup:
-    """A table of ``rows`` rows and batches of uniform keys that are in it."""
+    """A table of ``rows`` rows, and batches of uniform keys that are in it."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -71,21 +71,21 @@ class Setup:
 
 
 def main() -> None:
-    """Run and print."""
+    """Run the benchmark and print its tables."""
     options = arguments(__doc__).parse_args()
     report = Report("kernels", options.json)
     setup = Setup(1_000_000 if options.quick else 10_000_000)
     cpp: Any = load()
     if cpp is None:
-        report.note("C++ left out: no g++ here (apt-get install g++)")
+        report.note("C++ is left out: no g++ (apt-get install g++)")
     steps = 60 if options.quick else 300
     roofs = _roofs(setup, cpp)
     report.note(
         f"roofs: a random cache line {roofs.line:.1f} ns; copying {roofs.copied:.1f} GB/s"
-        f" ({2 * DIM * 4 / roofs.copied:.1f} ns a row of 256 bytes)"
+        f" ({2 * DIM * 4 / roofs.copied:.1f} ns per row of 256 bytes)"
     )
     report.section(
-        f"rows, uniform, {setup.rows:,} of them, {N:,} a batch", _rows(setup, cpp, steps, roofs)
+        f"rows, uniform, {setup.rows:,} of them, {N:,} per batch", _rows(setup, cpp, steps, roofs)
     )
     report.section("optimizers, dim 32, the same rows", _optimizers(setup, steps, roofs))
     report.section("index, inserting", _inserts(setup, cpp))
@@ -98,11 +98,11 @@ def _roofs(setup: Setup, cpp: Any) -> Roofs:
     count, reads = len(lines) // 8, 500_000
     target, source = np.empty(256 << 20, np.uint8), np.ones(256 << 20, np.uint8)
     if cpp is not None:
-        seeds = range(0, 20 * reads, reads)  # of lines that differ from time to time
+        seeds = range(0, 20 * reads, reads)  # lines, different ones each time
         access = min(cpp.random_access_roof(lines, count, reads, seed) for seed in seeds)
         return Roofs(float(access), float(cpp.copy_roof(target, source, len(source), 5)))
     by_line = lines.reshape(-1, 8)
-    _read_lines(by_line, count, 1000, 0)  # compiles
+    _read_lines(by_line, count, 1000, 0)  # compiles the loop
     read = min(_seconds(lambda: _read_lines(by_line, count, reads, seed)) for seed in range(20))  # noqa: B023
     copy = min(_seconds(lambda: np.copyto(target, source)) for _ in range(5))
     return Roofs(read * 1e9 / reads, len(source) / copy / 1e9)
@@ -116,9 +116,11 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 @jit
 def _read_lines(lines: Any, count: int, reads: int, seed: int) -> Any:
-    """Read random lines, none of which waits for another; their sum, or the loop would go.
+    """Read random cache lines that do not depend on each other; return their sum.
 
     lines  uint64[count, 8], far more than the caches hold; count < 2**32
+
+    The sum keeps the compiler from removing the loop.
     """
     total, most, first = np.uint64(0), np.uint64(count), np.uint64(seed * reads)
     for i in range(reads):
@@ -153,7 +155,9 @@ def _rows(setup: Setup, cpp: Any, steps: int, roofs: Roofs) -> list[dict[str, An
                 slab, 2 * DIM, DIM, setup.batches[i % 64], setup.gradients, N, 0.05, 1e-10
             ),
         }
-    whole = slab[: setup.rows]  # take copies what is not contiguous, so it takes whole rows
+    whole = slab[
+        : setup.rows
+    ]  # np.take copies a non-contiguous array first, so it takes whole rows
     contenders["np.take"] = lambda i: np.take(whole, setup.batches[i % 64], axis=0)
     times = interleave(contenders, steps=steps, rounds=10, warm=3)
     each = {name: float(np.median(seconds)) / N * 1e9 for name, seconds in times.items()}
@@ -193,7 +197,7 @@ def _step(optimizer: Any, slab: Any, slots: Any, gradients: Any, i: int) -> None
 
 
 def _inserts(setup: Setup, cpp: Any) -> list[dict[str, Any]]:
-    """Grow an index from nothing, batch by batch, and C++ fill one that has its final size."""
+    """Grow an index from empty, batch by batch; compare with C++ that starts at the final size."""
     index = Index(Budget(16 << 30))
     locations = np.arange(1, setup.rows + 1, dtype=np.uint64)
     starts = range(0, setup.rows, N)

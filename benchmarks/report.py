@@ -1,4 +1,4 @@
-"""Medians, tables, JSON."""
+"""Medians, tables and JSON of a benchmark."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-Contender = Callable[[int], Any]  # takes the number of the step
+Contender = Callable[[int], Any]  # called with the number of the step
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has."""
+    """Return a parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the work, to try it")
+    parser.add_argument("--json", type=Path, help="file to write the figures to, as JSON")
+    parser.add_argument("--quick", action="store_true", help="do a tenth of the work, for a trial")
     return parser
 
 
 def interleave(
     contenders: dict[str, Contender], *, steps: int, rounds: int, warm: int = 20
 ) -> dict[str, list[float]]:
-    """Seconds of each step by contender.
+    """Return the seconds of each step, by contender.
 
-    All take turns, ``rounds`` times, so that a noisy minute of the machine hits all of them; each
-    turn starts with ``warm`` steps that are not counted.
+    The contenders take turns, ``rounds`` times, so that a noisy minute of the machine affects all
+    of them. Each turn starts with ``warm`` steps that are not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     at = dict.fromkeys(contenders, 0)
@@ -47,13 +47,13 @@ def interleave(
 
 
 def stolen() -> float:
-    """Seconds of processor time that the host took from this machine since it started."""
+    """Return the seconds of processor time that the host has taken from this machine."""
     with open("/proc/stat") as stat:
         return int(stat.readline().split()[8]) / 100
 
 
 class Report:
-    """Figures of one run: printed as they come, written as JSON at the end."""
+    """The figures of one run, printed as they come and written as JSON at the end."""
 
     def __init__(self, name: str, path: Path | None) -> None:
         self._name = name
@@ -64,7 +64,7 @@ class Report:
         self._stolen = stolen()
 
     def section(self, title: str, rows: Sequence[dict[str, Any]]) -> None:
-        """Print a table; the keys of the first row are its head."""
+        """Print a table; the keys of the first row are its header."""
         self._sections[title] = list(rows)
         table = Table(title=title, title_justify="left", title_style="bold")
         for i, head in enumerate(rows[0]):
@@ -79,7 +79,7 @@ class Report:
         self._console.print(text, highlight=False)
 
     def close(self) -> None:
-        """Say how quiet the machine was, and write the JSON."""
+        """Print how noisy the machine was, and write the JSON."""
         took = time.time() - self._started
         self.note(
             f"{took:.0f} s; processor time taken by the host: {stolen() - self._stolen:.1f} s"
@@ -95,7 +95,7 @@ class Report:
 
 
 def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
-    """Median and 99th percentile."""
+    """Return median and 99th percentile."""
     return {
         "p50 ms": float(np.median(seconds) * 1e3),
         "p99 ms": float(np.quantile(seconds, 0.99) * 1e3),

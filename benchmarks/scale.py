@@ -1,12 +1,12 @@
-"""Shards, clients, table sizes, memory and start-up.
+"""Measure shards, clients, table sizes, memory and start-up.
 
 Rows are pulled and pushed as in the standard work (B = 10,000, exchange, float32). On a machine
-with two cores, two shards and their trainer share them: what is lost is the cost of messages.
+with two cores, two shards and their trainer share the cores: the loss is the cost of messages.
 
-A growing table is compared with bare memory: a process of its own reads as many random places of as
-much memory, with the same prefetch, an entry of the index and the embedding for each key. It runs
-after the server has ended, since both do not fit beside each other. Where its time grows with the
-size, so must the table's: caches, page tables and the host of a virtual machine are not ours.
+A growing table is compared with bare memory. A process reads as many random places of as much
+memory, with the same prefetch: an index entry and an embedding per key. It runs after the server
+has ended, because both do not fit into memory. If its time grows with the size, caches, page tables
+and the host of a virtual machine are the reason, and the time of the table must grow as well.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from storage.kernels import gather
 
 DIM = 32
 ROW = 2 * DIM * 4  # raw bytes of an embedding and its Adagrad state
-INDEX_PLACES = 17  # for ten rows: how full the index is on average
+INDEX_PLACES = 17  # index entries per ten rows, at the average load
 
 
 def _train(addresses: list[str], rows: int, steps: int, barrier: Any, answers: Any) -> None:
-    """One trainer as a process: rows per second over ``steps`` exchanges."""
+    """Train in a process of its own; return rows per second over ``steps`` exchanges."""
     with Client(addresses) as client:
         work = standard_work(Work(rows=rows), 32)
         trainer = Trainer(client.table("scale"), keys_of(np.arange(rows)), work, "float32")
@@ -49,7 +49,7 @@ def _train(addresses: list[str], rows: int, steps: int, barrier: Any, answers: A
 
 
 def throughput(addresses: list[str], rows: int, clients: int, steps: int) -> float:
-    """Rows per second (pulled in draw order) of several trainers together."""
+    """Return rows per second of several trainers together, counted in draw order."""
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(clients), context.Queue()
     trainers = [
@@ -66,11 +66,16 @@ def throughput(addresses: list[str], rows: int, clients: int, steps: int) -> flo
 
 
 def main() -> None:
-    """Run and print."""
+    """Run the benchmark and print its tables."""
     parser = arguments(__doc__)
-    parser.add_argument("--largest", type=int, default=20_000_000, help="rows of the largest table")
     parser.add_argument(
-        "--parts", nargs="+", choices=("shards", "growth", "start"), help="some of it; else all"
+        "--largest", type=int, default=20_000_000, help="number of rows of the largest table"
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=("shards", "growth", "start"),
+        help="parts to run (default: all)",
     )
     options = parser.parse_args()
     report = Report("scale", options.json)
@@ -87,7 +92,7 @@ def main() -> None:
 
 
 def _shards(quick: bool) -> list[dict[str, Any]]:
-    """Rows per second of some shards and trainers, and what the servers use of the processor."""
+    """Return rows per second and processor use of the servers, by shards and trainers."""
     rows, steps = (200_000, 30) if quick else (2_000_000, 800)
     measured = []
     for count, clients in ((1, 1), (2, 1), (4, 1), (1, 4)):
@@ -120,13 +125,13 @@ def _sizes(largest: int, quick: bool) -> list[int]:
 
 
 def _growth(sizes: list[int]) -> list[dict[str, Any]]:
-    """Time and memory as one table grows; the worst memory between two sizes beside the last."""
+    """Return time and memory as one table grows, with the peak of memory between two sizes."""
     found = []
     with ExitStack() as stack:
         addresses, pids = stack.enter_context(shards(1))
         client = stack.enter_context(Client(addresses))
         table = client.create_table("scale", DIM, lr=0.05)
-        other = client.create_table("other", DIM)  # what serving takes is not the table's
+        other = client.create_table("other", DIM)  # memory of serving, which is not the table's
         fill(other, keys_of(np.arange(50_000)))
         client.drop_table("other")
         empty, held, first = rss(pids[0]), 0, 0.0
@@ -164,7 +169,7 @@ def _growth(sizes: list[int]) -> list[dict[str, Any]]:
 
 
 def _bare(sizes: list[int]) -> list[dict[str, Any]]:
-    """Nanoseconds that the memory itself takes for a key, by size; in a process of its own."""
+    """Return nanoseconds per key of bare memory, by size, from a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_read_memory, (sizes,))
 
@@ -181,7 +186,7 @@ def _read_memory(sizes: list[int]) -> list[dict[str, Any]]:
             (entries, size * INDEX_PLACES // 10, held * INDEX_PLACES // 10),
         ):
             arena.grow(rows)
-            for at in range(before, rows, 200_000):  # every page
+            for at in range(before, rows, 200_000):  # touches every page
                 arena.array[at : min(at + 200_000, rows), 0] = 1
         held = size
         rng = np.random.default_rng(size)
@@ -211,7 +216,7 @@ def _read_memory(sizes: list[int]) -> list[dict[str, Any]]:
 
 
 def _starts() -> list[dict[str, Any]]:
-    """Seconds from the command to ``ready``, kernels cached."""
+    """Return seconds from the command to "ready", with cached kernels."""
     found = []
     for _ in range(3):
         start = time.perf_counter()

@@ -18,7 +18,7 @@ READY_SECONDS = 180.0
 
 
 def free_ports(count: int) -> int:
-    """The first of ``count`` consecutive free ports on loopback."""
+    """Return the first of ``count`` consecutive free ports on loopback."""
     for first in range(20_000 + os.getpid() % 10_000, 60_000, count):
         try:
             for port in range(first, first + count):
@@ -27,17 +27,17 @@ def free_ports(count: int) -> int:
         except OSError:
             continue
         return first
-    raise OSError(f"no {count} consecutive free ports")
+    raise OSError(f"found no {count} consecutive free ports")
 
 
 @contextmanager
 def shards(
     count: int, *, durable: bool = False, busy_poll: float = 0.0
 ) -> Iterator[tuple[list[str], list[int]]]:
-    """A cluster; yields the addresses and the process ids of its shards.
+    """Run a cluster; yield the addresses and process ids of its shards.
 
-    durable    with a data directory; without one the shards keep no log, as the peers do not
-    busy_poll  seconds for which they do not sleep after a request
+    durable    with a data directory; otherwise the shards have no log, like the peers
+    busy_poll  seconds for which a shard polls for the next request before it sleeps
     """
     port = free_ports(count)
     addresses = [f"127.0.0.1:{port + shard}" for shard in range(count)]
@@ -65,9 +65,10 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def echo() -> Iterator[str]:
-    """A bare grpc.aio server on uvloop, as a process; yields its address.
+    """Run a bare grpc.aio server on uvloop as a process; yield its address.
 
-    /Echo/Unary and /Echo/Stream answer each message with as many bytes as its first four say.
+    /Echo/Unary and /Echo/Stream answer each message with a message whose length is its first four
+    bytes.
     """
     port = free_ports(1)
     command = [sys.executable, "-m", "benchmarks.servers", str(port)]
@@ -81,27 +82,27 @@ def echo() -> Iterator[str]:
 
 
 def wait_until_ready(process: subprocess.Popen[str]) -> None:
-    """Return once it serves; RuntimeError if it ends instead."""
+    """Wait until a server is ready; RuntimeError if it ends instead."""
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line.startswith("ready"):
-        raise RuntimeError(f"the server said {line!r} and exited with {process.poll()}")
+        raise RuntimeError(f"the server printed {line!r} and exited with {process.poll()}")
 
 
 def rss(pid: int) -> int:
-    """Resident bytes of a process."""
+    """Return the resident bytes of a process."""
     with open(f"/proc/{pid}/statm") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def huge(pid: int) -> int:
-    """Bytes of a process that lie in huge pages."""
+    """Return the bytes of a process that are in huge pages."""
     with open(f"/proc/{pid}/smaps_rollup") as maps:
         return next(int(line.split()[1]) * 1024 for line in maps if line.startswith("AnonHuge"))
 
 
 def cpu(pid: int) -> float:
-    """Processor seconds that a process has used."""
+    """Return the processor seconds of a process."""
     with open(f"/proc/{pid}/stat") as stat:
         fields = stat.read().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

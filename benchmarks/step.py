@@ -1,17 +1,17 @@
-"""The standard work through the public client, against the peers that can be installed.
+"""Measure the standard work through the public client, against the peers that are installed.
 
-A step pulls B rows in the order drawn, duplicates kept, and pushes gradients for the distinct ids;
-finding distinct keys and scattering rows are inside. All contenders take turns.
+A step pulls B rows in the order drawn, duplicates included, and pushes gradients for the distinct
+ids. Finding distinct keys and scattering rows are part of a step. All contenders take turns.
 
-    table      the same work on a table of ours in this process, without messages; no service can
-               beat echo + table
-    echo       a bare grpcio stream that moves what an exchange moves: the limit
-    exchange   one message: the last step's gradients and this step's keys
-    training   the same with a gradient for every id, duplicates included, as a network has them
+    table      the same work on a table in this process, without messages; no service can be faster
+               than echo + table
+    echo       a bare grpcio stream that moves the bytes of an exchange: the limit
+    exchange   one message: gradients of the last step and keys of this step
+    training   the same with a gradient for every id, duplicates included, as a network gives them
     stream     a pull, then a push, on the stream
     unary      a pull, then a push, as unary calls
-    busy       the same with a server that looks for the next request without sleeping, for 2 ms
-    durable    an exchange with a server that keeps a log; the others, and the peers, do not
+    busy       an exchange with a server that polls for 2 ms before it sleeps
+    durable    an exchange with a server that keeps a log; the other servers and the peers keep none
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from storage.optimizers import make_optimizer
 from storage.schema import TableSchema
 from storage.table import Table as LocalTable
 
-CHUNK = 10_000  # keys of a message while filling
-BUSY_POLL = 0.002  # seconds; longer than a trainer here takes between two steps
+CHUNK = 10_000  # keys per message while a table is filled
+BUSY_POLL = 0.002  # seconds of polling; longer than a trainer takes between two steps
 
 
 class Trainer:
@@ -50,13 +50,13 @@ class Trainer:
         self._wire = wire
 
     def exchange(self, i: int) -> None:
-        """Push the gradients of the step before and pull the rows of this one."""
+        """Push the gradients of the last step and pull the rows of this step."""
         ids, _, _ = self._steps[i % len(self._steps)]
         _, distinct, grads = self._steps[(i - 1) % len(self._steps)]
         self._table.exchange(ids, (distinct, grads), step=i, wire=self._wire)
 
     def training(self, i: int) -> None:
-        """``exchange`` with a gradient for every id."""
+        """Do the same with a gradient for every id."""
         ids, _, _ = self._steps[i % len(self._steps)]
         last = (i - 1) % len(self._steps)
         push = self._steps[last][0], self._every[last]
@@ -85,7 +85,7 @@ class Echo:
         ]
 
     def step(self, i: int) -> None:
-        """One message each way."""
+        """Exchange one message."""
         self._outbox.put(self._messages[i % len(self._messages)])
         next(self._replies)
 
@@ -96,7 +96,7 @@ class Echo:
 
 
 def fill(table: Table, keys: Ids) -> None:
-    """Give every key a row by pushes of a zero gradient; their values do not matter here."""
+    """Create a row for every key by pushing zero gradients; values do not matter here."""
     zero = np.zeros((CHUNK, table.dim), np.float32)
     for at in range(0, len(keys), CHUNK):
         part = keys[at : at + CHUNK]
@@ -104,7 +104,7 @@ def fill(table: Table, keys: Ids) -> None:
 
 
 def local_table(keys: Ids, dim: int) -> LocalTable:
-    """A table in this process with a row for every key."""
+    """Return a table in this process with a row for every key."""
     optimizer = make_optimizer("adagrad", 0.05, {})
     initializer = make_initializer("uniform", {})
     schema = TableSchema(name="local", dim=dim, optimizer=optimizer, initializer=initializer)
@@ -117,7 +117,7 @@ def local_table(keys: Ids, dim: int) -> LocalTable:
 
 
 class Local:
-    """The standard work on a table in this process, dedup and scatter included."""
+    """The standard work on a table in this process, deduplication and scatter included."""
 
     def __init__(self, table: LocalTable, keys: Ids, steps: list[Step]) -> None:
         self._table = table
@@ -125,7 +125,7 @@ class Local:
         self._steps = [(keys[ids], keys[distinct], grads) for ids, distinct, grads in steps]
 
     def step(self, i: int) -> None:
-        """Push the gradients of the step before and pull the rows of this one."""
+        """Push the gradients of the last step and pull the rows of this step."""
         ids, _, _ = self._steps[i % len(self._steps)]
         _, distinct, grads = self._steps[(i - 1) % len(self._steps)]
         dim = grads.shape[1]
@@ -138,9 +138,11 @@ class Local:
 
 
 def main() -> None:
-    """Run and print."""
+    """Run the benchmark and print its tables."""
     parser = arguments(__doc__)
-    parser.add_argument("--peers", default=";".join(PEERS), help="names, separated by ;")
+    parser.add_argument(
+        "--peers", default=";".join(PEERS), help="names of the peers to run, separated by ;"
+    )
     options = parser.parse_args()
     report = Report("step", options.json)
     work = Work(rows=200_000) if options.quick else Work()
@@ -165,7 +167,7 @@ def main() -> None:
             try:
                 peers[name] = stack.enter_context(closing(PEERS[name](work)))
             except Unavailable as reason:
-                report.note(f"{name}: left out: {reason}")
+                report.note(f"{name} is left out: {reason}")
         for batch in (10_000, 1_000):
             steps = standard_work(Work(rows=work.rows, batch=batch), 64)
             contenders: dict[str, Contender] = {"table": Local(local, keys, steps).step}
@@ -188,7 +190,7 @@ def main() -> None:
             for name, peer in peers.items():
                 peer.run(steps[:20])
                 times[name] = peer.run((steps * 4)[: max(count * 2 // 3, 20)])
-                # ours once more beside each peer, so that both see the same minute
+                # an exchange next to each peer, so that both see the same minute of the machine
                 ours = "training" if "training" in name else "exchange"
                 beside = {each: contenders[each] for each in (f"{ours} float32", f"{ours} busy")}
                 for each, seconds in interleave(beside, steps=60, rounds=2).items():

@@ -1,13 +1,13 @@
-"""Pull and push against a bare grpcio echo that moves the same bytes in the same kind of call.
+"""Measure pull and push against a bare grpcio echo of the same bytes in the same kind of call.
 
-Both sides are one server process (grpc.aio on uvloop) and one client process on loopback. Ours
-sends messages made beforehand, so that what is compared is the server: decode, check, find rows,
-step, encode. The keys are the distinct ones of the standard work.
+Both have one server process (grpc.aio on uvloop) and one client process on loopback. Our client
+sends messages that were built before, so that the server alone is compared: decode, check, find
+rows, step, encode. The keys are the distinct keys of the standard work.
 
-``busy`` is a server of ours that looks for the next request without sleeping, for 2 ms.
+``busy`` is our server when it polls for 2 ms before it sleeps.
 
-``table`` is the same pull or push on a table in this process, without any message: the reads and
-writes of random rows that an echo is spared. No server answers sooner than echo + table.
+``table`` is the same pull or push on a table in this process, without messages: the reads and
+writes of random rows, which an echo does not have. No server can be faster than echo + table.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ NO_LIMIT = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_len
 
 
 class Stream:
-    """One message out, one message in, on a stream."""
+    """A stream with one message in flight."""
 
     def __init__(self, channel: grpc.Channel, method: str) -> None:
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         self._replies = channel.stream_stream(method)(iter(self._outbox.get, None))
 
     def __call__(self, message: bytes) -> bytes:
+        """Do one pull, push, or push and pull."""
         self._outbox.put(message)
         return bytes(next(self._replies))
 
@@ -50,7 +51,7 @@ class Stream:
 
 
 def messages(keys: list[Any], gradients: Any) -> dict[str, list[bytes]]:
-    """What a client would send for each step, by kind of call."""
+    """Return the messages of a client for each step, by kind of call."""
     pulls = [codec.PullMessage(pb.PullHeader(table="wire"), k) for k in keys]
     pushes = [
         codec.PushMessage(
@@ -76,7 +77,7 @@ def messages(keys: list[Any], gradients: Any) -> dict[str, list[bytes]]:
 
 
 class Local:
-    """What a call does to the rows."""
+    """The work of a call on the rows, without messages."""
 
     def __init__(self, table: Table, kind: str, keys: list[Any], gradients: Any) -> None:
         self._table, self._kind, self._keys, self._gradients = table, kind, keys, gradients
@@ -96,7 +97,7 @@ def _turn(call: Any, requests: list[bytes], i: int) -> None:
 
 
 def _row(kind: str, ours: Any, echoed: Any, table: Any, busy: Any) -> dict[str, Any]:
-    """One line of the report, from the seconds of each turn."""
+    """Return a line of the report from the seconds of each turn."""
     mine, bare, rows, awake = (float(np.median(each)) for each in (ours, echoed, table, busy))
     return {
         "call": kind,
@@ -111,7 +112,7 @@ def _row(kind: str, ours: Any, echoed: Any, table: Any, busy: Any) -> dict[str, 
 
 
 def main() -> None:
-    """Run and print."""
+    """Run the benchmark and print its tables."""
     options = arguments(__doc__).parse_args()
     report = Report("wire", options.json)
     work = Work(rows=200_000 if options.quick else 2_000_000)

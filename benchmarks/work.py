@@ -13,24 +13,24 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 Rows = NDArray[np.float32]
-Step = tuple[Ids, Ids, Rows]  # ids [B] with duplicates, the distinct ones ascending, their grads
+Step = tuple[Ids, Ids, Rows]  # ids [B] with duplicates; distinct ids, ascending; their gradients
 
 
 @dataclass(frozen=True)
 class Work:
-    """One table and how it is drawn from."""
+    """One table, and how batches are drawn from it."""
 
     rows: int = 2_000_000
     dim: int = 32
-    batch: int = 10_000  # ids a step, duplicates included
+    batch: int = 10_000  # ids per step, duplicates included
     zipf: float = 1.05  # exponent; rank r is drawn with probability proportional to r ** -zipf
     seed: int = 0
 
 
 def standard_work(work: Work, steps: int) -> list[Step]:
-    """The first ``steps`` steps of ``work``: the same ones in every process and on every call.
+    """Return the first ``steps`` steps of ``work``, the same in every process and on every call.
 
-    Ids are 0..rows-1; which of them are frequent is a fixed permutation.
+    Ids are 0..rows-1. A fixed permutation says which of them are frequent.
     """
     mass = np.cumsum(np.arange(1, work.rows + 1, dtype=np.float64) ** -work.zipf)
     mass /= mass[-1]
@@ -46,8 +46,9 @@ def standard_work(work: Work, steps: int) -> list[Step]:
 
 
 def of_every_id(step: Step) -> Rows:
-    """float32[B, dim]: gradients as a network has them, one for each of the ids, whose sums over
-    equal ids are those of the step.
+    """Return float32[B, dim]: a gradient for each id, as a network gives them.
+
+    The gradients of equal ids sum up to the gradient of the step.
     """
     ids, distinct, grads = step
     _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
@@ -57,10 +58,10 @@ def of_every_id(step: Step) -> Rows:
 
 
 def keys_of(ids: Ids, seed: int = 0) -> Ids:
-    """A random 63-bit key for every id: a bijection, so distinct ids have distinct keys.
+    """Return a random 63-bit key for every id; distinct ids have distinct keys.
 
-    The splitmix64 generator (Steele, Lea, Flood, 2014) modulo 2**63, where its multiplications by
-    odd numbers and its shifts can be undone as well.
+    This is the splitmix64 generator (Steele, Lea, Flood, 2014) modulo 2**63. It is a bijection
+    there too, because its multiplications by odd numbers and its shifts can be undone.
     """
     low = np.uint64((1 << 63) - 1)
     offset = np.uint64(np.random.default_rng((seed, 3)).integers(1 << 63))
@@ -74,6 +75,6 @@ def keys_of(ids: Ids, seed: int = 0) -> Ids:
 
 
 def initial_rows(work: Work) -> Rows:
-    """float32[rows, dim] that every peer starts from."""
+    """Return the float32[rows, dim] that every peer starts from."""
     rng = np.random.default_rng((work.seed, 4))
     return rng.standard_normal((work.rows, work.dim), dtype=np.float32) * np.float32(0.01)

@@ -1,11 +1,11 @@
 """Other systems that do the standard work.
 
     torch in-process               an embedding and Adagrad in this process; no server, no keys
-    torch in-process, training     the same behind autograd, which has a gradient for every id
+    torch in-process, training     the same through autograd, which has a gradient for every id
     redis                          redis-server on loopback; Adagrad in the client
-    redis, one trainer             the same, and a push trusts the rows its pull read
-    tensorflow remote ps           TensorFlow's C++ gRPC server, eager; a push is not waited for
-    tensorflow remote ps, session  the same server from a graph session; a push is waited for
+    redis, one trainer             the same; a push reuses the rows that its pull read
+    tensorflow remote ps           TensorFlow's C++ gRPC server, eager; nobody waits for a push
+    tensorflow remote ps, session  the same server from a graph session, which waits for a push
 
 All peers start from ``initial_rows`` and take the same Adagrad step, so they agree on every row.
 

@@ -13,9 +13,9 @@ from benchmarks.work import Ids, Rows, Step, Work, initial_rows, of_every_id
 class Torch(Peer):
     """``torch.nn.Embedding`` and ``torch.optim.Adagrad`` with torch's default threads.
 
-    The gradient is handed over as the coalesced sparse tensor that it is: the optimizer need not
-    sort it again, and no backward pass builds it. With ``training`` a backward pass does build it,
-    of a gradient for every id, and the optimizer sums those of equal ids: torch as it is used.
+    The gradient is given as a coalesced sparse tensor: the optimizer need not sort it, and no
+    backward pass builds it. With ``training``, a backward pass builds a gradient for every id, and
+    the optimizer sums those of equal ids, which is how torch is used.
     """
 
     def __init__(self, work: Work, *, training: bool = False) -> None:
@@ -25,9 +25,9 @@ class Torch(Peer):
             self._torch: Any = importlib.import_module("torch")
         except ImportError as error:
             raise Unavailable("pip install torch") from error
-        # The optimizer makes sparse tensors without saying so, which torch warns about.
+        # The optimizer makes sparse tensors implicitly; torch would warn about each.
         self._torch.sparse.check_sparse_tensor_invariants.disable()
-        # Its own copy: from_numpy would keep the page size and the placement of the array.
+        # A copy, because from_numpy would keep the page size and the placement of the array.
         weight = self._torch.from_numpy(initial_rows(work)).clone()
         self._embedding = self._torch.nn.Embedding.from_pretrained(
             weight, freeze=False, sparse=True

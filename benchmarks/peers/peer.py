@@ -1,4 +1,4 @@
-"""What a peer does, and what all peers have in common."""
+"""The interface of a peer, and what all peers share."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Protocol
 from benchmarks.work import Ids, Rows, Step
 
 LEARNING_RATE = 0.05
-EPSILON = 1e-10  # added to the root of the accumulator, which starts at 0
+EPSILON = 1e-10  # added to the square root of the accumulator, which starts at 0
 
-CHUNK = 10_000  # rows a message while a table is filled
-START_TIMEOUT = 60.0  # seconds a server has to answer
+CHUNK = 10_000  # rows per message while a table is filled
+START_TIMEOUT = 60.0  # seconds until a server must answer
 
 
 class Unavailable(Exception):
-    """The peer is not installed here; the message says how to get it."""
+    """The peer is not installed; the message says how to install it."""
 
 
 class Peer(Protocol):
-    """A table that a trainer pulls from and pushes to, filled when it is made."""
+    """A table that a trainer pulls from and pushes to. It has all rows when it is constructed."""
 
     name: str
 
@@ -30,7 +30,7 @@ class Peer(Protocol):
         ...
 
     def run(self, steps: Sequence[Step]) -> list[float]:
-        """Take the steps back to back; return the seconds each took."""
+        """Take the steps one after the other; return the seconds of each."""
         seconds = []
         for ids, distinct, grads in steps:
             start = time.perf_counter()
@@ -39,12 +39,12 @@ class Peer(Protocol):
         return seconds
 
     def close(self) -> None:
-        """Stop its processes and return its memory."""
+        """Stop its processes and free its memory."""
         ...
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on at the moment."""
+    """Return a free port on loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

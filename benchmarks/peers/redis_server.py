@@ -27,13 +27,14 @@ from benchmarks.work import Ids, Rows, Work, initial_rows, keys_of
 class Message:
     """Redis values or commands of equal parts, in one buffer whose constant bytes are written once.
 
-    ``parts[field]`` is what varies; the head of each message goes right before the first part.
+    ``parts[field]`` are the variable bytes; the header of each message comes right before the first
+    part.
     """
 
-    ROOM = 32  # bytes kept free for the head
+    ROOM = 32  # bytes reserved for the header
 
     def __init__(self, capacity: int, fields: list[tuple[str, Any]]) -> None:
-        """``fields`` in order: a name and either a dtype or the constant bytes."""
+        """Take the fields in order: a name, and either a dtype or constant bytes."""
         dtype = np.dtype(
             [(name, f"S{len(kind)}" if isinstance(kind, bytes) else kind) for name, kind in fields]
         )
@@ -44,18 +45,19 @@ class Message:
             self.parts[name] = constant
 
     def bytes(self, head: bytes, count: int) -> memoryview:
-        """The message of ``head`` and the first ``count`` parts, to send or to receive into."""
+        """Return the message of ``head`` and ``count`` parts, to send or to receive into."""
         start = self.ROOM - len(head)
         self._bytes[start : self.ROOM] = np.frombuffer(head, np.uint8)
         return self._bytes.data[start : self.ROOM + count * self.parts.itemsize]
 
 
 class Redis(Peer):
-    """One redis-server without persistence; a value is the row and its accumulator.
+    """One redis-server without persistence; a value is a row and its accumulator.
 
-    Pull is one MGET of the distinct keys. Push is Adagrad in this process: one MGET to read the
-    rows again and one MSET, or with ``reread=False`` the MSET alone, which loses the updates of
-    other trainers between pull and push. (The first way loses fewer; redis has no Adagrad.)
+    A pull is one MGET of the distinct keys. A push is Adagrad in this process: one MGET that reads
+    the rows again, and one MSET. With ``reread=False`` it is the MSET alone, which loses the
+    updates of other trainers between pull and push. (The first way loses fewer; redis has no
+    Adagrad.)
     """
 
     def __init__(self, work: Work, *, reread: bool = True) -> None:
@@ -66,7 +68,9 @@ class Redis(Peer):
         self._dim = work.dim
         self._reread = reread
         self._keys = keys_of(np.arange(work.rows), work.seed)
-        self._place = np.empty(work.rows, np.int64)  # of an id among the distinct ones of a step
+        self._place = np.empty(
+            work.rows, np.int64
+        )  # position of an id among the distinct ids of a step
         length = 8 * work.dim
         value = ("value", ("<f4", 2 * work.dim))
         capacity = max(work.batch, CHUNK)
@@ -132,7 +136,7 @@ class Redis(Peer):
         return connection
 
     def _fill(self, rows: Rows) -> None:
-        """Load all rows with an accumulator of zeros, a command in flight while one is built."""
+        """Load all rows with zero accumulators; build a command while one is in flight."""
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
             self._send_mset(
@@ -143,7 +147,7 @@ class Redis(Peer):
         self._receive_ok()
 
     def _mget(self, keys: Ids) -> Rows:
-        """The values float32[u, 2 * dim] of present keys."""
+        """Return the values float32[u, 2 * dim] of existing keys."""
         count = len(keys)
         self._get.parts["key"][:count] = keys
         self._socket.sendall(self._get.bytes(b"*%d\r\n$4\r\nMGET\r\n" % (count + 1), count))
@@ -151,7 +155,7 @@ class Redis(Peer):
         self._receive(self._got.bytes(head, count), head)
         parts = self._got.parts[:count]
         if not (parts["head"] == self._got.constants["head"]).all():
-            raise RuntimeError("MGET: a value of another length")
+            raise RuntimeError("MGET returned a value of another length")
         return np.array(parts["value"])
 
     def _send_mset(self, keys: Ids, values: Rows) -> None:

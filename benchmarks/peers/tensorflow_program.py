@@ -1,4 +1,4 @@
-"""The program of TensorFlow's processes. It imports nothing but NumPy, TensorFlow and work.py."""
+"""Program of TensorFlow's processes. It imports only NumPy, TensorFlow, peer.py and work.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.work import Ids, Rows, Work, initial_rows
 
 
 def say(answer: dict[str, Any]) -> None:
-    """Answer the process that started this one."""
+    """Send an answer to the parent process."""
     print(json.dumps(answer), flush=True)
 
 
@@ -31,7 +31,7 @@ def tensorflow_server(options: dict[str, Any]) -> None:
 
 
 def tensorflow_worker(options: dict[str, Any]) -> None:
-    """Make the table on the server, then take the steps of each file named on standard input."""
+    """Create the table on the server, then take the steps of each file named on standard input."""
     work = Work(**options["work"])
     connect = tensorflow_eager if options["eager"] else tensorflow_session
     pull, push, fill = connect(options["cluster"], work)
@@ -54,7 +54,7 @@ def tensorflow_worker(options: dict[str, Any]) -> None:
             pulled = pull(ids)
             push(distinct, grads)
             if i == len(steps) - 1:
-                pull(ids[:1])  # the last push has no next pull to wait for it
+                pull(ids[:1])  # after the last push, no other pull waits for it
             seconds.append(time.perf_counter() - start_time)
         np.save(order["rows"], pulled)
         say({"seconds": seconds})
@@ -69,7 +69,7 @@ TensorFlowCalls = tuple[
 
 
 def tensorflow_eager(cluster: dict[str, list[str]], work: Work) -> TensorFlowCalls:
-    """Operations streamed to the server one by one, in order."""
+    """Return calls that stream operations to the server one by one, in order."""
     tf: Any = importlib.import_module("tensorflow")
     tf.config.experimental_connect_to_host(cluster["ps"][0], job_name="ps")
     device = "/job:ps/replica:0/task:0/device:CPU:0"
@@ -103,7 +103,7 @@ def tensorflow_eager(cluster: dict[str, list[str]], work: Work) -> TensorFlowCal
 
 
 def tensorflow_session(cluster: dict[str, list[str]], work: Work) -> TensorFlowCalls:
-    """A graph with its variables on the server, run from a server of job worker in this process."""
+    """Return calls of a graph whose variables are on the server; this process is a worker."""
     tf: Any = importlib.import_module("tensorflow")
     v1 = tf.compat.v1
     v1.disable_eager_execution()

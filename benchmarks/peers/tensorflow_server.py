@@ -22,12 +22,11 @@ ROOT = Path(__file__).parents[2]
 
 
 class TensorFlow(Peer):
-    """A process with ``tf.distribute.Server`` as job ps, which holds the table and runs the
-    kernels, and a worker process with the timed loop, whose batches arrive in a file before it.
+    """A process with ``tf.distribute.Server`` as job ps, and a worker process with the timed loop.
 
-    The worker talks to the server in one of two ways. Eager, it streams operations: a push
-    returns when it is queued, and the next pull waits for it. By a graph session, both are waited
-    for.
+    The server has the table and runs the kernels. The worker reads its batches from a file before
+    the clock starts. It talks to the server in one of two ways. Eager, it streams operations: a
+    push returns when it is queued, and the next pull waits for it. A graph session waits for both.
     """
 
     def __init__(self, work: Work, *, eager: bool = True) -> None:
@@ -68,7 +67,7 @@ class TensorFlow(Peer):
             for i, step in enumerate(steps)
             for name, array in zip(("ids", "distinct", "grads"), step, strict=True)
         }
-        # mypy takes the names in ** for the other parameter of savez.
+        # mypy matches the names in ** with another parameter of savez.
         np.savez(self._files / "steps.npz", **arrays)  # type: ignore[arg-type, unused-ignore]
         order = {
             "steps": str(self._files / "steps.npz"),
@@ -90,7 +89,7 @@ class TensorFlow(Peer):
         self._directory.cleanup()
 
     def _start(self, python: str, role: str, options: dict[str, Any]) -> subprocess.Popen[str]:
-        """Start tensorflow_program.py as ``role`` and wait until it says that it is ready."""
+        """Start tensorflow_program.py as ``role`` and wait until it is ready."""
         environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
         environment |= {"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": ""}
         with open(self._files / f"{role}.log", "wb") as log:
@@ -112,6 +111,6 @@ class TensorFlow(Peer):
         line = child.stdout.readline() if child.stdout else ""
         if not line:
             logs = "\n".join(path.read_text()[-2000:] for path in self._files.glob("*.log"))
-            raise RuntimeError(f"{self.name}: a process of it ended\n{logs}")
+            raise RuntimeError(f"{self.name}: one of its processes ended\n{logs}")
         answer: dict[str, Any] = json.loads(line)
         return answer
