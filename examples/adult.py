@@ -1,29 +1,28 @@
-"""Wide and deep on the census-income data: embeddings on the parameter server, the rest in torch.
+"""Wide and deep on the census-income data: embeddings on the parameter server, the MLP in torch.
 
     python examples/adult.py DIRECTORY [--shards 2 | --servers host:port,host:port] [--reference]
 
-DIRECTORY holds adult.data and adult.test as they are in the archive that "Download" gives at
-https://doi.org/10.24432/C5XW20; they may be compressed (adult.data.gz) and begin with a line that
-names the columns.  Without --servers the example starts a cluster of its own and stops it at the
-end.
+DIRECTORY contains adult.data and adult.test from the archive behind "Download" at
+https://doi.org/10.24432/C5XW20. They may be compressed (adult.data.gz) and may begin with a line of
+column names. Without --servers the example starts a cluster and stops it at the end.
 
-Every categorical value becomes a key, the hash of "column=value"; so does every number, once as
-it is where its values repeat (7688 as a capital gain is a category of its own) and once as a
-bucket, and so does every cross of two columns.  "?" is a value like any other.  Two tables:
+Every categorical value becomes a key: the hash of "column=value". A number becomes a key of its
+bucket, and a key of its exact value if values repeat (a capital gain of 7688 is a category of its
+own). A cross of two columns becomes a key as well. "?" is a value like any other. Two tables:
 
     adult.wide  dim 1  all columns and crosses, summed: the linear part
-    adult.deep  dim 8  the columns, side by side with the numbers: the input of a small MLP
+    adult.deep  dim 8  the columns, concatenated with the numbers: the input of a small MLP
 
 Adagrad on the server trains both tables, AdamW in torch trains the MLP.
 
-Columns, crosses and hyper-parameters were chosen on the training file alone, by the mean AUC of
-two held-out fifths of it: 0.929, and flat.  Learning rates, dimension, dropout and crosses each
-moved it by less than 0.001; only leaving the exact numbers out of the deep part cost more, 0.004.
---validate measures the like: it trains without the last fifth of the training file and scores
-that instead of the test file (0.932).
+Columns, crosses and hyper-parameters were chosen on the training file alone, by the mean AUC of two
+held-out fifths of it: 0.929. Learning rates, dimension, dropout and crosses each changed it by less
+than 0.001. Only the exact numbers in the deep part mattered more: 0.004. With --validate the
+example trains without the last fifth of the training file and scores that fifth instead of the test
+file (0.932).
 
---reference trains the same network a second time with torch.nn embeddings and torch.optim.Adagrad
-in this process, from the same initial rows, and compares.
+With --reference it trains the same network again in this process, with torch.nn embeddings and
+torch.optim.Adagrad from the same initial rows, and compares both.
 """
 
 import argparse
@@ -49,8 +48,8 @@ from torch import Tensor, nn
 from psclient import Client, hash_keys
 from psclient.torch import Embedding, EmbeddingBag, EmbeddingGroup
 
-TARGET_AUC = 0.918  # on the test file; below it the example fails
-MAX_GAP = 0.002  # how far below the in-process reference the server may end
+TARGET_AUC = 0.918  # on the test file; the example fails below it
+MAX_GAP = 0.002  # the server's AUC may be lower than the in-process one by this much
 
 DEEP_DIM = 8
 WIDE_LR = 0.02
@@ -61,7 +60,7 @@ HIDDEN = (64, 32)
 DROPOUT = 0.3
 BATCH = 512
 
-COLUMNS = (  # of the files, in their order
+COLUMNS = (  # columns of the files, in their order
     "age",
     "workclass",
     "fnlwgt",
@@ -89,7 +88,7 @@ CATEGORICAL = (
     "native-country",
 )
 EXACT = ("age", "hours-per-week", "capital-gain", "capital-loss")
-BUCKETS = {  # name: (column, lower bounds of all buckets but the first)
+BUCKETS = {  # name: (column, lower bounds of the second and later buckets)
     "age/5": ("age", range(20, 90, 5)),
     "hours": ("hours-per-week", (20, 30, 36, 40, 41, 46, 51, 60)),
     "gain": (
@@ -125,7 +124,7 @@ Text = NDArray[np.str_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """People as the network sees them."""
+    """Inputs of the network, one per person."""
 
     wide: Keys  # int64[n, columns + crosses]
     deep: Keys  # int64[n, columns]
@@ -148,13 +147,13 @@ class Samples:
 
 
 def read(directory: Path, name: str) -> Samples:
-    """The people of ``name`` or ``name``.gz."""
+    """Return the samples of the file ``name`` or ``name``.gz."""
     found = [path for path in (directory / name, directory / f"{name}.gz") if path.exists()]
     if not found:
         sys.exit(f"{directory} has no {name} or {name}.gz; see https://doi.org/10.24432/C5XW20")
     with gzip.open(found[0], "rt") if found[0].suffix == ".gz" else found[0].open() as file:
         lines = csv.reader(file, skipinitialspace=True)
-        people = [line for line in lines if len(line) > 1]  # the test file begins with a remark
+        people = [line for line in lines if len(line) > 1]  # the test file begins with a comment
     header = people.pop(0) if people[0][0] == COLUMNS[0] else COLUMNS
     columns = {
         name: np.array(values)
@@ -164,7 +163,7 @@ def read(directory: Path, name: str) -> Samples:
 
 
 def featurize(columns: Mapping[str, Text]) -> Samples:
-    """Keys and numbers of raw columns of text; labels in the test file end with a full stop."""
+    """Return keys and numbers of columns of text. Labels in the test file end with a full stop."""
     values = {name: columns[name] for name in CATEGORICAL + EXACT}
     for name, (column, bounds) in BUCKETS.items():
         values[name] = np.digitize(columns[column].astype(np.int64), bounds).astype(str)
@@ -183,7 +182,7 @@ def featurize(columns: Mapping[str, Text]) -> Samples:
 
 
 def column_keys(name: str, column: Text) -> Keys:
-    """The key of a value is the hash of "name=value"; each distinct value is hashed once."""
+    """Return the keys of a column: hashes of "name=value", one hash per distinct value."""
     distinct, inverse = np.unique(column, return_inverse=True)
     return hash_keys([f"{name}={value}" for value in distinct]).view(np.int64)[inverse]
 
@@ -224,7 +223,7 @@ class InProcess:
     """The two tables as torch.nn modules with torch's own sparse Adagrad."""
 
     def __init__(self, keys: Keys, wide: Rows, deep: Rows) -> None:
-        """Start from the rows ``wide`` and ``deep`` of ``keys``, which are sorted and distinct."""
+        """Start with the rows ``wide`` and ``deep`` of ``keys``, which are sorted and distinct."""
         self._keys = keys
         count = len(keys)
         self._wide = nn.EmbeddingBag(
@@ -264,14 +263,14 @@ class WideDeep(nn.Module):
         self.mlp = nn.Sequential(*layers, nn.Linear(width, 1))
 
     def forward(self, embeddings: dict[str, Tensor], numbers: Tensor) -> Tensor:
-        """float32[n] logits of {"wide": [n, 1], "deep": [n, columns, dim]} and [n, numbers]."""
+        """Return logits float32[n] of {"wide": [n, 1], "deep": [n, columns, dim]}, [n, numbers]."""
         deep = torch.cat([embeddings["deep"].flatten(1), numbers], dim=1)
         logits: Tensor = embeddings["wide"] + self.mlp(deep)
         return logits.squeeze(1)
 
 
 def batches(samples: Samples, generator: np.random.Generator) -> Iterator[Samples]:
-    """One epoch: each sample once, in a new order; the rest that fills no batch is left out."""
+    """Yield the batches of an epoch: samples in random order, without an incomplete batch."""
     order = generator.permutation(len(samples))
     for start in range(0, len(order) - BATCH + 1, BATCH):
         yield samples.take(order[start : start + BATCH])
@@ -303,14 +302,14 @@ def train(group: Group, samples: Samples, *, epochs: int, seed: int, report: "Re
 
 @torch.no_grad()
 def score(group: Group, net: WideDeep, samples: Samples) -> float:
-    """AUC over ``samples``; keys never trained have their initial rows."""
+    """Return the AUC over ``samples``; keys that were never trained have their initial rows."""
     parts = [samples.take(slice(start, start + 4096)) for start in range(0, len(samples), 4096)]
     logits = [net(group(part.keys()), torch.from_numpy(part.numbers)) for part in parts]
     return auc(samples.labels, torch.cat(logits).numpy())
 
 
 class Report:
-    """A bar on a terminal, and a line per epoch everywhere."""
+    """A progress bar on a terminal, and a line per epoch everywhere."""
 
     def __init__(self, console: Console, name: str, *, epochs: int, samples: int) -> None:
         self._name = name
@@ -348,7 +347,7 @@ class Report:
 def main() -> None:
     arguments = parse_arguments()
     warnings.filterwarnings("ignore", "Sparse invariant checks", UserWarning)
-    torch.set_num_threads(1)  # the layers are small; the other core serves
+    torch.set_num_threads(1)  # the layers are small; other cores run the servers
     console = Console()
     train_samples, test_samples = load(arguments.directory, validate=arguments.validate)
     console.print(
@@ -406,7 +405,7 @@ def main() -> None:
 
 
 def load(directory: Path, *, validate: bool) -> tuple[Samples, Samples]:
-    """What to train on and what to score."""
+    """Return the samples to train on and the samples to score."""
     samples = read(directory, "adult.data")
     if not validate:
         return samples, read(directory, "adult.test")
@@ -416,13 +415,21 @@ def load(directory: Path, *, validate: bool) -> tuple[Samples, Samples]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Wide and deep on the census-income data.")
-    parser.add_argument("directory", type=Path, help="holds adult.data and adult.test")
-    parser.add_argument("--shards", type=int, default=2, help="of the cluster started here")
+    parser.add_argument("directory", type=Path, help="directory with adult.data and adult.test")
+    parser.add_argument(
+        "--shards", type=int, default=2, help="number of shards of the cluster that is started"
+    )
     parser.add_argument("--servers", help="host:port,... of a running cluster to use instead")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--reference", action="store_true", help="train in process too, compare")
-    parser.add_argument("--validate", action="store_true", help="score held-out training data")
+    parser.add_argument(
+        "--reference", action="store_true", help="train in this process too, and compare"
+    )
+    parser.add_argument(
+        "--validate",
+        action="store_true",
+        help="score held-out training data instead of the test file",
+    )
     return parser.parse_args()
 
 

@@ -1,16 +1,17 @@
-"""The one figure that both examples judge themselves by."""
+"""The measure of quality of the examples."""
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 
 def auc(labels: ArrayLike, scores: ArrayLike) -> float:
-    """Area under the ROC curve: how often a positive outscores a negative, a tie counting half.
+    """Return the area under the ROC curve: how often a positive outscores a negative, ties half.
 
     labels  [n]  0 or 1, both present
     scores  [n]  any monotone function of the probability
 
-    The rank-sum formula of Mann and Whitney (1947); equal scores share the mean of their ranks.
+    This is the rank-sum formula of Mann and Whitney (1947). Equal scores share the mean of their
+    ranks.
     """
     positive = np.asarray(labels) > 0
     _, inverse, counts = np.unique(np.asarray(scores), return_inverse=True, return_counts=True)

@@ -1,4 +1,4 @@
-"""A bar on a terminal, a few lines elsewhere."""
+"""A progress bar on a terminal, some lines elsewhere."""
 
 import time
 from typing import Self
@@ -8,9 +8,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Bar:
-    """The bar, from ``with`` to its end; what stands behind it is a subclass's matter.
+    """A progress bar within a ``with`` block; a subclass defines the text after it.
 
-    lines  how many to print where there is no terminal
+    lines  number of lines to print if there is no terminal
     """
 
     def __init__(self, console: Console, steps: int, lines: int) -> None:
@@ -36,5 +36,5 @@ class Bar:
         self._progress.stop()
 
     def _has_line(self, step: int) -> bool:
-        """Whether a line is due behind this step, if there is no terminal."""
+        """Return whether a line is due after this step if there is no terminal."""
         return step * self._lines // self._steps > (step - 1) * self._lines // self._steps

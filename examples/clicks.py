@@ -1,12 +1,11 @@
 """Clicks with a known truth, and the factorization machine that learns them.
 
-Whether a click happens is drawn from a probability that hidden factors of the user, the item and
-the context determine, and those are a hash of the key.  So nothing is stored, every key that a
-stream may make up has its factors, and the best AUC that any model could reach is measured on the
-same samples.
+A click is drawn with a probability that follows from hidden factors of the user, the item and the
+context. The hidden factors are a hash of the key, so nothing is stored and every key has them. The
+best AUC that any model could reach is measured on the same samples.
 
-The model is a factorization machine (Rendle, 2010, https://doi.org/10.1109/ICDM.2010.127) with
-its gradient by hand in numpy: a row [w, v] for each key of a field.
+The model is a factorization machine (Rendle, 2010, https://doi.org/10.1109/ICDM.2010.127) with a
+row [w, v] for each key of a field. NumPy computes its gradient.
 """
 
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ CONTEXTS = 200
 
 HIDDEN = 4  # length of a hidden vector
 BIAS = -1.2
-BIAS_STD = 0.7  # of a user's, an item's and a context's own part of the logit
-MATCH_STD = 1.0  # of the part that is the inner product of user and item
+BIAS_STD = 0.7  # scale of the biases of user, item and context in the logit
+MATCH_STD = 1.0  # scale of the inner product of user and item in the logit
 
 Keys = NDArray[np.int64]
 Rows = NDArray[np.float32]
@@ -29,7 +28,7 @@ Floats = NDArray[np.float64]
 
 
 def scatter(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64 (Steele, Lea and Flood, 2014), a bijection of 64-bit numbers."""
+    """Apply the finalizer of splitmix64 (Steele, Lea and Flood, 2014), a bijection of uint64."""
     mixed = numbers + np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -37,7 +36,7 @@ def scatter(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def hidden(keys: Keys, count: int) -> Floats:
-    """float64[n, count] standard normal numbers, a function of the key alone (Box and Muller)."""
+    """Return float64[n, count] standard normal numbers, a function of the key (Box-Muller)."""
     positions = np.arange(2 * count).astype(np.uint64)
     bits = scatter(scatter(keys.view(np.uint64)[:, None] + positions)) >> np.uint64(11)
     uniform = (bits.astype(np.float64) + 0.5) / 2.0**53
@@ -50,20 +49,20 @@ def sigmoid(logits: NDArray[np.floating]) -> Floats:
 
 
 def keys_of(field: str, numbers: NDArray[np.uint64], seed: int) -> Keys:
-    """A key for each number of a field, anywhere in the int64 range."""
+    """Return a key for each number of a field, anywhere in the int64 range."""
     space = np.array([seed * len(FIELDS) + FIELDS.index(field)], dtype=np.uint64)
     return np.asarray(scatter(scatter(numbers) ^ scatter(scatter(space))).view(np.int64))
 
 
 def popular(generator: np.random.Generator, count: int, size: int) -> NDArray[np.uint64]:
-    """uint64[size] ranks 0..count - 1, drawn in proportion to 1 / (rank + 1)."""
+    """Return uint64[size] ranks 0..count - 1, drawn in proportion to 1 / (rank + 1)."""
     ranks = np.exp(generator.random(size) * np.log(count + 1)) - 1
     return np.asarray(ranks.astype(np.uint64))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Impressions in the order they happened."""
+    """Impressions, in the order in which they happened."""
 
     keys: dict[str, Keys]  # field: int64[n]
     clicks: Rows  # float32[n], 0 or 1
@@ -71,7 +70,7 @@ class Batch:
 
 
 def probability(keys: dict[str, Keys]) -> Floats:
-    """The hidden truth: biases of all three, and how well the user and the item match."""
+    """Return true probabilities, from three biases and the match of user and item."""
     user, item = hidden(keys["user"], 1 + HIDDEN), hidden(keys["item"], 1 + HIDDEN)
     context = hidden(keys["context"], 1)
     match = np.sum(user[:, 1:] * item[:, 1:], axis=1) / np.sqrt(HIDDEN)
@@ -80,9 +79,9 @@ def probability(keys: dict[str, Keys]) -> Floats:
 
 
 def predict(rows: dict[str, Rows]) -> Floats:
-    """float64[n] probabilities: logit = sum of w + sum over pairs of fields of <v, v'>.
+    """Return float64[n] probabilities: logit = sum of w + sum over pairs of fields of <v, v'>.
 
-    The constant of the textbook formula is left to the contexts: each sample has exactly one.
+    There is no constant term: each sample has exactly one context, whose w takes its part.
     """
     stacked = np.stack([rows[field] for field in FIELDS])
     total = stacked.sum(axis=0)
@@ -91,12 +90,12 @@ def predict(rows: dict[str, Rows]) -> Floats:
 
 
 def gradients(rows: dict[str, Rows], error: Rows) -> dict[str, Rows]:
-    """Of the logistic loss, summed over the batch by whoever sums duplicate keys.
+    """Return the gradients of the logistic loss; the caller sums those of duplicate keys.
 
     rows   field: float32[n, 1 + FACTORS]
     error  float32[n], probability - click, the gradient by the logit
 
-    By w it is the error; by v the error times the sum of the other fields' v.
+    The gradient by w is the error; by v it is the error times the sum of the other fields' v.
     """
     total = np.sum([rows[field] for field in FIELDS], axis=0)
     result = {}
@@ -108,5 +107,5 @@ def gradients(rows: dict[str, Rows], error: Rows) -> dict[str, Rows]:
 
 
 def share(model: float, best: float) -> float:
-    """How much of what can be known the model knows: 0 for a coin, 1 for the truth."""
+    """Return the share of the possible AUC: 0 for a random guess, 1 for the truth."""
     return (model - 0.5) / (best - 0.5)

@@ -2,19 +2,18 @@
 
     python examples/clickstream.py [--shards 2 | --servers host:port,host:port]
 
-The stream is generated.  Users, items and contexts have scattered 64-bit keys and popularities
-after Zipf; items are born, fade and give way to new ones, so the model never stops meeting keys
-it has not seen.  The probability of each click is known (clicks.py), and so is the best AUC that
+The stream is generated. Users, items and contexts have random 64-bit keys and Zipf-distributed
+popularities. Items appear, lose popularity and are replaced by new items, so the model meets new
+keys all the time. The probability of each click is known (clicks.py), and so is the best AUC that
 any model could reach.
 
-Everything the model learns lives on the server, one row [w, v] per key in a table per field.  A
-step is one round trip: an exchange pushes the gradients of the last batch and pulls the rows of
-the next.  Every batch is predicted before it is learnt from (progressive validation), so no
-held-out data is needed.
+All parameters are on the server: a table per field, with a row [w, v] per key. A step is one round
+trip: an exchange pushes the gradients of the last batch and pulls the rows of the next batch. Every
+batch is predicted before the model learns from it (progressive validation), so no data is held out.
 
-The example fails when, over the second half of the stream, the share (AUC - 0.5) / (best - 0.5)
-is below --min-share.  Seeds 0 to 4 reach 0.927 to 0.940 in the default 4000 steps.  A shorter
-stream reaches less (0.90 to 0.92 in 2000), since keys are then seen less often.
+The example fails if, over the second half of the stream, the share (AUC - 0.5) / (best - 0.5) is
+below --min-share. Seeds 0 to 4 reach 0.927 to 0.940 in the default 4000 steps. A shorter stream
+reaches less (0.90 to 0.92 in 2000 steps), because each key is seen less often.
 """
 
 import argparse
@@ -53,12 +52,12 @@ LR = 0.2
 INITIAL_STD = 0.02
 
 USERS = 20_000
-ITEMS = 5_000  # alive at any time
+ITEMS = 5_000  # items that are shown at any time
 LIFETIMES = (500, 2500)  # steps, shortest and longest life of an item
 
-WINDOW = 50  # batches that a live AUC looks back over
-REFRESH_SECONDS = 1.0  # between live figures on a terminal
-LINES = 10  # in place of the bar where there is no terminal
+WINDOW = 50  # batches that a live AUC covers
+REFRESH_SECONDS = 1.0  # seconds between live figures on a terminal
+LINES = 10  # lines to print instead of the bar if there is no terminal
 
 
 class Stream:
@@ -83,10 +82,10 @@ class Stream:
             yield Batch(keys=keys, clicks=clicks, truth=truth)
 
     def _alive(self, generator: np.random.Generator, step: int) -> NDArray[np.uint64]:
-        """Items on show at ``step``: the number of a place and of the generation that holds it.
+        """Return the items at ``step``: the number of a place, and of its current generation.
 
-        A place has a popularity and a lifetime.  An item fades as it ages, its share of the
-        clicks going to whatever else is drawn, until the next generation takes its place.
+        A place has a popularity and a lifetime. An item loses popularity as it ages, until the next
+        generation takes its place.
         """
         first, second = (popular(generator, ITEMS, self._batch) for _ in range(2))
         _, age = generation(first, step)
@@ -97,7 +96,7 @@ class Stream:
 
 
 def generation(places: NDArray[np.uint64], step: int) -> tuple[NDArray[np.uint64], Floats]:
-    """How many items held each place before the one of ``step``, and its age in 0..1."""
+    """Return how many items each place had before ``step``, and the age of its item in 0..1."""
     shortest, longest = LIFETIMES
     draw = scatter(places)
     lifetime = shortest + (draw >> np.uint64(32)) % np.uint64(longest - shortest)
@@ -106,17 +105,17 @@ def generation(places: NDArray[np.uint64], step: int) -> tuple[NDArray[np.uint64
 
 
 class Record:
-    """What was predicted, what could have been, and what happened."""
+    """Predicted probabilities, true probabilities and clicks."""
 
     def __init__(self, last: int | None = None) -> None:
-        """Keep the ``last`` batches, or all."""
+        """Keep the ``last`` batches; all if None."""
         self._batches: deque[tuple[Rows, Floats, Floats]] = deque(maxlen=last)
 
     def add(self, batch: Batch, predicted: Floats) -> None:
         self._batches.append((batch.clicks, predicted, batch.truth))
 
     def aucs(self) -> tuple[float, float]:
-        """Of the model, and of the true probabilities."""
+        """Return the AUC of the model, and that of the true probabilities."""
         clicks, predicted, truth = (
             np.concatenate(column) for column in zip(*self._batches, strict=True)
         )
@@ -154,7 +153,7 @@ class Display(Bar):
 
 
 def train(ps: Client, stream: Stream, steps: int, display: Display) -> Record:
-    """Learn from ``steps`` batches; the record of the second half, each predicted when new."""
+    """Learn from ``steps`` batches; return the record of the second half."""
     record = Record()
     push: dict[str, tuple[Keys, Rows]] = {}
     for step, batch in enumerate(stream.batches(steps)):
@@ -230,10 +229,17 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A drifting click stream with known truth.")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=2048)
-    parser.add_argument("--shards", type=int, default=2, help="of the cluster started here")
+    parser.add_argument(
+        "--shards", type=int, default=2, help="number of shards of the cluster that is started"
+    )
     parser.add_argument("--servers", help="host:port,... of a running cluster to use instead")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--min-share", type=float, default=0.9, help="fail below this share")
+    parser.add_argument(
+        "--min-share",
+        type=float,
+        default=0.9,
+        help="share of the possible AUC below which the example fails",
+    )
     return parser.parse_args()
 
 

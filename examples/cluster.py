@@ -1,4 +1,4 @@
-"""A parameter server for as long as an example runs."""
+"""A parameter-server cluster for the duration of an example."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ STOP_SECONDS = 60.0
 
 
 class ClusterFailed(RuntimeError):
-    """`psserver up` ended by itself, was not ready in time, or did not stop cleanly."""
+    """`psserver up` ended early, was not ready in time, or did not stop cleanly."""
 
     def __init__(self, what: str, log: Path) -> None:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
@@ -25,7 +25,7 @@ class ClusterFailed(RuntimeError):
 
 @contextmanager
 def servers(given: str | None, shards: int) -> Iterator[list[str]]:
-    """Addresses of the servers ``given`` as host:port,host:port, or of a cluster of our own."""
+    """Yield the addresses ``given`` as host:port,host:port, or those of a new cluster."""
     if given:
         yield given.split(",")
     else:
@@ -37,9 +37,9 @@ def servers(given: str | None, shards: int) -> Iterator[list[str]]:
 def local_cluster(shards: int) -> Iterator[list[str]]:
     """Start ``shards`` servers on free local ports; yield their addresses; stop them at the end.
 
-    Rows live in a temporary directory and are gone afterwards.  The servers run in a session of
-    their own, so Ctrl-C reaches the trainer only, and while they run SIGTERM is treated like
-    Ctrl-C: either way they are stopped before the trainer ends.
+    Rows are in a temporary directory, which is deleted at the end. The servers run in a session of
+    their own, so Ctrl-C reaches only the trainer. Meanwhile SIGTERM is treated like Ctrl-C. In both
+    cases the servers are stopped before the trainer ends.
     """
     port = free_ports(shards)
     with tempfile.TemporaryDirectory(prefix="ps-example-") as directory, ExitStack() as stack:
@@ -73,7 +73,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask with SIGTERM; a cluster that does not follow in time is killed, shards included."""
+    """Stop a cluster with SIGTERM; kill it, shards included, if it does not stop in time."""
     process.terminate()
     try:
         process.wait(STOP_SECONDS)
@@ -83,7 +83,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def free_ports(count: int) -> int:
-    """The first of ``count`` consecutive local ports that nobody listens on just now."""
+    """Return the first of ``count`` consecutive free local ports."""
     for _ in range(100):
         with ExitStack() as stack:
             try:

@@ -1,25 +1,26 @@
-"""Ids without end: five ways to keep their embeddings, side by side on one drifting click stream.
+"""Five ways to store embeddings of an unbounded set of ids, compared on one drifting click stream.
 
     python examples/longtail.py [--quick] [--html longtail.html]
                                 [--shards 2 | --servers host:port,host:port]
 
-The stream is generated (tail.py): users and items whose popularity has a long tail, and which
-drift.  The ways (ways.py) are hashing into a fixed table, multi-hash, and dynamic tables that keep
-everything, that admit ids at their second occurrence, and that also evict idle ones.
+The stream is generated (tail.py): users and items with a long tail of popularity, which drift. The
+ways (ways.py) are hashing into a fixed table, multi-hash, and three dynamic tables: one that keeps
+a row for every id ("everything"), one that admits ids at their second occurrence, and one that also
+evicts idle ids.
 
-All five learn the same factorization machine from the same batches in one pass, with the rows of
-all in one round trip a step.  The last tenth of the stream is held out: nothing is pushed, and
-pulls are serving pulls.  The example fails unless
+All five learn the same factorization machine from the same batches in one pass. One round trip per
+step carries the rows of all five. The last tenth of the stream is held out: nothing is pushed, and
+pulls are serving pulls. The example fails unless
 
-    hashing               gives more than 20 % of the ids a bucket that another one has, too,
-    multi-hash            gives less than 0.2 per mille all their rows in common with another one,
-                          on 95 % fewer parameters,
-    admission + eviction  keeps at most 30 % of the rows, at an AUC within 0.001 of everything,
-    everything            reaches 70 % of what can be known: (AUC - 0.5) / (best AUC - 0.5).
+    hashing               more than 20 % of the ids share their bucket with another id
+    multi-hash            less than 0.2 per mille of the ids share all their rows with another id,
+                          with 95 % fewer parameters
+    admission + eviction  keeps at most 30 % of the rows, with an AUC within 0.001 of "everything"
+    everything            reaches 70 % of the possible AUC: (AUC - 0.5) / (best AUC - 0.5)
 
-The first three are what was published for DeepRec; docs/longtail.md discusses the results.  With
---quick the stream is a ninth of it.  So it teaches less, 60 % here, and cannot tell AUCs apart
-to 0.001, only to 0.004.
+The first three claims were published for DeepRec; docs/longtail.md discusses the results. With
+--quick the stream has a ninth of the length. The models then learn less (60 %), and differences of
+AUCs are significant to 0.004 instead of 0.001.
 """
 
 import argparse
@@ -44,23 +45,23 @@ from ways import Result, Way, embeddings, make_ways
 import psclient
 from psclient import Client
 
-MIN_COLLISIONS = 0.2  # of hashing, as a share of the ids
-MAX_COLLISIONS = 2e-4  # of multi-hash
-MIN_SAVED = 0.95  # of hashing's parameters, by multi-hash
-MAX_ROWS = 0.3  # of everything's, by admission and eviction
+MIN_COLLISIONS = 0.2  # collisions of hashing, as a share of the ids
+MAX_COLLISIONS = 2e-4  # collisions of multi-hash
+MIN_SAVED = 0.95  # share of hashing's parameters that multi-hash saves
+MAX_ROWS = 0.3  # share of the rows of "everything" that admission and eviction keep
 
-WINDOW = 20  # steps at the end of a day that a figure of that day is of
-LINES = 9  # in place of the bar where there is no terminal
+WINDOW = 20  # steps at the end of a day that its figures cover
+LINES = 9  # lines to print instead of the bar if there is no terminal
 WIDTH = 100  # characters, there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much of the stream there is, and what it takes to be content with it."""
+    """Length of the stream, and the limits of the claims for it."""
 
     scale: Scale
-    max_loss: float  # of AUC, by admission and eviction
-    min_share: float  # of what can be known, by everything
+    max_loss: float  # AUC that admission and eviction may lose
+    min_share: float  # share of the possible AUC that "everything" must reach
 
 
 FULL = Size(scale=Scale(steps=70, batch=4096), max_loss=0.001, min_share=0.7)
@@ -71,7 +72,7 @@ QUICK = Size(scale=Scale(steps=15, batch=2048), max_loss=0.004, min_share=0.6)
 
 
 class Window:
-    """What each way predicted in the last steps, what could have been known, and what happened."""
+    """Predictions of each way in the last steps, with true probabilities and clicks."""
 
     def __init__(self, ways: int) -> None:
         self._columns: list[list[NDArray[Any]]] = [[] for _ in range(2 + ways)]
@@ -82,13 +83,13 @@ class Window:
             column.append(part)
 
     def aucs(self) -> tuple[float, list[float]]:
-        """Of the truth, and of each way."""
+        """Return the AUC of the true probabilities, and of each way."""
         clicks, truth, *ways = (np.concatenate(column) for column in self._columns)
         return auc(clicks, truth), [auc(clicks, predicted) for predicted in ways]
 
 
 def learn(ps: Client, stream: Stream, ways: list[Way], display: "Display") -> None:
-    """One pass over all but the held-out days; each batch is predicted, then learnt from."""
+    """Learn from all but the held-out days in one pass; each batch is predicted before learning."""
     push: dict[str, tuple[psclient.Batch, Rows]] = {}
     window = Window(len(ways))
     for step in range(stream.learnt):
@@ -119,7 +120,7 @@ def learn(ps: Client, stream: Stream, ways: list[Way], display: "Display") -> No
 def score(
     ps: Client, stream: Stream, ways: list[Way], display: "Display"
 ) -> tuple[float, list[float]]:
-    """AUC over the held-out days, of the truth and of each way, as serving would have it."""
+    """Return the AUC over the held-out days for the truth and each way, with serving pulls."""
     window = Window(len(ways))
     for step in range(stream.learnt, stream.steps):
         batch = stream.batch(step)
@@ -141,7 +142,7 @@ def merged(wanted: list[dict[str, psclient.Batch]]) -> dict[str, psclient.Batch]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What was to be shown, and whether it was."""
+    """A claim, and whether it holds."""
 
     says: str
     measured: str
@@ -188,7 +189,7 @@ def claims(results: list[Result], best: float, size: Size) -> list[Claim]:
 
 
 class Display(Bar):
-    """How many rows there are."""
+    """Live numbers of rows."""
 
     def __init__(self, console: Console, ways: list[Way], steps: int) -> None:
         super().__init__(console, steps, LINES)
@@ -289,11 +290,13 @@ def html(text: str) -> Path | None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Five ways to keep embeddings of ids without end.")
-    parser.add_argument("--quick", action="store_true", help="a ninth of the stream")
+    parser.add_argument("--quick", action="store_true", help="use a ninth of the stream")
     parser.add_argument(
-        "--html", type=html, default="longtail.html", help="where the plots go; '' for none"
+        "--html", type=html, default="longtail.html", help="HTML file for the plots; '' for none"
     )
-    parser.add_argument("--shards", type=int, default=2, help="of the cluster started here")
+    parser.add_argument(
+        "--shards", type=int, default=2, help="number of shards of the cluster that is started"
+    )
     parser.add_argument("--servers", help="host:port,... of a running cluster to use instead")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""The results of longtail.py as one self-contained page."""
+"""The results of longtail.py as one self-contained HTML page."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,15 +11,15 @@ from ways import FEWER, LOAD, Result, Way
 from psclient import Table
 from psclient.multihash import KHash, MultiHash, QuotientRemainder
 
-COLOURS = {  # of Okabe and Ito, apart for colour-blind eyes too
+COLOURS = {  # colours of Okabe and Ito, distinct for colour-blind eyes too
     "hashing": "#D55E00",
     "multi-hash": "#E69F00",
     "everything": "#333333",
     "admission": "#0072B2",
     "admission + eviction": "#009E73",
 }
-ABOVE = {"hashing": "top", "admission": "top"}  # the point, where the others are close below
-LOADS = (1 / 16, 1 / 4, 1, 4)  # ids a bucket, measured
+ABOVE = {"hashing": "top", "admission": "top"}  # label of a point that has other points close below
+LOADS = (1 / 16, 1 / 4, 1, 4)  # ids per bucket, measured
 PANELS = (
     "Rows of users and items, day by day",
     "AUC lost against everything, day by day",
@@ -33,7 +33,7 @@ PANELS = (
 def page(
     stream: Stream, seen: Mapping[str, Seen], ways: Sequence[Way], results: Sequence[Result]
 ) -> str:
-    """HTML that needs no other file and no network."""
+    """Return HTML that needs no other file and no network."""
     figure = make_subplots(3, 2, subplot_titles=PANELS, vertical_spacing=0.1)
     _days(figure, ways)
     _price(figure, results)
@@ -69,7 +69,7 @@ def _days(figure: go.Figure, ways: Sequence[Way]) -> None:
 
 
 def _price(figure: go.Figure, results: Sequence[Result]) -> None:
-    """One point a way: what it has learnt by what it takes."""
+    """Return a chart with a point per way: quality against memory."""
     for result in results:
         point = go.Scatter(
             x=[result.bytes / 1e6],
@@ -100,9 +100,9 @@ def _memory(figure: go.Figure, results: Sequence[Result]) -> None:
 
 
 def _load(figure: go.Figure, seen: Seen, table: Table) -> None:
-    """Measured where more than none collide, over what chance lets expect: 1 - exp(-ids / codes).
+    """Return a chart of measured collisions over those expected by chance: 1 - exp(-ids / codes).
 
-    table  of any kind: codes need none, and nothing is pulled
+    table  any table: computing codes pulls nothing
     """
     ids = len(seen.keys)
     loads = np.geomspace(min(LOADS), max(LOADS))
@@ -142,7 +142,7 @@ def _feature(table: Table, size: int, parts: int) -> MultiHash:
 def _law(figure: go.Figure, seen: Mapping[str, Seen]) -> None:
     for (name, those), colour in zip(seen.items(), ("#56B4E9", "#CC79A7"), strict=True):
         counts, ids = np.unique(those.counts, return_counts=True)
-        share = ids[::-1].cumsum()[::-1] / len(those.keys)  # with as many occurrences or more
+        share = ids[::-1].cumsum()[::-1] / len(those.keys)  # with at least this many occurrences
         line = {"color": colour}
         figure.add_trace(
             go.Scatter(x=counts, y=share, name=f"{name}s (bottom right)", line=line), 3, 2

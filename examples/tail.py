@@ -1,13 +1,13 @@
-"""A month of clicks on ids without end, which drift; their truth is known (clicks.py).
+"""A month of clicks on an unbounded, drifting set of ids, with known probabilities (clicks.py).
 
-Users and items have places in a ranking, and place p = 0, 1, ... is chosen in proportion to about
-(p + FIRST)^-EXPONENT: Zipf's law with Mandelbrot's shift, and no last place.  So new ids never stop
-coming, and most are seen once.  The exponent is one that public logs have: of the 34 million values
-in Criteo's display advertising log, 0.91 million (2.7 %) occur ten times or more; here it is 2.9 %.
-The shift keeps the most popular id at 1 % of the clicks.
+Users and items have places in a ranking. Place p = 0, 1, ... is chosen in proportion to about
+(p + FIRST)^-EXPONENT: Zipf's law with Mandelbrot's shift, without a last place. So there are always
+new ids, and most ids are seen once. The exponent is close to that of public logs: of the 34 million
+values in Criteo's display advertising log, 0.91 million (2.7 %) occur ten times or more; here 2.9 %
+do. The shift limits the most popular id to 1 % of the clicks.
 
-Ids drift: who holds a place does so for two half-lives and then gives way to a new id.  Places
-change hands at moments of their own, so one half-life later half of them have another holder.
+Ids drift: an id keeps its place for two half-lives, then a new id takes the place. Places change at
+different moments, so after one half-life half of the places have another id.
 """
 
 from dataclasses import dataclass
@@ -16,23 +16,23 @@ import numpy as np
 from clicks import CONTEXTS, Batch, Keys, keys_of, popular, probability, scatter
 from numpy.typing import NDArray
 
-LONG = ("user", "item")  # the fields whose ids have no end
+LONG = ("user", "item")  # the fields with unbounded sets of ids
 
 EXPONENT = 1.2
 FIRST = 21
 HALF_LIVES = {"user": 28, "item": 7}  # days
 DAYS = 30
-HELD_OUT = 3  # of the days, the last ones
+HELD_OUT = 3  # share of the days that is held out, the last days
 
-Places = NDArray[np.uint64]  # by the bits of their numbers as float64, which may be huge
+Places = NDArray[np.uint64]  # by the bits of their numbers as float64, as the numbers may be huge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scale:
-    """How much of the stream there is."""
+    """Length of the stream."""
 
-    steps: int  # a day
-    batch: int  # impressions a step
+    steps: int  # per day
+    batch: int  # impressions per step
 
     def __str__(self) -> str:
         impressions = DAYS * self.steps * self.batch
@@ -40,7 +40,7 @@ class Scale:
 
 
 def draw(generator: np.random.Generator, size: int) -> Places:
-    """uint64[size] places, drawn by their popularity."""
+    """Return uint64[size] places, drawn by their popularity."""
     tail = (1 - generator.random(size)) ** (-1 / (EXPONENT - 1)) - 1
     return np.floor(FIRST * tail).view(np.uint64)
 
@@ -50,12 +50,12 @@ class Stream:
 
     def __init__(self, seed: int, scale: Scale) -> None:
         self.scale = scale
-        self.learnt = (DAYS - HELD_OUT) * scale.steps  # steps; those from here on are held out
+        self.learnt = (DAYS - HELD_OUT) * scale.steps  # first step that is held out
         self.steps = DAYS * scale.steps
         self._seed = seed
 
     def ids(self, name: str, step: int) -> Keys:
-        """The keys int64[batch] of a long field at a step."""
+        """Return the keys int64[batch] of a long-tailed field at a step."""
         generator = np.random.default_rng([self._seed, step, LONG.index(name)])
         return self._holders(name, draw(generator, self.scale.batch), step)
 
@@ -69,7 +69,7 @@ class Stream:
         return Batch(keys=keys, clicks=clicks, truth=truth)
 
     def _holders(self, name: str, places: Places, step: int) -> Keys:
-        """The key of who holds each place at a step."""
+        """Return the key of the id at each place at a step."""
         mixed = scatter(places)
         phase = (mixed >> np.uint64(40)) / 2.0**24
         holder = phase + step / (2 * HALF_LIVES[name] * self.scale.steps)
@@ -78,7 +78,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The distinct keys of a field in the part of the stream that is learnt from."""
+    """The distinct keys of a field in the part of the stream that is learned from."""
 
     keys: Keys  # int64[n], ascending
     counts: NDArray[np.int64]  # [n] occurrences
@@ -89,5 +89,5 @@ class Seen:
         return cls(*np.unique(np.concatenate(steps), return_counts=True))
 
     def at_least(self, occurrences: int) -> float:
-        """The share of the keys with so many."""
+        """Return the share of the keys with at least this many occurrences."""
         return float((self.counts >= occurrences).mean())

@@ -1,14 +1,14 @@
-"""Five ways to keep the embeddings of users and items, each a model of its own.
+"""Five ways to store the embeddings of users and items, each with a model of its own.
 
-    hashing               a bucket of a fixed table for each id
-    multi-hash            a row in each of several parts of a table, with 95 % fewer parameters
-    everything            a row for every id that was ever pushed
-    admission             a row from the second occurrence on
-    admission + eviction  and none for an id that was not seen for two weeks
+    hashing               an id uses a bucket of a fixed table
+    multi-hash            an id uses a row in each of several parts; 95 % fewer parameters
+    everything            every id that was ever pushed has a row
+    admission             an id has a row from its second occurrence on
+    admission + eviction  the same; the rows of ids that were idle for two weeks are evicted
 
-All have the same model, optimizer and initial values; contexts are few, and kept in full by each.
-A way that needs a size gets it from the number of ids that will come, which is known here and
-would have to be guessed elsewhere.
+All have the same model, optimizer and initial values. Contexts are few, so each way has a row for
+every context. Fixed sizes follow from the number of ids that will come. It is known here; elsewhere
+it would be a guess.
 """
 
 import sys
@@ -23,14 +23,14 @@ import psclient
 from psclient import Client, Table
 from psclient.multihash import KHash, MultiHash, PulledParts, QuotientRemainder
 
-LOAD = 0.25  # ids for each bucket: where hashing gives 22 % of them a bucket in common
-FEWER = 20  # times as many parameters has hashing as multi-hash
-SHARED = 1e-4  # of the ids, at most, are to share all rows of multi-hash
+LOAD = 0.25  # ids per bucket; with hashing, 22 % of the ids then share a bucket
+FEWER = 20  # hashing has this many times as many parameters as multi-hash
+SHARED = 1e-4  # share of the ids that may share all rows with another id, with multi-hash
 ADMITTED = 2  # occurrences
 IDLE_DAYS = 14  # two half-lives of an item
 
 LR = 0.2
-LR_SHARED = 0.1  # of multi-hash: a row takes the gradients of many ids
+LR_SHARED = 0.1  # of multi-hash, where a row takes the gradients of many ids
 ACCUMULATED = 0.1  # Adagrad's initial accumulator
 INITIAL_STD = 0.02
 
@@ -41,25 +41,25 @@ class Feature(Protocol):
     tables: tuple[Table, ...]
 
     def set_aside(self) -> int | None:
-        """Rows that it was made with; None if there are as many as come into being."""
+        """Return the number of rows allocated at creation; None if rows are created on demand."""
 
     def collisions(self, keys: Keys) -> float:
-        """Share of distinct keys that share all they have with another one."""
+        """Return the share of distinct keys that share all their rows with another key."""
 
     def batches(self, keys: Keys, batch: psclient.Batch) -> dict[str, psclient.Batch]:
-        """What to pull for keys, which ``batch`` is made of, too: by table."""
+        """Return the rows to pull for keys, by table; ``batch`` was made of the same keys."""
 
     def compose(
         self, batches: Mapping[str, psclient.Batch], rows: Mapping[str, Rows]
     ) -> PulledParts:
-        """Embeddings from what came back."""
+        """Return embeddings, given the pulled rows."""
 
     def gradients(self, pulled: PulledParts, by: Rows) -> dict[str, tuple[psclient.Batch, Rows]]:
-        """What to push, from the gradients by the embeddings: by table."""
+        """Return the gradients to push, by table, given gradients of the embeddings."""
 
 
 class Own(Feature):
-    """A row of its own for each key."""
+    """One row per key."""
 
     def __init__(self, table: Table) -> None:
         self.tables = (table,)
@@ -84,10 +84,10 @@ class Own(Feature):
 
 
 class Hashed(Feature):
-    """Rows that hashes of the key choose."""
+    """Rows chosen by hashes of the key."""
 
     def __init__(self, parts: MultiHash) -> None:
-        self.tables = parts.tables[:1]  # all parts are in one
+        self.tables = parts.tables[:1]  # one table has all parts
         self._parts = parts
 
     def set_aside(self) -> int:
@@ -110,30 +110,30 @@ class Hashed(Feature):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """A way in the end; rows and bytes are those of users and items."""
+    """Results of a way; rows and bytes are those of users and items."""
 
     name: str
-    collisions: float  # share of the ids that share all they have with another one
+    collisions: float  # share of the ids that share all their rows with another id
     rows: int
     bytes: int
-    counter_bytes: int  # of these
-    parameters: int  # numbers of the fixed tables, used or not; or of the rows
-    auc: float  # held out
+    counter_bytes: int  # of users and items
+    parameters: int  # numbers in the fixed tables, used or not; or in the rows
+    auc: float  # over the held-out days
 
 
 @dataclass(slots=True)
 class Way:
-    """A model of its own, and what became of it day by day."""
+    """One model, and its figures day by day."""
 
     name: str
     features: dict[str, Feature]
     rows: list[int] = field(default_factory=list)  # of users and items, at the end of each day
     bytes: list[int] = field(default_factory=list)
-    counter_bytes: list[int] = field(default_factory=list)  # of these, for ids without a row
+    counter_bytes: list[int] = field(default_factory=list)  # for ids without a row
     aucs: list[float] = field(default_factory=list)  # at the end of each day, before learning
 
     def measure(self, ps: Client) -> None:
-        """Note the rows and bytes of users and items, as the servers count them."""
+        """Record the rows and bytes of users and items, as the servers count them."""
         names = [table.name for name in LONG for table in self.features[name].tables]
         infos = [ps.describe_table(name) for name in names]
         self.rows.append(sum(info.rows for info in infos))
@@ -141,10 +141,10 @@ class Way:
         self.counter_bytes.append(sum(info.counter_bytes for info in infos))
 
     def result(self, seen: Mapping[str, Seen], auc: float) -> Result:
-        """What there is to compare in the end.
+        """Return the results of this way.
 
         seen  by field, users and items
-        auc   held out
+        auc   over the held-out days
         """
         features = {name: self.features[name] for name in LONG}
         counts = {name: len(seen[name].keys) for name in LONG}
@@ -188,7 +188,7 @@ def embeddings(pulled: Mapping[str, PulledParts]) -> dict[str, Rows]:
 
 
 def make_ways(ps: Client, seen: Mapping[str, Seen], scale: Scale, seed: int) -> list[Way]:
-    """The five of the module's docstring, in its order; SystemExit if a table is trained."""
+    """Return the five ways in the order of the module; SystemExit if a table has rows."""
     admission = {"admission": "counter", "admission_args": {"threshold": ADMITTED}}
     eviction = {"eviction": {"step_ttl": {"steps": IDLE_DAYS * scale.steps}}}
 
@@ -231,14 +231,16 @@ def make_ways(ps: Client, seen: Mapping[str, Seen], scale: Scale, seed: int) -> 
 
 
 def buckets(seen: Seen) -> int:
-    """Of hashing's fixed table."""
+    """Return the number of buckets of hashing's fixed table."""
     return round(len(seen.keys) / LOAD)
 
 
 def part_sizes(seen: Seen, count: int | None = None) -> tuple[int, ...]:
-    """Of multi-hash: the fewest parts that tell the ids apart, on 1 / FEWER of ``count`` rows.
+    """Return the part sizes of multi-hash: the fewest parts that tell the ids apart.
 
-    count  of hashing's buckets, unless another one is of interest
+    The parts have 1 / FEWER of ``count`` rows together.
+
+    count  number of hashing's buckets by default
     """
     rows = (buckets(seen) if count is None else count) // FEWER
     parts = 2
