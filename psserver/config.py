@@ -136,6 +136,12 @@ class ServerConfig(BaseSettings):
         description="Where named checkpoints are stored, the same for all shards:"
         " file:///path or s3://bucket/path",
     )
+    checkpoint_store_seconds: float = Field(
+        120.0,
+        gt=0,
+        le=3600,
+        description="Deadline of one file operation at checkpoint_url, in seconds",
+    )
     max_tombstones: int = Field(
         1 << 20,
         ge=0,

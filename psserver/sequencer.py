@@ -52,7 +52,7 @@ class Sequencer:
 
     def origin(self, change: Change | None = None, step: int = 0) -> Origin:
         """Return who asked for a change, and when, as the log records it."""
-        now = int(self.now() * 1e6)
+        now = max(int(self.now() * 1e6), 0)  # a clock before 1970 is wrong, and no reason to fail
         if change is None:
             return Origin(step=step, time_us=now)
         return Origin(

@@ -210,7 +210,7 @@ class Server:
         if url.startswith("memory:"):
             raise ConfigError(f"checkpoint_url: {url} is seen by one process only")
         try:
-            return Store(url)
+            return Store(url, self._config.checkpoint_store_seconds)
         except ValueError as error:
             raise ConfigError(f"checkpoint_url: {error}") from error
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from storage import part_writer
+from storage import part_reader, part_writer
 from storage.block import pack_rows, pack_tombstones
 from storage.checkpoint import open_checkpoint, read_manifest
 from storage.errors import Corrupt, StorageError, UnknownCheckpoint, UnknownFormat
@@ -260,3 +260,28 @@ def test_a_store_without_local_files_works_alike(tmp_path: Path) -> None:
     store.remove("a")
     with pytest.raises(UnknownCheckpoint):
         read(store, "a")
+
+
+def test_the_keys_of_newer_layers_take_little_address_space(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part_reader, "SEEN_BYTES", 1 << 20)
+    limits: list[int] = []
+    real = part_reader.Budget
+
+    def budget(limit: int) -> Any:
+        limits.append(limit)
+        return real(limit)
+
+    monkeypatch.setattr(part_reader, "Budget", budget)
+    count = 200_000
+    write(store, "a", [block(range(count), 4)], [], count)
+    newer = [block(range(0, count, 2), 25), dead(range(1, count, 4), 26)]
+    rows = count - len(range(1, count, 4))
+    write(store, "b", newer, [pushed(31, 3 * count)], rows + 1, base="a", versions=(30, 40, 20))
+    found = read(store, "b")
+    assert len(found) == rows + 1
+    assert found[0] == 25
+    assert found[3] == 4
+    assert limits == sorted(limits)
+    assert 1 << 20 == limits[0] < limits[-1] <= 64 << 20
