@@ -7,6 +7,7 @@ addresses.py   addresses of servers
 choices.py     words that arguments take: modes, dtypes on the wire, durability
 arrays.py      keys and gradients from arrays of any framework
 batch.py       distinct keys, sums of gradients, pooling
+versions.py    versions of shards, and their epochs
 schema.py      schemas of tables
 alteration.py  settings of a live table
 signals.py     exceptions of signal handlers, delayed
@@ -19,7 +20,6 @@ unary.py       one shard through unary calls
 moved.py       a request sent again where its keys are
 fanout.py      unary calls to several shards at once
 cluster.py     all shards, their map
-versions.py    versions of shards, and their epochs
 request.py     parts of a request and the messages they travel in
 pending.py     requests in flight
 deletes.py     rows deleted on every shard

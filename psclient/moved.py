@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from psclient.errors import PsError
 from psclient.link import Link
 from psclient.session import Call
+from psclient.versions import Versions
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
 
@@ -21,7 +22,7 @@ def resend(
     links: Sequence[Link],
     shard_map: routing.ShardMap,
     exchange: codec.Exchange,
-    min_versions: Sequence[Sequence[int]],
+    min_versions: Sequence[Versions],
     deadline: float,
 ) -> codec.Exchanged:
     """What a refused exchange would have answered, from the shards of a newer map.
@@ -44,8 +45,7 @@ def resend(
         for number, (pull, owners) in enumerate(zip(exchange.pulls, pull_owners, strict=True)):
             at = np.flatnonzero(owners == shard)
             if at.size:
-                least = min_versions[number][shard] if min_versions[number] else 0
-                pulls.append(_some_pull(pull, at, least))
+                pulls.append(_some_pull(pull, at, min_versions[number], shard))
                 numbers.append(number)
                 places[number].append(at)
         if pushes or pulls:
@@ -89,10 +89,13 @@ def _some_push(push: codec.PushMessage, at: Places) -> codec.PushMessage:
     return codec.PushMessage(header, push.keys[at], counts, gradients)
 
 
-def _some_pull(pull: codec.PullMessage, at: Places, min_version: int) -> codec.PullMessage:
+def _some_pull(
+    pull: codec.PullMessage, at: Places, least: Versions, shard: int
+) -> codec.PullMessage:
     header = pb.PullHeader()
     header.CopyFrom(pull.header)
-    header.min_version = min_version
+    header.min_version = least[shard] if least else 0
+    header.min_epoch = least.epochs[shard] if least else 0
     return codec.PullMessage(header, pull.keys[at])
 
 

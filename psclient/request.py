@@ -12,6 +12,7 @@ from psclient.arrays import Rows
 from psclient.batch import Batch
 from psclient.cluster import Cluster
 from psclient.errors import SchemaMismatch
+from psclient.versions import Versions
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
 
@@ -36,7 +37,7 @@ class PullPart:
     mode: int
     metadata: bool
     distinct: bool  # results for the distinct keys, not for the whole batch
-    min_version: Sequence[int]
+    min_version: Versions  # by shard; empty: any version
     out: Rows  # embeddings: [n, dim], or [distinct, dim]
     history: NDArray[np.uint64]  # [3, distinct]: versions, steps, frequencies; [3, 0] without
 
@@ -111,6 +112,7 @@ def messages(
                 mode=pull.mode,  # type: ignore[arg-type]
                 with_metadata=pull.metadata,
                 min_version=pull.min_version[shard] if pull.min_version else 0,
+                min_epoch=pull.min_version.epochs[shard] if pull.min_version else 0,
             )
             built_pulls.append(
                 (codec.PullMessage(head, pull.batch.keys[low:high]), (pull, low, high))

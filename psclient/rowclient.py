@@ -19,6 +19,7 @@ from psclient.pending import Pending, Request, Sent
 from psclient.request import Header, PullPart, PushPart, messages
 from psclient.schema import TableInfo, table_info
 from psclient.session import Call
+from psclient.versions import NO_VERSIONS, Versions
 from psproto import codec
 from psproto import ps_pb2 as pb
 
@@ -243,7 +244,10 @@ class RowClient(Connection):
                 f"min_version must name a version for each of {shards} shards, got"
                 f" {len(min_version)}"
             )
-        least = [checked.integer("min_version", each, 0, 1 << 64) for each in min_version]
+        least = Versions(
+            (checked.integer("min_version", each, 0, 1 << 64) for each in min_version),
+            min_version.epochs if isinstance(min_version, Versions) else (0,) * len(min_version),
+        )
         part = self._pull_part(
             name, keys, self._dtype, wanted, deadline, metadata=True, min_version=least
         )
@@ -307,7 +311,7 @@ class RowClient(Connection):
         *,
         metadata: bool = False,
         distinct: bool = False,
-        min_version: Sequence[int] = (),
+        min_version: Versions = NO_VERSIONS,
     ) -> PullPart:
         dim, batch = self._dim(name, deadline), self._batch(keys, deadline)
         u = len(batch.keys)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from psclient import checked
 from psclient.choices import DURABILITIES
 from psclient.errors import SchemaMismatch
+from psclient.versions import Versions
 from psproto import ps_pb2 as pb
 
 MAX_DIM = 8192
@@ -36,7 +37,7 @@ class TableInfo:
     counter_bytes: int  # of their counters, part of ``bytes``
     shard_rows: tuple[int, ...]
     shard_bytes: tuple[int, ...]
-    versions: tuple[int, ...]  # of the shards
+    versions: Versions  # of the shards
 
 
 def rule(
@@ -82,5 +83,5 @@ def table_info(shards: Sequence[pb.DescribeTableResponse]) -> TableInfo:
         counter_bytes=sum(shard.stats.counter_bytes for shard in shards),
         shard_rows=tuple(shard.stats.rows for shard in shards),
         shard_bytes=tuple(shard.stats.bytes for shard in shards),
-        versions=tuple(shard.version for shard in shards),
+        versions=Versions((shard.version for shard in shards), (shard.epoch for shard in shards)),
     )

@@ -29,6 +29,9 @@ class Versions(tuple[int, ...]):
         return tuple(self), self.epochs
 
 
+NO_VERSIONS = Versions((), ())
+
+
 @dataclass(frozen=True, slots=True)
 class History:
     """The newest epochs of one shard.

@@ -63,6 +63,7 @@ class Checks:
             mode=MODES[header.mode],
             with_metadata=header.with_metadata,
             min_version=header.min_version,
+            min_epoch=header.min_epoch,
         )
 
     def push(self, push: codec.PushMessage) -> Push:

@@ -53,6 +53,7 @@ class Pull:
     mode: Mode
     with_metadata: bool
     min_version: int
+    min_epoch: int = 0  # of min_version; 0: unknown
 
 
 def check_order(pushes: Sequence[Push]) -> None:

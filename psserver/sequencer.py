@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from psserver.errors import Overloaded
+from psserver.errors import LogDiverged, Overloaded
 from psserver.requests import Change
 from psserver.sessions import Sessions
 from storage.records import Kind, Origin
@@ -71,6 +71,14 @@ class Sequencer:
         return self.sessions.applied(
             change.client, change.incarnation, change.sequence, change.acknowledged
         )
+
+    def require(self, version: int, epoch: int) -> None:
+        """Raise LogDiverged if a version of an epoch is of a history that was abandoned."""
+        if self.log is not None and not self.log.history.contains(epoch, version):
+            raise LogDiverged(
+                f"min_version {version} of epoch {epoch:016x} is not part of this shard's history:"
+                " the shard was restored to an older state"
+            )
 
     def append(self, kind: Kind, parts: Sequence[Any], change: Change | None = None) -> None:
         """Give the change that was just applied its version, its record and its session."""

@@ -237,6 +237,7 @@ class Service:
                 counter_bytes=stats.counter_bytes,
             ),
             version=self._shard.version,
+            epoch=self._log.history.epoch if self._log else 0,
         )
 
     # ---- version log

@@ -400,6 +400,8 @@ class Shard:
             entry = self._tables.get(pull.table)
             entries.append(entry)
             size += _pulled_bytes(entry, pull)
+            if pull.min_epoch:
+                self._sequencer.require(pull.min_version, pull.min_epoch)
             if pull.min_version > self.version:
                 raise VersionInFuture(
                     f"min_version {pull.min_version} asked for, shard {self.number} is at"

@@ -132,14 +132,16 @@ class DescribeTableRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class DescribeTableResponse(_message.Message):
-    __slots__ = ("schema", "stats", "version")
+    __slots__ = ("schema", "stats", "version", "epoch")
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     schema: TableSchema
     stats: TableStats
     version: int
-    def __init__(self, schema: _Optional[_Union[TableSchema, _Mapping]] = ..., stats: _Optional[_Union[TableStats, _Mapping]] = ..., version: _Optional[int] = ...) -> None: ...
+    epoch: int
+    def __init__(self, schema: _Optional[_Union[TableSchema, _Mapping]] = ..., stats: _Optional[_Union[TableStats, _Mapping]] = ..., version: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class ListTablesRequest(_message.Message):
     __slots__ = ()
@@ -207,18 +209,20 @@ class EvictResponse(_message.Message):
     def __init__(self, evicted: _Optional[_Mapping[str, int]] = ..., rows: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
 
 class PullHeader(_message.Message):
-    __slots__ = ("table", "dtype", "mode", "with_metadata", "min_version")
+    __slots__ = ("table", "dtype", "mode", "with_metadata", "min_version", "min_epoch")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     WITH_METADATA_FIELD_NUMBER: _ClassVar[int]
     MIN_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MIN_EPOCH_FIELD_NUMBER: _ClassVar[int]
     table: str
     dtype: DType
     mode: Mode
     with_metadata: bool
     min_version: int
-    def __init__(self, table: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., mode: _Optional[_Union[Mode, str]] = ..., with_metadata: bool = ..., min_version: _Optional[int] = ...) -> None: ...
+    min_epoch: int
+    def __init__(self, table: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., mode: _Optional[_Union[Mode, str]] = ..., with_metadata: bool = ..., min_version: _Optional[int] = ..., min_epoch: _Optional[int] = ...) -> None: ...
 
 class PullRequest(_message.Message):
     __slots__ = ("header", "padding", "keys")

@@ -317,6 +317,20 @@ def test_clients_and_followers_give_versions_with_the_same_epochs(
         follower.wait_for(versions, 20)
         assert follower.versions.epochs == versions.epochs == client.wait_durable().epochs
         assert len(set(versions.epochs) - {0}) == 2
+        assert client.describe_table(name).versions.epochs == versions.epochs
         other = Versions(versions, [epoch ^ 1 for epoch in versions.epochs])
         with pytest.raises(DeadlineExceeded):
             follower.wait_for(other, 0.2)
+
+
+def test_a_pull_is_not_answered_for_a_version_of_an_abandoned_history(
+    cluster2: Cluster, connect: Any, name: str
+) -> None:
+    client = connect(cluster2)
+    table = table_of(client, name)
+    give(table, np.arange(100))
+    versions = client.describe_table(name).versions
+    assert len(table.pull_rows(np.arange(100), min_version=versions).embeddings) == 100
+    other = Versions(versions, [epoch ^ 1 for epoch in versions.epochs])
+    with pytest.raises(LogDiverged, match=r"min_version \d+ of epoch [0-9a-f]{16} is not part"):
+        table.pull_rows(np.arange(100), min_version=other)

@@ -413,9 +413,10 @@ SMALL = [
         version=300, duplicate=True, achieved=pb.DURABILITY_LOG, durable_version=299, deleted=2
     ),
     pb.WaitDurableRequest(version=300),
-    pb.WaitDurableResponse(durable_version=301),
+    pb.WaitDurableResponse(durable_version=301, epoch=2**64 - 3),
+    pb.History(epochs=[5, 2**64 - 2], ends=[300]),
     pb.BarrierRequest(name="epoch-1"),
-    pb.BarrierResponse(version=302),
+    pb.BarrierResponse(version=302, epoch=5),
     pb.SubscribeRequest(
         token=b"t",
         start=pb.START_EARLIEST,
