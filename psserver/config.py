@@ -90,7 +90,7 @@ class ServerConfig(BaseSettings):
         " refused",
     )
     max_keys: int = Field(4_000_000, ge=1, description="Most keys in one pull or push")
-    max_tables: int = Field(1024, ge=1, description="Most tables on this shard")
+    max_tables: int = Field(4096, ge=1, description="Most tables on this shard")
     max_sessions: int = Field(
         65_536,
         ge=1,

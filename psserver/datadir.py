@@ -180,6 +180,7 @@ class DataDirectory:
         except ConfigError as error:
             log.error("restore failed", name=restore.name, error=str(error))
             self.restore = failed(self.directory, restore, str(error))
+            self.shard.close()
             self.shard = self._make_shard()
             self._recover()
             return self.shard

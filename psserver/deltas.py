@@ -193,7 +193,9 @@ class Deltas:
             )
             values = _NO_ROWS
             if width:
-                values = codec.to_wire(np.ascontiguousarray(rows[part, :width]), wanted.dtype)
+                values = codec.to_wire_clamped(
+                    np.ascontiguousarray(rows[part, :width]), wanted.dtype
+                )
             yield codec.encode_delta(
                 codec.Delta(
                     header,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from psproto import names
 from psproto import ps_pb2 as pb
-from psproto.codec import WIRE, Exchanged, Pulled, to_wire
+from psproto.codec import WIRE, Exchanged, Pulled, to_wire_clamped
 from psproto.routing import ShardMap
 from psserver.afterimages import ImageBuffers
 from psserver.errors import BadRequest, NoLog, StepTooFar, TooLarge, VersionInFuture
@@ -113,6 +113,11 @@ class Shard:
         """Append changes to ``log`` from now on; it ends at the shard's version."""
         assert log.last == self.version
         self._sequencer.log = log
+
+    def close(self) -> None:
+        """Return the memory of all tables; the shard must not be used again."""
+        for entry in self._tables:
+            entry.table.close()
 
     # ---- tables
 
@@ -460,7 +465,7 @@ class Shard:
             dim=table.schema.dim,
             dtype=pull.dtype,  # type: ignore[arg-type]
         )
-        embeddings = to_wire(rows, pull.dtype)
+        embeddings = to_wire_clamped(rows, pull.dtype)
         if not pull.with_metadata:
             return Pulled(header, embeddings, _NO_VERSIONS, _NO_STEPS, _NO_VERSIONS)
         return Pulled(header, embeddings, *map(np.ascontiguousarray, table.metadata(locations)))

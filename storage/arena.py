@@ -29,11 +29,12 @@ from storage.errors import OutOfMemory
 HUGE = 2 << 20  # bytes of a huge page
 SMALLEST_CHUNK = 64 << 10  # bytes, of a table that has not filled a huge page yet
 LARGEST_CHUNK = 64 << 20  # bytes
-ADDRESSES = 64 << 40  # bytes of address space for the arenas of a budget: half of what Linux has
+ADDRESSES = 32 << 40  # bytes of address space for the arenas of a budget: 1/4 of Linux's
 SHARE = 64  # an arena reserves at most this part of the addresses that are left
 SMALLEST_RESERVATION = 64 << 20  # bytes
 OUTGROWN = 4  # a reservation that was outgrown becomes this many times what is needed
 MOVE_SECONDS = 1.0  # a move waits this long for readers
+ADDRESS_SPACE = "no address space (see ulimit -v and vm.overcommit_memory): "
 MAP_NORESERVE = 0x4000  # Linux; the mmap module names it from Python 3.13 on
 
 
@@ -171,7 +172,7 @@ class Memory:
         try:
             while not self._resize(size):
                 if size == _whole(least):
-                    raise OutOfMemory(self._budget.limit, self._budget.held, size)
+                    raise _no_addresses(self._budget, size)
                 size = max(_whole(size // 2), _whole(least))
             self._budget.reserve(size - charge.reserved)
             charge.reserved = size
@@ -187,7 +188,9 @@ class Memory:
                 return True
             except BufferError as error:
                 if time.monotonic() > deadline:
-                    raise OutOfMemory(self._budget.limit, self._budget.held, size) from error
+                    raise OutOfMemory(
+                        self._budget.limit, self._budget.held, size, ADDRESS_SPACE
+                    ) from error
                 time.sleep(1e-5)
             except OSError:
                 return False
@@ -208,6 +211,10 @@ class _Charge:
         self._budget.reserve(-self.reserved)
 
 
+def _no_addresses(budget: Budget, size: int) -> OutOfMemory:
+    return OutOfMemory(budget.limit, budget.held, size, ADDRESS_SPACE)
+
+
 def _whole(size: int) -> int:
     """Return ``size`` rounded up to huge pages."""
     return -(-size // HUGE) * HUGE
@@ -221,7 +228,7 @@ def _reserve(budget: Budget, size: int) -> tuple[mmap.mmap, int]:
             return mmap.mmap(-1, size, flags=flags), size
         except OSError as error:  # strict overcommit, or an address space limit
             if size <= HUGE:
-                raise OutOfMemory(budget.limit, budget.held, size) from error
+                raise _no_addresses(budget, size) from error
             size = _whole(size // 2)
 
 

@@ -51,11 +51,15 @@ class RowOverflow(StorageError):
 
 
 class OutOfMemory(StorageError):
-    """The shard's memory budget does not allow the growth a write needs."""
+    """The shard's memory budget does not allow the growth that a write needs.
+
+    what  prefix of the message: what needs the memory
+    """
 
     def __init__(self, budget: int, held: int, wanted: int, what: str = "") -> None:
         super().__init__(
-            f"{what}{wanted} bytes wanted, {held} of the budget of {budget} bytes are already held"
+            f"{what}{wanted} more bytes needed, {held} of the memory budget of {budget} bytes in"
+            " use"
         )
         self.budget, self.held, self.wanted, self.what = budget, held, wanted, what
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from storage.arena import Budget
 from storage.block import COUNTERS, ROWS, TOMBSTONES, Block, unpack
 from storage.checkpoint import Checkpoint, Report, read_file
-from storage.errors import Corrupt, OutOfMemory
+from storage.errors import Corrupt
 from storage.index import Index
 from storage.kernels import Keys, Rows
 from storage.manifest import File
@@ -22,7 +22,7 @@ from storage.records import AlterRecord, DeleteRecord, PushRecord, decode
 from storage.segment import Frame
 from storage.store import Store
 
-SEEN_BYTES = 4 << 20  # first limit of the keys of newer layers, in bytes of address space
+SEEN_BYTES = 1 << 40  # limit of the keys of newer layers, in memory and in address space
 T = TypeVar("T")
 
 
@@ -84,7 +84,8 @@ def rows_of(
     part = checkpoint.parts[shard]
     asked = {table.number: table for table in part.tables}
     asked = {number: asked[number] for number in tables}
-    seen = {number: _Seen() for number in asked}
+    budget = Budget(SEEN_BYTES, SEEN_BYTES)  # of all tables: there may be thousands
+    seen = {number: _Seen(budget) for number in asked}
     found = dict.fromkeys(asked, 0)
     try:
         for piece in _newest_first(store, checkpoint, shard, seen, report):
@@ -161,9 +162,9 @@ def verify_part(
 class _Seen:
     """The keys of the newer layers. It takes memory only if there is a newer layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
         self._index: Index | None = None
-        self._limit = SEEN_BYTES
 
     def new(self, keys: Keys) -> Any:
         """Return which keys are not in here: positions, or a slice if none is."""
@@ -176,26 +177,8 @@ class _Seen:
         """Add keys that are not in here."""
         if len(keys):
             if self._index is None:
-                self._index = Index(Budget(self._limit))
-            self._insert(keys)
-
-    def _insert(self, keys: Keys) -> None:
-        """Insert keys. An index that is full is copied into one of eight times its size.
-
-        An index reserves the address space of its limit. A checkpoint may have thousands of tables.
-        """
-        assert self._index is not None
-        while True:
-            try:
-                self._index.insert(keys, np.ones(len(keys), np.uint64))
-                return
-            except OutOfMemory:
-                self._limit *= 8
-                larger = Index(Budget(self._limit))
-                for some, locations in self._index.slices():
-                    larger.insert(some, locations)
-                self._index.close()
-                self._index = larger
+                self._index = Index(self._budget)
+            self._index.insert(keys, np.ones(len(keys), np.uint64))
 
     def close(self) -> None:
         """Return the memory."""

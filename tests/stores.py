@@ -130,6 +130,7 @@ class Home:
     def close(self) -> None:
         self.log.close()
         self.base.close()
+        self.shard.close()
 
     def reopen(self) -> Self:
         self.close()

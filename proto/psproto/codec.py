@@ -34,6 +34,7 @@ from psproto.dtypes import (
     TooManyFields,
     from_wire,
     to_wire,
+    to_wire_clamped,
     wire_dtype,
 )
 from psproto.encoding import (
@@ -96,6 +97,7 @@ __all__ = [
     "encode_stream_response",
     "from_wire",
     "to_wire",
+    "to_wire_clamped",
     "wire_dtype",
 ]
 

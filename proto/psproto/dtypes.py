@@ -21,6 +21,11 @@ WIRE: dict[int, np.dtype[Any]] = {
     pb.DTYPE_FLOAT16: np.dtype("<f2"),
 }
 
+LARGEST: dict[int, np.float32] = {  # finite magnitudes; gradients beyond them are refused
+    pb.DTYPE_BFLOAT16: np.uint32(0x7F7F0000).view(np.float32),
+    pb.DTYPE_FLOAT16: np.float32(65504.0),
+}
+
 
 class Malformed(ValueError):
     """The bytes are not the message they claim to be."""
@@ -61,6 +66,17 @@ def to_wire(values: Rows, dtype: int) -> NDArray[Any]:
     out = np.empty(values.shape, np.uint16)
     _round_bfloat16(values.reshape(-1).view(np.uint32), out.reshape(-1))
     return out
+
+
+def to_wire_clamped(values: Rows, dtype: int) -> NDArray[Any]:
+    """Return stored numbers as they travel. Those beyond the dtype become its largest one.
+
+    A pull of one large row must neither fail nor return infinity. NaN stays NaN.
+    """
+    most = LARGEST.get(dtype)
+    if most is None:
+        return values
+    return to_wire(np.clip(values, -most, most), dtype)
 
 
 def from_wire(values: NDArray[Any], dtype: int) -> Rows:

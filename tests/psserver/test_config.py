@@ -136,7 +136,7 @@ def test_without_any_source_the_defaults_hold() -> None:
         "max_calls": 4096,
         "max_connections": 8192,
         "receive_seconds": 60.0,
-        "max_tables": 1024,
+        "max_tables": 4096,
         "max_sessions": 65_536,
         "session_ttl_seconds": 86_400.0,
         "segment_bytes": 256 << 20,

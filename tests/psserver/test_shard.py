@@ -202,6 +202,23 @@ def test_a_pull_answers_in_the_dtype_asked_for(shard: Shard, dtype: int) -> None
     assert pulled.header.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", codec.WIRE)
+def test_a_number_beyond_the_dtype_is_its_largest_and_not_infinity(
+    shard: Shard, dtype: int
+) -> None:
+    most = float(np.finfo(np.float32).max)
+    for key, value in ((1, 1e5), (2, -1e5), (3, most), (4, -most)):
+        shard.exchange([push([key], -value)], [])
+    pulled = shard.exchange([], [pull([1, 2, 3, 4], dtype=dtype)]).pulls[0]
+    sent = codec.from_wire(pulled.embeddings, dtype)[:, 0]
+    assert np.isfinite(sent).all()
+    assert (np.sign(sent) == [1, -1, 1, -1]).all()
+    largest = float(codec.from_wire(codec.to_wire(np.float32([65504.0]), dtype), dtype)[0])
+    assert (np.abs(sent) >= largest).all()
+    if dtype == pb.DTYPE_FLOAT16:
+        assert sent.tolist() == [65504.0, -65504.0, 65504.0, -65504.0]
+
+
 def test_an_answer_can_be_encoded(shard: Shard) -> None:
     done = shard.exchange([push([1])], [pull([1, 5], with_metadata=True), pull([])])
     read = codec.decode_exchanged(codec.encode_exchanged(done))

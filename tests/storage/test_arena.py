@@ -21,7 +21,9 @@ def test_a_budget_gives_all_it_has_and_not_a_byte_more() -> None:
     assert budget.held == 100
     with pytest.raises(OutOfMemory) as caught:
         budget.take(1)
-    assert str(caught.value) == "1 bytes wanted, 100 of the budget of 100 bytes are already held"
+    assert str(caught.value) == (
+        "1 more bytes needed, 100 of the memory budget of 100 bytes in use"
+    )
     assert (caught.value.budget, budget.held) == (100, 100)
     budget.give(60)
     budget.take(1)
