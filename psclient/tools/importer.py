@@ -13,14 +13,15 @@ a number beyond float32, a fraction. Rows of these keys are replaced. If a key o
 its last row counts, by the order of the files' names and then of their rows.
 
 An import reads the files twice. The first pass checks everything and writes nothing. The second
-pass writes the rows. If the second pass fails, the rows written until then stay, perhaps with a
-part of the current batch (ImportIncomplete). The same import may be repeated: it writes the same
-rows and completes the work.
+pass writes the rows, and ends when they are on disk. If the second pass fails, the rows written
+until then stay, perhaps with a part of the current batch (ImportIncomplete). The same import may be
+repeated: it writes the same rows and completes the work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from psclient.client import Client
-from psclient.errors import PsError
+from psclient.errors import NoLog, PsError
 from psclient.rows import RowBatch, read_rows, write_rows
 from psclient.tools.source import Rows, Target, files_of, read, require
 
@@ -85,7 +86,7 @@ def check_parquet(
 
 
 def write_parquet(client: Client, source: Checked, *, progress: Progress | None = None) -> int:
-    """Write the rows of checked files into their table; return how many.
+    """Write the rows of checked files into their table; return how many. They are on disk then.
 
     Raises ImportIncomplete on any error, and on Ctrl-C: the rows written until then stay.
     """
@@ -94,6 +95,8 @@ def write_parquet(client: Client, source: Checked, *, progress: Progress | None 
         for rows in _told(_all(source.files, target), source.rows, progress):
             _write(client, target.table, rows)
             done += len(rows.keys)
+        with suppress(NoLog):
+            client.wait_durable()
     except (Exception, KeyboardInterrupt) as error:
         raise ImportIncomplete(target.table, done, source.rows, error) from error
     return done

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from psclient.errors import InvalidArgument
 
@@ -31,7 +31,15 @@ def parse_rule(field: str, text: str) -> tuple[str, dict[str, float]]:
     return name, found
 
 
+def parse_rules(field: str, texts: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return several rules as parameters by name; InvalidArgument if one is repeated."""
+    rules = dict(parse_rule(field, text) for text in texts)
+    if len(rules) < len(texts):
+        raise InvalidArgument(f"{field} must not repeat a rule, got {', '.join(texts)}")
+    return rules
+
+
 def rule_text(name: str, parameters: Mapping[str, float]) -> str:
     """Return a rule as ``parse_rule`` reads it."""
-    numbers = ",".join(f"{each}={value:g}" for each, value in parameters.items())
+    numbers = ",".join(f"{each}={value:g}" for each, value in sorted(parameters.items()))
     return f"{name}:{numbers}" if numbers else name

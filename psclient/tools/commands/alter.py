@@ -10,7 +10,7 @@ import typer
 from psclient.client import Client
 from psclient.errors import InvalidArgument
 from psclient.tools.commands.shell import DEFAULT, Servers, app, connected
-from psclient.tools.rules import parse_rule
+from psclient.tools.rules import parse_rule, parse_rules
 from psproto import ps_pb2 as pb
 
 NUMBERS = {"lr": float, "serving_default": float, "max_step_ahead": int}
@@ -90,8 +90,7 @@ def _admission(values: list[str]) -> dict[str, Any]:
 
 
 def _eviction(values: list[str]) -> dict[str, Any]:
-    rules = [] if values == ["none"] else [parse_rule("eviction", each) for each in values]
-    return {"eviction": dict(rules)}
+    return {"eviction": {} if values == ["none"] else parse_rules("eviction", values)}
 
 
 _PARSED = {

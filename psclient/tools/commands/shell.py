@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from psclient.client import Client
 from psclient.errors import DeadlineExceeded, PsError, Unavailable
 from psclient.tools.importer import ImportIncomplete
+from psclient.tools.status import status
 
 DEFAULT = "127.0.0.1:7000"
 Servers = Annotated[
@@ -78,8 +79,16 @@ def _group() -> None:
 
 @contextmanager
 def connected(servers: str) -> Iterator[Client]:
-    """Yield a client; end the command with a message and an exit status on errors."""
-    with reported(), Client(addresses(servers)) as client:
+    """Yield a client; end the command with a message and an exit status on errors.
+
+    A shard that is unreachable at the start ends it within some seconds. Later the client tries
+    again for longer, since a restore restarts the shards.
+    """
+    shards = addresses(servers)
+    for each in status(shards):
+        if each.state == "unreachable":
+            fail(f"shard {each.shard} is unreachable: {each.problem}", Exit.UNREACHABLE)
+    with reported(), Client(shards) as client:
         yield client
 
 

@@ -24,7 +24,7 @@ from psclient.tools.commands.shell import (
     connected,
 )
 from psclient.tools.listing import listing, print_listing
-from psclient.tools.rules import parse_rule, rule_text
+from psclient.tools.rules import parse_rule, parse_rules, rule_text
 from psproto import ps_pb2 as pb
 
 Name = Annotated[str, typer.Argument(metavar="TABLE", help="Name of the table.")]
@@ -180,7 +180,7 @@ def create(
             durability=durability,  # type: ignore[arg-type]
             admission=admission,
             admission_args=admission_args,
-            eviction=dict(parse_rule("--eviction", each) for each in eviction or ()),
+            eviction=parse_rules("--eviction", eviction or ()),
             max_step_ahead=max_step_ahead,
         )
     typer.echo(f"{name}: exists with these settings" if existed else f"{name}: created")

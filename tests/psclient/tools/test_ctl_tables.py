@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -80,6 +81,15 @@ def test_status_shows_shards_that_do_not_answer_beside_those_that_do(here: list[
     ]
 
 
+def test_a_command_ends_soon_if_a_shard_is_unreachable(here: list[str]) -> None:
+    gone = f"127.0.0.1:{free_ports(1)}"
+    started = time.monotonic()
+    shown = psctl([here[0], gone], "tables", exit=Exit.UNREACHABLE)
+    assert time.monotonic() - started < 10.0
+    assert shown.startswith("psctl: shard 1 is unreachable: ")
+    assert shown.count("\n") == 1
+
+
 @pytest.mark.parametrize("address", ["nonsense", "no.such.host.example:1", ":::1", ""])
 def test_status_of_a_bad_address_is_no_traceback(here: list[str], address: str) -> None:
     shown = psctl([here[0], address], "status", "--timeout", "1", exit=Exit.UNREACHABLE)
@@ -153,6 +163,7 @@ def test_tables_are_created_listed_shown_and_dropped(
         (["--optimizer", "adam:lr=x"], "got 'adam:lr=x'"),
         (["--optimizer", "adam:lr=1,lr=2"], "--optimizer must be RULE"),
         (["--eviction", "step_ttl:ttl=3"], "no parameter 'ttl'"),
+        (["--eviction", "norm", "--eviction", "norm"], "--eviction must not repeat a rule"),
         (["--dim", "0"], "dim must be"),
         (["--seed", "-1"], "seed must be"),
         (["--durability", "never"], "durability must be one of"),
@@ -169,7 +180,7 @@ def test_bad_settings_are_refused_in_one_line(
     assert name not in psctl(here, "tables")
 
 
-@pytest.mark.parametrize("text", ["adam", "adam:lr=0.01", "norm:threshold=0.5,grace=100"])
+@pytest.mark.parametrize("text", ["adam", "adam:lr=0.01", "norm:grace=100,threshold=0.5"])
 def test_rules_are_shown_as_they_are_typed(text: str) -> None:
     assert rule_text(*parse_rule("--x", text)) == text
 
