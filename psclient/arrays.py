@@ -1,4 +1,4 @@
-"""Arrays of any framework as keys and as gradients."""
+"""Keys and gradients from arrays of any framework, and from sequences of Python numbers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,42 @@ from psclient.errors import InvalidArgument
 
 Rows = NDArray[np.float32]
 
+LOW, END = -(1 << 63), 1 << 64  # of 64-bit keys, signed or not
+MASK = END - 1
+EXACT = 1 << 24  # float32 represents every integer up to this size
+CONVERSIONS = {  # by kind of dtype: how to turn such an array into keys
+    "f": "floats lose integers above 2^53: read the column as int64, or convert with"
+    " keys.astype(np.int64) if every value is whole",
+    "b": "convert with keys.astype(np.int64)",
+    "U": "psclient.hash_keys(strings) turns strings into keys",
+    "S": "psclient.hash_keys(strings) turns strings into keys",
+    "T": "psclient.hash_keys(strings) turns strings into keys",
+    "M": "convert with keys.astype(np.int64)",
+    "m": "convert with keys.astype(np.int64)",
+}
+
 
 def as_array(values: Any, name: str) -> NDArray[Any]:
-    """A NumPy view of an array of any framework (DLPack), or of a sequence; copies nothing of an
-    array in host memory, but bfloat16, which becomes float32. InvalidArgument if it cannot be read
-    here.
+    """Return a NumPy view of an array of any framework (DLPack), or an array of a sequence.
+
+    Copies nothing of an array in host memory, except bfloat16, which becomes float32. Raises
+    InvalidArgument if the array cannot be read here, or if values are missing.
     """
+    if isinstance(values, np.ma.MaskedArray):
+        if np.ma.is_masked(values):
+            count = int(np.ma.getmaskarray(values).sum())
+            raise InvalidArgument(f"{name}: {count} values are masked; fill or drop them first")
+        return np.ma.getdata(values)
     if isinstance(values, np.ndarray):
         return values
+    _refuse_nulls(values, name)
     if hasattr(values, "detach"):  # a tensor that records gradients refuses DLPack
         values = values.detach()
     try:
-        return np.from_dlpack(values) if hasattr(values, "__dlpack__") else np.asarray(values)
+        column = hasattr(values, "null_count")  # of a data frame: its DLPack knows less
+        if hasattr(values, "__dlpack__") and not column:
+            return np.from_dlpack(values)
+        return np.asarray(values)
     except (BufferError, TypeError, ValueError, RuntimeError) as error:
         if str(getattr(values, "dtype", "")).endswith("bfloat16"):  # NumPy has none
             wide = values.float() if hasattr(values, "float") else values.astype("float32")
@@ -31,24 +55,107 @@ def as_array(values: Any, name: str) -> NDArray[Any]:
 
 
 def as_keys(keys: Any) -> NDArray[np.uint64]:
-    """Keys of any shape as contiguous uint64; signed ones keep their bits."""
+    """Return keys of any shape as contiguous uint64; signed ones keep their bits.
+
+    Raises InvalidArgument, with a way to convert them, for what is not 64-bit integers.
+    """
     array = as_array(keys, "keys")
-    if not array.size and array.dtype.kind == "f":  # np.asarray([])
+    if not array.size and array.dtype.kind in "fO":  # np.asarray([])
         array = array.astype(np.uint64)
+    if array.dtype.kind == "O":
+        array = _integers(_of_column(keys, array))
+    elif array.dtype.kind == "f" and isinstance(keys, list | tuple):
+        array = _integers(np.asarray(keys, object))  # integers on both sides of 2^63, perhaps
     if array.dtype.kind not in "iu":
-        raise InvalidArgument(f"keys must be integers, got dtype {array.dtype}")
+        how = CONVERSIONS.get(array.dtype.kind, "convert them to int64 or uint64")
+        if array.dtype.kind == "f" and (missing := int(np.isnan(array).sum())):
+            how = f"{missing} values are missing (NaN); fill or drop them first"
+        raise InvalidArgument(f"keys must be integers, got dtype {array.dtype}: {how}")
     if array.dtype.kind == "i":
         array = array.astype(np.int64, copy=False)
     return array.astype(np.uint64, order="C", copy=False)  # of any shape, () too
 
 
-def as_gradients(gradients: Any, shape: tuple[int, ...], table: str) -> Rows:
-    """Gradients as contiguous float32 of a shape, or InvalidArgument."""
-    array = as_array(gradients, f"table {table!r}: gradients")
-    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":  # ml_dtypes'
-        raise InvalidArgument(f"table {table!r}: gradients must be floats, got {array.dtype}")
-    if array.shape != shape:
+def as_gradients(gradients: Any, shape: tuple[int, ...], name: str) -> Rows:
+    """Return gradients of a shape as contiguous float32.
+
+    Integers are taken if float32 represents them exactly. Raises InvalidArgument otherwise.
+    """
+    array = as_array(gradients, name)
+    if array.dtype.kind in "iu":
+        _require_exact(array, name)
+    elif array.dtype.kind != "f" and array.dtype.name != "bfloat16":  # ml_dtypes'
         raise InvalidArgument(
-            f"table {table!r}: gradients must have shape {list(shape)}, got {list(array.shape)}"
+            f"{name} must be floats, got {array.dtype}: convert with .astype(np.float32)"
         )
-    return np.ascontiguousarray(array, np.float32)
+    if array.shape != shape:
+        raise InvalidArgument(f"{name} must have shape {list(shape)}, got {list(array.shape)}")
+    return np.ascontiguousarray(array, np.float32).reshape(shape)
+
+
+def _refuse_nulls(values: Any, name: str) -> None:
+    """Refuse a column of pyarrow or polars that has nulls: as an array it would be floats."""
+    nulls = getattr(values, "null_count", 0)
+    if count := nulls() if callable(nulls) else nulls:
+        raise InvalidArgument(f"{name}: {count} values are null; fill or drop them first")
+
+
+def _of_column(values: Any, array: NDArray[Any]) -> NDArray[Any]:
+    """Return a nullable integer column of pandas, of which ``array`` has the objects."""
+    kind = str(getattr(values, "dtype", "")).lower()
+    if kind.startswith(("int", "uint")) and hasattr(values, "to_numpy"):
+        try:
+            return np.asarray(
+                values.to_numpy(dtype=np.uint64 if kind.startswith("u") else np.int64)
+            )
+        except (TypeError, ValueError):
+            pass  # values are missing
+    return array
+
+
+def _integers(array: NDArray[Any]) -> NDArray[Any]:
+    """Return Python integers of -2^63..2^64-1 as uint64; other objects are refused by name."""
+    if array.dtype.kind != "O":
+        return array
+    flat = array.reshape(-1).tolist()
+    for place, value in enumerate(flat):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            if isinstance(value, float | np.floating) and value == value:
+                how = CONVERSIONS["f"]
+            elif isinstance(value, str | bytes):
+                how = CONVERSIONS["U"]
+            else:
+                how = "fill or drop missing keys, and convert others to integers"
+            raise InvalidArgument(
+                f"keys must be integers, got dtype {_shown(array, flat)}: {value!r} at position"
+                f" {place}; {how}"
+            )
+        if not LOW <= value < END:
+            raise InvalidArgument(
+                f"keys must be integers of 64 bits, -2^63..2^64-1, got {value} at position {place}"
+            )
+    return np.fromiter((int(value) & MASK for value in flat), np.uint64, len(flat)).reshape(
+        array.shape
+    )
+
+
+def _shown(array: NDArray[Any], flat: list[Any]) -> str:
+    """Return the dtype that an array of objects would have."""
+    kinds = {type(value) for value in flat}
+    return "float64" if kinds <= {int, float} else str(array.dtype)
+
+
+def _require_exact(array: NDArray[Any], name: str) -> None:
+    """Refuse integers that float32 would round: those of more than 24 significant bits."""
+    if not array.size or (array.max() <= EXACT and array.min() >= -EXACT):
+        return
+    wide = array.astype(np.int64).view(np.uint64) if array.dtype.kind == "i" else array
+    size = np.where(array < 0, np.uint64(0) - wide, wide).astype(np.uint64)
+    lowest = size & (np.uint64(0) - size)  # the lowest bit that is set
+    odd = size // np.maximum(lowest, np.uint64(1))
+    if (odd >= EXACT).any():
+        value = array[odd >= EXACT].reshape(-1)[0]
+        raise InvalidArgument(
+            f"{name}: float32 cannot represent the integer {value}: convert with"
+            " .astype(np.float32), which rounds"
+        )

@@ -41,7 +41,9 @@ class Batch:
 
         InvalidArgument if the shape does not fit or a number is infinite or NaN.
         """
-        flat = as_gradients(gradients, (*self.shape, dim), table).reshape(-1, dim)
+        flat = as_gradients(gradients, (*self.shape, dim), f"table {table!r}: gradients").reshape(
+            -1, dim
+        )
         sums = flat  # one shard keeps the order of distinct keys
         if len(self.keys) < len(flat):
             sums = np.zeros((len(self.keys), dim), np.float32)
@@ -53,7 +55,7 @@ class Batch:
 
     def check(self, gradients: Any, table: str, dim: int) -> Rows:
         """float32[distinct, dim]: gradients summed already, or InvalidArgument as for ``sum``."""
-        sums = as_gradients(gradients, (len(self.keys), dim), table)
+        sums = as_gradients(gradients, (len(self.keys), dim), f"table {table!r}: gradients")
         if not routing.all_finite(sums.reshape(-1).view(np.uint32)):
             row, column = np.argwhere(~np.isfinite(sums))[0]
             raise InvalidArgument(

@@ -25,7 +25,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from psclient.arrays import Rows, as_array, as_keys
+from psclient.arrays import Rows, as_gradients, as_keys
 from psclient.batch import Batch
 from psclient.choices import Durability, Mode, Wire
 from psclient.combine import COMBINATIONS, Combine
@@ -370,12 +370,7 @@ def checked_gradients(gradients: Any, shape: tuple[int, ...]) -> Rows:
 
     Checked before they are taken apart, so that an error speaks of the caller's array.
     """
-    array = as_array(gradients, "gradients")
-    if array.dtype.kind != "f":
-        raise InvalidArgument(f"gradients must be floats, got {array.dtype}")
-    if array.shape != shape:
-        raise InvalidArgument(f"gradients must have shape {list(shape)}, got {list(array.shape)}")
-    known = np.ascontiguousarray(array, np.float32).reshape(shape)
+    known = as_gradients(gradients, shape, "gradients")
     if not routing.all_finite(known.reshape(-1).view(np.uint32)):
         where = np.argwhere(~np.isfinite(known))[0].tolist()
         raise InvalidArgument(f"gradients must be finite, got {known[tuple(where)]} at {where}")

@@ -488,7 +488,7 @@ class TestPullAndPush:
         [
             (lambda g: g[:, :-1], r"gradients must have shape \[4, \d+\], got \[4, \d+\]"),
             (lambda g: g[0], r"gradients must have shape \[4, \d+\], got \[\d+\]"),
-            (lambda g: g.astype(int), "gradients must be floats, got int64"),
+            (lambda g: g.astype(bool), "gradients must be floats, got bool"),
             (lambda g: g * np.nan, r"gradients must be finite, got nan at \[0, 0\]"),
             (lambda g: g / 0 * [[0], [0], [1], [0]], "gradients must be finite"),
         ],
