@@ -58,8 +58,8 @@ class Inspector:
                 facts.state, facts.waiting = pb.KeyFacts.STATE_WAITING, int(known.waiting[i])
             elif facts.gone:
                 facts.state = pb.KeyFacts.STATE_GONE
-            elif known.forgets:
-                facts.state, facts.why = pb.KeyFacts.STATE_UNKNOWN, known.forgets
+            elif known.loss_reason:
+                facts.state, facts.why = pb.KeyFacts.STATE_UNKNOWN, known.loss_reason
             elif horizon >= known.created:  # equal behind a restore, whose tables begin there
                 facts.state = pb.KeyFacts.STATE_UNKNOWN
                 facts.why = f"deletes up to version {horizon} may be forgotten"

@@ -46,7 +46,7 @@ class KeyView:
     waiting: NDArray[np.uint32]  # [n]  occurrences that are counted towards admission
     step: int  # largest step that was pushed to the table
     schema: TableSchema
-    forgets: str  # why keys without row and counter may have been pushed; empty: they were not
+    loss_reason: str  # why keys without row and counter may have been pushed; empty: they were not
 
 
 class TableList(NamedTuple):
@@ -144,11 +144,13 @@ def view_keys(entry: TableEntry, keys: Keys, version: int, now: float) -> KeyVie
     locations = table.pull(keys, "serve", embeddings)
     versions, steps, frequencies = table.metadata(locations)
     waiting = np.where(locations == 0, table.gate.waiting(keys), 0).astype(np.uint32)
-    forgets, stale = table.gate.forgets, table.evictor.stale(now)
+    loss_reason, stale = table.gate.loss_reason, table.evictor.stale(now)
     if entry.counting:
-        forgets = f"what was counted up to version {entry.counting} was dropped by an alteration"
-    if not forgets and table.gate.cap and stale > entry.created:
-        forgets = f"counters last touched up to version {stale} have expired"
+        loss_reason = (
+            f"what was counted up to version {entry.counting} was dropped by an alteration"
+        )
+    if not loss_reason and table.gate.cap and stale > entry.created:
+        loss_reason = f"counters last touched up to version {stale} have expired"
     return KeyView(
         version=version,
         number=entry.number,
@@ -161,5 +163,5 @@ def view_keys(entry: TableEntry, keys: Keys, version: int, now: float) -> KeyVie
         waiting=waiting,
         step=table.evictor.step,
         schema=table.schema,
-        forgets=forgets,
+        loss_reason=loss_reason,
     )

@@ -139,7 +139,7 @@ class Table:
         gate.edits = replaced.edits + 1  # so that no block of cells is taken for the new gate's
         replaced.close()
         self.gate = gate
-        return dropped if replaced.counting or replaced.forgets else None
+        return dropped if replaced.counting or replaced.loss_reason else None
 
     def stats(self) -> TableStats:
         """What the table holds now."""
@@ -330,7 +330,7 @@ class Table:
         if absent:
             missing = np.flatnonzero(locations == 0)
             locations[missing] = self._place(keys[missing])
-            self.gate.forget(keys[missing])
+            self.gate.discard(keys[missing])
         self._host.put(places(locations), images)
         self._tame = (
             self._tame
@@ -367,7 +367,7 @@ class Table:
             missing = np.flatnonzero(locations == 0)
             counted = missing[self.gate.waiting(keys[missing]) > 0]
             if len(counted):
-                self.gate.forget(keys[counted])
+                self.gate.discard(keys[counted])
                 return keys[np.sort(np.concatenate([there, counted]))], len(there)
         return gone, len(there)
 

@@ -1,7 +1,7 @@
-"""Which keys may have a row.
+"""Admission: which keys get a row.
 
-gates.py    the counters of one table: the contract, and gates that keep none
-counter.py  exact counters
-sketch.py   a counting Bloom filter
-rules.py    the rules of a table's schema
+gates.py    the contract of a gate, and gates without counters
+counter.py  a gate with exact counters
+sketch.py   a gate with a counting Bloom filter
+rules.py    the admission rules of a table's schema
 """

@@ -1,4 +1,4 @@
-"""Exact counters of the keys that wait for a row."""
+"""Exact counters of the keys that wait for admission."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from storage.arena import Budget
 from storage.index import SEGMENT, Index
 from storage.kernels import Keys, jit
 
-COUNT_BITS = 24  # of an exact counter; the 40 above hold its version
-MOST = (1 << COUNT_BITS) - 1
-TRIMMED = 2048  # counters dropped at a time beyond those that came
-LAST_VERSION = (1 << 64 - COUNT_BITS) - 1  # later versions count as this one; 35 years at 1000/s
+COUNT_BITS = 24  # low bits of a counter: its count; the 40 bits above are its version
+MOST = (1 << COUNT_BITS) - 1  # largest count
+LAST_VERSION = (1 << 64 - COUNT_BITS) - 1  # versions saturate there: 35 years at 1000/s
+TRIMMED = 2048  # counters that a call drops in excess of those that it added
 
 
 @jit
 def _used(entries: Any, start: int, stop: int, keys: Any, counters: Any) -> Any:
-    """Copy the entries in use of start..stop-1 to the front of two arrays; return how many."""
+    """Copy the used entries of start..stop-1 to the front of two arrays; return their number."""
     used = np.uint64(0)
     for i in range(np.uint64(start), np.uint64(stop)):
         keys[used] = entries[i, 0]
@@ -35,11 +35,11 @@ class Counters(Index):
 
     @property
     def segments(self) -> int:
-        """Segments, of up to SEGMENT keys each; a split adds one at the end. None once closed."""
+        """Number of segments, of up to SEGMENT keys each; a split appends one. 0 once closed."""
         return len(self._depths) if self.bytes else 0
 
     def segment(self, number: int) -> tuple[Keys, NDArray[np.uint64]]:
-        """Keys and counters of one segment, as copies."""
+        """Return copies of the keys and counters of one segment."""
         keys, counters = np.empty(SEGMENT, np.uint64), np.empty(SEGMENT, np.uint64)
         start = number * SEGMENT
         used = int(_used(self._entries.array, start, start + SEGMENT, keys, counters))
@@ -49,21 +49,21 @@ class Counters(Index):
 class CounterGate(CountingGate):
     """Exact counters in a hash table.
 
-    Above the cap the stalest go, by (version, count): the hash spreads keys evenly over the
-    segments of the index, so the stalest sixteenth of one segment is a fair sample of the stalest
-    sixteenth of all. Segments take turns; with only one, the choice is exact. A push that adds n
-    counters makes about n go, and looks at one segment for every thousand or so of them.
+    Above the cap, the stalest counters by (version, count) are dropped. The hash spreads keys
+    evenly over the segments of the index, so the stalest sixteenth of one segment is a fair sample
+    of the stalest sixteenth of all. Segments take turns. With one segment the choice is exact. A
+    push that adds n counters drops about n, and scans one segment per thousand of them.
     """
 
     def __init__(self, threshold: int, cap: int, budget: Budget) -> None:
         self.cap = cap
         self._threshold = threshold
         self._counters = Counters(budget)
-        self._next_full = 0  # segment to take from when there are too many
-        self._next_old = 0  # segment to look through for old ones
+        self._next_full = 0  # segment to drop from next, above the cap
+        self._next_old = 0  # segment to search next for expired counters
 
     @property
-    def forgets(self) -> str:
+    def loss_reason(self) -> str:
         return f"{self.dropped} counters were dropped for age or room" if self.dropped else ""
 
     @property
@@ -80,7 +80,7 @@ class CounterGate(CountingGate):
         added = ~admitted & (totals == counts) & (totals > 0)
         known = ~admitted & (totals > counts)
         counters = _pack(totals, np.uint64(version))
-        self._counters.insert(keys[added], counters[added])  # first: it is what may fail
+        self._counters.insert(keys[added], counters[added])  # first, since it may fail
         self._counters.assign(keys[known], counters[known])
         self._counters.remove(keys[admitted])
         self._trim(int(np.count_nonzero(added)))
@@ -88,7 +88,7 @@ class CounterGate(CountingGate):
     def waiting(self, keys: Keys) -> Occurrences:
         return _count_of(self._counters.find(keys)[0])
 
-    def forget(self, keys: Keys) -> None:
+    def discard(self, keys: Keys) -> None:
         self._counters.remove(keys)
 
     def expire(self, before: int, limit: int = SEGMENT) -> None:
@@ -99,16 +99,16 @@ class CounterGate(CountingGate):
 
     def put(self, keys: Keys, totals: Occurrences, versions: Versions) -> None:
         counters = _pack(totals, versions)
-        held, _ = self._counters.find(keys)
-        added = (held == 0) & (totals > 0)
-        newer = (held != 0) & (counters > held)
+        present, _ = self._counters.find(keys)
+        added = (present == 0) & (totals > 0)
+        newer = (present != 0) & (counters > present)
         self._counters.insert(keys[added], counters[added])
         self._counters.assign(keys[newer], counters[newer])
         self._trim(int(np.count_nonzero(added)))
 
     def changed(self, after: int) -> Iterator[tuple[Keys, Occurrences, Versions]]:
         number = 0
-        while number < self._counters.segments:  # what a split takes out of reach comes later
+        while number < self._counters.segments:  # a split moves keys to a later segment
             keys, counters = self._counters.segment(number)
             new = _version_of(counters) > min(after, LAST_VERSION - 1)
             yield keys[new], _count_of(counters[new]), _version_of(counters[new])
@@ -118,9 +118,9 @@ class CounterGate(CountingGate):
         self._counters.close()
 
     def _trim(self, added: int) -> None:
-        """Drop stale counters until no more than the cap are left, but not many more than came.
+        """Drop stale counters above the cap, but at most TRIMMED more than were added.
 
-        More are left for the next calls only where an alteration made the cap smaller.
+        So a call's work is bounded after an alteration has lowered the cap, too.
         """
         left = added + TRIMMED
         while left > 0 and (excess := len(self._counters) - self.cap) > 0:
@@ -137,7 +137,7 @@ class CounterGate(CountingGate):
 
 
 def _pack(totals: Occurrences, versions: Any) -> NDArray[np.uint64]:
-    """Counters of counts and versions."""
+    """Return counters of these totals and versions."""
     stamps = np.minimum(versions, np.uint64(LAST_VERSION)) << np.uint64(COUNT_BITS)
     counters: NDArray[np.uint64] = stamps | np.minimum(totals, MOST).astype(np.uint64)
     return counters

@@ -1,14 +1,15 @@
-"""Which keys may have a row: the gates that count their occurrences.
+"""Gates: they decide which keys get a row, and count the occurrences of keys without one.
 
-A gate counts the occurrences of keys that have no row. A key that is admitted, evicted or deleted
-is forgotten: if it comes back without a row, it starts again from zero.
+A key that waits for admission has a counter. Its counter is discarded when the key is admitted or
+deleted. A key that is evicted, or deleted, and comes back starts again from zero.
 
-A push is whole or nothing, so asking and counting are two calls: ``weigh`` changes nothing, rows
-are made for what it admits, which may find no memory, and ``settle`` counts. A count travels with
-the log as what it became (``put``), never as what was added, so a record may be replayed again.
-A record or checkpoint may bring back a counter that was dropped for age or room since; its count
-is true, so it does no harm. One that makes rows is replayed with ``forget``.
+A push is atomic, so a gate decides and counts in two calls. ``weigh`` decides and changes nothing.
+The table then makes rows for the admitted keys, which may fail for want of memory. ``settle``
+counts.
 
+Log records contain the new values of counters (for ``put``), not increments, so replaying a record
+twice does no harm. Replay may bring back a counter that was dropped since for age or for room. Its
+count is true, so this does no harm either. For keys that got rows, replay calls ``discard``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from storage.index import SEGMENT
 from storage.kernels import Keys, jit, mix64, readonly
 
-LARGEST = (1 << 32) - 1  # a total stops counting there, as frequencies do
+LARGEST = (1 << 32) - 1  # totals saturate there, as frequencies do
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
 
 Admitted = NDArray[np.bool_]
@@ -32,66 +33,73 @@ Versions = NDArray[np.uint64]
 
 
 class Gate(ABC):
-    """The counters of one table on one shard; engine thread only.
+    """The admission of one table on one shard. For the engine thread only.
 
-    Calls take keys without a row, uint64[n], distinct within a call.
+    Methods take keys without a row, uint64[n], distinct within a call.
+
+    counting  whether keys that wait have counters
+    cap       largest number of counters; 0 without counters
+    dropped   counters dropped so far, for age, for room or by an alteration
+    edits     grows with every change of ``cells``
     """
 
-    counting: ClassVar[bool] = False  # whether keys that wait have counters
-    cap: int = 0  # keys that it is made to count at a time
-    dropped: int = 0  # counters that went for age or for room, so far
-    edits: int = 0  # grows whenever ``cells`` change
+    counting: ClassVar[bool] = False
+    cap: int = 0
+    dropped: int = 0
+    edits: int = 0
 
     @property
-    def forgets(self) -> str:
-        """How a key may have been pushed that has neither row nor counter; empty: it was not."""
+    def loss_reason(self) -> str:
+        """Why a key without row and counter may have been pushed before; empty: it was not."""
         return ""
 
     @abstractmethod
     def weigh(self, keys: Keys, counts: Occurrences, version: int) -> tuple[Admitted, Occurrences]:
-        """Which keys of a push are to have a row; changes nothing.
+        """Decide which keys of a push get a row, and change nothing.
 
         counts   uint32[n]  occurrences in this push
         version  of this push
 
-        Returns bool[n], and uint32[n]: the occurrences so far with those of this push, which is
-        an admitted key's first frequency, and the counter's next value for any other.
+        Returns bool[n], true for admitted keys, and uint32[n], the occurrences so far, this push
+        included. They are the first frequency of an admitted key, and the next value of the counter
+        of any other key.
         """
 
     def settle(
         self, keys: Keys, counts: Occurrences, admitted: Admitted, totals: Occurrences, version: int
     ) -> None:
-        """Count what ``weigh`` said of the same push; all or, with OutOfMemory, nothing.
+        """Count the occurrences of a push; arguments and results are those of ``weigh``.
 
-        No other call may have changed the gate in between.
+        Atomic: raises OutOfMemory, and changes nothing then. No other call may change the gate
+        between ``weigh`` and ``settle``.
         """
         return  # unless a gate counts
 
     def admit(self, keys: Keys, counts: Occurrences, version: int) -> tuple[Admitted, Occurrences]:
-        """``weigh`` and ``settle``, for callers that need nothing in between."""
+        """Call ``weigh``, then ``settle``, and return the results of ``weigh``."""
         admitted, totals = self.weigh(keys, counts, version)
         self.settle(keys, counts, admitted, totals, version)
         return admitted, totals
 
     def waiting(self, keys: Keys) -> Occurrences:
-        """Occurrences so far, uint32[n]; changes nothing."""
+        """Return the occurrences so far, uint32[n]."""
         return np.zeros(len(keys), np.uint32)
 
-    def forget(self, keys: Keys) -> None:
-        """Start keys again from zero, those without a counter included."""
+    def discard(self, keys: Keys) -> None:
+        """Discard the counters of keys. Keys without a counter are left alone."""
         return  # unless a gate counts
 
     def expire(self, before: int, limit: int = SEGMENT) -> None:
-        """Let go of counters last touched before a version; each call looks at the next ones.
+        """Drop counters that were last changed before a version, among the next ``limit`` places.
 
-        limit  places looked at, about; calls with the same ``before`` see all of them in turn
+        Repeated calls with the same ``before`` look at all places in turn.
         """
         return  # unless a gate counts
 
     def put(self, keys: Keys, totals: Occurrences, versions: Versions) -> None:
-        """Write counters as a record or a block has them; newer ones stay.
+        """Write counters from a log record or a block, except over newer ones.
 
-        All of it happens or, with OutOfMemory, nothing.
+        Atomic: raises OutOfMemory, and changes nothing then.
         """
         return  # unless a gate counts
 
@@ -104,27 +112,28 @@ class Gate(ABC):
         return iter(())
 
     def cells(self) -> NDArray[Any]:
-        """All of a sketch, a read-only view that the next push changes; empty for other gates.
+        """Return a read-only view of the cells of a sketch; empty for other gates.
 
-        Parts that are read at different versions are one good copy as soon as what was pushed
-        meanwhile was ``put``.
+        Pushes change the view. A copy that was made in parts while pushes went on is good once the
+        counters of those pushes were ``put`` into it.
         """
         return np.empty(0, np.uint8)
 
     def load_cells(self, start: int, data: NDArray[np.uint8]) -> None:
-        """Take over the bytes from ``start`` on of what ``cells`` of an equal gate returned.
+        """Load a part of the bytes that ``cells`` of a gate of the same rule returned.
 
-        All parts, each a whole number of cells, make an equal gate. Raises ValueError if it cannot
-        have been the same rule.
+        start  index of the part's first byte; a part is a whole number of cells
+
+        Raises ValueError if the part lies outside of this sketch.
         """
         size = self.cells().nbytes
         if start < 0 or start + len(data) > size:
             raise ValueError(
-                f"a sketch of {size} bytes has no bytes {start}..{start + len(data) - 1}"
+                f"bytes {start}..{start + len(data) - 1} are outside of a sketch of {size} bytes"
             )
 
     def begin(self, version: int) -> None:
-        """All that was stored is loaded, and pushes go on behind this version.
+        """End the loading: the next push has a higher version.
 
         Raises ValueError if only a part of a sketch was loaded.
         """
@@ -132,7 +141,7 @@ class Gate(ABC):
 
     @property
     def entries(self) -> int:
-        """Keys waiting; for a sketch, estimated."""
+        """Number of keys that wait for admission; an estimate for a sketch."""
         return 0
 
     @property
@@ -141,28 +150,28 @@ class Gate(ABC):
         return 0
 
     def alter(self, threshold: int, cap: int) -> None:
-        """Go on with the same counters under another threshold and another ``cap``."""
+        """Set another threshold and another cap, and keep the counters."""
         return  # unless a gate counts
 
     def close(self) -> None:
-        """Return the memory."""
+        """Return the memory to the budget."""
         return  # unless a gate has any
 
 
 def _sum(before: Occurrences, counts: Occurrences) -> Occurrences:
-    """Totals, which stop counting at LARGEST."""
+    """Return totals that saturate at LARGEST."""
     return np.minimum(np.add(before, counts, dtype=np.uint64), LARGEST).astype(np.uint32)
 
 
 class AlwaysGate(Gate):
-    """Keeps no counters."""
+    """Admits every key; has no counters."""
 
     def weigh(self, keys: Keys, counts: Occurrences, version: int) -> tuple[Admitted, Occurrences]:
         return np.ones(len(keys), np.bool_), counts.astype(np.uint32)
 
 
 class CountingGate(Gate):
-    """Admits a key once its occurrences reach a threshold."""
+    """Admits a key when its occurrences reach a threshold."""
 
     counting: ClassVar[bool] = True
     _threshold: int
@@ -177,11 +186,11 @@ class CountingGate(Gate):
 
 @jit
 def _draw(keys: Any, counts: Any, seed: Any, version: Any, p: float, out: Any) -> None:
-    """out[i] = whether one of counts[i] draws of probability p succeeds, by a single number.
+    """Set out[i] if at least one of counts[i] draws of probability p succeeds.
 
-    That number is output ``version`` of the key's own stream, as in initializers.py: the same
-    whatever the batch. The seed is mixed first, so that the streams are not those of the initial
-    values.
+    One random number decides: output ``version`` of the key's own stream, as in initializers.py.
+    It does not depend on the batch. The seed is mixed first, so that the streams differ from those
+    of the initial values.
     """
     start = mix64(seed + np.uint64(GOLDEN))
     position = (version + np.uint64(1)) * np.uint64(GOLDEN)
@@ -193,15 +202,15 @@ def _draw(keys: Any, counts: Any, seed: Any, version: Any, p: float, out: Any) -
 
 
 class ProbabilityGate(Gate):
-    """Keeps no counters: what happened before does not matter."""
+    """Admits a key with a probability at each occurrence; has no counters."""
 
     def __init__(self, p: float, seed: int) -> None:
         self._p = p
         self._seed = np.uint64(seed)
 
     @property
-    def forgets(self) -> str:
-        return "keys that were pushed and not drawn are not remembered"
+    def loss_reason(self) -> str:
+        return "keys that were pushed and not drawn leave no trace"
 
     def weigh(self, keys: Keys, counts: Occurrences, version: int) -> tuple[Admitted, Occurrences]:
         admitted = np.empty(len(keys), np.bool_)

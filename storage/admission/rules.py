@@ -1,7 +1,7 @@
-"""The admission rules of a table's schema.
+"""The admission rules of a table's schema: when a key gets a row.
 
-To add one: write the rule and its gate, add the rule to ADMISSIONS. Nothing else changes; the tests
-run over the dict.
+To add a rule, write its class and its gate, and add the class to ADMISSIONS. Nothing else changes:
+the tests run over the dict.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from storage.arena import Budget
 from storage.errors import OutOfMemory
 from storage.registry import build
 
-PLANNED = 30 / 64  # share of a sketch's cells in use when the expected keys wait
-SMALLEST = 1 << 12  # cells; in fewer, the share in use depends on luck
+PLANNED = 30 / 64  # share of a sketch's cells in use when the expected number of keys wait
+SMALLEST = 1 << 12  # cells; in a smaller sketch the share in use varies too much
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission(ABC):
-    """When a key may have a row. Parameters are checked at birth."""
+    """An admission rule. The constructor raises ValueError for a parameter that breaks a rule."""
 
     name: ClassVar[str]
 
     def on(self, share: float) -> Self:
-        """The rule for a shard that has this share of the keys, 0..1."""
-        return self  # unless a parameter is of the whole table
+        """Return the rule for a shard that owns this share of the keys, 0..1."""
+        return self  # unless a parameter counts keys over all shards
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -46,8 +46,8 @@ class Admission(ABC):
         self._check()
 
     def _check(self) -> None:
-        """Refuse numbers that make no sense."""
-        return  # there are none, unless a rule says otherwise
+        """Raise ValueError, by ``_require``, for a parameter that breaks a rule."""
+        return  # unless a rule has parameters
 
     def _require(self, field: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -55,24 +55,24 @@ class Admission(ABC):
             raise ValueError(f"admission {self.name!r}: {field} must be {rule}, got {value!r}")
 
     def keeps(self, other: Admission) -> bool:
-        """Return whether a gate of this rule can go on with the counters of another rule's gate."""
+        """Return whether a gate of rule ``other`` can keep its counters under this rule."""
         return self == other
 
     def alter(self, gate: Gate) -> None:
-        """Let a gate whose counters this rule keeps go on under this rule."""
+        """Apply this rule to a gate of a rule that it ``keeps``."""
         return  # unless a gate counts
 
     @abstractmethod
     def gate(self, budget: Budget, seed: int) -> Gate:
-        """A gate without counters; OutOfMemory if the budget does not allow it.
+        """Return a new gate; raises OutOfMemory if its memory exceeds the budget.
 
-        seed  what table_seed returned
+        seed  from ``table_seed``
         """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Always(Admission):
-    """At the first push."""
+    """Admits a key at its first push."""
 
     name: ClassVar[str] = "always"
 
@@ -82,16 +82,16 @@ class Always(Admission):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counter(Admission):
-    """At the push with its ``threshold``-th occurrence, exactly.
+    """Admits a key at the push with its ``threshold``-th occurrence, exactly.
 
-    20 to 51 bytes for each waiting key, 27 on average. Exact as long as no more than ``max_keys``
-    wait; then the stalest start again.
+    Takes 20 to 51 bytes of memory per waiting key, 27 on average. If more than ``max_keys`` keys
+    wait, the stalest counters are dropped, and their keys start again from zero.
     """
 
     name: ClassVar[str] = "counter"
 
     threshold: int = 2  # occurrences
-    max_keys: int = 10_000_000  # waiting, over all shards
+    max_keys: int = 10_000_000  # waiting keys, over all shards
 
     def _check(self) -> None:
         self._require("threshold", 1 <= self.threshold <= MOST, f"in 1..{MOST}")
@@ -112,20 +112,22 @@ class Counter(Admission):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sketch(Admission):
-    """As Counter, from a sketch of fixed size: early for a few keys, 11 bytes a key at 1 %.
+    """Admits a key at about its ``threshold``-th occurrence, by a sketch of fixed size.
+
+    A few keys are admitted early. All of the memory is taken at creation: 11 bytes per expected key
+    at an error rate of 1 %.
 
     The size is that of a Bloom filter (Bloom, "Space/time trade-offs in hash coding with allowable
-    errors", CACM 13, 1970): for n keys, k = log2(1 / error_rate) cells each, rounded up, and
-    m = n k / -ln(1 - PLANNED) cells in all, so that n keys leave 1 - PLANNED of them empty. That
-    is a little below the half which is best; the rest is for luck, and for what is counted while
-    the sketch ages.
+    errors", CACM 13, 1970). A key has k = log2(1 / error_rate) cells, rounded up. For n keys there
+    are m = n k / -ln(1 - PLANNED) cells, so that n keys leave the share 1 - PLANNED empty. One half
+    would be optimal. The margin absorbs chance, and what is counted while the sketch ages.
     """
 
     name: ClassVar[str] = "sketch"
 
     threshold: int = 2  # occurrences
-    expected_keys: int = 1_000_000  # waiting, over all shards
-    error_rate: float = 0.01  # of keys that may be admitted early
+    expected_keys: int = 1_000_000  # waiting keys, over all shards
+    error_rate: float = 0.01  # share of keys that may be admitted early
 
     def _check(self) -> None:
         self._require("threshold", 1 <= self.threshold <= 1 << 13, "in 1..8192")
@@ -149,23 +151,23 @@ class Sketch(Admission):
 
     @property
     def hashes(self) -> int:
-        """Cells of a key."""
+        """Cells per key."""
         return max(1, math.ceil(-math.log2(self.error_rate)))
 
     @property
     def cells(self) -> int:
-        """Cells in all."""
+        """Cells of the sketch."""
         wanted = math.ceil(self.expected_keys * self.hashes / -math.log1p(-PLANNED))
         return max(SMALLEST, wanted)
 
     @property
     def dtype(self) -> type[np.unsignedinteger[Any]]:
-        """Of a cell: room for the counts of eight keys that are about to be admitted."""
+        """Type of a cell, with room for the counts of eight keys just below the threshold."""
         return np.uint8 if self.threshold <= 32 else np.uint16
 
     @property
     def bytes(self) -> int:
-        """What a gate takes, but for rounding up."""
+        """Bytes of the cells. A gate takes a little more, rounded up to whole pages."""
         return self.cells * np.dtype(self.dtype).itemsize
 
     def gate(self, budget: Budget, seed: int) -> Gate:
@@ -189,7 +191,7 @@ class Sketch(Admission):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probability(Admission):
-    """At each occurrence with probability ``p``, by a draw from (seed, key, version)."""
+    """Admits a key with probability ``p`` at each occurrence, drawn from (seed, key, version)."""
 
     name: ClassVar[str] = "probability"
 
@@ -204,15 +206,12 @@ class Probability(Admission):
 
 
 def make_admission(name: str, params: Mapping[str, float]) -> Admission:
-    """The admission rule of that name; parameters left out keep their defaults.
-
-    Raises ValueError naming what is unknown, with what is allowed, or the rule that is broken.
-    """
+    """Return the admission rule of that name; see ``registry.build``."""
     return build("admission", ADMISSIONS, name, params)
 
 
 def compile_all() -> None:
-    """Run every gate once, so that each kernel is compiled or loaded from the cache."""
+    """Run every gate once, to compile its kernels or load them from the cache."""
     small = Sketch(expected_keys=1)
     every = [make_admission(name, {}) for name in ADMISSIONS if name != small.name]
     for rule in (*every, small, Sketch(threshold=100, expected_keys=1)):
@@ -220,7 +219,7 @@ def compile_all() -> None:
         keys, ones = np.arange(2, dtype=np.uint64), np.ones(2, np.uint32)
         gate.admit(keys, ones, 1)
         gate.put(keys, ones, ones.astype(np.uint64))
-        gate.forget(keys)
+        gate.discard(keys)
         gate.expire(1)
         gate.close()
 

@@ -1,11 +1,10 @@
-"""A counting Bloom filter of the keys that wait for a row.
+"""A counting Bloom filter of the keys that wait for admission.
 
-cells   uint8[m] or uint16[m]   a key's count is in each of its k cells, with those of others
+cells   uint8[m] or uint16[m]   each of a key's k cells contains its count, and those of other keys
 keys    uint64[n]
 
-Cell i of a key is at (h + i s) m / 2^64, with s odd: two hashes do for k (Kirsch and
-Mitzenmacher, "Less hashing, same performance: building a better Bloom filter", ESA 2006).
-
+Cell i of a key is at (h + i s) m / 2^64, with s odd. Two hashes h and s replace k hashes (Kirsch
+and Mitzenmacher, "Less hashing, same performance: building a better Bloom filter", ESA 2006).
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from storage.arena import Arena, Budget
 from storage.index import SEGMENT
 from storage.kernels import Keys, inline, jit, mix64, prefetch, readonly
 
-FULL = 31 / 64  # share at which it ages
-HALVED = 1 << 18  # cells halved at a time, or 64 for each cell counted if that is more
-AHEAD = 8  # keys whose cells are asked for before they are needed
+FULL = 31 / 64  # share of cells in use at which the sketch ages
+HALVED = 1 << 18  # cells that a call halves, or 64 per cell that it counted, if that is more
+AHEAD = 8  # keys whose cells are prefetched
 
 
 @inline
@@ -33,7 +32,7 @@ def _stride(hashed: Any) -> Any:
 
 @inline
 def _cell(hashed: Any, m: Any) -> Any:
-    """A hash's cell, for m up to 2^32: the product of its upper half with m, halved again."""
+    """Return the cell of a hash: the upper half of (upper half of the hash) * m, m up to 2^32."""
     return ((hashed >> np.uint64(32)) * np.uint64(m)) >> np.uint64(32)
 
 
@@ -48,9 +47,11 @@ def _prefetch_cells(cells: Any, salt: Any, k: int, key: Any) -> None:
 
 @jit
 def _estimate(cells: Any, salt: Any, k: int, keys: Any, out: Any) -> None:
-    """out[i], uint32: the least of the cells of keys[i], which is its count unless all are shared.
+    """Write the smallest cell of each key: its count, unless it shares all of its cells.
 
-    Prefetches some keys ahead: k random cells are k cache misses, and in a batch they can overlap.
+    out  uint32[n]
+
+    Prefetches a few keys ahead: k random cells are k cache misses, and in a batch they can overlap.
     """
     n = keys.shape[0]
     for i in range(min(AHEAD, n)):
@@ -69,11 +70,10 @@ def _estimate(cells: Any, salt: Any, k: int, keys: Any, out: Any) -> None:
 
 @jit
 def _add(cells: Any, salt: Any, k: int, most: int, keys: Any, amounts: Any) -> Any:
-    """Add to the cells of every key; return how many more cells are in use.
+    """Add amounts to all cells of each key; return by how much the number of used cells grew.
 
-    most     what a cell counts to; one that has reached it no longer knows what it holds, so
-             nothing is taken from it
-    amounts  int64[n]  negative to take out
+    most     largest value of a cell; a cell that reached it has lost counts, and is not decreased
+    amounts  int64[n]  negative to subtract
     """
     n = keys.shape[0]
     more = 0
@@ -87,11 +87,11 @@ def _add(cells: Any, salt: Any, k: int, most: int, keys: Any, amounts: Any) -> A
         for _ in range(k):
             at = _cell(hashed, cells.shape[0])
             hashed += stride
-            held = np.int64(cells[at])
-            if held == most and amounts[i] < 0:
+            old = np.int64(cells[at])
+            if old == most and amounts[i] < 0:
                 continue
-            new = min(max(held + amounts[i], np.int64(0)), np.int64(most))
-            more += int(new > 0) - int(held > 0)
+            new = min(max(old + amounts[i], np.int64(0)), np.int64(most))
+            more += int(new > 0) - int(old > 0)
             cells[at] = new
     return more
 
@@ -100,25 +100,26 @@ class SketchGate(CountingGate):
     """A counting Bloom filter.
 
     Fan, Cao, Almeida and Broder, "Summary cache: a scalable wide-area web cache sharing protocol",
-    IEEE/ACM Transactions on Networking 8 (2000). A cell holds the sum of the counts of its keys.
-    (Conservative update would raise only a key's least cells. A cell then holds a maximum, from
-    which no key can be taken out again: the keys that share cells with an admitted one lose their
-    counts, and in streams of Zipf's law more than a tenth of admissions come late.)
+    IEEE/ACM Transactions on Networking 8 (2000). A cell contains the sum of the counts of its keys.
+    (Conservative update would raise only the smallest cells of a key. A cell would then contain a
+    maximum, from which no key can be subtracted. Keys that share cells with an admitted key would
+    lose their counts, and in streams of Zipf's law more than a tenth of admissions would be late.)
 
-    Early: a key is admitted before its time only if every one of its k cells is shared. As the
-    sketch ages, at most half the cells are in use, so at most 2^-k <= error_rate of keys: a push is
-    weighed before it counts, and ages the sketch behind it, 64 cells for each that it counted.
+    Early admission. A key is admitted too early only if it shares every one of its k cells. Ageing
+    keeps at most half of the cells in use, so this happens to at most 2^-k <= error_rate of keys. A
+    push is weighed before it counts. After counting, it ages the sketch, 64 cells per counted cell.
 
-    Late: by nothing, but for these.
-    - Ageing halves all counts, rounding down, a slice with every push, when FULL of the cells are
-      in use (more keys wait than were expected), and once in a TTL through ``expire``. What is
-      counted while it goes on may be halved too. A push of more new keys than were expected is
-      halved at once, until no more than FULL of the cells are in use.
-    - A key whose own estimate was too high takes out more than it had brought in. Those that share
-      cells with it, k ln 2 of them on average, lose up to their whole count, so each is late by
-      less than the threshold. It takes a key of the rare kind that is admitted early.
-    - A cell that reached its maximum is not taken from until ageing halves it, which loses what it
-      could not count. That takes some 8 keys close to the threshold in one cell.
+    Late admission has three causes.
+
+    * Ageing halves all counts, rounding down, one slice per push. It begins when FULL of the cells
+      are in use, because more keys wait than were expected, and once per TTL through ``expire``.
+      What is counted meanwhile may be halved, too. After a push of more new keys than were
+      expected, cells are halved at once, until no more than FULL of them are in use.
+    * A key whose estimate was too high subtracts more than it had added when it is admitted. Keys
+      that share cells with it, k ln 2 on average, lose up to their whole count. Each is late by
+      less than the threshold. Only keys that are admitted early do this, and they are rare.
+    * A cell at its maximum is not decreased until ageing halves it, and ageing loses what the cell
+      could not count. This takes about 8 keys close to the threshold in one cell.
     """
 
     def __init__(
@@ -141,18 +142,18 @@ class SketchGate(CountingGate):
         self._cells = self._arena.array.reshape(-1)[:cells]
         self._most = int(np.iinfo(dtype).max)
         self._used = 0  # cells above 0
-        self._halved = cells  # cells up to here were halved since ageing began
+        self._halved = cells  # cells before this index are halved since ageing began
         self._version = 0  # of the last push
-        self._aged = 0  # the version at which it last began to age
-        self._loaded = 0  # bytes of cells that were stored
+        self._aged = 0  # version at which ageing last began
+        self._loaded = 0  # bytes of cells that were loaded
 
     @property
-    def forgets(self) -> str:
+    def loss_reason(self) -> str:
         return "a sketch loses counts as it ages"
 
     @property
     def entries(self) -> int:
-        """From the share of cells in use: Swamidass and Baldi, J. Chem. Inf. Model. 47 (2007)."""
+        """Estimate by the share of used cells: Swamidass, Baldi, J. Chem. Inf. Model. 47 (2007)."""
         m = len(self._cells)
         if not m:  # closed
             return 0
@@ -166,7 +167,7 @@ class SketchGate(CountingGate):
         self, keys: Keys, counts: Occurrences, admitted: Admitted, totals: Occurrences, version: int
     ) -> None:
         self._version = max(self._version, version)
-        self.forget(keys[admitted])
+        self.discard(keys[admitted])
         self._add(keys[~admitted], counts[~admitted].astype(np.int64))
         self._keep_up(len(keys))
 
@@ -175,7 +176,7 @@ class SketchGate(CountingGate):
         _estimate(self._cells, self._salt, self._k, readonly(keys), out)
         return out
 
-    def forget(self, keys: Keys) -> None:
+    def discard(self, keys: Keys) -> None:
         self._add(keys, -self.waiting(keys).astype(np.int64))
 
     def expire(self, before: int, limit: int = SEGMENT) -> None:
@@ -184,7 +185,7 @@ class SketchGate(CountingGate):
         self._halve(limit)
 
     def put(self, keys: Keys, totals: Occurrences, versions: Versions) -> None:
-        """Here counts have no versions: what a key lacks is added, so that nothing is lowered."""
+        """Raise counts to the totals. A sketch has no versions, so it lowers no count."""
         self._version = max(self._version, int(versions.max(initial=0)))
         lacking = totals.astype(np.int64) - self.waiting(keys)
         self._add(keys, np.maximum(lacking, 0))
@@ -197,19 +198,17 @@ class SketchGate(CountingGate):
     def load_cells(self, start: int, data: NDArray[np.uint8]) -> None:
         super().load_cells(start, data)
         size = self._cells.itemsize
-        held, cells = (
-            self._cells[start // size :][: len(data) // size],
-            data.view(self._cells.dtype),
-        )
-        self._used += int(np.count_nonzero(cells)) - int(np.count_nonzero(held))
-        held[:] = cells
+        mine = self._cells[start // size :][: len(data) // size]
+        cells = data.view(self._cells.dtype)
+        self._used += int(np.count_nonzero(cells)) - int(np.count_nonzero(mine))
+        mine[:] = cells
         self._halved = len(self._cells)
         self._loaded += len(data)
 
     def begin(self, version: int) -> None:
         size = self._cells.nbytes
         if self._loaded not in (0, size):
-            raise ValueError(f"{self._loaded} bytes are no sketch of {size} bytes")
+            raise ValueError(f"{self._loaded} of the {size} bytes of the sketch were loaded")
         self._version = self._aged = version
 
     def close(self) -> None:
@@ -222,7 +221,7 @@ class SketchGate(CountingGate):
         self.edits += len(keys)
 
     def _keep_up(self, keys: int) -> None:
-        """So many keys were counted: age while too many cells are in use, but not for long."""
+        """Age while too many cells are in use, by an amount of work that suits a push of n keys."""
         left = max(HALVED, 64 * self._k * keys)
         while left > 0:
             if self._used > FULL * len(self._cells):
@@ -232,13 +231,13 @@ class SketchGate(CountingGate):
             left -= done
 
     def _age(self) -> None:
-        """Begin to halve all cells, unless that is still going on."""
+        """Begin to halve all cells, unless ageing is in progress."""
         if self._halved == len(self._cells):
             self._halved = 0
             self._aged = max(self._version, self._aged)
 
     def _halve(self, limit: int) -> int:
-        """Halve up to ``limit`` of the next cells, if the sketch ages; how many they were."""
+        """Halve up to ``limit`` of the next cells, if the sketch ages; return how many."""
         cells = self._cells[self._halved : self._halved + limit]
         self._used -= int(np.count_nonzero(cells == 1))
         cells >>= 1

@@ -1,9 +1,9 @@
-"""Which rows leave a table.
+"""Eviction: which rows leave a table.
 
-timeline.py   which versions are older than a TTL
-contract.py   what a rule is, and what it looks at
-rules.py      the rules of a table's schema
-selection.py  the rows of the lowest scores, found by slices
-sweep.py      one pass of rules over the rows
-evictor.py    the eviction of one table: when to sweep
+timeline.py   the versions that are older than a TTL
+contract.py   the contract of an eviction rule
+rules.py      the eviction rules of a table's schema
+selection.py  choose the rows with the lowest scores, slice by slice
+sweep.py      one pass of rules over the rows of a table
+evictor.py    the eviction of one table: when to sweep, and the table's step
 """

@@ -1,4 +1,4 @@
-"""What an eviction rule is, and what it looks at."""
+"""The contract of an eviction rule, and the data that it compares."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from numpy.typing import NDArray
 from storage.kernels import Rows
 from storage.records import Cause
 
-FIRST_STEP, LAST_STEP = -(1 << 47), (1 << 47) - 1  # that there can be
-LARGEST = 1e30  # a parameter beyond it is a mistake
-WHOLE = 1 << 48  # versions and steps end there
-EMPTY = (1 << 63) - 1  # the score of a slot without a row
+FIRST_STEP, LAST_STEP = -(1 << 47), (1 << 47) - 1  # the range of steps
+LARGEST = 1e30  # the largest parameter
+WHOLE = 1 << 48  # parameters that are whole numbers are below
+EMPTY = (1 << 63) - 1  # score of a slot without a row
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The slots of a tier, as they are now."""
+    """The slots of a tier now. Valid until the next change of the table."""
 
     slab: Rows  # float32[capacity, width]  [embedding | state]
     meta: NDArray[np.uint64]  # [capacity, 3]  packed; see tiers/host.py
-    used: int  # slots ever handed out; those of version 0 hold no row
-    rows: int  # slots that hold one
-    dim: int  # numbers of an embedding
+    used: int  # slots ever allocated; a slot of version 0 has no row
+    rows: int  # slots with a row
+    dim: int  # length of an embedding
 
 
 @dataclass(frozen=True, slots=True)
 class Now:
-    """What rules compare rows with."""
+    """The values that rules compare rows with."""
 
-    step: int  # of the table: the largest that was pushed
-    version: int  # of the shard
-    idle: int = 0  # rows up to this version are idle for longer than the time TTL
+    step: int  # of the table: the largest step that was pushed to it
+    version: int  # of the last push
+    idle: int = 0  # rows of versions up to this one have been idle longer than the time TTL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Eviction(ABC):
-    """Which rows leave. Parameters are checked at birth."""
+    """An eviction rule. The constructor raises ValueError for a parameter that breaks a rule."""
 
     name: ClassVar[str]
     cause: ClassVar[Cause]
 
     def on(self, share: float) -> Self:
-        """The rule for a shard that has this share of the keys, 0..1."""
-        return self  # unless a parameter is of the whole table
+        """Return the rule for a shard that owns this share of the keys, 0..1."""
+        return self  # unless a parameter counts rows over all shards
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -66,7 +66,7 @@ class Eviction(ABC):
 
     @abstractmethod
     def _check(self) -> None:
-        """Refuse numbers that make no sense."""
+        """Raise ValueError, by ``_require``, for a parameter that breaks a rule."""
 
     def _require(self, field: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -75,43 +75,43 @@ class Eviction(ABC):
 
     @abstractmethod
     def due(self, rows: int, last: Now, now: Now) -> bool:
-        """Whether a sweep would find enough to be worth it.
+        """Return whether a sweep is due.
 
-        rows  in the table
-        last  when the last sweep began
+        rows  number of rows in the table
+        last  the values when the last sweep began
         """
 
 
 class RowEviction(Eviction):
-    """A rule for rows: one leaves for what it is, whatever the others are."""
+    """A rule for single rows: whether a row leaves does not depend on other rows."""
 
     __slots__ = ()
 
-    reads_rows: ClassVar[bool] = False  # not metadata alone
+    reads_rows: ClassVar[bool] = False  # whether it reads rows, or metadata only
 
     @abstractmethod
     def mark(self, view: View, start: int, stop: int, now: Now, causes: NDArray[np.uint8]) -> None:
-        """Set causes[i] = self.cause for slot start + i, where it is 0 and the row is to leave.
+        """Set causes[i] to this rule's cause if the row in slot start + i leaves.
 
-        causes  uint8[stop - start]
+        causes  uint8[stop - start]; entries that are not 0 stay as they are
         """
 
 
 class TableEviction(Eviction):
-    """A rule for tables: rows leave while there are too many, those of the lowest score first."""
+    """A rule for tables: while a table has too many rows, those with the lowest scores leave."""
 
     __slots__ = ()
 
     @abstractmethod
     def excess(self, rows: int) -> int:
-        """How many of so many rows are too many."""
+        """Return how many rows must leave a table of this many rows."""
 
     @abstractmethod
     def score(self, view: View, start: int, stop: int, now: Now, out: NDArray[np.int64]) -> None:
-        """Write the scores of the slots start..stop-1, EMPTY for slots without a row.
+        """Write the scores of slots start..stop-1, EMPTY for slots without a row.
 
-        now  the same during a sweep; rows that were pushed later score no lower
-        out  int64[stop - start], of -2^62..2^62 or EMPTY
+        now  the same for all slices of a sweep; a later push must not lower a row's score
+        out  int64[stop - start]; scores are in -2^62..2^62
         """
 
 
@@ -122,5 +122,6 @@ def require_distinct(rules: Sequence[Eviction]) -> None:
         other = seen.setdefault(rule.cause, rule)
         if other is not rule:
             raise ValueError(
-                f"evictions {other.name!r} and {rule.name!r} are of one kind; a table takes one"
+                f"evictions {other.name!r} and {rule.name!r} are of one kind; a table takes one of"
+                " each kind"
             )

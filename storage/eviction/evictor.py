@@ -1,4 +1,4 @@
-"""The eviction of one table: when to sweep, and what to compare rows with."""
+"""The eviction of one table: when to sweep, and the table's step."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _STATE = struct.Struct("<qQQ")  # step version bytes-of-times
 
 @dataclass(frozen=True, slots=True)
 class EvictorState:
-    """What an evictor knows besides its rules."""
+    """The state of an evictor, without its rules."""
 
     step: int  # of the table
     version: int  # of the last push
-    times: Timeline | None  # of the time TTL
-    steps: Timeline | None  # of the step TTL
+    times: Timeline | None  # if there is a time TTL
+    steps: Timeline | None  # if there is a step TTL
 
     def pack(self) -> bytes:
         """step i64 | version u64 | bytes of times u64 | times | steps, little-endian.
 
-        times, steps   the timelines of the rules; empty where there is no such rule
+        times, steps   timelines of the rules; empty without such a rule
         """
         times = b"" if self.times is None else self.times.pack()
         steps = b"" if self.steps is None else self.steps.pack()
@@ -44,33 +44,33 @@ class EvictorState:
 
 
 class Evictor:
-    """The eviction of one table on one shard: when to sweep, and what to compare rows with.
+    """The eviction of one table on one shard. For the engine thread only.
 
-    Engine thread only. ``tick`` is for the background; for a sweep on demand, and for a dry one,
-    take ``sweep`` and call its ``slice`` with ``now`` until it is done.
+    Call ``tick`` for background eviction. For a sweep on demand, or a dry one, take ``sweep`` and
+    call its ``slice`` with ``now`` until it is done.
     """
 
     def __init__(self, rules: Sequence[Eviction]) -> None:
         require_distinct(rules)
         self._rules = tuple(rules)
-        self._step, self._version = FIRST_STEP, 0  # of the table: the largest that was pushed
+        self._step, self._version = FIRST_STEP, 0  # largest ones pushed to the table
         self._times = _timeline(rule.seconds for rule in rules if isinstance(rule, TimeTtl))
         self._steps = _timeline(float(rule.steps) for rule in rules if isinstance(rule, StepTtl))
-        self._sweep: Sweep | None = None  # in the background
-        self._last = Now(FIRST_STEP, 0)  # when that, or the one before it, began
+        self._sweep: Sweep | None = None  # background sweep in progress
+        self._last = Now(FIRST_STEP, 0)  # when the latest background sweep began
 
     @property
     def rules(self) -> tuple[Eviction, ...]:
-        """The rules, as this shard applies them."""
+        """The rules as this shard applies them."""
         return self._rules
 
     def altered(self, rules: Sequence[Eviction], version: int, seconds: float) -> Evictor:
-        """Return an evictor of other rules that goes on from the same step and the same times.
+        """Return an evictor with other rules and the same step and times.
 
         version  of the alteration, at ``seconds``
 
-        Rows know no time. So under a time TTL that the table did not have before, rows that were
-        pushed before the alteration count as pushed at the alteration.
+        Rows do not record times. So if the table had no time TTL before, all rows count as pushed
+        at the alteration.
         """
         other = Evictor(rules)
         other._step, other._version = self._step, self._version
@@ -91,32 +91,34 @@ class Evictor:
 
         ahead  steps that a push may be ahead of the table; 0: no bound
 
-        Rows are as old as the table's step, the largest step pushed so far, says. So one push whose
-        step is wrong, milliseconds since 1970 say, would make every other row idle, and then keep
-        the rules from ever holding again. Therefore:
+        The age of a row is measured from the table's step, the largest step pushed so far. One push
+        with a wrong step (milliseconds since 1970, for example) would make all other rows idle, and
+        no row would ever become idle again. Hence these rules:
 
-        * A table that no push has reached yet is at step 0. A first push is bounded like any other.
-        * Steps may go back without a bound. A trainer that starts again, or the slower of two, does
-          not move the table's step, and its rows take the table's step instead of its own. Rows
-          become idle again once a trainer has passed the table's step.
-        * All tables have the bound, with a step TTL or without: steps also mean something to the
-          norm rule, to LFU, and to rules that a table gets later.
-        * Rows that are imported, loaded or restored keep their own steps, and move no table's step.
-          The step of a table survives restarts and comes with a restored checkpoint.
+        * A table without pushes is at step 0. Its first push is bounded like any other.
+        * All pushes of an exchange are compared with the table's step before the exchange. Each
+          shard has its own step of a table.
+        * Steps may go back by any amount. A trainer that starts again, or the slower one of two,
+          does not move the table's step, and its rows get the table's step instead of its own. Rows
+          age again when a trainer has passed the table's step.
+        * The bound applies to all tables, with or without a step TTL. The norm rule and LFU use
+          steps, too, and an alteration may add a rule later.
+        * Rows that are imported, loaded or restored keep their own steps, and do not move the
+          table's step. The table's step survives restarts and comes with a restored checkpoint.
         * A push that was applied before is answered as a duplicate, whatever its step.
         """
         return max(self._step, 0) + ahead if ahead else LAST_STEP
 
     def written(self, version: int, seconds: float) -> None:
-        """Record that whole rows were written, which have steps of their own."""
+        """Record that whole rows with steps of their own were written."""
         self._version = max(self._version, version)
         if self._times is not None:
             self._times.add(version, seconds)
 
     def pushed(self, version: int, step: int, seconds: float) -> None:
-        """There was a push, now or in a log that is replayed.
+        """Record a push, applied now or replayed from the log.
 
-        seconds  of a clock that goes on while the shard is down: the idle time counts
+        seconds  of a clock that goes on while the shard is down, so that this time counts as idle
         """
         self._step, self._version = max(self._step, step), max(self._version, version)
         if self._times is not None:
@@ -125,34 +127,34 @@ class Evictor:
             self._steps.add(version, float(step))
 
     def loaded(self, version: int, step: int) -> None:
-        """There are rows of this version and step, pushed nobody knows when."""
+        """Record that rows up to this version and step were loaded, pushed at unknown times."""
         self._step, self._version = max(self._step, step), max(self._version, version)
 
     def now(self, seconds: float) -> Now:
-        """What to compare rows with at a time of that clock."""
+        """Return the values that rules compare rows with at a time of the clock."""
         idle = 0 if self._times is None else self._times.version_before(seconds)
         return Now(self._step, self._version, idle)
 
     @property
     def step(self) -> int:
-        """Of the table: the largest that was pushed; FIRST_STEP if none was."""
+        """The table's step: the largest step that was pushed; FIRST_STEP before the first push."""
         return self._step
 
     def stale(self, seconds: float) -> int:
-        """What was last touched at a version up to this one has outlived a TTL; 0: nothing has.
+        """Return the newest version that has outlived a TTL; 0 if none has.
 
-        For counters, which have no steps: a step TTL is kept as closely as Timeline says.
+        For counters, which have a version and no step. So a step TTL is as precise as Timeline.
         """
         steps = 0 if self._steps is None else self._steps.version_before(float(self._step))
         return max(steps, self.now(seconds).idle)
 
     def excess(self, rows: int) -> int:
-        """How many of so many rows are too many."""
+        """Return how many rows must leave a table of this many rows."""
         tables = (rule for rule in self._rules if isinstance(rule, TableEviction))
         return max((rule.excess(rows) for rule in tables), default=0)
 
     def due(self, rows: int, seconds: float) -> bool:
-        """Whether ``tick`` would do something: a sweep is not done, or one would be worth it."""
+        """Return whether ``tick`` has work: a sweep is in progress, or one is due."""
         if self._sweep is not None:
             return True
         if not self._rules:
@@ -161,16 +163,18 @@ class Evictor:
         return any(rule.due(rows, self._last, now) for rule in self._rules)
 
     def sweep(self, *, dry: bool = False) -> Sweep:
-        """A sweep of all rules that has not begun."""
+        """Return a new sweep by all rules."""
         return Sweep(self._rules, dry=dry)
 
     def tick(
         self, view: View, seconds: float, limit: int = SLICE, most: int = MOST
     ) -> dict[Cause, Keys]:
-        """Do the next slice of the background; return the keys to delete now, uint64[], by cause.
+        """Take the next slice of background eviction, and return the keys, uint64[], by cause.
 
-        limit  slots to look at
-        most   keys to return
+        The caller must delete the keys before the next call, or call ``again``.
+
+        limit  largest number of slots to look at
+        most   largest number of keys to return
         """
         if not self.due(view.rows, seconds):
             return {}
@@ -183,29 +187,31 @@ class Evictor:
         return victims.keys(view)
 
     def again(self) -> None:
-        """What the last slice found could not be deleted: begin a new sweep."""
+        """Begin a new sweep, because the keys of the last slice could not be deleted."""
         self._sweep, self._last = None, Now(FIRST_STEP, 0)
 
     def snapshot(self) -> EvictorState:
-        """Return the state as it is now, to be packed later on any thread."""
+        """Return a copy of the state, which any thread can pack later."""
         times = None if self._times is None else self._times.copy()
         steps = None if self._steps is None else self._steps.copy()
         return EvictorState(self._step, self._version, times, steps)
 
     def pack(self) -> bytes:
-        """Return the state as ``load`` takes it; see EvictorState."""
+        """Return the state as bytes for ``load``; see EvictorState."""
         return self.snapshot().pack()
 
     def load(self, data: bytes) -> None:
-        """Take over what ``pack`` returned for the same rules; ValueError if it is not that."""
+        """Load what ``pack`` returned for the same TTL rules; raises ValueError otherwise."""
         if len(data) < _STATE.size:
-            raise ValueError(f"{len(data)} bytes are no state of an eviction")
+            raise ValueError(f"cannot load eviction state: {len(data)} bytes are too few")
         step, version, size = _STATE.unpack_from(data)
         end = _STATE.size + size
         parts = (self._times, data[_STATE.size : end]), (self._steps, data[end:])
         for timeline, part in parts:
             if bool(part) != (timeline is not None):
-                raise ValueError(f"{len(data)} bytes are no state of these eviction rules")
+                raise ValueError(
+                    f"cannot load eviction state ({len(data)} bytes): saved with other TTL rules"
+                )
         for timeline, part in parts:
             if timeline is not None:
                 timeline.load(part)

@@ -1,6 +1,7 @@
 """The eviction rules of a table's schema.
 
-To add one: write the class, add it to EVICTIONS. Nothing else changes; the tests run over the dict.
+To add a rule, write its class and add it to EVICTIONS. Nothing else changes: the tests run over the
+dict.
 """
 
 from __future__ import annotations
@@ -26,28 +27,28 @@ from storage.kernels import AHEAD, jit, prefetch_row, square_sum
 from storage.records import Cause
 from storage.registry import build
 
-ROUNDS = 64  # sweeps in a TTL
-SCALE = 1 << 14  # of lfu's scores, which are whole numbers to be told apart exactly
+ROUNDS = 64  # sweeps per TTL
+SCALE = 1 << 14  # of LFU scores, which are whole numbers, so that comparing them is exact
 
 # ---- rules for rows
 #
 # meta    uint64[capacity, 3]  packed; version 0: no row
-# causes  uint8[stop - start]  of the slots from start on; written where it is 0 and the rule holds
+# causes  uint8[stop - start]  of slots from start on; only entries that are 0 are written
 
 
 @jit
 def _idle_steps(meta: Any, start: int, stop: int, last: int, cause: int, causes: Any) -> None:
-    """Rows of steps up to ``last``, which is one that a row can have."""
-    most = (np.int64(last) << np.int64(16)) | np.int64(0xFFFF)  # metadata of a row with that step
+    """Mark rows of steps up to ``last``, a valid step."""
+    most = (np.int64(last) << np.int64(16)) | np.int64(0xFFFF)  # largest metadata with that step
     for i in range(stop - start):
         if np.int64(meta[start + i, 2]) <= most and causes[i] == 0:
-            held = meta[start + i, 1] >> np.uint64(16) != 0
-            causes[i] = cause if held else 0
+            present = meta[start + i, 1] >> np.uint64(16) != 0
+            causes[i] = cause if present else 0
 
 
 @jit
 def _idle_versions(meta: Any, start: int, stop: int, last: Any, cause: int, causes: Any) -> None:
-    """Rows of versions 1..last."""
+    """Mark rows of versions 1..last."""
     for i in range(stop - start):
         version = meta[start + i, 1] >> np.uint64(16)
         if version <= last and version != 0 and causes[i] == 0:
@@ -58,7 +59,7 @@ def _idle_versions(meta: Any, start: int, stop: int, last: Any, cause: int, caus
 def _small(
     slab: Any, meta: Any, start: int, stop: int, dim: int, least: float, cause: int, causes: Any
 ) -> None:
-    """Of the rows marked 255, mark those with a norm below ``least`` by ``cause``, others by 0.
+    """Replace the mark 255: by ``cause`` if the norm of the row is below ``least``, else by 0.
 
     slab  float32[capacity, >= dim]
     """
@@ -72,9 +73,9 @@ def _small(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTtl(RowEviction):
-    """A row leaves when the table's step - its last step > steps.
+    """Evicts a row when the table's step - the step of the row's last push > ``steps``.
 
-    Found when the table's step has moved on by a ROUNDS-th of that, at the latest.
+    A sweep is due whenever the table's step has advanced by steps / ROUNDS.
     """
 
     name: ClassVar[str] = "step_ttl"
@@ -96,7 +97,7 @@ class StepTtl(RowEviction):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeTtl(RowEviction):
-    """A row leaves when it is idle for longer than seconds; see Timeline for how closely."""
+    """Evicts a row that was not pushed for ``seconds``. Timeline states the precision."""
 
     name: ClassVar[str] = "time_ttl"
     cause: ClassVar[Cause] = Cause.TIME_TTL
@@ -115,11 +116,11 @@ class TimeTtl(RowEviction):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norm(RowEviction):
-    """A row leaves when the L2 norm of its embedding < threshold and it was not pushed for grace.
+    """Evicts a row whose L2 norm of the embedding < ``threshold``, and that rested for ``grace``.
 
-    The table's step - its last step >= grace. So no row is judged before it is ``grace`` steps old,
-    and none while it is trained: it would come back with the next push, from its initial value
-    instead of the small one that it had learnt. With grace 0 every row is judged in every sweep.
+    A row has rested if the table's step - the step of its last push >= ``grace``. Rows that are
+    being trained stay: an evicted row would return with its next push, at its initial value instead
+    of the small value that it had learnt. With grace 0 every sweep judges every row.
     """
 
     name: ClassVar[str] = "norm"
@@ -174,9 +175,10 @@ def _score_lfu(meta: Any, start: int, stop: int, last: int, half_life: float, sc
 
 
 class Capacity(TableEviction):
-    """The table exceeds max_rows: the lowest score leaves first.
+    """Evicts the rows with the lowest scores while the table has more than ``max_rows``.
 
-    Each shard keeps the share of max_rows that it has of the keys, which a hash spreads evenly.
+    Each shard keeps the share of ``max_rows`` that is its share of the keys. A hash spreads keys
+    evenly over the shards.
     """
 
     __slots__ = ()
@@ -189,7 +191,7 @@ class Capacity(TableEviction):
         self._require("max_rows", self.max_rows >= 1, "1 or more")
 
     def on(self, share: float) -> Self:
-        # every rule of this kind is a dataclass with the field
+        # subclasses are dataclasses with this field
         return replace(self, max_rows=math.ceil(self.max_rows * share))  # type: ignore[call-arg]
 
     def due(self, rows: int, last: Now, now: Now) -> bool:
@@ -201,7 +203,7 @@ class Capacity(TableEviction):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapacityLru(Capacity):
-    """Score: the version of the last push."""
+    """Evicts the rows that were pushed least recently. Score: version of the last push."""
 
     name: ClassVar[str] = "capacity_lru"
 
@@ -213,9 +215,10 @@ class CapacityLru(Capacity):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapacityLfu(Capacity):
-    """Score: log2(frequency) - (table's step - last step) / half_life.
+    """Evicts the rows with the lowest frequency, which decays with age.
 
-    So a row that is not pushed for a half-life counts as one of half its frequency.
+    Score: log2(frequency) - (table's step - step of the last push) / half_life. A row that is not
+    pushed for a half-life scores like a row of half its frequency.
     """
 
     name: ClassVar[str] = "capacity_lfu"
@@ -232,10 +235,7 @@ class CapacityLfu(Capacity):
 
 
 def make_eviction(name: str, params: Mapping[str, float]) -> Eviction:
-    """The eviction rule of that name; parameters left out keep their defaults.
-
-    Raises ValueError naming what is unknown, with what is allowed, or the rule that is broken.
-    """
+    """Return the eviction rule of that name; see ``registry.build``."""
     return build("eviction", EVICTIONS, name, params)
 
 

@@ -1,15 +1,16 @@
-"""The rows of the lowest scores, found a slice at a time.
+"""Choose the rows with the lowest scores, slice by slice.
 
-    rows     = every rule for rows, over all slots; the first rule that holds names the cause
-    table    = range select+ take         for a rule for tables, if its table is too large
-    range    = the least and the largest score
-    select   = histogram of scores in 2^16 buckets; the one in which the last victim is becomes the
-               range, until that is a single score or nothing more need be told apart
-    take     = the rows below, and as many of that score as it takes, the first slots first
+Each stage passes over all slots:
 
-So the choice is exact, for tables of any size: no row that stays has a lower score than one that
-left. Scores are taken as of the moment when ``range`` began, so that rows which are pushed during
-the sweep only rise.
+    range    find the smallest and the largest score
+    select   count scores in 2^16 buckets; the bucket that contains the last victim becomes the new
+             range; repeat until it is a single score, or all rows of the bucket leave
+    take     return the rows with lower scores, and as many with this score as must leave, in the
+             order of their slots
+
+The choice is exact for tables of any size: no row that stays has a lower score than a row that
+left. Scores are computed for the moment at which ``range`` began, so a push during the sweep can
+only raise the score of a row.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from storage.eviction.contract import EMPTY, Now, TableEviction, View
 from storage.kernels import Keys, Slots, jit
 from storage.records import Cause
 
-BUCKETS = 1 << 16  # of a histogram
+BUCKETS = 1 << 16  # buckets of the histogram
 
 
 @jit
 def _range(scores: Any) -> Any:
-    """Least and largest of the scores that are not EMPTY; (EMPTY, -EMPTY) if all are."""
+    """Return the smallest and the largest score; (EMPTY, -EMPTY) if all scores are EMPTY."""
     low, high = EMPTY, -EMPTY
     for i in range(scores.shape[0]):
         low = min(low, scores[i])
@@ -40,7 +41,7 @@ def _range(scores: Any) -> Any:
 
 @jit
 def _histogram(scores: Any, low: int, high: int, shift: int, counts: Any) -> None:
-    """Count scores of low..high by (score - low) >> shift.
+    """Count the scores in low..high by (score - low) >> shift.
 
     counts  int64[BUCKETS]  updated
     """
@@ -51,11 +52,11 @@ def _histogram(scores: Any, low: int, high: int, shift: int, counts: Any) -> Non
 
 @jit
 def _lowest(scores: Any, bound: int, ties: int, places: Any) -> Any:
-    """Find scores below ``bound``, and ``ties`` that are equal to it, as many as there is room for.
+    """Find up to n scores: those below ``bound``, and up to ``ties`` scores equal to it.
 
     places  int64[n]  filled with their positions, ascending
 
-    Returns how many were found, the ties left, and the position behind the last one looked at.
+    Returns how many were found, how many ties are left, and the position to continue at.
     """
     found = 0
     for i in range(scores.shape[0]):
@@ -71,7 +72,7 @@ def _lowest(scores: Any, bound: int, ties: int, places: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Victims:
-    """Rows that are to leave."""
+    """Rows that leave the table."""
 
     slots: Slots  # int64[n], distinct
     causes: NDArray[np.uint8]  # [n]  values of Cause
@@ -80,7 +81,7 @@ class Victims:
         return len(self.slots)
 
     def keys(self, view: View) -> dict[Cause, Keys]:
-        """Their keys, uint64[], by cause; causes without one are left out."""
+        """Return the keys, uint64[], by cause, without causes that have no key."""
         return {
             Cause(cause): view.meta[self.slots[self.causes == cause], 0]
             for cause in np.unique(self.causes).tolist()
@@ -91,16 +92,16 @@ NOBODY = Victims(np.empty(0, np.int64), np.empty(0, np.uint8))
 
 
 class Selection:
-    """The choice of the rows that leave for one rule for tables, a slice at a time."""
+    """Chooses the rows that leave by one rule for tables, slice by slice."""
 
     def __init__(self, rule: TableEviction, view: View, excess: int, now: Now) -> None:
         self._rule, self._end, self._now = rule, view.used, now
-        self._left = excess  # rows that are still to leave
+        self._left = excess  # rows that must still leave
         self._stage: Literal["range", "select", "take", "done"] = "range"
         self._at = 0  # the next slot of this stage
-        self._low, self._high = EMPTY, -EMPTY  # scores of which the last victim's is one
-        self._need = excess  # victims with such scores; all rows of lower ones are victims
-        self._shift = 0  # a bucket is 2^shift scores
+        self._low, self._high = EMPTY, -EMPTY  # range that contains the last victim's score
+        self._need = excess  # victims in the range; all rows below the range are victims
+        self._shift = 0  # a bucket spans 2^shift scores
         self._counts = np.zeros(BUCKETS, np.int64)
 
     @property
@@ -109,7 +110,7 @@ class Selection:
         return self._stage == "done"
 
     def slice(self, view: View, limit: int, most: int) -> Victims:
-        """Look at up to ``limit`` slots; return up to ``most`` victims, in the last stage."""
+        """Look at up to ``limit`` slots. The last stage returns up to ``most`` victims."""
         start, stop = self._at, min(self._at + limit, self._end)
         scores = np.empty(stop - start, np.int64)
         self._rule.score(view, start, stop, self._now, scores)
@@ -134,7 +135,7 @@ class Selection:
         return victims
 
     def _next(self) -> None:
-        """Go on to the next stage."""
+        """Begin the next stage."""
         self._at = 0
         if self._stage == "take" or self._low > self._high:
             self._stage = "done"
@@ -144,13 +145,13 @@ class Selection:
         self._counts[:] = 0
 
     def _narrow(self) -> bool:
-        """Make the bucket of the last victim the range; whether nothing more need be told apart.
+        """Make the bucket of the last victim the range. Return whether ``take`` can begin.
 
-        Then all rows below ``high`` are victims, and ``need`` of those with this very score.
+        Then the victims are all rows with scores below ``high``, and ``need`` rows with this score.
         """
         sums = np.cumsum(self._counts)
         bucket = int(np.searchsorted(sums, self._need))
-        if bucket == BUCKETS:  # rows left, or have risen, since they were counted
+        if bucket == BUCKETS:  # since they were counted, rows left, or were pushed
             self._high, self._need = self._high + 1, 0
             return True
         self._need -= int(sums[bucket] - self._counts[bucket])

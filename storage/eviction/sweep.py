@@ -1,9 +1,12 @@
 """One pass of eviction rules over the rows of a table.
 
-A sweep goes through the slots of a tier a slice at a time, between pushes. Its caller deletes what
-a slice found before the next slice, and writes it to the log with its cause; nothing is changed
-here. Slices read the metadata, 24 bytes a slot, in order; only the norm rule reads rows.
+A sweep passes over the slots of a tier in slices, between pushes. First every rule for rows judges
+all slots; the first rule that holds for a row is the cause of its eviction. Then each rule for
+tables chooses the rows that exceed its limit; see selection.py.
 
+A sweep changes nothing. Its caller deletes the victims of a slice before it asks for the next one,
+and writes the deletes and their cause to the log. Slices read metadata in order, 24 bytes per slot.
+Only the norm rule reads rows.
 """
 
 from __future__ import annotations
@@ -17,16 +20,18 @@ from storage.eviction.rules import EVICTIONS, Capacity, make_eviction
 from storage.eviction.selection import NOBODY, Selection, Victims
 from storage.records import Cause
 
-SLICE = 1 << 16  # slots looked at in a call
-READ = 8 << 20  # bytes of rows read in a call
-MOST = 1 << 13  # rows found in a call
+SLICE = 1 << 16  # slots per slice
+READ = 8 << 20  # bytes of embeddings per slice
+MOST = 1 << 13  # victims per slice
 
 
 class Sweep:
-    """One pass of rules over the rows of a table, a slice at a time.
+    """One pass of rules over the rows of a table, slice by slice.
 
-    A dry sweep only counts. Then its victims stay, so rules for tables are asked what would be
-    left to do for them, and their victims are not looked for.
+    rules   the rules
+    counts  victims so far, by cause
+    dry     only count. The victims stay, so for a rule for tables the excess is computed, and its
+            victims are not searched for
     """
 
     def __init__(self, rules: Sequence[Eviction], *, dry: bool = False) -> None:
@@ -34,10 +39,10 @@ class Sweep:
         self.counts = {rule.cause: 0 for rule in rules}
         self._dry = dry
         self._rows = [rule for rule in rules if isinstance(rule, RowEviction)]
-        self._tables = [rule for rule in rules if isinstance(rule, TableEviction)]  # to do
-        self._at = 0  # the next slot for the rules for rows
-        self._end: int | None = None  # slots that there were at the beginning
-        self._selection: Selection | None = None  # for the first of the tables' rules
+        self._tables = [rule for rule in rules if isinstance(rule, TableEviction)]  # not done yet
+        self._at = 0  # next slot for the rules for rows
+        self._end: int | None = None  # number of slots when the sweep began
+        self._selection: Selection | None = None  # for the first of ``_tables``
 
     @property
     def done(self) -> bool:
@@ -45,9 +50,9 @@ class Sweep:
         return self._end is not None and self._at >= self._end and not self._tables
 
     def slice(self, view: View, now: Now, limit: int = SLICE, most: int = MOST) -> Victims:
-        """Look at up to ``limit`` slots; return up to ``most`` victims.
+        """Look at up to ``limit`` slots, and return up to ``most`` victims; none in a dry sweep.
 
-        They are to be deleted before the next slice; nobody, if the sweep is dry.
+        The caller must delete the victims before it asks for the next slice.
         """
         if self._end is None:
             self._end = view.used if self._rows else 0
@@ -92,7 +97,7 @@ class Sweep:
 
 
 def compile_all() -> None:
-    """Run every rule once, so that each kernel is compiled or loaded from the cache."""
+    """Run every rule once, to compile its kernels or load them from the cache."""
     meta = np.ones((2, 3), np.uint64) << np.uint64(16)
     view = View(np.ones((2, 1), np.float32), meta, 2, 2, 1)
     for name in EVICTIONS:
