@@ -45,12 +45,16 @@ SITES = {
     "flusher.py:flush": SLICES,
     "inspection.py:_gone": SLICES,
     "inspection.py:inspect": REQUEST,
+    "loading.py:_accept": SMALL,
+    "loading.py:_apply": SLICES,
+    "loading.py:_begin": SMALL,
+    "loading.py:_cancel": SMALL,
+    "loading.py:_fill": SMALL,
+    "loading.py:load": SMALL,
     "pace.py:run": SLICES,
     "packing.py:counters_of": SLICES,
     "restore.py:_require_empty": ALL_TABLES,
     "rows.py:_live_rows": SLICES,
-    "rows.py:_patiently": SLICES,
-    "rows.py:load_table": SMALL,
     "rows.py:write_rows": SLICES,
     "rowscan.py:_send_rows": "as many rows as take 256 KiB",
     "rowscan.py:_send_tables": "4,096 changes with tombstones, which are not copied",
@@ -167,7 +171,7 @@ def meter(tmp_path_factory: pytest.TempPathFactory) -> Meter:
         node.engine = node.home.flusher._engine = meter  # type: ignore[assignment]
         node._serve(None)
         with metered(meter):
-            work(node, meter)
+            work(homes, node, meter)
     return meter
 
 
@@ -195,7 +199,7 @@ def eviction(name: str) -> contract.Eviction:
     return rules.make_eviction(name, {"steps": 1000} if name == "step_ttl" else {"max_rows": 9})
 
 
-def work(node: Any, meter: Meter) -> None:
+def work(homes: Homes, node: Any, meter: Meter) -> None:
     """Every kind of work that takes slices."""
     shard, rows = node.shard, node.checkpoints.rows
     node.home.flush()
@@ -213,14 +217,12 @@ def work(node: Any, meter: Meter) -> None:
     node.checkpoints.complete(
         pb.CompleteCheckpointRequest(name="a", attempt="0" * 16, parts=[part])
     )
-    shard.create_table(schema("loaded"))
-    load = pb.LoadTableRequest(name="a", table="full", into="loaded")
-    rows.load_table(load, node.checkpoints.work.progress())
+    homes.load("a", "full", "loaded")
     many = np.arange(50_000, dtype=np.uint64)
     values = np.ones((len(many), 2), np.float32).tobytes()
     rows.write_rows(pb.WriteRowsRequest(table="loaded", width=2, keys=many.tobytes(), rows=values))
     serving = Service.__new__(Service)
-    serving._shard, serving._engine = shard, meter  # type: ignore[assignment]
+    serving._shard, serving._engine, serving._log = shard, meter, None  # type: ignore[assignment]
     listed = asyncio.run(serving.list_tables(pb.ListTablesRequest(), 0.0))
     assert len(listed.tables) == len(shard.tables())
     sweeper = Sweeper(shard, meter)  # type: ignore[arg-type]
