@@ -16,6 +16,7 @@ views.py         what readers of a shard get
 sweeps.py        eviction on the engine thread, one slice at a time
 recovery.py      a shard brought back from its base and its log
 fills.py         tables that are hidden while they are filled
+reads.py         what can be read of a shard
 shard.py         one shard's part of every table, without a network
 loops.py         calls handed to an event loop by other threads
 engine.py        the thread that owns the shard

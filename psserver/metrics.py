@@ -54,6 +54,11 @@ class ShardCollector(Collector):
                 "Bytes of requests and replies in flight.",
                 service.inflight_bytes,
             ),
+            (
+                "ps_buffer_bytes",
+                "Bytes of after-images that the log has not written, and of buffers for more.",
+                shard.buffer_bytes,
+            ),
             ("ps_streams", "Open client streams.", service.streams),
             ("ps_engine_waiting", "Calls that wait for the engine thread.", self._engine.waiting),
         ):

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from psproto import names
 from psproto import ps_pb2 as pb
-from psproto.codec import WIRE, Exchanged, Pulled, to_wire_clamped
+from psproto.codec import Exchanged, Pulled, to_wire_clamped
 from psproto.routing import ShardMap
 from psserver.afterimages import ImageBuffers
 from psserver.errors import BadRequest, NoLog, StepTooFar, TooLarge, VersionInFuture
 from psserver.fills import Fills
+from psserver.reads import ShardReads, pulled_bytes, record_bytes
 from psserver.recovery import Recovery
 from psserver.requests import Change, Delete, Pull, Push, check_order
 from psserver.schemas import DURABILITIES, to_json
@@ -27,24 +28,12 @@ from psserver.sequencer import MAX_BACKLOG, RECORD, Sequencer
 from psserver.sessions import Sessions
 from psserver.sweeps import Sweeps
 from psserver.tables import TableEntry, Tables
-from psserver.tombstones import TombstoneQueue, Tombstones
-from psserver.views import (
-    Capture,
-    KeyView,
-    TableList,
-    TableView,
-    capture_table,
-    view_keys,
-    view_table,
-)
+from psserver.tombstones import TombstoneQueue
 from storage import records
 from storage.arena import Budget
-from storage.eviction.contract import FIRST_STEP
 from storage.kernels import Images, Keys, Rows
 from storage.records import Cause, Kind
 from storage.schema import TableSchema
-from storage.table import TableStats, Tally
-from storage.tiers.base import Scan
 from storage.versionlog import VersionLog
 
 _NO_VERSIONS, _NO_STEPS = np.empty(0, np.uint64), np.empty(0, np.int64)
@@ -59,7 +48,7 @@ class _CheckedPush(NamedTuple):
     applied: int | None  # version under which it was applied before
 
 
-class Shard:
+class Shard(ShardReads):
     """The tables of one shard, their common version and the sessions of the clients.
 
     reply_bytes     largest reply, in bytes of arrays
@@ -87,27 +76,18 @@ class Shard:
         self.number = number
         self.shard_map = shard_map
         self.budget = Budget(memory_bytes)
-        self.sessions = Sessions(max_sessions, session_ttl, clock)
         owned = np.count_nonzero(shard_map.shard_of_bucket == number)
         self._reply_bytes = reply_bytes
         self._max_tables = max_tables
-        self._tables = Tables(self.budget, float(owned) / len(shard_map.shard_of_bucket))
-        self._sequencer = Sequencer(self.sessions, now, log, max_backlog)
-        self._tombstones = TombstoneQueue(max_tombstones)
-        self._buffers = ImageBuffers()
+        super().__init__(
+            Tables(self.budget, float(owned) / len(shard_map.shard_of_bucket)),
+            Sequencer(Sessions(max_sessions, session_ttl, clock), now, log, max_backlog),
+            TombstoneQueue(max_tombstones),
+            ImageBuffers(),
+        )
         self.recovery = Recovery(self.budget, self._tables, self._sequencer, self._tombstones)
         self.fills = Fills(self._tables, self._sequencer)
         self.sweeps = Sweeps(self._tables, self._sequencer, self._delete)
-
-    @property
-    def version(self) -> int:
-        """Version of the newest change. May be read from any thread."""
-        return self._sequencer.version
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Bytes of after-images that are on their way to the log, or were. From any thread."""
-        return self._buffers.bytes
 
     def attach(self, log: VersionLog) -> None:
         """Append changes to ``log`` from now on; it ends at the shard's version."""
@@ -181,29 +161,6 @@ class Shard:
         self._tables.remove(entry)
         self._sequencer.append(Kind.DROP, parts)
 
-    def describe(self, name: str) -> tuple[TableSchema, TableStats]:
-        """Return schema and size of a table."""
-        table = self._tables.get(name).table
-        return table.schema, table.stats()
-
-    def tables(self) -> list[str]:
-        """Return the names of the tables, sorted."""
-        return self._tables.names()
-
-    def holds(self, number: int) -> bool:
-        """Return whether the table of this number is still there."""
-        return self._tables.numbered(number) is not None
-
-    def step(self, name: str) -> int:
-        """Return the largest step that was pushed to a table; 0 if none was."""
-        step = self._tables.get(name).table.evictor.step
-        return step if step > FIRST_STEP else 0
-
-    def tally(self, name: str) -> tuple[Tally, int]:
-        """Return what the rules of a table did, and how many counters they discarded."""
-        table = self._tables.get(name).table
-        return table.tally, table.gate.dropped
-
     # ---- rows
 
     def exchange(self, pushes: Sequence[Push], pulls: Sequence[Pull]) -> Exchanged:
@@ -216,7 +173,7 @@ class Shard:
         checked = [self._check_push(push) for push in pushes]
         check_order(pushes)
         entries = self._check_pulls(pulls)
-        self._sequencer.reserve([_record_bytes(each.entry, each.push) for each in checked])
+        self._sequencer.reserve([record_bytes(each.entry, each.push) for each in checked])
         if len(checked) > 1:  # a single one is checked as it is applied
             for each in checked:
                 _check_rows(each)
@@ -284,96 +241,6 @@ class Shard:
         self._sequencer.append(Kind.BARRIER, parts)
         return self.version
 
-    def size(self, parts: Sequence[Push | Pull]) -> int:
-        """Return about how many bytes of rows these are about; their records take less.
-
-        A table that does not exist counts nothing. May be called from any thread.
-        """
-        size = 0
-        for part in parts:
-            entry = self._tables.find(part.table)
-            if entry is not None:
-                size += _record_bytes(entry, part)
-        return size
-
-    def reply_bytes(self, pulls: Sequence[Pull]) -> int:
-        """Return the bytes of arrays in the reply to these.
-
-        A table that does not exist counts nothing. May be called from any thread.
-        """
-        size = 0
-        for pull in pulls:
-            entry = self._tables.find(pull.table)
-            if entry is not None:
-                size += _pulled_bytes(entry, pull)
-        return size
-
-    # ---- readers
-
-    def scan(self, name: str) -> tuple[TableSchema, int, Scan]:
-        """Return schema, version and rows of a table, to be copied by slices on this thread."""
-        table = self._tables.get(name).table
-        return table.schema, self.version, table.scan()
-
-    def rows_of(self, number: int) -> Scan | None:
-        """Return the rows of a table; None once the table of this number is dropped."""
-        entry = self._tables.numbered(number)
-        return None if entry is None else entry.table.scan()
-
-    def view_table(self, name: str) -> TableView:
-        """Return a table, to be read by slices."""
-        return view_table(self._tables.get(name), self.version)
-
-    def view_keys(self, name: str, keys: Keys) -> KeyView:
-        """Return the facts of distinct keys of this shard."""
-        return view_keys(self._tables.get(name), keys, self.version, self._sequencer.now())
-
-    def schema_of(self, number: int) -> TableSchema | None:
-        """Return the schema of a table, dropped or not; None for a table dropped long ago.
-
-        May be called from any thread.
-        """
-        return self._tables.schema_of(number)
-
-    def table_list(self) -> TableList:
-        """Return the tables by number."""
-        tables = sorted(self._tables, key=lambda entry: entry.number)
-        return TableList(
-            self.version,
-            self.tombstone_horizon,
-            tuple((entry.number, entry.schema, entry.created) for entry in tables),
-        )
-
-    def capture(self) -> Capture:
-        """Return the shard as it is now, to be read through while pushes go on.
-
-        Buffers that wait for the next push are freed: a shard that is flushed regularly and has
-        nothing to do keeps none.
-        """
-        if self._sequencer.log is not None:
-            self._buffers.drain(self._sequencer.log.written)
-        return Capture(
-            self.version,
-            self._tables.next_number,
-            tuple(map(capture_table, self._tables)),
-            self.sessions.pack(),
-            self._tombstones.all(),
-            self.tombstone_horizon,
-        )
-
-    @property
-    def tombstone_horizon(self) -> int:
-        """Deletes up to this version may have lost their tombstones."""
-        return self._tombstones.horizon
-
-    def tombstones(self, after: int, limit: int) -> Tombstones:
-        """Return the oldest tombstones after a version: about ``limit``, and whole versions."""
-        return self._tombstones.after(after, limit)
-
-    def dump(self) -> dict[str, Any]:
-        """Return copies of all rows, for tests: as large as the shard."""
-        return {name: self._tables.get(name).table.dump() for name in self.tables()}
-
     # ---- one part of a request
 
     def _check_push(self, push: Push) -> _CheckedPush:
@@ -404,7 +271,7 @@ class Shard:
         for pull in pulls:
             entry = self._tables.get(pull.table)
             entries.append(entry)
-            size += _pulled_bytes(entry, pull)
+            size += pulled_bytes(entry, pull)
             if pull.min_epoch:
                 self._sequencer.require(pull.min_version, pull.min_epoch)
             if pull.min_version > self.version:
@@ -489,11 +356,3 @@ def _check_rows(checked: _CheckedPush) -> None:
         checked.entry.table.check_push(
             push.keys, push.gradients, step=push.step, lr=push.lr, largest=push.largest
         )
-
-
-def _record_bytes(entry: TableEntry, part: Push | Pull) -> int:
-    return RECORD + len(part.keys) * (16 + 4 * entry.schema.width)
-
-
-def _pulled_bytes(entry: TableEntry, pull: Pull) -> int:
-    return len(pull.keys) * (entry.schema.dim * WIRE[pull.dtype].itemsize + 24 * pull.with_metadata)

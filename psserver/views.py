@@ -14,8 +14,9 @@ from storage.admission.gates import Gate
 from storage.basestate import BaseTable
 from storage.eviction.evictor import EvictorState
 from storage.kernels import Keys, Rows
+from storage.results import TableStats
 from storage.schema import TableSchema
-from storage.table import Table, TableStats
+from storage.table import Table
 from storage.tiers.base import Scan
 
 

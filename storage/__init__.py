@@ -45,6 +45,8 @@ part_writer.py   one shard's part of a checkpoint, written
 part_reader.py   one shard's part of a checkpoint, read
 tiers/base.py    the contract of a tier
 tiers/host.py    rows in host memory
+overflow.py      which pushes may leave infinity or NaN in a row
+results.py       what the calls of a table return
 table.py         a table's part on one shard
 analysis.py      what a table holds, summed up
 """

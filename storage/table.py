@@ -6,7 +6,6 @@ the service made sure.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -15,64 +14,20 @@ from numpy.typing import NDArray
 from storage.admission.gates import Gate, Occurrences, Versions
 from storage.admission.rules import Admission
 from storage.arena import Budget
-from storage.errors import OutOfMemory, RowOverflow
+from storage.errors import OutOfMemory
 from storage.eviction.contract import View
 from storage.eviction.evictor import Evictor
 from storage.index import PLACE_BITS, Index, Locations, places
 from storage.initializers import table_seed
-from storage.kernels import Images, Keys, Rows, Slots, any_below, largest_magnitude, readonly
-from storage.optimizer import TAME_GRADIENT, TAME_NUMBER
-from storage.records import NO_KEYS, NO_TOTALS, Cause
+from storage.kernels import Images, Keys, Rows, Slots, largest_magnitude
+from storage.overflow import OverflowGuard
+from storage.records import NO_KEYS, NO_TOTALS
+from storage.results import Dump, Pushed, TableStats, Tally
 from storage.schema import TableSchema
-from storage.tiers.base import FREQUENCY, STEP, VERSION, Meta, Scan, Tier
+from storage.tiers.base import FREQUENCY, STEP, VERSION, Scan, Tier
 from storage.tiers.host import HostTier
 
 Mode = Literal["train", "serve"]
-TRIED = 1 << 14  # rows that a push is tried on at once
-LARGEST_DRAW = 10.0  # no initial value is beyond this many times the sum of its parameters
-
-
-@dataclass(frozen=True, slots=True)
-class TableStats:
-    """What a table holds on this shard."""
-
-    rows: int
-    bytes: int  # taken from the budget: slab, metadata, index, counters, unused room in each
-    index_bytes: int
-    waiting: int  # keys that are counted and have no row; of a sketch, about
-    counter_bytes: int  # of their counters
-
-
-@dataclass(frozen=True, slots=True)
-class Dump:
-    """Every row and counter of a table on this shard, by ascending key."""
-
-    keys: Keys  # uint64[n]
-    rows: Rows  # float32[n, width]
-    meta: Meta  # uint64[n, 4]: key, version, step, frequency
-    counters: NDArray[np.uint64]  # [m, 3]  of exact ones: key, total, version
-    cells: NDArray[Any]  # of a sketch
-
-
-@dataclass(frozen=True, slots=True)
-class Pushed:
-    """What a push did: keys that have rows now, and keys that wait for theirs."""
-
-    keys: Keys  # uint64[n]
-    slots: Slots  # int64[n]  where their rows are
-    waiting: Keys  # uint64[m]  those that have a counter
-    totals: Occurrences  # uint32[m]  what it became
-    step: int  # the rows' step now: the largest that was pushed to the table
-
-
-@dataclass(slots=True)
-class Tally:
-    """What a table's rules have done since it was opened."""
-
-    admitted: int = 0  # keys that got a row by a push
-    refused: int = 0  # keys of pushes that got none
-    dropped: int = 0  # occurrences whose gradients were dropped with them
-    evicted: dict[Cause, int] = field(default_factory=dict)  # rows that left by a rule
 
 
 class Table:
@@ -90,10 +45,7 @@ class Table:
         self._host: Tier = HostTier(schema.dim, schema.width, budget)
         self._seed = table_seed(schema.seed, schema.name)
         self._state = schema.optimizer.initial_state(schema.dim)
-        roots = schema.optimizer.roots(schema.dim)
-        self._root = roots.start
-        self._floors = self._state[roots.start - schema.dim : roots.stop - schema.dim]
-        self._tame = self._starts_tame()  # every row is; see Optimizer.is_tame
+        self._guard = OverflowGuard(schema, self._copies)
         try:
             self.gate = self._make_gate(schema.admission.on(share))
         except BaseException:
@@ -228,7 +180,7 @@ class Table:
         stamp = max(step, self.evictor.step)
         self._host.push(slots, gradients, counts, optimizer, lr, step, version, stamp)
         if not copied:
-            self._tame = self._tame and self._host.largest(slots) <= TAME_NUMBER
+            self._guard.pushed(self._host.largest(slots))
         return Pushed(keys, slots, waiting, totals, stamp)
 
     def check_push(
@@ -242,25 +194,11 @@ class Table:
     ) -> None:
         """Raise RowOverflow if a push would leave infinity or NaN in a row that is finite now.
 
-        Arguments are those of ``push``. Where the table, the gradients and the hyper-parameters are
-        tame, that cannot be. Elsewhere the step is tried on copies of the rows.
+        Arguments are those of ``push``.
         """
         optimizer = self.schema.optimizer
         lr = optimizer.lr if lr is None else lr
-        if largest is None:
-            largest = largest_magnitude(gradients)
-        if self._tame and largest <= TAME_GRADIENT and optimizer.is_tame(lr):
-            return
-        for start in range(0, len(keys), TRIED):
-            part = slice(start, start + TRIED)
-            rows = self._copies(keys[part])
-            before = np.isfinite(rows).all(axis=1)
-            optimizer.step(rows, np.arange(len(rows)), gradients[part], lr, step)
-            bad = np.flatnonzero(before & ~np.isfinite(rows).all(axis=1))
-            if len(bad):
-                at = start + int(bad[0])
-                reached = float(np.abs(gradients[at]).max())
-                raise RowOverflow(self.schema.name, int(keys[at]), reached)
+        self._guard.check(self.schema.name, optimizer, keys, gradients, lr, step, largest)
 
     def _copies(self, keys: Keys) -> Rows:
         """Return copies of rows, float32[n, width]; keys without one get the one they would get."""
@@ -274,13 +212,6 @@ class Table:
             self.schema.initializer.fill(self._seed, keys[missing], missing, dim, rows)
             rows[missing, dim:] = self._state
         return rows
-
-    def _starts_tame(self) -> bool:
-        """Return whether new rows are tame."""
-        initializer = self.schema.initializer
-        parameters = (getattr(initializer, field.name) for field in fields(initializer))
-        largest = LARGEST_DRAW * sum(map(abs, parameters))
-        return bool(max(largest, np.abs(self._state).max(initial=0.0)) <= TAME_NUMBER)
 
     def _admit(
         self,
@@ -318,7 +249,7 @@ class Table:
         rows         float32[n, width]  written
         """
         self._host.images(slots, frequencies, rows)
-        self._tame = self._tame and largest_magnitude(rows) <= TAME_NUMBER
+        self._guard.pushed(largest_magnitude(rows))
 
     def put(self, images: Images) -> None:
         """Write whole rows as they were read from a block or a record; newer ones stay.
@@ -332,11 +263,7 @@ class Table:
             locations[missing] = self._place(keys[missing])
             self.gate.discard(keys[missing])
         self._host.put(places(locations), images)
-        self._tame = (
-            self._tame
-            and largest_magnitude(rows) <= TAME_NUMBER
-            and not any_below(readonly(rows), self._root, self._floors)
-        )
+        self._guard.put(rows)
 
     def put_counters(self, keys: Keys, totals: Occurrences, versions: Versions) -> None:
         """Write counters as they were read from a block or a record; newer ones stay.

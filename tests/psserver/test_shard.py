@@ -17,7 +17,7 @@ from psserver.errors import BadRequest, SessionExpired, TooLarge, VersionInFutur
 from psserver.requests import Pull, Push
 from psserver.shard import Shard
 from storage.arena import HUGE
-from storage.errors import OutOfMemory, SchemaMismatch, UnknownTable
+from storage.errors import OutOfMemory, RowOverflow, SchemaMismatch, UnknownTable
 from storage.initializers import make_initializer
 from storage.optimizers import make_optimizer
 from storage.schema import TableSchema
@@ -105,6 +105,41 @@ def shard() -> Shard:
     shard.create_table(schema())
     shard.create_table(schema("u", dim=4))
     return shard
+
+
+# ---- pushes that overflow
+
+
+@pytest.mark.parametrize("keys", [[1], [2]])
+def test_an_exchange_with_a_push_that_overflows_changes_nothing(
+    shard: Shard, keys: list[int]
+) -> None:
+    most = float(np.finfo(np.float32).max)
+    shard.exchange([push([1, 2], most)], [])
+    before = state(shard)
+    for pushes in (
+        [push(keys, most)],
+        [push([7]), push(keys, most)],
+        [protected([7], 1), protected(keys, 2, gradients=np.full((1, DIM), most, np.float32))],
+    ):
+        with pytest.raises(RowOverflow, match=f"row of key {keys[0]}"):
+            shard.exchange(pushes, [])
+        assert state(shard) == before
+    shard.exchange([push(keys, -most)], [])
+    assert np.isfinite(shard.dump()["t"].rows).all()
+
+
+def test_pushes_of_one_exchange_that_overflow_together_are_refused_in_part(shard: Shard) -> None:
+    most = float(np.finfo(np.float32).max)
+    pushes = [
+        protected([1], sequence, gradients=np.full((1, DIM), most / 1.5, np.float32))
+        for sequence in (1, 2)
+    ]
+    for _ in range(2):  # the first is applied once, whoever repeats it
+        with pytest.raises(RowOverflow):
+            shard.exchange(pushes, [])
+        assert shard.version == 3
+        assert np.isfinite(shard.dump()["t"].rows).all()
 
 
 # ---- tables

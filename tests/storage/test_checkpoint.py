@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from storage import part_reader, part_writer
+from storage.arena import Budget
 from storage.block import pack_rows, pack_tombstones
 from storage.checkpoint import open_checkpoint, read_manifest
 from storage.errors import Corrupt, StorageError, UnknownCheckpoint, UnknownFormat
@@ -262,18 +263,14 @@ def test_a_store_without_local_files_works_alike(tmp_path: Path) -> None:
         read(store, "a")
 
 
-def test_the_keys_of_newer_layers_take_little_address_space(
+def test_the_keys_of_newer_layers_share_one_budget(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(part_reader, "SEEN_BYTES", 1 << 20)
-    limits: list[int] = []
-    real = part_reader.Budget
-
-    def budget(limit: int) -> Any:
-        limits.append(limit)
-        return real(limit)
-
-    monkeypatch.setattr(part_reader, "Budget", budget)
+    """A checkpoint may have thousands of tables, and address space is limited."""
+    budgets: list[Budget] = []
+    monkeypatch.setattr(
+        part_reader, "Budget", lambda *limits: budgets.append(Budget(*limits)) or budgets[-1]
+    )
     count = 200_000
     write(store, "a", [block(range(count), 4)], [], count)
     newer = [block(range(0, count, 2), 25), dead(range(1, count, 4), 26)]
@@ -283,5 +280,6 @@ def test_the_keys_of_newer_layers_take_little_address_space(
     assert len(found) == rows + 1
     assert found[0] == 25
     assert found[3] == 4
-    assert limits == sorted(limits)
-    assert 1 << 20 == limits[0] < limits[-1] <= 64 << 20
+    (budget,) = budgets
+    assert budget.addresses <= 1 << 40
+    assert (budget.held, budget.reserved) == (0, 0)

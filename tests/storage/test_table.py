@@ -16,8 +16,9 @@ from storage.eviction.rules import make_eviction
 from storage.initializers import INITIALIZERS, make_initializer
 from storage.kernels import Images
 from storage.optimizers import OPTIMIZERS, make_optimizer
+from storage.results import Dump
 from storage.schema import MAX_DIM, TableSchema
-from storage.table import Dump, Table
+from storage.table import Table
 
 MASK = 2**64 - 1
 EXTREMES = [0, 1, MASK, MASK - 1, 1 << 63, (1 << 63) - 1, (1 << 63) + 1]
