@@ -43,6 +43,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "max_tombstones": (0, 1, 2),
     "max_subscribers": (0, 1, 2),
     "checkpoint_url": ("file:///a", "file:///b", "s3://c"),
+    "checkpoint_store_seconds": (1.0, 2.5, 120.0),
     "drain_seconds": (0.0, 1.5, 2.0),
 }
 CLUSTER = {"shards": 100}  # so that every shard number above is one of the cluster
@@ -84,6 +85,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("log_keep_seconds", -0.5, "greater than or equal to 0"),
     ("flush_seconds", 0.0, "greater than 0"),
     ("max_tombstones", -1, "greater than or equal to 0"),
+    ("checkpoint_store_seconds", 0, "greater than 0"),
     ("drain_seconds", -0.5, "greater than or equal to 0"),
     ("port", "seventy", "valid integer"),
     ("drain_seconds", "soon", "valid number"),
@@ -145,6 +147,7 @@ def test_without_any_source_the_defaults_hold() -> None:
         "log_keep_seconds": 0.0,
         "flush_seconds": 60.0,
         "checkpoint_url": None,
+        "checkpoint_store_seconds": 120.0,
         "max_tombstones": 1 << 20,
         "max_subscribers": 64,
         "busy_poll_seconds": 0.0,
