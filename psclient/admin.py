@@ -1,13 +1,13 @@
-"""Checkpoints of a cluster: take, list, verify, restore, and the rows of a table as arrays.
+"""Checkpoints of a cluster: take, list, verify, restore, delete; and rows of a table as arrays.
 
     with Client(addresses) as ps:
         admin.checkpoint(ps, "monday")
         admin.checkpoint(ps, "tuesday", parent="monday")
         admin.restore(ps, "tuesday", replace=True)
 
-A checkpoint has a name, never a path: where checkpoints lie is in the configuration of the servers.
-Work is done by the servers, all shards at once; a client that dies leaves nothing half done that
-the next call would not finish or clear away.
+A checkpoint has a name and never a path: the configuration of the servers says where checkpoints
+are stored. The servers do the work, all shards at once. If a client dies in the middle, the next
+call finishes the work or removes what is left of it.
 """
 
 from psclient.checkpoints import (

@@ -17,12 +17,13 @@ from psclient.link import Link
 from psclient.retry import retry, rpc_error
 from psproto import ps_pb2 as pb
 
-Tell = Callable[[int, int], Any]  # bytes done, bytes in all (0: unknown)
+OnProgress = Callable[[int, int], Any]  # bytes done, bytes in all (0: unknown)
 SERVICE = "CheckpointService"
 LOOK_SECONDS = 0.02  # between two looks whether shard 0 has accepted a call
 
 
 def links(client: Client) -> Sequence[Link]:
+    """Return the links to all shards, in their order. Connects the client if need be."""
     return client._connect().links
 
 
@@ -36,9 +37,10 @@ def call(
     *,
     service: str = SERVICE,
 ) -> Any:
-    """Call a unary method until it is answered; all of them may be repeated.
+    """Call a unary method, which must be idempotent, and retry it until the timeout.
 
-    seconds  that it may take; 0: as long as any operation of the client
+    answer   class of the answer
+    seconds  timeout; 0: that of the client
     """
     message = request.SerializeToString()
 
@@ -52,7 +54,7 @@ def call(
 def stream(
     link: Link, method: str, request: Any, answer: Any, *, service: str = SERVICE
 ) -> Generator[Any, None, None]:
-    """The messages that a method answers with."""
+    """Call a method with a stream of answers. Closing the generator cancels the call."""
     requests = iter([request.SerializeToString()])
     call = link.channel.open_stream(f"/ps.v1.{service}/{method}", requests)
     try:
@@ -82,7 +84,7 @@ def on_all(
     client: Client,
     method: str,
     request: Any,
-    progress: Tell | None,
+    progress: OnProgress | None,
     *,
     on_stage: Callable[[int, Sequence[pb.CheckpointProgress]], None] | None = None,
     in_turn: bool = False,

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from psclient.calls import Tell, all_streams, call, links, on_all, proceed, stream
+from psclient.calls import OnProgress, all_streams, call, links, on_all, proceed, stream
 from psclient.client import Client
 from psclient.errors import InvalidArgument
 from psproto import ps_pb2 as pb
@@ -28,7 +28,7 @@ class CheckpointInfo:
 
 
 def checkpoint(
-    client: Client, name: str, *, parent: str | None = None, progress: Tell | None = None
+    client: Client, name: str, *, parent: str | None = None, progress: OnProgress | None = None
 ) -> CheckpointInfo:
     """Take a checkpoint of all tables while pushes go on.
 
@@ -61,7 +61,7 @@ def describe(client: Client, name: str) -> CheckpointInfo:
     return _info(list_stored(client, name)[0])
 
 
-def verify(client: Client, name: str, *, progress: Tell | None = None) -> int:
+def verify(client: Client, name: str, *, progress: OnProgress | None = None) -> int:
     """Read every byte of a checkpoint and of its parents. Returns the number of bytes.
 
     Raises DataLoss, which names the first file that is missing, damaged, or contradicts another.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from psclient.calls import Tell, call, links, on_all
+from psclient.calls import OnProgress, call, links, on_all
 from psclient.checkpoints import describe
 from psclient.client import Client
 from psclient.errors import DataLoss, DeadlineExceeded, PsError, RestoreConflict, Unavailable
@@ -27,7 +27,7 @@ BACK = (Status.PHASE_FAILED, Status.PHASE_ABORTING, Status.PHASE_ABORTED)
 
 
 def restore(
-    client: Client, name: str, *, replace: bool = False, progress: Tell | None = None
+    client: Client, name: str, *, replace: bool = False, progress: OnProgress | None = None
 ) -> int:
     """Replace the tables of the whole cluster by those of a checkpoint. Returns the rows restored.
 
@@ -76,7 +76,7 @@ def abort_restore(client: Client) -> None:
 
 
 def _prepare(
-    client: Client, id: str, name: str, owner: str, replace: bool, progress: Tell | None
+    client: Client, id: str, name: str, owner: str, replace: bool, progress: OnProgress | None
 ) -> int:
     expected = sum(describe(client, name).rows.values())
     request = pb.PrepareRestoreRequest(name=name, id=id, replace=replace)

@@ -1,4 +1,4 @@
-"""Whole rows of a table: read, written, and loaded from a checkpoint."""
+"""Read and write whole rows of a table, and fill a table from a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psclient.arrays import Rows, as_array, as_keys
-from psclient.calls import Tell, call, links, on_all, proceed, stream
+from psclient.calls import OnProgress, call, links, on_all, proceed, stream
 from psclient.checkpoints import list_stored, verify
 from psclient.client import Client
 from psclient.errors import DataLoss, InvalidArgument, TableNotFound
@@ -40,7 +40,7 @@ def warm_start(
     into: str,
     *,
     replace: bool = False,
-    progress: Tell | None = None,
+    progress: OnProgress | None = None,
 ) -> int:
     """Fill a table from a table of a checkpoint. Returns the number of rows written.
 
@@ -93,21 +93,24 @@ def read_rows(
     checkpoint: str | None = None,
     shards: Sequence[int] | None = None,
 ) -> Generator[pb.TableSchema | RowBatch, None, None]:
-    """The schema of a table, then all its rows in no order: as they are, or as a checkpoint has it.
+    """Read the schema of a table, then all its rows in batches, in no order.
 
-    The first batch is empty: it shows how wide rows are.
-    Rows of a live table are each whole, but not all of one moment.
+    checkpoint  read the table as it is in this checkpoint; None: the live table
+    shards      ask these shards only; for a checkpoint, each serves a share of the rows
 
-    shards  read the rows of these shards only; of a checkpoint, the share that each of them serves
+    Yields the schema first, then an empty batch, whose shape shows the width, then the rows. Each
+    row of a live table is consistent, but rows may be of different moments.
+
+    Raises TableNotFound, CheckpointNotFound, DataLoss.
     """
     request = pb.ReadRowsRequest(table=table, checkpoint=checkpoint or "")
-    told = False
+    schema_seen = False
     all_links = links(client)
     for link in all_links if shards is None else [all_links[shard] for shard in shards]:
         for answer in stream(link, "ReadRows", request, pb.Delta):
             head = answer.header
-            if head.HasField("schema") and not told:
-                told = True
+            if head.HasField("schema") and not schema_seen:
+                schema_seen = True
                 yield head.schema
             elif head.HasField("schema"):
                 continue

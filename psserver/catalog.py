@@ -11,7 +11,7 @@ from psproto import ps_pb2 as pb
 from psserver.errors import CheckpointBusy, NoCheckpointUrl
 from psserver.schemas import write_schema
 from psserver.shard import Shard
-from psserver.stored import read_stored, require_name, require_width
+from psserver.stored import read_stored, require_name, require_width, sessions_in
 from psserver.uses import Uses
 from psserver.work import Progress
 from storage.checkpoint import Checkpoint, open_checkpoint, read_manifest
@@ -106,6 +106,7 @@ class Catalog:
                 by_number = {each.number: schemas[each.name] for each in tables}
                 for piece in verify_part(self.store, checkpoint, part, progress.add):
                     require_width(checkpoint, by_number[piece.table], piece.rows)
+                sessions_in(self.store, checkpoint, part)
         return pb.CheckpointProgress(bytes=progress.bytes, total=progress.total)
 
     def share(self, checkpoint: Checkpoint) -> range:

@@ -1,4 +1,8 @@
-"""The restore of one shard: PrepareRestore, and the steps that follow it."""
+"""Restore one shard from a checkpoint, in steps that a client takes on all shards alike.
+
+One client drives a restore, its owner. Another client is refused while the owner calls or polls,
+and may take over once the owner has been silent for LEASE_SECONDS. swap.py has the phases.
+"""
 
 from __future__ import annotations
 

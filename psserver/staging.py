@@ -1,4 +1,4 @@
-"""A base of a shard's rows in a checkpoint, made next to the one that the shard works with."""
+"""Stage a checkpoint: write a new base of a shard's rows, next to the live one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,19 @@ from numpy.typing import NDArray
 
 from psserver.schemas import to_json
 from psserver.shard import Shard
-from psserver.stored import overlapping, own, read_stored, require_width, runs
+from psserver.stored import (
+    overlapping,
+    own,
+    read_stored,
+    require_width,
+    runs,
+    sessions_in,
+)
 from psserver.work import Progress
 from storage.base import Base
 from storage.basestate import BaseState, BaseTable
 from storage.block import Block, pack_counters, rows_per_block, tombstones_per_block
-from storage.checkpoint import Checkpoint, read_file
+from storage.checkpoint import Checkpoint
 from storage.eviction.evictor import Evictor
 from storage.history import History, draw_epoch
 from storage.kernels import Keys
@@ -29,13 +36,18 @@ from storage.part_reader import Piece, counters_of, rows_of
 from storage.schema import TableSchema
 from storage.store import Store
 
-AHEAD_BLOCKS = 24  # packed and not yet written: more than go into a transaction
+AHEAD_BLOCKS = 24  # packed and not yet written: more than a transaction has
 
 
 def stage(
     shard: Shard, store: Store, checkpoint: Checkpoint, directory: Path, progress: Progress
 ) -> int:
-    """Make a base of this shard's rows in a checkpoint; how many they are."""
+    """Write a base with this shard's rows of a checkpoint. Returns how many rows it has.
+
+    directory  of the new base
+
+    Raises Corrupt if the checkpoint is damaged, and CheckpointUnfit for an unknown schema.
+    """
     manifest = checkpoint.manifest
     schemas = {
         table.name: read_stored(manifest.name, table.name, table.schema)
@@ -99,18 +111,17 @@ def _policy(checkpoint: Checkpoint, schema: TableSchema) -> bytes:
 
 
 def _sessions(shard: Shard, store: Store, checkpoint: Checkpoint) -> bytes:
-    """The sessions of this shard, if the checkpoint is of the same shards."""
+    """Return the sessions of this shard; none if the checkpoint was taken of other shards."""
     if len(checkpoint.parts) != shard.shard_map.shards:
         return b""
     part = checkpoint.parts[shard.number]
     if part.buckets != runs(shard):
         return b""
-    read = (read_file(store, checkpoint.manifest.name, file) for file in part.sessions)
-    return b"".join(read)
+    return sessions_in(store, checkpoint, shard.number)
 
 
 class _Writer:
-    """A new base, written by a thread of its own: its syncs take as long as all the rest."""
+    """Writes a new base on a thread of its own: the syncs take as long as all other work."""
 
     def __init__(self, directory: Path) -> None:
         self._base = Base(directory)
@@ -138,7 +149,7 @@ class _Writer:
         self._thread.shutdown()
 
     def add(self, block: Block) -> None:
-        """Store a block, whose arrays nobody changes any more."""
+        """Store a block. The caller must not change its arrays afterwards."""
         data = block.seal()
         self._begun.append(self._thread.submit(self._base.add, data))
         if len(self._begun) > AHEAD_BLOCKS:
@@ -151,7 +162,7 @@ class _Writer:
         totals: NDArray[np.uint32],
         versions: NDArray[np.uint64],
     ) -> None:
-        """Store counters, as many blocks as they take."""
+        """Store counters, in as many blocks as they need."""
         most = tombstones_per_block()
         for at in range(0, len(keys), most):
             part = slice(at, at + most)
@@ -159,7 +170,7 @@ class _Writer:
             self._begun.append(self._thread.submit(self._base.add, block))
 
     def commit(self, state: BaseState) -> None:
-        """Commit the state with all that was added."""
+        """Commit the state together with everything that was added."""
         self._added += [each.result() for each in self._begun]
         self._begun.clear()
         whole = dataclasses.replace(state, blocks=tuple(self._added))
@@ -167,7 +178,7 @@ class _Writer:
 
 
 class _Packer:
-    """Full blocks of one table's rows, out of pieces of any size."""
+    """Packs pieces of any size into full blocks of one table's rows."""
 
     def __init__(self, number: int, width: int, writer: _Writer) -> None:
         self.rows = 0
@@ -194,7 +205,7 @@ class _Packer:
                 self._block, self._used = None, 0
 
     def flush(self) -> None:
-        """Add the block that is not full."""
+        """Add the last block, which need not be full."""
         if self._block is not None and self._used:
             rest = Block.empty(self._number, self._width, self._used)
             for target, array in zip(_arrays(rest), _arrays(self._block), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ from google.protobuf import json_format
 from psproto import names, routing
 from psserver.errors import BadRequest, CheckpointUnfit
 from psserver.schemas import from_json
+from psserver.sessions import Sessions
 from psserver.shard import Shard
-from storage.checkpoint import Checkpoint
+from storage.checkpoint import Checkpoint, read_file
 from storage.errors import Corrupt, UnknownTable
 from storage.kernels import Keys, Rows
 from storage.manifest import ATTEMPT
 from storage.schema import TableSchema
+from storage.store import Store
 
 SLICE_ROWS, SLICE_BYTES = 2048, 512 << 10  # that the engine copies at once: much less than 1 ms
 
@@ -91,6 +94,18 @@ def read_stored(checkpoint: str, table: str, text: str) -> TableSchema:
             f"checkpoint {checkpoint!r}", f"table {table!r} has the schema of {schema.name!r}"
         )
     return schema
+
+
+def sessions_in(store: Store, checkpoint: Checkpoint, part: int) -> bytes:
+    """Read the sessions of a part. Raises Corrupt if they cannot be unpacked."""
+    name = checkpoint.manifest.name
+    data = b"".join(read_file(store, name, file) for file in checkpoint.parts[part].sessions)
+    try:
+        Sessions(1, 1.0, lambda: 0.0).unpack(data)
+    except (struct.error, ValueError) as error:
+        where = store.where(f"{name}/{checkpoint.parts[part].attempt}/{part:05}")
+        raise Corrupt(where, f"cannot read the sessions: {error}") from error
+    return data
 
 
 def number_in(checkpoint: Checkpoint, part: int, table: str) -> int:

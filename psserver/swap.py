@@ -1,28 +1,28 @@
-"""How far a restore is in a data directory, and the directories that it moves.
+"""The state of a restore on disk, and the directories that it swaps.
 
     data directory  = LOCK  SHARD  log/  base/  restore/
-    restore/        = STATE                     which step is reached (checkpoint.py's JSON)
-                    | base/                     what is to take the place of base/; complete once
-                                                STATE is there
-                    | old/base/  old/log/       what it took the place of
-                    | dead/base/  dead/log/     what was given up again
+    restore/        = STATE                     the phase that is reached (sealed.py)
+                    | base/                     the staged base; complete once STATE exists
+                    | old/base/  old/log/       the live data from before the restore
+                    | dead/base/  dead/log/     the restored data of a restore that was undone
 
     PREPARED -- HOLD --> HELD -- COMMIT --> COMMITTED -- start --> LOADED -- RELEASE --> RELEASED
                                                      `-- start --> FAILED
     PREPARED, HELD, FAILED -- ABORT --> ABORTED
     COMMITTED, LOADED -- ABORT --> ABORTING -- start --> ABORTED
 
-Steps that exchange base and log write STATE and start the process anew; the directories are moved
-before anything is opened (``settle``), each move when it is found not to have happened. A start
-that cannot load what was restored, because it needs more memory than there is, moves everything
-back. From HELD to the end the shard refuses work, so that no client meets restored shards beside
-others. STATE stays when it is over, so that whoever finds other shards on their way knows whether
-it was on to the end or back.
+COMMIT and ABORT write STATE and restart the process. ``settle`` then moves the directories, before
+anything in them is opened. It repeats the moves that a crash has interrupted. A start that cannot
+load the restored data, for example because memory does not suffice, moves the old data back.
 
-What is restored begins a new lineage, at the largest version of the checkpoint, which may be below
-the shard's: tokens of subscribers are of another history, and so are their versions. Its log is
-empty. Sessions of clients are kept if the cluster has the shards that it had; else a client whose
-repetition cannot be told is refused with SESSION_EXPIRED.
+From HELD to the end the shard refuses work. So no client sees some shards restored and others not.
+STATE stays after the end: a client that finds other shards in the middle of the restore reads from
+it whether the restore was released or undone.
+
+The restored shard begins a new lineage, at the largest version of the checkpoint, with an empty
+log. This version may be below the shard's version before the restore. Tokens of subscribers from
+before are refused. Sessions of clients are restored if the cluster has the shards that the
+checkpoint was taken of. Otherwise a push that a client repeats may be refused with SESSION_EXPIRED.
 """
 
 from __future__ import annotations
@@ -68,11 +68,12 @@ class State:
 
 
 def settle(directory: Path) -> State | None:
-    """Finish what a restore has begun in a data directory, before anything in it is opened.
+    """Finish the moves that a restore has begun, before anything in the directory is opened.
 
-    Returns its state then: COMMITTED says that what was restored is in place and has to be loaded,
-    FAILED that it is lost.
-    Raises Corrupt if STATE is damaged, or gone from between two steps.
+    Returns the state afterwards, None if there was no restore. COMMITTED means that the restored
+    data is in place and must be loaded. FAILED means that it is lost and the old data is back.
+
+    Raises Corrupt if STATE is damaged, or missing while the old data is still moved away.
     """
     state = read_state(directory)
     if state is None:
@@ -80,7 +81,7 @@ def settle(directory: Path) -> State | None:
         clear(directory)
     elif state.phase == COMMITTED:
         _exchange(directory)
-        if not (directory / "base" / DATA).exists():  # it would be taken for a new one
+        if not (directory / "base" / DATA).exists():  # without it an empty base would be created
             state = failed(directory, state, f"{directory / 'base' / DATA} is gone")
     elif state.phase == ABORTING:
         _take_back(directory)
@@ -92,14 +93,14 @@ def settle(directory: Path) -> State | None:
 
 
 def loaded(directory: Path, state: State) -> State:
-    """Note that what was restored could be loaded."""
+    """Record that the restored data was loaded."""
     state = dataclasses.replace(state, phase=LOADED)
     write_state(directory, state)
     return state
 
 
 def failed(directory: Path, state: State, why: str) -> State:
-    """Bring back what was there before, because what was restored could not be loaded."""
+    """Bring the old data back because the restored data could not be loaded."""
     write_state(directory, dataclasses.replace(state, phase=ABORTING, why=why))
     _take_back(directory)
     state = dataclasses.replace(state, phase=FAILED, why=why)
@@ -108,7 +109,7 @@ def failed(directory: Path, state: State, why: str) -> State:
 
 
 def _exchange(directory: Path) -> None:
-    """Move base and log to old/, then what was restored to its place: as far as not done yet."""
+    """Move base and log to old/, then the staged base to its place. Repeats no move."""
     restore = directory / "restore"
     if not (restore / "base").exists():
         return
@@ -119,7 +120,7 @@ def _exchange(directory: Path) -> None:
 
 
 def _take_back(directory: Path) -> None:
-    """Move what was restored to dead/, and old/ back: as far as it was ever moved there."""
+    """Move the restored data to dead/, and the old data back. Repeats no move."""
     restore = directory / "restore"
     _exchange(directory)
     for name in ("log", "base"):
@@ -137,14 +138,14 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _require_unmoved(restore: Path) -> None:
-    """Corrupt if base or log were moved, and nothing says how far that went."""
+    """Raise Corrupt if base or log were moved although STATE, which says how far, is missing."""
     for path in (restore / of / name for of in ("old", "dead") for name in ("base", "log")):
         if path.exists():
-            raise Corrupt(str(restore / "STATE"), f"is gone, but {path} was moved by a restore")
+            raise Corrupt(str(restore / "STATE"), f"is missing, but {path} was moved by a restore")
 
 
 def clear(directory: Path) -> None:
-    """Forget the restore: STATE behind what has a meaning with it only."""
+    """Remove everything of the restore. STATE goes after the directories that need it."""
     restore = directory / "restore"
     if restore.exists():
         for name in ("old", "dead"):
@@ -157,12 +158,13 @@ def clear(directory: Path) -> None:
 
 
 def clean(directory: Path) -> None:
-    """Keep STATE alone."""
+    """Remove everything of the restore but STATE."""
     for name in ("base", "old", "dead"):
         shutil.rmtree(directory / "restore" / name, ignore_errors=True)
 
 
 def read_state(directory: Path) -> State | None:
+    """Read STATE; None if there is none."""
     path = directory / "restore" / "STATE"
     if not path.exists():
         return None
@@ -170,6 +172,7 @@ def read_state(directory: Path) -> State | None:
 
 
 def write_state(directory: Path, state: State) -> None:
+    """Replace STATE atomically, and sync it."""
     path = directory / "restore" / "STATE"
     path.parent.mkdir(exist_ok=True)
     replace(path, seal(state))

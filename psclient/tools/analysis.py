@@ -40,7 +40,7 @@ def analyze(
     top: int = 10,
     sink: Sink | None = None,
     embeddings: bool = False,
-    progress: calls.Tell | None = None,
+    progress: calls.OnProgress | None = None,
 ) -> Analysis:
     """Return the figures of a table as it is, or as a checkpoint has it.
 

@@ -14,7 +14,7 @@ from psclient.rows import RowBatch
 from psclient.tools.arrow import GROUP_ROWS, KeyType
 from psproto import ps_pb2 as pb
 
-Tell = Callable[[int], Any]  # is called with how many more rows are done
+OnProgress = Callable[[int], Any]  # is called with how many more rows are done
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from psclient.client import Client
 from psclient.errors import InvalidArgument
 from psclient.rows import RowBatch, read_rows
 from psclient.tools.arrow import KeyType, key_type
-from psclient.tools.columns import Part, Tell
+from psclient.tools.columns import OnProgress, Part
 from psclient.tools.parquet import write_parquet
 from psclient.tools.safetensors import write_safetensors
 from psclient.tools.staged import staged_directory, staged_file
@@ -43,7 +43,7 @@ def export(
     format: str = "parquet",
     keys: str = "uint64",
     parts: bool = False,
-    progress: Tell | None = None,
+    progress: OnProgress | None = None,
 ) -> int:
     """Write a table to a file, or to a directory of files; return the number of its rows.
 
@@ -88,7 +88,7 @@ class _Work:
         checkpoint: str | None,
         format: str,
         keys: KeyType,
-        progress: Tell | None,
+        progress: OnProgress | None,
     ) -> None:
         self._client = client
         self._table = table
@@ -130,7 +130,7 @@ class _Work:
                 self._progress(rows)
 
 
-FORMATS: dict[str, Callable[[Part, Tell], int]] = {
+FORMATS: dict[str, Callable[[Part, OnProgress], int]] = {
     "parquet": write_parquet,
     "safetensors": write_safetensors,
 }

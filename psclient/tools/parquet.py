@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from psclient.tools.arrow import SCHEMA, array, pyarrow, schema_text, writer
-from psclient.tools.columns import Part, Tell
+from psclient.tools.columns import OnProgress, Part
 
 
-def write_parquet(part: Part, progress: Tell) -> int:
+def write_parquet(part: Part, progress: OnProgress) -> int:
     """Write rows to a new file; return how many."""
     arrow, parquet = pyarrow()
     out, total = None, 0

@@ -15,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from psclient.tools.arrow import SCHEMA, schema_text
-from psclient.tools.columns import Part, Tell
+from psclient.tools.columns import OnProgress, Part
 
 _DTYPES = {"<u8": "U64", "<i8": "I64", "<f4": "F32"}
 _PLURAL = {
@@ -28,7 +28,7 @@ _PLURAL = {
 }
 
 
-def write_safetensors(part: Part, progress: Tell) -> int:
+def write_safetensors(part: Part, progress: OnProgress) -> int:
     """Write rows to a new file; return how many.
 
     The header contains the number of rows, so each column goes to a temporary file first.

@@ -19,6 +19,7 @@ from psserver.stored import number_in, read_stored
 from storage.errors import Corrupt, StorageError, StoreFailed
 from storage.manifest import MANIFEST, Manifest
 from storage.part_reader import verify_part
+from storage.part_writer import PartWriter
 from storage.sealed import fields_of, seal_fields, unseal
 from storage.store import Store
 
@@ -224,3 +225,22 @@ def test_a_part_that_lacks_a_table_is_damage_and_no_hang(cluster: Homes) -> None
         number_in(checkpoint, 0, "no")
     store = cluster.nodes[0].checkpoints.catalog.store
     assert sum(len(each.keys) for each in verify_part(store, checkpoint, 0, lambda _: None)) > 0
+
+
+def test_sessions_that_cannot_be_read_are_found_before_a_restore_needs_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = PartWriter.sessions
+    monkeypatch.setattr(PartWriter, "sessions", lambda self, data: real(self, data[:-8]))
+    with Homes(tmp_path / "shards", 1, f"file://{tmp_path}/checkpoints") as cluster:
+        cluster.create(schema())
+        cluster.push(range(5), client=7, incarnation=1, sequence=1)
+        cluster.checkpoint("bad")
+        before = cluster.rows()
+        for use in (
+            lambda: cluster.verify("bad"),
+            lambda: cluster.nodes[0].prepare("bad", "a" * 16, replace=True),
+        ):
+            with pytest.raises(Corrupt, match=r"bad/.*: cannot read the sessions"):
+                use()
+        assert cluster.rows() == before

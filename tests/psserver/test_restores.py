@@ -275,11 +275,11 @@ def test_a_lost_state_in_the_middle_of_an_exchange_is_damage(
     before = sorted(node.directory.rglob("*"))
     for _ in range(2):
         with pytest.raises(
-            Corrupt, match=r"restore/STATE: is gone, but .*/restore/old/base was mo"
+            Corrupt, match=r"restore/STATE: is missing, but .*/restore/old/base was mo"
         ):
             swap.settle(node.directory)
     assert sorted(node.directory.rglob("*")) == before
-    with pytest.raises(ConfigError, match=r"^data_dir: DATA_LOSS: .*/restore/STATE: is gone"):
+    with pytest.raises(ConfigError, match=r"^data_dir: DATA_LOSS: .*/restore/STATE: is missing"):
         DataDirectory(
             node.directory, ServerConfig(), Engine(), lambda: node.shard, lambda: None
         ).open()
