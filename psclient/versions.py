@@ -18,7 +18,7 @@ class Versions(tuple[int, ...]):
 
     epochs: tuple[int, ...]
 
-    def __new__(cls, versions: Iterable[int], epochs: Iterable[int]) -> Versions:
+    def __new__(cls, versions: Iterable[int], epochs: Iterable[int] = ()) -> Versions:
         """Create from versions and epochs by shard."""
         self = super().__new__(cls, versions)
         self.epochs = tuple(epochs)

@@ -196,6 +196,7 @@ class Service:
                 stats=told.stats,
                 version=told.version,
                 dropped_counters=dropped,
+                epoch=told.epoch,
             )
 
         done = await self._engine.submit(alter, deadline)

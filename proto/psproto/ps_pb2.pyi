@@ -162,16 +162,18 @@ class AlterTableRequest(_message.Message):
     def __init__(self, schema: _Optional[_Union[TableSchema, _Mapping]] = ..., fields: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AlterTableResponse(_message.Message):
-    __slots__ = ("schema", "stats", "version", "dropped_counters")
+    __slots__ = ("schema", "stats", "version", "dropped_counters", "epoch")
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DROPPED_COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     schema: TableSchema
     stats: TableStats
     version: int
     dropped_counters: int
-    def __init__(self, schema: _Optional[_Union[TableSchema, _Mapping]] = ..., stats: _Optional[_Union[TableStats, _Mapping]] = ..., version: _Optional[int] = ..., dropped_counters: _Optional[int] = ...) -> None: ...
+    epoch: int
+    def __init__(self, schema: _Optional[_Union[TableSchema, _Mapping]] = ..., stats: _Optional[_Union[TableStats, _Mapping]] = ..., version: _Optional[int] = ..., dropped_counters: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class DropTableRequest(_message.Message):
     __slots__ = ("name",)
