@@ -1,6 +1,6 @@
 """Parameter server for embedding tables.
 
-Run one shard with ``psserver serve``, or a cluster on this machine with ``psserver up``.
+Run one shard with `psserver serve`, or a cluster on this machine with `psserver up`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ from psserver.process import serve as serve_shard
 from psserver.warm import warm as warm_kernels
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help=__doc__,
 )
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @app.command(context_settings={**_PASS_ON, "help_option_names": []})
 def serve(context: typer.Context) -> None:
-    """Run one shard. ``psserver serve --help`` lists the settings."""
+    """Run one shard. `psserver serve --help` lists the settings."""
     log_to_stderr()
     try:
         serve_shard(load(context.args))
@@ -57,9 +61,10 @@ def up(
 ) -> None:
     """Run a cluster on this machine: one process per shard, restarted when it dies.
 
-    Prints 'ready ADDRESS...' once all shards serve, and runs until SIGTERM or Ctrl-C. All other
-    flags are passed to every shard: see 'psserver serve --help'. The shards divide the memory
-    limit among them.
+    Prints "ready ADDRESS..." once all shards serve, and runs until SIGTERM or Ctrl-C. All other
+    flags are passed to every shard: see `psserver serve --help`. The shards divide the memory
+    limit among them. Exit status: 0 after a signal, 1 if a shard does not start, 2 for a setting
+    that breaks a rule.
     """
     try:
         status = cluster.up(shards, host, port, metrics_port, data_dir, context.args)
@@ -79,10 +84,10 @@ def warm(
         ),
     ] = False,
 ) -> None:
-    """Compile the kernels into their cache, so that servers and clients start quickly.
+    """Compile the kernels into their cache, so that servers start quickly.
 
-    The cache is NUMBA_CACHE_DIR if set, else __pycache__ next to the installed sources, else
-    ~/.cache/numba. A read-only cache is used as well, by any user.
+    The cache is the directory NUMBA_CACHE_DIR if set, else `__pycache__` next to the installed
+    sources, else `~/.cache/numba`. A read-only cache is used as well, by any user.
     """
     if not check:
         warm_kernels()
@@ -103,4 +108,4 @@ def _refuse(error: ConfigError) -> NoReturn:
 
 def main() -> None:
     """Run the ``psserver`` command."""
-    app()
+    app(prog_name="psserver")

@@ -190,8 +190,8 @@ def _walk(root: Path, mount: _Mount, group: str, files: tuple[str, ...]) -> Iter
             text = _text(root / str(directory).lstrip("/") / name).strip()
             if text.isdigit() and int(text) < NO_LIMIT:
                 yield Limit(int(text), f"cgroup, {directory / name}")
-        if files[0] == "memory.limit_in_bytes" and depth == len(below):
-            yield from _above_the_mount(root, directory)
+    if mount.version == 1:
+        yield from _above_the_mount(root, mount.point.joinpath(*below))
 
 
 def _above_the_mount(root: Path, directory: PurePosixPath) -> Iterator[Limit]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
@@ -12,7 +15,7 @@ from storage.analysis import RowColumns, Summary
 from storage.arena import Budget
 from storage.eviction import sweep as eviction
 from storage.index import SEGMENT, Index
-from storage.kernels import Images
+from storage.kernels import Images, Keys
 from storage.schema import TableSchema
 from storage.table import Table
 
@@ -20,11 +23,30 @@ BUDGET = 64 << 20  # bytes for the tables that are made here
 
 
 def warm() -> None:
-    """Run each kernel once on a few rows: a minute to compile, a second from the cache."""
+    """Run each kernel once on a few rows: a minute to compile, a second from the cache.
+
+    Numba compiles a kernel again for arrays that cannot be written. Arrays in messages, records and
+    blocks are such views of bytes, so both kinds are run.
+    """
     initializers.compile_all()
     optimizers.compile_all()
     admission.compile_all()
     eviction.compile_all()
+    for written in (True, False):
+        keys = _view(np.arange(4, dtype=np.uint64), written)
+        _warm_table(keys, written)
+        _warm_index(keys)
+        _warm_routing(keys, written)
+
+
+def _view(array: NDArray[Any], written: bool) -> Any:
+    """Return a view of an array that can be written or not."""
+    view = array.view()
+    view.flags.writeable = written
+    return view
+
+
+def _warm_table(keys: Keys, written: bool) -> None:
     schema = TableSchema(
         name="warm",
         dim=2,
@@ -32,29 +54,45 @@ def warm() -> None:
         initializer=initializers.make_initializer("uniform", {}),
     )
     table = Table(schema, Budget(BUDGET))
-    keys = np.arange(4, dtype=np.uint64)
-    rows = np.ones((4, 2), np.float32)
-    slots = table.push(keys, rows, np.ones(4, np.uint32), version=1, step=0).slots
-    frequencies, steps = np.ones(4, np.uint64), np.ones(4, np.int64)
+    rows, frequencies = np.ones((4, 2), np.float32), np.ones(4, np.uint64)
+    sent = _view(rows, written)
+    counts = _view(np.ones(4, np.uint32), written)
+    table.check_push(keys, sent, step=0, largest=1e30)
+    for version in (1, 2):  # of new rows, then of existing ones
+        slots = table.push(keys, sent, counts, version=version, step=0).slots
     table.images(slots, frequencies, rows)
-    table.put(Images(keys, frequencies, steps, frequencies, rows))
-    table.check_push(keys, rows, step=0, largest=1e30)
+    versions, steps = np.ones(4, np.uint64), np.ones(4, np.int64)
+    stored = _view(frequencies, written)
+    table.put(Images(keys, versions, steps, stored, sent))  # of a record
+    table.put(Images(keys, _view(versions, written), _view(steps, written), stored, sent))
     table.scan().copy(table.scan().find(0, 0, 1, 4)[0], frequencies, rows)
     norms = np.empty(4)
     meta = table.scan().measure(slots, norms)
     table.scan().read(slots, rows)
     of_table = meta[:, 0], meta[:, 1], meta[:, 2].view(np.int64), meta[:, 3]
-    for columns in (of_table, [column.copy() for column in of_table]):  # those of checkpoints
+    of_checkpoint = [_view(column.copy(), written) for column in of_table]
+    for columns in (of_table, of_checkpoint):
         Summary().add(RowColumns._make([*columns, norms, "host"]), 0)
-    table.delete(keys[:1])
     table.pull(keys, "train", rows)
+    table.pull(keys, "serve", rows)
+    table.delete(keys[:1])
     table.close()
+
+
+def _warm_index(keys: Keys) -> None:
     index = Index(Budget(BUDGET))
     many = np.arange(SEGMENT, dtype=np.uint64)
-    index.insert(many, many + np.uint64(1))
+    index.insert(many, many + np.uint64(1))  # enough for a segment to be split
+    index.insert(keys + np.uint64(SEGMENT), keys + np.uint64(1))
     index.assign(keys, keys + np.uint64(1))
+    index.find(keys)
     index.remove(keys)
+    index.insert(keys, keys + np.uint64(1))
     index.close()
+
+
+def _warm_routing(keys: Keys, written: bool) -> None:
+    rows = _view(np.ones((4, 2), np.float32), written)
     shard_map = routing.even_map(2)
     split = routing.split(keys, shard_map)
     routing.check(keys, shard_map, 0)
@@ -62,4 +100,4 @@ def warm() -> None:
     routing.stray(keys, shard_map, 0)
     routing.sum_rows(rows, split.inverse, np.zeros((len(split.keys), 2), np.float32))
     routing.all_finite(rows.reshape(-1).view(np.uint32))
-    codec.to_wire(rows, pb.DTYPE_BFLOAT16)
+    codec.to_wire(np.ones((4, 2), np.float32), pb.DTYPE_BFLOAT16)
