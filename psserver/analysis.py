@@ -1,13 +1,12 @@
-"""What a table holds, and what is known of a key. Nothing is changed.
+"""Analyze a table: read every row once, in slices, and sum it up. Changes nothing.
 
-    Analyze   every row goes by once, a slice at a time, and into a Summary
-    Inspect   rows and counters as of one version, then the deletes that are remembered
+All methods block, and run on worker threads. The engine reads the slices of a live table, so that
+each row is whole. A slice takes the engine about 50 us. The rest of the work runs on the worker
+thread, mostly in one kernel that releases the interpreter lock.
 
-Everything here blocks, and runs on threads of its own. A slice of a live table is read by the
-engine, so that each row is whole, which takes some 50 us; all other work on it is done here, most
-of it in one kernel without the interpreter's lock. Slices are small, so that a pull that meets one
-waits little, and together have 1/81 of a processor, so that few do. A checkpoint needs no engine,
-but cores and the lock that the engine wants too: it has a tenth.
+Slices are small, so a pull waits only briefly for a slice. All slices together get 1/81 of a core,
+so few pulls wait at all. The rows of a checkpoint do not need the engine, but compete with it for
+cores and for the interpreter lock. They get a tenth of a core.
 """
 
 from __future__ import annotations
@@ -37,15 +36,15 @@ from storage.part_reader import Piece, counters_of, rows_of
 from storage.tiers.base import FREQUENCY, KEY, STEP, VERSION, Scan
 from storage.versionlog import VersionLog
 
-SLICE_ROWS = 2_048  # read by the engine at once
-SLICE_BYTES = 1 << 20  # of embeddings
-ALL = (1 << 48) - 1  # versions
+SLICE_ROWS = 2_048  # rows that the engine reads at a time
+SLICE_BYTES = 1 << 20  # bytes of their embeddings, at most
+ALL = (1 << 48) - 1  # the largest version
 
 
 class Analyses:
-    """What one shard says about its tables. Thread-safe.
+    """Analyses of one shard's tables and keys. Thread-safe.
 
-    log  None: what it would tell about deletes is not told
+    log  gives time and step of deletes; None: they are left out
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Analyses:
     # ---- tables
 
     def analyze(self, request: pb.AnalyzeRequest) -> Iterator[pb.AnalyzeResponse]:
-        """Sum up a table, of this shard or of a checkpoint; the last message has the summary."""
+        """Sum up a table of this shard or of a checkpoint. The last message has the summary."""
         summary = read_summary(request)
         if request.checkpoint:
             yield from self._stored(request, summary)
@@ -75,42 +74,42 @@ class Analyses:
 
     def _live(self, request: pb.AnalyzeRequest, summary: Summary) -> Iterator[pb.AnalyzeResponse]:
         progress = self._checkpoints.work.progress()  # ends the work when the server does
-        held = self._engine.run(lambda: self._shard.view_table(request.table))
-        outbox = Outbox(request, held.stats.rows)
+        view = self._engine.run(lambda: self._shard.view_table(request.table))
+        outbox = Outbox(request, view.stats.rows)
 
         def work(found: tuple[RowColumns, Rows | None]) -> list[pb.AnalyzeResponse]:
             rows, embeddings = found
-            summary.add(rows, held.step)
+            summary.add(rows, view.step)
             return list(outbox.put(rows, embeddings, summary.rows))
 
-        for read in self._slices(request, held):
+        for read in self._slices(request, view):
             progress.add(0)
             yield from self._pace.run(read, work)
         yield from outbox.flush()
-        told = write_summary(summary, held.schema, held.step)
-        told.version, told.last_version = held.version, self._shard.version
-        for name, _, size in held.tiers:
-            told.tiers.add(name=name, rows=summary.tiers.get(name, 0), bytes=size)
-        told.index_bytes, told.waiting = held.stats.index_bytes, held.stats.waiting
-        told.waiting_bytes = held.stats.counter_bytes
-        yield pb.AnalyzeResponse(done=outbox.done, total=outbox.done, summary=told)
+        message = write_summary(summary, view.schema, view.step)
+        message.version, message.last_version = view.version, self._shard.version
+        for name, _, size in view.tiers:
+            message.tiers.add(name=name, rows=summary.tiers.get(name, 0), bytes=size)
+        message.index_bytes, message.waiting = view.stats.index_bytes, view.stats.waiting
+        message.waiting_bytes = view.stats.counter_bytes
+        yield pb.AnalyzeResponse(done=outbox.done, total=outbox.done, summary=message)
 
     def _slices(
-        self, request: pb.AnalyzeRequest, held: TableView
+        self, request: pb.AnalyzeRequest, view: TableView
     ) -> Iterator[Callable[[], tuple[RowColumns, Rows | None]]]:
-        """What the engine is to do: read some rows as they are then, with embeddings if wanted."""
-        dim = held.schema.dim
+        """Yield calls for the engine: each reads some rows, with embeddings if requested."""
+        dim = view.schema.dim
         most = max(1, min(SLICE_ROWS, SLICE_BYTES // (4 * dim)))
         wanted = request.columns == Columns.COLUMNS_EMBEDDING
 
         def read(
             tier: str, scan: Scan, places: NDArray[np.int64]
         ) -> tuple[RowColumns, Rows | None]:
-            if not self._shard.holds(held.number):
+            if not self._shard.holds(view.number):
                 raise UnknownTable(request.table)
             norms = np.empty(len(places), np.float64)
             meta = scan.measure(places, norms)
-            if not (there := meta[:, VERSION] != 0).all():  # some went since they were found
+            if not (there := meta[:, VERSION] != 0).all():  # some rows left since they were found
                 meta, norms, places = meta[there], norms[there], places[there]
             matrix = None
             if wanted:
@@ -119,7 +118,7 @@ class Analyses:
             columns = meta[:, KEY], meta[:, VERSION], meta[:, STEP].view(np.int64)
             return RowColumns(*columns, meta[:, FREQUENCY], norms, tier), matrix
 
-        for tier, scan, _ in held.tiers:
+        for tier, scan, _ in view.tiers:
             start: int | None = 0
             while start is not None:
                 places, start = scan.find(start, 0, ALL, most)
@@ -134,7 +133,7 @@ class Analyses:
     def _stored_rows(
         self, checkpoint: Checkpoint, request: pb.AnalyzeRequest, summary: Summary
     ) -> Iterator[pb.AnalyzeResponse]:
-        """Each part is read twice: ages are counted back from the largest step in it."""
+        """Read each part twice: its largest step, from which ages are counted, then its rows."""
         catalog, beside = self._checkpoints.catalog, self._pace_stored.beside
         schema = schema_in(checkpoint, request.table)
         progress = self._checkpoints.work.progress()
@@ -144,7 +143,7 @@ class Analyses:
         newest, size, waiting = FIRST_STEP, 0, 0
 
         def largest(pieces: Iterator[Piece]) -> int | None:
-            """The largest step of the next piece; None: there is none."""
+            """Return the largest step of the next piece; None after the last piece."""
             if (piece := next(pieces, None)) is None:
                 return None
             require_width(checkpoint, schema, piece.rows)
@@ -153,7 +152,7 @@ class Analyses:
         def summed(
             pieces: Iterator[Piece], step: int
         ) -> tuple[RowColumns, Rows | None, int] | None:
-            """The next piece summed up, embeddings if wanted, its bytes; None: there is none."""
+            """Sum up the next piece; return rows, embeddings and bytes; None after the last."""
             if (piece := next(pieces, None)) is None:
                 return None
             columns = piece[1:]
@@ -176,19 +175,19 @@ class Analyses:
                 rows, matrix, more = done
                 size += more
                 yield from outbox.put(rows, matrix, progress.bytes)
-            if isinstance(schema.admission, Counter):  # checkpoints hold no sketches
+            if isinstance(schema.admission, Counter):  # checkpoints contain no sketches
                 counters = counters_of(*asked)
                 while (some := beside(partial(next, counters, None))) is not None:
                     waiting += len(some[1])
         yield from outbox.flush()
-        told = write_summary(summary, schema, newest)
-        told.waiting = waiting
-        told.version = told.last_version = max(checkpoint.manifest.versions)
-        told.tiers.add(name="checkpoint", rows=summary.rows, bytes=size)
-        yield pb.AnalyzeResponse(done=progress.bytes, total=progress.bytes, summary=told)
+        message = write_summary(summary, schema, newest)
+        message.waiting = waiting
+        message.version = message.last_version = max(checkpoint.manifest.versions)
+        message.tiers.add(name="checkpoint", rows=summary.rows, bytes=size)
+        yield pb.AnalyzeResponse(done=progress.bytes, total=progress.bytes, summary=message)
 
     # ---- keys
 
     def inspect(self, request: pb.InspectRequest) -> pb.InspectResponse:
-        """What the shard knows of keys."""
+        """Return the state of single keys; see Inspector."""
         return self._inspector.inspect(request)

@@ -1,4 +1,4 @@
-"""What a shard knows of single keys: rows, counters, and the deletes that are remembered."""
+"""Inspect single keys: their rows, their counters, and their deletes that still have tombstones."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from storage.kernels import Keys
 from storage.records import Cause, DeleteRecord, decode
 from storage.versionlog import VersionLog
 
-MAX_INSPECTED = 1000
-DEAD = 65_536  # tombstones that are looked through at once
+MAX_INSPECTED = 1000  # keys per request
+DEAD = 65_536  # tombstones searched at a time
 
 
 class Inspector:
-    """What one shard knows of keys. Thread-safe.
+    """Inspects keys of one shard. Thread-safe.
 
-    log  None: what it would tell about deletes is not told
+    log  gives time and step of a delete; None: they are left out
     """
 
     def __init__(self, shard: Shard, engine: Engine, log: VersionLog | None) -> None:
@@ -33,7 +33,7 @@ class Inspector:
         self._log = log
 
     def inspect(self, request: pb.InspectRequest) -> pb.InspectResponse:
-        """What the shard knows of keys."""
+        """Return the state of each key; raises BadRequest, TooLarge, WrongShard or UnknownTable."""
         keys = self._keys(request)
         known = self._engine.run(lambda: self._shard.view_keys(request.table, keys))
         gone, horizon = self._gone(known, keys)
@@ -60,18 +60,21 @@ class Inspector:
                 facts.state = pb.KeyFacts.STATE_GONE
             elif known.loss_reason:
                 facts.state, facts.why = pb.KeyFacts.STATE_UNKNOWN, known.loss_reason
-            elif horizon >= known.created:  # equal behind a restore, whose tables begin there
+            elif horizon >= known.created:  # they are equal after a restore
                 facts.state = pb.KeyFacts.STATE_UNKNOWN
-                facts.why = f"deletes up to version {horizon} may be forgotten"
+                facts.why = f"deletes up to version {horizon} may have lost their tombstones"
             else:
                 facts.state = pb.KeyFacts.STATE_NEW
         return response
 
     def _keys(self, request: pb.InspectRequest) -> Keys:
-        """The keys of a request; refuses what is no key of this shard."""
+        """Return the keys of a request; refuses keys of other shards."""
         shard, where = self._shard, f"table {request.table[:200]!r}"
         if len(request.keys) % 8:
-            raise BadRequest("INVALID_ARGUMENT", f"{where}: {len(request.keys)} bytes of keys")
+            raise BadRequest(
+                "INVALID_ARGUMENT",
+                f"{where}: {len(request.keys)} bytes of keys are not a multiple of 8",
+            )
         keys = np.frombuffer(request.keys, "<u8")
         if len(keys) > MAX_INSPECTED:
             raise TooLarge(
@@ -87,7 +90,7 @@ class Inspector:
         return keys
 
     def _gone(self, known: KeyView, keys: Keys) -> tuple[dict[int, list[pb.KeyFacts.Gone]], int]:
-        """By key, the deletes up to the version known of that are remembered; and the horizon."""
+        """Return the deletes of each key up to the known version, and the tombstone horizon."""
         found: dict[int, list[pb.KeyFacts.Gone]] = {}
         at = known.created
         while True:
@@ -97,15 +100,15 @@ class Inspector:
                 return found, self._shard.tombstone_horizon
             at = int(dead.versions[-1])
             hits = dead.take((dead.tables == known.number) & np.isin(dead.keys, keys))
-            told: dict[int, pb.KeyFacts.Gone] = {}
+            by_version: dict[int, pb.KeyFacts.Gone] = {}
             columns = (column.tolist() for column in (hits.keys, hits.versions, hits.causes))
             for key, version, cause in zip(*columns, strict=True):
-                if version not in told:
-                    told[version] = self._told_of(version, Cause(cause))
-                found.setdefault(key, []).append(told[version])
+                if version not in by_version:
+                    by_version[version] = self._delete_of(version, Cause(cause))
+                found.setdefault(key, []).append(by_version[version])
 
-    def _told_of(self, version: int, cause: Cause) -> pb.KeyFacts.Gone:
-        """A delete, with what its record says if the log still has it."""
+    def _delete_of(self, version: int, cause: Cause) -> pb.KeyFacts.Gone:
+        """Return a delete, with its time and step if the log still has its record."""
         gone = pb.KeyFacts.Gone(version=version, cause=cause.name.lower())
         if self._log is None:
             return gone

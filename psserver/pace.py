@@ -1,4 +1,4 @@
-"""Turns for slow readers: slices of work on the engine, each followed by a pause."""
+"""Take turns with slices of slow work, and pause after each slice."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from psserver.engine import Engine
 Slice = TypeVar("Slice")
 Result = TypeVar("Result")
 
-SPARED = 80  # times the work on a slice, the pause after it
-SPARED_STORED = 9  # the same for pieces of checkpoints, which have another 10 %
-LONGEST = 1.0  # seconds of a pause beside the engine: a server that stops waits for it
+SPARED = 80  # length of a pause, as a multiple of the work before it: 1/81 of a core
+SPARED_STORED = 9  # the same for pieces of checkpoints: another 1/10 of a core
+LONGEST = 1.0  # seconds of a pause without the engine; a server that stops waits for its end
 
 
 class Pace:
-    """Takes slices for all who do such work, one after the other, and pauses after each.
+    """Runs slices of all such work one after the other, with a pause after each.
 
-    spared  how many times as long as a slice took, of processor time, the pause after it is
+    spared  length of a pause, as a multiple of the processor time of the slice before it
     """
 
     def __init__(self, engine: Engine, spared: float = SPARED) -> None:
@@ -29,7 +29,7 @@ class Pace:
         self._turn = threading.Lock()
 
     def run(self, read: Callable[[], Slice], work: Callable[[Slice], Result]) -> Result:
-        """``read`` on the engine thread, ``work`` on this one on what it returned; then pause."""
+        """Run ``read`` on the engine thread, then ``work`` on its result here, then pause."""
 
         def timed() -> tuple[Slice, float]:
             start = time.thread_time()
@@ -43,7 +43,7 @@ class Pace:
         return done
 
     def beside(self, work: Callable[[], Result]) -> Result:
-        """``work`` on this thread, which needs no engine; then pause, up to LONGEST."""
+        """Run ``work`` on this thread, without the engine, then pause for at most LONGEST."""
         with self._turn:
             start = time.thread_time()
             done = work()

@@ -1,4 +1,4 @@
-"""Summaries of tables as messages, and the messages on their way."""
+"""Summaries of tables as messages, and rows collected into messages."""
 
 from __future__ import annotations
 
@@ -18,50 +18,53 @@ from storage.schema import TableSchema
 
 Columns = pb.AnalyzeRequest.Columns
 
-PROGRESS_SECONDS = 5.0  # between two messages without columns: each wakes both sides for a while
-MESSAGE_BYTES = 1 << 20  # of columns in a message, about
-MAX_EDGES = 256  # asked for, of each histogram
-MAX_TOP = 1000
-LAST_STEP = 1 << 48  # an age or a grace is at most this
+PROGRESS_SECONDS = 5.0  # seconds between two progress messages: each one wakes both sides
+MESSAGE_BYTES = 1 << 20  # bytes of columns in a message, about
+MAX_EDGES = 256  # requested edges per histogram
+MAX_TOP = 1000  # rows in each list of extremes
+LAST_STEP = 1 << 48  # largest age and grace
 
 
 class Outbox:
-    """Messages on their way: the rows that are wanted, and now and then how far the work is."""
+    """Collects rows into messages, and makes progress messages.
+
+    done  rows, or bytes of a checkpoint, that were read so far
+    """
 
     def __init__(self, request: pb.AnalyzeRequest, total: int) -> None:
         self.done = 0
         self._total = total
         self._columns = request.columns
-        self._held: list[tuple[RowColumns, Rows | None]] = []
+        self._collected: list[tuple[RowColumns, Rows | None]] = []
         self._bytes = 0
         self._reported = time.monotonic()
 
     def put(self, rows: RowColumns, matrix: Rows | None, done: int) -> Iterator[pb.AnalyzeResponse]:
-        """Send rows if they are wanted; ``done``: how far the work is with them."""
+        """Add rows, and yield a message if there are enough; without columns, report progress."""
         self.done = done
         if not self._columns:
             yield from self.progress(done)
             return
-        if self._held and self._held[0][0].tier != rows.tier:
+        if self._collected and self._collected[0][0].tier != rows.tier:
             yield from self.flush()
-        self._held.append((rows, matrix))
+        self._collected.append((rows, matrix))
         self._bytes += sum(column.nbytes for column in rows[:-1])
         self._bytes += 0 if matrix is None else matrix.nbytes
         if self._bytes >= MESSAGE_BYTES:
             yield from self.flush()
 
     def progress(self, done: int) -> Iterator[pb.AnalyzeResponse]:
-        """Say how far the work is, if it was not said just now."""
+        """Yield a progress message, at most one per PROGRESS_SECONDS."""
         self.done = done
         if time.monotonic() - self._reported >= PROGRESS_SECONDS:
             self._reported = time.monotonic()
             yield pb.AnalyzeResponse(done=done, total=max(done, self._total))
 
     def flush(self) -> Iterator[pb.AnalyzeResponse]:
-        """Send what waits."""
-        if not self._held:
+        """Yield the collected rows as a message, if there are any."""
+        if not self._collected:
             return
-        rows, matrices = zip(*self._held, strict=True)
+        rows, matrices = zip(*self._collected, strict=True)
         message = pb.AnalyzeResponse(
             done=self.done, total=max(self.done, self._total), tier=rows[0].tier
         )
@@ -70,7 +73,7 @@ class Outbox:
             setattr(message, field, column.tobytes())
         if self._columns == Columns.COLUMNS_EMBEDDING:
             message.embeddings = np.concatenate(matrices).tobytes()
-        self._held, self._bytes = [], 0
+        self._collected, self._bytes = [], 0
         yield message
 
 
@@ -78,7 +81,7 @@ _COLUMNS = ("keys", "versions", "steps", "frequencies", "norms")
 
 
 def read_summary(request: pb.AnalyzeRequest) -> Summary:
-    """An empty summary as a request wants it; BadRequest if it breaks a rule."""
+    """Return an empty summary with the edges of a request; raises BadRequest for a bad value."""
     _require("frequencies", request.frequencies, 1, (1 << 32) - 1)
     _require("ages", request.ages, 0, LAST_STEP)
     _require("norms", request.norms, math.ulp(0.0), 1.8e308)
@@ -86,16 +89,20 @@ def read_summary(request: pb.AnalyzeRequest) -> Summary:
     if request.top > MAX_TOP:
         raise BadRequest("INVALID_ARGUMENT", f"top must be in 0..{MAX_TOP}, got {request.top}")
     if request.columns not in Columns.values():
-        raise BadRequest("INVALID_ARGUMENT", f"columns {request.columns} is unknown")
+        raise BadRequest(
+            "INVALID_ARGUMENT",
+            f"columns must be one of {Columns.values()}, got {request.columns}",
+        )
     asked = request.frequencies, request.ages, request.norms
     return Summary(*asked, grace=request.grace, top=request.top)
 
 
 def _require(field: str, values: Sequence[float], least: float, most: float) -> None:
-    """BadRequest unless all edges, and not too many, are in a range."""
+    """Raise BadRequest unless all edges are in a range, and not too many."""
     if len(values) > MAX_EDGES:
         raise BadRequest(
-            "INVALID_ARGUMENT", f"{field}: {len(values)} edges, the limit is {MAX_EDGES}"
+            "INVALID_ARGUMENT",
+            f"{field}: at most {MAX_EDGES} edges are allowed, got {len(values)}",
         )
     for value in values:
         if not least <= value <= most or math.isinf(value):
@@ -104,6 +111,7 @@ def _require(field: str, values: Sequence[float], least: float, most: float) -> 
 
 
 def write_summary(summary: Summary, schema: TableSchema, step: int) -> pb.Summary:
+    """Return the message for a summary; ``step`` is the table's step."""
     return pb.Summary(
         schema=write_schema(schema),
         width=schema.width,

@@ -1,8 +1,8 @@
-"""Eviction in the background, and on demand: slices of sweeps between the pushes.
+"""Eviction in the background and on demand, in slices between the pushes.
 
-A slice takes the engine for about a millisecond. The background pauses after each one so
-long that eviction has 3 % of the engine's time, or half of it while a table exceeds its rows by
-more than a sixteenth. Nothing is lost if a sweep ends early: the next one finds the same rows.
+A slice takes about a millisecond of the engine's time. After each slice, background eviction pauses
+so that it gets 3 % of the engine's time, or half of it while a table has 1/16 more rows than it may
+have. A sweep that ends early loses nothing: the next sweep finds the same rows.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from psserver.errors import Draining, Overloaded
 from psserver.shard import Shard
 from storage.errors import DiskFull, LogFailed
 
-IDLE_SECONDS = 0.1  # between two looks at whether something is due
-FULL_SECONDS = 1.0  # between two tries while the log has no room
-SHORTEST = 5e-4  # seconds between two slices
+IDLE_SECONDS = 0.1  # seconds until the next check whether a sweep is due
+FULL_SECONDS = 1.0  # seconds until the next try, while the log has no room
+SHORTEST = 5e-4  # seconds between two slices, at least
 
 log = structlog.get_logger()
 
 
 class Sweeper:
-    """A thread that evicts, and what sweeps on demand need."""
+    """Background eviction, on a thread of its own, and sweeps on demand."""
 
     def __init__(self, shard: Shard, engine: Engine) -> None:
         self._shard = shard
         self._engine = engine
         self._stop = threading.Event()
-        self._asked = threading.Lock()  # held by a sweep on demand
+        self._on_demand = threading.Lock()  # locked by a sweep on demand
         self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
 
     def open(self) -> None:
@@ -40,31 +40,31 @@ class Sweeper:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop it, and sweeps on demand; the engine must still run."""
+        """Stop the thread and sweeps on demand. The engine must still run."""
         self.stop()
         self._thread.join()
 
     def stop(self) -> None:
-        """Let no sweep go on."""
+        """Let all sweeps end after their present slice."""
         self._stop.set()
 
     def evict(
         self, request: pb.EvictRequest, gone: threading.Event | None = None
     ) -> pb.EvictResponse:
-        """Sweep a table once by all its rules, or only count what that would evict; blocks.
+        """Sweep a table once by all its rules, or only count what would be evicted. Blocks.
 
-        gone  set when nobody waits for the answer any more: the sweep ends
+        gone  set by the caller to end the sweep, because no one waits for the answer any more
 
-        Raises UnknownTable, DiskFull or Overloaded where the log has no room for the deletes,
-        Overloaded while another sweep is asked for, and Draining; what was evicted until then stays
-        so.
+        Raises UnknownTable; DiskFull or Overloaded if the log has no room for the deletes;
+        Overloaded while another sweep on demand runs, or if the table's rules are altered; Draining
+        if the server stops. Rows that were evicted before an error stay evicted.
         """
-        if not self._asked.acquire(blocking=False):
-            raise Overloaded("the shard is at another sweep that was asked for")
+        if not self._on_demand.acquire(blocking=False):
+            raise Overloaded("another sweep on demand is in progress on this shard; retry later")
         try:
             return self._evict(request, gone or threading.Event())
         finally:
-            self._asked.release()
+            self._on_demand.release()
 
     def _evict(self, request: pb.EvictRequest, gone: threading.Event) -> pb.EvictResponse:
         shard, run = self._shard, self._engine.run
@@ -75,7 +75,7 @@ class Sweeper:
             run(lambda: shard.sweeps.take_slice(number, sweep))
             self._stop.wait(time.monotonic() - start)  # leave pushes at least half of the time
         if not sweep.done:
-            raise Draining("the server is stopping, or whoever asked is gone")
+            raise Draining("the sweep ended early: the server is stopping, or the caller is gone")
         evicted = {cause.name.lower(): count for cause, count in sweep.counts.items()}
         return pb.EvictResponse(evicted=evicted, rows=rows, version=shard.version)
 
@@ -85,19 +85,20 @@ class Sweeper:
         return share, time.monotonic() - start
 
     def _run(self) -> None:
-        pause, told = IDLE_SECONDS, False
+        pause, warned = IDLE_SECONDS, False
         while not self._stop.wait(pause):
             try:
                 share, took = self._engine.run(self._tick)
             except LogFailed:
                 return
             except (DiskFull, Overloaded, OSError) as error:
-                if not told:
+                if not warned:
                     log.warning("eviction waits", error=str(error))
-                pause, told = FULL_SECONDS, True
+                pause, warned = FULL_SECONDS, True
                 continue
-            except Exception as error:  # memory, say: the rows stay, and the next sweep finds them
+            except Exception as error:  # the rows stay, and the next sweep finds them
                 log.exception("eviction failed", error=str(error))
                 pause = FULL_SECONDS
                 continue
-            pause, told = max(SHORTEST, took * (1 / share - 1)) if share else IDLE_SECONDS, False
+            pause = max(SHORTEST, took * (1 / share - 1)) if share else IDLE_SECONDS
+            warned = False

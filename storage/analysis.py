@@ -1,12 +1,12 @@
-"""What a table holds, summed up a slice of rows at a time: histograms, extremes, sums.
+"""Sum up the rows of a table, slice by slice: histograms, extremes, sums.
 
-A histogram has edges instead of equal buckets. Whoever wants to know what a threshold would do
-makes it an edge, so the answer is exact: what is counted on either side of it is what a rule of
-that threshold would admit or evict.
+A histogram has edges instead of buckets of equal width. To learn exactly what a threshold would do,
+make it an edge: the counts on either side of the edge are the rows that a rule with this threshold
+would admit or evict.
 
-    frequencies   from an edge n on: what a threshold of n occurrences would have admitted
-    ages          behind an edge t: what a step TTL of t evicts; see StepTtl
-    idle_norms    below an edge x: what the norm rule with threshold x evicts; see Norm
+    frequencies   at or above an edge n: rows that a threshold of n occurrences would have admitted
+    ages          above an edge t: rows that a step TTL of t evicts; see StepTtl
+    idle_norms    below an edge x: rows that the norm rule with threshold x evicts; see Norm
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BucketCounts = NDArray[np.uint64]
 
 
 class RowColumns(NamedTuple):
-    """What is known of some rows beside their numbers; all of one tier."""
+    """Metadata and norms of some rows of one tier."""
 
     keys: Keys  # uint64[n]
     versions: NDArray[np.uint64]  # [n]
@@ -37,7 +37,7 @@ class RowColumns(NamedTuple):
     tier: str
 
     def take(self, chosen: Any) -> RowColumns:
-        """Some of the rows, by a mask or by positions."""
+        """Return some of the rows, by a mask or by indices."""
         return RowColumns._make([*(column[chosen] for column in self[:-1]), self.tier])
 
 
@@ -49,15 +49,15 @@ def norms_of(matrix: Rows, dim: int) -> NDArray[np.float64]:
 
 
 def edges_of(usual: tuple[float, ...], asked: Any) -> Edges:
-    """Ascending edges, float64[]: the usual ones and those that were asked for."""
+    """Return the usual and the requested edges, ascending, float64[]."""
     return np.union1d(np.asarray(usual, np.float64), np.asarray(asked, np.float64))
 
 
 @inline
 def _place(edges: Any, value: Any) -> Any:
-    """How many of the ascending edges are not above a value; all for NaN, which no threshold is."""
+    """Return how many of the ascending edges are <= a value; all of them for NaN."""
     low, left = 0, edges.shape[0]
-    while left > 0:  # without a branch: which half it is cannot be foreseen
+    while left > 0:  # without a branch, which would be mispredicted
         half = (left + 1) >> 1
         low += 0 if value < edges[low + half - 1] else half
         left -= half
@@ -66,7 +66,7 @@ def _place(edges: Any, value: Any) -> Any:
 
 @inline
 def _enters(value: Any, key: Any, sign: float, last: Any, last_key: Any) -> Any:
-    """Whether a row comes before the last one of a full list of extremes."""
+    """Return whether a row enters a full list of extremes, before its last row."""
     rank = np.inf if np.isnan(value) else sign * value
     return rank < last or (rank == last and key < last_key)
 
@@ -87,20 +87,20 @@ def _look(
     last_keys: Any,
     enter: Any,
 ) -> Any:
-    """Count rows in histograms, and say which lists of extremes one of them would enter.
+    """Count rows in histograms, and find the lists of extremes that any of them would enter.
 
-    All in one pass without the interpreter's lock: to take it often is what a pull would notice.
+    One pass without the interpreter lock: taking the lock often would delay pulls.
 
     keys, steps, frequencies, norms  [n]; see RowColumns
-    step           ages are counted back from it
-    grace          idle_norms count rows of at least this age
+    step           the age of a row is this step minus its own
+    grace          idle_norms counts rows of at least this age
     of_*           (edges float64[k], counts uint64[k + 1], sums uint64[k + 1] or empty), updated
     lasts          float64[4]  ranks of the last rows of the lists: most and least frequent, largest
                    and smallest
     last_keys      uint64[4]   keys of the same
-    enter          bool[4]     set where a row does
+    enter          bool[4]     set for each list that a row enters
 
-    Returns the sums of frequencies and norms.
+    Returns the sum of the frequencies and the sum of the norms.
     """
     occurrences, norm_sum = np.uint64(0), 0.0
     for i in range(keys.shape[0]):
@@ -125,11 +125,11 @@ def _look(
 
 
 class Histogram:
-    """How many values lie between edges.
+    """Counts of values between edges.
 
     edges     float64[k], ascending
-    upper     whether a value that is equal to an edge counts as below it, not as from it on
-    weighted  whether values have weights, which are summed
+    upper     whether a value equal to an edge counts as below the edge; otherwise as above it
+    weighted  whether values have weights, which are summed per bucket
     """
 
     def __init__(self, edges: Edges, *, upper: bool = False, weighted: bool = False) -> None:
@@ -140,12 +140,12 @@ class Histogram:
 
     @property
     def parts(self) -> tuple[Edges, BucketCounts, BucketCounts]:
-        """Edges to compare with, counts and sums; the kernel updates them."""
+        """Bounds to compare with, counts and sums. The kernel updates counts and sums."""
         return self._bounds, self.counts, self.sums
 
 
 class Extremes:
-    """The k rows of the least or the largest values; of equal ones, those of the least keys."""
+    """The k rows with the smallest or the largest values; ties by the smallest key."""
 
     def __init__(self, k: int, *, largest: bool) -> None:
         self._k = k
@@ -163,18 +163,18 @@ class Extremes:
 
     @property
     def room(self) -> bool:
-        """Whether any row enters."""
+        """Whether the list is not full."""
         return len(self._ranks) < self._k
 
     @property
     def last(self) -> tuple[float, int]:
-        """Rank and key of the last row; without one, what no row comes before."""
+        """Rank and key of the last row; (-inf, 0) if there is none."""
         if not len(self._ranks):
             return -np.inf, 0
         return float(self._ranks[-1]), int(self.rows.keys[-1])
 
     def add(self, rows: RowColumns, values: NDArray[Any]) -> None:
-        """Take rows with values float64[n], of which one enters; NaN is neither small nor large."""
+        """Add rows with values float64[n], at least one of which enters. NaN ranks last."""
         ranks = np.where(np.isnan(values), np.inf, self._sign * values)
         if not self.room:
             rank, key = self.last
@@ -190,11 +190,11 @@ class Extremes:
 
 
 class Summary:
-    """What a table's rows have in common; rows are added, and never taken out.
+    """Histograms, extremes and sums of the rows that were added.
 
-    frequencies, ages, norms  edges that the histograms have beside the usual ones
-    grace                     rows of at least this age count in ``idle_norms``
-    top                       rows in each list of extremes
+    frequencies, ages, norms  further edges of the histograms, in addition to the usual ones
+    grace                     ``idle_norms`` counts rows of at least this age
+    top                       length of the lists of extremes
     """
 
     def __init__(
@@ -221,9 +221,9 @@ class Summary:
         self.tiers: dict[str, int] = {}  # rows by tier
 
     def add(self, rows: RowColumns, step: int) -> None:
-        """Count rows.
+        """Add rows.
 
-        step  from which their ages are counted back; a row of a later one has age 0
+        step  the age of a row is this step minus its own, at least 0
         """
         if not (count := len(rows.keys)):
             return

@@ -199,8 +199,8 @@ BAD = [
     ({"norms": [float("nan")]}, "norms must be"),
     ({"grace": (1 << 48) + 1}, "grace must be in"),
     ({"top": 1001}, "top must be in 0..1000, got 1001"),
-    ({"frequencies": range(1, 300)}, "frequencies: 299 edges, the limit is 256"),
-    ({"columns": 9}, "columns 9 is unknown"),
+    ({"frequencies": range(1, 300)}, "frequencies: at most 256 edges are allowed, got 299"),
+    ({"columns": 9}, "columns must be one of [0, 1, 2], got 9"),
 ]
 
 

@@ -148,7 +148,7 @@ def test_where_deletes_are_forgotten_it_is_not_known_what_was() -> None:
         State.STATE_ROW,
         State.STATE_UNKNOWN,
     ]
-    assert known[0].why == known[99].why == "deletes up to version 3 may be forgotten"
+    assert known[0].why == known[99].why == "deletes up to version 3 may have lost their tombstones"
 
 
 def test_behind_a_restore_it_is_not_known_what_was_and_of_later_tables_it_is(
@@ -170,7 +170,10 @@ def test_behind_a_restore_it_is_not_known_what_was_and_of_later_tables_it_is(
         work = Analyses(node.shard, node.engine, node.checkpoints, None)
         told = [[(facts.state, facts.why) for facts in work.inspect(each).keys] for each in asked]
     assert told == [
-        [(State.STATE_UNKNOWN, "deletes up to version 4 may be forgotten"), (State.STATE_ROW, "")],
+        [
+            (State.STATE_UNKNOWN, "deletes up to version 4 may have lost their tombstones"),
+            (State.STATE_ROW, ""),
+        ],
         [(State.STATE_NEW, "")] * 2,
     ]
 
@@ -222,7 +225,7 @@ def test_keys_that_make_no_sense_are_refused(shard: Shard) -> None:
     def ask(data: bytes, table: str = "t") -> None:
         analyses_of(shard).inspect(pb.InspectRequest(table=table, keys=data))
 
-    with pytest.raises(BadRequest, match="7 bytes of keys"):
+    with pytest.raises(BadRequest, match="7 bytes of keys are not a multiple of 8"):
         ask(bytes(7))
     with pytest.raises(BadRequest, match="distinct"):
         ask(bytes(16))

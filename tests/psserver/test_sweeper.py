@@ -405,7 +405,7 @@ def test_a_sweep_ends_when_nobody_waits_for_it_and_another_may_begin() -> None:
     sweeper = Sweeper(shard, Slow(3, gone.set))  # type: ignore[arg-type]
     shard.create_table(schema("b", evictions=(CapacityLru(max_rows=1),)))
     give(shard, range(100), table="b")
-    with pytest.raises(Draining, match="whoever asked is gone"):
+    with pytest.raises(Draining, match="the caller is gone"):
         sweeper.evict(pb.EvictRequest(table="b"), gone)
     assert rows(shard, "b") == 100
     assert sweeper.evict(pb.EvictRequest(table="t")).evicted == {"step_ttl": 100}
