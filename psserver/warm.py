@@ -65,7 +65,9 @@ def _warm_table(keys: Keys, written: bool) -> None:
     stored = _view(frequencies, written)
     table.put(Images(keys, versions, steps, stored, sent))  # of a record
     table.put(Images(keys, _view(versions, written), _view(steps, written), stored, sent))
-    table.scan().copy(table.scan().find(0, 0, 1, 4)[0], frequencies, rows)
+    places = table.scan().find(0, 0, 2, len(keys))[0]
+    assert len(places) == len(keys)  # kernels do not check
+    table.scan().copy(places, frequencies, rows)
     norms = np.empty(4)
     meta = table.scan().measure(slots, norms)
     table.scan().read(slots, rows)
