@@ -27,6 +27,7 @@ class LogTail:
     seen       newest version read from the log
     gathering  monotonic seconds since when changes wait to be coalesced; 0: none do
     since      seconds since 1970 when the oldest change of the last messages was applied
+    pending    approximate bytes of records in memory whose messages are not made yet
     """
 
     def __init__(self, source: Source, wanted: Wanted, deltas: Deltas, position: Position) -> None:
@@ -35,6 +36,7 @@ class LogTail:
         self.seen = position.version
         self.gathering = 0.0
         self.since = 0.0
+        self.pending = 0
         self._source = source
         self._known_schema = source.shard.schema_of
         self._read: dict[int, TableSchema] = {}  # of tables whose creation was read here
@@ -73,6 +75,8 @@ class LogTail:
                     break
             else:
                 self._making = None
+        making = self._batch.bytes if self._making is not None else 0
+        self.pending = making + sum(len(frame.payload) for frame in self._frames)
         idle = self._making is None and not self._batch.changes
         self.gathering = 0.0 if idle else self.gathering or time.monotonic()
         if idle and self._batch.version > self.position.version:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
+from psserver.errors import Overloaded
 from psserver.position import Position
 
 Write = Callable[[bytes], Awaitable[None]]
@@ -29,10 +31,22 @@ class Sender:
         self._write = write
         self._count = count
 
-    async def send(self, messages: list[bytes]) -> None:
-        """Write messages in order."""
-        for message in messages:
-            self.writing = True
-            await self._write(message)
-            self.writing = False
-            self._count(len(message))
+    async def send(self, messages: list[bytes], patience: float | None = None) -> None:
+        """Write messages in order.
+
+        patience  seconds to wait for the subscriber to read one message; None: no limit
+
+        Raises Overloaded after that. The subscriber may continue from its last token.
+        """
+        try:
+            for message in messages:
+                self.writing = True
+                async with asyncio.timeout(patience):
+                    await self._write(message)
+                self.writing = False
+                self._count(len(message))
+        except TimeoutError as error:
+            raise Overloaded(
+                f"the subscriber did not read for {patience} seconds in the middle of a large"
+                " change; continue from the last token"
+            ) from error

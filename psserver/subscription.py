@@ -23,6 +23,9 @@ from psserver.source import Source
 from psserver.wanted import Wanted
 from storage.errors import Compacted
 
+LARGE_BYTES = 8 << 20  # of records, which a subscriber that does not read may keep in memory
+PATIENCE = 60.0  # seconds for which it may keep more
+
 
 class Subscription:
     """One subscriber, served until something fails."""
@@ -74,7 +77,7 @@ class Subscription:
             messages = await source.work(partial(tail.messages, hurry))
             if messages:
                 sender.since = tail.since or float("inf")
-                await sender.send(messages)
+                await sender.send(messages, PATIENCE if tail.pending > LARGE_BYTES else None)
                 sender.since, tail.since = float("inf"), 0.0
             sender.position = tail.position
             if messages:

@@ -30,10 +30,11 @@ from stores import DIM, push
 
 from psproto import codec
 from psproto import ps_pb2 as pb
-from psserver import logtail
+from psserver import logtail, subscription
 from psserver.errors import (
     BadRequest,
     Draining,
+    Overloaded,
     TooLarge,
 )
 from psserver.source import COALESCED_BYTES, THREADS
@@ -414,6 +415,29 @@ async def test_one_large_change_in_small_messages_is_made_a_step_at_a_time(node:
         logtail.LogTail.messages = real  # type: ignore[method-assign]
     assert sum(made) > 2 * logtail.STEP_BYTES
     assert max(made) < 1.1 * logtail.STEP_BYTES
+
+
+@run
+async def test_who_stops_reading_in_a_large_change_does_not_keep_it_in_memory(node: Node) -> None:
+    """It is disconnected after a while, and continues from its token."""
+    await node.create()
+    await node.push(list(range(120_000)))
+    await node.durable()
+    patch = pytest.MonkeyPatch()
+    patch.setattr(subscription, "LARGE_BYTES", 100_000)
+    patch.setattr(subscription, "PATIENCE", 0.1)
+    try:
+        async with node.subscribe(start=pb.START_EARLIEST, chunk_bytes=1000) as reader:
+            for _ in range(4):
+                await reader.next()
+            with pytest.raises(Overloaded, match="in the middle of a large change"):
+                await asyncio.wait_for(asyncio.shield(reader.task), 20)
+            assert node.feed.subscribers == 0
+            token, copied = reader.token, reader.copy
+        async with node.subscribe(copied, token=token, chunk_bytes=1 << 20) as reader:
+            await reader.up_to(2)
+    finally:
+        patch.undo()
 
 
 @run

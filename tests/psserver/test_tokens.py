@@ -201,6 +201,7 @@ async def test_a_full_disk_at_a_start_makes_no_token_pass_that_should_not(node: 
 # ---- forged tokens
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_a_forged_token_is_refused_or_leads_to_a_state(data: st.DataObject) -> None:
