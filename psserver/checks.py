@@ -1,6 +1,6 @@
-"""Check what a pull, push or delete can get wrong by itself: shapes, dtypes, numbers, keys.
+"""Checks of pulls, pushes and deletes that need no table: shapes, dtypes, numbers, keys.
 
-What depends on the state of the shard (tables, sessions, versions) the shard checks.
+The shard itself checks what depends on its state: tables, sessions, versions.
 """
 
 from __future__ import annotations
@@ -28,34 +28,26 @@ MODES: dict[int, Mode] = {
 
 
 class Checks:
-    """Turn messages into requests for one shard, or refuse them."""
+    """Turn decoded messages into requests for one shard. Each method raises what it finds wrong."""
 
     def __init__(self, shard: Shard, max_keys: int) -> None:
+        """Store the shard. ``max_keys`` limits the keys of one pull, push or delete."""
         self._shard = shard
         self._max_keys = max_keys
 
-    def _keys(self, table: str, keys: NDArray[np.uint64]) -> None:
-        if len(keys) > self._max_keys:
-            raise TooLarge(
-                "TOO_MANY_KEYS",
-                f"table {table[:200]!r}: {len(keys)} keys, the limit is {self._max_keys}",
-            )
-
-    def _stray(self, table: str, key: np.uint64) -> WrongShard:
-        """The error for a key of another shard."""
-        shard_map = self._shard.shard_map
-        bucket = int(routing.mix64(key)) >> 52
-        belongs = int(shard_map.shard_of_bucket[bucket])
-        return WrongShard(table, int(key), belongs, self._shard.number, shard_map.epoch)
-
     def pull(self, pull: codec.PullMessage) -> Pull:
+        """Check a pull. Raises TooLarge, BadRequest, WrongShard or Malformed."""
         header = pull.header
-        self._keys(header.table, pull.keys)
+        self._require_few(header.table, pull.keys)
         if header.mode not in MODES:
-            raise BadRequest("INVALID_ARGUMENT", f"mode {header.mode} is not one of {list(MODES)}")
-        stray = routing.stray(pull.keys, self._shard.shard_map, self._shard.number)
-        if stray >= 0:
-            raise self._stray(header.table, pull.keys[stray])
+            raise BadRequest(
+                "INVALID_ARGUMENT", f"mode must be one of {list(MODES)}, got {header.mode}"
+            )
+        self._require_own(
+            header.table,
+            pull.keys,
+            routing.first_foreign(pull.keys, self._shard.shard_map, self._shard.number),
+        )
         return Pull(
             table=header.table,
             keys=pull.keys,
@@ -67,47 +59,25 @@ class Checks:
         )
 
     def push(self, push: codec.PushMessage) -> Push:
-        header, keys, counts, n = push.header, push.keys, push.counts, len(push.keys)
-        self._keys(header.table, keys)
-        lr = header.lr if header.HasField("lr") else None
-        if not -codec.STEPS <= header.step < codec.STEPS:
-            raise BadRequest(
-                "INVALID_ARGUMENT",
-                f"table {header.table!r}: step must be in -2^47..2^47-1, got {header.step}",
-            )
-        if counts is not None and len(counts) != n:
-            raise BadRequest(
-                "INVALID_ARGUMENT",
-                f"table {header.table!r}: {len(counts)} counts for {n} keys",
-            )
-        if push.gradients.size % n if n else push.gradients.size:
-            raise BadRequest(
-                "DIM_MISMATCH",
-                f"table {header.table!r}: {push.gradients.size} gradient numbers for {n} keys",
-            )
-        dtype = codec.wire_dtype(header.dtype)
-        gradients = codec.from_wire(push.gradients, dtype).reshape(n, -1 if n else 0)
-        repeated, stray = routing.check(keys, self._shard.shard_map, self._shard.number)
-        if stray >= 0:
-            raise self._stray(header.table, keys[stray])
-        counts = np.ones(n, np.uint32) if counts is None else counts
-        if repeated:
+        """Check a push, and sum repeated keys. Raises the same errors as ``pull``."""
+        header, keys, counts = push.header, push.keys, push.counts
+        self._require_few(header.table, keys)
+        _require_step(header)
+        gradients = _gradients(push)
+        if counts is None:
+            counts = np.ones(len(keys), np.uint32)
+        if self._repeated(header.table, keys):
             keys, counts, gradients = _sum_repeated(keys, counts, gradients, self._shard.shard_map)
         largest = largest_magnitude(gradients)
         if not math.isfinite(largest):
-            row, column = np.argwhere(~np.isfinite(gradients))[0]
-            raise BadRequest(
-                "NON_FINITE",
-                f"table {header.table!r}: the gradient of key {keys[row]} is"
-                f" {gradients[row, column]} at position {column}; all must be finite",
-            )
+            raise _not_finite(header.table, keys, gradients)
         return Push(
             table=header.table,
             keys=keys,
             counts=counts,
             gradients=gradients,
             step=header.step,
-            lr=lr,
+            lr=header.lr if header.HasField("lr") else None,
             largest=largest,
             client=header.client_id,
             incarnation=header.incarnation,
@@ -116,18 +86,15 @@ class Checks:
             durability=_level(header),
         )
 
-    def _distinct(self, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        return routing.split(keys, self._shard.shard_map).keys
-
     def delete(self, push: codec.PushMessage) -> Delete:
-        header = push.header
-        self._keys(header.table, push.keys)
-        repeated, stray = routing.check(push.keys, self._shard.shard_map, self._shard.number)
-        if stray >= 0:
-            raise self._stray(header.table, push.keys[stray])
+        """Check a delete. Raises TooLarge, BadRequest or WrongShard."""
+        header, keys = push.header, push.keys
+        self._require_few(header.table, keys)
+        if self._repeated(header.table, keys):
+            keys = routing.split(keys, self._shard.shard_map).keys
         return Delete(
             table=header.table,
-            keys=self._distinct(push.keys) if repeated else push.keys,
+            keys=keys,
             client=header.client_id,
             incarnation=header.incarnation,
             sequence=header.sequence,
@@ -135,9 +102,64 @@ class Checks:
             durability=_level(header),
         )
 
+    def _require_few(self, table: str, keys: NDArray[np.uint64]) -> None:
+        if len(keys) > self._max_keys:
+            raise TooLarge(
+                "TOO_MANY_KEYS",
+                f"table {table[:200]!r}: {len(keys)} keys > max_keys={self._max_keys}",
+            )
+
+    def _repeated(self, table: str, keys: NDArray[np.uint64]) -> bool:
+        """Return whether a key repeats; raise WrongShard if one belongs to another shard."""
+        repeated, foreign = routing.check(keys, self._shard.shard_map, self._shard.number)
+        self._require_own(table, keys, foreign)
+        return repeated > 0
+
+    def _require_own(self, table: str, keys: NDArray[np.uint64], foreign: int) -> None:
+        """Raise WrongShard about the key at index ``foreign``; -1: all keys are this shard's."""
+        if foreign < 0:
+            return
+        shard_map, key = self._shard.shard_map, keys[foreign]
+        owner = int(shard_map.shard_of_bucket[int(routing.mix64(key)) >> 52])
+        raise WrongShard(table, int(key), owner, self._shard.number, shard_map.epoch)
+
+
+def _require_step(header: pb.PushHeader) -> None:
+    if not -codec.STEPS <= header.step < codec.STEPS:
+        raise BadRequest(
+            "INVALID_ARGUMENT",
+            f"table {header.table!r}: step must be in -2^47..2^47-1, got {header.step}",
+        )
+
+
+def _gradients(push: codec.PushMessage) -> NDArray[np.float32]:
+    """Return the gradients, float32[n, dim]; BadRequest if they or the counts do not fit n keys."""
+    header, n = push.header, len(push.keys)
+    if push.counts is not None and len(push.counts) != n:
+        raise BadRequest(
+            "INVALID_ARGUMENT", f"table {header.table!r}: {len(push.counts)} counts for {n} keys"
+        )
+    if push.gradients.size % n if n else push.gradients.size:
+        raise BadRequest(
+            "DIM_MISMATCH",
+            f"table {header.table!r}: {push.gradients.size} gradient numbers for {n} keys",
+        )
+    numbers = codec.from_wire(push.gradients, codec.wire_dtype(header.dtype))
+    return numbers.reshape(n, -1 if n else 0)
+
+
+def _not_finite(table: str, keys: NDArray[np.uint64], gradients: NDArray[np.float32]) -> BadRequest:
+    """Build the error about the first gradient that is infinite or NaN."""
+    row, column = np.argwhere(~np.isfinite(gradients))[0]
+    return BadRequest(
+        "NON_FINITE",
+        f"table {table!r}: the gradient of key {keys[row]} is {gradients[row, column]} at position"
+        f" {column}; all must be finite",
+    )
+
 
 def _level(header: pb.PushHeader) -> Durability | None:
-    """What a push asks for; None: nothing, so the table's."""
+    """Return the durability that a push asks for; None: the table's default."""
     if not header.durability:
         return None
     if header.durability not in LEVELS:
@@ -153,7 +175,7 @@ def _sum_repeated(
     gradients: NDArray[np.float32],
     shard_map: routing.ShardMap,
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint32], NDArray[np.float32]]:
-    """Sum gradients and counts of repeated keys, for clients that did not."""
+    """Return distinct keys with the sums of their counts and gradients."""
     split = routing.split(keys, shard_map)
     sums = np.zeros((len(split.keys), gradients.shape[1]), np.float32)
     routing.sum_rows(gradients, split.inverse, sums)

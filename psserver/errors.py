@@ -1,50 +1,50 @@
-"""Why a request is refused. Together with storage's tree, all that a client is ever told.
+"""Reasons for refusing a request. Clients see these errors and those of storage, and no others.
 
 * Refused
-  - BadRequest        the request breaks a rule; the reason says which
+  - BadRequest        the request is invalid; its reason names the rule
   - WrongShard        a key belongs to another shard
-  - NotAlterable      a field of a table that is fixed at its creation
+  - NotAlterable      the field of a table is fixed at its creation
   - StepTooFar        the step of a push is too far ahead of the table's
-  - SessionExpired    a push whose repetition could no longer be noticed
-  - VersionInFuture   a version that this shard has not reached
-  - NoLog             the shard has no data directory, and so no log
-  - LogDiverged       a token of another history of this shard
-  - VersionCompacted  a token that stands before what this shard still knows of its changes
-  - NoCheckpointUrl   the configuration names no place for checkpoints
-  - CheckpointExists  there is a checkpoint of that name
-  - CheckpointUnfit   the checkpoint cannot serve this purpose
-  - CheckpointBusy    one piece of work at a time
-  - NotEmpty          rows would be lost
-  - RestoreConflict   another restore, or another step of it, is due
+  - SessionExpired    the shard can no longer tell whether it applied this push before
+  - VersionInFuture   the shard has not reached this version
+  - NoLog             the shard has no data directory, and therefore no version log
+  - LogDiverged       the token belongs to another lineage
+  - VersionCompacted  the shard no longer has all changes since the token
+  - NoCheckpointUrl   the server has no checkpoint_url
+  - CheckpointExists  a checkpoint of this name exists
+  - CheckpointUnfit   the checkpoint cannot be used for this purpose
+  - CheckpointBusy    the shard works on another checkpoint or restore
+  - NotEmpty          the operation would overwrite existing rows
+  - RestoreConflict   another restore is in progress, or the steps are out of order
   - TableLoading      the table is being filled from a checkpoint
   - CheckpointNeeded  another checkpoint cannot be read without this one
   - UnknownCall       no call of this id waits for a Continue
-  - Restoring         between two steps of a restore
-  - TooLarge          over a limit of this server
-  - Overloaded        too much is in flight; later is fine
-  - Busy              too much long work is under way
-  - Starting          not ready yet
-  - Draining          the server is stopping; another one will answer
-  - DeadlinePassed    the caller no longer waits; nothing was applied
+  - Restoring         the shard is blocked by a restore
+  - TooLarge          the request exceeds a limit of this server
+  - Overloaded        too many requests are in flight; retry later
+  - Busy              too many long operations are running; retry later
+  - Starting          the shard is not ready yet
+  - Draining          the server is stopping
+  - DeadlinePassed    the deadline passed before the request began; nothing was applied
 """
 
 from __future__ import annotations
 
 
 class Refused(Exception):
-    """Root of the refusals. ``retry_after`` in seconds, where trying again makes sense."""
+    """Base class. ``retry_after``: seconds until a retry can succeed; None: do not retry."""
 
     reason = ""
     retry_after: float | None = None
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Facts for ErrorInfo."""
+        """Return the metadata of google.rpc.ErrorInfo."""
         return {}
 
 
 class BadRequest(Refused):
-    """The request breaks a rule."""
+    """The request is invalid; ``reason`` names the rule."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -69,7 +69,7 @@ class WrongShard(Refused):
 
 
 class NotAlterable(Refused):
-    """A field of a table that is fixed at its creation."""
+    """The field of a table is fixed at its creation."""
 
     reason = "NOT_ALTERABLE"
 
@@ -102,45 +102,45 @@ class StepTooFar(Refused):
 
 
 class SessionExpired(Refused):
-    """A push whose repetition could no longer be noticed."""
+    """The shard can no longer tell whether it applied this push before."""
 
     reason = "SESSION_EXPIRED"
 
 
 class VersionInFuture(Refused):
-    """A version that this shard has not reached."""
+    """The shard has not reached this version."""
 
     reason = "VERSION_IN_FUTURE"
 
 
 class NoLog(Refused):
-    """The shard has no data directory, and so no log."""
+    """The shard has no data directory, and therefore no version log."""
 
     reason = "NO_LOG"
 
     def __init__(self) -> None:
-        super().__init__("this shard keeps no log: it was started without a data directory")
+        super().__init__("this shard has no version log: the server was started without data_dir")
 
 
 class LogDiverged(Refused):
-    """A token of another history of this shard."""
+    """The token belongs to another lineage."""
 
     reason = "LOG_DIVERGED"
 
 
 class VersionCompacted(Refused):
-    """A token that stands before what this shard still knows of its changes.
+    """The shard no longer has all changes since the token.
 
-    log_horizon        the log holds the changes above this version
-    tombstone_horizon  deletes above this version are remembered; rows always are
+    log_horizon        the log has all changes above this version
+    tombstone_horizon  the shard has all deletes above this version
     """
 
     reason = "VERSION_COMPACTED"
 
     def __init__(self, version: int, log_horizon: int, tombstone_horizon: int) -> None:
         super().__init__(
-            f"changes behind version {version} asked for; the log holds those behind version"
-            f" {log_horizon}, and deletes are remembered behind version {tombstone_horizon}"
+            f"changes above version {version} are no longer complete: the log has changes above"
+            f" {log_horizon}, deletes are known above {tombstone_horizon}; take a snapshot"
         )
         self.log_horizon = log_horizon
         self.tombstone_horizon = tombstone_horizon
@@ -154,40 +154,40 @@ class VersionCompacted(Refused):
 
 
 class NoCheckpointUrl(Refused):
-    """The configuration names no place for checkpoints."""
+    """The server has no checkpoint_url."""
 
     reason = "NO_CHECKPOINT_URL"
 
     def __init__(self) -> None:
-        super().__init__("this shard was started without a checkpoint_url")
+        super().__init__("this server has no checkpoint_url")
 
 
 class CheckpointExists(Refused):
-    """There is a checkpoint of that name."""
+    """A checkpoint of this name exists."""
 
     reason = "CHECKPOINT_EXISTS"
 
 
 class CheckpointUnfit(Refused):
-    """The checkpoint cannot serve this purpose."""
+    """The checkpoint cannot be used for this purpose."""
 
     reason = "CHECKPOINT_UNFIT"
 
 
 class CheckpointBusy(Refused):
-    """One piece of work at a time."""
+    """The shard works on another checkpoint or restore."""
 
     reason = "CHECKPOINT_BUSY"
 
 
 class NotEmpty(Refused):
-    """Rows would be lost."""
+    """The operation would overwrite existing rows."""
 
     reason = "NOT_EMPTY"
 
 
 class RestoreConflict(Refused):
-    """Another restore, or another step of it, is due."""
+    """Another restore is in progress, or the steps are out of order."""
 
     reason = "RESTORE_CONFLICT"
 
@@ -215,17 +215,17 @@ class UnknownCall(Refused):
 
 
 class Restoring(Refused):
-    """Between two steps of a restore."""
+    """The shard is blocked by a restore."""
 
     reason = "RESTORING"
     retry_after = 0.5
 
     def __init__(self) -> None:
-        super().__init__("the shard is held by a restore")
+        super().__init__("the shard is blocked by a restore; retry later")
 
 
 class TooLarge(Refused):
-    """Over a limit of this server."""
+    """The request exceeds a limit of this server; ``reason`` names the limit."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -233,27 +233,27 @@ class TooLarge(Refused):
 
 
 class Overloaded(Refused):
-    """Too much is in flight."""
+    """Too many requests are in flight; retry later."""
 
     reason = "OVERLOADED"
     retry_after = 0.1
 
 
 class Busy(Refused):
-    """Too much long work is under way."""
+    """Too many long operations are running; retry later."""
 
     reason = "BUSY"
     retry_after = 1.0
 
 
 class Starting(Refused):
-    """Not ready yet."""
+    """The shard is not ready yet."""
 
     reason = "STARTING"
     retry_after = 0.5
 
     def __init__(self) -> None:
-        super().__init__("the shard is starting: it brings back what it held")
+        super().__init__("the shard is starting and loads its data; retry later")
 
 
 class Draining(Refused):
@@ -264,6 +264,6 @@ class Draining(Refused):
 
 
 class DeadlinePassed(Refused):
-    """The caller no longer waits; nothing was applied."""
+    """The deadline passed before the request began; nothing was applied."""
 
     reason = "DEADLINE_EXCEEDED"

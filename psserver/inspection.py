@@ -80,10 +80,10 @@ class Inspector:
             raise TooLarge(
                 "TOO_MANY_KEYS", f"{where}: {len(keys)} keys, the limit is {MAX_INSPECTED}"
             )
-        repeated, stray = routing.check(keys, shard.shard_map, shard.number)
-        if stray >= 0:
-            key, shard_map = keys[stray], shard.shard_map
-            belongs = int(routing.owners(keys[stray : stray + 1], shard_map)[0])
+        repeated, foreign = routing.check(keys, shard.shard_map, shard.number)
+        if foreign >= 0:
+            key, shard_map = keys[foreign], shard.shard_map
+            belongs = int(routing.owners(keys[foreign : foreign + 1], shard_map)[0])
             raise WrongShard(request.table, int(key), belongs, shard.number, shard_map.epoch)
         if repeated:
             raise BadRequest("INVALID_ARGUMENT", f"{where}: keys must be distinct")

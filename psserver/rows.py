@@ -131,8 +131,8 @@ class RowTransfer:
                 f"{where}: {n} keys, {len(steps)} steps, {len(frequencies)} frequencies,"
                 f" {len(rows)} numbers of rows",
             )
-        repeated, stray = routing.check(keys, shard.shard_map, shard.number)
-        if stray >= 0 or repeated:
+        repeated, foreign = routing.check(keys, shard.shard_map, shard.number)
+        if foreign >= 0 or repeated:
             raise BadRequest(
                 "INVALID_ARGUMENT",
                 f"{where}: keys must be distinct and of shard {shard.number}",

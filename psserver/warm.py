@@ -99,7 +99,7 @@ def _warm_routing(keys: Keys, written: bool) -> None:
     split = routing.split(keys, shard_map)
     routing.check(keys, shard_map, 0)
     routing.owners(keys, shard_map)
-    routing.stray(keys, shard_map, 0)
+    routing.first_foreign(keys, shard_map, 0)
     routing.sum_rows(rows, split.inverse, np.zeros((len(split.keys), 2), np.float32))
     routing.all_finite(rows.reshape(-1).view(np.uint32))
     codec.to_wire(np.ones((4, 2), np.float32), pb.DTYPE_BFLOAT16)

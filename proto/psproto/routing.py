@@ -1,14 +1,14 @@
-"""Which shard a key belongs to, and the loops that a batch of keys needs on its way there.
+"""The owner shard of a key, and the kernels that split and join batches of keys.
 
     hash(key)   SplitMix64's finalizer, Stafford's variant 13: every bit of the key counts
     bucket      hash >> 52, one of 4096; a bucket moves between shards as a whole
     shard       shard_of_bucket[bucket], from the shard map
 
-Keys are 64 bits wide; here they are uint64 arrays. The hash that places keys inside a shard's
-index is another one, on purpose.
+Keys are 64 bits wide, here uint64. The index of a shard uses a different hash, so that the keys of
+one shard do not share bits there.
 
-mix64 is public and invertible, so anyone can choose keys with equal hashes. The hash tables in here
-therefore place a key by another hash, of random numbers that each process draws.
+mix64 is public and invertible, so anyone can choose keys with equal hashes. The hash tables in this
+file therefore place a key by a second hash, with random numbers drawn by each process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
 @jit
 def mix64(key: Any) -> Any:
-    """SplitMix64's finalizer (Steele, Lea and Flood, 2014; constants: Stafford's variant 13)."""
+    """Return SplitMix64's finalizer of a key (Steele, Lea, Flood, 2014; Stafford's variant 13)."""
     x = np.uint64(key)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -61,7 +61,7 @@ _SALT = draw_salt()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardMap:
-    """Which shard serves each bucket. ``epoch`` grows with every change."""
+    """The shard that owns each bucket. ``epoch`` grows with every change."""
 
     epoch: int
     shards: int
@@ -80,7 +80,7 @@ class ShardMap:
 
 
 def even_map(shards: int) -> ShardMap:
-    """Epoch 1 of a cluster: bucket b belongs to shard b * shards // 4096."""
+    """Return the map of epoch 1: bucket b belongs to shard b * shards // 4096."""
     buckets = np.arange(BUCKETS, dtype=np.int64)
     return ShardMap(1, shards, (buckets * shards // BUCKETS).astype(np.uint16))
 
@@ -93,7 +93,7 @@ def _owners(keys: Any, shard_of_bucket: Any, out: Any) -> None:
 
 
 def owners(keys: Keys, shard_map: ShardMap) -> NDArray[np.uint16]:
-    """The shard of each key, [n]."""
+    """Return the owner of each key, uint16[n]."""
     out = np.empty(len(keys), np.uint16)
     _owners(keys, shard_map.shard_of_bucket, out)
     return out
@@ -104,7 +104,7 @@ class Split:
     """The distinct keys of a batch, grouped by shard.
 
     keys[inverse] is the batch; keys[bounds[s]:bounds[s + 1]] belong to shard s. Within a shard,
-    keys stand in the order of their first occurrence.
+    keys are in the order of their first occurrence.
     """
 
     keys: Keys  # uint64[u]
@@ -187,12 +187,12 @@ def _group(
 
 
 def _slots_for(n: int) -> int:
-    """A power of two, at least twice the number of keys."""
+    """Return the size of a hash table for n keys: a power of two, at least 2 n."""
     return 1 << max(2 * n - 1, 1).bit_length()
 
 
 def split(keys: Keys, shard_map: ShardMap) -> Split:
-    """The distinct keys of a batch, grouped by shard.
+    """Return the distinct keys of a batch, grouped by shard.
 
     keys  uint64[n], n < 2^31, contiguous
     """
@@ -215,19 +215,21 @@ def split(keys: Keys, shard_map: ShardMap) -> Split:
 
 
 @jit
-def _check(keys: Any, shard_of_bucket: Any, shard: int, salt: Any, slots: Any, stray: Any) -> int:
-    """Return how many keys repeat an earlier one; stray[0] becomes the first stray key's index,
-    or -1. slots: scratch, as in ``_distinct``.
+def _check(keys: Any, shard_of_bucket: Any, shard: int, salt: Any, slots: Any, foreign: Any) -> int:
+    """Return the number of keys that repeat an earlier one.
+
+    foreign  int64[1]  written: the index of the first key of another shard, or -1
+    slots    int32     scratch, as in ``_distinct``
     """
     mask = np.uint64(slots.shape[0] - 1)
     slots[:] = -1
-    stray[0] = -1
+    foreign[0] = -1
     repeated = 0
     for i in range(keys.shape[0]):
         key = keys[i]
         hashed = mix64(key)
-        if shard_of_bucket[hashed >> np.uint64(52)] != shard and stray[0] < 0:
-            stray[0] = i
+        if shard_of_bucket[hashed >> np.uint64(52)] != shard and foreign[0] < 0:
+            foreign[0] = i
         at = _place(key, salt, mask)
         while slots[at] >= 0 and keys[slots[at]] != key:
             at = (at + np.uint64(1)) & mask
@@ -239,24 +241,24 @@ def _check(keys: Any, shard_of_bucket: Any, shard: int, salt: Any, slots: Any, s
 
 
 def check(keys: Keys, shard_map: ShardMap, shard: int) -> tuple[int, int]:
-    """How many of the keys repeat an earlier one, and the index of the first that belongs to
-    another shard, or -1.
+    """Return the number of keys that repeat an earlier one, and the index of the first key that
+    belongs to another shard, or -1.
     """
-    slots, stray = np.empty(_slots_for(len(keys)), np.int32), np.empty(1, np.int64)
-    return _check(keys, shard_map.shard_of_bucket, shard, _SALT, slots, stray), int(stray[0])
+    slots, foreign = np.empty(_slots_for(len(keys)), np.int32), np.empty(1, np.int64)
+    return _check(keys, shard_map.shard_of_bucket, shard, _SALT, slots, foreign), int(foreign[0])
 
 
 @jit
-def _stray(keys: Any, shard_of_bucket: Any, shard: int) -> int:
+def _first_foreign(keys: Any, shard_of_bucket: Any, shard: int) -> int:
     for i in range(keys.shape[0]):
         if shard_of_bucket[mix64(keys[i]) >> np.uint64(52)] != shard:
             return i
     return -1
 
 
-def stray(keys: Keys, shard_map: ShardMap, shard: int) -> int:
-    """Index of the first key that belongs to another shard, or -1."""
-    return int(_stray(keys, shard_map.shard_of_bucket, shard))
+def first_foreign(keys: Keys, shard_map: ShardMap, shard: int) -> int:
+    """Return the index of the first key that belongs to another shard, or -1."""
+    return int(_first_foreign(keys, shard_map.shard_of_bucket, shard))
 
 
 @jit
@@ -276,11 +278,11 @@ def sum_rows(rows: Any, inverse: Any, out: Any) -> None:
 
 @jit
 def scatter(rows: Any, first: int, inverse: Any, out: Any) -> None:
-    """Copy the rows of some distinct keys to every place of a batch: out[i] = rows[inverse[i]].
+    """Copy the rows of distinct keys to their positions in a batch: out[i] = rows[inverse[i]].
 
-    rows     [m, dim]  the distinct keys first..first + m - 1
-    inverse  int32[n]  those outside that range are left alone
-    out      [n, dim]
+    rows     [m, dim]  rows of the distinct keys first..first + m - 1
+    inverse  int32[n]
+    out      [n, dim]  written where inverse[i] is in that range
     """
     m, dim = rows.shape
     for i in range(inverse.shape[0]):
@@ -292,7 +294,7 @@ def scatter(rows: Any, first: int, inverse: Any, out: Any) -> None:
 
 @jit
 def all_finite(values: Any) -> Any:
-    """Whether no float32 of ``values``, given as bits uint32[n], is infinite or NaN (a bool)."""
+    """Return whether all float32 numbers are finite; ``values`` has their bits, uint32[n]."""
     worst = np.uint32(0)
     for i in range(values.shape[0]):
         worst = max(worst, values[i] & np.uint32(0x7FFFFFFF))

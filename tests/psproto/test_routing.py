@@ -134,7 +134,7 @@ def test_regular_keys_spread_evenly_over_four_shards(kind: str) -> None:
     assert sizes.max() / sizes.mean() <= 1.1
 
 
-# ---- split, check, stray
+# ---- split, check, first_foreign
 
 
 @given(any_keys, any_shards)
@@ -174,15 +174,15 @@ def test_split_leaves_the_batch_as_it_was() -> None:
 
 
 @given(any_keys, any_shards, st.data())
-def test_check_counts_repetitions_and_finds_the_first_stray_key(
+def test_check_counts_repetitions_and_finds_the_first_key_of_another_shard(
     keys: np.ndarray, shards: int, data: st.DataObject
 ) -> None:
     shard = data.draw(st.integers(0, shards - 1))
     shard_map = even_map(shards)
-    strays = [i for i, owner in enumerate(shards_of(keys, shard_map)) if owner != shard]
-    first = strays[0] if strays else -1
+    foreign = [i for i, owner in enumerate(shards_of(keys, shard_map)) if owner != shard]
+    first = foreign[0] if foreign else -1
     assert routing.check(keys, shard_map, shard) == (len(keys) - len(set(keys.tolist())), first)
-    assert routing.stray(keys, shard_map, shard) == first
+    assert routing.first_foreign(keys, shard_map, shard) == first
 
 
 # ---- keys that were chosen to collide

@@ -191,12 +191,15 @@ EXAMPLES: list[tuple[Exception, str, str, dict[str, str], float | None]] = [
             refusals.CheckpointBusy,
             refusals.CheckpointUnfit,
             refusals.CheckpointExists,
+            refusals.CheckpointNeeded,
+            refusals.UnknownCall,
         )
     ),
     *(
         (kind(), CODES[kind][0].name, kind.reason, {}, kind.retry_after)  # type: ignore[attr-defined]
         for kind in (refusals.NoCheckpointUrl, refusals.Restoring, refusals.Starting)
     ),
+    (refusals.TableLoading("t"), "UNAVAILABLE", "TABLE_LOADING", {}, 1.0),
     (storage_errors.StoreFailed("file", "io"), "UNAVAILABLE", "STORE_FAILED", {}, None),
     (
         storage_errors.UnknownCheckpoint("x", "file"),
