@@ -40,6 +40,7 @@ class Source:
         self.moved = asyncio.Event()
         self.draining = False
         self.readers = 0
+        self._awaited: dict[tuple[int, bool], asyncio.Event] = {}  # version, whether durable
         self._pool = ThreadPoolExecutor(THREADS, "feed")
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -97,6 +98,13 @@ class Source:
         await self.settled(version, pb.DURABILITY_FSYNC)
 
     async def _logged(self, version: int, *, durable: bool) -> None:
-        reached = asyncio.Event()
-        self.log.wait(version, durable, lambda: post(self._loop, reached.set))
+        """Wait with everybody who waits for the same, so that cancelled calls leave nothing."""
+        key = version, durable
+        reached = self._awaited.get(key)
+        if reached is None:
+            reached = self._awaited[key] = asyncio.Event()
+            self.log.wait(version, durable, lambda: post(self._loop, self._reach, key))
         await reached.wait()
+
+    def _reach(self, key: tuple[int, bool]) -> None:
+        self._awaited.pop(key).set()

@@ -440,6 +440,41 @@ async def test_who_stops_reading_in_a_large_change_does_not_keep_it_in_memory(no
         patch.undo()
 
 
+def test_calls_that_wait_for_the_disk_and_are_cancelled_leave_nothing(tmp_path: Path) -> None:
+    answers = threading.Event()
+
+    def fdatasync(fd: int) -> None:
+        answers.wait(20)
+        os.fdatasync(fd)
+
+    async def test(node: Node) -> None:
+        log, source = node.home.log, node.feed.source
+        for _ in range(100):
+            calls = [asyncio.create_task(source.durable(log.last)) for _ in range(10)]
+            await asyncio.sleep(0)
+            for call in calls:
+                call.cancel()
+            await asyncio.wait(calls)
+        assert len(source._awaited) == 1
+        assert len(log._waiting[True]) <= 1
+        answers.set()
+        await source.durable(log.last)
+        assert source._awaited == {}
+
+    async def main() -> None:
+        answers.set()
+        node = await Node(tmp_path / "shard", disk=Disk(fdatasync=fdatasync)).open()
+        try:
+            answers.clear()
+            await node.create()
+            await asyncio.wait_for(test(node), 20)
+        finally:
+            answers.set()
+            await node.close()
+
+    asyncio.run(main())
+
+
 @run
 async def test_a_request_costs_the_loop_little(node: Node) -> None:
     """Whatever is in it: a message that is too large is refused before it is parsed."""
