@@ -2,8 +2,8 @@
 
 errors.py        why a request is refused
 addresses.py     hosts and ports to listen on
-memory.py        the memory limit, and how it is divided
-config.py        how a server is set up
+memory.py        find the memory limit of the process, and divide it
+config.py        settings of a server
 schemas.py       table schemas as messages and as JSON
 alterations.py   which settings of a live table can be altered
 sessions.py      which pushes were applied
@@ -50,7 +50,7 @@ logtail.py       messages of a subscription made of the log
 rowscan.py       snapshots and catch-ups: rows sent while pushes go on
 subscription.py  one subscription: the log, or a scan where the log does not reach back
 feed.py          the subscriptions of one shard
-stats.py         what the service counts
+stats.py         count requests, bytes and errors
 connections.py   connections whose peers do not finish their messages
 info.py          what a shard reports about itself
 status.py        the status with which an error reaches a client
@@ -64,15 +64,15 @@ checks.py        what a request can get wrong by itself
 exchange.py      pulls, pushes, deletes and exchanges
 stream.py        the bidirectional stream
 service.py       the gRPC methods of all services
-datadir.py       a shard's data directory: locked, recovered, closed
-metrics.py       the collectors of /metrics
+datadir.py       lock, recover and close a shard's data directory
+metrics.py       collect the metrics of a shard
 exposition.py    serve /metrics over HTTP
-listener.py      the gRPC port: alive before it is ready
-server.py        the parts of one shard, opened and closed in order
+listener.py      open the gRPC port, with health and reflection
+server.py        open and close the parts of one shard, in order
 warm.py          compile the kernels before they are needed
-logs.py          log lines on stderr
-process.py       one shard as a process: signals, restart, exit status
-cluster.py       a local cluster of processes
+logs.py          write log lines to stderr
+process.py       run one shard as a process: signals, restart, exit status
+cluster.py       run a local cluster: one process per shard
 cli.py           the command line
 __main__.py      python -m psserver
 """

@@ -175,7 +175,7 @@ class ServerConfig(BaseSettings):
 
     @property
     def memory(self) -> Plan:
-        """How the memory limit is divided by default, around this max_inflight_bytes."""
+        """The division of the memory limit, given the settings that are not tables'."""
         return _plan(self.model_dump())
 
     @classmethod
@@ -187,7 +187,7 @@ class ServerConfig(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return env_settings, init_settings  # init: the file; flags stand before both
+        return env_settings, init_settings  # init: the file; flags win over both
 
 
 def _inflight(data: Mapping[str, Any]) -> int:
@@ -211,7 +211,7 @@ def _left_for_tables(data: Mapping[str, Any]) -> int:
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help as users read it: sizes with their unit, and defaults that are computed in words."""
+    """Formats help: sizes with units, and computed defaults in words."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
@@ -233,7 +233,7 @@ def _with_unit(match: re.Match[str]) -> str:
 
 
 def load(flags: Sequence[str], environment: Mapping[str, str] | None = None) -> ServerConfig:
-    """Read the configuration; ConfigError names what is unknown or wrong."""
+    """Read the configuration; ConfigError names each unknown or bad setting."""
     environment = os.environ if environment is None else environment
     known = {PREFIX + name.upper() for name in ServerConfig.model_fields} | {CONFIG}
     unknown = sorted(n for n in environment if n.upper().startswith(PREFIX) and n not in known)

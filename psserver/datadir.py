@@ -80,7 +80,7 @@ def unusable(directory: Path, error: OSError) -> ConfigError:
 
 
 def _owner(path: Path) -> str:
-    """Return whose ``path`` is, or the first directory above it that may be looked at."""
+    """Return owner and mode of ``path``, or of the first directory above it that can be read."""
     for each in (path, *path.parents):
         try:
             found = each.stat()
@@ -119,11 +119,11 @@ def claim(directory: Path, shard: int, shard_map: routing.ShardMap) -> None:
     if not path.exists():
         replace(path, seal(asked))
         return
-    held = unseal(Owner, read_file(path), str(path))
-    if held != asked:
+    stored = unseal(Owner, read_file(path), str(path))
+    if stored != asked:
         owner, other = (
             f"shard {each.shard} of {each.shards} (shard map of epoch {each.epoch})"
-            for each in (held, asked)
+            for each in (stored, asked)
         )
         raise ConfigError(
             f"data_dir: {directory} belongs to {owner}, and this server is {other}; to change the"

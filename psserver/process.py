@@ -130,8 +130,8 @@ def _warm() -> None:
         ) from error
 
 
-async def _live(config: ServerConfig) -> None:
-    """Serve, then end this process or replace it: threads that still wait are not waited for."""
+async def _serve_and_exit(config: ServerConfig) -> None:
+    """Serve, then exit or replace this process, even if threads hang in a file system."""
     again = await _serve(config)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -146,11 +146,11 @@ def serve(config: ServerConfig) -> None:
     A restore that restarts the shard replaces the process by the same command with the same process
     id, so a supervisor only sees a shard that is not ready for a while.
     """
-    held = lock(config.data_dir) if config.data_dir else None
+    lock_file = lock(config.data_dir) if config.data_dir else None
     report_memory(config)
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
-        uvloop.run(_live(config))
+        uvloop.run(_serve_and_exit(config))
     finally:
-        if held:
-            held.close()
+        if lock_file:
+            lock_file.close()

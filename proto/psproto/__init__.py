@@ -1,7 +1,7 @@
-"""What client and server agree on, bit for bit.
+"""Everything that client and server must agree on, bit for bit.
 
 ps.proto        messages and services; its comments are normative
-kernelcache.py  where compiled kernels are kept
+kernelcache.py  cache of compiled kernels
 names.py        the rule for names of tables, barriers, checkpoints
 keepalive.py    pings on quiet connections: gRPC options of both sides
 routing.py      key hash, buckets, shard map, and the kernels that split and join batches
