@@ -26,9 +26,9 @@ if _version_not_supported:
 
 
 class TableServiceStub(object):
-    """Tables. A table exists on every shard; a client creates, describes and drops it on each: it creates
-    it on shard 0 before the others and drops it there after them, so that of several clients whose
-    schemas differ one gets its way on all shards.
+    """Tables. Every shard has every table, so a client creates, describes and drops a table on each
+    shard. It creates the table on shard 0 first and drops it on shard 0 last. If several clients
+    create it with different schemas, the same client then wins on all shards.
     """
 
     def __init__(self, channel):
@@ -70,13 +70,13 @@ class TableServiceStub(object):
 
 
 class TableServiceServicer(object):
-    """Tables. A table exists on every shard; a client creates, describes and drops it on each: it creates
-    it on shard 0 before the others and drops it there after them, so that of several clients whose
-    schemas differ one gets its way on all shards.
+    """Tables. Every shard has every table, so a client creates, describes and drops a table on each
+    shard. It creates the table on shard 0 first and drops it on shard 0 last. If several clients
+    create it with different schemas, the same client then wins on all shards.
     """
 
     def CreateTable(self, request, context):
-        """Creates a table; an equal one that exists is left alone.
+        """Creates a table. Does nothing if the table exists with an equal schema.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,23 +95,23 @@ class TableServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def AlterTable(self, request, context):
-        """Changes settings of a table whose rows stay; see AlterTableRequest.
+        """Changes settings of a table and keeps its rows; see AlterTableRequest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DropTable(self, request, context):
-        """Drops a table and its rows. NOT_FOUND where there is none.
+        """Drops a table and its rows. NOT_FOUND if the table does not exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Evict(self, request, context):
-        """Evicts this shard's rows that are to leave by the rules of their table now, instead of when the
-        background finds them; or only counts them. Pulls and pushes go on meanwhile. It takes as long
-        as it takes, and ends early if the caller does; one at a time on a shard.
+        """Evicts the rows of this shard that the table's rules select now, without waiting for the
+        background eviction. With dry_run, only counts them. Pulls and pushes continue meanwhile. The
+        call can take minutes, and stops if the caller cancels it. One call at a time per shard.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -159,9 +159,9 @@ def add_TableServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TableService(object):
-    """Tables. A table exists on every shard; a client creates, describes and drops it on each: it creates
-    it on shard 0 before the others and drops it there after them, so that of several clients whose
-    schemas differ one gets its way on all shards.
+    """Tables. Every shard has every table, so a client creates, describes and drops a table on each
+    shard. It creates the table on shard 0 first and drops it on shard 0 last. If several clients
+    create it with different schemas, the same client then wins on all shards.
     """
 
     @staticmethod
@@ -328,7 +328,7 @@ class TableService(object):
 
 
 class RowServiceStub(object):
-    """Rows. Every message concerns one shard only.
+    """Rows. The keys of every message belong to one shard.
     """
 
     def __init__(self, channel):
@@ -365,7 +365,7 @@ class RowServiceStub(object):
 
 
 class RowServiceServicer(object):
-    """Rows. Every message concerns one shard only.
+    """Rows. The keys of every message belong to one shard.
     """
 
     def Pull(self, request, context):
@@ -381,26 +381,26 @@ class RowServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Exchange(self, request, context):
-        """Pushes, then pulls, as one unit: refused as a whole if any part is. OUT_OF_MEMORY alone may come
-        when some of several pushes are applied: see ExchangeRequest.
+        """Applies pushes, then answers pulls, as one unit. If any part is invalid, all of it is refused.
+        Only OUT_OF_MEMORY and ROW_OVERFLOW may come after some of several pushes: see ExchangeRequest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Delete(self, request, context):
-        """Deletes rows; keys without one are left alone. Repeated under the same sequence, like a push.
+        """Deletes rows. Ignores keys without a row. A retry uses the same sequence, like a push.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Stream(self, request_iterator, context):
-        """Exchanges, pipelined. Each request is answered by one response with its id, in the order of
-        arrival. A bad request is answered by `error` and the stream goes on; a message that cannot
-        be parsed ends it. Requests take effect in that order; one that was refused with RetryInfo and
-        is sent again comes after those that followed it. Of a client that does not read its answers the
-        server reads no more requests once a good part of what it may keep in memory is waiting.
+        """Pipelined exchanges. Each request gets one response with its id, in the order of arrival, and
+        requests take effect in that order. An invalid request gets an `error`, and the stream
+        continues. A message that cannot be parsed ends the stream. A request that is retried after
+        RetryInfo takes effect after the requests that followed it. The server stops reading a stream
+        whose client does not read its responses, once they fill an eighth of max_inflight_bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -443,7 +443,7 @@ def add_RowServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RowService(object):
-    """Rows. Every message concerns one shard only.
+    """Rows. The keys of every message belong to one shard.
     """
 
     @staticmethod
@@ -583,7 +583,7 @@ class RowService(object):
 
 
 class LogServiceStub(object):
-    """The version log. FAILED_PRECONDITION / NO_LOG where the shard keeps none.
+    """The version log. FAILED_PRECONDITION / NO_LOG if the shard has none.
     """
 
     def __init__(self, channel):
@@ -610,31 +610,31 @@ class LogServiceStub(object):
 
 
 class LogServiceServicer(object):
-    """The version log. FAILED_PRECONDITION / NO_LOG where the shard keeps none.
+    """The version log. FAILED_PRECONDITION / NO_LOG if the shard has none.
     """
 
     def WaitDurable(self, request, context):
-        """Answers once all versions up to one are on disk.
+        """Waits until all versions up to the given one are on disk.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Barrier(self, request, context):
-        """Appends a mark that subscribers receive in its place: barriers of one name on all shards are a
-        cut across them.
+        """Appends a mark to the log, which subscribers receive in order. Barriers of the same name on all
+        shards mark a consistent cut of the cluster.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Subscribe(self, request, context):
-        """Changed rows, in the order of their versions, durable ones only. At least once and without a
-        gap: apply a row if its version is above that of the one held, and neither repetition nor a
-        snapshot read while pushes go on can do harm. The stream ends with an error only, and goes on
-        in another one that is given the last token. A subscriber whose place the log has cut off is
-        caught up from the rows themselves (KIND_CATCH_UP), as long as deletes are remembered; behind
-        that, VERSION_COMPACTED: take a snapshot.
+        """Sends changed rows in the order of their versions, and only durable ones. Each change is sent
+        at least once, and none is skipped. Apply a row only if its version is above the version that
+        you have: this makes duplicates and snapshots that are read during pushes harmless. The stream
+        ends only with an error. To resume, subscribe with the last token. If the log no longer has the
+        changes since the token, the server scans the rows (KIND_CATCH_UP). If it no longer has all
+        deletes since the token, it answers VERSION_COMPACTED: take a snapshot.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -667,7 +667,7 @@ def add_LogServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class LogService(object):
-    """The version log. FAILED_PRECONDITION / NO_LOG where the shard keeps none.
+    """The version log. FAILED_PRECONDITION / NO_LOG if the shard has none.
     """
 
     @staticmethod
@@ -754,18 +754,19 @@ class LogService(object):
 
 class CheckpointServiceStub(object):
     """Checkpoints of all shards, by name: 1..128 letters, digits or any of _ . - that start with a
-    letter, a digit or _. They lie where the servers' configuration says, which is the same place for
-    all shards; a client cannot say where.
+    letter, a digit or _. The servers' checkpoint_url, which is the same for all
+    shards, is where they are stored. A client cannot choose another location.
 
-    A checkpoint is taken by WriteCheckpoint on every shard, under one `attempt`, then
-    CompleteCheckpoint on any shard with all that the shards answered. Until then there is none.
+    To take a checkpoint, call WriteCheckpoint on every shard with the same `attempt`. Then call
+    CompleteCheckpoint on any shard with the parts that all shards returned. Until that succeeds, the
+    checkpoint does not exist.
 
-    A restore is PrepareRestore on every shard, under one `id`, then each of the steps HOLD, COMMIT
-    and RELEASE on every shard, each begun when the one before is done everywhere. A shard that is
-    held refuses everything but InfoService and CheckpointService (UNAVAILABLE / RESTORING). So no
-    client meets restored shards beside others. COMMIT makes the shard start anew: ask for the status
-    until it is LOADED or FAILED. Until the first RELEASE the step ABORT brings back what was there
-    before. The steps outlive the shard's process, and may be repeated.
+    To restore, call PrepareRestore on every shard with the same `id`. Then do the steps HOLD, COMMIT
+    and RELEASE, each on every shard before the next step. From HOLD to RELEASE a shard refuses all
+    calls but GetServerInfo and Restore (UNAVAILABLE / RESTORING), so that no client sees restored
+    and old shards together. COMMIT restarts the shard: poll its status until it is LOADED or FAILED.
+    Until the first RELEASE, the step ABORT returns to the previous data. The steps survive a restart
+    of the shard's process, and are idempotent.
     """
 
     def __init__(self, channel):
@@ -833,18 +834,19 @@ class CheckpointServiceStub(object):
 
 class CheckpointServiceServicer(object):
     """Checkpoints of all shards, by name: 1..128 letters, digits or any of _ . - that start with a
-    letter, a digit or _. They lie where the servers' configuration says, which is the same place for
-    all shards; a client cannot say where.
+    letter, a digit or _. The servers' checkpoint_url, which is the same for all
+    shards, is where they are stored. A client cannot choose another location.
 
-    A checkpoint is taken by WriteCheckpoint on every shard, under one `attempt`, then
-    CompleteCheckpoint on any shard with all that the shards answered. Until then there is none.
+    To take a checkpoint, call WriteCheckpoint on every shard with the same `attempt`. Then call
+    CompleteCheckpoint on any shard with the parts that all shards returned. Until that succeeds, the
+    checkpoint does not exist.
 
-    A restore is PrepareRestore on every shard, under one `id`, then each of the steps HOLD, COMMIT
-    and RELEASE on every shard, each begun when the one before is done everywhere. A shard that is
-    held refuses everything but InfoService and CheckpointService (UNAVAILABLE / RESTORING). So no
-    client meets restored shards beside others. COMMIT makes the shard start anew: ask for the status
-    until it is LOADED or FAILED. Until the first RELEASE the step ABORT brings back what was there
-    before. The steps outlive the shard's process, and may be repeated.
+    To restore, call PrepareRestore on every shard with the same `id`. Then do the steps HOLD, COMMIT
+    and RELEASE, each on every shard before the next step. From HOLD to RELEASE a shard refuses all
+    calls but GetServerInfo and Restore (UNAVAILABLE / RESTORING), so that no client sees restored
+    and old shards together. COMMIT restarts the shard: poll its status until it is LOADED or FAILED.
+    Until the first RELEASE, the step ABORT returns to the previous data. The steps survive a restart
+    of the shard's process, and are idempotent.
     """
 
     def WriteCheckpoint(self, request, context):
@@ -855,29 +857,30 @@ class CheckpointServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CompleteCheckpoint(self, request, context):
-        """Checks that the parts are all there and fit, and makes them a checkpoint. May be repeated.
+        """Checks that all parts exist and belong together, and makes them a checkpoint. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListCheckpoints(self, request, context):
-        """All checkpoints, or one with its tables' schemas.
+        """Lists all checkpoints, or one checkpoint with the schemas of its tables.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def VerifyCheckpoint(self, request, context):
-        """Reads every byte of the parts p with p % shards = shard, of what they build on too; DATA_LOSS
-        names what is missing or damaged.
+        """Reads every byte of the parts p with p % shards = shard, and of their parents. DATA_LOSS names
+        what is missing or damaged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PrepareRestore(self, request, context):
-        """Reads the rows that belong to this shard into files beside those it works with.
+        """Stages the rows that belong to this shard next to its live data, without touching the live
+        data.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -892,8 +895,8 @@ class CheckpointServiceServicer(object):
     def LoadTable(self, request, context):
         """Fills a table with this shard's rows of a table in a checkpoint. Each row is a change like a
         push. The target is created like the stored table if it does not exist. If it exists, it must
-        have the same dim, and no rows and no counters unless `replace` is set. If its optimizer differs
-        from the stored one, the rows get the state of new rows.
+        have the same dim, and no rows and no counters unless `replace` is set. If its optimizer
+        differs from the stored one, the rows get the state of new rows.
 
         Call it on every shard with one new `id`, on shard 0 first. A shard that accepts the request
         answers with stage READY, has changed nothing, and refuses other long work. Then Continue with
@@ -908,10 +911,11 @@ class CheckpointServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteCheckpoints(self, request, context):
-        """Deletes checkpoints, the newest first and of each the manifest first. Call it on every shard with
-        one new `id`, on shard 0 first. Shards answer READY and refuse to read these checkpoints. Then
-        Continue with START on shard 0 alone, which deletes; its last message has `names`. Then Continue
-        with START on the other shards. CHECKPOINT_NEEDED: a checkpoint that stays needs one of them.
+        """Deletes checkpoints, the newest first and of each the manifest first. Call it on every shard
+        with one new `id`, on shard 0 first. Shards answer READY and refuse to read these checkpoints.
+        Then Continue with START on shard 0 alone, which deletes; its last message has `names`. Then
+        Continue with START on the other shards. CHECKPOINT_NEEDED: a checkpoint that stays needs one
+        of them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -925,16 +929,16 @@ class CheckpointServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReadRows(self, request, context):
-        """Whole rows: of this shard's table as they are now, each row whole but not all at one version,
-        or of a checkpoint's table, of its parts p with p % shards = shard. Messages are of KIND_ROWS;
-        the first has the schema and no rows.
+        """Reads whole rows: the live rows of this shard's table, or those of a table in a checkpoint, of
+        its parts p with p % shards = shard. Each live row is consistent, but rows may be of different
+        versions. Messages have KIND_ROWS. The first message has the schema and no rows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WriteRows(self, request, context):
-        """Writes rows as they are given, over those that are there. One version for each step among them.
+        """Writes whole rows and overwrites existing ones. The rows of each distinct step get one version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1008,18 +1012,19 @@ def add_CheckpointServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class CheckpointService(object):
     """Checkpoints of all shards, by name: 1..128 letters, digits or any of _ . - that start with a
-    letter, a digit or _. They lie where the servers' configuration says, which is the same place for
-    all shards; a client cannot say where.
+    letter, a digit or _. The servers' checkpoint_url, which is the same for all
+    shards, is where they are stored. A client cannot choose another location.
 
-    A checkpoint is taken by WriteCheckpoint on every shard, under one `attempt`, then
-    CompleteCheckpoint on any shard with all that the shards answered. Until then there is none.
+    To take a checkpoint, call WriteCheckpoint on every shard with the same `attempt`. Then call
+    CompleteCheckpoint on any shard with the parts that all shards returned. Until that succeeds, the
+    checkpoint does not exist.
 
-    A restore is PrepareRestore on every shard, under one `id`, then each of the steps HOLD, COMMIT
-    and RELEASE on every shard, each begun when the one before is done everywhere. A shard that is
-    held refuses everything but InfoService and CheckpointService (UNAVAILABLE / RESTORING). So no
-    client meets restored shards beside others. COMMIT makes the shard start anew: ask for the status
-    until it is LOADED or FAILED. Until the first RELEASE the step ABORT brings back what was there
-    before. The steps outlive the shard's process, and may be repeated.
+    To restore, call PrepareRestore on every shard with the same `id`. Then do the steps HOLD, COMMIT
+    and RELEASE, each on every shard before the next step. From HOLD to RELEASE a shard refuses all
+    calls but GetServerInfo and Restore (UNAVAILABLE / RESTORING), so that no client sees restored
+    and old shards together. COMMIT restarts the shard: poll its status until it is LOADED or FAILED.
+    Until the first RELEASE, the step ABORT returns to the previous data. The steps survive a restart
+    of the shard's process, and are idempotent.
     """
 
     @staticmethod
@@ -1321,7 +1326,7 @@ class CheckpointService(object):
 
 
 class AnalysisServiceStub(object):
-    """What is in a table, and why a key has no row. Changes nothing.
+    """The contents of a table, and why a key has no row. Read only.
     """
 
     def __init__(self, channel):
@@ -1343,19 +1348,19 @@ class AnalysisServiceStub(object):
 
 
 class AnalysisServiceServicer(object):
-    """What is in a table, and why a key has no row. Changes nothing.
+    """The contents of a table, and why a key has no row. Read only.
     """
 
     def Analyze(self, request, context):
-        """Sums up the rows of this shard's table while pushes go on, or those of a checkpoint's table: of
-        its parts p with p % shards = shard. The last message has `summary`.
+        """Summarizes the rows of this shard's table while pushes continue, or those of a table in a
+        checkpoint, of its parts p with p % shards = shard. The last message has `summary`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Inspect(self, request, context):
-        """What the shard knows of up to 1000 keys, all of them its own.
+        """Returns what the shard knows about up to 1000 keys of its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1383,7 +1388,7 @@ def add_AnalysisServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AnalysisService(object):
-    """What is in a table, and why a key has no row. Changes nothing.
+    """The contents of a table, and why a key has no row. Read only.
     """
 
     @staticmethod

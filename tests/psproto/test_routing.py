@@ -42,6 +42,18 @@ any_keys = st.lists(any_key, max_size=200).map(lambda keys: np.array(keys, np.ui
 any_shards = st.integers(1, 9) | st.sampled_from([64, 1023, MAX_SHARDS])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    """Compile the kernels before an example of hypothesis has to wait for them."""
+    keys, rows = np.zeros(1, np.uint64), np.zeros((1, 1), np.float32)
+    split = routing.split(keys, even_map(2))
+    routing.check(keys, even_map(1), 0)
+    routing.first_foreign(keys, even_map(1), 0)
+    routing.sum_rows(rows, split.inverse, rows.copy())
+    routing.scatter(rows, 0, split.inverse, rows.copy())
+    routing.all_finite(rows.reshape(-1).view(np.uint32))
+
+
 def hash_of(key: int) -> int:
     """SplitMix64's finalizer as ps.proto words it, in plain integers."""
     x = key & MASK
