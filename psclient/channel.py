@@ -32,6 +32,7 @@ from psproto import keepalive
 Options = tuple[tuple[str, int], ...]
 
 FORK_PATIENCE = 2.0  # seconds that a fork waits for cancelled calls to end
+PROXY = "grpc.enable_http_proxy"
 OPTIONS: Options = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -41,8 +42,17 @@ OPTIONS: Options = (
     ("grpc.dns_min_time_between_resolutions_ms", 1000),
     *keepalive.client_options(),
     ("grpc.use_local_subchannel_pool", 1),  # else a forked child finds its parent's connections
+    (PROXY, 0),
 )
 Cancelled = grpc.FutureCancelledError  # by a fork: start the call again
+
+
+def options(*, proxy: bool) -> Options:
+    """Return the options of a channel.
+
+    proxy  use the HTTP proxy that the environment names
+    """
+    return tuple((name, int(proxy) if name == PROXY else value) for name, value in OPTIONS)
 
 
 class Channel:

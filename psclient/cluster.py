@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from psclient.addresses import hint
-from psclient.channel import OPTIONS
+from psclient.channel import options
 from psclient.errors import InvalidArgument, PsError, Unavailable
 from psclient.fanout import Ask, ask_all
 from psclient.link import Link
@@ -56,12 +56,11 @@ class Cluster:
     ) -> None:
         self.process = os.getpid()
         self._stop: SimpleQueue[None] = SimpleQueue()
-        options = (*OPTIONS, ("grpc.enable_http_proxy", int(proxy)))
         self.links: list[Link] = []
         for shard, address in enumerate(addresses):
             session = Session(client_id or secrets.randbits(63) + 1, incarnation)
             where = f"shard {shard} at {address}"
-            self.links.append(LINKS[transport](where, address, session, options))
+            self.links.append(LINKS[transport](where, address, session, options(proxy=proxy)))
         try:
             infos = self.refresh(deadline)
         except Unavailable as error:

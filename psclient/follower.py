@@ -29,6 +29,7 @@ from psclient.client import Client
 from psclient.copies import Copy
 from psclient.errors import DeadlineExceeded, InvalidArgument, PsError, TableNotFound
 from psclient.replica import ShardReplica
+from psclient.signals import Condition
 from psclient.subscriber import Subscriber
 from psclient.versions import Versions
 from psproto import routing
@@ -40,7 +41,7 @@ class _Following:
     def __init__(
         self, subscriber: Subscriber, shards: int, on_change: Callable[[Change], object] | None
     ) -> None:
-        self.changed = threading.Condition()  # held while a shard's state moves
+        self.changed = Condition()  # held while a shard's state moves
         self.shards = [ShardReplica() for _ in range(shards)]
         self.failure: PsError | None = None
         self.closed = False

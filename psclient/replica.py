@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 
 from psclient.changes import Change
 from psclient.copies import Copy
 from psclient.errors import LogDiverged
+from psclient.signals import Condition
 from psclient.versions import History
 
 MAX_PAST = 4096  # epochs
@@ -76,7 +76,7 @@ class ShardReplica:
         self._kept = 0  # of them, up to the last token
         self._stream = 0
 
-    def take(self, change: Change, lock: threading.Condition) -> bool:
+    def take(self, change: Change, lock: Condition) -> bool:
         """Accept a change. Returns whether the visible state has moved.
 
         lock  is held while the state moves, and notified afterwards

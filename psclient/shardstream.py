@@ -10,9 +10,10 @@ from typing import Any, Literal
 import grpc
 
 from psclient.changes import Change, read_change
-from psclient.channel import OPTIONS, Channel
+from psclient.channel import Channel, options
 from psclient.errors import LogDiverged, PsError, Unavailable, VersionCompacted, VersionInFuture
 from psclient.retry import FIRST_PAUSE, LONGEST_PAUSE, RETRYABLE, rpc_error
+from psclient.signals import Condition
 from psproto import codec
 from psproto import ps_pb2 as pb
 
@@ -33,7 +34,7 @@ class ChangeQueue:
         self.tokens = tokens
         self.closed = False
         self._most = most
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._ready: deque[Change | PsError] = deque()
         self._failure: PsError | None = None
 
@@ -101,12 +102,15 @@ class ShardStream:
         request: pb.SubscribeRequest,
         timeout: float,
         when_lost: WhenLost,
+        *,
+        proxy: bool = False,
     ) -> None:
         """Open the channel. ``open`` starts the thread.
 
         request    of the first stream, with its token
         timeout    seconds without reaching the shard, after which Unavailable is queued
         when_lost  whether to take a snapshot if the shard cannot continue from the token
+        proxy      use the HTTP proxy that the environment names
         """
         self.where = f"shard {shard} at {address}"
         self._queue = queue
@@ -114,7 +118,7 @@ class ShardStream:
         self._request = request
         self._timeout = timeout
         self._when_lost = when_lost
-        self._channel = Channel(address, OPTIONS)
+        self._channel = Channel(address, options(proxy=proxy))
         self._call: Any = None
         self._count = 0
         self._received = False  # anything, on the newest stream

@@ -8,7 +8,7 @@ interrupted code has. Inside of ``with Shield():`` handlers are delayed to the e
 A block that waits for a server gives ``wake``, which ends the wait. Threads that look after calls
 run ``wake_delayed`` several times per second, so a handler is delayed by that at most.
 
-Only locks written in C, taken by ``with``, are safe without a shield.
+Only locks written in C, taken by ``with``, are safe without a shield. ``Condition`` is one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]  # signal.getsignal looks up an enum: 20 times slower
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -89,6 +90,46 @@ class Shield:
         if self.wake is not None:
             with suppress(ValueError):
                 _waiting.remove(self)
+
+
+class Condition(threading.RLock().__class__):  # type: ignore[misc]
+    """threading.Condition for the main thread too: an exception in ``wait`` leaves it usable.
+
+    ``with`` takes it as it takes any lock written in C. Hold it once, not twice, in ``wait``.
+    """
+
+    def __init__(self) -> None:
+        self._waiters: list[Any] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Release the lock until notified; return False after ``timeout`` seconds."""
+        waiter = threading.Lock()
+        waiter.acquire()
+        try:
+            self._waiters.append(waiter)
+            self.release()
+            return waiter.acquire(timeout=-1 if timeout is None else max(timeout, 0.0))
+        finally:
+            if not self._is_owned():
+                self.acquire()
+            with suppress(ValueError):
+                self._waiters.remove(waiter)
+
+    def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
+        """Wait until the predicate is true; return its last value."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while not (result := predicate()):
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                break
+            self.wait(left)
+        return result
+
+    def notify_all(self) -> None:
+        """Wake all who wait. The lock is held."""
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter.release()
 
 
 def wake_delayed() -> None:

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from psclient import checked
+from psclient.addresses import checked_addresses
 from psclient.changes import Change
 from psclient.choices import WIRES, Wire
 from psclient.client import Client
@@ -96,6 +97,7 @@ class Subscriber:
         addresses = where._addresses if isinstance(where, Client) else list(where)
         if isinstance(where, str) or not addresses:
             raise InvalidArgument(f"where must be a list of 'host:port', got {where!r}")
+        addresses = checked_addresses(addresses)
         if tokens is not None and len(tokens) != len(addresses):
             raise InvalidArgument(f"{len(tokens)} tokens for {len(addresses)} shards")
         if when_lost not in ("raise", "snapshot"):
@@ -212,6 +214,7 @@ class Subscriber:
             request,
             options["timeout"],
             options["when_lost"],
+            proxy=isinstance(self._where, Client) and self._where._proxy,
         )
 
     def _check_process(self) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+from features import SIZES, every_row, summing
 from servers import Cluster
 
 from psclient import Client
+from psclient.multihash import MultiHash
 from psclient.stream import StreamLink
 from psclient.unary import UnaryLink
 
@@ -50,3 +53,20 @@ def messages(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
         monkeypatch.setattr(kind, "submit", submit)
     return sent
+
+
+@pytest.fixture(params=["a table a part", "one table"])
+def make(request: pytest.FixtureRequest, client: Client, name: str) -> Callable[..., MultiHash]:
+    """make(kind, combine): a feature of three parts whose rows are small integers."""
+    shared = request.param == "one table"
+
+    def build(kind: Any, combine: str, **options: Any) -> MultiHash:
+        dims = (4, 4, 4) if shared or combine != "concatenate" else (2, 3, 1)
+        tables = [summing(client, f"{name}.{part}", dim) for part, dim in enumerate(dims)]
+        feature: MultiHash = kind(tables[0] if shared else tables, SIZES, combine, **options)
+        seed = np.random.default_rng(7)
+        for table, keys in zip(feature.tables, every_row(feature), strict=True):
+            table.push(keys, -seed.integers(1, 4, (len(keys), table.dim)).astype(np.float32))
+        return feature
+
+    return build

@@ -11,8 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from features import (
+    ANY,
+    EXTREME,
+    KINDS,
+    MASK,
+    SIZES,
+    composed,
+    dense,
+    every_row,
+    integers,
+    keys_of,
+    offline,
+    stream,
+    summing,
+)
 from numpy.testing import assert_allclose, assert_array_equal
-from torch import nn
 
 from psclient import Client, Table
 from psclient.combine import COMBINATIONS
@@ -26,110 +40,12 @@ from psclient.multihash import (
     hashes,
     sizes_for,
 )
-from psclient.stream import StreamLink
-from psclient.torch import COMBINE, Embedding, EmbeddingGroup
-from psclient.torch import MixedDimensionEmbedding as MixedModule
-from psclient.torch import MultiHashEmbedding as HashModule
-
-MASK = 2**64 - 1
-EXTREME = np.array([-1, -2, 0, 1, -(2**63), -(2**63) + 1, 2**63 - 1, 2**63 - 2])
-ANY = np.random.default_rng(0).integers(0, 2**64, 5000, np.uint64)
-KINDS: list[Any] = [QuotientRemainder, ChineseRemainder, KHash]
-SIZES = (5, 7, 9)  # pairwise coprime, so that every kind takes them
+from psclient.torch import COMBINE
 
 
 @pytest.fixture(params=[1, 2], ids=["1 shard", "2 shards"])
 def client(request: pytest.FixtureRequest, connect: Any) -> Client:
     return connect(request.getfixturevalue(f"cluster{request.param}"))
-
-
-@pytest.fixture
-def messages(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every exchange that a client submits to a shard from now on."""
-    sent: list[Any] = []
-    inner = StreamLink.submit
-
-    def submit(self: StreamLink, call: Any, **rest: Any) -> None:
-        sent.append(call.exchange)
-        inner(self, call, **rest)
-
-    monkeypatch.setattr(StreamLink, "submit", submit)
-    return sent
-
-
-@pytest.fixture(params=["a table a part", "one table"])
-def make(request: pytest.FixtureRequest, client: Client, name: str) -> Callable[..., MultiHash]:
-    """make(kind, combine): a feature of three parts whose rows are small integers."""
-    shared = request.param == "one table"
-
-    def build(kind: Any, combine: str, **options: Any) -> MultiHash:
-        dims = (4, 4, 4) if shared or combine != "concatenate" else (2, 3, 1)
-        tables = [summing(client, f"{name}.{part}", dim) for part, dim in enumerate(dims)]
-        feature: MultiHash = kind(tables[0] if shared else tables, SIZES, combine, **options)
-        seed = np.random.default_rng(7)
-        for table, keys in zip(feature.tables, every_row(feature), strict=True):
-            table.push(keys, -seed.integers(1, 4, (len(keys), table.dim)).astype(np.float32))
-        return feature
-
-    return build
-
-
-def summing(client: Client, name: str, dim: int) -> Table:
-    """A table whose rows are minus the sums of the gradients pushed."""
-    return client.create_table(name, dim, optimizer="sgd", lr=1.0, initializer="zeros")
-
-
-def offline(count: int = 1, dim: int = 4) -> list[Table]:
-    """Tables of a client that never connects."""
-    client = Client(["127.0.0.1:1"])
-    return [Table(client, f"t{number}", dim) for number in range(count)]
-
-
-def every_row(feature: MultiHash) -> list[np.ndarray]:
-    """By part: the keys of its rows, as the documentation has them."""
-    keys, used = [], Counter[str]()
-    for table, size in zip(feature.tables, feature.sizes, strict=True):
-        keys.append(np.arange(used[table.name], used[table.name] + size))
-        used[table.name] += size
-    return keys
-
-
-def dense(feature: MultiHash) -> list[np.ndarray]:
-    """By part: all its rows, float32[size, dim], row c that of code c."""
-    rows = zip(feature.tables, every_row(feature), strict=True)
-    return [table.pull(keys) for table, keys in rows]
-
-
-def integers(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(-3, 4, shape).astype(np.float32)
-
-
-def keys_of(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).choice(np.append(np.arange(-60, 60), EXTREME), shape)
-
-
-def composed(combine: str, rows: list[Any], codes: Any) -> torch.Tensor:
-    """The composition in torch, of dense parts."""
-    places = torch.from_numpy(codes.astype(np.int64))
-    parts = [part[place] for part, place in zip(rows, places, strict=True)]
-    if combine == "add":
-        return sum(parts[1:], parts[0])
-    if combine == "multiply":
-        return math.prod(parts[1:], start=parts[0])
-    return torch.cat(parts, -1)
-
-
-# ---- codes, without a server
-
-
-def mix(x: int) -> int:
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
-    return x ^ x >> 31
-
-
-def stream(key: int, number: int) -> int:
-    return mix(mix(key & MASK) + (number + 1) * 0x9E3779B97F4A7C15 & MASK)
 
 
 class TestHashes:
@@ -560,243 +476,3 @@ class TestRequests:
 
 
 # ---- torch
-
-
-@pytest.mark.parametrize("combine", COMBINATIONS)
-class TestModule:
-    @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("shape", [(), (30,), (4, 5)])
-    def test_it_trains_as_torch_does(
-        self, make: Callable[..., MultiHash], kind: Any, combine: str, shape: tuple[int, ...]
-    ) -> None:
-        feature = make(kind, combine)
-        module = HashModule(feature)
-        rows = [nn.Parameter(torch.from_numpy(part)) for part in dense(feature)]
-        local = torch.optim.SGD(rows, lr=0.01)
-        for step in range(3):
-            keys = keys_of(10 + step, *shape)
-            ours = module(torch.from_numpy(keys))
-            theirs = composed(combine, rows, feature.codes(keys))
-            assert_allclose(ours.detach().numpy(), theirs.detach().numpy(), rtol=1e-5, atol=1e-5)
-            local.zero_grad()
-            for output in (ours, theirs):
-                torch.sin(output).sum().backward()
-            module.step(step, lr=0.01)
-            local.step()
-            for part, their in zip(dense(feature), rows, strict=True):
-                assert_allclose(part, their.detach().numpy(), rtol=1e-5, atol=1e-5)
-
-    def test_two_passes_before_a_step_accumulate(
-        self, make: Callable[..., MultiHash], combine: str
-    ) -> None:
-        feature = make(QuotientRemainder, combine)
-        module = HashModule(feature)
-        rows = [nn.Parameter(torch.from_numpy(part)) for part in dense(feature)]
-        for keys in (keys_of(20, 30), keys_of(21, 6, 7)):
-            module(keys).square().sum().backward()
-            composed(combine, rows, feature.codes(keys)).square().sum().backward()
-        module.step()
-        for part, theirs in zip(dense(feature), rows, strict=True):
-            assert theirs.grad is not None
-            assert_array_equal(part, (theirs - theirs.grad).detach().numpy())
-
-    def test_a_group_takes_it_in_one_round_trip(
-        self, make: Callable[..., MultiHash], messages: list[Any], combine: str
-    ) -> None:
-        feature = make(QuotientRemainder, combine)
-        client, first = feature.client, feature.tables[0]
-        group = EmbeddingGroup(client, {"many": HashModule(feature), "one": Embedding(first)})
-        tables = len({table.name for table in feature.tables})
-        before = dense(feature)
-        keys = torch.arange(200)
-        del messages[:]
-        out = group({"many": keys, "one": torch.tensor([0, 1])})
-        assert [len(m.pulls) for m in messages] == [tables] * len(client._addresses)
-        assert list(out) == ["many", "one"]
-        rows = [torch.from_numpy(part) for part in before]
-        alone = composed(combine, rows, feature.codes(keys.numpy()))
-        assert torch.equal(out["many"].detach(), alone)
-        (out["many"].sum() * 0 + out["one"].sum() * 2).backward()
-        del messages[:]
-        group.step()
-        assert [len(m.pushes) for m in messages] == [tables] * len(client._addresses)
-        before[0][:2] -= 2
-        for ours, theirs in zip(dense(feature), before, strict=True):
-            assert_array_equal(ours, theirs)
-
-
-class TestModules:
-    def test_there_is_nothing_to_save_and_no_grad_collects_nothing(
-        self, client: Client, name: str
-    ) -> None:
-        module = HashModule(KHash(summing(client, name, 2), (5, 7)))
-        assert (dict(module.state_dict()), list(module.parameters())) == ({}, [])
-        with torch.no_grad():
-            assert not module(torch.arange(3)).requires_grad
-        assert [part._collected for part in module.remotes()] == [[], []]
-        assert repr(module).startswith("MultiHashEmbedding(\n  KHash('")
-
-    def test_evaluation_pulls_serve(self, client: Client, name: str) -> None:
-        table = client.create_table(name, 2, serving_default=2.5)
-        module = HashModule(KHash(table, (5, 7), "multiply")).eval()
-        assert module(torch.arange(3)).tolist() == [[6.25, 6.25]] * 3
-
-    def test_it_takes_keys_alone(self, client: Client, name: str) -> None:
-        module = HashModule(KHash(summing(client, name, 2), (5, 7)))
-        with pytest.raises(InvalidArgument, match=r"KHash\(.*takes keys alone"):
-            module(torch.arange(3), torch.tensor([0]))
-
-
-# ---- dims that grow
-
-
-@pytest.fixture
-def mixed(client: Client, name: str) -> MixedDimension:
-    """2 numbers for every key, 3 more from the third occurrence on, initially 10."""
-    wide = client.create_table(
-        f"{name}.wide", 3, optimizer="sgd", lr=1.0, initializer="constant",
-        initializer_args={"value": 10.0},
-    )  # fmt: skip
-    return MixedDimension(summing(client, f"{name}.small", 2), wide, 3)
-
-
-def ones(*shape: int) -> np.ndarray:
-    return np.ones((*shape, 5), np.float32)
-
-
-class TestMixedDimension:
-    def test_a_key_earns_its_wide_part(self, mixed: MixedDimension) -> None:
-        seen = []
-        for _ in range(5):
-            seen.append(mixed.pull([-1])[0].tolist())
-            mixed.push([-1], ones(1))
-        assert seen == [
-            [0, 0, 0, 0, 0],
-            [-1, -1, 0, 0, 0],
-            [-2, -2, 0, 0, 0],
-            [-3, -3, 10, 10, 10],
-            [-4, -4, 9, 9, 9],
-        ]
-
-    def test_rare_keys_have_no_wide_row(self, mixed: MixedDimension) -> None:
-        frequent = np.repeat(np.arange(10), 3)
-        for _ in range(2):
-            mixed.push(np.append(frequent, np.arange(100, 150)), ones(80))
-        assert (mixed.small.describe().rows, mixed.wide.describe().rows) == (60, 10)
-        assert mixed.wide.pull_rows(np.arange(10)).frequencies.tolist() == [3] * 10
-        pulled = mixed.pull_mixed(np.arange(200))
-        assert_array_equal(np.flatnonzero(pulled.wide), np.arange(10))
-        assert_array_equal(pulled.embeddings[:10], [[-6, -6, 7, 7, 7]] * 10)
-        assert_array_equal(pulled.embeddings[100:150], [[-2, -2, 0, 0, 0]] * 50)
-
-    @pytest.mark.parametrize("shape", [(), (0,), (40,), (3, 4, 5)])
-    def test_integers_are_exact(self, mixed: MixedDimension, shape: tuple[int, ...]) -> None:
-        mixed.push(np.repeat(np.arange(0, 20, 2), 3), ones(30))
-        keys = np.random.default_rng(1).integers(0, 20, shape)
-        gradients = integers(2, *shape, 5)
-        rows = np.zeros((20, 5), np.float32)
-        rows[::2] = [-3, -3, 10, 10, 10]
-        assert_array_equal(mixed.pull(keys), rows[keys])
-        mixed.push(mixed.pull_mixed(keys), gradients)
-        np.subtract.at(rows, keys.reshape(-1), gradients.reshape(-1, 5))
-        frequency = 3 * (np.arange(20) % 2 == 0) + np.bincount(keys.reshape(-1), minlength=20)
-        rows[1::2, 2:] = 10 * (frequency[1::2] >= 3)[:, None]
-        assert_array_equal(mixed.pull(np.arange(20)), rows)
-
-    def test_a_push_earns_what_its_pull_saw(self, mixed: MixedDimension) -> None:
-        pulled = mixed.pull_mixed([4])
-        mixed.push([4, 4, 4], ones(3))
-        mixed.push(pulled, ones(1))
-        assert mixed.pull([4]).tolist() == [[-4, -4, 10, 10, 10]]
-        mixed.push([4], ones(1))
-        assert mixed.pull([4]).tolist() == [[-5, -5, 9, 9, 9]]
-
-    def test_a_pull_takes_two_messages_and_a_push_one(
-        self, mixed: MixedDimension, messages: list[Any]
-    ) -> None:
-        keys = np.arange(200)
-        shards = len(mixed.client._addresses)
-        mixed.push(keys, ones(200))
-        del messages[:]
-        pulled = mixed.pull_mixed(keys)
-        assert len(messages) == shards  # nothing is earned
-        mixed.push(np.tile(keys, 2), ones(400))
-        del messages[:]
-        pulled = mixed.pull_mixed(keys)
-        assert len(messages) == 2 * shards
-        del messages[:]
-        mixed.push(pulled, ones(200))
-        assert [len(message.pushes) for message in messages] == [2] * shards
-
-    def test_serving_sees_what_training_does(self, mixed: MixedDimension) -> None:
-        mixed.push([1, 1, 1, 2], ones(4))
-        mixed.push([1], ones(1))
-        expected = [[-4, -4, 9, 9, 9], [-1, -1, 0, 0, 0], [0, 0, 0, 0, 0]]
-        assert mixed.pull([1, 2, 3]).tolist() == expected
-        assert mixed.pull([1, 2, 3], mode="serve").tolist() == expected
-        mixed.push([2, 2], ones(2))  # earned, and the wide row is yet to be pushed
-        assert mixed.pull([2]).tolist() == [[-3, -3, 10, 10, 10]]
-        assert mixed.pull([2], mode="serve").tolist() == [[-3, -3, 0, 0, 0]]
-
-    def test_options_reach_the_client(self, mixed: MixedDimension) -> None:
-        mixed.push([1, 1, 1], ones(3))
-        mixed.push([1], ones(1) * 1.001953125, step=9, lr=2.0, wire="bfloat16")
-        assert mixed.pull([1]).tolist() == [[-5, -5, 8, 8, 8]]
-        assert [table.pull_rows([1]).steps[0] for table in (mixed.small, mixed.wide)] == [9, 9]
-
-    def test_bad_gradients_are_applied_nowhere(self, mixed: MixedDimension) -> None:
-        mixed.push([1, 1, 1], ones(3))
-        before = mixed.pull([1]).tolist()
-        bad = ones(1)
-        bad[0, 4] = np.inf
-        for gradients, message in ((bad, r"got inf at \[0, 4\]"), (ones(2), "shape")):
-            with pytest.raises(InvalidArgument, match=message):
-                mixed.push([1], gradients)
-        assert mixed.pull([1]).tolist() == before
-
-    @pytest.mark.parametrize("threshold", [-1, 0, 2**32])
-    def test_a_threshold_that_no_count_reaches_is_refused(self, threshold: int) -> None:
-        with pytest.raises(InvalidArgument, match=rf"in 1\.\.2\^32-1, got {threshold}"):
-            MixedDimension(*offline(2), threshold)
-
-    def test_tables_that_do_not_fit_are_refused(self) -> None:
-        (table,) = offline()
-        with pytest.raises(InvalidArgument, match="must be two tables, got 't0' twice"):
-            MixedDimension(table, table, 3)
-        with pytest.raises(InvalidArgument, match="must be of one client"):
-            MixedDimension(table, *offline(), 3)
-
-
-class TestMixedModule:
-    @pytest.mark.parametrize("shape", [(), (0,), (40,), (3, 4)])
-    def test_it_trains_as_torch_does(self, mixed: MixedDimension, shape: tuple[int, ...]) -> None:
-        mixed.push(np.repeat(np.arange(0, 20, 2), 3), ones(30))
-        keys = np.random.default_rng(3).integers(0, 20, shape)
-        rows = nn.Parameter(torch.from_numpy(mixed.pull(np.arange(20))))
-        module = MixedModule(mixed)
-        ours, theirs = module(torch.from_numpy(keys)), rows[torch.from_numpy(keys)]
-        assert_array_equal(ours.detach().numpy(), theirs.detach().numpy())
-        for output in (ours, theirs):
-            output.square().sum().backward()
-        module.step(4)
-        assert rows.grad is not None
-        expected = (rows - rows.grad).detach().numpy()
-        frequency = np.bincount(keys.reshape(-1), minlength=20)
-        expected[1::2, 2:] = 10 * (frequency[1::2] >= 3)[:, None]
-        assert_array_equal(mixed.pull(np.arange(20)), expected)
-        even = np.arange(0, 20, 2)
-        assert_array_equal(mixed.small.pull_rows(even).frequencies, 3 + frequency[::2])
-        assert_array_equal(mixed.wide.pull_rows(even).frequencies, frequency[::2])
-
-    def test_evaluation_collects_nothing_without_gradients(self, mixed: MixedDimension) -> None:
-        mixed.push([1, 1, 1], ones(3))
-        module = MixedModule(mixed).eval()
-        with torch.no_grad():
-            assert module(torch.tensor([1, 2])).tolist() == [[-3, -3, 0, 0, 0], [0] * 5]
-        assert module.small._collected == module.wide._collected == []
-        assert (dict(module.state_dict()), list(module.parameters())) == ({}, [])
-
-    def test_a_group_refuses_it(self, mixed: MixedDimension) -> None:
-        group = EmbeddingGroup(mixed.client, {"a": MixedModule(mixed)})  # type: ignore[dict-item]
-        with pytest.raises(InvalidArgument, match="'a': a group cannot take MixedDimension"):
-            group({"a": torch.tensor([1])})

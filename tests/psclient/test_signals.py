@@ -22,7 +22,8 @@ from numpy.testing import assert_array_equal
 from servers import Cluster, eventually
 from tables import DIM, summing
 
-from psclient import Client, PsError
+from psclient import Client, PsError, Subscriber
+from psclient.signals import Condition
 
 DIGITS = 8
 WIDTH = 5  # keys of a group
@@ -83,7 +84,8 @@ def interrupted(bell: Bell, call: Callable[[], object], after: float) -> bool:
         bell.ring(after)
         call()
         ended = True
-        time.sleep(10)
+        for _ in range(1000):
+            time.sleep(0.01)
     except Stop:
         bell.wait()
         return not ended
@@ -279,6 +281,61 @@ def test_an_exception_of_any_class_is_passed_on_at_once(
                 for_ever(lambda: table.pull([1]))
             bell.wait()
         assert_array_equal(table.pull([1]), np.zeros((1, DIM), np.float32))
+
+
+def test_a_condition_stays_usable(bell: Bell) -> None:
+    condition, count = Condition(), [0]
+    stop = threading.Event()
+
+    def notify() -> None:
+        while not stop.is_set():
+            with condition:
+                count[0] += 1
+                condition.notify_all()
+            time.sleep(1e-4)
+
+    thread = threading.Thread(target=notify)
+    thread.start()
+    rng = random.Random(13)
+
+    def wait() -> None:
+        for _ in range(20):
+            with condition:
+                seen = count[0]
+                assert condition.wait_for(lambda seen=seen: count[0] > seen, 10)
+
+    try:
+        assert sum(interrupted(bell, wait, 3e-3 * rng.random()) for _ in range(200)) > 20
+        wait()
+        with condition:
+            seen = count[0]
+            assert not condition.wait_for(lambda: False, 0.02)
+        assert count[0] > seen
+    finally:
+        stop.set()
+        thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_subscriber_goes_on_after_an_exception(
+    cluster1: Cluster, connect: Any, name: str, bell: Bell
+) -> None:
+    table = summing(connect(cluster1), name, 1)
+    keys, rng = np.arange(3), random.Random(17)
+    with Subscriber(cluster1.addresses, tables=[name]) as changes:
+        for count in range(1, 40):
+            table.push(keys, -np.ones((3, 1), np.float32))
+
+            def take(count: int = count) -> None:
+                while True:
+                    change = changes.next(20.0)
+                    assert change is not None
+                    if change.kind == "rows" and change.rows[0, 0] == count:
+                        return
+
+            if interrupted(bell, take, 3e-3 * rng.random()):
+                table.push(keys, np.zeros((3, 1), np.float32))
+                take()
 
 
 @contextmanager
