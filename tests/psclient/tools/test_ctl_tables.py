@@ -14,12 +14,14 @@ from servers import Cluster, eventually, free_ports
 from typer.testing import CliRunner, Result
 
 from psclient import Client
-from psclient.errors import InvalidArgument, TableNotFound
+from psclient.errors import InvalidArgument, TableNotFound, Unavailable
 from psclient.tools import ctl
+from psclient.tools import status as states
 from psclient.tools.commands.shell import Exit
 from psclient.tools.rules import parse_rule, rule_text
 from psclient.tools.status import status
 from psproto import RELEASE
+from psproto import ps_pb2 as pb
 
 Connect = Callable[..., Client]
 
@@ -94,6 +96,40 @@ def test_a_command_ends_soon_if_a_shard_is_unreachable(here: list[str]) -> None:
 def test_status_of_a_bad_address_is_no_traceback(here: list[str], address: str) -> None:
     shown = psctl([here[0], address], "status", "--timeout", "1", exit=Exit.UNREACHABLE)
     assert "shard 1 is unreachable" in shown
+
+
+@pytest.mark.parametrize("reason", ["STARTING", "DRAINING", "RESTORING"])
+def test_status_shows_why_a_shard_refuses_work(
+    monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    def refuse(*_: Any) -> bytes:
+        error = Unavailable("a:1: refused")
+        error.reason = reason
+        raise error
+
+    monkeypatch.setattr(states, "_call", refuse)
+    [found] = status(["a:1"])
+    assert (found.state, found.problem, found.ready) == (reason.lower(), "a:1: refused", False)
+    assert found.version is None
+
+
+@pytest.mark.parametrize("phase", pb.RestoreStatus.Phase.items(), ids=str)
+def test_status_shows_a_restore_between_its_steps(
+    monkeypatch: pytest.MonkeyPatch, phase: tuple[str, Any]
+) -> None:
+    def answer(_: Any, method: str, *__: Any) -> bytes:
+        if method.endswith("GetServerInfo"):
+            return pb.GetServerInfoResponse(shard_map=pb.ShardMap(shards=1)).SerializeToString()
+        return pb.RestoreStatus(name="monday", phase=phase[1]).SerializeToString()
+
+    monkeypatch.setattr(states, "_call", answer)
+    [found] = status(["a:1"])
+    ready = phase[0] in {
+        f"PHASE_{each}" for each in ("UNSPECIFIED", "PREPARED", "RELEASED", "ABORTED")
+    }
+    assert found.state == ("ready" if ready else "restoring")
+    assert ready or "'monday'" in str(found.problem)
+    assert found.durable_version is None  # it has no log
 
 
 def test_status_notices_shards_out_of_order(here: list[str]) -> None:
@@ -191,6 +227,7 @@ def test_bad_rules_are_refused_by_option(text: str) -> None:
         parse_rule("--x", text)
 
 
+@pytest.mark.slow
 def test_a_table_that_some_shards_lack_can_be_dropped(
     start_cluster: Any, connect: Connect, name: str
 ) -> None:
