@@ -80,8 +80,8 @@ def analyst(address: str, rows: int) -> None:
         print("ready", flush=True)
         for line in sys.stdin:
             start = time.perf_counter()
-            found = KINDS[line.strip()](client, path)
-            print(found, time.perf_counter() - start, flush=True)
+            count = KINDS[line.strip()](client, path)
+            print(count, time.perf_counter() - start, flush=True)
 
 
 def ticks(seconds: float) -> Iterator[float]:
@@ -130,7 +130,7 @@ def pulls(table: Table, draws: Sequence[Ids], done: Callable[[], bool]) -> list[
 def measure(address: str, rows: int, kinds: Sequence[str], rounds: int) -> list[dict[str, Any]]:
     """Measure windows with each kind of analysis, and windows without, in turns."""
     draws = [keys_of(ids) for ids, _, _ in standard_work(Work(rows=rows, batch=PULLED), 256)]
-    found = []
+    lines = []
     with (
         Client([address]) as client,
         running("pusher", address, rows),
@@ -141,27 +141,27 @@ def measure(address: str, rows: int, kinds: Sequence[str], rounds: int) -> list[
         pulls(table, draws, lambda: time.perf_counter() > warm)
         for kind in kinds:
             alone: list[list[float]] = []
-            beside: list[list[float]] = []
+            during: list[list[float]] = []
             took: list[float] = []
             for i in range(2 * rounds):
                 if i % 4 in (
                     0,
                     3,
                 ):  # with, without, without, with: both kinds see the same drift of the machine
-                    beside.append(_with(process, kind, table, draws, took))
+                    during.append(_with(process, kind, table, draws, took))
                 else:
                     end = time.perf_counter() + took[0]
                     alone.append(pulls(table, draws, lambda end=end: time.perf_counter() > end))  # type: ignore[misc]
             before, after = (
-                milliseconds(list(chain.from_iterable(each))) for each in (alone, beside)
+                milliseconds(list(chain.from_iterable(each))) for each in (alone, during)
             )
-            pairs = zip(alone, beside, strict=True)
+            pairs = zip(alone, during, strict=True)
             rises = [np.quantile(b, 0.99) / np.quantile(a, 0.99) - 1 for a, b in pairs]
-            found.append(
+            lines.append(
                 {
                     "analysis": kind,
                     "takes s (<= 60)": float(np.median(took)),
-                    "pulls": sum(map(len, beside)),
+                    "pulls": sum(map(len, during)),
                     "p50 ms without": before["p50 ms"],
                     "with": after["p50 ms"],
                     "p99 ms without": before["p99 ms"],
@@ -172,7 +172,7 @@ def measure(address: str, rows: int, kinds: Sequence[str], rounds: int) -> list[
                     "highest": max(float(np.quantile(a, 0.99) * 1e3) for a in alone),
                 }
             )
-    return found
+    return lines
 
 
 def _with(

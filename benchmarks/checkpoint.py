@@ -79,8 +79,8 @@ class Shard:
     def recovered(self) -> dict[str, Any]:
         """Return what the last start recovered, from the server's log."""
         lines = (self.directory / "err").read_text().splitlines()
-        found = [json.loads(line) for line in lines if '"event": "recovered"' in line]
-        return dict(found[-1])
+        events = [json.loads(line) for line in lines if '"event": "recovered"' in line]
+        return dict(events[-1])
 
 
 @contextmanager
@@ -137,10 +137,10 @@ def cost(report: Report, directory: Path, work: Work, window: float, rounds: int
             rates["none"].append(rate(pushes["plain"], window, at))
             for kind, base in (("full", None), ("incremental", f"full-{i}")):
                 words = (client, f"{kind}-{i}", base, spent[kind], sizes[kind])
-                told = threading.Thread(target=_take, args=words)
-                told.start()
+                taking = threading.Thread(target=_take, args=words)
+                taking.start()
                 rates[kind].append(rate(pushes["plain"], window, at))
-                told.join()
+                taking.join()
             rates["local"].append(rate(pushes["local"], window, at))
             shutil.rmtree(directory / "cost-checkpoints")
     none = float(np.median(rates["none"]))
@@ -247,9 +247,9 @@ def _touch(size: int) -> float:
 
 
 def _touch_here(size: int) -> float:
-    held = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    held.madvise(mmap.MADV_HUGEPAGE)
-    array = np.frombuffer(held, np.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    array = np.frombuffer(memory, np.uint8)
     return _seconds(lambda: array[:: mmap.PAGESIZE].fill(1))
 
 
@@ -276,15 +276,15 @@ def replay(report: Report, directory: Path, work: Work, size: int) -> None:
     start = time.perf_counter()
     with running(shard):
         took = time.perf_counter() - start
-    found = shard.recovered()
-    speed = found["record_bytes"] / found["seconds"] / 1e6
+    recovered = shard.recovered()
+    speed = recovered["record_bytes"] / recovered["seconds"] / 1e6
     report.section(
         f"replay of the log, {work.rows:,} rows, dim {DIM}",
         [
             {
-                "records": found["records"],
-                "MB": found["record_bytes"] / 1e6,
-                "s": found["seconds"],
+                "records": recovered["records"],
+                "MB": recovered["record_bytes"] / 1e6,
+                "s": recovered["seconds"],
                 "whole start s": took,
                 "MB/s (>= 200)": speed,
             }
@@ -319,13 +319,13 @@ def _read(path: Path) -> None:
 def _read_direct(path: Path) -> None:
     """Read files past the page cache, as fast as one reader can."""
     try:
-        held = os.open(path, os.O_RDONLY | os.O_DIRECT)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError:  # the file system has no direct reads
-        held = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(held, 0, 0, os.POSIX_FADV_DONTNEED)
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     buffer = mmap.mmap(-1, CHUNK)
     try:
-        with os.fdopen(held, "rb", buffering=0) as file:
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
     finally:

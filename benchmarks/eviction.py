@@ -43,10 +43,11 @@ class Trainer:
 
     def fill(self, ttl: int) -> None:
         """Push all rows at steps from -ttl to 0."""
-        gradients = np.ones((CHUNK, DIM), np.float32)
-        for start in range(0, len(self._keys), CHUNK):
-            keys = self._keys[start : start + CHUNK]
-            step = -ttl + ttl * (start + CHUNK) // len(self._keys)
+        chunk = min(CHUNK, len(self._keys) // 100)  # a hundredth of the TTL is due early in a run
+        gradients = np.ones((chunk, DIM), np.float32)
+        for start in range(0, len(self._keys), chunk):
+            keys = self._keys[start : start + chunk]
+            step = -ttl + ttl * (start + chunk) // len(self._keys)
             self.table.push(keys, gradients[: len(keys)], step=step, durability="applied")
 
     def push(self) -> None:
@@ -103,7 +104,7 @@ def main() -> None:
             base = sum(trainers["grows"].times) / len(trainers["grows"].times)
             rows = []
             for name, trainer in trainers.items():
-                held = trainer.table.describe().rows
+                left = trainer.table.describe().rows
                 pushed = work.rows + fresh * trainer._at
                 mean = sum(trainer.times) / len(trainer.times)
                 rows.append(
@@ -114,8 +115,8 @@ def main() -> None:
                         "target": TARGET if name == "evicts" else None,
                         "p50 ms": float(np.median(trainer.times) * 1e3),
                         "p99.9 ms": float(np.quantile(trainer.times, 0.999) * 1e3),
-                        "rows": held,
-                        "evicted": pushed - held,
+                        "rows": left,
+                        "evicted": pushed - left,
                     }
                 )
             report.section(

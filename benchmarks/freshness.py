@@ -141,7 +141,7 @@ def fresh(report: Report, directory: Path, rows: int, seconds: float, batch: int
     """Run the section "fresh" for one batch size."""
     context = multiprocessing.get_context("spawn")
     keys, work = keys_of(np.arange(rows)), Work(rows=rows, batch=batch)
-    found = []
+    lines = []
     with ExitStack() as stack:
         server = stack.enter_context(serving(directory, "--flush-seconds", NEVER))
         client = stack.enter_context(Client([server.address]))
@@ -185,12 +185,12 @@ def fresh(report: Report, directory: Path, rows: int, seconds: float, batch: int
             for process in processes:
                 process.join()
             assert last == first + len(pushed.acknowledged) - 1
-            found += _fresh_rows(level, seconds, pushed, first, seen, reached)
+            lines += _fresh_rows(level, seconds, pushed, first, seen, reached)
     distinct, rate = pushed.rows / len(pushed.acknowledged), pushed.rows / seconds
     report.section(
         f"from acknowledged to visible, B = {batch:,} ({distinct:,.0f} distinct), {rows:,} rows,"
         f" {rate:,.0f} changed rows/s, {FOLLOWERS} followers; server: {used / seconds:.2f} cores",
-        found,
+        lines,
     )
 
 
@@ -241,7 +241,7 @@ def _fresh_rows(
 def stopped(report: Report, directory: Path, rows: int, window: float, rounds: int) -> None:
     """Run the section "stopped"."""
     keys = keys_of(np.arange(rows))
-    found = []
+    lines = []
     for batch in (1_000, 10_000):
         steps = standard_work(Work(rows=rows, batch=batch), 64)
         home = directory / str(batch)
@@ -267,12 +267,12 @@ def stopped(report: Report, directory: Path, rows: int, window: float, rounds: i
                         if turn:
                             rates[count].append(rate)
                             memory[count].append(rss(server.pid))
-            held = float(np.median(memory[0]))
+            base = float(np.median(memory[0]))
             for count, measured in rates.items():
                 median = float(np.median(measured))
                 kept = float(np.median(np.array(measured) / rates[0]))  # in each turn
-                more = (float(np.median(memory[count])) - held) / max(count, 1)
-                found.append(
+                more = (float(np.median(memory[count])) - base) / max(count, 1)
+                lines.append(
                     {
                         "B": batch,
                         "stopped subscribers": count,
@@ -284,7 +284,7 @@ def stopped(report: Report, directory: Path, rows: int, window: float, rounds: i
                         "MB more each": more / 1e6 if count else None,
                     }
                 )
-    report.section(f"stopped subscribers, {rows:,} rows, {rounds} turns of {window:g} s", found)
+    report.section(f"stopped subscribers, {rows:,} rows, {rounds} turns of {window:g} s", lines)
 
 
 def push_for(table: Table, keys: Ids, steps: Sequence[Any], seconds: float) -> float:

@@ -164,7 +164,7 @@ def _rows(setup: Setup, cpp: Any, steps: int, roofs: Roofs) -> list[dict[str, An
     lines = {"find": 1, "gather": LINES // 2, "adagrad": LINES, "np.take": LINES}
     rows = []
     for name, touched in lines.items():
-        row: dict[str, Any] = {"kernel": name, "ns a row": each[name]}
+        row: dict[str, Any] = {"kernel": name, "ns per row": each[name]}
         if cpp is not None:
             theirs = each.get(f"C++ {name}")
             ratio = None if theirs is None else each[name] / theirs
@@ -178,15 +178,15 @@ def _optimizers(setup: Setup, steps: int, roofs: Roofs) -> list[dict[str, Any]]:
     for name in OPTIMIZERS:
         optimizer = make_optimizer(name, 0.001, {})
         width = DIM + optimizer.state_width(DIM)
-        held = setup.slab.array.reshape(-1)[: setup.rows * 2 * DIM]
-        slab = held[: len(held) // width * width].reshape(-1, width)
+        numbers = setup.slab.array.reshape(-1)[: setup.rows * 2 * DIM]
+        slab = numbers[: len(numbers) // width * width].reshape(-1, width)
         slab[:, DIM:] = optimizer.initial_state(DIM)
         slots = [batch * len(slab) // setup.rows for batch in setup.batches]
         slots = [np.unique(batch) for batch in slots]
         step = partial(_step, optimizer, slab, slots, setup.gradients)
         seconds = np.median(interleave({name: step}, steps=steps // 3, rounds=1)[name])
         each = float(seconds) / N * 1e9
-        row = {"optimizer": name, "floats a row": width, "ns a row": each}
+        row = {"optimizer": name, "floats per row": width, "ns per row": each}
         rows.append(row | roofs.shares(each, -(-width * 4 // 64), width * 4))
     return rows
 
@@ -216,14 +216,14 @@ def _inserts(setup: Setup, cpp: Any) -> list[dict[str, Any]]:
         )["i"]
     )
     rows = [
-        {"what": "ours, growing from nothing, ns a key", "figure": total / setup.rows * 1e9},
-        {"what": "ours, into its final size, ns a key", "figure": again / setup.rows * 1e9},
+        {"what": "ours, growing from nothing, ns per key", "figure": total / setup.rows * 1e9},
+        {"what": "ours, into its final size, ns per key", "figure": again / setup.rows * 1e9},
         {
             "what": f"ours, slowest batch of {N:,} (the pause of growing), ms",
             "figure": pause * 1e3,
         },
         {"what": f"ours, median batch of {N:,}, ms", "figure": usual * 1e3},
-        {"what": "ours, bytes of index a key", "figure": size_of},
+        {"what": "ours, bytes of index per key", "figure": size_of},
     ]
     if cpp is not None:
         size = 1 << (setup.rows * 4 // 3).bit_length()
@@ -231,7 +231,7 @@ def _inserts(setup: Setup, cpp: Any) -> list[dict[str, Any]]:
         signed = locations.view(np.int64)
         bulk = _seconds(lambda: cpp.index_insert(flat, size - 1, setup.keys, signed, setup.rows))
         rows += [
-            {"what": "C++, into its final size, ns a key", "figure": bulk / setup.rows * 1e9},
+            {"what": "C++, into its final size, ns per key", "figure": bulk / setup.rows * 1e9},
             {"what": "x C++ (<= 1.35)", "figure": again / bulk},
         ]
     return rows

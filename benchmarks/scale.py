@@ -126,7 +126,7 @@ def _sizes(largest: int, quick: bool) -> list[int]:
 
 def _growth(sizes: list[int]) -> list[dict[str, Any]]:
     """Return time and memory as one table grows, with the peak of memory between two sizes."""
-    found = []
+    lines = []
     with ExitStack() as stack:
         addresses, pids = stack.enter_context(shards(1))
         client = stack.enter_context(Client(addresses))
@@ -134,15 +134,15 @@ def _growth(sizes: list[int]) -> list[dict[str, Any]]:
         other = client.create_table("other", DIM)  # memory of serving, which is not the table's
         fill(other, keys_of(np.arange(50_000)))
         client.drop_table("other")
-        empty, held, first = rss(pids[0]), 0, 0.0
+        empty, filled, first = rss(pids[0]), 0, 0.0
         for size in sizes:
             worst = 0.0
-            for at in range(held, size, 200_000):
+            for at in range(filled, size, 200_000):
                 fill(table, keys_of(np.arange(at, min(at + 200_000, size))))
                 filled = min(at + 200_000, size)
                 if filled >= min(2_000_000, sizes[-1]):
                     worst = max(worst, (rss(pids[0]) - empty) / (filled * ROW))
-            held = size
+            filled = size
             rng = np.random.default_rng(size)
             batches = [keys_of(rng.integers(0, size, 10_000)) for _ in range(60)]
             seconds = []
@@ -153,19 +153,19 @@ def _growth(sizes: list[int]) -> list[dict[str, Any]]:
             pull = float(np.median(seconds[10:])) / 10_000 * 1e9
             first = first or pull
             info = table.describe()
-            found.append(
+            lines.append(
                 {
                     "rows": size,
-                    "pull, uniform, ns a key": pull,
+                    "pull, uniform, ns per key": pull,
                     "x the smallest (<= 1.3)": pull / first,
-                    "resident bytes a row": (rss(pids[0]) - empty) / size,
+                    "resident bytes per row": (rss(pids[0]) - empty) / size,
                     "x raw (<= 1.25)": (rss(pids[0]) - empty) / (size * ROW),
                     "accounted x raw": info.bytes / (size * ROW),
                     "worst so far, x raw (<= 1.35)": worst or None,
                     "in huge pages": huge(pids[0]) / rss(pids[0]),
                 }
             )
-    return found
+    return lines
 
 
 def _bare(sizes: list[int]) -> list[dict[str, Any]]:
@@ -178,17 +178,17 @@ def _read_memory(sizes: list[int]) -> list[dict[str, Any]]:
     budget = Budget(1 << 40)
     slab, entries = Arena(2 * DIM, np.float32, budget), Arena(2, np.uint64, budget)
     entry, row = np.empty((10_000, 1), np.uint64), np.empty((10_000, DIM), np.float32)
-    found: list[dict[str, Any]] = []
-    held = 0
+    lines: list[dict[str, Any]] = []
+    filled = 0
     for size in sizes:
         for arena, rows, before in (
-            (slab, size, held),
-            (entries, size * INDEX_PLACES // 10, held * INDEX_PLACES // 10),
+            (slab, size, filled),
+            (entries, size * INDEX_PLACES // 10, filled * INDEX_PLACES // 10),
         ):
             arena.grow(rows)
             for at in range(before, rows, 200_000):  # touches every page
                 arena.array[at : min(at + 200_000, rows), 0] = 1
-        held = size
+        filled = size
         rng = np.random.default_rng(size)
         seconds = []
         for _ in range(60):
@@ -201,32 +201,32 @@ def _read_memory(sizes: list[int]) -> list[dict[str, Any]]:
             gather(slab.array, slots, DIM, row)
             seconds.append(time.perf_counter() - start)
         taken = float(np.median(seconds[10:])) / 10_000 * 1e9
-        first = found[0]["random reads, ns a key"] if found else taken
+        first = lines[0]["random reads, ns per key"] if lines else taken
         pid = os.getpid()
-        found.append(
+        lines.append(
             {
                 "rows": size,
-                "random reads, ns a key": taken,
+                "random reads, ns per key": taken,
                 "x the smallest": taken / first,
                 "GB": (slab.bytes + entries.bytes) / 1e9,
                 "in huge pages": huge(pid) / rss(pid),
             }
         )
-    return found
+    return lines
 
 
 def _starts() -> list[dict[str, Any]]:
     """Return seconds from the command to "ready", with cached kernels."""
-    found = []
+    lines = []
     for _ in range(3):
         start = time.perf_counter()
         with shards(1):
-            found.append(time.perf_counter() - start)
+            lines.append(time.perf_counter() - start)
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import psserver.process"], check=True)
     imports = time.perf_counter() - start
     return [
-        {"what": "psserver up, to ready (<= 3 s)", "seconds": float(np.median(found))},
+        {"what": "psserver up, to ready (<= 3 s)", "seconds": float(np.median(lines))},
         {"what": "of which importing", "seconds": imports},
     ]
 

@@ -192,9 +192,9 @@ def main() -> None:
                 times[name] = peer.run((steps * 4)[: max(count * 2 // 3, 20)])
                 # an exchange next to each peer, so that both see the same minute of the machine
                 ours = "training" if "training" in name else "exchange"
-                beside = {each: contenders[each] for each in (f"{ours} float32", f"{ours} busy")}
-                for each, seconds in interleave(beside, steps=60, rounds=2).items():
-                    times[f"{each}, beside {name}"] = seconds
+                again = {each: contenders[each] for each in (f"{ours} float32", f"{ours} busy")}
+                for each, seconds in interleave(again, steps=60, rounds=2).items():
+                    times[f"{each}, next to {name}"] = seconds
             base = np.median(times["exchange float32"])
             bound = np.median(times["echo float32"]) + np.median(times["table"])
             report.section(

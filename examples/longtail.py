@@ -230,13 +230,13 @@ def main() -> None:
             best, aucs = score(ps, stream, ways, display)
     results = [way.result(seen, value) for way, value in zip(ways, aucs, strict=True)]
     console.print(side_by_side(results, best))
-    held = claims(results, best, size)
-    console.print(verdict(held))
+    checked = claims(results, best, size)
+    console.print(verdict(checked))
     if arguments.html:
         arguments.html.write_text(plots.page(stream, seen, ways, results))
         console.print(f"plots: {arguments.html}", highlight=False)
     console.print(f"stopped cleanly, {time.monotonic() - start:.1f} s in all", highlight=False)
-    if broken := [claim for claim in held if not claim.holds]:
+    if broken := [claim for claim in checked if not claim.holds]:
         sys.exit("; ".join(f"{claim.says}, but it is {claim.measured}" for claim in broken))
 
 
@@ -276,10 +276,10 @@ def side_by_side(results: list[Result], best: float) -> Grid:
     return grid
 
 
-def verdict(held: list[Claim]) -> Grid:
+def verdict(checked: list[Claim]) -> Grid:
     grid = Grid("claim", "measured", "", title="Claims")
     grid.columns[1].justify = "right"
-    for claim in held:
+    for claim in checked:
         grid.add_row(claim.says, claim.measured, "holds" if claim.holds else "[red]does not hold")
     return grid
 

@@ -40,9 +40,9 @@ def page(
     _memory(figure, results)
     _load(figure, seen["item"], ways[0].features["item"].tables[0])
     _law(figure, seen)
-    told = f"{stream.scale}, {HELD_OUT} days held out"
+    subtitle = f"{stream.scale}, {HELD_OUT} days held out"
     figure.update_layout(
-        title={"text": f"Five ways to keep embeddings: {told}", "y": 0.98},
+        title={"text": f"Five ways to keep embeddings: {subtitle}", "y": 0.98},
         template="plotly_white",
         height=1400,
         margin={"t": 150},

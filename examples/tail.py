@@ -22,7 +22,7 @@ EXPONENT = 1.2
 FIRST = 21
 HALF_LIVES = {"user": 28, "item": 7}  # days
 DAYS = 30
-HELD_OUT = 3  # share of the days that is held out, the last days
+HELD_OUT = 3  # days held out, the last ones
 
 Places = NDArray[np.uint64]  # by the bits of their numbers as float64, as the numbers may be huge
 
