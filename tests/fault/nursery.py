@@ -128,7 +128,8 @@ def _break(broken: Path) -> None:
     """Make the calls named in a file fail while the file exists."""
     import lmdb
 
-    from storage import base, segment, versionlog
+    from storage import base, versionlog
+    from storage.disk import Disk
 
     def failing(name: str) -> Any:
         call = getattr(os, name)
@@ -140,7 +141,7 @@ def _break(broken: Path) -> None:
 
         return wrapped
 
-    disk = segment.Disk(pwritev=failing("pwritev"), fdatasync=failing("fdatasync"))
+    disk = Disk(pwritev=failing("pwritev"), fdatasync=failing("fdatasync"))
     versionlog.Disk = lambda: disk  # type: ignore[assignment, misc]
     whole = base.Base._try
 
