@@ -10,7 +10,7 @@ import numpy as np
 from storage.kernels import Rows, Slots, jit, prefetch_row, readonly
 from storage.optimizer import NEXT, ONE, Optimizer, square_sum32
 
-LAST_COUNT = 1 << 24  # float32 counts no further; by then no correction is left to make
+LAST_COUNT = 1 << 24  # float32 cannot count further
 
 
 @jit
@@ -71,7 +71,7 @@ class Adagrad(Optimizer):
         n += g^2
         w -= lr g / (sqrt(n) + eps)
 
-    State: n[dim], at first initial_accumulator.
+    State: n[dim], initially initial_accumulator.
     """
 
     name: ClassVar[str] = "adagrad"
@@ -104,7 +104,7 @@ class RowwiseAdagrad(Optimizer):
         n += mean over the row of g^2
         w -= lr g / (sqrt(n) + eps)
 
-    State: n[1], at first 0.
+    State: n[1], initially 0.
     """
 
     name: ClassVar[str] = "rowwise_adagrad"
@@ -127,17 +127,17 @@ class RowwiseAdagrad(Optimizer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdagradDecay(Optimizer):
-    """DeepRec's AdagradDecay: Adagrad that forgets, a little with each period of steps.
+    """DeepRec's AdagradDecay: Adagrad whose accumulators decay with each period of steps.
 
         period = step // accumulator_decay_step
         for each period since the row's last:  n = max(n accumulator_decay_rate, initial)
         n += g^2
         w -= lr g / sqrt(n)
 
-    State: n[dim], at first initial_accumulator; the row's last period[1], at first 0, which is
-    right at any step because n starts at its floor. DeepRec decays at most once in a push, so a
-    row that is seldom pushed keeps what it should have forgotten; here every period counts. A push
-    of an earlier period decays nothing. Periods beyond 2^24 count as that one.
+    State: n[dim], initially initial_accumulator, and the row's last period[1], initially 0. The 0
+    is right at any step, because n starts at its floor. DeepRec decays at most once per push, so
+    that a row that is seldom pushed decays too little; here every period counts. A push of an
+    earlier period decays nothing. Periods beyond 2^24 count as period 2^24.
     """
 
     name: ClassVar[str] = "adagrad_decay"

@@ -72,7 +72,7 @@ def _adam_async(
 def _rmsprop(
     slab: Any, slots: Any, grads: Any, lr: float, beta1: float, beta2: float, eps: float
 ) -> None:
-    """AdamAsync with apply_sparse_rmsprop; the count of pushes stays as it is."""
+    """Run AdamAsync with apply_sparse_rmsprop, which leaves the count of pushes unchanged."""
     b1, b2, tiny = np.float32(beta1), np.float32(beta2), np.float32(eps)
     rate, rest2 = np.float32(lr), np.float32(1.0 - beta2)
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
@@ -98,7 +98,7 @@ class Adam(Optimizer):
         v = beta2 v + (1 - beta2) g^2
         w -= lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 
-    State: m[dim], v[dim], t[1], at first 0. Moments of a row move when the row is pushed.
+    State: m[dim], v[dim], t[1], initially 0. The moments of a row change only when it is pushed.
     """
 
     name: ClassVar[str] = "adam"
@@ -130,7 +130,7 @@ class Adam(Optimizer):
 class AdamW(Optimizer):
     """PyTorch's AdamW (Loshchilov and Hutter, ICLR 2019): Adam after w *= 1 - lr weight_decay.
 
-    State as Adam's. A row decays when it is pushed, not in between.
+    The state is that of Adam. A row decays only when it is pushed.
     """
 
     name: ClassVar[str] = "adamw"
@@ -162,7 +162,7 @@ class AdamW(Optimizer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdamAsync(Optimizer):
-    """DeepRec's AdamAsync: Adam in its epsilon-hat form, with the powers of beta held per row.
+    """DeepRec's AdamAsync: Adam in its epsilon-hat form, with the powers of beta kept per row.
 
         t += 1
         m = beta1 m + (1 - beta1) g
@@ -175,8 +175,8 @@ class AdamAsync(Optimizer):
         m = beta1 m + lr g / sqrt(v + eps)
         w -= m
 
-    State: m[dim], v[dim], t[1], at first 0. DeepRec holds beta1^t and beta2^t instead of t; in
-    float32 that leaves 1 - beta2^t with an error of 6e-5 where t is small, so t is held here.
+    State: m[dim], v[dim], t[1], initially 0. DeepRec stores beta1^t and beta2^t instead of t. In
+    float32 that gives 1 - beta2^t an error of 6e-5 while t is small, so t is stored here.
     """
 
     name: ClassVar[str] = "adam_async"

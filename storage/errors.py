@@ -1,24 +1,24 @@
-"""What can go wrong in storage. Nothing here knows about gRPC.
+"""The errors of storage. Nothing here knows about gRPC.
 
 * StorageError
   - UnknownTable     the table was never created on this shard
   - SchemaMismatch   the table exists with another schema
   - RowOverflow      a push would leave infinity or NaN in a row; it was not applied
-  - OutOfMemory      the shard's memory budget does not allow the growth a write needs
-  - Corrupt          stored bytes are not what was written; never retried
-  - UnknownFormat    stored bytes are whole, but in a format that this release does not read
+  - OutOfMemory      the shard's memory budget does not allow the growth that a write needs
+  - Corrupt          stored bytes differ from what was written; never retried
+  - UnknownFormat    stored bytes are undamaged, but this release cannot read their format
   - DiskFull         the disk has no room for what a write needs; nothing was changed
-  - Compacted        the log no longer holds the versions asked for
-  - LogFailed        the log could not be written or synced, and acknowledges nothing more
-  - UnknownCheckpoint  there is no checkpoint of that name, or it was never completed
-  - StoreFailed      the place of the checkpoints does not answer, or refuses
+  - Compacted        the log no longer contains the requested versions
+  - LogFailed        the log could not be written or synced; no further change is acknowledged
+  - UnknownCheckpoint  no checkpoint has that name, or it was never completed
+  - StoreFailed      the checkpoint store does not respond, or denies access
 """
 
 from __future__ import annotations
 
 
 class StorageError(Exception):
-    """Root of everything that storage raises on purpose."""
+    """Base class of the errors that storage raises."""
 
 
 class UnknownTable(StorageError):
@@ -32,8 +32,10 @@ class UnknownTable(StorageError):
 class SchemaMismatch(StorageError):
     """The table exists with another schema."""
 
-    def __init__(self, table: str, field: str, held: object, asked: object) -> None:
-        super().__init__(f"table {table!r} exists with {field} {held!r}, asked for {asked!r}")
+    def __init__(self, table: str, field: str, existing: object, requested: object) -> None:
+        super().__init__(
+            f"table {table!r} exists with {field} {existing!r}, requested was {requested!r}"
+        )
         self.table = table
         self.field = field
 
@@ -65,9 +67,9 @@ class OutOfMemory(StorageError):
 
 
 class Corrupt(StorageError):
-    """Stored bytes are not what was written; never retried.
+    """Stored bytes differ from what was written; never retried.
 
-    where  the file, and the place in it where that is known
+    where  the file, and the position in it if that is known
     what   what is wrong there
     """
 
@@ -78,12 +80,12 @@ class Corrupt(StorageError):
 
 
 class UnknownFormat(StorageError):
-    """Stored bytes are whole, but in a format that this release does not read."""
+    """Stored bytes are undamaged, but this release cannot read their format."""
 
-    def __init__(self, where: str, held: int, known: int) -> None:
-        super().__init__(f"{where}: written in format {held}, this release reads {known}")
+    def __init__(self, where: str, found: int, known: int) -> None:
+        super().__init__(f"{where}: written in format {found}, this release reads format {known}")
         self.where = where
-        self.held = held
+        self.found = found
         self.known = known
 
 
@@ -97,15 +99,15 @@ class DiskFull(StorageError):
 
 
 class Compacted(StorageError):
-    """The log no longer holds the versions asked for; ``first`` is the oldest it still has."""
+    """The log no longer contains the requested versions; ``first`` is its oldest version."""
 
     def __init__(self, first: int) -> None:
-        super().__init__(f"the log begins at version {first}, older ones were asked for")
+        super().__init__(f"the log begins at version {first}; older versions were requested")
         self.first = first
 
 
 class LogFailed(StorageError):
-    """The log could not be written or synced, and acknowledges nothing more."""
+    """The log could not be written or synced; no further change is acknowledged."""
 
     def __init__(self, why: str) -> None:
         super().__init__(f"the version log has failed: {why}")
@@ -113,7 +115,7 @@ class LogFailed(StorageError):
 
 
 class UnknownCheckpoint(StorageError):
-    """There is no checkpoint of that name, or it was never completed."""
+    """No checkpoint has that name, or it was never completed."""
 
     def __init__(self, name: str, where: str) -> None:
         super().__init__(f"no checkpoint {name!r}: {where} is missing")
@@ -121,7 +123,7 @@ class UnknownCheckpoint(StorageError):
 
 
 class StoreFailed(StorageError):
-    """The place of the checkpoints does not answer, or refuses."""
+    """The checkpoint store does not respond, or denies access."""
 
     def __init__(self, where: str, why: str) -> None:
         super().__init__(f"{where}: {why}")

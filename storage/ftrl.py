@@ -13,13 +13,13 @@ from storage.optimizer import NEXT, ONE, Optimizer, square_sum32
 
 @inline
 def _linear(z: Any, g: Any, w: Any, growth: Any, shrink: Any) -> Any:
-    """The next z of FTRL."""
+    """Return the next z of FTRL."""
     return z + (g + shrink * w) - growth * w
 
 
 @inline
 def _excess(z: Any, cut: Any) -> Any:
-    """clip(z, -cut, cut) - z"""
+    """Return clip(z, -cut, cut) - z."""
     return (cut if z > cut else z if z > -cut else -cut) - z
 
 
@@ -36,7 +36,7 @@ def _ftrl(
     shrinkage: float,
     beta: float,
 ) -> None:
-    """Leaves clip(z) - z in w, then scales and divides. The usual power has loops of its own."""
+    """Write clip(z) - z to w, then scale and divide. The usual power has loops of its own."""
     p, cut, shrink = np.float32(-power), np.float32(l1), np.float32(2.0 * shrinkage)
     inverse, ridge = np.float32(1.0 / lr), np.float32(beta / lr + 2.0 * l2)
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
@@ -83,8 +83,8 @@ class Ftrl(Optimizer):
         n += g^2
         w = (clip(z, -l1, l1) - z) / ((n^-p + beta) / lr + 2 l2)
 
-    State: n[dim], at first initial_accumulator; z[dim], at first 0. As in TensorFlow z does not
-    know the initial embedding, so the first push takes most of it away; initialise with zeros.
+    State: n[dim], initially initial_accumulator, and z[dim], initially 0. As in TensorFlow, z does
+    not contain the initial embedding, so the first push removes most of it: initialize with zeros.
     """
 
     name: ClassVar[str] = "ftrl"
@@ -131,17 +131,17 @@ class Ftrl(Optimizer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupFtrl(Ftrl):
-    """FTRL with the sparse group lasso; a row is a group, and whole rows become 0.
+    """FTRL with the sparse group lasso. A row is a group, and whole rows become 0.
 
     Yue, Chen, Xu et al., "Adaptive Optimizers with Sparse Group Lasso for Neural Networks in CTR
     Prediction", ECML PKDD 2021, as in TFPlus' SparseGroupFtrl; after Ni et al., "Feature Selection
     for Facebook Feed Ranking System via a Group-Sparsity-Regularized Training Algorithm", 2019.
-    z and n as in Ftrl, then for the row
+    z and n are those of Ftrl. Then, for the row,
 
         u = clip(z, -l1, l1) - z
         w = u max(0, 1 - sqrt(dim) l21 / |u|) / ((n^-p + beta) / lr + 2 l2)
 
-    With l21 = 0 it is Ftrl. State as Ftrl's.
+    With l21 = 0 it equals Ftrl. The state is that of Ftrl.
     """
 
     name: ClassVar[str] = "group_ftrl"
@@ -149,7 +149,7 @@ class GroupFtrl(Ftrl):
     l21: float = 0.0
 
     def _check(self) -> None:
-        # A frozen dataclass with slots is a copy of the class body's, which super() would miss.
+        # A dataclass with slots is a copy of the class, which super() without arguments cannot find.
         Ftrl._check(self)
         self._require_not_negative("l21")
 

@@ -1,14 +1,16 @@
 """Initial values of embeddings: a pure function of (seed, key, position).
 
-The same on every shard, tier and restart, whatever the batch and the dim, because nothing is drawn
-in sequence: position j of a key's embedding is output j of the key's own SplitMix64 stream
+A value is the same on every shard, in every tier and after every restart, whatever the batch and
+the dim, because nothing is drawn in sequence. Position j of a key's embedding is output j of the
+key's own SplitMix64 stream
 
     stream = mix(key ^ seed)
     bits_j = mix(stream + (j + 1) * GOLDEN)
 
 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014; the finalizer
-is Stafford's mix13). The streams of two keys start apart, since mix is a bijection. Floating-point
-work is + - * / and sqrt in float64, each exactly rounded, so every machine gets the same bits.
+is Stafford's mix13). The streams of two keys start at different points, since mix is a bijection. The
+floating-point operations are + - * / and sqrt in float64, which round exactly, so that every machine
+computes the same bits.
 
 To add one: write the class, add it to INITIALIZERS. Nothing else changes; the tests run over the
 dict.
@@ -29,23 +31,23 @@ import numpy as np
 from storage.kernels import Keys, Rows, Slots, inline, jit, readonly
 from storage.registry import build
 
-LARGEST = 1e30  # parameters beyond it overflow float32 sooner or later
+LARGEST = 1e30  # parameters beyond it may overflow float32
 SQRT_HALF = math.sqrt(0.5)
 LN_2 = math.log(2.0)
-MIDDLE = 0.425  # where AS 241 changes from one rational function to the next
-CUT = 2.0  # standard deviations at which truncated_normal ends
+MIDDLE = 0.425  # where AS 241 switches from one rational function to the next
+CUT = 2.0  # standard deviations at which truncated_normal is truncated
 BELOW_CUT = 0.022750131948179209  # Phi(-CUT)
 
 
 def table_seed(seed: int, name: str) -> int:
-    """The seed of one table's initial values, uint64, from its schema's seed and its name."""
+    """Return the seed of a table's initial values, uint64, from its schema's seed and its name."""
     text = seed.to_bytes(8, "little") + name.encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 @inline
 def _mix(x: Any) -> Any:
-    """Stafford's mix13, a bijection of uint64."""
+    """Return Stafford's mix13 of a uint64, a bijection."""
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(27)
@@ -55,14 +57,14 @@ def _mix(x: Any) -> Any:
 
 @inline
 def _unit(stream: Any, j: Any) -> Any:
-    """Draw ``j`` of a stream: the middle of one of 2^52 equal parts of (0, 1), so never an end."""
+    """Return draw ``j`` of a stream: the middle of one of 2^52 equal parts of (0, 1)."""
     bits = _mix(stream + np.uint64(j + 1) * np.uint64(0x9E3779B97F4A7C15))
     return (np.float64(bits >> np.uint64(12)) + 0.5) * 2.0**-52
 
 
 @jit
 def _ln(x: Any) -> Any:
-    """Natural logarithm of x > 0 to about 2e-16, without a libm that differs between machines.
+    """Return ln x for x > 0 to about 2e-16, without libm, which differs between machines.
 
     ln x = e ln 2 + 2 artanh s with x = m 2^e, sqrt(1/2) <= m < sqrt(2), s = (m - 1) / (m + 1).
     """
@@ -80,7 +82,7 @@ def _ln(x: Any) -> Any:
 
 @inline
 def _middle(q: Any) -> Any:
-    """The inverse of the normal CDF at 1/2 + q for abs(q) <= MIDDLE, relative error about 1e-16.
+    """Return the inverse of the normal CDF at 1/2 + q, abs(q) <= MIDDLE; relative error 1e-16.
 
     Algorithm AS 241, PPND16: Wichura, "The percentage points of the normal distribution", Applied
     Statistics 37 (1988); a rational function of q here, and of sqrt(-ln tail) in _tail.
@@ -106,7 +108,7 @@ def _middle(q: Any) -> Any:
 
 @jit
 def _tail(p: Any) -> Any:
-    """The inverse of the normal CDF at 0 < p < 1/2 - MIDDLE; AS 241 as in _middle."""
+    """Return the inverse of the normal CDF at p, 0 < p < 1/2 - MIDDLE; AS 241 as in _middle."""
     r = np.sqrt(-_ln(p))
     if r <= 5.0:
         r -= 1.6
@@ -147,7 +149,7 @@ def _tail(p: Any) -> Any:
 
 @jit
 def _constant(rows: Any, dim: int, value: float, out: Any) -> None:
-    """out[rows, :dim] = value, for rows int64[m] and float32[r, >=dim]."""
+    """Set out[rows, :dim] = value, for rows int64[m] and out float32[r, >=dim]."""
     for i in range(rows.shape[0]):
         row = rows[i]
         for j in range(dim):
@@ -156,7 +158,7 @@ def _constant(rows: Any, dim: int, value: float, out: Any) -> None:
 
 @jit
 def _uniform(seed: int, keys: Any, rows: Any, dim: int, low: float, high: float, out: Any) -> None:
-    """out[rows, :dim] = low + (high - low) u_j of keys uint64[m]; rows and out as in _constant."""
+    """Set out[rows, :dim] = low + (high - low) u_j of keys uint64[m]; see _constant."""
     for i in range(keys.shape[0]):
         row = rows[i]
         stream = _mix(keys[i] ^ seed)
@@ -176,7 +178,7 @@ def _normal(
     below: float,
     out: Any,
 ) -> None:
-    """out[rows, :dim] = mean + std z_j; rows and out as in _constant.
+    """Set out[rows, :dim] = mean + std z_j; rows and out as in _constant.
 
     z_j is the standard normal between -cut and cut, by the inverse of its CDF at
     below + (1 - 2 below) u_j, where below = Phi(-cut).
@@ -184,7 +186,7 @@ def _normal(
     for i in range(keys.shape[0]):
         row = rows[i]
         stream = _mix(keys[i] ^ seed)
-        for j in range(dim):  # right for most; without a branch, so the draws of a row overlap
+        for j in range(dim):  # right for most draws; no branch, so that the draws of a row overlap
             q = below + (1.0 - 2.0 * below) * _unit(stream, j) - 0.5
             out[row, j] = np.float32(mean + std * _middle(q))
         for j in range(dim):
@@ -197,7 +199,7 @@ def _normal(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Initializer(ABC):
-    """How the embedding of a new row is made. Parameters are floats, checked at birth."""
+    """How the embedding of a new row is made. Parameters are checked when it is constructed."""
 
     name: ClassVar[str]
 
@@ -210,8 +212,8 @@ class Initializer(ABC):
         self._check()
 
     def _check(self) -> None:
-        """Refuse numbers that make no sense."""
-        return  # any number will do, unless a kind says otherwise
+        """Raise ValueError for parameters that are not valid; by default all are."""
+        return
 
     def _require(self, field: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -220,7 +222,7 @@ class Initializer(ABC):
 
     @abstractmethod
     def fill(self, seed: int, keys: Keys, rows: Slots, dim: int, out: Rows) -> None:
-        """Write the initial value of ``keys[i]`` to ``out[rows[i], :dim]``, and nothing else.
+        """Write the initial values of ``keys[i]`` to ``out[rows[i], :dim]``, and nothing else.
 
         seed  what table_seed returned
         keys  uint64[m]            distinct or not
@@ -231,7 +233,7 @@ class Initializer(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Zeros(Initializer):
-    """All 0."""
+    """All numbers are 0."""
 
     name: ClassVar[str] = "zeros"
 
@@ -241,7 +243,7 @@ class Zeros(Initializer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constant(Initializer):
-    """All the same number."""
+    """All numbers are ``value``."""
 
     name: ClassVar[str] = "constant"
 
@@ -255,7 +257,7 @@ class Constant(Initializer):
 class Uniform(Initializer):
     """Uniform between low and high; the defaults are those of Keras.
 
-    Drawn strictly between the two in float64; rounding to float32 may reach either.
+    The draw in float64 is strictly between them. Rounding to float32 may reach either.
     """
 
     name: ClassVar[str] = "uniform"
@@ -273,7 +275,7 @@ class Uniform(Initializer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Normal(Initializer):
-    """Normal with the given mean and standard deviation; no value is beyond 8.3 deviations."""
+    """Normal with the given mean and standard deviation; no value exceeds 8.3 deviations."""
 
     name: ClassVar[str] = "normal"
 
@@ -290,9 +292,9 @@ class Normal(Initializer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TruncatedNormal(Initializer):
-    """Normal without what lies beyond 2 deviations of the mean, as TensorFlow's.
+    """Normal, truncated at 2 standard deviations from the mean, as in TensorFlow.
 
-    ``std`` is that of the normal before the cut, as in TensorFlow; what is left has 0.88 of it.
+    ``std`` is that of the normal before truncation, as in TensorFlow. Afterwards it is 0.88 of it.
     """
 
     name: ClassVar[str] = "truncated_normal"
@@ -314,7 +316,7 @@ def make_initializer(name: str, parameters: Mapping[str, float]) -> Initializer:
 
 
 def compile_all() -> None:
-    """Run every initializer once, so that each kernel is compiled or loaded from the cache."""
+    """Run every initializer once: each kernel is then compiled, or loaded from the cache."""
     for name in INITIALIZERS:
         out = np.empty((1, 1), np.float32)
         make_initializer(name, {}).fill(0, np.zeros(1, np.uint64), np.zeros(1, np.int64), 1, out)

@@ -9,6 +9,7 @@ loop asks for the memory of a few iterations ahead (``prefetch``) and the misses
 
 from __future__ import annotations
 
+import struct
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ Slots = NDArray[np.int64]
 Rows = NDArray[np.float32]
 
 ABSENT = -1
+_FLOAT, _UINT = struct.Struct("<f"), struct.Struct("<I")
 LINE = 64  # bytes in a cache line
 AHEAD = 8  # rows asked for before they are needed
 
@@ -282,25 +284,32 @@ def _largest(numbers: Any) -> Any:
 
 def largest_magnitude(numbers: Rows) -> float:
     """Return the largest magnitude among float32 numbers; infinity and NaN count as the largest."""
-    bits = readonly(np.ascontiguousarray(numbers)).reshape(-1).view(np.uint32)
-    return float(np.uint32(_largest(bits)).view(np.float32))
+    return from_bits(_largest(numbers.reshape(-1).view(np.uint32)))
+
+
+def from_bits(bits: int) -> float:
+    """Return the float32 that has these bits."""
+    number: float = _FLOAT.unpack(_UINT.pack(bits))[0]
+    return number
 
 
 @jit
-def largest_in(slab: Any, slots: Any, most: Any) -> None:
-    """Raise ``most`` to the largest magnitude in each column of some rows, all given by their bits.
+def largest_in(slab: Any, slots: Any, most: Any) -> Any:
+    """Return the bits of the largest magnitude in some rows, which are given by their bits.
 
     slab   uint32[capacity, width]
     slots  int64[n]
-    most   uint32[width]  written; a vector per column, which spares a sum over each row
+    most   uint32[width]  overwritten: the largest of each column, which spares a sum over each row
     """
     n, width = slots.shape[0], most.shape[0]
+    most[:] = 0
     for i in range(n):
         if i + AHEAD < n:
             prefetch_row(slab, slots[i + AHEAD], 4 * width)
         slot = slots[i]
         for j in range(width):
             most[j] = max(most[j], slab[slot, j] & np.uint32(0x7FFFFFFF))
+    return most.max()
 
 
 @jit

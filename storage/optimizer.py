@@ -1,11 +1,11 @@
 """The contract of an optimizer: an in-place step over rows of a slab.
 
-In the formulas g is the gradient, w the embedding, and all are per number unless a row is named.
-The kernels take hyper-parameters as Python floats, compute in float32, and count in uint64, which
-spares the compiler the question of negative positions. They read
+In the formulas g is the gradient and w the embedding. A formula is for one number, unless it says
+that it is for a row. The kernels take hyper-parameters as Python floats and compute in float32.
+They count in uint64, so that the compiler need not handle negative indexes. They read
 
     slab   float32[capacity, width]  C-contiguous; rows in ``slots`` are written, no others
-    slots  int64[n]                  distinct positions of rows that are there
+    slots  int64[n]                  distinct positions of existing rows
     grads  float32[n, dim]           C-contiguous, finite
 """
 
@@ -25,7 +25,7 @@ from storage.kernels import AHEAD, Rows, Slots
 TAME_NUMBER = 1e12  # magnitude of a number in a row; see Optimizer.is_tame
 TAME_GRADIENT = 1e6
 TAME_LR = 1e3
-SMALLEST = 1e-30  # a hyper-parameter closer to 0, or beyond LARGEST, does not survive float32
+SMALLEST = 1e-30  # float32 cannot express hyper-parameters closer to 0, or beyond LARGEST, well
 LARGEST = 1e30
 
 ONE = np.uint64(1)
@@ -34,9 +34,10 @@ NEXT = np.uint64(AHEAD)
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 def square_sum32(numbers: Any) -> Any:
-    """Sum of squares of float32[n], added in the order that suits the vector unit.
+    """Return the sum of squares of float32[n], added in the order that is fastest here.
 
-    The order depends on n and the machine, not on the run: no other kernel lets it vary at all.
+    The order depends on n and on the machine, and not on the run. All other kernels add in one
+    order everywhere.
     """
     total = np.float32(0.0)
     for j in range(numbers.shape[0]):
@@ -46,11 +47,11 @@ def square_sum32(numbers: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer(ABC):
-    """How a gradient changes a row. Hyper-parameters are checked at birth."""
+    """How a gradient changes a row. Hyper-parameters are checked when it is constructed."""
 
     name: ClassVar[str]
 
-    lr: float  # learning rate, where a push brings none
+    lr: float  # learning rate of pushes that do not set one
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -64,7 +65,7 @@ class Optimizer(ABC):
         self._check()
 
     def require_lr(self, lr: float) -> None:
-        """Raise ValueError unless ``lr``, perhaps a push's own, is one to step with."""
+        """Raise ValueError unless ``lr``, the table's or a push's own, is valid."""
         for holds, rule in (_is_number(lr), self._lr_rule(lr)):
             if not holds:
                 raise ValueError(f"optimizer {self.name!r}: lr must be {rule}, got {lr!r}")
@@ -73,8 +74,8 @@ class Optimizer(ABC):
         return lr >= 0.0, ">= 0"
 
     def _check(self) -> None:
-        """Refuse numbers that make no sense."""
-        return  # any number will do, unless a kind says otherwise
+        """Raise ValueError for hyper-parameters that are not valid; by default all are."""
+        return
 
     def _require(self, field: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -98,10 +99,10 @@ class Optimizer(ABC):
 
     @abstractmethod
     def state_width(self, dim: int) -> int:
-        """Numbers of state behind an embedding of ``dim`` numbers."""
+        """Return the numbers of state of a row whose embedding has ``dim`` numbers."""
 
     def initial_state(self, dim: int) -> Rows:
-        """The state of a new row, float32[state_width(dim)]."""
+        """Return the state of a new row, float32[state_width(dim)]."""
         return np.zeros(self.state_width(dim), np.float32)
 
     def roots(self, dim: int) -> slice:
@@ -128,15 +129,15 @@ class Optimizer(ABC):
         """Apply one gradient to each row in ``slots``, in place.
 
         slab   float32[capacity, dim + state_width(dim)]  C-contiguous
-        slots  int64[n]         distinct positions of rows that are there
+        slots  int64[n]         distinct positions of existing rows
         grads  float32[n, dim]  C-contiguous, finite
-        lr     the table's or the push's own; require_lr holds
+        lr     valid for require_lr
         step   the trainer's global step
         """
 
 
 def _is_number(value: Any) -> tuple[bool, str]:
-    """Whether a hyper-parameter survives float32, and the rule that says so."""
+    """Return whether float32 can express a hyper-parameter, and the rule for error messages."""
     size = abs(float(value)) if isinstance(value, Real) else math.nan
     holds = size == 0.0 or SMALLEST <= size <= LARGEST
     return holds, f"0 or a number of size {SMALLEST:g} to {LARGEST:g}"

@@ -1,12 +1,12 @@
 """Server-side optimizers by name.
 
-A row is [embedding | state]; each class says what its state holds and what a new row's state is.
-Nothing is global to a table: what bias correction and decay need to know is counted per row, so
-nothing is lost at recovery. Rows without a gradient are left as they are: weight decay, momentum
-and l2 shrinkage act on a row when it is pushed.
+A row is [embedding | state]. Each class documents its state, and the state of a new row. Nothing is
+global to a table: bias correction and decay count per row, so that recovery loses nothing. Rows
+without a gradient do not change: weight decay, momentum and l2 shrinkage act on a row only when it
+is pushed.
 
-Hyper-parameters carry the names and defaults of their sources; where a source demands a learning
-rate, the default here is that of the nearest one that has it.
+Hyper-parameters have the names and defaults of their sources. Where a source has no default
+learning rate, the default is that of the most similar optimizer that has one.
 
 To add an optimizer: write the class in the file of its family and add it to the tuple at the foot
 of that file. Nothing else changes; the tests run over OPTIMIZERS.
@@ -36,7 +36,7 @@ def make_optimizer(name: str, lr: float | None, parameters: Mapping[str, float])
 
 
 def compile_all() -> None:
-    """Run every optimizer once, so that each kernel is compiled or loaded from the cache."""
+    """Run every optimizer once: each kernel is then compiled, or loaded from the cache."""
     every = [make_optimizer(name, None, {}) for name in OPTIMIZERS]
     for optimizer in (*every, AdamAsync(apply_sparse_rmsprop=1)):
         slab = np.zeros((1, 1 + optimizer.state_width(1)), np.float32)

@@ -1,4 +1,4 @@
-"""What a table is."""
+"""The schema of a table: everything that is chosen at its creation."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class TableSchema:
     """What a table is. An alteration of a table replaces its schema by another one."""
 
     name: str
-    dim: int  # length of the embedding, the part a pull returns
+    dim: int  # numbers of an embedding, the part of a row that a pull returns
     optimizer: Optimizer
     initializer: Initializer
     seed: int = 0  # of the initial values
     serving_default: float = 0.0  # what a serving pull returns for keys without a row
-    durability: Durability = "log"  # of pushes that do not ask for one
+    durability: Durability = "log"  # of pushes that do not set it
     admission: Admission = field(default_factory=Always)  # which keys may have a row
     evictions: tuple[Eviction, ...] = ()  # which rows leave; at most one of a kind, by name
     max_step_ahead: int = MAX_STEP_AHEAD  # of a push, see Evictor.last_step; 0: no bound
@@ -61,12 +61,12 @@ class TableSchema:
 
     @property
     def width(self) -> int:
-        """Numbers in a row, embedding and state."""
+        """Numbers of a row: embedding and optimizer state."""
         return self.dim + self.optimizer.state_width(self.dim)
 
     def require_equal(self, asked: TableSchema) -> None:
         """Raise SchemaMismatch naming the first field in which ``asked`` differs."""
         for each in dataclasses.fields(self):
-            held, wanted = getattr(self, each.name), getattr(asked, each.name)
-            if held != wanted:
-                raise SchemaMismatch(self.name, each.name, held, wanted)
+            existing, requested = getattr(self, each.name), getattr(asked, each.name)
+            if existing != requested:
+                raise SchemaMismatch(self.name, each.name, existing, requested)

@@ -62,7 +62,7 @@ class Momentum(Optimizer):
         b = momentum b + g
         w -= lr b, or with nesterov lr (g + momentum b)
 
-    State: b[dim], at first 0. The buffer of a row decays when the row is pushed.
+    State: b[dim], initially 0. The buffer of a row decays only when the row is pushed.
     """
 
     name: ClassVar[str] = "momentum"

@@ -25,6 +25,7 @@ from storage.kernels import (
     changed,
     fill_state,
     fresh,
+    from_bits,
     gather,
     images,
     largest_in,
@@ -85,6 +86,7 @@ class HostTier:
         self._used = 0  # slots ever handed out
         self._first_free = ABSENT  # of the list of slots given back; see kernels.release
         self._free_count = 0
+        self._most = np.empty(width, np.uint32)  # scratch of ``largest``
 
     @property
     def rows(self) -> int:
@@ -143,9 +145,7 @@ class HostTier:
         images(self._slab.array, self._meta.array, places, frequencies, rows)
 
     def largest(self, places: Slots) -> float:
-        bits = np.zeros(self._slab.array.shape[1], np.uint32)
-        largest_in(self._slab.array.view(np.uint32), places, bits)
-        return float(bits.max().view(np.float32))
+        return from_bits(largest_in(self._slab.array.view(np.uint32), places, self._most))
 
     def put(self, places: Slots, images: Images) -> None:
         put(self._slab.array, self._meta.array, places, *images)
