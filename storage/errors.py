@@ -83,7 +83,7 @@ class UnknownFormat(StorageError):
     """Stored bytes are undamaged, but this release cannot read their format."""
 
     def __init__(self, where: str, found: int, known: int) -> None:
-        super().__init__(f"{where}: written in format {found}, this release reads format {known}")
+        super().__init__(f"{where}: written in format {found}, this release reads {known}")
         self.where = where
         self.found = found
         self.known = known

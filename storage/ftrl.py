@@ -149,7 +149,7 @@ class GroupFtrl(Ftrl):
     l21: float = 0.0
 
     def _check(self) -> None:
-        # A dataclass with slots is a copy of the class, which super() without arguments cannot find.
+        # super() without arguments cannot find the copy that a dataclass with slots is.
         Ftrl._check(self)
         self._require_not_negative("l21")
 

@@ -1,4 +1,4 @@
-"""Key to location, for one table on one shard.
+"""Map keys to locations, for one table on one shard.
 
 Extendible hashing over segments of open addressing:
 
@@ -6,11 +6,11 @@ Extendible hashing over segments of open addressing:
     segment   = directory[top `depth` bits of hash]
     position  = low bits of hash, then the next ones (linear probing), wrapping in the segment
     entry     = key uint64, location uint64, side by side: one cache line answers
-    location  = tier code << 56 | place; 0 marks an empty entry, so every key is valid
+    location  = tier code << 56 | place; 0 marks an empty entry, so that every key is valid
 
 A full segment is split in two by the next bit of the hash. That moves at most 26,624 entries
-(under a millisecond), whatever the size of the table: the index never stops to grow. Segments
-are full at different loads, 5/8 to 13/16, because a good hash fills them evenly and they would
+(under a millisecond), whatever the size of the table, so that growth never pauses the shard.
+Segments are full at different loads, 5/8 to 13/16. A good hash fills them evenly, and they would
 otherwise all split within a few pushes. Fresh memory is zero, which is an empty segment.
 """
 
@@ -29,9 +29,9 @@ from storage.kernels import ABSENT, Keys, Slots, jit, mix64, prefetch
 SEGMENT = 1 << 15  # entries
 LEAST_FULL = SEGMENT * 5 // 8
 FULL_RANGE = SEGMENT * 3 // 16
-MAX_DEPTH = 22  # of the directory, 16 MiB then: room for some 10^11 keys
+MAX_DEPTH = 22  # of the directory, which then takes 16 MiB: room for about 10^11 keys
 PLACE_BITS = 56
-AHEAD = 16  # keys whose entries are asked for before they are needed
+AHEAD = 16  # keys whose entries are prefetched
 
 Locations = NDArray[np.uint64]
 
@@ -41,7 +41,7 @@ _PLACE = np.uint64((1 << PLACE_BITS) - 1)
 
 @jit
 def _home(directory: Any, depth: int, hashed: Any) -> Any:
-    """The first entry at which a key with this hash may be."""
+    """Return the first entry at which a key with this hash may be."""
     segment = directory[(hashed >> np.uint64(1)) >> np.uint64(63 - depth)]
     return np.uint64(segment) * np.uint64(SEGMENT) + (hashed & _MASK)
 
@@ -53,7 +53,7 @@ def _next(at: Any) -> Any:
 
 @jit
 def _full(segment: Any) -> Any:
-    """Entries at which this segment is split; multiples of the golden ratio spread evenly."""
+    """Return the number of entries at which a segment is split, different for each segment."""
     return LEAST_FULL + (((np.int64(segment) * 40503) & 0xFFFF) * FULL_RANGE >> 16)
 
 
@@ -70,7 +70,7 @@ def find(entries: Any, directory: Any, depth: int, salt: Any, keys: Any, out: An
     n = keys.shape[0]
     absent = 0
     for i in range(min(AHEAD, n)):
-        out[i] = _home(directory, depth, mix64(keys[i] ^ salt))  # until the answer takes its place
+        out[i] = _home(directory, depth, mix64(keys[i] ^ salt))  # replaced by the result below
         prefetch(entries, np.int64(out[i]), 0)
     for i in range(n):
         if i + AHEAD < n:
@@ -98,7 +98,7 @@ def insert(
     locations: Any,
     start: int,
 ) -> Any:
-    """Add absent, distinct keys from ``start`` on; return where a full segment stopped it, or n.
+    """Add absent, distinct keys from ``start`` on; return n, or the key whose segment is full.
 
     counts     int64[segments]  entries in use, updated
     keys       uint64[n]
@@ -124,7 +124,7 @@ def insert(
 
 @jit
 def assign(entries: Any, directory: Any, depth: int, salt: Any, keys: Any, locations: Any) -> None:
-    """Give present keys another location."""
+    """Change the locations of keys that are present."""
     for i in range(keys.shape[0]):
         at = _home(directory, depth, mix64(keys[i] ^ salt))
         while entries[at, 0] != keys[i] or entries[at, 1] == 0:
@@ -134,9 +134,9 @@ def assign(entries: Any, directory: Any, depth: int, salt: Any, keys: Any, locat
 
 @jit
 def remove(entries: Any, directory: Any, depth: int, salt: Any, counts: Any, keys: Any) -> Any:
-    """Take keys out; return how many were present.
+    """Remove keys; return how many were present.
 
-    Later entries of the probe run move back into the hole, so there are no tombstones.
+    Later entries of the probe sequence move back into the hole, so that no markers are needed.
     """
     removed = 0
     for i in range(keys.shape[0]):
@@ -152,7 +152,7 @@ def remove(entries: Any, directory: Any, depth: int, salt: Any, counts: Any, key
         at = _next(at)
         while entries[at, 1] != 0:
             home = mix64(entries[at, 0] ^ salt) & _MASK
-            # May the entry at `at` stand at `hole`? Only if its home is not between them.
+            # The entry at `at` may move to `hole` only if its home is not between them.
             if ((at - home) & _MASK) >= ((at - hole) & _MASK):
                 entries[hole, 0] = entries[at, 0]
                 entries[hole, 1] = entries[at, 1]
@@ -200,17 +200,19 @@ def _places(locations: Any, out: Any) -> None:
 
 
 def places(locations: Locations) -> Slots:
-    """Places int64[n] of locations uint64[n]; ABSENT where there is none."""
+    """Return the places, int64[n], of locations uint64[n]; ABSENT for location 0."""
     out = np.empty(len(locations), np.int64)
     _places(locations, out)
     return out
 
 
 class Index:
-    """Where every key of a table is. Calls take arrays; keys within one call are distinct."""
+    """The location of every key of a table. Keys within one call are distinct."""
 
     def __init__(self, budget: Budget) -> None:
-        self._salt = np.uint64(int.from_bytes(os.urandom(8)))  # nobody can aim keys at a segment
+        self._salt = np.uint64(
+            int.from_bytes(os.urandom(8))
+        )  # so that no client can choose keys of one segment
         self._entries = Arena(2, np.uint64, budget)
         self._entries.grow(SEGMENT)
         self._directory = np.zeros(1, np.int32)
@@ -227,14 +229,14 @@ class Index:
         return self._entries.bytes
 
     def find(self, keys: Keys) -> tuple[Locations, int]:
-        """Locations uint64[n] (0: absent) of keys uint64[n], and how many are absent."""
+        """Return the locations, uint64[n], of keys uint64[n], and how many are absent (0)."""
         out = np.empty(len(keys), np.uint64)
         return out, find(self._entries.array, self._directory, self._depth, self._salt, keys, out)
 
     def insert(self, keys: Keys, locations: Locations) -> None:
-        """Add absent keys, all of them or none.
+        """Add absent keys: all of them, or none if it raises.
 
-        Raises OutOfMemory where a segment cannot be split.
+        Raises OutOfMemory if a segment cannot be split.
         """
         done = 0
         try:
@@ -257,11 +259,11 @@ class Index:
             raise
 
     def assign(self, keys: Keys, locations: Locations) -> None:
-        """Give present keys another location."""
+        """Change the locations of keys that are present."""
         assign(self._entries.array, self._directory, self._depth, self._salt, keys, locations)
 
     def remove(self, keys: Keys) -> int:
-        """Take keys out, absent ones included in the call; return how many were present."""
+        """Remove keys, ignoring absent ones; return how many were present."""
         return int(
             remove(
                 self._entries.array, self._directory, self._depth, self._salt, self._counts, keys
@@ -269,14 +271,14 @@ class Index:
         )
 
     def slices(self) -> Iterator[tuple[Keys, Locations]]:
-        """All keys with their locations, a segment at a time, in no particular order."""
+        """Yield all keys with their locations, a segment at a time, in no particular order."""
         for segment in range(len(self._depths)):
             entries = self._entries.array[segment * SEGMENT : (segment + 1) * SEGMENT]
             used = entries[entries[:, 1] != 0]
             yield used[:, 0].copy(), used[:, 1].copy()
 
     def close(self) -> None:
-        """Return the memory."""
+        """Free the memory."""
         self._entries.close()
 
     def _split(self, key: np.uint64) -> None:
@@ -285,7 +287,9 @@ class Index:
         source = int(self._directory[prefix])
         target = len(self._depths)
         if self._depths[source] == MAX_DEPTH:
-            raise RuntimeError(f"index is lopsided: {MAX_DEPTH} bits of the hash do not split it")
+            raise RuntimeError(
+                f"the index is unbalanced: {MAX_DEPTH} bits of the hash do not split a segment"
+            )
         self._entries.grow((target + 1) * SEGMENT)
         if self._depths[source] == self._depth:
             self._directory = np.repeat(self._directory, 2)

@@ -8,8 +8,8 @@ key's own SplitMix64 stream
     bits_j = mix(stream + (j + 1) * GOLDEN)
 
 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014; the finalizer
-is Stafford's mix13). The streams of two keys start at different points, since mix is a bijection. The
-floating-point operations are + - * / and sqrt in float64, which round exactly, so that every machine
+is Stafford's mix13). The streams of two keys start at different points, since mix is a bijection.
+The floating-point operations are + - * / and sqrt in float64, which round exactly: every machine
 computes the same bits.
 
 To add one: write the class, add it to INITIALIZERS. Nothing else changes; the tests run over the

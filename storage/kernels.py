@@ -1,10 +1,10 @@
-"""The loops numpy cannot express, shared by the index, the tiers and the optimizers.
+"""Loops that numpy cannot express, shared by the index, the tiers and the optimizers.
 
-Every kernel releases the GIL, allocates nothing unless it says so, raises nothing, and trusts its
-arguments: the table checked them. Slots are int64; ``ABSENT`` marks a key without one.
+Every kernel releases the GIL, raises nothing, and allocates nothing unless it says so. It does not
+check its arguments: the table has done so. Slots are int64; ``ABSENT`` marks a key without a slot.
 
-A row is one or more dependent cache misses away, and a batch knows its rows beforehand, so each
-loop asks for the memory of a few iterations ahead (``prefetch``) and the misses overlap.
+Reaching a row takes one or more dependent cache misses. A batch knows its rows in advance, so each
+loop prefetches the memory of a few iterations ahead, and the misses overlap.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Rows = NDArray[np.float32]
 ABSENT = -1
 _FLOAT, _UINT = struct.Struct("<f"), struct.Struct("<I")
 LINE = 64  # bytes in a cache line
-AHEAD = 8  # rows asked for before they are needed
+AHEAD = 8  # rows that are prefetched
 
 
 class Images(NamedTuple):
@@ -55,7 +55,7 @@ def readonly(array: NDArray[Any]) -> NDArray[Any]:
 
 @intrinsic
 def prefetch(typingctx: Any, array: Any, row: Any, byte: Any) -> Any:
-    """Ask for the cache line at ``byte`` bytes into ``array[row]``; any address is safe."""
+    """Prefetch the cache line that is ``byte`` bytes into ``array[row]``; any address is safe."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array_type = signature.args[0]
@@ -75,17 +75,17 @@ def prefetch(typingctx: Any, array: Any, row: Any, byte: Any) -> Any:
 
 @jit
 def prefetch_row(array: Any, row: int, size: int) -> None:
-    """Ask for the first ``size`` bytes of ``array[row]``."""
+    """Prefetch the first ``size`` bytes of ``array[row]``."""
     for byte in range(0, size, LINE):
         prefetch(array, row, byte)
 
 
 @inline
 def mix64(key: Any) -> Any:
-    """Scatter the 64 bits of ``key``: the 'moremur' finalizer (Pelle Evensen, 2019).
+    """Return a hash of ``key``: the 'moremur' finalizer (Pelle Evensen, 2019), a bijection.
 
-    A bijection, and not the hash that routes keys to shards: the keys of one shard share bits of
-    that one, and an index built on them would be lopsided.
+    It differs from the hash that routes keys to shards. The keys of one shard share bits of the
+    routing hash, so that an index over it would be unbalanced.
     """
     x = np.uint64(key)
     x ^= x >> np.uint64(27)
@@ -98,7 +98,7 @@ def mix64(key: Any) -> Any:
 
 @jit
 def gather(slab: Any, slots: Any, dim: int, out: Any) -> None:
-    """Copy the embeddings of ``slots`` into ``out``; rows of absent keys stay as they are.
+    """Copy the embeddings of ``slots`` into ``out``; rows of absent keys are left unchanged.
 
     slab   float32[capacity, width]  width >= dim
     slots  int64[n]                  position in the slab, or ABSENT
@@ -121,11 +121,11 @@ def gather(slab: Any, slots: Any, dim: int, out: Any) -> None:
 
 @jit
 def fill_state(slab: Any, slots: Any, dim: int, state: Any) -> None:
-    """Write the initial optimizer state behind the embeddings of new rows.
+    """Write the initial optimizer state after the embeddings of new rows.
 
     slab   float32[capacity, dim + len(state)]
     slots  int64[n]     positions of the new rows
-    state  float32[w]   what every new row's state holds
+    state  float32[w]   the state of every new row
     """
     for i in range(slots.shape[0]):
         slot = slots[i]
@@ -141,7 +141,7 @@ def _frequency(meta: Any, slot: Any) -> Any:
 
 @inline
 def _record(meta: Any, slot: Any, version: Any, step: Any, frequency: Any) -> None:
-    """Pack the metadata of a row behind its key; a frequency stops counting at 2^32-1."""
+    """Pack version, step and frequency of a row after its key; a frequency stops at 2^32-1."""
     shift, low = np.uint64(16), np.uint64(0xFFFF)
     kept = min(np.uint64(frequency), np.uint64(0xFFFFFFFF))
     meta[slot, 1] = np.uint64(version) << shift | kept >> shift
@@ -150,7 +150,7 @@ def _record(meta: Any, slot: Any, version: Any, step: Any, frequency: Any) -> No
 
 @jit
 def fresh(meta: Any, slots: Any, keys: Any) -> None:
-    """Write the metadata of new rows: their keys, and no history."""
+    """Write the metadata of new rows: their keys, and version, step and frequency 0."""
     for i in range(slots.shape[0]):
         meta[slots[i], 0] = keys[i]
         meta[slots[i], 1] = 0
@@ -328,7 +328,7 @@ def any_below(rows: Any, start: int, floors: Any) -> Any:
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 def square_sum(row: Any, dim: int) -> Any:
-    """Sum of squares of the first ``dim`` numbers, in float64, in the order that is fastest."""
+    """Return the sum of squares of the first ``dim`` numbers, in float64, in any order."""
     total = 0.0
     for j in range(dim):
         number = np.float64(row[j])
@@ -357,7 +357,7 @@ def changed(meta: Any, start: int, stop: int, after: int, upto: int, slots: Any)
 
     slots  int64[n]  filled with their positions, ascending
 
-    Returns how many were found, and the slot behind the last one looked at.
+    Returns how many were found, and the slot after the last one that was checked.
     """
     found = 0
     for slot in range(start, stop):

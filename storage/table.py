@@ -1,7 +1,7 @@
-"""A table's part on one shard: one index, its tiers, one schema.
+"""One shard's part of a table: a schema, an index, and tiers with the rows.
 
-Not thread-safe: the shard's engine thread is the only caller. Keys within one call are distinct;
-the service made sure.
+Not thread-safe: the shard's engine thread is the only caller. Keys within one call are distinct,
+which the service has checked.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Mode = Literal["train", "serve"]
 class Table:
     """Rows by key under one schema.
 
-    share  of all keys that are this shard's, 0..1
+    share  part of all keys that this shard owns, 0..1
     """
 
     def __init__(self, schema: TableSchema, budget: Budget, share: float = 1.0) -> None:
@@ -94,7 +94,7 @@ class Table:
         return dropped if replaced.counting or replaced.loss_reason else None
 
     def stats(self) -> TableStats:
-        """What the table holds now."""
+        """Return the size of the table now."""
         index, gate = self._index.bytes, self.gate
         return TableStats(
             rows=len(self),
@@ -112,7 +112,7 @@ class Table:
               serving default
         out   float32[n, dim]
 
-        Returns uint64[n]: where each key is, 0 for keys without a row.
+        Returns the location of each key, uint64[n]; 0 for keys without a row.
         """
         locations, absent = self._index.find(keys)
         self._host.read(places(locations), out)
@@ -126,7 +126,7 @@ class Table:
         return locations
 
     def metadata(self, locations: Locations) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """Versions uint64[n], steps int64[n], frequencies uint64[n]; 0 for keys without a row."""
+        """Return versions uint64[n], steps int64[n], frequencies uint64[n]; 0 for absent rows."""
         meta = np.zeros((len(locations), 4), np.uint64)
         present = np.flatnonzero(locations)
         meta[present] = self._host.meta(places(locations[present]))
@@ -148,15 +148,15 @@ class Table:
 
         keys       uint64[n]        distinct
         gradients  float32[n, dim]  finite
-        counts     uint32[n]        occurrences of each key behind its gradient
-        step       of the trainer, for the optimizer; rows take it too or, where that is larger,
-                   the table's: a client that is behind, or tells no step, makes no row look idle
+        counts     uint32[n]        occurrences of each key in the push
+        step       of the trainer, for the optimizer. Rows record it, or the step of the table if
+                   that is larger: a client that lags or sends no step makes no row look idle
         lr         overrides the table's learning rate for this push
         largest    largest magnitude of the gradients; None: it is not known
         copied     the caller passes the result to ``images``
 
-        Gradients of the keys that have to wait are dropped. All of it happens or, with OutOfMemory
-        or RowOverflow, nothing.
+        Gradients of keys that are not admitted are dropped. Raises OutOfMemory or RowOverflow, and
+        changes nothing then.
         """
         self.check_push(keys, gradients, step=step, lr=lr, largest=largest)
         locations, absent = self._index.find(keys)
@@ -221,12 +221,13 @@ class Table:
         locations: Locations,
         version: int,
     ) -> tuple[NDArray[np.bool_], Occurrences]:
-        """Make rows for the missing keys that may have one, and count the others.
+        """Create rows for the missing keys that are admitted, and count the others.
 
-        missing    int64[m]   which of ``keys`` have no row
-        locations  uint64[n]  written where one is made
+        missing    int64[m]   positions in ``keys`` of those without a row
+        locations  uint64[n]  written where a row is created
 
-        Returns bool[m], which of them have one now, and their occurrences so far, uint32[m].
+        Returns which of the missing keys have a row now, bool[m], and their occurrences so far,
+        uint32[m].
         """
         absent, more = keys[missing], counts[missing]
         admitted, totals = self.gate.weigh(absent, more, version)
@@ -252,9 +253,9 @@ class Table:
         self._guard.pushed(largest_magnitude(rows))
 
     def put(self, images: Images) -> None:
-        """Write whole rows as they were read from a block or a record; newer ones stay.
+        """Write whole rows from a block or a record, except over newer rows.
 
-        Keys that get a row here wait no longer. All of it happens or, with OutOfMemory, nothing.
+        Keys that get a row lose their counters. Raises OutOfMemory, and changes nothing then.
         """
         keys, rows = images.keys, images.rows
         locations, absent = self._index.find(keys)
@@ -266,10 +267,11 @@ class Table:
         self._guard.put(rows)
 
     def put_counters(self, keys: Keys, totals: Occurrences, versions: Versions) -> None:
-        """Write counters as they were read from a block or a record; newer ones stay.
+        """Write counters from a block or a record, except over newer counters.
 
-        keys  uint64[n], distinct; those that have a row need none; totals uint32[n]; versions
-              uint64[n]
+        keys      uint64[n], distinct; those that have a row are ignored
+        totals    uint32[n]
+        versions  uint64[n]
         """
         absent = self._index.find(keys)[0] == 0
         self.gate.put(keys[absent], totals[absent], versions[absent])
@@ -280,7 +282,8 @@ class Table:
         keys    uint64[n]  distinct
         before  uint64[n]  only rows of lower versions; None: all rows
 
-        Returns the keys that had either, in the order of ``keys``, and how many had a row.
+        Returns the keys that had a row or a counter, in the order of ``keys``, and how many had a
+        row.
         """
         locations, absent = self._index.find(keys)
         there = np.flatnonzero(locations)
@@ -299,24 +302,24 @@ class Table:
         return gone, len(there)
 
     def view(self) -> View:
-        """The rows as sweeps look at them; valid until the next call that changes the table."""
+        """Return the rows as sweeps see them; valid until the next call that changes the table."""
         return self._host.view()
 
     def scan(self) -> Scan:
-        """All rows, for readers that go through them while pushes go on."""
+        """Return all rows, for readers that go through them while pushes go on."""
         return self._host.scan()
 
     def tiers(self) -> list[tuple[str, Scan, int]]:
-        """All rows tier by tier: its name, its rows, and the bytes that it takes."""
+        """Return for each tier its name, its rows, and the bytes that it takes."""
         return [(self._host.name, self._host.scan(), self._host.bytes)]
 
     def tiers_of(self, locations: Locations) -> list[str]:
-        """The name of the tier of each location; empty for keys without a row."""
+        """Return the name of the tier of each location; empty for keys without a row."""
         names = {0: "", self._host.code: self._host.name}
         return [names[code] for code in (locations >> np.uint64(PLACE_BITS)).tolist()]
 
     def dump(self) -> Dump:
-        """Copies of everything, for tests and tools; as large as the table."""
+        """Return copies of everything, for tests and tools: as large as the table."""
         keys = [k for k, _ in self._index.slices()]
         every = np.sort(np.concatenate(keys))
         rows, meta = self._host.dump(places(self._index.find(every)[0]))
@@ -326,20 +329,20 @@ class Table:
         return Dump(every, rows, meta, counters, self.gate.cells().copy())
 
     def close(self) -> None:
-        """Return the memory."""
+        """Free the memory, once the last scan has let go of it."""
         self._index.close()
         self._host.close()
         self.gate.close()
 
     def _create(self, keys: Keys) -> Locations:
-        """Give absent keys their initial rows; all or, with OutOfMemory, none."""
+        """Create initial rows for absent keys; raises OutOfMemory, and creates none then."""
         locations = self._place(keys)
         slots = places(locations)
         self._host.create(keys, slots, self.schema.initializer, self._seed, self._state)
         return locations
 
     def _place(self, keys: Keys) -> Locations:
-        """Places for the rows of absent keys, not filled yet; all or, with OutOfMemory, none."""
+        """Return locations for the rows of absent keys, not filled; OutOfMemory changes nothing."""
         slots = self._host.allocate(len(keys))
         locations = slots.view(np.uint64) | np.uint64(self._host.code << PLACE_BITS)
         try:

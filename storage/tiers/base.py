@@ -1,7 +1,7 @@
 """The contract of a tier.
 
-To add one: write the class in a file beside this one. The table reaches tiers through this
-contract alone, and the tests of the contract run over every implementation.
+To add a tier, write a class in a new file next to this one. The table uses tiers only through this
+contract, and the tests of the contract run over every implementation.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ EVERY = 1 << 62  # places
 
 
 class Scan(Protocol):
-    """The rows that a tier held at one moment, a slice at a time.
+    """The rows of a tier at one moment, to be read in slices.
 
     Any thread may use it while the engine thread pushes. A row that is pushed meanwhile may be
-    found torn or not at all; its version, or that of the push in a log, tells.
+    missed, or read half written. Its version is then newer than the moment of the scan.
     """
 
     def find(
@@ -43,13 +43,13 @@ class Scan(Protocol):
         ...
 
     def copy(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> Meta:
-        """Copy whole rows [n, width] and their frequencies uint64[n]; their metadata as now."""
+        """Copy whole rows [n, width] and their frequencies uint64[n]; return their metadata."""
         ...
 
     def measure(self, places: Slots, norms: NDArray[Any]) -> Meta:
-        """Write the L2 norms of embeddings, float64[n]; their metadata as now.
+        """Write the L2 norms of embeddings, float64[n]; return their metadata.
 
-        Version 0: the row is gone from its place.
+        Version 0: the row was deleted.
         """
         ...
 
@@ -59,9 +59,9 @@ class Scan(Protocol):
 
 
 class Tier(Protocol):
-    """Rows by place. Places are int64, chosen by the tier; calls take distinct, valid ones.
+    """Rows by place. A place is an int64 that the tier chooses; calls take distinct, valid ones.
 
-    Rows are float32[width], ``[embedding | state]``; each has metadata of four 64-bit numbers.
+    A row is float32[width], ``[embedding | state]``, with metadata of four 64-bit numbers.
     """
 
     name: ClassVar[str]
@@ -69,7 +69,7 @@ class Tier(Protocol):
 
     @property
     def rows(self) -> int:
-        """Rows held."""
+        """Number of rows."""
         ...
 
     @property
@@ -78,21 +78,21 @@ class Tier(Protocol):
         ...
 
     def allocate(self, count: int) -> Slots:
-        """Places for new rows, contents undefined; OutOfMemory leaves the tier as it was."""
+        """Return places for new rows, contents undefined; OutOfMemory leaves the tier unchanged."""
         ...
 
     def release(self, places: Slots) -> None:
-        """Give places back."""
+        """Free places, whose rows are deleted."""
         ...
 
     def create(
         self, keys: Keys, places: Slots, initializer: Initializer, seed: int, state: Rows
     ) -> None:
-        """Fill new rows: initial embeddings, initial state, metadata without history."""
+        """Fill new rows: initial embeddings, initial state, and version, step and frequency 0."""
         ...
 
     def read(self, places: Slots, out: Rows) -> None:
-        """Copy embeddings to ``out`` [n, dim]; where the place is ABSENT, it stays as it is."""
+        """Copy embeddings to ``out`` [n, dim]; rows whose place is ABSENT are left unchanged."""
         ...
 
     def push(
@@ -108,13 +108,13 @@ class Tier(Protocol):
     ) -> None:
         """Record the push in the metadata and run one optimizer step over the rows.
 
-        step   of the optimizer
-        stamp  the step recorded; None: the same
+        step   passed to the optimizer
+        stamp  step recorded in the metadata; None: ``step``
         """
         ...
 
     def images(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> None:
-        """Copy whole rows [n, width] and their frequencies uint64[n], as a push left them."""
+        """Copy whole rows [n, width] and their frequencies uint64[n], after a push."""
         ...
 
     def largest(self, places: Slots) -> float:
@@ -122,25 +122,25 @@ class Tier(Protocol):
         ...
 
     def put(self, places: Slots, images: Images) -> None:
-        """Write whole rows with their metadata, new or not; those that are newer stay."""
+        """Write whole rows with their metadata, except over newer rows."""
         ...
 
     def meta(self, places: Slots) -> Meta:
-        """A copy of the metadata alone."""
+        """Return a copy of the metadata."""
         ...
 
     def scan(self) -> Scan:
-        """All rows, for readers that go through them while pushes go on."""
+        """Return all rows, for readers that go through them while pushes go on."""
         ...
 
     def view(self) -> View:
-        """The tier as sweeps look at it; valid until the next call that changes it."""
+        """Return the tier as sweeps see it; valid until the next call that changes it."""
         ...
 
     def dump(self, places: Slots) -> tuple[Rows, Meta]:
-        """Copies of whole rows and of their metadata."""
+        """Return copies of whole rows and of their metadata."""
         ...
 
     def close(self) -> None:
-        """Return the memory."""
+        """Free the memory, once the last scan has let go of it."""
         ...

@@ -1,7 +1,6 @@
-"""Rows in host memory: a slab, its metadata beside it, and the list of free slots.
+"""Rows in host memory: a slab of rows, an array of metadata, and a list of free slots.
 
-A place is a slot: the position of a row in the slab. The slab grows by chunks and never moves.
-Metadata is packed into 24 bytes a row:
+A place is a slot: the index of a row in the slab. Metadata is packed into 24 bytes per row:
 
     key uint64 | version << 16 | frequency >> 16 | step << 16 | frequency & 0xffff
 """
@@ -41,7 +40,7 @@ from storage.tiers.base import LOOK, Meta, Scan
 
 
 class HostScan:
-    """The slots that were handed out so far, in their order. See Scan for the contract."""
+    """The slots in use so far, in ascending order. See Scan for the contract."""
 
     def __init__(self, slab: Memory, meta: Memory, used: int, dim: int) -> None:
         self._slab, self._meta, self._used, self._dim = slab, meta, used, dim

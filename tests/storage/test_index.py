@@ -217,7 +217,7 @@ def test_an_index_that_cannot_be_split_says_so_and_stays_as_it_was(
     index._salt = np.uint64(0)  # or these keys would not share bits of the hash
     index.insert(few, u64([1, 2]))
     keys = keys_of(0b10110 << 59 | i for i in range(SEGMENT))
-    with pytest.raises(RuntimeError, match=r"index is lopsided: 4 bits of the hash do not split"):
+    with pytest.raises(RuntimeError, match=r"index is unbalanced: 4 bits of the hash do not split"):
         index.insert(keys, keys | np.uint64(1))
     assert held(index) == {1: 1, 2: 2}
 
