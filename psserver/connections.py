@@ -1,14 +1,14 @@
-"""Connections whose peers send much and do not finish it.
+"""Close connections whose peers send large messages without finishing them.
 
-gRPC collects a message until it is complete and reports nothing meanwhile, so a peer could have the
-server hold a message of almost the limit on every connection, for ever. The kernel counts the bytes
-that each connection received, and the service counts the messages that arrived. The difference is
-what gRPC holds of unfinished messages. A thread looks at it a few times per second, and closes
+gRPC buffers a message until it is complete, and provides no limit for all connections together. So
+peers could fill the memory with incomplete messages. The kernel counts the bytes that a connection
+received, and the service counts the messages that arrived. The difference is the size of incomplete
+messages. A thread computes it several times per second, and closes
 
-* connections that have had more than LARGE bytes of unfinished messages for longer than ``seconds``
-* the oldest of those with unfinished messages, while all together have more than ``most`` bytes
+* a connection that has more than LARGE bytes of incomplete messages for longer than ``seconds``
+* the connections with the oldest incomplete messages, if all together exceed ``most`` bytes
 
-The peer of a closed connection gets UNAVAILABLE, and sends the same message again.
+The client of a closed connection gets UNAVAILABLE and retries.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from dataclasses import dataclass
 
 import structlog
 
-LARGE = 8 << 20  # bytes; more than gRPC's window, which fills where the service does not read
-LOOK_SECONDS = 0.25  # between two looks
-SHARE = 0.05  # of a core, the most that looks may take
+LARGE = 8 << 20  # bytes; above gRPC's window, which fills if the service does not read
+LOOK_SECONDS = 0.25  # between two checks
+SHARE = 0.05  # of one core: the most that the checks may use
 _TCP_INFO_BYTES = 256
 _RECEIVED = struct.Struct("=QQ")  # bytes that the peer acknowledged, bytes received
 _AT = 120  # of these two in struct tcp_info of linux/tcp.h
@@ -36,19 +36,18 @@ log = structlog.get_logger()
 
 @dataclass(slots=True)
 class Connection:
-    """What one connection had received and sent at the last look."""
+    """The counts of one connection at the last check."""
 
-    since: float  # monotonic seconds: the unfinished messages are LARGE since then
+    since: float  # monotonic seconds since which it has more than LARGE unfinished bytes
     received: int = 0  # bytes
     sent: int = 0
-    arrived: int = 0  # bytes that arrived in whole messages, with the frames around them
-    unfinished: int = 0  # bytes
+    arrived: int = 0  # bytes of complete messages and their frames
+    unfinished: int = 0  # bytes of incomplete messages
 
     def update(self, received: int, sent: int, arrived: int) -> None:
-        """Note the counts of a look.
+        """Store new counts.
 
-        Frames that carry no message are window updates, for the most part, and fewer than a byte
-        for each 512 that were sent.
+        Other frames are mostly window updates: less than one byte per 512 bytes sent.
         """
         change = received - self.received - (arrived - self.arrived)
         frames = (sent - self.sent) // 512 + 1024
@@ -59,15 +58,15 @@ class Connection:
 class Connections:
     """The connections of the server on ``port``.
 
-    most     bytes of unfinished messages, all connections together
-    seconds  for a large message to arrive
+    most     limit for the incomplete messages of all connections, in bytes
+    seconds  time for a large message to arrive
     """
 
     def __init__(
         self, port: int, most: int, seconds: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.unfinished = 0  # bytes, at the last look
-        self.closed = 0  # connections, ever
+        self.unfinished = 0  # bytes of incomplete messages at the last check
+        self.closed = 0  # connections closed since the start
         self._port = port
         self._most = most
         self._seconds = seconds
@@ -78,21 +77,21 @@ class Connections:
         self._thread = threading.Thread(target=self._run, name="connections", daemon=True)
 
     def open(self) -> None:
-        """Start to look."""
+        """Start the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop the thread."""
         self._stop.set()
         self._thread.join()
 
     def arrived(self, peer: str, size: int) -> None:
-        """Count a message of ``size`` bytes that arrived from a peer; called on the event loop."""
+        """Count a complete message of ``size`` bytes. Called on the event loop."""
         # gRPC and HTTP/2 add 14 bytes to each 16 KiB, and headers
         self._arrived[peer] = self._arrived.get(peer, 0) + size + (size >> 6) + 256
 
     def look(self) -> None:
-        """Compare what was received with what arrived, and close connections that have too much."""
+        """Check all connections once."""
         now, seen = self._clock(), {}
         for peer, connection, received, sent in sockets(self._port):
             entry = self._known.get(peer) or Connection(now)
@@ -111,7 +110,7 @@ class Connections:
         self.unfinished = sum(each.unfinished for each in seen.values())
 
     def _shed(self, excess: int) -> None:
-        """Close the connections with the oldest unfinished messages: ``excess`` bytes of them."""
+        """Close the connections with the oldest incomplete messages, until ``excess`` is gone."""
         order = sorted(self._known, key=lambda peer: self._known[peer].since)
         chosen = set()
         for peer in order:
@@ -138,8 +137,8 @@ class Connections:
 
 
 def sockets(port: int) -> Iterator[tuple[str, socket.socket, int, int]]:
-    """Yield this process's connections to its own ``port``: the peer as gRPC writes it, the socket,
-    bytes received, bytes acknowledged by the peer. The socket is gRPC's: it must not be closed.
+    """Yield the connections of clients to ``port`` of this process: name of the peer, socket, bytes
+    received, bytes acknowledged by the peer. The socket belongs to gRPC and must not be closed.
     """
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -157,7 +156,7 @@ def sockets(port: int) -> Iterator[tuple[str, socket.socket, int, int]]:
 
 
 def _counts(connection: socket.socket, port: int) -> tuple[str, int, int] | None:
-    """Return peer, bytes received, bytes acknowledged; None if not of a connection to ``port``."""
+    """Return peer, bytes received, bytes acknowledged; None if this is not such a connection."""
     if connection.family not in (socket.AF_INET, socket.AF_INET6):
         return None
     try:
@@ -166,13 +165,13 @@ def _counts(connection: socket.socket, port: int) -> tuple[str, int, int] | None
         peer = peer_name(connection.getpeername())
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
         sent, received = _RECEIVED.unpack_from(info, _AT)
-    except (OSError, struct.error):  # it listens, is no TCP socket, or belongs to an old kernel
+    except (OSError, struct.error):  # a listening socket, not TCP, or an old kernel
         return None
     return peer, received, sent
 
 
 def peer_name(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
-    """Return an address as gRPC's ``context.peer()`` writes it."""
+    """Return the name that gRPC's ``context.peer()`` gives to an address."""
     host, port = address[:2]
     mapped = host.removeprefix("::ffff:")
     if "." in mapped:

@@ -1,4 +1,4 @@
-"""The way to all methods of a server, those of health checks and reflection included."""
+"""The entrance to all methods of a server, including health checks and reflection."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Finds the handler of a method. Methods of ps.v1 are refused until the door is opened."""
+    """Finds the handler of a method. Refuses methods of ps.v1 with STARTING until ``open``."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
@@ -28,7 +28,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._closed = grpc.stream_stream_rpc_method_handler(_refuse)  # fits all four kinds
 
     def open(self, methods: Mapping[str, Handler]) -> None:
-        """Let calls of methods in, by their full names."""
+        """Serve these methods, by full name."""
         self._methods.update(methods)
         self._opened = True
 
@@ -38,13 +38,13 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
             return self._closed
         return self._methods.get(method)
 
-    # ---- what generated code expects of a server
+    # ---- the interface of a server that generated code uses
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        """Do nothing: generated code adds the same methods as registered ones."""
+        """Do nothing: generated code also adds the same methods as registered handlers."""
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
-        """Let calls of a foreign service in. Their messages are limited before they are parsed."""
+        """Serve the methods of another service. Large messages are refused before parsing."""
         for name, handler in handlers.items():
             self._methods[f"/{service}/{name}"] = self._limited(handler)
 

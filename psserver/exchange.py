@@ -1,4 +1,4 @@
-"""Pulls, pushes, deletes and exchanges: decode, check, hand to the engine, encode."""
+"""Pulls, pushes, deletes and exchanges: decode, check, run on the engine, encode."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from psserver.shard import Shard
 from psserver.workers import Workers
 from storage.versionlog import VersionLog
 
-AT_ONCE = 4 << 20  # bytes of a message or of rows, some milliseconds' work: the loop does no more
+AT_ONCE = 4 << 20  # bytes of a message or of rows: a few milliseconds of work on the event loop
 AT_ONCE_PARTS = 64  # pushes and pulls, likewise
 AT_ONCE_FIELDS = 512  # of a message, a part counted as several; likewise
 
 Result = TypeVar("Result")
 Header = pb.StreamRequestHeader | None  # None: of a message that is no stream's
 Decode = Callable[[bytes, int], tuple[Header, codec.Exchange]]
-# when it came, what was asked for, and how it goes
+# time of arrival, request, and its result or error
 Begun = tuple[float, codec.Exchange | None, "asyncio.Future[codec.Exchanged] | Exception"]
 
 
 @dataclass(slots=True)
 class Checked:
-    """An exchange whose parts break no rule by themselves."""
+    """An exchange that passed the checks."""
 
     exchange: codec.Exchange
     pushes: list[Push]
@@ -43,7 +43,7 @@ class Checked:
 
 
 class Exchanges:
-    """The methods that read and write rows of one shard."""
+    """The methods that read and write rows."""
 
     def __init__(
         self,
@@ -112,15 +112,15 @@ class Exchanges:
     async def read(
         self, decode: Decode, data: bytes, reservation: Reservation
     ) -> tuple[Header, Checked | Exception]:
-        """Decode and check a message; what its checks find is returned, Malformed is raised."""
+        """Decode and check a message. Errors of the checks are returned; Malformed is raised."""
         return await self._on_time(partial(self._read, decode), data, reservation)
 
     async def _on_time(
         self, read: Callable[[bytes, int], Result], data: bytes, reservation: Reservation
     ) -> Result:
-        """Read a message here if that takes little, else on a thread.
+        """Read a message: a cheap one here, an expensive one on a thread.
 
-        The Python code of that thread lets the loop run every SWITCH_SECONDS.
+        The thread gives up the interpreter lock often, so the event loop stays responsive.
         """
         if len(data) <= AT_ONCE:
             with suppress(codec.TooManyFields):
@@ -148,9 +148,9 @@ class Exchanges:
         deadline: float,
         reservation: Reservation,
     ) -> Begun:
-        """Hand an exchange to the engine, or release its reservation.
+        """Submit an exchange to the engine. Releases the reservation if it is refused.
 
-        start  seconds of the performance counter when it came
+        start  time of arrival, in seconds of the performance counter
         """
         if isinstance(checked, Exception):
             reservation.release()
@@ -169,14 +169,14 @@ class Exchanges:
         return start, checked.exchange, work
 
     def _is_small(self, parts: Sequence[Push | Pull]) -> bool:
-        """Whether the loop may do this itself: it is soon done, and waits for no disk."""
+        """Return whether the event loop may run this itself: it is short and waits for no disk."""
         if len(parts) > AT_ONCE_PARTS:
             return False
         size = self._shard.size(parts)
         return size <= AT_ONCE and (self._log is None or self._log.room > 2 * size)
 
     async def finish(self, begun: Begun) -> codec.Exchanged:
-        """Wait for the engine, and count what was served."""
+        """Wait for the engine and for durability, and count the requests."""
         start, exchange, work = begun
         try:
             if isinstance(work, Exception):

@@ -1,4 +1,4 @@
-"""gRPC method handlers: admit, parse, call, count, answer; the same for every method."""
+"""gRPC handlers. Every method is admitted, counted and answered in the same way."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from psserver.status import abort, code_of, reason_of, status_of
 from psserver.work import Progress
 from psserver.workers import Pool, Workers
 
-PROGRESS_SECONDS = 0.2  # between two messages about the progress of long work
+PROGRESS_SECONDS = 0.2  # between two progress messages
 
 
 class Handlers:
-    """Make handlers from methods."""
+    """Builds gRPC handlers from methods."""
 
     def __init__(
         self,
@@ -40,18 +40,18 @@ class Handlers:
         self._connections = connections
 
     def count_error(self, method: str, error: Exception) -> None:
-        """Count a request that was refused or failed."""
+        """Count a request that failed."""
         status = status_of(error)
         self._limits.stats.failed(method, code_of(status).name, reason_of(status))
 
     def arrived(self, context: Context, data: bytes) -> None:
-        """Count a message that a peer finished."""
+        """Report that a message of a peer is complete."""
         self._connections.arrived(context.peer(), len(data))
 
     def counted(
         self, name: str, call: Callable[..., Awaitable[Any]]
     ) -> Callable[..., Awaitable[Any]]:
-        """Return the same call, counted while it lasts, and refused where there are too many."""
+        """Wrap a call: count it while it runs, and refuse it if too many are running."""
 
         async def counted(data: Any, context: Context) -> Any:
             try:
@@ -74,7 +74,7 @@ class Handlers:
         arrays: bool = True,
         during_restore: bool = False,
     ) -> Handler:
-        """A method that takes and returns one encoded message."""
+        """Build the handler of a method that takes and returns the bytes of one message."""
 
         async def call(data: bytes, context: Context) -> bytes:
             remaining = context.time_remaining()
@@ -87,7 +87,7 @@ class Handlers:
                 )
                 answer = await method(data, deadline, reservation)
                 reservation.resize(len(answer))
-                task = asyncio.current_task()  # it ends once the answer is sent
+                task = asyncio.current_task()  # ends when the answer is sent
                 assert task is not None
                 reservation.release_after(task)
                 del task
@@ -109,7 +109,7 @@ class Handlers:
         *,
         during_restore: bool = False,
     ) -> Handler:
-        """A method that takes and returns one protobuf message."""
+        """Build the handler of a method that takes and returns one protobuf message."""
 
         async def call(data: bytes, deadline: float, _: Reservation) -> bytes:
             return bytes((await method(parse(kind, data), deadline)).SerializeToString())
@@ -124,7 +124,7 @@ class Handlers:
         *,
         during_restore: bool = False,
     ) -> Handler:
-        """A method that runs on a thread of a pool."""
+        """Build the handler of a method that blocks, and runs on a thread of ``pool``."""
 
         async def call(data: bytes, deadline: float, reservation: Reservation) -> bytes:
             work = partial(method, parse(kind, data))
@@ -134,7 +134,7 @@ class Handlers:
         return self.unary(method_of(kind), call, arrays=False, during_restore=during_restore)
 
     def long(self, kind: type[Message], method: Callable[[Any, Progress], Message]) -> Handler:
-        """A method that sends messages about the progress of long work, then its result."""
+        """Build the handler of a long operation: it sends its progress, then its result."""
 
         async def answers(request: Any) -> AsyncIterator[Message]:
             progress = self._checkpoints.work.progress()
@@ -151,7 +151,10 @@ class Handlers:
         return self._stream_out(kind, answers)
 
     def many(self, kind: type[Message], method: Callable[[Any], Iterator[Message]]) -> Handler:
-        """A method that sends many messages, each made once the one before is on its way."""
+        """Build the handler of a long operation that sends many messages.
+
+        Each message is made after the previous one has been written.
+        """
 
         async def answers(request: Any) -> AsyncIterator[Message]:
             loop = asyncio.get_running_loop()
@@ -183,7 +186,7 @@ class Handlers:
     def served(
         self, name: str, call: Callable[[bytes, Context], Awaitable[None]]
     ) -> Callable[[bytes, Context], Awaitable[None]]:
-        """Return a call that answers one small message with many, once it is admitted."""
+        """Wrap a call that answers one message with many: admit it, and report its error."""
 
         async def served(data: bytes, context: Context) -> None:
             self.arrived(context, data)
@@ -201,7 +204,7 @@ class Handlers:
 
 
 def parse(kind: type[Message], data: bytes) -> Message:
-    """Return the message of ``data``; Malformed if it is none."""
+    """Parse a protobuf message. Raises Malformed."""
     try:
         return kind.FromString(data)
     except DecodeError as error:
@@ -209,5 +212,5 @@ def parse(kind: type[Message], data: bytes) -> Message:
 
 
 def method_of(kind: type[Message]) -> str:
-    """Return the name of the method that takes such messages."""
+    """Return the name of the method whose request this is."""
     return str(kind.DESCRIPTOR.name).removesuffix("Request")

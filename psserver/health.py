@@ -1,6 +1,6 @@
-"""The health service of grpc.health.v1: what is SERVING, to whoever asks or watches.
+"""The health service of grpc.health.v1.
 
-A status is set without waiting for those who watch: one who does not read hinders nobody.
+Setting a status does not wait for watchers: one that does not read cannot block the server.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Serving: TypeAlias = pb.HealthCheckResponse.ServingStatus
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """Statuses by name."""
+    """The statuses of all names."""
 
     def __init__(self) -> None:
         self._statuses: dict[str, Serving] = {}
@@ -33,7 +33,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     async def Check(  # noqa: N802
         self, request: pb.HealthCheckRequest, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> Status:
-        """Return the status of a name; NOT_FOUND where it has none."""
+        """Return the status of a name. NOT_FOUND if it has none."""
         status = self._statuses.get(request.service)
         if status is None:
             await context.abort(grpc.StatusCode.NOT_FOUND)

@@ -1,7 +1,7 @@
-"""Admission of requests: the one place that decides whether a message may be worked on now.
+"""Admission of requests. All methods pass through here before their message is decoded.
 
-A message is admitted before it is decoded. Its bytes count as in flight until its reply is sent,
-and so do the bytes of the reply. Everything here runs on the event loop.
+The bytes of a message and of its reply count as in flight until the reply is sent. Everything here
+runs on the event loop.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CONTROL_BYTES = 256 << 10  # of a message that carries no arrays
 
 
 class Reservation:
-    """The bytes that one message and its reply have in flight."""
+    """The bytes in flight of one message and its reply."""
 
     __slots__ = ("_handed_over", "_limits", "size")
 
@@ -28,9 +28,9 @@ class Reservation:
         self.size = size
 
     def add(self, more: int) -> None:
-        """Count ``more`` bytes of a reply; Overloaded if others are in flight and leave no room.
+        """Add the bytes of the reply. Raises Overloaded beyond the limit.
 
-        A reply that is larger than the limit goes out when nothing else is in flight.
+        A reply larger than the limit is allowed if nothing else is in flight.
         """
         if self._limits.stats.inflight_bytes > self.size:
             self._limits.require_room(more)
@@ -38,45 +38,46 @@ class Reservation:
         self.size += more
 
     def resize(self, size: int) -> None:
-        """Count ``size`` bytes from now on; never refused."""
+        """Change the size. Never refused."""
         self._limits.stats.inflight_bytes += size - self.size
         self.size = size
 
     def release(self) -> None:
-        """Return the bytes, unless they were handed over."""
+        """Return the bytes, unless ``hand_over`` was called."""
         if not self._handed_over:
             self.resize(0)
 
     def hand_over(self) -> None:
-        """Let another owner return the bytes, with ``end``."""
+        """Make ``release`` do nothing. The new owner must call ``end``."""
         self._handed_over = True
 
     def end(self) -> None:
-        """Return the bytes after they were handed over."""
+        """Return the bytes after ``hand_over``."""
         self.resize(0)
 
     def release_after(self, work: asyncio.Future[Any]) -> None:
-        """Return the bytes when ``work`` ends, as it still uses the message."""
+        """Return the bytes when ``work``, which uses the message, is done."""
         self.hand_over()
         work.add_done_callback(lambda _: self.end())
 
 
 class Limits:
-    """What this server has in flight, and what it admits."""
+    """Admits messages and calls, and counts what is in flight."""
 
     def __init__(self, config: ServerConfig, stats: ServiceStats, restores: Restores) -> None:
         self.stats = stats
         self.draining = False
         self._config = config
         self._restores = restores
-        self._calls = 0  # in progress; subscriptions are not counted
-        self._idle = asyncio.Event()  # set while there is no call
+        self._calls = 0  # running, without subscriptions
+        self._idle = asyncio.Event()  # set while no call is running
         self._idle.set()
 
     def admit(self, size: int, *, arrays: bool = True, during_restore: bool = False) -> Reservation:
-        """Admit a message of ``size`` bytes, or raise the reason why not.
+        """Admit a message of ``size`` bytes. Raises Draining, Restoring, TooLarge or Overloaded.
 
-        arrays  false for a message of a kind that carries none: it must be small
+        arrays          the message may carry arrays; other messages must be small
+        during_restore  admit the message even if a restore blocks the shard
         """
         self.require_open(during_restore=during_restore)
         most = self._config.max_message_bytes
@@ -94,14 +95,14 @@ class Limits:
         return Reservation(self, size)
 
     def require_open(self, *, during_restore: bool = False) -> None:
-        """Refuse work while the server stops or, but for some methods, is between restore steps."""
+        """Raise Draining if the server is stopping, Restoring if a restore blocks the shard."""
         if self.draining:
             raise Draining("the server is stopping")
         if self._restores.held and not during_restore:
             raise Restoring
 
     def require_room(self, size: int) -> None:
-        """Refuse ``size`` more bytes in flight where they exceed the limit."""
+        """Raise Overloaded if ``size`` more bytes in flight exceed the limit."""
         inflight, limit = self.stats.inflight_bytes, self._config.max_inflight_bytes
         if inflight + size > limit:
             raise Overloaded(
@@ -110,18 +111,18 @@ class Limits:
             )
 
     def begin_call(self) -> None:
-        """Count a call until ``end_call``; Overloaded if there are too many."""
+        """Count a call. Raises Overloaded if too many are running."""
         if self._calls >= self._config.max_calls:
-            raise Overloaded(f"max_calls={self._config.max_calls} calls in progress; retry later")
+            raise Overloaded(f"max_calls={self._config.max_calls} calls are running; retry later")
         self._calls += 1
         self._idle.clear()
 
     def end_call(self) -> None:
-        """Count a call no longer."""
+        """Stop counting a call."""
         self._calls -= 1
         if not self._calls:
             self._idle.set()
 
     async def idle(self) -> None:
-        """Return once no call is in progress."""
+        """Wait until no call is running."""
         await self._idle.wait()

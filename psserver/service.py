@@ -36,7 +36,7 @@ from storage.schema import TableSchema
 from storage.versionlog import VersionLog
 
 LISTED = 16  # tables that the engine describes at once
-SHARES = 8  # a stream is not read while it has this part of max_inflight_bytes in flight
+SHARES = 8  # one stream may use this fraction of max_inflight_bytes
 
 
 class Service:
@@ -75,7 +75,7 @@ class Service:
         )
 
     def drain(self) -> None:
-        """Refuse new work; streams finish what they have accepted and end."""
+        """Refuse new requests. Streams answer their pending requests and end."""
         self._limits.draining = True
         self._checkpoints.work.stop()
         self._sweeper.stop()
@@ -84,15 +84,15 @@ class Service:
         self._streams.drain()
 
     async def finished(self) -> None:
-        """Return once nobody is being served but subscribers, who may never read what they have."""
+        """Wait until no call is running, subscriptions aside: their clients may never read."""
         await self._limits.idle()
 
     def close(self) -> None:
-        """Wait for the threads; nobody is served any more."""
+        """Stop the threads. No call may be running."""
         self._workers.close()
 
     def methods(self) -> dict[str, Handler]:
-        """Return the handlers of all methods, by their full names."""
+        """Return the handlers of all methods, by full name."""
         make = self._make
         tables = {
             "CreateTable": make.message(pb.CreateTableRequest, self.create_table),
@@ -162,7 +162,7 @@ class Service:
         self, request: pb.CreateTableRequest, deadline: float
     ) -> pb.CreateTableResponse:
         schema = read_schema(request.schema)
-        # in one call of the engine: nobody can drop the table between creation and description
+        # one call of the engine: another client cannot drop the table before it is described
         made = await self._engine.submit(lambda: self._create(schema), deadline)
         await self._settled(made.version, pb.DURABILITY_LOG)
         return pb.CreateTableResponse(schema=made.schema, stats=made.stats)
@@ -190,13 +190,13 @@ class Service:
 
         def alter() -> pb.AlterTableResponse:
             _, dropped = self._shard.alter_table(name, change)
-            told = self._describe(name)
+            described = self._describe(name)
             return pb.AlterTableResponse(
-                schema=told.schema,
-                stats=told.stats,
-                version=told.version,
+                schema=described.schema,
+                stats=described.stats,
+                version=described.version,
                 dropped_counters=dropped,
-                epoch=told.epoch,
+                epoch=described.epoch,
             )
 
         done = await self._engine.submit(alter, deadline)
@@ -217,7 +217,7 @@ class Service:
         return self._info.read()
 
     def _describe_all(self, names: Sequence[str]) -> list[pb.DescribeTableResponse]:
-        """Describe tables; those that were dropped meanwhile are left out."""
+        """Describe tables, without those that were dropped meanwhile."""
         described = []
         for name in names:
             with suppress(UnknownTable):
@@ -268,7 +268,7 @@ class Service:
         return pb.BarrierResponse(version=version, epoch=epoch)
 
     async def subscribe(self, data: bytes, context: Context) -> None:
-        """Send changes until the subscriber is gone or something is wrong."""
+        """Serve a subscription until it fails or the subscriber leaves."""
         if self._feed is None:
             raise NoLog
         await self._feed.serve(data, context.write)
@@ -284,9 +284,9 @@ class Service:
         try:
             return await self._workers.start_long(self._sweeper.evict, request, gone)
         finally:
-            gone.set()  # the caller, perhaps
+            gone.set()  # stops the eviction if the caller was cancelled
 
     async def _settled(self, version: int, level: pb.Durability) -> None:
-        """Wait until a version is as safe as asked for."""
+        """Wait until a version has the given durability."""
         if self._feed is not None:
             await self._feed.settled(version, level)

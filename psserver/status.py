@@ -1,4 +1,4 @@
-"""The status with which an error reaches a client: one table from the error trees to codes."""
+"""Convert errors to gRPC statuses. One table maps every error to a code and a reason."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from storage.errors import (
     UnknownTable,
 )
 
-MESSAGE = 1024  # bytes of an error's; as a trailer, twice, it must stay below gRPC's 8 KiB
+MESSAGE = 1024  # bytes of an error message; trailers contain it twice, gRPC allows them 8 KiB
 
 Code = grpc.StatusCode
 CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
@@ -98,7 +98,7 @@ RETRY_AFTER: dict[type[Exception], float] = {DiskFull: 1.0, LogFailed: 1.0}  # s
 
 
 def status_of(error: Exception) -> Status:
-    """The google.rpc.Status that tells a client about an error."""
+    """Return the google.rpc.Status of an error. Unexpected errors are INTERNAL."""
     code, reason = next(
         (found for kind in type(error).__mro__ if (found := CODES.get(kind))),
         (Code.INTERNAL, "INTERNAL"),
@@ -126,17 +126,17 @@ def _detail(message: Message) -> Detail:
 
 
 def code_of(status: Status) -> grpc.StatusCode:
-    """gRPC's own name of a status code."""
+    """Return the grpc.StatusCode of a status."""
     return next(code for code in Code if code.value[0] == status.code)
 
 
 def reason_of(status: Status) -> str:
-    """The reason in a status that ``status_of`` made."""
+    """Return the ErrorInfo reason of a status made by ``status_of``."""
     return str(ErrorInfo.FromString(status.details[0].value).reason)
 
 
 async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: Exception) -> None:
-    """End a call with the status of an error; raises."""
+    """End a call with the status of an error. Always raises."""
     status = status_of(error)
     context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
     await context.abort(code_of(status), status.message)

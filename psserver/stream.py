@@ -1,4 +1,4 @@
-"""The bidirectional stream: exchanges, several of them in flight at a time, answered in order."""
+"""The bidirectional stream: pipelined exchanges, answered in the order of arrival."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ PIPELINE = 64  # requests of one stream that may be in flight
 
 
 class _Flow:
-    """What one stream has in flight.
+    """The requests of one stream that are in flight.
 
-    answers   what it is owed, in order, by the ids of its requests; None: no more will come
-    inflight  bytes of requests and replies in them
-    room      set whenever there is less
-    gone      nobody reads any more
+    answers   results to send, in order, with the ids of their requests; None ends the queue
+    inflight  bytes of these requests and their replies
+    room      set when ``inflight`` decreases
+    gone      the client no longer reads
     """
 
     __slots__ = ("answers", "gone", "inflight", "room")
@@ -42,7 +42,7 @@ class _Flow:
 class Streams:
     """The streams of all clients.
 
-    share  a stream is not read while it has so many bytes in flight
+    share  bytes in flight beyond which a stream is not read
     """
 
     def __init__(
@@ -53,16 +53,16 @@ class Streams:
         self._handlers = handlers
         self._share = share
         self._streams: dict[asyncio.Task[Any], bool] = {}  # True while it waits for a message
-        self._writers: set[asyncio.Task[None]] = set()  # the loop holds tasks weakly
+        self._writers: set[asyncio.Task[None]] = set()  # the loop has weak references only
 
     def drain(self) -> None:
-        """End the streams that wait for a message; the others end when they have answered."""
+        """End the streams that wait for a message. The others end after their pending answers."""
         for stream, waits in self._streams.items():
             if waits:
                 stream.cancel()
 
     async def stream(self, _: Any, context: Context) -> None:
-        """Answer requests in the order in which they come."""
+        """Serve one stream."""
         flow = _Flow()
         writer = asyncio.create_task(self._write(flow, context))
         self._writers.add(writer)
@@ -83,10 +83,11 @@ class Streams:
             await abort(context, broken)
 
     async def _read(self, flow: _Flow, context: Context) -> Exception | None:
-        """Begin requests as they come and there is room; why that ends, if it was not the client.
+        """Read and begin requests while there is room. Returns the error that ends the stream, or
+        None if the client ended it.
 
-        Nothing keeps a message here once it is begun: no local, no error's traceback. The task is
-        not kept either: it would hold itself, by the error that ends it.
+        No local variable and no traceback may keep a message alive after it is begun, or this task
+        alive after its end.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -116,7 +117,7 @@ class Streams:
         return Draining("the server is stopping")
 
     async def _accept(self, flow: _Flow, data: bytes) -> None:
-        """Begin a request of a stream."""
+        """Admit, read and begin one request, and queue its answer."""
         start = time.perf_counter()
         try:
             reservation = self._limits.admit(len(data))
@@ -140,7 +141,7 @@ class Streams:
         flow.answers.put_nowait((head.id, begun, reservation))
 
     async def _write(self, flow: _Flow, context: Context) -> None:
-        """Write answers in their order until the queue says None; none once the client is gone."""
+        """Write the queued answers until None comes. Discards them if the client is gone."""
         while (answer := await flow.answers.get()) is not None:
             id, begun, reservation = answer
             try:

@@ -1,8 +1,9 @@
-"""Threads for what blocks: short calls, calls that wait for the store, checks, long work.
+"""Thread pools for blocking work.
 
-Each kind has threads of its own, so that none waits for another. Long work is refused with Busy
-beyond its few threads. The threads are daemons: one that hangs in a file operation does not keep
-the process from ending.
+Short calls, calls that read the checkpoint store, checks of large messages and long operations have
+separate pools, so that none waits for another. Long operations beyond the size of their pool are
+refused with Busy. The threads are daemons: one that hangs in a file operation does not keep the
+process from ending.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from psserver.errors import Busy, DeadlinePassed
 from psserver.limits import Reservation
 from psserver.loops import post
 
-SHORT = 4  # threads for calls of milliseconds
+SHORT = 4  # threads for calls that take milliseconds
 STORE = 4  # threads for calls that read a few files of the checkpoint store
 CHECKS = 2  # threads for messages that are too expensive for the event loop
-LONG = 8  # pieces of work that take as long as they take
-CLOSE_SECONDS = 10.0  # at a stop, for work that is under way
+LONG = 8  # operations that can take minutes or hours
+CLOSE_SECONDS = 10.0  # to wait for running work at a stop
 
 Result = TypeVar("Result")
 _Job = tuple["Future[Any]", Callable[[], Any]]
 
 
 class Pool(Executor):
-    """Up to ``threads`` daemon threads that run calls, oldest first."""
+    """An executor of daemon threads."""
 
     def __init__(self, name: str, threads: int) -> None:
         self._name = name
@@ -42,7 +43,7 @@ class Pool(Executor):
         self._threads: list[threading.Thread] = []
 
     def submit(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Future[Result]:
-        """Run a call on a thread; called on the event loop alone."""
+        """Run a call on a thread. Only the event loop may call this."""
         if len(self._threads) < self._most:
             thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._threads.append(thread)
@@ -52,7 +53,7 @@ class Pool(Executor):
         return future
 
     def close(self, seconds: float) -> None:
-        """End the threads; those that are still at work after ``seconds`` are left behind."""
+        """End the threads. Those that are still running after ``seconds`` are abandoned."""
         end = time.monotonic() + seconds
         for _ in self._threads:
             self._jobs.put(None)
@@ -64,7 +65,7 @@ class Pool(Executor):
             future, call = job
             if future.set_running_or_notify_cancel():
                 _settle(future, call)
-            del job, future, call  # requests are large; idle may be long
+            del job, future, call  # do not keep large requests while idle
 
 
 def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
@@ -79,7 +80,7 @@ def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
 
 
 class Workers:
-    """The threads of one server, by kind of work. Used on the event loop."""
+    """The thread pools of one server. Only the event loop may use them."""
 
     def __init__(self) -> None:
         self.short = Pool("short", SHORT)
@@ -89,7 +90,7 @@ class Workers:
         self._slots = LONG
 
     def close(self) -> None:
-        """Wait for work that is under way, for a while."""
+        """Wait up to CLOSE_SECONDS for running work."""
         end = time.monotonic() + CLOSE_SECONDS
         for pool in (self.short, self.store, self.checks, self._long):
             pool.close(max(end - time.monotonic(), 0))
@@ -101,9 +102,9 @@ class Workers:
         deadline: float = math.inf,
         reservation: Reservation | None = None,
     ) -> Result:
-        """Run a call on a thread of ``pool``; DeadlinePassed if it could not begin in time.
+        """Run a call on a thread of ``pool``. Raises DeadlinePassed if it could not begin in time.
 
-        A caller that is cancelled returns ``reservation`` only when the call has ended.
+        If the caller is cancelled, ``reservation`` is released when the call has ended.
         """
         job = pool.submit(_punctual, call, deadline)
         try:
@@ -117,7 +118,7 @@ class Workers:
 
     @contextmanager
     def slot(self) -> Iterator[Pool]:
-        """Take one of the few slots for long work; Busy if there is none."""
+        """Occupy a slot for a long operation. Raises Busy if none is free."""
         self._take_slot()
         try:
             yield self._long
@@ -125,9 +126,7 @@ class Workers:
             self._slots += 1
 
     def start_long(self, call: Callable[..., Result], *args: Any) -> asyncio.Future[Result]:
-        """Run a call on a slot for long work, which stays taken until the call ends; Busy if none
-        is free.
-        """
+        """Run a long operation. Its slot is occupied until it ends. Raises Busy if none is free."""
         self._take_slot()
         loop = asyncio.get_running_loop()
         job = self._long.submit(call, *args)
@@ -136,7 +135,7 @@ class Workers:
 
     def _take_slot(self) -> None:
         if not self._slots:
-            raise Busy(f"{LONG} pieces of long work are under way, the limit; retry later")
+            raise Busy(f"{LONG} long operations are running, the limit; retry later")
         self._slots -= 1
 
     def _return_slot(self) -> None:

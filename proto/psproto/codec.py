@@ -1,16 +1,16 @@
-"""Arrays <-> the messages of ps.proto that carry them.
+"""Encode and decode the messages of ps.proto that carry arrays.
 
-A protobuf library copies a ``bytes`` field when it parses and again at each access. Here arrays are
-views of the received message, and are copied once into the one that is sent:
+A protobuf library copies a ``bytes`` field when it parses it, and again at each access. Here the
+arrays of a received message are views of its bytes, and are copied once into a message to send:
 
     message  = *( header | padding | array | message )
     header   = tag length <small message, parsed by protobuf>
     padding  = tag length *7 zero              aligns the array that follows to its item size
     array    = tag length <little-endian items>
-    length   = varint; five bytes wide for messages, whose lengths are known only afterwards
+    length   = varint; five bytes wide for messages, whose lengths are known only at their end
 
-Any field order, unknown fields and unaligned arrays (copied) are understood, as from any protobuf
-library; tests hold both against each other.
+Like any protobuf library, the decoder accepts any order of fields, unknown fields, and arrays that
+are not aligned, which it copies. Tests compare it with protobuf.
 """
 
 from __future__ import annotations

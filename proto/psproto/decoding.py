@@ -1,4 +1,8 @@
-"""Bytes to messages: the arrays are views of what was received."""
+"""Decode messages. Arrays are views of the received bytes.
+
+Each function raises Malformed if the bytes are not such a message, and TooManyFields if it has more
+fields and parts than ``budget``.
+"""
 
 from __future__ import annotations
 
@@ -112,22 +116,22 @@ def _get_exchanged(
 
 
 def decode_pull(data: bytes, budget: int = MOST_FIELDS) -> PullMessage:
-    """Read a PullRequest; raise Malformed for other bytes, TooManyFields beyond the budget."""
+    """Decode a PullRequest."""
     return _get_pull(data, 0, len(data), [budget])
 
 
 def decode_push(data: bytes, budget: int = MOST_FIELDS) -> PushMessage:
-    """Read a PushRequest; errors as of ``decode_pull``."""
+    """Decode a PushRequest."""
     return _get_push(data, 0, len(data), [budget])
 
 
 def decode_delete(data: bytes, budget: int = MOST_FIELDS) -> PushMessage:
-    """Read a DeleteRequest as a push without gradients; errors as of ``decode_pull``."""
+    """Decode a DeleteRequest, as a push without gradients."""
     return _get_push(data, 0, len(data), [budget])
 
 
 def decode_exchange(data: bytes, budget: int = MOST_FIELDS) -> Exchange:
-    """Read an ExchangeRequest; errors as of ``decode_pull``."""
+    """Decode an ExchangeRequest."""
     exchange = Exchange([], [])
     _get_exchange(data, 0, len(data), [budget], exchange.pushes, exchange.pulls)
     return exchange
@@ -136,7 +140,7 @@ def decode_exchange(data: bytes, budget: int = MOST_FIELDS) -> Exchange:
 def decode_stream_request(
     data: bytes, budget: int = MOST_FIELDS
 ) -> tuple[pb.StreamRequestHeader, Exchange]:
-    """Read a StreamRequest; errors as of ``decode_pull``."""
+    """Decode a StreamRequest."""
     header: list[bytes] = []
     exchange, left = Exchange([], []), [budget]
     for number, start, stop in fields(data, 0, len(data), left):
@@ -150,7 +154,7 @@ def decode_stream_request(
 
 
 def decode_rows(data: bytes) -> RowsMessage:
-    """Read a WriteRowsRequest; errors as of ``decode_pull``."""
+    """Decode a WriteRowsRequest."""
     table, width = b"", 0
     found = dict.fromkeys((3, 4, 5, 6), NOWHERE)
     for number, start, stop in fields(data, 0, len(data), [MOST_FIELDS]):
@@ -169,12 +173,12 @@ def decode_rows(data: bytes) -> RowsMessage:
 
 
 def decode_pulled(data: bytes) -> Pulled:
-    """Read a PullResponse; errors as of ``decode_pull``."""
+    """Decode a PullResponse."""
     return _get_pulled(data, 0, len(data), [MOST_FIELDS])
 
 
 def decode_delta(data: bytes) -> Delta:
-    """Read a Delta; errors as of ``decode_pull``."""
+    """Decode a Delta."""
     header: list[bytes] = []
     at_field = dict.fromkeys((3, 4, 5, 6, 7), NOWHERE)
     for number, start, stop in fields(data, 0, len(data), [MOST_FIELDS]):
@@ -194,14 +198,14 @@ def decode_delta(data: bytes) -> Delta:
 
 
 def decode_exchanged(data: bytes) -> Exchanged:
-    """Read an ExchangeResponse; errors as of ``decode_pull``."""
+    """Decode an ExchangeResponse."""
     exchanged = Exchanged([], [])
     _get_exchanged(data, 0, len(data), [MOST_FIELDS], exchanged.pushes, exchanged.pulls)
     return exchanged
 
 
 def decode_stream_response(data: bytes) -> tuple[int, Exchanged | pb.Status]:
-    """Read a StreamResponse: its id, and the reply or the error; errors as of ``decode_pull``."""
+    """Decode a StreamResponse: the id of its request, and the reply or the error."""
     id = 0
     exchanged, left = Exchanged([], []), [MOST_FIELDS]
     error: list[bytes] = []

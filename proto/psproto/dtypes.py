@@ -1,6 +1,6 @@
-"""The numbers of embeddings and gradients on the wire: float32, or 16-bit ones.
+"""Types of embeddings and gradients on the wire: float32, bfloat16 and float16.
 
-bfloat16 is the upper half of a float32; numpy has no such dtype, so its bits stand in a uint16.
+bfloat16 is the upper half of a float32. NumPy has no such dtype, so its bits are kept as uint16.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ LARGEST: dict[int, np.float32] = {  # finite magnitudes; gradients beyond them a
 
 
 class Malformed(ValueError):
-    """The bytes are not the message they claim to be."""
+    """The bytes are not a valid message of the expected kind."""
 
 
 class TooManyFields(Malformed):
-    """A message has more fields or parts than a receiver reads."""
+    """A message has more fields, pushes or pulls than a receiver accepts."""
 
     def __init__(self) -> None:
         super().__init__("too many fields, pushes or pulls in one message")
 
 
 def wire_dtype(number: int) -> int:
-    """The dtype that a header means: unspecified is float32; Malformed if unknown."""
+    """Return the dtype of a header: float32 if unspecified. Raises Malformed if unknown."""
     number = number or pb.DTYPE_FLOAT32
     if number not in WIRE:
         raise Malformed(f"dtype {number} is not one of {sorted(WIRE)}")
@@ -56,7 +56,7 @@ def _round_bfloat16(bits: Any, out: Any) -> None:
 
 
 def to_wire(values: Rows, dtype: int) -> NDArray[Any]:
-    """float32 numbers as they travel: themselves, or the nearest 16-bit ones, ties to even."""
+    """Convert float32 numbers to a wire dtype: the nearest number, ties to even."""
     if dtype == pb.DTYPE_FLOAT32:
         return values
     if dtype == pb.DTYPE_FLOAT16:
@@ -69,7 +69,7 @@ def to_wire(values: Rows, dtype: int) -> NDArray[Any]:
 
 
 def to_wire_clamped(values: Rows, dtype: int) -> NDArray[Any]:
-    """Return stored numbers as they travel. Those beyond the dtype become its largest one.
+    """Convert stored numbers to a wire dtype. Numbers beyond its range become its largest one.
 
     A pull of one large row must neither fail nor return infinity. NaN stays NaN.
     """
@@ -80,7 +80,7 @@ def to_wire_clamped(values: Rows, dtype: int) -> NDArray[Any]:
 
 
 def from_wire(values: NDArray[Any], dtype: int) -> Rows:
-    """The float32 numbers that ``values`` stand for; a view where they are float32."""
+    """Convert numbers of a wire dtype to float32; returns ``values`` itself if they are float32."""
     if dtype == pb.DTYPE_FLOAT32:
         return values
     if dtype == pb.DTYPE_FLOAT16:

@@ -1,4 +1,4 @@
-"""Messages to bytes: the arrays are copied once, into the message that is sent."""
+"""Encode messages. Arrays are copied once, into the bytes of the message."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _PADDING = [bytes((2 << 3 | 2, spare)) + bytes(spare) for spare in range(8)]
 
 
 class _Writer:
-    """Collects the pieces of a message and knows the offset that the next one will have."""
+    """Collects the pieces of a message, and tracks the offset of the next piece for alignment."""
 
     def __init__(self) -> None:
         self._pieces: list[Any] = []
         self._at = 0
 
     def message(self) -> bytes:
-        """The message; the only copy of its arrays."""
+        """Join the pieces. This is the only copy of the arrays."""
         return b"".join(self._pieces)
 
     def small(self, field: int, body: bytes) -> None:
-        """A header, a number already encoded, or nothing if it is empty."""
+        """Append a bytes field; nothing if ``body`` is empty."""
         if body:
             self._append(_BYTE[field << 3 | 2] + _varint(len(body)) + body)
 
@@ -34,7 +34,7 @@ class _Writer:
             self._append(_BYTE[field << 3] + _varint(value))
 
     def array(self, field: int, array: NDArray[Any] | None) -> None:
-        """An array, after the padding that aligns it."""
+        """Append an array, with the padding that aligns it; nothing if it is empty."""
         if array is None or not array.size:
             return
         size, item = array.nbytes, array.itemsize
@@ -48,7 +48,7 @@ class _Writer:
         self._at = at + size
 
     def begin(self, field: int) -> tuple[int, int, int]:
-        """Start a message within the message; ``end`` takes what this returns."""
+        """Start a nested message. Pass the returned mark to ``end``."""
         self._append(bytes(6))
         return field, len(self._pieces) - 1, self._at
 
@@ -123,21 +123,21 @@ def _put_exchanged(writer: _Writer, exchanged: Exchanged) -> None:
 
 
 def encode_pull(pull: PullMessage) -> bytes:
-    """A PullRequest."""
+    """Return the bytes of a PullRequest."""
     writer = _Writer()
     _put_pull(writer, pull)
     return writer.message()
 
 
 def encode_push(push: PushMessage) -> bytes:
-    """A PushRequest."""
+    """Return the bytes of a PushRequest."""
     writer = _Writer()
     _put_push(writer, push)
     return writer.message()
 
 
 def encode_delete(header: pb.PushHeader, keys: Keys) -> bytes:
-    """A DeleteRequest."""
+    """Return the bytes of a DeleteRequest."""
     writer = _Writer()
     writer.small(1, header.SerializeToString())
     writer.array(3, keys)
@@ -145,14 +145,14 @@ def encode_delete(header: pb.PushHeader, keys: Keys) -> bytes:
 
 
 def encode_exchange(exchange: Exchange) -> bytes:
-    """An ExchangeRequest."""
+    """Return the bytes of an ExchangeRequest."""
     writer = _Writer()
     _put_exchange(writer, exchange)
     return writer.message()
 
 
 def encode_stream_request(header: pb.StreamRequestHeader, exchange: Exchange) -> bytes:
-    """A StreamRequest."""
+    """Return the bytes of a StreamRequest."""
     writer = _Writer()
     writer.small(1, header.SerializeToString())
     mark = writer.begin(2)
@@ -162,14 +162,14 @@ def encode_stream_request(header: pb.StreamRequestHeader, exchange: Exchange) ->
 
 
 def encode_pulled(pulled: Pulled) -> bytes:
-    """A PullResponse."""
+    """Return the bytes of a PullResponse."""
     writer = _Writer()
     _put_pulled(writer, pulled)
     return writer.message()
 
 
 def encode_delta(delta: Delta) -> bytes:
-    """A Delta."""
+    """Return the bytes of a Delta."""
     writer = _Writer()
     writer.small(1, delta.header.SerializeToString())
     writer.array(3, delta.keys)
@@ -181,14 +181,14 @@ def encode_delta(delta: Delta) -> bytes:
 
 
 def encode_exchanged(exchanged: Exchanged) -> bytes:
-    """An ExchangeResponse."""
+    """Return the bytes of an ExchangeResponse."""
     writer = _Writer()
     _put_exchanged(writer, exchanged)
     return writer.message()
 
 
 def encode_stream_response(id: int, answer: Exchanged | pb.Status) -> bytes:
-    """A StreamResponse."""
+    """Return the bytes of a StreamResponse."""
     writer = _Writer()
     writer.number(1, id)
     if isinstance(answer, pb.Status):

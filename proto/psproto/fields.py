@@ -1,7 +1,7 @@
-"""The fields of a message, read without a protobuf library.
+"""Read the fields of a message without a protobuf library.
 
-A message is read by Python code, field by field, so a peer could make it expensive with many empty
-fields. One budget limits the fields of a whole message, those of its parts included.
+Python code reads the fields one by one, so a peer could make a message expensive by many empty
+fields. One budget limits the fields of a whole message, including the fields of nested messages.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from psproto.dtypes import Malformed, TooManyFields
 
-MOST_PARTS = 2048  # pushes and pulls in one message, at the least
-FIELDS_PER_PART = 16  # at the least, the part itself included
-MOST_FIELDS = MOST_PARTS * FIELDS_PER_PART  # in one message; a part counts as several
+MOST_PARTS = 2048  # pushes and pulls that a message may always have
+FIELDS_PER_PART = 16  # that each of them may then have
+MOST_FIELDS = MOST_PARTS * FIELDS_PER_PART  # limit of a message; a push or pull adds _PART
 NOWHERE = (0, 0)  # extent of a field that the message does not have
-_PART = 8  # fields that a part is as expensive as
+_PART = 8  # fields that cost as much as a push or pull
 
 
 def _read_varint(data: bytes, at: int, end: int, bits: int = 64) -> tuple[int, int]:
-    """A number of so many bits, and where it ends; leading zeros may fill its widest form."""
+    """Return a number of up to ``bits`` bits and the offset after it; leading zeros are allowed."""
     value = shift = 0
     while at < end and shift < bits:
         byte = data[at]
@@ -37,10 +37,12 @@ def _read_varint(data: bytes, at: int, end: int, bits: int = 64) -> tuple[int, i
 
 
 def fields(data: bytes, at: int, end: int, left: list[int]) -> list[tuple[int, int, int]]:
-    """Return the fields of the message data[at:end], and take their number from ``left[0]``.
+    """Return the fields of the message data[at:end].
 
-    A field is its number, the start and the end of its contents; or its number, -1 and its value
-    where it is a varint; or 0, -1, 0 for other wire types.
+    left  budget: the number of fields is subtracted from left[0]; TooManyFields if it exceeds it
+
+    A field is (number, start, end) of its contents, (number, -1, value) for a varint, and
+    (0, -1, 0) for other wire types.
     """
     found: list[tuple[int, int, int]] = []
     most = left[0]
@@ -77,14 +79,14 @@ def fields(data: bytes, at: int, end: int, left: list[int]) -> list[tuple[int, i
 
 
 def charge_part(left: list[int]) -> None:
-    """Take from the budget what a part costs beyond its fields: a header, arrays, checks."""
+    """Subtract from the budget what a push or pull costs in addition to its fields."""
     left[0] -= _PART
     if left[0] < 0:
         raise TooManyFields
 
 
 def array(data: bytes, start: int, end: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """A view of data[start:end] as items, or a copy where they are not aligned."""
+    """Return data[start:end] as an array: a view, or a copy if it is not aligned."""
     count, rest = divmod(end - start, dtype.itemsize)
     if rest:
         raise Malformed(f"{end - start} bytes are no array of {dtype.itemsize}-byte items")
@@ -96,9 +98,9 @@ def array(data: bytes, start: int, end: int, dtype: np.dtype[Any]) -> NDArray[An
 
 
 def small(kind: Any, parts: list[bytes], most: int = 1 << 31) -> Any:
-    """Return a small message of its occurrences, which protobuf merges.
+    """Parse a small message. Protobuf merges several occurrences of a field.
 
-    most  bytes; Malformed beyond
+    most  largest size in bytes; Malformed beyond it
     """
     if sum(map(len, parts)) > most:
         raise Malformed(f"{kind.DESCRIPTOR.name} is longer than {most} bytes")

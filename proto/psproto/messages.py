@@ -1,4 +1,4 @@
-"""The messages of ps.proto that carry arrays, with the arrays as numpy has them."""
+"""The messages of ps.proto that carry arrays, with NumPy arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Keys = NDArray[np.uint64]
 
 @dataclass(slots=True)
 class PullMessage:
-    """One PullRequest."""
+    """A PullRequest."""
 
     header: pb.PullHeader
     keys: Keys  # uint64[n]
@@ -23,7 +23,7 @@ class PullMessage:
 
 @dataclass(slots=True)
 class PushMessage:
-    """One PushRequest."""
+    """A PushRequest."""
 
     header: pb.PushHeader
     keys: Keys  # uint64[n]
@@ -33,18 +33,18 @@ class PushMessage:
 
 @dataclass(slots=True)
 class Pulled:
-    """One PullResponse."""
+    """A PullResponse."""
 
     header: pb.PullResponseHeader
     embeddings: NDArray[Any]  # flat or [n, dim], in the wire dtype
-    versions: NDArray[np.uint64]  # empty where not asked for, and so the next two
+    versions: NDArray[np.uint64]  # [n]; this and the next two: empty unless requested
     steps: NDArray[np.int64]
     frequencies: NDArray[np.uint64]
 
 
 @dataclass(slots=True)
 class Exchange:
-    """One ExchangeRequest."""
+    """An ExchangeRequest."""
 
     pushes: list[PushMessage]
     pulls: list[PullMessage]
@@ -52,7 +52,7 @@ class Exchange:
 
 @dataclass(slots=True)
 class Exchanged:
-    """One ExchangeResponse."""
+    """An ExchangeResponse."""
 
     pushes: list[pb.PushResponse]
     pulls: list[Pulled]
@@ -60,19 +60,19 @@ class Exchanged:
 
 @dataclass(slots=True)
 class Delta:
-    """One Delta. Arrays that it has no use for are empty."""
+    """A Delta. Arrays that its kind does not use are empty."""
 
     header: pb.DeltaHeader
     keys: Keys  # uint64[n]
     versions: NDArray[np.uint64]  # [n]; empty: the header's
     rows: NDArray[Any]  # flat or [n, width], in the wire dtype
-    steps: NDArray[np.int64]  # [n] or empty, and so the next
+    steps: NDArray[np.int64]  # [n], or empty; so is the next field
     frequencies: NDArray[np.uint64]
 
 
 @dataclass(slots=True)
 class RowsMessage:
-    """One WriteRowsRequest. Its arrays are still bytes, as their checks depend on the table."""
+    """A WriteRowsRequest. Its arrays are bytes, because the table decides how to check them."""
 
     table: str
     width: int

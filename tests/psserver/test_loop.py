@@ -82,7 +82,7 @@ def test_many_fields_and_parts_are_refused_and_do_not_stop_the_loop(kind: str) -
         assert refusal(caught.value) == MALFORMED
         return pulse.stop()
 
-    assert with_server(act) < 0.5  # client and server share the loop and copy 16 MiB; 7 s before
+    assert with_server(act) < 2.0  # on a busy machine, with the client on the same loop; 7 s once
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -101,7 +101,7 @@ def test_as_many_parts_as_are_admitted_do_not_stop_the_loop(number: int) -> None
         await peer.call("RowService/Exchange", data)
         return pulse.stop()
 
-    assert with_server(act) < 0.5
+    assert with_server(act) < 2.0
 
 
 def noted(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -205,4 +205,4 @@ def test_a_schema_of_thousands_of_rules_does_not_stop_the_loop() -> None:
             await peer.call("TableService/CreateTable", data)
         return pulse.stop()
 
-    assert with_server(act) < 0.2
+    assert with_server(act) < 1.0
