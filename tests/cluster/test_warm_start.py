@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from servers import Cluster, eventually
 
-from psclient import Client, admin, calls
-from psclient.errors import PsError, ResourceExhausted, TableNotFound
+from psclient import Client, admin, calls, rows
+from psclient.errors import DataLoss, InvalidArgument, PsError, ResourceExhausted, TableNotFound
 from psproto import ps_pb2 as pb
 
 pytestmark = pytest.mark.slow
@@ -103,12 +103,37 @@ def test_a_shard_that_is_killed_leaves_the_table_whole_or_without_rows(
     killer.join()
     eventually(lambda: len(cluster.pids(1)) == 2, 60)
     with Client(cluster.addresses) as again:
-        rows = 0
+        count = 0
         try:
-            rows = again.describe_table("mine").rows
+            count = again.describe_table("mine").rows
         except TableNotFound:
             pytest.fail("the target existed before")
-        assert rows in ([ROWS] if done else [0, 100, ROWS]), rows
+        assert count in ([ROWS] if done else [0, 100, ROWS])
         assert again.describe_table("t").rows == ROWS
         assert admin.warm_start(again, "full", "t", "mine", replace=True) == ROWS
         again.table("mine").push(np.arange(10), np.ones((10, 8)))
+
+
+def test_a_load_with_fewer_rows_than_were_stored_is_taken_back(
+    cluster: Cluster, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, real = connect(cluster), rows.list_stored
+
+    def one_more(client: Client, name: str) -> Sequence[pb.CheckpointInfo]:
+        stored = real(client, name)
+        for table in stored[0].tables:
+            table.rows += 1
+        return stored
+
+    monkeypatch.setattr(rows, "list_stored", one_more)
+    with pytest.raises(DataLoss, match=f"{ROWS} rows were read, {ROWS + 1} were stored"):
+        admin.warm_start(client, "full", "t", "new")
+    eventually(lambda: [each.name for each in client.list_tables()] == ["t"])
+
+
+def test_an_empty_parent_is_refused_before_anything_is_sent() -> None:
+    with (
+        Client(["127.0.0.1:1"]) as client,
+        pytest.raises(InvalidArgument, match="parent must be the name of a checkpoint"),
+    ):
+        admin.checkpoint(client, "more", parent="")
