@@ -1,9 +1,9 @@
 """The thread that owns the shard.
 
 Everything that touches rows runs here, one call after another in the order of arrival, so that
-nothing else needs a lock. To hand a call over and its result back takes longer than a small call
-itself; where nothing is at work or waits, the loop may run one in the engine's place. It has the
-engine's turn meanwhile, so order and exclusion are the same.
+nothing else needs a lock. Handing a call to the thread and its result back takes longer than a
+small call itself. While the engine is idle, the event loop may therefore run a call itself. It
+holds the engine's turn meanwhile, so that order and mutual exclusion are the same.
 """
 
 from __future__ import annotations
@@ -29,24 +29,28 @@ class Engine:
     def __init__(self) -> None:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._counting = threading.Lock()
-        self._unfinished = 0  # calls submitted and not over
-        self._turn = threading.Lock()  # held by the thread that runs a call; free if none is left
+        self._unfinished = 0  # calls submitted and not finished
+        self._turn = threading.Lock()  # held by the thread that runs a call
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def open(self, loop: asyncio.AbstractEventLoop, busy_poll: float = 0.0) -> None:
-        """Start the thread; results go to ``loop``, kept awake so many seconds after each call."""
+        """Start the thread.
+
+        loop       event loop that gets the results
+        busy_poll  seconds to keep the loop awake after each call
+        """
         self._loop = loop
         self._poll = BusyPoll(loop, busy_poll)
         self._thread.start()
 
     def close(self) -> None:
-        """Finish what was submitted, then stop the thread."""
+        """Finish the submitted calls, then stop the thread."""
         self._jobs.put(None)
         self._thread.join()
 
     @property
     def waiting(self) -> int:
-        """Calls submitted and not begun."""
+        """Number of calls that are submitted and not started."""
         return self._jobs.qsize()
 
     def submit(
@@ -58,8 +62,8 @@ class Engine:
     ) -> asyncio.Future[Result]:
         """Run ``call`` on the engine thread; called on the loop, which gets the result.
 
-        deadline  monotonic seconds; a call not begun by then fails with DeadlinePassed
-        at_once   run it here and now if the engine has nothing else to do: the loop waits for it
+        deadline  monotonic seconds; a call that has not started by then raises DeadlinePassed
+        at_once   if the engine is idle, run the call on the loop, which waits for it
         """
         future: asyncio.Future[Result] = self._loop.create_future()
         if at_once and self._take_turn():
@@ -92,7 +96,7 @@ class Engine:
             self._jobs.put(job)
 
     def _take_turn(self) -> bool:
-        """Keep the engine from its work, if it has none."""
+        """Take the engine's turn and return True, if the engine is idle."""
         with self._counting:
             if self._unfinished:
                 return False
@@ -112,39 +116,44 @@ class Engine:
             self._over()
             if future is not None and not post(self._loop, _settle, future, result, error):
                 return
-            del job, call, future, result, error  # requests and replies are large; idle may be long
+            del (
+                job,
+                call,
+                future,
+                result,
+                error,
+            )  # they are large; the next call may be far off
 
 
 class BusyPoll:
     """Keeps a loop awake for a while after each request.
 
-    A core that has slept answers late: it is woken by an interrupt, slows its clock meanwhile, and
-    starts with cold caches. Where the next request comes soon and a core is free, looking for it
-    again and again costs that core and saves the waking.
+    A core that sleeps adds latency: an interrupt must wake it, its clock is slow, and its caches
+    are cold. If the next request comes soon, polling for it avoids that, at the cost of one core.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
         self._loop = loop
         self._seconds = seconds
-        self._end = 0.0  # of looking, in seconds of the loop
-        self._looking = False
+        self._end = 0.0  # of polling, on the clock of the loop
+        self._polling = False
 
     def stay(self) -> None:
-        """Look for more from now on, for as long as was set."""
+        """Poll from now on, for the seconds that were set."""
         if self._seconds:
             self._end = self._loop.time() + self._seconds
-            if not self._looking:
-                self._looking = True
-                self._look()
+            if not self._polling:
+                self._polling = True
+                self._poll()
 
-    def _look(self) -> None:
-        self._looking = self._loop.time() < self._end
-        if self._looking:
-            self._loop.call_soon(self._look)  # a loop with something to call does not sleep
+    def _poll(self) -> None:
+        self._polling = self._loop.time() < self._end
+        if self._polling:
+            self._loop.call_soon(self._poll)  # a loop with something to call does not sleep
 
 
 def _outcome(call: Callable[[], Any], deadline: float) -> tuple[Any, Exception | None]:
-    """Result and error of a call; the error without its frames, which have the request."""
+    """Return result and error of a call. The error has no frames, which refer to the request."""
     try:
         if time.monotonic() > deadline:
             raise DeadlinePassed("the deadline passed before the work began")

@@ -124,7 +124,7 @@ class Recovery:
                 entry.table.gate.begin(self._sequencer.version)
             except ValueError as error:
                 raise Corrupt(f"sketch of table {entry.schema.name!r}", str(error)) from error
-        self._sequencer.sessions.replayed()
+        self._sequencer.sessions.trim()
         self._budget.end_loading()
 
 

@@ -1,4 +1,4 @@
-"""Table schemas as messages, and as JSON for what is stored."""
+"""Table schemas as messages, and as JSON for storage."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def read_evictions(message: pb.TableSchema) -> tuple[Eviction, ...]:
 
 
 def write_schema(schema: TableSchema) -> pb.TableSchema:
-    """The message for a schema, every parameter named."""
+    """Return the message of a schema, with every parameter set."""
     return pb.TableSchema(
         name=schema.name,
         dim=schema.dim,
@@ -103,13 +103,13 @@ def write_schema(schema: TableSchema) -> pb.TableSchema:
 
 
 def to_json(schema: TableSchema) -> dict[str, Any]:
-    """A schema as what json can express."""
+    """Return a schema as values that JSON can express."""
     values = json_format.MessageToDict(write_schema(schema), preserving_proto_field_name=True)
     return dict(values)
 
 
 def from_json(values: dict[str, Any]) -> TableSchema:
-    """The schema that ``to_json`` made so."""
+    """Return the schema for values that ``to_json`` returned."""
     return read_schema(json_format.ParseDict(values, pb.TableSchema()))
 
 

@@ -1,13 +1,13 @@
-"""Which pushes were applied, so that a repeated one is noticed.
+"""De-duplication of pushes: which ones were applied, and under which versions.
 
-A session is one incarnation of a client. It remembers the versions of the pushes that the client
-may still repeat: those after ``acknowledged``, and no more than WINDOW behind the newest.
+A session belongs to one incarnation of a client. It records the versions of the pushes that the
+client may still repeat: those after ``acknowledged``, and at most WINDOW of them.
 
     packed   = session*                          least recently used first
-    session  = client incarnation newest forgotten count_idle sequence[count] version[count]
+    session  = client incarnation newest horizon count_idle sequence[count] version[count]
 
 All are u64, little-endian. The lower half of ``count_idle`` is a count, the upper half the seconds
-for which the session was not used. Time does not pass for packed sessions.
+since the session was last used. Time does not pass for packed sessions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from psserver.errors import BadRequest, SessionExpired, TooLarge
 
 WINDOW = 4096  # pushes
 LEAST_WINDOW = 64  # pushes: what one stream may have in flight
-REMEMBERED = 1 << 20  # pushes of all sessions together, while their windows are above the least
+RECORDED = 1 << 20  # pushes of all sessions together, while windows are above LEAST_WINDOW
 HALF = (1 << 32) - 1
 
 
@@ -28,17 +28,17 @@ HALF = (1 << 32) - 1
 class _Session:
     incarnation: int
     used: float  # seconds on the clock
-    newest: int = 0
-    forgotten: int = 0  # every push up to here can no longer be told apart
+    newest: int = 0  # sequence
+    horizon: int = 0  # pushes up to this sequence are no longer recorded
     versions: dict[int, int] = field(default_factory=dict)
 
 
 class Sessions:
     """The sessions of one shard.
 
-    limit   sessions kept; a new one replaces the least recently used that is older than ttl, or
-            is refused
-    ttl     seconds; far longer than any client goes on repeating a push
+    limit   most sessions; a new one replaces the least recently used if that is idle for ttl
+            seconds, or else is refused
+    ttl     seconds; far longer than any client repeats a push
     clock   monotonic seconds
     """
 
@@ -54,10 +54,10 @@ class Sessions:
     def applied(
         self, client: int, incarnation: int, sequence: int, acknowledged: int
     ) -> int | None:
-        """The version under which this push was applied, None if it was not; changes nothing.
+        """Return the version under which a push was applied, or None if it was not.
 
-        Raises SessionExpired if that cannot be known, TooLarge if there is no room for a new
-        session, BadRequest for impossible numbers.
+        Changes nothing. Raises SessionExpired if the answer is no longer known, TooLarge if there
+        is no room for a new session, and BadRequest for numbers that contradict each other.
         """
         if not 0 <= acknowledged < sequence:
             raise BadRequest(
@@ -68,8 +68,8 @@ class Sessions:
         if session is None or session.incarnation < incarnation:
             if acknowledged:
                 raise SessionExpired(
-                    f"no memory of client {client:#x} incarnation {incarnation}, which has had"
-                    f" pushes up to {acknowledged} acknowledged"
+                    f"no session of client {client:#x} incarnation {incarnation}, whose pushes up"
+                    f" to {acknowledged} were acknowledged"
                 )
             if session is None and len(self._sessions) >= self._limit:
                 oldest = next(iter(self._sessions.values()))
@@ -83,21 +83,21 @@ class Sessions:
                 f"client {client:#x} incarnation {incarnation} was replaced by incarnation"
                 f" {session.incarnation}"
             )
-        if sequence <= session.forgotten:
+        if sequence <= session.horizon:
             raise SessionExpired(
-                f"client {client:#x}: push {sequence} is further back than the window, which"
-                f" starts after {session.forgotten}"
+                f"client {client:#x}: push {sequence} is older than the window, which starts after"
+                f" {session.horizon}"
             )
         return session.versions.get(sequence)
 
     def record(
         self, client: int, incarnation: int, sequence: int, acknowledged: int, version: int
     ) -> None:
-        """Remember a push that ``applied`` did not know and that is applied now."""
+        """Record a push that was applied now, and for which ``applied`` returned None."""
         session = self._sessions.pop(client, None)
         if session is None and len(self._sessions) >= self._limit:
             of_oldest, oldest = next(iter(self._sessions.items()))
-            if self._clock() - oldest.used >= self._ttl:  # else one exchange opened several
+            if self._clock() - oldest.used >= self._ttl:  # else one exchange began several
                 del self._sessions[of_oldest]
         if session is None or session.incarnation < incarnation:
             session = _Session(incarnation, self._clock())
@@ -106,39 +106,39 @@ class Sessions:
         session.versions[sequence] = version
         session.newest = max(session.newest, sequence)
         horizon = max(acknowledged, session.newest - self._window())
-        if horizon > session.forgotten:
-            if horizon - session.forgotten <= len(session.versions):
-                for old in range(session.forgotten + 1, horizon + 1):
+        if horizon > session.horizon:
+            if horizon - session.horizon <= len(session.versions):
+                for old in range(session.horizon + 1, horizon + 1):
                     session.versions.pop(old, None)
             else:
                 kept = {s: v for s, v in session.versions.items() if s > horizon}
                 session.versions = kept
-            session.forgotten = horizon
+            session.horizon = horizon
 
     def _window(self) -> int:
-        """Return how many pushes a session remembers: fewer, the more sessions there are.
+        """Return how many pushes a session records: fewer, the more sessions there are.
 
         A client that acknowledges nothing must not take memory without bound.
         """
-        return max(LEAST_WINDOW, min(WINDOW, REMEMBERED // len(self._sessions)))
+        return max(LEAST_WINDOW, min(WINDOW, RECORDED // len(self._sessions)))
 
     def pack(self) -> bytes:
-        """All sessions as numbers; see the module, and ``unpack``."""
+        """Return all sessions as bytes; the module describes the format."""
         numbers: list[int] = []
         now = self._clock()
         for client, session in self._sessions.items():
             count, idle = len(session.versions), min(int(now - session.used), HALF)
-            numbers += (client, session.incarnation, session.newest, session.forgotten)
+            numbers += (client, session.incarnation, session.newest, session.horizon)
             numbers += (count | idle << 32, *session.versions, *session.versions.values())
         return struct.pack(f"<{len(numbers)}Q", *numbers)
 
     def unpack(self, data: bytes) -> None:
-        """Take over sessions that were packed."""
+        """Load sessions that were packed."""
         numbers = struct.unpack(f"<{len(data) // 8}Q", data)
         now = self._clock()
         at = 0
         while at < len(numbers):
-            client, incarnation, newest, forgotten, both = numbers[at : at + 5]
+            client, incarnation, newest, horizon, both = numbers[at : at + 5]
             count, idle = both & HALF, both >> 32
             at += 5
             sequences, versions = numbers[at : at + count], numbers[at + count : at + 2 * count]
@@ -147,16 +147,17 @@ class Sessions:
                 incarnation,
                 now - idle,
                 newest,
-                forgotten,
+                horizon,
                 dict(zip(sequences, versions, strict=True)),
             )
 
-    def replayed(self) -> None:
-        """Forget those over the limit: others replaced them after they were packed, and the replay
-        of what these others did could not tell that they had expired.
+    def trim(self) -> None:
+        """Drop sessions beyond the limit, after the log was replayed.
 
-        One was idle for its ttl when it was replaced, so for half of that when it was packed: what
-        is replayed takes in less. Who was not is kept: its pushes may still be repeated.
+        Other sessions replaced them after they were packed, and the replay does not know that.
+        A session was idle for ttl seconds when it was replaced. It was then idle for at least half
+        of that when it was packed, because a replay covers less time. A session that was not is
+        kept: its pushes may still be repeated.
         """
         while len(self._sessions) > self._limit:
             client, oldest = next(iter(self._sessions.items()))

@@ -13,7 +13,7 @@ from stores import change, make_shard, push, schema
 from test_shard_log import Log
 
 from psserver.afterimages import KEPT, KEPT_BYTES, ImageBuffers
-from psserver.sessions import LEAST_WINDOW, REMEMBERED, WINDOW, Sessions
+from psserver.sessions import LEAST_WINDOW, RECORDED, WINDOW, Sessions
 from psserver.shard import Shard
 from storage.eviction.rules import StepTtl
 
@@ -89,7 +89,7 @@ def test_clients_that_acknowledge_nothing_share_a_bound(clients: int) -> None:
     for sequence in range(2, 6000 if clients == 1 else 1200 if clients == 1000 else 70):
         for client in range(1, clients + 1, 1 if clients < 20_000 else 500):
             sessions.record(client, 1, sequence, 0, sequence)
-    window = {1: WINDOW, 1000: REMEMBERED // 1000, 20_000: LEAST_WINDOW}[clients]
+    window = {1: WINDOW, 1000: RECORDED // 1000, 20_000: LEAST_WINDOW}[clients]
     longest = max(len(each.versions) for each in sessions._sessions.values())
     assert longest == window
 

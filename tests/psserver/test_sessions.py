@@ -99,7 +99,7 @@ def test_what_was_acknowledged_is_forgotten_and_refused_and_the_rest_is_known(
         with pytest.raises(SessionExpired) as caught:
             push(sessions, A, sequence)
         assert str(caught.value) == (
-            f"client 0xa: push {sequence} is further back than the window, which starts after"
+            f"client 0xa: push {sequence} is older than the window, which starts after"
             f" {acknowledged}"
         )
     assert set(sessions._sessions[A].versions) == set(range(acknowledged + 1, 6))
@@ -161,7 +161,7 @@ def test_a_newer_incarnation_starts_anew_and_an_older_one_is_refused(
         said = f"client 0xa incarnation {asked} was replaced by incarnation {held}"
         assert str(caught.value) == said
     elif acknowledged:
-        with pytest.raises(SessionExpired, match=r"^no memory of client 0xa incarnation"):
+        with pytest.raises(SessionExpired, match=r"^no session of client 0xa incarnation"):
             sessions.applied(*numbers)
     else:
         assert push(sessions, A, 2, 0, asked) is None
@@ -176,7 +176,7 @@ def test_a_client_of_which_nothing_is_remembered_is_refused_once_it_had_answers(
     with pytest.raises(SessionExpired) as caught:
         sessions.applied(A, 3, 8, 7)
     assert str(caught.value) == (
-        "no memory of client 0xa incarnation 3, which has had pushes up to 7 acknowledged"
+        "no session of client 0xa incarnation 3, whose pushes up to 7 were acknowledged"
     )
     assert sessions.applied(A, 3, 8, 0) is None
     assert len(sessions) == 0
@@ -239,7 +239,7 @@ def test_a_new_client_replaces_the_session_that_was_idle_longest_once_it_expired
     assert push(sessions, C, 1) is None
     assert set(sessions._sessions) == {A, C}
     assert push(sessions, A, 1) == version(A, 1)
-    with pytest.raises(SessionExpired, match=r"^no memory of client 0xb"):
+    with pytest.raises(SessionExpired, match=r"^no session of client 0xb"):
         push(sessions, B, 2, 1)
 
 
@@ -392,7 +392,7 @@ def test_a_session_that_was_replaced_does_not_come_back_with_the_replay(clock: C
     again.unpack(packed)
     for client in (C, D):
         again.record(client, 0, 1, 0, version(client, 1))
-    again.replayed()
+    again.trim()
     assert list(again._sessions) == [C, D]
     clock.now += TTL
     assert push(again, E, 1) is None
@@ -405,7 +405,7 @@ def test_a_live_session_over_the_limit_is_kept_by_a_replay(
     push(sessions, B, 1)
     clock.now += TTL / 4
     again = repacked(sessions, clock, 1)
-    again.replayed()
+    again.trim()
     assert list(again._sessions) == [A, B]
 
 

@@ -312,7 +312,7 @@ BAD_PARTS: dict[str, tuple[Any, type[Exception], str, str | None]] = {
     "push of a forgotten session": (
         protected([1], 9, acknowledged=8, incarnation=1),
         SessionExpired,
-        "no memory of client 0xa incarnation 1, which has had pushes up to 8 acknowledged",
+        "no session of client 0xa incarnation 1, whose pushes up to 8 were acknowledged",
         "SESSION_EXPIRED",
     ),
     "push of one client too many": (
