@@ -138,7 +138,7 @@ class Analyses:
         schema = schema_in(checkpoint, request.table)
         progress = self._checkpoints.work.progress()
         parts = catalog.share(checkpoint)
-        outbox = Outbox(request, 2 * sum(e.parts[p].bytes for e in checkpoint.chain for p in parts))
+        outbox = Outbox(request, 2 * checkpoint.bytes_of(parts))
         wanted = request.columns == Columns.COLUMNS_EMBEDDING
         newest, size, waiting = FIRST_STEP, 0, 0
 

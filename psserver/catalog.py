@@ -100,7 +100,7 @@ class Catalog:
                 for table in checkpoint.manifest.tables
             }
             mine = self.share(checkpoint)
-            progress.total = sum(each.parts[p].bytes for each in checkpoint.chain for p in mine)
+            progress.total = checkpoint.bytes_of(mine)
             for part in mine:
                 tables = checkpoint.parts[part].tables
                 by_number = {each.number: schemas[each.name] for each in tables}

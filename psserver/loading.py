@@ -172,7 +172,7 @@ class TableLoader:
         same = fits(source, target)
         written = 0
         parts = overlapping(checkpoint, self._shard)
-        progress.total = sum(each.parts[p].bytes for each in checkpoint.chain for p in parts)
+        progress.total = checkpoint.bytes_of(parts)
         for part in parts:
             stored = number_in(checkpoint, part, source.name)
             for piece in rows_of(self._catalog.store, checkpoint, part, [stored], progress.add):

@@ -54,49 +54,56 @@ def stage(
         for table in manifest.tables
     }
     numbers = {name: number for number, name in enumerate(sorted(schemas), 1)}
-    version = max(manifest.versions)
     parts = overlapping(checkpoint, shard)
-    progress.total = sum(each.parts[p].bytes for each in checkpoint.chain for p in parts)
+    progress.total = checkpoint.bytes_of(parts)
     with _Writer(directory) as writer:
         packers = {
             name: _Packer(numbers[name], schema.width, writer) for name, schema in schemas.items()
         }
-        for p in parts:
-            of = {table.number: table.name for table in checkpoint.parts[p].tables}
-            rows = rows_of(store, checkpoint, p, of, progress.add)
-            for piece in rows:
+        for part in parts:
+            of = {table.number: table.name for table in checkpoint.parts[part].tables}
+            for piece in rows_of(store, checkpoint, part, of, progress.add):
                 name = of[piece.table]
                 require_width(checkpoint, schemas[name], piece.rows)
                 packers[name].add(piece, own(piece.keys, shard))
         for packer in packers.values():
             packer.flush()
-        for p in parts:
-            of = {table.number: table.name for table in checkpoint.parts[p].tables}
-            waiting = counters_of(store, checkpoint, p, of, progress.add)
-            for number, keys, totals, versions in waiting:
+        for part in parts:
+            of = {table.number: table.name for table in checkpoint.parts[part].tables}
+            counters = counters_of(store, checkpoint, part, of, progress.add)
+            for number, keys, totals, versions in counters:
                 mine = own(keys, shard)
-                arrays = keys[mine], totals[mine], versions[mine]
-                writer.counters(numbers[of[number]], *arrays)
-        writer.commit(
-            BaseState(
-                lineage=os.urandom(16),
-                history=History((draw_epoch(),)),
-                version=version,
-                next_table=len(numbers) + 1,
-                tables=tuple(
-                    BaseTable(
-                        number=number,
-                        schema=_text(schemas[name]),
-                        created=version,
-                        policy=_policy(checkpoint, schemas[name]),
-                    )
-                    for name, number in numbers.items()
-                ),
-                horizon=version,
-                sessions=_sessions(shard, store, checkpoint),
-            )
-        )
+                writer.counters(numbers[of[number]], keys[mine], totals[mine], versions[mine])
+        sessions = _sessions(shard, store, checkpoint)
+        writer.commit(_base_state(checkpoint, schemas, numbers, sessions))
     return sum(packer.rows for packer in packers.values())
+
+
+def _base_state(
+    checkpoint: Checkpoint,
+    schemas: dict[str, TableSchema],
+    numbers: dict[str, int],
+    sessions: bytes,
+) -> BaseState:
+    """Return the state of a new lineage, at the largest version of the checkpoint."""
+    version = max(checkpoint.manifest.versions)
+    return BaseState(
+        lineage=os.urandom(16),
+        history=History((draw_epoch(),)),
+        version=version,
+        next_table=len(numbers) + 1,
+        tables=tuple(
+            BaseTable(
+                number=number,
+                schema=_text(schemas[name]),
+                created=version,
+                policy=_policy(checkpoint, schemas[name]),
+            )
+            for name, number in numbers.items()
+        ),
+        horizon=version,
+        sessions=sessions,
+    )
 
 
 def _policy(checkpoint: Checkpoint, schema: TableSchema) -> bytes:

@@ -37,7 +37,7 @@ holds the keys of the newer layers, never those of the oldest layer, which is th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from xxhash import xxh3_128_hexdigest
@@ -70,6 +70,11 @@ class Checkpoint:
             chain.append(at)
             at = at.parent
         return chain
+
+    def bytes_of(self, parts: Iterable[int]) -> int:
+        """Return the size of the files of some parts, those of the parents included."""
+        chosen = list(parts)
+        return sum(each.parts[part].bytes for each in self.chain for part in chosen)
 
 
 def open_checkpoint(store: Store, name: str, *, depth: int = MAX_CHAIN) -> Checkpoint:
