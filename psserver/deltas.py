@@ -55,12 +55,13 @@ class LoggedChange:
 class Batch:
     """The wanted changes from one commit mark to the next.
 
+    most       bytes of records beyond which the batch is full
     schema_of  returns the schema of a table by its number. None if the table was dropped long ago:
                its rows are left out, and its drop follows
     """
 
     wanted: Wanted
-    most: int  # bytes of records, beyond which the batch is full
+    most: int
     schema_of: Callable[[int], TableSchema | None]
     version: int  # of the newest change read, wanted or not
     changes: list[LoggedChange] = field(default_factory=list)

@@ -14,7 +14,7 @@ ftrl.py          FTRL and group FTRL
 optimizers.py    all optimizers by name
 disk.py          system calls that write; names and files that survive a power failure
 segment.py       one file of the version log, made of frames
-tail.py          a torn tail told from damage
+tail.py          the end of a segment: torn tail or damage
 records.py       what a frame of the version log says
 admission/gates.py    which keys may have a row: gates, and what they promise
 admission/counter.py  exact counters of the keys that wait

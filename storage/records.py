@@ -253,17 +253,10 @@ def decode(frame: Frame) -> Record:
     match frame.kind:
         case Kind.PUSH | Kind.WRITE:
             imported = frame.kind == Kind.WRITE
-            if imported and extra:
-                raise Corrupt(where, f"extra must be 0 in this kind of record, got {extra}")
-            _require(where, body, count * (16 + 4 * width) + 12 * extra)
-            if not width:
-                raise Corrupt(where, "rows must have a width above 0")
-            keys, frequencies = _array(body, "<u8", count, 0), _array(body, "<u8", count, 8 * count)
-            start = 16 * count + 8 * extra
-            rows = _array(body, "<f4", count * width, start).reshape(count, width)
-            waiting = _array(body, "<u8", extra, 16 * count)
-            totals = _array(body, "<u4", extra, start + 4 * count * width)
-            return PushRecord(origin, table, keys, frequencies, rows, waiting, totals, imported)
+            if imported:
+                _require(where, body, None, extra=extra)
+            arrays = _push_arrays(where, body, width, count, extra)
+            return PushRecord(origin, table, *arrays, imported=imported)
         case Kind.DELETE:
             _require(where, body, count * 8, width=width)
             if extra not in CAUSES:
@@ -284,6 +277,23 @@ def decode(frame: Frame) -> Record:
             _require(where, body, None, table=table, width=width, count=count, extra=extra)
             return BarrierRecord(origin, _name(where, body))
     raise Corrupt(where, f"unknown kind {frame.kind}: damaged, or written by a newer release")
+
+
+def _push_arrays(
+    where: str, body: memoryview, width: int, count: int, extra: int
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return keys, frequencies, rows, waiting and totals of a push. Raises Corrupt."""
+    _require(where, body, count * (16 + 4 * width) + 12 * extra)
+    if not width:
+        raise Corrupt(where, "rows must have a width above 0")
+    start = 16 * count + 8 * extra
+    return (
+        _array(body, "<u8", count, 0),
+        _array(body, "<u8", count, 8 * count),
+        _array(body, "<f4", count * width, start).reshape(count, width),
+        _array(body, "<u8", extra, 16 * count),
+        _array(body, "<u4", extra, start + 4 * count * width),
+    )
 
 
 def _require(where: str, body: memoryview, size: int | None, **unused: int) -> None:

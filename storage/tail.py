@@ -1,4 +1,4 @@
-"""The end of a segment's frames: a torn tail is told from damage.
+"""The end of a segment's frames: distinguishes a torn tail from damage.
 
 After a power failure or the death of the process the last bytes of a segment may not be a frame: a
 *torn tail*. Whole frames may even follow it, since a disk writes pages in any order. A bad frame is
