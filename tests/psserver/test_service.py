@@ -6,21 +6,19 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo
-from google.rpc.status_pb2 import Status
-from servers import free_ports
+from peers import Peer, refusal, until, with_server
 
 from psproto import codec
 from psproto import ps_pb2 as pb
-from psserver.config import load
 from psserver.errors import DeadlinePassed
-from psserver.server import Server
 
 DIM = 1024
 KEYS = np.arange(100, dtype=np.uint64)
@@ -29,48 +27,7 @@ LIMIT = 8 << 20  # of max_inflight_bytes
 SHARE = LIMIT // 8
 
 
-class Peer:
-    """A client of one server, both on this loop."""
-
-    def __init__(self, server: Server, channel: grpc.aio.Channel) -> None:
-        self.counts = server._stats
-        self.engine = server._engine
-        self.service = server._service
-        self._channel = channel
-
-    async def call(self, method: str, data: bytes, timeout: float = 20) -> bytes:
-        return await self._channel.unary_unary(f"/ps.v1.{method}")(data, timeout=timeout)  # type: ignore[no-any-return]
-
-    async def create(self, name: str) -> None:
-        rule = pb.Rule(name="sgd", parameters={"lr": 1.0})
-        schema = pb.TableSchema(
-            name=name, dim=DIM, optimizer=rule, initializer=pb.Rule(name="zeros")
-        )
-        request = pb.CreateTableRequest(schema=schema)
-        await self.call("TableService/CreateTable", request.SerializeToString())
-
-    def stream(self) -> Any:
-        return self._channel.stream_stream("/ps.v1.RowService/Stream")()
-
-
-def with_server(act: Callable[[Peer], Awaitable[Any]], *flags: str) -> Any:
-    """Run ``await act(peer)`` beside a server that has a table "t"."""
-
-    async def run() -> Any:
-        port = free_ports(1)
-        server = Server(load(["--port", str(port), "--metrics-port", "0", *flags]), lambda: None)
-        await server.listen()
-        await server.open()
-        options = [("grpc.max_receive_message_length", -1)]
-        try:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
-                peer = Peer(server, channel)
-                await peer.create("t")
-                return await act(peer)
-        finally:
-            await server.close()
-
-    return asyncio.run(run())
+serve = partial(with_server, dim=DIM)
 
 
 def pull(table: str = "t") -> codec.PullMessage:
@@ -82,25 +39,12 @@ def message(id: int, *pulls: codec.PullMessage) -> bytes:
     return codec.encode_stream_request(header, codec.Exchange([], list(pulls)))
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 async def settled(number: Callable[[], int]) -> int:
     """A number once it has stayed the same for a while."""
     last = -1
     while last != (last := number()):
         await asyncio.sleep(0.2)
     return last
-
-
-def refusal(error: grpc.aio.AioRpcError) -> tuple[str, str]:
-    """Code and reason of a refused call."""
-    details = dict(error.trailing_metadata())["grpc-status-details-bin"]
-    info = ErrorInfo.FromString(Status.FromString(details).details[0].value)
-    return error.code().name, info.reason
 
 
 def left() -> int:
@@ -120,15 +64,15 @@ def test_a_stream_whose_answers_nobody_reads_is_not_read_beyond_its_share() -> N
         for id in range(1, 25):
             await stream.write(message(id, pull()))
         await stream.done_writing()
-        held = await settled(lambda: peer.counts.inflight_bytes)
+        held = await settled(lambda: peer.stats.inflight_bytes)
         assert SHARE <= held < SHARE + REPLY + 1000
-        assert peer.counts.traffic["Pull", "t"].requests < 24
+        assert peer.stats.traffic["Pull", "t"].requests < 24
         answers = [codec.decode_stream_response(data) async for data in stream]
         assert {answer.pulls[0].embeddings.nbytes for _, answer in answers} == {REPLY}
-        await until(lambda: peer.counts.inflight_bytes == 0)
+        await until(lambda: peer.stats.inflight_bytes == 0)
         return [id for id, _ in answers]
 
-    assert with_server(act, "--max-inflight-bytes", str(LIMIT)) == list(range(1, 25))
+    assert serve(act, "--max-inflight-bytes", str(LIMIT)) == list(range(1, 25))
 
 
 @pytest.mark.parametrize("closed", [False, True])
@@ -142,16 +86,16 @@ def test_a_stream_that_is_given_up_leaves_nothing_in_memory(closed: bool) -> Non
                 await stream.write(message(id, pull()))
             if closed:
                 await stream.done_writing()
-            await settled(lambda: peer.counts.inflight_bytes)
+            await settled(lambda: peer.stats.inflight_bytes)
             stream.cancel()
             del stream
-            await until(lambda: peer.counts.inflight_bytes == 0)
-            assert peer.counts.streams == 0
+            await until(lambda: peer.stats.inflight_bytes == 0)
+            assert peer.stats.streams == 0
             await until(lambda: left() == before)
         finally:
             gc.enable()
 
-    with_server(act, "--max-inflight-bytes", str(LIMIT))
+    serve(act, "--max-inflight-bytes", str(LIMIT))
 
 
 def test_a_refused_request_leaves_nothing_in_memory() -> None:
@@ -176,7 +120,7 @@ def test_a_refused_request_leaves_nothing_in_memory() -> None:
         finally:
             gc.enable()
 
-    assert with_server(act) == ["INVALID_ARGUMENT", "TABLE_NOT_FOUND", "INVALID_ARGUMENT"]
+    assert serve(act) == ["INVALID_ARGUMENT", "TABLE_NOT_FOUND", "INVALID_ARGUMENT"]
 
 
 def test_replies_that_wait_count_against_the_limit_of_the_process() -> None:
@@ -185,40 +129,40 @@ def test_replies_that_wait_count_against_the_limit_of_the_process() -> None:
         for stream in streams:
             for id in range(24):
                 await stream.write(message(id, pull()))
-        held = await settled(lambda: peer.counts.inflight_bytes)
+        held = await settled(lambda: peer.stats.inflight_bytes)
         assert held > LIMIT - REPLY
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await peer.call("RowService/Pull", codec.encode_pull(pull()))
         assert refusal(caught.value) == ("RESOURCE_EXHAUSTED", "OVERLOADED")
         for stream in streams:
             stream.cancel()
-        await until(lambda: peer.counts.inflight_bytes == 0)
+        await until(lambda: peer.stats.inflight_bytes == 0)
         await peer.call("RowService/Pull", codec.encode_pull(pull()))
 
-    with_server(act, "--max-inflight-bytes", str(LIMIT))
+    serve(act, "--max-inflight-bytes", str(LIMIT))
 
 
 def test_a_reply_larger_than_the_limit_goes_out_where_nothing_else_is_in_memory() -> None:
     async def act(peer: Peer) -> int:
         data = await peer.call("RowService/Pull", codec.encode_pull(pull()))
-        await until(lambda: peer.counts.inflight_bytes == 0)
+        await until(lambda: peer.stats.inflight_bytes == 0)
         return codec.decode_pulled(data).embeddings.nbytes
 
-    assert with_server(act, "--max-inflight-bytes", str(1 << 16)) == REPLY
+    assert serve(act, "--max-inflight-bytes", str(1 << 16)) == REPLY
 
 
 def test_deletes_are_counted_and_a_dropped_table_takes_its_series_with_it() -> None:
     async def act(peer: Peer) -> list[tuple[tuple[str, str], tuple[int, int, int]]]:
         header = pb.PushHeader(table="t")
         await peer.call("RowService/Delete", codec.encode_delete(header, KEYS))
-        await peer.create("gone")
+        await peer.create("gone", DIM)
         await peer.call("RowService/Pull", codec.encode_pull(pull("gone")))
         drop = pb.DropTableRequest(name="gone").SerializeToString()
         await peer.call("TableService/DropTable", drop)
-        counted = peer.counts.traffic.items()
+        counted = peer.stats.traffic.items()
         return [(where, (each.requests, each.keys, each.bytes)) for where, each in counted]
 
-    assert with_server(act) == [(("Delete", "t"), (1, len(KEYS), KEYS.nbytes))]
+    assert serve(act) == [(("Delete", "t"), (1, len(KEYS), KEYS.nbytes))]
 
 
 # ---- deadlines
@@ -246,7 +190,7 @@ def test_what_a_caller_no_longer_waits_for_is_not_begun(method: str) -> None:
         tables = await peer.call("TableService/ListTables", b"")
         return [each.schema.name for each in pb.ListTablesResponse.FromString(tables).tables]
 
-    assert with_server(act) == ["t"]
+    assert serve(act) == ["t"]
 
 
 @pytest.mark.parametrize("method", ["Pull", "Delete"])
@@ -263,11 +207,11 @@ def test_what_a_caller_no_longer_waits_for_counts_until_the_engine_has_dropped_i
         with pytest.raises(grpc.aio.AioRpcError):
             await peer.call(f"RowService/{method}", data, timeout=0.05)
         await asyncio.sleep(0.05)
-        assert peer.counts.inflight_bytes == held
+        assert peer.stats.inflight_bytes == held
         gate.set()
-        await until(lambda: peer.counts.inflight_bytes == 0)
+        await until(lambda: peer.stats.inflight_bytes == 0)
 
-    with_server(act)
+    serve(act)
 
 
 def test_what_waits_for_a_thread_past_its_deadline_is_not_begun() -> None:
@@ -279,7 +223,7 @@ def test_what_waits_for_a_thread_past_its_deadline_is_not_begun() -> None:
         with pytest.raises(DeadlinePassed, match=r"^the deadline passed before the work began$"):
             await workers.run(workers.short, lambda: begun.append(-1.0), now - 1.0)
 
-    with_server(act)
+    serve(act)
     assert begun == [20.0]
 
 
@@ -323,7 +267,7 @@ def test_an_error_about_a_name_reaches_its_caller_however_long_it_is(
             await peer.call("TableService/CreateTable", request.SerializeToString())
         assert refusal(caught.value) == (of_name if too_large else ("INVALID_ARGUMENT",) * 2)
 
-    with_server(act)
+    serve(act)
 
 
 # ---- tables
@@ -355,7 +299,7 @@ def test_a_sketch_is_within_the_budget_and_its_size_is_said_at_creation() -> Non
         assert 11_066_818 <= stats.counter_bytes < 14 << 20
         assert peer.service._shard.budget.held - before == stats.bytes
 
-    with_server(act, "--memory-bytes", str(256 << 20))
+    serve(act, "--memory-bytes", str(256 << 20))
 
 
 def test_a_table_is_altered_and_what_cannot_be_is_refused() -> None:
@@ -379,4 +323,4 @@ def test_a_table_is_altered_and_what_cannot_be_is_refused() -> None:
         assert refusal(caught.value) == ("FAILED_PRECONDITION", "NOT_ALTERABLE")
         assert "'t': dim cannot be altered: every row has" in str(caught.value.details())
 
-    with_server(act)
+    serve(act)
