@@ -16,7 +16,7 @@ MAX_DIM = 8192
 
 @dataclass(frozen=True, slots=True)
 class TableInfo:
-    """A table over all shards."""
+    """Settings of a table as they are now, alterations included, and its size over all shards."""
 
     name: str
     dim: int

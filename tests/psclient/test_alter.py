@@ -211,3 +211,11 @@ def test_psctl_alter_says_why_not(cluster2: Cluster, connect: Connect, name: str
         assert message in psctl(cluster2, "alter", name, *words, exit=1)
     assert "FIELD=VALUE" in psctl(cluster2, "alter", name, "lr", exit=2)
     assert client.describe_table(name) == before
+
+
+def test_psctl_create_says_how_much_memory_a_sketch_takes(
+    cluster2: Cluster, connect: Connect, name: str
+) -> None:
+    rule = "--admission=sketch:expected_keys=1000000"
+    assert "its sketch takes 1" in psctl(cluster2, "create", name, "--dim=2", rule)
+    assert connect(cluster2).describe_table(name).counter_bytes > 11_000_000

@@ -183,7 +183,10 @@ def create(
             eviction=parse_rules("--eviction", eviction or ()),
             max_step_ahead=max_step_ahead,
         )
+        counters = client.describe_table(name).counter_bytes if admission == "sketch" else 0
     typer.echo(f"{name}: exists with these settings" if existed else f"{name}: created")
+    if counters:
+        typer.echo(f"{name}: its sketch takes {figures.size(counters)} of server memory")
 
 
 @app.command()
