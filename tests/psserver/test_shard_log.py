@@ -15,7 +15,7 @@ from stores import DIM, change, contents, make_shard, push, schema
 
 from psproto import ps_pb2 as pb
 from psserver import sequencer as sequencer_module
-from psserver.errors import BadRequest, NoLog, Overloaded, SessionExpired
+from psserver.errors import BadRequest, Overloaded, SessionExpired
 from psserver.requests import Pull
 from psserver.schemas import from_json
 from psserver.shard import Shard
@@ -259,46 +259,6 @@ def test_a_repeated_push_is_answered_although_the_disk_is_full(shard: Shard, log
     except DiskFull:
         pass
     assert contents(shard) == before
-
-
-# ---- durability
-
-
-def level(shard: Shard, **changes: Any) -> int:
-    return shard.exchange([push([1], **changes)], []).pushes[0].achieved
-
-
-@pytest.mark.parametrize("table", ["applied", "log", "fsync"])
-@pytest.mark.parametrize("asked", [None, "applied", "log", "fsync"])
-def test_a_change_is_answered_with_the_level_asked_for_or_the_table_s(
-    log: Log, table: Any, asked: Any
-) -> None:
-    shard = make_shard(log=log)
-    shard.create_table(schema(durability=table))
-    want = pb.Durability.Value(f"DURABILITY_{(asked or table).upper()}")
-    assert level(shard, durability=asked) == want
-    assert shard.delete(change([1], durability=asked)).achieved == want
-
-
-def test_without_a_log_everything_is_applied_and_nothing_on_disk() -> None:
-    shard = make_shard()
-    with pytest.raises(NoLog):
-        shard.create_table(schema(durability="fsync"))
-    assert shard.tables() == []
-    shard.create_table(schema())
-    before = contents(shard)
-    for call in (
-        lambda: shard.exchange([push([2]), push([1], durability="fsync")], []),
-        lambda: shard.delete(change([1], durability="fsync")),
-        lambda: shard.barrier("b"),
-    ):
-        with pytest.raises(NoLog):
-            call()
-        assert contents(shard) == before
-    assert level(shard) == level(shard, durability="log") == pb.DURABILITY_APPLIED
-    assert shard.delete(change([1], durability="log")).achieved == pb.DURABILITY_APPLIED
-    shard.drop_table("t")
-    assert shard.version == 5
 
 
 # ---- deletes
