@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import grpc
@@ -10,9 +11,11 @@ from google.protobuf.message import DecodeError
 
 from psproto import codec
 from psserver.connections import Connections
-from psserver.errors import Starting, TooLarge
+from psserver.errors import Overloaded, Refused, Starting, TooLarge
 from psserver.limits import CONTROL_BYTES
 from psserver.status import abort
+
+STREAMS = 1024  # open streams of health checks and reflection
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -25,6 +28,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._connections = connections
         self._methods: dict[str, Handler] = {}
         self._opened = False
+        self._streams = 0  # of other services
         self._closed = grpc.stream_stream_rpc_method_handler(_refuse)  # fits all four kinds
 
     def open(self, methods: Mapping[str, Handler]) -> None:
@@ -48,6 +52,17 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
         for name, handler in handlers.items():
             self._methods[f"/{service}/{name}"] = self._limited(handler)
 
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        """Count a stream of another service. Raises Overloaded beyond STREAMS."""
+        if self._streams >= STREAMS:
+            raise Overloaded(f"{STREAMS} health and reflection streams are open; retry later")
+        self._streams += 1
+        try:
+            yield
+        finally:
+            self._streams -= 1
+
     def _limited(self, handler: Handler) -> Handler:
         parse, answer = handler.request_deserializer, handler.response_serializer
 
@@ -69,22 +84,23 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
         async def unary(data: bytes, context: Context) -> Any:
             try:
                 request = read(data, context)
-            except (TooLarge, codec.Malformed) as error:
+            except (Refused, codec.Malformed) as error:
                 await abort(context, error)
             return await handler.unary_unary(request, context)
 
         async def watch(data: bytes, context: Context) -> None:
             try:
-                request = read(data, context)
-            except (TooLarge, codec.Malformed) as error:
+                with self._stream():
+                    await handler.unary_stream(read(data, context), context)
+            except (Refused, codec.Malformed) as error:
                 await abort(context, error)
-            await handler.unary_stream(request, context)
 
         async def stream(many: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
             try:
-                async for reply in handler.stream_stream(requests(many, context), context):
-                    yield reply
-            except (TooLarge, codec.Malformed) as error:
+                with self._stream():
+                    async for reply in handler.stream_stream(requests(many, context), context):
+                        yield reply
+            except (Refused, codec.Malformed) as error:
                 await abort(context, error)
 
         if handler.request_streaming:

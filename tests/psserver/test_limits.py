@@ -14,6 +14,7 @@ from peers import Peer, details, refusal, until, with_server
 
 from psproto import codec
 from psproto import ps_pb2 as pb
+from psserver import door
 from psserver.limits import CONTROL_BYTES
 
 SMALLEST = 1 << 16  # of max_message_bytes and max_inflight_bytes
@@ -242,3 +243,26 @@ def test_the_foreign_methods_are_those_that_the_port_has() -> None:
 
     ours = {f"/ps.v1.{name}" for name in METHODS}
     assert with_server(act) - ours == {f"/{name}" for name in FOREIGN}
+
+
+@pytest.mark.parametrize("name", [name for name, kind in FOREIGN.items() if kind != "unary"])
+def test_streams_of_other_services_have_a_limit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "STREAMS", 2)
+
+    def begin(peer: Peer) -> Any:
+        if FOREIGN[name] == "many":
+            return peer.many(name, b"")
+        return peer._channel.stream_stream(f"/{name}")()
+
+    async def act(peer: Peer) -> tuple[str, str]:
+        there = peer.server._listener._door
+        open_ones = [begin(peer) for _ in range(2)]
+        await until(lambda: there._streams == 2)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await begin(peer).read()
+        for each in open_ones:
+            each.cancel()
+        await until(lambda: there._streams == 0)
+        return refusal(caught.value)
+
+    assert with_server(act) == ("RESOURCE_EXHAUSTED", "OVERLOADED")
