@@ -76,6 +76,7 @@ def cached(source: Path) -> list[Path]:
     return sorted((source / "__pycache__").glob("*.nb?"))
 
 
+@pytest.mark.slow
 def test_the_second_process_compiles_nothing(source: Path) -> None:
     assert run(source) == (RESULT, 0, "")
     assert run(source) == (RESULT, 2, "")
@@ -96,6 +97,7 @@ class TestAnotherUser:
         assert run(source, user=NOBODY, **nowhere) == (RESULT, 2, "")
         assert run(source, "os.environ.pop('HOME')", user=NOBODY) == (RESULT, 2, "")
 
+    @pytest.mark.slow
     def test_so_is_a_directory_that_a_variable_names(self, source: Path, public_path: Path) -> None:
         named = {"NUMBA_CACHE_DIR": str(public_path / "cache")}
         run(source, **named)
@@ -111,6 +113,7 @@ class TestAnotherUser:
         assert "set NUMBA_CACHE_DIR" in warned
         assert "|" not in warned
 
+    @pytest.mark.slow
     def test_what_a_read_only_cache_lacks_is_saved_for_the_user(
         self, source: Path, public_path: Path
     ) -> None:
@@ -124,6 +127,7 @@ class TestAnotherUser:
         assert run(source, user=NOBODY, HOME=str(home)) == (RESULT, 2, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["inner", "outer"])
 def test_a_change_of_any_source_of_a_kernel_compiles_it_anew(source: Path, name: str) -> None:
     run(source)
@@ -135,6 +139,7 @@ def test_a_change_of_any_source_of_a_kernel_compiles_it_anew(source: Path, name:
     assert run(source)[1] == 2
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_as_none(source: Path) -> None:
     run(source)
     for path in cached(source):
@@ -142,6 +147,7 @@ def test_a_damaged_cache_is_as_none(source: Path) -> None:
     assert run(source)[:2] == (RESULT, 0)
 
 
+@pytest.mark.slow
 def test_a_required_cache_names_the_kernel_and_where_it_looked(source: Path) -> None:
     step = """
 kernelcache.require()
