@@ -86,8 +86,8 @@ def test_clients_that_acknowledge_nothing_share_a_bound(clients: int) -> None:
     sessions = Sessions(clients, 600.0, lambda: 0.0)
     for client in range(1, clients + 1):
         sessions.record(client, 1, 1, 0, 1)
-    for sequence in range(2, 6000 if clients == 1 else 1200 if clients == 1000 else 70):
-        for client in range(1, clients + 1, 1 if clients < 20_000 else 500):
+    for sequence in range(2, {1: 6000, 1000: 1200, 20_000: 70}[clients]):
+        for client in range(1, clients + 1, max(1, clients // 20)):
             sessions.record(client, 1, sequence, 0, sequence)
     window = {1: WINDOW, 1000: RECORDED // 1000, 20_000: LEAST_WINDOW}[clients]
     longest = max(len(each.versions) for each in sessions._sessions.values())

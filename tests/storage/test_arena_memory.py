@@ -206,7 +206,7 @@ def test_scans_on_another_thread_read_rows_while_the_table_moves() -> None:
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
-    for at in range(1000, 700_000, 50_000):
+    for at in range(1000, 300_000, 50_000):
         fill(table, range(at, at + 50_000), version=2)
     stop.set()
     reader.join()
