@@ -1,35 +1,35 @@
 """Embedding tables on parameter servers, for trainers of any framework.
 
-errors.py      what can go wrong
-checked.py     values of arguments
+errors.py      errors that psclient raises
+checked.py     checks of arguments
 strings.py     keys from strings
 addresses.py   addresses of servers
-choices.py     words that arguments take: modes, dtypes on the wire, durability
+choices.py     words that arguments accept: modes, dtypes on the wire, durability
 arrays.py      keys and gradients from arrays of any framework
 batch.py       distinct keys, sums of gradients, pooling
 versions.py    versions of shards, and their epochs
 schema.py      schemas of tables
 alteration.py  settings of a live table
-signals.py     exceptions of signal handlers, delayed
+signals.py     signal handlers, delayed while they could do harm
 channel.py     gRPC channels that survive forks and signals
-retry.py       failed calls: errors, pauses
-session.py     a request to a shard, numbers of pushes
+retry.py       errors of failed calls, pauses between attempts
+session.py     one request to one shard, the numbers of its pushes
 link.py        one shard: what streams and unary calls have in common
 stream.py      one shard through a stream
 unary.py       one shard through unary calls
-moved.py       a request sent again where its keys are
+moved.py       requests sent again to the owners of their keys
 fanout.py      unary calls to several shards at once
-cluster.py     all shards, their map
-request.py     parts of a request and the messages they travel in
+cluster.py     all shards, the shard map
+request.py     parts of a request, and the messages that carry them
 pending.py     requests in flight
 deletes.py     rows deleted on every shard
-connection.py  addresses and options; connects, closes
+connection.py  addresses, options, connecting and closing
 rowclient.py   pull, push, exchange, delete
 table.py       one table
-client.py      all tables: create, describe, evict, drop
-aio.py         the same for asyncio
-combine.py     how rows of several parts become one embedding (imported on demand)
-multihash.py   features over several tables, a row of each for a key (imported on demand)
+client.py      the client: create, describe, evict and drop tables
+aio.py         the client for asyncio
+combine.py     rows of several parts combined into one embedding (imported on demand)
+multihash.py   features over several small tables (imported on demand)
 mixed.py       features whose embeddings grow with their frequency (imported on demand)
 changes.py     changes of rows, as a subscriber gets them
 shardstream.py  the subscription to one shard

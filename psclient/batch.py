@@ -1,8 +1,8 @@
-"""A batch of keys on its way to the shards and back.
+"""A batch of keys: its distinct keys by shard, sums of gradients, pooling.
 
-batch = Batch(keys, shard_map)        distinct keys by shard, and the inverse, found once
-batch.sum(gradients)                  one gradient for each distinct key
-batch.spread(rows)                    rows of distinct keys back to every place of the batch
+batch = Batch(keys, shard_map)        finds the distinct keys by shard, and the inverse
+batch.sum(gradients)                  returns one gradient for each distinct key
+batch.spread(rows)                    copies rows of distinct keys to each occurrence
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POOLINGS = ("sum", "mean", "sqrtn")
 
 
 class Batch:
-    """The distinct keys of a batch. Make it once where the same keys are pulled and pushed."""
+    """The distinct keys of a batch. Create it once if the same keys are pulled and pushed."""
 
     def __init__(self, keys: Any, shard_map: routing.ShardMap) -> None:
         array = as_keys(keys)
@@ -33,13 +33,13 @@ class Batch:
 
     @property
     def keys(self) -> NDArray[np.uint64]:
-        """The distinct keys, by shard."""
+        """Distinct keys uint64[distinct], grouped by shard."""
         return self.split.keys
 
     def sum(self, gradients: Any, table: str, dim: int) -> Rows:
-        """float32[distinct, dim]: gradients[*shape, dim] summed over equal keys.
+        """Return float32[distinct, dim]: gradients[*shape, dim] summed over equal keys.
 
-        InvalidArgument if the shape does not fit or a number is infinite or NaN.
+        Raises InvalidArgument if the shape does not fit or a number is infinite or NaN.
         """
         flat = as_gradients(gradients, (*self.shape, dim), f"table {table!r}: gradients").reshape(
             -1, dim
@@ -54,7 +54,10 @@ class Batch:
         return self.check(sums, table, dim)
 
     def check(self, gradients: Any, table: str, dim: int) -> Rows:
-        """float32[distinct, dim]: gradients summed already, or InvalidArgument as for ``sum``."""
+        """Return gradients that are summed already as float32[distinct, dim].
+
+        Raises InvalidArgument as ``sum`` does.
+        """
         sums = as_gradients(gradients, (len(self.keys), dim), f"table {table!r}: gradients")
         if not routing.all_finite(sums.reshape(-1).view(np.uint32)):
             row, column = np.argwhere(~np.isfinite(sums))[0]
@@ -65,13 +68,13 @@ class Batch:
         return sums
 
     def spread(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """rows[distinct, ...] as [*shape, ...]."""
+        """Return rows[distinct, ...] as [*shape, ...]: one for each key of the batch."""
         return rows[self.split.inverse].reshape((*self.shape, *rows.shape[1:]))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _pool(rows: Any, inverse: Any, offsets: Any, weights: Any, mode: int, out: Any) -> None:
-    """out[b] = combination of rows[inverse[i]] * weights[i] over i in bag b.
+    """Write out[b] = the combined rows[inverse[i]] * weights[i] of the keys i in bag b.
 
     rows     float32[u, dim]
     inverse  int32[n]
@@ -96,13 +99,14 @@ def _pool(rows: Any, inverse: Any, offsets: Any, weights: Any, mode: int, out: A
 
 
 def pool(rows: Rows, batch: Batch, offsets: Any, weights: Any, mode: str) -> Rows:
-    """Combine the rows of each bag of a flat batch: float32[bags, dim].
+    """Return one combined row for each bag of a flat batch: float32[bags, dim].
 
     rows     float32[distinct, dim]
     offsets  int[bags + 1]: bag b is keys offsets[b]..offsets[b + 1] - 1
     weights  float[n] or None
-    mode     "sum"; "mean", by the sum of the weights; "sqrtn", by the root of the sum of their
-             squares (as in TensorFlow's embedding_lookup_sparse); an empty bag is 0
+    mode     "sum"; "mean", divided by the sum of the weights; "sqrtn", divided by the square root
+             of the sum of their squares (as in TensorFlow's embedding_lookup_sparse). An empty bag
+             is 0
     """
     if mode not in POOLINGS:
         raise InvalidArgument(f"mode must be one of {', '.join(POOLINGS)}, got {mode!r}")

@@ -1,4 +1,4 @@
-"""Values of arguments, checked before they travel: InvalidArgument names field, rule and value."""
+"""Arguments, checked before they are sent. InvalidArgument names the field, the rule, the value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from psclient.errors import InvalidArgument
 
 
 def integer(field: str, value: Any, low: int, end: int) -> int:
-    """The integer ``value``, of any type of integers, if it is in low..end - 1."""
+    """Return ``value`` as an int if it is an integer, of any type, in low..end - 1."""
     try:
         if low <= (number := operator.index(value)) < end:
             return number
@@ -23,7 +23,7 @@ def integer(field: str, value: Any, low: int, end: int) -> int:
 
 
 def number(field: str, value: Any) -> float:
-    """The number ``value``; a server says whether it may be infinite or NaN."""
+    """Return ``value`` as a float. The server decides whether it may be infinite or NaN."""
     if not isinstance(value, str | bytes):
         with suppress(TypeError, ValueError, OverflowError):
             return float(value)
@@ -31,14 +31,14 @@ def number(field: str, value: Any) -> float:
 
 
 def seconds(field: str, value: Any) -> float:
-    """The number of seconds ``value``, above 0 and not more than a thread can wait."""
+    """Return ``value`` as seconds if it is positive and not more than a thread can wait."""
     if not 0 < (given := number(field, value)) <= threading.TIMEOUT_MAX:
         raise InvalidArgument(f"{field} must be positive seconds, got {value}")
     return given
 
 
 def text(field: str, value: Any) -> str:
-    """The text ``value``, which UTF-8 has bytes for."""
+    """Return ``value`` if it is text that UTF-8 can encode."""
     if isinstance(value, str):
         with suppress(UnicodeEncodeError):
             value.encode()
@@ -47,21 +47,21 @@ def text(field: str, value: Any) -> str:
 
 
 def one_of(field: str, value: Any, known: Mapping[str, int]) -> int:
-    """The number of the word ``value``, if it is one of ``known``."""
+    """Return the number of the word ``value`` if it is one of ``known``."""
     if not isinstance(value, str) or value not in known:
         raise InvalidArgument(f"{field} must be one of {', '.join(known)}, got {value!r}")
     return known[value]
 
 
 def mapping(field: str, value: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """The mapping ``value``; an empty one for None."""
+    """Return the mapping ``value``, or an empty one for None."""
     if value is not None and not isinstance(value, Mapping):
         raise InvalidArgument(f"{field} must come with a mapping of its parameters, got {value!r}")
     return value or {}
 
 
 def _power(number: int) -> str:
-    """A number as people write it: 2^64-1."""
+    """Return a number as people write it: 2^64-1."""
     for least, offset in ((1 << 32, ""), ((1 << 32) - 1, "-1")):
         size = abs(number) + bool(offset)
         if abs(number) >= least and size & (size - 1) == 0:

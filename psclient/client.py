@@ -1,11 +1,11 @@
-"""The client: tables, pulls and pushes over all shards, blocking.
+"""The blocking client of a cluster.
 
-One batch of keys takes one straight line: find the distinct keys and their shards, send each shard
-one message, scatter its reply into the result. Several tables travel in the same messages. A shard
-that does not own a key refuses its message; the shard map is fetched and the message sent again.
+For each request the client finds the distinct keys and the shard of each, sends one message to each
+shard, and scatters the replies into the result. Several tables share the messages. A shard refuses
+keys that it does not own; the client then fetches the shard map and sends them to their owners.
 
-A push is atomic for each shard. Gradients are checked here before the first message leaves, so that
-a bad one is applied nowhere. A request over a server's message limit is sent as several.
+A push is atomic per shard. The client checks gradients before it sends the first message, so bad
+ones are applied nowhere. A request over a server's message limit is sent in several messages.
 """
 
 from __future__ import annotations
@@ -14,30 +14,34 @@ import time
 from collections.abc import Mapping
 
 from psclient import checked
-from psclient.alteration import STEPS
-from psclient.choices import DURABILITIES, Durability
+from psclient.choices import Durability
 from psclient.errors import TableNotFound
 from psclient.fanout import Ask, ask_all
 from psclient.rowclient import RowClient
-from psclient.schema import MAX_DIM, TableInfo, rule, table_info
+from psclient.schema import TableInfo, table_info, table_schema
 from psclient.table import Table
 from psclient.versions import Versions
 from psproto import ps_pb2 as pb
 
 
 class Client(RowClient):
-    """A trainer's view of a cluster. Thread-safe; usable in forked processes.
+    """A client of a cluster. Thread-safe; usable in forked processes; can be pickled.
 
     addresses    "host:port" of every shard, in the order of the shards
     wire         dtype of embeddings and gradients on the wire: "float32", "bfloat16", "float16"
-    timeout      seconds that an operation may take, retries included
-    transport    "stream" (fast), or "unary" (one RPC a message)
-    client_id    1..2^64-1, where the identity must outlive the process; 0: random
-    incarnation  0..2^63-1; must grow with each use of the same client_id, or its pushes are refused
-                 (SessionExpired); nanoseconds since 1970 where None
+    timeout      seconds that an operation may take, connecting and retries included
+    transport    "stream" (fast), or "unary" (one RPC per message)
+    client_id    identity of the client in 1..2^64-1, if it must outlive the process; 0: random
+    incarnation  number in 0..2^63-1 that must grow with each use of the same client_id; else pushes
+                 raise SessionExpired. None: nanoseconds since 1970
+    proxy        use the HTTP proxy that the environment names (http_proxy and the like)
 
-    Connects at the first use. What can go wrong is a PsError, values that no server was asked about
-    included; see psclient.errors.
+    Connects at the first use. Raises PsError only; see psclient.errors. Closes once it is no longer
+    referenced. A pickled client is its addresses and options: what is loaded connects anew, under a
+    random identity. A copy, shallow or deep, is the same client.
+
+    An exception of a signal handler, such as KeyboardInterrupt, ends a call at once. Its push then
+    takes effect once or not at all, and the client remains usable.
     """
 
     def create_table(
@@ -58,59 +62,54 @@ class Client(RowClient):
         eviction: Mapping[str, Mapping[str, float]] | None = None,
         max_step_ahead: int | None = None,
     ) -> Table:
-        """Create a table on every shard, or find it there with an equal schema.
+        """Create a table on every shard. Idempotent: an equal table is left as it is.
 
         dim              length of the embeddings
-        optimizer        of the server: sgd, momentum, adagrad, rowwise_adagrad, adagrad_decay,
-                         adam, adamw, adam_async, ftrl, group_ftrl
-        lr               learning rate; the optimizer's default where None
-        optimizer_args   its further parameters
+        optimizer        the servers' optimizer: sgd, momentum, adagrad, rowwise_adagrad,
+                         adagrad_decay, adam, adamw, adam_async, ftrl, group_ftrl
+        lr               learning rate; None: the optimizer's default
+        optimizer_args   further parameters of the optimizer
         initializer      zeros, constant, uniform, normal, truncated_normal
-        seed             of the initial values
-        serving_default  what serving pulls return for keys without a row
-        durability       of pushes that ask for none; see ``push``
-        admission        which keys may have a row: always, counter, sketch, probability
-        admission_args   its parameters
-        eviction         which rows leave, any of these with their parameters: step_ttl, time_ttl,
-                         norm, and one of capacity_lru, capacity_lfu; docs/policies.md has them all
+        initializer_args  parameters of the initializer
+        seed             seed of the initial values
+        serving_default  number that pulls with mode="serve" return for keys without a row
+        durability       durability of pushes that do not choose one; see ``push``
+        admission        rule for which keys may have a row: always, counter, sketch, probability
+        admission_args   parameters of the admission rule
+        eviction         rules for which rows are evicted, with the parameters of each: step_ttl,
+                         time_ttl, norm, and one of capacity_lru, capacity_lfu; docs/policies.md
+                         explains them
         max_step_ahead   steps that a push may be ahead of the largest step pushed before; a push
-                         beyond is refused (InvalidArgument, reason STEP_TOO_FAR). 100,000,000 where
-                         None; 0: no bound
+                         further ahead raises InvalidArgument with reason STEP_TOO_FAR. None:
+                         100,000,000; 0: no bound
 
-        Raises SchemaMismatch if it exists with another schema, InvalidArgument for a bad value.
+        Raises SchemaMismatch if the table exists with another schema, InvalidArgument for a bad
+        value.
         """
-        at = f"table {checked.text('name', name)!r}: "
-        dim = checked.integer(f"{at}dim", dim, 1, MAX_DIM + 1)
-        rates = {} if lr is None else {"lr": lr}
-        schema = pb.TableSchema(
-            name=name,
-            dim=dim,
-            optimizer=rule(f"{at}optimizer", optimizer, optimizer_args, rates),
-            initializer=rule(f"{at}initializer", initializer, initializer_args),
-            seed=checked.integer(f"{at}seed", seed, 0, 1 << 64),
-            serving_default=checked.number(f"{at}serving_default", serving_default),
-            durability=checked.one_of("durability", durability, DURABILITIES),  # type: ignore[arg-type]
-            admission=rule(f"{at}admission", admission, admission_args),
-            evictions=[
-                rule(f"{at}eviction", kind, args)
-                for kind, args in checked.mapping(f"{at}eviction", eviction).items()
-            ],
+        schema = table_schema(
+            name,
+            dim,
+            optimizer=(optimizer, optimizer_args, lr),
+            initializer=(initializer, initializer_args),
+            seed=seed,
+            serving_default=serving_default,
+            durability=durability,
+            admission=(admission, admission_args),
+            eviction=eviction,
+            max_step_ahead=max_step_ahead,
         )
-        if max_step_ahead is not None:
-            ahead = checked.integer(f"{at}max_step_ahead", max_step_ahead, 0, STEPS)
-            schema.max_step_ahead = ahead
         request = pb.CreateTableRequest(schema=schema)
         self._on_all("TableService/CreateTable", request, pb.CreateTableResponse, first=True)
-        self._dims[name] = dim
-        return Table(self, name, dim)
+        self._dims[name] = schema.dim
+        return Table(self, name, schema.dim)
 
     def table(self, name: str) -> Table:
-        """A table that exists; TableNotFound if it does not."""
+        """Return an existing table; TableNotFound if it does not exist."""
         self._require_open()
         return Table(self, name, self._dim(name, self._deadline()))
 
     def list_tables(self) -> list[TableInfo]:
-        """All tables that exist on every shard, by name."""
+        """Return all tables that exist on every shard, sorted by name."""
         lists = self._on_all(
             "TableService/ListTables", pb.ListTablesRequest(), pb.ListTablesResponse
         )
@@ -119,14 +118,14 @@ class Client(RowClient):
         return [table_info([shard[name] for shard in shards]) for name in names]
 
     def evict(self, name: str, *, dry_run: bool = False, timeout: float = 3600.0) -> dict[str, int]:
-        """Evict the rows that are to leave by the table's rules now; how many did, by cause.
+        """Apply the table's eviction rules now; return the number of rows evicted, by rule.
 
-        dry_run  only count them
-        timeout  seconds that it may take, instead of the client's; then the shards give it up, and
-                 the rows evicted until then stay so
+        dry_run  count the rows without evicting them
+        timeout  seconds that this call may take, instead of the client's timeout. When it passes,
+                 the shards stop; rows evicted by then stay evicted
 
-        By the first rule that holds for a row. The background finds the same rows by and by; those
-        that it evicts meanwhile, or that a call did which failed, are not counted.
+        A row counts for the first rule that evicts it. Servers also evict in the background. Rows
+        that they evict at the same time are not counted, nor are those of a call that failed.
         """
         request = pb.EvictRequest(
             table=checked.text("name of a table", name), dry_run=bool(dry_run)
@@ -140,7 +139,7 @@ class Client(RowClient):
         return evicted
 
     def drop_table(self, name: str) -> None:
-        """Drop a table and its rows on every shard; TableNotFound if no shard has it."""
+        """Delete a table and its rows on every shard; TableNotFound if no shard has it."""
         request = pb.DropTableRequest(name=checked.text("name of a table", name))
         deadline = self._deadline()
         cluster = self._connect(deadline)
@@ -156,9 +155,9 @@ class Client(RowClient):
             raise TableNotFound(f"no table {name!r} on any shard")
 
     def wait_durable(self) -> Versions:
-        """Return once all that was answered so far is on the disks of the shards.
+        """Wait until everything that the shards have answered so far is on their disks.
 
-        Returns the versions on disk, by shard. Raises NoLog where a shard keeps no log.
+        Returns the versions on disk, by shard. Raises NoLog if a shard has no data directory.
         """
         request = pb.WaitDurableRequest()
         answers = self._on_all("LogService/WaitDurable", request, pb.WaitDurableResponse)
@@ -167,9 +166,10 @@ class Client(RowClient):
         )
 
     def barrier(self, name: str) -> Versions:
-        """Put a mark into the log of every shard, for subscribers; its versions, by shard.
+        """Write a mark into the version log of every shard; return its versions, by shard.
 
-        Pushes answered before are in front of it on every shard, pushes started after behind it.
+        Subscribers receive the mark after all pushes that were answered before this call, and
+        before all pushes that start after it returns.
         """
         request = pb.BarrierRequest(name=checked.text("name of a barrier", name))
         answers = self._on_all("LogService/Barrier", request, pb.BarrierResponse)

@@ -1,4 +1,4 @@
-"""How rows of several parts become one embedding, and its gradient theirs.
+"""Combine rows of several parts into one embedding, and split its gradient among them.
 
 To add one: write the class, add it to COMBINATIONS, and its counterpart to psclient.torch.
 """
@@ -18,18 +18,21 @@ Combine = Literal["add", "multiply", "concatenate"]
 
 
 class Combination(Protocol):
-    """How parts float32[*shape, dim of the part] become embeddings float32[*shape, dim]."""
+    """Combines parts float32[*shape, dim of the part] into embeddings float32[*shape, dim]."""
 
-    reads_parts: bool  # whether gradients depend on the rows
+    reads_parts: bool  # whether the gradients of parts depend on their rows
 
     def dim(self, dims: Sequence[int]) -> int:
-        """Of the embedding; InvalidArgument if parts of these dims do not combine."""
+        """Return the dim of the embedding; InvalidArgument if these dims do not combine."""
 
     def combine(self, parts: Sequence[Rows]) -> Rows:
-        """The embeddings."""
+        """Return the embeddings float32[*shape, dim]."""
 
     def gradients(self, gradient: Rows, parts: Sequence[Rows], dims: Sequence[int]) -> list[Rows]:
-        """By part, from the gradient of the embeddings; parts where ``reads_parts``."""
+        """Return the gradient of each part from that of the embeddings.
+
+        parts  rows of the parts; may be empty unless ``reads_parts``
+        """
 
 
 class _Elementwise:
@@ -58,7 +61,7 @@ class _Multiply(_Elementwise):
         return reduce(np.multiply, parts)
 
     def gradients(self, gradient: Rows, parts: Sequence[Rows], dims: Sequence[int]) -> list[Rows]:
-        """The gradient times the other parts; no division, so rows may be 0."""
+        """Return the gradient times the other parts. It does not divide, so rows may be 0."""
         return [
             reduce(np.multiply, [*parts[:one], *parts[one + 1 :]], gradient)
             for one in range(len(parts))

@@ -1,27 +1,26 @@
 """What can go wrong for a trainer.
 
 * PsError
-  - InvalidArgument    an argument breaks a rule; nothing was applied
-  - TableNotFound      no such table; a shard that lost its memory says so too
-  - SchemaMismatch     the table exists with another schema, or was created anew with another one
-  - WrongShard         a key went to a shard that does not own it, by the newest shard map too
-  - SessionExpired     a repeated push whose first attempt can no longer be told; it may have taken
-                       effect or not; or a client id whose incarnation did not grow
-  - ResourceExhausted  a limit of the server, or its memory
-  - DeadlineExceeded   no answer in time; a push may have taken effect
-  - Unavailable        no server reached in time; a push may have taken effect
-  - VersionInFuture    the shard has not reached the version
-  - VersionCompacted   the shard no longer has the changes behind a token; take a snapshot
-  - LogDiverged        a token of another history of the shard; take a snapshot
-  - NoLog              the shard keeps no log
-  - CheckpointNotFound  no such checkpoint
-  - CheckpointExists   there is a checkpoint of that name
-  - CheckpointUnfit    the checkpoint, or the server's configuration, cannot serve this purpose
-  - CheckpointNeeded   another checkpoint cannot be read without this one
-  - NotEmpty           rows would be lost
-  - RestoreConflict    another restore, or another step of it, is due
-  - DataLoss           stored bytes are damaged; never retried
-  - ServerFailure      anything else that a server answers
+  - InvalidArgument    an argument breaks a rule. Nothing was applied
+  - TableNotFound      the table does not exist, on at least one shard
+  - SchemaMismatch     the table has another schema, or was created anew with another one
+  - WrongShard         a shard refused a key of another shard, by the newest shard map too
+  - SessionExpired     a push cannot be checked against earlier attempts, which may have succeeded
+  - ResourceExhausted  the server is over one of its limits, or out of memory or disk space
+  - DeadlineExceeded   no answer arrived in time. A push may have taken effect
+  - Unavailable        the server could not be reached in time. A push may have taken effect
+  - VersionInFuture    the shard has not reached the requested version
+  - VersionCompacted   the shard no longer has the changes after a token: take a snapshot
+  - LogDiverged        a token belongs to another history of the shard: take a snapshot
+  - NoLog              the shard has no data directory, so it keeps no version log
+  - CheckpointNotFound the checkpoint does not exist
+  - CheckpointExists   a checkpoint of that name exists already
+  - CheckpointUnfit    the checkpoint, or the server's configuration, does not allow this operation
+  - CheckpointNeeded   another checkpoint builds on this one and cannot be read without it
+  - NotEmpty           the operation would delete rows
+  - RestoreConflict    another restore is in progress, or another step of this one comes first
+  - DataLoss           stored bytes are damaged. Never retried
+  - ServerFailure      the server answered with any other error
 """
 
 from __future__ import annotations
@@ -30,96 +29,100 @@ from psproto import ps_pb2 as pb
 
 
 class PsError(Exception):
-    """Root of everything that psclient raises on purpose."""
+    """Root of all errors that psclient raises."""
 
-    reason = ""  # as the server named it
-    retry_after: float | None = None  # seconds, where the server asks to try again
+    reason = ""  # machine-readable, from the server: "TABLE_NOT_FOUND"
+    retry_after: float | None = None  # seconds after which the server asks to try again
 
 
 class InvalidArgument(PsError, ValueError):
-    """An argument breaks a rule; nothing was applied."""
+    """An argument breaks a rule. Nothing was applied."""
 
 
 class TableNotFound(PsError, LookupError):
-    """No such table."""
+    """The table does not exist, on at least one shard."""
 
 
 class SchemaMismatch(PsError):
-    """The table exists with another schema."""
+    """The table exists with another schema, or was created anew with another one."""
 
 
 class WrongShard(PsError):
-    """A key went to a shard that does not own it."""
+    """A shard refused a key that belongs to another shard, by the newest shard map too."""
 
 
 class SessionExpired(PsError):
-    """A repeated push whose first attempt can no longer be told."""
+    """A push cannot be checked against earlier attempts; it may have taken effect.
+
+    It was sent again so late that the server no longer remembers the first attempt. Or a client id
+    was used again with an incarnation that did not grow.
+    """
 
 
 class ResourceExhausted(PsError):
-    """A limit of the server, or its memory."""
+    """The server is over one of its limits, or out of memory or disk space."""
 
 
 class DeadlineExceeded(PsError, TimeoutError):
-    """No answer in time; a push may have taken effect."""
+    """No answer arrived in time. A push may have taken effect."""
 
 
 class Unavailable(PsError, ConnectionError):
-    """No server reached in time; a push may have taken effect."""
+    """The server could not be reached in time. A push may have taken effect."""
 
 
 class VersionInFuture(PsError):
-    """The shard has not reached the version."""
+    """The shard has not reached the requested version."""
 
 
 class VersionCompacted(PsError):
-    """The shard no longer has the changes behind a token; take a snapshot."""
+    """The shard no longer has the changes after a token: take a snapshot."""
 
 
 class LogDiverged(PsError):
-    """A token of another history of the shard; take a snapshot."""
+    """A token belongs to another history of the shard: take a snapshot."""
 
 
 class NoLog(PsError):
-    """The shard keeps no log."""
+    """The shard has no data directory, so it keeps no version log."""
 
 
 class CheckpointNotFound(PsError, LookupError):
-    """No such checkpoint."""
+    """The checkpoint does not exist."""
 
 
 class CheckpointExists(PsError):
-    """There is a checkpoint of that name."""
+    """A checkpoint of that name exists already."""
 
 
 class CheckpointUnfit(PsError):
-    """The checkpoint, or the server's configuration, cannot serve this purpose."""
+    """The checkpoint, or the server's configuration, does not allow this operation."""
 
 
 class CheckpointNeeded(PsError):
-    """Another checkpoint cannot be read without this one."""
+    """Another checkpoint builds on this one and cannot be read without it."""
 
 
 class NotEmpty(PsError):
-    """Rows would be lost."""
+    """The operation would delete rows."""
 
 
 class RestoreConflict(PsError):
-    """Another restore, or another step of it, is due."""
+    """Another restore is in progress, or another step of this one comes first."""
 
 
 class DataLoss(PsError):
-    """Stored bytes are damaged; never retried."""
+    """Stored bytes are damaged. Never retried."""
 
 
 class ServerFailure(PsError):
-    """Anything else that a server answers."""
+    """The server answered with any other error."""
 
 
 REASONS: dict[str, type[PsError]] = {
     "TABLE_NOT_FOUND": TableNotFound,
     "SCHEMA_MISMATCH": SchemaMismatch,
-    "DIM_MISMATCH": SchemaMismatch,  # gradients had the dim that this client was told before
+    "DIM_MISMATCH": SchemaMismatch,  # the client had an old dim of the table
     "WRONG_SHARD": WrongShard,
     "SESSION_EXPIRED": SessionExpired,
     "STEP_TOO_FAR": InvalidArgument,
@@ -137,7 +140,7 @@ REASONS: dict[str, type[PsError]] = {
     "RESTORE_CONFLICT": RestoreConflict,
 }
 CODES: dict[int, type[PsError]] = {  # of google.rpc.Code
-    1: Unavailable,  # a server that ends, or starts, cancels what it does not answer
+    1: Unavailable,  # a server that starts or stops, or is over a limit of gRPC
     3: InvalidArgument,
     4: DeadlineExceeded,
     8: ResourceExhausted,
@@ -147,7 +150,7 @@ CODES: dict[int, type[PsError]] = {  # of google.rpc.Code
 
 
 def error_of(status: pb.Status, where: str) -> PsError:
-    """The exception for a status; ``where`` names the server."""
+    """Return the exception for a status. ``where`` names the server."""
     info, delay = pb.ErrorInfo(), None
     for detail in status.details:
         if detail.type_url.endswith("/google.rpc.ErrorInfo"):

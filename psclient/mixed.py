@@ -1,8 +1,8 @@
 """A feature whose embeddings grow: a small row for every key, a wide one for frequent keys.
 
-Most keys are rare, and rare keys cannot train many numbers. So each key has the first numbers of
-its embedding in a small table, whose servers count how often it was pushed; the others come into
-being, in a wide table, for keys that were pushed often enough.
+Most keys are rare, and rare keys cannot train many numbers. Each key therefore has the first
+numbers of its embedding in a small table, where the servers count how often it is pushed. Keys that
+are pushed often enough get the remaining numbers in a wide table.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ MAX_FREQUENCY = (1 << 32) - 1  # where the servers' counts stop
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PulledMixed:
-    """Embeddings, with what a push of their gradients needs."""
+    """Embeddings, and what a push of their gradients needs."""
 
-    embeddings: Rows  # float32[*shape, dim]; 0 beyond the small part where not wide
+    embeddings: Rows  # float32[*shape, dim]; 0 after the small part where ``wide`` is False
     keys: Keys  # [*shape]
     batch: Batch  # of the keys, flat
-    wide: NDArray[np.bool_]  # [*shape]: whether the key has earned its wide part
+    wide: NDArray[np.bool_]  # [*shape]: whether the key has a wide part
 
 
 class MixedDimension:
     """A feature whose embeddings grow: float32[dim], dim = small.dim + wide.dim.
 
-    small      gives the first small.dim numbers of every key, and its frequency
-    wide       gives the others of a key pushed ``threshold`` times or more; they are 0 before
-    threshold  occurrences pushed, in 1..2^32 - 1
+    small      table of the first small.dim numbers of every key, and of its frequency
+    wide       table of the other numbers of keys pushed ``threshold`` times or more; until then
+               these numbers are 0
+    threshold  occurrences pushed, in 1..2^32-1
 
-    A pull takes two round trips (the second for the wide parts earned), a push one.
+    A pull takes two round trips, the second for the wide parts. A push takes one.
     """
 
     def __init__(self, small: Table, wide: Table, threshold: int) -> None:
@@ -56,11 +57,11 @@ class MixedDimension:
         self.dim = small.dim + wide.dim
 
     def pull(self, keys: Any, *, mode: Mode = "train") -> Rows:
-        """Embeddings float32[*shape, dim] of keys[*shape]."""
+        """Return embeddings float32[*shape, dim] of keys[*shape]."""
         return self.pull_mixed(keys, mode=mode).embeddings
 
     def pull_mixed(self, keys: Any, *, mode: Mode = "train") -> PulledMixed:
-        """``pull``, with which keys have earned their wide part, for ``push``."""
+        """Return embeddings, and which keys have a wide part; ``push`` takes the result as keys."""
         array = as_keys(keys)
         batch = self.client.batch(array.reshape(-1))
         rows = self.small.pull_rows(batch.keys, mode=mode)
@@ -82,9 +83,9 @@ class MixedDimension:
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> None:
-        """Push gradients float[*shape, dim]; those of wide parts not earned are dropped.
+        """Push gradients float[*shape, dim]; wide parts of keys that have none are ignored.
 
-        keys  what pull_mixed returned; or int[*shape], whose frequencies are then pulled
+        keys  what pull_mixed returned; or int[*shape], for which one more pull is made
         """
         pulled = keys if isinstance(keys, PulledMixed) else self.pull_mixed(keys)
         array = checked_gradients(gradients, (*pulled.keys.shape, self.dim))

@@ -1,4 +1,4 @@
-"""A request whose keys live on other shards than the client believed, sent again where they do."""
+"""Requests that a shard refused because the client's shard map was old, sent to the owners."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from psclient.versions import Versions
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
 
-Places = NDArray[np.int64]  # of some keys among those of a refused push or pull
+Places = NDArray[np.int64]  # indices of keys in a refused push or pull
 
 
 def resend(
@@ -25,12 +25,12 @@ def resend(
     min_versions: Sequence[Versions],
     deadline: float,
 ) -> codec.Exchanged:
-    """What a refused exchange would have answered, from the shards of a newer map.
+    """Send a refused exchange to the shards of a newer map; return the answer as if from one shard.
 
-    min_versions  of each pull, by shard; empty: any will do
+    min_versions  of each pull, by shard; empty: any version
     deadline      monotonic seconds
 
-    The keys of the refused exchange went to one shard, which applied nothing.
+    One shard refused the exchange and applied nothing.
     """
     push_owners = [routing.owners(push.keys, shard_map) for push in exchange.pushes]
     pull_owners = [routing.owners(pull.keys, shard_map) for pull in exchange.pulls]
@@ -100,7 +100,7 @@ def _some_pull(
 
 
 def _joined(answers: list[codec.Pulled], places: list[Places]) -> codec.Pulled:
-    """The answers to parts of a pull as the answer to the whole."""
+    """Return the answers to parts of a pull as the answer to the whole pull."""
     order = np.argsort(np.concatenate(places))
 
     def whole(field: str) -> NDArray[Any]:

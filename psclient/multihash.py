@@ -1,15 +1,16 @@
-"""Features over several tables: a key's embedding is put together from one row of each part.
+"""Compositional embeddings: a key's embedding combines one row from each of several small parts.
 
-    QuotientRemainder  the key's number in mixed radix, one digit a part
+    QuotientRemainder  digits of the key's number in mixed radix, one per part
     ChineseRemainder   the key's number modulo pairwise coprime sizes
-    KHash              k hashes of the key, each modulo a size of its own
+    KHash              k hashes of the key, each modulo the size of its part
 
-The first two are complementary partitions (Shi, Mudigere, Naumov and Yang, 2020, arXiv:1909.02107):
-any two of ``universe`` numbers differ in some part, so a table of n rows becomes k tables of about
-n^(1/k). A key's number is a hash of it, so any ids will do, or the key itself where ids are dense.
+The first two are complementary partitions (Shi, Mudigere, Naumov and Yang, 2020, arXiv:1909.02107).
+Any two of ``universe`` numbers differ in some part, so k parts of about n^(1/k) rows replace a
+table of n rows. A key's number is a hash of the key, which suits any ids, or the key itself, which
+suits dense ids.
 
-A part is all of a table, or a range of the keys of one that several parts share. Its rows are rows
-like any other: they come into being when they are pushed. All parts travel in one round trip.
+A part is a whole table, or a range of the keys of a table that several parts share. Its rows are
+ordinary rows: the first push creates them. One round trip carries all parts.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from psproto import routing
 
 Keys = NDArray[np.uint64]
 
-KEYS = 1 << 64  # that there are
+KEYS = 1 << 64  # number of distinct keys
 GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _hash(keys: Any, out: Any) -> None:
-    """out[i, j] = number i of the SplitMix64 stream that starts at mix64(keys[j]).
+    """Write out[i, j] = number i of the SplitMix64 stream that starts at mix64(keys[j]).
 
     keys  uint64[n]
     out   uint64[k, n]
@@ -55,16 +56,16 @@ def _hash(keys: Any, out: Any) -> None:
 
 
 def hashes(keys: Keys, k: int) -> Keys:
-    """k independent hashes of each key: uint64[k, *shape]. Each is one to one by itself."""
+    """Return k independent hashes of each key: uint64[k, *shape]. Each of them is a bijection."""
     out = np.empty((k, keys.size), np.uint64)
     _hash(keys.reshape(-1), out)
     return out.reshape(k, *keys.shape)
 
 
 def sizes_for(universe: int, parts: int = 2, *, coprime: bool = False) -> tuple[int, ...]:
-    """Small, about equal sizes whose product is ``universe`` or more.
+    """Return small sizes, about equal, whose product is at least ``universe``.
 
-    coprime  pairwise, as ChineseRemainder needs them
+    coprime  make the sizes pairwise coprime, as ChineseRemainder needs them
     """
     if not 2 <= whole(universe, "universe") <= KEYS:
         raise InvalidArgument(f"universe must be in 2..2^64, got {universe}")
@@ -85,21 +86,22 @@ def sizes_for(universe: int, parts: int = 2, *, coprime: bool = False) -> tuple[
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PulledParts:
-    """Embeddings, with what a push of their gradients needs."""
+    """Embeddings, and what a push of their gradients needs."""
 
     embeddings: Rows  # float32[*shape, dim]
-    batches: dict[str, Batch]  # by table: the keys of its parts' rows, [parts there, *shape]
+    batches: dict[str, Batch]  # by table: keys of rows, [parts in the table, *shape]
     parts: tuple[Rows, ...]  # float32[*shape, dim of the part]
 
 
 class MultiHash:
-    """A feature whose key has one row in each of several parts.
+    """A feature whose keys have one row in each of several parts.
 
-    tables   one for each part; or one for all, which take ranges of its keys, in their order
-    sizes    of the parts, above 1: codes of part i are 0..sizes[i] - 1
-    combine  "add" or "multiply" (tables of one dim), or "concatenate"
+    tables   a table for each part; or one table for all parts, each with a range of its keys
+    sizes    number of rows of each part, above 1: codes of part i are 0..sizes[i] - 1
+    combine  "add" or "multiply", for tables of equal dim, or "concatenate"
 
-    ``universe`` is the number of distinct compositions, ``dim`` the length of an embedding.
+    universe  number of distinct combinations of rows
+    dim       length of an embedding
     """
 
     universe: int
@@ -129,22 +131,22 @@ class MultiHash:
                     f"sizes of the parts in table {table.name!r} must add up to 2^64 at most, got"
                     f" {offsets[-1] + self.sizes[part]}"
                 )
-        self._offsets = np.array(offsets, np.uint64)  # by part: where its keys begin
+        self._offsets = np.array(offsets, np.uint64)  # first key of each part
 
     def codes(self, keys: Any) -> Keys:
-        """uint64[parts, *shape]: in 0..size - 1, one for each part and key."""
+        """Return the code of each key in each part: uint64[parts, *shape], in 0..size - 1."""
         raise NotImplementedError
 
     def row_keys(self, keys: Any) -> Keys:
-        """uint64[parts, *shape]: the keys, in the table of each part, of the rows of keys[*shape].
+        """Return the keys of the rows that keys[*shape] use: uint64[parts, *shape].
 
-        The codes, where no part shares its table with one before it.
+        They are the codes, unless parts share a table.
         """
         codes = self.codes(keys)
         return codes + self._offsets.reshape(-1, *(1,) * (codes.ndim - 1))
 
     def collisions(self, keys: Any) -> float:
-        """Share of the distinct keys that share every part, so the embedding, with another one."""
+        """Return the fraction of distinct keys whose embedding is the same as another key's."""
         ordered = np.sort(as_keys(keys), axis=None)  # faster than np.unique
         codes = self.codes(ordered[np.append(True, ordered[1:] != ordered[:-1])[: ordered.size]])
         codes = codes[:, np.lexsort(codes)]
@@ -152,15 +154,15 @@ class MultiHash:
         shared = np.append(equal, False) | np.append(False, equal)
         return float(shared[: codes.shape[1]].mean()) if codes.size else 0.0
 
-    # ---- for requests that other tables travel in too
+    # ---- for requests that carry other tables too
 
     def batches(self, keys: Any) -> dict[str, Batch]:
-        """What to pull for keys[*shape]: by table, for Client.pull or Client.exchange."""
+        """Return what to pull for keys[*shape], by table, for Client.pull or Client.exchange."""
         rows = self.row_keys(keys)
         return {name: self.client.batch(rows[there]) for name, there in self._parts_of.items()}
 
     def compose(self, batches: Mapping[str, Batch], rows: Mapping[str, Rows]) -> PulledParts:
-        """Embeddings from what came back for ``batches``; other tables in ``rows`` are ignored."""
+        """Return embeddings from the rows pulled for ``batches``; ignore other tables."""
         parts = [np.empty(0, np.float32)] * len(self.tables)
         for name, there in self._parts_of.items():
             for part, of_part in zip(there, rows[name], strict=True):
@@ -169,7 +171,7 @@ class MultiHash:
         return PulledParts(COMBINATIONS[self.combine].combine(parts), own, tuple(parts))
 
     def gradients(self, keys: Any, gradients: Any) -> dict[str, tuple[Batch, Rows]]:
-        """What to push, by table, for Client.push or Client.exchange. See ``push``."""
+        """Return what to push, by table, for Client.push or Client.exchange. See ``push``."""
         if not isinstance(keys, PulledParts) and COMBINATIONS[self.combine].reads_parts:
             keys = self.pull_parts(keys)
         known = isinstance(keys, PulledParts)
@@ -185,13 +187,13 @@ class MultiHash:
     # ---- requests
 
     def pull(self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None) -> Rows:
-        """Embeddings float32[*shape, dim] of keys[*shape], in one round trip."""
+        """Return embeddings float32[*shape, dim] of keys[*shape], in one round trip."""
         return self.pull_parts(keys, mode=mode, wire=wire).embeddings
 
     def pull_parts(
         self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None
     ) -> PulledParts:
-        """``pull``, with what ``push`` would otherwise have to find or to pull again."""
+        """Return embeddings with their batches and parts; ``push`` takes the result as keys."""
         batches = self.batches(keys)
         return self.compose(batches, self.client.pull(batches, mode=mode, wire=wire))
 
@@ -205,13 +207,13 @@ class MultiHash:
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> None:
-        """Push gradients float[*shape, dim] of embeddings to the rows they came from.
+        """Push gradients float[*shape, dim] of embeddings to the rows that they were combined from.
 
-        keys  int[*shape]; or what pull_parts returned, which saves work, and "multiply" a pull:
-              its gradients are those at the rows pulled, else at the rows as they are now
+        keys  int[*shape]; or the result of pull_parts, which saves work. With "multiply", gradients
+              depend on rows: on those pulled by pull_parts, else on the current ones, which takes
+              one more pull
 
-        One round trip. Gradients of equal codes are summed; the server's optimizer takes one step
-        for each row.
+        Gradients of equal codes are summed; the optimizer takes one step for each row.
         """
         push = self.gradients(keys, gradients)
         self.client.push(push, step=step, lr=lr, wire=wire, durability=durability)
@@ -227,7 +229,7 @@ class MultiHash:
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> PulledParts:
-        """Push (keys or what pull_parts returned, gradients) and pull ``keys`` in one message."""
+        """Push (keys or a result of pull_parts, gradients) and pull ``keys``, in one round trip."""
         batches = self.batches(keys)
         rows = self.client.exchange(
             self.gradients(*push),
@@ -249,15 +251,15 @@ class MultiHash:
 
 
 class _Complementary(MultiHash):
-    """Parts that together tell ``universe`` numbers apart.
+    """Parts whose codes, taken together, distinguish ``universe`` numbers.
 
-    universe  2 or more, and no more than the product of the sizes and 2^64, which it is where None
-    hashed    whether a key's number is its hash modulo the universe, for ids of any kind; or else
-              the key itself modulo the universe: then no two of the ids 0..universe - 1 share all
-              parts, but strided ids may use few rows of some
+    universe  at least 2 and at most the product of the sizes and 2^64. None: that product
+    hashed    True: a key's number is its hash modulo the universe, which suits ids of any kind.
+              False: it is the key modulo the universe. Then no two of the ids 0..universe - 1 have
+              equal codes in all parts, but strided ids may use few rows of a part
     """
 
-    coprime = False  # whether sizes must be, pairwise
+    coprime = False  # whether sizes must be pairwise coprime
 
     def __init__(
         self,
@@ -274,23 +276,24 @@ class _Complementary(MultiHash):
         covered = self.universe
         if universe is not None and not 2 <= whole(universe, "universe") <= covered:
             raise InvalidArgument(
-                f"universe must be in 2..{covered}, as many numbers as sizes {list(self.sizes)}"
-                f" tell apart, got {universe}"
+                f"universe must be in 2..{covered}, the product of sizes {list(self.sizes)},"
+                f" got {universe}"
             )
         self.universe = covered if universe is None else whole(universe, "universe")
         self.hashed = hashed
 
     def _numbers(self, keys: Any) -> Keys:
-        """uint64[*shape], in 0..universe - 1."""
+        """Return the number of each key: uint64[*shape], in 0..universe - 1."""
         array = as_keys(keys)
         numbers = hashes(array, 1)[0] if self.hashed else array
         return numbers if self.universe == KEYS else numbers % np.uint64(self.universe)
 
 
 class QuotientRemainder(_Complementary):
-    """Number x has the codes x // sizes[1] and x % sizes[1]; more sizes go on in mixed radix.
+    """Number x has the codes x // sizes[1] and x % sizes[1].
 
-    So the first size is that of the quotients.
+    The first size is therefore that of the quotients. With more sizes, codes are digits in mixed
+    radix.
     """
 
     def codes(self, keys: Any) -> Keys:
@@ -303,7 +306,7 @@ class QuotientRemainder(_Complementary):
 
 
 class ChineseRemainder(_Complementary):
-    """Number x has the codes x % size; sizes are pairwise coprime, so that all universe differ."""
+    """Number x has the codes x % size. Sizes are pairwise coprime, so all numbers differ."""
 
     coprime = True
 
@@ -313,7 +316,7 @@ class ChineseRemainder(_Complementary):
 
 
 class KHash(MultiHash):
-    """As many independent hashes of the key as there are sizes, each modulo its size."""
+    """Independent hashes of the key, one for each size, each modulo its size."""
 
     def codes(self, keys: Any) -> Keys:
         each = hashes(as_keys(keys), len(self.sizes))
@@ -324,7 +327,7 @@ class KHash(MultiHash):
 
 
 def whole(value: Any, field: str) -> int:
-    """The integer that a parameter is, of Python or NumPy; InvalidArgument for any other value."""
+    """Return a parameter as an int; InvalidArgument unless it is an integer of Python or NumPy."""
     try:
         return operator.index(value)
     except TypeError:
@@ -337,7 +340,7 @@ def _checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
     except TypeError:
         raise InvalidArgument(f"sizes must be a list of integers, got {sizes!r}") from None
     if not known:
-        raise InvalidArgument("sizes must name one size for each part, got none")
+        raise InvalidArgument("sizes must be a list of one size for each part, got an empty one")
     for part, size in enumerate(known):
         if not 1 < size < KEYS:
             raise InvalidArgument(f"sizes must be in 2..2^64-1, got {size} for part {part}")
@@ -356,19 +359,21 @@ def _check_coprime(sizes: Sequence[int]) -> None:
 def checked_tables(tables: Table | Sequence[Table], parts: int) -> tuple[Table, ...]:
     each = (tables,) * parts if isinstance(tables, Table) else tuple(tables)
     if len(each) != parts:
-        raise InvalidArgument(f"tables must be one, or one for each of {parts} parts, got {each}")
+        raise InvalidArgument(
+            f"tables must be one table, or one for each of {parts} parts, got {each}"
+        )
     for table in each:
         if not isinstance(table, Table):
             raise InvalidArgument(f"tables must be of type Table, got {table!r}")
     if any(table.client is not each[0].client for table in each):
-        raise InvalidArgument("tables must be of one client")
+        raise InvalidArgument("tables must belong to one client")
     return each
 
 
 def checked_gradients(gradients: Any, shape: tuple[int, ...]) -> Rows:
-    """As float32[*shape, dim]; InvalidArgument if another shape or dtype, or not finite.
+    """Return gradients as float32[*shape, dim]; InvalidArgument for bad or non-finite ones.
 
-    Checked before they are taken apart, so that an error speaks of the caller's array.
+    They are checked before they are split by part, so that errors refer to the caller's array.
     """
     known = as_gradients(gradients, shape, "gradients")
     if not routing.all_finite(known.reshape(-1).view(np.uint32)):

@@ -1,4 +1,4 @@
-"""Requests: their parts, and the messages that they travel in."""
+"""Parts of a request, and the messages that carry them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from psproto import ps_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What all pushes of a request have in common."""
+    """Settings that all pushes of a request share."""
 
     step: int = 0
     lr: float | None = None
@@ -28,7 +28,7 @@ class Header:
 
 @dataclass(slots=True)
 class PullPart:
-    """One pull of a request, and where its result goes."""
+    """One pull of a request, and the arrays for its result."""
 
     table: str
     dim: int
@@ -65,7 +65,10 @@ def messages(
     pulls: Sequence[PullPart],
     header: Header,
 ) -> list[tuple[codec.Exchange, list[tuple[PullPart, int, int]]]]:
-    """The messages of a request for one shard: one, or several where that would be too large."""
+    """Return the messages of a request for one shard: several if one would be too large.
+
+    Each comes with the ranges of distinct keys that its pulls cover.
+    """
     asked = size = most = widest = 0
     for push in pushes:
         first, last = push.batch.split.bounds[shard : shard + 2].tolist()
@@ -82,7 +85,7 @@ def messages(
         most = max(most, last - first)
     size = max(size, asked)
     pieces = 1
-    if size > cluster.message_bytes or most > cluster.keys:  # a piece is rounded up to whole rows
+    if size > cluster.message_bytes or most > cluster.keys:  # ranges are rounded up to whole rows
         pieces = max(-(-size // (cluster.message_bytes - widest)), -(-most // cluster.keys))
     built_pushes, built_pulls = [], []
     for push in pushes:
@@ -129,7 +132,7 @@ def messages(
 
 
 def _ranges(first: int, last: int, pieces: int) -> list[tuple[int, int]]:
-    """first..last in about equal, non-empty pieces."""
+    """Split first..last into non-empty ranges of about the same size."""
     if first == last:
         return []
     step = -(-(last - first) // pieces)
@@ -137,12 +140,12 @@ def _ranges(first: int, last: int, pieces: int) -> list[tuple[int, int]]:
 
 
 def take(answer: codec.Exchanged, pulls: list[tuple[PullPart, int, int]], where: str) -> None:
-    """Write the embeddings of one reply where they belong."""
+    """Copy the embeddings of one reply into the results of its pulls."""
     for pulled, (part, first, last) in zip(answer.pulls, pulls, strict=True):
         if pulled.header.dim != part.dim:
             raise SchemaMismatch(
-                f"{where}: table {part.table!r} has dim {pulled.header.dim}, not {part.dim} as this"
-                " client was told before: it was dropped and created anew"
+                f"{where}: table {part.table!r} has dim {pulled.header.dim}, expected {part.dim}:"
+                " it was dropped and created anew; call client.table() again"
             )
         rows = codec.from_wire(pulled.embeddings, part.dtype).reshape(last - first, part.dim)
         if part.distinct:

@@ -11,9 +11,9 @@ import grpc
 from psclient.errors import PsError, Unavailable, error_of
 from psproto import ps_pb2 as pb
 
-FIRST_PAUSE = 0.02  # seconds between attempts to reach a server; doubles
+FIRST_PAUSE = 0.02  # seconds before the second attempt to reach a server; doubles
 LONGEST_PAUSE = 1.0
-RETRYABLE = (  # ends of a stream after which another one may do better
+RETRYABLE = (  # codes of a broken stream after which a new one is opened
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.INTERNAL,

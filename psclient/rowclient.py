@@ -1,4 +1,4 @@
-"""The line from keys to shards and back."""
+"""Pull, push, exchange and delete: from keys to shards and back."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from psproto import ps_pb2 as pb
 
 
 class RowClient(Connection):
-    """Requests for rows of tables by their names."""
+    """Requests for rows, by table name."""
 
     def describe_table(self, name: str) -> TableInfo:
-        """Schema and size of a table over all shards.
+        """Return the schema and size of a table over all shards.
 
-        Raises TableNotFound if there is none, SchemaMismatch if it is not the same on all shards:
-        it was dropped on some of them and created anew meanwhile.
+        Raises TableNotFound, or SchemaMismatch if shards disagree because another client dropped
+        the table and created it anew at the same time.
         """
         return self._describe(name, self._deadline())
 
@@ -83,25 +83,28 @@ class RowClient(Connection):
         return alteration_of(shards)
 
     def batch(self, keys: Any) -> Batch:
-        """The distinct keys of ``keys`` (any shape), for use in several calls."""
+        """Return the distinct keys of ``keys`` (any shape), for use in several calls."""
         self._require_open()
         return self._batch(keys, self._deadline())
 
     def pull(
         self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
     ) -> dict[str, Rows]:
-        """Embeddings of keys of several tables, in one round trip: float32[*shape, dim] each.
+        """Return embeddings of keys of several tables: float32[*shape, dim] by table.
 
-        keys  by table: int64 or uint64 of any shape, duplicates welcome, or a Batch
-        mode  for keys without a row: "train" returns the value that the row will start from,
-              "serve" the table's serving default
+        keys  by table: integers of any shape, with or without duplicates, or a Batch
+        mode  what keys without a row get: "train", the initial value that their row will have;
+              "serve", the table's serving default
+        wire  dtype of the embeddings on the wire; None: the client's
+
+        Takes one round trip. A pull never creates a row.
         """
         return self._start({}, keys, mode=mode, wire=wire).result()  # type: ignore[no-any-return]
 
     def start_pull(
         self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
     ) -> Pending:
-        """``pull``, started now and awaited later by ``result()``."""
+        """Start a ``pull`` and return at once; ``result()`` of the Pending waits for it."""
         return self._start({}, keys, mode=mode, wire=wire, background=True)
 
     def push(
@@ -115,14 +118,18 @@ class RowClient(Connection):
     ) -> None:
         """Apply gradients to rows of several tables, in one round trip.
 
-        gradients  by table: (keys, gradients float[*shape of keys, dim]); those of equal keys are
-                   summed, and the server's optimizer takes one step for each distinct key
-        step       the trainer's global step, in -2^47..2^47-1; rows are of the largest that any
-                   client has pushed to the table
-        lr         learning rate of this push; the table's where None
-        durability  what is true once this returns: "applied", the servers have it in memory;
-                   "log", it outlives their processes; "fsync", it is on their disks; the table's
-                   where None
+        gradients   by table: (keys, gradients float[*shape of keys, dim]). Gradients of equal keys
+                    are summed; the optimizer takes one step for each distinct key
+        step        global step of the trainer, in -2^47..2^47-1. Rows are stamped with the largest
+                    step that any client has pushed to the table
+        lr          learning rate of this push; None: the table's
+        wire        dtype of the gradients on the wire; None: the client's
+        durability  when to return: "applied", once the servers have applied it in memory; "log",
+                    once it survives a crash of their processes; "fsync", once it is on their
+                    disks; None: as the table says
+
+        Each shard applies its part exactly once, whole or not at all. Raises InvalidArgument for
+        bad gradients, and then applies nothing.
         """
         self._start(gradients, {}, step=step, lr=lr, wire=wire, durability=durability).result()
 
@@ -137,10 +144,11 @@ class RowClient(Connection):
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> dict[str, Rows]:
-        """Push the last step's gradients and pull the next step's rows in one message a shard.
+        """Push gradients and pull rows in one round trip; return embeddings by table.
 
-        The pull sees the push. What is larger than a message travels in several, and what is pulled
-        after all that is pushed.
+        Arguments are those of ``push`` and ``pull``. The pull sees the push. A request that is
+        larger than a server's message limit is sent in several messages, all pushes before the
+        pulls.
         """
         pending = self._start(
             push, pull, step=step, lr=lr, mode=mode, wire=wire, durability=durability
@@ -158,11 +166,11 @@ class RowClient(Connection):
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> Pending:
-        """``exchange``, started now and awaited later by ``result()``.
+        """Start an ``exchange`` and return at once; ``result()`` of the Pending waits for it.
 
-        Exchanges under way together take effect in the order of their start, but for those that
-        the server asks to send again (OVERLOADED, DISK_FULL): others may overtake them. One that is
-        larger than a message begins to pull when ``result()`` is called.
+        Exchanges in flight take effect in the order in which they were started. The exception are
+        those that the server refuses for now (OVERLOADED, DISK_FULL): later ones may overtake
+        them. An exchange larger than a message starts to pull when ``result()`` is called.
         """
         return self._start(
             push,
@@ -178,9 +186,10 @@ class RowClient(Connection):
     def pull_distinct(
         self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
     ) -> dict[str, Rows]:
-        """Embeddings of the distinct keys of each batch, in their order: float32[distinct, dim].
+        """Return one embedding for each distinct key: float32[distinct, dim] by table.
 
-        keys  by table: a Batch, whose ``keys`` they are and whose ``split.inverse`` leads back
+        keys  by table: a Batch. Row i belongs to ``batch.keys[i]``; ``batch.spread(rows)`` has one
+              row for each key of the batch
         """
         pending = self._start({}, keys, mode=mode, wire=wire, distinct=True)
         return pending.result()  # type: ignore[no-any-return]
@@ -194,7 +203,10 @@ class RowClient(Connection):
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> None:
-        """``push`` of gradients summed already: float32[distinct, dim], in the batch's order."""
+        """Push gradients that are summed already.
+
+        gradients  by table: (Batch, float32[distinct, dim] in the order of ``batch.keys``)
+        """
         self._start(
             gradients, {}, step=step, lr=lr, wire=wire, durability=durability, distinct=True
         ).result()
@@ -214,7 +226,7 @@ class RowClient(Connection):
         distinct: bool = False,
         background: bool = False,
     ) -> Pending:
-        """Send a request; the result is the embeddings by table."""
+        """Send a request; the Pending's result is the embeddings by table."""
         deadline = self._deadline()
         header = self._header(step, lr, durability)
         dtype = self._dtype if wire is None else checked.one_of("wire", wire, WIRES)
@@ -235,7 +247,7 @@ class RowClient(Connection):
         return Pending(self._send(header, pushes, pulls, deadline, background=background), finish)
 
     def _pull_rows(self, name: str, keys: Any, mode: str, min_version: Sequence[int]) -> PullPart:
-        """Pull rows of one table with their history."""
+        """Pull rows of one table, with versions, steps and frequencies."""
         deadline = self._deadline()
         wanted = checked.one_of("mode", mode, MODES)
         shards = len(self._connect(deadline).links)

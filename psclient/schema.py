@@ -1,4 +1,4 @@
-"""Schemas of tables: to the servers and back."""
+"""Schemas of tables: rules for requests, descriptions from answers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from psclient import checked
 from psclient.choices import DURABILITIES
 from psclient.errors import SchemaMismatch
 from psclient.versions import Versions
+from psproto import codec
 from psproto import ps_pb2 as pb
 
 MAX_DIM = 8192
@@ -32,12 +33,51 @@ class TableInfo:
     eviction: dict[str, dict[str, float]]  # by rule
     max_step_ahead: int  # steps that a push may be ahead of the table; 0: no bound
     rows: int
-    bytes: int  # of server memory: rows, metadata, index, counters, unused room
-    waiting: int  # keys that are counted and have no row; an estimate with a sketch
-    counter_bytes: int  # of their counters, part of ``bytes``
+    bytes: int  # of server memory: rows, metadata, index, counters, spare capacity
+    waiting: int  # keys that are counted but have no row yet; an estimate with a sketch
+    counter_bytes: int  # of the counters of waiting keys; part of ``bytes``
     shard_rows: tuple[int, ...]
     shard_bytes: tuple[int, ...]
     versions: Versions  # of the shards
+
+
+def table_schema(
+    name: str,
+    dim: int,
+    *,
+    optimizer: tuple[str, Mapping[str, float] | None, float | None],
+    initializer: tuple[str, Mapping[str, float] | None],
+    seed: int,
+    serving_default: float,
+    durability: str,
+    admission: tuple[str, Mapping[str, float] | None],
+    eviction: Mapping[str, Mapping[str, float]] | None,
+    max_step_ahead: int | None,
+) -> pb.TableSchema:
+    """Return the schema that Client.create_table describes; InvalidArgument for a bad value.
+
+    optimizer, initializer, admission  name and parameters; the optimizer's learning rate
+    """
+    at = f"table {checked.text('name', name)!r}: "
+    rates = {} if optimizer[2] is None else {"lr": optimizer[2]}
+    schema = pb.TableSchema(
+        name=name,
+        dim=checked.integer(f"{at}dim", dim, 1, MAX_DIM + 1),
+        optimizer=rule(f"{at}optimizer", optimizer[0], optimizer[1], rates),
+        initializer=rule(f"{at}initializer", *initializer),
+        seed=checked.integer(f"{at}seed", seed, 0, 1 << 64),
+        serving_default=checked.number(f"{at}serving_default", serving_default),
+        durability=checked.one_of("durability", durability, DURABILITIES),  # type: ignore[arg-type]
+        admission=rule(f"{at}admission", *admission),
+        evictions=[
+            rule(f"{at}eviction", kind, args)
+            for kind, args in checked.mapping(f"{at}eviction", eviction).items()
+        ],
+    )
+    if max_step_ahead is not None:
+        ahead = checked.integer(f"{at}max_step_ahead", max_step_ahead, 0, codec.STEPS)
+        schema.max_step_ahead = ahead
+    return schema
 
 
 def rule(
@@ -46,6 +86,7 @@ def rule(
     parameters: Mapping[str, float] | None,
     more: Mapping[str, float] | None = None,
 ) -> pb.Rule:
+    """Return a rule with its parameters. ``field`` names it in errors."""
     numbers = {
         checked.text(f"parameter of {field}", key): checked.number(f"{field} {key}", value)
         for key, value in {**checked.mapping(field, parameters), **(more or {})}.items()
@@ -54,6 +95,7 @@ def rule(
 
 
 def table_info(shards: Sequence[pb.DescribeTableResponse]) -> TableInfo:
+    """Return the descriptions of all shards as one; SchemaMismatch if their schemas differ."""
     schema = shards[0].schema
     for number, shard in enumerate(shards):
         if shard.schema != schema:

@@ -1,9 +1,9 @@
-"""String keys: XXH64 with seed 0 of the UTF-8 bytes, the same in every language that has xxHash.
+"""Keys from strings: XXH64 of the UTF-8 bytes, with seed 0. Every language with xxHash agrees.
 
     hash_keys(["male", "female"])  ->  uint64[2]
 
-The algorithm is Yann Collet's (xxHash specification 0.1.1). Distinct strings may collide: with n
-of them, the expected number of pairs that do is n^2 / 2^65 (one in 37 for a billion strings).
+The algorithm is Yann Collet's (xxHash specification 0.1.1). Distinct strings may collide. Among n
+strings, n^2 / 2^65 colliding pairs are expected: 1/37 of a pair for a billion strings.
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ def _bytes(string: Any) -> bytes:
 
 
 def hash_keys(strings: Iterable[str | bytes]) -> NDArray[np.uint64]:
-    """Keys uint64[n] of n strings; ``bytes`` are hashed as they are. InvalidArgument for others."""
+    """Return the keys uint64[n] of n strings. ``bytes`` are hashed as they are.
+
+    Raises InvalidArgument for values that are neither text nor bytes.
+    """
     if isinstance(strings, str | bytes):
         raise InvalidArgument(f"strings must be a list of them, got {strings!r}")
     encoded = [_bytes(s) for s in strings]

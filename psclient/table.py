@@ -1,4 +1,4 @@
-"""One table of a client."""
+"""One table of a client: its rows pulled, pushed, exchanged and deleted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from psclient.schema import TableInfo
 
 @dataclass(frozen=True, slots=True)
 class PulledRows:
-    """Embeddings with what the servers know about each key, in the order of the keys."""
+    """Embeddings, and what the servers know about each key."""
 
     embeddings: Rows  # float32[*shape, dim]
     found: NDArray[np.bool_]  # [*shape]: whether the key has a row
@@ -30,10 +30,12 @@ class PulledRows:
 
 
 class Table:
-    """One table of a client. Its methods are those of the client for one table.
+    """One table of a client. Methods do what those of the same name of Client do, for one table.
 
-    dim  of its embeddings when this was made; SchemaMismatch tells that the table was created anew
-         with another one: then ask the client for it again
+    client  the Client that created it
+    name    of the table
+    dim     length of its embeddings. If the table is dropped and created anew with another dim,
+            calls raise SchemaMismatch: call ``client.table(name)`` again
     """
 
     def __init__(self, client: RowClient, name: str, dim: int) -> None:
@@ -42,18 +44,18 @@ class Table:
         self.dim = dim
 
     def pull(self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None) -> Rows:
-        """Embeddings float32[*shape, dim] of keys[*shape]. See Client.pull."""
+        """Return embeddings float32[*shape, dim] of keys[*shape]. See Client.pull."""
         return self.client.pull({self.name: keys}, mode=mode, wire=wire)[self.name]
 
     def start_pull(self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None) -> Pending:
-        """``pull``, started now and awaited later by ``result()``."""
+        """Start a ``pull`` and return at once; ``result()`` of the Pending waits for it."""
         pending = self.client.start_pull({self.name: keys}, mode=mode, wire=wire)
         return pending.then(lambda rows: rows[self.name])
 
     def pull_rows(
         self, keys: Any, *, mode: Mode = "train", min_version: Sequence[int] = ()
     ) -> PulledRows:
-        """Embeddings of keys with what the servers know about them.
+        """Return embeddings of keys[*shape], and what the servers know about each key.
 
         min_version  by shard: refuse (VersionInFuture) to read from an older state; as given by
                      describe_table().versions
@@ -65,10 +67,10 @@ class Table:
     def pull_distinct(
         self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None
     ) -> tuple[Batch, Rows]:
-        """The batch of ``keys`` and one embedding for each of its distinct keys.
+        """Return the batch of ``keys`` and one embedding for each of its distinct keys.
 
-        rows[batch.split.inverse] are the embeddings of ``keys``; gradients of the distinct rows go
-        back by push_distinct.
+        ``batch.spread(rows)`` are the embeddings of ``keys``. Client.push_distinct pushes gradients
+        of the distinct rows.
         """
         batch = self.client.batch(keys)
         rows = self.client.pull_distinct({self.name: batch}, mode=mode, wire=wire)
@@ -84,13 +86,13 @@ class Table:
         mode: Mode = "train",
         wire: Wire | None = None,
     ) -> Rows:
-        """One combined embedding for each bag of keys: float32[bags, dim].
+        """Return one combined embedding for each bag of keys: float32[bags, dim].
 
         keys     int[n]
         offsets  int[bags + 1]: bag b is keys[offsets[b]:offsets[b + 1]]; an empty bag is 0
-        pooling  "sum"; "mean", by the sum of the weights; "sqrtn", by the root of the sum of
-                 their squares
-        weights  float[n]; ones where None
+        pooling  "sum"; "mean", divided by the sum of the weights; "sqrtn", divided by the square
+                 root of the sum of their squares
+        weights  float[n]; None: ones
         """
         batch, rows = self.pull_distinct(keys, mode=mode, wire=wire)
         return pool(rows, batch, offsets, weights, pooling)
@@ -121,7 +123,7 @@ class Table:
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> Rows:
-        """Push (keys, gradients) of the last step and pull ``keys`` of the next in one message."""
+        """Push (keys, gradients) and pull ``keys``, in one round trip. See Client.exchange."""
         tables = self.client.exchange(
             {self.name: push},
             {self.name: keys},
@@ -134,10 +136,10 @@ class Table:
         return tables[self.name]
 
     def delete(self, keys: Any, *, durability: Durability | None = None) -> int:
-        """Delete the rows of keys, state and history too; keys without a row are left alone.
+        """Delete the rows of keys, with optimizer state and counters; ignore keys without a row.
 
-        Returns how many rows went, or fewer if a reply was lost on the way. A shard deletes all of
-        its part or nothing.
+        Returns the number of rows deleted; it may be too low if a reply was lost and the request
+        repeated. Each shard deletes its part whole or not at all.
         """
         return self.client._delete(self.name, keys, durability)
 
@@ -146,7 +148,7 @@ class Table:
         return self.client.alter_table(self.name, **settings)
 
     def describe(self) -> TableInfo:
-        """Schema and size over all shards."""
+        """Return the schema and size over all shards. See Client.describe_table."""
         return self.client.describe_table(self.name)
 
     def __repr__(self) -> str:

@@ -5,13 +5,14 @@
     loss(out).backward()
     group.step(step)                                      # one round trip
 
-A forward pass pulls one row for each distinct key as a leaf tensor; autograd sums the gradients of
-equal keys into it, and ``step`` pushes them. The server's optimizer does the rest: the modules have
-no parameters, and a ``state_dict`` holds no rows. Modules of a group may share a table, and a
-module may have parts in several tables: ``MultiHashEmbedding``, ``MixedDimensionEmbedding``.
+A forward pass pulls one row for each distinct key as a leaf tensor. Autograd sums the gradients of
+equal keys into it, and ``step`` pushes them to the servers, whose optimizer applies them. The
+modules have no parameters, and their ``state_dict`` contains no rows. Modules of a group may share
+a table. A module may combine several tables: ``MultiHashEmbedding``, ``MixedDimensionEmbedding``.
 
-Under ``torch.no_grad()`` nothing is collected; in ``eval()`` mode pulls are serving pulls, so keys
-without a row give the table's serving default.
+Under ``torch.no_grad()`` no gradients are collected. In ``eval()`` mode keys without a row get the
+table's serving default. A module is pickled with its client's addresses and options, and connects
+anew where it is loaded. A deep copy shares the client. Neither has the gradients collected so far.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from psclient.rowclient import RowClient
 from psclient.table import Table
 
 Mode = Literal["sum", "mean"]
-Part = tuple[str, int]  # a feature's name, and which of its modules with a table
+Part = tuple[str, int]  # name of a feature, index of one of its modules with a table
 
 MODE: dict[bool, Literal["train", "serve"]] = {
     True: "train",
     False: "serve",
-}  # of pulls, by ``training``
-COMBINE: dict[str, Callable[[list[Tensor]], Tensor]] = {  # psclient.combine in torch's terms
+}  # mode of pulls, by ``training``
+COMBINE: dict[str, Callable[[list[Tensor]], Tensor]] = {  # psclient.combine for tensors
     "add": lambda parts: reduce(torch.add, parts),
     "multiply": lambda parts: reduce(torch.mul, parts),
     "concatenate": lambda parts: torch.cat(parts, -1),
@@ -49,7 +50,7 @@ COMBINE: dict[str, Callable[[list[Tensor]], Tensor]] = {  # psclient.combine in 
 
 
 class _Rows:
-    """Rows of the distinct keys of one table in one forward pass, waiting for their gradients."""
+    """Rows of the distinct keys of one table in one forward pass, which collect gradients."""
 
     def __init__(self, table: Table, batch: Batch, embeddings: Any, collect: bool) -> None:
         self.table = table
@@ -57,27 +58,27 @@ class _Rows:
         self.leaf = torch.from_numpy(embeddings).requires_grad_(collect)
 
     def places(self) -> Tensor:
-        """int64[keys of the batch]: the row of each."""
+        """Return the index of the row of each key of the batch, int64[n]."""
         return torch.from_numpy(self.batch.split.inverse.astype(np.int64))
 
 
 class _Feature(nn.Module):
-    """What a group takes: an output made of rows of one module with a table, or of several."""
+    """What a group contains: a module whose output is made of rows of one or several tables."""
 
     def __init__(self, client: RowClient) -> None:
         super().__init__()
         self.client = client
 
     def remotes(self) -> list[_Remote]:
-        """The modules with the tables."""
+        """Return the modules that have a table."""
         raise NotImplementedError
 
     def requests(self, arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        """Arguments for each of them, the keys first."""
+        """Return the arguments for each of these modules, the keys first."""
         raise NotImplementedError
 
     def merge(self, outputs: list[Tensor]) -> Tensor:
-        """The output, from one of each of them."""
+        """Return the output, from one output of each of these modules."""
         raise NotImplementedError
 
     def step(self, step: int = 0, *, lr: float | None = None) -> None:
@@ -90,7 +91,7 @@ class _Feature(nn.Module):
 
 
 class _Remote(_Feature):
-    """What Embedding and EmbeddingBag share: a table, and rows that wait for their gradients."""
+    """What Embedding and EmbeddingBag share: a table, and rows that collect gradients."""
 
     def __init__(self, table: Table) -> None:
         super().__init__(table.client)
@@ -111,11 +112,15 @@ class _Remote(_Feature):
         return outputs[0]
 
     def combine(self, leaf: Tensor, places: Tensor, arguments: tuple[Any, ...]) -> Tensor:
-        """The output, from distinct rows [u, dim] and the place int64[*shape] of each key."""
+        """Return the output.
+
+        leaf    float32[u, dim]: distinct rows
+        places  int64[*shape]: the row of each key
+        """
         raise NotImplementedError
 
     def collect(self, batch: Batch, embeddings: Any) -> _Rows:
-        """Rows pulled in a forward pass; remembered for ``step`` if gradients are wanted."""
+        """Return rows of a forward pass; keep them for ``step`` if gradients are enabled."""
         rows = _Rows(self.table, batch, embeddings, torch.is_grad_enabled())
         if torch.is_grad_enabled():
             self._collected.append(rows)
@@ -126,11 +131,11 @@ class _Remote(_Feature):
 
 
 class Embedding(_Remote):
-    """A row for each key: float32[*shape, dim] of integer keys[*shape]."""
+    """One row for each key: float32[*shape, dim] of integer keys[*shape]."""
 
     def combine(self, leaf: Tensor, places: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         if arguments:
-            raise InvalidArgument(f"Embedding of {self.table.name!r} takes keys alone")
+            raise InvalidArgument(f"Embedding of {self.table.name!r} takes keys only")
         return functional.embedding(places, leaf)
 
 
@@ -139,8 +144,8 @@ class EmbeddingBag(_Remote):
 
     mode  "sum" or "mean"
 
-    Called as torch.nn.EmbeddingBag is: with keys[bags, m]; or with keys[n] and offsets[bags], where
-    each bag starts; then ``per_sample_weights`` of the shape of the keys ("sum" alone).
+    Takes the arguments of torch.nn.EmbeddingBag: keys[bags, m]; or keys[n] and offsets[bags], the
+    start of each bag. Then, for "sum" only, ``per_sample_weights`` in the shape of the keys.
     """
 
     def __init__(self, table: Table, mode: Mode = "sum") -> None:
@@ -160,7 +165,7 @@ class EmbeddingBag(_Remote):
 
 
 class MultiHashEmbedding(_Feature):
-    """Embeddings put together from a row of each part: float32[*shape, dim] of keys[*shape].
+    """Embeddings combined from one row of each part: float32[*shape, dim] of keys[*shape].
 
     rows  a psclient.multihash: QuotientRemainder, ChineseRemainder or KHash
     """
@@ -175,7 +180,7 @@ class MultiHashEmbedding(_Feature):
 
     def requests(self, arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         if len(arguments) > 1:
-            raise InvalidArgument(f"{self.rows!r} takes keys alone")
+            raise InvalidArgument(f"{self.rows!r} takes keys only")
         return [(keys,) for keys in self.rows.row_keys(arguments[0])]
 
     def merge(self, outputs: list[Tensor]) -> Tensor:
@@ -186,9 +191,9 @@ class MultiHashEmbedding(_Feature):
 
 
 class MixedDimensionEmbedding(nn.Module):
-    """Embeddings that grow with their frequency: float32[*shape, dim] of keys[*shape].
+    """Embeddings whose width depends on the key's frequency: float32[*shape, dim] of keys[*shape].
 
-    Its pull takes two round trips, so it is a module of its own and in no group.
+    Its pull takes two round trips, so an EmbeddingGroup cannot contain it.
     """
 
     def __init__(self, rows: MixedDimension) -> None:
@@ -198,7 +203,7 @@ class MixedDimensionEmbedding(nn.Module):
         self.wide = Embedding(rows.wide)
 
     def forward(self, keys: Any) -> Tensor:
-        """Pull the small rows of integer keys[*shape], then the wide ones that are earned."""
+        """Pull the small rows of integer keys[*shape], then the wide rows of frequent keys."""
         array = as_keys(keys)
         flat = array.reshape(-1)
         batch = self.rows.client.batch(flat)
@@ -220,7 +225,7 @@ class MixedDimensionEmbedding(nn.Module):
 
 
 class EmbeddingGroup(nn.Module):
-    """Several features, over any tables of one client, in one round trip.
+    """Several features over tables of one client, pulled and pushed in one round trip.
 
     modules  by feature: Embedding, EmbeddingBag or MultiHashEmbedding
     """
@@ -231,10 +236,15 @@ class EmbeddingGroup(nn.Module):
         self.features = nn.ModuleDict(modules)
 
     def forward(self, keys: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Outputs by feature; ``keys`` by feature: a tensor, or a tuple of arguments."""
+        """Return outputs by feature.
+
+        keys  by feature: a tensor of keys, or a tuple of the feature's arguments
+        """
         unknown = sorted(set(keys) - set(self.features))
         if unknown:
-            raise InvalidArgument(f"no feature {unknown[0]!r}; there are {sorted(self.features)}")
+            raise InvalidArgument(
+                f"no feature {unknown[0]!r}; the features are {sorted(self.features)}"
+            )
         return _forward(self.client, {name: self._feature(name) for name in keys}, keys)
 
     def step(self, step: int = 0, *, lr: float | None = None) -> None:
@@ -294,11 +304,11 @@ def _pull(
 
 
 def _push(client: RowClient, modules: Sequence[_Remote], step: int, lr: float | None) -> None:
-    """Push what the modules collected; several passes over a table count as one batch."""
+    """Push the gradients that the modules collected; several passes over a table are one batch."""
     by_table: dict[str, list[_Rows]] = {}
     for module in modules:
         for rows in module._collected:
-            if rows.leaf.grad is not None:  # else no backward pass came this way
+            if rows.leaf.grad is not None:  # else no backward pass reached these rows
                 by_table.setdefault(rows.table.name, []).append(rows)
     client.push_distinct(
         {name: _merge(client, rows) for name, rows in by_table.items()}, step=step, lr=lr
@@ -308,7 +318,7 @@ def _push(client: RowClient, modules: Sequence[_Remote], step: int, lr: float | 
 
 
 def _merge(client: RowClient, passes: list[_Rows]) -> tuple[Batch, Any]:
-    """One batch and its gradients float32[distinct, dim] from those of several passes."""
+    """Return one batch and gradients float32[distinct, dim] from those of several passes."""
     gradients = [rows.leaf.grad.numpy() for rows in passes if rows.leaf.grad is not None]
     if len(passes) == 1:
         return passes[0].batch, gradients[0]

@@ -136,7 +136,7 @@ class TestMixedDimension:
         (table,) = offline()
         with pytest.raises(InvalidArgument, match="must be two tables, got 't0' twice"):
             MixedDimension(table, table, 3)
-        with pytest.raises(InvalidArgument, match="must be of one client"):
+        with pytest.raises(InvalidArgument, match="must belong to one client"):
             MixedDimension(table, *offline(), 3)
 
 

@@ -109,7 +109,7 @@ class TestModules:
 
     def test_it_takes_keys_alone(self, client: Client, name: str) -> None:
         module = HashModule(KHash(summing(client, name, 2), (5, 7)))
-        with pytest.raises(InvalidArgument, match=r"KHash\(.*takes keys alone"):
+        with pytest.raises(InvalidArgument, match=r"KHash\(.*takes keys only"):
             module(torch.arange(3), torch.tensor([0]))
 
 
