@@ -122,8 +122,8 @@ def test_what_a_shard_keeps_does_not_grow_with_what_it_did() -> None:
     log = Log()
     shard = make_shard(log=log, max_tombstones=100, max_sessions=16)
     shard.create_table(schema(evictions=(StepTtl(steps=1_000_000),)))
-    traffic(shard, log, 2000, 50)
+    traffic(shard, log, 1000, 50)
     before = size_of(shard)
-    traffic(shard, log, 2000, 3000)  # 100 MB of after-images
+    traffic(shard, log, 1000, 1000)  # 16 MB of after-images
     assert size_of(shard) - before < MIB
     assert shard.buffer_bytes < 65_536
