@@ -13,7 +13,7 @@ from psclient.cluster import Cluster
 from psclient.errors import InvalidArgument, PsError, SchemaMismatch, TableNotFound, WrongShard
 from psclient.link import Link
 from psclient.moved import resend
-from psclient.request import PullPart, take
+from psclient.request import Range, take
 from psclient.session import Call
 from psproto import codec
 
@@ -24,7 +24,7 @@ class Sent:
 
     link: Link
     call: Call
-    pulls: list[tuple[PullPart, int, int]]  # part, first and last + 1 distinct key
+    pulls: list[Range]
     moved: bool = False  # its keys belong to other shards, and it was sent to them
 
 

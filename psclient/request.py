@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +47,9 @@ class PullPart:
         return self.out.reshape(*shape, self.dim)
 
 
+Range = tuple[PullPart, int, int]  # first and last + 1 distinct key of a pull
+
+
 @dataclass(slots=True)
 class PushPart:
     """One push of a request: a gradient for each distinct key of the batch."""
@@ -64,82 +67,89 @@ def messages(
     pushes: Sequence[PushPart],
     pulls: Sequence[PullPart],
     header: Header,
-) -> list[tuple[codec.Exchange, list[tuple[PullPart, int, int]]]]:
+) -> list[tuple[codec.Exchange, list[Range]]]:
     """Return the messages of a request for one shard: several if one would be too large.
 
     Each comes with the ranges of distinct keys that its pulls cover.
     """
-    asked = size = most = widest = 0
-    for push in pushes:
-        first, last = push.batch.split.bounds[shard : shard + 2].tolist()
-        row = 12 + push.gradients.shape[1] * codec.WIRE[push.dtype].itemsize
-        size += (last - first) * row
-        widest = max(widest, row)
-        most = max(most, last - first)
-    for pull in pulls:
-        first, last = pull.batch.split.bounds[shard : shard + 2].tolist()
-        row = pull.dim * codec.WIRE[pull.dtype].itemsize + 24 * pull.metadata
-        size += (last - first) * 8
-        asked += (last - first) * row
-        widest = max(widest, row)
-        most = max(most, last - first)
-    size = max(size, asked)
-    pieces = 1
-    if size > cluster.message_bytes or most > cluster.keys:  # ranges are rounded up to whole rows
-        pieces = max(-(-size // (cluster.message_bytes - widest)), -(-most // cluster.keys))
-    built_pushes, built_pulls = [], []
-    for push in pushes:
-        first, last = push.batch.split.bounds[shard : shard + 2].tolist()
-        for low, high in _ranges(first, last, pieces):
-            of_push = pb.PushHeader(
-                table=push.table,
-                dtype=push.dtype,  # type: ignore[arg-type]
-                step=header.step,
-                lr=header.lr,
-                durability=header.durability,  # type: ignore[arg-type]
-            )
-            built_pushes.append(
-                codec.PushMessage(
-                    of_push,
-                    push.batch.keys[low:high],
-                    push.counts[low:high],
-                    codec.to_wire(push.gradients[low:high], push.dtype),
-                )
-            )
-    for pull in pulls:
-        first, last = pull.batch.split.bounds[shard : shard + 2].tolist()
-        for low, high in _ranges(first, last, pieces):
-            head = pb.PullHeader(
-                table=pull.table,
-                dtype=pull.dtype,  # type: ignore[arg-type]
-                mode=pull.mode,  # type: ignore[arg-type]
-                with_metadata=pull.metadata,
-                min_version=pull.min_version[shard] if pull.min_version else 0,
-                min_epoch=pull.min_version.epochs[shard] if pull.min_version else 0,
-            )
-            built_pulls.append(
-                (codec.PullMessage(head, pull.batch.keys[low:high]), (pull, low, high))
-            )
-    if pieces == 1 and len(built_pushes) + len(built_pulls) <= codec.MOST_PARTS:
-        if not built_pushes and not built_pulls:
-            return []
-        requests, targets = [p for p, _ in built_pulls], [t for _, t in built_pulls]
-        return [(codec.Exchange(built_pushes, requests), targets)]
-    each: list[tuple[codec.Exchange, list[tuple[PullPart, int, int]]]] = []
-    each += [(codec.Exchange([push], []), []) for push in built_pushes]
-    each += [(codec.Exchange([], [pull]), [target]) for pull, target in built_pulls]
+    pieces = _pieces(cluster, shard, pushes, pulls)
+    sent = [message for push in pushes for message in _push_messages(push, shard, pieces, header)]
+    asked = [message for pull in pulls for message in _pull_messages(pull, shard, pieces)]
+    if not sent and not asked:
+        return []
+    if pieces == 1 and len(sent) + len(asked) <= codec.MOST_PARTS:
+        return [(codec.Exchange(sent, [pull for pull, _ in asked]), [at for _, at in asked])]
+    each: list[tuple[codec.Exchange, list[Range]]] = []
+    each += [(codec.Exchange([push], []), []) for push in sent]
+    each += [(codec.Exchange([], [pull]), [at]) for pull, at in asked]
     return each
 
 
-def _ranges(first: int, last: int, pieces: int) -> list[tuple[int, int]]:
-    """Split first..last into non-empty ranges of about the same size."""
+def _pieces(
+    cluster: Cluster, shard: int, pushes: Sequence[PushPart], pulls: Sequence[PullPart]
+) -> int:
+    """Return into how many pieces to split each part, to stay within the limits of the servers."""
+    request = reply = most = widest = 0
+    for push in pushes:
+        first, last = push.batch.split.bounds[shard : shard + 2].tolist()
+        row = 12 + push.gradients.shape[1] * codec.WIRE[push.dtype].itemsize
+        request += (last - first) * row
+        widest, most = max(widest, row), max(most, last - first)
+    for pull in pulls:
+        first, last = pull.batch.split.bounds[shard : shard + 2].tolist()
+        row = pull.dim * codec.WIRE[pull.dtype].itemsize + 24 * pull.metadata
+        request += (last - first) * 8
+        reply += (last - first) * row
+        widest, most = max(widest, row), max(most, last - first)
+    size = max(request, reply)
+    if size <= cluster.message_bytes and most <= cluster.keys:
+        return 1
+    room = cluster.message_bytes - widest  # ranges are rounded up to whole rows
+    return max(-(-size // room), -(-most // cluster.keys))
+
+
+def _push_messages(
+    push: PushPart, shard: int, pieces: int, header: Header
+) -> Iterator[codec.PushMessage]:
+    """Yield the pieces of a push for one shard."""
+    for low, high in _ranges(push.batch, shard, pieces):
+        head = pb.PushHeader(
+            table=push.table,
+            dtype=push.dtype,  # type: ignore[arg-type]
+            step=header.step,
+            lr=header.lr,
+            durability=header.durability,  # type: ignore[arg-type]
+        )
+        gradients = codec.to_wire(push.gradients[low:high], push.dtype)
+        yield codec.PushMessage(head, push.batch.keys[low:high], push.counts[low:high], gradients)
+
+
+def _pull_messages(
+    pull: PullPart, shard: int, pieces: int
+) -> Iterator[tuple[codec.PullMessage, Range]]:
+    """Yield the pieces of a pull for one shard, with the range of keys of each."""
+    for low, high in _ranges(pull.batch, shard, pieces):
+        head = pb.PullHeader(
+            table=pull.table,
+            dtype=pull.dtype,  # type: ignore[arg-type]
+            mode=pull.mode,  # type: ignore[arg-type]
+            with_metadata=pull.metadata,
+            min_version=pull.min_version[shard] if pull.min_version else 0,
+            min_epoch=pull.min_version.epochs[shard] if pull.min_version else 0,
+        )
+        yield codec.PullMessage(head, pull.batch.keys[low:high]), (pull, low, high)
+
+
+def _ranges(batch: Batch, shard: int, pieces: int) -> list[tuple[int, int]]:
+    """Split a shard's distinct keys into non-empty ranges of about the same size."""
+    first, last = batch.split.bounds[shard : shard + 2].tolist()
     if first == last:
         return []
     step = -(-(last - first) // pieces)
     return [(low, min(low + step, last)) for low in range(first, last, step)]
 
 
-def take(answer: codec.Exchanged, pulls: list[tuple[PullPart, int, int]], where: str) -> None:
+def take(answer: codec.Exchanged, pulls: Sequence[Range], where: str) -> None:
     """Copy the embeddings of one reply into the results of its pulls."""
     for pulled, (part, first, last) in zip(answer.pulls, pulls, strict=True):
         if pulled.header.dim != part.dim:
