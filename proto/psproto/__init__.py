@@ -15,6 +15,6 @@ codec.py        all of that under one name
 
 from psproto import kernelcache
 
-RELEASE = "0.1.0"
+RELEASE = "0.2.0"
 
 kernelcache.install()  # before any module with kernels is imported
