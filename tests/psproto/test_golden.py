@@ -234,7 +234,7 @@ SMALL = [
     LIMITS,
     pb.GetServerInfoRequest(),
     pb.GetServerInfoResponse(
-        release="0.2.0",
+        release="0.1.0",
         shard=1,
         shard_map=SHARD_MAP,
         limits=LIMITS,
