@@ -56,7 +56,9 @@ def warm_start(
 
     Nothing is deleted before all shards have accepted the request. Until the table is complete,
     pulls and pushes to it raise Unavailable. If the load fails later, ``into`` has no rows then, or
-    does not exist if it did not exist before.
+    does not exist if it did not exist before. The last step makes the table appear, on one shard
+    after another. If a shard fails in this step, the table may be complete on some shards only:
+    repeat the call with ``replace``.
 
     Raises CheckpointNotFound, TableNotFound if the checkpoint lacks the table, NotEmpty if ``into``
     has rows or counters, SchemaMismatch for another dim, ResourceExhausted if memory or disk do not

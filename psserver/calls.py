@@ -34,10 +34,11 @@ class Call:
         """Return once the client has sent ``step``. Raises Draining if it is gone."""
         while self._reached < step:
             self._changed.wait(LOOK_SECONDS)
+            self._changed.clear()
             self._progress.require_wanted()
 
     def advance(self, step: pb.ContinueRequest.Step) -> None:
-        """Let the call go on up to the wait after ``step``."""
+        """Let the call go on up to the wait after ``step``. Not by two threads at once."""
         self._reached = max(self._reached, step)
         self._changed.set()
 
@@ -77,6 +78,6 @@ class Calls:
                 raise UnknownCall(
                     f"no call {request.id[:16]!r} waits here: it ended or never began"
                 )
-        if call is not None:
-            call.advance(request.step)
+            if call is not None:
+                call.advance(request.step)
         return pb.ContinueResponse()

@@ -2,6 +2,10 @@
 
 A table that LoadTable fills takes its number and its place in the log at once, and its name when
 it is complete. Until then nobody can pull, push, create or drop under the name.
+
+Before, while a shard waits for the other shards to accept the load, the name is claimed: the table
+that will be replaced can be pulled and pushed, but not created, altered or dropped. So the new
+table gets its present settings, and a restart takes no other table for the one that was filled.
 """
 
 from __future__ import annotations
@@ -21,6 +25,14 @@ class Fills:
     def __init__(self, tables: Tables, sequencer: Sequencer) -> None:
         self._tables = tables
         self._sequencer = sequencer
+
+    def claim(self, name: str) -> None:
+        """Let nobody else create, alter or drop a table of this name, until ``release``."""
+        self._tables.claimed.add(name)
+
+    def release(self, name: str) -> None:
+        """End what ``claim`` began."""
+        self._tables.claimed.discard(name)
 
     def require_replaceable(self, name: str, *, replace: bool) -> TableEntry | None:
         """Return the table that a new one may replace; None if there is none.

@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from psproto import ps_pb2 as pb
 from psserver.calls import Calls, Step
 from psserver.catalog import Catalog
 from psserver.engine import Engine
-from psserver.errors import BadRequest, Overloaded
+from psserver.errors import BadRequest, CheckpointBusy, Overloaded
 from psserver.schemas import from_json, to_json
 from psserver.shard import Shard
 from psserver.slices import Slice, slices_of
@@ -38,8 +40,8 @@ from psserver.stored import (
 )
 from psserver.work import Progress, Work
 from storage.checkpoint import Checkpoint
-from storage.disk import replace, sync
-from storage.errors import OutOfMemory, SchemaMismatch
+from storage.disk import as_disk_full, replace, sync
+from storage.errors import DiskFull, OutOfMemory, SchemaMismatch
 from storage.manifest import Format, Natural, Schema, TableName
 from storage.part_reader import rows_of
 from storage.schema import TableSchema
@@ -48,6 +50,7 @@ from storage.versionlog import VersionLog
 
 FILE = "LOADING"
 PAUSE_SECONDS = 0.05  # before another try, while the log is behind
+LONGEST_PAUSE = 1.0  # seconds before another try, while the disk is full
 KEY_BYTES = 16  # that a row takes at least, next to its numbers
 
 logger = structlog.get_logger()
@@ -87,6 +90,7 @@ class TableLoader:
         self._work = work
         self._calls = calls
         self._directory = directory
+        self._unsettled = ""  # name of a table that the next start takes back
 
     def load(self, request: pb.LoadTableRequest, progress: Progress) -> pb.CheckpointProgress:
         """Fill the table. See LoadTable in ps.proto for the steps of the client."""
@@ -95,6 +99,7 @@ class TableLoader:
             self._calls.open(request.id, progress) as call,
             self._work.alone(what),
             self._catalog.reading(request.name, what) as checkpoint,
+            self._claimed(request.into),
         ):
             source = schema_in(checkpoint, request.table)
             target = self._accept(checkpoint, source, request)
@@ -105,19 +110,33 @@ class TableLoader:
                 progress.rows = self._fill(checkpoint, source, target, loading.number, progress)
                 progress.stage = pb.CheckpointProgress.STAGE_DONE
                 call.wait(Step.STEP_FINISH)
+                self._remove_file()
             except BaseException:
-                self._cancel(loading)
+                self._cancel(loading, progress)
                 raise
-            self._remove_file()
             self._engine.run(lambda: self._shard.fills.finish(loading.number))
         return progress.message()
+
+    @contextmanager
+    def _claimed(self, name: str) -> Iterator[None]:
+        """Claim the name of the target; see fills.py."""
+        if problem := names.problem("table", name):
+            raise BadRequest("INVALID_ARGUMENT", problem)
+        if self._unsettled:
+            raise CheckpointBusy(
+                f"the load of table {self._unsettled!r} could not be taken back: restart the shard,"
+                " which takes it back"
+            )
+        self._engine.run(lambda: self._shard.fills.claim(name))
+        try:
+            yield
+        finally:
+            self._engine.run(lambda: self._shard.fills.release(name))
 
     def _accept(
         self, checkpoint: Checkpoint, source: TableSchema, request: pb.LoadTableRequest
     ) -> TableSchema:
         """Return the schema of the new table. Refuse now all that can be refused."""
-        if problem := names.problem("table", request.into):
-            raise BadRequest("INVALID_ARGUMENT", problem)
         fresh = dataclasses.replace(source, name=request.into)
 
         def look() -> tuple[TableSchema, int]:
@@ -149,16 +168,16 @@ class TableLoader:
             text = None if old is None else json.dumps(to_json(old.schema), sort_keys=True)
             return Loading(name=target.name, number=fills.next_number(), schema=text)
 
-        while True:
-            loading = self._engine.run(look)
-            self._write_file(loading)
-            try:
+        try:
+            while True:
+                loading = self._engine.run(look)
+                self._write_file(loading)
                 begin = partial(fills.begin, target, loading.number, replace=replace)
                 if self._engine.run(begin):
                     return loading
-            except BaseException:
-                self._remove_file()
-                raise
+        except BaseException:
+            self._remove_file()
+            raise
 
     def _fill(
         self,
@@ -205,21 +224,31 @@ class TableLoader:
             except Overloaded:
                 time.sleep(PAUSE_SECONDS)
 
-    def _cancel(self, loading: Loading) -> None:
-        """Take the load back, or log that only the next start does."""
-        try:
-            self._engine.run(lambda: _cancel(self._shard, loading))
-            if self._log is not None:
-                self._log.sync(self._engine.run(lambda: self._shard.version))
-            self._remove_file()
-        except Exception as error:
-            logger.error(
-                "a table stays hidden until the next start", table=loading.name, error=str(error)
-            )
+    def _cancel(self, loading: Loading, progress: Progress) -> None:
+        """Take the load back. Log that only the next start does if it is impossible now."""
+        pause = PAUSE_SECONDS
+        while True:
+            try:
+                self._engine.run(lambda: _cancel(self._shard, loading))
+                if self._log is not None:
+                    self._log.sync(self._engine.run(lambda: self._shard.version))
+                self._remove_file()
+                return
+            except Exception as error:
+                full = isinstance(error, (Overloaded, DiskFull))  # which ends some time
+                if not full or progress.stopping:
+                    self._unsettled = loading.name
+                    what = "a load is taken back at the next start only"
+                    logger.error(what, table=loading.name, error=str(error))
+                    return
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     def _write_file(self, loading: Loading) -> None:
         if self._directory is not None:
-            replace(self._directory / FILE, seal(loading))
+            data = seal(loading)
+            with as_disk_full(self._directory, len(data)):
+                replace(self._directory / FILE, data)
 
     def _remove_file(self) -> None:
         if self._directory is not None:
@@ -234,7 +263,11 @@ def settle_load(directory: Path, shard: Shard, log: VersionLog) -> None:
     path = directory / FILE
     if path.exists():
         loading = unseal(Loading, path.read_bytes(), str(path))
-        _cancel(shard, loading)
+        shard.budget.begin_loading()  # a smaller budget than before must not stop the start
+        try:
+            _cancel(shard, loading)
+        finally:
+            shard.budget.end_loading()
         log.sync(shard.version)
         _remove(directory)
         logger.warning("an interrupted load was taken back", table=loading.name)

@@ -107,13 +107,13 @@ class Shard(ShardReads):
         if entry is not None:
             entry.schema.require_equal(schema)
             return entry.schema
+        self._tables.require_unclaimed(schema.name)
         self.require_creatable(schema)
         self._create(schema)
         return schema
 
     def require_creatable(self, schema: TableSchema) -> None:
         """Refuse a table that cannot be created although none of its name exists."""
-        self._tables.require_not_hidden(schema.name)
         if problem := names.problem("table", schema.name):
             raise BadRequest("INVALID_ARGUMENT", problem)
         if len(self._tables) >= self._max_tables:
@@ -139,6 +139,7 @@ class Shard(ShardReads):
         ``Table.alter``. Raises OutOfMemory or DiskFull, and changes nothing then.
         """
         entry = self._tables.get(name)
+        self._tables.require_unclaimed(name)
         schema = change(entry.schema)
         if schema == entry.schema:
             return schema, 0
@@ -156,6 +157,7 @@ class Shard(ShardReads):
     def drop_table(self, name: str) -> None:
         """Drop a table and return its memory."""
         entry = self._tables.get(name)
+        self._tables.require_unclaimed(name)
         parts = records.encode_drop(self._sequencer.origin(), entry.number, to_json(entry.schema))
         self._sequencer.reserve([RECORD + len(parts[1])])
         self._tables.remove(entry)

@@ -46,6 +46,7 @@ class Tables:
         self._by_name: dict[str, TableEntry] = {}
         self._by_number: dict[int, TableEntry] = {}
         self._hidden: dict[str, TableEntry] = {}  # being filled; nobody can use their names
+        self.claimed: set[str] = set()  # names whose tables nobody else may create, alter or drop
         self._schemas: dict[int, TableSchema] = {}  # by number; of dropped tables too
         self.ruled: list[int] = []
         self.next_number = 1
@@ -80,6 +81,12 @@ class Tables:
     def require_not_hidden(self, name: str) -> None:
         """Raise TableLoading while a table of this name is being filled."""
         if name in self._hidden:
+            raise TableLoading(name)
+
+    def require_unclaimed(self, name: str) -> None:
+        """Raise TableLoading from the moment that a load of a table of this name is accepted."""
+        self.require_not_hidden(name)
+        if name in self.claimed:
             raise TableLoading(name)
 
     def numbered(self, number: int) -> TableEntry | None:

@@ -26,9 +26,14 @@ class Progress:
         self.bytes += size
         self.require_wanted()
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the server is stopping."""
+        return self._stopping.is_set()
+
     def require_wanted(self) -> None:
         """Raise Draining if the result is not wanted any more."""
-        if self.given_up or self._stopping.is_set():
+        if self.given_up or self.stopping:
             raise Draining("the server is stopping, or the client is gone")
 
     def message(self) -> pb.CheckpointProgress:

@@ -899,12 +899,13 @@ class CheckpointServiceServicer(object):
         differs from the stored one, the rows get the state of new rows.
 
         Call it on every shard with one new `id`, on shard 0 first. A shard that accepts the request
-        answers with stage READY, has changed nothing, and refuses other long work. Then Continue with
-        START on every shard: it replaces the target by a new table. Until the end the table is hidden:
-        pulls and pushes get TABLE_LOADING. A shard whose rows are durable answers DONE. Then Continue
-        with FINISH on every shard: the table appears, and the last message is sent. If anything fails
-        before FINISH, or the call ends, the shard drops the new table. It creates an empty one if the
-        target existed.
+        answers with stage READY, has changed nothing, and refuses other long work. From then on the
+        target cannot be created, altered or dropped: TABLE_LOADING. Then Continue with START on every
+        shard: it replaces the target by a new table. Until the end the table is hidden: pulls and
+        pushes get TABLE_LOADING. A shard whose rows are durable answers DONE. Then Continue with FINISH
+        on every shard: the table appears, and the last message is sent. If anything fails before
+        FINISH, or the call ends, the shard drops the new table. It creates an empty one if the target
+        existed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
