@@ -6,8 +6,8 @@ up to S. A row that a push changes during the scan may be copied torn. Each such
 after S, and the base is committed only after these records are on disk, so a restart always replays
 them over the torn copies.
 
-A flush is full, and replaces all blocks, when the blocks contain more than twice the live rows, or
-when more keys were deleted than the shard keeps tombstones for.
+A flush is full, and replaces all blocks, when the blocks contain more than twice what a full flush
+would write, or when more keys were deleted than the shard keeps tombstones for.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from storage.block import BLOCK_BYTES, pack_cells, pack_counters
 from storage.errors import Corrupt, DiskFull, LogFailed
 from storage.versionlog import VersionLog
 
-STALE = 2  # rows in blocks per live row, beyond which a flush is full
+STALE = 2  # a flush is full if the blocks contain more than this many times what is live
 
 log = structlog.get_logger()
 
@@ -142,6 +142,7 @@ class Flusher:
 
     def _must_be_full(self, captured: Capture, state: BaseState | None) -> bool:
         live = sum(each.rows + each.counters for each in captured.tables)
+        live += sum(map(len, captured.tombstones))  # a full flush writes them again
         return (
             state is None
             or self._stored > STALE * live

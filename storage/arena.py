@@ -48,7 +48,8 @@ class Budget:
     """Bytes that a shard's tables may take together.
 
     Tables take memory on the engine thread. Any thread may give it back, because memory is freed
-    by whoever used it last.
+    by whoever used it last. That may be the garbage collector, in the middle of any method here,
+    so the lock is reentrant.
 
     limit      bytes
     addresses  bytes of address space; None: as much as there is
@@ -60,7 +61,7 @@ class Budget:
         self.reserved = 0  # bytes of address space
         self._taken = 0
         self._excess: int | None = 0  # bytes beyond the limit that may be taken; None: any
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @property
     def held(self) -> int:

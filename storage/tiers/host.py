@@ -50,8 +50,14 @@ class HostScan:
     ) -> tuple[Slots, int | None]:
         slots = np.empty(limit, np.int64)
         stop = min(start + look, self._used)
-        found, end = changed(self._meta.array(), start, stop, after, upto, slots)
-        return slots[:found], None if end == self._used else int(end)
+        found, end = 0, start
+        while end < stop:  # in short calls, because the metadata may have to move
+            part = min(end + LOOK, stop)
+            more, end = changed(self._meta.array(), end, part, after, upto, slots[found:])
+            found += more
+            if end < part:  # the limit is reached
+                break
+        return slots[:found], None if end >= self._used else int(end)
 
     def copy(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> Meta:
         meta = self._meta.array()

@@ -110,6 +110,21 @@ def test_at_two_stored_rows_for_one_that_lives_all_are_written_anew(home: Home) 
     assert stored == [5, 7, 3, 5, 7, 3, 5, 7, 3, 5, 7, 3]
 
 
+def test_tombstones_that_are_kept_do_not_make_every_flush_write_all_rows(home: Home) -> None:
+    home.shard.exchange([push(list(range(40)))], [])
+    home.shard.delete(change(list(range(4, 40))))  # far more tombstones than rows
+    home.flush()
+    written = []
+    for _ in range(4):
+        before = {number for number, _ in home.base.blocks()}
+        home.shard.exchange([push([1])], [])
+        home.flush()
+        new = [block for number, block in home.base.blocks() if number not in before]
+        written.append([block.keys.tolist() for block in new])
+    assert written == [[[1]]] * 4
+    assert_restarts_equal(home)
+
+
 def test_the_rows_stored_are_counted_across_a_restart(home: Home) -> None:
     home.shard.exchange([push([1, 2, 3])], [])
     home.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import resource
 import threading
@@ -19,7 +20,7 @@ from storage.initializers import make_initializer
 from storage.optimizers import make_optimizer
 from storage.schema import TableSchema
 from storage.table import Table
-from storage.tiers.base import EVERY
+from storage.tiers.base import EVERY, LOOK
 
 MIB, GIB = 1 << 20, 1 << 30
 FEW = 256 * MIB  # bytes of address space: 1/64 of it is less than an arena needs later
@@ -48,6 +49,34 @@ def resident() -> int:
 
 
 # ---- budgets
+
+
+def test_the_garbage_collector_may_free_memory_while_memory_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    budget = Budget(MIB)
+    cycle: list[Any] = [Arena(1, np.float32, budget)]
+    cycle[0].grow(1)
+    cycle.append(cycle)
+    del cycle
+    refused: list[BaseException] = []
+
+    class Collected(OutOfMemory):
+        def __init__(self, *args: Any) -> None:
+            gc.collect()  # as may happen whenever an object is made
+            super().__init__(*args)
+
+    def take() -> None:
+        try:
+            budget.take(GIB)
+        except OutOfMemory as error:
+            refused.append(error)
+
+    monkeypatch.setattr(module, "OutOfMemory", Collected)
+    taker = threading.Thread(target=take, daemon=True)
+    taker.start()
+    taker.join(20)
+    assert (len(refused), budget.held, budget.reserved) == (1, 0, 0)
 
 
 def test_loading_may_exceed_the_budget_and_growth_afterwards_may_not() -> None:
@@ -349,3 +378,22 @@ def test_a_table_that_cannot_be_made_gives_everything_back() -> None:
     with pytest.raises(OutOfMemory):
         Table(schema(admission=Sketch(threshold=2, expected_keys=10_000_000)), budget)
     assert (budget.held, budget.reserved) == (0, 0)
+
+
+def test_a_search_through_all_rows_lets_the_rows_move_in_between() -> None:
+    table = Table(schema(dim=1), Budget(GIB))
+    fill(table, range(3 * LOOK))
+    scan, arrays = table.scan(), []
+    memory = scan._meta  # type: ignore[attr-defined]
+
+    class Watched:
+        def array(self) -> Any:
+            arrays.append(1)
+            return memory.array()
+
+    scan._meta = Watched()  # type: ignore[attr-defined]
+    places, start = scan.find(0, 0, 1, 3 * LOOK, EVERY)
+    assert (places.tolist(), start, len(arrays)) == (list(range(3 * LOOK)), None, 3)
+    places, start = scan.find(0, 0, 1, LOOK, EVERY)
+    assert (places.tolist(), start) == (list(range(LOOK)), LOOK)
+    assert scan.find(LOOK, 1, 2, 10, EVERY)[1] is None
