@@ -10,6 +10,7 @@ from psserver.engine import Engine
 from psserver.errors import BadRequest, TooLarge, WrongShard
 from psserver.schemas import write_schema
 from psserver.shard import Shard
+from psserver.tombstones import Tombstones, joined, no_tombstones
 from psserver.views import KeyView
 from storage.analysis import norms_of
 from storage.errors import Compacted
@@ -19,6 +20,8 @@ from storage.versionlog import VersionLog
 
 MAX_INSPECTED = 1000  # keys per request
 DEAD = 65_536  # tombstones searched at a time
+MAX_GONE = 16  # deletes per key that are returned, the newest ones
+MAX_READS = 256  # records that a request reads from the log: each takes about a millisecond
 
 
 class Inspector:
@@ -90,27 +93,35 @@ class Inspector:
         return keys
 
     def _gone(self, known: KeyView, keys: Keys) -> tuple[dict[int, list[pb.KeyFacts.Gone]], int]:
-        """Return the deletes of each key up to the known version, and the tombstone horizon."""
-        found: dict[int, list[pb.KeyFacts.Gone]] = {}
-        at = known.created
+        """Return the newest deletes of each key up to the known version, and the horizon."""
+        newest, at = no_tombstones(), known.created
         while True:
             dead = self._engine.run(lambda at=at: self._shard.tombstones(at, DEAD))  # type: ignore[misc]
             dead = dead.take(dead.versions <= known.version)
             if not len(dead):
-                return found, self._shard.tombstone_horizon
+                return self._by_key(newest), self._shard.tombstone_horizon
             at = int(dead.versions[-1])
             hits = dead.take((dead.tables == known.number) & np.isin(dead.keys, keys))
-            by_version: dict[int, pb.KeyFacts.Gone] = {}
-            columns = (column.tolist() for column in (hits.keys, hits.versions, hits.causes))
-            for key, version, cause in zip(*columns, strict=True):
-                if version not in by_version:
-                    by_version[version] = self._delete_of(version, Cause(cause))
-                found.setdefault(key, []).append(by_version[version])
+            newest = newest_of(joined([newest, hits]), MAX_GONE)
 
-    def _delete_of(self, version: int, cause: Cause) -> pb.KeyFacts.Gone:
-        """Return a delete, with its time and step if the log still has its record."""
+    def _by_key(self, dead: Tombstones) -> dict[int, list[pb.KeyFacts.Gone]]:
+        """Return the deletes of each key by version; the oldest may lack their time and step."""
+        versions, first = np.unique(dead.versions, return_index=True)
+        causes = dead.causes[first].tolist()  # a version is one delete
+        readable = len(versions) - MAX_READS
+        deletes = {
+            version: self._delete_of(version, Cause(cause), read=number >= readable)
+            for number, (version, cause) in enumerate(zip(versions.tolist(), causes, strict=True))
+        }
+        found: dict[int, list[pb.KeyFacts.Gone]] = {}
+        for key, version in zip(dead.keys.tolist(), dead.versions.tolist(), strict=True):
+            found.setdefault(key, []).append(deletes[version])
+        return found
+
+    def _delete_of(self, version: int, cause: Cause, *, read: bool) -> pb.KeyFacts.Gone:
+        """Return a delete, with its time and step if ``read`` and the log still has its record."""
         gone = pb.KeyFacts.Gone(version=version, cause=cause.name.lower())
-        if self._log is None:
+        if self._log is None or not read:
             return gone
         try:
             frames = self._log.read(version - 1, upto=version)
@@ -121,3 +132,11 @@ class Inspector:
             if isinstance(record, DeleteRecord):
                 gone.time_us, gone.step = record.origin.time_us, record.origin.step
         return gone
+
+
+def newest_of(dead: Tombstones, most: int) -> Tombstones:
+    """Return the newest ``most`` tombstones of each key, ordered by version."""
+    order = np.lexsort((dead.versions, dead.keys))
+    keys = dead.keys[order]
+    from_end = np.searchsorted(keys, keys, "right") - np.arange(len(keys))  # 1: the newest of a key
+    return dead.take(np.sort(order[from_end <= most]))
