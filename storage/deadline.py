@@ -10,9 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError, wait
-from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from storage.errors import StoreFailed
 
@@ -21,13 +20,21 @@ IDLE_SECONDS = 30.0  # a thread without work ends after this
 T = TypeVar("T")
 
 
+class _Job(NamedTuple):
+    """A call, and where its outcome goes."""
+
+    future: Future[Any]
+    function: Callable[[], Any]
+    undo: Callable[[Any], None] | None
+
+
 class Deadlines:
     """Runs calls on daemon threads and waits ``seconds`` for each. Any thread."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._lock = threading.Lock()  # of everything below
-        self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._free = 0  # threads that wait for a job that nobody submitted yet
         self._threads = 0
         self._waiting: set[Future[Any]] = set()
@@ -45,14 +52,7 @@ class Deadlines:
         running.
         """
         future: Future[T] = Future()
-
-        def run() -> T:
-            result = function()
-            if undo is not None and future.done():  # nobody waits any more
-                undo(result)
-            return result
-
-        self._submit(where, future, run)
+        self._submit(where, _Job(future, function, undo))
         try:
             wait([future], self._seconds)
             _settle(future, error=StoreFailed(where, f"no answer within {self._seconds:g} s"))
@@ -69,7 +69,7 @@ class Deadlines:
         for future in waiting:
             _settle(future, error=StoreFailed("store", "the server is stopping"))
 
-    def _submit(self, where: str, future: Future[Any], run: Callable[[], Any]) -> None:
+    def _submit(self, where: str, job: _Job) -> None:
         with self._lock:
             if self._stopped:
                 raise StoreFailed(where, "the server is stopping")
@@ -80,13 +80,13 @@ class Deadlines:
             else:
                 self._threads += 1
                 threading.Thread(target=self._work, name="store", daemon=True).start()
-            self._waiting.add(future)
-        self._jobs.put((future, run))
+            self._waiting.add(job.future)
+        self._jobs.put(job)
 
     def _work(self) -> None:
         while True:
             try:
-                future, run = self._jobs.get(timeout=IDLE_SECONDS)
+                job = self._jobs.get(timeout=IDLE_SECONDS)
             except Empty:
                 with self._lock:
                     if self._free:
@@ -94,19 +94,29 @@ class Deadlines:
                         self._threads -= 1
                         return
                 continue  # a job is on its way
-            try:
-                _settle(future, result=run())
-            except BaseException as error:
-                _settle(future, error=error)
+            _run(job)
             with self._lock:
                 self._free += 1
-            del future, run  # results are large
+            del job  # results are large
 
 
-def _settle(future: Future[Any], *, result: Any = None, error: BaseException | None = None) -> None:
-    """Set the outcome of a call that has none yet."""
-    with suppress(InvalidStateError):
+def _run(job: _Job) -> None:
+    """Run a call. If nobody waits any more for its result, undo it."""
+    try:
+        result = job.function()
+        if not _settle(job.future, result=result) and job.undo is not None:
+            job.undo(result)
+    except BaseException as error:
+        _settle(job.future, error=error)
+
+
+def _settle(future: Future[Any], *, result: Any = None, error: BaseException | None = None) -> bool:
+    """Set the outcome of a call. Returns False if it has one."""
+    try:
         if error is not None:
             future.set_exception(error)
         else:
             future.set_result(result)
+    except InvalidStateError:
+        return False
+    return True

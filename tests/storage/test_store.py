@@ -6,10 +6,12 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
+from storage import deadline
 from storage.deadline import MAX_THREADS, Deadlines
 from storage.errors import Corrupt, StoreFailed
 from storage.store import BUFFER_BYTES, Store
@@ -178,6 +180,38 @@ def test_calls_that_never_return_are_limited_in_number() -> None:
     with pytest.raises(StoreFailed, match="earlier file operations"):
         deadlines.call("place", lambda: 5)
     never.set()
+
+
+def test_a_result_that_comes_at_the_deadline_is_returned_or_undone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The deadline passes after the thread has the result, and before the caller can have it."""
+    undone, made, passed = threading.Event(), threading.Event(), threading.Event()
+
+    class Late(Future[int]):
+        def done(self) -> bool:  # asked by whoever has a result
+            answer = super().done()
+            made.set()
+            passed.wait(5)
+            return answer
+
+        def set_result(self, result: int) -> None:
+            made.set()
+            passed.wait(5)
+            super().set_result(result)
+
+        def set_exception(self, error: BaseException | None) -> None:
+            super().set_exception(error)
+            passed.set()
+
+    def wait(futures: object, seconds: float) -> None:
+        assert made.wait(5)
+
+    monkeypatch.setattr(deadline, "Future", Late)
+    monkeypatch.setattr(deadline, "wait", wait)
+    with pytest.raises(StoreFailed):
+        Deadlines(0.01).call("place", lambda: 7, lambda _: undone.set())
+    assert undone.wait(5)
 
 
 def test_a_result_that_comes_too_late_is_undone() -> None:
