@@ -23,6 +23,7 @@ POLL = 0.2  # seconds between two polls
 POLL_TIMEOUT = 2.0  # seconds; a shard that restarts must not delay the polls of the others
 TAKEOVER = 10.0  # seconds; longer than a server waits for a client that is gone
 OVER = (Status.PHASE_UNSPECIFIED, Status.PHASE_RELEASED, Status.PHASE_ABORTED)
+NO_ABORT = (*OVER, Status.PHASE_ABORTING)  # phases in which a shard needs no step to abort
 BACK = (Status.PHASE_FAILED, Status.PHASE_ABORTING, Status.PHASE_ABORTED)
 
 
@@ -80,15 +81,17 @@ def _prepare(
 ) -> int:
     expected = sum(describe(client, name).rows.values())
     request = pb.PrepareRestoreRequest(name=name, id=id, replace=replace)
+    held = False
     try:
         done = on_all(client, "PrepareRestore", request, progress, in_turn=True)
         rows = sum(each.rows for each in done)
         if rows != expected:
             raise DataLoss(f"checkpoint {name!r}: {rows} rows were read, {expected} were stored")
+        held = True
         for link in links(client):
             take_step(client, link, id, Step.STEP_HOLD, owner)
     except BaseException:
-        _abort(client, id)
+        _abort(client, id, PATIENCE if held else 0.0)  # a shard that is not held is not blocked
         raise
     return rows
 
@@ -127,20 +130,33 @@ def _run(client: Client, id: str, name: str, owner: str) -> None:
         take_step(client, link, id, Step.STEP_RELEASE, owner)
 
 
-def _abort(client: Client, id: str) -> None:
-    """Undo a restore of this client, as far as the shards can be reached."""
-    for link in links(client):
-        with suppress(PsError):
-            take_step(client, link, id, Step.STEP_ABORT)
+def _abort(client: Client, id: str, patience: float = PATIENCE) -> None:
+    """Undo a restore of this client.
+
+    patience  seconds to wait for shards that restart or cannot be reached
+    """
+    end = time.monotonic() + patience
     with suppress(PsError):
-        end = time.monotonic() + PATIENCE
-        while any(
-            each is None or (each.id == id and each.phase not in (*OVER, PREPARED))
-            for each in _poll(client)
-        ):
-            if time.monotonic() > end:
-                return
+        while not _undone(client, id) and time.monotonic() < end:
             time.sleep(POLL)
+
+
+def _undone(client: Client, id: str) -> bool:
+    """Let all shards that answer undo a restore. Returns whether all have undone it."""
+    undone = True
+    for link, status in zip(links(client), _poll(client), strict=True):
+        if status is not None and status.id == id and status.phase not in NO_ABORT:
+            status = _try_abort(client, link, id)
+        undone &= status is not None and (status.id != id or status.phase in OVER)
+    return undone
+
+
+def _try_abort(client: Client, link: Link, id: str) -> pb.RestoreStatus | None:
+    """Let one shard undo a restore. Returns its status; None if it does not answer."""
+    try:
+        return take_step(client, link, id, Step.STEP_ABORT)
+    except PsError:
+        return None
 
 
 def take_step(client: Client, link: Link, id: str, step: int, owner: str = "") -> pb.RestoreStatus:
