@@ -1,4 +1,4 @@
-"""Addresses to listen on: a host may be a name, an IPv4 or an IPv6 address, in brackets or not."""
+"""Check, join and listen on addresses. A host is a name, an IPv4 or an IPv6 address."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,253})")
 
 
 def bare_host(host: str) -> str:
-    """Return a host without brackets; ValueError for what is not a host alone."""
+    """Return ``host`` without the brackets that may enclose an IPv6 address.
+
+    Raises ValueError if it is not exactly one name, IPv4 or IPv6 address, for example if a port
+    follows.
+    """
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if ":" in bare or bare != host:
         try:
@@ -32,7 +36,11 @@ def join(host: str, port: int) -> str:
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Listen on all addresses of ``host``; :: takes IPv4 as well. Raises OSError."""
+    """Return listening TCP sockets, one for each address that ``host`` resolves to.
+
+    The host ``::`` also accepts IPv4. Addresses that this machine does not have are skipped if
+    others work. Otherwise raises OSError and leaves no socket open.
+    """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     listeners: list[socket.socket] = []
     missing: OSError | None = None
@@ -54,7 +62,12 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 
 def cannot_listen(field: str, host: str, port: int, error: OSError) -> str:
-    """Return why a port cannot be used, and what to do; ``field`` is the setting."""
+    """Return the error message for a port that cannot be opened, with the reason and what to do.
+
+    field       name of the setting that contains the port, for example ``metrics_port``
+    host, port  address that was tried
+    error       raised by the operating system
+    """
     number = error.errno or 0
     reason = os.strerror(number) if number > 0 else error.strerror or str(error)
     match number:

@@ -1,4 +1,4 @@
-"""Buffers for the after-images of pushes, used again once the log has written them."""
+"""Reusable buffers for after-images: the rows that a push has changed, as the log records them."""
 
 from __future__ import annotations
 
@@ -11,31 +11,35 @@ from numpy.typing import NDArray
 
 from storage.kernels import Rows
 
-KEPT = 64  # buffers that wait for the next pushes
-KEPT_BYTES = 64 << 20  # in all of them
+KEPT = 64  # maximum number of free buffers
+KEPT_BYTES = 64 << 20  # maximum size of all free buffers, in bytes
 
 Buffer = NDArray[np.uint8]
 
 
 class ImageBuffers:
-    """Buffers in flight, which the log may still read, and some that wait for the next pushes.
+    """Pool of buffers. A buffer is in use (the log still has to write it) or free (a push may take
+    it).
 
-    A buffer in flight belongs to a record in the backlog of the log, which is bounded. Those that
-    wait are bounded by KEPT and KEPT_BYTES. Everything else is freed once it is written.
+    Buffers in use are bounded by the log, which limits the size of its unwritten records. Free
+    buffers are bounded by KEPT and KEPT_BYTES; the memory of further ones is returned.
 
-    bytes  in all buffers; may be read from any thread
+    bytes  size of all buffers, in use and free; any thread may read it
     """
 
     def __init__(self) -> None:
-        self._flying: deque[tuple[int, Buffer]] = deque()  # with the version of the push
-        self._kept: list[Buffer] = []  # smallest first
+        self._flying: deque[tuple[int, Buffer]] = deque()  # in use: version of the push, buffer
+        self._kept: list[Buffer] = []  # free, smallest first
         self._kept_bytes = 0
         self.bytes = 0
 
     def take(self, count: int, width: int, version: int, written: int) -> tuple[NDArray[Any], Rows]:
-        """Return room for the frequencies uint64[count] and rows float32[count, width] of a push.
+        """Return uninitialized arrays for a push: frequencies uint64[count] and rows float32[count,
+        width].
 
-        version  of the push
+        Both are views of one buffer, which stays in use until the log has written ``version``.
+
+        version  version of this push; it grows from call to call
         written  newest version that the log has written
         """
         self.reclaim(written)
@@ -53,7 +57,11 @@ class ImageBuffers:
         return frequencies, rows
 
     def reclaim(self, written: int) -> None:
-        """Keep some of the buffers that the log has written, the largest, and free the others."""
+        """Make the buffers of all versions up to ``written`` free.
+
+        If there are more than KEPT free buffers, the smallest are deleted; beyond KEPT_BYTES, the
+        largest.
+        """
         while self._flying and self._flying[0][0] <= written:
             buffer = self._flying.popleft()[1]
             self._kept.insert(bisect_left(self._kept, len(buffer), key=len), buffer)
@@ -64,12 +72,13 @@ class ImageBuffers:
             self._free(-1)
 
     def drain(self, written: int) -> None:
-        """Free all buffers that the log has written."""
+        """Delete all free buffers, and those in use whose version is at most ``written``."""
         self.reclaim(written)
         while self._kept:
             self._free(-1)
 
     def _free(self, at: int) -> None:
+        """Delete the free buffer at index ``at``."""
         size = len(self._kept.pop(at))
         self._kept_bytes -= size
         self.bytes -= size

@@ -1,4 +1,4 @@
-"""Which settings of a live table can be altered, and what an alteration asks for."""
+"""Apply an AlterTable request to a schema; define which fields of a table can be altered."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def _max_step_ahead(_: TableSchema, asked: pb.TableSchema) -> dict[str, Any]:
     return {"max_step_ahead": asked.max_step_ahead}
 
 
+# name of a field -> function of (present schema, requested schema) that returns the new values
 ALTERABLE: dict[str, Change] = {
     "lr": _lr,
     "serving_default": lambda _, asked: {"serving_default": asked.serving_default},
@@ -35,7 +36,7 @@ ALTERABLE: dict[str, Change] = {
     "evictions": lambda _, asked: {"evictions": read_evictions(asked)},
     "max_step_ahead": _max_step_ahead,
 }
-FIXED = {
+FIXED = {  # name of a field -> why it cannot be altered
     "name": "the log, checkpoints and the initial values of rows use it",
     "dim": "every row has this many numbers",
     "optimizer": "every row contains the state of this optimizer; only lr can be altered",
@@ -45,13 +46,17 @@ FIXED = {
 
 
 def require_alterable(request: pb.AlterTableRequest) -> None:
-    """Refuse a request that names fields which cannot be altered, or do not exist, or none.
+    """Check the names of the fields that a request asks to alter.
 
-    Raises NotAlterable or BadRequest.
+    Raises NotAlterable for a field that is fixed at the table's creation. Raises BadRequest for a
+    field that does not exist, and if no field is named.
     """
     table = request.schema.name
     if not request.fields:
-        raise BadRequest("INVALID_ARGUMENT", f"table {table[:200]!r}: no field to alter is named")
+        raise BadRequest(
+            "INVALID_ARGUMENT",
+            f"table {table[:200]!r}: 'fields' is empty; name at least one field to alter",
+        )
     for field in request.fields:
         if field in FIXED:
             raise NotAlterable(table, field, FIXED[field], ", ".join(ALTERABLE))
@@ -64,9 +69,10 @@ def require_alterable(request: pb.AlterTableRequest) -> None:
 
 
 def altered(schema: TableSchema, request: pb.AlterTableRequest) -> TableSchema:
-    """Return a schema with the fields that a request alters; BadRequest if a value breaks a rule.
+    """Return a copy of ``schema`` in which the fields named by ``request`` have their new values.
 
-    The fields must be alterable; see ``require_alterable``.
+    The names must have passed ``require_alterable``. Raises BadRequest if a value is missing or
+    invalid.
     """
     try:
         for field in request.fields:

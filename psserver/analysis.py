@@ -1,12 +1,14 @@
-"""Analyze a table: read every row once, in slices, and sum it up. Changes nothing.
+"""Analyze a table: read every row once, in slices, and compute a summary. Nothing is changed.
 
-All methods block, and run on worker threads. The engine reads the slices of a live table, so that
-each row is whole. A slice takes the engine about 50 us. The rest of the work runs on the worker
-thread, mostly in one kernel that releases the interpreter lock.
+All methods block, so they must run on worker threads. Each slice of a live table is read on the
+engine thread, so that no row is read while a push changes it. A slice takes the engine about 50 us.
+The rest of the work runs on the worker thread, mostly in one kernel that releases the interpreter
+lock.
 
-Slices are small, so a pull waits only briefly for a slice. All slices together get 1/81 of a core,
-so few pulls wait at all. The rows of a checkpoint do not need the engine, but compete with it for
-cores and for the interpreter lock. They get a tenth of a core.
+Slices are small, so that a pull waits only briefly for a slice. All slices together use 1/81 of a
+core, so that few pulls wait at all. The rows of a checkpoint do not need the engine, but the work
+on them competes with the engine for cores and for the interpreter lock. Therefore it uses at most a
+tenth of a core.
 """
 
 from __future__ import annotations
@@ -36,15 +38,16 @@ from storage.part_reader import Piece, counters_of, rows_of
 from storage.tiers.base import FREQUENCY, KEY, STEP, VERSION, Scan
 from storage.versionlog import VersionLog
 
-SLICE_ROWS = 2_048  # rows that the engine reads at a time
-SLICE_BYTES = 1 << 20  # bytes of their embeddings, at most
-ALL = (1 << 48) - 1  # the largest version
+SLICE_ROWS = 2_048  # maximum number of rows in a slice
+SLICE_BYTES = 1 << 20  # maximum size of the embeddings in a slice, in bytes
+ALL = (1 << 48) - 1  # the largest version number: rows of all versions are read
 
 
 class Analyses:
-    """Analyses of one shard's tables and keys. Thread-safe.
+    """Summarizes tables and inspects keys of one shard. Thread-safe.
 
-    log  gives time and step of deletes; None: they are left out
+    log   version log, to look up time and step of a delete; None: both are left out
+    pace  limits the share of a core that analyses use; None: the defaults of pace.py
     """
 
     def __init__(
@@ -65,7 +68,10 @@ class Analyses:
     # ---- tables
 
     def analyze(self, request: pb.AnalyzeRequest) -> Iterator[pb.AnalyzeResponse]:
-        """Sum up a table of this shard or of a checkpoint. The last message has the summary."""
+        """Yield messages: progress, the requested rows, and last the summary of a table.
+
+        The table is one of this shard, or this shard's share of a table in ``request.checkpoint``.
+        """
         summary = read_summary(request)
         if request.checkpoint:
             yield from self._stored(request, summary)
@@ -73,6 +79,10 @@ class Analyses:
             yield from self._live(request, summary)
 
     def _live(self, request: pb.AnalyzeRequest, summary: Summary) -> Iterator[pb.AnalyzeResponse]:
+        """Analyze a table of the running shard; see ``analyze``.
+
+        summary  empty; every row is added to it
+        """
         progress = self._checkpoints.work.progress()  # ends the work when the server does
         view = self._engine.run(lambda: self._shard.view_table(request.table))
         outbox = Outbox(request, view.stats.rows)
@@ -97,7 +107,11 @@ class Analyses:
     def _slices(
         self, request: pb.AnalyzeRequest, view: TableView
     ) -> Iterator[Callable[[], tuple[RowColumns, Rows | None]]]:
-        """Yield calls for the engine: each reads some rows, with embeddings if requested."""
+        """Yield calls that the engine must run. Each reads one slice of the rows of ``view``.
+
+        A call returns the columns of its rows, and their embeddings float32[n, dim] if the request
+        asks for them (else None). It raises UnknownTable if the table was dropped meanwhile.
+        """
         dim = view.schema.dim
         most = max(1, min(SLICE_ROWS, SLICE_BYTES // (4 * dim)))
         wanted = request.columns == Columns.COLUMNS_EMBEDDING
@@ -126,6 +140,7 @@ class Analyses:
                     yield partial(read, tier, scan, places)
 
     def _stored(self, request: pb.AnalyzeRequest, summary: Summary) -> Iterator[pb.AnalyzeResponse]:
+        """Analyze a table of a checkpoint, which cannot be deleted meanwhile; see ``analyze``."""
         catalog = self._checkpoints.catalog
         with catalog.reading(request.checkpoint, "it is being analyzed") as checkpoint:
             yield from self._stored_rows(checkpoint, request, summary)
@@ -133,7 +148,12 @@ class Analyses:
     def _stored_rows(
         self, checkpoint: Checkpoint, request: pb.AnalyzeRequest, summary: Summary
     ) -> Iterator[pb.AnalyzeResponse]:
-        """Read each part twice: its largest step, from which ages are counted, then its rows."""
+        """Analyze a table of an open checkpoint. Each part (the file set of one shard) is read
+        twice.
+
+        The first pass finds the largest step in the part, because ages of rows are counted back
+        from it. The second pass adds the rows to the summary.
+        """
         catalog, beside = self._checkpoints.catalog, self._pace_stored.beside
         schema = schema_in(checkpoint, request.table)
         progress = self._checkpoints.work.progress()
@@ -143,7 +163,7 @@ class Analyses:
         newest, size, waiting = FIRST_STEP, 0, 0
 
         def largest(pieces: Iterator[Piece]) -> int | None:
-            """Return the largest step of the next piece; None after the last piece."""
+            """Return the largest step in the next piece; None after the last piece."""
             if (piece := next(pieces, None)) is None:
                 return None
             require_width(checkpoint, schema, piece.rows)
@@ -152,7 +172,11 @@ class Analyses:
         def summed(
             pieces: Iterator[Piece], step: int
         ) -> tuple[RowColumns, Rows | None, int] | None:
-            """Sum up the next piece; return rows, embeddings and bytes; None after the last."""
+            """Add the rows of the next piece to the summary.
+
+            Returns (columns of the rows, embeddings or None if not requested, bytes); None after
+            the last piece.
+            """
             if (piece := next(pieces, None)) is None:
                 return None
             columns = piece[1:]
@@ -189,5 +213,5 @@ class Analyses:
     # ---- keys
 
     def inspect(self, request: pb.InspectRequest) -> pb.InspectResponse:
-        """Return the state of single keys; see Inspector."""
+        """Return the state of single keys; see ``Inspector.inspect``."""
         return self._inspector.inspect(request)

@@ -1,8 +1,8 @@
-"""Calls that wait, in the middle of their work, until their client lets them go on.
+"""Calls that pause in the middle of their work until their client sends a Continue request.
 
-A client calls a method on every shard, and each shard answers when it is ready. Only when all are
-ready does the client send Continue to all. So a refusal by one shard comes before any shard has
-changed anything.
+A client calls the same method on every shard, and each shard reports when it is ready. Only after
+all shards are ready does the client send Continue to all. So if one shard refuses, no shard has
+changed anything yet.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from psserver.stored import require_id
 from psserver.work import Progress
 
 Step = pb.ContinueRequest
-LOOK_SECONDS = 0.05  # between two looks whether the client is gone
-MAX_ENDED = 64  # ids of ended calls that are kept, for Continue requests that come again
+LOOK_SECONDS = 0.05  # seconds between two checks whether the client is gone
+MAX_ENDED = 64  # number of ended calls whose ids are kept, so that a repeated Continue succeeds
 
 
 class Call:
-    """A call that waits for Continue."""
+    """One running call that pauses until a Continue request reaches a given step.
+
+    progress  progress of the call; reports whether the client still waits for the result
+    """
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -31,20 +34,26 @@ class Call:
         self._changed = threading.Event()
 
     def wait(self, step: pb.ContinueRequest.Step) -> None:
-        """Return once the client has sent ``step``. Raises Draining if it is gone."""
+        """Block until the client has sent a Continue with ``step`` or a later step.
+
+        Raises Draining if the client is gone or the server stops.
+        """
         while self._reached < step:
             self._changed.wait(LOOK_SECONDS)
             self._changed.clear()
             self._progress.require_wanted()
 
     def advance(self, step: pb.ContinueRequest.Step) -> None:
-        """Let the call go on up to the wait after ``step``. Not by two threads at once."""
+        """Allow the call to pass each ``wait`` up to and including ``step``.
+
+        Two threads must not call this at the same time.
+        """
         self._reached = max(self._reached, step)
         self._changed.set()
 
 
 class Calls:
-    """The calls of one shard that wait for Continue, by id. Thread-safe."""
+    """The paused calls of one shard, by the id that the client chose. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -53,12 +62,18 @@ class Calls:
 
     @contextmanager
     def open(self, id: str, progress: Progress) -> Iterator[Call]:
-        """Let Continue find a call by its id. Raises BadRequest for an id that was used before."""
+        """Register a call under ``id`` while the block runs, so that Continue requests can find it.
+
+        Raises BadRequest if the id is malformed or was used before. After an error in the block,
+        the id may be used again.
+        """
         require_id("id", id)
         call = Call(progress)
         with self._lock:
             if id in self._open or id in self._ended:
-                raise BadRequest("INVALID_ARGUMENT", f"id {id} was used before")
+                raise BadRequest(
+                    "INVALID_ARGUMENT", f"id {id} was used before: choose a new random id"
+                )
             self._open[id] = call
         try:
             yield call
@@ -71,12 +86,16 @@ class Calls:
             self._ended.append(id)
 
     def proceed(self, request: pb.ContinueRequest) -> pb.ContinueResponse:
-        """Let a call go on. Idempotent. Raises UnknownCall unless it waits or ended well."""
+        """Answer a Continue request: let the call with its id go on. Idempotent.
+
+        Raises UnknownCall unless the call is open or has ended without an error.
+        """
         with self._lock:
             call = self._open.get(request.id)
             if call is None and request.id not in self._ended:
                 raise UnknownCall(
-                    f"no call {request.id[:16]!r} waits here: it ended or never began"
+                    f"no call with id {request.id[:16]!r} is in progress on this shard: it failed,"
+                    " ended long ago or never began"
                 )
             if call is not None:
                 call.advance(request.step)

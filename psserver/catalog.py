@@ -1,4 +1,4 @@
-"""The checkpoints in the store that the configuration names: list, open, verify."""
+"""List, open and verify the checkpoints in the store of the setting checkpoint_url."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ logger = structlog.get_logger()
 
 
 class Catalog:
-    """The checkpoints that one shard can see. Thread-safe.
+    """Reads the named checkpoints that one shard can see. Thread-safe.
 
-    store  None: the configuration names no place for checkpoints
+    store  file store that contains the checkpoints; None: checkpoint_url is not set
+    uses   registry of the checkpoints that are being read or deleted
     """
 
     def __init__(self, shard: Shard, store: Store | None) -> None:
@@ -36,25 +37,32 @@ class Catalog:
 
     @property
     def store(self) -> Store:
-        """Return the store of the checkpoints. Raises NoCheckpointUrl."""
+        """Return the store of the checkpoints. Raises NoCheckpointUrl if there is none."""
         if self._store is None:
             raise NoCheckpointUrl
         return self._store
 
     def stop(self) -> None:
-        """Let all file operations fail at once."""
+        """Make all file operations in progress fail at once."""
         if self._store is not None:
             self._store.stop()
 
     def open(self, name: str) -> Checkpoint:
-        """Read and check the manifests of a checkpoint; see ``open_checkpoint``."""
+        """Read and check the manifests of a checkpoint and of its parents.
+
+        Raises BadRequest for an invalid name; see ``open_checkpoint`` for other errors.
+        """
         return open_checkpoint(self.store, require_name(name))
 
     @contextmanager
     def reading(self, name: str, what: str) -> Iterator[Checkpoint]:
-        """Open a checkpoint and keep it, and all that it needs, from being deleted.
+        """Open a checkpoint for the block. Meanwhile neither it nor one of its parents can be
+        deleted.
 
-        what  describes the work, for a client that wants to delete it
+        what  describes the work, for the error that a client gets if it tries to delete one of them
+
+        Raises CheckpointBusy if one is being deleted, or if the checkpoint was replaced while it
+        was opened.
         """
         checkpoint = self.open(name)
         names = [each.manifest.name for each in checkpoint.chain]
@@ -64,18 +72,25 @@ class Catalog:
             yield checkpoint
 
     def listed(self, request: pb.ListCheckpointsRequest) -> pb.ListCheckpointsResponse:
-        """Return all checkpoints, or one with the schemas of its tables."""
+        """Return short descriptions of all checkpoints, or, if the request names one, all of it.
+
+        Only a named checkpoint is described with the schemas of its tables.
+        """
         if request.name:
             info = describe(self.open(request.name).manifest, schemas=True)
             return pb.ListCheckpointsResponse(checkpoints=[info])
         return pb.ListCheckpointsResponse(checkpoints=map(self._look, self.names()))
 
     def names(self) -> list[str]:
-        """Return the names of all checkpoints, sorted, complete or not."""
+        """Return the sorted names of all checkpoints, including those not yet completed."""
         return [name for name in self.store.directories() if NAME.fullmatch(name)]
 
     def _look(self, name: str) -> pb.CheckpointInfo:
-        """Describe one of many checkpoints. A damaged one has a problem and no error."""
+        """Describe one checkpoint for the list.
+
+        Never raises: for a damaged or incomplete checkpoint, the field ``problem`` contains the
+        reason.
+        """
         try:
             return describe(read_manifest(self.store, name)[0], schemas=False)
         except UnknownCheckpoint:
@@ -89,10 +104,10 @@ class Catalog:
     def verify(
         self, request: pb.VerifyCheckpointRequest, progress: Progress
     ) -> pb.CheckpointProgress:
-        """Read every byte of this shard's share of a checkpoint and of its parents.
+        """Read every byte of this shard's share of a checkpoint and of its parents, and check it.
 
-        Raises Corrupt or UnknownFormat, which name the file, if a byte is not as written or two
-        statements of the checkpoint contradict each other.
+        Raises Corrupt or UnknownFormat, which name the file, if a byte has changed since it was
+        written, or if two files of the checkpoint contradict each other.
         """
         with self.reading(request.name, "it is being verified") as checkpoint:
             schemas = {
@@ -110,12 +125,19 @@ class Catalog:
         return pb.CheckpointProgress(bytes=progress.bytes, total=progress.total)
 
     def share(self, checkpoint: Checkpoint) -> range:
-        """Return the parts that this shard reads, when all shards together read each part once."""
+        """Return the indices of the checkpoint's parts that this shard has to read.
+
+        Together the shards of the cluster read each part exactly once, even if the checkpoint has a
+        different number of shards.
+        """
         return range(self._shard.number, len(checkpoint.parts), self._shard.shard_map.shards)
 
 
 def describe(manifest: Manifest, *, schemas: bool) -> pb.CheckpointInfo:
-    """Return the message about a checkpoint. Raises CheckpointUnfit for an unknown schema."""
+    """Convert a manifest to a CheckpointInfo message.
+
+    schemas  include the schema of each table; raises CheckpointUnfit if a schema is not known here
+    """
     tables = []
     for table in manifest.tables:
         message = pb.CheckpointTable(name=table.name, rows=table.rows)

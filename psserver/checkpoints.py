@@ -1,10 +1,12 @@
-"""Take named checkpoints of this shard's part of every table.
+"""Write named checkpoints: each shard writes its part, then one shard completes the checkpoint.
 
-    WriteCheckpoint     version S, rows while pushes go on, version E, records S+1..E, manifest
-    CompleteCheckpoint  the parts of all shards become a checkpoint
+    WriteCheckpoint     note version S; copy rows while pushes continue; note version E; copy log
+                        records S+1..E; write the manifest of the part
+    CompleteCheckpoint  write the manifest that makes the parts of all shards a checkpoint
 
-These methods block, and run on worker threads. The engine thread only captures a version, or copies
-a slice of rows. storage/checkpoint.py describes the files.
+These methods block, so they must run on worker threads. On the engine thread they only note a
+version or copy one slice of rows. An attempt is one run of a client's checkpoint command; its
+random id names the directory of its files. The module storage/checkpoint.py describes the files.
 """
 
 from __future__ import annotations
@@ -51,19 +53,19 @@ from storage.sealed import seal
 from storage.store import Store
 from storage.versionlog import VersionLog
 
-RECORD_BYTES = 4 << 20  # of the log, copied at once
+RECORD_BYTES = 4 << 20  # maximum size of log records copied at once, in bytes
 
 logger = structlog.get_logger()
 
 
 class Checkpoints:
-    """The named checkpoints of one shard. Thread-safe.
+    """Takes, restores from, and deletes named checkpoints on one shard. Thread-safe.
 
-    log    None: this shard cannot take checkpoints
-    pins   of the flusher, by attempt: the log keeps the versions after a pin
-    store  None: the configuration names no place for checkpoints
-    now    seconds since 1970
-    directory  the shard's data directory
+    log        version log; None: this shard cannot take checkpoints
+    pins       attempt -> version: the flusher keeps all log records newer than the version
+    store      file store for checkpoints; None: checkpoint_url is not set
+    now        returns seconds since 1970
+    directory  data directory of the shard; None: it has none
     """
 
     def __init__(
@@ -93,7 +95,12 @@ class Checkpoints:
     def write(
         self, request: pb.WriteCheckpointRequest, progress: Progress
     ) -> pb.CheckpointProgress:
-        """Write this shard's part of a checkpoint."""
+        """Write this shard's part of the checkpoint ``request.name``. Returns the location of the
+        part.
+
+        With ``request.parent`` the part contains only the changes since that checkpoint. Raises
+        NoLog, CheckpointExists, CheckpointBusy or CheckpointUnfit.
+        """
         name, attempt = require_name(request.name), require_id("attempt", request.attempt)
         if self._log is None:
             raise NoLog
@@ -110,22 +117,27 @@ class Checkpoints:
                 del self._pins[attempt]
 
     def _parent(self, parent: Checkpoint, log: VersionLog) -> tuple[Parent, Part]:
-        """Return the parent of an incremental checkpoint, and this shard's part of it.
+        """Return (reference to the parent of an incremental checkpoint, this shard's part of the
+        parent).
 
-        Raises CheckpointUnfit if this shard cannot know what changed since.
+        Raises CheckpointUnfit if this shard cannot know all changes since the parent.
         """
         name, shard = parent.manifest.name, self._shard
         if len(parent.chain) >= MAX_CHAIN:
             raise CheckpointUnfit(
-                f"{name!r} has {len(parent.chain) - 1} ancestors, and a chain has at most"
-                f" {MAX_CHAIN} checkpoints: take a full one"
+                f"checkpoint {name!r} already has {len(parent.chain) - 1} ancestors, and a chain"
+                f" has at most {MAX_CHAIN} checkpoints: take a full checkpoint (without parent)"
             )
         part = next((part for part in parent.parts if part.shard == shard.number), None)
         if part is None or part.shards != shard.shard_map.shards or part.buckets != runs(shard):
-            raise CheckpointUnfit(f"{name!r} was taken of other shards: take a full one")
+            raise CheckpointUnfit(
+                f"checkpoint {name!r} comes from a cluster with other shards: take a full"
+                " checkpoint (without parent)"
+            )
         if part.lineage != log.lineage.hex() or part.version > shard.version:
             raise CheckpointUnfit(
-                f"{name!r} belongs to another history of shard {shard.number}: take a full one"
+                f"checkpoint {name!r} does not belong to the present log of shard {shard.number},"
+                " which was restored or replaced since: take a full checkpoint (without parent)"
             )
         return Parent(name=name, checksum=parent.checksum), part
 
@@ -137,20 +149,28 @@ class Checkpoints:
         log: VersionLog,
         progress: Progress,
     ) -> pb.CheckpointProgress:
+        """Write rows, log records, sessions and manifest of this shard's part; see the module
+        docstring.
+
+        After an error, the files written so far are removed.
+
+        parent  (reference, this shard's part of it) of an incremental checkpoint; None: a full one
+        """
         shard = self._shard
         captured = self._engine.run(shard.capture)
         self._pins[attempt] = captured.version
         after = parent[1].version if parent else 0
         if parent and captured.horizon > after:
             raise CheckpointUnfit(
-                f"{parent[0].name!r} is too old: shard {shard.number} no longer knows which keys"
-                f" were deleted up to version {captured.horizon}: take a full one"
+                f"checkpoint {parent[0].name!r} is too old to be a parent: shard {shard.number} no"
+                f" longer knows which keys were deleted up to version {captured.horizon}: take a"
+                " full checkpoint (without parent)"
             )
         progress.total = 0 if parent else _bytes_of(captured)
         writer = PartWriter(self.catalog.store, name, attempt, shard.number, progress.add)
         try:
             for block in blocks_of(captured, after, np.empty(BLOCK_BYTES, np.uint8)):
-                if parent or block.kind == ROWS:  # a full one needs no tombstones
+                if parent or block.kind == ROWS:  # a full checkpoint needs no tombstones
                     writer.block(block.seal())
             for table, keys, totals, versions in counters_of(captured, 0, self._engine):
                 writer.block(pack_counters(table, keys, versions, totals), "counters")
@@ -179,7 +199,12 @@ class Checkpoints:
         return pb.CheckpointProgress(bytes=progress.bytes, total=progress.bytes, part=written)
 
     def complete(self, request: pb.CompleteCheckpointRequest) -> pb.CheckpointInfo:
-        """Make the parts of all shards a checkpoint. Idempotent."""
+        """Write the manifest that makes the parts of all shards one checkpoint. Idempotent per
+        attempt.
+
+        Raises CheckpointUnfit if the parts do not fit together, CheckpointExists if a different
+        attempt has completed a checkpoint of this name.
+        """
         name, attempt = require_name(request.name), require_id("attempt", request.attempt)
         what = f"checkpoint {name!r} is being completed"
         parents = self.catalog.reading(request.parent, what) if request.parent else nullcontext()
@@ -193,12 +218,17 @@ class Checkpoints:
         attempt: str,
         parent: Checkpoint | None,
     ) -> pb.CheckpointInfo:
+        """Complete the checkpoint ``name`` from the parts of one attempt; see ``complete``.
+
+        parent  opened parent of an incremental checkpoint; None: the checkpoint is full
+        """
         store, path = self.catalog.store, f"{name}/{MANIFEST}"
         if not store.exists(path):
             data = seal(self._manifest(request, parent))
             if len(data) > MAX_MANIFEST:
                 raise CheckpointUnfit(
-                    f"its manifest would have {len(data)} bytes, the limit is {MAX_MANIFEST}"
+                    f"checkpoint {name!r}: its manifest would have {len(data)} bytes, but the limit"
+                    f" is {MAX_MANIFEST}"
                 )
             with suppress(FileExistsError):
                 store.publish(path, data)
@@ -212,10 +242,15 @@ class Checkpoints:
     def _manifest(
         self, request: pb.CompleteCheckpointRequest, checkpoint: Checkpoint | None
     ) -> Manifest:
-        """Build the manifest over the parts. Raises CheckpointUnfit if they do not fit."""
+        """Build the manifest over all parts. Raises CheckpointUnfit if they do not fit together.
+
+        checkpoint  opened parent of an incremental checkpoint; None: the checkpoint is full
+        """
         shards = self._shard.shard_map.shards
         if len(request.parts) != shards:
-            raise CheckpointUnfit(f"{len(request.parts)} parts for {shards} shards")
+            raise CheckpointUnfit(
+                f"expected {shards} parts, one per shard, got {len(request.parts)}"
+            )
         parts = tuple(
             self._part(request, shard, claimed) for shard, claimed in enumerate(request.parts)
         )
@@ -223,14 +258,15 @@ class Checkpoints:
         for shard, part in enumerate(parts):
             if (part.parent, part.shard, part.shards) != (parent, shard, len(parts)):
                 raise CheckpointUnfit(
-                    f"shard {shard} wrote its part for another parent or another number of shards"
+                    f"the part of shard {shard} was written with a different parent or a different"
+                    " number of shards: take the checkpoint again"
                 )
         try:
             tables = tables_over(parts)
         except KeyError as error:
             raise CheckpointUnfit(
                 f"table {error} was created, altered or dropped while the checkpoint was taken:"
-                " take it again"
+                " take the checkpoint again"
             ) from error
         files = tuple(
             File(path=each.path, bytes=each.bytes, checksum=each.checksum) for each in request.parts
@@ -250,7 +286,10 @@ class Checkpoints:
         return manifest
 
     def _clear_away(self, name: str, kept: str) -> None:
-        """Remove the files of other attempts at a checkpoint, or log that they stay."""
+        """Remove the files of attempts at checkpoint ``name`` other than attempt ``kept``.
+
+        A StorageError is only logged as a warning; the files then remain.
+        """
         try:
             for other in self.catalog.store.directories(name):
                 if other != kept and ATTEMPT.fullmatch(other):
@@ -261,7 +300,12 @@ class Checkpoints:
     def _part(
         self, request: pb.CompleteCheckpointRequest, shard: int, claimed: pb.CheckpointPart
     ) -> Part:
-        """Read the manifest of a part that a client says a shard wrote."""
+        """Read the manifest of the part that ``shard`` wrote, as reported by the client.
+
+        claimed  path, size and checksum that the client reports
+
+        Raises CheckpointUnfit if the path or the size is impossible for that shard.
+        """
         path = f"{request.attempt}/{shard:05}.json"  # the only one that a shard writes
         if claimed.path != path or not 0 < claimed.bytes <= MAX_MANIFEST:
             raise CheckpointUnfit(
@@ -273,7 +317,7 @@ class Checkpoints:
 
 
 def _copy_log(log: VersionLog, after: int, upto: int, writer: PartWriter) -> None:
-    """Copy the records of the versions ``after`` + 1 .. ``upto``."""
+    """Copy the log records of the versions ``after`` + 1 to ``upto``, inclusive, to ``writer``."""
     log.sync(upto)
     cursor = log.cursor(after)
     try:

@@ -1,6 +1,6 @@
-"""Checks of pulls, pushes and deletes that need no table: shapes, dtypes, numbers, keys.
+"""Check pulls, pushes and deletes, as far as no table is needed: shapes, dtypes, numbers, keys.
 
-The shard itself checks what depends on its state: tables, sessions, versions.
+The shard itself checks everything that depends on its tables, sessions and versions.
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ MODES: dict[int, Mode] = {
 
 
 class Checks:
-    """Turn decoded messages into requests for one shard. Each method raises what it finds wrong."""
+    """Converts decoded messages to requests for one shard; raises an error for invalid ones."""
 
     def __init__(self, shard: Shard, max_keys: int) -> None:
-        """Store the shard. ``max_keys`` limits the keys of one pull, push or delete."""
+        """Create the checks of ``shard``.
+
+        max_keys  maximum number of keys in one pull, push or delete
+        """
         self._shard = shard
         self._max_keys = max_keys
 
     def pull(self, pull: codec.PullMessage) -> Pull:
-        """Check a pull. Raises TooLarge, BadRequest, WrongShard or Malformed."""
+        """Convert a pull. Raises TooLarge, BadRequest, WrongShard or Malformed."""
         header = pull.header
         self._require_few(header.table, pull.keys)
         if header.mode not in MODES:
@@ -59,7 +62,9 @@ class Checks:
         )
 
     def push(self, push: codec.PushMessage) -> Push:
-        """Check a push, and sum repeated keys. Raises the same errors as ``pull``."""
+        """Convert a push; counts and gradients of a repeated key are summed. Raises the errors of
+        ``pull``.
+        """
         header, keys, counts = push.header, push.keys, push.counts
         self._require_few(header.table, keys)
         _require_step(header)
@@ -87,7 +92,7 @@ class Checks:
         )
 
     def delete(self, push: codec.PushMessage) -> Delete:
-        """Check a delete. Raises TooLarge, BadRequest or WrongShard."""
+        """Convert a delete; repeated keys are merged. Raises TooLarge, BadRequest or WrongShard."""
         header, keys = push.header, push.keys
         self._require_few(header.table, keys)
         if self._repeated(header.table, keys):
@@ -110,13 +115,15 @@ class Checks:
             )
 
     def _repeated(self, table: str, keys: NDArray[np.uint64]) -> bool:
-        """Return whether a key repeats; raise WrongShard if one belongs to another shard."""
+        """Return whether a key occurs twice. Raises WrongShard if one belongs to another shard."""
         repeated, foreign = routing.check(keys, self._shard.shard_map, self._shard.number)
         self._require_own(table, keys, foreign)
         return repeated > 0
 
     def _require_own(self, table: str, keys: NDArray[np.uint64], foreign: int) -> None:
-        """Raise WrongShard about the key at index ``foreign``; -1: all keys are this shard's."""
+        """Raise WrongShard about the key at index ``foreign``, unless ``foreign`` is negative (no
+        such key).
+        """
         if foreign < 0:
             return
         shard_map, key = self._shard.shard_map, keys[foreign]
@@ -133,23 +140,33 @@ def _require_step(header: pb.PushHeader) -> None:
 
 
 def _gradients(push: codec.PushMessage) -> NDArray[np.float32]:
-    """Return the gradients, float32[n, dim]; BadRequest if they or the counts do not fit n keys."""
+    """Return the gradients of a push as float32[n, dim], for its n keys.
+
+    Raises BadRequest if the size of the gradients is not a multiple of n, or if there are not n
+    counts.
+    """
     header, n = push.header, len(push.keys)
     if push.counts is not None and len(push.counts) != n:
         raise BadRequest(
-            "INVALID_ARGUMENT", f"table {header.table!r}: {len(push.counts)} counts for {n} keys"
+            "INVALID_ARGUMENT",
+            f"table {header.table!r}: expected a count for each of {n} keys, got"
+            f" {len(push.counts)} counts",
         )
     if push.gradients.size % n if n else push.gradients.size:
         raise BadRequest(
             "DIM_MISMATCH",
-            f"table {header.table!r}: {push.gradients.size} gradient numbers for {n} keys",
+            f"table {header.table!r}: {push.gradients.size} gradient numbers cannot be divided"
+            f" among {n} keys: each key needs as many numbers as the table's dim",
         )
     numbers = codec.from_wire(push.gradients, codec.wire_dtype(header.dtype))
     return numbers.reshape(n, -1 if n else 0)
 
 
 def _not_finite(table: str, keys: NDArray[np.uint64], gradients: NDArray[np.float32]) -> BadRequest:
-    """Build the error about the first gradient that is infinite or NaN."""
+    """Return the error about the first gradient that is infinite or NaN. There must be one.
+
+    gradients  float32[n, dim], of n keys
+    """
     row, column = np.argwhere(~np.isfinite(gradients))[0]
     return BadRequest(
         "NON_FINITE",
@@ -159,7 +176,10 @@ def _not_finite(table: str, keys: NDArray[np.uint64], gradients: NDArray[np.floa
 
 
 def _level(header: pb.PushHeader) -> Durability | None:
-    """Return the durability that a push asks for; None: the table's default."""
+    """Return the durability level that a push or delete requires; None: the default of its table.
+
+    Raises BadRequest for an unknown level.
+    """
     if not header.durability:
         return None
     if header.durability not in LEVELS:
@@ -175,7 +195,14 @@ def _sum_repeated(
     gradients: NDArray[np.float32],
     shard_map: routing.ShardMap,
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint32], NDArray[np.float32]]:
-    """Return distinct keys with the sums of their counts and gradients."""
+    """Return (distinct keys, sums of their counts, sums of their gradients).
+
+    keys       uint64[n]        may repeat
+    counts     uint32[n]        a sum is at most 2^32 - 1
+    gradients  float32[n, dim]
+
+    The results have one entry per distinct key, grouped by ``shard_map``.
+    """
     split = routing.split(keys, shard_map)
     sums = np.zeros((len(split.keys), gradients.shape[1]), np.float32)
     routing.sum_rows(gradients, split.inverse, sums)

@@ -41,7 +41,11 @@ def serve(context: typer.Context) -> None:
 def up(
     context: typer.Context,
     data_dir: Annotated[
-        Path, typer.Option(help="Directory for all data: shard-I/ and shard-I.log for each shard")
+        Path,
+        typer.Option(
+            help="Directory for all data: shard I stores its data in shard-I/, its log in"
+            " shard-I.log"
+        ),
     ],
     shards: Annotated[int, typer.Option(min=1, max=64, help="Number of shards to run")] = 1,
     host: Annotated[
@@ -55,16 +59,16 @@ def up(
         typer.Option(
             min=0,
             max=65535,
-            help="Port of shard 0 for Prometheus; shard I uses this port + I; 0 turns it off",
+            help="Port of shard 0 for Prometheus; shard I uses this port + I; 0: no metrics",
         ),
     ] = 9400,
 ) -> None:
     """Run a cluster on this machine: one process per shard, restarted when it dies.
 
     Prints "ready ADDRESS..." once all shards serve, and runs until SIGTERM or Ctrl-C. All other
-    flags are passed to every shard: see `psserver serve --help`. The shards divide the memory
-    limit among them. Exit status: 0 after a signal, 1 if a shard does not start, 2 for a setting
-    that breaks a rule.
+    flags are passed to every shard: see `psserver serve --help`. The shards divide this machine's
+    memory limit among them. Exit status: 0 after a signal, 1 if a shard does not start, 2 if a
+    setting is invalid.
     """
     try:
         status = cluster.up(shards, host, port, metrics_port, data_dir, context.args)
@@ -79,15 +83,16 @@ def warm(
         bool,
         typer.Option(
             "--check",
-            help="Compile nothing: report whether a server started like this command would load"
-            " all kernels from the cache; exit with status 1 if not",
+            help="Compile nothing. Report whether a server with the same user and environment would"
+            " find all kernels already compiled; exit with status 1 if not",
         ),
     ] = False,
 ) -> None:
-    """Compile the kernels into their cache, so that servers start quickly.
+    """Compile the kernels and save them, so that servers start quickly.
 
-    The cache is the directory NUMBA_CACHE_DIR if set, else `__pycache__` next to the installed
-    sources, else `~/.cache/numba`. A read-only cache is used as well, by any user.
+    Kernels are saved in the first of these that can be written: the directory NUMBA_CACHE_DIR if
+    set, `__pycache__` next to the installed sources, `~/.cache/numba`. A server loads them from the
+    first that has them, even if it is read-only or belongs to another user.
     """
     if not check:
         warm_kernels()
@@ -102,10 +107,11 @@ def warm(
 
 
 def _refuse(error: ConfigError) -> NoReturn:
+    """Print the error and exit with status 2."""
     typer.echo(f"psserver: {error}", err=True)
     raise typer.Exit(2) from None
 
 
 def main() -> None:
-    """Run the ``psserver`` command."""
+    """Run the command ``psserver`` with the arguments of this process."""
     app(prog_name="psserver")

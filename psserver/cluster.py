@@ -1,4 +1,4 @@
-"""Run a local cluster: one process per shard, restarted when it dies."""
+"""Run all shards of a cluster on this machine: one process per shard, restarted when it dies."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ from psserver.addresses import bare_host, join
 from psserver.config import ConfigError
 from psserver.datadir import unusable
 
-QUICK = 5.0  # seconds; a shard that dies sooner is restarted only after a pause
-LONGEST_PAUSE = 10.0  # seconds
+QUICK = 5.0  # seconds; a process that ends sooner after its start is restarted only after a pause
+LONGEST_PAUSE = 10.0  # maximum length of this pause, in seconds
 LAST_PORT = 65535
-LOOK_SECONDS = 0.05  # between two looks at the processes
+LOOK_SECONDS = 0.05  # seconds between two checks of the processes
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
 def _die_with_parent() -> None:
+    """Ask the kernel to send SIGTERM to this process when its parent dies."""
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 class _Member:
-    """One shard's process. Its stderr is appended to the file ``log``."""
+    """The server process of one shard, started at once and again when it dies.
+
+    shard    number of the shard
+    command  program and arguments
+    log      file to which the stderr of the process is appended
+    """
 
     def __init__(self, shard: int, command: Sequence[str], log: Path) -> None:
         self.shard = shard
@@ -38,7 +44,7 @@ class _Member:
         self.start()
 
     def start(self) -> None:
-        """Start the process."""
+        """Start the process, and a thread that sets ``ready`` when the process prints "ready"."""
         self._started = time.monotonic()
         with self._log.open("ab") as log:
             self._log_start = log.tell()
@@ -58,11 +64,15 @@ class _Member:
 
     @property
     def failed(self) -> bool:
-        """Whether the process ended before its shard was ready."""
+        """Whether the process ended before its shard was ready for the first time."""
         return self.process.poll() is not None and not self.ready.is_set()
 
     def restart_if_dead(self) -> None:
-        """Restart the process if it ended; after a quick death only when a pause is over."""
+        """Restart the process if it has ended.
+
+        A process that ended within seconds of its start is restarted only after a pause, which
+        doubles each time, up to LONGEST_PAUSE.
+        """
         if self.process.poll() is None:
             return
         quick = time.monotonic() - self._started < QUICK + self._pause
@@ -78,7 +88,10 @@ class _Member:
         self.start()
 
     def error(self) -> str:
-        """Return what the process wrote last: its error message, or the end of its log."""
+        """Return the error message of the process: the last 10 lines that it wrote to stderr.
+
+        JSON log lines are left out, unless there is nothing else.
+        """
         with self._log.open("rb") as log:
             log.seek(self._log_start)
             lines = log.read().decode(errors="replace").splitlines()
@@ -91,11 +104,13 @@ def up(
 ) -> int:
     """Run shard i on port + i until SIGTERM or SIGINT; print ``ready`` once all shards serve.
 
-    metrics_port  of shard 0; shard i uses metrics_port + i; 0 turns metrics off
-    data_dir      gets a directory and a log file for each shard
-    flags         passed to every ``psserver serve``
+    shards        number of shards
+    metrics_port  port for the metrics of shard 0; shard i uses metrics_port + i; 0: no metrics
+    data_dir      directory; shard i uses its subdirectory shard-i and its file shard-i.log
+    flags         further flags, passed to every ``psserver serve``
 
-    Returns the exit status: 0 after a signal, 1 if a shard did not start. Raises ConfigError.
+    Returns the exit status: 0 after a signal, 1 if a shard did not start. Raises ConfigError if a
+    setting is invalid.
     """
     host = _check(shards, host, port, metrics_port, data_dir)
     stop = threading.Event()
@@ -125,7 +140,12 @@ def up(
 
 
 def _check(shards: int, host: str, port: int, metrics_port: int, data_dir: Path) -> str:
-    """Return the host without brackets; ConfigError for what no shard could use."""
+    """Check the settings that all shards share, and create ``data_dir``. Return the host without
+    brackets.
+
+    Raises ConfigError for an invalid host, a port above 65535, or a directory that cannot be
+    written.
+    """
     try:
         host = bare_host(host)
     except ValueError as error:
@@ -144,7 +164,12 @@ def _check(shards: int, host: str, port: int, metrics_port: int, data_dir: Path)
 
 
 def _ready(members: Sequence[_Member], stop: threading.Event) -> bool:
-    """Wait until all shards serve; return False after a signal or if one does not start."""
+    """Wait until all shards serve. Return False after a signal, or if a shard does not start.
+
+    stop  set by the signal handler
+
+    The error of the shard that does not start is printed to stderr.
+    """
     while not stop.wait(LOOK_SECONDS):
         for member in members:
             if member.failed:

@@ -1,7 +1,7 @@
-"""The settings of a server: from flags, environment variables, a TOML file, or defaults.
+"""Read the settings of a server from flags, environment variables, a TOML file, or defaults.
 
-Flags win over PSCONFIG_* variables, and those over the file. An unknown name is refused, wherever
-it comes from.
+A flag overrides an environment variable PSCONFIG_*, which overrides the file. A setting with an
+unknown name is an error, whether it is a flag, a variable or a line of the file.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ from pydantic_settings import (
 from psserver.addresses import bare_host
 from psserver.memory import Plan, default_inflight, memory_limit, show, transport_bytes
 
-PREFIX = "PSCONFIG_"  # no service in Kubernetes injects variables of that name
-CONFIG = "PSCONFIG_FILE"
+PREFIX = "PSCONFIG_"  # not PS_: for a service named ps, Kubernetes injects variables PS_...
+CONFIG = "PSCONFIG_FILE"  # variable with the path of the TOML file
 METAVARS = {"int": "N", "float": "SECONDS", "str": "TEXT", "Path": "PATH"}
 
 
 class ConfigError(Exception):
-    """A setting is unknown or breaks a rule."""
+    """A setting has an unknown name or an invalid value, or cannot be used on this machine."""
 
 
 class ServerConfig(BaseSettings):
     """Serve one shard until SIGTERM or SIGINT.
 
-    Each setting is a flag here, a variable PSCONFIG_<SETTING> in the environment, or a line of a
-    TOML file named by --config FILE or PSCONFIG_FILE; a flag wins over a variable, and a variable
-    over the file. Exit status: 0 after a signal, 2 if the shard cannot start, 74 if its disk fails.
+    Each setting can be given as a flag, as an environment variable PSCONFIG_<SETTING>, or as a line
+    of a TOML file. The file is named by --config FILE or by the variable PSCONFIG_FILE. A flag
+    overrides a variable, and a variable overrides the file. Exit status: 0 after a signal, 2 if the
+    shard cannot start, 74 if its disk fails.
     """
 
     model_config = SettingsConfigDict(
@@ -56,56 +57,64 @@ class ServerConfig(BaseSettings):
     host: str = Field(
         "127.0.0.1",
         description="Address to listen on, for clients and for metrics: a name, an IPv4 or an IPv6"
-        " address; 0.0.0.0 and :: are all addresses",
+        " address; 0.0.0.0 or :: listens on all addresses",
     )
     port: int = Field(7000, ge=1, le=65535, description="Port for clients (gRPC)")
     metrics_port: int = Field(
-        9400, ge=0, le=65535, description="Port for Prometheus (HTTP, /metrics); 0 turns it off"
+        9400, ge=0, le=65535, description="Port for Prometheus (HTTP, /metrics); 0: no metrics"
     )
     data_dir: Path | None = Field(
         None,
-        description="Directory for the rows and the version log of this shard alone; without one,"
-        " rows are lost when the server stops",
+        description="Directory for the rows and the version log; each shard needs its own. Without"
+        " it, all rows are lost when the server stops",
     )
     colocated_shards: int = Field(
         1,
         ge=1,
         le=1024,
-        description="Number of shards that share this machine's or container's memory; the defaults"
-        " of memory_bytes and max_inflight_bytes divide by it",
+        description="Number of shards that share the memory of this machine or container. The"
+        " defaults of memory_bytes and max_inflight_bytes are divided by it",
     )
     max_message_bytes: int = Field(
-        64 << 20, ge=1 << 16, le=1 << 30, description="Largest request, in bytes"
+        64 << 20, ge=1 << 16, le=1 << 30, description="Maximum size of a request, in bytes"
     )
     max_inflight_bytes: int = Field(
         default_factory=lambda data: _inflight(data),
         ge=1 << 16,
-        description="Memory for requests in flight and their replies, in bytes; one stream may use"
-        " an eighth. Further requests are refused and retried",
+        description="Maximum total size of requests in flight and their replies, in bytes; one"
+        " stream may use an eighth of it. Further requests are refused, and clients retry them",
     )
     memory_bytes: int = Field(
         default_factory=lambda data: _left_for_tables(data),
         ge=1 << 20,
-        description="Memory for all tables of this shard, in bytes. Pushes that need more are"
-        " refused",
+        description="Maximum memory for all tables of this shard, in bytes. A push that needs more"
+        " is refused",
     )
-    max_keys: int = Field(4_000_000, ge=1, description="Most keys in one pull or push")
-    max_tables: int = Field(4096, ge=1, description="Most tables on this shard")
+    max_keys: int = Field(
+        4_000_000, ge=1, description="Maximum number of keys in one pull, push or delete"
+    )
+    max_tables: int = Field(4096, ge=1, description="Maximum number of tables on this shard")
     max_sessions: int = Field(
         65_536,
         ge=1,
-        description="Most client sessions whose pushes are de-duplicated; beyond them the longest"
-        " idle session expires",
+        description="Maximum number of client sessions for which the shard remembers which pushes"
+        " it has applied, so that a retry is not applied twice. If there are more, the session that"
+        " was idle longest expires",
     )
     max_calls: int = Field(
-        4096, ge=1, description="Most calls in progress, open streams included; more are refused"
+        4096,
+        ge=1,
+        description="Maximum number of calls in progress, including open streams; further calls are"
+        " refused",
     )
-    max_connections: int = Field(8192, ge=1, description="Most open client connections")
+    max_connections: int = Field(
+        8192, ge=1, description="Maximum number of open client connections"
+    )
     receive_seconds: float = Field(
         60.0,
         gt=0,
-        description="Seconds that a large message may take to arrive before its connection is"
-        " closed",
+        description="Maximum time for a large message to arrive completely, in seconds; then its"
+        " connection is closed",
     )
     session_ttl_seconds: float = Field(
         86_400.0, ge=600, description="Seconds to keep an idle client session"
@@ -117,24 +126,28 @@ class ServerConfig(BaseSettings):
         0.02,
         gt=0,
         le=10,
-        description="Longest wait before written changes are synced to disk (fsync), in seconds;"
-        " changes of that time share one sync",
+        description="Maximum time between the write of a change and its sync to disk (fsync), in"
+        " seconds; all changes written in this time share one sync",
     )
     log_keep_bytes: int = Field(
         2 << 30,
         ge=0,
-        description="Version log to keep for subscribers, in bytes, beyond what a restart needs",
+        description="Size of older version log to keep for subscribers, in bytes, in addition to"
+        " the log that a restart needs",
     )
     log_keep_seconds: float = Field(
-        0.0, ge=0, description="Version log to keep for subscribers at least, in seconds"
+        0.0,
+        ge=0,
+        description="Keep changes of at least the last SECONDS in the version log for subscribers,"
+        " even if they exceed log_keep_bytes",
     )
     flush_seconds: float = Field(
         60.0, gt=0, description="Seconds between flushes of changed rows to the data directory"
     )
     checkpoint_url: str | None = Field(
         None,
-        description="Where named checkpoints are stored, the same for all shards:"
-        " file:///path or s3://bucket/path",
+        description="Location of named checkpoints, file:///path or s3://bucket/path; it must be"
+        " the same for all shards",
     )
     checkpoint_store_seconds: float = Field(
         120.0,
@@ -145,21 +158,23 @@ class ServerConfig(BaseSettings):
     max_tombstones: int = Field(
         1 << 20,
         ge=0,
-        description="Most deleted keys remembered, so that subscribers that were away learn of the"
-        " deletes without a new snapshot",
+        description="Maximum number of deleted keys to remember. A subscriber that reconnects needs"
+        " a new snapshot only if deletes that it missed are no longer remembered",
     )
     max_subscribers: int = Field(
-        64, ge=0, description="Most subscriptions to changes at the same time"
+        64, ge=0, description="Maximum number of open subscriptions to changes of this shard"
     )
     busy_poll_seconds: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="Seconds to poll for the next request before sleeping: lower latency for a"
-        " busy core",
+        description="Seconds to poll for the next request before sleeping. This lowers latency, but"
+        " keeps a core busy",
     )
     drain_seconds: float = Field(
-        10.0, ge=0, description="Longest time to finish requests in flight at a stop, in seconds"
+        10.0,
+        ge=0,
+        description="Maximum time to finish requests in flight when the server stops, in seconds",
     )
 
     @field_validator("host")
@@ -175,7 +190,9 @@ class ServerConfig(BaseSettings):
 
     @property
     def memory(self) -> Plan:
-        """The division of the memory limit, given the settings that are not tables'."""
+        """The division of this process's memory limit, computed from the settings other than
+        memory_bytes.
+        """
         return _plan(self.model_dump())
 
     @classmethod
@@ -211,7 +228,9 @@ def _left_for_tables(data: Mapping[str, Any]) -> int:
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Formats help: sizes with units, and computed defaults in words."""
+    """Formats ``--help``: shows sizes with units, and "from the memory limit" for computed
+    defaults.
+    """
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
@@ -233,7 +252,13 @@ def _with_unit(match: re.Match[str]) -> str:
 
 
 def load(flags: Sequence[str], environment: Mapping[str, str] | None = None) -> ServerConfig:
-    """Read the configuration; ConfigError names each unknown or bad setting."""
+    """Return the configuration from flags, environment and the TOML file that they name.
+
+    flags        arguments of ``psserver serve``
+    environment  variable -> value; None: the environment of this process
+
+    Raises ConfigError, which names each unknown or invalid setting.
+    """
     environment = os.environ if environment is None else environment
     known = {PREFIX + name.upper() for name in ServerConfig.model_fields} | {CONFIG}
     unknown = sorted(n for n in environment if n.upper().startswith(PREFIX) and n not in known)
@@ -257,6 +282,7 @@ def load(flags: Sequence[str], environment: Mapping[str, str] | None = None) -> 
 
 
 def _file(path: str | None) -> dict[str, Any]:
+    """Return the settings in the TOML file ``path``; none if that is None. Raises ConfigError."""
     if path is None:
         return {}
     try:
@@ -270,12 +296,17 @@ def _file(path: str | None) -> dict[str, Any]:
 
 
 def _causes(error: ValidationError) -> list[Any]:
-    """Return the errors, without those of defaults that follow from a setting in error."""
+    """Return the errors, without errors of defaults that could not be computed.
+
+    A default is not computed if a setting that it depends on is invalid. That setting has its own
+    error.
+    """
     items = error.errors()
     return [item for item in items if item["type"] != "default_factory_not_called"] or items
 
 
 def _explain(item: Any) -> str:
+    """Return one error of pydantic as text: ``setting: rule, got value``."""
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"{name}: unknown setting"

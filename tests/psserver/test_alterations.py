@@ -99,7 +99,7 @@ def test_what_cannot_be_altered_is_refused_with_the_field_and_the_reason(field: 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ([], "'t': no field to alter is named"),
+        ([], "'t': 'fields' is empty; name at least one field"),
         (["lr", "rate"], "'t': no field 'rate'; alterable are: lr, serving_default,"),
     ],
 )
