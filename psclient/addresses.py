@@ -23,12 +23,13 @@ def checked_addresses(addresses: Any) -> list[str]:
     ):
         raise InvalidArgument(f"addresses must be a list of 'host:port', got {addresses!r}")
     for shard, address in enumerate(addresses):
-        if problem := _problem(address):
-            raise InvalidArgument(f"addresses: shard {shard} at {address!r}: {problem}")
+        if wrong := problem(address):
+            raise InvalidArgument(f"addresses: shard {shard} at {address!r}: {wrong}")
     return list(addresses)
 
 
-def _problem(address: str) -> str | None:
+def problem(address: str) -> str | None:
+    """Return what is wrong with the form of an address; None if it can be one."""
     if address.startswith("unix:"):
         return None
     if "://" in address:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing
 from typing import Any
 
 import grpc
 
 from psclient.client import Client
+from psclient.errors import Unavailable
 from psclient.link import Link
 from psclient.retry import retry, rpc_error
+from psclient.signals import Condition, Shield
 from psproto import ps_pb2 as pb
 
 OnProgress = Callable[[int, int], Any]  # bytes done, bytes in all (0: unknown)
@@ -48,16 +48,27 @@ def call(
         return link.channel.call(f"/ps.v1.{service}/{method}", message, left)
 
     deadline = time.monotonic() + (seconds or client._timeout)
-    return answer.FromString(retry(attempt, link.where, deadline, itertools.count()))
+    return answer.FromString(retry(attempt, link.where, deadline))
 
 
 def stream(
-    link: Link, method: str, request: Any, answer: Any, *, service: str = SERVICE
+    link: Link,
+    method: str,
+    request: Any,
+    answer: Any,
+    *,
+    service: str = SERVICE,
+    opened: Callable[[Any], None] | None = None,
 ) -> Generator[Any, None, None]:
-    """Call a method with a stream of answers. Closing the generator cancels the call."""
+    """Call a method with a stream of answers. Closing the generator cancels the call.
+
+    opened  called with the call, which ``link.channel.cancel`` ends from another thread
+    """
     requests = iter([request.SerializeToString()])
     call = link.channel.open_stream(f"/ps.v1.{service}/{method}", requests)
     try:
+        if opened is not None:
+            opened(call)
         while True:
             try:
                 data = link.channel.read(call)
@@ -135,42 +146,97 @@ def all_streams(
     take      called with a shard and an answer of it; never by two threads at once
     wait_for  set by ``take``: the other shards are called once it is, or shard 0 has ended
 
-    The first failure ends all calls and is raised.
+    The first failure ends all calls and is raised, and so is the exception of a signal handler.
     """
+
+    def open_(shard: int, opened: Callable[[Any], None]) -> Generator[Any, None, None]:
+        return stream(shards[shard], method, request, answer, service=service, opened=opened)
+
     shards = links(client)
-    taking = threading.Lock()
-    stop, ended = threading.Event(), threading.Event()
+    streams = _Streams(open_, [answer() for _ in shards], take, wait_for)
+    streams.run(lambda shard, call: shards[shard].channel.cancel(call))
+    return streams.last
 
-    def work(shard: int) -> Any:
-        if wait_for is not None and shard:
-            while not (wait_for.is_set() or ended.is_set()):
-                wait_for.wait(LOOK_SECONDS)
-            if stop.is_set():
-                return None
-        last = answer()
-        answers = stream(shards[shard], method, request, answer, service=service)
-        with closing(answers) as messages:
-            for last in messages:
-                if stop.is_set():
-                    break
-                with taking:
-                    take(shard, last)
-        return last
 
-    def first_ended(_: Any) -> None:
-        if running[0].exception() is not None:
-            stop.set()
-        ended.set()
+class _Streams:
+    """Streams of answers, one per shard, each read by a thread.
 
-    with ThreadPoolExecutor(len(shards), "psclient-work") as pool:
-        running = [pool.submit(work, shard) for shard in range(len(shards))]
-        running[0].add_done_callback(first_ended)
+    last  by shard: the last answer
+    """
+
+    def __init__(
+        self,
+        open_: Callable[[int, Callable[[Any], None]], Generator[Any, None, None]],
+        last: list[Any],
+        take: Callable[[int, Any], None],
+        wait_for: threading.Event | None,
+    ) -> None:
+        self.last = last
+        self._open = open_
+        self._take = take
+        self._wait_for = wait_for
+        self._taking = threading.Lock()
+        self._changed = Condition()
+        self._running: set[int] = set()
+        self._calls: dict[int, Any] = {}
+        self._failure: BaseException | None = None
+        self._stopped = False
+
+    def run(self, cancel: Callable[[int, Any], None]) -> None:
+        """Read all streams to their ends; raise the first failure once no thread is left.
+
+        cancel  ends a call of a shard
+        """
         try:
-            wait(running, return_when=FIRST_EXCEPTION)
+            with Shield():
+                for shard in range(len(self.last)):
+                    self._running.add(shard)
+                    threading.Thread(
+                        target=self._work, args=(shard,), name="psclient-work", daemon=True
+                    ).start()
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped or not self._running)
         finally:
-            stop.set()  # each ends with its next message
-            ended.set()
-    for each in running:
-        if (error := each.exception()) is not None:
-            raise error
-    return [each.result() for each in running]
+            with self._changed:
+                self._stopped = True
+                calls = list(self._calls.items())
+            for shard, call in calls:
+                cancel(shard, call)
+            with self._changed:
+                self._changed.wait_for(lambda: not self._running)
+        if self._failure is not None:
+            raise self._failure
+
+    def _work(self, shard: int) -> None:
+        try:
+            if self._may_begin(shard):
+                self._read(shard)
+        except BaseException as error:
+            with self._changed:
+                if not self._stopped:
+                    self._failure, self._stopped = error, True
+        finally:
+            with self._changed:
+                self._running.discard(shard)
+                self._changed.notify_all()
+
+    def _may_begin(self, shard: int) -> bool:
+        if self._wait_for is not None and shard:
+            while not (self._wait_for.is_set() or self._stopped or 0 not in self._running):
+                self._wait_for.wait(LOOK_SECONDS)
+        return not self._stopped
+
+    def _read(self, shard: int) -> None:
+        def opened(call: Any) -> None:
+            with self._changed:
+                self._calls[shard] = call
+                if self._stopped:  # too late for ``run`` to cancel it
+                    raise Unavailable("the call was stopped")
+
+        with closing(self._open(shard, opened)) as messages:
+            for message in messages:
+                if self._stopped:
+                    return
+                with self._taking:
+                    self._take(shard, message)
+                self.last[shard] = message

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from psclient.errors import InvalidArgument
+from psproto import names
 
 
 def integer(field: str, value: Any, low: int, end: int) -> int:
@@ -44,6 +45,13 @@ def text(field: str, value: Any) -> str:
             value.encode()
             return value
     raise InvalidArgument(f"{field} must be text in Unicode, got {value!r}")
+
+
+def name(kind: names.Kind, value: Any) -> str:
+    """Return ``value`` if something new of this kind may have it as a name."""
+    if problem := names.problem(kind, text(f"name of a {kind}", value)):
+        raise InvalidArgument(problem)
+    return str(value)
 
 
 def one_of(field: str, value: Any, known: Mapping[str, int]) -> int:

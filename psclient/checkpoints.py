@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from psclient import checked
 from psclient.calls import OnProgress, all_streams, call, links, on_all, proceed, stream
 from psclient.client import Client
 from psclient.errors import InvalidArgument
@@ -40,6 +41,7 @@ def checkpoint(
     Raises CheckpointExists, CheckpointUnfit if the parent belongs to another history or is too old,
     NoLog if a shard has no data directory, and DataLoss if the parent is damaged.
     """
+    checked.name("checkpoint", name)
     if parent is not None and not parent:
         raise InvalidArgument("parent must be the name of a checkpoint, got ''")
     attempt = secrets.token_hex(8)

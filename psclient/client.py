@@ -171,7 +171,7 @@ class Client(RowClient):
         Subscribers receive the mark after all pushes that were answered before this call, and
         before all pushes that start after it returns.
         """
-        request = pb.BarrierRequest(name=checked.text("name of a barrier", name))
+        request = pb.BarrierRequest(name=checked.name("barrier", name))
         answers = self._on_all("LogService/Barrier", request, pb.BarrierResponse)
         return Versions(
             (answer.version for answer in answers), (answer.epoch for answer in answers)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 
 from psclient.batch import Batch
@@ -77,7 +75,7 @@ def _delete(link: Link, header: pb.PushHeader, keys: codec.Keys, deadline: float
         with link.lock:
             session.number(header)
         try:
-            data = retry(attempt, link.where, deadline, itertools.count())
+            data = retry(attempt, link.where, deadline)
         except SessionExpired:
             if attempts > 1:
                 raise
@@ -85,7 +83,7 @@ def _delete(link: Link, header: pb.PushHeader, keys: codec.Keys, deadline: float
                 if header.incarnation == session.incarnation:
                     session.renew()
                 session.number(header)
-            data = retry(attempt, link.where, deadline, itertools.count())
+            data = retry(attempt, link.where, deadline)
     finally:
         with link.lock:
             session.over(header, applied=data is not None)

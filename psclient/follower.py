@@ -29,7 +29,7 @@ from psclient.client import Client
 from psclient.copies import Copy
 from psclient.errors import DeadlineExceeded, InvalidArgument, PsError, TableNotFound
 from psclient.replica import ShardReplica
-from psclient.signals import Condition
+from psclient.signals import Condition, Shield
 from psclient.subscriber import Subscriber
 from psclient.versions import Versions
 from psproto import routing
@@ -156,12 +156,13 @@ class Follower:
                 raise InvalidArgument("the follower is closed")
             if self._shard_map is None:
                 shard_map = self._client._connect().shard_map
-                self._process = os.getpid()
-                self._end = weakref.finalize(
-                    self, _close, self._following, self._own, self._process
-                )
-                self._following.open()
-                self._shard_map = shard_map
+                with Shield():
+                    self._process = os.getpid()
+                    self._end = weakref.finalize(
+                        self, _close, self._following, self._own, self._process
+                    )
+                    self._following.open()
+                    self._shard_map = shard_map
         return self
 
     def close(self) -> None:

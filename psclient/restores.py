@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from psclient.calls import OnProgress, call, links, on_all
@@ -205,5 +204,5 @@ def _poll(client: Client, id: str = "", owner: str = "") -> list[pb.RestoreStatu
         except (Unavailable, DeadlineExceeded):
             return None
 
-    with ThreadPoolExecutor(len(links(client)), "psclient-restore") as pool:
-        return list(pool.map(ask, links(client)))
+    cluster = client._connect()
+    return cluster.on_each(lambda shard: ask(cluster.links[shard]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -33,21 +33,20 @@ def pause_after(error: PsError, attempts: int) -> float | None:
     return backoff(attempts) if isinstance(error, Unavailable) else None
 
 
-def retry(
-    attempt: Callable[[float], Any], where: str, deadline: float, counted: Iterable[int]
-) -> Any:
+def retry(attempt: Callable[[float], Any], where: str, deadline: float) -> Any:
     """Call ``attempt(seconds left)`` until it succeeds, fails for good, or time is over."""
-    for n in counted:
+    attempts = 0
+    while True:
         left = deadline - time.monotonic()
         try:
             return attempt(max(left, 0.001))
         except grpc.RpcError as error:
             failure = rpc_error(error, where)
-        pause = pause_after(failure, n)
+        pause = pause_after(failure, attempts)
         if pause is None or time.monotonic() + pause >= deadline:
             raise failure
+        attempts += 1
         time.sleep(pause)
-    raise AssertionError("counted ended")
 
 
 def rpc_error(error: grpc.RpcError, where: str) -> PsError:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from psclient import checked
 from psclient.arrays import Rows, as_array, as_keys
 from psclient.calls import OnProgress, call, links, on_all, proceed, stream
 from psclient.checkpoints import list_stored, verify
@@ -64,6 +65,7 @@ def warm_start(
     has rows or counters, SchemaMismatch for another dim, ResourceExhausted if memory or disk do not
     suffice or a shard is at work on another checkpoint, and DataLoss.
     """
+    checked.name("table", into)
     stored = {each.name: each for each in list_stored(client, name)[0].tables}
     if table not in stored:
         raise TableNotFound(f"no table {table!r} in checkpoint {name!r}")

@@ -32,6 +32,7 @@ from psclient.choices import WIRES, Wire
 from psclient.client import Client
 from psclient.errors import InvalidArgument
 from psclient.shardstream import ChangeQueue, ShardStream, WhenLost
+from psclient.signals import Shield
 from psproto import ps_pb2 as pb
 
 Content = Literal["values", "keys", "values_and_state"]
@@ -160,11 +161,12 @@ class Subscriber:
         if self._queue.closed:
             raise InvalidArgument("the subscriber is closed")
         if self._process is None:
-            self._process = os.getpid()
-            streams = [self._stream(shard) for shard in range(len(self._addresses))]
-            self._end = weakref.finalize(self, _close, self._queue, streams, self._process)
-            for stream in streams:
-                stream.open()
+            with Shield():
+                self._process = os.getpid()
+                streams = [self._stream(shard) for shard in range(len(self._addresses))]
+                self._end = weakref.finalize(self, _close, self._queue, streams, self._process)
+                for stream in streams:
+                    stream.open()
         return self
 
     def __next__(self) -> Change:

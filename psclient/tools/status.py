@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from psclient import addresses
 from psclient.channel import OPTIONS, Channel
 from psclient.errors import InvalidArgument, PsError
 from psclient.restores import OVER, PREPARED
@@ -50,20 +51,22 @@ class ShardStatus:
         return self.state == "ready"
 
 
-def status(addresses: Sequence[str], *, timeout: float = 5.0) -> list[ShardStatus]:
-    """Return the state of every shard, in the order of ``addresses``; raises nothing.
+def status(where: Sequence[str], *, timeout: float = 5.0) -> list[ShardStatus]:
+    """Return the state of every shard, in the order of ``where``; raises nothing.
 
-    addresses  "host:port" of every shard, in order
-    timeout    seconds to wait for a shard
+    where    "host:port" of every shard, in order
+    timeout  seconds to wait for a shard
     """
-    shards = range(len(addresses))
-    with ThreadPoolExecutor(max(1, min(len(addresses), 64)), "psclient-status") as pool:
-        return list(
-            pool.map(lambda i: _ask(i, len(addresses), addresses[i], max(timeout, 0.01)), shards)
-        )
+    shards = range(len(where))
+    with ThreadPoolExecutor(max(1, min(len(where), 64)), "psclient-status") as pool:
+        return list(pool.map(lambda i: _ask(i, len(where), where[i], max(timeout, 0.01)), shards))
 
 
 def _ask(shard: int, shards: int, address: str, timeout: float) -> ShardStatus:
+    if wrong := addresses.problem(address):
+        return ShardStatus(
+            shard=shard, address=address, state="unreachable", problem=f"{address!r}: {wrong}"
+        )
     try:
         with closing(Channel(address, OPTIONS)) as channel:
             info = _call(

@@ -198,13 +198,14 @@ def test_psctl_alter(cluster2: Cluster, connect: Connect, name: str) -> None:
 
 def test_psctl_alter_says_why_not(cluster2: Cluster, connect: Connect, name: str) -> None:
     client = connect(cluster2)
-    made(client, name)
+    made(client, name, eviction={"step_ttl": {"steps": 9}})
     before = client.describe_table(name)
     for words, message in (
         (["dim=3"], "dim cannot be altered: every row has this many numbers"),
         (["lr=0.5", "seed=3"], "seed cannot be altered"),
         (["optimizer=adam"], "optimizer cannot be altered"),
         (["rate=3"], "no field 'rate'; alterable are"),
+        (["evictions=none"], "no field 'evictions'; alterable are"),
         (["lr=a"], "lr must be a number, got 'a'"),
         (["admission=counter:x"], "admission must be RULE"),
     ):

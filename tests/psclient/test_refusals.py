@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from servers import Cluster
 from tables import DIM, summing
 
-from psclient import Client, PsError, Table
+from psclient import Client, PsError, Table, admin
 from psclient.errors import (
     InvalidArgument,
 )
@@ -55,6 +55,23 @@ class TestWire:
         with pytest.raises(InvalidArgument, match=f"'{name}': the gradient of key 42 is -.* at"):
             table.push(np.arange(100), gradients, wire=wire)
         assert table.describe().rows == 0
+
+
+@pytest.mark.parametrize("bad", ["", "a b", "../c", "a" * 129])
+@pytest.mark.parametrize(
+    ("kind", "create"),
+    [
+        ("barrier", lambda client, name: client.barrier(name)),
+        ("checkpoint", lambda client, name: admin.checkpoint(client, name)),
+        ("table", lambda client, name: admin.warm_start(client, "full", "t", name)),
+    ],
+)
+def test_bad_names_are_refused_before_anything_is_sent(kind: str, create: Any, bad: str) -> None:
+    with (
+        Client(["127.0.0.1:1"]) as client,
+        pytest.raises(InvalidArgument, match=f"^{kind} name must be"),
+    ):
+        create(client, bad)
 
 
 class TestRefusals:

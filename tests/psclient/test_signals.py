@@ -22,8 +22,11 @@ from numpy.testing import assert_array_equal
 from servers import Cluster, eventually
 from tables import DIM, summing
 
-from psclient import Client, PsError, Subscriber
+from psclient import Client, Follower, PsError, Subscriber, calls
+from psclient.follower import _Following
+from psclient.shardstream import ShardStream
 from psclient.signals import Condition
+from psproto import ps_pb2 as pb
 
 DIGITS = 8
 WIDTH = 5  # keys of a group
@@ -362,3 +365,72 @@ def busy(work: list[Callable[[], object]]) -> Iterator[None]:
         for thread in threads:
             thread.join(30)
     assert failures == []
+
+
+def interrupt_while(bell: Bell, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    """Have SIGINT arrive in the middle of the next call of a method."""
+    real = getattr(owner, name)
+
+    def call(*args: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        result = real(*args, **options)
+        bell.ring(0.0)
+        bell.wait()
+        return result
+
+    monkeypatch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize("kind", [Subscriber, Follower])
+def test_what_a_signal_interrupts_while_it_opens_is_open(
+    cluster2: Cluster,
+    connect: Any,
+    name: str,
+    kind: Any,
+    bell: Bell,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The signal comes when the first of its threads runs."""
+    table = summing(connect(cluster2), name, 1)
+    table.push(np.arange(9), -np.ones((9, 1), np.float32))
+    opened = kind(cluster2.addresses, tables=[name])
+    interrupt_while(bell, monkeypatch, ShardStream if kind is Subscriber else _Following, "open")
+    with pytest.raises(Stop):
+        opened.open()
+    with opened:
+        if kind is Follower:
+            opened.wait_for([0, 0], 20)
+            assert len(opened) == 9
+        else:
+            shards = set()
+            while len(shards) < 2:
+                change = opened.next(20)
+                assert change is not None
+                shards.add(change.shard)
+
+
+def test_a_signal_ends_a_call_of_all_shards_although_they_are_silent(
+    cluster2: Cluster, connect: Any, bell: Bell
+) -> None:
+    """Subscribers that get no changes stand for checkpoints of a shard that hangs."""
+    client, seen = connect(cluster2), []
+    request = pb.SubscribeRequest(start=pb.START_LATEST, tables=["none"], progress_ms=60_000)
+
+    def work() -> None:
+        calls.all_streams(
+            client,
+            "Subscribe",
+            request,
+            pb.Delta,
+            lambda shard, _: seen.append(shard),
+            service="LogService",
+        )
+
+    bell.ring(0.5)
+    begun = time.monotonic()
+    with pytest.raises(Stop):
+        work()
+    bell.wait()
+    assert time.monotonic() - begun < 10
+    assert not [each for each in threading.enumerate() if "psclient-work" in each.name]
+    client.list_tables()

@@ -13,6 +13,7 @@ from psclient.tools.commands.shell import DEFAULT, Servers, app, connected
 from psclient.tools.rules import parse_rule, parse_rules
 from psproto import ps_pb2 as pb
 
+FIXED = ("dim", "optimizer", "initializer", "seed")
 NUMBERS = {"lr": float, "serving_default": float, "max_step_ahead": int}
 
 
@@ -45,10 +46,8 @@ def alter(
     repeat the command to complete it.
     """
     asked = _parse(settings)
-    fixed = [field for field in asked if field not in (*NUMBERS, *_PARSED)]
     with connected(servers) as client:
-        if fixed:
-            _refuse(client, name, fixed)
+        _require_alterable(client, name, asked)
         before = client.describe_table(name)
         done = client.alter_table(name, **_arguments(asked))
     changed = [field for field in asked if _shown(before, field) != _shown(done.table, field)]
@@ -100,9 +99,16 @@ _PARSED = {
 }
 
 
-def _refuse(client: Client, name: str, fields: list[str]) -> None:
-    """Let the servers say why fields cannot be altered."""
-    client._alter(pb.AlterTableRequest(schema=pb.TableSchema(name=name), fields=fields))
+def _require_alterable(client: Client, name: str, asked: dict[str, list[str]]) -> None:
+    """Refuse fields that cannot be altered; the servers say why."""
+    alterable = (*NUMBERS, *_PARSED)
+    for field in asked:
+        if field in FIXED:
+            client._alter(pb.AlterTableRequest(schema=pb.TableSchema(name=name), fields=[field]))
+        if field not in alterable:
+            raise InvalidArgument(
+                f"table {name!r}: no field {field!r}; alterable are: {', '.join(alterable)}"
+            )
 
 
 def _shown(info: Any, field: str) -> Any:

@@ -18,8 +18,9 @@ from rich import filesize
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from psclient.addresses import checked_addresses
 from psclient.client import Client
-from psclient.errors import DeadlineExceeded, PsError, Unavailable
+from psclient.errors import DeadlineExceeded, InvalidArgument, PsError, Unavailable
 from psclient.tools.importer import ImportIncomplete
 from psclient.tools.status import status
 
@@ -84,7 +85,10 @@ def connected(servers: str) -> Iterator[Client]:
     A shard that is unreachable at the start ends it within some seconds. Later the client tries
     again for longer, since a restore restarts the shards.
     """
-    shards = addresses(servers)
+    try:
+        shards = checked_addresses(addresses(servers))
+    except InvalidArgument as error:
+        raise typer.BadParameter(str(error), param_hint="--servers") from None
     for each in status(shards):
         if each.state == "unreachable":
             fail(f"shard {each.shard} is unreachable: {each.problem}", Exit.UNREACHABLE)

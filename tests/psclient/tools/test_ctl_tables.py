@@ -278,3 +278,10 @@ def test_wrong_usage_ends_with_its_status(here: list[str]) -> None:
     psctl(here, "create", "x", exit=Exit.USAGE)
     psctl(here, "restore", exit=Exit.USAGE)
     psctl(here, "checkpoint", "b", "--incremental-from", "", exit=Exit.USAGE)
+
+
+@pytest.mark.parametrize("command", ["tables", "checkpoints"])
+@pytest.mark.parametrize("servers", ["", "127.0.0.1", "127.0.0.1:x", "http://127.0.0.1:7000"])
+def test_malformed_addresses_are_wrong_usage(command: str, servers: str) -> None:
+    shown = psctl([], command, f"--servers={servers}", exit=Exit.USAGE)
+    assert f"Invalid value for --servers: addresses: shard 0 at {servers!r}" in shown
