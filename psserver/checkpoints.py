@@ -176,7 +176,7 @@ class Checkpoints:
                 writer.block(pack_counters(table, keys, versions, totals), "counters")
             end = self._engine.run(shard.capture)
             _copy_log(log, captured.version, end.version, writer)
-            writer.sessions(end.sessions)
+            writer.sessions(end.sessions.pack())
             part, file = writer.finish(
                 attempt=attempt,
                 shard=shard.number,

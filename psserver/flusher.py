@@ -130,7 +130,7 @@ class Flusher:
                 next_table=captured.next_table,
                 tables=tuple(each.base for each in captured.tables),
                 horizon=captured.horizon,
-                sessions=captured.sessions,
+                sessions=captured.sessions.pack(),
                 blocks=(*kept, *blocks, *cells),
                 cells=len(cells),
                 logged=True,

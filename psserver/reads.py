@@ -149,7 +149,7 @@ class ShardReads:
             self.version,
             self._tables.next_number,
             tuple(map(capture_table, self._tables)),
-            self.sessions.pack(),
+            self.sessions.snapshot(),
             self._tombstones.all(),
             self.tombstone_horizon,
         )

@@ -22,6 +22,7 @@ WINDOW = 4096  # pushes
 LEAST_WINDOW = 64  # pushes: what one stream may have in flight
 RECORDED = 1 << 20  # pushes of all sessions together, while windows are above LEAST_WINDOW
 HALF = (1 << 32) - 1
+PACKED = 1 << 12  # numbers per call
 
 
 @dataclass(slots=True)
@@ -31,6 +32,21 @@ class _Session:
     newest: int = 0  # sequence
     horizon: int = 0  # pushes up to this sequence are no longer recorded
     versions: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionsSnapshot:
+    """The sessions of one shard at one moment, as the numbers that are packed."""
+
+    numbers: list[int]
+
+    def pack(self) -> bytes:
+        """Return the sessions as bytes; the module describes the format.
+
+        Packs in short calls, because each one keeps the interpreter lock.
+        """
+        parts = (self.numbers[at : at + PACKED] for at in range(0, len(self.numbers), PACKED))
+        return b"".join(struct.pack(f"<{len(part)}Q", *part) for part in parts)
 
 
 class Sessions:
@@ -122,15 +138,21 @@ class Sessions:
         """
         return max(LEAST_WINDOW, min(WINDOW, RECORDED // len(self._sessions)))
 
-    def pack(self) -> bytes:
-        """Return all sessions as bytes; the module describes the format."""
+    def snapshot(self) -> SessionsSnapshot:
+        """Return a copy of all sessions, which any thread can pack later."""
         numbers: list[int] = []
         now = self._clock()
         for client, session in self._sessions.items():
             count, idle = len(session.versions), min(int(now - session.used), HALF)
             numbers += (client, session.incarnation, session.newest, session.horizon)
-            numbers += (count | idle << 32, *session.versions, *session.versions.values())
-        return struct.pack(f"<{len(numbers)}Q", *numbers)
+            numbers.append(count | idle << 32)
+            numbers += session.versions
+            numbers += session.versions.values()
+        return SessionsSnapshot(numbers)
+
+    def pack(self) -> bytes:
+        """Return all sessions as bytes; the module describes the format."""
+        return self.snapshot().pack()
 
     def unpack(self, data: bytes) -> None:
         """Load sessions that were packed."""

@@ -41,8 +41,12 @@ class Tombstones:
 
     def by_table(self) -> list[tuple[int, Tombstones]]:
         """Return the tombstones of each table, with its number."""
+        of_tables = self.take(np.argsort(self.tables, kind="stable"))
+        numbers, starts = np.unique(of_tables.tables, return_index=True)
+        ends = [*starts[1:].tolist(), len(self)]
         return [
-            (number, self.take(self.tables == number)) for number in np.unique(self.tables).tolist()
+            (number, of_tables.take(slice(start, end)))
+            for number, start, end in zip(numbers.tolist(), starts.tolist(), ends, strict=False)
         ]
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from psserver.sessions import SessionsSnapshot
 from psserver.tables import TableEntry
 from psserver.tombstones import Tombstones
 from storage.admission.gates import Gate
@@ -95,7 +96,7 @@ class Capture:
     version: int
     next_table: int
     tables: tuple[CapturedTable, ...]
-    sessions: bytes
+    sessions: SessionsSnapshot
     tombstones: list[Tombstones]  # in parts, oldest first
     horizon: int  # deletes up to this version may have lost their tombstones
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from psserver.errors import BadRequest, Refused, SessionExpired, TooLarge
-from psserver.sessions import WINDOW, Sessions
+from psserver.sessions import PACKED, WINDOW, Sessions
 
 A, B, C, D, E = 0xA, 0xB, 0xC, 0xD, 0xE
 TTL = 600.0
@@ -362,6 +362,17 @@ def test_unpacked_sessions_are_as_old_as_they_were(sessions: Sessions, clock: Cl
     clock.now += 1
     assert push(again, C, 1) is None
     assert set(again._sessions) == {B, C}  # the order of their use was kept
+
+
+def test_a_snapshot_is_packed_as_the_sessions_were(clock: Clock) -> None:
+    sessions = Sessions(9, TTL, clock)
+    for sequence in range(1, PACKED):  # more numbers than one call packs
+        push(sessions, A, sequence)
+    snapshot, packed = sessions.snapshot(), sessions.pack()
+    push(sessions, B, 1)
+    push(sessions, A, PACKED, PACKED - 1)
+    clock.now += 5
+    assert snapshot.pack() == packed != sessions.pack()
 
 
 def test_the_bytes_of_packed_sessions(sessions: Sessions, clock: Clock) -> None:

@@ -35,6 +35,17 @@ def test_tombstones_are_kept_in_the_order_of_their_versions() -> None:
     assert queue.horizon == 0
 
 
+def test_tombstones_of_each_table_keep_their_order() -> None:
+    queue = TombstoneQueue(10)
+    queue.add(9, u64(5, 3), 1, Cause.NORM)
+    queue.add(2, u64(5), 2, Cause.REQUEST)
+    queue.add(9, u64(1, 5), 3, Cause.REQUEST)
+    split = [(number, listed(dead)) for number, dead in joined(queue.all()).by_table()]
+    nine = [(9, 5, 1, 4), (9, 3, 1, 4), (9, 1, 3, 1), (9, 5, 3, 1)]
+    assert split == [(2, [(2, 5, 2, 1)]), (9, nine)]
+    assert joined([]).by_table() == []
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_the_queue_is_a_list_that_loses_its_oldest_versions(
     monkeypatch: pytest.MonkeyPatch, seed: int
