@@ -25,7 +25,7 @@ from psproto import ps_pb2 as pb
 from psserver.calls import Calls, Step
 from psserver.catalog import Catalog
 from psserver.engine import Engine
-from psserver.errors import BadRequest, CheckpointBusy, Overloaded
+from psserver.errors import BadRequest, Overloaded
 from psserver.schemas import from_json, to_json
 from psserver.shard import Shard
 from psserver.slices import Slice, slices_of
@@ -90,7 +90,6 @@ class TableLoader:
         self._work = work
         self._calls = calls
         self._directory = directory
-        self._unsettled = ""  # name of a table that the next start takes back
 
     def load(self, request: pb.LoadTableRequest, progress: Progress) -> pb.CheckpointProgress:
         """Fill the table. See LoadTable in ps.proto for the steps of the client."""
@@ -122,11 +121,6 @@ class TableLoader:
         """Claim the name of the target; see fills.py."""
         if problem := names.problem("table", name):
             raise BadRequest("INVALID_ARGUMENT", problem)
-        if self._unsettled:
-            raise CheckpointBusy(
-                f"the load of table {self._unsettled!r} could not be taken back: restart the shard,"
-                " which takes it back"
-            )
         self._engine.run(lambda: self._shard.fills.claim(name))
         try:
             yield
@@ -237,9 +231,9 @@ class TableLoader:
             except Exception as error:
                 full = isinstance(error, (Overloaded, DiskFull))  # which ends some time
                 if not full or progress.stopping:
-                    self._unsettled = loading.name
-                    what = "a load is taken back at the next start only"
-                    logger.error(what, table=loading.name, error=str(error))
+                    why = f"the load of table {loading.name!r} is taken back only by a restart"
+                    self._work.refuse(why)  # nobody may copy the rows, or overwrite the file
+                    logger.error(why, error=str(error))
                     return
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)

@@ -35,8 +35,10 @@ from psserver.swap import (
     write_state,
 )
 from psserver.work import Progress
+from storage.disk import as_disk_full
 
 Step = pb.RestoreRequest
+STATE_BYTES = 4096  # that a new STATE takes on the disk
 LEASE_SECONDS = 6.0  # an owner that has not called for this time may be replaced
 PHASES = {
     PREPARED: pb.RestoreStatus.PHASE_PREPARED,
@@ -205,13 +207,11 @@ class Restores:
 
     def _reach(self, state: State) -> None:
         assert self._directory is not None
-        write_state(self._directory, state)
+        with as_disk_full(self._directory, STATE_BYTES):
+            write_state(self._directory, state)
         self._state = state
 
     def _end(self, state: State) -> None:
         assert self._directory is not None
-        write_state(self._directory, state)
+        self._reach(state)
         clean(self._directory)
-        self._state = state
-
-    # ---- what is to be restored

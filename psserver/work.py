@@ -53,6 +53,7 @@ class Work:
     def __init__(self, on_stop: Callable[[], None] = lambda: None) -> None:
         self._lock = threading.Lock()
         self._owner = ""
+        self._refusal = ""  # why no work can begin any more
         self._stopping = threading.Event()
         self._on_stop = on_stop
 
@@ -65,12 +66,18 @@ class Work:
         self._stopping.set()
         self._on_stop()
 
+    def refuse(self, why: str) -> None:
+        """Let ``alone`` refuse all work from now on, until the server starts again."""
+        self._refusal = why
+
     @contextmanager
     def alone(self, what: str) -> Iterator[None]:
         """Hold the lock. Raises CheckpointBusy, which names the work that holds it.
 
         what  describes the work, for the others
         """
+        if self._refusal:
+            raise CheckpointBusy(f"{self._refusal}: restart the shard")
         if not self._lock.acquire(blocking=False):
             raise CheckpointBusy(f"the shard is busy: {self._owner}; try again later")
         self._owner = what

@@ -12,6 +12,7 @@ import pytest
 from homes import Continue, Homes, Load
 from stores import schema
 
+from psproto import ps_pb2 as pb
 from psserver import loading
 from psserver.calls import Call
 from psserver.errors import CheckpointBusy, Draining, NotEmpty, Overloaded, TableLoading
@@ -20,6 +21,7 @@ from storage.admission.rules import Sketch
 from storage.errors import DiskFull
 
 INTO = "mine"
+ID = "0123456789abcdef"
 ALL = set(range(400))  # keys of the stored table
 
 
@@ -158,19 +160,31 @@ def test_a_server_that_stops_does_not_wait_for_room_in_the_log(
     assert keys(target) is None
 
 
-def test_what_could_not_be_taken_back_is_not_forgotten(
+def test_what_could_not_be_taken_back_is_not_copied_nor_forgotten(
     target: Homes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second load must not overwrite the note of the first."""
+    """Another load would overwrite the note, and a checkpoint would have half of the rows.
+
+    After a restore, the next start would drop a restored table of the same number and name.
+    """
+    node = target.nodes[0]
+    node.prepare("full", ID)
     with monkeypatch.context() as patch:
         patch.setattr(loading, "_cancel", lambda *_: 1 / 0)
         with Load(target, "full", "t", INTO) as load:
             load.reach("ready")
             load.proceed(Continue.STEP_START)
             load.reach("done")
-    with pytest.raises(CheckpointBusy, match="restart"):
-        target.load("full", "t", "other")
-    target.nodes[0].reopen()
+    hold = pb.RestoreRequest(id=ID, step=pb.RestoreRequest.STEP_HOLD, owner=ID)
+    for work in (
+        lambda: target.load("full", "t", "other"),
+        lambda: target.checkpoint("half"),
+        lambda: node.prepare("full", ID[::-1], replace=True),
+        lambda: node.restores.step(hold),
+    ):
+        with pytest.raises(CheckpointBusy, match="restart the shard"):
+            work()
+    node.reopen()
     assert keys(target) is None
     assert target.load("full", "t", "other") == 400
 

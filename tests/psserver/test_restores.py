@@ -24,6 +24,7 @@ from psserver.errors import (
 )
 from storage.errors import (
     Corrupt,
+    DiskFull,
 )
 from storage.optimizers import make_optimizer
 from storage.sealed import fields_of, seal_fields
@@ -384,6 +385,21 @@ def test_every_client_may_abort(prepared: Node) -> None:
     take(prepared, Step.STEP_HOLD, "a" * 16)
     take(prepared, Step.STEP_ABORT, "b" * 16)
     assert not prepared.restores.held
+
+
+def test_a_step_on_a_full_disk_is_refused_by_name_and_changes_nothing(
+    prepared: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(swap, "replace", replace)
+        for step in (Step.STEP_HOLD, Step.STEP_ABORT):
+            with pytest.raises(DiskFull):
+                take(prepared, step, "a" * 16)
+    assert not prepared.restores.held
+    assert take(prepared, Step.STEP_HOLD, "a" * 16).phase == pb.RestoreStatus.PHASE_HELD
 
 
 def test_a_shard_that_does_other_work_is_not_held(prepared: Node) -> None:
