@@ -13,8 +13,8 @@ alteration.py  settings of a live table
 signals.py     signal handlers, delayed while they could do harm
 channel.py     gRPC channels that survive forks and signals
 retry.py       errors of failed calls, pauses between attempts
-session.py     one request to one shard, the numbers of its pushes
-link.py        one shard: what streams and unary calls have in common
+session.py     one request to one shard, and the sequence numbers of its pushes
+link.py        one shard: base class of stream.py and unary.py
 stream.py      one shard through a stream
 unary.py       one shard through unary calls
 moved.py       requests sent again to the owners of their keys
@@ -34,40 +34,40 @@ mixed.py       features whose embeddings grow with their frequency (imported on 
 changes.py     changes of rows, as a subscriber gets them
 shardstream.py  the subscription to one shard
 subscriber.py  every change, in order
-copies.py      one shard's part of one table in memory
-replica.py     one shard's tables in memory
-follower.py    a copy of tables in memory that follows the cluster
+copies.py      rows of one table on one shard, copied into memory
+replica.py     all tables of one shard, copied into memory
+follower.py    copies of tables in memory, kept up to date
 torch.py       PyTorch modules (imported on demand)
-calls.py       calls to all shards, long ones too
+calls.py       unary and streaming calls to all shards, which may take hours
 checkpoints.py  take, list, verify checkpoints
 restores.py    a cluster restored from a checkpoint
 rows.py        whole rows of a table
-admin.py       the four above under one name (imported on demand)
+admin.py       the functions of checkpoints.py, restores.py and rows.py (imported on demand)
 
 None of the following is imported by the client:
 
-tools/staged.py                 files that appear under their name when they are complete
-tools/arrow.py                  what reading and writing Parquet share
-tools/columns.py                rows by columns, as every format of an export has them
+tools/staged.py                 files that get their final name once they are complete
+tools/arrow.py                  helpers for reading and writing Parquet
+tools/columns.py                columns of an exported table, for every file format
 tools/parquet.py                a table as a Parquet file
 tools/safetensors.py            a table as a safetensors file
-tools/export.py                 a table to a file, or to a file per shard
-tools/cells.py                  columns of a Parquet file as arrays, checked
-tools/source.py                 Parquet files as a source of rows, checked
-tools/importer.py               Parquet files into a table
-tools/summary.py                a table, summed up
-tools/analysis.py               sum up a table, or a checkpoint's
-tools/sink.py                   rows of an analysis as a Parquet file
-tools/history.py                how a table grew: a file that remembers analyses
+tools/export.py                 export a table to one file, or to one file per shard
+tools/cells.py                  columns of a Parquet file, checked and converted to arrays
+tools/source.py                 read and check the rows of Parquet files
+tools/importer.py               import Parquet files into a table
+tools/summary.py                summary statistics of a table
+tools/analysis.py               compute the summary of a live table, or of one in a checkpoint
+tools/sink.py                   write the rows that an analysis read to a Parquet file
+tools/history.py                a file with the results of past analyses: how a table grew
 tools/keys.py                   where a key's row is, or why it has none
 tools/status.py                 the state of each shard
-tools/rules.py                  rules of a table as they are typed
-tools/figures.py                figures of an analysis as text
-tools/listing.py                tables of a terminal
+tools/rules.py                  rules as typed on the command line: counter:threshold=3
+tools/figures.py                numbers and counts of an analysis, formatted as text
+tools/listing.py                aligned columns of text for the terminal
 tools/terminal.py               an analysis for the terminal
 tools/charts.py                 an analysis as plots
 tools/page.py                   an analysis as an HTML page
-tools/commands/shell.py         what all commands share
+tools/commands/shell.py         options, connection and error handling of all commands
 tools/commands/cluster.py       psctl status, tail
 tools/commands/tables.py        psctl tables, table, create, drop, evict
 tools/commands/alter.py         psctl alter

@@ -1,13 +1,13 @@
-"""The client for asyncio: the same calls, awaited.
+"""AsyncClient for asyncio: has most methods of Client, to be awaited.
 
     async with AsyncClient(["127.0.0.1:7000"]) as ps:
         users = await ps.create_table("user", dim=32)
         rows = await users.pull(keys)
 
-There is one implementation, the blocking one. Here it runs on threads, so neither the search for
-distinct keys nor a scatter delays the event loop. ``start_pull`` and ``start_exchange`` have no
-counterpart: create a task of ``pull`` or ``exchange``. Cancelling an ``await`` ends the wait and
-not the request: a push that was sent may take effect.
+AsyncClient runs the calls of a blocking Client on threads, so finding distinct keys or scattering
+rows does not block the event loop. ``start_pull`` and ``start_exchange`` have no counterpart:
+create a task of ``pull`` or ``exchange``. Cancelling an ``await`` ends the wait but not the
+request: a push that was sent may take effect.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from psclient.table import Table
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
-THREADS = 32  # calls in flight at a time; further ones wait
+THREADS = 32  # maximum number of calls in flight; further calls wait for a free thread
 
 
 class _Calls:
@@ -41,14 +41,18 @@ class _Calls:
         self._pool: ThreadPoolExecutor | None = None
 
     async def run(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Await a call; its time begins now, a wait for a free thread included."""
+        """Run ``call(*args, **options)`` on a pool thread and return its result.
+
+        The client's timeout begins now, so it includes the wait for a free thread. Raises
+        DeadlineExceeded if no thread became free in time.
+        """
         self.client._require_open()
         future = self._threads().submit(_run, time.monotonic(), call, args, options)
         late = False
 
         def expire() -> None:
             nonlocal late
-            late = future.cancel()  # only if it has not begun; else it ends by itself
+            late = future.cancel()  # works only before the call begins; later it times out itself
 
         timer = asyncio.get_running_loop().call_later(self.client._timeout, expire)
         try:
@@ -57,14 +61,16 @@ class _Calls:
             if not late:
                 raise
             raise DeadlineExceeded(
-                f"{THREADS} other calls of this client took all of its timeout,"
-                f" {self.client._timeout} s"
+                f"the call did not start within the timeout, {self.client._timeout} s:"
+                f" {THREADS} other calls of this client, the maximum, were running"
             ) from None
         finally:
             timer.cancel()
 
     async def run_long(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Await a call that may take long, on a thread of its own."""
+        """Run ``call(*args, **options)``, which may take long, on a new thread; return its
+        result.
+        """
         self.client._require_open()
         future: Future[Any] = Future()
 
@@ -79,13 +85,15 @@ class _Calls:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the pool; calls that run are not interrupted."""
         pool, self._pool = self._pool, None
         if pool is not None and self._process == os.getpid():
             pool.shutdown(wait=False)
 
     def _threads(self) -> ThreadPoolExecutor:
-        """Return this process's threads: a fork does not copy them."""
+        """Return the thread pool; create one in a new or forked process, since a fork copies no
+        threads.
+        """
         if self._pool is None or self._process != os.getpid():
             self._process = os.getpid()
             self._pool = ThreadPoolExecutor(THREADS, "psclient-aio")
@@ -95,6 +103,8 @@ class _Calls:
 def _run(
     begun: float, call: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
 ) -> Any:
+    """Run ``call`` on this thread; its timeout counts from ``begun`` (monotonic seconds)."""
+
     def work() -> Any:
         started.set(begun)
         return call(*args, **options)
@@ -103,7 +113,7 @@ def _run(
 
 
 def _awaited(method: Callable[P, Result]) -> Callable[P, Any]:
-    """Return the method of AsyncClient or AsyncTable that runs a blocking one of the same name."""
+    """Return an async method that runs the blocking method of the same name on a pool thread."""
 
     @wraps(method)
     async def call(self: Any, *args: Any, **options: Any) -> Any:
@@ -113,7 +123,7 @@ def _awaited(method: Callable[P, Result]) -> Callable[P, Any]:
 
 
 class AsyncTable:
-    """Table, awaited: see psclient.Table for arguments and results."""
+    """A table whose methods are awaited; psclient.Table explains their arguments and results."""
 
     def __init__(self, client: AsyncClient, table: Table) -> None:
         self.client = client
@@ -140,10 +150,10 @@ class AsyncTable:
 
 
 class AsyncClient:
-    """Client, awaited: see psclient.Client for arguments and results.
+    """A client whose methods are awaited; psclient.Client explains their arguments and results.
 
-    It may be used by several event loops, and in forked processes. An operation's timeout begins
-    with the ``await``.
+    One AsyncClient may be used by several event loops, and in forked processes. An operation's
+    timeout begins with the ``await``.
     """
 
     def __init__(self, addresses: Any, **options: Any) -> None:
@@ -158,7 +168,7 @@ class AsyncClient:
         await self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle addresses and options; what is loaded connects anew."""
+        """Pickle addresses and options. The unpickled client opens its own connections."""
         return _load_client, (type(self), self._blocking)
 
     def __copy__(self) -> Self:

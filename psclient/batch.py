@@ -1,8 +1,8 @@
 """A batch of keys: its distinct keys by shard, sums of gradients, pooling.
 
-batch = Batch(keys, shard_map)        finds the distinct keys by shard, and the inverse
-batch.sum(gradients)                  returns one gradient for each distinct key
-batch.spread(rows)                    copies rows of distinct keys to each occurrence
+batch = Batch(keys, shard_map)        find the distinct keys, grouped by shard
+batch.sum(gradients, table, dim)      return the sum of gradients for each distinct key
+batch.spread(rows)                    copy the row of each distinct key to all its occurrences
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ POOLINGS = ("sum", "mean", "sqrtn")
 
 
 class Batch:
-    """The distinct keys of a batch. Create it once if the same keys are pulled and pushed."""
+    """The distinct keys of a batch. Create it once if the same keys are pulled and pushed.
+
+    keys       64-bit integers of any shape
+    shard_map  which shard owns each key
+
+    ``Client.batch`` creates one. ``len(batch)`` is the number of keys with duplicates.
+    """
 
     def __init__(self, keys: Any, shard_map: routing.ShardMap) -> None:
         array = as_keys(keys)
-        self.shape = array.shape  # of the keys
+        self.shape = array.shape
         self.split = routing.split(array.reshape(-1), shard_map)
 
     def __len__(self) -> int:
@@ -33,18 +39,21 @@ class Batch:
 
     @property
     def keys(self) -> NDArray[np.uint64]:
-        """Distinct keys uint64[distinct], grouped by shard."""
+        """Return the distinct keys uint64[distinct], grouped by shard."""
         return self.split.keys
 
     def sum(self, gradients: Any, table: str, dim: int) -> Rows:
-        """Return float32[distinct, dim]: gradients[*shape, dim] summed over equal keys.
+        """Sum the gradients of equal keys: return float32[distinct, dim] in the order of ``keys``.
 
-        Raises InvalidArgument if the shape does not fit or a number is infinite or NaN.
+        gradients  float[*shape of the keys, dim]
+        table      name of the table, for errors
+
+        Raises InvalidArgument if the shape is wrong or a sum is infinite or NaN.
         """
         flat = as_gradients(gradients, (*self.shape, dim), f"table {table!r}: gradients").reshape(
             -1, dim
         )
-        sums = flat  # one shard keeps the order of distinct keys
+        sums = flat  # without duplicates, and with one shard, ``keys`` has the order of the batch
         if len(self.keys) < len(flat):
             sums = np.zeros((len(self.keys), dim), np.float32)
             routing.sum_rows(flat, self.split.inverse, sums)
@@ -54,9 +63,11 @@ class Batch:
         return self.check(sums, table, dim)
 
     def check(self, gradients: Any, table: str, dim: int) -> Rows:
-        """Return gradients that are summed already as float32[distinct, dim].
+        """Return gradients[distinct, dim], which are summed already, as float32.
 
-        Raises InvalidArgument as ``sum`` does.
+        table  name of the table, for errors
+
+        Raises InvalidArgument if the shape is wrong or a number is infinite or NaN.
         """
         sums = as_gradients(gradients, (len(self.keys), dim), f"table {table!r}: gradients")
         if not routing.all_finite(sums.reshape(-1).view(np.uint32)):
@@ -68,20 +79,23 @@ class Batch:
         return sums
 
     def spread(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """Return rows[distinct, ...] as [*shape, ...]: one for each key of the batch."""
+        """Return rows[distinct, ...] as [*shape of the keys, ...]: one row for each key of the
+        batch.
+        """
         return rows[self.split.inverse].reshape((*self.shape, *rows.shape[1:]))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _pool(rows: Any, inverse: Any, offsets: Any, weights: Any, mode: int, out: Any) -> None:
-    """Write out[b] = the combined rows[inverse[i]] * weights[i] of the keys i in bag b.
+    """Combine the rows of each bag: ``out[b] = sum of rows[inverse[i]] * weights[i]``, i in bag b.
 
-    rows     float32[u, dim]
-    inverse  int32[n]
-    offsets  int64[bags + 1]
-    weights  float32[n], or float32[0] for ones
-    mode     0 sum, 1 mean (by the sum of weights), 2 sqrtn (by the root of the sum of squares)
-    out      float32[bags, dim]  zero
+    rows     float32[u, dim]     rows of distinct keys
+    inverse  int32[n]            index in ``rows`` of each key of the batch
+    offsets  int64[bags + 1]     bag b has the keys ``offsets[b] <= i < offsets[b + 1]``
+    weights  float32[n], or float32[0]: all weights are 1
+    mode     0: sum; 1: mean, divided by the sum of weights; 2: sqrtn, divided by the square root of
+             the sum of squared weights
+    out      float32[bags, dim]  written; must be zero before
     """
     dim = rows.shape[1]
     for b in range(out.shape[0]):
@@ -99,14 +113,17 @@ def _pool(rows: Any, inverse: Any, offsets: Any, weights: Any, mode: int, out: A
 
 
 def pool(rows: Rows, batch: Batch, offsets: Any, weights: Any, mode: str) -> Rows:
-    """Return one combined row for each bag of a flat batch: float32[bags, dim].
+    """Return one combined row for each bag of keys: float32[bags, dim]. An empty bag gives zeros.
 
-    rows     float32[distinct, dim]
-    offsets  int[bags + 1]: bag b is keys offsets[b]..offsets[b + 1] - 1
-    weights  float[n] or None
+    rows     float32[distinct, dim], in the order of ``batch.keys``
+    batch    a Batch of keys[n]
+    offsets  int[bags + 1], ascending from 0 to n; bag b has the keys
+             ``offsets[b] <= i < offsets[b + 1]``
+    weights  float[n], a factor for each key; None: all are 1
     mode     "sum"; "mean", divided by the sum of the weights; "sqrtn", divided by the square root
-             of the sum of their squares (as in TensorFlow's embedding_lookup_sparse). An empty bag
-             is 0
+             of the sum of their squares (as in TensorFlow's embedding_lookup_sparse)
+
+    Raises InvalidArgument if an argument breaks these rules.
     """
     if mode not in POOLINGS:
         raise InvalidArgument(f"mode must be one of {', '.join(POOLINGS)}, got {mode!r}")

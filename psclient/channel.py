@@ -1,15 +1,15 @@
 """gRPC channels that survive forks and signals.
 
-A fork. gRPC survives it only if no thread is inside gRPC at that moment; waiting for an answer
-counts as being inside. Otherwise the child hangs or aborts. Before a fork, therefore, every call is
-cancelled and threads that want to start another one wait. Afterwards the owners in the parent start
-their calls again. The child never touches the channels that it inherited and makes its own.
-(GRPC_ENABLE_FORK_SUPPORT does not help: it waits for calls, and ends a child whose inherited
-channels it cannot shut down.) numba's compiler lock needs the same care: if the process forks while
-another thread loads a kernel, the lock would stay locked in the child.
+Forks. gRPC survives a fork only if no thread is inside gRPC at that moment; a thread that waits for
+an answer is inside. Otherwise the child hangs or aborts. So before a fork every call is cancelled,
+and threads that want to start a call wait. After the fork the parent's callers start their calls
+again. The child never touches the channels that it inherited; it opens its own.
+(GRPC_ENABLE_FORK_SUPPORT does not help: it waits for running calls, and ends a child whose
+inherited channels it cannot shut down.) numba's compiler lock is also taken during a fork: if
+another thread held it while it loaded a kernel, the lock would stay locked in the child.
 
-A signal. Its handler may raise an exception in the middle of gRPC's Python code, which would leave
-locks locked and a stream that can never be read again. Every entry into gRPC is therefore shielded
+Signals. A signal handler may raise an exception in the middle of gRPC's Python code, which would
+leave locks locked and a stream that can never be read again. So every call into gRPC is shielded
 (signals.py), and an interrupted wait cancels its call.
 """
 
@@ -31,7 +31,7 @@ from psproto import keepalive
 
 Options = tuple[tuple[str, int], ...]
 
-FORK_PATIENCE = 2.0  # seconds that a fork waits for cancelled calls to end
+FORK_PATIENCE = 2.0  # maximum time that a fork waits for cancelled calls to end, in seconds
 PROXY = "grpc.enable_http_proxy"
 OPTIONS: Options = (
     ("grpc.max_receive_message_length", -1),
@@ -41,16 +41,16 @@ OPTIONS: Options = (
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.dns_min_time_between_resolutions_ms", 1000),
     *keepalive.client_options(),
-    ("grpc.use_local_subchannel_pool", 1),  # else a forked child finds its parent's connections
+    ("grpc.use_local_subchannel_pool", 1),  # else a forked child reuses its parent's connections
     (PROXY, 0),
 )
-Cancelled = grpc.FutureCancelledError  # by a fork: start the call again
+Cancelled = grpc.FutureCancelledError  # raised after a fork cancelled a call: start it again
 
 
 def options(*, proxy: bool) -> Options:
-    """Return the options of a channel.
+    """Return the options of a gRPC channel.
 
-    proxy  use the HTTP proxy that the environment names
+    proxy  whether to use the HTTP proxy of the environment variables
     """
     return tuple((name, int(proxy) if name == PROXY else value) for name, value in OPTIONS)
 
@@ -58,7 +58,8 @@ def options(*, proxy: bool) -> Options:
 class Channel:
     """A connection to one server. Thread-safe.
 
-    Its methods raise Unavailable once it is closed.
+    Its methods raise Unavailable once it is closed. ``method`` is a path:
+    "/ps.v1.RowService/Stream".
     """
 
     def __init__(self, address: str, options: Options = OPTIONS) -> None:
@@ -69,17 +70,22 @@ class Channel:
         self._closed = False
 
     def open_stream(self, method: str, requests: Iterator[bytes]) -> Any:
-        """Start a stream of messages both ways. Read it with ``read``."""
+        """Start a bidirectional stream that sends ``requests``; return it for ``read`` and
+        ``cancel``.
+        """
         with Shield(), _gate:
             return self._note(self._open().stream_stream(method)(requests))
 
     def start(self, method: str, message: bytes, timeout: float) -> Any:
-        """Start a unary call. Its ``result`` raises RpcError, or Cancelled after a fork."""
+        """Start a unary call with a timeout in seconds; return it for ``result`` and ``cancel``."""
         with Shield(), _gate:
             return self._note(self._open().unary_unary(method).future(message, timeout=timeout))
 
     def call(self, method: str, message: bytes, timeout: float) -> bytes:
-        """Return the answer to a unary call; raise RpcError."""
+        """Make a unary call and return the answer; ``timeout`` is in seconds.
+
+        Starts the call again if a fork cancelled it. Raises grpc.RpcError.
+        """
         deadline = time.monotonic() + timeout
         while True:
             try:
@@ -89,17 +95,23 @@ class Channel:
                 continue
 
     def result(self, call: Any) -> bytes:
-        """Return the answer to a started call; raise RpcError, or Cancelled after a fork."""
+        """Wait for a call from ``start`` and return its answer.
+
+        Raises grpc.RpcError, or Cancelled if a fork cancelled the call.
+        """
         with Shield(call.cancel):
             return call.result()  # type: ignore[no-any-return]
 
     def read(self, stream: Any) -> bytes:
-        """Return the next message of a stream; raise RpcError, or StopIteration at its end."""
+        """Return the next message of a stream.
+
+        Raises grpc.RpcError, or StopIteration at its end.
+        """
         with Shield(stream.cancel):
             return next(stream)  # type: ignore[no-any-return]
 
     def cancel(self, call: Any) -> None:
-        """Cancel a stream or a call."""
+        """Cancel a stream or a unary call."""
         with Shield(), _gate:
             call.cancel()
 
@@ -111,18 +123,21 @@ class Channel:
                 self._channel.close()
 
     def quiet(self) -> None:
-        """Cancel every call and wait until gRPC's threads have ended; the gate is closed."""
+        """Cancel every call and wait up to FORK_PATIENCE until gRPC's threads have ended.
+
+        The caller holds ``_gate``, so that no call can start.
+        """
         for call in self._calls.copy():
             call.cancel()
         deadline = time.monotonic() + FORK_PATIENCE
-        state: Any = getattr(self._channel, "_call_state", None)  # no public name tells
+        state: Any = getattr(self._channel, "_call_state", None)  # gRPC has no public name for it
         while len(self._calls) or getattr(state, "managed_calls", 0):
             if time.monotonic() > deadline:
                 return
             time.sleep(0.0005)
 
     def _open(self) -> Any:
-        """Return gRPC's channel, made by the first call."""
+        """Return the gRPC channel; create it at the first call. Raises Unavailable if closed."""
         if self._closed:
             raise Unavailable(f"the connection to {self._address} is closed")
         if self._channel is None:
@@ -132,19 +147,21 @@ class Channel:
         return self._channel
 
     def _note(self, call: Any) -> Any:
+        """Remember a call until it ends, so that a fork can cancel it. Returns the call."""
         self._calls.add(call)
         if not call.add_callback(lambda: self._calls.discard(call)):  # it has ended already
             self._calls.discard(call)
         return call
 
 
-_gate = threading.RLock()  # taken by whoever calls into gRPC, and by a fork while it lasts
+_gate = threading.RLock()  # held during every call into gRPC, and for the duration of a fork
 _channels: weakref.WeakSet[Channel] = weakref.WeakSet()
-_inherited: list[Channel] = []  # never destroyed: that would call into gRPC
+_inherited: list[Channel] = []  # kept for ever: destroying a channel would call into gRPC
 _hooked = False
 
 
 def _before() -> None:
+    """Take both locks and end all gRPC calls, before a fork."""
     global_compiler_lock.acquire()
     _gate.acquire()
     for channel in list(_channels):
@@ -152,18 +169,24 @@ def _before() -> None:
 
 
 def _in_parent() -> None:
+    """Release both locks, after a fork."""
     _gate.release()
     global_compiler_lock.release()
 
 
 def _in_child() -> None:
+    """Set the inherited channels aside and release both locks, in the child after a fork."""
     _inherited.extend(_channels)
     _channels.clear()
     _in_parent()
 
 
 def _register_hooks() -> None:
-    """Register after gRPC, which registers with its first channel: the last hook runs first."""
+    """Register the fork hooks, once.
+
+    Must run after gRPC registered its own, at its first channel: hooks that run before a fork run
+    in reverse order, so that ours run first.
+    """
     global _hooked
     if not _hooked:
         _hooked = True

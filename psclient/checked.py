@@ -1,4 +1,7 @@
-"""Arguments, checked before they are sent. InvalidArgument names the field, the rule, the value."""
+"""Checks of arguments. Each raises InvalidArgument with the field, the rule and the invalid value.
+
+``field`` is the argument's name in the message.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from psproto import names
 
 
 def integer(field: str, value: Any, low: int, end: int) -> int:
-    """Return ``value`` as an int if it is an integer, of any type, in low..end - 1."""
+    """Return ``value`` as an int. Raises InvalidArgument unless it is an integer in low..end - 1.
+
+    NumPy integers and other types with ``__index__`` are accepted.
+    """
     try:
         if low <= (number := operator.index(value)) < end:
             return number
@@ -24,7 +30,10 @@ def integer(field: str, value: Any, low: int, end: int) -> int:
 
 
 def number(field: str, value: Any) -> float:
-    """Return ``value`` as a float. The server decides whether it may be infinite or NaN."""
+    """Return ``value`` as a float. Raises InvalidArgument if it is not a number.
+
+    Infinity and NaN are accepted: the server decides whether they are valid.
+    """
     if not isinstance(value, str | bytes):
         with suppress(TypeError, ValueError, OverflowError):
             return float(value)
@@ -32,14 +41,17 @@ def number(field: str, value: Any) -> float:
 
 
 def seconds(field: str, value: Any) -> float:
-    """Return ``value`` as seconds if it is positive and not more than a thread can wait."""
+    """Return ``value`` as float seconds.
+
+    Raises InvalidArgument unless it is positive and at most threading.TIMEOUT_MAX.
+    """
     if not 0 < (given := number(field, value)) <= threading.TIMEOUT_MAX:
-        raise InvalidArgument(f"{field} must be positive seconds, got {value}")
+        raise InvalidArgument(f"{field} must be a positive number of seconds, got {value}")
     return given
 
 
 def text(field: str, value: Any) -> str:
-    """Return ``value`` if it is text that UTF-8 can encode."""
+    """Return ``value``. Raises InvalidArgument unless it is a str that UTF-8 can encode."""
     if isinstance(value, str):
         with suppress(UnicodeEncodeError):
             value.encode()
@@ -55,21 +67,21 @@ def name(kind: names.Kind, value: Any) -> str:
 
 
 def one_of(field: str, value: Any, known: Mapping[str, int]) -> int:
-    """Return the number of the word ``value`` if it is one of ``known``."""
+    """Return ``known[value]``. Raises InvalidArgument unless ``value`` is a key of ``known``."""
     if not isinstance(value, str) or value not in known:
         raise InvalidArgument(f"{field} must be one of {', '.join(known)}, got {value!r}")
     return known[value]
 
 
 def mapping(field: str, value: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Return the mapping ``value``, or an empty one for None."""
+    """Return ``value``, or an empty mapping for None. Raises InvalidArgument for other types."""
     if value is not None and not isinstance(value, Mapping):
         raise InvalidArgument(f"{field} must come with a mapping of its parameters, got {value!r}")
     return value or {}
 
 
 def _power(number: int) -> str:
-    """Return a number as people write it: 2^64-1."""
+    """Format a number; near a power of two above 2^32 as that power: "2^64-1"."""
     for least, offset in ((1 << 32, ""), ((1 << 32) - 1, "-1")):
         size = abs(number) + bool(offset)
         if abs(number) >= least and size & (size - 1) == 0:

@@ -1,4 +1,4 @@
-"""Words that arguments accept, and their numbers in ps.proto."""
+"""Strings that arguments accept (modes, dtypes, durabilities), and their numbers in ps.proto."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIRES: dict[str, int] = {
     "bfloat16": pb.DTYPE_BFLOAT16,
     "float16": pb.DTYPE_FLOAT16,
 }
-LARGEST: dict[int, float | None] = {  # largest finite number; None: that of float32
+LARGEST: dict[int, float | None] = {  # by dtype, its largest finite number; None: no smaller limit
     pb.DTYPE_FLOAT32: None,
     pb.DTYPE_BFLOAT16: float.fromhex("0x1.fep127"),
     pb.DTYPE_FLOAT16: 65504.0,

@@ -2,10 +2,11 @@
 
 For each request the client finds the distinct keys and the shard of each, sends one message to each
 shard, and scatters the replies into the result. Several tables share the messages. A shard refuses
-keys that it does not own; the client then fetches the shard map and sends them to their owners.
+keys that it does not own; the client then fetches the newest shard map and sends the keys again.
 
-A push is atomic per shard. The client checks gradients before it sends the first message, so bad
-ones are applied nowhere. A request over a server's message limit is sent in several messages.
+A push is atomic per shard, unless it exceeds a server's message limit: such a request is sent in
+several messages, and each is atomic. The client checks all gradients before it sends the first
+message, so if one is invalid, no shard applies any.
 """
 
 from __future__ import annotations
@@ -34,14 +35,15 @@ class Client(RowClient):
     client_id    identity of the client in 1..2^64-1, if it must outlive the process; 0: random
     incarnation  number in 0..2^63-1 that must grow with each use of the same client_id; else pushes
                  raise SessionExpired. None: nanoseconds since 1970
-    proxy        use the HTTP proxy that the environment names (http_proxy and the like)
+    proxy        whether to use the HTTP proxy of the environment variables http_proxy etc.
 
-    Connects at the first use. Raises PsError only; see psclient.errors. Closes once it is no longer
-    referenced. A pickled client is its addresses and options: what is loaded connects anew, under a
-    random identity. A copy, shallow or deep, is the same client.
+    The client connects at the first use. Its methods raise subclasses of PsError (psclient.errors).
+    It closes itself once it is no longer referenced. Pickling keeps addresses and options, but not
+    client_id and incarnation: the unpickled client opens its own connections, under a random
+    client_id. copy.copy and copy.deepcopy return the same client.
 
-    An exception of a signal handler, such as KeyboardInterrupt, ends a call at once. Its push then
-    takes effect once or not at all, and the client remains usable.
+    If a signal handler raises (for example KeyboardInterrupt), the running call ends at once. Its
+    push has then taken effect once or not at all, and the client remains usable.
     """
 
     def create_table(
@@ -62,9 +64,9 @@ class Client(RowClient):
         eviction: Mapping[str, Mapping[str, float]] | None = None,
         max_step_ahead: int | None = None,
     ) -> Table:
-        """Create a table on every shard. Idempotent: an equal table is left as it is.
+        """Create a table on every shard and return it; if an equal table exists, return that.
 
-        dim              length of the embeddings
+        dim              length of the embeddings, in 1..8192
         optimizer        the servers' optimizer: sgd, momentum, adagrad, rowwise_adagrad,
                          adagrad_decay, adam, adamw, adam_async, ftrl, group_ftrl
         lr               learning rate; None: the optimizer's default
@@ -73,18 +75,19 @@ class Client(RowClient):
         initializer_args  parameters of the initializer
         seed             seed of the initial values
         serving_default  number that pulls with mode="serve" return for keys without a row
-        durability       durability of pushes that do not choose one; see ``push``
+        durability       durability of pushes that name none: "applied", "log" or "fsync"; ``push``
+                         explains them
         admission        rule for which keys may have a row: always, counter, sketch, probability
         admission_args   parameters of the admission rule
-        eviction         rules for which rows are evicted, with the parameters of each: step_ttl,
-                         time_ttl, norm, and one of capacity_lru, capacity_lfu; docs/policies.md
-                         explains them
-        max_step_ahead   steps that a push may be ahead of the largest step pushed before; a push
-                         further ahead raises InvalidArgument with reason STEP_TOO_FAR. None:
-                         100,000,000; 0: no bound
+        eviction         rules that choose rows to evict, as {rule: {parameter: number}}; rules are
+                         step_ttl, time_ttl, norm, and one of capacity_lru, capacity_lfu
+                         (docs/policies.md)
+        max_step_ahead   largest difference between the step of a push and the largest step pushed
+                         to the table before; a push over it raises InvalidArgument with reason
+                         STEP_TOO_FAR. None: 100,000,000; 0: no limit
 
-        Raises SchemaMismatch if the table exists with another schema, InvalidArgument for a bad
-        value.
+        Raises SchemaMismatch if the table exists with a different schema, InvalidArgument for an
+        invalid value.
         """
         schema = table_schema(
             name,
@@ -104,7 +107,7 @@ class Client(RowClient):
         return Table(self, name, schema.dim)
 
     def table(self, name: str) -> Table:
-        """Return an existing table; TableNotFound if it does not exist."""
+        """Return an existing table. Raises TableNotFound if it does not exist."""
         self._require_open()
         return Table(self, name, self._dim(name, self._deadline()))
 
@@ -120,12 +123,13 @@ class Client(RowClient):
     def evict(self, name: str, *, dry_run: bool = False, timeout: float = 3600.0) -> dict[str, int]:
         """Apply the table's eviction rules now; return the number of rows evicted, by rule.
 
-        dry_run  count the rows without evicting them
-        timeout  seconds that this call may take, instead of the client's timeout. When it passes,
-                 the shards stop; rows evicted by then stay evicted
+        dry_run  only count the rows; evict none
+        timeout  maximum duration of this call in seconds; replaces the client's timeout. When it
+                 passes, the shards stop; rows evicted by then stay evicted
 
-        A row counts for the first rule that evicts it. Servers also evict in the background. Rows
-        that they evict at the same time are not counted, nor are those of a call that failed.
+        A row that several rules would evict counts for the first of them. The result does not
+        include rows that the servers' own background sweep evicts at the same time, nor rows
+        evicted by an attempt that failed and was repeated.
         """
         request = pb.EvictRequest(
             table=checked.text("name of a table", name), dry_run=bool(dry_run)
@@ -139,25 +143,29 @@ class Client(RowClient):
         return evicted
 
     def drop_table(self, name: str) -> None:
-        """Delete a table and its rows on every shard; TableNotFound if no shard has it."""
+        """Delete a table and its rows on every shard.
+
+        Raises TableNotFound if no shard has the table.
+        """
         request = pb.DropTableRequest(name=checked.text("name of a table", name))
         deadline = self._deadline()
         cluster = self._connect(deadline)
         self._dims.pop(name, None)
         message = request.SerializeToString()
         asks = [Ask(link, "TableService/DropTable", message) for link in cluster.links]
-        for some in (asks[1:], asks[:1]):  # the first to have a table is the last
+        for some in (asks[1:], asks[:1]):  # shard 0 creates a table first and drops it last
             ask_all(some, deadline)
-            for ask in some:  # not found: never there, or dropped by an attempt without a reply
+            for ask in some:  # not found: never existed, or an earlier attempt dropped it
                 if ask.error is not None and not isinstance(ask.error, TableNotFound):
                     raise ask.error
         if all(ask.error is not None for ask in asks):
             raise TableNotFound(f"no table {name!r} on any shard")
 
     def wait_durable(self) -> Versions:
-        """Wait until everything that the shards have answered so far is on their disks.
+        """Wait until everything that the shards have acknowledged so far is on their disks.
 
-        Returns the versions on disk, by shard. Raises NoLog if a shard has no data directory.
+        Returns the newest version on disk of each shard. Raises NoLog if a shard has no data
+        directory.
         """
         request = pb.WaitDurableRequest()
         answers = self._on_all("LogService/WaitDurable", request, pb.WaitDurableResponse)
@@ -166,10 +174,11 @@ class Client(RowClient):
         )
 
     def barrier(self, name: str) -> Versions:
-        """Write a mark into the version log of every shard; return its versions, by shard.
+        """Write a mark, called ``name``, into the version log of every shard.
 
-        Subscribers receive the mark after all pushes that were answered before this call, and
-        before all pushes that start after it returns.
+        Subscribers receive the mark after all pushes that were acknowledged before this call, and
+        before all pushes that start after it returns. Returns the version of the mark on each
+        shard.
         """
         request = pb.BarrierRequest(name=checked.name("barrier", name))
         answers = self._on_all("LogService/Barrier", request, pb.BarrierResponse)

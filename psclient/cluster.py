@@ -1,4 +1,4 @@
-"""All shards as one process sees them."""
+"""Connections to all shards, and the shard map."""
 
 from __future__ import annotations
 
@@ -24,24 +24,30 @@ from psclient.unary import UnaryLink
 from psproto import ps_pb2 as pb
 from psproto import routing
 
-WATCH = 0.1  # seconds between looks for calls that wait past their deadline
-ROOM = 4096  # bytes of a message left for headers
+WATCH = 0.1  # seconds between two checks for calls past their deadline
+ROOM = 4096  # bytes of each message that are reserved for headers
 LINKS: dict[str, type[Link]] = {"stream": StreamLink, "unary": UnaryLink}  # by transport
 
 Result = TypeVar("Result")
 
 
 class Cluster:
-    """The shards as one process sees them; made again after a fork.
+    """Connections of one process to all shards. A forked child creates its own.
 
-    client_id  0: a random one for each shard
-    proxy      use the HTTP proxy that the environment names
-    deadline   monotonic seconds at which the shards must have answered
+    addresses    "host:port" of every shard, in order
+    transport    "stream" or "unary"
+    client_id    identity of the client; 0: a random one for each shard
+    incarnation  number that grows with each use of the same client_id
+    proxy        whether to use the HTTP proxy of the environment variables
+    deadline     monotonic seconds at which the shards must have answered
 
-    links          one for each shard, in their order
+    links          connections, one per shard, in order
     shard_map      which shard owns each key
-    message_bytes  the largest request or reply that every shard accepts, without its headers
-    keys           the most keys in one request that every shard accepts
+    message_bytes  size of the largest request or reply that every shard accepts, without headers
+    keys           maximum number of keys in a request that every shard accepts
+
+    Raises Unavailable, or InvalidArgument if the servers are not the shards of one cluster in
+    order.
     """
 
     def __init__(
@@ -75,7 +81,10 @@ class Cluster:
             threading.Thread(target=_watch, args=(self.links, self._stop), daemon=True).start()
 
     def refresh(self, deadline: float) -> list[pb.GetServerInfoResponse]:
-        """Fetch the shard map, and what else the shards report about themselves."""
+        """Fetch the shard map and store it.
+
+        Returns the shards' server infos, which include limits.
+        """
         request = pb.GetServerInfoRequest()
         infos = self.on_all(
             "InfoService/GetServerInfo", request, pb.GetServerInfoResponse, deadline
@@ -86,9 +95,17 @@ class Cluster:
     def on_all(
         self, method: str, request: Any, answer: Any, deadline: float, *, first: bool = False
     ) -> list[Any]:
-        """Call a unary method on every shard at once; return answers in the order of the shards.
+        """Call a unary method on every shard at once; return the answers in the order of the
+        shards.
 
-        first  call shard 0 before the others: of several clients that disagree, one is then ahead
+        method    "TableService/CreateTable"
+        request   message to send
+        answer    class of the reply message
+        deadline  monotonic seconds
+        first     call shard 0 before the others, so that of several clients with conflicting
+                  requests one wins on all shards
+
+        Raises the error of the first shard that failed.
         """
         message = request.SerializeToString()
         asks = [Ask(link, method, message) for link in self.links]
@@ -100,9 +117,10 @@ class Cluster:
         return [answer.FromString(ask.answer) for ask in asks]
 
     def on_each(self, work: Callable[[int], Result]) -> list[Result]:
-        """Run ``work(shard)`` for every shard at once, on threads; raise the first error.
+        """Run ``work(shard)`` for every shard, each on its own thread; return the results by shard.
 
-        If a signal interrupts the caller, work that has begun is finished.
+        Waits for all threads, then raises the error of the first shard that failed. If a signal
+        interrupts the caller, the threads go on until their work is finished.
         """
         done: SimpleQueue[tuple[int, Any, BaseException | None]] = SimpleQueue()
 
@@ -128,27 +146,37 @@ class Cluster:
         self._stop.put(None)
 
     def forget(self) -> None:
-        """Have the connections ended by their own thread; safe in a garbage collection."""
+        """Let the watch thread close the connections, so that a garbage collection can call this
+        safely.
+        """
         if self.process == os.getpid():
             self._stop.put(None)
 
     def _check(self, infos: list[pb.GetServerInfoResponse]) -> routing.ShardMap:
-        """Return the shard map if the servers are the shards of one cluster in their order."""
+        """Return the newest shard map.
+
+        Raises InvalidArgument if a server is at the wrong address.
+        """
         for shard, (link, info) in enumerate(zip(self.links, infos, strict=True)):
             if info.shard_map.shards != len(self.links):
                 raise InvalidArgument(
-                    f"addresses: {link.where} is one of {info.shard_map.shards} shards,"
-                    f" {len(self.links)} addresses were given"
+                    f"addresses: {link.where} belongs to a cluster of {info.shard_map.shards}"
+                    f" shards, but {len(self.links)} addresses were given"
                 )
             if info.shard != shard:
-                raise InvalidArgument(f"addresses: {link.where} serves shard {info.shard}")
+                raise InvalidArgument(
+                    f"addresses: {link.where} is shard {info.shard}; list the addresses in the"
+                    " order of the shards"
+                )
         newest = max(infos, key=lambda info: info.shard_map.epoch).shard_map
         table = np.frombuffer(newest.shard_of_bucket, "<u2")
         return routing.ShardMap(newest.epoch, newest.shards, table)
 
 
 def _watch(links: Sequence[Link], stop: SimpleQueue[None]) -> None:
-    """Look after calls until the cluster is closed or forgotten; then end the connections."""
+    """Check the links' calls every WATCH seconds; on a message in ``stop``, close the links and
+    return.
+    """
     while True:
         try:
             stop.get(timeout=WATCH)
@@ -164,7 +192,7 @@ def _watch(links: Sequence[Link], stop: SimpleQueue[None]) -> None:
 
 
 def _explained(error: PsError, proxy: bool) -> PsError:
-    """Return the error of a server that was not reached, with what may be the cause."""
+    """Return the error of an unreachable server with a hint at the possible cause appended."""
     explained = type(error)(f"{error}{hint(str(error), proxy=proxy)}")
     explained.reason, explained.retry_after = error.reason, error.retry_after
     return explained

@@ -1,4 +1,4 @@
-"""What a client is connected with: addresses and options, and its life from first use to close."""
+"""Base class of the client: addresses and options, connecting at the first use, closing."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ from psclient.cluster import Cluster
 from psclient.errors import DeadlineExceeded, InvalidArgument
 
 started: contextvars.ContextVar[float | None] = contextvars.ContextVar("started", default=None)
-"""When the running operation began, in monotonic seconds, if that was before now."""
+"""When the running operation began, in monotonic seconds; None: timeouts count from now.
+
+AsyncClient sets it, so that a call's timeout includes the wait for a free thread.
+"""
 
 
 class Connection:
-    """Connects to a cluster at the first use. Thread-safe; usable in forked processes."""
+    """Connects to a cluster at the first use. Thread-safe; usable in forked processes.
+
+    ``Client`` explains the options. Raises InvalidArgument for an invalid one.
+    """
 
     def __init__(
         self,
@@ -60,7 +66,10 @@ class Connection:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle addresses and options; what is loaded connects anew, under its own identity."""
+        """Pickle addresses and options, but not client_id and incarnation.
+
+        The unpickled client opens its own connections, under a random client_id.
+        """
         return _load, (type(self), self._addresses, {**self._options, "timeout": self._timeout})
 
     def __copy__(self) -> Self:
@@ -80,7 +89,7 @@ class Connection:
             cluster.close()
 
     def _deadline(self) -> float:
-        """Return when an operation that begins now must have ended, in monotonic seconds."""
+        """Return the deadline of an operation that begins now, in monotonic seconds."""
         return (started.get() or time.monotonic()) + self._timeout
 
     def _on_all(
@@ -92,25 +101,39 @@ class Connection:
         first: bool = False,
         deadline: float | None = None,
     ) -> list[Any]:
-        """Call a unary method on every shard; return answers in the order of the shards."""
+        """Call a unary method on every shard; return the answers in the order of the shards.
+
+        See ``Cluster.on_all``. deadline is in monotonic seconds; None: the client's timeout from
+        now.
+        """
         deadline = deadline or self._deadline()
         return self._connect(deadline).on_all(method, request, answer, deadline, first=first)
 
     def _connect(self, deadline: float | None = None) -> Cluster:
-        """Return the shards, connected to before ``deadline``; InvalidArgument once closed."""
+        """Return the connected Cluster; connect first in a new or forked process.
+
+        deadline  monotonic seconds; None: the client's timeout from now
+
+        Raises InvalidArgument once the client is closed, DeadlineExceeded if another thread is
+        still connecting, and what Cluster raises.
+        """
         cluster = self._cluster
         if cluster is not None and cluster.process == os.getpid():
             return cluster
         deadline = deadline or self._deadline()
-        try:  # released whether or not a signal came before ``acquire`` returned
+        try:  # a signal handler may raise after the lock is taken, before ``acquire`` returns
             if not self._connecting.acquire(timeout=max(deadline - time.monotonic(), 0)):
                 raise DeadlineExceeded("another thread is still connecting to the shards")
             return self._connected(deadline)
         finally:
-            with suppress(RuntimeError):  # this thread does not have the lock
+            with suppress(RuntimeError):  # raised if this thread does not hold the lock
                 self._connecting.release()
 
     def _connected(self, deadline: float) -> Cluster:
+        """Connect unless another thread did meanwhile.
+
+        The caller holds the lock ``_connecting``.
+        """
         self._require_open()
         cluster = self._cluster
         if cluster is None or cluster.process != os.getpid():
@@ -136,6 +159,7 @@ class Connection:
 
 
 def _load(kind: type[Connection], addresses: Sequence[str], options: dict[str, Any]) -> Connection:
+    """Recreate a pickled client."""
     return kind(addresses, **options)
 
 
@@ -143,7 +167,7 @@ _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """Have a child connect anew, under identities of its own."""
+    """Let clients in the child process open their own connections, under random client ids."""
     for connection in list(_connections):
         connection._cluster = None
         connection._connecting = threading.RLock()

@@ -1,4 +1,7 @@
-"""One shard's part of one table in memory: rows by key."""
+"""Copy of one table's rows on one shard, in memory, by key.
+
+A row's place is its index in the arrays of keys, versions and rows.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from numpy.typing import NDArray
 
 from psclient.arrays import Rows
 
-LEAST = 1024  # rows that an empty copy has room for
+LEAST = 1024  # smallest capacity, in rows
 jit = njit(nogil=True, cache=True, error_model="numpy")
 
 
@@ -19,8 +22,11 @@ jit = njit(nogil=True, cache=True, error_model="numpy")
 def _home(key: Any, salt: Any, mask: Any) -> Any:
     """Return the first slot to probe for a key.
 
-    This is not the routing hash, of which all keys of a shard share bits. The salt is random, so
-    that nobody can choose keys that collide.
+    key   uint64
+    salt  uint64, random, so that nobody can choose keys that collide
+    mask  uint64, number of slots - 1
+
+    This hash differs from the routing hash, because all keys of a shard share bits of that one.
     """
     x = np.uint64(key) ^ salt
     x ^= x >> np.uint64(32)
@@ -35,10 +41,10 @@ def _home(key: Any, salt: Any, mask: Any) -> Any:
 def _find(slots: Any, salt: Any, keys: Any, wanted: Any, places: Any) -> None:
     """Find the places of keys; -1 for absent keys.
 
-    slots   int32[power of two]  place + 1 of a key, 0: empty; linear probing
-    salt    uint64               of the hash
-    keys    uint64[capacity]     by place
-    wanted  uint64[n]
+    slots   int32[power of two]  hash table with linear probing: place + 1 of a key; 0: empty
+    salt    uint64               see ``_home``
+    keys    uint64[capacity]     key at each place
+    wanted  uint64[n]            keys to find
     places  int64[n]             written
     """
     mask = np.uint64(slots.shape[0] - 1)
@@ -51,7 +57,10 @@ def _find(slots: Any, salt: Any, keys: Any, wanted: Any, places: Any) -> None:
 
 @jit
 def _fill(slots: Any, salt: Any, keys: Any, count: int) -> None:
-    """Enter the first ``count`` keys, which are distinct, into empty slots."""
+    """Enter the first ``count`` keys, which must be distinct, into an empty hash table.
+
+    slots, salt, keys  see ``_find``; slots must be zero
+    """
     mask = np.uint64(slots.shape[0] - 1)
     for place in range(count):
         at = _home(keys[place], salt, mask)
@@ -72,12 +81,17 @@ def _put(
     new_versions: Any,
     new_rows: Any,
 ) -> int:
-    """Write rows, except over newer ones. Returns the number of rows afterwards.
+    """Write rows by key, but keep stored rows with a newer version. Returns the new number of rows.
 
-    slots     int32[power of two]  more than half of them empty, at the end too
-    salt      uint64               of the hash
-    keys      uint64[capacity], versions uint64[capacity], rows float32[capacity, dim]; with room
-    new_keys  uint64[n], distinct; new_versions uint64[n]; new_rows float32[n, dim]
+    slots         int32[power of two]      see ``_find``; more than half must stay empty
+    salt          uint64                   see ``_home``
+    keys          uint64[capacity]         key at each place; room for all new keys
+    versions      uint64[capacity]
+    rows          float32[capacity, dim]
+    count         number of rows before
+    new_keys      uint64[n]                distinct
+    new_versions  uint64[n]
+    new_rows      float32[n, dim]
     """
     mask = np.uint64(slots.shape[0] - 1)
     n, dim = new_rows.shape
@@ -111,9 +125,14 @@ def _remove(
     gone: Any,
     gone_versions: Any,
 ) -> int:
-    """Remove rows, except newer ones. Returns the number of rows left.
+    """Remove rows by key, but keep rows with a newer version. Returns the new number of rows.
 
-    The last row moves to the place of the removed one. Entries after an emptied slot move up.
+    slots, salt, keys, versions, rows, count  see ``_put``
+    gone           uint64[n]  keys to remove; absent keys are ignored
+    gone_versions  uint64[n]  version of each deletion
+
+    The last row moves to the place of the removed one, so that places stay 0..count - 1. The
+    removed slot is filled by moving later entries of its probe sequence.
     """
     mask = np.uint64(slots.shape[0] - 1)
     one = np.uint64(1)
@@ -147,11 +166,12 @@ def _remove(
 
 
 class Copy:
-    """One shard's part of one table: rows by key.
+    """Copy of one table's rows on one shard.
 
-    created  version of the table's creation
+    dim      length of a row
+    default  value of every number of a row that does not exist
+    created  version of the shard at which the table was created
     count    number of rows
-    default  value of the numbers of absent rows
     """
 
     def __init__(self, dim: int, default: float, created: int) -> None:
@@ -167,26 +187,33 @@ class Copy:
         self.rows = np.empty((LEAST, dim), np.float32)
 
     def put(self, keys: Any, versions: Any, rows: Rows) -> None:
-        """Write rows, except over newer ones."""
+        """Write rows, but keep stored rows with a newer version.
+
+        keys uint64[n] (distinct), versions uint64[n], rows float32[n, dim]
+        """
         self._make_room(self.count + len(keys))
         versions = np.ascontiguousarray(versions)
         mine = self.slots, self.salt, self.keys, self.versions, self.rows, self.count
         self.count = _put(*mine, keys, versions, rows)
 
     def remove(self, keys: Any, versions: Any) -> None:
-        """Remove rows, except newer ones."""
+        """Remove rows, but keep rows with a newer version than that of their deletion.
+
+        keys uint64[n], versions uint64[n] of the deletions
+        """
         versions = np.ascontiguousarray(versions)
         mine = self.slots, self.salt, self.keys, self.versions, self.rows, self.count
         self.count = _remove(*mine, keys, versions)
         self._give_back()
 
     def find(self, keys: Any) -> NDArray[np.int64]:
-        """Return the places of keys; -1 for absent keys."""
+        """Return the indices of keys uint64[n] in ``rows`` and ``versions``; -1 for absent keys."""
         places = np.empty(len(keys), np.int64)
         _find(self.slots, self.salt, self.keys, keys, places)
         return places
 
     def _make_room(self, count: int) -> None:
+        """Double the capacity until ``count`` rows fit."""
         capacity = len(self.keys)
         if count > capacity:
             while capacity < count:
@@ -194,7 +221,7 @@ class Copy:
             self._move(capacity)
 
     def _give_back(self) -> None:
-        """Halve the memory until an eighth of it is in use."""
+        """Halve the capacity until at least an eighth of it is in use."""
         capacity = len(self.keys)
         while capacity > LEAST and 8 * self.count < capacity:
             capacity //= 2
@@ -202,6 +229,7 @@ class Copy:
             self._move(capacity)
 
     def _move(self, capacity: int) -> None:
+        """Reallocate all arrays for ``capacity`` rows and rebuild the hash table."""
         for name in ("keys", "versions", "rows"):
             old = getattr(self, name)
             new = np.empty((capacity, *old.shape[1:]), old.dtype)

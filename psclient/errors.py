@@ -1,24 +1,25 @@
-"""What can go wrong for a trainer.
+"""Exceptions that psclient raises.
 
 * PsError
   - InvalidArgument    an argument breaks a rule. Nothing was applied
   - TableNotFound      the table does not exist, on at least one shard
-  - SchemaMismatch     the table has another schema, or was created anew with another one
-  - WrongShard         a shard refused a key of another shard, by the newest shard map too
-  - SessionExpired     a push cannot be checked against earlier attempts, which may have succeeded
+  - SchemaMismatch     the table has a different schema, or was dropped and created anew with one
+  - WrongShard         a shard refused a key, even after the client fetched the newest shard map
+  - SessionExpired     the server cannot tell whether it applied an earlier attempt of a push
   - ResourceExhausted  the server is over one of its limits, or out of memory or disk space
   - DeadlineExceeded   no answer arrived in time. A push may have taken effect
   - Unavailable        the server could not be reached in time. A push may have taken effect
   - VersionInFuture    the shard has not reached the requested version
-  - VersionCompacted   the shard no longer has the changes after a token: take a snapshot
-  - LogDiverged        a token belongs to another history of the shard: take a snapshot
+  - VersionCompacted   the shard has deleted changes that a subscriber still needs: take a snapshot
+  - LogDiverged        the shard was restored to an older state; the subscription's token or the
+                       version belongs to changes that were undone: take a snapshot
   - NoLog              the shard has no data directory, so it keeps no version log
   - CheckpointNotFound the checkpoint does not exist
   - CheckpointExists   a checkpoint of that name exists already
   - CheckpointUnfit    the checkpoint, or the server's configuration, does not allow this operation
   - CheckpointNeeded   another checkpoint builds on this one and cannot be read without it
   - NotEmpty           the operation would delete rows
-  - RestoreConflict    another restore is in progress, or another step of this one comes first
+  - RestoreConflict    another restore is in progress, or a different step of this restore is due
   - DataLoss           stored bytes are damaged. Never retried
   - ServerFailure      the server answered with any other error
 """
@@ -29,7 +30,7 @@ from psproto import ps_pb2 as pb
 
 
 class PsError(Exception):
-    """Root of all errors that psclient raises."""
+    """Base class of all errors that psclient raises."""
 
     reason = ""  # machine-readable, from the server: "TABLE_NOT_FOUND"
     retry_after: float | None = None  # seconds after which the server asks to try again
@@ -44,18 +45,18 @@ class TableNotFound(PsError, LookupError):
 
 
 class SchemaMismatch(PsError):
-    """The table exists with another schema, or was created anew with another one."""
+    """The table has a different schema, or was dropped and created anew with one."""
 
 
 class WrongShard(PsError):
-    """A shard refused a key that belongs to another shard, by the newest shard map too."""
+    """A shard refused a key, even after the client fetched the newest shard map."""
 
 
 class SessionExpired(PsError):
-    """A push cannot be checked against earlier attempts; it may have taken effect.
+    """The server cannot tell whether it applied an earlier attempt of a push; it may have done so.
 
-    It was sent again so late that the server no longer remembers the first attempt. Or a client id
-    was used again with an incarnation that did not grow.
+    The client sent the push again so late that the server no longer remembers the first attempt.
+    Or the client used a client_id again without a larger incarnation.
     """
 
 
@@ -76,11 +77,14 @@ class VersionInFuture(PsError):
 
 
 class VersionCompacted(PsError):
-    """The shard no longer has the changes after a token: take a snapshot."""
+    """The shard has deleted changes that a subscriber still needs: take a snapshot."""
 
 
 class LogDiverged(PsError):
-    """A token belongs to another history of the shard: take a snapshot."""
+    """The shard was restored to an older state: take a snapshot.
+
+    The subscription's token, or the version to wait for, belongs to changes that were undone.
+    """
 
 
 class NoLog(PsError):
@@ -108,7 +112,7 @@ class NotEmpty(PsError):
 
 
 class RestoreConflict(PsError):
-    """Another restore is in progress, or another step of this one comes first."""
+    """Another restore is in progress, or a different step of this restore is due."""
 
 
 class DataLoss(PsError):
@@ -122,7 +126,7 @@ class ServerFailure(PsError):
 REASONS: dict[str, type[PsError]] = {
     "TABLE_NOT_FOUND": TableNotFound,
     "SCHEMA_MISMATCH": SchemaMismatch,
-    "DIM_MISMATCH": SchemaMismatch,  # the client had an old dim of the table
+    "DIM_MISMATCH": SchemaMismatch,  # the client remembered the dim of a table that was recreated
     "WRONG_SHARD": WrongShard,
     "SESSION_EXPIRED": SessionExpired,
     "STEP_TOO_FAR": InvalidArgument,
@@ -139,8 +143,8 @@ REASONS: dict[str, type[PsError]] = {
     "NOT_EMPTY": NotEmpty,
     "RESTORE_CONFLICT": RestoreConflict,
 }
-CODES: dict[int, type[PsError]] = {  # of google.rpc.Code
-    1: Unavailable,  # a server that starts or stops, or is over a limit of gRPC
+CODES: dict[int, type[PsError]] = {  # by number of google.rpc.Code, for errors without a reason
+    1: Unavailable,  # the server starts or stops, or reached a limit of gRPC
     3: InvalidArgument,
     4: DeadlineExceeded,
     8: ResourceExhausted,
@@ -150,7 +154,7 @@ CODES: dict[int, type[PsError]] = {  # of google.rpc.Code
 
 
 def error_of(status: pb.Status, where: str) -> PsError:
-    """Return the exception for a status. ``where`` names the server."""
+    """Return the exception for a server's error status; ``where`` names the server in its text."""
     info, delay = pb.ErrorInfo(), None
     for detail in status.details:
         if detail.type_url.endswith("/google.rpc.ErrorInfo"):

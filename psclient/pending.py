@@ -1,4 +1,4 @@
-"""Requests in flight."""
+"""Requests that were sent and whose answers may not have arrived."""
 
 from __future__ import annotations
 
@@ -20,23 +20,30 @@ from psproto import codec
 
 @dataclass(slots=True)
 class Sent:
-    """A message to one shard, and which distinct keys its pulls are for."""
+    """One message to one shard.
+
+    call   the message and its outcome
+    pulls  where to write the rows of each pull in it
+    """
 
     link: Link
     call: Call
     pulls: list[Range]
-    moved: bool = False  # its keys belong to other shards, and it was sent to them
+    moved: bool = False  # the shard refused its keys, so it was sent again to their owners
 
 
 @dataclass(slots=True, kw_only=True)
 class Request:
     """The messages of one request, from the first one sent to the last answer.
 
-    owner     the client, which must not be closed as forgotten meanwhile
-    dims      of tables, as the client knows them
-    timeout   seconds that an operation may take
+    owner     the client; this reference keeps it from being garbage-collected and closed
+    dims      the client's cache of dims by table; an entry that turns out to be outdated is removed
+    timeout   maximum duration of an operation, in seconds
+    cluster   connections to the shards
+    tables    names of the tables in the request
     deadline  monotonic seconds
-    late      the caller need not wait before the deadline, so what it sends later has a new one
+    late      whether ``wait`` may be called after the deadline (a prefetch); messages that are sent
+              only then get a new deadline
     sent      messages that were sent
     later     pulls to send once all pushes are answered
     """
@@ -52,12 +59,15 @@ class Request:
     later: list[Sent] = field(default_factory=list)
 
     def submit(self, item: Sent, *, background: bool = False) -> None:
-        """Send a message."""
-        self.sent.append(item)  # first: a signal may come at any time
+        """Send a message. background: see Link.submit."""
+        self.sent.append(item)  # before sending, so that ``abandon`` sees it after a signal
         item.link.submit(item.call, background=background)
 
     def wait(self) -> None:
-        """Take all answers; raise the first error once all have arrived."""
+        """Wait for all answers and write pulled rows to their arrays.
+
+        Raises the first PsError once all answers have arrived.
+        """
         self._take_answers()
         if self.later:
             self.sent, later = [], self.later
@@ -68,12 +78,13 @@ class Request:
             self._take_answers()
 
     def abandon(self) -> None:
-        """Give up every message after an interruption; none is sent again."""
+        """Give up every message after an interruption, so that none is sent again."""
         for item in self.sent:
             item.link.abandon(item.call)
         self.later = []
 
     def _take_answers(self) -> None:
+        """Wait for the answers to ``sent``; then raise the first error, if any."""
         failure = None
         for item in self.sent:
             try:
@@ -85,6 +96,9 @@ class Request:
             raise failure
 
     def _answer(self, item: Sent) -> codec.Exchanged:
+        """Return the answer to a message; if the shard refuses its keys, send them to their
+        owners.
+        """
         try:
             return item.link.wait(item.call)
         except WrongShard:
@@ -94,13 +108,17 @@ class Request:
             return self._resend(item)
 
     def _note(self, error: PsError) -> None:
-        """Forget the dims of tables that were dropped, and perhaps created anew."""
+        """Remove the request's tables from ``dims`` if one was dropped, and perhaps created
+        anew.
+        """
         if isinstance(error, SchemaMismatch | TableNotFound):
             for name in self.tables:
                 self.dims.pop(name, None)
 
     def _resend(self, item: Sent) -> codec.Exchanged:
-        """Send what a shard refused to those that the newest shard map names."""
+        """Fetch the newest shard map and send a refused message's keys to the shards that own
+        them.
+        """
         deadline = self._until()
         self.cluster.refresh(deadline)
         least = [part.min_version for part, _, _ in item.pulls]
@@ -109,14 +127,16 @@ class Request:
         )
 
     def _until(self) -> float:
+        """Return the deadline of a message that is sent now, in monotonic seconds."""
         if self.late:
             return max(self.deadline, time.monotonic() + self.timeout)
         return self.deadline
 
 
 class Pending:
-    """A request in flight. Call ``result()`` once or often, from any thread of the process that
-    started it.
+    """A request that was started. ``result()`` waits for it.
+
+    It may be called repeatedly, from any thread of the process that started the request.
     """
 
     def __init__(self, request: Request, finish: Callable[[], Any]) -> None:
@@ -130,13 +150,17 @@ class Pending:
         raise TypeError("a request in flight cannot be pickled or copied: pass on its result()")
 
     def result(self) -> Any:
-        """Wait; return what the blocking method of the same name returns, or raise its error.
+        """Wait; return the result of the blocking method of the same name (``pull`` or
+        ``exchange``).
 
-        If a signal interrupts it, the request is given up: its push takes effect once or not at
-        all, and another result() raises Unavailable.
+        Raises the PsError that the blocking method would raise, and InvalidArgument in a forked
+        child. If a signal handler raises while it waits, the request is given up: its push takes
+        effect once or not at all, and further calls of result() raise Unavailable.
         """
         if self._process != os.getpid():
-            raise InvalidArgument("the request was started by another process, before a fork")
+            raise InvalidArgument(
+                "the request was started before a fork, in the parent process; call result() there"
+            )
         with self._lock:
             if self._request is not None:
                 try:
@@ -152,7 +176,10 @@ class Pending:
             return self._result
 
     def then(self, change: Callable[[Any], Any]) -> Pending:
-        """Return the same request with the result ``change(result)``."""
+        """Make ``result()`` return ``change(result)`` instead of ``result``; return this object.
+
+        Call it before ``result()``.
+        """
         assert self._request is not None
         finish = self._finish
         self._finish = lambda: change(finish())

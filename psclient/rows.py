@@ -1,4 +1,7 @@
-"""Read and write whole rows of a table, and fill a table from a checkpoint."""
+"""Read and write whole rows of a table, and fill a table from a checkpoint.
+
+A whole row is an embedding with its optimizer state, version, step and frequency.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,13 @@ FREQUENCIES = (0, (1 << 32) - 1)
 
 @dataclass(frozen=True, slots=True)
 class RowBatch:
-    """Whole rows of one table."""
+    """Rows of one table, with optimizer state, version, step and frequency."""
 
     keys: NDArray[np.uint64]  # [n]
-    versions: NDArray[np.uint64]
-    steps: NDArray[np.int64]
-    frequencies: NDArray[np.uint64]
-    rows: Rows  # float32[n, width]: [embedding | optimizer state]
+    versions: NDArray[np.uint64]  # [n] version of the row's last change on its shard
+    steps: NDArray[np.int64]  # [n] training step of the row's last push
+    frequencies: NDArray[np.uint64]  # [n] number of pushed occurrences of the key
+    rows: Rows  # float32[n, width]: the embedding (dim numbers), then the optimizer state
 
 
 def warm_start(
@@ -43,27 +46,28 @@ def warm_start(
     replace: bool = False,
     progress: OnProgress | None = None,
 ) -> int:
-    """Fill a table from a table of a checkpoint. Returns the number of rows written.
+    """Fill a table with the rows of a table in a checkpoint. Returns the number of rows written.
 
-    name      the checkpoint, which is verified first
-    table     the table in the checkpoint
-    into      the table to fill; created like the stored table if it does not exist
-    replace   ``into`` may have rows, which are deleted
-    progress  called with the bytes done and an estimate of all (0: unknown)
+    name      the checkpoint's name; the checkpoint is verified first
+    table     name of the table in the checkpoint
+    into      name of the table to fill; if it does not exist, it is created with the schema of the
+              stored table; otherwise it must have the same dim
+    replace   first delete all rows of ``into``; without it, ``into`` must be empty
+    progress  called with (bytes done, estimated total bytes; 0: unknown)
 
-    If ``into`` exists it must have the same dim. Steps and frequencies of the rows are kept. Their
-    versions are new. If the optimizer of ``into`` differs from that of the stored table, the rows
-    get the optimizer state of new rows.
+    Steps and frequencies of the rows are kept; versions are new. If the optimizers of ``into`` and
+    of the stored table differ, the rows get the optimizer state of new rows.
 
     Nothing is deleted before all shards have accepted the request. Until the table is complete,
-    pulls and pushes to it raise Unavailable. If the load fails later, ``into`` has no rows then, or
-    does not exist if it did not exist before. The last step makes the table appear, on one shard
-    after another. If a shard fails in this step, the table may be complete on some shards only:
-    repeat the call with ``replace``.
+    pulls and pushes to it raise Unavailable. If the load fails after that, ``into`` ends up without
+    rows, or does not exist if it did not exist before. Finally the table becomes usable on one
+    shard after another. If a shard fails at that point, the table may be complete on some shards
+    only: repeat the call with ``replace``.
 
     Raises CheckpointNotFound, TableNotFound if the checkpoint lacks the table, NotEmpty if ``into``
-    has rows or counters, SchemaMismatch for another dim, ResourceExhausted if memory or disk do not
-    suffice or a shard is at work on another checkpoint, and DataLoss.
+    has rows or admission counters, SchemaMismatch if the dims differ, ResourceExhausted if memory
+    or disk space do not suffice or a shard is busy with a checkpoint operation, and DataLoss if the
+    checkpoint is damaged.
     """
     checked.name("table", into)
     stored = {each.name: each for each in list_stored(client, name)[0].tables}
@@ -81,8 +85,8 @@ def warm_start(
         rows = sum(each.rows for each in messages)
         if rows != stored[table].rows:
             raise DataLoss(
-                f"checkpoint {name!r}, table {table!r}: {rows} rows were read,"
-                f" {stored[table].rows} were stored"
+                f"checkpoint {name!r}, table {table!r}: read {rows} rows, but the manifests list"
+                f" {stored[table].rows}"
             )
         proceed(client, request.id, pb.ContinueRequest.STEP_FINISH)
 
@@ -97,13 +101,16 @@ def read_rows(
     checkpoint: str | None = None,
     shards: Sequence[int] | None = None,
 ) -> Generator[pb.TableSchema | RowBatch, None, None]:
-    """Read the schema of a table, then all its rows in batches, in no order.
+    """Yield the schema of a table, then all its rows in batches, in no particular order.
 
-    checkpoint  read the table as it is in this checkpoint; None: the live table
-    shards      ask these shards only; for a checkpoint, each serves a share of the rows
+    table       name of the table
+    checkpoint  name of a checkpoint to read the table from; None: read the live table
+    shards      numbers of the shards to ask; None: all. Each shard serves its own rows of a live
+                table, and a share of the rows of a checkpoint
 
-    Yields the schema first, then an empty batch, whose shape shows the width, then the rows. Each
-    row of a live table is consistent, but rows may be of different moments.
+    Yields a TableSchema, then an empty RowBatch, whose shape shows the width, then RowBatches with
+    rows. Rows of a live table are read while pushes continue, so different rows may show different
+    moments.
 
     Raises TableNotFound, CheckpointNotFound, DataLoss.
     """
@@ -136,20 +143,22 @@ def write_rows(
     steps: NDArray[Any] | None = None,
     frequencies: NDArray[Any] | None = None,
 ) -> None:
-    """Write whole rows and replace existing rows of the same keys; not for training.
+    """Write whole rows, replacing existing rows of the same keys. Not for training: use ``push``.
 
-    keys         int[n] of any 64-bit values, distinct
-    rows         float32[n, dim]: the state becomes that of new rows; or [n, width]: with the state
-    steps        int[n], -2^47..2^47-1; None: the largest that was pushed to the table
-    frequencies  int[n], 0..2^32-1; None: 1
+    table        name of the table
+    keys         int[n], any 64-bit values, distinct
+    rows         float[n, dim]: embeddings, and the optimizer state is set to that of new rows;
+                 or float[n, width]: embeddings followed by the optimizer state
+    steps        int[n] in -2^47..2^47-1; None: the largest step pushed to the table
+    frequencies  int[n] in 0..2^32-1, number of pushed occurrences; None: 1
 
-    Idempotent. If it fails, some of the rows may be written: repeat it. Raises InvalidArgument
-    before anything is written if an argument breaks these rules.
+    Idempotent. If it fails, some of the rows may be written: repeat the call. Raises
+    InvalidArgument before anything is written if an argument breaks these rules.
     """
     keys = as_keys(keys)
     if keys.ndim != 1 or np.ndim(rows) != 2 or len(rows) != len(keys):
         raise InvalidArgument(
-            f"keys must have shape [n] and rows [n, width], got {keys.shape} and {np.shape(rows)}"
+            f"keys must have shape (n,) and rows (n, width), got {keys.shape} and {np.shape(rows)}"
         )
     with np.errstate(over="ignore"):
         rows = np.ascontiguousarray(rows, np.float32)
@@ -183,7 +192,10 @@ def write_rows(
 
 
 def _integers(name: str, values: Any, n: int, low: int, high: int) -> NDArray[np.int64]:
-    """Return integers as int64[n]; InvalidArgument if one is not in low..high."""
+    """Return ``values`` as int64[n]; ``name`` is the argument's name in errors.
+
+    Raises InvalidArgument unless they are n integers in low..high.
+    """
     array = as_array(values, name)
     if array.shape != (n,) or (n and array.dtype.kind not in "iu"):
         raise InvalidArgument(

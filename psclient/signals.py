@@ -1,14 +1,15 @@
-"""Signal handlers, kept out of code that they would break.
+"""Delay signal handlers while they would break the interrupted code.
 
-Python runs the handler of a signal between any two bytecodes of the main thread. A handler that
-raises an exception there (KeyboardInterrupt, say) leaves the locks of a threading.Condition locked
-and gRPC's calls in unknown states; one that makes calls of its own may wait for a lock that the
-interrupted code has. Inside of ``with Shield():`` handlers are delayed to the end of the block.
+Python runs a signal handler between any two bytecodes of the main thread. If the handler raises an
+exception there (for example KeyboardInterrupt), it leaves the locks of a threading.Condition locked
+and gRPC's calls in unknown states. If it makes calls of its own, it may wait for a lock that the
+interrupted code holds. Inside ``with Shield():`` handlers are delayed to the end of the block.
 
-A block that waits for a server gives ``wake``, which ends the wait. Threads that look after calls
-run ``wake_delayed`` several times per second, so a handler is delayed by that at most.
+A block that waits for a server passes ``wake``, a function that ends the wait. Background threads
+call ``wake_delayed`` several times per second, which limits the delay of a handler.
 
-Only locks written in C, taken by ``with``, are safe without a shield. ``Condition`` is one.
+Without a shield only locks written in C are safe, and only if ``with`` takes them. ``Condition``
+here is such a lock.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ Handler = Callable[[int, Any], Any]
 
 
 class _Delay:
-    """Stands in for a handler: notes the signal while the shield is up."""
+    """A signal handler that replaces the original ``handler`` while a Shield is up.
+
+    It records the signal in ``shield.delayed``. Once the shield is down it calls the original.
+    """
 
     __slots__ = ("handler", "shield")
 
@@ -48,9 +52,11 @@ class _Delay:
 
 
 class Shield:
-    """Delays signal handlers to the end of the block.
+    """Context manager that delays signal handlers to the end of its block.
 
-    wake  ends the wait that the block is in; other threads call it
+    wake  function that ends the wait inside the block; other threads call it when a signal arrived
+
+    It does nothing outside the main thread, because only the main thread runs handlers.
     """
 
     __slots__ = ("_kept", "delayed", "up", "wake")
@@ -84,7 +90,10 @@ class Shield:
                 handler(number, frame)
 
     def _restore(self) -> None:
-        self.up = False  # first: a stand-in that another signal leaves in place then does no harm
+        """Put the original signal handlers back."""
+        self.up = (
+            False  # before restoring: if a signal interrupts that, a left _Delay just forwards
+        )
         for number, handler in self._kept:
             _signal.signal(number, handler)
         if self.wake is not None:
@@ -93,16 +102,22 @@ class Shield:
 
 
 class Condition(threading.RLock().__class__):  # type: ignore[misc]
-    """threading.Condition for the main thread too: an exception in ``wait`` leaves it usable.
+    """Replacement of threading.Condition that stays usable if a signal handler raises in ``wait``.
 
-    ``with`` takes it as it takes any lock written in C. Hold it once, not twice, in ``wait``.
+    It is itself a lock written in C: take it by ``with``. When calling ``wait``, the thread must
+    hold it exactly once (not nested).
     """
 
     def __init__(self) -> None:
         self._waiters: list[Any] = []
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Release the lock until notified; return False after ``timeout`` seconds."""
+        """Release the lock until notified, then take it again.
+
+        timeout  seconds; None: no limit
+
+        Returns False if it was not notified in time.
+        """
         waiter = threading.Lock()
         waiter.acquire()
         try:
@@ -116,7 +131,10 @@ class Condition(threading.RLock().__class__):  # type: ignore[misc]
                 self._waiters.remove(waiter)
 
     def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
-        """Wait until the predicate is true; return its last value."""
+        """Wait until ``predicate()`` is true, or for ``timeout`` seconds (None: no limit).
+
+        Returns the predicate's last value.
+        """
         end = None if timeout is None else time.monotonic() + timeout
         while not (result := predicate()):
             left = None if end is None else end - time.monotonic()
@@ -126,17 +144,20 @@ class Condition(threading.RLock().__class__):  # type: ignore[misc]
         return result
 
     def notify_all(self) -> None:
-        """Wake all who wait. The lock is held."""
+        """Wake all waiting threads. The caller holds the lock."""
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             waiter.release()
 
 
 def wake_delayed() -> None:
-    """End the waits of the main thread that delay a handler."""
+    """End those waits inside a Shield's block that delay a signal handler.
+
+    Any thread may call it.
+    """
     for shield in list(_waiting):
         if shield.delayed and shield.wake is not None:
             shield.wake()
 
 
-_waiting: list[Shield] = []  # of the main thread
+_waiting: list[Shield] = []  # shields that are up and have a ``wake``; outermost first

@@ -1,12 +1,14 @@
-"""One shard through its pipelined stream.
+"""Connection to one shard through one gRPC stream, which carries many requests at once.
 
-No thread reads replies and wakes their owners: the caller that waits first reads for everybody
-until its own reply has arrived, then the next one takes over. This saves a hand-over for each call.
-For a prefetch nobody waits, so a background thread, started with the first one, reads in its place.
+No dedicated thread reads replies. Of the callers that wait, one is the reader: it reads everybody's
+replies until its own arrives, then another waiting caller becomes the reader. This saves a switch
+between threads for each call. Nobody waits for the replies to prefetches, so a background thread,
+started with the first prefetch, takes turns as the reader.
 
-When the stream breaks, the reader opens another one and sends every unanswered request again.
-Pushes carry (client id, incarnation, sequence), so the server applies each once. A caller that a
-signal interrupts drops the stream; its own request is not sent again, those of others are.
+When the stream breaks, the reader opens a new one and sends every unanswered request again. Pushes
+carry (client id, incarnation, sequence), so the server applies each once. If a signal handler
+raises in a caller, that caller drops the stream. Its own request is not sent again; the requests of
+other callers are.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from psclient.signals import Shield
 from psproto import codec
 from psproto import ps_pb2 as pb
 
-LOST = 2.0  # seconds after its deadline at which a reader is taken for gone
+LOST = 2.0  # seconds after its deadline at which another caller replaces the reader
 
 
 class StreamLink(Link):
-    """One shard through its stream. Thread-safe."""
+    """Connection to one shard through a stream. Thread-safe. See Link."""
 
     def __init__(
         self, where: str, address: str, session: Session, options: Options = OPTIONS
@@ -39,12 +41,12 @@ class StreamLink(Link):
         super().__init__(where, address, session, options)
         self._stream: Any = None
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
-        self._reader: Call | None = None  # the call whose owner reads now
-        self._reader_thread = 0  # who that is
-        self._sleeping: dict[Any, Call] = {}  # by the lock that its owner waits for
+        self._reader: Call | None = None  # the call of the reader; None: nobody reads
+        self._reader_thread = 0  # identity of the thread that reads
+        self._sleeping: dict[Any, Call] = {}  # waiting calls, by the lock that wakes each
         self._prefetches: SimpleQueue[Call | None] = SimpleQueue()
         self._background: threading.Thread | None = None
-        self._failures = 0  # of the stream since its last reply
+        self._failures = 0  # number of broken streams since the last reply
         self._last_failure = ""
 
     def submit(self, call: Call, *, background: bool = False) -> None:
@@ -105,10 +107,10 @@ class StreamLink(Link):
             self.channel.cancel(stream)
         super().close()
 
-    # ---- reading in turns
+    # ---- one caller reads for all
 
     def _take_turns(self, call: Call) -> None:
-        """Return once the call is done, reading for everybody when no one else does."""
+        """Return once the call is done. Become the reader when there is none."""
         try:
             while (turn := self._turn(call)) is not None:
                 if not turn.acquire(timeout=max(call.deadline - time.monotonic(), 0)):
@@ -125,13 +127,17 @@ class StreamLink(Link):
                 self._pass_on()
 
     def _turn(self, call: Call) -> Any:
-        """Make the call the reader, if there is none; else return a lock to wait for."""
+        """Make this thread the reader if there is none, and return None.
+
+        Otherwise return a locked lock; it is released when this thread must look again. Also
+        returns None if the call is done.
+        """
         with self.lock:
             if call.done:
                 return None
             mine = self._reader_thread == threading.get_ident()
             if self._reader is None or mine:
-                if self._reader is not None:  # this is a signal's handler, within a read
+                if self._reader is not None:  # a signal handler calls this inside its own read
                     stream = self._drop_stream()
                     if stream is not None:
                         self.channel.cancel(stream)
@@ -143,13 +149,16 @@ class StreamLink(Link):
             return turn
 
     def _reads(self, call: Call) -> bool:
-        """Return whether this thread is the reader, for this call."""
+        """Return whether this thread is the reader, on behalf of this call."""
         return self._reader is call and self._reader_thread == threading.get_ident()
 
     def _read_one(self, reader: Call) -> None:
-        """Take one reply from the stream and settle the call that it belongs to."""
+        """Read one reply and complete the call that it answers.
+
+        reader  the reader's own call; if it is past its deadline, it fails instead
+        """
         with self.lock:
-            if reader.done:  # the client was closed
+            if reader.done:  # because the client was closed
                 return
             if time.monotonic() >= reader.deadline:
                 self._expire(reader)
@@ -170,26 +179,29 @@ class StreamLink(Link):
                     self._settle(call, answer, None)
 
     def _prefetch(self) -> None:
-        """Read the replies to prefetches."""
+        """Take turns as the reader for each prefetch, on the background thread, until None is
+        queued.
+        """
         while (call := self._prefetches.get()) is not None:
             self._take_turns(call)
 
-    # ---- the lock is held
+    # ---- the caller of these methods holds the lock
 
     def _pass_on(self) -> None:
-        """Wake one sleeper to read where nobody does."""
+        """Wake one waiting caller to become the reader, if there is none."""
         if self._reader is None and self._sleeping:
             turn = next(iter(self._sleeping))
             del self._sleeping[turn]
             turn.release()
 
     def _wake(self, call: Call) -> None:
-        """Wake the owners of a call."""
+        """Wake all threads that wait for a call."""
         for turn in [turn for turn, each in self._sleeping.items() if each is call]:
             del self._sleeping[turn]
             turn.release()
 
     def _send(self, call: Call) -> None:
+        """Send a call on the stream; open the stream if there is none."""
         call.attempts += 1
         if self._stream is None:
             self._reopen()
@@ -197,7 +209,7 @@ class StreamLink(Link):
             self._outbox.put(call.message)
 
     def _reopen(self) -> Any:
-        """Open a stream and send all that is unanswered."""
+        """Open a stream and send all unanswered calls on it. Returns the stream."""
         outbox: SimpleQueue[bytes | None] = SimpleQueue()
         for call in list(self._open.values()):
             if not call.done:
@@ -206,19 +218,22 @@ class StreamLink(Link):
             requests = iter(outbox.get, None)
             stream = self.channel.open_stream("/ps.v1.RowService/Stream", requests)
         except BaseException:
-            outbox.put(None)  # it may have been opened all the same
+            outbox.put(None)  # ends the stream, if it was opened before the exception
             raise
         self._outbox.put(None)
         self._outbox, self._stream = outbox, stream
         return stream
 
     def _drop_stream(self) -> Any:
-        """Forget the stream and return it."""
+        """Stop using the stream and return it, so that the caller can cancel it without the
+        lock.
+        """
         self._outbox.put(None)
         stream, self._stream = self._stream, None
         return stream
 
     def _settle(self, call: Call, answer: codec.Exchanged | None, error: PsError | None) -> None:
+        """Complete a call with an answer or an error, and wake its waiting threads."""
         call.answer, call.error, call.done = answer, error, True
         if error is None or pause_before(call, error) is None:
             self._finish(call, applied=error is None)
@@ -229,14 +244,23 @@ class StreamLink(Link):
         self._wake(call)
 
     def _expire(self, call: Call) -> None:
+        """Complete a call with DeadlineExceeded, or Unavailable if the stream broke since the
+        last reply.
+        """
         why = f"; last failure: {self._last_failure}" if self._failures else ""
         kind = Unavailable if self._failures else DeadlineExceeded
         self._settle(call, None, kind(f"{self.where}: no answer in time{why}"))
 
-    # ---- failures; the lock is not held
+    # ---- failures; the caller of these methods does not hold the lock
 
     def _broken(self, stream: Any, error: Exception, reader: Call) -> None:
-        """Drop a broken stream; fail what is unanswered, or pause before another attempt."""
+        """Handle a broken stream: drop it, then fail all unanswered calls, or pause before another
+        attempt.
+
+        stream  the stream that broke
+        error   what the read raised; all unanswered calls fail unless its code is in RETRYABLE
+        reader  the call of this thread, which limits the pause
+        """
         code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.UNAVAILABLE
         text = error.details() if isinstance(error, grpc.RpcError) else str(error)
         with self.lock:
@@ -260,7 +284,7 @@ class StreamLink(Link):
             time.sleep(pause)
 
     def _again(self, call: Call, error: PsError) -> bool:
-        """Send a refused call once more where that may help; return whether it was sent."""
+        """Pause and send a call again if its error allows that; return whether it was sent."""
         pause = pause_before(call, error)
         if pause is not None:
             time.sleep(pause)
@@ -271,7 +295,7 @@ class StreamLink(Link):
             call.done, call.error = False, None
             if isinstance(error, SessionExpired):
                 renumber(call, self.session)
-                self._identify(call)  # a reply to the refused message may still arrive
+                self._identify(call)  # a new id: a reply to the refused message may still arrive
                 call.encode(call.id)
             self._send(call)
         return True

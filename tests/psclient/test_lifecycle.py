@@ -86,7 +86,10 @@ class TestAddresses:
             pytest.raises(InvalidArgument) as caught,
         ):
             client.list_tables()
-        assert str(caught.value) == f"addresses: shard 0 at {second} serves shard 1"
+        assert str(caught.value) == (
+            f"addresses: shard 0 at {second} is shard 1; list the addresses in the order of the"
+            " shards"
+        )
 
     def test_too_few_or_too_many_are_refused(self, cluster2: Cluster) -> None:
         first, second = cluster2.addresses
@@ -97,8 +100,8 @@ class TestAddresses:
             ):
                 client.list_tables()
             assert str(caught.value) == (
-                f"addresses: shard 0 at {first} is one of 2 shards,"
-                f" {len(given)} addresses were given"
+                f"addresses: shard 0 at {first} belongs to a cluster of 2 shards,"
+                f" but {len(given)} addresses were given"
             )
 
     @pytest.mark.parametrize("transport", ["stream", "unary"])
