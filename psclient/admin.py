@@ -1,13 +1,13 @@
-"""Checkpoints of a cluster: take, list, verify, restore, delete; and rows of a table as arrays.
+"""Administer a cluster: checkpoints and restores, and rows of a table as arrays.
 
     with Client(addresses) as ps:
         admin.checkpoint(ps, "monday")
         admin.checkpoint(ps, "tuesday", parent="monday")
         admin.restore(ps, "tuesday", replace=True)
 
-A checkpoint has a name and never a path: the configuration of the servers says where checkpoints
-are stored. The servers do the work, all shards at once. If a client dies in the middle, the next
-call finishes the work or removes what is left of it.
+A checkpoint has a name but no path: the servers' configuration (checkpoint_url) determines where
+checkpoints are stored. The servers do the work, all shards at once. If a client dies during a call,
+the next call finishes that work or removes the files that it left.
 """
 
 from psclient.checkpoints import (

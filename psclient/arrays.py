@@ -11,10 +11,10 @@ from psclient.errors import InvalidArgument
 
 Rows = NDArray[np.float32]
 
-LOW, END = -(1 << 63), 1 << 64  # of 64-bit keys, signed or not
+LOW, END = -(1 << 63), 1 << 64  # keys are in LOW..END - 1: signed or unsigned 64-bit integers
 MASK = END - 1
 EXACT = 1 << 24  # float32 represents every integer up to this size
-CONVERSIONS = {  # by kind of dtype: how to turn such an array into keys
+CONVERSIONS = {  # by dtype.kind: advice in errors on how to turn such an array into keys
     "f": "floats lose integers above 2^53: read the column as int64, or convert with"
     " keys.astype(np.int64) if every value is whole",
     "b": "convert with keys.astype(np.int64)",
@@ -27,10 +27,13 @@ CONVERSIONS = {  # by kind of dtype: how to turn such an array into keys
 
 
 def as_array(values: Any, name: str) -> NDArray[Any]:
-    """Return a NumPy view of an array of any framework (DLPack), or an array of a sequence.
+    """Return an array or sequence as a NumPy array.
 
-    Copies nothing of an array in host memory, except bfloat16, which becomes float32. Raises
-    InvalidArgument if the array cannot be read here, or if values are missing.
+    values  NumPy array, array of another framework (read by DLPack), data frame column, or sequence
+    name    the argument's name in errors
+
+    Arrays in host memory are not copied, except bfloat16, which becomes float32. Raises
+    InvalidArgument if the array is not in host memory, or if values are masked or null.
     """
     if isinstance(values, np.ma.MaskedArray):
         if np.ma.is_masked(values):
@@ -43,21 +46,23 @@ def as_array(values: Any, name: str) -> NDArray[Any]:
     if hasattr(values, "detach"):  # a tensor that records gradients refuses DLPack
         values = values.detach()
     try:
-        column = hasattr(values, "null_count")  # of a data frame: its DLPack knows less
+        column = hasattr(values, "null_count")  # a data frame's column, which np.asarray reads
         if hasattr(values, "__dlpack__") and not column:
             return np.from_dlpack(values)
         return np.asarray(values)
     except (BufferError, TypeError, ValueError, RuntimeError) as error:
-        if str(getattr(values, "dtype", "")).endswith("bfloat16"):  # NumPy has none
+        if str(getattr(values, "dtype", "")).endswith("bfloat16"):  # a dtype that NumPy lacks
             wide = values.float() if hasattr(values, "float") else values.astype("float32")
             return as_array(wide, name)
-        raise InvalidArgument(f"{name}: no array in host memory: {error}") from error
+        raise InvalidArgument(
+            f"{name} must be an array in host memory, or a sequence: {error}"
+        ) from error
 
 
 def as_keys(keys: Any) -> NDArray[np.uint64]:
-    """Return keys of any shape as contiguous uint64; signed ones keep their bits.
+    """Return keys of any shape as contiguous uint64. Negative keys keep their 64 bits.
 
-    Raises InvalidArgument, with a way to convert them, for what is not 64-bit integers.
+    Raises InvalidArgument if they are not 64-bit integers; the message tells how to convert them.
     """
     array = as_array(keys, "keys")
     if not array.size and array.dtype.kind in "fO":  # np.asarray([])
@@ -65,7 +70,7 @@ def as_keys(keys: Any) -> NDArray[np.uint64]:
     if array.dtype.kind == "O":
         array = _integers(_of_column(keys, array))
     elif array.dtype.kind == "f" and isinstance(keys, list | tuple):
-        array = _integers(np.asarray(keys, object))  # integers on both sides of 2^63, perhaps
+        array = _integers(np.asarray(keys, object))  # NumPy makes floats of [-1, 2**63]
     if array.dtype.kind not in "iu":
         how = CONVERSIONS.get(array.dtype.kind, "convert them to int64 or uint64")
         if array.dtype.kind == "f" and (missing := int(np.isnan(array).sum())):
@@ -73,13 +78,14 @@ def as_keys(keys: Any) -> NDArray[np.uint64]:
         raise InvalidArgument(f"keys must be integers, got dtype {array.dtype}: {how}")
     if array.dtype.kind == "i":
         array = array.astype(np.int64, copy=False)
-    return array.astype(np.uint64, order="C", copy=False)  # of any shape, () too
+    return array.astype(np.uint64, order="C", copy=False)  # keeps the shape (), too
 
 
 def as_gradients(gradients: Any, shape: tuple[int, ...], name: str) -> Rows:
-    """Return gradients of a shape as contiguous float32.
+    """Return gradients as contiguous float32 of the given shape; ``name`` names them in errors.
 
-    Integers are taken if float32 represents them exactly. Raises InvalidArgument otherwise.
+    Raises InvalidArgument if the shape differs, if they are not numbers, or if they are integers
+    that float32 cannot represent exactly.
     """
     array = as_array(gradients, name)
     if array.dtype.kind in "iu":
@@ -94,14 +100,22 @@ def as_gradients(gradients: Any, shape: tuple[int, ...], name: str) -> Rows:
 
 
 def _refuse_nulls(values: Any, name: str) -> None:
-    """Refuse a column of pyarrow or polars that has nulls: as an array it would be floats."""
+    """Raise InvalidArgument if ``values`` is a column of pyarrow or polars with nulls.
+
+    As an array, such a column would become floats.
+    """
     nulls = getattr(values, "null_count", 0)
     if count := nulls() if callable(nulls) else nulls:
         raise InvalidArgument(f"{name}: {count} values are null; fill or drop them first")
 
 
 def _of_column(values: Any, array: NDArray[Any]) -> NDArray[Any]:
-    """Return a nullable integer column of pandas, of which ``array`` has the objects."""
+    """Return a nullable integer column of pandas as int64 or uint64.
+
+    values  the column
+    array   the same values as Python objects; returned if ``values`` is of another type or has
+            missing values
+    """
     kind = str(getattr(values, "dtype", "")).lower()
     if kind.startswith(("int", "uint")) and hasattr(values, "to_numpy"):
         try:
@@ -114,7 +128,10 @@ def _of_column(values: Any, array: NDArray[Any]) -> NDArray[Any]:
 
 
 def _integers(array: NDArray[Any]) -> NDArray[Any]:
-    """Return Python integers of -2^63..2^64-1 as uint64; other objects are refused by name."""
+    """Return an array of Python integers in -2^63..2^64-1 as uint64; return other arrays unchanged.
+
+    Raises InvalidArgument, with its position, if an object is not such an integer.
+    """
     if array.dtype.kind != "O":
         return array
     flat = array.reshape(-1).tolist()
@@ -140,13 +157,19 @@ def _integers(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def _shown(array: NDArray[Any], flat: list[Any]) -> str:
-    """Return the dtype that an array of objects would have."""
+    """Return the dtype to report for an array of objects: float64 if all are ints and floats.
+
+    flat  the array's values
+    """
     kinds = {type(value) for value in flat}
     return "float64" if kinds <= {int, float} else str(array.dtype)
 
 
 def _require_exact(array: NDArray[Any], name: str) -> None:
-    """Refuse integers that float32 would round: those of more than 24 significant bits."""
+    """Raise InvalidArgument if float32 cannot represent an integer of the array exactly.
+
+    These are integers with more than 24 significant bits.
+    """
     if not array.size or (array.max() <= EXACT and array.min() >= -EXACT):
         return
     wide = array.astype(np.int64).view(np.uint64) if array.dtype.kind == "i" else array

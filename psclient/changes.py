@@ -1,4 +1,4 @@
-"""Changes of a cluster's rows, as a subscriber gets them."""
+"""Messages that a subscriber receives about changed rows and tables."""
 
 from __future__ import annotations
 
@@ -41,48 +41,55 @@ KINDS: dict[int, Kind] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Change:
-    """One message of a shard: a change, or a part of a change or of a snapshot.
+    """One message of a shard to a subscriber.
+
+    A large change or snapshot is sent as several messages. A snapshot is a copy of all rows; a
+    catch-up contains only the rows that changed since the token.
 
     kind      rows          these rows have these values
               deletes       these rows were deleted; ``cause`` is the reason
               created       the table was created; rows of an older table of its name are gone
               altered       the table has other settings, in ``schema``; its rows stay
               dropped       the table was dropped, with its rows
-              barrier       the mark ``barrier``
-              progress      nothing new up to ``version``
-              snapshot      discard all rows of this shard, whatever their versions. A snapshot
-                            follows; what is not sent before snapshot_end does not exist
-              catch_up      what changed since the token follows; tables that are not sent are gone
+              barrier       a client wrote the mark ``barrier`` (Client.barrier)
+              progress      nothing changed up to ``version``
+              snapshot      a snapshot begins: discard all rows of this shard, whatever their
+                            versions. Rows not sent before snapshot_end do not exist
+              catch_up      a catch-up begins. Tables not sent before snapshot_end do not exist
               snapshot_end  ends a snapshot or catch-up
 
-    Arrays are empty, or None, where a kind does not use them. They are read-only.
+    Fields that a kind does not use are empty, 0 or None. Arrays are read-only.
     """
 
     shard: int
-    stream: int  # ordinal of the stream to the shard; a new stream repeats what followed the token
+    stream: int  # counts the streams opened to the shard; a new one repeats changes after the token
     kind: Kind
     table: str
     keys: NDArray[np.uint64]  # [n], distinct
-    versions: NDArray[np.uint64]  # [n]
-    rows: NDArray[np.float32] | None  # [n, dim]; [n, width] with state; None without values
-    steps: NDArray[np.int64] | None  # [n], with state only
-    frequencies: NDArray[np.uint64] | None  # [n], with state only
+    versions: NDArray[np.uint64]  # [n] version of the shard after each row's change
+    rows: (
+        NDArray[np.float32] | None
+    )  # [n, dim], or [n, width] with optimizer state; None: no values
+    steps: NDArray[np.int64] | None  # [n] of each row's last push; None without optimizer state
+    frequencies: NDArray[np.uint64] | None  # [n] pushed occurrences; None without optimizer state
     version: int  # of the shard after the newest change in this message
-    more: bool  # the rest follows; the shard was not in the state up to here
-    token: bytes  # to continue after this message; empty inside a change
+    more: bool  # further messages belong to this one; apply them together
+    token: bytes  # continues a subscription after this message; b"": that is not possible here
     head: int  # newest durable version of the shard
-    time: float  # seconds since 1970 when the change was applied; 0 without a change
+    time: float  # when the change was applied, in seconds since 1970; 0: not a change
     dim: int  # length of the table's embeddings
-    barrier: str
-    cause: str  # request, step_ttl, time_ttl, norm or capacity
-    schema: pb.TableSchema | None  # of a created or altered table
+    barrier: str  # name of the mark
+    cause: str  # why rows were deleted: request, step_ttl, time_ttl, norm or capacity
+    schema: pb.TableSchema | None  # of the created or altered table
     history: History | None = None  # epochs of the shard, in the first messages of a stream
 
 
 def read_change(delta: codec.Delta, shard: int, stream: int, *, state: bool) -> Change:
-    """Return a message of a shard as a Change. Raises Malformed.
+    """Convert a message of a shard to a Change. Raises codec.Malformed.
 
-    state  whether whole rows were asked for
+    shard   number of the shard
+    stream  number of streams opened to the shard before this one
+    state   whether the subscriber asked for optimizer state, steps and frequencies
     """
     header, n = delta.header, len(delta.keys)
     kind = KINDS.get(header.kind)
@@ -121,6 +128,10 @@ def read_change(delta: codec.Delta, shard: int, stream: int, *, state: bool) -> 
 
 
 def _rows(delta: codec.Delta) -> NDArray[np.float32]:
+    """Return the rows of a message as float32[n, width].
+
+    Raises Malformed if their size is wrong.
+    """
     header, n = delta.header, len(delta.keys)
     rows = codec.from_wire(delta.rows, codec.wire_dtype(header.dtype))
     if rows.size != n * header.width:
@@ -129,6 +140,7 @@ def _rows(delta: codec.Delta) -> NDArray[np.float32]:
 
 
 def _history(header: pb.DeltaHeader) -> History | None:
+    """Return the shard's epochs in a message, or None if it has none. Raises Malformed."""
     if not header.HasField("history"):
         return None
     epochs, ends = tuple(header.history.epochs), tuple(header.history.ends)

@@ -1,7 +1,7 @@
-"""Unary calls to several shards at once, each repeated until it is answered or time is over.
+"""Make unary calls to several shards at once; repeat each until it is answered or time is over.
 
-No thread waits for a call: gRPC reports those that end to a queue, which the caller reads. A call
-that takes an hour therefore keeps no other one waiting.
+gRPC puts calls that end into a queue, and the caller's thread reads that queue. So no extra thread
+is needed, and a call that takes an hour does not delay the others.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from psclient.errors import DeadlineExceeded, PsError, Unavailable
 from psclient.link import Link
 from psclient.retry import pause_after, rpc_error
 
-GRACE = 1.0  # seconds after the deadline within which gRPC must have ended a call
+GRACE = 1.0  # seconds after the deadline; calls that gRPC has not ended by then are cancelled
 
 
 @dataclass(slots=True)
 class Ask:
-    """A unary call to one shard, and how it ended."""
+    """A unary call to one shard, and its outcome: ``answer`` or ``error``."""
 
     link: Link
     method: str  # "InfoService/GetServerInfo"
@@ -32,18 +32,21 @@ class Ask:
     answer: bytes | None = None
     error: PsError | None = None
     attempts: int = 0
-    due: float = 0.0  # monotonic seconds of the next attempt
-    handle: Any = field(default=None, repr=False)  # of the running attempt
+    due: float = 0.0  # when to make the next attempt, in monotonic seconds
+    handle: Any = field(default=None, repr=False)  # gRPC's object of the running attempt, or None
 
     @property
     def ended(self) -> bool:
+        """Return whether there is an answer or an error."""
         return self.answer is not None or self.error is not None
 
 
 def ask_all(asks: Sequence[Ask], deadline: float) -> None:
-    """Make the calls at once; when this returns, each has its answer or its error.
+    """Make all calls at once and wait; afterwards each has its answer or its error.
 
     deadline  monotonic seconds
+
+    Errors of calls are stored and not raised. An exception of a signal handler cancels all calls.
     """
     ended: SimpleQueue[tuple[Ask, Any]] = SimpleQueue()
     try:
@@ -72,6 +75,10 @@ def ask_all(asks: Sequence[Ask], deadline: float) -> None:
 
 
 def _start(ask: Ask, left: float, ended: SimpleQueue[tuple[Ask, Any]]) -> None:
+    """Start an attempt of a call. When it ends, gRPC puts (ask, handle) into the queue ``ended``.
+
+    left  seconds until the deadline
+    """
     ask.attempts += 1
     try:
         ask.handle = ask.link.channel.start(f"/ps.v1.{ask.method}", ask.message, max(left, 0.001))
@@ -82,7 +89,7 @@ def _start(ask: Ask, left: float, ended: SimpleQueue[tuple[Ask, Any]]) -> None:
 
 
 def _end(ask: Ask, deadline: float) -> None:
-    """Take the result of an attempt, or plan the next one."""
+    """Store the result of an attempt, or schedule the next attempt."""
     handle, ask.handle = ask.handle, None
     try:
         ask.answer = ask.link.channel.result(handle)
@@ -97,6 +104,7 @@ def _end(ask: Ask, deadline: float) -> None:
 
 
 def _expire(asks: Sequence[Ask]) -> None:
+    """Cancel all calls that have not ended and give them the error DeadlineExceeded."""
     for ask in asks:
         if not ask.ended:
             ask.error = DeadlineExceeded(f"{ask.link.where}: no answer in time")

@@ -1,8 +1,8 @@
-"""A feature whose embeddings grow: a small row for every key, a wide one for frequent keys.
+"""A feature with longer embeddings for frequent keys than for rare ones.
 
-Most keys are rare, and rare keys cannot train many numbers. Each key therefore has the first
-numbers of its embedding in a small table, where the servers count how often it is pushed. Keys that
-are pushed often enough get the remaining numbers in a wide table.
+Rare keys are seen too seldom to train many numbers. So the first numbers of every key's embedding
+are in a small table, where the servers also count how often the key is pushed. Only keys that are
+pushed often enough get the remaining numbers, in a wide table.
 """
 
 from __future__ import annotations
@@ -20,34 +20,37 @@ from psclient.errors import InvalidArgument
 from psclient.multihash import Keys, checked_gradients, checked_tables, whole
 from psclient.table import Table
 
-MAX_FREQUENCY = (1 << 32) - 1  # where the servers' counts stop
+MAX_FREQUENCY = (1 << 32) - 1  # the servers do not count further
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PulledMixed:
-    """Embeddings, and what a push of their gradients needs."""
+    """Embeddings, with the information that ``push`` needs to push their gradients."""
 
     embeddings: Rows  # float32[*shape, dim]; 0 after the small part where ``wide`` is False
     keys: Keys  # [*shape]
-    batch: Batch  # of the keys, flat
+    batch: Batch  # the distinct keys of the flattened keys
     wide: NDArray[np.bool_]  # [*shape]: whether the key has a wide part
 
 
 class MixedDimension:
-    """A feature whose embeddings grow: float32[dim], dim = small.dim + wide.dim.
+    """A feature with short embeddings for rare keys and long ones for frequent keys.
 
-    small      table of the first small.dim numbers of every key, and of its frequency
-    wide       table of the other numbers of keys pushed ``threshold`` times or more; until then
-               these numbers are 0
-    threshold  occurrences pushed, in 1..2^32-1
+    small      table with the first small.dim numbers of each key's embedding
+    wide       table with the other wide.dim numbers, for frequent keys; 0 for other keys
+    threshold  a key is frequent once this many occurrences of it were pushed; 1..2^32-1
 
-    A pull takes two round trips, the second for the wide parts. A push takes one.
+    All embeddings have ``dim`` = small.dim + wide.dim numbers. A pull takes two round trips, the
+    second for frequent keys. A push takes one. Raises InvalidArgument if the tables are not two
+    tables of one client, or for an invalid threshold.
     """
 
     def __init__(self, small: Table, wide: Table, threshold: int) -> None:
         checked_tables((small, wide), 2)
         if small.name == wide.name:
-            raise InvalidArgument(f"small and wide must be two tables, got {small.name!r} twice")
+            raise InvalidArgument(
+                f"small and wide must be different tables, got {small.name!r} twice"
+            )
         if not 1 <= whole(threshold, "threshold") <= MAX_FREQUENCY:
             raise InvalidArgument(f"threshold must be in 1..2^32-1, got {threshold}")
         self.small = small
@@ -57,11 +60,17 @@ class MixedDimension:
         self.dim = small.dim + wide.dim
 
     def pull(self, keys: Any, *, mode: Mode = "train") -> Rows:
-        """Return embeddings float32[*shape, dim] of keys[*shape]."""
+        """Return embeddings float32[*shape, dim] of keys int[*shape].
+
+        See Client.pull for ``mode``.
+        """
         return self.pull_mixed(keys, mode=mode).embeddings
 
     def pull_mixed(self, keys: Any, *, mode: Mode = "train") -> PulledMixed:
-        """Return embeddings, and which keys have a wide part; ``push`` takes the result as keys."""
+        """Return the embeddings of keys int[*shape], and which keys are frequent.
+
+        Pass the result to ``push`` in place of keys. See Client.pull for ``mode``.
+        """
         array = as_keys(keys)
         batch = self.client.batch(array.reshape(-1))
         rows = self.small.pull_rows(batch.keys, mode=mode)
@@ -83,9 +92,12 @@ class MixedDimension:
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> None:
-        """Push gradients float[*shape, dim]; wide parts of keys that have none are ignored.
+        """Push gradients float[*shape, dim]. Their wide parts are ignored for keys that are not
+        frequent.
 
-        keys  what pull_mixed returned; or int[*shape], for which one more pull is made
+        keys  the result of pull_mixed; or int[*shape], which takes an additional pull
+
+        See Client.push for the other arguments.
         """
         pulled = keys if isinstance(keys, PulledMixed) else self.pull_mixed(keys)
         array = checked_gradients(gradients, (*pulled.keys.shape, self.dim))

@@ -1,4 +1,4 @@
-"""Calls that failed: what went wrong, and when to try again."""
+"""Errors of failed calls, and pauses before the next attempt."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import grpc
 from psclient.errors import PsError, Unavailable, error_of
 from psproto import ps_pb2 as pb
 
-FIRST_PAUSE = 0.02  # seconds before the second attempt to reach a server; doubles
-LONGEST_PAUSE = 1.0
-RETRYABLE = (  # codes of a broken stream after which a new one is opened
+FIRST_PAUSE = 0.02  # seconds to pause after the first failed attempt; doubles with each attempt
+LONGEST_PAUSE = 1.0  # seconds
+RETRYABLE = (  # status codes of a broken stream after which the client opens a new one
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.INTERNAL,
@@ -22,19 +22,26 @@ RETRYABLE = (  # codes of a broken stream after which a new one is opened
 
 
 def backoff(attempts: int) -> float:
-    """Return the seconds to wait after so many attempts to reach a server."""
+    """Return the seconds to pause after ``attempts`` failed attempts to reach a server."""
     return min(FIRST_PAUSE * 2.0 ** min(attempts, 8), LONGEST_PAUSE)
 
 
 def pause_after(error: PsError, attempts: int) -> float | None:
-    """Return the seconds to wait before another attempt; None: it would not help."""
+    """Return the seconds to pause before the next attempt, or None if the error is final."""
     if error.retry_after is not None:
         return error.retry_after
     return backoff(attempts) if isinstance(error, Unavailable) else None
 
 
 def retry(attempt: Callable[[float], Any], where: str, deadline: float) -> Any:
-    """Call ``attempt(seconds left)`` until it succeeds, fails for good, or time is over."""
+    """Call ``attempt(seconds left)`` until it succeeds; return its result.
+
+    attempt   may raise grpc.RpcError
+    where     name of the server, for errors
+    deadline  monotonic seconds
+
+    Raises a PsError if an error is final or the next attempt would start after the deadline.
+    """
     attempts = 0
     while True:
         left = deadline - time.monotonic()
@@ -50,7 +57,7 @@ def retry(attempt: Callable[[float], Any], where: str, deadline: float) -> Any:
 
 
 def rpc_error(error: grpc.RpcError, where: str) -> PsError:
-    """Return the exception for a failed unary call."""
+    """Return the PsError for a failed unary call; ``where`` names the server."""
     trailers = dict(error.trailing_metadata() or ())
     status = pb.Status(code=error.code().value[0], message=error.details() or "")
     details = trailers.get("grpc-status-details-bin")

@@ -1,4 +1,4 @@
-"""Pull, push, exchange and delete: from keys to shards and back."""
+"""Pull, push, exchange and delete: find the shards of keys, send messages, collect the replies."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from psproto import ps_pb2 as pb
 
 
 class RowClient(Connection):
-    """Requests for rows, by table name."""
+    """Requests for rows of tables, by table name. Base class of Client."""
 
     def describe_table(self, name: str) -> TableInfo:
-        """Return the schema and size of a table over all shards.
+        """Return the schema of a table, and its size over all shards.
 
-        Raises TableNotFound, or SchemaMismatch if shards disagree because another client dropped
-        the table and created it anew at the same time.
+        Raises TableNotFound if a shard does not have the table. Raises SchemaMismatch if the
+        schemas of two shards differ: an alteration failed midway, or another client drops the table
+        and creates it anew right now.
         """
         return self._describe(name, self._deadline())
 
@@ -47,18 +48,18 @@ class RowClient(Connection):
         eviction: Mapping[str, Mapping[str, float]] | None = None,
         max_step_ahead: int | None = None,
     ) -> Alteration:
-        """Change settings of a table on every shard; what is None stays, and so do all rows.
+        """Change settings of a table on every shard. Settings that are None, and all rows, stay.
 
-        Arguments are those of ``create_table``; nothing else of a table can be altered.
+        Arguments have the meanings of ``create_table``; other settings cannot be altered.
 
-        admission  counters towards admission stay if the rule stays of the same kind, those of a
-                   sketch if its size stays, too. Otherwise they are dropped, and
-                   ``Alteration.dropped_counters`` says how many
-        eviction   replaces all rules of the table; {}: no row leaves any more
+        admission  a rule with new parameters keeps the counters of keys that wait for admission if
+                   it is the same rule as before, and, for a sketch, has the same size. Otherwise
+                   the counters are dropped, and ``Alteration.dropped_counters`` is their number
+        eviction   replaces all eviction rules of the table; {}: no row is evicted any more
 
-        Idempotent. Where a shard fails, the error names it, and other shards may have the new
-        settings: repeat the same call to complete it. Raises TableNotFound, InvalidArgument for a
-        bad value, ResourceExhausted if a new sketch does not fit into the memory budget.
+        Idempotent. If a shard fails, the error names it, and other shards may already have the new
+        settings: repeat the same call to complete it. Raises TableNotFound, InvalidArgument for an
+        invalid value, ResourceExhausted if a new sketch does not fit into the memory budget.
         """
         request = alter_request(
             name,
@@ -73,6 +74,7 @@ class RowClient(Connection):
         return self._alter(request)
 
     def _alter(self, request: pb.AlterTableRequest) -> Alteration:
+        """Send an alteration to shard 0, then to the others; return the combined answer."""
         method, answer = "TableService/AlterTable", pb.AlterTableResponse
         try:
             shards = self._on_all(method, request, answer, first=True)
@@ -83,18 +85,20 @@ class RowClient(Connection):
         return alteration_of(shards)
 
     def batch(self, keys: Any) -> Batch:
-        """Return the distinct keys of ``keys`` (any shape), for use in several calls."""
+        """Find the distinct keys of ``keys`` (integers of any shape), to use them in several
+        calls.
+        """
         self._require_open()
         return self._batch(keys, self._deadline())
 
     def pull(
         self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
     ) -> dict[str, Rows]:
-        """Return embeddings of keys of several tables: float32[*shape, dim] by table.
+        """Return embeddings of keys of several tables: {table: float32[*shape of its keys, dim]}.
 
-        keys  by table: integers of any shape, with or without duplicates, or a Batch
-        mode  what keys without a row get: "train", the initial value that their row will have;
-              "serve", the table's serving default
+        keys  {table: keys}; keys are integers of any shape, with or without duplicates, or a Batch
+        mode  result for keys without a row: "train": the initial value that the key's row will
+              have; "serve": the table's serving_default
         wire  dtype of the embeddings on the wire; None: the client's
 
         Takes one round trip. A pull never creates a row.
@@ -104,7 +108,9 @@ class RowClient(Connection):
     def start_pull(
         self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
     ) -> Pending:
-        """Start a ``pull`` and return at once; ``result()`` of the Pending waits for it."""
+        """Start a ``pull`` and return at once; ``result()`` of the Pending returns the
+        embeddings.
+        """
         return self._start({}, keys, mode=mode, wire=wire, background=True)
 
     def push(
@@ -118,18 +124,19 @@ class RowClient(Connection):
     ) -> None:
         """Apply gradients to rows of several tables, in one round trip.
 
-        gradients   by table: (keys, gradients float[*shape of keys, dim]). Gradients of equal keys
-                    are summed; the optimizer takes one step for each distinct key
-        step        global step of the trainer, in -2^47..2^47-1. Rows are stamped with the largest
+        gradients   {table: (keys, gradients float[*shape of keys, dim])}. Gradients of equal keys
+                    are summed; the optimizer updates the row of each distinct key once
+        step        training step, in -2^47..2^47-1. The rows' ``step`` becomes the largest training
                     step that any client has pushed to the table
-        lr          learning rate of this push; None: the table's
+        lr          learning rate for this push; None: the table's
         wire        dtype of the gradients on the wire; None: the client's
         durability  when to return: "applied", once the servers have applied it in memory; "log",
                     once it survives a crash of their processes; "fsync", once it is on their
-                    disks; None: as the table says
+                    disks; None: the table's durability
 
-        Each shard applies its part exactly once, whole or not at all. Raises InvalidArgument for
-        bad gradients, and then applies nothing.
+        Each shard applies its part of a message exactly once, whole or not at all; a request
+        larger than a server's message limit is sent in several messages. Raises InvalidArgument for
+        gradients of a wrong shape, or with infinite or NaN sums, and then applies nothing.
         """
         self._start(gradients, {}, step=step, lr=lr, wire=wire, durability=durability).result()
 
@@ -144,11 +151,14 @@ class RowClient(Connection):
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> dict[str, Rows]:
-        """Push gradients and pull rows in one round trip; return embeddings by table.
+        """Push gradients and pull rows in one round trip; return {table: embeddings}.
 
-        Arguments are those of ``push`` and ``pull``. The pull sees the push. A request that is
-        larger than a server's message limit is sent in several messages, all pushes before the
-        pulls.
+        push  gradients by table, as in ``push``
+        pull  keys by table, as in ``pull``
+
+        ``push`` and ``pull`` explain the other arguments and the errors. The pull reads rows as
+        they are after the push. A request larger than a server's message limit is sent in several
+        messages: first all pushes, then the pulls.
         """
         pending = self._start(
             push, pull, step=step, lr=lr, mode=mode, wire=wire, durability=durability
@@ -166,11 +176,13 @@ class RowClient(Connection):
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> Pending:
-        """Start an ``exchange`` and return at once; ``result()`` of the Pending waits for it.
+        """Start an ``exchange`` and return at once; ``result()`` of the Pending returns the
+        embeddings.
 
-        Exchanges in flight take effect in the order in which they were started. The exception are
-        those that the server refuses for now (OVERLOADED, DISK_FULL): later ones may overtake
-        them. An exchange larger than a message starts to pull when ``result()`` is called.
+        Exchanges in flight take effect in the order in which they were started. The only exception
+        is an exchange that the server refuses for the moment (OVERLOADED, DISK_FULL): later ones
+        may take effect before it is sent again. If an exchange needs several messages, its pulls
+        are sent only when ``result()`` is called.
         """
         return self._start(
             push,
@@ -186,10 +198,12 @@ class RowClient(Connection):
     def pull_distinct(
         self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
     ) -> dict[str, Rows]:
-        """Return one embedding for each distinct key: float32[distinct, dim] by table.
+        """Return one embedding for each distinct key: {table: float32[distinct, dim]}.
 
-        keys  by table: a Batch. Row i belongs to ``batch.keys[i]``; ``batch.spread(rows)`` has one
-              row for each key of the batch
+        keys  {table: Batch}. Row i of the result belongs to ``batch.keys[i]``;
+              ``batch.spread(rows)`` returns one row for each key of the batch
+
+        ``pull`` explains the other arguments.
         """
         pending = self._start({}, keys, mode=mode, wire=wire, distinct=True)
         return pending.result()  # type: ignore[no-any-return]
@@ -203,15 +217,17 @@ class RowClient(Connection):
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> None:
-        """Push gradients that are summed already.
+        """Push gradients that are already summed over equal keys.
 
-        gradients  by table: (Batch, float32[distinct, dim] in the order of ``batch.keys``)
+        gradients  {table: (Batch, float[distinct, dim])}, rows in the order of ``batch.keys``
+
+        ``push`` explains the other arguments.
         """
         self._start(
             gradients, {}, step=step, lr=lr, wire=wire, durability=durability, distinct=True
         ).result()
 
-    # ---- the line from keys to shards and back
+    # ---- from keys to messages
 
     def _start(
         self,
@@ -226,7 +242,13 @@ class RowClient(Connection):
         distinct: bool = False,
         background: bool = False,
     ) -> Pending:
-        """Send a request; the Pending's result is the embeddings by table."""
+        """Send a request; the Pending's result is {table: embeddings}.
+
+        distinct    keys are Batches; gradients and embeddings have one row per distinct key
+        background  read replies on a background thread before ``result()`` is called
+
+        See ``exchange`` for the other arguments.
+        """
         deadline = self._deadline()
         header = self._header(step, lr, durability)
         dtype = self._dtype if wire is None else checked.one_of("wire", wire, WIRES)
@@ -247,13 +269,16 @@ class RowClient(Connection):
         return Pending(self._send(header, pushes, pulls, deadline, background=background), finish)
 
     def _pull_rows(self, name: str, keys: Any, mode: str, min_version: Sequence[int]) -> PullPart:
-        """Pull rows of one table, with versions, steps and frequencies."""
+        """Pull rows of one table with their versions, steps and frequencies, and wait for them.
+
+        min_version  smallest version of each shard to read from; (): any
+        """
         deadline = self._deadline()
         wanted = checked.one_of("mode", mode, MODES)
         shards = len(self._connect(deadline).links)
         if min_version and len(min_version) != shards:
             raise InvalidArgument(
-                f"min_version must name a version for each of {shards} shards, got"
+                f"min_version must have a version for each of {shards} shards, got"
                 f" {len(min_version)}"
             )
         least = Versions(
@@ -276,7 +301,11 @@ class RowClient(Connection):
         *,
         background: bool = False,
     ) -> Request:
-        """Send the messages of a request."""
+        """Send the messages of a request and return it without waiting.
+
+        deadline    monotonic seconds
+        background  see ``_start``
+        """
         cluster = self._connect(deadline)
         request = Request(
             owner=self,
@@ -293,7 +322,7 @@ class RowClient(Connection):
                 for exchange, ranges in built:
                     item = Sent(link, Call(exchange, deadline), ranges)
                     if pushes and len(built) > 1 and not exchange.pushes:
-                        request.later.append(item)  # a push may have to be sent again
+                        request.later.append(item)  # not before all pushes have succeeded
                     else:
                         request.submit(item, background=background)
         except BaseException:
@@ -302,6 +331,7 @@ class RowClient(Connection):
         return request
 
     def _header(self, step: int, lr: float | None, durability: str | None) -> Header:
+        """Check the options of a push and return them."""
         return Header(
             step=checked.integer("step", step, -codec.STEPS, codec.STEPS),
             lr=None if lr is None else checked.number("lr", lr),
@@ -311,6 +341,9 @@ class RowClient(Connection):
         )
 
     def _batch(self, keys: Any, deadline: float) -> Batch:
+        """Return ``keys`` as a Batch; connect first if needed, until ``deadline`` (monotonic
+        seconds).
+        """
         return keys if isinstance(keys, Batch) else Batch(keys, self._connect(deadline).shard_map)
 
     def _pull_part(
@@ -325,6 +358,12 @@ class RowClient(Connection):
         distinct: bool = False,
         min_version: Versions = NO_VERSIONS,
     ) -> PullPart:
+        """Prepare the pull of one table.
+
+        metadata     also pull versions, steps and frequencies
+        distinct     the result has one row per distinct key
+        min_version  smallest version of each shard to read from
+        """
         dim, batch = self._dim(name, deadline), self._batch(keys, deadline)
         u = len(batch.keys)
         out = np.empty((u if distinct else len(batch), dim), np.float32)
@@ -336,6 +375,11 @@ class RowClient(Connection):
     def _push_part(
         self, name: str, keys: Any, gradients: Any, dtype: int, distinct: bool, deadline: float
     ) -> PushPart:
+        """Prepare the push to one table: sum and check its gradients.
+
+        dtype     dtype of the gradients on the wire, a number of ps.proto
+        distinct  the gradients are already summed over equal keys
+        """
         dim, batch = self._dim(name, deadline), self._batch(keys, deadline)
         sums = batch.check(gradients, name, dim) if distinct else batch.sum(gradients, name, dim)
         largest = LARGEST[dtype]
@@ -343,22 +387,28 @@ class RowClient(Connection):
             row, column = np.argwhere(np.abs(sums) > largest)[0]
             raise InvalidArgument(
                 f"table {name!r}: the gradient of key {batch.keys[row]} is {sums[row, column]} at"
-                f" position {column}; the wire carries up to {largest:g}"
+                f" position {column}; the dtype on the wire allows at most {largest:g}"
             )
         return PushPart(name, batch, sums, dtype, batch.split.counts)
 
     def _dim(self, name: str, deadline: float) -> int:
+        """Return the dim of a table; ask the shards if it is not known yet."""
         dim = self._dims.get(name)
         if dim is None:
             dim = self._dims[name] = self._describe(name, deadline).dim
         return dim
 
     def _describe(self, name: str, deadline: float) -> TableInfo:
+        """Describe a table; see ``describe_table``. deadline is in monotonic seconds."""
         request = pb.DescribeTableRequest(name=checked.text("name of a table", name))
         method, answer = "TableService/DescribeTable", pb.DescribeTableResponse
         return table_info(self._on_all(method, request, answer, deadline=deadline))
 
     def _delete(self, name: str, keys: Any, durability: Durability | None) -> int:
+        """Delete the rows of keys in one table; return the number of rows deleted.
+
+        See Table.delete.
+        """
         deadline = self._deadline()
         header = self._header(0, None, durability)
         cluster = self._connect(deadline)

@@ -1,4 +1,4 @@
-"""Schemas of tables: rules for requests, descriptions from answers."""
+"""Table schemas: build them from arguments, combine the shards' descriptions of a table."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ MAX_DIM = 8192
 
 @dataclass(frozen=True, slots=True)
 class TableInfo:
-    """Settings of a table as they are now, alterations included, and its size over all shards."""
+    """Current settings of a table, alterations included, and its size over all shards."""
 
     name: str
     dim: int
     optimizer: str
-    optimizer_args: dict[str, float]  # all of them, "lr" too
+    optimizer_args: dict[str, float]  # all parameters, including "lr" and defaults
     initializer: str
     initializer_args: dict[str, float]
     seed: int
@@ -30,15 +30,15 @@ class TableInfo:
     durability: str
     admission: str
     admission_args: dict[str, float]
-    eviction: dict[str, dict[str, float]]  # by rule
-    max_step_ahead: int  # steps that a push may be ahead of the table; 0: no bound
+    eviction: dict[str, dict[str, float]]  # parameters by rule
+    max_step_ahead: int  # by how much a push may exceed the table's largest step; 0: no limit
     rows: int
-    bytes: int  # of server memory: rows, metadata, index, counters, spare capacity
-    waiting: int  # keys that are counted but have no row yet; an estimate with a sketch
-    counter_bytes: int  # of the counters of waiting keys; part of ``bytes``
-    shard_rows: tuple[int, ...]
-    shard_bytes: tuple[int, ...]
-    versions: Versions  # of the shards
+    bytes: int  # server memory used: rows, metadata, index, counters, spare capacity
+    waiting: int  # keys that wait for admission: counted, but no row yet; estimated for a sketch
+    counter_bytes: int  # memory of the counters of waiting keys; included in ``bytes``
+    shard_rows: tuple[int, ...]  # ``rows`` of each shard
+    shard_bytes: tuple[int, ...]  # ``bytes`` of each shard
+    versions: Versions  # version of each shard
 
 
 def table_schema(
@@ -54,9 +54,13 @@ def table_schema(
     eviction: Mapping[str, Mapping[str, float]] | None,
     max_step_ahead: int | None,
 ) -> pb.TableSchema:
-    """Return the schema that Client.create_table describes; InvalidArgument for a bad value.
+    """Build the schema of a table from the arguments of Client.create_table.
 
-    optimizer, initializer, admission  name and parameters; the optimizer's learning rate
+    optimizer    (name, parameters, learning rate)
+    initializer  (name, parameters)
+    admission    (name, parameters)
+
+    Parameters may be None. Raises InvalidArgument for an invalid value.
     """
     at = f"table {checked.text('name', name)!r}: "
     rates = {} if optimizer[2] is None else {"lr": optimizer[2]}
@@ -86,7 +90,13 @@ def rule(
     parameters: Mapping[str, float] | None,
     more: Mapping[str, float] | None = None,
 ) -> pb.Rule:
-    """Return a rule with its parameters. ``field`` names it in errors."""
+    """Build a rule from its name and parameters.
+
+    field  the argument's name in errors: "table 'user': optimizer"
+    more   further parameters, which override ``parameters``
+
+    Raises InvalidArgument if a name is not text or a parameter is not a number.
+    """
     numbers = {
         checked.text(f"parameter of {field}", key): checked.number(f"{field} {key}", value)
         for key, value in {**checked.mapping(field, parameters), **(more or {})}.items()
@@ -95,15 +105,19 @@ def rule(
 
 
 def table_info(shards: Sequence[pb.DescribeTableResponse]) -> TableInfo:
-    """Return the descriptions of all shards as one; SchemaMismatch if their schemas differ."""
+    """Combine the descriptions of one table by all shards.
+
+    Raises SchemaMismatch if the shards' schemas differ.
+    """
     schema = shards[0].schema
     for number, shard in enumerate(shards):
         if shard.schema != schema:
             fields = [f.name for f in schema.DESCRIPTOR.fields]
             field = next(f for f in fields if getattr(shard.schema, f) != getattr(schema, f))
             raise SchemaMismatch(
-                f"table {schema.name!r} has another {field} on shard {number} than on shard 0;"
-                " drop it and create it anew, or repeat an alteration that failed midway"
+                f"table {schema.name!r}: field {field!r} differs between shard 0 and shard"
+                f" {number}; repeat the alteration that failed midway, or drop the table and create"
+                " it anew"
             )
     return TableInfo(
         name=schema.name,

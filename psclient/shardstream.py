@@ -1,4 +1,4 @@
-"""The subscription to one shard, and the queue in which the changes of all shards wait."""
+"""The subscription to one shard, and the queue that collects the changes of all shards."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from psproto import ps_pb2 as pb
 
 WhenLost = Literal["raise", "snapshot"]
 
-LOST = (VersionCompacted, LogDiverged, VersionInFuture)  # the token is of no more use
+LOST = (VersionCompacted, LogDiverged, VersionInFuture)  # the shard cannot continue from the token
 SUBSCRIBE = "/ps.v1.LogService/Subscribe"
 
 
 class ChangeQueue:
-    """Changes that wait for the application. Thread-safe.
+    """Queue of changes that the application has not taken yet. Thread-safe.
 
-    tokens  by shard: after the changes that were taken
+    tokens  for each shard, the token to continue from after the last change taken
     """
 
     def __init__(self, tokens: list[bytes], most: int) -> None:
-        """Create an empty queue for at most ``most`` changes."""
+        """Create an empty queue for at most ``most`` changes; ``tokens`` are the first ones, by
+        shard.
+        """
         self.tokens = tokens
         self.closed = False
         self._most = most
@@ -39,7 +41,10 @@ class ChangeQueue:
         self._failure: PsError | None = None
 
     def put(self, change: Change | PsError) -> bool:
-        """Append a change once there is room. Returns False if the queue was closed."""
+        """Append a change, or a PsError that ended a stream; wait while the queue is full.
+
+        Returns False, without appending, if the queue is closed.
+        """
         with self._changed:
             while len(self._ready) >= self._most and not self.closed:
                 self._changed.wait()
@@ -49,10 +54,10 @@ class ChangeQueue:
             return not self.closed
 
     def take(self, timeout: float | None) -> Change | None:
-        """Remove and return the next change.
+        """Remove and return the next change; wait up to ``timeout`` seconds (None: no limit).
 
-        Returns None if there is none within ``timeout`` seconds (None: no limit), or if the queue
-        is closed. Raises the PsError that ended a stream.
+        Returns None if none arrived in time or the queue is closed. Raises the PsError that ended a
+        stream, also in all later calls.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
@@ -76,12 +81,12 @@ class ChangeQueue:
             return change
 
     def pause(self, seconds: float) -> None:
-        """Wait, or return early if the queue is closed."""
+        """Wait for ``seconds``; return early if the queue is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self.closed, seconds)
 
     def close(self) -> None:
-        """Discard what is queued. Whoever waits returns."""
+        """Close the queue and discard its changes. Threads that wait in a method return at once."""
         with self._changed:
             self.closed = True
             self._ready.clear()
@@ -89,9 +94,9 @@ class ChangeQueue:
 
 
 class ShardStream:
-    """A thread that reads the changes of one shard into a queue.
+    """Reads the changes of one shard into a queue, on its own thread.
 
-    After a failure it opens the stream again, after the last change that it queued.
+    After a failure it opens a new stream, which continues after the last change that it queued.
     """
 
     def __init__(
@@ -105,12 +110,16 @@ class ShardStream:
         *,
         proxy: bool = False,
     ) -> None:
-        """Open the channel. ``open`` starts the thread.
+        """Store the arguments. ``open`` connects.
 
-        request    of the first stream, with its token
-        timeout    seconds without reaching the shard, after which Unavailable is queued
-        when_lost  whether to take a snapshot if the shard cannot continue from the token
-        proxy      use the HTTP proxy that the environment names
+        queue      receives the changes, and a PsError if the stream cannot continue
+        shard      the shard's number
+        address    "host:port"
+        request    first request, with the token to continue from
+        timeout    seconds of failing to reach the shard, after which Unavailable is queued
+        when_lost  if the shard cannot continue from the token: "raise" queues the error, "snapshot"
+                   starts again with a snapshot
+        proxy      whether to use the HTTP proxy of the environment variables
         """
         self.where = f"shard {shard} at {address}"
         self._queue = queue
@@ -121,8 +130,8 @@ class ShardStream:
         self._channel = Channel(address, options(proxy=proxy))
         self._call: Any = None
         self._count = 0
-        self._received = False  # anything, on the newest stream
-        self._met = False  # the server, ever
+        self._received = False  # whether the newest stream has delivered a message
+        self._met = False  # whether any stream has delivered a message
         self._thread = threading.Thread(target=self._run, name=f"subscriber {shard}", daemon=True)
 
     def open(self) -> None:
@@ -130,13 +139,14 @@ class ShardStream:
         self._thread.start()
 
     def close(self) -> None:
-        """End the stream; the queue is closed. The thread ends soon after."""
+        """Cancel the stream; the thread ends soon after. The caller has closed the queue."""
         call = self._call
         if call is not None:
             self._channel.cancel(call)
         self._channel.close()
 
     def _run(self) -> None:
+        """Read streams until the queue is closed or a failure is final."""
         failures, failing = 0, time.monotonic()
         while not self._queue.closed:
             try:
@@ -159,7 +169,10 @@ class ShardStream:
             self._queue.pause(pause)
 
     def _restarts(self, failure: PsError) -> bool:
-        """Start with a snapshot if the token is of no more use and the application wants that."""
+        """Switch the request to a snapshot if the token is useless and ``when_lost`` is "snapshot".
+
+        Returns whether it did.
+        """
         lost = isinstance(failure, LOST) and bool(self._request.token)
         if not lost or self._when_lost != "snapshot":
             return False
@@ -168,8 +181,11 @@ class ShardStream:
         return True
 
     def _pause(self, failure: PsError, failures: int) -> float | None:
-        """Return the seconds until the next attempt; None: there is none."""
-        # the limit of subscribers may be reached by this one's own broken stream
+        """Return the seconds to wait before the next attempt, or None if the failure is final.
+
+        failures  number of consecutive failures
+        """
+        # the server may still count this subscriber's own broken stream
         crowded = self._met and failure.reason == "TOO_MANY_SUBSCRIBERS"
         if crowded or isinstance(failure, Unavailable):
             return float(min(FIRST_PAUSE * 2 ** min(failures, 8), LONGEST_PAUSE))
@@ -177,7 +193,10 @@ class ShardStream:
         return seconds
 
     def _read(self) -> None:
-        """Queue changes until the queue is closed. Raises a PsError when the stream breaks."""
+        """Open a stream and queue its changes until the queue is closed.
+
+        Raises a PsError when the stream breaks.
+        """
         self._received = False
         request = self._request.SerializeToString()
         state = self._request.content == pb.CONTENT_VALUES_AND_STATE

@@ -91,9 +91,7 @@ class Shield:
 
     def _restore(self) -> None:
         """Put the original signal handlers back."""
-        self.up = (
-            False  # before restoring: if a signal interrupts that, a left _Delay just forwards
-        )
+        self.up = False  # first: a _Delay left in place by an interruption then forwards
         for number, handler in self._kept:
             _signal.signal(number, handler)
         if self.wake is not None:

@@ -1,9 +1,10 @@
-"""Keys from strings: XXH64 of the UTF-8 bytes, with seed 0. Every language with xxHash agrees.
+"""Keys from strings: the XXH64 hash of the UTF-8 bytes, with seed 0.
 
     hash_keys(["male", "female"])  ->  uint64[2]
 
-The algorithm is Yann Collet's (xxHash specification 0.1.1). Distinct strings may collide. Among n
-strings, n^2 / 2^65 colliding pairs are expected: 1/37 of a pair for a billion strings.
+XXH64 is specified by Yann Collet (xxHash specification 0.1.1); implementations in other languages
+give the same keys. Distinct strings may collide: among n strings, ``n^2 / 2^65`` colliding pairs
+are expected, which is 1/37 of a pair for a billion strings.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ jit = njit(nogil=True, cache=True, error_model="numpy")
 
 @jit
 def _rotate(x: Any, by: int) -> Any:
+    """Rotate a uint64 left by ``by`` bits, 0 < by < 64."""
     return (x << np.uint64(by)) | (x >> np.uint64(64 - by))
 
 
 @jit
 def _word(data: Any, at: int, size: int) -> Any:
+    """Read a little-endian integer of ``size`` bytes at ``data[at]`` as uint64."""
     value = np.uint64(0)
     for i in range(size):
         value |= np.uint64(data[at + i]) << np.uint64(8 * i)
@@ -41,11 +44,13 @@ def _word(data: Any, at: int, size: int) -> Any:
 
 @jit
 def _round(lane: Any, word: Any) -> Any:
+    """Mix a uint64 word into a uint64 lane: the "round" of XXH64."""
     return _rotate(lane + word * _P2, 31) * _P1
 
 
 @jit
 def _xxh64(data: Any, start: int, end: int) -> Any:
+    """Return the XXH64 hash, with seed 0, of data[start:end]; data is uint8[...]."""
     at = start
     if end - start >= 32:
         a, b, c, d = _P1 + _P2, _P2, np.uint64(0), np.uint64(0) - _P1
@@ -77,26 +82,35 @@ def _xxh64(data: Any, start: int, end: int) -> Any:
 
 @jit
 def _hash_all(data: Any, bounds: Any, out: Any) -> None:
+    """Write ``out[i]`` = hash of ``data[bounds[i]:bounds[i + 1]]``.
+
+    data uint8[bytes], bounds int64[n + 1], out uint64[n]
+    """
     for i in range(out.shape[0]):
         out[i] = _xxh64(data, bounds[i], bounds[i + 1])
 
 
 def _bytes(string: Any) -> bytes:
+    """Return the UTF-8 bytes of a str, or ``bytes`` unchanged.
+
+    Raises InvalidArgument for other values and for text that UTF-8 cannot encode.
+    """
     try:
         if isinstance(string, str | bytes):
             return string.encode() if isinstance(string, str) else string
     except UnicodeEncodeError:
         pass
-    raise InvalidArgument(f"strings must be text in Unicode, or bytes, got {string!r}")
+    raise InvalidArgument(f"strings must be valid Unicode text or bytes, got {string!r}")
 
 
 def hash_keys(strings: Iterable[str | bytes]) -> NDArray[np.uint64]:
-    """Return the keys uint64[n] of n strings. ``bytes`` are hashed as they are.
+    """Return one key for each string: uint64[n]. ``bytes`` are hashed without encoding.
 
-    Raises InvalidArgument for values that are neither text nor bytes.
+    Raises InvalidArgument for values that are neither valid Unicode text nor bytes, and if
+    ``strings`` is a single string.
     """
     if isinstance(strings, str | bytes):
-        raise InvalidArgument(f"strings must be a list of them, got {strings!r}")
+        raise InvalidArgument(f"strings must be a list of strings, got {strings!r}")
     encoded = [_bytes(s) for s in strings]
     bounds = np.zeros(len(encoded) + 1, np.int64)
     np.cumsum([len(s) for s in encoded], out=bounds[1:])

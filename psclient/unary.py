@@ -1,4 +1,7 @@
-"""One shard through unary calls: what clients of other languages do, and slower than a stream."""
+"""Connection to one shard through unary calls, as clients in other languages may use it.
+
+It is slower than a stream (stream.py).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from psproto import codec
 
 
 class UnaryLink(Link):
-    """One shard through unary calls. Thread-safe."""
+    """Connection to one shard through unary calls. Thread-safe. See Link."""
 
     def submit(self, call: Call, *, background: bool = False) -> None:
         with self.lock:
@@ -48,17 +51,21 @@ class UnaryLink(Link):
             self.channel.cancel(call.handle)
 
     def _send(self, call: Call) -> None:
+        """Start an attempt of a call."""
         call.attempts += 1
         left = max(call.deadline - time.monotonic(), 0.001)
         call.handle = self.channel.start("/ps.v1.RowService/Exchange", call.message, left)
 
     def _end(self, call: Call, *, applied: bool) -> None:
+        """Note that a call will not be sent again. applied: whether its pushes took effect."""
         with self.lock:
             call.done = True
             self._finish(call, applied=applied)
 
     def _again(self, call: Call, error: PsError) -> None:
-        """Send a failed call once more where that may help, or raise its error."""
+        """Pause and send a failed call again if its error allows that; otherwise raise the
+        error.
+        """
         pause = pause_before(call, error)
         if pause is None and isinstance(error, Unavailable):
             pause = backoff(call.attempts)

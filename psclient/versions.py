@@ -1,7 +1,8 @@
-"""Versions of shards, and the epochs that tell whether two versions are of one history.
+"""Versions of shards, and epochs, which tell whether two versions belong to the same history.
 
-A shard draws a random epoch at each start. After a restore, or when a data directory was put back
-from a copy, the same version numbers come again with other changes, in another epoch.
+A shard draws a random number, its epoch, at each start. After the shard is restored, or its data
+directory is replaced by an older copy, it gives out the same version numbers again for other
+changes, but in a new epoch.
 """
 
 from __future__ import annotations
@@ -11,21 +12,23 @@ from dataclasses import dataclass
 
 
 class Versions(tuple[int, ...]):
-    """One version per shard: a tuple of integers, with the epoch of each version.
+    """A tuple with one version per shard, and the epoch of each version.
 
-    epochs  by shard; 0: unknown, the version is compared as a number
+    epochs  epoch of each version; 0: unknown, so only the version numbers can be compared
     """
 
     epochs: tuple[int, ...]
 
     def __new__(cls, versions: Iterable[int], epochs: Iterable[int] = ()) -> Versions:
-        """Create from versions and epochs by shard."""
+        """Create from one version per shard, and one epoch per shard (random number of a server
+        start).
+        """
         self = super().__new__(cls, versions)
         self.epochs = tuple(epochs)
         return self
 
     def __getnewargs__(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the arguments that a copy is created from."""
+        """Return the arguments of ``__new__``, for pickle and copy."""
         return tuple(self), self.epochs
 
 
@@ -34,10 +37,10 @@ NO_VERSIONS = Versions((), ())
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """The newest epochs of one shard.
+    """The newest epochs of one shard. An epoch is a random number that each server start draws.
 
-    epochs  oldest first; the last one is current
-    ends    newest version of each epoch but the last
+    epochs  oldest first; the last one is the current epoch
+    ends    newest version of each epoch, except of the current one
     """
 
     epochs: tuple[int, ...]
@@ -45,11 +48,14 @@ class History:
 
     @property
     def epoch(self) -> int:
-        """The current epoch."""
+        """Return the current epoch."""
         return self.epochs[-1]
 
     def contains(self, epoch: int, version: int) -> bool | None:
-        """Return whether a version of an epoch belongs to this history; None: unknown epoch."""
+        """Return whether a version that was given out in ``epoch`` belongs to this history.
+
+        None: the epoch is not known here.
+        """
         for known, end in zip(self.epochs, self.ends, strict=False):
             if known == epoch:
                 return version <= end

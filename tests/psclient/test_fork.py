@@ -170,7 +170,7 @@ def test_a_prefetch_outlives_a_fork_in_the_parent_and_is_refused_in_the_child(
     pending = table.start_pull(keys)
 
     def refused() -> None:
-        with pytest.raises(PsError, match="started by another process, before a fork"):
+        with pytest.raises(PsError, match="started before a fork, in the parent process"):
             pending.result()
 
     run_all([FORK.Process(target=refused)])
