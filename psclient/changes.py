@@ -67,9 +67,7 @@ class Change:
     table: str
     keys: NDArray[np.uint64]  # [n], distinct
     versions: NDArray[np.uint64]  # [n] version of the shard after each row's change
-    rows: (
-        NDArray[np.float32] | None
-    )  # [n, dim], or [n, width] with optimizer state; None: no values
+    rows: NDArray[np.float32] | None  # [n, dim]; [n, width] with optimizer state; None: no values
     steps: NDArray[np.int64] | None  # [n] of each row's last push; None without optimizer state
     frequencies: NDArray[np.uint64] | None  # [n] pushed occurrences; None without optimizer state
     version: int  # of the shard after the newest change in this message

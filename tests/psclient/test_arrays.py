@@ -98,7 +98,7 @@ class TestKeys:
             ([2**64], "of 64 bits, .* got 18446744073709551616 at position 0"),
             ([-TOP - 1], "of 64 bits, .* got -9223372036854775809 at position 0"),
             (np.array([1, 2**70], object), "of 64 bits, .* got 1180591620717411303424"),
-            ([[1], [2, 3]], "keys: no array in host memory"),
+            ([[1], [2, 3]], "keys must be an array in host memory"),
             ([1j], "dtype complex128: convert them to int64 or uint64"),
         ],
         ids=lambda each: each if isinstance(each, str) else type(each).__name__,

@@ -163,7 +163,7 @@ class TestTables:
         client = connect(cluster3)
         for shard, dim in enumerate((4, 4, 5)):
             create_on(client, shard, name, dim)
-        said = f"table '{name}' has another dim on shard 2 than on shard 0; drop it"
+        said = f"table '{name}': field 'dim' differs between shard 0 and shard 2; "
         for call in (lambda: client.table(name), client.list_tables):
             with pytest.raises(SchemaMismatch, match=said):
                 call()
