@@ -1,4 +1,7 @@
-"""Take turns with slices of slow work, and pause after each slice."""
+"""Run analyses in slices, with a pause after each slice.
+
+The pauses keep analyses from taking processor time from pulls and pushes.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,15 @@ from psserver.engine import Engine
 Slice = TypeVar("Slice")
 Result = TypeVar("Result")
 
-SPARED = 80  # length of a pause, as a multiple of the work before it: 1/81 of a core
-SPARED_STORED = 9  # the same for pieces of checkpoints: another 1/10 of a core
-LONGEST = 1.0  # seconds of a pause without the engine; a server that stops waits for its end
+SPARED = 80  # default pause after a slice, in multiples of the slice's time: uses 1/81 of a core
+SPARED_STORED = 9  # pause after a slice that reads a checkpoint, likewise: uses 1/10 of a core
+LONGEST = 1.0  # longest pause of ``beside``, in seconds; a server that stops waits for its end
 
 
 class Pace:
-    """Runs slices of all such work one after the other, with a pause after each.
+    """Runs slices of work one at a time, even if several threads ask, and pauses after each slice.
 
-    spared  length of a pause, as a multiple of the processor time of the slice before it
+    spared  length of a pause, as a multiple of the processor time that the slice took
     """
 
     def __init__(self, engine: Engine, spared: float = SPARED) -> None:
@@ -29,7 +32,11 @@ class Pace:
         self._turn = threading.Lock()
 
     def run(self, read: Callable[[], Slice], work: Callable[[Slice], Result]) -> Result:
-        """Run ``read`` on the engine thread, then ``work`` on its result here, then pause."""
+        """Run one slice, pause, and return the result of ``work``.
+
+        read  called on the engine thread; returns the data of the slice
+        work  called with that data, on the calling thread
+        """
 
         def timed() -> tuple[Slice, float]:
             start = time.thread_time()
@@ -43,7 +50,10 @@ class Pace:
         return done
 
     def beside(self, work: Callable[[], Result]) -> Result:
-        """Run ``work`` on this thread, without the engine, then pause for at most LONGEST."""
+        """Run ``work`` on the calling thread, pause for at most 1 s (LONGEST), return its result.
+
+        For slices that do not need the engine thread.
+        """
         with self._turn:
             start = time.thread_time()
             done = work()

@@ -1,4 +1,9 @@
-"""The rows, tombstones and counters of a captured shard, packed into blocks."""
+"""Pack the rows, tombstones and admission counters of a captured shard into blocks.
+
+A tombstone records the delete of a key. A block (storage/block.py) is the unit of the files on disk
+that hold rows. A capture (views.py) gives access to a shard as it was at one version, while pushes
+continue.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +25,18 @@ from storage.block import (
 from storage.kernels import Keys
 from storage.tiers.base import EVERY, KEY, STEP, VERSION
 
-CELLS_BYTES = BLOCK_BYTES - 4096  # bytes of a sketch per block
+CELLS_BYTES = BLOCK_BYTES - 4096  # bytes of a sketch (approximate counters) per block
 
 
 def blocks_of(captured: Capture, after: int, buffer: Bytes) -> Iterator[Block]:
-    """Yield what changed after version ``after``, up to the captured version, as unsealed blocks.
+    """Yield blocks (without checksum yet) of the tombstones, then of the rows, changed after a
+    version.
 
-    Tombstones come first, then rows. A row that changes meanwhile may be missing or torn.
+    after   version; 0: all rows
+    buffer  uint8[BLOCK_BYTES]  memory for the blocks: each is valid until the next is requested
 
-    buffer  uint8[BLOCK_BYTES]; a block is valid until the next one is asked for
+    Contains changes up to the captured version. A row that is pushed while this generator runs may
+    be missing or have a mix of old and new numbers; the log has its new contents.
     """
     size = tombstones_per_block()
     for number, dead in joined([part.after(after) for part in captured.tombstones]).by_table():
@@ -53,14 +61,17 @@ def blocks_of(captured: Capture, after: int, buffer: Bytes) -> Iterator[Block]:
                 yield from _unmoved(block, after, captured.version)
 
 
-Counted = tuple[int, Keys, Occurrences, Versions]  # number of the table, and its counters
+Counted = tuple[int, Keys, Occurrences, Versions]  # number of the table, and counters of some keys
 
 
 def counters_of(captured: Capture, after: int, engine: Engine) -> Iterator[Counted]:
-    """Yield exact counters that changed after version ``after``, in slices, as they are now.
+    """Yield (table number, keys, totals, versions) of the exact admission counters that changed
+    after version ``after``, many at a time.
 
-    A counter that changes meanwhile may be missing or newer. The log has a record after the
-    captured version with its new value.
+    keys, totals, versions  uint64[n], uint32[n] occurrences, uint64[n] of the last change
+
+    Values are those at the time of reading. A counter that changes while this generator runs may be
+    missing or newer than the captured version; the log has its new value.
     """
     most = tombstones_per_block()
     for each in captured.tables:
@@ -73,9 +84,12 @@ def counters_of(captured: Capture, after: int, engine: Engine) -> Iterator[Count
 
 
 def cells_of(captured: Capture, but: set[int]) -> Iterator[tuple[int, int, Bytes]]:
-    """Yield the sketches as they are now: number of the table, index of the first byte, bytes.
+    """Yield (table number, offset of the first byte, bytes) for each piece of the sketches.
 
-    but  numbers of tables whose sketches are left out
+    A sketch is the array of approximate admission counters of a table. Tables with exact counters
+    yield nothing. The bytes are those at the time of reading.
+
+    but  numbers of the tables to skip
     """
     for each in captured.tables:
         if each.number in but:
@@ -86,9 +100,10 @@ def cells_of(captured: Capture, but: set[int]) -> Iterator[tuple[int, int, Bytes
 
 
 def _unmoved(block: Block, after: int, upto: int) -> Iterator[Block]:
-    """Yield the block without the rows that left their slots while they were copied.
+    """Yield the block without rows whose version is not in after + 1..upto; nothing if none is
+    left.
 
-    The slots may hold other keys by now, even keys that the block has already.
+    Such a row was pushed, or its slot was reused for another key, after the scan found it.
     """
     kept = (block.versions > np.uint64(after)) & (block.versions <= np.uint64(upto))
     if kept.all():

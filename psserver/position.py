@@ -1,19 +1,24 @@
-"""A subscriber's position in the history of a shard, and the token that stands for it.
+"""A subscriber's position in the history of a shard, and its token: the position as bytes.
+
+A subscriber stores the token, and sends it to continue where it stopped.
 
     token = format u8 | phase u8 | zero u16 | table u32 | lineage[16] | epoch u64 | version u64
           | tables u64 | after u64 | until u64 | slot u64 | boot u64 | checksum u64
 
-Little-endian. A subscriber is in one of five phases:
+Numbers are little-endian. lineage: random id of the shard's log; a restore from a checkpoint begins
+a new one. epoch: random number that each start of a server draws. boot: random number of the server
+process. tables: hash of the subscribed table names. A subscriber is in one of five phases:
 
     TAIL            has every change up to ``version``
-    SNAPSHOT,       is being sent the rows as they were at ``version``, those of versions above
-    CATCH_UP        ``after``. Next is the row of ``slot`` in table number ``table`` (0: tables and
-                    deletes come first), in the process ``boot``
-    SNAPSHOT_TAIL,  has the rows, and every change up to ``version``. Once it has the changes up to
-    CATCH_UP_TAIL   ``until``, its rows are a state that the shard was in
+    SNAPSHOT,       a scan is sending it the rows whose version is in after + 1..version. The scan
+    CATCH_UP        continues at slot ``slot`` of table number ``table`` (0: first send the list of
+                    tables, and deletes), in the server process ``boot``
+    SNAPSHOT_TAIL,  has these rows, and every change up to ``version``. Once it has all changes up
+    CATCH_UP_TAIL   to ``until``, its rows are consistent: those of the shard at one version
 
-A slot is an index in memory, so a scan continues only in the same process, and begins again in
-another.
+SNAPSHOT sends all rows (after = 0 at first), CATCH_UP those that changed after the last version
+that the subscriber has. A slot is the index of a row in memory, so a scan can only continue in the
+same process; in a different one it starts over.
 """
 
 from __future__ import annotations
@@ -28,15 +33,15 @@ from xxhash import xxh3_64_intdigest
 from psserver.errors import BadRequest
 
 FORMAT = 1
-MAX_SLOT = 1 << 40  # no table of one shard has more slots
+MAX_SLOT = 1 << 40  # upper bound on the slots of one table on one shard
 _TOKEN = struct.Struct("<BBHI16s7Q")
 _CHECKSUM = struct.Struct("<Q")
-_SEED = 0x70736665656431  # so that a checksum of something else is not one of a token
+_SEED = 0x70736665656431  # of the checksum, so that checksummed bytes of other formats are refused
 TOKEN_BYTES = _TOKEN.size + _CHECKSUM.size
 
 
 class Phase(IntEnum):
-    """What a subscriber is being sent."""
+    """Phase of a subscription; the module docstring explains each."""
 
     TAIL = 1
     SNAPSHOT = 2
@@ -63,11 +68,11 @@ _USES: dict[Phase, frozenset[str]] = {  # fields that a phase uses; the others a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """A position in the history of a shard; see the top of the file for the fields."""
+    """A subscriber's position in the history of a shard; the module docstring has the fields."""
 
-    lineage: bytes  # 16 bytes
-    epoch: int  # in which the shard was at ``version``
-    tables: int  # digest of the names that are subscribed to
+    lineage: bytes  # 16 bytes: id of the log
+    epoch: int  # epoch in which the shard was at ``version``
+    tables: int  # digest of the subscribed table names; 0: all tables
     phase: Phase
     version: int
     after: int = 0
@@ -78,7 +83,7 @@ class Position:
 
     @property
     def newest(self) -> int:
-        """Newest version that the position refers to; it was durable."""
+        """Largest version in the position. It was durable when the token was made."""
         return max(self.version, self.after, self.until)
 
     def encode(self) -> bytes:
@@ -101,19 +106,20 @@ class Position:
 
 
 def decode(token: bytes) -> Position:
-    """Return the position of a token. Raises BadRequest unless every field follows its rule.
+    """Return the position that a token encodes.
 
-    Whether the versions are part of the shard's history is for the caller to check.
+    Raises BadRequest if the length, the checksum or a field is wrong. The caller must check that
+    the shard's history has these versions.
     """
     if len(token) != TOKEN_BYTES:
-        raise _malformed(token, f"{len(token)} bytes, not {TOKEN_BYTES}")
+        raise _malformed(token, f"expected {TOKEN_BYTES} bytes, got {len(token)}")
     body = token[: _TOKEN.size]
     if _CHECKSUM.unpack(token[_TOKEN.size :])[0] != xxh3_64_intdigest(body, _SEED):
         raise _malformed(token, "its checksum is wrong")
     format_, phase, zero, table, lineage, epoch, *rest = _TOKEN.unpack(body)
     version, tables, after, until, slot, boot = rest
     if format_ != FORMAT:
-        raise _malformed(token, f"of format {format_}, this release reads {FORMAT}")
+        raise _malformed(token, f"expected format {FORMAT}, got {format_}")
     if zero:
         raise _malformed(token, f"bytes 2 and 3 must be 0, got {zero}")
     if phase not in Phase.__members__.values():
@@ -135,6 +141,10 @@ def decode(token: bytes) -> Position:
 
 
 def _check(position: Position, token: bytes) -> None:
+    """Raise BadRequest if a field is out of range or not used in the position's phase.
+
+    token  encoded position, for the message
+    """
     phase = position.phase
     for field in ("after", "until", "table", "slot", "boot"):
         value = getattr(position, field)
@@ -142,22 +152,25 @@ def _check(position: Position, token: bytes) -> None:
             raise _malformed(token, f"{field} must be 0 in phase {phase.name}, got {value}")
     if phase in SCANS and position.boot and position.after > position.version:
         raise _malformed(
-            token, f"after must be in 0..version {position.version}, got {position.after}"
+            token,
+            f"field 'after' must be at most the version, {position.version}, got {position.after}",
         )
     if phase in AFTER_SCAN.values() and position.until < position.version:
         raise _malformed(
-            token, f"until must be at least version {position.version}, got {position.until}"
+            token,
+            f"field 'until' must be at least the version, {position.version}, got {position.until}",
         )
     if position.slot > MAX_SLOT:
         raise _malformed(token, f"slot must be in 0..{MAX_SLOT}, got {position.slot}")
 
 
 def digest(tables: Iterable[str]) -> int:
-    """Return the digest of a set of table names; 0 of an empty set, which means all tables."""
+    """Return a 64-bit hash of a set of table names; 0 for an empty set, which means all tables."""
     names = sorted(set(tables))
     return xxh3_64_intdigest("\0".join(names).encode()) if names else 0
 
 
 def _malformed(token: bytes, why: str) -> BadRequest:
+    """Return the error for a malformed token; its message has the first 16 bytes and ``why``."""
     shown = token[:16].hex() + ("..." if len(token) > 16 else "")
     return BadRequest("INVALID_ARGUMENT", f"token {shown} is malformed: {why}")

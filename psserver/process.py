@@ -1,8 +1,8 @@
-"""Run one shard as a process: its signals, its restart, its exit status.
+"""Run one shard as a process: handle its signals, restart it after a restore, set the exit status.
 
-On SIGTERM or SIGINT health turns NOT_SERVING, new calls are refused with UNAVAILABLE, calls in
-flight are finished for up to drain_seconds, and the process exits with status 0. Before the shard
-is ready, a signal ends the process at once.
+On SIGTERM or SIGINT the health service reports NOT_SERVING, new calls are refused with UNAVAILABLE,
+and calls in flight have drain_seconds to finish. Then the process exits with status 0. A signal
+before the shard is ready ends the process immediately.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from psserver.server import Server
 from psserver.warm import warm
 from storage.errors import OutOfMemory
 
-SWITCH_SECONDS = 1e-4  # between looks for threads that wait for the GIL; the default, 5 ms, is long
-CLOSE_SECONDS = 30.0  # to close everything after the drain; a file system may hang for ever
+SWITCH_SECONDS = 1e-4  # longest time that a thread keeps the GIL while others wait; default 5 ms
+CLOSE_SECONDS = 30.0  # limit for closing files and threads after the drain: disks can hang
 
 log = structlog.get_logger()
 
 
 def report_memory(config: ServerConfig) -> None:
-    """Log the memory limit and how it is divided; warn where it can be exceeded."""
+    """Log the memory limit and how it is divided; log a warning if use can exceed the limit."""
     plan = config.memory
     log.info(
         "memory",
@@ -54,7 +54,7 @@ def report_memory(config: ServerConfig) -> None:
 
 
 async def _serve(config: ServerConfig) -> bool:
-    """Serve until a signal or a restart; return whether to start anew."""
+    """Serve until SIGTERM, SIGINT or a restart; return True if the process must start again."""
     started = time.monotonic()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -98,9 +98,10 @@ async def _serve(config: ServerConfig) -> bool:
 
 
 async def _start(server: Server, stop: asyncio.Event) -> bool:
-    """Load the kernels and recover; return False if a signal comes first.
+    """Load the compiled kernels, recover the shard and serve it; return True once it serves.
 
-    A start that is given up is like a crash, after which any data directory recovers.
+    Returns False if ``stop`` is set first. The unfinished start is then abandoned, which is as safe
+    as a crash: the next start recovers the data directory.
     """
 
     async def start() -> None:
@@ -122,6 +123,7 @@ async def _start(server: Server, stop: asyncio.Event) -> bool:
 
 
 def _warm() -> None:
+    """Load the compiled kernels; raise ConfigError if the address space does not suffice."""
     try:
         warm()
     except OutOfMemory as error:
@@ -131,7 +133,10 @@ def _warm() -> None:
 
 
 async def _serve_and_exit(config: ServerConfig) -> None:
-    """Serve, then exit or replace this process, even if threads hang in a file system."""
+    """Serve, then exit with status 0 or, to restart, replace this process. Never returns.
+
+    Does not wait for threads: they may hang in a file operation.
+    """
     again = await _serve(config)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -141,10 +146,10 @@ async def _serve_and_exit(config: ServerConfig) -> None:
 
 
 def serve(config: ServerConfig) -> None:
-    """Run one shard until SIGTERM or SIGINT, then exit; ConfigError if it cannot start.
+    """Run one shard until SIGTERM or SIGINT, then exit. Raises ConfigError if it cannot start.
 
-    A restore that restarts the shard replaces the process by the same command with the same process
-    id, so a supervisor only sees a shard that is not ready for a while.
+    A restore restarts the shard: the process executes its own command line again and keeps its
+    process id. So a supervisor only sees that the shard is not ready for a while.
     """
     lock_file = lock(config.data_dir) if config.data_dir else None
     report_memory(config)

@@ -1,6 +1,6 @@
-"""What can be read of a shard, without changing it.
+"""The methods of a shard that read its tables and change nothing.
 
-Not thread-safe, except where a method says so: the engine thread is the only caller.
+Only the engine thread may call them, except where a docstring allows any thread.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from storage.tiers.base import Scan
 
 
 class ShardReads:
-    """The readable side of a shard. ``Shard`` adds the changes."""
+    """Read-only part of a shard; the subclass ``Shard`` adds the methods that change it."""
 
     def __init__(
         self,
@@ -48,41 +48,49 @@ class ShardReads:
 
     @property
     def version(self) -> int:
-        """Version of the newest change. May be read from any thread."""
+        """Version of the newest change; 0 before the first one. May be read from any thread."""
         return self._sequencer.version
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of after-images that are on their way to the log, or were. From any thread."""
+        """Size of the buffers for rows on their way to the log, used or free, in bytes.
+
+        May be read from any thread.
+        """
         return self._buffers.bytes
 
     def describe(self, name: str) -> tuple[TableSchema, TableStats]:
-        """Return schema and size of a table."""
+        """Return the schema of a table, and its numbers of rows, counters and bytes.
+
+        Raises UnknownTable, or TableLoading while the table is being filled.
+        """
         table = self._tables.get(name).table
         return table.schema, table.stats()
 
     def tables(self) -> list[str]:
-        """Return the names of the tables, sorted."""
+        """Return the table names, sorted, without tables that are still being filled."""
         return self._tables.names()
 
     def holds(self, number: int) -> bool:
-        """Return whether the table of this number is still there."""
+        """Return whether the table with this number exists, that is, has not been dropped."""
         return self._tables.numbered(number) is not None
 
     def step(self, name: str) -> int:
-        """Return the largest step that was pushed to a table; 0 if none was."""
+        """Return the largest training step pushed to a table; 0 before the first push."""
         step = self._tables.get(name).table.evictor.step
         return step if step > FIRST_STEP else 0
 
     def tally(self, name: str) -> tuple[Tally, int]:
-        """Return what the rules of a table did, and how many counters they discarded."""
+        """Return (counts of rows admitted, refused and evicted, number of discarded counters) of a
+        table.
+        """
         table = self._tables.get(name).table
         return table.tally, table.gate.dropped
 
     def size(self, parts: Sequence[Push | Pull]) -> int:
-        """Return about how many bytes of rows these are about; their records take less.
+        """Return an upper bound for the size of the log records of some requests, in bytes.
 
-        A table that does not exist counts nothing. May be called from any thread.
+        Requests for a table that does not exist count 0. May be called from any thread.
         """
         size = 0
         for part in parts:
@@ -92,9 +100,9 @@ class ShardReads:
         return size
 
     def reply_bytes(self, pulls: Sequence[Pull]) -> int:
-        """Return the bytes of arrays in the reply to these.
+        """Return the total size of the arrays in the replies to some pulls, in bytes.
 
-        A table that does not exist counts nothing. May be called from any thread.
+        Pulls from a table that does not exist count 0. May be called from any thread.
         """
         size = 0
         for pull in pulls:
@@ -104,32 +112,40 @@ class ShardReads:
         return size
 
     def scan(self, name: str) -> tuple[TableSchema, int, Scan]:
-        """Return schema, version and rows of a table, to be copied by slices on this thread."""
+        """Return (schema of a table, version of the shard, scan over the table's rows).
+
+        The scan stays valid while pushes continue. Only the engine thread may copy rows with it,
+        one slice per call.
+        """
         table = self._tables.get(name).table
         return table.schema, self.version, table.scan()
 
     def rows_of(self, number: int) -> Scan | None:
-        """Return the rows of a table; None once the table of this number is dropped."""
+        """Return a scan over the rows of the table with this number; None if it was dropped."""
         entry = self._tables.numbered(number)
         return None if entry is None else entry.table.scan()
 
     def view_table(self, name: str) -> TableView:
-        """Return a table, to be read by slices."""
+        """Return schema, statistics and row scans of a table, for reading it slice by slice."""
         return view_table(self._tables.get(name), self.version)
 
     def view_keys(self, name: str, keys: Keys) -> KeyView:
-        """Return the facts of distinct keys of this shard."""
+        """Return row, metadata and admission count of each key.
+
+        keys  uint64[n], distinct, owned by this shard
+        """
         return view_keys(self._tables.get(name), keys, self.version, self._sequencer.now())
 
     def schema_of(self, number: int) -> TableSchema | None:
-        """Return the schema of a table, dropped or not; None for a table dropped long ago.
+        """Return the schema of the table with this number.
 
-        May be called from any thread.
+        Dropped tables have one too, but only the last 4096 of them; None for older ones. May be
+        called from any thread.
         """
         return self._tables.schema_of(number)
 
     def table_list(self) -> TableList:
-        """Return the tables by number."""
+        """Return all tables, ordered by number, with schema and version of creation."""
         tables = sorted(self._tables, key=lambda entry: entry.number)
         return TableList(
             self.version,
@@ -138,10 +154,10 @@ class ShardReads:
         )
 
     def capture(self) -> Capture:
-        """Return the shard as it is now, to be read through while pushes go on.
+        """Return access to all data of the shard at the present version, while pushes continue.
 
-        Buffers that wait for the next push are freed: a shard that is flushed regularly and has
-        nothing to do keeps none.
+        Also frees the unused buffers for log records, so that an idle shard, which is flushed
+        regularly, does not keep them.
         """
         if self._sequencer.log is not None:
             self._buffers.drain(self._sequencer.log.written)
@@ -156,23 +172,29 @@ class ShardReads:
 
     @property
     def tombstone_horizon(self) -> int:
-        """Deletes up to this version may have lost their tombstones."""
+        """Largest version whose tombstones (records of deletes) may have been discarded."""
         return self._tombstones.horizon
 
     def tombstones(self, after: int, limit: int) -> Tombstones:
-        """Return the oldest tombstones after a version: about ``limit``, and whole versions."""
+        """Return about ``limit`` tombstones newer than version ``after``, oldest first.
+
+        Never splits the tombstones of one version, so the result may exceed ``limit``.
+        """
         return self._tombstones.after(after, limit)
 
     def dump(self) -> dict[str, Any]:
-        """Return copies of all rows, for tests: as large as the shard."""
+        """Return copies of all rows, by table name. Only for tests: takes much memory."""
         return {name: self._tables.get(name).table.dump() for name in self.tables()}
 
 
 def record_bytes(entry: TableEntry, part: Push | Pull) -> int:
-    """Return the bytes of rows that a request is about; its record takes no more."""
+    """Return an upper bound for the size of a request's log record, in bytes.
+
+    The record has a header and, for each key, 16 bytes and the row.
+    """
     return RECORD + len(part.keys) * (16 + 4 * entry.schema.width)
 
 
 def pulled_bytes(entry: TableEntry, pull: Pull) -> int:
-    """Return the bytes of arrays in the answer to a pull."""
+    """Return the size of the arrays in the reply to a pull, in bytes."""
     return len(pull.keys) * (entry.schema.dim * WIRE[pull.dtype].itemsize + 24 * pull.with_metadata)

@@ -1,4 +1,4 @@
-"""A shard brought back from its base and its log."""
+"""Load a shard from its base (the copy of all rows at one log version) and replay its log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from storage.kernels import Images
 
 
 class Recovery:
-    """Loads a base state, its blocks, then the records of the log, into an empty shard."""
+    """Loads an empty shard.
+
+    Call order: begin, load_state, load_block for each block, blocks_loaded, replay for each log
+    record, finish. Without a base: begin, replay, finish.
+
+    BaseState (what the base records besides rows): version, tables, sessions. Block: many rows,
+    tombstones (records of deletes) or admission counters of one table.
+    """
 
     def __init__(
         self,
@@ -36,15 +43,15 @@ class Recovery:
         self._without_policy: set[int] = set()  # tables whose step is taken from their rows
 
     def begin(self, excess: int | None = None) -> None:
-        """Begin a recovery, during which tables may take more memory than the budget.
+        """Begin a recovery. Until ``finish``, the tables may exceed the memory budget.
 
-        excess  bytes beyond the budget; None: any number, because what a shard has acknowledged
-                must load, whatever its budget is now
+        excess  bytes by which they may exceed it; None: no limit, because a shard must load all
+                acknowledged changes even if its budget was lowered
         """
         self._budget.begin_loading(excess)
 
     def load_state(self, state: BaseState) -> None:
-        """Begin from a base state; its blocks come next."""
+        """Set version and sessions, and create the tables of a base. Its blocks must follow."""
         self._sequencer.version = state.version
         self._tables.next_number = state.next_table
         self._tombstones.horizon = state.horizon
@@ -59,7 +66,11 @@ class Recovery:
                 self._without_policy.add(table.number)
 
     def load_block(self, block: Block) -> None:
-        """Load a block of the base; blocks come in the order in which they were made."""
+        """Load one block of the base. Blocks must come in the order in which they were written.
+
+        Ignores a block whose table was dropped. Raises Corrupt if a sketch (approximate admission
+        counters) does not fit its table.
+        """
         entry = self._tables.numbered(block.table)
         if entry is None:  # dropped before the state was committed
             return
@@ -79,6 +90,7 @@ class Recovery:
                 self._load_tombstones(entry, block)
 
     def _load_tombstones(self, entry: TableEntry, block: Block) -> None:
+        """Store the tombstones of a block, and delete the rows that are older than them."""
         tables = np.full(len(block.keys), block.table, np.uint32)
         self._tombstones.load(Tombstones(tables, block.keys, block.versions, block.causes))
         order = np.lexsort((block.versions, block.keys))
@@ -87,11 +99,16 @@ class Recovery:
         entry.table.delete(keys[newest], before=versions[newest])
 
     def blocks_loaded(self) -> None:
-        """End the base; records of the log come next."""
+        """Sort the loaded tombstones. Call after the last block, before the first log record."""
         self._tombstones.settle()
 
     def replay(self, version: int, record: records.Record) -> None:
-        """Apply a record of the log again; records come in their order."""
+        """Apply one log record. Records must come in order of their versions.
+
+        version  version of the change that the record describes
+
+        Raises Corrupt if the record's table does not exist.
+        """
         self._sequencer.version = version
         match record:
             case records.CreateRecord():
@@ -101,7 +118,9 @@ class Recovery:
                 return
         entry = self._tables.numbered(record.table)
         if entry is None:
-            raise Corrupt(f"record of version {version}", f"there is no table {record.table}")
+            raise Corrupt(
+                f"log record of version {version}", f"no table has its number {record.table}"
+            )
         match record:
             case records.PushRecord():
                 _replay_push(entry, version, record)
@@ -118,7 +137,10 @@ class Recovery:
             )
 
     def finish(self) -> None:
-        """End the recovery; raises Corrupt if a sketch was loaded in part."""
+        """End the recovery: drop excess sessions, and enforce the memory budget again.
+
+        Raises Corrupt if a part of a sketch (approximate admission counters) is missing.
+        """
         for entry in self._tables:
             try:
                 entry.table.gate.begin(self._sequencer.version)
@@ -134,6 +156,7 @@ def _load_rows(entry: TableEntry, block: Block) -> None:
 
 
 def _load_cells(entry: TableEntry, block: Block) -> None:
+    """Load a block of a sketch; raise Corrupt if it does not fit the table's sketch."""
     try:
         entry.table.gate.load_cells(block.start, block.cells)
     except ValueError as error:
@@ -141,6 +164,10 @@ def _load_cells(entry: TableEntry, block: Block) -> None:
 
 
 def _replay_push(entry: TableEntry, version: int, record: records.PushRecord) -> None:
+    """Write the rows and admission counters that a push left, as recorded in the log.
+
+    version  version of the push
+    """
     origin, keys, waiting = record.origin, record.keys, record.waiting
     versions = np.full(len(keys), version, np.uint64)
     steps = np.full(len(keys), origin.step, np.int64)

@@ -1,6 +1,8 @@
-"""A shard brought back from its data directory, at a start.
+"""Recover a shard from its data directory when its server starts.
 
 data directory = LOCK  SHARD  log/ (storage/versionlog.py)  base/ (storage/base.py)
+
+base/ has a copy of all rows at one log version, log/ the changes after it.
 """
 
 from __future__ import annotations
@@ -22,29 +24,31 @@ REPLAY_BYTES = 4 << 20  # bytes of the log per read
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What a start read."""
+    """Amounts of data that a recovery read."""
 
-    rows: int  # rows, tombstones and counters in blocks
-    records: int  # records replayed
-    record_bytes: int
+    rows: int  # rows, tombstones and counters loaded from the base
+    records: int  # log records replayed
+    record_bytes: int  # size of the replayed log records, in bytes
 
 
 def restore_excess(budget: int) -> int:
-    """Return the bytes that a restored shard may take beyond its budget.
+    """Return how many bytes a shard may exceed its memory budget by while it loads a restore.
 
-    Equal rows do not take equal memory on two shards: indexes are random. What fitted into the
-    budget of one shard must fit into an equal budget of another.
+    budget  bytes
+
+    The same rows need slightly different memory on two servers, because indexes are randomized.
+    The margin lets rows that fitted one shard fit every shard with an equal budget.
     """
     return budget // 16 + (2 << 20)
 
 
 def recover(shard: Shard, base: Base, versions: VersionLog, excess: int | None = None) -> Recovered:
-    """Bring an empty shard to the newest version: load the base, then replay the log after it.
+    """Recover an empty shard: load the base, then replay the log records after it.
 
-    excess  bytes of memory that the tables may take beyond the budget; None: any number
+    excess  bytes by which the tables may exceed the memory budget; None: no limit
 
-    Begins the epoch of this process. Raises Corrupt where stored bytes are damaged, OutOfMemory if
-    the tables take more than ``excess`` allows.
+    Then draws the random epoch of this server start, and records it in the base. Raises Corrupt if
+    stored bytes are damaged, OutOfMemory if the tables exceed the budget by more than ``excess``.
     """
     shard.recovery.begin(excess)
     rows = records = size = 0
@@ -58,7 +62,8 @@ def recover(shard: Shard, base: Base, versions: VersionLog, excess: int | None =
     if versions.first > shard.version + 1:
         raise Corrupt(
             str(base.directory),
-            f"stands at version {shard.version}, but the log begins at version {versions.first}",
+            f"the base ends at version {shard.version}, but the log begins at version"
+            f" {versions.first}: changes between them are missing",
         )
     cursor = versions.cursor(shard.version)
     while frames := cursor.read(upto=versions.last, max_bytes=REPLAY_BYTES):
@@ -69,16 +74,21 @@ def recover(shard: Shard, base: Base, versions: VersionLog, excess: int | None =
     cursor.close()
     shard.recovery.finish()
     if shard.version != versions.last:
-        raise Corrupt(str(versions.directory), f"ends at version {shard.version}, before its end")
+        raise Corrupt(
+            str(versions.directory),
+            f"expected changes up to version {versions.last}, but recovery ended at version"
+            f" {shard.version}",
+        )
     _begin_epoch(base, versions)
     return Recovered(rows, records, size)
 
 
 def _begin_epoch(base: Base, versions: VersionLog) -> None:
-    """Draw the epoch of this process, and record it in the base, with the fact that a log exists.
+    """Draw the random epoch of this server start, and commit it and the existence of the log to the
+    base.
 
-    On a full disk the next flush records both. Until then a restart does not recognize the
-    versions of this process, and subscribers take a snapshot.
+    If the disk is full, the next flush commits them. If the server restarts before that, it does
+    not recognize versions of this epoch, and subscribers that have them start with a snapshot.
     """
     state, epoch = base.state, draw_epoch()
     if state is None:

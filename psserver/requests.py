@@ -1,4 +1,4 @@
-"""What a shard is asked to do, checked as far as that is possible without the shard."""
+"""Requests to a shard as Python objects. Checks that need the shard's tables come later."""
 
 from __future__ import annotations
 
@@ -16,52 +16,55 @@ from storage.table import Mode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A change of rows: which ones, who asks for it, and how durable it must be when answered."""
+    """A request to push or delete rows of one table.
+
+    client, incarnation and sequence identify the request, so that a retry is not applied twice.
+    """
 
     table: str
-    keys: Keys  # uint64[n], distinct and of this shard
-    client: int  # 0: without protection against a retry that is applied twice
-    incarnation: int
-    sequence: int
-    acknowledged: int
-    durability: Durability | None = None  # None: the default of the table
+    keys: Keys  # uint64[n], distinct, owned by this shard
+    client: int  # id of the client; 0: anonymous, a retry may be applied twice
+    incarnation: int  # number of the client's session; a larger one replaces a smaller one
+    sequence: int  # number of the change in the session, ascending
+    acknowledged: int  # the client has the replies up to this sequence, and will not retry them
+    durability: Durability | None = None  # to reach before the reply; None: the table's default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Push(Change):
-    """Gradients for rows; all gradients are finite."""
+    """A request to apply gradients to rows. All gradients are finite."""
 
-    counts: NDArray[np.uint32]  # [n]
+    counts: NDArray[np.uint32]  # [n]: occurrences of each key in the training batch
     gradients: Rows  # float32[n, dim]
-    step: int
-    lr: float | None
-    largest: float | None = None  # largest magnitude of the gradients, if it is known
+    step: int  # training step
+    lr: float | None  # learning rate; None: the table's
+    largest: float | None = None  # largest absolute value in ``gradients``; None: unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delete(Change):
-    """Rows to delete."""
+    """A request to delete rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """Rows to read."""
+    """A request to read rows of one table."""
 
     table: str
-    keys: Keys  # uint64[n], of this shard
-    dtype: int
-    mode: Mode
-    with_metadata: bool
-    min_version: int
-    min_epoch: int = 0  # of min_version; 0: unknown
+    keys: Keys  # uint64[n], owned by this shard; may repeat
+    dtype: int  # pb.Dtype of the embeddings in the reply
+    mode: Mode  # "train" or "serve": what to return for keys without a row
+    with_metadata: bool  # also return version, step and frequency of each row
+    min_version: int  # refuse if the shard's version is smaller
+    min_epoch: int = 0  # epoch (id of a server start) that assigned min_version; 0: unknown
 
 
 def check_order(pushes: Sequence[Push]) -> None:
-    """Raise BadRequest if one push of an exchange could expire the session entry of the next.
+    """Raise BadRequest unless the pushes of one exchange request are ordered within each client.
 
-    A push makes the shard drop what it acknowledges, and what lies before the client's window. The
-    pushes of one client must therefore share one incarnation, ascend in sequence, and acknowledge
-    no push of the same exchange.
+    Pushes of one client must have one incarnation and ascending sequences, and must not acknowledge
+    each other. A retry of the exchange could otherwise apply a push twice: the shard forgets
+    acknowledged pushes.
     """
     if len(pushes) < 2:
         return
@@ -78,9 +81,10 @@ def check_order(pushes: Sequence[Push]) -> None:
         ):
             raise BadRequest(
                 "INVALID_ARGUMENT",
-                "pushes of one client in an exchange must be of one incarnation, ascend, and"
-                f" acknowledge none of each other: client {push.client:#x} has incarnation"
-                f" {push.incarnation} sequence {push.sequence} acknowledged {push.acknowledged}"
-                f" after incarnation {last.incarnation} sequence {last.sequence}",
+                "pushes of one client in an exchange must have one incarnation and ascending"
+                f" sequences, and must not acknowledge each other: client {push.client:#x} sent"
+                f" incarnation {push.incarnation}, sequence {push.sequence}, acknowledged"
+                f" {push.acknowledged} after incarnation {last.incarnation}, sequence"
+                f" {last.sequence}",
             )
         lasts[push.client] = push

@@ -1,7 +1,7 @@
-"""Restore one shard from a checkpoint, in steps that a client takes on all shards alike.
+"""Restore one shard from a checkpoint, in phases that a client requests from all shards.
 
-One client drives a restore, its owner. Another client is refused while the owner calls or polls,
-and may take over once the owner has been silent for LEASE_SECONDS. swap.py has the phases.
+The client that drives a restore is its owner. The shard refuses requests of other clients, except
+to abort, until the owner has not called for LEASE_SECONDS. swap.py describes the phases.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from psserver.work import Progress
 from storage.disk import as_disk_full
 
 Step = pb.RestoreRequest
-STATE_BYTES = 4096  # that a new STATE takes on the disk
-LEASE_SECONDS = 6.0  # an owner that has not called for this time may be replaced
+STATE_BYTES = 4096  # disk space that a new STATE file takes, in bytes
+LEASE_SECONDS = 6.0  # seconds without a call after which another client may replace the owner
 PHASES = {
     PREPARED: pb.RestoreStatus.PHASE_PREPARED,
     HELD: pb.RestoreStatus.PHASE_HELD,
@@ -53,12 +53,15 @@ PHASES = {
 
 
 class Restores:
-    """The restore of one shard, if one is under way. Thread-safe.
+    """Runs the requests of a restore on one shard: stage, hold, commit, release, abort.
 
-    directory  data directory of the shard; None: there is nothing to restore into
-    state      as ``settle`` returned it
-    restart    makes the process start again; called on any thread, returns at once
-    clock      monotonic seconds
+    Thread-safe.
+
+    directory  data directory of the shard; None: the shard has none, so restores are refused
+    state      progress of a restore from before this start, as ``swap.settle`` returned it; None:
+               no restore
+    restart    makes the server process start again; called on any thread, returns immediately
+    clock      returns monotonic seconds
     """
 
     def __init__(
@@ -78,20 +81,28 @@ class Restores:
         self._restart = restart
         self._state = state
         self._clock = clock
-        self._owner = ""  # the client that drives the restore, from HOLD on
-        self._seen = 0.0  # when it last called
+        self._owner = ""  # id of the client that drives the restore, from HOLD on
+        self._seen = 0.0  # monotonic seconds of the owner's last call
         self._changing = threading.Lock()
 
     @property
     def held(self) -> bool:
-        """Return whether the shard must refuse work."""
+        """Return whether the shard must refuse other requests: from HOLD to the restore's end."""
         state = self._state
         return state is not None and state.phase not in (PREPARED, *OVER)
 
     def prepare(
         self, request: pb.PrepareRestoreRequest, progress: Progress
     ) -> pb.CheckpointProgress:
-        """Stage a checkpoint next to the live data, without touching the live data."""
+        """Stage the checkpoint: write it next to the live data, which stays unchanged.
+
+        request   has the checkpoint's name, the restore's id, and whether tables may be replaced
+        progress  updated while this runs, for the client to see
+
+        Returns bytes read, bytes in total and rows staged. Raises NoLog without a data directory,
+        RestoreConflict during another restore, NotEmpty if tables exist and must not be replaced,
+        BadRequest for an invalid name or id. After an error the staged files are removed.
+        """
         name, id = require_name(request.name), require_id("id", request.id)
         if self._directory is None:
             raise NoLog
@@ -108,21 +119,28 @@ class Restores:
                 with catalog.reading(name, "it is being restored") as checkpoint:
                     rows = stage(self._shard, catalog.store, checkpoint, target, progress)
             except BaseException:
-                clear(self._directory)  # the room may be wanted
+                clear(self._directory)  # frees disk space
                 raise
             self._reach(State(id=id, name=name, replace=request.replace, phase=PREPARED))
         return pb.CheckpointProgress(bytes=progress.bytes, total=progress.total, rows=rows)
 
     def _require_free(self) -> None:
+        """Raise RestoreConflict if another restore holds the shard."""
         if self.held:
             state = self._state
             assert state is not None
             raise RestoreConflict(
-                f"restore {state.id} of {state.name!r} is {state.phase}: finish or abort it"
+                f"restore {state.id} of checkpoint {state.name!r} is in phase {state.phase!r}:"
+                " finish or abort it first"
             )
 
     def step(self, request: pb.RestoreRequest) -> pb.RestoreStatus:
-        """Take a step, or only return the status. A step that was taken before is no error."""
+        """Move the restore to the phase that the request's ``step`` asks for; return its status.
+
+        Without a step, only returns the status. Repeating a step succeeds and changes nothing.
+        Raises RestoreConflict if the restore has a different id, is in a phase that does not allow
+        the step, or is driven by another client.
+        """
         with self._changing:
             state = self._state
             if state is not None and state.id == request.id:
@@ -134,29 +152,36 @@ class Restores:
             elif request.step in (Step.STEP_HOLD, Step.STEP_COMMIT) or (
                 self.held and request.step != Step.STEP_UNSPECIFIED
             ):
-                raise RestoreConflict(f"restore {request.id[:16]!r} is not under way here")
+                raise RestoreConflict(
+                    f"restore {request.id[:16]!r} is not in progress on this shard"
+                )
             return self._status()
 
     def _stay(self, owner: str) -> None:
-        """Note that the owner is there; after a restart, the first client that says so is it."""
+        """Record a call of the owner, which extends its lease.
+
+        If there is no owner, because the process restarted, ``owner`` becomes it.
+        """
         if owner and owner == (self._owner or owner):
             self._owner, self._seen = owner, self._clock()
 
     def _require_owner(self, request: pb.RestoreRequest, state: State) -> None:
-        """Make a client the owner, unless another one has called a moment ago.
+        """Make the client of a request the owner.
 
-        Every client may abort.
+        Raises RestoreConflict if another owner called less than LEASE_SECONDS ago, except for an
+        abort, which any client may request.
         """
         idle = self._clock() - self._seen
         other = self._owner not in ("", request.owner)
         if other and idle < LEASE_SECONDS and request.step != Step.STEP_ABORT:
             raise RestoreConflict(
-                f"restore {state.id} of {state.name!r} is driven by another client, which called"
-                f" {idle:.1f} s ago: wait for it, or abort it"
+                f"restore {state.id} of checkpoint {state.name!r} is driven by another client,"
+                f" which called {idle:.1f} s ago: wait until it finishes, or abort the restore"
             )
         self._owner, self._seen = request.owner, self._clock()
 
     def _take(self, step: int, state: State) -> None:
+        """Carry out a step, unless it was done before; RestoreConflict if the phase forbids it."""
         match step, state.phase:
             case (Step.STEP_HOLD, "prepared"):
                 with self._checkpoints.work.alone(f"it restores {state.name!r}"):
@@ -177,27 +202,33 @@ class Restores:
                 | (Step.STEP_ABORT, "aborting" | "aborted")
                 | (Step.STEP_RELEASE, "released")
             ):
-                pass  # taken before
+                pass  # done before
             case _:
-                raise RestoreConflict(f"restore {state.id} of {state.name!r} is {state.phase}")
+                raise RestoreConflict(
+                    f"restore {state.id} of checkpoint {state.name!r} is in phase {state.phase!r},"
+                    " which does not allow the requested step"
+                )
 
     def _hold(self, state: State) -> None:
-        self._reach(dataclasses.replace(state, phase=HELD))  # from now on nothing begins
+        """Make the shard refuse requests; NotEmpty if tables exist that must not be replaced."""
+        self._reach(dataclasses.replace(state, phase=HELD))  # new requests are refused from here on
         try:
-            self._require_empty(state.replace)  # after all that began before
+            self._require_empty(state.replace)  # runs after all requests that began earlier
         except NotEmpty:
             self._reach(state)
             raise
 
     def _require_empty(self, replace: bool) -> None:
+        """Raise NotEmpty if the shard has tables, unless ``replace`` allows to delete them."""
         tables = self._engine.run(self._shard.tables)
         if tables and not replace:
             raise NotEmpty(
-                f"shard {self._shard.number} has tables, {tables[0]!r} among them, which the"
-                " restore would replace"
+                f"shard {self._shard.number} has tables, for example {tables[0]!r}, which the"
+                " restore would delete: drop them, or restore with 'replace'"
             )
 
     def _status(self) -> pb.RestoreStatus:
+        """Return the restore's id, checkpoint, phase and error; empty if there is none."""
         state = self._state
         if state is None:
             return pb.RestoreStatus()
@@ -206,12 +237,14 @@ class Restores:
         )
 
     def _reach(self, state: State) -> None:
+        """Store a new state, on disk first."""
         assert self._directory is not None
         with as_disk_full(self._directory, STATE_BYTES):
             write_state(self._directory, state)
         self._state = state
 
     def _end(self, state: State) -> None:
+        """Store the final state, and remove the staged and the old data."""
         assert self._directory is not None
         self._reach(state)
         clean(self._directory)

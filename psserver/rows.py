@@ -1,9 +1,9 @@
-"""Whole rows in and out of a shard.
+"""Read and write whole rows: embedding, optimizer state, version, step and frequency.
 
-    ReadRows    the rows of a table, or of a table in a checkpoint
-    WriteRows   rows that a client has
+    ReadRows    sends all rows of a live table, or of a table in a checkpoint
+    WriteRows   stores rows that a client sends
 
-These methods block, and run on worker threads. The engine thread copies one slice at a time.
+The methods block, so they run on worker threads. The engine thread copies one slice per call.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ from storage.tiers.base import KEY, STEP, VERSION
 
 
 class RowTransfer:
-    """Whole rows of one shard's tables, in and out. Thread-safe."""
+    """Implements ReadRows and WriteRows for one shard. Thread-safe.
+
+    catalog  reads checkpoints from the checkpoint store
+    work     makes reads of a checkpoint fail when the server stops
+    """
 
     def __init__(
         self,
@@ -53,12 +57,17 @@ class RowTransfer:
         self._work = work
 
     def read_rows(self, request: pb.ReadRowsRequest) -> Iterator[pb.Delta]:
-        """Read the rows of a table, of this shard or of a checkpoint."""
+        """Yield a header message, then messages with the rows of a table.
+
+        With request.checkpoint, the rows are those that the checkpoint stores for this shard;
+        otherwise the live ones. Raises UnknownTable and UnknownCheckpoint.
+        """
         if request.checkpoint:
             return self._stored_rows(request.table, request.checkpoint)
         return self._live_rows(request.table)
 
     def _live_rows(self, name: str) -> Iterator[pb.Delta]:
+        """Yield the rows of a live table, while pushes continue; each row is whole."""
         schema, version, scan = self._engine.run(lambda: self._shard.scan(name))
         yield _head(schema, version)
         start: int | None = 0
@@ -77,6 +86,11 @@ class RowTransfer:
             yield _rows(schema, meta[:, KEY], meta[:, VERSION], steps, frequencies[:n], rows[:n])
 
     def _stored_rows(self, name: str, stored: str) -> Iterator[pb.Delta]:
+        """Yield the rows of table ``name`` in checkpoint ``stored``.
+
+        Each shard reads a different share of the checkpoint's parts, which may contain keys of
+        other shards.
+        """
         progress = self._work.progress()
         with self._catalog.reading(stored, "rows are read from it") as checkpoint:
             schema = schema_in(checkpoint, name)
@@ -90,7 +104,11 @@ class RowTransfer:
     # ---- rows in
 
     def write_rows(self, request: RowsMessage) -> pb.WriteRowsResponse:
-        """Write the rows of a message, all of them or, if one breaks a rule, none."""
+        """Write the rows of a message over the rows of the same keys, or as new rows.
+
+        Rows without optimizer state get the state of new rows. Raises BadRequest, before any row is
+        written, if the message is invalid. OutOfMemory and DiskFull may leave some rows written.
+        """
         shard, table = self._shard, request.table
         schema, now = self._engine.run(lambda: (shard.describe(table)[0], shard.step(table)))
         keys, steps, frequencies, rows = self._read_message(request, schema, now)
@@ -107,16 +125,20 @@ class RowTransfer:
     def _read_message(
         self, request: RowsMessage, schema: TableSchema, now: int
     ) -> tuple[Keys, NDArray[Any], NDArray[Any], Rows]:
-        """Return keys, steps, frequencies and rows of a message; BadRequest if they break a rule.
+        """Return the arrays of a message: keys uint64[n], steps int64[n], frequencies uint64[n],
+        rows float32[n, width].
 
-        now  step of rows that come without one
+        now  step of the rows if the message has no steps
+
+        Raises BadRequest for wrong lengths, repeated keys, keys of other shards, or numbers that
+        are not finite or out of range.
         """
         shard, where = self._shard, f"table {request.table!r}"
         if request.width not in (schema.dim, schema.width):
             raise BadRequest(
                 "DIM_MISMATCH",
-                f"{where} has dim {schema.dim} and width {schema.width}, the rows have"
-                f" {request.width}",
+                f"{where}: rows must have {schema.dim} numbers (embedding only) or {schema.width}"
+                f" (with optimizer state), got {request.width}",
             )
         keys = _array(request.keys, "<u8", where)
         n = len(keys)
@@ -128,17 +150,18 @@ class RowTransfer:
         if not len(steps) == len(frequencies) == n or len(rows) != n * request.width:
             raise BadRequest(
                 "INVALID_ARGUMENT",
-                f"{where}: {n} keys, {len(steps)} steps, {len(frequencies)} frequencies,"
-                f" {len(rows)} numbers of rows",
+                f"{where}: lengths do not match: got {n} keys, {len(steps)} steps,"
+                f" {len(frequencies)} frequencies, {len(rows)} numbers in rows of width"
+                f" {request.width}",
             )
         repeated, foreign = routing.check(keys, shard.shard_map, shard.number)
         if foreign >= 0 or repeated:
             raise BadRequest(
                 "INVALID_ARGUMENT",
-                f"{where}: keys must be distinct and of shard {shard.number}",
+                f"{where}: keys must be distinct and owned by shard {shard.number}",
             )
         if not routing.all_finite(rows.view(np.uint32)):
-            raise BadRequest("NON_FINITE", f"{where}: all numbers of rows must be finite")
+            raise BadRequest("NON_FINITE", f"{where}: all numbers in rows must be finite")
         if n and frequencies.max() >= 1 << 32:
             raise BadRequest("INVALID_ARGUMENT", f"{where}: frequencies must be in 0..2^32-1")
         if n and not (steps.min() >= -(1 << 47) and steps.max() < 1 << 47):
@@ -182,6 +205,10 @@ def _rows(
 
 
 def _array(data: bytes | memoryview, dtype: str, where: str) -> NDArray[Any]:
+    """Return bytes as an array, without a copy; BadRequest if their number does not fit ``dtype``.
+
+    where  table, for the message
+    """
     try:
         return np.frombuffer(data, dtype)
     except ValueError as error:

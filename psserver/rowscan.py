@@ -1,11 +1,11 @@
-"""The rows of a shard, sent to a subscriber while pushes go on: a snapshot or a catch-up.
+"""Send the rows of a shard to a subscriber while pushes continue.
 
-A scan takes the shard's version V, then reads the rows a slice at a time. The engine thread copies
-the slices, so rows are whole, and a push waits for one slice at most. Rows of versions above V are
-left out: the log has them, and the subscriber gets the log from V on. Once the subscriber has the
-log up to the shard's version at the end of the scan, its rows are a state that the shard was in,
-and SNAPSHOT_END says so. A slot that is reused between two slices is no exception: its new row has
-a version above V.
+A snapshot sends all rows; a catch-up sends the rows and deletes after the subscriber's version.
+A scan notes the shard's version V, then reads the rows in slices. The engine thread copies each
+slice, so every row is whole, and a push waits for at most one slice. Rows newer than V are skipped,
+including rows in reused slots: the subscriber receives the log after V, which has them. When it has
+the log up to the shard's version at the end of the scan, its rows are consistent (those of the
+shard at one version), and it gets the message SNAPSHOT_END.
 """
 
 from __future__ import annotations
@@ -29,24 +29,33 @@ from storage import records
 from storage.schema import TableSchema
 from storage.tiers.base import KEY, STEP, VERSION, Scan
 
-SLICE_BYTES = 256 << 10  # bytes of rows that the engine thread copies at a time
-SLICE_TOMBSTONES = 65_536  # deletes that are read at a time
+SLICE_BYTES = 256 << 10  # bytes of rows that the engine thread copies per call
+SLICE_TOMBSTONES = 65_536  # deletes that are read per call
 
 
 class RowScan:
-    """Sends tables, deletes and rows to one subscriber."""
+    """Sends the list of tables, then deletes, then rows to one subscriber."""
 
     def __init__(self, source: Source, wanted: Wanted, deltas: Deltas, sender: Sender) -> None:
-        """Store the parts. The position is the sender's."""
+        """Store the arguments.
+
+        source  the shard, its log and threads
+        wanted  options of the subscription
+        deltas  builds the messages
+        sender  writes messages to the subscriber; its position is where the scan starts
+        """
         self._source = source
         self._wanted = wanted
         self._deltas = deltas
         self._sender = sender
 
     async def run(self) -> None:
-        """Send the rows of versions above ``after``, as they were at ``version``.
+        """Send the rows and deletes that are newer than ``sender.position.after``.
 
-        Raises VersionCompacted if tombstones after ``after`` were discarded.
+        Continues at the position's slot if its scan began in this process, else starts a new scan.
+        At the end, moves the position to the phase that follows the scan. May return earlier if the
+        scan must start again: call ``run`` again while the phase stays. Raises VersionCompacted if
+        a catch-up needs deletes whose tombstones were discarded.
         """
         source, sender = self._source, self._sender
         tables = await source.engine.submit(source.shard.table_list)
@@ -59,13 +68,15 @@ class RowScan:
             if created <= position.version and self._wanted.wants(schema.name):
                 await self._send_rows(number, schema)
         until = await source.engine.submit(lambda: source.shard.version)
-        await source.durable(until)  # a version that is lost may come again with other changes
+        await source.durable(until)  # a crash could lose it, and reuse its number for other changes
         sender.position = replace(
             sender.position, phase=AFTER_SCAN[position.phase], until=until, table=0, slot=0
         )
 
     async def _start(self, position: Position, tables: TableList) -> Position:
-        """Begin the scan at the shard's version, and say so."""
+        """Start a scan at the shard's present version: send its first message, return its
+        position.
+        """
         boot = self._source.boot
         position = replace(position, version=tables.version, table=0, slot=0, boot=boot)
         if position.after < tables.horizon and position.after:
@@ -80,17 +91,27 @@ class RowScan:
         return position
 
     def _compacted(self, position: Position, horizon: int) -> Position:
-        """Begin a snapshot again if deletes after ``after`` are unknown; a catch-up cannot."""
+        """Handle a position whose later deletes are no longer known.
+
+        Returns the position with after = 0 for a snapshot, which then sends all rows. Raises
+        VersionCompacted for a catch-up.
+
+        horizon  largest version whose tombstones may have been discarded
+        """
         if position.phase == Phase.SNAPSHOT:
             return replace(position, after=0)
         raise VersionCompacted(position.after, self._source.log.first - 1, horizon)
 
     async def _send(self, messages: list[bytes]) -> None:
+        """Send messages; raise Draining if the server is stopping."""
         self._source.check_draining()
         await self._sender.send(messages)
 
     async def _send_tables(self, tables: TableList) -> bool:
-        """Send tables and deletes. Returns False if the scan must begin again."""
+        """Send the list of tables, then the deletes in after + 1..version.
+
+        Returns False if tombstones were discarded meanwhile, so that the scan must start again.
+        """
         sender, source = self._sender, self._source
         position = sender.position
         token, names = position.encode(), {}
@@ -115,16 +136,25 @@ class RowScan:
         return True
 
     def _tombstones(self, after: int) -> Tombstones | None:
-        """Return deletes above a version; None if some were discarded. On the engine thread."""
+        """Return deletes newer than a version, oldest first; None if some were discarded.
+
+        Must run on the engine thread.
+        """
         shard = self._source.shard
         if after < shard.tombstone_horizon:
             return None
         return shard.tombstones(after, SLICE_TOMBSTONES)
 
     def _make_deletes(self, dead: Tombstones, names: dict[int, str], token: bytes) -> list[bytes]:
+        """Return the messages of ``_deletes`` as a list."""
         return list(self._deletes(dead, names, token))
 
     def _deletes(self, dead: Tombstones, names: dict[int, str], token: bytes) -> Iterator[bytes]:
+        """Yield messages with deletes, separate for each table and cause.
+
+        names  names of the subscribed tables, by number; deletes from other tables are skipped
+        token  put into each message
+        """
         for number, of_table in dead.by_table():
             if number not in names:
                 continue
@@ -142,7 +172,7 @@ class RowScan:
                 )
 
     async def _send_rows(self, number: int, schema: TableSchema) -> None:
-        """Send the rows of a table that were not sent yet."""
+        """Send the rows of a table, from the position's slot on; nothing if the table is done."""
         source, position = self._source, self._sender.position
         if number < position.table:
             return
@@ -152,7 +182,7 @@ class RowScan:
         while slot is not None:
             source.check_draining()
             scan = await source.engine.submit(partial(source.shard.rows_of, number))
-            if scan is None:  # dropped: the log has that after ``version``
+            if scan is None:  # dropped; the log has a record of that, after ``version``
                 return
             find = partial(scan.find, slot, position.after, position.version, limit)
             start = slot
@@ -176,7 +206,12 @@ class RowScan:
     def _make_rows(
         self, schema: TableSchema, copied: list[tuple[Any, ...]], position: Position
     ) -> list[bytes]:
-        """Return the message of a slice of rows; none if all rows have newer versions by now."""
+        """Return messages with a slice of rows, without the rows that were changed after the scan's
+        version.
+
+        copied    results of ``_copy``
+        position  position after the slice, put into the messages as their token
+        """
         meta, frequencies, rows = map(np.concatenate, zip(*copied, strict=True))
         versions = meta[:, VERSION]
         still = (versions > position.after) & (versions <= position.version)
@@ -198,13 +233,18 @@ class RowScan:
 
 
 def _slices(slots: Any, row_bytes: int) -> Iterator[Any]:
+    """Split an array of slots into pieces of about SLICE_BYTES bytes of rows."""
     most = max(1, SLICE_BYTES // row_bytes)
     for start in range(0, len(slots), most):
         yield slots[start : start + most]
 
 
 def _copy(scan: Scan, slots: Any, width: int) -> tuple[Any, Any, Any]:
-    """Copy metadata, frequencies and the first ``width`` numbers of rows. On the engine thread."""
+    """Return copies of the metadata, the frequencies uint64[n] and the first ``width`` numbers
+    float32[n, width] of the rows in some slots. Must run on the engine thread.
+
+    slots  int64[n]
+    """
     frequencies = np.empty(len(slots), np.uint64)
     rows = np.empty((len(slots), width), np.float32)
     return scan.copy(slots, frequencies, rows), frequencies, rows

@@ -1,4 +1,4 @@
-"""Table schemas as messages, and as JSON for storage."""
+"""Convert table schemas from and to protobuf messages, and from and to JSON for storage."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ DURABILITIES: dict[Durability, pb.Durability] = {
 
 
 def read_schema(message: pb.TableSchema) -> TableSchema:
-    """Return the schema that a message asks for; fields that are absent take their defaults.
+    """Return the schema that a message describes; absent fields get their defaults.
 
-    Raises BadRequest naming the table, the field and the rule that a value breaks.
+    Raises BadRequest for an invalid value; its message names the table, the field and the limits.
     """
     try:
         return TableSchema(
@@ -56,38 +56,42 @@ def read_schema(message: pb.TableSchema) -> TableSchema:
 
 
 def refused(table: str, error: ValueError) -> BadRequest:
-    """Return the refusal of a value that breaks a rule; its message names the table."""
+    """Return a BadRequest with the text of ``error``, and the table's name if the text lacks it."""
     text = str(error)
     where = "" if repr(table) in text else f"table {table[:200]!r}: "
     return BadRequest("INVALID_ARGUMENT", where + text)
 
 
 def read_durability(message: pb.TableSchema) -> Durability:
-    """Return the default durability of a table; raises ValueError."""
+    """Return a table's default durability from its message; ValueError if it is unknown."""
     level = LEVELS.get(message.durability or pb.DURABILITY_LOG)
     if level is None:
-        raise ValueError(f"durability {message.durability} is unknown")
+        raise ValueError(f"durability must be one of {sorted(LEVELS)}, got {message.durability}")
     return level
 
 
 def read_admission(message: pb.TableSchema) -> Admission:
-    """Return the admission rule of a table; raises ValueError."""
+    """Return a table's admission rule from its message; ValueError if it is invalid."""
     rule = message.admission
     return make_admission(rule.name or "always", dict(rule.parameters))
 
 
 def read_evictions(message: pb.TableSchema) -> tuple[Eviction, ...]:
-    """Return the eviction rules of a table, sorted by name; raises ValueError."""
+    """Return a table's eviction rules from its message, sorted by name.
+
+    Raises ValueError if one is invalid.
+    """
     if len(message.evictions) > len(EVICTIONS):
         raise ValueError(
-            f"{len(message.evictions)} eviction rules, at most {len(EVICTIONS)} are different"
+            f"a table may have at most {len(EVICTIONS)} eviction rules,"
+            f" got {len(message.evictions)}"
         )
     rules = [make_eviction(rule.name, dict(rule.parameters)) for rule in message.evictions]
     return tuple(sorted(rules, key=lambda rule: rule.name))
 
 
 def write_schema(schema: TableSchema) -> pb.TableSchema:
-    """Return the message of a schema, with every parameter set."""
+    """Return a schema as a message in which every field and parameter is set."""
     return pb.TableSchema(
         name=schema.name,
         dim=schema.dim,
@@ -103,17 +107,18 @@ def write_schema(schema: TableSchema) -> pb.TableSchema:
 
 
 def to_json(schema: TableSchema) -> dict[str, Any]:
-    """Return a schema as values that JSON can express."""
+    """Return a schema as a dict that json.dumps accepts; ``from_json`` is the inverse."""
     values = json_format.MessageToDict(write_schema(schema), preserving_proto_field_name=True)
     return dict(values)
 
 
 def from_json(values: dict[str, Any]) -> TableSchema:
-    """Return the schema for values that ``to_json`` returned."""
+    """Return the schema that ``to_json`` made a dict of. Raises BadRequest, json_format.Error."""
     return read_schema(json_format.ParseDict(values, pb.TableSchema()))
 
 
 def _rule(rule: Any) -> pb.Rule:
+    """Return the message for an optimizer, an initializer, an admission or an eviction rule."""
     fields = dataclasses.fields(rule)
     parameters = {field.name: float(getattr(rule, field.name)) for field in fields}
     return pb.Rule(name=rule.name, parameters=parameters)

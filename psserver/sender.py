@@ -1,4 +1,4 @@
-"""One subscriber's stream, as the server writes it."""
+"""Write messages to one subscriber's stream."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ Write = Callable[[bytes], Awaitable[None]]
 
 
 class Sender:
-    """Writes messages to one subscriber.
+    """Writes messages to one subscriber, and records how far it is.
 
-    position  after what was written
-    since     seconds since 1970 when the oldest change being written was applied; infinite if none
-    writing   a message waits for the subscriber to read
+    position  position after the messages written so far; set by the callers of ``send``
+    since     when the oldest change that is being written was applied, in seconds since 1970;
+              infinite while no change is being written
+    writing   True while a message waits for the subscriber to read
     """
 
     def __init__(self, position: Position, write: Write, count: Callable[[int], None]) -> None:
-        """Store the parts.
+        """Store the arguments.
 
-        write  sends one message, and waits while the subscriber does not read
-        count  called with the bytes of each message sent
+        position  where the subscription starts
+        write     sends one message; waits while the subscriber does not read
+        count     called after each sent message with its size in bytes
         """
         self.position = position
         self.since = float("inf")
@@ -34,9 +36,10 @@ class Sender:
     async def send(self, messages: list[bytes], patience: float | None = None) -> None:
         """Write messages in order.
 
-        patience  seconds to wait for the subscriber to read one message; None: no limit
+        patience  most seconds to wait for the subscriber to read one message; None: no limit
 
-        Raises Overloaded after that. The subscriber may continue from its last token.
+        Raises Overloaded if a message takes longer. The subscriber can subscribe again with the
+        last token that it received.
         """
         try:
             for message in messages:
@@ -47,6 +50,6 @@ class Sender:
                 self._count(len(message))
         except TimeoutError as error:
             raise Overloaded(
-                f"the subscriber did not read for {patience} seconds in the middle of a large"
-                " change; continue from the last token"
+                f"the subscriber did not read for {patience} seconds while a large change was being"
+                " sent: read faster, and subscribe again with the last token received"
             ) from error

@@ -1,4 +1,6 @@
-"""Versions: every change of a shard gets the next one, its record in the log and its session."""
+"""Number the changes of a shard: each gets the next version, a log record and, for retries, an
+entry in its client's session.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,16 @@ from psserver.sessions import Sessions
 from storage.records import Kind, Origin
 from storage.versionlog import VersionLog
 
-MAX_BACKLOG = 256 << 20  # bytes of memory of records appended and not yet written; the default
-RECORD = 64  # bytes of a record besides its arrays; a barrier's name needs less than the rest
+MAX_BACKLOG = 256 << 20  # default for the memory of records not yet written to disk, in bytes
+RECORD = 64  # upper bound for the size of a log record without its arrays, in bytes
 
 
 class Sequencer:
-    """The version of a shard, and the log that its changes are appended to.
+    """Holds the version of a shard, its log and its sessions (records of applied pushes).
 
-    now  seconds since 1970, recorded with each change
-    log  None: the shard keeps nothing on disk
-    max_backlog  bytes in the log's queue above which changes are refused
+    now          returns seconds since 1970, recorded with each change
+    log          None: the shard stores nothing on disk
+    max_backlog  refuse changes while more bytes than this wait to be written to the log
     """
 
     def __init__(
@@ -37,22 +39,29 @@ class Sequencer:
         self.version = 0
 
     def reserve(self, sizes: Sequence[int]) -> None:
-        """Reserve room in the log for records of these sizes, in bytes.
+        """Reserve disk space in the log for records.
 
-        Raises DiskFull or Overloaded, and reserves nothing then.
+        sizes  upper bound for the size of each record, in bytes
+
+        Raises DiskFull if space is missing, Overloaded if too many records wait to be written. Then
+        nothing is reserved.
         """
         if self.log is None or not sizes:
             return
         if self.log.memory > self.max_backlog:
             raise Overloaded(
-                f"the disk is slow: records that wait to be written take {self.log.memory} bytes of"
-                f" memory, the limit is {self.max_backlog}; retry later"
+                f"the disk is slow: log records that wait to be written take {self.log.memory}"
+                f" bytes of memory, more than the limit of {self.max_backlog}; retry later"
             )
         self.log.reserve(*sizes)
 
     def origin(self, change: Change | None = None, step: int = 0) -> Origin:
-        """Return who asked for a change, and when, as the log records it."""
-        now = max(int(self.now() * 1e6), 0)  # a clock before 1970 is wrong, and no reason to fail
+        """Return the client, step and time to store in the log record of a change.
+
+        change  request of a client; None: the server makes the change itself
+        step    training step of the change
+        """
+        now = max(int(self.now() * 1e6), 0)  # must not fail if the clock is set before 1970
         if change is None:
             return Origin(step=step, time_us=now)
         return Origin(
@@ -65,7 +74,10 @@ class Sequencer:
         )
 
     def applied(self, change: Change) -> int | None:
-        """Return the version under which a change was applied before, or None."""
+        """Return the version of a change if it was applied before (this is a retry), else None.
+
+        Raises the errors of ``Sessions.applied``.
+        """
         if not change.client:
             return None
         return self.sessions.applied(
@@ -73,7 +85,14 @@ class Sequencer:
         )
 
     def require(self, version: int, epoch: int) -> None:
-        """Raise LogDiverged if a version of an epoch is of a history that was abandoned."""
+        """Raise LogDiverged unless ``version``, assigned in ``epoch``, belongs to this log's
+        history.
+
+        epoch  random number that identifies a start of the server
+
+        A restore abandons the versions after the restored one, and so does a crash those not yet on
+        disk.
+        """
         if self.log is not None and not self.log.history.contains(epoch, version):
             raise LogDiverged(
                 f"min_version {version} of epoch {epoch:016x} is not part of this shard's history:"
@@ -81,7 +100,13 @@ class Sequencer:
             )
 
     def append(self, kind: Kind, parts: Sequence[Any], change: Change | None = None) -> None:
-        """Give the change that was just applied its version, its record and its session."""
+        """Record the change that was just applied: raise the version, append a log record, and
+        note it in the client's session.
+
+        kind    kind of log record
+        parts   encoded record, as buffers to join
+        change  request of a client; None: the server made the change itself
+        """
         self.version += 1
         if self.log is not None:
             self.log.append(self.version, kind, parts)

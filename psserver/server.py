@@ -1,8 +1,8 @@
-"""Open and close the parts of one shard's server, in order.
+"""Start and stop the server of one shard: open and close its components in order.
 
 Threads of a server, in addition to those of the log and the flusher:
 
-engine thread   owns the shard
+engine thread   the only thread that changes the shard
 event loop      gRPC on uvloop; runs small work of the engine itself while the engine is idle
 metrics thread  serves /metrics
 """
@@ -35,14 +35,17 @@ from psserver.swap import State
 from psserver.sweeper import Sweeper
 from storage.store import Store
 
-LAST_ANSWERS_SECONDS = 1.0  # for the last replies to reach their clients at a stop
+LAST_ANSWERS_SECONDS = 1.0  # seconds for the last replies to reach their clients, at a stop
 
 
 class Server:
-    """One shard behind gRPC."""
+    """gRPC server of one shard."""
 
     def __init__(self, config: ServerConfig, restart: Callable[[], None]) -> None:
-        """Create the parts. ``restart`` may be called on any thread: close and start anew."""
+        """Create what the ports need; ``open`` recovers the shard.
+
+        restart  asks the process to close this server and start again; any thread may call it
+        """
         self._config = config
         self._restart = restart
         self._engine = Engine()
@@ -57,6 +60,7 @@ class Server:
         self._feed: Feed | None = None
 
     def _new_shard(self) -> Shard:
+        """Return an empty shard with the configured limits."""
         config = self._config
         return Shard(
             number=config.shard,
@@ -72,7 +76,10 @@ class Server:
         )
 
     async def listen(self) -> None:
-        """Take both ports, alive and not ready; ConfigError if a port cannot be used."""
+        """Bind the gRPC and the metrics port. Health checks then report alive, but not ready.
+
+        Raises ConfigError if a port cannot be used.
+        """
         await self._listener.listen()
         try:
             self._open_metrics()
@@ -81,7 +88,10 @@ class Server:
             raise
 
     async def open(self) -> None:
-        """Recover the shard and serve it; ConfigError if that is impossible."""
+        """Recover the shard and serve it. Raises ConfigError if the configuration is at fault.
+
+        After an error both ports are closed.
+        """
         try:
             await self._open()
         except BaseException:
@@ -89,6 +99,7 @@ class Server:
             raise
 
     async def _open(self) -> None:
+        """Recover the shard, create the components, start their threads, and serve."""
         config = self._config
         await self._open_shard()
         self._open_parts()
@@ -101,11 +112,12 @@ class Server:
         self._ready.set(1)
 
     async def abandon(self) -> None:
-        """Close both ports of a server that does not start."""
+        """Close both ports. For a server whose start failed."""
         await self._listener.stop(0)
         self._close_metrics()
 
     async def _open_shard(self) -> None:
+        """Recover the shard from the data directory, or create an empty one without directory."""
         directory = self._config.data_dir
         if directory is None:
             self._shard = self._new_shard()
@@ -116,6 +128,7 @@ class Server:
         self._shard = await asyncio.to_thread(self._data.open)
 
     def _open_parts(self) -> None:
+        """Create checkpoints, restores, feed, sweeper and service for the recovered shard."""
         config, data, shard, engine = self._config, self._data, self._shard, self._engine
         versions = None if data is None else data.log
         pins: dict[str, int] = {} if data is None else data.flusher.pins
@@ -147,6 +160,7 @@ class Server:
         )
 
     def _open_metrics(self) -> None:
+        """Serve /metrics, if a port is configured; ConfigError if it cannot be used."""
         config = self._config
         if not config.metrics_port:
             return
@@ -165,7 +179,7 @@ class Server:
             self._metrics.close()
 
     def _register_collectors(self) -> None:
-        """Show the recovered shard on /metrics."""
+        """Add the metrics of the recovered shard to /metrics."""
         register, data = self._registry.register, self._data
         versions = None if data is None else data.log
         register(ShardCollector(self._shard, self._engine, self._stats, versions))
@@ -176,7 +190,9 @@ class Server:
             register(FlushCollector(data.flusher))
 
     async def close(self) -> None:
-        """Finish the calls in flight, then stop all threads and close the data directory."""
+        """Finish the calls in flight within drain_seconds, then stop all threads and close the data
+        directory.
+        """
         self._ready.set(0)
         await self._listener.refuse()
         self._service.drain()
@@ -185,14 +201,14 @@ class Server:
         finished = asyncio.ensure_future(self._service.finished())
         await asyncio.wait({stopping, finished}, return_when=asyncio.FIRST_COMPLETED)
         finished.cancel()
-        if not stopping.done():  # replies are on their way, some to clients that do not read
+        if not stopping.done():  # some replies are still being sent; a client may not read its own
             await self._listener.stop(min(grace, LAST_ANSWERS_SECONDS))
         await stopping
         await asyncio.to_thread(self._close_threads)
         self._close_metrics()
 
     def _close_threads(self) -> None:
-        """Stop all threads and close the data directory. Blocks while its file system hangs."""
+        """Stop all threads and close the data directory. Blocks while a file operation hangs."""
         self._sweeper.close()
         self._service.close()
         if self._feed is not None:
@@ -204,17 +220,21 @@ class Server:
             self._data.close()
 
     def _store(self) -> Store | None:
+        """Return the configured checkpoint store; None without one; ConfigError for a bad URL."""
         url = self._config.checkpoint_url
         if url is None:
             return None
         if url.startswith("memory:"):
-            raise ConfigError(f"checkpoint_url: {url} is seen by one process only")
+            raise ConfigError(
+                f"checkpoint_url: {url} is memory of a single process, which other shards cannot"
+                " read; use file:// or an object store"
+            )
         try:
             return Store(url, self._config.checkpoint_store_seconds)
         except ValueError as error:
             raise ConfigError(f"checkpoint_url: {error}") from error
 
     def _wake(self) -> None:
-        """Wake the feed: more of the log is on disk. Called on the log's thread."""
+        """Tell the feed that more of the log is on disk. The log calls this on its thread."""
         if self._feed is not None:
             self._feed.wake()

@@ -1,4 +1,4 @@
-"""The gRPC methods of all services over one shard."""
+"""Implement the gRPC methods of all services of one shard's server."""
 
 from __future__ import annotations
 
@@ -35,12 +35,16 @@ from storage.errors import UnknownTable
 from storage.schema import TableSchema
 from storage.versionlog import VersionLog
 
-LISTED = 16  # tables that the engine describes at once
-SHARES = 8  # one stream may use this fraction of max_inflight_bytes
+LISTED = 16  # tables that the engine thread describes per call
+SHARES = 8  # one stream may use 1/8 of max_inflight_bytes
 
 
 class Service:
-    """The methods of all services over one shard."""
+    """Maps every gRPC method to its handler, and implements those that fit in a few lines.
+
+    log   None: the shard has no data directory
+    feed  serves subscriptions; None without a log
+    """
 
     def __init__(
         self,
@@ -75,7 +79,7 @@ class Service:
         )
 
     def drain(self) -> None:
-        """Refuse new requests. Streams answer their pending requests and end."""
+        """Refuse new requests from now on. Streams answer their pending requests, then end."""
         self._limits.draining = True
         self._checkpoints.work.stop()
         self._sweeper.stop()
@@ -84,15 +88,18 @@ class Service:
         self._streams.drain()
 
     async def finished(self) -> None:
-        """Wait until no call is running, subscriptions aside: their clients may never read."""
+        """Wait until no call is running.
+
+        Does not wait for subscriptions: a subscriber that never reads would block it forever.
+        """
         await self._limits.idle()
 
     def close(self) -> None:
-        """Stop the threads. No call may be running."""
+        """Stop the worker threads. Call it when no call is running."""
         self._workers.close()
 
     def methods(self) -> dict[str, Handler]:
-        """Return the handlers of all methods, by full name."""
+        """Return all gRPC handlers by full name, for example "/ps.v1.RowService/Pull"."""
         make = self._make
         tables = {
             "CreateTable": make.message(pb.CreateTableRequest, self.create_table),
@@ -162,7 +169,7 @@ class Service:
         self, request: pb.CreateTableRequest, deadline: float
     ) -> pb.CreateTableResponse:
         schema = read_schema(request.schema)
-        # one call of the engine: another client cannot drop the table before it is described
+        # in one call of the engine, so that no other client can drop the table between the two
         made = await self._engine.submit(lambda: self._create(schema), deadline)
         await self._settled(made.version, pb.DURABILITY_LOG)
         return pb.CreateTableResponse(schema=made.schema, stats=made.stats)
@@ -217,7 +224,7 @@ class Service:
         return self._info.read()
 
     def _describe_all(self, names: Sequence[str]) -> list[pb.DescribeTableResponse]:
-        """Describe tables, without those that were dropped meanwhile."""
+        """Return schema and statistics of each table; skip names of tables dropped meanwhile."""
         described = []
         for name in names:
             with suppress(UnknownTable):
@@ -225,9 +232,11 @@ class Service:
         return described
 
     def _create(self, schema: TableSchema) -> pb.DescribeTableResponse:
+        """Create a table and describe it. Must run on the engine thread."""
         return self._describe(self._shard.create_table(schema).name)
 
     def _describe(self, name: str) -> pb.DescribeTableResponse:
+        """Return schema and statistics of a table. Must run on the engine thread."""
         schema, stats = self._shard.describe(name)
         return pb.DescribeTableResponse(
             schema=write_schema(schema),
@@ -251,8 +260,8 @@ class Service:
         version = request.version or self._shard.version
         if version > self._shard.version:
             raise VersionInFuture(
-                f"version {version} asked for, shard {self._shard.number} is at"
-                f" {self._shard.version}"
+                f"field 'version' must be at most the version of shard {self._shard.number},"
+                f" {self._shard.version}, got {version}"
             )
         await self._settled(version, pb.DURABILITY_FSYNC)
         return pb.WaitDurableResponse(
@@ -284,9 +293,9 @@ class Service:
         try:
             return await self._workers.start_long(self._sweeper.evict, request, gone)
         finally:
-            gone.set()  # stops the eviction if the caller was cancelled
+            gone.set()  # stops the eviction if the caller was canceled
 
     async def _settled(self, version: int, level: pb.Durability) -> None:
-        """Wait until a version has the given durability."""
+        """Wait until a version is as durable as ``level``: applied, in the log file, or on disk."""
         if self._feed is not None:
             await self._feed.settled(version, level)

@@ -1,13 +1,16 @@
-"""De-duplication of pushes: which ones were applied, and under which versions.
+"""Recognize pushes that were applied before, so that a client may retry without applying one twice.
 
-A session belongs to one incarnation of a client. It records the versions of the pushes that the
-client may still repeat: those after ``acknowledged``, and at most WINDOW of them.
+A client numbers its pushes: their sequence. It draws a new, larger incarnation number each time it
+begins again at sequence 1. A session belongs to one incarnation of a client. It records the version
+of each push that the client may still retry: those newer than the sequence that the client has
+acknowledged, but at most WINDOW pushes.
 
     packed   = session*                          least recently used first
     session  = client incarnation newest horizon count_idle sequence[count] version[count]
 
-All are u64, little-endian. The lower half of ``count_idle`` is a count, the upper half the seconds
-since the session was last used. Time does not pass for packed sessions.
+All are u64, little-endian. newest: largest sequence recorded. horizon: pushes up to this sequence
+are not recorded any more. The lower 32 bits of count_idle are ``count``, the upper 32 bits the
+seconds since the session was last used, at the time of packing.
 """
 
 from __future__ import annotations
@@ -18,20 +21,22 @@ from dataclasses import dataclass, field
 
 from psserver.errors import BadRequest, SessionExpired, TooLarge
 
-WINDOW = 4096  # pushes
-LEAST_WINDOW = 64  # pushes: what one stream may have in flight
-RECORDED = 1 << 20  # pushes of all sessions together, while windows are above LEAST_WINDOW
+WINDOW = 4096  # maximum number of pushes recorded per session
+LEAST_WINDOW = 64  # the same when there are many sessions: pushes that a stream has in flight
+RECORDED = 1 << 20  # pushes recorded for all sessions together, unless LEAST_WINDOW needs more
 HALF = (1 << 32) - 1
 PACKED = 1 << 12  # numbers per call
 
 
 @dataclass(slots=True)
 class _Session:
+    """The pushes of one client that may be retried."""
+
     incarnation: int
-    used: float  # seconds on the clock
-    newest: int = 0  # sequence
+    used: float  # time of the last use, in seconds on the clock
+    newest: int = 0  # largest sequence recorded
     horizon: int = 0  # pushes up to this sequence are no longer recorded
-    versions: dict[int, int] = field(default_factory=dict)
+    versions: dict[int, int] = field(default_factory=dict)  # sequence to version
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +55,12 @@ class SessionsSnapshot:
 
 
 class Sessions:
-    """The sessions of one shard.
+    """The sessions of all clients of one shard.
 
-    limit   most sessions; a new one replaces the least recently used if that is idle for ttl
-            seconds, or else is refused
-    ttl     seconds; far longer than any client repeats a push
-    clock   monotonic seconds
+    limit   maximum number of sessions; beyond it, a new session replaces the least recently used
+            one if that was unused for ``ttl`` seconds, and is refused otherwise
+    ttl     seconds; much longer than any client retries a push
+    clock   returns monotonic seconds
     """
 
     def __init__(self, limit: int, ttl: float, clock: Callable[[], float]) -> None:
@@ -70,50 +75,64 @@ class Sessions:
     def applied(
         self, client: int, incarnation: int, sequence: int, acknowledged: int
     ) -> int | None:
-        """Return the version under which a push was applied, or None if it was not.
+        """Return the version of a push if it was applied before, else None. Changes nothing.
 
-        Changes nothing. Raises SessionExpired if the answer is no longer known, TooLarge if there
-        is no room for a new session, and BadRequest for numbers that contradict each other.
+        client        id of the client, not 0
+        incarnation   number of the client's session
+        sequence      number of the push
+        acknowledged  sequence up to which the client has replies, and does not retry
+
+        Raises SessionExpired if the push is too old to know, TooLarge if a new session is needed
+        but ``limit`` are in use, BadRequest unless 0 <= acknowledged < sequence.
         """
         if not 0 <= acknowledged < sequence:
             raise BadRequest(
                 "INVALID_ARGUMENT",
-                f"sequence must be above acknowledged, got {sequence} and {acknowledged}",
+                "field 'sequence' must be greater than field 'acknowledged', got"
+                f" {sequence} and {acknowledged}",
             )
         session = self._sessions.get(client)
         if session is None or session.incarnation < incarnation:
             if acknowledged:
                 raise SessionExpired(
-                    f"no session of client {client:#x} incarnation {incarnation}, whose pushes up"
-                    f" to {acknowledged} were acknowledged"
+                    f"no session of client {client:#x}, incarnation {incarnation}, although the"
+                    f" client acknowledged pushes up to {acknowledged}: the session expired, or a"
+                    " restore removed it"
                 )
             if session is None and len(self._sessions) >= self._limit:
                 oldest = next(iter(self._sessions.values()))
                 if self._clock() - oldest.used < self._ttl:
                     raise TooLarge(
-                        "TOO_MANY_SESSIONS", f"{self._limit} sessions are in use, the limit"
+                        "TOO_MANY_SESSIONS",
+                        f"this shard already has {self._limit} client sessions, its limit"
+                        " (max_sessions)",
                     )
             return None
         if session.incarnation > incarnation:
             raise SessionExpired(
-                f"client {client:#x} incarnation {incarnation} was replaced by incarnation"
+                f"client {client:#x}: incarnation {incarnation} was replaced by incarnation"
                 f" {session.incarnation}"
             )
         if sequence <= session.horizon:
             raise SessionExpired(
-                f"client {client:#x}: push {sequence} is older than the window, which starts after"
-                f" {session.horizon}"
+                f"client {client:#x}: push {sequence} is too old to know whether it was applied:"
+                f" this shard has records of pushes after {session.horizon} only"
             )
         return session.versions.get(sequence)
 
     def record(
         self, client: int, incarnation: int, sequence: int, acknowledged: int, version: int
     ) -> None:
-        """Record a push that was applied now, and for which ``applied`` returned None."""
+        """Record that a push was applied as ``version``. ``applied`` must have returned None for
+        it.
+
+        Takes the arguments of ``applied``. Drops the records of pushes that are acknowledged or too
+        old.
+        """
         session = self._sessions.pop(client, None)
         if session is None and len(self._sessions) >= self._limit:
             of_oldest, oldest = next(iter(self._sessions.items()))
-            if self._clock() - oldest.used >= self._ttl:  # else one exchange began several
+            if self._clock() - oldest.used >= self._ttl:  # else one exchange created several
                 del self._sessions[of_oldest]
         if session is None or session.incarnation < incarnation:
             session = _Session(incarnation, self._clock())
@@ -132,9 +151,9 @@ class Sessions:
             session.horizon = horizon
 
     def _window(self) -> int:
-        """Return how many pushes a session records: fewer, the more sessions there are.
+        """Return the maximum number of pushes per session; it falls as sessions become more.
 
-        A client that acknowledges nothing must not take memory without bound.
+        This bounds the memory of clients that acknowledge nothing.
         """
         return max(LEAST_WINDOW, min(WINDOW, RECORDED // len(self._sessions)))
 
@@ -151,11 +170,13 @@ class Sessions:
         return SessionsSnapshot(numbers)
 
     def pack(self) -> bytes:
-        """Return all sessions as bytes; the module describes the format."""
+        """Return all sessions as bytes; the module docstring describes the format."""
         return self.snapshot().pack()
 
     def unpack(self, data: bytes) -> None:
-        """Load sessions that were packed."""
+        """Add sessions from bytes that ``pack`` returned. Raises struct.error or ValueError if the
+        bytes are malformed.
+        """
         numbers = struct.unpack(f"<{len(data) // 8}Q", data)
         now = self._clock()
         at = 0
@@ -174,12 +195,11 @@ class Sessions:
             )
 
     def trim(self) -> None:
-        """Drop sessions beyond the limit, after the log was replayed.
+        """Drop the least recently used sessions beyond the limit, after a replay of the log.
 
-        Other sessions replaced them after they were packed, and the replay does not know that.
-        A session was idle for ttl seconds when it was replaced. It was then idle for at least half
-        of that when it was packed, because a replay covers less time. A session that was not is
-        kept: its pushes may still be repeated.
+        The replay adds sessions, but cannot tell which packed ones they had replaced. Only sessions
+        that were unused for ttl / 2 seconds are dropped, because a replaced session was unused for
+        ttl seconds and the log covers less than ttl / 2. So the limit may still be exceeded.
         """
         while len(self._sessions) > self._limit:
             client, oldest = next(iter(self._sessions.items()))

@@ -1,7 +1,8 @@
-"""One shard's part of every table, without a network.
+"""Hold one shard's rows of every table, and apply changes to them; no networking.
 
-Not thread-safe: the engine thread is the only caller. Changes are applied in the order of the
-calls. Each change gets the next version and, where the shard has a log, is appended to it.
+Only the engine thread may call these methods, except where a docstring allows any thread. Changes
+are applied in the order of the calls. Each change gets the next version, and is appended to the log
+if the shard has one.
 """
 
 from __future__ import annotations
@@ -40,21 +41,27 @@ _NO_VERSIONS, _NO_STEPS = np.empty(0, np.uint64), np.empty(0, np.int64)
 
 
 class _CheckedPush(NamedTuple):
-    """A push that can be applied, and what was found out about it."""
+    """A push that passed its checks."""
 
     push: Push
     entry: TableEntry
-    level: pb.Durability
-    applied: int | None  # version under which it was applied before
+    level: pb.Durability  # durability to reach before the reply
+    applied: int | None  # its version if it was applied before (this is a retry), else None
 
 
 class Shard(ShardReads):
-    """The tables of one shard, their common version and the sessions of the clients.
+    """The tables of one shard, their common version, and the sessions of the clients.
 
-    reply_bytes     largest reply, in bytes of arrays
-    max_tombstones  deleted keys that are kept for subscribers that come back
-    clock           monotonic seconds
-    now             seconds since 1970, for subscribers to see how old a change is
+    number          index of the shard
+    shard_map       maps keys to shards
+    memory_bytes    memory budget of the tables
+    reply_bytes     largest size of the arrays in a reply, in bytes
+    session_ttl     seconds after which an unused session may be replaced
+    clock           returns monotonic seconds
+    now             returns seconds since 1970, so that subscribers see the age of a change
+    log             None: the shard stores nothing on disk, or ``attach`` follows
+    max_tombstones  maximum number of recorded deletes, for subscribers that reconnect
+    max_backlog     refuse changes while more bytes than this wait to be written to the log
     """
 
     def __init__(
@@ -90,19 +97,23 @@ class Shard(ShardReads):
         self.sweeps = Sweeps(self._tables, self._sequencer, self._delete)
 
     def attach(self, log: VersionLog) -> None:
-        """Append changes to ``log`` from now on; it ends at the shard's version."""
+        """Append changes to ``log`` from now on. Its last version must be the shard's version."""
         assert log.last == self.version
         self._sequencer.log = log
 
     def close(self) -> None:
-        """Return the memory of all tables; the shard must not be used again."""
+        """Free the memory of all tables. The shard must not be used afterwards."""
         for entry in self._tables:
             entry.table.close()
 
     # ---- tables
 
     def create_table(self, schema: TableSchema) -> TableSchema:
-        """Create a table, unless it exists with an equal schema; SchemaMismatch for another."""
+        """Create a table, or do nothing if one of this name exists with an equal schema.
+
+        Returns the schema. Raises SchemaMismatch if one exists with a different schema,
+        TableLoading if one of this name is being filled, and the errors of ``require_creatable``.
+        """
         entry = self._tables.find(schema.name)
         if entry is not None:
             entry.schema.require_equal(schema)
@@ -113,15 +124,23 @@ class Shard(ShardReads):
         return schema
 
     def require_creatable(self, schema: TableSchema) -> None:
-        """Refuse a table that cannot be created although none of its name exists."""
+        """Check that a table could be created, apart from whether its name is in use.
+
+        Raises BadRequest for an invalid name, TooLarge if the shard has max_tables tables, NoLog if
+        the table needs a log but the shard has none.
+        """
         if problem := names.problem("table", schema.name):
             raise BadRequest("INVALID_ARGUMENT", problem)
         if len(self._tables) >= self._max_tables:
-            raise TooLarge("TOO_MANY_TABLES", f"{self._max_tables} tables exist, the limit")
+            raise TooLarge(
+                "TOO_MANY_TABLES",
+                f"this shard already has {self._max_tables} tables, its limit (max_tables)",
+            )
         if schema.durability == "fsync" and self._sequencer.log is None:
             raise NoLog
 
     def _create(self, schema: TableSchema) -> None:
+        """Create a table that passed all checks, as the next version."""
         number = self._tables.next_number
         parts = records.encode_create(self._sequencer.origin(), number, to_json(schema))
         self._sequencer.reserve([RECORD + len(parts[1])])
@@ -131,12 +150,14 @@ class Shard(ShardReads):
     def alter_table(
         self, name: str, change: Callable[[TableSchema], TableSchema]
     ) -> tuple[TableSchema, int]:
-        """Give a table other settings; its rows stay. Nothing changes if the settings are equal.
+        """Change settings of a table, as the next version; the rows stay. An equal schema does
+        nothing.
 
-        change  returns the new schema for the present one, or raises
+        change  called with the present schema; returns the new one, or raises
 
-        Returns the new schema, and how many counters towards admission were dropped; see
-        ``Table.alter``. Raises OutOfMemory or DiskFull, and changes nothing then.
+        Returns (new schema, number of admission counters that were dropped because the new
+        admission rule cannot use them). Raises OutOfMemory, DiskFull, Overloaded or the errors of
+        ``change``; then nothing has changed.
         """
         entry = self._tables.get(name)
         self._tables.require_unclaimed(name)
@@ -155,7 +176,7 @@ class Shard(ShardReads):
         return schema, dropped or 0
 
     def drop_table(self, name: str) -> None:
-        """Drop a table and return its memory."""
+        """Drop a table, as the next version, and free its memory. Raises UnknownTable."""
         entry = self._tables.get(name)
         self._tables.require_unclaimed(name)
         parts = records.encode_drop(self._sequencer.origin(), entry.number, to_json(entry.schema))
@@ -166,11 +187,12 @@ class Shard(ShardReads):
     # ---- rows
 
     def exchange(self, pushes: Sequence[Push], pulls: Sequence[Pull]) -> Exchanged:
-        """Apply the pushes, then read the pulls.
+        """Apply the pushes, each as one version, then read rows for the pulls.
 
-        Every part is checked, and room in the log reserved, before the first push is applied.
-        Only OutOfMemory may come between two pushes, or RowOverflow where both change the same row.
-        The earlier push is applied then, and a repeated call does not apply it again.
+        All pushes and pulls are checked, and disk space is reserved, before the first push is
+        applied. After that, only OutOfMemory can stop a later push, or RowOverflow if an earlier
+        push changed the same row. The earlier pushes then stay applied, and a retry of the call
+        does not apply them again.
         """
         checked = [self._check_push(push) for push in pushes]
         check_order(pushes)
@@ -183,7 +205,7 @@ class Shard(ShardReads):
         return Exchanged(pushed, [self._pull(*each) for each in zip(entries, pulls, strict=True)])
 
     def delete(self, change: Delete) -> pb.DeleteResponse:
-        """Delete rows; keys without a row are left alone."""
+        """Delete rows, as one version. Ignores keys without a row."""
         entry = self._tables.get(change.table)
         level = self._level(entry, change)
         applied = self._sequencer.applied(change)
@@ -196,21 +218,25 @@ class Shard(ShardReads):
     def write_rows(
         self, name: str, step: int, keys: Keys, frequencies: NDArray[np.uint64], rows: Rows
     ) -> int:
-        """Write whole rows over those that are there, as one change; return its version.
+        """Insert or overwrite whole rows, as one change; return its version.
 
+        name         name of the table
+        step         training step to store in all rows; the table's own step does not change
         keys         uint64[n], distinct
-        frequencies  uint64[n]
-        rows         float32[n, width]
-        step         of all rows; the step of the table stays
+        frequencies  uint64[n]; stored as at most 2^32 - 1
+        rows         float32[n, width], with optimizer state
 
-        Nobody may change the arrays afterwards: the log has no copy.
+        The log keeps references to the arrays, so the caller must not change them afterwards.
         """
         return self._write_rows(self._tables.get(name), step, keys, frequencies, rows)
 
     def load_rows(
         self, number: int, step: int, keys: Keys, frequencies: NDArray[np.uint64], rows: Rows
     ) -> int:
-        """Write whole rows into the table of this number; see ``write_rows``."""
+        """Insert or overwrite whole rows of the table with this number, even while it is hidden.
+
+        The other arguments are those of ``write_rows``. Raises UnknownTable if it was dropped.
+        """
         entry = self._tables.require_number(number)
         return self._write_rows(entry, step, keys, frequencies, rows)
 
@@ -222,6 +248,7 @@ class Shard(ShardReads):
         frequencies: NDArray[np.uint64],
         rows: Rows,
     ) -> int:
+        """Implement ``write_rows`` and ``load_rows``."""
         n = len(keys)
         self._sequencer.reserve([RECORD + n * (16 + 4 * rows.shape[1])])
         version = self.version + 1
@@ -235,7 +262,10 @@ class Shard(ShardReads):
         return version
 
     def barrier(self, name: str) -> int:
-        """Mark this moment in the log, and return its version."""
+        """Append a named mark to the log, as the next version, and return this version.
+
+        Raises NoLog without a log.
+        """
         if self._sequencer.log is None:
             raise NoLog
         parts = records.encode_barrier(self._sequencer.origin(), name)
@@ -243,10 +273,14 @@ class Shard(ShardReads):
         self._sequencer.append(Kind.BARRIER, parts)
         return self.version
 
-    # ---- one part of a request
+    # ---- single pushes and pulls
 
     def _check_push(self, push: Push) -> _CheckedPush:
-        """Refuse a push that cannot be applied."""
+        """Check a push against its table, without changing anything.
+
+        Raises UnknownTable, BadRequest for a bad learning rate or dim, StepTooFar, NoLog, or the
+        errors of ``Sessions.applied``.
+        """
         entry = self._tables.get(push.table)
         schema = entry.schema
         if push.lr is not None:
@@ -257,8 +291,8 @@ class Shard(ShardReads):
         if len(push.keys) and push.gradients.shape[1] != schema.dim:
             raise BadRequest(
                 "DIM_MISMATCH",
-                f"table {push.table!r} has dim {schema.dim}, the gradients have"
-                f" {push.gradients.shape[1]}",
+                f"table {push.table!r}: gradients must have {schema.dim} numbers (the table's dim),"
+                f" got {push.gradients.shape[1]}",
             )
         level, applied = self._level(entry, push), self._sequencer.applied(push)
         if applied is None and push.step > entry.table.evictor.last_step(schema.max_step_ahead):
@@ -267,7 +301,11 @@ class Shard(ShardReads):
         return _CheckedPush(push, entry, level, applied)
 
     def _check_pulls(self, pulls: Sequence[Pull]) -> list[TableEntry]:
-        """Return the table of each pull; refuse pulls that cannot be answered."""
+        """Check some pulls, and return the table of each.
+
+        Raises UnknownTable, LogDiverged or VersionInFuture for the version that a pull requires,
+        and TooLarge if the reply would be larger than reply_bytes.
+        """
         entries = []
         size = 0
         for pull in pulls:
@@ -278,18 +316,23 @@ class Shard(ShardReads):
                 self._sequencer.require(pull.min_version, pull.min_epoch)
             if pull.min_version > self.version:
                 raise VersionInFuture(
-                    f"min_version {pull.min_version} asked for, shard {self.number} is at"
-                    f" {self.version}"
+                    f"field 'min_version' must be at most the version of shard {self.number},"
+                    f" {self.version}, got {pull.min_version}"
                 )
         if size > self._reply_bytes:
             raise TooLarge(
                 "TOO_MANY_KEYS",
-                f"the reply would take {size} bytes, the limit is {self._reply_bytes}",
+                f"the reply would take {size} bytes, more than the limit of {self._reply_bytes}:"
+                " pull fewer keys per request",
             )
         return entries
 
     def _level(self, entry: TableEntry, change: Change) -> pb.Durability:
-        """Return the durability that the change has once it is answered."""
+        """Return the durability that a change must reach before its reply: its own, or else the
+        table's.
+
+        Without a log it is "applied", and NoLog is raised if "fsync" is required.
+        """
         level = change.durability or entry.schema.durability
         if self._sequencer.log is None:
             if level == "fsync":
@@ -298,7 +341,7 @@ class Shard(ShardReads):
         return DURABILITIES[level]
 
     def _push(self, checked: _CheckedPush) -> pb.PushResponse:
-        """Apply a push, unless it was applied before."""
+        """Apply a checked push as the next version; if it was applied before, only return that."""
         push, entry, level, applied = checked
         if applied is not None:
             return pb.PushResponse(version=applied, duplicate=True, achieved=level)
@@ -326,6 +369,7 @@ class Shard(ShardReads):
         return pb.PushResponse(version=version, achieved=level)
 
     def _pull(self, entry: TableEntry, pull: Pull) -> Pulled:
+        """Read the rows of a checked pull."""
         table = entry.table
         rows = np.empty((len(pull.keys), table.schema.dim), np.float32)
         locations = table.pull(pull.keys, pull.mode, rows)
@@ -342,7 +386,13 @@ class Shard(ShardReads):
     def _delete(
         self, entry: TableEntry, keys: Keys, cause: Cause, change: Change | None = None
     ) -> int:
-        """Delete rows as the next version, for which the log has room; return how many."""
+        """Delete rows as the next version; return how many existed.
+
+        cause   why they are deleted: a request, or an eviction rule
+        change  request of the client; None for an eviction
+
+        The caller must have reserved disk space for the log record.
+        """
         gone, rows = entry.table.delete(keys)
         self._tombstones.add(entry.number, gone, self.version + 1, cause)
         origin = self._sequencer.origin(change, entry.table.evictor.step)

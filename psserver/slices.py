@@ -1,4 +1,4 @@
-"""Whole rows in portions that the engine thread writes in much less than a millisecond."""
+"""Split whole rows into portions that the engine thread writes in much less than a millisecond."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from psserver.stored import slice_rows
 from storage.kernels import Keys, Rows
 
-SLICE_STEPS = 16  # versions that the engine makes at once
+SLICE_STEPS = 16  # maximum number of changes (versions) per call of the engine thread
 
 Slice = tuple[int, Keys, NDArray[Any], Rows]  # step, keys, frequencies, rows
 
@@ -19,9 +19,14 @@ Slice = tuple[int, Keys, NDArray[Any], Rows]  # step, keys, frequencies, rows
 def slices_of(
     keys: Keys, steps: NDArray[Any], frequencies: NDArray[Any], rows: Rows
 ) -> Iterator[list[Slice]]:
-    """Split rows into slices of one step each, several of which the engine writes at once.
+    """Yield lists of slices; each list is for one call of the engine thread.
 
-    keys uint64[n], steps int64[n], frequencies uint64[n], rows float32[n, width]
+    A slice is (step, keys, frequencies, rows) of rows with one step, and is written as one change.
+
+    keys         uint64[n]
+    steps        int64[n]          training steps
+    frequencies  uint64[n]
+    rows         float32[n, width]
     """
     order = np.argsort(steps, kind="stable")
     most = slice_rows(rows.shape[1])

@@ -174,7 +174,10 @@ class TestRows:
         rows = table.pull_rows(np.arange(100), min_version=versions)
         assert_array_equal(rows.embeddings, -np.ones((100, DIM), np.float32))
         ahead = [version + 1_000_000 for version in versions]
-        with pytest.raises(VersionInFuture, match=r"min_version \d+ asked for") as caught:
+        with pytest.raises(
+            VersionInFuture,
+            match=r"'min_version' must be at most the version of shard \d+, \d+, got \d+",
+        ) as caught:
             table.pull_rows(np.arange(100), min_version=ahead)
         assert caught.value.reason == "VERSION_IN_FUTURE"
 

@@ -292,7 +292,9 @@ def test_a_lost_base_is_damage_if_the_log_has_not_all(tmp_path: Path) -> None:
         copy = copy_of(home.directory, tmp_path / "copy")
     (copy / "base" / "data.mdb").unlink()
     for _ in range(2):
-        with pytest.raises(Corrupt, match=r"copy/base: stands at version 0, but the log begins"):
+        with pytest.raises(
+            Corrupt, match=r"copy/base: the base ends at version 0, but the log begins"
+        ):
             Home(copy).open()
 
 

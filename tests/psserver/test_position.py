@@ -48,9 +48,13 @@ def test_a_token_stands_for_its_position(position: Position) -> None:
         (PLAIN, {"phase": 6}, "phase must be in 1..5, got 6"),
         *((PLAIN, {field: 7}, f"{field} must be 0 in phase TAIL, got 7") for field in UNUSED),
         (FULL, {"until": 1}, "until must be 0 in phase CATCH_UP, got 1"),
-        (FULL, {"after": MOST}, f"after must be in 0..version {MOST - 2}, got {MOST}"),
+        (
+            FULL,
+            {"after": MOST},
+            f"field 'after' must be at most the version, {MOST - 2}, got {MOST}",
+        ),
         (FULL, {"slot": MAX_SLOT + 1}, f"slot must be in 0..{MAX_SLOT}, got {MAX_SLOT + 1}"),
-        (FULL_TAIL, {"until": 5}, f"until must be at least version {MOST - 2}, got 5"),
+        (FULL_TAIL, {"until": 5}, f"field 'until' must be at least the version, {MOST - 2}, got 5"),
         (FULL_TAIL, {"slot": 5}, "slot must be 0 in phase CATCH_UP_TAIL, got 5"),
     ],
 )
@@ -85,7 +89,7 @@ def test_every_flipped_bit_of_a_token_is_noticed(position: Position) -> None:
 @pytest.mark.parametrize("size", [*range(1, TOKEN_BYTES), TOKEN_BYTES + 1, 1000])
 def test_a_token_of_another_length_is_refused(size: int) -> None:
     token = PLAIN.encode().ljust(size, b"\0")[:size]
-    with pytest.raises(BadRequest, match=f"{size} bytes, not {TOKEN_BYTES}") as caught:
+    with pytest.raises(BadRequest, match=f"expected {TOKEN_BYTES} bytes, got {size}") as caught:
         decode(token)
     assert caught.value.reason == "INVALID_ARGUMENT"
 

@@ -353,7 +353,9 @@ def take(node: Node, step: int, owner: str, id: str = ID) -> pb.RestoreStatus:
 def test_a_restore_has_one_owner_and_another_client_is_refused_by_name(prepared: Node) -> None:
     take(prepared, Step.STEP_HOLD, "a" * 16)
     for step in (Step.STEP_HOLD, Step.STEP_COMMIT, Step.STEP_RELEASE):
-        with pytest.raises(RestoreConflict, match=rf"{ID} of 'full' is driven by another client"):
+        with pytest.raises(
+            RestoreConflict, match=rf"{ID} of checkpoint 'full' is driven by another client"
+        ):
             take(prepared, step, "b" * 16)
     with pytest.raises(RestoreConflict, match="finish or abort"):
         prepared.prepare("full", "f" * 16)

@@ -99,8 +99,8 @@ def test_what_was_acknowledged_is_forgotten_and_refused_and_the_rest_is_known(
         with pytest.raises(SessionExpired) as caught:
             push(sessions, A, sequence)
         assert str(caught.value) == (
-            f"client 0xa: push {sequence} is older than the window, which starts after"
-            f" {acknowledged}"
+            f"client 0xa: push {sequence} is too old to know whether it was applied: this shard has"
+            f" records of pushes after {acknowledged} only"
         )
     assert set(sessions._sessions[A].versions) == set(range(acknowledged + 1, 6))
 
@@ -158,10 +158,10 @@ def test_a_newer_incarnation_starts_anew_and_an_older_one_is_refused(
     elif asked < held:
         with pytest.raises(SessionExpired) as caught:
             sessions.applied(*numbers)
-        said = f"client 0xa incarnation {asked} was replaced by incarnation {held}"
+        said = f"client 0xa: incarnation {asked} was replaced by incarnation {held}"
         assert str(caught.value) == said
     elif acknowledged:
-        with pytest.raises(SessionExpired, match=r"^no session of client 0xa incarnation"):
+        with pytest.raises(SessionExpired, match=r"^no session of client 0xa, incarnation"):
             sessions.applied(*numbers)
     else:
         assert push(sessions, A, 2, 0, asked) is None
@@ -176,7 +176,8 @@ def test_a_client_of_which_nothing_is_remembered_is_refused_once_it_had_answers(
     with pytest.raises(SessionExpired) as caught:
         sessions.applied(A, 3, 8, 7)
     assert str(caught.value) == (
-        "no session of client 0xa incarnation 3, whose pushes up to 7 were acknowledged"
+        "no session of client 0xa, incarnation 3, although the client acknowledged pushes up to 7:"
+        " the session expired, or a restore removed it"
     )
     assert sessions.applied(A, 3, 8, 0) is None
     assert len(sessions) == 0
@@ -199,7 +200,8 @@ def test_a_sequence_must_be_above_what_is_acknowledged(
         sessions.applied(A, 0, sequence, acknowledged)
     assert caught.value.reason == "INVALID_ARGUMENT"
     assert str(caught.value) == (
-        f"sequence must be above acknowledged, got {sequence} and {acknowledged}"
+        "field 'sequence' must be greater than field 'acknowledged', got"
+        f" {sequence} and {acknowledged}"
     )
 
 
@@ -218,7 +220,9 @@ def test_a_full_table_of_sessions_refuses_a_new_client_and_serves_the_others(
     push(sessions, A, 1)
     push(sessions, B, 1)
     clock.now += TTL - 0.001
-    with pytest.raises(TooLarge, match=r"^2 sessions are in use, the limit$") as caught:
+    with pytest.raises(
+        TooLarge, match=r"^this shard already has 2 client sessions, its limit \(max_sessions\)$"
+    ) as caught:
         push(sessions, C, 1)
     assert caught.value.reason == "TOO_MANY_SESSIONS"
     assert push(sessions, A, 2) is None

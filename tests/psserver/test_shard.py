@@ -162,7 +162,9 @@ def test_a_table_with_another_schema_is_refused_and_named(shard: Shard) -> None:
 
 def test_tables_are_limited_in_number(shard: Shard) -> None:
     shard.create_table(schema("v"))
-    with pytest.raises(TooLarge, match=r"^3 tables exist, the limit$") as caught:
+    with pytest.raises(
+        TooLarge, match=r"^this shard already has 3 tables, its limit \(max_tables\)$"
+    ) as caught:
         shard.create_table(schema("w"))
     assert caught.value.reason == "TOO_MANY_TABLES"
     assert shard.create_table(schema("v")) == schema("v")
@@ -294,31 +296,32 @@ BAD_PARTS: dict[str, tuple[Any, type[Exception], str, str | None]] = {
     "push of another dim": (
         push([1], gradients=np.ones((1, 3), np.float32)),
         BadRequest,
-        "table 't' has dim 2, the gradients have 3",
+        "table 't': gradients must have 2 numbers (the table's dim), got 3",
         "DIM_MISMATCH",
     ),
     "push without gradients": (
         push([1], gradients=np.ones((1, 0), np.float32)),
         BadRequest,
-        "table 't' has dim 2, the gradients have 0",
+        "table 't': gradients must have 2 numbers (the table's dim), got 0",
         "DIM_MISMATCH",
     ),
     "push with impossible numbers": (
         protected([1], 0),
         BadRequest,
-        "sequence must be above acknowledged, got 0 and 0",
+        "field 'sequence' must be greater than field 'acknowledged', got 0 and 0",
         "INVALID_ARGUMENT",
     ),
     "push of a forgotten session": (
         protected([1], 9, acknowledged=8, incarnation=1),
         SessionExpired,
-        "no session of client 0xa incarnation 1, whose pushes up to 8 were acknowledged",
+        "no session of client 0xa, incarnation 1, although the client acknowledged pushes up to 8:"
+        " the session expired, or a restore removed it",
         "SESSION_EXPIRED",
     ),
     "push of one client too many": (
         push([1], client=0xC, sequence=1),
         TooLarge,
-        "2 sessions are in use, the limit",
+        "this shard already has 2 client sessions, its limit (max_sessions)",
         "TOO_MANY_SESSIONS",
     ),
     "pull from an unknown table": (
@@ -330,13 +333,14 @@ BAD_PARTS: dict[str, tuple[Any, type[Exception], str, str | None]] = {
     "pull from the future": (
         pull([1], min_version=5),
         VersionInFuture,
-        "min_version 5 asked for, shard 0 is at 4",
+        "field 'min_version' must be at most the version of shard 0, 4, got 5",
         "VERSION_IN_FUTURE",
     ),
     "pull of too much": (
         pull([0] * (REPLY // 8 + 1)),
         TooLarge,
-        "the reply would take 10008 bytes, the limit is 10000",
+        "the reply would take 10008 bytes, more than the limit of 10000: pull fewer keys per"
+        " request",
         "TOO_MANY_KEYS",
     ),
 }
@@ -365,7 +369,9 @@ def test_the_replies_of_an_exchange_count_together_with_their_metadata() -> None
     shard.create_table(schema())
     fits = [pull([1, 2], with_metadata=True), pull([1, 2, 3], dtype=pb.DTYPE_FLOAT16)]
     assert len(shard.exchange([], fits).pulls) == 2
-    with pytest.raises(TooLarge, match=r"^the reply would take 80 bytes, the limit is 76$"):
+    with pytest.raises(
+        TooLarge, match=r"^the reply would take 80 bytes, more than the limit of 76:"
+    ):
         shard.exchange([], [*fits, pull([1], dtype=pb.DTYPE_BFLOAT16)])
 
 
@@ -473,9 +479,9 @@ def test_pushes_that_could_cost_each_other_the_session_are_refused_as_a_whole(
         shard.exchange([one, *between, other], [])
     assert caught.value.reason == "INVALID_ARGUMENT"
     assert str(caught.value) == (
-        "pushes of one client in an exchange must be of one incarnation, ascend, and acknowledge"
-        f" none of each other: client 0xa has incarnation {second[0]} sequence {second[1]}"
-        f" acknowledged {second[2]} after incarnation {first[0]} sequence {first[1]}"
+        "pushes of one client in an exchange must have one incarnation and ascending sequences, and"
+        f" must not acknowledge each other: client 0xa sent incarnation {second[0]}, sequence"
+        f" {second[1]}, acknowledged {second[2]} after incarnation {first[0]}, sequence {first[1]}"
     )
     assert state(shard) == before
 

@@ -58,7 +58,7 @@ def test_psctl_does_it_all(
     psctl(target, "restore", "b")
     with connect(target) as client:
         assert whole(client, "t") == wanted
-    assert "would replace" in psctl(target, "restore", "b", fails=True)
+    assert "would delete" in psctl(target, "restore", "b", fails=True)
     psctl(target, "restore", "b", "--replace")
     psctl(target, "restore", "--abort")
     psctl(target, "restore", "b", "--table", "t", "--into", "t2")
