@@ -13,6 +13,9 @@ used while the sources that it was compiled from are unchanged, the kernels and 
 import included; neither their time nor their owner counts. It must have been compiled for the same
 processor by the same release of numba: NUMBA_CPU_NAME=generic makes an image that fits all.
 
+Numba writes the index before the kernel, under a name that an older kernel may have. So each kernel
+is saved with its sources' checksum and its key, and both are compared when it is loaded.
+
 ``install`` changes numba for functions of PACKAGES alone.
 """
 
@@ -52,9 +55,9 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
         self._impl = _Impl(function)
         self._directories = directories(function)
         self._cache_path = str(self._directories[0])
-        stamp = source_stamp(function.__module__)
+        self._stamp = source_stamp(function.__module__)
         self._files = [
-            IndexDataCacheFile(str(directory), self._impl.filename_base, stamp)
+            IndexDataCacheFile(str(directory), self._impl.filename_base, self._stamp)
             for directory in self._directories
         ]
         self._cache_file = self._files[0]
@@ -66,9 +69,9 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
         key = self._index_key(signature, target.codegen())
         for file in self._files:
             try:
-                data = file.load(key)
-                if data is not None:
-                    return self._impl.rebuild(target, data)
+                stored = file.load(key)
+                if stored is not None and stored[:2] == (self._stamp, key):
+                    return self._impl.rebuild(target, stored[2])
             except Exception:  # noqa: S112  # unreadable or damaged: as if it were not there
                 continue
         if KernelCache.required:
@@ -85,7 +88,7 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
         for directory, file in zip(self._directories, self._files, strict=True):
             try:
                 directory.mkdir(parents=True, exist_ok=True)
-                file.save(key, data)
+                file.save(key, (self._stamp, key, data))
             except Exception:  # noqa: S112  # not writable, no space, or a damaged index
                 continue
             return

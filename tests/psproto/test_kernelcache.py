@@ -139,6 +139,33 @@ def test_a_change_of_any_source_of_a_kernel_compiles_it_anew(source: Path, name:
     assert run(source)[1] == 2
 
 
+STOP_AT_THE_KERNEL = """
+from numba.core.caching import IndexDataCacheFile
+def fail(*_): raise OSError(28, "No space left on device")
+IndexDataCacheFile._save_data = fail
+"""
+
+
+@pytest.mark.slow
+def test_an_index_without_its_new_kernel_does_not_revive_the_old_one(source: Path) -> None:
+    run(source)
+    path = source / "inner.py"
+    path.write_text(path.read_text().replace("b + 1", "b + 2"))
+    assert run(source, STOP_AT_THE_KERNEL)[:2] == ("24.0", 0)
+    assert run(source)[:2] == ("24.0", 0)
+    assert run(source)[:2] == ("24.0", 2)
+
+
+@pytest.mark.slow
+def test_a_kernel_in_the_file_of_another_signature_is_not_used(source: Path) -> None:
+    run(source)
+    one, two = source.glob("__pycache__/*double*.nbc")  # as two processes may leave them
+    swapped = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(swapped)
+    assert run(source)[:2] == (RESULT, 0)
+
+
 @pytest.mark.slow
 def test_a_damaged_cache_is_as_none(source: Path) -> None:
     run(source)
