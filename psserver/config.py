@@ -81,8 +81,9 @@ class ServerConfig(BaseSettings):
     max_inflight_bytes: int = Field(
         default_factory=lambda data: _inflight(data),
         ge=1 << 16,
-        description="Maximum total size of requests in flight and their replies, in bytes; one"
-        " stream may use an eighth of it. Further requests are refused, and clients retry them",
+        description="Maximum total size of requests in flight and their replies, in bytes; at least"
+        " max_message_bytes. One stream may use an eighth of it. Further requests are refused, and"
+        " clients retry them",
     )
     memory_bytes: int = Field(
         default_factory=lambda data: _left_for_tables(data),
@@ -188,6 +189,16 @@ class ServerConfig(BaseSettings):
             raise ValueError(f"shard must be below shards ({self.shards}), got {self.shard}")
         return self
 
+    @model_validator(mode="after")
+    def _largest_message_fits(self) -> ServerConfig:
+        if self.max_message_bytes > self.max_inflight_bytes:
+            raise ValueError(
+                f"max_inflight_bytes must be at least max_message_bytes={self.max_message_bytes},"
+                f" got {self.max_inflight_bytes}: larger messages would be refused for ever; raise"
+                " max_inflight_bytes or lower max_message_bytes"
+            )
+        return self
+
     @property
     def memory(self) -> Plan:
         """The division of this process's memory limit, computed from the settings other than
@@ -208,7 +219,7 @@ class ServerConfig(BaseSettings):
 
 
 def _inflight(data: Mapping[str, Any]) -> int:
-    return default_inflight(memory_limit(), data["colocated_shards"])
+    return default_inflight(memory_limit(), data["colocated_shards"], data["max_message_bytes"])
 
 
 def _plan(data: Mapping[str, Any]) -> Plan:

@@ -25,7 +25,7 @@ def peer(peers: list[Peer]) -> Peer:
 @pytest.fixture(scope="module")
 def limited() -> Iterator[Peer]:
     """A server with small limits: over them is over them for whole messages."""
-    flags = "--max-message-bytes 131072 --max-keys 1000 --max-inflight-bytes 65536"
+    flags = "--max-message-bytes 131072 --max-keys 1000 --max-inflight-bytes 131072"
     flags += " --max-tables 3 --max-sessions 2 --memory-bytes 8388608"
     cluster = Cluster(1, *flags.split()).start()
     peer = Peer(cluster.addresses[0])

@@ -281,7 +281,12 @@ def test_a_server_with_its_hands_full_asks_to_come_again(limited: Peer) -> None:
     pull.padding = bytes(70_000)
     exchange = pb.ExchangeRequest(pulls=[pull])
     full = "RESOURCE_EXHAUSTED/OVERLOADED"
+    subscribe = limited.channel.unary_stream("/ps.v1.LogService/Subscribe")
+    padding = b"\xfa\x7f\xa0\x8d\x06" + bytes(100_000)  # an unknown field
+    subscription = subscribe(padding)  # its request counts while it is open
+    next(subscription)
     check_refused(limited, full, lambda: limited.rows.Pull(pull), exchange)
+    subscription.cancel()
 
 
 def test_too_many_tables_are_refused(limited: Peer) -> None:

@@ -13,7 +13,7 @@ from psserver import config as module
 from psserver.config import CONFIG, PREFIX, ConfigError, ServerConfig, load
 from psserver.memory import Limit, memory_limit
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 # field -> (in a file, in the environment, as a flag): three different, valid values
 VALUES: dict[str, tuple[Any, Any, Any]] = {
@@ -27,7 +27,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "colocated_shards": (2, 3, 4),
     "max_message_bytes": (1 << 20, 2 << 20, 3 << 20),
     "max_keys": (10, 20, 30),
-    "max_inflight_bytes": (1 << 20, 2 << 20, 3 << 20),
+    "max_inflight_bytes": (1 << 27, 1 << 28, 1 << 29),
     "max_calls": (1, 2, 3),
     "max_connections": (1, 2, 3),
     "receive_seconds": (0.5, 1.0, 2.0),
@@ -332,6 +332,28 @@ def test_the_defaults_of_memory_follow_from_the_limit(monkeypatch: pytest.Monkey
     assert 4.5 * GIB < whole.memory_bytes == whole.memory.tables < 7 * GIB
     assert 2 * half.memory_bytes <= whole.memory_bytes
     assert load(["--max-inflight-bytes", str(2 * GIB)]).memory_bytes < whole.memory_bytes
+
+
+def test_a_message_that_could_never_be_admitted_is_refused_at_the_start() -> None:
+    least = load([*flag("max_message_bytes", MIB), *flag("max_inflight_bytes", MIB)])
+    assert least.max_message_bytes == least.max_inflight_bytes == MIB
+    with pytest.raises(ConfigError) as caught:
+        load([*flag("max_message_bytes", MIB), *flag("max_inflight_bytes", MIB - 1)])
+    assert str(caught.value) == (
+        f"max_inflight_bytes must be at least max_message_bytes={MIB}, got {MIB - 1}: larger"
+        " messages would be refused for ever; raise max_inflight_bytes or lower max_message_bytes"
+    )
+
+
+@pytest.mark.parametrize("limit", [400 << 20, 500 << 20, 640 << 20, 8 * GIB])
+def test_by_default_every_message_up_to_the_limit_can_be_admitted(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "memory_limit", lambda: Limit(limit, "test"))
+    config = load(flag("memory_bytes", 16 << 20))
+    assert config.max_message_bytes <= config.max_inflight_bytes
+    config = load([*flag("memory_bytes", 16 << 20), *flag("max_message_bytes", GIB)])
+    assert config.max_inflight_bytes == GIB
 
 
 def test_a_limit_that_leaves_nothing_is_refused_unless_the_budget_is_given(

@@ -242,9 +242,25 @@ def test_a_limit_that_leaves_nothing_is_refused_with_all_parts_of_it() -> None:
 
 def test_by_default_a_small_container_has_room_for_tables() -> None:
     limit = Limit(768 * MIB, "test")
-    made = plan(limit.bytes, inflight=default_inflight(limit, 1))
+    made = plan(limit.bytes, inflight=default_inflight(limit, 1, 64 * MIB))
     assert made.problem() is None
     assert made.tables > LEAST_TABLES
+
+
+@pytest.mark.parametrize(
+    ("limit", "message", "default"),
+    [
+        (80 * MIB, MIB, 16 * MIB),
+        (256 * MIB, 64 * MIB, 64 * MIB),
+        (1600 * MIB, 64 * MIB, 200 * MIB),
+        (64 * GIB, 64 * MIB, GIB),
+        (GIB, GIB, GIB),
+    ],
+)
+def test_by_default_the_largest_message_may_be_in_flight(
+    limit: int, message: int, default: int
+) -> None:
+    assert default_inflight(Limit(limit, "test"), 1, message) == default
 
 
 @pytest.mark.parametrize(

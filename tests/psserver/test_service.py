@@ -25,6 +25,7 @@ KEYS = np.arange(100, dtype=np.uint64)
 REPLY = len(KEYS) * DIM * 4  # bytes
 LIMIT = 8 << 20  # of max_inflight_bytes
 SHARE = LIMIT // 8
+LIMITED = ("--max-inflight-bytes", str(LIMIT), "--max-message-bytes", str(LIMIT))
 
 
 serve = partial(with_server, dim=DIM)
@@ -72,7 +73,7 @@ def test_a_stream_whose_answers_nobody_reads_is_not_read_beyond_its_share() -> N
         await until(lambda: peer.stats.inflight_bytes == 0)
         return [id for id, _ in answers]
 
-    assert serve(act, "--max-inflight-bytes", str(LIMIT)) == list(range(1, 25))
+    assert serve(act, *LIMITED) == list(range(1, 25))
 
 
 @pytest.mark.parametrize("closed", [False, True])
@@ -95,7 +96,7 @@ def test_a_stream_that_is_given_up_leaves_nothing_in_memory(closed: bool) -> Non
         finally:
             gc.enable()
 
-    serve(act, "--max-inflight-bytes", str(LIMIT))
+    serve(act, *LIMITED)
 
 
 def test_a_refused_request_leaves_nothing_in_memory() -> None:
@@ -139,7 +140,7 @@ def test_replies_that_wait_count_against_the_limit_of_the_process() -> None:
         await until(lambda: peer.stats.inflight_bytes == 0)
         await peer.call("RowService/Pull", codec.encode_pull(pull()))
 
-    serve(act, "--max-inflight-bytes", str(LIMIT))
+    serve(act, *LIMITED)
 
 
 def test_a_reply_larger_than_the_limit_goes_out_where_nothing_else_is_in_memory() -> None:
@@ -148,7 +149,8 @@ def test_a_reply_larger_than_the_limit_goes_out_where_nothing_else_is_in_memory(
         await until(lambda: peer.stats.inflight_bytes == 0)
         return codec.decode_pulled(data).embeddings.nbytes
 
-    assert serve(act, "--max-inflight-bytes", str(1 << 16)) == REPLY
+    limit = str(REPLY + 512)  # without room for the request
+    assert serve(act, "--max-inflight-bytes", limit, "--max-message-bytes", limit) == REPLY
 
 
 def test_deletes_are_counted_and_a_dropped_table_takes_its_series_with_it() -> None:
