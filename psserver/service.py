@@ -283,8 +283,10 @@ class Service:
         await self._feed.serve(data, context.write)
 
     async def write_rows(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
-        work = partial(self._checkpoints.rows.write_rows, codec.decode_rows(data))
-        done = await self._workers.run(self._workers.short, work, deadline, reservation)
+        write = self._checkpoints.rows.write_rows
+        done = await self._workers.run(
+            self._workers.short, lambda: write(codec.decode_rows(data)), deadline, reservation
+        )
         await self._settled(done.version, pb.DURABILITY_LOG)
         return bytes(done.SerializeToString())
 

@@ -122,7 +122,7 @@ class Streams:
         try:
             reservation = self._limits.admit(len(data))
         except Exception as error:
-            header, _ = codec.decode_stream_request(data, AT_ONCE_FIELDS)
+            header = codec.decode_stream_header(data, AT_ONCE_FIELDS)
             begun: Begun = start, None, error.with_traceback(None)
             flow.answers.put_nowait((header.id, begun, Reservation(self._limits, 0)))
             return

@@ -25,6 +25,7 @@ from psproto.decoding import (
     decode_pulled,
     decode_push,
     decode_rows,
+    decode_stream_header,
     decode_stream_request,
     decode_stream_response,
 )
@@ -84,6 +85,7 @@ __all__ = [
     "decode_pulled",
     "decode_push",
     "decode_rows",
+    "decode_stream_header",
     "decode_stream_request",
     "decode_stream_response",
     "encode_delete",

@@ -153,6 +153,14 @@ def decode_stream_request(
     return small(pb.StreamRequestHeader, header, MOST_HEADER), exchange
 
 
+def decode_stream_header(data: bytes, budget: int = MOST_FIELDS) -> pb.StreamRequestHeader:
+    """Decode the header of a StreamRequest, and nothing of its pushes and pulls."""
+    found = fields(data, 0, len(data), [budget])
+    header = [data[start:stop] for number, start, stop in found if number == 1 and start >= 0]
+    parsed: pb.StreamRequestHeader = small(pb.StreamRequestHeader, header, MOST_HEADER)
+    return parsed
+
+
 def decode_rows(data: bytes) -> RowsMessage:
     """Decode a WriteRowsRequest."""
     table, width = b"", 0

@@ -315,6 +315,7 @@ def test_the_parts_of_a_message_given_twice_are_merged() -> None:
     assert_same(KINDS["StreamRequest"], request + request)
     assert_same(KINDS["StreamResponse"], answer + answer)
     assert len(codec.decode_stream_request(request + request)[1].pushes) == 4
+    assert codec.decode_stream_header(request + request) == codec.decode_stream_request(request)[0]
     failed = codec.encode_stream_response(7, STATUS)
     assert_same(KINDS["StreamResponse"], failed + failed)
     assert len(codec.decode_stream_response(failed + failed)[1].details) == 2

@@ -144,6 +144,47 @@ def test_an_expensive_message_is_read_on_another_thread(
     assert with_server(act)[-1] is elsewhere
 
 
+def test_the_rows_of_a_restore_are_decoded_on_another_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads, decode = [], codec.decode_rows
+
+    def noted(data: bytes) -> codec.RowsMessage:
+        threads.append(threading.get_ident())
+        return decode(data)
+
+    async def act(peer: Peer) -> None:
+        monkeypatch.setattr(codec, "decode_rows", noted)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await peer.call("CheckpointService/WriteRows", EMPTY * codec.MOST_FIELDS)
+        assert refusal(caught.value)[1] != "INTERNAL"
+        (thread,) = threads
+        assert thread != threading.get_ident()
+
+    with_server(act)
+
+
+@pytest.mark.parametrize("parts", [1, 1000])
+def test_a_stream_outlives_a_refused_request_of_any_number_of_parts(parts: int) -> None:
+    exchange = codec.decode_exchange(pull(1, parts))
+
+    async def act(peer: Peer) -> list[Any]:
+        stream, answers = peer.stream(), []
+        for id in (7, 8):
+            full = peer.limits._config.max_inflight_bytes if id == 7 else 0
+            peer.stats.inflight_bytes += full
+            header = pb.StreamRequestHeader(id=id)
+            await stream.write(codec.encode_stream_request(header, exchange))
+            answers.append(codec.decode_stream_response(await stream.read()))
+            peer.stats.inflight_bytes -= full
+        stream.cancel()
+        return answers
+
+    refused, served = with_server(act)
+    assert (refused[0], refused[1].code) == (7, grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
+    assert (served[0], len(served[1].pulls)) == (8, parts)
+
+
 def test_the_requests_of_a_stream_stay_in_order_wherever_they_are_read() -> None:
     async def act(peer: Peer) -> list[tuple[int, int]]:
         stream = peer.stream()
