@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 from psproto import RELEASE
 from psproto import ps_pb2 as pb
 from psserver.config import ServerConfig
 from psserver.shard import Shard
-from storage.errors import UnknownTable
 from storage.versionlog import VersionLog
+
+COUNTED = 128  # tables whose rows the event loop counts at once: less than a millisecond
 
 
 class ServerInfo:
-    """Reads the figures of a shard; thread-safe, and never waits for the engine.
+    """Reads the figures of a shard on the event loop; never waits for the engine.
 
     flushed  returns the time of the last flush, monotonic seconds; None without a data directory
     """
@@ -33,10 +34,13 @@ class ServerInfo:
         self._flushed = flushed
         self._started = time.monotonic()
 
-    def read(self) -> pb.GetServerInfoResponse:
-        """Return the figures as they are now."""
+    async def read(self) -> pb.GetServerInfoResponse:
+        """Return the figures as they are now. Other calls are served in between."""
         shard, config, log, now = self._shard, self._config, self._log, time.monotonic()
-        tables = shard.tables()
+        tables, rows = shard.tables(), 0
+        for at in range(0, len(tables), COUNTED):
+            rows += sum(map(shard.rows, tables[at : at + COUNTED]))
+            await asyncio.sleep(0)
         return pb.GetServerInfoResponse(
             release=RELEASE,
             shard=shard.number,
@@ -53,13 +57,8 @@ class ServerInfo:
             durable_version=0 if log is None else log.durable,
             uptime_seconds=now - self._started,
             tables=len(tables),
-            rows=sum(map(self._rows, tables)),
+            rows=rows,
             log_bytes=0 if log is None else sum(each.size for each in log.files.segments),
             log_first_version=0 if log is None else log.first,
             flush_age_seconds=0.0 if self._flushed is None else now - self._flushed(),
         )
-
-    def _rows(self, table: str) -> int:
-        with suppress(UnknownTable):  # dropped meanwhile
-            return self._shard.describe(table)[1].rows
-        return 0

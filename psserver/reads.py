@@ -67,6 +67,11 @@ class ShardReads:
         table = self._tables.get(name).table
         return table.schema, table.stats()
 
+    def rows(self, name: str) -> int:
+        """Return the number of rows of a table; 0 if there is no such table. From any thread."""
+        entry = self._tables.find(name)
+        return 0 if entry is None else len(entry.table)
+
     def tables(self) -> list[str]:
         """Return the table names, sorted, without tables that are still being filled."""
         return self._tables.names()

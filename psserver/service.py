@@ -221,7 +221,7 @@ class Service:
     async def get_server_info(
         self, request: pb.GetServerInfoRequest, deadline: float
     ) -> pb.GetServerInfoResponse:
-        return self._info.read()
+        return await self._info.read()
 
     def _describe_all(self, names: Sequence[str]) -> list[pb.DescribeTableResponse]:
         """Return schema and statistics of each table; skip names of tables dropped meanwhile."""

@@ -210,6 +210,32 @@ def test_the_requests_of_a_stream_stay_in_order_wherever_they_are_read() -> None
     assert [version for _, version in found] == sorted(version for _, version in found)
 
 
+def test_the_figures_of_many_tables_do_not_stop_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables, most = [f"table {number}" for number in range(1000)], 200
+    seen: list[int] = []
+    counted = 0
+
+    def rows(name: str) -> int:
+        nonlocal counted
+        counted += 1
+        return 1
+
+    async def act(peer: Peer) -> int:
+        nonlocal counted
+        shard = peer.server._shard
+        monkeypatch.setattr(shard, "tables", lambda: tables)
+        monkeypatch.setattr(shard, "rows", rows)
+        asking = asyncio.ensure_future(peer.call("InfoService/GetServerInfo", b""))
+        while not asking.done():
+            seen.append(counted)
+            counted = 0
+            await asyncio.sleep(0)
+        return pb.GetServerInfoResponse.FromString(await asking).rows
+
+    assert with_server(act) == len(tables)
+    assert 0 < max(seen) <= most
+
+
 def test_a_table_that_another_client_drops_at_once_was_created() -> None:
     async def act(peer: Peer) -> list[str]:
         rule = pb.Rule(name="sgd", parameters={"lr": 1.0})
