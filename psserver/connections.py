@@ -93,17 +93,23 @@ class Connections:
     def look(self) -> None:
         """Check all connections once."""
         now, seen = self._clock(), {}
-        for peer, connection, received, sent in sockets(self._port):
+        known = list(self._arrived)  # before the sockets are listed: others may be new ones
+        for peer, connection in sockets(self._port):
+            arrived = self._arrived.get(peer, 0)  # first, so that it is never ahead of the kernel
+            found = counts(connection)
+            if found is None:
+                continue
             entry = self._known.get(peer) or Connection(now)
-            entry.update(received, sent, self._arrived.get(peer, 0))
+            entry.update(*found, arrived)
             if entry.unfinished <= LARGE:
                 entry.since = now
             if now - entry.since > self._seconds:
                 self._shut(connection, peer, entry, "not finished in time")
             seen[peer] = entry
         self._known = seen
-        for peer in [each for each in list(self._arrived) if each not in seen]:
-            self._arrived.pop(peer, None)
+        for peer in known:
+            if peer not in seen:
+                self._arrived.pop(peer, None)
         total = sum(each.unfinished for each in seen.values())
         if total > self._most:
             self._shed(total - self._most)
@@ -117,7 +123,7 @@ class Connections:
             if excess > 0 and self._known[peer].unfinished:
                 excess -= self._known[peer].unfinished
                 chosen.add(peer)
-        for peer, connection, _, _ in sockets(self._port):
+        for peer, connection in sockets(self._port):
             if peer in chosen:
                 self._shut(connection, peer, self._known[peer], "too many bytes in all")
 
@@ -136,9 +142,10 @@ class Connections:
             pause = max(LOOK_SECONDS, (time.thread_time() - start) / SHARE)
 
 
-def sockets(port: int) -> Iterator[tuple[str, socket.socket, int, int]]:
-    """Yield the connections of clients to ``port`` of this process: name of the peer, socket, bytes
-    received, bytes acknowledged by the peer. The socket belongs to gRPC and must not be closed.
+def sockets(port: int) -> Iterator[tuple[str, socket.socket]]:
+    """Yield the connections of clients to ``port`` of this process: name of the peer, and socket.
+
+    The socket belongs to gRPC and must not be closed.
     """
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -148,26 +155,33 @@ def sockets(port: int) -> Iterator[tuple[str, socket.socket, int, int]]:
         except OSError:  # closed meanwhile
             continue
         try:
-            found = _counts(connection, port)
-            if found is not None:
-                yield found[0], connection, found[1], found[2]
+            peer = _peer(connection, port)
+            if peer is not None:
+                yield peer, connection
         finally:
             connection.detach()
 
 
-def _counts(connection: socket.socket, port: int) -> tuple[str, int, int] | None:
-    """Return peer, bytes received, bytes acknowledged; None if this is not such a connection."""
+def _peer(connection: socket.socket, port: int) -> str | None:
+    """Return the name of the peer; None if this is not a connection to ``port``."""
     if connection.family not in (socket.AF_INET, socket.AF_INET6):
         return None
     try:
         if connection.getsockname()[1] != port:
             return None
-        peer = peer_name(connection.getpeername())
+        return peer_name(connection.getpeername())
+    except OSError:  # a listening socket, or closed meanwhile
+        return None
+
+
+def counts(connection: socket.socket) -> tuple[int, int] | None:
+    """Return bytes received and bytes that the peer acknowledged; None if the kernel has none."""
+    try:
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
         sent, received = _RECEIVED.unpack_from(info, _AT)
-    except (OSError, struct.error):  # a listening socket, not TCP, or an old kernel
+    except (OSError, struct.error):  # closed meanwhile, not TCP, or an old kernel
         return None
-    return peer, received, sent
+    return received, sent
 
 
 def peer_name(address: tuple[str, int] | tuple[str, int, int, int]) -> str:

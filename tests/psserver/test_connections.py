@@ -15,7 +15,7 @@ import pytest
 from peers import Peer, until, with_server
 
 from psserver import connections
-from psserver.connections import LARGE, Connection, Connections, peer_name, sockets
+from psserver.connections import LARGE, Connection, Connections, counts, peer_name, sockets
 
 MIB = 1 << 20
 
@@ -124,9 +124,11 @@ def headers(path: str) -> bytes:
 @contextmanager
 def senders(peer: Peer, count: int, **more: Any) -> Iterator[list[Sender]]:
     there = [Sender(peer.port, **more) for _ in range(count)]
-    yield there
-    for sender in there:
-        sender.socket.close()
+    try:
+        yield there
+    finally:
+        for sender in there:
+            sender.socket.close()
 
 
 def watch(peer: Peer) -> Connections:
@@ -157,7 +159,7 @@ def test_a_large_message_that_is_not_finished_in_time_costs_its_connection() -> 
             assert watch(peer).closed == 1
         await peer.call("TableService/ListTables", b"")
 
-    with_server(act, "--receive-seconds", "1")
+    with_server(act, "--receive-seconds", "3")  # longer than the message takes on a busy machine
 
 
 def test_unfinished_messages_are_held_up_to_a_limit_in_all() -> None:
@@ -203,7 +205,12 @@ def make(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> tuple[Connectio
     there: dict[str, Any] = {}
     watch = Connections(1, 100 * MIB, 60.0, lambda: clock[0])
     monkeypatch.setattr(
-        connections, "sockets", lambda _: [(peer, *found) for peer, found in there.items()]
+        connections, "sockets", lambda _: [(peer, line) for peer, (line, _, _) in there.items()]
+    )
+    monkeypatch.setattr(
+        connections,
+        "counts",
+        lambda asked: next(tuple(found) for line, *found in there.values() if line is asked),
     )
     return watch, there
 
@@ -276,6 +283,44 @@ def test_peers_that_are_gone_are_not_remembered(monkeypatch: pytest.MonkeyPatch)
     assert not watch._known
 
 
+def test_a_connection_that_is_made_during_a_check_keeps_its_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch, there = make(monkeypatch, [0.0])
+    listed = connections.sockets
+
+    def made_meanwhile(port: int) -> Iterator[Any]:
+        yield from listed(port)
+        if not there:  # so the next list is the first that has it
+            there["a"] = (Closed(), 50 * MIB, 0)
+            watch.arrived("a", 50 * MIB)
+
+    monkeypatch.setattr(connections, "sockets", made_meanwhile)
+    watch.look()
+    watch.look()
+    assert (watch.unfinished, watch.closed) == (0, 0)
+
+
+def test_a_message_that_arrives_while_the_kernel_is_asked_is_not_unfinished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch, there = make(monkeypatch, [0.0])
+    there["a"] = (Closed(), 0, 0)
+    asked = connections.counts
+
+    def arrives_meanwhile(line: Any) -> Any:
+        found = asked(line)
+        if not there["a"][1]:
+            there["a"] = (line, 50 * MIB, 0)
+            watch.arrived("a", 50 * MIB)
+        return found
+
+    monkeypatch.setattr(connections, "counts", arrives_meanwhile)
+    watch.look()
+    watch.look()
+    assert (watch.unfinished, watch.closed) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("address", "name"),
     [
@@ -298,7 +343,6 @@ def test_the_kernel_counts_for_both_families(host: str) -> None:
             client.sendall(bytes(1000))
             with there:
                 time.sleep(0.05)
-                assert [(peer, received) for peer, _, received, _ in sockets(port)] == [
-                    (peer_name(address), 1000)
-                ]
+                found = [(peer, counts(line)) for peer, line in sockets(port)]
+                assert found == [(peer_name(address), (1000, 0))]
                 there.sendall(b"")
