@@ -1,4 +1,4 @@
-"""Addresses of servers, checked before they are used; why one may be out of reach."""
+"""Check the format of server addresses, and guess why a server cannot be reached."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import Any
 
 from psclient.errors import InvalidArgument
 
-PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # that gRPC looks for, in this order
+PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")  # variables that gRPC reads, in this order
 _HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[^\s:/\[\]@?#]+):([0-9]{1,5})")
 
 
 def checked_addresses(addresses: Any) -> list[str]:
-    """Return the addresses as a list; InvalidArgument names the first that is not host:port."""
+    """Return the addresses as a list.
+
+    Raises InvalidArgument if they are not a non-empty list of "host:port" (or "unix:path").
+    """
     if (
         isinstance(addresses, str)
         or not isinstance(addresses, Sequence)
@@ -45,10 +48,10 @@ def problem(address: str) -> str | None:
 
 
 def hint(text: str, *, proxy: bool) -> str:
-    """Return what may be the cause where no server was reached; "" if nothing is known.
+    """Return a guess why no server was reached, to be appended to the error; "" without a guess.
 
-    text   what gRPC says
-    proxy  whether the client uses the proxy of the environment
+    text   gRPC's error message
+    proxy  whether the client uses the proxy of the environment variables
     """
     if "DNS" in text or "resol" in text:
         return "; its name cannot be resolved"

@@ -1,4 +1,4 @@
-"""Settings of a live table: what an alteration asks for, and what it did."""
+"""Alterations of a table: changes of the settings of a table that has rows."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from psclient.errors import InvalidArgument, PsError
 from psclient.schema import TableInfo, rule, table_info
 from psproto import ps_pb2 as pb
 
-STEPS = 1 << 47  # steps are below
+STEPS = 1 << 47  # training steps are smaller
 
 
 @dataclass(frozen=True, slots=True)
 class Alteration:
-    """A table after an alteration."""
+    """The outcome of an alteration."""
 
-    table: TableInfo
-    dropped_counters: int  # of keys that waited for admission; they start again from zero
+    table: TableInfo  # settings and size of the table afterwards
+    dropped_counters: int  # keys that waited for admission and are counted from zero again
 
 
 def alter_request(
@@ -34,10 +34,14 @@ def alter_request(
     eviction: Mapping[str, Mapping[str, float]] | None,
     max_step_ahead: int | None,
 ) -> pb.AlterTableRequest:
-    """Return the request for the values that are not None; InvalidArgument for a bad value."""
+    """Build the request that sets those settings that are not None.
+
+    Client.alter_table explains the arguments. Raises InvalidArgument for an invalid value, or if
+    all are None.
+    """
     at = f"table {checked.text('name', name)!r}: "
     if admission is None and admission_args is not None:
-        raise InvalidArgument(f"{at}admission_args without admission: name the rule, too")
+        raise InvalidArgument(f"{at}admission_args needs admission, the name of the rule")
     schema, fields = pb.TableSchema(name=name), []
     if lr is not None:
         schema.optimizer.parameters["lr"] = checked.number(f"{at}lr", lr)
@@ -66,16 +70,17 @@ def alter_request(
 
 
 def alteration_of(shards: Sequence[pb.AlterTableResponse]) -> Alteration:
-    """Return what all shards answered, by shard, as one.
+    """Combine the answers of all shards.
 
-    Raises SchemaMismatch if another alteration came between, so that shards differ.
+    Raises SchemaMismatch if the shards' settings differ, because another client altered the table
+    at the same time.
     """
-    answers: Any = shards  # they have the fields of a description
+    answers: Any = shards  # an AlterTableResponse has the fields of a DescribeTableResponse
     return Alteration(table_info(answers), sum(shard.dropped_counters for shard in shards))
 
 
 def incomplete(name: str, error: PsError) -> PsError:
-    """Return an error of one shard, with what it means for the others."""
+    """Return the error of one shard with the advice to repeat the alteration of table ``name``."""
     whole = type(error)(
         f"{error}; other shards may have the new settings of table {name!r} already: repeat the"
         " same alteration to complete it"

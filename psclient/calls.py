@@ -1,4 +1,4 @@
-"""Calls to one shard or to all: unary ones, and long ones that stream their progress."""
+"""Calls to one shard or to all: unary calls, and long calls that stream their progress."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from psclient.retry import retry, rpc_error
 from psclient.signals import Condition, Shield
 from psproto import ps_pb2 as pb
 
-OnProgress = Callable[[int, int], Any]  # bytes done, bytes in all (0: unknown)
+OnProgress = Callable[[int, int], Any]  # called with (bytes done, total bytes; 0: unknown)
 SERVICE = "CheckpointService"
-LOOK_SECONDS = 0.02  # between two looks whether shard 0 has accepted a call
+LOOK_SECONDS = 0.02  # seconds between two checks whether shard 0 has accepted a call
 
 
 def links(client: Client) -> Sequence[Link]:
-    """Return the links to all shards, in their order. Connects the client if need be."""
+    """Return the connections to all shards, in order; connect first if needed."""
     return client._connect().links
 
 
@@ -37,10 +37,16 @@ def call(
     *,
     service: str = SERVICE,
 ) -> Any:
-    """Call a unary method, which must be idempotent, and retry it until the timeout.
+    """Call a unary method, which must be idempotent; retry it until the timeout. Returns the
+    answer.
 
-    answer   class of the answer
-    seconds  timeout; 0: that of the client
+    link     the shard
+    method   name of the method: "ListCheckpoints"
+    request  message to send
+    answer   class of the reply message
+    seconds  timeout; 0: the client's
+
+    Raises a PsError.
     """
     message = request.SerializeToString()
 
@@ -60,9 +66,14 @@ def stream(
     service: str = SERVICE,
     opened: Callable[[Any], None] | None = None,
 ) -> Generator[Any, None, None]:
-    """Call a method with a stream of answers. Closing the generator cancels the call.
+    """Call a method that streams its replies; yield them. Closing the generator cancels the call.
 
-    opened  called with the call, which ``link.channel.cancel`` ends from another thread
+    link     the shard
+    method   name of the method: "ReadRows"
+    request  message to send
+    answer   class of the reply messages
+
+    Raises a PsError.
     """
     requests = iter([request.SerializeToString()])
     call = link.channel.open_stream(f"/ps.v1.{service}/{method}", requests)
@@ -84,7 +95,12 @@ def stream(
 def proceed(
     client: Client, id: str, step: pb.ContinueRequest.Step, shards: Sequence[int] | None = None
 ) -> None:
-    """Let a call of this id go on, on all shards or on some."""
+    """Tell shards that a long call may proceed to its next step.
+
+    id      identity of the call, chosen by the client
+    step    the step that may begin
+    shards  numbers of the shards to tell; None: all
+    """
     request = pb.ContinueRequest(id=id, step=step)
     for shard, link in enumerate(links(client)):
         if shards is None or shard in shards:
@@ -100,13 +116,17 @@ def on_all(
     on_stage: Callable[[int, Sequence[pb.CheckpointProgress]], None] | None = None,
     in_turn: bool = False,
 ) -> list[pb.CheckpointProgress]:
-    """Let all shards do a long piece of work. Returns the last message of each.
+    """Run a long call on all shards at once. Returns the last message of each shard.
 
-    progress  called with the bytes done and an estimate of all (0: unknown)
-    on_stage  called once for each stage, when all shards have reached it, with their messages
-    in_turn   begin on shard 0, and on the others once it has accepted the call: it reached a stage
+    method    name of the method: "WriteCheckpoint"
+    request   message to send
+    progress  called with (bytes done, estimated total bytes; 0: unknown)
+    on_stage  called once per stage, as (stage, latest messages by shard), when all shards have
+              reached it
+    in_turn   call the other shards only after shard 0 has reached its first stage, which shows that
+              it accepted the call
 
-    The first failure ends the work on all shards.
+    The first failure stops the call on all shards and is raised.
     """
     shards = len(links(client))
     latest = [pb.CheckpointProgress()] * shards
@@ -140,13 +160,16 @@ def all_streams(
     service: str = SERVICE,
     wait_for: threading.Event | None = None,
 ) -> list[Any]:
-    """Call a method with a stream of answers on all shards. Returns the last answer of each.
+    """Call a method that streams its replies on all shards. Returns the last reply of each shard.
 
-    answer    class of the answers
-    take      called with a shard and an answer of it; never by two threads at once
-    wait_for  set by ``take``: the other shards are called once it is, or shard 0 has ended
+    method    name of the method
+    request   message to send
+    answer    class of the reply messages
+    take      called as take(shard, reply) for each reply; never by two threads at once
+    wait_for  event that ``take`` sets; the other shards are called only after it is set, or after
+              the call to shard 0 has ended. None: all shards are called at once
 
-    The first failure ends all calls and is raised, and so is the exception of a signal handler.
+    The first failure stops all calls and is raised.
     """
 
     def open_(shard: int, opened: Callable[[Any], None]) -> Generator[Any, None, None]:

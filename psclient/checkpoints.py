@@ -1,4 +1,4 @@
-"""Named checkpoints of a cluster: take, list, verify."""
+"""Take, list, verify and delete named checkpoints of a cluster."""
 
 from __future__ import annotations
 
@@ -16,30 +16,33 @@ from psproto import ps_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """What the servers know of a checkpoint."""
+    """Description of a checkpoint, from its manifests."""
 
     name: str
-    parent: str | None  # the checkpoint that it needs
-    shards: int
-    versions: tuple[int, ...]  # of the shards
-    bytes: int  # without its parent
-    time: float  # seconds since 1970
-    rows: dict[str, int]  # of each table
-    problem: str | None  # why it cannot be read; other fields may be empty then
+    parent: str | None  # name of the checkpoint that this one builds on; None: a full checkpoint
+    shards: int  # number of shards of the cluster when it was taken
+    versions: tuple[int, ...]  # version of each shard that it contains
+    bytes: int  # size, without that of its parent
+    time: float  # when it was taken, in seconds since 1970
+    rows: dict[str, int]  # number of rows by table
+    problem: str | None  # why it cannot be restored (other fields may be empty); None: it can be
 
 
 def checkpoint(
     client: Client, name: str, *, parent: str | None = None, progress: OnProgress | None = None
 ) -> CheckpointInfo:
-    """Take a checkpoint of all tables while pushes go on.
+    """Take a checkpoint of all tables while pushes continue.
 
-    Each shard's part is a consistent cut: all its changes up to one version, and none after it.
+    name      name of the new checkpoint
+    parent    name of a checkpoint; the new one stores only the changes since then and cannot be
+              read without it. None: take a full checkpoint
+    progress  called with (bytes written, estimated total bytes; 0: unknown)
 
-    parent    store only what changed since this checkpoint; the new one cannot be read without it
-    progress  called with the bytes written and an estimate of all (0: unknown)
+    For each shard the checkpoint has exactly the changes up to one version, a consistent cut.
 
-    Raises CheckpointExists, CheckpointUnfit if the parent belongs to another history or is too old,
-    NoLog if a shard has no data directory, and DataLoss if the parent is damaged.
+    Raises CheckpointExists; CheckpointUnfit if the parent was taken before a restore, or is so old
+    that the log no longer has the changes since then: take a full checkpoint; NoLog if a shard has
+    no data directory; and DataLoss if the parent is damaged.
     """
     checked.name("checkpoint", name)
     if parent is not None and not parent:
@@ -54,19 +57,22 @@ def checkpoint(
 
 
 def checkpoints(client: Client) -> list[CheckpointInfo]:
-    """Return all checkpoints, sorted by name. One with a ``problem`` cannot be restored."""
+    """Return all checkpoints, sorted by name. Those with a ``problem`` cannot be restored."""
     return [_info(each) for each in list_stored(client, "")]
 
 
 def describe(client: Client, name: str) -> CheckpointInfo:
-    """Return one checkpoint, its manifests checked. Raises CheckpointNotFound, DataLoss."""
+    """Return one checkpoint after checking its manifests. Raises CheckpointNotFound, DataLoss."""
     return _info(list_stored(client, name)[0])
 
 
 def verify(client: Client, name: str, *, progress: OnProgress | None = None) -> int:
-    """Read every byte of a checkpoint and of its parents. Returns the number of bytes.
+    """Read and check every byte of a checkpoint and of its parents. Returns the number of bytes.
 
-    Raises DataLoss, which names the first file that is missing, damaged, or contradicts another.
+    progress  called with (bytes read, total bytes; 0: unknown)
+
+    Raises CheckpointNotFound, and DataLoss, which names the first file that is missing, damaged, or
+    inconsistent with another file.
     """
     done = on_all(client, "VerifyCheckpoint", pb.VerifyCheckpointRequest(name=name), progress)
     return sum(each.bytes for each in done)
@@ -75,12 +81,12 @@ def verify(client: Client, name: str, *, progress: OnProgress | None = None) -> 
 def delete(client: Client, *names: str, dry_run: bool = False) -> list[str]:
     """Delete checkpoints. Returns their names in the order in which they were deleted.
 
-    dry_run  delete nothing, and return what would be deleted
+    names    checkpoints; incomplete and damaged ones can be deleted too
+    dry_run  delete nothing; return the names that would be deleted
 
-    A checkpoint that another one needs is deleted only together with it. Raises CheckpointNeeded,
-    CheckpointNotFound, and ResourceExhausted if one of them is being taken, verified, restored or
-    read; nothing is deleted then. A name whose checkpoint was never completed, or is damaged, can
-    be deleted too.
+    Raises CheckpointNotFound; CheckpointNeeded if a checkpoint that is not among ``names`` builds
+    on one of them; and ResourceExhausted if one of them is being taken, verified, restored or read.
+    In these cases nothing is deleted.
     """
     if not names:
         raise InvalidArgument("delete needs the name of a checkpoint")
@@ -88,10 +94,12 @@ def delete(client: Client, *names: str, dry_run: bool = False) -> list[str]:
 
 
 def prune(client: Client, keep: int, *, dry_run: bool = False) -> list[str]:
-    """Delete all checkpoints but the newest ``keep`` and those that these need.
+    """Delete all checkpoints except the newest ``keep`` and those that they build on.
 
-    Returns the names that were deleted, or with ``dry_run`` would be. Checkpoints that were never
-    completed, or are damaged, neither count nor are deleted. Raises what ``delete`` raises.
+    dry_run  delete nothing; return the names that would be deleted
+
+    Returns the deleted names. Incomplete and damaged checkpoints are not counted and not deleted.
+    Raises the errors of ``delete``.
     """
     if keep < 1:
         raise InvalidArgument(f"keep must be at least 1, got {keep}")
@@ -99,6 +107,10 @@ def prune(client: Client, keep: int, *, dry_run: bool = False) -> list[str]:
 
 
 def _delete(client: Client, request: pb.DeleteCheckpointsRequest) -> list[str]:
+    """Run a deletion on all shards; return the deleted names.
+
+    Shard 0 deletes the files once all shards refuse to read the checkpoints.
+    """
     request.id = secrets.token_hex(8)
     if request.dry_run:
         answers = stream(links(client)[0], "DeleteCheckpoints", request, pb.CheckpointProgress)
@@ -114,7 +126,7 @@ def _delete(client: Client, request: pb.DeleteCheckpointsRequest) -> list[str]:
             accepted.set()
         if min(before) < ready <= min(stages):
             proceed(client, request.id, pb.ContinueRequest.STEP_START, [0])
-        if shard == 0 and message.stage == done:  # the others refused all readers until now
+        if shard == 0 and message.stage == done:  # the other shards need not refuse readers now
             proceed(client, request.id, pb.ContinueRequest.STEP_START, range(1, shards))
 
     last = all_streams(
@@ -124,7 +136,7 @@ def _delete(client: Client, request: pb.DeleteCheckpointsRequest) -> list[str]:
 
 
 def list_stored(client: Client, name: str) -> Sequence[pb.CheckpointInfo]:
-    """Return the messages about all checkpoints, or about one."""
+    """Return the servers' descriptions of all checkpoints (``name`` "") or of one."""
     request = pb.ListCheckpointsRequest(name=name)
     link = links(client)[0]
     found = call(client, link, "ListCheckpoints", request, pb.ListCheckpointsResponse)
@@ -132,6 +144,7 @@ def list_stored(client: Client, name: str) -> Sequence[pb.CheckpointInfo]:
 
 
 def _info(message: pb.CheckpointInfo) -> CheckpointInfo:
+    """Convert a server's description to a CheckpointInfo."""
     return CheckpointInfo(
         name=message.name,
         parent=message.parent or None,

@@ -1,6 +1,7 @@
-"""Combine rows of several parts into one embedding, and split its gradient among them.
+"""Combine rows of several parts into one embedding, and split its gradient among the parts.
 
-To add one: write the class, add it to COMBINATIONS, and its counterpart to psclient.torch.
+To add a combination: write the class, add it to COMBINATIONS, and its counterpart for tensors to
+COMBINE in psclient.torch.
 """
 
 from __future__ import annotations
@@ -18,20 +19,27 @@ Combine = Literal["add", "multiply", "concatenate"]
 
 
 class Combination(Protocol):
-    """Combines parts float32[*shape, dim of the part] into embeddings float32[*shape, dim]."""
+    """A way to combine parts float32[*shape, dim of the part] into embeddings float32[*shape,
+    dim].
+    """
 
-    reads_parts: bool  # whether the gradients of parts depend on their rows
+    reads_parts: bool  # whether ``gradients`` needs the rows of the parts
 
     def dim(self, dims: Sequence[int]) -> int:
-        """Return the dim of the embedding; InvalidArgument if these dims do not combine."""
+        """Return the dim of the embeddings from the dims of the parts.
+
+        Raises InvalidArgument if these dims cannot be combined.
+        """
 
     def combine(self, parts: Sequence[Rows]) -> Rows:
         """Return the embeddings float32[*shape, dim]."""
 
     def gradients(self, gradient: Rows, parts: Sequence[Rows], dims: Sequence[int]) -> list[Rows]:
-        """Return the gradient of each part from that of the embeddings.
+        """Return the gradient of each part, float32[*shape, dim of the part].
 
-        parts  rows of the parts; may be empty unless ``reads_parts``
+        gradient  float32[*shape, dim], of the embeddings
+        parts     rows of the parts; may be empty unless ``reads_parts``
+        dims      dims of the parts
         """
 
 
@@ -39,7 +47,7 @@ class _Elementwise:
     def dim(self, dims: Sequence[int]) -> int:
         if len(set(dims)) > 1:
             raise InvalidArgument(
-                f"tables must have one dim to be added or multiplied, got {list(dims)}"
+                f"tables must have equal dims to be added or multiplied, got {list(dims)}"
             )
         return dims[0]
 
@@ -61,7 +69,10 @@ class _Multiply(_Elementwise):
         return reduce(np.multiply, parts)
 
     def gradients(self, gradient: Rows, parts: Sequence[Rows], dims: Sequence[int]) -> list[Rows]:
-        """Return the gradient times the other parts. It does not divide, so rows may be 0."""
+        """Multiply the gradient by the rows of all other parts.
+
+        Nothing is divided, so rows may be 0.
+        """
         return [
             reduce(np.multiply, [*parts[:one], *parts[one + 1 :]], gradient)
             for one in range(len(parts))

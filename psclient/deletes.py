@@ -1,4 +1,4 @@
-"""Rows deleted on every shard that has some of them."""
+"""Delete rows on every shard that owns some of the keys."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from psproto import ps_pb2 as pb
 def delete_rows(
     cluster: Cluster, table: str, batch: Batch, durability: int, deadline: float
 ) -> int:
-    """Delete the rows of a batch; return how many there were.
+    """Delete the rows of a batch of keys; return the number of rows deleted.
 
-    Keys that a shard refuses, because they belong to another one, are sent again by the newest
-    shard map.
+    durability  number in ps.proto; 0: the table's
+    deadline    monotonic seconds
+
+    If a shard refuses keys that it does not own, they are sent to the owners by the newest shard
+    map.
     """
     refused: list[codec.Keys] = []
     deleted = _round(cluster, table, batch, durability, deadline, refused)
@@ -38,9 +41,12 @@ def _round(
     deadline: float,
     refused: list[codec.Keys] | None,
 ) -> int:
-    """Delete by the shard map of the batch.
+    """Send the keys of a batch to their shards; return the number of rows deleted.
 
-    refused  takes keys that belong to another shard; None: WrongShard is raised
+    refused  receives the keys that a shard refused because it does not own them; None: raise
+             WrongShard instead
+
+    See ``delete_rows`` for the other arguments.
     """
     most = min(cluster.keys, cluster.message_bytes // 8)
 
@@ -62,7 +68,11 @@ def _round(
 
 
 def _delete(link: Link, header: pb.PushHeader, keys: codec.Keys, deadline: float) -> int:
-    """Delete rows of one shard, once, however often it must be asked; return how many."""
+    """Delete rows on one shard, retrying; the shard applies the delete exactly once.
+
+    header  options of the delete; gets its sequence number here
+    Returns the number of rows deleted.
+    """
     session, attempts, data = link.session, 0, None
 
     def attempt(left: float) -> bytes:
@@ -79,7 +89,7 @@ def _delete(link: Link, header: pb.PushHeader, keys: codec.Keys, deadline: float
         except SessionExpired:
             if attempts > 1:
                 raise
-            with link.lock:  # refused at its first attempt, so never applied
+            with link.lock:  # refused at the first attempt, so the delete was never applied
                 if header.incarnation == session.incarnation:
                     session.renew()
                 session.number(header)

@@ -1,12 +1,13 @@
-"""A copy of tables in memory that follows the cluster.
+"""Copies of tables in memory that follow the cluster's changes.
 
     with Follower(addresses, tables=["user"]) as users:
         users.wait_for(client.wait_durable())      # has everything that was pushed before
         rows = users.pull("user", keys)            # as Table.pull(keys, mode="serve")
 
-A pull sees each shard in a state that the shard was in. A push, a coalesced batch, or all that was
-missed while the follower was disconnected, becomes visible at once. A snapshot is built next to the
-visible state and then replaces it, so the copy takes twice its memory meanwhile.
+A pull reads each shard's rows as they were at one version of the shard. All rows of a push become
+visible together; so do all changes that the server merged into one message (coalesce_ms), and all
+changes missed while the follower was disconnected. A snapshot is built next to the visible rows and
+then replaces them, so a table takes twice its memory meanwhile.
 """
 
 from __future__ import annotations
@@ -36,12 +37,15 @@ from psproto import routing
 
 
 class _Following:
-    """What a follower's thread works on. It does not refer to the follower, which can be freed."""
+    """The state and the thread of a follower.
+
+    The thread refers to this object but not to the Follower, so that an unused Follower is freed.
+    """
 
     def __init__(
         self, subscriber: Subscriber, shards: int, on_change: Callable[[Change], object] | None
     ) -> None:
-        self.changed = Condition()  # held while a shard's state moves
+        self.changed = Condition()  # held while a shard's visible state changes
         self.shards = [ShardReplica() for _ in range(shards)]
         self.failure: PsError | None = None
         self.closed = False
@@ -50,9 +54,11 @@ class _Following:
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
 
     def open(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def close(self) -> None:
+        """Close the subscriber and wait for the thread to end."""
         self._subscriber.close()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
@@ -61,6 +67,9 @@ class _Following:
             self.changed.notify_all()
 
     def _run(self) -> None:
+        """Apply changes until the subscriber is closed; store the error that ends it in
+        ``failure``.
+        """
         try:
             for change in self._subscriber:
                 self.shards[change.shard].take(change, self.changed)
@@ -75,14 +84,13 @@ class _Following:
 
 
 class Follower:
-    """Follows tables of all shards. Thread-safe.
+    """Copies of tables of all shards, kept up to date. Thread-safe.
 
-    It reconnects to shards that are down for as long as it is open, and serves the rows that it
-    has. Other errors end it. ``pull`` and ``wait_for`` raise them.
+    While a shard is down, the follower tries to reconnect and serves the rows that it has. Any
+    other error stops it; ``pull`` and ``wait_for`` raise that error.
 
-    After a fork the child cannot use it: every method raises InvalidArgument. A pickled follower is
-    loaded as a new one with the same addresses and options. If it was open, the loaded one connects
-    at its first use.
+    After a fork the child cannot use it: every method raises InvalidArgument. Pickling keeps
+    addresses and options. If the follower was open, the unpickled one connects at its first use.
     """
 
     def __init__(
@@ -97,10 +105,11 @@ class Follower:
         """Check the arguments. ``open`` connects.
 
         where        "host:port" of every shard in order, or a Client
-        tables       names; None: all tables
+        tables       names of the tables to follow; None: all tables
         wire         dtype of embeddings on the wire
-        coalesce_ms  milliseconds within which only the newest value of a key is sent
-        on_change    called with every Change, on the follower's thread, after it was accepted
+        coalesce_ms  servers may hold back changes for this many milliseconds, to send only the
+                     newest value of each key; 0: every change is sent
+        on_change    called with every Change after it was accepted, on the follower's thread
         """
         self._own = None if isinstance(where, Client) else Client(where)
         self._client: Client = where if isinstance(where, Client) else self._own  # type: ignore[assignment]
@@ -121,7 +130,7 @@ class Follower:
         )
         self._following = _Following(subscriber, len(self._client._addresses), on_change)
         self._shard_map: routing.ShardMap | None = None  # None: not open
-        self._process: int | None = None  # that opened it
+        self._process: int | None = None  # id of the process that opened it
         self._opens_itself = False
         self._opening = threading.Lock()
         self._end: weakref.finalize[..., Follower] | None = None
@@ -133,22 +142,23 @@ class Follower:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle addresses and options."""
+        """Pickle addresses, options and whether the follower is open."""
         opened = self._opens_itself or (self._shard_map is not None and not self._following.closed)
         return _load, (self._where, self._options, opened)
 
     def __copy__(self) -> Follower:
-        """Return this follower: copies share the connection and the rows."""
+        """Return this same follower."""
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Follower:
-        """Return this follower: copies share the connection and the rows."""
+        """Return this same follower."""
         return self
 
     def open(self) -> Follower:
-        """Begin to follow. Unavailable if the shards cannot be reached.
+        """Connect and start to follow; return this follower. Idempotent.
 
-        Raises InvalidArgument once the follower is closed.
+        Raises Unavailable if the shards cannot be reached, InvalidArgument once the follower is
+        closed.
         """
         self._check_process()
         with self._opening:
@@ -166,7 +176,7 @@ class Follower:
         return self
 
     def close(self) -> None:
-        """Stop. The rows that it has can still be pulled."""
+        """Stop following. ``pull`` still returns the rows that are in memory."""
         if self._process not in (None, os.getpid()):
             return  # a child leaves its parent's follower alone
         self._following.close()
@@ -191,8 +201,9 @@ class Follower:
 
     @property
     def versions(self) -> Versions:
-        """The version of each shard that is visible here; -1 without a state yet. It goes back
-        where a shard was restored to an older checkpoint.
+        """Return the version of each shard that is visible here; -1: none yet.
+
+        After a restore to an older checkpoint a version may be lower than before.
         """
         self._check_process()
         with self._following.changed:
@@ -204,23 +215,26 @@ class Follower:
 
     @property
     def lag(self) -> tuple[int, ...]:
-        """Durable versions of each shard that are not visible here yet, as far as known."""
+        """Return for each shard how many durable versions are not visible here yet.
+
+        Compares with the newest durable version in the shard's last message.
+        """
         self._check_process()
         with self._following.changed:
             return tuple(max(each.head - each.version, 0) for each in self._following.shards)
 
     def tables(self) -> list[str]:
-        """Return the names of the tables that every shard is known to have."""
+        """Return the names of the tables that are known here for every shard."""
         self._check_open()
         with self._following.changed:
             names = (set(shard.state.tables) for shard in self._following.shards)
             return sorted(set.intersection(*names))
 
     def pull(self, table: str, keys: Any) -> Rows:
-        """Return the embeddings float32[*shape, dim] of keys int64 or uint64[*shape].
+        """Return the embeddings float32[*shape, dim] of integer keys[*shape].
 
-        Keys without a row get the table's serving default. Raises TableNotFound if the table does
-        not exist, or not yet.
+        Keys without a row get the table's serving_default. Raises TableNotFound if the table does
+        not exist, or is not known here yet.
         """
         batch, copies = self._begin(table, keys)
         out: Rows = np.empty((len(batch.keys), copies[0].dim), np.float32)
@@ -233,7 +247,10 @@ class Follower:
         return out[batch.split.inverse].reshape(*batch.shape, copies[0].dim)
 
     def row_versions(self, table: str, keys: Any) -> NDArray[np.uint64]:
-        """Return the versions uint64[*shape] of the rows of keys; 0 for keys without a row."""
+        """Return the versions uint64[*shape] of the rows of keys[*shape]; 0 for keys without a row.
+
+        Raises TableNotFound like ``pull``.
+        """
         batch, _ = self._begin(table, keys)
         out = np.zeros(len(batch.keys), np.uint64)
         with self._following.changed:
@@ -243,25 +260,32 @@ class Follower:
         return out[batch.split.inverse].reshape(batch.shape)
 
     def keys(self, table: str) -> NDArray[np.uint64]:
-        """Return all keys that have a row, uint64[n], in any order."""
+        """Return all keys that have a row, uint64[n], in no particular order.
+
+        Raises TableNotFound like ``pull``.
+        """
         self._check_open()
         with self._following.changed:
             return np.concatenate([copy.keys[: copy.count] for copy in self._copies(table)])
 
     def wait_for(self, versions: Sequence[int], timeout: float | None = None) -> None:
-        """Return once the version of every shard is visible here.
+        """Wait until the given version of every shard is visible here.
 
-        versions  by shard, from ``barrier`` or ``wait_durable`` of a Client; zeros wait for the
-                  first state
+        versions  one per shard, as returned by ``barrier`` or ``wait_durable`` of a Client; zeros
+                  wait for the first visible state of each shard
         timeout   seconds; None: no limit
 
-        Raises DeadlineExceeded after ``timeout``, and LogDiverged if a version is of a history that
-        was abandoned by a restore. Plain integers are compared as numbers.
+        Raises DeadlineExceeded after ``timeout``, and LogDiverged if a restore to an older
+        checkpoint undid a version. The latter is noticed only for ``Versions``, not for plain
+        integers.
         """
         self._check_open()
         following = self._following
         if len(versions) != len(following.shards):
-            raise InvalidArgument(f"{len(versions)} versions for {len(following.shards)} shards")
+            raise InvalidArgument(
+                f"versions must have one version for each of {len(following.shards)} shards, got"
+                f" {len(versions)}"
+            )
         epochs = versions.epochs if isinstance(versions, Versions) else (0,) * len(versions)
 
         def there() -> bool:
@@ -274,15 +298,22 @@ class Follower:
                 return
             at = [shard.version for shard in following.shards]
         if following.closed:
-            raise InvalidArgument(f"the follower is closed at versions {at}")
-        raise DeadlineExceeded(f"the follower is at versions {at}, not at {list(versions)}")
+            raise InvalidArgument(f"the follower was closed at versions {at}")
+        raise DeadlineExceeded(
+            f"the follower did not reach versions {list(versions)} in time; it is at {at}"
+        )
 
     def _begin(self, table: str, keys: Any) -> tuple[Batch, list[Copy]]:
+        """Return the keys as a Batch, and each shard's copy of the table."""
         self._check_open()
         assert self._shard_map is not None
         return Batch(keys, self._shard_map), self._copies(table)
 
     def _copies(self, table: str) -> list[Copy]:
+        """Return each shard's copy of a table.
+
+        Raises TableNotFound, or the error that ended following.
+        """
         self._raise_failure()
         copies = [shard.state.tables.get(table) for shard in self._following.shards]
         if None in copies:
@@ -290,14 +321,19 @@ class Follower:
         return copies  # type: ignore[return-value]
 
     def _parts(self, batch: Batch) -> list[slice]:
+        """Return for each shard the slice of ``batch.keys`` that belongs to it."""
         bounds = batch.split.bounds.tolist()
         return [slice(low, high) for low, high in itertools.pairwise(bounds)]
 
     def _raise_failure(self) -> None:
+        """Raise the error that ended following, if any."""
         if self._following.failure is not None:
             raise self._following.failure
 
     def _check_open(self) -> None:
+        """Raise InvalidArgument unless the follower is open; open it first if it was pickled
+        open.
+        """
         self._check_process()
         if self._shard_map is None:
             if not self._opens_itself:
@@ -306,15 +342,19 @@ class Follower:
             self.wait_for([0] * len(self._following.shards), self._client._timeout)
 
     def _check_process(self) -> None:
+        """Raise InvalidArgument in a process that was forked after the follower was opened."""
         if self._process not in (None, os.getpid()):
             raise InvalidArgument(
                 f"the follower was opened in process {self._process}, before a fork; create"
-                f" another one in process {os.getpid()}"
+                f" a new one in process {os.getpid()}"
             )
 
 
 def _close(following: _Following, own: Client | None, process: int) -> None:
-    """End a follower that was closed or freed, in the process that opened it."""
+    """Stop a follower that was closed or garbage-collected, if this process opened it.
+
+    own  the client to close with it; None: the client belongs to the caller
+    """
     if process == os.getpid():
         following.close()
         if own is not None:
@@ -322,6 +362,7 @@ def _close(following: _Following, own: Client | None, process: int) -> None:
 
 
 def _load(where: Sequence[str] | Client, options: dict[str, Any], opened: bool) -> Follower:
+    """Recreate a pickled follower."""
     follower = Follower(where, **options)
     follower._opens_itself = opened
     return follower

@@ -1,4 +1,7 @@
-"""Requests that a shard refused because the client's shard map was old, sent to the owners."""
+"""Send requests again to the owners of their keys, after a shard refused them.
+
+A shard refuses keys that it does not own, which happens if the client's shard map is outdated.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from psclient.versions import Versions
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
 
-Places = NDArray[np.int64]  # indices of keys in a refused push or pull
+Places = NDArray[np.int64]  # [n] indices into the keys of the refused push or pull
 
 
 def resend(
@@ -25,12 +28,16 @@ def resend(
     min_versions: Sequence[Versions],
     deadline: float,
 ) -> codec.Exchanged:
-    """Send a refused exchange to the shards of a newer map; return the answer as if from one shard.
+    """Send a refused exchange to the shards that own its keys; return the combined answer.
 
-    min_versions  of each pull, by shard; empty: any version
+    links         connections to all shards
+    shard_map     the newest shard map
+    exchange      the pushes and pulls, of which the refusing shard applied nothing
+    min_versions  for each pull, smallest version of each shard to read from; (): any
     deadline      monotonic seconds
 
-    One shard refused the exchange and applied nothing.
+    The answer looks as if one shard had answered. Raises the first PsError once all shards have
+    answered.
     """
     push_owners = [routing.owners(push.keys, shard_map) for push in exchange.pushes]
     pull_owners = [routing.owners(pull.keys, shard_map) for pull in exchange.pulls]
@@ -62,9 +69,12 @@ def resend(
 def _answers(
     calls: Sequence[tuple[Link, Call, Sequence[int]]], pulls: int
 ) -> list[list[codec.Pulled]]:
-    """Send the calls; return the answers to each pull, or raise the first error.
+    """Send the calls and wait; return for each pull the answers to its parts, or raise the first
+    error.
 
-    calls  link, call, and which pull each of the call's pulls is a part of
+    calls  (link, call, numbers): numbers[i] is the index in the refused exchange of the pull that
+           the call's pull i is a part of
+    pulls  number of pulls in the refused exchange
     """
     answers: list[list[codec.Pulled]] = [[] for _ in range(pulls)]
     failure = None
@@ -82,6 +92,7 @@ def _answers(
 
 
 def _some_push(push: codec.PushMessage, at: Places) -> codec.PushMessage:
+    """Return the part of a push that has the keys at indices ``at``."""
     header = pb.PushHeader()
     header.CopyFrom(push.header)
     gradients = push.gradients.reshape(len(push.keys), -1)[at]
@@ -92,6 +103,10 @@ def _some_push(push: codec.PushMessage, at: Places) -> codec.PushMessage:
 def _some_pull(
     pull: codec.PullMessage, at: Places, least: Versions, shard: int
 ) -> codec.PullMessage:
+    """Return the part of a pull, for one shard, that has the keys at indices ``at``.
+
+    least  smallest version of each shard to read from; (): any
+    """
     header = pb.PullHeader()
     header.CopyFrom(pull.header)
     header.min_version = least[shard] if least else 0
@@ -100,7 +115,10 @@ def _some_pull(
 
 
 def _joined(answers: list[codec.Pulled], places: list[Places]) -> codec.Pulled:
-    """Return the answers to parts of a pull as the answer to the whole pull."""
+    """Combine the answers to the parts of a pull into one, with rows in the order of its keys.
+
+    places  for each answer, the indices of its keys in the pull
+    """
     order = np.argsort(np.concatenate(places))
 
     def whole(field: str) -> NDArray[Any]:

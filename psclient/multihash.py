@@ -4,13 +4,14 @@
     ChineseRemainder   the key's number modulo pairwise coprime sizes
     KHash              k hashes of the key, each modulo the size of its part
 
-The first two are complementary partitions (Shi, Mudigere, Naumov and Yang, 2020, arXiv:1909.02107).
-Any two of ``universe`` numbers differ in some part, so k parts of about n^(1/k) rows replace a
-table of n rows. A key's number is a hash of the key, which suits any ids, or the key itself, which
-suits dense ids.
+The number of a row within its part is called a code. The first two classes are complementary
+partitions (Shi, Mudigere, Naumov and Yang, 2020, arXiv:1909.02107): any two of ``universe`` numbers
+have different codes in at least one part, so k parts of about n^(1/k) rows replace a table of n
+rows. The number of a key is a hash of the key, which works for any ids, or the key itself, which
+works for dense ids.
 
 A part is a whole table, or a range of the keys of a table that several parts share. Its rows are
-ordinary rows: the first push creates them. One round trip carries all parts.
+ordinary rows: the first push creates them. One round trip pulls or pushes all parts.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ from psproto import routing
 
 Keys = NDArray[np.uint64]
 
-KEYS = 1 << 64  # number of distinct keys
+KEYS = 1 << 64  # number of possible keys
 GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64's increment
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _hash(keys: Any, out: Any) -> None:
-    """Write out[i, j] = number i of the SplitMix64 stream that starts at mix64(keys[j]).
+    """Compute k hashes of each key: ``out[i, j]`` is number i of the SplitMix64 stream of keys[j].
 
     keys  uint64[n]
-    out   uint64[k, n]
+    out   uint64[k, n]  written
     """
     for j in range(keys.shape[0]):
         state = routing.mix64(keys[j])
@@ -56,16 +57,21 @@ def _hash(keys: Any, out: Any) -> None:
 
 
 def hashes(keys: Keys, k: int) -> Keys:
-    """Return k independent hashes of each key: uint64[k, *shape]. Each of them is a bijection."""
+    """Return k independent hashes of each key: uint64[k, *shape].
+
+    Each hash is a bijection: distinct keys have distinct hashes.
+    """
     out = np.empty((k, keys.size), np.uint64)
     _hash(keys.reshape(-1), out)
     return out.reshape(k, *keys.shape)
 
 
 def sizes_for(universe: int, parts: int = 2, *, coprime: bool = False) -> tuple[int, ...]:
-    """Return small sizes, about equal, whose product is at least ``universe``.
+    """Return sizes of parts, small and about equal, whose product is at least ``universe``.
 
-    coprime  make the sizes pairwise coprime, as ChineseRemainder needs them
+    universe  number of distinct keys to represent, in 2..2^64
+    parts     number of parts, in 2..64
+    coprime   whether to make the sizes pairwise coprime, as ChineseRemainder needs them
     """
     if not 2 <= whole(universe, "universe") <= KEYS:
         raise InvalidArgument(f"universe must be in 2..2^64, got {universe}")
@@ -86,22 +92,25 @@ def sizes_for(universe: int, parts: int = 2, *, coprime: bool = False) -> tuple[
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PulledParts:
-    """Embeddings, and what a push of their gradients needs."""
+    """Embeddings, with the information that ``push`` needs to push their gradients."""
 
     embeddings: Rows  # float32[*shape, dim]
-    batches: dict[str, Batch]  # by table: keys of rows, [parts in the table, *shape]
-    parts: tuple[Rows, ...]  # float32[*shape, dim of the part]
+    batches: dict[str, Batch]  # by table: its row keys, of shape [parts in the table, *shape]
+    parts: tuple[Rows, ...]  # rows of each part, float32[*shape, dim of the part]
 
 
 class MultiHash:
     """A feature whose keys have one row in each of several parts.
 
-    tables   a table for each part; or one table for all parts, each with a range of its keys
-    sizes    number of rows of each part, above 1: codes of part i are 0..sizes[i] - 1
-    combine  "add" or "multiply", for tables of equal dim, or "concatenate"
+    tables   one table per part; or one table for all parts, each of which has a range of its keys
+    sizes    number of rows of each part, at least 2: codes of part i are 0..sizes[i] - 1
+    combine  how to combine the rows of a key: "add" or "multiply" (tables of equal dim), or
+             "concatenate"
 
-    universe  number of distinct combinations of rows
+    universe  number of distinct combinations of rows, at most 2^64
     dim       length of an embedding
+
+    Raises InvalidArgument if an argument breaks these rules.
     """
 
     universe: int
@@ -120,7 +129,7 @@ class MultiHash:
         self.dims = tuple(table.dim for table in self.tables)
         self.dim = COMBINATIONS[combine].dim(self.dims)
         self.universe = min(math.prod(self.sizes), KEYS)
-        self._parts_of: dict[str, list[int]] = {}  # by table
+        self._parts_of: dict[str, list[int]] = {}  # numbers of the parts in each table
         offsets = []
         for part, table in enumerate(self.tables):
             there = self._parts_of.setdefault(table.name, [])
@@ -128,41 +137,52 @@ class MultiHash:
             there.append(part)
             if offsets[-1] + self.sizes[part] > KEYS:
                 raise InvalidArgument(
-                    f"sizes of the parts in table {table.name!r} must add up to 2^64 at most, got"
+                    f"the sum of sizes of the parts in table {table.name!r} must be <= 2^64, got"
                     f" {offsets[-1] + self.sizes[part]}"
                 )
-        self._offsets = np.array(offsets, np.uint64)  # first key of each part
+        self._offsets = np.array(offsets, np.uint64)  # row key of each part's code 0
 
     def codes(self, keys: Any) -> Keys:
-        """Return the code of each key in each part: uint64[parts, *shape], in 0..size - 1."""
+        """Return the code of each key in each part: uint64[parts, *shape of keys].
+
+        Codes of part i are in 0..sizes[i] - 1.
+        """
         raise NotImplementedError
 
     def row_keys(self, keys: Any) -> Keys:
         """Return the keys of the rows that keys[*shape] use: uint64[parts, *shape].
 
-        They are the codes, unless parts share a table.
+        They equal the codes, except where several parts share a table.
         """
         codes = self.codes(keys)
         return codes + self._offsets.reshape(-1, *(1,) * (codes.ndim - 1))
 
     def collisions(self, keys: Any) -> float:
-        """Return the fraction of distinct keys whose embedding is the same as another key's."""
+        """Return the fraction of the distinct ``keys`` that share all their rows with another
+        key.
+        """
         ordered = np.sort(as_keys(keys), axis=None)  # faster than np.unique
         codes = self.codes(ordered[np.append(True, ordered[1:] != ordered[:-1])[: ordered.size]])
         codes = codes[:, np.lexsort(codes)]
-        equal = (codes[:, 1:] == codes[:, :-1]).all(axis=0)  # to the next one
+        equal = (codes[:, 1:] == codes[:, :-1]).all(axis=0)  # whether key i equals key i + 1
         shared = np.append(equal, False) | np.append(False, equal)
         return float(shared[: codes.shape[1]].mean()) if codes.size else 0.0
 
-    # ---- for requests that carry other tables too
+    # ---- for requests that contain other tables too
 
     def batches(self, keys: Any) -> dict[str, Batch]:
-        """Return what to pull for keys[*shape], by table, for Client.pull or Client.exchange."""
+        """Return {table: Batch of row keys} to pull for keys[*shape], for Client.pull or
+        exchange.
+        """
         rows = self.row_keys(keys)
         return {name: self.client.batch(rows[there]) for name, there in self._parts_of.items()}
 
     def compose(self, batches: Mapping[str, Batch], rows: Mapping[str, Rows]) -> PulledParts:
-        """Return embeddings from the rows pulled for ``batches``; ignore other tables."""
+        """Combine pulled rows into embeddings.
+
+        batches  from the method ``batches``
+        rows     result of Client.pull or exchange for these batches; other tables in it are ignored
+        """
         parts = [np.empty(0, np.float32)] * len(self.tables)
         for name, there in self._parts_of.items():
             for part, of_part in zip(there, rows[name], strict=True):
@@ -171,7 +191,7 @@ class MultiHash:
         return PulledParts(COMBINATIONS[self.combine].combine(parts), own, tuple(parts))
 
     def gradients(self, keys: Any, gradients: Any) -> dict[str, tuple[Batch, Rows]]:
-        """Return what to push, by table, for Client.push or Client.exchange. See ``push``."""
+        """Return {table: (Batch, gradients)} to push, for Client.push or exchange. See ``push``."""
         if not isinstance(keys, PulledParts) and COMBINATIONS[self.combine].reads_parts:
             keys = self.pull_parts(keys)
         known = isinstance(keys, PulledParts)
@@ -187,13 +207,19 @@ class MultiHash:
     # ---- requests
 
     def pull(self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None) -> Rows:
-        """Return embeddings float32[*shape, dim] of keys[*shape], in one round trip."""
+        """Return embeddings float32[*shape, dim] of keys[*shape], in one round trip.
+
+        See Client.pull.
+        """
         return self.pull_parts(keys, mode=mode, wire=wire).embeddings
 
     def pull_parts(
         self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None
     ) -> PulledParts:
-        """Return embeddings with their batches and parts; ``push`` takes the result as keys."""
+        """Return the embeddings of keys[*shape], with the rows that they combine.
+
+        Pass the result to ``push`` in place of keys. See Client.pull for ``mode`` and ``wire``.
+        """
         batches = self.batches(keys)
         return self.compose(batches, self.client.pull(batches, mode=mode, wire=wire))
 
@@ -207,13 +233,14 @@ class MultiHash:
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> None:
-        """Push gradients float[*shape, dim] of embeddings to the rows that they were combined from.
+        """Push gradients float[*shape, dim] of embeddings to the rows that they combine.
 
-        keys  int[*shape]; or the result of pull_parts, which saves work. With "multiply", gradients
-              depend on rows: on those pulled by pull_parts, else on the current ones, which takes
-              one more pull
+        keys  int[*shape]; or the result of pull_parts, which saves work. With combine="multiply"
+              the gradients depend on the rows: those in the result of pull_parts, or, for int keys,
+              the current ones, which takes an additional pull
 
-        Gradients of equal codes are summed; the optimizer takes one step for each row.
+        Gradients of equal codes are summed; the optimizer updates each row once. See Client.push
+        for the other arguments.
         """
         push = self.gradients(keys, gradients)
         self.client.push(push, step=step, lr=lr, wire=wire, durability=durability)
@@ -229,7 +256,14 @@ class MultiHash:
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> PulledParts:
-        """Push (keys or a result of pull_parts, gradients) and pull ``keys``, in one round trip."""
+        """Push gradients and then pull ``keys``, in one round trip. Returns the result of
+        pull_parts.
+
+        keys  int[*shape] to pull
+        push  (keys or a result of pull_parts, gradients), as in ``push``
+
+        See Client.exchange for the other arguments.
+        """
         batches = self.batches(keys)
         rows = self.client.exchange(
             self.gradients(*push),
@@ -251,15 +285,18 @@ class MultiHash:
 
 
 class _Complementary(MultiHash):
-    """Parts whose codes, taken together, distinguish ``universe`` numbers.
+    """Base class of parts whose codes together distinguish the numbers 0..universe - 1.
 
-    universe  at least 2 and at most the product of the sizes and 2^64. None: that product
-    hashed    True: a key's number is its hash modulo the universe, which suits ids of any kind.
-              False: it is the key modulo the universe. Then no two of the ids 0..universe - 1 have
-              equal codes in all parts, but strided ids may use few rows of a part
+    universe  number of distinct numbers, at least 2; at most the product of the sizes and 2^64.
+              None: that maximum
+    hashed    True: a key's number is a hash of it modulo universe, which works for any ids.
+              False: the key modulo universe. The ids 0..universe - 1 then have distinct
+              combinations of rows, but ids with a stride may use few rows of a part
+
+    MultiHash explains the other arguments.
     """
 
-    coprime = False  # whether sizes must be pairwise coprime
+    coprime = False  # whether the sizes must be pairwise coprime
 
     def __init__(
         self,
@@ -290,10 +327,10 @@ class _Complementary(MultiHash):
 
 
 class QuotientRemainder(_Complementary):
-    """Number x has the codes x // sizes[1] and x % sizes[1].
+    """A feature of two parts: number x has the codes ``x // sizes[1]`` and ``x % sizes[1]``.
 
-    The first size is therefore that of the quotients. With more sizes, codes are digits in mixed
-    radix.
+    So sizes[0] is the number of quotients. With more than two sizes, the codes are the digits of x
+    in mixed radix.
     """
 
     def codes(self, keys: Any) -> Keys:
@@ -306,7 +343,10 @@ class QuotientRemainder(_Complementary):
 
 
 class ChineseRemainder(_Complementary):
-    """Number x has the codes x % size. Sizes are pairwise coprime, so all numbers differ."""
+    """A feature whose number x has the code ``x % sizes[i]`` in part i.
+
+    The sizes must be pairwise coprime, so that distinct numbers have distinct codes.
+    """
 
     coprime = True
 
@@ -316,7 +356,7 @@ class ChineseRemainder(_Complementary):
 
 
 class KHash(MultiHash):
-    """Independent hashes of the key, one for each size, each modulo its size."""
+    """A feature with an independent hash of the key for each part, modulo the part's size."""
 
     def codes(self, keys: Any) -> Keys:
         each = hashes(as_keys(keys), len(self.sizes))
@@ -327,7 +367,10 @@ class KHash(MultiHash):
 
 
 def whole(value: Any, field: str) -> int:
-    """Return a parameter as an int; InvalidArgument unless it is an integer of Python or NumPy."""
+    """Return ``value`` as an int; ``field`` names it in errors.
+
+    Raises InvalidArgument unless it is an integer of Python or NumPy.
+    """
     try:
         return operator.index(value)
     except TypeError:
@@ -335,12 +378,16 @@ def whole(value: Any, field: str) -> int:
 
 
 def _checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return ``sizes`` as a tuple.
+
+    Raises InvalidArgument unless each is an integer in 2..2^64-1.
+    """
     try:
         known = [operator.index(size) for size in sizes]
     except TypeError:
         raise InvalidArgument(f"sizes must be a list of integers, got {sizes!r}") from None
     if not known:
-        raise InvalidArgument("sizes must be a list of one size for each part, got an empty one")
+        raise InvalidArgument("sizes must have one size for each part, got an empty list")
     for part, size in enumerate(known):
         if not 1 < size < KEYS:
             raise InvalidArgument(f"sizes must be in 2..2^64-1, got {size} for part {part}")
@@ -348,19 +395,24 @@ def _checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 def _check_coprime(sizes: Sequence[int]) -> None:
+    """Raise InvalidArgument unless the sizes are pairwise coprime."""
     for one, other in combinations(sizes, 2):
         if math.gcd(one, other) > 1:
             raise InvalidArgument(
-                f"sizes must be pairwise coprime, got {one} and {other}, which"
-                f" {math.gcd(one, other)} divides"
+                f"sizes must be pairwise coprime, but {math.gcd(one, other)} divides both {one} and"
+                f" {other}"
             )
 
 
 def checked_tables(tables: Table | Sequence[Table], parts: int) -> tuple[Table, ...]:
+    """Return one table for each part; a single table is used for all parts.
+
+    Raises InvalidArgument if the number or type is wrong, or they belong to different clients.
+    """
     each = (tables,) * parts if isinstance(tables, Table) else tuple(tables)
     if len(each) != parts:
         raise InvalidArgument(
-            f"tables must be one table, or one for each of {parts} parts, got {each}"
+            f"tables must be one table, or a list of {parts} tables, one per part; got {each}"
         )
     for table in each:
         if not isinstance(table, Table):
@@ -371,9 +423,10 @@ def checked_tables(tables: Table | Sequence[Table], parts: int) -> tuple[Table, 
 
 
 def checked_gradients(gradients: Any, shape: tuple[int, ...]) -> Rows:
-    """Return gradients as float32[*shape, dim]; InvalidArgument for bad or non-finite ones.
+    """Return gradients float[*shape] as float32.
 
-    They are checked before they are split by part, so that errors refer to the caller's array.
+    Raises InvalidArgument for a wrong shape, and for numbers that are infinite or NaN. Checked
+    before they are split by part, so that the error gives the position in the caller's array.
     """
     known = as_gradients(gradients, shape, "gradients")
     if not routing.all_finite(known.reshape(-1).view(np.uint32)):

@@ -1,4 +1,8 @@
-"""One shard's tables in memory, built from its changes."""
+"""Copies of all tables of one shard in memory, built from the shard's changes.
+
+A replica holds back changes while ``Change.more`` is set. A change without ``more`` is a commit
+mark: it makes all changes up to it visible together.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +14,26 @@ from psclient.errors import LogDiverged
 from psclient.signals import Condition
 from psclient.versions import History
 
-MAX_PAST = 4096  # epochs
+MAX_PAST = 4096  # maximum number of abandoned epochs to remember
 
 
 class State:
-    """The tables of a shard at one moment."""
+    """Copies of the tables of a shard, as of one version.
+
+    tables  by name
+    listed  names received since the snapshot or catch-up in progress began; None: none in progress
+    """
 
     def __init__(self) -> None:
         """Create a state without tables."""
         self.tables: dict[str, Copy] = {}
-        self.listed: set[str] | None = None  # tables of the catch-up or snapshot in progress
+        self.listed: set[str] | None = None
 
     def apply(self, change: Change) -> None:
-        """Apply one change."""
+        """Apply one change; changes to unknown tables are ignored.
+
+        At the end of a snapshot or catch-up, tables that it did not contain are deleted.
+        """
         table = self.tables.get(change.table)
         match change.kind:
             case "rows" if table is not None:
@@ -54,12 +65,14 @@ class State:
 
 
 class ShardReplica:
-    """A replica of one shard: its visible state, and changes that wait for the next commit mark.
+    """Replica of one shard: its visible state, and changes held back until the next commit mark.
 
-    version  of the state; -1: there is no state yet
-    head     newest durable version of the shard, as far as known
-    latency  seconds from the newest change until it was visible here
-    history  of the state; None: unknown
+    version   version of the visible state; -1: there is no state yet
+    head      newest durable version of the shard, as of its last message
+    latency   seconds between the newest visible change on the server and its visibility here
+    history   epochs that the visible state belongs to; None: unknown
+    state     the visible state
+    building  state that a snapshot in progress builds; None: no snapshot in progress
     """
 
     def __init__(self) -> None:
@@ -69,19 +82,19 @@ class ShardReplica:
         self.latency = 0.0
         self.history: History | None = None
         self.state = State()
-        self.building: State | None = None  # by the snapshot in progress
+        self.building: State | None = None
         self._next_history: History | None = None
-        self._past: dict[int, None] = {}  # epochs of histories that were abandoned, oldest first
+        self._past: dict[int, None] = {}  # epochs that restores undid, oldest first
         self._waiting: list[Change] = []
-        self._kept = 0  # of them, up to the last token
+        self._kept = 0  # how many of them precede the last token, so that no stream repeats them
         self._stream = 0
 
     def take(self, change: Change, lock: Condition) -> bool:
-        """Accept a change. Returns whether the visible state has moved.
+        """Accept a change. Returns whether the visible state changed.
 
-        lock  is held while the state moves, and notified afterwards
+        lock  taken while the visible state changes, and notified afterwards
         """
-        if change.stream != self._stream:  # what came after the last token comes again
+        if change.stream != self._stream:  # a new stream repeats the changes after the last token
             self._stream = change.stream
             del self._waiting[self._kept :]
         self.head = change.head
@@ -104,27 +117,28 @@ class ShardReplica:
         return True
 
     def reached(self, version: int, epoch: int) -> bool:
-        """Return whether the state includes a version of an epoch.
+        """Return whether the visible state includes ``version``, which the shard gave out in
+        ``epoch``.
 
-        epoch  0: unknown; the versions are compared as numbers
+        epoch  random number of a server start; 0: unknown, so version numbers are compared
 
-        Raises LogDiverged if the version is of a history that was abandoned.
+        Raises LogDiverged if a restore to an older state undid the version.
         """
         history = self.history
         if epoch and history is not None:
             known = history.contains(epoch, version)
             if known is False or (known is None and epoch in self._past):
                 raise LogDiverged(
-                    f"version {version} of epoch {epoch:016x} is of a history that was abandoned:"
-                    " the shard was restored to an older state"
+                    f"version {version} of epoch {epoch:016x} no longer exists: the shard was"
+                    " restored to an older state"
                 )
-            if known is None:  # of a later epoch, which this replica has not seen yet
+            if known is None:  # probably a later epoch, which has not arrived here yet
                 return False
         return self.version >= version
 
     def _commit(self, change: Change) -> None:
-        """Make everything up to this change visible."""
-        if self.building is not None:  # possibly of another history, with lower versions
+        """Make all changes up to this one visible."""
+        if self.building is not None:  # its versions may be lower, after a restore
             self._apply(self.building)
             self.state, self.building = self.building, None
             self.version = change.version
@@ -138,6 +152,7 @@ class ShardReplica:
             self._next_history = None
 
     def _replace_history(self, history: History) -> None:
+        """Adopt the epochs of the new state; remember epochs that are no longer part of it."""
         if self.history is not None:
             gone = (epoch for epoch in self.history.epochs if epoch not in history.epochs)
             self._past.update(dict.fromkeys(gone))
@@ -146,6 +161,7 @@ class ShardReplica:
         self.history = history
 
     def _apply(self, state: State) -> None:
+        """Apply the held-back changes to a state and forget them."""
         for change in self._waiting:
             state.apply(change)
         self._waiting.clear()

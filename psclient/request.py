@@ -1,4 +1,4 @@
-"""Parts of a request, and the messages that carry them."""
+"""The pushes and pulls of a request, and the messages that carry them to the shards."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from psproto import ps_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Settings that all pushes of a request share."""
+    """Options of a push, equal for all tables of a request. See Client.push."""
 
     step: int = 0
     lr: float | None = None
-    durability: int = 0  # 0: the table's
+    durability: int = 0  # number in ps.proto; 0: the table's
 
 
 @dataclass(slots=True)
 class PullPart:
-    """One pull of a request, and the arrays for its result."""
+    """The pull of one table in a request, and the arrays that receive its result."""
 
     table: str
     dim: int
     batch: Batch
-    dtype: int
-    mode: int
-    metadata: bool
-    distinct: bool  # results for the distinct keys, not for the whole batch
-    min_version: Versions  # by shard; empty: any version
-    out: Rows  # embeddings: [n, dim], or [distinct, dim]
-    history: NDArray[np.uint64]  # [3, distinct]: versions, steps, frequencies; [3, 0] without
+    dtype: int  # of the embeddings on the wire, a number in ps.proto
+    mode: int  # train or serve, a number in ps.proto
+    metadata: bool  # whether to pull versions, steps and frequencies too
+    distinct: bool  # whether ``out`` has one row per distinct key instead of per key
+    min_version: Versions  # smallest version of each shard to read from; (): any
+    out: Rows  # embeddings float32[n, dim], or [distinct, dim]
+    history: NDArray[np.uint64]  # [3, distinct]: versions, steps, frequencies; else [3, 0]
 
     def shaped(self) -> Rows:
         """Return the embeddings in the shape of the keys, or [distinct, dim]."""
@@ -47,18 +47,18 @@ class PullPart:
         return self.out.reshape(*shape, self.dim)
 
 
-Range = tuple[PullPart, int, int]  # first and last + 1 distinct key of a pull
+Range = tuple[PullPart, int, int]  # (pull, low, high): the distinct keys ``batch.keys[low:high]``
 
 
 @dataclass(slots=True)
 class PushPart:
-    """One push of a request: a gradient for each distinct key of the batch."""
+    """The push to one table in a request: a gradient for each distinct key of the batch."""
 
     table: str
     batch: Batch
     gradients: Rows  # float32[distinct, dim]
-    dtype: int
-    counts: NDArray[np.uint32]
+    dtype: int  # of the gradients on the wire, a number in ps.proto
+    counts: NDArray[np.uint32]  # [distinct] occurrences of each key in the batch
 
 
 def messages(
@@ -68,9 +68,10 @@ def messages(
     pulls: Sequence[PullPart],
     header: Header,
 ) -> list[tuple[codec.Exchange, list[Range]]]:
-    """Return the messages of a request for one shard: several if one would be too large.
+    """Build the messages of a request for one shard; several if one would be too large.
 
-    Each comes with the ranges of distinct keys that its pulls cover.
+    Returns a list of (message, ranges). ``ranges`` has, for each pull in the message, the range of
+    distinct keys whose rows its reply contains. With several messages, each has one push or pull.
     """
     pieces = _pieces(cluster, shard, pushes, pulls)
     sent = [message for push in pushes for message in _push_messages(push, shard, pieces, header)]
@@ -88,7 +89,7 @@ def messages(
 def _pieces(
     cluster: Cluster, shard: int, pushes: Sequence[PushPart], pulls: Sequence[PullPart]
 ) -> int:
-    """Return into how many pieces to split each part, to stay within the limits of the servers."""
+    """Return into how many pieces to split each push and pull to respect the servers' limits."""
     request = reply = most = widest = 0
     for push in pushes:
         first, last = push.batch.split.bounds[shard : shard + 2].tolist()
@@ -104,14 +105,14 @@ def _pieces(
     size = max(request, reply)
     if size <= cluster.message_bytes and most <= cluster.keys:
         return 1
-    room = cluster.message_bytes - widest  # ranges are rounded up to whole rows
+    room = cluster.message_bytes - widest  # a piece is rounded up to whole rows
     return max(-(-size // room), -(-most // cluster.keys))
 
 
 def _push_messages(
     push: PushPart, shard: int, pieces: int, header: Header
 ) -> Iterator[codec.PushMessage]:
-    """Yield the pieces of a push for one shard."""
+    """Split the push of one table to one shard into ``pieces`` messages at most."""
     for low, high in _ranges(push.batch, shard, pieces):
         head = pb.PushHeader(
             table=push.table,
@@ -127,7 +128,10 @@ def _push_messages(
 def _pull_messages(
     pull: PullPart, shard: int, pieces: int
 ) -> Iterator[tuple[codec.PullMessage, Range]]:
-    """Yield the pieces of a pull for one shard, with the range of keys of each."""
+    """Split the pull of one table from one shard into ``pieces`` messages at most.
+
+    Yields each with its range of distinct keys.
+    """
     for low, high in _ranges(pull.batch, shard, pieces):
         head = pb.PullHeader(
             table=pull.table,
@@ -141,7 +145,7 @@ def _pull_messages(
 
 
 def _ranges(batch: Batch, shard: int, pieces: int) -> list[tuple[int, int]]:
-    """Split a shard's distinct keys into non-empty ranges of about the same size."""
+    """Split the distinct keys of a shard into at most ``pieces`` non-empty ranges (low, high)."""
     first, last = batch.split.bounds[shard : shard + 2].tolist()
     if first == last:
         return []
@@ -150,11 +154,17 @@ def _ranges(batch: Batch, shard: int, pieces: int) -> list[tuple[int, int]]:
 
 
 def take(answer: codec.Exchanged, pulls: Sequence[Range], where: str) -> None:
-    """Copy the embeddings of one reply into the results of its pulls."""
+    """Copy the rows of one reply into the result arrays of its pulls.
+
+    pulls  range of distinct keys of each pull in the reply
+    where  name of the shard, for errors
+
+    Raises SchemaMismatch if the dim of a table has changed.
+    """
     for pulled, (part, first, last) in zip(answer.pulls, pulls, strict=True):
         if pulled.header.dim != part.dim:
             raise SchemaMismatch(
-                f"{where}: table {part.table!r} has dim {pulled.header.dim}, expected {part.dim}:"
+                f"{where}: table {part.table!r}: expected dim {part.dim}, got {pulled.header.dim}:"
                 " it was dropped and created anew; call client.table() again"
             )
         rows = codec.from_wire(pulled.embeddings, part.dtype).reshape(last - first, part.dim)

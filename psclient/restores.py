@@ -1,4 +1,9 @@
-"""A cluster restored from a checkpoint: all of it or, on any failure, nothing."""
+"""Restore a cluster from a checkpoint: all shards or, on any failure, none.
+
+Phases of a restore, on all shards: prepare (store the restored tables next to the live ones), hold
+(refuse pulls and pushes), commit (restart with the restored tables), release (serve again). Until
+the release, abort brings the old tables back. One client, the owner, directs the restore.
+"""
 
 from __future__ import annotations
 
@@ -16,37 +21,42 @@ from psproto import ps_pb2 as pb
 
 Status = pb.RestoreStatus
 Step = pb.RestoreRequest
-PATIENCE = 3600.0  # seconds that a shard may take to start with the restored tables
+PATIENCE = 3600.0  # maximum time for a shard to start with the restored tables, in seconds
 PREPARED = Status.PHASE_PREPARED
 POLL = 0.2  # seconds between two polls
-POLL_TIMEOUT = 2.0  # seconds; a shard that restarts must not delay the polls of the others
-TAKEOVER = 10.0  # seconds; longer than a server waits for a client that is gone
-OVER = (Status.PHASE_UNSPECIFIED, Status.PHASE_RELEASED, Status.PHASE_ABORTED)
+POLL_TIMEOUT = 2.0  # seconds; short, so that a shard that restarts does not delay other polls
+TAKEOVER = 10.0  # seconds; servers consider a silent owner gone after a shorter time
+OVER = (Status.PHASE_UNSPECIFIED, Status.PHASE_RELEASED, Status.PHASE_ABORTED)  # no restore runs
 NO_ABORT = (*OVER, Status.PHASE_ABORTING)  # phases in which a shard needs no step to abort
-BACK = (Status.PHASE_FAILED, Status.PHASE_ABORTING, Status.PHASE_ABORTED)
+BACK = (Status.PHASE_FAILED, Status.PHASE_ABORTING, Status.PHASE_ABORTED)  # old tables come back
 
 
 def restore(
     client: Client, name: str, *, replace: bool = False, progress: OnProgress | None = None
 ) -> int:
-    """Replace the tables of the whole cluster by those of a checkpoint. Returns the rows restored.
+    """Replace all tables of the cluster by those of a checkpoint. Returns the number of rows
+    restored.
 
-    name      the checkpoint; it may have been taken of another number of shards
-    replace   existing tables are deleted, pushes included that arrive meanwhile
-    progress  called with the bytes read and an estimate of all (0: unknown)
+    name      the checkpoint's name; it may have been taken on a different number of shards
+    replace   delete existing tables, including pushes that arrive during the restore
+    progress  called with (bytes read, estimated total bytes; 0: unknown)
 
-    All shards are restored or, on any failure, none. An interrupted restore of the same checkpoint
-    is finished instead, once the client that began it is gone.
+    All shards are restored or, on any failure, none. If an interrupted restore of the same
+    checkpoint is found and its client is gone, this call finishes that restore instead.
 
-    Raises NotEmpty if there are tables and ``replace`` is not set, DataLoss, RestoreConflict if
-    another client restores, or an interrupted restore of another checkpoint waits
-    (``abort_restore``), and ResourceExhausted if memory or disk do not suffice.
+    Raises CheckpointNotFound; NotEmpty if there are tables and ``replace`` is not set; DataLoss if
+    the checkpoint is damaged; RestoreConflict if another client restores, or an interrupted restore
+    of a different checkpoint must first be finished or undone (``abort_restore``); and
+    ResourceExhausted if memory or disk space do not suffice.
     """
     owner = secrets.token_hex(8)
     statuses = statuses_of(client)
     left = {(each.id, each.name) for each in statuses if each.phase not in (*OVER, PREPARED)}
     if len(left) > 1 or any(other != name for _, other in left):
-        raise RestoreConflict(f"unfinished restores: {sorted(left)}; finish or abort them first")
+        raise RestoreConflict(
+            f"other restores are unfinished: {sorted(left)} (id, checkpoint); finish or abort them"
+            " first"
+        )
     if left:
         id = next(iter(left))[0]
         if not any(each.id == id and each.phase in BACK for each in statuses):
@@ -61,14 +71,17 @@ def restore(
 
 
 def abort_restore(client: Client) -> None:
-    """Undo an interrupted restore: the tables from before it are back. No error if there is none.
+    """Undo an interrupted restore, so that the previous tables are back.
 
-    Raises RestoreConflict if a shard already serves the restored tables: then finish the restore.
+    Does nothing if there is none. Raises RestoreConflict if a shard already serves the restored
+    tables: repeat ``restore`` to finish it.
     """
     statuses = statuses_of(client)
     left = {each.id for each in statuses if each.phase not in OVER}
     if any(each.id in left and each.phase == Status.PHASE_RELEASED for each in statuses):
-        raise RestoreConflict("the restore is over on some shards: finish it")
+        raise RestoreConflict(
+            "some shards already serve the restored tables: repeat the restore to finish it"
+        )
     for link, status in zip(links(client), statuses, strict=True):
         if status.id in left:
             take_step(client, link, status.id, Step.STEP_ABORT)
@@ -78,6 +91,12 @@ def abort_restore(client: Client) -> None:
 def _prepare(
     client: Client, id: str, name: str, owner: str, replace: bool, progress: OnProgress | None
 ) -> int:
+    """Prepare all shards and let them refuse work. Returns the number of rows to be restored.
+
+    id     random identity of the restore
+    owner  random identity of this client
+    Undoes the restore on any failure.
+    """
     expected = sum(describe(client, name).rows.values())
     request = pb.PrepareRestoreRequest(name=name, id=id, replace=replace)
     held = False
@@ -85,7 +104,9 @@ def _prepare(
         done = on_all(client, "PrepareRestore", request, progress, in_turn=True)
         rows = sum(each.rows for each in done)
         if rows != expected:
-            raise DataLoss(f"checkpoint {name!r}: {rows} rows were read, {expected} were stored")
+            raise DataLoss(
+                f"checkpoint {name!r}: read {rows} rows, but the manifests list {expected}"
+            )
         held = True
         for link in links(client):
             take_step(client, link, id, Step.STEP_HOLD, owner)
@@ -96,7 +117,10 @@ def _prepare(
 
 
 def _take_over(client: Client, id: str, owner: str) -> None:
-    """Become the owner of an interrupted restore. Raises RestoreConflict if its client goes on."""
+    """Become the owner of an interrupted restore.
+
+    Raises RestoreConflict if its previous owner is still active after TAKEOVER seconds.
+    """
     first, end = links(client)[0], time.monotonic() + TAKEOVER
     while True:
         released = any(
@@ -112,7 +136,10 @@ def _take_over(client: Client, id: str, owner: str) -> None:
 
 
 def _run(client: Client, id: str, name: str, owner: str) -> None:
-    """Take a restore from any of its phases to its end, or undo it if it failed."""
+    """Complete a prepared restore, whatever its phase; undo it if a shard failed.
+
+    Raises PsError with reason RESTORE_FAILED if it was undone.
+    """
     statuses = statuses_of(client)
     if not any(each.phase == Status.PHASE_RELEASED and each.id == id for each in statuses):
         for step in (Step.STEP_HOLD, Step.STEP_COMMIT):
@@ -130,10 +157,7 @@ def _run(client: Client, id: str, name: str, owner: str) -> None:
 
 
 def _abort(client: Client, id: str, patience: float = PATIENCE) -> None:
-    """Undo a restore of this client.
-
-    patience  seconds to wait for shards that restart or cannot be reached
-    """
+    """Undo a restore, on those shards that can be reached, and wait until it is undone."""
     end = time.monotonic() + patience
     with suppress(PsError):
         while not _undone(client, id) and time.monotonic() < end:
@@ -159,14 +183,21 @@ def _try_abort(client: Client, link: Link, id: str) -> pb.RestoreStatus | None:
 
 
 def take_step(client: Client, link: Link, id: str, step: int, owner: str = "") -> pb.RestoreStatus:
-    """Let one shard take a step of a restore. Returns its status."""
+    """Make one shard take a step (hold, commit, release, abort) of a restore. Returns its status.
+
+    id     identity of the restore
+    owner  identity of the client that directs it; "": not the owner (abort only)
+    """
     request = pb.RestoreRequest(id=id, step=step, owner=owner)  # type: ignore[arg-type]
     status: pb.RestoreStatus = call(client, link, "Restore", request, pb.RestoreStatus)
     return status
 
 
 def statuses_of(client: Client, seconds: float = 0.0) -> list[pb.RestoreStatus]:
-    """Return each shard's status, waiting up to ``seconds`` for a shard that restarts."""
+    """Return the restore status of each shard.
+
+    seconds  how long to wait for a shard that does not answer; 0: the client's timeout
+    """
     request = pb.RestoreRequest()
     return [
         call(client, link, "Restore", request, pb.RestoreStatus, seconds) for link in links(client)
@@ -176,9 +207,12 @@ def statuses_of(client: Client, seconds: float = 0.0) -> list[pb.RestoreStatus]:
 def await_phases(
     client: Client, phases: Sequence[int], id: str = "", owner: str = ""
 ) -> list[pb.RestoreStatus]:
-    """Return the statuses once all shards are in one of the phases, after their restarts.
+    """Wait until every shard is in one of ``phases``; return their statuses.
 
-    The polls also show the shards that the owner is still there.
+    id, owner  identities of the restore and of this client; with them, each poll tells the shards
+               that the owner is still active
+
+    Shards may restart meanwhile. Raises Unavailable after PATIENCE seconds.
     """
     end = time.monotonic() + PATIENCE
     while True:
@@ -187,12 +221,18 @@ def await_phases(
         if len(statuses) == len(found):
             return statuses
         if time.monotonic() > end:
-            raise Unavailable(f"after {PATIENCE:g} s not all shards are in the phase to wait for")
+            raise Unavailable(
+                f"the restore did not proceed on all shards within {PATIENCE:g} s; look at psctl"
+                " status"
+            )
         time.sleep(POLL)
 
 
 def _poll(client: Client, id: str = "", owner: str = "") -> list[pb.RestoreStatus | None]:
-    """Ask all shards at once for their status; None for one that does not answer."""
+    """Ask all shards at once for their restore status; None for a shard that does not answer.
+
+    id, owner  see ``await_phases``
+    """
     request = pb.RestoreRequest(id=id, owner=owner)
 
     def ask(link: Link) -> pb.RestoreStatus | None:

@@ -1,4 +1,4 @@
-"""One request to one shard, and the numbers that make its pushes take effect exactly once."""
+"""One request to one shard, and the sequence numbers that make a shard apply each push once."""
 
 from __future__ import annotations
 
@@ -11,17 +11,25 @@ from psproto import ps_pb2 as pb
 
 
 class Session:
-    """Numbers the pushes of one client to one shard. See PushHeader in ps.proto."""
+    """Numbers the pushes of one client to one shard, so that the shard applies each once.
+
+    client       client id
+    incarnation  number that grows with each use of the same client id
+
+    See PushHeader in ps.proto. The caller holds the link's lock.
+    """
 
     def __init__(self, client: int, incarnation: int) -> None:
         self.client = client
         self.incarnation = incarnation
         self._next = 1
-        self._open: dict[int, None] = {}  # sequences that may be sent again, ascending
-        self._answered = False  # the shard has answered a push of this incarnation
+        self._open: dict[int, None] = {}  # sequence numbers that may be sent again, ascending
+        self._answered = False  # whether the shard has answered a push of this incarnation
 
     def number(self, header: pb.PushHeader) -> None:
-        """Give a push its number."""
+        """Write the client id, the incarnation and the next sequence number into a push's
+        header.
+        """
         header.client_id = self.client
         header.incarnation = self.incarnation
         header.sequence = self._next
@@ -32,14 +40,14 @@ class Session:
     def over(self, header: pb.PushHeader, *, applied: bool) -> None:
         """Note that a push will not be sent again. Idempotent.
 
-        applied  its answer has arrived
+        applied  whether the shard answered that it applied the push
         """
         if header.incarnation == self.incarnation:
             self._open.pop(header.sequence, None)
             self._answered |= applied
 
     def renew(self) -> None:
-        """Start the next incarnation."""
+        """Start the next incarnation: sequence numbers start again from 1."""
         self.incarnation += 1
         self._next = 1
         self._open.clear()
@@ -47,7 +55,17 @@ class Session:
 
 
 class Call:
-    """One request to one shard. ``answer`` or ``error`` is set once ``done``."""
+    """One request to one shard, and its outcome.
+
+    exchange  pushes and pulls to send
+    deadline  monotonic seconds
+    done      whether the call has ended; then ``answer`` or ``error`` is set
+    attempts  how often it was sent
+    renewed   whether its pushes were numbered again in a new incarnation
+    id        number of the request on the stream
+    message   encoded request
+    handle    gRPC's object of the running attempt (unary calls only)
+    """
 
     __slots__ = (
         "answer",
@@ -64,18 +82,18 @@ class Call:
 
     def __init__(self, exchange: codec.Exchange, deadline: float) -> None:
         self.exchange = exchange
-        self.deadline = deadline  # monotonic seconds
+        self.deadline = deadline
         self.attempts = 0
-        self.renewed = False  # numbered anew, after its session had expired
+        self.renewed = False
         self.done = False
         self.answer: codec.Exchanged | None = None
         self.error: PsError | None = None
         self.id = 0
         self.message = b""
-        self.handle: Any = None  # of a unary call
+        self.handle: Any = None
 
     def encode(self, id: int) -> None:
-        """Build the message of a stream."""
+        """Set ``id`` and encode the request as a message of a stream."""
         self.id = id
         left = max(self.deadline - time.monotonic(), 0.001)
         header = pb.StreamRequestHeader(id=id, timeout_ms=min(int(left * 1000) + 1, 2**32 - 1))
@@ -83,8 +101,10 @@ class Call:
 
 
 def pause_before(call: Call, error: PsError) -> float | None:
-    """Return the seconds to wait before sending a refused call again; None: do not send it."""
-    if isinstance(error, SessionExpired):  # refused at its first attempt, so never applied
+    """Return the seconds to wait before sending a failed call again, or None if its error is
+    final.
+    """
+    if isinstance(error, SessionExpired):  # at the first attempt: the pushes were never applied
         first = call.attempts == 1 and not call.renewed
         return 0.0 if first and call.exchange.pushes else None
     if error.retry_after is None or time.monotonic() + error.retry_after >= call.deadline:
@@ -93,9 +113,10 @@ def pause_before(call: Call, error: PsError) -> float | None:
 
 
 def renumber(call: Call, session: Session) -> None:
-    """Move the pushes of a call into the client's next incarnation; the session's lock is held.
+    """Number the pushes of a call again, in the client's next incarnation.
 
-    This helps once: if the shard refuses it too, another user of the client id is ahead.
+    This helps only once: if the shard refuses that incarnation too, another client with the same
+    client id uses a larger one. The caller holds the link's lock.
     """
     headers = [push.header for push in call.exchange.pushes]
     if any(header.incarnation == session.incarnation for header in headers):

@@ -1,21 +1,21 @@
-"""Every change of a cluster's rows, in order, from any moment on.
+"""Subscribe to all changes of a cluster's rows, in order.
 
     with Subscriber(addresses, tables=["user"]) as changes:
         for change in changes:
             apply(change)
-            save(changes.tokens())         # the next time: Subscriber(..., tokens=...)
+            save(changes.tokens())         # to continue later: Subscriber(..., tokens=...)
 
-There is one stream per shard, and a thread that reads it. After a failure the thread opens the
-stream again after the last change. While the application is busy the thread waits, and the rest
-stays on the servers' disks.
+There is one stream per shard, and one thread that reads it. After a failure the thread opens a new
+stream, which continues after the last change. While the application is busy the thread waits, and
+the servers keep the changes on their disks.
 
-Changes of one shard come in order. Changes of different shards come in any order. A change is
-delivered at least once. To apply changes, compare versions: apply a row if its version is above the
-version of the stored row, and ignore changes below the creation of the stored table. Repeated
-changes, and snapshots that are read while pushes go on, then do no harm. At ``snapshot`` discard
-all rows of the shard: they may be of another history, whose versions do not compare. Wherever
-``more`` is false, the applied changes are a state that the shard was in. Delta and DeltaHeader in
-ps.proto specify the order of messages.
+Changes of one shard arrive in order; changes of different shards in any order. Each change is
+delivered at least once. To apply a change, compare versions: write a row if its version is newer
+than that of the stored row, and ignore changes that are older than the creation of the stored
+table. Then it does no harm if a change is repeated, or a snapshot is read while pushes continue. At
+a change of kind "snapshot", discard all rows of the shard: after a restore, their versions cannot
+be compared with new ones. After a change whose ``more`` is false, the applied changes equal a state
+that the shard was in. Delta and DeltaHeader in ps.proto specify the order of messages.
 """
 
 from __future__ import annotations
@@ -48,14 +48,15 @@ STARTS: dict[str, int] = {
     "earliest": pb.START_EARLIEST,
     "latest": pb.START_LATEST,
 }
-READY = 4  # changes per shard that wait for the application
+READY = 4  # maximum number of queued changes, per shard
 
 
 class Subscriber:
-    """Iterates over the changes of all shards. One thread iterates; any thread may close it.
+    """Iterator over the changes of all shards. One thread may iterate; any thread may close it.
 
-    After a fork the child cannot use it: every method raises InvalidArgument. A pickled subscriber
-    is loaded as a new one, which starts after the changes that this one returned.
+    After a fork the child cannot use it: every method raises InvalidArgument. Pickling keeps
+    addresses, options and tokens, so that the unpickled subscriber continues after the last change
+    that this one returned.
     """
 
     def __init__(
@@ -74,33 +75,39 @@ class Subscriber:
         timeout: float = 30.0,
         when_lost: WhenLost = "raise",
     ) -> None:
-        """Check the arguments. ``open``, or the first change asked for, connects.
+        """Check the arguments. ``open`` connects, or else the first call of ``next``.
 
         where          "host:port" of every shard in order, or a Client
-        tables         names, which need not exist; None: all tables
-        content        "values": keys and embeddings. "keys": keys only. "values_and_state": whole
-                       rows, steps and frequencies
+        tables         names of tables, which need not exist yet; None: all tables
+        content        what to send of changed rows. "values": keys and embeddings. "keys": keys
+                       only. "values_and_state": embeddings, optimizer state, steps, frequencies
         wire           dtype of embeddings on the wire; "values_and_state" requires float32
-        tokens         where to continue, one per shard, from ``tokens()``; b"": see ``start``
-        start          without a token: "snapshot": every row as it is, then changes. "earliest":
-                       the oldest change in the log. "latest": changes from now on
-        coalesce_ms    milliseconds within which only the newest value of a key is sent
-        coalesce_rows  rows within which only the newest value of a key is sent. Both 0: every
+        tokens         where to continue, one token per shard from ``tokens()``; for b"", and if
+                       None, ``start`` applies
+        start          where to begin without a token. "snapshot": all current rows, then changes.
+                       "earliest": the oldest change in the log. "latest": changes from now on
+        coalesce_ms    servers may hold back changes for this many milliseconds, to send only the
+                       newest value of each key
+        coalesce_rows  servers may hold back this many rows, for the same purpose. Both 0: every
                        change is sent
-        progress_ms    milliseconds without a change after which a "progress" is sent
-        chunk_bytes    approximate bytes of arrays per change; 0: chosen by the server
-        timeout        seconds without reaching a shard after which Unavailable is raised
-        when_lost      what to do if a shard cannot continue from a token: "raise"
-                       VersionCompacted, LogDiverged or VersionInFuture, or take a "snapshot"
+        progress_ms    milliseconds without a change after which a shard sends a "progress"
+        chunk_bytes    approximate size of the arrays of one Change, in bytes; 0: the server chooses
+        timeout        seconds of failing to reach a shard, after which Unavailable is raised
+        when_lost      what to do if a shard cannot continue from a token. "raise": raise
+                       VersionCompacted, LogDiverged or VersionInFuture. "snapshot": begin again
+                       with a snapshot
 
-        Raises InvalidArgument. Iterating raises a PsError; NoLog if a shard has no data directory.
+        Raises InvalidArgument. Iterating may raise a PsError, such as NoLog if a shard has no data
+        directory.
         """
         addresses = where._addresses if isinstance(where, Client) else list(where)
         if isinstance(where, str) or not addresses:
             raise InvalidArgument(f"where must be a list of 'host:port', got {where!r}")
         addresses = checked_addresses(addresses)
         if tokens is not None and len(tokens) != len(addresses):
-            raise InvalidArgument(f"{len(tokens)} tokens for {len(addresses)} shards")
+            raise InvalidArgument(
+                f"tokens must have one token for each of {len(addresses)} shards, got {len(tokens)}"
+            )
         if when_lost not in ("raise", "snapshot"):
             raise InvalidArgument(f"when_lost must be 'raise' or 'snapshot', got {when_lost!r}")
         if isinstance(tables, str):
@@ -121,7 +128,7 @@ class Subscriber:
             )
         except InvalidArgument:
             raise
-        except (TypeError, ValueError) as error:  # a number that does not fit
+        except (TypeError, ValueError) as error:  # a number out of range, or a wrong type
             raise InvalidArgument(f"subscription: {error}") from error
         self._options: dict[str, Any] = {
             "tables": names,
@@ -139,7 +146,7 @@ class Subscriber:
         self._addresses = addresses
         start_from = list(tokens) if tokens is not None else [b""] * len(addresses)
         self._queue = ChangeQueue(start_from, READY * len(addresses))
-        self._process: int | None = None  # that opened it
+        self._process: int | None = None  # id of the process that opened it
         self._end: weakref.finalize[..., Subscriber] | None = None
 
     def __enter__(self) -> Subscriber:
@@ -156,7 +163,10 @@ class Subscriber:
         return _load, (self._where, {**self._options, "tokens": self.tokens()})
 
     def open(self) -> Subscriber:
-        """Open the streams. Iterating does this too. Raises InvalidArgument once it is closed."""
+        """Open the streams; return this subscriber. Iterating does this too. Idempotent.
+
+        Raises InvalidArgument once the subscriber is closed.
+        """
         self._check_process()
         if self._queue.closed:
             raise InvalidArgument("the subscriber is closed")
@@ -170,17 +180,20 @@ class Subscriber:
         return self
 
     def __next__(self) -> Change:
-        """Wait for the next change of any shard. The iteration ends once it is closed."""
+        """Wait for the next change of any shard.
+
+        The iteration ends when the subscriber is closed.
+        """
         change = self.next()
         if change is None:
             raise StopIteration
         return change
 
     def next(self, timeout: float | None = None) -> Change | None:
-        """Return the next change.
+        """Return the next change of any shard; wait up to ``timeout`` seconds (None: no limit).
 
-        Returns None if there is none within ``timeout`` seconds (None: no limit), or if the
-        subscriber is closed.
+        Returns None if none arrived in time or the subscriber is closed. Raises the PsError that
+        ended a stream.
         """
         self._check_process()
         if self._queue.closed:
@@ -189,15 +202,17 @@ class Subscriber:
         return self._queue.take(timeout)
 
     def tokens(self) -> tuple[bytes, ...]:
-        """Return the tokens after the changes that were returned, by shard; b"" without a change.
+        """Return a token per shard, to continue after the changes that ``next`` has returned so
+        far.
 
-        Inside a change the token is the one before it.
+        b"": no change of the shard was returned. If a change is only partly returned (``more``),
+        the token points before it.
         """
         self._check_process()
         return tuple(self._queue.tokens)
 
     def close(self) -> None:
-        """End the streams. A thread that waits for a change returns."""
+        """End the streams. A thread that waits in ``next`` returns. Idempotent."""
         if self._process not in (None, os.getpid()):
             return  # a child leaves its parent's subscriber alone
         self._queue.close()
@@ -205,6 +220,7 @@ class Subscriber:
             self._end()
 
     def _stream(self, shard: int) -> ShardStream:
+        """Create the stream of one shard, without connecting."""
         request = pb.SubscribeRequest()
         request.CopyFrom(self._request)
         request.token = self._queue.tokens[shard]
@@ -220,15 +236,16 @@ class Subscriber:
         )
 
     def _check_process(self) -> None:
+        """Raise InvalidArgument in a process that was forked after the subscriber was opened."""
         if self._process not in (None, os.getpid()):
             raise InvalidArgument(
                 f"the subscriber was opened in process {self._process}, before a fork; create"
-                f" another one in process {os.getpid()}"
+                f" a new one in process {os.getpid()}"
             )
 
 
 def _close(queue: ChangeQueue, streams: list[ShardStream], process: int) -> None:
-    """End the streams of a subscriber, in the process that opened them."""
+    """End the streams of a subscriber, if this process opened them."""
     if process == os.getpid():
         queue.close()
         for stream in streams:
@@ -236,4 +253,5 @@ def _close(queue: ChangeQueue, streams: list[ShardStream], process: int) -> None
 
 
 def _load(where: Sequence[str] | Client, options: dict[str, Any]) -> Subscriber:
+    """Recreate a pickled subscriber."""
     return Subscriber(where, **options)

@@ -1,4 +1,4 @@
-"""One table of a client: its rows pulled, pushed, exchanged and deleted."""
+"""One table of a client: pull, push, exchange and delete its rows."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from psclient.schema import TableInfo
 
 @dataclass(frozen=True, slots=True)
 class PulledRows:
-    """Embeddings, and what the servers know about each key."""
+    """Embeddings, with the metadata of each key's row. Metadata is 0 for keys without a row."""
 
     embeddings: Rows  # float32[*shape, dim]
     found: NDArray[np.bool_]  # [*shape]: whether the key has a row
-    versions: NDArray[np.uint64]  # of the row's last push, on its shard
-    steps: NDArray[np.int64]  # of the row's last push
-    frequencies: NDArray[np.uint64]  # occurrences pushed
+    versions: NDArray[np.uint64]  # [*shape] version of the shard after the row's last change
+    steps: NDArray[np.int64]  # [*shape] training step of the row's last push
+    frequencies: NDArray[np.uint64]  # [*shape] number of pushed occurrences of the key
 
 
 class Table:
-    """One table of a client. Methods do what those of the same name of Client do, for one table.
+    """One table of a client. A method does what Client's method of the same name does, for this
+    table.
 
     client  the Client that created it
-    name    of the table
-    dim     length of its embeddings. If the table is dropped and created anew with another dim,
-            calls raise SchemaMismatch: call ``client.table(name)`` again
+    name    name of the table
+    dim     length of the embeddings. If the table is dropped and created anew with a different dim,
+            calls raise SchemaMismatch: get a new Table by ``client.table(name)``
     """
 
     def __init__(self, client: RowClient, name: str, dim: int) -> None:
@@ -44,21 +45,27 @@ class Table:
         self.dim = dim
 
     def pull(self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None) -> Rows:
-        """Return embeddings float32[*shape, dim] of keys[*shape]. See Client.pull."""
+        """Return embeddings float32[*shape, dim] of integer keys[*shape]. See Client.pull."""
         return self.client.pull({self.name: keys}, mode=mode, wire=wire)[self.name]
 
     def start_pull(self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None) -> Pending:
-        """Start a ``pull`` and return at once; ``result()`` of the Pending waits for it."""
+        """Start a ``pull`` and return at once; ``result()`` of the Pending returns the
+        embeddings.
+        """
         pending = self.client.start_pull({self.name: keys}, mode=mode, wire=wire)
         return pending.then(lambda rows: rows[self.name])
 
     def pull_rows(
         self, keys: Any, *, mode: Mode = "train", min_version: Sequence[int] = ()
     ) -> PulledRows:
-        """Return embeddings of keys[*shape], and what the servers know about each key.
+        """Return embeddings of integer keys[*shape], with the metadata of each key's row.
 
-        min_version  by shard: refuse (VersionInFuture) to read from an older state; as given by
-                     describe_table().versions
+        mode         see Client.pull
+        min_version  smallest version of each shard to read from, as in ``describe().versions``; ():
+                     any
+
+        Raises VersionInFuture if a shard has not reached its version, LogDiverged if a restore
+        undid it.
         """
         part = self.client._pull_rows(self.name, keys, mode, min_version)
         versions, steps, frequencies = (part.batch.spread(column) for column in part.history)
@@ -67,10 +74,11 @@ class Table:
     def pull_distinct(
         self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None
     ) -> tuple[Batch, Rows]:
-        """Return the batch of ``keys`` and one embedding for each of its distinct keys.
+        """Return (batch, rows): the Batch of ``keys``, and float32[distinct, dim], one row per key
+        of it.
 
-        ``batch.spread(rows)`` are the embeddings of ``keys``. Client.push_distinct pushes gradients
-        of the distinct rows.
+        ``batch.spread(rows)`` returns the embeddings of all ``keys``. Client.push_distinct pushes
+        gradients of the distinct rows.
         """
         batch = self.client.batch(keys)
         rows = self.client.pull_distinct({self.name: batch}, mode=mode, wire=wire)
@@ -88,11 +96,14 @@ class Table:
     ) -> Rows:
         """Return one combined embedding for each bag of keys: float32[bags, dim].
 
-        keys     int[n]
-        offsets  int[bags + 1]: bag b is keys[offsets[b]:offsets[b + 1]]; an empty bag is 0
+        keys     int[n], the keys of all bags
+        offsets  int[bags + 1]; bag b has ``keys[offsets[b]:offsets[b + 1]]``; an empty bag gives
+                 zeros
         pooling  "sum"; "mean", divided by the sum of the weights; "sqrtn", divided by the square
                  root of the sum of their squares
-        weights  float[n]; None: ones
+        weights  float[n], a factor for each key's row; None: all are 1
+
+        See Client.pull for ``mode`` and ``wire``.
         """
         batch, rows = self.pull_distinct(keys, mode=mode, wire=wire)
         return pool(rows, batch, offsets, weights, pooling)
@@ -123,7 +134,13 @@ class Table:
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> Rows:
-        """Push (keys, gradients) and pull ``keys``, in one round trip. See Client.exchange."""
+        """Push (keys, gradients) and then pull ``keys``, in one round trip; return embeddings.
+
+        keys  integers[*shape] to pull
+        push  (keys, gradients float[*shape of these keys, dim])
+
+        See Client.exchange.
+        """
         tables = self.client.exchange(
             {self.name: push},
             {self.name: keys},
@@ -138,17 +155,23 @@ class Table:
     def delete(self, keys: Any, *, durability: Durability | None = None) -> int:
         """Delete the rows of keys, with optimizer state and counters; ignore keys without a row.
 
+        keys        integers of any shape
+        durability  see Client.push
+
         Returns the number of rows deleted; it may be too low if a reply was lost and the request
-        repeated. Each shard deletes its part whole or not at all.
+        was repeated. Each message is applied whole or not at all.
         """
         return self.client._delete(self.name, keys, durability)
 
     def alter(self, **settings: Any) -> Alteration:
-        """Change settings of the table; see ``Client.alter_table``."""
+        """Change settings of the table. See Client.alter_table for the arguments."""
         return self.client.alter_table(self.name, **settings)
 
     def describe(self) -> TableInfo:
-        """Return the schema and size over all shards. See Client.describe_table."""
+        """Return the schema of the table, and its size over all shards.
+
+        See Client.describe_table.
+        """
         return self.client.describe_table(self.name)
 
     def __repr__(self) -> str:

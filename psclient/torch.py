@@ -1,18 +1,19 @@
-"""PyTorch modules whose rows live on the servers.
+"""PyTorch modules whose rows are stored on the servers.
 
     group = EmbeddingGroup(client, {"user": EmbeddingBag(users), "item": Embedding(items)})
     out = group({"user": user_keys, "item": item_keys})   # one round trip
     loss(out).backward()
     group.step(step)                                      # one round trip
 
-A forward pass pulls one row for each distinct key as a leaf tensor. Autograd sums the gradients of
-equal keys into it, and ``step`` pushes them to the servers, whose optimizer applies them. The
+A forward pass pulls one row for each distinct key into a leaf tensor. Autograd sums the gradients
+of equal keys in it, and ``step`` pushes them to the servers, whose optimizer applies them. The
 modules have no parameters, and their ``state_dict`` contains no rows. Modules of a group may share
-a table. A module may combine several tables: ``MultiHashEmbedding``, ``MixedDimensionEmbedding``.
+a table. MultiHashEmbedding and MixedDimensionEmbedding combine rows of several tables.
 
-Under ``torch.no_grad()`` no gradients are collected. In ``eval()`` mode keys without a row get the
-table's serving default. A module is pickled with its client's addresses and options, and connects
-anew where it is loaded. A deep copy shares the client. Neither has the gradients collected so far.
+Under ``torch.no_grad()`` no gradients are collected. In ``eval()`` mode, keys without a row get the
+table's serving_default. Pickling a module keeps its client's addresses and options; the unpickled
+module opens its own connections. A deep copy shares the client. Neither includes gradients
+collected so far.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from psclient.rowclient import RowClient
 from psclient.table import Table
 
 Mode = Literal["sum", "mean"]
-Part = tuple[str, int]  # name of a feature, index of one of its modules with a table
+Part = tuple[str, int]  # (name of a feature, index in its ``remotes()``)
 
 MODE: dict[bool, Literal["train", "serve"]] = {
     True: "train",
     False: "serve",
-}  # mode of pulls, by ``training``
-COMBINE: dict[str, Callable[[list[Tensor]], Tensor]] = {  # psclient.combine for tensors
+}  # mode of pulls, by nn.Module.training
+COMBINE: dict[str, Callable[[list[Tensor]], Tensor]] = {  # as psclient.combine, for tensors
     "add": lambda parts: reduce(torch.add, parts),
     "multiply": lambda parts: reduce(torch.mul, parts),
     "concatenate": lambda parts: torch.cat(parts, -1),
@@ -50,7 +51,12 @@ COMBINE: dict[str, Callable[[list[Tensor]], Tensor]] = {  # psclient.combine for
 
 
 class _Rows:
-    """Rows of the distinct keys of one table in one forward pass, which collect gradients."""
+    """Rows of the distinct keys of one table in one forward pass, which collect gradients.
+
+    embeddings  float32[distinct, dim]
+    collect     whether to collect gradients
+    leaf        ``embeddings`` as a tensor; its ``grad`` collects the gradients
+    """
 
     def __init__(self, table: Table, batch: Batch, embeddings: Any, collect: bool) -> None:
         self.table = table
@@ -58,40 +64,49 @@ class _Rows:
         self.leaf = torch.from_numpy(embeddings).requires_grad_(collect)
 
     def places(self) -> Tensor:
-        """Return the index of the row of each key of the batch, int64[n]."""
+        """Return the index in ``leaf`` of the row of each key of the batch, int64[n]."""
         return torch.from_numpy(self.batch.split.inverse.astype(np.int64))
 
 
 class _Feature(nn.Module):
-    """What a group contains: a module whose output is made of rows of one or several tables."""
+    """Module of an EmbeddingGroup, whose output combines rows of one or several tables."""
 
     def __init__(self, client: RowClient) -> None:
         super().__init__()
         self.client = client
 
     def remotes(self) -> list[_Remote]:
-        """Return the modules that have a table."""
+        """Return the modules that pull from a table each: one, or one per part."""
         raise NotImplementedError
 
     def requests(self, arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        """Return the arguments for each of these modules, the keys first."""
+        """Return for each module of ``remotes()`` its arguments (keys, ...).
+
+        arguments  arguments of this feature: (keys, ...)
+        """
         raise NotImplementedError
 
     def merge(self, outputs: list[Tensor]) -> Tensor:
-        """Return the output, from one output of each of these modules."""
+        """Return the output of this feature from the outputs of the modules of ``remotes()``."""
         raise NotImplementedError
 
     def step(self, step: int = 0, *, lr: float | None = None) -> None:
-        """Push the gradients collected since the last step, in one round trip."""
+        """Push the gradients collected since the last call, in one round trip.
+
+        step  training step
+        lr    learning rate; None: the tables'
+        """
         _push(self.client, self.remotes(), step, lr)
 
     def forward(self, keys: Any, *arguments: Any) -> Tensor:
-        """Pull and combine the rows of integer keys[*shape]."""
+        """Pull the rows of integer keys[*shape] and return the output; see the class for
+        ``arguments``.
+        """
         return _forward(self.client, {"": self}, {"": (keys, *arguments)})[""]
 
 
 class _Remote(_Feature):
-    """What Embedding and EmbeddingBag share: a table, and rows that collect gradients."""
+    """Base class of Embedding and EmbeddingBag: a table, and its rows that collect gradients."""
 
     def __init__(self, table: Table) -> None:
         super().__init__(table.client)
@@ -99,7 +114,7 @@ class _Remote(_Feature):
         self._collected: list[_Rows] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out collected gradients: ``step`` of the original pushes them."""
+        """Omit collected gradients, which only ``step`` of the original pushes."""
         return {**self.__dict__, "_collected": []}
 
     def remotes(self) -> list[_Remote]:
@@ -112,15 +127,19 @@ class _Remote(_Feature):
         return outputs[0]
 
     def combine(self, leaf: Tensor, places: Tensor, arguments: tuple[Any, ...]) -> Tensor:
-        """Return the output.
+        """Return the output for rows of the table.
 
-        leaf    float32[u, dim]: distinct rows
-        places  int64[*shape]: the row of each key
+        leaf       float32[distinct, dim]: the pulled rows
+        places     int64[*shape]: the index in ``leaf`` of each key's row
+        arguments  further arguments of ``forward``, after the keys
         """
         raise NotImplementedError
 
     def collect(self, batch: Batch, embeddings: Any) -> _Rows:
-        """Return rows of a forward pass; keep them for ``step`` if gradients are enabled."""
+        """Wrap the rows of a forward pass; keep them for ``step`` if gradients are enabled.
+
+        embeddings  float32[distinct, dim], rows of the batch's distinct keys
+        """
         rows = _Rows(self.table, batch, embeddings, torch.is_grad_enabled())
         if torch.is_grad_enabled():
             self._collected.append(rows)
@@ -131,7 +150,7 @@ class _Remote(_Feature):
 
 
 class Embedding(_Remote):
-    """One row for each key: float32[*shape, dim] of integer keys[*shape]."""
+    """Returns one row for each key: float32[*shape, dim] for integer keys[*shape]."""
 
     def combine(self, leaf: Tensor, places: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         if arguments:
@@ -140,12 +159,13 @@ class Embedding(_Remote):
 
 
 class EmbeddingBag(_Remote):
-    """One combined row for each bag of keys: float32[bags, dim].
+    """Returns one combined row for each bag of keys: float32[bags, dim].
 
-    mode  "sum" or "mean"
+    mode  "sum" or "mean" of the rows of a bag
 
-    Takes the arguments of torch.nn.EmbeddingBag: keys[bags, m]; or keys[n] and offsets[bags], the
-    start of each bag. Then, for "sum" only, ``per_sample_weights`` in the shape of the keys.
+    ``forward`` takes the arguments of torch.nn.EmbeddingBag: keys[bags, m]; or keys[n] and
+    offsets[bags], the index of each bag's first key. With "sum", a third argument
+    ``per_sample_weights``, of the shape of the keys, multiplies the rows.
     """
 
     def __init__(self, table: Table, mode: Mode = "sum") -> None:
@@ -165,9 +185,9 @@ class EmbeddingBag(_Remote):
 
 
 class MultiHashEmbedding(_Feature):
-    """Embeddings combined from one row of each part: float32[*shape, dim] of keys[*shape].
+    """Returns embeddings that combine one row of each part: float32[*shape, dim] for keys[*shape].
 
-    rows  a psclient.multihash: QuotientRemainder, ChineseRemainder or KHash
+    rows  a QuotientRemainder, ChineseRemainder or KHash of psclient.multihash
     """
 
     def __init__(self, rows: MultiHash) -> None:
@@ -191,7 +211,9 @@ class MultiHashEmbedding(_Feature):
 
 
 class MixedDimensionEmbedding(nn.Module):
-    """Embeddings whose width depends on the key's frequency: float32[*shape, dim] of keys[*shape].
+    """Returns embeddings with more trained numbers for frequent keys: float32[*shape, dim].
+
+    rows  a psclient.mixed.MixedDimension
 
     Its pull takes two round trips, so an EmbeddingGroup cannot contain it.
     """
@@ -203,7 +225,7 @@ class MixedDimensionEmbedding(nn.Module):
         self.wide = Embedding(rows.wide)
 
     def forward(self, keys: Any) -> Tensor:
-        """Pull the small rows of integer keys[*shape], then the wide rows of frequent keys."""
+        """Pull the short rows of integer keys[*shape], then the long rows of frequent keys."""
         array = as_keys(keys)
         flat = array.reshape(-1)
         batch = self.rows.client.batch(flat)
@@ -217,7 +239,11 @@ class MixedDimensionEmbedding(nn.Module):
         return out.reshape(*array.shape, self.rows.dim)
 
     def step(self, step: int = 0, *, lr: float | None = None) -> None:
-        """Push the gradients collected since the last step, in one round trip."""
+        """Push the gradients collected since the last call, in one round trip.
+
+        step  training step
+        lr    learning rate; None: the tables'
+        """
         _push(self.rows.client, [self.small, self.wide], step, lr)
 
     def extra_repr(self) -> str:
@@ -227,7 +253,7 @@ class MixedDimensionEmbedding(nn.Module):
 class EmbeddingGroup(nn.Module):
     """Several features over tables of one client, pulled and pushed in one round trip.
 
-    modules  by feature: Embedding, EmbeddingBag or MultiHashEmbedding
+    modules  {feature: Embedding, EmbeddingBag or MultiHashEmbedding}
     """
 
     def __init__(self, client: RowClient, modules: Mapping[str, _Feature]) -> None:
@@ -236,9 +262,9 @@ class EmbeddingGroup(nn.Module):
         self.features = nn.ModuleDict(modules)
 
     def forward(self, keys: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return outputs by feature.
+        """Return {feature: output}.
 
-        keys  by feature: a tensor of keys, or a tuple of the feature's arguments
+        keys  {feature: its keys, or a tuple of its arguments, keys first}; features may be omitted
         """
         unknown = sorted(set(keys) - set(self.features))
         if unknown:
@@ -248,21 +274,32 @@ class EmbeddingGroup(nn.Module):
         return _forward(self.client, {name: self._feature(name) for name in keys}, keys)
 
     def step(self, step: int = 0, *, lr: float | None = None) -> None:
-        """Push the gradients collected since the last step, in one round trip."""
+        """Push the gradients collected since the last call, in one round trip.
+
+        step  training step
+        lr    learning rate; None: the tables'
+        """
         remotes = [remote for name in self.features for remote in self._feature(name).remotes()]
         _push(self.client, remotes, step, lr)
 
     def _feature(self, name: str) -> _Feature:
+        """Return the module of a feature. Raises InvalidArgument if a group cannot contain it."""
         module = self.features[name]
         if not isinstance(module, _Feature):
-            raise InvalidArgument(f"feature {name!r}: a group cannot take {module}")
+            raise InvalidArgument(
+                f"feature {name!r} must be an Embedding, EmbeddingBag or MultiHashEmbedding, got"
+                f" {module}"
+            )
         return module
 
 
 def _forward(
     client: RowClient, features: Mapping[str, _Feature], inputs: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Pull the rows of every feature together."""
+    """Pull the rows of all features in one request; return {feature: output}.
+
+    inputs  {feature: keys, or a tuple of its arguments}
+    """
     modules, arguments = {}, {}
     for name, feature in features.items():
         value = inputs[name] if isinstance(inputs[name], tuple) else (inputs[name],)
@@ -279,7 +316,10 @@ def _forward(
 def _pull(
     client: RowClient, modules: Mapping[Part, _Remote], arguments: Mapping[Part, tuple[Any, ...]]
 ) -> dict[Part, Tensor]:
-    """Pull the rows of every module together; modules that share a table share its rows."""
+    """Pull the rows of all modules in one request; modules of the same table share its rows.
+
+    arguments  for each module (keys, ...)
+    """
     keys = {name: as_keys(values[0]) for name, values in arguments.items()}
     by_table: dict[str, list[Part]] = {}
     for name, module in modules.items():
@@ -304,11 +344,11 @@ def _pull(
 
 
 def _push(client: RowClient, modules: Sequence[_Remote], step: int, lr: float | None) -> None:
-    """Push the gradients that the modules collected; several passes over a table are one batch."""
+    """Push the gradients that the modules collected, summed per table, in one request."""
     by_table: dict[str, list[_Rows]] = {}
     for module in modules:
         for rows in module._collected:
-            if rows.leaf.grad is not None:  # else no backward pass reached these rows
+            if rows.leaf.grad is not None:  # None: no backward pass reached these rows
                 by_table.setdefault(rows.table.name, []).append(rows)
     client.push_distinct(
         {name: _merge(client, rows) for name, rows in by_table.items()}, step=step, lr=lr
@@ -318,7 +358,10 @@ def _push(client: RowClient, modules: Sequence[_Remote], step: int, lr: float | 
 
 
 def _merge(client: RowClient, passes: list[_Rows]) -> tuple[Batch, Any]:
-    """Return one batch and gradients float32[distinct, dim] from those of several passes."""
+    """Sum the gradients of several forward passes over one table.
+
+    Returns (batch, gradients float32[distinct, dim]).
+    """
     gradients = [rows.leaf.grad.numpy() for rows in passes if rows.leaf.grad is not None]
     if len(passes) == 1:
         return passes[0].batch, gradients[0]

@@ -105,7 +105,7 @@ def test_what_makes_no_sense_is_refused(cluster2: Cluster, connect: Connect, nam
         ({"lr": "a"}, "lr must be a number"),
         ({"lr": -1.0}, "lr"),
         ({"durability": "always"}, "durability must be one of"),
-        ({"admission_args": {"threshold": 3}}, "admission_args without admission"),
+        ({"admission_args": {"threshold": 3}}, "admission_args needs admission"),
         ({"admission": "bloom"}, "no admission 'bloom'"),
         ({"eviction": {"step_ttl": {"steps": 0}}}, "steps must be 1 or more"),
         ({"max_step_ahead": -1}, "max_step_ahead must be"),

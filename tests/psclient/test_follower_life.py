@@ -82,7 +82,7 @@ def test_a_closed_follower_keeps_its_rows_and_waits_for_nothing(
     follower.close()
     assert follower.pull(name, [1])[0, 0] == 1.0
     follower.wait_for(versions)
-    with pytest.raises(InvalidArgument, match="the follower is closed at versions"):
+    with pytest.raises(InvalidArgument, match="the follower was closed at versions"):
         follower.wait_for([1 << 60])
     with pytest.raises(InvalidArgument, match="the follower is closed"):
         follower.open()

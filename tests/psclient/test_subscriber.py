@@ -200,7 +200,7 @@ def test_coalescing_ends_with_the_same_rows(cluster1: Cluster, connect: Any, nam
         ({"start": "now"}, "start must be one of"),
         ({"content": "all"}, "content must be one of"),
         ({"wire": "int8"}, "wire must be one of"),
-        ({"tokens": [b"", b""]}, "2 tokens for 1 shards"),
+        ({"tokens": [b"", b""]}, "each of 1 shards, got 2"),
         ({"when_lost": "ignore"}, "when_lost must be"),
         ({"tables": "user"}, "tables must be a list"),
         ({"tables": []}, "tables must name at least one table"),
