@@ -32,7 +32,7 @@ def checked_addresses(addresses: Any) -> list[str]:
 
 
 def problem(address: str) -> str | None:
-    """Return what is wrong with the form of an address; None if it can be one."""
+    """Return what is wrong with the format of an address, or None."""
     if address.startswith("unix:"):
         return None
     if "://" in address:

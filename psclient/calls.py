@@ -72,6 +72,7 @@ def stream(
     method   name of the method: "ReadRows"
     request  message to send
     answer   class of the reply messages
+    opened   called with gRPC's call object once the call has started; None: not called
 
     Raises a PsError.
     """
@@ -182,9 +183,13 @@ def all_streams(
 
 
 class _Streams:
-    """Streams of answers, one per shard, each read by a thread.
+    """Streams of replies, one per shard, each read by its own thread.
 
-    last  by shard: the last answer
+    open_     starts a call: open_(shard, opened) yields its replies, after it has called ``opened``
+              with gRPC's call object
+    last      the last reply of each shard, initially an empty one
+    take      called as take(shard, reply) for each reply; never by two threads at once
+    wait_for  see ``all_streams``
     """
 
     def __init__(
@@ -206,9 +211,9 @@ class _Streams:
         self._stopped = False
 
     def run(self, cancel: Callable[[int, Any], None]) -> None:
-        """Read all streams to their ends; raise the first failure once no thread is left.
+        """Read all streams to their ends. Raises the first failure once all threads have ended.
 
-        cancel  ends a call of a shard
+        cancel  cancels the call of a shard: cancel(shard, gRPC's call object)
         """
         try:
             with Shield():
@@ -231,6 +236,7 @@ class _Streams:
             raise self._failure
 
     def _work(self, shard: int) -> None:
+        """Read the stream of one shard; a failure stops all streams."""
         try:
             if self._may_begin(shard):
                 self._read(shard)
@@ -244,12 +250,17 @@ class _Streams:
                 self._changed.notify_all()
 
     def _may_begin(self, shard: int) -> bool:
+        """Wait until the call to this shard may start; return False if it must not, after a
+        failure.
+        """
         if self._wait_for is not None and shard:
             while not (self._wait_for.is_set() or self._stopped or 0 not in self._running):
                 self._wait_for.wait(LOOK_SECONDS)
         return not self._stopped
 
     def _read(self, shard: int) -> None:
+        """Pass the replies of one shard to ``take`` until the stream ends or all are stopped."""
+
         def opened(call: Any) -> None:
             with self._changed:
                 self._calls[shard] = call
