@@ -31,7 +31,7 @@ from homes import Homes, Node, Step
 from stores import Home, change, contents, copy_of, push, schema
 
 from psproto import ps_pb2 as pb
-from psserver import restore
+from psserver import swap
 from storage.admission.rules import Counter as Admission
 from storage.errors import StorageError
 from storage.optimizers import make_optimizer
@@ -112,7 +112,7 @@ def half_restored(directory: Path, moves: int) -> tuple[Path, dict[str, Any], di
         made = copy_of(node.directory, directory / "half")
         node.reopen()
         after = contents(node.shard)
-    left, move = [moves], restore._move
+    left, move = [moves], swap._move
 
     def dying(source: Path, target: Path) -> None:
         if not left[0]:
@@ -120,12 +120,12 @@ def half_restored(directory: Path, moves: int) -> tuple[Path, dict[str, Any], di
         left[0] -= 1
         move(source, target)
 
-    restore._move = dying
+    swap._move = dying
     try:
         with suppress(InterruptedError):
-            restore.settle(made)
+            swap.settle(made)
     finally:
-        restore._move = move
+        swap._move = move
     return made, after, before
 
 
