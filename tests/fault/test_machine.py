@@ -274,7 +274,7 @@ class Machine(RuleBasedStateMachine):
         self.come_back(copy, least=durable)
 
     @precondition(lambda self: not self.home.failures)
-    @rule(moment=st.sampled_from(["add", "commit", "cut", "end"]), power=st.booleans())
+    @rule(moment=st.sampled_from(["add", "commit", "truncate", "end"]), power=st.booleans())
     def kill_in_a_checkpoint(self, moment: str, power: bool) -> None:
         """Crash in the middle of a flush."""
         home, target = self.home, self.fresh()
@@ -296,7 +296,7 @@ class Machine(RuleBasedStateMachine):
 
             return wrapped
 
-        owner: Any = home.log if moment == "cut" else home.base
+        owner: Any = home.log if moment == "truncate" else home.base
         if moment != "end":
             setattr(owner, moment, before(getattr(owner, moment)))
         home.flush()
