@@ -1,4 +1,4 @@
-"""A reader of the version log that moves on as it reads."""
+"""Cursors: each reads the version log in order and keeps its position between calls."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from storage.segment import Frame, Reader
 
 
 class Followed(Protocol):
-    """The log that a cursor reads."""
+    """The part of VersionLog that a cursor uses."""
 
     files: LogFiles
-    written: int
-    durable: int
+    written: int  # newest version handed to the OS
+    durable: int  # newest version synced to disk
 
 
 class Cursor:
     """A position in the log. ``VersionLog.cursor`` creates one.
 
-    One thread at a time may use it. It keeps one descriptor open, and some MiB that were read
-    ahead. ``after`` is the version of the last frame that it returned.
+    One thread at a time may use it. It keeps one file open, and some MiB of read-ahead in memory.
+    ``after`` is the version of the last frame that it returned.
     """
 
     def __init__(self, log: Followed, after: int) -> None:
-        """Start after version ``after``. Opens no file yet."""
+        """Create a cursor whose first frame is version ``after + 1``. Opens no file yet."""
         self.after = after
         self._log = log
         self._segment: SegmentFile | None = None
@@ -36,13 +36,14 @@ class Cursor:
     def read(self, *, upto: int | None = None, max_bytes: int = CHUNK) -> list[Frame]:
         """Return the next frames in order, without a gap, each one verified.
 
-        upto       last version to return, at most ``written``; None: ``durable``
-        max_bytes  bytes of frames to stop at. The last frame may exceed it. The end of a segment
-                   stops earlier
+        upto       last version to return; None: the newest version that is synced to disk. Never
+                   beyond the newest version that is written
+        max_bytes  stop after this many bytes of frames; the last frame may exceed it. Also stops at
+                   the end of a log file
 
-        Returns an empty list only if there is no next frame. Raises Compacted if the next frame
-        was deleted; but a segment that is deleted while the cursor reads it can still be read to
-        its end. Raises Corrupt, with file and offset, on damage.
+        Returns an empty list only if there is no next frame. Raises Compacted if the next frame was
+        deleted; a log file that is deleted while the cursor reads it can still be read to its end.
+        Raises Corrupt, with file and offset, on damage.
         """
         log = self._log
         limit = log.durable if upto is None else min(upto, log.written)
@@ -55,13 +56,13 @@ class Cursor:
         return frames
 
     def close(self) -> None:
-        """Close the file. Frames that were returned stay valid."""
+        """Close the file. Frames that were returned before stay valid."""
         if self._reader is not None:
             self._reader.close()
         self._reader = self._segment = None
 
     def _here(self) -> tuple[SegmentFile, Reader]:
-        """Return the segment of the next frame, and a reader at that frame."""
+        """Return (segment of the next frame, reader positioned at that frame)."""
         segment, reader, version = self._segment, self._reader, self.after + 1
         if segment is not None and reader is not None:
             if segment.last is None or version <= segment.last:
@@ -79,11 +80,11 @@ class Cursor:
         return segment, reader
 
     def _enter(self, version: int) -> tuple[SegmentFile, Reader]:
-        """Open the segment that contains ``version``."""
+        """Open the segment that contains ``version``. Returns the segment and its reader."""
         segment = self._log.files.holding(version)
         try:
             return segment, Reader(segment.path)
         except FileNotFoundError:  # deleted a moment ago, or lost
             if segment is self._log.files.holding(version):
-                raise Corrupt(str(segment.path), "is gone") from None
+                raise Corrupt(str(segment.path), "the log file is missing") from None
             return self._enter(version)

@@ -1,8 +1,8 @@
-"""Blocking calls with a deadline, on threads that nobody waits for.
+"""Run blocking calls with a deadline, each on a separate thread.
 
 A file system that does not answer (a network mount whose server is gone) blocks a system call for
-ever, and no signal ends it. The caller gets an error at the deadline, or when it is told to stop.
-The thread stays in the call, and ends with the process.
+ever, and no signal ends it. So the call runs on a daemon thread. Its caller gets an error at the
+deadline, or when ``Deadlines.stop`` is called. The blocked thread ends with the process.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from typing import Any, NamedTuple, TypeVar
 
 from storage.errors import StoreFailed
 
-MAX_THREADS = 32  # calls at a time, those that never returned included
+MAX_THREADS = 32  # maximum number of calls at a time, including calls that never returned
 IDLE_SECONDS = 30.0  # a thread without work ends after this
 T = TypeVar("T")
 
 
 class _Job(NamedTuple):
-    """A call, and where its outcome goes."""
+    """A call that a thread will run."""
 
-    future: Future[Any]
+    future: Future[Any]  # gets the result or error
     function: Callable[[], Any]
-    undo: Callable[[Any], None] | None
+    undo: Callable[[Any], None] | None  # called with a result that comes too late
 
 
 class Deadlines:
-    """Runs calls on daemon threads and waits ``seconds`` for each. Any thread."""
+    """Runs calls on daemon threads and waits ``seconds`` for each. Any thread may use it."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._lock = threading.Lock()  # of everything below
+        self._lock = threading.Lock()  # protects all fields below
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
-        self._free = 0  # threads that wait for a job that nobody submitted yet
+        self._free = 0  # threads that wait for a job, minus the jobs in the queue
         self._threads = 0
         self._waiting: set[Future[Any]] = set()
         self._stopped = False
@@ -43,13 +43,14 @@ class Deadlines:
     def call(
         self, where: str, function: Callable[[], T], undo: Callable[[T], None] | None = None
     ) -> T:
-        """Return what ``function`` returns, or raise what it raises.
+        """Call ``function`` on a daemon thread; return its result, or raise its error.
 
-        where  what is used, for errors
-        undo   called with a result that arrives after the deadline
+        where  name of the file, for errors
+        undo   called with the result if that arrives after the deadline, for example to close a
+               file that nobody will use
 
-        Raises StoreFailed at the deadline, when ``stop`` is called, and if MAX_THREADS calls are
-        running.
+        Raises StoreFailed at the deadline, if ``stop`` is called, or if 32 calls (MAX_THREADS) are
+        running already.
         """
         future: Future[T] = Future()
         self._submit(where, _Job(future, function, undo))
@@ -62,7 +63,7 @@ class Deadlines:
                 self._waiting.discard(future)
 
     def stop(self) -> None:
-        """Let all waiting and all later calls fail at once."""
+        """Make every call fail at once with StoreFailed: those in progress, and all later ones."""
         with self._lock:
             self._stopped = True
             waiting = list(self._waiting)
@@ -76,7 +77,7 @@ class Deadlines:
             if self._free:
                 self._free -= 1
             elif self._threads == MAX_THREADS:
-                raise StoreFailed(where, f"{MAX_THREADS} earlier file operations have no answer")
+                raise StoreFailed(where, f"{MAX_THREADS} earlier file operations are unanswered")
             else:
                 self._threads += 1
                 threading.Thread(target=self._work, name="store", daemon=True).start()
@@ -101,7 +102,7 @@ class Deadlines:
 
 
 def _run(job: _Job) -> None:
-    """Run a call. If nobody waits any more for its result, undo it."""
+    """Run a call and set its result or error. If the result comes after the deadline, undo it."""
     try:
         result = job.function()
         if not _settle(job.future, result=result) and job.undo is not None:
@@ -111,7 +112,7 @@ def _run(job: _Job) -> None:
 
 
 def _settle(future: Future[Any], *, result: Any = None, error: BaseException | None = None) -> bool:
-    """Set the outcome of a call. Returns False if it has one."""
+    """Set the result or error of a call. Returns False if it has one already, as a timeout."""
     try:
         if error is not None:
             future.set_exception(error)

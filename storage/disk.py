@@ -1,4 +1,4 @@
-"""System calls that write, and what it takes for a name or a file to survive a power failure."""
+"""Write files so that names and contents survive a power failure; open only regular files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the quota or t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disk:
-    """The system calls that write. A test replaces one of them to let it fail."""
+    """The system calls that write to disk. Tests replace one of them to make it fail."""
 
     pwritev: Callable[[int, Sequence[memoryview], int], int] = os.pwritev
     fdatasync: Callable[[int], None] = os.fdatasync
@@ -35,9 +35,13 @@ class Disk:
 
 
 def open_file(path: Path, flags: int, mode: int = 0o640) -> int:
-    """Open a regular file and return its descriptor. Raises OSError, or Corrupt for another kind.
+    """Open a regular file and return its descriptor.
 
-    Returns at once where ``os.open`` would wait for the other end of a FIFO.
+    flags  of ``os.open``
+    mode   permissions of a file that is created
+
+    Raises Corrupt if ``path`` is a directory, FIFO or other special file, and OSError if the file
+    cannot be opened. Never blocks on a FIFO.
     """
     require_file(path)
     fd = os.open(path, flags | os.O_NONBLOCK, mode)
@@ -58,13 +62,13 @@ def require_file(path: Path) -> None:
 
 
 def read_file(path: Path) -> bytes:
-    """Return the contents of a regular file. Raises OSError, or Corrupt for another kind."""
+    """Return the contents of a regular file. Raises OSError, or Corrupt for a special file."""
     with open(open_file(path, os.O_RDONLY), "rb") as file:
         return file.read()
 
 
 def sync(path: Path) -> None:
-    """Flush a file's bytes, or a directory's names, to the disk. Raises OSError on failure."""
+    """Flush a file's contents, or a directory's entries, to the disk. Raises OSError on failure."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(fd)
@@ -99,18 +103,17 @@ def as_disk_full(directory: Path, wanted: int) -> Iterator[None]:
 
 
 def write_all(disk: Disk, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """Write ``buffers`` one after another from byte ``offset`` on. Returns the offset after the
-    last byte.
+    """Write ``buffers`` one after another to ``fd``, from byte ``offset`` on.
 
-    A system call may write less than it was given, so it is repeated. After an error some prefix
-    of the bytes is written.
+    Returns the offset after the last byte. Repeats the system call until everything is written.
+    After an OSError a part of the bytes, from the start, may be written.
     """
     left = list(buffers)
     done = 0  # buffers that are written in full
     while done < len(left):
         written = disk.pwritev(fd, left[done : done + MAX_BUFFERS], offset)
         if written <= 0:
-            raise OSError(errno.EIO, "nothing could be written, and no error was given")
+            raise OSError(errno.EIO, "the system call wrote 0 bytes without reporting an error")
         offset += written
         while done < len(left) and written >= len(left[done]):
             written -= len(left[done])
@@ -121,10 +124,12 @@ def write_all(disk: Disk, fd: int, buffers: Sequence[memoryview], offset: int) -
 
 
 def preallocate(disk: Disk, fd: int, path: Path, old: int, size: int) -> None:
-    """Extend a file from ``old`` to ``size`` bytes with zeros that the disk has room for.
+    """Extend a file from ``old`` to ``size`` bytes of zeros, and allocate disk space for them.
 
-    Raises DiskFull, or another OSError, and leaves the file as it was. The free space is compared
-    first: on a full disk this runs for every push, and asking the disk is slow.
+    path  path of the open file ``fd``
+
+    Raises DiskFull, or OSError for other errors; the file is unchanged then. Compares the free
+    space first, because on a full disk every push comes here, and a failing allocation is slow.
     """
     wanted = size - old
     room = os.fstatvfs(fd)
@@ -139,7 +144,7 @@ def preallocate(disk: Disk, fd: int, path: Path, old: int, size: int) -> None:
 
 
 def erase(disk: Disk, fd: int, start: int, end: int) -> None:
-    """Overwrite the bytes ``start``..``end`` with zeros, and sync them."""
+    """Overwrite the bytes from ``start`` to ``end`` (exclusive) with zeros, and sync the file."""
     zeros = memoryview(bytes(min(CHUNK, end - start)))
     while start < end:
         start = write_all(disk, fd, [zeros[: end - start]], start)
@@ -147,7 +152,7 @@ def erase(disk: Disk, fd: int, start: int, end: int) -> None:
 
 
 def pread_all(fd: int, size: int, offset: int) -> bytes:
-    """Read ``size`` bytes from ``offset`` on; fewer only where the file ends."""
+    """Read ``size`` bytes from ``offset`` on; fewer only if the file ends before."""
     data = os.pread(fd, size, offset)
     if len(data) == size or not data:
         return data

@@ -2,14 +2,14 @@
 
 * StorageError
   - UnknownTable     the table was never created on this shard
-  - SchemaMismatch   the table exists with another schema
+  - SchemaMismatch   the table exists with a different schema
   - RowOverflow      a push would leave infinity or NaN in a row; it was not applied
-  - OutOfMemory      the shard's memory budget does not allow the growth that a write needs
+  - OutOfMemory      a write needs more memory than the shard's memory budget has left
   - Corrupt          stored bytes differ from what was written; never retried
   - UnknownFormat    stored bytes are undamaged, but this release cannot read their format
-  - DiskFull         the disk has no room for what a write needs; nothing was changed
+  - DiskFull         the disk has no room for a write; nothing was changed
   - Compacted        the log no longer contains the requested versions
-  - LogFailed        the log could not be written or synced; no further change is acknowledged
+  - LogFailed        the version log could not be written or synced; it accepts no more changes
   - UnknownCheckpoint  no checkpoint has that name, or it was never completed
   - StoreFailed      the checkpoint store does not respond, or denies access
 """
@@ -30,32 +30,44 @@ class UnknownTable(StorageError):
 
 
 class SchemaMismatch(StorageError):
-    """The table exists with another schema."""
+    """The table exists with a different schema.
+
+    field      name of the first field that differs
+    existing   value of the field in the existing table
+    requested  value of the field in the request
+    """
 
     def __init__(self, table: str, field: str, existing: object, requested: object) -> None:
         super().__init__(
-            f"table {table!r} exists with {field} {existing!r}, requested was {requested!r}"
+            f"table {table!r} exists with {field} {existing!r}, but {requested!r} was requested"
         )
         self.table = table
         self.field = field
 
 
 class RowOverflow(StorageError):
-    """A push would leave infinity or NaN in a row; nothing of it was applied."""
+    """A push would leave infinity or NaN in a row; nothing of the push was applied.
+
+    key       first key whose row would overflow
+    gradient  largest magnitude in the gradient of this key
+    """
 
     def __init__(self, table: str, key: int, gradient: float) -> None:
         super().__init__(
-            f"table {table!r}: the push would leave infinity or NaN in the row of key {key}, whose"
-            f" gradient reaches {gradient:g}; clip the gradients or lower the learning rate"
+            f"table {table!r}: the push would leave infinity or NaN in the row of key {key}"
+            f" (largest gradient: {gradient:g}); clip the gradients or lower the learning rate"
         )
         self.table = table
         self.key = key
 
 
 class OutOfMemory(StorageError):
-    """The shard's memory budget does not allow the growth that a write needs.
+    """A write needs more memory than the shard's memory budget has left.
 
-    what  prefix of the message: what needs the memory
+    budget  size of the budget, in bytes
+    held    bytes of the budget that are in use
+    wanted  further bytes that the write needs
+    what    prefix of the message: names whatever needs the memory; ends in ": "
     """
 
     def __init__(self, budget: int, held: int, wanted: int, what: str = "") -> None:
@@ -67,10 +79,10 @@ class OutOfMemory(StorageError):
 
 
 class Corrupt(StorageError):
-    """Stored bytes differ from what was written; never retried.
+    """Stored bytes differ from what was written. The read is never retried.
 
-    where  the file, and the position in it if that is known
-    what   what is wrong there
+    where  the file, and the position in the file if that is known
+    what   the damage that was found there
     """
 
     def __init__(self, where: str, what: str) -> None:
@@ -80,17 +92,26 @@ class Corrupt(StorageError):
 
 
 class UnknownFormat(StorageError):
-    """Stored bytes are undamaged, but this release cannot read their format."""
+    """Stored bytes are undamaged, but this release cannot read their format.
+
+    where  the file, and the position in the file if that is known
+    found  format number in the file
+    known  format number that this release reads
+    """
 
     def __init__(self, where: str, found: int, known: int) -> None:
-        super().__init__(f"{where}: written in format {found}, this release reads {known}")
+        super().__init__(f"{where}: written in format {found}, but this release reads {known}")
         self.where = where
         self.found = found
         self.known = known
 
 
 class DiskFull(StorageError):
-    """The disk has no room for what a write needs; nothing was changed."""
+    """The disk has no room for a write; nothing was changed.
+
+    directory  directory that was written to
+    wanted     bytes that the write needs
+    """
 
     def __init__(self, directory: str, wanted: int) -> None:
         super().__init__(f"no room for {wanted} more bytes in {directory}")
@@ -99,15 +120,21 @@ class DiskFull(StorageError):
 
 
 class Compacted(StorageError):
-    """The log no longer contains the requested versions; ``first`` is its oldest version."""
+    """The log no longer contains the requested versions.
+
+    first  oldest version that the log still contains
+    """
 
     def __init__(self, first: int) -> None:
-        super().__init__(f"the log begins at version {first}; older versions were requested")
+        super().__init__(f"the log begins at version {first}, but older versions were requested")
         self.first = first
 
 
 class LogFailed(StorageError):
-    """The log could not be written or synced; no further change is acknowledged."""
+    """The version log could not be written or synced. It accepts no more changes.
+
+    why  the error of the write or sync
+    """
 
     def __init__(self, why: str) -> None:
         super().__init__(f"the version log has failed: {why}")
@@ -115,7 +142,11 @@ class LogFailed(StorageError):
 
 
 class UnknownCheckpoint(StorageError):
-    """No checkpoint has that name, or it was never completed."""
+    """No checkpoint has that name, or it was never completed.
+
+    name   name of the checkpoint
+    where  URL of the missing MANIFEST.json
+    """
 
     def __init__(self, name: str, where: str) -> None:
         super().__init__(f"no checkpoint {name!r}: {where} is missing")
@@ -123,7 +154,11 @@ class UnknownCheckpoint(StorageError):
 
 
 class StoreFailed(StorageError):
-    """The checkpoint store does not respond, or denies access."""
+    """The checkpoint store does not respond, or denies access.
+
+    where  URL of the file
+    why    the error of the file system
+    """
 
     def __init__(self, where: str, why: str) -> None:
         super().__init__(f"{where}: {why}")

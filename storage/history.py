@@ -1,10 +1,12 @@
-"""Epochs: which versions belong to the history of a log.
+"""Decide which versions belong to the history of a log, by the epochs that they were given out in.
 
-A shard draws a random epoch at each start. Its history is the list of its epochs, and for each but
-the last the newest version that it reached. A version is only known together with its epoch: after
-a data directory was put back from a copy, the shard reaches the same version numbers again with
-other changes. A version of the abandoned future is not part of the history then: its epoch ended
-earlier, or is unknown.
+An epoch is a random number that a shard draws at each start. The history of a log is the list of
+its epochs. For each epoch except the current one it has the newest version of that epoch.
+
+A version number alone does not identify a change. If a data directory is put back from an old copy,
+the shard gives out the same version numbers again for different changes. So a version is compared
+together with its epoch. A version from after the copy was made does not belong to the history of
+the restored directory, because there its epoch is unknown or ended at an older version.
 """
 
 from __future__ import annotations
@@ -12,20 +14,20 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-MAX_EPOCHS = 4096  # starts; versions of an earlier epoch are no longer recognized
+MAX_EPOCHS = 4096  # epochs kept; a version of an older epoch does not belong to the history
 
 
 def draw_epoch() -> int:
-    """Return a random epoch, never 0."""
+    """Return a new epoch: a random 64-bit number, never 0."""
     return int.from_bytes(os.urandom(8), "little") or 1
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """The epochs of one log.
+    """The starts of the server that wrote one log. Each start draws a random number, its epoch.
 
-    epochs  oldest first; the last one is current
-    ends    newest version of each epoch but the last
+    epochs  oldest first; the last one is the current epoch
+    ends    newest version of each epoch except the current one, in the same order
     """
 
     epochs: tuple[int, ...]
@@ -33,16 +35,23 @@ class History:
 
     @property
     def epoch(self) -> int:
-        """The current epoch."""
+        """Epoch of the current start of the server."""
         return self.epochs[-1]
 
     def contains(self, epoch: int, version: int) -> bool:
-        """Return whether a version of an epoch is part of this history, or can become so."""
+        """Return whether ``version``, given out in ``epoch``, belongs to this history.
+
+        Every version of the current epoch does, also one that is not reached yet.
+        """
         for known, end in zip(self.epochs, self.ends, strict=False):
             if known == epoch:
                 return version <= end
         return epoch == self.epoch
 
     def begin(self, epoch: int, end: int) -> History:
-        """Return the history after a start: the current epoch ends at version ``end``."""
+        """Return this history extended by one start of the server.
+
+        epoch  the new current epoch
+        end    newest version of the epoch that was current so far
+        """
         return History((*self.epochs, epoch)[-MAX_EPOCHS:], (*self.ends, end)[-MAX_EPOCHS + 1 :])

@@ -1,17 +1,18 @@
-"""The files of one version log: created, checked, preallocated and deleted.
+"""Create, check, preallocate and delete the files of one version log.
 
     log/       = SYNCED segment* spare*
-    SYNCED     = marks.py: up to where the log is on disk
+    SYNCED     = marks.py: the newest version that is known to be on disk
     segment    = 00000000000000000001.log       segment.py; named by its first version
     spare      = 00000000000000000001.spare     a preallocated file that will become a segment
 
-**Opening** checks every segment's header, and that the segments follow one another. It verifies
-the frames of the last segment only, since no other segment can have a torn tail. A cursor verifies
-every frame that it reads, so the others are verified when they are replayed.
+**Opening** checks every segment's header, and that no segment is missing in between. It verifies
+only the frames of the last segment, since no other segment can have a torn tail (bytes at the end
+that a crash left incomplete). The frames of the other segments are verified when a cursor reads
+them, for example during replay.
 
-Three threads call: the engine thread preallocates and takes spares, the log thread makes segments
-of them, the flush thread deletes old segments. ``segments`` is replaced, never changed, so that
-readers need no lock.
+**Threads.** The engine thread preallocates and takes spares. The log thread turns spares into
+segments. The flush thread deletes old segments. The tuple ``segments`` is replaced, never changed,
+so that readers need no lock.
 """
 
 from __future__ import annotations
@@ -45,36 +46,41 @@ SEGMENT_NAME = re.compile(r"(\d{20})\.log")
 
 @dataclass(slots=True, eq=False)
 class SegmentFile:
-    """One segment's file.
+    """The file of one segment or spare, and how much of it is written.
 
-    The log thread writes ``end``, ``hints`` and ``last`` before it announces the versions that
-    they cover. Readers look at them afterwards.
+    The log thread updates ``end``, ``hints`` and ``last``, and only then announces that the
+    versions are written. So a reader that knows of a version finds these fields up to date.
     """
 
     path: Path
     size: int  # preallocated bytes
-    first: int = 0
+    first: int = 0  # version of the first frame; 0 for a spare
     end: int = HEADER.size  # bytes that are written and will not change
-    last: int | None = None  # None: records are still written to it
-    fd: int = -1  # for writing; owned by the log thread
+    last: int | None = None  # version of the last frame; None while records are written to it
+    fd: int = -1  # descriptor for writing, used by the log thread; -1 if closed
     uncached: int = 0  # bytes from the start that were dropped from the OS's cache
-    hints: list[tuple[int, int]] = field(default_factory=list)  # versions and their offsets
+    hints: list[tuple[int, int]] = field(default_factory=list)  # (version, offset of its frame)
 
 
 class LogFiles:
-    """The segments of one log, its spare and its marks.
+    """The segments of one log, its spare file and its file SYNCED.
 
     lineage     16 random bytes that identify this log; every segment contains them
     segments    all segments, oldest first
     active      the segment that records are written to, the last of ``segments``
     seed        seed of the checksums of the active segment's frames
-    torn_bytes  bytes of a torn tail that opening erased
+    torn_bytes  bytes of incomplete frames after the last good frame, which ``open`` erased
     """
 
     def __init__(
         self, directory: Path, *, segment_bytes: int, clock: Callable[[], float], disk: Disk
     ) -> None:
-        """Store the settings. ``open`` reads the files."""
+        """Store the settings. ``open`` reads the files.
+
+        segment_bytes  size of a segment; a larger record gets a segment of its own size
+        clock          returns seconds, comparable with the modification times of files
+        disk           the system calls that write
+        """
         self.directory = directory
         self.disk = disk
         self.lineage = b""
@@ -95,12 +101,13 @@ class LogFiles:
 
     @property
     def has_spare(self) -> bool:
-        """Whether the next segment is preallocated."""
+        """True if the file of the next segment is preallocated."""
         return self._spare is not None
 
     def preallocate(self, size: int = 0) -> None:
-        """Have a spare of at least ``size`` bytes. Raises DiskFull or OSError, and changes nothing
-        then.
+        """Make sure that there is a spare of at least ``size`` bytes: create or extend it.
+
+        Raises DiskFull or OSError, and changes nothing then.
         """
         with self._spare_lock:
             spare = self._spare
@@ -111,7 +118,13 @@ class LogFiles:
                 spare.size = size
 
     def take_spare(self, size: int, version: int) -> SegmentFile:
-        """Return the spare, to be written from ``version`` on with a payload of ``size`` bytes."""
+        """Return the spare for use as the next segment, and forget it here.
+
+        size     bytes of the first payload that will be written to it
+        version  version of the first frame
+
+        Creates or extends the spare first if it is missing or too small.
+        """
         need = HEADER.size + frame_bytes(size)
         if self._spare is None or self._spare.size < need:
             self.preallocate(need)  # the caller did not reserve
@@ -136,8 +149,9 @@ class LogFiles:
     # ---- segments
 
     def holding(self, version: int) -> SegmentFile:
-        """Return the segment that contains ``version``, or will. Raises Compacted if it was
-        deleted.
+        """Return the segment that contains ``version``, or will contain it once it is written.
+
+        Raises Compacted if that segment was deleted.
         """
         segments = self.segments
         at = bisect.bisect_right(segments, version, key=lambda each: each.first)
@@ -146,9 +160,10 @@ class LogFiles:
         return segments[at - 1]
 
     def roll(self, segment: SegmentFile) -> None:
-        """Make ``segment``, a former spare, the active one. The old one is on disk already.
+        """Make ``segment``, which ``take_spare`` returned, the active segment.
 
-        An old segment without a record is replaced by the new one, which has the same name.
+        The caller has synced the previous active segment. If that has no frames, its file is
+        replaced, because both files have the same name.
         """
         old = self.active
         with contextlib.suppress(OSError):  # unused preallocated bytes are harmless
@@ -164,9 +179,12 @@ class LogFiles:
         self.active = segment
 
     def _begin(self, segment: SegmentFile, previous: int) -> None:
-        """Give a spare its header, then its name.
+        """Turn a spare into a segment: write and sync its header, then rename it.
 
-        The header is on disk before the name is, so a segment without a header is damaged.
+        previous  first version of the previous segment; 0 without one
+
+        The header is synced before the rename, so that a segment without a valid header is always
+        damage, never the result of a crash.
         """
         header = Header(lineage=self.lineage, first=segment.first, previous=previous)
         self.seed = header.seed
@@ -178,7 +196,10 @@ class LogFiles:
         self.disk.fsync(self._directory_fd)
 
     def sync(self, version: int, end: int) -> None:
-        """Bring the active segment to disk, and mark that ``version`` is, which ends at ``end``."""
+        """Sync the active segment, and record in the file SYNCED that ``version`` is on disk.
+
+        end  offset in the active segment at which the frame of ``version`` ends
+        """
         assert self._marks is not None
         self.disk.fdatasync(self.active.fd)
         self._marks.write(Mark(version, self.active.first, end))
@@ -186,7 +207,8 @@ class LogFiles:
     def truncate(self, version: int, keep_bytes: int, keep_seconds: float) -> int:
         """Delete the oldest segments whose versions are all <= ``version``; return their bytes.
 
-        See ``VersionLog.truncate``. An OSError leaves in doubt what is deleted.
+        For the parameters see ``VersionLog.truncate``. After an OSError it is unknown which of
+        these segments are deleted.
         """
         with self._changing:
             segments = self.segments
@@ -204,7 +226,7 @@ class LogFiles:
         keep_bytes: int,
         keep_seconds: float,
     ) -> int:
-        """Return how many of the oldest segments may be deleted."""
+        """Return how many of the oldest segments ``truncate`` may delete."""
         kept = sum(each.end for each in segments)
         for at, segment in enumerate(segments[:-1]):
             kept -= segment.end
@@ -218,9 +240,9 @@ class LogFiles:
     # ---- opening and closing
 
     def open(self, lineage: bytes | None, after: int | None, made: bool) -> int:
-        """Read and check the files, or create the first segment; see ``VersionLog.open``.
+        """Read and check the files, or create the first segment. Returns the newest version.
 
-        Returns the newest version.
+        For the parameters and errors see ``VersionLog.open``.
         """
         names = sorted(os.listdir(self.directory)) if self.directory.exists() else []
         firsts = [int(match[1]) for name in names if (match := SEGMENT_NAME.fullmatch(name))]
@@ -238,7 +260,7 @@ class LogFiles:
             self._make(lineage or os.urandom(16), last)
         assert self._marks is not None
         with as_disk_full(self.directory, 2 * SLOT):
-            for _ in range(2):  # one of them is good while the other is written
+            for _ in range(2):  # both marks, so that one is good while the other is overwritten
                 self._marks.write(Mark(last, self.active.first, self.active.end))
         return last
 
@@ -269,9 +291,12 @@ class LogFiles:
         self._directory_fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
 
     def _make(self, lineage: bytes, after: int) -> None:
-        """Create a log without records, whose first record will have version ``after + 1``."""
+        """Create a log without records. The first record will have version ``after + 1``.
+
+        lineage  16 bytes that will identify the log
+        """
         if len(lineage) != 16:
-            raise ValueError(f"a lineage has 16 bytes, not {len(lineage)}")
+            raise ValueError(f"lineage must have 16 bytes, got {len(lineage)}")
         self.lineage = lineage
         synced = self.directory / "SYNCED"
         if synced.exists() and any(read_file(synced)):
@@ -283,10 +308,14 @@ class LogFiles:
         self._marks = Marks(self.disk, synced, lineage)
 
     def _gone(self) -> Corrupt:
-        return Corrupt(str(self.directory), "no segment is left of a log that was synced")
+        return Corrupt(str(self.directory), "all segments of an existing log are missing")
 
     def _load_segments(self, firsts: list[int], lineage: bytes | None) -> None:
-        """Check by their headers that the segments belong to one log and follow one another."""
+        """Read the headers of all segments; check that they form one log without a gap.
+
+        firsts   first versions of the segments, from their file names, ascending
+        lineage  16 bytes that every header must have; None: those of the first segment
+        """
         segments = []
         previous = None
         for first in firsts:
@@ -296,13 +325,17 @@ class LogFiles:
             lineage = lineage or header.lineage
             if header.lineage != lineage:
                 raise Corrupt(
-                    str(path), f"of lineage {header.lineage.hex()}, not of {lineage.hex()}"
+                    str(path),
+                    f"expected a segment of lineage {lineage.hex()}, got {header.lineage.hex()}",
                 )
             if header.first != first:
-                raise Corrupt(str(path), f"begins with version {header.first}, says its header")
+                raise Corrupt(
+                    str(path), f"named for version {first}, but its header says {header.first}"
+                )
             if previous is not None and header.previous != previous:
                 raise Corrupt(
-                    str(path), f"follows segment {header.previous}, but {previous} is before it"
+                    str(path),
+                    f"expected segment {header.previous} before this one, found {previous}",
                 )
             previous = first
             size = path.stat().st_size
@@ -315,17 +348,22 @@ class LogFiles:
         self.active = segments[-1]
 
     def _load_last(self, after: int | None) -> int:
-        """Verify the last segment against the newest mark, and erase a torn tail.
+        """Verify the frames of the last segment, and erase a torn tail. Returns the newest version.
 
-        Returns the newest version. The bytes verified come from the disk, not from the OS's cache:
-        after a failed sync of an earlier process the two may differ.
+        after  version of the base (the on-disk copy of all rows at one log version), which the log
+               must reach back to; None: no check
+
+        A torn tail is bytes at the end that a crash left incomplete. The bytes are read from the
+        disk and not from the OS's cache, because the two may differ if an earlier process failed to
+        sync. Raises Corrupt if a version that the file SYNCED records as on disk is missing.
         """
         segment = self.active
         self._marks = Marks(self.disk, self.directory / "SYNCED", self.lineage)
         mark = self._marks.read() or Mark(0, 0, 0)
         if mark.first > segment.first:
             raise Corrupt(
-                str(self.directory), f"segment {mark.first:020}.log is gone, and it was synced"
+                str(self.directory),
+                f"segment {mark.first:020}.log is missing, although it was synced",
             )
         segment.fd = open_file(segment.path, os.O_RDWR)
         self.disk.fdatasync(segment.fd)
@@ -337,13 +375,13 @@ class LogFiles:
         if tail.last < mark.version:
             raise Corrupt(
                 place(segment.path, tail.end),
-                f"ends with version {tail.last}, {mark.version} was synced",
+                f"the log ends with version {tail.last}, but version {mark.version} was synced",
             )
         first = self.segments[0].first
         if after is not None and not first - 1 <= after <= tail.last:
             raise Corrupt(
                 str(self.directory),
-                f"versions {first} to {tail.last}, but the base stands at version {after}",
+                f"the log has versions {first} to {tail.last}, but the base is at version {after}",
             )
         segment.end = tail.end
         if tail.dirty > tail.end:

@@ -1,15 +1,17 @@
-"""The file SYNCED: up to where the version log is on disk.
+"""The file SYNCED: it records up to which version the log is on disk.
 
-    SYNCED     = mark[512] mark[512]            written in turn
+    SYNCED     = mark[512] mark[512]            written alternately
     mark       = version u64 | first u64 | end u64 | checksum u64 | zeros       little-endian
 
 * mark       every version up to ``version`` is on disk; the frame of ``version`` ends at byte
              ``end`` of the segment ``first``
-* checksum   xxh3_64 of the 24 bytes before it, seeded by xxh3_64 of the lineage
+* checksum   xxh3_64 of the 24 bytes before it, seeded by xxh3_64 of the lineage (the random id of
+             the log)
 
-The marks themselves are not synced. They survive the death of the process, so that no byte of a
-synced log can change unnoticed, not even in its last record. After a power failure the newer mark
-may be missing. The frames then show what had been synced (tail.py).
+Marks are written but not synced, so they survive a crash of the process but not always a power
+failure. After a crash of the process the newest mark shows how much of the log was on disk, so a
+later change of any of these bytes is detected. After a power failure the newest mark may be
+missing. tail.py then finds out from the frames how much was on disk.
 """
 
 from __future__ import annotations
@@ -29,26 +31,32 @@ MARK = struct.Struct("<QQQQ")
 
 
 class Mark(NamedTuple):
-    """Up to where the log is on disk."""
+    """A position in the log up to which all frames are on disk."""
 
-    version: int
-    first: int  # of the segment that contains the version
-    end: int  # byte of that segment after the version's frame
+    version: int  # newest version on disk
+    first: int  # first version of the segment (log file) that contains ``version``
+    end: int  # offset in that segment at which the frame of ``version`` ends
 
 
 class Marks:
-    """The newest mark and the one before it."""
+    """The file SYNCED, which contains the newest mark and the mark before it."""
 
     def __init__(self, disk: Disk, path: Path, lineage: bytes) -> None:
-        """Open the file ``path``, or create it empty."""
+        """Open the file ``path``, or create it empty.
+
+        lineage  16 random bytes that identify the log
+        """
         self._disk = disk
         self._path = path
         self._seed = xxh3_64_intdigest(lineage)
         self._fd = open_file(path, os.O_RDWR | os.O_CREAT)
-        self._slot = 0  # of the older mark, which is overwritten next
+        self._slot = 0  # 0 or 1: the half of the file with the older mark, overwritten next
 
     def read(self) -> Mark | None:
-        """Return the newest mark, None if there is none. Raises Corrupt if all marks are bad."""
+        """Return the newest mark with a correct checksum; None if the file has no marks.
+
+        Raises Corrupt if the file has marks, but no checksum is correct.
+        """
         data = os.pread(self._fd, 2 * SLOT, 0)
         marks = []
         for slot in (0, 1):
@@ -66,7 +74,7 @@ class Marks:
         return newest
 
     def write(self, mark: Mark) -> None:
-        """Replace the older mark by ``mark``."""
+        """Overwrite the older of the two marks with ``mark``. Does not sync the file."""
         fields = MARK.pack(*mark, 0)[:-8]
         whole = fields + xxh3_64_intdigest(fields, self._seed).to_bytes(8, "little")
         slot = memoryview(whole.ljust(SLOT, b"\0"))

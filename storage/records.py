@@ -1,4 +1,4 @@
-"""The records of the version log: each describes the change that made its version.
+"""Encode and decode the records of the version log. Each record describes one change of the shard.
 
     record   = head body                                depending on the frame's kind:
     1 push     = head | keys u64[count] | frequencies u64[count] | waiting u64[extra]
@@ -14,17 +14,19 @@
 
 Little-endian; arrays begin at multiples of 8. Fields that a kind does not use are 0.
 
-* rows     after-images: whole rows [embedding | state] after the push. Replay needs no arithmetic
-           and is idempotent
+* rows     whole rows [embedding | state] after the push, so that replay needs no arithmetic and is
+           idempotent
 * table    number of the table, given at creation and never reused
-* waiting  keys of the push that have no row yet, with the new totals of their counters, so that
-           replaying them is idempotent too
-* extra    of a delete: its cause. Of an alter: 1 if the table's counters were dropped, else 0
-* step     of a push: the step of the table and of its rows after it. Of a write: the step of its
-           rows, which does not move the step of the table
-* client.. identify the push, so that retries are recognized; client 0: retries are not recognized
+* waiting  keys of the push that have no row yet; ``totals`` has the new values of their counters,
+           so that replay is idempotent for counters, too
+* extra    in a push: number of waiting keys. In a delete: its cause. In an alter: 1 if the table's
+           counters were dropped, else 0
+* step     in a push: the step recorded in the rows, which becomes the table's step. In a write: the
+           step of its rows; the table's step does not change
+* client, incarnation, sequence, acknowledged
+           identify the request, so that a retry of it is recognized; client 0: not recognized
 
-Encoding copies no array; decoding returns read-only views of the frame.
+Encoding copies no array. Decoding returns read-only views of the frame.
 """
 
 from __future__ import annotations
@@ -72,36 +74,36 @@ class Cause(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """The client that asked for the change, and the time."""
+    """The request that caused a change: client, sequence number, step and time."""
 
-    client: int = 0  # 0: retries are not recognized
-    incarnation: int = 0
-    sequence: int = 0
-    acknowledged: int = 0  # the client has received every answer up to this sequence
-    step: int = 0  # of a push or write: of its rows afterwards; of a delete: of the table
+    client: int = 0  # id of the client; 0: retries are not recognized
+    incarnation: int = 0  # start of that client process
+    sequence: int = 0  # number of the request within the incarnation
+    acknowledged: int = 0  # the client has received the answers to all requests up to this number
+    step: int = 0  # push or write: step of its rows afterwards; delete: step of the table
     time_us: int = 0  # microseconds since 1970, by the shard's clock
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PushRecord:
-    """Rows were created or changed."""
+    """Rows were created or changed, by a push or by a write of whole rows."""
 
     origin: Origin
-    table: int
+    table: int  # number of the table
     keys: Keys  # uint64[n]
     frequencies: NDArray[np.uint64]  # [n], after the push
     rows: Rows  # float32[n, width], after the push
-    waiting: Keys  # uint64[m], keys without a row
-    totals: NDArray[np.uint32]  # [m], their occurrences, including this push
-    imported: bool = False  # a write: the step is that of the rows, not of the table
+    waiting: Keys  # uint64[m], keys of the push without a row
+    totals: NDArray[np.uint32]  # [m], occurrences of ``waiting``, including this push
+    imported: bool = False  # True: a write, which does not change the table's step
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeleteRecord:
-    """Rows were deleted, and counters of keys without a row."""
+    """Keys were deleted: their rows, or their counters if they had no row."""
 
     origin: Origin
-    table: int
+    table: int  # number of the table
     cause: Cause
     keys: Keys  # uint64[n]
 
@@ -111,16 +113,16 @@ class CreateRecord:
     """A table was created."""
 
     origin: Origin
-    table: int
+    table: int  # number of the table
     schema: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class AlterRecord:
-    """Settings of a table were changed; its rows stay."""
+    """Settings of a table were changed. Its rows were not."""
 
     origin: Origin
-    table: int
+    table: int  # number of the table
     schema: dict[str, Any]  # with the new settings
     dropped: bool  # the counters of keys without a row were dropped
 
@@ -130,13 +132,13 @@ class DropRecord:
     """A table was dropped, with all its rows."""
 
     origin: Origin
-    table: int
-    schema: dict[str, Any]  # the record of its creation may be truncated
+    table: int  # number of the table
+    schema: dict[str, Any]  # the table's last schema
 
 
 @dataclass(frozen=True, slots=True)
 class BarrierRecord:
-    """A mark that a client asked for."""
+    """A named mark in the log that a client requested. It changes no table."""
 
     origin: Origin
     name: str
@@ -149,8 +151,9 @@ NO_KEYS, NO_TOTALS = np.empty(0, np.uint64), np.empty(0, np.uint32)
 ORIGIN = tuple(field.name for field in dataclasses.fields(Origin))
 
 
-# ---- encoding: the parts of a payload, in order; arrays are C-contiguous and stay unchanged until
-#      the log has written them
+# ---- encoding: each function returns the payload of a frame as a list of buffers, in order.
+#      Arrays must be C-contiguous. They are not copied, so the caller must not change them until
+#      the log has written them.
 
 
 def encode_push(
@@ -162,13 +165,14 @@ def encode_push(
     waiting: Keys = NO_KEYS,
     totals: NDArray[np.uint32] = NO_TOTALS,
 ) -> list[Part]:
-    """Return the parts of a push.
+    """Encode the log record of a push.
 
+    table        number of the table
     keys         uint64[n]
     frequencies  uint64[n]           after the push
     rows         float32[n, width]   after the push
-    waiting      uint64[m]           keys without a row
-    totals       uint32[m]           their occurrences
+    waiting      uint64[m]           keys of the push without a row
+    totals       uint32[m]           occurrences of ``waiting``, including this push
     """
     count, width = rows.shape
     assert keys.shape == frequencies.shape == (count,)
@@ -183,13 +187,13 @@ def encode_push(
 
 
 def encode_delete(origin: Origin, table: int, cause: Cause, keys: Keys) -> list[Part]:
-    """Return the parts of a delete of keys uint64[n]."""
+    """Encode the log record of deleted keys, uint64[n]."""
     assert keys.dtype == np.uint64
     return [_head(origin, table, 0, len(keys), cause), keys]
 
 
 def encode_create(origin: Origin, table: int, schema: Mapping[str, Any]) -> list[Part]:
-    """Return the parts of a table's creation. ``schema`` must be valid for JSON."""
+    """Encode the log record of a created table. ``schema`` must be serializable as JSON."""
     return [_head(origin, table), json.dumps(schema, sort_keys=True).encode()]
 
 
@@ -200,24 +204,30 @@ def encode_write(
     frequencies: NDArray[np.uint64],
     rows: Rows,
 ) -> list[Part]:
-    """Return the parts of a write; arrays as of ``encode_push``."""
+    """Encode the log record of rows that were written whole; for the arrays see ``encode_push``."""
     return encode_push(origin, table, keys, frequencies, rows)
 
 
 def encode_alter(
     origin: Origin, table: int, schema: Mapping[str, Any], *, dropped: bool
 ) -> list[Part]:
-    """Return the parts of an alteration. ``schema`` must be valid for JSON."""
+    """Encode the log record of an altered table.
+
+    schema   the new schema; must be serializable as JSON
+    dropped  whether the counters of keys without a row were dropped
+    """
     return [_head(origin, table, extra=dropped), json.dumps(schema, sort_keys=True).encode()]
 
 
 def encode_drop(origin: Origin, table: int, schema: Mapping[str, Any]) -> list[Part]:
-    """Return the parts of a table's drop. ``schema`` must be valid for JSON."""
+    """Encode the log record of a dropped table. ``schema`` must be serializable as JSON."""
     return [_head(origin, table), json.dumps(schema, sort_keys=True).encode()]
 
 
 def encode_barrier(origin: Origin, name: str) -> list[Part]:
-    """Return the parts of a barrier. The service made sure that ``name`` fits into MAX_NAME."""
+    """Encode the log record of a barrier. The caller has checked that ``name`` has at most 1024
+    bytes (MAX_NAME) in UTF-8.
+    """
     return [_head(origin), name.encode()]
 
 
@@ -240,13 +250,16 @@ def _head(origin: Origin, table: int = 0, width: int = 0, count: int = 0, extra:
 
 
 def decode(frame: Frame) -> Record:
-    """Return the record of a frame, with read-only views of its payload. Raises Corrupt.
+    """Return the record of a frame, with read-only views of its payload.
 
-    The frame's checksum was correct, so Corrupt means a bug in the writer, or another release.
+    Raises Corrupt if the payload is not a valid record. The caller has verified the frame's
+    checksum, so Corrupt means a bug in the writer, or a record of a newer release.
     """
     where = f"record of version {frame.version}"
     if len(frame.payload) < HEAD.size:
-        raise Corrupt(where, f"{len(frame.payload)} bytes, too short for the head of a record")
+        raise Corrupt(
+            where, f"expected at least {HEAD.size} bytes in a record, got {len(frame.payload)}"
+        )
     *who, table, width, count, extra = HEAD.unpack_from(frame.payload)
     origin = Origin(**dict(zip(ORIGIN, who, strict=True)))
     body = frame.payload[HEAD.size :]
@@ -260,7 +273,7 @@ def decode(frame: Frame) -> Record:
         case Kind.DELETE:
             _require(where, body, count * 8, width=width)
             if extra not in CAUSES:
-                raise Corrupt(where, f"unknown cause {extra} of a delete")
+                raise Corrupt(where, f"unknown cause {extra} in a DELETE record")
             return DeleteRecord(origin, table, CAUSES[extra], _array(body, "<u8", count, 0))
         case Kind.CREATE:
             _require(where, body, None, width=width, count=count, extra=extra)
@@ -268,7 +281,9 @@ def decode(frame: Frame) -> Record:
         case Kind.ALTER:
             _require(where, body, None, width=width, count=count)
             if extra > 1:
-                raise Corrupt(where, f"extra of an alteration must be 0 or 1, got {extra}")
+                raise Corrupt(
+                    where, f"header field 'extra' of an ALTER record must be 0 or 1, got {extra}"
+                )
             return AlterRecord(origin, table, _schema(where, body), bool(extra))
         case Kind.DROP:
             _require(where, body, None, width=width, count=count, extra=extra)
@@ -276,16 +291,25 @@ def decode(frame: Frame) -> Record:
         case Kind.BARRIER:
             _require(where, body, None, table=table, width=width, count=count, extra=extra)
             return BarrierRecord(origin, _name(where, body))
-    raise Corrupt(where, f"unknown kind {frame.kind}: damaged, or written by a newer release")
+    raise Corrupt(
+        where, f"unknown kind {frame.kind}: the record is damaged or from a newer release"
+    )
 
 
 def _push_arrays(
     where: str, body: memoryview, width: int, count: int, extra: int
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Return keys, frequencies, rows, waiting and totals of a push. Raises Corrupt."""
+    """Return (keys, frequencies, rows, waiting, totals) of a push or write.
+
+    body   the payload after the header
+    width, count, extra
+           header fields: numbers per row, number of rows, number of waiting keys
+
+    Raises Corrupt if the body does not have the size that the header implies.
+    """
     _require(where, body, count * (16 + 4 * width) + 12 * extra)
     if not width:
-        raise Corrupt(where, "rows must have a width above 0")
+        raise Corrupt(where, "header field 'width' must be at least 1, got 0")
     start = 16 * count + 8 * extra
     return (
         _array(body, "<u8", count, 0),
@@ -297,16 +321,25 @@ def _push_arrays(
 
 
 def _require(where: str, body: memoryview, size: int | None, **unused: int) -> None:
-    """Raise Corrupt unless the body has its size (None: any) and unused fields are 0."""
+    """Raise Corrupt unless ``body`` has ``size`` bytes and all header fields in ``unused`` are 0.
+
+    size    expected size of the body; None: any
+    unused  header fields that this kind of record does not use, by name
+    """
     for field, value in unused.items():
         if value:
-            raise Corrupt(where, f"{field} must be 0 in this kind of record, got {value}")
+            raise Corrupt(
+                where, f"header field {field!r} must be 0 in this kind of record, got {value}"
+            )
     if size is not None and len(body) != size:
-        raise Corrupt(where, f"{len(body)} bytes after the head, which declares {size}")
+        raise Corrupt(where, f"expected {size} bytes after the record's header, got {len(body)}")
 
 
 def _array(body: memoryview, dtype: str, count: int, offset: int) -> NDArray[Any]:
-    """Return ``count`` numbers of the body: a view if they are aligned, as in a frame of a log."""
+    """Return ``count`` numbers of ``body`` from byte ``offset`` on.
+
+    The result is a view if the numbers are aligned, as they are in a log file; else a copy.
+    """
     array = np.frombuffer(body, dtype, count, offset) if count else np.empty(0, dtype)
     return array if array.flags.aligned else array.copy()
 
@@ -323,7 +356,7 @@ def _schema(where: str, body: memoryview) -> dict[str, Any]:
 
 def _name(where: str, body: memoryview) -> str:
     if len(body) > MAX_NAME:
-        raise Corrupt(where, f"a name of {len(body)} bytes, the limit is {MAX_NAME}")
+        raise Corrupt(where, f"a name may have at most {MAX_NAME} bytes, got {len(body)}")
     try:
         return str(body, "utf-8")
     except UnicodeDecodeError as error:

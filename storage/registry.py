@@ -1,7 +1,7 @@
-"""Objects built by name from a registry of dataclasses.
+"""Build an object from its name and parameters, as a client sends them.
 
-A registry is a literal dict from the name that a client sends to the dataclass that it means. The
-parameters that a client may send are the fields of the dataclass.
+A registry is a literal dict from names to dataclasses, for example from "adam" to Adam. The fields
+of the dataclass are the parameters that a client may send.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ T = TypeVar("T")
 def build(
     kind: str, registry: Mapping[str, type[T]], name: str, parameters: Mapping[str, float]
 ) -> T:
-    """Return the object of that name; parameters that are left out keep their defaults.
+    """Construct the dataclass that ``registry`` has under ``name``.
 
-    kind  what the registry contains, for error messages: "optimizer"
+    kind        noun for the objects of the registry, for error messages: "optimizer"
+    parameters  values by field name; parameters that are left out keep their defaults
 
-    Raises ValueError for an unknown name or parameter, or for a value that breaks a rule. The
-    message lists what is allowed.
+    Raises ValueError for an unknown name or parameter, or for a value that is not allowed. The
+    message lists the allowed ones.
     """
     if name not in registry:
         raise ValueError(f"no {kind} {name!r}; there are: {', '.join(registry)}")

@@ -1,4 +1,4 @@
-"""What the calls of a table return."""
+"""The results of a table's methods."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from storage.tiers.base import Meta
 
 @dataclass(frozen=True, slots=True)
 class TableStats:
-    """The size of one shard's part of a table."""
+    """Number of rows and memory of the part of a table that one shard stores."""
 
     rows: int
-    bytes: int  # taken from the budget: slab, metadata, index and counters, reserves included
-    index_bytes: int
-    waiting: int  # keys that are counted and have no row; an estimate for a sketch
-    counter_bytes: int  # of the counters
+    bytes: int  # memory of rows, metadata, index and counters, including unused reserves
+    index_bytes: int  # memory of the index alone
+    waiting: int  # keys that are counted but have no row; an estimate for a sketch
+    counter_bytes: int  # memory of the counters alone
 
 
 @dataclass(frozen=True, slots=True)
 class Dump:
-    """Every row and counter of one shard's part of a table, by ascending key."""
+    """Copies of all rows and counters that one shard stores of a table, by ascending key."""
 
     keys: Keys  # uint64[n]
     rows: Rows  # float32[n, width]
     meta: Meta  # uint64[n, 4]: key, version, step, frequency
-    counters: NDArray[np.uint64]  # [m, 3]  key, total, version of exact counters
-    cells: NDArray[Any]  # of a sketch
+    counters: NDArray[np.uint64]  # [m, 3]  exact counters: key, total, version
+    cells: NDArray[Any]  # uint8 or uint16, the counters of a sketch; empty without a sketch
 
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """The result of a push: keys that have rows, and keys that are not admitted yet."""
+    """The result of a push: the keys that have rows, and the keys that are not admitted yet."""
 
-    keys: Keys  # uint64[n]
-    slots: Slots  # int64[n]  of their rows
-    waiting: Keys  # uint64[m]  not admitted, with an exact counter
-    totals: Occurrences  # uint32[m]  their counters after the push
-    step: int  # step of the rows after the push: the largest that was pushed to the table
+    keys: Keys  # uint64[n]  keys that have a row after the push
+    slots: Slots  # int64[n]  slots of the rows of ``keys``
+    waiting: Keys  # uint64[m]  keys of the push that have a counter but no row
+    totals: Occurrences  # uint32[m]  occurrences of ``waiting``, including this push
+    step: int  # step recorded in the rows: the largest step pushed to the table so far
 
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of what a table's rules have done since it was opened."""
+    """Keys and rows that a table's rules admitted, refused and evicted since it was opened."""
 
-    admitted: int = 0  # keys that got a row by a push
-    refused: int = 0  # keys of pushes that were not admitted
-    dropped: int = 0  # occurrences whose gradients were dropped
-    evicted: dict[Cause, int] = field(default_factory=dict)  # rows evicted, by the kind of rule
+    admitted: int = 0  # keys that got a row in a push
+    refused: int = 0  # keys without a row that a push did not admit, counted once per push
+    dropped: int = 0  # occurrences of refused keys, whose gradients were dropped
+    evicted: dict[Cause, int] = field(default_factory=dict)  # evicted rows, by cause

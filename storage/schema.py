@@ -1,4 +1,4 @@
-"""The schema of a table: everything that is chosen at its creation."""
+"""The schema of a table: all settings that are chosen when the table is created."""
 
 from __future__ import annotations
 
@@ -22,18 +22,22 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,127}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableSchema:
-    """What a table is. An alteration of a table replaces its schema by another one."""
+    """All settings of a table. Altering a table replaces its schema by a new one.
+
+    The constructor raises ValueError, which names the table and the field, for a value that is not
+    allowed.
+    """
 
     name: str
-    dim: int  # numbers of an embedding, the part of a row that a pull returns
+    dim: int  # numbers in an embedding, the part of a row that a pull returns
     optimizer: Optimizer
     initializer: Initializer
-    seed: int = 0  # of the initial values
-    serving_default: float = 0.0  # what a serving pull returns for keys without a row
-    durability: Durability = "log"  # of pushes that do not set it
-    admission: Admission = field(default_factory=Always)  # which keys may have a row
-    evictions: tuple[Eviction, ...] = ()  # which rows leave; at most one of a kind, by name
-    max_step_ahead: int = MAX_STEP_AHEAD  # of a push, see Evictor.last_step; 0: no bound
+    seed: int = 0  # seed of the initial values
+    serving_default: float = 0.0  # every number that a serving pull returns for keys without a row
+    durability: Durability = "log"  # durability of pushes that do not set one
+    admission: Admission = field(default_factory=Always)  # which keys get a row
+    evictions: tuple[Eviction, ...] = ()  # which rows are evicted; at most one rule per cause
+    max_step_ahead: int = MAX_STEP_AHEAD  # steps; see Evictor.last_step; 0: no limit
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -61,11 +65,15 @@ class TableSchema:
 
     @property
     def width(self) -> int:
-        """Numbers of a row: embedding and optimizer state."""
+        """Number of float32 numbers in a row: ``dim`` plus those of the optimizer state."""
         return self.dim + self.optimizer.state_width(self.dim)
 
     def require_equal(self, asked: TableSchema) -> None:
-        """Raise SchemaMismatch naming the first field in which ``asked`` differs."""
+        """Raise SchemaMismatch, which names the first field that differs, unless ``asked`` equals
+        this schema.
+
+        asked  schema in a request to create this table
+        """
         for each in dataclasses.fields(self):
             existing, requested = getattr(self, each.name), getattr(asked, each.name)
             if existing != requested:

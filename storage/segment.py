@@ -1,4 +1,4 @@
-"""A segment: one file of the version log, made of frames.
+"""Read and encode segments. A segment is one file of the version log: a header, then frames.
 
     segment  = header *frame *zero         preallocated, so that writing it cannot run out of space
     header   = magic[8] | format u32 | zero u32 | lineage[16] | first u64 | previous u64
@@ -8,14 +8,15 @@
 
 All numbers are little-endian. Every frame, and so every payload, begins at a multiple of 8.
 
+* lineage    random id of the log; a restore from a checkpoint begins a new log with a new id
 * first      version of the first frame; each following frame has the next version
-* previous   ``first`` of the segment before it, 0 in the first segment of a log; a missing file
-             breaks this chain
-* kind       kind of the payload, 1 or more; 0 is not a frame
+* previous   ``first`` of the previous segment, or 0 in the first segment of a log; it reveals a
+             missing file
+* kind       kind of the record in the payload, 1 or more; 0: end of the frames
 * synced     newest version that was known to be on disk when the frame was written
-* checksum   of a header: xxh3_64 of the bytes before it. Of a frame: xxh3_64 of the bytes from
+* checksum   in a header: xxh3_64 of the bytes before it. In a frame: xxh3_64 of the bytes from
              ``size`` to the end of the payload, seeded by lineage and first, so that a frame of
-             another segment or log never passes
+             a different segment or log is never accepted
 """
 
 from __future__ import annotations
@@ -51,24 +52,24 @@ Part = bytes | memoryview | NDArray[Any]  # C-contiguous memory that becomes par
 
 
 class Frame(NamedTuple):
-    """One record of the log. A tuple, because a log of small records makes very many."""
+    """One record of the log with its version. A tuple, because a log may have very many of them."""
 
     version: int
     kind: int
-    payload: memoryview  # read-only, 8-byte aligned; keeps up to 4 MiB around it alive
+    payload: memoryview  # read-only, 8-byte aligned; keeps a buffer of up to 4 MiB in memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
     """The header of a segment."""
 
-    lineage: bytes  # 16 bytes, drawn when the log was created
-    first: int
-    previous: int
+    lineage: bytes  # 16 random bytes that identify the log
+    first: int  # version of the first frame
+    previous: int  # ``first`` of the previous segment; 0 without one
 
     @property
     def seed(self) -> int:
-        """Seed of the checksums of the segment's frames."""
+        """Seed of the checksums of all frames in the segment."""
         return int(xxh3_64_intdigest(self.lineage + CHECKSUM.pack(self.first)))
 
     def encode(self) -> bytes:
@@ -79,42 +80,53 @@ class Header:
 
     @classmethod
     def decode(cls, whole: bytes, where: str) -> Header:
-        """Decode a header. Raises Corrupt or UnknownFormat with ``where``.
+        """Decode the header at the start of ``whole``. Raises Corrupt or UnknownFormat.
 
-        A later format keeps the layout of these 56 bytes, so that this release can tell a later
-        format from damage.
+        where  file name, for errors
+
+        Later formats keep the layout of these 56 bytes, so that this release can distinguish a
+        later format from damage.
         """
         if len(whole) < HEADER.size:
-            raise Corrupt(where, f"{len(whole)} bytes, too short for a segment's header")
+            raise Corrupt(
+                where, f"expected a segment header of {HEADER.size} bytes, got {len(whole)} bytes"
+            )
         magic, version, zero, lineage, first, previous, checksum = HEADER.unpack_from(whole)
         if magic != MAGIC:
-            raise Corrupt(where, "not a segment of a version log")
+            raise Corrupt(where, "this file is not a segment of a version log")
         if xxh3_64_intdigest(whole[: HEADER.size - CHECKSUM.size]) != checksum:
-            raise Corrupt(where, "the checksum of the segment's header differs")
+            raise Corrupt(where, "the checksum of the segment's header does not match its bytes")
         if version != FORMAT:
             raise UnknownFormat(where, version, FORMAT)
         if zero or first <= previous:
-            raise Corrupt(where, f"a segment from version {first} that follows {previous}")
+            raise Corrupt(
+                where,
+                f"invalid segment header: first version {first}, but previous segment {previous}",
+            )
         return cls(lineage=lineage, first=first, previous=previous)
 
 
 def place(path: Path, offset: int) -> str:
-    """Return how errors name a byte of a file."""
+    """Return the text by which errors name byte ``offset`` of a file."""
     return f"{path} at byte {offset}"
 
 
 def frame_bytes(size: int) -> int:
-    """Return the bytes that a frame with ``size`` bytes of payload takes in a segment."""
+    """Return the size in a segment of a frame with ``size`` bytes of payload, padding included."""
     return FRAME.size + (size + 7 & ~7)
 
 
 def encode(
     seed: int, version: int, synced: int, kind: int, parts: Sequence[memoryview], size: int
 ) -> list[memoryview]:
-    """Return the buffers that make up a frame.
+    """Encode a frame as a list of buffers, to be written one after another.
 
-    parts  the payload as one-dimensional views of bytes; copied only if the payload is small
-    size   total bytes of ``parts``
+    seed     ``Header.seed`` of the segment
+    version  version of the record
+    synced   newest version that is known to be on disk now
+    kind     kind of the record, 1 or more
+    parts    the payload as one-dimensional views of bytes; copied only up to 4096 bytes in total
+    size     total bytes of ``parts``
     """
     head = HEAD.pack(size, kind, version, synced)
     padding = _PADDING[-size & 7]
@@ -151,40 +163,43 @@ class Reader:
         self.seek(self.header.first, HEADER.size)
 
     def close(self) -> None:
-        """Close the file. Frames that were returned stay valid."""
+        """Close the file. Frames that were returned before stay valid."""
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
 
     def fileno(self) -> int:
-        """Return the descriptor, for reading."""
+        """Return the file descriptor, which is open for reading only."""
         return self._fd
 
     def seek(self, version: int, offset: int) -> None:
-        """Continue with the frame of ``version``, which begins at ``offset``."""
+        """Let the next ``read`` begin with the frame of ``version``, at byte ``offset``."""
         self.version, self.offset = version, offset
 
     def skip(self, version: int, end: int) -> None:
-        """Move forward to the frame of ``version``, by the headers of the frames before it.
+        """Move forward to the frame of ``version``. Reads only the headers of the frames before it.
 
-        These frames are not verified. Raises Corrupt if the headers do not lead to ``version``.
-        ``end`` is as in ``read``.
+        end  bytes of the file that are written and will not change
+
+        The checksums of the skipped frames are not verified. Raises Corrupt if their headers do not
+        lead to ``version``.
         """
         while self.version < version:
             at = self._at(FRAME.size, end, SKIP_CHUNK)
             _, size, kind, found, _ = FRAME.unpack_from(self._chunk, at)
             if not kind or found != self.version:
-                raise self._corrupt(f"no frame of version {self.version}")
+                raise self._corrupt(f"expected a frame of version {self.version}, found none")
             self.seek(self.version + 1, self.offset + frame_bytes(size))
 
     def read(self, upto: int, end: int, max_bytes: int) -> list[Frame]:
-        """Return the next frames, up to version ``upto`` or ``max_bytes``; at least one, if any.
+        """Return the next frames in order, each verified. The list is empty only after ``upto``.
 
-        upto       version of the last frame wanted; this frame ends before ``end``
-        end        bytes of the file that are written and will not change
-        max_bytes  bytes of frames; the last frame may exceed it
+        upto       version of the last frame to return
+        end        bytes of the file that are written and will not change; they contain ``upto``
+        max_bytes  stop after this many bytes of frames; the last frame may exceed it
 
-        Raises Corrupt if the next frame is damaged. Intact frames before it are returned first.
+        Raises Corrupt if the next frame is damaged. If intact frames come before the damaged one,
+        returns these, and the next call raises.
         """
         frames: list[Frame] = []
         stop = self.offset + max_bytes
@@ -195,11 +210,12 @@ class Reader:
                 if frames:
                     break
                 raise
-        if len(self._chunk) > LARGE_CHUNK:  # a reader that has caught up may be idle for long
+        if len(self._chunk) > LARGE_CHUNK:  # the next call may come late: do not keep the memory
             self._chunk = memoryview(b"")
         return frames
 
     def _next(self, end: int) -> Frame:
+        """Read, verify and return the next frame. ``end`` is as in ``read``. Raises Corrupt."""
         at = self._at(FRAME.size, end, CHUNK)
         size: int = HEAD.unpack_from(self._chunk, at + CHECKSUM.size)[0]
         total = FRAME.size + size
@@ -209,26 +225,35 @@ class Reader:
         checksum, size, kind, version, _ = FRAME.unpack_from(self._chunk, at)
         frame = self._chunk[at : at + total]
         if not kind or size != total - FRAME.size:
-            raise self._corrupt(f"no frame of version {self.version}")
+            raise self._corrupt(f"expected a frame of version {self.version}, found none")
         if xxh3_64_intdigest(frame[CHECKSUM.size :], self._seed) != checksum:
-            raise self._corrupt(f"the checksum of the frame of version {self.version} differs")
+            raise self._corrupt(
+                f"the checksum of the frame of version {self.version} does not match its bytes"
+            )
         if version != self.version:
-            raise self._corrupt(f"a frame of version {version} instead of {self.version}")
+            raise self._corrupt(f"expected a frame of version {self.version}, found {version}")
         self.version += 1
         self.offset += frame_bytes(size)
         return Frame(version, kind, frame[FRAME.size :])
 
     def _at(self, need: int, end: int, chunk: int) -> int:
-        """Return the index in the chunk of the next frame, after ``need`` of its bytes are read."""
+        """Return the index of the next frame in ``_chunk``, which has at least its first bytes.
+
+        need   bytes of the frame that ``_chunk`` must have
+        end    bytes of the file that are written and will not change
+        chunk  bytes to read from the file if ``_chunk`` lacks some of them
+
+        Raises Corrupt if the file has fewer than ``need`` bytes left.
+        """
         at = self.offset - self._start
         if 0 <= at <= len(self._chunk) - need:
             return at
         left = end - self.offset
         if need > left:
-            raise self._corrupt(f"{max(left, 0)} bytes left, the next frame takes {need}")
+            raise self._corrupt(f"the next frame has {need} bytes, but {max(left, 0)} are left")
         data = pread_all(self._fd, min(left, max(need, chunk)), self.offset)
         if len(data) < need:
-            raise self._corrupt(f"the file ends {need - len(data)} bytes before the frame does")
+            raise self._corrupt(f"the file ends {need - len(data)} bytes before the frame's end")
         self._chunk, self._start = memoryview(data), self.offset
         return 0
 

@@ -1,9 +1,10 @@
-"""The end of a segment's frames: distinguishes a torn tail from damage.
+"""Find the end of a segment's frames, and distinguish a torn tail from damage.
 
-After a power failure or the death of the process the last bytes of a segment may not be a frame: a
-*torn tail*. Whole frames may even follow it, since a disk writes pages in any order. A bad frame is
-a torn tail if it had not been synced, and damage if it had. Two things prove that it had been
-synced: the caller knows (``synced_end``), or the field ``synced`` of a later whole frame says so.
+After a power failure or a crash of the process, the last frame of a segment may be incomplete: a
+*torn tail*. Intact frames may even follow it, since a disk writes pages in any order. A bad frame
+is a torn tail if it had not been synced, and damage if it had been synced. Two facts prove that it
+had been synced: it lies in the part that the file SYNCED records as synced (``synced_end``), or the
+field ``synced`` of a later intact frame has its version or a newer one.
 """
 
 from __future__ import annotations
@@ -25,21 +26,23 @@ _ZEROS = bytes(CHUNK)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tail:
-    """Where the frames of a segment end."""
+    """The end of the frames in a segment."""
 
-    last: int  # version of the last frame; first - 1 without frames
-    end: int  # byte after it
-    dirty: int  # byte after the last byte that is not zero; equal to `end` without a torn tail
+    last: int  # version of the last frame; without frames: the segment's first version - 1
+    end: int  # offset after the last frame
+    dirty: int  # offset after the last byte that is not zero; equal to ``end`` without a torn tail
 
 
 def find_tail(reader: Reader, size: int, synced_end: int) -> Tail:
-    """Verify every frame of the segment and return where the frames end. Raises Corrupt on damage.
+    """Verify every frame of a segment and return where the frames end. Raises Corrupt on damage.
 
+    reader      at the first frame of the segment
     size        bytes of the file
     synced_end  bytes of the file that are known to have been synced
 
-    Damage is a bad frame below ``synced_end``, a bad frame before a whole frame that was written
-    after the bad one had been synced, or a whole frame out of order. All else is a torn tail.
+    Damage is one of: a bad frame before ``synced_end``; a bad frame that had been synced according
+    to a later intact frame; an intact frame with an unexpected version. Any other bad frame is a
+    torn tail.
     """
     try:
         while reader.offset < size:
@@ -53,13 +56,15 @@ def find_tail(reader: Reader, size: int, synced_end: int) -> Tail:
             or any(_witnesses(fd, reader.header.seed, end, dirty, size, expected))
         )
         if damage:
-            raise Corrupt(bad.where, f"{bad.what}, and that is no torn tail") from bad
+            raise Corrupt(
+                bad.where, f"{bad.what}; this is damage, because the frame had been synced"
+            ) from bad
         return Tail(last=expected - 1, end=end, dirty=dirty)
     return Tail(last=reader.version - 1, end=reader.offset, dirty=reader.offset)
 
 
 def _written(fd: int, start: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of the file from ``start`` on that are not holes."""
+    """Yield (start, end) of each range of a file from ``start`` to ``size`` that is not a hole."""
     while start < size:
         try:
             start = os.lseek(fd, start, os.SEEK_DATA)
@@ -73,7 +78,7 @@ def _written(fd: int, start: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _dirty(fd: int, start: int, size: int) -> int:
-    """Return the byte after the last byte that is not zero; ``start`` if all are zero."""
+    """Return the offset after the last nonzero byte in ``start``..``size``; ``start`` if none."""
     dirty = start
     for at, end in _written(fd, start, size):
         for offset in range(at, end, CHUNK):
@@ -84,7 +89,11 @@ def _dirty(fd: int, start: int, size: int) -> int:
 
 
 def _whole(fd: int, seed: int, offset: int, size: int) -> bool:
-    """Return whether a frame of any version begins at ``offset`` and its checksum agrees."""
+    """Return whether an intact frame of any version begins at ``offset``.
+
+    seed  seed of the frame checksums, ``Header.seed``
+    size  bytes of the file
+    """
     head = pread_all(fd, FRAME.size, offset)
     if len(head) < FRAME.size:
         return False
@@ -98,9 +107,16 @@ def _whole(fd: int, seed: int, offset: int, size: int) -> bool:
 def _witnesses(
     fd: int, seed: int, start: int, dirty: int, size: int, expected: int
 ) -> Iterator[bool]:
-    """Look after ``start`` for frames that were written after ``expected`` had been synced.
+    """Search for frames that were written after version ``expected`` had been synced.
 
-    Yields for each candidate whether it is a whole frame.
+    seed        seed of the frame checksums, ``Header.seed``
+    start, dirty
+                offsets between which to search
+    size        bytes of the file
+    expected    version of the bad frame, which begins at ``start``
+
+    Looks at every multiple of 8 for header fields that fit. Yields for each such place whether it
+    is an intact frame.
     """
     newest = expected + (size - start) // FRAME.size
     for offset in range(start, dirty, CHUNK):

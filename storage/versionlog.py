@@ -1,18 +1,18 @@
-"""The version log of one shard: every change as one record, written ahead of its acknowledgement.
+"""The version log of one shard: a write-ahead log with one record for every change.
 
 Each change of the shard gets the next version and appends one record. Records are written in
-groups, synced to disk, read by subscribers through cursors, and deleted with their segments once
-nobody needs them. logfiles.py describes the files.
+groups and synced to disk. Subscribers read them through cursors. A segment (log file) is deleted
+once nobody needs its records. logfiles.py describes the files.
 
-**Threads.** The engine thread reserves and appends. The log thread takes all records that were
-appended since its last turn, writes them with one system call, and calls whoever waits for
-``written``. The sync thread syncs what is written while the log thread goes on writing, and calls
-whoever waits for ``durable``. The flush thread syncs and truncates. Subscribers read through
-cursors, each with its own descriptor, so a slow reader delays nobody.
+**Threads.** The engine thread reserves room and appends records. The log thread takes all records
+that were appended since its last turn, writes them, and calls back the waiters for ``written``. The
+sync thread syncs the written records while the log thread continues to write, and calls back the
+waiters for ``durable``. The flush thread syncs and truncates. Each subscriber reads through a
+cursor with its own file descriptor, so that a slow reader delays nobody.
 
-**Failure.** After a failed write or sync nobody can know what is on disk, and a second attempt can
-report success for pages that are lost. So the log stops: it calls ``fail``, acknowledges nobody
-any more, and the process should end.
+**Failure.** After a failed write or sync it is unknown which records are on disk, and a second sync
+can report success although pages are lost. So the log stops: it calls ``fail``, runs no further
+callbacks, and the process should end.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from storage.segment import HEADER, MAX_PAYLOAD, Frame, Part, encode, frame_byte
 
 SEGMENT_BYTES = 256 << 20
 SYNC_SECONDS = 0.02
-RUN_BYTES = 8 << 20  # bytes written before their waiters are called
+RUN_BYTES = 8 << 20  # bytes written before their waiters are called back
 RECORD_MEMORY = 2048  # bytes of the objects of one record that waits to be written
 NEVER = float("inf")  # seconds
-HINT_BYTES = 256 << 10  # of a segment, between offsets that a cursor may start from
+HINT_BYTES = 256 << 10  # least distance in a segment between offsets that a cursor may start from
 CACHED_BYTES = 32 << 20  # newest bytes of a segment that stay in the OS's cache
 UNCACHE_BYTES = 4 << 20  # bytes dropped from the cache at a time
 
 
 class _Append(NamedTuple):
-    """A record on its way to the log thread."""
+    """A record that the engine thread appended and the log thread will write."""
 
-    segment: SegmentFile
-    offset: int
+    segment: SegmentFile  # file that the record goes to
+    offset: int  # offset of its frame in the segment
     version: int
     kind: int
     parts: list[memoryview]
@@ -59,11 +59,12 @@ class VersionLog:
     """The version log of one shard; see the top of the file for its threads.
 
     lineage     16 random bytes that identify this log; every segment contains them
-    history     epochs of the log; whoever recovers the shard sets it before the log is used
+    history     epochs of the log (one random number per start of the server); the code that
+                recovers the shard sets it before the log is used
     last        version of the newest record appended, 0 without records
-    written     newest version handed to the OS: it survives the death of the process
+    written     newest version handed to the OS: it survives a crash of the process
     durable     newest version synced: it survives a power failure
-    torn_bytes  bytes of a torn tail that opening erased
+    torn_bytes  bytes of incomplete frames at the end, which ``open`` erased
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class VersionLog:
         fail: Callable[[Exception], None],
         wake: Callable[[], None],
     ) -> None:
-        """Store the settings. ``open`` reads the files and starts the threads."""
+        """Store the settings. Use ``VersionLog.open``, which reads the files and starts the
+        threads. For the parameters see there.
+        """
         self.files = files
         self.history = History((draw_epoch(),))
         self.last = self.written = self.durable = 0
@@ -88,7 +91,7 @@ class VersionLog:
         self._appended = 0  # bytes since opening
 
         # the log thread's
-        self._unsynced_since = 0.0  # monotonic; of the first version above durable
+        self._unsynced_since = 0.0  # monotonic time at which the first unsynced version was written
         self._handed = 0  # bytes since opening
         self._spare_refused = False  # preallocating this segment's successor failed
         self._thread = threading.Thread(target=self._run, name="version log", daemon=True)
@@ -107,7 +110,7 @@ class VersionLog:
         self._stopped = False
         self._failed: Exception | None = None
         self._queue: list[_Append] = []
-        self._sync_wanted = 0  # newest version that somebody wants durable
+        self._sync_wanted = 0  # newest version for which a sync was requested
         self._waiting: tuple[list[Any], list[Any]] = ([], [])  # heaps: for written, for durable
         self._tickets = itertools.count()
 
@@ -134,16 +137,18 @@ class VersionLog:
         wake           called on a thread of the log whenever ``durable`` has grown; must not block
         segment_bytes  size of a segment; a larger record gets a segment of its own size
         sync_seconds   longest time that a record waits until its sync begins, if no sync is running
-        lineage        16 bytes that the log must have, or gets when it is created; None: any, or
-                       random
-        after          version of the base. An existing log must have every version after it, a new
-                       log begins there. None: no check
-        made           the log existed before, so a missing one is Corrupt
+        lineage        id of the log, 16 bytes. An existing log must have this id; a new log gets
+                       it. None: accept any id, or draw a random one
+        after          version of the base (the on-disk copy of all rows at one log version). An
+                       existing log must have every version after it. A new log begins there. None:
+                       no check; a new log begins with version 1
+        made           the log existed before, so raise Corrupt if it is missing
         clock          seconds, comparable with the modification times of files
         disk           the system calls that write
 
-        Raises Corrupt if anything synced is damaged or missing, UnknownFormat for a log of another
-        release, DiskFull if the first segment does not fit. The files are unchanged then.
+        Raises Corrupt if synced bytes are damaged or missing, UnknownFormat for a log in the format
+        of a different release, and DiskFull if there is no room for the first segment. The log's
+        records are unchanged then.
         """
         disk = disk or Disk()
         files = LogFiles(directory, segment_bytes=segment_bytes, clock=clock, disk=disk)
@@ -171,12 +176,12 @@ class VersionLog:
 
     @property
     def torn_bytes(self) -> int:
-        """Bytes of a torn tail that opening erased."""
+        """Bytes of incomplete frames at the end of the log, which ``open`` erased."""
         return self.files.torn_bytes
 
     @property
     def first(self) -> int:
-        """Oldest version that can still be read; the log horizon is the version before it."""
+        """Oldest version that can still be read."""
         return self.files.segments[0].first
 
     @property
@@ -186,9 +191,9 @@ class VersionLog:
 
     @property
     def memory(self) -> int:
-        """Approximate bytes of memory that the records of the backlog take.
+        """Approximate bytes of memory taken by the records of ``backlog``.
 
-        A small record takes more memory for its objects than for its bytes.
+        Counts 2048 bytes (RECORD_MEMORY) per record for its Python objects, and its bytes.
         """
         return self.backlog + RECORD_MEMORY * (self.last - self.written)
 
@@ -196,37 +201,41 @@ class VersionLog:
 
     @property
     def room(self) -> int:
-        """Bytes of records that fit into the current segment without asking the disk."""
+        """Bytes of records that still fit into the current segment, which is preallocated."""
         return self._plan.size - self._at
 
     def reserve(self, *sizes: int) -> None:
-        """Make sure that records with ``sizes`` bytes of payload can be appended next.
+        """Make sure that disk space is allocated for the next records, so that ``append`` succeeds.
 
-        Raises DiskFull, OSError, or LogFailed after a failure; nothing has changed then. Asks the
-        disk only when a segment ends and the next one was not preallocated in time.
+        sizes  bytes of payload of each record, at most 4 GiB - 1; ValueError for more
+
+        Raises DiskFull or OSError if the space cannot be allocated, and LogFailed if the log has
+        failed before. Nothing is changed then. Accesses the disk only if the records do not fit
+        into the current segment and the next one is not preallocated.
         """
         if self._failed is not None:
             raise LogFailed(str(self._failed))
         need = 0
         for size in sizes:
             if size > MAX_PAYLOAD:
-                raise ValueError(f"a record takes at most {MAX_PAYLOAD} bytes, not {size}")
+                raise ValueError(f"a record may have at most {MAX_PAYLOAD} bytes, got {size}")
             need += frame_bytes(size)
         if self._at + need > self._plan.size:
             self.files.preallocate(HEADER.size + need)
 
     def append(self, version: int, kind: int, parts: Sequence[Part]) -> None:
-        """Hand the record of ``version``, which must be ``last + 1``, to the log thread.
+        """Hand the next record to the log thread, which writes it. Returns at once.
 
-        kind   kind of the payload, 1 or more
-        parts  make up the payload, one after another. C-contiguous. They are not copied, so nobody
-               may change them until ``written`` has reached the version
+        version  version of the record; must be ``last + 1``
+        kind     kind of the record, 1 or more
+        parts    C-contiguous buffers that make up the payload, one after another. They are not
+                 copied, so the caller must not change them until ``written`` >= ``version``
 
-        Returns at once. Cannot fail once ``reserve`` has made room. After a failure of the log it
-        does nothing: nobody will be acknowledged.
+        Call ``reserve`` before: then this cannot fail. If the log has failed, the record is
+        silently dropped, and the callbacks of ``wait`` for it are never called.
         """
         if version != self.last + 1:
-            raise ValueError(f"version {version} appended after version {self.last}")
+            raise ValueError(f"expected a record of version {self.last + 1}, got {version}")
         size = 0
         views = []
         buffers: Sequence[Any] = parts  # numpy's types do not say that arrays are buffers
@@ -252,11 +261,11 @@ class VersionLog:
     # ---- any thread
 
     def wait(self, version: int, durable: bool, call: Callable[[], object]) -> None:
-        """Have ``call`` called once ``version`` is written, or durable.
+        """Call ``call`` when ``version`` is written (durable=False) or on disk (durable=True).
 
-        It is called on this thread if that is so already, else on a thread of the log; never if
-        the log fails or closes first. ``call`` must not block or raise: an exception from it is a
-        failure of the log.
+        If that is already so, calls it at once on this thread. Otherwise a thread of the log calls
+        it later, or never if the log fails or closes first. ``call`` must not block. It must not
+        raise either: an exception on a thread of the log makes the log fail.
         """
         with self._lock:
             if version > (self.durable if durable or self._failed else self.written):
@@ -267,37 +276,48 @@ class VersionLog:
         call()
 
     def sync(self, version: int) -> None:
-        """Block until ``version``, which was appended, is durable. LogFailed if it will not be."""
+        """Block until ``version`` is synced to disk.
+
+        Raises ValueError if the version was not appended, and LogFailed if the log fails or closes
+        first.
+        """
         if version > self.last:
-            raise ValueError(f"version {version} awaited, {self.last} is the newest appended")
+            raise ValueError(
+                f"cannot sync version {version}: the newest appended version is {self.last}"
+            )
         with self._lock:
             self._want_sync(version)
             while self.durable < version:
                 if self._failed is not None:
                     raise LogFailed(str(self._failed))
                 if self._stopped:
-                    raise LogFailed(f"closed at version {self.durable}, {version} is awaited")
+                    raise LogFailed(
+                        f"closed with version {self.durable} on disk, before version {version}"
+                    )
                 self._synced.wait()
 
     def read(self, after: int, *, upto: int | None = None, max_bytes: int = CHUNK) -> list[Frame]:
-        """Return what the first ``Cursor.read`` of a cursor after version ``after`` returns."""
+        """Return the frames after version ``after``, read with a temporary cursor.
+
+        For ``upto``, ``max_bytes`` and errors see ``Cursor.read``.
+        """
         with contextlib.closing(Cursor(self, after)) as cursor:
             return cursor.read(upto=upto, max_bytes=max_bytes)
 
     def cursor(self, after: int) -> Cursor:
-        """Return a cursor after version ``after``. The caller closes it."""
+        """Return a cursor whose first frame is version ``after + 1``. The caller closes it."""
         return Cursor(self, after)
 
     def truncate(self, version: int, keep_bytes: int = 0, keep_seconds: float = 0.0) -> int:
-        """Delete the oldest segments whose versions are all <= ``version``. One thread at a time.
+        """Delete the oldest segments whose versions are all <= ``version``; return their bytes.
 
-        keep_bytes    at least this many of the newest bytes of the log stay
-        keep_seconds  records younger than this stay; the age of a segment is that of its last
-                      record, by the file's modification time
+        keep_bytes    keep at least this many of the newest bytes of the log
+        keep_seconds  keep segments whose last record is younger than this, by the file's
+                      modification time; 0: delete regardless of age
 
-        Returns the bytes deleted. The segment being written always stays. If a segment cannot be
-        deleted, or its deletion not be synced, the log could come back with a gap. So it fails and
-        LogFailed is raised.
+        Only one thread at a time may call this. The segment that is being written always stays.
+        Raises LogFailed, and the log stops, if a segment cannot be deleted or the deletion cannot
+        be synced, because after a restart segments could be missing in the middle of the log.
         """
         try:
             return self.files.truncate(version, keep_bytes, keep_seconds)
@@ -306,7 +326,9 @@ class VersionLog:
             raise LogFailed(str(error)) from error
 
     def close(self) -> None:
-        """Write and sync everything, then stop. LogFailed if that could not be done."""
+        """Write and sync all appended records, then stop the threads. Raises LogFailed if the log
+        fails meanwhile or has failed before.
+        """
         with self._lock:
             self._closing = True
             self._changed.notify()
@@ -320,6 +342,7 @@ class VersionLog:
             raise LogFailed(str(self._failed))
 
     def _want_sync(self, version: int) -> None:
+        """Ask the sync thread to sync ``version`` now. The caller holds the lock."""
         self._sync_wanted = max(self._sync_wanted, version)
         self._unsynced.notify()
 
@@ -337,7 +360,7 @@ class VersionLog:
                 self._drop_everything()
 
     def _give_up(self, error: Exception) -> None:
-        """Stop for good, since nobody can know what is on disk."""
+        """Stop the log because of ``error``, and call ``fail``, unless it has failed before."""
         with self._lock:
             if self._failed is not None:
                 return
@@ -347,7 +370,9 @@ class VersionLog:
         self._fail(error)
 
     def _drop_everything(self) -> None:
-        """Drop records and waiters: nobody who still waits will be acknowledged."""
+        """Drop all queued records and waiting callbacks, and wake the blocked threads, so that they
+        end. The caller holds the lock.
+        """
         self._stopped = True
         self._queue = []
         for heap in self._waiting:
@@ -356,7 +381,7 @@ class VersionLog:
         self._unsynced.notify_all()
 
     def _turn(self) -> bool:
-        """Sleep until there is something to write, and write it. Returns False at the end."""
+        """Sleep until records are queued, and write them. Returns False if the thread must end."""
         with self._lock:
             while not (self._queue or self._closing or self._failed):
                 self._sleeping = True
@@ -371,7 +396,7 @@ class VersionLog:
         return bool(batch) or not self._closing
 
     def _write(self, batch: list[_Append]) -> None:
-        """Write the records, in runs of one system call."""
+        """Write queued records, in runs of about RUN_BYTES bytes, into the right segments."""
         run: list[memoryview] = []
         files = self.files
         start, size = batch[0].offset, 0
@@ -388,6 +413,12 @@ class VersionLog:
         self._write_run(run, start, version)
 
     def _write_run(self, run: list[memoryview], start: int, version: int) -> None:
+        """Write buffers to the active segment, and call back the waiters for ``written``.
+
+        run      buffers of consecutive frames; nothing happens if it is empty
+        start    offset of the first frame in the segment
+        version  version of the last frame
+        """
         if not run:
             return
         segment = self.files.active
@@ -404,7 +435,7 @@ class VersionLog:
         self._announce()
 
     def _announce(self) -> None:
-        """Call whoever waits for a version that is written or durable by now."""
+        """Call back the waiters whose version is now written, or now durable if they want that."""
         calls = []
         with self._lock:
             if self._failed is not None:
@@ -416,15 +447,15 @@ class VersionLog:
             call()
 
     def _roll(self, segment: SegmentFile) -> None:
-        """Sync the active segment, and continue in another one."""
+        """Sync the active segment, and make ``segment`` the active one."""
         self._sync()
         self.files.roll(segment)
         self._spare_refused = False
 
     def _prepare(self) -> None:
-        """Preallocate the next segment once half of this one is used.
+        """Preallocate the next segment once half of the active one is used.
 
-        If that fails, ``reserve`` tries again and reports it when it matters.
+        Ignores a failure: ``reserve`` tries again when it needs the segment, and raises the error.
         """
         files = self.files
         if not files.has_spare and not self._spare_refused:
@@ -455,7 +486,7 @@ class VersionLog:
             return False
 
     def _sync_in(self) -> float:
-        """Return the seconds until the next sync is due."""
+        """Return the seconds until the next sync is due; infinity if everything is synced."""
         if self.durable == self.written:
             return NEVER
         if self.durable < self._sync_wanted:
@@ -463,7 +494,10 @@ class VersionLog:
         return max(0.0, self._unsynced_since + self._sync_seconds - time.monotonic())
 
     def _sync(self) -> None:
-        """Sync what is written. Both threads call this. Raises LogFailed after a failure."""
+        """Sync all written records, then call back the waiters for ``durable``, and ``wake``.
+
+        Called on the log thread and the sync thread. Raises LogFailed if the log has failed.
+        """
         with self._syncing:
             with self._lock:
                 if self._failed is not None:
@@ -471,9 +505,9 @@ class VersionLog:
                 if self.durable == self.written:
                     return
                 segment, end, version = self.files.active, self.files.active.end, self.written
-            self.files.sync(version, end)  # and mark it, before any waiter is called
+            self.files.sync(version, end)  # also updates SYNCED, before any waiter is called
             with self._lock:
-                self._unsynced_since = time.monotonic()  # of what was written meanwhile
+                self._unsynced_since = time.monotonic()  # for records written during the sync
                 self.durable = version
                 self._synced.notify_all()
             self._announce()
@@ -482,10 +516,12 @@ class VersionLog:
 
 
 def _uncache(segment: SegmentFile, end: int) -> None:
-    """Drop synced bytes from the OS's cache, except the newest, which subscribers read next.
+    """Drop synced bytes of a segment from the OS's cache, except the newest 32 MiB (CACHED_BYTES).
 
-    They would push useful pages out of the cache; and memory that was freed a moment ago is the
-    cheapest to write the next records to.
+    end  bytes of the segment that are synced
+
+    Subscribers read the newest bytes next, so these stay. The older ones would displace pages that
+    are still useful.
     """
     stop = (end - CACHED_BYTES) // UNCACHE_BYTES * UNCACHE_BYTES
     if stop > segment.uncached:

@@ -264,7 +264,7 @@ def test_a_log_without_its_segments_is_damage(home: Home) -> None:
     copy = Home(copy_of(home.directory, home.directory.with_name("copy")))
     for path in (copy.directory / "log").glob("*.log"):
         path.unlink()
-    with pytest.raises(Corrupt, match=r"log: no segment is left of a log that was synced"):
+    with pytest.raises(Corrupt, match=r"log: all segments of an existing log are missing"):
         copy.open()
 
 
@@ -277,7 +277,7 @@ def test_a_lost_log_is_damage_and_not_the_beginning_of_a_new_one(home: Home, flu
     copy = Home(copy_of(home.directory, home.directory.with_name("copy")))
     shutil.rmtree(copy.directory / "log")
     for _ in range(2):
-        with pytest.raises(Corrupt, match=r"copy/log: no segment is left of a log that was synced"):
+        with pytest.raises(Corrupt, match=r"copy/log: all segments of an existing log are missing"):
             copy.open()
     assert not (copy.directory / "log").exists()
 

@@ -155,7 +155,7 @@ def test_a_table_is_created_once_and_found_again(shard: Shard) -> None:
 
 def test_a_table_with_another_schema_is_refused_and_named(shard: Shard) -> None:
     before = state(shard)
-    with pytest.raises(SchemaMismatch, match=r"table 't' exists with dim 2, requested was 3"):
+    with pytest.raises(SchemaMismatch, match=r"table 't' exists with dim 2, but 3 was requested"):
         shard.create_table(schema(dim=3))
     assert state(shard) == before
 

@@ -121,7 +121,7 @@ class TestCursor:
         append(log, *range(1, 101))
         log.sync(100)
         (directory / name(1)).unlink()
-        with pytest.raises(Corrupt, match="is gone"):
+        with pytest.raises(Corrupt, match="the log file is missing"):
             log.read(0)
 
 

@@ -54,7 +54,7 @@ class TestRecovery:
             with pytest.raises(Corrupt) as caught:
                 opened(after=after)
             assert str(caught.value) == (
-                f"{directory}: versions 61 to 100, but the base stands at version {after}"
+                f"{directory}: the log has versions 61 to 100, but the base is at version {after}"
             )
         for after in (60, 100):
             opened(after=after).close()
@@ -64,9 +64,10 @@ class TestRecovery:
         with pytest.raises(Corrupt) as caught:
             opened(lineage=bytes(16))
         assert str(caught.value) == (
-            f"{directory / name(1)}: of lineage {LINEAGE.hex()}, not of {bytes(16).hex()}"
+            f"{directory / name(1)}: expected a segment of lineage {bytes(16).hex()}, got"
+            f" {LINEAGE.hex()}"
         )
-        with pytest.raises(ValueError, match="a lineage has 16 bytes, not 3"):
+        with pytest.raises(ValueError, match="lineage must have 16 bytes, got 3"):
             opened(directory.with_name("other"), lineage=b"abc")
 
     def test_a_segment_of_another_log_is_refused(self, opened: Opener, directory: Path) -> None:
@@ -86,16 +87,16 @@ class TestRecovery:
         monkeypatch.undo()
         with (directory / name(1)).open("r+b") as file:
             file.write(header)
-        with pytest.raises(UnknownFormat, match="written in format 2, this release reads 1"):
+        with pytest.raises(UnknownFormat, match="written in format 2, but this release reads 1"):
             opened()
 
     @pytest.mark.parametrize(
         ("gone", "why"),
         [
-            ([31], f"{name(61)}: follows segment 31, but 1 is before it"),
-            ([31, 61], f"{name(91)}: follows segment 61, but 1 is before it"),
-            ([91], f"segment {name(91)} is gone, and it was synced"),
-            ([1, 31, 61, 91], "no segment is left of a log that was synced"),
+            ([31], f"{name(61)}: expected segment 31 before this one, found 1"),
+            ([31, 61], f"{name(91)}: expected segment 61 before this one, found 1"),
+            ([91], f"segment {name(91)} is missing, although it was synced"),
+            ([1, 31, 61, 91], "all segments of an existing log are missing"),
         ],
     )
     def test_a_missing_segment_is_noticed(
@@ -111,7 +112,7 @@ class TestRecovery:
     def test_a_segment_under_another_name_is_noticed(self, opened: Opener, directory: Path) -> None:
         build(directory, 100)
         (directory / name(91)).rename(directory / name(92))
-        with pytest.raises(Corrupt, match="begins with version 91, says its header"):
+        with pytest.raises(Corrupt, match="but its header says 91"):
             opened()
 
     def test_leftover_spares_are_removed_and_strangers_are_not(
@@ -133,7 +134,7 @@ class TestRecovery:
         del whole[start : start + frame_bytes(100)]
         (directory / name(1)).write_bytes(whole)
         (directory / "SYNCED").unlink()
-        with pytest.raises(Corrupt, match=f"byte {start}: a frame of version 9 instead of 8"):
+        with pytest.raises(Corrupt, match=f"byte {start}: expected a frame of version 8, found 9"):
             opened()
 
     def test_a_frame_missing_at_the_end_of_a_middle_segment_is_found_by_replay(
@@ -145,7 +146,7 @@ class TestRecovery:
         with contextlib.closing(log.cursor(0)) as cursor:
             while cursor.after < 59:
                 cursor.read()
-            with pytest.raises(Corrupt, match="0 bytes left, the next frame takes 32"):
+            with pytest.raises(Corrupt, match="the next frame has 32 bytes, but 0 are left"):
                 cursor.read()
 
     def test_the_mark_file_may_be_missing_or_empty_but_not_rotten(
@@ -204,4 +205,4 @@ class TestRecovery:
         with pytest.raises(Corrupt) as caught:
             opened()
         assert caught.value.where == f"{directory / name(1)} at byte {start}"
-        assert "and that is no torn tail" in caught.value.what
+        assert "this is damage" in caught.value.what

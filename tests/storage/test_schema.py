@@ -106,10 +106,11 @@ def test_the_field_in_which_two_schemas_differ_is_named(field: str) -> None:
         held.require_equal(schema(**{field: CHANGES[field]}))
     assert (caught.value.table, caught.value.field) == ("t", field)
     assert str(caught.value) == (
-        f"table 't' exists with {field} {getattr(held, field)!r}, requested was {CHANGES[field]!r}"
+        f"table 't' exists with {field} {getattr(held, field)!r}, but {CHANGES[field]!r} was"
+        " requested"
     )
 
 
 def test_of_several_differences_the_first_is_named() -> None:
-    with pytest.raises(SchemaMismatch, match=r"exists with dim 3, requested was 4"):
+    with pytest.raises(SchemaMismatch, match=r"exists with dim 3, but 4 was requested"):
         schema().require_equal(schema(dim=4, seed=9))

@@ -91,7 +91,7 @@ class TestAppend:
         log = opened()
         append(log, 1)
         for version in (0, 1, 3):
-            with pytest.raises(ValueError, match=f"version {version} appended after version 1"):
+            with pytest.raises(ValueError, match=f"expected a record of version 2, got {version}"):
                 log.append(version, 1, [])
         append(log, 2)
         assert log.last == 2
@@ -121,7 +121,7 @@ class TestAppend:
         assert rows.ctypes.data in addresses
 
     def test_a_record_of_more_than_four_gigabytes_is_refused(self, opened: Opener) -> None:
-        with pytest.raises(ValueError, match="a record takes at most 4294967295 bytes"):
+        with pytest.raises(ValueError, match="a record may have at most 4294967295 bytes"):
             opened().reserve(1 << 32)
 
     def test_room_for_several_records_is_reserved_at_once(self, opened: Opener) -> None:
@@ -245,7 +245,7 @@ class TestGroupCommit:
         log = opened()
         append(log, 1)
         log.sync(0)
-        with pytest.raises(ValueError, match="version 2 awaited, 1 is the newest appended"):
+        with pytest.raises(ValueError, match="version 2: the newest appended version is 1"):
             log.sync(2)
 
     def test_close_syncs_everything_and_twice_does_no_harm(self, opened: Opener) -> None:
