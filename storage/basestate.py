@@ -1,4 +1,7 @@
-"""The state of the base: which blocks are live, and what they are.
+"""The state record of the base: which of its blocks are live, and which tables they contain.
+
+The base is the on-disk copy of all rows at one log version. It consists of blocks. A live block is
+one that the newest state record lists.
 
     state  = magic[8] | format u32 | json u32 | blocks u64 | sessions u64 | checksum u64
              | JSON in UTF-8, padded with blanks to 8 bytes | numbers u64[blocks] | sessions
@@ -28,32 +31,32 @@ _HEAD = struct.Struct("<8sIIQQQ")  # magic format json blocks sessions checksum
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseTable:
-    """A table that existed at the version of a base state."""
+    """A table as recorded in the base (the on-disk copy of all rows at one log version)."""
 
     number: int  # given at creation, never reused
     schema: str  # JSON
-    created: int  # version of its creation
-    policy: bytes = b""  # state of its eviction, in the format of the eviction
-    counting: int = 0  # counters of versions up to this one were dropped by an alteration
+    created: int  # version of the log at which the table was created
+    policy: bytes = b""  # state of the table's Evictor, from Evictor.pack
+    counting: int = 0  # admission counters of versions up to this one are no longer valid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseState:
-    """What the live blocks contain: the shard at one version of its log."""
+    """The state record of the base, which describes the shard at one version of its log."""
 
-    lineage: bytes  # [16]
+    lineage: bytes  # [16]  random id of the log
     history: History  # epochs of the log
-    version: int  # the blocks contain every change up to it; replay starts after it
+    version: int  # the blocks contain every change up to this version; replay starts after it
     next_table: int  # number for the next new table
     tables: tuple[BaseTable, ...] = ()
-    horizon: int = 0  # deletes up to this version may have lost their tombstones
-    sessions: bytes = b""  # of the clients, as the shard packs them
+    horizon: int = 0  # tombstones of deletes up to this version may be missing
+    sessions: bytes = b""  # record of the pushes already applied, by client, as the shard packs it
     blocks: tuple[int, ...] = ()  # numbers of the live blocks, in the order they were added
-    cells: int = 0  # how many of these, at the end, contain sketches, which are written as a whole
-    logged: bool = False  # a log exists, so a missing one is damage
+    cells: int = 0  # number of blocks at the end of ``blocks`` that contain sketches
+    logged: bool = False  # True: a log was created, so a missing log is damage
 
     def pack(self) -> bytes:
-        """Return the bytes that are stored."""
+        """Encode the state record in the format above."""
         tables = [[t.number, t.schema, t.created, t.policy.hex()] for t in self.tables]
         facts = {
             "lineage": self.lineage.hex(),
@@ -77,20 +80,25 @@ class BaseState:
 
     @classmethod
     def unpack(cls, data: bytes, where: str) -> BaseState:
-        """Return the state in ``data``. Raises Corrupt or UnknownFormat with ``where``."""
+        """Decode the state record in ``data``. Raises Corrupt or UnknownFormat.
+
+        where  name of the record, for errors
+        """
         if len(data) < _HEAD.size:
-            raise Corrupt(where, f"{len(data)} bytes are too short for a state")
+            raise Corrupt(where, f"expected at least {_HEAD.size} bytes, got {len(data)}")
         magic, version, text, blocks, sessions, checksum = _HEAD.unpack_from(data)
         if magic != MAGIC:
-            raise Corrupt(where, f"a state must begin with {MAGIC!r}, got {magic!r}")
+            raise Corrupt(where, f"a state record must begin with {MAGIC!r}, got {magic!r}")
         if xxhash.xxh3_64_intdigest(data[: _HEAD.size - 8] + data[_HEAD.size :]) != checksum:
-            raise Corrupt(where, "the checksum of the state does not match its bytes")
+            raise Corrupt(where, "the checksum of the state record does not match its bytes")
         if version not in READABLE:
             raise UnknownFormat(where, version, FORMAT)
         numbers = _HEAD.size + text
         rest = numbers + 8 * blocks
         if len(data) != rest + sessions:
-            raise Corrupt(where, f"the state is {len(data)} bytes, not {rest + sessions}")
+            raise Corrupt(
+                where, f"expected a state record of {rest + sessions} bytes, got {len(data)}"
+            )
         facts = json.loads(data[_HEAD.size : numbers])
         return cls(
             lineage=bytes.fromhex(facts["lineage"]),

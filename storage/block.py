@@ -1,4 +1,8 @@
-"""Blocks: many rows, tombstones or counters in one run of bytes, the unit of base and checkpoint.
+"""Pack many rows, tombstones or counters into one run of bytes: a block.
+
+The base (the on-disk copy of all rows at one log version) and checkpoints consist of blocks. A
+tombstone records the delete of a key. A counter has the occurrences of a key without a row. A
+sketch counts such keys approximately; its array of counters is called cells.
 
     block       = header body                        little-endian
     header      = magic[8] | format u32 | width u32 | count u64 | table u32 | kind u32
@@ -10,7 +14,8 @@
                   (kind 2; width is 0)
     counters    = keys u64[count] | versions u64[count] | totals u32[count]
                   (kind 3; width is 0)
-    cells       = u8[count], bytes start.. of a table's sketch     (kind 4; width is 0)
+    cells       = u8[count], a part of the bytes of a table's sketch, from byte ``start`` on
+                  (kind 4; width is 0)
 
 ``start`` is 0 in blocks of other kinds. The checksum is the xxh3_64 of all other bytes, with seed
 0. The length of a block follows from its header. Every array begins at a multiple of 8 bytes, the
@@ -33,7 +38,7 @@ from storage.kernels import Keys, Rows
 Bytes = NDArray[np.uint8]
 Data = bytes | bytearray | memoryview | Bytes
 
-BLOCK_BYTES = (2 << 20) - 16  # of a full block; with LMDB's 16 bytes, 512 pages
+BLOCK_BYTES = (2 << 20) - 16  # size of a full block; with LMDB's 16 bytes it fills 512 pages
 MAGIC = b"PSBLOCK\n"
 FORMAT = 1
 ROWS, TOMBSTONES, COUNTERS, CELLS = KINDS = 1, 2, 3, 4
@@ -45,58 +50,74 @@ _TOMBSTONE = 20  # bytes: key, version, cause; or of a counter: key, version, to
 
 
 def rows_per_block(width: int) -> int:
-    """Return how many rows of ``width`` numbers fill a block; at least one."""
+    """Return how many rows of ``width`` float32 numbers fit into a block of 2 MiB; at least 1."""
     return max(1, (BLOCK_BYTES - _HEADER.size) // (_ROW_META + 4 * width))
 
 
 def tombstones_per_block() -> int:
-    """Return how many tombstones, or counters, fill a block."""
+    """Return how many tombstones, or how many counters, fit into a block of 2 MiB."""
     return (BLOCK_BYTES - _HEADER.size) // _TOMBSTONE
 
 
 def size_of(kind: int, width: int, count: int) -> int:
-    """Return the bytes of a block of ``count`` rows, tombstones, counters or bytes of cells."""
+    """Return the size in bytes of a block.
+
+    kind   ROWS, TOMBSTONES, COUNTERS or CELLS
+    width  float32 numbers per row; 0 for other kinds
+    count  number of rows, tombstones or counters; for CELLS, number of bytes
+    """
     each = {ROWS: _ROW_META + 4 * width, CELLS: 1}.get(kind, _TOMBSTONE)
     return _HEADER.size + count * each
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Views into the bytes of one block, without a copy. Arrays that its kind lacks are empty.
+    """One block: its bytes, and its arrays as views of these bytes.
 
-    To write a block, call ``empty`` or ``tombstones``, fill the arrays in place, then ``seal``. To
-    read one, call ``unpack``. If the bytes are read-only, so are the arrays.
+    Arrays that do not exist in a block of this kind are empty. To write a block, call ``empty`` or
+    ``tombstones``, fill the arrays in place, then call ``seal``. To read one, call ``unpack``. If
+    the bytes are read-only, so are the arrays.
     """
 
     data: Bytes  # uint8[size], the whole block; the arrays below are parts of it
     table: int  # number of the table
     kind: int  # ROWS, TOMBSTONES, COUNTERS or CELLS
     keys: Keys  # uint64[count]
-    versions: NDArray[np.uint64]  # [count]  last push, or the delete
-    steps: NDArray[np.int64]  # [count]  of the last push
+    versions: NDArray[np.uint64]  # [count]  version of the last push, or of the delete
+    steps: NDArray[np.int64]  # [count]  step of the last push
     frequencies: NDArray[np.uint64]  # [count]
     rows: Rows  # float32[count, width]  [embedding | state]
-    causes: NDArray[np.uint32]  # [count]  why the keys were deleted
+    causes: NDArray[np.uint32]  # [count]  Cause (records.py) of each delete
     totals: NDArray[np.uint32]  # [count]  occurrences of keys without a row
-    cells: Bytes  # uint8[count]  of a sketch
+    cells: Bytes  # uint8[count]  a part of the bytes of a sketch
 
     @classmethod
     def empty(cls, table: int, width: int, count: int, buffer: Bytes | None = None) -> Block:
-        """Return a block of ``count`` rows whose arrays are undefined.
+        """Return a block of ``count`` rows with undefined contents, for the caller to fill.
 
+        table   number of the table
+        width   float32 numbers per row
         buffer  uint8[>= size_of(ROWS, width, count)], 8-byte aligned, memory to use; None: new
-                memory. A loop over blocks that reuses a buffer stays in the CPU's cache
+                memory. Reusing one buffer for many blocks keeps it in the CPU's cache
         """
         return cls._over(_take(buffer, size_of(ROWS, width, count)), table, ROWS, width, count)
 
     @classmethod
     def tombstones(cls, table: int, count: int, buffer: Bytes | None = None) -> Block:
-        """Return a block of ``count`` tombstones whose arrays are undefined; see ``empty``."""
+        """Return a block of ``count`` tombstones with undefined contents, for the caller to fill.
+
+        For ``table`` and ``buffer`` see ``empty``.
+        """
         return cls._over(_take(buffer, size_of(TOMBSTONES, 0, count)), table, TOMBSTONES, 0, count)
 
     @classmethod
     def _over(cls, data: Bytes, table: int, kind: int, width: int, count: int) -> Block:
-        """Return the views of a block over its bytes, except the header."""
+        """Return the block whose bytes are ``data``: make views for all arrays.
+
+        kind   ROWS, TOMBSTONES, COUNTERS or CELLS
+        width  float32 numbers per row; 0 for other kinds
+        count  number of rows, tombstones or counters; for CELLS, number of bytes
+        """
         end = _HEADER.size
         each = {of: count if of == kind else 0 for of in KINDS}
         keyed = count - each[CELLS]
@@ -122,18 +143,20 @@ class Block:
 
     @property
     def width(self) -> int:
-        """Numbers in a row; 0 for tombstones."""
+        """Number of float32 numbers per row; 0 in a block without rows."""
         return int(self.rows.shape[1])
 
     @property
     def start(self) -> int:
-        """Of sealed CELLS: index of the first byte within the sketch."""
+        """Index in the sketch's bytes of the first byte of ``cells``. Only for a sealed block."""
         return int(_HEADER.unpack_from(self.data.data)[6])
 
     def seal(self, start: int = 0) -> memoryview:
-        """Write header and checksum, and return the block's bytes, not a copy.
+        """Write header and checksum into ``data``, and return ``data`` as a view, without a copy.
 
-        The arrays must be filled before.
+        start  for CELLS: index in the sketch's bytes of the first byte of ``cells``
+
+        Fill the arrays before: the checksum covers them.
         """
         fields = (MAGIC, FORMAT, self.width, len(self), self.table, self.kind, start)
         _HEADER.pack_into(self.data.data, 0, *fields, 0)
@@ -149,7 +172,7 @@ def pack_rows(
     frequencies: NDArray[np.uint64],
     rows: Rows,
 ) -> memoryview:
-    """Return a sealed block with copies of these arrays, each [n], and rows [n, width]."""
+    """Return the bytes of a sealed block with copies of these arrays; rows is [n, width]."""
     block = Block.empty(table, rows.shape[1], len(keys))
     block.keys[:], block.versions[:], block.steps[:] = keys, versions, steps
     block.frequencies[:], block.rows[:] = frequencies, rows
@@ -159,7 +182,7 @@ def pack_rows(
 def pack_tombstones(
     table: int, keys: Keys, versions: NDArray[np.uint64], causes: NDArray[np.uint32]
 ) -> memoryview:
-    """Return a sealed block with copies of these arrays, each [n]."""
+    """Return the bytes of a sealed block of tombstones with copies of these arrays, each [n]."""
     block = Block.tombstones(table, len(keys))
     block.keys[:], block.versions[:], block.causes[:] = keys, versions, causes
     return block.seal()
@@ -168,7 +191,7 @@ def pack_tombstones(
 def pack_counters(
     table: int, keys: Keys, versions: NDArray[np.uint64], totals: NDArray[np.uint32]
 ) -> memoryview:
-    """Return a sealed block with copies of these arrays, each [n]."""
+    """Return the bytes of a sealed block of counters with copies of these arrays, each [n]."""
     size = size_of(COUNTERS, 0, len(keys))
     block = Block._over(np.empty(size, np.uint8), table, COUNTERS, 0, len(keys))
     block.keys[:], block.versions[:], block.totals[:] = keys, versions, totals
@@ -176,7 +199,11 @@ def pack_counters(
 
 
 def pack_cells(table: int, start: int, cells: Bytes) -> memoryview:
-    """Return a sealed block with a copy of a sketch's bytes uint8[n], from index ``start`` on."""
+    """Return the bytes of a sealed block with a copy of a part of a sketch.
+
+    start  index in the sketch's bytes of the first byte of ``cells``
+    cells  uint8[n], the part
+    """
     size = size_of(CELLS, 0, len(cells))
     block = Block._over(np.empty(size, np.uint8), table, CELLS, 0, len(cells))
     block.cells[:] = cells
@@ -184,16 +211,18 @@ def pack_cells(table: int, start: int, cells: Bytes) -> memoryview:
 
 
 def unpack(data: Data, where: str) -> Block:
-    """Return the block in ``data`` after checking magic, checksum, format and length.
+    """Return the block in ``data``. Verifies magic, checksum, format, kind and length.
 
-    The result has views of ``data``, or of a copy if the bytes are not aligned. Raises Corrupt or
-    UnknownFormat with ``where``, the name of the block.
+    where  name of the block, for errors
+
+    The arrays are views of ``data``, or of a copy if ``data`` is not 8-byte aligned. Raises Corrupt
+    or UnknownFormat.
     """
     raw: Bytes = np.frombuffer(data, np.uint8)
     if raw.ctypes.data % 8:
         raw = raw.copy()
     if len(raw) < _HEADER.size:
-        raise Corrupt(where, f"{len(raw)} bytes are too short for a block")
+        raise Corrupt(where, f"expected at least {_HEADER.size} bytes in a block, got {len(raw)}")
     magic, version, width, count, table, kind, _, checksum = _HEADER.unpack_from(raw.data)
     if magic != MAGIC:
         raise Corrupt(where, f"a block must begin with {MAGIC!r}, got {magic!r}")
@@ -204,7 +233,9 @@ def unpack(data: Data, where: str) -> Block:
     if kind not in KINDS:
         raise Corrupt(where, f"unknown kind {kind} of a block")
     if len(raw) != size_of(kind, width, count):
-        raise Corrupt(where, f"the block is {len(raw)} bytes, not {size_of(kind, width, count)}")
+        raise Corrupt(
+            where, f"expected a block of {size_of(kind, width, count)} bytes, got {len(raw)}"
+        )
     return Block._over(raw, table, kind, width, count)
 
 

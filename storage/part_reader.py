@@ -1,4 +1,8 @@
-"""Read the rows and counters of one shard's part of a checkpoint, the newest layer first."""
+"""Read the rows and counters of one shard's part of a checkpoint.
+
+The layers of a checkpoint are its records, its blocks, then those of its parent, and so on. They
+are read from the newest to the oldest, so that the first row or delete found for a key is its last.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +26,14 @@ from storage.records import AlterRecord, DeleteRecord, PushRecord, decode
 from storage.segment import Frame
 from storage.store import Store
 
-SEEN_BYTES = 1 << 40  # limit of the keys of newer layers, in memory and in address space
+SEEN_BYTES = 1 << 40  # limit of memory and address space for the keys of newer layers
 T = TypeVar("T")
 
 
 class Piece(NamedTuple):
-    """Rows of one table of a shard. The arrays are valid until the next piece is read."""
+    """Some rows of one table of a shard. The arrays are valid until the next piece is read."""
 
-    table: int  # its number on that shard
+    table: int  # number of the table on that shard
     keys: Keys  # uint64[n]
     versions: NDArray[np.uint64]
     steps: NDArray[np.int64]
@@ -38,33 +42,54 @@ class Piece(NamedTuple):
 
 
 def blocks_in(data: bytes, where: str, kinds: Sequence[int]) -> list[Block]:
-    """Split a file whose checksum is right into its blocks, all of them of ``kinds``."""
+    """Split the contents of a "blocks" or "counters" file into blocks.
+
+    data   contents of the file; the caller has verified its checksum
+    where  file name, for errors
+    kinds  kinds of blocks that the file may contain
+
+    Raises Corrupt for damage or a block of a different kind, and UnknownFormat.
+    """
     found, at = [], 0
     while at < len(data):
         if at + ENTRY.size > len(data):
-            raise Corrupt(f"{where} at byte {at}", "an incomplete entry")
+            raise Corrupt(f"{where} at byte {at}", "the file ends within a block's size field")
         size: int = ENTRY.unpack_from(data, at)[0]
         at += ENTRY.size
         if size > len(data) - at:
-            raise Corrupt(f"{where} at byte {at}", f"a block of {size} bytes goes beyond the end")
+            raise Corrupt(
+                f"{where} at byte {at}",
+                f"a block declares {size} bytes, but {len(data) - at} bytes are left",
+            )
         block = unpack(memoryview(data)[at : at + size], f"{where} at byte {at}")
         if block.kind not in kinds:
-            raise Corrupt(f"{where} at byte {at}", f"a block of kind {block.kind}, not {kinds}")
+            raise Corrupt(
+                f"{where} at byte {at}", f"expected a block of kind {kinds}, got {block.kind}"
+            )
         found.append(block)
         at += size + -size % 8
     return found
 
 
 def frames_in(data: bytes, where: str) -> list[Frame]:
-    """Split a file, whose checksum is right, into its records, undecoded."""
+    """Split the contents of a "records" file into raw records.
+
+    data   contents of the file; the caller has verified its checksum
+    where  file name, for errors
+
+    Raises Corrupt if a record is incomplete.
+    """
     found, at, view = [], 0, memoryview(data)
     while at < len(data):
         if at + RECORD.size > len(data):
-            raise Corrupt(f"{where} at byte {at}", "an incomplete record")
+            raise Corrupt(f"{where} at byte {at}", "the file ends within a record's header")
         version, size, kind = RECORD.unpack_from(data, at)
         at += RECORD.size
         if size > len(data) - at:
-            raise Corrupt(f"{where} at byte {at}", f"a record of {size} bytes goes beyond the end")
+            raise Corrupt(
+                f"{where} at byte {at}",
+                f"a record declares {size} bytes, but {len(data) - at} bytes are left",
+            )
         found.append(Frame(version, kind, view[at : at + size]))
         at += size + -size % 8
     return found
@@ -73,13 +98,15 @@ def frames_in(data: bytes, where: str) -> list[Frame]:
 def rows_of(
     store: Store, checkpoint: Checkpoint, shard: int, tables: Iterable[int], report: Report
 ) -> Iterator[Piece]:
-    """Read the rows that tables of a shard had at the checkpoint's version, each key once, in no
-    order.
+    """Yield the rows of some tables of one shard, as of the checkpoint's version.
 
-    tables  their numbers on that shard
+    shard   number of the shard
+    tables  numbers of the tables on that shard
+    report  called with the bytes read since the last call
 
-    Every file of the part is checked, also one without rows of these tables. Raises Corrupt, which
-    names a damaged file, or a table with another number of rows than its manifest says.
+    Each key comes once, in no particular order. Verifies the checksum of every file with rows, also
+    of files without rows of these tables. Raises Corrupt, which names the damaged file, or the
+    table if its number of rows differs from the manifest.
     """
     part = checkpoint.parts[shard]
     asked = {table.number: table for table in part.tables}
@@ -98,17 +125,23 @@ def rows_of(
         if found[number] != table.rows:
             raise Corrupt(
                 store.where(f"{part.name}/{part.attempt}/{shard:05}"),
-                f"table {table.name!r} has {found[number]} rows, the shard had {table.rows}",
+                f"table {table.name!r}: found {found[number]} rows, but the manifest says"
+                f" {table.rows}",
             )
 
 
 def counters_of(
     store: Store, checkpoint: Checkpoint, shard: int, tables: Iterable[int], report: Report
 ) -> Iterator[tuple[int, Keys, NDArray[np.uint32], NDArray[np.uint64]]]:
-    """Read the exact counters that tables of a shard had at the checkpoint's version.
+    """Yield the exact admission counters of some tables of one shard, as of the checkpoint's
+    version.
 
-    Yields once for each table: its number, keys uint64[n], totals uint32[n], versions uint64[n].
-    A key that has a row may have a counter too, which is not needed.
+    shard   number of the shard
+    tables  numbers of the tables on that shard
+    report  called with the bytes read since the last call
+
+    Yields (number of the table, keys uint64[n], totals uint32[n], versions uint64[n]) once per
+    table that has counters. Some of the keys may have a row; ignore their counters.
     """
     part, name = checkpoint.parts[shard], checkpoint.manifest.name
     found: dict[int, list[tuple[Any, ...]]] = {number: [] for number in tables}
@@ -118,7 +151,7 @@ def counters_of(
             if block.table in found:
                 found[block.table].append((block.keys, block.totals, block.versions))
         report(len(data))
-    for file in part.records:  # in order: the last record of a key counts
+    for file in part.records:  # oldest first; the last record of a key is valid
         data = read_file(store, name, file)
         for frame in frames_in(data, store.where(f"{name}/{file.path}")):
             record = decode(frame)
@@ -143,9 +176,12 @@ def counters_of(
 def verify_part(
     store: Store, checkpoint: Checkpoint, shard: int, report: Report
 ) -> Iterator[Piece]:
-    """Read and check every byte that a checkpoint and its parents have of one shard.
+    """Read and verify all files of one shard in a checkpoint and its parents.
 
-    Yields the rows of all tables, for checks of the caller. Raises Corrupt, UnknownFormat.
+    report  called with the bytes read since the last call
+
+    Yields the rows of all tables, so that the caller can make further checks. Raises Corrupt or
+    UnknownFormat.
     """
     numbers = [table.number for table in checkpoint.parts[shard].tables]
     yield from rows_of(store, checkpoint, shard, numbers, report)
@@ -160,28 +196,28 @@ def verify_part(
 
 
 class _Seen:
-    """The keys of the newer layers. It takes memory only if there is a newer layer."""
+    """Set of the keys of one table that were found in newer layers. Takes no memory while empty."""
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self._index: Index | None = None
 
     def new(self, keys: Keys) -> Any:
-        """Return which keys are not in here: positions, or a slice if none is."""
+        """Return an index that selects the keys that are not in the set: int64[] or a slice."""
         if self._index is None:
             return slice(None)
         locations, absent = self._index.find(keys)
         return slice(None) if absent == len(keys) else np.flatnonzero(locations == 0)
 
     def add(self, keys: Keys) -> None:
-        """Add keys that are not in here."""
+        """Add distinct keys, none of which is in the set."""
         if len(keys):
             if self._index is None:
                 self._index = Index(self._budget)
             self._index.insert(keys, np.ones(len(keys), np.uint64))
 
     def close(self) -> None:
-        """Return the memory."""
+        """Return the memory to the budget."""
         if self._index is not None:
             self._index.close()
 
@@ -189,6 +225,10 @@ class _Seen:
 def _newest_first(
     store: Store, checkpoint: Checkpoint, shard: int, seen: dict[int, _Seen], report: Report
 ) -> Iterator[Piece]:
+    """Yield the rows of a shard, the newest layer first, each key once.
+
+    seen  set of the keys found so far, by number of each table to read; updated
+    """
     files = [
         (each, file, is_records)
         for each in checkpoint.chain
@@ -211,6 +251,10 @@ def _newest_first(
 
 
 def _from_records(frames: list[Frame], seen: dict[int, _Seen]) -> Iterator[Piece]:
+    """Yield the rows of pushed keys that are not in ``seen``, the last record first.
+
+    Adds the keys of all pushes and deletes to ``seen``.
+    """
     for frame in reversed(frames):
         record = decode(frame)
         if not isinstance(record, PushRecord | DeleteRecord) or record.table not in seen:
@@ -227,6 +271,10 @@ def _from_records(frames: list[Frame], seen: dict[int, _Seen]) -> Iterator[Piece
 
 
 def _from_blocks(blocks: list[Block], seen: dict[int, _Seen], *, last: bool) -> Iterator[Piece]:
+    """Yield the rows of blocks whose keys are not in ``seen``, the last block first.
+
+    last  the blocks belong to the oldest layer, so their keys need not be added to ``seen``
+    """
     for block in reversed(blocks):
         if block.table not in seen:
             continue
@@ -241,7 +289,7 @@ def _from_blocks(blocks: list[Block], seen: dict[int, _Seen], *, last: bool) -> 
 
 
 def ahead(read: Callable[[Any], T], items: Sequence[Any], by: int = 1) -> Iterator[T]:
-    """Return ``read(item)`` of each item in order. Another thread reads ``by`` items ahead."""
+    """Yield ``read(item)`` for each item in order. A background thread reads ``by`` items ahead."""
     with ThreadPoolExecutor(1, "checkpoint reader") as pool:
         begun: deque[Future[T]] = deque()
         try:

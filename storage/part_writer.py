@@ -1,4 +1,4 @@
-"""Write one shard's part of a checkpoint. checkpoint.py has the grammar of its files."""
+"""Write one shard's part of a checkpoint. checkpoint.py describes the format of the files."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from storage.sealed import seal
 from storage.segment import Frame
 from storage.store import Output, Store
 
-FILE_BYTES = 64 << 20  # a file that has this size is closed
-CLOSING = 4  # largest number of files that wait to be synced
+FILE_BYTES = 64 << 20  # a file is closed once it has at least this size
+CLOSING = 4  # maximum number of files that wait to be synced
 
 ENTRY = struct.Struct("<Q")
 RECORD = struct.Struct("<QII")
@@ -25,23 +25,31 @@ _ZEROS = bytes(8)
 
 
 class _Closing(NamedTuple):
-    """A file that is written in full and not synced yet."""
+    """A file that is completely written but not yet synced."""
 
-    kind: str
-    path: str
+    kind: str  # one of KINDS in manifest.py
+    path: str  # within the checkpoint
     output: Output
-    checksum: Future[str]
+    checksum: Future[str]  # xxh3_128 in hexadecimal, available once the file is synced
 
 
 class PartWriter:
-    """Writes the files of one shard in the order of the calls, then its manifest.
+    """Writes one shard's part of a checkpoint: its files in the order of the calls, then its
+    manifest.
 
-    A thread of its own syncs a file while the next one is written. The less time the copy takes,
-    the fewer records it needs.
+    A background thread syncs each file while the next one is written. This shortens the checkpoint,
+    and so the part of the log that must be stored with the rows.
     """
 
     def __init__(self, store: Store, name: str, attempt: str, shard: int, report: Report) -> None:
-        """``report`` is called after each block and each record with the bytes written."""
+        """Create a writer. Writes no file yet.
+
+        store    where all checkpoints are stored
+        name     the checkpoint's name
+        attempt  random id of this attempt to take the checkpoint, 16 hexadecimal digits
+        shard    number of the shard, from 0 on
+        report   called after each block and record with the bytes written since the last call
+        """
         self._store = store
         self._name = name
         self._prefix = f"{attempt}/{shard:05}"
@@ -54,28 +62,35 @@ class PartWriter:
         self._closer = ThreadPoolExecutor(1, "checkpoint files")
 
     def block(self, data: Any, kind: str = "blocks") -> None:
-        """Append a sealed block of rows or tombstones; or of counters, if that is its kind."""
+        """Append a sealed block.
+
+        data  the bytes of the block; see block.py
+        kind  files to append to: "blocks" for rows and tombstones, "counters" for counters
+        """
         view = memoryview(data).cast("B")
         self._append(kind, [ENTRY.pack(len(view)), view, _ZEROS[: -len(view) % 8]])
 
     def frames(self, frames: Iterable[Frame]) -> None:
-        """Append records of the log."""
+        """Append records of the log, given by their frames."""
         for frame in frames:
             size = len(frame.payload)
             head = RECORD.pack(frame.version, size, frame.kind)
             self._append("records", [head, frame.payload, _ZEROS[: -size % 8]])
 
     def sessions(self, data: bytes) -> None:
-        """Write the clients' sessions, unless there are none."""
+        """Write the file of the clients' sessions, unless ``data`` is empty.
+
+        data  the sessions in the format of the engine
+        """
         if data:
             self._append("sessions", [data])
 
     def finish(self, **rest: Any) -> tuple[Part, File]:
-        """Finish the files and write the shard's manifest.
+        """Finish and sync all files, then write the shard's manifest.
 
-        rest  the fields of Part other than the name and the files
+        rest  the fields of Part except ``name`` and the lists of files
 
-        Returns the manifest and the file that contains it.
+        Returns (manifest, path, size and checksum of the manifest's file).
         """
         self._close(0)
         self._closer.shutdown()
@@ -88,7 +103,9 @@ class PartWriter:
         return part, File(path=path, bytes=len(data), checksum=xxh3_128_hexdigest(data))
 
     def discard(self) -> None:
-        """Give up. The files stay until another attempt is completed, or the name is deleted."""
+        """Stop writing. The files written so far stay until a later attempt to take the checkpoint
+        is completed, or the checkpoint is deleted.
+        """
         self._closer.shutdown(cancel_futures=True)
         for each in self._closing:
             each.output.discard()
@@ -96,6 +113,10 @@ class PartWriter:
             self._output.discard()
 
     def _append(self, kind: str, parts: Sequence[Any]) -> None:
+        """Append buffers to the open file, or to a new one if ``kind`` changes or the file is full.
+
+        parts  the buffers of one entry, which are not split over two files
+        """
         if self._output is None or kind != self._kind or self._output.bytes >= FILE_BYTES:
             self._close(CLOSING)
             self._kind, self._path = kind, f"{self._prefix}.{self._count:06}.{kind}"
@@ -106,7 +127,10 @@ class PartWriter:
         self._report(self._output.bytes - before)
 
     def _close(self, most: int) -> None:
-        """Hand over the open file to be synced; return when at most ``most`` files wait for it."""
+        """Let the background thread sync and close the open file, if there is one.
+
+        most  wait until at most this many files are not yet synced
+        """
         if self._output is not None:
             output, self._output = self._output, None
             checksum = self._closer.submit(output.close)

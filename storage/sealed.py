@@ -1,12 +1,12 @@
-"""Small JSON files with a checksum and a schema.
+"""Write and read small JSON files with a checksum and a schema.
 
     file     = {"checksum": C, "content": CONTENT} as ``json.dumps(..., sort_keys=True, indent=1)``
                writes it, and a line feed
     C        = hexadecimal xxh3_128 of CONTENT alone, as the same call writes it
     CONTENT  = an object with the member "format": 1, and the fields of one dataclass
 
-The schema is the dataclass: types are strict, and unknown or missing fields are errors. A field
-may have bounds (``Annotated[int, Field(ge=0)]``).
+The schema is a dataclass. Types are not converted, and unknown or missing fields are errors. A
+field may have bounds (``Annotated[int, Field(ge=0)]``).
 """
 
 from __future__ import annotations
@@ -32,24 +32,27 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Versioned:
-    """The only field that every format has."""
+    """The field ``format``, which every version of the file format has."""
 
     format: int
 
 
 def seal(content: Any) -> bytes:
-    """Return the bytes of the file for a dataclass."""
+    """Return the bytes of a sealed file for an instance of a dataclass."""
     return seal_fields(fields_of(content))
 
 
 def fields_of(content: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass under their names in the file."""
+    """Return the fields of an instance of a dataclass as a dict, under their names in the file.
+
+    The class attribute NAMES_IN_FILE, if any, maps names of fields to different names in the file.
+    """
     names = getattr(content, "NAMES_IN_FILE", {})
     return {names.get(name, name): value for name, value in dataclasses.asdict(content).items()}
 
 
 def seal_fields(fields: dict[str, Any]) -> bytes:
-    """Return the bytes of the file for any JSON object."""
+    """Return the bytes of a sealed file for any JSON object."""
     text = json.dumps(fields, sort_keys=True, indent=1)
     checksum = xxh3_128_hexdigest(text.encode())
     inner = text.replace("\n", "\n ").encode()  # strings have no line feeds: JSON escapes them
@@ -57,18 +60,19 @@ def seal_fields(fields: dict[str, Any]) -> bytes:
 
 
 def unseal(kind: type[T], data: bytes, where: str) -> T:
-    """Read a file that ``seal`` made.
+    """Read the bytes of a file that ``seal`` wrote.
 
-    where  names the file in errors
+    kind   dataclass to return an instance of
+    where  file name, for errors
 
-    Raises Corrupt if a byte is not as written or a field breaks the schema of ``kind``, and
-    UnknownFormat for another format.
+    Raises Corrupt if a byte differs from what was written or a field does not fit ``kind``, and
+    UnknownFormat if the file has a different format number.
     """
     start = len(_HEAD) + _DIGITS + len(_MIDDLE)
     end = len(data) - len(_TAIL)
     checksum = data[len(_HEAD) : len(_HEAD) + _DIGITS]
     if end < start or data[:start] != _HEAD + checksum + _MIDDLE or data[end:] != _TAIL:
-        raise Corrupt(where, "not a file with a checksum and a content")
+        raise Corrupt(where, "expected a JSON object with the members 'checksum' and 'content'")
     content = data[start:end].replace(b"\n ", b"\n")
     if xxh3_128_hexdigest(content).encode() != checksum:
         raise Corrupt(where, "the checksum does not match the content")
@@ -89,7 +93,7 @@ def _adapter(kind: Hashable) -> TypeAdapter[Any]:
 
 
 def _first(error: ValidationError) -> str:
-    """Describe the first broken rule: field, rule and value."""
+    """Return the first validation error as text: field, expected value, found value."""
     item = error.errors(include_url=False)[0]
     field = ".".join(map(str, item["loc"])) or "content"
     return f"{field}: {item['msg']}, got {item['input']!r:.100}"

@@ -257,7 +257,7 @@ class TestGroupCommit:
         log.close()
         log.close()
         assert (called, log.durable) == ([199], 199)
-        with pytest.raises(ValueError, match="awaited"):
+        with pytest.raises(ValueError, match="cannot sync version 200"):
             log.sync(200)
 
     def test_a_closed_log_leaves_no_descriptor_thread_or_spare(
