@@ -1,14 +1,13 @@
-"""Memory that grows by chunks, and the budget that it is taken from.
+"""Arenas: arrays whose memory grows in chunks, and the budget that the memory is taken from.
 
-An arena reserves address space and takes memory from it chunk by chunk, as rows appear. Fresh
-memory reads as zero. Growing within the reservation copies nothing and moves nothing. While a
-process has few arenas, each reserves room for the whole budget, and that is all that ever happens.
+An arena reserves address space, and takes memory from it chunk by chunk as rows are added. New
+memory is zero. Growing within the reservation copies and moves nothing. While a process has few
+arenas, each reserves room for the whole budget, so that none ever moves.
 
-With thousands of arenas the address space is not enough for that. Later arenas then reserve less.
-An arena that outgrows its reservation is moved to a larger one: the kernel moves its pages to other
-addresses, and copies none. Readers on other threads therefore take the array from the arena's
-``Memory`` for each short call, and keep no reference to it between calls. A move waits until no
-reader has a reference.
+With thousands of arenas the address space does not suffice for that, and later arenas reserve less.
+An arena that outgrows its reservation moves to a larger one: the kernel maps its pages to different
+addresses, without copying them. So a reader on a different thread must get the array from the
+arena's ``Memory`` for each short call, and must not keep it. A move waits until no reader has it.
 """
 
 from __future__ import annotations
@@ -27,90 +26,94 @@ from numpy.typing import DTypeLike, NDArray
 from storage.errors import OutOfMemory
 
 HUGE = 2 << 20  # bytes of a huge page
-SMALLEST_CHUNK = 64 << 10  # bytes, of a table that has not filled a huge page yet
+SMALLEST_CHUNK = 64 << 10  # bytes; for arenas smaller than a huge page
 LARGEST_CHUNK = 64 << 20  # bytes
 ADDRESSES = 32 << 40  # bytes of address space for the arenas of a budget: 1/4 of Linux's
-SHARE = 64  # an arena reserves at most this part of the addresses that are left
+SHARE = 64  # an arena reserves about 1/SHARE of the address space that is left
 SMALLEST_RESERVATION = 64 << 20  # bytes
-OUTGROWN = 4  # a reservation that was outgrown becomes this many times what is needed
+OUTGROWN = 4  # a move reserves this many times the bytes that are needed
 MOVE_SECONDS = 1.0  # a move waits this long for readers
 ADDRESS_SPACE = "no address space (see ulimit -v and vm.overcommit_memory): "
 MAP_NORESERVE = 0x4000  # Linux; the mmap module names it from Python 3.13 on
 
 
 def address_space() -> int:
-    """Return the bytes of address space that the arenas of one budget may reserve."""
+    """Return the bytes of address space that the arenas of one budget may reserve together."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return ADDRESSES if limit == resource.RLIM_INFINITY else min(ADDRESSES, limit // 2)
 
 
 class Budget:
-    """Bytes that a shard's tables may take together.
+    """Counts the memory of all tables of a shard, and refuses growth beyond a limit.
 
-    Tables take memory on the engine thread. Any thread may give it back, because memory is freed
-    by whoever used it last. That may be the garbage collector, in the middle of any method here,
-    so the lock is reentrant.
+    limit      bytes of memory
+    addresses  bytes of address space; None: the result of ``address_space``
 
-    limit      bytes
-    addresses  bytes of address space; None: as much as there is
+    Only the engine thread takes memory. Any thread may give it back, since the last reader of an
+    arena frees it. That may be the garbage collector in the middle of any method here, so the lock
+    is reentrant.
     """
 
     def __init__(self, limit: int, addresses: int | None = None) -> None:
         self.limit = limit
         self.addresses = address_space() if addresses is None else addresses
-        self.reserved = 0  # bytes of address space
+        self.reserved = 0  # bytes of address space that are reserved
         self._taken = 0
-        self._excess: int | None = 0  # bytes beyond the limit that may be taken; None: any
+        self._excess: int | None = 0  # bytes that may be taken beyond the limit; None: any number
         self._lock = threading.RLock()
 
     @property
     def held(self) -> int:
-        """Bytes that are taken now."""
+        """Bytes of memory that are taken now."""
         return self._taken
 
     @property
     def free(self) -> int:
-        """Bytes that may still be taken; negative while more than the limit is taken."""
+        """Bytes that are left up to the limit; negative if more than the limit is taken."""
         return self.limit - self._taken
 
     @property
     def loading(self) -> bool:
-        """Whether stored rows are being loaded: arenas then take no more than they need."""
+        """True while stored rows are loaded. Arenas then take only the memory that they need."""
         return self._excess != 0
 
     def begin_loading(self, excess: int | None = None) -> None:
-        """Let up to ``excess`` bytes beyond the limit be taken; None: any number.
+        """Allow up to ``excess`` bytes beyond the limit until ``end_loading``; None: any number.
 
-        A shard must always load what it has acknowledged, whatever its limit is now.
+        A shard must be able to load all rows that it has acknowledged, even if its limit is lower
+        now.
         """
         self._excess = excess
 
     def end_loading(self) -> None:
-        """Refuse growth beyond the limit from now on. What was taken stays taken."""
+        """Refuse growth beyond the limit from now on. Memory that is taken already stays taken."""
         self._excess = 0
 
     def take(self, size: int) -> None:
-        """Count ``size`` more bytes as taken, or raise OutOfMemory and count nothing."""
+        """Count ``size`` more bytes of memory as taken, or raise OutOfMemory and count nothing."""
         with self._lock:
             if self._excess is not None and self._taken + size > self.limit + self._excess:
                 raise OutOfMemory(self.limit, self._taken, size)
             self._taken += size
 
     def give(self, size: int) -> None:
-        """Count ``size`` bytes as free again."""
+        """Count ``size`` bytes of memory as free again."""
         with self._lock:
             self._taken -= size
 
     def reserve(self, size: int) -> None:
-        """Count ``size`` bytes of address space as reserved; negative: as free again."""
+        """Add ``size`` bytes of address space to ``reserved``; a negative size frees them."""
         with self._lock:
             self.reserved += size
 
 
 class Memory:
-    """The memory of one arena. It lives until the arena and the last reader have let go of it.
+    """The memory of one arena, as readers on different threads see it.
 
-    Only then are its bytes free again in the budget.
+    row_bytes  bytes per row
+
+    It exists until the arena is closed and the last reader has dropped it. Then its bytes are given
+    back to the budget.
     """
 
     def __init__(self, width: int, dtype: DTypeLike, budget: Budget) -> None:
@@ -119,26 +122,33 @@ class Memory:
         self._map, size = _reserve(budget, self._reservation(0))
         self._charge = _Charge(budget, size)
         weakref.finalize(self._map, self._charge.release).atexit = False
-        self._huge = False  # huge pages were asked for
+        self._huge = False  # huge pages were requested
         self._array: NDArray[Any] | None = self._view()
 
     @property
     def taken(self) -> int:
-        """Bytes taken from the budget: the part of the reservation that may be touched."""
+        """Bytes taken from the budget: the part of the reservation that may be accessed."""
         return self._charge.taken
 
     def array(self) -> NDArray[Any]:
-        """Return the rows. Any thread may ask, and keeps no reference after one short call."""
+        """Return the rows, an array [rows, width] over the whole reservation.
+
+        Any thread may call this, but must drop the array after one short use, because a move waits
+        for that. Waits while the memory is being moved.
+        """
         while (array := self._array) is None:  # it is being moved
             time.sleep(1e-5)
         return array
 
     def fits(self, end: int) -> bool:
-        """Return whether the reservation has ``end`` bytes."""
+        """Return whether the reservation has at least ``end`` bytes."""
         return end <= self._charge.reserved
 
     def take(self, end: int) -> None:
-        """Let the first ``end`` bytes be touched, or raise OutOfMemory and change nothing."""
+        """Take memory so that the first ``end`` bytes may be accessed; move if they do not fit.
+
+        Raises OutOfMemory, and takes nothing then.
+        """
         if not self.fits(end):
             self._move(end)
         charge = self._charge
@@ -150,16 +160,17 @@ class Memory:
                 self._map.madvise(mmap.MADV_HUGEPAGE)  # for all of it: only a whole map can move
 
     def shrink(self, end: int) -> None:
-        """Give back the bytes from ``end`` on, which nobody has touched."""
+        """Give the bytes from ``end`` on, which were never accessed, back to the budget."""
         self._budget.give(self._charge.taken - end)
         self._charge.taken = end
 
     def _view(self) -> NDArray[Any]:
+        """Return a new array [rows, width] over the whole reservation."""
         count = self._charge.reserved // self.row_bytes * self._width
         return np.frombuffer(self._map, self._dtype, count).reshape(-1, self._width)
 
     def _reservation(self, least: int) -> int:
-        """Return the bytes of address space to ask for, where ``least`` are needed."""
+        """Return the bytes of address space to reserve if at least ``least`` bytes are needed."""
         budget = self._budget
         smallest = max(min(SMALLEST_RESERVATION, budget.addresses // 4096), self.row_bytes)
         share = (budget.addresses - budget.reserved) // SHARE
@@ -167,7 +178,7 @@ class Memory:
         return _whole(min(max(share, smallest, OUTGROWN * least), most))
 
     def _move(self, least: int) -> None:
-        """Move to a reservation of at least ``least`` bytes, or raise OutOfMemory."""
+        """Move to a reservation of at least ``least`` bytes, or raise OutOfMemory and stay."""
         charge, size = self._charge, self._reservation(least)
         self._array = None  # Python refuses to resize memory while there is an array over it
         try:
@@ -181,7 +192,11 @@ class Memory:
             self._array = self._view()
 
     def _resize(self, size: int) -> bool:
-        """Move once no reader has the array; False if there is no address space."""
+        """Resize the reservation to ``size`` bytes once no reader has the array.
+
+        Returns False if there is not enough address space. Raises OutOfMemory if a reader keeps the
+        array for more than MOVE_SECONDS (1 s).
+        """
         deadline = time.monotonic() + MOVE_SECONDS
         while True:
             try:
@@ -198,7 +213,7 @@ class Memory:
 
 
 class _Charge:
-    """The bytes that a piece of memory takes from a budget, and the addresses that it reserves."""
+    """Bytes of memory and of address space that one Memory has taken from a budget."""
 
     def __init__(self, budget: Budget, reserved: int) -> None:
         self._budget = budget
@@ -207,7 +222,7 @@ class _Charge:
         budget.reserve(reserved)
 
     def release(self) -> None:
-        """Give everything back; called when the memory is unmapped."""
+        """Give both back to the budget; called when the memory is unmapped."""
         self._budget.give(self.taken)
         self._budget.reserve(-self.reserved)
 
@@ -222,7 +237,10 @@ def _whole(size: int) -> int:
 
 
 def _reserve(budget: Budget, size: int) -> tuple[mmap.mmap, int]:
-    """Return a map of ``size`` bytes, or of fewer where there is no more address space."""
+    """Reserve ``size`` bytes of address space, or fewer if there are not so many.
+
+    Returns (memory map, its size). Raises OutOfMemory if not even 2 MiB can be reserved.
+    """
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
     while True:
         try:
@@ -234,36 +252,37 @@ def _reserve(budget: Budget, size: int) -> tuple[mmap.mmap, int]:
 
 
 class Arena:
-    """A two-dimensional array [rows, width] of one dtype whose rows appear by chunks.
+    """A growable array [rows, width] of one dtype. Memory is added in chunks.
 
-    ``array`` spans the whole reservation; only its first ``rows`` rows may be touched. It is for
-    the thread that grows the arena, and valid until that. Other threads read through ``memory``.
+    array  the rows. Only the first ``rows`` rows may be accessed. Use it only on the thread that
+           calls ``grow``; each ``grow`` may replace it. Other threads read through ``memory``
+    rows   number of rows that may be accessed now
     """
 
     def __init__(self, width: int, dtype: DTypeLike, budget: Budget) -> None:
         self._budget = budget
         self._memory: Memory | None = Memory(width, dtype, budget)
         self.array: NDArray[Any] = self._memory.array()
-        self.rows = 0  # that may be touched now
+        self.rows = 0
 
     @property
     def memory(self) -> Memory:
-        """The memory, for a reader that may outlive the arena."""
+        """The arena's memory, for readers on other threads, also after the arena is closed."""
         assert self._memory is not None, "the arena is closed"
         return self._memory
 
     @property
     def bytes(self) -> int:
-        """Bytes taken from the budget."""
+        """Bytes of memory taken from the budget."""
         return self._memory.taken if self._memory is not None else 0
 
     def grow(self, rows: int) -> None:
-        """Make at least ``rows`` rows usable, or raise OutOfMemory and change nothing.
+        """Make at least ``rows`` rows accessible, or raise OutOfMemory and change nothing.
 
-        A chunk is 1/64 of what the arena has: large enough to be rare, small enough to waste
-        little. While stored rows are loaded, and for the last rows before the limit, it is what is
-        needed and no more. Huge pages start after the first 2 MiB, so that a small table stays
-        small.
+        Takes at least 1/64 of the memory that the arena has already, so that growth is rare and
+        little memory is unused. Takes only the memory for ``rows`` while stored rows are loaded, or
+        if the budget does not suffice for more. Huge pages are used only after the first 2 MiB, so
+        that a small table takes little memory.
         """
         if rows <= self.rows:
             return
@@ -285,11 +304,11 @@ class Arena:
         self.rows = end // memory.row_bytes
 
     def shrink(self, size: int) -> None:
-        """Go back to ``size`` bytes after growing; the rows beyond them were never touched."""
+        """Undo a ``grow``: keep only the first ``size`` bytes. The rest was never accessed."""
         self.memory.shrink(size)
         self.rows = size // self.memory.row_bytes
 
     def close(self) -> None:
-        """Let go of the memory. It is returned once no reader has it either."""
+        """Drop the memory. It is freed once the last reader has dropped it, too."""
         self.array = np.empty((0, self.array.shape[1]), self.array.dtype)
         self._memory, self.rows = None, 0

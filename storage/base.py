@@ -1,26 +1,29 @@
-"""The base: blocks in LMDB that a shard loads before it replays its log.
+"""The base: the on-disk copy of all rows at one log version, as blocks in LMDB.
+
+A shard loads the base when it starts, then replays its log from that version on.
 
     base   = data.mdb lock.mdb               an LMDB environment with one database
     entry  = number u64, big-endian -> block     see block.py; numbers begin at 1
            | "state" -> state                    see basestate.py
            | "seal" -> transaction u64
 
-A flush adds blocks, in transactions of up to 32 MiB, then commits a state that lists the live
-blocks. A block that the state does not list is left over, from a flush that did not commit or by a
-flush that replaced it, and is deleted.
+A flush adds blocks in transactions of up to 32 MiB, then commits a state record that lists the live
+blocks. Every other block is deleted: it was replaced, or its flush did not commit.
 
-**Integrity.** LMDB has no checksums and trusts its pages: damaged pages make it fail, hang or write
-over live blocks. So all pages that LMDB would follow are checked before it opens the file: both
-meta pages, the tree and the lists of free pages (pages.py). State and blocks have checksums, which
-are checked at every read. A damaged meta page could make LMDB prefer the older one, and silently
-bring back the previous state. Therefore each commit is followed by an empty transaction, the
-*seal*, after which both meta pages point to the newest state. If the process is killed between the
-two, the next open seals. Damage to bytes without meaning is not noticed. Damage to the tree of an
-open base is noticed at the next open.
+**Integrity.** LMDB has no checksums and trusts its pages. Damaged pages can make it fail, hang or
+overwrite live blocks. So all pages that LMDB would follow are checked before it opens the file:
+both meta pages, the tree and the lists of free pages (pages.py). The state record and the blocks
+have checksums, which are verified at every read. LMDB has two meta pages, which refer to its two
+newest transactions. If the newer one is damaged, LMDB may use the older one, and silently bring
+back the previous state record. Therefore each commit is followed by a transaction without blocks,
+the *seal*, after which both meta pages lead to the newest state record. If the process is killed
+between commit and seal, the next ``open`` seals. Damage to unused bytes is not noticed. Damage to
+the tree of an open base is noticed at the next ``open``.
 
-**A full disk.** LMDB reports a short write like a broken disk, so the file is allocated before each
-transaction. If that is refused, the transaction may still fit into free pages. If it then fails,
-DiskFull is raised and nothing has changed. The file never shrinks.
+**A full disk.** LMDB reports a full disk like a broken disk. So disk space for the file is
+allocated before each transaction. If there is no space, the transaction is tried nevertheless,
+because it may fit into free pages. If it fails, DiskFull is raised and nothing has changed. The
+file never shrinks.
 """
 
 from __future__ import annotations
@@ -49,9 +52,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 DATA, LOCK = "data.mdb", "lock.mdb"
-MAP_BYTES = 1 << 30  # smallest map; address space, not memory
-BATCH_BLOCKS = 16  # most blocks per transaction
-BATCH_BYTES = 32 << 20  # most bytes of blocks per transaction of more than one block
+MAP_BYTES = 1 << 30  # smallest size of LMDB's memory map: address space, not memory
+BATCH_BLOCKS = 16  # maximum number of blocks per transaction
+BATCH_BYTES = 32 << 20  # maximum bytes of blocks per transaction of more than one block
 SLACK = 1 << 20  # bytes that a transaction may need besides its values and the free list
 
 _STATE, _SEAL = b"state", b"seal"
@@ -67,46 +70,47 @@ _DAMAGE = (
 class Base:
     """The base of one shard.
 
-    state  the committed state; None before the first commit
+    state  the committed state record; None before the first commit
 
-    One thread writes (``add``, ``commit``, ``discard``). Any thread may call ``block`` and
-    ``blocks`` meanwhile. They copy a block out of the memory map, so a read transaction lasts as
-    long as the copy, and the result never points into the map.
+    Only one thread may write (``add``, ``commit``, ``discard``). Any thread may call ``block`` and
+    ``blocks`` meanwhile: they return copies, which stay valid.
 
-    The map begins at ``map_bytes`` or twice the file, whichever is more, and doubles when a
-    transaction might not fit. It takes address space only.
-
-    A read-only base is for tools, which may run next to the shard. It stays at the state that it
-    found, and keeps the shard from reusing the pages of deleted blocks until it is closed.
+    A read-only base is for tools, which may run while the shard runs. It shows the state at the
+    time of ``open``. Until it is closed, the shard cannot reuse the pages of deleted blocks.
     """
 
     def __init__(
         self, directory: Path, *, readonly: bool = False, map_bytes: int = MAP_BYTES
     ) -> None:
-        """Store the settings. ``open`` opens the file."""
+        """Store the settings. ``open`` opens the file.
+
+        map_bytes  initial size of LMDB's memory map (address space only); at least twice the size
+                   of the file is taken. It doubles when a transaction might not fit
+        """
         self.directory = directory
         self.state: BaseState | None = None
         self._path = directory / DATA
         self._readonly = readonly
         self._map_bytes = map_bytes
-        self._map_lock = threading.Lock()  # held while the map is read or moves
+        self._map_lock = threading.Lock()  # held while the memory map is read or resized
         self._env: Any = None
         self._file = -1
         self._snapshot: Any = None  # the read transaction of a read-only base
-        self._numbers: set[int] = set()  # of all stored blocks, live or not
+        self._numbers: set[int] = set()  # numbers of all stored blocks, live or not
         self._next = 1  # number for the next block
         self._write: Any = None  # the open write transaction, if any
-        self._added: list[int] = []  # numbers of the blocks in it
-        self._room = 0  # bytes that it has room for
+        self._added: list[int] = []  # numbers of the blocks in the write transaction
+        self._room = 0  # bytes of blocks for which the write transaction has room left
         self._failure: OSError | None = None
-        self._page = 4096  # bytes of a page of LMDB
-        self._short = 0  # most bytes that the disk lacked for the transaction
+        self._page = 4096  # size of LMDB's pages in bytes
+        self._short = 0  # bytes that could not be allocated for the transaction
 
     def open(self) -> Self:
-        """Check the file, read the state, and delete blocks that the state does not list.
+        """Check the file, read the state record, and delete blocks that it does not list.
 
-        Raises Corrupt or UnknownFormat, and OSError if the file cannot be opened. On a full disk
-        an existing base still opens; creating one raises DiskFull.
+        Creates the file if it is missing, unless the base is read-only. Raises Corrupt or
+        UnknownFormat, and OSError if the file cannot be opened. On a full disk an existing base
+        still opens; creating one raises DiskFull.
         """
         if not self._readonly and not self._path.exists():
             self._create()
@@ -152,12 +156,12 @@ class Base:
 
     @property
     def failure(self) -> OSError | None:
-        """The write or sync that failed, after which nothing is written any more."""
+        """Error of the write or sync that failed. Every later write raises it. None: no failure."""
         return self._failure
 
     @property
     def bytes(self) -> int:
-        """Size of the file: live blocks, free pages and what is allocated ahead."""
+        """Size of the file in bytes: live blocks, free pages and space allocated in advance."""
         return os.fstat(self._file).st_size
 
     # ---- writing
@@ -165,8 +169,8 @@ class Base:
     def add(self, block: Data) -> int:
         """Store a copy of a sealed block, and return its number.
 
-        The block is on disk after the commit that lists it. Without a commit it is lost. DiskFull
-        also loses some blocks added before: call ``discard`` and begin the flush again.
+        The block is kept only if the next ``commit`` lists it. After DiskFull some blocks that were
+        added before are lost, too: call ``discard`` and add all blocks again.
         """
         data = np.frombuffer(block, np.uint8).data
         if self._write is not None and (
@@ -184,51 +188,59 @@ class Base:
         return number
 
     def commit(self, state: BaseState) -> None:
-        """Commit ``state`` durably, and delete all blocks that it does not list.
+        """Atomically replace the state record, and delete all blocks that ``state`` does not list.
 
-        DiskFull leaves the old state. Raises ValueError if a listed block is not stored.
+        On return it is synced to disk. Raises DiskFull, and keeps the old state record then; and
+        ValueError if a listed block is not stored.
         """
         self._finish()
         live = set(state.blocks)
         if missing := live - self._numbers:
-            raise ValueError(f"the state lists block {min(missing)}, which is not stored")
+            raise ValueError(f"the state record lists block {min(missing)}, which is not stored")
         data = state.pack()
         self._begin(self._taken(len(data)))
         self._try(self._write.put, _STATE, data)
         self._delete(self._numbers - live)
         self.state = state
-        with suppress(DiskFull):  # the state is committed already
+        with suppress(DiskFull):  # the state record is committed already
             self._seal()
 
     def discard(self) -> None:
-        """Delete the blocks that the committed state does not list, as after a failed flush.
+        """Delete the blocks that the committed state record does not list.
 
-        Their pages become free.
+        Call it after a failed flush. The pages of the deleted blocks become free.
         """
         self._abort()
         unlisted = self._numbers - set(self.state.blocks if self.state else ())
         if unlisted:
             self._begin(0)
             self._delete(unlisted)
-            self._seal()  # LMDB uses pages again one transaction later
+            self._seal()  # LMDB reuses free pages only one transaction later
 
     # ---- reading
 
     def block(self, number: int) -> Block:
-        """Return a copy of a live block. Raises Corrupt if it is damaged. Any thread."""
+        """Return a copy of the block with this number. Any thread may call this.
+
+        Raises Corrupt if the block is damaged or missing.
+        """
         return self._read(number, None)
 
     def blocks(self) -> Iterator[tuple[int, Block]]:
-        """Yield the live blocks with their numbers, in the order of the list, each verified.
+        """Yield (number, block) for each live block, in the order of the state record's list.
 
-        All blocks use the same memory, so a block is valid until the next one is asked for. Raises
-        Corrupt at the first damaged block. Any thread.
+        Any thread may call this. A block is valid only until the next one is requested, because all
+        use the same memory. Each block is verified; raises Corrupt at the first damaged one.
         """
         buffer = np.empty(BLOCK_BYTES, np.uint8)
         for number in self.state.blocks if self.state else ():
             yield number, self._read(number, buffer)
 
     def _read(self, number: int, buffer: Bytes | None) -> Block:
+        """Return a verified copy of a block.
+
+        buffer  memory for the copy; None or too small: new memory
+        """
         where = f"{self._path}: block {number}"
         with self._map_lock:
             txn = self._snapshot or self._env.begin(buffers=True)
@@ -247,7 +259,7 @@ class Base:
     # ---- opening
 
     def _create(self) -> None:
-        """Atomically create an empty base: in a temporary directory, then moved into place."""
+        """Atomically create an empty base: make it in the directory "new", then move it."""
         fresh = self.directory / "new"
         try:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -280,7 +292,9 @@ class Base:
             raise self._meaning(error) from error
 
     def _take_snapshot(self) -> Any:
-        """Begin a read transaction. The shard may have grown the file since it was opened."""
+        """Begin and return a read transaction. Enlarges the memory map if the shard has extended
+        the file since it was opened.
+        """
         while True:
             try:
                 return self._env.begin(buffers=True)
@@ -288,6 +302,7 @@ class Base:
                 self._env.set_mapsize(0)
 
     def _find_state(self) -> None:
+        """Read the state record into ``state``. Raises Corrupt if it or a listed block is bad."""
         where = f"{self._path}: state"
         txn = self._snapshot or self._env.begin(buffers=True)
         value = txn.get(_STATE)
@@ -304,20 +319,25 @@ class Base:
     # ---- transactions
 
     def _seal(self) -> None:
-        """Commit an empty transaction; see the top of the file."""
+        """Commit a transaction that only writes the entry "seal"; the module docstring says why."""
         self._begin(0)
         self._try(self._write.put, _SEAL, struct.pack("<Q", self._write.id()))
         self._finish()
 
     def _delete(self, numbers: set[int]) -> None:
-        """Delete blocks and commit the transaction."""
+        """Delete the blocks with these numbers, and commit the open transaction."""
         for number in numbers:
             self._try(self._write.delete, _key(number))
         self._finish()
         self._numbers -= numbers
 
     def _begin(self, size: int) -> None:
-        """Begin a write transaction with room for ``size`` bytes of values, or raise DiskFull."""
+        """Begin a write transaction.
+
+        size  bytes of values that it will write; space for them is allocated
+
+        Raises the error of an earlier failed write or sync, if there was one.
+        """
         if self._failure is not None:
             raise self._failure
         assert not self._readonly, "a read-only base was written to"
@@ -325,7 +345,7 @@ class Base:
         self._write = self._try(self._env.begin, write=True)
 
     def _finish(self) -> None:
-        """Commit and sync the write transaction, if there is one."""
+        """Commit and sync the open write transaction, if there is one."""
         if self._write is not None:
             self._try(self._write.commit)
             self._numbers.update(self._added)
@@ -337,10 +357,11 @@ class Base:
             self._write, self._added = None, []
 
     def _reserve(self, size: int) -> None:
-        """Make map and file large enough for a transaction that cannot use any free page.
+        """Enlarge the memory map and the file for a transaction that writes ``size`` bytes.
 
-        The list of free pages takes 8 bytes per page, and all of it may be rewritten. If the disk
-        is full, the transaction may still fit into free pages, so LMDB tries.
+        Assumes that the transaction uses no free page and rewrites the whole list of free pages, 8
+        bytes per page. If the disk is full, only records that in ``_short``: the transaction may
+        still fit into free pages.
         """
         info = self._env.info()
         used = (info["last_pgno"] + 1) * self._page
@@ -358,11 +379,14 @@ class Base:
                 self._try(self._env.set_mapsize, max(2 * info["map_size"], end))
 
     def _taken(self, size: int) -> int:
-        """Return the bytes of the pages that a value of ``size`` bytes takes, header included."""
+        """Return the bytes of the whole pages that a value of ``size`` bytes takes in the file."""
         return -(-(size + 16) // self._page) * self._page
 
     def _try(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call LMDB. On failure abort the transaction and raise an error of this package."""
+        """Return ``call(*args, **kwargs)``, a call of LMDB.
+
+        If it fails, aborts the transaction and raises DiskFull, Corrupt or OSError instead.
+        """
         try:
             return call(*args, **kwargs)
         except lmdb.Error as error:
@@ -370,11 +394,15 @@ class Base:
             raise self._meaning(error) from error
 
     def _meaning(self, error: lmdb.Error) -> Exception:
+        """Return DiskFull, Corrupt or OSError for an error of LMDB.
+
+        An OSError is also stored as ``failure``, so that nothing is written any more.
+        """
         if error.code in NO_SPACE or (self._short and error.code == errno.EIO):
             return DiskFull(str(self.directory), self._short or SLACK)
         if isinstance(error, _DAMAGE):
             return Corrupt(str(self._path), str(error))
-        # After a failed sync nobody knows what is on disk, so nothing is written again.
+        # After a failed sync it is unknown what is on disk, so nothing may be written any more.
         self._failure = OSError(max(error.code, 0) or errno.EIO, str(error), str(self._path))
         return self._failure
 

@@ -1,17 +1,19 @@
-"""Map keys to locations, for one table on one shard.
+"""Map keys to the locations of their rows, for one table on one shard.
 
-Extendible hashing over segments of open addressing:
+A location is the tier that stores the row, and the row's place (int64) in that tier. The index uses
+extendible hashing over segments, each a hash table with open addressing:
 
     hash      = mix64(key ^ salt), a random salt for each index
     segment   = directory[top `depth` bits of hash]
     position  = low bits of hash, then the next ones (linear probing), wrapping in the segment
-    entry     = key uint64, location uint64, side by side: one cache line answers
+    entry     = key uint64, location uint64, next to each other in one cache line
     location  = tier code << 56 | place; 0 marks an empty entry, so that every key is valid
 
-A full segment is split in two by the next bit of the hash. That moves at most 26,624 entries
-(under a millisecond), whatever the size of the table, so that growth never pauses the shard.
-Segments are full at different loads, 5/8 to 13/16. A good hash fills them evenly, and they would
-otherwise all split within a few pushes. Fresh memory is zero, which is an empty segment.
+A full segment is split in two by the next bit of the hash. That moves at most 26,624 entries (under
+a millisecond), whatever the size of the table, so that growth never pauses the shard. Each segment
+has its own load at which it counts as full, from 5/8 to 13/16: since the hash fills all segments
+evenly, they would otherwise all split within a few pushes. New memory is zero, which is an empty
+segment.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ from storage.kernels import ABSENT, Keys, Slots, jit, mix64, prefetch
 SEGMENT = 1 << 15  # entries
 LEAST_FULL = SEGMENT * 5 // 8
 FULL_RANGE = SEGMENT * 3 // 16
-MAX_DEPTH = 22  # of the directory, which then takes 16 MiB: room for about 10^11 keys
-PLACE_BITS = 56
-AHEAD = 16  # keys whose entries are prefetched
+MAX_DEPTH = 22  # bits of the directory, which then takes 16 MiB: room for about 10^11 keys
+PLACE_BITS = 56  # low bits of a location that contain the place
+AHEAD = 16  # keys whose entries are prefetched in advance
 
 Locations = NDArray[np.uint64]
 
@@ -41,31 +43,32 @@ _PLACE = np.uint64((1 << PLACE_BITS) - 1)
 
 @jit
 def _home(directory: Any, depth: int, hashed: Any) -> Any:
-    """Return the first entry at which a key with this hash may be."""
+    """Return the index of the first entry at which a key with hash ``hashed`` may be stored."""
     segment = directory[(hashed >> np.uint64(1)) >> np.uint64(63 - depth)]
     return np.uint64(segment) * np.uint64(SEGMENT) + (hashed & _MASK)
 
 
 @jit
 def _next(at: Any) -> Any:
+    """Return the index of the entry after ``at`` in the same segment, cyclically."""
     return (at & ~_MASK) | ((at + np.uint64(1)) & _MASK)
 
 
 @jit
 def _full(segment: Any) -> Any:
-    """Return the number of entries at which a segment is split, different for each segment."""
+    """Return the number of entries at which segment number ``segment`` is split."""
     return LEAST_FULL + (((np.int64(segment) * 40503) & 0xFFFF) * FULL_RANGE >> 16)
 
 
 @jit
 def find(entries: Any, directory: Any, depth: int, salt: Any, keys: Any, out: Any) -> Any:
-    """Write the location of every key, 0 for absent ones; return how many are absent.
+    """Write the location of each key to ``out``, 0 for absent keys; return how many are absent.
 
     entries    uint64[capacity, 2]   key, location
-    directory  int32[2**depth]       segment of each prefix
-    salt       uint64                of this index
+    directory  int32[2**depth]       segment of each prefix of ``depth`` bits of the hash
+    salt       uint64                random number of this index that is mixed into the hash
     keys       uint64[n]
-    out        uint64[n]
+    out        uint64[n]             written
     """
     n = keys.shape[0]
     absent = 0
@@ -98,11 +101,14 @@ def insert(
     locations: Any,
     start: int,
 ) -> Any:
-    """Add absent, distinct keys from ``start`` on; return n, or the key whose segment is full.
+    """Add absent, distinct keys to the index, from ``keys[start]`` on.
 
-    counts     int64[segments]  entries in use, updated
+    entries, directory, depth, salt  see ``find``
+    counts     int64[segments]  entries in use per segment, updated
     keys       uint64[n]
-    locations  uint64[n]        none is 0
+    locations  uint64[n]        location of each key, not 0
+
+    Stops at a key whose segment is full. Returns the index of that key, or n if all were added.
     """
     n = keys.shape[0]
     for i in range(start, min(start + AHEAD, n)):
@@ -124,7 +130,12 @@ def insert(
 
 @jit
 def assign(entries: Any, directory: Any, depth: int, salt: Any, keys: Any, locations: Any) -> None:
-    """Change the locations of keys that are present."""
+    """Change the locations of keys that are present.
+
+    entries, directory, depth, salt  see ``find``
+    keys       uint64[n]
+    locations  uint64[n]  the new location of each key, not 0
+    """
     for i in range(keys.shape[0]):
         at = _home(directory, depth, mix64(keys[i] ^ salt))
         while entries[at, 0] != keys[i] or entries[at, 1] == 0:
@@ -134,9 +145,13 @@ def assign(entries: Any, directory: Any, depth: int, salt: Any, keys: Any, locat
 
 @jit
 def remove(entries: Any, directory: Any, depth: int, salt: Any, counts: Any, keys: Any) -> Any:
-    """Remove keys; return how many were present.
+    """Remove keys, uint64[n], and return how many of them were present.
 
-    Later entries of the probe sequence move back into the hole, so that no markers are needed.
+    entries, directory, depth, salt  see ``find``
+    counts     int64[segments]  entries in use per segment, updated
+
+    Fills the hole of a removed entry with later entries of the same probe sequence, so that no
+    markers of deleted entries are needed.
     """
     removed = 0
     for i in range(keys.shape[0]):
@@ -167,9 +182,13 @@ def remove(entries: Any, directory: Any, depth: int, salt: Any, counts: Any, key
 def split(
     entries: Any, counts: Any, source: int, target: int, bit: int, salt: Any, scratch: Any
 ) -> None:
-    """Move the entries of segment ``source`` whose hash has ``bit`` set to the empty ``target``.
+    """Move the entries of segment ``source`` whose hash has bit ``bit`` set to segment ``target``.
 
-    scratch  uint64[SEGMENT, 2]  overwritten
+    entries  uint64[capacity, 2]  key, location
+    counts   int64[segments]      entries in use per segment, updated
+    target   number of an empty segment
+    salt     uint64               random number of this index that is mixed into the hash
+    scratch  uint64[SEGMENT, 2]   overwritten
     """
     first = source * SEGMENT
     for i in range(SEGMENT):
@@ -207,17 +226,20 @@ def places(locations: Locations) -> Slots:
 
 
 class Index:
-    """The location of every key of a table. Keys within one call are distinct."""
+    """Hash table from the keys of one table to the locations of their rows.
+
+    The keys within one call must be distinct, except for ``find``.
+    """
 
     def __init__(self, budget: Budget) -> None:
         self._salt = np.uint64(
             int.from_bytes(os.urandom(8))
-        )  # so that no client can choose keys of one segment
+        )  # so that no client can choose keys that all fall into one segment
         self._entries = Arena(2, np.uint64, budget)
         self._entries.grow(SEGMENT)
         self._directory = np.zeros(1, np.int32)
         self._depth = 0
-        self._depths = [0]  # by segment: bits of the hash that its keys share
+        self._depths = [0]  # per segment: number of leading hash bits that its keys share
         self._counts = np.zeros(1, np.int64)
 
     def __len__(self) -> int:
@@ -225,18 +247,22 @@ class Index:
 
     @property
     def bytes(self) -> int:
-        """Bytes taken from the budget."""
+        """Bytes of memory taken from the budget."""
         return self._entries.bytes
 
     def find(self, keys: Keys) -> tuple[Locations, int]:
-        """Return the locations, uint64[n], of keys uint64[n], and how many are absent (0)."""
+        """Return (locations uint64[n] of keys uint64[n], number of absent keys).
+
+        The location of an absent key is 0.
+        """
         out = np.empty(len(keys), np.uint64)
         return out, find(self._entries.array, self._directory, self._depth, self._salt, keys, out)
 
     def insert(self, keys: Keys, locations: Locations) -> None:
-        """Add absent keys: all of them, or none if it raises.
+        """Add absent keys uint64[n] with their locations uint64[n].
 
-        Raises OutOfMemory if a segment cannot be split.
+        Raises OutOfMemory if a segment must be split and the budget does not suffice. No key is
+        added then.
         """
         done = 0
         try:
@@ -259,11 +285,11 @@ class Index:
             raise
 
     def assign(self, keys: Keys, locations: Locations) -> None:
-        """Change the locations of keys that are present."""
+        """Change the locations of keys uint64[n], all of which are present, to uint64[n]."""
         assign(self._entries.array, self._directory, self._depth, self._salt, keys, locations)
 
     def remove(self, keys: Keys) -> int:
-        """Remove keys, ignoring absent ones; return how many were present."""
+        """Remove keys uint64[n], ignoring absent ones; return how many were present."""
         return int(
             remove(
                 self._entries.array, self._directory, self._depth, self._salt, self._counts, keys
@@ -271,7 +297,10 @@ class Index:
         )
 
     def slices(self) -> Iterator[tuple[Keys, Locations]]:
-        """Yield all keys with their locations, a segment at a time, in no particular order."""
+        """Yield (keys, locations), both uint64[], of one segment at a time, in no particular order.
+
+        The arrays are copies.
+        """
         for segment in range(len(self._depths)):
             entries = self._entries.array[segment * SEGMENT : (segment + 1) * SEGMENT]
             used = entries[entries[:, 1] != 0]
@@ -282,7 +311,7 @@ class Index:
         self._entries.close()
 
     def _split(self, key: np.uint64) -> None:
-        """Split the segment of ``key``."""
+        """Split the segment of ``key`` in two. Raises OutOfMemory, and changes nothing then."""
         prefix = int(mix64(key ^ self._salt)) >> (64 - self._depth) if self._depth else 0
         source = int(self._directory[prefix])
         target = len(self._depths)
@@ -296,7 +325,7 @@ class Index:
             self._depth += 1
         if target == len(self._counts):
             self._counts = np.concatenate([self._counts, np.zeros(target, np.int64)])
-        scratch = np.empty((SEGMENT, 2), np.uint64)  # 512 KiB, which an index does not keep
+        scratch = np.empty((SEGMENT, 2), np.uint64)  # 512 KiB, freed again
         depth = self._depths[source] + 1
         self._depths[source] = depth
         self._depths.append(depth)

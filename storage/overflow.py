@@ -1,9 +1,9 @@
-"""Which pushes may leave infinity or NaN in a row.
+"""Find pushes that would leave infinity or NaN in a row, before they are applied.
 
-To look at the result of every push before it is applied would cost a second step. A push is looked
-at only if it might overflow: the step of tame gradients over tame rows cannot, see
-``Optimizer.is_tame``. Whether all rows of a table are tame is known from the rows that were
-written, which is a pass over memory that was just touched.
+To try out every push on copies of its rows would double its cost. So a push is tried out only if it
+might overflow. It cannot if its gradients and all rows of the table are *tame*, which means not
+extremely large (see ``Optimizer.is_tame``). Rows are checked when they are written, while they are
+still in the CPU's cache.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from storage.kernels import Keys, Rows, any_below, largest_magnitude, readonly
 from storage.optimizer import TAME_GRADIENT, TAME_NUMBER, Optimizer
 from storage.schema import TableSchema
 
-TRIED = 1 << 14  # rows that a push is tried on at once
-LARGEST_DRAW = 10.0  # no initial value is beyond this many times the sum of its parameters
+TRIED = 1 << 14  # rows that are copied at a time to try out a push
+LARGEST_DRAW = 10.0  # bound of initial values, as a multiple of the sum of the parameters
 
 
 class OverflowGuard:
-    """Knows whether all rows of a table are tame.
+    """Refuses pushes to one table that would overflow. Remembers whether all its rows are tame.
 
-    copies  returns copies of the rows of keys, float32[n, width]; keys without a row get the row
-            that they would get
+    copies  function from keys, uint64[n], to copies of their rows, float32[n, width]; for keys
+            without a row it returns the row that they would get
     """
 
     def __init__(self, schema: TableSchema, copies: Callable[[Keys], Rows]) -> None:
@@ -39,11 +39,11 @@ class OverflowGuard:
         self._tame = bool(largest <= TAME_NUMBER)
 
     def pushed(self, largest: float) -> None:
-        """Note the largest magnitude in the rows that a push left."""
+        """Record the largest magnitude in the rows after a push."""
         self._tame = self._tame and largest <= TAME_NUMBER
 
     def put(self, rows: Rows) -> None:
-        """Note rows that were written whole: they may have a state that no push leaves."""
+        """Record rows float32[n, width] that were written whole, with any optimizer state."""
         self.pushed(largest_magnitude(rows))
         if self._tame:
             self._tame = not any_below(readonly(rows), self._root, self._floors)
@@ -60,9 +60,14 @@ class OverflowGuard:
     ) -> None:
         """Raise RowOverflow if a push would leave infinity or NaN in a row that is finite now.
 
-        largest  largest magnitude of the gradients; None: it is not known
+        table      name of the table, for the error
+        keys       uint64[n]  distinct
+        gradients  float32[n, dim]
+        lr         learning rate of the push
+        step       step of the push
+        largest    largest magnitude of the gradients; None: compute it
 
-        A row that is not finite already is not the fault of the push.
+        Rows that have infinity or NaN already are ignored.
         """
         if largest is None:
             largest = largest_magnitude(gradients)
@@ -80,7 +85,7 @@ class OverflowGuard:
 
 
 def _largest_initial(schema: TableSchema) -> float:
-    """Return a bound on the magnitude of initial values."""
+    """Return an upper bound of the magnitude of the table's initial values."""
     initializer = schema.initializer
     parameters = [float(getattr(initializer, each.name)) for each in fields(initializer)]
     return LARGEST_DRAW * sum(map(abs, parameters))

@@ -1,4 +1,6 @@
-"""A check of LMDB's pages without LMDB, which has no checksums and crashes on damaged pages.
+"""Check the pages of an LMDB file before LMDB opens it.
+
+LMDB has no checksums, and crashes on damaged pages. Layout of the file:
 
     page      = number u64 | pad u16 | flags u16 | lower u16 | upper u16       lower, upper: bounds
                 | offsets u16[(lower - 16) / 2] | unused | nodes               of the unused bytes
@@ -15,8 +17,8 @@
 
 This is version 1 of the format, which all LMDB 0.9 use, on 64-bit little-endian machines.
 
-Everything that LMDB would follow is checked: both meta pages, the tree and the list of free pages.
-Each page must be reached once, at the number that its parent names. No page may have two uses.
+All pages that LMDB would follow are checked: both meta pages, the tree, and the list of free pages.
+Each page of the tree must contain its own number, and no page may be used twice.
 """
 
 from __future__ import annotations
@@ -43,35 +45,39 @@ _NODE = struct.Struct("<HHHH")
 _BRANCH, _LEAF, _BIG, _META_FLAG, _INTEGER_KEY = 1, 2, 4, 8, 8
 _NONE = 2**64 - 1  # root of an empty database
 _MAGIC, _VERSION = 0xBEEFC0DE, 1
-_UNSEEN = 1 << 20  # free pages at the end that the file may lack
-_Key = bytes | int | None  # None: no bound
+_UNSEEN = 1 << 20  # maximum number of free pages after the end of the file
+_Key = bytes | int | None  # a bound of keys; None: no bound
 
 
 class _Database(NamedTuple):
-    pad: int
+    """The description of one of the two databases in a meta page."""
+
+    pad: int  # in the database of free pages: the page size
     flags: int
-    depth: int
-    branches: int
-    leaves: int
-    overflow: int
+    depth: int  # levels of the tree
+    branches: int  # number of branch pages
+    leaves: int  # number of leaf pages
+    overflow: int  # number of overflow pages
     entries: int
-    root: int
+    root: int  # number of the root page
 
 
 class _Meta(NamedTuple):
-    free: _Database
-    main: _Database
-    last: int  # page
-    transaction: int
+    """The contents of a meta page."""
+
+    free: _Database  # lists of free pages
+    main: _Database  # the entries
+    last: int  # number of the last page in use
+    transaction: int  # number of the transaction that wrote this meta page
 
 
 def check(path: Path, known: frozenset[bytes]) -> Pages:
-    """Check all pages that LMDB would follow. Raises Corrupt.
+    """Check all pages of an LMDB file that LMDB would follow. Raises Corrupt.
 
-    known  keys that may be in the file besides numbers of blocks (u64, big-endian)
+    known  keys that the file may contain besides numbers of blocks (u64, big-endian)
 
-    While a shard runs, pages may be reused during the check. A changed meta page reveals that, and
-    the check is repeated.
+    If a running shard changes the file during the check, the meta pages differ afterwards. The
+    check is then repeated, up to 20 times. Raises OSError if the file changed each time.
     """
     file = open_file(path, os.O_RDONLY)
     try:
@@ -82,41 +88,52 @@ def check(path: Path, known: frozenset[bytes]) -> Pages:
             except Corrupt:
                 if os.pread(file, 1 << 17, 0) == before:
                     raise
-        raise OSError(errno.EAGAIN, "the base changes faster than it can be checked", str(path))
+        raise OSError(
+            errno.EAGAIN,
+            "the file changed during each of 20 checks: stop the shard, or try again",
+            str(path),
+        )
     finally:
         os.close(file)
 
 
 class Pages:
-    """The checked pages of a data file.
+    """The pages of an LMDB file. The constructor checks them and raises Corrupt for damage.
 
     size     bytes per page
-    numbers  numbers of the blocks in it
+    numbers  numbers of the blocks in the file
     """
 
     def __init__(self, file: int, path: str, known: frozenset[bytes]) -> None:
+        """Check all pages.
+
+        file   descriptor of the open file
+        path   its name, for errors
+        known  keys that the file may contain besides numbers of blocks
+        """
         self._file = file
         self._path = path
         self._length = os.fstat(file).st_size
         meta = self._newest_meta()
         self._last = meta.last
         if not 1 <= meta.last < self._length // self.size + _UNSEEN:
-            raise self._damage(None, f"the meta page names page {meta.last} as the last one")
+            raise self._damage(None, f"invalid last page {meta.last} in the meta page")
         self._used = np.zeros(meta.last + 1, np.bool_)
         self._used[:2] = True
         self._counts = [0, 0, 0, 0]  # branches, leaves, overflow pages, entries
         self.numbers: set[int] = set()
         if meta.main.flags != 0 or meta.free.flags != _INTEGER_KEY:
-            raise self._damage(None, "the flags of a database are wrong")
+            raise self._damage(None, "invalid flags of a database in the meta page")
         for key, page, _ in self._entries(meta.main, free=False):
             if len(key) == 8:
                 self.numbers.add(int.from_bytes(key, "big"))
             elif key not in known:
-                raise self._damage(page, f"there is an entry {key!r}")
+                raise self._damage(page, f"unexpected entry {key!r}")
         for key, page, value in self._entries(meta.free, free=True):
             self._check_free(page, _integer(key), value, meta.transaction)
 
     def _damage(self, page: int | None, what: str) -> Corrupt:
+        """Return the error for damage to a page; None: to no particular page."""
         return Corrupt(self._path if page is None else f"{self._path}: page {page}", what)
 
     def _newest_meta(self) -> _Meta:
@@ -129,13 +146,16 @@ class Pages:
         self.size = size
         second = self._meta(1)
         if second.free.pad != size:
-            raise self._damage(1, f"the page size is {second.free.pad} here and {size} in page 0")
+            raise self._damage(1, f"page size {second.free.pad}, but {size} in page 0")
         even, odd = first.transaction, second.transaction
         if even % 2 or (odd % 2 == 0 and (even or odd)) or abs(even - odd) > 1:
-            raise self._damage(None, f"the meta pages are of transactions {even} and {odd}")
+            raise self._damage(
+                None, f"invalid transaction numbers {even} and {odd} of the meta pages"
+            )
         return second if even < odd else first
 
     def _meta(self, page: int) -> _Meta:
+        """Return the contents of meta page 0 or 1. Raises Corrupt if it is not a meta page."""
         data = self._bytes(page, 1)
         number, flags, magic, version, _, _ = _META.unpack_from(data)
         if (number, flags, magic, version) != (page, _META_FLAG, _MAGIC, _VERSION):
@@ -146,22 +166,34 @@ class Pages:
         return _Meta(free, main, *_TAIL.unpack_from(data, _META.size + 2 * _DATABASE.size))
 
     def _bytes(self, page: int, count: int) -> bytes:
+        """Read ``count`` pages from number ``page`` on. Raises Corrupt if the file ends before."""
         data = os.pread(self._file, count * self.size, page * self.size)
         if len(data) < count * self.size:
             raise self._damage(page, "the file ends before the end of the page")
         return data
 
     def _take(self, parent: int | None, page: int, count: int) -> None:
-        """Mark pages as used. Raises Corrupt if they are used already, or not in the file."""
+        """Mark ``count`` pages from number ``page`` on as used.
+
+        parent  page that refers to them, for errors; None: the meta page
+
+        Raises Corrupt if one of them is used already, or not in the file.
+        """
         end = page + count
         if page < 2 or end > self._last + 1 or end * self.size > self._length:
-            raise self._damage(parent, f"it refers to pages {page}..{end - 1}, which do not exist")
+            raise self._damage(parent, f"refers to pages {page}..{end - 1}, which do not exist")
         if self._used[page:end].any():
-            raise self._damage(parent, f"pages {page}..{end - 1} have another use")
+            raise self._damage(
+                parent, f"refers to pages {page}..{end - 1}, which are used elsewhere"
+            )
         self._used[page:end] = True
 
     def _entries(self, database: _Database, free: bool) -> Iterator[tuple[bytes, int, bytes]]:
-        """Yield key, page and value of each entry. Overflow pages are read only if ``free``."""
+        """Yield (key, number of its page, value) of each entry of a database, and check the pages.
+
+        free  the database has the lists of free pages. Only then are values in overflow pages read;
+              otherwise they come as b""
+        """
         self._counts = [0, 0, 0, 0]
         if database.root != _NONE:
             self._take(None, database.root, 1)
@@ -169,17 +201,24 @@ class Pages:
         said = [database.branches, database.leaves, database.overflow, database.entries]
         if self._counts != said or (database.root == _NONE and database.depth):
             raise self._damage(
-                None, f"a database declares {said} pages and entries, it has {self._counts}"
+                None,
+                "expected branches, leaves, overflow pages and entries"
+                f" {said} in a database, found {self._counts}",
             )
 
     def _walk(
         self, page: int, depth: int, free: bool, low: _Key, high: _Key
     ) -> Iterator[tuple[bytes, int, bytes]]:
-        """Yield the entries below a page, whose keys must ascend from ``low`` to below ``high``."""
+        """Yield the entries (key, page, value) in the tree whose root is ``page``, and check it.
+
+        depth      levels of this tree; 1: the page is a leaf
+        free       see ``_entries``
+        low, high  the keys must ascend, with low <= key < high; None: no bound
+        """
         data = self._bytes(page, 1)
         number, flags, lower, upper = _PAGE.unpack_from(data)
         if number != page or flags != (_LEAF if depth == 1 else _BRANCH):
-            raise self._damage(page, "another page is in its place")
+            raise self._damage(page, "wrong page number or type of page")
         if lower % 2 or not _PAGE.size <= lower <= upper <= self.size:
             raise self._damage(page, f"invalid bounds {lower}..{upper} of the unused bytes")
         offsets = struct.unpack_from(f"<{(lower - _PAGE.size) // 2}H", data, _PAGE.size)
@@ -198,26 +237,34 @@ class Pages:
     def _node(
         self, page: int, data: bytes, offset: int, upper: int
     ) -> tuple[tuple[int, ...], bytes, int]:
-        """Return head, key and the offset after the key of a node."""
+        """Return (header fields, key, offset after the key) of a node.
+
+        page    number of the page, for errors
+        data    contents of the page
+        offset  start of the node in the page
+        upper   smallest valid offset of a node
+        """
         if not upper <= offset <= self.size - _NODE.size:
             raise self._damage(page, f"invalid offset {offset} of a node")
         head = _NODE.unpack_from(data, offset)
         end = offset + _NODE.size + head[3]
         if end > self.size:
             raise self._damage(
-                page, f"the key at {offset} declares {head[3]} bytes, which leave the page"
+                page, f"the key at {offset} declares {head[3]} bytes, more than the page has left"
             )
         return head, data[offset + _NODE.size : end], end
 
     def _bounds(
         self, page: int, keys: list[bytes], depth: int, free: bool, low: _Key, high: _Key
     ) -> list[_Key]:
-        """Check the order of a page's keys, and return the bounds of each child's keys.
+        """Check that a page's keys ascend within ``low`` and ``high``.
 
-        The first key of a branch has no meaning. Lists of free pages are ordered by number.
+        For the parameters see ``_walk``. Returns n + 1 bounds for the n children of a branch: child
+        i has keys from bound i to below bound i + 1. Returns [] for a leaf. The first key of a
+        branch has no meaning. If ``free``, keys are ordered as little-endian numbers.
         """
         if free and any(len(key) != 8 for key in keys[depth > 1 :]):
-            raise self._damage(page, "a key has not 8 bytes")
+            raise self._damage(page, "the key of a list of free pages must have 8 bytes")
         order: Callable[[bytes], Any] = _integer if free else bytes
         known: list[Any] = [order(key) for key in keys[depth > 1 :]]
         rising = all(a < b for a, b in pairwise(known))
@@ -225,16 +272,23 @@ class Pages:
             known
             and ((low is not None and known[0] < low) or (high is not None and known[-1] >= high))
         ):
-            raise self._damage(page, "its keys are out of order")
+            raise self._damage(page, "the keys are out of order")
         return [low, *known, high] if depth > 1 else []
 
     def _value(
         self, page: int, data: bytes, head: tuple[int, ...], place: int, free: bool
     ) -> bytes:
-        """Return the value of a node whose key ends at ``place``; b"" if it is not read."""
+        """Return the value of a node in a leaf, and check its overflow pages.
+
+        page   number of the page, for errors
+        data   contents of the page
+        head   header fields of the node
+        place  offset after the node's key
+        free   read a value in overflow pages; otherwise it is returned as b""
+        """
         size = head[0] | head[1] << 16
         if head[2] not in (0, 1) or place + (8 if head[2] else size) > self.size:
-            raise self._damage(page, f"a value declares {size} bytes, which leave the page")
+            raise self._damage(page, f"a value declares {size} bytes, more than the page has left")
         if not head[2]:
             return data[place : place + size]
         first = int.from_bytes(data[place : place + 8], "little")
@@ -244,20 +298,27 @@ class Pages:
         length = _OVERFLOW.size + (size if free else 0)
         value = os.pread(self._file, length, first * self.size)
         if _OVERFLOW.unpack_from(value) != (first, _BIG, count):
-            raise self._damage(first, "another page is in its place")
+            raise self._damage(first, "wrong page number, type or count of overflow pages")
         return value[_OVERFLOW.size :]
 
     def _check_free(self, page: int, transaction: int, value: bytes, newest: int) -> None:
-        """Check a list of free pages, and that these pages are free."""
+        """Check the encoded list ``value`` of pages that ``transaction`` freed, and mark them used.
+
+        page    number of the page that has the list, for errors
+        newest  number of the newest transaction
+
+        Raises Corrupt unless the list has a valid length, descends, and names only pages that are
+        not in use.
+        """
         numbers = np.frombuffer(value, "<u8", len(value) // 8)
         if len(value) % 8 or not len(numbers) or numbers[0] >= len(numbers):
             raise self._damage(page, f"invalid length {len(value)} of a list of free pages")
         pages = numbers[1 : 1 + int(numbers[0])]
         falling = bool((pages[:-1] > pages[1:]).all())
         if transaction > newest or not falling or (len(pages) and pages[0] > self._last):
-            raise self._damage(page, f"invalid list of pages free since transaction {transaction}")
+            raise self._damage(page, f"invalid list of pages freed by transaction {transaction}")
         if self._used[pages].any():
-            raise self._damage(page, f"pages free since transaction {transaction} are in use")
+            raise self._damage(page, f"pages freed by transaction {transaction} are in use")
         self._used[pages] = True
 
 

@@ -167,7 +167,7 @@ def test_a_state_of_a_newer_format_is_not_called_damage() -> None:
     data[32:40] = checksum.to_bytes(8, "little")
     with pytest.raises(UnknownFormat) as caught:
         BaseState.unpack(bytes(data), "here")
-    assert (caught.value.where, caught.value.held, caught.value.known) == ("here", 3, 2)
+    assert (caught.value.where, caught.value.found, caught.value.known) == ("here", 3, 2)
 
 
 def test_a_page_in_use_that_is_listed_as_free_is_found(tmp_path: Path) -> None:

@@ -234,8 +234,8 @@ def resealed(offset: int, value: int, size: int = 4) -> bytearray:
     ("offset", "value", "size", "what"),
     [
         (0, 0, 8, "begin"),
-        (12, 3, 4, "not 152"),
-        (16, 2**64 - 1, 8, "bytes, not"),
+        (12, 3, 4, "of 152 bytes, got"),
+        (16, 2**64 - 1, 8, "bytes, got"),
         (28, 5, 4, "kind 5"),
     ],
 )
@@ -249,4 +249,4 @@ def test_a_header_that_lies_is_found_though_its_checksum_fits(
 def test_a_newer_format_is_not_called_damage() -> None:
     with pytest.raises(UnknownFormat) as caught:
         unpack(resealed(8, 2), "block 5")
-    assert (caught.value.where, caught.value.held, caught.value.known) == ("block 5", 2, 1)
+    assert (caught.value.where, caught.value.found, caught.value.known) == ("block 5", 2, 1)
