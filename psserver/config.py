@@ -139,7 +139,7 @@ class ServerConfig(BaseSettings):
     log_keep_seconds: float = Field(
         0.0,
         ge=0,
-        description="Keep changes of at least the last SECONDS in the version log for subscribers,"
+        description="Time to keep changes in the version log for subscribers, in seconds,"
         " even if they exceed log_keep_bytes",
     )
     flush_seconds: float = Field(

@@ -1,14 +1,15 @@
-"""Close connections whose peers send large messages without finishing them.
+"""Close connections whose clients send large messages without finishing them.
 
-gRPC buffers a message until it is complete, and provides no limit for all connections together. So
-peers could fill the memory with incomplete messages. The kernel counts the bytes that a connection
-received, and the service counts the messages that arrived. The difference is the size of incomplete
-messages. A thread computes it several times per second, and closes
+gRPC buffers a message until it is complete, and has no limit for all connections together. So
+clients could fill the memory with incomplete messages. The kernel counts the bytes that a
+connection received, and the service counts the messages that arrived completely. The difference is
+the size of incomplete messages. A thread computes it several times per second for each connection,
+and closes
 
 * a connection that has more than LARGE bytes of incomplete messages for longer than ``seconds``
 * the connections with the oldest incomplete messages, if all together exceed ``most`` bytes
 
-The client of a closed connection gets UNAVAILABLE and retries.
+The client of a closed connection gets the status UNAVAILABLE and retries.
 """
 
 from __future__ import annotations
@@ -24,30 +25,35 @@ from dataclasses import dataclass
 
 import structlog
 
-LARGE = 8 << 20  # bytes; above gRPC's window, which fills if the service does not read
-LOOK_SECONDS = 0.25  # between two checks
-SHARE = 0.05  # of one core: the most that the checks may use
+LARGE = 8 << 20  # bytes; more than gRPC's window, which fills if the service does not read
+LOOK_SECONDS = 0.25  # minimum number of seconds between two checks
+SHARE = 0.05  # maximum share of one core that the checks may use
 _TCP_INFO_BYTES = 256
 _RECEIVED = struct.Struct("=QQ")  # bytes that the peer acknowledged, bytes received
-_AT = 120  # of these two in struct tcp_info of linux/tcp.h
+_AT = 120  # offset of these two numbers in struct tcp_info of linux/tcp.h
 
 log = structlog.get_logger()
 
 
 @dataclass(slots=True)
 class Connection:
-    """The counts of one connection at the last check."""
+    """Bytes received, sent and parsed on one connection, as of the last check."""
 
-    since: float  # monotonic seconds since which it has more than LARGE unfinished bytes
-    received: int = 0  # bytes
-    sent: int = 0
-    arrived: int = 0  # bytes of complete messages and their frames
+    since: float  # monotonic time of the last check at which ``unfinished`` was at most LARGE
+    received: int = 0  # bytes received by the kernel
+    sent: int = 0  # bytes that the peer acknowledged
+    arrived: int = 0  # bytes of complete messages, including an estimate of their HTTP/2 frames
     unfinished: int = 0  # bytes of incomplete messages
 
     def update(self, received: int, sent: int, arrived: int) -> None:
-        """Store new counts.
+        """Store new totals since the connection was opened, and update ``unfinished``.
 
-        Other frames are mostly window updates: less than one byte per 512 bytes sent.
+        received  bytes received by the kernel
+        sent      bytes acknowledged by the peer
+        arrived   bytes of complete messages and their frames
+
+        Received bytes that belong to no message are HTTP/2 window updates, estimated as 1 byte per
+        512 bytes sent.
         """
         change = received - self.received - (arrived - self.arrived)
         frames = (sent - self.sent) // 512 + 1024
@@ -56,10 +62,11 @@ class Connection:
 
 
 class Connections:
-    """The connections of the server on ``port``.
+    """Watches all client connections to ``port`` of this process; see the module docstring.
 
-    most     limit for the incomplete messages of all connections, in bytes
-    seconds  time for a large message to arrive
+    most     limit for the incomplete messages of all connections together, in bytes
+    seconds  maximum time for a large message to arrive completely
+    clock    returns monotonic seconds
     """
 
     def __init__(
@@ -71,27 +78,31 @@ class Connections:
         self._most = most
         self._seconds = seconds
         self._clock = clock
-        self._arrived: dict[str, int] = {}  # by peer, as gRPC writes it
-        self._known: dict[str, Connection] = {}
+        self._arrived: dict[str, int] = {}  # peer, as gRPC names it -> bytes of complete messages
+        self._known: dict[str, Connection] = {}  # by peer, as of the last check
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="connections", daemon=True)
 
     def open(self) -> None:
-        """Start the thread."""
+        """Start the thread that checks the connections."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the thread. No connection is closed."""
         self._stop.set()
         self._thread.join()
 
     def arrived(self, peer: str, size: int) -> None:
-        """Count a complete message of ``size`` bytes. Called on the event loop."""
+        """Count a complete message of ``size`` bytes from ``peer``, which is ``context.peer()`` of
+        gRPC.
+
+        Must run on the event loop.
+        """
         # gRPC and HTTP/2 add 14 bytes to each 16 KiB, and headers
         self._arrived[peer] = self._arrived.get(peer, 0) + size + (size >> 6) + 256
 
     def look(self) -> None:
-        """Check all connections once."""
+        """Check all connections once, and close those that break a limit."""
         now, seen = self._clock(), {}
         known = list(self._arrived)  # before the sockets are listed: others may be new ones
         for peer, connection in sockets(self._port):
@@ -116,7 +127,9 @@ class Connections:
         self.unfinished = sum(each.unfinished for each in seen.values())
 
     def _shed(self, excess: int) -> None:
-        """Close the connections with the oldest incomplete messages, until ``excess`` is gone."""
+        """Close connections, those with the oldest incomplete messages first, to free ``excess``
+        bytes.
+        """
         order = sorted(self._known, key=lambda peer: self._known[peer].since)
         chosen = set()
         for peer in order:
@@ -128,6 +141,13 @@ class Connections:
                 self._shut(connection, peer, self._known[peer], "too many bytes in all")
 
     def _shut(self, connection: socket.socket, peer: str, entry: Connection, why: str) -> None:
+        """Close one connection and log why.
+
+        connection  its socket, which belongs to gRPC
+        peer        name of the client, as gRPC writes it
+        entry       what is known of the connection
+        why         reason, for the log
+        """
         log.warning("connection closed", peer=peer, unfinished_bytes=entry.unfinished, why=why)
         entry.unfinished = 0
         self.closed += 1
@@ -143,9 +163,9 @@ class Connections:
 
 
 def sockets(port: int) -> Iterator[tuple[str, socket.socket]]:
-    """Yield the connections of clients to ``port`` of this process: name of the peer, and socket.
+    """Yield (name of the peer, socket) for each connection of a client to ``port`` of this process.
 
-    The socket belongs to gRPC and must not be closed.
+    A socket belongs to gRPC and must not be closed. It is valid only until the next item.
     """
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -163,7 +183,7 @@ def sockets(port: int) -> Iterator[tuple[str, socket.socket]]:
 
 
 def _peer(connection: socket.socket, port: int) -> str | None:
-    """Return the name of the peer; None if this is not a connection to ``port``."""
+    """Return the name of the peer; None if this is not a TCP connection to ``port``."""
     if connection.family not in (socket.AF_INET, socket.AF_INET6):
         return None
     try:
@@ -175,7 +195,7 @@ def _peer(connection: socket.socket, port: int) -> str | None:
 
 
 def counts(connection: socket.socket) -> tuple[int, int] | None:
-    """Return bytes received and bytes that the peer acknowledged; None if the kernel has none."""
+    """Return (bytes received, bytes acknowledged by the peer); None if the kernel has no counts."""
     try:
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
         sent, received = _RECEIVED.unpack_from(info, _AT)
@@ -185,7 +205,7 @@ def counts(connection: socket.socket) -> tuple[int, int] | None:
 
 
 def peer_name(address: tuple[str, int] | tuple[str, int, int, int]) -> str:
-    """Return the name that gRPC's ``context.peer()`` gives to an address."""
+    """Return the name that gRPC's ``context.peer()`` gives to an address (host, port, ...)."""
     host, port = address[:2]
     mapped = host.removeprefix("::ffff:")
     if "." in mapped:

@@ -1,6 +1,11 @@
-"""A shard's data directory: locked by one server, owned by one shard, recovered at a start.
+"""A shard's data directory: locked by one server, owned by one shard, recovered at each start.
 
-data directory = LOCK  SHARD  log/ (storage/versionlog.py)  base/ (storage/base.py)
+    LOCK    locked while a server uses the directory
+    SHARD   which shard owns the directory
+    log/    version log: a record of every change (storage/versionlog.py)
+    base/   copy of all rows at one version of the log (storage/base.py)
+
+Recovery loads the base, then replays the newer records of the log.
 """
 
 from __future__ import annotations
@@ -33,15 +38,16 @@ from storage.errors import Corrupt, StorageError
 from storage.sealed import FORMAT, STRICT, seal, unseal
 from storage.versionlog import VersionLog
 
-OWNER = "SHARD"  # file in a data directory: the shard that it belongs to
+OWNER = "SHARD"  # file in a data directory: which shard owns it
 
 log = structlog.get_logger()
 
 
 def lock(directory: Path) -> IO[str]:
-    """Create a data directory if it is missing, and lock it until the returned file is closed.
+    """Create a data directory if it is missing, and lock it. Returns the lock file.
 
-    Raises ConfigError where another server holds the lock, or this process may not write there.
+    The lock is held until the file is closed. Raises ConfigError if a server holds the lock, or if
+    this process cannot write in the directory.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -63,7 +69,9 @@ def lock(directory: Path) -> IO[str]:
 
 
 def unusable(directory: Path, error: OSError) -> ConfigError:
-    """Return what is wrong with a data directory, and what to do, in one line."""
+    """Return the error for a data directory that failed with ``error``: reason and advice, in one
+    line.
+    """
     path = Path(os.fsdecode(error.filename)) if error.filename else directory
     reason, advice = os.strerror(error.errno or 0), "choose another data_dir"
     match error.errno:
@@ -80,7 +88,9 @@ def unusable(directory: Path, error: OSError) -> ConfigError:
 
 
 def _owner(path: Path) -> str:
-    """Return owner and mode of ``path``, or of the first directory above it that can be read."""
+    """Return the owner and mode of ``path``, or of its nearest parent directory that exists, as
+    text.
+    """
     for each in (path, *path.parents):
         try:
             found = each.stat()
@@ -91,6 +101,7 @@ def _owner(path: Path) -> str:
 
 
 def _user(uid: int) -> str:
+    """Return name and number of a user as text."""
     try:
         return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
     except KeyError:
@@ -99,20 +110,21 @@ def _user(uid: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
-    """The contents of SHARD: which shard's data a directory contains."""
+    """The contents of the file SHARD: which shard's data a directory contains."""
 
     __pydantic_config__ = STRICT
     format: int = FORMAT
     shard: int
-    shards: int
-    epoch: int  # of the shard map
+    shards: int  # number of shards in the cluster
+    epoch: int  # version number of the shard map
 
 
 def claim(directory: Path, shard: int, shard_map: routing.ShardMap) -> None:
-    """Record in SHARD which shard owns a data directory, at its first start.
+    """Record in the file SHARD which shard owns a data directory, if it has no such file yet.
 
-    Raises ConfigError if another shard owns it, or the same shard of another shard map: it has keys
-    of other shards then, and lacks some of its own. Raises Corrupt if SHARD is damaged.
+    Raises ConfigError if a different shard owns the directory, or this shard under a different
+    shard map: it would contain keys of other shards and lack some of its own. Raises Corrupt if
+    SHARD is damaged.
     """
     path = directory / OWNER
     asked = Owner(shard=shard, shards=shard_map.shards, epoch=shard_map.epoch)
@@ -127,15 +139,18 @@ def claim(directory: Path, shard: int, shard_map: routing.ShardMap) -> None:
         )
         raise ConfigError(
             f"data_dir: {directory} belongs to {owner}, and this server is {other}; to change the"
-            " number of shards: psctl checkpoint, start psserver on new directories, psctl restore"
+            " number of shards: take a checkpoint (psctl checkpoint), start all servers on new"
+            " directories, then restore it (psctl restore)"
         )
 
 
 class DataDirectory:
-    """The log and the base of one shard, from ``open`` to ``close``.
+    """The version log and the base of one shard, from ``open`` to ``close``.
 
-    restore              state of a restore that the last process began, or None
-    log, base, flusher   exist after ``open``
+    make_shard          returns an empty shard
+    wake                called on a thread of the log when more of it is on disk; must not block
+    restore             state of a restore that was begun before this start; None: there was none
+    log, base, flusher  exist after ``open``
     """
 
     def __init__(
@@ -154,10 +169,11 @@ class DataDirectory:
         self._wake = wake
 
     def open(self) -> Shard:
-        """Recover the shard; ConfigError if the directory cannot be used.
+        """Return the shard, recovered from base and log. Raises ConfigError if that is impossible.
 
-        After a committed restore the shard gets the restored state. If that cannot be loaded, the
-        restore has failed, and the shard gets the state before it.
+        If a restore was committed before this start, the shard gets the restored rows. If these
+        cannot be loaded, the restore counts as failed, and the shard gets its rows from before the
+        restore.
         """
         try:
             return self._open()
@@ -188,14 +204,16 @@ class DataDirectory:
         return self.shard
 
     def close(self) -> None:
-        """Close log and base; the flusher was closed before."""
+        """Close log and base. The flusher must have been closed before."""
         self.log.close()
         self.base.close()
 
     def _recover(self, excess: int | None = None) -> None:
-        """Open log and base, and bring the shard to its newest version.
+        """Open log and base, and bring ``self.shard`` to the newest version in them.
 
-        excess  bytes of memory that tables may take beyond the budget; see replay.recover
+        excess  bytes that tables may use beyond memory_bytes during recovery; None: no limit
+
+        Raises ConfigError if the files are damaged or do not belong together.
         """
         config, start = self._config, time.monotonic()
         self.base = Base(self.directory / "base")
@@ -260,11 +278,17 @@ class DataDirectory:
 
 
 def _unfit(error: StorageError) -> ConfigError:
+    """Return the ConfigError about a directory whose contents cannot be used."""
     damaged = "DATA_LOSS: " if isinstance(error, Corrupt) else ""
     return ConfigError(f"data_dir: {damaged}{error}")
 
 
 def _fail(what: str, error: Exception) -> None:
-    """End the process at once: what is on disk cannot be trusted, so nothing may be answered."""
+    """Log the error and end the process at once with status 74.
+
+    what  "the version log" or "the base", whose write failed
+
+    Nobody can know any more what is on disk, so the server must not answer any further request.
+    """
     log.critical(f"{what} failed", error=str(error))
     os._exit(74)  # EX_IOERR

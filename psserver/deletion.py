@@ -1,8 +1,9 @@
-"""Delete checkpoints, and never one that another checkpoint needs.
+"""Delete checkpoints, but never one that a remaining checkpoint needs as its parent.
 
-The newest is deleted first, and of each checkpoint the manifest first. So a server that dies in
-between leaves no checkpoint without its parent, and none that is listed as good and has lost files.
-What is left of it is listed as "not completed", and can be deleted.
+Children are deleted before their parents, and of each checkpoint the manifest before the other
+files. So if the server dies during the work, no checkpoint has lost its parent, and none that is
+listed as complete has lost files. A partly deleted checkpoint is listed as "not completed", and can
+be deleted again.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from storage.checkpoint import read_manifest
 from storage.errors import Corrupt, UnknownCheckpoint
 from storage.manifest import MANIFEST, Manifest
 
-EVERYBODY = 0  # the shard that deletes, for all shards
+EVERYBODY = 0  # number of the shard that deletes the files, on behalf of all shards
 
 
 class Deletion:
-    """Deletes checkpoints for all shards, or keeps this one from reading them meanwhile."""
+    """Handles DeleteCheckpoints. Shard 0 deletes the files; others only stop reading them
+    meanwhile.
+    """
 
     def __init__(self, shard: Shard, catalog: Catalog, calls: Calls) -> None:
         self._shard = shard
@@ -35,12 +38,15 @@ class Deletion:
     def delete(
         self, request: pb.DeleteCheckpointsRequest, progress: Progress
     ) -> pb.CheckpointProgress:
-        """Delete checkpoints. See DeleteCheckpoints in ps.proto for the steps of the client.
+        """Delete the checkpoints in ``names``, or all but the newest ``keep`` and their ancestors.
 
-        Raises CheckpointNeeded, CheckpointBusy, UnknownCheckpoint, and deletes nothing then.
+        The call pauses until the client sends Continue; see DeleteCheckpoints in ps.proto. Raises
+        BadRequest, CheckpointNeeded, CheckpointBusy or UnknownCheckpoint; nothing is deleted then.
         """
         if bool(request.names) == bool(request.keep):
-            raise BadRequest("INVALID_ARGUMENT", "either names or keep must be given")
+            raise BadRequest(
+                "INVALID_ARGUMENT", "exactly one of the fields 'names' and 'keep' must be set"
+            )
         for name in request.names:
             require_name(name)
         with self._calls.open(request.id, progress) as call:
@@ -61,9 +67,11 @@ class Deletion:
         return pb.CheckpointProgress(names=names, stage=pb.CheckpointProgress.STAGE_DONE)
 
     def _manifests(self) -> dict[str, Manifest | None]:
-        """Read the manifests of all checkpoints; None for one that is incomplete or damaged.
+        """Read the manifests of all checkpoints. The value is None for an incomplete or damaged
+        checkpoint.
 
-        Raises StoreFailed and UnknownFormat: what such a checkpoint needs cannot be known.
+        Raises StoreFailed or UnknownFormat if a manifest cannot be read or understood, because then
+        it is not known which parent that checkpoint needs.
         """
         found: dict[str, Manifest | None] = {}
         for name in self._catalog.names():
@@ -76,6 +84,12 @@ class Deletion:
     def _require_deletable(
         self, names: Iterable[str], manifests: dict[str, Manifest | None]
     ) -> None:
+        """Raise UnknownCheckpoint for a missing checkpoint, CheckpointNeeded for one with another
+        child.
+
+        names      checkpoints to delete; a child of one of them must be among them
+        manifests  of all checkpoints, by name
+        """
         chosen = set(names)
         for name in chosen:
             if name not in manifests:
@@ -89,6 +103,7 @@ class Deletion:
                 )
 
     def _remove(self, name: str) -> None:
+        """Delete the files of one checkpoint, its manifest first."""
         store = self._catalog.store
         with suppress(Corrupt):  # a symbolic link: it goes, not what it links to
             store.remove(f"{name}/{MANIFEST}")  # on disk before the rest goes
@@ -96,7 +111,10 @@ class Deletion:
 
 
 def surplus(manifests: dict[str, Manifest | None], keep: int) -> list[str]:
-    """Return the complete checkpoints but the newest ``keep``, and but those that these need."""
+    """Return the names of complete checkpoints, except the newest ``keep`` and all their ancestors.
+
+    manifests  of all checkpoints, by name; None: incomplete or damaged
+    """
     complete = {name: manifest for name, manifest in manifests.items() if manifest is not None}
     by_age = sorted(complete.values(), key=lambda each: (each.micros, each.name))
     kept: set[str] = set()
@@ -109,7 +127,7 @@ def surplus(manifests: dict[str, Manifest | None], keep: int) -> list[str]:
 
 
 def newest_first(names: Iterable[str], manifests: dict[str, Manifest | None]) -> list[str]:
-    """Sort checkpoints so that each comes before the one that it needs."""
+    """Return the distinct ``names``, sorted so that each checkpoint comes before its parent."""
 
     def depth(name: str) -> int:
         steps, seen = 0, {name}

@@ -1,9 +1,10 @@
-"""Records of the log and rows of tables as Delta messages.
+"""Convert log records and table rows to Delta messages, which subscribers receive.
 
-    Batch     the changes that are sent together: one, or the newest values of several
+    Batch     changes that are sent together: one change, or several merged, with only the newest
+              value of each row
     Deltas    makes the messages
 
-Nothing here waits or uses the network. It runs on the threads of the feed.
+Nothing here waits or uses the network. It runs on the threads of the feed (feed.py).
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from storage.kernels import Keys, Rows
 from storage.records import Cause, Kind
 from storage.schema import TableSchema
 
-COALESCE_BYTES = 32 << 20  # bytes of records that one subscription coalesces at a time
+COALESCE_BYTES = 32 << 20  # maximum size of the records in one batch, in bytes
 
-EPOCHS = 256  # newest epochs that a subscriber is sent
+EPOCHS = 256  # number of epochs (server starts), the newest ones, that a subscriber is sent
 
 DeltaKind = pb.DeltaHeader
 WITH_HISTORY = (
@@ -44,7 +45,7 @@ _NO_ROWS = np.empty((0, 0), np.float32)
 
 @dataclass(frozen=True, slots=True)
 class LoggedChange:
-    """One change of a batch."""
+    """One log record of a batch, with the schema of its table."""
 
     version: int
     record: records.Record
@@ -53,28 +54,34 @@ class LoggedChange:
 
 @dataclass(slots=True)
 class Batch:
-    """The wanted changes from one commit mark to the next.
+    """Changes that are sent to one subscriber together, and then acknowledged with one token.
 
-    most       bytes of records beyond which the batch is full
-    schema_of  returns the schema of a table by its number. None if the table was dropped long ago:
-               its rows are left out, and its drop follows
+    wanted     what the subscriber asked for; other changes are skipped
+    most       size of records at which the batch is full, in bytes
+    schema_of  returns the schema of the table with a number; None: the table was dropped before the
+               shard started; its rows are skipped, and the record of the drop follows
     """
 
     wanted: Wanted
     most: int
     schema_of: Callable[[int], TableSchema | None]
-    version: int  # of the newest change read, wanted or not
+    version: int  # version of the newest change read, even if it was skipped
     changes: list[LoggedChange] = field(default_factory=list)
-    rows: int = 0
-    bytes: int = 0
+    rows: int = 0  # number of keys in ``changes``
+    bytes: int = 0  # approximate size of ``changes``
     full: bool = False  # accepts no further change
 
     def takes(self, kind: int) -> bool:
-        """Return whether a record of this kind can go into the same batch."""
+        """Return whether a record of this kind may be added: any to an empty batch, else only row
+        changes.
+        """
         return not self.changes or kind in (Kind.PUSH, Kind.WRITE, Kind.DELETE)
 
     def take(self, version: int, record: records.Record) -> None:
-        """Add the next change."""
+        """Add the next change of the log, or skip it if the subscriber does not want it.
+
+        version  version of the change
+        """
         self.version = version
         schema: TableSchema | None = None
         match record:
@@ -108,7 +115,7 @@ class Batch:
 
 
 def newest(keys: Keys) -> NDArray[np.int64]:
-    """Return the index of the last occurrence of each distinct key, ascending."""
+    """Return the index of the last occurrence of each distinct key, in ascending order."""
     split = routing.split(keys, _ALL)
     last = np.empty(len(split.keys), np.int64)
     last[split.inverse] = np.arange(len(keys))  # the last assignment wins
@@ -117,10 +124,15 @@ def newest(keys: Keys) -> NDArray[np.int64]:
 
 
 class Deltas:
-    """Makes the messages of one subscription."""
+    """Makes the encoded messages of one subscription."""
 
     def __init__(self, wanted: Wanted, head: Callable[[], int], history: History) -> None:
-        """Store the parts. ``head`` returns the newest durable version."""
+        """Prepare the messages of a subscription.
+
+        wanted   what the subscriber asked for
+        head     returns the newest durable version of the shard
+        history  epochs (server starts) of the log; the newest are sent with some messages
+        """
         self._wanted = wanted
         self._head = head
         self._history = pb.History(
@@ -128,7 +140,11 @@ class Deltas:
         )
 
     def mark(self, kind: DeltaKind.Kind, **fields: Any) -> bytes:
-        """Return a message without arrays."""
+        """Return an encoded message without rows.
+
+        kind    what the message reports, for example KIND_BARRIER
+        fields  further fields of its DeltaHeader
+        """
         if kind in WITH_HISTORY:
             fields["history"] = self._history
         header = pb.DeltaHeader(kind=kind, head=self._head(), **fields)
@@ -137,20 +153,27 @@ class Deltas:
         )
 
     def progress(self, *, first: bool = False, **fields: Any) -> bytes:
-        """Return the message that nothing is new; the first one has the history."""
+        """Return the message that reports a position without a change.
+
+        first   it is the first message of the stream, which also contains the history
+        fields  further fields of its DeltaHeader
+        """
         if first:
             fields["history"] = self._history
         return self.mark(DeltaKind.KIND_PROGRESS, **fields)
 
     def created(self, schema: TableSchema, **fields: Any) -> bytes:
-        """Return the message that a table exists."""
+        """Return the message that a table exists. fields: further fields of its DeltaHeader."""
         return self._of_table(DeltaKind.KIND_TABLE_CREATED, schema, fields)
 
     def altered(self, schema: TableSchema, **fields: Any) -> bytes:
-        """Return the message that a table has other settings."""
+        """Return the message that the settings of a table changed. fields: further DeltaHeader
+        fields.
+        """
         return self._of_table(DeltaKind.KIND_TABLE_ALTERED, schema, fields)
 
     def _of_table(self, kind: DeltaKind.Kind, schema: TableSchema, fields: dict[str, Any]) -> bytes:
+        """Return a message of this kind about a table, with its schema."""
         return self.mark(
             kind,
             table=schema.name,
@@ -170,14 +193,15 @@ class Deltas:
         frequencies: NDArray[np.uint64],
         **last: Any,
     ) -> Iterator[bytes]:
-        """Yield the messages that contain these rows.
+        """Yield the messages that contain these rows of a table.
 
+        version      version of the newest change in the messages
         keys         uint64[n], distinct
-        versions     uint64[n], or empty if all are ``version``
-        rows         float32[n, width or more]
-        steps        int64[n], may be empty if state is not wanted
-        frequencies  uint64[n], may be empty if state is not wanted
-        last         fields of the last message; the messages before it have ``more`` and no token
+        versions     uint64[n], version of each row; empty: all have ``version``
+        rows         float32[n, width or more]; width depends on the requested content
+        steps        int64[n], step of each row; may be empty if optimizer state is not requested
+        frequencies  uint64[n]; may be empty if optimizer state is not requested
+        last         header fields of the last message; the others have ``more`` set and no token
         """
         wanted, width = self._wanted, self._wanted.width(schema)
         state = wanted.content == pb.CONTENT_VALUES_AND_STATE
@@ -217,7 +241,14 @@ class Deltas:
         cause: Cause,
         **last: Any,
     ) -> Iterator[bytes]:
-        """Yield the messages that these rows were deleted; arguments as of ``rows``."""
+        """Yield the messages that rows of a table were deleted.
+
+        version   version of the newest change in the messages
+        keys      uint64[n], distinct
+        versions  uint64[n], version of each delete; empty: all have ``version``
+        cause     why the rows were deleted
+        last      header fields of the last message; the others have ``more`` set and no token
+        """
         for part, fields in self._parts(len(keys), self._wanted.rows_per_message(0), last):
             header = pb.DeltaHeader(
                 kind=DeltaKind.KIND_DELETES,
@@ -232,7 +263,11 @@ class Deltas:
             )
 
     def batch(self, batch: Batch, token: bytes, more: bool) -> Iterator[bytes]:
-        """Yield the messages of a batch with changes; the last one carries the token."""
+        """Yield the messages of a batch, which must have a change.
+
+        token  position after the batch; it is in the last message only
+        more   further messages of the same snapshot follow; field ``more`` of the last message
+        """
         last = {"token": token, "more": more, "time_us": batch.changes[-1].record.origin.time_us}
         if len(batch.changes) == 1:
             yield from self._change(batch.changes[0], last)
@@ -243,6 +278,7 @@ class Deltas:
         yield from pieces[-1](**last)
 
     def _change(self, change: LoggedChange, last: dict[str, Any]) -> Iterator[bytes]:
+        """Yield the messages of a single change. last: header fields of the last message."""
         version, schema = change.version, change.schema
         if schema is None:
             assert isinstance(change.record, records.BarrierRecord)
@@ -269,7 +305,15 @@ class Deltas:
     def _newest(
         self, sequence: Sequence[LoggedChange], version: int
     ) -> Iterator[Callable[..., Any]]:
-        """Yield, by table, calls that make messages of the newest value of each key."""
+        """Merge several row changes: yield calls that make messages with the newest change of each
+        key.
+
+        sequence  pushes and deletes, oldest first
+        version   version of the newest change
+
+        For each table the deletes come first, then the rows. A call takes the header fields of its
+        last message.
+        """
         tables: dict[int, list[LoggedChange]] = {}
         for each in sequence:
             assert isinstance(each.record, records.PushRecord | records.DeleteRecord)
@@ -305,14 +349,19 @@ class Deltas:
                 )
 
     def _steps(self, count: int, step: int) -> NDArray[np.int64]:
-        """Return the step of a push for each of its rows; empty if state is not wanted."""
+        """Return ``step`` as int64[count]; int64[0] if optimizer state is not requested."""
         state = self._wanted.content == pb.CONTENT_VALUES_AND_STATE
         return np.full(count if state else 0, step, np.int64)
 
     def _parts(
         self, count: int, most: int, last: dict[str, Any]
     ) -> Iterator[tuple[slice, dict[str, Any]]]:
-        """Yield ranges of at most ``most`` items, each with the fields of its message."""
+        """Divide ``count`` items into chunks: yield (slice of the items, header fields of its
+        message).
+
+        most  maximum number of items in a chunk, >= 1
+        last  header fields of the last message
+        """
         for start in range(0, count, most):
             end = min(start + most, count)
             yield slice(start, end), last if end == count else {"more": True}

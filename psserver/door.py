@@ -1,4 +1,4 @@
-"""The entrance to all methods of a server, including health checks and reflection."""
+"""Dispatch the calls of all gRPC services of a server, including health checks and reflection."""
 
 from __future__ import annotations
 
@@ -15,28 +15,34 @@ from psserver.errors import Overloaded, Refused, Starting, TooLarge
 from psserver.limits import CONTROL_BYTES
 from psserver.status import abort
 
-STREAMS = 1024  # open streams of health checks and reflection
+STREAMS = 1024  # maximum number of open streams of health checks and reflection
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Finds the handler of a method. Refuses methods of ps.v1 with STARTING until ``open``."""
+    """Finds the handler of each method. Until ``open``, methods of ps.v1 are refused with STARTING.
+
+    connections  is told of each complete message
+    """
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
         self._methods: dict[str, Handler] = {}
         self._opened = False
-        self._streams = 0  # of other services
-        self._closed = grpc.stream_stream_rpc_method_handler(_refuse)  # fits all four kinds
+        self._streams = 0  # open streams of services other than ps.v1
+        self._closed = grpc.stream_stream_rpc_method_handler(_refuse)  # fits all kinds of methods
 
     def open(self, methods: Mapping[str, Handler]) -> None:
-        """Serve these methods, by full name."""
+        """Begin to serve methods. methods: full name, for example "/ps.v1.RowService/Pull" ->
+        handler.
+        """
         self._methods.update(methods)
         self._opened = True
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
+        """Return the handler of the called method; None if there is no such method."""
         method = handler_call_details.method
         if not self._opened and method.startswith("/ps.v1."):
             return self._closed
@@ -45,16 +51,23 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
     # ---- the interface of a server that generated code uses
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        """Do nothing: generated code also adds the same methods as registered handlers."""
+        """Do nothing. Generated code adds the same methods with ``add_registered_method_handlers``
+        too.
+        """
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
-        """Serve the methods of another service. Large messages are refused before parsing."""
+        """Serve the methods of another service, such as health. Large messages are refused before
+        parsing.
+
+        service   full name of the service
+        handlers  name of a method -> handler
+        """
         for name, handler in handlers.items():
             self._methods[f"/{service}/{name}"] = self._limited(handler)
 
     @contextmanager
     def _stream(self) -> Iterator[None]:
-        """Count a stream of another service. Raises Overloaded beyond STREAMS."""
+        """Count an open stream of another service during the block. Raises Overloaded."""
         if self._streams >= STREAMS:
             raise Overloaded(f"{STREAMS} health and reflection streams are open; retry later")
         self._streams += 1
@@ -64,13 +77,15 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
             self._streams -= 1
 
     def _limited(self, handler: Handler) -> Handler:
+        """Wrap a handler of another service: bound message sizes and the number of its streams."""
         parse, answer = handler.request_deserializer, handler.response_serializer
 
         def read(data: bytes, context: Context) -> Any:
             self._connections.arrived(context.peer(), len(data))
             if len(data) > CONTROL_BYTES:
                 raise TooLarge(
-                    "MESSAGE_TOO_LARGE", f"message of {len(data)} bytes > {CONTROL_BYTES}"
+                    "MESSAGE_TOO_LARGE",
+                    f"message of {len(data)} bytes > {CONTROL_BYTES}, the limit for this service",
                 )
             try:
                 return parse(data)
@@ -111,4 +126,5 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
 
 
 async def _refuse(_: Any, context: Context) -> None:
+    """Refuse a call with STARTING."""
     await abort(context, Starting())

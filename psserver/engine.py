@@ -1,9 +1,9 @@
-"""The thread that owns the shard.
+"""The engine: one thread that runs everything which reads or writes rows of a shard.
 
-Everything that touches rows runs here, one call after another in the order of arrival, so that
-nothing else needs a lock. Handing a call to the thread and its result back takes longer than a
-small call itself. While the engine is idle, the event loop may therefore run a call itself. It
-holds the engine's turn meanwhile, so that order and mutual exclusion are the same.
+Calls run one after the other, in the order of arrival, so that the shard needs no locks. Handing a
+small call to the thread and its result back takes longer than the call itself. Therefore, while the
+engine is idle, the event loop may run a call itself. Meanwhile it holds a lock that the engine
+thread also takes for each call, so that order and mutual exclusion stay the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _Job = tuple[Callable[[], Any], float, "asyncio.Future[Any] | None"]
 
 
 class Engine:
-    """One thread that runs calls for an event loop."""
+    """One thread that runs calls on the shard, on behalf of an event loop and of worker threads."""
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
@@ -36,8 +36,8 @@ class Engine:
     def open(self, loop: asyncio.AbstractEventLoop, busy_poll: float = 0.0) -> None:
         """Start the thread.
 
-        loop       event loop that gets the results
-        busy_poll  seconds to keep the loop awake after each call
+        loop       event loop that calls ``submit`` and gets the results
+        busy_poll  seconds to keep the loop from sleeping after each call; 0: it may sleep at once
         """
         self._loop = loop
         self._poll = BusyPoll(loop, busy_poll)
@@ -60,10 +60,13 @@ class Engine:
         *,
         at_once: bool = False,
     ) -> asyncio.Future[Result]:
-        """Run ``call`` on the engine thread; called on the loop, which gets the result.
+        """Run ``call`` on the engine thread. Returns a future for its result.
 
-        deadline  monotonic seconds; a call that has not started by then raises DeadlinePassed
-        at_once   if the engine is idle, run the call on the loop, which waits for it
+        Must be called on the event loop.
+
+        deadline  monotonic seconds; a call that has not started by then is not run, but raises
+                  DeadlinePassed
+        at_once   if the engine is idle, run the call on the event loop itself before returning
         """
         future: asyncio.Future[Result] = self._loop.create_future()
         if at_once and self._take_turn():
@@ -78,7 +81,11 @@ class Engine:
         return future
 
     def run(self, call: Callable[[], Result]) -> Result:
-        """Run ``call`` on the engine thread and wait for it; called on any other thread."""
+        """Run ``call`` on the engine thread and block until it ends; return its result or raise its
+        error.
+
+        Must be called on a thread other than the event loop's and the engine's.
+        """
         done: Future[Result] = Future()
 
         def job() -> None:
@@ -96,7 +103,7 @@ class Engine:
             self._jobs.put(job)
 
     def _take_turn(self) -> bool:
-        """Take the engine's turn and return True, if the engine is idle."""
+        """If the engine is idle, lock it for this thread and return True; else return False."""
         with self._counting:
             if self._unfinished:
                 return False
@@ -105,6 +112,7 @@ class Engine:
             return True
 
     def _over(self) -> None:
+        """Count a call as finished."""
         with self._counting:
             self._unfinished -= 1
 
@@ -122,24 +130,26 @@ class Engine:
                 future,
                 result,
                 error,
-            )  # they are large; the next call may be far off
+            )  # they are large, and the next call may come much later
 
 
 class BusyPoll:
-    """Keeps a loop awake for a while after each request.
+    """Keeps an event loop from sleeping for a while after each request.
 
     A core that sleeps adds latency: an interrupt must wake it, its clock is slow, and its caches
-    are cold. If the next request comes soon, polling for it avoids that, at the cost of one core.
+    are cold. If the next request comes soon, polling for it avoids this latency, but keeps one core
+    busy.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        """Prepare to keep ``loop`` awake for ``seconds`` after each call of ``stay``; 0: never."""
         self._loop = loop
         self._seconds = seconds
-        self._end = 0.0  # of polling, on the clock of the loop
+        self._end = 0.0  # time at which polling ends, on the clock of the loop
         self._polling = False
 
     def stay(self) -> None:
-        """Poll from now on, for the seconds that were set."""
+        """Keep the loop awake for ``seconds`` from now on."""
         if self._seconds:
             self._end = self._loop.time() + self._seconds
             if not self._polling:
@@ -153,7 +163,12 @@ class BusyPoll:
 
 
 def _outcome(call: Callable[[], Any], deadline: float) -> tuple[Any, Exception | None]:
-    """Return result and error of a call. The error has no frames, which refer to the request."""
+    """Run ``call``. Returns (result, None) or (None, error).
+
+    deadline  monotonic seconds; after it the call does not run, and the error is DeadlinePassed
+
+    The error has no traceback, because its frames would keep the request in memory.
+    """
     try:
         if time.monotonic() > deadline:
             raise DeadlinePassed("the deadline passed before the work began")
@@ -163,6 +178,7 @@ def _outcome(call: Callable[[], Any], deadline: float) -> tuple[Any, Exception |
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+    """Pass a result, or an error if it is not None, to a future that was not cancelled."""
     if future.cancelled():
         return
     if error is None:

@@ -1,30 +1,33 @@
 """Reasons for refusing a request. Clients see these errors and those of storage, and no others.
 
+A token is a subscriber's position in the version log. A log has a lineage, a random id that changes
+when the shard is restored from a checkpoint.
+
 * Refused
-  - BadRequest        the request is invalid; its reason names the rule
+  - BadRequest        the request is invalid; ``reason`` names the violated rule
   - WrongShard        a key belongs to another shard
-  - NotAlterable      the field of a table is fixed at its creation
-  - StepTooFar        the step of a push is too far ahead of the table's
-  - SessionExpired    the shard can no longer tell whether it applied this push before
-  - VersionInFuture   the shard has not reached this version
+  - NotAlterable      the field of a table is fixed at the table's creation
+  - StepTooFar        a push has a step too far ahead of the table's largest step
+  - SessionExpired    the shard can no longer tell whether it has applied this push before
+  - VersionInFuture   the request names a version that the shard has not reached
   - NoLog             the shard has no data directory, and therefore no version log
-  - LogDiverged       the token belongs to another lineage
+  - LogDiverged       the token or version does not belong to this log's history
   - VersionCompacted  the shard no longer has all changes since the token
-  - NoCheckpointUrl   the server has no checkpoint_url
-  - CheckpointExists  a checkpoint of this name exists
-  - CheckpointUnfit   the checkpoint cannot be used for this purpose
-  - CheckpointBusy    the shard works on another checkpoint or restore
+  - NoCheckpointUrl   the setting checkpoint_url is not set
+  - CheckpointExists  a checkpoint of this name exists already
+  - CheckpointUnfit   the checkpoint cannot be used for this operation
+  - CheckpointBusy    another operation on checkpoints is running on this shard
   - NotEmpty          the operation would overwrite existing rows
-  - RestoreConflict   another restore is in progress, or the steps are out of order
+  - RestoreConflict   another restore is in progress, or the restore is not ready for this step
   - TableLoading      the table is being filled from a checkpoint
-  - CheckpointNeeded  another checkpoint cannot be read without this one
-  - UnknownCall       no call of this id waits for a Continue
+  - CheckpointNeeded  the checkpoint to delete is the parent of a remaining checkpoint
+  - UnknownCall       no call with this id waits for a Continue request
   - Restoring         the shard is blocked by a restore
   - TooLarge          the request exceeds a limit of this server
   - Overloaded        too many requests are in flight; retry later
   - Busy              too many long operations are running; retry later
   - Starting          the shard is not ready yet
-  - Draining          the server is stopping
+  - Draining          the server is stopping, or the client has gone away
   - DeadlinePassed    the deadline passed before the request began; nothing was applied
 """
 
@@ -32,19 +35,23 @@ from __future__ import annotations
 
 
 class Refused(Exception):
-    """Base class. ``retry_after``: seconds until a retry can succeed; None: do not retry."""
+    """Base class of all reasons for refusing a request.
+
+    reason       constant name of the reason, sent to the client
+    retry_after  seconds after which a retry may succeed; None: do not retry
+    """
 
     reason = ""
     retry_after: float | None = None
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Return the metadata of google.rpc.ErrorInfo."""
+        """Return further facts for the client, for the field metadata of google.rpc.ErrorInfo."""
         return {}
 
 
 class BadRequest(Refused):
-    """The request is invalid; ``reason`` names the rule."""
+    """The request is invalid; ``reason`` names the violated rule."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -58,7 +65,7 @@ class WrongShard(Refused):
 
     def __init__(self, table: str, key: int, belongs: int, shard: int, epoch: int) -> None:
         super().__init__(
-            f"table {table!r}: key {key} belongs to shard {belongs}, this is shard {shard}"
+            f"table {table!r}: key {key} belongs to shard {belongs}, but was sent to shard {shard}"
             f" (shard map of epoch {epoch})"
         )
         self.epoch = epoch
@@ -69,7 +76,7 @@ class WrongShard(Refused):
 
 
 class NotAlterable(Refused):
-    """The field of a table is fixed at its creation."""
+    """The field of a table is fixed at the table's creation."""
 
     reason = "NOT_ALTERABLE"
 
@@ -85,14 +92,19 @@ class NotAlterable(Refused):
 
 
 class StepTooFar(Refused):
-    """The step of a push is too far ahead of the table's."""
+    """A push has a step too far ahead of the table's largest step.
+
+    at     largest step that was pushed to the table
+    ahead  max_step_ahead, the table's limit
+    """
 
     reason = "STEP_TOO_FAR"
 
     def __init__(self, table: str, step: int, at: int, ahead: int) -> None:
         super().__init__(
             f"table {table!r} is at step {at}: a push of step {step} is {step - at} steps ahead,"
-            f" max_step_ahead is {ahead}; if the step is right, alter the table's max_step_ahead"
+            f" but max_step_ahead is {ahead}; if the step is right, alter the table's"
+            " max_step_ahead"
         )
         self.at, self.ahead = at, ahead
 
@@ -102,13 +114,13 @@ class StepTooFar(Refused):
 
 
 class SessionExpired(Refused):
-    """The shard can no longer tell whether it applied this push before."""
+    """The shard can no longer tell whether it has applied this push before."""
 
     reason = "SESSION_EXPIRED"
 
 
 class VersionInFuture(Refused):
-    """The shard has not reached this version."""
+    """The request names a version that the shard has not reached."""
 
     reason = "VERSION_IN_FUTURE"
 
@@ -119,28 +131,29 @@ class NoLog(Refused):
     reason = "NO_LOG"
 
     def __init__(self) -> None:
-        super().__init__("this shard has no version log: the server was started without data_dir")
+        super().__init__("this shard has no version log: start the server with data_dir")
 
 
 class LogDiverged(Refused):
-    """The token belongs to another lineage."""
+    """The token or version of a request does not belong to the history of this shard's log."""
 
     reason = "LOG_DIVERGED"
 
 
 class VersionCompacted(Refused):
-    """The shard no longer has all changes since the token.
+    """The shard no longer has all changes since the token of the request.
 
-    log_horizon        the log has all changes above this version
-    tombstone_horizon  the shard has all deletes above this version
+    log_horizon        the log contains all changes newer than this version
+    tombstone_horizon  the shard remembers all deletes newer than this version
     """
 
     reason = "VERSION_COMPACTED"
 
     def __init__(self, version: int, log_horizon: int, tombstone_horizon: int) -> None:
         super().__init__(
-            f"changes above version {version} are no longer complete: the log has changes above"
-            f" {log_horizon}, deletes are known above {tombstone_horizon}; take a snapshot"
+            f"the shard no longer has all changes newer than version {version}: its log has"
+            f" changes newer than {log_horizon}, and it remembers deletes newer than"
+            f" {tombstone_horizon}; subscribe again with a snapshot"
         )
         self.log_horizon = log_horizon
         self.tombstone_horizon = tombstone_horizon
@@ -154,28 +167,28 @@ class VersionCompacted(Refused):
 
 
 class NoCheckpointUrl(Refused):
-    """The server has no checkpoint_url."""
+    """The setting checkpoint_url is not set, so the server has no checkpoints."""
 
     reason = "NO_CHECKPOINT_URL"
 
     def __init__(self) -> None:
-        super().__init__("this server has no checkpoint_url")
+        super().__init__("the server was started without checkpoint_url: set it to use checkpoints")
 
 
 class CheckpointExists(Refused):
-    """A checkpoint of this name exists."""
+    """A checkpoint of this name exists already."""
 
     reason = "CHECKPOINT_EXISTS"
 
 
 class CheckpointUnfit(Refused):
-    """The checkpoint cannot be used for this purpose."""
+    """The checkpoint cannot be used for this operation; the message contains the reason."""
 
     reason = "CHECKPOINT_UNFIT"
 
 
 class CheckpointBusy(Refused):
-    """The shard works on another checkpoint or restore."""
+    """Another operation on checkpoints is running on this shard; the message names it."""
 
     reason = "CHECKPOINT_BUSY"
 
@@ -187,7 +200,7 @@ class NotEmpty(Refused):
 
 
 class RestoreConflict(Refused):
-    """Another restore is in progress, or the steps are out of order."""
+    """Another restore is in progress, or the restore is not ready for this step."""
 
     reason = "RESTORE_CONFLICT"
 
@@ -203,13 +216,13 @@ class TableLoading(Refused):
 
 
 class CheckpointNeeded(Refused):
-    """Another checkpoint cannot be read without this one."""
+    """The checkpoint to delete is the parent of a checkpoint that would remain."""
 
     reason = "CHECKPOINT_NEEDED"
 
 
 class UnknownCall(Refused):
-    """No call of this id waits for a Continue."""
+    """No call with this id waits for a Continue request."""
 
     reason = "CALL_NOT_FOUND"
 
@@ -257,7 +270,7 @@ class Starting(Refused):
 
 
 class Draining(Refused):
-    """The server is stopping."""
+    """The server is stopping, or the client that waits for the result has gone away."""
 
     reason = "DRAINING"
     retry_after = 1.0

@@ -1,4 +1,7 @@
-"""Pulls, pushes, deletes and exchanges: decode, check, run on the engine, encode."""
+"""Answer pulls, pushes, deletes and exchanges: decode, check, run on the engine, encode.
+
+An exchange is a message with several pushes and pulls, which are applied together.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +25,22 @@ from psserver.shard import Shard
 from psserver.workers import Workers
 from storage.versionlog import VersionLog
 
-AT_ONCE = 4 << 20  # bytes of a message or of rows: a few milliseconds of work on the event loop
-AT_ONCE_PARTS = 64  # pushes and pulls, likewise
-AT_ONCE_FIELDS = 512  # of a message, a part counted as several; likewise
+# Limits of the work that is done on the event loop itself; it takes at most a few milliseconds:
+AT_ONCE = 4 << 20  # bytes of a message, or of the rows that it reads or writes
+AT_ONCE_PARTS = 64  # pushes and pulls in an exchange
+AT_ONCE_FIELDS = 512  # protobuf fields in a message; a push or a pull counts as several
 
 Result = TypeVar("Result")
-Header = pb.StreamRequestHeader | None  # None: of a message that is no stream's
+Header = pb.StreamRequestHeader | None  # None: the message did not arrive on a stream
+# function of (message, maximum number of fields); raises codec.TooManyFields
 Decode = Callable[[bytes, int], tuple[Header, codec.Exchange]]
-# time of arrival, request, and its result or error
+# A submitted exchange: time of arrival, request, and the future of its result or an error
 Begun = tuple[float, codec.Exchange | None, "asyncio.Future[codec.Exchanged] | Exception"]
 
 
 @dataclass(slots=True)
 class Checked:
-    """An exchange that passed the checks."""
+    """A decoded exchange that passed the checks, and the requests for the shard made from it."""
 
     exchange: codec.Exchange
     pushes: list[Push]
@@ -43,7 +48,14 @@ class Checked:
 
 
 class Exchanges:
-    """The methods that read and write rows."""
+    """The methods that read and write rows. All must be called on the event loop.
+
+    log   version log; None: the shard has none
+    feed  reports which versions are durable; None: the shard has no version log
+
+    In all methods, ``deadline`` is in monotonic seconds (work that has not started by then is
+    refused), and ``reservation`` counts the bytes in flight of the request.
+    """
 
     def __init__(
         self,
@@ -65,22 +77,22 @@ class Exchanges:
         self._feed = feed
 
     async def pull(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
-        """Answer an encoded PullRequest."""
+        """Return the encoded PullResponse to an encoded PullRequest."""
         done = await self._exchange(_decode_pull, data, deadline, reservation)
         return codec.encode_pulled(done.pulls[0])
 
     async def push(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
-        """Answer an encoded PushRequest."""
+        """Return the encoded PushResponse to an encoded PushRequest."""
         done = await self._exchange(_decode_push, data, deadline, reservation)
         return bytes(done.pushes[0].SerializeToString())
 
     async def exchange(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
-        """Answer an encoded ExchangeRequest."""
+        """Return the encoded ExchangeResponse to an encoded ExchangeRequest."""
         done = await self._exchange(_decode_exchange, data, deadline, reservation)
         return codec.encode_exchanged(done)
 
     async def delete(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
-        """Answer an encoded DeleteRequest."""
+        """Return the encoded DeleteResponse to an encoded DeleteRequest."""
         start = time.perf_counter()
         change = await self._on_time(self._read_delete, data, reservation)
         try:
@@ -97,6 +109,11 @@ class Exchanges:
     async def _exchange(
         self, decode: Decode, data: bytes, deadline: float, reservation: Reservation
     ) -> codec.Exchanged:
+        """Run the pushes and pulls of one message and return their results.
+
+        decode  decodes ``data`` to an exchange
+        data    encoded message
+        """
         start = time.perf_counter()
         _, checked = await self.read(decode, data, reservation)
         begun = self.begin(checked, start, deadline, reservation)
@@ -112,15 +129,20 @@ class Exchanges:
     async def read(
         self, decode: Decode, data: bytes, reservation: Reservation
     ) -> tuple[Header, Checked | Exception]:
-        """Decode and check a message. Errors of the checks are returned; Malformed is raised."""
+        """Decode and check a message. Returns (header of a message on a stream or None, exchange or
+        error).
+
+        Errors of the checks are returned, so that the header is known. Malformed is raised.
+        """
         return await self._on_time(partial(self._read, decode), data, reservation)
 
     async def _on_time(
         self, read: Callable[[bytes, int], Result], data: bytes, reservation: Reservation
     ) -> Result:
-        """Read a message: a cheap one here, an expensive one on a thread.
+        """Call ``read(data, maximum number of fields)``: for a cheap message here, else on a worker
+        thread.
 
-        The thread gives up the interpreter lock often, so the event loop stays responsive.
+        The thread releases the interpreter lock often, so that the event loop stays responsive.
         """
         if len(data) <= AT_ONCE:
             with suppress(codec.TooManyFields):
@@ -130,6 +152,7 @@ class Exchanges:
         return await self._workers.run(self._workers.checks, work, reservation=reservation)
 
     def _read(self, decode: Decode, data: bytes, budget: int) -> tuple[Header, Checked | Exception]:
+        """Decode and check a message; see ``read``. budget: maximum number of protobuf fields."""
         header, exchange = decode(data, budget)
         try:
             pushes = [self._checks.push(push) for push in exchange.pushes]
@@ -139,6 +162,7 @@ class Exchanges:
         return header, Checked(exchange, pushes, pulls)
 
     def _read_delete(self, data: bytes, budget: int) -> Delete:
+        """Decode and check a delete. budget: maximum number of protobuf fields."""
         return self._checks.delete(codec.decode_delete(data, budget))
 
     def begin(
@@ -148,9 +172,12 @@ class Exchanges:
         deadline: float,
         reservation: Reservation,
     ) -> Begun:
-        """Submit an exchange to the engine. Releases the reservation if it is refused.
+        """Submit an exchange to the engine and return at once; pass the result to ``finish``.
 
-        start  time of arrival, in seconds of the performance counter
+        checked  result of ``read``; an error is passed on to ``finish``
+        start    time of arrival, in seconds of ``time.perf_counter``
+
+        If the exchange is refused, the reservation is released here.
         """
         if isinstance(checked, Exception):
             reservation.release()
@@ -169,14 +196,22 @@ class Exchanges:
         return start, checked.exchange, work
 
     def _is_small(self, parts: Sequence[Push | Pull]) -> bool:
-        """Return whether the event loop may run this itself: it is short and waits for no disk."""
+        """Return whether the event loop itself may run these parts: fast, and without waiting for a
+        disk.
+        """
         if len(parts) > AT_ONCE_PARTS:
             return False
         size = self._shard.size(parts)
         return size <= AT_ONCE and (self._log is None or self._log.room > 2 * size)
 
     async def finish(self, begun: Begun) -> codec.Exchanged:
-        """Wait for the engine and for durability, and count the requests."""
+        """Wait until an exchange has run and its pushes are as durable as required. Returns its
+        result.
+
+        begun  returned by ``begin``; its error is raised here
+
+        Also counts the requests in the statistics.
+        """
         start, exchange, work = begun
         try:
             if isinstance(work, Exception):

@@ -1,7 +1,8 @@
-"""Serve /metrics over HTTP: one thread, and bounds on what clients can occupy.
+"""Serve the page /metrics over HTTP from one thread, with bounds on what clients can occupy.
 
-A connection carries one request and has REQUEST_SECONDS for it. Beyond MOST_CONNECTIONS the oldest
-one is closed, so half-open connections cannot keep a scrape out.
+A connection carries one request and has REQUEST_SECONDS to send it and read the answer. If there
+are already MOST_CONNECTIONS, a new connection closes the oldest one, so that idle connections
+cannot prevent a scrape.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from psserver.addresses import bind
 
-REQUEST_SECONDS = 5.0  # for a connection, from its request to its answer
-MOST_CONNECTIONS = 64
-HEAD_BYTES = 16 << 10  # of a request
+REQUEST_SECONDS = 5.0  # maximum lifetime of a connection, in seconds
+MOST_CONNECTIONS = 64  # maximum number of open connections
+HEAD_BYTES = 16 << 10  # maximum size of the head of a request, in bytes
 
 log = structlog.get_logger()
 
 
 class Exposition:
-    """The metrics thread, from ``open`` to ``close``."""
+    """HTTP server for the metrics in ``registry``. Its thread runs from ``open`` to ``close``."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._page = make_wsgi_app(registry)
@@ -34,7 +35,7 @@ class Exposition:
         self._running = threading.Event()
 
     def open(self, host: str, port: int) -> None:
-        """Listen and start the thread; OSError if the address cannot be used."""
+        """Listen and start the thread. Raises OSError if the address cannot be used."""
         self._listeners = bind(host, port)
         self._thread.start()
         self._running.wait()
@@ -77,7 +78,7 @@ class Exposition:
             writer.transport.abort()
 
     def _answer(self, head: bytes) -> bytes:
-        """Return the whole response to a request."""
+        """Return the complete response to a request. head: the request up to its empty line."""
         try:
             environ = _environ(head)
         except ValueError:
@@ -99,7 +100,9 @@ class Exposition:
 
 
 def _environ(head: bytes) -> dict[str, Any]:
-    """Return a request as WSGI has it; ValueError if it is not HTTP."""
+    """Convert the head of an HTTP request to a WSGI environment. Raises ValueError if it is not
+    HTTP.
+    """
     first, *lines = head.decode("latin-1").split("\r\n")
     method, target, _ = first.split(" ")
     path, _, query = target.partition("?")
@@ -111,6 +114,7 @@ def _environ(head: bytes) -> dict[str, Any]:
 
 
 def _response(status: str, headers: list[tuple[str, str]], body: bytes) -> bytes:
+    """Return an HTTP response. status: for example "404 Not Found"."""
     fields = [*headers, ("Content-Length", str(len(body))), ("Connection", "close")]
     head = "".join(f"{name}: {value}\r\n" for name, value in fields)
     return f"HTTP/1.1 {status}\r\n{head}\r\n".encode("latin-1") + body

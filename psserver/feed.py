@@ -1,9 +1,10 @@
-"""Subscriptions: every change of a shard, in order, sent to whoever follows it.
+"""Subscriptions: send every change of a shard, in order, to each subscriber.
 
-A subscriber is a cursor over the log's files. Nothing is queued for it: what it has not read is on
-disk, and a slow or stopped subscriber costs a file descriptor and a message or two. Two threads of
-the feed read files and make messages, one step at a time per subscriber. The subscription then
-waits until gRPC has taken the messages. Only durable versions are sent.
+A subscriber is a cursor over the files of the version log. Changes that it has not read are on
+disk, not in a queue. So a slow or stopped subscriber costs only a file descriptor and one or two
+messages in memory. Two threads of the feed read the files and make messages, for one subscriber
+after the other. Each subscription then waits until gRPC has sent its messages before it asks for
+more. Only durable changes are sent.
 """
 
 from __future__ import annotations
@@ -28,21 +29,24 @@ from storage.versionlog import VersionLog
 class Lag(NamedTuple):
     """The lag of the slowest subscriber."""
 
-    versions: int
+    versions: int  # number of durable changes not sent yet
     seconds: float  # age of the oldest change that is being sent
 
 
 class Feed:
-    """The subscriptions of one shard.
+    """All subscriptions to the changes of one shard.
 
-    bytes     bytes sent since the start
-    messages  messages sent since the start
+    bytes     bytes sent since the start of the server
+    messages  messages sent since the start of the server
     """
 
     def __init__(
         self, shard: Shard, engine: Engine, log: VersionLog, *, max_subscribers: int
     ) -> None:
-        """Store the parts. ``open`` must follow, on the loop."""
+        """Create the feed of ``shard``; ``open`` must follow.
+
+        max_subscribers  maximum number of subscriptions at the same time
+        """
         self.source = Source(shard, engine, log)
         self.bytes = 0
         self.messages = 0
@@ -50,27 +54,29 @@ class Feed:
         self._running: dict[Subscription, asyncio.Task[Any]] = {}
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Serve subscriptions that run on ``loop``."""
+        """Allow subscriptions, which must run on ``loop``."""
         self.source.open(loop)
 
     def close(self) -> None:
-        """Stop the threads. The subscriptions have ended."""
+        """Stop the threads. All subscriptions must have ended."""
         self.source.close()
 
     def wake(self) -> None:
-        """Report that there is more to send. Any thread may call this."""
+        """Tell the subscriptions that there are new durable changes. Any thread may call this."""
         self.source.wake()
 
     async def settled(self, version: int, level: int) -> int:
-        """Wait until a version is as safe as the pb.Durability ``level`` asks.
+        """Wait until ``version`` is as durable as ``level`` (a pb.Durability) requires.
 
         Returns the newest durable version.
         """
         return await self.source.settled(version, level)
 
     def drain(self) -> None:
-        """End the subscriptions. A subscriber that does not read is cancelled, since its last
-        message would wait for it to read.
+        """End all subscriptions, because the server stops.
+
+        Each gets a last message. A subscriber that is not reading is cancelled instead, because the
+        last message would wait until it reads.
         """
         self.source.draining = True
         self.source.signal()
@@ -79,12 +85,19 @@ class Feed:
                 task.cancel()
 
     async def serve(self, data: bytes, write: Write) -> None:
-        """Answer a SubscribeRequest. Ends only by raising."""
+        """Serve one subscription. Never returns: it ends by raising the error to send.
+
+        data   encoded SubscribeRequest
+        write  sends one message; waits while the subscriber does not read
+        """
         request = parse(data)
         wanted = read_wanted(request)
         self.source.check_draining()
         if len(self._running) >= self._most:
-            raise TooLarge("TOO_MANY_SUBSCRIBERS", f"{self._most} subscribers are here, the limit")
+            raise TooLarge(
+                "TOO_MANY_SUBSCRIBERS",
+                f"this shard already has {self._most} subscribers, its limit (max_subscribers)",
+            )
         start = self._start(request, wanted)
         subscription = Subscription(self.source, wanted, start, write, self._count)
         task = asyncio.current_task()
@@ -99,7 +112,7 @@ class Feed:
 
     @property
     def subscribers(self) -> int:
-        """Number of subscribers."""
+        """Number of open subscriptions."""
         return len(self._running)
 
     @property
@@ -112,11 +125,16 @@ class Feed:
         return Lag(max(versions, 0), max(now - since, 0.0))
 
     def _count(self, size: int) -> None:
+        """Count a sent message of ``size`` bytes."""
         self.bytes += size
         self.messages += 1
 
     def _start(self, request: pb.SubscribeRequest, wanted: Wanted) -> Position:
-        """Return where a subscription starts."""
+        """Return the position at which a subscription starts: its token, or as ``request.start``
+        requires.
+
+        Raises BadRequest, LogDiverged or VersionInFuture for a token that does not fit.
+        """
         log, tables = self.source.log, digest(wanted.tables)
         if request.token:
             position = decode(request.token)
@@ -137,21 +155,32 @@ class Feed:
         return replace(position, phase=Phase.SNAPSHOT, version=0)
 
     def _check(self, position: Position, tables: int) -> None:
-        """Refuse a position that is not in this history."""
+        """Raise an error unless a token of this shard's log and of the same tables has this
+        position.
+
+        tables  digest of the table names that the request contains
+
+        Raises LogDiverged, BadRequest or VersionInFuture.
+        """
         log = self.source.log
         if position.lineage != log.lineage:
             raise LogDiverged(
-                f"the token is of lineage {position.lineage.hex()}, the log of {log.lineage.hex()}"
+                f"the token belongs to the log with lineage {position.lineage.hex()}, but this"
+                f" shard's log has lineage {log.lineage.hex()}: subscribe again with a snapshot"
             )
         if not log.history.contains(position.epoch, position.newest):
             raise LogDiverged(
-                f"the token is of version {position.newest} in epoch {position.epoch:016x}, which"
-                " is not part of this shard's history: its data directory was put back from a copy"
+                f"version {position.newest} of epoch {position.epoch:016x} in the token is not part"
+                " of this shard's history, because its data directory was replaced by an older"
+                " copy: subscribe again with a snapshot"
             )
         if position.tables != tables:
-            raise BadRequest("INVALID_ARGUMENT", "the token is of a subscription to other tables")
+            raise BadRequest(
+                "INVALID_ARGUMENT",
+                "the token belongs to a subscription to other tables: request the same tables",
+            )
         if position.newest > log.durable:
             raise VersionInFuture(
-                f"the token is of version {position.newest}, shard"
-                f" {self.source.shard.number} is at {log.durable}"
+                f"the token has version {position.newest}, but the newest durable version of shard"
+                f" {self.source.shard.number} is {log.durable}"
             )

@@ -1,11 +1,13 @@
-"""Tables that are filled while they are hidden, on the engine thread.
+"""Hidden tables: LoadTable fills them, and shows them to clients only when they are complete.
 
-A table that LoadTable fills takes its number and its place in the log at once, and its name when
-it is complete. Until then nobody can pull, push, create or drop under the name.
+All functions must run on the engine thread. A hidden table has a number and a record in the log
+from the beginning, but clients cannot pull, push, create or drop under its name until it is
+complete.
 
-Before, while a shard waits for the other shards to accept the load, the name is claimed: the table
-that will be replaced can be pulled and pushed, but not created, altered or dropped. So the new
-table gets its present settings, and a restart takes no other table for the one that was filled.
+Before a hidden table is created, the shard waits until the other shards accept the load. During
+this time the name is claimed: an old table of this name can be pulled and pushed, but not created,
+altered or dropped. So the new table gets the current settings of the old one, and a restart cannot
+mistake a different table for the hidden one.
 """
 
 from __future__ import annotations
@@ -20,24 +22,27 @@ from storage.schema import TableSchema
 
 
 class Fills:
-    """The hidden tables of one shard."""
+    """The hidden tables and claimed names of one shard."""
 
     def __init__(self, tables: Tables, sequencer: Sequencer) -> None:
         self._tables = tables
         self._sequencer = sequencer
 
     def claim(self, name: str) -> None:
-        """Let nobody else create, alter or drop a table of this name, until ``release``."""
+        """Forbid all clients to create, alter or drop a table of this name, until ``release``."""
         self._tables.claimed.add(name)
 
     def release(self, name: str) -> None:
-        """End what ``claim`` began."""
+        """Allow clients to create, alter and drop a table of this name again."""
         self._tables.claimed.discard(name)
 
     def require_replaceable(self, name: str, *, replace: bool) -> TableEntry | None:
-        """Return the table that a new one may replace; None if there is none.
+        """Return the table that a hidden table of this name may replace; None if there is none.
 
-        Raises NotEmpty if it has rows or counters and ``replace`` is not set, and TableLoading.
+        replace  it may have rows or counters
+
+        Raises NotEmpty if it has any and ``replace`` is False, TableLoading if a table of this name
+        is hidden.
         """
         self._tables.require_not_hidden(name)
         entry = self._tables.find(name)
@@ -45,17 +50,19 @@ class Fills:
             stats = entry.table.stats()
             if stats.rows or stats.waiting:
                 raise NotEmpty(
-                    f"table {name!r} has {stats.rows} rows and {stats.waiting} counters; it is"
-                    " filled only if it is empty, or with replace"
+                    f"table {name!r} has {stats.rows} rows and {stats.waiting} admission counters;"
+                    " to delete them and fill the table, set 'replace'"
                 )
         return entry
 
     def begin(self, schema: TableSchema, number: int, *, replace: bool) -> bool:
-        """Replace the table of this name by a hidden one without rows, or change nothing.
+        """Drop the table of this name, if there is one, and create a hidden one without rows.
 
-        number  of the new table, as ``next_number`` returned it
+        number   number of the hidden table, from ``next_number``
+        replace  the old table may have rows or counters
 
-        Returns False if another table has taken the number since.
+        Returns False, with nothing changed, if a different table has taken the number meanwhile.
+        Raises NotEmpty or TableLoading; then nothing is changed either.
         """
         if number != self._tables.next_number:
             return False
@@ -74,17 +81,19 @@ class Fills:
         return True
 
     def next_number(self) -> int:
-        """Return the number that the next table gets."""
+        """Return the number that the next created table gets."""
         return self._tables.next_number
 
     def finish(self, number: int) -> None:
-        """Let the table be used under its name."""
+        """Publish the filled table with this number: clients can use it from now on."""
         self._tables.reveal(self._tables.require_number(number))
 
     def cancel(self, name: str, number: int, schema: TableSchema | None) -> None:
-        """Drop the table of this number; create an empty one if ``schema`` is given.
+        """Drop the table with this name and number, if it exists.
 
-        Does nothing that was done before: a restart may repeat it.
+        schema  create an empty table with it, unless one of its name exists; None: create none
+
+        May be called again after a crash: whatever was done before is not repeated.
         """
         entry = self._tables.numbered(number)
         if entry is not None and entry.schema.name == name:

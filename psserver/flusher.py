@@ -1,13 +1,16 @@
-"""Flushes: dirty rows written to the base of the data directory, in the background.
+"""Write changed rows to the base in the background, so that a restart replays only little of the
+log.
 
-A flush takes the shard's version S, then scans the rows while pushes go on, and packs the rows that
-changed since the last flush into blocks. Once they are committed, a restart does not need the log
-up to S. A row that a push changes during the scan may be copied torn. Each such push has a record
-after S, and the base is committed only after these records are on disk, so a restart always replays
-them over the torn copies.
+The base is the copy of all rows on disk, in blocks, at one version of the log. A flush notes the
+shard's version S, scans the rows while pushes continue, and packs the rows that changed since the
+last flush into new blocks. When the blocks are committed, a restart no longer needs the log up to
+S. If a push changes a row while it is copied, the copy may be half old and half new. But each such
+push has a log record newer than S, and the base is committed only after these records are on disk.
+So a restart always replays them over the damaged copies.
 
-A flush is full, and replaces all blocks, when the blocks contain more than twice what a full flush
-would write, or when more keys were deleted than the shard keeps tombstones for.
+A full flush replaces all blocks by new ones. It happens when the blocks contain more than twice as
+many entries as a full flush would write, or when more keys were deleted since the last flush than
+the shard remembers (tombstones).
 """
 
 from __future__ import annotations
@@ -30,24 +33,24 @@ from storage.block import BLOCK_BYTES, pack_cells, pack_counters
 from storage.errors import Corrupt, DiskFull, LogFailed
 from storage.versionlog import VersionLog
 
-STALE = 2  # a flush is full if the blocks contain more than this many times what is live
+STALE = 2  # a flush is full if the blocks contain more than STALE times what it would write
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class _Sketch:
-    """A table's sketch in the base."""
+    """The admission sketch (a counting Bloom filter) of one table, as stored in the base."""
 
-    edits: int  # of the sketch when it was written; see Gate
-    blocks: tuple[int, ...]  # numbers of its blocks; empty: it must be written
+    edits: int  # number of changes of the sketch when it was written (Gate.edits)
+    blocks: tuple[int, ...]  # numbers of the blocks with its cells; empty: it must be written
 
 
 class Flusher:
-    """The thread that flushes.
+    """Thread that flushes changed rows to the base, and then deletes old segments of the log.
 
-    flushed  monotonic seconds of the last flush: a restart replays only later changes
-    pins     by user: the version after which the user needs the log
+    flushed  monotonic time of the last flush, in seconds; a restart replays only later changes
+    pins     user of the log -> version; records newer than the version are kept for that user
     """
 
     def __init__(
@@ -62,12 +65,12 @@ class Flusher:
         keep: tuple[int, float],
         stored_rows: int,
     ) -> None:
-        """Store the settings. ``open`` starts the thread.
+        """Create the flusher; ``open`` starts its thread.
 
-        fail         called once, on the thread, when nobody can know any more what is on disk
-        seconds      between flushes
-        keep         bytes and seconds of log to keep for subscribers
-        stored_rows  rows in the base's blocks
+        fail         called once, on the thread, if a failed write leaves the disk in unknown state
+        seconds      seconds between flushes
+        keep         (bytes, seconds) of the newest log to keep for subscribers
+        stored_rows  number of rows in the blocks of the base
         """
         self._shard = shard
         self._engine = engine
@@ -89,15 +92,15 @@ class Flusher:
         self._thread.start()
 
     def close(self) -> None:
-        """Abandon a flush in progress, and stop the thread."""
+        """Abandon a flush in progress, if any, and stop the thread."""
         self._stop.set()
         self._thread.join()
 
     def flush(self) -> None:
-        """Flush now, unless nothing has changed, then truncate the log.
+        """Write all changes to the base, then delete log that nobody needs any more.
 
-        DiskFull leaves the last flush in place. The log is truncated even without changes, since
-        the reasons to keep it pass with time.
+        If nothing has changed, only the log is truncated, because the time for which it is kept may
+        be over. DiskFull is raised with the base as the last flush left it.
         """
         state, began = self._base.state, time.monotonic()
         captured = self._engine.run(self._shard.capture)
@@ -108,7 +111,11 @@ class Flusher:
         self._versions.truncate(needed, *self._keep)
 
     def _write(self, captured: Capture, state: BaseState | None) -> bool:
-        """Bring the base to the captured version. Returns False if the thread was stopped."""
+        """Bring the base from ``state`` to the captured version. Return False if the thread was
+        stopped.
+
+        state  the base as last committed; None: it is empty
+        """
         full = self._must_be_full(captured, state)
         after, kept = 0, tuple[int, ...]()
         if not full and state is not None:
@@ -141,6 +148,7 @@ class Flusher:
         return True
 
     def _must_be_full(self, captured: Capture, state: BaseState | None) -> bool:
+        """Return whether the flush must write all rows; see the module docstring."""
         live = sum(each.rows + each.counters for each in captured.tables)
         live += sum(map(len, captured.tombstones))  # a full flush writes them again
         return (
@@ -150,10 +158,10 @@ class Flusher:
         )
 
     def _write_changes(self, captured: Capture, after: int) -> tuple[list[int], int] | None:
-        """Write what changed after version ``after``, without sketches.
+        """Write rows, tombstones and counters newer than version ``after`` to new blocks.
 
-        Returns the numbers of the new blocks, and the rows, tombstones and counters in them; None
-        if the thread was stopped.
+        Returns (numbers of the blocks, number of rows, tombstones and counters in them); None if
+        the thread was stopped.
         """
         blocks, rows = [], 0
         for block in blocks_of(captured, after, self._buffer):
@@ -169,7 +177,10 @@ class Flusher:
     def _write_sketches(
         self, captured: Capture, state: BaseState | None
     ) -> dict[int, _Sketch] | None:
-        """Write sketches that changed. Returns all of them; None if the thread was stopped."""
+        """Write the sketches that changed since they were last written.
+
+        Returns all sketches, changed or not, by table number; None if the thread was stopped.
+        """
         sketches = self._kept_sketches(captured, state)
         written: dict[int, list[int]] = {}
         unchanged = {table for table, sketch in sketches.items() if sketch.blocks}
@@ -183,7 +194,7 @@ class Flusher:
         return sketches
 
     def _kept_sketches(self, captured: Capture, state: BaseState | None) -> dict[int, _Sketch]:
-        """Return the sketches by table, with the blocks that contain them if they are unchanged."""
+        """Return the sketches of all tables by number; one that must be written has no blocks."""
         listed = set(state.blocks) if state is not None else set()
         kept: dict[int, _Sketch] = {}
         for each in captured.tables:
@@ -207,10 +218,11 @@ class Flusher:
                 return
 
     def _survives(self, call: Callable[[], None]) -> bool:
-        """Return whether the call succeeded.
+        """Run ``call``. Return whether it succeeded; log an error after which the next flush may
+        succeed.
 
-        Raises errors that another attempt cannot mend: damage, and a failed write or sync after
-        which nobody can know what is on disk.
+        Raises Corrupt, LogFailed, and any error after which the state of the base on disk is
+        unknown.
         """
         try:
             call()

@@ -1,4 +1,4 @@
-"""gRPC handlers. Every method is admitted, counted and answered in the same way."""
+"""Build gRPC handlers. Every method is admitted, counted and answered in the same way."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ from psserver.status import abort, code_of, reason_of, status_of
 from psserver.work import Progress
 from psserver.workers import Pool, Workers
 
-PROGRESS_SECONDS = 0.2  # between two progress messages
+PROGRESS_SECONDS = 0.2  # seconds between two progress messages
 
 
 class Handlers:
-    """Builds gRPC handlers from methods."""
+    """Builds gRPC handlers from methods of the service.
+
+    In all builders, ``kind`` is the class of the method's request. An error that the method raises
+    is sent as the status of the call. during_restore: the method may be called while a restore
+    blocks the shard.
+    """
 
     def __init__(
         self,
@@ -40,18 +45,22 @@ class Handlers:
         self._connections = connections
 
     def count_error(self, method: str, error: Exception) -> None:
-        """Count a request that failed."""
+        """Count a failed request in the statistics of ``method``."""
         status = status_of(error)
         self._limits.stats.failed(method, code_of(status).name, reason_of(status))
 
     def arrived(self, context: Context, data: bytes) -> None:
-        """Report that a message of a peer is complete."""
+        """Report to ``connections`` that a message of the calling client is complete."""
         self._connections.arrived(context.peer(), len(data))
 
     def counted(
         self, name: str, call: Callable[..., Awaitable[Any]]
     ) -> Callable[..., Awaitable[Any]]:
-        """Wrap a call: count it while it runs, and refuse it if too many are running."""
+        """Wrap a handler: count the call while it runs, and refuse it if too many calls are
+        running.
+
+        name  name of the method
+        """
 
         async def counted(data: Any, context: Context) -> Any:
             try:
@@ -74,7 +83,12 @@ class Handlers:
         arrays: bool = True,
         during_restore: bool = False,
     ) -> Handler:
-        """Build the handler of a method that takes and returns the bytes of one message."""
+        """Build the handler of a method that takes and returns one encoded message.
+
+        name    name of the method
+        method  function of (request, deadline in monotonic seconds, reservation of bytes in flight)
+        arrays  requests may contain arrays; others must be small
+        """
 
         async def call(data: bytes, context: Context) -> bytes:
             remaining = context.time_remaining()
@@ -109,7 +123,10 @@ class Handlers:
         *,
         during_restore: bool = False,
     ) -> Handler:
-        """Build the handler of a method that takes and returns one protobuf message."""
+        """Build the handler of a method that takes and returns one protobuf message.
+
+        method  function of (request, deadline in monotonic seconds)
+        """
 
         async def call(data: bytes, deadline: float, _: Reservation) -> bytes:
             return bytes((await method(parse(kind, data), deadline)).SerializeToString())
@@ -124,7 +141,10 @@ class Handlers:
         *,
         during_restore: bool = False,
     ) -> Handler:
-        """Build the handler of a method that blocks, and runs on a thread of ``pool``."""
+        """Build the handler of a method that blocks, and therefore runs on a thread of ``pool``.
+
+        method  function of the request; returns the response
+        """
 
         async def call(data: bytes, deadline: float, reservation: Reservation) -> bytes:
             work = partial(method, parse(kind, data))
@@ -134,7 +154,10 @@ class Handlers:
         return self.unary(method_of(kind), call, arrays=False, during_restore=during_restore)
 
     def long(self, kind: type[Message], method: Callable[[Any, Progress], Message]) -> Handler:
-        """Build the handler of a long operation: it sends its progress, then its result."""
+        """Build the handler of a long operation, which sends progress messages and last its result.
+
+        method  function of (request, progress to update); it blocks, and runs on a thread
+        """
 
         async def answers(request: Any) -> AsyncIterator[Message]:
             progress = self._checkpoints.work.progress()
@@ -153,7 +176,9 @@ class Handlers:
     def many(self, kind: type[Message], method: Callable[[Any], Iterator[Message]]) -> Handler:
         """Build the handler of a long operation that sends many messages.
 
-        Each message is made after the previous one has been written.
+        method  function of the request that returns a generator of messages; it runs on a thread
+
+        The next message is made only after the previous one was sent.
         """
 
         async def answers(request: Any) -> AsyncIterator[Message]:
@@ -176,6 +201,8 @@ class Handlers:
     def _stream_out(
         self, kind: type[Message], method: Callable[[Any], AsyncIterator[Message]]
     ) -> Handler:
+        """Build the handler of a method that answers one request with many messages."""
+
         async def call(data: bytes, context: Context) -> None:
             async for message in method(parse(kind, data)):
                 await context.write(bytes(message.SerializeToString()))
@@ -186,7 +213,11 @@ class Handlers:
     def served(
         self, name: str, call: Callable[[bytes, Context], Awaitable[None]]
     ) -> Callable[[bytes, Context], Awaitable[None]]:
-        """Wrap a call that answers one message with many: admit it, and report its error."""
+        """Wrap a call that answers one message with many: admit the message, and send an error as
+        status.
+
+        name  name of the method
+        """
 
         async def served(data: bytes, context: Context) -> None:
             self.arrived(context, data)
@@ -204,7 +235,7 @@ class Handlers:
 
 
 def parse(kind: type[Message], data: bytes) -> Message:
-    """Parse a protobuf message. Raises Malformed."""
+    """Parse a protobuf message of class ``kind``. Raises Malformed."""
     try:
         return kind.FromString(data)
     except DecodeError as error:
@@ -212,5 +243,5 @@ def parse(kind: type[Message], data: bytes) -> Message:
 
 
 def method_of(kind: type[Message]) -> str:
-    """Return the name of the method whose request this is."""
+    """Return the name of the method whose request has the class ``kind``: PullRequest -> "Pull"."""
     return str(kind.DESCRIPTOR.name).removesuffix("Request")

@@ -1,6 +1,7 @@
-"""The health service of grpc.health.v1.
+"""The health service grpc.health.v1: whether each service of this server is ready.
 
-Setting a status does not wait for watchers: one that does not read cannot block the server.
+Setting a status does not wait for watchers, so that a watcher that does not read cannot block the
+server.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ Serving: TypeAlias = pb.HealthCheckResponse.ServingStatus
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """The statuses of all names."""
+    """The status of each service name, for example SERVING. Must be used on the event loop."""
 
     def __init__(self) -> None:
         self._statuses: dict[str, Serving] = {}
-        self._changed = asyncio.Event()  # set, and replaced, with each change
+        self._changed = asyncio.Event()  # set at the next change, then replaced by a new event
 
     def set(self, names: Iterable[str], status: Serving) -> None:
-        """Set the status of names."""
+        """Give all ``names`` the same status, and notify watchers."""
         self._statuses.update(dict.fromkeys(names, status))
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
@@ -33,7 +34,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     async def Check(  # noqa: N802
         self, request: pb.HealthCheckRequest, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> Status:
-        """Return the status of a name. NOT_FOUND if it has none."""
+        """Return the status of the name ``request.service``; end with NOT_FOUND if it has none."""
         status = self._statuses.get(request.service)
         if status is None:
             await context.abort(grpc.StatusCode.NOT_FOUND)
@@ -49,7 +50,10 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     async def Watch(  # noqa: N802
         self, request: pb.HealthCheckRequest, context: grpc.aio.ServicerContext[bytes, bytes]
     ) -> None:
-        """Send the status of a name, and again whenever it changes."""
+        """Send the status of the name ``request.service`` now, and again whenever it changes.
+
+        A name without a status has SERVICE_UNKNOWN. Runs until the client cancels.
+        """
         last = None
         while True:
             changed = self._changed

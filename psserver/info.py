@@ -1,4 +1,4 @@
-"""What a shard reports about itself: GetServerInfo."""
+"""Answer GetServerInfo: number, shard map, limits, versions, memory and uptime of a shard."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from psserver.config import ServerConfig
 from psserver.shard import Shard
 from storage.versionlog import VersionLog
 
-COUNTED = 128  # tables whose rows the event loop counts at once: less than a millisecond
+COUNTED = 128  # maximum number of tables counted before other calls run: below a millisecond
 
 
 class ServerInfo:
-    """Reads the figures of a shard on the event loop; never waits for the engine.
+    """Reads versions, sizes and limits of a shard. Never waits for the engine.
 
-    flushed  returns the time of the last flush, monotonic seconds; None without a data directory
+    Must be used on the event loop.
+
+    log      version log; None: the shard has no data directory
+    flushed  returns the monotonic time of the last flush, in seconds; None: no data directory
     """
 
     def __init__(
@@ -35,7 +38,7 @@ class ServerInfo:
         self._started = time.monotonic()
 
     async def read(self) -> pb.GetServerInfoResponse:
-        """Return the figures as they are now. Other calls are served in between."""
+        """Return the current values. Between groups of tables, the event loop runs other calls."""
         shard, config, log, now = self._shard, self._config, self._log, time.monotonic()
         tables, rows = shard.tables(), 0
         for at in range(0, len(tables), COUNTED):

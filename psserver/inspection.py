@@ -1,4 +1,4 @@
-"""Inspect single keys: their rows, their counters, and their deletes that still have tombstones."""
+"""Inspect single keys: their rows, their admission counters, and their remembered deletes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from storage.kernels import Keys
 from storage.records import Cause, DeleteRecord, decode
 from storage.versionlog import VersionLog
 
-MAX_INSPECTED = 1000  # keys per request
-DEAD = 65_536  # tombstones searched at a time
-MAX_GONE = 16  # deletes per key that are returned, the newest ones
-MAX_READS = 256  # records that a request reads from the log: each takes about a millisecond
+MAX_INSPECTED = 1000  # maximum number of keys in a request
+DEAD = 65_536  # maximum number of tombstones (remembered deletes) read in one engine call
+MAX_GONE = 16  # maximum number of deletes returned per key, the newest ones
+MAX_READS = 256  # maximum number of log records read per request; each takes about a millisecond
 
 
 class Inspector:
-    """Inspects keys of one shard. Thread-safe.
+    """Reports the state of single keys of one shard. Thread-safe.
 
-    log  gives time and step of a delete; None: they are left out
+    log  version log, to look up time and step of a delete; None: both are left out
     """
 
     def __init__(self, shard: Shard, engine: Engine, log: VersionLog | None) -> None:
@@ -36,7 +36,11 @@ class Inspector:
         self._log = log
 
     def inspect(self, request: pb.InspectRequest) -> pb.InspectResponse:
-        """Return the state of each key; raises BadRequest, TooLarge, WrongShard or UnknownTable."""
+        """Return the state of each key: it has a row, is counted, deleted, new, or unknown.
+
+        Blocks, so it must run on a worker thread. Raises BadRequest, TooLarge, WrongShard or
+        UnknownTable.
+        """
         keys = self._keys(request)
         known = self._engine.run(lambda: self._shard.view_keys(request.table, keys))
         gone, horizon = self._gone(known, keys)
@@ -71,17 +75,21 @@ class Inspector:
         return response
 
     def _keys(self, request: pb.InspectRequest) -> Keys:
-        """Return the keys of a request; refuses keys of other shards."""
+        """Return the keys of a request: uint64[n], distinct, all owned by this shard.
+
+        Raises BadRequest, TooLarge or WrongShard.
+        """
         shard, where = self._shard, f"table {request.table[:200]!r}"
         if len(request.keys) % 8:
             raise BadRequest(
                 "INVALID_ARGUMENT",
-                f"{where}: {len(request.keys)} bytes of keys are not a multiple of 8",
+                f"{where}: field 'keys' must have 8 bytes per key, got {len(request.keys)} bytes",
             )
         keys = np.frombuffer(request.keys, "<u8")
         if len(keys) > MAX_INSPECTED:
             raise TooLarge(
-                "TOO_MANY_KEYS", f"{where}: {len(keys)} keys, the limit is {MAX_INSPECTED}"
+                "TOO_MANY_KEYS",
+                f"{where}: expected at most {MAX_INSPECTED} keys in a request, got {len(keys)}",
             )
         repeated, foreign = routing.check(keys, shard.shard_map, shard.number)
         if foreign >= 0:
@@ -93,7 +101,10 @@ class Inspector:
         return keys
 
     def _gone(self, known: KeyView, keys: Keys) -> tuple[dict[int, list[pb.KeyFacts.Gone]], int]:
-        """Return the newest deletes of each key up to the known version, and the horizon."""
+        """Return (newest deletes by key, tombstone horizon), as of the version of ``known``.
+
+        Tombstones (remembered deletes) older than the horizon may be missing.
+        """
         newest, at = no_tombstones(), known.created
         while True:
             dead = self._engine.run(lambda at=at: self._shard.tombstones(at, DEAD))  # type: ignore[misc]
@@ -105,7 +116,12 @@ class Inspector:
             newest = newest_of(joined([newest, hits]), MAX_GONE)
 
     def _by_key(self, dead: Tombstones) -> dict[int, list[pb.KeyFacts.Gone]]:
-        """Return the deletes of each key by version; the oldest may lack their time and step."""
+        """Return the deletes of each key, oldest first.
+
+        dead  tombstones (remembered deletes), ordered by version
+
+        Time and step are read from the log only for the newest MAX_READS deletes.
+        """
         versions, first = np.unique(dead.versions, return_index=True)
         causes = dead.causes[first].tolist()  # a version is one delete
         readable = len(versions) - MAX_READS
@@ -119,7 +135,10 @@ class Inspector:
         return found
 
     def _delete_of(self, version: int, cause: Cause, *, read: bool) -> pb.KeyFacts.Gone:
-        """Return a delete, with its time and step if ``read`` and the log still has its record."""
+        """Return the delete with this version.
+
+        read  set also its time and step, if the log still has its record
+        """
         gone = pb.KeyFacts.Gone(version=version, cause=cause.name.lower())
         if self._log is None or not read:
             return gone
@@ -135,7 +154,7 @@ class Inspector:
 
 
 def newest_of(dead: Tombstones, most: int) -> Tombstones:
-    """Return the newest ``most`` tombstones of each key, ordered by version."""
+    """Return the newest ``most`` tombstones (remembered deletes) per key, ordered by version."""
     order = np.lexsort((dead.versions, dead.keys))
     keys = dead.keys[order]
     from_end = np.searchsorted(keys, keys, "right") - np.arange(len(keys))  # 1: the newest of a key

@@ -1,7 +1,7 @@
-"""Admission of requests. All methods pass through here before their message is decoded.
+"""Admit requests: limit the bytes and the number of requests in flight.
 
-The bytes of a message and of its reply count as in flight until the reply is sent. Everything here
-runs on the event loop.
+Every message passes through here before it is decoded. The bytes of a message and of its reply
+count as in flight until the reply is sent. All functions must run on the event loop.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from psserver.errors import Draining, Overloaded, Restoring, TooLarge
 from psserver.restore import Restores
 from psserver.stats import ServiceStats
 
-CONTROL_BYTES = 256 << 10  # of a message that carries no arrays
+CONTROL_BYTES = 256 << 10  # maximum size of a message without arrays, in bytes
 
 
 class Reservation:
-    """The bytes in flight of one message and its reply."""
+    """The bytes in flight of one message and its reply, until ``release`` or ``end``."""
 
     __slots__ = ("_handed_over", "_limits", "size")
 
@@ -28,7 +28,7 @@ class Reservation:
         self.size = size
 
     def add(self, more: int) -> None:
-        """Add the bytes of the reply. Raises Overloaded beyond the limit.
+        """Add ``more`` bytes for the reply. Raises Overloaded if the limit would be exceeded.
 
         A reply larger than the limit is allowed if nothing else is in flight.
         """
@@ -38,46 +38,56 @@ class Reservation:
         self.size += more
 
     def resize(self, size: int) -> None:
-        """Change the size. Never refused."""
+        """Change the size of the reservation to ``size`` bytes. Never refused."""
         self._limits.stats.inflight_bytes += size - self.size
         self.size = size
 
     def release(self) -> None:
-        """Return the bytes, unless ``hand_over`` was called."""
+        """Release all bytes. Does nothing if ``hand_over`` was called before."""
         if not self._handed_over:
             self.resize(0)
 
     def hand_over(self) -> None:
-        """Make ``release`` do nothing. The new owner must call ``end``."""
+        """Make ``release`` do nothing, because the message is still used. The caller must call
+        ``end``.
+        """
         self._handed_over = True
 
     def end(self) -> None:
-        """Return the bytes after ``hand_over``."""
+        """Release all bytes after ``hand_over``."""
         self.resize(0)
 
     def release_after(self, work: asyncio.Future[Any]) -> None:
-        """Return the bytes when ``work``, which uses the message, is done."""
+        """Release all bytes when ``work``, which still uses the message, is done."""
         self.hand_over()
         work.add_done_callback(lambda _: self.end())
 
 
 class Limits:
-    """Admits messages and calls, and counts what is in flight."""
+    """Admits messages and calls of one server, and counts those in flight.
+
+    config    max_message_bytes, max_inflight_bytes and max_calls
+    stats     contains the number of bytes in flight
+    restores  tells whether a restore blocks the shard
+    draining  set to True when the server stops; then everything is refused
+    """
 
     def __init__(self, config: ServerConfig, stats: ServiceStats, restores: Restores) -> None:
         self.stats = stats
         self.draining = False
         self._config = config
         self._restores = restores
-        self._calls = 0  # running, without subscriptions
+        self._calls = 0  # running calls, without subscriptions
         self._idle = asyncio.Event()  # set while no call is running
         self._idle.set()
 
     def admit(self, size: int, *, arrays: bool = True, during_restore: bool = False) -> Reservation:
-        """Admit a message of ``size`` bytes. Raises Draining, Restoring, TooLarge or Overloaded.
+        """Admit a message of ``size`` bytes. Returns the reservation of its bytes.
 
-        arrays          the message may carry arrays; other messages must be small
-        during_restore  admit the message even if a restore blocks the shard
+        arrays          the message may contain arrays; a message without arrays must be small
+        during_restore  admit the message even while a restore blocks the shard
+
+        Raises Draining, Restoring, TooLarge or Overloaded.
         """
         self.require_open(during_restore=during_restore)
         most = self._config.max_message_bytes
@@ -95,14 +105,17 @@ class Limits:
         return Reservation(self, size)
 
     def require_open(self, *, during_restore: bool = False) -> None:
-        """Raise Draining if the server is stopping, Restoring if a restore blocks the shard."""
+        """Raise Draining if the server is stopping, or Restoring if a restore blocks the shard.
+
+        during_restore  do not raise Restoring
+        """
         if self.draining:
             raise Draining("the server is stopping")
         if self._restores.held and not during_restore:
             raise Restoring
 
     def require_room(self, size: int) -> None:
-        """Raise Overloaded if ``size`` more bytes in flight exceed the limit."""
+        """Raise Overloaded if ``size`` more bytes in flight would exceed max_inflight_bytes."""
         inflight, limit = self.stats.inflight_bytes, self._config.max_inflight_bytes
         if inflight + size > limit:
             raise Overloaded(
@@ -111,18 +124,18 @@ class Limits:
             )
 
     def begin_call(self) -> None:
-        """Count a call. Raises Overloaded if too many are running."""
+        """Count a running call. Raises Overloaded if max_calls are running already."""
         if self._calls >= self._config.max_calls:
             raise Overloaded(f"max_calls={self._config.max_calls} calls are running; retry later")
         self._calls += 1
         self._idle.clear()
 
     def end_call(self) -> None:
-        """Stop counting a call."""
+        """Count a running call as ended."""
         self._calls -= 1
         if not self._calls:
             self._idle.set()
 
     async def idle(self) -> None:
-        """Wait until no call is running."""
+        """Wait until no call is running. Subscriptions do not count."""
         await self._idle.wait()

@@ -1,7 +1,8 @@
-"""Serve gRPC, health and reflection on the port of one shard.
+"""Serve gRPC, including health checks and reflection, on the port of one shard.
 
-The port opens at once. Until the kernels are loaded and the shard is recovered the server is alive
-but not ready: all calls are refused with UNAVAILABLE and a delay for the retry.
+The port opens at once. Until the kernels are loaded and the shard is recovered, the health service
+reports that the server is alive but not ready. Meanwhile all calls are refused with UNAVAILABLE and
+a delay for the retry.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Status = health_pb2.HealthCheckResponse
 
 
 class Listener:
-    """The gRPC server, from ``listen`` to ``stop``."""
+    """The gRPC server of one shard, from ``listen`` to ``stop``."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
@@ -43,7 +44,10 @@ class Listener:
         self._door = Door(self.connections)
 
     async def listen(self) -> None:
-        """Open the port, alive and not ready; ConfigError if the port cannot be used."""
+        """Open the port and report that the shard is alive but not ready.
+
+        Raises ConfigError if the port cannot be used.
+        """
         config = self._config
         self._server = grpc.aio.server(
             options=[
@@ -69,6 +73,7 @@ class Listener:
         self.connections.open()
 
     def _bind(self) -> None:
+        """Bind the port. Raises ConfigError with the reason if that fails."""
         host, port = self._config.host, self._config.port
         try:
             for listener in bind(host, port):  # gRPC would not report the reason
@@ -80,15 +85,15 @@ class Listener:
             raise ConfigError(f"port: cannot listen on {join(host, port)}: {error}") from error
 
     async def serve(self, service: Service) -> None:
-        """Pass calls to ``service`` and report that the shard is ready."""
+        """Pass calls to ``service`` from now on, and report that the shard is ready."""
         self._door.open(service.methods())
         self._health.set(READINESS, Status.SERVING)
 
     async def refuse(self) -> None:
-        """Report that the shard is alive but not ready."""
+        """Report that the shard is alive but no longer ready. Calls are still passed on."""
         self._health.set(READINESS, Status.NOT_SERVING)
 
     async def stop(self, grace: float) -> None:
-        """Close the port; cancel the calls that are still in flight after ``grace`` seconds."""
+        """Close the port. Calls still in flight after ``grace`` seconds are cancelled."""
         await self._server.stop(grace)
         self.connections.close()

@@ -1,10 +1,11 @@
-"""Fill a table of this shard from a checkpoint, whole or not at all.
+"""Fill a table of this shard from a checkpoint, completely or not at all.
 
-    data directory  = ... LOADING    there while a table is filled: name and number of the table,
-                                     and the schema of the table that it replaced (sealed.py)
+    data directory  = ... LOADING    exists while a table is filled: its name and number, and the
+                                     schema of the table that it replaces (format: sealed.py)
 
-A load that is interrupted leaves no rows behind. The shard drops the table that it filled, and
-creates an empty one if the target existed before. After a crash the next start does the same.
+The rows are loaded into a hidden table (fills.py). If the load fails or the client goes away, the
+shard drops the hidden table, and creates an empty table if the target existed before. The old rows
+are not brought back. After a crash the next start does the same, as recorded in LOADING.
 """
 
 from __future__ import annotations
@@ -49,28 +50,29 @@ from storage.sealed import FORMAT, STRICT, seal, unseal
 from storage.versionlog import VersionLog
 
 FILE = "LOADING"
-PAUSE_SECONDS = 0.05  # before another try, while the log is behind
-LONGEST_PAUSE = 1.0  # seconds before another try, while the disk is full
-KEY_BYTES = 16  # that a row takes at least, next to its numbers
+PAUSE_SECONDS = 0.05  # seconds before a retry while the log has too many unwritten records
+LONGEST_PAUSE = 1.0  # maximum number of seconds before a retry while the disk is full
+KEY_BYTES = 16  # minimum size of a row in addition to its numbers, in bytes
 
 logger = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loading:
-    """The contents of LOADING."""
+    """The contents of the file LOADING: which table is being filled."""
 
     __pydantic_config__ = STRICT
     format: Format = FORMAT
     name: TableName
     number: Natural
-    schema: Schema | None  # JSON, of the table that existed; None: there was none
+    schema: Schema | None  # JSON schema of the table that is replaced; None: there was none
 
 
 class TableLoader:
-    """Fills tables of one shard from checkpoints. Thread-safe.
+    """Answers LoadTable: fills tables of one shard from checkpoints. Thread-safe.
 
-    directory  data directory; None: a crash leaves nothing anyway
+    directory  data directory for the file LOADING; None: the shard has none, and a crash loses all
+               tables anyway
     """
 
     def __init__(
@@ -92,7 +94,10 @@ class TableLoader:
         self._directory = directory
 
     def load(self, request: pb.LoadTableRequest, progress: Progress) -> pb.CheckpointProgress:
-        """Fill the table. See LoadTable in ps.proto for the steps of the client."""
+        """Fill the table ``request.into`` with this shard's rows of a table in a checkpoint.
+
+        Blocks, and pauses twice until the client sends Continue; see LoadTable in ps.proto.
+        """
         what = f"it fills table {request.into!r}"
         with (
             self._calls.open(request.id, progress) as call,
@@ -118,7 +123,10 @@ class TableLoader:
 
     @contextmanager
     def _claimed(self, name: str) -> Iterator[None]:
-        """Claim the name of the target; see fills.py."""
+        """Keep clients from creating, altering or dropping the table ``name`` during the block.
+
+        Raises BadRequest for an invalid name.
+        """
         if problem := names.problem("table", name):
             raise BadRequest("INVALID_ARGUMENT", problem)
         self._engine.run(lambda: self._shard.fills.claim(name))
@@ -130,7 +138,13 @@ class TableLoader:
     def _accept(
         self, checkpoint: Checkpoint, source: TableSchema, request: pb.LoadTableRequest
     ) -> TableSchema:
-        """Return the schema of the new table. Refuse now all that can be refused."""
+        """Return the schema of the new table, after all checks that are possible before any change.
+
+        source  schema of the table in the checkpoint
+
+        Raises TableLoading, NotEmpty, SchemaMismatch or OutOfMemory if the table cannot be created,
+        replaced or filled.
+        """
         fresh = dataclasses.replace(source, name=request.into)
 
         def look() -> tuple[TableSchema, int]:
@@ -154,7 +168,11 @@ class TableLoader:
         return target
 
     def _begin(self, target: TableSchema, *, replace: bool) -> Loading:
-        """Put a hidden table in the place of the target, or change nothing."""
+        """Record the load in LOADING, then replace the target by a hidden table. Returns the
+        record.
+
+        After an error nothing has changed.
+        """
         fills = self._shard.fills
 
         def look() -> Loading:
@@ -181,7 +199,12 @@ class TableLoader:
         number: int,
         progress: Progress,
     ) -> int:
-        """Write this shard's rows. Returns how many there are; they are durable."""
+        """Copy this shard's rows to the hidden table. Returns their number; they are durable then.
+
+        source  schema of the table in the checkpoint
+        target  schema of the hidden table
+        number  number of the hidden table
+        """
         same = fits(source, target)
         written = 0
         parts = overlapping(checkpoint, self._shard)
@@ -202,7 +225,7 @@ class TableLoader:
         return written
 
     def _apply(self, number: int, slices: list[Slice], progress: Progress) -> None:
-        """Write slices, as soon as the log keeps up."""
+        """Write slices of rows to the table with this number; wait while the log is full."""
         left = list(reversed(slices))
 
         def write() -> None:
@@ -219,7 +242,11 @@ class TableLoader:
                 time.sleep(PAUSE_SECONDS)
 
     def _cancel(self, loading: Loading, progress: Progress) -> None:
-        """Take the load back. Log that only the next start does if it is impossible now."""
+        """Undo the load: drop the hidden table, and create an empty one if the target existed.
+
+        While the disk or the log is full, this is retried. After a different error, or if the
+        server stops, an error is logged, and the next start undoes the load.
+        """
         pause = PAUSE_SECONDS
         while True:
             try:
@@ -231,7 +258,7 @@ class TableLoader:
             except Exception as error:
                 full = isinstance(error, (Overloaded, DiskFull))  # which ends some time
                 if not full or progress.stopping:
-                    why = f"the load of table {loading.name!r} is taken back only by a restart"
+                    why = f"a failed load of table {loading.name!r} is undone only by a restart"
                     self._work.refuse(why)  # nobody may copy the rows, or overwrite the file
                     logger.error(why, error=str(error))
                     return
@@ -250,9 +277,9 @@ class TableLoader:
 
 
 def settle_load(directory: Path, shard: Shard, log: VersionLog) -> None:
-    """Take back a load that a crash has interrupted, before the shard serves.
+    """Undo a load that a crash has interrupted, if there was one. Called before the shard serves.
 
-    Raises Corrupt if LOADING is damaged.
+    Raises Corrupt if the file LOADING is damaged.
     """
     path = directory / FILE
     if path.exists():
@@ -264,14 +291,16 @@ def settle_load(directory: Path, shard: Shard, log: VersionLog) -> None:
             shard.budget.end_loading()
         log.sync(shard.version)
         _remove(directory)
-        logger.warning("an interrupted load was taken back", table=loading.name)
+        logger.warning("an interrupted load was undone", table=loading.name)
 
 
 def _cancel(shard: Shard, loading: Loading) -> None:
+    """Drop the hidden table; create an empty one if it replaced a table."""
     schema = None if loading.schema is None else from_json(json.loads(loading.schema))
     shard.fills.cancel(loading.name, loading.number, schema)
 
 
 def _remove(directory: Path) -> None:
+    """Delete the file LOADING, durably."""
     (directory / FILE).unlink(missing_ok=True)
     sync(directory)

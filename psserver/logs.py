@@ -1,4 +1,4 @@
-"""Write log lines to stderr: JSON, or readable text on a terminal."""
+"""Write log lines to stderr: as text if stderr is a terminal, else as JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import structlog
 
 
 def log_to_stderr() -> None:
-    """Configure structlog for this process."""
+    """Configure structlog for this process: one line per event, with level and UTC time."""
     terminal = sys.stderr.isatty()
     structlog.configure(
         processors=[

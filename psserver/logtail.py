@@ -1,4 +1,4 @@
-"""The messages that a subscription makes of the log."""
+"""Convert the records of the version log to the messages of one subscription."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ from storage import records
 from storage.schema import TableSchema
 from storage.segment import Frame
 
-READ_BYTES = 1 << 20  # bytes of the log per read
-STEP_BYTES = 1 << 20  # bytes of messages per step
-MESSAGE_BYTES = 256  # bytes counted per message in addition to its own
+READ_BYTES = 1 << 20  # maximum number of bytes read from the log at once
+STEP_BYTES = 1 << 20  # approximate size of the messages that one call makes, in bytes
+MESSAGE_BYTES = 256  # overhead in memory that is counted for each message, in bytes
 
 
 class LogTail:
-    """Makes messages of the log, from a position on. One thread at a time uses it.
+    """Reads the log from a position on and makes messages. Only one thread may use it at a time.
 
-    position   where the last complete change ended
+    position   position after the last change whose messages are complete
     seen       newest version read from the log
-    gathering  monotonic seconds since when changes wait to be coalesced; 0: none do
-    since      seconds since 1970 when the oldest change of the last messages was applied
-    pending    approximate bytes of records in memory whose messages are not made yet
+    gathering  monotonic time since which changes wait to be coalesced (merged); 0: none wait
+    since      time when the oldest change in the last messages was applied, in seconds since 1970
+    pending    approximate size of records in memory whose messages are not made yet, in bytes
     """
 
     def __init__(self, source: Source, wanted: Wanted, deltas: Deltas, position: Position) -> None:
-        """Start at ``position``."""
+        """Start after ``position``. wanted: what the subscriber asked for; deltas: makes the
+        messages.
+        """
         self.position = position
         self.seen = position.version
         self.gathering = 0.0
@@ -48,21 +50,22 @@ class LogTail:
         self._making: Iterator[bytes] | None = None  # further messages of a large change
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file of the log."""
         self._cursor.close()
 
     @property
     def within(self) -> bool:
-        """Whether a snapshot or catch-up is not complete yet."""
+        """Whether the subscriber is still receiving a snapshot or a catch-up."""
         return self.position.phase != Phase.TAIL
 
     def messages(self, flush: bool) -> list[bytes]:
-        """Return messages that can be sent now, about STEP_BYTES of them.
+        """Return messages that can be sent now, about STEP_BYTES of them; empty if there are none.
 
-        flush  also send changes that wait to be coalesced
+        flush  include changes that still wait to be coalesced (merged) with later ones
 
-        A large change may take several calls. Raises Compacted if the next change was truncated;
-        messages made before it in the same call are then lost, and ``position`` is before them.
+        The messages of a large change may take several calls. Raises Compacted if the log no longer
+        has the next change; messages made in the same call are then lost, and ``position`` is
+        before them.
         """
         out: list[bytes] = []
         left = STEP_BYTES
@@ -85,7 +88,7 @@ class LogTail:
         return out
 
     def progress(self, *, first: bool = False) -> bytes:
-        """Return the message that there is nothing new up to here.
+        """Return a message that reports the position without a change.
 
         first  it is the first message of the stream
         """
@@ -98,7 +101,11 @@ class LogTail:
         )
 
     def _begin(self, out: list[bytes], flush: bool) -> bool:
-        """Have messages to make; returns False if there are none to send now."""
+        """Make ``_making`` yield the next messages. Return False if there is nothing to send now.
+
+        out    receives the message about the end of a snapshot, if it ends here
+        flush  do not wait for more changes to merge
+        """
         if self._making is not None:
             return True
         if self.within and self.position.version >= self.position.until:
@@ -109,18 +116,19 @@ class LogTail:
         return True
 
     def _next_batch(self) -> Batch:
+        """Return an empty batch that starts after the newest version read."""
         most = min(COALESCE_BYTES, self._source.coalesce_bytes)
         return Batch(self._wanted, most, self._schema_of, self.seen)
 
     def _schema_of(self, number: int) -> TableSchema | None:
-        """Return the schema of a table at this position of the log.
+        """Return the schema of the table with this number, at this position of the log.
 
-        A table that was dropped before the last flush is unknown to a shard that has restarted.
+        None: the table was dropped before the last flush, and the shard has restarted since.
         """
         return self._known_schema(number) or self._read.get(number)
 
     def _fill(self) -> bool:
-        """Read changes into the batch. Returns whether the batch is ready to be sent."""
+        """Read changes into the batch. Return whether the batch is complete and can be sent."""
         batch, until = self._batch, self.position.until if self.within else None
         while not batch.full:
             if not self._frames:
@@ -142,7 +150,7 @@ class LogTail:
         return True
 
     def _make(self) -> Iterator[bytes]:
-        """Yield the messages of the batch, then begin the next batch."""
+        """Yield the messages of the batch, then start the next batch."""
         batch = self._batch
         if batch.changes:
             self.since = batch.since_us / 1e6
@@ -152,9 +160,11 @@ class LogTail:
         self._batch = self._next_batch()
 
     def _move(self) -> None:
+        """Set the position to the end of the batch."""
         self.position = replace(self.position, version=self._batch.version)
 
     def _end(self) -> bytes:
+        """End the snapshot or catch-up; return the message about it."""
         self.position = replace(self.position, phase=Phase.TAIL, after=0, until=0, boot=0)
         return self._deltas.mark(
             DeltaKind.KIND_SNAPSHOT_END,

@@ -1,4 +1,4 @@
-"""Calls handed to an event loop by other threads."""
+"""Call functions on an event loop from other threads."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def post(loop: asyncio.AbstractEventLoop, call: Callable[..., Any], *args: Any) -> bool:
-    """Have ``call`` called on the loop's thread. Returns False if the loop is closed.
+    """Schedule ``call(*args)`` on the thread of ``loop``. Returns False if the loop is closed.
 
-    A closed loop is no error: whoever waited on it is gone too.
+    A closed loop is not an error, because nobody waits for the call any more.
     """
     try:
         loop.call_soon_threadsafe(call, *args)

@@ -1,14 +1,14 @@
-"""Find the memory limit of this process, and divide it.
+"""Find the memory limit of this process, and divide it among its uses.
 
-The limit is the least of: physical memory, the cgroup of this process and every group above it
-(v1 and v2), the commit limit where the kernel does not overcommit, and ``ulimit -d`` and ``-v``.
-A process that exceeds a cgroup's limit is killed, so the default budget of the tables leaves room
-for everything else:
+The limit is the smallest of: physical memory; the limits of this process's cgroup and of all groups
+that contain it (cgroup v1 and v2); the commit limit, if the kernel does not overcommit; ``ulimit
+-d`` and ``ulimit -v``. The kernel kills a process that exceeds the limit of a cgroup, so the
+default of memory_bytes leaves room for everything else:
 
     limit / colocated shards  =  base        the process itself: interpreter, kernels, gRPC
                               +  in flight   max_inflight_bytes
-                              +  transport   messages that gRPC has received and nobody has admitted
-                              +  backlog     log records and rows in them that are not written yet
+                              +  transport   messages received by gRPC and not yet admitted
+                              +  backlog     log records not yet written, with their rows
                               +  slack       a tenth: heap, tombstones, sessions, pages of files
                               +  tables      memory_bytes
 """
@@ -20,23 +20,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-# Of a server without tables. Measured on x86-64 Linux with Python 3.11: 95 MiB of private memory
+# Memory of a server without tables. Measured on x86-64 Linux, Python 3.11: 95 MiB private memory
 # with cached kernels, 222 MiB after compiling all of them. Another 105 MiB are mapped libraries,
 # whose pages the kernel can reclaim.
 BASE_BYTES = 256 << 20
-ADDRESS_BYTES = 3 << 30  # of address space of an idle server: stacks, heaps, reserved ranges
-ADDRESS_PARTS = 4  # of address space per byte of a table: tables reserve it, and a file is mapped
+ADDRESS_BYTES = 3 << 30  # address space of an idle server: stacks, heaps, reserved ranges
+ADDRESS_PARTS = 4  # bytes of address space per byte of a table: reserved ranges, mapped files
 DATA_BYTES, DATA_PARTS = 512 << 20, 2  # the same for private memory, which ulimit -d limits
-SLACK = 10  # a tenth of what remains
-LEAST_TABLES = 16 << 20  # bytes; a server with less is of no use
-LEAST_INFLIGHT, MOST_INFLIGHT = 16 << 20, 1 << 30  # bytes, of the default
-MOST_BACKLOG = 256 << 20  # bytes
-NO_LIMIT = 1 << 60  # v1 writes a huge number where there is none
+SLACK = 10  # slack is 1 / SLACK of what remains after the other uses
+LEAST_TABLES = 16 << 20  # minimum memory for tables, in bytes; with less, no server starts
+LEAST_INFLIGHT, MOST_INFLIGHT = 16 << 20, 1 << 30  # bounds of the default max_inflight_bytes
+MOST_BACKLOG = 256 << 20  # maximum memory for the backlog, in bytes
+NO_LIMIT = 1 << 60  # bytes; cgroup v1 reports a number larger than this if there is no limit
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """Bytes that a process may use, and where that is written."""
+    """Number of bytes that a process may use, and where this limit was found."""
 
     bytes: int
     source: str
@@ -47,36 +47,36 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How one server's part of the limit is divided, in bytes."""
+    """Division of one server's share of the memory limit; all sizes in bytes."""
 
     limit: Limit
-    colocated: int  # servers that share the limit
-    inflight: int
-    transport: int
+    colocated: int  # number of servers that share the limit
+    inflight: int  # requests in flight and their replies
+    transport: int  # messages received by gRPC and not yet admitted
 
     @property
     def part(self) -> int:
-        """Return this server's part of the limit."""
+        """Return this server's share of the limit."""
         return self.limit.bytes // self.colocated
 
     @property
     def backlog(self) -> int:
-        """Return the most bytes that may wait for the log's disk."""
+        """Return the maximum number of bytes that may wait to be written to the log."""
         return min(self.part // 16, MOST_BACKLOG)
 
     @property
     def reserve(self) -> int:
-        """Return the part that no table may take, slack aside."""
+        """Return the bytes that tables cannot use, not counting slack."""
         return BASE_BYTES + self.inflight + self.transport + self.backlog
 
     @property
     def tables(self) -> int:
-        """Return what is left for tables; it may be negative."""
+        """Return the bytes left for tables; negative if the limit is too small."""
         rest = self.part - self.reserve
         return rest - max(rest, 0) // SLACK
 
     def problem(self) -> str | None:
-        """Return why no server fits into the limit, or None."""
+        """Return the error message if too little is left for tables; None if the limit suffices."""
         if self.tables >= LEAST_TABLES:
             return None
         shared = f", which {self.colocated} shards share" if self.colocated > 1 else ""
@@ -90,30 +90,38 @@ class Plan:
 
 
 def default_inflight(limit: Limit, colocated: int, max_message_bytes: int) -> int:
-    """Return the default of max_inflight_bytes: an eighth of the memory, 1 GiB at most.
+    """Return the default of max_inflight_bytes: an eighth of the server's share of the limit.
 
-    At least one message, as a larger one could never be admitted.
+    colocated  number of servers that share the limit
+
+    The result is at least 16 MiB and one message, and otherwise at most 1 GiB. If it were smaller
+    than max_message_bytes, the largest messages could never be admitted.
     """
     part = limit.bytes // colocated // 8
     return max(min(part, MOST_INFLIGHT), LEAST_INFLIGHT, max_message_bytes)
 
 
 def transport_bytes(max_message_bytes: int, inflight: int) -> int:
-    """Return what gRPC may have received of messages that are not admitted yet.
+    """Return the maximum size of messages that gRPC may have received but that are not admitted
+    yet.
 
-    As much as may be in flight: connections with more unfinished messages are closed. And two whole
-    messages at least, as a message exists twice while it is handed over.
+    inflight  max_inflight_bytes; as many bytes may be unfinished before connections are closed
+
+    At least two whole messages, because a message exists twice while gRPC hands it over.
     """
     return max(2 * max_message_bytes, inflight, LEAST_INFLIGHT)
 
 
 def memory_limit(root: Path = Path("/")) -> Limit:
-    """Return the least limit that holds for this process; ``root`` holds its proc and sys."""
+    """Return the smallest memory limit that holds for this process.
+
+    root  directory that contains proc and sys; tests use a different one
+    """
     return min(_limits(root), key=lambda limit: limit.bytes)
 
 
 def show(size: int) -> str:
-    """Return a size as people write it: 1.5 GiB."""
+    """Return a size in bytes as text with a unit, for example "1.5 GiB"."""
     for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
         if abs(size) >= unit:
             return f"{size / unit:.4g} {name}"
@@ -121,6 +129,7 @@ def show(size: int) -> str:
 
 
 def _limits(root: Path) -> Iterator[Limit]:
+    """Yield all limits that hold for this process. root: directory that contains proc and sys."""
     proc = root / "proc"
     facts = _meminfo(_text(proc / "meminfo"))
     yield Limit(facts.get("MemTotal", NO_LIMIT), "physical memory")
@@ -139,13 +148,16 @@ def _limits(root: Path) -> Iterator[Limit]:
 
 
 def _meminfo(text: str) -> dict[str, int]:
-    """Return the sizes in /proc/meminfo, in bytes."""
+    """Return name -> bytes, from the text of /proc/meminfo."""
     found = re.findall(r"^(\w+):\s+(\d+) kB$", text, re.M)
     return {name: int(size) << 10 for name, size in found}
 
 
 def _resource_limits(text: str) -> Iterator[Limit]:
-    """Read the soft limits in /proc/self/limits; both count reserved memory as well."""
+    """Yield the limits for data and address space, from the text of /proc/self/limits.
+
+    Both limits also count memory that is reserved but not used, so less is usable.
+    """
     if data := re.search(r"^Max data size\s+(\d+)", text, re.M):
         usable = max(int(data[1]) - DATA_BYTES, 0) // DATA_PARTS
         yield Limit(usable, f"RLIMIT_DATA, ulimit -d: {show(int(data[1]))} of private memory")
@@ -156,15 +168,18 @@ def _resource_limits(text: str) -> Iterator[Limit]:
 
 @dataclass(frozen=True, slots=True)
 class _Mount:
-    """A mounted hierarchy of cgroups: ``root`` of the hierarchy is seen at ``point``."""
+    """A mounted cgroup hierarchy: its directory ``root`` is visible at the path ``point``."""
 
-    version: int
+    version: int  # of cgroups: 1 or 2
     root: PurePosixPath
     point: PurePosixPath
 
 
 def _cgroup_mounts(text: str) -> Iterator[_Mount]:
-    """Read /proc/self/mountinfo: ID PARENT DEVICE ROOT POINT ... - TYPE SOURCE OPTIONS."""
+    """Yield the cgroup hierarchies for memory, from the text of /proc/self/mountinfo.
+
+    Its lines have the form ``ID PARENT DEVICE ROOT POINT ... - TYPE SOURCE OPTIONS``.
+    """
     for line in text.splitlines():
         left, _, right = line.partition(" - ")
         fields, kinds = left.split(), right.split()
@@ -183,10 +198,14 @@ def _unescaped(field: str) -> str:
 
 
 def _walk(root: Path, mount: _Mount, group: str, files: tuple[str, ...]) -> Iterator[Limit]:
-    """Read the limits of a group and of all groups above it that are mounted.
+    """Yield the limits of a cgroup and of all groups that contain it, as far as they are mounted.
 
-    In a container the mount may show only the last part of the group's path, or the path may be
-    relative to a namespace. For a path outside the mount, the top of the mount counts.
+    group  path of the group in its hierarchy, from /proc/self/cgroup
+    files  names of the files that contain a limit
+
+    In a container, the mount may show only the last part of this path, or the path may be relative
+    to a namespace. If the path is outside the mount, the limits of the top directory of the mount
+    are used.
     """
     path = PurePosixPath(group)
     inside = path.is_relative_to(mount.root) and ".." not in path.parts
@@ -202,7 +221,10 @@ def _walk(root: Path, mount: _Mount, group: str, files: tuple[str, ...]) -> Iter
 
 
 def _above_the_mount(root: Path, directory: PurePosixPath) -> Iterator[Limit]:
-    """Read what v1 reports of the groups above, even of those that are not mounted."""
+    """Yield the smallest limit of all containing groups, which cgroup v1 reports in memory.stat.
+
+    It includes groups that are not mounted.
+    """
     path = directory / "memory.stat"
     text = _text(root / str(path).lstrip("/"))
     if found := re.search(r"^hierarchical_memory_limit (\d+)$", text, re.M):
@@ -212,7 +234,7 @@ def _above_the_mount(root: Path, directory: PurePosixPath) -> Iterator[Limit]:
 
 
 def _text(path: Path) -> str:
-    """Return the text of a file; nothing where it cannot be read."""
+    """Return the text of a file; "" if it cannot be read."""
     try:
         return path.read_text(errors="replace")
     except OSError:

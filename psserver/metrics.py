@@ -1,7 +1,8 @@
 """Collect the metrics of a shard for Prometheus.
 
-Collectors read the statistics of the service and the state of the shard at each scrape. Labels are
-method, table, tier, code, reason and cause of eviction; a key is never a label.
+Collectors read the statistics of the service and the state of the shard at each scrape. The labels
+are method, table, tier, code, reason and cause of eviction. Keys are never labels, because there
+are too many of them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from storage.versionlog import VersionLog
 
 
 class ShardCollector(Collector):
-    """Collects traffic, tables, memory and log positions at each scrape."""
+    """Collects metrics of traffic, tables, memory and log positions at each scrape."""
 
     def __init__(
         self, shard: Shard, engine: Engine, stats: ServiceStats, log: VersionLog | None = None
@@ -39,6 +40,7 @@ class ShardCollector(Collector):
         self._log = log
 
     def collect(self) -> Iterator[Metric]:
+        """Yield all metrics of the shard."""
         yield from self._traffic()
         yield from self._tables()
         if self._log is not None:
@@ -65,6 +67,7 @@ class ShardCollector(Collector):
             yield GaugeMetricFamily(name, help, value)
 
     def _positions(self, log: VersionLog) -> Iterator[Metric]:
+        """Yield the metrics of the version log."""
         for name, help, value in (
             ("ps_log_written_version", "Newest version written to the log file.", log.written),
             ("ps_log_durable_version", "Newest version synced to disk.", log.durable),
@@ -79,6 +82,7 @@ class ShardCollector(Collector):
             yield GaugeMetricFamily(name, help, value)
 
     def _traffic(self) -> Iterator[Metric]:
+        """Yield requests, keys, bytes and latency by method and table, and errors by method."""
         labels = ["method", "table"]
         requests = CounterMetricFamily(
             "ps_requests", "Pulls, pushes and deletes served.", labels=labels
@@ -110,6 +114,7 @@ class ShardCollector(Collector):
         yield from (requests, keys, size, latency, errors)
 
     def _tables(self) -> Iterator[Metric]:
+        """Yield rows and bytes by table, and the metrics of ``_rules``."""
         rows = GaugeMetricFamily("ps_table_rows", "Rows in a table.", labels=["table", "tier"])
         size = GaugeMetricFamily(
             "ps_table_bytes", "Memory used by a table, in bytes.", labels=["table", "tier"]
@@ -125,7 +130,7 @@ class ShardCollector(Collector):
         yield from self._rules()
 
     def _rules(self) -> Iterator[Metric]:
-        """Yield what admission and eviction did, by table."""
+        """Yield the results of admission and eviction by table, for example evicted rows."""
         of = ["table"]
         waiting = GaugeMetricFamily(
             "ps_waiting_keys", "Keys that are counted but not admitted.", labels=of
@@ -167,12 +172,13 @@ class ShardCollector(Collector):
 
 
 class ConnectionCollector(Collector):
-    """Collects what clients send without finishing it, at each scrape."""
+    """Collects the size of incomplete messages and the number of closed connections."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
 
     def collect(self) -> Iterator[Metric]:
+        """Yield the metrics of client connections."""
         yield GaugeMetricFamily(
             "ps_unfinished_bytes",
             "Bytes of messages that have not arrived completely.",
@@ -192,6 +198,7 @@ class FeedCollector(Collector):
         self._feed = feed
 
     def collect(self) -> Iterator[Metric]:
+        """Yield the metrics of subscriptions."""
         feed, lag = self._feed, self._feed.lag
         for name, help, value in (
             ("ps_subscribers", "Open subscriptions.", feed.subscribers),
@@ -220,6 +227,7 @@ class FlushCollector(Collector):
         self._flusher = flusher
 
     def collect(self) -> Iterator[Metric]:
+        """Yield the age of the last flush."""
         yield GaugeMetricFamily(
             "ps_flush_age_seconds",
             "Seconds since the last flush to the data directory.",

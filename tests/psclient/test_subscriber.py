@@ -388,7 +388,7 @@ def test_a_server_has_room_for_so_many_subscribers(start_cluster: Any) -> None:
         two.next(20)
         with (
             Subscriber(cluster.addresses, start="latest") as three,
-            pytest.raises(ResourceExhausted, match="2 subscribers are here, the limit"),
+            pytest.raises(ResourceExhausted, match="already has 2 subscribers, its limit"),
         ):
             three.next(20)
 

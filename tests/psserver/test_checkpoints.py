@@ -216,11 +216,11 @@ def test_a_base_of_another_history_or_other_shards_is_refused(make: Make) -> Non
     source, other, two = make(1), make(1), make(2)
     fill(source)
     source.checkpoint("full")
-    for cluster, why in ((other, "another history"), (two, "other shards")):
+    for cluster, why in ((other, "the present log"), (two, "other shards")):
         with pytest.raises(CheckpointUnfit, match=why):
             cluster.checkpoint("more", "full")
     other.restore("full")
-    with pytest.raises(CheckpointUnfit, match="another history"):
+    with pytest.raises(CheckpointUnfit, match="the present log"):
         other.checkpoint("more", "full")
     with pytest.raises(UnknownCheckpoint):
         source.checkpoint("more", "nothing")

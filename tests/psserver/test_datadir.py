@@ -38,7 +38,8 @@ class TestClaim:
         assert str(caught.value) == (
             f"data_dir: {tmp_path} belongs to shard 1 of 2 (shard map of epoch 1), and this server"
             f" is shard {shard} of {shards} (shard map of epoch 1); to change the number of shards:"
-            " psctl checkpoint, start psserver on new directories, psctl restore"
+            " take a checkpoint (psctl checkpoint), start all servers on new directories, then"
+            " restore it (psctl restore)"
         )
         claim(tmp_path, 1, even_map(2))
 

@@ -47,10 +47,11 @@ async def test_tokens_of_another_history_are_refused(node: Node) -> None:
     assert isinstance(await refused(node, token=other), LogDiverged)
     error = await refused(node, token=replace(here, version=2).encode())
     assert isinstance(error, VersionInFuture)
-    assert str(error) == "the token is of version 2, shard 0 is at 1"
+    assert str(error) == "the token has version 2, but the newest durable version of shard 0 is 1"
     error = await refused(node, token=reader.token, tables=["t"])
     assert isinstance(error, BadRequest)
-    assert str(error) == "the token is of a subscription to other tables"
+    expected = "the token belongs to a subscription to other tables: request the same tables"
+    assert str(error) == expected
 
 
 @run
