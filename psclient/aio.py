@@ -194,6 +194,7 @@ class AsyncClient:
 
     alter_table = _awaited(Client.alter_table)
     describe_table = _awaited(Client.describe_table)
+    incomplete_tables = _awaited(Client.incomplete_tables)
     list_tables = _awaited(Client.list_tables)
     drop_table = _awaited(Client.drop_table)
     wait_durable = _awaited(Client.wait_durable)

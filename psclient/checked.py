@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -57,6 +57,13 @@ def text(field: str, value: Any) -> str:
             value.encode()
             return value
     raise InvalidArgument(f"{field} must be text in Unicode, got {value!r}")
+
+
+def names_of(field: str, value: Any) -> list[str]:
+    """Return ``value`` as a list if it is an iterable of names, and not one name."""
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        return [text(field, each) for each in value]
+    raise InvalidArgument(f"{field} must be a list of names, got {value!r}")
 
 
 def name(kind: names.Kind, value: Any) -> str:

@@ -45,8 +45,10 @@ def checkpoint(
     no data directory; and DataLoss if the parent is damaged.
     """
     checked.name("checkpoint", name)
-    if parent is not None and not parent:
+    if parent == "":
         raise InvalidArgument("parent must be the name of a checkpoint, got ''")
+    if parent is not None:
+        checked.name("checkpoint", parent)
     attempt = secrets.token_hex(8)
     request = pb.WriteCheckpointRequest(name=name, attempt=attempt, parent=parent or "")
     done = on_all(client, "WriteCheckpoint", request, progress)
@@ -58,7 +60,7 @@ def checkpoint(
 
 def checkpoints(client: Client) -> list[CheckpointInfo]:
     """Return all checkpoints, sorted by name. Those with a ``problem`` cannot be restored."""
-    return [_info(each) for each in list_stored(client, "")]
+    return [_info(each) for each in list_stored(client)]
 
 
 def describe(client: Client, name: str) -> CheckpointInfo:
@@ -74,6 +76,7 @@ def verify(client: Client, name: str, *, progress: OnProgress | None = None) -> 
     Raises CheckpointNotFound, and DataLoss, which names the first file that is missing, damaged, or
     inconsistent with another file.
     """
+    checked.name("checkpoint", name)
     done = on_all(client, "VerifyCheckpoint", pb.VerifyCheckpointRequest(name=name), progress)
     return sum(each.bytes for each in done)
 
@@ -90,6 +93,7 @@ def delete(client: Client, *names: str, dry_run: bool = False) -> list[str]:
     """
     if not names:
         raise InvalidArgument("delete needs the name of a checkpoint")
+    names = tuple(checked.name("checkpoint", each) for each in names)
     return _delete(client, pb.DeleteCheckpointsRequest(names=names, dry_run=dry_run))
 
 
@@ -101,8 +105,7 @@ def prune(client: Client, keep: int, *, dry_run: bool = False) -> list[str]:
     Returns the deleted names. Incomplete and damaged checkpoints are not counted and not deleted.
     Raises the errors of ``delete``.
     """
-    if keep < 1:
-        raise InvalidArgument(f"keep must be at least 1, got {keep}")
+    keep = checked.integer("keep", keep, 1, 1 << 32)
     return _delete(client, pb.DeleteCheckpointsRequest(keep=keep, dry_run=dry_run))
 
 
@@ -135,9 +138,10 @@ def _delete(client: Client, request: pb.DeleteCheckpointsRequest) -> list[str]:
     return list(last[0].names)
 
 
-def list_stored(client: Client, name: str) -> Sequence[pb.CheckpointInfo]:
-    """Return the servers' descriptions of all checkpoints (``name`` "") or of one."""
-    request = pb.ListCheckpointsRequest(name=name)
+def list_stored(client: Client, name: str | None = None) -> Sequence[pb.CheckpointInfo]:
+    """Return the servers' descriptions of all checkpoints, or of one."""
+    stored = "" if name is None else checked.name("checkpoint", name)
+    request = pb.ListCheckpointsRequest(name=stored)
     link = links(client)[0]
     found = call(client, link, "ListCheckpoints", request, pb.ListCheckpointsResponse)
     return found.checkpoints  # type: ignore[no-any-return]

@@ -113,12 +113,29 @@ class Client(RowClient):
 
     def list_tables(self) -> list[TableInfo]:
         """Return all tables that exist on every shard, sorted by name."""
+        shards = self._listed()
+        names = sorted(set.intersection(*(set(shard) for shard in shards)))
+        return [table_info([shard[name] for shard in shards]) for name in names]
+
+    def incomplete_tables(self) -> dict[str, list[int]]:
+        """Return tables that only some of the shards have, with the numbers of these shards.
+
+        An interrupted create, drop or warm start leaves such a table. Repeat that call to complete
+        it (a warm start with ``replace=True``), or drop the table.
+        """
+        shards = self._listed()
+        names = sorted(set.union(*(set(shard) for shard in shards)))
+        having = {
+            name: [number for number, shard in enumerate(shards) if name in shard] for name in names
+        }
+        return {name: some for name, some in having.items() if len(some) < len(shards)}
+
+    def _listed(self) -> list[dict[str, pb.DescribeTableResponse]]:
+        """Return the tables of each shard, by name."""
         lists = self._on_all(
             "TableService/ListTables", pb.ListTablesRequest(), pb.ListTablesResponse
         )
-        shards = [{item.schema.name: item for item in answer.tables} for answer in lists]
-        names = sorted(set.intersection(*(set(shard) for shard in shards)))
-        return [table_info([shard[name] for shard in shards]) for name in names]
+        return [{item.schema.name: item for item in answer.tables} for answer in lists]
 
     def evict(self, name: str, *, dry_run: bool = False, timeout: float = 3600.0) -> dict[str, int]:
         """Apply the table's eviction rules now; return the number of rows evicted, by rule.

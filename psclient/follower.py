@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from psclient import checked
 from psclient.arrays import Rows
 from psclient.batch import Batch
 from psclient.changes import Change
@@ -115,14 +116,14 @@ class Follower:
         self._client: Client = where if isinstance(where, Client) else self._own  # type: ignore[assignment]
         self._where = where if isinstance(where, Client) else list(where)
         self._options: dict[str, Any] = {
-            "tables": None if tables is None else list(tables),
+            "tables": None if tables is None else checked.names_of("tables", tables),
             "wire": wire,
             "coalesce_ms": coalesce_ms,
             "on_change": on_change,
         }
         subscriber = Subscriber(
             self._client,
-            tables=self._options["tables"] if not isinstance(tables, str) else tables,
+            tables=self._options["tables"],
             wire=wire,
             coalesce_ms=coalesce_ms,
             timeout=float("inf"),
@@ -281,6 +282,11 @@ class Follower:
         """
         self._check_open()
         following = self._following
+        if not isinstance(versions, Iterable):
+            raise InvalidArgument(f"versions must be a list of versions, got {versions!r}")
+        wanted = [checked.integer("version", each, -1, 1 << 64) for each in versions]
+        if timeout is not None:
+            timeout = checked.number("timeout", timeout)
         if len(versions) != len(following.shards):
             raise InvalidArgument(
                 f"versions must have one version for each of {len(following.shards)} shards, got"
@@ -290,8 +296,8 @@ class Follower:
 
         def there() -> bool:
             self._raise_failure()
-            wanted = zip(following.shards, versions, epochs, strict=True)
-            return all([shard.reached(version, epoch) for shard, version, epoch in wanted])
+            each = zip(following.shards, wanted, epochs, strict=True)
+            return all([shard.reached(version, epoch) for shard, version, epoch in each])
 
         with following.changed:
             if following.changed.wait_for(lambda: there() or following.closed, timeout) and there():

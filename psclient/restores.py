@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
+from psclient import checked
 from psclient.calls import OnProgress, call, links, on_all
 from psclient.checkpoints import describe
 from psclient.client import Client
@@ -49,6 +50,7 @@ def restore(
     of a different checkpoint must first be finished or undone (``abort_restore``); and
     ResourceExhausted if memory or disk space do not suffice.
     """
+    checked.name("checkpoint", name)
     owner = secrets.token_hex(8)
     statuses = statuses_of(client)
     left = {(each.id, each.name) for each in statuses if each.phase not in (*OVER, PREPARED)}

@@ -255,12 +255,12 @@ class RowClient(Connection):
         wanted = checked.one_of("mode", mode, MODES)
         self._connect(deadline)
         pushes = [
-            self._push_part(name, keys, gradients, dtype, distinct, deadline)
-            for name, (keys, gradients) in push.items()
+            self._push_part(name, *_pair(name, each), dtype, distinct, deadline)
+            for name, each in _by_table("gradients", push).items()
         ]
         pulls = [
             self._pull_part(name, keys, dtype, wanted, deadline, distinct=distinct)
-            for name, keys in pull.items()
+            for name, keys in _by_table("keys", pull).items()
         ]
 
         def finish() -> dict[str, Rows]:
@@ -413,3 +413,15 @@ class RowClient(Connection):
         header = self._header(0, None, durability)
         cluster = self._connect(deadline)
         return delete_rows(cluster, name, self._batch(keys, deadline), header.durability, deadline)
+
+
+def _by_table(field: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InvalidArgument(f"{field} must be a mapping by table, got {type(value).__name__}")
+    return value
+
+
+def _pair(name: str, value: Any) -> tuple[Any, Any]:
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise InvalidArgument(f"table {name!r}: a push must be a pair of keys and gradients")
+    return value[0], value[1]

@@ -18,7 +18,7 @@ from psclient.arrays import Rows, as_array, as_keys
 from psclient.calls import OnProgress, call, links, on_all, proceed, stream
 from psclient.checkpoints import list_stored, verify
 from psclient.client import Client
-from psclient.errors import DataLoss, InvalidArgument, TableNotFound
+from psclient.errors import DataLoss, InvalidArgument, NotEmpty, TableNotFound
 from psproto import ps_pb2 as pb
 from psproto import routing
 
@@ -90,7 +90,15 @@ def warm_start(
             )
         proceed(client, request.id, pb.ContinueRequest.STEP_FINISH)
 
-    done = on_all(client, "LoadTable", request, progress, on_stage=on_stage, in_turn=True)
+    try:
+        done = on_all(client, "LoadTable", request, progress, on_stage=on_stage, in_turn=True)
+    except NotEmpty as error:
+        if some := client.incomplete_tables().get(into):
+            raise NotEmpty(
+                f"table {into!r} is on shard {', '.join(map(str, some))} only: an interrupted call"
+                " left it; replace it (replace=True, --replace) or drop it"
+            ) from error
+        raise
     return sum(each.rows for each in done)
 
 
@@ -114,10 +122,12 @@ def read_rows(
 
     Raises TableNotFound, CheckpointNotFound, DataLoss.
     """
-    request = pb.ReadRowsRequest(table=table, checkpoint=checkpoint or "")
+    stored = "" if checkpoint is None else checked.name("checkpoint", checkpoint)
+    request = pb.ReadRowsRequest(table=checked.text("name of a table", table), checkpoint=stored)
     schema_seen = False
     all_links = links(client)
-    for link in all_links if shards is None else [all_links[shard] for shard in shards]:
+    chosen = range(len(all_links)) if shards is None else shards
+    for link in [all_links[checked.integer("shard", n, 0, len(all_links))] for n in chosen]:
         for answer in stream(link, "ReadRows", request, pb.Delta):
             head = answer.header
             if head.HasField("schema") and not schema_seen:
@@ -155,13 +165,19 @@ def write_rows(
     Idempotent. If it fails, some of the rows may be written: repeat the call. Raises
     InvalidArgument before anything is written if an argument breaks these rules.
     """
-    keys = as_keys(keys)
-    if keys.ndim != 1 or np.ndim(rows) != 2 or len(rows) != len(keys):
+    checked.text("name of a table", table)
+    keys, rows = as_keys(keys), as_array(rows, "rows")
+    if keys.ndim != 1 or rows.ndim != 2 or len(rows) != len(keys):
         raise InvalidArgument(
-            f"keys must have shape (n,) and rows (n, width), got {keys.shape} and {np.shape(rows)}"
+            f"keys must have shape (n,) and rows (n, width), got {keys.shape} and {rows.shape}"
         )
-    with np.errstate(over="ignore"):
-        rows = np.ascontiguousarray(rows, np.float32)
+    if len(np.unique(keys)) != len(keys):
+        raise InvalidArgument(f"table {table!r}: keys must be distinct")
+    try:
+        with np.errstate(over="ignore"):
+            rows = np.ascontiguousarray(rows, np.float32)
+    except (TypeError, ValueError):
+        raise InvalidArgument(f"rows must be numbers, got dtype {rows.dtype}") from None
     if not np.isfinite(rows).all():
         raise InvalidArgument(f"table {table!r}: all numbers of rows must be finite as float32")
     n = len(keys)

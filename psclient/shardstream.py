@@ -156,6 +156,9 @@ class ShardStream:
                 failure = error
             except ValueError as error:  # the channel was closed
                 failure = Unavailable(f"{self.where}: {error}")
+            except BaseException as error:  # whoever waits for a change must get to know
+                failure = PsError(f"{self.where}: {error!r}")
+                failure.__cause__ = error
             if self._received:
                 failures, failing = 0, time.monotonic()
             failures += 1

@@ -100,19 +100,13 @@ class Subscriber:
         Raises InvalidArgument. Iterating may raise a PsError, such as NoLog if a shard has no data
         directory.
         """
-        addresses = where._addresses if isinstance(where, Client) else list(where)
-        if isinstance(where, str) or not addresses:
-            raise InvalidArgument(f"where must be a list of 'host:port', got {where!r}")
-        addresses = checked_addresses(addresses)
-        if tokens is not None and len(tokens) != len(addresses):
-            raise InvalidArgument(
-                f"tokens must have one token for each of {len(addresses)} shards, got {len(tokens)}"
-            )
+        addresses = where._addresses if isinstance(where, Client) else checked_addresses(where)
+        start_from = _tokens(tokens, len(addresses))
         if when_lost not in ("raise", "snapshot"):
             raise InvalidArgument(f"when_lost must be 'raise' or 'snapshot', got {when_lost!r}")
-        if isinstance(tables, str):
-            raise InvalidArgument(f"tables must be a list of names, got {tables!r}")
-        names = list(tables) if tables is not None else None
+        if not checked.number("timeout", timeout) > 0:
+            raise InvalidArgument(f"timeout must be positive seconds, got {timeout}")
+        names = None if tables is None else checked.names_of("tables", tables)
         if names == []:
             raise InvalidArgument("tables must name at least one table; None means all tables")
         try:
@@ -144,7 +138,6 @@ class Subscriber:
         }
         self._where = where if isinstance(where, Client) else addresses
         self._addresses = addresses
-        start_from = list(tokens) if tokens is not None else [b""] * len(addresses)
         self._queue = ChangeQueue(start_from, READY * len(addresses))
         self._process: int | None = None  # id of the process that opened it
         self._end: weakref.finalize[..., Subscriber] | None = None
@@ -196,6 +189,8 @@ class Subscriber:
         ended a stream.
         """
         self._check_process()
+        if timeout is not None:
+            timeout = checked.number("timeout", timeout)
         if self._queue.closed:
             return None
         self.open()
@@ -242,6 +237,19 @@ class Subscriber:
                 f"the subscriber was opened in process {self._process}, before a fork; create"
                 f" a new one in process {os.getpid()}"
             )
+
+
+def _tokens(tokens: Any, shards: int) -> list[bytes]:
+    """Return a token for each shard; b"" without one."""
+    if tokens is None:
+        return [b""] * shards
+    if not isinstance(tokens, Sequence) or not all(isinstance(each, bytes) for each in tokens):
+        raise InvalidArgument(f"tokens must be a list of bytes, got {tokens!r}")
+    if len(tokens) != shards:
+        raise InvalidArgument(
+            f"tokens must have one token for each of {shards} shards, got {len(tokens)}"
+        )
+    return list(tokens)
 
 
 def _close(queue: ChangeQueue, streams: list[ShardStream], process: int) -> None:

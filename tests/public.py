@@ -150,7 +150,7 @@ def arguments(thing: Any, method: str, name: str) -> tuple[Any, ...]:
             return ({name: batch} if whole else keys,)
         case "pull_pooled":
             return (keys, [0, 2])
-        case "alter" | "describe" | "list_tables" | "wait_durable" | "step":
+        case "alter" | "describe" | "incomplete_tables" | "list_tables" | "wait_durable" | "step":
             return ()
         case "alter_table" | "describe_table" | "drop_table" | "evict" | "table" | "barrier":
             return (name,)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psclient import admin, calls
+from psclient import admin, calls, checked
 from psclient.client import Client
 from psclient.errors import InvalidArgument
 from psclient.tools.summary import Analysis, Histogram, RowColumns, RowList, Sink, Tier
@@ -57,12 +57,13 @@ def analyze(
 
     Raises TableNotFound, CheckpointNotFound, DataLoss, InvalidArgument for a bad threshold.
     """
+    stored = "" if checkpoint is None else checked.name("checkpoint", checkpoint)
     start = time.perf_counter()
     columns = Columns.COLUMNS_EMBEDDING if embeddings else Columns.COLUMNS_METADATA
     try:
         request = pb.AnalyzeRequest(
             table=table,
-            checkpoint=checkpoint or "",
+            checkpoint=stored,
             frequencies=frequencies,
             ages=ages,
             norms=norms,

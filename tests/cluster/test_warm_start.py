@@ -12,9 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from servers import Cluster, eventually
+from typer.testing import CliRunner
 
 from psclient import Client, admin, calls, rows
-from psclient.errors import DataLoss, InvalidArgument, PsError, ResourceExhausted, TableNotFound
+from psclient.errors import (
+    DataLoss,
+    InvalidArgument,
+    NotEmpty,
+    PsError,
+    ResourceExhausted,
+    TableNotFound,
+)
+from psclient.tools.ctl import app
 from psproto import ps_pb2 as pb
 
 pytestmark = pytest.mark.slow
@@ -137,3 +146,31 @@ def test_an_empty_parent_is_refused_before_anything_is_sent() -> None:
         pytest.raises(InvalidArgument, match="parent must be the name of a checkpoint"),
     ):
         admin.checkpoint(client, "more", parent="")
+
+
+def test_a_load_whose_client_dies_while_it_completes_is_completed_by_a_repetition(
+    cluster: Cluster, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = connect(cluster)
+    real = rows.proceed
+
+    def first_only(client: Client, id: str, step: pb.ContinueRequest.Step) -> None:
+        if step != pb.ContinueRequest.STEP_FINISH:
+            real(client, id, step)
+            return
+        real(client, id, step, [0])
+        eventually(lambda: "mine" in client._listed()[0])
+        raise KeyboardInterrupt  # as if it died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "proceed", first_only)
+        with pytest.raises(KeyboardInterrupt):
+            admin.warm_start(client, "full", "t", "mine")
+    assert client.incomplete_tables() == {"mine": [0]}
+    with pytest.raises(NotEmpty, match="'mine' is on shard 0 only: an interrupted call left it"):
+        admin.warm_start(client, "full", "t", "mine")
+    servers = {"PSCTL_SERVERS": ",".join(cluster.addresses)}
+    shown = CliRunner().invoke(app, ["tables"], env=servers)
+    assert "psctl: table 'mine' is on shard 0 only" in shown.stderr
+    assert admin.warm_start(client, "full", "t", "mine", replace=True) == ROWS
+    assert client.incomplete_tables() == {}

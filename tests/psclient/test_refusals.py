@@ -11,10 +11,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 from servers import Cluster
 from tables import DIM, summing
 
-from psclient import Client, PsError, Table, admin
+from psclient import Client, Follower, PsError, Subscriber, Table, admin
 from psclient.errors import (
     InvalidArgument,
 )
+from psclient.tools.analysis import analyze
 
 
 class TestWire:
@@ -189,3 +190,56 @@ class TestRefusals:
             table.pull_pooled([1, 2, 3], [0, 3], weights=[1.0, 2.0])
         with pytest.raises(InvalidArgument, match="mode must be one of sum, mean, sqrtn"):
             table.pull_pooled([1, 2, 3], [0, 3], pooling="max")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: admin.describe(client, ""),
+        lambda client: admin.restore(client, ""),
+        lambda client: admin.verify(client, 5),  # type: ignore[arg-type]
+        lambda client: admin.delete(client, 5),  # type: ignore[arg-type]
+        lambda client: admin.delete(client, "a", ""),
+        lambda client: admin.checkpoint(client, "b", parent="../a"),
+        lambda client: admin.warm_start(client, "", "t", "new"),
+        lambda client: next(admin.read_rows(client, "t", checkpoint="")),
+        lambda client: analyze(client, "t", checkpoint=""),
+    ],
+)
+def test_an_empty_name_of_a_checkpoint_is_never_another_thing(call: Any) -> None:
+    """Such as the live table, or the first of all checkpoints."""
+    with Client(["127.0.0.1:1"]) as client, pytest.raises(InvalidArgument, match="checkpoint"):
+        call(client)
+
+
+def test_arguments_of_any_type_are_refused_by_name(client: Client, name: str) -> None:
+    table: Any = summing(client, name)
+    where = client._addresses
+    one = np.ones((2, DIM), np.float32)
+    calls: list[tuple[Any, str]] = [
+        (lambda: admin.prune(client, "3"), "keep must be"),  # type: ignore[arg-type]
+        (lambda: admin.prune(client, 1 << 40), "keep must be"),
+        (lambda: admin.write_rows(client, 5, [1], one[:1]), "name of a table"),  # type: ignore
+        (lambda: admin.write_rows(client, name, [1], [["a"]]), "rows must be"),  # type: ignore
+        (lambda: admin.write_rows(client, name, [1, 2], [[1], [1, 2]]), "rows"),  # type: ignore
+        (lambda: admin.write_rows(client, name, np.array([7, 7]), one), "keys must be distinct"),
+        (lambda: next(admin.read_rows(client, name, shards=[9])), "shard must be"),
+        (lambda: client.push([name]), "gradients must be a mapping"),  # type: ignore[arg-type]
+        (lambda: client.push({name: [1]}), "a push must be a pair"),  # type: ignore[dict-item]
+        (lambda: client.pull([name]), "keys must be a mapping"),  # type: ignore[arg-type]
+        (lambda: Subscriber(5), "addresses must be"),  # type: ignore[arg-type]
+        (lambda: Subscriber(where, tables=5), "tables must be"),  # type: ignore[arg-type]
+        (lambda: Subscriber(where, tokens=5), "tokens must be"),  # type: ignore[arg-type]
+        (lambda: Subscriber(where, tokens=[1] * len(where)), "tokens must be"),  # type: ignore
+        (lambda: Subscriber(where, timeout="x"), "timeout must be"),  # type: ignore[arg-type]
+        (lambda: Subscriber(where, timeout=float("nan")), "timeout must be"),
+        (lambda: Follower(where, tables=5), "tables must be"),  # type: ignore[arg-type]
+    ]
+    for call, message in calls:
+        with pytest.raises(InvalidArgument, match=message):
+            call()
+    with Follower(where, tables=[name]) as follower:
+        for versions in (5, ["x"] * len(where)):
+            with pytest.raises(InvalidArgument, match="version"):
+                follower.wait_for(versions, 1)  # type: ignore[arg-type]
+    assert table.describe().rows == 0

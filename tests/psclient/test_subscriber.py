@@ -18,7 +18,7 @@ import pytest
 from fault.proxy import Proxy
 from servers import Cluster, eventually, free_ports, serve
 
-from psclient import Change, Client, Follower, Subscriber
+from psclient import Change, Client, Follower, PsError, Subscriber, shardstream
 from psclient.errors import (
     InvalidArgument,
     LogDiverged,
@@ -452,3 +452,14 @@ def test_psctl_tail_shows_changes(cluster1: Cluster, connect: Any, name: str) ->
     shown = psctl("tail", "--servers", cluster1.addresses[0], "--start", "never")
     assert shown.returncode == 1
     assert shown.stderr.startswith("psctl: start must be one of")
+
+
+def test_an_unforeseen_error_of_its_thread_reaches_the_application(
+    cluster1: Cluster, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(shardstream, "read_change", fail)
+    with Subscriber(cluster1.addresses) as changes, pytest.raises(PsError, match="unforeseen"):
+        changes.next(20)

@@ -25,7 +25,6 @@ from psclient.tools.commands.shell import (
 )
 from psclient.tools.listing import listing, print_listing
 from psclient.tools.rules import parse_rule, parse_rules, rule_text
-from psproto import ps_pb2 as pb
 
 Name = Annotated[str, typer.Argument(metavar="TABLE", help="Name of the table.")]
 
@@ -34,7 +33,14 @@ Name = Annotated[str, typer.Argument(metavar="TABLE", help="Name of the table.")
 def tables(output: OutputOption = Output.TABLE, servers: Servers = DEFAULT) -> None:
     """List the tables with their sizes over all shards."""
     with connected(servers) as client:
-        found = client.list_tables()
+        found, incomplete = client.list_tables(), client.incomplete_tables()
+    for name, shards in incomplete.items():
+        typer.echo(
+            f"psctl: table {name!r} is on shard {', '.join(map(str, shards))} only: an interrupted"
+            " create, drop or restore left it. Repeat that command to complete it (a restore with"
+            f" --replace), or delete it with psctl drop {name}",
+            err=True,
+        )
     if output is Output.JSON:
         typer.echo(json.dumps([asdict(each) for each in found], indent=1))
         return
@@ -210,10 +216,7 @@ def drop(
 
 def _rows(client: Client, name: str) -> int:
     """Return the rows of a table, which some of the shards may lack or have with another schema."""
-    answers = client._on_all(
-        "TableService/ListTables", pb.ListTablesRequest(), pb.ListTablesResponse
-    )
-    found = [each for answer in answers for each in answer.tables if each.schema.name == name]
+    found = [shard[name] for shard in client._listed() if name in shard]
     if not found:
         raise TableNotFound(f"no table {name!r} on any shard")
     return sum(each.stats.rows for each in found)
