@@ -1,4 +1,4 @@
-"""What the subscriptions of one shard share: its log, its engine and the threads of the feed."""
+"""Access to the shard, its log and worker threads for all subscriptions of the shard."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from psserver.loops import post
 from psserver.shard import Shard
 from storage.versionlog import VersionLog
 
-THREADS = 2
-COALESCED_BYTES = 128 << 20  # bytes of records that all subscriptions coalesce at a time
+THREADS = 2  # worker threads for all subscriptions
+COALESCED_BYTES = 128 << 20  # bytes of log records that all subscriptions together may merge
 
 Result = TypeVar("Result")
 
 
 class Source:
-    """Where subscriptions read changes and rows.
+    """Gives subscriptions access to the shard's changes and rows, and wakes them for new changes.
 
     boot      random number of this process, never 0
-    moved     an event that is set, and replaced, whenever there is more to send
-    draining  the server is stopping
-    readers   number of subscriptions
+    moved     event that is set, and replaced by a new one, whenever there is more to send
+    draining  True while the server is stopping
+    readers   number of running subscriptions
     """
 
     def __init__(self, shard: Shard, engine: Engine, log: VersionLog) -> None:
-        """Store the parts. ``open`` must follow, on the loop."""
+        """Store the arguments. Call ``open`` on the event loop before use."""
         self.shard = shard
         self.engine = engine
         self.log = log
@@ -44,25 +44,25 @@ class Source:
         self._pool = ThreadPoolExecutor(THREADS, "feed")
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Serve subscriptions that run on ``loop``."""
+        """Set the event loop on which all subscriptions run."""
         self._loop = loop
 
     def close(self) -> None:
-        """Stop the threads. The subscriptions have ended."""
+        """Stop the worker threads. Call it after all subscriptions have ended."""
         self._pool.shutdown()
 
     def wake(self) -> None:
-        """Report that there is more to send. Any thread may call this."""
+        """Wake the subscriptions, because there is more to send. Any thread may call this."""
         post(self._loop, self.signal)
 
     def signal(self) -> None:
-        """Wake the subscriptions; called on the loop."""
+        """Wake the subscriptions. Must run on the event loop."""
         moved, self.moved = self.moved, asyncio.Event()
         moved.set()
 
     @property
     def coalesce_bytes(self) -> int:
-        """Bytes of records that each subscription may coalesce: its share of COALESCED_BYTES."""
+        """Bytes of log records that each subscription may hold in memory to merge them."""
         return COALESCED_BYTES // max(self.readers, 1)
 
     def check_draining(self) -> None:
@@ -71,7 +71,11 @@ class Source:
             raise Draining("the server is stopping")
 
     async def work(self, call: Callable[[], Result]) -> Result:
-        """Run ``call`` on a thread of the feed. A cancelled caller still waits until it ends."""
+        """Run ``call`` on a worker thread, and return its result.
+
+        If the caller is canceled, it still waits until ``call`` has ended, then raises
+        CancelledError.
+        """
         running = self._loop.run_in_executor(self._pool, call)
         try:
             return await asyncio.shield(running)
@@ -82,9 +86,12 @@ class Source:
             raise
 
     async def settled(self, version: int, level: int) -> int:
-        """Wait until a version is as safe as the pb.Durability ``level`` asks.
+        """Wait until a version is as durable as ``level`` requires.
 
-        Returns the newest durable version.
+        level  pb.Durability: LOG waits until its log record is written, FSYNC until it is on disk,
+               others do not wait
+
+        Returns the newest version on disk.
         """
         log = self.log
         if level == pb.DURABILITY_FSYNC and version > log.durable:
@@ -94,11 +101,14 @@ class Source:
         return log.durable
 
     async def durable(self, version: int) -> None:
-        """Wait until a version is durable."""
+        """Wait until a version is on disk."""
         await self.settled(version, pb.DURABILITY_FSYNC)
 
     async def _logged(self, version: int, *, durable: bool) -> None:
-        """Wait with everybody who waits for the same, so that cancelled calls leave nothing."""
+        """Wait until a version is written to the log or, with ``durable``, on disk.
+
+        Equal waits share one callback of the log, so that canceled ones do not accumulate there.
+        """
         key = version, durable
         reached = self._awaited.get(key)
         if reached is None:
@@ -107,4 +117,5 @@ class Source:
         await reached.wait()
 
     def _reach(self, key: tuple[int, bool]) -> None:
+        """Wake all that wait for (version, durable). Must run on the event loop."""
         self._awaited.pop(key).set()

@@ -1,4 +1,7 @@
-"""Stage a checkpoint: write a new base of a shard's rows, next to the live one."""
+"""Stage a checkpoint for a restore: write this shard's rows of it as a new base directory.
+
+A base is the copy of all rows at one log version that a server loads when it starts.
+"""
 
 from __future__ import annotations
 
@@ -36,17 +39,19 @@ from storage.part_reader import Piece, counters_of, rows_of
 from storage.schema import TableSchema
 from storage.store import Store
 
-AHEAD_BLOCKS = 24  # packed and not yet written: more than a transaction has
+AHEAD_BLOCKS = 24  # maximum number of blocks packed but not yet written; more than a transaction
 
 
 def stage(
     shard: Shard, store: Store, checkpoint: Checkpoint, directory: Path, progress: Progress
 ) -> int:
-    """Write a base with this shard's rows of a checkpoint. Returns how many rows it has.
+    """Write a base that contains a checkpoint's rows, as far as this shard owns their keys.
 
-    directory  of the new base
+    directory  where to write the base
+    progress   its bytes and total are updated
 
-    Raises Corrupt if the checkpoint is damaged, and CheckpointUnfit for an unknown schema.
+    Returns the number of rows. Raises Corrupt if the checkpoint is damaged, CheckpointUnfit if this
+    release cannot read a table's schema.
     """
     manifest = checkpoint.manifest
     schemas = {
@@ -85,7 +90,14 @@ def _base_state(
     numbers: dict[str, int],
     sessions: bytes,
 ) -> BaseState:
-    """Return the state of a new lineage, at the largest version of the checkpoint."""
+    """Return what the base records besides rows: tables, version, history, sessions.
+
+    It has a new lineage (random id of the log), because the shard's history begins again. Its
+    version is the largest version of the checkpoint's shards.
+
+    schemas, numbers  schema and new number of each table, by name
+    sessions          packed client sessions, or b""
+    """
     version = max(checkpoint.manifest.versions)
     return BaseState(
         lineage=os.urandom(16),
@@ -107,7 +119,10 @@ def _base_state(
 
 
 def _policy(checkpoint: Checkpoint, schema: TableSchema) -> bytes:
-    """Return the eviction state of a table: its step; empty if the checkpoint does not have it."""
+    """Return the packed evictor state: the table's newest step in the checkpoint.
+
+    Returns b"" if the checkpoint has no step.
+    """
     tables = (each for part in checkpoint.parts for each in part.tables)
     steps = [each.step for each in tables if each.name == schema.name and each.step is not None]
     if not steps:
@@ -118,7 +133,10 @@ def _policy(checkpoint: Checkpoint, schema: TableSchema) -> bytes:
 
 
 def _sessions(shard: Shard, store: Store, checkpoint: Checkpoint) -> bytes:
-    """Return the sessions of this shard; none if the checkpoint was taken of other shards."""
+    """Return this shard's packed client sessions from the checkpoint.
+
+    Returns b"" if the checkpointed cluster had other shards, so that no part matches this shard.
+    """
     if len(checkpoint.parts) != shard.shard_map.shards:
         return b""
     part = checkpoint.parts[shard.number]
@@ -128,7 +146,10 @@ def _sessions(shard: Shard, store: Store, checkpoint: Checkpoint) -> bytes:
 
 
 class _Writer:
-    """Writes a new base on a thread of its own: the syncs take as long as all other work."""
+    """Writes a new base on a background thread, while the caller packs the next blocks.
+
+    A context manager: opens the base on entry, and closes it on exit.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._base = Base(directory)
@@ -156,7 +177,10 @@ class _Writer:
         self._thread.shutdown()
 
     def add(self, block: Block) -> None:
-        """Store a block. The caller must not change its arrays afterwards."""
+        """Add a block to the base. The caller must not change its arrays afterwards.
+
+        Waits while AHEAD_BLOCKS blocks are not yet written.
+        """
         data = block.seal()
         self._begun.append(self._thread.submit(self._base.add, data))
         if len(self._begun) > AHEAD_BLOCKS:
@@ -169,7 +193,13 @@ class _Writer:
         totals: NDArray[np.uint32],
         versions: NDArray[np.uint64],
     ) -> None:
-        """Store counters, in as many blocks as they need."""
+        """Add exact admission counters of a table, in as many blocks as they need.
+
+        table     number of the table
+        keys      uint64[n]
+        totals    uint32[n]  occurrences counted
+        versions  uint64[n]  versions of the last change
+        """
         most = tombstones_per_block()
         for at in range(0, len(keys), most):
             part = slice(at, at + most)
@@ -177,7 +207,7 @@ class _Writer:
             self._begun.append(self._thread.submit(self._base.add, block))
 
     def commit(self, state: BaseState) -> None:
-        """Commit the state together with everything that was added."""
+        """Wait for all writes, then commit ``state`` with all blocks that were added."""
         self._added += [each.result() for each in self._begun]
         self._begun.clear()
         whole = dataclasses.replace(state, blocks=tuple(self._added))
@@ -185,7 +215,12 @@ class _Writer:
 
 
 class _Packer:
-    """Packs pieces of any size into full blocks of one table's rows."""
+    """Collects rows of one table into full blocks, and adds these to a writer.
+
+    number  number of the table in the new base
+    width   numbers per row
+    rows    rows added so far
+    """
 
     def __init__(self, number: int, width: int, writer: _Writer) -> None:
         self.rows = 0
@@ -196,7 +231,10 @@ class _Packer:
         self._used = 0
 
     def add(self, piece: Piece, chosen: Any) -> None:
-        """Take the chosen rows of a piece."""
+        """Copy some rows of a piece (rows read from a checkpoint) into blocks.
+
+        chosen  indices of the rows, or a slice
+        """
         arrays = [each[chosen] for each in piece[1:]]
         at, end = 0, len(arrays[0])
         self.rows += end
@@ -212,7 +250,7 @@ class _Packer:
                 self._block, self._used = None, 0
 
     def flush(self) -> None:
-        """Add the last block, which need not be full."""
+        """Add the last, partly filled block to the writer."""
         if self._block is not None and self._used:
             rest = Block.empty(self._number, self._width, self._used)
             for target, array in zip(_arrays(rest), _arrays(self._block), strict=True):
@@ -222,8 +260,10 @@ class _Packer:
 
 
 def _arrays(block: Block) -> tuple[Any, ...]:
+    """Return (keys, versions, steps, frequencies, rows) of a block."""
     return block.keys, block.versions, block.steps, block.frequencies, block.rows
 
 
 def _text(schema: Any) -> str:
+    """Return a schema as JSON text."""
     return json.dumps(to_json(schema), sort_keys=True)

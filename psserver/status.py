@@ -52,7 +52,7 @@ from storage.errors import (
     UnknownTable,
 )
 
-MESSAGE = 1024  # bytes of an error message; trailers contain it twice, gRPC allows them 8 KiB
+MESSAGE = 1024  # maximum bytes of an error message: it is sent twice, and gRPC limits both to 8 KiB
 
 Code = grpc.StatusCode
 CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
@@ -98,7 +98,10 @@ RETRY_AFTER: dict[type[Exception], float] = {DiskFull: 1.0, LogFailed: 1.0}  # s
 
 
 def status_of(error: Exception) -> Status:
-    """Return the google.rpc.Status of an error. Unexpected errors are INTERNAL."""
+    """Return the google.rpc.Status for an exception: code, message, ErrorInfo and RetryInfo.
+
+    Exceptions that are not listed in CODES become INTERNAL, and only their type is shown.
+    """
     code, reason = next(
         (found for kind in type(error).__mro__ if (found := CODES.get(kind))),
         (Code.INTERNAL, "INTERNAL"),
@@ -120,6 +123,7 @@ def status_of(error: Exception) -> Status:
 
 
 def _detail(message: Message) -> Detail:
+    """Pack a message into a protobuf Any."""
     detail = Detail()
     detail.Pack(message)
     return detail
@@ -136,7 +140,7 @@ def reason_of(status: Status) -> str:
 
 
 async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: Exception) -> None:
-    """End a call with the status of an error. Always raises."""
+    """End a gRPC call with the status for an exception. Always raises, to leave the handler."""
     status = status_of(error)
     context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
     await context.abort(code_of(status), status.message)

@@ -1,4 +1,8 @@
-"""What a checkpoint contains for a shard: its names, parts, tables and rows."""
+"""Validate and interpret the contents of a checkpoint for one shard.
+
+A part of a checkpoint is what one shard of the checkpointed cluster wrote. It has rows for some
+buckets (fixed ranges of key hashes).
+"""
 
 from __future__ import annotations
 
@@ -21,18 +25,21 @@ from storage.manifest import ATTEMPT
 from storage.schema import TableSchema
 from storage.store import Store
 
-SLICE_ROWS, SLICE_BYTES = 2048, 512 << 10  # that the engine copies at once: much less than 1 ms
+SLICE_ROWS, SLICE_BYTES = 2048, 512 << 10  # limits per call of the engine thread, well under 1 ms
 
 
 def require_name(name: str) -> str:
-    """Return ``name`` if it is a name of a checkpoint, which is never a path; else BadRequest."""
+    """Return ``name`` if it is a valid checkpoint name (no path); raise BadRequest otherwise."""
     if problem := names.problem("checkpoint", name):
         raise BadRequest("INVALID_ARGUMENT", problem)
     return name
 
 
 def require_id(field: str, value: str) -> str:
-    """Return ``value`` if it is 16 hexadecimal digits; else BadRequest, which names the field."""
+    """Return ``value`` if it consists of 16 hexadecimal digits; raise BadRequest otherwise.
+
+    field  name of the request's field, for the message
+    """
     if not ATTEMPT.fullmatch(value):
         raise BadRequest(
             "INVALID_ARGUMENT", f"{field} must be 16 hexadecimal digits, got {value[:200]!r}"
@@ -41,14 +48,14 @@ def require_id(field: str, value: str) -> str:
 
 
 def runs(shard: Shard) -> tuple[tuple[int, int], ...]:
-    """Return the buckets that a shard owns, as runs (first, last + 1)."""
+    """Return the buckets that a shard owns, as ascending ranges (first, last + 1)."""
     mine = shard.shard_map.shard_of_bucket == shard.number
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mine, [False]]).astype(np.int8)))
     return tuple(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def overlapping(checkpoint: Checkpoint, shard: Shard) -> list[int]:
-    """Return the parts that may contain rows of a shard."""
+    """Return the numbers of the checkpoint's parts that share a bucket with a shard."""
     mine = runs(shard)
     return [
         part.shard
@@ -58,13 +65,19 @@ def overlapping(checkpoint: Checkpoint, shard: Shard) -> list[int]:
 
 
 def own(keys: Keys, shard: Shard) -> Any:
-    """Return which keys belong to the shard: positions, or a slice if all do."""
+    """Return an index that selects the keys owned by a shard: int64[m], or slice(None) for all.
+
+    keys  uint64[n]
+    """
     mine = routing.owners(keys, shard.shard_map) == shard.number
     return slice(None) if mine.all() else np.flatnonzero(mine)
 
 
 def schema_in(checkpoint: Checkpoint, table: str) -> TableSchema:
-    """Return the schema of a table in a checkpoint. Raises UnknownTable."""
+    """Return the schema of a table in a checkpoint.
+
+    Raises UnknownTable, and the errors of ``read_stored``.
+    """
     for each in checkpoint.manifest.tables:
         if each.name == table:
             return read_stored(checkpoint.manifest.name, each.name, each.schema)
@@ -72,9 +85,12 @@ def schema_in(checkpoint: Checkpoint, table: str) -> TableSchema:
 
 
 def read_stored(checkpoint: str, table: str, text: str) -> TableSchema:
-    """Read the schema of a table as a manifest has it.
+    """Parse the schema of a table from a checkpoint's manifest.
 
-    Raises CheckpointUnfit if this release cannot read it, Corrupt if it is another table's.
+    checkpoint, table  their names
+    text               JSON of the schema
+
+    Raises CheckpointUnfit if this release cannot read it, Corrupt if it has a different table name.
     """
     try:
         schema = from_json(json.loads(text))
@@ -91,13 +107,17 @@ def read_stored(checkpoint: str, table: str, text: str) -> TableSchema:
         ) from error
     if schema.name != table:
         raise Corrupt(
-            f"checkpoint {checkpoint!r}", f"table {table!r} has the schema of {schema.name!r}"
+            f"checkpoint {checkpoint!r}",
+            f"the schema of table {table!r} has the name {schema.name!r}",
         )
     return schema
 
 
 def sessions_in(store: Store, checkpoint: Checkpoint, part: int) -> bytes:
-    """Read the sessions of a part. Raises Corrupt if they cannot be unpacked."""
+    """Return the packed client sessions of a checkpoint's part, by the part's number.
+
+    Raises Corrupt if they are damaged, StoreFailed if they cannot be read.
+    """
     name = checkpoint.manifest.name
     data = b"".join(read_file(store, name, file) for file in checkpoint.parts[part].sessions)
     try:
@@ -109,7 +129,7 @@ def sessions_in(store: Store, checkpoint: Checkpoint, part: int) -> bytes:
 
 
 def number_in(checkpoint: Checkpoint, part: int, table: str) -> int:
-    """Return the number that a table has in a part."""
+    """Return the number of a table within a part; Corrupt if the part does not list the table."""
     for each in checkpoint.parts[part].tables:
         if each.name == table:
             return each.number
@@ -117,17 +137,20 @@ def number_in(checkpoint: Checkpoint, part: int, table: str) -> int:
 
 
 def require_width(checkpoint: Checkpoint, schema: TableSchema, rows: Rows) -> None:
-    """Raise Corrupt unless rows are as wide as their schema says."""
+    """Raise Corrupt unless ``rows`` (float32[n, w]) are as wide as the table's schema requires."""
     if rows.shape[1] != schema.width:
         raise Corrupt(
             f"checkpoint {checkpoint.manifest.name!r}",
-            f"rows of table {schema.name!r} have {rows.shape[1]} numbers, its schema says"
+            f"rows of table {schema.name!r} have {rows.shape[1]} numbers, but its schema requires"
             f" {schema.width}",
         )
 
 
 def fits(source: TableSchema, target: TableSchema) -> bool:
-    """Return whether rows of one table, with their optimizer state, mean the same in another."""
+    """Return whether whole rows (with optimizer state) of one table can be used in another.
+
+    True if dim, optimizer and row width are equal.
+    """
     return (source.dim, source.optimizer.name, source.width) == (
         target.dim,
         target.optimizer.name,
@@ -136,7 +159,11 @@ def fits(source: TableSchema, target: TableSchema) -> bool:
 
 
 def with_state(rows: Rows, schema: TableSchema) -> Rows:
-    """Return rows with optimizer state: as given, or with the state of new rows appended."""
+    """Return float32[n, width] rows with optimizer state.
+
+    rows  float32[n, width], returned unchanged, or float32[n, dim] without optimizer state, to
+          which the initial state is appended
+    """
     if rows.shape[1] == schema.width:
         return rows
     whole = np.empty((len(rows), schema.width), np.float32)
@@ -146,5 +173,5 @@ def with_state(rows: Rows, schema: TableSchema) -> Rows:
 
 
 def slice_rows(width: int) -> int:
-    """Return how many rows of ``width`` numbers the engine copies at once."""
+    """Return how many rows of ``width`` numbers the engine thread copies per call."""
     return max(1, min(SLICE_ROWS, SLICE_BYTES // (4 * width)))

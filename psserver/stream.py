@@ -1,4 +1,4 @@
-"""The bidirectional stream: pipelined exchanges, answered in the order of arrival."""
+"""Serve the bidirectional Stream method: requests may be pipelined; replies come in their order."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from psserver.handlers import Handlers
 from psserver.limits import Limits, Reservation
 from psserver.status import abort, status_of
 
-PIPELINE = 64  # requests of one stream that may be in flight
+PIPELINE = 64  # maximum number of requests in flight per stream
 
 
 class _Flow:
-    """The requests of one stream that are in flight.
+    """State of one stream: its requests that are in flight.
 
-    answers   results to send, in order, with the ids of their requests; None ends the queue
-    inflight  bytes of these requests and their replies
-    room      set when ``inflight`` decreases
-    gone      the client no longer reads
+    answers   queue of (request id, result to wait for, reserved memory), in order; None ends it
+    inflight  bytes reserved for these requests and their replies
+    room      event that is set when ``inflight`` decreases
+    gone      True once the client no longer reads
     """
 
     __slots__ = ("answers", "gone", "inflight", "room")
@@ -40,9 +40,9 @@ class _Flow:
 
 
 class Streams:
-    """The streams of all clients.
+    """Serves the streams of all clients.
 
-    share  bytes in flight beyond which a stream is not read
+    share  stop reading from a stream while its requests and replies take more bytes than this
     """
 
     def __init__(
@@ -56,13 +56,18 @@ class Streams:
         self._writers: set[asyncio.Task[None]] = set()  # the loop has weak references only
 
     def drain(self) -> None:
-        """End the streams that wait for a message. The others end after their pending answers."""
+        """End the streams that wait for a request. Other streams end after their pending replies.
+
+        The server must be marked as draining (``Limits.draining``) first.
+        """
         for stream, waits in self._streams.items():
             if waits:
                 stream.cancel()
 
     async def stream(self, _: Any, context: Context) -> None:
-        """Serve one stream."""
+        """Serve one stream until the client ends it, the server drains, or a message is
+        malformed.
+        """
         flow = _Flow()
         writer = asyncio.create_task(self._write(flow, context))
         self._writers.add(writer)
@@ -83,11 +88,10 @@ class Streams:
             await abort(context, broken)
 
     async def _read(self, flow: _Flow, context: Context) -> Exception | None:
-        """Read and begin requests while there is room. Returns the error that ends the stream, or
-        None if the client ended it.
+        """Read requests and start them, but pause while too many are in flight.
 
-        No local variable and no traceback may keep a message alive after it is begun, or this task
-        alive after its end.
+        Returns the error that ends the stream, or None if the client ended it. The ``del``s free
+        the memory of each message as soon as it has been decoded.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -117,7 +121,7 @@ class Streams:
         return Draining("the server is stopping")
 
     async def _accept(self, flow: _Flow, data: bytes) -> None:
-        """Admit, read and begin one request, and queue its answer."""
+        """Reserve memory for one request, decode and start it, and queue its reply."""
         start = time.perf_counter()
         try:
             reservation = self._limits.admit(len(data))
@@ -141,7 +145,7 @@ class Streams:
         flow.answers.put_nowait((head.id, begun, reservation))
 
     async def _write(self, flow: _Flow, context: Context) -> None:
-        """Write the queued answers until None comes. Discards them if the client is gone."""
+        """Write the queued replies until None comes. Discards them if the client does not read."""
         while (answer := await flow.answers.get()) is not None:
             id, begun, reservation = answer
             try:
@@ -155,7 +159,7 @@ class Streams:
             if not flow.gone:
                 try:
                     await context.write(data)
-                except Exception:  # gRPC has several, and they say that the call is over
+                except Exception:  # gRPC raises several types; each means that the call has ended
                     flow.gone = True
             flow.inflight -= reservation.size
             reservation.release()

@@ -1,9 +1,9 @@
-"""One subscription: the log, and a scan of the rows wherever the log does not reach back.
+"""Serve one subscription: send changes from the log, after a scan of the rows if one is needed.
 
-tail       the log after the subscriber's version
-snapshot   every row, then the log
-catch-up   rows of versions above the subscriber's, and the deletes since then, then the log:
-           for a subscriber whose position in the log was truncated
+tail       the log holds all changes after the subscriber's version: send them
+snapshot   send all rows, then the log
+catch-up   the log has been truncated after the subscriber's version: send the rows and deletes that
+           are newer than this version, then the log
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from psserver.source import Source
 from psserver.wanted import Wanted
 from storage.errors import Compacted
 
-LARGE_BYTES = 8 << 20  # of records, which a subscriber that does not read may keep in memory
-PATIENCE = 60.0  # seconds for which it may keep more
+LARGE_BYTES = 8 << 20  # bytes of pending records that a slow subscriber may keep in memory
+PATIENCE = 60.0  # seconds to wait for a subscriber with more pending bytes to read a message
 
 
 class Subscription:
-    """One subscriber, served until something fails."""
+    """Sends all changes to one subscriber, from its position on, until an error ends it."""
 
     def __init__(
         self,
@@ -38,14 +38,24 @@ class Subscription:
         write: Write,
         count: Callable[[int], None],
     ) -> None:
-        """Start at ``position``. See Sender for ``write`` and ``count``."""
+        """Store the arguments.
+
+        wanted    options of the subscription
+        position  where to start
+        write     sends one message; waits while the subscriber does not read
+        count     called after each sent message with its size in bytes
+        """
         self.sender = Sender(position, write, count)
         self._source = source
         self._wanted = wanted
         self._deltas = Deltas(wanted, lambda: source.log.durable, source.log.history)
 
     async def run(self) -> None:
-        """Send changes. Ends only by raising."""
+        """Send changes until an error: never returns.
+
+        Raises Draining when the server stops, Overloaded if the subscriber does not read, and
+        VersionCompacted if changes that it needs are no longer known.
+        """
         sender = self.sender
         scan = RowScan(self._source, self._wanted, self._deltas, sender)
         while True:
@@ -63,7 +73,10 @@ class Subscription:
                     tail.close()
 
     async def _follow(self, tail: LogTail) -> None:
-        """Send changes as they become durable."""
+        """Send changes from the log as they become durable, and progress messages while idle.
+
+        Raises Compacted if the log no longer has the next change.
+        """
         source, sender, wanted = self._source, self.sender, self._wanted
         flush = False
         position = sender.position
@@ -95,7 +108,10 @@ class Subscription:
 
 
 def _rescanned(position: Position) -> Position:
-    """Return where to go on when the log no longer has the next change: a scan of the rows."""
+    """Return the position of the row scan that replaces a log position whose next change is gone.
+
+    The scan sends the rows newer than ``position.version``.
+    """
     return replace(
         position,
         phase=WHEN_CUT_OFF[position.phase],
@@ -108,7 +124,7 @@ def _rescanned(position: Position) -> Position:
 
 
 async def _happens(event: asyncio.Event, due: float) -> bool:
-    """Wait for an event until a monotonic time. Returns whether it happened."""
+    """Wait until an event is set; return False if it is not set by monotonic time ``due``."""
     try:
         async with asyncio.timeout(max(due - time.monotonic(), 0)):
             await event.wait()

@@ -1,4 +1,4 @@
-"""Summaries of tables as messages, and rows collected into messages."""
+"""Build the messages of an analysis: summaries of tables, columns of rows, and progress."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from storage.schema import TableSchema
 
 Columns = pb.AnalyzeRequest.Columns
 
-PROGRESS_SECONDS = 5.0  # seconds between two progress messages: each one wakes both sides
-MESSAGE_BYTES = 1 << 20  # bytes of columns in a message, about
-MAX_EDGES = 256  # requested edges per histogram
-MAX_TOP = 1000  # rows in each list of extremes
-LAST_STEP = 1 << 48  # largest age and grace
+PROGRESS_SECONDS = 5.0  # seconds between two progress messages; each wakes client and server
+MESSAGE_BYTES = 1 << 20  # approximate size of the columns in a message
+MAX_EDGES = 256  # maximum number of edges (bucket bounds) that a request may add to a histogram
+MAX_TOP = 1000  # maximum number of rows in each list of most and least extreme rows
+LAST_STEP = 1 << 48  # largest age (in steps) and grace period (in steps) of a request
 
 
 class Outbox:
-    """Collects rows into messages, and makes progress messages.
+    """Collects rows into messages, and creates progress messages.
 
-    done  rows, or bytes of a checkpoint, that were read so far
+    request  its ``columns`` says which columns of the rows to send; 0: none, only progress
+    total    rows, or bytes of a checkpoint, to read
+    done     rows, or bytes of a checkpoint, read so far
     """
 
     def __init__(self, request: pb.AnalyzeRequest, total: int) -> None:
@@ -40,7 +42,13 @@ class Outbox:
         self._reported = time.monotonic()
 
     def put(self, rows: RowColumns, matrix: Rows | None, done: int) -> Iterator[pb.AnalyzeResponse]:
-        """Add rows, and yield a message if there are enough; without columns, report progress."""
+        """Add rows; yield a message once about 1 MiB is collected, or the tier (memory) changes.
+
+        If no columns are requested, yields progress messages instead.
+
+        matrix  float32[n, dim]: embeddings; None if they are not requested
+        done    new value of the attribute ``done``
+        """
         self.done = done
         if not self._columns:
             yield from self.progress(done)
@@ -54,7 +62,7 @@ class Outbox:
             yield from self.flush()
 
     def progress(self, done: int) -> Iterator[pb.AnalyzeResponse]:
-        """Yield a progress message, at most one per PROGRESS_SECONDS."""
+        """Set ``done``; yield a progress message if the last one is PROGRESS_SECONDS ago."""
         self.done = done
         if time.monotonic() - self._reported >= PROGRESS_SECONDS:
             self._reported = time.monotonic()
@@ -81,7 +89,10 @@ _COLUMNS = ("keys", "versions", "steps", "frequencies", "norms")
 
 
 def read_summary(request: pb.AnalyzeRequest) -> Summary:
-    """Return an empty summary with the edges of a request; raises BadRequest for a bad value."""
+    """Return an empty summary with the histogram edges, grace and list lengths of a request.
+
+    Raises BadRequest for an invalid value.
+    """
     _require("frequencies", request.frequencies, 1, (1 << 32) - 1)
     _require("ages", request.ages, 0, LAST_STEP)
     _require("norms", request.norms, math.ulp(0.0), 1.8e308)
@@ -98,11 +109,14 @@ def read_summary(request: pb.AnalyzeRequest) -> Summary:
 
 
 def _require(field: str, values: Sequence[float], least: float, most: float) -> None:
-    """Raise BadRequest unless all edges are in a range, and not too many."""
+    """Raise BadRequest if there are more than MAX_EDGES values, or one is not in least..most.
+
+    field  name of the request's field, for the message
+    """
     if len(values) > MAX_EDGES:
         raise BadRequest(
             "INVALID_ARGUMENT",
-            f"{field}: at most {MAX_EDGES} edges are allowed, got {len(values)}",
+            f"{field} may have at most {MAX_EDGES} edges, got {len(values)}",
         )
     for value in values:
         if not least <= value <= most or math.isinf(value):
@@ -111,7 +125,10 @@ def _require(field: str, values: Sequence[float], least: float, most: float) -> 
 
 
 def write_summary(summary: Summary, schema: TableSchema, step: int) -> pb.Summary:
-    """Return the message for a summary; ``step`` is the table's step."""
+    """Return a summary as a message.
+
+    step  largest training step pushed to the table; FIRST_STEP: none, sent as 0
+    """
     return pb.Summary(
         schema=write_schema(schema),
         width=schema.width,
@@ -137,6 +154,7 @@ def _histogram(histogram: Histogram) -> pb.Histogram:
 
 
 def _list(extremes: Extremes) -> pb.RowList:
+    """Return a list of rows (the largest, the least frequent, ...) as a message."""
     rows = extremes.rows
     return pb.RowList(
         keys=rows.keys.tolist(),

@@ -1,28 +1,31 @@
-"""The state of a restore on disk, and the directories that it swaps.
+"""Store the phase of a restore on disk, and swap the directories of live and restored data.
 
     data directory  = LOCK  SHARD  log/  base/  restore/
-    restore/        = STATE                     the phase that is reached (sealed.py)
+    restore/        = STATE                     the restore's phase, with a checksum (sealed.py)
                     | base/                     the staged base; complete once STATE exists
                     | old/base/  old/log/       the live data from before the restore
-                    | dead/base/  dead/log/     the restored data of a restore that was undone
+                    | dead/base/  dead/log/     restored data that an abort removed again
 
     PREPARED -- HOLD --> HELD -- COMMIT --> COMMITTED -- start --> LOADED -- RELEASE --> RELEASED
                                                      `-- start --> FAILED
     PREPARED, HELD, FAILED -- ABORT --> ABORTED
     COMMITTED, LOADED -- ABORT --> ABORTING -- start --> ABORTED
 
-COMMIT and ABORT write STATE and restart the process. ``settle`` then moves the directories, before
-anything in them is opened. It repeats the moves that a crash has interrupted. A start that cannot
-load the restored data, for example because memory does not suffice, moves the old data back.
+Arrows in capitals are requests of the client that drives the restore, on all shards; "start" is a
+start of the server. COMMIT, and ABORT after it, write STATE and restart the process. At the start,
+``settle`` moves the directories before any of them is opened, and completes moves that a crash has
+interrupted. If the start cannot load the restored data, for example for lack of memory, it moves
+the old data back (FAILED).
 
-From HELD to the end the shard refuses work. So no client sees some shards restored and others not.
-STATE stays after the end: a client that finds other shards in the middle of the restore reads from
-it whether the restore was released or undone.
+From HELD to the end the shard refuses all other requests. So no client sees some shards restored
+and others not. STATE is kept after the end: a client that finds other shards in the middle of the
+restore learns from it whether the restore was released or aborted.
 
-The restored shard begins a new lineage, at the largest version of the checkpoint, with an empty
-log. This version may be below the shard's version before the restore. Tokens of subscribers from
-before are refused. Sessions of clients are restored if the cluster has the shards that the
-checkpoint was taken of. Otherwise a push that a client repeats may be refused with SESSION_EXPIRED.
+The restored shard has an empty log with a new lineage (random id), which begins at the largest
+version of the checkpoint. This version may be older than the shard's version before the restore.
+Subscribers' tokens from before the restore are refused. Client sessions (records of applied pushes)
+are restored if the checkpointed cluster had the same shards. Otherwise the retry of an earlier push
+may be refused with SESSION_EXPIRED.
 """
 
 from __future__ import annotations
@@ -56,24 +59,25 @@ Phase = Literal[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """How far a restore is: the contents of STATE."""
+    """Contents of the file STATE: which checkpoint is being restored, and the phase."""
 
     __pydantic_config__ = STRICT
     format: Format = FORMAT
-    id: Attempt
-    name: Name  # of the checkpoint
-    replace: bool  # existing tables may be deleted
+    id: Attempt  # id of the restore: 16 hexadecimal digits
+    name: Name  # name of the checkpoint
+    replace: bool  # whether the restore may delete existing tables
     phase: Phase
-    why: str = ""  # the error, if it failed
+    why: str = ""  # the error, if loading the restored data failed
 
 
 def settle(directory: Path) -> State | None:
-    """Finish the moves that a restore has begun, before anything in the directory is opened.
+    """Complete the moves of a restore. Call it at the start, before opening log/ and base/.
 
-    Returns the state afterwards, None if there was no restore. COMMITTED means that the restored
-    data is in place and must be loaded. FAILED means that it is lost and the old data is back.
+    directory  data directory
 
-    Raises Corrupt if STATE is damaged, or missing while the old data is still moved away.
+    Returns the state afterwards, or None if there was no restore. Phase COMMITTED: the restored
+    data is in place, and the caller must load it. FAILED: the restored data was lost, and the old
+    data is back in place. Raises Corrupt if STATE is damaged, or missing although data was moved.
     """
     state = read_state(directory)
     if state is None:
@@ -93,14 +97,17 @@ def settle(directory: Path) -> State | None:
 
 
 def loaded(directory: Path, state: State) -> State:
-    """Record that the restored data was loaded."""
+    """Write phase LOADED to STATE, after the restored data was loaded; return the new state."""
     state = dataclasses.replace(state, phase=LOADED)
     write_state(directory, state)
     return state
 
 
 def failed(directory: Path, state: State, why: str) -> State:
-    """Bring the old data back because the restored data could not be loaded."""
+    """Move the old data back because the restored data could not be loaded; return the new state.
+
+    why  the error, for the client
+    """
     write_state(directory, dataclasses.replace(state, phase=ABORTING, why=why))
     _take_back(directory)
     state = dataclasses.replace(state, phase=FAILED, why=why)
@@ -109,7 +116,7 @@ def failed(directory: Path, state: State, why: str) -> State:
 
 
 def _exchange(directory: Path) -> None:
-    """Move base and log to old/, then the staged base to its place. Repeats no move."""
+    """Move base/ and log/ to restore/old/, then the staged base to base/. Skips moves already done."""
     restore = directory / "restore"
     if not (restore / "base").exists():
         return
@@ -120,7 +127,7 @@ def _exchange(directory: Path) -> None:
 
 
 def _take_back(directory: Path) -> None:
-    """Move the restored data to dead/, and the old data back. Repeats no move."""
+    """Move the restored data to restore/dead/, and the old data back. Skips moves already done."""
     restore = directory / "restore"
     _exchange(directory)
     for name in ("log", "base"):
@@ -131,6 +138,7 @@ def _take_back(directory: Path) -> None:
 
 
 def _move(source: Path, target: Path) -> None:
+    """Rename a directory, and sync the directories concerned, so that a crash cannot undo it."""
     target.parent.mkdir(exist_ok=True)
     os.rename(source, target)
     for parent in {source.parent, target.parent, target.parent.parent}:
@@ -138,14 +146,14 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _require_unmoved(restore: Path) -> None:
-    """Raise Corrupt if base or log were moved although STATE, which says how far, is missing."""
+    """Raise Corrupt if base/ or log/ was moved by a restore, but the file STATE is missing."""
     for path in (restore / of / name for of in ("old", "dead") for name in ("base", "log")):
         if path.exists():
             raise Corrupt(str(restore / "STATE"), f"is missing, but {path} was moved by a restore")
 
 
 def clear(directory: Path) -> None:
-    """Remove everything of the restore. STATE goes after the directories that need it."""
+    """Delete directory/restore/. STATE is deleted after the moved data, which needs it."""
     restore = directory / "restore"
     if restore.exists():
         for name in ("old", "dead"):
@@ -158,13 +166,13 @@ def clear(directory: Path) -> None:
 
 
 def clean(directory: Path) -> None:
-    """Remove everything of the restore but STATE."""
+    """Delete all of directory/restore/ except the file STATE."""
     for name in ("base", "old", "dead"):
         shutil.rmtree(directory / "restore" / name, ignore_errors=True)
 
 
 def read_state(directory: Path) -> State | None:
-    """Read STATE; None if there is none."""
+    """Return the contents of STATE, or None if the file does not exist. Raises Corrupt."""
     path = directory / "restore" / "STATE"
     if not path.exists():
         return None
@@ -172,7 +180,7 @@ def read_state(directory: Path) -> State | None:
 
 
 def write_state(directory: Path, state: State) -> None:
-    """Replace STATE atomically, and sync it."""
+    """Write STATE atomically: after a crash it has either the old or the new contents."""
     path = directory / "restore" / "STATE"
     path.parent.mkdir(exist_ok=True)
     replace(path, seal(state))

@@ -1,8 +1,9 @@
-"""Eviction in the background and on demand, in slices between the pushes.
+"""Evict rows in the background and on demand, in slices between the pushes.
 
-A slice takes about a millisecond of the engine's time. After each slice, background eviction pauses
-so that it gets 3 % of the engine's time, or half of it while a table has 1/16 more rows than it may
-have. A sweep that ends early loses nothing: the next sweep finds the same rows.
+A sweep scans a table for rows that its eviction rules select, and deletes them. A slice of it takes
+about a millisecond on the engine thread. After each slice, background eviction pauses so that it
+gets 3 % of the engine's time, or half of it while a table exceeds its row limit by 1/16. A sweep
+that ends early does no harm: the next sweep finds the same rows.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from psserver.shard import Shard
 from storage.errors import DiskFull, LogFailed
 
 IDLE_SECONDS = 0.1  # seconds until the next check whether a sweep is due
-FULL_SECONDS = 1.0  # seconds until the next try, while the log has no room
-SHORTEST = 5e-4  # seconds between two slices, at least
+FULL_SECONDS = 1.0  # seconds until the next try after an error, such as a full disk
+SHORTEST = 5e-4  # shortest pause between two slices, in seconds
 
 log = structlog.get_logger()
 
 
 class Sweeper:
-    """Background eviction, on a thread of its own, and sweeps on demand."""
+    """Runs background eviction on a thread of its own, and sweeps on demand."""
 
     def __init__(self, shard: Shard, engine: Engine) -> None:
         self._shard = shard
@@ -40,24 +41,26 @@ class Sweeper:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop the thread and sweeps on demand. The engine must still run."""
+        """Stop the thread and all sweeps on demand. Call it before the engine is closed."""
         self.stop()
         self._thread.join()
 
     def stop(self) -> None:
-        """Let all sweeps end after their present slice."""
+        """Make all sweeps end after their current slice; returns immediately."""
         self._stop.set()
 
     def evict(
         self, request: pb.EvictRequest, gone: threading.Event | None = None
     ) -> pb.EvictResponse:
-        """Sweep a table once by all its rules, or only count what would be evicted. Blocks.
+        """Sweep a table once by all its rules, or with dry_run only count the rows to evict.
 
-        gone  set by the caller to end the sweep, because no one waits for the answer any more
+        Blocks until the sweep is done. Returns the number of rows evicted per rule.
 
-        Raises UnknownTable; DiskFull or Overloaded if the log has no room for the deletes;
-        Overloaded while another sweep on demand runs, or if the table's rules are altered; Draining
-        if the server stops. Rows that were evicted before an error stay evicted.
+        gone  event that the caller sets if nobody waits for the result any more; ends the sweep
+
+        Raises UnknownTable; DiskFull or Overloaded if the log cannot take the deletes; Overloaded
+        if another sweep on demand is running, or the table's rules are altered meanwhile; Draining
+        if the server stops or ``gone`` is set. Rows evicted before an error stay evicted.
         """
         if not self._on_demand.acquire(blocking=False):
             raise Overloaded("another sweep on demand is in progress on this shard; retry later")
@@ -80,11 +83,16 @@ class Sweeper:
         return pb.EvictResponse(evicted=evicted, rows=rows, version=shard.version)
 
     def _tick(self) -> tuple[float, float]:
+        """Run one slice of background eviction on the engine thread.
+
+        Returns (share of the engine's time to use, or 0 if nothing is due; seconds that it took).
+        """
         start = time.monotonic()
         share = self._shard.sweeps.tick()
         return share, time.monotonic() - start
 
     def _run(self) -> None:
+        """Evict in the background until ``stop``. The body of the thread."""
         pause, warned = IDLE_SECONDS, False
         while not self._stop.wait(pause):
             try:

@@ -1,4 +1,4 @@
-"""Eviction on the engine thread, one slice at a time."""
+"""Evict rows on the engine thread, one slice per call."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from storage.eviction.sweep import Sweep
 from storage.kernels import Keys
 from storage.records import Cause
 
-SWEEPING, URGENT = 0.03, 0.5  # shares of the engine's time for eviction
-LOOKED = 64  # tables that a tick asks whether a sweep is due
+SWEEPING, URGENT = 0.03, 0.5  # share of the engine's time for eviction: normally, with excess rows
+LOOKED = 64  # maximum number of tables that ``tick`` checks for a sweep that is due
 
 
 class Sweeps:
-    """Slices of sweeps over the tables of one shard.
+    """Sweeps the tables of one shard: selects the rows that eviction rules name, and deletes them.
 
-    delete  deletes rows of a table as the next version; returns how many there were
+    delete  called with (table, keys uint64[n], cause); deletes the rows as the next version, and
+            returns how many existed
     """
 
     def __init__(
@@ -30,13 +31,14 @@ class Sweeps:
         self._tables = tables
         self._sequencer = sequencer
         self._delete = delete
-        self._swept = self._expired = 0  # positions in tables.ruled that were served last
+        self._swept = self._expired = 0  # index in tables.ruled of the table handled last
 
     def tick(self) -> float:
-        """Take the next slice of background eviction, of one table after the other.
+        """Run the next slice of background eviction. Calls take turns over the tables.
 
-        Returns the share of the engine's time that eviction should have; 0: nothing is due.
-        Raises what ``Sequencer.reserve`` raises; the rows stay then.
+        Also drops expired admission counters of one table. Returns the share of the engine's time
+        that eviction should get, or 0 if nothing is due. Raises the errors of
+        ``Sequencer.reserve``; then no row was evicted, and a later call tries again.
         """
         seconds, ruled = self._sequencer.now(), self._tables.ruled
         if not ruled:
@@ -59,27 +61,35 @@ class Sweeps:
         return 0.0
 
     def begin(self, name: str, dry: bool) -> tuple[int, Sweep]:
-        """Return the number of a table, and a sweep by all its rules for ``take_slice``.
+        """Return (number of the table, sweep by all its rules) for calls of ``take_slice``.
 
-        dry  only count
+        name  name of the table
+        dry   count the rows to evict, but evict none
         """
         entry = self._tables.get(name)
         return entry.number, entry.table.evictor.sweep(dry=dry)
 
     def take_slice(self, number: int, sweep: Sweep) -> None:
-        """Take the next slice of a sweep.
+        """Run the next slice of a sweep that ``begin`` returned.
 
-        Raises UnknownTable once the table is dropped, Overloaded once its rules were altered.
+        Raises UnknownTable if the table was dropped, Overloaded if its rules were altered, and the
+        errors of ``Sequencer.reserve``.
         """
         entry = self._tables.require_number(number)
         if sweep.rules != entry.table.evictor.rules:
-            raise Overloaded(f"table {entry.schema.name!r} was altered during the sweep: repeat it")
+            raise Overloaded(
+                f"the rules of table {entry.schema.name!r} were altered during the sweep: start the"
+                " sweep again"
+            )
         view = entry.table.view()
         victims = sweep.slice(view, entry.table.evictor.now(self._sequencer.now()))
         self._evict(entry, victims.keys(view))
 
     def _evict(self, entry: TableEntry, victims: dict[Cause, Keys]) -> None:
-        """Evict the rows that a slice chose: all or, where the log has no room, none."""
+        """Delete the rows that a slice selected, or none if the log cannot take all the deletes.
+
+        victims  keys uint64[n] to delete, by the rule that selected them
+        """
         self._sequencer.reserve([RECORD + 8 * len(keys) for keys in victims.values()])
         evicted = entry.table.tally.evicted
         for cause, keys in victims.items():

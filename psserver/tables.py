@@ -1,4 +1,4 @@
-"""The tables of one shard, by name and by number."""
+"""Registry of one shard's tables, by name and by number."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MAX_DROPPED = 4096  # dropped tables whose schemas are kept
 
 @dataclass(slots=True)
 class TableEntry:
-    """A table, its number in the log and the version of its creation."""
+    """A table of a shard, with what the log and checkpoints record about it."""
 
     table: Table
-    number: int
-    created: int
+    number: int  # identifies it in the log
+    created: int  # version of its creation
     text: str  # its schema as JSON
-    counting: int = 0  # counters of versions up to this one were dropped by an alteration
+    counting: int = 0  # version of the last alteration that dropped admission counters; 0: none
 
     @property
     def schema(self) -> TableSchema:
@@ -34,10 +34,14 @@ class TableEntry:
 
 
 class Tables:
-    """The tables of one shard. Numbers ascend and are never used again.
+    """The tables of one shard. Numbers ascend, and are never reused.
 
-    share  part of all keys that this shard owns, 0..1
-    ruled  numbers of the tables with eviction rules
+    A hidden table is one that is still being filled: it has a number, but clients cannot use it.
+
+    budget   memory that all tables share
+    share    fraction of all keys that this shard owns, 0..1
+    claimed  names of tables that a load from a checkpoint is going to create or replace
+    ruled    numbers of the tables with eviction rules
     """
 
     def __init__(self, budget: Budget, share: float) -> None:
@@ -45,9 +49,9 @@ class Tables:
         self._share = share
         self._by_name: dict[str, TableEntry] = {}
         self._by_number: dict[int, TableEntry] = {}
-        self._hidden: dict[str, TableEntry] = {}  # being filled; nobody can use their names
-        self.claimed: set[str] = set()  # names whose tables nobody else may create, alter or drop
-        self._schemas: dict[int, TableSchema] = {}  # by number; of dropped tables too
+        self._hidden: dict[str, TableEntry] = {}
+        self.claimed: set[str] = set()
+        self._schemas: dict[int, TableSchema] = {}  # by number, also of tables dropped recently
         self.ruled: list[int] = []
         self.next_number = 1
 
@@ -62,13 +66,16 @@ class Tables:
         return sorted(self._by_name)
 
     def find(self, name: str) -> TableEntry | None:
-        """Return the table of that name, or None. May be called from any thread."""
+        """Return the table with this name, or None if there is none or it is hidden.
+
+        May be called from any thread.
+        """
         return self._by_name.get(name)
 
     def get(self, name: str) -> TableEntry:
-        """Return the table of that name.
+        """Return the table with this name.
 
-        Raises UnknownTable, TableLoading, or BadRequest for what no table can be named.
+        Raises UnknownTable, TableLoading if it is hidden, BadRequest if the name is invalid.
         """
         entry = self._by_name.get(name)
         if entry is not None:
@@ -79,22 +86,24 @@ class Tables:
         raise UnknownTable(name)
 
     def require_not_hidden(self, name: str) -> None:
-        """Raise TableLoading while a table of this name is being filled."""
+        """Raise TableLoading if the table with this name is hidden (being filled)."""
         if name in self._hidden:
             raise TableLoading(name)
 
     def require_unclaimed(self, name: str) -> None:
-        """Raise TableLoading from the moment that a load of a table of this name is accepted."""
+        """Raise TableLoading if a load from a checkpoint is filling, or going to fill, a table with
+        this name.
+        """
         self.require_not_hidden(name)
         if name in self.claimed:
             raise TableLoading(name)
 
     def numbered(self, number: int) -> TableEntry | None:
-        """Return the table of that number; None once it is dropped."""
+        """Return the table with this number, hidden or not; None if it was dropped."""
         return self._by_number.get(number)
 
     def require_number(self, number: int) -> TableEntry:
-        """Return the table of that number; raises UnknownTable once it is dropped."""
+        """Return the table with this number, hidden or not; UnknownTable if it was dropped."""
         entry = self._by_number.get(number)
         if entry is None:
             schema = self._schemas.get(number)
@@ -102,16 +111,22 @@ class Tables:
         return entry
 
     def schema_of(self, number: int) -> TableSchema | None:
-        """Return the schema of a table, dropped or not; None for a table dropped long ago.
+        """Return the schema of the table with this number.
 
-        May be called from any thread.
+        Dropped tables have one too, but only the last MAX_DROPPED of them; None for older ones. May
+        be called from any thread.
         """
         return self._schemas.get(number)
 
     def add(
         self, number: int, schema: TableSchema, created: int, *, hidden: bool = False
     ) -> TableEntry:
-        """Make a table without rows."""
+        """Create an empty table.
+
+        number   number to give to it
+        created  version of its creation
+        hidden   keep clients from using it until ``reveal``
+        """
         text = json.dumps(to_json(schema), sort_keys=True)
         entry = TableEntry(Table(schema, self._budget, self._share), number, created, text)
         self._by_number[number] = entry
@@ -126,7 +141,13 @@ class Tables:
     def alter(
         self, entry: TableEntry, schema: TableSchema, version: int, seconds: float
     ) -> int | None:
-        """Give a table other settings; arguments, result and errors as of ``Table.alter``."""
+        """Change the settings of a table to those of ``schema``.
+
+        version, seconds  version and time (seconds since 1970) of the alteration
+
+        Returns the approximate number of admission counters dropped because the new admission rule
+        cannot use them, or None if none are lost. Raises OutOfMemory; then nothing has changed.
+        """
         dropped = entry.table.alter(schema, version, seconds)
         if dropped is not None:
             entry.counting = version
@@ -136,14 +157,14 @@ class Tables:
         return dropped
 
     def _list_ruled(self, entry: TableEntry) -> None:
-        """List a table among those with eviction rules, or not, as its schema says."""
+        """Add a table to ``ruled``, or remove it, depending on whether it has eviction rules."""
         if entry.schema.evictions and entry.number not in self.ruled:
             self.ruled.append(entry.number)
         elif not entry.schema.evictions and entry.number in self.ruled:
             self.ruled.remove(entry.number)
 
     def remove(self, entry: TableEntry) -> None:
-        """Drop a table, and return its memory."""
+        """Drop a table, hidden or not, and free its memory."""
         entry.table.close()
         del self._by_number[entry.number]
         for by_name in (self._by_name, self._hidden):
@@ -153,5 +174,5 @@ class Tables:
             self.ruled.remove(entry.number)
 
     def reveal(self, entry: TableEntry) -> None:
-        """Let a hidden table be used under its name."""
+        """Make a hidden table usable by clients."""
         self._by_name[entry.schema.name] = self._hidden.pop(entry.schema.name)

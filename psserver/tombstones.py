@@ -1,4 +1,7 @@
-"""Keys that were deleted, kept for subscribers and flushes that come later."""
+"""Keep records of deleted keys (tombstones) for subscribers and flushes that come later.
+
+A row that was deleted is gone, so only its tombstone tells a later reader about the delete.
+"""
 
 from __future__ import annotations
 
@@ -11,36 +14,36 @@ from numpy.typing import NDArray
 from storage.kernels import Keys
 from storage.records import Cause
 
-CHUNK = 1 << 16  # tombstones
+CHUNK = 1 << 16  # tombstones per allocation
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tombstones:
-    """Keys that were deleted, ordered by the version of their delete."""
+    """Records of n deleted keys, in order of the versions of their deletes."""
 
     tables: NDArray[np.uint32]  # [n]  numbers of the tables
     keys: Keys  # uint64[n]
-    versions: NDArray[np.uint64]  # [n]  of the deletes, ascending
-    causes: NDArray[np.uint32]  # [n]
+    versions: NDArray[np.uint64]  # [n]  versions of the deletes, ascending
+    causes: NDArray[np.uint32]  # [n]  records.Cause: by request, or by which eviction rule
 
     def __len__(self) -> int:
         """Return the number of tombstones."""
         return len(self.keys)
 
     def take(self, chosen: NDArray[np.bool_] | NDArray[np.int64] | slice) -> Tombstones:
-        """Return the tombstones at these indices."""
+        """Return the tombstones that an index (mask, indices or slice) selects."""
         return Tombstones(*(column[chosen] for column in self.columns()))
 
     def columns(self) -> tuple[NDArray[Any], ...]:
-        """Return tables, keys, versions and causes."""
+        """Return the arrays (tables, keys, versions, causes)."""
         return self.tables, self.keys, self.versions, self.causes
 
     def after(self, version: int) -> Tombstones:
-        """Return the tombstones of deletes after a version."""
+        """Return the tombstones newer than a version, as views."""
         return self.take(slice(int(np.searchsorted(self.versions, version, "right")), None))
 
     def by_table(self) -> list[tuple[int, Tombstones]]:
-        """Return the tombstones of each table, with its number."""
+        """Return (number of the table, its tombstones) for each table that has any."""
         of_tables = self.take(np.argsort(self.tables, kind="stable"))
         numbers, starts = np.unique(of_tables.tables, return_index=True)
         ends = [*starts[1:].tolist(), len(self)]
@@ -51,7 +54,7 @@ class Tombstones:
 
 
 def no_tombstones(capacity: int = 0) -> Tombstones:
-    """Return arrays for ``capacity`` tombstones, undefined."""
+    """Return arrays for ``capacity`` tombstones, with undefined contents."""
     return Tombstones(
         np.empty(capacity, np.uint32),
         np.empty(capacity, np.uint64),
@@ -61,28 +64,28 @@ def no_tombstones(capacity: int = 0) -> Tombstones:
 
 
 def joined(parts: list[Tombstones]) -> Tombstones:
-    """Return the tombstones of several parts as one."""
+    """Return the concatenation of several Tombstones."""
     columns = zip(*(part.columns() for part in (no_tombstones(), *parts)), strict=True)
     return Tombstones(*map(np.concatenate, columns))
 
 
 class TombstoneQueue:
-    """The newest tombstones of a shard, oldest first.
+    """Bounded queue of a shard's newest tombstones, oldest first.
 
-    They are in parts: slices of arrays that are filled once and do not change afterwards. So what
-    ``all`` returns stays valid, and neither it nor ``add`` copies what is there. The tombstones of
-    one version are in one part.
+    The queue is a list of parts, each a slice of arrays. Filled elements never change, so results
+    of ``all`` stay valid, and neither ``all`` nor ``add`` copies old tombstones. A part has either
+    all or no tombstones of a version.
 
-    limit    tombstones that are kept
-    horizon  tombstones up to this version may have been discarded
+    limit    maximum number of tombstones
+    horizon  largest version whose tombstones may have been discarded; 0: none
     """
 
     def __init__(self, limit: int) -> None:
         """Create an empty queue."""
         self._limit = limit
         self._chunk = no_tombstones(CHUNK)  # arrays that are being filled
-        self._end = 0  # of the entries in them
-        self._parts = [no_tombstones()]  # the last one is a slice of the chunk
+        self._end = 0  # number of tombstones in them
+        self._parts = [no_tombstones()]  # the last part is a slice of the chunk
         self._count = 0
         self.horizon = 0
 
@@ -91,7 +94,12 @@ class TombstoneQueue:
         return self._count
 
     def add(self, table: int, keys: Keys, version: int, cause: Cause) -> None:
-        """Append the tombstones of one delete, and discard the oldest beyond the limit."""
+        """Append the tombstones of one delete, and discard the oldest beyond the limit.
+
+        table    number of the table
+        keys     uint64[n]
+        version  version of the delete, not smaller than those before
+        """
         count = len(keys)
         if not count:
             return
@@ -108,12 +116,12 @@ class TombstoneQueue:
         self._trim()
 
     def load(self, dead: Tombstones) -> None:
-        """Append tombstones in any order. ``settle`` must follow the last call."""
+        """Append copies of tombstones, in any order of versions. Call ``settle`` after the last."""
         self._parts.insert(-1, dead.take(np.arange(len(dead))))  # a copy
         self._count += len(dead)
 
     def settle(self) -> None:
-        """Order what was loaded by version, and discard the oldest beyond the limit."""
+        """Sort the loaded tombstones by version, and discard the oldest beyond the limit."""
         found = joined(self._parts)
         order = np.argsort(found.versions, kind="stable")
         self._chunk, self._end = no_tombstones(CHUNK), 0
@@ -121,11 +129,14 @@ class TombstoneQueue:
         self._trim()
 
     def all(self) -> list[Tombstones]:
-        """Return all tombstones, in parts."""
+        """Return all tombstones, oldest first, as a list of Tombstones; nothing is copied."""
         return list(self._parts)
 
     def after(self, version: int, limit: int) -> Tombstones:
-        """Return the oldest tombstones after a version: about ``limit``, and whole versions."""
+        """Return about ``limit`` tombstones newer than ``version``, oldest first.
+
+        Never splits the tombstones of one version, so the result may exceed ``limit``.
+        """
         found, left = list[Tombstones](), limit
         for part in self._parts:
             part = part.after(version)
@@ -139,7 +150,7 @@ class TombstoneQueue:
         return joined(found)
 
     def _trim(self) -> None:
-        """Discard the oldest versions until the limit holds."""
+        """Discard tombstones, oldest version first, until at most ``limit`` are left."""
         while self._count > self._limit:
             oldest = self._parts[0]
             if not len(oldest):

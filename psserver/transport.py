@@ -1,19 +1,19 @@
-"""gRPC options that limit the memory of messages that the service has not seen yet.
+"""gRPC options that limit the memory for messages received but not yet read by the service.
 
-memory.py computes how much memory that is.
+memory.py computes this memory.
 """
 
 from __future__ import annotations
 
 from psserver.config import ServerConfig
 
-SLACK = 64 << 10  # bytes over the limit that are still read, to answer MESSAGE_TOO_LARGE
-WINDOW = 4 << 20  # bytes that a peer may send on a stream before the service reads it
-PENDING = 1 << 14  # calls that wait to begin; gRPC answers further ones CANCELLED without details
+SLACK = 64 << 10  # bytes by which a message may exceed the limit and still get MESSAGE_TOO_LARGE
+WINDOW = 4 << 20  # bytes that a client may send on a stream before the service reads them
+PENDING = 1 << 14  # maximum number of calls that wait to begin; gRPC cancels further ones
 
 
 def options(config: ServerConfig) -> list[tuple[str, int]]:
-    """Return the options of the gRPC server."""
+    """Return the (name, value) options for the gRPC server."""
     return [
         ("grpc.max_receive_message_length", config.max_message_bytes + SLACK),
         ("grpc.max_send_message_length", -1),

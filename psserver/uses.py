@@ -1,4 +1,4 @@
-"""Which checkpoints are in use on this shard, so that nobody deletes what another one reads."""
+"""Record which checkpoints this shard is reading, so that none is deleted meanwhile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from psserver.errors import CheckpointBusy
 
 
 class Uses:
-    """The checkpoints in use, by name. Thread-safe."""
+    """Registry that keeps a checkpoint from being deleted while it is read, and from being read
+    while it is deleted. Thread-safe.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -19,9 +21,12 @@ class Uses:
 
     @contextmanager
     def using(self, names: Iterable[str], what: str) -> Iterator[None]:
-        """Keep checkpoints from being deleted. Raises CheckpointBusy if one is being deleted.
+        """Return a context manager that keeps checkpoints from being deleted during its block.
 
-        what  describes the work, for a client that wants to delete one of them
+        names  names of the checkpoints
+        what   description of the use, shown to a client that tries to delete one of them
+
+        Raises CheckpointBusy if one of them is being deleted.
         """
         names = list(names)
         with self._lock:
@@ -41,7 +46,10 @@ class Uses:
 
     @contextmanager
     def deleting(self, names: Iterable[str]) -> Iterator[None]:
-        """Keep checkpoints from being used. Raises CheckpointBusy, which names the use of one."""
+        """Return a context manager that keeps checkpoints from being used during its block.
+
+        Raises CheckpointBusy if one of them is in use, or is being deleted already.
+        """
         names = set(names)
         with self._lock:
             for name in sorted(names):

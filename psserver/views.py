@@ -1,4 +1,4 @@
-"""What readers of a shard get: copies of facts, and scans that go on while pushes do."""
+"""Results of reads from a shard: copied values, and scans that stay valid while pushes continue."""
 
 from __future__ import annotations
 
@@ -23,63 +23,69 @@ from storage.tiers.base import Scan
 
 @dataclass(frozen=True, slots=True)
 class TableView:
-    """A table on this shard, for a reader that goes through its rows while pushes go on."""
+    """Access to a table on this shard, for reading its rows slice by slice while pushes continue.
+
+    A tier is a kind of memory that holds rows.
+    """
 
     schema: TableSchema
-    number: int
-    version: int  # of the shard
-    step: int  # largest step that was pushed to the table
-    tiers: list[tuple[str, Scan, int]]  # name, rows, bytes
+    number: int  # of the table
+    version: int  # version of the shard at this moment
+    step: int  # largest training step pushed to the table; FIRST_STEP before the first push
+    tiers: list[tuple[str, Scan, int]]  # (name of the tier, scan over its rows, bytes per tier)
     stats: TableStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyView:
-    """The facts of some keys of a table; 0 and empty for keys without a row."""
+    """Row, metadata and admission count of each of n keys of a table.
 
-    version: int  # of the shard
-    number: int  # of the table
+    Keys without a row have tier "", metadata 0, and the embedding that serving would get.
+    """
+
+    version: int  # version of the shard
+    number: int  # number of the table
     created: int  # version of the table's creation
-    tiers: list[str]
-    versions: NDArray[np.uint64]  # [n]
-    steps: NDArray[np.int64]  # [n]
-    frequencies: NDArray[np.uint64]  # [n]
+    tiers: list[str]  # [n]  name of the memory that holds the row
+    versions: NDArray[np.uint64]  # [n]  version of the last change of the row
+    steps: NDArray[np.int64]  # [n]  training step of the last push to the row
+    frequencies: NDArray[np.uint64]  # [n]  occurrences pushed since the row exists
     embeddings: Rows  # float32[n, dim]
-    waiting: NDArray[np.uint32]  # [n]  occurrences that are counted towards admission
-    step: int  # largest step that was pushed to the table
+    waiting: NDArray[np.uint32]  # [n]  occurrences counted so far, for a key not admitted yet
+    step: int  # largest training step pushed to the table
     schema: TableSchema
-    loss_reason: str  # why keys without row and counter may have been pushed; empty: they were not
+    loss_reason: str  # why a key without row and count may have been pushed; "": it never was
 
 
 class TableList(NamedTuple):
     """The tables of a shard at one version."""
 
     version: int
-    horizon: int  # deletes up to this version may have lost their tombstones
-    tables: tuple[tuple[int, TableSchema, int], ...]  # number, schema, version of the creation
+    horizon: int  # largest version whose tombstones (records of deletes) may be discarded
+    tables: tuple[tuple[int, TableSchema, int], ...]  # (number, schema, version of creation)
 
 
 @dataclass(frozen=True, slots=True)
 class CapturedTable:
-    """A table of a captured shard."""
+    """A table of a captured shard: its settings and sizes, and access to its rows and counters."""
 
-    number: int  # given at creation
+    number: int  # number of the table
     schema: str  # JSON
     created: int  # version of its creation
-    counting: int  # counters of versions up to this one were dropped by an alteration
-    policy: EvictorState
+    counting: int  # version of the last alteration that dropped admission counters; 0: none
+    policy: EvictorState  # state of its eviction rules
     table: Table
-    width: int
-    rows: int
-    counters: int  # exact ones
-    gate: Gate  # that counted at this version: an alteration may replace the table's
-    edits: int  # of a sketch; see Gate
-    step: int  # of the table
-    scan: Scan
+    width: int  # float32 numbers per row, with optimizer state
+    rows: int  # number of rows
+    counters: int  # number of exact admission counters; 0 with a sketch
+    gate: Gate  # holds the admission counters of this version, even after an alteration
+    edits: int  # number that grows with every change of a sketch; see Gate
+    step: int  # largest training step pushed to the table
+    scan: Scan  # over its rows
 
     @property
     def base(self) -> BaseTable:
-        """The table as the base of a data directory lists it."""
+        """The table as recorded in the base (the on-disk copy of all rows at one log version)."""
         return BaseTable(
             number=self.number,
             schema=self.schema,
@@ -91,18 +97,18 @@ class CapturedTable:
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """A shard at one version, for a reader that goes through the rows while pushes go on."""
+    """Access to all data of a shard as of one version, for reading it while pushes continue."""
 
     version: int
-    next_table: int
+    next_table: int  # number that the next new table gets
     tables: tuple[CapturedTable, ...]
     sessions: SessionsSnapshot
-    tombstones: list[Tombstones]  # in parts, oldest first
-    horizon: int  # deletes up to this version may have lost their tombstones
+    tombstones: list[Tombstones]  # records of deletes, oldest first
+    horizon: int  # largest version whose tombstones may have been discarded
 
 
 def capture_table(entry: TableEntry) -> CapturedTable:
-    """Return a table as it is now."""
+    """Capture one table as it is now; copies no rows. Must run on the engine thread."""
     table = entry.table
     gate, width = table.gate, table.schema.width
     counters = 0 if len(gate.cells()) else gate.entries
@@ -124,7 +130,10 @@ def capture_table(entry: TableEntry) -> CapturedTable:
 
 
 def view_table(entry: TableEntry, version: int) -> TableView:
-    """Return a table, to be read by slices."""
+    """Return schema, statistics and row scans of a table; see TableView.
+
+    version  version of the shard
+    """
     table = entry.table
     return TableView(
         table.schema,
@@ -137,9 +146,11 @@ def view_table(entry: TableEntry, version: int) -> TableView:
 
 
 def view_keys(entry: TableEntry, keys: Keys, version: int, now: float) -> KeyView:
-    """Return the facts of distinct keys of this shard.
+    """Return row, metadata and admission count of each key; see KeyView.
 
-    now  seconds since 1970
+    keys     uint64[n], distinct, owned by this shard
+    version  version of the shard
+    now      seconds since 1970
     """
     table = entry.table
     embeddings = np.empty((len(keys), table.schema.dim), np.float32)
@@ -149,10 +160,10 @@ def view_keys(entry: TableEntry, keys: Keys, version: int, now: float) -> KeyVie
     loss_reason, stale = table.gate.loss_reason, table.evictor.stale(now)
     if entry.counting:
         loss_reason = (
-            f"what was counted up to version {entry.counting} was dropped by an alteration"
+            f"an alteration at version {entry.counting} dropped the counts made until then"
         )
     if not loss_reason and table.gate.cap and stale > entry.created:
-        loss_reason = f"counters last touched up to version {stale} have expired"
+        loss_reason = f"counters not updated after version {stale} have expired"
     return KeyView(
         version=version,
         number=entry.number,

@@ -1,4 +1,4 @@
-"""What a subscriber asked for: tables, content, dtype, coalescing."""
+"""Read the options of a subscription from its request."""
 
 from __future__ import annotations
 
@@ -11,54 +11,54 @@ from psproto import ps_pb2 as pb
 from psserver.errors import BadRequest
 from storage.schema import TableSchema
 
-MAX_REQUEST_BYTES = 640 << 10  # of a SubscribeRequest; MAX_TABLES names need less
-LEAST_CHUNK_BYTES = 4096  # each message costs the event loop and the engine some time
+MAX_REQUEST_BYTES = 640 << 10  # maximum size of a request; MAX_TABLES table names fit
+LEAST_CHUNK_BYTES = 4096  # smaller values are raised to it, because each message has a fixed cost
 LEAST_PROGRESS_MS = 100
-CHUNK_BYTES = 1 << 20  # bytes of arrays per message, unless the subscriber asks for another size
+CHUNK_BYTES = 1 << 20  # default for the bytes of arrays per message
 MOST_CHUNK_BYTES = 16 << 20
-PROGRESS_SECONDS = 1.0
+PROGRESS_SECONDS = 1.0  # default time between progress messages
 MOST_COALESCE_MS = 60_000
-MAX_TABLES = 4096  # names in one request
+MAX_TABLES = 4096  # maximum number of table names in a request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What a subscriber asked for."""
+    """Options of a subscription, with defaults filled in."""
 
-    tables: frozenset[str]  # empty: all
-    content: int
-    dtype: int
-    coalesce_seconds: float
-    coalesce_rows: int
-    progress_seconds: float
-    chunk_bytes: int
+    tables: frozenset[str]  # names; empty: all tables
+    content: int  # pb.Content: keys only, embeddings, or embeddings with optimizer state
+    dtype: int  # pb.Dtype of the rows
+    coalesce_seconds: float  # how long changes may wait to be merged; 0: see coalesce_rows
+    coalesce_rows: int  # number of waiting rows at which merged changes are sent
+    progress_seconds: float  # time between progress messages while there are no changes
+    chunk_bytes: int  # approximate bytes of arrays per message
 
     @property
     def coalesces(self) -> bool:
-        """Whether several changes may be sent as one."""
+        """Whether several changes may be merged: only the newest value of each row is sent."""
         return self.coalesce_seconds > 0 or self.coalesce_rows > 0
 
     def wants(self, table: str) -> bool:
-        """Return whether a table is subscribed to."""
+        """Return whether the subscription includes the table with this name."""
         return not self.tables or table in self.tables
 
     def width(self, schema: TableSchema) -> int:
-        """Return how many numbers of a row are sent."""
+        """Return how many numbers per row are sent: 0, the table's dim, or its full width."""
         if self.content == pb.CONTENT_KEYS:
             return 0
         return schema.width if self.content == pb.CONTENT_VALUES_AND_STATE else schema.dim
 
     def rows_per_message(self, width: int) -> int:
-        """Return how many rows of ``width`` numbers fill a message; at least one."""
+        """Return how many rows of ``width`` numbers fit into a message; at least 1."""
         state = self.content == pb.CONTENT_VALUES_AND_STATE
         row = 16 + width * codec.WIRE[self.dtype].itemsize + 16 * state
         return max(1, self.chunk_bytes // row)
 
 
 def parse(data: bytes) -> pb.SubscribeRequest:
-    """Parse a SubscribeRequest. Raises Malformed, or BadRequest if it is too large to parse."""
+    """Parse a SubscribeRequest. Raises Malformed, or BadRequest above MAX_REQUEST_BYTES."""
     if len(data) > MAX_REQUEST_BYTES:
-        raise _bad(f"a request may have {MAX_REQUEST_BYTES} bytes, got {len(data)}")
+        raise _bad(f"a request may have at most {MAX_REQUEST_BYTES} bytes, got {len(data)}")
     request = pb.SubscribeRequest()
     try:
         request.ParseFromString(data)
@@ -68,7 +68,9 @@ def parse(data: bytes) -> pb.SubscribeRequest:
 
 
 def read_wanted(request: pb.SubscribeRequest) -> Wanted:
-    """Return what a request asks for, with defaults. Raises BadRequest if it breaks a rule."""
+    """Return the options of a request, with defaults filled in. Raises BadRequest if one is
+    invalid.
+    """
     if len(request.tables) > MAX_TABLES:
         raise _bad(f"at most {MAX_TABLES} tables may be named, got {len(request.tables)}")
     for name in request.tables:
@@ -102,4 +104,5 @@ def read_wanted(request: pb.SubscribeRequest) -> Wanted:
 
 
 def _bad(why: str) -> BadRequest:
+    """Return the error for an invalid subscription request."""
     return BadRequest("INVALID_ARGUMENT", f"subscription: {why}")

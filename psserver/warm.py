@@ -1,4 +1,4 @@
-"""Compile every kernel, or load it from the cache, before the first request needs it."""
+"""Compile every Numba kernel, or load it from its cache, before the first request needs it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from storage.kernels import Images, Keys
 from storage.schema import TableSchema
 from storage.table import Table
 
-BUDGET = 64 << 20  # bytes for the tables that are made here
+BUDGET = 64 << 20  # memory limit, in bytes, of the tables created here
 
 
 def warm() -> None:
-    """Run each kernel once on a few rows: a minute to compile, a second from the cache.
+    """Run each kernel once on a few rows. Takes about a minute to compile, a second from the cache.
 
-    Numba compiles a kernel again for arrays that cannot be written. Arrays in messages, records and
-    blocks are such views of bytes, so both kinds are run.
+    Numba compiles a kernel separately for read-only arrays, such as arrays in received messages,
+    log records and blocks. So kernels are run with both writable and read-only arrays.
     """
     initializers.compile_all()
     optimizers.compile_all()
@@ -40,13 +40,14 @@ def warm() -> None:
 
 
 def _view(array: NDArray[Any], written: bool) -> Any:
-    """Return a view of an array that can be written or not."""
+    """Return a view of an array: writable if ``written``, else read-only."""
     view = array.view()
     view.flags.writeable = written
     return view
 
 
 def _warm_table(keys: Keys, written: bool) -> None:
+    """Run the kernels of tables, with arrays that are writable if ``written``, else read-only."""
     schema = TableSchema(
         name="warm",
         dim=2,
@@ -58,15 +59,15 @@ def _warm_table(keys: Keys, written: bool) -> None:
     sent = _view(rows, written)
     counts = _view(np.ones(4, np.uint32), written)
     table.check_push(keys, sent, step=0, largest=1e30)
-    for version in (1, 2):  # of new rows, then of existing ones
+    for version in (1, 2):  # the first push creates the rows, the second updates them
         slots = table.push(keys, sent, counts, version=version, step=0).slots
     table.images(slots, frequencies, rows)
     versions, steps = np.ones(4, np.uint64), np.ones(4, np.int64)
     stored = _view(frequencies, written)
-    table.put(Images(keys, versions, steps, stored, sent))  # of a record
+    table.put(Images(keys, versions, steps, stored, sent))  # as in a log record
     table.put(Images(keys, _view(versions, written), _view(steps, written), stored, sent))
     places = table.scan().find(0, 0, 2, len(keys))[0]
-    assert len(places) == len(keys)  # kernels do not check
+    assert len(places) == len(keys)  # else the kernels below would run on no rows
     table.scan().copy(places, frequencies, rows)
     norms = np.empty(4)
     meta = table.scan().measure(slots, norms)

@@ -1,4 +1,4 @@
-"""Long work on checkpoints: one at a time, with its progress, until the server stops."""
+"""Coordinate long operations on checkpoints: one at a time, with progress, ended by a stop."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from psserver.errors import CheckpointBusy, Draining
 
 
 class Progress:
-    """How far a long call is. Written by the thread that works, read by the event loop."""
+    """Progress of a long operation. The thread that works writes it; the event loop reads it."""
 
     def __init__(self, stopping: threading.Event) -> None:
-        self.bytes = 0
-        self.total = 0  # an estimate; 0: unknown
-        self.rows = 0
+        self.bytes = 0  # read or written so far
+        self.total = 0  # estimate of the bytes in the end; 0: unknown
+        self.rows = 0  # read or written so far
         self.stage = pb.CheckpointProgress.STAGE_UNSPECIFIED
-        self.given_up = False  # the client is gone
+        self.given_up = False  # True once the client is gone
         self._stopping = stopping
 
     def add(self, size: int) -> None:
-        """Count ``size`` more bytes. Raises Draining if the result is not wanted any more."""
+        """Add ``size`` to ``bytes``. Raises Draining if the server stops or the client is gone."""
         self.bytes += size
         self.require_wanted()
 
@@ -32,12 +32,12 @@ class Progress:
         return self._stopping.is_set()
 
     def require_wanted(self) -> None:
-        """Raise Draining if the result is not wanted any more."""
+        """Raise Draining if the server is stopping or the client is gone."""
         if self.given_up or self.stopping:
             raise Draining("the server is stopping, or the client is gone")
 
     def message(self) -> pb.CheckpointProgress:
-        """Return the message about the progress so far."""
+        """Return the progress so far as a message for the client."""
         stage = self.stage  # first: the rows are final once it is DONE
         return pb.CheckpointProgress(
             bytes=self.bytes, total=self.total, rows=self.rows, stage=stage
@@ -45,7 +45,8 @@ class Progress:
 
 
 class Work:
-    """The lock of one shard's long work, and its end. Thread-safe.
+    """Lets one checkpoint operation at a time run on a shard, and makes all fail when the server
+    stops. Thread-safe.
 
     on_stop  called by ``stop``
     """
@@ -58,11 +59,11 @@ class Work:
         self._on_stop = on_stop
 
     def progress(self) -> Progress:
-        """Return the progress of a call that begins."""
+        """Return a new Progress for an operation that begins."""
         return Progress(self._stopping)
 
     def stop(self) -> None:
-        """Let all work fail soon."""
+        """Make all operations fail with Draining at their next progress check."""
         self._stopping.set()
         self._on_stop()
 
@@ -72,9 +73,11 @@ class Work:
 
     @contextmanager
     def alone(self, what: str) -> Iterator[None]:
-        """Hold the lock. Raises CheckpointBusy, which names the work that holds it.
+        """Return a context manager that lets no other operation run during its block.
 
-        what  describes the work, for the others
+        what  description of the operation, shown to clients that are refused meanwhile
+
+        Raises CheckpointBusy, with the description of the running operation, if there is one.
         """
         if self._refusal:
             raise CheckpointBusy(f"{self._refusal}: restart the shard")

@@ -1,9 +1,9 @@
 """Thread pools for blocking work.
 
-Short calls, calls that read the checkpoint store, checks of large messages and long operations have
-separate pools, so that none waits for another. Long operations beyond the size of their pool are
-refused with Busy. The threads are daemons: one that hangs in a file operation does not keep the
-process from ending.
+There are separate pools for short calls, for reads of the checkpoint store, for checks of large
+messages and for long operations, so that no kind of work waits for another. If all threads for long
+operations are busy, further ones are refused with Busy. The threads are daemons: a thread that
+hangs in a file operation does not keep the process from exiting.
 """
 
 from __future__ import annotations
@@ -25,16 +25,20 @@ from psserver.loops import post
 
 SHORT = 4  # threads for calls that take milliseconds
 STORE = 4  # threads for calls that read a few files of the checkpoint store
-CHECKS = 2  # threads for messages that are too expensive for the event loop
-LONG = 8  # operations that can take minutes or hours
-CLOSE_SECONDS = 10.0  # to wait for running work at a stop
+CHECKS = 2  # threads for checks of messages that would block the event loop for too long
+LONG = 8  # threads for operations that can take minutes or hours
+CLOSE_SECONDS = 10.0  # seconds to wait for running work at a stop
 
 Result = TypeVar("Result")
 _Job = tuple["Future[Any]", Callable[[], Any]]
 
 
 class Pool(Executor):
-    """An executor of daemon threads."""
+    """Executor with daemon threads.
+
+    name     name of the threads
+    threads  maximum number of threads; each is started when work is submitted
+    """
 
     def __init__(self, name: str, threads: int) -> None:
         self._name = name
@@ -43,7 +47,7 @@ class Pool(Executor):
         self._threads: list[threading.Thread] = []
 
     def submit(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Future[Result]:
-        """Run a call on a thread. Only the event loop may call this."""
+        """Queue a call for a thread; return the future of its result. Only for the event loop."""
         if len(self._threads) < self._most:
             thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._threads.append(thread)
@@ -53,7 +57,7 @@ class Pool(Executor):
         return future
 
     def close(self, seconds: float) -> None:
-        """End the threads. Those that are still running after ``seconds`` are abandoned."""
+        """End the threads after their queued work; abandon those still running after ``seconds``."""
         end = time.monotonic() + seconds
         for _ in self._threads:
             self._jobs.put(None)
@@ -61,6 +65,7 @@ class Pool(Executor):
             thread.join(max(end - time.monotonic(), 0))
 
     def _run(self) -> None:
+        """Run queued calls until ``close``. The body of each thread."""
         while (job := self._jobs.get()) is not None:
             future, call = job
             if future.set_running_or_notify_cancel():
@@ -69,9 +74,10 @@ class Pool(Executor):
 
 
 def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
+    """Run ``call``, and set its result or exception on ``future``."""
     try:
         result = call()
-    except StopIteration as error:  # no future of asyncio can have it
+    except StopIteration as error:  # asyncio futures refuse StopIteration
         future.set_exception(RuntimeError(f"unexpected end of an iterator: {error}"))
     except BaseException as error:
         future.set_exception(error)
@@ -90,7 +96,7 @@ class Workers:
         self._slots = LONG
 
     def close(self) -> None:
-        """Wait up to CLOSE_SECONDS for running work."""
+        """End all threads; wait at most CLOSE_SECONDS for running work."""
         end = time.monotonic() + CLOSE_SECONDS
         for pool in (self.short, self.store, self.checks, self._long):
             pool.close(max(end - time.monotonic(), 0))
@@ -102,9 +108,11 @@ class Workers:
         deadline: float = math.inf,
         reservation: Reservation | None = None,
     ) -> Result:
-        """Run a call on a thread of ``pool``. Raises DeadlinePassed if it could not begin in time.
+        """Run a call on a thread of ``pool``, and return its result.
 
-        If the caller is cancelled, ``reservation`` is released when the call has ended.
+        deadline     monotonic seconds; raises DeadlinePassed if the call has not begun by then
+        reservation  memory reserved for the request; if the caller is canceled, it is kept until
+                     the call has ended, then released
         """
         job = pool.submit(_punctual, call, deadline)
         try:
@@ -118,7 +126,10 @@ class Workers:
 
     @contextmanager
     def slot(self) -> Iterator[Pool]:
-        """Occupy a slot for a long operation. Raises Busy if none is free."""
+        """Reserve one of the LONG threads during a block, and return their pool.
+
+        Raises Busy if none is free.
+        """
         self._take_slot()
         try:
             yield self._long
@@ -126,7 +137,10 @@ class Workers:
             self._slots += 1
 
     def start_long(self, call: Callable[..., Result], *args: Any) -> asyncio.Future[Result]:
-        """Run a long operation. Its slot is occupied until it ends. Raises Busy if none is free."""
+        """Start ``call(*args)`` on one of the LONG threads; return the future of its result.
+
+        Raises Busy if no thread is free. Canceling the future does not end the call.
+        """
         self._take_slot()
         loop = asyncio.get_running_loop()
         job = self._long.submit(call, *args)
@@ -135,7 +149,7 @@ class Workers:
 
     def _take_slot(self) -> None:
         if not self._slots:
-            raise Busy(f"{LONG} long operations are running, the limit; retry later")
+            raise Busy(f"this shard already runs {LONG} long operations, its limit; retry later")
         self._slots -= 1
 
     def _return_slot(self) -> None:
@@ -143,6 +157,7 @@ class Workers:
 
 
 def _punctual(call: Callable[[], Result], deadline: float) -> Result:
+    """Return the result of ``call``; DeadlinePassed if ``deadline`` (monotonic s) has passed."""
     if time.monotonic() > deadline:
         raise DeadlinePassed("the deadline passed before the work began")
     return call()

@@ -276,7 +276,9 @@ def test_a_sweep_on_demand_ends_when_its_rules_are_altered() -> None:
     give(shard, [100], step=50)
     number, sweep = shard.sweeps.begin("t", False)
     alter(shard, evictions=(StepTtl(steps=1000),))
-    with pytest.raises(Overloaded, match="'t' was altered during the sweep: repeat it"):
+    with pytest.raises(
+        Overloaded, match="'t' were altered during the sweep: start the sweep again"
+    ):
         shard.sweeps.take_slice(number, sweep)
     assert len(keys_of(shard)) == 101
     number, sweep = shard.sweeps.begin("t", False)

@@ -199,7 +199,7 @@ BAD = [
     ({"norms": [float("nan")]}, "norms must be"),
     ({"grace": (1 << 48) + 1}, "grace must be in"),
     ({"top": 1001}, "top must be in 0..1000, got 1001"),
-    ({"frequencies": range(1, 300)}, "frequencies: at most 256 edges are allowed, got 299"),
+    ({"frequencies": range(1, 300)}, "frequencies may have at most 256 edges, got 299"),
     ({"columns": 9}, "columns must be one of [0, 1, 2], got 9"),
 ]
 

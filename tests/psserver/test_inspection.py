@@ -241,7 +241,7 @@ def test_where_counters_have_expired_it_is_not_known_what_was() -> None:
         shard.exchange([push([3], step=step)], [])
     facts = inspected(shard, 2)[2]
     assert facts.state == State.STATE_UNKNOWN
-    assert facts.why.startswith("counters last touched up to version")
+    assert facts.why.startswith("counters not updated after version")
 
 
 def test_an_inspection_says_the_rule_and_the_step_of_the_table(shard: Shard) -> None:

@@ -79,7 +79,7 @@ async def test_no_byte_of_a_token_can_be_changed(node: Node) -> None:
             " slashes must start with a letter, a digit or _, got 'no good'",
         ),
         ({"tables": ["t"] * 5000}, "at most 4096 tables may be named, got 5000"),
-        ({"tables": ["x" * 700_000]}, "a request may have 655360 bytes, got 700004"),
+        ({"tables": ["x" * 700_000]}, "a request may have at most 655360 bytes, got 700004"),
         ({"progress_ms": 99}, "progress_ms must be 0 or at least 100, got 99"),
         ({"coalesce_ms": 60_001}, "coalesce_ms must be in 0..60000, got 60001"),
         ({"chunk_bytes": 1 << 25}, "chunk_bytes must be in 0..16777216, got 33554432"),

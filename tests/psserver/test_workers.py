@@ -94,7 +94,7 @@ def test_a_slot_is_taken_until_abandoned_work_has_ended() -> None:
         await asyncio.sleep(0.05)
         for each in abandoned:
             each.cancel()
-        with pytest.raises(Busy, match=r"^8 long operations are running, the limit"):
+        with pytest.raises(Busy, match=r"^this shard already runs 8 long operations, its limit"):
             workers.start_long(gate.wait)
         gate.set()
         await until(lambda: workers._slots == LONG)
