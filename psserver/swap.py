@@ -116,7 +116,7 @@ def failed(directory: Path, state: State, why: str) -> State:
 
 
 def _exchange(directory: Path) -> None:
-    """Move base/ and log/ to restore/old/, then the staged base to base/. Skips moves already done."""
+    """Move base/ and log/ to restore/old/, then the staged base to base/. Skip finished moves."""
     restore = directory / "restore"
     if not (restore / "base").exists():
         return

@@ -57,7 +57,7 @@ class Pool(Executor):
         return future
 
     def close(self, seconds: float) -> None:
-        """End the threads after their queued work; abandon those still running after ``seconds``."""
+        """End the threads after their queued work; abandon threads that take over ``seconds``."""
         end = time.monotonic() + seconds
         for _ in self._threads:
             self._jobs.put(None)

@@ -1,16 +1,16 @@
-"""Everything that client and server must agree on, bit for bit.
+"""The protocol of client and server: messages, their encoding, and the routing of keys to shards.
 
-ps.proto        messages and services; its comments are normative
-kernelcache.py  cache of compiled kernels
-names.py        the rule for names of tables, barriers, checkpoints
-keepalive.py    pings on quiet connections: gRPC options of both sides
+ps.proto        messages and services; its comments specify their behavior
+kernelcache.py  cache of kernels that Numba compiled
+names.py        rules for names of tables, barriers, checkpoints
+keepalive.py    gRPC options of both sides for pings on quiet connections
 routing.py      key hash, buckets, shard map, and the kernels that split and join batches
-dtypes.py       numbers on the wire
-messages.py     the messages that carry arrays
-fields.py       the fields of a message, within a budget
-encoding.py     messages to bytes
-decoding.py     bytes to messages
-codec.py        all of that under one name
+dtypes.py       number types in messages
+messages.py     Python classes for the messages that carry arrays
+fields.py       splits a message into fields, with a limit on their number
+encoding.py     converts messages to bytes
+decoding.py     converts bytes to messages
+codec.py        re-exports the five modules above
 """
 
 from psproto import kernelcache

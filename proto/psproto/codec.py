@@ -1,16 +1,18 @@
 """Encode and decode the messages of ps.proto that carry arrays.
 
 A protobuf library copies a ``bytes`` field when it parses it, and again at each access. Here the
-arrays of a received message are views of its bytes, and are copied once into a message to send:
+arrays of a received message are views of its bytes, and arrays to send are copied only once. The
+encoding is standard protobuf; an encoded message has this form:
 
     message  = *( header | padding | array | message )
     header   = tag length <small message, parsed by protobuf>
     padding  = tag length *7 zero              aligns the array that follows to its item size
     array    = tag length <little-endian items>
-    length   = varint; five bytes wide for messages, whose lengths are known only at their end
+    length   = varint; for a nested message always five bytes, because its length is known only
+               after it is written
 
-Like any protobuf library, the decoder accepts any order of fields, unknown fields, and arrays that
-are not aligned, which it copies. Tests compare it with protobuf.
+Like any protobuf library, the decoder accepts fields in any order and unknown fields. It also
+accepts arrays that are not aligned, which it copies.
 """
 
 from __future__ import annotations
@@ -103,4 +105,4 @@ __all__ = [
     "wire_dtype",
 ]
 
-STEPS = 1 << 47  # the step of a push is in -STEPS..STEPS - 1
+STEPS = 1 << 47  # the training step of a push must be in -STEPS..STEPS - 1

@@ -1,7 +1,10 @@
-"""Decode messages. Arrays are views of the received bytes.
+"""Decode messages. The arrays of a decoded message are views of the received bytes.
 
-Each function raises Malformed if the bytes are not such a message, and TooManyFields if it has more
-fields and parts than ``budget``.
+Each function raises Malformed if ``data`` is not a valid message of its type. It raises
+TooManyFields if the message has more fields than ``budget``; each push or pull counts as 8 more.
+
+The functions _get_* decode the message data[at:end]; left[0] is the remaining budget, and they
+subtract what they use.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from psproto.messages import (
     RowsMessage,
 )
 
-MOST_HEADER = 4096  # bytes of a request's header
+MOST_HEADER = 4096  # maximum size of a request's header, in bytes
 _U8, _U4, _I8 = np.dtype("<u8"), np.dtype("<u4"), np.dtype("<i8")
 
 
@@ -126,7 +129,7 @@ def decode_push(data: bytes, budget: int = MOST_FIELDS) -> PushMessage:
 
 
 def decode_delete(data: bytes, budget: int = MOST_FIELDS) -> PushMessage:
-    """Decode a DeleteRequest, as a push without gradients."""
+    """Decode a DeleteRequest as a PushMessage without counts and gradients."""
     return _get_push(data, 0, len(data), [budget])
 
 
@@ -140,7 +143,7 @@ def decode_exchange(data: bytes, budget: int = MOST_FIELDS) -> Exchange:
 def decode_stream_request(
     data: bytes, budget: int = MOST_FIELDS
 ) -> tuple[pb.StreamRequestHeader, Exchange]:
-    """Decode a StreamRequest."""
+    """Decode a StreamRequest into its header (id, timeout) and its pushes and pulls."""
     header: list[bytes] = []
     exchange, left = Exchange([], []), [budget]
     for number, start, stop in fields(data, 0, len(data), left):
@@ -213,7 +216,7 @@ def decode_exchanged(data: bytes) -> Exchanged:
 
 
 def decode_stream_response(data: bytes) -> tuple[int, Exchanged | pb.Status]:
-    """Decode a StreamResponse: the id of its request, and the reply or the error."""
+    """Decode a StreamResponse into (id of its request, the reply, or a pb.Status for an error)."""
     id = 0
     exchanged, left = Exchanged([], []), [MOST_FIELDS]
     error: list[bytes] = []

@@ -1,6 +1,6 @@
-"""Types of embeddings and gradients on the wire: float32, bfloat16 and float16.
+"""Number types of embeddings and gradients in messages ("wire dtypes"): float32, bfloat16, float16.
 
-bfloat16 is the upper half of a float32. NumPy has no such dtype, so its bits are kept as uint16.
+A bfloat16 is the upper half of a float32. NumPy has no such dtype, so it is stored as uint16 bits.
 """
 
 from __future__ import annotations
@@ -17,37 +17,41 @@ Rows = NDArray[np.float32]
 
 WIRE: dict[int, np.dtype[Any]] = {
     pb.DTYPE_FLOAT32: np.dtype("<f4"),
-    pb.DTYPE_BFLOAT16: np.dtype("<u2"),  # numpy has no bfloat16; these are its bits
+    pb.DTYPE_BFLOAT16: np.dtype("<u2"),  # the bits of a bfloat16
     pb.DTYPE_FLOAT16: np.dtype("<f2"),
 }
 
-LARGEST: dict[int, np.float32] = {  # finite magnitudes; gradients beyond them are refused
+LARGEST: dict[int, np.float32] = {  # largest finite numbers; larger gradients are refused
     pb.DTYPE_BFLOAT16: np.uint32(0x7F7F0000).view(np.float32),
     pb.DTYPE_FLOAT16: np.float32(65504.0),
 }
 
 
 class Malformed(ValueError):
-    """The bytes are not a valid message of the expected kind."""
+    """Raised if received bytes are not a valid message of the expected type."""
 
 
 class TooManyFields(Malformed):
-    """A message has more fields, pushes or pulls than a receiver accepts."""
+    """Raised if a message has more fields, pushes or pulls than the receiver accepts."""
 
     def __init__(self) -> None:
         super().__init__("too many fields, pushes or pulls in one message")
 
 
 def wire_dtype(number: int) -> int:
-    """Return the dtype of a header: float32 if unspecified. Raises Malformed if unknown."""
+    """Return the pb.Dtype of a message: ``number``, or float32 if it is 0 (unspecified).
+
+    Raises Malformed if the number is unknown.
+    """
     number = number or pb.DTYPE_FLOAT32
     if number not in WIRE:
-        raise Malformed(f"dtype {number} is not one of {sorted(WIRE)}")
+        raise Malformed(f"dtype must be one of {sorted(WIRE)}, got {number}")
     return number
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _round_bfloat16(bits: Any, out: Any) -> None:
+    """Round float32 bits (uint32[n]) to bfloat16 bits (out: uint16[n]), ties to even."""
     for i in range(bits.shape[0]):
         b = bits[i]
         rounded = (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
@@ -56,11 +60,16 @@ def _round_bfloat16(bits: Any, out: Any) -> None:
 
 
 def to_wire(values: Rows, dtype: int) -> NDArray[Any]:
-    """Convert float32 numbers to a wire dtype: the nearest number, ties to even."""
+    """Convert float32 numbers to a wire dtype, rounding to nearest, ties to even.
+
+    dtype  pb.Dtype; for float32, ``values`` itself is returned
+
+    Numbers beyond the range of the dtype become infinity.
+    """
     if dtype == pb.DTYPE_FLOAT32:
         return values
     if dtype == pb.DTYPE_FLOAT16:
-        with np.errstate(over="ignore"):  # infinity; the server refuses it by name
+        with np.errstate(over="ignore"):  # becomes infinity, which the server refuses
             return values.astype(np.float16)
     values = np.ascontiguousarray(values)
     out = np.empty(values.shape, np.uint16)
@@ -69,9 +78,11 @@ def to_wire(values: Rows, dtype: int) -> NDArray[Any]:
 
 
 def to_wire_clamped(values: Rows, dtype: int) -> NDArray[Any]:
-    """Convert stored numbers to a wire dtype. Numbers beyond its range become its largest one.
+    """Convert float32 numbers to a wire dtype, clamped to its range; NaN stays NaN.
 
-    A pull of one large row must neither fail nor return infinity. NaN stays NaN.
+    dtype  pb.Dtype; for float32, ``values`` itself is returned
+
+    For rows sent to clients: a pull of a large number must neither fail nor return infinity.
     """
     most = LARGEST.get(dtype)
     if most is None:
@@ -80,7 +91,7 @@ def to_wire_clamped(values: Rows, dtype: int) -> NDArray[Any]:
 
 
 def from_wire(values: NDArray[Any], dtype: int) -> Rows:
-    """Convert numbers of a wire dtype to float32; returns ``values`` itself if they are float32."""
+    """Convert numbers of a wire dtype (pb.Dtype) to float32; float32 is returned unchanged."""
     if dtype == pb.DTYPE_FLOAT32:
         return values
     if dtype == pb.DTYPE_FLOAT16:

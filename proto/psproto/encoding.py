@@ -1,4 +1,7 @@
-"""Encode messages. Arrays are copied once, into the bytes of the message."""
+"""Encode messages as bytes. Arrays are copied only once, into the result.
+
+The functions _put_* append the fields of a message to a writer.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _PADDING = [bytes((2 << 3 | 2, spare)) + bytes(spare) for spare in range(8)]
 
 
 class _Writer:
-    """Collects the pieces of a message, and tracks the offset of the next piece for alignment."""
+    """Collects the fields of a message, and joins them in the end."""
 
     def __init__(self) -> None:
         self._pieces: list[Any] = []
@@ -25,16 +28,22 @@ class _Writer:
         return b"".join(self._pieces)
 
     def small(self, field: int, body: bytes) -> None:
-        """Append a bytes field; nothing if ``body`` is empty."""
+        """Append a field that contains ``body``: bytes, text or an encoded message.
+
+        Appends nothing if ``body`` is empty.
+        """
         if body:
             self._append(_BYTE[field << 3 | 2] + _varint(len(body)) + body)
 
     def number(self, field: int, value: int) -> None:
+        """Append an unsigned number; nothing if it is 0."""
         if value:
             self._append(_BYTE[field << 3] + _varint(value))
 
     def array(self, field: int, array: NDArray[Any] | None) -> None:
-        """Append an array, with the padding that aligns it; nothing if it is empty."""
+        """Append an array, after padding that aligns it to its item size; nothing if it is empty
+        or None.
+        """
         if array is None or not array.size:
             return
         size, item = array.nbytes, array.itemsize
@@ -48,11 +57,12 @@ class _Writer:
         self._at = at + size
 
     def begin(self, field: int) -> tuple[int, int, int]:
-        """Start a nested message. Pass the returned mark to ``end``."""
+        """Start a nested message in a field. Pass the result to ``end`` after its last field."""
         self._append(bytes(6))
         return field, len(self._pieces) - 1, self._at
 
     def end(self, mark: tuple[int, int, int]) -> None:
+        """End the nested message that ``begin`` returned ``mark`` for: fill in its length."""
         field, piece, start = mark
         n = self._at - start
         wide = (
@@ -70,6 +80,7 @@ class _Writer:
 
 
 def _varint(value: int) -> bytes:
+    """Return an unsigned number as a protobuf varint: 7 bits per byte, lowest first."""
     if value < 128:
         return _BYTE[value]
     out = bytearray()
@@ -192,7 +203,7 @@ def encode_stream_response(id: int, answer: Exchanged | pb.Status) -> bytes:
     writer = _Writer()
     writer.number(1, id)
     if isinstance(answer, pb.Status):
-        body = answer.SerializeToString()  # an empty one too: it says that this is no exchange
+        body = answer.SerializeToString()  # sent even if empty, to mark the reply as an error
         writer._append(_BYTE[3 << 3 | 2] + _varint(len(body)) + body)
     else:
         mark = writer.begin(2)

@@ -1,7 +1,7 @@
-"""Read the fields of a message without a protobuf library.
+"""Split an encoded message into its fields without a protobuf library.
 
-Python code reads the fields one by one, so a peer could make a message expensive by many empty
-fields. One budget limits the fields of a whole message, including the fields of nested messages.
+Python code reads the fields one by one, so a message of many empty fields would take much time. A
+budget limits the number of fields of a message, including the fields of nested messages.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ from numpy.typing import NDArray
 
 from psproto.dtypes import Malformed, TooManyFields
 
-MOST_PARTS = 2048  # pushes and pulls that a message may always have
-FIELDS_PER_PART = 16  # that each of them may then have
-MOST_FIELDS = MOST_PARTS * FIELDS_PER_PART  # limit of a message; a push or pull adds _PART
-NOWHERE = (0, 0)  # extent of a field that the message does not have
-_PART = 8  # fields that cost as much as a push or pull
+MOST_PARTS = 2048  # pushes and pulls that fit into the budget, with FIELDS_PER_PART fields each
+FIELDS_PER_PART = 16
+MOST_FIELDS = MOST_PARTS * FIELDS_PER_PART  # default budget of a message, in fields
+NOWHERE = (0, 0)  # (start, end) of a field that the message does not have
+_PART = 8  # what a push or pull costs in addition to its fields, in fields
 
 
 def _read_varint(data: bytes, at: int, end: int, bits: int = 64) -> tuple[int, int]:
-    """Return a number of up to ``bits`` bits and the offset after it; leading zeros are allowed."""
+    """Return (the varint at data[at:end], the offset after it).
+
+    Raises Malformed if it needs more than ``bits`` bits or does not end before ``end``. Leading
+    zeros are allowed.
+    """
     value = shift = 0
     while at < end and shift < bits:
         byte = data[at]
@@ -33,16 +37,17 @@ def _read_varint(data: bytes, at: int, end: int, bits: int = 64) -> tuple[int, i
                 break
             return value, at
         shift += 7
-    raise Malformed(f"no varint of {bits} bits ends at byte {at}")
+    raise Malformed(f"the varint that ends at byte {at} is cut off or exceeds {bits} bits")
 
 
 def fields(data: bytes, at: int, end: int, left: list[int]) -> list[tuple[int, int, int]]:
-    """Return the fields of the message data[at:end].
+    """Return the fields of the message data[at:end], in order, as tuples.
 
-    left  budget: the number of fields is subtracted from left[0]; TooManyFields if it exceeds it
+    left  left[0] is the budget; the number of fields is subtracted from it
 
-    A field is (number, start, end) of its contents, (number, -1, value) for a varint, and
-    (0, -1, 0) for other wire types.
+    A tuple is (field number, start, end) with the offsets of the contents, (field number, -1,
+    value) for a varint, or (0, -1, 0) for a fixed-size number, which no message here has. Raises
+    Malformed, or TooManyFields if there are more fields than the budget.
     """
     found: list[tuple[int, int, int]] = []
     most = left[0]
@@ -79,17 +84,25 @@ def fields(data: bytes, at: int, end: int, left: list[int]) -> list[tuple[int, i
 
 
 def charge_part(left: list[int]) -> None:
-    """Subtract from the budget what a push or pull costs in addition to its fields."""
+    """Subtract the cost of a push or pull, apart from its fields, from the budget left[0].
+
+    Raises TooManyFields if the budget does not suffice.
+    """
     left[0] -= _PART
     if left[0] < 0:
         raise TooManyFields
 
 
 def array(data: bytes, start: int, end: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return data[start:end] as an array: a view, or a copy if it is not aligned."""
+    """Return data[start:end] as an array: a view if it is aligned to its item size, else a copy.
+
+    Raises Malformed if the length is not a multiple of the item size.
+    """
     count, rest = divmod(end - start, dtype.itemsize)
     if rest:
-        raise Malformed(f"{end - start} bytes are no array of {dtype.itemsize}-byte items")
+        raise Malformed(
+            f"array length must be a multiple of {dtype.itemsize} bytes, got {end - start}"
+        )
     if not count:
         return np.empty(0, dtype)
     if start % dtype.itemsize:
@@ -98,9 +111,13 @@ def array(data: bytes, start: int, end: int, dtype: np.dtype[Any]) -> NDArray[An
 
 
 def small(kind: Any, parts: list[bytes], most: int = 1 << 31) -> Any:
-    """Parse a small message. Protobuf merges several occurrences of a field.
+    """Parse a small message with protobuf.
 
-    most  largest size in bytes; Malformed beyond it
+    kind   class of the message
+    parts  encoded messages, one per occurrence of the field; protobuf merges several
+    most   maximum size of all parts together, in bytes
+
+    Raises Malformed if it is larger or invalid.
     """
     if sum(map(len, parts)) > most:
         raise Malformed(f"{kind.DESCRIPTOR.name} is longer than {most} bytes")

@@ -1,27 +1,30 @@
-"""How client and server notice a lost peer on a quiet connection: the gRPC options of both sides.
+"""gRPC options with which client and server notice that a quiet connection is broken.
 
-A client pings each server on a connection without other traffic, and gives the connection up when a
-ping stays unanswered. A server closes a connection that pings more often than it allows (GOAWAY
-"too_many_pings"), so both sides take their numbers from here. A server pings too, and so drops the
-connections of clients whose machine is gone.
+A client pings its server on a connection without other traffic, and closes the connection if a ping
+is not answered. The server also pings, and so closes connections of machines that are gone. A
+server refuses a client that pings more often than it allows (GOAWAY "too_many_pings"), so the
+options of both sides are defined together here.
 
-gRPC core pings once a second at most. Its HTTP/2 transport has a ping timeout of its own, 60 s,
-which hides a shorter ``keepalive_timeout_ms``; both are set.
+gRPC core pings at most once per second. Its HTTP/2 transport has a ping timeout of its own, 60 s,
+which overrides a shorter ``keepalive_timeout_ms``; so both are set.
 """
 
 from __future__ import annotations
 
-PING_SECONDS = 10.0  # between two pings of a client on a quiet connection
-ANSWER_SECONDS = 5.0  # for the answer to a ping; then the connection counts as lost
-LEAST_SECONDS = 5.0  # between two pings that a server allows; below PING_SECONDS
-SERVER_PING_SECONDS = 60.0  # between two pings of a server
-SERVER_ANSWER_SECONDS = 20.0  # for a client's answer: a trainer may be busy
+PING_SECONDS = 10.0  # time between two pings of a client on a quiet connection
+ANSWER_SECONDS = 5.0  # a client closes the connection if a ping is not answered within this time
+LEAST_SECONDS = 5.0  # shortest time between pings that a server accepts; less than PING_SECONDS
+SERVER_PING_SECONDS = 60.0  # time between two pings of a server
+SERVER_ANSWER_SECONDS = 20.0  # like ANSWER_SECONDS, for a server; longer, as trainers can be busy
 
 Options = tuple[tuple[str, int], ...]
 
 
 def client_options(scale: float = 1.0) -> Options:
-    """Return the options for a client's channel; a test shortens all times by ``scale``."""
+    """Return the gRPC options of a client's channel.
+
+    scale  factor for all times, for tests
+    """
     return (
         ("grpc.keepalive_time_ms", _ms(PING_SECONDS, scale)),
         ("grpc.keepalive_timeout_ms", _ms(ANSWER_SECONDS, scale)),
@@ -32,7 +35,7 @@ def client_options(scale: float = 1.0) -> Options:
 
 
 def server_options(scale: float = 1.0) -> Options:
-    """Return the options for a server that suits ``client_options(scale)``."""
+    """Return the gRPC options of a server whose clients use ``client_options(scale)``."""
     return (
         ("grpc.keepalive_time_ms", _ms(SERVER_PING_SECONDS, scale)),
         ("grpc.keepalive_timeout_ms", _ms(SERVER_ANSWER_SECONDS, scale)),
@@ -45,4 +48,5 @@ def server_options(scale: float = 1.0) -> Options:
 
 
 def _ms(seconds: float, scale: float) -> int:
+    """Return scaled seconds in milliseconds, at least 1."""
     return max(round(1000 * seconds * scale), 1)

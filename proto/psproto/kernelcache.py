@@ -1,8 +1,8 @@
-"""Where compiled kernels are kept: a cache that is used even where it cannot be written.
+"""Cache of kernels that Numba compiled, which can be loaded even from read-only directories.
 
-Numba takes the first directory that it can write, ignores a filled one that it cannot, and fails at
-import where it can write none. Kernels of this project are loaded from the first of these that has
-them, and saved to the first that takes them:
+Numba's own cache uses the first writable directory, ignores filled directories that are read-only,
+and fails at import if none is writable. This cache loads a kernel of this project from the first of
+these directories that has it, and saves it to the first that can be written:
 
     NUMBA_CACHE_DIR     if it is set
     __pycache__         next to the source; ``psserver warm`` fills it while an image is built
@@ -40,13 +40,13 @@ _IMPORTS = re.compile(r"^from ([\w.]+) import (\([^)]*\)|.*)$", re.M)
 
 
 class NotCached(Exception):
-    """A kernel would have to be compiled; raised while ``require`` is in force."""
+    """Raised instead of compiling a kernel, after a call of ``require``."""
 
 
 class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
-    """The cache of one kernel."""
+    """Cache of the compiled versions of one kernel; Numba creates one per kernel."""
 
-    required = False  # raise NotCached instead of compiling
+    required = False  # True: raise NotCached instead of compiling
     _warned = False
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -64,6 +64,12 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
         self.enable()
 
     def _load_overload(self, signature: Any, target: Any) -> Any:
+        """Return the compiled kernel for a signature from the first directory that has it.
+
+        target  Numba's target context
+
+        Returns None if none has it, so that Numba compiles it; raises NotCached if ``required``.
+        """
         if not self._enabled:
             return None
         key = self._index_key(signature, target.codegen())
@@ -72,7 +78,7 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
                 stored = file.load(key)
                 if stored is not None and stored[:2] == (self._stamp, key):
                     return self._impl.rebuild(target, stored[2])
-            except Exception:  # noqa: S112  # unreadable or damaged: as if it were not there
+            except Exception:  # noqa: S112  # unreadable or damaged files are ignored
                 continue
         if KernelCache.required:
             raise NotCached(
@@ -82,6 +88,7 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
         return None
 
     def _save_overload(self, signature: Any, result: Any) -> None:
+        """Save a compiled kernel to the first writable directory; warn once if there is none."""
         if not self._enabled or not self._impl.check_cachable(result):
             return
         key, data = self._index_key(signature, result.codegen), self._impl.reduce(result)
@@ -103,7 +110,7 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
 
 
 class _Impl(CompileResultCacheImpl):  # type: ignore[misc]
-    """Names the files of one kernel; they are not those of numba's own cache."""
+    """Defines the file names of one kernel's cache, which differ from those of Numba's cache."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._lineno = function.__code__.co_firstlineno
@@ -117,7 +124,7 @@ class _Impl(CompileResultCacheImpl):  # type: ignore[misc]
 
 
 def directories(function: Callable[..., Any]) -> list[Path]:
-    """Return where a kernel may be cached, in the order of search."""
+    """Return the directories where a kernel may be cached, in the order of search."""
     source = Path(function.__code__.co_filename).absolute().parent
     below = f"{source.name}_{hashlib.sha256(bytes(source)).hexdigest()[:40]}"
     found = [Path(config.CACHE_DIR) / below] if config.CACHE_DIR else []
@@ -127,10 +134,12 @@ def directories(function: Callable[..., Any]) -> list[Path]:
 
 @functools.cache
 def source_stamp(module: str) -> str:
-    """Return a checksum of the sources of a module and of all modules of ours that it imports.
+    """Return a checksum of a module's source, and of all modules of PACKAGES that it imports.
 
-    A kernel contains the code and the constants of the kernels that it calls. The ``__init__`` of a
-    package has none.
+    Imports are followed recursively, because a compiled kernel contains the code and constants of
+    the kernels that it calls. ``__init__`` files are left out: they have no kernels.
+
+    module  its dotted name
     """
     digest = hashlib.sha256()
     todo, seen = [module], set[str]()
@@ -145,7 +154,7 @@ def source_stamp(module: str) -> str:
 
 
 def _imports(module: str) -> list[str]:
-    """Return the modules of ours that a module imports."""
+    """Return the names of the modules of PACKAGES that a module imports directly."""
     found = []
     for package, names in _IMPORTS.findall(_source(module).decode(errors="replace")):
         if package.partition(".")[0] in PACKAGES:
@@ -158,7 +167,7 @@ def _imports(module: str) -> list[str]:
 
 @functools.cache
 def _source(module: str) -> bytes:
-    """Return the source of a module; nothing where it is not a file."""
+    """Return the source of a loaded module; b"" if it has no readable file."""
     try:
         return Path(getattr(sys.modules.get(module), "__file__", None) or os.devnull).read_bytes()
     except OSError:
@@ -166,15 +175,16 @@ def _source(module: str) -> bytes:
 
 
 def _cache_for(function: Callable[..., Any]) -> FunctionCache:
+    """Return a KernelCache for a function of PACKAGES, Numba's own cache for others."""
     ours = function.__module__.partition(".")[0] in PACKAGES
     return KernelCache(function) if ours else FunctionCache(function)
 
 
 def install() -> None:
-    """Let numba use this cache for the kernels of PACKAGES; the package does so when imported."""
+    """Make Numba use this cache for the kernels of PACKAGES. ``import psproto`` calls it."""
     dispatcher.FunctionCache = _cache_for  # type: ignore[attr-defined]
 
 
 def require() -> None:
-    """Raise NotCached from now on where a kernel would have to be compiled."""
+    """From now on, make this process raise NotCached instead of compiling a kernel."""
     KernelCache.required = True

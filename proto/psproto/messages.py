@@ -1,4 +1,4 @@
-"""The messages of ps.proto that carry arrays, with NumPy arrays."""
+"""Python classes for those messages of ps.proto that carry arrays, here as NumPy arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Keys = NDArray[np.uint64]
 
 @dataclass(slots=True)
 class PullMessage:
-    """A PullRequest."""
+    """A PullRequest: keys whose rows to read."""
 
     header: pb.PullHeader
     keys: Keys  # uint64[n]
@@ -23,28 +23,28 @@ class PullMessage:
 
 @dataclass(slots=True)
 class PushMessage:
-    """A PushRequest."""
+    """A PushRequest: gradients to apply to rows. Also a DeleteRequest, which has only keys."""
 
     header: pb.PushHeader
     keys: Keys  # uint64[n]
-    counts: NDArray[np.uint32] | None  # [n]; None: each 1
-    gradients: NDArray[Any]  # flat, in the wire dtype
+    counts: NDArray[np.uint32] | None  # [n]: occurrences of each key; None: 1 for each
+    gradients: NDArray[Any]  # flat [n * dim], in the dtype of the header
 
 
 @dataclass(slots=True)
 class Pulled:
-    """A PullResponse."""
+    """A PullResponse: embeddings and, if requested, metadata of rows."""
 
     header: pb.PullResponseHeader
-    embeddings: NDArray[Any]  # flat or [n, dim], in the wire dtype
-    versions: NDArray[np.uint64]  # [n]; this and the next two: empty unless requested
-    steps: NDArray[np.int64]
-    frequencies: NDArray[np.uint64]
+    embeddings: NDArray[Any]  # flat [n * dim] or [n, dim], in the dtype of the header
+    versions: NDArray[np.uint64]  # [n], or empty: metadata not requested
+    steps: NDArray[np.int64]  # likewise
+    frequencies: NDArray[np.uint64]  # likewise
 
 
 @dataclass(slots=True)
 class Exchange:
-    """An ExchangeRequest."""
+    """An ExchangeRequest: pushes, and pulls that read after them."""
 
     pushes: list[PushMessage]
     pulls: list[PullMessage]
@@ -52,7 +52,7 @@ class Exchange:
 
 @dataclass(slots=True)
 class Exchanged:
-    """An ExchangeResponse."""
+    """An ExchangeResponse: a reply to each push and pull, in their order."""
 
     pushes: list[pb.PushResponse]
     pulls: list[Pulled]
@@ -60,23 +60,29 @@ class Exchanged:
 
 @dataclass(slots=True)
 class Delta:
-    """A Delta. Arrays that its kind does not use are empty."""
+    """A Delta: changed or deleted rows, or another change, for a subscriber.
+
+    Arrays that are not used by the kind of the delta (in the header) are empty.
+    """
 
     header: pb.DeltaHeader
     keys: Keys  # uint64[n]
-    versions: NDArray[np.uint64]  # [n]; empty: the header's
-    rows: NDArray[Any]  # flat or [n, width], in the wire dtype
-    steps: NDArray[np.int64]  # [n], or empty; so is the next field
-    frequencies: NDArray[np.uint64]
+    versions: NDArray[np.uint64]  # [n]; empty: all have the header's version
+    rows: NDArray[Any]  # flat [n * width] or [n, width], in the dtype of the header
+    steps: NDArray[np.int64]  # [n], or empty
+    frequencies: NDArray[np.uint64]  # [n], or empty
 
 
 @dataclass(slots=True)
 class RowsMessage:
-    """A WriteRowsRequest. Its arrays are bytes, because the table decides how to check them."""
+    """A WriteRowsRequest: whole rows to store.
+
+    The arrays are still bytes; the server checks their lengths when it knows the table.
+    """
 
     table: str
-    width: int
-    keys: memoryview
-    rows: memoryview
-    steps: memoryview
-    frequencies: memoryview
+    width: int  # numbers per row
+    keys: memoryview  # uint64[n]
+    rows: memoryview  # float32[n, width]
+    steps: memoryview  # int64[n], or empty
+    frequencies: memoryview  # uint64[n], or empty

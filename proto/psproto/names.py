@@ -1,12 +1,13 @@
-"""The rule for names: of tables, of barriers, of checkpoints.
+"""Rules for the names of tables, barriers and checkpoints.
 
-    part  = letter | digit | "_", then letters, digits and any of _ . -
-    name  = part ("/" part)*       of a table or a barrier: 1..128 characters
-          | part                   of a checkpoint: 1..128 characters
+    part        = letter | digit | "_", then letters, digits and any of _ . -
+    table       = part ("/" part)*      1..128 characters
+    barrier     = part ("/" part)*      1..128 characters
+    checkpoint  = part                  1..128 characters
 
-A name is safe as a relative path: it has no empty part, no "." and no "..", and neither begins nor
-ends with a slash. Servers apply the rule when something is created. Tables of older releases keep
-the names that they have.
+A name is safe as a relative path: it has no empty part, no "." and no "..", and does not begin or
+end with a slash. Servers check a name when a table, barrier or checkpoint is created. Tables that
+older releases created keep their names even if they break these rules.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Literal
 Kind = Literal["table", "barrier", "checkpoint"]
 
 LONGEST = 128  # characters
-SHOWN = 200  # characters of a bad name in a message
+SHOWN = 200  # maximum number of characters of an invalid name that an error message shows
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _PATH = (
     re.compile(rf"(?=.{{1,{LONGEST}}}\Z){_PART}(?:/{_PART})*\Z"),
@@ -32,7 +33,7 @@ RULES = {"table": _PATH, "barrier": _PATH, "checkpoint": _SINGLE}
 
 
 def problem(kind: Kind, name: str) -> str | None:
-    """Return what is wrong with a name, as a message for its sender; None if it may be used."""
+    """Return an error message if a name breaks the rules for its kind, or None if it is valid."""
     pattern, rule = RULES[kind]
     if pattern.match(name):
         return None

@@ -1,14 +1,14 @@
-"""The owner shard of a key, and the kernels that split and join batches of keys.
+"""Find the shard that owns a key; split batches of keys by shard, and join the results.
 
-    hash(key)   SplitMix64's finalizer, Stafford's variant 13: every bit of the key counts
-    bucket      hash >> 52, one of 4096; a bucket moves between shards as a whole
+    hash(key)   SplitMix64's finalizer, Stafford's variant 13: depends on every bit of the key
+    bucket      hash >> 52, one of 4096; all keys of a bucket belong to the same shard
     shard       shard_of_bucket[bucket], from the shard map
 
-Keys are 64 bits wide, here uint64. The index of a shard uses a different hash, so that the keys of
-one shard do not share bits there.
+Keys have 64 bits, here uint64. A shard's index of its rows uses a different hash, because the
+routing hashes of its keys have upper bits in common.
 
-mix64 is public and invertible, so anyone can choose keys with equal hashes. The hash tables in this
-file therefore place a key by a second hash, with random numbers drawn by each process.
+mix64 is public and invertible, so anyone can choose keys with equal hashes. Therefore the hash
+tables in this file use a second hash, with random numbers (a salt) that each process draws.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ jit = njit(nogil=True, cache=True, error_model="numpy", boundscheck=False)
 
 @jit
 def mix64(key: Any) -> Any:
-    """Return SplitMix64's finalizer of a key (Steele, Lea, Flood, 2014; Stafford's variant 13)."""
+    """Return the routing hash of a key as uint64: SplitMix64's finalizer (Steele, Lea, Flood, 2014;
+    Stafford's variant 13).
+    """
     x = np.uint64(key)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -41,10 +43,13 @@ def mix64(key: Any) -> Any:
 
 @jit
 def _place(key: Any, salt: Any, mask: Any) -> Any:
-    """Return the slot of a key: the upper half of (x ^ x >> 32) * salt[2], x = (key ^ salt[0]) *
-    salt[1]. It does not wait for the key's routing hash, so a core computes both at once.
+    """Return the slot of a key in a hash table: upper half of ``(x ^ x >> 32) * salt[2]`` & mask,
+    where ``x = (key ^ salt[0]) * salt[1]``.
 
-    salt  uint64[3], random; the multipliers are odd
+    salt  uint64[3], random; the multipliers salt[1] and salt[2] are odd
+    mask  number of slots - 1; the number of slots is a power of two
+
+    Does not use the key's routing hash, so that a core can compute both at the same time.
     """
     x = (key ^ salt[0]) * salt[1]
     x = (x ^ (x >> np.uint64(32))) * salt[2]
@@ -52,7 +57,7 @@ def _place(key: Any, salt: Any, mask: Any) -> Any:
 
 
 def draw_salt() -> NDArray[np.uint64]:
-    """Draw the random numbers of a process's hash tables, uint64[3]."""
+    """Return a random salt for ``_place``: uint64[3], the last two odd."""
     return np.frombuffer(os.urandom(24), np.uint64) | np.array([0, 1, 1], np.uint64)
 
 
@@ -61,10 +66,10 @@ _SALT = draw_salt()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardMap:
-    """The shard that owns each bucket. ``epoch`` grows with every change."""
+    """The assignment of buckets (and so of keys) to shards."""
 
-    epoch: int
-    shards: int
+    epoch: int  # number of this map; grows with every change of the assignment
+    shards: int  # number of shards
     shard_of_bucket: NDArray[np.uint16]  # [4096]
 
     def __post_init__(self) -> None:
@@ -76,24 +81,26 @@ class ShardMap:
                 f"shard map must be uint16[{BUCKETS}], got {table.dtype}{list(table.shape)}"
             )
         if int(table.max()) >= self.shards:
-            raise ValueError(f"shard map names shard {table.max()} of {self.shards}")
+            raise ValueError(
+                f"shard map: shards must be in 0..{self.shards - 1}, got {table.max()}"
+            )
 
 
 def even_map(shards: int) -> ShardMap:
-    """Return the map of epoch 1: bucket b belongs to shard b * shards // 4096."""
+    """Return the initial map, of epoch 1: bucket b belongs to shard ``b * shards // 4096``."""
     buckets = np.arange(BUCKETS, dtype=np.int64)
     return ShardMap(1, shards, (buckets * shards // BUCKETS).astype(np.uint16))
 
 
 @jit
 def _owners(keys: Any, shard_of_bucket: Any, out: Any) -> None:
-    """Write the shard of each key: keys uint64[n], out uint16[n]."""
+    """Write the owner shard of each key (uint64[n]) to out (uint16[n])."""
     for i in range(keys.shape[0]):
         out[i] = shard_of_bucket[mix64(keys[i]) >> np.uint64(52)]
 
 
 def owners(keys: Keys, shard_map: ShardMap) -> NDArray[np.uint16]:
-    """Return the owner of each key, uint16[n]."""
+    """Return the number of the shard that owns each key, uint16[n]."""
     out = np.empty(len(keys), np.uint16)
     _owners(keys, shard_map.shard_of_bucket, out)
     return out
@@ -101,15 +108,15 @@ def owners(keys: Keys, shard_map: ShardMap) -> NDArray[np.uint16]:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """The distinct keys of a batch, grouped by shard.
+    """The u distinct keys of a batch of n keys, grouped by shard.
 
-    keys[inverse] is the batch; keys[bounds[s]:bounds[s + 1]] belong to shard s. Within a shard,
-    keys are in the order of their first occurrence.
+    ``keys[inverse]`` is the batch. ``keys[bounds[s]:bounds[s + 1]]`` belong to shard s, in the
+    order of their first occurrence in the batch.
     """
 
     keys: Keys  # uint64[u]
-    counts: NDArray[np.uint32]  # [u] occurrences in the batch
-    inverse: NDArray[np.int32]  # [n]
+    counts: NDArray[np.uint32]  # [u]  occurrences of each key in the batch
+    inverse: NDArray[np.int32]  # [n]  index of each key of the batch in ``keys``
     bounds: NDArray[np.int64]  # [shards + 1]
 
 
@@ -125,12 +132,20 @@ def _distinct(
     of: Any,
     bounds: Any,
 ) -> int:
-    """Find the distinct keys in order of first occurrence; return how many.
+    """Find the distinct keys of a batch, in order of first occurrence; return their number u.
 
-    slots     int32[power of two > n]  scratch
-    distinct  uint64[n], counts uint32[n], of uint16[n]   the key, its occurrences, its shard
-    inverse   int32[n]
-    bounds    int64[shards + 1]        distinct keys of the shards below s, and of all
+    keys             uint64[n]     the batch
+    shard_of_bucket  uint16[4096]  see ShardMap
+    salt             uint64[3]     see ``_place``
+    slots            int32[m]      scratch; m is a power of two, larger than n
+
+    These are written; the first three only up to u:
+
+    distinct  uint64[n]          distinct keys
+    counts    uint32[n]          occurrences of each distinct key
+    of        uint16[n]          shard of each distinct key
+    inverse   int32[n]           index of each key of the batch in ``distinct``
+    bounds    int64[shards + 1]  bounds[s]: number of distinct keys of the shards before s
     """
     mask = np.uint64(slots.shape[0] - 1)
     slots[:] = -1
@@ -170,10 +185,17 @@ def _group(
     keys_out: Any,
     counts_out: Any,
 ) -> None:
-    """Reorder the distinct keys by shard, stably, and the inverse with them.
+    """Sort the distinct keys by shard (stable) into keys_out and counts_out; update ``inverse``.
 
-    bounds  int64[shards + 1]  first distinct key of each shard
-    where   int32[u]           scratch
+    distinct    uint64[u]          distinct keys of a batch
+    counts      uint32[u]          occurrences of each
+    of          uint16[u]          shard of each
+    inverse     int32[n]           index of each key of the batch in ``distinct``, replaced by its
+                                   index in keys_out
+    bounds      int64[shards + 1]  index in keys_out of the first key of each shard
+    where       int32[u]           scratch
+    keys_out    uint64[u]          written
+    counts_out  uint32[u]          written
     """
     position = bounds.copy()
     for u in range(distinct.shape[0]):
@@ -187,14 +209,14 @@ def _group(
 
 
 def _slots_for(n: int) -> int:
-    """Return the size of a hash table for n keys: a power of two, at least 2 n."""
+    """Return the number of slots of a hash table for n keys: a power of two, at least ``2 * n``."""
     return 1 << max(2 * n - 1, 1).bit_length()
 
 
 def split(keys: Keys, shard_map: ShardMap) -> Split:
-    """Return the distinct keys of a batch, grouped by shard.
+    """Return the distinct keys of a batch, grouped by the shards that own them.
 
-    keys  uint64[n], n < 2^31, contiguous
+    keys  uint64[n], contiguous, n < 2^31
     """
     n = len(keys)
     slots = np.empty(_slots_for(n), np.int32)
@@ -216,10 +238,14 @@ def split(keys: Keys, shard_map: ShardMap) -> Split:
 
 @jit
 def _check(keys: Any, shard_of_bucket: Any, shard: int, salt: Any, slots: Any, foreign: Any) -> int:
-    """Return the number of keys that repeat an earlier one.
+    """Return the number of keys that are equal to an earlier key of the batch.
 
-    foreign  int64[1]  written: the index of the first key of another shard, or -1
-    slots    int32     scratch, as in ``_distinct``
+    keys     uint64[n]
+    shard    number of the shard that should own all keys
+    slots    int32[m]  scratch; m is a power of two, larger than n
+    foreign  int64[1]  written: index of the first key that a different shard owns, or -1
+
+    shard_of_bucket and salt are those of ``_distinct``.
     """
     mask = np.uint64(slots.shape[0] - 1)
     slots[:] = -1
@@ -241,8 +267,10 @@ def _check(keys: Any, shard_of_bucket: Any, shard: int, salt: Any, slots: Any, f
 
 
 def check(keys: Keys, shard_map: ShardMap, shard: int) -> tuple[int, int]:
-    """Return the number of keys that repeat an earlier one, and the index of the first key that
-    belongs to another shard, or -1.
+    """Check a batch of keys uint64[n] that ``shard`` should own.
+
+    Returns (number of keys equal to an earlier key, index of the first key that a different shard
+    owns, or -1).
     """
     slots, foreign = np.empty(_slots_for(len(keys)), np.int32), np.empty(1, np.int64)
     return _check(keys, shard_map.shard_of_bucket, shard, _SALT, slots, foreign), int(foreign[0])
@@ -250,6 +278,7 @@ def check(keys: Keys, shard_map: ShardMap, shard: int) -> tuple[int, int]:
 
 @jit
 def _first_foreign(keys: Any, shard_of_bucket: Any, shard: int) -> int:
+    """Implement ``first_foreign``. keys: uint64[n], shard_of_bucket: uint16[4096]."""
     for i in range(keys.shape[0]):
         if shard_of_bucket[mix64(keys[i]) >> np.uint64(52)] != shard:
             return i
@@ -257,17 +286,17 @@ def _first_foreign(keys: Any, shard_of_bucket: Any, shard: int) -> int:
 
 
 def first_foreign(keys: Keys, shard_map: ShardMap, shard: int) -> int:
-    """Return the index of the first key that belongs to another shard, or -1."""
+    """Return the index of the first key that is not owned by ``shard``, or -1 if it owns all."""
     return int(_first_foreign(keys, shard_map.shard_of_bucket, shard))
 
 
 @jit
 def sum_rows(rows: Any, inverse: Any, out: Any) -> None:
-    """Sum the rows of equal keys: out[inverse[i]] += rows[i].
+    """Sum the rows of equal keys: ``out[inverse[i]] += rows[i]``.
 
-    rows     float32[n, dim]
-    inverse  int32[n]
-    out      float32[u, dim]  zero
+    rows     float32[n, dim]  a row for each key of a batch
+    inverse  int32[n]         index of each key among the u distinct keys
+    out      float32[u, dim]  zeros; receives the sums
     """
     dim = rows.shape[1]
     for i in range(rows.shape[0]):
@@ -278,11 +307,13 @@ def sum_rows(rows: Any, inverse: Any, out: Any) -> None:
 
 @jit
 def scatter(rows: Any, first: int, inverse: Any, out: Any) -> None:
-    """Copy the rows of distinct keys to their positions in a batch: out[i] = rows[inverse[i]].
+    """Copy rows of distinct keys to all their positions in a batch.
 
-    rows     [m, dim]  rows of the distinct keys first..first + m - 1
-    inverse  int32[n]
-    out      [n, dim]  written where inverse[i] is in that range
+    rows     [m, dim]  rows of the distinct keys with the indices first..first + m - 1
+    first    index of the first of them
+    inverse  int32[n]  index of each key of the batch among the distinct keys
+    out      [n, dim]  ``out[i] = rows[inverse[i] - first]`` where that index is in 0..m-1; other
+                       rows are left unchanged
     """
     m, dim = rows.shape
     for i in range(inverse.shape[0]):
@@ -294,7 +325,10 @@ def scatter(rows: Any, first: int, inverse: Any, out: Any) -> None:
 
 @jit
 def all_finite(values: Any) -> Any:
-    """Return whether all float32 numbers are finite; ``values`` has their bits, uint32[n]."""
+    """Return whether all float32 numbers are finite.
+
+    values  uint32[n], the bits of the numbers
+    """
     worst = np.uint32(0)
     for i in range(values.shape[0]):
         worst = max(worst, values[i] & np.uint32(0x7FFFFFFF))

@@ -173,7 +173,9 @@ def test_a_header_has_a_limit(kind: str) -> None:
 def test_a_number_of_more_than_64_bits_is_refused() -> None:
     data = KEY + b"\x20" + b"\xff" * 9 + b"\x02"  # protobuf drops what is too much
     assert pb.PullRequest.FromString(data).keys == u8(1).tobytes()
-    with pytest.raises(Malformed, match=r"no varint of 64 bits ends at byte 21"):
+    with pytest.raises(
+        Malformed, match=r"the varint that ends at byte 21 is cut off or exceeds 64 bits"
+    ):
         codec.decode_pull(data)
 
 
@@ -199,12 +201,12 @@ def test_an_array_of_part_of_an_item_is_refused(name: str, field: int, size: int
     for length in (1, size - 1, size + 1, 3 * size - 1):
         with pytest.raises(Malformed) as caught:
             KINDS[name].decode(wire(field, 2, bytes(length)))
-        assert str(caught.value) == f"{length} bytes are no array of {size}-byte items"
+        assert str(caught.value) == f"array length must be a multiple of {size} bytes, got {length}"
 
 
 @pytest.mark.parametrize("dtype", [-1, 4, 5, 2**31 - 1])
 def test_an_unknown_dtype_is_refused(dtype: int) -> None:
-    said = rf"dtype {dtype} is not one of \[1, 2, 3\]"
+    said = rf"dtype must be one of \[1, 2, 3\], got {dtype}"
     push = pb.PushRequest(header=pb.PushHeader(dtype=dtype)).SerializeToString()
     pulled = pb.PullResponse(header=pb.PullResponseHeader(dtype=dtype)).SerializeToString()
     with pytest.raises(Malformed, match=said):

@@ -114,7 +114,7 @@ def test_every_shard_of_the_even_map_has_its_share_of_buckets(shards: int) -> No
         (1, np.zeros(4095, np.uint16), "shard map must be uint16[4096], got uint16[4095]"),
         (1, np.zeros((4096, 1), np.uint16), "shard map must be uint16[4096], got uint16[4096, 1]"),
         (1, np.zeros(BUCKETS, np.int64), "shard map must be uint16[4096], got int64[4096]"),
-        (2, np.full(BUCKETS, 2, np.uint16), "shard map names shard 2 of 2"),
+        (2, np.full(BUCKETS, 2, np.uint16), "shard map: shards must be in 0..1, got 2"),
     ],
 )
 def test_an_impossible_map_is_refused(shards: int, table: np.ndarray, message: str) -> None:
