@@ -230,7 +230,7 @@ class TableLoader:
 
         def write() -> None:
             while left:
-                self._shard.load_rows(number, *left[-1])
+                self._shard.write_rows(number, *left[-1])
                 left.pop()
 
         while True:

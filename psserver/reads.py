@@ -76,6 +76,10 @@ class ShardReads:
         """Return the table names, sorted, without tables that are still being filled."""
         return self._tables.names()
 
+    def number_of(self, name: str) -> int:
+        """Return the number of a table. Another table of the same name has another number."""
+        return self._tables.get(name).number
+
     def holds(self, number: int) -> bool:
         """Return whether the table with this number exists, that is, has not been dropped."""
         return self._tables.numbered(number) is not None

@@ -107,16 +107,20 @@ class RowTransfer:
         """Write the rows of a message over the rows of the same keys, or as new rows.
 
         Rows without optimizer state get the state of new rows. Raises BadRequest, before any row is
-        written, if the message is invalid. OutOfMemory and DiskFull may leave some rows written.
+        written, if the message is invalid. OutOfMemory and DiskFull may leave some rows written,
+        and so does UnknownTable: the table was dropped meanwhile. Another table of the same name
+        gets no rows.
         """
         shard, table = self._shard, request.table
-        schema, now = self._engine.run(lambda: (shard.describe(table)[0], shard.step(table)))
+        schema, number, now = self._engine.run(
+            lambda: (shard.describe(table)[0], shard.number_of(table), shard.step(table))
+        )
         keys, steps, frequencies, rows = self._read_message(request, schema, now)
         whole = with_state(rows, schema)
 
         def apply(slices: list[Slice]) -> None:
             for each in slices:
-                shard.write_rows(table, *each)
+                shard.write_rows(number, *each)
 
         for slices in slices_of(keys, steps, frequencies, whole):
             self._engine.run(lambda slices=slices: apply(slices))  # type: ignore[misc]

@@ -216,11 +216,11 @@ class Shard(ShardReads):
         return pb.DeleteResponse(version=self.version, achieved=level, deleted=deleted)
 
     def write_rows(
-        self, name: str, step: int, keys: Keys, frequencies: NDArray[np.uint64], rows: Rows
+        self, number: int, step: int, keys: Keys, frequencies: NDArray[np.uint64], rows: Rows
     ) -> int:
         """Insert or overwrite whole rows, as one change; return its version.
 
-        name         name of the table
+        number       of the table, hidden or not; UnknownTable if it was dropped
         step         training step to store in all rows; the table's own step does not change
         keys         uint64[n], distinct
         frequencies  uint64[n]; stored as at most 2^32 - 1
@@ -228,27 +228,7 @@ class Shard(ShardReads):
 
         The log keeps references to the arrays, so the caller must not change them afterwards.
         """
-        return self._write_rows(self._tables.get(name), step, keys, frequencies, rows)
-
-    def load_rows(
-        self, number: int, step: int, keys: Keys, frequencies: NDArray[np.uint64], rows: Rows
-    ) -> int:
-        """Insert or overwrite whole rows of the table with this number, even while it is hidden.
-
-        The other arguments are those of ``write_rows``. Raises UnknownTable if it was dropped.
-        """
         entry = self._tables.require_number(number)
-        return self._write_rows(entry, step, keys, frequencies, rows)
-
-    def _write_rows(
-        self,
-        entry: TableEntry,
-        step: int,
-        keys: Keys,
-        frequencies: NDArray[np.uint64],
-        rows: Rows,
-    ) -> int:
-        """Implement ``write_rows`` and ``load_rows``."""
         n = len(keys)
         self._sequencer.reserve([RECORD + n * (16 + 4 * rows.shape[1])])
         version = self.version + 1

@@ -451,7 +451,7 @@ def test_no_piece_of_work_holds_more_than_some_blocks_at_once(
     ones = np.ones((rows, dim), np.float32)
     for keys in np.split(np.arange(rows, dtype=np.uint64), 6):
         counts = np.ones(len(keys), np.uint64)
-        source.nodes[0].shard.write_rows("t", 1, keys, counts, ones[: len(keys)])
+        source.nodes[0].shard.write_rows(1, 1, keys, counts, ones[: len(keys)])
     one, other = source.nodes[0], target.nodes[0]
 
     def read(**request: str) -> None:

@@ -49,6 +49,7 @@ SITES = {
     "loading.py:_apply": SLICES,
     "loading.py:_begin": SMALL,
     "loading.py:_cancel": SMALL,
+    "loading.py:_claimed": SMALL,
     "loading.py:_fill": SMALL,
     "loading.py:load": SMALL,
     "pace.py:run": SLICES,

@@ -42,7 +42,9 @@ def rows(shard: Shard, table: str = "t") -> dict[int, int]:
 def write(shard: Shard, keys: Any, step: int, table: str = "t") -> None:
     n = len(keys)
     values = np.ones((n, 2), np.float32)
-    shard.write_rows(table, step, np.array(keys, np.uint64), np.ones(n, np.uint64), values)
+    shard.write_rows(
+        shard.number_of(table), step, np.array(keys, np.uint64), np.ones(n, np.uint64), values
+    )
 
 
 @pytest.mark.parametrize("evictions", RULES, ids=repr)
