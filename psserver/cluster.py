@@ -157,7 +157,8 @@ def _check(shards: int, host: str, port: int, metrics_port: int, data_dir: Path)
             )
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        (data_dir / "shard-0.log").open("ab").close()
+        for shard in range(shards):
+            (data_dir / f"shard-{shard}.log").open("ab").close()
     except OSError as error:
         raise unusable(data_dir, error) from error
     return host

@@ -31,6 +31,12 @@ def test_what_no_shard_could_use_is_refused_at_once(
     assert str(caught.value).startswith(message)
 
 
+def test_a_log_file_that_cannot_be_written_is_refused_before_a_shard_starts(tmp_path: Path) -> None:
+    (tmp_path / "shard-1.log").mkdir()
+    with pytest.raises(ConfigError, match=r"^data_dir: cannot use .*shard-1.log: Is a directory"):
+        cluster.up(2, "::1", 7000, 0, tmp_path, [])
+
+
 @pytest.mark.parametrize(
     ("lines", "shown"),
     [
