@@ -219,12 +219,13 @@ class ServerConfig(BaseSettings):
 
 
 def _inflight(data: Mapping[str, Any]) -> int:
-    return default_inflight(memory_limit(), data["colocated_shards"], data["max_message_bytes"])
+    colocated = data["colocated_shards"]
+    return default_inflight(memory_limit(colocated=colocated), colocated, data["max_message_bytes"])
 
 
 def _plan(data: Mapping[str, Any]) -> Plan:
     return Plan(
-        limit=memory_limit(),
+        limit=memory_limit(colocated=data["colocated_shards"]),
         colocated=data["colocated_shards"],
         inflight=data["max_inflight_bytes"],
         transport=transport_bytes(data["max_message_bytes"], data["max_inflight_bytes"]),

@@ -11,6 +11,8 @@ default of memory_bytes leaves room for everything else:
                               +  backlog     log records not yet written, with their rows
                               +  slack       a tenth: heap, tombstones, sessions, pages of files
                               +  tables      memory_bytes
+
+Limits of ``ulimit`` hold for each process alone, so colocated shards do not divide them.
 """
 
 from __future__ import annotations
@@ -40,6 +42,11 @@ class Limit:
 
     bytes: int
     source: str
+    of_process: bool = False  # each process may use all of it, however many there are
+
+    def part(self, colocated: int) -> int:
+        """Return the bytes of one of ``colocated`` servers."""
+        return self.bytes if self.of_process else self.bytes // colocated
 
     def __str__(self) -> str:
         return f"{show(self.bytes)} ({self.source})"
@@ -50,14 +57,19 @@ class Plan:
     """Division of one server's share of the memory limit; all sizes in bytes."""
 
     limit: Limit
-    colocated: int  # number of servers that share the limit
+    colocated: int  # number of servers on this machine or in this container
     inflight: int  # requests in flight and their replies
     transport: int  # messages received by gRPC and not yet admitted
 
     @property
     def part(self) -> int:
         """Return this server's share of the limit."""
-        return self.limit.bytes // self.colocated
+        return self.limit.part(self.colocated)
+
+    @property
+    def sharing(self) -> int:
+        """Return the number of servers that divide the limit."""
+        return 1 if self.limit.of_process else self.colocated
 
     @property
     def backlog(self) -> int:
@@ -79,7 +91,7 @@ class Plan:
         """Return the error message if too little is left for tables; None if the limit suffices."""
         if self.tables >= LEAST_TABLES:
             return None
-        shared = f", which {self.colocated} shards share" if self.colocated > 1 else ""
+        shared = f", which {self.sharing} shards share" if self.sharing > 1 else ""
         return (
             f"no memory is left for tables: the limit is {self.limit}{shared}; a server needs"
             f" {show(BASE_BYTES)} itself, {show(self.inflight)} for requests in flight,"
@@ -92,12 +104,12 @@ class Plan:
 def default_inflight(limit: Limit, colocated: int, max_message_bytes: int) -> int:
     """Return the default of max_inflight_bytes: an eighth of the server's share of the limit.
 
-    colocated  number of servers that share the limit
+    colocated  number of servers on this machine or in this container
 
     The result is at least 16 MiB and one message, and otherwise at most 1 GiB. If it were smaller
     than max_message_bytes, the largest messages could never be admitted.
     """
-    part = limit.bytes // colocated // 8
+    part = limit.part(colocated) // 8
     return max(min(part, MOST_INFLIGHT), LEAST_INFLIGHT, max_message_bytes)
 
 
@@ -112,12 +124,13 @@ def transport_bytes(max_message_bytes: int, inflight: int) -> int:
     return max(2 * max_message_bytes, inflight, LEAST_INFLIGHT)
 
 
-def memory_limit(root: Path = Path("/")) -> Limit:
-    """Return the smallest memory limit that holds for this process.
+def memory_limit(root: Path = Path("/"), colocated: int = 1) -> Limit:
+    """Return the memory limit that leaves the least to this process.
 
-    root  directory that contains proc and sys; tests use a different one
+    root       directory that contains proc and sys; tests use a different one
+    colocated  number of servers on this machine or in this container
     """
-    return min(_limits(root), key=lambda limit: limit.bytes)
+    return min(_limits(root), key=lambda limit: limit.part(colocated))
 
 
 def show(size: int) -> str:
@@ -160,10 +173,12 @@ def _resource_limits(text: str) -> Iterator[Limit]:
     """
     if data := re.search(r"^Max data size\s+(\d+)", text, re.M):
         usable = max(int(data[1]) - DATA_BYTES, 0) // DATA_PARTS
-        yield Limit(usable, f"RLIMIT_DATA, ulimit -d: {show(int(data[1]))} of private memory")
+        source = f"RLIMIT_DATA, ulimit -d: {show(int(data[1]))} of private memory"
+        yield Limit(usable, source, of_process=True)
     if space := re.search(r"^Max address space\s+(\d+)", text, re.M):
         usable = max(int(space[1]) - ADDRESS_BYTES, 0) // ADDRESS_PARTS
-        yield Limit(usable, f"RLIMIT_AS, ulimit -v: {show(int(space[1]))} of address space")
+        source = f"RLIMIT_AS, ulimit -v: {show(int(space[1]))} of address space"
+        yield Limit(usable, source, of_process=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ def report_memory(config: ServerConfig) -> None:
     log.info(
         "memory",
         limit=str(plan.limit),
-        shards_sharing_it=plan.colocated,
+        shards_sharing_it=plan.sharing,
         base=show(BASE_BYTES),
         max_inflight=show(plan.inflight),
         transport=show(plan.transport),
@@ -48,7 +48,7 @@ def report_memory(config: ServerConfig) -> None:
         log.warning(
             "memory limit may be exceeded",
             limit=str(plan.limit),
-            needed=show(plan.colocated * (config.memory_bytes + plan.reserve)),
+            needed=show(plan.sharing * (config.memory_bytes + plan.reserve)),
             advice="lower memory_bytes or max_inflight_bytes, or raise the limit",
         )
 

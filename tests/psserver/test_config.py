@@ -326,7 +326,7 @@ def test_a_file_that_is_no_toml_is_refused_by_path(content: bytes, tmp_path: Pat
 
 
 def test_the_defaults_of_memory_follow_from_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "memory_limit", lambda: Limit(8 * GIB, "test"))
+    monkeypatch.setattr(module, "memory_limit", lambda **_: Limit(8 * GIB, "test"))
     whole, half = load([]), load(["--colocated-shards", "2"])
     assert (whole.max_inflight_bytes, half.max_inflight_bytes) == (GIB, GIB // 2)
     assert 4.5 * GIB < whole.memory_bytes == whole.memory.tables < 7 * GIB
@@ -349,7 +349,7 @@ def test_a_message_that_could_never_be_admitted_is_refused_at_the_start() -> Non
 def test_by_default_every_message_up_to_the_limit_can_be_admitted(
     limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "memory_limit", lambda: Limit(limit, "test"))
+    monkeypatch.setattr(module, "memory_limit", lambda **_: Limit(limit, "test"))
     config = load(flag("memory_bytes", 16 << 20))
     assert config.max_message_bytes <= config.max_inflight_bytes
     config = load([*flag("memory_bytes", 16 << 20), *flag("max_message_bytes", GIB)])
@@ -359,7 +359,7 @@ def test_by_default_every_message_up_to_the_limit_can_be_admitted(
 def test_a_limit_that_leaves_nothing_is_refused_unless_the_budget_is_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "memory_limit", lambda: Limit(200 << 20, "test"))
+    monkeypatch.setattr(module, "memory_limit", lambda **_: Limit(200 << 20, "test"))
     with pytest.raises(ConfigError, match=r"^no memory is left for tables: the limit is 200 MiB"):
         load([])
     assert load(["--memory-bytes", str(64 << 20)]).memory_bytes == 64 << 20

@@ -208,7 +208,22 @@ CASES: list[tuple[str, dict[str, str], int, str]] = [
 def test_the_least_limit_counts_and_its_source_is_named(
     tmp_path: Path, files: dict[str, str], size: int, source: str
 ) -> None:
-    assert memory_limit(tree(tmp_path, files)) == Limit(size, source)
+    of_process = source.startswith("RLIMIT")
+    assert memory_limit(tree(tmp_path, files)) == Limit(size, source, of_process)
+
+
+@pytest.mark.parametrize(
+    ("colocated", "part", "source"),
+    [(1, 5 * GIB // 4, "RLIMIT_AS"), (4, 5 * GIB // 4, "RLIMIT_AS"), (8, GIB, "cgroup")],
+)
+def test_colocated_servers_do_not_divide_what_ulimit_gives_to_each(
+    tmp_path: Path, colocated: int, part: int, source: str
+) -> None:
+    limits = f"Max address space         {8 * GIB}    unlimited     bytes\n"
+    files = {**v2("/a"), "sys/fs/cgroup/a/memory.max": f"{8 * GIB}\n", "proc/self/limits": limits}
+    limit = memory_limit(tree(tmp_path, files), colocated)
+    assert limit.source.startswith(source)
+    assert Plan(limit=limit, colocated=colocated, inflight=0, transport=0).part == part
 
 
 def test_this_machine_has_a_limit() -> None:
