@@ -42,10 +42,10 @@ class Limit:
 
     bytes: int
     source: str
-    of_process: bool = False  # each process may use all of it, however many there are
+    of_process: bool = False  # a limit of each process alone, which processes do not share
 
     def part(self, colocated: int) -> int:
-        """Return the bytes of one of ``colocated`` servers."""
+        """Return the number of bytes for each of ``colocated`` servers."""
         return self.bytes if self.of_process else self.bytes // colocated
 
     def __str__(self) -> str:
