@@ -18,8 +18,7 @@ Buffer = NDArray[np.uint8]
 
 
 class ImageBuffers:
-    """Pool of buffers. A buffer is in use (the log still has to write it) or free (a push may take
-    it).
+    """Pool of buffers, each in use (the log still has to write it) or free (a push may take it).
 
     Buffers in use are bounded by the log, which limits the size of its unwritten records. Free
     buffers are bounded by KEPT and KEPT_BYTES; the memory of further ones is returned.
@@ -34,13 +33,13 @@ class ImageBuffers:
         self.bytes = 0
 
     def take(self, count: int, width: int, version: int, written: int) -> tuple[NDArray[Any], Rows]:
-        """Return uninitialized arrays for a push: frequencies uint64[count] and rows float32[count,
-        width].
+        """Return uninitialized arrays (frequencies, rows) for the after-images of a push.
+
+        count, width  shape of the result: frequencies uint64[count], rows float32[count, width]
+        version       version of this push; it grows from call to call
+        written       newest version that the log has written
 
         Both are views of one buffer, which stays in use until the log has written ``version``.
-
-        version  version of this push; it grows from call to call
-        written  newest version that the log has written
         """
         self.reclaim(written)
         size = count * (8 + 4 * width)

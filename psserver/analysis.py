@@ -148,8 +148,7 @@ class Analyses:
     def _stored_rows(
         self, checkpoint: Checkpoint, request: pb.AnalyzeRequest, summary: Summary
     ) -> Iterator[pb.AnalyzeResponse]:
-        """Analyze a table of an open checkpoint. Each part (the file set of one shard) is read
-        twice.
+        """Analyze a table of an open checkpoint. Each part (the files of one shard) is read twice.
 
         The first pass finds the largest step in the part, because ages of rows are counted back
         from it. The second pass adds the rows to the summary.

@@ -56,8 +56,8 @@ class Catalog:
 
     @contextmanager
     def reading(self, name: str, what: str) -> Iterator[Checkpoint]:
-        """Open a checkpoint for the block. Meanwhile neither it nor one of its parents can be
-        deleted.
+        """Open a checkpoint for the block, and keep it and its parents from being deleted
+        meanwhile.
 
         what  describes the work, for the error that a client gets if it tries to delete one of them
 

@@ -95,8 +95,7 @@ class Checkpoints:
     def write(
         self, request: pb.WriteCheckpointRequest, progress: Progress
     ) -> pb.CheckpointProgress:
-        """Write this shard's part of the checkpoint ``request.name``. Returns the location of the
-        part.
+        """Write this shard's part of the checkpoint ``request.name``; return the part's location.
 
         With ``request.parent`` the part contains only the changes since that checkpoint. Raises
         NoLog, CheckpointExists, CheckpointBusy or CheckpointUnfit.
@@ -117,8 +116,7 @@ class Checkpoints:
                 del self._pins[attempt]
 
     def _parent(self, parent: Checkpoint, log: VersionLog) -> tuple[Parent, Part]:
-        """Return (reference to the parent of an incremental checkpoint, this shard's part of the
-        parent).
+        """Return (reference to the parent checkpoint, this shard's part of it).
 
         Raises CheckpointUnfit if this shard cannot know all changes since the parent.
         """
@@ -149,12 +147,11 @@ class Checkpoints:
         log: VersionLog,
         progress: Progress,
     ) -> pb.CheckpointProgress:
-        """Write rows, log records, sessions and manifest of this shard's part; see the module
-        docstring.
-
-        After an error, the files written so far are removed.
+        """Write the files of this shard's part: rows, log records, sessions and manifest.
 
         parent  (reference, this shard's part of it) of an incremental checkpoint; None: a full one
+
+        After an error, the files written so far are removed.
         """
         shard = self._shard
         captured = self._engine.run(shard.capture)
@@ -199,8 +196,7 @@ class Checkpoints:
         return pb.CheckpointProgress(bytes=progress.bytes, total=progress.bytes, part=written)
 
     def complete(self, request: pb.CompleteCheckpointRequest) -> pb.CheckpointInfo:
-        """Write the manifest that makes the parts of all shards one checkpoint. Idempotent per
-        attempt.
+        """Write the manifest that makes the parts of all shards one checkpoint. Idempotent.
 
         Raises CheckpointUnfit if the parts do not fit together, CheckpointExists if a different
         attempt has completed a checkpoint of this name.

@@ -62,9 +62,7 @@ class Checks:
         )
 
     def push(self, push: codec.PushMessage) -> Push:
-        """Convert a push; counts and gradients of a repeated key are summed. Raises the errors of
-        ``pull``.
-        """
+        """Convert a push; sum counts and gradients of repeated keys. Raises errors as ``pull``."""
         header, keys, counts = push.header, push.keys, push.counts
         self._require_few(header.table, keys)
         _require_step(header)
@@ -121,9 +119,7 @@ class Checks:
         return repeated > 0
 
     def _require_own(self, table: str, keys: NDArray[np.uint64], foreign: int) -> None:
-        """Raise WrongShard about the key at index ``foreign``, unless ``foreign`` is negative (no
-        such key).
-        """
+        """Raise WrongShard about the key at index ``foreign``. Negative: there is no such key."""
         if foreign < 0:
             return
         shard_map, key = self._shard.shard_map, keys[foreign]

@@ -140,11 +140,10 @@ def up(
 
 
 def _check(shards: int, host: str, port: int, metrics_port: int, data_dir: Path) -> str:
-    """Check the settings that all shards share, and create ``data_dir``. Return the host without
-    brackets.
+    """Check the settings that all shards share, and create ``data_dir``.
 
-    Raises ConfigError for an invalid host, a port above 65535, or a directory that cannot be
-    written.
+    Returns the host without brackets. Raises ConfigError for an invalid host, a port above 65535,
+    or a directory that cannot be written.
     """
     try:
         host = bare_host(host)

@@ -201,9 +201,7 @@ class ServerConfig(BaseSettings):
 
     @property
     def memory(self) -> Plan:
-        """The division of this process's memory limit, computed from the settings other than
-        memory_bytes.
-        """
+        """Division of this process's memory limit, given all settings except memory_bytes."""
         return _plan(self.model_dump())
 
     @classmethod

@@ -93,8 +93,7 @@ class Connections:
         self._thread.join()
 
     def arrived(self, peer: str, size: int) -> None:
-        """Count a complete message of ``size`` bytes from ``peer``, which is ``context.peer()`` of
-        gRPC.
+        """Count a complete message of ``size`` bytes. peer: ``context.peer()`` of gRPC.
 
         Must run on the event loop.
         """
@@ -127,9 +126,7 @@ class Connections:
         self.unfinished = sum(each.unfinished for each in seen.values())
 
     def _shed(self, excess: int) -> None:
-        """Close connections, those with the oldest incomplete messages first, to free ``excess``
-        bytes.
-        """
+        """Close connections with incomplete messages, oldest first, to free ``excess`` bytes."""
         order = sorted(self._known, key=lambda peer: self._known[peer].since)
         chosen = set()
         for peer in order:

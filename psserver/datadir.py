@@ -69,8 +69,8 @@ def lock(directory: Path) -> IO[str]:
 
 
 def unusable(directory: Path, error: OSError) -> ConfigError:
-    """Return the error for a data directory that failed with ``error``: reason and advice, in one
-    line.
+    """Return a one-line error with reason and advice for a data directory that failed with
+    ``error``.
     """
     path = Path(os.fsdecode(error.filename)) if error.filename else directory
     reason, advice = os.strerror(error.errno or 0), "choose another data_dir"
@@ -88,9 +88,7 @@ def unusable(directory: Path, error: OSError) -> ConfigError:
 
 
 def _owner(path: Path) -> str:
-    """Return the owner and mode of ``path``, or of its nearest parent directory that exists, as
-    text.
-    """
+    """Return the owner and mode of ``path`` or its nearest existing parent directory, as text."""
     for each in (path, *path.parents):
         try:
             found = each.stat()

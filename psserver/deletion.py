@@ -26,9 +26,7 @@ EVERYBODY = 0  # number of the shard that deletes the files, on behalf of all sh
 
 
 class Deletion:
-    """Handles DeleteCheckpoints. Shard 0 deletes the files; others only stop reading them
-    meanwhile.
-    """
+    """Handles DeleteCheckpoints. Shard 0 deletes the files; the other shards stop reading them."""
 
     def __init__(self, shard: Shard, catalog: Catalog, calls: Calls) -> None:
         self._shard = shard
@@ -67,8 +65,7 @@ class Deletion:
         return pb.CheckpointProgress(names=names, stage=pb.CheckpointProgress.STAGE_DONE)
 
     def _manifests(self) -> dict[str, Manifest | None]:
-        """Read the manifests of all checkpoints. The value is None for an incomplete or damaged
-        checkpoint.
+        """Return name -> manifest of all checkpoints; None for an incomplete or damaged checkpoint.
 
         Raises StoreFailed or UnknownFormat if a manifest cannot be read or understood, because then
         it is not known which parent that checkpoint needs.
@@ -84,10 +81,10 @@ class Deletion:
     def _require_deletable(
         self, names: Iterable[str], manifests: dict[str, Manifest | None]
     ) -> None:
-        """Raise UnknownCheckpoint for a missing checkpoint, CheckpointNeeded for one with another
-        child.
+        """Raise UnknownCheckpoint for a missing checkpoint, CheckpointNeeded for one that is
+        needed.
 
-        names      checkpoints to delete; a child of one of them must be among them
+        names      checkpoints to delete; all checkpoints that need one of them must be among them
         manifests  of all checkpoints, by name
         """
         chosen = set(names)

@@ -72,7 +72,7 @@ class Batch:
     full: bool = False  # accepts no further change
 
     def takes(self, kind: int) -> bool:
-        """Return whether a record of this kind may be added: any to an empty batch, else only row
+        """Return whether a record of this kind may be added. A non-empty batch takes only row
         changes.
         """
         return not self.changes or kind in (Kind.PUSH, Kind.WRITE, Kind.DELETE)
@@ -163,12 +163,16 @@ class Deltas:
         return self.mark(DeltaKind.KIND_PROGRESS, **fields)
 
     def created(self, schema: TableSchema, **fields: Any) -> bytes:
-        """Return the message that a table exists. fields: further fields of its DeltaHeader."""
+        """Return the message that a table exists.
+
+        fields  further fields of its DeltaHeader
+        """
         return self._of_table(DeltaKind.KIND_TABLE_CREATED, schema, fields)
 
     def altered(self, schema: TableSchema, **fields: Any) -> bytes:
-        """Return the message that the settings of a table changed. fields: further DeltaHeader
-        fields.
+        """Return the message that the settings of a table changed.
+
+        fields  further fields of its DeltaHeader
         """
         return self._of_table(DeltaKind.KIND_TABLE_ALTERED, schema, fields)
 
@@ -305,8 +309,7 @@ class Deltas:
     def _newest(
         self, sequence: Sequence[LoggedChange], version: int
     ) -> Iterator[Callable[..., Any]]:
-        """Merge several row changes: yield calls that make messages with the newest change of each
-        key.
+        """Merge row changes: yield calls that make messages with the newest change of each key.
 
         sequence  pushes and deletes, oldest first
         version   version of the newest change
@@ -356,8 +359,7 @@ class Deltas:
     def _parts(
         self, count: int, most: int, last: dict[str, Any]
     ) -> Iterator[tuple[slice, dict[str, Any]]]:
-        """Divide ``count`` items into chunks: yield (slice of the items, header fields of its
-        message).
+        """Divide ``count`` items into chunks: yield (slice, header fields of its message).
 
         most  maximum number of items in a chunk, >= 1
         last  header fields of the last message

@@ -51,12 +51,10 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
     # ---- the interface of a server that generated code uses
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        """Do nothing. Generated code adds the same methods with ``add_registered_method_handlers``
-        too.
-        """
+        """Do nothing. Generated code also calls ``add_registered_method_handlers``."""
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
-        """Serve the methods of another service, such as health. Large messages are refused before
+        """Serve the methods of another service, such as health; refuse large messages before
         parsing.
 
         service   full name of the service

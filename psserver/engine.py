@@ -81,8 +81,7 @@ class Engine:
         return future
 
     def run(self, call: Callable[[], Result]) -> Result:
-        """Run ``call`` on the engine thread and block until it ends; return its result or raise its
-        error.
+        """Run ``call`` on the engine thread, wait for it, and return its result or raise its error.
 
         Must be called on a thread other than the event loop's and the engine's.
         """

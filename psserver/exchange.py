@@ -129,10 +129,10 @@ class Exchanges:
     async def read(
         self, decode: Decode, data: bytes, reservation: Reservation
     ) -> tuple[Header, Checked | Exception]:
-        """Decode and check a message. Returns (header of a message on a stream or None, exchange or
-        error).
+        """Decode and check a message. Returns (header, exchange or error of the checks).
 
-        Errors of the checks are returned, so that the header is known. Malformed is raised.
+        The header is None unless the message arrived on a stream. Errors of the checks are
+        returned, so that the caller knows the header. Malformed is raised.
         """
         return await self._on_time(partial(self._read, decode), data, reservation)
 
