@@ -1,4 +1,4 @@
-"""Sum up the rows of a table, slice by slice: histograms, extremes, sums.
+"""Compute histograms, extremes and sums over the rows of a table, one slice of rows per call.
 
 A histogram has edges instead of buckets of equal width. To learn exactly what a threshold would do,
 make it an edge: the counts on either side of the edge are the rows that a rule with this threshold
@@ -49,13 +49,13 @@ def norms_of(matrix: Rows, dim: int) -> NDArray[np.float64]:
 
 
 def edges_of(usual: tuple[float, ...], asked: Any) -> Edges:
-    """Return the usual and the requested edges, ascending, float64[]."""
+    """Return the edges in ``usual`` and ``asked`` together, ascending and distinct, float64[]."""
     return np.union1d(np.asarray(usual, np.float64), np.asarray(asked, np.float64))
 
 
 @inline
 def _place(edges: Any, value: Any) -> Any:
-    """Return how many of the ascending edges are <= a value; all of them for NaN."""
+    """Return how many of the ascending ``edges`` are <= ``value``; all of them for NaN."""
     low, left = 0, edges.shape[0]
     while left > 0:  # without a branch, which would be mispredicted
         half = (left + 1) >> 1
@@ -66,7 +66,12 @@ def _place(edges: Any, value: Any) -> Any:
 
 @inline
 def _enters(value: Any, key: Any, sign: float, last: Any, last_key: Any) -> Any:
-    """Return whether a row enters a full list of extremes, before its last row."""
+    """Return whether a row belongs into a full list of extremes.
+
+    value, key      value and key of the row
+    sign            1.0 for a list of the smallest values, -1.0 for the largest
+    last, last_key  rank (sign * value) and key of the last row of the list
+    """
     rank = np.inf if np.isnan(value) else sign * value
     return rank < last or (rank == last and key < last_key)
 
@@ -163,7 +168,7 @@ class Extremes:
 
     @property
     def room(self) -> bool:
-        """Whether the list is not full."""
+        """True if the list has fewer than k rows."""
         return len(self._ranks) < self._k
 
     @property
@@ -190,9 +195,9 @@ class Extremes:
 
 
 class Summary:
-    """Histograms, extremes and sums of the rows that were added.
+    """Histograms, extremes and sums over all rows that were passed to ``add``.
 
-    frequencies, ages, norms  further edges of the histograms, in addition to the usual ones
+    frequencies, ages, norms  edges of the histograms, in addition to the built-in ones
     grace                     ``idle_norms`` counts rows of at least this age
     top                       length of the lists of extremes
     """
@@ -221,9 +226,9 @@ class Summary:
         self.tiers: dict[str, int] = {}  # rows by tier
 
     def add(self, rows: RowColumns, step: int) -> None:
-        """Add rows.
+        """Include more rows in the histograms, extremes and sums.
 
-        step  the age of a row is this step minus its own, at least 0
+        step  the table's step; a row's age is this step minus the row's step, at least 0
         """
         if not (count := len(rows.keys)):
             return

@@ -199,7 +199,10 @@ def _normal(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Initializer(ABC):
-    """How the embedding of a new row is made. Parameters are checked when it is constructed."""
+    """Base class of initializers, which compute the embedding of a new row.
+
+    The constructor raises ValueError for a parameter that is not allowed.
+    """
 
     name: ClassVar[str]
 
@@ -224,8 +227,8 @@ class Initializer(ABC):
     def fill(self, seed: int, keys: Keys, rows: Slots, dim: int, out: Rows) -> None:
         """Write the initial values of ``keys[i]`` to ``out[rows[i], :dim]``, and nothing else.
 
-        seed  what table_seed returned
-        keys  uint64[m]            distinct or not
+        seed  seed of the table, from ``table_seed``
+        keys  uint64[m]            may contain duplicates
         rows  int64[m]             positions in out
         out   float32[r, >= dim]   C-contiguous
         """
@@ -311,7 +314,12 @@ class TruncatedNormal(Initializer):
 
 
 def make_initializer(name: str, parameters: Mapping[str, float]) -> Initializer:
-    """Return the initializer of that name; see ``registry.build``."""
+    """Construct the initializer with this name, for example "normal".
+
+    parameters  values by name; those left out keep their defaults
+
+    Raises ValueError for an unknown name or parameter, or for a value that is not allowed.
+    """
     return build("initializer", INITIALIZERS, name, parameters)
 
 

@@ -55,7 +55,7 @@ def readonly(array: NDArray[Any]) -> NDArray[Any]:
 
 @intrinsic
 def prefetch(typingctx: Any, array: Any, row: Any, byte: Any) -> Any:
-    """Prefetch the cache line that is ``byte`` bytes into ``array[row]``; any address is safe."""
+    """Prefetch the CPU cache line at byte ``byte`` of ``array[row]``. Any address is safe."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array_type = signature.args[0]
@@ -150,7 +150,12 @@ def _record(meta: Any, slot: Any, version: Any, step: Any, frequency: Any) -> No
 
 @jit
 def fresh(meta: Any, slots: Any, keys: Any) -> None:
-    """Write the metadata of new rows: their keys, and version, step and frequency 0."""
+    """Write the metadata of new rows: their keys, and version, step and frequency 0.
+
+    meta   uint64[capacity, 3]  packed; see tiers/host.py
+    slots  int64[n]
+    keys   uint64[n]
+    """
     for i in range(slots.shape[0]):
         meta[slots[i], 0] = keys[i]
         meta[slots[i], 1] = 0
@@ -162,8 +167,9 @@ def touch(meta: Any, slots: Any, counts: Any, step: int, version: int) -> None:
     """Record a push in the metadata of its rows.
 
     meta    uint64[capacity, 3]  packed; see tiers/host.py
-    slots   int64[n]             distinct positions
-    counts  uint32[n]            occurrences of each key in the push
+    slots   int64[n]             distinct slots
+    counts  uint32[n]            occurrences of each key in the push, added to its frequency
+    step, version                recorded in every row
     """
     n = slots.shape[0]
     for i in range(n):
@@ -191,12 +197,14 @@ def unpack(meta: Any, slots: Any, out: Any) -> None:
 
 @jit
 def release(meta: Any, slots: Any, first: Any) -> Any:
-    """Put slots on the list of free ones; return the first of the list now.
+    """Add ``slots`` to the list of free slots, and return the new head of the list.
 
-    A free slot has version 0, which no row has, and in place of its key the next free slot, or
-    ABSENT. The list takes no memory, and a delete can therefore not fail.
+    meta   uint64[capacity, 3]  packed; see tiers/host.py
+    slots  int64[n]
+    first  head of the list so far; ABSENT if it is empty
 
-    first  the first free slot so far, or ABSENT
+    A free slot has version 0, which no row has. Its key field has the next free slot, or ABSENT. So
+    the list takes no memory, and a delete cannot fail for want of memory.
     """
     for i in range(slots.shape[0]):
         slot = slots[i]
@@ -208,9 +216,13 @@ def release(meta: Any, slots: Any, first: Any) -> Any:
 
 @jit
 def reuse(meta: Any, first: Any, slots: Any) -> Any:
-    """Take as many slots off the list of free ones as ``slots`` has room for.
+    """Fill ``slots`` with free slots, and return the new head of the list of free slots.
 
-    Returns the first slot of the list that is left, or ABSENT. The list must be long enough.
+    meta   uint64[capacity, 3]  meta[slot, 0] is the next free slot after ``slot``
+    first  head of the list
+    slots  int64[n]  written
+
+    Returns ABSENT if the list is empty afterwards. The list must have at least n entries.
     """
     for i in range(slots.shape[0]):
         slots[i] = first
@@ -295,11 +307,11 @@ def from_bits(bits: int) -> float:
 
 @jit
 def largest_in(slab: Any, slots: Any, most: Any) -> Any:
-    """Return the bits of the largest magnitude in some rows, which are given by their bits.
+    """Return the largest magnitude in some rows, as the bits of a float32; see ``from_bits``.
 
-    slab   uint32[capacity, width]
-    slots  int64[n]
-    most   uint32[width]  overwritten: the largest of each column, which spares a sum over each row
+    slab   uint32[capacity, width]  bits of the float32 rows
+    slots  int64[n]                 the rows to look at
+    most   uint32[width]            overwritten with the largest magnitude of each column
     """
     n, width = slots.shape[0], most.shape[0]
     most[:] = 0
@@ -314,10 +326,10 @@ def largest_in(slab: Any, slots: Any, most: Any) -> Any:
 
 @jit
 def any_below(rows: Any, start: int, floors: Any) -> Any:
-    """Return whether a number of a row is below its floor, or NaN.
+    """Return whether rows[i, start + j] is less than floors[j], or NaN, for any i and j.
 
     rows    float32[n, width]
-    floors  float32[k]  of the numbers from ``start`` on
+    floors  float32[k]
     """
     below = 0
     for i in range(rows.shape[0]):
@@ -353,11 +365,12 @@ def measure(slab: Any, slots: Any, dim: int, norms: Any) -> None:
 
 @jit
 def changed(meta: Any, start: int, stop: int, after: int, upto: int, slots: Any) -> Any:
-    """Find rows whose version is in after+1..upto, from slot ``start`` on.
+    """Find slots in start..stop-1 whose row has a version in after+1..upto.
 
-    slots  int64[n]  filled with their positions, ascending
+    meta   uint64[capacity, 3]  packed; see tiers/host.py
+    slots  int64[n]             written from index 0 on, ascending; n is the maximum to find
 
-    Returns how many were found, and the slot after the last one that was checked.
+    Returns (number of slots found, slot to continue at).
     """
     found = 0
     for slot in range(start, stop):

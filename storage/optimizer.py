@@ -47,7 +47,10 @@ def square_sum32(numbers: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer(ABC):
-    """How a gradient changes a row. Hyper-parameters are checked when it is constructed."""
+    """Base class of optimizers. One object has the hyper-parameters of one table.
+
+    The constructor raises ValueError for a hyper-parameter that is not allowed.
+    """
 
     name: ClassVar[str]
 
@@ -99,25 +102,29 @@ class Optimizer(ABC):
 
     @abstractmethod
     def state_width(self, dim: int) -> int:
-        """Return the numbers of state of a row whose embedding has ``dim`` numbers."""
+        """Return how many float32 numbers of state a row has whose embedding has ``dim``."""
 
     def initial_state(self, dim: int) -> Rows:
         """Return the state of a new row, float32[state_width(dim)]."""
         return np.zeros(self.state_width(dim), np.float32)
 
     def roots(self, dim: int) -> slice:
-        """Return which numbers of a row the step takes a root of; none by default.
+        """Return the slice of a row that contains the numbers of which ``step`` takes a root.
 
-        Pushes never make them less than those of a new row.
+        Empty by default. Pushes never make these numbers less than those of a new row.
         """
         return slice(dim, dim)
 
     def is_tame(self, lr: float) -> bool:
-        """Return whether a step of tame gradients is sure to leave tame rows finite.
+        """Return whether a step with tame gradients certainly leaves no infinity or NaN in tame
+        rows.
 
-        Where it is, nobody need look at the result of a push before it is applied. Gradients are
-        tame up to TAME_GRADIENT. A row is tame if its numbers are not beyond TAME_NUMBER, and the
-        ``roots`` not below those of a new row. False is always right, and costs time.
+        lr  learning rate of the step
+
+        If so, such a push is applied without trying it out first. Gradients are tame up to a
+        magnitude of 1e6 (TAME_GRADIENT). A row is tame if the magnitude of its numbers is at most
+        1e12 (TAME_NUMBER), and its ``roots`` are not less than those of a new row. Returning False
+        is always correct, but makes pushes slower.
         """
         return lr <= TAME_LR and self._is_tame(lr)
 
@@ -131,7 +138,7 @@ class Optimizer(ABC):
         slab   float32[capacity, dim + state_width(dim)]  C-contiguous
         slots  int64[n]         distinct positions of existing rows
         grads  float32[n, dim]  C-contiguous, finite
-        lr     valid for require_lr
+        lr     learning rate, accepted by ``require_lr``
         step   the trainer's global step
         """
 

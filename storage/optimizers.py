@@ -27,9 +27,12 @@ from storage.sgd import SGD
 
 
 def make_optimizer(name: str, lr: float | None, parameters: Mapping[str, float]) -> Optimizer:
-    """Return the optimizer of that name; see ``registry.build``.
+    """Construct the optimizer with this name, for example "adam".
 
-    lr  overrides the parameter of that name, unless it is None
+    lr          learning rate; None: the value in ``parameters``, or the default
+    parameters  other hyper-parameters by name; those left out keep their defaults
+
+    Raises ValueError for an unknown name or parameter, or for a value that is not allowed.
     """
     every = dict(parameters) if lr is None else {**parameters, "lr": lr}
     return build("optimizer", OPTIMIZERS, name, every)

@@ -42,7 +42,10 @@ class Store:
     """
 
     def __init__(self, url: str, seconds: float = SECONDS) -> None:
-        """Read nothing; ValueError if fsspec does not know the scheme or lacks its package."""
+        """Check the URL; read no file yet.
+
+        Raises ValueError if fsspec does not know the URL's scheme or its package is not installed.
+        """
         self.url = url
         try:
             self._files, root = fsspec.core.url_to_fs(
@@ -55,7 +58,7 @@ class Store:
         self._deadlines = Deadlines(seconds)
 
     def stop(self) -> None:
-        """Let every call fail at once, those that are under way too."""
+        """Make every call fail at once with StoreFailed: those in progress, and all later ones."""
         self._deadlines.stop()
 
     def create(self, path: str) -> Output:
@@ -67,14 +70,17 @@ class Store:
     def publish(self, path: str, data: Data) -> None:
         """Create a file with all its contents at once.
 
-        Raises FileExistsError if the file exists. In a local store this is atomic, and the file is
-        on disk together with everything created in its directory. Elsewhere it is one put after a
-        look whether the file exists.
+        Raises FileExistsError if the file exists. In a local store this is atomic, and the file and
+        the names of all files in its directory are synced to disk. In other stores it checks for
+        the file and then puts it, which is not atomic.
         """
         self._run(path, lambda: self._publish(path, bytes(data)))
 
     def sync(self, path: str) -> None:
-        """Flush the names of the directories of ``path`` to the disk, in a local store."""
+        """Sync all directories that contain ``path``, so that it survives a power failure.
+
+        Does nothing unless the store is local.
+        """
         if self.local:
             self._run(path, lambda: self._sync(path))
 
@@ -86,22 +92,22 @@ class Store:
         return data
 
     def exists(self, path: str) -> bool:
-        """Return whether there is such a file."""
+        """Return whether the file or directory ``path`` exists."""
         return self._run(path, lambda: self._exists(path))
 
     def directories(self, path: str = "") -> list[str]:
-        """Return the sorted names of the directories in ``path``, symbolic links included.
+        """Return the sorted names of the directories and symbolic links in directory ``path``.
 
-        A directory that does not exist has none.
+        Returns [] if ``path`` does not exist.
         """
         return self._run(path, lambda: sorted(self._directories(path)))
 
     def remove(self, path: str) -> None:
-        """Remove a file, or a directory with everything in it. A missing one is no error."""
+        """Remove a file, or a directory with everything in it. Does nothing if it is missing."""
         self._run(path, lambda: self._remove(path))
 
     def where(self, path: str) -> str:
-        """Return the name of a file for errors."""
+        """Return the full URL of ``path``, by which errors name it."""
         return f"{self.url.rstrip('/')}/{path}"
 
     def _run(
@@ -159,7 +165,11 @@ class Store:
             raise
 
     def _open_file(self, fd: int, name: str, path: str, flags: int) -> int:
-        """Open a regular file and nothing else."""
+        """Open the regular file ``name`` in directory ``fd``. Raises Corrupt for any other kind.
+
+        path   path in the store, for errors
+        flags  of ``os.open``
+        """
         if stat.S_ISLNK(_mode(name, fd)):
             raise Corrupt(self.where(path), "a symbolic link, which is not followed")
         file = os.open(name, flags | _FILE, 0o666, dir_fd=fd)
@@ -281,7 +291,7 @@ class Output:
         return self._digest.hexdigest()
 
     def discard(self) -> None:
-        """Give up. The file is left as it is."""
+        """Stop writing and close the file. The part written so far stays in the store."""
         with suppress(StorageError):
             self._run(self._file.close)
 
@@ -312,7 +322,10 @@ def _sync_all(fds: Sequence[int]) -> None:
 
 
 def _mode(name: str, fd: int) -> int:
-    """Return the kind of a file in a directory, not of what it links to; 0 if it is missing."""
+    """Return ``st_mode`` of a file in directory ``fd``; 0 if it is missing.
+
+    Does not follow a symbolic link.
+    """
     try:
         return os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""One shard's part of a table: a schema, an index, and tiers with the rows.
+"""The part of a table that one shard stores: a schema, an index, and tiers with the rows.
 
-Not thread-safe: the shard's engine thread is the only caller. Keys within one call are distinct,
-which the service has checked.
+Not thread-safe: only the shard's engine thread may call it. The keys within one call must be
+distinct unless a method says otherwise; the service has checked that.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ Mode = Literal["train", "serve"]
 
 
 class Table:
-    """Rows by key under one schema.
+    """The rows of one table on one shard, by key.
 
-    share  part of all keys that this shard owns, 0..1
+    budget  memory budget of the shard
+    share   fraction of all keys that this shard owns, 0..1
     """
 
     def __init__(self, schema: TableSchema, budget: Budget, share: float = 1.0) -> None:
@@ -57,14 +58,16 @@ class Table:
         return len(self._index)
 
     def alter(self, schema: TableSchema, version: int, seconds: float) -> int | None:
-        """Go on under a schema that differs in alterable fields; see psserver/alterations.py.
+        """Replace the schema by one that differs only in fields that may be altered.
 
-        version  of the alteration, at ``seconds``
+        version  log version of the alteration
+        seconds  time of the alteration
 
-        Returns None if no counters towards admission are lost; else about how many there were. They
-        are dropped where the new rule cannot go on from them, and their keys start again from zero.
+        The admission counters of keys without a row are dropped if the new admission rule cannot
+        use them; counting then starts again from zero. Returns the approximate number of dropped
+        counters, or None if no counters were lost.
 
-        Raises OutOfMemory, and changes nothing then, if there is no room for a new sketch.
+        Raises OutOfMemory, and changes nothing then, if there is no memory for a new sketch.
         """
         dropped = self._alter_admission(schema)
         if schema.evictions != self.schema.evictions:
@@ -88,13 +91,13 @@ class Table:
         gate = self._make_gate(new)
         replaced, dropped = self.gate, self.gate.entries
         gate.dropped = replaced.dropped + dropped
-        gate.edits = replaced.edits + 1  # so that no block of cells is taken for the new gate's
+        gate.edits = replaced.edits + 1  # so that stored cells of the old gate count as outdated
         replaced.close()
         self.gate = gate
         return dropped if replaced.counting or replaced.loss_reason else None
 
     def stats(self) -> TableStats:
-        """Return the size of the table now."""
+        """Return the current number of rows and the memory of the table."""
         index, gate = self._index.bytes, self.gate
         return TableStats(
             rows=len(self),
@@ -105,7 +108,7 @@ class Table:
         )
 
     def pull(self, keys: Keys, mode: Mode, out: Rows) -> Locations:
-        """Write the embeddings of ``keys`` to ``out``; changes nothing in the table.
+        """Write the embeddings of ``keys`` to ``out``. Does not change the table.
 
         keys  uint64[n]        distinct or not
         mode  for keys without a row: "train" writes their initial value, "serve" the table's
@@ -126,7 +129,10 @@ class Table:
         return locations
 
     def metadata(self, locations: Locations) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """Return versions uint64[n], steps int64[n], frequencies uint64[n]; 0 for absent rows."""
+        """Return (versions uint64[n], steps int64[n], frequencies uint64[n]) of rows.
+
+        locations  uint64[n], from ``pull``; 0 for keys without a row, for which all three are 0
+        """
         meta = np.zeros((len(locations), 4), np.uint64)
         present = np.flatnonzero(locations)
         meta[present] = self._host.meta(places(locations[present]))
@@ -149,11 +155,13 @@ class Table:
         keys       uint64[n]        distinct
         gradients  float32[n, dim]  finite
         counts     uint32[n]        occurrences of each key in the push
-        step       of the trainer, for the optimizer. Rows record it, or the step of the table if
-                   that is larger: a client that lags or sends no step makes no row look idle
-        lr         overrides the table's learning rate for this push
-        largest    largest magnitude of the gradients; None: it is not known
-        copied     the caller passes the result to ``images``
+        version    log version of this push
+        step       the trainer's step, which the optimizer gets. Rows record this step or the
+                   table's step, whichever is larger, so that a client that lags or sends no step
+                   does not make rows look idle
+        lr         learning rate of this push; None: the table's
+        largest    largest magnitude of the gradients; None: compute it if needed
+        copied     True: the caller will pass the result's slots to ``images``
 
         Gradients of keys that are not admitted are dropped. Raises OutOfMemory or RowOverflow, and
         changes nothing then.
@@ -194,14 +202,17 @@ class Table:
     ) -> None:
         """Raise RowOverflow if a push would leave infinity or NaN in a row that is finite now.
 
-        Arguments are those of ``push``.
+        For the parameters see ``push``. Changes nothing.
         """
         optimizer = self.schema.optimizer
         lr = optimizer.lr if lr is None else lr
         self._guard.check(self.schema.name, optimizer, keys, gradients, lr, step, largest)
 
     def _copies(self, keys: Keys) -> Rows:
-        """Return copies of rows, float32[n, width]; keys without one get the one they would get."""
+        """Return copies of the rows of keys, float32[n, width].
+
+        For keys without a row, returns the initial row that they would get.
+        """
         locations, absent = self._index.find(keys)
         rows = np.empty((len(keys), self.schema.width), np.float32)
         present = np.flatnonzero(locations)
@@ -221,13 +232,16 @@ class Table:
         locations: Locations,
         version: int,
     ) -> tuple[NDArray[np.bool_], Occurrences]:
-        """Create rows for the missing keys that are admitted, and count the others.
+        """Create rows for the missing keys that are admitted, and count the other missing keys.
 
-        missing    int64[m]   positions in ``keys`` of those without a row
-        locations  uint64[n]  written where a row is created
+        keys       uint64[n]
+        counts     uint32[n]  occurrences of each key in the push
+        missing    int64[m]   indices in ``keys`` of the keys without a row
+        locations  uint64[n]  written for the keys that get a row
+        version    log version of the push
 
-        Returns which of the missing keys have a row now, bool[m], and their occurrences so far,
-        uint32[m].
+        Returns (bool[m], True for missing keys that have a row now; uint32[m], occurrences of each
+        missing key so far).
         """
         absent, more = keys[missing], counts[missing]
         admitted, totals = self.gate.weigh(absent, more, version)
@@ -244,8 +258,9 @@ class Table:
         return admitted, totals
 
     def images(self, slots: Slots, frequencies: NDArray[Any], rows: Rows) -> None:
-        """Copy the rows that a push left.
+        """Copy whole rows and frequencies after a push, for its log record.
 
+        slots        int64[n]           slots of the rows, from ``push``
         frequencies  uint64[n]          written
         rows         float32[n, width]  written
         """
@@ -253,7 +268,7 @@ class Table:
         self._guard.pushed(largest_magnitude(rows))
 
     def put(self, images: Images) -> None:
-        """Write whole rows from a block or a record, except over newer rows.
+        """Write whole rows from a block or a log record. A row with a newer version stays.
 
         Keys that get a row lose their counters. Raises OutOfMemory, and changes nothing then.
         """
@@ -267,7 +282,7 @@ class Table:
         self._guard.put(rows)
 
     def put_counters(self, keys: Keys, totals: Occurrences, versions: Versions) -> None:
-        """Write counters from a block or a record, except over newer counters.
+        """Write admission counters from a block or a log record. Newer counters stay.
 
         keys      uint64[n], distinct; those that have a row are ignored
         totals    uint32[n]
@@ -277,13 +292,12 @@ class Table:
         self.gate.put(keys[absent], totals[absent], versions[absent])
 
     def delete(self, keys: Keys, before: Versions | None = None) -> tuple[Keys, int]:
-        """Delete rows, and the counters of keys without one.
+        """Delete the rows of keys, and the admission counters of keys without a row.
 
         keys    uint64[n]  distinct
-        before  uint64[n]  only rows of lower versions; None: all rows
+        before  uint64[n]  delete a row only if its version is older than this; None: always
 
-        Returns the keys that had a row or a counter, in the order of ``keys``, and how many had a
-        row.
+        Returns (deleted keys, in the order of ``keys``; how many of them had a row).
         """
         locations, absent = self._index.find(keys)
         there = np.flatnonzero(locations)
@@ -302,7 +316,7 @@ class Table:
         return gone, len(there)
 
     def view(self) -> View:
-        """Return the rows as sweeps see them; valid until the next call that changes the table."""
+        """Return the rows as eviction sweeps read them; valid until the table changes next."""
         return self._host.view()
 
     def scan(self) -> Scan:
@@ -310,16 +324,16 @@ class Table:
         return self._host.scan()
 
     def tiers(self) -> list[tuple[str, Scan, int]]:
-        """Return for each tier its name, its rows, and the bytes that it takes."""
+        """Return (name, scan over its rows, bytes of memory) of each tier."""
         return [(self._host.name, self._host.scan(), self._host.bytes)]
 
     def tiers_of(self, locations: Locations) -> list[str]:
-        """Return the name of the tier of each location; empty for keys without a row."""
+        """Return the name of each location's tier; "" for location 0, a key without a row."""
         names = {0: "", self._host.code: self._host.name}
         return [names[code] for code in (locations >> np.uint64(PLACE_BITS)).tolist()]
 
     def dump(self) -> Dump:
-        """Return copies of everything, for tests and tools: as large as the table."""
+        """Return copies of all rows and counters, for tests and tools. Doubles the memory."""
         keys = [k for k, _ in self._index.slices()]
         every = np.sort(np.concatenate(keys))
         rows, meta = self._host.dump(places(self._index.find(every)[0]))
@@ -329,20 +343,26 @@ class Table:
         return Dump(every, rows, meta, counters, self.gate.cells().copy())
 
     def close(self) -> None:
-        """Free the memory, once the last scan has let go of it."""
+        """Free the memory once the last scan is dropped."""
         self._index.close()
         self._host.close()
         self.gate.close()
 
     def _create(self, keys: Keys) -> Locations:
-        """Create initial rows for absent keys; raises OutOfMemory, and creates none then."""
+        """Create initial rows for absent keys, and return their locations, uint64[n].
+
+        Raises OutOfMemory, and creates none then.
+        """
         locations = self._place(keys)
         slots = places(locations)
         self._host.create(keys, slots, self.schema.initializer, self._seed, self._state)
         return locations
 
     def _place(self, keys: Keys) -> Locations:
-        """Return locations for the rows of absent keys, not filled; OutOfMemory changes nothing."""
+        """Add absent keys to the index, and return locations for their rows, uint64[n].
+
+        The contents of the rows are undefined. Raises OutOfMemory, and changes nothing then.
+        """
         slots = self._host.allocate(len(keys))
         locations = slots.view(np.uint64) | np.uint64(self._host.code << PLACE_BITS)
         try:

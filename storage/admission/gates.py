@@ -33,9 +33,9 @@ Versions = NDArray[np.uint64]
 
 
 class Gate(ABC):
-    """The admission of one table on one shard. For the engine thread only.
+    """Decides which keys of one table on one shard get a row. Use it on the engine thread only.
 
-    Methods take keys without a row, uint64[n], distinct within a call.
+    All methods take keys that have no row, uint64[n], distinct within a call.
 
     counting  whether keys that wait have counters
     cap       largest number of counters; 0 without counters
@@ -50,7 +50,10 @@ class Gate(ABC):
 
     @property
     def loss_reason(self) -> str:
-        """Why a key without row and counter may have been pushed before; empty: it was not."""
+        """Reason why a key without row and counter may nevertheless have been pushed before.
+
+        Empty if every pushed key has a row or a counter.
+        """
         return ""
 
     @abstractmethod
@@ -82,7 +85,7 @@ class Gate(ABC):
         return admitted, totals
 
     def waiting(self, keys: Keys) -> Occurrences:
-        """Return the occurrences so far, uint32[n]."""
+        """Return the occurrences of each key so far, uint32[n]; 0 without a counter."""
         return np.zeros(len(keys), np.uint32)
 
     def discard(self, keys: Keys) -> None:
@@ -90,16 +93,20 @@ class Gate(ABC):
         return  # unless a gate counts
 
     def expire(self, before: int, limit: int = SEGMENT) -> None:
-        """Drop counters that were last changed before a version, among the next ``limit`` places.
+        """Drop counters that were last changed before version ``before``.
 
-        Repeated calls with the same ``before`` look at all places in turn.
+        Scans about ``limit`` entries and continues there at the next call, so that repeated calls
+        scan all counters.
         """
         return  # unless a gate counts
 
     def put(self, keys: Keys, totals: Occurrences, versions: Versions) -> None:
-        """Write counters from a log record or a block, except over newer ones.
+        """Write counters from a log record or a block. Newer counters stay.
 
-        Atomic: raises OutOfMemory, and changes nothing then.
+        totals    uint32[n]  occurrences of each key
+        versions  uint64[n]  log version of the last change of each counter
+
+        Raises OutOfMemory, and changes nothing then.
         """
         return  # unless a gate counts
 
@@ -150,7 +157,7 @@ class Gate(ABC):
         return 0
 
     def alter(self, threshold: int, cap: int) -> None:
-        """Set another threshold and another cap, and keep the counters."""
+        """Change the threshold and the maximum number of counters; keep the counters."""
         return  # unless a gate counts
 
     def close(self) -> None:
@@ -186,11 +193,16 @@ class CountingGate(Gate):
 
 @jit
 def _draw(keys: Any, counts: Any, seed: Any, version: Any, p: float, out: Any) -> None:
-    """Set out[i] if at least one of counts[i] draws of probability p succeeds.
+    """Set out[i] to True with probability 1 - (1 - p)^counts[i].
 
-    One random number decides: output ``version`` of the key's own stream, as in initializers.py.
-    It does not depend on the batch. The seed is mixed first, so that the streams differ from those
-    of the initial values.
+    keys     uint64[n]
+    counts   uint32[n]  occurrences of each key in the push
+    seed     seed of the table
+    version  log version of the push
+    out      bool[n]    written
+
+    Uses one random number per key: number ``version`` of the random sequence of that key and seed.
+    So the result does not depend on other keys in the batch.
     """
     start = mix64(seed + np.uint64(GOLDEN))
     position = (version + np.uint64(1)) * np.uint64(GOLDEN)

@@ -28,12 +28,12 @@ SMALLEST = 1 << 12  # cells; in a smaller sketch the share in use varies too muc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission(ABC):
-    """An admission rule. The constructor raises ValueError for a parameter that breaks a rule."""
+    """Base class of admission rules. The constructor raises ValueError for an invalid parameter."""
 
     name: ClassVar[str]
 
     def on(self, share: float) -> Self:
-        """Return the rule for a shard that owns this share of the keys, 0..1."""
+        """Return the rule for a shard that owns the fraction ``share`` (0..1) of all keys."""
         return self  # unless a parameter counts keys over all shards
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class Admission(ABC):
         self._check()
 
     def _check(self) -> None:
-        """Raise ValueError, by ``_require``, for a parameter that breaks a rule."""
+        """Validate the parameters: call ``_require`` for each condition. It raises ValueError."""
         return  # unless a rule has parameters
 
     def _require(self, field: str, holds: bool, rule: str) -> None:
@@ -59,7 +59,10 @@ class Admission(ABC):
         return self == other
 
     def alter(self, gate: Gate) -> None:
-        """Apply this rule to a gate of a rule that it ``keeps``."""
+        """Change ``gate`` to this rule, keeping its counters.
+
+        The gate must belong to a rule for which ``keeps`` returns True.
+        """
         return  # unless a gate counts
 
     @abstractmethod
@@ -206,7 +209,12 @@ class Probability(Admission):
 
 
 def make_admission(name: str, params: Mapping[str, float]) -> Admission:
-    """Return the admission rule of that name; see ``registry.build``."""
+    """Construct the admission rule with this name, for example "counter".
+
+    params  parameters by name; those left out keep their defaults
+
+    Raises ValueError for an unknown name or parameter, or for a value that is not allowed.
+    """
     return build("admission", ADMISSIONS, name, params)
 
 

@@ -1,6 +1,6 @@
-"""A counting Bloom filter of the keys that wait for admission.
+"""A sketch: a counting Bloom filter that counts the keys without a row approximately.
 
-cells   uint8[m] or uint16[m]   each of a key's k cells contains its count, and those of other keys
+cells   uint8[m] or uint16[m]   each key has k cells; a cell has the sum of the counts of its keys
 keys    uint64[n]
 
 Cell i of a key is at (h + i s) m / 2^64, with s odd. Two hashes h and s replace k hashes (Kirsch
@@ -47,9 +47,15 @@ def _prefetch_cells(cells: Any, salt: Any, k: int, key: Any) -> None:
 
 @jit
 def _estimate(cells: Any, salt: Any, k: int, keys: Any, out: Any) -> None:
-    """Write the smallest cell of each key: its count, unless it shares all of its cells.
+    """Write the estimated count of each key to ``out``: the smallest of its k cells.
 
-    out  uint32[n]
+    The estimate is too high only if the key shares each of its cells with other keys.
+
+    cells  uint8[m] or uint16[m]
+    salt   uint64     mixed into the hash
+    k      number of cells per key
+    keys   uint64[n]
+    out    uint32[n]  written
 
     Prefetches a few keys ahead: k random cells are k cache misses, and in a batch they can overlap.
     """
@@ -221,7 +227,7 @@ class SketchGate(CountingGate):
         self.edits += len(keys)
 
     def _keep_up(self, keys: int) -> None:
-        """Age while too many cells are in use, by an amount of work that suits a push of n keys."""
+        """Halve cells while too many are in use, with work in proportion to a push of ``keys``."""
         left = max(HALVED, 64 * self._k * keys)
         while left > 0:
             if self._used > FULL * len(self._cells):

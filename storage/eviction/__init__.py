@@ -1,4 +1,4 @@
-"""Eviction: which rows leave a table.
+"""Eviction: which rows are removed from a table because they are stale, small or too many.
 
 timeline.py   the versions that are older than a TTL
 contract.py   the contract of an eviction rule

@@ -1,4 +1,4 @@
-"""The contract of an eviction rule, and the data that it compares."""
+"""The contract of an eviction rule, which decides which rows are evicted."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from storage.records import Cause
 
 FIRST_STEP, LAST_STEP = -(1 << 47), (1 << 47) - 1  # the range of steps
 LARGEST = 1e30  # the largest parameter
-WHOLE = 1 << 48  # parameters that are whole numbers are below
+WHOLE = 1 << 48  # whole-number parameters must be less than this
 EMPTY = (1 << 63) - 1  # score of a slot without a row
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The slots of a tier now. Valid until the next change of the table."""
+    """The rows of a tier as sweeps read them, by slot. Valid until the table changes next."""
 
     slab: Rows  # float32[capacity, width]  [embedding | state]
     meta: NDArray[np.uint64]  # [capacity, 3]  packed; see tiers/host.py
@@ -33,22 +33,22 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Now:
-    """The values that rules compare rows with."""
+    """The current values of a table that eviction rules compare rows with."""
 
-    step: int  # of the table: the largest step that was pushed to it
-    version: int  # of the last push
-    idle: int = 0  # rows of versions up to this one have been idle longer than the time TTL
+    step: int  # the table's step: the largest step pushed to it
+    version: int  # log version of the table's last push
+    idle: int = 0  # rows with versions up to this one have outlived the time TTL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Eviction(ABC):
-    """An eviction rule. The constructor raises ValueError for a parameter that breaks a rule."""
+    """Base class of eviction rules. The constructor raises ValueError for an invalid parameter."""
 
     name: ClassVar[str]
     cause: ClassVar[Cause]
 
     def on(self, share: float) -> Self:
-        """Return the rule for a shard that owns this share of the keys, 0..1."""
+        """Return the rule for a shard that owns the fraction ``share`` (0..1) of all keys."""
         return self  # unless a parameter counts rows over all shards
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Eviction(ABC):
 
     @abstractmethod
     def _check(self) -> None:
-        """Raise ValueError, by ``_require``, for a parameter that breaks a rule."""
+        """Validate the parameters: call ``_require`` for each condition. It raises ValueError."""
 
     def _require(self, field: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -75,15 +75,16 @@ class Eviction(ABC):
 
     @abstractmethod
     def due(self, rows: int, last: Now, now: Now) -> bool:
-        """Return whether a sweep is due.
+        """Return whether a sweep over the table is due under this rule.
 
         rows  number of rows in the table
-        last  the values when the last sweep began
+        last  values of the table when the last sweep began
+        now   values of the table now
         """
 
 
 class RowEviction(Eviction):
-    """A rule for single rows: whether a row leaves does not depend on other rows."""
+    """A rule that decides about each row without looking at other rows."""
 
     __slots__ = ()
 
@@ -91,20 +92,20 @@ class RowEviction(Eviction):
 
     @abstractmethod
     def mark(self, view: View, start: int, stop: int, now: Now, causes: NDArray[np.uint8]) -> None:
-        """Set causes[i] to this rule's cause if the row in slot start + i leaves.
+        """Set causes[i] to this rule's cause if the row in slot start + i is to be evicted.
 
-        causes  uint8[stop - start]; entries that are not 0 stay as they are
+        causes  uint8[stop - start]; entries that are not 0 are left unchanged
         """
 
 
 class TableEviction(Eviction):
-    """A rule for tables: while a table has too many rows, those with the lowest scores leave."""
+    """A rule that limits the number of rows: it evicts the rows with the lowest scores."""
 
     __slots__ = ()
 
     @abstractmethod
     def excess(self, rows: int) -> int:
-        """Return how many rows must leave a table of this many rows."""
+        """Return how many rows must be evicted from a table with ``rows`` rows."""
 
     @abstractmethod
     def score(self, view: View, start: int, stop: int, now: Now, out: NDArray[np.int64]) -> None:

@@ -28,15 +28,16 @@ _STATE = struct.Struct("<qQQ")  # step version bytes-of-times
 class EvictorState:
     """The state of an evictor, without its rules."""
 
-    step: int  # of the table
-    version: int  # of the last push
-    times: Timeline | None  # if there is a time TTL
-    steps: Timeline | None  # if there is a step TTL
+    step: int  # the table's step: the largest step pushed to it
+    version: int  # log version of the table's last push
+    times: Timeline | None  # None without a time TTL
+    steps: Timeline | None  # None without a step TTL
 
     def pack(self) -> bytes:
-        """step i64 | version u64 | bytes of times u64 | times | steps, little-endian.
+        """Return the state as bytes for ``Evictor.load``.
 
-        times, steps   timelines of the rules; empty without such a rule
+        Format: step i64 | version u64 | bytes of times u64 | times | steps, little-endian. times
+        and steps are packed timelines, empty without a rule of this kind.
         """
         times = b"" if self.times is None else self.times.pack()
         steps = b"" if self.steps is None else self.steps.pack()
@@ -44,10 +45,10 @@ class EvictorState:
 
 
 class Evictor:
-    """The eviction of one table on one shard. For the engine thread only.
+    """The eviction of one table on one shard. Use it on the engine thread only.
 
-    Call ``tick`` for background eviction. For a sweep on demand, or a dry one, take ``sweep`` and
-    call its ``slice`` with ``now`` until it is done.
+    Call ``tick`` for background eviction. For a sweep on demand, or a dry run, call ``sweep``, then
+    ``slice`` of the result with ``now()`` until the sweep is done.
     """
 
     def __init__(self, rules: Sequence[Eviction]) -> None:
@@ -65,9 +66,10 @@ class Evictor:
         return self._rules
 
     def altered(self, rules: Sequence[Eviction], version: int, seconds: float) -> Evictor:
-        """Return an evictor with other rules and the same step and times.
+        """Return an evictor with new rules and the step and times of this one.
 
-        version  of the alteration, at ``seconds``
+        version  log version of the alteration
+        seconds  time of the alteration
 
         Rows do not record times. So if the table had no time TTL before, all rows count as pushed
         at the alteration.
@@ -110,7 +112,11 @@ class Evictor:
         return max(self._step, 0) + ahead if ahead else LAST_STEP
 
     def written(self, version: int, seconds: float) -> None:
-        """Record that whole rows with steps of their own were written."""
+        """Record a write of whole rows, which does not change the table's step.
+
+        version  log version of the write
+        seconds  time of the write
+        """
         self._version = max(self._version, version)
         if self._times is not None:
             self._times.add(version, seconds)
@@ -131,7 +137,7 @@ class Evictor:
         self._step, self._version = max(self._step, step), max(self._version, version)
 
     def now(self, seconds: float) -> Now:
-        """Return the values that rules compare rows with at a time of the clock."""
+        """Return the values that rules compare rows with, at time ``seconds``."""
         idle = 0 if self._times is None else self._times.version_before(seconds)
         return Now(self._step, self._version, idle)
 
@@ -141,15 +147,15 @@ class Evictor:
         return self._step
 
     def stale(self, seconds: float) -> int:
-        """Return the newest version that has outlived a TTL; 0 if none has.
+        """Return the newest log version that is older than a TTL at time ``seconds``; 0 if none is.
 
-        For counters, which have a version and no step. So a step TTL is as precise as Timeline.
+        Used to expire admission counters, which record a version but no step.
         """
         steps = 0 if self._steps is None else self._steps.version_before(float(self._step))
         return max(steps, self.now(seconds).idle)
 
     def excess(self, rows: int) -> int:
-        """Return how many rows must leave a table of this many rows."""
+        """Return how many rows must be evicted from a table with ``rows`` rows."""
         tables = (rule for rule in self._rules if isinstance(rule, TableEviction))
         return max((rule.excess(rows) for rule in tables), default=0)
 
@@ -163,18 +169,21 @@ class Evictor:
         return any(rule.due(rows, self._last, now) for rule in self._rules)
 
     def sweep(self, *, dry: bool = False) -> Sweep:
-        """Return a new sweep by all rules."""
+        """Return a new sweep by all rules. A dry sweep only counts the rows to evict."""
         return Sweep(self._rules, dry=dry)
 
     def tick(
         self, view: View, seconds: float, limit: int = SLICE, most: int = MOST
     ) -> dict[Cause, Keys]:
-        """Take the next slice of background eviction, and return the keys, uint64[], by cause.
+        """Scan the next slice of the background sweep; return the keys to evict, by cause.
 
-        The caller must delete the keys before the next call, or call ``again``.
+        view     rows of the table now
+        seconds  the time now
+        limit    maximum number of slots to scan
+        most     maximum number of keys to return
 
-        limit  largest number of slots to look at
-        most   largest number of keys to return
+        Begins a sweep if one is due. The caller must delete the keys (uint64[]) before the next
+        call, or call ``again``.
         """
         if not self.due(view.rows, seconds):
             return {}

@@ -38,7 +38,7 @@ SCALE = 1 << 14  # of LFU scores, which are whole numbers, so that comparing the
 
 @jit
 def _idle_steps(meta: Any, start: int, stop: int, last: int, cause: int, causes: Any) -> None:
-    """Mark rows of steps up to ``last``, a valid step."""
+    """Set causes[i] = ``cause`` for each row whose step is at most ``last``."""
     most = (np.int64(last) << np.int64(16)) | np.int64(0xFFFF)  # largest metadata with that step
     for i in range(stop - start):
         if np.int64(meta[start + i, 2]) <= most and causes[i] == 0:
@@ -48,7 +48,7 @@ def _idle_steps(meta: Any, start: int, stop: int, last: int, cause: int, causes:
 
 @jit
 def _idle_versions(meta: Any, start: int, stop: int, last: Any, cause: int, causes: Any) -> None:
-    """Mark rows of versions 1..last."""
+    """Set causes[i] = ``cause`` for each row whose version is in 1..last."""
     for i in range(stop - start):
         version = meta[start + i, 1] >> np.uint64(16)
         if version <= last and version != 0 and causes[i] == 0:
@@ -73,9 +73,9 @@ def _small(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTtl(RowEviction):
-    """Evicts a row when the table's step - the step of the row's last push > ``steps``.
+    """Evicts a row that was not pushed for more than ``steps`` steps of its table.
 
-    A sweep is due whenever the table's step has advanced by steps / ROUNDS.
+    Sweeps 64 times (ROUNDS) per TTL: whenever the table's step has advanced by ``steps / 64``.
     """
 
     name: ClassVar[str] = "step_ttl"
@@ -97,7 +97,7 @@ class StepTtl(RowEviction):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeTtl(RowEviction):
-    """Evicts a row that was not pushed for ``seconds``. Timeline states the precision."""
+    """Evicts a row that was not pushed for ``seconds`` seconds, or up to 1/256 longer."""
 
     name: ClassVar[str] = "time_ttl"
     cause: ClassVar[Cause] = Cause.TIME_TTL
@@ -116,11 +116,11 @@ class TimeTtl(RowEviction):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norm(RowEviction):
-    """Evicts a row whose L2 norm of the embedding < ``threshold``, and that rested for ``grace``.
+    """Evicts a row with a small embedding (L2 norm < ``threshold``) that was not pushed lately.
 
-    A row has rested if the table's step - the step of its last push >= ``grace``. Rows that are
-    being trained stay: an evicted row would return with its next push, at its initial value instead
-    of the small value that it had learnt. With grace 0 every sweep judges every row.
+    "Not lately" means that the table's step minus the step of the row's last push is at least
+    ``grace``. So rows in training stay; otherwise their next push would create them again with the
+    initial value instead of the learnt one. With grace 0 every row may be evicted.
     """
 
     name: ClassVar[str] = "norm"
@@ -235,7 +235,12 @@ class CapacityLfu(Capacity):
 
 
 def make_eviction(name: str, params: Mapping[str, float]) -> Eviction:
-    """Return the eviction rule of that name; see ``registry.build``."""
+    """Construct the eviction rule with this name, for example "step_ttl".
+
+    params  parameters by name; those left out keep their defaults
+
+    Raises ValueError for an unknown name or parameter, or for a value that is not allowed.
+    """
     return build("eviction", EVICTIONS, name, params)
 
 

@@ -1,4 +1,4 @@
-"""Choose the rows with the lowest scores, slice by slice.
+"""Choose the rows with the lowest scores, scanning a slice of slots per call.
 
 Each stage passes over all slots:
 
@@ -72,7 +72,7 @@ def _lowest(scores: Any, bound: int, ties: int, places: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Victims:
-    """Rows that leave the table."""
+    """Rows that are to be evicted, with the cause of each."""
 
     slots: Slots  # int64[n], distinct
     causes: NDArray[np.uint8]  # [n]  values of Cause
@@ -81,7 +81,7 @@ class Victims:
         return len(self.slots)
 
     def keys(self, view: View) -> dict[Cause, Keys]:
-        """Return the keys, uint64[], by cause, without causes that have no key."""
+        """Return the keys of the rows, uint64[], by cause. Causes without a row are left out."""
         return {
             Cause(cause): view.meta[self.slots[self.causes == cause], 0]
             for cause in np.unique(self.causes).tolist()
@@ -92,7 +92,10 @@ NOBODY = Victims(np.empty(0, np.int64), np.empty(0, np.uint8))
 
 
 class Selection:
-    """Chooses the rows that leave by one rule for tables, slice by slice."""
+    """Selects the ``excess`` lowest-scoring rows of a table under one eviction rule.
+
+    Each call of ``slice`` scans a slice of slots.
+    """
 
     def __init__(self, rule: TableEviction, view: View, excess: int, now: Now) -> None:
         self._rule, self._end, self._now = rule, view.used, now
@@ -106,11 +109,11 @@ class Selection:
 
     @property
     def done(self) -> bool:
-        """Whether there is no slice left."""
+        """True if all slices were scanned."""
         return self._stage == "done"
 
     def slice(self, view: View, limit: int, most: int) -> Victims:
-        """Look at up to ``limit`` slots. The last stage returns up to ``most`` victims."""
+        """Scan up to ``limit`` slots. In the stage "take", returns up to ``most`` victims."""
         start, stop = self._at, min(self._at + limit, self._end)
         scores = np.empty(stop - start, np.int64)
         self._rule.score(view, start, stop, self._now, scores)

@@ -26,12 +26,11 @@ MOST = 1 << 13  # victims per slice
 
 
 class Sweep:
-    """One pass of rules over the rows of a table, slice by slice.
+    """One pass of eviction rules over the rows of a table, one slice per call.
 
-    rules   the rules
-    counts  victims so far, by cause
-    dry     only count. The victims stay, so for a rule for tables the excess is computed, and its
-            victims are not searched for
+    rules   the eviction rules
+    counts  number of victims (rows to evict) found so far, by cause
+    dry     only count the victims, do not return them
     """
 
     def __init__(self, rules: Sequence[Eviction], *, dry: bool = False) -> None:
@@ -46,11 +45,14 @@ class Sweep:
 
     @property
     def done(self) -> bool:
-        """Whether there is no slice left."""
+        """True if the sweep is complete."""
         return self._end is not None and self._at >= self._end and not self._tables
 
     def slice(self, view: View, now: Now, limit: int = SLICE, most: int = MOST) -> Victims:
-        """Look at up to ``limit`` slots, and return up to ``most`` victims; none in a dry sweep.
+        """Scan up to ``limit`` slots, and return up to ``most`` victims; none in a dry sweep.
+
+        view  rows of the table now
+        now   values of the table now, for the rules to compare with
 
         The caller must delete the victims before it asks for the next slice.
         """

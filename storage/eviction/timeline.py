@@ -1,4 +1,4 @@
-"""The versions that are older than a TTL."""
+"""Find the log versions that are older than a TTL (time to live, in seconds or steps)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ class Timeline:
     """
 
     def __init__(self, ttl: float) -> None:
-        """Create a timeline without samples. ``ttl`` is in the unit of its times."""
+        """Create a timeline without samples.
+
+        ttl  time to live, in the unit of the times that ``add`` gets: seconds or steps
+        """
         self.ttl = ttl
         self._versions = array("Q")  # of the samples, ascending
         self._times = array("d")  # of the samples, ascending
@@ -41,9 +44,9 @@ class Timeline:
         return len(self._times)
 
     def add(self, version: int, time: float) -> None:
-        """Record a push. A version that is not above the newest sample's is known already.
+        """Record a push. Does nothing if ``version`` is not newer than the newest sample's.
 
-        time  of a clock that goes on while the process is down
+        time  time of the push, by a clock that continues while the process is down
         """
         part = self.ttl / PARTS
         if self._versions:
@@ -80,15 +83,18 @@ class Timeline:
             del self._versions[start:stop], self._times[start:stop]
 
     def _caught_up(self, time: float) -> bool:
-        """Return whether the clock went back and is again where it was."""
+        """Return whether the clock went back earlier and has now reached its old time again."""
         return bool(self._times) and self._times[-1] < self._latest <= time
 
     def _count_before(self, time: float) -> int:
-        """Return how many samples are older than a time."""
+        """Return how many samples are older than ``time``."""
         return bisect_left(self._times, time)
 
     def pack(self) -> bytes:
-        """start f64 | latest f64 | { version u64 | time f64 }*, little-endian."""
+        """Return the timeline as bytes for ``load``.
+
+        Format: start f64 | latest f64 | { version u64 | time f64 }*, little-endian.
+        """
         numbers = chain.from_iterable(zip(self._versions, self._times, strict=True))
         return struct.pack("<dd" + "Qd" * len(self), self._start, self._latest, *numbers)
 
@@ -105,7 +111,7 @@ class Timeline:
         return self.with_ttl(self.ttl)
 
     def with_ttl(self, ttl: float) -> Timeline:
-        """Return a timeline of another TTL that starts from a copy of the samples.
+        """Return a timeline with a different TTL and a copy of the samples.
 
         Samples that a shorter TTL dropped stay unknown. Rows that were pushed before the oldest
         sample do not count as idle until the longer TTL has passed since that sample.

@@ -1,4 +1,4 @@
-"""The contract of a tier.
+"""The contract of a tier: one kind of storage for rows, for example host memory.
 
 To add a tier, write a class in a new file next to this one. The table uses tiers only through this
 contract, and the tests of the contract run over every implementation.
@@ -19,8 +19,8 @@ Meta = NDArray[Any]  # uint64[n, 4]: key, version, step (the bits of an int64), 
 # Versions are below 2^48, steps in -2^47..2^47-1; a frequency stops counting at 2^32-1.
 
 KEY, VERSION, STEP, FREQUENCY = range(4)
-LOOK = 1 << 16  # places whose metadata takes 1.5 MiB; more would keep others waiting
-EVERY = 1 << 62  # places
+LOOK = 1 << 16  # places that a scan looks at per call; more would make other threads wait
+EVERY = 1 << 62  # a number of places that is never reached: no limit
 
 
 class Scan(Protocol):
@@ -47,21 +47,25 @@ class Scan(Protocol):
         ...
 
     def measure(self, places: Slots, norms: NDArray[Any]) -> Meta:
-        """Write the L2 norms of embeddings, float64[n]; return their metadata.
+        """Write the L2 norms of embeddings to ``norms``, float64[n]; return the rows' metadata.
 
-        Version 0: the row was deleted.
+        A row whose metadata has version 0 was deleted meanwhile.
         """
         ...
 
     def read(self, places: Slots, out: Rows) -> None:
-        """Copy embeddings [n, dim]."""
+        """Copy the embeddings of ``places`` to ``out``, float32[n, dim]."""
         ...
 
 
 class Tier(Protocol):
-    """Rows by place. A place is an int64 that the tier chooses; calls take distinct, valid ones.
+    """Stores rows. A place, an int64 that the tier chooses, identifies a row in the tier.
 
-    A row is float32[width], ``[embedding | state]``, with metadata of four 64-bit numbers.
+    The places within one call must be distinct and allocated. A row is float32[width],
+    ``[embedding | optimizer state]``, with metadata of four 64-bit numbers; see ``Meta``.
+
+    name  name of the tier, for statistics
+    code  1..255, stored in every location of a row in this tier; never changes its meaning
     """
 
     name: ClassVar[str]
@@ -74,21 +78,28 @@ class Tier(Protocol):
 
     @property
     def bytes(self) -> int:
-        """Bytes taken from the budget, unused places included."""
+        """Bytes of memory taken from the budget, including unused places."""
         ...
 
     def allocate(self, count: int) -> Slots:
-        """Return places for new rows, contents undefined; OutOfMemory leaves the tier unchanged."""
+        """Return places, int64[count], for new rows with undefined contents.
+
+        Raises OutOfMemory, and changes nothing then.
+        """
         ...
 
     def release(self, places: Slots) -> None:
-        """Free places, whose rows are deleted."""
+        """Delete the rows at ``places``, and free the places."""
         ...
 
     def create(
         self, keys: Keys, places: Slots, initializer: Initializer, seed: int, state: Rows
     ) -> None:
-        """Fill new rows: initial embeddings, initial state, and version, step and frequency 0."""
+        """Fill new rows: initial embeddings, initial state, and version, step and frequency 0.
+
+        seed   seed of the table's initial values, from ``table_seed``
+        state  float32[width - dim], optimizer state of every new row
+        """
         ...
 
     def read(self, places: Slots, out: Rows) -> None:
@@ -106,10 +117,14 @@ class Tier(Protocol):
         version: int,
         stamp: int | None = None,
     ) -> None:
-        """Record the push in the metadata and run one optimizer step over the rows.
+        """Run one optimizer step over the rows, and record the push in their metadata.
 
-        step   passed to the optimizer
-        stamp  step recorded in the metadata; None: ``step``
+        gradients  float32[n, dim]
+        counts     uint32[n]  occurrences of each key, added to its frequency
+        lr         learning rate
+        step       step passed to the optimizer
+        version    log version of the push
+        stamp      step recorded in the metadata; None: ``step``
         """
         ...
 
@@ -134,7 +149,7 @@ class Tier(Protocol):
         ...
 
     def view(self) -> View:
-        """Return the tier as sweeps see it; valid until the next call that changes it."""
+        """Return the rows as eviction sweeps read them; valid until the tier changes next."""
         ...
 
     def dump(self, places: Slots) -> tuple[Rows, Meta]:
@@ -142,5 +157,5 @@ class Tier(Protocol):
         ...
 
     def close(self) -> None:
-        """Free the memory, once the last scan has let go of it."""
+        """Free the memory once the last scan is dropped."""
         ...
