@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from storage.kernels import Rows, Slots, jit, prefetch_row, readonly
-from storage.optimizer import NEXT, ONE, Optimizer, square_sum32
+from storage.optimizer import NEXT, ONE, ROUNDED, Optimizer, square_sum32
 
 LAST_COUNT = 1 << 24  # float32 cannot count further
+VANISHES = 1e-22  # the square of a smaller number may be 0, or half of what it should be
+
+
+def _reach(lr: float, gradient: float, eps: float) -> float:
+    """Return by how much a step may raise the numbers of a row.
+
+    n is at least g^2, so that |g| / sqrt(n) is at most 1, or 2 where g^2 is hardly a float32. It is
+    at most VANISHES / eps where g^2 is 0.
+    """
+    return ROUNDED * max(gradient * gradient, lr * max(2.0, VANISHES / eps))
 
 
 @jit
@@ -93,6 +104,9 @@ class Adagrad(Optimizer):
     def roots(self, dim: int) -> slice:
         return slice(dim, 2 * dim)
 
+    def reach(self, dim: int, lr: float, gradient: float) -> float:
+        return _reach(lr, gradient, self.eps)
+
     def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
         _adagrad(slab, readonly(slots), readonly(grads), float(lr), self.eps)
 
@@ -120,6 +134,9 @@ class RowwiseAdagrad(Optimizer):
 
     def roots(self, dim: int) -> slice:
         return slice(dim, dim + 1)
+
+    def reach(self, dim: int, lr: float, gradient: float) -> float:
+        return _reach(lr * math.sqrt(dim), gradient, self.eps)  # n is a mean over the row
 
     def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
         _rowwise_adagrad(slab, readonly(slots), readonly(grads), float(lr), self.eps)

@@ -25,6 +25,7 @@ from storage.kernels import AHEAD, Rows, Slots
 TAME_NUMBER = 1e12  # magnitude of a number in a row; see Optimizer.is_tame
 TAME_GRADIENT = 1e6
 TAME_LR = 1e3
+ROUNDED = 1.01  # covers what the kernels' roundings add to a step
 SMALLEST = 1e-30  # float32 cannot express hyper-parameters closer to 0, or beyond LARGEST, well
 LARGEST = 1e30
 
@@ -130,6 +131,16 @@ class Optimizer(ABC):
 
     def _is_tame(self, lr: float) -> bool:
         return True
+
+    def reach(self, dim: int, lr: float, gradient: float) -> float:
+        """Return by how much one step may raise the largest magnitude in tame rows.
+
+        gradient  largest magnitude of the gradients
+
+        Infinity, the default, where that depends on the rows. Rows then have to be looked at after
+        each push. The result may only be too large: rounding is covered by ROUNDED.
+        """
+        return math.inf
 
     @abstractmethod
     def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:

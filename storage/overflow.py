@@ -2,8 +2,9 @@
 
 To try out every push on copies of its rows would double its cost. So a push is tried out only if it
 might overflow. It cannot if its gradients and all rows of the table are *tame*, which means not
-extremely large (see ``Optimizer.is_tame``). Rows are checked when they are written, while they are
-still in the CPU's cache.
+extremely large (see ``Optimizer.is_tame``). A bound on all rows is kept. A push raises the bound by
+``Optimizer.reach``. If the bound would become too large, the rows that the push left are checked
+instead, while they are still in the CPU's cache.
 """
 
 from __future__ import annotations
@@ -35,18 +36,38 @@ class OverflowGuard:
         roots = schema.optimizer.roots(schema.dim)
         self._root = roots.start
         self._floors = state[roots.start - schema.dim : roots.stop - schema.dim]
-        largest = max(_largest_initial(schema), np.abs(state).max(initial=0.0))
-        self._tame = bool(largest <= TAME_NUMBER)
+        self._dim = schema.dim
+        self._bound = float(max(_largest_initial(schema), np.abs(state).max(initial=0.0)))
+        self._low = False  # a root may be below that of a new row
+        self.unsure = False  # ``written`` must follow the push
 
-    def pushed(self, largest: float) -> None:
-        """Record the largest magnitude in the rows after a push."""
-        self._tame = self._tame and largest <= TAME_NUMBER
+    @property
+    def _tame(self) -> bool:
+        return not self._low and self._bound <= TAME_NUMBER
+
+    def pushed(self, optimizer: Optimizer, lr: float, largest: float) -> None:
+        """Record a push. Set ``unsure`` if the rows that it left must be checked.
+
+        largest  largest magnitude of the gradients
+        """
+        if not self._tame:  # and never again
+            return
+        bound = self._bound + optimizer.reach(self._dim, lr, largest)
+        self.unsure = bound > TAME_NUMBER
+        if not self.unsure:
+            self._bound = float(np.float32(bound))  # rounded as the kernels round
+
+    def written(self, largest: float) -> None:
+        """Record the largest magnitude in rows that were written."""
+        self.unsure = False
+        if not largest <= self._bound:  # NaN too
+            self._bound = largest
 
     def put(self, rows: Rows) -> None:
         """Record rows float32[n, width] that were written whole, with any optimizer state."""
-        self.pushed(largest_magnitude(rows))
+        self.written(largest_magnitude(rows))
         if self._tame:
-            self._tame = not any_below(readonly(rows), self._root, self._floors)
+            self._low = any_below(readonly(rows), self._root, self._floors)
 
     def check(
         self,
@@ -56,7 +77,7 @@ class OverflowGuard:
         gradients: Rows,
         lr: float,
         step: int,
-        largest: float | None,
+        largest: float,
     ) -> None:
         """Raise RowOverflow if a push would leave infinity or NaN in a row that is finite now.
 
@@ -65,12 +86,10 @@ class OverflowGuard:
         gradients  float32[n, dim]
         lr         learning rate of the push
         step       step of the push
-        largest    largest magnitude of the gradients; None: compute it
+        largest    largest magnitude of the gradients
 
         Rows that have infinity or NaN already are ignored.
         """
-        if largest is None:
-            largest = largest_magnitude(gradients)
         if self._tame and largest <= TAME_GRADIENT and optimizer.is_tame(lr):
             return
         for start in range(0, len(keys), TRIED):

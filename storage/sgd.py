@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from storage.kernels import Rows, Slots, jit, prefetch_row, readonly
-from storage.optimizer import NEXT, ONE, Optimizer
+from storage.optimizer import NEXT, ONE, ROUNDED, Optimizer
 
 
 @jit
@@ -50,6 +50,9 @@ class Sgd(Optimizer):
 
     def state_width(self, dim: int) -> int:
         return 0
+
+    def reach(self, dim: int, lr: float, gradient: float) -> float:
+        return ROUNDED * lr * gradient
 
     def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
         _sgd(slab, readonly(slots), readonly(grads), float(lr))

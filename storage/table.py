@@ -166,6 +166,8 @@ class Table:
         Gradients of keys that are not admitted are dropped. Raises OutOfMemory or RowOverflow, and
         changes nothing then.
         """
+        if largest is None:
+            largest = largest_magnitude(gradients)
         self.check_push(keys, gradients, step=step, lr=lr, largest=largest)
         locations, absent = self._index.find(keys)
         waiting, totals = NO_KEYS, NO_TOTALS
@@ -187,8 +189,9 @@ class Table:
         slots = places(locations)
         stamp = max(step, self.evictor.step)
         self._host.push(slots, gradients, counts, optimizer, lr, step, version, stamp)
-        if not copied:
-            self._guard.pushed(self._host.largest(slots))
+        self._guard.pushed(optimizer, lr, largest)
+        if self._guard.unsure and not copied:
+            self._guard.written(self._host.largest(slots))
         return Pushed(keys, slots, waiting, totals, stamp)
 
     def check_push(
@@ -206,6 +209,8 @@ class Table:
         """
         optimizer = self.schema.optimizer
         lr = optimizer.lr if lr is None else lr
+        if largest is None:
+            largest = largest_magnitude(gradients)
         self._guard.check(self.schema.name, optimizer, keys, gradients, lr, step, largest)
 
     def _copies(self, keys: Keys) -> Rows:
@@ -265,7 +270,8 @@ class Table:
         rows         float32[n, width]  written
         """
         self._host.images(slots, frequencies, rows)
-        self._guard.pushed(largest_magnitude(rows))
+        if self._guard.unsure:
+            self._guard.written(largest_magnitude(rows))
 
     def put(self, images: Images) -> None:
         """Write whole rows from a block or a log record. A row with a newer version stays.

@@ -205,6 +205,49 @@ def test_a_tame_step_leaves_every_tame_row_finite(
             slab = corners.copy()
 
 
+@pytest.mark.parametrize("lr", [0.0, 1e-6, 1e-3, 1.0, TAME_LR])
+@pytest.mark.parametrize(("name", "params"), CASES)
+@pytest.mark.parametrize("dim", [1, 3])
+def test_no_step_raises_a_number_by_more_than_its_reach(
+    name: str, params: dict[str, float], dim: int, lr: float
+) -> None:
+    """Every corner of rows and gradients, at the edges of what float32 can square."""
+    optimizer = make_optimizer(name, None, params)
+    if optimizer.reach(dim, 1.0, 1.0) == np.inf:
+        return
+    tiny = [0.0, 1e-45, 1e-38, 1e-30, *np.geomspace(1e-24, 1e-18, 49), 1e-9, 1e-3]
+    sizes = [*tiny, 1.0, 16777215.0, 1e9, TAME_NUMBER]
+    rows = []
+    for weight, size, sign in itertools.product(sizes, sizes, (-1, 1)):
+        state = np.maximum(optimizer.initial_state(dim), np.float32(size))
+        if name == "adagrad_decay":
+            state[dim] = 2.0
+        rows.append(np.r_[np.full(dim, sign * weight), state])
+    corners = np.array(rows, np.float32)
+    for gradient in (*tiny, 0.5, 1.0, 3e3, TAME_GRADIENT):
+        for given in ([gradient] * dim, [gradient] + [0.0] * (dim - 1)):
+            slab = corners.copy()
+            grads = np.tile(np.float32(given), (len(slab), 1))
+            optimizer.step(slab, np.arange(len(slab)), grads, lr, 250_000)
+            reach = optimizer.reach(dim, lr, float(np.float32(gradient)))
+            bounds = (np.abs(corners).max(axis=1).astype(np.float64) + reach).astype(np.float32)
+            assert (np.abs(slab).max(axis=1) <= bounds).all()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adagrad", "rowwise_adagrad"])
+def test_rows_are_looked_at_only_once_the_bound_might_be_passed(name: str) -> None:
+    table = make(name)
+    looks: list[Any] = []
+    largest = table._host.largest
+    table._host.largest = lambda slots: (looks.append(slots), largest(slots))[1]  # type: ignore[method-assign]
+    for version in range(1, 50):
+        push(table, [1, 2], 1.0, version)
+    assert not looks
+    push(table, [1], TAME_GRADIENT, 50, lr=TAME_LR)
+    push(table, [1], TAME_GRADIENT, 51, lr=TAME_LR)
+    assert len(looks) == (2 if name != "sgd" else 0)
+
+
 def test_the_defaults_of_every_optimizer_are_tame() -> None:
     for name in NAMES:
         optimizer = make_optimizer(name, None, {})
