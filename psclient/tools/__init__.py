@@ -1,29 +1,29 @@
-"""psctl and what it does, as functions: export, import, analyze, inspect.
+"""The command psctl, and its operations as functions: export, import, analyze, inspect.
 
-Needs more than the client does: pip install 'embedding-ps[ctl]'.
+Needs additional packages: pip install 'embedding-ps[ctl]'.
 
-staged.py                 files that appear under their name when they are complete
-arrow.py                  what reading and writing Parquet share
-columns.py                rows by columns, as every format of an export has them
+staged.py                 files that get their final name once they are complete
+arrow.py                  helpers for reading and writing Parquet
+columns.py                columns of an exported table, for every file format
 parquet.py                a table as a Parquet file
 safetensors.py            a table as a safetensors file
-export.py                 a table to a file, or to a file per shard
-cells.py                  columns of a Parquet file as arrays, checked
-source.py                 Parquet files as a source of rows, checked
-importer.py               Parquet files into a table
-summary.py                a table, summed up
-analysis.py               sum up a table, or a checkpoint's
-sink.py                   rows of an analysis as a Parquet file
-history.py                how a table grew: a file that remembers analyses
+export.py                 export a table to one file, or to one file per shard
+cells.py                  columns of a Parquet file, checked and converted to arrays
+source.py                 read and check the rows of Parquet files
+importer.py               import Parquet files into a table
+summary.py                summary statistics of a table
+analysis.py               compute the summary of a live table, or of one in a checkpoint
+sink.py                   write the rows that an analysis read to a Parquet file
+history.py                a file with the results of past analyses: how a table grew
 keys.py                   where a key's row is, or why it has none
 status.py                 the state of each shard
-rules.py                  rules of a table as they are typed
-figures.py                figures of an analysis as text
-listing.py                tables of a terminal
+rules.py                  rules as typed on the command line: counter:threshold=3
+figures.py                numbers and counts of an analysis, formatted as text
+listing.py                aligned columns of text for the terminal
 terminal.py               an analysis for the terminal
 charts.py                 an analysis as plots
 page.py                   an analysis as an HTML page
-commands/shell.py         what all commands share
+commands/shell.py         options, connection and error handling of all commands
 commands/cluster.py       psctl status, tail
 commands/tables.py        psctl tables, table, create, drop, evict
 commands/alter.py         psctl alter

@@ -1,11 +1,12 @@
-"""Sum up a table of a running cluster, or of a checkpoint.
+"""Compute summary statistics of a table of a running cluster, or of a table in a checkpoint.
 
     with Client(addresses) as ps:
         result = analyze(ps, "user", frequencies=[3], ages=[5000], norms=[0.01])
         result.admitted(3), result.idle(5000), result.small(0.01)  # numbers of rows, exact
 
-An analysis changes nothing. It reads every row once, each as it is at that moment, in slices so
-short that pulls and pushes do not wait. It may miss a row that is created meanwhile.
+An analysis changes nothing. The servers read every row once, in slices so short that pulls and
+pushes are not delayed. Different rows may show different moments, and rows that are created during
+the analysis may be missing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from psproto import ps_pb2 as pb
 
 SERVICE = "AnalysisService"
 Columns = pb.AnalyzeRequest.Columns
-METADATA_BYTES = 24  # per row, in memory
+METADATA_BYTES = 24  # server memory for the metadata of one row, in bytes
 
 
 def analyze(
@@ -42,20 +43,22 @@ def analyze(
     embeddings: bool = False,
     progress: calls.OnProgress | None = None,
 ) -> Analysis:
-    """Return the figures of a table as it is, or as a checkpoint has it.
+    """Compute summary statistics of a live table, or of a table in a checkpoint.
 
-    checkpoint   name of the checkpoint; None: the table as it is now
-    frequencies  admission thresholds to count exactly, in addition to powers of two
-    ages         TTLs in steps to count exactly, in addition to powers of two
-    norms        norms to count exactly, in addition to 1, 2 and 5 times powers of ten
+    table        name of the table
+    checkpoint   name of the checkpoint; None: the live table
+    frequencies  admission thresholds for which the result has exact counts, besides powers of two
+    ages         TTLs in steps, likewise, besides powers of two
+    norms        norms, likewise, besides 1, 2 and 5 times powers of ten
     grace        grace period of the norm rule, in steps
-    top          number of rows in each list of extremes, up to 1000
-    sink         called with the rows themselves, in no order, by one thread at a time; called once
-                 without rows if the table is empty
+    top          number of rows in each list of extreme rows, at most 1000
+    sink         called with the rows themselves (RowColumns), in no particular order, by one thread
+                 at a time; called once with no rows if the table is empty
     embeddings   pass embeddings to the sink too
-    progress     called with the amount done and in all: rows, or bytes of a checkpoint
+    progress     called with (done, total): rows of a live table, or bytes of a checkpoint
 
-    Raises TableNotFound, CheckpointNotFound, DataLoss, InvalidArgument for a bad threshold.
+    Raises TableNotFound, CheckpointNotFound, DataLoss, and InvalidArgument for an invalid
+    threshold.
     """
     stored = "" if checkpoint is None else checked.name("checkpoint", checkpoint)
     start = time.perf_counter()
@@ -73,7 +76,7 @@ def analyze(
         )
     except (TypeError, ValueError) as error:
         raise InvalidArgument(
-            f"thresholds must be non-negative integers, norms may be fractions: {error}"
+            f"frequencies and ages must be non-negative integers, norms numbers: {error}"
         ) from error
     amounts = [(0, 0)] * len(calls.links(client))
 
@@ -100,13 +103,14 @@ def analyze(
 
 
 def _no_rows(dim: int | None) -> RowColumns:
-    """Return the columns of no rows; without embeddings if ``dim`` is None."""
+    """Return a RowColumns of no rows, with embeddings[0, dim] unless ``dim`` is None."""
     none = np.empty(0, np.uint64)
     matrix = None if dim is None else np.empty((0, dim), np.float32)
     return RowColumns(none, none, none.view(np.int64), none, none.view(np.float64), "", matrix)
 
 
 def _columns(message: pb.AnalyzeResponse) -> RowColumns:
+    """Convert a message with rows to a RowColumns."""
     n = len(message.keys) // 8
     flat = np.frombuffer(message.embeddings, "<f4")
     return RowColumns(
@@ -129,7 +133,7 @@ def _merged(
     seconds: float,
     top: int,
 ) -> Analysis:
-    """Return one analysis for the summaries of all shards."""
+    """Combine the summaries of all shards into one Analysis; its fields explain the arguments."""
     schema = parts[0].schema
     rows = sum(part.rows for part in parts)
     tiers: dict[str, list[int]] = {}
@@ -176,12 +180,19 @@ def _merged(
 
 
 def _histogram(parts: Sequence[pb.Histogram]) -> Histogram:
+    """Add up the histograms of all shards, which have the same edges."""
     edges = np.array(parts[0].edges, np.float64)
     return Histogram(edges, np.sum([part.counts for part in parts], axis=0, dtype=np.int64))
 
 
 def _list(parts: Sequence[pb.RowList], field: str, sign: float, top: int) -> RowList:
-    """Return the most extreme rows of all shards; among equal values, the smallest keys."""
+    """Combine the shards' lists of extreme rows into one of ``top`` rows.
+
+    field  name of the measure, "frequencies" or "norms"
+    sign   -1: largest first; 1: smallest first
+
+    Among equal values, smaller keys come first.
+    """
     keys = np.concatenate([np.array(part.keys, np.uint64) for part in parts])
     values = np.concatenate([np.array(getattr(part, field), np.float64) for part in parts])
     ranks = np.where(np.isnan(values), np.inf, sign * values)

@@ -1,6 +1,6 @@
-"""What export, import and analysis share about Parquet files.
+"""Helpers for Parquet files, for export, import and analysis.
 
-Parquet needs pyarrow: pip install 'embedding-ps[export]'.
+They need pyarrow: pip install 'embedding-ps[export]'.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from numpy.typing import NDArray
 from psclient.errors import InvalidArgument
 from psproto import ps_pb2 as pb
 
-GROUP_ROWS = 1 << 16  # rows of a row group that is written
-SCHEMA = "ps.schema"  # key of the table's schema in a file's metadata
+GROUP_ROWS = 1 << 16  # minimum number of rows in a row group that is written, except the last
+SCHEMA = "ps.schema"  # name of the metadata field with the table's schema
 KeyType = type[np.uint64] | type[np.int64]
 KEY_TYPES: dict[str, KeyType] = {"uint64": np.uint64, "int64": np.int64}
 
 
 def pyarrow() -> tuple[Any, Any]:
-    """Return the modules pyarrow and pyarrow.parquet; InvalidArgument if they are missing."""
+    """Import pyarrow; return the modules (pyarrow, pyarrow.parquet).
+
+    Raises InvalidArgument if they are not installed.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -34,7 +37,10 @@ def pyarrow() -> tuple[Any, Any]:
 
 
 def array(arrow: Any, values: NDArray[Any]) -> Any:
-    """Return a vector [n] as an array of pyarrow, a matrix [n, m] as lists of fixed size m."""
+    """Convert a NumPy array [n] to a pyarrow array, or [n, m] to an array of lists of fixed size m.
+
+    arrow  the module pyarrow
+    """
     if values.ndim == 1:
         return arrow.array(values)
     flat = arrow.array(np.ascontiguousarray(values).reshape(-1))
@@ -42,25 +48,32 @@ def array(arrow: Any, values: NDArray[Any]) -> Any:
 
 
 def writer(parquet: Any, path: Any, schema: Any) -> Any:
-    """Open a Parquet file for writing, with checksums of its pages."""
+    """Open a Parquet file for writing, with page checksums; the arguments are those of
+    ParquetWriter.
+
+    parquet  the module pyarrow.parquet
+    """
     return parquet.ParquetWriter(path, schema, write_page_checksum=True)
 
 
 def key_type(name: str) -> KeyType:
-    """Return the dtype of the column of keys; InvalidArgument for an unknown name."""
+    """Return the dtype called ``name``. Raises InvalidArgument unless it is "uint64" or "int64"."""
     if name not in KEY_TYPES:
         raise InvalidArgument(f"keys must be one of {', '.join(KEY_TYPES)}, got {name!r}")
     return KEY_TYPES[name]
 
 
 def schema_text(schema: pb.TableSchema) -> str:
-    """Return a table's schema as JSON, for the metadata of a file."""
+    """Convert a table's schema to JSON, for the metadata of a file."""
     values = json_format.MessageToDict(schema, preserving_proto_field_name=True)
     return json.dumps(values, sort_keys=True)
 
 
 def optimizer_of(metadata: dict[bytes, bytes] | None) -> str | None:
-    """Return the optimizer whose state a file contains; None if its metadata has no schema."""
+    """Return the name of the optimizer whose state a file contains, or None if it is unknown.
+
+    metadata  metadata of the Parquet file
+    """
     text = (metadata or {}).get(SCHEMA.encode())
     try:
         return str(json.loads(text)["optimizer"]["name"]) if text else None

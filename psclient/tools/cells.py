@@ -1,8 +1,11 @@
-"""Columns of a Parquet file as NumPy arrays.
+"""Check columns of a Parquet file and convert them to NumPy arrays.
 
-A column is accepted only if its values can be stored as they are. ``require_*`` look at types
-alone, before any row is read. ``to_*`` convert rows. Both raise BadColumn with the column and the
-rule; ``to_*`` also with the row.
+A column is accepted only if its values can be stored exactly. The functions ``require_*`` check the
+column's type before any row is read. The functions ``to_*`` check and convert values. Both raise
+BadColumn with the column and the rule; ``to_*`` adds the row.
+
+In all functions ``arrow`` is the module pyarrow, ``name`` the column's name, ``kind`` its pyarrow
+type, and ``column`` its pyarrow array.
 """
 
 from __future__ import annotations
@@ -18,7 +21,10 @@ HASH = "turn strings into keys with psclient.hash_keys"
 
 
 class BadColumn(Exception):
-    """A column breaks a rule; ``row`` is its first row that does, counted from 0."""
+    """A column violates a rule.
+
+    row  index of the first row that does; None: the column's type does
+    """
 
     def __init__(self, column: str, rule: str, row: int | None = None) -> None:
         super().__init__(f"column {column!r} {rule}")
@@ -29,7 +35,7 @@ class BadColumn(Exception):
 
 
 def require_keys(arrow: Any, name: str, kind: Any) -> None:
-    """Check that a type can hold keys."""
+    """Check that a type can hold keys: integers, or decimals of scale 0."""
     types, kind = arrow.types, _stored(arrow, kind)
     if types.is_integer(kind) or (types.is_decimal(kind) and kind.scale == 0):
         return
@@ -38,7 +44,7 @@ def require_keys(arrow: Any, name: str, kind: Any) -> None:
 
 
 def require_integers(arrow: Any, name: str, kind: Any) -> None:
-    """Check that a type is one of integers."""
+    """Check that a type is an integer type."""
     kind = _stored(arrow, kind)
     if not arrow.types.is_integer(kind):
         hint = f": {WHOLE}" if arrow.types.is_floating(kind) else ""
@@ -46,7 +52,10 @@ def require_integers(arrow: Any, name: str, kind: Any) -> None:
 
 
 def require_lists(arrow: Any, name: str, kind: Any, length: int) -> None:
-    """Check that a type is one of lists of numbers; a fixed size must be ``length``."""
+    """Check that a type is a list of floats.
+
+    If the lists have a fixed size, it must be ``length``.
+    """
     types = arrow.types
     fixed = types.is_fixed_size_list(kind)
     if not (fixed or types.is_list(kind) or types.is_large_list(kind)) or not types.is_floating(
@@ -56,11 +65,13 @@ def require_lists(arrow: Any, name: str, kind: Any, length: int) -> None:
             name, f"must contain lists of float16, float32 or float64, its type is {kind}"
         )
     if fixed and kind.list_size != length:
-        raise BadColumn(name, f"must contain lists of {length} numbers, not of {kind.list_size}")
+        raise BadColumn(name, f"must contain lists of {length} numbers, got {kind.list_size}")
 
 
 def _stored(arrow: Any, kind: Any) -> Any:
-    """Return the type of the values of a dictionary-encoded column, or the type itself."""
+    """Return the type of the values of a dictionary-encoded column; return other types
+    unchanged.
+    """
     return kind.value_type if arrow.types.is_dictionary(kind) else kind
 
 
@@ -68,7 +79,7 @@ def _stored(arrow: Any, kind: Any) -> Any:
 
 
 def to_keys(arrow: Any, name: str, column: Any) -> NDArray[np.uint64]:
-    """Return keys as uint64[n]; a negative key becomes the unsigned key with the same bits."""
+    """Convert keys to uint64[n]. Negative keys keep their 64 bits."""
     column = _plain(arrow, name, column)
     if arrow.types.is_decimal(column.type):
         return _decimals(arrow, name, column)
@@ -79,17 +90,20 @@ def to_keys(arrow: Any, name: str, column: Any) -> NDArray[np.uint64]:
 
 
 def _decimals(arrow: Any, name: str, column: Any) -> NDArray[np.uint64]:
-    """Return decimals of scale 0 as keys, through their 128-bit integers."""
+    """Convert decimals of scale 0 to keys."""
     column = column.cast(arrow.decimal128(38, 0))
     words = np.frombuffer(column.buffers()[1], np.uint64).reshape(-1, 2)
     low, high = words[column.offset : column.offset + len(column)].T
     negative = (high == np.uint64(2**64 - 1)) & (low >= np.uint64(2**63))
-    _refuse(name, "must contain keys of -2^63..2^64-1", (high != 0) & ~negative)
+    _refuse(name, "must contain keys in -2^63..2^64-1", (high != 0) & ~negative)
     return np.ascontiguousarray(low)
 
 
 def to_integers(arrow: Any, name: str, column: Any, bounds: tuple[int, int]) -> NDArray[np.int64]:
-    """Return integers as int64[n], all within ``bounds``, both ends included."""
+    """Convert integers to int64[n].
+
+    bounds  smallest and largest valid value
+    """
     low, high = bounds
     values = _plain(arrow, name, column).to_numpy(zero_copy_only=False)
     outside = values > high
@@ -102,7 +116,7 @@ def to_integers(arrow: Any, name: str, column: Any, bounds: tuple[int, int]) -> 
 
 
 def to_matrix(name: str, column: Any, length: int) -> NDArray[np.float32]:
-    """Return lists as float32[n, length]; all must be of that length and finite."""
+    """Convert lists to float32[n, length]. Each must have ``length`` numbers, finite as float32."""
     n = len(column)
     _refuse_nulls(name, column)
     numbers = column.flatten()
@@ -111,7 +125,7 @@ def to_matrix(name: str, column: Any, length: int) -> NDArray[np.float32]:
         wrong = lengths != length
         if wrong.any():
             row = int(wrong.argmax())
-            raise BadColumn(name, f"must be {length} numbers long, it has {lengths[row]}", row)
+            raise BadColumn(name, f"must have {length} numbers, got {lengths[row]}", row)
     if numbers.null_count:
         row = int(numbers.is_null().to_numpy(zero_copy_only=False).argmax()) // length
         raise BadColumn(name, "must not contain null", row)
@@ -120,13 +134,13 @@ def to_matrix(name: str, column: Any, length: int) -> NDArray[np.float32]:
         matrix = np.asarray(values.astype(np.float32, copy=False))
     if not np.isfinite(matrix).all():
         row, position = np.argwhere(~np.isfinite(matrix))[0].tolist()
-        rule = f"must be finite as float32, number {position} is {values[row, position]}"
+        rule = f"must be finite as float32, got {values[row, position]} at position {position}"
         raise BadColumn(name, rule, row)
     return matrix
 
 
 def _plain(arrow: Any, name: str, column: Any) -> Any:
-    """Return a column without dictionary encoding and without nulls."""
+    """Decode a dictionary-encoded column. Raises BadColumn if the column has nulls."""
     if arrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     _refuse_nulls(name, column)
@@ -134,10 +148,14 @@ def _plain(arrow: Any, name: str, column: Any) -> Any:
 
 
 def _refuse_nulls(name: str, column: Any) -> None:
+    """Raise BadColumn if a column has nulls."""
     if column.null_count:
         _refuse(name, "must not be null", column.is_null().to_numpy(zero_copy_only=False))
 
 
 def _refuse(name: str, rule: str, broken: NDArray[np.bool_]) -> None:
+    """Raise BadColumn with the first row of ``broken``, bool[n], that is True; return if none
+    is.
+    """
     if broken.any():
         raise BadColumn(name, rule, int(broken.argmax()))

@@ -1,4 +1,4 @@
-"""An analysis as plots of plotly, each with its figures as a table."""
+"""Plots of an analysis (for plotly), each with a table of its numbers."""
 
 from __future__ import annotations
 
@@ -26,18 +26,21 @@ from psclient.tools.summary import Analysis
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A plot, and the table of its figures."""
+    """A plot, and a table with its numbers."""
 
-    head: str
-    about: str  # a sentence
-    data: list[dict[str, Any]]  # traces of plotly
-    layout: dict[str, Any]  # of plotly
-    columns: Sequence[str]
-    lines: Sequence[Sequence[str]]
+    head: str  # title
+    about: str  # one sentence that explains the plot
+    data: list[dict[str, Any]]  # plotly traces
+    layout: dict[str, Any]  # plotly layout
+    columns: Sequence[str]  # column heads of the table
+    lines: Sequence[Sequence[str]]  # lines of the table, one cell per column
 
 
 def charts(result: Analysis, moments: Sequence[Moment]) -> list[Chart]:
-    """Return all charts of an analysis; ``moments`` are its history, by time."""
+    """Return all charts of an analysis.
+
+    moments  earlier analyses of the table, by time, for the charts of its growth
+    """
     grace = f" that were not pushed for {result.grace:,} steps" if result.grace else ""
     shards = [(f"{i}", rows) for i, rows in enumerate(result.shard_rows)]
     return [
@@ -83,7 +86,11 @@ def charts(result: Analysis, moments: Sequence[Moment]) -> list[Chart]:
 
 
 def _histogram(head: str, about: str, axis: str, counts: Sequence[tuple[str, int]]) -> Chart:
-    """Return a chart of counts by range."""
+    """Return a bar chart of the number of rows in each range.
+
+    axis    what the ranges measure
+    counts  (range, number of rows)
+    """
     labels, values = [label for label, _ in counts], [n for _, n in counts]
     whole = sum(values)
     shares = [percent(share(n, whole)) for n in values]
@@ -112,7 +119,12 @@ def _histogram(head: str, about: str, axis: str, counts: Sequence[tuple[str, int
 def _curves(
     head: str, about: str, axis: str, chosen: Sequence[Threshold], names: tuple[str, ...]
 ) -> Chart:
-    """Return a chart of shares by threshold: of rows, and with a second name of occurrences."""
+    """Return a line chart of the share of rows that a rule would affect, by its threshold.
+
+    axis    what the threshold measures
+    chosen  the thresholds
+    names   name of the curve of rows; optionally a second name, for a curve of occurrences
+    """
     at = [each.value for each in chosen]
     shares = [[each.share for each in chosen], [each.lost for each in chosen]]
     traces: list[dict[str, Any]] = [
@@ -145,6 +157,7 @@ def _curves(
 
 
 def _memory(result: Analysis) -> Chart:
+    """Return a bar chart of the table's memory by part."""
     parts = memory(result)
     trace = {
         "type": "bar",
@@ -166,7 +179,10 @@ def _memory(result: Analysis) -> Chart:
 
 
 def _growth(moments: Sequence[Moment]) -> list[Chart]:
-    """Return charts of rows and of memory over time; checkpoints have no figure of memory."""
+    """Return charts of rows, and of memory, over time.
+
+    Checkpoints have no memory, so only live ones do.
+    """
     live = [each for each in moments if each.checkpoint is None]
     rows = [_line("rows", [(each.time, each.rows) for each in moments])]
     counted = [each for each in moments if each.checkpoint is None or each.waiting]
@@ -213,7 +229,7 @@ def _growth(moments: Sequence[Moment]) -> list[Chart]:
 
 
 def _line(name: str, points: Sequence[tuple[float, int]]) -> dict[str, Any]:
-    """Return a trace of values over time, seconds since 1970."""
+    """Return a plotly trace of ``points``: (seconds since 1970, value)."""
     return {
         "type": "scatter",
         "mode": "lines+markers",

@@ -1,4 +1,4 @@
-"""The rows of a table by columns, as every format of an export has them."""
+"""Columns of an exported table, for every file format."""
 
 from __future__ import annotations
 
@@ -14,20 +14,30 @@ from psclient.rows import RowBatch
 from psclient.tools.arrow import GROUP_ROWS, KeyType
 from psproto import ps_pb2 as pb
 
-OnProgress = Callable[[int], Any]  # is called with how many more rows are done
+OnProgress = Callable[[int], Any]  # called with the number of rows written since the last call
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a format writes to one file."""
+    """Rows to write to one file.
+
+    path     the file
+    schema   schema of the table
+    keys     dtype of the column of keys
+    batches  the rows; at least one batch, which may be empty
+    """
 
     path: Path
     schema: pb.TableSchema
-    keys: KeyType  # dtype of the column of keys
-    batches: Iterator[RowBatch]  # at least one, which may be empty
+    keys: KeyType
+    batches: Iterator[RowBatch]
 
     def columns(self) -> Iterator[dict[str, NDArray[Any]]]:
-        """Yield the columns of the rows by name, for some ten thousand rows at a time."""
+        """Yield the columns by name, in groups of at least GROUP_ROWS rows, except the last group.
+
+        key KeyType[n], embedding float32[n, dim], state float32[n, width - dim] if the optimizer
+        has a state, version uint64[n], step int64[n], frequency uint64[n]
+        """
         dim = self.schema.dim
         for batch in _grouped(self.batches):
             columns: dict[str, NDArray[Any]] = {
@@ -44,7 +54,7 @@ class Part:
 
 
 def _grouped(batches: Iterator[RowBatch]) -> Iterator[RowBatch]:
-    """Yield the rows in fewer, larger batches."""
+    """Join batches into groups of at least GROUP_ROWS rows, except the last one."""
     waiting: list[RowBatch] = []
     rows = 0
     for batch in batches:
@@ -58,6 +68,7 @@ def _grouped(batches: Iterator[RowBatch]) -> Iterator[RowBatch]:
 
 
 def _joined(batches: list[RowBatch]) -> RowBatch:
+    """Concatenate batches."""
     return RowBatch(
         *(
             np.concatenate([getattr(each, field) for each in batches])

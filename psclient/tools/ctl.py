@@ -1,4 +1,4 @@
-"""The command ``psctl``: operate a cluster from outside."""
+"""The command ``psctl``, which operates a cluster over the network."""
 
 from __future__ import annotations
 

@@ -1,17 +1,17 @@
-"""Tables as files that other programs read: Parquet and safetensors.
+"""Export tables to files that other programs read: Parquet and safetensors.
 
-    Parquet      key uint64 | embedding float32[dim] | state float32[width - dim] | version uint64
-                 | step int64 | frequency uint64; the lists have a fixed size; the file's metadata
-                 has the table's schema as JSON under "ps.schema"
+    Parquet      columns key uint64 | embedding float32[dim] | state float32[width - dim]
+                 | version uint64 | step int64 | frequency uint64; lists have a fixed size; the
+                 file's metadata has the table's schema as JSON under "ps.schema"
     safetensors  tensors keys U64[n], embeddings F32[n, dim], states F32[n, width - dim],
-                 versions U64[n], steps I64[n], frequencies U64[n]; "ps.schema" alike
+                 versions U64[n], steps I64[n], frequencies U64[n]; "ps.schema" in __metadata__
 
-There is no ``state`` if the optimizer has none. Rows come in no order, each key once. Memory does
-not grow with the table. A file appears under its name when it is complete. Parquet needs pyarrow:
-pip install 'embedding-ps[export]'.
+The column ``state`` is missing if the optimizer has no state. Rows are in no particular order, and
+each key occurs once. The memory used does not grow with the table. A file gets its final name once
+it is complete. Parquet needs pyarrow: pip install 'embedding-ps[export]'.
 
-Keys are 64 bits wide, and a server does not know whether a trainer sees them as signed. Export them
-with the type of the column that they are joined with. pandas, polars and DuckDB compare uint64 with
+Keys have 64 bits, and a server does not know whether a trainer treats them as signed. Choose the
+type of the column that the keys will be joined with: pandas, polars and DuckDB compare uint64 with
 int64 by value, so a negative int64 key never matches the uint64 key with the same bits.
 """
 
@@ -45,17 +45,17 @@ def export(
     parts: bool = False,
     progress: OnProgress | None = None,
 ) -> int:
-    """Write a table to a file, or to a directory of files; return the number of its rows.
+    """Write a table to a file, or to a directory of files; return the number of rows written.
 
-    checkpoint  export the table as this checkpoint has it; None: as it is now
+    checkpoint  name of a checkpoint to read the table from; None: the live table
     format      "parquet" or "safetensors"
     keys        dtype of the keys, "uint64" or "int64"
-    parts       write a file per shard, in parallel: ``path`` becomes a directory, which must not
-                exist or be empty, with the files part-00000.FORMAT, part-00001.FORMAT, ...
-    progress    called with the number of rows that were written since the last call
+    parts       write one file per shard, in parallel. ``path`` is then a directory, which must not
+                exist or be empty; its files are part-00000.FORMAT, part-00001.FORMAT and so on
+    progress    called with the number of rows written since the last call
 
     Raises InvalidArgument if ``path`` cannot be written or pyarrow is missing, TableNotFound,
-    CheckpointNotFound, DataLoss. On any error nothing appears under ``path``.
+    CheckpointNotFound, DataLoss. After an error ``path`` is as it was before.
     """
     if format not in FORMATS:
         raise InvalidArgument(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -76,9 +76,10 @@ def export(
 
 
 class _Work:
-    """An export under way, in one thread or in one per shard.
+    """A running export, on one thread or on one thread per shard. ``export`` explains the
+    arguments.
 
-    stop  makes all threads end with their next batch
+    stop  event that makes all threads stop at their next batch
     """
 
     def __init__(
@@ -100,7 +101,9 @@ class _Work:
         self.stop = threading.Event()
 
     def write(self, path: Path, shard: int | None) -> int:
-        """Write the rows of one shard, or of all if ``shard`` is None; return how many."""
+        """Write the rows of one shard, or of all if ``shard`` is None, to a file; return their
+        number.
+        """
         messages = read_rows(
             self._client,
             self._table,
@@ -118,6 +121,7 @@ class _Work:
             messages.close()
 
     def _batches(self, messages: Iterator[pb.TableSchema | RowBatch]) -> Iterator[RowBatch]:
+        """Yield the batches of rows until ``stop`` is set."""
         for batch in messages:
             if self.stop.is_set():
                 return
@@ -125,6 +129,7 @@ class _Work:
             yield batch
 
     def _tell(self, rows: int) -> None:
+        """Report progress, from one thread at a time."""
         if self._progress is not None:
             with self._telling:
                 self._progress(rows)

@@ -1,4 +1,4 @@
-"""Figures of an analysis as text, for the terminal and the page."""
+"""Numbers of an analysis, formatted as text for the terminal and the HTML page."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """What a rule with a threshold would do."""
+    """How many rows an admission or eviction rule with this threshold would refuse or evict."""
 
     value: float
-    asked: bool  # given by the caller, not one of the usual ones
-    rows: int  # that the rule would refuse or evict
-    share: float  # of all rows
-    lost: float = 0.0  # share of the occurrences
+    asked: bool  # whether the caller asked for this threshold
+    rows: int  # number of rows that the rule would refuse or evict
+    share: float  # ``rows`` as a fraction of all rows
+    lost: float = 0.0  # fraction of occurrences that an admission rule would drop
 
 
 def size(count: float) -> str:
-    """Return a number of bytes with a unit."""
+    """Format a number of bytes with a unit: 1234567 as "1.23 MB"."""
     power = 0 if count < 1000 else min(int(math.log10(count) // 3), len(UNITS) - 1)
     return f"{count / 1000**power:.3g} {UNITS[power]}" if power else f"{count:.0f} B"
 
 
 def number(value: float) -> str:
-    """Return the value of an axis: whole numbers with separators, others with few digits."""
+    """Format a number: "12,345" if it is whole and at least 1, otherwise with up to 6 digits."""
     return f"{value:,.0f}" if value >= 1 and float(value).is_integer() else f"{value:.6g}"
 
 
 def percent(part: float) -> str:
-    """Return a share in percent, with enough digits to differ from 0 % and 100 %."""
+    """Format a fraction in percent, with enough digits to differ from 0% and 100%."""
     if part in (0.0, 1.0):
         return f"{part:.0%}"
     if part < 0.001:
@@ -48,17 +48,17 @@ def percent(part: float) -> str:
 
 
 def share(part: float, whole: float) -> float:
-    """Return a part of a whole; 0 of nothing."""
+    """Return ``part / whole``, or 0 if whole is 0."""
     return part / whole if whole else 0.0
 
 
 def buckets(
     histogram: Histogram, *, whole: bool = False, upper: bool = False
 ) -> list[tuple[str, int]]:
-    """Return the buckets from the first to the last that is not empty: range and count.
+    """Return (range, count) of each bucket, from the first to the last that is not empty.
 
-    whole  the values are whole numbers, so ranges have inclusive ends
-    upper  a bucket contains its upper edge instead of its lower one; values are at least 0
+    whole  the values are integers, so ranges are shown with inclusive ends
+    upper  a bucket includes its upper edge instead of its lower one; values are at least 0
     """
     used = np.flatnonzero(histogram.counts)
     if not len(used):
@@ -74,6 +74,7 @@ def buckets(
 
 
 def _between(low: float, high: float) -> str:
+    """Format a range whose ends may be infinite."""
     if math.isinf(low):
         return f"< {number(high)}"
     if math.isinf(high):
@@ -82,7 +83,10 @@ def _between(low: float, high: float) -> str:
 
 
 def admissions(result: Analysis) -> list[Threshold]:
-    """Return what admission thresholds would have refused."""
+    """Return what interesting admission thresholds would have refused.
+
+    Thresholds that the caller of the analysis asked for are always included.
+    """
     chosen = _interesting(result.frequencies, result.asked.get("frequencies", ()), least=2)
     return [
         Threshold(
@@ -97,14 +101,14 @@ def admissions(result: Analysis) -> list[Threshold]:
 
 
 def ttls(result: Analysis) -> list[Threshold]:
-    """Return what step TTLs would evict."""
+    """Return what interesting step TTLs would evict now. See ``admissions``."""
     chosen = _interesting(result.ages, result.asked.get("ages", ()), least=1)
     rows = [(value, asked, result.idle(int(value))) for value, asked in chosen]
     return [Threshold(value, asked, n, share(n, result.rows)) for value, asked, n in rows]
 
 
 def small(result: Analysis) -> list[Threshold]:
-    """Return what thresholds of the norm rule would evict."""
+    """Return what interesting thresholds of the norm rule would evict now. See ``admissions``."""
     chosen = _interesting(result.idle_norms, result.asked.get("norms", ()), least=0)
     rows = [(value, asked, result.small(value)) for value, asked in chosen]
     return [Threshold(value, asked, n, share(n, result.rows)) for value, asked, n in rows]
@@ -113,7 +117,11 @@ def small(result: Analysis) -> list[Threshold]:
 def _interesting(
     histogram: Histogram, asked: Sequence[float], least: float
 ) -> list[tuple[float, bool]]:
-    """Return the edges with values on both sides, one more at either end, and all asked ones."""
+    """Choose edges of a histogram: return (edge, whether it was asked for).
+
+    Chosen are edges with values on both sides, one more edge at either end, and all in ``asked``.
+    Edges smaller than ``least`` are chosen only if asked for.
+    """
     sums = np.concatenate([[0], np.cumsum(histogram.counts)])[1:-1]
     both = np.flatnonzero((sums > 0) & (sums < histogram.counts.sum()))
     first, last = (max(0, both[0] - 1), both[-1] + 1) if len(both) else (0, -1)
@@ -125,14 +133,16 @@ def _interesting(
 
 
 def title(result: Analysis) -> str:
-    """Return what was analyzed, and when."""
+    """Return the table, the checkpoint if any, and the time of the analysis or of the
+    checkpoint.
+    """
     taken = when(result.time)
     of = f"checkpoint {result.checkpoint}, taken {taken}" if result.checkpoint else taken
     return f"{result.table} · {of}"
 
 
 def facts(result: Analysis) -> list[tuple[str, str]]:
-    """Return the main figures of the table: names and values."""
+    """Return (name, value) of the main numbers of the analysis, formatted."""
     per_row = share(result.occurrences, result.rows)
     shown = [
         ("rows", f"{result.rows:,}"),
@@ -151,7 +161,9 @@ def facts(result: Analysis) -> list[tuple[str, str]]:
 
 
 def memory(result: Analysis) -> list[tuple[str, int | None, int]]:
-    """Return the parts of the table's memory: name, rows or None, bytes."""
+    """Return (name, rows or None, bytes) of each part of the table's memory: tiers, index,
+    counters.
+    """
     parts: list[tuple[str, int | None, int]] = [
         (tier.name, tier.rows, tier.bytes) for tier in result.tiers
     ]
@@ -174,7 +186,10 @@ EXTREMES = ("key", "occurrences", "norm", "last step", "version", "shard", "tier
 
 
 def lines(rows: RowList, keys: KeyType = np.uint64) -> list[tuple[str, ...]]:
-    """Return the cells of a table of extremes; ``keys`` shows keys as signed or unsigned."""
+    """Return the cells of a list of extreme rows, in the order of EXTREMES.
+
+    keys  dtype to show keys with, signed or unsigned
+    """
     return [
         (str(key), f"{frequency:,}", f"{norm:.4g}", f"{step:,}", f"{version:,}", str(shard), tier)
         for key, frequency, norm, step, version, shard, tier in zip(
@@ -191,10 +206,10 @@ def lines(rows: RowList, keys: KeyType = np.uint64) -> list[tuple[str, ...]]:
 
 
 def cells(each: Threshold) -> tuple[str, str, str]:
-    """Return the cells of a threshold: value, rows, share of all rows."""
+    """Return the cells of a threshold: value, number of rows, share of all rows."""
     return number(each.value), f"{each.rows:,}", percent(each.share)
 
 
 def when(seconds: float) -> str:
-    """Return a moment, seconds since 1970, as local time."""
+    """Format seconds since 1970 as local time: "2026-01-31 12:00:00"."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

@@ -1,4 +1,4 @@
-"""Growth of a table: a file of earlier analyses, one JSON object per line."""
+"""File with the results of past analyses, one JSON object per line: it shows how a table grew."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from psclient.tools.summary import Analysis
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """The main figures of one analysis."""
+    """Main numbers of one analysis; a line of a history file."""
 
     time: float  # seconds since 1970
     table: str
     checkpoint: str | None
     rows: int
-    bytes: int
-    waiting: int  # keys that are counted for admission
-    occurrences: int
-    step: int
+    bytes: int  # memory of the table
+    waiting: int  # keys that wait for admission
+    occurrences: int  # pushed, of all rows together
+    step: int  # largest training step pushed
 
 
 def append_history(path: Path, result: Analysis) -> None:
-    """Append an analysis to a history file, which is created if it does not exist."""
+    """Append an analysis to a history file; create the file if it does not exist."""
     moment = Moment(
         round(result.time, 3),
         result.table,
@@ -42,9 +42,9 @@ def append_history(path: Path, result: Analysis) -> None:
 
 
 def read_history(path: Path, table: str) -> list[Moment]:
-    """Return the analyses of a table in a history file, by time.
+    """Return the analyses of a table in a history file, ordered by time.
 
-    Raises InvalidArgument with the number of a line that is not an analysis.
+    Raises InvalidArgument with the line number if a line is not an analysis.
     """
     moments = []
     with path.open(errors="replace") as file:

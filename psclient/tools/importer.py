@@ -1,21 +1,21 @@
-"""Rows of Parquet files into a table that exists.
+"""Import the rows of Parquet files into an existing table.
 
-    key        integers of any width, or decimal(p, 0); of signed and unsigned keys with the same
-               bits, both mean the same key
-    embedding  lists of dim float16, float32 or float64: plain, large or of a fixed size
-    state      optional: lists of numbers; used if the file says, under "ps.schema", that it is of
-               the table's optimizer, otherwise rows get the state of new rows
-    step       optional: integers; otherwise the largest step that was pushed to the table
-    frequency  optional: integers of 0..2^32-1; otherwise 1
+    key        integers of any width, or decimal(p, 0); a signed and an unsigned integer with the
+               same 64 bits are the same key
+    embedding  lists of dim numbers, float16, float32 or float64, of plain, large or fixed-size type
+    state      optional: lists of numbers. Used if the file's metadata "ps.schema" names the table's
+               optimizer; otherwise rows get the optimizer state of new rows
+    step       optional: integers; default: the largest step pushed to the table
+    frequency  optional: integers in 0..2^32-1; default: 1
 
-Other columns are ignored. A value that cannot be stored as it is is refused: null, NaN, infinity,
-a number beyond float32, a fraction. Rows of these keys are replaced. If a key occurs several times,
-its last row counts, by the order of the files' names and then of their rows.
+Other columns are ignored. Values that cannot be stored exactly are refused: null, NaN, infinity,
+numbers too large for float32, fractions. Existing rows of the same keys are replaced. If a key
+occurs several times, its last row counts, in the order of the file names and then of the rows.
 
 An import reads the files twice. The first pass checks everything and writes nothing. The second
-pass writes the rows, and ends when they are on disk. If the second pass fails, the rows written
-until then stay, perhaps with a part of the current batch (ImportIncomplete). The same import may be
-repeated: it writes the same rows and completes the work.
+pass writes the rows, and ends when they are on disk. If the second pass fails (ImportIncomplete),
+the rows written so far stay, perhaps including a part of the current batch. Repeating the same
+import writes the same rows again and completes it.
 """
 
 from __future__ import annotations
@@ -33,16 +33,19 @@ from psclient.errors import NoLog, PsError
 from psclient.rows import RowBatch, read_rows, write_rows
 from psclient.tools.source import Rows, Target, files_of, read, require
 
-Progress = Callable[[int, int], Any]  # rows done, rows in all
+Progress = Callable[[int, int], Any]  # called with (rows done, total rows)
 
 
 class ImportIncomplete(PsError):
-    """An import ended while it wrote; ``written`` of ``total`` rows stay. Repeat it to complete."""
+    """An import failed while it wrote rows; ``written`` of ``total`` rows stay.
+
+    Repeat it to complete.
+    """
 
     def __init__(self, table: str, written: int, total: int, cause: BaseException) -> None:
         reason = str(cause) or type(cause).__name__
         super().__init__(
-            f"import into {table!r} is incomplete: {written:,} of {total:,} rows are written and"
+            f"import into {table!r} is incomplete: {written:,} of {total:,} rows were written and"
             f" stay; repeat the same import to complete it. Cause: {reason}"
         )
         self.written = written
@@ -51,7 +54,12 @@ class ImportIncomplete(PsError):
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """Files whose rows may be written to a table."""
+    """Files that were checked and can be written to a table.
+
+    target  the table
+    files   in the order of writing
+    rows    number of rows in all files
+    """
 
     target: Target
     files: list[Path]
@@ -61,9 +69,10 @@ class Checked:
 def import_parquet(
     client: Client, table: str, path: Path, *, progress: Progress | None = None
 ) -> int:
-    """Write the rows of a Parquet file, or of a directory of them, into a table; return how many.
+    """Import a Parquet file, or a directory of them, into a table; return the number of rows.
 
-    progress  called while rows are written
+    path      file, or directory with *.parquet files
+    progress  called with (rows written, total rows)
 
     Raises what ``check_parquet`` and ``write_parquet`` raise.
     """
@@ -73,7 +82,10 @@ def import_parquet(
 def check_parquet(
     client: Client, table: str, path: Path, *, progress: Progress | None = None
 ) -> Checked:
-    """Check that a Parquet file, or a directory of them, can be written to a table as it is.
+    """Check every row of a Parquet file, or of a directory of them, for a table; write nothing.
+
+    path      file, or directory with *.parquet files
+    progress  called with (rows checked, total rows)
 
     Raises TableNotFound, and InvalidArgument with the file, the row, the column and the rule.
     """
@@ -86,9 +98,11 @@ def check_parquet(
 
 
 def write_parquet(client: Client, source: Checked, *, progress: Progress | None = None) -> int:
-    """Write the rows of checked files into their table; return how many. They are on disk then.
+    """Write the rows of checked files to their table; return their number once they are on disk.
 
-    Raises ImportIncomplete on any error, and on Ctrl-C: the rows written until then stay.
+    progress  called with (rows written, total rows)
+
+    Raises ImportIncomplete on any error and on Ctrl-C; the rows written so far stay.
     """
     target, done = source.target, 0
     try:
@@ -103,6 +117,7 @@ def write_parquet(client: Client, source: Checked, *, progress: Progress | None 
 
 
 def _target(client: Client, table: str) -> Target:
+    """Describe a table for the import."""
     info = client.describe_table(table)
     messages = read_rows(client, table, shards=[0])
     widths = (each.rows.shape[1] for each in messages if isinstance(each, RowBatch))
@@ -112,12 +127,13 @@ def _target(client: Client, table: str) -> Target:
 
 
 def _all(files: list[Path], target: Target) -> Iterator[Rows]:
+    """Yield the rows of all files."""
     for each in files:
         yield from read(each, target)
 
 
 def _told(batches: Iterator[Rows], total: int, progress: Progress | None) -> Iterator[Rows]:
-    """Yield batches; report each once the next one is asked for."""
+    """Yield the batches; report progress after each has been processed."""
     done = 0
     for batch in batches:
         yield batch
@@ -127,7 +143,7 @@ def _told(batches: Iterator[Rows], total: int, progress: Progress | None) -> Ite
 
 
 def _write(client: Client, table: str, batch: Rows) -> None:
-    """Write a batch; of equal keys the last row."""
+    """Write a batch; of equal keys only the last row."""
     _, last = np.unique(batch.keys[::-1], return_index=True)
     chosen = len(batch.keys) - 1 - last
     write_rows(

@@ -1,4 +1,4 @@
-"""Find where the row of a key is, or why the key has no row.
+"""Find the row of a key, or the reason why the key has no row.
 
 >>> inspect(ps, "user", [42])[0].reason  # doctest: +SKIP
 'has a row in tier host'
@@ -22,7 +22,7 @@ from psproto import ps_pb2 as pb
 from psproto import routing
 
 SERVICE = "AnalysisService"
-MOST_KEYS = 1000  # per message
+MOST_KEYS = 1000  # maximum number of keys per message
 STATES = {
     pb.KeyFacts.STATE_ROW: "row",
     pb.KeyFacts.STATE_WAITING: "waiting",
@@ -34,12 +34,12 @@ STATES = {
 
 @dataclass(frozen=True, slots=True)
 class Deletion:
-    """A deletion of a row that the shard remembers."""
+    """Deletion of a key's row, from the shard's record of past deletions."""
 
-    version: int  # of the shard, with which the row was deleted
+    version: int  # version of the shard after the deletion
     cause: str  # request, step_ttl, time_ttl, norm, capacity
-    time: float | None  # seconds since 1970; None if the version log no longer has it
-    step: int | None  # step of the table at that time; None if the version log no longer has it
+    time: float | None  # seconds since 1970; None: no longer in the version log
+    step: int | None  # largest step pushed to the table before; None: no longer in the version log
 
     def __str__(self) -> str:
         what = "deleted on request" if self.cause == "request" else f"evicted by {self.cause}"
@@ -53,26 +53,26 @@ class Deletion:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyInfo:
-    """What the servers know of a key."""
+    """State of one key on its shard. Fields that do not apply are None."""
 
-    key: int  # as the caller gave it
-    shard: int
-    state: str  # row, waiting, gone, new, unknown
-    # Of the key's row; None unless the state is "row":
+    key: int  # as passed by the caller
+    shard: int  # that owns the key
+    state: str  # row, waiting (for admission), gone (deleted), new (never pushed), unknown
+    # Properties of the key's row; None unless the state is "row":
     tier: str | None
     version: int | None
     step: int | None
     frequency: int | None
     norm: float | None
-    embedding: NDArray[np.float32] | None  # if asked for
-    waiting: int  # occurrences that are counted for admission
-    threshold: int | None  # occurrences that admit a key
-    deletions: tuple[Deletion, ...]  # that the shard remembers, by version
-    why: str  # what the shard no longer knows, if the state is "unknown"
+    embedding: NDArray[np.float32] | None  # [dim], if asked for
+    waiting: int  # occurrences counted so far by the admission rule
+    threshold: int | None  # occurrences after which the admission rule admits a key
+    deletions: tuple[Deletion, ...]  # past deletions that the shard still records, oldest first
+    why: str  # if the state is "unknown": which record the shard no longer has
 
     @property
     def reason(self) -> str:
-        """Say where the row is, or why there is none."""
+        """Return a phrase that tells where the row is, or why there is none."""
         match self.state:
             case "row":
                 return f"has a row in tier {self.tier}"
@@ -88,12 +88,12 @@ class KeyInfo:
 def inspect(
     client: Client, table: str, keys: Sequence[int] | NDArray[Any], *, embeddings: bool = False
 ) -> list[KeyInfo]:
-    """Return what the servers know of keys, in the order of the keys.
+    """Return the state of each key, in the order of ``keys``. Changes nothing.
 
-    keys        int[n], any of -2^63..2^64-1; duplicates are allowed
+    keys        int[n] in -2^63..2^64-1; duplicates are allowed
     embeddings  return the embeddings of rows too
 
-    Changes nothing. Raises TableNotFound, InvalidArgument for a key that is not such an integer.
+    Raises TableNotFound, and InvalidArgument for a key that is not such an integer.
     """
     try:
         asked = [operator.index(key) for key in keys]
@@ -119,11 +119,16 @@ def inspect(
             for i, facts in zip(some.tolist(), answer.keys, strict=True):
                 answers[i] = (shard, facts, answer.admission)
     if not asked:
-        client.describe_table(table)  # TableNotFound
+        client.describe_table(table)  # raises TableNotFound
     return [_key(key, *answers[i]) for key, i in zip(asked, inverse.tolist(), strict=True)]
 
 
 def _key(key: int, shard: int, facts: pb.KeyFacts, admission: pb.Rule) -> KeyInfo:
+    """Convert a shard's answer about one key to a KeyInfo.
+
+    facts      the answer
+    admission  the table's admission rule
+    """
     exists = facts.state == pb.KeyFacts.STATE_ROW
     threshold = admission.parameters.get("threshold") if admission.name else None
     return KeyInfo(

@@ -1,4 +1,4 @@
-"""Tables of a terminal. No number is cut off, even where the terminal is too narrow."""
+"""Print tables to the terminal; lines too long for it are wrapped, so that no number is cut off."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-UNBOUNDED = 1 << 16  # columns, wider than any table
+UNBOUNDED = 1 << 16  # width in characters, wider than any table
 
 
 def listing(*columns: str) -> Table:
-    """Return a table for ``print_listing``; columns align right, or left if "<" follows."""
+    """Return an empty table for ``print_listing``.
+
+    columns  heads of the columns; cells are aligned right, or left if the head ends with "<"
+    """
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for column in columns:
         justify: Literal["left", "right"] = "left" if column.endswith("<") else "right"
@@ -23,14 +26,14 @@ def listing(*columns: str) -> Table:
 
 
 def print_listing(table: Table, lines: Iterable[Sequence[str | Text]]) -> None:
-    """Print lines under the columns of a table."""
+    """Add lines of cells to a table and print it."""
     for line in lines:
         table.add_row(*line)
     print_whole(Console(highlight=False), table)
 
 
 def print_whole(console: Console, what: RenderableType) -> None:
-    """Print something at its natural width; the terminal wraps lines that are too long for it."""
+    """Print ``what`` at its natural width; the terminal wraps lines that are too long for it."""
     width = console.width
     console.width = max(width, natural_width(console, what))
     try:
@@ -40,5 +43,5 @@ def print_whole(console: Console, what: RenderableType) -> None:
 
 
 def natural_width(console: Console, what: RenderableType) -> int:
-    """Return how many columns something needs so that nothing is cut off."""
+    """Return the width in characters that ``what`` needs so that nothing is cut off."""
     return console.measure(what, options=console.options.update(max_width=UNBOUNDED)).maximum

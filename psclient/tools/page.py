@@ -1,7 +1,7 @@
 """An analysis as one HTML page with plots.
 
-The page loads nothing from elsewhere: it contains plotly.js, and a content security policy forbids
-the browser to load more. A table accompanies every plot. All text that comes from data is escaped.
+The page is self-contained: it includes plotly.js, and a content security policy forbids the browser
+to load anything. Each plot comes with a table of its numbers. All text from data is escaped.
 Needs plotly: pip install 'embedding-ps[report]'.
 """
 
@@ -24,17 +24,17 @@ from psclient.tools.summary import Analysis, RowList
 
 
 def require() -> None:
-    """Raise InvalidArgument if plotly is missing, which a page needs."""
+    """Raise InvalidArgument if plotly, which ``page`` needs, is not installed."""
     _library()
 
 
 def page(result: Analysis, moments: Sequence[Moment] = (), *, keys: KeyType = np.uint64) -> str:
     """Return an analysis as an HTML page.
 
-    moments  earlier analyses of the table, by time, for plots of its growth
-    keys     shows keys as signed or unsigned
+    moments  earlier analyses of the table, ordered by time, for plots of its growth
+    keys     dtype to show keys with, signed or unsigned
 
-    Raises InvalidArgument if plotly is missing.
+    Raises InvalidArgument if plotly is not installed.
     """
     library = _library()
     drawn = charts(result, moments)
@@ -59,6 +59,7 @@ def page(result: Analysis, moments: Sequence[Moment] = (), *, keys: KeyType = np
 
 
 def _library() -> str:
+    """Return the source of plotly.js. Raises InvalidArgument if plotly is not installed."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
@@ -69,7 +70,7 @@ def _library() -> str:
 
 
 def _json(value: Any) -> str:
-    """Return JSON that is safe inside a script element."""
+    """Convert a value to JSON that is safe inside a script element."""
     text = json.dumps(value, allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -77,6 +78,7 @@ def _json(value: Any) -> str:
 
 
 def _card(id: str, chart: Chart) -> str:
+    """Return the HTML of a chart; ``id`` is the id of its plot element."""
     return (
         f"<section class=card><h2>{escape(chart.head)}</h2>"
         f"<p>{escape(chart.about)}</p><div class=plot id={id}></div>"
@@ -86,6 +88,7 @@ def _card(id: str, chart: Chart) -> str:
 
 
 def _list_card(head: str, rows: RowList, keys: KeyType) -> str:
+    """Return the HTML of a list of extreme rows, or "" if it is empty."""
     if not len(rows.keys):
         return ""
     table = _html_table(EXTREMES, lines(rows, keys))
@@ -93,6 +96,7 @@ def _list_card(head: str, rows: RowList, keys: KeyType) -> str:
 
 
 def _html_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return the HTML of a table of text cells."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines

@@ -1,4 +1,4 @@
-"""A table as a Parquet file."""
+"""Write a table to a Parquet file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from psclient.tools.columns import OnProgress, Part
 
 
 def write_parquet(part: Part, progress: OnProgress) -> int:
-    """Write rows to a new file; return how many."""
+    """Write the rows of ``part`` to a new Parquet file; return their number."""
     arrow, parquet = pyarrow()
     out, total = None, 0
     try:

@@ -1,4 +1,4 @@
-"""Rules of a table as they are typed: RULE, or RULE:PARAMETER=NUMBER,PARAMETER=NUMBER."""
+"""Rules of a table in command-line syntax: RULE, or RULE:PARAMETER=NUMBER,PARAMETER=NUMBER."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from psclient.errors import InvalidArgument
 
 
 def parse_rule(field: str, text: str) -> tuple[str, dict[str, float]]:
-    """Return name and parameters of a rule.
+    """Parse a rule; return (name, parameters).
 
-    field  named by the InvalidArgument of a bad text
+    field  name of the option, for errors
+
+    Raises InvalidArgument if the syntax is wrong.
 
     >>> parse_rule("--optimizer", "adam:lr=0.01,beta1=0.8")
     ('adam', {'lr': 0.01, 'beta1': 0.8})
@@ -32,7 +34,12 @@ def parse_rule(field: str, text: str) -> tuple[str, dict[str, float]]:
 
 
 def parse_rules(field: str, texts: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return several rules as parameters by name; InvalidArgument if one is repeated."""
+    """Parse several rules; return {name: parameters}.
+
+    field  name of the option, for errors
+
+    Raises InvalidArgument if the syntax is wrong or a rule is repeated.
+    """
     rules = dict(parse_rule(field, text) for text in texts)
     if len(rules) < len(texts):
         raise InvalidArgument(f"{field} must not repeat a rule, got {', '.join(texts)}")
@@ -40,6 +47,6 @@ def parse_rules(field: str, texts: Sequence[str]) -> dict[str, dict[str, float]]
 
 
 def rule_text(name: str, parameters: Mapping[str, float]) -> str:
-    """Return a rule as ``parse_rule`` reads it."""
+    """Format a rule in the syntax that ``parse_rule`` reads."""
     numbers = ",".join(f"{each}={value:g}" for each, value in sorted(parameters.items()))
     return f"{name}:{numbers}" if numbers else name

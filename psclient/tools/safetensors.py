@@ -1,6 +1,6 @@
-"""A table as a safetensors file.
+"""Write a table to a safetensors file.
 
-file    = size u64 | header, JSON, padded with blanks to 8 bytes | data
+file    = size of the header u64 | header, JSON, padded with blanks to 8 bytes | data
 header  = {name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}
 """
 
@@ -29,9 +29,10 @@ _PLURAL = {
 
 
 def write_safetensors(part: Part, progress: OnProgress) -> int:
-    """Write rows to a new file; return how many.
+    """Write the rows of ``part`` to a new safetensors file; return their number.
 
-    The header contains the number of rows, so each column goes to a temporary file first.
+    Each column is first written to a temporary file, because the header at the start of the file
+    contains the number of rows.
     """
     with ExitStack() as stack:
         files: dict[str, IO[bytes]] = {}

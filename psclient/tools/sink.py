@@ -1,4 +1,4 @@
-"""The rows of an analysis as a Parquet file."""
+"""Write the rows that an analysis read to a Parquet file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from psclient.tools.summary import RowColumns
 
 
 class ParquetSink:
-    """Write the rows of an analysis to a Parquet file, which appears once it is complete.
+    """Writes the rows of an analysis to a Parquet file, which gets its name once it is complete.
 
         with ParquetSink(path) as sink:
             analyze(client, "user", sink=sink)
@@ -21,26 +21,29 @@ class ParquetSink:
     Columns: key uint64 or int64 | frequency uint64 | step int64 | version uint64 | norm float64
     | tier string | embedding float32[dim]
 
-    There is an ``embedding`` only if the analysis has embeddings. Memory does not grow with the
-    table.
+    The column ``embedding`` exists only if the analysis reads embeddings. The memory used does not
+    grow with the table.
 
     path  file to write; an existing one is replaced
     keys  dtype of the keys, "uint64" or "int64"
     """
 
     def __init__(self, path: Path, *, keys: str = "uint64") -> None:
-        """Raise InvalidArgument if pyarrow is missing; ``with`` raises it for a bad path."""
+        """Check the arguments; ``with`` creates the file.
+
+        Raises InvalidArgument if pyarrow is missing, and in ``with`` if the file cannot be written.
+        """
         self.rows = 0
         self._keys = key_type(keys)
         self._arrow, self._parquet = pyarrow()
         self._path = path
         self._writer: Any = None
-        self._batches: list[Any] = []  # record batches that wait to be written
-        self._waiting = 0  # rows in them
+        self._batches: list[Any] = []  # record batches that are not written yet
+        self._waiting = 0  # number of rows in them
         self._stack = ExitStack()
 
     def __call__(self, columns: RowColumns) -> None:
-        """Take rows; not thread-safe."""
+        """Take rows, and write a row group when there are enough. Not thread-safe."""
         arrow = self._arrow
         arrays = {
             "key": arrow.array(columns.keys.view(self._keys)),
@@ -71,11 +74,12 @@ class ParquetSink:
                 raise InvalidArgument(f"{self._path}: the analysis gave no columns to write")
 
     def _close(self) -> None:
+        """Close the Parquet writer, if any."""
         if self._writer is not None:
             self._writer.close()
 
     def _write(self) -> None:
-        """Write the waiting rows as a row group."""
+        """Write the rows taken so far as one row group."""
         if not self._batches:
             return
         table = self._arrow.Table.from_batches(self._batches)

@@ -1,13 +1,12 @@
-"""Parquet files as a source of rows for one table.
+"""Read and check the rows of Parquet files, for one table.
 
 ``files_of`` lists the files, ``require`` checks a file by its footer alone, ``read`` checks and
-returns its rows. What is wrong is an InvalidArgument that names the file, the row, the column and
-the rule.
+returns its rows. Errors are InvalidArgument with the file, the row, the column and the rule.
 
-Memory is bounded whatever a file contains. Lists are compared with the table's dim before they
-are read: a fixed size by the type, other lists by the count of numbers in the footer. Batches are
-bounded in bytes. A row group that is large in memory must also be large in the file, so that a
-small file cannot expand without bound.
+Memory is bounded, whatever a file contains. The lengths of lists are compared with the table's dim
+before the lists are read: for fixed-size lists by their type, for others by the count of numbers in
+the footer. Batches are limited in bytes. A row group that is large in memory must also be large in
+the file, so that a small file cannot expand without limit.
 """
 
 from __future__ import annotations
@@ -26,39 +25,39 @@ from psclient.rows import FREQUENCIES, STEPS
 from psclient.tools import cells
 from psclient.tools.arrow import GROUP_ROWS, optimizer_of, pyarrow
 
-BATCH_BYTES = 32 << 20  # of the rows that are read at once
-BUFFER_BYTES = 1 << 20  # of a column that are read from the file at once
-SMALL_GROUP = 256 << 20  # bytes of a row group that may be read to find the row that is wrong
-LARGE_GROUP = 1 << 30  # bytes of a row group's lists from which its size in the file counts
-EXPANSION = 100  # bytes that one byte of a large row group may become
-NUMBER_BYTES = 8  # at most, of a number of a list, decoded
+BATCH_BYTES = 32 << 20  # maximum size in memory of a batch of rows
+BUFFER_BYTES = 1 << 20  # bytes of a column that are read from the file at a time
+SMALL_GROUP = 256 << 20  # up to this size in memory, a row group is read to find an invalid row
+LARGE_GROUP = 1 << 30  # above this size in memory, EXPANSION limits a column of a row group
+EXPANSION = 100  # maximum ratio of size in memory to size in the file
+NUMBER_BYTES = 8  # maximum size in memory of a number in a list
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The table that rows are for."""
+    """The table that rows are read for."""
 
     table: str
     dim: int
-    width: int  # numbers of a row: dim, and the optimizer's state
+    width: int  # numbers in a row: embedding and optimizer state
     optimizer: str
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Some rows of a file, in its order."""
+    """A batch of rows of a file, in the order of the file."""
 
     keys: NDArray[np.uint64]  # [n]
-    rows: NDArray[np.float32]  # [n, dim], or with state [n, width]
-    steps: NDArray[np.int64] | None
-    frequencies: NDArray[np.int64] | None
+    rows: NDArray[np.float32]  # [n, dim], or [n, width] with optimizer state
+    steps: NDArray[np.int64] | None  # [n]; None: the file has no such column
+    frequencies: NDArray[np.int64] | None  # [n]; None: the file has no such column
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the files to read: ``path``, or all *.parquet files in a directory, by name.
+    """Return the files to read: ``path`` itself, or all *.parquet files in it, sorted by name.
 
-    Files and directories whose names start with "." or "_" are skipped, as other programs keep
-    their own files under such names.
+    Files and directories whose names start with "." or "_" are skipped, because other programs keep
+    their own files under such names. Raises InvalidArgument if there is no file.
     """
     if path.is_file():
         return [path]
@@ -77,7 +76,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def require(path: Path, target: Target) -> int:
-    """Check a file's columns by its footer; return how many rows the footer announces."""
+    """Check the columns of a file by its footer alone; return its number of rows."""
     with _opened(path) as (arrow, file):
         for name, length in _lists(file, target, arrow).items():
             _require_counts(file.metadata, name, length)
@@ -85,7 +84,7 @@ def require(path: Path, target: Target) -> int:
 
 
 def read(path: Path, target: Target) -> Iterator[Rows]:
-    """Yield the rows of a file, checked, in batches of bounded size."""
+    """Yield the rows of a file, checked, in batches of limited size."""
     start = 0
     with _opened(path) as (arrow, file):
         lists = _lists(file, target, arrow)
@@ -96,11 +95,17 @@ def read(path: Path, target: Target) -> Iterator[Rows]:
             yield _rows(arrow, batch, lists, start)
             start += batch.num_rows
         if start != file.metadata.num_rows:
-            raise InvalidArgument(f"has {start:,} rows, its footer {file.metadata.num_rows:,}")
+            raise InvalidArgument(
+                f"found {start:,} rows, but the footer says {file.metadata.num_rows:,}"
+            )
 
 
 def _rows(arrow: Any, batch: Any, lists: dict[str, int], start: int) -> Rows:
-    """Convert a batch; ``start`` is the number of its first row in the file."""
+    """Check and convert a batch of a Parquet file.
+
+    lists  names and lengths of the columns of lists
+    start  index in the file of the batch's first row
+    """
     names = batch.schema.names
     try:
         matrices = [cells.to_matrix(name, batch[name], n) for name, n in lists.items()]
@@ -121,9 +126,9 @@ def _rows(arrow: Any, batch: Any, lists: dict[str, int], start: int) -> Rows:
 
 
 def _lists(file: Any, target: Target, arrow: Any) -> dict[str, int]:
-    """Check the types of the columns; return the lists to read, with their lengths.
+    """Check the types of the columns; return {name: length} of the columns of lists to read.
 
-    The optimizer's state is among them if the file's is of the same optimizer.
+    They include the optimizer state if the file's is from the same optimizer as the table's.
     """
     schema = file.schema_arrow
     for name in ("key", "embedding", "state", "step", "frequency"):
@@ -146,9 +151,9 @@ def _lists(file: Any, target: Target, arrow: Any) -> dict[str, int]:
 
 
 def _require_counts(metadata: Any, name: str, length: int) -> None:
-    """Check that each row group has ``length`` numbers per row, before they are read.
+    """Check that each large row group has ``length`` numbers per row, before they are read.
 
-    In a small row group a wrong count is left for ``read``, which finds the row.
+    In small row groups ``read`` finds wrong lengths, and can report the row.
     """
     [leaf] = [
         i
@@ -163,7 +168,7 @@ def _require_counts(metadata: Any, name: str, length: int) -> None:
         where = f"row group {number}: column {name!r}"
         if size > SMALL_GROUP and chunk.num_values != rows * length:
             raise InvalidArgument(
-                f"{where} must contain {length} numbers per row, it has"
+                f"{where} must contain {length} numbers per row, got"
                 f" {chunk.num_values:,} numbers in {rows:,} rows"
             )
         if size > LARGE_GROUP and size > EXPANSION * chunk.total_uncompressed_size:
@@ -175,7 +180,10 @@ def _require_counts(metadata: Any, name: str, length: int) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Open a file; every error about it becomes an InvalidArgument that starts with its name."""
+    """Open a Parquet file; yield (pyarrow, ParquetFile).
+
+    Any error in the block except PsError is raised as InvalidArgument, prefixed with the path.
+    """
     arrow, parquet = pyarrow()
     try:
         with parquet.ParquetFile(
@@ -186,6 +194,6 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         raise InvalidArgument(f"{path}: {error}") from error
     except PsError:
         raise
-    except Exception as error:  # a library reads what anybody may have written
+    except Exception as error:  # pyarrow may raise anything for a malformed file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InvalidArgument(f"{path}: cannot be read as Parquet: {reason}") from error

@@ -1,7 +1,7 @@
-"""Files and directories that appear under their name when they are complete, or not at all.
+"""Create files and directories that get their final name once they are complete, or never.
 
-Work in progress has the name ``.NAME.PID`` in the same directory. A process that is killed leaves
-it there; it may be deleted.
+Until then their name is ``.NAME.PID``, in the same directory. A process that is killed leaves that
+file behind; it may be deleted.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from psclient.errors import InvalidArgument
 def staged_file(path: Path) -> Iterator[Path]:
     """Yield an empty temporary file, which replaces ``path`` if the block succeeds.
 
-    Raises InvalidArgument at once, not after the work, if ``path`` cannot be written.
+    Raises InvalidArgument before the block runs if ``path`` cannot be written.
     """
     if path.is_dir():
-        raise InvalidArgument(f"{path} is a directory, not a file to be written")
+        raise InvalidArgument(f"{path} is a directory; choose the name of a file")
     temporary = _temporary(path)
     try:
         temporary.touch()
@@ -40,8 +40,8 @@ def staged_file(path: Path) -> Iterator[Path]:
 def staged_directory(path: Path) -> Iterator[Path]:
     """Yield an empty temporary directory, which becomes ``path`` if the block succeeds.
 
-    Raises InvalidArgument at once if ``path`` exists and is not an empty directory, or if it
-    cannot be created.
+    Raises InvalidArgument before the block runs if ``path`` exists and is not an empty directory,
+    or cannot be created.
     """
     if path.exists() and not (path.is_dir() and next(path.iterdir(), None) is None):
         raise InvalidArgument(f"{path} exists: choose a new or an empty directory")
@@ -60,11 +60,12 @@ def staged_directory(path: Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
+    """Return the temporary name of a file or directory."""
     path = Path(os.path.abspath(path))
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file is on disk."""
+    """Wait until the contents of a file are on disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -319,8 +319,8 @@ def test_psctl_analyze_shows_and_writes_all_of_it(
 BAD = [
     (["--parquet", "no/such/t.parquet"], "t.parquet cannot be written: No such file or directory"),
     (["--html", "no/such/t.html"], "t.html cannot be written: No such file or directory"),
-    (["--html", "."], "is a directory, not a file to be written"),
-    (["--parquet", "."], "is a directory, not a file to be written"),
+    (["--html", "."], "is a directory; choose the name of a file"),
+    (["--parquet", "."], "is a directory; choose the name of a file"),
     (["--history", "no/such/h.jsonl"], "No such file or directory"),
     (["--history", "junk"], "line 1 is not an analysis"),
 ]

@@ -99,7 +99,7 @@ def test_an_import_that_ends_early_says_what_stands_and_is_completed_by_another(
         import_parquet(client, table, tmp_path)
     monkeypatch.undo()
     assert (caught.value.written, caught.value.total) == (2 * N, 3 * N)
-    assert "2,000 of 3,000 rows are written and stay; repeat the same import" in str(caught.value)
+    assert "2,000 of 3,000 rows were written and stay; repeat the same import" in str(caught.value)
     assert caught.value.__cause__ is error
     assert client.describe_table(table).rows == 2 * N
     first = whole(client, table)

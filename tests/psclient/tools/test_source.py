@@ -150,11 +150,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "null key": ({"key": pa.array([1, None, 3, 4])}, "row 1 (counted from 0): column 'key' must"),
     "large decimal key": (
         {"key": pa.array([decimal.Decimal(2**64)] * 4, pa.decimal128(20, 0))},
-        "row 0 (counted from 0): column 'key' must contain keys of -2^63..2^64-1",
+        "row 0 (counted from 0): column 'key' must contain keys in -2^63..2^64-1",
     ),
     "small decimal key": (
         {"key": pa.array([decimal.Decimal(-(2**63) - 1)] * 4, pa.decimal128(20, 0))},
-        "column 'key' must contain keys of -2^63..2^64-1",
+        "column 'key' must contain keys in -2^63..2^64-1",
     ),
     "embedding no list": ({"embedding": pa.array([1.0] * 4)}, "must contain lists of float16"),
     "integers in lists": ({"embedding": pa.array([[1, 2]] * 4)}, "its type is list<"),
@@ -175,20 +175,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "ragged": (
         {"embedding": pa.array([[1.0, 2.0], [1.0], [1.0, 2.0, 3.0], [1.0, 2.0]], FLOATS)},
-        "row 1 (counted from 0): column 'embedding' must be 2 numbers long, it has 1",
+        "row 1 (counted from 0): column 'embedding' must have 2 numbers, got 1",
     ),
-    "empty lists": ({"embedding": pa.array([[]] * 4, FLOATS)}, "must be 2 numbers long, it has 0"),
-    "another dim": ({"embedding": pa.array([[1.0] * 3] * 4, FLOATS)}, "must be 2 numbers long"),
+    "empty lists": ({"embedding": pa.array([[]] * 4, FLOATS)}, "must have 2 numbers, got 0"),
+    "another dim": ({"embedding": pa.array([[1.0] * 3] * 4, FLOATS)}, "must have 2 numbers"),
     "another fixed dim": (
         {"embedding": pa.array([[1.0] * 3] * 4, pa.list_(pa.float32(), 3))},
-        "must contain lists of 2 numbers, not of 3 (table 't', dim 2)",
+        "must contain lists of 2 numbers, got 3 (table 't', dim 2)",
     ),
     "NaN": (
         {"embedding": pa.array([*HUGE, [1.0, np.nan]], FLOATS)},
-        "row 3 (counted from 0): column 'embedding' must be finite as float32, number 1 is nan",
+        "row 3 (counted from 0): column 'embedding' must be finite as float32, got nan at position 1",
     ),
-    "infinite": ({"embedding": pa.array([*HUGE, [np.inf, 1.0]], FLOATS)}, "number 0 is inf"),
-    "beyond float32": ({"embedding": pa.array([*HUGE, [1e39, 1.0]])}, "number 0 is 1e+39"),
+    "infinite": ({"embedding": pa.array([*HUGE, [np.inf, 1.0]], FLOATS)}, "got inf at position 0"),
+    "beyond float32": ({"embedding": pa.array([*HUGE, [1e39, 1.0]])}, "got 1e+39 at position 0"),
     "fractional step": ({"step": pa.array([1.5] * 4)}, "column 'step' must contain integers"),
     "double steps": ({"step": pa.array([1.0] * 4)}, "its type is double: cast it to int64"),
     "null step": ({"step": pa.array([1, 2, None, 4])}, "row 2 (counted from 0): column 'step'"),
@@ -208,7 +208,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "strings of state": ({"state": pa.array(["x"] * 4)}, "'state' must contain lists"),
     "short state": (
         {"state": pa.array([[1.0]] * 4, FLOATS)},
-        "column 'state' must be 2 numbers long, it has 1",
+        "column 'state' must have 2 numbers, got 1",
     ),
 }
 
