@@ -1,4 +1,4 @@
-"""The state of each shard, asked one by one, so that it also works while some are down."""
+"""State of each shard. Each is asked on its own, so it works even while some shards are down."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from psclient.restores import OVER, PREPARED
 from psclient.retry import rpc_error
 from psproto import ps_pb2 as pb
 
-STATES = {"STARTING": "starting", "DRAINING": "draining", "RESTORING": "restoring"}  # by reason
+STATES = {"STARTING": "starting", "DRAINING": "draining", "RESTORING": "restoring"}  # by error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardStatus:
-    """One shard as it answered. Figures are None if it did not.
+    """State of one shard. All numbers are None if it did not answer.
 
-    state    ready; starting, draining or restoring, which refuse work for a while; misplaced: it
-             serves another shard than the one at its place in the addresses; unreachable
-    problem  why it is not ready
+    state    ready; starting, draining, restoring: it refuses work for a while; misplaced: it is
+             listed at the wrong position of the addresses; unreachable
+    problem  why it is not ready; None: it is ready
     """
 
-    shard: int  # its place in the addresses
+    shard: int  # its position in the addresses
     address: str
     state: str
     problem: str | None = None
     release: str | None = None
     uptime_seconds: float | None = None
     version: int | None = None
-    durable_version: int | None = None  # None without a data directory, and the following three
-    log_first_version: int | None = None  # the oldest that the version log still has
+    durable_version: int | None = None  # this and the next three: None without a data directory
+    log_first_version: int | None = None  # oldest version that the version log still has
     log_bytes: int | None = None
-    flush_age_seconds: float | None = None  # age of the oldest change that a restart replays
+    flush_age_seconds: float | None = None  # age of the oldest change that a restart would replay
     tables: int | None = None
     rows: int | None = None
     memory_bytes: int | None = None
@@ -47,15 +47,15 @@ class ShardStatus:
 
     @property
     def ready(self) -> bool:
-        """Whether the shard takes work."""
+        """Return whether the shard accepts work."""
         return self.state == "ready"
 
 
 def status(where: Sequence[str], *, timeout: float = 5.0) -> list[ShardStatus]:
-    """Return the state of every shard, in the order of ``where``; raises nothing.
+    """Return the state of every shard, in the order of ``where``. Raises nothing.
 
     where    "host:port" of every shard, in order
-    timeout  seconds to wait for a shard
+    timeout  seconds to wait for each shard
     """
     shards = range(len(where))
     with ThreadPoolExecutor(max(1, min(len(where), 64)), "psclient-status") as pool:
@@ -63,6 +63,12 @@ def status(where: Sequence[str], *, timeout: float = 5.0) -> list[ShardStatus]:
 
 
 def _ask(shard: int, shards: int, address: str, timeout: float) -> ShardStatus:
+    """Return the state of one shard.
+
+    shard    its position in the addresses
+    shards   number of addresses
+    timeout  seconds
+    """
     if wrong := addresses.problem(address):
         return ShardStatus(
             shard=shard, address=address, state="unreachable", problem=f"{address!r}: {wrong}"
@@ -105,10 +111,13 @@ def _state(
     address: str,
     timeout: float,
 ) -> tuple[str, str | None]:
-    """Return the state of a shard that answers, and why it is not ready."""
+    """Return (state, problem) of a shard that answered ``info``; see ShardStatus.
+
+    shard, shards, address, timeout  see ``_ask``
+    """
     if (info.shard, info.shard_map.shards) != (shard, shards):
         return "misplaced", (
-            f"{address} serves shard {info.shard} of {info.shard_map.shards},"
+            f"{address} is shard {info.shard} of {info.shard_map.shards},"
             f" but is listed as shard {shard} of {shards}"
         )
     data = _call(channel, "CheckpointService/Restore", pb.RestoreRequest(), timeout, address)
@@ -120,9 +129,10 @@ def _state(
 
 
 def _call(channel: Channel, method: str, request: Any, timeout: float, address: str) -> bytes:
+    """Make a unary call and return the answer. Raises a PsError; ``timeout`` is in seconds."""
     try:
         return channel.call(f"/ps.v1.{method}", request.SerializeToString(), timeout)
     except grpc.RpcError as error:
         raise rpc_error(error, address) from None
-    except ValueError as error:  # of an address that gRPC cannot parse
+    except ValueError as error:  # gRPC cannot parse the address
         raise InvalidArgument(f"{address}: {error}") from None

@@ -1,4 +1,4 @@
-"""The result of an analysis: the rows of a table, summed up over all shards."""
+"""The result of an analysis: summary statistics of a table over all shards."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from psclient.errors import InvalidArgument
 
 @dataclass(frozen=True, slots=True)
 class RowColumns:
-    """Some rows of one tier, as an analysis read them."""
+    """Some rows that an analysis read, all from the same tier, as columns."""
 
     keys: NDArray[np.uint64]  # [n]
-    frequencies: NDArray[np.uint64]  # occurrences pushed
-    steps: NDArray[np.int64]  # of the last push
-    versions: NDArray[np.uint64]  # of the last push
-    norms: NDArray[np.float64]  # L2 norm of the embedding
+    frequencies: NDArray[np.uint64]  # [n] number of pushed occurrences of the key
+    steps: NDArray[np.int64]  # [n] training step of the last push
+    versions: NDArray[np.uint64]  # [n] version of the shard after the last push
+    norms: NDArray[np.float64]  # [n] L2 norm of the embedding
     tier: str
-    embeddings: Rows | None  # float32[n, dim]
+    embeddings: Rows | None  # float32[n, dim], if asked for
 
 
 Sink = Callable[[RowColumns], None]
@@ -30,25 +30,34 @@ Sink = Callable[[RowColumns], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Histogram:
-    """Counts of values between edges. The counts on either side of an edge are exact.
+    """Counts of values between edges.
 
-    counts[i] counts the values in [edges[i-1], edges[i]); in a histogram of ages those in
-    (edges[i-1], edges[i]].
+    counts[i] is the number of values in [edges[i-1], edges[i]), or, for ages, in
+    (edges[i-1], edges[i]]. So the number of values below or above an edge is exact.
     """
 
     edges: NDArray[np.float64]  # [k], ascending
-    counts: NDArray[np.int64]  # [k + 1]
+    counts: NDArray[np.int64]  # [k + 1]; the first and the last range have one edge only
 
     def above(self, edge: float) -> int:
-        """Return how many values are at least ``edge``; of ages, greater than it."""
+        """Return the number of values >= ``edge``; for ages, > ``edge``.
+
+        Raises InvalidArgument if ``edge`` is not one of ``edges``.
+        """
         return int(self.counts[self.position(edge) + 1 :].sum())
 
     def below(self, edge: float) -> int:
-        """Return how many values are less than ``edge``; of ages, at most it."""
+        """Return the number of values < ``edge``; for ages, <= ``edge``.
+
+        Raises InvalidArgument if ``edge`` is not one of ``edges``.
+        """
         return int(self.counts[: self.position(edge) + 1].sum())
 
     def position(self, edge: float) -> int:
-        """Return the index of an edge; InvalidArgument for a number that is not an edge."""
+        """Return the index of ``edge`` in ``edges``.
+
+        Raises InvalidArgument if it is not in them.
+        """
         at = int(np.searchsorted(self.edges, edge))
         if at == len(self.edges) or self.edges[at] != edge:
             raise InvalidArgument(
@@ -59,16 +68,19 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """The rows of one tier, over all shards."""
+    """Size of one tier, a kind of storage for rows, over all shards."""
 
     name: str
     rows: int
-    bytes: int  # allocated, unused room included
+    bytes: int  # allocated, including unused space
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowList:
-    """The most extreme rows by some measure, the most extreme first."""
+    """The most extreme rows of a table by some measure, the most extreme first.
+
+    All arrays have the shape [n]; see RowColumns for their meanings.
+    """
 
     keys: NDArray[np.uint64]
     versions: NDArray[np.uint64]
@@ -81,32 +93,32 @@ class RowList:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Analysis:
-    """A table, summed up over all shards."""
+    """Summary statistics of a table over all shards, as returned by ``analyze``."""
 
     table: str
-    checkpoint: str | None
-    asked: dict[str, tuple[float, ...]]  # thresholds that the caller gave: frequencies, ages, norms
-    time: float  # seconds since 1970: of the analysis, or of the checkpoint
+    checkpoint: str | None  # name of the checkpoint; None: the live table
+    asked: dict[str, tuple[float, ...]]  # the caller's thresholds: frequencies, ages, norms
+    time: float  # of the analysis, or of the checkpoint, in seconds since 1970
     seconds: float  # duration of the analysis
     dim: int
-    row_bytes: int  # embedding, state and metadata of a row
+    row_bytes: int  # size of a row in memory: embedding, optimizer state, metadata
     optimizer: str
-    versions: tuple[int, ...]  # of the shards, when the analysis began
-    step: int  # the largest that was pushed
+    versions: tuple[int, ...]  # version of each shard when the analysis began
+    step: int  # largest training step pushed
     rows: int
     shard_rows: tuple[int, ...]
-    occurrences: int  # pushed, sum over all rows
+    occurrences: int  # number of pushed occurrences of all keys with rows
     norm_mean: float
-    frequencies: Histogram
-    occurrences_between: NDArray[np.int64]  # [k + 1], occurrences of the rows of each count of it
-    ages: Histogram  # steps since the last push
-    norms: Histogram
-    idle_norms: Histogram  # norms of the rows whose age is at least ``grace``
-    grace: int
+    frequencies: Histogram  # rows by the number of pushed occurrences of their key
+    occurrences_between: NDArray[np.int64]  # [k + 1] occurrences by range of ``frequencies``
+    ages: Histogram  # rows by the steps since their last push
+    norms: Histogram  # rows by the L2 norm of their embedding
+    idle_norms: Histogram  # the same, only for rows whose age is at least ``grace``
+    grace: int  # grace period of the norm rule, in steps
     tiers: tuple[Tier, ...]
     index_bytes: int
-    waiting: int  # keys that are counted for admission and have no row yet
-    waiting_bytes: int  # of their counters
+    waiting: int  # keys that wait for admission: counted, but without a row
+    waiting_bytes: int  # memory of the admission counters
     most_frequent: RowList
     least_frequent: RowList
     largest: RowList
@@ -114,26 +126,29 @@ class Analysis:
 
     @property
     def bytes(self) -> int:
-        """Memory of the table: rows, index and counters."""
+        """Return the memory of the table in bytes: rows, index and admission counters."""
         return sum(tier.bytes for tier in self.tiers) + self.index_bytes + self.waiting_bytes
 
     def admitted(self, threshold: int) -> int:
-        """Return how many rows an admission threshold would have admitted."""
+        """Return the number of rows that an admission threshold would have admitted."""
         return self.frequencies.above(threshold)
 
     def dropped(self, threshold: int) -> int:
-        """Return how many occurrences an admission threshold would have dropped with gradients.
+        """Return the number of occurrences whose gradients an admission threshold would have
+        dropped.
 
-        A refused key loses all its occurrences, an admitted key the first ``threshold - 1``. An
-        admitted key loses fewer if several of its occurrences come in one push.
+        These are all occurrences of a refused key, and the first ``threshold - 1`` of an admitted
+        key. The true number is lower if several occurrences of an admitted key came in one push.
         """
         below = self.occurrences_between[: self.frequencies.position(threshold) + 1]
         return int(below.sum()) + self.admitted(threshold) * (threshold - 1)
 
     def idle(self, ttl: int) -> int:
-        """Return how many rows a step TTL of ``ttl`` steps evicts."""
+        """Return the number of rows that a step TTL of ``ttl`` steps would evict."""
         return self.ages.above(ttl)
 
     def small(self, threshold: float) -> int:
-        """Return how many rows the norm rule evicts with this threshold and ``grace``."""
+        """Return the number of rows that the norm rule would evict with this threshold and
+        ``grace``.
+        """
         return self.idle_norms.below(threshold)

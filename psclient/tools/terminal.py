@@ -1,4 +1,4 @@
-"""An analysis, and facts about keys, for the terminal."""
+"""Print an analysis, or the states of keys, to the terminal."""
 
 from __future__ import annotations
 
@@ -35,14 +35,17 @@ from psclient.tools.keys import KeyInfo
 from psclient.tools.listing import natural_width, print_whole
 from psclient.tools.summary import Analysis, RowList
 
-BAR = 24  # characters of the longest bar
-GAP = 4  # columns between two tables
+BAR = 24  # length of the longest bar, in characters
+GAP = 4  # characters between two tables
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 STYLES = {"row": "green", "waiting": "yellow", "gone": "red", "new": "dim", "unknown": "magenta"}
 
 
 def show(console: Console, result: Analysis, *, keys: KeyType = np.uint64) -> None:
-    """Print an analysis; ``keys`` shows keys as signed or unsigned."""
+    """Print an analysis.
+
+    keys  dtype to show keys with, signed or unsigned
+    """
     console.print(Text(title(result), style="bold"))
     grid = Table.grid(padding=(0, 2))
     for name, value in facts(result):
@@ -79,6 +82,7 @@ def show(console: Console, result: Analysis, *, keys: KeyType = np.uint64) -> No
 
 
 def _table(head: str, *columns: str) -> Table:
+    """Return an empty table with a title; the first column is aligned left, the others right."""
     table = Table(
         title=head,
         title_justify="left",
@@ -93,7 +97,7 @@ def _table(head: str, *columns: str) -> Table:
 
 
 def _print_pair(console: Console, left: Table, right: Table) -> None:
-    """Print two tables, side by side if they fit."""
+    """Print two tables, side by side if the terminal is wide enough."""
     if natural_width(console, left) + GAP + natural_width(console, right) <= console.width:
         console.print(Columns([left, right], padding=(0, GAP)))
     else:
@@ -102,7 +106,11 @@ def _print_pair(console: Console, left: Table, right: Table) -> None:
 
 
 def _tries(head: str, column: str, chosen: Sequence[Threshold], *, lost: bool = False) -> Table:
-    """Return a table of what thresholds would do; ``lost`` adds the share of occurrences."""
+    """Return a table of what a rule would refuse or evict, by its threshold.
+
+    column  head of the column of thresholds
+    lost    add a column with the share of dropped occurrences
+    """
     table = _table(head, column, "rows", "of rows", *(("of occurrences",) if lost else ()))
     for each in chosen:
         row = (*cells(each), *((percent(each.lost),) if lost else ()))
@@ -111,7 +119,7 @@ def _tries(head: str, column: str, chosen: Sequence[Threshold], *, lost: bool = 
 
 
 def _bars(head: str, column: str, counts: Sequence[tuple[str, int]]) -> Table:
-    """Return a table of counts with bars."""
+    """Return a table of (range, number of rows) with bars; ``column`` is the head of the ranges."""
     table = _table(head, column, "rows", "of rows")
     table.add_column("", justify="left", no_wrap=True)
     whole, most = sum(n for _, n in counts), max((n for _, n in counts), default=0)
@@ -122,12 +130,13 @@ def _bars(head: str, column: str, counts: Sequence[tuple[str, int]]) -> Table:
 
 
 def _bar(part: float) -> str:
-    """Return a bar whose length is a share of BAR characters."""
+    """Return a bar of length ``part * BAR`` characters."""
     eighths = math.ceil(part * BAR * 8)
     return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
 
 
 def _extremes(head: str, rows: RowList, keys: KeyType) -> Table:
+    """Return a table of extreme rows."""
     table = _table(head, *EXTREMES)
     for line in lines(rows, keys):
         table.add_row(*map(plain, line))
@@ -135,7 +144,10 @@ def _extremes(head: str, rows: RowList, keys: KeyType) -> Table:
 
 
 def show_keys(console: Console, infos: Sequence[KeyInfo], names: Sequence[str] = ()) -> None:
-    """Print facts about keys; ``names`` are the strings that the keys were made of."""
+    """Print the states of keys.
+
+    names  the strings that were hashed into the keys, or empty
+    """
     table = Table(box=None, show_header=False, padding=(0, 2, 1, 0))
     table.add_column(no_wrap=True, justify="right", vertical="top")
     table.add_column()
@@ -146,7 +158,7 @@ def show_keys(console: Console, infos: Sequence[KeyInfo], names: Sequence[str] =
 
 
 def _facts_of(info: KeyInfo) -> list[Text]:
-    """Return the lines about one key."""
+    """Return the lines of text about one key."""
     reason = Text(info.reason, style=STYLES[info.state])
     texts = [reason.append(f"  shard {info.shard}", style="dim")]
     if info.state == "row":

@@ -186,14 +186,14 @@ def test_psctl_alter(cluster2: Cluster, connect: Connect, name: str) -> None:
         *("eviction=norm:threshold=0.5", "eviction=step_ttl:steps=10"),
     )
     assert "altered lr, serving_default, durability, admission, max_step_ahead, eviction" in shown
-    assert "100 counters dropped: their keys start again from zero" in shown
+    assert "100 admission counters dropped: their keys are counted from zero again" in shown
     info = client.describe_table(name)
     assert (info.optimizer_args["lr"], info.serving_default) == (0.25, 1.5)
     assert (info.admission, set(info.eviction)) == ("sketch", {"norm", "step_ttl"})
     assert (info.durability, info.max_step_ahead) == ("applied", 0)
-    assert "has these settings" in psctl(cluster2, "alter", name, "lr=0.25")
+    assert "it already has these settings" in psctl(cluster2, "alter", name, "lr=0.25")
     assert "altered eviction" in psctl(cluster2, "alter", name, "eviction=none")
-    assert "max step ahead no bound" in psctl(cluster2, "table", name)
+    assert "max step ahead no limit" in psctl(cluster2, "table", name)
 
 
 def test_psctl_alter_says_why_not(cluster2: Cluster, connect: Connect, name: str) -> None:

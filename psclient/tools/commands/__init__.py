@@ -1,6 +1,6 @@
 """The commands of psctl, in groups.
 
-shell.py         what all commands share
+shell.py         options, connection and error handling of all commands
 cluster.py       psctl status, tail
 tables.py        psctl tables, table, create, drop, evict
 alter.py         psctl alter

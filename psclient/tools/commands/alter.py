@@ -1,4 +1,4 @@
-"""psctl alter: settings of a table that has rows."""
+"""psctl alter: change settings of an existing table."""
 
 from __future__ import annotations
 
@@ -31,19 +31,21 @@ def alter(
     """Change settings of a table on all shards. Its rows stay.
 
     \b
-      lr=NUMBER               learning rate of pushes that send none
-      serving_default=NUMBER  what serving pulls return for keys without a row
-      durability=LEVEL        applied, log or fsync; of pushes that ask for none
-      admission=RULE          which keys get a row, as in psctl create
-      eviction=RULE           which rows are evicted; may be repeated; replaces all
-                              rules of the table; eviction=none removes them
-      max_step_ahead=STEPS    how far the step of a push may be ahead; 0: no bound
+      lr=NUMBER               learning rate of pushes that specify none
+      serving_default=NUMBER  number that serving pulls return for keys without a row
+      durability=LEVEL        durability of pushes that specify none: applied, log, fsync
+      admission=RULE          rule that decides which keys get a row: see psctl create
+      eviction=RULE           rule that decides which rows to evict: see psctl create;
+                              may be repeated; replaces all eviction rules of the
+                              table; eviction=none removes them
+      max_step_ahead=STEPS    refuse a push whose step exceeds the table's largest step
+                              by more than STEPS; 0: no limit
 
     For example: psctl alter user lr=0.01 admission=counter:threshold=3
 
-    All other settings are fixed when a table is created. Counters of keys that wait for admission
-    are dropped if the new rule is of another kind, or a sketch of another size. If a shard fails,
-    repeat the command to complete it.
+    All other settings are fixed when a table is created. The counters of keys that wait for
+    admission are dropped if the kind of the admission rule changes, or the size of a sketch. If a
+    shard fails, repeat the command to complete it.
     """
     asked = _parse(settings)
     with connected(servers) as client:
@@ -52,25 +54,35 @@ def alter(
         done = client.alter_table(name, **_arguments(asked))
     changed = [field for field in asked if _shown(before, field) != _shown(done.table, field)]
     typer.echo(
-        f"{name}: altered {', '.join(changed)}" if changed else f"{name}: has these settings"
+        f"{name}: altered {', '.join(changed)}"
+        if changed
+        else f"{name}: unchanged, it already has these settings"
     )
     if done.dropped_counters:
-        typer.echo(f"{done.dropped_counters:,} counters dropped: their keys start again from zero")
+        typer.echo(
+            f"{done.dropped_counters:,} admission counters dropped: their keys are counted from"
+            " zero again"
+        )
 
 
 def _parse(settings: Sequence[str]) -> dict[str, list[str]]:
-    """Return the values of each field that is named."""
+    """Parse FIELD=VALUE settings; return {field: values}.
+
+    Only "eviction" may have several values.
+    """
     asked: dict[str, list[str]] = {}
     for each in settings:
         field, equals, value = each.partition("=")
         if not equals or not field or (field in asked and field != "eviction"):
-            raise typer.BadParameter(f"settings are FIELD=VALUE, each once; got {each!r}")
+            raise typer.BadParameter(
+                f"settings must be FIELD=VALUE, each field once (except eviction); got {each!r}"
+            )
         asked.setdefault(field, []).append(value)
     return asked
 
 
 def _arguments(asked: dict[str, list[str]]) -> dict[str, Any]:
-    """Return the arguments of ``Client.alter_table``."""
+    """Convert {field: values} to keyword arguments of ``Client.alter_table``."""
     arguments: dict[str, Any] = {}
     for field, values in asked.items():
         if field in NUMBERS:
@@ -84,11 +96,13 @@ def _arguments(asked: dict[str, list[str]]) -> dict[str, Any]:
 
 
 def _admission(values: list[str]) -> dict[str, Any]:
+    """Convert the value of "admission" to keyword arguments."""
     rule, args = parse_rule("admission", values[0])
     return {"admission": rule, "admission_args": args}
 
 
 def _eviction(values: list[str]) -> dict[str, Any]:
+    """Convert the values of "eviction" to keyword arguments."""
     return {"eviction": {} if values == ["none"] else parse_rules("eviction", values)}
 
 
@@ -112,7 +126,7 @@ def _require_alterable(client: Client, name: str, asked: dict[str, list[str]]) -
 
 
 def _shown(info: Any, field: str) -> Any:
-    """Return the value of a setting of a table."""
+    """Return the value of a setting, for comparison."""
     if field == "lr":
         return info.optimizer_args["lr"]
     return (getattr(info, field), info.admission_args if field == "admission" else None)

@@ -1,4 +1,4 @@
-"""psctl analyze, inspect: what a table holds, what is known of a key."""
+"""psctl analyze, inspect: statistics of a table, states of keys."""
 
 from __future__ import annotations
 
@@ -28,50 +28,70 @@ TableName = Annotated[str, typer.Argument(metavar="TABLE", help="Name of the tab
 def analyze(
     table: TableName,
     checkpoint: Annotated[
-        str | None, typer.Option(help="Analyze the table as this checkpoint has it.")
+        str | None, typer.Option(help="Analyze the table in this checkpoint, not the live table.")
     ] = None,
     frequency: Annotated[
         list[int] | None,
-        typer.Option(help="Count exactly for this admission threshold; may be repeated."),
+        typer.Option(
+            help="Report exactly how many rows this admission threshold would refuse, besides the"
+            " built-in thresholds; may be repeated."
+        ),
     ] = None,
     ttl: Annotated[
         list[int] | None,
-        typer.Option(help="Count exactly for this TTL in steps; may be repeated."),
+        typer.Option(
+            help="Report exactly how many rows a TTL of this many steps would evict, besides the"
+            " built-in TTLs; may be repeated."
+        ),
     ] = None,
     norm: Annotated[
         list[float] | None,
-        typer.Option(help="Count exactly for this threshold of the norm; may be repeated."),
+        typer.Option(
+            help="Report exactly how many rows this threshold of the norm rule would evict,"
+            " besides the built-in thresholds; may be repeated."
+        ),
     ] = None,
     grace: Annotated[
         int,
-        typer.Option(help="Grace period of the norm rule: steps for which a pushed row is kept."),
+        typer.Option(
+            help="Grace period of the norm rule: number of steps after a push during which the"
+            " row is not evicted."
+        ),
     ] = 0,
     top: Annotated[
-        int, typer.Option(help="Number of keys in each list of extremes, up to 1000.")
+        int,
+        typer.Option(
+            help="Maximum number of keys in the lists of the most and least frequent keys and of"
+            " the largest and smallest norms, up to 1000."
+        ),
     ] = 10,
     parquet: Annotated[
-        Path | None, typer.Option(help="Write the metadata of every row to this Parquet file.")
+        Path | None,
+        typer.Option(
+            help="Write key, frequency, step, version, norm and tier of every row to this Parquet"
+            " file."
+        ),
     ] = None,
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="Write embeddings to the Parquet file too.")
     ] = False,
     keys: KeysOption = Keys.UINT64,
     html: Annotated[
-        Path | None, typer.Option(help="Write a page with plots to this HTML file.")
+        Path | None, typer.Option(help="Write a report with plots to this HTML file.")
     ] = None,
     history: Annotated[
         Path | None,
         typer.Option(
-            help="Append the main figures to this file. The page plots all analyses in it over"
-            " time."
+            help="Append the main results to this file. The HTML report plots all analyses in"
+            " this file over time."
         ),
     ] = None,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Show what a table contains, and what rules would evict.
+    """Show statistics of a table, and how many rows admission and eviction rules would affect.
 
-    Prints sizes, frequencies, ages and norms. Nothing in the cluster changes. Existing files given
-    by --parquet and --html are replaced.
+    Prints sizes, frequencies, ages and norms. Changes nothing in the cluster. If the files of
+    --parquet and --html exist, they are replaced.
     """
     with connected(servers) as client, staged_file(html) if html else nullcontext() as page:
         if html is not None:
@@ -112,17 +132,20 @@ def inspect(
     table: TableName,
     keys: Annotated[
         list[str],
-        typer.Argument(metavar="KEY...", help="Keys as decimal or 0x... numbers of -2^63..2^64-1."),
+        typer.Argument(
+            metavar="KEY...", help="Keys: decimal or hexadecimal (0x...) numbers in -2^63..2^64-1."
+        ),
     ],
     text: Annotated[
-        bool, typer.Option("--text", help="Take the keys as strings and hash them.")
+        bool,
+        typer.Option("--text", help="Keys are strings: hash them, as psclient.hash_keys does."),
     ] = False,
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="Show the embeddings of the rows.")
     ] = False,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Show where the rows of keys are, or why a key has no row. Changes nothing."""
+    """Show for each key where its row is, or why it has no row. Changes nothing."""
     with connected(servers) as client:
         numbers = hash_keys(keys).tolist() if text else [_number(key) for key in keys]
         infos = known.inspect(client, table, numbers, embeddings=embeddings)
@@ -130,9 +153,10 @@ def inspect(
 
 
 def _number(key: str) -> int:
+    """Parse a decimal or hexadecimal key."""
     try:
         return int(key, 0)
     except ValueError:
         raise InvalidArgument(
-            f"KEY must be a whole number, got {key!r}; use --text for strings"
+            f"KEY must be an integer, got {key!r}; use --text for strings"
         ) from None

@@ -29,7 +29,7 @@ def checkpoint(
     incremental_from: Annotated[
         str | None,
         typer.Option(
-            help="Store only the changes since this checkpoint. The new checkpoint needs it and"
+            help="Store only the changes since this checkpoint. The new checkpoint builds on it and"
             " cannot be restored without it."
         ),
     ] = None,
@@ -37,15 +37,15 @@ def checkpoint(
         int | None,
         typer.Option(
             min=1,
-            help="Afterwards delete all checkpoints but this number of newest ones and those that"
-            " these need, as psctl prune does.",
+            help="Afterwards delete all checkpoints except this number of newest ones and those"
+            " that they build on, as psctl prune does.",
         ),
     ] = None,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Take a checkpoint of all tables. Training goes on meanwhile.
+    """Take a checkpoint of all tables while training continues.
 
-    It is stored under the checkpoint_url of the servers' configuration.
+    It is stored under the URL that the servers' configuration field checkpoint_url gives.
     """
     if incremental_from == "":
         raise typer.BadParameter("--incremental-from needs the name of a checkpoint")
@@ -58,7 +58,7 @@ def checkpoint(
 
 @app.command()
 def checkpoints(servers: Servers = DEFAULT) -> None:
-    """List the checkpoints, with the problems of unusable ones."""
+    """List the checkpoints, and why some of them cannot be restored."""
     with connected(servers) as client:
         found = admin.checkpoints(client)
     lines = [
@@ -77,7 +77,7 @@ def checkpoints(servers: Servers = DEFAULT) -> None:
     print_listing(listing(*columns), lines)
     for each in found:
         if each.problem:
-            problem = f"{escape(each.name)} cannot be used: {escape(each.problem)}"
+            problem = f"{escape(each.name)} cannot be restored: {escape(each.problem)}"
             console.print(problem, soft_wrap=True)
 
 
@@ -85,7 +85,7 @@ def checkpoints(servers: Servers = DEFAULT) -> None:
 def verify(name: Name, servers: Servers = DEFAULT) -> None:
     """Check that a checkpoint is complete and undamaged.
 
-    Reads every byte of it, and of the checkpoints that it needs, and compares all checksums.
+    Reads every byte of it, and of the checkpoints that it builds on, and compares all checksums.
     Changes nothing.
     """
     with connected(servers) as client, bar(f"verify {name}") as show:
@@ -106,36 +106,38 @@ def restore(
         bool,
         typer.Option(
             "--abort",
-            help="Undo an interrupted restore: the tables from before it are back. Needs no"
+            help="Undo an interrupted restore: bring back the tables from before it. Give no"
             " CHECKPOINT.",
         ),
     ] = False,
     table: Annotated[
         str | None,
-        typer.Option(help="Restore only this table of the checkpoint, to the table of --into."),
+        typer.Option(help="Restore only this table of the checkpoint, into the table of --into."),
     ] = None,
     into: Annotated[
         str | None,
         typer.Option(
-            help="Table to fill with the rows of --table. It is created if it does not exist."
-            " Other tables stay as they are."
+            help="Table to fill with the rows of the table given by --table. It is created if it"
+            " does not exist. Other tables do not change."
         ),
     ] = None,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Replace all tables by those of a checkpoint, or fill one.
+    """Restore all tables from a checkpoint, or one table with --table and --into.
 
     \b
       psctl restore monday                          into a cluster without tables
-      psctl restore monday --replace                all existing tables are deleted
-      psctl restore monday --table user --into new  into one table
+      psctl restore monday --replace                delete all existing tables first
+      psctl restore monday --table user --into new  only table user, into table new
       psctl restore --abort                         undo an interrupted restore
 
-    All shards are restored, or none. If the command is interrupted, repeat it, or undo it with
-    --abort. With --table and --into, --replace deletes the rows of the table of --into first.
+    A restore of all tables succeeds on all shards or on none. If it is interrupted, repeat the
+    command, or undo it with --abort. With --into, --replace first deletes that table's rows.
     """
     if (table is None) != (into is None) or bool(name) == abort:
-        raise typer.BadParameter("give CHECKPOINT, CHECKPOINT --table T --into T2, or --abort")
+        raise typer.BadParameter(
+            "expected CHECKPOINT, CHECKPOINT --table TABLE --into TABLE, or --abort"
+        )
     with connected(servers) as client:
         if abort:
             admin.abort_restore(client)
@@ -163,8 +165,8 @@ def delete(
 ) -> None:
     """Delete checkpoints.
 
-    Refused if a checkpoint that stays needs one of them, or if one of them is in use: it is being
-    taken, verified, restored or exported. Nothing is deleted then.
+    Deletes nothing if a checkpoint that would remain builds on one of them, or if one of them is
+    being taken, verified, restored, analyzed or exported.
     """
     with connected(servers) as client:
         _print_deleted(admin.delete(client, *names, dry_run=dry_run), dry_run=dry_run)
@@ -178,14 +180,15 @@ def prune(
 ) -> None:
     """Delete old checkpoints.
 
-    Keeps the newest ones, and every checkpoint that they need. Checkpoints that were never
-    completed, or are damaged, do not count and are not deleted.
+    Keeps the newest checkpoints and those that they build on. Incomplete and damaged checkpoints
+    are not counted and not deleted.
     """
     with connected(servers) as client:
         _print_deleted(admin.prune(client, keep, dry_run=dry_run), dry_run=dry_run)
 
 
 def _print_deleted(names: list[str], *, dry_run: bool) -> None:
+    """Print the names of deleted checkpoints."""
     for name in names:
         typer.echo(f"{name}: {'would be deleted' if dry_run else 'deleted'}")
     if not names:

@@ -1,4 +1,4 @@
-"""psctl status, tail: the shards of a cluster, and its changes."""
+"""psctl status, tail: the states of a cluster's shards, and its changes."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ STYLES = {"ready": "green", "unreachable": "bold red", "misplaced": "bold red"}
 def status(
     output: OutputOption = Output.TABLE,
     timeout: Annotated[
-        float, typer.Option(min=0.01, help="Seconds to wait for the answer of a shard.")
+        float, typer.Option(min=0.01, help="Maximum time to wait for each shard, in seconds.")
     ] = 5.0,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Show the state of every shard. Exit status 0: all are ready.
+    """Show the state of every shard.
 
     \b
     States:
-      ready        takes work
-      starting     recovers its data; takes work when done
-      restoring    is being restored; refuses work meanwhile
-      draining     stops; refuses new work
-      misplaced    serves another shard than its place in --servers says
+      ready        accepts requests
+      starting     recovers its data; refuses requests until it is ready
+      restoring    is being restored; refuses requests until it is ready
+      draining     is stopping; refuses new requests
+      misplaced    is listed at the wrong position in --servers
       unreachable  does not answer
 
-    Exit status 3 if a shard is unreachable, otherwise 1 if a shard is not ready.
+    Exit status: 0 if all shards are ready, 3 if a shard is unreachable, otherwise 1.
     """
     with reported():
         shards = ask_shards(addresses(servers), timeout=timeout)
@@ -68,6 +68,7 @@ def status(
 
 
 def _show_shards(shards: Sequence[ShardStatus]) -> None:
+    """Print the states of the shards."""
     console = Console(highlight=False)
     ready = sum(each.ready for each in shards)
     console.print(Text(f"{ready} of {len(shards)} shards ready", style="bold"))
@@ -99,7 +100,7 @@ def _show_shards(shards: Sequence[ShardStatus]) -> None:
 
 
 def _data(shard: ShardStatus) -> tuple[str, ...]:
-    """Return the figures of a shard that answered."""
+    """Return the cells of a shard that answered, for the second table."""
     used, budget = shard.memory_bytes or 0, shard.memory_budget_bytes or 0
     logged = shard.durable_version is not None
     return (
@@ -115,7 +116,7 @@ def _data(shard: ShardStatus) -> tuple[str, ...]:
 
 
 def _duration(seconds: float | None) -> str:
-    """Return a duration in its largest unit."""
+    """Format seconds in their largest unit: "3 h"; "-" for None."""
     if seconds is None:
         return "-"
     for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
@@ -131,31 +132,42 @@ def _duration(seconds: float | None) -> str:
 def tail(
     table: Annotated[
         list[str] | None,
-        typer.Option(help="Show changes of this table only; may be repeated for several tables."),
+        typer.Option(help="Show only changes of this table; may be repeated for several tables."),
     ] = None,
     start: Annotated[
-        str, typer.Option(help=f"Where to start in the version log: {', '.join(STARTS)}.")
+        str,
+        typer.Option(
+            help=f"First changes to show: {', '.join(STARTS)}. snapshot: all current rows;"
+            " earliest: the oldest change in the version log; latest: new changes."
+        ),
     ] = "latest",
     content: Annotated[
-        str, typer.Option(help=f"What to receive of changed rows: {', '.join(CONTENTS)}.")
+        str, typer.Option(help=f"Parts of changed rows to receive: {', '.join(CONTENTS)}.")
     ] = "values",
     coalesce_ms: Annotated[
         int,
         typer.Option(
-            min=0, help="Merge the changes of a key within this many milliseconds; 0: never."
+            min=0,
+            help="Hold back changes for this many milliseconds and show only the newest value of"
+            " each key; 0: show every change.",
         ),
     ] = 0,
-    keys: Annotated[int, typer.Option(min=0, help="Number of keys to show of each change.")] = 4,
+    keys: Annotated[
+        int, typer.Option(min=0, help="Maximum number of keys to show for each change.")
+    ] = 4,
     progress: Annotated[
-        bool, typer.Option("--progress", help="Show the progress messages of idle shards too.")
+        bool,
+        typer.Option("--progress", help="Also show the messages that shards without changes send."),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object per line.")
+        bool, typer.Option("--json", help="Print each change as one line of JSON.")
     ] = False,
-    limit: Annotated[int, typer.Option(min=0, help="End after this many changes; 0: never.")] = 0,
+    limit: Annotated[
+        int, typer.Option(min=0, help="Stop after this many changes; 0: do not stop.")
+    ] = 0,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Follow the changes of a cluster, one per line. Ctrl-C ends it."""
+    """Print the changes of a cluster as they happen, one per line. Stop it with Ctrl-C."""
     console = Console(highlight=False, soft_wrap=True)
     with (
         reported(),
@@ -182,7 +194,7 @@ def tail(
 
 
 def _facts(change: Change, keys: int) -> dict[str, object]:
-    """Return a change with its first keys and rows, for JSON."""
+    """Convert a change, with its first ``keys`` keys and rows, to a dict for JSON."""
     rows = change.rows[:keys].tolist() if change.rows is not None else None
     facts = {
         "shard": change.shard,
@@ -202,7 +214,7 @@ def _facts(change: Change, keys: int) -> dict[str, object]:
 
 
 def _line(change: Change, keys: int) -> str:
-    """Return a change as a line of a terminal."""
+    """Format a change, with its first ``keys`` keys, as one line."""
     clock = time.strftime("%H:%M:%S", time.localtime(change.time)) if change.time else ""
     words = [f"[dim]{clock:8} shard {change.shard} {change.version:>10,}[/dim]"]
     words += [f"[bold]{change.kind:8}[/bold]"]

@@ -1,4 +1,4 @@
-"""psctl export, import: rows as files."""
+"""psctl export, import: write tables to files and read them back."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from psclient.tools.commands.shell import DEFAULT, Servers, app, bar, connected,
 
 
 class Format(StrEnum):
-    """Formats of files."""
+    """File formats of an export."""
 
     PARQUET = "parquet"
     SAFETENSORS = "safetensors"
 
 
 class Keys(StrEnum):
-    """Types of the column of keys."""
+    """Types of the column of keys in a file."""
 
     UINT64 = "uint64"
     INT64 = "int64"
@@ -31,20 +31,23 @@ class Keys(StrEnum):
 
 KeysOption = Annotated[
     Keys,
-    typer.Option(help="Type of the keys: that of the column that the file is joined with."),
+    typer.Option(
+        help="Type of the keys in the file. Choose the type of the column that the file will be"
+        " joined with."
+    ),
 ]
 
 
 @app.command(name="export")
 def export_(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Table, or checkpoint whose tables are exported.")
+        str, typer.Argument(metavar="NAME", help="Name of a live table, or of a checkpoint.")
     ],
     out: Annotated[
         Path,
         typer.Option(
-            help="File to write. For a checkpoint without --table, a directory of one file per"
-            " table. An existing file is replaced."
+            help="File to write; it is replaced if it exists. For a checkpoint without --table:"
+            " directory to write one file per table to."
         ),
     ],
     table: Annotated[
@@ -56,18 +59,18 @@ def export_(
         bool,
         typer.Option(
             "--parts",
-            help="Write one file per shard, in parallel, into a new directory for each table.",
+            help="Write one file per shard, in parallel, to a new directory for each table.",
         ),
     ] = False,
     servers: Servers = DEFAULT,
 ) -> None:
     """Write tables to Parquet or safetensors files.
 
-    NAME is a table, or a checkpoint whose tables are all written unless --table names one. Nothing
-    in the cluster changes. Files appear under their names when they are complete.
+    NAME is a live table or a checkpoint. All tables of the checkpoint are written, or only the one
+    that --table names. Changes nothing in the cluster. A file gets its name once it is complete.
 
-    Keys are 64 bits wide. Use --keys int64 if the data that the file is joined with has int64 keys:
-    pandas, polars and DuckDB compare uint64 with int64 by value, so that negative keys never match.
+    Use --keys int64 if the file will be joined with data that has int64 keys: pandas, polars and
+    DuckDB compare uint64 with int64 by value, so that negative keys would never match.
     """
     with connected(servers) as client:
         suffix = "" if parts else f".{format}"
@@ -89,7 +92,7 @@ def export_(
 def _exports(
     client: Client, name: str, table: str | None, out: Path, suffix: str
 ) -> list[tuple[str, str | None, Path]]:
-    """Return what to export: table, checkpoint or None, path."""
+    """Return (table, checkpoint or None, path) for each file or directory to write."""
     if table is not None:
         return [(table, name, out)]
     if any(each.name == name for each in client.list_tables()):
@@ -107,27 +110,28 @@ def _exports(
 
 @app.command(name="import")
 def import_(
-    table: Annotated[
-        str, typer.Argument(metavar="TABLE", help="Table to write to; it must exist.")
-    ],
+    table: Annotated[str, typer.Argument(metavar="TABLE", help="Existing table to write to.")],
     parquet: Annotated[
         Path,
-        typer.Option(help="Parquet file, or directory of *.parquet files that are read by name."),
+        typer.Option(
+            help="Parquet file, or directory with *.parquet files, which are read in the order of"
+            " their names."
+        ),
     ],
     servers: Servers = DEFAULT,
 ) -> None:
-    """Write the rows of Parquet files into a table. Rows of the same keys are overwritten.
+    """Write the rows of Parquet files to a table; rows of the same keys are overwritten.
 
     \b
     Columns (others are ignored):
       key        integers or decimal(p, 0)
-      embedding  lists of floats, as long as the table's dim
-      state      optional: optimizer state of an export
-      step       optional: step of the last push (default: the table's step)
-      frequency  optional: occurrences, 0..2^32-1 (default: 1)
+      embedding  lists of dim floats, where dim is the table's
+      state      optional: optimizer state, as written by psctl export
+      step       optional: step of the last push (default: the table's largest step)
+      frequency  optional: number of pushed occurrences, 0..2^32-1 (default: 1)
 
     All files are checked before the first row is written. Exit status 1: nothing was written. Exit
-    status 4: some rows are written and stay; repeat the command to complete the import.
+    status 4: some rows were written and stay; repeat the command to complete the import.
     """
     with connected(servers) as client:
         with bar(f"check {parquet.name}", unit="rows") as checked:

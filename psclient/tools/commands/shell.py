@@ -1,6 +1,6 @@
-"""What all commands of psctl share: options, a connection, exit statuses, a progress bar.
+"""Helpers of all psctl commands: options, connection, exit statuses, progress bar.
 
-To add a command: decorate a function with ``app.command()`` in the file of its group. Its body runs
+To add a command: decorate a function with ``app.command()`` in the file of its group. Run its body
 inside ``connected``, which turns errors into one line on stderr and an exit status. The first line
 of its docstring appears in the list of ``psctl --help``.
 """
@@ -29,19 +29,19 @@ Servers = Annotated[
     str,
     typer.Option(
         envvar="PSCTL_SERVERS",
-        help="Addresses of all shards in their order: HOST:PORT,HOST:PORT,...",
+        help="Addresses of all shards, in the order of the shards: HOST:PORT,HOST:PORT,...",
     ),
 ]
 
 
 class Output(StrEnum):
-    """Formats of listings."""
+    """Output formats."""
 
     TABLE = "table"
     JSON = "json"
 
 
-OutputOption = Annotated[Output, typer.Option(help="Format of the listing.")]
+OutputOption = Annotated[Output, typer.Option(help="Output format.")]
 
 
 class Exit(IntEnum):
@@ -49,7 +49,7 @@ class Exit(IntEnum):
 
     OK = 0
     FAILED = 1
-    USAGE = 2  # click's own
+    USAGE = 2  # set by click
     UNREACHABLE = 3
     INCOMPLETE = 4
     INTERRUPTED = 130
@@ -70,20 +70,22 @@ def _group() -> None:
     \b
     Exit status:
       0    success
-      1    refused or failed; one line on stderr says why
-      2    wrong usage
-      3    a server is unreachable, or does not answer in time
-      4    incomplete: a part of the work is done and stays; repeat the command
+      1    refused or failed; one line on stderr gives the reason
+      2    invalid arguments
+      3    a server is unreachable, or did not answer in time
+      4    incomplete: part of the work was done and stays; repeat the command
       130  interrupted by Ctrl-C
     """
 
 
 @contextmanager
 def connected(servers: str) -> Iterator[Client]:
-    """Yield a client; end the command with a message and an exit status on errors.
+    """Connect to the shards and yield a client; report errors as ``reported`` does.
 
-    A shard that is unreachable at the start ends it within some seconds. Later the client tries
-    again for longer, since a restore restarts the shards.
+    servers  value of --servers
+
+    If a shard is unreachable at the start, the command fails within seconds. Later the client
+    retries until its timeout, because a restore restarts the shards.
     """
     try:
         shards = checked_addresses(addresses(servers))
@@ -97,13 +99,13 @@ def connected(servers: str) -> Iterator[Client]:
 
 
 def addresses(servers: str) -> list[str]:
-    """Return the addresses of the shards, in their order."""
+    """Split the value of --servers into addresses."""
     return [each.strip() for each in servers.split(",")]
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turn errors into one line on stderr and an exit status."""
+    """Turn an error inside the block into one line on stderr and an exit status."""
     try:
         yield
     except BrokenPipeError:
@@ -115,12 +117,13 @@ def reported() -> Iterator[None]:
 
 
 def fail(message: str, status: Exit) -> NoReturn:
-    """End the command with a line on stderr."""
+    """Print one line to stderr and exit with ``status``."""
     typer.echo(f"psctl: {' '.join(message.split())}", err=True)
     raise typer.Exit(status) from None
 
 
 def _status(error: Exception) -> Exit:
+    """Return the exit status for an error."""
     if isinstance(error, ImportIncomplete):
         return Exit.INCOMPLETE
     if isinstance(error, (Unavailable, DeadlineExceeded)):
@@ -133,9 +136,12 @@ def _status(error: Exception) -> Exit:
 
 @contextmanager
 def bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on a terminal.
+    """Show a progress bar on stderr, if it is a terminal.
 
-    Yields a function of the amount that is done and the amount in all (0: unknown).
+    what  text before the bar
+    unit  "bytes", or the unit to show
+
+    Yields a function show(done, total) that updates the bar; total 0: unknown.
     """
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -157,7 +163,7 @@ def bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
 
 
 def _amount(done: int, total: int, unit: str, seconds: float) -> str:
-    """Return the amount done, the amount in all and the speed."""
+    """Format the amount done, the total if it is known, and the speed."""
     speed = int(done / seconds) if seconds else 0
     if unit != "bytes":
         return f"{done:,} {unit}, {speed:,} {unit}/s"
@@ -166,7 +172,7 @@ def _amount(done: int, total: int, unit: str, seconds: float) -> str:
 
 
 def summed(show: Callable[[int, int], None]) -> Callable[[int], None]:
-    """Return a function that takes increments and reports their sum to ``show``."""
+    """Return a function that takes increments and calls ``show(their sum, 0)``."""
     done = 0
 
     def add(size: int) -> None:

@@ -1,4 +1,4 @@
-"""psctl tables, table, create, drop, evict: the tables of a cluster."""
+"""psctl tables, table, create, drop, evict: list, show, create, delete and clean up tables."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Name = Annotated[str, typer.Argument(metavar="TABLE", help="Name of the table.")
 
 @app.command()
 def tables(output: OutputOption = Output.TABLE, servers: Servers = DEFAULT) -> None:
-    """List the tables with their sizes over all shards."""
+    """List all tables, with their total sizes over all shards."""
     with connected(servers) as client:
         found, incomplete = client.list_tables(), client.incomplete_tables()
     for name, shards in incomplete.items():
@@ -83,7 +83,7 @@ def table(name: Name, output: OutputOption = Output.TABLE, servers: Servers = DE
 
 
 def _fields(info: TableInfo) -> list[tuple[str, str]]:
-    """Return all fields of a table over all shards, with their values."""
+    """Return (name, value) of all settings of a table and of its total size."""
     evictions = [rule_text(name, args) for name, args in info.eviction.items()]
     return [
         ("table", info.name),
@@ -95,7 +95,7 @@ def _fields(info: TableInfo) -> list[tuple[str, str]]:
         ("durability", info.durability),
         ("admission", rule_text(info.admission, info.admission_args)),
         ("eviction", "\n".join(evictions) or "none"),
-        ("max step ahead", f"{info.max_step_ahead:,}" if info.max_step_ahead else "no bound"),
+        ("max step ahead", f"{info.max_step_ahead:,}" if info.max_step_ahead else "no limit"),
         ("rows", f"{info.rows:,}"),
         ("memory", figures.size(info.bytes)),
         ("waiting keys", f"{info.waiting:,}, counters {figures.size(info.counter_bytes)}"),
@@ -109,8 +109,8 @@ def create(
     optimizer: Annotated[
         str,
         typer.Option(
-            help="Rule of updates: sgd, momentum, adagrad, rowwise_adagrad, adagrad_decay, adam,"
-            " adamw, adam_async, ftrl or group_ftrl, with parameters."
+            help="Optimizer: sgd, momentum, adagrad, rowwise_adagrad, adagrad_decay, adam, adamw,"
+            " adam_async, ftrl or group_ftrl; parameters after a colon, for example adam:lr=0.001."
         ),
     ] = "adagrad",
     lr: Annotated[
@@ -119,54 +119,55 @@ def create(
     initializer: Annotated[
         str,
         typer.Option(
-            help="Initial values: zeros, constant, uniform, normal or truncated_normal, with"
-            " parameters."
+            help="Initial values of rows: zeros, constant, uniform, normal or truncated_normal;"
+            " parameters after a colon."
         ),
     ] = "uniform",
     seed: Annotated[int, typer.Option(help="Seed of the initial values.")] = 0,
     serving_default: Annotated[
-        float, typer.Option(help="What serving pulls return for keys without a row.")
+        float, typer.Option(help="Number that serving pulls return for keys without a row.")
     ] = 0.0,
     durability: Annotated[
         str,
         typer.Option(
-            help="When a push is answered: applied (in memory), log (survives a crash of the"
-            " server) or fsync (survives a power loss)."
+            help="When the server acknowledges a push: applied (once applied in memory), log (once"
+            " it survives a crash of the server) or fsync (once it survives a power loss)."
         ),
     ] = "log",
     admission: Annotated[
         str,
         typer.Option(
-            help="Which keys get a row: always, counter, sketch or probability, with parameters."
+            help="Rule that decides which keys get a row: always, counter, sketch or probability;"
+            " parameters after a colon."
         ),
     ] = "always",
     eviction: Annotated[
         list[str] | None,
         typer.Option(
-            help="Which rows are evicted: step_ttl, time_ttl, norm, capacity_lru or capacity_lfu,"
-            " with parameters; may be repeated.",
+            help="Rule that decides which rows to evict: step_ttl, time_ttl, norm, capacity_lru or"
+            " capacity_lfu; parameters after a colon; may be repeated.",
             show_default=False,
         ),
     ] = None,
     max_step_ahead: Annotated[
         int,
         typer.Option(
-            help="Refuse a push whose step is further ahead of the table's largest step; 0: take"
-            " any step."
+            help="Refuse a push whose step exceeds the table's largest step by more than this; 0:"
+            " no limit."
         ),
     ] = 100_000_000,
     servers: Servers = DEFAULT,
 ) -> None:
     """Create a table on all shards.
 
-    Parameters follow a rule after a colon; omitted ones take their defaults:
+    Write the parameters of a rule after a colon; parameters that are omitted have defaults:
 
     \b
       psctl create user --dim 16 --optimizer adam:lr=0.001,beta1=0.9 \\
         --admission counter:threshold=3 --eviction step_ttl:steps=100000
 
-    Nothing changes if the table exists with equal settings. It is an error if it exists with
-    different ones.
+    If the table exists with equal settings, nothing changes. If it exists with different settings,
+    the command fails.
     """
     with connected(servers) as client:
         optimizer, optimizer_args = parse_rule("--optimizer", optimizer)
@@ -201,7 +202,7 @@ def drop(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Delete a table with all its rows, on all shards. Asks for confirmation.
+    """Delete a table and all its rows on all shards. Asks for confirmation.
 
     Checkpoints that contain the table are kept: `psctl restore CHECKPOINT --table TABLE --into
     TABLE` brings its rows back.
@@ -215,7 +216,7 @@ def drop(
 
 
 def _rows(client: Client, name: str) -> int:
-    """Return the rows of a table, which some of the shards may lack or have with another schema."""
+    """Return the number of rows of a table, even if its shards disagree about its schema."""
     found = [shard[name] for shard in client._listed() if name in shard]
     if not found:
         raise TableNotFound(f"no table {name!r} on any shard")
@@ -230,9 +231,10 @@ def evict(
     ] = False,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Delete the rows that a table's eviction rules select, now.
+    """Evict the rows that a table's eviction rules select, now.
 
-    The servers evict the same rows in the background. Use this command not to wait for them.
+    The servers also evict these rows in the background, but later. Use this command to evict
+    without waiting.
     """
     with connected(servers) as client:
         info = client.describe_table(table)

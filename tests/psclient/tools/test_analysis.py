@@ -374,5 +374,5 @@ def test_psctl_inspect_takes_keys_of_all_kinds(cluster2: Cluster, filled: str, n
     shown = psctl(cluster2, "inspect", filled, "--text", "male")
     assert "male" in shown
     assert str(hash_keys(["male"])[0]) in shown
-    assert "KEY must be a whole number" in psctl(cluster2, "inspect", filled, "x", fails=True)
+    assert "KEY must be an integer" in psctl(cluster2, "inspect", filled, "x", fails=True)
     assert "no table" in psctl(cluster2, "inspect", "nothing", "1", fails=True)

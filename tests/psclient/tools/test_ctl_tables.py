@@ -135,7 +135,7 @@ def test_status_shows_a_restore_between_its_steps(
 def test_status_notices_shards_out_of_order(here: list[str]) -> None:
     shown = psctl(here[::-1], "status", exit=Exit.FAILED)
     assert "0 of 2 shards ready" in shown
-    assert f"shard 0 is misplaced: {here[1]} serves shard 1 of 2, but is listed" in shown
+    assert f"shard 0 is misplaced: {here[1]} is shard 1 of 2, but is listed" in shown
 
 
 def test_status_and_the_tables_agree(here: list[str], client: Client, name: str) -> None:

@@ -185,7 +185,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "NaN": (
         {"embedding": pa.array([*HUGE, [1.0, np.nan]], FLOATS)},
-        "row 3 (counted from 0): column 'embedding' must be finite as float32, got nan at position 1",
+        "row 3 (counted from 0): column 'embedding' must be finite as float32, got nan at position"
+        " 1",
     ),
     "infinite": ({"embedding": pa.array([*HUGE, [np.inf, 1.0]], FLOATS)}, "got inf at position 0"),
     "beyond float32": ({"embedding": pa.array([*HUGE, [1e39, 1.0]])}, "got 1e+39 at position 0"),
