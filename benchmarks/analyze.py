@@ -1,8 +1,9 @@
-"""Measure an analysis, and how much it slows pulls down.
+"""Measure how long an analysis takes, and how much it slows pulls.
 
-One shard, one pusher and one puller, each a process, push and pull at a steady pace. A fourth
-process runs an analysis in every other window. It runs at low priority, because it would be on
-another machine. A window without an analysis lasts as long as the first window with one.
+There are four processes: a shard, a pusher and a puller that work at a steady rate, and one that
+runs an analysis in every second time window. The last one runs at low priority, because in
+production it would run on another machine. Windows without an analysis are as long as the first
+window with one.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from psclient.tools.analysis import analyze
 from psclient.tools.sink import ParquetSink
 
 PULLED = 1_000  # keys per pull, drawn from the work
-PULL_SECONDS, PUSH_SECONDS = 0.01, 0.04  # between two
-DISTINCT = 64  # steps of the work, which repeat
+PULL_SECONDS, PUSH_SECONDS = 0.01, 0.04  # time from one pull or push to the next
+DISTINCT = 64  # number of different training steps, which are pushed in a cycle
 
 
 def summary(client: Client, _: Path) -> int:
@@ -85,7 +86,7 @@ def analyst(address: str, rows: int) -> None:
 
 
 def ticks(seconds: float) -> Iterator[float]:
-    """Yield moments ``seconds`` apart, starting after now."""
+    """Yield performance-counter times that are ``seconds`` apart, the first in ``seconds``."""
     due = time.perf_counter()
     while True:
         due = max(due + seconds, time.perf_counter())
@@ -93,13 +94,17 @@ def ticks(seconds: float) -> Iterator[float]:
 
 
 def sleep_until(moment: float) -> None:
-    """Sleep until a moment, unless it is past."""
+    """Sleep until a performance-counter time; return immediately if it has passed."""
     time.sleep(max(0.0, moment - time.perf_counter()))
 
 
 @contextmanager
 def running(role: str, address: str, rows: int) -> Iterator[subprocess.Popen[str]]:
-    """Start one of the other processes and wait until it is ready."""
+    """Run the pusher or the analyst process during a block; wait until it is ready.
+
+    role  "pusher" or "analyst"
+    rows  number of rows of the table
+    """
     command = [sys.executable, "-m", "benchmarks.analyze", role, address, str(rows)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
@@ -107,7 +112,7 @@ def running(role: str, address: str, rows: int) -> Iterator[subprocess.Popen[str
     try:
         assert process.stdout is not None
         if process.stdout.readline() != "ready\n":
-            raise RuntimeError(f"the {role} exited with {process.wait(10)}")
+            raise RuntimeError(f"the {role} process exited with status {process.wait(10)}")
         yield process
     finally:
         process.kill()
@@ -115,7 +120,10 @@ def running(role: str, address: str, rows: int) -> Iterator[subprocess.Popen[str
 
 
 def pulls(table: Table, draws: Sequence[Ids], done: Callable[[], bool]) -> list[float]:
-    """Pull at a steady pace until ``done``; return the seconds of each pull."""
+    """Pull at a steady rate until ``done()`` is true; return the seconds of each pull.
+
+    draws  keys of the pulls, used in a cycle
+    """
     seconds = []
     for i, due in enumerate(ticks(PULL_SECONDS)):
         start = time.perf_counter()
@@ -128,7 +136,13 @@ def pulls(table: Table, draws: Sequence[Ids], done: Callable[[], bool]) -> list[
 
 
 def measure(address: str, rows: int, kinds: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """Measure windows with each kind of analysis, and windows without, in turns."""
+    """Pull in windows with each kind of analysis and in windows without, alternating.
+
+    rows    number of rows of the table
+    rounds  windows of either type, per kind
+
+    Returns a row of the report for each kind.
+    """
     draws = [keys_of(ids) for ids, _, _ in standard_work(Work(rows=rows, batch=PULLED), 256)]
     lines = []
     with (

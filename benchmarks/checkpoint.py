@@ -1,15 +1,15 @@
 """Measure the cost of checkpoints for pushes, and the speed of restore and replay.
 
-cost     Pushes of the standard work, in windows with a named checkpoint and in windows without, in
-         turns. The cost is given as if a checkpoint were taken once per minute. The log of a
-         minute does not fit everywhere, so the shard flushes in each window. Another shard flushes
-         once more than that: "local" is the cost of that flush.
-restore  A checkpoint of one shard, restored onto an empty shard. It is compared with reading the
-         files, past the page cache and from it, and with touching as much memory. A virtual machine
-         returns unused memory to its host after some seconds and gets it back page by page.
-         Therefore everything runs twice: on an idle machine, and right after a process has touched
-         and freed twice as much memory.
-replay   The start of a shard that replays its log.
+cost     Push the standard work in alternating time windows with and without a checkpoint. The cost
+         is the share of pushes lost if a checkpoint were taken once per minute. The shard also
+         flushes once per window, because the log of a minute would not fit on every disk. A second
+         shard flushes twice per window: row "local" is the cost of the additional flush.
+restore  Restore a checkpoint of one shard onto an empty shard. Compare with reading its files (from
+         the disk, and from the page cache), and with touching as much new memory. A virtual machine
+         returns unused memory to its host after some seconds, and gets it back slowly. Therefore
+         each step is measured twice: on an idle machine, and right after a process has touched and
+         freed twice as much memory.
+replay   Start a shard that replays its log.
 """
 
 from __future__ import annotations
@@ -42,11 +42,16 @@ DIM = 32
 MINUTE = 60.0
 CHUNK = 4 << 20  # bytes per read
 NEVER = 1e6  # seconds
-IDLE_SECONDS = 20.0  # until the host has reclaimed free memory
+IDLE_SECONDS = 20.0  # seconds after which the host has reclaimed free memory
 
 
 class Shard:
-    """A server with a data directory of its own."""
+    """A server process of a one-shard cluster, with a data directory of its own.
+
+    directory      of its data, and of its log output
+    url            checkpoint store
+    flush_seconds  time between flushes (writes of changed rows to the base on disk)
+    """
 
     def __init__(self, directory: Path, url: str, *, flush_seconds: float = NEVER) -> None:
         self.directory = directory
@@ -68,7 +73,10 @@ class Shard:
             )
         assert self.process.stdout is not None
         if not self.process.stdout.readline().startswith("ready"):
-            raise RuntimeError(f"the server exited with {self.process.wait(READY_SECONDS)}")
+            raise RuntimeError(
+                f"the server exited with status {self.process.wait(READY_SECONDS)} before it was"
+                " ready"
+            )
         return self
 
     def stop(self) -> None:
@@ -77,7 +85,7 @@ class Shard:
         self.process.wait(READY_SECONDS)
 
     def recovered(self) -> dict[str, Any]:
-        """Return what the last start recovered, from the server's log."""
+        """Return the "recovered" event that the last start logged: records, bytes, seconds."""
         lines = (self.directory / "err").read_text().splitlines()
         events = [json.loads(line) for line in lines if '"event": "recovered"' in line]
         return dict(events[-1])
@@ -85,7 +93,7 @@ class Shard:
 
 @contextmanager
 def running(shard: Shard) -> Iterator[Client]:
-    """Run a shard, with a client of it."""
+    """Run a shard during a block; yield a client that is connected to it."""
     shard.start()
     try:
         with Client([shard.address], timeout=120.0) as client:
@@ -95,7 +103,10 @@ def running(shard: Shard) -> Iterator[Client]:
 
 
 def rate(push: Callable[[int], None], seconds: float, at: list[int]) -> float:
-    """Return pushes per second."""
+    """Call ``push`` for some seconds; return calls per second.
+
+    at  at[0] is the number of the next push; it is incremented
+    """
     start, done = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - start) < seconds:
         push(at[0])
@@ -105,7 +116,7 @@ def rate(push: Callable[[int], None], seconds: float, at: list[int]) -> float:
 
 
 def pusher(table: Table, keys: Ids, work: Work) -> Callable[[int], None]:
-    """Push the standard work, one push after the other."""
+    """Return a function that pushes step ``i`` of the standard work to a table."""
     steps = standard_work(work, 64)
 
     def push(i: int) -> None:
@@ -116,7 +127,11 @@ def pusher(table: Table, keys: Ids, work: Work) -> Callable[[int], None]:
 
 
 def cost(report: Report, directory: Path, work: Work, window: float, rounds: int) -> None:
-    """Run the section "cost"."""
+    """Run the section "cost".
+
+    window  seconds per window
+    rounds  windows per kind of checkpoint
+    """
     url = f"file://{directory}/cost-checkpoints"
     plain = Shard(directory / "plain", url, flush_seconds=window)
     local = Shard(directory / "local", url, flush_seconds=window / 2)
@@ -220,7 +235,11 @@ def restore(report: Report, directory: Path, rows: int) -> None:
 
 
 def _restored(target: Shard, rows: int, before: Callable[[], Any]) -> dict[str, float]:
-    """Return the seconds of each step of a restore; call ``before`` right before each step."""
+    """Restore the checkpoint "full" onto a shard; return the seconds of each step, by name.
+
+    rows    number of rows to expect afterwards
+    before  called right before each step
+    """
     with running(target) as client:
         step, id = pb.RestoreRequest, "0" * 16
         request = pb.PrepareRestoreRequest(name="full", id=id)
@@ -241,7 +260,7 @@ def _restored(target: Shard, rows: int, before: Callable[[], Any]) -> dict[str, 
 
 
 def _touch(size: int) -> float:
-    """Return the seconds in which a new process touches ``size`` bytes of new memory."""
+    """Return the seconds that a new process needs to touch ``size`` bytes of new memory."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_touch_here, (size,))
 
@@ -254,6 +273,7 @@ def _touch_here(size: int) -> float:
 
 
 def _start_anew(client: Client, id: str) -> None:
+    """Commit a prepared restore; wait until the shard has restarted and loaded the rows."""
     link = calls.links(client)[0]
     for step in (pb.RestoreRequest.STEP_HOLD, pb.RestoreRequest.STEP_COMMIT):
         restores.take_step(client, link, id, step)
@@ -293,7 +313,7 @@ def replay(report: Report, directory: Path, work: Work, size: int) -> None:
 
 
 def _bytes(directory: Path) -> int:
-    """Return the size of the log so far; approximate, because segments are preallocated."""
+    """Return the size of the log in bytes, without its last segment, which is preallocated."""
     sizes = sorted(path.stat().st_size for path in directory.glob("*.log"))
     return sum(sizes[:-1])
 
@@ -317,7 +337,7 @@ def _read(path: Path) -> None:
 
 
 def _read_direct(path: Path) -> None:
-    """Read files past the page cache, as fast as one reader can."""
+    """Read a file from the disk, bypassing the page cache."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
     except OSError:  # the file system has no direct reads

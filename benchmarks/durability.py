@@ -1,7 +1,8 @@
-"""Measure the cost of durable pushes: the standard work at each level of durability, in one run.
+"""Measure the cost of durable pushes: do the standard work at each level of durability.
 
-One pusher sends pushes one after the other, at the three levels in turns. Then eight pushers, the
-threads of two processes, push at the same time: pushes at ``fsync`` then share syncs of the disk.
+First, one pusher sends pushes one after the other, alternating between the three levels. Then eight
+pushers (four threads in each of two processes) push at the same time, so that pushes at level
+``fsync`` share disk syncs.
 """
 
 from __future__ import annotations
@@ -27,13 +28,22 @@ PROCESSES, THREADS = 2, 4
 
 
 def push(table: Table, keys: Ids, steps: list[Step], level: Any, i: int) -> None:
-    """Push step i."""
+    """Push the gradients of step ``i`` at a level of durability.
+
+    keys   int64[rows], the key of each id
+    steps  steps of the standard work, used in a cycle
+    """
     _, distinct, gradients = steps[i % len(steps)]
     table.push(keys[distinct], gradients, step=i, durability=level)
 
 
 def _pusher(addresses: list[str], work: Work, count: int, barrier: Any, answers: Any) -> None:
-    """Run several pushers through all levels, at the same time as the other process."""
+    """Run THREADS pushers three times through all levels. The body of a process.
+
+    count    pushes per pusher and level
+    barrier  lets all processes start a level at the same time
+    answers  queue that receives (level, start, end) in seconds
+    """
     steps, keys = standard_work(work, 32), keys_of(np.arange(work.rows))
     with ExitStack() as stack:
         clients = [stack.enter_context(Client(addresses)) for _ in range(THREADS)]
@@ -61,7 +71,10 @@ def _pusher(addresses: list[str], work: Work, count: int, barrier: Any, answers:
 
 
 def together(addresses: list[str], work: Work, count: int) -> dict[str, float]:
-    """Return pushes per second of eight pushers by level, the median of three turns."""
+    """Return pushes per second of eight concurrent pushers, by level: the median of three runs.
+
+    count  pushes per pusher, level and run
+    """
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(PROCESSES), context.Queue()
     processes = [

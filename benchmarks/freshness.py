@@ -1,14 +1,14 @@
 """Measure how soon followers see pushes, what subscribers cost, and how many bytes they receive.
 
-fresh    50,000 changed rows per second and four followers, each a process. One follower is stopped
-         (SIGSTOP) for a third of the time and continues. The latency of a push is the time from
-         its reply until the follower's ``pull`` returns its rows, by one monotonic clock. The limit
-         is the time from the reply until the push is on disk, because only durable versions are
-         streamed.
-stopped  Pushes of the standard work at full speed, with no subscriber, with one stopped subscriber
-         and with sixteen, in turns; and the memory of the server.
-bytes    One minute of updates to 1 % of a table: the bytes that three subscribers receive. One
-         follows, one was away and coalesces, one was away so long that the log was truncated.
+fresh    Push 50,000 changed rows per second to four followers, each a process. One follower is
+         stopped (SIGSTOP) during the middle third of the time. The latency of a push is the time
+         from its reply until the follower's ``pull`` returns its rows. The limit is the time from
+         the reply until the push is on disk, because only durable versions are streamed.
+stopped  Push the standard work at full speed, alternately with 0, 1 and 16 subscribers that do not
+         read. Measure pushes per second and the memory of the server.
+bytes    Update 1 % of a table for a minute, and count the bytes sent to three subscribers: one that
+         follows all the time, one that was away and then gets merged changes, and one that was away
+         until the log was truncated (it gets a catch-up).
 """
 
 from __future__ import annotations
@@ -76,7 +76,13 @@ def serving(directory: Path, *flags: str) -> Iterator[Server]:
 
 
 def _follow(number: int, address: str, table: str, mailbox: Any, answers: Any) -> None:
-    """Follow in a process of its own; report when each version became visible."""
+    """Follow a table, and report when each version became visible. The body of a process.
+
+    number   index of the follower
+    mailbox  queue from which it gets a start signal, then the last version to wait for
+    answers  queue for (number, process id, rows), then (number, float64[n, 2] of version and
+             monotonic seconds, rows)
+    """
     seen: list[tuple[int, float]] = []
 
     def note(change: Change) -> None:
@@ -92,17 +98,22 @@ def _follow(number: int, address: str, table: str, mailbox: Any, answers: Any) -
 
 
 class Pushed(NamedTuple):
-    """What the pusher knows about its pushes."""
+    """Result of ``push_at``."""
 
-    acknowledged: NDArray[np.float64]  # monotonic seconds
-    late: float  # seconds behind its schedule, at the end
-    rows: int
+    acknowledged: NDArray[np.float64]  # when each push was answered, in monotonic seconds
+    late: float  # how far the pusher was behind its schedule at the end, in seconds
+    rows: int  # rows pushed
 
 
 def push_at(
     table: Table, keys: Ids, work: Work, seconds: float, level: Any, stop_at: dict[float, Any]
 ) -> Pushed:
-    """Push RATE rows per second; call functions at moments given in seconds from the start."""
+    """Push RATE rows per second.
+
+    seconds  duration
+    level    durability of the pushes
+    stop_at  functions to call, by the time in seconds since the start
+    """
     steps = standard_work(work, 64)
     acknowledged: list[float] = []
     rows = 0
@@ -121,7 +132,11 @@ def push_at(
 
 
 def delays(pushed: Pushed, first: int, seen: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return seconds from the reply of push i, of version first + i, until a follower saw it."""
+    """Return the seconds from the reply to each push until a follower saw it, float64[n].
+
+    first  version of the first push; push i has version ``first + i``
+    seen   float64[m, 2]: (version, monotonic seconds) of each change that the follower saw
+    """
     versions = first + np.arange(len(pushed.acknowledged))
     order = np.argsort(seen[:, 0], kind="stable")
     at = np.searchsorted(seen[order, 0], versions)
@@ -129,7 +144,10 @@ def delays(pushed: Pushed, first: int, seen: NDArray[np.float64]) -> NDArray[np.
 
 
 def _watch_disk(address: str, done: threading.Event, reached: list[tuple[int, float]]) -> None:
-    """Poll the durable version. Waiting for a version would make the server sync sooner."""
+    """Append (durable version, monotonic seconds) to ``reached`` every 2 ms until ``done`` is set.
+
+    It polls, because waiting for a version would make the server sync its log earlier.
+    """
     with grpc.insecure_channel(address) as channel:
         ask = channel.unary_unary("/ps.v1.InfoService/GetServerInfo")
         while not done.wait(0.002):
@@ -311,16 +329,16 @@ def sent(server: Server) -> float:
 
 
 class Came(NamedTuple):
-    """What a subscriber received."""
+    """Amount of data that a subscriber received."""
 
     rows: int
     bytes: float
-    seconds: float
+    seconds: float  # until it had all
     mode: str  # kind of the first message, which shows how it starts
 
 
 def read_up_to(server: Server, version: int, **options: Any) -> Came:
-    """Subscribe and read up to a version."""
+    """Subscribe with some options, read up to a version, and return what was received."""
     before, start, rows, mode = sent(server), time.perf_counter(), 0, "tail"
     with Subscriber([server.address], **options) as changes:
         for change in changes:
@@ -332,7 +350,10 @@ def read_up_to(server: Server, version: int, **options: Any) -> Came:
 
 
 def updates(table: Table, keys: Ids, share: Ids, seconds: float) -> int:
-    """Push 1,000 rows of ``share`` ten times per second; return how many rows were changed."""
+    """Push 1,000 rows ten times per second; return the number of row changes.
+
+    share  ids of the rows to change; each is changed at least once, then random ones
+    """
     rng = np.random.default_rng(1)
     gradients = rng.standard_normal((1000, DIM), dtype=np.float32)
     due, count = time.monotonic(), int(10 * seconds)
@@ -403,7 +424,7 @@ def streamed(report: Report, directory: Path, rows: int, seconds: float) -> None
 
 
 def read_mode(server: Server, tokens: tuple[bytes, ...]) -> str:
-    """Return how a subscription from tokens would start."""
+    """Return the kind of the first message of a subscription that starts from ``tokens``."""
     with Subscriber([server.address], tables=["rows"], tokens=tokens) as changes:
         change = changes.next(60)
         assert change is not None

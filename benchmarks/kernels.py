@@ -1,10 +1,10 @@
-"""Measure the loops that touch rows, against C++ and against the machine, in one process.
+"""Measure the kernels that process rows against the same loops in C++ and against the hardware.
 
-Every contender gets the same batches, in turns. There are two limits of the machine: the rate of
-random cache lines that memory can deliver, and the rate of copying. A key costs one cache line in
-the index. A row of dim 32 with Adagrad state costs four lines, read and written. A share is the
-time that the machine needs for the lines or bytes of a row, divided by the time of the kernel: 1 is
-the limit.
+All contenders get the same batches, in alternating turns. The hardware has two limits: how many
+random cache lines per second memory delivers, and how many bytes per second can be copied. A key
+needs one cache line in the index. A row of dim 32 with Adagrad state needs four lines, read and
+written. The report shows, for each kernel, the time that the hardware needs for the lines or bytes
+of a row, divided by the time of the kernel: 1 means that the kernel reaches the limit.
 
 Without g++ there is no comparison with C++, and the limits are measured with numba and NumPy.
 """
@@ -35,13 +35,18 @@ LINES_AHEAD = 32  # lines to prefetch ahead in a loop that does nothing else
 
 
 class Roofs(NamedTuple):
-    """Limits of the machine."""
+    """Limits of the hardware."""
 
     line: float  # nanoseconds per random cache line
     copied: float  # GB/s
 
     def shares(self, ns: float, lines: int, size: int) -> dict[str, Any]:
-        """Return the share of each limit that ``ns`` nanoseconds reach for some lines and bytes."""
+        """Return which share of each hardware limit a kernel reaches.
+
+        ns     nanoseconds that the kernel takes per row
+        lines  cache lines per row
+        size   bytes per row
+        """
         return {
             "of random lines": lines * self.line / ns,
             "of copying": size / self.copied / ns,
@@ -94,6 +99,7 @@ def main() -> None:
 
 
 def _roofs(setup: Setup, cpp: Any) -> Roofs:
+    """Measure the limits of the hardware, with C++ if it is available, else with Numba, NumPy."""
     lines = setup.slab.array[: setup.rows].view(np.uint64).reshape(-1)
     count, reads = len(lines) // 8, 500_000
     target, source = np.empty(256 << 20, np.uint8), np.ones(256 << 20, np.uint8)
@@ -197,7 +203,7 @@ def _step(optimizer: Any, slab: Any, slots: Any, gradients: Any, i: int) -> None
 
 
 def _inserts(setup: Setup, cpp: Any) -> list[dict[str, Any]]:
-    """Grow an index from empty, batch by batch; compare with C++ that starts at the final size."""
+    """Measure inserts into an index that grows, and into indexes that have their final size."""
     index = Index(Budget(16 << 30))
     locations = np.arange(1, setup.rows + 1, dtype=np.uint64)
     starts = range(0, setup.rows, N)

@@ -1,4 +1,4 @@
-"""Medians, tables and JSON of a benchmark."""
+"""Time contenders, print tables of results, and write them as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-Contender = Callable[[int], Any]  # called with the number of the step
+Contender = Callable[[int], Any]  # what is measured: called with the number of the step
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
@@ -28,10 +28,11 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 def interleave(
     contenders: dict[str, Contender], *, steps: int, rounds: int, warm: int = 20
 ) -> dict[str, list[float]]:
-    """Return the seconds of each step, by contender.
+    """Run contenders in alternating turns; return the seconds of each step, by contender.
 
-    The contenders take turns, ``rounds`` times, so that a noisy minute of the machine affects all
-    of them. Each turn starts with ``warm`` steps that are not counted.
+    steps   steps to measure per contender
+    rounds  turns of each contender, so that disturbances of the machine affect all of them
+    warm    steps at the start of each turn that are not measured
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     at = dict.fromkeys(contenders, 0)
@@ -53,7 +54,11 @@ def stolen() -> float:
 
 
 class Report:
-    """The figures of one run, printed as they come and written as JSON at the end."""
+    """Prints the results of a benchmark section by section, and writes them as JSON in the end.
+
+    name  name of the benchmark
+    path  JSON file; None: write none
+    """
 
     def __init__(self, name: str, path: Path | None) -> None:
         self._name = name
@@ -64,7 +69,7 @@ class Report:
         self._stolen = stolen()
 
     def section(self, title: str, rows: Sequence[dict[str, Any]]) -> None:
-        """Print a table; the keys of the first row are its header."""
+        """Print a table of rows (column name to value); the first row's keys are the header."""
         self._sections[title] = list(rows)
         table = Table(title=title, title_justify="left", title_style="bold")
         for i, head in enumerate(rows[0]):
@@ -74,12 +79,12 @@ class Report:
         self._console.print(table)
 
     def note(self, text: str) -> None:
-        """Print a line that belongs to the figures."""
+        """Print a line of text, and add it to the JSON."""
         self._sections.setdefault("notes", []).append({"note": text})
         self._console.print(text, highlight=False)
 
     def close(self) -> None:
-        """Print how noisy the machine was, and write the JSON."""
+        """Print the run time and the processor time lost to the host, and write the JSON."""
         took = time.time() - self._started
         self.note(
             f"{took:.0f} s; processor time taken by the host: {stolen() - self._stolen:.1f} s"
@@ -95,7 +100,7 @@ class Report:
 
 
 def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
-    """Return median and 99th percentile."""
+    """Return the median and the 99th percentile, in milliseconds, as columns of a report."""
     return {
         "p50 ms": float(np.median(seconds) * 1e3),
         "p99 ms": float(np.quantile(seconds, 0.99) * 1e3),

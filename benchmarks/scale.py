@@ -1,12 +1,13 @@
 """Measure shards, clients, table sizes, memory and start-up.
 
-Rows are pulled and pushed as in the standard work (B = 10,000, exchange, float32). On a machine
-with two cores, two shards and their trainer share the cores: the loss is the cost of messages.
+Rows are pulled and pushed as in the standard work (10,000 keys per exchange, float32). On a machine
+with two cores, two shards and their trainer share the cores, so they are slower than one shard by
+the cost of the additional messages.
 
-A growing table is compared with bare memory. A process reads as many random places of as much
-memory, with the same prefetch: an index entry and an embedding per key. It runs after the server
-has ended, because both do not fit into memory. If its time grows with the size, caches, page tables
-and the host of a virtual machine are the reason, and the time of the table must grow as well.
+A growing table is compared with plain memory: after the server has ended, a process reads the same
+numbers of random index entries and embeddings from as much memory, with the same prefetching. If
+plain memory becomes slower with size, because of caches, page tables or the virtual machine, the
+table cannot be better.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ INDEX_PLACES = 17  # index entries per ten rows, at the average load
 
 
 def _train(addresses: list[str], rows: int, steps: int, barrier: Any, answers: Any) -> None:
-    """Train in a process of its own; return rows per second over ``steps`` exchanges."""
+    """Train for ``steps`` exchanges. The body of a process.
+
+    barrier  lets all trainers start at the same time
+    answers  queue that receives (start, end) in seconds
+    """
     with Client(addresses) as client:
         work = standard_work(Work(rows=rows), 32)
         trainer = Trainer(client.table("scale"), keys_of(np.arange(rows)), work, "float32")
@@ -49,7 +54,11 @@ def _train(addresses: list[str], rows: int, steps: int, barrier: Any, answers: A
 
 
 def throughput(addresses: list[str], rows: int, clients: int, steps: int) -> float:
-    """Return rows per second of several trainers together, counted in draw order."""
+    """Return the rows per second (duplicates included) of several concurrent trainers together.
+
+    clients  number of trainers, each a process
+    steps    exchanges per trainer
+    """
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(clients), context.Queue()
     trainers = [
@@ -92,7 +101,7 @@ def main() -> None:
 
 
 def _shards(quick: bool) -> list[dict[str, Any]]:
-    """Return rows per second and processor use of the servers, by shards and trainers."""
+    """Return a row of the report per number of shards and trainers: rows/s, server CPU time."""
     rows, steps = (200_000, 30) if quick else (2_000_000, 800)
     measured = []
     for count, clients in ((1, 1), (2, 1), (4, 1), (1, 4)):
@@ -125,7 +134,7 @@ def _sizes(largest: int, quick: bool) -> list[int]:
 
 
 def _growth(sizes: list[int]) -> list[dict[str, Any]]:
-    """Return time and memory as one table grows, with the peak of memory between two sizes."""
+    """Grow one table; return a row of the report per size: pull time, memory, and peak memory."""
     lines = []
     with ExitStack() as stack:
         addresses, pids = stack.enter_context(shards(1))
@@ -169,7 +178,7 @@ def _growth(sizes: list[int]) -> list[dict[str, Any]]:
 
 
 def _bare(sizes: list[int]) -> list[dict[str, Any]]:
-    """Return nanoseconds per key of bare memory, by size, from a process of its own."""
+    """Read plain memory in a new process; return a row of the report per size: ns per key."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_read_memory, (sizes,))
 
@@ -216,7 +225,7 @@ def _read_memory(sizes: list[int]) -> list[dict[str, Any]]:
 
 
 def _starts() -> list[dict[str, Any]]:
-    """Return seconds from the command to "ready", with cached kernels."""
+    """Measure the start of a server with cached kernels; return rows of the report."""
     lines = []
     for _ in range(3):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Shards and bare echo servers as processes."""
+"""Run shards and bare echo servers as processes, and read their memory and CPU use."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def free_ports(count: int) -> int:
 def shards(
     count: int, *, durable: bool = False, busy_poll: float = 0.0
 ) -> Iterator[tuple[list[str], list[int]]]:
-    """Run a cluster; yield the addresses and process ids of its shards.
+    """Run a cluster during a block; yield the addresses and process ids of its shards.
 
-    durable    with a data directory; otherwise the shards have no log, like the peers
+    count      number of shards
+    durable    give each shard a data directory; without one it has no log, like the peers
     busy_poll  seconds for which a shard polls for the next request before it sleeps
     """
     port = free_ports(count)
@@ -65,10 +66,10 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def echo() -> Iterator[str]:
-    """Run a bare grpc.aio server on uvloop as a process; yield its address.
+    """Run a bare grpc.aio server on uvloop as a process during a block; yield its address.
 
-    /Echo/Unary and /Echo/Stream answer each message with a message whose length is its first four
-    bytes.
+    /Echo/Unary and /Echo/Stream reply to each message with zeros. The first four bytes of the
+    message are the size of the reply, little-endian.
     """
     port = free_ports(1)
     command = [sys.executable, "-m", "benchmarks.servers", str(port)]
@@ -82,7 +83,7 @@ def echo() -> Iterator[str]:
 
 
 def wait_until_ready(process: subprocess.Popen[str]) -> None:
-    """Wait until a server is ready; RuntimeError if it ends instead."""
+    """Wait until a server process prints "ready"; RuntimeError if it ends or prints other text."""
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line.startswith("ready"):
@@ -102,7 +103,7 @@ def huge(pid: int) -> int:
 
 
 def cpu(pid: int) -> float:
-    """Return the processor seconds of a process."""
+    """Return the processor time that a process has used, in seconds."""
     with open(f"/proc/{pid}/stat") as stat:
         fields = stat.read().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

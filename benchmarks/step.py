@@ -5,9 +5,9 @@ ids. Finding distinct keys and scattering rows are part of a step. All contender
 
     table      the same work on a table in this process, without messages; no service can be faster
                than echo + table
-    echo       a bare grpcio stream that moves the bytes of an exchange: the limit
-    exchange   one message: gradients of the last step and keys of this step
-    training   the same with a gradient for every id, duplicates included, as a network gives them
+    echo       a bare gRPC stream that moves as many bytes as an exchange: the limit
+    exchange   one message with the gradients of the last step and the keys of this step
+    training   an exchange with a gradient for every id, duplicates included, as a network computes
     stream     a pull, then a push, on the stream
     unary      a pull, then a push, as unary calls
     busy       an exchange with a server that polls for 2 ms before it sleeps
@@ -41,7 +41,12 @@ BUSY_POLL = 0.002  # seconds of polling; longer than a trainer takes between two
 
 
 class Trainer:
-    """The standard work on one table through one client."""
+    """Does the steps of the standard work on one table through one client.
+
+    keys   int64[rows], the key of each id
+    steps  steps of the work, used in a cycle
+    wire   number type in messages: "float32" or "bfloat16"
+    """
 
     def __init__(self, table: Table, keys: Ids, steps: list[Step], wire: Any) -> None:
         self._table = table
@@ -56,7 +61,7 @@ class Trainer:
         self._table.exchange(ids, (distinct, grads), step=i, wire=self._wire)
 
     def training(self, i: int) -> None:
-        """Do the same with a gradient for every id."""
+        """Do the same as ``exchange``, but with a gradient for every id, duplicates included."""
         ids, _, _ = self._steps[i % len(self._steps)]
         last = (i - 1) % len(self._steps)
         push = self._steps[last][0], self._every[last]
@@ -70,7 +75,10 @@ class Trainer:
 
 
 class Echo:
-    """Moves as many bytes as an exchange, and does nothing with them."""
+    """Exchanges messages with an echo server that are as large as those of an exchange.
+
+    item  bytes per number
+    """
 
     def __init__(self, address: str, steps: list[Step], dim: int, item: int) -> None:
         self._channel = grpc.insecure_channel(
@@ -85,7 +93,7 @@ class Echo:
         ]
 
     def step(self, i: int) -> None:
-        """Exchange one message."""
+        """Send a message of the size for step ``i``, and wait for the reply."""
         self._outbox.put(self._messages[i % len(self._messages)])
         next(self._replies)
 
@@ -117,7 +125,10 @@ def local_table(keys: Ids, dim: int) -> LocalTable:
 
 
 class Local:
-    """The standard work on a table in this process, deduplication and scatter included."""
+    """Does the standard work on a table in this process.
+
+    Includes finding the distinct keys and copying their rows to all positions.
+    """
 
     def __init__(self, table: LocalTable, keys: Ids, steps: list[Step]) -> None:
         self._table = table

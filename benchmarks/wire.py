@@ -1,13 +1,12 @@
-"""Measure pull and push against a bare grpcio echo of the same bytes in the same kind of call.
+"""Compare pulls and pushes with a bare gRPC echo that moves as many bytes in the same kind of call.
 
-Both have one server process (grpc.aio on uvloop) and one client process on loopback. Our client
-sends messages that were built before, so that the server alone is compared: decode, check, find
-rows, step, encode. The keys are the distinct keys of the standard work.
+Each has one server process (grpc.aio on uvloop) and one client process on loopback. The messages
+are built in advance, so that only the server's work is measured: decode, check, find rows, apply
+gradients, encode. The keys are the distinct keys of the standard work.
 
-``busy`` is our server when it polls for 2 ms before it sleeps.
-
-``table`` is the same pull or push on a table in this process, without messages: the reads and
-writes of random rows, which an echo does not have. No server can be faster than echo + table.
+busy   our server, polling for 2 ms before it sleeps
+table  the same pull or push on a table in this process, without messages: the reads and writes of
+       random rows, which an echo does not do. No server can be faster than echo + table.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ NO_LIMIT = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_len
 
 
 class Stream:
-    """A stream with one message in flight."""
+    """A gRPC stream on which each request waits for its reply."""
 
     def __init__(self, channel: grpc.Channel, method: str) -> None:
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         self._replies = channel.stream_stream(method)(iter(self._outbox.get, None))
 
     def __call__(self, message: bytes) -> bytes:
-        """Do one pull, push, or push and pull."""
+        """Send an encoded request; return the encoded reply."""
         self._outbox.put(message)
         return bytes(next(self._replies))
 
@@ -51,7 +50,11 @@ class Stream:
 
 
 def messages(keys: list[Any], gradients: Any) -> dict[str, list[bytes]]:
-    """Return the messages of a client for each step, by kind of call."""
+    """Return encoded requests for each step, by kind of call.
+
+    keys       keys of each step, uint64[n]
+    gradients  float32[m, dim], m >= n; each step uses the first n
+    """
     pulls = [codec.PullMessage(pb.PullHeader(table="wire"), k) for k in keys]
     pushes = [
         codec.PushMessage(
@@ -77,13 +80,16 @@ def messages(keys: list[Any], gradients: Any) -> dict[str, list[bytes]]:
 
 
 class Local:
-    """The work of a call on the rows, without messages."""
+    """Does the table operations of a call in this process, without messages.
+
+    kind  kind of call, as in ``messages``
+    """
 
     def __init__(self, table: Table, kind: str, keys: list[Any], gradients: Any) -> None:
         self._table, self._kind, self._keys, self._gradients = table, kind, keys, gradients
 
     def __call__(self, i: int) -> None:
-        """One pull, push, or push and pull."""
+        """Push, pull, or push and then pull the keys of step ``i``."""
         keys = self._keys[i % len(self._keys)]
         if not self._kind.endswith("pull"):
             gradients, ones = self._gradients[: len(keys)], np.ones(len(keys), np.uint32)
@@ -97,7 +103,11 @@ def _turn(call: Any, requests: list[bytes], i: int) -> None:
 
 
 def _row(kind: str, ours: Any, echoed: Any, table: Any, busy: Any) -> dict[str, Any]:
-    """Return a line of the report from the seconds of each turn."""
+    """Return a row of the report.
+
+    kind                       kind of call
+    ours, echoed, table, busy  seconds of each step of the four contenders
+    """
     mine, bare, rows, awake = (float(np.median(each)) for each in (ours, echoed, table, busy))
     return {
         "call": kind,

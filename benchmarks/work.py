@@ -1,7 +1,7 @@
 """The standard work (docs/benchmarks.md): one table, and the batches drawn from it.
 
 Every contender of a benchmark gets the same batches and starts from the same rows. This file
-imports only NumPy, because the interpreter of another system imports it too.
+imports only NumPy, because peers also import it under other Python interpreters.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Step = tuple[Ids, Ids, Rows]  # ids [B] with duplicates; distinct ids, ascending
 
 @dataclass(frozen=True)
 class Work:
-    """One table, and how batches are drawn from it."""
+    """Parameters of the standard work: the size of the table, and how batches are drawn."""
 
-    rows: int = 2_000_000
+    rows: int = 2_000_000  # of the table; ids are 0..rows - 1
     dim: int = 32
     batch: int = 10_000  # ids per step, duplicates included
     zipf: float = 1.05  # exponent; rank r is drawn with probability proportional to r ** -zipf
@@ -30,7 +30,7 @@ class Work:
 def standard_work(work: Work, steps: int) -> list[Step]:
     """Return the first ``steps`` steps of ``work``, the same in every process and on every call.
 
-    Ids are 0..rows-1. A fixed permutation says which of them are frequent.
+    A fixed random permutation decides which ids are frequent.
     """
     mass = np.cumsum(np.arange(1, work.rows + 1, dtype=np.float64) ** -work.zipf)
     mass /= mass[-1]
@@ -46,9 +46,9 @@ def standard_work(work: Work, steps: int) -> list[Step]:
 
 
 def of_every_id(step: Step) -> Rows:
-    """Return float32[B, dim]: a gradient for each id, as a network gives them.
+    """Return a gradient for each id of a step, float32[B, dim], as a network computes them.
 
-    The gradients of equal ids sum up to the gradient of the step.
+    The gradients of equal ids sum up to the id's gradient in the step.
     """
     ids, distinct, grads = step
     _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
@@ -75,6 +75,6 @@ def keys_of(ids: Ids, seed: int = 0) -> Ids:
 
 
 def initial_rows(work: Work) -> Rows:
-    """Return the float32[rows, dim] that every peer starts from."""
+    """Return the initial rows of all peers, float32[rows, dim]."""
     rng = np.random.default_rng((work.seed, 4))
     return rng.standard_normal((work.rows, work.dim), dtype=np.float32) * np.float32(0.01)

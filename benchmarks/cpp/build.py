@@ -1,4 +1,7 @@
-"""Compile kernels.cpp where a compiler is, once per source, compiler and processor."""
+"""Compile and load kernels.cpp, if a compiler is installed.
+
+The result is cached per source, compiler and processor.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,17 @@ _i64, _u64, _f32, _f64 = ctypes.c_int64, ctypes.c_uint64, ctypes.c_float, ctypes
 
 
 def _array(dtype: type[np.generic]) -> type:
-    """A contiguous array, checked at every call: a microsecond or two each."""
+    """Return the ctypes argument type for contiguous arrays of a dtype.
+
+    ctypes checks each array at every call, which takes 1-2 microseconds.
+    """
     return np.ctypeslib.ndpointer(dtype, flags="C_CONTIGUOUS")
 
 
 _U64s, _I64s, _I32s = _array(np.uint64), _array(np.int64), _array(np.int32)
 _F32s, _U8s = _array(np.float32), _array(np.uint8)
 
-# name: result, arguments; what they mean stands in kernels.cpp
+# name: (result type, argument types); kernels.cpp explains the arguments
 SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "index_find": (None, [_U64s, _u64, _U64s, _i64, _I64s]),
     "index_insert": (_i64, [_U64s, _u64, _U64s, _I64s, _i64]),
@@ -42,9 +48,10 @@ SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
 
 
 def load() -> ctypes.CDLL | None:
-    """The compiled kernels with their signatures declared, or None where there is no g++.
+    """Return the library of compiled kernels, with declared signatures; None without a compiler.
 
-    The library stays in a directory of this user under the temporary one.
+    The compiler is $CXX, or g++. The library is stored in a directory of this user below the
+    directory for temporary files. Raises PermissionError if another user owns that directory.
     """
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
@@ -52,7 +59,7 @@ def load() -> ctypes.CDLL | None:
     directory = Path(tempfile.gettempdir()) / f"parameter-server-kernels-{os.getuid()}"
     directory.mkdir(mode=0o700, exist_ok=True)
     if directory.stat().st_uid != os.getuid():
-        raise PermissionError(f"{directory} belongs to somebody else")
+        raise PermissionError(f"{directory} belongs to another user: delete it, or set TMPDIR")
     made_of = [SOURCE.read_bytes(), " ".join(FLAGS).encode(), _version(compiler), _processor()]
     target = directory / f"{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
     if not target.exists():
@@ -73,7 +80,7 @@ def _version(compiler: str) -> bytes:
 
 
 def _processor() -> bytes:
-    """What -march=native depends on."""
+    """Return the processor's model and features, on which -march=native depends."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
     return "\n".join(sorted({x for x in lines if x.startswith(("model name", "flags"))})).encode()

@@ -1,16 +1,19 @@
 """Other systems that do the standard work.
 
     torch in-process               an embedding and Adagrad in this process; no server, no keys
-    torch in-process, training     the same through autograd, which has a gradient for every id
+    torch in-process, training     the same through autograd, which computes a gradient for every
+                                   id, duplicates included
     redis                          redis-server on loopback; Adagrad in the client
-    redis, one trainer             the same; a push reuses the rows that its pull read
-    tensorflow remote ps           TensorFlow's C++ gRPC server, eager; nobody waits for a push
-    tensorflow remote ps, session  the same server from a graph session, which waits for a push
+    redis, one trainer             the same, but a push uses the rows that its pull read
+    tensorflow remote ps           TensorFlow's C++ gRPC server, used eagerly: pushes are not waited
+                                   for
+    tensorflow remote ps, session  the same server, used by a graph session that waits for pushes
 
-All peers start from ``initial_rows`` and take the same Adagrad step, so they agree on every row.
+All peers start from ``initial_rows`` and take the same Adagrad step, so their rows are equal after
+each step.
 
-To add one, write a subclass of Peer in a file of its own and add it to PEERS at the foot. A peer
-imports its library when it is made. It raises Unavailable if the library is not installed.
+To add a peer, write a subclass of Peer in a new file, and add it to PEERS at the end of this file.
+Its constructor imports the library, and raises Unavailable if that is not installed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The interface of a peer, and what all peers share."""
+"""The interface of a peer (another system to compare with), and constants for all peers."""
 
 from __future__ import annotations
 
@@ -17,20 +17,25 @@ START_TIMEOUT = 60.0  # seconds until a server must answer
 
 
 class Unavailable(Exception):
-    """The peer is not installed; the message says how to install it."""
+    """Raised if a peer is not installed; the message is the command to install it."""
 
 
 class Peer(Protocol):
-    """A table that a trainer pulls from and pushes to. It has all rows when it is constructed."""
+    """A table of another system, for one trainer. The constructor starts it and fills all rows."""
 
     name: str
 
     def step(self, ids: Ids, distinct: Ids, grads: Rows) -> Rows:
-        """Return the rows of ``ids`` [B, dim], then apply ``grads`` to the rows of ``distinct``."""
+        """Pull rows, then push gradients; return the pulled rows, float32[B, dim].
+
+        ids       int64[B]         rows to pull, with duplicates
+        distinct  int64[u]         their distinct ids
+        grads     float32[u, dim]  gradients of the distinct ids
+        """
         ...
 
     def run(self, steps: Sequence[Step]) -> list[float]:
-        """Take the steps one after the other; return the seconds of each."""
+        """Run steps one after the other; return the seconds of each."""
         seconds = []
         for ids, distinct, grads in steps:
             start = time.perf_counter()
@@ -39,7 +44,7 @@ class Peer(Protocol):
         return seconds
 
     def close(self) -> None:
-        """Stop its processes and free its memory."""
+        """Stop the peer's processes and free its memory."""
         ...
 
 

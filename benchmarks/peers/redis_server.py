@@ -25,16 +25,20 @@ from benchmarks.work import Ids, Rows, Work, initial_rows, keys_of
 
 
 class Message:
-    """Redis values or commands of equal parts, in one buffer whose constant bytes are written once.
+    """Reusable buffer for a Redis command or reply: a header, then many parts of equal layout.
 
-    ``parts[field]`` are the variable bytes; the header of each message comes right before the first
-    part.
+    The constant bytes of the parts are written once. ``parts`` is a structured array: ``parts[f]``
+    is field f of all parts.
     """
 
     ROOM = 32  # bytes reserved for the header
 
     def __init__(self, capacity: int, fields: list[tuple[str, Any]]) -> None:
-        """Take the fields in order: a name, and either a dtype or constant bytes."""
+        """Allocate the buffer.
+
+        capacity  maximum number of parts
+        fields    layout of a part: (name, dtype, or constant bytes)
+        """
         dtype = np.dtype(
             [(name, f"S{len(kind)}" if isinstance(kind, bytes) else kind) for name, kind in fields]
         )
@@ -45,7 +49,9 @@ class Message:
             self.parts[name] = constant
 
     def bytes(self, head: bytes, count: int) -> memoryview:
-        """Return the message of ``head`` and ``count`` parts, to send or to receive into."""
+        """Return a view of the header ``head`` and the first ``count`` parts, to send or to
+        receive into.
+        """
         start = self.ROOM - len(head)
         self._bytes[start : self.ROOM] = np.frombuffer(head, np.uint8)
         return self._bytes.data[start : self.ROOM + count * self.parts.itemsize]
@@ -54,10 +60,9 @@ class Message:
 class Redis(Peer):
     """One redis-server without persistence; a value is a row and its accumulator.
 
-    A pull is one MGET of the distinct keys. A push is Adagrad in this process: one MGET that reads
-    the rows again, and one MSET. With ``reread=False`` it is the MSET alone, which loses the
-    updates of other trainers between pull and push. (The first way loses fewer; redis has no
-    Adagrad.)
+    A pull is one MGET of the distinct keys. A push is one MGET that reads the rows again, Adagrad
+    in this process, and one MSET. With ``reread=False`` a push uses the rows of the pull, without
+    the second MGET. It then overwrites updates that other trainers made between pull and push.
     """
 
     def __init__(self, work: Work, *, reread: bool = True) -> None:
@@ -136,7 +141,7 @@ class Redis(Peer):
         return connection
 
     def _fill(self, rows: Rows) -> None:
-        """Load all rows with zero accumulators; build a command while one is in flight."""
+        """Write all rows with zero accumulators; build each command while the last one runs."""
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
             self._send_mset(
@@ -147,7 +152,7 @@ class Redis(Peer):
         self._receive_ok()
 
     def _mget(self, keys: Ids) -> Rows:
-        """Return the values float32[u, 2 * dim] of existing keys."""
+        """Read the values of u existing keys: float32[u, 2 * dim], rows and accumulators."""
         count = len(keys)
         self._get.parts["key"][:count] = keys
         self._socket.sendall(self._get.bytes(b"*%d\r\n$4\r\nMGET\r\n" % (count + 1), count))
@@ -155,7 +160,7 @@ class Redis(Peer):
         self._receive(self._got.bytes(head, count), head)
         parts = self._got.parts[:count]
         if not (parts["head"] == self._got.constants["head"]).all():
-            raise RuntimeError("MGET returned a value of another length")
+            raise RuntimeError("MGET returned a missing value or one of unexpected length")
         return np.array(parts["value"])
 
     def _send_mset(self, keys: Ids, values: Rows) -> None:
@@ -168,7 +173,7 @@ class Redis(Peer):
         self._receive(memoryview(bytearray(5)), b"+OK\r\n")
 
     def _receive(self, into: memoryview, head: bytes) -> None:
-        """Fill ``into`` with a reply that begins with ``head``."""
+        """Receive a reply of len(into) bytes; RuntimeError unless it begins with ``head``."""
         got = 0
         while got < len(into):
             size = self._socket.recv_into(into[got:])

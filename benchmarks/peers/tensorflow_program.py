@@ -1,4 +1,7 @@
-"""Program of TensorFlow's processes. It imports only NumPy, TensorFlow, peer.py and work.py."""
+"""Program of the TensorFlow processes: a parameter server, and a worker that runs the steps.
+
+It runs under another Python interpreter, so it imports only NumPy, TensorFlow, peer.py and work.py.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def say(answer: dict[str, Any]) -> None:
 
 
 def tensorflow_server(options: dict[str, Any]) -> None:
-    """Serve as the parameter server until standard input closes."""
+    """Run a TensorFlow parameter server until standard input closes."""
     tf: Any = importlib.import_module("tensorflow")
     server = tf.distribute.Server(options["cluster"], job_name="ps", task_index=0)
     say({"ready": server.target})
@@ -31,7 +34,11 @@ def tensorflow_server(options: dict[str, Any]) -> None:
 
 
 def tensorflow_worker(options: dict[str, Any]) -> None:
-    """Create the table on the server, then take the steps of each file named on standard input."""
+    """Create the table on the server, then run steps as ordered on standard input.
+
+    An order is a line of JSON: "steps" (file with arrays), "count" (number of steps), "rows" (file
+    to write the last pulled rows to).
+    """
     work = Work(**options["work"])
     connect = tensorflow_eager if options["eager"] else tensorflow_session
     pull, push, fill = connect(options["cluster"], work)
@@ -69,7 +76,10 @@ TensorFlowCalls = tuple[
 
 
 def tensorflow_eager(cluster: dict[str, list[str]], work: Work) -> TensorFlowCalls:
-    """Return calls that stream operations to the server one by one, in order."""
+    """Return functions (pull, push, write rows) that send eager operations to the server.
+
+    The server runs the operations in order; only a pull waits for its result.
+    """
     tf: Any = importlib.import_module("tensorflow")
     tf.config.experimental_connect_to_host(cluster["ps"][0], job_name="ps")
     device = "/job:ps/replica:0/task:0/device:CPU:0"
@@ -103,7 +113,10 @@ def tensorflow_eager(cluster: dict[str, list[str]], work: Work) -> TensorFlowCal
 
 
 def tensorflow_session(cluster: dict[str, list[str]], work: Work) -> TensorFlowCalls:
-    """Return calls of a graph whose variables are on the server; this process is a worker."""
+    """Return functions (pull, push, write rows) that run a graph in a session.
+
+    The graph's variables are on the server; this process is a worker of the cluster.
+    """
     tf: Any = importlib.import_module("tensorflow")
     v1 = tf.compat.v1
     v1.disable_eager_execution()

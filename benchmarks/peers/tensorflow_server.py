@@ -1,4 +1,7 @@
-"""TensorFlow's parameter server, in processes under the interpreter that PEERS_TF_PYTHON names."""
+"""TensorFlow's parameter server as a peer.
+
+Its processes run under the Python interpreter that the environment variable PEERS_TF_PYTHON names.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,11 @@ ROOT = Path(__file__).parents[2]
 
 
 class TensorFlow(Peer):
-    """A process with ``tf.distribute.Server`` as job ps, and a worker process with the timed loop.
+    """A server process (``tf.distribute.Server``) with the table, and a worker process.
 
-    The server has the table and runs the kernels. The worker reads its batches from a file before
-    the clock starts. It talks to the server in one of two ways. Eager, it streams operations: a
-    push returns when it is queued, and the next pull waits for it. A graph session waits for both.
+    The worker reads its batches from a file before it measures the steps. With ``eager`` it streams
+    operations: a push returns when it is queued, and the next pull waits for it. Without, it runs a
+    graph session, which waits for pulls and pushes.
     """
 
     def __init__(self, work: Work, *, eager: bool = True) -> None:
@@ -89,7 +92,11 @@ class TensorFlow(Peer):
         self._directory.cleanup()
 
     def _start(self, python: str, role: str, options: dict[str, Any]) -> subprocess.Popen[str]:
-        """Start tensorflow_program.py as ``role`` and wait until it is ready."""
+        """Start tensorflow_program.py as ``role``, and wait until it is ready.
+
+        python   interpreter
+        options  passed to the program as JSON
+        """
         environment = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
         environment |= {"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": ""}
         with open(self._files / f"{role}.log", "wb") as log:
@@ -111,6 +118,6 @@ class TensorFlow(Peer):
         line = child.stdout.readline() if child.stdout else ""
         if not line:
             logs = "\n".join(path.read_text()[-2000:] for path in self._files.glob("*.log"))
-            raise RuntimeError(f"{self.name}: one of its processes ended\n{logs}")
+            raise RuntimeError(f"{self.name}: a process ended unexpectedly\n{logs}")
         answer: dict[str, Any] = json.loads(line)
         return answer

@@ -8,15 +8,16 @@ these directories that has it, and saves it to the first that can be written:
     __pycache__         next to the source; ``psserver warm`` fills it while an image is built
     ~/.cache/numba      of the user, or below XDG_CACHE_HOME
 
-Where none can be written kernels are compiled in each process, with one warning. A cached kernel is
-used while the sources that it was compiled from are unchanged, the kernels and constants that they
-import included; neither their time nor their owner counts. It must have been compiled for the same
-processor by the same release of numba: NUMBA_CPU_NAME=generic makes an image that fits all.
+If none can be written, each process compiles the kernels, and one warning is shown. A cached kernel
+is used only if its source file, and all files of this project that it imports, have the same
+contents as when it was compiled. File times and owners do not matter. It must also have been
+compiled by the same release of Numba for the same type of processor. Set NUMBA_CPU_NAME=generic to
+build an image for all processors.
 
 Numba writes the index before the kernel, under a name that an older kernel may have. So each kernel
 is saved with its sources' checksum and its key, and both are compared when it is loaded.
 
-``install`` changes numba for functions of PACKAGES alone.
+``install`` replaces Numba's cache only for functions of PACKAGES.
 """
 
 from __future__ import annotations
