@@ -1,17 +1,17 @@
-"""The measure of quality of the examples."""
+"""Compute the AUC, the measure of quality in the examples."""
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 
 def auc(labels: ArrayLike, scores: ArrayLike) -> float:
-    """Return the area under the ROC curve: how often a positive outscores a negative, ties half.
+    """Return the area under the ROC curve: the probability that a random positive sample has a
+    higher score than a random negative one; equal scores count half.
 
-    labels  [n]  0 or 1, both present
-    scores  [n]  any monotone function of the probability
+    labels  [n]  0 or 1; raises ValueError unless both occur
+    scores  [n]  predictions: larger means more likely positive
 
-    This is the rank-sum formula of Mann and Whitney (1947). Equal scores share the mean of their
-    ranks.
+    Uses the rank-sum formula of Mann and Whitney (1947), with mean ranks for equal scores.
     """
     positive = np.asarray(labels) > 0
     _, inverse, counts = np.unique(np.asarray(scores), return_inverse=True, return_counts=True)

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, some lines elsewhere."""
+"""Progress bar for the examples; prints some lines instead if there is no terminal."""
 
 import time
 from typing import Self
@@ -8,9 +8,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Bar:
-    """A progress bar within a ``with`` block; a subclass defines the text after it.
+    """Base class of progress bars that are shown during a ``with`` block.
 
-    lines  number of lines to print if there is no terminal
+    A subclass updates the bar and the text next to it.
+
+    steps  number of steps in total
+    lines  number of lines to print in total if there is no terminal
     """
 
     def __init__(self, console: Console, steps: int, lines: int) -> None:
@@ -36,5 +39,5 @@ class Bar:
         self._progress.stop()
 
     def _has_line(self, step: int) -> bool:
-        """Return whether a line is due after this step if there is no terminal."""
+        """Return whether to print a line after this step. For output without a terminal."""
         return step * self._lines // self._steps > (step - 1) * self._lines // self._steps

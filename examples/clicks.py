@@ -1,11 +1,11 @@
-"""Clicks with a known truth, and the factorization machine that learns them.
+"""Generated clicks with known probabilities, and a factorization machine that learns them.
 
-A click is drawn with a probability that follows from hidden factors of the user, the item and the
-context. The hidden factors are a hash of the key, so nothing is stored and every key has them. The
-best AUC that any model could reach is measured on the same samples.
+The probability of a click is a function of hidden factors of the user, the item and the context.
+The hidden factors are random numbers computed from the key, so every key has them and none are
+stored. The AUC of the true probabilities is the best that any model could reach.
 
-The model is a factorization machine (Rendle, 2010, https://doi.org/10.1109/ICDM.2010.127) with a
-row [w, v] for each key of a field. NumPy computes its gradient.
+The model is a factorization machine (Rendle, 2010, https://doi.org/10.1109/ICDM.2010.127). Each key
+has a row [w, v]: a weight and a vector of FACTORS numbers. A field is one of user, item, context.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,9 @@ def scatter(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def hidden(keys: Keys, count: int) -> Floats:
-    """Return float64[n, count] standard normal numbers, a function of the key (Box-Muller)."""
+    """Return ``count`` standard normal numbers for each key, float64[n, count]; the same for equal
+    keys (Box-Muller transform of hashes).
+    """
     positions = np.arange(2 * count).astype(np.uint64)
     bits = scatter(scatter(keys.view(np.uint64)[:, None] + positions)) >> np.uint64(11)
     uniform = (bits.astype(np.float64) + 0.5) / 2.0**53
@@ -45,32 +47,39 @@ def hidden(keys: Keys, count: int) -> Floats:
 
 
 def sigmoid(logits: NDArray[np.floating]) -> Floats:
+    """Return the probability for each logit, as float64."""
     return np.asarray(1 / (1 + np.exp(-logits.astype(np.float64))))
 
 
 def keys_of(field: str, numbers: NDArray[np.uint64], seed: int) -> Keys:
-    """Return a key for each number of a field, anywhere in the int64 range."""
+    """Return a random int64 key for each number (of a user, item or context).
+
+    Equal arguments give equal keys; different fields and seeds give different keys.
+    """
     space = np.array([seed * len(FIELDS) + FIELDS.index(field)], dtype=np.uint64)
     return np.asarray(scatter(scatter(numbers) ^ scatter(scatter(space))).view(np.int64))
 
 
 def popular(generator: np.random.Generator, count: int, size: int) -> NDArray[np.uint64]:
-    """Return uint64[size] ranks 0..count - 1, drawn in proportion to 1 / (rank + 1)."""
+    """Draw ``size`` ranks 0..count - 1, uint64[size], with probability about 1 / (rank + 1)."""
     ranks = np.exp(generator.random(size) * np.log(count + 1)) - 1
     return np.asarray(ranks.astype(np.uint64))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Impressions, in the order in which they happened."""
+    """A batch of n impressions (shown items, clicked or not)."""
 
     keys: dict[str, Keys]  # field: int64[n]
     clicks: Rows  # float32[n], 0 or 1
-    truth: Floats  # float64[n], the probability that each click was drawn from
+    truth: Floats  # float64[n], the true probability of each click
 
 
 def probability(keys: dict[str, Keys]) -> Floats:
-    """Return true probabilities, from three biases and the match of user and item."""
+    """Return the true probability of each click, float64[n], from the hidden factors of its keys.
+
+    keys  field: int64[n]
+    """
     user, item = hidden(keys["user"], 1 + HIDDEN), hidden(keys["item"], 1 + HIDDEN)
     context = hidden(keys["context"], 1)
     match = np.sum(user[:, 1:] * item[:, 1:], axis=1) / np.sqrt(HIDDEN)
@@ -79,9 +88,12 @@ def probability(keys: dict[str, Keys]) -> Floats:
 
 
 def predict(rows: dict[str, Rows]) -> Floats:
-    """Return float64[n] probabilities: logit = sum of w + sum over pairs of fields of <v, v'>.
+    """Return the model's click probabilities, float64[n].
 
-    There is no constant term: each sample has exactly one context, whose w takes its part.
+    rows  field: float32[n, 1 + FACTORS], the row [w, v] of each impression's key
+
+    The logit is the sum of the w, plus the inner products of the v of each pair of fields. It needs
+    no constant term, because the w of the context includes it.
     """
     stacked = np.stack([rows[field] for field in FIELDS])
     total = stacked.sum(axis=0)
@@ -90,12 +102,13 @@ def predict(rows: dict[str, Rows]) -> Floats:
 
 
 def gradients(rows: dict[str, Rows], error: Rows) -> dict[str, Rows]:
-    """Return the gradients of the logistic loss; the caller sums those of duplicate keys.
+    """Return the gradients of the logistic loss by the rows, field: float32[n, 1 + FACTORS].
 
-    rows   field: float32[n, 1 + FACTORS]
-    error  float32[n], probability - click, the gradient by the logit
+    rows   field: float32[n, 1 + FACTORS], the row [w, v] of each impression's key
+    error  float32[n], predicted probability - click
 
     The gradient by w is the error; by v it is the error times the sum of the other fields' v.
+    Gradients of duplicate keys are not summed.
     """
     total = np.sum([rows[field] for field in FIELDS], axis=0)
     result = {}
@@ -107,5 +120,8 @@ def gradients(rows: dict[str, Rows], error: Rows) -> dict[str, Rows]:
 
 
 def share(model: float, best: float) -> float:
-    """Return the share of the possible AUC: 0 for a random guess, 1 for the truth."""
+    """Return the share of the possible AUC that a model reaches: 0 if it guesses, 1 if perfect.
+
+    model, best  AUC of the model, and of the true probabilities
+    """
     return (model - 0.5) / (best - 0.5)

@@ -1,4 +1,4 @@
-"""A parameter-server cluster for the duration of an example."""
+"""Run a parameter-server cluster for the duration of an example."""
 
 import os
 import signal
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-READY_SECONDS = 120.0  # the first start compiles the kernels
+READY_SECONDS = 120.0  # limit for the start; the first one compiles the kernels
 STOP_SECONDS = 60.0
 
 
 class ClusterFailed(RuntimeError):
-    """`psserver up` ended early, was not ready in time, or did not stop cleanly."""
+    """Raised if `psserver up` ends early, is not ready in time, or does not stop cleanly."""
 
     def __init__(self, what: str, log: Path) -> None:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
@@ -25,7 +25,11 @@ class ClusterFailed(RuntimeError):
 
 @contextmanager
 def servers(given: str | None, shards: int) -> Iterator[list[str]]:
-    """Yield the addresses ``given`` as host:port,host:port, or those of a new cluster."""
+    """Yield the addresses of a cluster during a block.
+
+    given   addresses of a running cluster, "host:port,host:port"; None or "": start a new one
+    shards  number of shards of a new cluster
+    """
     if given:
         yield given.split(",")
     else:
@@ -35,11 +39,11 @@ def servers(given: str | None, shards: int) -> Iterator[list[str]]:
 
 @contextmanager
 def local_cluster(shards: int) -> Iterator[list[str]]:
-    """Start ``shards`` servers on free local ports; yield their addresses; stop them at the end.
+    """Run ``shards`` servers on free local ports during a block; yield their addresses.
 
-    Rows are in a temporary directory, which is deleted at the end. The servers run in a session of
-    their own, so Ctrl-C reaches only the trainer. Meanwhile SIGTERM is treated like Ctrl-C. In both
-    cases the servers are stopped before the trainer ends.
+    Their data is in a temporary directory, which is deleted at the end. The servers run in their
+    own session, so Ctrl-C interrupts only the trainer. During the block, SIGTERM has the same
+    effect as Ctrl-C. In both cases the servers are stopped before the trainer ends.
     """
     port = free_ports(shards)
     with tempfile.TemporaryDirectory(prefix="ps-example-") as directory, ExitStack() as stack:
@@ -63,6 +67,7 @@ def local_cluster(shards: int) -> Iterator[list[str]]:
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until the cluster has printed "ready" to its log; ClusterFailed if it does not."""
     deadline = time.monotonic() + READY_SECONDS
     while not any(line.startswith(b"ready") for line in log.read_bytes().splitlines()):
         if process.poll() is not None:
@@ -73,7 +78,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop a cluster with SIGTERM; kill it, shards included, if it does not stop in time."""
+    """Stop a cluster with SIGTERM; kill it and its shards after STOP_SECONDS."""
     process.terminate()
     try:
         process.wait(STOP_SECONDS)
@@ -97,6 +102,7 @@ def free_ports(count: int) -> int:
 
 
 def bind(stack: ExitStack, port: int) -> int:
+    """Bind a local port (0: any free one) until ``stack`` is closed; return its number."""
     listener = stack.enter_context(socket.socket())
     listener.bind(("127.0.0.1", port))
     return int(listener.getsockname()[1])

@@ -3,14 +3,14 @@
     python examples/longtail.py [--quick] [--html longtail.html]
                                 [--shards 2 | --servers host:port,host:port]
 
-The stream is generated (tail.py): users and items with a long tail of popularity, which drift. The
-ways (ways.py) are hashing into a fixed table, multi-hash, and three dynamic tables: one that keeps
-a row for every id ("everything"), one that admits ids at their second occurrence, and one that also
-evicts idle ids.
+The stream is generated (tail.py): a few users and items are popular, most are rare, and new ones
+replace old ones. The ways (ways.py) are hashing into a fixed table, multi-hash, and three dynamic
+tables: one that keeps a row for every id ("everything"), one that admits ids at their second
+occurrence, and one that also evicts idle ids.
 
-All five learn the same factorization machine from the same batches in one pass. One round trip per
-step carries the rows of all five. The last tenth of the stream is held out: nothing is pushed, and
-pulls are serving pulls. The example fails unless
+All five train the same factorization machine on the same batches in one pass. One round trip per
+step carries the rows of all five. The last tenth of the stream is held out for the final AUC: it is
+predicted with pulls in mode "serve", and nothing is pushed. The example fails unless
 
     hashing               more than 20 % of the ids share their bucket with another id
     multi-hash            less than 0.2 per mille of the ids share all their rows with another id,
@@ -19,8 +19,8 @@ pulls are serving pulls. The example fails unless
     everything            reaches 70 % of the possible AUC: (AUC - 0.5) / (best AUC - 0.5)
 
 The first three claims were published for DeepRec; docs/longtail.md discusses the results. With
---quick the stream has a ninth of the length. The models then learn less (60 %), and differences of
-AUCs are significant to 0.004 instead of 0.001.
+--quick the stream has a ninth of the length. The limits are then 60 % of the possible AUC and an
+AUC within 0.004, because the models learn less and AUCs are less precise.
 """
 
 import argparse
@@ -45,19 +45,19 @@ from ways import Result, Way, embeddings, make_ways
 import psclient
 from psclient import Client
 
-MIN_COLLISIONS = 0.2  # collisions of hashing, as a share of the ids
-MAX_COLLISIONS = 2e-4  # collisions of multi-hash
+MIN_COLLISIONS = 0.2  # share of the ids that must share their row with another id, with hashing
+MAX_COLLISIONS = 2e-4  # share of the ids that may share all rows with another id, with multi-hash
 MIN_SAVED = 0.95  # share of hashing's parameters that multi-hash saves
 MAX_ROWS = 0.3  # share of the rows of "everything" that admission and eviction keep
 
-WINDOW = 20  # steps at the end of a day that its figures cover
-LINES = 9  # lines to print instead of the bar if there is no terminal
-WIDTH = 100  # characters, there
+WINDOW = 20  # the AUC of a day covers this many steps at its end
+LINES = 9  # number of lines to print instead of the bar if there is no terminal
+WIDTH = 100  # characters per line if there is no terminal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Length of the stream, and the limits of the claims for it."""
+    """Length of the stream, and the limits that the claims have for it."""
 
     scale: Scale
     max_loss: float  # AUC that admission and eviction may lose
@@ -72,7 +72,10 @@ QUICK = Size(scale=Scale(steps=15, batch=2048), max_loss=0.004, min_share=0.6)
 
 
 class Window:
-    """Predictions of each way in the last steps, with true probabilities and clicks."""
+    """Records predictions of each way, true probabilities and clicks, to compute AUCs.
+
+    ways  number of ways
+    """
 
     def __init__(self, ways: int) -> None:
         self._columns: list[list[NDArray[Any]]] = [[] for _ in range(2 + ways)]
@@ -83,13 +86,16 @@ class Window:
             column.append(part)
 
     def aucs(self) -> tuple[float, list[float]]:
-        """Return the AUC of the true probabilities, and of each way."""
+        """Return (AUC of the true probabilities, AUC of each way)."""
         clicks, truth, *ways = (np.concatenate(column) for column in self._columns)
         return auc(clicks, truth), [auc(clicks, predicted) for predicted in ways]
 
 
 def learn(ps: Client, stream: Stream, ways: list[Way], display: "Display") -> None:
-    """Learn from all but the held-out days in one pass; each batch is predicted before learning."""
+    """Train all ways on the days that are not held out, in one pass.
+
+    Each batch is predicted before learning. Rows, bytes and AUCs of each day are added to the ways.
+    """
     push: dict[str, tuple[psclient.Batch, Rows]] = {}
     window = Window(len(ways))
     for step in range(stream.learnt):
@@ -120,7 +126,10 @@ def learn(ps: Client, stream: Stream, ways: list[Way], display: "Display") -> No
 def score(
     ps: Client, stream: Stream, ways: list[Way], display: "Display"
 ) -> tuple[float, list[float]]:
-    """Return the AUC over the held-out days for the truth and each way, with serving pulls."""
+    """Predict the held-out days with pulls in mode "serve".
+
+    Returns (AUC of the true probabilities, AUC of each way).
+    """
     window = Window(len(ways))
     for step in range(stream.learnt, stream.steps):
         batch = stream.batch(step)
@@ -142,7 +151,7 @@ def merged(wanted: list[dict[str, psclient.Batch]]) -> dict[str, psclient.Batch]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A claim, and whether it holds."""
+    """A claim about the results, the measured value, and whether the claim holds."""
 
     says: str
     measured: str
@@ -150,6 +159,11 @@ class Claim:
 
 
 def claims(results: list[Result], best: float, size: Size) -> list[Claim]:
+    """Check all claims.
+
+    results  of the five ways, in the order of ``make_ways``
+    best     AUC of the true probabilities
+    """
     hashing, multi, everything, _, both = results
     saved = 1 - multi.parameters / hashing.parameters
     rows, loss = both.rows / everything.rows, everything.auc - both.auc
@@ -189,7 +203,7 @@ def claims(results: list[Result], best: float, size: Size) -> list[Claim]:
 
 
 class Display(Bar):
-    """Live numbers of rows."""
+    """Progress bar that shows the current number of rows of two ways."""
 
     def __init__(self, console: Console, ways: list[Way], steps: int) -> None:
         super().__init__(console, steps, LINES)
@@ -290,9 +304,14 @@ def html(text: str) -> Path | None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Five ways to keep embeddings of ids without end.")
-    parser.add_argument("--quick", action="store_true", help="use a ninth of the stream")
     parser.add_argument(
-        "--html", type=html, default="longtail.html", help="HTML file for the plots; '' for none"
+        "--quick", action="store_true", help="use a stream of a ninth of the length"
+    )
+    parser.add_argument(
+        "--html",
+        type=html,
+        default="longtail.html",
+        help="HTML file to write plots to; '': no plots",
     )
     parser.add_argument(
         "--shards", type=int, default=2, help="number of shards of the cluster that is started"

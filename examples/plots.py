@@ -1,4 +1,4 @@
-"""The results of longtail.py as one self-contained HTML page."""
+"""Plot the results of longtail.py on one self-contained HTML page."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,15 +11,15 @@ from ways import FEWER, LOAD, Result, Way
 from psclient import Table
 from psclient.multihash import KHash, MultiHash, QuotientRemainder
 
-COLOURS = {  # colours of Okabe and Ito, distinct for colour-blind eyes too
+COLOURS = {  # palette of Okabe and Ito, which color-blind people can distinguish
     "hashing": "#D55E00",
     "multi-hash": "#E69F00",
     "everything": "#333333",
     "admission": "#0072B2",
     "admission + eviction": "#009E73",
 }
-ABOVE = {"hashing": "top", "admission": "top"}  # label of a point that has other points close below
-LOADS = (1 / 16, 1 / 4, 1, 4)  # ids per bucket, measured
+ABOVE = {"hashing": "top", "admission": "top"}  # points with their label above instead of below
+LOADS = (1 / 16, 1 / 4, 1, 4)  # ids per bucket for which collisions are counted
 PANELS = (
     "Rows of users and items, day by day",
     "AUC lost against everything, day by day",
@@ -33,7 +33,13 @@ PANELS = (
 def page(
     stream: Stream, seen: Mapping[str, Seen], ways: Sequence[Way], results: Sequence[Result]
 ) -> str:
-    """Return HTML that needs no other file and no network."""
+    """Return the HTML text of the page, which needs no other files and no network.
+
+    stream   the stream of clicks
+    seen     the distinct ids in it, by field ("user", "item")
+    ways     the five ways, with their measurements of each day
+    results  their results at the end
+    """
     figure = make_subplots(3, 2, subplot_titles=PANELS, vertical_spacing=0.1)
     _days(figure, ways)
     _price(figure, results)
@@ -54,6 +60,7 @@ def page(
 
 
 def _days(figure: go.Figure, ways: Sequence[Way]) -> None:
+    """Plot rows, and AUC lost against "everything", day by day."""
     days = np.arange(1, DAYS - HELD_OUT + 1)
     everything = next(way for way in ways if way.name == "everything")
     for way in ways:
@@ -69,7 +76,7 @@ def _days(figure: go.Figure, ways: Sequence[Way]) -> None:
 
 
 def _price(figure: go.Figure, results: Sequence[Result]) -> None:
-    """Return a chart with a point per way: quality against memory."""
+    """Plot the AUC of each way against its memory."""
     for result in results:
         point = go.Scatter(
             x=[result.bytes / 1e6],
@@ -89,6 +96,7 @@ def _price(figure: go.Figure, results: Sequence[Result]) -> None:
 
 
 def _memory(figure: go.Figure, results: Sequence[Result]) -> None:
+    """Plot the memory of each way as a bar: rows with their index, and counters."""
     names = [result.name for result in results]
     colours = [COLOURS[name] for name in names]
     rows = [(result.bytes - result.counter_bytes) / 1e6 for result in results]
@@ -100,9 +108,10 @@ def _memory(figure: go.Figure, results: Sequence[Result]) -> None:
 
 
 def _load(figure: go.Figure, seen: Seen, table: Table) -> None:
-    """Return a chart of measured collisions over those expected by chance: 1 - exp(-ids / codes).
+    """Plot the share of ids that collide: measured, and expected (``1 - exp(-ids / codes)``).
 
-    table  any table: computing codes pulls nothing
+    seen   the ids
+    table  any table: only its name is used, nothing is pulled
     """
     ids = len(seen.keys)
     loads = np.geomspace(min(LOADS), max(LOADS))
@@ -135,11 +144,13 @@ def _load(figure: go.Figure, seen: Seen, table: Table) -> None:
 
 
 def _feature(table: Table, size: int, parts: int) -> MultiHash:
+    """Return a hashed feature with ``parts`` parts of ``size`` rows."""
     kind = KHash if parts == 1 else QuotientRemainder
     return kind(table, (size,) * parts)
 
 
 def _law(figure: go.Figure, seen: Mapping[str, Seen]) -> None:
+    """Plot the share of ids that occur at least k times, over k."""
     for (name, those), colour in zip(seen.items(), ("#56B4E9", "#CC79A7"), strict=True):
         counts, ids = np.unique(those.counts, return_counts=True)
         share = ids[::-1].cumsum()[::-1] / len(those.keys)  # with at least this many occurrences

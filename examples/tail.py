@@ -1,13 +1,15 @@
-"""A month of clicks on an unbounded, drifting set of ids, with known probabilities (clicks.py).
+"""Generate a month of clicks on an unbounded, changing set of ids, with known probabilities.
 
-Users and items have places in a ranking. Place p = 0, 1, ... is chosen in proportion to about
-(p + FIRST)^-EXPONENT: Zipf's law with Mandelbrot's shift, without a last place. So there are always
-new ids, and most ids are seen once. The exponent is close to that of public logs: of the 34 million
-values in Criteo's display advertising log, 0.91 million (2.7 %) occur ten times or more; here 2.9 %
-do. The shift limits the most popular id to 1 % of the clicks.
+Users and items are ranked by popularity. An impression draws place p = 0, 1, ... of the ranking
+with a probability of about ``(p + FIRST)^-EXPONENT`` (Zipf's law with Mandelbrot's shift). The
+ranking has no last place, so there are always new ids, and most ids occur once. The exponent is
+close to that of public logs: of the 34 million values in Criteo's display advertising log, 0.91
+million (2.7 %) occur ten times or more; here 2.9 % do. The shift limits the most popular id to 1 %
+of the clicks.
 
-Ids drift: an id keeps its place for two half-lives, then a new id takes the place. Places change at
-different moments, so after one half-life half of the places have another id.
+An id keeps its place for two half-lives, then a new id takes the place. Places change ids at
+different times, so after one half-life, half of the places have a different id. clicks.py computes
+the click probabilities.
 """
 
 from dataclasses import dataclass
@@ -22,9 +24,9 @@ EXPONENT = 1.2
 FIRST = 21
 HALF_LIVES = {"user": 28, "item": 7}  # days
 DAYS = 30
-HELD_OUT = 3  # days held out, the last ones
+HELD_OUT = 3  # number of last days that are not learned from
 
-Places = NDArray[np.uint64]  # by the bits of their numbers as float64, as the numbers may be huge
+Places = NDArray[np.uint64]  # bits of the places' numbers as float64, because numbers may be huge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +42,17 @@ class Scale:
 
 
 def draw(generator: np.random.Generator, size: int) -> Places:
-    """Return uint64[size] places, drawn by their popularity."""
+    """Draw ``size`` places by their popularity, uint64[size]."""
     tail = (1 - generator.random(size)) ** (-1 / (EXPONENT - 1)) - 1
     return np.floor(FIRST * tail).view(np.uint64)
 
 
 class Stream:
-    """A month of clicks with known probabilities; the same for the same seed and scale."""
+    """A month of clicks with known probabilities; equal for equal seeds and scales.
+
+    learnt  number of steps to learn from; later steps are held out
+    steps   number of all steps
+    """
 
     def __init__(self, seed: int, scale: Scale) -> None:
         self.scale = scale
@@ -55,11 +61,12 @@ class Stream:
         self._seed = seed
 
     def ids(self, name: str, step: int) -> Keys:
-        """Return the keys int64[batch] of a long-tailed field at a step."""
+        """Return the keys of field ``name`` ("user" or "item") at a step, int64[batch]."""
         generator = np.random.default_rng([self._seed, step, LONG.index(name)])
         return self._holders(name, draw(generator, self.scale.batch), step)
 
     def batch(self, step: int) -> Batch:
+        """Return the batch of a step."""
         generator = np.random.default_rng([self._seed, step, len(LONG)])
         contexts = popular(generator, CONTEXTS, self.scale.batch)
         keys = {name: self.ids(name, step) for name in LONG}
@@ -69,7 +76,7 @@ class Stream:
         return Batch(keys=keys, clicks=clicks, truth=truth)
 
     def _holders(self, name: str, places: Places, step: int) -> Keys:
-        """Return the key of the id at each place at a step."""
+        """Return the key of the id that is in each place at a step, int64[n]."""
         mixed = scatter(places)
         phase = (mixed >> np.uint64(40)) / 2.0**24
         holder = phase + step / (2 * HALF_LIVES[name] * self.scale.steps)
@@ -78,13 +85,14 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The distinct keys of a field in the part of the stream that is learned from."""
+    """The distinct keys of a field in the steps that are learned from, with their counts."""
 
     keys: Keys  # int64[n], ascending
-    counts: NDArray[np.int64]  # [n] occurrences
+    counts: NDArray[np.int64]  # [n]  occurrences of each key
 
     @classmethod
     def of(cls, stream: Stream, name: str) -> "Seen":
+        """Count the keys of field ``name`` in a stream."""
         steps = [stream.ids(name, step) for step in range(stream.learnt)]
         return cls(*np.unique(np.concatenate(steps), return_counts=True))
 

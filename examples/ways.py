@@ -6,9 +6,9 @@
     admission             an id has a row from its second occurrence on
     admission + eviction  the same; the rows of ids that were idle for two weeks are evicted
 
-All have the same model, optimizer and initial values. Contexts are few, so each way has a row for
-every context. Fixed sizes follow from the number of ids that will come. It is known here; elsewhere
-it would be a guess.
+All have the same model, optimizer and initial values. There are few contexts, so every way has a
+row for each. The sizes of the fixed tables are computed from the number of ids in the stream, which
+in practice would have to be guessed.
 """
 
 import sys
@@ -23,20 +23,23 @@ import psclient
 from psclient import Client, Table
 from psclient.multihash import KHash, MultiHash, PulledParts, QuotientRemainder
 
-LOAD = 0.25  # ids per bucket; with hashing, 22 % of the ids then share a bucket
-FEWER = 20  # hashing has this many times as many parameters as multi-hash
+LOAD = 0.25  # ids per bucket of hashing; 22 % of the ids then share a bucket
+FEWER = 20  # ratio of hashing's parameters to those of multi-hash
 SHARED = 1e-4  # share of the ids that may share all rows with another id, with multi-hash
-ADMITTED = 2  # occurrences
+ADMITTED = 2  # occurrences after which an id is admitted
 IDLE_DAYS = 14  # two half-lives of an item
 
 LR = 0.2
-LR_SHARED = 0.1  # of multi-hash, where a row takes the gradients of many ids
-ACCUMULATED = 0.1  # Adagrad's initial accumulator
+LR_SHARED = 0.1  # learning rate of multi-hash, where a row gets the gradients of many ids
+ACCUMULATED = 0.1  # initial value of Adagrad's accumulator
 INITIAL_STD = 0.02
 
 
 class Feature(Protocol):
-    """How the keys of a field become rows of tables."""
+    """Maps the keys of a field to rows of tables, and gradients back to these rows.
+
+    tables  the tables that have the rows
+    """
 
     tables: tuple[Table, ...]
 
@@ -47,19 +50,31 @@ class Feature(Protocol):
         """Return the share of distinct keys that share all their rows with another key."""
 
     def batches(self, keys: Keys, batch: psclient.Batch) -> dict[str, psclient.Batch]:
-        """Return the rows to pull for keys, by table; ``batch`` was made of the same keys."""
+        """Return the rows to pull, by table name.
+
+        keys   int64[n]
+        batch  psclient.Batch of the same keys, which a feature may return unchanged
+        """
 
     def compose(
         self, batches: Mapping[str, psclient.Batch], rows: Mapping[str, Rows]
     ) -> PulledParts:
-        """Return embeddings, given the pulled rows."""
+        """Compute embeddings from pulled rows.
+
+        batches  result of ``batches``
+        rows     pulled rows, by table name
+        """
 
     def gradients(self, pulled: PulledParts, by: Rows) -> dict[str, tuple[psclient.Batch, Rows]]:
-        """Return the gradients to push, by table, given gradients of the embeddings."""
+        """Return (keys, gradients) to push, by table name.
+
+        pulled  result of ``compose``
+        by      float32[n, dim], gradients of the embeddings
+        """
 
 
 class Own(Feature):
-    """One row per key."""
+    """Feature with one row per key."""
 
     def __init__(self, table: Table) -> None:
         self.tables = (table,)
@@ -84,7 +99,7 @@ class Own(Feature):
 
 
 class Hashed(Feature):
-    """Rows chosen by hashes of the key."""
+    """Feature whose rows are chosen by hashes of the key, so that keys may share rows."""
 
     def __init__(self, parts: MultiHash) -> None:
         self.tables = parts.tables[:1]  # one table has all parts
@@ -110,30 +125,30 @@ class Hashed(Feature):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """Results of a way; rows and bytes are those of users and items."""
+    """Results of a way at the end; all but the AUC are for users and items together."""
 
     name: str
     collisions: float  # share of the ids that share all their rows with another id
     rows: int
-    bytes: int
-    counter_bytes: int  # of users and items
-    parameters: int  # numbers in the fixed tables, used or not; or in the rows
-    auc: float  # over the held-out days
+    bytes: int  # memory on the servers, with counters
+    counter_bytes: int  # memory of the admission counters
+    parameters: int  # numbers in the fixed tables, or in the rows of dynamic tables
+    auc: float  # on the held-out days
 
 
 @dataclass(slots=True)
 class Way:
-    """One model, and its figures day by day."""
+    """One way to store embeddings: the features of its model, and measurements of each day."""
 
     name: str
     features: dict[str, Feature]
     rows: list[int] = field(default_factory=list)  # of users and items, at the end of each day
-    bytes: list[int] = field(default_factory=list)
-    counter_bytes: list[int] = field(default_factory=list)  # for ids without a row
-    aucs: list[float] = field(default_factory=list)  # at the end of each day, before learning
+    bytes: list[int] = field(default_factory=list)  # their memory on the servers
+    counter_bytes: list[int] = field(default_factory=list)  # the part of it for admission counters
+    aucs: list[float] = field(default_factory=list)  # AUC of each day's last predictions
 
     def measure(self, ps: Client) -> None:
-        """Record the rows and bytes of users and items, as the servers count them."""
+        """Append the present rows and bytes of users and items, as reported by the servers."""
         names = [table.name for name in LONG for table in self.features[name].tables]
         infos = [ps.describe_table(name) for name in names]
         self.rows.append(sum(info.rows for info in infos))
@@ -141,10 +156,10 @@ class Way:
         self.counter_bytes.append(sum(info.counter_bytes for info in infos))
 
     def result(self, seen: Mapping[str, Seen], auc: float) -> Result:
-        """Return the results of this way.
+        """Return the results of this way, after the last ``measure``.
 
-        seen  by field, users and items
-        auc   over the held-out days
+        seen  ids of the stream, by field ("user", "item")
+        auc   AUC on the held-out days
         """
         features = {name: self.features[name] for name in LONG}
         counts = {name: len(seen[name].keys) for name in LONG}
@@ -188,7 +203,12 @@ def embeddings(pulled: Mapping[str, PulledParts]) -> dict[str, Rows]:
 
 
 def make_ways(ps: Client, seen: Mapping[str, Seen], scale: Scale, seed: int) -> list[Way]:
-    """Return the five ways in the order of the module; SystemExit if a table has rows."""
+    """Create the tables of the five ways; return the ways in the order of the module docstring.
+
+    seen  ids of the stream, by field, for the sizes of fixed tables
+
+    Raises SystemExit if a table has rows already.
+    """
     admission = {"admission": "counter", "admission_args": {"threshold": ADMITTED}}
     eviction = {"eviction": {"step_ttl": {"steps": IDLE_DAYS * scale.steps}}}
 
@@ -231,16 +251,17 @@ def make_ways(ps: Client, seen: Mapping[str, Seen], scale: Scale, seed: int) -> 
 
 
 def buckets(seen: Seen) -> int:
-    """Return the number of buckets of hashing's fixed table."""
+    """Return the number of buckets (rows) of the fixed table for hashing."""
     return round(len(seen.keys) / LOAD)
 
 
 def part_sizes(seen: Seen, count: int | None = None) -> tuple[int, ...]:
-    """Return the part sizes of multi-hash: the fewest parts that tell the ids apart.
+    """Return the number of rows of each part of multi-hash.
 
-    The parts have 1 / FEWER of ``count`` rows together.
+    All parts together have ``count / FEWER`` rows. The number of parts is the smallest with which
+    at most SHARED of the ids share all their rows with another id.
 
-    count  number of hashing's buckets by default
+    count  number of rows to compare with; default: the number of buckets of hashing
     """
     rows = (buckets(seen) if count is None else count) // FEWER
     parts = 2

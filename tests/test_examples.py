@@ -154,9 +154,7 @@ class TestAdult:
         assert samples.deep[:, adult.CATEGORICAL.index("native-country")].tolist() == keys.tolist()
 
     def test_says_where_files_that_are_missing_come_from(self, module: Any, tmp_path: Path) -> None:
-        said = (
-            f"^{re.escape(str(tmp_path))} has no adult.data or adult.data.gz; see https://doi.org"
-        )
+        said = f"^{re.escape(str(tmp_path))} has no file adult.data or adult.data.gz: download"
         with pytest.raises(SystemExit, match=said):
             module("adult").read(tmp_path, "adult.data")
 
