@@ -119,7 +119,7 @@ def test_pushes_further_back_than_the_window_are_refused(sessions: Sessions, new
     push(sessions, A, 1)
     push(sessions, A, newest)
     for sequence in {s for s in (1, horizon, horizon - 1) if 1 <= s <= horizon}:
-        with pytest.raises(SessionExpired, match=rf"starts after {horizon}$"):
+        with pytest.raises(SessionExpired, match=rf"pushes after {horizon} only$"):
             push(sessions, A, sequence)
     for sequence in (horizon + 1, horizon + 2, newest - 1, newest):
         known = version(A, sequence) if sequence in (1, newest) else None

@@ -239,7 +239,7 @@ def test_a_log_that_is_far_behind_refuses_a_change_before_it_is_made(
     shard.exchange([push([1, 2])], [])
     before = contents(shard)
     log.memory = sequencer_module.MAX_BACKLOG + 1
-    with pytest.raises(Overloaded, match="bytes of memory, the limit is") as caught:
+    with pytest.raises(Overloaded, match="bytes of memory, more than the limit of") as caught:
         CHANGES[what](shard)
     assert caught.value.retry_after
     assert contents(shard) == before
