@@ -134,7 +134,7 @@ class TestMixedDimension:
 
     def test_tables_that_do_not_fit_are_refused(self) -> None:
         (table,) = offline()
-        with pytest.raises(InvalidArgument, match="must be two tables, got 't0' twice"):
+        with pytest.raises(InvalidArgument, match="must be different tables, got 't0' twice"):
             MixedDimension(table, table, 3)
         with pytest.raises(InvalidArgument, match="must belong to one client"):
             MixedDimension(table, *offline(), 3)

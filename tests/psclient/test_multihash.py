@@ -234,7 +234,9 @@ class TestRules:
             kind(*offline(), (5, 7), universe=universe)
 
     def test_tables(self) -> None:
-        with pytest.raises(InvalidArgument, match=r"one for each of 3 parts, got .*'t0'.*'t1'"):
+        with pytest.raises(
+            InvalidArgument, match=r"a list of 3 tables, one per part; got .*'t0'.*'t1'"
+        ):
             KHash(offline(2), SIZES)
         with pytest.raises(InvalidArgument, match="tables must belong to one client"):
             KHash([*offline(), *offline()], (5, 7))
@@ -244,7 +246,7 @@ class TestRules:
         tables.append(Table(tables[0].client, "other", 5))
         assert KHash(tables, (5, 7), "concatenate").dim == 9
         for combine in ("add", "multiply"):
-            with pytest.raises(InvalidArgument, match=r"must have one dim .*, got \[4, 5\]"):
+            with pytest.raises(InvalidArgument, match=r"must have equal dims .*, got \[4, 5\]"):
                 KHash(tables, (5, 7), combine)  # type: ignore[arg-type]
 
     def test_numbers_are_whole(self) -> None:
