@@ -338,7 +338,10 @@ class Came(NamedTuple):
 
 
 def read_up_to(server: Server, version: int, **options: Any) -> Came:
-    """Subscribe with some options, read up to a version, and return what was received."""
+    """Subscribe, read up to ``version``, and return how many rows and bytes came, and when.
+
+    options  arguments of Subscriber
+    """
     before, start, rows, mode = sent(server), time.perf_counter(), 0, "tail"
     with Subscriber([server.address], **options) as changes:
         for change in changes:

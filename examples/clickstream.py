@@ -116,7 +116,10 @@ class Record:
     """Records clicks, predicted and true probabilities of batches, to compute AUCs."""
 
     def __init__(self, last: int | None = None) -> None:
-        """Create an empty record of the ``last`` batches, or of all batches if None."""
+        """Create an empty record.
+
+        last  number of newest batches to keep; None keeps all
+        """
         self._batches: deque[tuple[Rows, Floats, Floats]] = deque(maxlen=last)
 
     def add(self, batch: Batch, predicted: Floats) -> None:

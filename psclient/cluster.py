@@ -153,9 +153,10 @@ class Cluster:
             self._stop.put(None)
 
     def _check(self, infos: list[pb.GetServerInfoResponse]) -> routing.ShardMap:
-        """Return the newest shard map.
+        """Check that the addresses list all shards of one cluster in order.
 
-        Raises InvalidArgument if a server is at the wrong address.
+        Returns the newest shard map of the replies. Raises InvalidArgument if the number or the
+        order of the addresses is wrong.
         """
         for shard, (link, info) in enumerate(zip(self.links, infos, strict=True)):
             if info.shard_map.shards != len(self.links):

@@ -145,7 +145,10 @@ class Recovery:
             try:
                 entry.table.gate.begin(self._sequencer.version)
             except ValueError as error:
-                raise Corrupt(f"sketch of table {entry.schema.name!r}", str(error)) from error
+                raise Corrupt(
+                    f"data directory: admission counters (sketch) of table {entry.schema.name!r}",
+                    str(error),
+                ) from error
         self._sequencer.sessions.trim()
         self._budget.end_loading()
 

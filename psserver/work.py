@@ -68,7 +68,10 @@ class Work:
         self._on_stop()
 
     def refuse(self, why: str) -> None:
-        """Let ``alone`` refuse all work from now on, until the server starts again."""
+        """Make every later call of ``alone`` raise CheckpointBusy, until the server restarts.
+
+        why  reason, shown to the client
+        """
         self._refusal = why
 
     @contextmanager

@@ -26,6 +26,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from storage.disk import (
     Disk,
@@ -41,6 +42,8 @@ from storage.marks import SLOT, Mark, Marks
 from storage.segment import HEADER, Header, Reader, frame_bytes, place
 from storage.tail import find_tail
 
+CACHED_BYTES = 32 << 20  # newest bytes of a segment that stay in the OS's cache
+UNCACHE_BYTES = 4 << 20  # bytes dropped from the cache at a time
 SEGMENT_NAME = re.compile(r"(\d{20})\.log")
 
 
@@ -60,6 +63,17 @@ class SegmentFile:
     fd: int = -1  # descriptor for writing, used by the log thread; -1 if closed
     uncached: int = 0  # bytes from the start that were dropped from the OS's cache
     hints: list[tuple[int, int]] = field(default_factory=list)  # (version, offset of its frame)
+
+
+class Append(NamedTuple):
+    """A record that the engine thread appended and the log thread will write."""
+
+    segment: SegmentFile  # file that the record goes to
+    offset: int  # offset of its frame in the segment
+    version: int
+    kind: int
+    parts: list[memoryview]
+    size: int  # bytes of the payload
 
 
 class LogFiles:
@@ -389,3 +403,18 @@ class LogFiles:
             erase(self.disk, segment.fd, tail.end, tail.dirty)
         self.disk.fsync(self._directory_fd)
         return tail.last
+
+
+def uncache(segment: SegmentFile, end: int) -> None:
+    """Drop synced bytes of a segment from the OS's cache, except the newest 32 MiB (CACHED_BYTES).
+
+    end  bytes of the segment that are synced
+
+    Subscribers read the newest bytes next, so these stay. The older ones would displace pages that
+    are still useful.
+    """
+    stop = (end - CACHED_BYTES) // UNCACHE_BYTES * UNCACHE_BYTES
+    if stop > segment.uncached:
+        length = stop - segment.uncached
+        os.posix_fadvise(segment.fd, segment.uncached, length, os.POSIX_FADV_DONTNEED)
+        segment.uncached = stop

@@ -302,13 +302,15 @@ class Pages:
         return value[_OVERFLOW.size :]
 
     def _check_free(self, page: int, transaction: int, value: bytes, newest: int) -> None:
-        """Check the encoded list ``value`` of pages that ``transaction`` freed, and mark them used.
+        """Check a list of free pages, and mark its pages, so that nothing else may refer to them.
 
-        page    number of the page that has the list, for errors
-        newest  number of the newest transaction
+        page         number of the page that contains the list, for errors
+        transaction  number of the transaction that freed the pages
+        value        the encoded list
+        newest       number of the newest transaction
 
-        Raises Corrupt unless the list has a valid length, descends, and names only pages that are
-        not in use.
+        Raises Corrupt if the list has a wrong length, its numbers do not descend, a page in it is
+        marked already or does not exist, or ``transaction`` is newer than ``newest``.
         """
         numbers = np.frombuffer(value, "<u8", len(value) // 8)
         if len(value) % 8 or not len(numbers) or numbers[0] >= len(numbers):

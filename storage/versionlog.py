@@ -25,13 +25,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from storage.cursor import Cursor
 from storage.disk import CHUNK, Disk, write_all
 from storage.errors import DiskFull, LogFailed
 from storage.history import History, draw_epoch
-from storage.logfiles import LogFiles, SegmentFile
+from storage.logfiles import Append, LogFiles, SegmentFile, uncache
 from storage.segment import HEADER, MAX_PAYLOAD, Frame, Part, encode, frame_bytes
 
 SEGMENT_BYTES = 256 << 20
@@ -40,19 +40,6 @@ RUN_BYTES = 8 << 20  # bytes written before their waiters are called back
 RECORD_MEMORY = 2048  # bytes of the objects of one record that waits to be written
 NEVER = float("inf")  # seconds
 HINT_BYTES = 256 << 10  # least distance in a segment between offsets that a cursor may start from
-CACHED_BYTES = 32 << 20  # newest bytes of a segment that stay in the OS's cache
-UNCACHE_BYTES = 4 << 20  # bytes dropped from the cache at a time
-
-
-class _Append(NamedTuple):
-    """A record that the engine thread appended and the log thread will write."""
-
-    segment: SegmentFile  # file that the record goes to
-    offset: int  # offset of its frame in the segment
-    version: int
-    kind: int
-    parts: list[memoryview]
-    size: int  # bytes of the payload
 
 
 class VersionLog:
@@ -75,9 +62,7 @@ class VersionLog:
         fail: Callable[[Exception], None],
         wake: Callable[[], None],
     ) -> None:
-        """Store the settings. Use ``VersionLog.open``, which reads the files and starts the
-        threads. For the parameters see there.
-        """
+        """Store the settings. ``open`` reads the files and starts the threads."""
         self.files = files
         self.history = History((draw_epoch(),))
         self.last = self.written = self.durable = 0
@@ -109,7 +94,7 @@ class VersionLog:
         self._closing = False
         self._stopped = False
         self._failed: Exception | None = None
-        self._queue: list[_Append] = []
+        self._queue: list[Append] = []
         self._sync_wanted = 0  # newest version for which a sync was requested
         self._waiting: tuple[list[Any], list[Any]] = ([], [])  # heaps: for written, for durable
         self._tickets = itertools.count()
@@ -248,7 +233,7 @@ class VersionLog:
         if self._at + taken > self._plan.size:
             self._plan = self.files.take_spare(size, version)
             self._at = HEADER.size
-        item = _Append(self._plan, self._at, version, kind, views, size)
+        item = Append(self._plan, self._at, version, kind, views, size)
         self._at += taken
         self._appended += taken
         self.last = version
@@ -395,7 +380,7 @@ class VersionLog:
             self._prepare()
         return bool(batch) or not self._closing
 
-    def _write(self, batch: list[_Append]) -> None:
+    def _write(self, batch: list[Append]) -> None:
         """Write queued records, in runs of about RUN_BYTES bytes, into the right segments."""
         run: list[memoryview] = []
         files = self.files
@@ -511,20 +496,5 @@ class VersionLog:
                 self.durable = version
                 self._synced.notify_all()
             self._announce()
-            _uncache(segment, end)
+            uncache(segment, end)
         self._wake()
-
-
-def _uncache(segment: SegmentFile, end: int) -> None:
-    """Drop synced bytes of a segment from the OS's cache, except the newest 32 MiB (CACHED_BYTES).
-
-    end  bytes of the segment that are synced
-
-    Subscribers read the newest bytes next, so these stay. The older ones would displace pages that
-    are still useful.
-    """
-    stop = (end - CACHED_BYTES) // UNCACHE_BYTES * UNCACHE_BYTES
-    if stop > segment.uncached:
-        length = stop - segment.uncached
-        os.posix_fadvise(segment.fd, segment.uncached, length, os.POSIX_FADV_DONTNEED)
-        segment.uncached = stop

@@ -76,7 +76,7 @@ def analyze(
         )
     except (TypeError, ValueError) as error:
         raise InvalidArgument(
-            f"frequencies and ages must be non-negative integers, norms numbers: {error}"
+            f"frequencies and ages must be non-negative integers, and norms must be numbers: {error}"
         ) from error
     amounts = [(0, 0)] * len(calls.links(client))
 

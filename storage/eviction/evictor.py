@@ -36,8 +36,9 @@ class EvictorState:
     def pack(self) -> bytes:
         """Return the state as bytes for ``Evictor.load``.
 
-        Format: step i64 | version u64 | bytes of times u64 | times | steps, little-endian. times
-        and steps are packed timelines, empty without a rule of this kind.
+        Format, little-endian: step i64 | version u64 | length of times in bytes u64 | times |
+        steps. times is a packed timeline, empty if the table has no time TTL. steps is another,
+        empty if the table has no step TTL.
         """
         times = b"" if self.times is None else self.times.pack()
         steps = b"" if self.steps is None else self.steps.pack()

@@ -141,7 +141,7 @@ class Tier(Protocol):
         ...
 
     def meta(self, places: Slots) -> Meta:
-        """Return a copy of the metadata."""
+        """Return copies of the metadata (key, version, step, frequency) of the rows at ``places``."""
         ...
 
     def scan(self) -> Scan:

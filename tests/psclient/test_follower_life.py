@@ -283,7 +283,7 @@ def test_a_version_of_a_restored_state_is_not_met_by_the_state_that_was_given_up
     assert not shard.reached(50, 6)
     shard.take(change("progress", 50, stream=1), lock)
     assert shard.reached(50, 6)
-    with pytest.raises(LogDiverged, match=r"version 10 of epoch 0{15}5 is of a history"):
+    with pytest.raises(LogDiverged, match=r"version 10 of epoch 0{15}5 no longer exists"):
         shard.reached(10, 5)
 
 

@@ -95,6 +95,7 @@ NESTED = {
     "ExchangeRequest, pushes": (codec.decode_exchange, lambda inner: wire(1, 2, inner)),
     "ExchangeRequest, pulls": (codec.decode_exchange, lambda inner: wire(2, 2, inner)),
     "ExchangeResponse": (codec.decode_exchanged, lambda inner: wire(2, 2, inner)),
+    "StreamRequest, its header alone": (codec.decode_stream_header, lambda inner: inner),
     "StreamRequest": (
         codec.decode_stream_request,
         lambda inner: wire(2, 2, wire(1, 2, inner)),

@@ -94,7 +94,7 @@ def test_a_schema_that_nobody_can_read_is_named(cluster: Homes, place: Path) -> 
     for text in ("{", "[]", "7", '{"name": "t", "dim": -1}', '{"name": "t", "no": 1}'):
         with pytest.raises(CheckpointUnfit, match="schema of table 't'"):
             read_schema_as(text)
-    with pytest.raises(Corrupt, match="schema of 'u'"):
+    with pytest.raises(Corrupt, match="schema of table 't' has the name 'u'"):
         read_schema_as('{"name": "u", "dim": 2}')
 
 

@@ -110,7 +110,7 @@ def test_rows_are_replaced_only_if_that_is_said(make: Make, source: Homes) -> No
     target.create(schema("mine"))
     target.push(range(1000, 1050), table="mine")
     before = state(target)
-    with pytest.raises(NotEmpty, match=r"'mine' has \d+ rows and 0 counters"):
+    with pytest.raises(NotEmpty, match=r"'mine' has \d+ rows and 0 admission counters"):
         target.load("full", "t", "mine")
     assert state(target) == before
     assert target.load("full", "t", "mine", replace=True) == 400
@@ -124,7 +124,7 @@ def test_counters_of_keys_without_a_row_are_not_deleted_silently(make: Make, sou
     target = make(1)
     target.create(schema("mine", admission=Counter(threshold=5)))
     target.push(range(9), table="mine")
-    with pytest.raises(NotEmpty, match="0 rows and 9 counters"):
+    with pytest.raises(NotEmpty, match="0 rows and 9 admission counters"):
         target.load("full", "t", "mine")
 
 
@@ -157,7 +157,7 @@ def test_refusals_come_before_anything_is_deleted(make: Make, source: Homes) -> 
         target.push(range(500), table=name)
     asked: dict[str, Any] = {"name": "full", "table": "t", "into": "mine", "replace": True}
     refuse(target, SchemaMismatch, "dim", **asked | {"into": "wide"})
-    refuse(target, TooLarge, "2 tables exist", **asked | {"into": "third"})
+    refuse(target, TooLarge, "already has 2 tables", **asked | {"into": "third"})
     refuse(target, BadRequest, "table name", **asked | {"into": "../x"})
     refuse(target, UnknownTable, "no table 'no'", **asked | {"table": "no"})
     refuse(target, UnknownCheckpoint, "'none'", **asked | {"name": "none"})

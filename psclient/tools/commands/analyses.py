@@ -88,7 +88,7 @@ def analyze(
     ] = None,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Show statistics of a table, and how many rows admission and eviction rules would affect.
+    """Show statistics of a table, and the effect of other rules.
 
     Prints sizes, frequencies, ages and norms. Changes nothing in the cluster. If the files of
     --parquet and --html exist, they are replaced.

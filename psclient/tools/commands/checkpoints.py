@@ -123,7 +123,7 @@ def restore(
     ] = None,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Restore all tables from a checkpoint, or one table with --table and --into.
+    """Restore a checkpoint, or one table of it with --table, --into.
 
     \b
       psctl restore monday                          into a cluster without tables

@@ -120,7 +120,7 @@ def import_(
     ],
     servers: Servers = DEFAULT,
 ) -> None:
-    """Write the rows of Parquet files to a table; rows of the same keys are overwritten.
+    """Write rows from Parquet files, overwriting rows of equal keys.
 
     \b
     Columns (others are ignored):

@@ -41,7 +41,7 @@ class Output(StrEnum):
     JSON = "json"
 
 
-OutputOption = Annotated[Output, typer.Option(help="Output format.")]
+OutputOption = Annotated[Output, typer.Option(help="Format of the output: table or json.")]
 
 
 class Exit(IntEnum):

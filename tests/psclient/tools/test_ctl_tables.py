@@ -33,14 +33,24 @@ def psctl(servers: list[str], *words: str, typed: str | None = None, exit: Exit 
     return done.output
 
 
-@pytest.fixture
-def here(cluster2: Cluster) -> list[str]:
-    return cluster2.addresses
+@pytest.fixture(scope="module")
+def own() -> Iterator[Cluster]:
+    """Return a cluster without tables of other tests."""
+    cluster = Cluster(2).start()
+    try:
+        yield cluster
+    finally:
+        assert cluster.stop() == 0
 
 
 @pytest.fixture
-def client(cluster2: Cluster, connect: Connect) -> Client:
-    return connect(cluster2)
+def here(own: Cluster) -> list[str]:
+    return own.addresses
+
+
+@pytest.fixture
+def client(own: Cluster, connect: Connect) -> Client:
+    return connect(own)
 
 
 # ---- status

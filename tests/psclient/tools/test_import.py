@@ -121,8 +121,8 @@ def test_an_import_that_ends_early_says_what_stands_and_is_completed_by_another(
         ({"steps": [0, 2**47]}, "steps must be in -140737488355328..140737488355327"),
         ({"steps": [0, np.nan]}, "steps must be 2 integers"),
         ({"keys": [1.0, 2.0]}, "keys must be integers"),
-        ({"keys": [1, 2, 3]}, r"keys must have shape \[n\]"),
-        ({"rows": [1.0, 2.0]}, r"rows \[n, width\]"),
+        ({"keys": [1, 2, 3]}, r"keys must have shape \(n,\)"),
+        ({"rows": [1.0, 2.0]}, r"rows \(n, width\)"),
         ({"rows": [[1.0, 2.0], [np.nan, 2.0]]}, "must be finite"),
         ({"rows": [[1.0, 2.0], [1e39, 2.0]]}, "must be finite"),
     ],
@@ -168,7 +168,7 @@ def test_ctrl_c_while_rows_are_written_ends_with_the_status_of_incomplete_work(
     _, errors = importing.communicate(timeout=60)
     assert importing.returncode == 4
     assert re.fullmatch(
-        rf"psctl: import into '{re.escape(table)}' is incomplete: [\d,]+ of 300,000 rows are"
+        rf"psctl: import into '{re.escape(table)}' is incomplete: [\d,]+ of 300,000 rows were"
         r" written and stay; repeat the same import to complete it\. Cause: KeyboardInterrupt\n",
         errors,
     )
