@@ -141,7 +141,7 @@ class Tier(Protocol):
         ...
 
     def meta(self, places: Slots) -> Meta:
-        """Return copies of the metadata (key, version, step, frequency) of the rows at ``places``."""
+        """Return a copy of the metadata (key, version, step, frequency) of each row."""
         ...
 
     def scan(self) -> Scan:
