@@ -76,7 +76,8 @@ def analyze(
         )
     except (TypeError, ValueError) as error:
         raise InvalidArgument(
-            f"frequencies and ages must be non-negative integers, and norms must be numbers: {error}"
+            "frequencies and ages must be non-negative integers, and norms must be numbers:"
+            f" {error}"
         ) from error
     amounts = [(0, 0)] * len(calls.links(client))
 
