@@ -49,9 +49,9 @@ class Handlers:
         status = status_of(error)
         self._limits.stats.failed(method, code_of(status).name, reason_of(status))
 
-    def arrived(self, context: Context, data: bytes) -> None:
-        """Report to ``connections`` that a message of the calling client is complete."""
-        self._connections.arrived(context.peer(), len(data))
+    def arrived(self, peer: str, data: bytes) -> None:
+        """Report to ``connections`` that a message is complete. peer: ``context.peer()``."""
+        self._connections.arrived(peer, len(data))
 
     def counted(
         self, name: str, call: Callable[..., Awaitable[Any]]
@@ -94,7 +94,7 @@ class Handlers:
             remaining = context.time_remaining()
             deadline = math.inf if remaining is None else time.monotonic() + remaining
             reservation: Reservation | None = None
-            self.arrived(context, data)
+            self.arrived(context.peer(), data)
             try:
                 reservation = self._limits.admit(
                     len(data), arrays=arrays, during_restore=during_restore
@@ -220,7 +220,7 @@ class Handlers:
         """
 
         async def served(data: bytes, context: Context) -> None:
-            self.arrived(context, data)
+            self.arrived(context.peer(), data)
             try:
                 reservation = self._limits.admit(len(data), arrays=False)
                 try:

@@ -93,7 +93,7 @@ class Streams:
         Returns the error that ends the stream, or None if the client ended it. The ``del``s free
         the memory of each message as soon as it has been decoded.
         """
-        task = asyncio.current_task()
+        task, peer = asyncio.current_task(), context.peer()
         assert task is not None
         try:
             while not self._limits.draining:
@@ -102,7 +102,7 @@ class Streams:
                 self._streams[task] = False
                 if data is grpc.aio.EOF or flow.gone:
                     return None
-                self._handlers.arrived(context, data)
+                self._handlers.arrived(peer, data)
                 accepted = self._accept(flow, data)
                 del data
                 await accepted
