@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from stores import MEMORY, Direct, Home, change, push
+from stores import MEMORY, Direct, Home, change, push, schema
 
 from psproto import ps_pb2 as pb
 from psproto import routing
@@ -22,6 +22,7 @@ from psserver.replay import restore_excess
 from psserver.restore import Restores
 from psserver.swap import COMMITTED, State, failed, loaded, settle
 from storage.errors import StorageError
+from storage.optimizers import make_optimizer
 from storage.schema import TableSchema
 from storage.store import Store
 
@@ -270,3 +271,15 @@ class Load:
 
     def rows(self) -> int:
         return sum(each.result().rows for each in self.running)
+
+
+def fill(cluster: Homes) -> None:
+    """Write rows of two tables: with state, several steps, frequencies and versions, and gaps."""
+    cluster.create(schema(max_step_ahead=0))
+    cluster.create(schema("adam", optimizer=make_optimizer("adam", None, {}), dim=5))
+    cluster.push(range(400), 1.0, step=1)
+    cluster.push(range(100, 300), 2.0, step=-7)
+    cluster.push(range(50, 900), 0.5, table="adam", step=9)
+    cluster.push([0, 2**64 - 1, 2**63], 3.0, step=2**40)
+    cluster.delete(range(200, 250))
+    cluster.push(range(240, 245), 8.0, step=3)

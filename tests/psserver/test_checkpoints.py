@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from homes import Homes, Node, Step
+from homes import Homes, Node, Step, fill
 from stores import DIM, push, schema
 
 from psproto import ps_pb2 as pb
@@ -31,43 +31,9 @@ from storage.errors import (
     Corrupt,
     UnknownCheckpoint,
 )
-from storage.optimizers import make_optimizer
 
-ADAM = make_optimizer("adam", None, {})
 ID = "0123456789abcdef"
 Make = Callable[..., Homes]
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"file://{tmp_path}/checkpoints"
-
-
-@pytest.fixture
-def make(tmp_path: Path, url: str) -> Iterator[Make]:
-    """make(shards): a cluster, closed after the test."""
-    made: list[Homes] = []
-
-    def new(shards: int, **settings: Any) -> Homes:
-        directory = tmp_path / f"cluster-{len(made)}"
-        made.append(Homes(directory, shards, url, **settings).__enter__())
-        return made[-1]
-
-    yield new
-    for each in made:
-        each.__exit__(None, None, None)
-
-
-def fill(cluster: Homes) -> None:
-    """Rows of two tables, with state, various steps, frequencies and versions, and holes."""
-    cluster.create(schema(max_step_ahead=0))
-    cluster.create(schema("adam", optimizer=ADAM, dim=5))
-    cluster.push(range(400), 1.0, step=1)
-    cluster.push(range(100, 300), 2.0, step=-7)
-    cluster.push(range(50, 900), 0.5, table="adam", step=9)
-    cluster.push([0, 2**64 - 1, 2**63], 3.0, step=2**40)
-    cluster.delete(range(200, 250))
-    cluster.push(range(240, 245), 8.0, step=3)
 
 
 # ---- the whole cluster
