@@ -1,11 +1,13 @@
 """Send the rows of a shard to a subscriber while pushes continue.
 
-A snapshot sends all rows; a catch-up sends the rows and deletes after the subscriber's version.
+A scan is either a snapshot, which sends all rows, or a catch-up, which sends only the rows and
+deletes that are newer than the version the subscriber already has.
+
 A scan notes the shard's version V, then reads the rows in slices. The engine thread copies each
 slice, so every row is whole, and a push waits for at most one slice. Rows newer than V are skipped,
-including rows in reused slots: the subscriber receives the log after V, which has them. When it has
-the log up to the shard's version at the end of the scan, its rows are consistent (those of the
-shard at one version), and it gets the message SNAPSHOT_END.
+because the subscriber then receives the log after V, which contains them. Once it has received the
+log up to the shard's version at the end of the scan, its rows are consistent (equal to those of the
+shard at one version). Then it gets the message SNAPSHOT_END.
 """
 
 from __future__ import annotations
@@ -30,19 +32,19 @@ from storage.schema import TableSchema
 from storage.tiers.base import KEY, STEP, VERSION, Scan
 
 SLICE_BYTES = 256 << 10  # bytes of rows that the engine thread copies per call
-SLICE_TOMBSTONES = 65_536  # deletes that are read per call
+SLICE_TOMBSTONES = 65_536  # tombstones (records of deletes) read per call of the engine thread
 
 
 class RowScan:
-    """Sends the list of tables, then deletes, then rows to one subscriber."""
+    """One snapshot or catch-up for one subscriber: sends the tables, then deletes, then rows."""
 
     def __init__(self, source: Source, wanted: Wanted, deltas: Deltas, sender: Sender) -> None:
         """Store the arguments.
 
-        source  the shard, its log and threads
-        wanted  options of the subscription
-        deltas  builds the messages
-        sender  writes messages to the subscriber; its position is where the scan starts
+        source  the shard, its log and its threads
+        wanted  options that the subscriber requested: tables, columns, message size
+        deltas  encodes messages
+        sender  writes messages to the subscriber; the scan starts at ``sender.position``
         """
         self._source = source
         self._wanted = wanted
@@ -50,12 +52,13 @@ class RowScan:
         self._sender = sender
 
     async def run(self) -> None:
-        """Send the rows and deletes that are newer than ``sender.position.after``.
+        """Send the rows and deletes that are newer than version ``sender.position.after``.
 
-        Continues at the position's slot if its scan began in this process, else starts a new scan.
-        At the end, moves the position to the phase that follows the scan. May return earlier if the
-        scan must start again: call ``run`` again while the phase stays. Raises VersionCompacted if
-        a catch-up needs deletes whose tombstones were discarded.
+        Continues at table and slot of ``sender.position`` if that scan began in this process;
+        otherwise starts a new scan. At the end, sets the position's phase to the one that follows
+        the scan. Returns without changing the phase if tombstones were discarded during the scan:
+        call ``run`` again. Raises VersionCompacted if a catch-up needs deletes whose tombstones
+        were discarded before it began.
         """
         source, sender = self._source, self._sender
         tables = await source.engine.submit(source.shard.table_list)
@@ -74,8 +77,10 @@ class RowScan:
         )
 
     async def _start(self, position: Position, tables: TableList) -> Position:
-        """Start a scan at the shard's present version: send its first message, return its
-        position.
+        """Start a scan of the rows up to ``tables.version``: send its first message (SNAPSHOT or
+        CATCH_UP), and return the position of the scan's begin.
+
+        position  position of the subscriber before the scan
         """
         boot = self._source.boot
         position = replace(position, version=tables.version, table=0, slot=0, boot=boot)
@@ -91,12 +96,13 @@ class RowScan:
         return position
 
     def _compacted(self, position: Position, horizon: int) -> Position:
-        """Handle a position whose later deletes are no longer known.
-
-        Returns the position with after = 0 for a snapshot, which then sends all rows. Raises
-        VersionCompacted for a catch-up.
+        """Handle a scan that needs deletes which the shard no longer knows, because
+        ``position.after`` is older than ``horizon``.
 
         horizon  largest version whose tombstones may have been discarded
+
+        Raises VersionCompacted for a catch-up. For a snapshot, returns the position with after = 0,
+        so that it sends all rows.
         """
         if position.phase == Phase.SNAPSHOT:
             return replace(position, after=0)
@@ -108,7 +114,8 @@ class RowScan:
         await self._sender.send(messages)
 
     async def _send_tables(self, tables: TableList) -> bool:
-        """Send the list of tables, then the deletes in after + 1..version.
+        """Send the subscribed tables, then the deletes newer than ``position.after``, up to the
+        scan's version.
 
         Returns False if tombstones were discarded meanwhile, so that the scan must start again.
         """
@@ -136,9 +143,9 @@ class RowScan:
         return True
 
     def _tombstones(self, after: int) -> Tombstones | None:
-        """Return deletes newer than a version, oldest first; None if some were discarded.
+        """Return about SLICE_TOMBSTONES tombstones newer than version ``after``, oldest first.
 
-        Must run on the engine thread.
+        Returns None if some of them may have been discarded. Must run on the engine thread.
         """
         shard = self._source.shard
         if after < shard.tombstone_horizon:
@@ -146,14 +153,15 @@ class RowScan:
         return shard.tombstones(after, SLICE_TOMBSTONES)
 
     def _make_deletes(self, dead: Tombstones, names: dict[int, str], token: bytes) -> list[bytes]:
-        """Return the messages of ``_deletes`` as a list."""
+        """Return all messages that ``_deletes`` yields, as a list."""
         return list(self._deletes(dead, names, token))
 
     def _deletes(self, dead: Tombstones, names: dict[int, str], token: bytes) -> Iterator[bytes]:
-        """Yield messages with deletes, separate for each table and cause.
+        """Yield encoded messages with deletes; each message has one table and one cause.
 
-        names  names of the subscribed tables, by number; deletes from other tables are skipped
-        token  put into each message
+        dead   the deletes to send; those of tables that are not in ``names`` are skipped
+        names  names of the subscribed tables, by number
+        token  encoded position to put into each message, from which a subscriber can resume
         """
         for number, of_table in dead.by_table():
             if number not in names:
@@ -172,7 +180,13 @@ class RowScan:
                 )
 
     async def _send_rows(self, number: int, schema: TableSchema) -> None:
-        """Send the rows of a table, from the position's slot on; nothing if the table is done."""
+        """Send the subscribed rows of one table, and advance ``sender.position`` with each message.
+
+        Starts at the position's slot if the position is in this table. Sends nothing if the
+        position is in a later table, because this table was sent before.
+
+        number  number of the table
+        """
         source, position = self._source, self._sender.position
         if number < position.table:
             return
@@ -206,10 +220,10 @@ class RowScan:
     def _make_rows(
         self, schema: TableSchema, copied: list[tuple[Any, ...]], position: Position
     ) -> list[bytes]:
-        """Return messages with a slice of rows, without the rows that were changed after the scan's
-        version.
+        """Return encoded messages with one slice of rows. Rows that were changed after the scan's
+        version, or not since ``position.after``, are left out.
 
-        copied    results of ``_copy``
+        copied    results of ``_copy``, which together are the slice
         position  position after the slice, put into the messages as their token
         """
         meta, frequencies, rows = map(np.concatenate, zip(*copied, strict=True))
@@ -233,17 +247,23 @@ class RowScan:
 
 
 def _slices(slots: Any, row_bytes: int) -> Iterator[Any]:
-    """Split an array of slots into pieces of about SLICE_BYTES bytes of rows."""
+    """Split an array of slots int64[n] into pieces whose rows take about 256 KiB.
+
+    row_bytes  size of one row, in bytes
+    """
     most = max(1, SLICE_BYTES // row_bytes)
     for start in range(0, len(slots), most):
         yield slots[start : start + most]
 
 
 def _copy(scan: Scan, slots: Any, width: int) -> tuple[Any, Any, Any]:
-    """Return copies of the metadata, the frequencies uint64[n] and the first ``width`` numbers
-    float32[n, width] of the rows in some slots. Must run on the engine thread.
+    """Copy rows. Return (metadata uint64[n, 4], frequencies uint64[n], rows float32[n, width]).
 
-    slots  int64[n]
+    scan   scan over the table
+    slots  int64[n], slots of the rows
+    width  how many numbers of each row to copy: the embedding comes first, then optimizer state
+
+    Must run on the engine thread.
     """
     frequencies = np.empty(len(slots), np.uint64)
     rows = np.empty((len(slots), width), np.float32)
