@@ -31,7 +31,11 @@ from storage.tiers.base import Scan
 
 
 class ShardReads:
-    """Read-only part of a shard; the subclass ``Shard`` adds the methods that change it."""
+    """Base class of ``Shard`` with the methods that read; ``Shard`` adds those that change it.
+
+    tombstones  records of deletes
+    buffers     buffers for copies of pushed rows on their way to the log
+    """
 
     def __init__(
         self,
@@ -53,9 +57,9 @@ class ShardReads:
 
     @property
     def buffer_bytes(self) -> int:
-        """Size of the buffers for rows on their way to the log, used or free, in bytes.
+        """Total size of the buffers for copies of pushed rows on their way to the log, in bytes.
 
-        May be read from any thread.
+        Includes buffers that are not in use. May be read from any thread.
         """
         return self._buffers.bytes
 
@@ -68,7 +72,10 @@ class ShardReads:
         return table.schema, table.stats()
 
     def rows(self, name: str) -> int:
-        """Return the number of rows of a table; 0 if there is no such table. From any thread."""
+        """Return the number of rows of a table; 0 if there is no such table.
+
+        May be called from any thread.
+        """
         entry = self._tables.find(name)
         return 0 if entry is None else len(entry.table)
 
@@ -77,7 +84,7 @@ class ShardReads:
         return self._tables.names()
 
     def number_of(self, name: str) -> int:
-        """Return the number of a table. Another table of the same name has another number."""
+        """Return the number of a table. A table that is created again gets a different number."""
         return self._tables.get(name).number
 
     def holds(self, number: int) -> bool:
@@ -90,14 +97,16 @@ class ShardReads:
         return step if step > FIRST_STEP else 0
 
     def tally(self, name: str) -> tuple[Tally, int]:
-        """Return (counts of rows admitted, refused and evicted, number of discarded counters) of a
-        table.
+        """Return what the admission and eviction rules of a table have done since the start.
+
+        The result is (keys admitted and refused, and rows evicted; number of admission counters
+        that were discarded by age, for lack of room, or by an alteration).
         """
         table = self._tables.get(name).table
         return table.tally, table.gate.dropped
 
     def size(self, parts: Sequence[Push | Pull]) -> int:
-        """Return an upper bound for the size of the log records of some requests, in bytes.
+        """Return an upper bound for the total size of the log records of some requests, in bytes.
 
         Requests for a table that does not exist count 0. May be called from any thread.
         """
@@ -135,7 +144,7 @@ class ShardReads:
         return None if entry is None else entry.table.scan()
 
     def view_table(self, name: str) -> TableView:
-        """Return schema, statistics and row scans of a table, for reading it slice by slice."""
+        """Return schema, statistics and row scans of a table, for reading it in slices."""
         return view_table(self._tables.get(name), self.version)
 
     def view_keys(self, name: str, keys: Keys) -> KeyView:
@@ -154,7 +163,9 @@ class ShardReads:
         return self._tables.schema_of(number)
 
     def table_list(self) -> TableList:
-        """Return all tables, ordered by number, with schema and version of creation."""
+        """Return the shard's version, and all tables, ordered by number, with schema and version of
+        creation.
+        """
         tables = sorted(self._tables, key=lambda entry: entry.number)
         return TableList(
             self.version,
@@ -163,10 +174,10 @@ class ShardReads:
         )
 
     def capture(self) -> Capture:
-        """Return access to all data of the shard at the present version, while pushes continue.
+        """Return access to all data of the shard as of the present version, while pushes continue.
 
-        Also frees the unused buffers for log records, so that an idle shard, which is flushed
-        regularly, does not keep them.
+        Also frees the buffers for log records that are not in use. Each flush calls this, so an
+        idle shard does not keep them.
         """
         if self._sequencer.log is not None:
             self._buffers.drain(self._sequencer.log.written)

@@ -1,4 +1,7 @@
-"""Requests to a shard as Python objects. Checks that need the shard's tables come later."""
+"""Requests to a shard as Python objects.
+
+Code that creates them has already checked all that can be checked without the shard's tables.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,17 @@ from storage.table import Mode
 class Change:
     """A request to push or delete rows of one table.
 
-    client, incarnation and sequence identify the request, so that a retry is not applied twice.
+    ``client``, ``incarnation`` and ``sequence`` together identify the request, so that the shard
+    recognizes a retry and does not apply it twice.
     """
 
     table: str
     keys: Keys  # uint64[n], distinct, owned by this shard
     client: int  # id of the client; 0: anonymous, a retry may be applied twice
     incarnation: int  # number of the client's session; a larger one replaces a smaller one
-    sequence: int  # number of the change in the session, ascending
+    sequence: int  # number of the change in the session; each change has a larger one
     acknowledged: int  # the client has the replies up to this sequence, and will not retry them
-    durability: Durability | None = None  # to reach before the reply; None: the table's default
+    durability: Durability | None = None  # required before the reply; None: the table's default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +41,7 @@ class Push(Change):
     counts: NDArray[np.uint32]  # [n]: occurrences of each key in the training batch
     gradients: Rows  # float32[n, dim]
     step: int  # training step
-    lr: float | None  # learning rate; None: the table's
+    lr: float | None  # learning rate; None: that of the table's optimizer
     largest: float | None = None  # largest absolute value in ``gradients``; None: unknown
 
 
@@ -51,20 +55,20 @@ class Pull:
     """A request to read rows of one table."""
 
     table: str
-    keys: Keys  # uint64[n], owned by this shard; may repeat
-    dtype: int  # pb.Dtype of the embeddings in the reply
-    mode: Mode  # "train" or "serve": what to return for keys without a row
+    keys: Keys  # uint64[n], owned by this shard; a key may occur several times
+    dtype: int  # pb.DType of the embeddings in the reply
+    mode: Mode  # for keys without a row: "train" returns initial values, "serve" a constant
     with_metadata: bool  # also return version, step and frequency of each row
     min_version: int  # refuse if the shard's version is smaller
     min_epoch: int = 0  # epoch (id of a server start) that assigned min_version; 0: unknown
 
 
 def check_order(pushes: Sequence[Push]) -> None:
-    """Raise BadRequest unless the pushes of one exchange request are ordered within each client.
+    """Check the pushes of one exchange request, separately for each client.
 
-    Pushes of one client must have one incarnation and ascending sequences, and must not acknowledge
-    each other. A retry of the exchange could otherwise apply a push twice: the shard forgets
-    acknowledged pushes.
+    Raises BadRequest unless the pushes of a client have equal incarnations and ascending sequences,
+    and ``acknowledged`` in each is smaller than the sequence of the first. A retry of the exchange
+    could otherwise apply a push twice, because the shard keeps no record of acknowledged pushes.
     """
     if len(pushes) < 2:
         return

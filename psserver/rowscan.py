@@ -78,7 +78,7 @@ class RowScan:
 
     async def _start(self, position: Position, tables: TableList) -> Position:
         """Start a scan of the rows up to ``tables.version``: send its first message (SNAPSHOT or
-        CATCH_UP), and return the position of the scan's begin.
+        CATCH_UP), and return the position at which the scan starts.
 
         position  position of the subscriber before the scan
         """

@@ -40,10 +40,14 @@ SHARES = 8  # one stream may use 1/8 of max_inflight_bytes
 
 
 class Service:
-    """Maps every gRPC method to its handler, and implements those that fit in a few lines.
+    """Maps every gRPC method to its handler, and implements those that need only a few lines.
 
-    log   None: the shard has no data directory
-    feed  serves subscriptions; None without a log
+    counts       statistics that the handlers update
+    info         answers GetServerInfo
+    sweeper      runs Evict
+    connections  closes connections whose peers do not finish their messages
+    log          version log of the shard; None: the shard has no data directory
+    feed         serves subscriptions, and waits until versions are durable; None without a log
     """
 
     def __init__(
@@ -79,7 +83,9 @@ class Service:
         )
 
     def drain(self) -> None:
-        """Refuse new requests from now on. Streams answer their pending requests, then end."""
+        """Refuse new requests from now on. Each stream ends after the replies to the requests that
+        it has already received.
+        """
         self._limits.draining = True
         self._checkpoints.work.stop()
         self._sweeper.stop()
@@ -88,9 +94,9 @@ class Service:
         self._streams.drain()
 
     async def finished(self) -> None:
-        """Wait until no call is running.
+        """Wait until no call is running, apart from subscriptions.
 
-        Does not wait for subscriptions: a subscriber that never reads would block it forever.
+        A subscriber that never reads its messages would otherwise block this forever.
         """
         await self._limits.idle()
 
@@ -224,7 +230,9 @@ class Service:
         return await self._info.read()
 
     def _describe_all(self, names: Sequence[str]) -> list[pb.DescribeTableResponse]:
-        """Return schema and statistics of each table; skip names of tables dropped meanwhile."""
+        """Return schema and statistics of each table. Skips names without a table, because it was
+        dropped meanwhile. Must run on the engine thread.
+        """
         described = []
         for name in names:
             with suppress(UnknownTable):
@@ -232,7 +240,10 @@ class Service:
         return described
 
     def _create(self, schema: TableSchema) -> pb.DescribeTableResponse:
-        """Create a table and describe it. Must run on the engine thread."""
+        """Create a table unless it exists; return its schema and statistics.
+
+        Must run on the engine thread.
+        """
         return self._describe(self._shard.create_table(schema).name)
 
     def _describe(self, name: str) -> pb.DescribeTableResponse:
@@ -298,6 +309,9 @@ class Service:
             gone.set()  # stops the eviction if the caller was canceled
 
     async def _settled(self, version: int, level: pb.Durability) -> None:
-        """Wait until a version is as durable as ``level``: applied, in the log file, or on disk."""
+        """Wait until a version has reached a durability level; returns at once without a log.
+
+        level  APPLIED (in memory), LOG (written to the log file) or FSYNC (synced to disk)
+        """
         if self._feed is not None:
             await self._feed.settled(version, level)

@@ -1,16 +1,16 @@
 """Recognize pushes that were applied before, so that a client may retry without applying one twice.
 
-A client numbers its pushes: their sequence. It draws a new, larger incarnation number each time it
-begins again at sequence 1. A session belongs to one incarnation of a client. It records the version
-of each push that the client may still retry: those newer than the sequence that the client has
-acknowledged, but at most WINDOW pushes.
+A client numbers its pushes 1, 2, 3, ...; this number is the push's sequence. Each time the client
+begins again at 1, it draws a new, larger incarnation number. A session belongs to one incarnation
+of a client. It records the versions of the pushes that the client may still retry: those after the
+sequence that the client has acknowledged, but at most WINDOW pushes.
 
     packed   = session*                          least recently used first
     session  = client incarnation newest horizon count_idle sequence[count] version[count]
 
-All are u64, little-endian. newest: largest sequence recorded. horizon: pushes up to this sequence
-are not recorded any more. The lower 32 bits of count_idle are ``count``, the upper 32 bits the
-seconds since the session was last used, at the time of packing.
+All numbers are u64, little-endian. newest: largest sequence recorded. horizon: the records of the
+pushes up to this sequence were dropped. The lower 32 bits of count_idle are ``count``, the upper 32
+bits are the seconds since the session was last used, at the time of packing.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from psserver.errors import BadRequest, SessionExpired, TooLarge
 WINDOW = 4096  # maximum number of pushes recorded per session
 LEAST_WINDOW = 64  # the same when there are many sessions: pushes that a stream has in flight
 RECORDED = 1 << 20  # pushes recorded for all sessions together, unless LEAST_WINDOW needs more
-HALF = (1 << 32) - 1
-PACKED = 1 << 12  # numbers per call
+HALF = (1 << 32) - 1  # mask of the lower 32 bits of count_idle
+PACKED = 1 << 12  # numbers that are packed per call of struct.pack
 
 
 @dataclass(slots=True)
 class _Session:
-    """The pushes of one client that may be retried."""
+    """The applied pushes of one client that it may still retry, with their versions."""
 
     incarnation: int
     used: float  # time of the last use, in seconds on the clock
@@ -41,26 +41,30 @@ class _Session:
 
 @dataclass(frozen=True, slots=True)
 class SessionsSnapshot:
-    """The sessions of one shard at one moment, as the numbers that are packed."""
+    """Copy of all sessions of one shard, which any thread can pack.
+
+    numbers  the packed format as Python integers
+    """
 
     numbers: list[int]
 
     def pack(self) -> bytes:
-        """Return the sessions as bytes; the module describes the format.
+        """Return the sessions as bytes, in the format that the module docstring describes.
 
-        Packs in short calls, because each one keeps the interpreter lock.
+        Packs 4096 numbers per call of struct.pack, because each call keeps other threads waiting
+        for the interpreter lock.
         """
         parts = (self.numbers[at : at + PACKED] for at in range(0, len(self.numbers), PACKED))
         return b"".join(struct.pack(f"<{len(part)}Q", *part) for part in parts)
 
 
 class Sessions:
-    """The sessions of all clients of one shard.
+    """The sessions of all clients of one shard: records of the pushes already applied.
 
-    limit   maximum number of sessions; beyond it, a new session replaces the least recently used
-            one if that was unused for ``ttl`` seconds, and is refused otherwise
-    ttl     seconds; much longer than any client retries a push
-    clock   returns monotonic seconds
+    limit  maximum number of sessions; when it is reached, a new session replaces the least recently
+           used one if that was unused for ``ttl`` seconds, and is refused otherwise
+    ttl    seconds; much longer than any client retries a push
+    clock  returns monotonic seconds
     """
 
     def __init__(self, limit: int, ttl: float, clock: Callable[[], float]) -> None:
@@ -79,11 +83,12 @@ class Sessions:
 
         client        id of the client, not 0
         incarnation   number of the client's session
-        sequence      number of the push
-        acknowledged  sequence up to which the client has replies, and does not retry
+        sequence      number of the push in the session
+        acknowledged  the client has the replies up to this sequence, and will not retry them
 
-        Raises SessionExpired if the push is too old to know, TooLarge if a new session is needed
-        but ``limit`` are in use, BadRequest unless 0 <= acknowledged < sequence.
+        Raises SessionExpired if the push is so old that its record may have been dropped, TooLarge
+        if it needs a new session but ``limit`` sessions are in use, BadRequest unless
+        ``0 <= acknowledged < sequence``.
         """
         if not 0 <= acknowledged < sequence:
             raise BadRequest(
@@ -123,11 +128,10 @@ class Sessions:
     def record(
         self, client: int, incarnation: int, sequence: int, acknowledged: int, version: int
     ) -> None:
-        """Record that a push was applied as ``version``. ``applied`` must have returned None for
-        it.
+        """Record that a push, for which ``applied`` returned None, was applied as ``version``.
 
-        Takes the arguments of ``applied``. Drops the records of pushes that are acknowledged or too
-        old.
+        The other arguments are those of ``applied``. Drops the records of pushes that are
+        acknowledged or too old.
         """
         session = self._sessions.pop(client, None)
         if session is None and len(self._sessions) >= self._limit:
@@ -151,14 +155,13 @@ class Sessions:
             session.horizon = horizon
 
     def _window(self) -> int:
-        """Return the maximum number of pushes per session; it falls as sessions become more.
-
-        This bounds the memory of clients that acknowledge nothing.
+        """Return the maximum number of recorded pushes per session: 64 to 4096, smaller the more
+        sessions there are, so that clients that acknowledge nothing take limited memory.
         """
         return max(LEAST_WINDOW, min(WINDOW, RECORDED // len(self._sessions)))
 
     def snapshot(self) -> SessionsSnapshot:
-        """Return a copy of all sessions, which any thread can pack later."""
+        """Return a copy of all sessions. Any thread can pack it later."""
         numbers: list[int] = []
         now = self._clock()
         for client, session in self._sessions.items():
@@ -174,8 +177,9 @@ class Sessions:
         return self.snapshot().pack()
 
     def unpack(self, data: bytes) -> None:
-        """Add sessions from bytes that ``pack`` returned. Raises struct.error or ValueError if the
-        bytes are malformed.
+        """Add the sessions in ``data``, which ``pack`` returned.
+
+        Raises struct.error or ValueError if the bytes are malformed.
         """
         numbers = struct.unpack(f"<{len(data) // 8}Q", data)
         now = self._clock()
@@ -195,11 +199,12 @@ class Sessions:
             )
 
     def trim(self) -> None:
-        """Drop the least recently used sessions beyond the limit, after a replay of the log.
+        """Drop the least recently used sessions beyond the limit, after a recovery.
 
-        The replay adds sessions, but cannot tell which packed ones they had replaced. Only sessions
-        that were unused for ttl / 2 seconds are dropped, because a replaced session was unused for
-        ttl seconds and the log covers less than ttl / 2. So the limit may still be exceeded.
+        The replay of the log adds sessions, but cannot tell which loaded sessions they had
+        replaced. A replaced session was unused for ``ttl`` seconds, and the log covers less than
+        half of that. So only sessions that were unused for ``ttl / 2`` seconds are dropped, and the
+        number of sessions may still exceed the limit.
         """
         while len(self._sessions) > self._limit:
             client, oldest = next(iter(self._sessions.items()))

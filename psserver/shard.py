@@ -41,7 +41,7 @@ _NO_VERSIONS, _NO_STEPS = np.empty(0, np.uint64), np.empty(0, np.int64)
 
 
 class _CheckedPush(NamedTuple):
-    """A push that passed its checks."""
+    """A push that passed all checks against its table, and is ready to be applied."""
 
     push: Push
     entry: TableEntry
@@ -50,16 +50,19 @@ class _CheckedPush(NamedTuple):
 
 
 class Shard(ShardReads):
-    """The tables of one shard, their common version, and the sessions of the clients.
+    """The tables of one shard, their common version, and the sessions (records of applied pushes)
+    of its clients.
 
     number          index of the shard
     shard_map       maps keys to shards
     memory_bytes    memory budget of the tables
-    reply_bytes     largest size of the arrays in a reply, in bytes
-    session_ttl     seconds after which an unused session may be replaced
+    reply_bytes     maximum size of the arrays in a reply, in bytes
+    max_tables      maximum number of tables
+    max_sessions    maximum number of sessions
+    session_ttl     seconds after which an unused session may be replaced by that of a new client
     clock           returns monotonic seconds
     now             returns seconds since 1970, so that subscribers see the age of a change
-    log             None: the shard stores nothing on disk, or ``attach`` follows
+    log             version log; None: the shard has none, or gets it later by ``attach``
     max_tombstones  maximum number of recorded deletes, for subscribers that reconnect
     max_backlog     refuse changes while more bytes than this wait to be written to the log
     """
@@ -97,7 +100,7 @@ class Shard(ShardReads):
         self.sweeps = Sweeps(self._tables, self._sequencer, self._delete)
 
     def attach(self, log: VersionLog) -> None:
-        """Append changes to ``log`` from now on. Its last version must be the shard's version."""
+        """Append all later changes to ``log``, whose last version must be the shard's version."""
         assert log.last == self.version
         self._sequencer.log = log
 
@@ -140,7 +143,7 @@ class Shard(ShardReads):
             raise NoLog
 
     def _create(self, schema: TableSchema) -> None:
-        """Create a table that passed all checks, as the next version."""
+        """Create a table, as the next version. The caller has checked that this is allowed."""
         number = self._tables.next_number
         parts = records.encode_create(self._sequencer.origin(), number, to_json(schema))
         self._sequencer.reserve([RECORD + len(parts[1])])
@@ -150,8 +153,8 @@ class Shard(ShardReads):
     def alter_table(
         self, name: str, change: Callable[[TableSchema], TableSchema]
     ) -> tuple[TableSchema, int]:
-        """Change settings of a table, as the next version; the rows stay. An equal schema does
-        nothing.
+        """Change settings of a table, as the next version, and keep its rows. Does nothing if the
+        new schema equals the present one.
 
         change  called with the present schema; returns the new one, or raises
 
@@ -190,8 +193,8 @@ class Shard(ShardReads):
         """Apply the pushes, each as one version, then read rows for the pulls.
 
         All pushes and pulls are checked, and disk space is reserved, before the first push is
-        applied. After that, only OutOfMemory can stop a later push, or RowOverflow if an earlier
-        push changed the same row. The earlier pushes then stay applied, and a retry of the call
+        applied. Two errors can still occur in a later push: OutOfMemory, and RowOverflow if an
+        earlier push changed the same row. Then the earlier pushes stay applied; a retry of the call
         does not apply them again.
         """
         checked = [self._check_push(push) for push in pushes]
@@ -205,7 +208,9 @@ class Shard(ShardReads):
         return Exchanged(pushed, [self._pull(*each) for each in zip(entries, pulls, strict=True)])
 
     def delete(self, change: Delete) -> pb.DeleteResponse:
-        """Delete rows, as one version. Ignores keys without a row."""
+        """Delete rows, as one version. Ignores keys without a row. A retry changes nothing, and
+        returns the version of the first attempt.
+        """
         entry = self._tables.get(change.table)
         level = self._level(entry, change)
         applied = self._sequencer.applied(change)
@@ -220,13 +225,15 @@ class Shard(ShardReads):
     ) -> int:
         """Insert or overwrite whole rows, as one change; return its version.
 
-        number       of the table, hidden or not; UnknownTable if it was dropped
+        number       number of the table, even if it is hidden (still being filled)
         step         training step to store in all rows; the table's own step does not change
         keys         uint64[n], distinct
         frequencies  uint64[n]; stored as at most 2^32 - 1
         rows         float32[n, width], with optimizer state
 
         The log keeps references to the arrays, so the caller must not change them afterwards.
+        Raises UnknownTable if the table was dropped, OutOfMemory, and the errors of
+        ``Sequencer.reserve``.
         """
         entry = self._tables.require_number(number)
         n = len(keys)
@@ -283,8 +290,8 @@ class Shard(ShardReads):
     def _check_pulls(self, pulls: Sequence[Pull]) -> list[TableEntry]:
         """Check some pulls, and return the table of each.
 
-        Raises UnknownTable, LogDiverged or VersionInFuture for the version that a pull requires,
-        and TooLarge if the reply would be larger than reply_bytes.
+        Raises UnknownTable; LogDiverged or VersionInFuture if the shard does not have a version
+        that a pull requires; TooLarge if the replies together would exceed reply_bytes.
         """
         entries = []
         size = 0
@@ -308,10 +315,10 @@ class Shard(ShardReads):
         return entries
 
     def _level(self, entry: TableEntry, change: Change) -> pb.Durability:
-        """Return the durability that a change must reach before its reply: its own, or else the
-        table's.
+        """Return the durability that a change must reach before the server replies: the one that
+        the request names, otherwise the table's default.
 
-        Without a log it is "applied", and NoLog is raised if "fsync" is required.
+        Without a log, returns APPLIED, but raises NoLog if the durability would be "fsync".
         """
         level = change.durability or entry.schema.durability
         if self._sequencer.log is None:
@@ -321,7 +328,9 @@ class Shard(ShardReads):
         return DURABILITIES[level]
 
     def _push(self, checked: _CheckedPush) -> pb.PushResponse:
-        """Apply a checked push as the next version; if it was applied before, only return that."""
+        """Apply a checked push as the next version. If it was applied before, changes nothing and
+        replies with its earlier version.
+        """
         push, entry, level, applied = checked
         if applied is not None:
             return pb.PushResponse(version=applied, duplicate=True, achieved=level)
@@ -349,7 +358,10 @@ class Shard(ShardReads):
         return pb.PushResponse(version=version, achieved=level)
 
     def _pull(self, entry: TableEntry, pull: Pull) -> Pulled:
-        """Read the rows of a checked pull."""
+        """Return the reply to a pull that passed its checks.
+
+        entry  table of the pull
+        """
         table = entry.table
         rows = np.empty((len(pull.keys), table.schema.dim), np.float32)
         locations = table.pull(pull.keys, pull.mode, rows)

@@ -22,12 +22,14 @@ PIPELINE = 64  # maximum number of requests in flight per stream
 
 
 class _Flow:
-    """State of one stream: its requests that are in flight.
+    """The requests of one stream that are in flight: received, but not yet answered.
 
-    answers   queue of (request id, result to wait for, reserved memory), in order; None ends it
-    inflight  bytes reserved for these requests and their replies
-    room      event that is set when ``inflight`` decreases
-    gone      True once the client no longer reads
+    answers   queue of (request id, result to wait for, memory reservation), in the order of the
+              requests; None tells the writer to end
+    inflight  bytes of memory reserved for these requests and their replies
+    room      event that the writer sets after each reply; the reader waits for it while too many
+              requests are in flight
+    gone      True once the client no longer reads replies
     """
 
     __slots__ = ("answers", "gone", "inflight", "room")
@@ -42,7 +44,11 @@ class _Flow:
 class Streams:
     """Serves the streams of all clients.
 
-    share  stop reading from a stream while its requests and replies take more bytes than this
+    exchanges  runs the requests on the shard
+    limits     reserves memory for requests
+    handlers   counts errors, and reports received messages for the check of connections
+    share      bytes; while the requests and replies of a stream in flight take as many or more, no
+               further request is read from it
     """
 
     def __init__(
@@ -56,17 +62,21 @@ class Streams:
         self._writers: set[asyncio.Task[None]] = set()  # the loop has weak references only
 
     def drain(self) -> None:
-        """End the streams that wait for a request. Other streams end after their pending replies.
+        """End each stream: at once if it waits for a request, otherwise after the replies to its
+        requests in flight.
 
-        The server must be marked as draining (``Limits.draining``) first.
+        Set ``Limits.draining`` to True before this call.
         """
         for stream, waits in self._streams.items():
             if waits:
                 stream.cancel()
 
     async def stream(self, _: Any, context: Context) -> None:
-        """Serve one stream until the client ends it, the server drains, or a message is
-        malformed.
+        """Serve one stream until the client ends it, the server stops, or a message of the client
+        cannot be decoded.
+
+        The first argument, an iterator over the client's messages, is not used: they are read with
+        ``context.read``.
         """
         flow = _Flow()
         writer = asyncio.create_task(self._write(flow, context))
@@ -88,10 +98,11 @@ class Streams:
             await abort(context, broken)
 
     async def _read(self, flow: _Flow, context: Context) -> Exception | None:
-        """Read requests and start them, but pause while too many are in flight.
+        """Read requests from the client and start them; pause while too many are in flight.
 
-        Returns the error that ends the stream, or None if the client ended it. The ``del``s free
-        the memory of each message as soon as it has been decoded.
+        Returns the error with which to end the stream: codec.Malformed, or Draining if the server
+        stops; None if the client ended the stream. The ``del`` statements free the memory of each
+        message as soon as it has been decoded.
         """
         task, peer = asyncio.current_task(), context.peer()
         assert task is not None
@@ -121,7 +132,11 @@ class Streams:
         return Draining("the server is stopping")
 
     async def _accept(self, flow: _Flow, data: bytes) -> None:
-        """Reserve memory for one request, decode and start it, and queue its reply."""
+        """Reserve memory for one request, decode it, start it, and add its result to
+        ``flow.answers``. If no memory can be reserved, adds the error as the result.
+
+        data  the encoded request
+        """
         start = time.perf_counter()
         try:
             reservation = self._limits.admit(len(data))
@@ -145,7 +160,10 @@ class Streams:
         flow.answers.put_nowait((head.id, begun, reservation))
 
     async def _write(self, flow: _Flow, context: Context) -> None:
-        """Write the queued replies until None comes. Discards them if the client does not read."""
+        """Wait for each result in ``flow.answers`` and send it to the client, until None is queued.
+
+        If sending fails, the client is gone: later results are discarded.
+        """
         while (answer := await flow.answers.get()) is not None:
             id, begun, reservation = answer
             try:
