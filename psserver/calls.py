@@ -23,9 +23,9 @@ MAX_ENDED = 64  # number of ended calls whose ids are kept, so that a repeated C
 
 
 class Call:
-    """One running call that pauses until a Continue request reaches a given step.
+    """A running call that pauses until the client allows its next step with a Continue request.
 
-    progress  progress of the call; reports whether the client still waits for the result
+    progress  progress of the call; knows whether the client still waits for the result
     """
 
     def __init__(self, progress: Progress) -> None:
@@ -44,7 +44,7 @@ class Call:
             self._progress.require_wanted()
 
     def advance(self, step: pb.ContinueRequest.Step) -> None:
-        """Allow the call to pass each ``wait`` up to and including ``step``.
+        """Let each ``wait`` for ``step``, or for an earlier step, return.
 
         Two threads must not call this at the same time.
         """
@@ -53,7 +53,10 @@ class Call:
 
 
 class Calls:
-    """The paused calls of one shard, by the id that the client chose. Thread-safe."""
+    """Registry of the calls of one shard that wait for Continue requests. Thread-safe.
+
+    Each call has an id, which its client chose.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -86,9 +89,9 @@ class Calls:
             self._ended.append(id)
 
     def proceed(self, request: pb.ContinueRequest) -> pb.ContinueResponse:
-        """Answer a Continue request: let the call with its id go on. Idempotent.
+        """Answer a Continue request: let the call with this id go on to the requested step.
 
-        Raises UnknownCall unless the call is open or has ended without an error.
+        Idempotent. Raises UnknownCall unless the call is running or has ended without an error.
         """
         with self._lock:
             call = self._open.get(request.id)

@@ -22,9 +22,9 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """Finds the handler of each method. Until ``open``, methods of ps.v1 are refused with STARTING.
+    """Finds the handler of each gRPC method. Until ``open``, it refuses methods of ps.v1.
 
-    connections  is told of each complete message
+    connections  counts the complete messages of each connection
     """
 
     def __init__(self, connections: Connections) -> None:
@@ -35,8 +35,9 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._closed = grpc.stream_stream_rpc_method_handler(_refuse)  # fits all kinds of methods
 
     def open(self, methods: Mapping[str, Handler]) -> None:
-        """Begin to serve methods. methods: full name, for example "/ps.v1.RowService/Pull" ->
-        handler.
+        """Begin to serve methods.
+
+        methods  full name, for example "/ps.v1.RowService/Pull" -> handler
         """
         self._methods.update(methods)
         self._opened = True
@@ -51,21 +52,25 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
     # ---- the interface of a server that generated code uses
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        """Do nothing. Generated code also calls ``add_registered_method_handlers``."""
+        """Do nothing: generated code passes each handler to the next method too."""
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
-        """Serve the methods of another service, such as health; refuse large messages before
-        parsing.
+        """Serve the methods of a service that is not ps.v1, for example of health checks.
 
         service   full name of the service
         handlers  name of a method -> handler
+
+        Messages of more than CONTROL_BYTES are refused before they are parsed.
         """
         for name, handler in handlers.items():
             self._methods[f"/{service}/{name}"] = self._limited(handler)
 
     @contextmanager
     def _stream(self) -> Iterator[None]:
-        """Count an open stream of another service during the block. Raises Overloaded."""
+        """Count a stream of health checks or reflection as open while the block runs.
+
+        Raises Overloaded if STREAMS streams are open already.
+        """
         if self._streams >= STREAMS:
             raise Overloaded(f"{STREAMS} health and reflection streams are open; retry later")
         self._streams += 1
@@ -75,7 +80,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
             self._streams -= 1
 
     def _limited(self, handler: Handler) -> Handler:
-        """Wrap a handler of another service: bound message sizes and the number of its streams."""
+        """Wrap a handler of health checks or reflection: limit its messages and its streams."""
         parse, answer = handler.request_deserializer, handler.response_serializer
 
         def read(data: bytes, context: Context) -> Any:
@@ -124,5 +129,5 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
 
 
 async def _refuse(_: Any, context: Context) -> None:
-    """Refuse a call with STARTING."""
+    """Refuse a call, because the shard is starting."""
     await abort(context, Starting())

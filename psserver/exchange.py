@@ -1,6 +1,7 @@
-"""Answer pulls, pushes, deletes and exchanges: decode, check, run on the engine, encode.
+"""Answer pulls, pushes, deletes and exchanges: decode and check the request, run it, encode it.
 
-An exchange is a message with several pushes and pulls, which are applied together.
+An exchange is a message with several pushes and pulls, which are applied together. Requests run on
+the engine, the thread that reads and writes the rows of a shard.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ class Checked:
 
 
 class Exchanges:
-    """The methods that read and write rows. All must be called on the event loop.
+    """Answers the gRPC methods that read and write rows. Must be used on the event loop.
 
     log   version log; None: the shard has none
     feed  reports which versions are durable; None: the shard has no version log
 
     In all methods, ``deadline`` is in monotonic seconds (work that has not started by then is
-    refused), and ``reservation`` counts the bytes in flight of the request.
+    refused), and ``reservation`` counts the bytes of the request and its reply as in flight.
     """
 
     def __init__(
@@ -77,22 +78,38 @@ class Exchanges:
         self._feed = feed
 
     async def pull(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
-        """Return the encoded PullResponse to an encoded PullRequest."""
+        """Run the encoded PullRequest ``data``; return the encoded PullResponse.
+
+        deadline     monotonic seconds; after it the pull is not started
+        reservation  bytes in flight of the request and its reply
+        """
         done = await self._exchange(_decode_pull, data, deadline, reservation)
         return codec.encode_pulled(done.pulls[0])
 
     async def push(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
-        """Return the encoded PushResponse to an encoded PushRequest."""
+        """Run the encoded PushRequest ``data``; return the encoded PushResponse.
+
+        deadline     monotonic seconds; after it the push is not started
+        reservation  bytes in flight of the request and its reply
+        """
         done = await self._exchange(_decode_push, data, deadline, reservation)
         return bytes(done.pushes[0].SerializeToString())
 
     async def exchange(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
-        """Return the encoded ExchangeResponse to an encoded ExchangeRequest."""
+        """Run the encoded ExchangeRequest ``data``; return the encoded ExchangeResponse.
+
+        deadline     monotonic seconds; after it the exchange is not started
+        reservation  bytes in flight of the request and its reply
+        """
         done = await self._exchange(_decode_exchange, data, deadline, reservation)
         return codec.encode_exchanged(done)
 
     async def delete(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
-        """Return the encoded DeleteResponse to an encoded DeleteRequest."""
+        """Run the encoded DeleteRequest ``data``; return the encoded DeleteResponse.
+
+        deadline     monotonic seconds; after it the delete is not started
+        reservation  bytes in flight of the request and its reply
+        """
         start = time.perf_counter()
         change = await self._on_time(self._read_delete, data, reservation)
         try:
@@ -111,8 +128,10 @@ class Exchanges:
     ) -> codec.Exchanged:
         """Run the pushes and pulls of one message and return their results.
 
-        decode  decodes ``data`` to an exchange
+        decode  converts ``data`` to an exchange
         data    encoded message
+
+        The class docstring describes ``deadline`` and ``reservation``.
         """
         start = time.perf_counter()
         _, checked = await self.read(decode, data, reservation)
@@ -131,18 +150,21 @@ class Exchanges:
     ) -> tuple[Header, Checked | Exception]:
         """Decode and check a message. Returns (header, exchange or error of the checks).
 
-        The header is None unless the message arrived on a stream. Errors of the checks are
-        returned, so that the caller knows the header. Malformed is raised.
+        decode  converts the encoded message ``data`` to (header, exchange)
+
+        The header is None unless the message arrived on a stream. An error of the checks is
+        returned, not raised, so that the caller gets the header too. Raises Malformed if the
+        message cannot be decoded.
         """
         return await self._on_time(partial(self._read, decode), data, reservation)
 
     async def _on_time(
         self, read: Callable[[bytes, int], Result], data: bytes, reservation: Reservation
     ) -> Result:
-        """Call ``read(data, maximum number of fields)``: for a cheap message here, else on a worker
-        thread.
+        """Return ``read(data, maximum number of protobuf fields)``.
 
-        The thread releases the interpreter lock often, so that the event loop stays responsive.
+        A small message is read at once. A larger one is read on a worker thread, which releases the
+        interpreter lock often, so that the event loop stays responsive.
         """
         if len(data) <= AT_ONCE:
             with suppress(codec.TooManyFields):
@@ -152,7 +174,10 @@ class Exchanges:
         return await self._workers.run(self._workers.checks, work, reservation=reservation)
 
     def _read(self, decode: Decode, data: bytes, budget: int) -> tuple[Header, Checked | Exception]:
-        """Decode and check a message; see ``read``. budget: maximum number of protobuf fields."""
+        """Decode and check a message; returns and raises the same as ``read``.
+
+        budget  maximum number of protobuf fields; raises codec.TooManyFields if there are more
+        """
         header, exchange = decode(data, budget)
         try:
             pushes = [self._checks.push(push) for push in exchange.pushes]
@@ -162,7 +187,10 @@ class Exchanges:
         return header, Checked(exchange, pushes, pulls)
 
     def _read_delete(self, data: bytes, budget: int) -> Delete:
-        """Decode and check a delete. budget: maximum number of protobuf fields."""
+        """Decode and check a delete.
+
+        budget  maximum number of protobuf fields; raises codec.TooManyFields if there are more
+        """
         return self._checks.delete(codec.decode_delete(data, budget))
 
     def begin(
@@ -172,12 +200,12 @@ class Exchanges:
         deadline: float,
         reservation: Reservation,
     ) -> Begun:
-        """Submit an exchange to the engine and return at once; pass the result to ``finish``.
+        """Submit an exchange to the engine and return at once. Pass the result to ``finish``.
 
-        checked  result of ``read``; an error is passed on to ``finish``
+        checked  from ``read``: an exchange, or an error, which ``finish`` then raises
         start    time of arrival, in seconds of ``time.perf_counter``
 
-        If the exchange is refused, the reservation is released here.
+        If the exchange is refused, the reservation is released before this returns.
         """
         if isinstance(checked, Exception):
             reservation.release()
@@ -196,8 +224,9 @@ class Exchanges:
         return start, checked.exchange, work
 
     def _is_small(self, parts: Sequence[Push | Pull]) -> bool:
-        """Return whether the event loop itself may run these parts: fast, and without waiting for a
-        disk.
+        """Return whether these pushes and pulls are so small that the event loop may run them.
+
+        They are if they take at most a few milliseconds and need not wait for the disk.
         """
         if len(parts) > AT_ONCE_PARTS:
             return False
@@ -205,12 +234,11 @@ class Exchanges:
         return size <= AT_ONCE and (self._log is None or self._log.room > 2 * size)
 
     async def finish(self, begun: Begun) -> codec.Exchanged:
-        """Wait until an exchange has run and its pushes are as durable as required. Returns its
-        result.
+        """Wait until an exchange has run and its pushes are as durable as they require.
 
-        begun  returned by ``begin``; its error is raised here
+        begun  returned by ``begin``; if it contains an error, the error is raised
 
-        Also counts the requests in the statistics.
+        Counts the requests in the statistics and returns the results of the exchange.
         """
         start, exchange, work = begun
         try:
@@ -218,7 +246,7 @@ class Exchanges:
                 raise work
             done = await work
         finally:
-            del begun, work  # an error has this frame, which must not have the error
+            del begun, work  # an error refers to this frame, which must not refer to the error
         assert exchange is not None
         if self._feed is not None:
             for pushed in done.pushes:

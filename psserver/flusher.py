@@ -1,5 +1,4 @@
-"""Write changed rows to the base in the background, so that a restart replays only little of the
-log.
+"""Write changed rows to the base in the background, so that a restart replays little of the log.
 
 The base is the copy of all rows on disk, in blocks, at one version of the log. A flush notes the
 shard's version S, scans the rows while pushes continue, and packs the rows that changed since the
@@ -9,8 +8,8 @@ push has a log record newer than S, and the base is committed only after these r
 So a restart always replays them over the damaged copies.
 
 A full flush replaces all blocks by new ones. It happens when the blocks contain more than twice as
-many entries as a full flush would write, or when more keys were deleted since the last flush than
-the shard remembers (tombstones).
+many entries as a full flush would write. It also happens when more keys were deleted since the last
+flush than the shard remembers. (It remembers a limited number of deletes, as tombstones.)
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from storage.block import BLOCK_BYTES, pack_cells, pack_counters
 from storage.errors import Corrupt, DiskFull, LogFailed
 from storage.versionlog import VersionLog
 
-STALE = 2  # a flush is full if the blocks contain more than STALE times what it would write
+STALE = 2  # a flush is full if the blocks have more than STALE times the entries it would write
 
 log = structlog.get_logger()
 
@@ -42,15 +41,16 @@ log = structlog.get_logger()
 class _Sketch:
     """The admission sketch (a counting Bloom filter) of one table, as stored in the base."""
 
-    edits: int  # number of changes of the sketch when it was written (Gate.edits)
-    blocks: tuple[int, ...]  # numbers of the blocks with its cells; empty: it must be written
+    edits: int  # Gate.edits when the sketch was written: the number of its changes until then
+    blocks: tuple[int, ...]  # numbers of the blocks that contain it; empty: it must be written
 
 
 class Flusher:
     """Thread that flushes changed rows to the base, and then deletes old segments of the log.
 
     flushed  monotonic time of the last flush, in seconds; a restart replays only later changes
-    pins     user of the log -> version; records newer than the version are kept for that user
+    pins     reader of the log, for example a running checkpoint -> version; log records newer than
+             the version are not deleted while the entry exists
     """
 
     def __init__(
@@ -67,9 +67,11 @@ class Flusher:
     ) -> None:
         """Create the flusher; ``open`` starts its thread.
 
-        fail         called once, on the thread, if a failed write leaves the disk in unknown state
+        fail         called with the error, on the flusher's thread, if a failed write leaves the
+                     files in an unknown state; the thread then ends
         seconds      seconds between flushes
-        keep         (bytes, seconds) of the newest log to keep for subscribers
+        keep         (b, s): keep the newest b bytes of the log for subscribers, and in any case the
+                     records of the last s seconds
         stored_rows  number of rows in the blocks of the base
         """
         self._shard = shard
@@ -97,10 +99,10 @@ class Flusher:
         self._thread.join()
 
     def flush(self) -> None:
-        """Write all changes to the base, then delete log that nobody needs any more.
+        """Write all changes since the last flush to the base, then delete log that nobody needs.
 
-        If nothing has changed, only the log is truncated, because the time for which it is kept may
-        be over. DiskFull is raised with the base as the last flush left it.
+        If nothing has changed, only old log is deleted. Raises DiskFull if the disk is full; the
+        base then stays as the last flush left it.
         """
         state, began = self._base.state, time.monotonic()
         captured = self._engine.run(self._shard.capture)
@@ -111,10 +113,12 @@ class Flusher:
         self._versions.truncate(needed, *self._keep)
 
     def _write(self, captured: Capture, state: BaseState | None) -> bool:
-        """Bring the base from ``state`` to the captured version. Return False if the thread was
-        stopped.
+        """Write the changes since the last flush to new blocks, and commit them to the base.
 
-        state  the base as last committed; None: it is empty
+        captured  the shard at the version that the base will have
+        state     the base as last committed; None: it is empty
+
+        Returns False, with the base unchanged, if the thread was told to stop.
         """
         full = self._must_be_full(captured, state)
         after, kept = 0, tuple[int, ...]()
@@ -126,7 +130,7 @@ class Flusher:
             self._base.discard()
             return False
         blocks, rows = written
-        # a record up to here replaces each row that was copied torn
+        # a restart replays these records over rows that changed while they were copied
         self._versions.sync(self._engine.run(lambda: self._shard.version))
         cells = [block for sketch in sketches.values() for block in sketch.blocks]
         self._base.commit(
@@ -148,7 +152,11 @@ class Flusher:
         return True
 
     def _must_be_full(self, captured: Capture, state: BaseState | None) -> bool:
-        """Return whether the flush must write all rows; see the module docstring."""
+        """Return whether the flush must write all rows, not only those that changed.
+
+        captured  the shard at the version that the base will have
+        state     the base as last committed; None: it is empty
+        """
         live = sum(each.rows + each.counters for each in captured.tables)
         live += sum(map(len, captured.tombstones))  # a full flush writes them again
         return (
@@ -158,10 +166,10 @@ class Flusher:
         )
 
     def _write_changes(self, captured: Capture, after: int) -> tuple[list[int], int] | None:
-        """Write rows, tombstones and counters newer than version ``after`` to new blocks.
+        """Write all rows, tombstones and counters that changed after version ``after``.
 
-        Returns (numbers of the blocks, number of rows, tombstones and counters in them); None if
-        the thread was stopped.
+        Returns (numbers of the new blocks, number of entries in them); None if the thread was told
+        to stop.
         """
         blocks, rows = [], 0
         for block in blocks_of(captured, after, self._buffer):
@@ -177,9 +185,10 @@ class Flusher:
     def _write_sketches(
         self, captured: Capture, state: BaseState | None
     ) -> dict[int, _Sketch] | None:
-        """Write the sketches that changed since they were last written.
+        """Write the admission sketches that changed since they were last written.
 
-        Returns all sketches, changed or not, by table number; None if the thread was stopped.
+        Returns table number -> sketch for all tables, changed or not; None if the thread was told
+        to stop.
         """
         sketches = self._kept_sketches(captured, state)
         written: dict[int, list[int]] = {}
@@ -194,7 +203,7 @@ class Flusher:
         return sketches
 
     def _kept_sketches(self, captured: Capture, state: BaseState | None) -> dict[int, _Sketch]:
-        """Return the sketches of all tables by number; one that must be written has no blocks."""
+        """Return table number -> sketch, without blocks if the sketch must be written again."""
         listed = set(state.blocks) if state is not None else set()
         kept: dict[int, _Sketch] = {}
         for each in captured.tables:
@@ -207,22 +216,20 @@ class Flusher:
         while not self._stop.wait(self._seconds):
             start = time.monotonic()
             try:
-                if self._survives(self.flush):
+                if self._succeeds(self.flush):
                     log.debug("flush", seconds=round(time.monotonic() - start, 3))
                 else:  # blocks left over now are deleted with the next flush
-                    self._survives(self._base.discard)
+                    self._succeeds(self._base.discard)
             except LogFailed:  # the log has called its own ``fail``
                 return
             except Exception as error:
                 self._fail(error)
                 return
 
-    def _survives(self, call: Callable[[], None]) -> bool:
-        """Run ``call``. Return whether it succeeded; log an error after which the next flush may
-        succeed.
+    def _succeeds(self, call: Callable[[], None]) -> bool:
+        """Run ``call`` and return True; if it fails but may succeed later, log it and return False.
 
-        Raises Corrupt, LogFailed, and any error after which the state of the base on disk is
-        unknown.
+        Raises Corrupt, LogFailed, and any error after which it is unknown what is on disk.
         """
         try:
             call()

@@ -27,9 +27,7 @@ PROGRESS_SECONDS = 0.2  # seconds between two progress messages
 class Handlers:
     """Builds gRPC handlers from methods of the service.
 
-    In all builders, ``kind`` is the class of the method's request. An error that the method raises
-    is sent as the status of the call. during_restore: the method may be called while a restore
-    blocks the shard.
+    An error that a method raises is sent as the status of its call.
     """
 
     def __init__(
@@ -50,16 +48,20 @@ class Handlers:
         self._limits.stats.failed(method, code_of(status).name, reason_of(status))
 
     def arrived(self, peer: str, data: bytes) -> None:
-        """Report to ``connections`` that a message is complete. peer: ``context.peer()``."""
+        """Count a complete message, for the limit on incomplete messages of connections.
+
+        peer  name of the client's connection, from ``context.peer()``
+        data  the message
+        """
         self._connections.arrived(peer, len(data))
 
     def counted(
         self, name: str, call: Callable[..., Awaitable[Any]]
     ) -> Callable[..., Awaitable[Any]]:
-        """Wrap a handler: count the call while it runs, and refuse it if too many calls are
-        running.
+        """Wrap a handler: count each call while it runs; refuse it if too many are running.
 
-        name  name of the method
+        name  name of the gRPC method
+        call  handler: function of (request, context)
         """
 
         async def counted(data: Any, context: Context) -> Any:
@@ -85,9 +87,11 @@ class Handlers:
     ) -> Handler:
         """Build the handler of a method that takes and returns one encoded message.
 
-        name    name of the method
-        method  function of (request, deadline in monotonic seconds, reservation of bytes in flight)
-        arrays  requests may contain arrays; others must be small
+        name            name of the gRPC method
+        method          function of (request, deadline in monotonic seconds, reservation of bytes in
+                        flight) that returns the response
+        arrays          requests may contain arrays; False: they must be small
+        during_restore  the method may be called while a restore blocks the shard
         """
 
         async def call(data: bytes, context: Context) -> bytes:
@@ -125,7 +129,9 @@ class Handlers:
     ) -> Handler:
         """Build the handler of a method that takes and returns one protobuf message.
 
-        method  function of (request, deadline in monotonic seconds)
+        kind            class of the request
+        method          function of (request, deadline in monotonic seconds); returns the response
+        during_restore  the method may be called while a restore blocks the shard
         """
 
         async def call(data: bytes, deadline: float, _: Reservation) -> bytes:
@@ -143,7 +149,9 @@ class Handlers:
     ) -> Handler:
         """Build the handler of a method that blocks, and therefore runs on a thread of ``pool``.
 
-        method  function of the request; returns the response
+        kind            class of the request
+        method          function of the request; returns the response
+        during_restore  the method may be called while a restore blocks the shard
         """
 
         async def call(data: bytes, deadline: float, reservation: Reservation) -> bytes:
@@ -154,9 +162,11 @@ class Handlers:
         return self.unary(method_of(kind), call, arrays=False, during_restore=during_restore)
 
     def long(self, kind: type[Message], method: Callable[[Any, Progress], Message]) -> Handler:
-        """Build the handler of a long operation, which sends progress messages and last its result.
+        """Build the handler of a long operation. It sends progress messages, then the result.
 
-        method  function of (request, progress to update); it blocks, and runs on a thread
+        kind    class of the request
+        method  function of (request, progress to update) that returns the result; it blocks, so it
+                runs on a worker thread
         """
 
         async def answers(request: Any) -> AsyncIterator[Message]:
@@ -176,7 +186,9 @@ class Handlers:
     def many(self, kind: type[Message], method: Callable[[Any], Iterator[Message]]) -> Handler:
         """Build the handler of a long operation that sends many messages.
 
-        method  function of the request that returns a generator of messages; it runs on a thread
+        kind    class of the request
+        method  function of the request that returns a generator of messages; both run on a worker
+                thread
 
         The next message is made only after the previous one was sent.
         """
@@ -201,7 +213,11 @@ class Handlers:
     def _stream_out(
         self, kind: type[Message], method: Callable[[Any], AsyncIterator[Message]]
     ) -> Handler:
-        """Build the handler of a method that answers one request with many messages."""
+        """Build the handler of a method that answers one request with many messages.
+
+        kind    class of the request
+        method  function of the request; returns an asynchronous iterator of messages
+        """
 
         async def call(data: bytes, context: Context) -> None:
             async for message in method(parse(kind, data)):
@@ -213,10 +229,12 @@ class Handlers:
     def served(
         self, name: str, call: Callable[[bytes, Context], Awaitable[None]]
     ) -> Callable[[bytes, Context], Awaitable[None]]:
-        """Wrap a call that answers one message with many: admit the message, and send an error as
-        status.
+        """Wrap a handler that answers one message with many: admit the message before the call.
 
-        name  name of the method
+        name  name of the gRPC method
+        call  handler: function of (request, context) that sends the answers
+
+        An error becomes the status of the call.
         """
 
         async def served(data: bytes, context: Context) -> None:

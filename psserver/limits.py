@@ -18,7 +18,7 @@ CONTROL_BYTES = 256 << 10  # maximum size of a message without arrays, in bytes
 
 
 class Reservation:
-    """The bytes in flight of one message and its reply, until ``release`` or ``end``."""
+    """Counts the bytes of one message and its reply as in flight, until ``release`` or ``end``."""
 
     __slots__ = ("_handed_over", "_limits", "size")
 
@@ -38,7 +38,7 @@ class Reservation:
         self.size += more
 
     def resize(self, size: int) -> None:
-        """Change the size of the reservation to ``size`` bytes. Never refused."""
+        """Change the size of the reservation to ``size`` bytes, even beyond max_inflight_bytes."""
         self._limits.stats.inflight_bytes += size - self.size
         self.size = size
 
@@ -48,8 +48,9 @@ class Reservation:
             self.resize(0)
 
     def hand_over(self) -> None:
-        """Make ``release`` do nothing, because the message is still used. The caller must call
-        ``end``.
+        """Make ``release`` do nothing, because the message is still in use.
+
+        The caller must call ``end`` later.
         """
         self._handed_over = True
 
@@ -66,10 +67,10 @@ class Reservation:
 class Limits:
     """Admits messages and calls of one server, and counts those in flight.
 
-    config    max_message_bytes, max_inflight_bytes and max_calls
+    config    the limits are max_message_bytes, max_inflight_bytes and max_calls
     stats     contains the number of bytes in flight
-    restores  tells whether a restore blocks the shard
-    draining  set to True when the server stops; then everything is refused
+    restores  knows whether a restore blocks the shard
+    draining  set to True when the server stops; then all messages are refused
     """
 
     def __init__(self, config: ServerConfig, stats: ServiceStats, restores: Restores) -> None:
@@ -115,7 +116,7 @@ class Limits:
             raise Restoring
 
     def require_room(self, size: int) -> None:
-        """Raise Overloaded if ``size`` more bytes in flight would exceed max_inflight_bytes."""
+        """Raise Overloaded if max_inflight_bytes does not allow ``size`` more bytes in flight."""
         inflight, limit = self.stats.inflight_bytes, self._config.max_inflight_bytes
         if inflight + size > limit:
             raise Overloaded(
@@ -126,7 +127,9 @@ class Limits:
     def begin_call(self) -> None:
         """Count a running call. Raises Overloaded if max_calls are running already."""
         if self._calls >= self._config.max_calls:
-            raise Overloaded(f"max_calls={self._config.max_calls} calls are running; retry later")
+            raise Overloaded(
+                f"{self._config.max_calls} calls are in progress, the limit max_calls; retry later"
+            )
         self._calls += 1
         self._idle.clear()
 
