@@ -1,4 +1,4 @@
-"""Calls to one shard or to all: unary calls, and long calls that stream their progress."""
+"""Calls to one shard or to all shards: unary calls, and long calls that stream their progress."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from psclient.retry import retry, rpc_error
 from psclient.signals import Condition, Shield
 from psproto import ps_pb2 as pb
 
-OnProgress = Callable[[int, int], Any]  # called with (bytes done, total bytes; 0: unknown)
+OnProgress = Callable[[int, int], Any]  # called with (bytes done, estimated total; 0: unknown)
 SERVICE = "CheckpointService"
 LOOK_SECONDS = 0.02  # seconds between two checks whether shard 0 has accepted a call
 
 
 def links(client: Client) -> Sequence[Link]:
-    """Return the connections to all shards, in order; connect first if needed."""
+    """Return the client's connections to all shards, in order. Connects first if needed."""
     return client._connect().links
 
 
@@ -37,16 +37,16 @@ def call(
     *,
     service: str = SERVICE,
 ) -> Any:
-    """Call a unary method, which must be idempotent; retry it until the timeout. Returns the
-    answer.
+    """Call a unary method of one shard and return the reply; retry until the timeout.
 
-    link     the shard
-    method   name of the method: "ListCheckpoints"
+    link     connection to the shard
+    method   name of an idempotent method, such as "ListCheckpoints"
     request  message to send
     answer   class of the reply message
-    seconds  timeout; 0: the client's
+    seconds  timeout in seconds; 0: the client's timeout
+    service  name of the gRPC service that has the method
 
-    Raises a PsError.
+    Raises a PsError if the call fails for good, or when the timeout has passed.
     """
     message = request.SerializeToString()
 
@@ -66,15 +66,16 @@ def stream(
     service: str = SERVICE,
     opened: Callable[[Any], None] | None = None,
 ) -> Generator[Any, None, None]:
-    """Call a method that streams its replies; yield them. Closing the generator cancels the call.
+    """Call a method of one shard that streams its replies; yield them.
 
-    link     the shard
-    method   name of the method: "ReadRows"
+    link     connection to the shard
+    method   name of the method, such as "ReadRows"
     request  message to send
     answer   class of the reply messages
+    service  name of the gRPC service that has the method
     opened   called with gRPC's call object once the call has started; None: not called
 
-    Raises a PsError.
+    Closing the generator cancels the call. Raises a PsError if the call fails; it is not retried.
     """
     requests = iter([request.SerializeToString()])
     call = link.channel.open_stream(f"/ps.v1.{service}/{method}", requests)
@@ -96,11 +97,13 @@ def stream(
 def proceed(
     client: Client, id: str, step: pb.ContinueRequest.Step, shards: Sequence[int] | None = None
 ) -> None:
-    """Tell shards that a long call may proceed to its next step.
+    """Tell shards that a long call, which waits there for permission, may begin its next step.
 
-    id      identity of the call, chosen by the client
-    step    the step that may begin
+    id      random id of the call, chosen by the client that started it
+    step    step that may begin
     shards  numbers of the shards to tell; None: all
+
+    Raises the PsError of the first shard that fails.
     """
     request = pb.ContinueRequest(id=id, step=step)
     for shard, link in enumerate(links(client)):
@@ -117,15 +120,15 @@ def on_all(
     on_stage: Callable[[int, Sequence[pb.CheckpointProgress]], None] | None = None,
     in_turn: bool = False,
 ) -> list[pb.CheckpointProgress]:
-    """Run a long call on all shards at once. Returns the last message of each shard.
+    """Run a long call on all shards and wait for its end. Returns the last message of each shard.
 
-    method    name of the method: "WriteCheckpoint"
-    request   message to send
-    progress  called with (bytes done, estimated total bytes; 0: unknown)
-    on_stage  called once per stage, as (stage, latest messages by shard), when all shards have
-              reached it
-    in_turn   call the other shards only after shard 0 has reached its first stage, which shows that
-              it accepted the call
+    method    name of a method of CheckpointService, such as "WriteCheckpoint"
+    request   message to send to every shard
+    progress  called with (bytes done, estimated total bytes), summed over the shards; 0: unknown
+    on_stage  called as on_stage(stage, newest message of each shard) when the last shard has
+              reached that stage, or a later one
+    in_turn   True: call the other shards only after shard 0 has reported its first stage, which
+              shows that it accepted the call. False: call all shards at once
 
     The first failure stops the call on all shards and is raised.
     """
@@ -161,16 +164,17 @@ def all_streams(
     service: str = SERVICE,
     wait_for: threading.Event | None = None,
 ) -> list[Any]:
-    """Call a method that streams its replies on all shards. Returns the last reply of each shard.
+    """Call a method that streams its replies on all shards; wait until all calls have ended.
 
     method    name of the method
-    request   message to send
+    request   message to send to every shard
     answer    class of the reply messages
-    take      called as take(shard, reply) for each reply; never by two threads at once
-    wait_for  event that ``take`` sets; the other shards are called only after it is set, or after
-              the call to shard 0 has ended. None: all shards are called at once
+    take      called as take(shard number, reply) for each reply; never by two threads at once
+    service   name of the gRPC service that has the method
+    wait_for  event that ``take`` sets. Shard 0 is called first; the other shards are called after
+              the event is set or the call to shard 0 has ended. None: all are called at once
 
-    The first failure stops all calls and is raised.
+    Returns the last reply of each shard. The first failure stops all calls and is raised.
     """
 
     def open_(shard: int, opened: Callable[[Any], None]) -> Generator[Any, None, None]:
@@ -183,13 +187,14 @@ def all_streams(
 
 
 class _Streams:
-    """Streams of replies, one per shard, each read by its own thread.
+    """Calls to all shards that stream their replies; one thread per shard reads them.
 
-    open_     starts a call: open_(shard, opened) yields its replies, after it has called ``opened``
-              with gRPC's call object
-    last      the last reply of each shard, initially an empty one
+    open_     starts the call to a shard: open_(shard, opened) yields its replies, after it has
+              called ``opened`` with gRPC's call object
+    last      last reply of each shard; at first an empty message
     take      called as take(shard, reply) for each reply; never by two threads at once
-    wait_for  see ``all_streams``
+    wait_for  event; the other shards are called after it is set or the call to shard 0 has ended.
+              None: all are called at once
     """
 
     def __init__(
@@ -211,9 +216,11 @@ class _Streams:
         self._stopped = False
 
     def run(self, cancel: Callable[[int, Any], None]) -> None:
-        """Read all streams to their ends. Raises the first failure once all threads have ended.
+        """Read the replies of all shards until all calls have ended.
 
-        cancel  cancels the call of a shard: cancel(shard, gRPC's call object)
+        cancel  cancels the call to a shard: cancel(shard, gRPC's call object)
+
+        A failure cancels the calls to all shards; it is raised once all threads have ended.
         """
         try:
             with Shield():
@@ -236,7 +243,7 @@ class _Streams:
             raise self._failure
 
     def _work(self, shard: int) -> None:
-        """Read the stream of one shard; a failure stops all streams."""
+        """Call one shard and read its replies; a failure stops the calls to all shards."""
         try:
             if self._may_begin(shard):
                 self._read(shard)
@@ -250,16 +257,14 @@ class _Streams:
                 self._changed.notify_all()
 
     def _may_begin(self, shard: int) -> bool:
-        """Wait until the call to this shard may start; return False if it must not, after a
-        failure.
-        """
+        """Wait until a shard may be called. Returns False if it must not, after a failure."""
         if self._wait_for is not None and shard:
             while not (self._wait_for.is_set() or self._stopped or 0 not in self._running):
                 self._wait_for.wait(LOOK_SECONDS)
         return not self._stopped
 
     def _read(self, shard: int) -> None:
-        """Pass the replies of one shard to ``take`` until the stream ends or all are stopped."""
+        """Pass the replies of one shard to ``take`` until its call ends or all are stopped."""
 
         def opened(call: Any) -> None:
             with self._changed:

@@ -18,16 +18,17 @@ from psclient.cluster import Cluster
 from psclient.errors import DeadlineExceeded, InvalidArgument
 
 started: contextvars.ContextVar[float | None] = contextvars.ContextVar("started", default=None)
-"""When the running operation began, in monotonic seconds; None: timeouts count from now.
+"""When the running operation began, in monotonic seconds; None: now.
 
 AsyncClient sets it, so that a call's timeout includes the wait for a free thread.
 """
 
 
 class Connection:
-    """Connects to a cluster at the first use. Thread-safe; usable in forked processes.
+    """Base class of Client: connects to all shards of a cluster at the first use.
 
-    ``Client`` explains the options. Raises InvalidArgument for an invalid one.
+    Thread-safe; usable in forked processes. ``Client`` explains the arguments. Raises
+    InvalidArgument if one is invalid.
     """
 
     def __init__(
@@ -101,21 +102,28 @@ class Connection:
         first: bool = False,
         deadline: float | None = None,
     ) -> list[Any]:
-        """Call a unary method on every shard; return the answers in the order of the shards.
+        """Call a unary method on every shard at once; return the replies in shard order.
 
-        See ``Cluster.on_all``. deadline is in monotonic seconds; None: the client's timeout from
-        now.
+        method    "TableService/CreateTable"
+        request   message to send
+        answer    class of the reply message
+        first     call shard 0 before the others, so that of several clients with conflicting
+                  requests one wins on all shards
+        deadline  monotonic seconds; None: the client's timeout from now
+
+        Raises the error of the first shard that failed.
         """
         deadline = deadline or self._deadline()
         return self._connect(deadline).on_all(method, request, answer, deadline, first=first)
 
     def _connect(self, deadline: float | None = None) -> Cluster:
-        """Return the connected Cluster; connect first in a new or forked process.
+        """Return this process's connections to all shards; create them if there are none yet.
 
         deadline  monotonic seconds; None: the client's timeout from now
 
-        Raises InvalidArgument once the client is closed, DeadlineExceeded if another thread is
-        still connecting, and what Cluster raises.
+        Raises InvalidArgument if the client is closed or its addresses are not those of one
+        cluster, Unavailable if a shard cannot be reached, and DeadlineExceeded if another thread is
+        still connecting at the deadline.
         """
         cluster = self._cluster
         if cluster is not None and cluster.process == os.getpid():
@@ -130,7 +138,9 @@ class Connection:
                 self._connecting.release()
 
     def _connected(self, deadline: float) -> Cluster:
-        """Connect unless another thread did meanwhile.
+        """Return the connections; create them unless another thread did so in the meantime.
+
+        deadline  monotonic seconds at which all shards must have answered
 
         The caller holds the lock ``_connecting``.
         """
@@ -167,7 +177,7 @@ _connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """Let clients in the child process open their own connections, under random client ids."""
+    """Make every client in a forked child open its own connections, under a random client id."""
     for connection in list(_connections):
         connection._cluster = None
         connection._connecting = threading.RLock()

@@ -19,11 +19,11 @@ from psproto import ps_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Options of a push, equal for all tables of a request. See Client.push."""
+    """Options of a push that hold for all tables of a request. Client.push explains them."""
 
     step: int = 0
     lr: float | None = None
-    durability: int = 0  # number in ps.proto; 0: the table's
+    durability: int = 0  # number in ps.proto; 0: the durability of each table
 
 
 @dataclass(slots=True)
@@ -37,12 +37,12 @@ class PullPart:
     mode: int  # train or serve, a number in ps.proto
     metadata: bool  # whether to pull versions, steps and frequencies too
     distinct: bool  # whether ``out`` has one row per distinct key instead of per key
-    min_version: Versions  # smallest version of each shard to read from; (): any
-    out: Rows  # embeddings float32[n, dim], or [distinct, dim]
+    min_version: Versions  # oldest version at which each shard may be read; (): any version
+    out: Rows  # embeddings float32[n, dim], or [distinct, dim]; written by ``take``
     history: NDArray[np.uint64]  # [3, distinct]: versions, steps, frequencies; else [3, 0]
 
     def shaped(self) -> Rows:
-        """Return the embeddings in the shape of the keys, or [distinct, dim]."""
+        """Return ``out`` as float32[*shape of the keys, dim], or as [distinct, dim]."""
         shape = (-1,) if self.distinct else self.batch.shape
         return self.out.reshape(*shape, self.dim)
 
@@ -68,10 +68,17 @@ def messages(
     pulls: Sequence[PullPart],
     header: Header,
 ) -> list[tuple[codec.Exchange, list[Range]]]:
-    """Build the messages of a request for one shard; several if one would be too large.
+    """Build the message of a request for one shard, or several messages if one would be too large.
 
-    Returns a list of (message, ranges). ``ranges`` has, for each pull in the message, the range of
-    distinct keys whose rows its reply contains. With several messages, each has one push or pull.
+    cluster  connections to the shards, with the servers' limits on messages
+    shard    number of the shard
+    pushes   pushes of the request, one per table
+    pulls    pulls of the request, one per table
+    header   options of the pushes
+
+    Returns a list of (message, ranges), empty if the shard owns no key of the request. ``ranges``
+    has, for each pull in the message, the range of distinct keys whose rows the reply contains. If
+    there are several messages, each contains one push or one pull; messages with pushes come first.
     """
     pieces = _pieces(cluster, shard, pushes, pulls)
     sent = [message for push in pushes for message in _push_messages(push, shard, pieces, header)]
@@ -89,7 +96,10 @@ def messages(
 def _pieces(
     cluster: Cluster, shard: int, pushes: Sequence[PushPart], pulls: Sequence[PullPart]
 ) -> int:
-    """Return into how many pieces to split each push and pull to respect the servers' limits."""
+    """Return the number of pieces into which to split each push and pull to one shard.
+
+    With that many pieces, no message exceeds the servers' limits on bytes and keys.
+    """
     request = reply = most = widest = 0
     for push in pushes:
         first, last = push.batch.split.bounds[shard : shard + 2].tolist()
@@ -112,7 +122,7 @@ def _pieces(
 def _push_messages(
     push: PushPart, shard: int, pieces: int, header: Header
 ) -> Iterator[codec.PushMessage]:
-    """Split the push of one table to one shard into ``pieces`` messages at most."""
+    """Yield the messages, at most ``pieces``, that push a table's gradients to one shard."""
     for low, high in _ranges(push.batch, shard, pieces):
         head = pb.PushHeader(
             table=push.table,
@@ -128,9 +138,9 @@ def _push_messages(
 def _pull_messages(
     pull: PullPart, shard: int, pieces: int
 ) -> Iterator[tuple[codec.PullMessage, Range]]:
-    """Split the pull of one table from one shard into ``pieces`` messages at most.
+    """Yield the messages, at most ``pieces``, that pull a table's rows from one shard.
 
-    Yields each with its range of distinct keys.
+    Each comes with the range of distinct keys whose rows it requests.
     """
     for low, high in _ranges(pull.batch, shard, pieces):
         head = pb.PullHeader(
@@ -145,7 +155,10 @@ def _pull_messages(
 
 
 def _ranges(batch: Batch, shard: int, pieces: int) -> list[tuple[int, int]]:
-    """Split the distinct keys of a shard into at most ``pieces`` non-empty ranges (low, high)."""
+    """Split a batch's distinct keys that ``shard`` owns into at most ``pieces`` ranges.
+
+    Returns (low, high) of each range, which is ``batch.keys[low:high]`` and not empty.
+    """
     first, last = batch.split.bounds[shard : shard + 2].tolist()
     if first == last:
         return []
@@ -154,12 +167,13 @@ def _ranges(batch: Batch, shard: int, pieces: int) -> list[tuple[int, int]]:
 
 
 def take(answer: codec.Exchanged, pulls: Sequence[Range], where: str) -> None:
-    """Copy the rows of one reply into the result arrays of its pulls.
+    """Copy the rows of one reply into ``out`` and ``history`` of the pulls that it answers.
 
-    pulls  range of distinct keys of each pull in the reply
-    where  name of the shard, for errors
+    answer  the reply
+    pulls   (pull, low, high) for each pull in the reply: it has rows of ``batch.keys[low:high]``
+    where   name of the shard, for errors
 
-    Raises SchemaMismatch if the dim of a table has changed.
+    Raises SchemaMismatch if the dim of a table is not the one that the pull expects.
     """
     for pulled, (part, first, last) in zip(answer.pulls, pulls, strict=True):
         if pulled.header.dim != part.dim:

@@ -1,4 +1,4 @@
-"""The subscription to one shard, and the queue that collects the changes of all shards."""
+"""Receive the changes of one shard, and queue the changes of all shards for the application."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ SUBSCRIBE = "/ps.v1.LogService/Subscribe"
 
 
 class ChangeQueue:
-    """Queue of changes that the application has not taken yet. Thread-safe.
+    """Queue of the changes of all shards that the application has not taken yet. Thread-safe.
 
-    tokens  for each shard, the token to continue from after the last change taken
+    tokens  token of each shard, from which a subscription continues after the last change taken
     """
 
     def __init__(self, tokens: list[bytes], most: int) -> None:
-        """Create an empty queue for at most ``most`` changes; ``tokens`` are the first ones, by
-        shard.
+        """Create an empty queue.
+
+        tokens  token of each shard from which its subscription starts; b"": none
+        most    maximum number of changes in the queue; ``put`` waits while it is full
         """
         self.tokens = tokens
         self.closed = False
@@ -41,7 +43,7 @@ class ChangeQueue:
         self._failure: PsError | None = None
 
     def put(self, change: Change | PsError) -> bool:
-        """Append a change, or a PsError that ended a stream; wait while the queue is full.
+        """Append a change, or the PsError that ended a stream; wait while the queue is full.
 
         Returns False, without appending, if the queue is closed.
         """
@@ -56,8 +58,9 @@ class ChangeQueue:
     def take(self, timeout: float | None) -> Change | None:
         """Remove and return the next change; wait up to ``timeout`` seconds (None: no limit).
 
-        Returns None if none arrived in time or the queue is closed. Raises the PsError that ended a
-        stream, also in all later calls.
+        Returns None if no change arrived in time or the queue is closed. If the next entry is the
+        PsError that ended a stream, raises it. Later calls return the changes that are still
+        queued, and then raise the same error.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._changed:
@@ -86,7 +89,7 @@ class ChangeQueue:
             self._changed.wait_for(lambda: self.closed, seconds)
 
     def close(self) -> None:
-        """Close the queue and discard its changes. Threads that wait in a method return at once."""
+        """Close the queue and discard its changes; threads that wait in its methods return."""
         with self._changed:
             self.closed = True
             self._ready.clear()
@@ -94,9 +97,9 @@ class ChangeQueue:
 
 
 class ShardStream:
-    """Reads the changes of one shard into a queue, on its own thread.
+    """Thread that receives the changes of one shard and puts them into a queue.
 
-    After a failure it opens a new stream, which continues after the last change that it queued.
+    After a failure it opens a new stream, which continues after the last change in the queue.
     """
 
     def __init__(
@@ -112,14 +115,14 @@ class ShardStream:
     ) -> None:
         """Store the arguments. ``open`` connects.
 
-        queue      receives the changes, and a PsError if the stream cannot continue
-        shard      the shard's number
+        queue      receives the changes, and a PsError if the subscription cannot continue
+        shard      number of the shard
         address    "host:port"
-        request    first request, with the token to continue from
-        timeout    seconds of failing to reach the shard, after which Unavailable is queued
-        when_lost  if the shard cannot continue from the token: "raise" queues the error, "snapshot"
-                   starts again with a snapshot
-        proxy      whether to use the HTTP proxy of the environment variables
+        request    request to send, with the token to continue from; its token is kept up to date
+        timeout    if the shard cannot be reached for this many seconds, Unavailable is queued
+        when_lost  what to do if the shard cannot continue from the token: "raise" queues the error,
+                   "snapshot" starts again with a snapshot of all rows
+        proxy      whether to use the HTTP proxy that the environment variables name
         """
         self.where = f"shard {shard} at {address}"
         self._queue = queue
@@ -139,14 +142,17 @@ class ShardStream:
         self._thread.start()
 
     def close(self) -> None:
-        """Cancel the stream; the thread ends soon after. The caller has closed the queue."""
+        """Cancel the stream, so that the thread ends. Close the queue before calling this."""
         call = self._call
         if call is not None:
             self._channel.cancel(call)
         self._channel.close()
 
     def _run(self) -> None:
-        """Read streams until the queue is closed or a failure is final."""
+        """Open and read one stream after another, until the queue is closed or a failure is final.
+
+        The thread runs this method. A final failure is put into the queue.
+        """
         failures, failing = 0, time.monotonic()
         while not self._queue.closed:
             try:
@@ -172,9 +178,10 @@ class ShardStream:
             self._queue.pause(pause)
 
     def _restarts(self, failure: PsError) -> bool:
-        """Switch the request to a snapshot if the token is useless and ``when_lost`` is "snapshot".
+        """Make the next request ask for a snapshot, if a failure requires one.
 
-        Returns whether it did.
+        It does if the shard cannot continue from the token and ``when_lost`` is "snapshot". Returns
+        whether the request was changed.
         """
         lost = isinstance(failure, LOST) and bool(self._request.token)
         if not lost or self._when_lost != "snapshot":
@@ -184,7 +191,7 @@ class ShardStream:
         return True
 
     def _pause(self, failure: PsError, failures: int) -> float | None:
-        """Return the seconds to wait before the next attempt, or None if the failure is final.
+        """Return the seconds to wait before the next stream, or None if ``failure`` is final.
 
         failures  number of consecutive failures
         """
@@ -196,9 +203,9 @@ class ShardStream:
         return seconds
 
     def _read(self) -> None:
-        """Open a stream and queue its changes until the queue is closed.
+        """Open a stream and put its changes into the queue, until the queue is closed.
 
-        Raises a PsError when the stream breaks.
+        Raises a PsError when the stream ends or fails.
         """
         self._received = False
         request = self._request.SerializeToString()

@@ -1,4 +1,4 @@
-"""Delay signal handlers while they would break the interrupted code.
+"""Delay signal handlers while they could damage the code that they interrupt.
 
 Python runs a signal handler between any two bytecodes of the main thread. If the handler raises an
 exception there (for example KeyboardInterrupt), it leaves the locks of a threading.Condition locked
@@ -8,8 +8,8 @@ interrupted code holds. Inside ``with Shield():`` handlers are delayed to the en
 A block that waits for a server passes ``wake``, a function that ends the wait. Background threads
 call ``wake_delayed`` several times per second, which limits the delay of a handler.
 
-Without a shield only locks written in C are safe, and only if ``with`` takes them. ``Condition``
-here is such a lock.
+Outside a Shield, only a lock that is written in C and acquired by ``with`` survives a handler that
+raises. The class ``Condition`` in this module is such a lock.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ Handler = Callable[[int, Any], Any]
 
 
 class _Delay:
-    """A signal handler that replaces the original ``handler`` while a Shield is up.
+    """Signal handler that a Shield installs in place of the original ``handler``.
 
-    It records the signal in ``shield.delayed``. Once the shield is down it calls the original.
+    During the Shield's block it records each signal in ``shield.delayed``. After the block it
+    calls ``handler`` at once.
     """
 
     __slots__ = ("handler", "shield")
@@ -54,9 +55,10 @@ class _Delay:
 class Shield:
     """Context manager that delays signal handlers to the end of its block.
 
-    wake  function that ends the wait inside the block; other threads call it when a signal arrived
+    wake  function that ends a wait inside the block, for example by cancelling an RPC. Another
+          thread calls it if a signal arrived during the block. None: the block does not wait
 
-    It does nothing outside the main thread, because only the main thread runs handlers.
+    A Shield does nothing outside the main thread, because Python runs signal handlers only there.
     """
 
     __slots__ = ("_kept", "delayed", "up", "wake")
@@ -90,7 +92,7 @@ class Shield:
                 handler(number, frame)
 
     def _restore(self) -> None:
-        """Put the original signal handlers back."""
+        """Reinstall the original signal handlers."""
         self.up = False  # first: a _Delay left in place by an interruption then forwards
         for number, handler in self._kept:
             _signal.signal(number, handler)
@@ -100,21 +102,21 @@ class Shield:
 
 
 class Condition(threading.RLock().__class__):  # type: ignore[misc]
-    """Replacement of threading.Condition that stays usable if a signal handler raises in ``wait``.
+    """Replacement for threading.Condition that stays usable if a signal handler raises in ``wait``.
 
-    It is itself a lock written in C: take it by ``with``. When calling ``wait``, the thread must
-    hold it exactly once (not nested).
+    The object is itself the lock, an RLock written in C: acquire it by ``with``. A thread that
+    calls ``wait`` must have acquired it exactly once (not nested).
     """
 
     def __init__(self) -> None:
         self._waiters: list[Any] = []
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Release the lock until notified, then take it again.
+        """Release the lock, wait until another thread calls ``notify_all``, and acquire it again.
 
         timeout  seconds; None: no limit
 
-        Returns False if it was not notified in time.
+        Returns False if the timeout passed first.
         """
         waiter = threading.Lock()
         waiter.acquire()
@@ -129,9 +131,12 @@ class Condition(threading.RLock().__class__):  # type: ignore[misc]
                 self._waiters.remove(waiter)
 
     def wait_for(self, predicate: Callable[[], Any], timeout: float | None = None) -> Any:
-        """Wait until ``predicate()`` is true, or for ``timeout`` seconds (None: no limit).
+        """Wait until ``predicate()`` is true, or until ``timeout`` seconds have passed.
 
-        Returns the predicate's last value.
+        predicate  called with the lock held: at once, and again after each ``notify_all``
+        timeout    None: no limit
+
+        Returns the last value of ``predicate()``, which is false if the time ran out.
         """
         end = None if timeout is None else time.monotonic() + timeout
         while not (result := predicate()):
@@ -142,16 +147,16 @@ class Condition(threading.RLock().__class__):  # type: ignore[misc]
         return result
 
     def notify_all(self) -> None:
-        """Wake all waiting threads. The caller holds the lock."""
+        """Wake all threads that wait. The caller must hold the lock."""
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             waiter.release()
 
 
 def wake_delayed() -> None:
-    """End those waits inside a Shield's block that delay a signal handler.
+    """Call ``wake`` of every Shield whose block is delaying a signal handler, to end the block.
 
-    Any thread may call it.
+    Any thread may call this function.
     """
     for shield in list(_waiting):
         if shield.delayed and shield.wake is not None:

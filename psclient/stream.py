@@ -2,13 +2,13 @@
 
 No dedicated thread reads replies. Of the callers that wait, one is the reader: it reads everybody's
 replies until its own arrives, then another waiting caller becomes the reader. This saves a switch
-between threads for each call. Nobody waits for the replies to prefetches, so a background thread,
-started with the first prefetch, takes turns as the reader.
+between threads for each call. The caller of a prefetch does not wait, so a background thread,
+started at the first prefetch, waits for the replies to prefetches in its place.
 
-When the stream breaks, the reader opens a new one and sends every unanswered request again. Pushes
-carry (client id, incarnation, sequence), so the server applies each once. If a signal handler
-raises in a caller, that caller drops the stream. Its own request is not sent again; the requests of
-other callers are.
+When the stream breaks, the reader opens a new one and sends every unanswered request again. Each
+push carries (client id, incarnation, sequence), so the server applies it once. If a signal handler
+raises in a caller, that caller cancels the stream. Its own request is not sent again. The requests
+of other callers are sent again on a new stream.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from psclient.signals import Shield
 from psproto import codec
 from psproto import ps_pb2 as pb
 
-LOST = 2.0  # seconds after its deadline at which another caller replaces the reader
+LOST = 2.0  # seconds after the reader's deadline at which another caller replaces the reader
 
 
 class StreamLink(Link):
-    """Connection to one shard through a stream. Thread-safe. See Link."""
+    """Connection to one shard through a gRPC stream. Thread-safe. The base class explains it."""
 
     def __init__(
         self, where: str, address: str, session: Session, options: Options = OPTIONS
@@ -110,7 +110,7 @@ class StreamLink(Link):
     # ---- one caller reads for all
 
     def _take_turns(self, call: Call) -> None:
-        """Return once the call is done. Become the reader when there is none."""
+        """Wait until ``call`` is done; read replies on this thread while no other thread does."""
         try:
             while (turn := self._turn(call)) is not None:
                 if not turn.acquire(timeout=max(call.deadline - time.monotonic(), 0)):
@@ -127,10 +127,11 @@ class StreamLink(Link):
                 self._pass_on()
 
     def _turn(self, call: Call) -> Any:
-        """Make this thread the reader if there is none, and return None.
+        """Make this thread the reader of the stream, if no thread is, and return None.
 
-        Otherwise return a locked lock; it is released when this thread must look again. Also
-        returns None if the call is done.
+        If another thread is the reader, return a locked lock instead. It is released when ``call``
+        is done or when this thread should try again to become the reader. Returns None, without
+        becoming the reader, if ``call`` is done.
         """
         with self.lock:
             if call.done:
@@ -149,13 +150,14 @@ class StreamLink(Link):
             return turn
 
     def _reads(self, call: Call) -> bool:
-        """Return whether this thread is the reader, on behalf of this call."""
+        """Return whether this thread is the reader of the stream, on behalf of ``call``."""
         return self._reader is call and self._reader_thread == threading.get_ident()
 
     def _read_one(self, reader: Call) -> None:
-        """Read one reply and complete the call that it answers.
+        """Read one reply from the stream and complete the call that it answers.
 
-        reader  the reader's own call; if it is past its deadline, it fails instead
+        reader  call on whose behalf this thread reads. If its deadline has passed, it is completed
+                with an error, and nothing is read
         """
         with self.lock:
             if reader.done:  # because the client was closed
@@ -179,8 +181,9 @@ class StreamLink(Link):
                     self._settle(call, answer, None)
 
     def _prefetch(self) -> None:
-        """Take turns as the reader for each prefetch, on the background thread, until None is
-        queued.
+        """Wait for the reply to each queued prefetch, until None is queued.
+
+        The background thread runs this method.
         """
         while (call := self._prefetches.get()) is not None:
             self._take_turns(call)
@@ -188,20 +191,20 @@ class StreamLink(Link):
     # ---- the caller of these methods holds the lock
 
     def _pass_on(self) -> None:
-        """Wake one waiting caller to become the reader, if there is none."""
+        """If no thread reads the stream, wake one waiting caller, which becomes the reader."""
         if self._reader is None and self._sleeping:
             turn = next(iter(self._sleeping))
             del self._sleeping[turn]
             turn.release()
 
     def _wake(self, call: Call) -> None:
-        """Wake all threads that wait for a call."""
+        """Wake all threads that wait for ``call``."""
         for turn in [turn for turn, each in self._sleeping.items() if each is call]:
             del self._sleeping[turn]
             turn.release()
 
     def _send(self, call: Call) -> None:
-        """Send a call on the stream; open the stream if there is none."""
+        """Queue a call's message on the stream; open a stream if there is none."""
         call.attempts += 1
         if self._stream is None:
             self._reopen()
@@ -209,7 +212,7 @@ class StreamLink(Link):
             self._outbox.put(call.message)
 
     def _reopen(self) -> Any:
-        """Open a stream and send all unanswered calls on it. Returns the stream."""
+        """Open a stream, queue the messages of all unanswered calls on it, and return it."""
         outbox: SimpleQueue[bytes | None] = SimpleQueue()
         for call in list(self._open.values()):
             if not call.done:
@@ -225,15 +228,16 @@ class StreamLink(Link):
         return stream
 
     def _drop_stream(self) -> Any:
-        """Stop using the stream and return it, so that the caller can cancel it without the
-        lock.
+        """Stop using the current stream and return it; None if there is none.
+
+        The caller cancels the stream after it has released the lock.
         """
         self._outbox.put(None)
         stream, self._stream = self._stream, None
         return stream
 
     def _settle(self, call: Call, answer: codec.Exchanged | None, error: PsError | None) -> None:
-        """Complete a call with an answer or an error, and wake its waiting threads."""
+        """Complete a call with its answer or its error, and wake the threads that wait for it."""
         call.answer, call.error, call.done = answer, error, True
         if error is None or pause_before(call, error) is None:
             self._finish(call, applied=error is None)
@@ -244,8 +248,9 @@ class StreamLink(Link):
         self._wake(call)
 
     def _expire(self, call: Call) -> None:
-        """Complete a call with DeadlineExceeded, or Unavailable if the stream broke since the
-        last reply.
+        """Complete a call whose deadline has passed with an error.
+
+        The error is Unavailable if the stream broke since the last reply, else DeadlineExceeded.
         """
         why = f"; last failure: {self._last_failure}" if self._failures else ""
         kind = Unavailable if self._failures else DeadlineExceeded
@@ -254,12 +259,14 @@ class StreamLink(Link):
     # ---- failures; the caller of these methods does not hold the lock
 
     def _broken(self, stream: Any, error: Exception, reader: Call) -> None:
-        """Handle a broken stream: drop it, then fail all unanswered calls, or pause before another
-        attempt.
+        """Stop using a stream that failed; then fail the unanswered calls, or pause.
 
-        stream  the stream that broke
-        error   what the read raised; all unanswered calls fail unless its code is in RETRYABLE
-        reader  the call of this thread, which limits the pause
+        stream  the stream that failed
+        error   exception that reading it raised. If its gRPC status code is in RETRYABLE, this
+                method pauses, and the caller then opens a new stream. Otherwise all unanswered
+                calls fail with this error
+        reader  call on whose behalf this thread read. The pause ends at its deadline. If the
+                deadline has passed, this call fails and there is no pause
         """
         code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.UNAVAILABLE
         text = error.details() if isinstance(error, grpc.RpcError) else str(error)
@@ -284,7 +291,10 @@ class StreamLink(Link):
             time.sleep(pause)
 
     def _again(self, call: Call, error: PsError) -> bool:
-        """Pause and send a call again if its error allows that; return whether it was sent."""
+        """Send a failed call again, after a pause, if its error permits another attempt.
+
+        Returns whether the call was sent.
+        """
         pause = pause_before(call, error)
         if pause is not None:
             time.sleep(pause)
