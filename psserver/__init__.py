@@ -1,66 +1,68 @@
-"""A shard behind gRPC.
+"""The server of one shard: its rows in memory, its log on disk, and the gRPC services.
 
-errors.py        why a request is refused
+A shard is the part of every table that one server stores. The modules, from the lowest layer up:
+
+errors.py        exceptions with which a request is refused
 addresses.py     hosts and ports to listen on
-memory.py        find the memory limit of the process, and divide it
+memory.py        find the memory limit of the process, and divide it among its uses
 config.py        settings of a server
 schemas.py       table schemas as messages and as JSON
 alterations.py   which settings of a live table can be altered
-sessions.py      which pushes were applied
-requests.py      what a shard is asked to do
-tombstones.py    keys that were deleted
+sessions.py      records of applied pushes, so that a retry is not applied twice
+requests.py      requests to a shard as Python objects
+tombstones.py    records of deleted keys
 tables.py        the tables of a shard, by name and by number
-sequencer.py     versions: each change gets the next one
-afterimages.py   buffers for the rows that a push left
-views.py         what readers of a shard get
-sweeps.py        eviction on the engine thread, one slice at a time
-recovery.py      a shard brought back from its base and its log
+sequencer.py     number the changes: each gets the next version and a log record
+afterimages.py   buffers for the new contents of pushed rows, for the log
+views.py         results of reads from a shard
+sweeps.py        evict rows on the engine thread, one slice per call
+recovery.py      load a shard from its base (rows at one version) and replay its log
 fills.py         tables that are hidden while they are filled
-reads.py         what can be read of a shard
-shard.py         one shard's part of every table, without a network
-loops.py         calls handed to an event loop by other threads
+reads.py         the methods of a shard that change nothing
+shard.py         one shard's rows of every table, and the changes to them; no networking
+loops.py         calls from other threads to an event loop
 engine.py        the thread that owns the shard
-sweeper.py       eviction in the background and on demand
-replay.py        a shard brought back from its data directory
-packing.py       rows of a shard packed into blocks
-flusher.py       dirty rows written to the base
-work.py          long work: one piece at a time, with its progress
-stored.py        what a checkpoint contains for a shard
-uses.py          which checkpoints are in use
+sweeper.py       evict rows in the background and on demand
+replay.py        recover a shard from its data directory when its server starts
+packing.py       pack the rows of a shard into blocks, the unit of files on disk
+flusher.py       write changed rows to the base
+work.py          run one long operation on checkpoints at a time, with progress
+stored.py        read the contents of a checkpoint for one shard
+uses.py          record which checkpoints are being read
 catalog.py       list, open and verify checkpoints
-calls.py         calls that wait until their client lets them go on
+calls.py         calls that wait until their client sends Continue
 deletion.py      delete checkpoints
-slices.py        whole rows in portions for the engine
-rows.py          whole rows in and out
+slices.py        split whole rows into slices for the engine thread
+rows.py          read and write whole rows
 loading.py       fill a table from a checkpoint
 checkpoints.py   take named checkpoints of this shard
-swap.py          how far a restore is, and the directories that it moves
-staging.py       a base made of a checkpoint
-restore.py       replace a shard's state by a checkpoint's
-pace.py          turns for slow readers on the engine
-summaries.py     summaries of tables as messages
-inspection.py    what is known of single keys
-analysis.py      what a table holds
+swap.py          store the phase of a restore, and swap the live and the restored data
+staging.py       write a new base from a checkpoint
+restore.py       restore a shard from a checkpoint, in phases
+pace.py          run analyses in slices, with pauses
+summaries.py     messages of an analysis
+inspection.py    report what the shard knows about single keys
+analysis.py      summarize the rows of a table
 position.py      a subscriber's position in a shard's history, and its token
-wanted.py        what a subscriber asked for
-deltas.py        records and rows as messages of a subscription
+wanted.py        read the options of a subscription
+deltas.py        encode log records and rows as messages of a subscription
 source.py        log, engine and threads that subscriptions share
-sender.py        one subscriber's stream
-logtail.py       messages of a subscription made of the log
-rowscan.py       snapshots and catch-ups: rows sent while pushes go on
-subscription.py  one subscription: the log, or a scan where the log does not reach back
+sender.py        write messages to one subscriber
+logtail.py       read the log, and encode it for one subscriber
+rowscan.py       send all or changed rows to one subscriber, while pushes continue
+subscription.py  serve one subscription, from the log or by a scan of the rows
 feed.py          the subscriptions of one shard
 stats.py         count requests, bytes and errors
-connections.py   connections whose peers do not finish their messages
-info.py          what a shard reports about itself
-status.py        the status with which an error reaches a client
-limits.py        admission of requests
-workers.py       threads for what blocks
-transport.py     what gRPC may hold before the service sees it
-door.py          the way to all methods
+connections.py   close connections whose peers do not finish their messages
+info.py          what GetServerInfo reports
+status.py        convert errors to gRPC statuses
+limits.py        admit requests: memory in flight, restore, drain
+workers.py       thread pools for blocking work
+transport.py     gRPC options that limit memory
+door.py          checks that every gRPC method passes first
 health.py        the health service
-handlers.py      gRPC method handlers, the same for every method
-checks.py        what a request can get wrong by itself
+handlers.py      build the gRPC handlers of all kinds of methods
+checks.py        checks of a request that need no tables
 exchange.py      pulls, pushes, deletes and exchanges
 stream.py        the bidirectional stream
 service.py       the gRPC methods of all services
@@ -68,7 +70,7 @@ datadir.py       lock, recover and close a shard's data directory
 metrics.py       collect the metrics of a shard
 exposition.py    serve /metrics over HTTP
 listener.py      open the gRPC port, with health and reflection
-server.py        open and close the parts of one shard, in order
+server.py        open and close the components of one server, in order
 warm.py          compile the kernels before they are needed
 logs.py          write log lines to stderr
 process.py       run one shard as a process: signals, restart, exit status

@@ -1,4 +1,4 @@
-"""``python -m psserver``."""
+"""Run the command line: ``python -m psserver``."""
 
 from psserver.cli import main
 

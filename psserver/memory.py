@@ -12,7 +12,8 @@ default of memory_bytes leaves room for everything else:
                               +  slack       a tenth: heap, tombstones, sessions, pages of files
                               +  tables      memory_bytes
 
-Limits of ``ulimit`` hold for each process alone, so colocated shards do not divide them.
+Colocated shards are the servers on the same machine or in the same container. The limits of
+``ulimit`` hold for each process alone, so colocated shards do not divide them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ ADDRESS_BYTES = 3 << 30  # address space of an idle server: stacks, heaps, reser
 ADDRESS_PARTS = 4  # bytes of address space per byte of a table: reserved ranges, mapped files
 DATA_BYTES, DATA_PARTS = 512 << 20, 2  # the same for private memory, which ulimit -d limits
 SLACK = 10  # slack is 1 / SLACK of what remains after the other uses
-LEAST_TABLES = 16 << 20  # minimum memory for tables, in bytes; with less, no server starts
+LEAST_TABLES = 16 << 20  # minimum memory for tables, in bytes; with less, the server does not start
 LEAST_INFLIGHT, MOST_INFLIGHT = 16 << 20, 1 << 30  # bounds of the default max_inflight_bytes
 MOST_BACKLOG = 256 << 20  # maximum memory for the backlog, in bytes
 NO_LIMIT = 1 << 60  # bytes; cgroup v1 reports a number larger than this if there is no limit
@@ -41,11 +42,11 @@ class Limit:
     """Number of bytes that a process may use, and where this limit was found."""
 
     bytes: int
-    source: str
-    of_process: bool = False  # a limit of each process alone, which processes do not share
+    source: str  # for messages, for example "physical memory"
+    of_process: bool = False  # True: holds for each process alone; False: processes share it
 
     def part(self, colocated: int) -> int:
-        """Return the number of bytes for each of ``colocated`` servers."""
+        """Return the number of bytes for each server, if ``colocated`` servers run here."""
         return self.bytes if self.of_process else self.bytes // colocated
 
     def __str__(self) -> str:
@@ -63,27 +64,27 @@ class Plan:
 
     @property
     def part(self) -> int:
-        """Return this server's share of the limit."""
+        """This server's share of the limit, in bytes."""
         return self.limit.part(self.colocated)
 
     @property
     def sharing(self) -> int:
-        """Return the number of servers that divide the limit."""
+        """Number of servers that divide the limit."""
         return 1 if self.limit.of_process else self.colocated
 
     @property
     def backlog(self) -> int:
-        """Return the maximum number of bytes that may wait to be written to the log."""
+        """Maximum size of the log records that wait to be written to disk, in bytes."""
         return min(self.part // 16, MOST_BACKLOG)
 
     @property
     def reserve(self) -> int:
-        """Return the bytes that tables cannot use, not counting slack."""
+        """Bytes of this server's share that tables cannot use, without the slack."""
         return BASE_BYTES + self.inflight + self.transport + self.backlog
 
     @property
     def tables(self) -> int:
-        """Return the bytes left for tables; negative if the limit is too small."""
+        """Bytes left for tables; negative if the limit is too small."""
         rest = self.part - self.reserve
         return rest - max(rest, 0) // SLACK
 
@@ -106,26 +107,29 @@ def default_inflight(limit: Limit, colocated: int, max_message_bytes: int) -> in
 
     colocated  number of servers on this machine or in this container
 
-    The result is at least 16 MiB and one message, and otherwise at most 1 GiB. If it were smaller
-    than max_message_bytes, the largest messages could never be admitted.
+    The result is at most 1 GiB and at least 16 MiB. It is raised to max_message_bytes if that is
+    larger, because the largest messages could otherwise never be admitted.
     """
     part = limit.part(colocated) // 8
     return max(min(part, MOST_INFLIGHT), LEAST_INFLIGHT, max_message_bytes)
 
 
 def transport_bytes(max_message_bytes: int, inflight: int) -> int:
-    """Return the maximum size of messages that gRPC may have received but that are not admitted
-    yet.
+    """Return the maximum number of bytes that gRPC may have received for messages that the server
+    has not yet admitted.
 
-    inflight  max_inflight_bytes; as many bytes may be unfinished before connections are closed
+    inflight  max_inflight_bytes; incomplete messages may take this many bytes before the server
+              closes connections
 
-    At least two whole messages, because a message exists twice while gRPC hands it over.
+    The result is at least twice max_message_bytes, because a message exists twice while gRPC passes
+    it to the server.
     """
     return max(2 * max_message_bytes, inflight, LEAST_INFLIGHT)
 
 
 def memory_limit(root: Path = Path("/"), colocated: int = 1) -> Limit:
-    """Return the memory limit that leaves the least to this process.
+    """Return, of all memory limits that hold for this process, the one that allows the fewest bytes
+    per server.
 
     root       directory that contains proc and sys; tests use a different one
     colocated  number of servers on this machine or in this container
@@ -142,7 +146,10 @@ def show(size: int) -> str:
 
 
 def _limits(root: Path) -> Iterator[Limit]:
-    """Yield all limits that hold for this process. root: directory that contains proc and sys."""
+    """Yield all memory limits that hold for this process.
+
+    root  directory that contains proc and sys
+    """
     proc = root / "proc"
     facts = _meminfo(_text(proc / "meminfo"))
     yield Limit(facts.get("MemTotal", NO_LIMIT), "physical memory")
@@ -161,15 +168,21 @@ def _limits(root: Path) -> Iterator[Limit]:
 
 
 def _meminfo(text: str) -> dict[str, int]:
-    """Return name -> bytes, from the text of /proc/meminfo."""
+    """Return a dict from name to bytes, for example {"MemTotal": 8589934592}.
+
+    text  contents of /proc/meminfo
+    """
     found = re.findall(r"^(\w+):\s+(\d+) kB$", text, re.M)
     return {name: int(size) << 10 for name, size in found}
 
 
 def _resource_limits(text: str) -> Iterator[Limit]:
-    """Yield the limits for data and address space, from the text of /proc/self/limits.
+    """Yield the limits of ``ulimit -d`` (private memory) and ``ulimit -v`` (address space).
 
-    Both limits also count memory that is reserved but not used, so less is usable.
+    text  contents of /proc/self/limits
+
+    The kernel also counts memory that is reserved but not used. So the yielded limits are smaller
+    than the numbers in the file.
     """
     if data := re.search(r"^Max data size\s+(\d+)", text, re.M):
         usable = max(int(data[1]) - DATA_BYTES, 0) // DATA_PARTS
@@ -183,7 +196,7 @@ def _resource_limits(text: str) -> Iterator[Limit]:
 
 @dataclass(frozen=True, slots=True)
 class _Mount:
-    """A mounted cgroup hierarchy: its directory ``root`` is visible at the path ``point``."""
+    """A mounted cgroup hierarchy: its group ``root`` is visible as the directory ``point``."""
 
     version: int  # of cgroups: 1 or 2
     root: PurePosixPath
@@ -191,9 +204,10 @@ class _Mount:
 
 
 def _cgroup_mounts(text: str) -> Iterator[_Mount]:
-    """Yield the cgroup hierarchies for memory, from the text of /proc/self/mountinfo.
+    """Yield the mounted cgroup hierarchies that limit memory.
 
-    Its lines have the form ``ID PARENT DEVICE ROOT POINT ... - TYPE SOURCE OPTIONS``.
+    text  contents of /proc/self/mountinfo, with lines of the form
+          ``ID PARENT DEVICE ROOT POINT ... - TYPE SOURCE OPTIONS``
     """
     for line in text.splitlines():
         left, _, right = line.partition(" - ")
@@ -208,19 +222,19 @@ def _cgroup_mounts(text: str) -> Iterator[_Mount]:
 
 
 def _unescaped(field: str) -> str:
-    """Return a field of mountinfo: the kernel writes spaces as \\040."""
+    """Replace octal escapes in a field of /proc/self/mountinfo: ``\\040`` is a space."""
     return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), field)
 
 
 def _walk(root: Path, mount: _Mount, group: str, files: tuple[str, ...]) -> Iterator[Limit]:
     """Yield the limits of a cgroup and of all groups that contain it, as far as they are mounted.
 
+    root   directory that contains proc and sys
     group  path of the group in its hierarchy, from /proc/self/cgroup
-    files  names of the files that contain a limit
+    files  names of the files that contain a limit, for example "memory.max"
 
-    In a container, the mount may show only the last part of this path, or the path may be relative
-    to a namespace. If the path is outside the mount, the limits of the top directory of the mount
-    are used.
+    In a container, ``group`` may be outside the mounted part of the hierarchy. Then only the limits
+    of the top directory of the mount are yielded.
     """
     path = PurePosixPath(group)
     inside = path.is_relative_to(mount.root) and ".." not in path.parts
@@ -236,9 +250,11 @@ def _walk(root: Path, mount: _Mount, group: str, files: tuple[str, ...]) -> Iter
 
 
 def _above_the_mount(root: Path, directory: PurePosixPath) -> Iterator[Limit]:
-    """Yield the smallest limit of all containing groups, which cgroup v1 reports in memory.stat.
+    """Yield the smallest limit of a cgroup (version 1) and of all groups that contain it.
 
-    It includes groups that are not mounted.
+    root       directory that contains proc and sys
+    directory  path of the group; its file memory.stat has the limit, which includes those of groups
+               that are not mounted
     """
     path = directory / "memory.stat"
     text = _text(root / str(path).lstrip("/"))

@@ -1,8 +1,8 @@
 """Collect the metrics of a shard for Prometheus.
 
-Collectors read the statistics of the service and the state of the shard at each scrape. The labels
-are method, table, tier, code, reason and cause of eviction. Keys are never labels, because there
-are too many of them.
+At each scrape, Prometheus' request for /metrics, the collectors read the counts of the service and
+the state of the shard. The labels are method, table, tier (kind of memory), code, reason and cause
+of eviction. Keys are never labels, because there are too many of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from storage.versionlog import VersionLog
 
 
 class ShardCollector(Collector):
-    """Collects metrics of traffic, tables, memory and log positions at each scrape."""
+    """Collects metrics of traffic, tables, memory and log versions at each scrape.
+
+    log  None: the shard has no log, and its metrics are left out
+    """
 
     def __init__(
         self, shard: Shard, engine: Engine, stats: ServiceStats, log: VersionLog | None = None
@@ -48,7 +51,11 @@ class ShardCollector(Collector):
         shard, service = self._shard, self._stats
         for name, help, value in (
             ("ps_version", "Version of the shard: number of changes applied.", shard.version),
-            ("ps_sessions", "Client sessions whose pushes are de-duplicated.", len(shard.sessions)),
+            (
+                "ps_sessions",
+                "Client sessions: records of pushes already applied.",
+                len(shard.sessions),
+            ),
             ("ps_memory_bytes", "Memory used by tables, in bytes.", shard.budget.held),
             ("ps_memory_budget_bytes", "Memory limit for tables, in bytes.", shard.budget.limit),
             (
@@ -58,7 +65,8 @@ class ShardCollector(Collector):
             ),
             (
                 "ps_buffer_bytes",
-                "Bytes of after-images that the log has not written, and of buffers for more.",
+                "Size of the buffers for copies of pushed rows on their way to the log, in bytes,"
+                " unused ones included.",
                 shard.buffer_bytes,
             ),
             ("ps_streams", "Open client streams.", service.streams),
@@ -67,22 +75,28 @@ class ShardCollector(Collector):
             yield GaugeMetricFamily(name, help, value)
 
     def _positions(self, log: VersionLog) -> Iterator[Metric]:
-        """Yield the metrics of the version log."""
+        """Yield the metrics of the version log: its versions, backlog and torn bytes."""
         for name, help, value in (
             ("ps_log_written_version", "Newest version written to the log file.", log.written),
             ("ps_log_durable_version", "Newest version synced to disk.", log.durable),
             ("ps_log_first_version", "Oldest version in the log.", log.first),
-            ("ps_log_backlog_bytes", "Bytes of log records that are not written yet.", log.backlog),
+            (
+                "ps_log_backlog_bytes",
+                "Bytes of log records not yet written to the file.",
+                log.backlog,
+            ),
             (
                 "ps_log_torn_bytes",
-                "Bytes of a torn log tail that the last start removed.",
+                "Bytes of incomplete records that the last start removed from the log's end.",
                 log.torn_bytes,
             ),
         ):
             yield GaugeMetricFamily(name, help, value)
 
     def _traffic(self) -> Iterator[Metric]:
-        """Yield requests, keys, bytes and latency by method and table, and errors by method."""
+        """Yield requests, keys, bytes and latency by method and table, and errors by method, code
+        and reason.
+        """
         labels = ["method", "table"]
         requests = CounterMetricFamily(
             "ps_requests", "Pulls, pushes and deletes served.", labels=labels
@@ -107,7 +121,7 @@ class ShardCollector(Collector):
                 buckets.append(("+Inf" if bound == float("inf") else str(bound), float(total)))
             latency.add_metric(where, buckets, traffic.seconds)
         errors = CounterMetricFamily(
-            "ps_errors", "Requests refused.", labels=["method", "code", "reason"]
+            "ps_errors", "Requests that failed.", labels=["method", "code", "reason"]
         )
         for what, count in list(self._stats.errors.items()):
             errors.add_metric(what, count)
@@ -133,23 +147,23 @@ class ShardCollector(Collector):
         """Yield the results of admission and eviction by table, for example evicted rows."""
         of = ["table"]
         waiting = GaugeMetricFamily(
-            "ps_waiting_keys", "Keys that are counted but not admitted.", labels=of
+            "ps_waiting_keys", "Keys that are counted but not admitted yet.", labels=of
         )
         counters = GaugeMetricFamily(
             "ps_counter_bytes", "Memory of admission counters, in bytes.", labels=of
         )
         admitted = CounterMetricFamily("ps_admitted_keys", "Keys that a push admitted.", labels=of)
         refused = CounterMetricFamily(
-            "ps_refused_keys", "Keys in pushes that were not admitted.", labels=of
+            "ps_refused_keys", "Keys that a push did not admit, counted once per push.", labels=of
         )
         dropped = CounterMetricFamily(
             "ps_dropped_gradients",
-            "Gradients dropped because their key was not admitted.",
+            "Occurrences of keys whose gradients were dropped because the key was not admitted.",
             labels=of,
         )
         expired = CounterMetricFamily(
             "ps_expired_counters",
-            "Admission counters removed by age or for lack of room.",
+            "Admission counters removed by age, for lack of room, or by an alteration.",
             labels=of,
         )
         evicted = CounterMetricFamily(
@@ -172,13 +186,15 @@ class ShardCollector(Collector):
 
 
 class ConnectionCollector(Collector):
-    """Collects the size of incomplete messages and the number of closed connections."""
+    """Collects, at each scrape, the size of incomplete messages and the number of connections that
+    were closed because of them.
+    """
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics of client connections."""
+        """Yield both metrics."""
         yield GaugeMetricFamily(
             "ps_unfinished_bytes",
             "Bytes of messages that have not arrived completely.",
@@ -198,18 +214,18 @@ class FeedCollector(Collector):
         self._feed = feed
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics of subscriptions."""
+        """Yield the metrics of all subscriptions of the shard."""
         feed, lag = self._feed, self._feed.lag
         for name, help, value in (
             ("ps_subscribers", "Open subscriptions.", feed.subscribers),
             (
                 "ps_subscriber_lag_versions",
-                "Versions that the slowest subscriber lags behind.",
+                "Number of versions that the slowest subscriber has not received yet.",
                 lag.versions,
             ),
             (
                 "ps_subscriber_lag_seconds",
-                "Seconds that the slowest subscriber lags behind.",
+                "Age of the oldest change that a subscriber has not received yet, in seconds.",
                 lag.seconds,
             ),
         ):
@@ -221,13 +237,13 @@ class FeedCollector(Collector):
 
 
 class FlushCollector(Collector):
-    """Collects the age of the last flush at each scrape."""
+    """Collects, at each scrape, the age of the last flush: the write of changed rows to disk."""
 
     def __init__(self, flusher: Flusher) -> None:
         self._flusher = flusher
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the age of the last flush."""
+        """Yield the seconds since the last flush."""
         yield GaugeMetricFamily(
             "ps_flush_age_seconds",
             "Seconds since the last flush to the data directory.",

@@ -15,13 +15,14 @@ from psserver.engine import Engine
 Slice = TypeVar("Slice")
 Result = TypeVar("Result")
 
-SPARED = 80  # default pause after a slice, in multiples of the slice's time: uses 1/81 of a core
-SPARED_STORED = 9  # pause after a slice that reads a checkpoint, likewise: uses 1/10 of a core
+SPARED = 80  # default pause after a slice, as a multiple of its time: slices use 1/81 of a core
+SPARED_STORED = 9  # the same for slices that read a checkpoint: they use 1/10 of a core
 LONGEST = 1.0  # longest pause of ``beside``, in seconds; a server that stops waits for its end
 
 
 class Pace:
-    """Runs slices of work one at a time, even if several threads ask, and pauses after each slice.
+    """Runs slices of work, and pauses after each one. If several threads call, one slice or pause
+    runs at a time, and the other threads wait.
 
     spared  length of a pause, as a multiple of the processor time that the slice took
     """
@@ -32,10 +33,10 @@ class Pace:
         self._turn = threading.Lock()
 
     def run(self, read: Callable[[], Slice], work: Callable[[Slice], Result]) -> Result:
-        """Run one slice, pause, and return the result of ``work``.
+        """Run one slice of an analysis, pause, and return the result of ``work``.
 
         read  called on the engine thread; returns the data of the slice
-        work  called with that data, on the calling thread
+        work  called with these data, on the calling thread
         """
 
         def timed() -> tuple[Slice, float]:
@@ -50,9 +51,11 @@ class Pace:
         return done
 
     def beside(self, work: Callable[[], Result]) -> Result:
-        """Run ``work`` on the calling thread, pause for at most 1 s (LONGEST), return its result.
+        """Run a slice that does not need the engine thread, pause, and return its result.
 
-        For slices that do not need the engine thread.
+        work  called on the calling thread
+
+        The pause lasts at most LONGEST (1 s).
         """
         with self._turn:
             start = time.thread_time()

@@ -29,14 +29,14 @@ CELLS_BYTES = BLOCK_BYTES - 4096  # bytes of a sketch (approximate counters) per
 
 
 def blocks_of(captured: Capture, after: int, buffer: Bytes) -> Iterator[Block]:
-    """Yield blocks (without checksum yet) of the tombstones, then of the rows, changed after a
-    version.
+    """Yield blocks, without checksums, with the tombstones and then the rows that changed after
+    version ``after``, up to the captured version.
 
     after   version; 0: all rows
     buffer  uint8[BLOCK_BYTES]  memory for the blocks: each is valid until the next is requested
 
-    Contains changes up to the captured version. A row that is pushed while this generator runs may
-    be missing or have a mix of old and new numbers; the log has its new contents.
+    A row that is pushed while this generator runs may be missing, or be a mix of old and new
+    numbers. The log has its new contents.
     """
     size = tombstones_per_block()
     for number, dead in joined([part.after(after) for part in captured.tombstones]).by_table():
@@ -65,13 +65,15 @@ Counted = tuple[int, Keys, Occurrences, Versions]  # number of the table, and co
 
 
 def counters_of(captured: Capture, after: int, engine: Engine) -> Iterator[Counted]:
-    """Yield (table number, keys, totals, versions) of the exact admission counters that changed
-    after version ``after``, many at a time.
+    """Yield (table number, keys, totals, versions) with the exact admission counters that changed
+    after version ``after``. Each tuple has counters of many keys of one table.
 
-    keys, totals, versions  uint64[n], uint32[n] occurrences, uint64[n] of the last change
+    keys      uint64[n]
+    totals    uint32[n]  occurrences counted
+    versions  uint64[n]  version of the counter's last change
 
-    Values are those at the time of reading. A counter that changes while this generator runs may be
-    missing or newer than the captured version; the log has its new value.
+    A counter that changes while this generator runs may be missing, or newer than the captured
+    version. The log has its new value.
     """
     most = tombstones_per_block()
     for each in captured.tables:
@@ -84,12 +86,12 @@ def counters_of(captured: Capture, after: int, engine: Engine) -> Iterator[Count
 
 
 def cells_of(captured: Capture, but: set[int]) -> Iterator[tuple[int, int, Bytes]]:
-    """Yield (table number, offset of the first byte, bytes) for each piece of the sketches.
+    """Yield the sketches of all tables in pieces: (table number, offset in bytes, bytes).
 
     A sketch is the array of approximate admission counters of a table. Tables with exact counters
-    yield nothing. The bytes are those at the time of reading.
+    are skipped. The bytes are those at the time of reading, not of the capture.
 
-    but  numbers of the tables to skip
+    but  numbers of more tables to skip
     """
     for each in captured.tables:
         if each.number in but:
@@ -100,10 +102,10 @@ def cells_of(captured: Capture, but: set[int]) -> Iterator[tuple[int, int, Bytes
 
 
 def _unmoved(block: Block, after: int, upto: int) -> Iterator[Block]:
-    """Yield the block without rows whose version is not in after + 1..upto; nothing if none is
-    left.
+    """Yield the block reduced to the rows with versions in ``after + 1..upto``; nothing if there
+    are none.
 
-    Such a row was pushed, or its slot was reused for another key, after the scan found it.
+    The other rows were pushed, or their slots reused for different keys, after the scan found them.
     """
     kept = (block.versions > np.uint64(after)) & (block.versions <= np.uint64(upto))
     if kept.all():

@@ -9,12 +9,13 @@ Numbers are little-endian. lineage: random id of the shard's log; a restore from
 a new one. epoch: random number that each start of a server draws. boot: random number of the server
 process. tables: hash of the subscribed table names. A subscriber is in one of five phases:
 
-    TAIL            has every change up to ``version``
-    SNAPSHOT,       a scan is sending it the rows whose version is in after + 1..version. The scan
-    CATCH_UP        continues at slot ``slot`` of table number ``table`` (0: first send the list of
-                    tables, and deletes), in the server process ``boot``
-    SNAPSHOT_TAIL,  has these rows, and every change up to ``version``. Once it has all changes up
-    CATCH_UP_TAIL   to ``until``, its rows are consistent: those of the shard at one version
+    TAIL            it has every change up to ``version``
+    SNAPSHOT,       a scan is sending it the rows with versions in ``after + 1..version``; the next
+    CATCH_UP        row is at slot ``slot`` of table number ``table``, in the server process
+                    ``boot``. Table 0: the list of tables and the deletes come first
+    SNAPSHOT_TAIL,  the scan is finished, and the subscriber has every change up to ``version``.
+    CATCH_UP_TAIL   Once it has all changes up to ``until``, its rows are consistent (equal to those
+                    of the shard at one version)
 
 SNAPSHOT sends all rows (after = 0 at first), CATCH_UP those that changed after the last version
 that the subscriber has. A slot is the index of a row in memory, so a scan can only continue in the
@@ -36,7 +37,7 @@ FORMAT = 1
 MAX_SLOT = 1 << 40  # upper bound on the slots of one table on one shard
 _TOKEN = struct.Struct("<BBHI16s7Q")
 _CHECKSUM = struct.Struct("<Q")
-_SEED = 0x70736665656431  # of the checksum, so that checksummed bytes of other formats are refused
+_SEED = 0x70736665656431  # seed of the checksum; bytes of formats with other seeds are refused
 TOKEN_BYTES = _TOKEN.size + _CHECKSUM.size
 
 
@@ -51,7 +52,9 @@ class Phase(IntEnum):
 
 
 SCANS = (Phase.SNAPSHOT, Phase.CATCH_UP)
+# phase that follows the end of a scan
 AFTER_SCAN = {Phase.SNAPSHOT: Phase.SNAPSHOT_TAIL, Phase.CATCH_UP: Phase.CATCH_UP_TAIL}
+# phase that follows if the log no longer has the next change
 WHEN_CUT_OFF = {
     Phase.TAIL: Phase.CATCH_UP,
     Phase.SNAPSHOT_TAIL: Phase.SNAPSHOT,
@@ -68,26 +71,29 @@ _USES: dict[Phase, frozenset[str]] = {  # fields that a phase uses; the others a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """A subscriber's position in the history of a shard; the module docstring has the fields."""
+    """A subscriber's position in the history of a shard: how far it has received the changes.
 
-    lineage: bytes  # 16 bytes: id of the log
-    epoch: int  # epoch in which the shard was at ``version``
-    tables: int  # digest of the subscribed table names; 0: all tables
+    The module docstring explains the phases.
+    """
+
+    lineage: bytes  # 16 bytes: random id of the log
+    epoch: int  # epoch (random number of a server start) in which the shard was at ``version``
+    tables: int  # hash of the subscribed table names; 0: all tables
     phase: Phase
-    version: int
-    after: int = 0
-    until: int = 0
-    table: int = 0
-    slot: int = 0
-    boot: int = 0  # 0: the scan has not begun
+    version: int  # the subscriber has the changes up to this version, or a scan sends them
+    after: int = 0  # the scan sends only rows newer than this version
+    until: int = 0  # version from which on the rows of the subscriber are consistent
+    table: int = 0  # number of the table that the scan is at
+    slot: int = 0  # slot of that table from which the scan continues
+    boot: int = 0  # random number of the process that scans; 0: the scan has not begun
 
     @property
     def newest(self) -> int:
-        """Largest version in the position. It was durable when the token was made."""
+        """Largest version in the position. It was on disk before the subscriber got the token."""
         return max(self.version, self.after, self.until)
 
     def encode(self) -> bytes:
-        """Return the token."""
+        """Return the position as a token, in the format that the module docstring describes."""
         token = _TOKEN.pack(
             FORMAT,
             self.phase,
@@ -109,7 +115,7 @@ def decode(token: bytes) -> Position:
     """Return the position that a token encodes.
 
     Raises BadRequest if the length, the checksum or a field is wrong. The caller must check that
-    the shard's history has these versions.
+    the position's versions belong to the history of the shard.
     """
     if len(token) != TOKEN_BYTES:
         raise _malformed(token, f"expected {TOKEN_BYTES} bytes, got {len(token)}")
@@ -171,6 +177,9 @@ def digest(tables: Iterable[str]) -> int:
 
 
 def _malformed(token: bytes, why: str) -> BadRequest:
-    """Return the error for a malformed token; its message has the first 16 bytes and ``why``."""
+    """Return the error for a malformed token.
+
+    why  the cause, which the message shows after the first 16 bytes of the token
+    """
     shown = token[:16].hex() + ("..." if len(token) > 16 else "")
     return BadRequest("INVALID_ARGUMENT", f"token {shown} is malformed: {why}")

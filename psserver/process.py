@@ -25,14 +25,16 @@ from psserver.server import Server
 from psserver.warm import warm
 from storage.errors import OutOfMemory
 
-SWITCH_SECONDS = 1e-4  # longest time that a thread keeps the GIL while others wait; default 5 ms
-CLOSE_SECONDS = 30.0  # limit for closing files and threads after the drain: disks can hang
+SWITCH_SECONDS = 1e-4  # seconds that a thread may keep the interpreter lock while others wait
+CLOSE_SECONDS = 30.0  # maximum time to close files and threads at a stop, because disks can hang
 
 log = structlog.get_logger()
 
 
 def report_memory(config: ServerConfig) -> None:
-    """Log the memory limit and how it is divided; log a warning if use can exceed the limit."""
+    """Log the memory limit and how it is divided among the uses of memory; also log a warning if
+    they can exceed the limit together.
+    """
     plan = config.memory
     log.info(
         "memory",
@@ -54,7 +56,10 @@ def report_memory(config: ServerConfig) -> None:
 
 
 async def _serve(config: ServerConfig) -> bool:
-    """Serve until SIGTERM, SIGINT or a restart; return True if the process must start again."""
+    """Serve the shard until SIGTERM, SIGINT, or a restart for a restore; then close the server.
+
+    Returns True if the process must start again.
+    """
     started = time.monotonic()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -98,10 +103,10 @@ async def _serve(config: ServerConfig) -> bool:
 
 
 async def _start(server: Server, stop: asyncio.Event) -> bool:
-    """Load the compiled kernels, recover the shard and serve it; return True once it serves.
+    """Load the compiled kernels, recover the shard and serve it. Return True once it serves.
 
-    Returns False if ``stop`` is set first. The unfinished start is then abandoned, which is as safe
-    as a crash: the next start recovers the data directory.
+    Returns False as soon as ``stop`` is set. Then the start is abandoned where it is, which is as
+    safe as a crash: the next start of the server recovers the data directory.
     """
 
     async def start() -> None:
@@ -133,9 +138,9 @@ def _warm() -> None:
 
 
 async def _serve_and_exit(config: ServerConfig) -> None:
-    """Serve, then exit with status 0 or, to restart, replace this process. Never returns.
+    """Serve the shard, then exit with status 0, or execute the command line again for a restart.
 
-    Does not wait for threads: they may hang in a file operation.
+    Never returns. Does not wait for threads, which may hang in a file operation.
     """
     again = await _serve(config)
     sys.stdout.flush()
@@ -146,7 +151,8 @@ async def _serve_and_exit(config: ServerConfig) -> None:
 
 
 def serve(config: ServerConfig) -> None:
-    """Run one shard until SIGTERM or SIGINT, then exit. Raises ConfigError if it cannot start.
+    """Run one shard until SIGTERM or SIGINT, then exit the process. Raises ConfigError if the shard
+    cannot start.
 
     A restore restarts the shard: the process executes its own command line again and keeps its
     process id. So a supervisor only sees that the shard is not ready for a while.

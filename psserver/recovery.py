@@ -20,13 +20,13 @@ from storage.kernels import Images
 
 
 class Recovery:
-    """Loads an empty shard.
+    """Fills an empty shard with the data of a base and of log records that the caller reads.
 
     Call order: begin, load_state, load_block for each block, blocks_loaded, replay for each log
     record, finish. Without a base: begin, replay, finish.
 
-    BaseState (what the base records besides rows): version, tables, sessions. Block: many rows,
-    tombstones (records of deletes) or admission counters of one table.
+    A BaseState is what a base records besides rows: version, tables, sessions. A block has many
+    rows, tombstones (records of deletes) or admission counters of one table.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class Recovery:
     def begin(self, excess: int | None = None) -> None:
         """Begin a recovery. Until ``finish``, the tables may exceed the memory budget.
 
-        excess  bytes by which they may exceed it; None: no limit, because a shard must load all
-                acknowledged changes even if its budget was lowered
+        excess  bytes by which they may exceed it; None: no limit, so that a shard whose budget was
+                lowered can load all acknowledged changes
         """
         self._budget.begin_loading(excess)
 
     def load_state(self, state: BaseState) -> None:
-        """Set version and sessions, and create the tables of a base. Its blocks must follow."""
+        """Set version and sessions to those of a base, and create its tables, still empty."""
         self._sequencer.version = state.version
         self._tables.next_number = state.next_table
         self._tombstones.horizon = state.horizon
@@ -90,7 +90,11 @@ class Recovery:
                 self._load_tombstones(entry, block)
 
     def _load_tombstones(self, entry: TableEntry, block: Block) -> None:
-        """Store the tombstones of a block, and delete the rows that are older than them."""
+        """Store the tombstones of a block, and delete the rows of their keys that are older than
+        the tombstone.
+
+        entry  table of the block
+        """
         tables = np.full(len(block.keys), block.table, np.uint32)
         self._tombstones.load(Tombstones(tables, block.keys, block.versions, block.causes))
         order = np.lexsort((block.versions, block.keys))
@@ -137,9 +141,9 @@ class Recovery:
             )
 
     def finish(self) -> None:
-        """End the recovery: drop excess sessions, and enforce the memory budget again.
+        """End the recovery: drop sessions beyond the limit, and enforce the memory budget again.
 
-        Raises Corrupt if a part of a sketch (approximate admission counters) is missing.
+        Raises Corrupt if a piece of a sketch (approximate admission counters) is missing.
         """
         for entry in self._tables:
             try:
@@ -159,7 +163,10 @@ def _load_rows(entry: TableEntry, block: Block) -> None:
 
 
 def _load_cells(entry: TableEntry, block: Block) -> None:
-    """Load a block of a sketch; raise Corrupt if it does not fit the table's sketch."""
+    """Load a block with a piece of a sketch (approximate admission counters).
+
+    Raises Corrupt if it does not fit the table's sketch.
+    """
     try:
         entry.table.gate.load_cells(block.start, block.cells)
     except ValueError as error:
@@ -167,9 +174,10 @@ def _load_cells(entry: TableEntry, block: Block) -> None:
 
 
 def _replay_push(entry: TableEntry, version: int, record: records.PushRecord) -> None:
-    """Write the rows and admission counters that a push left, as recorded in the log.
+    """Store the rows and admission counters that a log record has: those after a push, or rows that
+    a client wrote.
 
-    version  version of the push
+    version  version of the change
     """
     origin, keys, waiting = record.origin, record.keys, record.waiting
     versions = np.full(len(keys), version, np.uint64)

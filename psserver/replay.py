@@ -1,8 +1,8 @@
 """Recover a shard from its data directory when its server starts.
 
-data directory = LOCK  SHARD  log/ (storage/versionlog.py)  base/ (storage/base.py)
+    data directory = LOCK  SHARD  log/ (storage/versionlog.py)  base/ (storage/base.py)
 
-base/ has a copy of all rows at one log version, log/ the changes after it.
+The base has a copy of all rows at one log version. The log has the changes after this version.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REPLAY_BYTES = 4 << 20  # bytes of the log per read
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """Amounts of data that a recovery read."""
+    """How much data a recovery has read."""
 
     rows: int  # rows, tombstones and counters loaded from the base
     records: int  # log records replayed
@@ -32,12 +32,14 @@ class Recovered:
 
 
 def restore_excess(budget: int) -> int:
-    """Return how many bytes a shard may exceed its memory budget by while it loads a restore.
+    """Return the number of bytes by which a shard may exceed its memory budget while it loads
+    restored data.
 
-    budget  bytes
+    budget  memory budget, in bytes
 
-    The same rows need slightly different memory on two servers, because indexes are randomized.
-    The margin lets rows that fitted one shard fit every shard with an equal budget.
+    Indexes are randomized, so the same rows need slightly different amounts of memory on two
+    servers. With this margin, rows that fitted into one shard fit into every shard with an equal
+    budget.
     """
     return budget // 16 + (2 << 20)
 
@@ -45,10 +47,12 @@ def restore_excess(budget: int) -> int:
 def recover(shard: Shard, base: Base, versions: VersionLog, excess: int | None = None) -> Recovered:
     """Recover an empty shard: load the base, then replay the log records after it.
 
-    excess  bytes by which the tables may exceed the memory budget; None: no limit
+    versions  log of the shard
+    excess    bytes by which the tables may exceed the memory budget; None: no limit
 
-    Then draws the random epoch of this server start, and records it in the base. Raises Corrupt if
-    stored bytes are damaged, OutOfMemory if the tables exceed the budget by more than ``excess``.
+    Then draws the epoch (random number) of this server start, and records it in the base. Raises
+    Corrupt if stored bytes are damaged, OutOfMemory if the tables exceed the budget by more than
+    ``excess``.
     """
     shard.recovery.begin(excess)
     rows = records = size = 0
@@ -84,11 +88,12 @@ def recover(shard: Shard, base: Base, versions: VersionLog, excess: int | None =
 
 
 def _begin_epoch(base: Base, versions: VersionLog) -> None:
-    """Draw the random epoch of this server start, and commit it and the existence of the log to the
-    base.
+    """Draw the epoch (random number) of this server start, and commit it to the base, together with
+    the fact that a log exists.
 
-    If the disk is full, the next flush commits them. If the server restarts before that, it does
-    not recognize versions of this epoch, and subscribers that have them start with a snapshot.
+    If the disk is full, the next flush commits them instead. If the server restarts before that
+    flush, it does not recognize versions of this epoch, and subscribers that have such versions
+    start with a snapshot.
     """
     state, epoch = base.state, draw_epoch()
     if state is None:

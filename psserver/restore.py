@@ -1,7 +1,8 @@
 """Restore one shard from a checkpoint, in phases that a client requests from all shards.
 
-The client that drives a restore is its owner. The shard refuses requests of other clients, except
-to abort, until the owner has not called for LEASE_SECONDS. swap.py describes the phases.
+The client that drives a restore is its owner. Other clients may only abort the restore. If the
+owner has not called for LEASE_SECONDS, another client may take its place. swap.py describes the
+phases.
 """
 
 from __future__ import annotations
@@ -53,15 +54,16 @@ PHASES = {
 
 
 class Restores:
-    """Runs the requests of a restore on one shard: stage, hold, commit, release, abort.
+    """Runs the requests of a restore on one shard: prepare, hold, commit, release, abort.
 
     Thread-safe.
 
-    directory  data directory of the shard; None: the shard has none, so restores are refused
-    state      progress of a restore from before this start, as ``swap.settle`` returned it; None:
-               no restore
-    restart    makes the server process start again; called on any thread, returns immediately
-    clock      returns monotonic seconds
+    checkpoints  reads the checkpoint, and refuses other long operations during the restore
+    directory    data directory of the shard; None: the shard has none, so restores are refused
+    state        progress of a restore that began before this start of the server, as
+                 ``swap.settle`` returned it; None: no restore
+    restart      makes the server process start again; called on any thread, returns immediately
+    clock        returns monotonic seconds
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Restores:
 
     @property
     def held(self) -> bool:
-        """Return whether the shard must refuse other requests: from HOLD to the restore's end."""
+        """Whether the shard must refuse other requests: from the step HOLD to the restore's end."""
         state = self._state
         return state is not None and state.phase not in (PREPARED, *OVER)
 
@@ -96,11 +98,12 @@ class Restores:
     ) -> pb.CheckpointProgress:
         """Stage the checkpoint: write it next to the live data, which stays unchanged.
 
-        request   has the checkpoint's name, the restore's id, and whether tables may be replaced
+        request   has the checkpoint's name, the restore's id, and whether the restore may delete
+                  existing tables
         progress  updated while this runs, for the client to see
 
         Returns bytes read, bytes in total and rows staged. Raises NoLog without a data directory,
-        RestoreConflict during another restore, NotEmpty if tables exist and must not be replaced,
+        RestoreConflict during another restore, NotEmpty if tables exist and may not be deleted,
         BadRequest for an invalid name or id. After an error the staged files are removed.
         """
         name, id = require_name(request.name), require_id("id", request.id)
@@ -125,7 +128,7 @@ class Restores:
         return pb.CheckpointProgress(bytes=progress.bytes, total=progress.total, rows=rows)
 
     def _require_free(self) -> None:
-        """Raise RestoreConflict if another restore holds the shard."""
+        """Raise RestoreConflict if a restore has passed the step HOLD and is not finished."""
         if self.held:
             state = self._state
             assert state is not None
@@ -181,7 +184,13 @@ class Restores:
         self._owner, self._seen = request.owner, self._clock()
 
     def _take(self, step: int, state: State) -> None:
-        """Carry out a step, unless it was done before; RestoreConflict if the phase forbids it."""
+        """Carry out a step of the restore, unless it was done before.
+
+        step   pb.RestoreRequest.Step
+        state  the restore before the step
+
+        Raises RestoreConflict if the restore's phase does not allow the step.
+        """
         match step, state.phase:
             case (Step.STEP_HOLD, "prepared"):
                 with self._checkpoints.work.alone(f"it restores {state.name!r}"):
@@ -210,7 +219,11 @@ class Restores:
                 )
 
     def _hold(self, state: State) -> None:
-        """Make the shard refuse requests; NotEmpty if tables exist that must not be replaced."""
+        """Make the shard refuse other requests from now on.
+
+        Raises NotEmpty, and lets the shard accept requests again, if tables exist that the restore
+        may not delete.
+        """
         self._reach(dataclasses.replace(state, phase=HELD))  # new requests are refused from here on
         try:
             self._require_empty(state.replace)  # runs after all requests that began earlier
@@ -228,7 +241,7 @@ class Restores:
             )
 
     def _status(self) -> pb.RestoreStatus:
-        """Return the restore's id, checkpoint, phase and error; empty if there is none."""
+        """Return the restore's id, checkpoint, phase and error; all are empty without a restore."""
         state = self._state
         if state is None:
             return pb.RestoreStatus()
@@ -237,14 +250,14 @@ class Restores:
         )
 
     def _reach(self, state: State) -> None:
-        """Store a new state, on disk first."""
+        """Set the state of the restore, on disk first. Raises DiskFull."""
         assert self._directory is not None
         with as_disk_full(self._directory, STATE_BYTES):
             write_state(self._directory, state)
         self._state = state
 
     def _end(self, state: State) -> None:
-        """Store the final state, and remove the staged and the old data."""
+        """Set the final state of the restore, and delete the staged and the old data."""
         assert self._directory is not None
         self._reach(state)
         clean(self._directory)
