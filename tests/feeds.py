@@ -309,7 +309,8 @@ def run(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
 
         asyncio.run(main())
 
-    wrapped.__name__, wrapped.__doc__ = test.__name__, test.__doc__
+    for each in ("__module__", "__name__", "__qualname__", "__doc__"):  # no __wrapped__: see pytest
+        setattr(wrapped, each, getattr(test, each))
     return wrapped
 
 

@@ -8,9 +8,7 @@ import gc
 import inspect
 import multiprocessing
 import pickle
-import threading
 import time
-import weakref
 from typing import Any
 
 import numpy as np
@@ -28,7 +26,7 @@ from public import (
     public_classes,
     use,
 )
-from servers import Cluster, eventually
+from servers import Cluster
 from tables import summing
 from torch.utils.data import DataLoader, Dataset
 
@@ -231,41 +229,6 @@ def test_a_data_loader_with_spawned_workers_pulls(
     )
     rows = np.concatenate([batch.numpy() for batch in loader])
     assert_array_equal(rows, -np.ones((8, DIM), np.float32))
-
-
-@pytest.mark.parametrize("transport", ["stream", "unary"])
-def test_clients_that_are_forgotten_leave_no_threads(
-    cluster2: Cluster, name: str, transport: Any
-) -> None:
-    def forget() -> weakref.ref[Client]:
-        client = Client(cluster2.addresses, transport=transport, timeout=20.0)
-        table = summing(client, name)
-        table.push([1], np.ones((1, DIM), np.float32))
-        table.start_pull([1]).result()
-        return weakref.ref(client)
-
-    forget()
-    gc.collect()
-    time.sleep(0.5)
-    before = threading.active_count()
-    clients = [forget() for _ in range(30)]
-    assert not any(client() for client in clients)  # without a collection
-    eventually(lambda: threading.active_count() <= before)
-
-
-def test_asyncio_clients_that_are_forgotten_leave_no_threads(cluster2: Cluster, name: str) -> None:
-    def forget() -> None:
-        client = AsyncClient(cluster2.addresses, timeout=20.0)
-        asyncio.run(client.list_tables())
-
-    forget()
-    gc.collect()
-    time.sleep(0.5)
-    before = threading.active_count()
-    for _ in range(5):
-        forget()
-    gc.collect()
-    eventually(lambda: threading.active_count() <= before)
 
 
 def test_a_request_in_flight_keeps_its_client(cluster2: Cluster, name: str) -> None:

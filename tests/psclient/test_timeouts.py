@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from alone import alone
 from fakes import fake_server
 from numpy.testing import assert_array_equal
 from servers import Cluster, free_ports
@@ -111,6 +112,7 @@ class TestLongCalls:
         with pytest.raises(InvalidArgument, match="timeout must be "):
             client.evict("t", timeout=timeout)
 
+    @alone
     def test_all_parts_of_an_operation_share_its_timeout(self) -> None:
         """Connecting, asking for the dim, and the request itself."""
 
@@ -146,6 +148,7 @@ class TestLongCalls:
             assert seconds(lambda: (thread.start(), thread.join(10))) < 2
         assert [type(error) for error in errors] == [DeadlineExceeded]
 
+    @alone
     def test_a_request_to_wait_longer_than_the_timeout_is_not_obeyed(self) -> None:
         def refuse(_: bytes, context: Any) -> bytes:
             retry = pb.RetryInfo()
@@ -172,6 +175,7 @@ class TestLongCalls:
                     call()
                 assert time.monotonic() - begun < 1.5
 
+    @alone
     def test_an_operation_may_have_begun_before(self) -> None:
         client = Client(["127.0.0.1:1"], timeout=5.0)
         token = started.set(time.monotonic() - 4.8)
@@ -222,6 +226,7 @@ class TestCancelled:
             client.drop_table("t")
         assert [method.left for method in methods.values()] == [-1] * 4
 
+    @alone
     def test_but_not_beyond_the_timeout(self) -> None:
         methods = {"TableService/DescribeTable": Cancelling(10**6, described)}
         with fake_server(methods) as address, Client([address], timeout=0.7) as client:

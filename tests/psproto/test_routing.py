@@ -222,9 +222,9 @@ TABLES = {
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     work()
-    return time.perf_counter() - start
+    return time.thread_time() - start
 
 
 def test_crafted_keys_have_equal_lower_halves_of_their_hashes() -> None:

@@ -6,10 +6,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
+from alone import alone
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.registry import Collector
 from servers import free_ports
@@ -18,6 +19,14 @@ from psserver import exposition as module
 from psserver.exposition import MOST_CONNECTIONS, Exposition
 
 HOST = "127.0.0.1"
+
+
+@contextmanager
+def opened(registry: CollectorRegistry) -> Iterator[int]:
+    page, port = Exposition(registry), free_ports(1)
+    page.open(HOST, port)
+    yield port
+    page.close()
 
 
 @pytest.fixture
@@ -29,10 +38,8 @@ def registry() -> CollectorRegistry:
 
 @pytest.fixture
 def port(registry: CollectorRegistry) -> Iterator[int]:
-    page, port = Exposition(registry), free_ports(1)
-    page.open(HOST, port)
-    yield port
-    page.close()
+    with opened(registry) as port:
+        yield port
 
 
 def connect(port: int) -> socket.socket:
@@ -68,9 +75,10 @@ def test_every_request_gets_a_status(port: int, request_: str, status: str) -> N
     assert ask(port, request_)[0] == f"HTTP/1.1 {status}"
 
 
-def test_half_open_connections_take_no_threads_and_keep_no_scrape_out(port: int) -> None:
-    before = threading.active_count()
-    with ExitStack() as stack:
+@alone
+def test_half_open_connections_take_no_threads_and_keep_no_scrape_out() -> None:
+    with opened(CollectorRegistry()) as port, ExitStack() as stack:
+        before = threading.active_count()
         for at in range(400):
             connection = stack.enter_context(connect(port))
             if at % 2:

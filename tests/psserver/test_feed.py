@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from alone import alone
 from feeds import (
     QUIET,
     Copy,
@@ -311,6 +312,7 @@ async def test_an_idle_stream_says_that_it_lives(node: Node) -> None:
 # ---- many subscribers, slow subscribers
 
 
+@alone
 @run
 async def test_a_stopped_subscriber_is_sent_no_more_than_it_takes(node: Node) -> None:
     await node.create()
@@ -377,17 +379,18 @@ async def test_a_server_that_stops_says_so_and_waits_for_nobody_to_read(node: No
     assert isinstance(await refused(node), Draining)
 
 
+@alone
 @run
 async def test_a_subscriber_that_goes_leaves_no_file_open(node: Node) -> None:
     await node.create()
     await fill(node, 30)
     await node.durable()
-    before = len(os.listdir("/proc/self/fd"))
+    before = os.listdir("/proc/self/fd")
     for _ in range(10):
         async with node.subscribe(start=pb.START_EARLIEST) as reader:
             await reader.next()
             await reader.next()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert os.listdir("/proc/self/fd") == before
 
 
 # ---- what a subscriber may cost
@@ -487,10 +490,10 @@ async def test_a_request_costs_the_loop_little(node: Node) -> None:
         data = request.SerializeToString()
         times = []
         for _ in range(5):
-            began = time.perf_counter()
+            began = time.thread_time()
             with suppress(BadRequest):
                 read_wanted(parse(data))
-            times.append(time.perf_counter() - began)
+            times.append(time.thread_time() - began)
         assert min(times) < 0.02, name
 
 

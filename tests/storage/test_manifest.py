@@ -204,10 +204,10 @@ def test_many_parts_are_refused_soon() -> None:
     fields = fields_of(WHOLE)
     fields["parts"] = list(fields["parts"]) * 200_000
     data = seal_fields(fields)
-    started = time.process_time()
+    started = time.thread_time()
     with pytest.raises(Corrupt, match=f"parts: .* at most {MAX_SHARDS} items"):
         unseal(Manifest, data, "here")
-    assert time.process_time() - started < 1
+    assert time.thread_time() - started < 1
 
 
 def test_a_sparse_manifest_is_refused_before_it_is_read(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from alone import alone
 
 from storage import deadline
 from storage.deadline import MAX_THREADS, Deadlines
@@ -229,6 +230,7 @@ def test_a_result_that_comes_too_late_is_undone() -> None:
     assert results == [7]
 
 
+@alone
 def test_threads_are_used_again() -> None:
     deadlines, before = Deadlines(5.0), threading.active_count()
     assert [deadlines.call("place", lambda i=i: i) for i in range(100)] == list(range(100))

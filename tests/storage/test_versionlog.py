@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from alone import alone
 from logs import (
     SMALL,
     Opener,
@@ -22,11 +23,12 @@ from logs import (
     gated,
     name,
     payload,
+    refuse,
 )
 
 from storage.disk import Disk
 from storage.segment import HEADER, Frame, frame_bytes
-from storage.versionlog import RECORD_MEMORY
+from storage.versionlog import RECORD_MEMORY, VersionLog
 
 
 class TestAppend:
@@ -260,13 +262,13 @@ class TestGroupCommit:
         with pytest.raises(ValueError, match="cannot sync version 200"):
             log.sync(200)
 
-    def test_a_closed_log_leaves_no_descriptor_thread_or_spare(
-        self, opened: Opener, directory: Path
-    ) -> None:
-        descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-        log = opened()
-        append(log, *range(1, 100))
-        log.close()
-        assert len(os.listdir("/proc/self/fd")) == descriptors
-        assert threading.active_count() == threads
-        assert not [each for each in files(directory) if each.endswith(".spare")]
+
+@alone
+def test_a_closed_log_leaves_no_descriptor_thread_or_spare(directory: Path) -> None:
+    descriptors, threads = os.listdir("/proc/self/fd"), threading.enumerate()
+    log = VersionLog.open(directory, fail=refuse, wake=lambda: None, segment_bytes=SMALL)
+    append(log, *range(1, 100))
+    log.close()
+    assert os.listdir("/proc/self/fd") == descriptors
+    assert threading.enumerate() == threads
+    assert not [each for each in files(directory) if each.endswith(".spare")]
