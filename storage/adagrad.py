@@ -12,14 +12,16 @@ from storage.kernels import Rows, Slots, jit, prefetch_row, readonly
 from storage.optimizer import NEXT, ONE, ROUNDED, Optimizer, square_sum32
 
 LAST_COUNT = 1 << 24  # float32 cannot count further
-VANISHES = 1e-22  # the square of a smaller number may be 0, or half of what it should be
+VANISHES = 1e-22  # the float32 square of a smaller number may be 0, or half of the exact square
 
 
 def _reach(lr: float, gradient: float, eps: float) -> float:
-    """Return by how much a step may raise the numbers of a row.
+    """Return the bound for ``Optimizer.reach`` of n += g^2; w -= lr g / (sqrt(n) + eps).
 
-    n is at least g^2, so that |g| / sqrt(n) is at most 1, or 2 where g^2 is hardly a float32. It is
-    at most VANISHES / eps where g^2 is 0.
+    gradient  largest magnitude of g
+
+    |g| / sqrt(n) is at most 1 because n is at least g^2, or at most 2 if g^2 has lost precision. If
+    g^2 is rounded to 0, |g| / eps is at most VANISHES / eps.
     """
     return ROUNDED * max(gradient * gradient, lr * max(2.0, VANISHES / eps))
 
@@ -113,7 +115,7 @@ class Adagrad(Optimizer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowwiseAdagrad(Optimizer):
-    """FBGEMM's EXACT_ROWWISE_ADAGRAD: one accumulator for the row.
+    """FBGEMM's EXACT_ROWWISE_ADAGRAD: Adagrad with one accumulator per row.
 
         n += mean over the row of g^2
         w -= lr g / (sqrt(n) + eps)
@@ -151,10 +153,10 @@ class AdagradDecay(Optimizer):
         n += g^2
         w -= lr g / sqrt(n)
 
-    State: n[dim], initially initial_accumulator, and the row's last period[1], initially 0. The 0
-    is right at any step, because n starts at its floor. DeepRec decays at most once per push, so
-    that a row that is seldom pushed decays too little; here every period counts. A push of an
-    earlier period decays nothing. Periods beyond 2^24 count as period 2^24.
+    State: n[dim], initially initial_accumulator, and the period of the row's last push[1],
+    initially 0. A new row never decays below its initial n, so 0 is correct at any step. DeepRec
+    decays at most once per push, so that a row that is seldom pushed decays too little; here every
+    period counts. A push in an earlier period decays nothing. Periods after 2^24 count as 2^24.
     """
 
     name: ClassVar[str] = "adagrad_decay"

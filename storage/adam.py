@@ -72,7 +72,7 @@ def _adam_async(
 def _rmsprop(
     slab: Any, slots: Any, grads: Any, lr: float, beta1: float, beta2: float, eps: float
 ) -> None:
-    """Run AdamAsync with apply_sparse_rmsprop, which leaves the count of pushes unchanged."""
+    """Run one step of AdamAsync with apply_sparse_rmsprop = 1. It does not change t."""
     b1, b2, tiny = np.float32(beta1), np.float32(beta2), np.float32(eps)
     rate, rest2 = np.float32(lr), np.float32(1.0 - beta2)
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
@@ -208,7 +208,7 @@ class AdamAsync(Optimizer):
 
 
 def _is_tame(beta1: float, beta2: float, eps: float) -> bool:
-    """Return whether lr m / (sqrt(v) + eps) stays far below what float32 can express."""
+    """Return whether lr m / (sqrt(v) + eps) stays far below the largest float32 number."""
     return 1.0 - beta1 >= 1e-6 and 1.0 - beta2 >= 1e-9 and eps >= 1e-12
 
 

@@ -4,10 +4,11 @@ An arena reserves address space, and takes memory from it chunk by chunk as rows
 memory is zero. Growing within the reservation copies and moves nothing. While a process has few
 arenas, each reserves room for the whole budget, so that none ever moves.
 
-With thousands of arenas the address space does not suffice for that, and later arenas reserve less.
+With thousands of arenas the address space does not suffice for that, so later arenas reserve less.
 An arena that outgrows its reservation moves to a larger one: the kernel maps its pages to different
-addresses, without copying them. So a reader on a different thread must get the array from the
-arena's ``Memory`` for each short call, and must not keep it. A move waits until no reader has it.
+addresses, without copying them. Therefore a reader on a different thread must get the array from
+the arena's ``Memory`` for each short use, and must then drop it. A move waits until no reader has
+the array.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from storage.errors import OutOfMemory
 HUGE = 2 << 20  # bytes of a huge page
 SMALLEST_CHUNK = 64 << 10  # bytes; for arenas smaller than a huge page
 LARGEST_CHUNK = 64 << 20  # bytes
-ADDRESSES = 32 << 40  # bytes of address space for the arenas of a budget: 1/4 of Linux's
+ADDRESSES = 32 << 40  # bytes of address space for the arenas of a budget: 1/4 of a process's
 SHARE = 64  # an arena reserves about 1/SHARE of the address space that is left
 SMALLEST_RESERVATION = 64 << 20  # bytes
 OUTGROWN = 4  # a move reserves this many times the bytes that are needed
@@ -49,9 +50,9 @@ class Budget:
     limit      bytes of memory
     addresses  bytes of address space; None: the result of ``address_space``
 
-    Only the engine thread takes memory. Any thread may give it back, since the last reader of an
-    arena frees it. That may be the garbage collector in the middle of any method here, so the lock
-    is reentrant.
+    Only the engine thread takes memory. Any thread may give memory back, because the last reader of
+    an arena frees it. The garbage collector may do that during any method here, so the lock is
+    reentrant.
     """
 
     def __init__(self, limit: int, addresses: int | None = None) -> None:
@@ -69,7 +70,7 @@ class Budget:
 
     @property
     def free(self) -> int:
-        """Bytes that are left up to the limit; negative if more than the limit is taken."""
+        """Bytes that may still be taken up to the limit; negative if more than that is taken."""
         return self.limit - self._taken
 
     @property
@@ -108,12 +109,12 @@ class Budget:
 
 
 class Memory:
-    """The memory of one arena, as readers on different threads see it.
+    """The memory of one arena, which threads other than the arena's own may read.
 
     row_bytes  bytes per row
 
-    It exists until the arena is closed and the last reader has dropped it. Then its bytes are given
-    back to the budget.
+    When the arena is closed and the last reader has dropped this object, the memory is freed and
+    its bytes are given back to the budget.
     """
 
     def __init__(self, width: int, dtype: DTypeLike, budget: Budget) -> None:
@@ -133,8 +134,8 @@ class Memory:
     def array(self) -> NDArray[Any]:
         """Return the rows, an array [rows, width] over the whole reservation.
 
-        Any thread may call this, but must drop the array after one short use, because a move waits
-        for that. Waits while the memory is being moved.
+        Any thread may call this. It must drop the array after one short use, because a move of the
+        memory waits until nobody has the array. Waits while the memory is being moved.
         """
         while (array := self._array) is None:  # it is being moved
             time.sleep(1e-5)
@@ -145,9 +146,10 @@ class Memory:
         return end <= self._charge.reserved
 
     def take(self, end: int) -> None:
-        """Take memory so that the first ``end`` bytes may be accessed; move if they do not fit.
+        """Take memory from the budget, so that the first ``end`` bytes may be accessed.
 
-        Raises OutOfMemory, and takes nothing then.
+        Moves to a larger reservation if they do not fit. Raises OutOfMemory, and takes nothing
+        then.
         """
         if not self.fits(end):
             self._move(end)
@@ -160,7 +162,7 @@ class Memory:
                 self._map.madvise(mmap.MADV_HUGEPAGE)  # for all of it: only a whole map can move
 
     def shrink(self, end: int) -> None:
-        """Give the bytes from ``end`` on, which were never accessed, back to the budget."""
+        """Give the bytes from ``end`` on back to the budget. They must never have been accessed."""
         self._budget.give(self._charge.taken - end)
         self._charge.taken = end
 
@@ -178,7 +180,10 @@ class Memory:
         return _whole(min(max(share, smallest, OUTGROWN * least), most))
 
     def _move(self, least: int) -> None:
-        """Move to a reservation of at least ``least`` bytes, or raise OutOfMemory and stay."""
+        """Move to a reservation of at least ``least`` bytes.
+
+        Raises OutOfMemory, and does not move then.
+        """
         charge, size = self._charge, self._reservation(least)
         self._array = None  # Python refuses to resize memory while there is an array over it
         try:
@@ -222,7 +227,7 @@ class _Charge:
         budget.reserve(reserved)
 
     def release(self) -> None:
-        """Give both back to the budget; called when the memory is unmapped."""
+        """Give memory and address space back to the budget. Called when the memory is unmapped."""
         self._budget.give(self.taken)
         self._budget.reserve(-self.reserved)
 
@@ -237,7 +242,7 @@ def _whole(size: int) -> int:
 
 
 def _reserve(budget: Budget, size: int) -> tuple[mmap.mmap, int]:
-    """Reserve ``size`` bytes of address space, or fewer if there are not so many.
+    """Reserve ``size`` bytes of address space. If that fails, try with half, down to 2 MiB.
 
     Returns (memory map, its size). Raises OutOfMemory if not even 2 MiB can be reserved.
     """
@@ -267,7 +272,7 @@ class Arena:
 
     @property
     def memory(self) -> Memory:
-        """The arena's memory, for readers on other threads, also after the arena is closed."""
+        """The memory, for readers on other threads. They may use it after the arena is closed."""
         assert self._memory is not None, "the arena is closed"
         return self._memory
 
@@ -304,11 +309,14 @@ class Arena:
         self.rows = end // memory.row_bytes
 
     def shrink(self, size: int) -> None:
-        """Undo a ``grow``: keep only the first ``size`` bytes. The rest was never accessed."""
+        """Undo a ``grow``: keep only the first ``size`` bytes.
+
+        The bytes after them must never have been accessed.
+        """
         self.memory.shrink(size)
         self.rows = size // self.memory.row_bytes
 
     def close(self) -> None:
-        """Drop the memory. It is freed once the last reader has dropped it, too."""
+        """Close the arena. The memory is freed as soon as no reader refers to it."""
         self.array = np.empty((0, self.array.shape[1]), self.array.dtype)
         self._memory, self.rows = None, 0

@@ -169,8 +169,8 @@ class Base:
     def add(self, block: Data) -> int:
         """Store a copy of a sealed block, and return its number.
 
-        The block is kept only if the next ``commit`` lists it. After DiskFull some blocks that were
-        added before are lost, too: call ``discard`` and add all blocks again.
+        The block is kept only if the next ``commit`` lists it. After DiskFull, any block that was
+        added since the last commit may be lost: call ``discard``, and add all of them again.
         """
         data = np.frombuffer(block, np.uint8).data
         if self._write is not None and (
@@ -190,8 +190,8 @@ class Base:
     def commit(self, state: BaseState) -> None:
         """Atomically replace the state record, and delete all blocks that ``state`` does not list.
 
-        On return it is synced to disk. Raises DiskFull, and keeps the old state record then; and
-        ValueError if a listed block is not stored.
+        On return the new state record is synced to disk. Raises DiskFull, and keeps the old state
+        record then. Raises ValueError if a listed block is not stored.
         """
         self._finish()
         live = set(state.blocks)
@@ -292,8 +292,8 @@ class Base:
             raise self._meaning(error) from error
 
     def _take_snapshot(self) -> Any:
-        """Begin and return a read transaction. Enlarges the memory map if the shard has extended
-        the file since it was opened.
+        """Begin and return a read transaction. Enlarges the memory map if the file has grown since
+        the map was made.
         """
         while True:
             try:
@@ -319,7 +319,9 @@ class Base:
     # ---- transactions
 
     def _seal(self) -> None:
-        """Commit a transaction that only writes the entry "seal"; the module docstring says why."""
+        """Commit a transaction that writes only the entry "seal", so that both of LMDB's meta pages
+        lead to the newest state record.
+        """
         self._begin(0)
         self._try(self._write.put, _SEAL, struct.pack("<Q", self._write.id()))
         self._finish()

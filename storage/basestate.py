@@ -7,7 +7,7 @@ one that the newest state record lists.
              | JSON in UTF-8, padded with blanks to 8 bytes | numbers u64[blocks] | sessions
 
 Little-endian; ``json`` and ``sessions`` are in bytes, the checksum is the xxh3_64 of all other
-bytes.
+bytes. ``sessions`` is the record of the pushes already applied, by client.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class BaseState:
     logged: bool = False  # True: a log was created, so a missing log is damage
 
     def pack(self) -> bytes:
-        """Encode the state record in the format above."""
+        """Return the state record as bytes, in the format that the module docstring gives."""
         tables = [[t.number, t.schema, t.created, t.policy.hex()] for t in self.tables]
         facts = {
             "lineage": self.lineage.hex(),
@@ -84,22 +84,8 @@ class BaseState:
 
         where  name of the record, for errors
         """
-        if len(data) < _HEAD.size:
-            raise Corrupt(where, f"expected at least {_HEAD.size} bytes, got {len(data)}")
-        magic, version, text, blocks, sessions, checksum = _HEAD.unpack_from(data)
-        if magic != MAGIC:
-            raise Corrupt(where, f"a state record must begin with {MAGIC!r}, got {magic!r}")
-        if xxhash.xxh3_64_intdigest(data[: _HEAD.size - 8] + data[_HEAD.size :]) != checksum:
-            raise Corrupt(where, "the checksum of the state record does not match its bytes")
-        if version not in READABLE:
-            raise UnknownFormat(where, version, FORMAT)
-        numbers = _HEAD.size + text
-        rest = numbers + 8 * blocks
-        if len(data) != rest + sessions:
-            raise Corrupt(
-                where, f"expected a state record of {rest + sessions} bytes, got {len(data)}"
-            )
-        facts = json.loads(data[_HEAD.size : numbers])
+        text, blocks, sessions = _verified(data, where)
+        facts = json.loads(text)
         return cls(
             lineage=bytes.fromhex(facts["lineage"]),
             history=History(
@@ -121,6 +107,30 @@ class BaseState:
             horizon=facts["horizon"],
             cells=facts["cells"],
             logged=facts.get("logged", False),
-            sessions=data[rest:],
-            blocks=tuple(np.frombuffer(data, "<u8", blocks, numbers).tolist()),
+            sessions=sessions,
+            blocks=blocks,
         )
+
+
+def _verified(data: bytes, where: str) -> tuple[bytes, tuple[int, ...], bytes]:
+    """Verify the state record in ``data``, and return its (JSON, block numbers, sessions).
+
+    where  name of the record, for errors
+
+    Raises Corrupt or UnknownFormat.
+    """
+    if len(data) < _HEAD.size:
+        raise Corrupt(where, f"expected at least {_HEAD.size} bytes, got {len(data)}")
+    magic, version, text, blocks, sessions, checksum = _HEAD.unpack_from(data)
+    if magic != MAGIC:
+        raise Corrupt(where, f"a state record must begin with {MAGIC!r}, got {magic!r}")
+    if xxhash.xxh3_64_intdigest(data[: _HEAD.size - 8] + data[_HEAD.size :]) != checksum:
+        raise Corrupt(where, "the checksum of the state record does not match its bytes")
+    if version not in READABLE:
+        raise UnknownFormat(where, version, FORMAT)
+    numbers = _HEAD.size + text
+    rest = numbers + 8 * blocks
+    if len(data) != rest + sessions:
+        raise Corrupt(where, f"expected a state record of {rest + sessions} bytes, got {len(data)}")
+    stored = tuple(np.frombuffer(data, "<u8", blocks, numbers).tolist())
+    return data[_HEAD.size : numbers], stored, data[rest:]

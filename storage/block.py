@@ -74,9 +74,9 @@ def size_of(kind: int, width: int, count: int) -> int:
 class Block:
     """One block: its bytes, and its arrays as views of these bytes.
 
-    Arrays that do not exist in a block of this kind are empty. To write a block, call ``empty`` or
-    ``tombstones``, fill the arrays in place, then call ``seal``. To read one, call ``unpack``. If
-    the bytes are read-only, so are the arrays.
+    Arrays that blocks of this kind do not have are empty. To write a block, call ``empty`` or
+    ``tombstones``, fill the arrays in place, then call ``seal``. To read a block, call ``unpack``.
+    If the bytes are read-only, so are the arrays.
     """
 
     data: Bytes  # uint8[size], the whole block; the arrays below are parts of it
@@ -106,14 +106,17 @@ class Block:
     def tombstones(cls, table: int, count: int, buffer: Bytes | None = None) -> Block:
         """Return a block of ``count`` tombstones with undefined contents, for the caller to fill.
 
-        For ``table`` and ``buffer`` see ``empty``.
+        table   number of the table
+        buffer  memory to use, as in ``empty``; None: new memory
         """
         return cls._over(_take(buffer, size_of(TOMBSTONES, 0, count)), table, TOMBSTONES, 0, count)
 
     @classmethod
     def _over(cls, data: Bytes, table: int, kind: int, width: int, count: int) -> Block:
-        """Return the block whose bytes are ``data``: make views for all arrays.
+        """Return a block whose arrays are views of ``data``.
 
+        data   uint8[size_of(kind, width, count)], 8-byte aligned
+        table  number of the table
         kind   ROWS, TOMBSTONES, COUNTERS or CELLS
         width  float32 numbers per row; 0 for other kinds
         count  number of rows, tombstones or counters; for CELLS, number of bytes
@@ -152,11 +155,11 @@ class Block:
         return int(_HEADER.unpack_from(self.data.data)[6])
 
     def seal(self, start: int = 0) -> memoryview:
-        """Write header and checksum into ``data``, and return ``data`` as a view, without a copy.
+        """Write header and checksum into ``data``, and return a view of ``data``, without a copy.
 
         start  for CELLS: index in the sketch's bytes of the first byte of ``cells``
 
-        Fill the arrays before: the checksum covers them.
+        The caller must have filled the arrays, because the checksum covers them.
         """
         fields = (MAGIC, FORMAT, self.width, len(self), self.table, self.kind, start)
         _HEADER.pack_into(self.data.data, 0, *fields, 0)
@@ -164,34 +167,16 @@ class Block:
         return self.data.data
 
 
-def pack_rows(
-    table: int,
-    keys: Keys,
-    versions: NDArray[np.uint64],
-    steps: NDArray[np.int64],
-    frequencies: NDArray[np.uint64],
-    rows: Rows,
-) -> memoryview:
-    """Return the bytes of a sealed block with copies of these arrays; rows is [n, width]."""
-    block = Block.empty(table, rows.shape[1], len(keys))
-    block.keys[:], block.versions[:], block.steps[:] = keys, versions, steps
-    block.frequencies[:], block.rows[:] = frequencies, rows
-    return block.seal()
-
-
-def pack_tombstones(
-    table: int, keys: Keys, versions: NDArray[np.uint64], causes: NDArray[np.uint32]
-) -> memoryview:
-    """Return the bytes of a sealed block of tombstones with copies of these arrays, each [n]."""
-    block = Block.tombstones(table, len(keys))
-    block.keys[:], block.versions[:], block.causes[:] = keys, versions, causes
-    return block.seal()
-
-
 def pack_counters(
     table: int, keys: Keys, versions: NDArray[np.uint64], totals: NDArray[np.uint32]
 ) -> memoryview:
-    """Return the bytes of a sealed block of counters with copies of these arrays, each [n]."""
+    """Return the bytes of a sealed block of counters, with copies of the arrays.
+
+    table     number of the table
+    keys      uint64[n]
+    versions  uint64[n]  log version of each counter's last change
+    totals    uint32[n]  occurrences of each key
+    """
     size = size_of(COUNTERS, 0, len(keys))
     block = Block._over(np.empty(size, np.uint8), table, COUNTERS, 0, len(keys))
     block.keys[:], block.versions[:], block.totals[:] = keys, versions, totals
@@ -199,10 +184,11 @@ def pack_counters(
 
 
 def pack_cells(table: int, start: int, cells: Bytes) -> memoryview:
-    """Return the bytes of a sealed block with a copy of a part of a sketch.
+    """Return the bytes of a sealed block with a copy of some bytes of a table's sketch.
 
+    table  number of the table
     start  index in the sketch's bytes of the first byte of ``cells``
-    cells  uint8[n], the part
+    cells  uint8[n]  the bytes to copy
     """
     size = size_of(CELLS, 0, len(cells))
     block = Block._over(np.empty(size, np.uint8), table, CELLS, 0, len(cells))
@@ -231,7 +217,7 @@ def unpack(data: Data, where: str) -> Block:
     if version != FORMAT:
         raise UnknownFormat(where, version, FORMAT)
     if kind not in KINDS:
-        raise Corrupt(where, f"unknown kind {kind} of a block")
+        raise Corrupt(where, f"expected a block of kind 1, 2, 3 or 4, got kind {kind}")
     if len(raw) != size_of(kind, width, count):
         raise Corrupt(
             where, f"expected a block of {size_of(kind, width, count)} bytes, got {len(raw)}"

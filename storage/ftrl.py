@@ -1,4 +1,4 @@
-"""FTRL-Proximal, per coordinate and with a penalty on groups."""
+"""FTRL-Proximal, per number, and with a penalty on whole rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from storage.optimizer import NEXT, ONE, Optimizer, square_sum32
 
 @inline
 def _linear(z: Any, g: Any, w: Any, growth: Any, shrink: Any) -> Any:
-    """Return the next z of FTRL."""
+    """Return the next z of FTRL, z + g + shrink w - growth w."""
     return z + (g + shrink * w) - growth * w
 
 
@@ -36,7 +36,11 @@ def _ftrl(
     shrinkage: float,
     beta: float,
 ) -> None:
-    """Write clip(z) - z to w, then scale and divide. The usual power has loops of its own."""
+    """Run one step of Ftrl or GroupFtrl; the parameters have the names of their hyper-parameters.
+
+    First writes u = clip(z, -l1, l1) - z to w, then multiplies by the group's factor and divides.
+    The usual power, -0.5, has loops of its own, which use sqrt.
+    """
     p, cut, shrink = np.float32(-power), np.float32(l1), np.float32(2.0 * shrinkage)
     inverse, ridge = np.float32(1.0 / lr), np.float32(beta / lr + 2.0 * l2)
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]

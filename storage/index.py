@@ -43,7 +43,10 @@ _PLACE = np.uint64((1 << PLACE_BITS) - 1)
 
 @jit
 def _home(directory: Any, depth: int, hashed: Any) -> Any:
-    """Return the index of the first entry at which a key with hash ``hashed`` may be stored."""
+    """Return the index of the first entry at which a key with hash ``hashed`` may be stored.
+
+    directory, depth  see ``find``
+    """
     segment = directory[(hashed >> np.uint64(1)) >> np.uint64(63 - depth)]
     return np.uint64(segment) * np.uint64(SEGMENT) + (hashed & _MASK)
 
@@ -147,11 +150,9 @@ def assign(entries: Any, directory: Any, depth: int, salt: Any, keys: Any, locat
 def remove(entries: Any, directory: Any, depth: int, salt: Any, counts: Any, keys: Any) -> Any:
     """Remove keys, uint64[n], and return how many of them were present.
 
-    entries, directory, depth, salt  see ``find``
-    counts     int64[segments]  entries in use per segment, updated
+    entries, directory, depth, salt, counts  see ``insert``
 
-    Fills the hole of a removed entry with later entries of the same probe sequence, so that no
-    markers of deleted entries are needed.
+    Moves later entries of the same probe sequence into the hole that a removed entry leaves.
     """
     removed = 0
     for i in range(keys.shape[0]):
@@ -186,7 +187,9 @@ def split(
 
     entries  uint64[capacity, 2]  key, location
     counts   int64[segments]      entries in use per segment, updated
+    source   number of a segment
     target   number of an empty segment
+    bit      number of a bit of the hash; 0 is the lowest
     salt     uint64               random number of this index that is mixed into the hash
     scratch  uint64[SEGMENT, 2]   overwritten
     """
@@ -261,8 +264,7 @@ class Index:
     def insert(self, keys: Keys, locations: Locations) -> None:
         """Add absent keys uint64[n] with their locations uint64[n].
 
-        Raises OutOfMemory if a segment must be split and the budget does not suffice. No key is
-        added then.
+        Raises OutOfMemory, and adds no key then, if the budget does not suffice for a new segment.
         """
         done = 0
         try:
@@ -285,7 +287,11 @@ class Index:
             raise
 
     def assign(self, keys: Keys, locations: Locations) -> None:
-        """Change the locations of keys uint64[n], all of which are present, to uint64[n]."""
+        """Replace the location of each key.
+
+        keys       uint64[n]  all of them present
+        locations  uint64[n]  the new locations
+        """
         assign(self._entries.array, self._directory, self._depth, self._salt, keys, locations)
 
     def remove(self, keys: Keys) -> int:

@@ -210,7 +210,7 @@ class Initializer(ABC):
         for field in fields(self):
             value = getattr(self, field.name)
             number = isinstance(value, Real) and abs(float(value)) <= LARGEST
-            self._require(field.name, number, f"a number of size up to {LARGEST:g}")
+            self._require(field.name, number, f"a number of magnitude up to {LARGEST:g}")
             object.__setattr__(self, field.name, float(value))
         self._check()
 

@@ -22,12 +22,12 @@ from numba import njit
 
 from storage.kernels import AHEAD, Rows, Slots
 
-TAME_NUMBER = 1e12  # magnitude of a number in a row; see Optimizer.is_tame
-TAME_GRADIENT = 1e6
-TAME_LR = 1e3
-ROUNDED = 1.01  # covers what the kernels' roundings add to a step
-SMALLEST = 1e-30  # float32 cannot express hyper-parameters closer to 0, or beyond LARGEST, well
-LARGEST = 1e30
+TAME_NUMBER = 1e12  # largest magnitude of a number in a tame row; see Optimizer.is_tame
+TAME_GRADIENT = 1e6  # largest magnitude of a tame gradient
+TAME_LR = 1e3  # largest learning rate of a tame push
+ROUNDED = 1.01  # factor that covers the rounding errors of a step
+SMALLEST = 1e-30  # smallest magnitude of a hyper-parameter, except 0
+LARGEST = 1e30  # largest magnitude of a hyper-parameter
 
 ONE = np.uint64(1)
 NEXT = np.uint64(AHEAD)
@@ -35,10 +35,10 @@ NEXT = np.uint64(AHEAD)
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 def square_sum32(numbers: Any) -> Any:
-    """Return the sum of squares of float32[n], added in the order that is fastest here.
+    """Return the sum of squares of float32[n], added in the order that is fastest on this machine.
 
-    The order depends on n and on the machine, and not on the run. All other kernels add in one
-    order everywhere.
+    So the last bits of the result may differ between machines, but not between runs. The results of
+    all other kernels are the same on all machines.
     """
     total = np.float32(0.0)
     for j in range(numbers.shape[0]):
@@ -48,7 +48,7 @@ def square_sum32(numbers: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Optimizer(ABC):
-    """Base class of optimizers. One object has the hyper-parameters of one table.
+    """Base class of optimizers. An object stores the hyper-parameters of one table.
 
     The constructor raises ValueError for a hyper-parameter that is not allowed.
     """
@@ -69,7 +69,7 @@ class Optimizer(ABC):
         self._check()
 
     def require_lr(self, lr: float) -> None:
-        """Raise ValueError unless ``lr``, the table's or a push's own, is valid."""
+        """Raise ValueError unless ``lr`` is a valid learning rate for this optimizer."""
         for holds, rule in (_is_number(lr), self._lr_rule(lr)):
             if not holds:
                 raise ValueError(f"optimizer {self.name!r}: lr must be {rule}, got {lr!r}")
@@ -78,7 +78,10 @@ class Optimizer(ABC):
         return lr >= 0.0, ">= 0"
 
     def _check(self) -> None:
-        """Raise ValueError for hyper-parameters that are not valid; by default all are."""
+        """Validate the hyper-parameters: call ``_require`` for each condition.
+
+        It raises ValueError. By default there are no conditions.
+        """
         return
 
     def _require(self, field: str, holds: bool, rule: str) -> None:
@@ -103,29 +106,28 @@ class Optimizer(ABC):
 
     @abstractmethod
     def state_width(self, dim: int) -> int:
-        """Return how many float32 numbers of state a row has whose embedding has ``dim``."""
+        """Return the length of the optimizer state in a row with an embedding of length ``dim``."""
 
     def initial_state(self, dim: int) -> Rows:
         """Return the state of a new row, float32[state_width(dim)]."""
         return np.zeros(self.state_width(dim), np.float32)
 
     def roots(self, dim: int) -> slice:
-        """Return the slice of a row that contains the numbers of which ``step`` takes a root.
+        """Return the slice of a row with the numbers that ``step`` raises to a power in 0..1.
 
-        Empty by default. Pushes never make these numbers less than those of a new row.
+        Empty by default. A push never makes these numbers smaller than they are in a new row.
         """
         return slice(dim, dim)
 
     def is_tame(self, lr: float) -> bool:
-        """Return whether a step with tame gradients certainly leaves no infinity or NaN in tame
-        rows.
+        """Return True if a step on tame rows with tame gradients never results in infinity or NaN.
 
         lr  learning rate of the step
 
-        If so, such a push is applied without trying it out first. Gradients are tame up to a
-        magnitude of 1e6 (TAME_GRADIENT). A row is tame if the magnitude of its numbers is at most
-        1e12 (TAME_NUMBER), and its ``roots`` are not less than those of a new row. Returning False
-        is always correct, but makes pushes slower.
+        Gradients are tame if their magnitudes are at most 1e6 (TAME_GRADIENT). A row is tame if the
+        magnitudes of its numbers are at most 1e12 (TAME_NUMBER), and the numbers in ``roots`` are
+        not less than in a new row. A push that is not known to be safe is first tried on copies of
+        the rows. So returning False is always correct, but makes pushes slower.
         """
         return lr <= TAME_LR and self._is_tame(lr)
 
@@ -133,12 +135,15 @@ class Optimizer(ABC):
         return True
 
     def reach(self, dim: int, lr: float, gradient: float) -> float:
-        """Return by how much one step may raise the largest magnitude in tame rows.
+        """Return an upper bound for the increase of the largest magnitude in tame rows by one step.
 
+        dim       length of an embedding
+        lr        learning rate of the step
         gradient  largest magnitude of the gradients
 
-        Infinity, the default, where that depends on the rows. Rows then have to be looked at after
-        each push. The result may only be too large: rounding is covered by ROUNDED.
+        Tame rows are defined in ``is_tame``. The bound must cover rounding errors; the factor
+        ROUNDED does that. Returns infinity, the default, if there is no bound for all tame rows.
+        The caller then examines the rows after each push.
         """
         return math.inf
 
@@ -155,7 +160,7 @@ class Optimizer(ABC):
 
 
 def _is_number(value: Any) -> tuple[bool, str]:
-    """Return whether float32 can express a hyper-parameter, and the rule for error messages."""
+    """Return (whether ``value`` is a number that float32 expresses well, the rule in words)."""
     size = abs(float(value)) if isinstance(value, Real) else math.nan
     holds = size == 0.0 or SMALLEST <= size <= LARGEST
-    return holds, f"0 or a number of size {SMALLEST:g} to {LARGEST:g}"
+    return holds, f"0 or a number of magnitude {SMALLEST:g} to {LARGEST:g}"

@@ -16,13 +16,13 @@ T = TypeVar("T")
 def build(
     kind: str, registry: Mapping[str, type[T]], name: str, parameters: Mapping[str, float]
 ) -> T:
-    """Construct the dataclass that ``registry`` has under ``name``.
+    """Create an object of the class that ``registry`` has under ``name``.
 
-    kind        noun for the objects of the registry, for error messages: "optimizer"
-    parameters  values by field name; parameters that are left out keep their defaults
+    kind        noun for such objects in error messages, for example "optimizer"
+    parameters  values of the object's fields by name; missing ones get their defaults
 
-    Raises ValueError for an unknown name or parameter, or for a value that is not allowed. The
-    message lists the allowed ones.
+    Raises ValueError for an unknown name or parameter, with a list of the known ones, and for a
+    value that is not allowed.
     """
     if name not in registry:
         raise ValueError(f"no {kind} {name!r}; there are: {', '.join(registry)}")

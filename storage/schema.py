@@ -37,7 +37,7 @@ class TableSchema:
     durability: Durability = "log"  # durability of pushes that do not set one
     admission: Admission = field(default_factory=Always)  # which keys get a row
     evictions: tuple[Eviction, ...] = ()  # which rows are evicted; at most one rule per cause
-    max_step_ahead: int = MAX_STEP_AHEAD  # steps; see Evictor.last_step; 0: no limit
+    max_step_ahead: int = MAX_STEP_AHEAD  # a push's step - the table's step; 0: no limit
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):

@@ -180,8 +180,7 @@ class Table:
                 refused, present = missing[~admitted], np.flatnonzero(locations)
                 if self.gate.counting:
                     waiting, totals = keys[refused], counted[~admitted]
-                self.tally.refused += len(refused)
-                self.tally.dropped += int(counts[refused].sum(dtype=np.uint64))
+                self._count_refused(counts[refused])
                 keys, counts, gradients = keys[present], counts[present], gradients[present]
                 locations = locations[present]
         optimizer = self.schema.optimizer
@@ -193,6 +192,10 @@ class Table:
         if self._guard.unsure and not copied:
             self._guard.written(self._host.largest(slots))
         return Pushed(keys, slots, waiting, totals, stamp)
+
+    def _count_refused(self, occurrences: NDArray[Any]) -> None:
+        self.tally.refused += len(occurrences)
+        self.tally.dropped += int(occurrences.sum(dtype=np.uint64))
 
     def check_push(
         self,
@@ -274,9 +277,10 @@ class Table:
             self._guard.written(largest_magnitude(rows))
 
     def put(self, images: Images) -> None:
-        """Write whole rows from a block or a log record. A row with a newer version stays.
+        """Write whole rows from a block or a log record. Never overwrites a newer row.
 
-        Keys that get a row lose their counters. Raises OutOfMemory, and changes nothing then.
+        The admission counters of keys that had no row before are deleted. Raises OutOfMemory, and
+        changes nothing then.
         """
         keys, rows = images.keys, images.rows
         locations, absent = self._index.find(keys)
@@ -288,11 +292,11 @@ class Table:
         self._guard.put(rows)
 
     def put_counters(self, keys: Keys, totals: Occurrences, versions: Versions) -> None:
-        """Write admission counters from a block or a log record. Newer counters stay.
+        """Write admission counters from a block or a log record. Never overwrites newer counters.
 
-        keys      uint64[n], distinct; those that have a row are ignored
-        totals    uint32[n]
-        versions  uint64[n]
+        keys      uint64[n]  distinct; keys that have a row are ignored
+        totals    uint32[n]  occurrences of each key
+        versions  uint64[n]  log version of each counter's last change
         """
         absent = self._index.find(keys)[0] == 0
         self.gate.put(keys[absent], totals[absent], versions[absent])
@@ -322,15 +326,15 @@ class Table:
         return gone, len(there)
 
     def view(self) -> View:
-        """Return the rows as eviction sweeps read them; valid until the table changes next."""
+        """Return the arrays of all rows for an eviction sweep; valid until the table changes."""
         return self._host.view()
 
     def scan(self) -> Scan:
-        """Return all rows, for readers that go through them while pushes go on."""
+        """Return a scan of all rows, which other threads may use while pushes continue."""
         return self._host.scan()
 
     def tiers(self) -> list[tuple[str, Scan, int]]:
-        """Return (name, scan over its rows, bytes of memory) of each tier."""
+        """Return (name, scan of all its rows, bytes of memory taken) for each tier."""
         return [(self._host.name, self._host.scan(), self._host.bytes)]
 
     def tiers_of(self, locations: Locations) -> list[str]:
@@ -349,7 +353,7 @@ class Table:
         return Dump(every, rows, meta, counters, self.gate.cells().copy())
 
     def close(self) -> None:
-        """Free the memory once the last scan is dropped."""
+        """Close the table. The memory is freed as soon as no scan refers to it."""
         self._index.close()
         self._host.close()
         self.gate.close()

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blocks import pack_rows
 
 from storage.base import _SEAL, _STATE, Base
 from storage.basestate import BaseState, BaseTable
-from storage.block import Block, pack_rows
+from storage.block import Block
 from storage.history import History
 from storage.pages import Pages
 

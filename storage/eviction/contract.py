@@ -15,14 +15,14 @@ from storage.kernels import Rows
 from storage.records import Cause
 
 FIRST_STEP, LAST_STEP = -(1 << 47), (1 << 47) - 1  # the range of steps
-LARGEST = 1e30  # the largest parameter
+LARGEST = 1e30  # the largest magnitude of a parameter
 WHOLE = 1 << 48  # whole-number parameters must be less than this
 EMPTY = (1 << 63) - 1  # score of a slot without a row
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The rows of a tier as sweeps read them, by slot. Valid until the table changes next."""
+    """The arrays of a tier that eviction sweeps read. Valid until the table changes."""
 
     slab: Rows  # float32[capacity, width]  [embedding | state]
     meta: NDArray[np.uint64]  # [capacity, 3]  packed; see tiers/host.py
@@ -37,7 +37,7 @@ class Now:
 
     step: int  # the table's step: the largest step pushed to it
     version: int  # log version of the table's last push
-    idle: int = 0  # rows with versions up to this one have outlived the time TTL
+    idle: int = 0  # rows of this version or older have exceeded the time TTL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class Eviction(ABC):
         for field in fields(self):
             value = getattr(self, field.name)
             number = isinstance(value, Real) and abs(float(value)) <= LARGEST
-            self._require(field.name, number, f"a number of size up to {LARGEST:g}")
+            self._require(field.name, number, f"a number of magnitude up to {LARGEST:g}")
             if field.type == "int":
                 whole = float(value).is_integer() and abs(value) < WHOLE
                 self._require(field.name, whole, "a whole number below 2^48")
@@ -109,10 +109,12 @@ class TableEviction(Eviction):
 
     @abstractmethod
     def score(self, view: View, start: int, stop: int, now: Now, out: NDArray[np.int64]) -> None:
-        """Write the scores of slots start..stop-1, EMPTY for slots without a row.
+        """Write the scores of slots start..stop-1 to ``out``.
 
-        now  the same for all slices of a sweep; a later push must not lower a row's score
-        out  int64[stop - start]; scores are in -2^62..2^62
+        now  values of the table when the sweep began, the same for all its slices
+        out  int64[stop - start]; scores in -2^62..2^62, EMPTY (2^63 - 1) for slots without a row
+
+        A push during the sweep must not lower the score of a row.
         """
 
 
@@ -123,6 +125,6 @@ def require_distinct(rules: Sequence[Eviction]) -> None:
         other = seen.setdefault(rule.cause, rule)
         if other is not rule:
             raise ValueError(
-                f"evictions {other.name!r} and {rule.name!r} are of one kind; a table takes one of"
-                " each kind"
+                f"eviction rules {other.name!r} and {rule.name!r} both have the cause"
+                f" {rule.cause.name.lower()!r}; a table may have only one rule per cause"
             )

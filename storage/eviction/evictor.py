@@ -37,8 +37,8 @@ class EvictorState:
         """Return the state as bytes for ``Evictor.load``.
 
         Format, little-endian: step i64 | version u64 | length of times in bytes u64 | times |
-        steps. times is a packed timeline, empty if the table has no time TTL. steps is another,
-        empty if the table has no step TTL.
+        steps. times is a packed Timeline, or empty if the table has no time TTL. steps is a packed
+        Timeline, or empty if the table has no step TTL.
         """
         times = b"" if self.times is None else self.times.pack()
         steps = b"" if self.steps is None else self.steps.pack()
@@ -67,7 +67,7 @@ class Evictor:
         return self._rules
 
     def altered(self, rules: Sequence[Eviction], version: int, seconds: float) -> Evictor:
-        """Return an evictor with new rules and the step and times of this one.
+        """Return an evictor with new rules, and with the step and the times of this evictor.
 
         version  log version of the alteration
         seconds  time of the alteration
@@ -125,7 +125,10 @@ class Evictor:
     def pushed(self, version: int, step: int, seconds: float) -> None:
         """Record a push, applied now or replayed from the log.
 
-        seconds  of a clock that goes on while the shard is down, so that this time counts as idle
+        version  log version of the push
+        step     step that the push has from its trainer
+        seconds  time of the push, by a clock that continues while the shard is down, so that rows
+                 become idle during that time, too
         """
         self._step, self._version = max(self._step, step), max(self._version, version)
         if self._times is not None:
@@ -134,7 +137,11 @@ class Evictor:
             self._steps.add(version, float(step))
 
     def loaded(self, version: int, step: int) -> None:
-        """Record that rows up to this version and step were loaded, pushed at unknown times."""
+        """Record that rows were loaded whose times of push are unknown.
+
+        version  a version that none of these rows exceeds
+        step     largest step of these rows, or of their table when they were stored
+        """
         self._step, self._version = max(self._step, step), max(self._version, version)
 
     def now(self, seconds: float) -> Now:
@@ -211,16 +218,24 @@ class Evictor:
         return self.snapshot().pack()
 
     def load(self, data: bytes) -> None:
-        """Load what ``pack`` returned for the same TTL rules; raises ValueError otherwise."""
+        """Replace the state by ``data``, which ``pack`` of some evictor returned.
+
+        Raises ValueError if ``data`` is malformed, or does not fit the rules of this evictor: it
+        must have times exactly if there is a time TTL, and steps exactly if there is a step TTL.
+        """
         if len(data) < _STATE.size:
-            raise ValueError(f"cannot load eviction state: {len(data)} bytes are too few")
+            raise ValueError(
+                f"cannot load eviction state: expected at least {_STATE.size} bytes, got"
+                f" {len(data)}"
+            )
         step, version, size = _STATE.unpack_from(data)
         end = _STATE.size + size
         parts = (self._times, data[_STATE.size : end]), (self._steps, data[end:])
         for timeline, part in parts:
             if bool(part) != (timeline is not None):
                 raise ValueError(
-                    f"cannot load eviction state ({len(data)} bytes): saved with other TTL rules"
+                    f"cannot load eviction state ({len(data)} bytes): it was saved with different"
+                    " TTL rules"
                 )
         for timeline, part in parts:
             if timeline is not None:

@@ -28,17 +28,21 @@ from storage.records import Cause
 from storage.registry import build
 
 ROUNDS = 64  # sweeps per TTL
-SCALE = 1 << 14  # of LFU scores, which are whole numbers, so that comparing them is exact
+SCALE = 1 << 14  # LFU scores are multiplied by this and rounded down to integers
 
 # ---- rules for rows
 #
 # meta    uint64[capacity, 3]  packed; version 0: no row
-# causes  uint8[stop - start]  of slots from start on; only entries that are 0 are written
+# causes  uint8[stop - start]  causes[i] belongs to slot start + i; 0: no cause yet
 
 
 @jit
 def _idle_steps(meta: Any, start: int, stop: int, last: int, cause: int, causes: Any) -> None:
-    """Set causes[i] = ``cause`` for each row whose step is at most ``last``."""
+    """Set causes[i] to ``cause`` if slot start + i has a row whose step is at most ``last``.
+
+    meta    uint64[capacity, 3]  packed; see tiers/host.py
+    causes  uint8[stop - start]  entries that are not 0 are left unchanged
+    """
     most = (np.int64(last) << np.int64(16)) | np.int64(0xFFFF)  # largest metadata with that step
     for i in range(stop - start):
         if np.int64(meta[start + i, 2]) <= most and causes[i] == 0:
@@ -48,7 +52,11 @@ def _idle_steps(meta: Any, start: int, stop: int, last: int, cause: int, causes:
 
 @jit
 def _idle_versions(meta: Any, start: int, stop: int, last: Any, cause: int, causes: Any) -> None:
-    """Set causes[i] = ``cause`` for each row whose version is in 1..last."""
+    """Set causes[i] to ``cause`` if slot start + i has a row whose version is at most ``last``.
+
+    meta    uint64[capacity, 3]  packed; see tiers/host.py
+    causes  uint8[stop - start]  entries that are not 0 are left unchanged
+    """
     for i in range(stop - start):
         version = meta[start + i, 1] >> np.uint64(16)
         if version <= last and version != 0 and causes[i] == 0:
@@ -59,9 +67,10 @@ def _idle_versions(meta: Any, start: int, stop: int, last: Any, cause: int, caus
 def _small(
     slab: Any, meta: Any, start: int, stop: int, dim: int, least: float, cause: int, causes: Any
 ) -> None:
-    """Replace the mark 255: by ``cause`` if the norm of the row is below ``least``, else by 0.
+    """Replace each causes[i] = 255 by ``cause`` if the row's L2 norm is below ``least``, else by 0.
 
-    slab  float32[capacity, >= dim]
+    slab    float32[capacity, >= dim]  rows; the first ``dim`` numbers are the embedding
+    causes  uint8[stop - start]        causes[i] belongs to slot start + i
     """
     n = stop - start
     for i in range(n):
@@ -97,7 +106,7 @@ class StepTtl(RowEviction):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeTtl(RowEviction):
-    """Evicts a row that was not pushed for ``seconds`` seconds, or up to 1/256 longer."""
+    """Evicts a row that was not pushed for ``seconds`` seconds; up to ``seconds / 256`` later."""
 
     name: ClassVar[str] = "time_ttl"
     cause: ClassVar[Cause] = Cause.TIME_TTL
@@ -116,11 +125,11 @@ class TimeTtl(RowEviction):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norm(RowEviction):
-    """Evicts a row with a small embedding (L2 norm < ``threshold``) that was not pushed lately.
+    """Evicts a row that has a small embedding and was not pushed for ``grace`` steps of its table.
 
-    "Not lately" means that the table's step minus the step of the row's last push is at least
-    ``grace``. So rows in training stay; otherwise their next push would create them again with the
-    initial value instead of the learnt one. With grace 0 every row may be evicted.
+    An embedding is small if its L2 norm is less than ``threshold``. The grace keeps rows that are
+    still trained: otherwise their next push would create them again with the initial value instead
+    of the learnt one. With grace 0 every row with a small embedding is evicted.
     """
 
     name: ClassVar[str] = "norm"
@@ -175,10 +184,10 @@ def _score_lfu(meta: Any, start: int, stop: int, last: int, half_life: float, sc
 
 
 class Capacity(TableEviction):
-    """Evicts the rows with the lowest scores while the table has more than ``max_rows``.
+    """Evicts the rows with the lowest scores while the table has more than ``max_rows`` rows.
 
-    Each shard keeps the share of ``max_rows`` that is its share of the keys. A hash spreads keys
-    evenly over the shards.
+    A shard that owns the fraction ``share`` of all keys keeps ``max_rows * share`` rows, rounded
+    up. A hash spreads the keys evenly over the shards.
     """
 
     __slots__ = ()
@@ -203,7 +212,7 @@ class Capacity(TableEviction):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapacityLru(Capacity):
-    """Evicts the rows that were pushed least recently. Score: version of the last push."""
+    """Evicts the least recently pushed rows. The score is the version of a row's last push."""
 
     name: ClassVar[str] = "capacity_lru"
 
@@ -217,8 +226,8 @@ class CapacityLru(Capacity):
 class CapacityLfu(Capacity):
     """Evicts the rows with the lowest frequency, which decays with age.
 
-    Score: log2(frequency) - (table's step - step of the last push) / half_life. A row that is not
-    pushed for a half-life scores like a row of half its frequency.
+    Score: log2(frequency) - (table's step - step of the last push) / half_life. A row that was last
+    pushed ``half_life`` steps ago scores like a row pushed now that has half its frequency.
     """
 
     name: ClassVar[str] = "capacity_lfu"

@@ -4,13 +4,13 @@ Each stage passes over all slots:
 
     range    find the smallest and the largest score
     select   count scores in 2^16 buckets; the bucket that contains the last victim becomes the new
-             range; repeat until it is a single score, or all rows of the bucket leave
-    take     return the rows with lower scores, and as many with this score as must leave, in the
-             order of their slots
+             range; repeat until the range is a single score, or all rows in it are victims
+    take     return the rows with lower scores, and as many with this score as must be evicted, in
+             the order of their slots
 
-The choice is exact for tables of any size: no row that stays has a lower score than a row that
-left. Scores are computed for the moment at which ``range`` began, so a push during the sweep can
-only raise the score of a row.
+The choice is exact for tables of any size: no row that stays has a lower score than a row that was
+evicted. All scores are computed for the moment at which the stage ``range`` began, so a push during
+the sweep can only raise the score of a row.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ def _histogram(scores: Any, low: int, high: int, shift: int, counts: Any) -> Non
 
 @jit
 def _lowest(scores: Any, bound: int, ties: int, places: Any) -> Any:
-    """Find up to n scores: those below ``bound``, and up to ``ties`` scores equal to it.
+    """Find the scores below ``bound``, and the first ``ties`` scores equal to it, at most n in all.
 
-    places  int64[n]  filled with their positions, ascending
+    scores  int64[m]
+    places  int64[n]  written: positions of the scores found, ascending
 
-    Returns how many were found, how many ties are left, and the position to continue at.
+    Returns (number of scores found, number of ties not found yet, position to continue at).
     """
     found = 0
     for i in range(scores.shape[0]):
@@ -72,7 +73,7 @@ def _lowest(scores: Any, bound: int, ties: int, places: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Victims:
-    """Rows that are to be evicted, with the cause of each."""
+    """Rows that must be evicted, each with its cause."""
 
     slots: Slots  # int64[n], distinct
     causes: NDArray[np.uint8]  # [n]  values of Cause
@@ -94,12 +95,12 @@ NOBODY = Victims(np.empty(0, np.int64), np.empty(0, np.uint8))
 class Selection:
     """Selects the ``excess`` lowest-scoring rows of a table under one eviction rule.
 
-    Each call of ``slice`` scans a slice of slots.
+    Each call of ``slice`` scans some slots. Call it until ``done``.
     """
 
     def __init__(self, rule: TableEviction, view: View, excess: int, now: Now) -> None:
         self._rule, self._end, self._now = rule, view.used, now
-        self._left = excess  # rows that must still leave
+        self._left = excess  # rows that must still be evicted
         self._stage: Literal["range", "select", "take", "done"] = "range"
         self._at = 0  # the next slot of this stage
         self._low, self._high = EMPTY, -EMPTY  # range that contains the last victim's score
@@ -109,11 +110,16 @@ class Selection:
 
     @property
     def done(self) -> bool:
-        """True if all slices were scanned."""
+        """True when all victims were returned."""
         return self._stage == "done"
 
     def slice(self, view: View, limit: int, most: int) -> Victims:
-        """Scan up to ``limit`` slots. In the stage "take", returns up to ``most`` victims."""
+        """Scan up to ``limit`` slots, and return up to ``most`` victims.
+
+        view  rows of the table now
+
+        Only the last stage, "take", returns victims.
+        """
         start, stop = self._at, min(self._at + limit, self._end)
         scores = np.empty(stop - start, np.int64)
         self._rule.score(view, start, stop, self._now, scores)
@@ -148,13 +154,14 @@ class Selection:
         self._counts[:] = 0
 
     def _narrow(self) -> bool:
-        """Make the bucket of the last victim the range. Return whether ``take`` can begin.
+        """Narrow the range of scores to the bucket that contains the last victim's score.
 
-        Then the victims are all rows with scores below ``high``, and ``need`` rows with this score.
+        Returns whether the stage "take" can begin. If so, the victims are all rows with scores
+        below ``_high``, and ``_need`` rows with the score ``_high``.
         """
         sums = np.cumsum(self._counts)
         bucket = int(np.searchsorted(sums, self._need))
-        if bucket == BUCKETS:  # since they were counted, rows left, or were pushed
+        if bucket == BUCKETS:  # rows were deleted or pushed after they were counted
             self._high, self._need = self._high + 1, 0
             return True
         self._need -= int(sums[bucket] - self._counts[bucket])

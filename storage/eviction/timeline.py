@@ -14,18 +14,18 @@ class Timeline:
     """Maps versions to times, to find the versions that are older than a TTL.
 
     A row records the version of its last push, not its time. The timeline keeps samples: pairs of a
-    version and the time of its push. Pushes within 1/PARTS of a TTL share one sample, that of the
-    last push. A row therefore counts as idle up to 1/PARTS of a TTL too late, and never too early.
-    Of the samples that are older than a TTL only the newest is kept, so there are at most PARTS + 3
-    samples, 4 KiB.
+    version and the time of its push. Pushes within 1/256 of a TTL (1/PARTS) share one sample, that
+    of the last push. A row therefore counts as idle up to 1/256 of a TTL too late, and never too
+    early. Of the samples that are older than a TTL only the newest is kept, so there are at most
+    259 samples, 4 KiB.
 
     The clock may go back.
 
-    * By less than 1/PARTS of a TTL: time stands still until the clock has caught up.
+    * By less than 1/256 of a TTL: time stands still until the clock has caught up.
     * By more: either the clock was ahead and is right again, or it is wrong now and will be
       corrected. No row may seem more idle than it is in either case. Therefore pushes at times that
-      are now in the future count as pushed now. When the clock reaches that future, all rows count
-      as pushed at the next push.
+      are now in the future count as pushed now. When the clock reaches the time that it showed
+      before it went back, the next push makes all rows count as pushed at that push.
     """
 
     def __init__(self, ttl: float) -> None:
@@ -44,7 +44,9 @@ class Timeline:
         return len(self._times)
 
     def add(self, version: int, time: float) -> None:
-        """Record a push. Does nothing if ``version`` is not newer than the newest sample's.
+        """Record a push. Does nothing if ``version`` is not newer than the newest recorded version.
+
+        version  log version of the push
 
         time  time of the push, by a clock that continues while the process is down
         """
@@ -69,7 +71,7 @@ class Timeline:
         self._append(version, time)
 
     def version_before(self, time: float) -> int:
-        """Return the newest version that is older than a TTL at ``time``; 0 if none is."""
+        """Return the newest version that is more than a TTL old at ``time``; 0 if there is none."""
         idle = 0 if self._caught_up(time) else self._count_before(time - self.ttl)
         return self._versions[idle - 1] if idle else 0
 
@@ -99,9 +101,15 @@ class Timeline:
         return struct.pack("<dd" + "Qd" * len(self), self._start, self._latest, *numbers)
 
     def load(self, data: bytes) -> None:
-        """Load what ``pack`` returned; raises ValueError for anything else."""
+        """Replace all samples by those in ``data``, which ``pack`` returned.
+
+        Raises ValueError if ``data`` is empty or not a multiple of 16 bytes.
+        """
         if not data or len(data) % 16:
-            raise ValueError(f"a timeline is a multiple of 16 bytes, got {len(data)} bytes")
+            raise ValueError(
+                f"the length of a timeline must be a positive multiple of 16 bytes, got {len(data)}"
+                " bytes"
+            )
         self._start, self._latest = struct.unpack_from("<dd", data)
         numbers = struct.unpack_from("<" + "Qd" * (len(data) // 16 - 1), data, 16)
         self._versions, self._times = array("Q", numbers[::2]), array("d", numbers[1::2])
@@ -113,8 +121,10 @@ class Timeline:
     def with_ttl(self, ttl: float) -> Timeline:
         """Return a timeline with a different TTL and a copy of the samples.
 
-        Samples that a shorter TTL dropped stay unknown. Rows that were pushed before the oldest
-        sample do not count as idle until the longer TTL has passed since that sample.
+        ttl  in the unit of the times that ``add`` gets
+
+        If the new TTL is longer, samples that the old TTL dropped are missing. Rows that were
+        pushed before the oldest sample then count as idle only when that sample exceeds the TTL.
         """
         other = Timeline(ttl)
         other._versions, other._times = self._versions[:], self._times[:]

@@ -1,4 +1,4 @@
-"""Storage for rows. An index maps a key to tier and place; a tier knows only places.
+"""Tiers: the kinds of storage for rows. A place is the position of a row in its tier.
 
 base.py   the contract of a tier
 host.py   rows in host memory

@@ -1,5 +1,8 @@
 """The contract of a tier: one kind of storage for rows, for example host memory.
 
+A place is the position of a row in its tier: an int64 that the tier chooses. The table's index
+(storage/index.py) maps each key to a tier and a place.
+
 To add a tier, write a class in a new file next to this one. The table uses tiers only through this
 contract, and the tests of the contract run over every implementation.
 """
@@ -19,42 +22,53 @@ Meta = NDArray[Any]  # uint64[n, 4]: key, version, step (the bits of an int64), 
 # Versions are below 2^48, steps in -2^47..2^47-1; a frequency stops counting at 2^32-1.
 
 KEY, VERSION, STEP, FREQUENCY = range(4)
-LOOK = 1 << 16  # places that a scan looks at per call; more would make other threads wait
-EVERY = 1 << 62  # a number of places that is never reached: no limit
+LOOK = 1 << 16  # places that a scan examines per call; more would make other threads wait
+EVERY = 1 << 62  # as a limit: examine all places
 
 
 class Scan(Protocol):
-    """The rows of a tier at one moment, to be read in slices.
+    """Reads the rows that a tier had when the scan was created, one slice of places per call.
 
     Any thread may use it while the engine thread pushes. A row that is pushed meanwhile may be
-    missed, or read half written. Its version is then newer than the moment of the scan.
+    missed, or copied partly old and partly new. The row's version is then newer than all versions
+    that existed when the scan was created.
     """
 
     def find(
         self, start: int, after: int, upto: int, limit: int, look: int = LOOK
     ) -> tuple[Slots, int | None]:
-        """Return places of up to ``limit`` rows with versions after+1..upto, and the next start.
+        """Find rows with versions in after+1..upto.
 
-        start  0, or what the last call returned; None after the last call
-        look   places that this call looks at; EVERY where nobody waits
+        start  0 in the first call, then the next start that the previous call returned
+        limit  maximum number of rows to find
+        look   maximum number of places to examine, which makes the call short; EVERY: all
 
-        A call that has looked at ``look`` places may return no place and a next start.
+        Returns (places of the rows found, int64[<= limit]; next start, or None at the end of the
+        tier). A call may find no rows although later calls do.
         """
         ...
 
     def copy(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> Meta:
-        """Copy whole rows [n, width] and their frequencies uint64[n]; return their metadata."""
+        """Copy whole rows and their frequencies, and return the rows' metadata.
+
+        places       int64[n]           from ``find``
+        frequencies  uint64[n]          written
+        rows         float32[n, width]  written
+        """
         ...
 
     def measure(self, places: Slots, norms: NDArray[Any]) -> Meta:
-        """Write the L2 norms of embeddings to ``norms``, float64[n]; return the rows' metadata.
+        """Write the L2 norms of embeddings to ``norms``, and return the rows' metadata.
 
-        A row whose metadata has version 0 was deleted meanwhile.
+        places  int64[n]    from ``find``
+        norms   float64[n]  written
+
+        Version 0 in the metadata means that the row was deleted after ``find`` returned it.
         """
         ...
 
     def read(self, places: Slots, out: Rows) -> None:
-        """Copy the embeddings of ``places`` to ``out``, float32[n, dim]."""
+        """Copy the embeddings at ``places``, int64[n], to ``out``, float32[n, dim]."""
         ...
 
 
@@ -62,7 +76,7 @@ class Tier(Protocol):
     """Stores rows. A place, an int64 that the tier chooses, identifies a row in the tier.
 
     The places within one call must be distinct and allocated. A row is float32[width],
-    ``[embedding | optimizer state]``, with metadata of four 64-bit numbers; see ``Meta``.
+    ``[embedding | optimizer state]``. Its metadata are its key, version, step and frequency.
 
     name  name of the tier, for statistics
     code  1..255, stored in every location of a row in this tier; never changes its meaning
@@ -82,14 +96,14 @@ class Tier(Protocol):
         ...
 
     def allocate(self, count: int) -> Slots:
-        """Return places, int64[count], for new rows with undefined contents.
+        """Allocate ``count`` places, and return them as int64[count].
 
-        Raises OutOfMemory, and changes nothing then.
+        The caller must fill the rows there. Raises OutOfMemory, and changes nothing then.
         """
         ...
 
     def release(self, places: Slots) -> None:
-        """Delete the rows at ``places``, and free the places."""
+        """Delete the rows at ``places``. New rows may reuse these places."""
         ...
 
     def create(
@@ -97,13 +111,20 @@ class Tier(Protocol):
     ) -> None:
         """Fill new rows: initial embeddings, initial state, and version, step and frequency 0.
 
-        seed   seed of the table's initial values, from ``table_seed``
-        state  float32[width - dim], optimizer state of every new row
+        keys         uint64[n]            key of each row
+        places       int64[n]             place of each row, from ``allocate``
+        initializer  computes the embeddings
+        seed         seed of the table's initial values, from ``table_seed``
+        state        float32[width - dim]  optimizer state of every new row
         """
         ...
 
     def read(self, places: Slots, out: Rows) -> None:
-        """Copy embeddings to ``out`` [n, dim]; rows whose place is ABSENT are left unchanged."""
+        """Copy the embedding at each place to the same position of ``out``.
+
+        places  int64[n]         ABSENT (-1): leave this row of ``out`` unchanged
+        out     float32[n, dim]  written
+        """
         ...
 
     def push(
@@ -119,25 +140,38 @@ class Tier(Protocol):
     ) -> None:
         """Run one optimizer step over the rows, and record the push in their metadata.
 
-        gradients  float32[n, dim]
-        counts     uint32[n]  occurrences of each key, added to its frequency
+        places     int64[n]         the rows
+        gradients  float32[n, dim]  gradient of each row
+        counts     uint32[n]        occurrences of each key, added to its frequency
+        optimizer  the algorithm of the step
         lr         learning rate
         step       step passed to the optimizer
         version    log version of the push
-        stamp      step recorded in the metadata; None: ``step``
+        stamp      step recorded in the metadata; None: the same as ``step``
         """
         ...
 
     def images(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> None:
-        """Copy whole rows [n, width] and their frequencies uint64[n], after a push."""
+        """Copy whole rows and their frequencies, for the log record of a push.
+
+        places       int64[n]
+        frequencies  uint64[n]          written
+        rows         float32[n, width]  written
+        """
         ...
 
     def largest(self, places: Slots) -> float:
-        """Return the largest magnitude in whole rows; infinity and NaN count as the largest."""
+        """Return the largest magnitude of the numbers in the rows at ``places``, int64[n].
+
+        Covers embeddings and optimizer state. Infinity and NaN count as the largest.
+        """
         ...
 
     def put(self, places: Slots, images: Images) -> None:
-        """Write whole rows with their metadata, except over newer rows."""
+        """Write row i of ``images`` with its metadata to places[i], for each i.
+
+        A row that is already there and has a newer version is not overwritten.
+        """
         ...
 
     def meta(self, places: Slots) -> Meta:
@@ -145,17 +179,17 @@ class Tier(Protocol):
         ...
 
     def scan(self) -> Scan:
-        """Return all rows, for readers that go through them while pushes go on."""
+        """Return a scan of all rows, which other threads may use while pushes continue."""
         ...
 
     def view(self) -> View:
-        """Return the rows as eviction sweeps read them; valid until the tier changes next."""
+        """Return the arrays of all rows for an eviction sweep; valid until the tier changes."""
         ...
 
     def dump(self, places: Slots) -> tuple[Rows, Meta]:
-        """Return copies of whole rows and of their metadata."""
+        """Return copies of whole rows, float32[n, width], and of their metadata."""
         ...
 
     def close(self) -> None:
-        """Free the memory once the last scan is dropped."""
+        """Close the tier. The memory is freed as soon as no scan refers to it."""
         ...

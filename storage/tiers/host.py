@@ -40,7 +40,13 @@ from storage.tiers.base import LOOK, Meta, Scan
 
 
 class HostScan:
-    """The slots in use so far, in ascending order. See Scan for the contract."""
+    """Scans the slots of a HostTier in ascending order. See Scan for the contract.
+
+    slab  memory of the rows
+    meta  memory of the packed metadata
+    used  number of slots to scan: those that were ever allocated
+    dim   length of an embedding
+    """
 
     def __init__(self, slab: Memory, meta: Memory, used: int, dim: int) -> None:
         self._slab, self._meta, self._used, self._dim = slab, meta, used, dim
@@ -51,7 +57,7 @@ class HostScan:
         slots = np.empty(limit, np.int64)
         stop = min(start + look, self._used)
         found, end = 0, start
-        while end < stop:  # in short calls, because the metadata may have to move
+        while end < stop:  # in short calls, so that the metadata can move between them
             part = min(end + LOOK, stop)
             more, end = changed(self._meta.array(), end, part, after, upto, slots[found:])
             found += more
@@ -88,8 +94,8 @@ class HostTier:
         self._dim = dim
         self._slab = Arena(width, np.float32, budget)
         self._meta = Arena(3, np.uint64, budget)
-        self._used = 0  # slots ever handed out
-        self._first_free = ABSENT  # of the list of slots given back; see kernels.release
+        self._used = 0  # slots ever allocated
+        self._first_free = ABSENT  # head of the list of free slots; see kernels.release
         self._free_count = 0
         self._most = np.empty(width, np.uint32)  # scratch of ``largest``
 

@@ -82,7 +82,7 @@ def test_the_rules_of_a_table_are_described(
         ({"eviction": {"lru": {}}}, "no eviction 'lru'; there are: step_ttl,"),
         ({"eviction": {"step_ttl": {"steps": 1.5}}}, "steps must be a whole number"),
         ({"eviction": {"norm": {"threshold": -1}}}, "threshold must be above 0, got -1"),
-        ({"eviction": {"capacity_lru": {}, "capacity_lfu": {}}}, "are of one kind"),
+        ({"eviction": {"capacity_lru": {}, "capacity_lfu": {}}}, "both have the cause 'capacity'"),
     ],
 )
 def test_a_rule_that_makes_no_sense_is_refused_by_name(

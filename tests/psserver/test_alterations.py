@@ -123,7 +123,7 @@ BAD = [
     (
         {"evictions": [pb.Rule(name="capacity_lru"), pb.Rule(name="capacity_lfu")]},
         "evictions",
-        "'t': evictions .* are of one kind",
+        "'t': eviction rules .* both have the cause 'capacity'",
     ),
     ({"max_step_ahead": 1 << 47}, "max_step_ahead", "'t': max_step_ahead must be in"),
     ({}, "max_step_ahead", "'t': max_step_ahead: schema.max_step_ahead is missing"),

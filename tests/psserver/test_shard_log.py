@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blocks import pack_rows, pack_tombstones
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import DIM, change, contents, make_shard, push, schema
@@ -22,7 +23,7 @@ from psserver.shard import Shard
 from psserver.tombstones import joined
 from storage import records
 from storage.basestate import BaseState, BaseTable
-from storage.block import pack_rows, pack_tombstones, unpack
+from storage.block import unpack
 from storage.errors import Corrupt, DiskFull, SchemaMismatch, UnknownTable
 from storage.history import History
 from storage.optimizers import OPTIMIZERS, make_optimizer

@@ -20,10 +20,11 @@ from bases import (
     state,
     stored,
 )
+from blocks import pack_tombstones
 from lmdb.verify import verify as verify_pages
 
 from storage.base import Base
-from storage.block import Block, pack_tombstones
+from storage.block import Block
 from storage.errors import Corrupt
 
 # ---- life

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
+from blocks import pack_rows, pack_tombstones
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -21,8 +22,6 @@ from storage.block import (
     Block,
     pack_cells,
     pack_counters,
-    pack_rows,
-    pack_tombstones,
     rows_per_block,
     size_of,
     tombstones_per_block,

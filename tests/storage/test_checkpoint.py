@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blocks import pack_rows, pack_tombstones
 
 from storage import part_reader, part_writer
 from storage.arena import Budget
-from storage.block import pack_rows, pack_tombstones
 from storage.checkpoint import open_checkpoint, read_manifest
 from storage.errors import Corrupt, StorageError, UnknownCheckpoint, UnknownFormat
 from storage.manifest import MANIFEST, CheckpointTable, Manifest, Parent, PartTable

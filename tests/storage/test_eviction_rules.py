@@ -191,9 +191,9 @@ def test_an_unknown_parameter_is_answered_with_those_there_are(name: str) -> Non
         ("step_ttl", "steps", 0, "1 or more"),
         ("step_ttl", "steps", 1.5, r"a whole number below 2\^48"),
         ("step_ttl", "steps", 2**48, r"a whole number below 2\^48"),
-        ("step_ttl", "steps", math.nan, "a number of size up to"),
+        ("step_ttl", "steps", math.nan, "a number of magnitude up to"),
         ("time_ttl", "seconds", 0.0, "0.001 or more"),
-        ("time_ttl", "seconds", math.inf, "a number of size up to"),
+        ("time_ttl", "seconds", math.inf, "a number of magnitude up to"),
         ("norm", "threshold", 0.0, "above 0"),
         ("norm", "grace", -1, "0 or more"),
         ("capacity_lru", "max_rows", 0, "1 or more"),
@@ -207,7 +207,7 @@ def test_a_refused_parameter_is_named(name: str, param: str, value: float, rule:
 
 
 def test_a_table_takes_one_rule_of_a_kind() -> None:
-    with pytest.raises(ValueError, match="'capacity_lru' and 'capacity_lfu' are of one kind"):
+    with pytest.raises(ValueError, match="'capacity_lru' and 'capacity_lfu' both have the cause"):
         Evictor([CapacityLru(max_rows=5), StepTtl(), CapacityLfu(max_rows=6)])
 
 
