@@ -38,7 +38,7 @@ from storage.tiers.base import KEY, STEP, VERSION
 
 
 class RowTransfer:
-    """Implements ReadRows and WriteRows for one shard. Thread-safe.
+    """Implements the gRPC methods ReadRows and WriteRows for one shard. Thread-safe.
 
     catalog  reads checkpoints from the checkpoint store
     work     makes reads of a checkpoint fail when the server stops
@@ -57,17 +57,22 @@ class RowTransfer:
         self._work = work
 
     def read_rows(self, request: pb.ReadRowsRequest) -> Iterator[pb.Delta]:
-        """Yield a header message, then messages with the rows of a table.
+        """Yield a message with the table's schema, then messages with rows.
 
-        With request.checkpoint, the rows are those that the checkpoint stores for this shard;
-        otherwise the live ones. Raises UnknownTable and UnknownCheckpoint.
+        Without a checkpoint in the request, these are all rows of this shard's table. With one,
+        they are this shard's share of the table's rows in the checkpoint: every row is in the share
+        of exactly one shard. Raises UnknownTable and UnknownCheckpoint.
         """
         if request.checkpoint:
             return self._stored_rows(request.table, request.checkpoint)
         return self._live_rows(request.table)
 
     def _live_rows(self, name: str) -> Iterator[pb.Delta]:
-        """Yield the rows of a live table, while pushes continue; each row is whole."""
+        """Yield a header, then the rows of this shard's table ``name``, while pushes continue.
+
+        Each row is consistent, because the engine thread copies it, but rows may be of different
+        versions.
+        """
         schema, version, scan = self._engine.run(lambda: self._shard.scan(name))
         yield _head(schema, version)
         start: int | None = 0
@@ -86,10 +91,12 @@ class RowTransfer:
             yield _rows(schema, meta[:, KEY], meta[:, VERSION], steps, frequencies[:n], rows[:n])
 
     def _stored_rows(self, name: str, stored: str) -> Iterator[pb.Delta]:
-        """Yield the rows of table ``name`` in checkpoint ``stored``.
+        """Yield a header, then this shard's share of the rows of table ``name`` in a checkpoint.
 
-        Each shard reads a different share of the checkpoint's parts, which may contain keys of
-        other shards.
+        stored  name of the checkpoint
+
+        Each shard reads a different share of the checkpoint's parts (what one shard of the
+        checkpointed cluster wrote). The keys may belong to other shards.
         """
         progress = self._work.progress()
         with self._catalog.reading(stored, "rows are read from it") as checkpoint:
@@ -104,12 +111,12 @@ class RowTransfer:
     # ---- rows in
 
     def write_rows(self, request: RowsMessage) -> pb.WriteRowsResponse:
-        """Write the rows of a message over the rows of the same keys, or as new rows.
+        """Insert or overwrite the rows of a message; return the version after it.
 
         Rows without optimizer state get the state of new rows. Raises BadRequest, before any row is
-        written, if the message is invalid. OutOfMemory and DiskFull may leave some rows written,
-        and so does UnknownTable: the table was dropped meanwhile. Another table of the same name
-        gets no rows.
+        written, if the message is invalid. After OutOfMemory, DiskFull or UnknownTable (the table
+        was dropped meanwhile) some of the rows may have been written, but never to a newer table
+        with the same name.
         """
         shard, table = self._shard, request.table
         schema, number, now = self._engine.run(
@@ -174,6 +181,7 @@ class RowTransfer:
 
 
 def _header(schema: TableSchema) -> pb.DeltaHeader:
+    """Return the header of a message with rows of a table."""
     return pb.DeltaHeader(
         kind=pb.DeltaHeader.KIND_ROWS,
         table=schema.name,
@@ -184,6 +192,10 @@ def _header(schema: TableSchema) -> pb.DeltaHeader:
 
 
 def _head(schema: TableSchema, version: int) -> pb.Delta:
+    """Return the first message of ReadRows: the table's schema and a version, but no rows.
+
+    version  version of the shard, or largest version of the checkpoint's shards
+    """
     header = _header(schema)
     header.version = version
     header.schema.CopyFrom(write_schema(schema))
@@ -209,9 +221,12 @@ def _rows(
 
 
 def _array(data: bytes | memoryview, dtype: str, where: str) -> NDArray[Any]:
-    """Return bytes as an array, without a copy; BadRequest if their number does not fit ``dtype``.
+    """Return bytes as an array, without a copy.
 
-    where  table, for the message
+    dtype  NumPy name of the elements' type, for example "<u8"
+    where  description of the table, for the message
+
+    Raises BadRequest if the number of bytes is not a multiple of the element size.
     """
     try:
         return np.frombuffer(data, dtype)

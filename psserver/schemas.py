@@ -28,7 +28,7 @@ DURABILITIES: dict[Durability, pb.Durability] = {
 
 
 def read_schema(message: pb.TableSchema) -> TableSchema:
-    """Return the schema that a message describes; absent fields get their defaults.
+    """Return the schema in a message, with defaults for the fields that are not set.
 
     Raises BadRequest for an invalid value; its message names the table, the field and the limits.
     """
@@ -56,14 +56,20 @@ def read_schema(message: pb.TableSchema) -> TableSchema:
 
 
 def refused(table: str, error: ValueError) -> BadRequest:
-    """Return a BadRequest with the text of ``error``, and the table's name if the text lacks it."""
+    """Return a BadRequest with the text of ``error``.
+
+    table  name of the table, which is put before the text unless the text contains it
+    """
     text = str(error)
     where = "" if repr(table) in text else f"table {table[:200]!r}: "
     return BadRequest("INVALID_ARGUMENT", where + text)
 
 
 def read_durability(message: pb.TableSchema) -> Durability:
-    """Return a table's default durability from its message; ValueError if it is unknown."""
+    """Return the table's default durability in a message: "log" if it is not set.
+
+    Raises ValueError for an unknown number.
+    """
     level = LEVELS.get(message.durability or pb.DURABILITY_LOG)
     if level is None:
         raise ValueError(f"durability must be one of {sorted(LEVELS)}, got {message.durability}")
@@ -71,15 +77,18 @@ def read_durability(message: pb.TableSchema) -> Durability:
 
 
 def read_admission(message: pb.TableSchema) -> Admission:
-    """Return a table's admission rule from its message; ValueError if it is invalid."""
+    """Return the table's admission rule in a message: "always" if it is not set.
+
+    Raises ValueError if it is invalid.
+    """
     rule = message.admission
     return make_admission(rule.name or "always", dict(rule.parameters))
 
 
 def read_evictions(message: pb.TableSchema) -> tuple[Eviction, ...]:
-    """Return a table's eviction rules from its message, sorted by name.
+    """Return the table's eviction rules in a message, sorted by name.
 
-    Raises ValueError if one is invalid.
+    Raises ValueError if one is invalid, or there are more than kinds of rules.
     """
     if len(message.evictions) > len(EVICTIONS):
         raise ValueError(
@@ -91,7 +100,7 @@ def read_evictions(message: pb.TableSchema) -> tuple[Eviction, ...]:
 
 
 def write_schema(schema: TableSchema) -> pb.TableSchema:
-    """Return a schema as a message in which every field and parameter is set."""
+    """Convert a schema to a message, with every field and every parameter of the rules."""
     return pb.TableSchema(
         name=schema.name,
         dim=schema.dim,
@@ -107,18 +116,25 @@ def write_schema(schema: TableSchema) -> pb.TableSchema:
 
 
 def to_json(schema: TableSchema) -> dict[str, Any]:
-    """Return a schema as a dict that json.dumps accepts; ``from_json`` is the inverse."""
+    """Convert a schema to a dict that json.dumps accepts; ``from_json`` is the inverse."""
     values = json_format.MessageToDict(write_schema(schema), preserving_proto_field_name=True)
     return dict(values)
 
 
 def from_json(values: dict[str, Any]) -> TableSchema:
-    """Return the schema that ``to_json`` made a dict of. Raises BadRequest, json_format.Error."""
+    """Convert a dict that ``to_json`` returned back to a schema.
+
+    Raises BadRequest for an invalid value, json_format.Error for a dict of a different form.
+    """
     return read_schema(json_format.ParseDict(values, pb.TableSchema()))
 
 
 def _rule(rule: Any) -> pb.Rule:
-    """Return the message for an optimizer, an initializer, an admission or an eviction rule."""
+    """Convert a rule to a message with its name and all parameters.
+
+    rule  an optimizer, an initializer, an admission rule or an eviction rule: a dataclass whose
+          fields are its parameters
+    """
     fields = dataclasses.fields(rule)
     parameters = {field.name: float(getattr(rule, field.name)) for field in fields}
     return pb.Rule(name=rule.name, parameters=parameters)

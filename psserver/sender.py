@@ -12,11 +12,11 @@ Write = Callable[[bytes], Awaitable[None]]
 
 
 class Sender:
-    """Writes messages to one subscriber, and records how far it is.
+    """Writes messages to one subscriber, and records its position in the shard's history.
 
     position  position after the messages written so far; set by the callers of ``send``
-    since     when the oldest change that is being written was applied, in seconds since 1970;
-              infinite while no change is being written
+    since     time at which the oldest change that is being written was applied, in seconds since
+              1970; infinite while no change is being written
     writing   True while a message waits for the subscriber to read
     """
 
@@ -36,7 +36,8 @@ class Sender:
     async def send(self, messages: list[bytes], patience: float | None = None) -> None:
         """Write messages in order.
 
-        patience  most seconds to wait for the subscriber to read one message; None: no limit
+        patience  maximum number of seconds to wait for the subscriber to read one message; None:
+                  no limit
 
         Raises Overloaded if a message takes longer. The subscriber can subscribe again with the
         last token that it received.

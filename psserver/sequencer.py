@@ -1,5 +1,7 @@
-"""Number the changes of a shard: each gets the next version, a log record and, for retries, an
-entry in its client's session.
+"""Number the changes of a shard. Each change gets the next version and a log record.
+
+A change that a client requested also gets an entry in the client's session, so that the shard
+recognizes a retry.
 """
 
 from __future__ import annotations
@@ -13,16 +15,17 @@ from psserver.sessions import Sessions
 from storage.records import Kind, Origin
 from storage.versionlog import VersionLog
 
-MAX_BACKLOG = 256 << 20  # default for the memory of records not yet written to disk, in bytes
+MAX_BACKLOG = 256 << 20  # default limit of the memory of records not yet written, in bytes
 RECORD = 64  # upper bound for the size of a log record without its arrays, in bytes
 
 
 class Sequencer:
-    """Holds the version of a shard, its log and its sessions (records of applied pushes).
+    """Holds the version of a shard, its log, and its sessions (records of applied pushes).
 
-    now          returns seconds since 1970, recorded with each change
-    log          None: the shard stores nothing on disk
-    max_backlog  refuse changes while more bytes than this wait to be written to the log
+    now          returns seconds since 1970; each log record has the time of its change
+    log          version log; None: the shard stores nothing on disk
+    max_backlog  refuse changes while log records not yet written take more bytes than this
+    version      version of the newest change; 0 before the first
     """
 
     def __init__(
@@ -39,12 +42,12 @@ class Sequencer:
         self.version = 0
 
     def reserve(self, sizes: Sequence[int]) -> None:
-        """Reserve disk space in the log for records.
+        """Reserve disk space in the log for the records of the next changes.
 
         sizes  upper bound for the size of each record, in bytes
 
-        Raises DiskFull if space is missing, Overloaded if too many records wait to be written. Then
-        nothing is reserved.
+        Raises DiskFull if the disk lacks the space, Overloaded if log records that wait to be
+        written take more than max_backlog bytes. After an error nothing is reserved.
         """
         if self.log is None or not sizes:
             return
@@ -56,10 +59,10 @@ class Sequencer:
         self.log.reserve(*sizes)
 
     def origin(self, change: Change | None = None, step: int = 0) -> Origin:
-        """Return the client, step and time to store in the log record of a change.
+        """Return the origin to store in a change's log record: client, training step and time.
 
         change  request of a client; None: the server makes the change itself
-        step    training step of the change
+        step    training step of the change; 0 if it has none
         """
         now = max(int(self.now() * 1e6), 0)  # must not fail if the clock is set before 1970
         if change is None:
@@ -85,13 +88,13 @@ class Sequencer:
         )
 
     def require(self, version: int, epoch: int) -> None:
-        """Raise LogDiverged unless ``version``, assigned in ``epoch``, belongs to this log's
-        history.
+        """Raise LogDiverged unless a version that a client has seen belongs to the history of this
+        log. Without a log, does nothing.
 
-        epoch  random number that identifies a start of the server
+        epoch  random number of the server start in which ``version`` was assigned
 
-        A restore abandons the versions after the restored one, and so does a crash those not yet on
-        disk.
+        Two events remove versions from the history: a restore to an older state, and a crash before
+        they were on disk.
         """
         if self.log is not None and not self.log.history.contains(epoch, version):
             raise LogDiverged(
@@ -100,11 +103,11 @@ class Sequencer:
             )
 
     def append(self, kind: Kind, parts: Sequence[Any], change: Change | None = None) -> None:
-        """Record the change that was just applied: raise the version, append a log record, and
-        note it in the client's session.
+        """Record a change that was just applied: increase ``version`` by 1, append the change to
+        the log, and add it to the client's session.
 
         kind    kind of log record
-        parts   encoded record, as buffers to join
+        parts   buffers that together are the encoded record
         change  request of a client; None: the server made the change itself
         """
         self.version += 1

@@ -1,10 +1,11 @@
 """Start and stop the server of one shard: open and close its components in order.
 
-Threads of a server, in addition to those of the log and the flusher:
+A server has these threads, in addition to those of the log, the flusher, the sweeper, the feed and
+the worker pools:
 
-engine thread   the only thread that changes the shard
-event loop      gRPC on uvloop; runs small work of the engine itself while the engine is idle
-metrics thread  serves /metrics
+    engine thread   changes the shard; while it is idle, the event loop may do small changes itself
+    event loop      runs gRPC, on uvloop
+    metrics thread  serves /metrics
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ from psserver.swap import State
 from psserver.sweeper import Sweeper
 from storage.store import Store
 
-LAST_ANSWERS_SECONDS = 1.0  # seconds for the last replies to reach their clients, at a stop
+LAST_ANSWERS_SECONDS = 1.0  # maximum time, at a stop, for the last replies to reach their clients
 
 
 class Server:
-    """gRPC server of one shard."""
+    """gRPC server of one shard. Call ``listen``, ``open`` and, in the end, ``close``."""
 
     def __init__(self, config: ServerConfig, restart: Callable[[], None]) -> None:
-        """Create what the ports need; ``open`` recovers the shard.
+        """Create what is needed to answer health checks and metrics; ``open`` recovers the shard.
 
-        restart  asks the process to close this server and start again; any thread may call it
+        restart  called when the process must close this server and start again; on any thread
         """
         self._config = config
         self._restart = restart
@@ -88,9 +89,9 @@ class Server:
             raise
 
     async def open(self) -> None:
-        """Recover the shard and serve it. Raises ConfigError if the configuration is at fault.
+        """Recover the shard and serve it. Raises ConfigError if a setting must be changed.
 
-        After an error both ports are closed.
+        After any error both ports are closed.
         """
         try:
             await self._open()
@@ -99,7 +100,7 @@ class Server:
             raise
 
     async def _open(self) -> None:
-        """Recover the shard, create the components, start their threads, and serve."""
+        """Do what ``open`` describes, but leave the ports open after an error."""
         config = self._config
         await self._open_shard()
         self._open_parts()
@@ -112,12 +113,12 @@ class Server:
         self._ready.set(1)
 
     async def abandon(self) -> None:
-        """Close both ports. For a server whose start failed."""
+        """Close both ports of a server whose start failed."""
         await self._listener.stop(0)
         self._close_metrics()
 
     async def _open_shard(self) -> None:
-        """Recover the shard from the data directory, or create an empty one without directory."""
+        """Recover the shard from the data directory; without a directory, create an empty shard."""
         directory = self._config.data_dir
         if directory is None:
             self._shard = self._new_shard()
@@ -160,7 +161,7 @@ class Server:
         )
 
     def _open_metrics(self) -> None:
-        """Serve /metrics, if a port is configured; ConfigError if it cannot be used."""
+        """Serve /metrics if a port is configured. Raises ConfigError if the port cannot be used."""
         config = self._config
         if not config.metrics_port:
             return
@@ -190,8 +191,8 @@ class Server:
             register(FlushCollector(data.flusher))
 
     async def close(self) -> None:
-        """Finish the calls in flight within drain_seconds, then stop all threads and close the data
-        directory.
+        """Refuse new calls, and wait at most drain_seconds for the calls in flight. Then stop all
+        threads and close the data directory.
         """
         self._ready.set(0)
         await self._listener.refuse()
@@ -220,14 +221,17 @@ class Server:
             self._data.close()
 
     def _store(self) -> Store | None:
-        """Return the configured checkpoint store; None without one; ConfigError for a bad URL."""
+        """Return the store of the setting checkpoint_url, or None if it is not set.
+
+        Raises ConfigError for an invalid URL.
+        """
         url = self._config.checkpoint_url
         if url is None:
             return None
         if url.startswith("memory:"):
             raise ConfigError(
-                f"checkpoint_url: {url} is memory of a single process, which other shards cannot"
-                " read; use file:// or an object store"
+                "checkpoint_url: expected file:// or the URL of an object store, which all shards"
+                f" can read; got {url}, which only one process can read"
             )
         try:
             return Store(url, self._config.checkpoint_store_seconds)
@@ -235,6 +239,8 @@ class Server:
             raise ConfigError(f"checkpoint_url: {error}") from error
 
     def _wake(self) -> None:
-        """Tell the feed that more of the log is on disk. The log calls this on its thread."""
+        """Wake the subscriptions because more of the log is on disk. The log calls this on its own
+        thread.
+        """
         if self._feed is not None:
             self._feed.wake()

@@ -1,4 +1,4 @@
-"""Split whole rows into portions that the engine thread writes in much less than a millisecond."""
+"""Split whole rows into slices that the engine thread writes in much less than a millisecond."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ Slice = tuple[int, Keys, NDArray[Any], Rows]  # step, keys, frequencies, rows
 def slices_of(
     keys: Keys, steps: NDArray[Any], frequencies: NDArray[Any], rows: Rows
 ) -> Iterator[list[Slice]]:
-    """Yield lists of slices; each list is for one call of the engine thread.
+    """Sort rows by training step, and split them into slices. Each slice is written as one change.
 
-    A slice is (step, keys, frequencies, rows) of rows with one step, and is written as one change.
+    Yields lists of slices: the slices of one list are written in one call of the engine thread. A
+    slice is (step, keys, frequencies, rows), and all of its rows have this step.
 
     keys         uint64[n]
-    steps        int64[n]          training steps
+    steps        int64[n]           training step of each row
     frequencies  uint64[n]
-    rows         float32[n, width]
+    rows         float32[n, width]  embedding and optimizer state
     """
     order = np.argsort(steps, kind="stable")
     most = slice_rows(rows.shape[1])

@@ -17,16 +17,19 @@ from psserver.shard import Shard
 from storage.versionlog import VersionLog
 
 THREADS = 2  # worker threads for all subscriptions
-COALESCED_BYTES = 128 << 20  # bytes of log records that all subscriptions together may merge
+COALESCED_BYTES = (
+    128 << 20
+)  # bytes of log records that all subscriptions together may keep to merge
 
 Result = TypeVar("Result")
 
 
 class Source:
-    """Gives subscriptions access to the shard's changes and rows, and wakes them for new changes.
+    """Gives subscriptions access to the shard's log and rows, and wakes them for new changes.
 
     boot      random number of this process, never 0
-    moved     event that is set, and replaced by a new one, whenever there is more to send
+    moved     event to wait for new changes: it is set when there are some, and a new event takes
+              its place
     draining  True while the server is stopping
     readers   number of running subscriptions
     """
@@ -52,7 +55,7 @@ class Source:
         self._pool.shutdown()
 
     def wake(self) -> None:
-        """Wake the subscriptions, because there is more to send. Any thread may call this."""
+        """Wake the subscriptions because there are new changes. Any thread may call this."""
         post(self._loop, self.signal)
 
     def signal(self) -> None:
@@ -62,7 +65,7 @@ class Source:
 
     @property
     def coalesce_bytes(self) -> int:
-        """Bytes of log records that each subscription may hold in memory to merge them."""
+        """Size of the log records that each subscription may keep in memory to merge them."""
         return COALESCED_BYTES // max(self.readers, 1)
 
     def check_draining(self) -> None:
@@ -86,12 +89,10 @@ class Source:
             raise
 
     async def settled(self, version: int, level: int) -> int:
-        """Wait until a version is as durable as ``level`` requires.
+        """Wait until a version has reached a durability level; return the newest version on disk.
 
-        level  pb.Durability: LOG waits until its log record is written, FSYNC until it is on disk,
-               others do not wait
-
-        Returns the newest version on disk.
+        level  pb.Durability: LOG waits until the log record is written, FSYNC until it is on disk;
+               other levels do not wait
         """
         log = self.log
         if level == pb.DURABILITY_FSYNC and version > log.durable:
@@ -105,9 +106,10 @@ class Source:
         await self.settled(version, pb.DURABILITY_FSYNC)
 
     async def _logged(self, version: int, *, durable: bool) -> None:
-        """Wait until a version is written to the log or, with ``durable``, on disk.
+        """Wait until a version is written to the log or, if ``durable``, on disk.
 
-        Equal waits share one callback of the log, so that canceled ones do not accumulate there.
+        All calls with equal arguments share one callback of the log, so that canceled calls do not
+        leave callbacks behind.
         """
         key = version, durable
         reached = self._awaited.get(key)
@@ -117,5 +119,5 @@ class Source:
         await reached.wait()
 
     def _reach(self, key: tuple[int, bool]) -> None:
-        """Wake all that wait for (version, durable). Must run on the event loop."""
+        """Wake all calls of ``_logged`` with the arguments ``key``. Must run on the event loop."""
         self._awaited.pop(key).set()

@@ -1,6 +1,6 @@
-"""Stage a checkpoint for a restore: write this shard's rows of it as a new base directory.
+"""Stage a checkpoint for a restore: write the checkpoint's rows that this shard owns as a new base.
 
-A base is the copy of all rows at one log version that a server loads when it starts.
+A base is a directory with a copy of all rows at one log version. A server loads it when it starts.
 """
 
 from __future__ import annotations
@@ -39,19 +39,20 @@ from storage.part_reader import Piece, counters_of, rows_of
 from storage.schema import TableSchema
 from storage.store import Store
 
-AHEAD_BLOCKS = 24  # maximum number of blocks packed but not yet written; more than a transaction
+AHEAD_BLOCKS = 24  # maximum number of blocks that wait to be written
 
 
 def stage(
     shard: Shard, store: Store, checkpoint: Checkpoint, directory: Path, progress: Progress
 ) -> int:
-    """Write a base that contains a checkpoint's rows, as far as this shard owns their keys.
+    """Write a base with the rows, counters and sessions of a checkpoint that belong to this shard.
 
-    directory  where to write the base
-    progress   its bytes and total are updated
+    store      store that contains the checkpoint
+    directory  directory of the new base
+    progress   its fields ``bytes`` and ``total`` are updated meanwhile
 
-    Returns the number of rows. Raises Corrupt if the checkpoint is damaged, CheckpointUnfit if this
-    release cannot read a table's schema.
+    Returns the number of rows written. Raises Corrupt if the checkpoint is damaged, CheckpointUnfit
+    if this release cannot read a table's schema, Draining if the server stops.
     """
     manifest = checkpoint.manifest
     schemas = {
@@ -90,13 +91,14 @@ def _base_state(
     numbers: dict[str, int],
     sessions: bytes,
 ) -> BaseState:
-    """Return what the base records besides rows: tables, version, history, sessions.
+    """Return what the new base records besides rows: tables, version, history, sessions.
 
     It has a new lineage (random id of the log), because the shard's history begins again. Its
     version is the largest version of the checkpoint's shards.
 
-    schemas, numbers  schema and new number of each table, by name
-    sessions          packed client sessions, or b""
+    schemas   schema of each table, by name
+    numbers   new number of each table, by name
+    sessions  packed client sessions, or b""
     """
     version = max(checkpoint.manifest.versions)
     return BaseState(
@@ -119,9 +121,8 @@ def _base_state(
 
 
 def _policy(checkpoint: Checkpoint, schema: TableSchema) -> bytes:
-    """Return the packed evictor state: the table's newest step in the checkpoint.
-
-    Returns b"" if the checkpoint has no step.
+    """Return the packed state of a table's evictor, with the table's largest training step in the
+    checkpoint. Returns b"" if the checkpoint has no step for the table.
     """
     tables = (each for part in checkpoint.parts for each in part.tables)
     steps = [each.step for each in tables if each.name == schema.name and each.step is not None]
@@ -133,9 +134,9 @@ def _policy(checkpoint: Checkpoint, schema: TableSchema) -> bytes:
 
 
 def _sessions(shard: Shard, store: Store, checkpoint: Checkpoint) -> bytes:
-    """Return this shard's packed client sessions from the checkpoint.
+    """Return the packed client sessions that the checkpoint has for this shard.
 
-    Returns b"" if the checkpointed cluster had other shards, so that no part matches this shard.
+    Returns b"" if the checkpointed cluster was divided into shards in a different way.
     """
     if len(checkpoint.parts) != shard.shard_map.shards:
         return b""
@@ -148,7 +149,7 @@ def _sessions(shard: Shard, store: Store, checkpoint: Checkpoint) -> bytes:
 class _Writer:
     """Writes a new base on a background thread, while the caller packs the next blocks.
 
-    A context manager: opens the base on entry, and closes it on exit.
+    Use it as a context manager: it opens the base on entry, and closes it on exit.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -177,9 +178,9 @@ class _Writer:
         self._thread.shutdown()
 
     def add(self, block: Block) -> None:
-        """Add a block to the base. The caller must not change its arrays afterwards.
+        """Queue a block to be written. The caller must not change its arrays afterwards.
 
-        Waits while AHEAD_BLOCKS blocks are not yet written.
+        If more than AHEAD_BLOCKS blocks wait, this waits until the oldest of them is written.
         """
         data = block.seal()
         self._begun.append(self._thread.submit(self._base.add, data))
@@ -193,7 +194,7 @@ class _Writer:
         totals: NDArray[np.uint32],
         versions: NDArray[np.uint64],
     ) -> None:
-        """Add exact admission counters of a table, in as many blocks as they need.
+        """Queue exact admission counters of a table, in as many blocks as they need.
 
         table     number of the table
         keys      uint64[n]
@@ -207,7 +208,7 @@ class _Writer:
             self._begun.append(self._thread.submit(self._base.add, block))
 
     def commit(self, state: BaseState) -> None:
-        """Wait for all writes, then commit ``state`` with all blocks that were added."""
+        """Wait until all queued blocks are written, then commit them and ``state`` to the base."""
         self._added += [each.result() for each in self._begun]
         self._begun.clear()
         whole = dataclasses.replace(state, blocks=tuple(self._added))
@@ -215,7 +216,7 @@ class _Writer:
 
 
 class _Packer:
-    """Collects rows of one table into full blocks, and adds these to a writer.
+    """Collects the rows of one table into full blocks, and passes the blocks to a writer.
 
     number  number of the table in the new base
     width   numbers per row
@@ -231,9 +232,10 @@ class _Packer:
         self._used = 0
 
     def add(self, piece: Piece, chosen: Any) -> None:
-        """Copy some rows of a piece (rows read from a checkpoint) into blocks.
+        """Copy rows that were read from a checkpoint into blocks.
 
-        chosen  indices of the rows, or a slice
+        piece   many rows of the table
+        chosen  index that selects the rows to copy: int64[n] or a slice
         """
         arrays = [each[chosen] for each in piece[1:]]
         at, end = 0, len(arrays[0])
@@ -250,7 +252,7 @@ class _Packer:
                 self._block, self._used = None, 0
 
     def flush(self) -> None:
-        """Add the last, partly filled block to the writer."""
+        """Pass the last block, which is only partly filled, to the writer."""
         if self._block is not None and self._used:
             rest = Block.empty(self._number, self._width, self._used)
             for target, array in zip(_arrays(rest), _arrays(self._block), strict=True):

@@ -11,18 +11,21 @@ BOUNDS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.
 
 @dataclass(slots=True)
 class Traffic:
-    """Totals for one gRPC method on one table since the server started."""
+    """Numbers of requests, keys and bytes, and latencies, of one gRPC method on one table since the
+    server started.
+    """
 
     requests: int = 0
     keys: int = 0
     bytes: int = 0  # bytes of arrays, received and sent
     seconds: float = 0.0  # sum of the latencies
-    buckets: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))  # by latency
+    # number of requests in each bucket of the latency histogram; see BOUNDS
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
 
     def add(self, keys: int, size: int, seconds: float) -> None:
         """Count one request.
 
-        keys     number of keys
+        keys     number of keys in it
         size     bytes of its arrays, received and sent
         seconds  latency, from decoding to the result
         """
@@ -43,14 +46,20 @@ class ServiceStats:
         self.streams = 0  # open at present
 
     def served(self, method: str, table: str, keys: int, size: int, seconds: float) -> None:
-        """Count one successful pull, push or delete; keys, size and seconds as in Traffic.add."""
+        """Count one successful pull, push or delete.
+
+        method   "Pull", "Push" or "Delete"
+        keys     number of keys in it
+        size     bytes of its arrays, received and sent
+        seconds  latency, from decoding to the result
+        """
         traffic = self.traffic.get((method, table))
         if traffic is None:
             traffic = self.traffic[method, table] = Traffic()
         traffic.add(keys, size, seconds)
 
     def remove_table(self, table: str) -> None:
-        """Forget the counts of a table that was dropped."""
+        """Delete the counts of a table that was dropped."""
         for where in [each for each in self.traffic if each[1] == table]:
             del self.traffic[where]
 

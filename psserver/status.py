@@ -98,9 +98,11 @@ RETRY_AFTER: dict[type[Exception], float] = {DiskFull: 1.0, LogFailed: 1.0}  # s
 
 
 def status_of(error: Exception) -> Status:
-    """Return the google.rpc.Status for an exception: code, message, ErrorInfo and RetryInfo.
+    """Return the google.rpc.Status for an exception: code, message, ErrorInfo and, if a retry can
+    succeed, RetryInfo.
 
-    Exceptions that are not listed in CODES become INTERNAL, and only their type is shown.
+    An exception that is not listed in CODES gets code INTERNAL, and its message only names its
+    type.
     """
     code, reason = next(
         (found for kind in type(error).__mro__ if (found := CODES.get(kind))),
@@ -130,7 +132,7 @@ def _detail(message: Message) -> Detail:
 
 
 def code_of(status: Status) -> grpc.StatusCode:
-    """Return the grpc.StatusCode of a status."""
+    """Return the code of a status as a grpc.StatusCode."""
     return next(code for code in Code if code.value[0] == status.code)
 
 
@@ -140,7 +142,7 @@ def reason_of(status: Status) -> str:
 
 
 async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: Exception) -> None:
-    """End a gRPC call with the status for an exception. Always raises, to leave the handler."""
+    """End a gRPC call with the status for ``error``. Always raises gRPC's AbortError."""
     status = status_of(error)
     context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
     await context.abort(code_of(status), status.message)

@@ -1,7 +1,7 @@
 """Validate and interpret the contents of a checkpoint for one shard.
 
-A part of a checkpoint is what one shard of the checkpointed cluster wrote. It has rows for some
-buckets (fixed ranges of key hashes).
+A part of a checkpoint is what one shard of the checkpointed cluster wrote. It has the rows of the
+keys in some buckets. A bucket is one of 4096 fixed ranges of key hashes; shards own whole buckets.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from storage.manifest import ATTEMPT
 from storage.schema import TableSchema
 from storage.store import Store
 
-SLICE_ROWS, SLICE_BYTES = 2048, 512 << 10  # limits per call of the engine thread, well under 1 ms
+SLICE_ROWS, SLICE_BYTES = 2048, 512 << 10  # limits of the rows copied per call of the engine thread
 
 
 def require_name(name: str) -> str:
@@ -48,14 +48,16 @@ def require_id(field: str, value: str) -> str:
 
 
 def runs(shard: Shard) -> tuple[tuple[int, int], ...]:
-    """Return the buckets that a shard owns, as ascending ranges (first, last + 1)."""
+    """Return the buckets that a shard owns, as ranges (first, last + 1) in ascending order."""
     mine = shard.shard_map.shard_of_bucket == shard.number
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mine, [False]]).astype(np.int8)))
     return tuple(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def overlapping(checkpoint: Checkpoint, shard: Shard) -> list[int]:
-    """Return the numbers of the checkpoint's parts that share a bucket with a shard."""
+    """Return the numbers of the checkpoint's parts that can contain keys of ``shard``: those that
+    have one of its buckets.
+    """
     mine = runs(shard)
     return [
         part.shard
@@ -65,9 +67,9 @@ def overlapping(checkpoint: Checkpoint, shard: Shard) -> list[int]:
 
 
 def own(keys: Keys, shard: Shard) -> Any:
-    """Return an index that selects the keys owned by a shard: int64[m], or slice(None) for all.
+    """Return an index into ``keys`` (uint64[n]) that selects the keys owned by ``shard``.
 
-    keys  uint64[n]
+    The index is an array int64[m], or slice(None) if the shard owns all of them.
     """
     mine = routing.owners(keys, shard.shard_map) == shard.number
     return slice(None) if mine.all() else np.flatnonzero(mine)
@@ -75,6 +77,8 @@ def own(keys: Keys, shard: Shard) -> Any:
 
 def schema_in(checkpoint: Checkpoint, table: str) -> TableSchema:
     """Return the schema of a table in a checkpoint.
+
+    table  name of the table
 
     Raises UnknownTable, and the errors of ``read_stored``.
     """
@@ -87,8 +91,9 @@ def schema_in(checkpoint: Checkpoint, table: str) -> TableSchema:
 def read_stored(checkpoint: str, table: str, text: str) -> TableSchema:
     """Parse the schema of a table from a checkpoint's manifest.
 
-    checkpoint, table  their names
-    text               JSON of the schema
+    checkpoint  name of the checkpoint, for messages
+    table       name of the table
+    text        JSON of the schema
 
     Raises CheckpointUnfit if this release cannot read it, Corrupt if it has a different table name.
     """
@@ -103,18 +108,21 @@ def read_stored(checkpoint: str, table: str, text: str) -> TableSchema:
         json_format.Error,
     ) as error:
         raise CheckpointUnfit(
-            f"checkpoint {checkpoint!r}: cannot read the schema of table {table!r}: {error}"
+            f"checkpoint {checkpoint!r}: this release cannot read the schema of table {table!r}:"
+            f" {error}"
         ) from error
     if schema.name != table:
         raise Corrupt(
             f"checkpoint {checkpoint!r}",
-            f"the schema of table {table!r} has the name {schema.name!r}",
+            f"the manifest lists a table {table!r}, but its schema has the name {schema.name!r}",
         )
     return schema
 
 
 def sessions_in(store: Store, checkpoint: Checkpoint, part: int) -> bytes:
-    """Return the packed client sessions of a checkpoint's part, by the part's number.
+    """Return the packed client sessions (records of applied pushes) in one part of a checkpoint.
+
+    part  number of the part
 
     Raises Corrupt if they are damaged, StoreFailed if they cannot be read.
     """
@@ -124,12 +132,18 @@ def sessions_in(store: Store, checkpoint: Checkpoint, part: int) -> bytes:
         Sessions(1, 1.0, lambda: 0.0).unpack(data)
     except (struct.error, ValueError) as error:
         where = store.where(f"{name}/{checkpoint.parts[part].attempt}/{part:05}")
-        raise Corrupt(where, f"cannot read the sessions: {error}") from error
+        raise Corrupt(where, f"cannot read the client sessions: {error}") from error
     return data
 
 
 def number_in(checkpoint: Checkpoint, part: int, table: str) -> int:
-    """Return the number of a table within a part; Corrupt if the part does not list the table."""
+    """Return the number that a table has within one part of a checkpoint.
+
+    part   number of the part
+    table  name of the table
+
+    Raises Corrupt if the part does not list the table.
+    """
     for each in checkpoint.parts[part].tables:
         if each.name == table:
             return each.number
@@ -137,19 +151,22 @@ def number_in(checkpoint: Checkpoint, part: int, table: str) -> int:
 
 
 def require_width(checkpoint: Checkpoint, schema: TableSchema, rows: Rows) -> None:
-    """Raise Corrupt unless ``rows`` (float32[n, w]) are as wide as the table's schema requires."""
+    """Raise Corrupt unless ``rows``, read from a checkpoint, have the width of the table's schema.
+
+    rows  float32[n, any width]
+    """
     if rows.shape[1] != schema.width:
         raise Corrupt(
             f"checkpoint {checkpoint.manifest.name!r}",
-            f"rows of table {schema.name!r} have {rows.shape[1]} numbers, but its schema requires"
-            f" {schema.width}",
+            f"expected {schema.width} numbers per row in table {schema.name!r}, as its schema"
+            f" requires, got {rows.shape[1]}",
         )
 
 
 def fits(source: TableSchema, target: TableSchema) -> bool:
-    """Return whether whole rows (with optimizer state) of one table can be used in another.
+    """Return whether rows with optimizer state of one table can be stored in another table.
 
-    True if dim, optimizer and row width are equal.
+    True if the tables have the same dim, optimizer and row width.
     """
     return (source.dim, source.optimizer.name, source.width) == (
         target.dim,
@@ -159,10 +176,10 @@ def fits(source: TableSchema, target: TableSchema) -> bool:
 
 
 def with_state(rows: Rows, schema: TableSchema) -> Rows:
-    """Return float32[n, width] rows with optimizer state.
+    """Return rows with optimizer state, float32[n, width], for a table with this schema.
 
-    rows  float32[n, width], returned unchanged, or float32[n, dim] without optimizer state, to
-          which the initial state is appended
+    rows  either float32[n, width], which is returned unchanged, or embeddings float32[n, dim], to
+          which the initial optimizer state is appended
     """
     if rows.shape[1] == schema.width:
         return rows
@@ -173,5 +190,10 @@ def with_state(rows: Rows, schema: TableSchema) -> Rows:
 
 
 def slice_rows(width: int) -> int:
-    """Return how many rows of ``width`` numbers the engine thread copies per call."""
+    """Return how many rows the engine thread copies per call: at most 2048, and at most 512 KiB.
+
+    width  float32 numbers per row
+
+    The result is at least 1, even for a larger row.
+    """
     return max(1, min(SLICE_ROWS, SLICE_BYTES // (4 * width)))

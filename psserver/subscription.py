@@ -1,9 +1,9 @@
 """Serve one subscription: send changes from the log, after a scan of the rows if one is needed.
 
-tail       the log holds all changes after the subscriber's version: send them
-snapshot   send all rows, then the log
-catch-up   the log has been truncated after the subscriber's version: send the rows and deletes that
-           are newer than this version, then the log
+tail      the log has all changes after the subscriber's version: send them
+snapshot  send all rows, then the changes from the log
+catch-up  the log was truncated and lacks changes after the subscriber's version: send the rows
+          and deletes that are newer than this version, then the changes from the log
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from psserver.source import Source
 from psserver.wanted import Wanted
 from storage.errors import Compacted
 
-LARGE_BYTES = 8 << 20  # bytes of pending records that a slow subscriber may keep in memory
-PATIENCE = 60.0  # seconds to wait for a subscriber with more pending bytes to read a message
+LARGE_BYTES = 8 << 20  # bytes of records that may wait for a slow subscriber without time limit
+PATIENCE = 60.0  # if more bytes wait: maximum seconds until the subscriber reads a message
 
 
 class Subscription:
-    """Sends all changes to one subscriber, from its position on, until an error ends it."""
+    """One subscription: sends all changes after a position to one subscriber, until an error.
+
+    sender  writes the messages, and has the present position
+    """
 
     def __init__(
         self,
@@ -40,8 +43,8 @@ class Subscription:
     ) -> None:
         """Store the arguments.
 
-        wanted    options of the subscription
-        position  where to start
+        wanted    options that the subscriber requested
+        position  the first change to send is the one after this position
         write     sends one message; waits while the subscriber does not read
         count     called after each sent message with its size in bytes
         """
@@ -51,10 +54,10 @@ class Subscription:
         self._deltas = Deltas(wanted, lambda: source.log.durable, source.log.history)
 
     async def run(self) -> None:
-        """Send changes until an error: never returns.
+        """Send changes until an error. Never returns.
 
         Raises Draining when the server stops, Overloaded if the subscriber does not read, and
-        VersionCompacted if changes that it needs are no longer known.
+        VersionCompacted if the shard no longer knows all deletes that the subscriber needs.
         """
         sender = self.sender
         scan = RowScan(self._source, self._wanted, self._deltas, sender)
@@ -73,7 +76,10 @@ class Subscription:
                     tail.close()
 
     async def _follow(self, tail: LogTail) -> None:
-        """Send changes from the log as they become durable, and progress messages while idle.
+        """Send changes from the log as soon as they are on disk, or merged as the options of the
+        subscription require. Send progress messages while there are no changes. Never returns.
+
+        tail  reads the log and encodes messages
 
         Raises Compacted if the log no longer has the next change.
         """
@@ -108,9 +114,10 @@ class Subscription:
 
 
 def _rescanned(position: Position) -> Position:
-    """Return the position of the row scan that replaces a log position whose next change is gone.
+    """Return the position at which a scan of the rows starts that takes the place of the log.
 
-    The scan sends the rows newer than ``position.version``.
+    position  position of a subscriber whose next change the log no longer has; the scan sends the
+              rows that are newer than its version
     """
     return replace(
         position,
@@ -124,7 +131,10 @@ def _rescanned(position: Position) -> Position:
 
 
 async def _happens(event: asyncio.Event, due: float) -> bool:
-    """Wait until an event is set; return False if it is not set by monotonic time ``due``."""
+    """Wait until ``event`` is set, at most until the monotonic time ``due``, in seconds.
+
+    Returns whether the event was set in time.
+    """
     try:
         async with asyncio.timeout(max(due - time.monotonic(), 0)):
             await event.wait()

@@ -18,19 +18,20 @@ from storage.schema import TableSchema
 
 Columns = pb.AnalyzeRequest.Columns
 
-PROGRESS_SECONDS = 5.0  # seconds between two progress messages; each wakes client and server
+PROGRESS_SECONDS = 5.0  # minimum time between two progress messages
 MESSAGE_BYTES = 1 << 20  # approximate size of the columns in a message
 MAX_EDGES = 256  # maximum number of edges (bucket bounds) that a request may add to a histogram
 MAX_TOP = 1000  # maximum number of rows in each list of most and least extreme rows
-LAST_STEP = 1 << 48  # largest age (in steps) and grace period (in steps) of a request
+LAST_STEP = 1 << 48  # largest valid ``ages`` and ``grace`` of a request, in training steps
 
 
 class Outbox:
-    """Collects rows into messages, and creates progress messages.
+    """Collects the rows of an analysis into messages, and creates progress messages.
 
-    request  its ``columns`` says which columns of the rows to send; 0: none, only progress
-    total    rows, or bytes of a checkpoint, to read
-    done     rows, or bytes of a checkpoint, read so far
+    request  its field ``columns`` selects which columns of the rows to send; 0: no rows, only
+             progress messages
+    total    rows to read, or bytes to read from a checkpoint
+    done     rows read so far, or bytes read from a checkpoint so far
     """
 
     def __init__(self, request: pb.AnalyzeRequest, total: int) -> None:
@@ -42,11 +43,13 @@ class Outbox:
         self._reported = time.monotonic()
 
     def put(self, rows: RowColumns, matrix: Rows | None, done: int) -> Iterator[pb.AnalyzeResponse]:
-        """Add rows; yield a message once about 1 MiB is collected, or the tier (memory) changes.
+        """Add n rows, and yield messages that are complete: with about 1 MiB, or with the last rows
+        of a tier (a kind of memory).
 
-        If no columns are requested, yields progress messages instead.
+        If the request has no columns, drops the rows and only yields progress messages.
 
-        matrix  float32[n, dim]: embeddings; None if they are not requested
+        rows    key, version, step, frequency and norm of each row
+        matrix  float32[n, dim], the embeddings; None if they are not requested
         done    new value of the attribute ``done``
         """
         self.done = done
@@ -62,14 +65,14 @@ class Outbox:
             yield from self.flush()
 
     def progress(self, done: int) -> Iterator[pb.AnalyzeResponse]:
-        """Set ``done``; yield a progress message if the last one is PROGRESS_SECONDS ago."""
+        """Set ``done``; yield a progress message if at least 5 s have passed since the last one."""
         self.done = done
         if time.monotonic() - self._reported >= PROGRESS_SECONDS:
             self._reported = time.monotonic()
             yield pb.AnalyzeResponse(done=done, total=max(done, self._total))
 
     def flush(self) -> Iterator[pb.AnalyzeResponse]:
-        """Yield the collected rows as a message, if there are any."""
+        """Yield the rows that are collected so far as one message, or nothing if there are none."""
         if not self._collected:
             return
         rows, matrices = zip(*self._collected, strict=True)
@@ -89,7 +92,7 @@ _COLUMNS = ("keys", "versions", "steps", "frequencies", "norms")
 
 
 def read_summary(request: pb.AnalyzeRequest) -> Summary:
-    """Return an empty summary with the histogram edges, grace and list lengths of a request.
+    """Return an empty summary with the histogram edges, grace period and list lengths of a request.
 
     Raises BadRequest for an invalid value.
     """
@@ -109,7 +112,8 @@ def read_summary(request: pb.AnalyzeRequest) -> Summary:
 
 
 def _require(field: str, values: Sequence[float], least: float, most: float) -> None:
-    """Raise BadRequest if there are more than MAX_EDGES values, or one is not in least..most.
+    """Raise BadRequest unless there are at most MAX_EDGES values, all of them finite and in
+    ``least..most``.
 
     field  name of the request's field, for the message
     """
@@ -125,9 +129,9 @@ def _require(field: str, values: Sequence[float], least: float, most: float) -> 
 
 
 def write_summary(summary: Summary, schema: TableSchema, step: int) -> pb.Summary:
-    """Return a summary as a message.
+    """Convert a summary of a table's rows to a message.
 
-    step  largest training step pushed to the table; FIRST_STEP: none, sent as 0
+    step  largest training step pushed to the table; FIRST_STEP (no push yet) is sent as 0
     """
     return pb.Summary(
         schema=write_schema(schema),
@@ -154,7 +158,7 @@ def _histogram(histogram: Histogram) -> pb.Histogram:
 
 
 def _list(extremes: Extremes) -> pb.RowList:
-    """Return a list of rows (the largest, the least frequent, ...) as a message."""
+    """Convert a list of rows, for example those with the largest norms, to a message."""
     rows = extremes.rows
     return pb.RowList(
         keys=rows.keys.tolist(),

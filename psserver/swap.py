@@ -11,15 +11,15 @@
     PREPARED, HELD, FAILED -- ABORT --> ABORTED
     COMMITTED, LOADED -- ABORT --> ABORTING -- start --> ABORTED
 
-Arrows in capitals are requests of the client that drives the restore, on all shards; "start" is a
-start of the server. COMMIT, and ABORT after it, write STATE and restart the process. At the start,
-``settle`` moves the directories before any of them is opened, and completes moves that a crash has
-interrupted. If the start cannot load the restored data, for example for lack of memory, it moves
-the old data back (FAILED).
+The words on the arrows are requests that the client which drives the restore sends to every shard,
+except "start", which is a start of the server. COMMIT, and ABORT after COMMIT, write STATE and
+restart the process. At the start, ``settle`` moves the directories before any of them is opened,
+and completes moves that a crash has interrupted. If the restored data cannot be loaded, for example
+for lack of memory, the old data is moved back (FAILED).
 
-From HELD to the end the shard refuses all other requests. So no client sees some shards restored
-and others not. STATE is kept after the end: a client that finds other shards in the middle of the
-restore learns from it whether the restore was released or aborted.
+From HELD until RELEASED or ABORTED, the shard refuses all other requests. So no client sees some
+shards restored and others not. STATE is kept after the end: a client that finds other shards in the
+middle of the restore learns from it whether the restore was released or aborted.
 
 The restored shard has an empty log with a new lineage (random id), which begins at the largest
 version of the checkpoint. This version may be older than the shard's version before the restore.
@@ -59,25 +59,27 @@ Phase = Literal[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """Contents of the file STATE: which checkpoint is being restored, and the phase."""
+    """Contents of the file STATE: the restore's checkpoint and phase."""
 
     __pydantic_config__ = STRICT
     format: Format = FORMAT
     id: Attempt  # id of the restore: 16 hexadecimal digits
     name: Name  # name of the checkpoint
     replace: bool  # whether the restore may delete existing tables
-    phase: Phase
+    phase: Phase  # the module docstring explains the phases
     why: str = ""  # the error, if loading the restored data failed
 
 
 def settle(directory: Path) -> State | None:
-    """Complete the moves of a restore. Call it at the start, before opening log/ and base/.
+    """Complete the moves of a restore. Call it when the server starts, before it opens log/ and
+    base/.
 
     directory  data directory
 
-    Returns the state afterwards, or None if there was no restore. Phase COMMITTED: the restored
-    data is in place, and the caller must load it. FAILED: the restored data was lost, and the old
-    data is back in place. Raises Corrupt if STATE is damaged, or missing although data was moved.
+    Returns the state of the restore afterwards, or None if there is no restore. If its phase is
+    COMMITTED, the restored data is in place, and the caller must load it. If it is FAILED, the
+    restored data was lost, and the old data is back in place. Raises Corrupt if STATE is damaged,
+    or missing although data was moved.
     """
     state = read_state(directory)
     if state is None:
@@ -97,16 +99,25 @@ def settle(directory: Path) -> State | None:
 
 
 def loaded(directory: Path, state: State) -> State:
-    """Write phase LOADED to STATE, after the restored data was loaded; return the new state."""
+    """Set the phase to LOADED in the file STATE, and return the new state.
+
+    Call it after the restored data was loaded.
+
+    directory  data directory
+    state      the state so far
+    """
     state = dataclasses.replace(state, phase=LOADED)
     write_state(directory, state)
     return state
 
 
 def failed(directory: Path, state: State, why: str) -> State:
-    """Move the old data back because the restored data could not be loaded; return the new state.
+    """Move the old data back because the restored data could not be loaded. Return the new state,
+    with phase FAILED.
 
-    why  the error, for the client
+    directory  data directory
+    state      the state so far
+    why        the error, shown to the client
     """
     write_state(directory, dataclasses.replace(state, phase=ABORTING, why=why))
     _take_back(directory)
@@ -116,7 +127,11 @@ def failed(directory: Path, state: State, why: str) -> State:
 
 
 def _exchange(directory: Path) -> None:
-    """Move base/ and log/ to restore/old/, then the staged base to base/. Skip finished moves."""
+    """Move base/ and log/ to restore/old/, then the staged base to base/. Skips moves that were
+    done before a crash.
+
+    directory  data directory
+    """
     restore = directory / "restore"
     if not (restore / "base").exists():
         return
@@ -127,7 +142,11 @@ def _exchange(directory: Path) -> None:
 
 
 def _take_back(directory: Path) -> None:
-    """Move the restored data to restore/dead/, and the old data back. Skips moves already done."""
+    """Move the restored data to restore/dead/, and the old data back to base/ and log/. Skips moves
+    that were done before a crash.
+
+    directory  data directory
+    """
     restore = directory / "restore"
     _exchange(directory)
     for name in ("log", "base"):
@@ -138,7 +157,7 @@ def _take_back(directory: Path) -> None:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename a directory, and sync the directories concerned, so that a crash cannot undo it."""
+    """Rename a directory. Syncs the directories around it, so that a crash cannot undo the move."""
     target.parent.mkdir(exist_ok=True)
     os.rename(source, target)
     for parent in {source.parent, target.parent, target.parent.parent}:
@@ -146,14 +165,27 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _require_unmoved(restore: Path) -> None:
-    """Raise Corrupt if base/ or log/ was moved by a restore, but the file STATE is missing."""
+    """Raise Corrupt if data that a restore has moved is in ``restore``. Called if the file STATE is
+    missing, without which the data cannot be moved to its place.
+
+    restore  the directory restore/ of the data directory
+    """
     for path in (restore / of / name for of in ("old", "dead") for name in ("base", "log")):
         if path.exists():
-            raise Corrupt(str(restore / "STATE"), f"is missing, but {path} was moved by a restore")
+            raise Corrupt(
+                str(restore / "STATE"),
+                f"the file is missing, but a restore has moved data to {path}",
+            )
 
 
 def clear(directory: Path) -> None:
-    """Delete directory/restore/. STATE is deleted after the moved data, which needs it."""
+    """Delete directory/restore/: first the data that a restore has moved, then STATE.
+
+    In the other order, a crash in between would leave moved data without STATE, which the next
+    start refuses as damaged.
+
+    directory  data directory
+    """
     restore = directory / "restore"
     if restore.exists():
         for name in ("old", "dead"):
@@ -166,13 +198,21 @@ def clear(directory: Path) -> None:
 
 
 def clean(directory: Path) -> None:
-    """Delete all of directory/restore/ except the file STATE."""
+    """Delete all of directory/restore/ except the file STATE.
+
+    directory  data directory
+    """
     for name in ("base", "old", "dead"):
         shutil.rmtree(directory / "restore" / name, ignore_errors=True)
 
 
 def read_state(directory: Path) -> State | None:
-    """Return the contents of STATE, or None if the file does not exist. Raises Corrupt."""
+    """Return the contents of the file STATE, or None if it does not exist.
+
+    directory  data directory
+
+    Raises Corrupt if the file is damaged.
+    """
     path = directory / "restore" / "STATE"
     if not path.exists():
         return None
@@ -180,7 +220,10 @@ def read_state(directory: Path) -> State | None:
 
 
 def write_state(directory: Path, state: State) -> None:
-    """Write STATE atomically: after a crash it has either the old or the new contents."""
+    """Write the file STATE atomically: after a crash it has either the old or the new contents.
+
+    directory  data directory
+    """
     path = directory / "restore" / "STATE"
     path.parent.mkdir(exist_ok=True)
     replace(path, seal(state))

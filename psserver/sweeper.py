@@ -1,9 +1,9 @@
 """Evict rows in the background and on demand, in slices between the pushes.
 
-A sweep scans a table for rows that its eviction rules select, and deletes them. A slice of it takes
-about a millisecond on the engine thread. After each slice, background eviction pauses so that it
-gets 3 % of the engine's time, or half of it while a table exceeds its row limit by 1/16. A sweep
-that ends early does no harm: the next sweep finds the same rows.
+A sweep scans a table for rows that its eviction rules select, and deletes them. It runs in slices
+of about a millisecond on the engine thread. After each slice, background eviction pauses, so that
+it takes 3 % of the engine's time. While a table exceeds its row limit by more than 1/16, it takes
+half of the time. A sweep may end early, because the next sweep finds the same rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from psserver.errors import Draining, Overloaded
 from psserver.shard import Shard
 from storage.errors import DiskFull, LogFailed
 
-IDLE_SECONDS = 0.1  # seconds until the next check whether a sweep is due
+IDLE_SECONDS = 0.1  # seconds until the next check, if no sweep was due
 FULL_SECONDS = 1.0  # seconds until the next try after an error, such as a full disk
 SHORTEST = 5e-4  # shortest pause between two slices, in seconds
 
@@ -27,7 +27,7 @@ log = structlog.get_logger()
 
 
 class Sweeper:
-    """Runs background eviction on a thread of its own, and sweeps on demand."""
+    """Evicts rows: in the background on a thread of its own, and on demand by ``evict``."""
 
     def __init__(self, shard: Shard, engine: Engine) -> None:
         self._shard = shard
@@ -37,7 +37,7 @@ class Sweeper:
         self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
 
     def open(self) -> None:
-        """Start the thread."""
+        """Start the thread of background eviction."""
         self._thread.start()
 
     def close(self) -> None:
@@ -52,15 +52,16 @@ class Sweeper:
     def evict(
         self, request: pb.EvictRequest, gone: threading.Event | None = None
     ) -> pb.EvictResponse:
-        """Sweep a table once by all its rules, or with dry_run only count the rows to evict.
+        """Sweep a table once by all its rules. With dry_run in the request, only count the rows
+        that the sweep would evict.
+
+        gone  event that another thread sets to end the sweep, when nobody waits for its result
 
         Blocks until the sweep is done. Returns the number of rows evicted per rule.
 
-        gone  event that the caller sets if nobody waits for the result any more; ends the sweep
-
         Raises UnknownTable; DiskFull or Overloaded if the log cannot take the deletes; Overloaded
         if another sweep on demand is running, or the table's rules are altered meanwhile; Draining
-        if the server stops or ``gone`` is set. Rows evicted before an error stay evicted.
+        if the server stops or ``gone`` is set. Rows evicted before an error are not restored.
         """
         if not self._on_demand.acquire(blocking=False):
             raise Overloaded("another sweep on demand is in progress on this shard; retry later")
@@ -83,16 +84,17 @@ class Sweeper:
         return pb.EvictResponse(evicted=evicted, rows=rows, version=shard.version)
 
     def _tick(self) -> tuple[float, float]:
-        """Run one slice of background eviction on the engine thread.
+        """Run one slice of background eviction. Must run on the engine thread.
 
-        Returns (share of the engine's time to use, or 0 if nothing is due; seconds that it took).
+        Returns (share of the engine's time that eviction should get, or 0 if nothing is due;
+        seconds that the slice took).
         """
         start = time.monotonic()
         share = self._shard.sweeps.tick()
         return share, time.monotonic() - start
 
     def _run(self) -> None:
-        """Evict in the background until ``stop``. The body of the thread."""
+        """Evict rows in the background until ``stop`` is called. Runs on the sweeper's thread."""
         pause, warned = IDLE_SECONDS, False
         while not self._stop.wait(pause):
             try:

@@ -11,15 +11,18 @@ from storage.eviction.sweep import Sweep
 from storage.kernels import Keys
 from storage.records import Cause
 
-SWEEPING, URGENT = 0.03, 0.5  # share of the engine's time for eviction: normally, with excess rows
-LOOKED = 64  # maximum number of tables that ``tick`` checks for a sweep that is due
+SWEEPING = 0.03  # share of the engine's time for eviction
+URGENT = 0.5  # the same while a table exceeds its row limit by more than 1/16
+LOOKED = 64  # maximum number of tables that one ``tick`` checks for work
 
 
 class Sweeps:
-    """Sweeps the tables of one shard: selects the rows that eviction rules name, and deletes them.
+    """Sweeps the tables of one shard: finds the rows that eviction rules select, and deletes them.
 
-    delete  called with (table, keys uint64[n], cause); deletes the rows as the next version, and
-            returns how many existed
+    All methods must run on the engine thread.
+
+    delete  called with (table, keys uint64[n], cause) to delete rows as the next version; returns
+            how many existed
     """
 
     def __init__(
@@ -34,10 +37,11 @@ class Sweeps:
         self._swept = self._expired = 0  # index in tables.ruled of the table handled last
 
     def tick(self) -> float:
-        """Run the next slice of background eviction. Calls take turns over the tables.
+        """Run the next slice of background eviction. Each call continues with the table after that
+        of the last call.
 
         Also drops expired admission counters of one table. Returns the share of the engine's time
-        that eviction should get, or 0 if nothing is due. Raises the errors of
+        that eviction should get, or 0 if no table has anything to evict. Raises the errors of
         ``Sequencer.reserve``; then no row was evicted, and a later call tries again.
         """
         seconds, ruled = self._sequencer.now(), self._tables.ruled
@@ -61,10 +65,11 @@ class Sweeps:
         return 0.0
 
     def begin(self, name: str, dry: bool) -> tuple[int, Sweep]:
-        """Return (number of the table, sweep by all its rules) for calls of ``take_slice``.
+        """Begin a sweep of a table by all its rules. Return (number of the table, the sweep); pass
+        both to ``take_slice`` until ``sweep.done``.
 
         name  name of the table
-        dry   count the rows to evict, but evict none
+        dry   only count the rows that would be evicted
         """
         entry = self._tables.get(name)
         return entry.number, entry.table.evictor.sweep(dry=dry)
@@ -86,7 +91,8 @@ class Sweeps:
         self._evict(entry, victims.keys(view))
 
     def _evict(self, entry: TableEntry, victims: dict[Cause, Keys]) -> None:
-        """Delete the rows that a slice selected, or none if the log cannot take all the deletes.
+        """Delete the rows that a slice of a sweep selected. Raises the errors of
+        ``Sequencer.reserve``, before any row is deleted.
 
         victims  keys uint64[n] to delete, by the rule that selected them
         """

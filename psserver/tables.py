@@ -19,7 +19,7 @@ MAX_DROPPED = 4096  # dropped tables whose schemas are kept
 
 @dataclass(slots=True)
 class TableEntry:
-    """A table of a shard, with what the log and checkpoints record about it."""
+    """A table of a shard, with the properties that the log and checkpoints record."""
 
     table: Table
     number: int  # identifies it in the log
@@ -34,14 +34,16 @@ class TableEntry:
 
 
 class Tables:
-    """The tables of one shard. Numbers ascend, and are never reused.
+    """The tables of one shard, by name and by number. Each new table gets a larger number.
 
-    A hidden table is one that is still being filled: it has a number, but clients cannot use it.
+    A hidden table is still being filled from a checkpoint: it has a number, but clients cannot use
+    it.
 
-    budget   memory that all tables share
-    share    fraction of all keys that this shard owns, 0..1
-    claimed  names of tables that a load from a checkpoint is going to create or replace
-    ruled    numbers of the tables with eviction rules
+    budget       memory that all tables share
+    share        fraction of all keys that this shard owns, 0..1
+    claimed      names of tables that a load from a checkpoint is going to create or replace
+    ruled        numbers of the tables with eviction rules
+    next_number  number of the next new table
     """
 
     def __init__(self, budget: Budget, share: float) -> None:
@@ -121,11 +123,11 @@ class Tables:
     def add(
         self, number: int, schema: TableSchema, created: int, *, hidden: bool = False
     ) -> TableEntry:
-        """Create an empty table.
+        """Create an empty table, and return its entry.
 
-        number   number to give to it
+        number   number of the table
         created  version of its creation
-        hidden   keep clients from using it until ``reveal``
+        hidden   keep clients from using it until ``reveal`` is called
         """
         text = json.dumps(to_json(schema), sort_keys=True)
         entry = TableEntry(Table(schema, self._budget, self._share), number, created, text)
@@ -143,10 +145,12 @@ class Tables:
     ) -> int | None:
         """Change the settings of a table to those of ``schema``.
 
-        version, seconds  version and time (seconds since 1970) of the alteration
+        version  version of the alteration
+        seconds  time of the alteration, in seconds since 1970
 
-        Returns the approximate number of admission counters dropped because the new admission rule
-        cannot use them, or None if none are lost. Raises OutOfMemory; then nothing has changed.
+        Returns the approximate number of admission counters that were dropped because the new
+        admission rule cannot use them, or None if no counter was lost. Raises OutOfMemory; then
+        nothing has changed.
         """
         dropped = entry.table.alter(schema, version, seconds)
         if dropped is not None:

@@ -1,6 +1,6 @@
-"""Keep records of deleted keys (tombstones) for subscribers and flushes that come later.
+"""Keep records of deleted keys, called tombstones, for later readers: subscribers and flushes.
 
-A row that was deleted is gone, so only its tombstone tells a later reader about the delete.
+The row itself is gone, so its tombstone is the only record of the delete in memory.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Tombstones:
         return len(self.keys)
 
     def take(self, chosen: NDArray[np.bool_] | NDArray[np.int64] | slice) -> Tombstones:
-        """Return the tombstones that an index (mask, indices or slice) selects."""
+        """Return the tombstones that ``chosen`` selects; copies unless it is a slice."""
         return Tombstones(*(column[chosen] for column in self.columns()))
 
     def columns(self) -> tuple[NDArray[Any], ...]:
@@ -39,11 +39,11 @@ class Tombstones:
         return self.tables, self.keys, self.versions, self.causes
 
     def after(self, version: int) -> Tombstones:
-        """Return the tombstones newer than a version, as views."""
+        """Return the tombstones newer than ``version``; nothing is copied."""
         return self.take(slice(int(np.searchsorted(self.versions, version, "right")), None))
 
     def by_table(self) -> list[tuple[int, Tombstones]]:
-        """Return (number of the table, its tombstones) for each table that has any."""
+        """Return a pair (number of the table, its tombstones) for each table that has any."""
         of_tables = self.take(np.argsort(self.tables, kind="stable"))
         numbers, starts = np.unique(of_tables.tables, return_index=True)
         ends = [*starts[1:].tolist(), len(self)]
@@ -54,7 +54,7 @@ class Tombstones:
 
 
 def no_tombstones(capacity: int = 0) -> Tombstones:
-    """Return arrays for ``capacity`` tombstones, with undefined contents."""
+    """Return new arrays with room for ``capacity`` tombstones, and undefined contents."""
     return Tombstones(
         np.empty(capacity, np.uint32),
         np.empty(capacity, np.uint64),
@@ -64,17 +64,17 @@ def no_tombstones(capacity: int = 0) -> Tombstones:
 
 
 def joined(parts: list[Tombstones]) -> Tombstones:
-    """Return the concatenation of several Tombstones."""
+    """Return copies of several Tombstones as one, in the order of the list."""
     columns = zip(*(part.columns() for part in (no_tombstones(), *parts)), strict=True)
     return Tombstones(*map(np.concatenate, columns))
 
 
 class TombstoneQueue:
-    """Bounded queue of a shard's newest tombstones, oldest first.
+    """Queue of a shard's newest tombstones, oldest first. Discards the oldest beyond a limit.
 
-    The queue is a list of parts, each a slice of arrays. Filled elements never change, so results
-    of ``all`` stay valid, and neither ``all`` nor ``add`` copies old tombstones. A part has either
-    all or no tombstones of a version.
+    The queue is a list of Tombstones that are slices of larger arrays. Filled elements of the
+    arrays never change, so results of ``all`` stay valid, and neither ``all`` nor ``add`` copies
+    old tombstones. The tombstones of one version are never divided among two items of the list.
 
     limit    maximum number of tombstones
     horizon  largest version whose tombstones may have been discarded; 0: none
@@ -116,12 +116,17 @@ class TombstoneQueue:
         self._trim()
 
     def load(self, dead: Tombstones) -> None:
-        """Append copies of tombstones, in any order of versions. Call ``settle`` after the last."""
+        """Add copies of tombstones while a shard is loaded. They need not be newer than those added
+        before. Call ``settle`` after the last call.
+        """
         self._parts.insert(-1, dead.take(np.arange(len(dead))))  # a copy
         self._count += len(dead)
 
     def settle(self) -> None:
-        """Sort the loaded tombstones by version, and discard the oldest beyond the limit."""
+        """Sort all tombstones by version, and discard the oldest beyond the limit.
+
+        Completes a series of ``load`` calls.
+        """
         found = joined(self._parts)
         order = np.argsort(found.versions, kind="stable")
         self._chunk, self._end = no_tombstones(CHUNK), 0

@@ -1,19 +1,20 @@
-"""gRPC options that limit the memory for messages received but not yet read by the service.
+"""Set the gRPC options that limit the memory for messages in gRPC's own buffers.
 
-memory.py computes this memory.
+These are messages that gRPC has received, but not yet passed to the service. memory.py computes the
+size of this memory.
 """
 
 from __future__ import annotations
 
 from psserver.config import ServerConfig
 
-SLACK = 64 << 10  # bytes by which a message may exceed the limit and still get MESSAGE_TOO_LARGE
+SLACK = 64 << 10  # messages up to this much too large are refused by the service, with a reason
 WINDOW = 4 << 20  # bytes that a client may send on a stream before the service reads them
 PENDING = 1 << 14  # maximum number of calls that wait to begin; gRPC cancels further ones
 
 
 def options(config: ServerConfig) -> list[tuple[str, int]]:
-    """Return the (name, value) options for the gRPC server."""
+    """Return the options for the gRPC server, as pairs (name, value)."""
     return [
         ("grpc.max_receive_message_length", config.max_message_bytes + SLACK),
         ("grpc.max_send_message_length", -1),

@@ -48,7 +48,9 @@ class Uses:
     def deleting(self, names: Iterable[str]) -> Iterator[None]:
         """Return a context manager that keeps checkpoints from being used during its block.
 
-        Raises CheckpointBusy if one of them is in use, or is being deleted already.
+        names  names of the checkpoints that the caller is going to delete
+
+        Raises CheckpointBusy if one of them is in use, or is already being deleted.
         """
         names = set(names)
         with self._lock:

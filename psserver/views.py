@@ -23,16 +23,16 @@ from storage.tiers.base import Scan
 
 @dataclass(frozen=True, slots=True)
 class TableView:
-    """Access to a table on this shard, for reading its rows slice by slice while pushes continue.
+    """Access to a table on this shard, for reading its rows in slices while pushes continue.
 
     A tier is a kind of memory that holds rows.
     """
 
     schema: TableSchema
-    number: int  # of the table
-    version: int  # version of the shard at this moment
+    number: int  # number of the table
+    version: int  # version of the shard when this object was created
     step: int  # largest training step pushed to the table; FIRST_STEP before the first push
-    tiers: list[tuple[str, Scan, int]]  # (name of the tier, scan over its rows, bytes per tier)
+    tiers: list[tuple[str, Scan, int]]  # (name of the tier, scan over its rows, bytes of memory)
     stats: TableStats
 
 
@@ -40,7 +40,7 @@ class TableView:
 class KeyView:
     """Row, metadata and admission count of each of n keys of a table.
 
-    Keys without a row have tier "", metadata 0, and the embedding that serving would get.
+    Keys without a row have tier "", metadata 0, and the embedding that a serving pull returns.
     """
 
     version: int  # version of the shard
@@ -53,12 +53,12 @@ class KeyView:
     embeddings: Rows  # float32[n, dim]
     waiting: NDArray[np.uint32]  # [n]  occurrences counted so far, for a key not admitted yet
     step: int  # largest training step pushed to the table
-    schema: TableSchema
+    schema: TableSchema  # schema of the table
     loss_reason: str  # why a key without row and count may have been pushed; "": it never was
 
 
 class TableList(NamedTuple):
-    """The tables of a shard at one version."""
+    """The tables of a shard at one version, ordered by number."""
 
     version: int
     horizon: int  # largest version whose tombstones (records of deletes) may be discarded
@@ -74,14 +74,14 @@ class CapturedTable:
     created: int  # version of its creation
     counting: int  # version of the last alteration that dropped admission counters; 0: none
     policy: EvictorState  # state of its eviction rules
-    table: Table
+    table: Table  # the table itself, which changes on
     width: int  # float32 numbers per row, with optimizer state
     rows: int  # number of rows
     counters: int  # number of exact admission counters; 0 with a sketch
     gate: Gate  # holds the admission counters of this version, even after an alteration
     edits: int  # number that grows with every change of a sketch; see Gate
     step: int  # largest training step pushed to the table
-    scan: Scan  # over its rows
+    scan: Scan  # scan over its rows
 
     @property
     def base(self) -> BaseTable:
@@ -100,15 +100,15 @@ class Capture:
     """Access to all data of a shard as of one version, for reading it while pushes continue."""
 
     version: int
-    next_table: int  # number that the next new table gets
+    next_table: int  # number of the next new table
     tables: tuple[CapturedTable, ...]
-    sessions: SessionsSnapshot
+    sessions: SessionsSnapshot  # records of applied pushes, by client
     tombstones: list[Tombstones]  # records of deletes, oldest first
     horizon: int  # largest version whose tombstones may have been discarded
 
 
 def capture_table(entry: TableEntry) -> CapturedTable:
-    """Capture one table as it is now; copies no rows. Must run on the engine thread."""
+    """Return access to one table as it is now; copies no rows. Must run on the engine thread."""
     table = entry.table
     gate, width = table.gate, table.schema.width
     counters = 0 if len(gate.cells()) else gate.entries
@@ -130,7 +130,7 @@ def capture_table(entry: TableEntry) -> CapturedTable:
 
 
 def view_table(entry: TableEntry, version: int) -> TableView:
-    """Return schema, statistics and row scans of a table; see TableView.
+    """Return schema, statistics and row scans of a table, for reading it in slices.
 
     version  version of the shard
     """
@@ -146,7 +146,7 @@ def view_table(entry: TableEntry, version: int) -> TableView:
 
 
 def view_keys(entry: TableEntry, keys: Keys, version: int, now: float) -> KeyView:
-    """Return row, metadata and admission count of each key; see KeyView.
+    """Return row, metadata and admission count of each key.
 
     keys     uint64[n], distinct, owned by this shard
     version  version of the shard

@@ -12,9 +12,9 @@ from psserver.errors import BadRequest
 from storage.schema import TableSchema
 
 MAX_REQUEST_BYTES = 640 << 10  # maximum size of a request; MAX_TABLES table names fit
-LEAST_CHUNK_BYTES = 4096  # smaller values are raised to it, because each message has a fixed cost
+LEAST_CHUNK_BYTES = 4096  # smaller values of chunk_bytes are raised to this number
 LEAST_PROGRESS_MS = 100
-CHUNK_BYTES = 1 << 20  # default for the bytes of arrays per message
+CHUNK_BYTES = 1 << 20  # default number of bytes of arrays per message
 MOST_CHUNK_BYTES = 16 << 20
 PROGRESS_SECONDS = 1.0  # default time between progress messages
 MOST_COALESCE_MS = 60_000
@@ -23,19 +23,19 @@ MAX_TABLES = 4096  # maximum number of table names in a request
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """Options of a subscription, with defaults filled in."""
+    """Options that a subscriber requested, with defaults for those that it did not."""
 
-    tables: frozenset[str]  # names; empty: all tables
+    tables: frozenset[str]  # names of the tables to send; empty: all tables
     content: int  # pb.Content: keys only, embeddings, or embeddings with optimizer state
-    dtype: int  # pb.Dtype of the rows
-    coalesce_seconds: float  # how long changes may wait to be merged; 0: see coalesce_rows
-    coalesce_rows: int  # number of waiting rows at which merged changes are sent
+    dtype: int  # pb.DType of the rows
+    coalesce_seconds: float  # how long changes may wait to be merged; 0: changes do not wait
+    coalesce_rows: int  # number of waiting rows at which merged changes are sent; 0: no limit
     progress_seconds: float  # time between progress messages while there are no changes
     chunk_bytes: int  # approximate bytes of arrays per message
 
     @property
     def coalesces(self) -> bool:
-        """Whether several changes may be merged: only the newest value of each row is sent."""
+        """Whether several changes may be merged, so that only the newest value of a row is sent."""
         return self.coalesce_seconds > 0 or self.coalesce_rows > 0
 
     def wants(self, table: str) -> bool:
@@ -43,20 +43,25 @@ class Wanted:
         return not self.tables or table in self.tables
 
     def width(self, schema: TableSchema) -> int:
-        """Return how many numbers per row are sent: 0, the table's dim, or its full width."""
+        """Return how many numbers of each row are sent: none, the embedding, or the whole row."""
         if self.content == pb.CONTENT_KEYS:
             return 0
         return schema.width if self.content == pb.CONTENT_VALUES_AND_STATE else schema.dim
 
     def rows_per_message(self, width: int) -> int:
-        """Return how many rows of ``width`` numbers fit into a message; at least 1."""
+        """Return how many rows fit into a message of ``chunk_bytes``; at least 1.
+
+        width  numbers per row
+        """
         state = self.content == pb.CONTENT_VALUES_AND_STATE
         row = 16 + width * codec.WIRE[self.dtype].itemsize + 16 * state
         return max(1, self.chunk_bytes // row)
 
 
 def parse(data: bytes) -> pb.SubscribeRequest:
-    """Parse a SubscribeRequest. Raises Malformed, or BadRequest above MAX_REQUEST_BYTES."""
+    """Parse a SubscribeRequest. Raises Malformed if it cannot be parsed, BadRequest if it is larger
+    than MAX_REQUEST_BYTES.
+    """
     if len(data) > MAX_REQUEST_BYTES:
         raise _bad(f"a request may have at most {MAX_REQUEST_BYTES} bytes, got {len(data)}")
     request = pb.SubscribeRequest()
@@ -68,8 +73,9 @@ def parse(data: bytes) -> pb.SubscribeRequest:
 
 
 def read_wanted(request: pb.SubscribeRequest) -> Wanted:
-    """Return the options of a request, with defaults filled in. Raises BadRequest if one is
-    invalid.
+    """Return the options in a request, with defaults for those that are not set.
+
+    Raises BadRequest if one is invalid.
     """
     if len(request.tables) > MAX_TABLES:
         raise _bad(f"at most {MAX_TABLES} tables may be named, got {len(request.tables)}")
@@ -104,5 +110,5 @@ def read_wanted(request: pb.SubscribeRequest) -> Wanted:
 
 
 def _bad(why: str) -> BadRequest:
-    """Return the error for an invalid subscription request."""
+    """Return the error for an invalid subscription request; its message contains ``why``."""
     return BadRequest("INVALID_ARGUMENT", f"subscription: {why}")

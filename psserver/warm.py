@@ -1,4 +1,4 @@
-"""Compile every Numba kernel, or load it from its cache, before the first request needs it."""
+"""Compile every Numba kernel, or load it from the cache, before the first request needs it."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ BUDGET = 64 << 20  # memory limit, in bytes, of the tables created here
 
 
 def warm() -> None:
-    """Run each kernel once on a few rows. Takes about a minute to compile, a second from the cache.
+    """Run each kernel once on a few rows, so that it is compiled, or loaded from the cache.
 
-    Numba compiles a kernel separately for read-only arrays, such as arrays in received messages,
-    log records and blocks. So kernels are run with both writable and read-only arrays.
+    Takes about a minute to compile all kernels, or a second to load them. Numba compiles a kernel
+    separately for read-only arrays, such as those in received messages, log records and blocks. So
+    the kernels are run with both writable and read-only arrays.
     """
     initializers.compile_all()
     optimizers.compile_all()

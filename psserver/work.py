@@ -1,4 +1,6 @@
-"""Coordinate long operations on checkpoints: one at a time, with progress, ended by a stop."""
+"""Coordinate long operations on checkpoints: one at a time, with progress, ended when the server
+stops.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,16 @@ from psserver.errors import CheckpointBusy, Draining
 
 
 class Progress:
-    """Progress of a long operation. The thread that works writes it; the event loop reads it."""
+    """Progress of a long operation. The thread that runs it writes; the event loop reads.
+
+    stopping  event that is set when the server stops
+    """
 
     def __init__(self, stopping: threading.Event) -> None:
         self.bytes = 0  # read or written so far
         self.total = 0  # estimate of the bytes in the end; 0: unknown
         self.rows = 0  # read or written so far
-        self.stage = pb.CheckpointProgress.STAGE_UNSPECIFIED
+        self.stage = pb.CheckpointProgress.STAGE_UNSPECIFIED  # shown to the client
         self.given_up = False  # True once the client is gone
         self._stopping = stopping
 
@@ -70,7 +75,7 @@ class Work:
     def refuse(self, why: str) -> None:
         """Make every later call of ``alone`` raise CheckpointBusy, until the server restarts.
 
-        why  reason, shown to the client
+        why  reason, shown to clients
         """
         self._refusal = why
 

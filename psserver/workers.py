@@ -34,10 +34,10 @@ _Job = tuple["Future[Any]", Callable[[], Any]]
 
 
 class Pool(Executor):
-    """Executor with daemon threads.
+    """Executor with daemon threads, which do not keep the process from exiting.
 
     name     name of the threads
-    threads  maximum number of threads; each is started when work is submitted
+    threads  maximum number of threads; each call of ``submit`` starts one until there are so many
     """
 
     def __init__(self, name: str, threads: int) -> None:
@@ -47,7 +47,7 @@ class Pool(Executor):
         self._threads: list[threading.Thread] = []
 
     def submit(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Future[Result]:
-        """Queue a call for a thread; return the future of its result. Only for the event loop."""
+        """Queue a call for a thread; return the future of its result. Call it on the event loop."""
         if len(self._threads) < self._most:
             thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._threads.append(thread)
@@ -57,7 +57,9 @@ class Pool(Executor):
         return future
 
     def close(self, seconds: float) -> None:
-        """End the threads after their queued work; abandon threads that take over ``seconds``."""
+        """Run the queued calls, then end the threads. Threads that need more than ``seconds`` are
+        left running.
+        """
         end = time.monotonic() + seconds
         for _ in self._threads:
             self._jobs.put(None)
@@ -65,7 +67,7 @@ class Pool(Executor):
             thread.join(max(end - time.monotonic(), 0))
 
     def _run(self) -> None:
-        """Run queued calls until ``close``. The body of each thread."""
+        """Run queued calls until ``close`` is called. Each thread runs this method."""
         while (job := self._jobs.get()) is not None:
             future, call = job
             if future.set_running_or_notify_cancel():
@@ -108,11 +110,11 @@ class Workers:
         deadline: float = math.inf,
         reservation: Reservation | None = None,
     ) -> Result:
-        """Run a call on a thread of ``pool``, and return its result.
+        """Run ``call`` on a thread of ``pool``, and return its result.
 
         deadline     monotonic seconds; raises DeadlinePassed if the call has not begun by then
-        reservation  memory reserved for the request; if the caller is canceled, it is kept until
-                     the call has ended, then released
+        reservation  memory reserved for the request; if this coroutine is canceled while ``call``
+                     runs, the memory is released only when ``call`` has ended
         """
         job = pool.submit(_punctual, call, deadline)
         try:
@@ -157,7 +159,10 @@ class Workers:
 
 
 def _punctual(call: Callable[[], Result], deadline: float) -> Result:
-    """Return the result of ``call``; DeadlinePassed if ``deadline`` (monotonic s) has passed."""
+    """Run ``call`` and return its result.
+
+    deadline  monotonic seconds; if it has passed, raises DeadlinePassed and does not run ``call``
+    """
     if time.monotonic() > deadline:
         raise DeadlinePassed("the deadline passed before the work began")
     return call()

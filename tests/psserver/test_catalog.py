@@ -94,7 +94,7 @@ def test_a_schema_that_nobody_can_read_is_named(cluster: Homes, place: Path) -> 
     for text in ("{", "[]", "7", '{"name": "t", "dim": -1}', '{"name": "t", "no": 1}'):
         with pytest.raises(CheckpointUnfit, match="schema of table 't'"):
             read_schema_as(text)
-    with pytest.raises(Corrupt, match="schema of table 't' has the name 'u'"):
+    with pytest.raises(Corrupt, match="table 't', but its schema has the name 'u'"):
         read_schema_as('{"name": "u", "dim": 2}')
 
 
@@ -241,6 +241,6 @@ def test_sessions_that_cannot_be_read_are_found_before_a_restore_needs_them(
             lambda: cluster.verify("bad"),
             lambda: cluster.nodes[0].prepare("bad", "a" * 16, replace=True),
         ):
-            with pytest.raises(Corrupt, match=r"bad/.*: cannot read the sessions"):
+            with pytest.raises(Corrupt, match=r"bad/.*: cannot read the client sessions"):
                 use()
         assert cluster.rows() == before

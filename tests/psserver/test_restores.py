@@ -244,7 +244,7 @@ def test_a_lost_state_in_the_middle_of_an_exchange_is_damage(
     before = sorted(node.directory.rglob("*"))
     for _ in range(2):
         with pytest.raises(
-            Corrupt, match=r"restore/STATE: is missing, but .*/restore/old/base was mo"
+            Corrupt, match=r"restore/STATE: the file is missing, but .* to .*/restore/old/base"
         ):
             swap.settle(node.directory)
     assert sorted(node.directory.rglob("*")) == before
