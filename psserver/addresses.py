@@ -1,4 +1,7 @@
-"""Check, join and listen on addresses. A host is a name, an IPv4 or an IPv6 address."""
+"""Check hosts, write addresses as host:port, and open listening sockets.
+
+A host is a name, an IPv4 or an IPv6 address.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,9 @@ def join(host: str, port: int) -> str:
 def bind(host: str, port: int) -> list[socket.socket]:
     """Return listening TCP sockets, one for each address that ``host`` resolves to.
 
-    The host ``::`` also accepts IPv4. Addresses that this machine does not have are skipped if
-    others work. Otherwise raises OSError and leaves no socket open.
+    The host ``::`` also accepts IPv4. Addresses that this machine does not have are skipped.
+    Raises OSError, with all sockets closed, if no address remains or if an address cannot be used
+    for a different reason, for example because its port is in use.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     listeners: list[socket.socket] = []
@@ -62,7 +66,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 
 def cannot_listen(field: str, host: str, port: int, error: OSError) -> str:
-    """Return the error message for a port that cannot be opened, with the reason and what to do.
+    """Return the error message for a port that cannot be opened: the reason, and what to do.
 
     field       name of the setting that contains the port, for example ``metrics_port``
     host, port  address that was tried

@@ -1,4 +1,4 @@
-"""Reusable buffers for after-images: the rows that a push has changed, as the log records them."""
+"""Reusable buffers for after-images: copies of the rows that a push changed, for its log record."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Buffer = NDArray[np.uint8]
 class ImageBuffers:
     """Pool of buffers, each in use (the log still has to write it) or free (a push may take it).
 
-    Buffers in use are bounded by the log, which limits the size of its unwritten records. Free
-    buffers are bounded by KEPT and KEPT_BYTES; the memory of further ones is returned.
+    The log limits the size of buffers in use, because it limits its unwritten records. KEPT and
+    KEPT_BYTES limit the free buffers; further free buffers are deleted.
 
     bytes  size of all buffers, in use and free; any thread may read it
     """
@@ -56,10 +56,10 @@ class ImageBuffers:
         return frequencies, rows
 
     def reclaim(self, written: int) -> None:
-        """Make the buffers of all versions up to ``written`` free.
+        """Free the buffers of all versions up to ``written``, the newest that the log has written.
 
-        If there are more than KEPT free buffers, the smallest are deleted; beyond KEPT_BYTES, the
-        largest.
+        If more than KEPT buffers are free, the smallest are deleted. If the free buffers have more
+        than KEPT_BYTES together, the largest are deleted.
         """
         while self._flying and self._flying[0][0] <= written:
             buffer = self._flying.popleft()[1]
@@ -71,7 +71,10 @@ class ImageBuffers:
             self._free(-1)
 
     def drain(self, written: int) -> None:
-        """Delete all free buffers, and those in use whose version is at most ``written``."""
+        """Delete all buffers, except those in use for versions newer than ``written``.
+
+        written  newest version that the log has written
+        """
         self.reclaim(written)
         while self._kept:
             self._free(-1)

@@ -17,13 +17,13 @@ Change = Callable[[TableSchema, pb.TableSchema], dict[str, Any]]
 def _lr(schema: TableSchema, asked: pb.TableSchema) -> dict[str, Any]:
     parameters = asked.optimizer.parameters
     if "lr" not in parameters:
-        raise ValueError('lr: schema.optimizer.parameters["lr"] is missing')
+        raise ValueError('lr: schema.optimizer.parameters["lr"], the new value, is missing')
     return {"optimizer": dataclasses.replace(schema.optimizer, lr=parameters["lr"])}
 
 
 def _max_step_ahead(_: TableSchema, asked: pb.TableSchema) -> dict[str, Any]:
     if not asked.HasField("max_step_ahead"):
-        raise ValueError("max_step_ahead: schema.max_step_ahead is missing")
+        raise ValueError("max_step_ahead: schema.max_step_ahead, the new value, is missing")
     return {"max_step_ahead": asked.max_step_ahead}
 
 
@@ -46,10 +46,10 @@ FIXED = {  # name of a field -> why it cannot be altered
 
 
 def require_alterable(request: pb.AlterTableRequest) -> None:
-    """Check the names of the fields that a request asks to alter.
+    """Raise an error unless each name in ``request.fields`` is a field that can be altered.
 
-    Raises NotAlterable for a field that is fixed at the table's creation. Raises BadRequest for a
-    field that does not exist, and if no field is named.
+    Raises NotAlterable for a field that is fixed at the table's creation, and BadRequest if a field
+    does not exist or no field is named.
     """
     table = request.schema.name
     if not request.fields:

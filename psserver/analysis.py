@@ -1,19 +1,20 @@
 """Analyze a table: read every row once, in slices, and compute a summary. Nothing is changed.
 
 All methods block, so they must run on worker threads. Each slice of a live table is read on the
-engine thread, so that no row is read while a push changes it. A slice takes the engine about 50 us.
+engine thread, so that no row is read while a push changes it. This takes about 50 us per slice.
 The rest of the work runs on the worker thread, mostly in one kernel that releases the interpreter
 lock.
 
-Slices are small, so that a pull waits only briefly for a slice. All slices together use 1/81 of a
-core, so that few pulls wait at all. The rows of a checkpoint do not need the engine, but the work
-on them competes with the engine for cores and for the interpreter lock. Therefore it uses at most a
-tenth of a core.
+Slices are small, so that a pull waits only briefly for a slice. All slices together use at most
+1/81 of a core, so that few pulls wait at all. The rows of a checkpoint do not need the engine, but
+the work on them competes with the engine for cores and for the interpreter lock. Therefore it uses
+at most a tenth of a core.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -35,6 +36,7 @@ from storage.errors import UnknownTable
 from storage.eviction.contract import FIRST_STEP
 from storage.kernels import Rows
 from storage.part_reader import Piece, counters_of, rows_of
+from storage.schema import TableSchema
 from storage.tiers.base import FREQUENCY, KEY, STEP, VERSION, Scan
 from storage.versionlog import VersionLog
 
@@ -68,9 +70,9 @@ class Analyses:
     # ---- tables
 
     def analyze(self, request: pb.AnalyzeRequest) -> Iterator[pb.AnalyzeResponse]:
-        """Yield messages: progress, the requested rows, and last the summary of a table.
+        """Analyze a table: yield progress messages and the requested rows, and last the summary.
 
-        The table is one of this shard, or this shard's share of a table in ``request.checkpoint``.
+        With ``request.checkpoint``, this shard's share of the table in that checkpoint is analyzed.
         """
         summary = read_summary(request)
         if request.checkpoint:
@@ -79,7 +81,7 @@ class Analyses:
             yield from self._live(request, summary)
 
     def _live(self, request: pb.AnalyzeRequest, summary: Summary) -> Iterator[pb.AnalyzeResponse]:
-        """Analyze a table of the running shard; see ``analyze``.
+        """Analyze a table of the running shard: yield progress, rows, and last the summary.
 
         summary  empty; every row is added to it
         """
@@ -107,10 +109,12 @@ class Analyses:
     def _slices(
         self, request: pb.AnalyzeRequest, view: TableView
     ) -> Iterator[Callable[[], tuple[RowColumns, Rows | None]]]:
-        """Yield calls that the engine must run. Each reads one slice of the rows of ``view``.
+        """Yield functions without arguments that the engine must run; each reads one slice of rows.
 
-        A call returns the columns of its rows, and their embeddings float32[n, dim] if the request
-        asks for them (else None). It raises UnknownTable if the table was dropped meanwhile.
+        view  access to the table
+
+        A function returns (metadata of its rows, embeddings float32[n, dim] or None if the request
+        does not ask for them). It raises UnknownTable if the table was dropped meanwhile.
         """
         dim = view.schema.dim
         most = max(1, min(SLICE_ROWS, SLICE_BYTES // (4 * dim)))
@@ -123,7 +127,7 @@ class Analyses:
                 raise UnknownTable(request.table)
             norms = np.empty(len(places), np.float64)
             meta = scan.measure(places, norms)
-            if not (there := meta[:, VERSION] != 0).all():  # some rows left since they were found
+            if not (there := meta[:, VERSION] != 0).all():  # a row was deleted since ``find``
                 meta, norms, places = meta[there], norms[there], places[there]
             matrix = None
             if wanted:
@@ -140,7 +144,10 @@ class Analyses:
                     yield partial(read, tier, scan, places)
 
     def _stored(self, request: pb.AnalyzeRequest, summary: Summary) -> Iterator[pb.AnalyzeResponse]:
-        """Analyze a table of a checkpoint, which cannot be deleted meanwhile; see ``analyze``."""
+        """Analyze a table of the checkpoint ``request.checkpoint``; keep it from being deleted.
+
+        summary  empty; every row is added to it
+        """
         catalog = self._checkpoints.catalog
         with catalog.reading(request.checkpoint, "it is being analyzed") as checkpoint:
             yield from self._stored_rows(checkpoint, request, summary)
@@ -150,8 +157,8 @@ class Analyses:
     ) -> Iterator[pb.AnalyzeResponse]:
         """Analyze a table of an open checkpoint. Each part (the files of one shard) is read twice.
 
-        The first pass finds the largest step in the part, because ages of rows are counted back
-        from it. The second pass adds the rows to the summary.
+        The first pass finds the largest training step in the part, because ages of rows are counted
+        back from it. The second pass adds the rows to ``summary``.
         """
         catalog, beside = self._checkpoints.catalog, self._pace_stored.beside
         schema = schema_in(checkpoint, request.table)
@@ -159,42 +166,17 @@ class Analyses:
         parts = catalog.share(checkpoint)
         outbox = Outbox(request, 2 * checkpoint.bytes_of(parts))
         wanted = request.columns == Columns.COLUMNS_EMBEDDING
+        table = _StoredTable(checkpoint, schema, summary, wanted)
         newest, size, waiting = FIRST_STEP, 0, 0
-
-        def largest(pieces: Iterator[Piece]) -> int | None:
-            """Return the largest step in the next piece; None after the last piece."""
-            if (piece := next(pieces, None)) is None:
-                return None
-            require_width(checkpoint, schema, piece.rows)
-            return int(piece.steps.max(initial=FIRST_STEP))
-
-        def summed(
-            pieces: Iterator[Piece], step: int
-        ) -> tuple[RowColumns, Rows | None, int] | None:
-            """Add the rows of the next piece to the summary.
-
-            Returns (columns of the rows, embeddings or None if not requested, bytes); None after
-            the last piece.
-            """
-            if (piece := next(pieces, None)) is None:
-                return None
-            columns = piece[1:]
-            copies = map(np.array, columns[:-1])  # see Piece
-            norms = norms_of(piece.rows, schema.dim)
-            rows = RowColumns._make([*copies, norms, "checkpoint"])
-            summary.add(rows, step)
-            matrix = np.array(piece.rows[:, : schema.dim]) if wanted else None
-            return rows, matrix, sum(column.nbytes for column in columns)
-
         for part in parts:
             number = number_in(checkpoint, part, request.table)
             asked = catalog.store, checkpoint, part, [number], progress.add
             step, pieces = FIRST_STEP, rows_of(*asked)
-            while (found := beside(partial(largest, pieces))) is not None:
+            while (found := beside(partial(table.largest_step, pieces))) is not None:
                 step = max(step, found)
                 yield from outbox.progress(progress.bytes)
             newest, pieces = max(newest, step), rows_of(*asked)
-            while (done := beside(partial(summed, pieces, step))) is not None:
+            while (done := beside(partial(table.summarize, pieces, step))) is not None:
                 rows, matrix, more = done
                 size += more
                 yield from outbox.put(rows, matrix, progress.bytes)
@@ -212,5 +194,41 @@ class Analyses:
     # ---- keys
 
     def inspect(self, request: pb.InspectRequest) -> pb.InspectResponse:
-        """Return the state of single keys; see ``Inspector.inspect``."""
+        """Report whether each of ``request.keys`` has a row, was deleted, or was never pushed."""
         return self._inspector.inspect(request)
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredTable:
+    """Adds the rows of one table of a checkpoint to a summary."""
+
+    checkpoint: Checkpoint
+    schema: TableSchema  # of the table in the checkpoint
+    summary: Summary
+    wanted: bool  # the client also wants the embeddings
+
+    def largest_step(self, pieces: Iterator[Piece]) -> int | None:
+        """Return the largest training step in the next of ``pieces``; None if there is no more."""
+        if (piece := next(pieces, None)) is None:
+            return None
+        require_width(self.checkpoint, self.schema, piece.rows)
+        return int(piece.steps.max(initial=FIRST_STEP))
+
+    def summarize(
+        self, pieces: Iterator[Piece], step: int
+    ) -> tuple[RowColumns, Rows | None, int] | None:
+        """Add the rows of the next of ``pieces`` to the summary; None if there is no more.
+
+        step  training step from which the ages of the rows are counted back
+
+        Returns (metadata of the rows, embeddings or None if not wanted, bytes of the rows).
+        """
+        if (piece := next(pieces, None)) is None:
+            return None
+        columns = piece[1:]
+        copies = map(np.array, columns[:-1])  # see Piece
+        norms = norms_of(piece.rows, self.schema.dim)
+        rows = RowColumns._make([*copies, norms, "checkpoint"])
+        self.summary.add(rows, step)
+        matrix = np.array(piece.rows[:, : self.schema.dim]) if self.wanted else None
+        return rows, matrix, sum(column.nbytes for column in columns)

@@ -1,4 +1,4 @@
-"""List, open and verify the checkpoints in the store of the setting checkpoint_url."""
+"""List, open and verify the checkpoints that are stored at the setting checkpoint_url."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ class Catalog:
 
     @contextmanager
     def reading(self, name: str, what: str) -> Iterator[Checkpoint]:
-        """Open a checkpoint for the block, and keep it and its parents from being deleted
-        meanwhile.
+        """Open a checkpoint. While the block runs, it and its ancestors cannot be deleted.
 
-        what  describes the work, for the error that a client gets if it tries to delete one of them
+        name  name of the checkpoint
+        what  describes the work, for the error that a client gets if it tries to delete them
 
-        Raises CheckpointBusy if one is being deleted, or if the checkpoint was replaced while it
-        was opened.
+        Raises CheckpointBusy if one of them is being deleted, or if the checkpoint was replaced
+        while it was opened.
         """
         checkpoint = self.open(name)
         names = [each.manifest.name for each in checkpoint.chain]
@@ -72,9 +72,9 @@ class Catalog:
             yield checkpoint
 
     def listed(self, request: pb.ListCheckpointsRequest) -> pb.ListCheckpointsResponse:
-        """Return short descriptions of all checkpoints, or, if the request names one, all of it.
+        """Describe the checkpoint ``request.name`` with the schemas of its tables.
 
-        Only a named checkpoint is described with the schemas of its tables.
+        If the name is empty, describe all checkpoints, without schemas.
         """
         if request.name:
             info = describe(self.open(request.name).manifest, schemas=True)
@@ -86,10 +86,10 @@ class Catalog:
         return [name for name in self.store.directories() if NAME.fullmatch(name)]
 
     def _look(self, name: str) -> pb.CheckpointInfo:
-        """Describe one checkpoint for the list.
+        """Describe the checkpoint ``name``, without the schemas of its tables.
 
-        Never raises: for a damaged or incomplete checkpoint, the field ``problem`` contains the
-        reason.
+        Never raises. If the checkpoint is damaged or incomplete, the field ``problem`` of the
+        result says why.
         """
         try:
             return describe(read_manifest(self.store, name)[0], schemas=False)
@@ -104,7 +104,9 @@ class Catalog:
     def verify(
         self, request: pb.VerifyCheckpointRequest, progress: Progress
     ) -> pb.CheckpointProgress:
-        """Read every byte of this shard's share of a checkpoint and of its parents, and check it.
+        """Read and check every byte of this shard's share of a checkpoint and of its ancestors.
+
+        progress  counts the bytes read
 
         Raises Corrupt or UnknownFormat, which name the file, if a byte has changed since it was
         written, or if two files of the checkpoint contradict each other.
@@ -125,10 +127,10 @@ class Catalog:
         return pb.CheckpointProgress(bytes=progress.bytes, total=progress.total)
 
     def share(self, checkpoint: Checkpoint) -> range:
-        """Return the indices of the checkpoint's parts that this shard has to read.
+        """Return the indices of the checkpoint's parts (files of one shard) that this shard reads.
 
-        Together the shards of the cluster read each part exactly once, even if the checkpoint has a
-        different number of shards.
+        The shards of the cluster read each part exactly once, even if the cluster that took the
+        checkpoint had a different number of shards.
         """
         return range(self._shard.number, len(checkpoint.parts), self._shard.shard_map.shards)
 
@@ -136,7 +138,7 @@ class Catalog:
 def describe(manifest: Manifest, *, schemas: bool) -> pb.CheckpointInfo:
     """Convert a manifest to a CheckpointInfo message.
 
-    schemas  include the schema of each table; raises CheckpointUnfit if a schema is not known here
+    schemas  include the schema of each table; raises CheckpointUnfit if this release cannot read it
     """
     tables = []
     for table in manifest.tables:

@@ -59,10 +59,10 @@ logger = structlog.get_logger()
 
 
 class Checkpoints:
-    """Takes, restores from, and deletes named checkpoints on one shard. Thread-safe.
+    """Writes named checkpoints of one shard, and owns the other operations on them. Thread-safe.
 
     log        version log; None: this shard cannot take checkpoints
-    pins       attempt -> version: the flusher keeps all log records newer than the version
+    pins       id of an attempt -> version; the flusher keeps all log records newer than the version
     store      file store for checkpoints; None: checkpoint_url is not set
     now        returns seconds since 1970
     directory  data directory of the shard; None: it has none
@@ -95,7 +95,9 @@ class Checkpoints:
     def write(
         self, request: pb.WriteCheckpointRequest, progress: Progress
     ) -> pb.CheckpointProgress:
-        """Write this shard's part of the checkpoint ``request.name``; return the part's location.
+        """Write this shard's part of the checkpoint ``request.name``. Returns where the part is.
+
+        progress  counts the bytes written
 
         With ``request.parent`` the part contains only the changes since that checkpoint. Raises
         NoLog, CheckpointExists, CheckpointBusy or CheckpointUnfit.
@@ -107,7 +109,7 @@ class Checkpoints:
         parents = self.catalog.reading(request.parent, what) if request.parent else nullcontext()
         with self.work.alone(what), self.catalog.uses.using([name], what), parents as opened:
             if self.catalog.store.exists(f"{name}/{MANIFEST}"):
-                raise CheckpointExists(f"checkpoint {name!r} exists")
+                raise _exists(name)
             parent = self._parent(opened, self._log) if opened else None
             self._pins[attempt] = 0  # until the version is known
             try:
@@ -116,9 +118,11 @@ class Checkpoints:
                 del self._pins[attempt]
 
     def _parent(self, parent: Checkpoint, log: VersionLog) -> tuple[Parent, Part]:
-        """Return (reference to the parent checkpoint, this shard's part of it).
+        """Return (reference to a parent checkpoint, this shard's part of that checkpoint).
 
-        Raises CheckpointUnfit if this shard cannot know all changes since the parent.
+        parent  opened checkpoint
+
+        Raises CheckpointUnfit if this shard's log does not have all changes since the checkpoint.
         """
         name, shard = parent.manifest.name, self._shard
         if len(parent.chain) >= MAX_CHAIN:
@@ -149,31 +153,26 @@ class Checkpoints:
     ) -> pb.CheckpointProgress:
         """Write the files of this shard's part: rows, log records, sessions and manifest.
 
-        parent  (reference, this shard's part of it) of an incremental checkpoint; None: a full one
+        name     name of the checkpoint
+        attempt  id of the attempt, which names the directory of the files
+        parent   from ``_parent``; None: a full checkpoint
 
-        After an error, the files written so far are removed.
+        Returns where the part is. After an error, the files written so far are removed.
         """
         shard = self._shard
         captured = self._engine.run(shard.capture)
         self._pins[attempt] = captured.version
-        after = parent[1].version if parent else 0
-        if parent and captured.horizon > after:
+        after = parent[1].version if parent else None
+        if parent and captured.horizon > parent[1].version:
             raise CheckpointUnfit(
                 f"checkpoint {parent[0].name!r} is too old to be a parent: shard {shard.number} no"
-                f" longer knows which keys were deleted up to version {captured.horizon}: take a"
+                f" longer knows which keys were deleted up to version {captured.horizon}; take a"
                 " full checkpoint (without parent)"
             )
         progress.total = 0 if parent else _bytes_of(captured)
         writer = PartWriter(self.catalog.store, name, attempt, shard.number, progress.add)
         try:
-            for block in blocks_of(captured, after, np.empty(BLOCK_BYTES, np.uint8)):
-                if parent or block.kind == ROWS:  # a full checkpoint needs no tombstones
-                    writer.block(block.seal())
-            for table, keys, totals, versions in counters_of(captured, 0, self._engine):
-                writer.block(pack_counters(table, keys, versions, totals), "counters")
-            end = self._engine.run(shard.capture)
-            _copy_log(log, captured.version, end.version, writer)
-            writer.sessions(end.sessions.pack())
+            end = self._copy(captured, after, log, writer)
             part, file = writer.finish(
                 attempt=attempt,
                 shard=shard.number,
@@ -182,7 +181,7 @@ class Checkpoints:
                 lineage=log.lineage.hex(),
                 version=end.version,
                 copied=captured.version,
-                after=after,
+                after=after or 0,
                 parent=parent[0] if parent else None,
                 tables=_tables_of(end),
                 micros=int(self._now() * 1e6),
@@ -195,10 +194,30 @@ class Checkpoints:
         )
         return pb.CheckpointProgress(bytes=progress.bytes, total=progress.bytes, part=written)
 
+    def _copy(
+        self, captured: Capture, after: int | None, log: VersionLog, writer: PartWriter
+    ) -> Capture:
+        """Write rows, then the log records of the changes made meanwhile, then sessions.
+
+        captured  the shard at the version from which rows are copied
+        after     write only rows changed after this version, and tombstones; None: write all rows
+
+        Returns the shard as captured at the version that the part represents.
+        """
+        for block in blocks_of(captured, after or 0, np.empty(BLOCK_BYTES, np.uint8)):
+            if after is not None or block.kind == ROWS:  # a full checkpoint needs no tombstones
+                writer.block(block.seal())
+        for table, keys, totals, versions in counters_of(captured, 0, self._engine):
+            writer.block(pack_counters(table, keys, versions, totals), "counters")
+        end = self._engine.run(self._shard.capture)
+        _copy_log(log, captured.version, end.version, writer)
+        writer.sessions(end.sessions.pack())
+        return end
+
     def complete(self, request: pb.CompleteCheckpointRequest) -> pb.CheckpointInfo:
         """Write the manifest that makes the parts of all shards one checkpoint. Idempotent.
 
-        Raises CheckpointUnfit if the parts do not fit together, CheckpointExists if a different
+        Raises CheckpointUnfit if the parts do not belong together, CheckpointExists if a different
         attempt has completed a checkpoint of this name.
         """
         name, attempt = require_name(request.name), require_id("attempt", request.attempt)
@@ -214,9 +233,10 @@ class Checkpoints:
         attempt: str,
         parent: Checkpoint | None,
     ) -> pb.CheckpointInfo:
-        """Complete the checkpoint ``name`` from the parts of one attempt; see ``complete``.
+        """Publish the manifest of the checkpoint ``name``, then remove files of other attempts.
 
-        parent  opened parent of an incremental checkpoint; None: the checkpoint is full
+        attempt  id of the attempt that wrote the parts
+        parent   opened parent of an incremental checkpoint; None: the checkpoint is full
         """
         store, path = self.catalog.store, f"{name}/{MANIFEST}"
         if not store.exists(path):
@@ -230,7 +250,7 @@ class Checkpoints:
                 store.publish(path, data)
         manifest, _ = read_manifest(store, name)
         if manifest.attempt != attempt:
-            raise CheckpointExists(f"checkpoint {name!r} exists")
+            raise _exists(name)
         store.sync(path)  # a server that published it may have died before its own sync
         self._clear_away(name, attempt)
         return describe(manifest, schemas=True)
@@ -238,25 +258,14 @@ class Checkpoints:
     def _manifest(
         self, request: pb.CompleteCheckpointRequest, checkpoint: Checkpoint | None
     ) -> Manifest:
-        """Build the manifest over all parts. Raises CheckpointUnfit if they do not fit together.
+        """Build the manifest of the checkpoint from the manifests of its parts.
 
         checkpoint  opened parent of an incremental checkpoint; None: the checkpoint is full
+
+        Raises CheckpointUnfit if the parts do not belong together.
         """
-        shards = self._shard.shard_map.shards
-        if len(request.parts) != shards:
-            raise CheckpointUnfit(
-                f"expected {shards} parts, one per shard, got {len(request.parts)}"
-            )
-        parts = tuple(
-            self._part(request, shard, claimed) for shard, claimed in enumerate(request.parts)
-        )
         parent = Parent(name=request.parent, checksum=checkpoint.checksum) if checkpoint else None
-        for shard, part in enumerate(parts):
-            if (part.parent, part.shard, part.shards) != (parent, shard, len(parts)):
-                raise CheckpointUnfit(
-                    f"the part of shard {shard} was written with a different parent or a different"
-                    " number of shards: take the checkpoint again"
-                )
+        parts = self._parts(request, parent)
         try:
             tables = tables_over(parts)
         except KeyError as error:
@@ -281,10 +290,37 @@ class Checkpoints:
             raise CheckpointUnfit(f"checkpoint {request.name!r}: {why}")
         return manifest
 
-    def _clear_away(self, name: str, kept: str) -> None:
-        """Remove the files of attempts at checkpoint ``name`` other than attempt ``kept``.
+    def _parts(
+        self, request: pb.CompleteCheckpointRequest, parent: Parent | None
+    ) -> tuple[Part, ...]:
+        """Return the manifests of the parts that the client lists, in the order of the shards.
 
-        A StorageError is only logged as a warning; the files then remain.
+        parent  parent of the checkpoint; None: the checkpoint is full
+
+        Raises CheckpointUnfit if a part is missing or has a different parent or number of shards.
+        """
+        shards = self._shard.shard_map.shards
+        if len(request.parts) != shards:
+            raise CheckpointUnfit(
+                f"expected {shards} parts, one per shard, got {len(request.parts)}"
+            )
+        parts = tuple(
+            self._part(request, shard, claimed) for shard, claimed in enumerate(request.parts)
+        )
+        for shard, part in enumerate(parts):
+            if (part.parent, part.shard, part.shards) != (parent, shard, len(parts)):
+                raise CheckpointUnfit(
+                    f"the part of shard {shard} was written with a different parent or a different"
+                    " number of shards: take the checkpoint again"
+                )
+        return parts
+
+    def _clear_away(self, name: str, kept: str) -> None:
+        """Delete the files of all attempts to write the checkpoint ``name``, except those of one.
+
+        kept  id of the attempt whose files stay
+
+        A StorageError is only logged as a warning; the remaining files then stay too.
         """
         try:
             for other in self.catalog.store.directories(name):
@@ -296,20 +332,24 @@ class Checkpoints:
     def _part(
         self, request: pb.CompleteCheckpointRequest, shard: int, claimed: pb.CheckpointPart
     ) -> Part:
-        """Read the manifest of the part that ``shard`` wrote, as reported by the client.
+        """Read the manifest of the part that ``shard`` wrote.
 
-        claimed  path, size and checksum that the client reports
+        claimed  path, size and checksum of the manifest, as reported by the client
 
-        Raises CheckpointUnfit if the path or the size is impossible for that shard.
+        Raises CheckpointUnfit if the shard cannot have written a file of this path or size.
         """
         path = f"{request.attempt}/{shard:05}.json"  # the only one that a shard writes
         if claimed.path != path or not 0 < claimed.bytes <= MAX_MANIFEST:
             raise CheckpointUnfit(
-                f"part {shard}: {claimed.path[:200]!r} of {claimed.bytes} bytes was not written by"
-                f" shard {shard}, which writes {path!r}"
+                f"part of shard {shard}: expected the file {path!r} with 1 to {MAX_MANIFEST} bytes,"
+                f" got {claimed.path[:200]!r} with {claimed.bytes} bytes"
             )
         file = File(path=path, bytes=claimed.bytes, checksum=claimed.checksum)
         return open_part(self.catalog.store, request.name, file)
+
+
+def _exists(name: str) -> CheckpointExists:
+    return CheckpointExists(f"checkpoint {name!r} exists already: choose a different name")
 
 
 def _copy_log(log: VersionLog, after: int, upto: int, writer: PartWriter) -> None:

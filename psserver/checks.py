@@ -1,6 +1,6 @@
-"""Check pulls, pushes and deletes, as far as no table is needed: shapes, dtypes, numbers, keys.
+"""Check pulls, pushes and deletes without their table: shapes, dtypes, finite numbers, keys.
 
-The shard itself checks everything that depends on its tables, sessions and versions.
+The shard later checks everything that depends on its tables, sessions and versions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MODES: dict[int, Mode] = {
 
 
 class Checks:
-    """Converts decoded messages to requests for one shard; raises an error for invalid ones."""
+    """Checks decoded messages, and converts them to requests for one shard."""
 
     def __init__(self, shard: Shard, max_keys: int) -> None:
         """Create the checks of ``shard``.
@@ -39,12 +39,13 @@ class Checks:
         self._max_keys = max_keys
 
     def pull(self, pull: codec.PullMessage) -> Pull:
-        """Convert a pull. Raises TooLarge, BadRequest, WrongShard or Malformed."""
+        """Check and convert a pull. Raises TooLarge, BadRequest, WrongShard or Malformed."""
         header = pull.header
         self._require_few(header.table, pull.keys)
         if header.mode not in MODES:
             raise BadRequest(
-                "INVALID_ARGUMENT", f"mode must be one of {list(MODES)}, got {header.mode}"
+                "INVALID_ARGUMENT",
+                f"field 'mode' must be one of {list(MODES)}, got {header.mode}",
             )
         self._require_own(
             header.table,
@@ -62,7 +63,10 @@ class Checks:
         )
 
     def push(self, push: codec.PushMessage) -> Push:
-        """Convert a push; sum counts and gradients of repeated keys. Raises errors as ``pull``."""
+        """Check and convert a push. Counts and gradients of repeated keys are summed.
+
+        Raises TooLarge, BadRequest, WrongShard or Malformed.
+        """
         header, keys, counts = push.header, push.keys, push.counts
         self._require_few(header.table, keys)
         _require_step(header)
@@ -90,7 +94,12 @@ class Checks:
         )
 
     def delete(self, push: codec.PushMessage) -> Delete:
-        """Convert a delete; repeated keys are merged. Raises TooLarge, BadRequest or WrongShard."""
+        """Check and convert a delete. Each repeated key is kept once.
+
+        push  decoded delete, which has the form of a push without gradients
+
+        Raises TooLarge, BadRequest or WrongShard.
+        """
         header, keys = push.header, push.keys
         self._require_few(header.table, keys)
         if self._repeated(header.table, keys):
@@ -119,7 +128,7 @@ class Checks:
         return repeated > 0
 
     def _require_own(self, table: str, keys: NDArray[np.uint64], foreign: int) -> None:
-        """Raise WrongShard about the key at index ``foreign``. Negative: there is no such key."""
+        """Raise WrongShard for ``keys[foreign]``. Do nothing if ``foreign`` is negative."""
         if foreign < 0:
             return
         shard_map, key = self._shard.shard_map, keys[foreign]
@@ -159,9 +168,9 @@ def _gradients(push: codec.PushMessage) -> NDArray[np.float32]:
 
 
 def _not_finite(table: str, keys: NDArray[np.uint64], gradients: NDArray[np.float32]) -> BadRequest:
-    """Return the error about the first gradient that is infinite or NaN. There must be one.
+    """Return an error that names the first infinite or NaN number in ``gradients``.
 
-    gradients  float32[n, dim], of n keys
+    gradients  float32[n, dim], one row per key, with at least one such number
     """
     row, column = np.argwhere(~np.isfinite(gradients))[0]
     return BadRequest(
@@ -180,7 +189,9 @@ def _level(header: pb.PushHeader) -> Durability | None:
         return None
     if header.durability not in LEVELS:
         raise BadRequest(
-            "INVALID_ARGUMENT", f"table {header.table!r}: durability {header.durability} is unknown"
+            "INVALID_ARGUMENT",
+            f"table {header.table!r}: field 'durability' must be one of {sorted(LEVELS)},"
+            f" got {header.durability}",
         )
     return LEVELS[header.durability]
 
@@ -194,10 +205,10 @@ def _sum_repeated(
     """Return (distinct keys, sums of their counts, sums of their gradients).
 
     keys       uint64[n]        may repeat
-    counts     uint32[n]        a sum is at most 2^32 - 1
+    counts     uint32[n]        sums larger than ``2^32 - 1`` become ``2^32 - 1``
     gradients  float32[n, dim]
 
-    The results have one entry per distinct key, grouped by ``shard_map``.
+    The results have one entry per distinct key, grouped by the key's shard.
     """
     split = routing.split(keys, shard_map)
     sums = np.zeros((len(split.keys), gradients.shape[1]), np.float32)

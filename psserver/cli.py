@@ -43,8 +43,8 @@ def up(
     data_dir: Annotated[
         Path,
         typer.Option(
-            help="Directory for all data: shard I stores its data in shard-I/, its log in"
-            " shard-I.log"
+            help="Directory for all data: shard I stores its rows in shard-I/ and appends its"
+            " messages to shard-I.log"
         ),
     ],
     shards: Annotated[int, typer.Option(min=1, max=64, help="Number of shards to run")] = 1,

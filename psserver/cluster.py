@@ -15,7 +15,7 @@ from psserver.addresses import bare_host, join
 from psserver.config import ConfigError
 from psserver.datadir import unusable
 
-QUICK = 5.0  # seconds; a process that ends sooner after its start is restarted only after a pause
+QUICK = 5.0  # seconds; a process that ends within them after its start is restarted after a pause
 LONGEST_PAUSE = 10.0  # maximum length of this pause, in seconds
 LAST_PORT = 65535
 LOOK_SECONDS = 0.05  # seconds between two checks of the processes
@@ -28,7 +28,7 @@ def _die_with_parent() -> None:
 
 
 class _Member:
-    """The server process of one shard, started at once and again when it dies.
+    """Starts the server process of one shard at once, and again when the process has died.
 
     shard    number of the shard
     command  program and arguments
@@ -142,8 +142,8 @@ def up(
 def _check(shards: int, host: str, port: int, metrics_port: int, data_dir: Path) -> str:
     """Check the settings that all shards share, and create ``data_dir``.
 
-    Returns the host without brackets. Raises ConfigError for an invalid host, a port above 65535,
-    or a directory that cannot be written.
+    Returns the host, without the brackets of an IPv6 address. Raises ConfigError for an invalid
+    host, a port larger than 65535, or a directory that cannot be written.
     """
     try:
         host = bare_host(host)
@@ -152,7 +152,8 @@ def _check(shards: int, host: str, port: int, metrics_port: int, data_dir: Path)
     for name, first in (("port", port), ("metrics_port", metrics_port)):
         if first + shards - 1 > LAST_PORT:
             raise ConfigError(
-                f"{name}: {shards} shards from port {first} on need ports above {LAST_PORT}"
+                f"{name}: {shards} shards use the ports {first} to {first + shards - 1}, but the"
+                f" largest port is {LAST_PORT}: choose a smaller {name}"
             )
     try:
         data_dir.mkdir(parents=True, exist_ok=True)

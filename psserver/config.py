@@ -98,9 +98,9 @@ class ServerConfig(BaseSettings):
     max_sessions: int = Field(
         65_536,
         ge=1,
-        description="Maximum number of client sessions for which the shard remembers which pushes"
-        " it has applied, so that a retry is not applied twice. If there are more, the session that"
-        " was idle longest expires",
+        description="Maximum number of client sessions. A session records which pushes of a client"
+        " were applied, so that a retry is not applied twice. If there are more sessions, the one"
+        " that was idle longest expires",
     )
     max_calls: int = Field(
         4096,
@@ -114,11 +114,14 @@ class ServerConfig(BaseSettings):
     receive_seconds: float = Field(
         60.0,
         gt=0,
-        description="Maximum time for a large message to arrive completely, in seconds; then its"
-        " connection is closed",
+        description="Maximum time for a message of more than 8 MiB to arrive completely, in"
+        " seconds. A connection on which a message takes longer is closed",
     )
     session_ttl_seconds: float = Field(
-        86_400.0, ge=600, description="Seconds to keep an idle client session"
+        86_400.0,
+        ge=600,
+        description="Time after which an idle client session expires, in seconds. A session records"
+        " which pushes of a client were applied, so that a retry is not applied twice",
     )
     segment_bytes: int = Field(
         256 << 20, ge=1 << 20, description="Size of a version-log segment file, in bytes"
@@ -133,17 +136,20 @@ class ServerConfig(BaseSettings):
     log_keep_bytes: int = Field(
         2 << 30,
         ge=0,
-        description="Size of older version log to keep for subscribers, in bytes, in addition to"
-        " the log that a restart needs",
+        description="Size of the older part of the version log to keep for subscribers, in bytes."
+        " It is kept in addition to the part that a restart needs",
     )
     log_keep_seconds: float = Field(
         0.0,
         ge=0,
-        description="Time to keep changes in the version log for subscribers, in seconds,"
-        " even if they exceed log_keep_bytes",
+        description="Time to keep changes in the version log for subscribers, in seconds, even if"
+        " their size exceeds log_keep_bytes",
     )
     flush_seconds: float = Field(
-        60.0, gt=0, description="Seconds between flushes of changed rows to the data directory"
+        60.0,
+        gt=0,
+        description="Seconds between flushes of changed rows to the data directory. A restart"
+        " replays all changes since the last flush",
     )
     checkpoint_url: str | None = Field(
         None,
@@ -154,13 +160,14 @@ class ServerConfig(BaseSettings):
         120.0,
         gt=0,
         le=3600,
-        description="Deadline of one file operation at checkpoint_url, in seconds",
+        description="Maximum time for one file operation at checkpoint_url, in seconds; then the"
+        " command that needs it fails",
     )
     max_tombstones: int = Field(
         1 << 20,
         ge=0,
         description="Maximum number of deleted keys to remember. A subscriber that reconnects needs"
-        " a new snapshot only if deletes that it missed are no longer remembered",
+        " a new snapshot if it missed deletes that are no longer remembered",
     )
     max_subscribers: int = Field(
         64, ge=0, description="Maximum number of open subscriptions to changes of this shard"
@@ -169,8 +176,8 @@ class ServerConfig(BaseSettings):
         0.0,
         ge=0,
         le=1,
-        description="Seconds to poll for the next request before sleeping. This lowers latency, but"
-        " keeps a core busy",
+        description="Time to poll for the next request before sleeping, in seconds. Polling lowers"
+        " latency, but keeps a core busy",
     )
     drain_seconds: float = Field(
         10.0,
@@ -201,7 +208,7 @@ class ServerConfig(BaseSettings):
 
     @property
     def memory(self) -> Plan:
-        """Division of this process's memory limit, given all settings except memory_bytes."""
+        """Plan that divides the memory limit of this process among tables, requests and gRPC."""
         return _plan(self.model_dump())
 
     @classmethod
@@ -238,9 +245,7 @@ def _left_for_tables(data: Mapping[str, Any]) -> int:
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Formats ``--help``: shows sizes with units, and "from the memory limit" for computed
-    defaults.
-    """
+    """Formats ``--help``: sizes have units, and computed defaults read "from the memory limit"."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
@@ -292,7 +297,10 @@ def load(flags: Sequence[str], environment: Mapping[str, str] | None = None) -> 
 
 
 def _file(path: str | None) -> dict[str, Any]:
-    """Return the settings in the TOML file ``path``; none if that is None. Raises ConfigError."""
+    """Return setting -> value from the TOML file ``path``. Returns {} if ``path`` is None.
+
+    Raises ConfigError if the file cannot be read or contains an unknown setting.
+    """
     if path is None:
         return {}
     try:
@@ -306,17 +314,17 @@ def _file(path: str | None) -> dict[str, Any]:
 
 
 def _causes(error: ValidationError) -> list[Any]:
-    """Return the errors, without errors of defaults that could not be computed.
+    """Return the items of ``error.errors()``, without defaults that could not be computed.
 
     A default is not computed if a setting that it depends on is invalid. That setting has its own
-    error.
+    item.
     """
     items = error.errors()
     return [item for item in items if item["type"] != "default_factory_not_called"] or items
 
 
 def _explain(item: Any) -> str:
-    """Return one error of pydantic as text: ``setting: rule, got value``."""
+    """Format one item of ``ValidationError.errors()`` as text: ``setting: rule, got value``."""
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"{name}: unknown setting"

@@ -7,7 +7,8 @@ the size of incomplete messages. A thread computes it several times per second f
 and closes
 
 * a connection that has more than LARGE bytes of incomplete messages for longer than ``seconds``
-* the connections with the oldest incomplete messages, if all together exceed ``most`` bytes
+* the connections with the oldest incomplete messages, if the incomplete messages of all connections
+  together exceed ``most`` bytes
 
 The client of a closed connection gets the status UNAVAILABLE and retries.
 """
@@ -93,15 +94,15 @@ class Connections:
         self._thread.join()
 
     def arrived(self, peer: str, size: int) -> None:
-        """Count a complete message of ``size`` bytes. peer: ``context.peer()`` of gRPC.
+        """Count a complete message of ``size`` bytes. Must run on the event loop.
 
-        Must run on the event loop.
+        peer  name of the client's connection, from gRPC's ``context.peer()``
         """
         # gRPC and HTTP/2 add 14 bytes to each 16 KiB, and headers
         self._arrived[peer] = self._arrived.get(peer, 0) + size + (size >> 6) + 256
 
     def look(self) -> None:
-        """Check all connections once, and close those that break a limit."""
+        """Check all connections once, and close those that exceed a limit."""
         now, seen = self._clock(), {}
         known = list(self._arrived)  # before the sockets are listed: others may be new ones
         for peer, connection in sockets(self._port):
@@ -126,7 +127,10 @@ class Connections:
         self.unfinished = sum(each.unfinished for each in seen.values())
 
     def _shed(self, excess: int) -> None:
-        """Close connections with incomplete messages, oldest first, to free ``excess`` bytes."""
+        """Close connections until their incomplete messages have at least ``excess`` bytes.
+
+        Connections with the oldest incomplete messages are closed first.
+        """
         order = sorted(self._known, key=lambda peer: self._known[peer].since)
         chosen = set()
         for peer in order:
@@ -141,8 +145,8 @@ class Connections:
         """Close one connection and log why.
 
         connection  its socket, which belongs to gRPC
-        peer        name of the client, as gRPC writes it
-        entry       what is known of the connection
+        peer        name of the connection, from gRPC's ``context.peer()``
+        entry       its byte counts
         why         reason, for the log
         """
         log.warning("connection closed", peer=peer, unfinished_bytes=entry.unfinished, why=why)
@@ -160,9 +164,10 @@ class Connections:
 
 
 def sockets(port: int) -> Iterator[tuple[str, socket.socket]]:
-    """Yield (name of the peer, socket) for each connection of a client to ``port`` of this process.
+    """Yield (name of the peer, socket) for each open connection to ``port`` of this process.
 
-    A socket belongs to gRPC and must not be closed. It is valid only until the next item.
+    The name is that of gRPC's ``context.peer()``. A socket belongs to gRPC and must not be closed.
+    It is valid only until the next item.
     """
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -180,7 +185,7 @@ def sockets(port: int) -> Iterator[tuple[str, socket.socket]]:
 
 
 def _peer(connection: socket.socket, port: int) -> str | None:
-    """Return the name of the peer; None if this is not a TCP connection to ``port``."""
+    """Return the name of the peer, as gRPC writes it; None if this is no connection to ``port``."""
     if connection.family not in (socket.AF_INET, socket.AF_INET6):
         return None
     try:

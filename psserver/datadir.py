@@ -3,9 +3,9 @@
     LOCK    locked while a server uses the directory
     SHARD   which shard owns the directory
     log/    version log: a record of every change (storage/versionlog.py)
-    base/   copy of all rows at one version of the log (storage/base.py)
+    base/   the base: a copy of all rows at one version of the log (storage/base.py)
 
-Recovery loads the base, then replays the newer records of the log.
+Recovery loads the base, then applies the log records that are newer than the base.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from psserver.config import ConfigError, ServerConfig
 from psserver.engine import Engine
 from psserver.flusher import Flusher
 from psserver.loading import settle_load
-from psserver.replay import recover, restore_excess
+from psserver.replay import Recovered, recover, restore_excess
 from psserver.shard import Shard
 from psserver.swap import COMMITTED, State, failed, loaded, settle
 from storage.base import Base
@@ -69,8 +69,9 @@ def lock(directory: Path) -> IO[str]:
 
 
 def unusable(directory: Path, error: OSError) -> ConfigError:
-    """Return a one-line error with reason and advice for a data directory that failed with
-    ``error``.
+    """Return a one-line error with reason and advice for a data directory that cannot be used.
+
+    error  raised by the operating system
     """
     path = Path(os.fsdecode(error.filename)) if error.filename else directory
     reason, advice = os.strerror(error.errno or 0), "choose another data_dir"
@@ -118,11 +119,11 @@ class Owner:
 
 
 def claim(directory: Path, shard: int, shard_map: routing.ShardMap) -> None:
-    """Record in the file SHARD which shard owns a data directory, if it has no such file yet.
+    """Record in the file SHARD that ``shard`` owns a data directory, if nothing is recorded yet.
 
-    Raises ConfigError if a different shard owns the directory, or this shard under a different
-    shard map: it would contain keys of other shards and lack some of its own. Raises Corrupt if
-    SHARD is damaged.
+    Raises ConfigError if the directory is owned by a different shard, or by this shard under a
+    different shard map, because it would then lack keys of this shard. Raises Corrupt if SHARD is
+    damaged.
     """
     path = directory / OWNER
     asked = Owner(shard=shard, shards=shard_map.shards, epoch=shard_map.epoch)
@@ -146,7 +147,7 @@ class DataDirectory:
     """The version log and the base of one shard, from ``open`` to ``close``.
 
     make_shard          returns an empty shard
-    wake                called on a thread of the log when more of it is on disk; must not block
+    wake                called on a thread of the log when more records are on disk; must not block
     restore             state of a restore that was begun before this start; None: there was none
     log, base, flusher  exist after ``open``
     """
@@ -169,9 +170,9 @@ class DataDirectory:
     def open(self) -> Shard:
         """Return the shard, recovered from base and log. Raises ConfigError if that is impossible.
 
-        If a restore was committed before this start, the shard gets the restored rows. If these
-        cannot be loaded, the restore counts as failed, and the shard gets its rows from before the
-        restore.
+        If a restore was committed before this start, the shard gets the restored rows. If they
+        cannot be loaded, the restore counts as failed, and the shard gets the rows that it had
+        before the restore.
         """
         try:
             return self._open()
@@ -202,7 +203,7 @@ class DataDirectory:
         return self.shard
 
     def close(self) -> None:
-        """Close log and base. The flusher must have been closed before."""
+        """Close log and base. The flusher must be closed first."""
         self.log.close()
         self.base.close()
 
@@ -213,7 +214,35 @@ class DataDirectory:
 
         Raises ConfigError if the files are damaged or do not belong together.
         """
-        config, start = self._config, time.monotonic()
+        start = time.monotonic()
+        found = self._replay(excess)
+        self.shard.attach(self.log)
+        try:
+            settle_load(self.directory, self.shard, self.log)
+        except StorageError as error:
+            self.close()
+            raise _unfit(error) from error
+        config = self._config
+        self.flusher = Flusher(
+            self.shard,
+            self._engine,
+            self.base,
+            self.log,
+            fail=partial(_fail, "the base"),
+            seconds=config.flush_seconds,
+            keep=(config.log_keep_bytes, config.log_keep_seconds),
+            stored_rows=found.rows,
+        )
+        self._report(found, time.monotonic() - start)
+
+    def _replay(self, excess: int | None) -> Recovered:
+        """Open base and log, load the base into ``self.shard``, and replay the newer log records.
+
+        excess  as for ``_recover``
+
+        Returns counts of rows and records. After an error, base and log are closed.
+        """
+        config = self._config
         self.base = Base(self.directory / "base")
         versions: VersionLog | None = None
         try:
@@ -238,55 +267,47 @@ class DataDirectory:
                 raise
             raise _unfit(error) from error
         self.log = versions
-        self.shard.attach(self.log)
-        try:
-            settle_load(self.directory, self.shard, self.log)
-        except StorageError as error:
-            self.close()
-            raise _unfit(error) from error
-        self.flusher = Flusher(
-            self.shard,
-            self._engine,
-            self.base,
-            self.log,
-            fail=partial(_fail, "the base"),
-            seconds=config.flush_seconds,
-            keep=(config.log_keep_bytes, config.log_keep_seconds),
-            stored_rows=found.rows,
-        )
+        return found
+
+    def _report(self, found: Recovered, seconds: float) -> None:
+        """Log how much was recovered, and a warning if tables exceed memory_bytes.
+
+        seconds  duration of the recovery
+        """
         log.info(
             "recovered",
-            shard=config.shard,
+            shard=self._config.shard,
             version=self.shard.version,
             rows=found.rows,
             records=found.records,
             record_bytes=found.record_bytes,
             torn_bytes=self.log.torn_bytes,
-            seconds=round(time.monotonic() - start, 2),
+            seconds=round(seconds, 2),
         )
         budget = self.shard.budget
         if budget.free < 0:
             log.warning(
                 "memory over budget: pushes that need more memory are refused until rows are"
                 " deleted, tables are dropped or memory_bytes is raised",
-                shard=config.shard,
+                shard=self._config.shard,
                 memory_bytes=budget.held,
                 memory_budget_bytes=budget.limit,
             )
 
 
 def _unfit(error: StorageError) -> ConfigError:
-    """Return the ConfigError about a directory whose contents cannot be used."""
+    """Convert an error about the contents of a data directory to a ConfigError."""
     damaged = "DATA_LOSS: " if isinstance(error, Corrupt) else ""
     return ConfigError(f"data_dir: {damaged}{error}")
 
 
 def _fail(what: str, error: Exception) -> None:
-    """Log the error and end the process at once with status 74.
+    """Log a failed write and end the process at once with status 74.
 
-    what  "the version log" or "the base", whose write failed
+    what   "the version log" or "the base"
+    error  why the write failed
 
-    Nobody can know any more what is on disk, so the server must not answer any further request.
+    It is unknown what is on disk after the error, so the server must not answer further requests.
     """
     log.critical(f"{what} failed", error=str(error))
     os._exit(74)  # EX_IOERR

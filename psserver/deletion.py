@@ -22,11 +22,11 @@ from storage.checkpoint import read_manifest
 from storage.errors import Corrupt, UnknownCheckpoint
 from storage.manifest import MANIFEST, Manifest
 
-EVERYBODY = 0  # number of the shard that deletes the files, on behalf of all shards
+DELETER = 0  # number of the shard that deletes the files, on behalf of all shards
 
 
 class Deletion:
-    """Handles DeleteCheckpoints. Shard 0 deletes the files; the other shards stop reading them."""
+    """Answers DeleteCheckpoints. Shard 0 deletes the files; the other shards only stop using them."""
 
     def __init__(self, shard: Shard, catalog: Catalog, calls: Calls) -> None:
         self._shard = shard
@@ -36,14 +36,17 @@ class Deletion:
     def delete(
         self, request: pb.DeleteCheckpointsRequest, progress: Progress
     ) -> pb.CheckpointProgress:
-        """Delete the checkpoints in ``names``, or all but the newest ``keep`` and their ancestors.
+        """Delete the checkpoints ``request.names``, or all except the newest ``request.keep``.
 
-        The call pauses until the client sends Continue; see DeleteCheckpoints in ps.proto. Raises
-        BadRequest, CheckpointNeeded, CheckpointBusy or UnknownCheckpoint; nothing is deleted then.
+        Ancestors of a kept checkpoint are kept too. Before anything is deleted, the call waits for
+        the client's Continue request, which says that all shards are ready. Raises BadRequest,
+        CheckpointNeeded, CheckpointBusy or UnknownCheckpoint; nothing is deleted then.
         """
         if bool(request.names) == bool(request.keep):
             raise BadRequest(
-                "INVALID_ARGUMENT", "exactly one of the fields 'names' and 'keep' must be set"
+                "INVALID_ARGUMENT",
+                "expected exactly one of the fields 'names' and 'keep', got"
+                f" {'both' if request.keep else 'none'}",
             )
         for name in request.names:
             require_name(name)
@@ -57,8 +60,8 @@ class Deletion:
             with self._catalog.uses.deleting(names):
                 progress.stage = pb.CheckpointProgress.STAGE_READY
                 call.wait(Step.STEP_START)
-                if self._shard.number == EVERYBODY:
-                    # a child that another client has completed since is seen now
+                if self._shard.number == DELETER:
+                    # another client may have completed a child since the first check
                     self._require_deletable(names, self._manifests())
                     for name in names:
                         self._remove(name)
@@ -67,8 +70,8 @@ class Deletion:
     def _manifests(self) -> dict[str, Manifest | None]:
         """Return name -> manifest of all checkpoints; None for an incomplete or damaged checkpoint.
 
-        Raises StoreFailed or UnknownFormat if a manifest cannot be read or understood, because then
-        it is not known which parent that checkpoint needs.
+        Raises StoreFailed or UnknownFormat if a manifest cannot be read or understood, because it
+        is then unknown which parent its checkpoint needs.
         """
         found: dict[str, Manifest | None] = {}
         for name in self._catalog.names():
@@ -81,11 +84,12 @@ class Deletion:
     def _require_deletable(
         self, names: Iterable[str], manifests: dict[str, Manifest | None]
     ) -> None:
-        """Raise UnknownCheckpoint for a missing checkpoint, CheckpointNeeded for one that is
-        needed.
+        """Raise an error unless the checkpoints ``names`` can be deleted together.
 
-        names      checkpoints to delete; all checkpoints that need one of them must be among them
-        manifests  of all checkpoints, by name
+        manifests  name -> manifest of every checkpoint; None: incomplete or damaged
+
+        Raises UnknownCheckpoint if one does not exist, CheckpointNeeded if one is the parent of a
+        checkpoint that is not in ``names``.
         """
         chosen = set(names)
         for name in chosen:
@@ -102,15 +106,15 @@ class Deletion:
     def _remove(self, name: str) -> None:
         """Delete the files of one checkpoint, its manifest first."""
         store = self._catalog.store
-        with suppress(Corrupt):  # a symbolic link: it goes, not what it links to
-            store.remove(f"{name}/{MANIFEST}")  # on disk before the rest goes
+        with suppress(Corrupt):  # ``name`` is a symbolic link; only the link is deleted below
+            store.remove(f"{name}/{MANIFEST}")  # synced before the other files are deleted
         store.remove(name)
 
 
 def surplus(manifests: dict[str, Manifest | None], keep: int) -> list[str]:
     """Return the names of complete checkpoints, except the newest ``keep`` and all their ancestors.
 
-    manifests  of all checkpoints, by name; None: incomplete or damaged
+    manifests  name -> manifest of every checkpoint; None: incomplete or damaged
     """
     complete = {name: manifest for name, manifest in manifests.items() if manifest is not None}
     by_age = sorted(complete.values(), key=lambda each: (each.micros, each.name))
@@ -124,7 +128,10 @@ def surplus(manifests: dict[str, Manifest | None], keep: int) -> list[str]:
 
 
 def newest_first(names: Iterable[str], manifests: dict[str, Manifest | None]) -> list[str]:
-    """Return the distinct ``names``, sorted so that each checkpoint comes before its parent."""
+    """Return the distinct ``names``, sorted so that each checkpoint comes before its parent.
+
+    manifests  name -> manifest of every checkpoint; None: incomplete or damaged
+    """
 
     def depth(name: str) -> int:
         steps, seen = 0, {name}

@@ -1,14 +1,13 @@
 """Reasons for refusing a request. Clients see these errors and those of storage, and no others.
 
-A token is a subscriber's position in the version log. A log has a lineage, a random id that changes
-when the shard is restored from a checkpoint.
+A token is a subscriber's position in the version log, the shard's record of every change.
 
 * Refused
   - BadRequest        the request is invalid; ``reason`` names the violated rule
   - WrongShard        a key belongs to another shard
   - NotAlterable      the field of a table is fixed at the table's creation
   - StepTooFar        a push has a step too far ahead of the table's largest step
-  - SessionExpired    the shard can no longer tell whether it has applied this push before
+  - SessionExpired    the shard no longer knows whether it has applied this push
   - VersionInFuture   the request names a version that the shard has not reached
   - NoLog             the shard has no data directory, and therefore no version log
   - LogDiverged       the token or version does not belong to this log's history
@@ -46,7 +45,7 @@ class Refused(Exception):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Return further facts for the client, for the field metadata of google.rpc.ErrorInfo."""
+        """Return details for the client: the field ``metadata`` of a google.rpc.ErrorInfo."""
         return {}
 
 
@@ -59,7 +58,10 @@ class BadRequest(Refused):
 
 
 class WrongShard(Refused):
-    """A key belongs to another shard."""
+    """A key belongs to another shard.
+
+    epoch  version number of the shard map of the shard that refuses
+    """
 
     reason = "WRONG_SHARD"
 
@@ -114,7 +116,7 @@ class StepTooFar(Refused):
 
 
 class SessionExpired(Refused):
-    """The shard can no longer tell whether it has applied this push before."""
+    """The shard no longer knows whether it has applied this push, so it does not apply it."""
 
     reason = "SESSION_EXPIRED"
 

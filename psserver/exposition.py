@@ -1,4 +1,4 @@
-"""Serve the page /metrics over HTTP from one thread, with bounds on what clients can occupy.
+"""Serve the page /metrics over HTTP from one thread, and limit what clients can occupy.
 
 A connection carries one request and has REQUEST_SECONDS to send it and read the answer. If there
 are already MOST_CONNECTIONS, a new connection closes the oldest one, so that idle connections
@@ -19,7 +19,7 @@ from psserver.addresses import bind
 
 REQUEST_SECONDS = 5.0  # maximum lifetime of a connection, in seconds
 MOST_CONNECTIONS = 64  # maximum number of open connections
-HEAD_BYTES = 16 << 10  # maximum size of the head of a request, in bytes
+HEAD_BYTES = 16 << 10  # maximum size of the header of a request, in bytes
 
 log = structlog.get_logger()
 
@@ -78,7 +78,10 @@ class Exposition:
             writer.transport.abort()
 
     def _answer(self, head: bytes) -> bytes:
-        """Return the complete response to a request. head: the request up to its empty line."""
+        """Return the complete response to a request.
+
+        head  the request up to the empty line that ends its header
+        """
         try:
             environ = _environ(head)
         except ValueError:
@@ -100,8 +103,9 @@ class Exposition:
 
 
 def _environ(head: bytes) -> dict[str, Any]:
-    """Convert the head of an HTTP request to a WSGI environment. Raises ValueError if it is not
-    HTTP.
+    """Convert the header of an HTTP request to a WSGI environment.
+
+    Raises ValueError if ``head`` is not HTTP.
     """
     first, *lines = head.decode("latin-1").split("\r\n")
     method, target, _ = first.split(" ")
@@ -114,7 +118,11 @@ def _environ(head: bytes) -> dict[str, Any]:
 
 
 def _response(status: str, headers: list[tuple[str, str]], body: bytes) -> bytes:
-    """Return an HTTP response. status: for example "404 Not Found"."""
+    """Return an encoded HTTP response.
+
+    status   code and reason, for example "404 Not Found"
+    headers  (name, value) of each header field; the length of the body is added
+    """
     fields = [*headers, ("Content-Length", str(len(body))), ("Connection", "close")]
     head = "".join(f"{name}: {value}\r\n" for name, value in fields)
     return f"HTTP/1.1 {status}\r\n{head}\r\n".encode("latin-1") + body

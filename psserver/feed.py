@@ -34,7 +34,7 @@ class Lag(NamedTuple):
 
 
 class Feed:
-    """All subscriptions to the changes of one shard.
+    """Runs all subscriptions to the changes of one shard.
 
     bytes     bytes sent since the start of the server
     messages  messages sent since the start of the server
@@ -75,8 +75,8 @@ class Feed:
     def drain(self) -> None:
         """End all subscriptions, because the server stops.
 
-        Each gets a last message. A subscriber that is not reading is cancelled instead, because the
-        last message would wait until it reads.
+        Each subscriber gets a last message. A subscriber that does not read is disconnected without
+        one, because that message would wait until it reads.
         """
         self.source.draining = True
         self.source.signal()
@@ -85,10 +85,12 @@ class Feed:
                 task.cancel()
 
     async def serve(self, data: bytes, write: Write) -> None:
-        """Serve one subscription. Never returns: it ends by raising the error to send.
+        """Serve one subscription until it fails or the server stops. Never returns normally.
 
         data   encoded SubscribeRequest
         write  sends one message; waits while the subscriber does not read
+
+        Always ends by raising an error, which the caller sends to the subscriber.
         """
         request = parse(data)
         wanted = read_wanted(request)
@@ -130,10 +132,11 @@ class Feed:
         self.messages += 1
 
     def _start(self, request: pb.SubscribeRequest, wanted: Wanted) -> Position:
-        """Return the position at which a subscription starts: its token, or as ``request.start``
-        requires.
+        """Return the position in the log at which a subscription starts.
 
-        Raises BadRequest, LogDiverged or VersionInFuture for a token that does not fit.
+        It is the position in ``request.token``. Without a token, ``request.start`` selects a
+        snapshot, the earliest or the latest change. Raises BadRequest, LogDiverged or
+        VersionInFuture for a token that this shard cannot continue from.
         """
         log, tables = self.source.log, digest(wanted.tables)
         if request.token:
@@ -155,12 +158,12 @@ class Feed:
         return replace(position, phase=Phase.SNAPSHOT, version=0)
 
     def _check(self, position: Position, tables: int) -> None:
-        """Raise an error unless a token of this shard's log and of the same tables has this
-        position.
+        """Raise an error unless a subscription can continue from the position in its token.
 
-        tables  digest of the table names that the request contains
+        tables  digest of the table names in the request
 
-        Raises LogDiverged, BadRequest or VersionInFuture.
+        Raises LogDiverged if the token belongs to a different log, BadRequest if it belongs to a
+        subscription to other tables, VersionInFuture if its version is not durable on this shard.
         """
         log = self.source.log
         if position.lineage != log.lineage:

@@ -1,4 +1,4 @@
-"""Hidden tables: LoadTable fills them, and shows them to clients only when they are complete.
+"""Hidden tables: LoadTable fills them, and publishes them to clients only when they are complete.
 
 All functions must run on the engine thread. A hidden table has a number and a record in the log
 from the beginning, but clients cannot pull, push, create or drop under its name until it is
@@ -22,7 +22,7 @@ from storage.schema import TableSchema
 
 
 class Fills:
-    """The hidden tables and claimed names of one shard."""
+    """Creates, publishes and cancels the hidden tables of one shard, and claims their names."""
 
     def __init__(self, tables: Tables, sequencer: Sequencer) -> None:
         self._tables = tables
@@ -37,12 +37,12 @@ class Fills:
         self._tables.claimed.discard(name)
 
     def require_replaceable(self, name: str, *, replace: bool) -> TableEntry | None:
-        """Return the table that a hidden table of this name may replace; None if there is none.
+        """Return the table ``name``, which a hidden table may replace; None if it does not exist.
 
-        replace  it may have rows or counters
+        replace  allow this even if the table has rows or admission counters
 
-        Raises NotEmpty if it has any and ``replace`` is False, TableLoading if a table of this name
-        is hidden.
+        Raises NotEmpty if the table has any and ``replace`` is False, TableLoading if a table of
+        this name is hidden.
         """
         self._tables.require_not_hidden(name)
         entry = self._tables.find(name)
@@ -56,13 +56,14 @@ class Fills:
         return entry
 
     def begin(self, schema: TableSchema, number: int, *, replace: bool) -> bool:
-        """Drop the table of this name, if there is one, and create a hidden one without rows.
+        """Replace the table ``schema.name``, if it exists, by a hidden table without rows.
 
+        schema   schema of the hidden table
         number   number of the hidden table, from ``next_number``
-        replace  the old table may have rows or counters
+        replace  allow this even if the old table has rows or admission counters
 
         Returns False, with nothing changed, if a different table has taken the number meanwhile.
-        Raises NotEmpty or TableLoading; then nothing is changed either.
+        Raises NotEmpty or TableLoading, with nothing changed.
         """
         if number != self._tables.next_number:
             return False
@@ -89,11 +90,12 @@ class Fills:
         self._tables.reveal(self._tables.require_number(number))
 
     def cancel(self, name: str, number: int, schema: TableSchema | None) -> None:
-        """Drop the table with this name and number, if it exists.
+        """Drop the hidden table with this name and number, if it exists.
 
-        schema  create an empty table with it, unless one of its name exists; None: create none
+        schema  then create an empty table with this schema, unless a table of its name exists;
+                None: create no table
 
-        May be called again after a crash: whatever was done before is not repeated.
+        If this is called again after a crash, steps that were completed before are skipped.
         """
         entry = self._tables.numbered(number)
         if entry is not None and entry.schema.name == name:

@@ -1,7 +1,7 @@
-"""The health service grpc.health.v1: whether each service of this server is ready.
+"""The health service grpc.health.v1, which reports whether each service of this server is ready.
 
-Setting a status does not wait for watchers, so that a watcher that does not read cannot block the
-server.
+Setting a status does not wait for clients that watch it, so that a client that does not read cannot
+block the server.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ Serving: TypeAlias = pb.HealthCheckResponse.ServingStatus
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """The status of each service name, for example SERVING. Must be used on the event loop."""
+    """Stores and reports a status, for example SERVING, for each service name.
+
+    Must be used on the event loop.
+    """
 
     def __init__(self) -> None:
         self._statuses: dict[str, Serving] = {}

@@ -126,7 +126,7 @@ BAD = [
         "'t': eviction rules .* both have the cause 'capacity'",
     ),
     ({"max_step_ahead": 1 << 47}, "max_step_ahead", "'t': max_step_ahead must be in"),
-    ({}, "max_step_ahead", "'t': max_step_ahead: schema.max_step_ahead is missing"),
+    ({}, "max_step_ahead", "'t': max_step_ahead: schema.max_step_ahead, the new value, is missing"),
 ]
 
 

@@ -16,8 +16,11 @@ from psserver.config import ConfigError
     ("changes", "message"),
     [
         ({"host": "a b"}, "host: must be a name, an IPv4 or an IPv6 address, got 'a b'"),
-        ({"port": 65535}, "port: 2 shards from port 65535 on need ports above 65535"),
-        ({"metrics_port": 65535}, "metrics_port: 2 shards from port 65535 on need ports above"),
+        (
+            {"port": 65535},
+            "port: 2 shards use the ports 65535 to 65536, but the largest port is 65535",
+        ),
+        ({"metrics_port": 65535}, "metrics_port: 2 shards use the ports 65535 to 65536, but"),
         ({"data_dir": Path("/dev/null/x")}, "data_dir: cannot use /dev/null/x: it is not a dir"),
     ],
 )
