@@ -26,7 +26,7 @@ DELETER = 0  # number of the shard that deletes the files, on behalf of all shar
 
 
 class Deletion:
-    """Answers DeleteCheckpoints. Shard 0 deletes the files; the other shards only stop using them."""
+    """Answers DeleteCheckpoints. Shard 0 deletes the files; other shards only stop using them."""
 
     def __init__(self, shard: Shard, catalog: Catalog, calls: Calls) -> None:
         self._shard = shard

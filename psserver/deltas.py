@@ -1,16 +1,11 @@
 """Convert log records and table rows to Delta messages, which subscribers receive.
 
-    Batch     changes that are sent together: one change, or several merged, with only the newest
-              value of each row
-    Deltas    makes the messages
-
 Nothing here waits or uses the network. It runs on the threads of the feed (feed.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,15 +14,14 @@ from numpy.typing import NDArray
 
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
-from psserver.schemas import from_json, write_schema
+from psserver.batches import Batch, LoggedChange
+from psserver.schemas import write_schema
 from psserver.wanted import Wanted
 from storage import records
 from storage.history import History
 from storage.kernels import Keys, Rows
-from storage.records import Cause, Kind
+from storage.records import Cause
 from storage.schema import TableSchema
-
-COALESCE_BYTES = 32 << 20  # maximum size of the records in one batch, in bytes
 
 EPOCHS = 256  # number of epochs (server starts), the newest ones, that a subscriber is sent
 
@@ -43,79 +37,8 @@ _NO_STEPS = np.empty(0, np.int64)
 _NO_ROWS = np.empty((0, 0), np.float32)
 
 
-@dataclass(frozen=True, slots=True)
-class LoggedChange:
-    """One log record of a batch, with the schema of its table."""
-
-    version: int
-    record: records.Record
-    schema: TableSchema | None  # None: a barrier
-
-
-@dataclass(slots=True)
-class Batch:
-    """Changes that are sent to one subscriber together, and then acknowledged with one token.
-
-    wanted     what the subscriber asked for; other changes are skipped
-    most       size of records at which the batch is full, in bytes
-    schema_of  returns the schema of the table with a number; None: the table was dropped before the
-               shard started; its rows are skipped, and the record of the drop follows
-    """
-
-    wanted: Wanted
-    most: int
-    schema_of: Callable[[int], TableSchema | None]
-    version: int  # version of the newest change read, even if it was skipped
-    changes: list[LoggedChange] = field(default_factory=list)
-    rows: int = 0  # number of keys in ``changes``
-    bytes: int = 0  # approximate size of ``changes``
-    full: bool = False  # accepts no further change
-
-    def takes(self, kind: int) -> bool:
-        """Return whether a record of this kind may be added. A non-empty batch takes only row
-        changes.
-        """
-        return not self.changes or kind in (Kind.PUSH, Kind.WRITE, Kind.DELETE)
-
-    def take(self, version: int, record: records.Record) -> None:
-        """Add the next change of the log, or skip it if the subscriber does not want it.
-
-        version  version of the change
-        """
-        self.version = version
-        schema: TableSchema | None = None
-        match record:
-            case (
-                records.PushRecord(table=number, keys=keys)
-                | records.DeleteRecord(table=number, keys=keys)
-            ):
-                schema = self.schema_of(number)
-                if schema is None or not self.wanted.wants(schema.name) or not len(keys):
-                    return
-                self.rows += len(keys)
-                width = schema.width if isinstance(record, records.PushRecord) else 0
-                self.bytes += len(keys) * (16 + 4 * width)
-                most = self.wanted.coalesce_rows or self.rows + 1
-                self.full = (
-                    not self.wanted.coalesces or self.rows >= most or self.bytes >= self.most
-                )
-            case records.CreateRecord() | records.AlterRecord() | records.DropRecord():
-                schema = from_json(record.schema)
-                if not self.wanted.wants(schema.name):
-                    return
-                self.full = True
-            case records.BarrierRecord():
-                self.full = True
-        self.changes.append(LoggedChange(version, record, schema))
-
-    @property
-    def since_us(self) -> int:
-        """Microseconds since 1970 when the oldest change of the batch was applied."""
-        return self.changes[0].record.origin.time_us
-
-
 def newest(keys: Keys) -> NDArray[np.int64]:
-    """Return the index of the last occurrence of each distinct key, in ascending order."""
+    """Return the index of the last occurrence of each distinct key; the indices ascend."""
     split = routing.split(keys, _ALL)
     last = np.empty(len(split.keys), np.int64)
     last[split.inverse] = np.arange(len(keys))  # the last assignment wins
@@ -124,14 +47,15 @@ def newest(keys: Keys) -> NDArray[np.int64]:
 
 
 class Deltas:
-    """Makes the encoded messages of one subscription."""
+    """Makes the encoded Delta messages of one subscription."""
 
     def __init__(self, wanted: Wanted, head: Callable[[], int], history: History) -> None:
         """Prepare the messages of a subscription.
 
-        wanted   what the subscriber asked for
+        wanted   tables and contents that the subscriber asked for
         head     returns the newest durable version of the shard
-        history  epochs (server starts) of the log; the newest are sent with some messages
+        history  epochs (random numbers of server starts) of the log; the newest EPOCHS are sent
+                 with some messages
         """
         self._wanted = wanted
         self._head = head
@@ -142,7 +66,7 @@ class Deltas:
     def mark(self, kind: DeltaKind.Kind, **fields: Any) -> bytes:
         """Return an encoded message without rows.
 
-        kind    what the message reports, for example KIND_BARRIER
+        kind    type of the message, for example KIND_BARRIER
         fields  further fields of its DeltaHeader
         """
         if kind in WITH_HISTORY:
@@ -153,31 +77,36 @@ class Deltas:
         )
 
     def progress(self, *, first: bool = False, **fields: Any) -> bytes:
-        """Return the message that reports a position without a change.
+        """Return an encoded message that reports the subscriber's position, without a change.
 
-        first   it is the first message of the stream, which also contains the history
-        fields  further fields of its DeltaHeader
+        first   this is the first message of the stream, which also contains the log's history
+        fields  further fields of its DeltaHeader, for example the position
         """
         if first:
             fields["history"] = self._history
         return self.mark(DeltaKind.KIND_PROGRESS, **fields)
 
     def created(self, schema: TableSchema, **fields: Any) -> bytes:
-        """Return the message that a table exists.
+        """Return an encoded message that reports that a table exists, with its schema.
 
         fields  further fields of its DeltaHeader
         """
         return self._of_table(DeltaKind.KIND_TABLE_CREATED, schema, fields)
 
     def altered(self, schema: TableSchema, **fields: Any) -> bytes:
-        """Return the message that the settings of a table changed.
+        """Return an encoded message that reports new settings of a table.
 
+        schema  schema with the new settings
         fields  further fields of its DeltaHeader
         """
         return self._of_table(DeltaKind.KIND_TABLE_ALTERED, schema, fields)
 
     def _of_table(self, kind: DeltaKind.Kind, schema: TableSchema, fields: dict[str, Any]) -> bytes:
-        """Return a message of this kind about a table, with its schema."""
+        """Return an encoded message about a table, with its schema.
+
+        kind    type of the message
+        fields  further fields of its DeltaHeader
+        """
         return self.mark(
             kind,
             table=schema.name,
@@ -197,7 +126,7 @@ class Deltas:
         frequencies: NDArray[np.uint64],
         **last: Any,
     ) -> Iterator[bytes]:
-        """Yield the messages that contain these rows of a table.
+        """Yield encoded messages that contain new values of rows of one table.
 
         version      version of the newest change in the messages
         keys         uint64[n], distinct
@@ -205,7 +134,8 @@ class Deltas:
         rows         float32[n, width or more]; width depends on the requested content
         steps        int64[n], step of each row; may be empty if optimizer state is not requested
         frequencies  uint64[n]; may be empty if optimizer state is not requested
-        last         header fields of the last message; the others have ``more`` set and no token
+        last         header fields of the last message, for example the token; in all messages
+                     before it, only ``more`` is set instead
         """
         wanted, width = self._wanted, self._wanted.width(schema)
         state = wanted.content == pb.CONTENT_VALUES_AND_STATE
@@ -222,9 +152,8 @@ class Deltas:
             )
             values = _NO_ROWS
             if width:
-                values = codec.to_wire_clamped(
-                    np.ascontiguousarray(rows[part, :width]), wanted.dtype
-                )
+                numbers = np.ascontiguousarray(rows[part, :width])
+                values = codec.to_wire_clamped(numbers, wanted.dtype)
             yield codec.encode_delta(
                 codec.Delta(
                     header,
@@ -245,13 +174,14 @@ class Deltas:
         cause: Cause,
         **last: Any,
     ) -> Iterator[bytes]:
-        """Yield the messages that rows of a table were deleted.
+        """Yield encoded messages that report deleted rows of one table.
 
         version   version of the newest change in the messages
         keys      uint64[n], distinct
         versions  uint64[n], version of each delete; empty: all have ``version``
         cause     why the rows were deleted
-        last      header fields of the last message; the others have ``more`` set and no token
+        last      header fields of the last message, for example the token; in all messages before
+                  it, only ``more`` is set instead
         """
         for part, fields in self._parts(len(keys), self._wanted.rows_per_message(0), last):
             header = pb.DeltaHeader(
@@ -267,10 +197,10 @@ class Deltas:
             )
 
     def batch(self, batch: Batch, token: bytes, more: bool) -> Iterator[bytes]:
-        """Yield the messages of a batch, which must have a change.
+        """Yield the encoded messages of a batch, which must have at least one change.
 
-        token  position after the batch; it is in the last message only
-        more   further messages of the same snapshot follow; field ``more`` of the last message
+        token  encoded position after the batch; only the last message contains it
+        more   further messages of the same snapshot follow the batch
         """
         last = {"token": token, "more": more, "time_us": batch.changes[-1].record.origin.time_us}
         if len(batch.changes) == 1:
@@ -282,7 +212,10 @@ class Deltas:
         yield from pieces[-1](**last)
 
     def _change(self, change: LoggedChange, last: dict[str, Any]) -> Iterator[bytes]:
-        """Yield the messages of a single change. last: header fields of the last message."""
+        """Yield the encoded messages of a single change.
+
+        last  header fields of the last message
+        """
         version, schema = change.version, change.schema
         if schema is None:
             assert isinstance(change.record, records.BarrierRecord)
@@ -309,13 +242,13 @@ class Deltas:
     def _newest(
         self, sequence: Sequence[LoggedChange], version: int
     ) -> Iterator[Callable[..., Any]]:
-        """Merge row changes: yield calls that make messages with the newest change of each key.
+        """Merge row changes: yield functions that make messages with the newest change of each key.
 
         sequence  pushes and deletes, oldest first
         version   version of the newest change
 
-        For each table the deletes come first, then the rows. A call takes the header fields of its
-        last message.
+        For each table the deletes come first, then the rows. A function takes the header fields of
+        its last message as keyword arguments, and returns an iterator of encoded messages.
         """
         tables: dict[int, list[LoggedChange]] = {}
         for each in sequence:
@@ -324,25 +257,7 @@ class Deltas:
         for changes in tables.values():
             schema = changes[0].schema
             assert schema is not None
-            chosen = newest(np.concatenate([each.record.keys for each in changes]))  # type: ignore[union-attr]
-            pushed: list[tuple[Any, ...]] = []
-            gone: dict[Cause, list[tuple[Keys, NDArray[np.uint64]]]] = {}
-            start = 0
-            for each in changes:
-                record = each.record
-                assert isinstance(record, records.PushRecord | records.DeleteRecord)
-                end = start + len(record.keys)
-                low, high = np.searchsorted(chosen, (start, end))
-                at, start = chosen[low:high] - start, end
-                if not len(at):
-                    continue
-                versions = np.full(len(at), each.version, np.uint64)
-                if isinstance(record, records.PushRecord):
-                    rows = record.rows[at, : self._wanted.width(schema)]
-                    steps = self._steps(len(at), record.origin.step)
-                    pushed.append((record.keys[at], versions, rows, steps, record.frequencies[at]))
-                else:
-                    gone.setdefault(record.cause, []).append((record.keys[at], versions))
+            pushed, gone = self._last_changes(changes, schema)
             for cause, parts in gone.items():
                 keys, versions = map(np.concatenate, zip(*parts, strict=True))
                 yield partial(self.deletes, schema.name, version, keys, versions, cause)
@@ -350,6 +265,38 @@ class Deltas:
                 yield partial(
                     self.rows, schema, version, *map(np.concatenate, zip(*pushed, strict=True))
                 )
+
+    def _last_changes(
+        self, changes: Sequence[LoggedChange], schema: TableSchema
+    ) -> tuple[list[tuple[Any, ...]], dict[Cause, list[tuple[Keys, NDArray[np.uint64]]]]]:
+        """Select the newest change of each key of one table.
+
+        changes  pushes and deletes of the table, oldest first
+        schema   schema of the table
+
+        Returns (pushed, deleted). Each entry of ``pushed`` has (keys, versions, rows, steps,
+        frequencies) of one push; ``deleted`` has (keys, versions) of each delete, by its cause.
+        """
+        chosen = newest(np.concatenate([each.record.keys for each in changes]))  # type: ignore[union-attr]
+        pushed: list[tuple[Any, ...]] = []
+        deleted: dict[Cause, list[tuple[Keys, NDArray[np.uint64]]]] = {}
+        start = 0
+        for each in changes:
+            record = each.record
+            assert isinstance(record, records.PushRecord | records.DeleteRecord)
+            end = start + len(record.keys)
+            low, high = np.searchsorted(chosen, (start, end))
+            at, start = chosen[low:high] - start, end
+            if not len(at):
+                continue
+            versions = np.full(len(at), each.version, np.uint64)
+            if isinstance(record, records.PushRecord):
+                rows = record.rows[at, : self._wanted.width(schema)]
+                steps = self._steps(len(at), record.origin.step)
+                pushed.append((record.keys[at], versions, rows, steps, record.frequencies[at]))
+            else:
+                deleted.setdefault(record.cause, []).append((record.keys[at], versions))
+        return pushed, deleted
 
     def _steps(self, count: int, step: int) -> NDArray[np.int64]:
         """Return ``step`` as int64[count]; int64[0] if optimizer state is not requested."""
@@ -359,10 +306,10 @@ class Deltas:
     def _parts(
         self, count: int, most: int, last: dict[str, Any]
     ) -> Iterator[tuple[slice, dict[str, Any]]]:
-        """Divide ``count`` items into chunks: yield (slice, header fields of its message).
+        """Divide ``count`` items among messages: yield (slice of the items, header fields).
 
-        most  maximum number of items in a chunk, >= 1
-        last  header fields of the last message
+        most  maximum number of items in a message, >= 1
+        last  header fields of the last message; all others have only ``more`` set
         """
         for start in range(0, count, most):
             end = min(start + most, count)

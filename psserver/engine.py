@@ -1,9 +1,9 @@
-"""The engine: one thread that runs everything which reads or writes rows of a shard.
+"""The engine: one thread that runs all functions that read or write rows of a shard.
 
-Calls run one after the other, in the order of arrival, so that the shard needs no locks. Handing a
-small call to the thread and its result back takes longer than the call itself. Therefore, while the
-engine is idle, the event loop may run a call itself. Meanwhile it holds a lock that the engine
-thread also takes for each call, so that order and mutual exclusion stay the same.
+Calls run one after the other, in the order of arrival, so that the shard needs no locks. To hand a
+small call to the thread, and its result back, takes longer than the call itself. Therefore, while
+the engine is idle, the event loop may run a call itself. During the call it holds a lock that the
+engine thread also takes for each call, so that order and mutual exclusion stay the same.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Engine:
         """Start the thread.
 
         loop       event loop that calls ``submit`` and gets the results
-        busy_poll  seconds to keep the loop from sleeping after each call; 0: it may sleep at once
+        busy_poll  seconds for which the loop polls for work after each ``submit`` before it sleeps
         """
         self._loop = loop
         self._poll = BusyPoll(loop, busy_poll)
@@ -111,7 +111,7 @@ class Engine:
             return True
 
     def _over(self) -> None:
-        """Count a call as finished."""
+        """Count one call as finished."""
         with self._counting:
             self._unfinished -= 1
 
@@ -123,17 +123,12 @@ class Engine:
             self._over()
             if future is not None and not post(self._loop, _settle, future, result, error):
                 return
-            del (
-                job,
-                call,
-                future,
-                result,
-                error,
-            )  # they are large, and the next call may come much later
+            # release the request and its result now: the next call may come much later
+            del job, call, future, result, error
 
 
 class BusyPoll:
-    """Keeps an event loop from sleeping for a while after each request.
+    """Keeps an event loop from sleeping for some time after each request.
 
     A core that sleeps adds latency: an interrupt must wake it, its clock is slow, and its caches
     are cold. If the next request comes soon, polling for it avoids this latency, but keeps one core
@@ -141,14 +136,17 @@ class BusyPoll:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-        """Prepare to keep ``loop`` awake for ``seconds`` after each call of ``stay``; 0: never."""
+        """Create the poller of ``loop``.
+
+        seconds  time for which ``stay`` keeps the loop from sleeping; 0: ``stay`` does nothing
+        """
         self._loop = loop
         self._seconds = seconds
         self._end = 0.0  # time at which polling ends, on the clock of the loop
         self._polling = False
 
     def stay(self) -> None:
-        """Keep the loop awake for ``seconds`` from now on."""
+        """Keep the loop from sleeping for the next ``seconds`` seconds."""
         if self._seconds:
             self._end = self._loop.time() + self._seconds
             if not self._polling:
@@ -162,9 +160,9 @@ class BusyPoll:
 
 
 def _outcome(call: Callable[[], Any], deadline: float) -> tuple[Any, Exception | None]:
-    """Run ``call``. Returns (result, None) or (None, error).
+    """Run ``call``. Returns (its result, None), or (None, the error that it raised).
 
-    deadline  monotonic seconds; after it the call does not run, and the error is DeadlinePassed
+    deadline  monotonic seconds; after it the call is not run, and the error is DeadlinePassed
 
     The error has no traceback, because its frames would keep the request in memory.
     """
@@ -177,7 +175,10 @@ def _outcome(call: Callable[[], Any], deadline: float) -> tuple[Any, Exception |
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
-    """Pass a result, or an error if it is not None, to a future that was not cancelled."""
+    """Complete ``future`` with ``error``, or with ``result`` if ``error`` is None.
+
+    Does nothing if the future was cancelled.
+    """
     if future.cancelled():
         return
     if error is None:

@@ -1,4 +1,7 @@
-"""Inspect single keys: their rows, their admission counters, and their remembered deletes."""
+"""Report the state of single keys: rows, admission counters, and remembered deletes.
+
+A tombstone is the record of one deleted key that the shard keeps in memory.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from storage.records import Cause, DeleteRecord, decode
 from storage.versionlog import VersionLog
 
 MAX_INSPECTED = 1000  # maximum number of keys in a request
-DEAD = 65_536  # maximum number of tombstones (remembered deletes) read in one engine call
+DEAD = 65_536  # maximum number of tombstones read in one engine call
 MAX_GONE = 16  # maximum number of deletes returned per key, the newest ones
 MAX_READS = 256  # maximum number of log records read per request; each takes about a millisecond
 
@@ -36,9 +39,10 @@ class Inspector:
         self._log = log
 
     def inspect(self, request: pb.InspectRequest) -> pb.InspectResponse:
-        """Return the state of each key: it has a row, is counted, deleted, new, or unknown.
+        """Return the state of each key in ``request.keys``.
 
-        Blocks, so it must run on a worker thread. Raises BadRequest, TooLarge, WrongShard or
+        A key has a row, is counted until it is admitted, was deleted, is new, or is unknown. This
+        blocks, so it must run on a worker thread. Raises BadRequest, TooLarge, WrongShard or
         UnknownTable.
         """
         keys = self._keys(request)
@@ -55,23 +59,10 @@ class Inspector:
         for i, key in enumerate(keys.tolist()):
             facts = response.keys.add(key=key, gone=gone.get(key, ()))
             if known.versions[i]:
-                facts.state = pb.KeyFacts.STATE_ROW
-                facts.tier, facts.version = known.tiers[i], int(known.versions[i])
-                facts.step, facts.frequency = int(known.steps[i]), int(known.frequencies[i])
                 facts.norm = norms[i]
                 if request.embeddings:
                     facts.embedding.extend(known.embeddings[i].tolist())
-            elif known.waiting[i]:
-                facts.state, facts.waiting = pb.KeyFacts.STATE_WAITING, int(known.waiting[i])
-            elif facts.gone:
-                facts.state = pb.KeyFacts.STATE_GONE
-            elif known.loss_reason:
-                facts.state, facts.why = pb.KeyFacts.STATE_UNKNOWN, known.loss_reason
-            elif horizon >= known.created:  # they are equal after a restore
-                facts.state = pb.KeyFacts.STATE_UNKNOWN
-                facts.why = f"deletes up to version {horizon} may have lost their tombstones"
-            else:
-                facts.state = pb.KeyFacts.STATE_NEW
+            _set_state(facts, known, i, horizon)
         return response
 
     def _keys(self, request: pb.InspectRequest) -> Keys:
@@ -103,7 +94,10 @@ class Inspector:
     def _gone(self, known: KeyView, keys: Keys) -> tuple[dict[int, list[pb.KeyFacts.Gone]], int]:
         """Return (newest deletes by key, tombstone horizon), as of the version of ``known``.
 
-        Tombstones (remembered deletes) older than the horizon may be missing.
+        known  keys of one table
+        keys   the same keys, uint64[n]
+
+        Deletes up to the horizon, a version, may be missing.
         """
         newest, at = no_tombstones(), known.created
         while True:
@@ -116,11 +110,11 @@ class Inspector:
             newest = newest_of(joined([newest, hits]), MAX_GONE)
 
     def _by_key(self, dead: Tombstones) -> dict[int, list[pb.KeyFacts.Gone]]:
-        """Return the deletes of each key, oldest first.
+        """Return key -> its deletes, oldest first.
 
-        dead  tombstones (remembered deletes), ordered by version
+        dead  tombstones of the keys, ordered by version
 
-        Time and step are read from the log only for the newest MAX_READS deletes.
+        Only the newest MAX_READS deletes get their time and step, which are read from the log.
         """
         versions, first = np.unique(dead.versions, return_index=True)
         causes = dead.causes[first].tolist()  # a version is one delete
@@ -151,6 +145,30 @@ class Inspector:
             if isinstance(record, DeleteRecord):
                 gone.time_us, gone.step = record.origin.time_us, record.origin.step
         return gone
+
+
+def _set_state(facts: pb.KeyFacts, known: KeyView, i: int, horizon: int) -> None:
+    """Set the state of a key in ``facts``, and the fields that belong to this state.
+
+    facts    message about the key, which has the deletes of the key already
+    known    rows and admission counters of several keys; the key has the index ``i``
+    horizon  version up to which deletes may be forgotten
+    """
+    if known.versions[i]:
+        facts.state = pb.KeyFacts.STATE_ROW
+        facts.tier, facts.version = known.tiers[i], int(known.versions[i])
+        facts.step, facts.frequency = int(known.steps[i]), int(known.frequencies[i])
+    elif known.waiting[i]:
+        facts.state, facts.waiting = pb.KeyFacts.STATE_WAITING, int(known.waiting[i])
+    elif facts.gone:
+        facts.state = pb.KeyFacts.STATE_GONE
+    elif known.loss_reason:
+        facts.state, facts.why = pb.KeyFacts.STATE_UNKNOWN, known.loss_reason
+    elif horizon >= known.created:  # they are equal after a restore
+        facts.state = pb.KeyFacts.STATE_UNKNOWN
+        facts.why = f"deletes up to version {horizon} may have lost their tombstones"
+    else:
+        facts.state = pb.KeyFacts.STATE_NEW
 
 
 def newest_of(dead: Tombstones, most: int) -> Tombstones:

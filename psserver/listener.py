@@ -35,7 +35,7 @@ Status = health_pb2.HealthCheckResponse
 
 
 class Listener:
-    """The gRPC server of one shard, from ``listen`` to ``stop``."""
+    """Runs the gRPC server of one shard, from ``listen`` to ``stop``."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config

@@ -1,11 +1,12 @@
-"""Fill a table of this shard from a checkpoint, completely or not at all.
+"""Fill a table of this shard (the target) from a checkpoint, completely or not at all.
 
     data directory  = ... LOADING    exists while a table is filled: its name and number, and the
                                      schema of the table that it replaces (format: sealed.py)
 
-The rows are loaded into a hidden table (fills.py). If the load fails or the client goes away, the
-shard drops the hidden table, and creates an empty table if the target existed before. The old rows
-are not brought back. After a crash the next start does the same, as recorded in LOADING.
+The rows are loaded into a hidden table (fills.py), which clients cannot use. If the load fails or
+the client goes away, the shard drops the hidden table. If the target existed before, the shard then
+creates an empty table; the old rows are not brought back. After a crash, the next start does the
+same, because LOADING records the names.
 """
 
 from __future__ import annotations
@@ -96,7 +97,10 @@ class TableLoader:
     def load(self, request: pb.LoadTableRequest, progress: Progress) -> pb.CheckpointProgress:
         """Fill the table ``request.into`` with this shard's rows of a table in a checkpoint.
 
-        Blocks, and pauses twice until the client sends Continue; see LoadTable in ps.proto.
+        progress  counts the bytes read
+
+        Blocks. Waits twice for a Continue request of the client: before the target is replaced, and
+        before the filled table is published to clients.
         """
         what = f"it fills table {request.into!r}"
         with (
@@ -138,12 +142,12 @@ class TableLoader:
     def _accept(
         self, checkpoint: Checkpoint, source: TableSchema, request: pb.LoadTableRequest
     ) -> TableSchema:
-        """Return the schema of the new table, after all checks that are possible before any change.
+        """Check whether the target can be created or replaced, and filled, before any change.
 
         source  schema of the table in the checkpoint
 
-        Raises TableLoading, NotEmpty, SchemaMismatch or OutOfMemory if the table cannot be created,
-        replaced or filled.
+        Returns the schema of the new table. Raises TableLoading, NotEmpty, SchemaMismatch or
+        OutOfMemory.
         """
         fresh = dataclasses.replace(source, name=request.into)
 
@@ -168,10 +172,12 @@ class TableLoader:
         return target
 
     def _begin(self, target: TableSchema, *, replace: bool) -> Loading:
-        """Record the load in LOADING, then replace the target by a hidden table. Returns the
-        record.
+        """Write the file LOADING, then replace the target by a hidden table without rows.
 
-        After an error nothing has changed.
+        target   schema of the hidden table
+        replace  allow this even if the target has rows or admission counters
+
+        Returns the contents of LOADING. After an error nothing has changed.
         """
         fills = self._shard.fills
 
@@ -199,7 +205,7 @@ class TableLoader:
         number: int,
         progress: Progress,
     ) -> int:
-        """Copy this shard's rows to the hidden table. Returns their number; they are durable then.
+        """Copy this shard's rows to the hidden table. Returns their number, once all are durable.
 
         source  schema of the table in the checkpoint
         target  schema of the hidden table
@@ -225,7 +231,11 @@ class TableLoader:
         return written
 
     def _apply(self, number: int, slices: list[Slice], progress: Progress) -> None:
-        """Write slices of rows to the table with this number; wait while the log is full."""
+        """Write slices of rows to the table with this number.
+
+        Waits while the log has too many unwritten records. Raises Draining if the client is gone or
+        the server stops.
+        """
         left = list(reversed(slices))
 
         def write() -> None:
@@ -242,10 +252,10 @@ class TableLoader:
                 time.sleep(PAUSE_SECONDS)
 
     def _cancel(self, loading: Loading, progress: Progress) -> None:
-        """Undo the load: drop the hidden table, and create an empty one if the target existed.
+        """Undo the load: drop the hidden table; create an empty one if the target existed.
 
-        While the disk or the log is full, this is retried. After a different error, or if the
-        server stops, an error is logged, and the next start undoes the load.
+        Retries while the disk is full or the log has too many unwritten records. After a different
+        error, or if the server stops, logs an error; the next start then undoes the load.
         """
         pause = PAUSE_SECONDS
         while True:
@@ -256,7 +266,7 @@ class TableLoader:
                 self._remove_file()
                 return
             except Exception as error:
-                full = isinstance(error, (Overloaded, DiskFull))  # which ends some time
+                full = isinstance(error, (Overloaded, DiskFull))  # a later attempt may succeed
                 if not full or progress.stopping:
                     why = f"a failed load of table {loading.name!r} is undone only by a restart"
                     self._work.refuse(why)  # nobody may copy the rows, or overwrite the file
@@ -277,7 +287,10 @@ class TableLoader:
 
 
 def settle_load(directory: Path, shard: Shard, log: VersionLog) -> None:
-    """Undo a load that a crash has interrupted, if there was one. Called before the shard serves.
+    """Undo a load that a crash has interrupted, if there is one. Call before the shard serves.
+
+    directory  data directory of the shard
+    log        version log of the shard
 
     Raises Corrupt if the file LOADING is damaged.
     """
@@ -295,12 +308,15 @@ def settle_load(directory: Path, shard: Shard, log: VersionLog) -> None:
 
 
 def _cancel(shard: Shard, loading: Loading) -> None:
-    """Drop the hidden table; create an empty one if it replaced a table."""
+    """Drop the hidden table that ``loading`` describes; create an empty one if it replaced a table.
+
+    Must run on the engine thread.
+    """
     schema = None if loading.schema is None else from_json(json.loads(loading.schema))
     shard.fills.cancel(loading.name, loading.number, schema)
 
 
 def _remove(directory: Path) -> None:
-    """Delete the file LOADING, durably."""
+    """Delete the file LOADING in the data directory, and sync the directory to disk."""
     (directory / FILE).unlink(missing_ok=True)
     sync(directory)

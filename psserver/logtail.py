@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-from psserver.deltas import COALESCE_BYTES, Batch, DeltaKind, Deltas
+from psserver.batches import COALESCE_BYTES, Batch
+from psserver.deltas import DeltaKind, Deltas
 from psserver.position import Phase, Position
 from psserver.schemas import from_json
 from psserver.source import Source
@@ -21,9 +22,11 @@ MESSAGE_BYTES = 256  # overhead in memory that is counted for each message, in b
 
 
 class LogTail:
-    """Reads the log from a position on and makes messages. Only one thread may use it at a time.
+    """Reads the log from a position on, and makes the messages of one subscription.
 
-    position   position after the last change whose messages are complete
+    Only one thread at a time may use it.
+
+    position   position after the last change whose messages were all returned
     seen       newest version read from the log
     gathering  monotonic time since which changes wait to be coalesced (merged); 0: none wait
     since      time when the oldest change in the last messages was applied, in seconds since 1970
@@ -31,8 +34,11 @@ class LogTail:
     """
 
     def __init__(self, source: Source, wanted: Wanted, deltas: Deltas, position: Position) -> None:
-        """Start after ``position``. wanted: what the subscriber asked for; deltas: makes the
-        messages.
+        """Open the log at ``position``.
+
+        wanted    tables and contents that the subscriber asked for
+        deltas    makes the messages
+        position  the first message is about the first change after it
         """
         self.position = position
         self.seen = position.version
@@ -55,17 +61,17 @@ class LogTail:
 
     @property
     def within(self) -> bool:
-        """Whether the subscriber is still receiving a snapshot or a catch-up."""
+        """Whether the subscriber's snapshot, of all rows or of newer rows only, is incomplete."""
         return self.position.phase != Phase.TAIL
 
     def messages(self, flush: bool) -> list[bytes]:
-        """Return messages that can be sent now, about STEP_BYTES of them; empty if there are none.
+        """Return encoded messages that can be sent now, about STEP_BYTES of them, or none.
 
         flush  include changes that still wait to be coalesced (merged) with later ones
 
         The messages of a large change may take several calls. Raises Compacted if the log no longer
-        has the next change; messages made in the same call are then lost, and ``position`` is
-        before them.
+        has the next change. Messages made in the same call are then lost, and ``position`` does not
+        include them.
         """
         out: list[bytes] = []
         left = STEP_BYTES
@@ -88,9 +94,9 @@ class LogTail:
         return out
 
     def progress(self, *, first: bool = False) -> bytes:
-        """Return a message that reports the position without a change.
+        """Return an encoded message that reports ``position``, without a change.
 
-        first  it is the first message of the stream
+        first  this is the first message of the stream
         """
         position = self.position
         return self._deltas.progress(
@@ -101,9 +107,9 @@ class LogTail:
         )
 
     def _begin(self, out: list[bytes], flush: bool) -> bool:
-        """Make ``_making`` yield the next messages. Return False if there is nothing to send now.
+        """Set ``_making`` to the next messages. Return False if there is nothing to send now.
 
-        out    receives the message about the end of a snapshot, if it ends here
+        out    if the snapshot is complete, the message that ends it is appended to this list
         flush  do not wait for more changes to merge
         """
         if self._making is not None:
@@ -121,14 +127,18 @@ class LogTail:
         return Batch(self._wanted, most, self._schema_of, self.seen)
 
     def _schema_of(self, number: int) -> TableSchema | None:
-        """Return the schema of the table with this number, at this position of the log.
+        """Return the schema of the table with this number.
 
-        None: the table was dropped before the last flush, and the shard has restarted since.
+        Returns None if the table was dropped before the last flush, and the shard has restarted
+        since that flush.
         """
         return self._known_schema(number) or self._read.get(number)
 
     def _fill(self) -> bool:
-        """Read changes into the batch. Return whether the batch is complete and can be sent."""
+        """Read changes of the log into the batch until it is complete or the log ends.
+
+        Returns whether the batch is complete and can be sent.
+        """
         batch, until = self._batch, self.position.until if self.within else None
         while not batch.full:
             if not self._frames:
@@ -160,11 +170,11 @@ class LogTail:
         self._batch = self._next_batch()
 
     def _move(self) -> None:
-        """Set the position to the end of the batch."""
+        """Set ``position`` to the end of the batch."""
         self.position = replace(self.position, version=self._batch.version)
 
     def _end(self) -> bytes:
-        """End the snapshot or catch-up; return the message about it."""
+        """Leave the snapshot phase; return the encoded message that the snapshot is complete."""
         self.position = replace(self.position, phase=Phase.TAIL, after=0, until=0, boot=0)
         return self._deltas.mark(
             DeltaKind.KIND_SNAPSHOT_END,

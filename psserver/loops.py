@@ -10,7 +10,7 @@ from typing import Any
 def post(loop: asyncio.AbstractEventLoop, call: Callable[..., Any], *args: Any) -> bool:
     """Schedule ``call(*args)`` on the thread of ``loop``. Returns False if the loop is closed.
 
-    A closed loop is not an error, because nobody waits for the call any more.
+    If the loop is closed, nothing is called and nothing is raised.
     """
     try:
         loop.call_soon_threadsafe(call, *args)
