@@ -85,7 +85,7 @@ class Analyses:
 
         summary  empty; every row is added to it
         """
-        progress = self._checkpoints.work.progress()  # ends the work when the server does
+        progress = self._checkpoints.work.progress()  # raises an error if the server stops
         view = self._engine.run(lambda: self._shard.view_table(request.table))
         outbox = Outbox(request, view.stats.rows)
 
@@ -208,7 +208,10 @@ class _StoredTable:
     wanted: bool  # the client also wants the embeddings
 
     def largest_step(self, pieces: Iterator[Piece]) -> int | None:
-        """Return the largest training step in the next of ``pieces``; None if there is no more."""
+        """Return the largest training step of a row in the next piece; None after the last piece.
+
+        pieces  yields the rows of a part of the checkpoint
+        """
         if (piece := next(pieces, None)) is None:
             return None
         require_width(self.checkpoint, self.schema, piece.rows)
@@ -217,16 +220,18 @@ class _StoredTable:
     def summarize(
         self, pieces: Iterator[Piece], step: int
     ) -> tuple[RowColumns, Rows | None, int] | None:
-        """Add the rows of the next of ``pieces`` to the summary; None if there is no more.
+        """Add the rows of the next piece to the summary.
 
-        step  training step from which the ages of the rows are counted back
+        pieces  yields the rows of a part of the checkpoint
+        step    training step from which the ages of the rows are counted back
 
-        Returns (metadata of the rows, embeddings or None if not wanted, bytes of the rows).
+        Returns (metadata of the rows, embeddings or None if not wanted, bytes of the rows), or None
+        after the last piece.
         """
         if (piece := next(pieces, None)) is None:
             return None
         columns = piece[1:]
-        copies = map(np.array, columns[:-1])  # see Piece
+        copies = map(np.array, columns[:-1])  # the arrays of a piece are valid until the next one
         norms = norms_of(piece.rows, self.schema.dim)
         rows = RowColumns._make([*copies, norms, "checkpoint"])
         self.summary.add(rows, step)

@@ -20,11 +20,11 @@ COALESCE_BYTES = 32 << 20  # maximum size of the records in one batch, in bytes
 
 @dataclass(frozen=True, slots=True)
 class LoggedChange:
-    """One log record of a batch, with the schema of its table."""
+    """One log record of a batch, with the schema of the table that it changes."""
 
     version: int
     record: records.Record
-    schema: TableSchema | None  # None: a barrier
+    schema: TableSchema | None  # None: the record is a barrier, which belongs to no table
 
 
 @dataclass(slots=True)

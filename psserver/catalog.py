@@ -43,14 +43,15 @@ class Catalog:
         return self._store
 
     def stop(self) -> None:
-        """Make all file operations in progress fail at once."""
+        """Make all file operations on checkpoints fail, those in progress and all later ones."""
         if self._store is not None:
             self._store.stop()
 
     def open(self, name: str) -> Checkpoint:
-        """Read and check the manifests of a checkpoint and of its parents.
+        """Read and check the manifests of the checkpoint ``name`` and of its ancestors.
 
-        Raises BadRequest for an invalid name; see ``open_checkpoint`` for other errors.
+        Raises BadRequest for an invalid name, UnknownCheckpoint if there is no such checkpoint,
+        Corrupt or UnknownFormat if a manifest cannot be used.
         """
         return open_checkpoint(self.store, require_name(name))
 

@@ -95,12 +95,13 @@ class Checkpoints:
     def write(
         self, request: pb.WriteCheckpointRequest, progress: Progress
     ) -> pb.CheckpointProgress:
-        """Write this shard's part of the checkpoint ``request.name``. Returns where the part is.
+        """Write this shard's part of the checkpoint ``request.name``.
 
         progress  counts the bytes written
 
-        With ``request.parent`` the part contains only the changes since that checkpoint. Raises
-        NoLog, CheckpointExists, CheckpointBusy or CheckpointUnfit.
+        With ``request.parent`` the part contains only the changes since that checkpoint. Returns
+        path, size and checksum of the part's manifest. Raises NoLog, CheckpointExists,
+        CheckpointBusy or CheckpointUnfit.
         """
         name, attempt = require_name(request.name), require_id("attempt", request.attempt)
         if self._log is None:
@@ -157,7 +158,8 @@ class Checkpoints:
         attempt  id of the attempt, which names the directory of the files
         parent   from ``_parent``; None: a full checkpoint
 
-        Returns where the part is. After an error, the files written so far are removed.
+        Returns path, size and checksum of the manifest. After an error, the files written so far
+        are removed.
         """
         shard = self._shard
         captured = self._engine.run(shard.capture)
@@ -197,7 +199,7 @@ class Checkpoints:
     def _copy(
         self, captured: Capture, after: int | None, log: VersionLog, writer: PartWriter
     ) -> Capture:
-        """Write rows, then the log records of the changes made meanwhile, then sessions.
+        """Write rows, then log records of the changes made meanwhile, then the client sessions.
 
         captured  the shard at the version from which rows are copied
         after     write only rows changed after this version, and tombstones; None: write all rows

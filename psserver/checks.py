@@ -122,13 +122,19 @@ class Checks:
             )
 
     def _repeated(self, table: str, keys: NDArray[np.uint64]) -> bool:
-        """Return whether a key occurs twice. Raises WrongShard if one belongs to another shard."""
+        """Return whether a key occurs twice. Raises WrongShard if a key belongs to another shard.
+
+        table  name of the table, for the error
+        """
         repeated, foreign = routing.check(keys, self._shard.shard_map, self._shard.number)
         self._require_own(table, keys, foreign)
         return repeated > 0
 
     def _require_own(self, table: str, keys: NDArray[np.uint64], foreign: int) -> None:
-        """Raise WrongShard for ``keys[foreign]``. Do nothing if ``foreign`` is negative."""
+        """Raise WrongShard for the key ``keys[foreign]``; do nothing if ``foreign`` is negative.
+
+        table  name of the table, for the error
+        """
         if foreign < 0:
             return
         shard_map, key = self._shard.shard_map, keys[foreign]

@@ -220,7 +220,7 @@ class ServerConfig(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return env_settings, init_settings  # init: the file; flags win over both
+        return env_settings, init_settings  # init has the file's values; flags override both
 
 
 def _inflight(data: Mapping[str, Any]) -> int:

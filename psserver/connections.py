@@ -47,7 +47,7 @@ class Connection:
     unfinished: int = 0  # bytes of incomplete messages
 
     def update(self, received: int, sent: int, arrived: int) -> None:
-        """Store new totals since the connection was opened, and update ``unfinished``.
+        """Update the counts from new totals, which count from the opening of the connection.
 
         received  bytes received by the kernel
         sent      bytes acknowledged by the peer
@@ -63,10 +63,10 @@ class Connection:
 
 
 class Connections:
-    """Watches all client connections to ``port`` of this process; see the module docstring.
+    """Closes client connections to ``port`` of this process that have too many incomplete messages.
 
     most     limit for the incomplete messages of all connections together, in bytes
-    seconds  maximum time for a large message to arrive completely
+    seconds  maximum time for which a connection may have more than LARGE bytes of them
     clock    returns monotonic seconds
     """
 
@@ -104,9 +104,9 @@ class Connections:
     def look(self) -> None:
         """Check all connections once, and close those that exceed a limit."""
         now, seen = self._clock(), {}
-        known = list(self._arrived)  # before the sockets are listed: others may be new ones
+        known = list(self._arrived)  # peers that appear while the sockets are listed stay
         for peer, connection in sockets(self._port):
-            arrived = self._arrived.get(peer, 0)  # first, so that it is never ahead of the kernel
+            arrived = self._arrived.get(peer, 0)  # read before the kernel's count, to be smaller
             found = counts(connection)
             if found is None:
                 continue
@@ -152,7 +152,7 @@ class Connections:
         log.warning("connection closed", peer=peer, unfinished_bytes=entry.unfinished, why=why)
         entry.unfinished = 0
         self.closed += 1
-        with suppress(OSError):  # gone by itself
+        with suppress(OSError):  # the client has closed it
             connection.shutdown(socket.SHUT_RDWR)
 
     def _run(self) -> None:
@@ -197,7 +197,10 @@ def _peer(connection: socket.socket, port: int) -> str | None:
 
 
 def counts(connection: socket.socket) -> tuple[int, int] | None:
-    """Return (bytes received, bytes acknowledged by the peer); None if the kernel has no counts."""
+    """Return (bytes received, bytes acknowledged by the peer) since a connection was opened.
+
+    Returns None if the kernel has no counts.
+    """
     try:
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
         sent, received = _RECEIVED.unpack_from(info, _AT)

@@ -38,7 +38,7 @@ from storage.errors import Corrupt, StorageError
 from storage.sealed import FORMAT, STRICT, seal, unseal
 from storage.versionlog import VersionLog
 
-OWNER = "SHARD"  # file in a data directory: which shard owns it
+OWNER = "SHARD"  # name of the file in a data directory that records which shard owns it
 
 log = structlog.get_logger()
 
@@ -144,7 +144,7 @@ def claim(directory: Path, shard: int, shard_map: routing.ShardMap) -> None:
 
 
 class DataDirectory:
-    """The version log and the base of one shard, from ``open`` to ``close``.
+    """Opens and closes the version log and the base (copy of all rows on disk) of one shard.
 
     make_shard          returns an empty shard
     wake                called on a thread of the log when more records are on disk; must not block
@@ -238,9 +238,9 @@ class DataDirectory:
     def _replay(self, excess: int | None) -> Recovered:
         """Open base and log, load the base into ``self.shard``, and replay the newer log records.
 
-        excess  as for ``_recover``
+        excess  bytes that tables may use beyond memory_bytes during recovery; None: no limit
 
-        Returns counts of rows and records. After an error, base and log are closed.
+        Returns the numbers of rows and records read. After an error, base and log are closed.
         """
         config = self._config
         self.base = Base(self.directory / "base")

@@ -38,8 +38,10 @@ class Deletion:
     ) -> pb.CheckpointProgress:
         """Delete the checkpoints ``request.names``, or all except the newest ``request.keep``.
 
+        progress  reports to the client that this shard is ready
+
         Ancestors of a kept checkpoint are kept too. Before anything is deleted, the call waits for
-        the client's Continue request, which says that all shards are ready. Raises BadRequest,
+        the client's Continue request, which means that all shards are ready. Raises BadRequest,
         CheckpointNeeded, CheckpointBusy or UnknownCheckpoint; nothing is deleted then.
         """
         if bool(request.names) == bool(request.keep):

@@ -23,7 +23,7 @@ from storage.kernels import Keys, Rows
 from storage.records import Cause
 from storage.schema import TableSchema
 
-EPOCHS = 256  # number of epochs (server starts), the newest ones, that a subscriber is sent
+EPOCHS = 256  # maximum number of epochs (one per server start) sent to a subscriber
 
 DeltaKind = pb.DeltaHeader
 WITH_HISTORY = (

@@ -26,7 +26,7 @@ from psserver.shard import Shard
 from psserver.workers import Workers
 from storage.versionlog import VersionLog
 
-# Limits of the work that is done on the event loop itself; it takes at most a few milliseconds:
+# Limits for work on the event loop itself, so that it takes at most a few milliseconds:
 AT_ONCE = 4 << 20  # bytes of a message, or of the rows that it reads or writes
 AT_ONCE_PARTS = 64  # pushes and pulls in an exchange
 AT_ONCE_FIELDS = 512  # protobuf fields in a message; a push or a pull counts as several
@@ -128,10 +128,10 @@ class Exchanges:
     ) -> codec.Exchanged:
         """Run the pushes and pulls of one message and return their results.
 
-        decode  converts ``data`` to an exchange
-        data    encoded message
-
-        The class docstring describes ``deadline`` and ``reservation``.
+        decode       converts ``data`` to an exchange
+        data         encoded message
+        deadline     monotonic seconds; after it the exchange is not started
+        reservation  bytes in flight of the message and its reply
         """
         start = time.perf_counter()
         _, checked = await self.read(decode, data, reservation)
@@ -150,7 +150,8 @@ class Exchanges:
     ) -> tuple[Header, Checked | Exception]:
         """Decode and check a message. Returns (header, exchange or error of the checks).
 
-        decode  converts the encoded message ``data`` to (header, exchange)
+        decode       converts the encoded message ``data`` to (header, exchange)
+        reservation  bytes in flight of the message
 
         The header is None unless the message arrived on a stream. An error of the checks is
         returned, not raised, so that the caller gets the header too. Raises Malformed if the
@@ -163,6 +164,9 @@ class Exchanges:
     ) -> Result:
         """Return ``read(data, maximum number of protobuf fields)``.
 
+        read         decodes and checks the encoded message ``data``
+        reservation  bytes in flight of the message
+
         A small message is read at once. A larger one is read on a worker thread, which releases the
         interpreter lock often, so that the event loop stays responsive.
         """
@@ -174,15 +178,16 @@ class Exchanges:
         return await self._workers.run(self._workers.checks, work, reservation=reservation)
 
     def _read(self, decode: Decode, data: bytes, budget: int) -> tuple[Header, Checked | Exception]:
-        """Decode and check a message; returns and raises the same as ``read``.
+        """Decode and check a message. Returns (header, exchange or error of the checks).
 
+        decode  converts the encoded message ``data`` to (header, exchange)
         budget  maximum number of protobuf fields; raises codec.TooManyFields if there are more
         """
         header, exchange = decode(data, budget)
         try:
             pushes = [self._checks.push(push) for push in exchange.pushes]
             pulls = [self._checks.pull(pull) for pull in exchange.pulls]
-        except Exception as error:  # without the frames, which have the request
+        except Exception as error:  # its traceback would keep the request in memory
             return header, error.with_traceback(None)
         return header, Checked(exchange, pushes, pulls)
 
@@ -202,8 +207,10 @@ class Exchanges:
     ) -> Begun:
         """Submit an exchange to the engine and return at once. Pass the result to ``finish``.
 
-        checked  from ``read``: an exchange, or an error, which ``finish`` then raises
-        start    time of arrival, in seconds of ``time.perf_counter``
+        checked      from ``read``: an exchange, or an error, which ``finish`` then raises
+        start        time of arrival, in seconds of ``time.perf_counter``
+        deadline     monotonic seconds; after it the exchange is not started
+        reservation  bytes in flight of the message; the bytes of the reply are added
 
         If the exchange is refused, the reservation is released before this returns.
         """
@@ -213,7 +220,7 @@ class Exchanges:
         pushes, pulls = checked.pushes, checked.pulls
         try:
             reservation.add(min(self._shard.reply_bytes(pulls), self._max_reply))
-        except Exception as error:  # without the frames, which have the request
+        except Exception as error:  # its traceback would keep the request in memory
             reservation.release()
             return start, None, error.with_traceback(None)
         work = self._engine.submit(

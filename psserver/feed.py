@@ -27,7 +27,7 @@ from storage.versionlog import VersionLog
 
 
 class Lag(NamedTuple):
-    """The lag of the slowest subscriber."""
+    """How far the slowest subscriber is behind the shard, in changes and in seconds."""
 
     versions: int  # number of durable changes not sent yet
     seconds: float  # age of the oldest change that is being sent

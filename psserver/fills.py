@@ -56,7 +56,7 @@ class Fills:
         return entry
 
     def begin(self, schema: TableSchema, number: int, *, replace: bool) -> bool:
-        """Replace the table ``schema.name``, if it exists, by a hidden table without rows.
+        """Create a hidden table without rows; if a table ``schema.name`` exists, drop it first.
 
         schema   schema of the hidden table
         number   number of the hidden table, from ``next_number``

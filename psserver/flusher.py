@@ -46,7 +46,9 @@ class _Sketch:
 
 
 class Flusher:
-    """Thread that flushes changed rows to the base, and then deletes old segments of the log.
+    """Thread that flushes changed rows to the base, and then deletes old segment files of the log.
+
+    The base is the copy of all rows on disk, at one version of the log.
 
     flushed  monotonic time of the last flush, in seconds; a restart replays only later changes
     pins     reader of the log, for example a running checkpoint -> version; log records newer than
@@ -94,7 +96,7 @@ class Flusher:
         self._thread.start()
 
     def close(self) -> None:
-        """Abandon a flush in progress, if any, and stop the thread."""
+        """Stop the thread. A flush in progress is abandoned, and the base stays unchanged."""
         self._stop.set()
         self._thread.join()
 
@@ -218,7 +220,7 @@ class Flusher:
             try:
                 if self._succeeds(self.flush):
                     log.debug("flush", seconds=round(time.monotonic() - start, 3))
-                else:  # blocks left over now are deleted with the next flush
+                else:  # if this fails too, the next flush deletes the blocks
                     self._succeeds(self._base.discard)
             except LogFailed:  # the log has called its own ``fail``
                 return

@@ -48,7 +48,7 @@ class Handlers:
         self._limits.stats.failed(method, code_of(status).name, reason_of(status))
 
     def arrived(self, peer: str, data: bytes) -> None:
-        """Count a complete message, for the limit on incomplete messages of connections.
+        """Report a completely received message to the check of incomplete messages.
 
         peer  name of the client's connection, from ``context.peer()``
         data  the message

@@ -38,7 +38,10 @@ class ServerInfo:
         self._started = time.monotonic()
 
     async def read(self) -> pb.GetServerInfoResponse:
-        """Return the current values. The event loop runs other calls while tables are counted."""
+        """Return the response with the present values.
+
+        The rows of many tables are counted in groups; the event loop runs other calls in between.
+        """
         shard, config, log, now = self._shard, self._config, self._log, time.monotonic()
         tables, rows = shard.tables(), 0
         for at in range(0, len(tables), COUNTED):

@@ -92,12 +92,12 @@ class Inspector:
         return keys
 
     def _gone(self, known: KeyView, keys: Keys) -> tuple[dict[int, list[pb.KeyFacts.Gone]], int]:
-        """Return (newest deletes by key, tombstone horizon), as of the version of ``known``.
+        """Return (key -> its newest deletes, horizon).
 
-        known  keys of one table
-        keys   the same keys, uint64[n]
+        known  rows of the keys in one table, at one version; later deletes are left out
+        keys   the keys, uint64[n]
 
-        Deletes up to the horizon, a version, may be missing.
+        Deletes up to the version ``horizon`` may be missing.
         """
         newest, at = no_tombstones(), known.created
         while True:
@@ -117,7 +117,7 @@ class Inspector:
         Only the newest MAX_READS deletes get their time and step, which are read from the log.
         """
         versions, first = np.unique(dead.versions, return_index=True)
-        causes = dead.causes[first].tolist()  # a version is one delete
+        causes = dead.causes[first].tolist()  # all tombstones of a version have the same cause
         readable = len(versions) - MAX_READS
         deletes = {
             version: self._delete_of(version, Cause(cause), read=number >= readable)
@@ -129,9 +129,10 @@ class Inspector:
         return found
 
     def _delete_of(self, version: int, cause: Cause, *, read: bool) -> pb.KeyFacts.Gone:
-        """Return the delete with this version.
+        """Return a message about the delete of this version.
 
-        read  set also its time and step, if the log still has its record
+        cause  why the rows were deleted
+        read   also read time and training step from the log, if it still has the record
         """
         gone = pb.KeyFacts.Gone(version=version, cause=cause.name.lower())
         if self._log is None or not read:
@@ -164,7 +165,7 @@ def _set_state(facts: pb.KeyFacts, known: KeyView, i: int, horizon: int) -> None
         facts.state = pb.KeyFacts.STATE_GONE
     elif known.loss_reason:
         facts.state, facts.why = pb.KeyFacts.STATE_UNKNOWN, known.loss_reason
-    elif horizon >= known.created:  # they are equal after a restore
+    elif horizon >= known.created:  # they are equal after a restore from a checkpoint
         facts.state = pb.KeyFacts.STATE_UNKNOWN
         facts.why = f"deletes up to version {horizon} may have lost their tombstones"
     else:

@@ -65,7 +65,7 @@ class Loading:
     __pydantic_config__ = STRICT
     format: Format = FORMAT
     name: TableName
-    number: Natural
+    number: Natural  # of the hidden table
     schema: Schema | None  # JSON schema of the table that is replaced; None: there was none
 
 
@@ -127,7 +127,7 @@ class TableLoader:
 
     @contextmanager
     def _claimed(self, name: str) -> Iterator[None]:
-        """Keep clients from creating, altering or dropping the table ``name`` during the block.
+        """Forbid clients to create, alter or drop a table ``name`` while the block runs.
 
         Raises BadRequest for an invalid name.
         """
@@ -269,7 +269,7 @@ class TableLoader:
                 full = isinstance(error, (Overloaded, DiskFull))  # a later attempt may succeed
                 if not full or progress.stopping:
                     why = f"a failed load of table {loading.name!r} is undone only by a restart"
-                    self._work.refuse(why)  # nobody may copy the rows, or overwrite the file
+                    self._work.refuse(why)  # refuse checkpoints, and loads that overwrite LOADING
                     logger.error(why, error=str(error))
                     return
             time.sleep(pause)

@@ -47,16 +47,16 @@ class LogTail:
         self.pending = 0
         self._source = source
         self._known_schema = source.shard.schema_of
-        self._read: dict[int, TableSchema] = {}  # of tables whose creation was read here
+        self._read: dict[int, TableSchema] = {}  # by number, of tables whose creation was read
         self._wanted = wanted
         self._deltas = deltas
         self._cursor = source.log.cursor(position.version)
-        self._frames: list[Frame] = []  # read and not taken; the next one is the last
+        self._frames: list[Frame] = []  # records read but not in a batch yet, newest first
         self._batch = self._next_batch()
         self._making: Iterator[bytes] | None = None  # further messages of a large change
 
     def close(self) -> None:
-        """Close the file of the log."""
+        """Close the open file of the version log."""
         self._cursor.close()
 
     @property
