@@ -3,7 +3,7 @@
 ps.proto        messages and services; its comments specify their behavior
 kernelcache.py  cache of kernels that Numba compiled
 names.py        rules for names of tables, barriers, checkpoints
-keepalive.py    gRPC options of both sides for pings on quiet connections
+keepalive.py    gRPC options of clients and servers for pings on quiet connections
 routing.py      key hash, buckets, shard map, and the kernels that split and join batches
 dtypes.py       number types in messages
 messages.py     Python classes for the messages that carry arrays

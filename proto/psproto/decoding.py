@@ -1,10 +1,11 @@
 """Decode messages. The arrays of a decoded message are views of the received bytes.
 
 Each function raises Malformed if ``data`` is not a valid message of its type. It raises
-TooManyFields if the message has more fields than ``budget``; each push or pull counts as 8 more.
+TooManyFields if the message has more fields than ``budget``, where each push or pull counts as 8
+additional fields.
 
-The functions _get_* decode the message data[at:end]; left[0] is the remaining budget, and they
-subtract what they use.
+The functions _get_* decode the message data[at:end]. They subtract the number of its fields from
+left[0], the remaining budget.
 """
 
 from __future__ import annotations
@@ -119,22 +120,22 @@ def _get_exchanged(
 
 
 def decode_pull(data: bytes, budget: int = MOST_FIELDS) -> PullMessage:
-    """Decode a PullRequest."""
+    """Decode a PullRequest that has at most ``budget`` fields."""
     return _get_pull(data, 0, len(data), [budget])
 
 
 def decode_push(data: bytes, budget: int = MOST_FIELDS) -> PushMessage:
-    """Decode a PushRequest."""
+    """Decode a PushRequest that has at most ``budget`` fields."""
     return _get_push(data, 0, len(data), [budget])
 
 
 def decode_delete(data: bytes, budget: int = MOST_FIELDS) -> PushMessage:
-    """Decode a DeleteRequest as a PushMessage without counts and gradients."""
+    """Decode a DeleteRequest of at most ``budget`` fields; counts and gradients stay empty."""
     return _get_push(data, 0, len(data), [budget])
 
 
 def decode_exchange(data: bytes, budget: int = MOST_FIELDS) -> Exchange:
-    """Decode an ExchangeRequest."""
+    """Decode an ExchangeRequest that has at most ``budget`` fields, nested ones included."""
     exchange = Exchange([], [])
     _get_exchange(data, 0, len(data), [budget], exchange.pushes, exchange.pulls)
     return exchange
@@ -143,7 +144,10 @@ def decode_exchange(data: bytes, budget: int = MOST_FIELDS) -> Exchange:
 def decode_stream_request(
     data: bytes, budget: int = MOST_FIELDS
 ) -> tuple[pb.StreamRequestHeader, Exchange]:
-    """Decode a StreamRequest into its header (id, timeout) and its pushes and pulls."""
+    """Decode a StreamRequest into its header (id, timeout) and its pushes and pulls.
+
+    budget  maximum number of fields, nested ones included
+    """
     header: list[bytes] = []
     exchange, left = Exchange([], []), [budget]
     for number, start, stop in fields(data, 0, len(data), left):
@@ -157,7 +161,7 @@ def decode_stream_request(
 
 
 def decode_stream_header(data: bytes, budget: int = MOST_FIELDS) -> pb.StreamRequestHeader:
-    """Decode the header of a StreamRequest, and nothing of its pushes and pulls."""
+    """Decode only the header (id, timeout) of a StreamRequest; skip its pushes and pulls."""
     found = fields(data, 0, len(data), [budget])
     header = [data[start:stop] for number, start, stop in found if number == 1 and start >= 0]
     parsed: pb.StreamRequestHeader = small(pb.StreamRequestHeader, header, MOST_HEADER)
@@ -165,7 +169,7 @@ def decode_stream_header(data: bytes, budget: int = MOST_FIELDS) -> pb.StreamReq
 
 
 def decode_rows(data: bytes) -> RowsMessage:
-    """Decode a WriteRowsRequest."""
+    """Decode a WriteRowsRequest. The lengths of its arrays are not checked (see RowsMessage)."""
     table, width = b"", 0
     found = dict.fromkeys((3, 4, 5, 6), NOWHERE)
     for number, start, stop in fields(data, 0, len(data), [MOST_FIELDS]):
@@ -189,7 +193,7 @@ def decode_pulled(data: bytes) -> Pulled:
 
 
 def decode_delta(data: bytes) -> Delta:
-    """Decode a Delta."""
+    """Decode a Delta, a change that a server sends to its subscribers."""
     header: list[bytes] = []
     at_field = dict.fromkeys((3, 4, 5, 6, 7), NOWHERE)
     for number, start, stop in fields(data, 0, len(data), [MOST_FIELDS]):
@@ -216,7 +220,10 @@ def decode_exchanged(data: bytes) -> Exchanged:
 
 
 def decode_stream_response(data: bytes) -> tuple[int, Exchanged | pb.Status]:
-    """Decode a StreamResponse into (id of its request, the reply, or a pb.Status for an error)."""
+    """Decode a StreamResponse; return (id of the request, its reply).
+
+    The reply is a pb.Status with the error if the request failed.
+    """
     id = 0
     exchanged, left = Exchanged([], []), [MOST_FIELDS]
     error: list[bytes] = []

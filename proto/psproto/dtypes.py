@@ -35,17 +35,17 @@ class TooManyFields(Malformed):
     """Raised if a message has more fields, pushes or pulls than the receiver accepts."""
 
     def __init__(self) -> None:
-        super().__init__("too many fields, pushes or pulls in one message")
+        super().__init__("too many fields, pushes or pulls in one message: send several messages")
 
 
 def wire_dtype(number: int) -> int:
-    """Return the pb.Dtype of a message: ``number``, or float32 if it is 0 (unspecified).
+    """Return the pb.Dtype for ``number``, the field "dtype" of a message; 0 means float32.
 
-    Raises Malformed if the number is unknown.
+    Raises Malformed if no pb.Dtype has this number.
     """
     number = number or pb.DTYPE_FLOAT32
     if number not in WIRE:
-        raise Malformed(f"dtype must be one of {sorted(WIRE)}, got {number}")
+        raise Malformed(f"field 'dtype' must be one of {sorted(WIRE)}, got {number}")
     return number
 
 
@@ -91,7 +91,10 @@ def to_wire_clamped(values: Rows, dtype: int) -> NDArray[Any]:
 
 
 def from_wire(values: NDArray[Any], dtype: int) -> Rows:
-    """Convert numbers of a wire dtype (pb.Dtype) to float32; float32 is returned unchanged."""
+    """Convert received numbers to float32.
+
+    dtype  pb.Dtype of ``values``; for float32, ``values`` itself is returned
+    """
     if dtype == pb.DTYPE_FLOAT32:
         return values
     if dtype == pb.DTYPE_FLOAT16:

@@ -1,6 +1,6 @@
 """Encode messages as bytes. Arrays are copied only once, into the result.
 
-The functions _put_* append the fields of a message to a writer.
+The functions _put_* append the fields of a message to a _Writer.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class _Writer:
         self._at = 0
 
     def message(self) -> bytes:
-        """Join the pieces. This is the only copy of the arrays."""
+        """Return the message: the appended fields, joined. This copies the arrays, once."""
         return b"".join(self._pieces)
 
     def small(self, field: int, body: bytes) -> None:
-        """Append a field that contains ``body``: bytes, text or an encoded message.
+        """Append a field with the contents ``body``: bytes, UTF-8 text or an encoded message.
 
         Appends nothing if ``body`` is empty.
         """
@@ -36,13 +36,14 @@ class _Writer:
             self._append(_BYTE[field << 3 | 2] + _varint(len(body)) + body)
 
     def number(self, field: int, value: int) -> None:
-        """Append an unsigned number; nothing if it is 0."""
+        """Append an unsigned number as a varint field; append nothing if it is 0."""
         if value:
             self._append(_BYTE[field << 3] + _varint(value))
 
     def array(self, field: int, array: NDArray[Any] | None) -> None:
-        """Append an array, after padding that aligns it to its item size; nothing if it is empty
-        or None.
+        """Append an array, after padding that aligns it to its item size.
+
+        Appends nothing if the array is empty or None.
         """
         if array is None or not array.size:
             return
@@ -57,12 +58,15 @@ class _Writer:
         self._at = at + size
 
     def begin(self, field: int) -> tuple[int, int, int]:
-        """Start a nested message in a field. Pass the result to ``end`` after its last field."""
+        """Start a nested message in ``field``: what is appended until ``end`` is part of it.
+
+        Returns a mark, the argument for ``end``.
+        """
         self._append(bytes(6))
         return field, len(self._pieces) - 1, self._at
 
     def end(self, mark: tuple[int, int, int]) -> None:
-        """End the nested message that ``begin`` returned ``mark`` for: fill in its length."""
+        """End the nested message for which ``begin`` returned ``mark``, and fill in its length."""
         field, piece, start = mark
         n = self._at - start
         wide = (
@@ -148,7 +152,7 @@ def encode_push(push: PushMessage) -> bytes:
 
 
 def encode_delete(header: pb.PushHeader, keys: Keys) -> bytes:
-    """Return the bytes of a DeleteRequest."""
+    """Return the bytes of a DeleteRequest for ``keys``, uint64[n]."""
     writer = _Writer()
     writer.small(1, header.SerializeToString())
     writer.array(3, keys)
@@ -199,7 +203,7 @@ def encode_exchanged(exchanged: Exchanged) -> bytes:
 
 
 def encode_stream_response(id: int, answer: Exchanged | pb.Status) -> bytes:
-    """Return the bytes of a StreamResponse."""
+    """Return the bytes of a StreamResponse to the request ``id``; a Status reports an error."""
     writer = _Writer()
     writer.number(1, id)
     if isinstance(answer, pb.Status):

@@ -41,13 +41,15 @@ def _read_varint(data: bytes, at: int, end: int, bits: int = 64) -> tuple[int, i
 
 
 def fields(data: bytes, at: int, end: int, left: list[int]) -> list[tuple[int, int, int]]:
-    """Return the fields of the message data[at:end], in order, as tuples.
+    """Return one tuple for each field of the message data[at:end], in order.
 
     left  left[0] is the budget; the number of fields is subtracted from it
 
-    A tuple is (field number, start, end) with the offsets of the contents, (field number, -1,
-    value) for a varint, or (0, -1, 0) for a fixed-size number, which no message here has. Raises
-    Malformed, or TooManyFields if there are more fields than the budget.
+    (field number, start, end)  a field with contents data[start:end]
+    (field number, -1, value)   a varint
+    (0, -1, 0)                  a number of fixed size, which is ignored: no message here has one
+
+    Raises Malformed if the message is invalid, TooManyFields if it has more fields than the budget.
     """
     found: list[tuple[int, int, int]] = []
     most = left[0]
@@ -58,7 +60,7 @@ def fields(data: bytes, at: int, end: int, left: list[int]) -> list[tuple[int, i
             tag, at = _read_varint(data, at - 1, end, 32)
         kind = tag & 7
         if tag < 8:
-            raise Malformed(f"field number 0 before byte {at}")
+            raise Malformed(f"the field before byte {at} has the number 0, which is not valid")
         if kind == 2:
             if at < end and data[at] < 128:
                 length = data[at]
@@ -66,7 +68,9 @@ def fields(data: bytes, at: int, end: int, left: list[int]) -> list[tuple[int, i
             else:
                 length, at = _read_varint(data, at, end, 31)
             if length > end - at:
-                raise Malformed(f"field {tag >> 3} is longer than its message at byte {at}")
+                raise Malformed(
+                    f"field {tag >> 3} at byte {at} is longer than the rest of its message"
+                )
             found.append((tag >> 3, at, at + length))
             at += length
         elif kind == 0:
@@ -76,7 +80,9 @@ def fields(data: bytes, at: int, end: int, left: list[int]) -> list[tuple[int, i
             found.append((0, -1, 0))  # no field has this number
             at += size
         else:
-            raise Malformed(f"wire type {kind} of field {tag >> 3} at byte {at}")
+            raise Malformed(
+                f"wire type {kind} of field {tag >> 3} at byte {at} is unsupported or cut off"
+            )
         if len(found) > most:
             raise TooManyFields
     left[0] = most - len(found)
@@ -84,9 +90,10 @@ def fields(data: bytes, at: int, end: int, left: list[int]) -> list[tuple[int, i
 
 
 def charge_part(left: list[int]) -> None:
-    """Subtract the cost of a push or pull, apart from its fields, from the budget left[0].
+    """Subtract the fixed cost of one push or pull, 8 fields, from the budget left[0].
 
-    Raises TooManyFields if the budget does not suffice.
+    The fields of the push or pull are subtracted separately. Raises TooManyFields if less than 8
+    is left.
     """
     left[0] -= _PART
     if left[0] < 0:
@@ -111,16 +118,18 @@ def array(data: bytes, start: int, end: int, dtype: np.dtype[Any]) -> NDArray[An
 
 
 def small(kind: Any, parts: list[bytes], most: int = 1 << 31) -> Any:
-    """Parse a small message with protobuf.
+    """Parse a small message, which is the contents of a field, with protobuf.
 
-    kind   class of the message
-    parts  encoded messages, one per occurrence of the field; protobuf merges several
+    kind   protobuf class of the message
+    parts  contents of the field, once for each time that it occurs; they are merged
     most   maximum size of all parts together, in bytes
 
-    Raises Malformed if it is larger or invalid.
+    Raises Malformed if the parts are larger or invalid.
     """
     if sum(map(len, parts)) > most:
-        raise Malformed(f"{kind.DESCRIPTOR.name} is longer than {most} bytes")
+        raise Malformed(
+            f"{kind.DESCRIPTOR.name} must have at most {most} bytes, got {sum(map(len, parts))}"
+        )
     try:
         if len(parts) == 1:
             return kind.FromString(parts[0])

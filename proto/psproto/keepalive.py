@@ -5,8 +5,8 @@ is not answered. The server also pings, and so closes connections of machines th
 server refuses a client that pings more often than it allows (GOAWAY "too_many_pings"), so the
 options of both sides are defined together here.
 
-gRPC core pings at most once per second. Its HTTP/2 transport has a ping timeout of its own, 60 s,
-which overrides a shorter ``keepalive_timeout_ms``; so both are set.
+gRPC core pings at most once per second. Its HTTP/2 transport has a second ping timeout of 60 s,
+which overrides a shorter ``keepalive_timeout_ms``. Therefore both timeouts are set.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def client_options(scale: float = 1.0) -> Options:
 
 
 def server_options(scale: float = 1.0) -> Options:
-    """Return the gRPC options of a server whose clients use ``client_options(scale)``."""
+    """Return the gRPC options of a server whose clients use ``client_options(scale)``.
+
+    scale  factor for all times, for tests
+    """
     return (
         ("grpc.keepalive_time_ms", _ms(SERVER_PING_SECONDS, scale)),
         ("grpc.keepalive_timeout_ms", _ms(SERVER_ANSWER_SECONDS, scale)),
@@ -48,5 +51,5 @@ def server_options(scale: float = 1.0) -> Options:
 
 
 def _ms(seconds: float, scale: float) -> int:
-    """Return scaled seconds in milliseconds, at least 1."""
+    """Return ``scale * seconds`` in whole milliseconds, at least 1."""
     return max(round(1000 * seconds * scale), 1)

@@ -14,8 +14,9 @@ contents as when it was compiled. File times and owners do not matter. It must a
 compiled by the same release of Numba for the same type of processor. Set NUMBA_CPU_NAME=generic to
 build an image for all processors.
 
-Numba writes the index before the kernel, under a name that an older kernel may have. So each kernel
-is saved with its sources' checksum and its key, and both are compared when it is loaded.
+Numba writes the index of a cache before the kernel. If it is interrupted between the two, the index
+may refer to the file of an older kernel. So each kernel is saved with the checksum of its sources
+and its key (signature and processor), and both are compared when it is loaded.
 
 ``install`` replaces Numba's cache only for functions of PACKAGES.
 """
@@ -41,7 +42,7 @@ _IMPORTS = re.compile(r"^from ([\w.]+) import (\([^)]*\)|.*)$", re.M)
 
 
 class NotCached(Exception):
-    """Raised instead of compiling a kernel, after a call of ``require``."""
+    """Raised if a kernel is not in the cache and ``require`` has forbidden to compile it."""
 
 
 class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
@@ -65,11 +66,13 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
         self.enable()
 
     def _load_overload(self, signature: Any, target: Any) -> Any:
-        """Return the compiled kernel for a signature from the first directory that has it.
+        """Load a compiled kernel from the first directory that has it.
 
-        target  Numba's target context
+        signature  Numba's types of the kernel's arguments
+        target     Numba's target context
 
-        Returns None if none has it, so that Numba compiles it; raises NotCached if ``required``.
+        If no directory has it, returns None, so that Numba compiles it, or raises NotCached if
+        ``required`` is set.
         """
         if not self._enabled:
             return None
@@ -83,13 +86,17 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
                 continue
         if KernelCache.required:
             raise NotCached(
-                f"{self._py_func.__module__}.{self._py_func.__qualname__} is not in"
-                f" {', '.join(map(str, self._directories))}"
+                f"{self._py_func.__module__}.{self._py_func.__qualname__} is not in any cache"
+                f" directory: {', '.join(map(str, self._directories))}"
             )
         return None
 
     def _save_overload(self, signature: Any, result: Any) -> None:
-        """Save a compiled kernel to the first writable directory; warn once if there is none."""
+        """Save a compiled kernel to the first writable directory; warn once if there is none.
+
+        signature  Numba's types of the kernel's arguments
+        result     Numba's CompileResult
+        """
         if not self._enabled or not self._impl.check_cachable(result):
             return
         key, data = self._index_key(signature, result.codegen), self._impl.reduce(result)
@@ -125,7 +132,7 @@ class _Impl(CompileResultCacheImpl):  # type: ignore[misc]
 
 
 def directories(function: Callable[..., Any]) -> list[Path]:
-    """Return the directories where a kernel may be cached, in the order of search."""
+    """Return the directories in which the cache looks for a kernel, in this order."""
     source = Path(function.__code__.co_filename).absolute().parent
     below = f"{source.name}_{hashlib.sha256(bytes(source)).hexdigest()[:40]}"
     found = [Path(config.CACHE_DIR) / below] if config.CACHE_DIR else []
@@ -140,7 +147,7 @@ def source_stamp(module: str) -> str:
     Imports are followed recursively, because a compiled kernel contains the code and constants of
     the kernels that it calls. ``__init__`` files are left out: they have no kernels.
 
-    module  its dotted name
+    module  dotted name of the module
     """
     digest = hashlib.sha256()
     todo, seen = [module], set[str]()
@@ -176,7 +183,7 @@ def _source(module: str) -> bytes:
 
 
 def _cache_for(function: Callable[..., Any]) -> FunctionCache:
-    """Return a KernelCache for a function of PACKAGES, Numba's own cache for others."""
+    """Return a KernelCache if ``function`` belongs to PACKAGES, otherwise a cache of Numba."""
     ours = function.__module__.partition(".")[0] in PACKAGES
     return KernelCache(function) if ours else FunctionCache(function)
 

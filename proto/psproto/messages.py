@@ -38,13 +38,13 @@ class Pulled:
     header: pb.PullResponseHeader
     embeddings: NDArray[Any]  # flat [n * dim] or [n, dim], in the dtype of the header
     versions: NDArray[np.uint64]  # [n], or empty: metadata not requested
-    steps: NDArray[np.int64]  # likewise
-    frequencies: NDArray[np.uint64]  # likewise
+    steps: NDArray[np.int64]  # [n], or empty: metadata not requested
+    frequencies: NDArray[np.uint64]  # [n], or empty: metadata not requested
 
 
 @dataclass(slots=True)
 class Exchange:
-    """An ExchangeRequest: pushes, and pulls that read after them."""
+    """An ExchangeRequest: pushes, and pulls that read the rows after these pushes."""
 
     pushes: list[PushMessage]
     pulls: list[PullMessage]
@@ -52,7 +52,7 @@ class Exchange:
 
 @dataclass(slots=True)
 class Exchanged:
-    """An ExchangeResponse: a reply to each push and pull, in their order."""
+    """An ExchangeResponse: the replies to the pushes and pulls of an Exchange, in their order."""
 
     pushes: list[pb.PushResponse]
     pulls: list[Pulled]
@@ -60,9 +60,9 @@ class Exchanged:
 
 @dataclass(slots=True)
 class Delta:
-    """A Delta: changed or deleted rows, or another change, for a subscriber.
+    """A Delta: a change that a server sends to a subscriber, for example new values of rows.
 
-    Arrays that are not used by the kind of the delta (in the header) are empty.
+    The header has the kind of the change. Arrays that this kind does not use are empty.
     """
 
     header: pb.DeltaHeader
@@ -77,7 +77,8 @@ class Delta:
 class RowsMessage:
     """A WriteRowsRequest: whole rows to store.
 
-    The arrays are still bytes; the server checks their lengths when it knows the table.
+    The arrays are views of the received bytes, of unchecked length: the decoder does not know the
+    table.
     """
 
     table: str

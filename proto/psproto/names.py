@@ -33,7 +33,7 @@ RULES = {"table": _PATH, "barrier": _PATH, "checkpoint": _SINGLE}
 
 
 def problem(kind: Kind, name: str) -> str | None:
-    """Return an error message if a name breaks the rules for its kind, or None if it is valid."""
+    """Return an error message if a name breaks the rules for its kind; None if it is valid."""
     pattern, rule = RULES[kind]
     if pattern.match(name):
         return None

@@ -87,7 +87,7 @@ class ShardMap:
 
 
 def even_map(shards: int) -> ShardMap:
-    """Return the initial map, of epoch 1: bucket b belongs to shard ``b * shards // 4096``."""
+    """Return a map, with epoch 1, in which bucket b belongs to shard ``b * shards // 4096``."""
     buckets = np.arange(BUCKETS, dtype=np.int64)
     return ShardMap(1, shards, (buckets * shards // BUCKETS).astype(np.uint16))
 
@@ -240,12 +240,12 @@ def split(keys: Keys, shard_map: ShardMap) -> Split:
 def _check(keys: Any, shard_of_bucket: Any, shard: int, salt: Any, slots: Any, foreign: Any) -> int:
     """Return the number of keys that are equal to an earlier key of the batch.
 
-    keys     uint64[n]
-    shard    number of the shard that should own all keys
-    slots    int32[m]  scratch; m is a power of two, larger than n
-    foreign  int64[1]  written: index of the first key that a different shard owns, or -1
-
-    shard_of_bucket and salt are those of ``_distinct``.
+    keys             uint64[n]     the batch
+    shard_of_bucket  uint16[4096]  see ShardMap
+    shard            number of the shard that should own all keys
+    salt             uint64[3]     see ``_place``
+    slots            int32[m]      scratch; m is a power of two, larger than n
+    foreign          int64[1]      written: index of the first key that another shard owns, or -1
     """
     mask = np.uint64(slots.shape[0] - 1)
     slots[:] = -1
@@ -278,7 +278,11 @@ def check(keys: Keys, shard_map: ShardMap, shard: int) -> tuple[int, int]:
 
 @jit
 def _first_foreign(keys: Any, shard_of_bucket: Any, shard: int) -> int:
-    """Implement ``first_foreign``. keys: uint64[n], shard_of_bucket: uint16[4096]."""
+    """Return the index of the first key that ``shard`` does not own, or -1 if it owns all.
+
+    keys             uint64[n]
+    shard_of_bucket  uint16[4096]  see ShardMap
+    """
     for i in range(keys.shape[0]):
         if shard_of_bucket[mix64(keys[i]) >> np.uint64(52)] != shard:
             return i
@@ -286,7 +290,7 @@ def _first_foreign(keys: Any, shard_of_bucket: Any, shard: int) -> int:
 
 
 def first_foreign(keys: Keys, shard_map: ShardMap, shard: int) -> int:
-    """Return the index of the first key that is not owned by ``shard``, or -1 if it owns all."""
+    """Return the index of the first key that ``shard`` does not own, or -1 if it owns all."""
     return int(_first_foreign(keys, shard_map.shard_of_bucket, shard))
 
 
@@ -310,7 +314,7 @@ def scatter(rows: Any, first: int, inverse: Any, out: Any) -> None:
     """Copy rows of distinct keys to all their positions in a batch.
 
     rows     [m, dim]  rows of the distinct keys with the indices first..first + m - 1
-    first    index of the first of them
+    first    index of the distinct key whose row is rows[0]
     inverse  int32[n]  index of each key of the batch among the distinct keys
     out      [n, dim]  ``out[i] = rows[inverse[i] - first]`` where that index is in 0..m-1; other
                        rows are left unchanged

@@ -195,7 +195,8 @@ except kernelcache.NotCached as error:
         text=True,
         check=True,
     )
-    assert done.stdout.startswith(f"kernels.outer.double is not in {source.parent}/cache/kernels_")
+    said = f"kernels.outer.double is not in any cache directory: {source.parent}/cache/kernels_"
+    assert done.stdout.startswith(said)
     assert f", {source}/__pycache__, " in done.stdout
 
 

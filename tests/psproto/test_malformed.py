@@ -81,7 +81,7 @@ def test_groups_which_no_version_of_the_contract_can_have_are_refused() -> None:
 )
 def test_a_message_has_at_most_32768_fields_of_any_kind(field: bytes) -> None:
     assert codec.decode_pull(field * (2**15 - 1) + KEY).keys.tolist() == [1]
-    with pytest.raises(TooManyFields, match=r"^too many fields, pushes or pulls in one message$"):
+    with pytest.raises(TooManyFields, match=r"^too many fields, pushes or pulls in one message:"):
         codec.decode_pull(field * 2**15 + KEY)
 
 
@@ -167,7 +167,7 @@ def test_a_header_has_a_limit(kind: str) -> None:
     decode, _ = NESTED[kind]
     decode(wire(1, 2, pb.PullHeader(table="t" * 4000).SerializeToString()))
     for header in (pb.PullHeader(table="t" * 4096), pb.PullHeader(table="t" * 3000)):
-        with pytest.raises(Malformed, match=r"Header is longer than 4096 bytes$"):
+        with pytest.raises(Malformed, match=r"Header must have at most 4096 bytes, got \d+$"):
             decode(wire(1, 2, header.SerializeToString()) * 2)
 
 
@@ -207,7 +207,7 @@ def test_an_array_of_part_of_an_item_is_refused(name: str, field: int, size: int
 
 @pytest.mark.parametrize("dtype", [-1, 4, 5, 2**31 - 1])
 def test_an_unknown_dtype_is_refused(dtype: int) -> None:
-    said = rf"dtype must be one of \[1, 2, 3\], got {dtype}"
+    said = rf"field 'dtype' must be one of \[1, 2, 3\], got {dtype}"
     push = pb.PushRequest(header=pb.PushHeader(dtype=dtype)).SerializeToString()
     pulled = pb.PullResponse(header=pb.PullResponseHeader(dtype=dtype)).SerializeToString()
     with pytest.raises(Malformed, match=said):
