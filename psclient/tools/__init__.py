@@ -3,7 +3,7 @@
 Needs additional packages: pip install 'embedding-ps[ctl]'.
 
 staged.py                 files that get their final name once they are complete
-arrow.py                  helpers for reading and writing Parquet
+arrow.py                  load pyarrow; read and write the metadata of Parquet files
 columns.py                columns of an exported table, for every file format
 parquet.py                a table as a Parquet file
 safetensors.py            a table as a safetensors file
@@ -15,8 +15,8 @@ summary.py                summary statistics of a table
 analysis.py               compute the summary of a live table, or of one in a checkpoint
 sink.py                   write the rows that an analysis read to a Parquet file
 history.py                a file with the results of past analyses: how a table grew
-keys.py                   where a key's row is, or why it has none
-status.py                 the state of each shard
+keys.py                   find the row of a key, or the reason why it has none
+status.py                 ask every shard for its state
 rules.py                  rules as typed on the command line: counter:threshold=3
 figures.py                numbers and counts of an analysis, formatted as text
 listing.py                aligned columns of text for the terminal

@@ -12,7 +12,7 @@ the analysis may be missing.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,12 @@ from psproto import ps_pb2 as pb
 SERVICE = "AnalysisService"
 Columns = pb.AnalyzeRequest.Columns
 METADATA_BYTES = 24  # server memory for the metadata of one row, in bytes
+LISTS = (  # lists of extreme rows: (field of Summary, measure, -1: largest first or 1: smallest)
+    ("most_frequent", "frequencies", -1.0),
+    ("least_frequent", "frequencies", 1.0),
+    ("largest", "norms", -1.0),
+    ("smallest", "norms", 1.0),
+)
 
 
 def analyze(
@@ -47,9 +53,11 @@ def analyze(
 
     table        name of the table
     checkpoint   name of the checkpoint; None: the live table
-    frequencies  admission thresholds for which the result has exact counts, besides powers of two
-    ages         TTLs in steps, likewise, besides powers of two
-    norms        norms, likewise, besides 1, 2 and 5 times powers of ten
+    frequencies  admission thresholds for which the result has exact counts of rows, in addition to
+                 the powers of two
+    ages         step TTLs for which the result has exact counts, in addition to the powers of two
+    norms        norm thresholds for which the result has exact counts, in addition to 1, 2 and 5
+                 times powers of ten
     grace        grace period of the norm rule, in steps
     top          number of rows in each list of extreme rows, at most 1000
     sink         called with the rows themselves (RowColumns), in no particular order, by one thread
@@ -60,25 +68,51 @@ def analyze(
     Raises TableNotFound, CheckpointNotFound, DataLoss, and InvalidArgument for an invalid
     threshold.
     """
-    stored = "" if checkpoint is None else checked.name("checkpoint", checkpoint)
     start = time.perf_counter()
+    asked = {"frequencies": frequencies, "ages": ages, "norms": norms}
     columns = Columns.COLUMNS_EMBEDDING if embeddings else Columns.COLUMNS_METADATA
+    if sink is None:
+        columns = Columns.COLUMNS_UNSPECIFIED
+    request = _request(table, checkpoint, asked, grace=grace, top=top, columns=columns)
+    summaries = _summaries(client, request, sink, progress)
+    when = admin.describe(client, checkpoint).time if checkpoint else time.time()
+    thresholds = {name: tuple(map(float, values)) for name, values in asked.items()}
+    seconds = time.perf_counter() - start
+    result = _merged(summaries, table, checkpoint, thresholds, when, seconds, top)
+    if sink is not None and not result.rows:
+        sink(_no_rows(result.dim if embeddings else None))
+    return result
+
+
+def _request(
+    table: str, checkpoint: str | None, asked: Mapping[str, Any], **others: Any
+) -> pb.AnalyzeRequest:
+    """Return the request for an analysis. Raises InvalidArgument for an invalid threshold.
+
+    asked   the caller's thresholds: frequencies, ages, norms
+    others  fields of the request: grace, top, columns
+    """
+    stored = "" if checkpoint is None else checked.name("checkpoint", checkpoint)
     try:
-        request = pb.AnalyzeRequest(
-            table=table,
-            checkpoint=stored,
-            frequencies=frequencies,
-            ages=ages,
-            norms=norms,
-            grace=grace,
-            top=top,
-            columns=columns if sink is not None else Columns.COLUMNS_UNSPECIFIED,
-        )
+        return pb.AnalyzeRequest(table=table, checkpoint=stored, **asked, **others)
     except (TypeError, ValueError) as error:
         raise InvalidArgument(
             "frequencies and ages must be non-negative integers, and norms must be numbers:"
             f" {error}"
         ) from error
+
+
+def _summaries(
+    client: Client,
+    request: pb.AnalyzeRequest,
+    sink: Sink | None,
+    progress: calls.OnProgress | None,
+) -> list[pb.Summary]:
+    """Run an analysis on all shards at the same time; return the summary of each shard.
+
+    sink      receives the rows that the shards read
+    progress  called with (done, total) of all shards together
+    """
     amounts = [(0, 0)] * len(calls.links(client))
 
     def take(shard: int, message: pb.AnalyzeResponse) -> None:
@@ -89,29 +123,21 @@ def analyze(
             progress(*map(sum, zip(*amounts, strict=True)))
 
     last = calls.all_streams(client, "Analyze", request, pb.AnalyzeResponse, take, service=SERVICE)
-    summaries = [message.summary for message in last]
-    when = admin.describe(client, checkpoint).time if checkpoint else time.time()
-    asked = {
-        "frequencies": tuple(map(float, frequencies)),
-        "ages": tuple(map(float, ages)),
-        "norms": tuple(map(float, norms)),
-    }
-    seconds = time.perf_counter() - start
-    result = _merged(summaries, table, checkpoint, asked, when, seconds, top)
-    if sink is not None and not result.rows:
-        sink(_no_rows(result.dim if embeddings else None))
-    return result
+    return [message.summary for message in last]
 
 
 def _no_rows(dim: int | None) -> RowColumns:
-    """Return a RowColumns of no rows, with embeddings[0, dim] unless ``dim`` is None."""
+    """Return a RowColumns without rows.
+
+    dim  length of its (zero) embeddings; None: it has no embeddings
+    """
     none = np.empty(0, np.uint64)
     matrix = None if dim is None else np.empty((0, dim), np.float32)
     return RowColumns(none, none, none.view(np.int64), none, none.view(np.float64), "", matrix)
 
 
 def _columns(message: pb.AnalyzeResponse) -> RowColumns:
-    """Convert a message with rows to a RowColumns."""
+    """Return the rows in a message as a RowColumns."""
     n = len(message.keys) // 8
     flat = np.frombuffer(message.embeddings, "<f4")
     return RowColumns(
@@ -134,23 +160,16 @@ def _merged(
     seconds: float,
     top: int,
 ) -> Analysis:
-    """Combine the summaries of all shards into one Analysis; its fields explain the arguments."""
+    """Combine the summaries of all shards into one Analysis.
+
+    parts  summary of each shard
+    when   time of the analysis, or of the checkpoint, in seconds since 1970
+    top    number of rows in each list of extreme rows
+
+    The other arguments are fields of the Analysis.
+    """
     schema = parts[0].schema
     rows = sum(part.rows for part in parts)
-    tiers: dict[str, list[int]] = {}
-    for tier in (tier for part in parts for tier in part.tiers):
-        sums = tiers.setdefault(tier.name, [0, 0])
-        sums[0] += tier.rows
-        sums[1] += tier.bytes
-    lists = {
-        name: _list([getattr(part, name) for part in parts], field, sign, top)
-        for name, field, sign in (
-            ("most_frequent", "frequencies", -1.0),
-            ("least_frequent", "frequencies", 1.0),
-            ("largest", "norms", -1.0),
-            ("smallest", "norms", 1.0),
-        )
-    }
     return Analysis(
         table=table,
         checkpoint=checkpoint,
@@ -172,23 +191,37 @@ def _merged(
         norms=_histogram([part.norms for part in parts]),
         idle_norms=_histogram([part.idle_norms for part in parts]),
         grace=parts[0].grace,
-        tiers=tuple(Tier(name, *sums) for name, sums in tiers.items()),
+        tiers=_tiers(parts),
         index_bytes=sum(part.index_bytes for part in parts),
         waiting=sum(part.waiting for part in parts),
         waiting_bytes=sum(part.waiting_bytes for part in parts),
-        **lists,
+        **{
+            name: _list([getattr(part, name) for part in parts], field, sign, top)
+            for name, field, sign in LISTS
+        },
     )
 
 
+def _tiers(parts: Sequence[pb.Summary]) -> tuple[Tier, ...]:
+    """Add up the sizes of each tier over all shards."""
+    tiers: dict[str, list[int]] = {}
+    for tier in (tier for part in parts for tier in part.tiers):
+        sums = tiers.setdefault(tier.name, [0, 0])
+        sums[0] += tier.rows
+        sums[1] += tier.bytes
+    return tuple(Tier(name, *sums) for name, sums in tiers.items())
+
+
 def _histogram(parts: Sequence[pb.Histogram]) -> Histogram:
-    """Add up the histograms of all shards, which have the same edges."""
+    """Add up the counts of the histograms of all shards. All have the same edges."""
     edges = np.array(parts[0].edges, np.float64)
     return Histogram(edges, np.sum([part.counts for part in parts], axis=0, dtype=np.int64))
 
 
 def _list(parts: Sequence[pb.RowList], field: str, sign: float, top: int) -> RowList:
-    """Combine the shards' lists of extreme rows into one of ``top`` rows.
+    """Combine the shards' lists of extreme rows into one list of at most ``top`` rows.
 
+    parts  list of each shard
     field  name of the measure, "frequencies" or "norms"
     sign   -1: largest first; 1: smallest first
 

@@ -1,6 +1,6 @@
-"""Helpers for Parquet files, for export, import and analysis.
+"""Load pyarrow, and read and write the metadata of Parquet files: for export, import, analysis.
 
-They need pyarrow: pip install 'embedding-ps[export]'.
+Needs pyarrow: pip install 'embedding-ps[export]'.
 """
 
 from __future__ import annotations
@@ -48,18 +48,19 @@ def array(arrow: Any, values: NDArray[Any]) -> Any:
 
 
 def writer(parquet: Any, path: Any, schema: Any) -> Any:
-    """Open a Parquet file for writing, with page checksums; the arguments are those of
-    ParquetWriter.
+    """Open a Parquet file for writing, with page checksums; return a pyarrow ParquetWriter.
 
     parquet  the module pyarrow.parquet
+    path     the file, which is created or overwritten
+    schema   pyarrow schema of its columns
     """
     return parquet.ParquetWriter(path, schema, write_page_checksum=True)
 
 
 def key_type(name: str) -> KeyType:
-    """Return the dtype called ``name``. Raises InvalidArgument unless it is "uint64" or "int64"."""
+    """Return np.uint64 or np.int64. Raises InvalidArgument unless ``name`` is one of the two."""
     if name not in KEY_TYPES:
-        raise InvalidArgument(f"keys must be one of {', '.join(KEY_TYPES)}, got {name!r}")
+        raise InvalidArgument(f"'keys' must be one of {', '.join(KEY_TYPES)}, got {name!r}")
     return KEY_TYPES[name]
 
 

@@ -4,8 +4,12 @@ A column is accepted only if its values can be stored exactly. The functions ``r
 column's type before any row is read. The functions ``to_*`` check and convert values. Both raise
 BadColumn with the column and the rule; ``to_*`` adds the row.
 
-In all functions ``arrow`` is the module pyarrow, ``name`` the column's name, ``kind`` its pyarrow
-type, and ``column`` its pyarrow array.
+Arguments of all functions:
+
+arrow   the module pyarrow
+name    name of the column, for errors
+kind    pyarrow type of the column
+column  pyarrow array with the column's values
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ HASH = "turn strings into keys with psclient.hash_keys"
 class BadColumn(Exception):
     """A column violates a rule.
 
-    row  index of the first row that does; None: the column's type does
+    rule  what the column must contain, and what it contains
+    row   index of the first invalid row; None if the type of the column is invalid
     """
 
     def __init__(self, column: str, rule: str, row: int | None = None) -> None:
@@ -35,26 +40,26 @@ class BadColumn(Exception):
 
 
 def require_keys(arrow: Any, name: str, kind: Any) -> None:
-    """Check that a type can hold keys: integers, or decimals of scale 0."""
+    """Raise BadColumn unless the type ``kind`` can hold keys: integers, or decimals of scale 0."""
     types, kind = arrow.types, _stored(arrow, kind)
     if types.is_integer(kind) or (types.is_decimal(kind) and kind.scale == 0):
         return
     hint = f": {HASH}" if types.is_string(kind) or types.is_large_string(kind) else ""
-    raise BadColumn(name, f"must contain {KEYS}, its type is {kind}{hint}")
+    raise BadColumn(name, f"must contain {KEYS}, but its type is {kind}{hint}")
 
 
 def require_integers(arrow: Any, name: str, kind: Any) -> None:
-    """Check that a type is an integer type."""
+    """Raise BadColumn unless the type ``kind`` is an integer type."""
     kind = _stored(arrow, kind)
     if not arrow.types.is_integer(kind):
         hint = f": {WHOLE}" if arrow.types.is_floating(kind) else ""
-        raise BadColumn(name, f"must contain integers, its type is {kind}{hint}")
+        raise BadColumn(name, f"must contain integers, but its type is {kind}{hint}")
 
 
 def require_lists(arrow: Any, name: str, kind: Any, length: int) -> None:
-    """Check that a type is a list of floats.
+    """Raise BadColumn unless the type ``kind`` is a list of floats.
 
-    If the lists have a fixed size, it must be ``length``.
+    If it is a list of fixed size, the size must be ``length``.
     """
     types = arrow.types
     fixed = types.is_fixed_size_list(kind)
@@ -62,16 +67,14 @@ def require_lists(arrow: Any, name: str, kind: Any, length: int) -> None:
         kind.value_type
     ):
         raise BadColumn(
-            name, f"must contain lists of float16, float32 or float64, its type is {kind}"
+            name, f"must contain lists of float16, float32 or float64, but its type is {kind}"
         )
     if fixed and kind.list_size != length:
         raise BadColumn(name, f"must contain lists of {length} numbers, got {kind.list_size}")
 
 
 def _stored(arrow: Any, kind: Any) -> Any:
-    """Return the type of the values of a dictionary-encoded column; return other types
-    unchanged.
-    """
+    """Return ``kind``, or the type of the dictionary's values for a dictionary-encoded column."""
     return kind.value_type if arrow.types.is_dictionary(kind) else kind
 
 
@@ -79,7 +82,7 @@ def _stored(arrow: Any, kind: Any) -> Any:
 
 
 def to_keys(arrow: Any, name: str, column: Any) -> NDArray[np.uint64]:
-    """Convert keys to uint64[n]. Negative keys keep their 64 bits."""
+    """Convert a column of keys to uint64[n]. Negative keys keep their 64 bits."""
     column = _plain(arrow, name, column)
     if arrow.types.is_decimal(column.type):
         return _decimals(arrow, name, column)
@@ -90,7 +93,7 @@ def to_keys(arrow: Any, name: str, column: Any) -> NDArray[np.uint64]:
 
 
 def _decimals(arrow: Any, name: str, column: Any) -> NDArray[np.uint64]:
-    """Convert decimals of scale 0 to keys."""
+    """Convert a column of decimals of scale 0 to keys, uint64[n]."""
     column = column.cast(arrow.decimal128(38, 0))
     words = np.frombuffer(column.buffers()[1], np.uint64).reshape(-1, 2)
     low, high = words[column.offset : column.offset + len(column)].T
@@ -100,9 +103,9 @@ def _decimals(arrow: Any, name: str, column: Any) -> NDArray[np.uint64]:
 
 
 def to_integers(arrow: Any, name: str, column: Any, bounds: tuple[int, int]) -> NDArray[np.int64]:
-    """Convert integers to int64[n].
+    """Convert a column of integers to int64[n].
 
-    bounds  smallest and largest valid value
+    bounds  smallest and largest valid value; BadColumn if a value is outside
     """
     low, high = bounds
     values = _plain(arrow, name, column).to_numpy(zero_copy_only=False)
@@ -116,7 +119,11 @@ def to_integers(arrow: Any, name: str, column: Any, bounds: tuple[int, int]) -> 
 
 
 def to_matrix(name: str, column: Any, length: int) -> NDArray[np.float32]:
-    """Convert lists to float32[n, length]. Each must have ``length`` numbers, finite as float32."""
+    """Convert a column of lists to float32[n, length].
+
+    Raises BadColumn if a list does not have ``length`` numbers, or if a number is not finite as
+    float32.
+    """
     n = len(column)
     _refuse_nulls(name, column)
     numbers = column.flatten()
@@ -140,7 +147,7 @@ def to_matrix(name: str, column: Any, length: int) -> NDArray[np.float32]:
 
 
 def _plain(arrow: Any, name: str, column: Any) -> Any:
-    """Decode a dictionary-encoded column. Raises BadColumn if the column has nulls."""
+    """Return a column, decoded if it is dictionary-encoded. Raises BadColumn if it has nulls."""
     if arrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     _refuse_nulls(name, column)
@@ -154,8 +161,6 @@ def _refuse_nulls(name: str, column: Any) -> None:
 
 
 def _refuse(name: str, rule: str, broken: NDArray[np.bool_]) -> None:
-    """Raise BadColumn with the first row of ``broken``, bool[n], that is True; return if none
-    is.
-    """
+    """Raise BadColumn for the first row at which ``broken`` (bool[n]) is True, if there is one."""
     if broken.any():
         raise BadColumn(name, rule, int(broken.argmax()))

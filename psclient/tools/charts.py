@@ -39,26 +39,13 @@ class Chart:
 def charts(result: Analysis, moments: Sequence[Moment]) -> list[Chart]:
     """Return all charts of an analysis.
 
-    moments  earlier analyses of the table, by time, for the charts of its growth
+    moments  earlier analyses of the table, ordered by time, for the charts of its growth
     """
     grace = f" that were not pushed for {result.grace:,} steps" if result.grace else ""
     shards = [(f"{i}", rows) for i, rows in enumerate(result.shard_rows)]
     return [
         *(_growth(moments) if len(moments) > 1 else ()),
-        _histogram(
-            "Frequency",
-            "How often the keys that have rows were pushed.",
-            "occurrences",
-            buckets(result.frequencies, whole=True),
-        ),
-        _curves(
-            "Admission thresholds",
-            "Rows that an admission threshold would have refused, and the occurrences whose"
-            " gradients it would have dropped.",
-            "admission threshold, occurrences",
-            admissions(result),
-            ("rows refused", "occurrences dropped"),
-        ),
+        *_admission(result),
         _histogram(
             "Age",
             "Steps since the last push of a row.",
@@ -85,10 +72,32 @@ def charts(result: Analysis, moments: Sequence[Moment]) -> list[Chart]:
     ]
 
 
+def _admission(result: Analysis) -> tuple[Chart, Chart]:
+    """Return the charts of frequencies, and of the effect of admission thresholds."""
+    return (
+        _histogram(
+            "Frequency",
+            "How often the keys that have rows were pushed.",
+            "occurrences",
+            buckets(result.frequencies, whole=True),
+        ),
+        _curves(
+            "Admission thresholds",
+            "Rows that an admission threshold would have refused, and the occurrences whose"
+            " gradients it would have dropped.",
+            "admission threshold, occurrences",
+            admissions(result),
+            ("rows refused", "occurrences dropped"),
+        ),
+    )
+
+
 def _histogram(head: str, about: str, axis: str, counts: Sequence[tuple[str, int]]) -> Chart:
     """Return a bar chart of the number of rows in each range.
 
-    axis    what the ranges measure
+    head    title
+    about   sentence that explains the chart
+    axis    title of the axis of ranges
     counts  (range, number of rows)
     """
     labels, values = [label for label, _ in counts], [n for _, n in counts]
@@ -119,9 +128,11 @@ def _histogram(head: str, about: str, axis: str, counts: Sequence[tuple[str, int
 def _curves(
     head: str, about: str, axis: str, chosen: Sequence[Threshold], names: tuple[str, ...]
 ) -> Chart:
-    """Return a line chart of the share of rows that a rule would affect, by its threshold.
+    """Return a line chart of the share of rows that a rule would refuse or evict, by threshold.
 
-    axis    what the threshold measures
+    head    title
+    about   sentence that explains the chart
+    axis    title of the axis of thresholds
     chosen  the thresholds
     names   name of the curve of rows; optionally a second name, for a curve of occurrences
     """
@@ -179,57 +190,52 @@ def _memory(result: Analysis) -> Chart:
 
 
 def _growth(moments: Sequence[Moment]) -> list[Chart]:
-    """Return charts of rows, and of memory, over time.
+    """Return the chart of rows over time, and of memory over time if it was measured twice."""
+    live = [each for each in moments if each.checkpoint is None]  # a checkpoint uses no memory
+    charts = [_growth_of_rows(moments)]
+    return [*charts, _growth_of_memory(live)] if len(live) > 1 else charts
 
-    Checkpoints have no memory, so only live ones do.
-    """
-    live = [each for each in moments if each.checkpoint is None]
+
+def _growth_of_rows(moments: Sequence[Moment]) -> Chart:
+    """Return a chart of rows, and of waiting keys if there were any, over time."""
     rows = [_line("rows", [(each.time, each.rows) for each in moments])]
     counted = [each for each in moments if each.checkpoint is None or each.waiting]
     if any(each.waiting for each in counted):
         rows.append(_line("waiting keys", [(each.time, each.waiting) for each in counted]))
-    charts = [
-        Chart(
-            "Growth",
-            "Rows of this table in earlier analyses and in checkpoints.",
-            rows,
-            {"xaxis": {"type": "date"}, "yaxis": {"rangemode": "tozero"}},
-            ("time", "checkpoint", "rows", "waiting keys", "step"),
-            [
-                (
-                    when(each.time),
-                    each.checkpoint or "",
-                    f"{each.rows:,}",
-                    f"{each.waiting:,}" if each in counted else "",
-                    f"{each.step:,}",
-                )
-                for each in moments
-            ],
-        )
-    ]
-    if len(live) > 1:
-        charts.append(
-            Chart(
-                "Growth of memory",
-                "Memory of this table in earlier analyses.",
-                [_line("bytes", [(each.time, each.bytes) for each in live])],
-                {
-                    "xaxis": {"type": "date"},
-                    "yaxis": {
-                        "rangemode": "tozero",
-                        "tickformat": ".3~s",
-                        "title": {"text": "bytes"},
-                    },
-                },
-                ("time", "memory"),
-                [(when(each.time), size(each.bytes)) for each in live],
+    return Chart(
+        "Growth",
+        "Rows of this table in earlier analyses and in checkpoints.",
+        rows,
+        {"xaxis": {"type": "date"}, "yaxis": {"rangemode": "tozero"}},
+        ("time", "checkpoint", "rows", "waiting keys", "step"),
+        [
+            (
+                when(each.time),
+                each.checkpoint or "",
+                f"{each.rows:,}",
+                f"{each.waiting:,}" if each in counted else "",
+                f"{each.step:,}",
             )
-        )
-    return charts
+            for each in moments
+        ],
+    )
+
+
+def _growth_of_memory(moments: Sequence[Moment]) -> Chart:
+    """Return a chart of memory over time."""
+    axis = {"rangemode": "tozero", "tickformat": ".3~s", "title": {"text": "bytes"}}
+    return Chart(
+        "Growth of memory",
+        "Memory of this table in earlier analyses.",
+        [_line("bytes", [(each.time, each.bytes) for each in moments])],
+        {"xaxis": {"type": "date"}, "yaxis": axis},
+        ("time", "memory"),
+        [(when(each.time), size(each.bytes)) for each in moments],
+    )
 
 
 def _line(name: str, points: Sequence[tuple[float, int]]) -> dict[str, Any]:
-    """Return a plotly trace of ``points``: (seconds since 1970, value)."""
+    """Return a plotly trace called ``name``; ``points`` are (seconds since 1970, value)."""
     return {
         "type": "scatter",
         "mode": "lines+markers",

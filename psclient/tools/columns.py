@@ -23,7 +23,7 @@ class Part:
 
     path     the file
     schema   schema of the table
-    keys     dtype of the column of keys
+    keys     type of the column of keys: np.uint64 or np.int64
     batches  the rows; at least one batch, which may be empty
     """
 
@@ -54,7 +54,7 @@ class Part:
 
 
 def _grouped(batches: Iterator[RowBatch]) -> Iterator[RowBatch]:
-    """Join batches into groups of at least GROUP_ROWS rows, except the last one."""
+    """Join batches into larger ones, of at least GROUP_ROWS rows except the last one."""
     waiting: list[RowBatch] = []
     rows = 0
     for batch in batches:
@@ -68,7 +68,7 @@ def _grouped(batches: Iterator[RowBatch]) -> Iterator[RowBatch]:
 
 
 def _joined(batches: list[RowBatch]) -> RowBatch:
-    """Concatenate batches."""
+    """Concatenate batches into one."""
     return RowBatch(
         *(
             np.concatenate([getattr(each, field) for each in batches])

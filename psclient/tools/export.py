@@ -49,7 +49,7 @@ def export(
 
     checkpoint  name of a checkpoint to read the table from; None: the live table
     format      "parquet" or "safetensors"
-    keys        dtype of the keys, "uint64" or "int64"
+    keys        type of the keys in the file, "uint64" or "int64"
     parts       write one file per shard, in parallel. ``path`` is then a directory, which must not
                 exist or be empty; its files are part-00000.FORMAT, part-00001.FORMAT and so on
     progress    called with the number of rows written since the last call
@@ -58,7 +58,7 @@ def export(
     CheckpointNotFound, DataLoss. After an error ``path`` is as it was before.
     """
     if format not in FORMATS:
-        raise InvalidArgument(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+        raise InvalidArgument(f"'format' must be one of {', '.join(FORMATS)}, got {format!r}")
     work = _Work(client, table, checkpoint, format, key_type(keys), progress)
     if not parts:
         with staged_file(path) as temporary:
@@ -76,10 +76,11 @@ def export(
 
 
 class _Work:
-    """A running export, on one thread or on one thread per shard. ``export`` explains the
-    arguments.
+    """A running export: one thread writes all rows, or one thread per shard writes its rows.
 
-    stop  event that makes all threads stop at their next batch
+    The arguments are those of ``export``.
+
+    stop  event; once it is set, all threads stop at their next batch
     """
 
     def __init__(
@@ -101,8 +102,9 @@ class _Work:
         self.stop = threading.Event()
 
     def write(self, path: Path, shard: int | None) -> int:
-        """Write the rows of one shard, or of all if ``shard`` is None, to a file; return their
-        number.
+        """Write the rows of a shard to the file ``path``; return their number.
+
+        shard  number of the shard; None: write the rows of all shards
         """
         messages = read_rows(
             self._client,
@@ -121,7 +123,7 @@ class _Work:
             messages.close()
 
     def _batches(self, messages: Iterator[pb.TableSchema | RowBatch]) -> Iterator[RowBatch]:
-        """Yield the batches of rows until ``stop`` is set."""
+        """Yield the batches of rows in ``messages`` until they end or ``stop`` is set."""
         for batch in messages:
             if self.stop.is_set():
                 return
@@ -129,7 +131,7 @@ class _Work:
             yield batch
 
     def _tell(self, rows: int) -> None:
-        """Report progress, from one thread at a time."""
+        """Call the progress function with ``rows``, on one thread at a time."""
         if self._progress is not None:
             with self._telling:
                 self._progress(rows)

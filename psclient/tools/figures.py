@@ -1,4 +1,4 @@
-"""Numbers of an analysis, formatted as text for the terminal and the HTML page."""
+"""Numbers of an analysis, chosen and formatted as text for the terminal and the HTML page."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def share(part: float, whole: float) -> float:
 def buckets(
     histogram: Histogram, *, whole: bool = False, upper: bool = False
 ) -> list[tuple[str, int]]:
-    """Return (range, count) of each bucket, from the first to the last that is not empty.
+    """Return (range as text, count) of each bucket, from the first to the last non-empty one.
 
-    whole  the values are integers, so ranges are shown with inclusive ends
+    whole  the values are integers: show ranges with inclusive ends, "2 … 3"
     upper  a bucket includes its upper edge instead of its lower one; values are at least 0
     """
     used = np.flatnonzero(histogram.counts)
@@ -74,7 +74,7 @@ def buckets(
 
 
 def _between(low: float, high: float) -> str:
-    """Format a range whose ends may be infinite."""
+    """Format a range: "1 … 3", "< 3" if ``low`` is infinite, "≥ 1" if ``high`` is."""
     if math.isinf(low):
         return f"< {number(high)}"
     if math.isinf(high):
@@ -83,9 +83,10 @@ def _between(low: float, high: float) -> str:
 
 
 def admissions(result: Analysis) -> list[Threshold]:
-    """Return what interesting admission thresholds would have refused.
+    """Return how many rows admission rules with different thresholds would have refused.
 
-    Thresholds that the caller of the analysis asked for are always included.
+    The thresholds are those that the caller of the analysis asked for, and the built-in ones near
+    those that refuse some rows but not all.
     """
     chosen = _interesting(result.frequencies, result.asked.get("frequencies", ()), least=2)
     return [
@@ -101,14 +102,17 @@ def admissions(result: Analysis) -> list[Threshold]:
 
 
 def ttls(result: Analysis) -> list[Threshold]:
-    """Return what interesting step TTLs would evict now. See ``admissions``."""
+    """Return how many rows different step TTLs would evict now, chosen as in ``admissions``."""
     chosen = _interesting(result.ages, result.asked.get("ages", ()), least=1)
     rows = [(value, asked, result.idle(int(value))) for value, asked in chosen]
     return [Threshold(value, asked, n, share(n, result.rows)) for value, asked, n in rows]
 
 
 def small(result: Analysis) -> list[Threshold]:
-    """Return what interesting thresholds of the norm rule would evict now. See ``admissions``."""
+    """Return how many rows the norm rule would evict now with different thresholds.
+
+    The thresholds are chosen as in ``admissions``.
+    """
     chosen = _interesting(result.idle_norms, result.asked.get("norms", ()), least=0)
     rows = [(value, asked, result.small(value)) for value, asked in chosen]
     return [Threshold(value, asked, n, share(n, result.rows)) for value, asked, n in rows]
@@ -117,10 +121,12 @@ def small(result: Analysis) -> list[Threshold]:
 def _interesting(
     histogram: Histogram, asked: Sequence[float], least: float
 ) -> list[tuple[float, bool]]:
-    """Choose edges of a histogram: return (edge, whether it was asked for).
+    """Choose edges of a histogram to show; return (edge, whether it is in ``asked``).
 
-    Chosen are edges with values on both sides, one more edge at either end, and all in ``asked``.
-    Edges smaller than ``least`` are chosen only if asked for.
+    asked  edges that are always chosen
+    least  smallest edge that is chosen if it is not in ``asked``
+
+    Chosen are all edges with values on both sides, and one more edge at either end.
     """
     sums = np.concatenate([[0], np.cumsum(histogram.counts)])[1:-1]
     both = np.flatnonzero((sums > 0) & (sums < histogram.counts.sum()))
@@ -133,16 +139,14 @@ def _interesting(
 
 
 def title(result: Analysis) -> str:
-    """Return the table, the checkpoint if any, and the time of the analysis or of the
-    checkpoint.
-    """
+    """Return a title: the table's name, then the checkpoint if there is one, then the time."""
     taken = when(result.time)
     of = f"checkpoint {result.checkpoint}, taken {taken}" if result.checkpoint else taken
     return f"{result.table} · {of}"
 
 
 def facts(result: Analysis) -> list[tuple[str, str]]:
-    """Return (name, value) of the main numbers of the analysis, formatted."""
+    """Return the main numbers of an analysis as (name, value): rows, memory, occurrences, ..."""
     per_row = share(result.occurrences, result.rows)
     shown = [
         ("rows", f"{result.rows:,}"),
@@ -161,8 +165,9 @@ def facts(result: Analysis) -> list[tuple[str, str]]:
 
 
 def memory(result: Analysis) -> list[tuple[str, int | None, int]]:
-    """Return (name, rows or None, bytes) of each part of the table's memory: tiers, index,
-    counters.
+    """Return (name, rows or None, bytes) of each part of a table's memory.
+
+    The parts are the tiers (kinds of storage for rows), the index and the admission counters.
     """
     parts: list[tuple[str, int | None, int]] = [
         (tier.name, tier.rows, tier.bytes) for tier in result.tiers
@@ -186,9 +191,9 @@ EXTREMES = ("key", "occurrences", "norm", "last step", "version", "shard", "tier
 
 
 def lines(rows: RowList, keys: KeyType = np.uint64) -> list[tuple[str, ...]]:
-    """Return the cells of a list of extreme rows, in the order of EXTREMES.
+    """Return a line of text cells for each row in a list; EXTREMES has the column heads.
 
-    keys  dtype to show keys with, signed or unsigned
+    keys  type in which keys are shown: np.uint64 or np.int64
     """
     return [
         (str(key), f"{frequency:,}", f"{norm:.4g}", f"{step:,}", f"{version:,}", str(shard), tier)
@@ -206,7 +211,7 @@ def lines(rows: RowList, keys: KeyType = np.uint64) -> list[tuple[str, ...]]:
 
 
 def cells(each: Threshold) -> tuple[str, str, str]:
-    """Return the cells of a threshold: value, number of rows, share of all rows."""
+    """Return the text cells for a threshold: its value, number of rows, share of all rows."""
     return number(each.value), f"{each.rows:,}", percent(each.share)
 
 

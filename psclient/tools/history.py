@@ -13,15 +13,15 @@ from psclient.tools.summary import Analysis
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """Main numbers of one analysis; a line of a history file."""
+    """The main numbers of one analysis. A history file has one Moment per line, as JSON."""
 
     time: float  # seconds since 1970
     table: str
-    checkpoint: str | None
+    checkpoint: str | None  # name of the checkpoint; None: the live table
     rows: int
     bytes: int  # memory of the table
     waiting: int  # keys that wait for admission
-    occurrences: int  # pushed, of all rows together
+    occurrences: int  # number of pushed occurrences of all keys with rows
     step: int  # largest training step pushed
 
 
@@ -55,7 +55,7 @@ def read_history(path: Path, table: str) -> list[Moment]:
                 int(moment.rows), int(moment.bytes), int(moment.waiting), int(moment.step)
             except (TypeError, ValueError, OverflowError, OSError) as error:
                 raise InvalidArgument(
-                    f"{path}: line {number} is not an analysis: {error}"
+                    f"{path}: line {number} is not an analysis, delete it: {error}"
                 ) from error
             if moment.table == table:
                 moments.append(moment)

@@ -37,16 +37,16 @@ Progress = Callable[[int, int], Any]  # called with (rows done, total rows)
 
 
 class ImportIncomplete(PsError):
-    """An import failed while it wrote rows; ``written`` of ``total`` rows stay.
+    """An import failed while it wrote rows. ``written`` of ``total`` rows were written and stay.
 
-    Repeat it to complete.
+    Repeat the same import to complete it.
     """
 
     def __init__(self, table: str, written: int, total: int, cause: BaseException) -> None:
         reason = str(cause) or type(cause).__name__
         super().__init__(
-            f"import into {table!r} is incomplete: {written:,} of {total:,} rows were written and"
-            f" stay; repeat the same import to complete it. Cause: {reason}"
+            f"import into table {table!r} is incomplete: {written:,} of {total:,} rows were written"
+            f" and stay; repeat the same import to complete it. Cause: {reason}"
         )
         self.written = written
         self.total = total
@@ -54,11 +54,11 @@ class ImportIncomplete(PsError):
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """Files that were checked and can be written to a table.
+    """Result of ``check_parquet``: files whose rows are valid for a table.
 
     target  the table
-    files   in the order of writing
-    rows    number of rows in all files
+    files   the files, in the order in which they will be written
+    rows    number of rows in all files together
     """
 
     target: Target
@@ -74,7 +74,7 @@ def import_parquet(
     path      file, or directory with *.parquet files
     progress  called with (rows written, total rows)
 
-    Raises what ``check_parquet`` and ``write_parquet`` raise.
+    Raises the errors of ``check_parquet``, with nothing written, and of ``write_parquet``.
     """
     return write_parquet(client, check_parquet(client, table, path), progress=progress)
 
@@ -92,7 +92,7 @@ def check_parquet(
     target = _target(client, table)
     files = files_of(path)
     total = sum(require(each, target) for each in files)
-    for _ in _told(_all(files, target), total, progress):
+    for _ in _reporting(_rows_of(files, target), total, progress):
         pass
     return Checked(target, files, total)
 
@@ -106,7 +106,7 @@ def write_parquet(client: Client, source: Checked, *, progress: Progress | None 
     """
     target, done = source.target, 0
     try:
-        for rows in _told(_all(source.files, target), source.rows, progress):
+        for rows in _reporting(_rows_of(source.files, target), source.rows, progress):
             _write(client, target.table, rows)
             done += len(rows.keys)
         with suppress(NoLog):
@@ -117,7 +117,7 @@ def write_parquet(client: Client, source: Checked, *, progress: Progress | None 
 
 
 def _target(client: Client, table: str) -> Target:
-    """Describe a table for the import."""
+    """Ask the servers for the dim, row width and optimizer of a table."""
     info = client.describe_table(table)
     messages = read_rows(client, table, shards=[0])
     widths = (each.rows.shape[1] for each in messages if isinstance(each, RowBatch))
@@ -126,14 +126,17 @@ def _target(client: Client, table: str) -> Target:
     return Target(table, info.dim, width, info.optimizer)
 
 
-def _all(files: list[Path], target: Target) -> Iterator[Rows]:
-    """Yield the rows of all files."""
+def _rows_of(files: list[Path], target: Target) -> Iterator[Rows]:
+    """Yield the rows of all files, checked, in batches."""
     for each in files:
         yield from read(each, target)
 
 
-def _told(batches: Iterator[Rows], total: int, progress: Progress | None) -> Iterator[Rows]:
-    """Yield the batches; report progress after each has been processed."""
+def _reporting(batches: Iterator[Rows], total: int, progress: Progress | None) -> Iterator[Rows]:
+    """Yield the batches; report progress when the caller asks for the next one.
+
+    total  number of rows in all batches
+    """
     done = 0
     for batch in batches:
         yield batch
@@ -143,7 +146,7 @@ def _told(batches: Iterator[Rows], total: int, progress: Progress | None) -> Ite
 
 
 def _write(client: Client, table: str, batch: Rows) -> None:
-    """Write a batch; of equal keys only the last row."""
+    """Write a batch to a table. If a key occurs several times, only its last row is written."""
     _, last = np.unique(batch.keys[::-1], return_index=True)
     chosen = len(batch.keys) - 1 - last
     write_rows(

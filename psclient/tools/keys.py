@@ -34,7 +34,7 @@ STATES = {
 
 @dataclass(frozen=True, slots=True)
 class Deletion:
-    """Deletion of a key's row, from the shard's record of past deletions."""
+    """One past deletion of a key's row, which the shard still has a record of."""
 
     version: int  # version of the shard after the deletion
     cause: str  # request, step_ttl, time_ttl, norm, capacity
@@ -56,7 +56,7 @@ class KeyInfo:
     """State of one key on its shard. Fields that do not apply are None."""
 
     key: int  # as passed by the caller
-    shard: int  # that owns the key
+    shard: int  # number of the shard that owns the key
     state: str  # row, waiting (for admission), gone (deleted), new (never pushed), unknown
     # Properties of the key's row; None unless the state is "row":
     tier: str | None
@@ -68,11 +68,11 @@ class KeyInfo:
     waiting: int  # occurrences counted so far by the admission rule
     threshold: int | None  # occurrences after which the admission rule admits a key
     deletions: tuple[Deletion, ...]  # past deletions that the shard still records, oldest first
-    why: str  # if the state is "unknown": which record the shard no longer has
+    why: str  # if the state is "unknown": the records that the shard no longer has
 
     @property
     def reason(self) -> str:
-        """Return a phrase that tells where the row is, or why there is none."""
+        """Return where the row is, or why there is none, as text: "has a row in tier host"."""
         match self.state:
             case "row":
                 return f"has a row in tier {self.tier}"
@@ -90,8 +90,8 @@ def inspect(
 ) -> list[KeyInfo]:
     """Return the state of each key, in the order of ``keys``. Changes nothing.
 
-    keys        int[n] in -2^63..2^64-1; duplicates are allowed
-    embeddings  return the embeddings of rows too
+    keys        integers in -2^63..2^64-1; duplicates are allowed
+    embeddings  return the embeddings of the rows too
 
     Raises TableNotFound, and InvalidArgument for a key that is not such an integer.
     """
@@ -100,32 +100,47 @@ def inspect(
     except TypeError as error:
         raise InvalidArgument(f"keys must be integers: {error}") from error
     if outside := [key for key in asked if not -(1 << 63) <= key < 1 << 64]:
-        raise InvalidArgument(f"keys must be in -2^63..2^64-1, got {outside[0]}")
+        raise InvalidArgument(f"each key must be in -2^63..2^64-1, got {outside[0]}")
+    if not asked:
+        client.describe_table(table)  # raises TableNotFound
     every = np.array([key % (1 << 64) for key in asked], np.uint64)
     distinct, inverse = np.unique(every, return_inverse=True)
+    answers = _answers(client, table, distinct, embeddings)
+    return [_key(key, *answers[i]) for key, i in zip(asked, inverse.tolist(), strict=True)]
+
+
+Answer = tuple[int, pb.KeyFacts, pb.Rule]  # (shard, its facts about a key, table's admission rule)
+
+
+def _answers(
+    client: Client, table: str, keys: NDArray[np.uint64], embeddings: bool
+) -> dict[int, Answer]:
+    """Ask the shard that owns each key for the key's state; return {index in ``keys``: answer}.
+
+    keys  uint64[n], distinct
+    """
     cluster = client._connect()
-    owners = routing.owners(distinct, cluster.shard_map)
-    answers: list[Any] = [None] * len(distinct)
+    owners = routing.owners(keys, cluster.shard_map)
+    answers: dict[int, Answer] = {}
     for shard, link in enumerate(cluster.links):
         mine = np.flatnonzero(owners == shard)
         for at in range(0, len(mine), MOST_KEYS):
             some = mine[at : at + MOST_KEYS]
             request = pb.InspectRequest(
-                table=table, keys=distinct[some].tobytes(), embeddings=embeddings
+                table=table, keys=keys[some].tobytes(), embeddings=embeddings
             )
             answer = calls.call(
                 client, link, "Inspect", request, pb.InspectResponse, service=SERVICE
             )
             for i, facts in zip(some.tolist(), answer.keys, strict=True):
                 answers[i] = (shard, facts, answer.admission)
-    if not asked:
-        client.describe_table(table)  # raises TableNotFound
-    return [_key(key, *answers[i]) for key, i in zip(asked, inverse.tolist(), strict=True)]
+    return answers
 
 
 def _key(key: int, shard: int, facts: pb.KeyFacts, admission: pb.Rule) -> KeyInfo:
     """Convert a shard's answer about one key to a KeyInfo.
 
+    key        the key, as the caller passed it
     facts      the answer
     admission  the table's admission rule
     """

@@ -1,4 +1,4 @@
-"""Print tables to the terminal; lines too long for it are wrapped, so that no number is cut off."""
+"""Print tables to the terminal. Long lines are wrapped, so that no number is cut off."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def listing(*columns: str) -> Table:
 
 
 def print_listing(table: Table, lines: Iterable[Sequence[str | Text]]) -> None:
-    """Add lines of cells to a table and print it."""
+    """Add lines to a table, one cell per column, and print the table."""
     for line in lines:
         table.add_row(*line)
     print_whole(Console(highlight=False), table)
 
 
 def print_whole(console: Console, what: RenderableType) -> None:
-    """Print ``what`` at its natural width; the terminal wraps lines that are too long for it."""
+    """Print ``what`` without cutting anything off; the terminal wraps lines that are too long."""
     width = console.width
     console.width = max(width, natural_width(console, what))
     try:

@@ -32,7 +32,7 @@ def page(result: Analysis, moments: Sequence[Moment] = (), *, keys: KeyType = np
     """Return an analysis as an HTML page.
 
     moments  earlier analyses of the table, ordered by time, for plots of its growth
-    keys     dtype to show keys with, signed or unsigned
+    keys     type in which keys are shown: np.uint64 or np.int64
 
     Raises InvalidArgument if plotly is not installed.
     """
@@ -78,7 +78,7 @@ def _json(value: Any) -> str:
 
 
 def _card(id: str, chart: Chart) -> str:
-    """Return the HTML of a chart; ``id`` is the id of its plot element."""
+    """Return the HTML of a chart. The plot is drawn in its element with the id ``id``."""
     return (
         f"<section class=card><h2>{escape(chart.head)}</h2>"
         f"<p>{escape(chart.about)}</p><div class=plot id={id}></div>"
@@ -88,7 +88,7 @@ def _card(id: str, chart: Chart) -> str:
 
 
 def _list_card(head: str, rows: RowList, keys: KeyType) -> str:
-    """Return the HTML of a list of extreme rows, or "" if it is empty."""
+    """Return the HTML of a list of extreme rows, titled ``head``; "" if the list is empty."""
     if not len(rows.keys):
         return ""
     table = _html_table(EXTREMES, lines(rows, keys))
@@ -96,7 +96,11 @@ def _list_card(head: str, rows: RowList, keys: KeyType) -> str:
 
 
 def _html_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return the HTML of a table of text cells."""
+    """Return an HTML table.
+
+    columns  column heads
+    lines    text of the cells, one per column
+    """
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines

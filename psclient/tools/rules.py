@@ -47,6 +47,6 @@ def parse_rules(field: str, texts: Sequence[str]) -> dict[str, dict[str, float]]
 
 
 def rule_text(name: str, parameters: Mapping[str, float]) -> str:
-    """Format a rule in the syntax that ``parse_rule`` reads."""
+    """Format a rule as ``parse_rule`` reads it: "adam:beta1=0.8,lr=0.01"."""
     numbers = ",".join(f"{each}={value:g}" for each, value in sorted(parameters.items()))
     return f"{name}:{numbers}" if numbers else name

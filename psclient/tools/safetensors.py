@@ -1,6 +1,6 @@
 """Write a table to a safetensors file.
 
-file    = size of the header u64 | header, JSON, padded with blanks to 8 bytes | data
+file    = size of the header, u64 | header, JSON, padded with blanks to 8 bytes | data
 header  = {name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}
 """
 

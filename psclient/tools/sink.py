@@ -24,8 +24,8 @@ class ParquetSink:
     The column ``embedding`` exists only if the analysis reads embeddings. The memory used does not
     grow with the table.
 
-    path  file to write; an existing one is replaced
-    keys  dtype of the keys, "uint64" or "int64"
+    path  file to write; an existing file is replaced
+    keys  type of the column of keys, "uint64" or "int64"
     """
 
     def __init__(self, path: Path, *, keys: str = "uint64") -> None:
@@ -43,7 +43,10 @@ class ParquetSink:
         self._stack = ExitStack()
 
     def __call__(self, columns: RowColumns) -> None:
-        """Take rows, and write a row group when there are enough. Not thread-safe."""
+        """Add rows. Once GROUP_ROWS rows were added, write them as a row group.
+
+        Not thread-safe.
+        """
         arrow = self._arrow
         arrays = {
             "key": arrow.array(columns.keys.view(self._keys)),
@@ -71,15 +74,17 @@ class ParquetSink:
                 raise error
             self._write()
             if self._writer is None:
-                raise InvalidArgument(f"{self._path}: the analysis gave no columns to write")
+                raise InvalidArgument(
+                    f"{self._path} was not written: no rows were passed to the sink"
+                )
 
     def _close(self) -> None:
-        """Close the Parquet writer, if any."""
+        """Close the Parquet file if it was opened."""
         if self._writer is not None:
             self._writer.close()
 
     def _write(self) -> None:
-        """Write the rows taken so far as one row group."""
+        """Write the rows that were added since the last row group as a row group."""
         if not self._batches:
             return
         table = self._arrow.Table.from_batches(self._batches)

@@ -1,7 +1,8 @@
 """Read and check the rows of Parquet files, for one table.
 
-``files_of`` lists the files, ``require`` checks a file by its footer alone, ``read`` checks and
-returns its rows. Errors are InvalidArgument with the file, the row, the column and the rule.
+``files_of`` lists the files, ``require`` checks a file by its footer, without reading rows, and
+``read`` checks and returns the rows. Errors are InvalidArgument with the file, the row, the column
+and the rule.
 
 Memory is bounded, whatever a file contains. The lengths of lists are compared with the table's dim
 before the lists are read: for fixed-size lists by their type, for others by the count of numbers in
@@ -35,7 +36,7 @@ NUMBER_BYTES = 8  # maximum size in memory of a number in a list
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The table that rows are read for."""
+    """The table to which the rows of a file will be written."""
 
     table: str
     dim: int
@@ -45,7 +46,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A batch of rows of a file, in the order of the file."""
+    """A batch of rows that were read from a file, in the order of the file."""
 
     keys: NDArray[np.uint64]  # [n]
     rows: NDArray[np.float32]  # [n, dim], or [n, width] with optimizer state
@@ -54,7 +55,8 @@ class Rows:
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the files to read: ``path`` itself, or all *.parquet files in it, sorted by name.
+    """Return the files to read: the file ``path``, or all *.parquet files below the directory
+    ``path``, sorted by name.
 
     Files and directories whose names start with "." or "_" are skipped, because other programs keep
     their own files under such names. Raises InvalidArgument if there is no file.
@@ -76,7 +78,11 @@ def files_of(path: Path) -> list[Path]:
 
 
 def require(path: Path, target: Target) -> int:
-    """Check the columns of a file by its footer alone; return its number of rows."""
+    """Check that a file can be imported, by its footer, without reading rows.
+
+    Returns its number of rows. Raises InvalidArgument if the type of a column is wrong, or if lists
+    have the wrong length in a large row group.
+    """
     with _opened(path) as (arrow, file):
         for name, length in _lists(file, target, arrow).items():
             _require_counts(file.metadata, name, length)
@@ -84,7 +90,10 @@ def require(path: Path, target: Target) -> int:
 
 
 def read(path: Path, target: Target) -> Iterator[Rows]:
-    """Yield the rows of a file, checked, in batches of limited size."""
+    """Yield the rows of a file in batches of limited size.
+
+    Checks each batch before it is yielded. Raises InvalidArgument for the first invalid row.
+    """
     start = 0
     with _opened(path) as (arrow, file):
         lists = _lists(file, target, arrow)
@@ -96,14 +105,16 @@ def read(path: Path, target: Target) -> Iterator[Rows]:
             start += batch.num_rows
         if start != file.metadata.num_rows:
             raise InvalidArgument(
-                f"found {start:,} rows, but the footer says {file.metadata.num_rows:,}"
+                f"the file has {start:,} rows, but its footer says {file.metadata.num_rows:,}"
             )
 
 
 def _rows(arrow: Any, batch: Any, lists: dict[str, int], start: int) -> Rows:
-    """Check and convert a batch of a Parquet file.
+    """Check and convert a batch of a Parquet file. Raises InvalidArgument for an invalid row.
 
-    lists  names and lengths of the columns of lists
+    arrow  the module pyarrow
+    batch  pyarrow record batch
+    lists  {name: length} of the columns of lists
     start  index in the file of the batch's first row
     """
     names = batch.schema.names
@@ -128,13 +139,17 @@ def _rows(arrow: Any, batch: Any, lists: dict[str, int], start: int) -> Rows:
 def _lists(file: Any, target: Target, arrow: Any) -> dict[str, int]:
     """Check the types of the columns; return {name: length} of the columns of lists to read.
 
-    They include the optimizer state if the file's is from the same optimizer as the table's.
+    The columns are "embedding" and, if the file has state of the table's optimizer, "state".
+    Raises InvalidArgument if a column is missing, repeated or of a wrong type.
+
+    file   ParquetFile
+    arrow  the module pyarrow
     """
     schema = file.schema_arrow
     for name in ("key", "embedding", "state", "step", "frequency"):
         count = schema.names.count(name)
         if count > 1 or (count == 0 and name in ("key", "embedding")):
-            raise InvalidArgument(f"has {count or 'no'} columns {name!r}; exactly one is needed")
+            raise InvalidArgument(f"must have exactly one column {name!r}, got {count}")
     lists = {"embedding": target.dim}
     state = target.width - target.dim
     if state and "state" in schema.names and optimizer_of(schema.metadata) == target.optimizer:
@@ -151,9 +166,12 @@ def _lists(file: Any, target: Target, arrow: Any) -> dict[str, int]:
 
 
 def _require_counts(metadata: Any, name: str, length: int) -> None:
-    """Check that each large row group has ``length`` numbers per row, before they are read.
+    """Check by the footer that each large row group has ``length`` numbers per row.
 
-    In small row groups ``read`` finds wrong lengths, and can report the row.
+    metadata  footer of the Parquet file
+    name      name of the column of lists
+
+    Small row groups are not checked here: ``read`` finds a wrong length and can report its row.
     """
     [leaf] = [
         i
@@ -180,9 +198,10 @@ def _require_counts(metadata: Any, name: str, length: int) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Open a Parquet file; yield (pyarrow, ParquetFile).
+    """Open a Parquet file during a block; yield (the module pyarrow, ParquetFile).
 
-    Any error in the block except PsError is raised as InvalidArgument, prefixed with the path.
+    Turns an error of pyarrow in the block into InvalidArgument, and prefixes InvalidArgument with
+    the path. A different PsError is not changed.
     """
     arrow, parquet = pyarrow()
     try:

@@ -1,7 +1,7 @@
-"""Create files and directories that get their final name once they are complete, or never.
+"""Create files and directories that get their final name only once they are complete.
 
-Until then their name is ``.NAME.PID``, in the same directory. A process that is killed leaves that
-file behind; it may be deleted.
+Until then their name is ``.NAME.PID``, in the same directory. If the process is killed, the file or
+directory of this name remains, and may be deleted.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def staged_directory(path: Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    """Return the temporary name of a file or directory."""
+    """Return the path under which a file or directory is written until it is complete."""
     path = Path(os.path.abspath(path))
     return path.with_name(f".{path.name}.{os.getpid()}")
 

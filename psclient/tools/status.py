@@ -1,4 +1,4 @@
-"""State of each shard. Each is asked on its own, so it works even while some shards are down."""
+"""Ask every shard for its state. Works even while some shards are down."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ STATES = {"STARTING": "starting", "DRAINING": "draining", "RESTORING": "restorin
 class ShardStatus:
     """State of one shard. All numbers are None if it did not answer.
 
-    state    ready; starting, draining, restoring: it refuses work for a while; misplaced: it is
-             listed at the wrong position of the addresses; unreachable
-    problem  why it is not ready; None: it is ready
+    state    "ready"; "starting", "draining" or "restoring": it refuses requests for a while;
+             "misplaced": its address is at the wrong position of the list; "unreachable"
+    problem  reason why it is not ready; None: it is ready
     """
 
-    shard: int  # its position in the addresses
+    shard: int  # position of its address in the list
     address: str
     state: str
     problem: str | None = None
@@ -47,7 +47,7 @@ class ShardStatus:
 
     @property
     def ready(self) -> bool:
-        """Return whether the shard accepts work."""
+        """Return whether the shard accepts requests."""
         return self.state == "ready"
 
 
@@ -63,10 +63,10 @@ def status(where: Sequence[str], *, timeout: float = 5.0) -> list[ShardStatus]:
 
 
 def _ask(shard: int, shards: int, address: str, timeout: float) -> ShardStatus:
-    """Return the state of one shard.
+    """Ask one shard for its state. An error becomes part of the result.
 
-    shard    its position in the addresses
-    shards   number of addresses
+    shard    position of its address in the list
+    shards   number of addresses in the list
     timeout  seconds
     """
     if wrong := addresses.problem(address):
@@ -83,6 +83,13 @@ def _ask(shard: int, shards: int, address: str, timeout: float) -> ShardStatus:
     except PsError as error:
         state = STATES.get(error.reason, "unreachable")
         return ShardStatus(shard=shard, address=address, state=state, problem=str(error))
+    return _answered(answer, shard, address, state, problem)
+
+
+def _answered(
+    answer: pb.GetServerInfoResponse, shard: int, address: str, state: str, problem: str | None
+) -> ShardStatus:
+    """Return the ShardStatus of a shard that answered; the other arguments are fields of it."""
     logged = bool(answer.lineage)
     return ShardStatus(
         shard=shard,
@@ -111,9 +118,9 @@ def _state(
     address: str,
     timeout: float,
 ) -> tuple[str, str | None]:
-    """Return (state, problem) of a shard that answered ``info``; see ShardStatus.
+    """Return (state, problem), as in ShardStatus, of a shard that answered ``info``.
 
-    shard, shards, address, timeout  see ``_ask``
+    The other arguments are those of ``_ask``.
     """
     if (info.shard, info.shard_map.shards) != (shard, shards):
         return "misplaced", (
@@ -129,7 +136,12 @@ def _state(
 
 
 def _call(channel: Channel, method: str, request: Any, timeout: float, address: str) -> bytes:
-    """Make a unary call and return the answer. Raises a PsError; ``timeout`` is in seconds."""
+    """Call a method of a shard; return the encoded answer. Raises a PsError.
+
+    method   "Service/Method", in the package ps.v1
+    request  protobuf message
+    timeout  seconds
+    """
     try:
         return channel.call(f"/ps.v1.{method}", request.SerializeToString(), timeout)
     except grpc.RpcError as error:

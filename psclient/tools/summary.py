@@ -14,7 +14,7 @@ from psclient.errors import InvalidArgument
 
 @dataclass(frozen=True, slots=True)
 class RowColumns:
-    """Some rows that an analysis read, all from the same tier, as columns."""
+    """Some rows that an analysis read, as columns. All are from one tier (kind of storage)."""
 
     keys: NDArray[np.uint64]  # [n]
     frequencies: NDArray[np.uint64]  # [n] number of pushed occurrences of the key
@@ -22,18 +22,18 @@ class RowColumns:
     versions: NDArray[np.uint64]  # [n] version of the shard after the last push
     norms: NDArray[np.float64]  # [n] L2 norm of the embedding
     tier: str
-    embeddings: Rows | None  # float32[n, dim], if asked for
+    embeddings: Rows | None  # float32[n, dim]; None: the caller did not ask for embeddings
 
 
-Sink = Callable[[RowColumns], None]
+Sink = Callable[[RowColumns], None]  # receives the rows that an analysis reads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Histogram:
-    """Counts of values between edges.
+    """Counts of values between edges, so that the counts below and above an edge are exact.
 
-    counts[i] is the number of values in [edges[i-1], edges[i]), or, for ages, in
-    (edges[i-1], edges[i]]. So the number of values below or above an edge is exact.
+    counts[i] is the number of values in [edges[i-1], edges[i]). For ages the upper edge belongs to
+    the range instead of the lower one: (edges[i-1], edges[i]].
     """
 
     edges: NDArray[np.float64]  # [k], ascending
@@ -56,7 +56,7 @@ class Histogram:
     def position(self, edge: float) -> int:
         """Return the index of ``edge`` in ``edges``.
 
-        Raises InvalidArgument if it is not in them.
+        Raises InvalidArgument if it is not one of them.
         """
         at = int(np.searchsorted(self.edges, edge))
         if at == len(self.edges) or self.edges[at] != edge:
@@ -77,9 +77,9 @@ class Tier:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowList:
-    """The most extreme rows of a table by some measure, the most extreme first.
+    """The rows of a table with the largest or smallest frequencies or norms, in this order.
 
-    All arrays have the shape [n]; see RowColumns for their meanings.
+    All arrays have the shape [n]. RowColumns explains their meanings.
     """
 
     keys: NDArray[np.uint64]
@@ -88,12 +88,12 @@ class RowList:
     frequencies: NDArray[np.uint64]
     norms: NDArray[np.float64]
     tiers: tuple[str, ...]
-    shards: NDArray[np.int64]
+    shards: NDArray[np.int64]  # number of the shard that owns each row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Analysis:
-    """Summary statistics of a table over all shards, as returned by ``analyze``."""
+    """Summary statistics of a table over all shards, the result of ``analyze``."""
 
     table: str
     checkpoint: str | None  # name of the checkpoint; None: the live table
@@ -134,8 +134,7 @@ class Analysis:
         return self.frequencies.above(threshold)
 
     def dropped(self, threshold: int) -> int:
-        """Return the number of occurrences whose gradients an admission threshold would have
-        dropped.
+        """Return how many occurrences' gradients an admission threshold would have dropped.
 
         These are all occurrences of a refused key, and the first ``threshold - 1`` of an admitted
         key. The true number is lower if several occurrences of an admitted key came in one push.
@@ -148,7 +147,7 @@ class Analysis:
         return self.ages.above(ttl)
 
     def small(self, threshold: float) -> int:
-        """Return the number of rows that the norm rule would evict with this threshold and
+        """Return the number of rows that the norm rule would evict with ``threshold`` and
         ``grace``.
         """
         return self.idle_norms.below(threshold)

@@ -44,7 +44,7 @@ STYLES = {"row": "green", "waiting": "yellow", "gone": "red", "new": "dim", "unk
 def show(console: Console, result: Analysis, *, keys: KeyType = np.uint64) -> None:
     """Print an analysis.
 
-    keys  dtype to show keys with, signed or unsigned
+    keys  type in which keys are shown: np.uint64 or np.int64
     """
     console.print(Text(title(result), style="bold"))
     grid = Table.grid(padding=(0, 2))
@@ -106,8 +106,9 @@ def _print_pair(console: Console, left: Table, right: Table) -> None:
 
 
 def _tries(head: str, column: str, chosen: Sequence[Threshold], *, lost: bool = False) -> Table:
-    """Return a table of what a rule would refuse or evict, by its threshold.
+    """Return a table with a line per threshold: how many rows the rule would refuse or evict.
 
+    head    title of the table
     column  head of the column of thresholds
     lost    add a column with the share of dropped occurrences
     """
@@ -119,7 +120,12 @@ def _tries(head: str, column: str, chosen: Sequence[Threshold], *, lost: bool = 
 
 
 def _bars(head: str, column: str, counts: Sequence[tuple[str, int]]) -> Table:
-    """Return a table of (range, number of rows) with bars; ``column`` is the head of the ranges."""
+    """Return a table with a line and a bar per range.
+
+    head    title of the table
+    column  head of the column of ranges
+    counts  (range, number of rows)
+    """
     table = _table(head, column, "rows", "of rows")
     table.add_column("", justify="left", no_wrap=True)
     whole, most = sum(n for _, n in counts), max((n for _, n in counts), default=0)
@@ -130,13 +136,17 @@ def _bars(head: str, column: str, counts: Sequence[tuple[str, int]]) -> Table:
 
 
 def _bar(part: float) -> str:
-    """Return a bar of length ``part * BAR`` characters."""
+    """Return a bar that is ``part * BAR`` characters long; ``part`` is in 0..1."""
     eighths = math.ceil(part * BAR * 8)
     return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
 
 
 def _extremes(head: str, rows: RowList, keys: KeyType) -> Table:
-    """Return a table of extreme rows."""
+    """Return a table with a line for each row in a list of extreme rows.
+
+    head  title of the table
+    keys  type in which keys are shown: np.uint64 or np.int64
+    """
     table = _table(head, *EXTREMES)
     for line in lines(rows, keys):
         table.add_row(*map(plain, line))
@@ -146,7 +156,7 @@ def _extremes(head: str, rows: RowList, keys: KeyType) -> Table:
 def show_keys(console: Console, infos: Sequence[KeyInfo], names: Sequence[str] = ()) -> None:
     """Print the states of keys.
 
-    names  the strings that were hashed into the keys, or empty
+    names  strings to show next to the keys, which are their hashes; empty: show only the keys
     """
     table = Table(box=None, show_header=False, padding=(0, 2, 1, 0))
     table.add_column(no_wrap=True, justify="right", vertical="top")
@@ -158,7 +168,7 @@ def show_keys(console: Console, infos: Sequence[KeyInfo], names: Sequence[str] =
 
 
 def _facts_of(info: KeyInfo) -> list[Text]:
-    """Return the lines of text about one key."""
+    """Return the lines to print for a key: its state, its row, its deletions, its embedding."""
     reason = Text(info.reason, style=STYLES[info.state])
     texts = [reason.append(f"  shard {info.shard}", style="dim")]
     if info.state == "row":

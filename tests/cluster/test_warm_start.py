@@ -171,6 +171,6 @@ def test_a_load_whose_client_dies_while_it_completes_is_completed_by_a_repetitio
         admin.warm_start(client, "full", "t", "mine")
     servers = {"PSCTL_SERVERS": ",".join(cluster.addresses)}
     shown = CliRunner().invoke(app, ["tables"], env=servers)
-    assert "psctl: table 'mine' is on shard 0 only" in shown.stderr
+    assert "psctl: table 'mine' exists only on shard 0" in shown.stderr
     assert admin.warm_start(client, "full", "t", "mine", replace=True) == ROWS
     assert client.incomplete_tables() == {}

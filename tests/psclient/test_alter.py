@@ -186,7 +186,7 @@ def test_psctl_alter(cluster2: Cluster, connect: Connect, name: str) -> None:
         *("eviction=norm:threshold=0.5", "eviction=step_ttl:steps=10"),
     )
     assert "altered lr, serving_default, durability, admission, max_step_ahead, eviction" in shown
-    assert "100 admission counters dropped: their keys are counted from zero again" in shown
+    assert "100 admission counters were discarded; their keys are counted from zero again" in shown
     info = client.describe_table(name)
     assert (info.optimizer_args["lr"], info.serving_default) == (0.25, 1.5)
     assert (info.admission, set(info.eviction)) == ("sketch", {"norm", "step_ttl"})
@@ -204,8 +204,8 @@ def test_psctl_alter_says_why_not(cluster2: Cluster, connect: Connect, name: str
         (["dim=3"], "dim cannot be altered: every row has this many numbers"),
         (["lr=0.5", "seed=3"], "seed cannot be altered"),
         (["optimizer=adam"], "optimizer cannot be altered"),
-        (["rate=3"], "no field 'rate'; alterable are"),
-        (["evictions=none"], "no field 'evictions'; alterable are"),
+        (["rate=3"], "no field 'rate'; fields that can be altered: lr,"),
+        (["evictions=none"], "no field 'evictions'; fields that can be altered: lr,"),
         (["lr=a"], "lr must be a number, got 'a'"),
         (["admission=counter:x"], "admission must be RULE"),
     ):

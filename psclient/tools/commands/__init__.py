@@ -1,4 +1,4 @@
-"""The commands of psctl, in groups.
+"""The commands of psctl, in groups; importing a module adds its commands to psctl.
 
 shell.py         options, connection and error handling of all commands
 cluster.py       psctl status, tail

@@ -23,7 +23,9 @@ def alter(
     settings: Annotated[
         list[str],
         typer.Argument(
-            metavar="FIELD=VALUE...", help="New values of settings.", show_default=False
+            metavar="FIELD=VALUE...",
+            help="Settings to change, with their new values.",
+            show_default=False,
         ),
     ],
     servers: Servers = DEFAULT,
@@ -34,18 +36,19 @@ def alter(
       lr=NUMBER               learning rate of pushes that specify none
       serving_default=NUMBER  number that serving pulls return for keys without a row
       durability=LEVEL        durability of pushes that specify none: applied, log, fsync
-      admission=RULE          rule that decides which keys get a row: see psctl create
-      eviction=RULE           rule that decides which rows to evict: see psctl create;
-                              may be repeated; replaces all eviction rules of the
-                              table; eviction=none removes them
+                              (see psctl create --help)
+      admission=RULE          rule that decides which keys get a row (see psctl create --help)
+      eviction=RULE           rule that decides which rows to evict (see psctl create --help);
+                              may be repeated; the given rules replace all eviction rules
+                              of the table; eviction=none removes all
       max_step_ahead=STEPS    refuse a push whose step exceeds the table's largest step
                               by more than STEPS; 0: no limit
 
     For example: psctl alter user lr=0.01 admission=counter:threshold=3
 
-    All other settings are fixed when a table is created. The counters of keys that wait for
-    admission are dropped if the kind of the admission rule changes, or the size of a sketch. If a
-    shard fails, repeat the command to complete it.
+    All other settings are fixed when a table is created. The admission rule counts the occurrences
+    of keys that have no row yet. If a different rule is chosen, or a sketch of a different size,
+    these counts are discarded. If a shard fails, repeat the command to complete it.
     """
     asked = _parse(settings)
     with connected(servers) as client:
@@ -60,29 +63,32 @@ def alter(
     )
     if done.dropped_counters:
         typer.echo(
-            f"{done.dropped_counters:,} admission counters dropped: their keys are counted from"
-            " zero again"
+            f"{name}: {done.dropped_counters:,} admission counters were discarded; their keys are"
+            " counted from zero again"
         )
 
 
 def _parse(settings: Sequence[str]) -> dict[str, list[str]]:
-    """Parse FIELD=VALUE settings; return {field: values}.
+    """Parse settings FIELD=VALUE; return {field: values}.
 
-    Only "eviction" may have several values.
+    Only the field "eviction" may be repeated, so only it may have several values.
     """
     asked: dict[str, list[str]] = {}
     for each in settings:
         field, equals, value = each.partition("=")
         if not equals or not field or (field in asked and field != "eviction"):
             raise typer.BadParameter(
-                f"settings must be FIELD=VALUE, each field once (except eviction); got {each!r}"
+                f"settings must be FIELD=VALUE, each field once (except eviction), got {each!r}"
             )
         asked.setdefault(field, []).append(value)
     return asked
 
 
 def _arguments(asked: dict[str, list[str]]) -> dict[str, Any]:
-    """Convert {field: values} to keyword arguments of ``Client.alter_table``."""
+    """Convert {field: values} to keyword arguments of ``Client.alter_table``.
+
+    Raises InvalidArgument for a value that cannot be parsed.
+    """
     arguments: dict[str, Any] = {}
     for field, values in asked.items():
         if field in NUMBERS:
@@ -96,13 +102,13 @@ def _arguments(asked: dict[str, list[str]]) -> dict[str, Any]:
 
 
 def _admission(values: list[str]) -> dict[str, Any]:
-    """Convert the value of "admission" to keyword arguments."""
+    """Convert the value of the field "admission" to arguments of ``Client.alter_table``."""
     rule, args = parse_rule("admission", values[0])
     return {"admission": rule, "admission_args": args}
 
 
 def _eviction(values: list[str]) -> dict[str, Any]:
-    """Convert the values of "eviction" to keyword arguments."""
+    """Convert the values of the field "eviction" to arguments of ``Client.alter_table``."""
     return {"eviction": {} if values == ["none"] else parse_rules("eviction", values)}
 
 
@@ -114,19 +120,27 @@ _PARSED = {
 
 
 def _require_alterable(client: Client, name: str, asked: dict[str, list[str]]) -> None:
-    """Refuse fields that cannot be altered; the servers say why."""
+    """Raise InvalidArgument if a field cannot be altered.
+
+    For a fixed field of a table, this sends a request that the servers refuse with the reason.
+    """
     alterable = (*NUMBERS, *_PARSED)
     for field in asked:
         if field in FIXED:
             client._alter(pb.AlterTableRequest(schema=pb.TableSchema(name=name), fields=[field]))
         if field not in alterable:
             raise InvalidArgument(
-                f"table {name!r}: no field {field!r}; alterable are: {', '.join(alterable)}"
+                f"table {name!r}: no field {field!r}; fields that can be altered:"
+                f" {', '.join(alterable)}"
             )
 
 
 def _shown(info: Any, field: str) -> Any:
-    """Return the value of a setting, for comparison."""
+    """Return the value of a setting, to compare it before and after the change.
+
+    info   TableInfo
+    field  name of the setting
+    """
     if field == "lr":
         return info.optimizer_args["lr"]
     return (getattr(info, field), info.admission_args if field == "admission" else None)

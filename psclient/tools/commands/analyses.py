@@ -1,4 +1,4 @@
-"""psctl analyze, inspect: statistics of a table, states of keys."""
+"""psctl analyze, inspect: show statistics of a table, and the states of keys."""
 
 from __future__ import annotations
 
@@ -18,81 +18,96 @@ from psclient.tools import sink as sinks
 from psclient.tools.arrow import key_type
 from psclient.tools.commands.rows import Keys, KeysOption
 from psclient.tools.commands.shell import DEFAULT, Servers, app, bar, connected
-from psclient.tools.history import append_history, read_history
+from psclient.tools.history import Moment, append_history, read_history
 from psclient.tools.staged import staged_file
+from psclient.tools.summary import Analysis
 
 TableName = Annotated[str, typer.Argument(metavar="TABLE", help="Name of the table.")]
+
+
+CheckpointOption = Annotated[
+    str | None,
+    typer.Option(help="Name of a checkpoint: analyze the table in it, not the live table."),
+]
+FrequencyOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Admission threshold, a number of occurrences: report exactly how many rows it would"
+        " have refused, in addition to the built-in thresholds. May be repeated."
+    ),
+]
+TtlOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Step TTL, a number of training steps: report exactly how many rows it would evict,"
+        " in addition to the built-in TTLs. May be repeated."
+    ),
+]
+NormOption = Annotated[
+    list[float] | None,
+    typer.Option(
+        help="Threshold of the norm rule: report exactly how many rows it would evict, in addition"
+        " to the built-in thresholds. May be repeated."
+    ),
+]
+GraceOption = Annotated[
+    int,
+    typer.Option(
+        help="Grace period of the norm rule: number of steps after a push during which the row is"
+        " not evicted."
+    ),
+]
+TopOption = Annotated[
+    int,
+    typer.Option(
+        help="Maximum number of keys in each of the lists of the most and least frequent keys and"
+        " of the largest and smallest norms, up to 1000."
+    ),
+]
+ParquetOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write key, frequency, step, version, norm and tier of every row to this Parquet file."
+    ),
+]
+EmbeddingsOption = Annotated[
+    bool, typer.Option("--embeddings", help="Write the embeddings to the Parquet file too.")
+]
+HtmlOption = Annotated[
+    Path | None, typer.Option(help="Write a report with plots to this HTML file.")
+]
+HistoryOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Append the main results to this file. The HTML report plots the table's size over"
+        " time from all analyses in this file."
+    ),
+]
 
 
 @app.command()
 def analyze(
     table: TableName,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Analyze the table in this checkpoint, not the live table.")
-    ] = None,
-    frequency: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Report exactly how many rows this admission threshold would refuse, besides the"
-            " built-in thresholds; may be repeated."
-        ),
-    ] = None,
-    ttl: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Report exactly how many rows a TTL of this many steps would evict, besides the"
-            " built-in TTLs; may be repeated."
-        ),
-    ] = None,
-    norm: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Report exactly how many rows this threshold of the norm rule would evict,"
-            " besides the built-in thresholds; may be repeated."
-        ),
-    ] = None,
-    grace: Annotated[
-        int,
-        typer.Option(
-            help="Grace period of the norm rule: number of steps after a push during which the"
-            " row is not evicted."
-        ),
-    ] = 0,
-    top: Annotated[
-        int,
-        typer.Option(
-            help="Maximum number of keys in the lists of the most and least frequent keys and of"
-            " the largest and smallest norms, up to 1000."
-        ),
-    ] = 10,
-    parquet: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write key, frequency, step, version, norm and tier of every row to this Parquet"
-            " file."
-        ),
-    ] = None,
-    embeddings: Annotated[
-        bool, typer.Option("--embeddings", help="Write embeddings to the Parquet file too.")
-    ] = False,
+    checkpoint: CheckpointOption = None,
+    frequency: FrequencyOption = None,
+    ttl: TtlOption = None,
+    norm: NormOption = None,
+    grace: GraceOption = 0,
+    top: TopOption = 10,
+    parquet: ParquetOption = None,
+    embeddings: EmbeddingsOption = False,
     keys: KeysOption = Keys.UINT64,
-    html: Annotated[
-        Path | None, typer.Option(help="Write a report with plots to this HTML file.")
-    ] = None,
-    history: Annotated[
-        Path | None,
-        typer.Option(
-            help="Append the main results to this file. The HTML report plots all analyses in"
-            " this file over time."
-        ),
-    ] = None,
+    html: HtmlOption = None,
+    history: HistoryOption = None,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Show statistics of a table, and the effect of other rules.
+    """Show statistics of a table, and what rules would do to it.
 
-    Prints sizes, frequencies, ages and norms. Changes nothing in the cluster. If the files of
-    --parquet and --html exist, they are replaced.
+    Prints sizes, frequencies, ages and norms, and how many rows admission and eviction rules with
+    different thresholds would refuse or evict. Changes nothing in the cluster. Existing files of
+    --parquet and --html are replaced.
     """
+    shown = key_type(keys)
     with connected(servers) as client, staged_file(html) if html else nullcontext() as page:
         if html is not None:
             pages.require()
@@ -115,16 +130,19 @@ def analyze(
                     embeddings=embeddings,
                     progress=show,
                 )
-            terminal.show(Console(highlight=False), result, keys=key_type(keys))
-        moments = []
-        if history is not None:
-            append_history(history, result)
-            moments = read_history(history, table)
+            terminal.show(Console(highlight=False), result, keys=shown)
+        moments = [] if history is None else _remembered(history, result)
         if page is not None:
-            page.write_text(pages.page(result, moments, keys=key_type(keys)), encoding="utf-8")
+            page.write_text(pages.page(result, moments, keys=shown), encoding="utf-8")
     for path in (parquet, html):
         if path is not None:
             typer.echo(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def _remembered(history: Path, result: Analysis) -> list[Moment]:
+    """Append an analysis to a history file; return all analyses of its table in the file."""
+    append_history(history, result)
+    return read_history(history, result.table)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -133,19 +151,27 @@ def inspect(
     keys: Annotated[
         list[str],
         typer.Argument(
-            metavar="KEY...", help="Keys: decimal or hexadecimal (0x...) numbers in -2^63..2^64-1."
+            metavar="KEY...",
+            help="Keys: decimal or hexadecimal (0x...) integers in -2^63..2^64-1, or strings with"
+            " --text.",
         ),
     ],
     text: Annotated[
         bool,
-        typer.Option("--text", help="Keys are strings: hash them, as psclient.hash_keys does."),
+        typer.Option(
+            "--text",
+            help="The keys are strings: look up their hashes, as psclient.hash_keys computes them.",
+        ),
     ] = False,
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="Show the embeddings of the rows.")
     ] = False,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Show for each key where its row is, or why it has no row. Changes nothing."""
+    """Show where the rows of keys are, or why keys have no row.
+
+    Changes nothing.
+    """
     with connected(servers) as client:
         numbers = hash_keys(keys).tolist() if text else [_number(key) for key in keys]
         infos = known.inspect(client, table, numbers, embeddings=embeddings)
@@ -153,7 +179,7 @@ def inspect(
 
 
 def _number(key: str) -> int:
-    """Parse a decimal or hexadecimal key."""
+    """Parse a decimal or hexadecimal key. Raises InvalidArgument."""
     try:
         return int(key, 0)
     except ValueError:

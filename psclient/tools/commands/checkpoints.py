@@ -1,4 +1,4 @@
-"""psctl checkpoint, checkpoints, verify, restore, delete, prune."""
+"""psctl checkpoint, checkpoints, verify, restore, delete, prune: take and use checkpoints."""
 
 from __future__ import annotations
 
@@ -29,26 +29,28 @@ def checkpoint(
     incremental_from: Annotated[
         str | None,
         typer.Option(
-            help="Store only the changes since this checkpoint. The new checkpoint builds on it and"
-            " cannot be restored without it."
+            help="Name of an earlier checkpoint: store only the changes since then. The new"
+            " checkpoint builds on the earlier one and cannot be restored without it."
         ),
     ] = None,
     keep: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Afterwards delete all checkpoints except this number of newest ones and those"
-            " that they build on, as psctl prune does.",
+            help="Number of newest checkpoints to keep: afterwards delete all older ones, except"
+            " those that a kept one builds on (see psctl prune).",
         ),
     ] = None,
     servers: Servers = DEFAULT,
 ) -> None:
     """Take a checkpoint of all tables while training continues.
 
-    It is stored under the URL that the servers' configuration field checkpoint_url gives.
+    The servers store it under the URL in the field checkpoint_url of their configuration.
     """
     if incremental_from == "":
-        raise typer.BadParameter("--incremental-from needs the name of a checkpoint")
+        raise typer.BadParameter(
+            "--incremental-from must be the name of a checkpoint, got an empty name"
+        )
     with connected(servers) as client, bar(f"checkpoint {name}") as show:
         done = admin.checkpoint(client, name, parent=incremental_from, progress=show)
         typer.echo(f"{name}: {sum(done.rows.values()):,} rows, {done.bytes:,} bytes")
@@ -58,7 +60,10 @@ def checkpoint(
 
 @app.command()
 def checkpoints(servers: Servers = DEFAULT) -> None:
-    """List the checkpoints, and why some of them cannot be restored."""
+    """List all checkpoints.
+
+    If a checkpoint cannot be restored, the reason is printed below the list.
+    """
     with connected(servers) as client:
         found = admin.checkpoints(client)
     lines = [
@@ -85,12 +90,12 @@ def checkpoints(servers: Servers = DEFAULT) -> None:
 def verify(name: Name, servers: Servers = DEFAULT) -> None:
     """Check that a checkpoint is complete and undamaged.
 
-    Reads every byte of it, and of the checkpoints that it builds on, and compares all checksums.
-    Changes nothing.
+    Reads every byte of the checkpoint, and of the checkpoints that it builds on, and compares all
+    checksums. Changes nothing.
     """
     with connected(servers) as client, bar(f"verify {name}") as show:
         size = admin.verify(client, name, progress=show)
-    typer.echo(f"{name}: {size:,} bytes are undamaged")
+    typer.echo(f"{name}: complete and undamaged, {size:,} bytes")
 
 
 @app.command()
@@ -100,30 +105,35 @@ def restore(
         typer.Argument(metavar="CHECKPOINT", help="Name of the checkpoint.", show_default=False),
     ] = "",
     replace: Annotated[
-        bool, typer.Option("--replace", help="Overwrite: existing tables are deleted.")
+        bool,
+        typer.Option(
+            "--replace",
+            help="Overwrite: existing tables are deleted. With --into, only the table --into is"
+            " overwritten.",
+        ),
     ] = False,
     abort: Annotated[
         bool,
         typer.Option(
             "--abort",
-            help="Undo an interrupted restore: bring back the tables from before it. Give no"
-            " CHECKPOINT.",
+            help="Undo an interrupted restore: bring back the tables as they were before it. Use"
+            " --abort without CHECKPOINT.",
         ),
     ] = False,
     table: Annotated[
         str | None,
-        typer.Option(help="Restore only this table of the checkpoint, into the table of --into."),
+        typer.Option(help="Restore only this table of the checkpoint. Requires --into."),
     ] = None,
     into: Annotated[
         str | None,
         typer.Option(
-            help="Table to fill with the rows of the table given by --table. It is created if it"
-            " does not exist. Other tables do not change."
+            help="Name of the table that receives the rows of --table. It is created if it does"
+            " not exist. Other tables do not change."
         ),
     ] = None,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Restore a checkpoint, or one table of it with --table, --into.
+    """Restore all tables, or one table, from a checkpoint.
 
     \b
       psctl restore monday                          into a cluster without tables
@@ -132,11 +142,11 @@ def restore(
       psctl restore --abort                         undo an interrupted restore
 
     A restore of all tables succeeds on all shards or on none. If it is interrupted, repeat the
-    command, or undo it with --abort. With --into, --replace first deletes that table's rows.
+    command, or undo it with --abort.
     """
     if (table is None) != (into is None) or bool(name) == abort:
         raise typer.BadParameter(
-            "expected CHECKPOINT, CHECKPOINT --table TABLE --into TABLE, or --abort"
+            "expected CHECKPOINT, or CHECKPOINT --table TABLE --into TABLE, or only --abort"
         )
     with connected(servers) as client:
         if abort:
@@ -163,10 +173,10 @@ def delete(
     dry_run: DryRun = False,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Delete checkpoints.
+    """Delete the named checkpoints.
 
-    Deletes nothing if a checkpoint that would remain builds on one of them, or if one of them is
-    being taken, verified, restored, analyzed or exported.
+    Fails, and deletes nothing, if a checkpoint that is not named builds on one of them, or if one
+    of them is being taken, verified, restored, analyzed or exported.
     """
     with connected(servers) as client:
         _print_deleted(admin.delete(client, *names, dry_run=dry_run), dry_run=dry_run)
@@ -178,17 +188,17 @@ def prune(
     dry_run: DryRun = False,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Delete old checkpoints.
+    """Delete all checkpoints except the newest ones.
 
-    Keeps the newest checkpoints and those that they build on. Incomplete and damaged checkpoints
-    are not counted and not deleted.
+    Keeps the number of newest checkpoints that --keep gives, and the checkpoints that these build
+    on. Incomplete and damaged checkpoints are not counted and not deleted.
     """
     with connected(servers) as client:
         _print_deleted(admin.prune(client, keep, dry_run=dry_run), dry_run=dry_run)
 
 
 def _print_deleted(names: list[str], *, dry_run: bool) -> None:
-    """Print the names of deleted checkpoints."""
+    """Print the names of the checkpoints that were deleted, or with ``dry_run`` would be."""
     for name in names:
         typer.echo(f"{name}: {'would be deleted' if dry_run else 'deleted'}")
     if not names:

@@ -1,4 +1,4 @@
-"""psctl status, tail: the states of a cluster's shards, and its changes."""
+"""psctl status, tail: show the states of a cluster's shards, and its changes."""
 
 from __future__ import annotations
 
@@ -46,12 +46,19 @@ def status(
 
     \b
     States:
-      ready        accepts requests
-      starting     recovers its data; refuses requests until it is ready
-      restoring    is being restored; refuses requests until it is ready
-      draining     is stopping; refuses new requests
-      misplaced    is listed at the wrong position in --servers
-      unreachable  does not answer
+      ready        The shard accepts requests.
+      starting     It loads its data, and refuses requests until it is ready.
+      restoring    It is being restored from a checkpoint, and refuses requests.
+      draining     It is stopping, and refuses new requests.
+      misplaced    Its address is at the wrong position in --servers.
+      unreachable  It does not answer.
+
+    \b
+    Columns (- if the shard keeps no log):
+      version    number of the shard's latest change
+      durable    version up to which all changes are on disk
+      log        size of the version log, which records all changes
+      flush age  age of the oldest change that a restart would replay from the log
 
     Exit status: 0 if all shards are ready, 3 if a shard is unreachable, otherwise 1.
     """
@@ -100,7 +107,7 @@ def _show_shards(shards: Sequence[ShardStatus]) -> None:
 
 
 def _data(shard: ShardStatus) -> tuple[str, ...]:
-    """Return the cells of a shard that answered, for the second table."""
+    """Return the cells for a shard in the table of data: version, tables, rows, memory, log."""
     used, budget = shard.memory_bytes or 0, shard.memory_budget_bytes or 0
     logged = shard.durable_version is not None
     return (
@@ -116,7 +123,7 @@ def _data(shard: ShardStatus) -> tuple[str, ...]:
 
 
 def _duration(seconds: float | None) -> str:
-    """Format seconds in their largest unit: "3 h"; "-" for None."""
+    """Format a duration in the largest suitable unit, such as "3 h"; "-" for None."""
     if seconds is None:
         return "-"
     for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
@@ -137,19 +144,24 @@ def tail(
     start: Annotated[
         str,
         typer.Option(
-            help=f"First changes to show: {', '.join(STARTS)}. snapshot: all current rows;"
-            " earliest: the oldest change in the version log; latest: new changes."
+            help=f"Where to start: {', '.join(STARTS)}. snapshot: show all current rows, then"
+            " changes; earliest: start at the oldest change in the version log; latest: show only"
+            " new changes."
         ),
     ] = "latest",
     content: Annotated[
-        str, typer.Option(help=f"Parts of changed rows to receive: {', '.join(CONTENTS)}.")
+        str,
+        typer.Option(
+            help=f"What to receive of changed rows: {', '.join(CONTENTS)}. values: embeddings;"
+            " keys: nothing but the keys; values_and_state: embeddings and optimizer state."
+        ),
     ] = "values",
     coalesce_ms: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Hold back changes for this many milliseconds and show only the newest value of"
-            " each key; 0: show every change.",
+            help="Collect changes for this many milliseconds, then show only the newest value of"
+            " each key; 0: show every change at once.",
         ),
     ] = 0,
     keys: Annotated[
@@ -157,7 +169,10 @@ def tail(
     ] = 4,
     progress: Annotated[
         bool,
-        typer.Option("--progress", help="Also show the messages that shards without changes send."),
+        typer.Option(
+            "--progress",
+            help="Also show the progress messages that shards send while nothing changes.",
+        ),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print each change as one line of JSON.")
@@ -167,7 +182,10 @@ def tail(
     ] = 0,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Print the changes of a cluster as they happen, one per line. Stop it with Ctrl-C."""
+    """Print the changes of a cluster as they happen, one per line.
+
+    Stop it with Ctrl-C.
+    """
     console = Console(highlight=False, soft_wrap=True)
     with (
         reported(),
@@ -194,7 +212,7 @@ def tail(
 
 
 def _facts(change: Change, keys: int) -> dict[str, object]:
-    """Convert a change, with its first ``keys`` keys and rows, to a dict for JSON."""
+    """Convert a change to a dict for JSON. It has only the first ``keys`` keys and rows."""
     rows = change.rows[:keys].tolist() if change.rows is not None else None
     facts = {
         "shard": change.shard,
@@ -214,7 +232,7 @@ def _facts(change: Change, keys: int) -> dict[str, object]:
 
 
 def _line(change: Change, keys: int) -> str:
-    """Format a change, with its first ``keys`` keys, as one line."""
+    """Format a change as one line of rich markup. It has only the first ``keys`` keys."""
     clock = time.strftime("%H:%M:%S", time.localtime(change.time)) if change.time else ""
     words = [f"[dim]{clock:8} shard {change.shard} {change.version:>10,}[/dim]"]
     words += [f"[bold]{change.kind:8}[/bold]"]

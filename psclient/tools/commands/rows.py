@@ -23,7 +23,7 @@ class Format(StrEnum):
 
 
 class Keys(StrEnum):
-    """Types of the column of keys in a file."""
+    """Types that the keys in a file can have."""
 
     UINT64 = "uint64"
     INT64 = "int64"
@@ -32,8 +32,8 @@ class Keys(StrEnum):
 KeysOption = Annotated[
     Keys,
     typer.Option(
-        help="Type of the keys in the file. Choose the type of the column that the file will be"
-        " joined with."
+        help="Type of the keys in files: choose the type that the keys have in the data that you"
+        " will join the file with."
     ),
 ]
 
@@ -46,12 +46,13 @@ def export_(
     out: Annotated[
         Path,
         typer.Option(
-            help="File to write; it is replaced if it exists. For a checkpoint without --table:"
-            " directory to write one file per table to."
+            help="File to write; it is replaced if it exists. To export all tables of a"
+            " checkpoint: directory in which one file per table is written."
         ),
     ],
     table: Annotated[
-        str | None, typer.Option(help="Export only this table of the checkpoint NAME.")
+        str | None,
+        typer.Option(help="Export only this table of the checkpoint NAME. Default: all tables."),
     ] = None,
     format: Annotated[Format, typer.Option(help="Format of the files.")] = Format.PARQUET,
     keys: KeysOption = Keys.UINT64,
@@ -59,15 +60,20 @@ def export_(
         bool,
         typer.Option(
             "--parts",
-            help="Write one file per shard, in parallel, to a new directory for each table.",
+            help="Write a directory instead of a file for each table, with one file per shard. The"
+            " files are written in parallel.",
         ),
     ] = False,
     servers: Servers = DEFAULT,
 ) -> None:
     """Write tables to Parquet or safetensors files.
 
-    NAME is a live table or a checkpoint. All tables of the checkpoint are written, or only the one
-    that --table names. Changes nothing in the cluster. A file gets its name once it is complete.
+    \b
+      psctl export user --out user.parquet                   the live table user
+      psctl export monday --table user --out user.parquet    table user of a checkpoint
+      psctl export monday --out directory                    all tables of a checkpoint
+
+    Changes nothing in the cluster. A file gets its name only once it is complete.
 
     Use --keys int64 if the file will be joined with data that has int64 keys: pandas, polars and
     DuckDB compare uint64 with int64 by value, so that negative keys would never match.
@@ -92,7 +98,15 @@ def export_(
 def _exports(
     client: Client, name: str, table: str | None, out: Path, suffix: str
 ) -> list[tuple[str, str | None, Path]]:
-    """Return (table, checkpoint or None, path) for each file or directory to write."""
+    """Return (table, checkpoint, path) for each file or directory to write.
+
+    name    live table, or checkpoint
+    table   table of the checkpoint; None: all tables
+    out     value of --out
+    suffix  suffix of the names of files in ``out``
+
+    In the result, the checkpoint is None for a live table.
+    """
     if table is not None:
         return [(table, name, out)]
     if any(each.name == name for each in client.list_tables()):
@@ -100,7 +114,7 @@ def _exports(
     try:
         tables = admin.describe(client, name).rows
     except CheckpointNotFound:
-        raise CheckpointNotFound(f"no table and no checkpoint {name!r}") from None
+        raise CheckpointNotFound(f"no table and no checkpoint is named {name!r}") from None
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -114,20 +128,22 @@ def import_(
     parquet: Annotated[
         Path,
         typer.Option(
-            help="Parquet file, or directory with *.parquet files, which are read in the order of"
-            " their names."
+            help="Parquet file to read, or directory: all *.parquet files in it are read, in the"
+            " order of their names."
         ),
     ],
     servers: Servers = DEFAULT,
 ) -> None:
-    """Write rows from Parquet files, overwriting rows of equal keys.
+    """Import rows from Parquet files into an existing table.
+
+    Existing rows of the same keys are replaced. Columns of the files (others are ignored):
 
     \b
-    Columns (others are ignored):
-      key        integers or decimal(p, 0)
-      embedding  lists of dim floats, where dim is the table's
+      key        integers, or decimals without fraction
+      embedding  lists of floats, as many as the table's dim
       state      optional: optimizer state, as written by psctl export
-      step       optional: step of the last push (default: the table's largest step)
+      step       optional: training step of the last push
+                 (default: the largest step pushed to the table)
       frequency  optional: number of pushed occurrences, 0..2^32-1 (default: 1)
 
     All files are checked before the first row is written. Exit status 1: nothing was written. Exit

@@ -1,8 +1,8 @@
-"""Helpers of all psctl commands: options, connection, exit statuses, progress bar.
+"""Options, connection, exit statuses and progress bar of all psctl commands.
 
 To add a command: decorate a function with ``app.command()`` in the file of its group. Run its body
 inside ``connected``, which turns errors into one line on stderr and an exit status. The first line
-of its docstring appears in the list of ``psctl --help``.
+of its docstring appears in the list of commands of ``psctl --help``.
 """
 
 from __future__ import annotations
@@ -29,19 +29,21 @@ Servers = Annotated[
     str,
     typer.Option(
         envvar="PSCTL_SERVERS",
-        help="Addresses of all shards, in the order of the shards: HOST:PORT,HOST:PORT,...",
+        help="Addresses of all shards, in the order of their numbers: HOST:PORT,HOST:PORT,...",
     ),
 ]
 
 
 class Output(StrEnum):
-    """Output formats."""
+    """Formats in which a command can print its results."""
 
     TABLE = "table"
     JSON = "json"
 
 
-OutputOption = Annotated[Output, typer.Option(help="Format of the output: table or json.")]
+OutputOption = Annotated[
+    Output, typer.Option(help="Format of the output: a table to read, or JSON.")
+]
 
 
 class Exit(IntEnum):
@@ -80,12 +82,12 @@ def _group() -> None:
 
 @contextmanager
 def connected(servers: str) -> Iterator[Client]:
-    """Connect to the shards and yield a client; report errors as ``reported`` does.
+    """Connect to the shards and yield a client. Report errors in the block as ``reported`` does.
 
     servers  value of --servers
 
-    If a shard is unreachable at the start, the command fails within seconds. Later the client
-    retries until its timeout, because a restore restarts the shards.
+    If a shard is unreachable at the start, the command fails within seconds. If it becomes
+    unreachable later, the client retries until its timeout, because a restore restarts the shards.
     """
     try:
         shards = checked_addresses(addresses(servers))
@@ -105,7 +107,7 @@ def addresses(servers: str) -> list[str]:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turn an error inside the block into one line on stderr and an exit status."""
+    """Turn an error in the block into one line on stderr and an exit status; end the process."""
     try:
         yield
     except BrokenPipeError:
@@ -139,9 +141,9 @@ def bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on stderr, if it is a terminal.
 
     what  text before the bar
-    unit  "bytes", or the unit to show
+    unit  unit of the numbers: "bytes", or a word such as "rows"
 
-    Yields a function show(done, total) that updates the bar; total 0: unknown.
+    Yields a function show(done, total) that updates the bar. If ``total`` is 0, it is unknown.
     """
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -163,7 +165,7 @@ def bar(what: str, unit: str = "bytes") -> Iterator[Callable[[int, int], None]]:
 
 
 def _amount(done: int, total: int, unit: str, seconds: float) -> str:
-    """Format the amount done, the total if it is known, and the speed."""
+    """Format an amount and its average speed: "12 MB of 30 MB, 3 MB/s" or "12 rows, 3 rows/s"."""
     speed = int(done / seconds) if seconds else 0
     if unit != "bytes":
         return f"{done:,} {unit}, {speed:,} {unit}/s"
@@ -172,7 +174,7 @@ def _amount(done: int, total: int, unit: str, seconds: float) -> str:
 
 
 def summed(show: Callable[[int, int], None]) -> Callable[[int], None]:
-    """Return a function that takes increments and calls ``show(their sum, 0)``."""
+    """Return a function that adds its argument to a sum and calls ``show(sum, 0)``."""
     done = 0
 
     def add(size: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -31,14 +31,17 @@ Name = Annotated[str, typer.Argument(metavar="TABLE", help="Name of the table.")
 
 @app.command()
 def tables(output: OutputOption = Output.TABLE, servers: Servers = DEFAULT) -> None:
-    """List all tables, with their total sizes over all shards."""
+    """List all tables, with their total sizes over all shards.
+
+    A table that exists only on some shards is reported on stderr and not listed.
+    """
     with connected(servers) as client:
         found, incomplete = client.list_tables(), client.incomplete_tables()
     for name, shards in incomplete.items():
         typer.echo(
-            f"psctl: table {name!r} is on shard {', '.join(map(str, shards))} only: an interrupted"
-            " create, drop or restore left it. Repeat that command to complete it (a restore with"
-            f" --replace), or delete it with psctl drop {name}",
+            f"psctl: table {name!r} exists only on shard {', '.join(map(str, shards))}, because a"
+            " create, drop or restore was interrupted. Repeat that command to complete it (a"
+            f" restore with --replace), or delete the table with psctl drop {name}",
             err=True,
         )
     if output is Output.JSON:
@@ -83,7 +86,7 @@ def table(name: Name, output: OutputOption = Output.TABLE, servers: Servers = DE
 
 
 def _fields(info: TableInfo) -> list[tuple[str, str]]:
-    """Return (name, value) of all settings of a table and of its total size."""
+    """Return the settings and total sizes of a table as (name, value), both as text."""
     evictions = [rule_text(name, args) for name, args in info.eviction.items()]
     return [
         ("table", info.name),
@@ -102,60 +105,80 @@ def _fields(info: TableInfo) -> list[tuple[str, str]]:
     ]
 
 
+DimOption = Annotated[int, typer.Option(help="Length of the embeddings.", show_default=False)]
+OptimizerOption = Annotated[
+    str,
+    typer.Option(
+        help="Optimizer: sgd, momentum, adagrad, rowwise_adagrad, adagrad_decay, adam, adamw,"
+        " adam_async, ftrl or group_ftrl; parameters after a colon, for example adam:lr=0.001."
+    ),
+]
+LrOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Learning rate, instead of lr=... in --optimizer. Default: the optimizer's own."
+    ),
+]
+InitializerOption = Annotated[
+    str,
+    typer.Option(
+        help="Initial values of rows: zeros, constant, uniform, normal or truncated_normal;"
+        " parameters after a colon, for example uniform:low=-0.1,high=0.1."
+    ),
+]
+SeedOption = Annotated[
+    int,
+    typer.Option(
+        help="Seed of the initial values: with equal seeds a key gets equal initial values."
+    ),
+]
+ServingDefaultOption = Annotated[
+    float, typer.Option(help="Number that serving pulls return for keys without a row.")
+]
+DurabilityOption = Annotated[
+    str,
+    typer.Option(
+        help="When the server acknowledges a push: applied (once applied in memory), log (once"
+        " it survives a crash of the server) or fsync (once it survives a power loss)."
+    ),
+]
+AdmissionOption = Annotated[
+    str,
+    typer.Option(
+        help="Rule that decides which keys get a row: always, counter, sketch or probability;"
+        " parameters after a colon."
+    ),
+]
+EvictionOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Rule that decides which rows to evict: step_ttl, time_ttl, norm, capacity_lru or"
+        " capacity_lfu; parameters after a colon. May be repeated. Default: no rule.",
+        show_default=False,
+    ),
+]
+MaxStepAheadOption = Annotated[
+    int,
+    typer.Option(
+        help="Refuse a push whose training step exceeds the largest step pushed to the table so"
+        " far by more than this number; 0: no limit."
+    ),
+]
+
+
 @app.command()
 def create(
     name: Name,
-    dim: Annotated[int, typer.Option(help="Length of the embeddings.", show_default=False)],
-    optimizer: Annotated[
-        str,
-        typer.Option(
-            help="Optimizer: sgd, momentum, adagrad, rowwise_adagrad, adagrad_decay, adam, adamw,"
-            " adam_async, ftrl or group_ftrl; parameters after a colon, for example adam:lr=0.001."
-        ),
-    ] = "adagrad",
-    lr: Annotated[
-        float | None, typer.Option(help="Learning rate (default: the optimizer's own).")
-    ] = None,
-    initializer: Annotated[
-        str,
-        typer.Option(
-            help="Initial values of rows: zeros, constant, uniform, normal or truncated_normal;"
-            " parameters after a colon."
-        ),
-    ] = "uniform",
-    seed: Annotated[int, typer.Option(help="Seed of the initial values.")] = 0,
-    serving_default: Annotated[
-        float, typer.Option(help="Number that serving pulls return for keys without a row.")
-    ] = 0.0,
-    durability: Annotated[
-        str,
-        typer.Option(
-            help="When the server acknowledges a push: applied (once applied in memory), log (once"
-            " it survives a crash of the server) or fsync (once it survives a power loss)."
-        ),
-    ] = "log",
-    admission: Annotated[
-        str,
-        typer.Option(
-            help="Rule that decides which keys get a row: always, counter, sketch or probability;"
-            " parameters after a colon."
-        ),
-    ] = "always",
-    eviction: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Rule that decides which rows to evict: step_ttl, time_ttl, norm, capacity_lru or"
-            " capacity_lfu; parameters after a colon; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    max_step_ahead: Annotated[
-        int,
-        typer.Option(
-            help="Refuse a push whose step exceeds the table's largest step by more than this; 0:"
-            " no limit."
-        ),
-    ] = 100_000_000,
+    dim: DimOption,
+    optimizer: OptimizerOption = "adagrad",
+    lr: LrOption = None,
+    initializer: InitializerOption = "uniform",
+    seed: SeedOption = 0,
+    serving_default: ServingDefaultOption = 0.0,
+    durability: DurabilityOption = "log",
+    admission: AdmissionOption = "always",
+    eviction: EvictionOption = None,
+    max_step_ahead: MaxStepAheadOption = 100_000_000,
     servers: Servers = DEFAULT,
 ) -> None:
     """Create a table on all shards.
@@ -170,30 +193,30 @@ def create(
     the command fails.
     """
     with connected(servers) as client:
-        optimizer, optimizer_args = parse_rule("--optimizer", optimizer)
-        initializer, initializer_args = parse_rule("--initializer", initializer)
-        admission, admission_args = parse_rule("--admission", admission)
         existed = any(each.name == name for each in client.list_tables())
         client.create_table(
             name,
             dim,
-            optimizer=optimizer,
             lr=lr,
-            optimizer_args=optimizer_args,
-            initializer=initializer,
-            initializer_args=initializer_args,
             seed=seed,
             serving_default=serving_default,
             durability=durability,  # type: ignore[arg-type]
-            admission=admission,
-            admission_args=admission_args,
             eviction=parse_rules("--eviction", eviction or ()),
             max_step_ahead=max_step_ahead,
+            **_rule("optimizer", optimizer),
+            **_rule("initializer", initializer),
+            **_rule("admission", admission),
         )
-        counters = client.describe_table(name).counter_bytes if admission == "sketch" else 0
+        info = client.describe_table(name)
     typer.echo(f"{name}: exists with these settings" if existed else f"{name}: created")
-    if counters:
-        typer.echo(f"{name}: its sketch takes {figures.size(counters)} of server memory")
+    if info.admission == "sketch":
+        typer.echo(f"{name}: its sketch takes {figures.size(info.counter_bytes)} of server memory")
+
+
+def _rule(field: str, text: str) -> dict[str, Any]:
+    """Parse the option ``--field``; return the arguments ``field`` and ``field_args``."""
+    name, parameters = parse_rule(f"--{field}", text)
+    return {field: name, f"{field}_args": parameters}
 
 
 @app.command()
@@ -204,8 +227,10 @@ def drop(
 ) -> None:
     """Delete a table and all its rows on all shards. Asks for confirmation.
 
-    Checkpoints that contain the table are kept: `psctl restore CHECKPOINT --table TABLE --into
-    TABLE` brings its rows back.
+    Checkpoints that contain the table are kept. To bring its rows back from a checkpoint:
+
+    \b
+      psctl restore CHECKPOINT --table TABLE --into TABLE
     """
     with connected(servers) as client:
         rows = f"{_rows(client, name):,} rows"
@@ -216,10 +241,10 @@ def drop(
 
 
 def _rows(client: Client, name: str) -> int:
-    """Return the number of rows of a table, even if its shards disagree about its schema."""
+    """Return the number of rows of a table on the shards that have it. Raises TableNotFound."""
     found = [shard[name] for shard in client._listed() if name in shard]
     if not found:
-        raise TableNotFound(f"no table {name!r} on any shard")
+        raise TableNotFound(f"no table {name!r} on any shard; psctl tables lists all tables")
     return sum(each.stats.rows for each in found)
 
 
@@ -231,7 +256,7 @@ def evict(
     ] = False,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Evict the rows that a table's eviction rules select, now.
+    """Evict now the rows that a table's eviction rules select.
 
     The servers also evict these rows in the background, but later. Use this command to evict
     without waiting.

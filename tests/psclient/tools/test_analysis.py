@@ -231,7 +231,7 @@ def test_a_key_that_waits_says_for_what(client: Client, name: str) -> None:
 
 @pytest.mark.parametrize("key", [1 << 64, -(1 << 63) - 1])
 def test_a_key_of_more_than_64_bits_is_refused(client: Client, filled: str, key: int) -> None:
-    with pytest.raises(InvalidArgument, match="keys must be in -2"):
+    with pytest.raises(InvalidArgument, match="each key must be in -2"):
         inspect(client, filled, [key])
 
 

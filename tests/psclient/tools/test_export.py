@@ -99,7 +99,9 @@ def test_keys_are_signed_or_not(shared: Cluster, tmp_path: Path, format: str) ->
                 found[keys] = parquet.read_table(path)["key"].to_numpy()
             else:
                 found[keys] = load_file(path)["keys"]
-        with pytest.raises(InvalidArgument, match="keys must be one of uint64, int64, got 'int32'"):
+        with pytest.raises(
+            InvalidArgument, match="'keys' must be one of uint64, int64, got 'int32'"
+        ):
             export.export(client, "t", tmp_path / "x", keys="int32")
     assert (found["uint64"].dtype, found["int64"].dtype) == (np.uint64, np.int64)
     assert {-1, -(2**63), 2**63 - 1} <= set(found["int64"].tolist())

@@ -168,7 +168,7 @@ def test_ctrl_c_while_rows_are_written_ends_with_the_status_of_incomplete_work(
     _, errors = importing.communicate(timeout=60)
     assert importing.returncode == 4
     assert re.fullmatch(
-        rf"psctl: import into '{re.escape(table)}' is incomplete: [\d,]+ of 300,000 rows were"
+        rf"psctl: import into table '{re.escape(table)}' is incomplete: [\d,]+ of 300,000 rows were"
         r" written and stay; repeat the same import to complete it\. Cause: KeyboardInterrupt\n",
         errors,
     )
