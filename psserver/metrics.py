@@ -27,6 +27,24 @@ from psserver.stats import BOUNDS, ServiceStats
 from storage.errors import UnknownTable
 from storage.versionlog import VersionLog
 
+# (name, help text) of the metrics of admission, by table
+RULE_GAUGES = (
+    ("ps_waiting_keys", "Keys that are counted but not admitted yet."),
+    ("ps_counter_bytes", "Memory of admission counters, in bytes."),
+)
+RULE_COUNTERS = (
+    ("ps_admitted_keys", "Keys that a push admitted."),
+    ("ps_refused_keys", "Keys that a push did not admit, counted once per push."),
+    (
+        "ps_dropped_gradients",
+        "Occurrences of keys whose gradients were dropped because the key was not admitted.",
+    ),
+    (
+        "ps_expired_counters",
+        "Admission counters removed by age, for lack of room, or by an alteration.",
+    ),
+)
+
 
 class ShardCollector(Collector):
     """Collects metrics of traffic, tables, memory and log versions at each scrape.
@@ -120,12 +138,16 @@ class ShardCollector(Collector):
                 total += count
                 buckets.append(("+Inf" if bound == float("inf") else str(bound), float(total)))
             latency.add_metric(where, buckets, traffic.seconds)
+        yield from (requests, keys, size, latency, self._errors())
+
+    def _errors(self) -> Metric:
+        """Return the number of failed requests by method, code and reason."""
         errors = CounterMetricFamily(
             "ps_errors", "Requests that failed.", labels=["method", "code", "reason"]
         )
         for what, count in list(self._stats.errors.items()):
             errors.add_metric(what, count)
-        yield from (requests, keys, size, latency, errors)
+        return errors
 
     def _tables(self) -> Iterator[Metric]:
         """Yield rows and bytes by table, and the metrics of ``_rules``."""
@@ -145,29 +167,12 @@ class ShardCollector(Collector):
 
     def _rules(self) -> Iterator[Metric]:
         """Yield the results of admission and eviction by table, for example evicted rows."""
-        of = ["table"]
-        waiting = GaugeMetricFamily(
-            "ps_waiting_keys", "Keys that are counted but not admitted yet.", labels=of
-        )
-        counters = GaugeMetricFamily(
-            "ps_counter_bytes", "Memory of admission counters, in bytes.", labels=of
-        )
-        admitted = CounterMetricFamily("ps_admitted_keys", "Keys that a push admitted.", labels=of)
-        refused = CounterMetricFamily(
-            "ps_refused_keys", "Keys that a push did not admit, counted once per push.", labels=of
-        )
-        dropped = CounterMetricFamily(
-            "ps_dropped_gradients",
-            "Occurrences of keys whose gradients were dropped because the key was not admitted.",
-            labels=of,
-        )
-        expired = CounterMetricFamily(
-            "ps_expired_counters",
-            "Admission counters removed by age, for lack of room, or by an alteration.",
-            labels=of,
+        waiting, counters = (GaugeMetricFamily(*each, labels=["table"]) for each in RULE_GAUGES)
+        admitted, refused, dropped, expired = (
+            CounterMetricFamily(*each, labels=["table"]) for each in RULE_COUNTERS
         )
         evicted = CounterMetricFamily(
-            "ps_evicted_rows", "Rows evicted, by rule.", labels=[*of, "cause"]
+            "ps_evicted_rows", "Rows evicted, by rule.", labels=["table", "cause"]
         )
         for name in self._shard.tables():
             try:
@@ -225,7 +230,7 @@ class FeedCollector(Collector):
             ),
             (
                 "ps_subscriber_lag_seconds",
-                "Age of the oldest change that a subscriber has not received yet, in seconds.",
+                "Age of the oldest change that is being sent to a subscriber, in seconds.",
                 lag.seconds,
             ),
         ):

@@ -38,14 +38,7 @@ def blocks_of(captured: Capture, after: int, buffer: Bytes) -> Iterator[Block]:
     A row that is pushed while this generator runs may be missing, or be a mix of old and new
     numbers. The log has its new contents.
     """
-    size = tombstones_per_block()
-    for number, dead in joined([part.after(after) for part in captured.tombstones]).by_table():
-        for at in range(0, len(dead), size):
-            part = dead.take(slice(at, at + size))
-            block = Block.tombstones(number, len(part), buffer)
-            block.keys[:], block.versions[:] = part.keys, part.versions
-            block.causes[:] = part.causes
-            yield block
+    yield from _tombstone_blocks(captured, after, buffer)
     for each in captured.tables:
         number, width, scan = each.number, each.width, each.scan
         start: int | None = 0
@@ -59,6 +52,18 @@ def blocks_of(captured: Capture, after: int, buffer: Bytes) -> Iterator[Block]:
                 block.keys[:], block.versions[:] = meta[:, KEY], meta[:, VERSION]
                 block.steps[:] = meta[:, STEP].view(np.int64)
                 yield from _unmoved(block, after, captured.version)
+
+
+def _tombstone_blocks(captured: Capture, after: int, buffer: Bytes) -> Iterator[Block]:
+    """Yield the blocks of ``blocks_of`` that contain tombstones."""
+    size = tombstones_per_block()
+    for number, dead in joined([part.after(after) for part in captured.tombstones]).by_table():
+        for at in range(0, len(dead), size):
+            part = dead.take(slice(at, at + size))
+            block = Block.tombstones(number, len(part), buffer)
+            block.keys[:], block.versions[:] = part.keys, part.versions
+            block.causes[:] = part.causes
+            yield block
 
 
 Counted = tuple[int, Keys, Occurrences, Versions]  # number of the table, and counters of some keys

@@ -94,20 +94,9 @@ class Position:
 
     def encode(self) -> bytes:
         """Return the position as a token, in the format that the module docstring describes."""
-        token = _TOKEN.pack(
-            FORMAT,
-            self.phase,
-            0,
-            self.table,
-            self.lineage,
-            self.epoch,
-            self.version,
-            self.tables,
-            self.after,
-            self.until,
-            self.slot,
-            self.boot,
-        )
+        small = FORMAT, self.phase, 0, self.table
+        large = self.version, self.tables, self.after, self.until, self.slot, self.boot
+        token = _TOKEN.pack(*small, self.lineage, self.epoch, *large)
         return token + _CHECKSUM.pack(xxh3_64_intdigest(token, _SEED))
 
 
@@ -122,26 +111,16 @@ def decode(token: bytes) -> Position:
     body = token[: _TOKEN.size]
     if _CHECKSUM.unpack(token[_TOKEN.size :])[0] != xxh3_64_intdigest(body, _SEED):
         raise _malformed(token, "its checksum is wrong")
-    format_, phase, zero, table, lineage, epoch, *rest = _TOKEN.unpack(body)
-    version, tables, after, until, slot, boot = rest
+    format_, phase, zero, table, lineage, epoch, *large = _TOKEN.unpack(body)
     if format_ != FORMAT:
         raise _malformed(token, f"expected format {FORMAT}, got {format_}")
     if zero:
         raise _malformed(token, f"bytes 2 and 3 must be 0, got {zero}")
     if phase not in Phase.__members__.values():
         raise _malformed(token, f"phase must be in 1..{len(Phase)}, got {phase}")
-    position = Position(
-        lineage=lineage,
-        epoch=epoch,
-        tables=tables,
-        phase=Phase(phase),
-        version=version,
-        after=after,
-        until=until,
-        table=table,
-        slot=slot,
-        boot=boot,
-    )
+    names = ("version", "tables", "after", "until", "slot", "boot")
+    fields = dict(zip(names, large, strict=True))
+    position = Position(lineage=lineage, epoch=epoch, phase=Phase(phase), table=table, **fields)
     _check(position, token)
     return position
 

@@ -92,14 +92,20 @@ async def _serve(config: ServerConfig) -> bool:
     )
     print("ready", flush=True)
     await stop.wait()
+    await _close(server, config)
+    return again.is_set() and not over
+
+
+async def _close(server: Server, config: ServerConfig) -> None:
+    """Close the server, but stop waiting for it after drain_seconds + CLOSE_SECONDS."""
     log.info("stopping", shard=config.shard)
+    limit = config.drain_seconds + CLOSE_SECONDS
     try:
-        await asyncio.wait_for(server.close(), config.drain_seconds + CLOSE_SECONDS)
+        await asyncio.wait_for(server.close(), limit)
     except TimeoutError:
-        log.error("stopped without closing", shard=config.shard, waited_seconds=CLOSE_SECONDS)
+        log.error("stopped without closing", shard=config.shard, waited_seconds=limit)
     else:
         log.info("stopped", shard=config.shard)
-    return again.is_set() and not over
 
 
 async def _start(server: Server, stop: asyncio.Event) -> bool:

@@ -120,11 +120,30 @@ class Recovery:
                 return
             case records.BarrierRecord():
                 return
-        entry = self._tables.numbered(record.table)
+        self._replay_on(self._require_table(record.table, version), version, record)
+        if (origin := record.origin).client:
+            self._sequencer.sessions.record(
+                origin.client, origin.incarnation, origin.sequence, origin.acknowledged, version
+            )
+
+    def _require_table(self, number: int, version: int) -> TableEntry:
+        """Return the table with this number; raise Corrupt if there is none.
+
+        version  version of the log record that names the table, for the message
+        """
+        entry = self._tables.numbered(number)
         if entry is None:
             raise Corrupt(
-                f"log record of version {version}", f"no table has its number {record.table}"
+                f"log record of version {version}",
+                f"the record changes table number {number}, which does not exist",
             )
+        return entry
+
+    def _replay_on(self, entry: TableEntry, version: int, record: records.Record) -> None:
+        """Apply a log record that changes an existing table.
+
+        version  version of the change
+        """
         match record:
             case records.PushRecord():
                 _replay_push(entry, version, record)
@@ -135,10 +154,6 @@ class Recovery:
                 self._tables.alter(entry, from_json(schema), version, origin.time_us / 1e6)
             case records.DropRecord():
                 self._tables.remove(entry)
-        if (origin := record.origin).client:
-            self._sequencer.sessions.record(
-                origin.client, origin.incarnation, origin.sequence, origin.acknowledged, version
-            )
 
     def finish(self) -> None:
         """End the recovery: drop sessions beyond the limit, and enforce the memory budget again.

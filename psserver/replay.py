@@ -55,14 +55,7 @@ def recover(shard: Shard, base: Base, versions: VersionLog, excess: int | None =
     ``excess``.
     """
     shard.recovery.begin(excess)
-    rows = records = size = 0
-    state = base.state
-    if state is not None:
-        shard.recovery.load_state(state)
-        for _, block in base.blocks():
-            shard.recovery.load_block(block)
-            rows += len(block.keys)
-        shard.recovery.blocks_loaded()
+    rows, records, size = _load_base(shard, base), 0, 0
     if versions.first > shard.version + 1:
         raise Corrupt(
             str(base.directory),
@@ -85,6 +78,19 @@ def recover(shard: Shard, base: Base, versions: VersionLog, excess: int | None =
         )
     _begin_epoch(base, versions)
     return Recovered(rows, records, size)
+
+
+def _load_base(shard: Shard, base: Base) -> int:
+    """Load the base into an empty shard; return the number of rows, tombstones and counters."""
+    if base.state is None:
+        return 0
+    shard.recovery.load_state(base.state)
+    rows = 0
+    for _, block in base.blocks():
+        shard.recovery.load_block(block)
+        rows += len(block.keys)
+    shard.recovery.blocks_loaded()
+    return rows
 
 
 def _begin_epoch(base: Base, versions: VersionLog) -> None:

@@ -136,10 +136,11 @@ class RowTransfer:
     def _read_message(
         self, request: RowsMessage, schema: TableSchema, now: int
     ) -> tuple[Keys, NDArray[Any], NDArray[Any], Rows]:
-        """Return the arrays of a message: keys uint64[n], steps int64[n], frequencies uint64[n],
-        rows float32[n, width].
+        """Return the valid arrays of a message: keys uint64[n], steps int64[n], frequencies
+        uint64[n], rows float32[n, width].
 
-        now  step of the rows if the message has no steps
+        schema  schema of the table
+        now     training step of all rows if the message has no steps
 
         Raises BadRequest for wrong lengths, repeated keys, keys of other shards, or numbers that
         are not finite or out of range.
@@ -151,33 +152,69 @@ class RowTransfer:
                 f"{where}: rows must have {schema.dim} numbers (embedding only) or {schema.width}"
                 f" (with optimizer state), got {request.width}",
             )
-        keys = _array(request.keys, "<u8", where)
-        n = len(keys)
-        rows = _array(request.rows, "<f4", where)
-        steps = _array(request.steps, "<i8", where) if request.steps else np.full(n, now)
-        frequencies = np.ones(n, np.uint64)
-        if request.frequencies:
-            frequencies = _array(request.frequencies, "<u8", where)
-        if not len(steps) == len(frequencies) == n or len(rows) != n * request.width:
-            raise BadRequest(
-                "INVALID_ARGUMENT",
-                f"{where}: lengths do not match: got {n} keys, {len(steps)} steps,"
-                f" {len(frequencies)} frequencies, {len(rows)} numbers in rows of width"
-                f" {request.width}",
-            )
+        keys, steps, frequencies, rows = _arrays(request, now, where)
         repeated, foreign = routing.check(keys, shard.shard_map, shard.number)
         if foreign >= 0 or repeated:
+            wrong = (
+                f"key {keys[foreign]} of another shard" if foreign >= 0 else f"{repeated} repeated"
+            )
             raise BadRequest(
                 "INVALID_ARGUMENT",
-                f"{where}: keys must be distinct and owned by shard {shard.number}",
+                f"{where}: keys must be distinct and owned by shard {shard.number}, got {wrong}",
             )
-        if not routing.all_finite(rows.view(np.uint32)):
-            raise BadRequest("NON_FINITE", f"{where}: all numbers in rows must be finite")
-        if n and frequencies.max() >= 1 << 32:
-            raise BadRequest("INVALID_ARGUMENT", f"{where}: frequencies must be in 0..2^32-1")
-        if n and not (steps.min() >= -(1 << 47) and steps.max() < 1 << 47):
-            raise BadRequest("INVALID_ARGUMENT", f"{where}: steps must be in -2^47..2^47-1")
-        return keys, steps, frequencies, rows.reshape(n, request.width)
+        _require_in_range(steps, frequencies, rows, where)
+        return keys, steps, frequencies, rows.reshape(len(keys), request.width)
+
+
+def _arrays(
+    request: RowsMessage, now: int, where: str
+) -> tuple[Keys, NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return the arrays of a message: keys uint64[n], steps int64[n], frequencies uint64[n],
+    rows float32[n * width]. Absent frequencies are 1.
+
+    now    training step of all rows if the message has no steps
+    where  description of the table, for messages
+
+    Raises BadRequest if the lengths do not match.
+    """
+    keys, rows = _array(request.keys, "<u8", where), _array(request.rows, "<f4", where)
+    n = len(keys)
+    steps = _array(request.steps, "<i8", where) if request.steps else np.full(n, now)
+    frequencies = np.ones(n, np.uint64)
+    if request.frequencies:
+        frequencies = _array(request.frequencies, "<u8", where)
+    if not len(steps) == len(frequencies) == n or len(rows) != n * request.width:
+        raise BadRequest(
+            "INVALID_ARGUMENT",
+            f"{where}: lengths do not match: got {n} keys, {len(steps)} steps,"
+            f" {len(frequencies)} frequencies, {len(rows)} numbers in rows of width"
+            f" {request.width}",
+        )
+    return keys, steps, frequencies, rows
+
+
+def _require_in_range(
+    steps: NDArray[Any], frequencies: NDArray[Any], rows: NDArray[Any], where: str
+) -> None:
+    """Raise BadRequest if a number in a row is not finite, or a step or frequency is out of range.
+
+    steps, frequencies  int64[n], uint64[n]
+    rows                float32[n * width]
+    where               description of the table, for messages
+    """
+    if not routing.all_finite(rows.view(np.uint32)):
+        raise BadRequest("NON_FINITE", f"{where}: all numbers in rows must be finite")
+    if not len(steps):
+        return
+    if (largest := frequencies.max()) >= 1 << 32:
+        raise BadRequest(
+            "INVALID_ARGUMENT", f"{where}: frequencies must be in 0..2^32-1, got {largest}"
+        )
+    if not (steps.min() >= -(1 << 47) and steps.max() < 1 << 47):
+        raise BadRequest(
+            "INVALID_ARGUMENT",
+            f"{where}: steps must be in -2^47..2^47-1, got {steps.min()}..{steps.max()}",
+        )
 
 
 def _header(schema: TableSchema) -> pb.DeltaHeader:

@@ -67,7 +67,7 @@ def stage(
             name: _Packer(numbers[name], schema.width, writer) for name, schema in schemas.items()
         }
         for part in parts:
-            of = {table.number: table.name for table in checkpoint.parts[part].tables}
+            of = _names(checkpoint, part)
             for piece in rows_of(store, checkpoint, part, of, progress.add):
                 name = of[piece.table]
                 require_width(checkpoint, schemas[name], piece.rows)
@@ -75,7 +75,7 @@ def stage(
         for packer in packers.values():
             packer.flush()
         for part in parts:
-            of = {table.number: table.name for table in checkpoint.parts[part].tables}
+            of = _names(checkpoint, part)
             counters = counters_of(store, checkpoint, part, of, progress.add)
             for number, keys, totals, versions in counters:
                 mine = own(keys, shard)
@@ -83,6 +83,11 @@ def stage(
         sessions = _sessions(shard, store, checkpoint)
         writer.commit(_base_state(checkpoint, schemas, numbers, sessions))
     return sum(packer.rows for packer in packers.values())
+
+
+def _names(checkpoint: Checkpoint, part: int) -> dict[int, str]:
+    """Return the names of the tables in one part of a checkpoint, by their numbers in the part."""
+    return {table.number: table.name for table in checkpoint.parts[part].tables}
 
 
 def _base_state(
@@ -101,20 +106,21 @@ def _base_state(
     sessions  packed client sessions, or b""
     """
     version = max(checkpoint.manifest.versions)
+    tables = (
+        BaseTable(
+            number=number,
+            schema=_text(schemas[name]),
+            created=version,
+            policy=_policy(checkpoint, schemas[name]),
+        )
+        for name, number in numbers.items()
+    )
     return BaseState(
         lineage=os.urandom(16),
         history=History((draw_epoch(),)),
         version=version,
         next_table=len(numbers) + 1,
-        tables=tuple(
-            BaseTable(
-                number=number,
-                schema=_text(schemas[name]),
-                created=version,
-                policy=_policy(checkpoint, schemas[name]),
-            )
-            for name, number in numbers.items()
-        ),
+        tables=tuple(tables),
         horizon=version,
         sessions=sessions,
     )

@@ -157,13 +157,6 @@ def view_keys(entry: TableEntry, keys: Keys, version: int, now: float) -> KeyVie
     locations = table.pull(keys, "serve", embeddings)
     versions, steps, frequencies = table.metadata(locations)
     waiting = np.where(locations == 0, table.gate.waiting(keys), 0).astype(np.uint32)
-    loss_reason, stale = table.gate.loss_reason, table.evictor.stale(now)
-    if entry.counting:
-        loss_reason = (
-            f"an alteration at version {entry.counting} dropped the counts made until then"
-        )
-    if not loss_reason and table.gate.cap and stale > entry.created:
-        loss_reason = f"counters not updated after version {stale} have expired"
     return KeyView(
         version=version,
         number=entry.number,
@@ -176,5 +169,22 @@ def view_keys(entry: TableEntry, keys: Keys, version: int, now: float) -> KeyVie
         waiting=waiting,
         step=table.evictor.step,
         schema=table.schema,
-        loss_reason=loss_reason,
+        loss_reason=_loss_reason(entry, now),
     )
+
+
+def _loss_reason(entry: TableEntry, now: float) -> str:
+    """Return why a key of a table that has no row and no count may have been pushed before; "" if
+    it cannot have been.
+
+    now  seconds since 1970
+    """
+    table = entry.table
+    if entry.counting:
+        return f"an alteration at version {entry.counting} dropped the counts made until then"
+    if table.gate.loss_reason:
+        return table.gate.loss_reason
+    stale = table.evictor.stale(now)
+    if table.gate.cap and stale > entry.created:
+        return f"counters not updated after version {stale} have expired"
+    return ""

@@ -77,11 +77,7 @@ def read_wanted(request: pb.SubscribeRequest) -> Wanted:
 
     Raises BadRequest if one is invalid.
     """
-    if len(request.tables) > MAX_TABLES:
-        raise _bad(f"at most {MAX_TABLES} tables may be named, got {len(request.tables)}")
-    for name in request.tables:
-        if problem := names.problem("table", name):
-            raise _bad(problem)
+    _require_in_range(request)
     content = request.content or pb.CONTENT_VALUES
     if content not in pb.Content.values():
         raise _bad(f"content must be one of {pb.Content.values()}, got {content}")
@@ -90,14 +86,6 @@ def read_wanted(request: pb.SubscribeRequest) -> Wanted:
         raise _bad(f"values and state are sent as float32 only, got dtype {dtype}")
     if request.start not in pb.Start.values():
         raise _bad(f"start must be one of {pb.Start.values()}, got {request.start}")
-    if request.coalesce_ms > MOST_COALESCE_MS:
-        raise _bad(f"coalesce_ms must be in 0..{MOST_COALESCE_MS}, got {request.coalesce_ms}")
-    if request.chunk_bytes > MOST_CHUNK_BYTES:
-        raise _bad(f"chunk_bytes must be in 0..{MOST_CHUNK_BYTES}, got {request.chunk_bytes}")
-    if 0 < request.progress_ms < LEAST_PROGRESS_MS:
-        raise _bad(
-            f"progress_ms must be 0 or at least {LEAST_PROGRESS_MS}, got {request.progress_ms}"
-        )
     return Wanted(
         tables=frozenset(request.tables),
         content=content,
@@ -107,6 +95,23 @@ def read_wanted(request: pb.SubscribeRequest) -> Wanted:
         progress_seconds=request.progress_ms / 1000 or PROGRESS_SECONDS,
         chunk_bytes=max(request.chunk_bytes or CHUNK_BYTES, LEAST_CHUNK_BYTES),
     )
+
+
+def _require_in_range(request: pb.SubscribeRequest) -> None:
+    """Raise BadRequest if a table name is invalid, or a number is out of range."""
+    if len(request.tables) > MAX_TABLES:
+        raise _bad(f"at most {MAX_TABLES} tables may be named, got {len(request.tables)}")
+    for name in request.tables:
+        if problem := names.problem("table", name):
+            raise _bad(problem)
+    if request.coalesce_ms > MOST_COALESCE_MS:
+        raise _bad(f"coalesce_ms must be in 0..{MOST_COALESCE_MS}, got {request.coalesce_ms}")
+    if request.chunk_bytes > MOST_CHUNK_BYTES:
+        raise _bad(f"chunk_bytes must be in 0..{MOST_CHUNK_BYTES}, got {request.chunk_bytes}")
+    if 0 < request.progress_ms < LEAST_PROGRESS_MS:
+        raise _bad(
+            f"progress_ms must be 0 or at least {LEAST_PROGRESS_MS}, got {request.progress_ms}"
+        )
 
 
 def _bad(why: str) -> BadRequest:

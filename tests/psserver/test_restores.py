@@ -248,7 +248,9 @@ def test_a_lost_state_in_the_middle_of_an_exchange_is_damage(
         ):
             swap.settle(node.directory)
     assert sorted(node.directory.rglob("*")) == before
-    with pytest.raises(ConfigError, match=r"^data_dir: DATA_LOSS: .*/restore/STATE: is missing"):
+    with pytest.raises(
+        ConfigError, match=r"^data_dir: DATA_LOSS: .*/restore/STATE: the file is missi"
+    ):
         DataDirectory(
             node.directory, ServerConfig(), Engine(), lambda: node.shard, lambda: None
         ).open()
