@@ -27,8 +27,8 @@ if _version_not_supported:
 
 class TableServiceStub(object):
     """Tables. Every shard has every table, so a client creates, describes and drops a table on each
-    shard. It creates the table on shard 0 first and drops it on shard 0 last. If several clients
-    create it with different schemas, the same client then wins on all shards.
+    shard. It creates the table on shard 0 first, and drops it on shard 0 last. So if several clients
+    create it with different schemas, the same client wins on all shards.
     """
 
     def __init__(self, channel):
@@ -71,8 +71,8 @@ class TableServiceStub(object):
 
 class TableServiceServicer(object):
     """Tables. Every shard has every table, so a client creates, describes and drops a table on each
-    shard. It creates the table on shard 0 first and drops it on shard 0 last. If several clients
-    create it with different schemas, the same client then wins on all shards.
+    shard. It creates the table on shard 0 first, and drops it on shard 0 last. So if several clients
+    create it with different schemas, the same client wins on all shards.
     """
 
     def CreateTable(self, request, context):
@@ -83,13 +83,15 @@ class TableServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DescribeTable(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns the schema and the size of a table.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListTables(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns the schema and the size of every table.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -111,7 +113,8 @@ class TableServiceServicer(object):
     def Evict(self, request, context):
         """Evicts the rows of this shard that the table's rules select now, without waiting for the
         background eviction. With dry_run, only counts them. Pulls and pushes continue meanwhile. The
-        call can take minutes, and stops if the caller cancels it. One call at a time per shard.
+        call can take minutes, and stops if the caller cancels it. A shard runs one call at a time, and
+        refuses others with OVERLOADED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -160,8 +163,8 @@ def add_TableServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class TableService(object):
     """Tables. Every shard has every table, so a client creates, describes and drops a table on each
-    shard. It creates the table on shard 0 first and drops it on shard 0 last. If several clients
-    create it with different schemas, the same client then wins on all shards.
+    shard. It creates the table on shard 0 first, and drops it on shard 0 last. So if several clients
+    create it with different schemas, the same client wins on all shards.
     """
 
     @staticmethod
@@ -369,20 +372,23 @@ class RowServiceServicer(object):
     """
 
     def Pull(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Reads embeddings.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Push(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Applies gradients to rows.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Exchange(self, request, context):
-        """Applies pushes, then answers pulls, as one unit. If any part is invalid, all of it is refused.
-        Only OUT_OF_MEMORY and ROW_OVERFLOW may come after some of several pushes: see ExchangeRequest.
+        """Applies pushes, then answers pulls, as one unit. If any of them is invalid, all are refused.
+        Only OUT_OF_MEMORY and ROW_OVERFLOW can occur after some pushes were applied: see
+        ExchangeRequest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -396,11 +402,13 @@ class RowServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Stream(self, request_iterator, context):
-        """Pipelined exchanges. Each request gets one response with its id, in the order of arrival, and
-        requests take effect in that order. An invalid request gets an `error`, and the stream
-        continues. A message that cannot be parsed ends the stream. A request that is retried after
-        RetryInfo takes effect after the requests that followed it. The server stops reading a stream
-        whose client does not read its responses, once they fill an eighth of max_inflight_bytes.
+        """Pipelined exchanges: a client may send requests before it has the responses to earlier ones.
+        Requests take effect in the order of arrival, and each gets one response with its id, in the
+        same order. An invalid request gets an `error`, and the stream continues. A message that cannot
+        be parsed ends the stream. A request that the client retries after RetryInfo takes effect after
+        the requests that followed it. The server pauses reading a stream while its requests and
+        responses in flight fill an eighth of max_inflight_bytes, for example because the client does
+        not read the responses.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -583,7 +591,7 @@ class RowService(object):
 
 
 class LogServiceStub(object):
-    """The version log. FAILED_PRECONDITION / NO_LOG if the shard has none.
+    """The version log. Without a log, the shard refuses the calls with FAILED_PRECONDITION / NO_LOG.
     """
 
     def __init__(self, channel):
@@ -610,7 +618,7 @@ class LogServiceStub(object):
 
 
 class LogServiceServicer(object):
-    """The version log. FAILED_PRECONDITION / NO_LOG if the shard has none.
+    """The version log. Without a log, the shard refuses the calls with FAILED_PRECONDITION / NO_LOG.
     """
 
     def WaitDurable(self, request, context):
@@ -621,20 +629,21 @@ class LogServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Barrier(self, request, context):
-        """Appends a mark to the log, which subscribers receive in order. Barriers of the same name on all
-        shards mark a consistent cut of the cluster.
+        """Appends a named mark to the log. Subscribers receive it in order with the changes. Barriers of
+        the same name on all shards mark a consistent cut of the cluster.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Subscribe(self, request, context):
-        """Sends changed rows in the order of their versions, and only durable ones. Each change is sent
-        at least once, and none is skipped. Apply a row only if its version is above the version that
-        you have: this makes duplicates and snapshots that are read during pushes harmless. The stream
-        ends only with an error. To resume, subscribe with the last token. If the log no longer has the
-        changes since the token, the server scans the rows (KIND_CATCH_UP). If it no longer has all
-        deletes since the token, it answers VERSION_COMPACTED: take a snapshot.
+        """Sends changed rows in the order of their versions, once they are on disk. Each change is sent
+        at least once. A subscriber must apply a row only if its version is newer than the version that
+        it has of this row: this makes duplicates harmless, and snapshots that are read during pushes.
+        The stream ends only with an error. To resume, subscribe with the last token received. If the
+        log no longer has the changes after the token, the server scans the rows (KIND_CATCH_UP). If it
+        no longer knows all deletes after the token, it refuses with VERSION_COMPACTED: subscribe
+        without a token, for a snapshot.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -667,7 +676,7 @@ def add_LogServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class LogService(object):
-    """The version log. FAILED_PRECONDITION / NO_LOG if the shard has none.
+    """The version log. Without a log, the shard refuses the calls with FAILED_PRECONDITION / NO_LOG.
     """
 
     @staticmethod
@@ -753,9 +762,9 @@ class LogService(object):
 
 
 class CheckpointServiceStub(object):
-    """Checkpoints of all shards, by name: 1..128 letters, digits or any of _ . - that start with a
-    letter, a digit or _. The servers' checkpoint_url, which is the same for all
-    shards, is where they are stored. A client cannot choose another location.
+    """Checkpoints of all shards. A checkpoint's name has 1..128 letters, digits or any of _ . - and
+    starts with a letter, a digit or _. All checkpoints are stored at the servers' checkpoint_url, a
+    setting that is the same for all shards. A client cannot choose a different location.
 
     To take a checkpoint, call WriteCheckpoint on every shard with the same `attempt`. Then call
     CompleteCheckpoint on any shard with the parts that all shards returned. Until that succeeds, the
@@ -763,10 +772,10 @@ class CheckpointServiceStub(object):
 
     To restore, call PrepareRestore on every shard with the same `id`. Then do the steps HOLD, COMMIT
     and RELEASE, each on every shard before the next step. From HOLD to RELEASE a shard refuses all
-    calls but GetServerInfo and Restore (UNAVAILABLE / RESTORING), so that no client sees restored
+    calls except GetServerInfo and Restore (UNAVAILABLE / RESTORING), so that no client sees restored
     and old shards together. COMMIT restarts the shard: poll its status until it is LOADED or FAILED.
-    Until the first RELEASE, the step ABORT returns to the previous data. The steps survive a restart
-    of the shard's process, and are idempotent.
+    Until the first RELEASE, the step ABORT returns to the previous data. The steps are idempotent. A
+    shard remembers them when its process restarts.
     """
 
     def __init__(self, channel):
@@ -833,9 +842,9 @@ class CheckpointServiceStub(object):
 
 
 class CheckpointServiceServicer(object):
-    """Checkpoints of all shards, by name: 1..128 letters, digits or any of _ . - that start with a
-    letter, a digit or _. The servers' checkpoint_url, which is the same for all
-    shards, is where they are stored. A client cannot choose another location.
+    """Checkpoints of all shards. A checkpoint's name has 1..128 letters, digits or any of _ . - and
+    starts with a letter, a digit or _. All checkpoints are stored at the servers' checkpoint_url, a
+    setting that is the same for all shards. A client cannot choose a different location.
 
     To take a checkpoint, call WriteCheckpoint on every shard with the same `attempt`. Then call
     CompleteCheckpoint on any shard with the parts that all shards returned. Until that succeeds, the
@@ -843,14 +852,14 @@ class CheckpointServiceServicer(object):
 
     To restore, call PrepareRestore on every shard with the same `id`. Then do the steps HOLD, COMMIT
     and RELEASE, each on every shard before the next step. From HOLD to RELEASE a shard refuses all
-    calls but GetServerInfo and Restore (UNAVAILABLE / RESTORING), so that no client sees restored
+    calls except GetServerInfo and Restore (UNAVAILABLE / RESTORING), so that no client sees restored
     and old shards together. COMMIT restarts the shard: poll its status until it is LOADED or FAILED.
-    Until the first RELEASE, the step ABORT returns to the previous data. The steps survive a restart
-    of the shard's process, and are idempotent.
+    Until the first RELEASE, the step ABORT returns to the previous data. The steps are idempotent. A
+    shard remembers them when its process restarts.
     """
 
     def WriteCheckpoint(self, request, context):
-        """Writes this shard's part while pushes go on. The last message has `part`.
+        """Writes this shard's part of a checkpoint while pushes continue. The last message has `part`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -864,15 +873,16 @@ class CheckpointServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListCheckpoints(self, request, context):
-        """Lists all checkpoints, or one checkpoint with the schemas of its tables.
+        """Lists all checkpoints, or describes one checkpoint with the schemas of its tables.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def VerifyCheckpoint(self, request, context):
-        """Reads every byte of the parts p with p % shards = shard, and of their parents. DATA_LOSS names
-        what is missing or damaged.
+        """Reads all bytes of this shard's share of a checkpoint, and of the parents that the share needs.
+        The share is the parts p with p % shards = shard. The message of DATA_LOSS names what is
+        missing or damaged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -887,7 +897,8 @@ class CheckpointServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Restore(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Carries out one step of a restore, or returns its status.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -899,47 +910,49 @@ class CheckpointServiceServicer(object):
         differs from the stored one, the rows get the state of new rows.
 
         Call it on every shard with one new `id`, on shard 0 first. A shard that accepts the request
-        answers with stage READY, has changed nothing, and refuses other long work. From then on the
-        target cannot be created, altered or dropped: TABLE_LOADING. Then Continue with START on every
-        shard: it replaces the target by a new table. Until the end the table is hidden: pulls and
-        pushes get TABLE_LOADING. A shard whose rows are durable answers DONE. Then Continue with FINISH
-        on every shard: the table appears, and the last message is sent. If anything fails before
-        FINISH, or the call ends, the shard drops the new table. It creates an empty one if the target
-        existed.
+        sends stage READY. It has changed nothing yet, but refuses other long operations on
+        checkpoints, and refuses to create, alter or drop the target (TABLE_LOADING). Then call
+        Continue with START on every shard. The shard replaces the target by a new table, which is
+        hidden until the end: pulls and pushes get TABLE_LOADING. When its rows are on disk, the shard
+        sends stage DONE. Then call Continue with FINISH on every shard. The shard makes the table
+        visible, and sends the last message. If anything fails before FINISH, or the call ends, the
+        shard drops the new table, and creates an empty one if the target existed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteCheckpoints(self, request, context):
-        """Deletes checkpoints, the newest first and of each the manifest first. Call it on every shard
-        with one new `id`, on shard 0 first. Shards answer READY and refuse to read these checkpoints.
-        Then Continue with START on shard 0 alone, which deletes; its last message has `names`. Then
-        Continue with START on the other shards. CHECKPOINT_NEEDED: a checkpoint that stays needs one
-        of them.
+        """Deletes checkpoints, the newest first, and the manifest of each before its other files. Call it
+        on every shard with one new `id`, on shard 0 first. Each shard sends stage READY, and refuses
+        to read these checkpoints from then on. Then call Continue with START on shard 0, which deletes
+        them; its last message has `names`. Then call Continue with START on the other shards. Refused
+        with CHECKPOINT_NEEDED if a checkpoint that is not deleted needs one of them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Continue(self, request, context):
-        """Lets a LoadTable or DeleteCheckpoints call of this id go on.
+        """Lets the LoadTable or DeleteCheckpoints call with this id, which waits, take its next step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReadRows(self, request, context):
-        """Reads whole rows: the live rows of this shard's table, or those of a table in a checkpoint, of
-        its parts p with p % shards = shard. Each live row is consistent, but rows may be of different
-        versions. Messages have KIND_ROWS. The first message has the schema and no rows.
+        """Reads whole rows: the live rows of this shard's table, or this shard's share of a table in a
+        checkpoint: the parts p with p % shards = shard. Each live row is consistent, but different
+        rows may be of different versions. Messages have KIND_ROWS. The first message has the schema,
+        but no rows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WriteRows(self, request, context):
-        """Writes whole rows and overwrites existing ones. The rows of each distinct step get one version.
+        """Inserts or overwrites whole rows. The shard applies them in several changes, each with rows of
+        one step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1012,9 +1025,9 @@ def add_CheckpointServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CheckpointService(object):
-    """Checkpoints of all shards, by name: 1..128 letters, digits or any of _ . - that start with a
-    letter, a digit or _. The servers' checkpoint_url, which is the same for all
-    shards, is where they are stored. A client cannot choose another location.
+    """Checkpoints of all shards. A checkpoint's name has 1..128 letters, digits or any of _ . - and
+    starts with a letter, a digit or _. All checkpoints are stored at the servers' checkpoint_url, a
+    setting that is the same for all shards. A client cannot choose a different location.
 
     To take a checkpoint, call WriteCheckpoint on every shard with the same `attempt`. Then call
     CompleteCheckpoint on any shard with the parts that all shards returned. Until that succeeds, the
@@ -1022,10 +1035,10 @@ class CheckpointService(object):
 
     To restore, call PrepareRestore on every shard with the same `id`. Then do the steps HOLD, COMMIT
     and RELEASE, each on every shard before the next step. From HOLD to RELEASE a shard refuses all
-    calls but GetServerInfo and Restore (UNAVAILABLE / RESTORING), so that no client sees restored
+    calls except GetServerInfo and Restore (UNAVAILABLE / RESTORING), so that no client sees restored
     and old shards together. COMMIT restarts the shard: poll its status until it is LOADED or FAILED.
-    Until the first RELEASE, the step ABORT returns to the previous data. The steps survive a restart
-    of the shard's process, and are idempotent.
+    Until the first RELEASE, the step ABORT returns to the previous data. The steps are idempotent. A
+    shard remembers them when its process restarts.
     """
 
     @staticmethod
@@ -1327,7 +1340,7 @@ class CheckpointService(object):
 
 
 class AnalysisServiceStub(object):
-    """The contents of a table, and why a key has no row. Read only.
+    """Reports about the contents of tables. Changes nothing.
     """
 
     def __init__(self, channel):
@@ -1349,19 +1362,19 @@ class AnalysisServiceStub(object):
 
 
 class AnalysisServiceServicer(object):
-    """The contents of a table, and why a key has no row. Read only.
+    """Reports about the contents of tables. Changes nothing.
     """
 
     def Analyze(self, request, context):
-        """Summarizes the rows of this shard's table while pushes continue, or those of a table in a
-        checkpoint, of its parts p with p % shards = shard. The last message has `summary`.
+        """Summarizes the rows of this shard's table while pushes continue, or this shard's share of a
+        table in a checkpoint: the parts p with p % shards = shard. The last message has `summary`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Inspect(self, request, context):
-        """Returns what the shard knows about up to 1000 keys of its own.
+        """Returns the row of each key, or why it has none. At most 1000 keys, all owned by this shard.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1389,7 +1402,7 @@ def add_AnalysisServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AnalysisService(object):
-    """The contents of a table, and why a key has no row. Read only.
+    """Reports about the contents of tables. Changes nothing.
     """
 
     @staticmethod
@@ -1467,7 +1480,8 @@ class InfoServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def GetServerInfo(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns the shard's number and limits, the map from keys to shards, and statistics.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
