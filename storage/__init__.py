@@ -34,6 +34,7 @@ history.py       epochs: which versions belong to the history of a log
 marks.py         the newest version that is known to be on disk
 logfiles.py      the version log's files
 cursor.py        a reader of the version log
+logprogress.py   which versions of the log are written and synced, and who waits
 versionlog.py    the version log: appended, synced, read, truncated
 block.py         many rows, or tombstones, as one run of bytes
 basestate.py     which blocks of the base are live

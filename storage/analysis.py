@@ -37,7 +37,7 @@ class RowColumns(NamedTuple):
     tier: str
 
     def take(self, chosen: Any) -> RowColumns:
-        """Return some of the rows, by a mask or by indices."""
+        """Return the rows that ``chosen`` selects, a mask bool[n] or indices int64[k]."""
         return RowColumns._make([*(column[chosen] for column in self[:-1]), self.tier])
 
 
@@ -92,20 +92,20 @@ def _look(
     last_keys: Any,
     enter: Any,
 ) -> Any:
-    """Count rows in histograms, and find the lists of extremes that any of them would enter.
-
-    One pass without the interpreter lock: taking the lock often would delay pulls.
+    """Count rows in histograms, and find out which lists of extremes must be updated.
 
     keys, steps, frequencies, norms  [n]; see RowColumns
-    step           the age of a row is this step minus its own
-    grace          idle_norms counts rows of at least this age
-    of_*           (edges float64[k], counts uint64[k + 1], sums uint64[k + 1] or empty), updated
-    lasts          float64[4]  ranks of the last rows of the lists: most and least frequent, largest
-                   and smallest
-    last_keys      uint64[4]   keys of the same
-    enter          bool[4]     set for each list that a row enters
+    step       the age of a row is this step minus the row's step
+    grace      the histogram of_idle_norms counts only rows of at least this age
+    of_*       histograms (edges float64[k], counts uint64[k + 1], sums uint64[k + 1] or empty);
+               counts and sums are updated
+    lasts      float64[4]  rank of the last row in each list; the lists are the most frequent, the
+               least frequent, the largest and the smallest rows
+    last_keys  uint64[4]   keys of these last rows
+    enter      bool[4]     set to True for each list that some row belongs to
 
-    Returns the sum of the frequencies and the sum of the norms.
+    Returns (sum of the frequencies, sum of the norms). Runs without the interpreter lock, so that
+    pulls are not delayed.
     """
     occurrences, norm_sum = np.uint64(0), 0.0
     for i in range(keys.shape[0]):
@@ -145,12 +145,18 @@ class Histogram:
 
     @property
     def parts(self) -> tuple[Edges, BucketCounts, BucketCounts]:
-        """Bounds to compare with, counts and sums. The kernel updates counts and sums."""
+        """(bounds to compare values with, counts, sums) for the kernel, which updates the latter
+        two in place.
+        """
         return self._bounds, self.counts, self.sums
 
 
 class Extremes:
-    """The k rows with the smallest or the largest values; ties by the smallest key."""
+    """List of the k rows with the smallest or the largest values.
+
+    largest  True: the largest values
+    rows     the rows of the list; of rows with equal values, those with the smallest keys
+    """
 
     def __init__(self, k: int, *, largest: bool) -> None:
         self._k = k
@@ -173,13 +179,19 @@ class Extremes:
 
     @property
     def last(self) -> tuple[float, int]:
-        """Rank and key of the last row; (-inf, 0) if there is none."""
+        """(rank, key) of the last row; (-inf, 0) if there is none.
+
+        The rank is the row's value, negated in a list of the largest values.
+        """
         if not len(self._ranks):
             return -np.inf, 0
         return float(self._ranks[-1]), int(self.rows.keys[-1])
 
     def add(self, rows: RowColumns, values: NDArray[Any]) -> None:
-        """Add rows with values float64[n], at least one of which enters. NaN ranks last."""
+        """Add those rows that belong to the list; there must be at least one. NaN ranks last.
+
+        values  float64[n]  value of each row
+        """
         ranks = np.where(np.isnan(values), np.inf, self._sign * values)
         if not self.room:
             rank, key = self.last

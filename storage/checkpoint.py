@@ -97,7 +97,9 @@ def open_checkpoint(store: Store, name: str, *, depth: int = MAX_CHAIN) -> Check
         written = (part.name, part.attempt, part.shard, part.shards, part.parent)
         if written != (name, manifest.attempt, shard, len(parts), manifest.parent):
             path = store.where(f"{name}/{manifest.parts[shard].path}")
-            raise Corrupt(path, f"checkpoint, shard, attempt or parent differs from {where}")
+            raise Corrupt(
+                path, f"the name, attempt, shard, shards or parent in it differs from {where}"
+            )
     if error := manifest.contradiction(parts):
         raise Corrupt(where, error)
     parent = None
@@ -133,7 +135,11 @@ def _open_parent(store: Store, named: Parent, where: str, depth: int) -> Checkpo
     Raises Corrupt if the parent is missing, was replaced, or the chain is too long.
     """
     if depth <= 0:
-        raise Corrupt(where, f"needs a chain of more than {MAX_CHAIN} parent checkpoints")
+        raise Corrupt(
+            where,
+            f"expected a chain of at most {MAX_CHAIN} checkpoints, each the parent of the"
+            " checkpoint before it, got a longer one",
+        )
     try:
         parent = open_checkpoint(store, named.name, depth=depth)
     except UnknownCheckpoint as error:
@@ -156,12 +162,14 @@ def read_manifest(store: Store, name: str) -> tuple[Manifest, str]:
         raise UnknownCheckpoint(name, where) from None
     manifest = unseal(Manifest, data, where)
     if manifest.name != name:
-        raise Corrupt(where, f"this is the manifest of checkpoint {manifest.name!r}")
+        raise Corrupt(
+            where, f"expected the manifest of checkpoint {name!r}, got that of {manifest.name!r}"
+        )
     return manifest, xxh3_128_hexdigest(data)
 
 
 def open_part(store: Store, name: str, file: File) -> Part:
-    """Read and check a shard's manifest.
+    """Read and check the manifest of one shard.
 
     name  the checkpoint's name
     file  path, size and checksum of the manifest

@@ -15,19 +15,28 @@ class Followed(Protocol):
     """The part of VersionLog that a cursor uses."""
 
     files: LogFiles
-    written: int  # newest version handed to the OS
-    durable: int  # newest version synced to disk
+
+    @property
+    def written(self) -> int:
+        """Newest version handed to the OS."""
+        ...
+
+    @property
+    def durable(self) -> int:
+        """Newest version synced to disk."""
+        ...
 
 
 class Cursor:
-    """A position in the log. ``VersionLog.cursor`` creates one.
+    """Reads the log in order from a position that it remembers. ``VersionLog.cursor`` creates one.
+
+    after  version of the last frame that was read
 
     One thread at a time may use it. It keeps one file open, and some MiB of read-ahead in memory.
-    ``after`` is the version of the last frame that it returned.
     """
 
     def __init__(self, log: Followed, after: int) -> None:
-        """Create a cursor whose first frame is version ``after + 1``. Opens no file yet."""
+        """Create a cursor that begins at version ``after + 1``. Opens no file yet."""
         self.after = after
         self._log = log
         self._segment: SegmentFile | None = None

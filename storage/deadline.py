@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class _Job(NamedTuple):
-    """A call that a thread will run."""
+    """A call that waits for a thread to run it."""
 
     future: Future[Any]  # gets the result or error
     function: Callable[[], Any]
@@ -77,7 +77,11 @@ class Deadlines:
             if self._free:
                 self._free -= 1
             elif self._threads == MAX_THREADS:
-                raise StoreFailed(where, f"{MAX_THREADS} earlier file operations are unanswered")
+                raise StoreFailed(
+                    where,
+                    f"{MAX_THREADS} earlier file operations have not returned, and no more are"
+                    " started",
+                )
             else:
                 self._threads += 1
                 threading.Thread(target=self._work, name="store", daemon=True).start()

@@ -72,8 +72,8 @@ class OutOfMemory(StorageError):
 
     def __init__(self, budget: int, held: int, wanted: int, what: str = "") -> None:
         super().__init__(
-            f"{what}{wanted} more bytes needed, {held} of the memory budget of {budget} bytes in"
-            " use"
+            f"{what}{wanted} more bytes are needed, but {held} bytes of the memory budget of"
+            f" {budget} bytes are in use"
         )
         self.budget, self.held, self.wanted, self.what = budget, held, wanted, what
 
@@ -110,11 +110,12 @@ class DiskFull(StorageError):
     """The disk has no room for a write; nothing was changed.
 
     directory  directory that was written to
-    wanted     bytes that the write needs
+    wanted     bytes that the write needs; 0: unknown
     """
 
     def __init__(self, directory: str, wanted: int) -> None:
-        super().__init__(f"no room for {wanted} more bytes in {directory}")
+        size = f"{wanted} more bytes" if wanted else "more bytes"
+        super().__init__(f"no room for {size} in {directory}")
         self.directory = directory
         self.wanted = wanted
 

@@ -41,7 +41,7 @@ class History:
     def contains(self, epoch: int, version: int) -> bool:
         """Return whether ``version``, given out in ``epoch``, belongs to this history.
 
-        Every version of the current epoch does, also one that is not reached yet.
+        Every version of the current epoch does, including those not given out yet.
         """
         for known, end in zip(self.epochs, self.ends, strict=False):
             if known == epoch:

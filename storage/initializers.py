@@ -149,7 +149,11 @@ def _tail(p: Any) -> Any:
 
 @jit
 def _constant(rows: Any, dim: int, value: float, out: Any) -> None:
-    """Set out[rows, :dim] = value, for rows int64[m] and out float32[r, >=dim]."""
+    """Set the first ``dim`` numbers of some rows of ``out`` to ``value``.
+
+    rows  int64[m]            indices of the rows
+    out   float32[r, >= dim]  written
+    """
     for i in range(rows.shape[0]):
         row = rows[i]
         for j in range(dim):
@@ -158,7 +162,12 @@ def _constant(rows: Any, dim: int, value: float, out: Any) -> None:
 
 @jit
 def _uniform(seed: int, keys: Any, rows: Any, dim: int, low: float, high: float, out: Any) -> None:
-    """Set out[rows, :dim] = low + (high - low) u_j of keys uint64[m]; see _constant."""
+    """Set out[rows[i], j] = low + (high - low) u_j for j < dim, u_j being draw j of keys[i].
+
+    keys  uint64[m]
+    rows  int64[m]
+    out   float32[r, >= dim]  written
+    """
     for i in range(keys.shape[0]):
         row = rows[i]
         stream = _mix(keys[i] ^ seed)
@@ -178,10 +187,11 @@ def _normal(
     below: float,
     out: Any,
 ) -> None:
-    """Set out[rows, :dim] = mean + std z_j; rows and out as in _constant.
+    """Set out[rows[i], j] = mean + std z_j for j < dim; keys, rows and out as in ``_uniform``.
 
-    z_j is the standard normal between -cut and cut, by the inverse of its CDF at
-    below + (1 - 2 below) u_j, where below = Phi(-cut).
+    z_j is drawn from the standard normal distribution between -cut and cut: it is the inverse of
+    the normal CDF at ``below + (1 - 2 below) u_j``. u_j is draw j of keys[i]; ``below`` must be the
+    CDF at -cut.
     """
     for i in range(keys.shape[0]):
         row = rows[i]
@@ -215,8 +225,8 @@ class Initializer(ABC):
         self._check()
 
     def _check(self) -> None:
-        """Raise ValueError for parameters that are not valid; by default all are."""
-        return
+        """Validate the parameters: call ``_require`` for each condition. It raises ValueError."""
+        return  # unless an initializer has conditions
 
     def _require(self, field: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -236,7 +246,7 @@ class Initializer(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Zeros(Initializer):
-    """All numbers are 0."""
+    """Sets all numbers of an embedding to 0."""
 
     name: ClassVar[str] = "zeros"
 
@@ -246,7 +256,7 @@ class Zeros(Initializer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constant(Initializer):
-    """All numbers are ``value``."""
+    """Sets all numbers of an embedding to ``value``."""
 
     name: ClassVar[str] = "constant"
 
@@ -258,9 +268,9 @@ class Constant(Initializer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Uniform(Initializer):
-    """Uniform between low and high; the defaults are those of Keras.
+    """Draws from the uniform distribution between ``low`` and ``high``. Keras's defaults.
 
-    The draw in float64 is strictly between them. Rounding to float32 may reach either.
+    Rounding to float32 can result in exactly ``low`` or ``high``.
     """
 
     name: ClassVar[str] = "uniform"
@@ -278,7 +288,10 @@ class Uniform(Initializer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Normal(Initializer):
-    """Normal with the given mean and standard deviation; no value exceeds 8.3 deviations."""
+    """Draws from the normal distribution with this mean and standard deviation.
+
+    No value is more than 8.3 standard deviations from the mean.
+    """
 
     name: ClassVar[str] = "normal"
 
@@ -295,9 +308,9 @@ class Normal(Initializer):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TruncatedNormal(Initializer):
-    """Normal, truncated at 2 standard deviations from the mean, as in TensorFlow.
+    """Draws from the normal distribution, truncated at 2 standard deviations, as in TensorFlow.
 
-    ``std`` is that of the normal before truncation, as in TensorFlow. Afterwards it is 0.88 of it.
+    std  standard deviation before truncation; that of the values is ``0.88 std``
     """
 
     name: ClassVar[str] = "truncated_normal"

@@ -30,7 +30,7 @@ AHEAD = 8  # rows that are prefetched
 
 
 class Images(NamedTuple):
-    """Whole rows with their metadata, as they are stored."""
+    """Whole rows, [embedding | optimizer state], with their keys and metadata."""
 
     keys: Keys  # uint64[n], distinct
     versions: NDArray[np.uint64]  # [n]
@@ -184,8 +184,9 @@ def touch(meta: Any, slots: Any, counts: Any, step: int, version: int) -> None:
 def unpack(meta: Any, slots: Any, out: Any) -> None:
     """Read metadata: out[i] = key, version, step (the bits of an int64), frequency.
 
-    meta  uint64[capacity, 3]  packed
-    out   uint64[n, 4]
+    meta   uint64[capacity, 3]  packed; see tiers/host.py
+    slots  int64[n]
+    out    uint64[n, 4]         written
     """
     for i in range(slots.shape[0]):
         slot = slots[i]
@@ -241,11 +242,13 @@ def put(
     frequencies: Any,
     rows: Any,
 ) -> None:
-    """Write whole rows and their metadata, except over newer ones.
+    """Write whole rows and their metadata. A row that has a newer version is not overwritten.
 
-    slots        int64[n]      distinct positions
-    keys         uint64[n], versions uint64[n], steps int64[n], frequencies uint64[n]
-    rows         float32[n, width]
+    slab         float32[capacity, width]  written
+    meta         uint64[capacity, 3]       written; packed, see tiers/host.py
+    slots        int64[n]                  distinct positions to write to
+    keys, versions, steps, frequencies, rows
+                 the rows; see Images
     """
     n, width = rows.shape
     for i in range(n):
@@ -266,6 +269,8 @@ def put(
 def images(slab: Any, meta: Any, slots: Any, frequencies: Any, rows: Any) -> None:
     """Copy whole rows and their frequencies.
 
+    slab         float32[capacity, width]
+    meta         uint64[capacity, 3]  packed; see tiers/host.py
     slots        int64[n]
     frequencies  uint64[n]          written
     rows         float32[n, width]  written

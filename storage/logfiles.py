@@ -40,7 +40,7 @@ from storage.disk import (
 from storage.errors import Compacted, Corrupt
 from storage.marks import SLOT, Mark, Marks
 from storage.segment import HEADER, Header, Reader, frame_bytes, place
-from storage.tail import find_tail
+from storage.tail import Tail, find_tail
 
 CACHED_BYTES = 32 << 20  # newest bytes of a segment that stay in the OS's cache
 UNCACHE_BYTES = 4 << 20  # bytes dropped from the cache at a time
@@ -132,7 +132,7 @@ class LogFiles:
                 spare.size = size
 
     def take_spare(self, size: int, version: int) -> SegmentFile:
-        """Return the spare for use as the next segment, and forget it here.
+        """Remove the spare from this object, and return it for use as the next segment.
 
         size     bytes of the first payload that will be written to it
         version  version of the first frame
@@ -240,7 +240,12 @@ class LogFiles:
         keep_bytes: int,
         keep_seconds: float,
     ) -> int:
-        """Return how many of the oldest segments ``truncate`` may delete."""
+        """Return how many of the oldest segments ``truncate`` may delete.
+
+        segments  all segments, oldest first
+
+        For the other parameters see ``VersionLog.truncate``.
+        """
         kept = sum(each.end for each in segments)
         for at, segment in enumerate(segments[:-1]):
             kept -= segment.end
@@ -337,20 +342,7 @@ class LogFiles:
             with contextlib.closing(Reader(path)) as reader:
                 header = reader.header
             lineage = lineage or header.lineage
-            if header.lineage != lineage:
-                raise Corrupt(
-                    str(path),
-                    f"expected a segment of lineage {lineage.hex()}, got {header.lineage.hex()}",
-                )
-            if header.first != first:
-                raise Corrupt(
-                    str(path), f"named for version {first}, but its header says {header.first}"
-                )
-            if previous is not None and header.previous != previous:
-                raise Corrupt(
-                    str(path),
-                    f"expected segment {header.previous} before this one, found {previous}",
-                )
+            _check_header(path, header, lineage, first, previous)
             previous = first
             size = path.stat().st_size
             segments.append(SegmentFile(path, size, first=first, end=size))
@@ -374,18 +366,7 @@ class LogFiles:
         segment = self.active
         self._marks = Marks(self.disk, self.directory / "SYNCED", self.lineage)
         mark = self._marks.read() or Mark(0, 0, 0)
-        if mark.first > segment.first:
-            raise Corrupt(
-                str(self.directory),
-                f"segment {mark.first:020}.log is missing, although it was synced",
-            )
-        segment.fd = open_file(segment.path, os.O_RDWR)
-        self.disk.fdatasync(segment.fd)
-        os.posix_fadvise(segment.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        synced_end = mark.end if mark.first == segment.first else HEADER.size
-        with contextlib.closing(Reader(segment.path)) as reader:
-            self.seed = reader.header.seed
-            tail = find_tail(reader, segment.size, synced_end)
+        tail = self._find_tail(segment, mark)
         if tail.last < mark.version:
             raise Corrupt(
                 place(segment.path, tail.end),
@@ -403,6 +384,50 @@ class LogFiles:
             erase(self.disk, segment.fd, tail.end, tail.dirty)
         self.disk.fsync(self._directory_fd)
         return tail.last
+
+    def _find_tail(self, segment: SegmentFile, mark: Mark) -> Tail:
+        """Open the last segment, verify its frames on disk, and return where they end.
+
+        mark  position up to which all frames are known to be on disk
+        """
+        if mark.first > segment.first:
+            raise Corrupt(
+                str(self.directory),
+                f"segment {mark.first:020}.log is missing, although it was synced",
+            )
+        segment.fd = open_file(segment.path, os.O_RDWR)
+        self.disk.fdatasync(segment.fd)
+        os.posix_fadvise(segment.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        synced_end = mark.end if mark.first == segment.first else HEADER.size
+        with contextlib.closing(Reader(segment.path)) as reader:
+            self.seed = reader.header.seed
+            return find_tail(reader, segment.size, synced_end)
+
+
+def _check_header(
+    path: Path, header: Header, lineage: bytes, first: int, previous: int | None
+) -> None:
+    """Raise Corrupt unless ``header`` belongs to this segment of this log.
+
+    path      the segment, for errors
+    lineage   16 random bytes that identify the log
+    first     first version of the segment, from its file name
+    previous  first version of the segment before it; None for the oldest segment
+    """
+    if header.lineage != lineage:
+        raise Corrupt(
+            str(path), f"expected a segment of lineage {lineage.hex()}, got {header.lineage.hex()}"
+        )
+    if header.first != first:
+        raise Corrupt(
+            str(path),
+            f"the file name has first version {first}, but the file's header has {header.first}",
+        )
+    if previous is not None and header.previous != previous:
+        raise Corrupt(
+            str(path),
+            f"expected segment {header.previous} before this segment, found {previous}",
+        )
 
 
 def uncache(segment: SegmentFile, end: int) -> None:

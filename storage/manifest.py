@@ -117,7 +117,7 @@ class Part:
         return sum(file.bytes for file in self.files)
 
     def contradiction(self) -> str:
-        """Return a description of the first two fields that contradict each other; "" if none."""
+        """Describe the first contradiction between fields of this manifest; "" if there is none."""
         if not self.after <= self.copied <= self.version:
             return (
                 f"expected after <= copied <= version, got {self.after}, {self.copied},"
@@ -136,7 +136,7 @@ class Part:
             ("table number", [table.number for table in self.tables]),
         ):
             if len(set(values)) != len(values):
-                return f"contains a {what} twice"
+                return f"every {what} must be unique, but one occurs twice"
         return ""
 
 
@@ -177,7 +177,10 @@ class Manifest:
         if [file.path for file in self.parts] != paths:
             return f"field 'parts' must have the paths {paths[:8]}"
         if self.versions != tuple(part.version for part in parts):
-            return f"has versions {self.versions[:8]}, but the shards' manifests have others"
+            return (
+                f"field 'versions' is {self.versions[:8]}, but the shards' manifests have"
+                " different versions"
+            )
         size = sum(part.bytes for part in parts) + sum(file.bytes for file in self.parts)
         if self.bytes != size:
             return f"field 'bytes' is {self.bytes}, but the shards' files have {size} bytes"
@@ -186,7 +189,10 @@ class Manifest:
         except KeyError as error:
             return f"table {error} is missing on some shard, or has a different schema there"
         if self.tables != tables:
-            return "tables, schemas or numbers of rows differ from the shards' manifests"
+            return (
+                "field 'tables': tables, schemas or numbers of rows differ from the shards'"
+                " manifests"
+            )
         return _bucket_error(parts)
 
 

@@ -67,7 +67,7 @@ class Marks:
                     marks.append((Mark(*fields), slot))
         if not marks:
             if any(data):
-                raise Corrupt(str(self._path), "no mark in it has the right checksum")
+                raise Corrupt(str(self._path), "neither of the two marks has a correct checksum")
             return None
         newest, slot = max(marks)
         self._slot = 1 - slot

@@ -24,10 +24,11 @@ LARGEST_DRAW = 10.0  # bound of initial values, as a multiple of the sum of the 
 
 
 class OverflowGuard:
-    """Refuses pushes to one table that would overflow. Remembers whether all its rows are tame.
+    """Refuses pushes to one table that would overflow, and keeps a bound on its rows for that.
 
     copies  function from keys, uint64[n], to copies of their rows, float32[n, width]; for keys
             without a row it returns the row that they would get
+    unsure  True: the caller must examine the rows of the last push, and call ``written``
     """
 
     def __init__(self, schema: TableSchema, copies: Callable[[Keys], Rows]) -> None:
@@ -46,9 +47,11 @@ class OverflowGuard:
         return not self._low and self._bound <= TAME_NUMBER
 
     def pushed(self, optimizer: Optimizer, lr: float, largest: float) -> None:
-        """Record a push. Set ``unsure`` if the rows that it left must be checked.
+        """Record that a push was applied. Sets ``unsure`` if its rows must be examined.
 
-        largest  largest magnitude of the gradients
+        optimizer  the algorithm of the push
+        lr         learning rate of the push
+        largest    largest magnitude of the gradients
         """
         if not self._tame:  # and never again
             return
@@ -58,13 +61,13 @@ class OverflowGuard:
             self._bound = float(np.float32(bound))  # rounded as the kernels round
 
     def written(self, largest: float) -> None:
-        """Record the largest magnitude in rows that were written."""
+        """Record ``largest``, the largest magnitude in rows that were written just now."""
         self.unsure = False
         if not largest <= self._bound:  # NaN too
             self._bound = largest
 
     def put(self, rows: Rows) -> None:
-        """Record rows float32[n, width] that were written whole, with any optimizer state."""
+        """Record that whole rows, float32[n, width], were written, with any optimizer state."""
         self.written(largest_magnitude(rows))
         if self._tame:
             self._low = any_below(readonly(rows), self._root, self._floors)

@@ -1,7 +1,8 @@
 """Read the rows and counters of one shard's part of a checkpoint.
 
 The layers of a checkpoint are its records, its blocks, then those of its parent, and so on. They
-are read from the newest to the oldest, so that the first row or delete found for a key is its last.
+are read from the newest to the oldest, so that the first row or delete found for a key is the
+newest one.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def counters_of(
     table that has counters. Some of the keys may have a row; ignore their counters.
     """
     part, name = checkpoint.parts[shard], checkpoint.manifest.name
-    found: dict[int, list[tuple[Any, ...]]] = {number: [] for number in tables}
+    found: dict[int, list[_Counters]] = {number: [] for number in tables}
     for file in part.counters:
         data = read_file(store, name, file)
         for block in blocks_in(data, store.where(f"{name}/{file.path}"), (COUNTERS,)):
@@ -154,16 +155,7 @@ def counters_of(
     for file in part.records:  # oldest first; the last record of a key is valid
         data = read_file(store, name, file)
         for frame in frames_in(data, store.where(f"{name}/{file.path}")):
-            record = decode(frame)
-            if isinstance(record, AlterRecord) and record.dropped and record.table in found:
-                found[record.table].clear()
-            if isinstance(record, PushRecord | DeleteRecord) and record.table in found:
-                columns = found[record.table]
-                none = np.zeros(len(record.keys), np.uint32)
-                columns.append((record.keys, none, none.astype(np.uint64)))
-                if isinstance(record, PushRecord):
-                    versions = np.full(len(record.waiting), frame.version, np.uint64)
-                    columns.append((record.waiting, record.totals, versions))
+            _update_counters(found, frame)
     for number, columns in found.items():
         if any(len(keys) for keys, _, _ in columns):
             keys, totals, versions = map(np.concatenate, zip(*columns, strict=True))
@@ -173,11 +165,34 @@ def counters_of(
             yield number, keys[last], totals[last], versions[last]
 
 
+_Counters = tuple[Keys, NDArray[np.uint32], NDArray[np.uint64]]  # keys, totals, versions
+
+
+def _update_counters(found: dict[int, list[_Counters]], frame: Frame) -> None:
+    """Append the counters that a log record set or removed to those of its table.
+
+    found  counters found so far, oldest first, by number of each wanted table; a total of 0 means
+           that the key has no counter; updated
+    frame  the log record
+    """
+    record = decode(frame)
+    if isinstance(record, AlterRecord) and record.dropped and record.table in found:
+        found[record.table].clear()
+    if isinstance(record, PushRecord | DeleteRecord) and record.table in found:
+        columns = found[record.table]
+        none = np.zeros(len(record.keys), np.uint32)
+        columns.append((record.keys, none, none.astype(np.uint64)))
+        if isinstance(record, PushRecord):
+            versions = np.full(len(record.waiting), frame.version, np.uint64)
+            columns.append((record.waiting, record.totals, versions))
+
+
 def verify_part(
     store: Store, checkpoint: Checkpoint, shard: int, report: Report
 ) -> Iterator[Piece]:
     """Read and verify all files of one shard in a checkpoint and its parents.
 
+    shard   number of the shard
     report  called with the bytes read since the last call
 
     Yields the rows of all tables, so that the caller can make further checks. Raises Corrupt or
@@ -203,7 +218,7 @@ class _Seen:
         self._index: Index | None = None
 
     def new(self, keys: Keys) -> Any:
-        """Return an index that selects the keys that are not in the set: int64[] or a slice."""
+        """Return the indices, int64[] or a slice, of those ``keys`` that are not in the set."""
         if self._index is None:
             return slice(None)
         locations, absent = self._index.find(keys)
@@ -227,7 +242,9 @@ def _newest_first(
 ) -> Iterator[Piece]:
     """Yield the rows of a shard, the newest layer first, each key once.
 
-    seen  set of the keys found so far, by number of each table to read; updated
+    shard   number of the shard
+    seen    set of the keys found so far, by number of each table to read; updated
+    report  called with the bytes read since the last call
     """
     files = [
         (each, file, is_records)
@@ -253,7 +270,9 @@ def _newest_first(
 def _from_records(frames: list[Frame], seen: dict[int, _Seen]) -> Iterator[Piece]:
     """Yield the rows of pushed keys that are not in ``seen``, the last record first.
 
-    Adds the keys of all pushes and deletes to ``seen``.
+    frames  log records, oldest first
+    seen    set of the keys found in newer layers, by number of each table to read; the keys of all
+            pushes and deletes are added
     """
     for frame in reversed(frames):
         record = decode(frame)
@@ -273,7 +292,8 @@ def _from_records(frames: list[Frame], seen: dict[int, _Seen]) -> Iterator[Piece
 def _from_blocks(blocks: list[Block], seen: dict[int, _Seen], *, last: bool) -> Iterator[Piece]:
     """Yield the rows of blocks whose keys are not in ``seen``, the last block first.
 
-    last  the blocks belong to the oldest layer, so their keys need not be added to ``seen``
+    seen  set of the keys found so far, by number of each table to read
+    last  True for blocks of the oldest layer, whose keys need not be added to ``seen``
     """
     for block in reversed(blocks):
         if block.table not in seen:

@@ -86,7 +86,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PushRecord:
-    """Rows were created or changed, by a push or by a write of whole rows."""
+    """The record of a push or of a write of whole rows: it created or changed rows."""
 
     origin: Origin
     table: int  # number of the table
@@ -100,7 +100,7 @@ class PushRecord:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeleteRecord:
-    """Keys were deleted: their rows, or their counters if they had no row."""
+    """The record of a delete of keys: of their rows, or of the counters of keys without a row."""
 
     origin: Origin
     table: int  # number of the table
@@ -110,7 +110,7 @@ class DeleteRecord:
 
 @dataclass(frozen=True, slots=True)
 class CreateRecord:
-    """A table was created."""
+    """The record of a table's creation."""
 
     origin: Origin
     table: int  # number of the table
@@ -119,7 +119,7 @@ class CreateRecord:
 
 @dataclass(frozen=True, slots=True)
 class AlterRecord:
-    """Settings of a table were changed. Its rows were not."""
+    """The record of a change of a table's settings. It changes no row."""
 
     origin: Origin
     table: int  # number of the table
@@ -129,7 +129,7 @@ class AlterRecord:
 
 @dataclass(frozen=True, slots=True)
 class DropRecord:
-    """A table was dropped, with all its rows."""
+    """The record of a table that was dropped, with all its rows."""
 
     origin: Origin
     table: int  # number of the table
@@ -138,7 +138,7 @@ class DropRecord:
 
 @dataclass(frozen=True, slots=True)
 class BarrierRecord:
-    """A named mark in the log that a client requested. It changes no table."""
+    """The record of a barrier: a named mark that a client put into the log. Changes no table."""
 
     origin: Origin
     name: str
@@ -165,8 +165,9 @@ def encode_push(
     waiting: Keys = NO_KEYS,
     totals: NDArray[np.uint32] = NO_TOTALS,
 ) -> list[Part]:
-    """Encode the log record of a push.
+    """Return the log record of a push as a list of buffers.
 
+    origin       the request
     table        number of the table
     keys         uint64[n]
     frequencies  uint64[n]           after the push
@@ -187,13 +188,22 @@ def encode_push(
 
 
 def encode_delete(origin: Origin, table: int, cause: Cause, keys: Keys) -> list[Part]:
-    """Encode the log record of deleted keys, uint64[n]."""
+    """Return the log record of deleted keys as a list of buffers.
+
+    origin  the request, or the shard's own eviction
+    table   number of the table
+    keys    uint64[n]
+    """
     assert keys.dtype == np.uint64
     return [_head(origin, table, 0, len(keys), cause), keys]
 
 
 def encode_create(origin: Origin, table: int, schema: Mapping[str, Any]) -> list[Part]:
-    """Encode the log record of a created table. ``schema`` must be serializable as JSON."""
+    """Return the log record of a created table as a list of buffers.
+
+    table   number of the table
+    schema  must be serializable as JSON
+    """
     return [_head(origin, table), json.dumps(schema, sort_keys=True).encode()]
 
 
@@ -204,15 +214,19 @@ def encode_write(
     frequencies: NDArray[np.uint64],
     rows: Rows,
 ) -> list[Part]:
-    """Encode the log record of rows that were written whole; for the arrays see ``encode_push``."""
+    """Return the log record of rows that were written whole, as a list of buffers.
+
+    For the parameters see ``encode_push``.
+    """
     return encode_push(origin, table, keys, frequencies, rows)
 
 
 def encode_alter(
     origin: Origin, table: int, schema: Mapping[str, Any], *, dropped: bool
 ) -> list[Part]:
-    """Encode the log record of an altered table.
+    """Return the log record of an altered table as a list of buffers.
 
+    table    number of the table
     schema   the new schema; must be serializable as JSON
     dropped  whether the counters of keys without a row were dropped
     """
@@ -220,13 +234,18 @@ def encode_alter(
 
 
 def encode_drop(origin: Origin, table: int, schema: Mapping[str, Any]) -> list[Part]:
-    """Encode the log record of a dropped table. ``schema`` must be serializable as JSON."""
+    """Return the log record of a dropped table as a list of buffers.
+
+    table   number of the table
+    schema  the table's last schema; must be serializable as JSON
+    """
     return [_head(origin, table), json.dumps(schema, sort_keys=True).encode()]
 
 
 def encode_barrier(origin: Origin, name: str) -> list[Part]:
-    """Encode the log record of a barrier. The caller has checked that ``name`` has at most 1024
-    bytes (MAX_NAME) in UTF-8.
+    """Return the log record of a barrier as a list of buffers.
+
+    name  at most 1024 bytes (MAX_NAME) in UTF-8, which the caller has checked
     """
     return [_head(origin), name.encode()]
 
@@ -264,27 +283,22 @@ def decode(frame: Frame) -> Record:
     origin = Origin(**dict(zip(ORIGIN, who, strict=True)))
     body = frame.payload[HEAD.size :]
     match frame.kind:
-        case Kind.PUSH | Kind.WRITE:
-            imported = frame.kind == Kind.WRITE
-            if imported:
-                _require(where, body, None, extra=extra)
+        case Kind.PUSH:
+            return PushRecord(origin, table, *_push_arrays(where, body, width, count, extra))
+        case Kind.WRITE:
+            _require(where, body, None, extra=extra)
             arrays = _push_arrays(where, body, width, count, extra)
-            return PushRecord(origin, table, *arrays, imported=imported)
+            return PushRecord(origin, table, *arrays, imported=True)
         case Kind.DELETE:
             _require(where, body, count * 8, width=width)
-            if extra not in CAUSES:
-                raise Corrupt(where, f"unknown cause {extra} in a DELETE record")
-            return DeleteRecord(origin, table, CAUSES[extra], _array(body, "<u8", count, 0))
+            keys = _array(body, "<u8", count, 0)
+            return DeleteRecord(origin, table, _cause(where, extra), keys)
         case Kind.CREATE:
             _require(where, body, None, width=width, count=count, extra=extra)
             return CreateRecord(origin, table, _schema(where, body))
         case Kind.ALTER:
             _require(where, body, None, width=width, count=count)
-            if extra > 1:
-                raise Corrupt(
-                    where, f"header field 'extra' of an ALTER record must be 0 or 1, got {extra}"
-                )
-            return AlterRecord(origin, table, _schema(where, body), bool(extra))
+            return AlterRecord(origin, table, _schema(where, body), _dropped(where, extra))
         case Kind.DROP:
             _require(where, body, None, width=width, count=count, extra=extra)
             return DropRecord(origin, table, _schema(where, body))
@@ -342,6 +356,18 @@ def _array(body: memoryview, dtype: str, count: int, offset: int) -> NDArray[Any
     """
     array = np.frombuffer(body, dtype, count, offset) if count else np.empty(0, dtype)
     return array if array.flags.aligned else array.copy()
+
+
+def _cause(where: str, extra: int) -> Cause:
+    if extra not in CAUSES:
+        raise Corrupt(where, f"unknown cause {extra} in a DELETE record")
+    return CAUSES[extra]
+
+
+def _dropped(where: str, extra: int) -> bool:
+    if extra > 1:
+        raise Corrupt(where, f"header field 'extra' of an ALTER record must be 0 or 1, got {extra}")
+    return bool(extra)
 
 
 def _schema(where: str, body: memoryview) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from storage.tiers.base import Meta
 
 @dataclass(frozen=True, slots=True)
 class TableStats:
-    """Number of rows and memory of the part of a table that one shard stores."""
+    """Number of rows and memory of a table on one shard."""
 
     rows: int
     bytes: int  # memory of rows, metadata, index and counters, including unused reserves
@@ -27,7 +27,7 @@ class TableStats:
 
 @dataclass(frozen=True, slots=True)
 class Dump:
-    """Copies of all rows and counters that one shard stores of a table, by ascending key."""
+    """Copies of all rows and counters of a table on one shard, by ascending key."""
 
     keys: Keys  # uint64[n]
     rows: Rows  # float32[n, width]
@@ -49,7 +49,10 @@ class Pushed:
 
 @dataclass(slots=True)
 class Tally:
-    """Keys and rows that a table's rules admitted, refused and evicted since it was opened."""
+    """Numbers of keys and rows that a table's rules admitted, refused and evicted.
+
+    They count from the table's creation, or from the last start of the shard.
+    """
 
     admitted: int = 0  # keys that got a row in a push
     refused: int = 0  # keys without a row that a push did not admit, counted once per push

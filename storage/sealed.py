@@ -38,12 +38,12 @@ class _Versioned:
 
 
 def seal(content: Any) -> bytes:
-    """Return the bytes of a sealed file for an instance of a dataclass."""
+    """Return the bytes of a sealed file with the fields of ``content``, a dataclass instance."""
     return seal_fields(fields_of(content))
 
 
 def fields_of(content: Any) -> dict[str, Any]:
-    """Return the fields of an instance of a dataclass as a dict, under their names in the file.
+    """Return the fields of ``content``, a dataclass instance, as a dict by their names in the file.
 
     The class attribute NAMES_IN_FILE, if any, maps names of fields to different names in the file.
     """
@@ -52,7 +52,7 @@ def fields_of(content: Any) -> dict[str, Any]:
 
 
 def seal_fields(fields: dict[str, Any]) -> bytes:
-    """Return the bytes of a sealed file for any JSON object."""
+    """Return the bytes of a sealed file with ``fields``, any JSON object."""
     text = json.dumps(fields, sort_keys=True, indent=1)
     checksum = xxh3_128_hexdigest(text.encode())
     inner = text.replace("\n", "\n ").encode()  # strings have no line feeds: JSON escapes them

@@ -52,7 +52,7 @@ Part = bytes | memoryview | NDArray[Any]  # C-contiguous memory that becomes par
 
 
 class Frame(NamedTuple):
-    """One record of the log with its version. A tuple, because a log may have very many of them."""
+    """One record of the log with its version. Creating many of these tuples is cheap."""
 
     version: int
     kind: int
@@ -101,7 +101,8 @@ class Header:
         if zero or first <= previous:
             raise Corrupt(
                 where,
-                f"invalid segment header: first version {first}, but previous segment {previous}",
+                f"invalid segment header: field 'zero' must be 0, got {zero}, and 'first' must"
+                f" exceed 'previous', got {first} and {previous}",
             )
         return cls(lineage=lineage, first=first, previous=previous)
 
@@ -144,8 +145,10 @@ def encode(
 class Reader:
     """Reads the frames of one segment in order and verifies each one.
 
+    version  version of the next frame
+    offset   offset in the file at which the next frame begins
+
     Not thread-safe. Any number of readers may follow one writer, each with its own descriptor.
-    ``version`` is the version of the next frame, ``offset`` the byte at which it begins.
     """
 
     def __init__(self, path: Path) -> None:
@@ -215,7 +218,10 @@ class Reader:
         return frames
 
     def _next(self, end: int) -> Frame:
-        """Read, verify and return the next frame. ``end`` is as in ``read``. Raises Corrupt."""
+        """Read, verify and return the next frame. Raises Corrupt.
+
+        end  bytes of the file that are written and will not change
+        """
         at = self._at(FRAME.size, end, CHUNK)
         size: int = HEAD.unpack_from(self._chunk, at + CHECKSUM.size)[0]
         total = FRAME.size + size
@@ -237,9 +243,9 @@ class Reader:
         return Frame(version, kind, frame[FRAME.size :])
 
     def _at(self, need: int, end: int, chunk: int) -> int:
-        """Return the index of the next frame in ``_chunk``, which has at least its first bytes.
+        """Return the index of the next frame in ``_chunk``; read from the file if needed.
 
-        need   bytes of the frame that ``_chunk`` must have
+        need   bytes of the frame, from its start, that ``_chunk`` must have on return
         end    bytes of the file that are written and will not change
         chunk  bytes to read from the file if ``_chunk`` lacks some of them
 

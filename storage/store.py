@@ -33,16 +33,19 @@ _FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Store:
-    """The files under ``url``. Any thread.
+    """Reads and writes the files under one URL. Any thread may use it.
 
-    seconds  deadline of one operation
+    url    the prefix of all paths
+    local  True if the URL is a directory of this machine's file system
 
     Every method raises FileNotFoundError for a missing file, DiskFull, Corrupt for a symbolic link
-    or a file of another kind, and StoreFailed for every other error of the file system.
+    or a special file, and StoreFailed for every other error of the file system.
     """
 
     def __init__(self, url: str, seconds: float = SECONDS) -> None:
         """Check the URL; read no file yet.
+
+        seconds  deadline of one operation
 
         Raises ValueError if fsspec does not know the URL's scheme or its package is not installed.
         """
@@ -62,7 +65,10 @@ class Store:
         self._deadlines.stop()
 
     def create(self, path: str) -> Output:
-        """Create a file, or truncate one. Call ``close`` or ``discard`` on the result."""
+        """Create a file, or truncate an existing one, and return it open for writing.
+
+        The caller must call ``close`` or ``discard`` on the result.
+        """
         where = self.where(path)
         file = self._run(path, lambda: self._open_output(path), undo=lambda file: file.close())
         return Output(file, where, self.local, self._deadlines)
@@ -88,7 +94,7 @@ class Store:
         """Return the contents of a file. Raises Corrupt if it has more than ``most`` bytes."""
         data = self._run(path, lambda: self._read(path, most))
         if len(data) > most:
-            raise Corrupt(self.where(path), f"more than {most} bytes")
+            raise Corrupt(self.where(path), f"expected at most {most} bytes, got more")
         return data
 
     def exists(self, path: str) -> bool:
@@ -130,7 +136,9 @@ class Store:
     def _parents(self, path: str, *, make: bool = False) -> Iterator[tuple[list[int], str]]:
         """Open the directories from the prefix to the one that contains ``path``.
 
-        Yields their descriptors and the last name of ``path``. No symbolic link is followed.
+        make  create missing directories
+
+        Yields (descriptors of the directories, last name in ``path``). Follows no symbolic link.
         """
         *above, name = path.split("/")
         opened: list[int] = []
@@ -171,11 +179,11 @@ class Store:
         flags  of ``os.open``
         """
         if stat.S_ISLNK(_mode(name, fd)):
-            raise Corrupt(self.where(path), "a symbolic link, which is not followed")
+            raise Corrupt(self.where(path), "is a symbolic link, which is not followed")
         file = os.open(name, flags | _FILE, 0o666, dir_fd=fd)
         if not stat.S_ISREG(os.fstat(file).st_mode):
             os.close(file)
-            raise Corrupt(self.where(path), "not a regular file")
+            raise Corrupt(self.where(path), "is not a regular file")
         return file
 
     def _open_output(self, path: str) -> Any:
@@ -217,7 +225,9 @@ class Store:
             try:
                 size = os.fstat(file).st_size
                 if size > most:  # before memory is taken for it
-                    raise Corrupt(self.where(path), f"{size} bytes, more than {most}")
+                    raise Corrupt(
+                        self.where(path), f"expected at most {most} bytes, got {size} bytes"
+                    )
                 return pread_all(file, size, 0)
             finally:
                 os.close(file)
@@ -262,7 +272,10 @@ class Store:
 
 
 class Output:
-    """A file being written. It computes the xxh3_128 of its bytes."""
+    """A file that is being written. Computes the xxh3_128 of its bytes.
+
+    bytes  bytes written so far
+    """
 
     def __init__(self, file: Any, where: str, local: bool, deadlines: Deadlines) -> None:
         self._file = file
@@ -334,7 +347,12 @@ def _mode(name: str, fd: int) -> int:
 
 @contextmanager
 def _translated(where: str) -> Iterator[None]:
-    """Turn the errors of a file system into those that Store names."""
+    """Turn the errors of a file system into DiskFull and StoreFailed.
+
+    where  URL of the file, for errors
+
+    FileNotFoundError, FileExistsError and StorageError are raised unchanged.
+    """
     try:
         yield
     except (FileNotFoundError, FileExistsError, StorageError):

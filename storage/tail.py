@@ -107,16 +107,16 @@ def _whole(fd: int, seed: int, offset: int, size: int) -> bool:
 def _witnesses(
     fd: int, seed: int, start: int, dirty: int, size: int, expected: int
 ) -> Iterator[bool]:
-    """Search for frames that were written after version ``expected`` had been synced.
+    """Search for intact frames that were written after version ``expected`` had been synced.
 
     seed        seed of the frame checksums, ``Header.seed``
-    start, dirty
-                offsets between which to search
+    start       offset at which to begin: that of the bad frame
+    dirty       offset at which to stop
     size        bytes of the file
-    expected    version of the bad frame, which begins at ``start``
+    expected    version of the bad frame
 
-    Looks at every multiple of 8 for header fields that fit. Yields for each such place whether it
-    is an intact frame.
+    Finds the offsets, multiples of 8, where the bytes could be the header of such a frame. Yields
+    for each of them True if an intact frame begins there, else False.
     """
     newest = expected + (size - start) // FRAME.size
     for offset in range(start, dirty, CHUNK):

@@ -5,10 +5,10 @@ groups and synced to disk. Subscribers read them through cursors. A segment (log
 once nobody needs its records. logfiles.py describes the files.
 
 **Threads.** The engine thread reserves room and appends records. The log thread takes all records
-that were appended since its last turn, writes them, and calls back the waiters for ``written``. The
-sync thread syncs the written records while the log thread continues to write, and calls back the
-waiters for ``durable``. The flush thread syncs and truncates. Each subscriber reads through a
-cursor with its own file descriptor, so that a slow reader delays nobody.
+that were appended since its last turn, writes them, and runs the callbacks that wait for the write.
+The sync thread syncs the written records while the log thread continues to write, and runs the
+callbacks that wait for the sync. The flush thread syncs and truncates. Each subscriber reads
+through a cursor with its own file descriptor, so that a slow reader delays nobody.
 
 **Failure.** After a failed write or sync it is unknown which records are on disk, and a second sync
 can report success although pages are lost. So the log stops: it calls ``fail``, runs no further
@@ -18,8 +18,6 @@ callbacks, and the process should end.
 from __future__ import annotations
 
 import contextlib
-import heapq
-import itertools
 import os
 import threading
 import time
@@ -32,26 +30,24 @@ from storage.disk import CHUNK, Disk, write_all
 from storage.errors import DiskFull, LogFailed
 from storage.history import History, draw_epoch
 from storage.logfiles import Append, LogFiles, SegmentFile, uncache
+from storage.logprogress import LogProgress
 from storage.segment import HEADER, MAX_PAYLOAD, Frame, Part, encode, frame_bytes
 
 SEGMENT_BYTES = 256 << 20
 SYNC_SECONDS = 0.02
-RUN_BYTES = 8 << 20  # bytes written before their waiters are called back
+RUN_BYTES = 8 << 20  # bytes written before the callbacks that wait for them are run
 RECORD_MEMORY = 2048  # bytes of the objects of one record that waits to be written
-NEVER = float("inf")  # seconds
 HINT_BYTES = 256 << 10  # least distance in a segment between offsets that a cursor may start from
 
 
 class VersionLog:
-    """The version log of one shard; see the top of the file for its threads.
+    """Writes the changes of one shard to its version log, syncs them, and lets cursors read them.
 
-    lineage     16 random bytes that identify this log; every segment contains them
-    history     epochs of the log (one random number per start of the server); the code that
-                recovers the shard sets it before the log is used
-    last        version of the newest record appended, 0 without records
-    written     newest version handed to the OS: it survives a crash of the process
-    durable     newest version synced: it survives a power failure
-    torn_bytes  bytes of incomplete frames at the end, which ``open`` erased
+    The module docstring describes its threads.
+
+    history  epochs of the log (one random number per start of the server); the code that recovers
+             the shard sets it before the log is used
+    last     version of the newest record appended, 0 without records
     """
 
     def __init__(
@@ -65,8 +61,7 @@ class VersionLog:
         """Store the settings. ``open`` reads the files and starts the threads."""
         self.files = files
         self.history = History((draw_epoch(),))
-        self.last = self.written = self.durable = 0
-        self._sync_seconds = sync_seconds
+        self.last = 0
         self._fail = fail
         self._wake = wake
 
@@ -76,7 +71,6 @@ class VersionLog:
         self._appended = 0  # bytes since opening
 
         # the log thread's
-        self._unsynced_since = 0.0  # monotonic time at which the first unsynced version was written
         self._handed = 0  # bytes since opening
         self._spare_refused = False  # preallocating this segment's successor failed
         self._thread = threading.Thread(target=self._run, name="version log", daemon=True)
@@ -86,18 +80,12 @@ class VersionLog:
         self._syncer = threading.Thread(target=self._keep_synced, name="log sync", daemon=True)
 
         # shared, under the lock
-        self._lock = threading.Lock()
+        self._progress = LogProgress(sync_seconds)
+        self._lock = self._progress.lock
         self._changed = threading.Condition(self._lock)  # the log thread sleeps on it
-        self._synced = threading.Condition(self._lock)  # sync() sleeps on it
-        self._unsynced = threading.Condition(self._lock)  # the sync thread sleeps on it
         self._sleeping = False
         self._closing = False
-        self._stopped = False
-        self._failed: Exception | None = None
         self._queue: list[Append] = []
-        self._sync_wanted = 0  # newest version for which a sync was requested
-        self._waiting: tuple[list[Any], list[Any]] = ([], [])  # heaps: for written, for durable
-        self._tickets = itertools.count()
 
     @classmethod
     def open(
@@ -143,7 +131,7 @@ class VersionLog:
             files.close()
             raise
         log = cls(files, sync_seconds=sync_seconds, fail=fail, wake=wake)
-        log.last = log.written = log.durable = last
+        log.last = log._progress.written = log._progress.durable = last
         log._at = files.active.end
         log._thread.start()
         log._syncer.start()
@@ -168,6 +156,16 @@ class VersionLog:
     def first(self) -> int:
         """Oldest version that can still be read."""
         return self.files.segments[0].first
+
+    @property
+    def written(self) -> int:
+        """Newest version handed to the OS: it survives a crash of the process."""
+        return self._progress.written
+
+    @property
+    def durable(self) -> int:
+        """Newest version synced to disk: it survives a power failure."""
+        return self._progress.durable
 
     @property
     def backlog(self) -> int:
@@ -198,8 +196,8 @@ class VersionLog:
         failed before. Nothing is changed then. Accesses the disk only if the records do not fit
         into the current segment and the next one is not preallocated.
         """
-        if self._failed is not None:
-            raise LogFailed(str(self._failed))
+        if self._progress.failed is not None:
+            raise LogFailed(str(self._progress.failed))
         need = 0
         for size in sizes:
             if size > MAX_PAYLOAD:
@@ -216,8 +214,8 @@ class VersionLog:
         parts    C-contiguous buffers that make up the payload, one after another. They are not
                  copied, so the caller must not change them until ``written`` >= ``version``
 
-        Call ``reserve`` before: then this cannot fail. If the log has failed, the record is
-        silently dropped, and the callbacks of ``wait`` for it are never called.
+        The caller must have called ``reserve`` for it; then this cannot fail. If the log has
+        failed, the record is silently dropped, and the callbacks of ``wait`` for it are never run.
         """
         if version != self.last + 1:
             raise ValueError(f"expected a record of version {self.last + 1}, got {version}")
@@ -238,7 +236,7 @@ class VersionLog:
         self._appended += taken
         self.last = version
         with self._lock:
-            if self._failed is None:
+            if self._progress.failed is None:
                 self._queue.append(item)
             if self._sleeping:
                 self._changed.notify()
@@ -252,13 +250,7 @@ class VersionLog:
         it later, or never if the log fails or closes first. ``call`` must not block. It must not
         raise either: an exception on a thread of the log makes the log fail.
         """
-        with self._lock:
-            if version > (self.durable if durable or self._failed else self.written):
-                heapq.heappush(self._waiting[durable], (version, next(self._tickets), call))
-                if durable:
-                    self._want_sync(version)
-                return
-        call()
+        self._progress.wait(version, durable, call)
 
     def sync(self, version: int) -> None:
         """Block until ``version`` is synced to disk.
@@ -270,16 +262,7 @@ class VersionLog:
             raise ValueError(
                 f"cannot sync version {version}: the newest appended version is {self.last}"
             )
-        with self._lock:
-            self._want_sync(version)
-            while self.durable < version:
-                if self._failed is not None:
-                    raise LogFailed(str(self._failed))
-                if self._stopped:
-                    raise LogFailed(
-                        f"closed with version {self.durable} on disk, before version {version}"
-                    )
-                self._synced.wait()
+        self._progress.sync(version)
 
     def read(self, after: int, *, upto: int | None = None, max_bytes: int = CHUNK) -> list[Frame]:
         """Return the frames after version ``after``, read with a temporary cursor.
@@ -294,7 +277,9 @@ class VersionLog:
         return Cursor(self, after)
 
     def truncate(self, version: int, keep_bytes: int = 0, keep_seconds: float = 0.0) -> int:
-        """Delete the oldest segments whose versions are all <= ``version``; return their bytes.
+        """Delete the oldest segments whose versions are all <= ``version``.
+
+        Returns the size of the deleted segments in bytes.
 
         keep_bytes    keep at least this many of the newest bytes of the log
         keep_seconds  keep segments whose last record is younger than this, by the file's
@@ -323,13 +308,8 @@ class VersionLog:
         if self._plan.fd >= 0:  # taken, and the log failed before it was written
             os.close(self._plan.fd)
             self._plan.fd = -1
-        if self._failed is not None:
-            raise LogFailed(str(self._failed))
-
-    def _want_sync(self, version: int) -> None:
-        """Ask the sync thread to sync ``version`` now. The caller holds the lock."""
-        self._sync_wanted = max(self._sync_wanted, version)
-        self._unsynced.notify()
+        if self._progress.failed is not None:
+            raise LogFailed(str(self._progress.failed))
 
     # ---- the log thread
 
@@ -347,33 +327,27 @@ class VersionLog:
     def _give_up(self, error: Exception) -> None:
         """Stop the log because of ``error``, and call ``fail``, unless it has failed before."""
         with self._lock:
-            if self._failed is not None:
+            if self._progress.failed is not None:
                 return
-            self._failed = error
+            self._progress.failed = error
             self._drop_everything()
             self._changed.notify_all()
         self._fail(error)
 
     def _drop_everything(self) -> None:
-        """Drop all queued records and waiting callbacks, and wake the blocked threads, so that they
-        end. The caller holds the lock.
-        """
-        self._stopped = True
+        """Drop all queued records, and stop the progress. The caller holds the lock."""
         self._queue = []
-        for heap in self._waiting:
-            heap.clear()
-        self._synced.notify_all()
-        self._unsynced.notify_all()
+        self._progress.stop()
 
     def _turn(self) -> bool:
         """Sleep until records are queued, and write them. Returns False if the thread must end."""
         with self._lock:
-            while not (self._queue or self._closing or self._failed):
+            while not (self._queue or self._closing or self._progress.failed):
                 self._sleeping = True
                 self._changed.wait()
                 self._sleeping = False
             batch, self._queue = self._queue, []
-            if self._failed:
+            if self._progress.failed:
                 return False
         if batch:
             self._write(batch)
@@ -381,7 +355,7 @@ class VersionLog:
         return bool(batch) or not self._closing
 
     def _write(self, batch: list[Append]) -> None:
-        """Write queued records, in runs of about RUN_BYTES bytes, into the right segments."""
+        """Write queued records to their segments, in runs of about 8 MiB (RUN_BYTES)."""
         run: list[memoryview] = []
         files = self.files
         start, size = batch[0].offset, 0
@@ -398,7 +372,7 @@ class VersionLog:
         self._write_run(run, start, version)
 
     def _write_run(self, run: list[memoryview], start: int, version: int) -> None:
-        """Write buffers to the active segment, and call back the waiters for ``written``.
+        """Write buffers to the active segment, and run the callbacks that wait for the write.
 
         run      buffers of consecutive frames; nothing happens if it is empty
         start    offset of the first frame in the segment
@@ -413,23 +387,8 @@ class VersionLog:
             segment.end = end
             if end - (segment.hints[-1][1] if segment.hints else HEADER.size) >= HINT_BYTES:
                 segment.hints.append((version + 1, end))
-            if self.durable == self.written:
-                self._unsynced_since = time.monotonic()
-                self._unsynced.notify()
-            self.written = version
-        self._announce()
-
-    def _announce(self) -> None:
-        """Call back the waiters whose version is now written, or now durable if they want that."""
-        calls = []
-        with self._lock:
-            if self._failed is not None:
-                return
-            for heap, version in zip(self._waiting, (self.written, self.durable), strict=True):
-                while heap and heap[0][0] <= version:
-                    calls.append(heapq.heappop(heap)[2])
-        for call in calls:
-            call()
+            self._progress.wrote(version)
+        self._progress.announce()
 
     def _roll(self, segment: SegmentFile) -> None:
         """Sync the active segment, and make ``segment`` the active one."""
@@ -455,46 +414,25 @@ class VersionLog:
 
     def _keep_synced(self) -> None:
         try:
-            while self._sleep_until_due():
+            while self._progress.sleep_until_due():
                 self._sync()
         except Exception as error:
             self._give_up(error)
 
-    def _sleep_until_due(self) -> bool:
-        """Sleep until a sync is due. Returns False once the log has stopped."""
-        with self._lock:
-            while not self._stopped:
-                pause = self._sync_in()
-                if pause <= 0:
-                    return True
-                self._unsynced.wait(None if pause == NEVER else pause)
-            return False
-
-    def _sync_in(self) -> float:
-        """Return the seconds until the next sync is due; infinity if everything is synced."""
-        if self.durable == self.written:
-            return NEVER
-        if self.durable < self._sync_wanted:
-            return 0.0
-        return max(0.0, self._unsynced_since + self._sync_seconds - time.monotonic())
-
     def _sync(self) -> None:
-        """Sync all written records, then call back the waiters for ``durable``, and ``wake``.
+        """Sync all written records, run the callbacks that wait for that, and call ``wake``.
 
         Called on the log thread and the sync thread. Raises LogFailed if the log has failed.
         """
+        progress = self._progress
         with self._syncing:
             with self._lock:
-                if self._failed is not None:
-                    raise LogFailed(str(self._failed))
-                if self.durable == self.written:
+                if progress.failed is not None:
+                    raise LogFailed(str(progress.failed))
+                if progress.durable == progress.written:
                     return
-                segment, end, version = self.files.active, self.files.active.end, self.written
-            self.files.sync(version, end)  # also updates SYNCED, before any waiter is called
-            with self._lock:
-                self._unsynced_since = time.monotonic()  # for records written during the sync
-                self.durable = version
-                self._synced.notify_all()
-            self._announce()
+                segment, end, version = self.files.active, self.files.active.end, progress.written
+            self.files.sync(version, end)  # also updates SYNCED, before any callback is run
+            progress.synced(version)
             uncache(segment, end)
         self._wake()

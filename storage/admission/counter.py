@@ -13,15 +13,19 @@ from storage.arena import Budget
 from storage.index import SEGMENT, Index
 from storage.kernels import Keys, jit
 
-COUNT_BITS = 24  # low bits of a counter: its count; the 40 bits above are its version
+COUNT_BITS = 24  # low bits of a counter that contain its count; the other 40 have its version
 MOST = (1 << COUNT_BITS) - 1  # largest count
 LAST_VERSION = (1 << 64 - COUNT_BITS) - 1  # versions saturate there: 35 years at 1000/s
-TRIMMED = 2048  # counters that a call drops in excess of those that it added
+TRIMMED = 2048  # a call drops at most this many counters more than it added
 
 
 @jit
 def _used(entries: Any, start: int, stop: int, keys: Any, counters: Any) -> Any:
-    """Copy the used entries of start..stop-1 to the front of two arrays; return their number."""
+    """Copy the keys and counters of the used entries in start..stop-1; return their number.
+
+    entries         uint64[capacity, 2]      key, counter; counter 0: unused
+    keys, counters  uint64[>= stop - start]  written from index 0 on
+    """
     used = np.uint64(0)
     for i in range(np.uint64(start), np.uint64(stop)):
         keys[used] = entries[i, 0]
@@ -31,7 +35,7 @@ def _used(entries: Any, start: int, stop: int, keys: Any, counters: Any) -> Any:
 
 
 class Counters(Index):
-    """An index whose locations are counters: version << COUNT_BITS | count."""
+    """An index that maps each key to a counter, ``version << 24 | count``, not to a location."""
 
     @property
     def segments(self) -> int:
@@ -47,12 +51,13 @@ class Counters(Index):
 
 
 class CounterGate(CountingGate):
-    """Exact counters in a hash table.
+    """Admits a key when its exact counter, in a hash table, reaches a threshold.
 
-    Above the cap, the stalest counters by (version, count) are dropped. The hash spreads keys
-    evenly over the segments of the index, so the stalest sixteenth of one segment is a fair sample
-    of the stalest sixteenth of all. Segments take turns. With one segment the choice is exact. A
-    push that adds n counters drops about n, and scans one segment per thousand of them.
+    If there are more than ``cap`` counters, the stalest ones by (version, count) are dropped. The
+    hash spreads keys evenly over the segments of the index, so the stalest sixteenth of one segment
+    is a fair sample of the stalest sixteenth of all. Segments take turns. With one segment the
+    choice is exact. A push that adds n counters drops about n, and scans one segment per thousand
+    of them.
     """
 
     def __init__(self, threshold: int, cap: int, budget: Budget) -> None:
@@ -118,9 +123,11 @@ class CounterGate(CountingGate):
         self._counters.close()
 
     def _trim(self, added: int) -> None:
-        """Drop stale counters above the cap, but at most TRIMMED more than were added.
+        """Drop stale counters until only ``cap`` are left, but at most ``added + 2048``.
 
-        So a call's work is bounded after an alteration has lowered the cap, too.
+        added  number of counters that the caller has just added
+
+        The limit bounds the work of one call, even after an alteration has lowered ``cap``.
         """
         left = added + TRIMMED
         while left > 0 and (excess := len(self._counters) - self.cap) > 0:
@@ -137,7 +144,7 @@ class CounterGate(CountingGate):
 
 
 def _pack(totals: Occurrences, versions: Any) -> NDArray[np.uint64]:
-    """Return counters of these totals and versions."""
+    """Return the counters, uint64[n], for totals uint32[n] and versions, uint64[n] or a scalar."""
     stamps = np.minimum(versions, np.uint64(LAST_VERSION)) << np.uint64(COUNT_BITS)
     counters: NDArray[np.uint64] = stamps | np.minimum(totals, MOST).astype(np.uint64)
     return counters

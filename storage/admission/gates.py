@@ -1,15 +1,15 @@
 """Gates: they decide which keys get a row, and count the occurrences of keys without one.
 
-A key that waits for admission has a counter. Its counter is discarded when the key is admitted or
-deleted. A key that is evicted, or deleted, and comes back starts again from zero.
+A key that waits for admission has a counter. The counter is discarded when the key is admitted or
+deleted. A key whose row was evicted or deleted starts again from zero at its next push.
 
 A push is atomic, so a gate decides and counts in two calls. ``weigh`` decides and changes nothing.
-The table then makes rows for the admitted keys, which may fail for want of memory. ``settle``
+The table then creates rows for the admitted keys, which may fail for lack of memory. ``settle``
 counts.
 
-Log records contain the new values of counters (for ``put``), not increments, so replaying a record
-twice does no harm. Replay may bring back a counter that was dropped since for age or for room. Its
-count is true, so this does no harm either. For keys that got rows, replay calls ``discard``.
+Log records contain the new values of counters (for ``put``), not increments, so replay is
+idempotent. Replay may bring back a counter that was dropped later for age or for room. That is
+harmless, because its count is correct. For keys that got rows, replay calls ``discard``.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Gate(ABC):
 
     All methods take keys that have no row, uint64[n], distinct within a call.
 
-    counting  whether keys that wait have counters
-    cap       largest number of counters; 0 without counters
-    dropped   counters dropped so far, for age, for room or by an alteration
-    edits     grows with every change of ``cells``
+    counting  whether keys without a row have counters
+    cap       maximum number of counters; 0 without counters
+    dropped   number of counters dropped so far, for age, for room or by an alteration
+    edits     number that grows with every change of ``cells``
     """
 
     counting: ClassVar[bool] = False
@@ -58,23 +58,26 @@ class Gate(ABC):
 
     @abstractmethod
     def weigh(self, keys: Keys, counts: Occurrences, version: int) -> tuple[Admitted, Occurrences]:
-        """Decide which keys of a push get a row, and change nothing.
+        """Decide which keys of a push get a row. Changes nothing.
 
-        counts   uint32[n]  occurrences in this push
-        version  of this push
+        counts   uint32[n]  occurrences of each key in the push
+        version  log version of the push
 
-        Returns bool[n], true for admitted keys, and uint32[n], the occurrences so far, this push
-        included. They are the first frequency of an admitted key, and the next value of the counter
-        of any other key.
+        Returns (admitted bool[n], True for keys that get a row; totals uint32[n], occurrences of
+        each key so far, including this push). The total becomes the frequency of an admitted key's
+        row, or the new value of another key's counter.
         """
 
     def settle(
         self, keys: Keys, counts: Occurrences, admitted: Admitted, totals: Occurrences, version: int
     ) -> None:
-        """Count the occurrences of a push; arguments and results are those of ``weigh``.
+        """Record a push: update the counters of refused keys, and discard those of admitted keys.
 
-        Atomic: raises OutOfMemory, and changes nothing then. No other call may change the gate
-        between ``weigh`` and ``settle``.
+        keys, counts, version  the arguments of ``weigh``
+        admitted, totals       the results of ``weigh``
+
+        Raises OutOfMemory, and changes nothing then. No other call may change the gate between
+        ``weigh`` and ``settle``.
         """
         return  # unless a gate counts
 
@@ -89,7 +92,7 @@ class Gate(ABC):
         return np.zeros(len(keys), np.uint32)
 
     def discard(self, keys: Keys) -> None:
-        """Discard the counters of keys. Keys without a counter are left alone."""
+        """Discard the counters of keys. Ignores keys without a counter."""
         return  # unless a gate counts
 
     def expire(self, before: int, limit: int = SEGMENT) -> None:
@@ -101,46 +104,54 @@ class Gate(ABC):
         return  # unless a gate counts
 
     def put(self, keys: Keys, totals: Occurrences, versions: Versions) -> None:
-        """Write counters from a log record or a block. Newer counters stay.
+        """Write counters from a log record or a block. Never overwrites newer counters.
 
         totals    uint32[n]  occurrences of each key
-        versions  uint64[n]  log version of the last change of each counter
+        versions  uint64[n]  log version of each counter's last change
 
         Raises OutOfMemory, and changes nothing then.
         """
         return  # unless a gate counts
 
     def changed(self, after: int) -> Iterator[tuple[Keys, Occurrences, Versions]]:
-        """Yield counters of versions above ``after``, in slices; pushes may go on in between.
+        """Yield (keys, totals, versions) of the counters changed after version ``after``.
 
-        Every counter that stays comes at least once. A slice looks at a bounded number of counters,
-        so it may be empty. Sketches have ``cells`` instead.
+        keys      uint64[k]
+        totals    uint32[k]  occurrences of each key
+        versions  uint64[k]  log version of each counter's last change
+
+        Each iteration examines a bounded number of counters, and may yield empty arrays. Pushes may
+        continue between iterations; a counter that exists all the time is yielded at least once. A
+        sketch yields nothing; use ``cells``.
         """
         return iter(())
 
     def cells(self) -> NDArray[Any]:
-        """Return a read-only view of the cells of a sketch; empty for other gates.
+        """Return a read-only view of the counters (cells) of a sketch; empty for other gates.
 
-        Pushes change the view. A copy that was made in parts while pushes went on is good once the
-        counters of those pushes were ``put`` into it.
+        Pushes change the view. A copy that is made in parts while pushes continue becomes correct
+        when the counters in the log records of these pushes are ``put`` into it.
         """
         return np.empty(0, np.uint8)
 
     def load_cells(self, start: int, data: NDArray[np.uint8]) -> None:
-        """Load a part of the bytes that ``cells`` of a gate of the same rule returned.
+        """Load some bytes of ``cells``, copied from a gate with the same rule.
 
-        start  index of the part's first byte; a part is a whole number of cells
+        start  index of the first of these bytes in ``cells``
+        data   the bytes: a whole number of cells
 
-        Raises ValueError if the part lies outside of this sketch.
+        Raises ValueError if they lie outside of this sketch.
         """
         size = self.cells().nbytes
         if start < 0 or start + len(data) > size:
             raise ValueError(
-                f"bytes {start}..{start + len(data) - 1} are outside of a sketch of {size} bytes"
+                f"cannot load bytes {start}..{start + len(data) - 1} into a sketch of {size} bytes"
             )
 
     def begin(self, version: int) -> None:
-        """End the loading: the next push has a higher version.
+        """End loading; pushes begin.
+
+        version  newest version of the shard; all later pushes are newer
 
         Raises ValueError if only a part of a sketch was loaded.
         """
@@ -157,7 +168,7 @@ class Gate(ABC):
         return 0
 
     def alter(self, threshold: int, cap: int) -> None:
-        """Change the threshold and the maximum number of counters; keep the counters."""
+        """Change the threshold and ``cap``, the maximum number of counters. Keeps the counters."""
         return  # unless a gate counts
 
     def close(self) -> None:
@@ -166,7 +177,7 @@ class Gate(ABC):
 
 
 def _sum(before: Occurrences, counts: Occurrences) -> Occurrences:
-    """Return totals that saturate at LARGEST."""
+    """Return ``before + counts``, uint32[n], where sums beyond 2^32 - 1 become 2^32 - 1."""
     return np.minimum(np.add(before, counts, dtype=np.uint64), LARGEST).astype(np.uint32)
 
 
@@ -214,7 +225,7 @@ def _draw(keys: Any, counts: Any, seed: Any, version: Any, p: float, out: Any) -
 
 
 class ProbabilityGate(Gate):
-    """Admits a key with a probability at each occurrence; has no counters."""
+    """Admits a key with probability ``p`` at each occurrence; has no counters."""
 
     def __init__(self, p: float, seed: int) -> None:
         self._p = p
@@ -222,7 +233,7 @@ class ProbabilityGate(Gate):
 
     @property
     def loss_reason(self) -> str:
-        return "keys that were pushed and not drawn leave no trace"
+        return "the probability rule does not record keys that it did not admit"
 
     def weigh(self, keys: Keys, counts: Occurrences, version: int) -> tuple[Admitted, Occurrences]:
         admitted = np.empty(len(keys), np.bool_)

@@ -67,9 +67,9 @@ class Admission(ABC):
 
     @abstractmethod
     def gate(self, budget: Budget, seed: int) -> Gate:
-        """Return a new gate; raises OutOfMemory if its memory exceeds the budget.
+        """Return a new gate for one table. Raises OutOfMemory if the budget does not suffice.
 
-        seed  from ``table_seed``
+        seed  seed of the table's random values, from ``table_seed``
         """
 
 
@@ -122,8 +122,9 @@ class Sketch(Admission):
 
     The size is that of a Bloom filter (Bloom, "Space/time trade-offs in hash coding with allowable
     errors", CACM 13, 1970). A key has k = log2(1 / error_rate) cells, rounded up. For n keys there
-    are m = n k / -ln(1 - PLANNED) cells, so that n keys leave the share 1 - PLANNED empty. One half
-    would be optimal. The margin absorbs chance, and what is counted while the sketch ages.
+    are m = n k / -ln(1 - 30/64) cells, so that n keys use 30/64 (PLANNED) of the cells. One half
+    would be optimal. The margin is for random variation, and for keys that are counted while the
+    sketch ages.
     """
 
     name: ClassVar[str] = "sketch"
@@ -138,7 +139,7 @@ class Sketch(Admission):
         rate = isinstance(self.error_rate, Real) and 1e-6 <= self.error_rate <= 0.5
         self._require("error_rate", rate, "in 1e-6..0.5")
         object.__setattr__(self, "error_rate", float(self.error_rate))
-        rule = f"such that 2^32 cells are enough, not {self.cells}"
+        rule = f"small enough for 2^32 cells (it needs {self.cells})"
         self._require("expected_keys", self.cells <= 1 << 32, rule)
 
     def on(self, share: float) -> Self:
@@ -154,23 +155,23 @@ class Sketch(Admission):
 
     @property
     def hashes(self) -> int:
-        """Cells per key."""
+        """Number of cells per key."""
         return max(1, math.ceil(-math.log2(self.error_rate)))
 
     @property
     def cells(self) -> int:
-        """Cells of the sketch."""
+        """Number of cells in the sketch."""
         wanted = math.ceil(self.expected_keys * self.hashes / -math.log1p(-PLANNED))
         return max(SMALLEST, wanted)
 
     @property
     def dtype(self) -> type[np.unsignedinteger[Any]]:
-        """Type of a cell, with room for the counts of eight keys just below the threshold."""
+        """Type of a cell: it can count eight keys that are just below the threshold."""
         return np.uint8 if self.threshold <= 32 else np.uint16
 
     @property
     def bytes(self) -> int:
-        """Bytes of the cells. A gate takes a little more, rounded up to whole pages."""
+        """Size of all cells in bytes. A gate takes a little more: whole pages of memory."""
         return self.cells * np.dtype(self.dtype).itemsize
 
     def gate(self, budget: Budget, seed: int) -> Gate:
@@ -194,7 +195,10 @@ class Sketch(Admission):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probability(Admission):
-    """Admits a key with probability ``p`` at each occurrence, drawn from (seed, key, version)."""
+    """Admits a key with probability ``p`` at each occurrence.
+
+    The random numbers depend only on the table's seed, the key and the version of the push.
+    """
 
     name: ClassVar[str] = "probability"
 

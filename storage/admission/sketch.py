@@ -21,7 +21,7 @@ from storage.index import SEGMENT
 from storage.kernels import Keys, inline, jit, mix64, prefetch, readonly
 
 FULL = 31 / 64  # share of cells in use at which the sketch ages
-HALVED = 1 << 18  # cells that a call halves, or 64 per cell that it counted, if that is more
+HALVED = 1 << 18  # cells that a call halves; or 64 per cell that it counted, if that is more
 AHEAD = 8  # keys whose cells are prefetched
 
 
@@ -32,7 +32,7 @@ def _stride(hashed: Any) -> Any:
 
 @inline
 def _cell(hashed: Any, m: Any) -> Any:
-    """Return the cell of a hash: the upper half of (upper half of the hash) * m, m up to 2^32."""
+    """Return the index, below ``m`` <= 2^32, of the cell that the upper half of a hash selects."""
     return ((hashed >> np.uint64(32)) * np.uint64(m)) >> np.uint64(32)
 
 
@@ -78,8 +78,10 @@ def _estimate(cells: Any, salt: Any, k: int, keys: Any, out: Any) -> None:
 def _add(cells: Any, salt: Any, k: int, most: int, keys: Any, amounts: Any) -> Any:
     """Add amounts to all cells of each key; return by how much the number of used cells grew.
 
+    cells, salt, k  see ``_estimate``
     most     largest value of a cell; a cell that reached it has lost counts, and is not decreased
-    amounts  int64[n]  negative to subtract
+    keys     uint64[n]
+    amounts  int64[n]   amount for each key; negative to subtract
     """
     n = keys.shape[0]
     more = 0
@@ -147,9 +149,9 @@ class SketchGate(CountingGate):
         self._arena.grow(cells)
         self._cells = self._arena.array.reshape(-1)[:cells]
         self._most = int(np.iinfo(dtype).max)
-        self._used = 0  # cells above 0
-        self._halved = cells  # cells before this index are halved since ageing began
-        self._version = 0  # of the last push
+        self._used = 0  # number of cells that are not 0
+        self._halved = cells  # cells before this index were halved since ageing began
+        self._version = 0  # version of the last push
         self._aged = 0  # version at which ageing last began
         self._loaded = 0  # bytes of cells that were loaded
 
@@ -159,7 +161,10 @@ class SketchGate(CountingGate):
 
     @property
     def entries(self) -> int:
-        """Estimate by the share of used cells: Swamidass, Baldi, J. Chem. Inf. Model. 47 (2007)."""
+        """Number of keys that wait, estimated from the share of used cells.
+
+        Swamidass, Baldi, J. Chem. Inf. Model. 47 (2007).
+        """
         m = len(self._cells)
         if not m:  # closed
             return 0
@@ -191,7 +196,7 @@ class SketchGate(CountingGate):
         self._halve(limit)
 
     def put(self, keys: Keys, totals: Occurrences, versions: Versions) -> None:
-        """Raise counts to the totals. A sketch has no versions, so it lowers no count."""
+        """Raise the count of each key to its total. Lowers no count: a sketch has no versions."""
         self._version = max(self._version, int(versions.max(initial=0)))
         lacking = totals.astype(np.int64) - self.waiting(keys)
         self._add(keys, np.maximum(lacking, 0))
@@ -214,7 +219,7 @@ class SketchGate(CountingGate):
     def begin(self, version: int) -> None:
         size = self._cells.nbytes
         if self._loaded not in (0, size):
-            raise ValueError(f"{self._loaded} of the {size} bytes of the sketch were loaded")
+            raise ValueError(f"expected {size} bytes of a sketch, but {self._loaded} were loaded")
         self._version = self._aged = version
 
     def close(self) -> None:
@@ -227,7 +232,10 @@ class SketchGate(CountingGate):
         self.edits += len(keys)
 
     def _keep_up(self, keys: int) -> None:
-        """Halve cells while too many are in use, with work in proportion to a push of ``keys``."""
+        """Halve cells while more than 31/64 (FULL) of them are in use.
+
+        keys  number of keys in the push; the number of cells to halve is proportional to it
+        """
         left = max(HALVED, 64 * self._k * keys)
         while left > 0:
             if self._used > FULL * len(self._cells):
@@ -243,7 +251,7 @@ class SketchGate(CountingGate):
             self._aged = max(self._version, self._aged)
 
     def _halve(self, limit: int) -> int:
-        """Halve up to ``limit`` of the next cells, if the sketch ages; return how many."""
+        """Halve up to ``limit`` of the cells that ageing has still to halve; return how many."""
         cells = self._cells[self._halved : self._halved + limit]
         self._used -= int(np.count_nonzero(cells == 1))
         cells >>= 1

@@ -459,7 +459,7 @@ def test_calls_that_wait_for_the_disk_and_are_cancelled_leave_nothing(tmp_path: 
                 call.cancel()
             await asyncio.wait(calls)
         assert len(source._awaited) == 1
-        assert len(log._waiting[True]) <= 1
+        assert len(log._progress._waiting[True]) <= 1
         answers.set()
         await source.durable(log.last)
         assert source._awaited == {}

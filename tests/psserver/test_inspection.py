@@ -214,7 +214,7 @@ def test_deletes_of_another_table_are_not_this_one_s(shard: Shard) -> None:
 
 
 FORGETFUL = [
-    ("probability", {"p": 1e-9}, "keys that were pushed and not drawn leave no trace"),
+    ("probability", {"p": 1e-9}, "the probability rule does not record keys that it did not admit"),
     ("sketch", {"expected_keys": 10}, "a sketch loses counts as it ages"),
     ("counter", {"threshold": 3, "max_keys": 2}, "1 counters were dropped for age or room"),
 ]

@@ -240,7 +240,7 @@ def test_a_part_of_a_sketch_is_damage(tmp_path: Path) -> None:
     gate = shard._tables.require_number(1).table.gate
     gate.load_cells(0, np.ones(8, np.uint8))
     with pytest.raises(
-        Exception, match=r"sketch\) of table 't': 8 of the .* bytes of the sketch were loaded"
+        Exception, match=r"sketch\) of table 't': expected .* bytes of a sketch, but 8 were loaded"
     ):
         shard.recovery.finish()
 

@@ -22,7 +22,7 @@ def test_a_budget_gives_all_it_has_and_not_a_byte_more() -> None:
     with pytest.raises(OutOfMemory) as caught:
         budget.take(1)
     assert str(caught.value) == (
-        "1 more bytes needed, 100 of the memory budget of 100 bytes in use"
+        "1 more bytes are needed, but 100 bytes of the memory budget of 100 bytes are in use"
     )
     assert (caught.value.budget, budget.held) == (100, 100)
     budget.give(60)

@@ -246,7 +246,7 @@ def test_a_base_that_was_taken_again_under_its_name_is_not_the_base(
 
 
 def test_a_chain_that_is_too_long_is_refused(store: Store, chain: Path) -> None:
-    with pytest.raises(Corrupt, match="a chain of more than 64 parent checkpoints"):
+    with pytest.raises(Corrupt, match="a chain of at most 64 checkpoints"):
         open_checkpoint(store, "b", depth=1)
 
 

@@ -83,7 +83,7 @@ def test_an_unknown_parameter_is_answered_with_those_there_are(name: str) -> Non
         ("counter", "max_keys", math.inf, "a whole number"),
         ("sketch", "threshold", 8193, "in 1..8192"),
         ("sketch", "expected_keys", 0, r"in 1..2\^32"),
-        ("sketch", "expected_keys", 2**31, r"such that 2\^32 cells are enough"),
+        ("sketch", "expected_keys", 2**31, r"small enough for 2\^32 cells"),
         ("sketch", "error_rate", 0.0, "in 1e-6..0.5"),
         ("sketch", "error_rate", 0.6, "in 1e-6..0.5"),
         ("sketch", "error_rate", math.nan, "in 1e-6..0.5"),

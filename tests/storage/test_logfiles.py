@@ -93,8 +93,8 @@ class TestRecovery:
     @pytest.mark.parametrize(
         ("gone", "why"),
         [
-            ([31], f"{name(61)}: expected segment 31 before this one, found 1"),
-            ([31, 61], f"{name(91)}: expected segment 61 before this one, found 1"),
+            ([31], f"{name(61)}: expected segment 31 before this segment, found 1"),
+            ([31, 61], f"{name(91)}: expected segment 61 before this segment, found 1"),
             ([91], f"segment {name(91)} is missing, although it was synced"),
             ([1, 31, 61, 91], "all segments of an existing log are missing"),
         ],
@@ -112,7 +112,7 @@ class TestRecovery:
     def test_a_segment_under_another_name_is_noticed(self, opened: Opener, directory: Path) -> None:
         build(directory, 100)
         (directory / name(91)).rename(directory / name(92))
-        with pytest.raises(Corrupt, match="but its header says 91"):
+        with pytest.raises(Corrupt, match="first version 92, but the file.s header has 91"):
             opened()
 
     def test_leftover_spares_are_removed_and_strangers_are_not(
@@ -174,7 +174,9 @@ class TestRecovery:
         bad[0] ^= 1
         bad[SLOT] ^= 1
         synced.write_bytes(bad)
-        with pytest.raises(Corrupt, match="SYNCED: no mark in it has the right checksum"):
+        with pytest.raises(
+            Corrupt, match="SYNCED: neither of the two marks has a correct checksum"
+        ):
             opened()
 
     def test_bytes_that_were_erased_never_come_back(self, opened: Opener, directory: Path) -> None:

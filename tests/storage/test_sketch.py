@@ -210,9 +210,7 @@ def test_loaded_cells_are_the_same_sketch() -> None:
     assert (gate.entries, copy.entries, copy.cells().max()) == (0, 0, 0)
     size = len(gate.cells())
     for start, count in ((0, size + 1), (size - 5, 6), (size + 1, 0), (-1, 1)):
-        with pytest.raises(
-            ValueError, match=rf"bytes {start}\.\..* are outside of a sketch of {size} bytes"
-        ):
+        with pytest.raises(ValueError, match=rf"bytes {start}\.\..* into a sketch of {size} bytes"):
             copy.load_cells(start, np.zeros(count, np.uint8))
     gate.close()
     copy.close()
@@ -222,6 +220,6 @@ def test_loaded_cells_are_the_same_sketch() -> None:
 def test_other_gates_have_no_cells(name: str) -> None:
     gate = gate_of(make_admission(name, {}))
     gate.load_cells(0, gate.cells())
-    with pytest.raises(ValueError, match=r"bytes 0\.\.0 are outside of a sketch of 0 bytes"):
+    with pytest.raises(ValueError, match=r"bytes 0\.\.0 into a sketch of 0 bytes"):
         gate.load_cells(0, np.zeros(1, np.uint8))
     gate.close()
