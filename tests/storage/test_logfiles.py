@@ -112,7 +112,7 @@ class TestRecovery:
     def test_a_segment_under_another_name_is_noticed(self, opened: Opener, directory: Path) -> None:
         build(directory, 100)
         (directory / name(91)).rename(directory / name(92))
-        with pytest.raises(Corrupt, match="first version 92, but the file.s header has 91"):
+        with pytest.raises(Corrupt, match="first version 92, but the file's header has 91"):
             opened()
 
     def test_leftover_spares_are_removed_and_strangers_are_not(
