@@ -4,7 +4,7 @@ errors.py      errors that psclient raises
 checked.py     checks of arguments
 strings.py     keys from strings
 addresses.py   addresses of servers
-choices.py     words that arguments accept: modes, dtypes on the wire, durability
+choices.py     strings that arguments accept: modes, dtypes on the wire, durability levels
 arrays.py      keys and gradients from arrays of any framework
 batch.py       distinct keys, sums of gradients, pooling
 versions.py    versions of shards, and their epochs
@@ -14,16 +14,16 @@ signals.py     signal handlers, delayed while they could do harm
 channel.py     gRPC channels that survive forks and signals
 retry.py       errors of failed calls, pauses between attempts
 session.py     one request to one shard, and the sequence numbers of its pushes
-link.py        one shard: base class of stream.py and unary.py
-stream.py      one shard through a stream
-unary.py       one shard through unary calls
+link.py        connection to one shard: base class of stream.py and unary.py
+stream.py      connection to one shard through a gRPC stream
+unary.py       connection to one shard through unary calls
 moved.py       requests sent again to the owners of their keys
 fanout.py      unary calls to several shards at once
-cluster.py     all shards, the shard map
-request.py     parts of a request, and the messages that carry them
+cluster.py     connections to all shards, and the shard map
+request.py     pushes and pulls of a request, and the messages that carry them
 pending.py     requests in flight
-deletes.py     rows deleted on every shard
-connection.py  addresses, options, connecting and closing
+deletes.py     delete rows on every shard
+connection.py  base class of the client: addresses, options, connecting and closing
 rowclient.py   pull, push, exchange, delete
 table.py       one table
 client.py      the client: create, describe, evict and drop tables
@@ -31,17 +31,17 @@ aio.py         the client for asyncio
 combine.py     rows of several parts combined into one embedding (imported on demand)
 multihash.py   features over several small tables (imported on demand)
 mixed.py       features whose embeddings grow with their frequency (imported on demand)
-changes.py     changes of rows, as a subscriber gets them
-shardstream.py  the subscription to one shard
-subscriber.py  every change, in order
-copies.py      rows of one table on one shard, copied into memory
-replica.py     all tables of one shard, copied into memory
-follower.py    copies of tables in memory, kept up to date
+changes.py     one change of rows or of a table, as a subscriber receives it
+shardstream.py  receive the changes of one shard
+subscriber.py  receive the changes of all shards
+copies.py      copy in memory of one table's rows on one shard
+replica.py     copies in memory of all tables of one shard
+follower.py    copies in memory of tables of all shards, kept up to date
 torch.py       PyTorch modules (imported on demand)
 calls.py       unary and streaming calls to all shards, which may take hours
-checkpoints.py  take, list, verify checkpoints
-restores.py    a cluster restored from a checkpoint
-rows.py        whole rows of a table
+checkpoints.py  take, list, verify and delete checkpoints
+restores.py    restore a cluster from a checkpoint
+rows.py        read and write whole rows of a table
 admin.py       the functions of checkpoints.py, restores.py and rows.py (imported on demand)
 
 None of the following is imported by the client:

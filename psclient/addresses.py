@@ -14,9 +14,10 @@ _HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[^\s:/\[\]@?#]+):([0-9]{1,5})")
 
 
 def checked_addresses(addresses: Any) -> list[str]:
-    """Return the addresses as a list.
+    """Return ``addresses`` as a list, after checking the format of each address.
 
-    Raises InvalidArgument if they are not a non-empty list of "host:port" (or "unix:path").
+    Raises InvalidArgument unless ``addresses`` is a non-empty sequence of strings "host:port" or
+    "unix:path".
     """
     if (
         isinstance(addresses, str)
@@ -24,7 +25,9 @@ def checked_addresses(addresses: Any) -> list[str]:
         or not addresses
         or not all(isinstance(each, str) for each in addresses)
     ):
-        raise InvalidArgument(f"addresses must be a list of 'host:port', got {addresses!r}")
+        raise InvalidArgument(
+            f"addresses must be a non-empty list of 'host:port', got {addresses!r}"
+        )
     for shard, address in enumerate(addresses):
         if wrong := problem(address):
             raise InvalidArgument(f"addresses: shard {shard} at {address!r}: {wrong}")
@@ -32,7 +35,7 @@ def checked_addresses(addresses: Any) -> list[str]:
 
 
 def problem(address: str) -> str | None:
-    """Return what is wrong with the format of an address, or None."""
+    """Check the format of one address. Returns None if it is valid, otherwise an error message."""
     if address.startswith("unix:"):
         return None
     if "://" in address:
@@ -48,19 +51,22 @@ def problem(address: str) -> str | None:
 
 
 def hint(text: str, *, proxy: bool) -> str:
-    """Return a guess why no server was reached, to be appended to the error; "" without a guess.
+    """Guess why a server could not be reached.
 
     text   gRPC's error message
-    proxy  whether the client uses the proxy of the environment variables
+    proxy  whether the client uses the proxy that the environment variables name
+
+    Returns text to append to the error message, such as "; the host name cannot be resolved", or
+    "" if there is no guess.
     """
     if "DNS" in text or "resol" in text:
-        return "; its name cannot be resolved"
+        return "; the host name cannot be resolved"
     there = next((name for name in PROXIES if os.environ.get(name)), None)
     if there is None:
         return ""
     if proxy:
-        return f"; the proxy of the environment variable {there} is in use (proxy=True)"
+        return f"; the client uses the proxy of the environment variable {there} (proxy=True)"
     return (
-        f"; the environment variable {there} names a proxy, which is not used:"
-        " Client(proxy=True) uses it"
+        f"; the environment variable {there} names a proxy, which the client does not use: to use"
+        " it, pass proxy=True to Client"
     )

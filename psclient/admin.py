@@ -7,7 +7,7 @@
 
 A checkpoint has a name but no path: the servers' configuration (checkpoint_url) determines where
 checkpoints are stored. The servers do the work, all shards at once. If a client dies during a call,
-the next call finishes that work or removes the files that it left.
+the next call finishes that work or removes the unfinished files.
 """
 
 from psclient.checkpoints import (

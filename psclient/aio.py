@@ -1,13 +1,13 @@
-"""AsyncClient for asyncio: has most methods of Client, to be awaited.
+"""Client for asyncio: AsyncClient has most methods of Client as coroutines.
 
     async with AsyncClient(["127.0.0.1:7000"]) as ps:
         users = await ps.create_table("user", dim=32)
         rows = await users.pull(keys)
 
 AsyncClient runs the calls of a blocking Client on threads, so finding distinct keys or scattering
-rows does not block the event loop. ``start_pull`` and ``start_exchange`` have no counterpart:
-create a task of ``pull`` or ``exchange``. Cancelling an ``await`` ends the wait but not the
-request: a push that was sent may take effect.
+rows does not block the event loop. Instead of ``start_pull`` and ``start_exchange``, which do not
+exist here, create a task that awaits ``pull`` or ``exchange``. Cancelling an ``await`` ends the
+wait but not the request: a push that was sent may still take effect.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ THREADS = 32  # maximum number of calls in flight; further calls wait for a free
 
 
 class _Calls:
-    """Runs blocking calls of one client on threads of this process."""
+    """Runs the blocking calls of one client on threads, so that coroutines can await them."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
@@ -43,8 +43,8 @@ class _Calls:
     async def run(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Run ``call(*args, **options)`` on a pool thread and return its result.
 
-        The client's timeout begins now, so it includes the wait for a free thread. Raises
-        DeadlineExceeded if no thread became free in time.
+        The call's timeout (that of the client) starts now, so it includes the wait for a free
+        thread. Raises DeadlineExceeded if no thread becomes free before the timeout.
         """
         self.client._require_open()
         future = self._threads().submit(_run, time.monotonic(), call, args, options)
@@ -68,8 +68,9 @@ class _Calls:
             timer.cancel()
 
     async def run_long(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Run ``call(*args, **options)``, which may take long, on a new thread; return its
-        result.
+        """Run ``call(*args, **options)`` on a new thread and return its result.
+
+        For calls that may take minutes: they would occupy the pool's threads.
         """
         self.client._require_open()
         future: Future[Any] = Future()
@@ -85,14 +86,15 @@ class _Calls:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Stop the pool; calls that run are not interrupted."""
+        """Stop the pool of threads. Calls that are running are not interrupted."""
         pool, self._pool = self._pool, None
         if pool is not None and self._process == os.getpid():
             pool.shutdown(wait=False)
 
     def _threads(self) -> ThreadPoolExecutor:
-        """Return the thread pool; create one in a new or forked process, since a fork copies no
-        threads.
+        """Return this process's pool of threads; create it at the first use.
+
+        A forked child needs its own, because a fork does not copy threads.
         """
         if self._pool is None or self._process != os.getpid():
             self._process = os.getpid()
@@ -103,7 +105,10 @@ class _Calls:
 def _run(
     begun: float, call: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
 ) -> Any:
-    """Run ``call`` on this thread; its timeout counts from ``begun`` (monotonic seconds)."""
+    """Run ``call(*args, **options)`` on this thread and return its result.
+
+    begun  when the timeout of the call started, in monotonic seconds
+    """
 
     def work() -> Any:
         started.set(begun)
@@ -113,7 +118,10 @@ def _run(
 
 
 def _awaited(method: Callable[P, Result]) -> Callable[P, Any]:
-    """Return an async method that runs the blocking method of the same name on a pool thread."""
+    """Return a coroutine method that awaits ``method``, which runs on a thread of the pool.
+
+    method  method of Client or Table; it is called on the blocking object of that type
+    """
 
     @wraps(method)
     async def call(self: Any, *args: Any, **options: Any) -> Any:
@@ -123,7 +131,12 @@ def _awaited(method: Callable[P, Result]) -> Callable[P, Any]:
 
 
 class AsyncTable:
-    """A table whose methods are awaited; psclient.Table explains their arguments and results."""
+    """A table whose methods are coroutines. Their arguments and results are those of Table.
+
+    client  the AsyncClient that created it
+    name    name of the table
+    dim     length of the embeddings
+    """
 
     def __init__(self, client: AsyncClient, table: Table) -> None:
         self.client = client
@@ -150,10 +163,10 @@ class AsyncTable:
 
 
 class AsyncClient:
-    """A client whose methods are awaited; psclient.Client explains their arguments and results.
+    """A client whose methods are coroutines. Arguments and results are those of Client.
 
-    One AsyncClient may be used by several event loops, and in forked processes. An operation's
-    timeout begins with the ``await``.
+    Several event loops, and forked processes, may use one AsyncClient. The timeout of an operation
+    starts when its coroutine starts.
     """
 
     def __init__(self, addresses: Any, **options: Any) -> None:
@@ -168,7 +181,7 @@ class AsyncClient:
         await self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle addresses and options. The unpickled client opens its own connections."""
+        """Pickle the addresses and options. The unpickled client opens its own connections."""
         return _load_client, (type(self), self._blocking)
 
     def __copy__(self) -> Self:
@@ -178,16 +191,23 @@ class AsyncClient:
         return self
 
     async def create_table(self, name: str, dim: int, **options: Any) -> AsyncTable:
-        """See Client.create_table."""
+        """Create a table on every shard and return it. Client.create_table explains the arguments.
+
+        If an equal table exists, returns that. Raises the errors of Client.create_table.
+        """
         table = await self._calls.run(self._blocking.create_table, name, dim, **options)
         return AsyncTable(self, table)
 
     async def table(self, name: str) -> AsyncTable:
-        """See Client.table."""
+        """Return an existing table. Raises TableNotFound if it does not exist."""
         return AsyncTable(self, await self._calls.run(self._blocking.table, name))
 
     async def evict(self, *args: Any, **options: Any) -> dict[str, int]:
-        """See Client.evict."""
+        """Apply a table's eviction rules now; return the number of rows evicted, by rule.
+
+        Client.evict explains the arguments. The call runs on a thread of its own, because it may
+        take long.
+        """
         return await self._calls.run_long(  # type: ignore[no-any-return]
             self._blocking.evict, *args, **options
         )
@@ -207,7 +227,7 @@ class AsyncClient:
     push_distinct = _awaited(Client.push_distinct)
 
     async def close(self) -> None:
-        """See Client.close."""
+        """Close the connections; calls in progress fail. Idempotent."""
         self._blocking.close()
         self._calls.close()
 

@@ -12,15 +12,15 @@ from psclient.errors import InvalidArgument, PsError
 from psclient.schema import TableInfo, rule, table_info
 from psproto import ps_pb2 as pb
 
-STEPS = 1 << 47  # training steps are smaller
+STEPS = 1 << 47  # every training step is smaller than this number
 
 
 @dataclass(frozen=True, slots=True)
 class Alteration:
-    """The outcome of an alteration."""
+    """The result of altering a table's settings."""
 
-    table: TableInfo  # settings and size of the table afterwards
-    dropped_counters: int  # keys that waited for admission and are counted from zero again
+    table: TableInfo  # settings and size of the table after the alteration
+    dropped_counters: int  # keys that waited for admission and whose counts started again from 0
 
 
 def alter_request(
@@ -34,14 +34,14 @@ def alter_request(
     eviction: Mapping[str, Mapping[str, float]] | None,
     max_step_ahead: int | None,
 ) -> pb.AlterTableRequest:
-    """Build the request that sets those settings that are not None.
+    """Build the request that changes those settings of table ``name`` that are not None.
 
-    Client.alter_table explains the arguments. Raises InvalidArgument for an invalid value, or if
-    all are None.
+    Client.alter_table explains the settings. Raises InvalidArgument for an invalid value, or if all
+    settings are None.
     """
     at = f"table {checked.text('name', name)!r}: "
     if admission is None and admission_args is not None:
-        raise InvalidArgument(f"{at}admission_args needs admission, the name of the rule")
+        raise InvalidArgument(f"{at}admission_args requires admission, the name of the rule")
     schema, fields = pb.TableSchema(name=name), []
     if lr is not None:
         schema.optimizer.parameters["lr"] = checked.number(f"{at}lr", lr)
@@ -65,22 +65,28 @@ def alter_request(
         schema.max_step_ahead = ahead
         fields.append("max_step_ahead")
     if not fields:
-        raise InvalidArgument(f"{at}no setting to alter was given")
+        raise InvalidArgument(f"{at}expected at least one setting to alter, got none")
     return pb.AlterTableRequest(schema=schema, fields=fields)
 
 
 def alteration_of(shards: Sequence[pb.AlterTableResponse]) -> Alteration:
-    """Combine the answers of all shards.
+    """Combine the answers of all shards to one alteration.
 
-    Raises SchemaMismatch if the shards' settings differ, because another client altered the table
-    at the same time.
+    Raises SchemaMismatch if the shards' settings differ because another client altered the table at
+    the same time.
     """
     answers: Any = shards  # an AlterTableResponse has the fields of a DescribeTableResponse
     return Alteration(table_info(answers), sum(shard.dropped_counters for shard in shards))
 
 
 def incomplete(name: str, error: PsError) -> PsError:
-    """Return the error of one shard with the advice to repeat the alteration of table ``name``."""
+    """Append advice to the error of a shard that could not alter a table; return the new error.
+
+    name   name of the table
+    error  the shard's error
+
+    The advice is to repeat the alteration, because other shards may have made it already.
+    """
     whole = type(error)(
         f"{error}; other shards may have the new settings of table {name!r} already: repeat the"
         " same alteration to complete it"

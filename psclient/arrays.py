@@ -11,10 +11,10 @@ from psclient.errors import InvalidArgument
 
 Rows = NDArray[np.float32]
 
-LOW, END = -(1 << 63), 1 << 64  # keys are in LOW..END - 1: signed or unsigned 64-bit integers
+LOW, END = -(1 << 63), 1 << 64  # keys are in LOW..END - 1: they may be signed or unsigned
 MASK = END - 1
 EXACT = 1 << 24  # float32 represents every integer up to this size
-CONVERSIONS = {  # by dtype.kind: advice in errors on how to turn such an array into keys
+CONVERSIONS = {  # by dtype.kind: advice on how to convert such an array to keys, for errors
     "f": "floats lose integers above 2^53: read the column as int64, or convert with"
     " keys.astype(np.int64) if every value is whole",
     "b": "convert with keys.astype(np.int64)",
@@ -27,12 +27,12 @@ CONVERSIONS = {  # by dtype.kind: advice in errors on how to turn such an array 
 
 
 def as_array(values: Any, name: str) -> NDArray[Any]:
-    """Return an array or sequence as a NumPy array.
+    """Convert an array of any framework, or a sequence, to a NumPy array of the same shape.
 
     values  NumPy array, array of another framework (read by DLPack), data frame column, or sequence
-    name    the argument's name in errors
+    name    name of the argument, for errors
 
-    Arrays in host memory are not copied, except bfloat16, which becomes float32. Raises
+    Arrays in host memory are not copied, except bfloat16, which is converted to float32. Raises
     InvalidArgument if the array is not in host memory, or if values are masked or null.
     """
     if isinstance(values, np.ma.MaskedArray):
@@ -60,9 +60,11 @@ def as_array(values: Any, name: str) -> NDArray[Any]:
 
 
 def as_keys(keys: Any) -> NDArray[np.uint64]:
-    """Return keys of any shape as contiguous uint64. Negative keys keep their 64 bits.
+    """Convert integers of any shape to a contiguous uint64 array of the same shape.
 
-    Raises InvalidArgument if they are not 64-bit integers; the message tells how to convert them.
+    keys  integers in -2^63..2^64-1; a negative key k becomes ``k + 2^64``
+
+    Raises InvalidArgument if they are not such integers; the message tells how to convert them.
     """
     array = as_array(keys, "keys")
     if not array.size and array.dtype.kind in "fO":  # np.asarray([])
@@ -82,10 +84,13 @@ def as_keys(keys: Any) -> NDArray[np.uint64]:
 
 
 def as_gradients(gradients: Any, shape: tuple[int, ...], name: str) -> Rows:
-    """Return gradients as contiguous float32 of the given shape; ``name`` names them in errors.
+    """Convert gradients to a contiguous float32 array.
 
-    Raises InvalidArgument if the shape differs, if they are not numbers, or if they are integers
-    that float32 cannot represent exactly.
+    gradients  floats, or integers that float32 represents exactly
+    shape      shape that they must have
+    name       name of the argument, for errors
+
+    Raises InvalidArgument if the shape differs or the numbers break the rule.
     """
     array = as_array(gradients, name)
     if array.dtype.kind in "iu":
@@ -100,9 +105,9 @@ def as_gradients(gradients: Any, shape: tuple[int, ...], name: str) -> Rows:
 
 
 def _refuse_nulls(values: Any, name: str) -> None:
-    """Raise InvalidArgument if ``values`` is a column of pyarrow or polars with nulls.
+    """Raise InvalidArgument if ``values`` is a column of pyarrow or polars that contains nulls.
 
-    As an array, such a column would become floats.
+    Converted to an array, its integers would become floats. name: name of the argument, for errors.
     """
     nulls = getattr(values, "null_count", 0)
     if count := nulls() if callable(nulls) else nulls:
@@ -110,11 +115,12 @@ def _refuse_nulls(values: Any, name: str) -> None:
 
 
 def _of_column(values: Any, array: NDArray[Any]) -> NDArray[Any]:
-    """Return a nullable integer column of pandas as int64 or uint64.
+    """Convert a nullable integer column of pandas to an int64 or uint64 array.
 
-    values  the column
-    array   the same values as Python objects; returned if ``values`` is of another type or has
-            missing values
+    values  any object, such as a pandas Series
+    array   the same values as an array of Python objects
+
+    Returns ``array`` unchanged if ``values`` is not such a column or has missing values.
     """
     kind = str(getattr(values, "dtype", "")).lower()
     if kind.startswith(("int", "uint")) and hasattr(values, "to_numpy"):
@@ -128,14 +134,15 @@ def _of_column(values: Any, array: NDArray[Any]) -> NDArray[Any]:
 
 
 def _integers(array: NDArray[Any]) -> NDArray[Any]:
-    """Return an array of Python integers in -2^63..2^64-1 as uint64; return other arrays unchanged.
+    """Convert an array of Python objects, which must be keys, to uint64 of the same shape.
 
-    Raises InvalidArgument, with its position, if an object is not such an integer.
+    Returns an array of any other dtype unchanged. Raises InvalidArgument, with the position, if an
+    object is not an integer in -2^63..2^64-1.
     """
     if array.dtype.kind != "O":
         return array
     flat = array.reshape(-1).tolist()
-    for place, value in enumerate(flat):
+    for index, value in enumerate(flat):
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             if isinstance(value, float | np.floating) and value == value:
                 how = CONVERSIONS["f"]
@@ -145,11 +152,11 @@ def _integers(array: NDArray[Any]) -> NDArray[Any]:
                 how = "fill or drop missing keys, and convert others to integers"
             raise InvalidArgument(
                 f"keys must be integers, got dtype {_shown(array, flat)}: {value!r} at position"
-                f" {place}; {how}"
+                f" {index}; {how}"
             )
         if not LOW <= value < END:
             raise InvalidArgument(
-                f"keys must be integers of 64 bits, -2^63..2^64-1, got {value} at position {place}"
+                f"keys must be integers of 64 bits, -2^63..2^64-1, got {value} at position {index}"
             )
     return np.fromiter((int(value) & MASK for value in flat), np.uint64, len(flat)).reshape(
         array.shape
@@ -157,18 +164,19 @@ def _integers(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def _shown(array: NDArray[Any], flat: list[Any]) -> str:
-    """Return the dtype to report for an array of objects: float64 if all are ints and floats.
+    """Return the dtype that an error reports for ``array``, an array of Python objects.
 
-    flat  the array's values
+    flat  list of the objects. If all are ints and floats, the dtype is "float64": NumPy would have
+          made floats of them
     """
     kinds = {type(value) for value in flat}
     return "float64" if kinds <= {int, float} else str(array.dtype)
 
 
 def _require_exact(array: NDArray[Any], name: str) -> None:
-    """Raise InvalidArgument if float32 cannot represent an integer of the array exactly.
+    """Raise InvalidArgument if float32 cannot represent an integer of ``array`` exactly.
 
-    These are integers with more than 24 significant bits.
+    float32 represents integers of up to 24 significant bits. ``name`` names the array in the error.
     """
     if not array.size or (array.max() <= EXACT and array.min() >= -EXACT):
         return

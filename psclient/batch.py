@@ -1,7 +1,7 @@
-"""A batch of keys: its distinct keys by shard, sums of gradients, pooling.
+"""A batch of keys: its distinct keys, grouped by shard; sums of gradients; pooled rows.
 
-batch = Batch(keys, shard_map)        find the distinct keys, grouped by shard
-batch.sum(gradients, table, dim)      return the sum of gradients for each distinct key
+batch = Batch(keys, shard_map)        find the distinct keys and group them by shard
+batch.sum(gradients, table, dim)      return the sum of the gradients of each distinct key
 batch.spread(rows)                    copy the row of each distinct key to all its occurrences
 """
 
@@ -21,12 +21,12 @@ POOLINGS = ("sum", "mean", "sqrtn")
 
 
 class Batch:
-    """The distinct keys of a batch. Create it once if the same keys are pulled and pushed.
+    """Keys with their distinct keys, which are found once and then used by several calls.
 
     keys       64-bit integers of any shape
     shard_map  which shard owns each key
 
-    ``Client.batch`` creates one. ``len(batch)`` is the number of keys with duplicates.
+    Create one by ``Client.batch(keys)``. ``len(batch)`` is the number of keys, duplicates included.
     """
 
     def __init__(self, keys: Any, shard_map: routing.ShardMap) -> None:
@@ -39,15 +39,17 @@ class Batch:
 
     @property
     def keys(self) -> NDArray[np.uint64]:
-        """Return the distinct keys uint64[distinct], grouped by shard."""
+        """Return the distinct keys of the batch, uint64[distinct], grouped by shard."""
         return self.split.keys
 
     def sum(self, gradients: Any, table: str, dim: int) -> Rows:
-        """Sum the gradients of equal keys: return float32[distinct, dim] in the order of ``keys``.
+        """Sum the gradients of equal keys.
 
-        gradients  float[*shape of the keys, dim]
+        gradients  float[*shape of the batch's keys, dim], one gradient per key
         table      name of the table, for errors
+        dim        length of the table's embeddings
 
+        Returns float32[distinct, dim]: row i is the sum for the distinct key ``self.keys[i]``.
         Raises InvalidArgument if the shape is wrong or a sum is infinite or NaN.
         """
         flat = as_gradients(gradients, (*self.shape, dim), f"table {table!r}: gradients").reshape(
@@ -63,9 +65,11 @@ class Batch:
         return self.check(sums, table, dim)
 
     def check(self, gradients: Any, table: str, dim: int) -> Rows:
-        """Return gradients[distinct, dim], which are summed already, as float32.
+        """Check gradients that are already summed per distinct key; return them as float32.
 
-        table  name of the table, for errors
+        gradients  float[distinct, dim], one gradient per distinct key, in the order of ``keys``
+        table      name of the table, for errors
+        dim        length of the table's embeddings
 
         Raises InvalidArgument if the shape is wrong or a number is infinite or NaN.
         """
@@ -74,13 +78,16 @@ class Batch:
             row, column = np.argwhere(~np.isfinite(sums))[0]
             raise InvalidArgument(
                 f"table {table!r}: the gradient of key {self.keys[row]} is"
-                f" {sums[row, column]} at position {column}; all must be finite"
+                f" {sums[row, column]} at position {column}; all numbers must be finite"
             )
         return sums
 
     def spread(self, rows: NDArray[Any]) -> NDArray[Any]:
-        """Return rows[distinct, ...] as [*shape of the keys, ...]: one row for each key of the
-        batch.
+        """Copy the row of each distinct key to all occurrences of the key in the batch.
+
+        rows  [distinct, ...], in the order of ``keys``
+
+        Returns an array [*shape of the batch's keys, ...].
         """
         return rows[self.split.inverse].reshape((*self.shape, *rows.shape[1:]))
 
@@ -113,7 +120,7 @@ def _pool(rows: Any, inverse: Any, offsets: Any, weights: Any, mode: int, out: A
 
 
 def pool(rows: Rows, batch: Batch, offsets: Any, weights: Any, mode: str) -> Rows:
-    """Return one combined row for each bag of keys: float32[bags, dim]. An empty bag gives zeros.
+    """Combine the rows of each bag of keys into one row. Returns float32[bags, dim].
 
     rows     float32[distinct, dim], in the order of ``batch.keys``
     batch    a Batch of keys[n]
@@ -123,11 +130,19 @@ def pool(rows: Rows, batch: Batch, offsets: Any, weights: Any, mode: str) -> Row
     mode     "sum"; "mean", divided by the sum of the weights; "sqrtn", divided by the square root
              of the sum of their squares (as in TensorFlow's embedding_lookup_sparse)
 
-    Raises InvalidArgument if an argument breaks these rules.
+    The row of an empty bag is zero. Raises InvalidArgument if an argument breaks these rules.
     """
     if mode not in POOLINGS:
         raise InvalidArgument(f"mode must be one of {', '.join(POOLINGS)}, got {mode!r}")
-    n = len(batch)
+    bounds = _bounds(offsets, len(batch))
+    factors = np.empty(0, np.float32) if weights is None else _factors(weights, len(batch))
+    out = np.zeros((len(bounds) - 1, rows.shape[1]), np.float32)
+    _pool(rows, batch.split.inverse, bounds, factors, POOLINGS.index(mode), out)
+    return out
+
+
+def _bounds(offsets: Any, n: int) -> NDArray[np.int64]:
+    """Return ``offsets`` as int64. Raises InvalidArgument unless they ascend from 0 to ``n``."""
     given = as_array(offsets, "offsets")
     if given.size and given.dtype.kind not in "iu":
         raise InvalidArgument(f"offsets must be integers, got dtype {given.dtype}")
@@ -135,15 +150,15 @@ def pool(rows: Rows, batch: Batch, offsets: Any, weights: Any, mode: str) -> Row
     ascending = bounds.ndim == 1 and bounds.size and not (np.diff(bounds) < 0).any()
     if not ascending or bounds[0] != 0 or bounds[-1] != n:
         raise InvalidArgument(f"offsets must ascend from 0 to {n}, the number of keys")
-    if weights is None:
-        w = np.empty(0, np.float32)
-    else:
-        given = as_array(weights, "weights")
-        if given.dtype.kind not in "fiu":
-            raise InvalidArgument(f"weights must be numbers, got dtype {given.dtype}")
-        w = np.ascontiguousarray(given, np.float32)
-        if w.shape != (n,):
-            raise InvalidArgument(f"weights must have shape [{n}], got {list(w.shape)}")
-    out = np.zeros((len(bounds) - 1, rows.shape[1]), np.float32)
-    _pool(rows, batch.split.inverse, bounds, w, POOLINGS.index(mode), out)
-    return out
+    return bounds
+
+
+def _factors(weights: Any, n: int) -> Rows:
+    """Return ``weights`` as float32[n]. Raises InvalidArgument unless they are ``n`` numbers."""
+    given = as_array(weights, "weights")
+    if given.dtype.kind not in "fiu":
+        raise InvalidArgument(f"weights must be numbers, got dtype {given.dtype}")
+    factors = np.ascontiguousarray(given, np.float32)
+    if factors.shape != (n,):
+        raise InvalidArgument(f"weights must have shape [{n}], got {list(factors.shape)}")
+    return factors

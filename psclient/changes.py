@@ -1,4 +1,4 @@
-"""Messages that a subscriber receives about changed rows and tables."""
+"""A Change: one message that a subscriber receives about changed rows or a changed table."""
 
 from __future__ import annotations
 
@@ -43,65 +43,60 @@ KINDS: dict[int, Kind] = {
 class Change:
     """One message of a shard to a subscriber.
 
-    A large change or snapshot is sent as several messages. A snapshot is a copy of all rows; a
-    catch-up contains only the rows that changed since the token.
+    A large change or snapshot is sent as several messages. A snapshot is a copy of all rows. A
+    catch-up contains only the rows that changed since the subscriber's token.
 
-    kind      rows          these rows have these values
-              deletes       these rows were deleted; ``cause`` is the reason
-              created       the table was created; rows of an older table of its name are gone
-              altered       the table has other settings, in ``schema``; its rows stay
-              dropped       the table was dropped, with its rows
-              barrier       a client wrote the mark ``barrier`` (Client.barrier)
-              progress      nothing changed up to ``version``
+    kind      rows          the rows of ``keys`` now have the values in ``rows``
+              deletes       the rows of ``keys`` were deleted; ``cause`` is the reason
+              created       the table was created; an older table of that name and its rows are gone
+              altered       the table has new settings, in ``schema``; its rows are unchanged
+              dropped       the table and its rows were deleted
+              barrier       a client wrote a mark with the name ``barrier`` (Client.barrier)
+              progress      nothing more has changed up to ``version``
               snapshot      a snapshot begins: discard all rows of this shard, whatever their
                             versions. Rows not sent before snapshot_end do not exist
               catch_up      a catch-up begins. Tables not sent before snapshot_end do not exist
-              snapshot_end  ends a snapshot or catch-up
+              snapshot_end  a snapshot or catch-up is complete
 
     Fields that a kind does not use are empty, 0 or None. Arrays are read-only.
     """
 
-    shard: int
-    stream: int  # counts the streams opened to the shard; a new one repeats changes after the token
+    shard: int  # number of the shard that sent the message
+    stream: int  # number of earlier streams to the shard; a new one repeats changes after the token
     kind: Kind
-    table: str
+    table: str  # name of the table
     keys: NDArray[np.uint64]  # [n], distinct
     versions: NDArray[np.uint64]  # [n] version of the shard after each row's change
     rows: NDArray[np.float32] | None  # [n, dim]; [n, width] with optimizer state; None: no values
-    steps: NDArray[np.int64] | None  # [n] of each row's last push; None without optimizer state
-    frequencies: NDArray[np.uint64] | None  # [n] pushed occurrences; None without optimizer state
-    version: int  # of the shard after the newest change in this message
-    more: bool  # further messages belong to this one; apply them together
-    token: bytes  # continues a subscription after this message; b"": that is not possible here
+    steps: NDArray[np.int64] | None  # [n] step of each row's last push; None: no optimizer state
+    frequencies: NDArray[np.uint64] | None  # [n] pushed occurrences; None: no optimizer state
+    version: int  # version of the shard after the newest change in this message
+    more: bool  # whether the next messages belong to this one; apply them together
+    token: bytes  # continues a subscription after this message; b"": not possible at this message
     head: int  # newest durable version of the shard
     time: float  # when the change was applied, in seconds since 1970; 0: not a change
     dim: int  # length of the table's embeddings
     barrier: str  # name of the mark
     cause: str  # why rows were deleted: request, step_ttl, time_ttl, norm or capacity
-    schema: pb.TableSchema | None  # of the created or altered table
+    schema: pb.TableSchema | None  # schema of the created or altered table
     history: History | None = None  # epochs of the shard, in the first messages of a stream
 
 
 def read_change(delta: codec.Delta, shard: int, stream: int, *, state: bool) -> Change:
-    """Convert a message of a shard to a Change. Raises codec.Malformed.
+    """Convert a message of a shard to a Change.
 
+    delta   the decoded message
     shard   number of the shard
-    stream  number of streams opened to the shard before this one
+    stream  number of streams opened to the shard before the one that delivered the message
     state   whether the subscriber asked for optimizer state, steps and frequencies
+
+    Raises codec.Malformed if the message contradicts itself or its kind is unknown.
     """
-    header, n = delta.header, len(delta.keys)
+    header = delta.header
     kind = KINDS.get(header.kind)
     if kind is None:
-        raise codec.Malformed(f"a Delta of kind {header.kind}")
-    versions = delta.versions
-    if not len(versions) and n:
-        versions = np.broadcast_to(np.uint64(header.version), n)
-    steps, frequencies = (delta.steps, delta.frequencies) if state else (None, None)
-    if kind != "rows":
-        steps = frequencies = None
-    arrays = (versions, versions if steps is None else steps, frequencies)
-    if any(array is not None and len(array) != n for array in arrays):
-        raise codec.Malformed(f"arrays of different lengths for {n} keys")
+        raise codec.Malformed(f"unknown kind of Delta: {header.kind}")
+    versions, steps, frequencies = _metadata(delta, state and kind == "rows")
     return Change(
         shard=shard,
         stream=stream,
@@ -125,23 +120,47 @@ def read_change(delta: codec.Delta, shard: int, stream: int, *, state: bool) -> 
     )
 
 
+def _metadata(
+    delta: codec.Delta, state: bool
+) -> tuple[NDArray[np.uint64], NDArray[np.int64] | None, NDArray[np.uint64] | None]:
+    """Return (versions, steps, frequencies) of a message, each with one number per key.
+
+    state  whether the message must have steps and frequencies; if not, they are None
+
+    Raises codec.Malformed if an array does not have one number per key.
+    """
+    n, versions = len(delta.keys), delta.versions
+    if not len(versions) and n:  # all rows have the message's version
+        versions = np.broadcast_to(np.uint64(delta.header.version), n)
+    steps, frequencies = (delta.steps, delta.frequencies) if state else (None, None)
+    for array in (versions, steps, frequencies):
+        if array is not None and len(array) != n:
+            raise codec.Malformed(f"expected arrays of {n} numbers, one per key, got {len(array)}")
+    return versions, steps, frequencies
+
+
 def _rows(delta: codec.Delta) -> NDArray[np.float32]:
     """Return the rows of a message as float32[n, width].
 
-    Raises Malformed if their size is wrong.
+    Raises codec.Malformed if the message does not have ``n * width`` numbers.
     """
     header, n = delta.header, len(delta.keys)
     rows = codec.from_wire(delta.rows, codec.wire_dtype(header.dtype))
     if rows.size != n * header.width:
-        raise codec.Malformed(f"{rows.size} numbers for {n} rows of {header.width}")
+        raise codec.Malformed(
+            f"expected {n} rows of {header.width} numbers, got {rows.size} numbers"
+        )
     return rows.reshape(n, header.width)
 
 
 def _history(header: pb.DeltaHeader) -> History | None:
-    """Return the shard's epochs in a message, or None if it has none. Raises Malformed."""
+    """Return the epochs of the shard, or None if the message does not contain them.
+
+    Raises codec.Malformed if their number is wrong.
+    """
     if not header.HasField("history"):
         return None
     epochs, ends = tuple(header.history.epochs), tuple(header.history.ends)
     if len(epochs) != len(ends) + 1:
-        raise codec.Malformed(f"{len(epochs)} epochs with {len(ends)} ends")
+        raise codec.Malformed(f"expected one more epoch than ends, got {len(epochs)}, {len(ends)}")
     return History(epochs, ends)

@@ -9,8 +9,9 @@ inherited channels it cannot shut down.) numba's compiler lock is also taken dur
 another thread held it while it loaded a kernel, the lock would stay locked in the child.
 
 Signals. A signal handler may raise an exception in the middle of gRPC's Python code, which would
-leave locks locked and a stream that can never be read again. So every call into gRPC is shielded
-(signals.py), and an interrupted wait cancels its call.
+leave locks locked and a stream that can never be read again. So every call into gRPC is made inside
+a Shield (signals.py), which delays signal handlers. A signal that arrives during a wait cancels the
+call that is waited for.
 """
 
 from __future__ import annotations
@@ -48,18 +49,21 @@ Cancelled = grpc.FutureCancelledError  # raised after a fork cancelled a call: s
 
 
 def options(*, proxy: bool) -> Options:
-    """Return the options of a gRPC channel.
+    """Return OPTIONS with the given choice about the proxy, for ``Channel``.
 
-    proxy  whether to use the HTTP proxy of the environment variables
+    proxy  whether to connect through the HTTP proxy that the environment variables name
     """
     return tuple((name, int(proxy) if name == PROXY else value) for name, value in OPTIONS)
 
 
 class Channel:
-    """A connection to one server. Thread-safe.
+    """Connection to one server. Thread-safe.
 
-    Its methods raise Unavailable once it is closed. ``method`` is a path:
-    "/ps.v1.RowService/Stream".
+    address  "host:port"
+    options  options of the gRPC channel
+
+    A gRPC channel is opened by the first call. ``method`` is a path in all methods, such as
+    "/ps.v1.RowService/Stream". Calls on a closed Channel raise Unavailable.
     """
 
     def __init__(self, address: str, options: Options = OPTIONS) -> None:
@@ -70,21 +74,33 @@ class Channel:
         self._closed = False
 
     def open_stream(self, method: str, requests: Iterator[bytes]) -> Any:
-        """Start a bidirectional stream that sends ``requests``; return it for ``read`` and
-        ``cancel``.
+        """Start a bidirectional stream and return it, to be passed to ``read`` and ``cancel``.
+
+        method    path, such as "/ps.v1.RowService/Stream"
+        requests  encoded messages to send; the stream takes each as soon as it can be sent
         """
         with Shield(), _gate:
             return self._note(self._open().stream_stream(method)(requests))
 
     def start(self, method: str, message: bytes, timeout: float) -> Any:
-        """Start a unary call with a timeout in seconds; return it for ``result`` and ``cancel``."""
+        """Start a unary call and return it, to be passed to ``result`` and ``cancel``.
+
+        method   path, such as "/ps.v1.RowService/Exchange"
+        message  encoded request
+        timeout  seconds
+        """
         with Shield(), _gate:
             return self._note(self._open().unary_unary(method).future(message, timeout=timeout))
 
     def call(self, method: str, message: bytes, timeout: float) -> bytes:
-        """Make a unary call and return the answer; ``timeout`` is in seconds.
+        """Make a unary call and return the encoded reply.
 
-        Starts the call again if a fork cancelled it. Raises grpc.RpcError.
+        method   path, such as "/ps.v1.RowService/Delete"
+        message  encoded request
+        timeout  seconds
+
+        Starts the call again if a fork of this process cancelled it. Raises grpc.RpcError if the
+        call fails.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -95,37 +111,37 @@ class Channel:
                 continue
 
     def result(self, call: Any) -> bytes:
-        """Wait for a call from ``start`` and return its answer.
+        """Wait for a call that ``start`` returned; return the encoded reply.
 
-        Raises grpc.RpcError, or Cancelled if a fork cancelled the call.
+        Raises grpc.RpcError if the call fails, Cancelled if a fork of this process cancelled it.
         """
         with Shield(call.cancel):
             return call.result()  # type: ignore[no-any-return]
 
     def read(self, stream: Any) -> bytes:
-        """Return the next message of a stream.
+        """Wait for the next message of a stream that ``open_stream`` returned; return its bytes.
 
-        Raises grpc.RpcError, or StopIteration at its end.
+        Raises StopIteration at the end of the stream, and grpc.RpcError if it fails.
         """
         with Shield(stream.cancel):
             return next(stream)  # type: ignore[no-any-return]
 
     def cancel(self, call: Any) -> None:
-        """Cancel a stream or a unary call."""
+        """Cancel a stream or a unary call, which ``open_stream`` or ``start`` returned."""
         with Shield(), _gate:
             call.cancel()
 
     def close(self) -> None:
-        """Close the channel and end its calls."""
+        """Close the connection and end all its calls."""
         with Shield(), _gate:
             self._closed = True
             if self._channel is not None:
                 self._channel.close()
 
     def quiet(self) -> None:
-        """Cancel every call and wait up to FORK_PATIENCE until gRPC's threads have ended.
+        """Cancel every call, before a fork; wait until gRPC's threads for the calls have ended.
 
-        The caller holds ``_gate``, so that no call can start.
+        Waits at most FORK_PATIENCE seconds. The caller holds ``_gate``, so that no call can start.
         """
         for call in self._calls.copy():
             call.cancel()
@@ -137,7 +153,10 @@ class Channel:
             time.sleep(0.0005)
 
     def _open(self) -> Any:
-        """Return the gRPC channel; create it at the first call. Raises Unavailable if closed."""
+        """Return the gRPC channel; create it at the first call.
+
+        Raises Unavailable if this Channel was closed.
+        """
         if self._closed:
             raise Unavailable(f"the connection to {self._address} is closed")
         if self._channel is None:
@@ -147,7 +166,7 @@ class Channel:
         return self._channel
 
     def _note(self, call: Any) -> Any:
-        """Remember a call until it ends, so that a fork can cancel it. Returns the call."""
+        """Remember a gRPC call until it ends, so that a fork can cancel it. Returns ``call``."""
         self._calls.add(call)
         if not call.add_callback(lambda: self._calls.discard(call)):  # it has ended already
             self._calls.discard(call)
@@ -161,7 +180,7 @@ _hooked = False
 
 
 def _before() -> None:
-    """Take both locks and end all gRPC calls, before a fork."""
+    """Prepare a fork: acquire ``_gate`` and numba's compiler lock, and end all gRPC calls."""
     global_compiler_lock.acquire()
     _gate.acquire()
     for channel in list(_channels):
@@ -169,23 +188,23 @@ def _before() -> None:
 
 
 def _in_parent() -> None:
-    """Release both locks, after a fork."""
+    """Release the locks that ``_before`` acquired, after a fork."""
     _gate.release()
     global_compiler_lock.release()
 
 
 def _in_child() -> None:
-    """Set the inherited channels aside and release both locks, in the child after a fork."""
+    """Set the inherited channels aside and release the locks of ``_before``, in a forked child."""
     _inherited.extend(_channels)
     _channels.clear()
     _in_parent()
 
 
 def _register_hooks() -> None:
-    """Register the fork hooks, once.
+    """Register ``_before``, ``_in_parent`` and ``_in_child`` as fork hooks, once per process.
 
-    Must run after gRPC registered its own, at its first channel: hooks that run before a fork run
-    in reverse order, so that ours run first.
+    Must be called after gRPC has registered its hooks, which it does when its first channel is
+    created. Python runs the hooks before a fork in reverse order, so ``_before`` then runs first.
     """
     global _hooked
     if not _hooked:

@@ -1,6 +1,7 @@
-"""Checks of arguments. Each raises InvalidArgument with the field, the rule and the invalid value.
+"""Checks of arguments. Each function returns the valid value, perhaps converted.
 
-``field`` is the argument's name in the message.
+Each raises InvalidArgument with the field, the rule and the invalid value. ``field`` is the name of
+the argument in that message.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from psproto import names
 
 
 def integer(field: str, value: Any, low: int, end: int) -> int:
-    """Return ``value`` as an int. Raises InvalidArgument unless it is an integer in low..end - 1.
+    """Return ``value`` as an int, after checking that it is an integer in low..end - 1.
 
-    NumPy integers and other types with ``__index__`` are accepted.
+    field  name of the argument, for errors
+
+    NumPy integers and other types with ``__index__`` are accepted. Raises InvalidArgument.
     """
     try:
         if low <= (number := operator.index(value)) < end:
@@ -30,9 +33,9 @@ def integer(field: str, value: Any, low: int, end: int) -> int:
 
 
 def number(field: str, value: Any) -> float:
-    """Return ``value`` as a float. Raises InvalidArgument if it is not a number.
+    """Return ``value`` as a float. Raises InvalidArgument, naming ``field``, if it is not a number.
 
-    Infinity and NaN are accepted: the server decides whether they are valid.
+    Infinity and NaN are accepted, because the server decides whether they are valid.
     """
     if not isinstance(value, str | bytes):
         with suppress(TypeError, ValueError, OverflowError):
@@ -41,9 +44,10 @@ def number(field: str, value: Any) -> float:
 
 
 def seconds(field: str, value: Any) -> float:
-    """Return ``value`` as float seconds.
+    """Return ``value``, a duration in seconds, as a float.
 
-    Raises InvalidArgument unless it is positive and at most threading.TIMEOUT_MAX.
+    Raises InvalidArgument, naming ``field``, unless it is a positive number of at most
+    threading.TIMEOUT_MAX.
     """
     if not 0 < (given := number(field, value)) <= threading.TIMEOUT_MAX:
         raise InvalidArgument(f"{field} must be a positive number of seconds, got {value}")
@@ -51,7 +55,10 @@ def seconds(field: str, value: Any) -> float:
 
 
 def text(field: str, value: Any) -> str:
-    """Return ``value``. Raises InvalidArgument unless it is a str that UTF-8 can encode."""
+    """Return ``value``, which must be a str that UTF-8 can encode.
+
+    Raises InvalidArgument, naming ``field``, if it is not.
+    """
     if isinstance(value, str):
         with suppress(UnicodeEncodeError):
             value.encode()
@@ -60,35 +67,49 @@ def text(field: str, value: Any) -> str:
 
 
 def names_of(field: str, value: Any) -> list[str]:
-    """Return ``value`` as a list if it is an iterable of names, and not one name."""
+    """Return ``value``, an iterable of str, as a list.
+
+    Raises InvalidArgument, naming ``field``, for anything else, such as a single str.
+    """
     if isinstance(value, Iterable) and not isinstance(value, str | bytes):
         return [text(field, each) for each in value]
     raise InvalidArgument(f"{field} must be a list of names, got {value!r}")
 
 
 def name(kind: names.Kind, value: Any) -> str:
-    """Return ``value`` if something new of this kind may have it as a name."""
+    """Return ``value``, which must be a valid name for a new table, barrier or checkpoint.
+
+    kind  which of these three the name is for
+
+    Raises InvalidArgument if the name breaks the rules of psproto.names.
+    """
     if problem := names.problem(kind, text(f"name of a {kind}", value)):
         raise InvalidArgument(problem)
     return str(value)
 
 
 def one_of(field: str, value: Any, known: Mapping[str, int]) -> int:
-    """Return ``known[value]``. Raises InvalidArgument unless ``value`` is a key of ``known``."""
+    """Return ``known[value]``; ``value`` must be one of the strings that ``known`` maps to numbers.
+
+    Raises InvalidArgument, naming ``field``, if it is not.
+    """
     if not isinstance(value, str) or value not in known:
         raise InvalidArgument(f"{field} must be one of {', '.join(known)}, got {value!r}")
     return known[value]
 
 
 def mapping(field: str, value: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Return ``value``, or an empty mapping for None. Raises InvalidArgument for other types."""
+    """Return ``value``, a mapping of parameters; {} if it is None.
+
+    Raises InvalidArgument, naming ``field``, for other types.
+    """
     if value is not None and not isinstance(value, Mapping):
         raise InvalidArgument(f"{field} must come with a mapping of its parameters, got {value!r}")
     return value or {}
 
 
 def _power(number: int) -> str:
-    """Format a number; near a power of two above 2^32 as that power: "2^64-1"."""
+    """Format an integer for an error. Powers of two from 2^32 on become text such as "2^64-1"."""
     for least, offset in ((1 << 32, ""), ((1 << 32) - 1, "-1")):
         size = abs(number) + bool(offset)
         if abs(number) >= least and size & (size - 1) == 0:

@@ -16,13 +16,13 @@ from psproto import ps_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """Description of a checkpoint, from its manifests."""
+    """Description of a checkpoint, read from the manifests in its directory."""
 
-    name: str
+    name: str  # name of the checkpoint
     parent: str | None  # name of the checkpoint that this one builds on; None: a full checkpoint
     shards: int  # number of shards of the cluster when it was taken
     versions: tuple[int, ...]  # version of each shard that it contains
-    bytes: int  # size, without that of its parent
+    bytes: int  # size of its own files; those of its parent are not included
     time: float  # when it was taken, in seconds since 1970
     rows: dict[str, int]  # number of rows by table
     problem: str | None  # why it cannot be restored (other fields may be empty); None: it can be
@@ -31,22 +31,23 @@ class CheckpointInfo:
 def checkpoint(
     client: Client, name: str, *, parent: str | None = None, progress: OnProgress | None = None
 ) -> CheckpointInfo:
-    """Take a checkpoint of all tables while pushes continue.
+    """Take a checkpoint of all tables while pushes continue; return its description.
 
     name      name of the new checkpoint
-    parent    name of a checkpoint; the new one stores only the changes since then and cannot be
-              read without it. None: take a full checkpoint
+    parent    name of an existing checkpoint. The new one then stores only the changes since the
+              parent was taken, and cannot be read without the parent. None: take a full checkpoint
     progress  called with (bytes written, estimated total bytes; 0: unknown)
 
-    For each shard the checkpoint has exactly the changes up to one version, a consistent cut.
+    For each shard the checkpoint contains exactly the changes up to one version of the shard.
 
-    Raises CheckpointExists; CheckpointUnfit if the parent was taken before a restore, or is so old
-    that the log no longer has the changes since then: take a full checkpoint; NoLog if a shard has
-    no data directory; and DataLoss if the parent is damaged.
+    Raises CheckpointExists if the name is in use, NoLog if a shard has no data directory, and
+    DataLoss if the parent is damaged. Raises CheckpointUnfit if the parent was taken before a
+    restore, or is so old that the version log no longer has the changes since then: take a full
+    checkpoint.
     """
     checked.name("checkpoint", name)
     if parent == "":
-        raise InvalidArgument("parent must be the name of a checkpoint, got ''")
+        raise InvalidArgument("parent must be the name of a checkpoint or None, got ''")
     if parent is not None:
         checked.name("checkpoint", parent)
     attempt = secrets.token_hex(8)
@@ -59,22 +60,27 @@ def checkpoint(
 
 
 def checkpoints(client: Client) -> list[CheckpointInfo]:
-    """Return all checkpoints, sorted by name. Those with a ``problem`` cannot be restored."""
+    """Return all checkpoints, sorted by name. One whose ``problem`` is set cannot be restored."""
     return [_info(each) for each in list_stored(client)]
 
 
 def describe(client: Client, name: str) -> CheckpointInfo:
-    """Return one checkpoint after checking its manifests. Raises CheckpointNotFound, DataLoss."""
+    """Return the description of one checkpoint, after checking its manifests.
+
+    Raises CheckpointNotFound if it does not exist, DataLoss if a manifest is damaged.
+    """
     return _info(list_stored(client, name)[0])
 
 
 def verify(client: Client, name: str, *, progress: OnProgress | None = None) -> int:
-    """Read and check every byte of a checkpoint and of its parents. Returns the number of bytes.
+    """Read and check every byte of a checkpoint and of the checkpoints that it builds on.
 
+    name      name of the checkpoint
     progress  called with (bytes read, total bytes; 0: unknown)
 
-    Raises CheckpointNotFound, and DataLoss, which names the first file that is missing, damaged, or
-    inconsistent with another file.
+    Returns the number of bytes read. Raises CheckpointNotFound if the checkpoint does not exist,
+    and DataLoss if a file is missing, damaged, or inconsistent with another file; the error names
+    the file.
     """
     checked.name("checkpoint", name)
     done = on_all(client, "VerifyCheckpoint", pb.VerifyCheckpointRequest(name=name), progress)
@@ -84,35 +90,39 @@ def verify(client: Client, name: str, *, progress: OnProgress | None = None) -> 
 def delete(client: Client, *names: str, dry_run: bool = False) -> list[str]:
     """Delete checkpoints. Returns their names in the order in which they were deleted.
 
-    names    checkpoints; incomplete and damaged ones can be deleted too
+    names    names of the checkpoints; incomplete and damaged ones can be deleted too
     dry_run  delete nothing; return the names that would be deleted
 
-    Raises CheckpointNotFound; CheckpointNeeded if a checkpoint that is not among ``names`` builds
-    on one of them; and ResourceExhausted if one of them is being taken, verified, restored or read.
-    In these cases nothing is deleted.
+    Deletes nothing, and raises CheckpointNotFound, if one of them does not exist; CheckpointNeeded,
+    if a checkpoint that is not among ``names`` builds on one of them; and ResourceExhausted, if one
+    of them is being taken, verified, restored or read.
     """
     if not names:
-        raise InvalidArgument("delete needs the name of a checkpoint")
+        raise InvalidArgument("names must have at least one name of a checkpoint, got none")
     names = tuple(checked.name("checkpoint", each) for each in names)
     return _delete(client, pb.DeleteCheckpointsRequest(names=names, dry_run=dry_run))
 
 
 def prune(client: Client, keep: int, *, dry_run: bool = False) -> list[str]:
-    """Delete all checkpoints except the newest ``keep`` and those that they build on.
+    """Delete all checkpoints except the newest ``keep`` and the checkpoints that these build on.
 
+    keep     number of checkpoints, at least 1
     dry_run  delete nothing; return the names that would be deleted
 
-    Returns the deleted names. Incomplete and damaged checkpoints are not counted and not deleted.
-    Raises the errors of ``delete``.
+    Returns the deleted names. Incomplete and damaged checkpoints are neither counted nor deleted.
+    Deletes nothing and raises ResourceExhausted if a checkpoint to delete is being taken, verified,
+    restored or read.
     """
     keep = checked.integer("keep", keep, 1, 1 << 32)
     return _delete(client, pb.DeleteCheckpointsRequest(keep=keep, dry_run=dry_run))
 
 
 def _delete(client: Client, request: pb.DeleteCheckpointsRequest) -> list[str]:
-    """Run a deletion on all shards; return the deleted names.
+    """Run DeleteCheckpoints on all shards; return the names of the deleted checkpoints.
 
-    Shard 0 deletes the files once all shards refuse to read the checkpoints.
+    request  without an id, which is added here
+
+    Shard 0 deletes the files after every shard has agreed to refuse reads of these checkpoints.
     """
     request.id = secrets.token_hex(8)
     if request.dry_run:
@@ -139,7 +149,7 @@ def _delete(client: Client, request: pb.DeleteCheckpointsRequest) -> list[str]:
 
 
 def list_stored(client: Client, name: str | None = None) -> Sequence[pb.CheckpointInfo]:
-    """Return the servers' descriptions of all checkpoints, or of one."""
+    """Return the servers' descriptions of all checkpoints, or only of the one called ``name``."""
     stored = "" if name is None else checked.name("checkpoint", name)
     request = pb.ListCheckpointsRequest(name=stored)
     link = links(client)[0]

@@ -6,7 +6,7 @@ keys that it does not own; the client then fetches the newest shard map and send
 
 A push is atomic per shard, unless it exceeds a server's message limit: such a request is sent in
 several messages, and each is atomic. The client checks all gradients before it sends the first
-message, so if one is invalid, no shard applies any.
+message: if a gradient is invalid, no shard applies any of them.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from psproto import ps_pb2 as pb
 
 
 class Client(RowClient):
-    """A client of a cluster. Thread-safe; usable in forked processes; can be pickled.
+    """Client of a cluster of shards. Thread-safe; usable in forked processes; can be pickled.
 
     addresses    "host:port" of every shard, in the order of the shards
     wire         dtype of embeddings and gradients on the wire: "float32", "bfloat16", "float16"
     timeout      seconds that an operation may take, connecting and retries included
     transport    "stream" (fast), or "unary" (one RPC per message)
-    client_id    identity of the client in 1..2^64-1, if it must outlive the process; 0: random
+    client_id    identity of the client in 1..2^64-1, to keep it over restarts of the process; 0:
+                 random
     incarnation  number in 0..2^63-1 that must grow with each use of the same client_id; else pushes
                  raise SessionExpired. None: nanoseconds since 1970
-    proxy        whether to use the HTTP proxy of the environment variables http_proxy etc.
+    proxy        whether to use the HTTP proxy that the environment variables (http_proxy etc.) name
 
     The client connects at the first use. Its methods raise subclasses of PsError (psclient.errors).
     It closes itself once it is no longer referenced. Pickling keeps addresses and options, but not
@@ -66,24 +67,28 @@ class Client(RowClient):
     ) -> Table:
         """Create a table on every shard and return it; if an equal table exists, return that.
 
+        name             name of the table
         dim              length of the embeddings, in 1..8192
-        optimizer        the servers' optimizer: sgd, momentum, adagrad, rowwise_adagrad,
-                         adagrad_decay, adam, adamw, adam_async, ftrl, group_ftrl
+        optimizer        optimizer that the servers apply to pushed gradients: sgd, momentum,
+                         adagrad, rowwise_adagrad, adagrad_decay, adam, adamw, adam_async, ftrl,
+                         group_ftrl
         lr               learning rate; None: the optimizer's default
-        optimizer_args   further parameters of the optimizer
-        initializer      zeros, constant, uniform, normal, truncated_normal
-        initializer_args  parameters of the initializer
-        seed             seed of the initial values
-        serving_default  number that pulls with mode="serve" return for keys without a row
-        durability       durability of pushes that name none: "applied", "log" or "fsync"; ``push``
-                         explains them
+        optimizer_args   further parameters of the optimizer, {parameter: number}
+        initializer      distribution of the initial embeddings: zeros, constant, uniform, normal,
+                         truncated_normal
+        initializer_args  parameters of the initializer, {parameter: number}
+        seed             seed of the initial values, in 0..2^64-1
+        serving_default  number that fills the embeddings that pulls with mode="serve" return for
+                         keys without a row
+        durability       durability of pushes that do not choose one: "applied", "log" or "fsync";
+                         ``push`` explains them
         admission        rule for which keys may have a row: always, counter, sketch, probability
-        admission_args   parameters of the admission rule
+        admission_args   parameters of the admission rule, {parameter: number}
         eviction         rules that choose rows to evict, as {rule: {parameter: number}}; rules are
                          step_ttl, time_ttl, norm, and one of capacity_lru, capacity_lfu
                          (docs/policies.md)
-        max_step_ahead   largest difference between the step of a push and the largest step pushed
-                         to the table before; a push over it raises InvalidArgument with reason
+        max_step_ahead   by how much the step of a push may exceed the largest step pushed to the
+                         table before. A push with a larger step raises InvalidArgument with reason
                          STEP_TOO_FAR. None: 100,000,000; 0: no limit
 
         Raises SchemaMismatch if the table exists with a different schema, InvalidArgument for an
@@ -112,13 +117,13 @@ class Client(RowClient):
         return Table(self, name, self._dim(name, self._deadline()))
 
     def list_tables(self) -> list[TableInfo]:
-        """Return all tables that exist on every shard, sorted by name."""
+        """Return the settings and sizes of all tables that exist on every shard, sorted by name."""
         shards = self._listed()
         names = sorted(set.intersection(*(set(shard) for shard in shards)))
         return [table_info([shard[name] for shard in shards]) for name in names]
 
     def incomplete_tables(self) -> dict[str, list[int]]:
-        """Return tables that only some of the shards have, with the numbers of these shards.
+        """Return the tables that only some shards have: {name: numbers of these shards}.
 
         An interrupted create, drop or warm start leaves such a table. Repeat that call to complete
         it (a warm start with ``replace=True``), or drop the table.
@@ -131,22 +136,24 @@ class Client(RowClient):
         return {name: some for name, some in having.items() if len(some) < len(shards)}
 
     def _listed(self) -> list[dict[str, pb.DescribeTableResponse]]:
-        """Return the tables of each shard, by name."""
+        """Return for each shard {name of a table: the shard's description of it}."""
         lists = self._on_all(
             "TableService/ListTables", pb.ListTablesRequest(), pb.ListTablesResponse
         )
         return [{item.schema.name: item for item in answer.tables} for answer in lists]
 
     def evict(self, name: str, *, dry_run: bool = False, timeout: float = 3600.0) -> dict[str, int]:
-        """Apply the table's eviction rules now; return the number of rows evicted, by rule.
+        """Apply a table's eviction rules now; return {rule: number of rows evicted}.
 
-        dry_run  only count the rows; evict none
-        timeout  maximum duration of this call in seconds; replaces the client's timeout. When it
-                 passes, the shards stop; rows evicted by then stay evicted
+        name     name of the table
+        dry_run  count the rows that the rules would evict, but evict none
+        timeout  maximum duration of this call in seconds, instead of the client's timeout. After it
+                 the call raises DeadlineExceeded and the shards stop; the rows evicted by then stay
+                 evicted
 
-        A row that several rules would evict counts for the first of them. The result does not
-        include rows that the servers' own background sweep evicts at the same time, nor rows
-        evicted by an attempt that failed and was repeated.
+        A row that several rules would evict counts for the first of them. Not counted are rows that
+        the servers' background sweep evicts at the same time, and rows evicted by an attempt that
+        failed and was repeated.
         """
         request = pb.EvictRequest(
             table=checked.text("name of a table", name), dry_run=bool(dry_run)
@@ -179,10 +186,10 @@ class Client(RowClient):
             raise TableNotFound(f"no table {name!r} on any shard")
 
     def wait_durable(self) -> Versions:
-        """Wait until everything that the shards have acknowledged so far is on their disks.
+        """Wait until all changes that the shards have acknowledged so far are on their disks.
 
-        Returns the newest version on disk of each shard. Raises NoLog if a shard has no data
-        directory.
+        Returns the newest version of each shard that is on its disk, with its epoch. Raises NoLog
+        if a shard has no data directory.
         """
         request = pb.WaitDurableRequest()
         answers = self._on_all("LogService/WaitDurable", request, pb.WaitDurableResponse)
@@ -191,11 +198,13 @@ class Client(RowClient):
         )
 
     def barrier(self, name: str) -> Versions:
-        """Write a mark, called ``name``, into the version log of every shard.
+        """Write a mark (a Change of kind "barrier") into the version log of every shard.
+
+        name  name of the mark; it need not be unique
 
         Subscribers receive the mark after all pushes that were acknowledged before this call, and
         before all pushes that start after it returns. Returns the version of the mark on each
-        shard.
+        shard. Raises NoLog if a shard has no data directory.
         """
         request = pb.BarrierRequest(name=checked.name("barrier", name))
         answers = self._on_all("LogService/Barrier", request, pb.BarrierResponse)

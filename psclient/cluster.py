@@ -32,22 +32,27 @@ Result = TypeVar("Result")
 
 
 class Cluster:
-    """Connections of one process to all shards. A forked child creates its own.
+    """Connections of one process to all shards of a cluster. A forked child creates its own.
+
+    Arguments:
 
     addresses    "host:port" of every shard, in order
     transport    "stream" or "unary"
     client_id    identity of the client; 0: a random one for each shard
     incarnation  number that grows with each use of the same client_id
-    proxy        whether to use the HTTP proxy of the environment variables
+    proxy        whether to use the HTTP proxy that the environment variables name
     deadline     monotonic seconds at which the shards must have answered
 
+    Attributes:
+
+    process        id of the process that created the connections
     links          connections, one per shard, in order
     shard_map      which shard owns each key
     message_bytes  size of the largest request or reply that every shard accepts, without headers
     keys           maximum number of keys in a request that every shard accepts
 
-    Raises Unavailable, or InvalidArgument if the servers are not the shards of one cluster in
-    order.
+    Raises Unavailable if a shard cannot be reached, and InvalidArgument if the servers are not the
+    shards of one cluster in order.
     """
 
     def __init__(
@@ -81,9 +86,11 @@ class Cluster:
             threading.Thread(target=_watch, args=(self.links, self._stop), daemon=True).start()
 
     def refresh(self, deadline: float) -> list[pb.GetServerInfoResponse]:
-        """Fetch the shard map and store it.
+        """Fetch the newest shard map from the shards and store it in ``shard_map``.
 
-        Returns the shards' server infos, which include limits.
+        deadline  monotonic seconds
+
+        Returns the shards' answers to GetServerInfo, which also contain their limits.
         """
         request = pb.GetServerInfoRequest()
         infos = self.on_all(
@@ -95,10 +102,9 @@ class Cluster:
     def on_all(
         self, method: str, request: Any, answer: Any, deadline: float, *, first: bool = False
     ) -> list[Any]:
-        """Call a unary method on every shard at once; return the answers in the order of the
-        shards.
+        """Call a unary method on every shard at once; return the replies in shard order.
 
-        method    "TableService/CreateTable"
+        method    service and name of the method, such as "TableService/CreateTable"
         request   message to send
         answer    class of the reply message
         deadline  monotonic seconds
@@ -117,10 +123,11 @@ class Cluster:
         return [answer.FromString(ask.answer) for ask in asks]
 
     def on_each(self, work: Callable[[int], Result]) -> list[Result]:
-        """Run ``work(shard)`` for every shard, each on its own thread; return the results by shard.
+        """Run ``work(shard number)`` for every shard, each on a new thread.
 
-        Waits for all threads, then raises the error of the first shard that failed. If a signal
-        interrupts the caller, the threads go on until their work is finished.
+        Waits for all threads, then returns the results in shard order, or raises the error of the
+        first shard that failed. If a signal interrupts the caller, the threads still finish their
+        work.
         """
         done: SimpleQueue[tuple[int, Any, BaseException | None]] = SimpleQueue()
 
@@ -140,23 +147,26 @@ class Cluster:
         return [result for _, result, _ in ended]
 
     def close(self) -> None:
-        """End all connections; waiting calls fail."""
+        """Close all connections; calls that wait for an answer fail."""
         for link in self.links:
             link.close()
         self._stop.put(None)
 
     def forget(self) -> None:
-        """Let the watch thread close the connections, so that a garbage collection can call this
-        safely.
+        """Make the watch thread close the connections; return at once.
+
+        Called when the client is garbage-collected, where waiting for a lock could deadlock.
         """
         if self.process == os.getpid():
             self._stop.put(None)
 
     def _check(self, infos: list[pb.GetServerInfoResponse]) -> routing.ShardMap:
-        """Check that the addresses list all shards of one cluster in order.
+        """Check that the connections are to all shards of one cluster, in order.
 
-        Returns the newest shard map of the replies. Raises InvalidArgument if the number or the
-        order of the addresses is wrong.
+        infos  answer of each shard to GetServerInfo
+
+        Returns the newest shard map in ``infos``. Raises InvalidArgument if the number or the order
+        of the addresses is wrong.
         """
         for shard, (link, info) in enumerate(zip(self.links, infos, strict=True)):
             if info.shard_map.shards != len(self.links):
@@ -175,8 +185,10 @@ class Cluster:
 
 
 def _watch(links: Sequence[Link], stop: SimpleQueue[None]) -> None:
-    """Check the links' calls every WATCH seconds; on a message in ``stop``, close the links and
-    return.
+    """Look for calls past their deadline, in each of ``links``, every WATCH seconds.
+
+    When ``stop`` receives a message, close the links and return. A background thread runs this
+    function.
     """
     while True:
         try:
@@ -193,7 +205,7 @@ def _watch(links: Sequence[Link], stop: SimpleQueue[None]) -> None:
 
 
 def _explained(error: PsError, proxy: bool) -> PsError:
-    """Return the error of an unreachable server with a hint at the possible cause appended."""
+    """Append a guess at the cause to the error of an unreachable server; return the new error."""
     explained = type(error)(f"{error}{hint(str(error), proxy=proxy)}")
     explained.reason, explained.retry_after = error.reason, error.retry_after
     return explained

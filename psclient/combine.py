@@ -1,4 +1,4 @@
-"""Combine rows of several parts into one embedding, and split its gradient among the parts.
+"""Ways to combine one row of each of several parts into an embedding: add, multiply, concatenate.
 
 To add a combination: write the class, add it to COMBINATIONS, and its counterpart for tensors to
 COMBINE in psclient.torch.
@@ -19,27 +19,33 @@ Combine = Literal["add", "multiply", "concatenate"]
 
 
 class Combination(Protocol):
-    """A way to combine parts float32[*shape, dim of the part] into embeddings float32[*shape,
-    dim].
+    """A way to combine rows of several parts into embeddings, and to split their gradients.
+
+    The rows of a part are float32[*shape, dim of the part]; the embeddings float32[*shape, dim].
     """
 
     reads_parts: bool  # whether ``gradients`` needs the rows of the parts
 
     def dim(self, dims: Sequence[int]) -> int:
-        """Return the dim of the embeddings from the dims of the parts.
+        """Return the dim of the embeddings that combine parts of these dims.
 
-        Raises InvalidArgument if these dims cannot be combined.
+        Raises InvalidArgument if such parts cannot be combined.
         """
 
     def combine(self, parts: Sequence[Rows]) -> Rows:
-        """Return the embeddings float32[*shape, dim]."""
+        """Combine rows, float32[*shape, dim of the part] for each part, into embeddings.
+
+        Returns float32[*shape, dim].
+        """
 
     def gradients(self, gradient: Rows, parts: Sequence[Rows], dims: Sequence[int]) -> list[Rows]:
-        """Return the gradient of each part, float32[*shape, dim of the part].
+        """Compute the gradients of the rows of each part from those of the embeddings.
 
-        gradient  float32[*shape, dim], of the embeddings
-        parts     rows of the parts; may be empty unless ``reads_parts``
-        dims      dims of the parts
+        gradient  float32[*shape, dim], gradients of the embeddings
+        parts     rows that were combined, for each part; may be empty unless ``reads_parts``
+        dims      dim of each part
+
+        Returns float32[*shape, dim of the part] for each part.
         """
 
 
@@ -69,10 +75,7 @@ class _Multiply(_Elementwise):
         return reduce(np.multiply, parts)
 
     def gradients(self, gradient: Rows, parts: Sequence[Rows], dims: Sequence[int]) -> list[Rows]:
-        """Multiply the gradient by the rows of all other parts.
-
-        Nothing is divided, so rows may be 0.
-        """
+        """Return for each part: ``gradient`` times the rows of all other parts."""
         return [
             reduce(np.multiply, [*parts[:one], *parts[one + 1 :]], gradient)
             for one in range(len(parts))

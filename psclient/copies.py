@@ -1,6 +1,8 @@
-"""Copy of one table's rows on one shard, in memory, by key.
+"""Copy in memory of one table's rows on one shard, with a hash table to find a row by its key.
 
-A row's place is its index in the arrays of keys, versions and rows.
+The rows have the places 0..count - 1: a row's place is its index in the arrays ``keys``,
+``versions`` and ``rows``. The hash table, ``slots``, uses linear probing: a slot contains a place
+plus 1, or 0 if it is empty.
 """
 
 from __future__ import annotations
@@ -38,28 +40,38 @@ def _home(key: Any, salt: Any, mask: Any) -> Any:
 
 
 @jit
-def _find(slots: Any, salt: Any, keys: Any, wanted: Any, places: Any) -> None:
-    """Find the places of keys; -1 for absent keys.
+def _probe(slots: Any, salt: Any, keys: Any, key: Any) -> Any:
+    """Return the index of the slot that contains ``key``, or of the empty slot to put it into.
 
-    slots   int32[power of two]  hash table with linear probing: place + 1 of a key; 0: empty
-    salt    uint64               see ``_home``
-    keys    uint64[capacity]     key at each place
-    wanted  uint64[n]            keys to find
-    places  int64[n]             written
+    slots  int32[power of two]  hash table: place + 1 of a key, or 0 if the slot is empty
+    salt   uint64               random number that the hash of a key depends on
+    keys   uint64[capacity]     key at each place
+    key    uint64
     """
     mask = np.uint64(slots.shape[0] - 1)
+    at = _home(key, salt, mask)
+    while slots[at] and keys[slots[at] - 1] != key:
+        at = (at + np.uint64(1)) & mask
+    return at
+
+
+@jit
+def _find(slots: Any, salt: Any, keys: Any, wanted: Any, places: Any) -> None:
+    """Write the place of each wanted key into ``places``, or -1 if the key is absent.
+
+    slots, salt, keys  see ``_probe``
+    wanted  uint64[n]  keys to find
+    places  int64[n]   written
+    """
     for i in range(wanted.shape[0]):
-        at = _home(wanted[i], salt, mask)
-        while slots[at] and keys[slots[at] - 1] != wanted[i]:
-            at = (at + np.uint64(1)) & mask
-        places[i] = slots[at] - 1
+        places[i] = slots[_probe(slots, salt, keys, wanted[i])] - 1
 
 
 @jit
 def _fill(slots: Any, salt: Any, keys: Any, count: int) -> None:
-    """Enter the first ``count`` keys, which must be distinct, into an empty hash table.
+    """Enter the keys at places 0..count - 1, which must be distinct, into an empty hash table.
 
-    slots, salt, keys  see ``_find``; slots must be zero
+    slots, salt, keys  see ``_probe``; all slots must be 0
     """
     mask = np.uint64(slots.shape[0] - 1)
     for place in range(count):
@@ -81,25 +93,24 @@ def _put(
     new_versions: Any,
     new_rows: Any,
 ) -> int:
-    """Write rows by key, but keep stored rows with a newer version. Returns the new number of rows.
+    """Write rows by key, except rows that are stored with a newer version.
 
-    slots         int32[power of two]      see ``_find``; more than half must stay empty
-    salt          uint64                   see ``_home``
-    keys          uint64[capacity]         key at each place; room for all new keys
-    versions      uint64[capacity]
-    rows          float32[capacity, dim]
-    count         number of rows before
-    new_keys      uint64[n]                distinct
+    slots         int32[power of two]     see ``_probe``; more than half must stay empty
+    salt          uint64                  see ``_probe``
+    keys          uint64[capacity]        key at each place; needs room for all new keys
+    versions      uint64[capacity]        version at each place
+    rows          float32[capacity, dim]  row at each place
+    count         number of rows before the call
+    new_keys      uint64[n]               distinct
     new_versions  uint64[n]
     new_rows      float32[n, dim]
+
+    Returns the number of rows after the call.
     """
-    mask = np.uint64(slots.shape[0] - 1)
     n, dim = new_rows.shape
     for i in range(n):
         key = new_keys[i]
-        at = _home(key, salt, mask)
-        while slots[at] and keys[slots[at] - 1] != key:
-            at = (at + np.uint64(1)) & mask
+        at = _probe(slots, salt, keys, key)
         place = slots[at] - 1
         if place < 0:
             place = count
@@ -115,6 +126,25 @@ def _put(
 
 
 @jit
+def _clear(slots: Any, salt: Any, keys: Any, empty: Any) -> None:
+    """Empty the slot with index ``empty``, so that all other keys are still found.
+
+    slots, salt, keys  see ``_probe``
+
+    Later entries of the probe sequence move forward to fill the gap.
+    """
+    mask = np.uint64(slots.shape[0] - 1)
+    probe = (empty + np.uint64(1)) & mask
+    while slots[probe]:
+        home = _home(keys[slots[probe] - 1], salt, mask)
+        if ((probe - home) & mask) >= ((probe - empty) & mask):
+            slots[empty] = slots[probe]
+            empty = probe
+        probe = (probe + np.uint64(1)) & mask
+    slots[empty] = 0
+
+
+@jit
 def _remove(
     slots: Any,
     salt: Any,
@@ -125,39 +155,24 @@ def _remove(
     gone: Any,
     gone_versions: Any,
 ) -> int:
-    """Remove rows by key, but keep rows with a newer version. Returns the new number of rows.
+    """Remove rows by key, except rows whose version is newer than that of their deletion.
 
     slots, salt, keys, versions, rows, count  see ``_put``
     gone           uint64[n]  keys to remove; absent keys are ignored
     gone_versions  uint64[n]  version of each deletion
 
-    The last row moves to the place of the removed one, so that places stay 0..count - 1. The
-    removed slot is filled by moving later entries of its probe sequence.
+    The last row moves to the place of a removed row, so that the places stay 0..count - 1. Returns
+    the number of rows after the call.
     """
-    mask = np.uint64(slots.shape[0] - 1)
-    one = np.uint64(1)
     for i in range(gone.shape[0]):
-        at = _home(gone[i], salt, mask)
-        while slots[at] and keys[slots[at] - 1] != gone[i]:
-            at = (at + one) & mask
+        at = _probe(slots, salt, keys, gone[i])
         place = slots[at] - 1
         if place < 0 or versions[place] > gone_versions[i]:
             continue
-        empty = at
-        probe = (at + one) & mask
-        while slots[probe]:
-            home = _home(keys[slots[probe] - 1], salt, mask)
-            if ((probe - home) & mask) >= ((probe - empty) & mask):
-                slots[empty] = slots[probe]
-                empty = probe
-            probe = (probe + one) & mask
-        slots[empty] = 0
+        _clear(slots, salt, keys, at)
         count -= 1
         if place != count:
-            at = _home(keys[count], salt, mask)
-            while slots[at] != count + 1:
-                at = (at + one) & mask
-            slots[at] = place + 1
+            slots[_probe(slots, salt, keys, keys[count])] = place + 1
             keys[place] = keys[count]
             versions[place] = versions[count]
             for j in range(rows.shape[1]):
@@ -166,16 +181,16 @@ def _remove(
 
 
 class Copy:
-    """Copy of one table's rows on one shard.
+    """Copy in memory of one table's rows on one shard. It grows and shrinks with their number.
 
     dim      length of a row
-    default  value of every number of a row that does not exist
+    default  a key without a row has an embedding of this number, repeated
     created  version of the shard at which the table was created
     count    number of rows
     """
 
     def __init__(self, dim: int, default: float, created: int) -> None:
-        """Create an empty copy of rows of ``dim`` numbers."""
+        """Create a copy without rows."""
         self.dim = dim
         self.default = default
         self.created = created
@@ -187,9 +202,11 @@ class Copy:
         self.rows = np.empty((LEAST, dim), np.float32)
 
     def put(self, keys: Any, versions: Any, rows: Rows) -> None:
-        """Write rows, but keep stored rows with a newer version.
+        """Write rows, except rows that are stored with a newer version.
 
-        keys uint64[n] (distinct), versions uint64[n], rows float32[n, dim]
+        keys      uint64[n]  distinct
+        versions  uint64[n]
+        rows      float32[n, dim]
         """
         self._make_room(self.count + len(keys))
         versions = np.ascontiguousarray(versions)
@@ -197,9 +214,10 @@ class Copy:
         self.count = _put(*mine, keys, versions, rows)
 
     def remove(self, keys: Any, versions: Any) -> None:
-        """Remove rows, but keep rows with a newer version than that of their deletion.
+        """Remove rows, except rows whose version is newer than that of their deletion.
 
-        keys uint64[n], versions uint64[n] of the deletions
+        keys      uint64[n]  keys to remove; absent keys are ignored
+        versions  uint64[n]  version of each deletion
         """
         versions = np.ascontiguousarray(versions)
         mine = self.slots, self.salt, self.keys, self.versions, self.rows, self.count
@@ -207,13 +225,16 @@ class Copy:
         self._give_back()
 
     def find(self, keys: Any) -> NDArray[np.int64]:
-        """Return the indices of keys uint64[n] in ``rows`` and ``versions``; -1 for absent keys."""
+        """Return the place of each of keys uint64[n] as int64[n]: its row is ``rows[place]``.
+
+        The place is -1 for a key without a row.
+        """
         places = np.empty(len(keys), np.int64)
         _find(self.slots, self.salt, self.keys, keys, places)
         return places
 
     def _make_room(self, count: int) -> None:
-        """Double the capacity until ``count`` rows fit."""
+        """Double the capacity until it is at least ``count`` rows."""
         capacity = len(self.keys)
         if count > capacity:
             while capacity < count:
@@ -221,7 +242,7 @@ class Copy:
             self._move(capacity)
 
     def _give_back(self) -> None:
-        """Halve the capacity until at least an eighth of it is in use."""
+        """Halve the capacity while less than an eighth of it is in use and it exceeds LEAST."""
         capacity = len(self.keys)
         while capacity > LEAST and 8 * self.count < capacity:
             capacity //= 2

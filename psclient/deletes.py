@@ -16,13 +16,14 @@ from psproto import ps_pb2 as pb
 def delete_rows(
     cluster: Cluster, table: str, batch: Batch, durability: int, deadline: float
 ) -> int:
-    """Delete the rows of a batch of keys; return the number of rows deleted.
+    """Delete the rows of a batch of keys on all shards; return the number of rows deleted.
 
-    durability  number in ps.proto; 0: the table's
+    table       name of the table
+    durability  number in ps.proto; 0: the table's durability
     deadline    monotonic seconds
 
-    If a shard refuses keys that it does not own, they are sent to the owners by the newest shard
-    map.
+    If a shard refuses keys that it does not own, fetches the newest shard map and sends these keys
+    to their owners.
     """
     refused: list[codec.Keys] = []
     deleted = _round(cluster, table, batch, durability, deadline, refused)
@@ -41,12 +42,12 @@ def _round(
     deadline: float,
     refused: list[codec.Keys] | None,
 ) -> int:
-    """Send the keys of a batch to their shards; return the number of rows deleted.
+    """Send the keys of a batch to the shards that own them; return the number of rows deleted.
 
-    refused  receives the keys that a shard refused because it does not own them; None: raise
-             WrongShard instead
+    refused  list to which keys are appended that a shard refuses because it does not own them;
+             None: raise WrongShard instead
 
-    See ``delete_rows`` for the other arguments.
+    ``delete_rows`` explains the other arguments.
     """
     most = min(cluster.keys, cluster.message_bytes // 8)
 
@@ -68,10 +69,14 @@ def _round(
 
 
 def _delete(link: Link, header: pb.PushHeader, keys: codec.Keys, deadline: float) -> int:
-    """Delete rows on one shard, retrying; the shard applies the delete exactly once.
+    """Delete rows on one shard; retry until it answers. The shard applies the delete exactly once.
 
-    header  options of the delete; gets its sequence number here
-    Returns the number of rows deleted.
+    link      connection to the shard
+    header    table and durability; the sequence number is written into it
+    keys      uint64[n], distinct
+    deadline  monotonic seconds
+
+    Returns the number of rows deleted. Raises WrongShard if the shard does not own all the keys.
     """
     session, attempts, data = link.session, 0, None
 

@@ -3,25 +3,27 @@
 * PsError
   - InvalidArgument    an argument breaks a rule. Nothing was applied
   - TableNotFound      the table does not exist, on at least one shard
-  - SchemaMismatch     the table has a different schema, or was dropped and created anew with one
+  - SchemaMismatch     the schema of the table is not the expected one, or differs between shards
   - WrongShard         a shard refused a key, even after the client fetched the newest shard map
-  - SessionExpired     the server cannot tell whether it applied an earlier attempt of a push
+  - SessionExpired     the server no longer knows whether it applied an earlier attempt of a push
   - ResourceExhausted  the server is over one of its limits, or out of memory or disk space
   - DeadlineExceeded   no answer arrived in time. A push may have taken effect
   - Unavailable        the server could not be reached in time. A push may have taken effect
   - VersionInFuture    the shard has not reached the requested version
-  - VersionCompacted   the shard has deleted changes that a subscriber still needs: take a snapshot
+  - VersionCompacted   the shard has deleted changes that a subscriber still needs: subscribe again
+                       with start="snapshot"
   - LogDiverged        the shard was restored to an older state; the subscription's token or the
-                       version belongs to changes that were undone: take a snapshot
+                       version belongs to changes that were undone: subscribe again with
+                       start="snapshot"
   - NoLog              the shard has no data directory, so it keeps no version log
   - CheckpointNotFound the checkpoint does not exist
   - CheckpointExists   a checkpoint of that name exists already
   - CheckpointUnfit    the checkpoint, or the server's configuration, does not allow this operation
   - CheckpointNeeded   another checkpoint builds on this one and cannot be read without it
   - NotEmpty           the operation would delete rows
-  - RestoreConflict    another restore is in progress, or a different step of this restore is due
+  - RestoreConflict    another restore is in progress, or this restore must first take another step
   - DataLoss           stored bytes are damaged. Never retried
-  - ServerFailure      the server answered with any other error
+  - ServerFailure      the server answered with an error that no other class describes
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from psproto import ps_pb2 as pb
 class PsError(Exception):
     """Base class of all errors that psclient raises."""
 
-    reason = ""  # machine-readable, from the server: "TABLE_NOT_FOUND"
+    reason = ""  # code of the error from the server, such as "TABLE_NOT_FOUND"; "": none
     retry_after: float | None = None  # seconds after which the server asks to try again
 
 
@@ -45,7 +47,10 @@ class TableNotFound(PsError, LookupError):
 
 
 class SchemaMismatch(PsError):
-    """The table has a different schema, or was dropped and created anew with one."""
+    """The schema of the table is not the expected one, or differs between shards.
+
+    For example, the table was dropped and created anew with a different dim.
+    """
 
 
 class WrongShard(PsError):
@@ -53,10 +58,10 @@ class WrongShard(PsError):
 
 
 class SessionExpired(PsError):
-    """The server cannot tell whether it applied an earlier attempt of a push; it may have done so.
+    """The server no longer knows whether it applied an earlier attempt of a push.
 
-    The client sent the push again so late that the server no longer remembers the first attempt.
-    Or the client used a client_id again without a larger incarnation.
+    The push may have taken effect. Either the client repeated it so late that the server has
+    forgotten the first attempt, or a client_id was used again without a larger incarnation.
     """
 
 
@@ -77,13 +82,17 @@ class VersionInFuture(PsError):
 
 
 class VersionCompacted(PsError):
-    """The shard has deleted changes that a subscriber still needs: take a snapshot."""
+    """The shard has deleted changes that a subscriber still needs.
+
+    Subscribe again with start="snapshot", or use when_lost="snapshot".
+    """
 
 
 class LogDiverged(PsError):
-    """The shard was restored to an older state: take a snapshot.
+    """The shard was restored to an older state, which undid changes.
 
-    The subscription's token, or the version to wait for, belongs to changes that were undone.
+    The subscription's token, or the requested version, belongs to changes that were undone.
+    Subscribe again with start="snapshot", or use when_lost="snapshot".
     """
 
 
@@ -112,7 +121,7 @@ class NotEmpty(PsError):
 
 
 class RestoreConflict(PsError):
-    """Another restore is in progress, or a different step of this restore is due."""
+    """Another restore is in progress, or this restore must first take another step."""
 
 
 class DataLoss(PsError):
@@ -120,7 +129,7 @@ class DataLoss(PsError):
 
 
 class ServerFailure(PsError):
-    """The server answered with any other error."""
+    """The server answered with an error that no other class describes."""
 
 
 REASONS: dict[str, type[PsError]] = {
@@ -154,7 +163,10 @@ CODES: dict[int, type[PsError]] = {  # by number of google.rpc.Code, for errors 
 
 
 def error_of(status: pb.Status, where: str) -> PsError:
-    """Return the exception for a server's error status; ``where`` names the server in its text."""
+    """Convert the error status of a reply to a PsError, with its reason and retry_after.
+
+    where  name of the server, which the error message starts with
+    """
     info, delay = pb.ErrorInfo(), None
     for detail in status.details:
         if detail.type_url.endswith("/google.rpc.ErrorInfo"):

@@ -1,7 +1,7 @@
-"""Make unary calls to several shards at once; repeat each until it is answered or time is over.
+"""Make unary calls to several shards at once; retry each until it is answered or the deadline.
 
-gRPC puts calls that end into a queue, and the caller's thread reads that queue. So no extra thread
-is needed, and a call that takes an hour does not delay the others.
+gRPC puts calls that have ended into a queue, and the caller's thread reads that queue. So no extra
+thread is needed, and a call that takes an hour does not delay other calls.
 """
 
 from __future__ import annotations
@@ -19,34 +19,35 @@ from psclient.errors import DeadlineExceeded, PsError, Unavailable
 from psclient.link import Link
 from psclient.retry import pause_after, rpc_error
 
-GRACE = 1.0  # seconds after the deadline; calls that gRPC has not ended by then are cancelled
+GRACE = 1.0  # seconds after the deadline at which calls that gRPC has not ended are cancelled
 
 
 @dataclass(slots=True)
 class Ask:
-    """A unary call to one shard, and its outcome: ``answer`` or ``error``."""
+    """A unary call to one shard. When it has ended, ``answer`` or ``error`` is set."""
 
-    link: Link
-    method: str  # "InfoService/GetServerInfo"
-    message: bytes
-    answer: bytes | None = None
+    link: Link  # connection to the shard
+    method: str  # service and name of the method: "InfoService/GetServerInfo"
+    message: bytes  # encoded request
+    answer: bytes | None = None  # encoded reply
     error: PsError | None = None
-    attempts: int = 0
+    attempts: int = 0  # number of attempts that were started
     due: float = 0.0  # when to make the next attempt, in monotonic seconds
     handle: Any = field(default=None, repr=False)  # gRPC's object of the running attempt, or None
 
     @property
     def ended(self) -> bool:
-        """Return whether there is an answer or an error."""
+        """Return whether the call has ended, with an answer or an error."""
         return self.answer is not None or self.error is not None
 
 
 def ask_all(asks: Sequence[Ask], deadline: float) -> None:
-    """Make all calls at once and wait; afterwards each has its answer or its error.
+    """Make all calls at once and wait until each has an answer or an error.
 
-    deadline  monotonic seconds
+    asks      the calls; their outcomes are stored in them
+    deadline  monotonic seconds; a call without an answer then gets the error DeadlineExceeded
 
-    Errors of calls are stored and not raised. An exception of a signal handler cancels all calls.
+    Errors of calls are not raised. If a signal handler raises an exception, cancels all calls.
     """
     ended: SimpleQueue[tuple[Ask, Any]] = SimpleQueue()
     try:
@@ -75,9 +76,10 @@ def ask_all(asks: Sequence[Ask], deadline: float) -> None:
 
 
 def _start(ask: Ask, left: float, ended: SimpleQueue[tuple[Ask, Any]]) -> None:
-    """Start an attempt of a call. When it ends, gRPC puts (ask, handle) into the queue ``ended``.
+    """Start an attempt of a call.
 
-    left  seconds until the deadline
+    left   seconds until the deadline
+    ended  queue into which gRPC puts (ask, gRPC's call object) when the attempt has ended
     """
     ask.attempts += 1
     try:
@@ -89,7 +91,10 @@ def _start(ask: Ask, left: float, ended: SimpleQueue[tuple[Ask, Any]]) -> None:
 
 
 def _end(ask: Ask, deadline: float) -> None:
-    """Store the result of an attempt, or schedule the next attempt."""
+    """Store the outcome of an attempt that has ended, or set the time of the next attempt.
+
+    deadline  monotonic seconds; no attempt starts later
+    """
     handle, ask.handle = ask.handle, None
     try:
         ask.answer = ask.link.channel.result(handle)

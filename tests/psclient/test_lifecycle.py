@@ -60,7 +60,9 @@ class TestThreads:
 class TestAddresses:
     @pytest.mark.parametrize("addresses", [[], "127.0.0.1:7000", "", [7000]])
     def test_must_be_a_list(self, addresses: Any) -> None:
-        with pytest.raises(InvalidArgument, match="addresses must be a list of 'host:port'"):
+        with pytest.raises(
+            InvalidArgument, match="addresses must be a non-empty list of 'host:port'"
+        ):
             Client(addresses)
 
     @pytest.mark.parametrize(
