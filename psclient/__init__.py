@@ -29,6 +29,7 @@ table.py       one table
 client.py      the client: create, describe, evict and drop tables
 aio.py         the client for asyncio
 combine.py     rows of several parts combined into one embedding (imported on demand)
+parts.py       parts of features over several tables: sizes, checks, hashes
 multihash.py   features over several small tables (imported on demand)
 mixed.py       features whose embeddings grow with their frequency (imported on demand)
 changes.py     one change of rows or of a table, as a subscriber receives it

@@ -1,13 +1,13 @@
-"""Copies of tables in memory that follow the cluster's changes.
+"""Follower: copies of tables in this process's memory, which follow the changes on the shards.
 
     with Follower(addresses, tables=["user"]) as users:
-        users.wait_for(client.wait_durable())      # has everything that was pushed before
+        users.wait_for(client.wait_durable())      # has all that was pushed before
         rows = users.pull("user", keys)            # as Table.pull(keys, mode="serve")
 
 A pull reads each shard's rows as they were at one version of the shard. All rows of a push become
-visible together; so do all changes that the server merged into one message (coalesce_ms), and all
-changes missed while the follower was disconnected. A snapshot is built next to the visible rows and
-then replaces them, so a table takes twice its memory meanwhile.
+visible together. So do all changes that the server merged into one message (coalesce_ms), and all
+changes missed while the follower was disconnected. A snapshot of all rows is built next to the
+visible rows and then replaces them; until then, a table takes twice its memory.
 """
 
 from __future__ import annotations
@@ -38,9 +38,14 @@ from psproto import routing
 
 
 class _Following:
-    """The state and the thread of a follower.
+    """The replicas of a Follower, and the thread that applies changes to them.
 
-    The thread refers to this object but not to the Follower, so that an unused Follower is freed.
+    subscriber  delivers the changes
+    shards      number of shards
+    on_change   called with each change after it was applied; None: not called
+
+    The thread refers to this object but not to the Follower, so that a Follower which nobody uses
+    any more can be garbage-collected.
     """
 
     def __init__(
@@ -55,11 +60,11 @@ class _Following:
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
 
     def open(self) -> None:
-        """Start the thread."""
+        """Start the thread that applies changes."""
         self._thread.start()
 
     def close(self) -> None:
-        """Close the subscriber and wait for the thread to end."""
+        """Close the subscriber and wait for the thread to end. The replicas stay."""
         self._subscriber.close()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
@@ -68,8 +73,9 @@ class _Following:
             self.changed.notify_all()
 
     def _run(self) -> None:
-        """Apply changes until the subscriber is closed; store the error that ends it in
-        ``failure``.
+        """Apply changes until the subscriber is closed. The thread runs this method.
+
+        An error, which ends it, is stored in ``failure``.
         """
         try:
             for change in self._subscriber:
@@ -85,13 +91,24 @@ class _Following:
 
 
 class Follower:
-    """Copies of tables of all shards, kept up to date. Thread-safe.
+    """Copies in memory of tables of all shards, kept up to date. Thread-safe.
+
+    where        "host:port" of every shard in order, or a Client
+    tables       names of the tables to follow; None: all tables
+    wire         dtype of embeddings on the wire: "float32", "bfloat16" or "float16"
+    coalesce_ms  servers may hold back changes for this many milliseconds, to send only the newest
+                 value of each key; 0: every change is sent
+    on_change    called with every Change after the follower has accepted it, on the follower's
+                 thread
+
+    Creating it only checks the arguments; ``open`` connects.
 
     While a shard is down, the follower tries to reconnect and serves the rows that it has. Any
-    other error stops it; ``pull`` and ``wait_for`` raise that error.
+    other error stops it; from then on ``pull`` and ``wait_for`` raise that error.
 
-    After a fork the child cannot use it: every method raises InvalidArgument. Pickling keeps
-    addresses and options. If the follower was open, the unpickled one connects at its first use.
+    A follower that was opened before a fork cannot be used in the child: every method raises
+    InvalidArgument. Pickling keeps addresses and options. If the follower was open, the unpickled
+    one connects at its first use.
     """
 
     def __init__(
@@ -103,15 +120,6 @@ class Follower:
         coalesce_ms: int = 0,
         on_change: Callable[[Change], object] | None = None,
     ) -> None:
-        """Check the arguments. ``open`` connects.
-
-        where        "host:port" of every shard in order, or a Client
-        tables       names of the tables to follow; None: all tables
-        wire         dtype of embeddings on the wire
-        coalesce_ms  servers may hold back changes for this many milliseconds, to send only the
-                     newest value of each key; 0: every change is sent
-        on_change    called with every Change after it was accepted, on the follower's thread
-        """
         self._own = None if isinstance(where, Client) else Client(where)
         self._client: Client = where if isinstance(where, Client) else self._own  # type: ignore[assignment]
         self._where = where if isinstance(where, Client) else list(where)
@@ -143,7 +151,7 @@ class Follower:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle addresses, options and whether the follower is open."""
+        """Pickle the addresses, the options, and whether the follower is open."""
         opened = self._opens_itself or (self._shard_map is not None and not self._following.closed)
         return _load, (self._where, self._options, opened)
 
@@ -156,9 +164,9 @@ class Follower:
         return self
 
     def open(self) -> Follower:
-        """Connect and start to follow; return this follower. Idempotent.
+        """Connect and start to receive changes; return this follower. Idempotent.
 
-        Raises Unavailable if the shards cannot be reached, InvalidArgument once the follower is
+        Raises Unavailable if the shards cannot be reached, and InvalidArgument if the follower was
         closed.
         """
         self._check_process()
@@ -177,7 +185,7 @@ class Follower:
         return self
 
     def close(self) -> None:
-        """Stop following. ``pull`` still returns the rows that are in memory."""
+        """Stop receiving changes. ``pull`` still returns the rows in memory. Idempotent."""
         if self._process not in (None, os.getpid()):
             return  # a child leaves its parent's follower alone
         self._following.close()
@@ -202,9 +210,9 @@ class Follower:
 
     @property
     def versions(self) -> Versions:
-        """Return the version of each shard that is visible here; -1: none yet.
+        """Return the version of each shard whose rows are visible in this follower; -1: none yet.
 
-        After a restore to an older checkpoint a version may be lower than before.
+        After a restore to an older checkpoint, a version may be smaller than before.
         """
         self._check_process()
         with self._following.changed:
@@ -216,26 +224,28 @@ class Follower:
 
     @property
     def lag(self) -> tuple[int, ...]:
-        """Return for each shard how many durable versions are not visible here yet.
+        """Return for each shard how many of its durable versions are not yet visible in this copy.
 
-        Compares with the newest durable version in the shard's last message.
+        This compares with the newest durable version that the shard's last message reported.
         """
         self._check_process()
         with self._following.changed:
             return tuple(max(each.head - each.version, 0) for each in self._following.shards)
 
     def tables(self) -> list[str]:
-        """Return the names of the tables that are known here for every shard."""
+        """Return the names of the tables of which this follower has the rows of every shard."""
         self._check_open()
         with self._following.changed:
             names = (set(shard.state.tables) for shard in self._following.shards)
             return sorted(set.intersection(*names))
 
     def pull(self, table: str, keys: Any) -> Rows:
-        """Return the embeddings float32[*shape, dim] of integer keys[*shape].
+        """Return the embeddings float32[*shape, dim] of integer keys[*shape], from memory.
 
-        Keys without a row get the table's serving_default. Raises TableNotFound if the table does
-        not exist, or is not known here yet.
+        table  name of the table
+
+        The embedding of a key without a row is filled with the table's serving_default. Raises
+        TableNotFound if the table does not exist or has not been received yet.
         """
         batch, copies = self._begin(table, keys)
         out: Rows = np.empty((len(batch.keys), copies[0].dim), np.float32)
@@ -248,9 +258,12 @@ class Follower:
         return out[batch.split.inverse].reshape(*batch.shape, copies[0].dim)
 
     def row_versions(self, table: str, keys: Any) -> NDArray[np.uint64]:
-        """Return the versions uint64[*shape] of the rows of keys[*shape]; 0 for keys without a row.
+        """Return the version of each key's row, uint64[*shape] for integer keys[*shape].
 
-        Raises TableNotFound like ``pull``.
+        table  name of the table
+
+        A row's version is the version of its shard after the row's last change; 0: the key has no
+        row. Raises TableNotFound if the table does not exist or has not been received yet.
         """
         batch, _ = self._begin(table, keys)
         out = np.zeros(len(batch.keys), np.uint64)
@@ -261,42 +274,34 @@ class Follower:
         return out[batch.split.inverse].reshape(batch.shape)
 
     def keys(self, table: str) -> NDArray[np.uint64]:
-        """Return all keys that have a row, uint64[n], in no particular order.
+        """Return all keys of a table that have a row, uint64[n], in no particular order.
 
-        Raises TableNotFound like ``pull``.
+        Raises TableNotFound if the table does not exist or has not been received yet.
         """
         self._check_open()
         with self._following.changed:
             return np.concatenate([copy.keys[: copy.count] for copy in self._copies(table)])
 
     def wait_for(self, versions: Sequence[int], timeout: float | None = None) -> None:
-        """Wait until the given version of every shard is visible here.
+        """Wait until the follower has applied all changes up to a version of each shard.
 
-        versions  one per shard, as returned by ``barrier`` or ``wait_durable`` of a Client; zeros
-                  wait for the first visible state of each shard
+        versions  one version per shard, as returned by ``barrier`` or ``wait_durable`` of a Client;
+                  0: wait for the first rows of that shard
         timeout   seconds; None: no limit
 
-        Raises DeadlineExceeded after ``timeout``, and LogDiverged if a restore to an older
-        checkpoint undid a version. The latter is noticed only for ``Versions``, not for plain
-        integers.
+        Raises DeadlineExceeded after ``timeout``. Raises LogDiverged if a restore to an older
+        checkpoint undid a version; this is detected only if ``versions`` is a ``Versions``, and not
+        for plain integers.
         """
         self._check_open()
         following = self._following
-        if not isinstance(versions, Iterable):
-            raise InvalidArgument(f"versions must be a list of versions, got {versions!r}")
-        wanted = [checked.integer("version", each, -1, 1 << 64) for each in versions]
+        wanted = _wanted(versions, len(following.shards))
         if timeout is not None:
             timeout = checked.number("timeout", timeout)
-        if len(versions) != len(following.shards):
-            raise InvalidArgument(
-                f"versions must have one version for each of {len(following.shards)} shards, got"
-                f" {len(versions)}"
-            )
-        epochs = versions.epochs if isinstance(versions, Versions) else (0,) * len(versions)
 
         def there() -> bool:
             self._raise_failure()
-            each = zip(following.shards, wanted, epochs, strict=True)
+            each = zip(following.shards, wanted, wanted.epochs, strict=True)
             return all([shard.reached(version, epoch) for shard, version, epoch in each])
 
         with following.changed:
@@ -306,11 +311,11 @@ class Follower:
         if following.closed:
             raise InvalidArgument(f"the follower was closed at versions {at}")
         raise DeadlineExceeded(
-            f"the follower did not reach versions {list(versions)} in time; it is at {at}"
+            f"the follower did not reach versions {list(wanted)} in time; it is at {at}"
         )
 
     def _begin(self, table: str, keys: Any) -> tuple[Batch, list[Copy]]:
-        """Return the keys as a Batch, and each shard's copy of the table."""
+        """Return (the keys as a Batch, each shard's copy of the table)."""
         self._check_open()
         assert self._shard_map is not None
         return Batch(keys, self._shard_map), self._copies(table)
@@ -318,27 +323,30 @@ class Follower:
     def _copies(self, table: str) -> list[Copy]:
         """Return each shard's copy of a table.
 
-        Raises TableNotFound, or the error that ended following.
+        Raises TableNotFound if a shard has none, or the error that stopped the follower.
         """
         self._raise_failure()
         copies = [shard.state.tables.get(table) for shard in self._following.shards]
         if None in copies:
-            raise TableNotFound(f"table {table!r} does not exist, or is not known here yet")
+            raise TableNotFound(
+                f"table {table!r} does not exist, or the follower has not received it yet"
+            )
         return copies  # type: ignore[return-value]
 
     def _parts(self, batch: Batch) -> list[slice]:
-        """Return for each shard the slice of ``batch.keys`` that belongs to it."""
+        """Return for each shard the slice of ``batch.keys`` that has the keys of this shard."""
         bounds = batch.split.bounds.tolist()
         return [slice(low, high) for low, high in itertools.pairwise(bounds)]
 
     def _raise_failure(self) -> None:
-        """Raise the error that ended following, if any."""
+        """Raise the error that stopped the follower, if there is one."""
         if self._following.failure is not None:
             raise self._following.failure
 
     def _check_open(self) -> None:
-        """Raise InvalidArgument unless the follower is open; open it first if it was pickled
-        open.
+        """Raise InvalidArgument unless the follower is open.
+
+        A follower that was open when it was pickled is opened here.
         """
         self._check_process()
         if self._shard_map is None:
@@ -356,10 +364,28 @@ class Follower:
             )
 
 
-def _close(following: _Following, own: Client | None, process: int) -> None:
-    """Stop a follower that was closed or garbage-collected, if this process opened it.
+def _wanted(versions: Any, shards: int) -> Versions:
+    """Return the argument of ``Follower.wait_for`` as Versions; unknown epochs become 0.
 
-    own  the client to close with it; None: the client belongs to the caller
+    shards  number of shards
+
+    Raises InvalidArgument unless ``versions`` has one integer per shard.
+    """
+    if not isinstance(versions, Iterable):
+        raise InvalidArgument(f"versions must be a list of versions, got {versions!r}")
+    wanted = [checked.integer("version", each, -1, 1 << 64) for each in versions]
+    if len(wanted) != shards:
+        raise InvalidArgument(
+            f"versions must have one version for each of {shards} shards, got {len(wanted)}"
+        )
+    return Versions(wanted, versions.epochs if isinstance(versions, Versions) else (0,) * shards)
+
+
+def _close(following: _Following, own: Client | None, process: int) -> None:
+    """Stop the thread of a Follower that was closed or garbage-collected.
+
+    own      client to close too; None: the client belongs to the caller
+    process  id of the process that opened the follower; in any other process, nothing is done
     """
     if process == os.getpid():
         following.close()
@@ -368,7 +394,7 @@ def _close(following: _Following, own: Client | None, process: int) -> None:
 
 
 def _load(where: Sequence[str] | Client, options: dict[str, Any], opened: bool) -> Follower:
-    """Recreate a pickled follower."""
+    """Recreate a pickled follower. opened: whether it opens itself at its first use."""
     follower = Follower(where, **options)
     follower._opens_itself = opened
     return follower

@@ -1,11 +1,11 @@
-"""Base class of a client's connection to one shard, for streams and unary calls.
+"""Base class of a client's connection to one shard: StreamLink and UnaryLink extend it.
 
     link.submit(call)   send the request
     link.wait(call)     return its answer, or raise its error
     link.abandon(call)  give up a call whose caller was interrupted; it is never sent again
 
-A call is open from ``submit`` until it succeeds, fails for good or is given up. The shard remembers
-the answers to its pushes until then, in case they are sent again.
+A call is open from ``submit`` until it succeeds, fails for good or is given up. Until then the
+shard remembers the answers to the pushes in the call, in case the client sends them again.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ GRACE = 5.0  # seconds after its deadline at which ``watch`` gives up an open ca
 
 
 class Link(ABC):
-    """Connection to one shard. Thread-safe.
+    """Connection to one shard, over which requests are sent and answered. Thread-safe.
 
     where    name of the shard in error messages: "shard 1 at 127.0.0.1:7001"
     address  "host:port"
     session  numbers the pushes, so that the shard applies each once
-    options  of the gRPC channel
+    options  options of the gRPC channel
     """
 
     def __init__(
@@ -44,32 +44,37 @@ class Link(ABC):
 
     @abstractmethod
     def submit(self, call: Call, *, background: bool = False) -> None:
-        """Send a request.
+        """Send a request and return at once. ``wait`` returns the answer.
 
-        background  read the reply on a background thread, before anyone calls ``wait`` (streams
-                    only)
+        call        the request
+        background  whether a background thread reads the reply, even if nobody calls ``wait``
+                    (streams only)
         """
 
     @abstractmethod
     def wait(self, call: Call) -> codec.Exchanged:
-        """Return the answer to a submitted call. Raises a PsError."""
+        """Wait for the answer to a call that was submitted; return the answer.
+
+        Sends the request again after errors that permit it. Raises a PsError if the call failed.
+        """
 
     @abstractmethod
     def abandon(self, call: Call) -> None:
-        """Give up a call whose caller was interrupted. Idempotent."""
+        """Give up a call whose caller was interrupted, so that it is not sent again. Idempotent."""
 
     def watch(self, now: float) -> None:
-        """Give up calls whose deadline is more than GRACE seconds before ``now`` (monotonic
-        seconds).
+        """Give up calls that have been past their deadline for more than GRACE seconds.
 
-        A thread calls this several times per second.
+        now  monotonic seconds
+
+        A background thread calls this method several times per second.
         """
         with self.lock:
             for call in [each for each in self._open.values() if each.deadline + GRACE < now]:
                 self._give_up(call, "no answer in time")
 
     def close(self) -> None:
-        """End the connection; waiting calls fail."""
+        """Close the connection; calls that are still open fail."""
         with self.lock:
             self._closed = True
             for call in list(self._open.values()):
@@ -79,7 +84,10 @@ class Link(ABC):
     # ---- the lock is held
 
     def _begin(self, call: Call) -> None:
-        """Register a call, give it an id and number its pushes."""
+        """Register a call as open, give it an id, and number its pushes.
+
+        Raises Unavailable if the connection is closed.
+        """
         if self._closed:
             raise Unavailable(f"{self.where}: the client is closed")
         self._identify(call)
@@ -87,24 +95,25 @@ class Link(ABC):
             self.session.number(push.header)
 
     def _identify(self, call: Call) -> None:
-        """Give a call a new id and register it under it, instead of under its old id if it has
-        one.
-        """
+        """Give a call a new id, and register it as open under this id instead of its old id."""
         self._open.pop(call.id, None)
         call.id = next(self._ids)
         self._open[call.id] = call
 
     def _finish(self, call: Call, *, applied: bool) -> None:
-        """Unregister a call, which will not be sent again. Idempotent.
+        """Unregister a call: it is not open any more and will not be sent again. Idempotent.
 
-        applied  whether its pushes took effect; False if that is unknown
+        applied  whether the shard answered that it applied the pushes in the call
         """
         self._open.pop(call.id, None)
         for push in call.exchange.pushes:
             self.session.over(push.header, applied=applied)
 
     def _give_up(self, call: Call, why: str) -> None:
-        """End a call with Unavailable, unless it has ended; ``why`` becomes the error's text."""
+        """Complete a call with the error Unavailable, unless it is done.
+
+        why  text of the error
+        """
         if not call.done:
             call.error, call.done = Unavailable(f"{self.where}: {why}"), True
         self._finish(call, applied=False)

@@ -1,8 +1,8 @@
-"""A feature with longer embeddings for frequent keys than for rare ones.
+"""MixedDimension: a feature with longer embeddings for frequent keys than for rare keys.
 
-Rare keys are seen too seldom to train many numbers. So the first numbers of every key's embedding
+A rare key is pushed too seldom to train many numbers. So the first numbers of every key's embedding
 are in a small table, where the servers also count how often the key is pushed. Only keys that are
-pushed often enough get the remaining numbers, in a wide table.
+pushed often enough get the remaining numbers, which are in a second, wide table.
 """
 
 from __future__ import annotations
@@ -17,32 +17,34 @@ from psclient.arrays import Rows, as_keys
 from psclient.batch import Batch
 from psclient.choices import Durability, Mode, Wire
 from psclient.errors import InvalidArgument
-from psclient.multihash import Keys, checked_gradients, checked_tables, whole
+from psclient.parts import Keys, checked_gradients, checked_tables, whole
 from psclient.table import Table
 
-MAX_FREQUENCY = (1 << 32) - 1  # the servers do not count further
+MAX_FREQUENCY = (1 << 32) - 1  # the servers stop counting at this number
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PulledMixed:
-    """Embeddings, with the information that ``push`` needs to push their gradients."""
+    """Result of MixedDimension.pull_mixed; pass it to MixedDimension.push in place of keys."""
 
-    embeddings: Rows  # float32[*shape, dim]; 0 after the small part where ``wide`` is False
+    embeddings: Rows  # float32[*shape, dim]; from small.dim on, 0 where ``wide`` is False
     keys: Keys  # [*shape]
     batch: Batch  # the distinct keys of the flattened keys
     wide: NDArray[np.bool_]  # [*shape]: whether the key has a wide part
 
 
 class MixedDimension:
-    """A feature with short embeddings for rare keys and long ones for frequent keys.
+    """A feature with few trained numbers for rare keys and more for frequent keys.
 
-    small      table with the first small.dim numbers of each key's embedding
-    wide       table with the other wide.dim numbers, for frequent keys; 0 for other keys
+    small      table with the first ``small.dim`` numbers of each key's embedding
+    wide       table with the other ``wide.dim`` numbers of frequent keys; they are 0 for rare keys
     threshold  a key is frequent once this many occurrences of it were pushed; 1..2^32-1
 
-    All embeddings have ``dim`` = small.dim + wide.dim numbers. A pull takes two round trips, the
-    second for frequent keys. A push takes one. Raises InvalidArgument if the tables are not two
-    tables of one client, or for an invalid threshold.
+    dim  length of all embeddings: ``small.dim + wide.dim``
+
+    A pull takes two round trips, the second for the frequent keys; a push takes one. Raises
+    InvalidArgument if ``small`` and ``wide`` are not two tables of one client, or for an invalid
+    threshold.
     """
 
     def __init__(self, small: Table, wide: Table, threshold: int) -> None:
@@ -60,16 +62,18 @@ class MixedDimension:
         self.dim = small.dim + wide.dim
 
     def pull(self, keys: Any, *, mode: Mode = "train") -> Rows:
-        """Return embeddings float32[*shape, dim] of keys int[*shape].
+        """Return the embeddings float32[*shape, dim] of integer keys[*shape].
 
-        See Client.pull for ``mode``.
+        mode  result for keys without a row: "train" or "serve". Client.pull explains them
         """
         return self.pull_mixed(keys, mode=mode).embeddings
 
     def pull_mixed(self, keys: Any, *, mode: Mode = "train") -> PulledMixed:
-        """Return the embeddings of keys int[*shape], and which keys are frequent.
+        """Return the embeddings of integer keys[*shape], and which of the keys are frequent.
 
-        Pass the result to ``push`` in place of keys. See Client.pull for ``mode``.
+        mode  result for keys without a row: "train" or "serve". Client.pull explains them
+
+        Pass the result to ``push`` in place of keys.
         """
         array = as_keys(keys)
         batch = self.client.batch(array.reshape(-1))
@@ -92,12 +96,12 @@ class MixedDimension:
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> None:
-        """Push gradients float[*shape, dim]. Their wide parts are ignored for keys that are not
-        frequent.
+        """Push gradients to the rows of keys, in one round trip.
 
-        keys  the result of pull_mixed; or int[*shape], which takes an additional pull
+        keys       result of pull_mixed; or integers[*shape], which takes an additional pull
+        gradients  float[*shape, dim]. For rare keys only the first small.dim numbers are used
 
-        See Client.push for the other arguments.
+        Client.push explains the other arguments.
         """
         pulled = keys if isinstance(keys, PulledMixed) else self.pull_mixed(keys)
         array = checked_gradients(gradients, (*pulled.keys.shape, self.dim))

@@ -1,6 +1,7 @@
-"""Send requests again to the owners of their keys, after a shard refused them.
+"""Send a request that a shard refused again, to the shards that own its keys.
 
-A shard refuses keys that it does not own, which happens if the client's shard map is outdated.
+A shard refuses a request with keys that it does not own. The client sends such a request if its
+shard map is outdated.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from psclient.versions import Versions
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
 
-Places = NDArray[np.int64]  # [n] indices into the keys of the refused push or pull
+Indices = NDArray[np.int64]  # [n] indices into the keys of the refused push or pull
 
 
 def resend(
@@ -28,62 +29,80 @@ def resend(
     min_versions: Sequence[Versions],
     deadline: float,
 ) -> codec.Exchanged:
-    """Send a refused exchange to the shards that own its keys; return the combined answer.
+    """Send the pushes and pulls of a refused exchange to the owners of their keys; wait for them.
 
     links         connections to all shards
     shard_map     the newest shard map
-    exchange      the pushes and pulls, of which the refusing shard applied nothing
-    min_versions  for each pull, smallest version of each shard to read from; (): any
+    exchange      the pushes and pulls; the shard that refused them applied nothing
+    min_versions  for each pull: oldest version at which each shard may be read; (): any version
     deadline      monotonic seconds
 
-    The answer looks as if one shard had answered. Raises the first PsError once all shards have
-    answered.
+    Returns the combined answer, in the form of an answer by one shard to the whole exchange. Raises
+    the first PsError once all shards have answered.
     """
-    push_owners = [routing.owners(push.keys, shard_map) for push in exchange.pushes]
-    pull_owners = [routing.owners(pull.keys, shard_map) for pull in exchange.pulls]
-    sent: list[tuple[Link, Call, list[int]]] = []
-    places: list[list[Places]] = [[] for _ in exchange.pulls]
-    for shard, link in enumerate(links):
-        pushes, pulls, numbers = [], [], []
-        for push, owners in zip(exchange.pushes, push_owners, strict=True):
-            at = np.flatnonzero(owners == shard)
+    sent = [
+        _Resent(link, exchange, shard, shard_map, min_versions, deadline)
+        for shard, link in enumerate(links)
+    ]
+    sent = [each for each in sent if each.call.exchange.pushes or each.call.exchange.pulls]
+    try:
+        answers = _answers(sent)
+    except BaseException:
+        for each in sent:
+            each.link.abandon(each.call)
+        raise
+    return codec.Exchanged([], [_joined(answers[n]) for n in range(len(exchange.pulls))])
+
+
+class _Resent:
+    """The part of a refused exchange that one shard owns, as a call to this shard.
+
+    link   connection to the shard
+    call   pushes and pulls, with only those keys that the shard owns
+    pulls  (n, indices) for each pull of the call: it has the keys at these indices of pull n of the
+           refused exchange
+
+    ``resend`` explains the arguments; ``shard`` is the number of the shard.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        exchange: codec.Exchange,
+        shard: int,
+        shard_map: routing.ShardMap,
+        min_versions: Sequence[Versions],
+        deadline: float,
+    ) -> None:
+        self.link = link
+        self.pulls: list[tuple[int, Indices]] = []
+        pushes, pulls = [], []
+        for push in exchange.pushes:
+            at = np.flatnonzero(routing.owners(push.keys, shard_map) == shard)
             if at.size:
                 pushes.append(_some_push(push, at))
-        for number, (pull, owners) in enumerate(zip(exchange.pulls, pull_owners, strict=True)):
-            at = np.flatnonzero(owners == shard)
+        for n, (pull, least) in enumerate(zip(exchange.pulls, min_versions, strict=True)):
+            at = np.flatnonzero(routing.owners(pull.keys, shard_map) == shard)
             if at.size:
-                pulls.append(_some_pull(pull, at, min_versions[number], shard))
-                numbers.append(number)
-                places[number].append(at)
-        if pushes or pulls:
-            sent.append((link, Call(codec.Exchange(pushes, pulls), deadline), numbers))
-    try:
-        answers = _answers(sent, len(exchange.pulls))
-    except BaseException:
-        for link, call, _ in sent:
-            link.abandon(call)
-        raise
-    return codec.Exchanged([], [_joined(*each) for each in zip(answers, places, strict=True)])
+                pulls.append(_some_pull(pull, at, least, shard))
+                self.pulls.append((n, at))
+        self.call = Call(codec.Exchange(pushes, pulls), deadline)
 
 
-def _answers(
-    calls: Sequence[tuple[Link, Call, Sequence[int]]], pulls: int
-) -> list[list[codec.Pulled]]:
-    """Send the calls and wait; return for each pull the answers to its parts, or raise the first
-    error.
+def _answers(sent: Sequence[_Resent]) -> dict[int, list[tuple[Indices, codec.Pulled]]]:
+    """Send the calls of all shards and wait for their answers.
 
-    calls  (link, call, numbers): numbers[i] is the index in the refused exchange of the pull that
-           the call's pull i is a part of
-    pulls  number of pulls in the refused exchange
+    Returns for pull n of the refused exchange a list of (indices, answer): the answer has the rows
+    of the keys at these indices. Raises the first PsError once all shards have answered.
     """
-    answers: list[list[codec.Pulled]] = [[] for _ in range(pulls)]
+    answers: dict[int, list[tuple[Indices, codec.Pulled]]] = {}
     failure = None
-    for link, call, _ in calls:
-        link.submit(call)
-    for link, call, numbers in calls:
+    for each in sent:
+        each.link.submit(each.call)
+    for each in sent:
         try:
-            for number, pulled in zip(numbers, link.wait(call).pulls, strict=True):
-                answers[number].append(pulled)
+            for (n, at), pulled in zip(each.pulls, each.link.wait(each.call).pulls, strict=True):
+                answers.setdefault(n, []).append((at, pulled))
         except PsError as error:
             failure = failure or error
     if failure is not None:
@@ -91,8 +110,8 @@ def _answers(
     return answers
 
 
-def _some_push(push: codec.PushMessage, at: Places) -> codec.PushMessage:
-    """Return the part of a push that has the keys at indices ``at``."""
+def _some_push(push: codec.PushMessage, at: Indices) -> codec.PushMessage:
+    """Return a push of only those keys of ``push`` that have the indices ``at``."""
     header = pb.PushHeader()
     header.CopyFrom(push.header)
     gradients = push.gradients.reshape(len(push.keys), -1)[at]
@@ -101,11 +120,12 @@ def _some_push(push: codec.PushMessage, at: Places) -> codec.PushMessage:
 
 
 def _some_pull(
-    pull: codec.PullMessage, at: Places, least: Versions, shard: int
+    pull: codec.PullMessage, at: Indices, least: Versions, shard: int
 ) -> codec.PullMessage:
-    """Return the part of a pull, for one shard, that has the keys at indices ``at``.
+    """Return a pull, from one shard, of only those keys of ``pull`` that have the indices ``at``.
 
-    least  smallest version of each shard to read from; (): any
+    least  oldest version at which each shard may be read; (): any version
+    shard  number of the shard
     """
     header = pb.PullHeader()
     header.CopyFrom(pull.header)
@@ -114,22 +134,21 @@ def _some_pull(
     return codec.PullMessage(header, pull.keys[at])
 
 
-def _joined(answers: list[codec.Pulled], places: list[Places]) -> codec.Pulled:
-    """Combine the answers to the parts of a pull into one, with rows in the order of its keys.
+def _joined(answers: Sequence[tuple[Indices, codec.Pulled]]) -> codec.Pulled:
+    """Combine the answers of several shards to parts of one pull.
 
-    places  for each answer, the indices of its keys in the pull
+    answers  (indices, answer) of each shard: the answer has the rows of the keys at these indices
+
+    Returns one answer with the rows in the order of the pull's keys.
     """
-    order = np.argsort(np.concatenate(places))
+    order = np.argsort(np.concatenate([at for at, _ in answers]))
 
     def whole(field: str) -> NDArray[Any]:
-        parts = [
-            getattr(answer, field).reshape(len(at), -1)
-            for answer, at in zip(answers, places, strict=True)
-        ]
+        parts = [getattr(answer, field).reshape(len(at), -1) for at, answer in answers]
         return np.concatenate(parts)[order].reshape(-1)
 
     return codec.Pulled(
-        answers[0].header,
+        answers[0][1].header,
         whole("embeddings"),
         whole("versions"),
         whole("steps"),

@@ -20,32 +20,28 @@ from psproto import codec
 
 @dataclass(slots=True)
 class Sent:
-    """One message to one shard.
+    """One message to one shard, and where the answer goes."""
 
-    call   the message and its outcome
-    pulls  where to write the rows of each pull in it
-    """
-
-    link: Link
-    call: Call
-    pulls: list[Range]
-    moved: bool = False  # the shard refused its keys, so it was sent again to their owners
+    link: Link  # connection to the shard
+    call: Call  # the message and its outcome
+    pulls: list[Range]  # for each pull in the message: which distinct keys its rows belong to
+    moved: bool = False  # whether the shard refused the keys, and they were sent to their owners
 
 
 @dataclass(slots=True, kw_only=True)
 class Request:
-    """The messages of one request, from the first one sent to the last answer.
+    """A pull, push or exchange in progress: all messages to all shards.
 
     owner     the client; this reference keeps it from being garbage-collected and closed
-    dims      the client's cache of dims by table; an entry that turns out to be outdated is removed
-    timeout   maximum duration of an operation, in seconds
+    dims      the client's cache of dims by table; outdated entries are removed from it
+    timeout   the client's timeout in seconds
     cluster   connections to the shards
     tables    names of the tables in the request
     deadline  monotonic seconds
-    late      whether ``wait`` may be called after the deadline (a prefetch); messages that are sent
-              only then get a new deadline
+    late      whether ``wait`` may be called after the deadline, as for a prefetch; messages sent
+              so late get a new deadline
     sent      messages that were sent
-    later     pulls to send once all pushes are answered
+    later     messages with pulls, which are sent after all pushes have been answered
     """
 
     owner: object
@@ -59,14 +55,17 @@ class Request:
     later: list[Sent] = field(default_factory=list)
 
     def submit(self, item: Sent, *, background: bool = False) -> None:
-        """Send a message. background: see Link.submit."""
+        """Send a message.
+
+        background  whether a background thread reads the reply, even if nobody calls ``wait``
+        """
         self.sent.append(item)  # before sending, so that ``abandon`` sees it after a signal
         item.link.submit(item.call, background=background)
 
     def wait(self) -> None:
-        """Wait for all answers and write pulled rows to their arrays.
+        """Wait for all answers and write the pulled rows into the arrays of the PullParts.
 
-        Raises the first PsError once all answers have arrived.
+        Raises the first PsError once all messages have been answered.
         """
         self._take_answers()
         if self.later:
@@ -84,7 +83,7 @@ class Request:
         self.later = []
 
     def _take_answers(self) -> None:
-        """Wait for the answers to ``sent``; then raise the first error, if any."""
+        """Wait for the answers to the messages in ``sent``; then raise the first error, if any."""
         failure = None
         for item in self.sent:
             try:
@@ -96,8 +95,10 @@ class Request:
             raise failure
 
     def _answer(self, item: Sent) -> codec.Exchanged:
-        """Return the answer to a message; if the shard refuses its keys, send them to their
-        owners.
+        """Wait for the answer to a message and return it.
+
+        If the shard refuses the message because it does not own a key, sends the keys to their
+        owners and returns the combined answer.
         """
         try:
             return item.link.wait(item.call)
@@ -108,17 +109,13 @@ class Request:
             return self._resend(item)
 
     def _note(self, error: PsError) -> None:
-        """Remove the request's tables from ``dims`` if one was dropped, and perhaps created
-        anew.
-        """
+        """Remove the request's tables from ``dims`` if ``error`` shows that a dim is outdated."""
         if isinstance(error, SchemaMismatch | TableNotFound):
             for name in self.tables:
                 self.dims.pop(name, None)
 
     def _resend(self, item: Sent) -> codec.Exchanged:
-        """Fetch the newest shard map and send a refused message's keys to the shards that own
-        them.
-        """
+        """Fetch the newest shard map, and send the keys of a refused message to their owners."""
         deadline = self._until()
         self.cluster.refresh(deadline)
         least = [part.min_version for part, _, _ in item.pulls]
@@ -127,16 +124,17 @@ class Request:
         )
 
     def _until(self) -> float:
-        """Return the deadline of a message that is sent now, in monotonic seconds."""
+        """Return the deadline for a message that is sent now, in monotonic seconds."""
         if self.late:
             return max(self.deadline, time.monotonic() + self.timeout)
         return self.deadline
 
 
 class Pending:
-    """A request that was started. ``result()`` waits for it.
+    """A pull or exchange that was started by start_pull or start_exchange, and perhaps finished.
 
-    It may be called repeatedly, from any thread of the process that started the request.
+    ``result()`` waits for it. It may be called repeatedly, from any thread of the process that
+    started the request.
     """
 
     def __init__(self, request: Request, finish: Callable[[], Any]) -> None:
@@ -150,12 +148,11 @@ class Pending:
         raise TypeError("a request in flight cannot be pickled or copied: pass on its result()")
 
     def result(self) -> Any:
-        """Wait; return the result of the blocking method of the same name (``pull`` or
-        ``exchange``).
+        """Wait for the answers; return what ``pull`` or ``exchange`` would have returned.
 
-        Raises the PsError that the blocking method would raise, and InvalidArgument in a forked
-        child. If a signal handler raises while it waits, the request is given up: its push takes
-        effect once or not at all, and further calls of result() raise Unavailable.
+        Raises the PsError that ``pull`` or ``exchange`` would raise, and InvalidArgument in a
+        forked child. If a signal handler raises during the wait, the request is given up: its push
+        takes effect once or not at all, and further calls of result() raise Unavailable.
         """
         if self._process != os.getpid():
             raise InvalidArgument(
@@ -176,9 +173,9 @@ class Pending:
             return self._result
 
     def then(self, change: Callable[[Any], Any]) -> Pending:
-        """Make ``result()`` return ``change(result)`` instead of ``result``; return this object.
+        """Make ``result()`` return ``change(r)``, where r is what it would return; return self.
 
-        Call it before ``result()``.
+        Must be called before ``result()``.
         """
         assert self._request is not None
         finish = self._finish

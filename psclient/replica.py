@@ -1,7 +1,7 @@
-"""Copies of all tables of one shard in memory, built from the shard's changes.
+"""Copies in memory of all tables of one shard, built from the changes that the shard sends.
 
-A replica holds back changes while ``Change.more`` is set. A change without ``more`` is a commit
-mark: it makes all changes up to it visible together.
+A replica keeps changes whose ``more`` is set in a list, where they are not visible. A change
+without ``more`` is a commit mark: it makes itself and all changes in the list visible together.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from psclient.errors import LogDiverged
 from psclient.signals import Condition
 from psclient.versions import History
 
-MAX_PAST = 4096  # maximum number of abandoned epochs to remember
+MAX_PAST = 4096  # maximum number of epochs to remember that restores undid
 
 
 class State:
-    """Copies of the tables of a shard, as of one version.
+    """Copies of all tables of a shard, as of one version of the shard.
 
-    tables  by name
-    listed  names received since the snapshot or catch-up in progress began; None: none in progress
+    tables  {name of a table: copy of its rows}
+    listed  names of the tables that the snapshot or catch-up in progress has sent so far; None:
+            neither is in progress
     """
 
     def __init__(self) -> None:
@@ -30,9 +31,9 @@ class State:
         self.listed: set[str] | None = None
 
     def apply(self, change: Change) -> None:
-        """Apply one change; changes to unknown tables are ignored.
+        """Apply one change. Changes to tables that do not exist here are ignored.
 
-        At the end of a snapshot or catch-up, tables that it did not contain are deleted.
+        The end of a snapshot or catch-up deletes the tables that it did not contain.
         """
         table = self.tables.get(change.table)
         match change.kind:
@@ -42,15 +43,7 @@ class State:
             case "deletes" if table is not None:
                 table.remove(change.keys, change.versions)
             case "created":
-                schema = change.schema
-                assert schema is not None
-                if table is None or table.created < change.version:
-                    copy = Copy(schema.dim, schema.serving_default, change.version)
-                    self.tables[change.table] = copy
-                else:
-                    table.default = schema.serving_default
-                if self.listed is not None:
-                    self.listed.add(change.table)
+                self._create(change, table)
             case "altered" if table is not None:
                 assert change.schema is not None
                 table.default = change.schema.serving_default
@@ -63,20 +56,36 @@ class State:
                     del self.tables[name]
                 self.listed = None
 
+    def _create(self, change: Change, table: Copy | None) -> None:
+        """Apply a change of kind "created".
+
+        table  copy of the table that has this name here; None: there is none. It is replaced if it
+               is older than the table that the change created
+        """
+        schema = change.schema
+        assert schema is not None
+        if table is None or table.created < change.version:
+            copy = Copy(schema.dim, schema.serving_default, change.version)
+            self.tables[change.table] = copy
+        else:
+            table.default = schema.serving_default
+        if self.listed is not None:
+            self.listed.add(change.table)
+
 
 class ShardReplica:
-    """Replica of one shard: its visible state, and changes held back until the next commit mark.
+    """Replica of one shard: the state that readers see, and changes that wait for a commit mark.
 
-    version   version of the visible state; -1: there is no state yet
-    head      newest durable version of the shard, as of its last message
-    latency   seconds between the newest visible change on the server and its visibility here
-    history   epochs that the visible state belongs to; None: unknown
+    version   version of the visible state; -1: nothing is visible yet
+    head      newest durable version of the shard, as its last message reported
+    latency   seconds from when the server applied the newest visible change until it was visible
+    history   epochs of the visible state (random numbers of server starts); None: unknown
     state     the visible state
-    building  state that a snapshot in progress builds; None: no snapshot in progress
+    building  state that a snapshot in progress builds; None: no snapshot is in progress
     """
 
     def __init__(self) -> None:
-        """Create a replica without a state."""
+        """Create a replica that has not received anything."""
         self.version = -1
         self.head = 0
         self.latency = 0.0
@@ -86,13 +95,15 @@ class ShardReplica:
         self._next_history: History | None = None
         self._past: dict[int, None] = {}  # epochs that restores undid, oldest first
         self._waiting: list[Change] = []
-        self._kept = 0  # how many of them precede the last token, so that no stream repeats them
+        self._kept = 0  # how many of ``_waiting`` precede the last token; they are not sent again
         self._stream = 0
 
     def take(self, change: Change, lock: Condition) -> bool:
-        """Accept a change. Returns whether the visible state changed.
+        """Accept a change: keep it, or make it visible if it is a commit mark.
 
-        lock  taken while the visible state changes, and notified afterwards
+        lock  held while the visible state changes; threads that wait on it are notified afterwards
+
+        Returns whether the visible state changed.
         """
         if change.stream != self._stream:  # a new stream repeats the changes after the last token
             self._stream = change.stream
@@ -117,10 +128,11 @@ class ShardReplica:
         return True
 
     def reached(self, version: int, epoch: int) -> bool:
-        """Return whether the visible state includes ``version``, which the shard gave out in
-        ``epoch``.
+        """Return whether the visible state includes all changes up to a version of the shard.
 
-        epoch  random number of a server start; 0: unknown, so version numbers are compared
+        version  the version
+        epoch    random number of the server start during which the shard reached the version; 0:
+                 unknown, so that only the version numbers are compared
 
         Raises LogDiverged if a restore to an older state undid the version.
         """
@@ -137,7 +149,7 @@ class ShardReplica:
         return self.version >= version
 
     def _commit(self, change: Change) -> None:
-        """Make all changes up to this one visible."""
+        """Make the waiting changes visible together. ``change`` is the last, the commit mark."""
         if self.building is not None:  # its versions may be lower, after a restore
             self._apply(self.building)
             self.state, self.building = self.building, None
@@ -152,7 +164,7 @@ class ShardReplica:
             self._next_history = None
 
     def _replace_history(self, history: History) -> None:
-        """Adopt the epochs of the new state; remember epochs that are no longer part of it."""
+        """Replace ``history``; remember its epochs that the new history lacks: they were undone."""
         if self.history is not None:
             gone = (epoch for epoch in self.history.epochs if epoch not in history.epochs)
             self._past.update(dict.fromkeys(gone))
@@ -161,7 +173,7 @@ class ShardReplica:
         self.history = history
 
     def _apply(self, state: State) -> None:
-        """Apply the held-back changes to a state and forget them."""
+        """Apply the waiting changes to ``state`` and remove them from the list."""
         for change in self._waiting:
             state.apply(change)
         self._waiting.clear()

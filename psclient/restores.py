@@ -1,8 +1,9 @@
 """Restore a cluster from a checkpoint: all shards or, on any failure, none.
 
-Phases of a restore, on all shards: prepare (store the restored tables next to the live ones), hold
-(refuse pulls and pushes), commit (restart with the restored tables), release (serve again). Until
-the release, abort brings the old tables back. One client, the owner, directs the restore.
+Steps of a restore, each on all shards: prepare (store the restored tables next to the live tables),
+hold (refuse pulls and pushes), commit (restart with the restored tables), release (serve again).
+Until the release, a fifth step, abort, brings the old tables back. One client, the owner, directs
+the restore. If it is silent for some seconds, another client may take over.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from psproto import ps_pb2 as pb
 
 Status = pb.RestoreStatus
 Step = pb.RestoreRequest
-PATIENCE = 3600.0  # maximum time for a shard to start with the restored tables, in seconds
+PATIENCE = 3600.0  # maximum seconds to wait until all shards reach a phase
 PREPARED = Status.PHASE_PREPARED
 POLL = 0.2  # seconds between two polls
 POLL_TIMEOUT = 2.0  # seconds; short, so that a shard that restarts does not delay other polls
-TAKEOVER = 10.0  # seconds; servers consider a silent owner gone after a shorter time
+TAKEOVER = 10.0  # maximum seconds to wait until the servers consider a silent owner gone
 OVER = (Status.PHASE_UNSPECIFIED, Status.PHASE_RELEASED, Status.PHASE_ABORTED)  # no restore runs
 NO_ABORT = (*OVER, Status.PHASE_ABORTING)  # phases in which a shard needs no step to abort
 BACK = (Status.PHASE_FAILED, Status.PHASE_ABORTING, Status.PHASE_ABORTED)  # old tables come back
@@ -35,19 +36,18 @@ BACK = (Status.PHASE_FAILED, Status.PHASE_ABORTING, Status.PHASE_ABORTED)  # old
 def restore(
     client: Client, name: str, *, replace: bool = False, progress: OnProgress | None = None
 ) -> int:
-    """Replace all tables of the cluster by those of a checkpoint. Returns the number of rows
-    restored.
+    """Replace all tables of the cluster by those of a checkpoint; return the number of their rows.
 
-    name      the checkpoint's name; it may have been taken on a different number of shards
-    replace   delete existing tables, including pushes that arrive during the restore
+    name      name of the checkpoint; it may have been taken on a different number of shards
+    replace   whether existing tables may be deleted, with pushes that arrive during the restore
     progress  called with (bytes read, estimated total bytes; 0: unknown)
 
-    All shards are restored or, on any failure, none. If an interrupted restore of the same
-    checkpoint is found and its client is gone, this call finishes that restore instead.
+    All shards are restored or, on any failure, none. If a restore of the same checkpoint was
+    interrupted and its client is gone, this call finishes that restore instead.
 
-    Raises CheckpointNotFound; NotEmpty if there are tables and ``replace`` is not set; DataLoss if
-    the checkpoint is damaged; RestoreConflict if another client restores, or an interrupted restore
-    of a different checkpoint must first be finished or undone (``abort_restore``); and
+    Raises CheckpointNotFound; NotEmpty if there are tables and ``replace`` is False; DataLoss if
+    the checkpoint is damaged; RestoreConflict if another client is restoring, or an interrupted
+    restore of a different checkpoint must first be finished or undone (``abort_restore``); and
     ResourceExhausted if memory or disk space do not suffice.
     """
     checked.name("checkpoint", name)
@@ -56,8 +56,8 @@ def restore(
     left = {(each.id, each.name) for each in statuses if each.phase not in (*OVER, PREPARED)}
     if len(left) > 1 or any(other != name for _, other in left):
         raise RestoreConflict(
-            f"other restores are unfinished: {sorted(left)} (id, checkpoint); finish or abort them"
-            " first"
+            f"expected no unfinished restore of another checkpoint, got {sorted(left)} (id,"
+            " checkpoint): finish it by restoring that checkpoint, or abort it first"
         )
     if left:
         id = next(iter(left))[0]
@@ -73,10 +73,10 @@ def restore(
 
 
 def abort_restore(client: Client) -> None:
-    """Undo an interrupted restore, so that the previous tables are back.
+    """Undo an interrupted restore: bring back the tables that existed before it.
 
-    Does nothing if there is none. Raises RestoreConflict if a shard already serves the restored
-    tables: repeat ``restore`` to finish it.
+    Does nothing if no restore was interrupted. Raises RestoreConflict if a shard already serves the
+    restored tables: then repeat ``restore`` to finish the restore.
     """
     statuses = statuses_of(client)
     left = {each.id for each in statuses if each.phase not in OVER}
@@ -93,11 +93,13 @@ def abort_restore(client: Client) -> None:
 def _prepare(
     client: Client, id: str, name: str, owner: str, replace: bool, progress: OnProgress | None
 ) -> int:
-    """Prepare all shards and let them refuse work. Returns the number of rows to be restored.
+    """Take the steps prepare and hold on all shards; return the number of rows to be restored.
 
-    id     random identity of the restore
-    owner  random identity of this client
-    Undoes the restore on any failure.
+    id     random id of the new restore
+    name   name of the checkpoint
+    owner  random id of this client
+
+    ``restore`` explains the other arguments and the errors. Undoes the restore on any failure.
     """
     expected = sum(describe(client, name).rows.values())
     request = pb.PrepareRestoreRequest(name=name, id=id, replace=replace)
@@ -119,9 +121,13 @@ def _prepare(
 
 
 def _take_over(client: Client, id: str, owner: str) -> None:
-    """Become the owner of an interrupted restore.
+    """Make this client the owner of an interrupted restore.
 
-    Raises RestoreConflict if its previous owner is still active after TAKEOVER seconds.
+    id     id of the restore
+    owner  random id of this client
+
+    Waits until the previous owner has been silent long enough. Raises RestoreConflict if it is
+    still active after TAKEOVER seconds.
     """
     first, end = links(client)[0], time.monotonic() + TAKEOVER
     while True:
@@ -138,9 +144,13 @@ def _take_over(client: Client, id: str, owner: str) -> None:
 
 
 def _run(client: Client, id: str, name: str, owner: str) -> None:
-    """Complete a prepared restore, whatever its phase; undo it if a shard failed.
+    """Take the remaining steps of a restore that is prepared; undo the restore if a shard failed.
 
-    Raises PsError with reason RESTORE_FAILED if it was undone.
+    id     id of the restore
+    name   name of the checkpoint, for errors
+    owner  random id of this client, which owns the restore
+
+    Raises PsError with reason RESTORE_FAILED if the restore was undone.
     """
     statuses = statuses_of(client)
     if not any(each.phase == Status.PHASE_RELEASED and each.id == id for each in statuses):
@@ -159,7 +169,10 @@ def _run(client: Client, id: str, name: str, owner: str) -> None:
 
 
 def _abort(client: Client, id: str, patience: float = PATIENCE) -> None:
-    """Undo a restore, on those shards that can be reached, and wait until it is undone."""
+    """Undo restore ``id`` on all shards; wait at most ``patience`` seconds until it is undone.
+
+    Errors are ignored: shards that cannot be reached are not undone.
+    """
     end = time.monotonic() + patience
     with suppress(PsError):
         while not _undone(client, id) and time.monotonic() < end:
@@ -167,7 +180,7 @@ def _abort(client: Client, id: str, patience: float = PATIENCE) -> None:
 
 
 def _undone(client: Client, id: str) -> bool:
-    """Let all shards that answer undo a restore. Returns whether all have undone it."""
+    """Tell each shard that answers to undo restore ``id``. Returns whether all have undone it."""
     undone = True
     for link, status in zip(links(client), _poll(client), strict=True):
         if status is not None and status.id == id and status.phase not in NO_ABORT:
@@ -177,7 +190,7 @@ def _undone(client: Client, id: str) -> bool:
 
 
 def _try_abort(client: Client, link: Link, id: str) -> pb.RestoreStatus | None:
-    """Let one shard undo a restore. Returns its status; None if it does not answer."""
+    """Tell one shard to undo restore ``id``. Returns the shard's status, or None if it failed."""
     try:
         return take_step(client, link, id, Step.STEP_ABORT)
     except PsError:
@@ -185,10 +198,12 @@ def _try_abort(client: Client, link: Link, id: str) -> pb.RestoreStatus | None:
 
 
 def take_step(client: Client, link: Link, id: str, step: int, owner: str = "") -> pb.RestoreStatus:
-    """Make one shard take a step (hold, commit, release, abort) of a restore. Returns its status.
+    """Make one shard take a step of a restore; return the shard's status afterwards.
 
-    id     identity of the restore
-    owner  identity of the client that directs it; "": not the owner (abort only)
+    link   connection to the shard
+    id     id of the restore
+    step   STEP_HOLD, STEP_COMMIT, STEP_RELEASE or STEP_ABORT
+    owner  id of the client that owns the restore; "": this client does not own it (abort only)
     """
     request = pb.RestoreRequest(id=id, step=step, owner=owner)  # type: ignore[arg-type]
     status: pb.RestoreStatus = call(client, link, "Restore", request, pb.RestoreStatus)
@@ -196,9 +211,9 @@ def take_step(client: Client, link: Link, id: str, step: int, owner: str = "") -
 
 
 def statuses_of(client: Client, seconds: float = 0.0) -> list[pb.RestoreStatus]:
-    """Return the restore status of each shard.
+    """Return for each shard the status of its current or last restore.
 
-    seconds  how long to wait for a shard that does not answer; 0: the client's timeout
+    seconds  timeout for a shard that does not answer; 0: the client's timeout
     """
     request = pb.RestoreRequest()
     return [
@@ -209,12 +224,14 @@ def statuses_of(client: Client, seconds: float = 0.0) -> list[pb.RestoreStatus]:
 def await_phases(
     client: Client, phases: Sequence[int], id: str = "", owner: str = ""
 ) -> list[pb.RestoreStatus]:
-    """Wait until every shard is in one of ``phases``; return their statuses.
+    """Wait until the restore on every shard is in one of ``phases``; return the shards' statuses.
 
-    id, owner  identities of the restore and of this client; with them, each poll tells the shards
-               that the owner is still active
+    phases  phases of pb.RestoreStatus
+    id      id of the restore; "": only ask for the statuses
+    owner   id of this client, which owns the restore; each poll then tells the shards that the
+            owner is still active
 
-    Shards may restart meanwhile. Raises Unavailable after PATIENCE seconds.
+    Shards may restart in the meantime. Raises Unavailable after PATIENCE seconds.
     """
     end = time.monotonic() + PATIENCE
     while True:
@@ -224,16 +241,17 @@ def await_phases(
             return statuses
         if time.monotonic() > end:
             raise Unavailable(
-                f"the restore did not proceed on all shards within {PATIENCE:g} s; look at psctl"
-                " status"
+                f"the restore did not reach the next phase on all shards within {PATIENCE:g} s:"
+                " `psctl status` shows the state of each shard"
             )
         time.sleep(POLL)
 
 
 def _poll(client: Client, id: str = "", owner: str = "") -> list[pb.RestoreStatus | None]:
-    """Ask all shards at once for their restore status; None for a shard that does not answer.
+    """Ask all shards at once for the status of their restore; None: the shard does not answer.
 
-    id, owner  see ``await_phases``
+    id     id of the restore; "": only ask
+    owner  id of this client, which owns the restore: tells the shards that it is still active
     """
     request = pb.RestoreRequest(id=id, owner=owner)
 

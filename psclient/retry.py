@@ -1,4 +1,4 @@
-"""Errors of failed calls, and pauses before the next attempt."""
+"""Convert errors of gRPC calls to PsErrors, and repeat failed calls after pauses."""
 
 from __future__ import annotations
 
@@ -27,20 +27,24 @@ def backoff(attempts: int) -> float:
 
 
 def pause_after(error: PsError, attempts: int) -> float | None:
-    """Return the seconds to pause before the next attempt, or None if the error is final."""
+    """Return the seconds to pause before the next attempt, or None if ``error`` is final.
+
+    attempts  number of failed attempts before the one that failed with ``error``
+    """
     if error.retry_after is not None:
         return error.retry_after
     return backoff(attempts) if isinstance(error, Unavailable) else None
 
 
 def retry(attempt: Callable[[float], Any], where: str, deadline: float) -> Any:
-    """Call ``attempt(seconds left)`` until it succeeds; return its result.
+    """Call ``attempt`` until it succeeds or fails for good; return its result.
 
-    attempt   may raise grpc.RpcError
+    attempt   called as attempt(seconds until the deadline); raises grpc.RpcError if it fails
     where     name of the server, for errors
     deadline  monotonic seconds
 
-    Raises a PsError if an error is final or the next attempt would start after the deadline.
+    Raises a PsError if the error of an attempt is final, or if the next attempt would start after
+    the deadline.
     """
     attempts = 0
     while True:
@@ -57,7 +61,10 @@ def retry(attempt: Callable[[float], Any], where: str, deadline: float) -> Any:
 
 
 def rpc_error(error: grpc.RpcError, where: str) -> PsError:
-    """Return the PsError for a failed unary call; ``where`` names the server."""
+    """Convert the error of a failed gRPC call to a PsError.
+
+    where  name of the server, which the error message starts with
+    """
     trailers = dict(error.trailing_metadata() or ())
     status = pb.Status(code=error.code().value[0], message=error.details() or "")
     details = trailers.get("grpc-status-details-bin")

@@ -1,4 +1,4 @@
-"""Pull, push, exchange and delete: find the shards of keys, send messages, collect the replies."""
+"""RowClient: pull, push, exchange and delete rows, and alter tables."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from psproto import ps_pb2 as pb
 
 
 class RowClient(Connection):
-    """Requests for rows of tables, by table name. Base class of Client."""
+    """Base class of Client: its methods for rows, in which tables are given by name."""
 
     def describe_table(self, name: str) -> TableInfo:
-        """Return the schema of a table, and its size over all shards.
+        """Return the settings of a table, and its size over all shards.
 
         Raises TableNotFound if a shard does not have the table. Raises SchemaMismatch if the
-        schemas of two shards differ: an alteration failed midway, or another client drops the table
-        and creates it anew right now.
+        settings differ between two shards: an alteration failed midway, or another client is just
+        dropping the table and creating it anew.
         """
         return self._describe(name, self._deadline())
 
@@ -48,18 +48,18 @@ class RowClient(Connection):
         eviction: Mapping[str, Mapping[str, float]] | None = None,
         max_step_ahead: int | None = None,
     ) -> Alteration:
-        """Change settings of a table on every shard. Settings that are None, and all rows, stay.
+        """Change settings of a table on every shard. Settings that are None, and rows, stay.
 
-        Arguments have the meanings of ``create_table``; other settings cannot be altered.
+        ``create_table`` explains the arguments. Other settings cannot be altered.
 
-        admission  a rule with new parameters keeps the counters of keys that wait for admission if
-                   it is the same rule as before, and, for a sketch, has the same size. Otherwise
-                   the counters are dropped, and ``Alteration.dropped_counters`` is their number
+        admission  new admission rule. The counts of keys that wait for admission are kept if the
+                   table has the same rule already, with other parameters (a sketch: of the same
+                   size). Otherwise they are dropped; ``Alteration.dropped_counters`` counts them
         eviction   replaces all eviction rules of the table; {}: no row is evicted any more
 
         Idempotent. If a shard fails, the error names it, and other shards may already have the new
         settings: repeat the same call to complete it. Raises TableNotFound, InvalidArgument for an
-        invalid value, ResourceExhausted if a new sketch does not fit into the memory budget.
+        invalid value, and ResourceExhausted if a new sketch does not fit into the memory budget.
         """
         request = alter_request(
             name,
@@ -74,7 +74,7 @@ class RowClient(Connection):
         return self._alter(request)
 
     def _alter(self, request: pb.AlterTableRequest) -> Alteration:
-        """Send an alteration to shard 0, then to the others; return the combined answer."""
+        """Send an alteration to shard 0, then to the other shards; combine their answers."""
         method, answer = "TableService/AlterTable", pb.AlterTableResponse
         try:
             shards = self._on_all(method, request, answer, first=True)
@@ -85,8 +85,9 @@ class RowClient(Connection):
         return alteration_of(shards)
 
     def batch(self, keys: Any) -> Batch:
-        """Find the distinct keys of ``keys`` (integers of any shape), to use them in several
-        calls.
+        """Find the distinct keys among ``keys``, integers of any shape, to use them in many calls.
+
+        Pass the Batch in place of keys: the calls then need not find the distinct keys again.
         """
         self._require_open()
         return self._batch(keys, self._deadline())
@@ -97,19 +98,21 @@ class RowClient(Connection):
         """Return embeddings of keys of several tables: {table: float32[*shape of its keys, dim]}.
 
         keys  {table: keys}; keys are integers of any shape, with or without duplicates, or a Batch
-        mode  result for keys without a row: "train": the initial value that the key's row will
-              have; "serve": the table's serving_default
+        mode  embedding of a key without a row. "train": the initial embedding that the key's row
+              will have; "serve": all numbers are the table's serving_default
         wire  dtype of the embeddings on the wire; None: the client's
 
-        Takes one round trip. A pull never creates a row.
+        Takes one round trip. A pull never creates a row. Raises TableNotFound if a table does not
+        exist, and InvalidArgument for keys that are not integers.
         """
         return self._start({}, keys, mode=mode, wire=wire).result()  # type: ignore[no-any-return]
 
     def start_pull(
         self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
     ) -> Pending:
-        """Start a ``pull`` and return at once; ``result()`` of the Pending returns the
-        embeddings.
+        """Start a ``pull`` with these arguments and return at once.
+
+        ``result()`` of the returned Pending waits for the embeddings and returns them.
         """
         return self._start({}, keys, mode=mode, wire=wire, background=True)
 
@@ -130,13 +133,13 @@ class RowClient(Connection):
                     step that any client has pushed to the table
         lr          learning rate for this push; None: the table's
         wire        dtype of the gradients on the wire; None: the client's
-        durability  when to return: "applied", once the servers have applied it in memory; "log",
-                    once it survives a crash of their processes; "fsync", once it is on their
+        durability  when to return: "applied", once the servers have applied the push in memory;
+                    "log", once it survives a crash of their processes; "fsync", once it is on their
                     disks; None: the table's durability
 
-        Each shard applies its part of a message exactly once, whole or not at all; a request
-        larger than a server's message limit is sent in several messages. Raises InvalidArgument for
-        gradients of a wrong shape, or with infinite or NaN sums, and then applies nothing.
+        Each shard applies a message exactly once, whole or not at all. A request that is larger
+        than a server's message limit is sent in several messages. Raises InvalidArgument, and
+        applies nothing, if gradients have a wrong shape, or a sum that is infinite or NaN.
         """
         self._start(gradients, {}, step=step, lr=lr, wire=wire, durability=durability).result()
 
@@ -157,8 +160,8 @@ class RowClient(Connection):
         pull  keys by table, as in ``pull``
 
         ``push`` and ``pull`` explain the other arguments and the errors. The pull reads rows as
-        they are after the push. A request larger than a server's message limit is sent in several
-        messages: first all pushes, then the pulls.
+        they are after the push. A request that is larger than a server's message limit is sent in
+        several messages: first all pushes, then the pulls.
         """
         pending = self._start(
             push, pull, step=step, lr=lr, mode=mode, wire=wire, durability=durability
@@ -176,24 +179,16 @@ class RowClient(Connection):
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> Pending:
-        """Start an ``exchange`` and return at once; ``result()`` of the Pending returns the
-        embeddings.
+        """Start an ``exchange`` with these arguments and return at once.
 
-        Exchanges in flight take effect in the order in which they were started. The only exception
-        is an exchange that the server refuses for the moment (OVERLOADED, DISK_FULL): later ones
-        may take effect before it is sent again. If an exchange needs several messages, its pulls
-        are sent only when ``result()`` is called.
+        ``result()`` of the returned Pending waits for the embeddings and returns them. Exchanges
+        in flight take effect in the order in which they were started, with one exception: if a
+        server refuses an exchange for the moment (OVERLOADED, DISK_FULL), later exchanges may take
+        effect before it is sent again. If an exchange needs several messages, its pulls are sent
+        only when ``result()`` is called.
         """
-        return self._start(
-            push,
-            pull,
-            step=step,
-            lr=lr,
-            mode=mode,
-            wire=wire,
-            durability=durability,
-            background=True,
-        )
+        options: dict[str, Any] = {"mode": mode, "wire": wire, "durability": durability}
+        return self._start(push, pull, step=step, lr=lr, background=True, **options)
 
     def pull_distinct(
         self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
@@ -217,9 +212,9 @@ class RowClient(Connection):
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> None:
-        """Push gradients that are already summed over equal keys.
+        """Push gradients that are already summed over equal keys: one per distinct key.
 
-        gradients  {table: (Batch, float[distinct, dim])}, rows in the order of ``batch.keys``
+        gradients  {table: (Batch, float[distinct, dim])}; row i belongs to ``batch.keys[i]``
 
         ``push`` explains the other arguments.
         """
@@ -242,12 +237,13 @@ class RowClient(Connection):
         distinct: bool = False,
         background: bool = False,
     ) -> Pending:
-        """Send a request; the Pending's result is {table: embeddings}.
+        """Send a request and return at once; ``result()`` of the Pending is {table: embeddings}.
 
-        distinct    keys are Batches; gradients and embeddings have one row per distinct key
-        background  read replies on a background thread before ``result()`` is called
+        distinct    whether keys are Batches, and gradients and embeddings have one row per
+                    distinct key
+        background  whether a background thread reads the replies before ``result()`` is called
 
-        See ``exchange`` for the other arguments.
+        ``exchange`` explains the other arguments.
         """
         deadline = self._deadline()
         header = self._header(step, lr, durability)
@@ -271,20 +267,16 @@ class RowClient(Connection):
     def _pull_rows(self, name: str, keys: Any, mode: str, min_version: Sequence[int]) -> PullPart:
         """Pull rows of one table with their versions, steps and frequencies, and wait for them.
 
-        min_version  smallest version of each shard to read from; (): any
+        name         name of the table
+        keys         integers of any shape, or a Batch
+        mode         "train" or "serve", see ``pull``
+        min_version  oldest version at which each shard may be read; (): any version
+
+        Returns the PullPart with the result.
         """
         deadline = self._deadline()
         wanted = checked.one_of("mode", mode, MODES)
-        shards = len(self._connect(deadline).links)
-        if min_version and len(min_version) != shards:
-            raise InvalidArgument(
-                f"min_version must have a version for each of {shards} shards, got"
-                f" {len(min_version)}"
-            )
-        least = Versions(
-            (checked.integer("min_version", each, 0, 1 << 64) for each in min_version),
-            min_version.epochs if isinstance(min_version, Versions) else (0,) * len(min_version),
-        )
+        least = _least(min_version, len(self._connect(deadline).links))
         part = self._pull_part(
             name, keys, self._dtype, wanted, deadline, metadata=True, min_version=least
         )
@@ -301,10 +293,13 @@ class RowClient(Connection):
         *,
         background: bool = False,
     ) -> Request:
-        """Send the messages of a request and return it without waiting.
+        """Send the messages of a request, without waiting for answers; return the Request.
 
+        header      options of the pushes
+        pushes      at most one per table
+        pulls       at most one per table
         deadline    monotonic seconds
-        background  see ``_start``
+        background  whether a background thread reads the replies
         """
         cluster = self._connect(deadline)
         request = Request(
@@ -331,7 +326,7 @@ class RowClient(Connection):
         return request
 
     def _header(self, step: int, lr: float | None, durability: str | None) -> Header:
-        """Check the options of a push and return them."""
+        """Return the options of a push as a Header. Raises InvalidArgument if one is invalid."""
         return Header(
             step=checked.integer("step", step, -codec.STEPS, codec.STEPS),
             lr=None if lr is None else checked.number("lr", lr),
@@ -341,8 +336,9 @@ class RowClient(Connection):
         )
 
     def _batch(self, keys: Any, deadline: float) -> Batch:
-        """Return ``keys`` as a Batch; connect first if needed, until ``deadline`` (monotonic
-        seconds).
+        """Return ``keys``, integers or a Batch, as a Batch; connect first if needed.
+
+        deadline  monotonic seconds
         """
         return keys if isinstance(keys, Batch) else Batch(keys, self._connect(deadline).shard_map)
 
@@ -358,11 +354,16 @@ class RowClient(Connection):
         distinct: bool = False,
         min_version: Versions = NO_VERSIONS,
     ) -> PullPart:
-        """Prepare the pull of one table.
+        """Prepare the pull of one table: find the distinct keys, allocate the result.
 
-        metadata     also pull versions, steps and frequencies
-        distinct     the result has one row per distinct key
-        min_version  smallest version of each shard to read from
+        name         name of the table
+        keys         integers of any shape, or a Batch
+        dtype        dtype of the embeddings on the wire, a number in ps.proto
+        mode         "train" or "serve" as a number in ps.proto
+        deadline     monotonic seconds
+        metadata     whether to pull versions, steps and frequencies too
+        distinct     whether the result has one row per distinct key
+        min_version  oldest version at which each shard may be read
         """
         dim, batch = self._dim(name, deadline), self._batch(keys, deadline)
         u = len(batch.keys)
@@ -375,10 +376,14 @@ class RowClient(Connection):
     def _push_part(
         self, name: str, keys: Any, gradients: Any, dtype: int, distinct: bool, deadline: float
     ) -> PushPart:
-        """Prepare the push to one table: sum and check its gradients.
+        """Prepare the push to one table: sum its gradients and check the sums.
 
-        dtype     dtype of the gradients on the wire, a number of ps.proto
-        distinct  the gradients are already summed over equal keys
+        name       name of the table
+        keys       integers of any shape, or a Batch
+        gradients  one gradient per key, or per distinct key if ``distinct``
+        dtype      dtype of the gradients on the wire, a number in ps.proto
+        distinct   whether the gradients are already summed over equal keys
+        deadline   monotonic seconds
         """
         dim, batch = self._dim(name, deadline), self._batch(keys, deadline)
         sums = batch.check(gradients, name, dim) if distinct else batch.sum(gradients, name, dim)
@@ -392,14 +397,14 @@ class RowClient(Connection):
         return PushPart(name, batch, sums, dtype, batch.split.counts)
 
     def _dim(self, name: str, deadline: float) -> int:
-        """Return the dim of a table; ask the shards if it is not known yet."""
+        """Return the dim of a table; ask the shards, until ``deadline``, if it is not cached."""
         dim = self._dims.get(name)
         if dim is None:
             dim = self._dims[name] = self._describe(name, deadline).dim
         return dim
 
     def _describe(self, name: str, deadline: float) -> TableInfo:
-        """Describe a table; see ``describe_table``. deadline is in monotonic seconds."""
+        """Do what ``describe_table`` does, until ``deadline`` (monotonic seconds)."""
         request = pb.DescribeTableRequest(name=checked.text("name of a table", name))
         method, answer = "TableService/DescribeTable", pb.DescribeTableResponse
         return table_info(self._on_all(method, request, answer, deadline=deadline))
@@ -407,7 +412,9 @@ class RowClient(Connection):
     def _delete(self, name: str, keys: Any, durability: Durability | None) -> int:
         """Delete the rows of keys in one table; return the number of rows deleted.
 
-        See Table.delete.
+        name        name of the table
+        keys        integers of any shape, or a Batch
+        durability  see ``push``; None: the table's
         """
         deadline = self._deadline()
         header = self._header(0, None, durability)
@@ -415,13 +422,34 @@ class RowClient(Connection):
         return delete_rows(cluster, name, self._batch(keys, deadline), header.durability, deadline)
 
 
+def _least(min_version: Sequence[int], shards: int) -> Versions:
+    """Return the argument ``min_version`` of a pull as Versions; unknown epochs become 0.
+
+    shards  number of shards
+
+    Raises InvalidArgument unless it is empty or has one version per shard.
+    """
+    if min_version and len(min_version) != shards:
+        raise InvalidArgument(
+            f"min_version must have one version for each of {shards} shards, got {len(min_version)}"
+        )
+    return Versions(
+        (checked.integer("min_version", each, 0, 1 << 64) for each in min_version),
+        min_version.epochs if isinstance(min_version, Versions) else (0,) * len(min_version),
+    )
+
+
 def _by_table(field: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise InvalidArgument(f"{field} must be a mapping by table, got {type(value).__name__}")
+        raise InvalidArgument(
+            f"{field} must be a mapping {{table: ...}}, got {type(value).__name__}"
+        )
     return value
 
 
 def _pair(name: str, value: Any) -> tuple[Any, Any]:
     if not isinstance(value, Sequence) or len(value) != 2:
-        raise InvalidArgument(f"table {name!r}: a push must be a pair of keys and gradients")
+        raise InvalidArgument(
+            f"table {name!r}: a push must be a pair (keys, gradients), got {type(value).__name__}"
+        )
     return value[0], value[1]

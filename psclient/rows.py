@@ -1,4 +1,4 @@
-"""Read and write whole rows of a table, and fill a table from a checkpoint.
+"""Read and write whole rows of a table, and fill a table with rows of a checkpoint.
 
 A whole row is an embedding with its optimizer state, version, step and frequency.
 """
@@ -23,12 +23,12 @@ from psproto import ps_pb2 as pb
 from psproto import routing
 
 STEPS = (-(1 << 47), (1 << 47) - 1)  # smallest and largest step of a row
-FREQUENCIES = (0, (1 << 32) - 1)
+FREQUENCIES = (0, (1 << 32) - 1)  # smallest and largest frequency of a row
 
 
 @dataclass(frozen=True, slots=True)
 class RowBatch:
-    """Rows of one table, with optimizer state, version, step and frequency."""
+    """n rows of one table, with optimizer state, version, step and frequency."""
 
     keys: NDArray[np.uint64]  # [n]
     versions: NDArray[np.uint64]  # [n] version of the row's last change on its shard
@@ -48,21 +48,21 @@ def warm_start(
 ) -> int:
     """Fill a table with the rows of a table in a checkpoint. Returns the number of rows written.
 
-    name      the checkpoint's name; the checkpoint is verified first
+    name      name of the checkpoint, which is verified first
     table     name of the table in the checkpoint
-    into      name of the table to fill; if it does not exist, it is created with the schema of the
+    into      name of the table to fill. If it does not exist, it is created with the schema of the
               stored table; otherwise it must have the same dim
-    replace   first delete all rows of ``into``; without it, ``into`` must be empty
+    replace   True: first delete all rows of ``into``. False: ``into`` must be empty
     progress  called with (bytes done, estimated total bytes; 0: unknown)
 
     Steps and frequencies of the rows are kept; versions are new. If the optimizers of ``into`` and
     of the stored table differ, the rows get the optimizer state of new rows.
 
-    Nothing is deleted before all shards have accepted the request. Until the table is complete,
-    pulls and pushes to it raise Unavailable. If the load fails after that, ``into`` ends up without
-    rows, or does not exist if it did not exist before. Finally the table becomes usable on one
-    shard after another. If a shard fails at that point, the table may be complete on some shards
-    only: repeat the call with ``replace``.
+    Nothing is deleted before all shards have accepted the request. From then on until the table is
+    complete, pulls and pushes to it raise Unavailable. If the load fails in that time, ``into`` is
+    left without rows, or does not exist if it did not exist before. Finally the table becomes
+    usable on one shard after another. If a shard fails at that point, the table may be complete on
+    some shards only: repeat the call with replace=True.
 
     Raises CheckpointNotFound, TableNotFound if the checkpoint lacks the table, NotEmpty if ``into``
     has rows or admission counters, SchemaMismatch if the dims differ, ResourceExhausted if memory
@@ -77,28 +77,42 @@ def warm_start(
     request = pb.LoadTableRequest(
         name=name, table=table, into=into, id=secrets.token_hex(8), replace=replace
     )
+    try:
+        return _load(client, request, stored[table].rows, progress)
+    except NotEmpty as error:
+        if some := client.incomplete_tables().get(into):
+            raise NotEmpty(
+                f"table {into!r} is on shard {', '.join(map(str, some))} only: an interrupted call"
+                " left it. Replace it (replace=True, --replace) or drop it"
+            ) from error
+        raise
+
+
+def _load(
+    client: Client, request: pb.LoadTableRequest, expected: int, progress: OnProgress | None
+) -> int:
+    """Run LoadTable on all shards; return the number of rows written.
+
+    request   message to send
+    expected  number of rows that the checkpoint's manifests list for the table
+    progress  called with (bytes done, estimated total bytes; 0: unknown)
+
+    Raises DataLoss, before the table becomes usable, if the shards read a different number of rows.
+    """
 
     def on_stage(stage: int, messages: Sequence[pb.CheckpointProgress]) -> None:
         if stage == pb.CheckpointProgress.STAGE_READY:
             proceed(client, request.id, pb.ContinueRequest.STEP_START)
             return
         rows = sum(each.rows for each in messages)
-        if rows != stored[table].rows:
+        if rows != expected:
             raise DataLoss(
-                f"checkpoint {name!r}, table {table!r}: read {rows} rows, but the manifests list"
-                f" {stored[table].rows}"
+                f"checkpoint {request.name!r}, table {request.table!r}: read {rows} rows, but the"
+                f" manifests list {expected}"
             )
         proceed(client, request.id, pb.ContinueRequest.STEP_FINISH)
 
-    try:
-        done = on_all(client, "LoadTable", request, progress, on_stage=on_stage, in_turn=True)
-    except NotEmpty as error:
-        if some := client.incomplete_tables().get(into):
-            raise NotEmpty(
-                f"table {into!r} is on shard {', '.join(map(str, some))} only: an interrupted call"
-                " left it; replace it (replace=True, --replace) or drop it"
-            ) from error
-        raise
+    done = on_all(client, "LoadTable", request, progress, on_stage=on_stage, in_turn=True)
     return sum(each.rows for each in done)
 
 
@@ -113,14 +127,14 @@ def read_rows(
 
     table       name of the table
     checkpoint  name of a checkpoint to read the table from; None: read the live table
-    shards      numbers of the shards to ask; None: all. Each shard serves its own rows of a live
-                table, and a share of the rows of a checkpoint
+    shards      numbers of the shards to ask; None: all. Each shard sends its own rows of a live
+                table, or a share of the rows of a checkpoint
 
-    Yields a TableSchema, then an empty RowBatch, whose shape shows the width, then RowBatches with
-    rows. Rows of a live table are read while pushes continue, so different rows may show different
-    moments.
+    Yields a TableSchema, then a RowBatch without rows, whose ``rows`` have the shape [0, width],
+    then RowBatches with rows. A live table is read while pushes continue, so different rows may be
+    from different moments.
 
-    Raises TableNotFound, CheckpointNotFound, DataLoss.
+    Raises TableNotFound, CheckpointNotFound, and DataLoss if the checkpoint is damaged.
     """
     stored = "" if checkpoint is None else checked.name("checkpoint", checkpoint)
     request = pb.ReadRowsRequest(table=checked.text("name of a table", table), checkpoint=stored)
@@ -153,33 +167,21 @@ def write_rows(
     steps: NDArray[Any] | None = None,
     frequencies: NDArray[Any] | None = None,
 ) -> None:
-    """Write whole rows, replacing existing rows of the same keys. Not for training: use ``push``.
+    """Write whole rows. Existing rows of the same keys are replaced. To train, use ``push``.
 
     table        name of the table
     keys         int[n], any 64-bit values, distinct
-    rows         float[n, dim]: embeddings, and the optimizer state is set to that of new rows;
-                 or float[n, width]: embeddings followed by the optimizer state
-    steps        int[n] in -2^47..2^47-1; None: the largest step pushed to the table
-    frequencies  int[n] in 0..2^32-1, number of pushed occurrences; None: 1
+    rows         float[n, dim]: embeddings; the optimizer state becomes that of new rows. Or
+                 float[n, width]: embeddings followed by the optimizer state
+    steps        int[n] in -2^47..2^47-1, step of each row; None: the largest step that was pushed
+                 to the table
+    frequencies  int[n] in 0..2^32-1, number of pushed occurrences of each key; None: 1
 
-    Idempotent. If it fails, some of the rows may be written: repeat the call. Raises
-    InvalidArgument before anything is written if an argument breaks these rules.
+    Idempotent. If the call fails, some of the rows may be written: repeat it. Raises
+    InvalidArgument, before anything is written, if an argument breaks these rules.
     """
     checked.text("name of a table", table)
-    keys, rows = as_keys(keys), as_array(rows, "rows")
-    if keys.ndim != 1 or rows.ndim != 2 or len(rows) != len(keys):
-        raise InvalidArgument(
-            f"keys must have shape (n,) and rows (n, width), got {keys.shape} and {rows.shape}"
-        )
-    if len(np.unique(keys)) != len(keys):
-        raise InvalidArgument(f"table {table!r}: keys must be distinct")
-    try:
-        with np.errstate(over="ignore"):
-            rows = np.ascontiguousarray(rows, np.float32)
-    except (TypeError, ValueError):
-        raise InvalidArgument(f"rows must be numbers, got dtype {rows.dtype}") from None
-    if not np.isfinite(rows).all():
-        raise InvalidArgument(f"table {table!r}: all numbers of rows must be finite as float32")
+    keys, rows = _checked_rows(table, keys, rows)
     n = len(keys)
     counts = np.ones(n, np.uint64)
     if frequencies is not None:
@@ -207,10 +209,36 @@ def write_rows(
     cluster.on_each(part)
 
 
-def _integers(name: str, values: Any, n: int, low: int, high: int) -> NDArray[np.int64]:
-    """Return ``values`` as int64[n]; ``name`` is the argument's name in errors.
+def _checked_rows(table: str, keys: Any, rows: Any) -> tuple[NDArray[np.uint64], Rows]:
+    """Return (keys uint64[n], rows float32[n, width]), after checking both.
 
-    Raises InvalidArgument unless they are n integers in low..high.
+    table  name of the table, for errors
+
+    Raises InvalidArgument if the shapes are wrong, keys are equal, or numbers are not finite.
+    """
+    keys, rows = as_keys(keys), as_array(rows, "rows")
+    if keys.ndim != 1 or rows.ndim != 2 or len(rows) != len(keys):
+        raise InvalidArgument(
+            f"keys must have shape (n,) and rows (n, width), got {keys.shape} and {rows.shape}"
+        )
+    if len(np.unique(keys)) != len(keys):
+        raise InvalidArgument(f"table {table!r}: keys must be distinct")
+    try:
+        with np.errstate(over="ignore"):
+            numbers = np.ascontiguousarray(rows, np.float32)
+    except (TypeError, ValueError):
+        raise InvalidArgument(f"rows must be numbers, got dtype {rows.dtype}") from None
+    if not np.isfinite(numbers).all():
+        raise InvalidArgument(f"table {table!r}: all numbers of rows must be finite as float32")
+    return keys, numbers
+
+
+def _integers(name: str, values: Any, n: int, low: int, high: int) -> NDArray[np.int64]:
+    """Return ``values`` as int64[n].
+
+    name  name of the argument, for errors
+
+    Raises InvalidArgument unless they are ``n`` integers in low..high.
     """
     array = as_array(values, name)
     if array.shape != (n,) or (n and array.dtype.kind not in "iu"):

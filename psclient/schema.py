@@ -1,4 +1,4 @@
-"""Table schemas: build them from arguments, combine the shards' descriptions of a table."""
+"""Schemas of tables: build one from arguments; combine the shards' descriptions of a table."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ MAX_DIM = 8192
 
 @dataclass(frozen=True, slots=True)
 class TableInfo:
-    """Current settings of a table, alterations included, and its size over all shards."""
+    """Current settings of a table, alterations included, and its size over all shards.
+
+    Client.create_table explains the settings.
+    """
 
     name: str
-    dim: int
+    dim: int  # length of the embeddings
     optimizer: str
     optimizer_args: dict[str, float]  # all parameters, including "lr" and defaults
     initializer: str
@@ -32,13 +35,13 @@ class TableInfo:
     admission_args: dict[str, float]
     eviction: dict[str, dict[str, float]]  # parameters by rule
     max_step_ahead: int  # by how much a push may exceed the table's largest step; 0: no limit
-    rows: int
-    bytes: int  # server memory used: rows, metadata, index, counters, spare capacity
+    rows: int  # number of rows
+    bytes: int  # server memory in use: rows, metadata, index, counters, spare capacity
     waiting: int  # keys that wait for admission: counted, but no row yet; estimated for a sketch
     counter_bytes: int  # memory of the counters of waiting keys; included in ``bytes``
     shard_rows: tuple[int, ...]  # ``rows`` of each shard
     shard_bytes: tuple[int, ...]  # ``bytes`` of each shard
-    versions: Versions  # version of each shard
+    versions: Versions  # version of each shard when it was asked
 
 
 def table_schema(
@@ -54,13 +57,13 @@ def table_schema(
     eviction: Mapping[str, Mapping[str, float]] | None,
     max_step_ahead: int | None,
 ) -> pb.TableSchema:
-    """Build the schema of a table from the arguments of Client.create_table.
+    """Build the schema of a table from the arguments of Client.create_table, which explains them.
 
-    optimizer    (name, parameters, learning rate)
-    initializer  (name, parameters)
-    admission    (name, parameters)
+    optimizer    (name, parameters or None, learning rate or None)
+    initializer  (name, parameters or None)
+    admission    (name, parameters or None)
 
-    Parameters may be None. Raises InvalidArgument for an invalid value.
+    Raises InvalidArgument for an invalid value.
     """
     at = f"table {checked.text('name', name)!r}: "
     rates = {} if optimizer[2] is None else {"lr": optimizer[2]}
@@ -90,10 +93,12 @@ def rule(
     parameters: Mapping[str, float] | None,
     more: Mapping[str, float] | None = None,
 ) -> pb.Rule:
-    """Build a rule from its name and parameters.
+    """Build the message for an optimizer, initializer, or admission or eviction rule.
 
-    field  the argument's name in errors: "table 'user': optimizer"
-    more   further parameters, which override ``parameters``
+    field       name of the argument in errors, such as "table 'user': optimizer"
+    name        name of the rule: "adam"
+    parameters  {name: number}; None: none
+    more        further parameters, which replace ``parameters`` of the same name
 
     Raises InvalidArgument if a name is not text or a parameter is not a number.
     """
@@ -105,20 +110,12 @@ def rule(
 
 
 def table_info(shards: Sequence[pb.DescribeTableResponse]) -> TableInfo:
-    """Combine the descriptions of one table by all shards.
+    """Combine all shards' descriptions of one table.
 
     Raises SchemaMismatch if the shards' schemas differ.
     """
     schema = shards[0].schema
-    for number, shard in enumerate(shards):
-        if shard.schema != schema:
-            fields = [f.name for f in schema.DESCRIPTOR.fields]
-            field = next(f for f in fields if getattr(shard.schema, f) != getattr(schema, f))
-            raise SchemaMismatch(
-                f"table {schema.name!r}: field {field!r} differs between shard 0 and shard"
-                f" {number}; repeat the alteration that failed midway, or drop the table and create"
-                " it anew"
-            )
+    _require_equal([shard.schema for shard in shards])
     return TableInfo(
         name=schema.name,
         dim=schema.dim,
@@ -141,3 +138,16 @@ def table_info(shards: Sequence[pb.DescribeTableResponse]) -> TableInfo:
         shard_bytes=tuple(shard.stats.bytes for shard in shards),
         versions=Versions((shard.version for shard in shards), (shard.epoch for shard in shards)),
     )
+
+
+def _require_equal(schemas: Sequence[pb.TableSchema]) -> None:
+    """Raise SchemaMismatch, naming a field that differs, unless all shards' schemas are equal."""
+    first = schemas[0]
+    for number, schema in enumerate(schemas):
+        if schema != first:
+            fields = [f.name for f in first.DESCRIPTOR.fields]
+            field = next(f for f in fields if getattr(schema, f) != getattr(first, f))
+            raise SchemaMismatch(
+                f"table {first.name!r}: field {field!r} differs between shard 0 and shard {number};"
+                " repeat the alteration that failed midway, or drop the table and create it anew"
+            )

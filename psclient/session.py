@@ -1,4 +1,4 @@
-"""One request to one shard, and the sequence numbers that make a shard apply each push once."""
+"""Call: one request to one shard. Session: the numbers by which a shard applies each push once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from psproto import ps_pb2 as pb
 class Session:
     """Numbers the pushes of one client to one shard, so that the shard applies each once.
 
-    client       client id
+    client       id of the client
     incarnation  number that grows with each use of the same client id
 
-    See PushHeader in ps.proto. The caller holds the link's lock.
+    PushHeader in ps.proto defines the numbers. Callers of the methods hold the link's lock.
     """
 
     def __init__(self, client: int, incarnation: int) -> None:
@@ -27,9 +27,7 @@ class Session:
         self._answered = False  # whether the shard has answered a push of this incarnation
 
     def number(self, header: pb.PushHeader) -> None:
-        """Write the client id, the incarnation and the next sequence number into a push's
-        header.
-        """
+        """Write the client id, the incarnation and the next sequence number into a push header."""
         header.client_id = self.client
         header.incarnation = self.incarnation
         header.sequence = self._next
@@ -38,16 +36,19 @@ class Session:
         header.acknowledged = next(iter(self._open)) - 1 if self._answered else 0
 
     def over(self, header: pb.PushHeader, *, applied: bool) -> None:
-        """Note that a push will not be sent again. Idempotent.
+        """Record that a push will not be sent again, so the shard need not remember its answer.
 
+        header   header of the push
         applied  whether the shard answered that it applied the push
+
+        Idempotent.
         """
         if header.incarnation == self.incarnation:
             self._open.pop(header.sequence, None)
             self._answered |= applied
 
     def renew(self) -> None:
-        """Start the next incarnation: sequence numbers start again from 1."""
+        """Start the next incarnation: add 1 to it, and number the next push 1."""
         self.incarnation += 1
         self._next = 1
         self._open.clear()
@@ -60,11 +61,11 @@ class Call:
     exchange  pushes and pulls to send
     deadline  monotonic seconds
     done      whether the call has ended; then ``answer`` or ``error`` is set
-    attempts  how often it was sent
-    renewed   whether its pushes were numbered again in a new incarnation
+    attempts  how often the request was sent
+    renewed   whether the pushes were numbered again in a new incarnation
     id        number of the request on the stream
     message   encoded request
-    handle    gRPC's object of the running attempt (unary calls only)
+    handle    gRPC's call object of the attempt in progress (unary calls only)
     """
 
     __slots__ = (
@@ -93,7 +94,7 @@ class Call:
         self.handle: Any = None
 
     def encode(self, id: int) -> None:
-        """Set ``id`` and encode the request as a message of a stream."""
+        """Set ``id``, and set ``message`` to the request encoded for a stream."""
         self.id = id
         left = max(self.deadline - time.monotonic(), 0.001)
         header = pb.StreamRequestHeader(id=id, timeout_ms=min(int(left * 1000) + 1, 2**32 - 1))
@@ -101,8 +102,10 @@ class Call:
 
 
 def pause_before(call: Call, error: PsError) -> float | None:
-    """Return the seconds to wait before sending a failed call again, or None if its error is
-    final.
+    """Return the seconds to pause before a failed call is sent again; None: its error is final.
+
+    call   the call
+    error  the error with which it failed
     """
     if isinstance(error, SessionExpired):  # at the first attempt: the pushes were never applied
         first = call.attempts == 1 and not call.renewed
@@ -113,10 +116,10 @@ def pause_before(call: Call, error: PsError) -> float | None:
 
 
 def renumber(call: Call, session: Session) -> None:
-    """Number the pushes of a call again, in the client's next incarnation.
+    """Number the pushes of a call again, in the client's next incarnation, after SessionExpired.
 
-    This helps only once: if the shard refuses that incarnation too, another client with the same
-    client id uses a larger one. The caller holds the link's lock.
+    If the shard refuses the next incarnation too, another client with the same client id uses a
+    larger one; ``pause_before`` then treats the error as final. The caller holds the link's lock.
     """
     headers = [push.header for push in call.exchange.pushes]
     if any(header.incarnation == session.incarnation for header in headers):

@@ -99,6 +99,15 @@ class ChangeQueue:
 class ShardStream:
     """Thread that receives the changes of one shard and puts them into a queue.
 
+    queue      receives the changes, and a PsError if the subscription cannot continue
+    shard      number of the shard
+    address    "host:port"
+    request    request to send, with the token to continue from; its token is kept up to date
+    timeout    if the shard cannot be reached for this many seconds, Unavailable is queued
+    when_lost  what to do if the shard cannot continue from the token: "raise" queues the error,
+               "snapshot" starts again with a snapshot of all rows
+    proxy      whether to use the HTTP proxy that the environment variables name
+
     After a failure it opens a new stream, which continues after the last change in the queue.
     """
 
@@ -113,17 +122,6 @@ class ShardStream:
         *,
         proxy: bool = False,
     ) -> None:
-        """Store the arguments. ``open`` connects.
-
-        queue      receives the changes, and a PsError if the subscription cannot continue
-        shard      number of the shard
-        address    "host:port"
-        request    request to send, with the token to continue from; its token is kept up to date
-        timeout    if the shard cannot be reached for this many seconds, Unavailable is queued
-        when_lost  what to do if the shard cannot continue from the token: "raise" queues the error,
-                   "snapshot" starts again with a snapshot of all rows
-        proxy      whether to use the HTTP proxy that the environment variables name
-        """
         self.where = f"shard {shard} at {address}"
         self._queue = queue
         self._shard = shard
@@ -138,7 +136,7 @@ class ShardStream:
         self._thread = threading.Thread(target=self._run, name=f"subscriber {shard}", daemon=True)
 
     def open(self) -> None:
-        """Start the thread."""
+        """Start the thread, which connects."""
         self._thread.start()
 
     def close(self) -> None:

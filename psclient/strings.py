@@ -29,13 +29,13 @@ jit = njit(nogil=True, cache=True, error_model="numpy")
 
 @jit
 def _rotate(x: Any, by: int) -> Any:
-    """Rotate a uint64 left by ``by`` bits, 0 < by < 64."""
+    """Return a uint64 rotated left by ``by`` bits, 0 < by < 64."""
     return (x << np.uint64(by)) | (x >> np.uint64(64 - by))
 
 
 @jit
 def _word(data: Any, at: int, size: int) -> Any:
-    """Read a little-endian integer of ``size`` bytes at ``data[at]`` as uint64."""
+    """Return the little-endian integer of ``size`` bytes at ``data[at]``, uint8[...], as uint64."""
     value = np.uint64(0)
     for i in range(size):
         value |= np.uint64(data[at + i]) << np.uint64(8 * i)
@@ -44,7 +44,7 @@ def _word(data: Any, at: int, size: int) -> Any:
 
 @jit
 def _round(lane: Any, word: Any) -> Any:
-    """Mix a uint64 word into a uint64 lane: the "round" of XXH64."""
+    """Return the new value of an accumulator of XXH64, a uint64, that takes in a uint64 word."""
     return _rotate(lane + word * _P2, 31) * _P1
 
 
@@ -82,16 +82,18 @@ def _xxh64(data: Any, start: int, end: int) -> Any:
 
 @jit
 def _hash_all(data: Any, bounds: Any, out: Any) -> None:
-    """Write ``out[i]`` = hash of ``data[bounds[i]:bounds[i + 1]]``.
+    """Set ``out[i]`` to the XXH64 hash of ``data[bounds[i]:bounds[i + 1]]``.
 
-    data uint8[bytes], bounds int64[n + 1], out uint64[n]
+    data    uint8[bytes]
+    bounds  int64[n + 1]
+    out     uint64[n]  written
     """
     for i in range(out.shape[0]):
         out[i] = _xxh64(data, bounds[i], bounds[i + 1])
 
 
 def _bytes(string: Any) -> bytes:
-    """Return the UTF-8 bytes of a str, or ``bytes`` unchanged.
+    """Return the UTF-8 bytes of a str, or return ``bytes`` unchanged.
 
     Raises InvalidArgument for other values and for text that UTF-8 cannot encode.
     """
@@ -104,7 +106,9 @@ def _bytes(string: Any) -> bytes:
 
 
 def hash_keys(strings: Iterable[str | bytes]) -> NDArray[np.uint64]:
-    """Return one key for each string: uint64[n]. ``bytes`` are hashed without encoding.
+    """Return one key for each of n strings, uint64[n]: its XXH64 hash with seed 0.
+
+    strings  strings, which are encoded as UTF-8, or ``bytes``
 
     Raises InvalidArgument for values that are neither valid Unicode text nor bytes, and if
     ``strings`` is a single string.

@@ -1,4 +1,4 @@
-"""Subscribe to all changes of a cluster's rows, in order.
+"""Subscriber: receive all changes of a cluster's rows, in order for each shard.
 
     with Subscriber(addresses, tables=["user"]) as changes:
         for change in changes:
@@ -9,10 +9,10 @@ There is one stream per shard, and one thread that reads it. After a failure the
 stream, which continues after the last change. While the application is busy the thread waits, and
 the servers keep the changes on their disks.
 
-Changes of one shard arrive in order; changes of different shards in any order. Each change is
-delivered at least once. To apply a change, compare versions: write a row if its version is newer
+Changes of one shard arrive in order; changes of different shards arrive in any order. Each change
+is delivered at least once, so apply it by comparing versions: write a row if its version is newer
 than that of the stored row, and ignore changes that are older than the creation of the stored
-table. Then it does no harm if a change is repeated, or a snapshot is read while pushes continue. At
+table. Then repeated changes do no harm, nor does a snapshot that is read while pushes continue. At
 a change of kind "snapshot", discard all rows of the shard: after a restore, their versions cannot
 be compared with new ones. After a change whose ``more`` is false, the applied changes equal a state
 that the shard was in. Delta and DeltaHeader in ps.proto specify the order of messages.
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from psclient import checked
@@ -48,15 +48,39 @@ STARTS: dict[str, int] = {
     "earliest": pb.START_EARLIEST,
     "latest": pb.START_LATEST,
 }
-READY = 4  # maximum number of queued changes, per shard
+READY = 4  # maximum number of changes per shard that wait in the queue
 
 
 class Subscriber:
     """Iterator over the changes of all shards. One thread may iterate; any thread may close it.
 
-    After a fork the child cannot use it: every method raises InvalidArgument. Pickling keeps
-    addresses, options and tokens, so that the unpickled subscriber continues after the last change
-    that this one returned.
+    where          "host:port" of every shard in order, or a Client
+    tables         names of tables, which need not exist yet; None: all tables
+    content        what to send of changed rows. "values": keys and embeddings. "keys": keys only.
+                   "values_and_state": embeddings, optimizer state, steps, frequencies
+    wire           dtype of embeddings on the wire; "values_and_state" requires "float32"
+    tokens         where to continue: one token per shard, from ``tokens()``. For a shard with the
+                   token b"", and for all shards if None, ``start`` applies
+    start          where to begin without a token. "snapshot": all current rows, then changes.
+                   "earliest": the oldest change in the version log. "latest": changes from now on
+    coalesce_ms    servers may hold back changes for this many milliseconds, to send only the newest
+                   value of each key
+    coalesce_rows  servers may hold back this many rows, for the same purpose. If it and coalesce_ms
+                   are 0, every change is sent
+    progress_ms    milliseconds without a change after which a shard sends a "progress"
+    chunk_bytes    approximate size of the arrays of one Change, in bytes; 0: the server chooses
+    timeout        if a shard cannot be reached for this many seconds, Unavailable is raised
+    when_lost      what to do if a shard cannot continue from a token. "raise": raise
+                   VersionCompacted, LogDiverged or VersionInFuture. "snapshot": begin again with a
+                   snapshot
+
+    Creating it only checks the arguments, and raises InvalidArgument if one is invalid. ``open``
+    connects, or else the first ``next``. Iterating may raise a PsError, such as NoLog if a shard
+    has no data directory.
+
+    A subscriber that was opened before a fork cannot be used in the child: every method raises
+    InvalidArgument. Pickling keeps addresses, options and tokens, so that the unpickled subscriber
+    continues after the last change that this one returned.
     """
 
     def __init__(
@@ -75,57 +99,10 @@ class Subscriber:
         timeout: float = 30.0,
         when_lost: WhenLost = "raise",
     ) -> None:
-        """Check the arguments. ``open`` connects, or else the first call of ``next``.
-
-        where          "host:port" of every shard in order, or a Client
-        tables         names of tables, which need not exist yet; None: all tables
-        content        what to send of changed rows. "values": keys and embeddings. "keys": keys
-                       only. "values_and_state": embeddings, optimizer state, steps, frequencies
-        wire           dtype of embeddings on the wire; "values_and_state" requires float32
-        tokens         where to continue, one token per shard from ``tokens()``; for b"", and if
-                       None, ``start`` applies
-        start          where to begin without a token. "snapshot": all current rows, then changes.
-                       "earliest": the oldest change in the log. "latest": changes from now on
-        coalesce_ms    servers may hold back changes for this many milliseconds, to send only the
-                       newest value of each key
-        coalesce_rows  servers may hold back this many rows, for the same purpose. Both 0: every
-                       change is sent
-        progress_ms    milliseconds without a change after which a shard sends a "progress"
-        chunk_bytes    approximate size of the arrays of one Change, in bytes; 0: the server chooses
-        timeout        seconds of failing to reach a shard, after which Unavailable is raised
-        when_lost      what to do if a shard cannot continue from a token. "raise": raise
-                       VersionCompacted, LogDiverged or VersionInFuture. "snapshot": begin again
-                       with a snapshot
-
-        Raises InvalidArgument. Iterating may raise a PsError, such as NoLog if a shard has no data
-        directory.
-        """
         addresses = where._addresses if isinstance(where, Client) else checked_addresses(where)
         start_from = _tokens(tokens, len(addresses))
-        if when_lost not in ("raise", "snapshot"):
-            raise InvalidArgument(f"when_lost must be 'raise' or 'snapshot', got {when_lost!r}")
-        if not checked.number("timeout", timeout) > 0:
-            raise InvalidArgument(f"timeout must be positive seconds, got {timeout}")
-        names = None if tables is None else checked.names_of("tables", tables)
-        if names == []:
-            raise InvalidArgument("tables must name at least one table; None means all tables")
-        try:
-            self._request = pb.SubscribeRequest(
-                start=checked.one_of("start", start, STARTS),  # type: ignore[arg-type]
-                tables=names or [],
-                content=checked.one_of("content", content, CONTENTS),  # type: ignore[arg-type]
-                dtype=checked.one_of("wire", wire, WIRES),  # type: ignore[arg-type]
-                coalesce_ms=coalesce_ms,
-                coalesce_rows=coalesce_rows,
-                progress_ms=progress_ms,
-                chunk_bytes=chunk_bytes,
-            )
-        except InvalidArgument:
-            raise
-        except (TypeError, ValueError) as error:  # a number out of range, or a wrong type
-            raise InvalidArgument(f"subscription: {error}") from error
         self._options: dict[str, Any] = {
-            "tables": names,
+            "tables": None if tables is None else checked.names_of("tables", tables),
             "content": content,
             "wire": wire,
             "start": start,
@@ -136,6 +113,7 @@ class Subscriber:
             "timeout": timeout,
             "when_lost": when_lost,
         }
+        self._request = _request(self._options)
         self._where = where if isinstance(where, Client) else addresses
         self._addresses = addresses
         self._queue = ChangeQueue(start_from, READY * len(addresses))
@@ -152,13 +130,13 @@ class Subscriber:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle addresses, options and tokens."""
+        """Pickle the addresses, the options and the current tokens."""
         return _load, (self._where, {**self._options, "tokens": self.tokens()})
 
     def open(self) -> Subscriber:
-        """Open the streams; return this subscriber. Iterating does this too. Idempotent.
+        """Open a stream to every shard; return this subscriber. Idempotent.
 
-        Raises InvalidArgument once the subscriber is closed.
+        ``next`` calls this if needed. Raises InvalidArgument if the subscriber was closed.
         """
         self._check_process()
         if self._queue.closed:
@@ -173,9 +151,9 @@ class Subscriber:
         return self
 
     def __next__(self) -> Change:
-        """Wait for the next change of any shard.
+        """Wait for the next change of any shard and return it.
 
-        The iteration ends when the subscriber is closed.
+        Raises StopIteration when the subscriber is closed, and the PsError that ended a stream.
         """
         change = self.next()
         if change is None:
@@ -197,11 +175,11 @@ class Subscriber:
         return self._queue.take(timeout)
 
     def tokens(self) -> tuple[bytes, ...]:
-        """Return a token per shard, to continue after the changes that ``next`` has returned so
-        far.
+        """Return one token per shard: a new Subscriber with these ``tokens`` continues from here.
 
-        b"": no change of the shard was returned. If a change is only partly returned (``more``),
-        the token points before it.
+        It receives the changes after those that ``next`` has returned. If ``next`` has returned
+        only some messages of a change (``more``), it receives this change again, as a whole.
+        b"": ``next`` has returned no change of that shard.
         """
         self._check_process()
         return tuple(self._queue.tokens)
@@ -215,7 +193,7 @@ class Subscriber:
             self._end()
 
     def _stream(self, shard: int) -> ShardStream:
-        """Create the stream of one shard, without connecting."""
+        """Create the ShardStream of one shard, without connecting."""
         request = pb.SubscribeRequest()
         request.CopyFrom(self._request)
         request.token = self._queue.tokens[shard]
@@ -239,8 +217,38 @@ class Subscriber:
             )
 
 
+def _request(options: Mapping[str, Any]) -> pb.SubscribeRequest:
+    """Build the request of a Subscriber, without a token, from its arguments by name.
+
+    Raises InvalidArgument if an argument is invalid.
+    """
+    if options["when_lost"] not in ("raise", "snapshot"):
+        raise InvalidArgument(
+            f"when_lost must be 'raise' or 'snapshot', got {options['when_lost']!r}"
+        )
+    if not checked.number("timeout", options["timeout"]) > 0:
+        raise InvalidArgument(f"timeout must be positive seconds, got {options['timeout']}")
+    if options["tables"] == []:
+        raise InvalidArgument("tables must name at least one table; None means all tables")
+    fields: dict[str, Any] = {
+        "tables": options["tables"] or [],
+        "start": checked.one_of("start", options["start"], STARTS),
+        "content": checked.one_of("content", options["content"], CONTENTS),
+        "dtype": checked.one_of("wire", options["wire"], WIRES),
+    }
+    for name in ("coalesce_ms", "coalesce_rows", "progress_ms", "chunk_bytes"):
+        fields[name] = options[name]
+    try:
+        return pb.SubscribeRequest(**fields)
+    except (TypeError, ValueError) as error:  # a number out of range, or a wrong type
+        raise InvalidArgument(f"subscription: {error}") from error
+
+
 def _tokens(tokens: Any, shards: int) -> list[bytes]:
-    """Return a token for each shard; b"" without one."""
+    """Return the argument ``tokens`` of a Subscriber as a list; b"" for each shard if it is None.
+
+    Raises InvalidArgument unless it has one token for each of ``shards`` shards.
+    """
     if tokens is None:
         return [b""] * shards
     if not isinstance(tokens, Sequence) or not all(isinstance(each, bytes) for each in tokens):
@@ -253,7 +261,10 @@ def _tokens(tokens: Any, shards: int) -> list[bytes]:
 
 
 def _close(queue: ChangeQueue, streams: list[ShardStream], process: int) -> None:
-    """End the streams of a subscriber, if this process opened them."""
+    """Close the queue and the streams of a Subscriber that was closed or garbage-collected.
+
+    process  id of the process that opened the streams; in any other process, nothing is done
+    """
     if process == os.getpid():
         queue.close()
         for stream in streams:

@@ -1,4 +1,4 @@
-"""One table of a client: pull, push, exchange and delete its rows."""
+"""Table: one table of a client, with methods that pull, push, exchange and delete its rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from psclient.schema import TableInfo
 
 @dataclass(frozen=True, slots=True)
 class PulledRows:
-    """Embeddings, with the metadata of each key's row. Metadata is 0 for keys without a row."""
+    """Embeddings of keys[*shape], with metadata of each key's row; 0 for keys without a row."""
 
     embeddings: Rows  # float32[*shape, dim]
     found: NDArray[np.bool_]  # [*shape]: whether the key has a row
@@ -30,13 +30,15 @@ class PulledRows:
 
 
 class Table:
-    """One table of a client. A method does what Client's method of the same name does, for this
-    table.
+    """One table of a client.
 
-    client  the Client that created it
+    client  the client through which its methods send requests
     name    name of the table
     dim     length of the embeddings. If the table is dropped and created anew with a different dim,
             calls raise SchemaMismatch: get a new Table by ``client.table(name)``
+
+    Each method does what the Client's method of the same name does, for this one table. The
+    Client's method explains the common arguments and the errors.
     """
 
     def __init__(self, client: RowClient, name: str, dim: int) -> None:
@@ -45,12 +47,17 @@ class Table:
         self.dim = dim
 
     def pull(self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None) -> Rows:
-        """Return embeddings float32[*shape, dim] of integer keys[*shape]. See Client.pull."""
+        """Return the embeddings float32[*shape, dim] of integer keys[*shape], or of a Batch.
+
+        mode  embedding of a key without a row: "train": the initial one; "serve": serving_default
+        wire  dtype of the embeddings on the wire; None: the client's
+        """
         return self.client.pull({self.name: keys}, mode=mode, wire=wire)[self.name]
 
     def start_pull(self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None) -> Pending:
-        """Start a ``pull`` and return at once; ``result()`` of the Pending returns the
-        embeddings.
+        """Start a ``pull`` with these arguments and return at once.
+
+        ``result()`` of the returned Pending waits for the embeddings and returns them.
         """
         pending = self.client.start_pull({self.name: keys}, mode=mode, wire=wire)
         return pending.then(lambda rows: rows[self.name])
@@ -58,14 +65,14 @@ class Table:
     def pull_rows(
         self, keys: Any, *, mode: Mode = "train", min_version: Sequence[int] = ()
     ) -> PulledRows:
-        """Return embeddings of integer keys[*shape], with the metadata of each key's row.
+        """Return the embeddings of integer keys[*shape], with the metadata of each key's row.
 
-        mode         see Client.pull
-        min_version  smallest version of each shard to read from, as in ``describe().versions``; ():
-                     any
+        mode         embedding of a key without a row: "train" or "serve", see Client.pull
+        min_version  version of each shard that it must have reached, as returned by ``barrier`` or
+                     ``describe().versions``; (): any
 
-        Raises VersionInFuture if a shard has not reached its version, LogDiverged if a restore
-        undid it.
+        Raises VersionInFuture if a shard has not reached its version, and LogDiverged if a restore
+        undid that version.
         """
         part = self.client._pull_rows(self.name, keys, mode, min_version)
         versions, steps, frequencies = (part.batch.spread(column) for column in part.history)
@@ -74,11 +81,13 @@ class Table:
     def pull_distinct(
         self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None
     ) -> tuple[Batch, Rows]:
-        """Return (batch, rows): the Batch of ``keys``, and float32[distinct, dim], one row per key
-        of it.
+        """Return one embedding for each distinct key, as (batch, float32[distinct, dim]).
 
-        ``batch.spread(rows)`` returns the embeddings of all ``keys``. Client.push_distinct pushes
-        gradients of the distinct rows.
+        keys  integers of any shape; ``batch`` is a Batch of them
+
+        Row i belongs to ``batch.keys[i]``. ``batch.spread(rows)`` returns the embeddings of all
+        ``keys``. Client.push_distinct pushes gradients of the distinct rows. Client.pull explains
+        ``mode`` and ``wire``.
         """
         batch = self.client.batch(keys)
         rows = self.client.pull_distinct({self.name: batch}, mode=mode, wire=wire)
@@ -103,7 +112,7 @@ class Table:
                  root of the sum of their squares
         weights  float[n], a factor for each key's row; None: all are 1
 
-        See Client.pull for ``mode`` and ``wire``.
+        Client.pull explains ``mode`` and ``wire``.
         """
         batch, rows = self.pull_distinct(keys, mode=mode, wire=wire)
         return pool(rows, batch, offsets, weights, pooling)
@@ -118,7 +127,11 @@ class Table:
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> None:
-        """Apply gradients float[*shape, dim] to the rows of keys[*shape]. See Client.push."""
+        """Apply gradients to the rows of keys. Client.push explains the other arguments.
+
+        keys       integers[*shape], or a Batch of this shape
+        gradients  float[*shape, dim]; gradients of equal keys are summed
+        """
         self.client.push(
             {self.name: (keys, gradients)}, step=step, lr=lr, wire=wire, durability=durability
         )
@@ -134,12 +147,12 @@ class Table:
         wire: Wire | None = None,
         durability: Durability | None = None,
     ) -> Rows:
-        """Push (keys, gradients) and then pull ``keys``, in one round trip; return embeddings.
+        """Push gradients and then pull ``keys``, in one round trip; return the embeddings.
 
-        keys  integers[*shape] to pull
-        push  (keys, gradients float[*shape of these keys, dim])
+        keys  integers[*shape] to pull, or a Batch
+        push  (keys to push to, gradients float[*shape of these keys, dim])
 
-        See Client.exchange.
+        Returns float32[*shape, dim]. Client.exchange explains the other arguments.
         """
         tables = self.client.exchange(
             {self.name: push},
@@ -155,22 +168,22 @@ class Table:
     def delete(self, keys: Any, *, durability: Durability | None = None) -> int:
         """Delete the rows of keys, with optimizer state and counters; ignore keys without a row.
 
-        keys        integers of any shape
-        durability  see Client.push
+        keys        integers of any shape, or a Batch
+        durability  when to return: "applied", "log" or "fsync", see Client.push; None: the table's
 
-        Returns the number of rows deleted; it may be too low if a reply was lost and the request
-        was repeated. Each message is applied whole or not at all.
+        Returns the number of rows deleted; it may be too small if a reply was lost and the request
+        was repeated. Each message to a shard is applied whole or not at all.
         """
         return self.client._delete(self.name, keys, durability)
 
     def alter(self, **settings: Any) -> Alteration:
-        """Change settings of the table. See Client.alter_table for the arguments."""
+        """Change settings of the table. ``settings`` are the arguments of Client.alter_table."""
         return self.client.alter_table(self.name, **settings)
 
     def describe(self) -> TableInfo:
-        """Return the schema of the table, and its size over all shards.
+        """Return the settings of the table, and its size over all shards.
 
-        See Client.describe_table.
+        Raises TableNotFound, or SchemaMismatch if the settings differ between two shards.
         """
         return self.client.describe_table(self.name)
 

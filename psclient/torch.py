@@ -6,9 +6,9 @@
     group.step(step)                                      # one round trip
 
 A forward pass pulls one row for each distinct key into a leaf tensor. Autograd sums the gradients
-of equal keys in it, and ``step`` pushes them to the servers, whose optimizer applies them. The
-modules have no parameters, and their ``state_dict`` contains no rows. Modules of a group may share
-a table. MultiHashEmbedding and MixedDimensionEmbedding combine rows of several tables.
+of equal keys in this tensor, and ``step`` pushes them to the servers, whose optimizer applies them.
+The modules have no parameters, and their ``state_dict`` contains no rows. Modules of a group may
+share a table. MultiHashEmbedding and MixedDimensionEmbedding combine rows of several tables.
 
 Under ``torch.no_grad()`` no gradients are collected. In ``eval()`` mode, keys without a row get the
 table's serving_default. Pickling a module keeps its client's addresses and options; the unpickled
@@ -51,11 +51,12 @@ COMBINE: dict[str, Callable[[list[Tensor]], Tensor]] = {  # as psclient.combine,
 
 
 class _Rows:
-    """Rows of the distinct keys of one table in one forward pass, which collect gradients.
+    """Rows that one forward pass pulled from one table, one per distinct key.
 
-    embeddings  float32[distinct, dim]
+    batch       keys of the forward pass
+    embeddings  float32[distinct, dim], the rows of ``batch.keys``
     collect     whether to collect gradients
-    leaf        ``embeddings`` as a tensor; its ``grad`` collects the gradients
+    leaf        ``embeddings`` as a tensor; backward passes add the gradients to its ``grad``
     """
 
     def __init__(self, table: Table, batch: Batch, embeddings: Any, collect: bool) -> None:
@@ -69,44 +70,50 @@ class _Rows:
 
 
 class _Feature(nn.Module):
-    """Module of an EmbeddingGroup, whose output combines rows of one or several tables."""
+    """Base class of modules that an EmbeddingGroup may contain.
+
+    Its output combines rows of one table or, for several parts, of several tables.
+    """
 
     def __init__(self, client: RowClient) -> None:
         super().__init__()
         self.client = client
 
     def remotes(self) -> list[_Remote]:
-        """Return the modules that pull from a table each: one, or one per part."""
+        """Return the modules that provide the rows, each from one table: one, or one per part."""
         raise NotImplementedError
 
     def requests(self, arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        """Return for each module of ``remotes()`` its arguments (keys, ...).
+        """Return for each module of ``remotes()`` the arguments (keys, ...) to call it with.
 
-        arguments  arguments of this feature: (keys, ...)
+        arguments  arguments (keys, ...) of the ``forward`` of this module
         """
         raise NotImplementedError
 
     def merge(self, outputs: list[Tensor]) -> Tensor:
-        """Return the output of this feature from the outputs of the modules of ``remotes()``."""
+        """Combine the outputs of the modules of ``remotes()`` into the output of this module."""
         raise NotImplementedError
 
     def step(self, step: int = 0, *, lr: float | None = None) -> None:
-        """Push the gradients collected since the last call, in one round trip.
+        """Push the gradients that backward passes collected since the last call of ``step``.
 
         step  training step
-        lr    learning rate; None: the tables'
+        lr    learning rate; None: that of each table
+
+        Takes one round trip.
         """
         _push(self.client, self.remotes(), step, lr)
 
     def forward(self, keys: Any, *arguments: Any) -> Tensor:
-        """Pull the rows of integer keys[*shape] and return the output; see the class for
-        ``arguments``.
+        """Pull the rows of integer keys[*shape] in one round trip; return the output.
+
+        The class explains the shape of the output, and ``arguments`` if there are any.
         """
         return _forward(self.client, {"": self}, {"": (keys, *arguments)})[""]
 
 
 class _Remote(_Feature):
-    """Base class of Embedding and EmbeddingBag: a table, and its rows that collect gradients."""
+    """Base class of Embedding and EmbeddingBag: modules that use the rows of one table."""
 
     def __init__(self, table: Table) -> None:
         super().__init__(table.client)
@@ -114,7 +121,7 @@ class _Remote(_Feature):
         self._collected: list[_Rows] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Omit collected gradients, which only ``step`` of the original pushes."""
+        """Return the state to pickle or copy: without the gradients collected so far."""
         return {**self.__dict__, "_collected": []}
 
     def remotes(self) -> list[_Remote]:
@@ -127,18 +134,19 @@ class _Remote(_Feature):
         return outputs[0]
 
     def combine(self, leaf: Tensor, places: Tensor, arguments: tuple[Any, ...]) -> Tensor:
-        """Return the output for rows of the table.
+        """Compute the output of ``forward`` from the pulled rows.
 
-        leaf       float32[distinct, dim]: the pulled rows
-        places     int64[*shape]: the index in ``leaf`` of each key's row
-        arguments  further arguments of ``forward``, after the keys
+        leaf       float32[distinct, dim]  rows of the distinct keys
+        places     int64[*shape]           index in ``leaf`` of each key's row
+        arguments  arguments of ``forward`` after the keys
         """
         raise NotImplementedError
 
     def collect(self, batch: Batch, embeddings: Any) -> _Rows:
-        """Wrap the rows of a forward pass; keep them for ``step`` if gradients are enabled.
+        """Wrap pulled rows for a forward pass; keep them for ``step`` if gradients are enabled.
 
-        embeddings  float32[distinct, dim], rows of the batch's distinct keys
+        batch       keys of the forward pass
+        embeddings  float32[distinct, dim], the rows of ``batch.keys``
         """
         rows = _Rows(self.table, batch, embeddings, torch.is_grad_enabled())
         if torch.is_grad_enabled():
@@ -150,7 +158,10 @@ class _Remote(_Feature):
 
 
 class Embedding(_Remote):
-    """Returns one row for each key: float32[*shape, dim] for integer keys[*shape]."""
+    """Module that returns the row of each key: float32[*shape, dim] for integer keys[*shape].
+
+    table  the table that has the rows; ``step`` pushes their gradients to it
+    """
 
     def combine(self, leaf: Tensor, places: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         if arguments:
@@ -159,13 +170,14 @@ class Embedding(_Remote):
 
 
 class EmbeddingBag(_Remote):
-    """Returns one combined row for each bag of keys: float32[bags, dim].
+    """Module that returns the sum or mean of the rows of each bag of keys: float32[bags, dim].
 
-    mode  "sum" or "mean" of the rows of a bag
+    table  the table that has the rows; ``step`` pushes their gradients to it
+    mode   "sum" or "mean"
 
     ``forward`` takes the arguments of torch.nn.EmbeddingBag: keys[bags, m]; or keys[n] and
     offsets[bags], the index of each bag's first key. With "sum", a third argument
-    ``per_sample_weights``, of the shape of the keys, multiplies the rows.
+    ``per_sample_weights``, float[*shape of the keys], multiplies the rows.
     """
 
     def __init__(self, table: Table, mode: Mode = "sum") -> None:
@@ -185,9 +197,10 @@ class EmbeddingBag(_Remote):
 
 
 class MultiHashEmbedding(_Feature):
-    """Returns embeddings that combine one row of each part: float32[*shape, dim] for keys[*shape].
+    """Module that returns embeddings combined from parts: float32[*shape, dim] for keys[*shape].
 
-    rows  a QuotientRemainder, ChineseRemainder or KHash of psclient.multihash
+    rows  a QuotientRemainder, ChineseRemainder or KHash of psclient.multihash, which defines the
+          rows of a key and how they are combined
     """
 
     def __init__(self, rows: MultiHash) -> None:
@@ -211,11 +224,13 @@ class MultiHashEmbedding(_Feature):
 
 
 class MixedDimensionEmbedding(nn.Module):
-    """Returns embeddings with more trained numbers for frequent keys: float32[*shape, dim].
+    """Module that returns float32[*shape, dim] for integer keys[*shape].
 
-    rows  a psclient.mixed.MixedDimension
+    Frequent keys have more trained numbers than rare keys; the other numbers of rare keys are 0.
 
-    Its pull takes two round trips, so an EmbeddingGroup cannot contain it.
+    rows  a psclient.mixed.MixedDimension, which defines the tables and the frequent keys
+
+    A pull takes two round trips, so an EmbeddingGroup cannot contain this module.
     """
 
     def __init__(self, rows: MixedDimension) -> None:
@@ -225,7 +240,10 @@ class MixedDimensionEmbedding(nn.Module):
         self.wide = Embedding(rows.wide)
 
     def forward(self, keys: Any) -> Tensor:
-        """Pull the short rows of integer keys[*shape], then the long rows of frequent keys."""
+        """Pull the embeddings of integer keys[*shape]: float32[*shape, dim], in two round trips.
+
+        The first pulls the short rows of all keys, the second the wide rows of frequent keys.
+        """
         array = as_keys(keys)
         flat = array.reshape(-1)
         batch = self.rows.client.batch(flat)
@@ -239,10 +257,12 @@ class MixedDimensionEmbedding(nn.Module):
         return out.reshape(*array.shape, self.rows.dim)
 
     def step(self, step: int = 0, *, lr: float | None = None) -> None:
-        """Push the gradients collected since the last call, in one round trip.
+        """Push the gradients that backward passes collected since the last call of ``step``.
 
         step  training step
-        lr    learning rate; None: the tables'
+        lr    learning rate; None: that of each table
+
+        Takes one round trip.
         """
         _push(self.rows.client, [self.small, self.wide], step, lr)
 
@@ -251,9 +271,10 @@ class MixedDimensionEmbedding(nn.Module):
 
 
 class EmbeddingGroup(nn.Module):
-    """Several features over tables of one client, pulled and pushed in one round trip.
+    """Module of several features, whose rows are pulled and pushed in one round trip each.
 
-    modules  {feature: Embedding, EmbeddingBag or MultiHashEmbedding}
+    client   the client of all tables
+    modules  {name of a feature: Embedding, EmbeddingBag or MultiHashEmbedding}
     """
 
     def __init__(self, client: RowClient, modules: Mapping[str, _Feature]) -> None:
@@ -262,9 +283,11 @@ class EmbeddingGroup(nn.Module):
         self.features = nn.ModuleDict(modules)
 
     def forward(self, keys: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return {feature: output}.
+        """Pull the rows of all features in one round trip; return {feature: output}.
 
         keys  {feature: its keys, or a tuple of its arguments, keys first}; features may be omitted
+
+        Raises InvalidArgument for an unknown feature.
         """
         unknown = sorted(set(keys) - set(self.features))
         if unknown:
@@ -274,10 +297,10 @@ class EmbeddingGroup(nn.Module):
         return _forward(self.client, {name: self._feature(name) for name in keys}, keys)
 
     def step(self, step: int = 0, *, lr: float | None = None) -> None:
-        """Push the gradients collected since the last call, in one round trip.
+        """Push the gradients of all features, collected since the last call, in one round trip.
 
         step  training step
-        lr    learning rate; None: the tables'
+        lr    learning rate; None: that of each table
         """
         remotes = [remote for name in self.features for remote in self._feature(name).remotes()]
         _push(self.client, remotes, step, lr)
@@ -296,9 +319,11 @@ class EmbeddingGroup(nn.Module):
 def _forward(
     client: RowClient, features: Mapping[str, _Feature], inputs: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Pull the rows of all features in one request; return {feature: output}.
+    """Pull the rows of several features in one request; return {feature: output}.
 
-    inputs  {feature: keys, or a tuple of its arguments}
+    client    client of all tables
+    features  {name: module}
+    inputs    {name: keys, or a tuple of the module's arguments, keys first}
     """
     modules, arguments = {}, {}
     for name, feature in features.items():
@@ -316,9 +341,11 @@ def _forward(
 def _pull(
     client: RowClient, modules: Mapping[Part, _Remote], arguments: Mapping[Part, tuple[Any, ...]]
 ) -> dict[Part, Tensor]:
-    """Pull the rows of all modules in one request; modules of the same table share its rows.
+    """Pull the rows of several modules in one request; return the output of each.
 
-    arguments  for each module (keys, ...)
+    client     client of all tables
+    modules    modules that use the rows of one table each; modules of the same table share rows
+    arguments  arguments (keys, ...) of each module's ``forward``
     """
     keys = {name: as_keys(values[0]) for name, values in arguments.items()}
     by_table: dict[str, list[Part]] = {}
@@ -344,7 +371,11 @@ def _pull(
 
 
 def _push(client: RowClient, modules: Sequence[_Remote], step: int, lr: float | None) -> None:
-    """Push the gradients that the modules collected, summed per table, in one request."""
+    """Push the gradients that the modules collected, summed per table, in one request.
+
+    step  training step
+    lr    learning rate; None: that of each table
+    """
     by_table: dict[str, list[_Rows]] = {}
     for module in modules:
         for rows in module._collected:
@@ -360,7 +391,9 @@ def _push(client: RowClient, modules: Sequence[_Remote], step: int, lr: float | 
 def _merge(client: RowClient, passes: list[_Rows]) -> tuple[Batch, Any]:
     """Sum the gradients of several forward passes over one table.
 
-    Returns (batch, gradients float32[distinct, dim]).
+    passes  rows of each forward pass, with their gradients
+
+    Returns (batch of all keys, gradients float32[distinct, dim] of its distinct keys).
     """
     gradients = [rows.leaf.grad.numpy() for rows in passes if rows.leaf.grad is not None]
     if len(passes) == 1:

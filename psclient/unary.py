@@ -1,6 +1,6 @@
-"""Connection to one shard through unary calls, as clients in other languages may use it.
+"""Connection to one shard through unary calls: one gRPC call per request.
 
-It is slower than a stream (stream.py).
+A stream (stream.py) is faster. Clients in other languages may find unary calls easier to use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from psproto import codec
 
 
 class UnaryLink(Link):
-    """Connection to one shard through unary calls. Thread-safe. See Link."""
+    """Connection to one shard through unary calls. Thread-safe. The base class explains it."""
 
     def submit(self, call: Call, *, background: bool = False) -> None:
         with self.lock:
@@ -51,21 +51,22 @@ class UnaryLink(Link):
             self.channel.cancel(call.handle)
 
     def _send(self, call: Call) -> None:
-        """Start an attempt of a call."""
+        """Start an attempt of a call: send its message and store gRPC's call object in it."""
         call.attempts += 1
         left = max(call.deadline - time.monotonic(), 0.001)
         call.handle = self.channel.start("/ps.v1.RowService/Exchange", call.message, left)
 
     def _end(self, call: Call, *, applied: bool) -> None:
-        """Note that a call will not be sent again. applied: whether its pushes took effect."""
+        """Mark a call as done, so that it is not sent again.
+
+        applied  whether the shard answered that it applied the pushes in the call
+        """
         with self.lock:
             call.done = True
             self._finish(call, applied=applied)
 
     def _again(self, call: Call, error: PsError) -> None:
-        """Pause and send a failed call again if its error allows that; otherwise raise the
-        error.
-        """
+        """Send a failed call again after a pause, if ``error`` permits it; else raise ``error``."""
         pause = pause_before(call, error)
         if pause is None and isinstance(error, Unavailable):
             pause = backoff(call.attempts)
