@@ -21,6 +21,7 @@ moved.py       requests sent again to the owners of their keys
 fanout.py      unary calls to several shards at once
 cluster.py     connections to all shards, and the shard map
 request.py     pushes and pulls of a request, and the messages that carry them
+arguments.py   check the arguments of pulls and pushes
 pending.py     requests in flight
 deletes.py     delete rows on every shard
 connection.py  base class of the client: addresses, options, connecting and closing

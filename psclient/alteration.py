@@ -40,8 +40,6 @@ def alter_request(
     settings are None.
     """
     at = f"table {checked.text('name', name)!r}: "
-    if admission is None and admission_args is not None:
-        raise InvalidArgument(f"{at}admission_args requires admission, the name of the rule")
     schema, fields = pb.TableSchema(name=name), []
     if lr is not None:
         schema.optimizer.parameters["lr"] = checked.number(f"{at}lr", lr)
@@ -53,13 +51,7 @@ def alter_request(
         level = checked.one_of("durability", durability, DURABILITIES)
         schema.durability = level  # type: ignore[assignment]
         fields.append("durability")
-    if admission is not None:
-        schema.admission.CopyFrom(rule(f"{at}admission", admission, admission_args))
-        fields.append("admission")
-    if eviction is not None:
-        rules = checked.mapping(f"{at}eviction", eviction)
-        schema.evictions.extend(rule(f"{at}eviction", *each) for each in rules.items())
-        fields.append("evictions")
+    fields += _set_rules(schema, at, admission, admission_args, eviction)
     if max_step_ahead is not None:
         ahead = checked.integer(f"{at}max_step_ahead", max_step_ahead, 0, STEPS)
         schema.max_step_ahead = ahead
@@ -67,6 +59,33 @@ def alter_request(
     if not fields:
         raise InvalidArgument(f"{at}expected at least one setting to alter, got none")
     return pb.AlterTableRequest(schema=schema, fields=fields)
+
+
+def _set_rules(
+    schema: pb.TableSchema,
+    at: str,
+    admission: str | None,
+    admission_args: Mapping[str, float] | None,
+    eviction: Mapping[str, Mapping[str, float]] | None,
+) -> list[str]:
+    """Set the admission and eviction rules that are not None; return the names of fields set.
+
+    schema  written
+    at      start of error messages: "table 'user': "
+
+    Client.alter_table explains the other arguments. Raises InvalidArgument for an invalid value.
+    """
+    if admission is None and admission_args is not None:
+        raise InvalidArgument(f"{at}admission_args requires admission, the name of the rule")
+    fields = []
+    if admission is not None:
+        schema.admission.CopyFrom(rule(f"{at}admission", admission, admission_args))
+        fields.append("admission")
+    if eviction is not None:
+        rules = checked.mapping(f"{at}eviction", eviction)
+        schema.evictions.extend(rule(f"{at}eviction", *each) for each in rules.items())
+        fields.append("evictions")
+    return fields
 
 
 def alteration_of(shards: Sequence[pb.AlterTableResponse]) -> Alteration:

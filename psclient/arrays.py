@@ -45,11 +45,9 @@ def as_array(values: Any, name: str) -> NDArray[Any]:
     _refuse_nulls(values, name)
     if hasattr(values, "detach"):  # a tensor that records gradients refuses DLPack
         values = values.detach()
-    try:
-        column = hasattr(values, "null_count")  # a data frame's column, which np.asarray reads
-        if hasattr(values, "__dlpack__") and not column:
-            return np.from_dlpack(values)
-        return np.asarray(values)
+    try:  # a data frame's column, which has null_count, is read by np.asarray
+        dlpack = hasattr(values, "__dlpack__") and not hasattr(values, "null_count")
+        return np.from_dlpack(values) if dlpack else np.asarray(values)
     except (BufferError, TypeError, ValueError, RuntimeError) as error:
         if str(getattr(values, "dtype", "")).endswith("bfloat16"):  # a dtype that NumPy lacks
             wide = values.float() if hasattr(values, "float") else values.astype("float32")

@@ -78,7 +78,25 @@ def _delete(link: Link, header: pb.PushHeader, keys: codec.Keys, deadline: float
 
     Returns the number of rows deleted. Raises WrongShard if the shard does not own all the keys.
     """
-    session, attempts, data = link.session, 0, None
+    session, data = link.session, None
+    try:
+        with link.lock:
+            session.number(header)
+        data = _send(link, header, keys, deadline)
+    finally:
+        with link.lock:
+            session.over(header, applied=data is not None)
+    return int(pb.DeleteResponse.FromString(data).deleted)
+
+
+def _send(link: Link, header: pb.PushHeader, keys: codec.Keys, deadline: float) -> bytes:
+    """Send a delete to one shard until it answers; return the encoded DeleteResponse.
+
+    If the shard refuses the first attempt with SessionExpired, the delete was never applied: it is
+    numbered again, in the client's next incarnation, and sent again. ``_delete`` explains the
+    arguments.
+    """
+    session, attempts = link.session, 0
 
     def attempt(left: float) -> bytes:
         nonlocal attempts
@@ -87,19 +105,12 @@ def _delete(link: Link, header: pb.PushHeader, keys: codec.Keys, deadline: float
         return link.channel.call("/ps.v1.RowService/Delete", message, left)
 
     try:
-        with link.lock:
-            session.number(header)
-        try:
-            data = retry(attempt, link.where, deadline)
-        except SessionExpired:
-            if attempts > 1:
-                raise
-            with link.lock:  # refused at the first attempt, so the delete was never applied
-                if header.incarnation == session.incarnation:
-                    session.renew()
-                session.number(header)
-            data = retry(attempt, link.where, deadline)
-    finally:
-        with link.lock:
-            session.over(header, applied=data is not None)
-    return int(pb.DeleteResponse.FromString(data).deleted)
+        return retry(attempt, link.where, deadline)  # type: ignore[no-any-return]
+    except SessionExpired:
+        if attempts > 1:
+            raise
+    with link.lock:
+        if header.incarnation == session.incarnation:
+            session.renew()
+        session.number(header)
+    return retry(attempt, link.where, deadline)  # type: ignore[no-any-return]

@@ -53,13 +53,9 @@ def ask_all(asks: Sequence[Ask], deadline: float) -> None:
     try:
         while not all(ask.ended for ask in asks):
             now = time.monotonic()
-            waiting = [ask for ask in asks if not ask.ended and ask.handle is None]
-            for ask in waiting:
-                if ask.due <= now:
-                    _start(ask, deadline - now, ended)
+            until = _start_due(asks, now, deadline, ended)
             if all(ask.ended for ask in asks):  # the client was closed
                 return
-            until = min((ask.due for ask in waiting if ask.due > now), default=deadline + GRACE)
             try:
                 ask, handle = ended.get(timeout=max(until - now, 0.0))
             except Empty:
@@ -73,6 +69,21 @@ def ask_all(asks: Sequence[Ask], deadline: float) -> None:
             if ask.handle is not None:
                 ask.link.channel.cancel(ask.handle)
         raise
+
+
+def _start_due(
+    asks: Sequence[Ask], now: float, deadline: float, ended: SimpleQueue[tuple[Ask, Any]]
+) -> float:
+    """Start the attempts that are due; return the time until which to wait for one to end.
+
+    now, deadline  monotonic seconds, as is the result
+    ended          see ``_start``
+    """
+    waiting = [ask for ask in asks if not ask.ended and ask.handle is None]
+    for ask in waiting:
+        if ask.due <= now:
+            _start(ask, deadline - now, ended)
+    return min((ask.due for ask in waiting if ask.due > now), default=deadline + GRACE)
 
 
 def _start(ask: Ask, left: float, ended: SimpleQueue[tuple[Ask, Any]]) -> None:

@@ -290,8 +290,7 @@ class Follower:
         timeout   seconds; None: no limit
 
         Raises DeadlineExceeded after ``timeout``. Raises LogDiverged if a restore to an older
-        checkpoint undid a version; this is detected only if ``versions`` is a ``Versions``, and not
-        for plain integers.
+        checkpoint undid a version (only for ``Versions``: plain integers lack the epochs).
         """
         self._check_open()
         following = self._following

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from psclient.cluster import Cluster
 from psclient.errors import InvalidArgument, PsError, SchemaMismatch, TableNotFound, WrongShard
 from psclient.link import Link
 from psclient.moved import resend
-from psclient.request import Range, take
+from psclient.request import Header, PullPart, PushPart, Range, messages, take
 from psclient.session import Call
 from psproto import codec
 
@@ -53,6 +53,26 @@ class Request:
     late: bool
     sent: list[Sent] = field(default_factory=list)
     later: list[Sent] = field(default_factory=list)
+
+    def send(self, header: Header, pushes: Sequence[PushPart], pulls: Sequence[PullPart]) -> None:
+        """Send the messages of the request to all shards, without waiting for answers.
+
+        header  options of the pushes
+
+        If a shard needs several messages, those with pulls are kept in ``later``.
+        """
+        try:
+            for shard, link in enumerate(self.cluster.links):
+                built = messages(self.cluster, shard, pushes, pulls, header)
+                for exchange, ranges in built:
+                    item = Sent(link, Call(exchange, self.deadline), ranges)
+                    if pushes and len(built) > 1 and not exchange.pushes:
+                        self.later.append(item)  # not before all pushes have succeeded
+                    else:
+                        self.submit(item, background=self.late)
+        except BaseException:
+            self.abandon()
+            raise
 
     def submit(self, item: Sent, *, background: bool = False) -> None:
         """Send a message.

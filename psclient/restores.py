@@ -53,14 +53,8 @@ def restore(
     checked.name("checkpoint", name)
     owner = secrets.token_hex(8)
     statuses = statuses_of(client)
-    left = {(each.id, each.name) for each in statuses if each.phase not in (*OVER, PREPARED)}
-    if len(left) > 1 or any(other != name for _, other in left):
-        raise RestoreConflict(
-            f"expected no unfinished restore of another checkpoint, got {sorted(left)} (id,"
-            " checkpoint): finish it by restoring that checkpoint, or abort it first"
-        )
-    if left:
-        id = next(iter(left))[0]
+    id = _unfinished(statuses, name)
+    if id:
         if not any(each.id == id and each.phase in BACK for each in statuses):
             _take_over(client, id, owner)
             _run(client, id, name, owner)
@@ -70,6 +64,23 @@ def restore(
     rows = _prepare(client, id, name, owner, replace, progress)
     _run(client, id, name, owner)
     return rows
+
+
+def _unfinished(statuses: Sequence[pb.RestoreStatus], name: str) -> str:
+    """Return the id of an interrupted restore of the checkpoint ``name``; "" if there is none.
+
+    statuses  status of each shard
+
+    A restore is interrupted if a shard is past the phase PREPARED. Raises RestoreConflict if there
+    is another such restore.
+    """
+    left = {(each.id, each.name) for each in statuses if each.phase not in (*OVER, PREPARED)}
+    if len(left) > 1 or any(other != name for _, other in left):
+        raise RestoreConflict(
+            f"expected no unfinished restore of another checkpoint, got {sorted(left)} (id,"
+            " checkpoint): finish it by restoring that checkpoint, or abort it first"
+        )
+    return next(iter(left))[0] if left else ""
 
 
 def abort_restore(client: Client) -> None:

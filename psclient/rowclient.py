@@ -9,18 +9,17 @@ import numpy as np
 
 from psclient import checked
 from psclient.alteration import Alteration, alter_request, alteration_of, incomplete
+from psclient.arguments import by_table, check_range, pair, push_header, versions_of
 from psclient.arrays import Rows
 from psclient.batch import Batch
-from psclient.choices import DURABILITIES, LARGEST, MODES, WIRES, Durability, Mode, Wire
+from psclient.choices import MODES, WIRES, Durability, Mode, Wire
 from psclient.connection import Connection
 from psclient.deletes import delete_rows
 from psclient.errors import InvalidArgument, PsError
-from psclient.pending import Pending, Request, Sent
-from psclient.request import Header, PullPart, PushPart, messages
+from psclient.pending import Pending, Request
+from psclient.request import Header, PullPart, PushPart
 from psclient.schema import TableInfo, table_info
-from psclient.session import Call
 from psclient.versions import NO_VERSIONS, Versions
-from psproto import codec
 from psproto import ps_pb2 as pb
 
 
@@ -246,17 +245,17 @@ class RowClient(Connection):
         ``exchange`` explains the other arguments.
         """
         deadline = self._deadline()
-        header = self._header(step, lr, durability)
+        header = push_header(step, lr, durability)
         dtype = self._dtype if wire is None else checked.one_of("wire", wire, WIRES)
         wanted = checked.one_of("mode", mode, MODES)
         self._connect(deadline)
         pushes = [
-            self._push_part(name, *_pair(name, each), dtype, distinct, deadline)
-            for name, each in _by_table("gradients", push).items()
+            self._push_part(name, *pair(name, each), dtype, distinct, deadline)
+            for name, each in by_table("gradients", push).items()
         ]
         pulls = [
             self._pull_part(name, keys, dtype, wanted, deadline, distinct=distinct)
-            for name, keys in _by_table("keys", pull).items()
+            for name, keys in by_table("keys", pull).items()
         ]
 
         def finish() -> dict[str, Rows]:
@@ -276,7 +275,7 @@ class RowClient(Connection):
         """
         deadline = self._deadline()
         wanted = checked.one_of("mode", mode, MODES)
-        least = _least(min_version, len(self._connect(deadline).links))
+        least = versions_of(min_version, len(self._connect(deadline).links))
         part = self._pull_part(
             name, keys, self._dtype, wanted, deadline, metadata=True, min_version=least
         )
@@ -311,29 +310,8 @@ class RowClient(Connection):
             deadline=deadline,
             late=background,
         )
-        try:
-            for shard, link in enumerate(cluster.links):
-                built = messages(cluster, shard, pushes, pulls, header)
-                for exchange, ranges in built:
-                    item = Sent(link, Call(exchange, deadline), ranges)
-                    if pushes and len(built) > 1 and not exchange.pushes:
-                        request.later.append(item)  # not before all pushes have succeeded
-                    else:
-                        request.submit(item, background=background)
-        except BaseException:
-            request.abandon()
-            raise
+        request.send(header, pushes, pulls)
         return request
-
-    def _header(self, step: int, lr: float | None, durability: str | None) -> Header:
-        """Return the options of a push as a Header. Raises InvalidArgument if one is invalid."""
-        return Header(
-            step=checked.integer("step", step, -codec.STEPS, codec.STEPS),
-            lr=None if lr is None else checked.number("lr", lr),
-            durability=0
-            if durability is None
-            else checked.one_of("durability", durability, DURABILITIES),
-        )
 
     def _batch(self, keys: Any, deadline: float) -> Batch:
         """Return ``keys``, integers or a Batch, as a Batch; connect first if needed.
@@ -387,13 +365,7 @@ class RowClient(Connection):
         """
         dim, batch = self._dim(name, deadline), self._batch(keys, deadline)
         sums = batch.check(gradients, name, dim) if distinct else batch.sum(gradients, name, dim)
-        largest = LARGEST[dtype]
-        if largest is not None and sums.size and max(sums.max(), -sums.min()) > largest:
-            row, column = np.argwhere(np.abs(sums) > largest)[0]
-            raise InvalidArgument(
-                f"table {name!r}: the gradient of key {batch.keys[row]} is {sums[row, column]} at"
-                f" position {column}; the dtype on the wire allows at most {largest:g}"
-            )
+        check_range(name, batch, sums, dtype)
         return PushPart(name, batch, sums, dtype, batch.split.counts)
 
     def _dim(self, name: str, deadline: float) -> int:
@@ -417,39 +389,6 @@ class RowClient(Connection):
         durability  see ``push``; None: the table's
         """
         deadline = self._deadline()
-        header = self._header(0, None, durability)
+        header = push_header(0, None, durability)
         cluster = self._connect(deadline)
         return delete_rows(cluster, name, self._batch(keys, deadline), header.durability, deadline)
-
-
-def _least(min_version: Sequence[int], shards: int) -> Versions:
-    """Return the argument ``min_version`` of a pull as Versions; unknown epochs become 0.
-
-    shards  number of shards
-
-    Raises InvalidArgument unless it is empty or has one version per shard.
-    """
-    if min_version and len(min_version) != shards:
-        raise InvalidArgument(
-            f"min_version must have one version for each of {shards} shards, got {len(min_version)}"
-        )
-    return Versions(
-        (checked.integer("min_version", each, 0, 1 << 64) for each in min_version),
-        min_version.epochs if isinstance(min_version, Versions) else (0,) * len(min_version),
-    )
-
-
-def _by_table(field: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise InvalidArgument(
-            f"{field} must be a mapping {{table: ...}}, got {type(value).__name__}"
-        )
-    return value
-
-
-def _pair(name: str, value: Any) -> tuple[Any, Any]:
-    if not isinstance(value, Sequence) or len(value) != 2:
-        raise InvalidArgument(
-            f"table {name!r}: a push must be a pair (keys, gradients), got {type(value).__name__}"
-        )
-    return value[0], value[1]

@@ -149,13 +149,18 @@ def read_rows(
                 yield head.schema
             elif head.HasField("schema"):
                 continue
-            yield RowBatch(
-                np.frombuffer(answer.keys, "<u8"),
-                np.frombuffer(answer.versions, "<u8"),
-                np.frombuffer(answer.steps, "<i8"),
-                np.frombuffer(answer.frequencies, "<u8"),
-                np.frombuffer(answer.rows, "<f4").reshape(-1, head.width),
-            )
+            yield _row_batch(answer)
+
+
+def _row_batch(message: pb.Delta) -> RowBatch:
+    """Return the rows of a message as arrays, which share its memory."""
+    return RowBatch(
+        np.frombuffer(message.keys, "<u8"),
+        np.frombuffer(message.versions, "<u8"),
+        np.frombuffer(message.steps, "<i8"),
+        np.frombuffer(message.frequencies, "<u8"),
+        np.frombuffer(message.rows, "<f4").reshape(-1, message.header.width),
+    )
 
 
 def write_rows(

@@ -67,6 +67,7 @@ def table_schema(
     """
     at = f"table {checked.text('name', name)!r}: "
     rates = {} if optimizer[2] is None else {"lr": optimizer[2]}
+    evictions = checked.mapping(f"{at}eviction", eviction).items()
     schema = pb.TableSchema(
         name=name,
         dim=checked.integer(f"{at}dim", dim, 1, MAX_DIM + 1),
@@ -76,10 +77,7 @@ def table_schema(
         serving_default=checked.number(f"{at}serving_default", serving_default),
         durability=checked.one_of("durability", durability, DURABILITIES),  # type: ignore[arg-type]
         admission=rule(f"{at}admission", *admission),
-        evictions=[
-            rule(f"{at}eviction", kind, args)
-            for kind, args in checked.mapping(f"{at}eviction", eviction).items()
-        ],
+        evictions=[rule(f"{at}eviction", *each) for each in evictions],
     )
     if max_step_ahead is not None:
         ahead = checked.integer(f"{at}max_step_ahead", max_step_ahead, 0, codec.STEPS)

@@ -263,8 +263,7 @@ class StreamLink(Link):
 
         stream  the stream that failed
         error   exception that reading it raised. If its gRPC status code is in RETRYABLE, this
-                method pauses, and the caller then opens a new stream. Otherwise all unanswered
-                calls fail with this error
+                method pauses. Otherwise all unanswered calls fail with this error
         reader  call on whose behalf this thread read. The pause ends at its deadline. If the
                 deadline has passed, this call fails and there is no pause
         """
