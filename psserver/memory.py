@@ -46,7 +46,10 @@ class Limit:
     of_process: bool = False  # True: holds for each process alone; False: processes share it
 
     def part(self, colocated: int) -> int:
-        """Return the number of bytes for each server, if ``colocated`` servers run here."""
+        """Return how many bytes of this limit each server may use.
+
+        colocated  number of servers on this machine or in this container
+        """
         return self.bytes if self.of_process else self.bytes // colocated
 
     def __str__(self) -> str:
@@ -79,7 +82,7 @@ class Plan:
 
     @property
     def reserve(self) -> int:
-        """Bytes of this server's share that tables cannot use, without the slack."""
+        """Bytes of this server's share for everything except tables and slack."""
         return BASE_BYTES + self.inflight + self.transport + self.backlog
 
     @property

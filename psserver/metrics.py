@@ -150,7 +150,7 @@ class ShardCollector(Collector):
         return errors
 
     def _tables(self) -> Iterator[Metric]:
-        """Yield rows and bytes by table, and the metrics of ``_rules``."""
+        """Yield the number of rows and the memory of each table, then the metrics of ``_rules``."""
         rows = GaugeMetricFamily("ps_table_rows", "Rows in a table.", labels=["table", "tier"])
         size = GaugeMetricFamily(
             "ps_table_bytes", "Memory used by a table, in bytes.", labels=["table", "tier"]
@@ -166,7 +166,9 @@ class ShardCollector(Collector):
         yield from self._rules()
 
     def _rules(self) -> Iterator[Metric]:
-        """Yield the results of admission and eviction by table, for example evicted rows."""
+        """Yield, for each table, counts of the keys and rows that its rules admitted, refused and
+        evicted, and the memory of its admission counters.
+        """
         waiting, counters = (GaugeMetricFamily(*each, labels=["table"]) for each in RULE_GAUGES)
         admitted, refused, dropped, expired = (
             CounterMetricFamily(*each, labels=["table"]) for each in RULE_COUNTERS
@@ -199,7 +201,7 @@ class ConnectionCollector(Collector):
         self._connections = connections
 
     def collect(self) -> Iterator[Metric]:
-        """Yield both metrics."""
+        """Yield ps_unfinished_bytes and ps_closed_connections."""
         yield GaugeMetricFamily(
             "ps_unfinished_bytes",
             "Bytes of messages that have not arrived completely.",

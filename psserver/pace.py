@@ -21,8 +21,8 @@ LONGEST = 1.0  # longest pause of ``beside``, in seconds; a server that stops wa
 
 
 class Pace:
-    """Runs slices of work, and pauses after each one. If several threads call, one slice or pause
-    runs at a time, and the other threads wait.
+    """Runs slices (short pieces) of work, and pauses after each one. If several threads call, they
+    take turns: a slice and its pause end before the next slice begins.
 
     spared  length of a pause, as a multiple of the processor time that the slice took
     """

@@ -32,8 +32,9 @@ def blocks_of(captured: Capture, after: int, buffer: Bytes) -> Iterator[Block]:
     """Yield blocks, without checksums, with the tombstones and then the rows that changed after
     version ``after``, up to the captured version.
 
-    after   version; 0: all rows
-    buffer  uint8[BLOCK_BYTES]  memory for the blocks: each is valid until the next is requested
+    captured  the shard as of one version
+    after     version; 0: all rows
+    buffer    uint8[BLOCK_BYTES]  memory for the blocks: each is valid until the next is requested
 
     A row that is pushed while this generator runs may be missing, or be a mix of old and new
     numbers. The log has its new contents.
@@ -55,7 +56,11 @@ def blocks_of(captured: Capture, after: int, buffer: Bytes) -> Iterator[Block]:
 
 
 def _tombstone_blocks(captured: Capture, after: int, buffer: Bytes) -> Iterator[Block]:
-    """Yield the blocks of ``blocks_of`` that contain tombstones."""
+    """Yield blocks with the tombstones (records of deletes) that are newer than version ``after``.
+
+    captured  the shard as of one version
+    buffer    uint8[BLOCK_BYTES]  memory for the blocks: each is valid until the next is requested
+    """
     size = tombstones_per_block()
     for number, dead in joined([part.after(after) for part in captured.tombstones]).by_table():
         for at in range(0, len(dead), size):
@@ -77,6 +82,9 @@ def counters_of(captured: Capture, after: int, engine: Engine) -> Iterator[Count
     totals    uint32[n]  occurrences counted
     versions  uint64[n]  version of the counter's last change
 
+    captured  the shard as of one version
+    engine    runs the reads of the counters, on its thread
+
     A counter that changes while this generator runs may be missing, or newer than the captured
     version. The log has its new value.
     """
@@ -96,7 +104,8 @@ def cells_of(captured: Capture, but: set[int]) -> Iterator[tuple[int, int, Bytes
     A sketch is the array of approximate admission counters of a table. Tables with exact counters
     are skipped. The bytes are those at the time of reading, not of the capture.
 
-    but  numbers of more tables to skip
+    captured  the shard as of one version
+    but       numbers of more tables to skip
     """
     for each in captured.tables:
         if each.number in but:

@@ -56,7 +56,7 @@ def report_memory(config: ServerConfig) -> None:
 
 
 async def _serve(config: ServerConfig) -> bool:
-    """Serve the shard until SIGTERM, SIGINT, or a restart for a restore; then close the server.
+    """Serve the shard until SIGTERM, SIGINT, or a restore that requires a restart; then close it.
 
     Returns True if the process must start again.
     """

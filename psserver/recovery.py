@@ -140,8 +140,9 @@ class Recovery:
         return entry
 
     def _replay_on(self, entry: TableEntry, version: int, record: records.Record) -> None:
-        """Apply a log record that changes an existing table.
+        """Apply a log record to the existing table that it changes.
 
+        entry    the table
         version  version of the change
         """
         match record:

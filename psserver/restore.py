@@ -89,7 +89,9 @@ class Restores:
 
     @property
     def held(self) -> bool:
-        """Whether the shard must refuse other requests: from the step HOLD to the restore's end."""
+        """Whether a restore makes the shard refuse all other requests: from the step HOLD until the
+        restore is released or aborted.
+        """
         state = self._state
         return state is not None and state.phase not in (PREPARED, *OVER)
 
@@ -161,15 +163,15 @@ class Restores:
             return self._status()
 
     def _stay(self, owner: str) -> None:
-        """Record a call of the owner, which extends its lease.
+        """Record the time of a call of the owner, so that no other client takes its place.
 
-        If there is no owner, because the process restarted, ``owner`` becomes it.
+        owner  id of the calling client; it becomes the owner if there is none since a restart
         """
         if owner and owner == (self._owner or owner):
             self._owner, self._seen = owner, self._clock()
 
     def _require_owner(self, request: pb.RestoreRequest, state: State) -> None:
-        """Make the client of a request the owner.
+        """Make the client of a request the owner of the restore.
 
         Raises RestoreConflict if another owner called less than LEASE_SECONDS ago, except for an
         abort, which any client may request.

@@ -142,8 +142,7 @@ class Server:
             self._feed = Feed(shard, engine, versions, max_subscribers=config.max_subscribers)
             self._feed.open(asyncio.get_running_loop())
         self._sweeper = Sweeper(shard, engine)
-        flusher = None if data is None else data.flusher
-        flushed = None if flusher is None else lambda: flusher.flushed
+        flushed = None if data is None else lambda: data.flusher.flushed
         info = ServerInfo(shard, config, versions, flushed)
         self._service = Service(
             shard,

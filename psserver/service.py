@@ -106,8 +106,23 @@ class Service:
 
     def methods(self) -> dict[str, Handler]:
         """Return all gRPC handlers by full name, for example "/ps.v1.RowService/Pull"."""
+        services = {
+            "TableService": self._table_methods(),
+            "RowService": self._row_methods(),
+            "LogService": self._log_methods(),
+            "CheckpointService": self._checkpoint_methods(),
+            "AnalysisService": self._analysis_methods(),
+            "InfoService": self._info_methods(),
+        }
+        return {
+            f"/ps.v1.{service}/{name}": handler
+            for service, methods in services.items()
+            for name, handler in methods.items()
+        }
+
+    def _table_methods(self) -> dict[str, Handler]:
         make = self._make
-        tables = {
+        return {
             "CreateTable": make.message(pb.CreateTableRequest, self.create_table),
             "DescribeTable": make.message(pb.DescribeTableRequest, self.describe_table),
             "ListTables": make.message(pb.ListTablesRequest, self.list_tables),
@@ -115,14 +130,18 @@ class Service:
             "DropTable": make.message(pb.DropTableRequest, self.drop_table),
             "Evict": make.message(pb.EvictRequest, self.evict),
         }
-        info = {
-            "GetServerInfo": make.message(
+
+    def _info_methods(self) -> dict[str, Handler]:
+        return {
+            "GetServerInfo": self._make.message(
                 pb.GetServerInfoRequest, self.get_server_info, during_restore=True
             )
         }
-        work, restore = self._checkpoints, self._restores
+
+    def _checkpoint_methods(self) -> dict[str, Handler]:
+        make, work, restore = self._make, self._checkpoints, self._restores
         short, store = self._workers.short, self._workers.store
-        checkpoints = {
+        return {
             "WriteCheckpoint": make.long(pb.WriteCheckpointRequest, work.write),
             "CompleteCheckpoint": make.blocking(pb.CompleteCheckpointRequest, work.complete, store),
             "ListCheckpoints": make.blocking(pb.ListCheckpointsRequest, work.catalog.listed, store),
@@ -135,18 +154,27 @@ class Service:
             "ReadRows": make.many(pb.ReadRowsRequest, work.rows.read_rows),
             "WriteRows": make.unary("WriteRows", self.write_rows),
         }
-        analyses = {
-            "Analyze": make.many(pb.AnalyzeRequest, self._analyses.analyze),
-            "Inspect": make.blocking(pb.InspectRequest, self._analyses.inspect, short),
+
+    def _analysis_methods(self) -> dict[str, Handler]:
+        make, analyses = self._make, self._analyses
+        return {
+            "Analyze": make.many(pb.AnalyzeRequest, analyses.analyze),
+            "Inspect": make.blocking(pb.InspectRequest, analyses.inspect, self._workers.short),
         }
-        log = {
+
+    def _log_methods(self) -> dict[str, Handler]:
+        make = self._make
+        return {
             "WaitDurable": make.message(pb.WaitDurableRequest, self.wait_durable),
             "Barrier": make.message(pb.BarrierRequest, self.barrier),
             "Subscribe": grpc.unary_stream_rpc_method_handler(
                 make.served("Subscribe", self.subscribe)
             ),
         }
-        rows = {
+
+    def _row_methods(self) -> dict[str, Handler]:
+        make = self._make
+        return {
             "Pull": make.unary("Pull", self._exchanges.pull),
             "Push": make.unary("Push", self._exchanges.push),
             "Exchange": make.unary("Exchange", self._exchanges.exchange),
@@ -154,19 +182,6 @@ class Service:
             "Stream": grpc.stream_stream_rpc_method_handler(
                 make.counted("Stream", self._streams.stream)
             ),
-        }
-        services = {
-            "TableService": tables,
-            "RowService": rows,
-            "LogService": log,
-            "CheckpointService": checkpoints,
-            "AnalysisService": analyses,
-            "InfoService": info,
-        }
-        return {
-            f"/ps.v1.{service}/{name}": handler
-            for service, methods in services.items()
-            for name, handler in methods.items()
         }
 
     # ---- tables and server
@@ -288,7 +303,10 @@ class Service:
         return pb.BarrierResponse(version=version, epoch=epoch)
 
     async def subscribe(self, data: bytes, context: Context) -> None:
-        """Serve a subscription until it fails or the subscriber leaves."""
+        """Serve a subscription until it fails or the subscriber leaves.
+
+        data  the encoded SubscribeRequest
+        """
         if self._feed is None:
             raise NoLog
         await self._feed.serve(data, context.write)

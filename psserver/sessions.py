@@ -104,14 +104,8 @@ class Sessions:
                     f" client acknowledged pushes up to {acknowledged}: the session expired, or a"
                     " restore removed it"
                 )
-            if session is None and len(self._sessions) >= self._limit:
-                oldest = next(iter(self._sessions.values()))
-                if self._clock() - oldest.used < self._ttl:
-                    raise TooLarge(
-                        "TOO_MANY_SESSIONS",
-                        f"this shard already has {self._limit} client sessions, its limit"
-                        " (max_sessions)",
-                    )
+            if session is None:
+                self._require_room()
             return None
         if session.incarnation > incarnation:
             raise SessionExpired(
@@ -124,6 +118,17 @@ class Sessions:
                 f" this shard has records of pushes after {session.horizon} only"
             )
         return session.versions.get(sequence)
+
+    def _require_room(self) -> None:
+        """Raise TooLarge if a new session would exceed the limit, and none can be replaced."""
+        if len(self._sessions) < self._limit:
+            return
+        oldest = next(iter(self._sessions.values()))
+        if self._clock() - oldest.used < self._ttl:
+            raise TooLarge(
+                "TOO_MANY_SESSIONS",
+                f"this shard already has {self._limit} client sessions, its limit (max_sessions)",
+            )
 
     def record(
         self, client: int, incarnation: int, sequence: int, acknowledged: int, version: int

@@ -48,15 +48,17 @@ def require_id(field: str, value: str) -> str:
 
 
 def runs(shard: Shard) -> tuple[tuple[int, int], ...]:
-    """Return the buckets that a shard owns, as ranges (first, last + 1) in ascending order."""
+    """Return the buckets (ranges of key hashes) that a shard owns, as pairs (first, last + 1) in
+    ascending order.
+    """
     mine = shard.shard_map.shard_of_bucket == shard.number
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mine, [False]]).astype(np.int8)))
     return tuple(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def overlapping(checkpoint: Checkpoint, shard: Shard) -> list[int]:
-    """Return the numbers of the checkpoint's parts that can contain keys of ``shard``: those that
-    have one of its buckets.
+    """Return the numbers of the checkpoint's parts that can contain keys of ``shard``, because they
+    have a bucket (range of key hashes) that it owns.
     """
     mine = runs(shard)
     return [

@@ -50,8 +50,8 @@ class Progress:
 
 
 class Work:
-    """Lets one checkpoint operation at a time run on a shard, and makes all fail when the server
-    stops. Thread-safe.
+    """Lets one operation on checkpoints at a time run on a shard, and makes the running ones fail
+    when the server stops. Thread-safe.
 
     on_stop  called by ``stop``
     """

@@ -37,7 +37,7 @@ class Pool(Executor):
     """Executor with daemon threads, which do not keep the process from exiting.
 
     name     name of the threads
-    threads  maximum number of threads; each call of ``submit`` starts one until there are so many
+    threads  maximum number of threads; each call of ``submit`` starts one until it is reached
     """
 
     def __init__(self, name: str, threads: int) -> None:
@@ -128,7 +128,8 @@ class Workers:
 
     @contextmanager
     def slot(self) -> Iterator[Pool]:
-        """Reserve one of the LONG threads during a block, and return their pool.
+        """Return a context manager that reserves one of the threads for long operations during its
+        block, and yields the pool of these threads.
 
         Raises Busy if none is free.
         """
@@ -139,7 +140,7 @@ class Workers:
             self._slots += 1
 
     def start_long(self, call: Callable[..., Result], *args: Any) -> asyncio.Future[Result]:
-        """Start ``call(*args)`` on one of the LONG threads; return the future of its result.
+        """Start ``call(*args)`` on a thread for long operations; return the future of its result.
 
         Raises Busy if no thread is free. Canceling the future does not end the call.
         """
