@@ -45,6 +45,7 @@ inspection.py    report what the shard knows about single keys
 analysis.py      summarize the rows of a table
 position.py      a subscriber's position in a shard's history, and its token
 wanted.py        read the options of a subscription
+batches.py       collect changes that a subscriber gets together
 deltas.py        encode log records and rows as messages of a subscription
 source.py        log, engine and threads that subscriptions share
 sender.py        write messages to one subscriber

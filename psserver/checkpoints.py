@@ -128,19 +128,21 @@ class Checkpoints:
         name, shard = parent.manifest.name, self._shard
         if len(parent.chain) >= MAX_CHAIN:
             raise CheckpointUnfit(
-                f"checkpoint {name!r} already has {len(parent.chain) - 1} ancestors, and a chain"
-                f" has at most {MAX_CHAIN} checkpoints: take a full checkpoint (without parent)"
+                f"checkpoint {name!r} cannot be a parent: it has {len(parent.chain) - 1} ancestors,"
+                f" and a chain may have {MAX_CHAIN} checkpoints; take a full checkpoint (without"
+                " parent)"
             )
         part = next((part for part in parent.parts if part.shard == shard.number), None)
         if part is None or part.shards != shard.shard_map.shards or part.buckets != runs(shard):
             raise CheckpointUnfit(
-                f"checkpoint {name!r} comes from a cluster with other shards: take a full"
-                " checkpoint (without parent)"
+                f"checkpoint {name!r} cannot be a parent: the cluster that took it had other"
+                " shards; take a full checkpoint (without parent)"
             )
         if part.lineage != log.lineage.hex() or part.version > shard.version:
             raise CheckpointUnfit(
-                f"checkpoint {name!r} does not belong to the present log of shard {shard.number},"
-                " which was restored or replaced since: take a full checkpoint (without parent)"
+                f"checkpoint {name!r} cannot be a parent: it does not belong to the present log of"
+                f" shard {shard.number}, whose data was restored or replaced since; take a full"
+                " checkpoint (without parent)"
             )
         return Parent(name=name, checksum=parent.checksum), part
 

@@ -118,7 +118,8 @@ class Checks:
         if len(keys) > self._max_keys:
             raise TooLarge(
                 "TOO_MANY_KEYS",
-                f"table {table[:200]!r}: {len(keys)} keys > max_keys={self._max_keys}",
+                f"table {table[:200]!r}: {len(keys)} keys > max_keys={self._max_keys}; divide them"
+                " among several requests",
             )
 
     def _repeated(self, table: str, keys: NDArray[np.uint64]) -> bool:
@@ -146,7 +147,7 @@ def _require_step(header: pb.PushHeader) -> None:
     if not -codec.STEPS <= header.step < codec.STEPS:
         raise BadRequest(
             "INVALID_ARGUMENT",
-            f"table {header.table!r}: step must be in -2^47..2^47-1, got {header.step}",
+            f"table {header.table!r}: field 'step' must be in -2^47..2^47-1, got {header.step}",
         )
 
 
@@ -160,14 +161,14 @@ def _gradients(push: codec.PushMessage) -> NDArray[np.float32]:
     if push.counts is not None and len(push.counts) != n:
         raise BadRequest(
             "INVALID_ARGUMENT",
-            f"table {header.table!r}: expected a count for each of {n} keys, got"
-            f" {len(push.counts)} counts",
+            f"table {header.table!r}: field 'counts': expected {n} counts, one per key, got"
+            f" {len(push.counts)}",
         )
     if push.gradients.size % n if n else push.gradients.size:
         raise BadRequest(
             "DIM_MISMATCH",
-            f"table {header.table!r}: {push.gradients.size} gradient numbers cannot be divided"
-            f" among {n} keys: each key needs as many numbers as the table's dim",
+            f"table {header.table!r}: field 'gradients': expected dim numbers for each of {n} keys,"
+            f" got {push.gradients.size} numbers",
         )
     numbers = codec.from_wire(push.gradients, codec.wire_dtype(header.dtype))
     return numbers.reshape(n, -1 if n else 0)

@@ -201,7 +201,7 @@ class ServerConfig(BaseSettings):
         if self.max_message_bytes > self.max_inflight_bytes:
             raise ValueError(
                 f"max_inflight_bytes must be at least max_message_bytes={self.max_message_bytes},"
-                f" got {self.max_inflight_bytes}: larger messages would be refused for ever; raise"
+                f" got {self.max_inflight_bytes}: larger messages would always be refused; raise"
                 " max_inflight_bytes or lower max_message_bytes"
             )
         return self
@@ -285,7 +285,7 @@ def load(flags: Sequence[str], environment: Mapping[str, str] | None = None) -> 
         name, joined, value = flag.partition("=")
         if name == "--config":
             if not joined and at + 1 == len(rest):
-                raise ConfigError("--config needs a path")
+                raise ConfigError("--config: expected the path of a TOML file, got nothing")
             path = value if joined else rest[at + 1]
             del rest[at : at + 2 - len(joined)]
             break

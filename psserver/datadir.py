@@ -61,7 +61,10 @@ def lock(directory: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise ConfigError(f"data_dir: {directory} is in use by another server") from error
+        raise ConfigError(
+            f"data_dir: {directory} is in use by another server; stop it, or choose another"
+            " data_dir"
+        ) from error
     except OSError as error:  # some network file systems
         file.close()
         raise unusable(directory, error) from error
@@ -137,7 +140,7 @@ def claim(directory: Path, shard: int, shard_map: routing.ShardMap) -> None:
             for each in (stored, asked)
         )
         raise ConfigError(
-            f"data_dir: {directory} belongs to {owner}, and this server is {other}; to change the"
+            f"data_dir: {directory} belongs to {owner}, but this server is {other}; to change the"
             " number of shards: take a checkpoint (psctl checkpoint), start all servers on new"
             " directories, then restore it (psctl restore)"
         )

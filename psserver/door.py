@@ -72,7 +72,10 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
         Raises Overloaded if STREAMS streams are open already.
         """
         if self._streams >= STREAMS:
-            raise Overloaded(f"{STREAMS} health and reflection streams are open; retry later")
+            raise Overloaded(
+                f"{STREAMS} streams of health checks and reflection are open, the limit; retry"
+                " later"
+            )
         self._streams += 1
         try:
             yield

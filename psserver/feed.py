@@ -180,10 +180,11 @@ class Feed:
         if position.tables != tables:
             raise BadRequest(
                 "INVALID_ARGUMENT",
-                "the token belongs to a subscription to other tables: request the same tables",
+                "the token belongs to a subscription to other tables: request the same tables, or"
+                " subscribe without the token",
             )
         if position.newest > log.durable:
             raise VersionInFuture(
                 f"the token has version {position.newest}, but the newest durable version of shard"
-                f" {self.source.shard.number} is {log.durable}"
+                f" {self.source.shard.number} is {log.durable}: subscribe again with a snapshot"
             )

@@ -88,7 +88,7 @@ class Inspector:
             belongs = int(routing.owners(keys[foreign : foreign + 1], shard_map)[0])
             raise WrongShard(request.table, int(key), belongs, shard.number, shard_map.epoch)
         if repeated:
-            raise BadRequest("INVALID_ARGUMENT", f"{where}: keys must be distinct")
+            raise BadRequest("INVALID_ARGUMENT", f"{where}: field 'keys' must have distinct keys")
         return keys
 
     def _gone(self, known: KeyView, keys: Keys) -> tuple[dict[int, list[pb.KeyFacts.Gone]], int]:

@@ -238,7 +238,10 @@ class TestServe:
         first, second = free_ports(2), free_ports(1)
         with Server(*data, "--port", str(first)):
             err = refused(*data, "--port", str(second))
-            assert err == f"psserver: data_dir: {tmp_path}/data is in use by another server\n"
+            assert err == (
+                f"psserver: data_dir: {tmp_path}/data is in use by another server; stop it, or"
+                " choose another data_dir\n"
+            )
         with Server(*data, "--port", str(second)):
             pass
 

@@ -310,7 +310,9 @@ def test_a_missing_config_file_is_refused_by_path(tmp_path: Path) -> None:
 
 
 def test_a_config_flag_without_a_path_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^--config needs a path$"):
+    with pytest.raises(
+        ConfigError, match=r"^--config: expected the path of a TOML file, got nothing$"
+    ):
         load(["--port", "7000", "--config"])
 
 
@@ -341,7 +343,7 @@ def test_a_message_that_could_never_be_admitted_is_refused_at_the_start() -> Non
         load([*flag("max_message_bytes", MIB), *flag("max_inflight_bytes", MIB - 1)])
     assert str(caught.value) == (
         f"max_inflight_bytes must be at least max_message_bytes={MIB}, got {MIB - 1}: larger"
-        " messages would be refused for ever; raise max_inflight_bytes or lower max_message_bytes"
+        " messages would always be refused; raise max_inflight_bytes or lower max_message_bytes"
     )
 
 

@@ -46,7 +46,7 @@ class TestClaim:
     def test_another_map_of_as_many_shards_is_refused(self, tmp_path: Path) -> None:
         claim(tmp_path, 0, even_map(2))
         moved = ShardMap(2, even_map(2).shards, even_map(2).shard_of_bucket)
-        with pytest.raises(ConfigError, match=r"epoch 1\), and this server is .* epoch 2\)"):
+        with pytest.raises(ConfigError, match=r"epoch 1\), but this server is .* epoch 2\)"):
             claim(tmp_path, 0, moved)
 
     def test_a_damaged_note_is_refused_by_name(self, tmp_path: Path) -> None:

@@ -47,10 +47,16 @@ async def test_tokens_of_another_history_are_refused(node: Node) -> None:
     assert isinstance(await refused(node, token=other), LogDiverged)
     error = await refused(node, token=replace(here, version=2).encode())
     assert isinstance(error, VersionInFuture)
-    assert str(error) == "the token has version 2, but the newest durable version of shard 0 is 1"
+    assert str(error) == (
+        "the token has version 2, but the newest durable version of shard 0 is 1: subscribe again"
+        " with a snapshot"
+    )
     error = await refused(node, token=reader.token, tables=["t"])
     assert isinstance(error, BadRequest)
-    expected = "the token belongs to a subscription to other tables: request the same tables"
+    expected = (
+        "the token belongs to a subscription to other tables: request the same tables, or subscribe"
+        " without the token"
+    )
     assert str(error) == expected
 
 
