@@ -35,7 +35,8 @@ deletion.py      delete checkpoints
 slices.py        split whole rows into slices for the engine thread
 rows.py          read and write whole rows
 loading.py       fill a table from a checkpoint
-checkpoints.py   take named checkpoints of this shard
+completion.py    make the parts of all shards one checkpoint
+checkpoints.py   write this shard's part of a named checkpoint
 swap.py          store the phase of a restore, and swap the live and the restored data
 staging.py       write a new base from a checkpoint
 restore.py       restore a shard from a checkpoint, in phases

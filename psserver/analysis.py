@@ -113,35 +113,45 @@ class Analyses:
 
         view  access to the table
 
-        A function returns (metadata of its rows, embeddings float32[n, dim] or None if the request
-        does not ask for them). It raises UnknownTable if the table was dropped meanwhile.
+        The functions return and raise the same as ``_read``.
         """
-        dim = view.schema.dim
-        most = max(1, min(SLICE_ROWS, SLICE_BYTES // (4 * dim)))
-        wanted = request.columns == Columns.COLUMNS_EMBEDDING
-
-        def read(
-            tier: str, scan: Scan, places: NDArray[np.int64]
-        ) -> tuple[RowColumns, Rows | None]:
-            if not self._shard.holds(view.number):
-                raise UnknownTable(request.table)
-            norms = np.empty(len(places), np.float64)
-            meta = scan.measure(places, norms)
-            if not (there := meta[:, VERSION] != 0).all():  # a row was deleted since ``find``
-                meta, norms, places = meta[there], norms[there], places[there]
-            matrix = None
-            if wanted:
-                matrix = np.empty((len(places), dim), np.float32)
-                scan.read(places, matrix)
-            columns = meta[:, KEY], meta[:, VERSION], meta[:, STEP].view(np.int64)
-            return RowColumns(*columns, meta[:, FREQUENCY], norms, tier), matrix
-
+        most = max(1, min(SLICE_ROWS, SLICE_BYTES // (4 * view.schema.dim)))
         for tier, scan, _ in view.tiers:
             start: int | None = 0
             while start is not None:
                 places, start = scan.find(start, 0, ALL, most)
                 if len(places):
-                    yield partial(read, tier, scan, places)
+                    yield partial(self._read, request, view, tier, scan, places)
+
+    def _read(
+        self,
+        request: pb.AnalyzeRequest,
+        view: TableView,
+        tier: str,
+        scan: Scan,
+        places: NDArray[np.int64],
+    ) -> tuple[RowColumns, Rows | None]:
+        """Read some rows of the table. Must run on the engine thread.
+
+        tier    name of the kind of memory that holds the rows
+        scan    reads the rows of this memory
+        places  int64[n], from ``scan.find``: where the rows are; rows deleted since are left out
+
+        Returns (metadata of the rows, embeddings float32[n, dim] or None if not requested).
+        Raises UnknownTable if the table was dropped meanwhile.
+        """
+        if not self._shard.holds(view.number):
+            raise UnknownTable(request.table)
+        norms = np.empty(len(places), np.float64)
+        meta = scan.measure(places, norms)
+        if not (there := meta[:, VERSION] != 0).all():
+            meta, norms, places = meta[there], norms[there], places[there]
+        matrix = None
+        if request.columns == Columns.COLUMNS_EMBEDDING:
+            matrix = np.empty((len(places), view.schema.dim), np.float32)
+            scan.read(places, matrix)
+        columns = meta[:, KEY], meta[:, VERSION], meta[:, STEP].view(np.int64)
+        return RowColumns(*columns, meta[:, FREQUENCY], norms, tier), matrix
 
     def _stored(self, request: pb.AnalyzeRequest, summary: Summary) -> Iterator[pb.AnalyzeResponse]:
         """Analyze a table of the checkpoint ``request.checkpoint``; keep it from being deleted.

@@ -54,11 +54,7 @@ class Batch:
         return not self.changes or kind in (Kind.PUSH, Kind.WRITE, Kind.DELETE)
 
     def take(self, version: int, record: records.Record) -> None:
-        """Add the next change of the log, or skip it if the subscriber does not want it.
-
-        version  version of the change
-        record   log record of the change
-        """
+        """Add the next change of the log, or skip it if the subscriber does not want it."""
         self.version = version
         schema: TableSchema | None = None
         match record:

@@ -1,8 +1,8 @@
-"""Write named checkpoints: each shard writes its part, then one shard completes the checkpoint.
+"""Write one shard's part of a named checkpoint.
 
-    WriteCheckpoint     note version S; copy rows while pushes continue; note version E; copy log
-                        records S+1..E; write the manifest of the part
-    CompleteCheckpoint  write the manifest that makes the parts of all shards a checkpoint
+To write a part, the shard notes its version S, copies rows while pushes continue, notes its version
+E, copies the log records ``S + 1`` to ``E``, and writes the manifest of the part. Then one shard
+completes the checkpoint (completion.py).
 
 These methods block, so they must run on worker threads. On the engine thread they only note a
 version or copy one slice of rows. An attempt is one run of a client's checkpoint command; its
@@ -14,15 +14,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-import structlog
 
 from psproto import ps_pb2 as pb
 from psserver.calls import Calls
-from psserver.catalog import Catalog, describe
+from psserver.catalog import Catalog
+from psserver.completion import Completion
 from psserver.deletion import Deletion
 from psserver.engine import Engine
 from psserver.errors import CheckpointExists, CheckpointUnfit, NoLog
@@ -34,28 +34,13 @@ from psserver.stored import require_id, require_name, runs
 from psserver.views import Capture
 from psserver.work import Progress, Work
 from storage.block import BLOCK_BYTES, ROWS, pack_counters
-from storage.checkpoint import Checkpoint, open_part, read_manifest
-from storage.errors import StorageError
-from storage.manifest import (
-    ATTEMPT,
-    MANIFEST,
-    MAX_CHAIN,
-    MAX_MANIFEST,
-    File,
-    Manifest,
-    Parent,
-    Part,
-    PartTable,
-    tables_over,
-)
+from storage.checkpoint import Checkpoint
+from storage.manifest import MANIFEST, MAX_CHAIN, File, Parent, Part, PartTable
 from storage.part_writer import PartWriter
-from storage.sealed import seal
 from storage.store import Store
 from storage.versionlog import VersionLog
 
 RECORD_BYTES = 4 << 20  # maximum size of log records copied at once, in bytes
-
-logger = structlog.get_logger()
 
 
 class Checkpoints:
@@ -84,6 +69,7 @@ class Checkpoints:
         self._pins = pins
         self._now = now
         self.catalog = Catalog(shard, store)
+        self.completion = Completion(shard, self.catalog, now)
         self.work = Work(self.catalog.stop)
         self.calls = Calls()
         self.deletion = Deletion(shard, self.catalog, self.calls)
@@ -110,7 +96,7 @@ class Checkpoints:
         parents = self.catalog.reading(request.parent, what) if request.parent else nullcontext()
         with self.work.alone(what), self.catalog.uses.using([name], what), parents as opened:
             if self.catalog.store.exists(f"{name}/{MANIFEST}"):
-                raise _exists(name)
+                raise CheckpointExists(name)
             parent = self._parent(opened, self._log) if opened else None
             self._pins[attempt] = 0  # until the version is known
             try:
@@ -166,7 +152,6 @@ class Checkpoints:
         shard = self._shard
         captured = self._engine.run(shard.capture)
         self._pins[attempt] = captured.version
-        after = parent[1].version if parent else None
         if parent and captured.horizon > parent[1].version:
             raise CheckpointUnfit(
                 f"checkpoint {parent[0].name!r} is too old to be a parent: shard {shard.number} no"
@@ -176,20 +161,8 @@ class Checkpoints:
         progress.total = 0 if parent else _bytes_of(captured)
         writer = PartWriter(self.catalog.store, name, attempt, shard.number, progress.add)
         try:
-            end = self._copy(captured, after, log, writer)
-            part, file = writer.finish(
-                attempt=attempt,
-                shard=shard.number,
-                shards=shard.shard_map.shards,
-                buckets=runs(shard),
-                lineage=log.lineage.hex(),
-                version=end.version,
-                copied=captured.version,
-                after=after or 0,
-                parent=parent[0] if parent else None,
-                tables=_tables_of(end),
-                micros=int(self._now() * 1e6),
-            )
+            end = self._copy(captured, parent[1].version if parent else None, log, writer)
+            part, file = self._finish(attempt, captured, end, parent, log, writer)
         except BaseException:
             writer.discard()
             raise
@@ -218,142 +191,36 @@ class Checkpoints:
         writer.sessions(end.sessions.pack())
         return end
 
-    def complete(self, request: pb.CompleteCheckpointRequest) -> pb.CheckpointInfo:
-        """Write the manifest that makes the parts of all shards one checkpoint. Idempotent.
-
-        Raises CheckpointUnfit if the parts do not belong together, CheckpointExists if a different
-        attempt has completed a checkpoint of this name.
-        """
-        name, attempt = require_name(request.name), require_id("attempt", request.attempt)
-        what = f"checkpoint {name!r} is being completed"
-        parents = self.catalog.reading(request.parent, what) if request.parent else nullcontext()
-        with self.catalog.uses.using([name], what), parents as parent:
-            return self._complete(request, name, attempt, parent)
-
-    def _complete(
+    def _finish(
         self,
-        request: pb.CompleteCheckpointRequest,
-        name: str,
         attempt: str,
-        parent: Checkpoint | None,
-    ) -> pb.CheckpointInfo:
-        """Publish the manifest of the checkpoint ``name``, then remove files of other attempts.
+        captured: Capture,
+        end: Capture,
+        parent: tuple[Parent, Part] | None,
+        log: VersionLog,
+        writer: PartWriter,
+    ) -> tuple[Part, File]:
+        """Write the manifest of this shard's part. Returns (manifest, its path, size and checksum).
 
-        attempt  id of the attempt that wrote the parts
-        parent   opened parent of an incremental checkpoint; None: the checkpoint is full
+        attempt   id of the attempt
+        captured  the shard at the version from which rows were copied
+        end       the shard at the version that the part represents
+        parent    from ``_parent``; None: a full checkpoint
         """
-        store, path = self.catalog.store, f"{name}/{MANIFEST}"
-        if not store.exists(path):
-            data = seal(self._manifest(request, parent))
-            if len(data) > MAX_MANIFEST:
-                raise CheckpointUnfit(
-                    f"checkpoint {name!r}: its manifest would have {len(data)} bytes, but the limit"
-                    f" is {MAX_MANIFEST}"
-                )
-            with suppress(FileExistsError):
-                store.publish(path, data)
-        manifest, _ = read_manifest(store, name)
-        if manifest.attempt != attempt:
-            raise _exists(name)
-        store.sync(path)  # a server that published it may have died before its own sync
-        self._clear_away(name, attempt)
-        return describe(manifest, schemas=True)
-
-    def _manifest(
-        self, request: pb.CompleteCheckpointRequest, checkpoint: Checkpoint | None
-    ) -> Manifest:
-        """Build the manifest of the checkpoint from the manifests of its parts.
-
-        checkpoint  opened parent of an incremental checkpoint; None: the checkpoint is full
-
-        Raises CheckpointUnfit if the parts do not belong together.
-        """
-        parent = Parent(name=request.parent, checksum=checkpoint.checksum) if checkpoint else None
-        parts = self._parts(request, parent)
-        try:
-            tables = tables_over(parts)
-        except KeyError as error:
-            raise CheckpointUnfit(
-                f"table {error} was created, altered or dropped while the checkpoint was taken:"
-                " take the checkpoint again"
-            ) from error
-        files = tuple(
-            File(path=each.path, bytes=each.bytes, checksum=each.checksum) for each in request.parts
-        )
-        manifest = Manifest(
-            name=request.name,
-            attempt=request.attempt,
-            parent=parent,
-            parts=files,
-            versions=tuple(part.version for part in parts),
-            tables=tables,
-            bytes=sum(part.bytes for part in parts) + sum(file.bytes for file in files),
+        shard = self._shard
+        return writer.finish(
+            attempt=attempt,
+            shard=shard.number,
+            shards=shard.shard_map.shards,
+            buckets=runs(shard),
+            lineage=log.lineage.hex(),
+            version=end.version,
+            copied=captured.version,
+            after=parent[1].version if parent else 0,
+            parent=parent[0] if parent else None,
+            tables=_tables_of(end),
             micros=int(self._now() * 1e6),
         )
-        if why := manifest.contradiction(parts):
-            raise CheckpointUnfit(f"checkpoint {request.name!r}: {why}")
-        return manifest
-
-    def _parts(
-        self, request: pb.CompleteCheckpointRequest, parent: Parent | None
-    ) -> tuple[Part, ...]:
-        """Return the manifests of the parts that the client lists, in the order of the shards.
-
-        parent  parent of the checkpoint; None: the checkpoint is full
-
-        Raises CheckpointUnfit if a part is missing or has a different parent or number of shards.
-        """
-        shards = self._shard.shard_map.shards
-        if len(request.parts) != shards:
-            raise CheckpointUnfit(
-                f"expected {shards} parts, one per shard, got {len(request.parts)}"
-            )
-        parts = tuple(
-            self._part(request, shard, claimed) for shard, claimed in enumerate(request.parts)
-        )
-        for shard, part in enumerate(parts):
-            if (part.parent, part.shard, part.shards) != (parent, shard, len(parts)):
-                raise CheckpointUnfit(
-                    f"the part of shard {shard} was written with a different parent or a different"
-                    " number of shards: take the checkpoint again"
-                )
-        return parts
-
-    def _clear_away(self, name: str, kept: str) -> None:
-        """Delete the files of all attempts to write the checkpoint ``name``, except those of one.
-
-        kept  id of the attempt whose files stay
-
-        A StorageError is only logged as a warning; the remaining files then stay too.
-        """
-        try:
-            for other in self.catalog.store.directories(name):
-                if other != kept and ATTEMPT.fullmatch(other):
-                    self.catalog.store.remove(f"{name}/{other}")
-        except StorageError as error:
-            logger.warning("earlier attempts are left", checkpoint=name, error=str(error))
-
-    def _part(
-        self, request: pb.CompleteCheckpointRequest, shard: int, claimed: pb.CheckpointPart
-    ) -> Part:
-        """Read the manifest of the part that ``shard`` wrote.
-
-        claimed  path, size and checksum of the manifest, as reported by the client
-
-        Raises CheckpointUnfit if the shard cannot have written a file of this path or size.
-        """
-        path = f"{request.attempt}/{shard:05}.json"  # the only one that a shard writes
-        if claimed.path != path or not 0 < claimed.bytes <= MAX_MANIFEST:
-            raise CheckpointUnfit(
-                f"part of shard {shard}: expected the file {path!r} with 1 to {MAX_MANIFEST} bytes,"
-                f" got {claimed.path[:200]!r} with {claimed.bytes} bytes"
-            )
-        file = File(path=path, bytes=claimed.bytes, checksum=claimed.checksum)
-        return open_part(self.catalog.store, request.name, file)
-
-
-def _exists(name: str) -> CheckpointExists:
-    return CheckpointExists(f"checkpoint {name!r} exists already: choose a different name")
 
 
 def _copy_log(log: VersionLog, after: int, upto: int, writer: PartWriter) -> None:

@@ -124,9 +124,19 @@ def up(
         command += ["--data-dir", str(data_dir / f"shard-{shard}")]
         command += ["--colocated-shards", str(shards), *flags]
         members.append(_Member(shard, command, data_dir / f"shard-{shard}.log"))
+    return _supervise(members, stop, [join(host, port + shard) for shard in range(shards)])
+
+
+def _supervise(members: Sequence[_Member], stop: threading.Event, addresses: list[str]) -> int:
+    """Restart processes that die, until ``stop`` is set; then end all processes.
+
+    addresses  printed after "ready" once all shards serve
+
+    Returns the exit status: 0 after ``stop``, 1 if a shard did not start.
+    """
     status = 0
     if _ready(members, stop):
-        print("ready", *(join(host, port + shard) for shard in range(shards)), flush=True)
+        print("ready", *addresses, flush=True)
         while not stop.wait(LOOK_SECONDS):
             for member in members:
                 member.restart_if_dead()

@@ -243,24 +243,13 @@ class DataDirectory:
 
         excess  bytes that tables may use beyond memory_bytes during recovery; None: no limit
 
-        Returns the numbers of rows and records read. After an error, base and log are closed.
+        After an error, base and log are closed.
         """
-        config = self._config
         self.base = Base(self.directory / "base")
         versions: VersionLog | None = None
         try:
             self.base.open()
-            state = self.base.state
-            versions = VersionLog.open(
-                self.directory / "log",
-                fail=partial(_fail, "the version log"),
-                wake=self._wake,
-                segment_bytes=config.segment_bytes,
-                sync_seconds=config.fsync_seconds,
-                lineage=state.lineage if state else None,
-                after=state.version if state else None,
-                made=state is not None and state.logged,
-            )
+            versions = self._open_log()
             found = recover(self.shard, self.base, versions, excess)
         except (StorageError, OSError) as error:
             self.base.close()
@@ -271,6 +260,20 @@ class DataDirectory:
             raise _unfit(error) from error
         self.log = versions
         return found
+
+    def _open_log(self) -> VersionLog:
+        """Open the version log, which must have all changes since the base. Raises Corrupt."""
+        state = self.base.state
+        return VersionLog.open(
+            self.directory / "log",
+            fail=partial(_fail, "the version log"),
+            wake=self._wake,
+            segment_bytes=self._config.segment_bytes,
+            sync_seconds=self._config.fsync_seconds,
+            lineage=state.lineage if state else None,
+            after=state.version if state else None,
+            made=state is not None and state.logged,
+        )
 
     def _report(self, found: Recovered, seconds: float) -> None:
         """Log how much was recovered, and a warning if tables exceed memory_bytes.

@@ -44,18 +44,10 @@ class Deletion:
         the client's Continue request, which means that all shards are ready. Raises BadRequest,
         CheckpointNeeded, CheckpointBusy or UnknownCheckpoint; nothing is deleted then.
         """
-        if bool(request.names) == bool(request.keep):
-            raise BadRequest(
-                "INVALID_ARGUMENT",
-                "expected exactly one of the fields 'names' and 'keep', got"
-                f" {'both' if request.keep else 'none'}",
-            )
-        for name in request.names:
-            require_name(name)
+        _require_valid(request)
         with self._calls.open(request.id, progress) as call:
             manifests = self._manifests()
-            names = list(request.names) or surplus(manifests, request.keep)
-            names = newest_first(names, manifests)
+            names = newest_first(request.names or surplus(manifests, request.keep), manifests)
             self._require_deletable(names, manifests)
             if request.dry_run:
                 return pb.CheckpointProgress(names=names)
@@ -111,6 +103,18 @@ class Deletion:
         with suppress(Corrupt):  # ``name`` is a symbolic link; only the link is deleted below
             store.remove(f"{name}/{MANIFEST}")  # synced before the other files are deleted
         store.remove(name)
+
+
+def _require_valid(request: pb.DeleteCheckpointsRequest) -> None:
+    """Raise BadRequest unless the request has either valid names or a number to keep."""
+    if bool(request.names) == bool(request.keep):
+        raise BadRequest(
+            "INVALID_ARGUMENT",
+            "expected exactly one of the fields 'names' and 'keep', got"
+            f" {'both' if request.keep else 'none'}",
+        )
+    for name in request.names:
+        require_name(name)
 
 
 def surplus(manifests: dict[str, Manifest | None], keep: int) -> list[str]:

@@ -138,7 +138,8 @@ class Deltas:
                      before it, only ``more`` is set instead
         """
         wanted, width = self._wanted, self._wanted.width(schema)
-        state = wanted.content == pb.CONTENT_VALUES_AND_STATE
+        if wanted.content != pb.CONTENT_VALUES_AND_STATE:
+            steps, frequencies = _NO_STEPS, _NO_KEYS
         for part, fields in self._parts(len(keys), wanted.rows_per_message(width), last):
             header = pb.DeltaHeader(
                 kind=DeltaKind.KIND_ROWS,
@@ -150,20 +151,15 @@ class Deltas:
                 head=self._head(),
                 **fields,
             )
-            values = _NO_ROWS
-            if width:
-                numbers = np.ascontiguousarray(rows[part, :width])
-                values = codec.to_wire_clamped(numbers, wanted.dtype)
-            yield codec.encode_delta(
-                codec.Delta(
-                    header,
-                    keys[part],
-                    versions[part],
-                    values,
-                    steps[part] if state else _NO_STEPS,
-                    frequencies[part] if state else _NO_KEYS,
-                )
-            )
+            values = self._values(rows[part], width)
+            columns = (keys[part], versions[part], values, steps[part], frequencies[part])
+            yield codec.encode_delta(codec.Delta(header, *columns))
+
+    def _values(self, rows: Rows, width: int) -> NDArray[Any]:
+        """Return the first ``width`` numbers of each row, in the dtype that was requested."""
+        if not width:
+            return _NO_ROWS
+        return codec.to_wire_clamped(np.ascontiguousarray(rows[:, :width]), self._wanted.dtype)
 
     def deletes(
         self,
@@ -272,7 +268,6 @@ class Deltas:
         """Select the newest change of each key of one table.
 
         changes  pushes and deletes of the table, oldest first
-        schema   schema of the table
 
         Returns (pushed, deleted). Each entry of ``pushed`` has (keys, versions, rows, steps,
         frequencies) of one push; ``deleted`` has (keys, versions) of each delete, by its cause.

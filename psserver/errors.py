@@ -182,6 +182,9 @@ class CheckpointExists(Refused):
 
     reason = "CHECKPOINT_EXISTS"
 
+    def __init__(self, name: str) -> None:
+        super().__init__(f"checkpoint {name!r} exists already: choose a different name")
+
 
 class CheckpointUnfit(Refused):
     """The checkpoint cannot be used for this operation; the message contains the reason."""

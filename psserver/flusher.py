@@ -50,9 +50,15 @@ class Flusher:
 
     The base is the copy of all rows on disk, at one version of the log.
 
-    flushed  monotonic time of the last flush, in seconds; a restart replays only later changes
-    pins     reader of the log, for example a running checkpoint -> version; log records newer than
-             the version are not deleted while the entry exists
+    fail         called with the error, on the flusher's thread, if a failed write leaves the files
+                 in an unknown state; the thread then ends
+    seconds      seconds between flushes
+    keep         (b, s): keep the newest b bytes of the log for subscribers, and in any case the
+                 records of the last s seconds
+    stored_rows  number of rows in the blocks of the base
+    flushed      monotonic time of the last flush, in seconds; a restart replays only later changes
+    pins         reader of the log, for example a running checkpoint -> version; log records newer
+                 than the version are not deleted while the entry exists
     """
 
     def __init__(
@@ -67,15 +73,6 @@ class Flusher:
         keep: tuple[int, float],
         stored_rows: int,
     ) -> None:
-        """Create the flusher; ``open`` starts its thread.
-
-        fail         called with the error, on the flusher's thread, if a failed write leaves the
-                     files in an unknown state; the thread then ends
-        seconds      seconds between flushes
-        keep         (b, s): keep the newest b bytes of the log for subscribers, and in any case the
-                     records of the last s seconds
-        stored_rows  number of rows in the blocks of the base
-        """
         self._shard = shard
         self._engine = engine
         self._base = base
@@ -135,6 +132,18 @@ class Flusher:
         # a restart replays these records over rows that changed while they were copied
         self._versions.sync(self._engine.run(lambda: self._shard.version))
         cells = [block for sketch in sketches.values() for block in sketch.blocks]
+        self._commit(captured, [*kept, *blocks], cells)
+        self._sketches = sketches
+        self._stored = rows if full else self._stored + rows
+        return True
+
+    def _commit(self, captured: Capture, blocks: list[int], cells: list[int]) -> None:
+        """Commit new contents of the base.
+
+        captured  the shard at the version that the base gets
+        blocks    numbers of the blocks with rows, tombstones and counters
+        cells     numbers of the blocks with admission sketches
+        """
         self._base.commit(
             BaseState(
                 lineage=self._versions.lineage,
@@ -144,14 +153,11 @@ class Flusher:
                 tables=tuple(each.base for each in captured.tables),
                 horizon=captured.horizon,
                 sessions=captured.sessions.pack(),
-                blocks=(*kept, *blocks, *cells),
+                blocks=(*blocks, *cells),
                 cells=len(cells),
                 logged=True,
             )
         )
-        self._sketches = sketches
-        self._stored = rows if full else self._stored + rows
-        return True
 
     def _must_be_full(self, captured: Capture, state: BaseState | None) -> bool:
         """Return whether the flush must write all rows, not only those that changed.

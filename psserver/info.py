@@ -38,10 +38,7 @@ class ServerInfo:
         self._started = time.monotonic()
 
     async def read(self) -> pb.GetServerInfoResponse:
-        """Return the response with the present values.
-
-        The rows of many tables are counted in groups; the event loop runs other calls in between.
-        """
+        """Return the response. While many tables are counted, the event loop runs other calls."""
         shard, config, log, now = self._shard, self._config, self._log, time.monotonic()
         tables, rows = shard.tables(), 0
         for at in range(0, len(tables), COUNTED):

@@ -166,10 +166,17 @@ class TableLoader:
         if len(checkpoint.parts) == shards:  # else the number of rows is not known yet
             tables = checkpoint.parts[self._shard.number].tables
             rows = sum(each.rows for each in tables if each.name == request.table)
-            wanted, budget = rows * (KEY_BYTES + 4 * target.width), self._shard.budget
-            if wanted > budget.limit - budget.held + freed:
-                raise OutOfMemory(budget.limit, budget.held - freed, wanted)
+            self._require_memory(rows * (KEY_BYTES + 4 * target.width), freed)
         return target
+
+    def _require_memory(self, size: int, freed: int) -> None:
+        """Raise OutOfMemory if the memory budget does not allow ``size`` more bytes.
+
+        freed  bytes that are released before
+        """
+        budget = self._shard.budget
+        if size > budget.limit - budget.held + freed:
+            raise OutOfMemory(budget.limit, budget.held - freed, size)
 
     def _begin(self, target: TableSchema, *, replace: bool) -> Loading:
         """Write the file LOADING, then replace the target by a hidden table without rows.
@@ -211,8 +218,7 @@ class TableLoader:
         target  schema of the hidden table
         number  number of the hidden table
         """
-        same = fits(source, target)
-        written = 0
+        same, written = fits(source, target), 0
         parts = overlapping(checkpoint, self._shard)
         progress.total = checkpoint.bytes_of(parts)
         for part in parts:
@@ -222,8 +228,8 @@ class TableLoader:
                 mine = own(piece.keys, self._shard)
                 rows = piece.rows[mine]
                 whole = rows if same else with_state(rows[:, : target.dim], target)
-                columns = (piece.keys[mine], piece.steps[mine], piece.frequencies[mine])
-                for slices in slices_of(*columns, whole):
+                columns = piece.keys[mine], piece.steps[mine], piece.frequencies[mine], whole
+                for slices in slices_of(*columns):
                     self._apply(number, slices, progress)
                 written += len(rows)
         if self._log is not None:

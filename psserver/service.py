@@ -143,7 +143,9 @@ class Service:
         short, store = self._workers.short, self._workers.store
         return {
             "WriteCheckpoint": make.long(pb.WriteCheckpointRequest, work.write),
-            "CompleteCheckpoint": make.blocking(pb.CompleteCheckpointRequest, work.complete, store),
+            "CompleteCheckpoint": make.blocking(
+                pb.CompleteCheckpointRequest, work.completion.complete, store
+            ),
             "ListCheckpoints": make.blocking(pb.ListCheckpointsRequest, work.catalog.listed, store),
             "VerifyCheckpoint": make.long(pb.VerifyCheckpointRequest, work.catalog.verify),
             "PrepareRestore": make.long(pb.PrepareRestoreRequest, restore.prepare),

@@ -197,7 +197,7 @@ class Homes:
         return self.complete(name, attempt, parts, base)
 
     def complete(self, name: str, attempt: str, parts: Any, base: str = "") -> pb.CheckpointInfo:
-        return self.nodes[0].checkpoints.complete(
+        return self.nodes[0].checkpoints.completion.complete(
             pb.CompleteCheckpointRequest(name=name, attempt=attempt, parent=base, parts=parts)
         )
 

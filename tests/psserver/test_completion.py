@@ -76,7 +76,7 @@ def test_a_completion_may_be_repeated_whatever_became_of_the_first(
     assert [(line["event"], line["checkpoint"]) for line in lines] == [
         ("earlier attempts are left", "full")
     ]
-    source.nodes[0].checkpoints._now = lambda: 9.5
+    source.nodes[0].checkpoints.completion._now = lambda: 9.5
     assert source.complete("full", attempt, parts) == first
     assert store.directories("full") == [attempt]
     assert source.verify("full") > 0
@@ -102,7 +102,7 @@ def test_a_checkpoint_is_named_and_never_pathed(make: Make, name: str) -> None:
     work, progress = node.checkpoints, node.checkpoints.work.progress()
     calls: list[Callable[[], Any]] = [
         lambda: work.write(pb.WriteCheckpointRequest(name=name, attempt=ID), progress),
-        lambda: work.complete(pb.CompleteCheckpointRequest(name=name, attempt=ID)),
+        lambda: work.completion.complete(pb.CompleteCheckpointRequest(name=name, attempt=ID)),
         lambda: work.catalog.verify(pb.VerifyCheckpointRequest(name=name), progress),
         lambda: work.loader.load(
             pb.LoadTableRequest(name=name, table="t", into="t", id=ID), progress
@@ -129,7 +129,7 @@ def test_attempts_and_ids_are_no_paths_either(make: Make, bad: str) -> None:
     with pytest.raises(BadRequest, match="attempt must be"):
         node.checkpoints.write(pb.WriteCheckpointRequest(name="a", attempt=bad), progress)
     with pytest.raises(BadRequest, match="attempt must be"):
-        node.checkpoints.complete(pb.CompleteCheckpointRequest(name="a", attempt=bad))
+        node.checkpoints.completion.complete(pb.CompleteCheckpointRequest(name="a", attempt=bad))
     with pytest.raises(BadRequest, match="id must be"):
         node.restores.prepare(pb.PrepareRestoreRequest(name="a", id=bad), progress)
 

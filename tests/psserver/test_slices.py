@@ -215,7 +215,7 @@ def work(homes: Homes, node: Any, meter: Meter) -> None:
     analyses.inspect(pb.InspectRequest(table="sparse", keys=keys.tobytes()))
     request = pb.WriteCheckpointRequest(name="a", attempt="0" * 16)
     part = node.checkpoints.write(request, node.checkpoints.work.progress()).part
-    node.checkpoints.complete(
+    node.checkpoints.completion.complete(
         pb.CompleteCheckpointRequest(name="a", attempt="0" * 16, parts=[part])
     )
     homes.load("a", "full", "loaded")
