@@ -37,6 +37,7 @@ SMALL = "facts of one table, or of none"
 ALL_TABLES = "some facts of every table: max_tables bounds it"
 SITES = {
     "analysis.py:_live": SMALL,
+    "checkpoints.py:_copy": SLICES,
     "checkpoints.py:_write": SLICES,
     "exchange.py:begin": REQUEST,
     "exchange.py:delete": REQUEST,
