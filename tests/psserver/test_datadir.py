@@ -36,7 +36,7 @@ class TestClaim:
         with pytest.raises(ConfigError) as caught:
             claim(tmp_path, shard, even_map(shards))
         assert str(caught.value) == (
-            f"data_dir: {tmp_path} belongs to shard 1 of 2 (shard map of epoch 1), and this server"
+            f"data_dir: {tmp_path} belongs to shard 1 of 2 (shard map of epoch 1), but this server"
             f" is shard {shard} of {shards} (shard map of epoch 1); to change the number of shards:"
             " take a checkpoint (psctl checkpoint), start all servers on new directories, then"
             " restore it (psctl restore)"
