@@ -110,14 +110,14 @@ def decode(token: bytes) -> Position:
         raise _malformed(token, f"expected {TOKEN_BYTES} bytes, got {len(token)}")
     body = token[: _TOKEN.size]
     if _CHECKSUM.unpack(token[_TOKEN.size :])[0] != xxh3_64_intdigest(body, _SEED):
-        raise _malformed(token, "its checksum is wrong")
+        raise _malformed(token, "its checksum does not match its contents")
     format_, phase, zero, table, lineage, epoch, *large = _TOKEN.unpack(body)
     if format_ != FORMAT:
         raise _malformed(token, f"expected format {FORMAT}, got {format_}")
     if zero:
         raise _malformed(token, f"bytes 2 and 3 must be 0, got {zero}")
     if phase not in Phase.__members__.values():
-        raise _malformed(token, f"phase must be in 1..{len(Phase)}, got {phase}")
+        raise _malformed(token, f"field 'phase' must be in 1..{len(Phase)}, got {phase}")
     names = ("version", "tables", "after", "until", "slot", "boot")
     fields = dict(zip(names, large, strict=True))
     position = Position(lineage=lineage, epoch=epoch, phase=Phase(phase), table=table, **fields)
@@ -134,7 +134,7 @@ def _check(position: Position, token: bytes) -> None:
     for field in ("after", "until", "table", "slot", "boot"):
         value = getattr(position, field)
         if value and field not in _USES[phase]:
-            raise _malformed(token, f"{field} must be 0 in phase {phase.name}, got {value}")
+            raise _malformed(token, f"field {field!r} must be 0 in phase {phase.name}, got {value}")
     if phase in SCANS and position.boot and position.after > position.version:
         raise _malformed(
             token,
@@ -146,7 +146,7 @@ def _check(position: Position, token: bytes) -> None:
             f"field 'until' must be at least the version, {position.version}, got {position.until}",
         )
     if position.slot > MAX_SLOT:
-        raise _malformed(token, f"slot must be in 0..{MAX_SLOT}, got {position.slot}")
+        raise _malformed(token, f"field 'slot' must be in 0..{MAX_SLOT}, got {position.slot}")
 
 
 def digest(tables: Iterable[str]) -> int:

@@ -72,7 +72,7 @@ class Recovery:
         counters) does not fit its table.
         """
         entry = self._tables.numbered(block.table)
-        if entry is None:  # dropped before the state was committed
+        if entry is None:  # the table was dropped before the state was committed
             return
         match block.kind:
             case blocks.ROWS:

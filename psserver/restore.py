@@ -136,7 +136,7 @@ class Restores:
             assert state is not None
             raise RestoreConflict(
                 f"restore {state.id} of checkpoint {state.name!r} is in phase {state.phase!r}:"
-                " finish or abort it first"
+                " finish or abort it before the next restore"
             )
 
     def step(self, request: pb.RestoreRequest) -> pb.RestoreStatus:
@@ -158,7 +158,7 @@ class Restores:
                 self.held and request.step != Step.STEP_UNSPECIFIED
             ):
                 raise RestoreConflict(
-                    f"restore {request.id[:16]!r} is not in progress on this shard"
+                    f"restore {request.id[:16]!r} is not in progress on this shard: prepare it"
                 )
             return self._status()
 
@@ -215,9 +215,10 @@ class Restores:
             ):
                 pass  # done before
             case _:
+                known = step in Step.Step.values()
                 raise RestoreConflict(
                     f"restore {state.id} of checkpoint {state.name!r} is in phase {state.phase!r},"
-                    " which does not allow the requested step"
+                    f" which does not allow {Step.Step.Name(step) if known else f'step {step}'}"
                 )
 
     def _hold(self, state: State) -> None:

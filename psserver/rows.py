@@ -186,9 +186,9 @@ def _arrays(
     if not len(steps) == len(frequencies) == n or len(rows) != n * request.width:
         raise BadRequest(
             "INVALID_ARGUMENT",
-            f"{where}: lengths do not match: got {n} keys, {len(steps)} steps,"
-            f" {len(frequencies)} frequencies, {len(rows)} numbers in rows of width"
-            f" {request.width}",
+            f"{where}: for {n} keys and width {request.width}, expected {n} steps, {n} frequencies"
+            f" and {n * request.width} numbers in rows, got {len(steps)}, {len(frequencies)} and"
+            f" {len(rows)}",
         )
     return keys, steps, frequencies, rows
 
@@ -203,7 +203,7 @@ def _require_in_range(
     where               description of the table, for messages
     """
     if not routing.all_finite(rows.view(np.uint32)):
-        raise BadRequest("NON_FINITE", f"{where}: all numbers in rows must be finite")
+        raise BadRequest("NON_FINITE", f"{where}: rows must not contain infinity or NaN")
     if not len(steps):
         return
     if (largest := frequencies.max()) >= 1 << 32:

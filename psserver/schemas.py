@@ -72,7 +72,9 @@ def read_durability(message: pb.TableSchema) -> Durability:
     """
     level = LEVELS.get(message.durability or pb.DURABILITY_LOG)
     if level is None:
-        raise ValueError(f"durability must be one of {sorted(LEVELS)}, got {message.durability}")
+        raise ValueError(
+            f"durability must be 1 (applied), 2 (log) or 3 (fsync), got {message.durability}"
+        )
     return level
 
 

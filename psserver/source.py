@@ -17,9 +17,7 @@ from psserver.shard import Shard
 from storage.versionlog import VersionLog
 
 THREADS = 2  # worker threads for all subscriptions
-COALESCED_BYTES = (
-    128 << 20
-)  # bytes of log records that all subscriptions together may keep to merge
+COALESCED_BYTES = 128 << 20  # bytes of log records that all subscriptions may keep to merge
 
 Result = TypeVar("Result")
 

@@ -149,7 +149,11 @@ def number_in(checkpoint: Checkpoint, part: int, table: str) -> int:
     for each in checkpoint.parts[part].tables:
         if each.name == table:
             return each.number
-    raise Corrupt(f"checkpoint {checkpoint.manifest.name!r}", f"part {part} has no table {table!r}")
+    raise Corrupt(
+        f"checkpoint {checkpoint.manifest.name!r}",
+        f"the manifest of part {part} does not list the table {table!r}, unlike that of the"
+        " checkpoint",
+    )
 
 
 def require_width(checkpoint: Checkpoint, schema: TableSchema, rows: Rows) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from psserver.config import ServerConfig
 
-SLACK = 64 << 10  # messages up to this much too large are refused by the service, with a reason
+SLACK = 64 << 10  # the service, not gRPC, refuses messages that exceed the limit by at most this
 WINDOW = 4 << 20  # bytes that a client may send on a stream before the service reads them
 PENDING = 1 << 14  # maximum number of calls that wait to begin; gRPC cancels further ones
 

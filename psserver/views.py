@@ -70,11 +70,11 @@ class CapturedTable:
     """A table of a captured shard: its settings and sizes, and access to its rows and counters."""
 
     number: int  # number of the table
-    schema: str  # JSON
+    schema: str  # schema as JSON
     created: int  # version of its creation
     counting: int  # version of the last alteration that dropped admission counters; 0: none
     policy: EvictorState  # state of its eviction rules
-    table: Table  # the table itself, which changes on
+    table: Table  # the live table, which later pushes change
     width: int  # float32 numbers per row, with optimizer state
     rows: int  # number of rows
     counters: int  # number of exact admission counters; 0 with a sketch

@@ -83,7 +83,7 @@ def read_wanted(request: pb.SubscribeRequest) -> Wanted:
         raise _bad(f"content must be one of {pb.Content.values()}, got {content}")
     dtype = codec.wire_dtype(request.dtype)
     if content == pb.CONTENT_VALUES_AND_STATE and dtype != pb.DTYPE_FLOAT32:
-        raise _bad(f"values and state are sent as float32 only, got dtype {dtype}")
+        raise _bad(f"dtype must be 1 (float32) for embeddings with optimizer state, got {dtype}")
     if request.start not in pb.Start.values():
         raise _bad(f"start must be one of {pb.Start.values()}, got {request.start}")
     return Wanted(

@@ -60,7 +60,7 @@ def _warm_table(keys: Keys, written: bool) -> None:
     sent = _view(rows, written)
     counts = _view(np.ones(4, np.uint32), written)
     table.check_push(keys, sent, step=0, largest=1e30)
-    wild = 1e13  # beyond what is tame, so that the rows are checked
+    wild = 1e13  # so large that the rows are checked for overflow
     for version in (1, 2):  # the first push creates the rows, the second updates them
         pushed = table.push(keys, sent, counts, version=version, step=0, lr=1.0, largest=wild)
     slots = pushed.slots

@@ -112,7 +112,11 @@ BAD = [
     ({"optimizer": pb.Rule(parameters={"lr": -1.0})}, "lr", "'t': .*lr"),
     ({}, "lr", "'t': lr: schema.optimizer.parameters"),
     ({"serving_default": float("nan")}, "serving_default", "'t': serving_default must be finite"),
-    ({"durability": 9}, "durability", r"'t': durability must be one of \[1, 2, 3\], got 9"),
+    (
+        {"durability": 9},
+        "durability",
+        r"'t': durability must be 1 .applied., 2 .log. or 3 .fsync., got 9",
+    ),
     ({"admission": pb.Rule(name="bloom")}, "admission", "'t': no admission 'bloom'"),
     (
         {"admission": pb.Rule(name="counter", parameters={"threshold": 0})},

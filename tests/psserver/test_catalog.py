@@ -221,7 +221,7 @@ def test_every_operation_of_a_store_has_the_deadline(
 
 def test_a_part_that_lacks_a_table_is_damage_and_no_hang(cluster: Homes) -> None:
     checkpoint = cluster.nodes[0].checkpoints.catalog.open("good")
-    with pytest.raises(Corrupt, match="part 0 has no table 'no'"):
+    with pytest.raises(Corrupt, match="part 0 does not list the table 'no'"):
         number_in(checkpoint, 0, "no")
     store = cluster.nodes[0].checkpoints.catalog.store
     assert sum(len(each.keys) for each in verify_part(store, checkpoint, 0, lambda _: None)) > 0

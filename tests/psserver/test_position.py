@@ -44,18 +44,22 @@ def test_a_token_stands_for_its_position(position: Position) -> None:
 @pytest.mark.parametrize(
     ("position", "changes", "why"),
     [
-        (PLAIN, {"phase": 0}, "phase must be in 1..5, got 0"),
-        (PLAIN, {"phase": 6}, "phase must be in 1..5, got 6"),
-        *((PLAIN, {field: 7}, f"{field} must be 0 in phase TAIL, got 7") for field in UNUSED),
-        (FULL, {"until": 1}, "until must be 0 in phase CATCH_UP, got 1"),
+        (PLAIN, {"phase": 0}, "field 'phase' must be in 1..5, got 0"),
+        (PLAIN, {"phase": 6}, "field 'phase' must be in 1..5, got 6"),
+        *((PLAIN, {name: 7}, f"field '{name}' must be 0 in phase TAIL, got 7") for name in UNUSED),
+        (FULL, {"until": 1}, "field 'until' must be 0 in phase CATCH_UP, got 1"),
         (
             FULL,
             {"after": MOST},
             f"field 'after' must be at most the version, {MOST - 2}, got {MOST}",
         ),
-        (FULL, {"slot": MAX_SLOT + 1}, f"slot must be in 0..{MAX_SLOT}, got {MAX_SLOT + 1}"),
+        (
+            FULL,
+            {"slot": MAX_SLOT + 1},
+            f"field 'slot' must be in 0..{MAX_SLOT}, got {MAX_SLOT + 1}",
+        ),
         (FULL_TAIL, {"until": 5}, f"field 'until' must be at least the version, {MOST - 2}, got 5"),
-        (FULL_TAIL, {"slot": 5}, "slot must be 0 in phase CATCH_UP_TAIL, got 5"),
+        (FULL_TAIL, {"slot": 5}, "field 'slot' must be 0 in phase CATCH_UP_TAIL, got 5"),
     ],
 )
 def test_every_field_of_a_token_has_bounds(

@@ -91,7 +91,7 @@ async def test_no_byte_of_a_token_can_be_changed(node: Node) -> None:
         ({"chunk_bytes": 1 << 25}, "chunk_bytes must be in 0..16777216, got 33554432"),
         (
             {"content": pb.CONTENT_VALUES_AND_STATE, "dtype": pb.DTYPE_FLOAT16},
-            "values and state are sent as float32 only, got dtype 3",
+            "dtype must be 1 (float32) for embeddings with optimizer state, got 3",
         ),
     ],
 )
