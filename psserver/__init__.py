@@ -21,6 +21,7 @@ fills.py         tables that are hidden while they are filled
 reads.py         the methods of a shard that change nothing
 shard.py         one shard's rows of every table, and the changes to them; no networking
 loops.py         calls from other threads to an event loop
+busypoll.py      keep an event loop awake for a short time
 engine.py        the thread that owns the shard
 sweeper.py       evict rows in the background and on demand
 replay.py        recover a shard from its data directory when its server starts
@@ -55,6 +56,7 @@ rowscan.py       send all or changed rows to one subscriber, while pushes contin
 subscription.py  serve one subscription, from the log or by a scan of the rows
 feed.py          the subscriptions of one shard
 stats.py         count requests, bytes and errors
+peers.py         list the connections of the process, with their byte counts
 connections.py   close connections whose peers do not finish their messages
 info.py          what GetServerInfo reports
 status.py        convert errors to gRPC statuses
@@ -76,6 +78,7 @@ server.py        open and close the components of one server, in order
 warm.py          compile the kernels before they are needed
 logs.py          write log lines to stderr
 process.py       run one shard as a process: signals, restart, exit status
+member.py        run and restart the process of one shard of a local cluster
 cluster.py       run a local cluster: one process per shard
 cli.py           the command line
 __main__.py      python -m psserver

@@ -10,6 +10,7 @@ import pytest
 
 from psserver import cluster
 from psserver.config import ConfigError
+from psserver.member import Member
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_the_error_of_a_shard_is_its_own_and_of_this_start(
     log = tmp_path / "shard-0.log"
     log.write_text("psserver: of an earlier start\n")
     code = f"import sys; print({chr(10).join(lines)!r}, file=sys.stderr); sys.exit(2)"
-    member = cluster._Member(0, [sys.executable, "-c", code], log)
+    member = Member(0, [sys.executable, "-c", code], log)
     member.process.wait()
     assert member.failed
     assert member.error() == shown

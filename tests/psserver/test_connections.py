@@ -15,7 +15,8 @@ import pytest
 from peers import Peer, until, with_server
 
 from psserver import connections
-from psserver.connections import LARGE, Connection, Connections, counts, peer_name, sockets
+from psserver.connections import LARGE, Connection, Connections
+from psserver.peers import counts, peer_name, sockets
 
 MIB = 1 << 20
 

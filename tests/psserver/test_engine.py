@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from psserver.engine import BusyPoll, Engine
+from psserver.busypoll import BusyPoll
+from psserver.engine import Engine
 from psserver.errors import DeadlinePassed
 
 
