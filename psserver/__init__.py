@@ -15,6 +15,7 @@ tables.py        the tables of a shard, by name and by number
 sequencer.py     number the changes: each gets the next version and a log record
 afterimages.py   buffers for the new contents of pushed rows, for the log
 views.py         results of reads from a shard
+capture.py       access to all data of a shard as of one version
 sweeps.py        evict rows on the engine thread, one slice per call
 recovery.py      load a shard from its base (rows at one version) and replay its log
 fills.py         tables that are hidden while they are filled
@@ -42,7 +43,8 @@ swap.py          store the phase of a restore, and swap the live and the restore
 staging.py       write a new base from a checkpoint
 restore.py       restore a shard from a checkpoint, in phases
 pace.py          run analyses in slices, with pauses
-summaries.py     messages of an analysis
+outbox.py        messages with rows of an analysis, and its progress
+summaries.py     options and summary of an analysis as messages
 inspection.py    report what the shard knows about single keys
 analysis.py      summarize the rows of a table
 position.py      a subscriber's position in a shard's history, and its token
@@ -61,7 +63,8 @@ connections.py   close connections whose peers do not finish their messages
 info.py          what GetServerInfo reports
 status.py        convert errors to gRPC statuses
 limits.py        admit requests: memory in flight, restore, drain
-workers.py       thread pools for blocking work
+pool.py          thread pool whose threads do not block the exit of the process
+workers.py       the thread pools of a server
 transport.py     gRPC options that limit memory
 door.py          checks that every gRPC method passes first
 health.py        the health service

@@ -24,10 +24,11 @@ from psproto import ps_pb2 as pb
 from psserver.checkpoints import Checkpoints
 from psserver.engine import Engine
 from psserver.inspection import Inspector
+from psserver.outbox import Columns, Outbox
 from psserver.pace import SPARED_STORED, Pace
 from psserver.shard import Shard
 from psserver.stored import number_in, require_width, schema_in
-from psserver.summaries import Columns, Outbox, read_summary, write_summary
+from psserver.summaries import read_summary, write_summary
 from psserver.views import TableView
 from storage.admission.rules import Counter
 from storage.analysis import RowColumns, Summary, norms_of

@@ -21,6 +21,7 @@ import numpy as np
 
 from psproto import ps_pb2 as pb
 from psserver.calls import Calls
+from psserver.capture import Capture
 from psserver.catalog import Catalog
 from psserver.completion import Completion
 from psserver.deletion import Deletion
@@ -31,7 +32,6 @@ from psserver.packing import blocks_of, counters_of
 from psserver.rows import RowTransfer
 from psserver.shard import Shard
 from psserver.stored import require_id, require_name, runs
-from psserver.views import Capture
 from psserver.work import Progress, Work
 from storage.block import BLOCK_BYTES, ROWS, pack_counters
 from storage.checkpoint import Checkpoint

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 import structlog
 
+from psserver.capture import Capture
 from psserver.engine import Engine
 from psserver.packing import blocks_of, cells_of, counters_of
 from psserver.shard import Shard
-from psserver.views import Capture
 from storage.base import Base
 from storage.basestate import BaseState
 from storage.block import BLOCK_BYTES, pack_cells, pack_counters

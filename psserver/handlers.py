@@ -17,9 +17,10 @@ from psserver.checkpoints import Checkpoints
 from psserver.connections import Connections
 from psserver.door import Context, Handler
 from psserver.limits import Limits, Reservation
+from psserver.pool import Pool
 from psserver.status import abort, code_of, reason_of, status_of
 from psserver.work import Progress
-from psserver.workers import Pool, Workers
+from psserver.workers import Workers
 
 PROGRESS_SECONDS = 0.2  # seconds between two progress messages
 

@@ -30,7 +30,7 @@ from psserver.engine import Engine
 from psserver.errors import BadRequest, Overloaded
 from psserver.schemas import from_json, to_json
 from psserver.shard import Shard
-from psserver.slices import Slice, slices_of
+from psserver.slices import Slice, slices_of, with_state
 from psserver.stored import (
     fits,
     number_in,
@@ -38,7 +38,6 @@ from psserver.stored import (
     own,
     require_width,
     schema_in,
-    with_state,
 )
 from psserver.work import Progress, Work
 from storage.checkpoint import Checkpoint

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from psserver.capture import Capture
 from psserver.engine import Engine
 from psserver.tombstones import joined
-from psserver.views import Capture
 from storage.admission.gates import Occurrences, Versions
 from storage.block import (
     BLOCK_BYTES,

@@ -10,16 +10,15 @@ from typing import Any
 
 from psproto.codec import WIRE
 from psserver.afterimages import ImageBuffers
+from psserver.capture import Capture, capture_table
 from psserver.requests import Pull, Push
 from psserver.sequencer import RECORD, Sequencer
 from psserver.tables import TableEntry, Tables
 from psserver.tombstones import TombstoneQueue, Tombstones
 from psserver.views import (
-    Capture,
     KeyView,
     TableList,
     TableView,
-    capture_table,
     view_keys,
     view_table,
 )

@@ -22,13 +22,11 @@ from psserver.engine import Engine
 from psserver.errors import BadRequest
 from psserver.schemas import write_schema
 from psserver.shard import Shard
-from psserver.slices import Slice, slices_of
+from psserver.slices import Slice, slice_rows, slices_of, with_state
 from psserver.stored import (
     number_in,
     require_width,
     schema_in,
-    slice_rows,
-    with_state,
 )
 from psserver.work import Work
 from storage.kernels import Keys, Rows

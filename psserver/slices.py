@@ -1,4 +1,4 @@
-"""Split whole rows into slices that the engine thread writes in much less than a millisecond."""
+"""Split whole rows into slices that the engine thread copies in much less than a millisecond."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psserver.stored import slice_rows
 from storage.kernels import Keys, Rows
+from storage.schema import TableSchema
 
+SLICE_ROWS, SLICE_BYTES = 2048, 512 << 10  # limits of the rows copied per call of the engine thread
 SLICE_STEPS = 16  # maximum number of changes (versions) per call of the engine thread
 
 Slice = tuple[int, Keys, NDArray[Any], Rows]  # step, keys, frequencies, rows
@@ -44,3 +45,27 @@ def slices_of(
                 batch, size = [], 0
     if batch:
         yield batch
+
+
+def with_state(rows: Rows, schema: TableSchema) -> Rows:
+    """Return rows with optimizer state, float32[n, width], for a table with this schema.
+
+    rows  either float32[n, width], which is returned unchanged, or embeddings float32[n, dim], to
+          which the initial optimizer state is appended
+    """
+    if rows.shape[1] == schema.width:
+        return rows
+    whole = np.empty((len(rows), schema.width), np.float32)
+    whole[:, : schema.dim] = rows
+    whole[:, schema.dim :] = schema.optimizer.initial_state(schema.dim)
+    return whole
+
+
+def slice_rows(width: int) -> int:
+    """Return how many rows the engine thread copies per call: at most 2048, and at most 512 KiB.
+
+    width  float32 numbers per row
+
+    The result is at least 1, even for a larger row.
+    """
+    return max(1, min(SLICE_ROWS, SLICE_BYTES // (4 * width)))

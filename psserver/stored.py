@@ -25,8 +25,6 @@ from storage.manifest import ATTEMPT
 from storage.schema import TableSchema
 from storage.store import Store
 
-SLICE_ROWS, SLICE_BYTES = 2048, 512 << 10  # limits of the rows copied per call of the engine thread
-
 
 def require_name(name: str) -> str:
     """Return ``name`` if it is a valid checkpoint name (no path); raise BadRequest otherwise."""
@@ -179,27 +177,3 @@ def fits(source: TableSchema, target: TableSchema) -> bool:
         target.optimizer.name,
         target.width,
     )
-
-
-def with_state(rows: Rows, schema: TableSchema) -> Rows:
-    """Return rows with optimizer state, float32[n, width], for a table with this schema.
-
-    rows  either float32[n, width], which is returned unchanged, or embeddings float32[n, dim], to
-          which the initial optimizer state is appended
-    """
-    if rows.shape[1] == schema.width:
-        return rows
-    whole = np.empty((len(rows), schema.width), np.float32)
-    whole[:, : schema.dim] = rows
-    whole[:, schema.dim :] = schema.optimizer.initial_state(schema.dim)
-    return whole
-
-
-def slice_rows(width: int) -> int:
-    """Return how many rows the engine thread copies per call: at most 2048, and at most 512 KiB.
-
-    width  float32 numbers per row
-
-    The result is at least 1, even for a larger row.
-    """
-    return max(1, min(SLICE_ROWS, SLICE_BYTES // (4 * width)))

@@ -16,7 +16,7 @@ from numpy.testing import assert_array_equal
 from stores import Direct, Home, analyses_of, change, make_shard, push, schema, shard_of_all_kinds
 
 from psproto import ps_pb2 as pb
-from psserver import analysis, pace, summaries
+from psserver import analysis, outbox, pace
 from psserver.analysis import Analyses
 from psserver.checkpoints import Checkpoints
 from psserver.errors import BadRequest, Draining
@@ -105,7 +105,7 @@ def test_rows_come_with_the_summary_if_they_are_wanted(
     shard: Shard, monkeypatch: pytest.MonkeyPatch, columns: Any
 ) -> None:
     monkeypatch.setattr(analysis, "SLICE_ROWS", 7)
-    monkeypatch.setattr(summaries, "MESSAGE_BYTES", 1000)
+    monkeypatch.setattr(outbox, "MESSAGE_BYTES", 1000)
     *messages, last = answers(shard, columns=columns)
     assert len(messages) > 5
     assert {message.tier for message in messages} == {"host"}
@@ -214,7 +214,7 @@ def test_what_makes_no_sense_is_refused(shard: Shard, fields: Any, message: str)
 def small_messages(shard: Shard, monkeypatch: pytest.MonkeyPatch) -> Iterator[pb.AnalyzeResponse]:
     """The messages about a table, a slice in each and before the next is read."""
     monkeypatch.setattr(analysis, "SLICE_ROWS", 7)
-    monkeypatch.setattr(summaries, "MESSAGE_BYTES", 1)
+    monkeypatch.setattr(outbox, "MESSAGE_BYTES", 1)
     request = pb.AnalyzeRequest(table="t", columns=Columns.COLUMNS_METADATA)
     return analyses_of(shard).analyze(request)
 
@@ -254,7 +254,7 @@ def test_a_server_that_stops_gives_up(shard: Shard, monkeypatch: pytest.MonkeyPa
     engine: Any = Direct()
     checkpoints = Checkpoints(shard, engine, None, {}, None)
     work = Analyses(shard, engine, checkpoints, None, Pace(engine, 0.0))
-    monkeypatch.setattr(summaries, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(outbox, "PROGRESS_SECONDS", 0.0)
     messages = work.analyze(pb.AnalyzeRequest(table="t"))
     assert next(messages).done == 7
     checkpoints.work.stop()

@@ -116,6 +116,7 @@ def test_a_checkpoint_can_be_taken_while_the_clock_is_before_1970(tmp_path: Path
     url, before = f"file://{tmp_path}/checkpoints", lambda: -86400.5
     with Homes(tmp_path / "shards", 1, url, now=before) as cluster:
         cluster.nodes[0].checkpoints._now = before
+        cluster.nodes[0].checkpoints.completion._now = before
         cluster.create(schema())
         cluster.push(range(5))
         assert cluster.checkpoint("old").time_us == -86_400_500_000

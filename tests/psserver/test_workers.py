@@ -14,7 +14,8 @@ from peers import Peer, details, refusal, until, with_server
 
 from psproto import ps_pb2 as pb
 from psserver.errors import Busy
-from psserver.workers import LONG, SHORT, STORE, Pool, Workers
+from psserver.pool import Pool
+from psserver.workers import LONG, SHORT, STORE, Workers
 
 LONG_METHODS: dict[str, Any] = {
     "CheckpointService/WriteCheckpoint": pb.WriteCheckpointRequest(name="a"),
