@@ -114,7 +114,7 @@ class Analyses:
 
         view  access to the table
 
-        The functions return and raise the same as ``_read``.
+        Each function calls ``_read``, and returns its result.
         """
         most = max(1, min(SLICE_ROWS, SLICE_BYTES // (4 * view.schema.dim)))
         for tier, scan, _ in view.tiers:

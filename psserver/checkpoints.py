@@ -144,7 +144,8 @@ class Checkpoints:
 
         name     name of the checkpoint
         attempt  id of the attempt, which names the directory of the files
-        parent   from ``_parent``; None: a full checkpoint
+        parent   (reference to the parent checkpoint, this shard's part of it); None: write a full
+                 checkpoint
 
         Returns path, size and checksum of the manifest. After an error, the files written so far
         are removed.
@@ -177,7 +178,7 @@ class Checkpoints:
         """Write rows, then log records of the changes made meanwhile, then the client sessions.
 
         captured  the shard at the version from which rows are copied
-        after     write only rows changed after this version, and tombstones; None: write all rows
+        after     write only rows changed and keys deleted after this version; None: all rows
 
         Returns the shard as captured at the version that the part represents.
         """
@@ -205,7 +206,8 @@ class Checkpoints:
         attempt   id of the attempt
         captured  the shard at the version from which rows were copied
         end       the shard at the version that the part represents
-        parent    from ``_parent``; None: a full checkpoint
+        parent    (reference to the parent checkpoint, this shard's part of it); None: the
+                  checkpoint is full
         """
         shard = self._shard
         return writer.finish(

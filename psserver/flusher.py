@@ -174,7 +174,7 @@ class Flusher:
         )
 
     def _write_changes(self, captured: Capture, after: int) -> tuple[list[int], int] | None:
-        """Write all rows, tombstones and counters that changed after version ``after``.
+        """Write rows, counters and tombstones (deletes) that changed after version ``after``.
 
         Returns (numbers of the new blocks, number of entries in them); None if the thread was told
         to stop.

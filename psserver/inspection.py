@@ -112,7 +112,7 @@ class Inspector:
     def _by_key(self, dead: Tombstones) -> dict[int, list[pb.KeyFacts.Gone]]:
         """Return key -> its deletes, oldest first.
 
-        dead  tombstones of the keys, ordered by version
+        dead  tombstones (remembered deletes) of the keys, ordered by version
 
         Only the newest MAX_READS deletes get their time and step, which are read from the log.
         """
