@@ -1,11 +1,12 @@
 """Benchmarks of the service. Each compares its results with a limit measured in the same run.
 
-report.py      computes medians, prints tables, writes JSON
+report.py      times contenders, prints tables of results, writes JSON
 servers.py     runs shards and bare echo servers as processes
+followers.py   processes that follow a table, and when versions are on disk
 work.py        the standard work: a table, and batches of keys and gradients drawn from it
 peers/         other systems that do the standard work
 kernels.py     index, gather and optimizer steps, against C++ and the machine
-wire.py        pull and push, against a bare grpcio echo
+wire.py        pull and push, against a bare gRPC echo server
 step.py        the standard work through the client, against the peers
 scale.py       shards, clients, table sizes, memory, start-up
 durability.py  pushes at each level of durability

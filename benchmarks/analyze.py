@@ -1,9 +1,9 @@
 """Measure how long an analysis takes, and how much it slows pulls.
 
-There are four processes: a shard, a pusher and a puller that work at a steady rate, and one that
-runs an analysis in every second time window. The last one runs at low priority, because in
-production it would run on another machine. Windows without an analysis are as long as the first
-window with one.
+There are four processes: a shard, a pusher and a puller that work at a steady rate, and an analyst.
+The puller measures its pulls in time windows. During half of the windows, the analyst runs an
+analysis. Windows without an analysis are as long as the first window with one. The analyst runs at
+low priority, because in production it would run on another machine.
 """
 
 from __future__ import annotations
@@ -36,19 +36,25 @@ DISTINCT = 64  # number of different training steps, which are pushed in a cycle
 
 
 def summary(client: Client, _: Path) -> int:
-    """Run an analysis with its summary only."""
+    """Run an analysis that only computes a summary; return the number of rows."""
     return analyze(client, "rows", frequencies=[3], ages=[5000], norms=[0.01]).rows
 
 
 def metadata(client: Client, path: Path) -> int:
-    """Run an analysis that also writes the metadata of every row to Parquet."""
+    """Run an analysis that also writes the metadata of every row to Parquet.
+
+    Returns the number of rows.
+    """
     with ParquetSink(path) as sink:
         analyze(client, "rows", sink=sink)
     return sink.rows
 
 
 def embeddings(client: Client, path: Path) -> int:
-    """Run an analysis that also writes all rows with embeddings to Parquet."""
+    """Run an analysis that also writes the metadata and embedding of every row to Parquet.
+
+    Returns the number of rows.
+    """
     with ParquetSink(path) as sink:
         analyze(client, "rows", sink=sink, embeddings=True)
     return sink.rows
@@ -62,7 +68,11 @@ KINDS: dict[str, Callable[[Client, Path], int]] = {
 
 
 def push(address: str, rows: int) -> None:
-    """Push at a steady pace until killed; print "ready" first."""
+    """Print "ready", then push to the table at a steady rate until the process is killed.
+
+    address  "host:port" of the shard
+    rows     number of rows of the table
+    """
     steps, keys = standard_work(Work(rows=rows), DISTINCT), keys_of(np.arange(rows))
     with Client([address]) as client:
         table = client.table("rows")
@@ -73,8 +83,13 @@ def push(address: str, rows: int) -> None:
             sleep_until(due)
 
 
-def analyst(address: str, rows: int) -> None:
-    """Run the analyses named on standard input, one per line; print rows and seconds of each."""
+def analyst(address: str, _: int) -> None:
+    """Print "ready", then run the analyses that are named on standard input, one per line.
+
+    Prints the number of rows and the seconds of each analysis.
+
+    address  "host:port" of the shard
+    """
     os.nice(19)
     with Client([address]) as client, tempfile.TemporaryDirectory(prefix="ps-bench-") as directory:
         path = Path(directory) / "rows.parquet"
@@ -86,7 +101,10 @@ def analyst(address: str, rows: int) -> None:
 
 
 def ticks(seconds: float) -> Iterator[float]:
-    """Yield performance-counter times that are ``seconds`` apart, the first in ``seconds``."""
+    """Yield the times, by ``time.perf_counter``, at which steps that take ``seconds`` are due.
+
+    A time that has passed when it is asked for is replaced by the present time.
+    """
     due = time.perf_counter()
     while True:
         due = max(due + seconds, time.perf_counter())
@@ -94,16 +112,17 @@ def ticks(seconds: float) -> Iterator[float]:
 
 
 def sleep_until(moment: float) -> None:
-    """Sleep until a performance-counter time; return immediately if it has passed."""
+    """Sleep until ``moment``, by ``time.perf_counter``; return immediately if it has passed."""
     time.sleep(max(0.0, moment - time.perf_counter()))
 
 
 @contextmanager
 def running(role: str, address: str, rows: int) -> Iterator[subprocess.Popen[str]]:
-    """Run the pusher or the analyst process during a block; wait until it is ready.
+    """Run the pusher or the analyst process during a block, which starts when it is ready.
 
-    role  "pusher" or "analyst"
-    rows  number of rows of the table
+    role     "pusher" or "analyst"
+    address  "host:port" of the shard
+    rows     number of rows of the table
     """
     command = [sys.executable, "-m", "benchmarks.analyze", role, address, str(rows)]
     process = subprocess.Popen(
@@ -136,12 +155,11 @@ def pulls(table: Table, draws: Sequence[Ids], done: Callable[[], bool]) -> list[
 
 
 def measure(address: str, rows: int, kinds: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """Pull in windows with each kind of analysis and in windows without, alternating.
+    """Pull in windows with and without an analysis; return a row of the report per kind.
 
     rows    number of rows of the table
-    rounds  windows of either type, per kind
-
-    Returns a row of the report for each kind.
+    kinds   kinds of analysis, keys of KINDS
+    rounds  number of windows with an analysis, and of windows without, for each kind
     """
     draws = [keys_of(ids) for ids, _, _ in standard_work(Work(rows=rows, batch=PULLED), 256)]
     lines = []
@@ -158,41 +176,53 @@ def measure(address: str, rows: int, kinds: Sequence[str], rounds: int) -> list[
             during: list[list[float]] = []
             took: list[float] = []
             for i in range(2 * rounds):
-                if i % 4 in (
-                    0,
-                    3,
-                ):  # with, without, without, with: both kinds see the same drift of the machine
+                # with, without, without, with: a drift of the machine affects both alike
+                if i % 4 in (0, 3):
                     during.append(_with(process, kind, table, draws, took))
                 else:
                     end = time.perf_counter() + took[0]
                     alone.append(pulls(table, draws, lambda end=end: time.perf_counter() > end))  # type: ignore[misc]
-            before, after = (
-                milliseconds(list(chain.from_iterable(each))) for each in (alone, during)
-            )
-            pairs = zip(alone, during, strict=True)
-            rises = [np.quantile(b, 0.99) / np.quantile(a, 0.99) - 1 for a, b in pairs]
-            lines.append(
-                {
-                    "analysis": kind,
-                    "takes s (<= 60)": float(np.median(took)),
-                    "pulls": sum(map(len, during)),
-                    "p50 ms without": before["p50 ms"],
-                    "with": after["p50 ms"],
-                    "p99 ms without": before["p99 ms"],
-                    "with ": after["p99 ms"],
-                    "rise % (<= 20)": 100 * (after["p99 ms"] / before["p99 ms"] - 1),
-                    "of the rounds, median": 100 * float(np.median(rises)),
-                    "lowest p99 without": min(float(np.quantile(a, 0.99) * 1e3) for a in alone),
-                    "highest": max(float(np.quantile(a, 0.99) * 1e3) for a in alone),
-                }
-            )
+            lines.append(_line(kind, took, alone, during))
     return lines
+
+
+def _line(
+    kind: str, took: list[float], alone: list[list[float]], during: list[list[float]]
+) -> dict[str, Any]:
+    """Return a row of the report.
+
+    kind    kind of analysis
+    took    seconds of each analysis
+    alone   seconds of each pull in each window without an analysis
+    during  seconds of each pull in each window with an analysis
+    """
+    before, after = (milliseconds(list(chain.from_iterable(each))) for each in (alone, during))
+    pairs = zip(alone, during, strict=True)
+    rises = [np.quantile(b, 0.99) / np.quantile(a, 0.99) - 1 for a, b in pairs]
+    return {
+        "analysis": kind,
+        "takes s (<= 60)": float(np.median(took)),
+        "pulls": sum(map(len, during)),
+        "p50 ms without": before["p50 ms"],
+        "with": after["p50 ms"],
+        "p99 ms without": before["p99 ms"],
+        "with ": after["p99 ms"],
+        "rise % (<= 20)": 100 * (after["p99 ms"] / before["p99 ms"] - 1),
+        "of the rounds, median": 100 * float(np.median(rises)),
+        "lowest p99 without": min(float(np.quantile(a, 0.99) * 1e3) for a in alone),
+        "highest": max(float(np.quantile(a, 0.99) * 1e3) for a in alone),
+    }
 
 
 def _with(
     process: subprocess.Popen[str], kind: str, table: Table, draws: Sequence[Ids], took: list[float]
 ) -> list[float]:
-    """Pull during one analysis; append its seconds to ``took``."""
+    """Pull while the analyst runs one analysis; return the seconds of each pull.
+
+    process  the analyst
+    draws    keys of the pulls, used in a cycle
+    took     receives the seconds of the analysis
+    """
     assert process.stdin is not None
     assert process.stdout is not None
     answer: list[str] = []
@@ -207,7 +237,9 @@ def _with(
 def main(words: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its tables."""
     parser = arguments(__doc__)
-    parser.add_argument("--only", choices=KINDS, help="run only this kind of analysis")
+    parser.add_argument(
+        "--only", choices=KINDS, help="Run only this kind of analysis. Default: all."
+    )
     options = parser.parse_args(words)
     report = Report("analyze", options.json)
     rows, rounds = (500_000, 4) if options.quick else (5_000_000, 2)

@@ -43,14 +43,20 @@ MINUTE = 60.0
 CHUNK = 4 << 20  # bytes per read
 NEVER = 1e6  # seconds
 IDLE_SECONDS = 20.0  # seconds after which the host has reclaimed free memory
+TITLES = {  # kinds of checkpoints in the section "cost"
+    "none": "none",
+    "full": "named, full",
+    "incremental": "named, incremental",
+    "local": "local, one more",
+}
 
 
 class Shard:
-    """A server process of a one-shard cluster, with a data directory of its own.
+    """A server process of a one-shard cluster, with a data directory.
 
-    directory      of its data, and of its log output
-    url            checkpoint store
-    flush_seconds  time between flushes (writes of changed rows to the base on disk)
+    directory      directory for its data and for what it logs
+    url            URL under which it stores checkpoints
+    flush_seconds  time between flushes (writes of changed rows to disk)
     """
 
     def __init__(self, directory: Path, url: str, *, flush_seconds: float = NEVER) -> None:
@@ -103,9 +109,10 @@ def running(shard: Shard) -> Iterator[Client]:
 
 
 def rate(push: Callable[[int], None], seconds: float, at: list[int]) -> float:
-    """Call ``push`` for some seconds; return calls per second.
+    """Call ``push`` for ``seconds``; return the number of calls per second.
 
-    at  at[0] is the number of the next push; it is incremented
+    push  does one push; called with the number of the push
+    at    at[0] is the number of the next push; it is incremented
     """
     start, done = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - start) < seconds:
@@ -127,10 +134,11 @@ def pusher(table: Table, keys: Ids, work: Work) -> Callable[[int], None]:
 
 
 def cost(report: Report, directory: Path, work: Work, window: float, rounds: int) -> None:
-    """Run the section "cost".
+    """Run the section "cost" of the report.
 
-    window  seconds per window
-    rounds  windows per kind of checkpoint
+    directory  directory for all files
+    window     seconds per window
+    rounds     windows per kind of checkpoint
     """
     url = f"file://{directory}/cost-checkpoints"
     plain = Shard(directory / "plain", url, flush_seconds=window)
@@ -158,43 +166,54 @@ def cost(report: Report, directory: Path, work: Work, window: float, rounds: int
                 taking.join()
             rates["local"].append(rate(pushes["local"], window, at))
             shutil.rmtree(directory / "cost-checkpoints")
-    none = float(np.median(rates["none"]))
-    rows = []
-    for kind, title in (
-        ("none", "none"),
-        ("full", "named, full"),
-        ("incremental", "named, incremental"),
-        ("local", "local, one more"),
-    ):
-        with_one = float(np.median(rates[kind]))
-        lost = (none - with_one) / none * window / MINUTE
-        rows.append(
-            {
-                "checkpoint": title,
-                "pushes/s": with_one,
-                "lowest": min(rates[kind]),
-                "highest": max(rates[kind]),
-                "MB": float(np.median(sizes[kind])) / 1e6 if spent[kind] else None,
-                "takes s": float(np.median(spent[kind])) if spent[kind] else None,
-                "% of a minute (<= 5)": None if kind == "none" else 100 * lost,
-            }
-        )
     report.section(
         f"cost of a checkpoint per minute, {work.rows:,} rows, dim {DIM}, windows of {window:g} s",
-        rows,
+        [_cost_row(kind, rates, spent[kind], sizes[kind], window) for kind in TITLES],
     )
+
+
+def _cost_row(
+    kind: str, rates: dict[str, list[float]], spent: list[float], sizes: list[int], window: float
+) -> dict[str, Any]:
+    """Return a row of the section "cost".
+
+    kind    kind of checkpoint, a key of TITLES
+    rates   pushes per second in each window, by kind
+    spent   seconds of each checkpoint
+    sizes   bytes of each checkpoint
+    window  seconds per window
+    """
+    none, some = (float(np.median(rates[each])) for each in ("none", kind))
+    lost = (none - some) / none * window / MINUTE
+    return {
+        "checkpoint": TITLES[kind],
+        "pushes/s": some,
+        "lowest": min(rates[kind]),
+        "highest": max(rates[kind]),
+        "MB": float(np.median(sizes)) / 1e6 if spent else None,
+        "takes s": float(np.median(spent)) if spent else None,
+        "% of a minute (<= 5)": None if kind == "none" else 100 * lost,
+    }
 
 
 def _take(
     client: Client, name: str, base: str | None, spent: list[float], sizes: list[int]
 ) -> None:
+    """Take a checkpoint; append its seconds to ``spent`` and its bytes to ``sizes``.
+
+    base  checkpoint that it builds on; None: take a full checkpoint
+    """
     start = time.perf_counter()
     sizes.append(admin.checkpoint(client, name, parent=base).bytes)
     spent.append(time.perf_counter() - start)
 
 
 def restore(report: Report, directory: Path, rows: int) -> None:
-    """Run the section "restore"."""
+    """Run the section "restore" of the report.
+
+    directory  directory for all files
+    rows       number of rows of the table
+    """
     url = f"file://{directory}/checkpoints"
     source = Shard(directory / "source", url)
     with running(source) as client:
@@ -235,10 +254,10 @@ def restore(report: Report, directory: Path, rows: int) -> None:
 
 
 def _restored(target: Shard, rows: int, before: Callable[[], Any]) -> dict[str, float]:
-    """Restore the checkpoint "full" onto a shard; return the seconds of each step, by name.
+    """Restore the checkpoint "full" onto an empty shard; return the seconds of each step, by name.
 
-    rows    number of rows to expect afterwards
-    before  called right before each step
+    rows    number of rows that the table must have afterwards
+    before  called right before each step, outside of its time
     """
     with running(target) as client:
         step, id = pb.RestoreRequest, "0" * 16
@@ -281,7 +300,10 @@ def _start_anew(client: Client, id: str) -> None:
 
 
 def replay(report: Report, directory: Path, work: Work, size: int) -> None:
-    """Run the section "replay" with a log of about ``size`` bytes."""
+    """Run the section "replay" of the report, with a log of about ``size`` bytes.
+
+    directory  directory for all files
+    """
     shard = Shard(directory / "replay", f"file://{directory}/none")
     keys = keys_of(np.arange(work.rows))
     with running(shard) as client:
@@ -356,7 +378,12 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its tables."""
     parser = arguments(__doc__)
     sections = ("cost", "restore", "replay")
-    parser.add_argument("--only", choices=sections, action="append", help="run only this section")
+    parser.add_argument(
+        "--only",
+        choices=sections,
+        action="append",
+        help="Run only this section; may be repeated. Default: all.",
+    )
     options = parser.parse_args(words)
     wanted = options.only or sections
     report = Report("checkpoint", options.json)

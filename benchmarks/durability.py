@@ -28,21 +28,22 @@ PROCESSES, THREADS = 2, 4
 
 
 def push(table: Table, keys: Ids, steps: list[Step], level: Any, i: int) -> None:
-    """Push the gradients of step ``i`` at a level of durability.
+    """Push the gradients of step ``i``.
 
     keys   int64[rows], the key of each id
     steps  steps of the standard work, used in a cycle
+    level  durability of the push: "applied", "log" or "fsync"
     """
     _, distinct, gradients = steps[i % len(steps)]
     table.push(keys[distinct], gradients, step=i, durability=level)
 
 
 def _pusher(addresses: list[str], work: Work, count: int, barrier: Any, answers: Any) -> None:
-    """Run THREADS pushers three times through all levels. The body of a process.
+    """Run THREADS pushers at each level of durability, three times. The body of a process.
 
-    count    pushes per pusher and level
+    count    pushes per pusher, level and run
     barrier  lets all processes start a level at the same time
-    answers  queue that receives (level, start, end) in seconds
+    answers  queue that receives (level, start, end) of each run, in seconds
     """
     steps, keys = standard_work(work, 32), keys_of(np.arange(work.rows))
     with ExitStack() as stack:
@@ -71,9 +72,11 @@ def _pusher(addresses: list[str], work: Work, count: int, barrier: Any, answers:
 
 
 def together(addresses: list[str], work: Work, count: int) -> dict[str, float]:
-    """Return pushes per second of eight concurrent pushers, by level: the median of three runs.
+    """Return the pushes per second of eight concurrent pushers together, by level.
 
     count  pushes per pusher, level and run
+
+    Each number is the median of three runs.
     """
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(PROCESSES), context.Queue()
@@ -113,33 +116,37 @@ def main() -> None:
                 level: partial(push, table, keys, steps, level) for level in LEVELS
             }
             times = interleave(contenders, steps=count, rounds=10)
-            base = float(np.median(times["applied"]))
             title = f"B = {batch:,} ({np.mean([len(s[1]) for s in steps]):,.0f} distinct)"
-            report.section(
-                f"one pusher, {title}",
-                [
-                    {
-                        "level": level,
-                        **milliseconds(times[level]),
-                        "pushes, x applied": base / float(np.median(times[level])),
-                    }
-                    for level in LEVELS
-                ],
-            )
+            report.section(f"one pusher, {title}", _alone(times))
             rates = together(addresses, work, count // 4)
-            report.section(
-                f"eight pushers, {title}",
-                [
-                    {
-                        "level": level,
-                        "pushes/s": rates[level],
-                        "x applied": rates[level] / rates["applied"],
-                        "target": TARGETS.get(level),
-                    }
-                    for level in LEVELS
-                ],
-            )
+            report.section(f"eight pushers, {title}", _eight(rates))
     report.close()
+
+
+def _alone(times: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Return the rows of the report for one pusher. ``times``: seconds of each push, by level."""
+    base = float(np.median(times["applied"]))
+    return [
+        {
+            "level": level,
+            **milliseconds(times[level]),
+            "pushes, x applied": base / float(np.median(times[level])),
+        }
+        for level in LEVELS
+    ]
+
+
+def _eight(rates: dict[str, float]) -> list[dict[str, Any]]:
+    """Return the rows of the report for eight pushers. ``rates``: pushes per second, by level."""
+    return [
+        {
+            "level": level,
+            "pushes/s": rates[level],
+            "x applied": rates[level] / rates["applied"],
+            "target": TARGETS.get(level),
+        }
+        for level in LEVELS
+    ]
 
 
 if __name__ == "__main__":

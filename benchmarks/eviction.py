@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import time
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,10 +31,10 @@ ROUNDS = 5
 
 
 class Trainer:
-    """Pushes gradients for the standard work and for new keys to one table.
+    """Pushes the gradients of the standard work, and of new keys, to one table.
 
     fresh  new keys per push
-    times  seconds of each push
+    times  seconds of each push so far
     """
 
     def __init__(self, table: Table, work: Work, fresh: int) -> None:
@@ -46,7 +47,10 @@ class Trainer:
         self._at = 0
 
     def fill(self, ttl: int) -> None:
-        """Create all rows, with steps spread evenly over -ttl..0, so that they expire evenly."""
+        """Create all rows. Their last steps are spread evenly over -ttl..0.
+
+        So equally many of them expire at each step.
+        """
         chunk = min(CHUNK, len(self._keys) // 100)  # a hundredth of the TTL is due early in a run
         gradients = np.ones((chunk, DIM), np.float32)
         for start in range(0, len(self._keys), chunk):
@@ -55,7 +59,7 @@ class Trainer:
             self.table.push(keys, gradients[: len(keys)], step=step, durability="applied")
 
     def push(self) -> None:
-        """Send the next push."""
+        """Send the next push: gradients of a step of the work, and of new keys."""
         self._at += 1
         _, distinct, gradients = self._steps[self._at % len(self._steps)]
         new: NDArray[np.int64] = np.fromiter(self._new, np.int64, self._fresh)
@@ -66,10 +70,29 @@ class Trainer:
         self.times.append(time.perf_counter() - start)
 
     def turn(self, seconds: float) -> None:
-        """Push for ``seconds``."""
+        """Push for ``seconds``, one push after the other."""
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             self.push()
+
+    def line(self, name: str, base: float) -> dict[str, Any]:
+        """Return the row of the report for this table.
+
+        name  name of the table
+        base  mean seconds of a push to the table without eviction
+        """
+        left = self.table.describe().rows
+        mean = float(np.mean(self.times))
+        return {
+            "table": name,
+            "pushes/s": 1 / mean,
+            "x without": base / mean,
+            "target": TARGET if name == "evicts" else None,
+            "p50 ms": float(np.median(self.times) * 1e3),
+            "p99.9 ms": float(np.quantile(self.times, 0.999) * 1e3),
+            "rows": left,
+            "evicted": len(self._keys) + self._fresh * self._at - left,
+        }
 
 
 def rate_of(work: Work) -> float:
@@ -82,6 +105,32 @@ def rate_of(work: Work) -> float:
         return 1 / float(np.median(trainer.times[20:]))
 
 
+def compare(work: Work, ttl: int, fresh: int, seconds: float, rounds: int) -> list[dict[str, Any]]:
+    """Push to a table without and one with eviction, in turns; return the rows of the report.
+
+    ttl      step TTL of the second table
+    fresh    new keys per push
+    seconds  duration of a turn
+    rounds   turns of each table
+    """
+    with ExitStack() as stack:
+        trainers = {}
+        for name, rules in (("grows", {}), ("evicts", {"step_ttl": {"steps": ttl}})):
+            addresses, _ = stack.enter_context(shards(1, durable=True))
+            client = stack.enter_context(Client(addresses, timeout=60.0))
+            table = client.create_table(name, DIM, lr=0.05, eviction=rules)
+            trainers[name] = Trainer(table, work, fresh)
+            trainers[name].fill(ttl)
+        for trainer in trainers.values():
+            trainer.turn(1.0)
+            trainer.times.clear()
+        for _ in range(rounds):
+            for trainer in trainers.values():
+                trainer.turn(seconds)
+        base = float(np.mean(trainers["grows"].times))
+        return [trainer.line(name, base) for name, trainer in trainers.items()]
+
+
 def main() -> None:
     """Run the benchmark and print its tables."""
     options = arguments(__doc__).parse_args()
@@ -91,43 +140,12 @@ def main() -> None:
     for turnover, seconds in TURNOVERS.items():
         ttl = round(60 * rate / turnover)
         fresh = round(turnover * work.rows / 60 / rate)
-        with ExitStack() as stack:
-            trainers = {}
-            for name, rules in (("grows", {}), ("evicts", {"step_ttl": {"steps": ttl}})):
-                addresses, _ = stack.enter_context(shards(1, durable=True))
-                client = stack.enter_context(Client(addresses, timeout=60.0))
-                table = client.create_table(name, DIM, lr=0.05, eviction=rules)
-                trainers[name] = Trainer(table, work, fresh)
-                trainers[name].fill(ttl)
-            for trainer in trainers.values():
-                trainer.turn(1.0)
-                trainer.times.clear()
-            for _ in range(2 if options.quick else ROUNDS):
-                for trainer in trainers.values():
-                    trainer.turn(seconds / (4 if options.quick else 1))
-            base = sum(trainers["grows"].times) / len(trainers["grows"].times)
-            rows = []
-            for name, trainer in trainers.items():
-                left = trainer.table.describe().rows
-                pushed = work.rows + fresh * trainer._at
-                mean = sum(trainer.times) / len(trainer.times)
-                rows.append(
-                    {
-                        "table": name,
-                        "pushes/s": 1 / mean,
-                        "x without": base / mean,
-                        "target": TARGET if name == "evicts" else None,
-                        "p50 ms": float(np.median(trainer.times) * 1e3),
-                        "p99.9 ms": float(np.quantile(trainer.times, 0.999) * 1e3),
-                        "rows": left,
-                        "evicted": pushed - left,
-                    }
-                )
-            report.section(
-                f"{work.rows:,} rows, {turnover:.0%} of them new per minute, {fresh} per push;"
-                f" TTL {ttl:,} steps",
-                rows,
-            )
+        turn, rounds = (seconds / 4, 2) if options.quick else (seconds, ROUNDS)
+        report.section(
+            f"{work.rows:,} rows, {turnover:.0%} of them new per minute, {fresh} per push;"
+            f" TTL {ttl:,} steps",
+            compare(work, ttl, fresh, turn, rounds),
+        )
     report.close()
 
 

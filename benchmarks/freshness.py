@@ -4,7 +4,7 @@ fresh    Push 50,000 changed rows per second to four followers, each a process. 
          stopped (SIGSTOP) during the middle third of the time. The latency of a push is the time
          from its reply until the follower's ``pull`` returns its rows. The limit is the time from
          the reply until the push is on disk, because only durable versions are streamed.
-stopped  Push the standard work at full speed, alternately with 0, 1 and 16 subscribers that do not
+stopped  Push the standard work at full speed, in turns with 0, 1 and 16 subscribers that do not
          read. Measure pushes per second and the memory of the server.
 bytes    Update 1 % of a table for a minute, and count the bytes sent to three subscribers: one that
          follows all the time, one that was away and then gets merged changes, and one that was away
@@ -14,7 +14,6 @@ bytes    Update 1 % of a table for a minute, and count the bytes sent to three s
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -24,40 +23,47 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grpc
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.followers import FOLLOWERS, Followers, watching_disk
 from benchmarks.report import Report, arguments
 from benchmarks.servers import cpu, free_ports, rss, wait_until_ready
 from benchmarks.step import fill
 from benchmarks.work import Ids, Work, keys_of, standard_work
-from psclient import Change, Client, Follower, Subscriber, Table
-from psproto import ps_pb2 as pb
+from psclient import Client, Subscriber, Table
 
 DIM = 32
 RATE = 50_000  # changed rows per second
-FOLLOWERS = 4
 TARGET_MS = 50.0
 ROW = 8 + 4 * DIM  # bytes of a key and its embedding
 NEVER = "1000000"  # seconds
+TITLES = {  # kinds of subscribers in the section "bytes"
+    "live": "follows, every change",
+    "coalesced": "was away, newest values of 32 MB of log at a time",
+    "catch-up": "was away, the log has been truncated: catch-up",
+}
 
 
 class Server(NamedTuple):
-    """One durable shard."""
+    """A server process that runs the only shard of a cluster, with a log."""
 
-    address: str
-    metrics: int  # port
-    pid: int
+    address: str  # "host:port"
+    metrics: int  # port of its metrics
+    pid: int  # process id
 
 
 @contextmanager
 def serving(directory: Path, *flags: str) -> Iterator[Server]:
-    """Run a shard on a directory until the end of the block."""
+    """Run a server process during a block.
+
+    directory  its data directory
+    flags      additional options of ``psserver serve``
+    """
     directory.mkdir(parents=True, exist_ok=True)
     port = free_ports(2)
     command = [sys.executable, "-m", "psserver", "serve", "--port", str(port)]
@@ -75,28 +81,6 @@ def serving(directory: Path, *flags: str) -> Iterator[Server]:
 # ---- fresh
 
 
-def _follow(number: int, address: str, table: str, mailbox: Any, answers: Any) -> None:
-    """Follow a table, and report when each version became visible. The body of a process.
-
-    number   index of the follower
-    mailbox  queue from which it gets a start signal, then the last version to wait for
-    answers  queue for (number, process id, rows), then (number, float64[n, 2] of version and
-             monotonic seconds, rows)
-    """
-    seen: list[tuple[int, float]] = []
-
-    def note(change: Change) -> None:
-        if not change.more:
-            seen.append((change.version, time.monotonic()))
-
-    with Follower([address], tables=[table], on_change=note) as follower:
-        follower.wait_for([0], 120)
-        answers.put((number, os.getpid(), len(follower)))
-        mailbox.get()
-        follower.wait_for([mailbox.get()], 60)
-        answers.put((number, np.array(seen), len(follower)))
-
-
 class Pushed(NamedTuple):
     """Result of ``push_at``."""
 
@@ -108,11 +92,11 @@ class Pushed(NamedTuple):
 def push_at(
     table: Table, keys: Ids, work: Work, seconds: float, level: Any, stop_at: dict[float, Any]
 ) -> Pushed:
-    """Push RATE rows per second.
+    """Push RATE rows per second to a table, for ``seconds``.
 
-    seconds  duration
+    keys     int64[rows], the key of each id
     level    durability of the pushes
-    stop_at  functions to call, by the time in seconds since the start
+    stop_at  functions to call meanwhile, by the time in seconds since the start
     """
     steps = standard_work(work, 64)
     acknowledged: list[float] = []
@@ -143,21 +127,13 @@ def delays(pushed: Pushed, first: int, seen: NDArray[np.float64]) -> NDArray[np.
     return np.asarray(seen[order, 1][at] - pushed.acknowledged)
 
 
-def _watch_disk(address: str, done: threading.Event, reached: list[tuple[int, float]]) -> None:
-    """Append (durable version, monotonic seconds) to ``reached`` every 2 ms until ``done`` is set.
-
-    It polls, because waiting for a version would make the server sync its log earlier.
-    """
-    with grpc.insecure_channel(address) as channel:
-        ask = channel.unary_unary("/ps.v1.InfoService/GetServerInfo")
-        while not done.wait(0.002):
-            answer = pb.GetServerInfoResponse.FromString(ask(b"", timeout=30))
-            reached.append((answer.durable_version, time.monotonic()))
-
-
 def fresh(report: Report, directory: Path, rows: int, seconds: float, batch: int) -> None:
-    """Run the section "fresh" for one batch size."""
-    context = multiprocessing.get_context("spawn")
+    """Run the section "fresh" of the report for one batch size.
+
+    directory  data directory of the server
+    rows       number of rows of the table
+    seconds    duration of the pushes at each level of durability
+    """
     keys, work = keys_of(np.arange(rows)), Work(rows=rows, batch=batch)
     lines = []
     with ExitStack() as stack:
@@ -167,41 +143,23 @@ def fresh(report: Report, directory: Path, rows: int, seconds: float, batch: int
         fill(table, keys)
         client.wait_durable()
         for level in ("log", "fsync"):
-            mailboxes = [context.SimpleQueue() for _ in range(FOLLOWERS)]
-            answers = context.SimpleQueue()
-            processes = [
-                context.Process(target=_follow, args=(n, server.address, "fresh", box, answers))
-                for n, box in enumerate(mailboxes)
-            ]
-            for process in processes:
-                process.start()
-            pids = {number: pid for number, pid, _ in (answers.get() for _ in processes)}
-            for box in mailboxes:
-                box.put("begin")
+            followers = Followers(server.address, "fresh")
             first = client.wait_durable()[0] + 1
             stopping = {
-                seconds / 3: lambda pids=pids: os.kill(pids[0], signal.SIGSTOP),
-                2 * seconds / 3: lambda pids=pids: os.kill(pids[0], signal.SIGCONT),
+                seconds / 3: lambda pid=followers.pids[0]: os.kill(pid, signal.SIGSTOP),
+                2 * seconds / 3: lambda pid=followers.pids[0]: os.kill(pid, signal.SIGCONT),
             }
-            reached: list[tuple[int, float]] = []
-            done = threading.Event()
-            watch = threading.Thread(target=_watch_disk, args=(server.address, done, reached))
+            watched: AbstractContextManager[list[tuple[int, float]]] = nullcontext([])
             if level == "log":
-                watch.start()
-            used = cpu(server.pid)
-            pushed = push_at(table, keys, work, seconds, level, dict(stopping))
-            time.sleep(0.2)
-            last = client.wait_durable()[0]
-            time.sleep(0.02)
-            done.set()
-            if level == "log":
-                watch.join()
-            for box in mailboxes:
-                box.put(last)
-            seen = {number: times for number, times, _ in (answers.get() for _ in processes)}
+                watched = watching_disk(server.address)
+            with watched as reached:
+                used = cpu(server.pid)
+                pushed = push_at(table, keys, work, seconds, level, dict(stopping))
+                time.sleep(0.2)
+                last = client.wait_durable()[0]
+                time.sleep(0.02)
+            seen = followers.finish(last)
             used = cpu(server.pid) - used
-            for process in processes:
-                process.join()
             assert last == first + len(pushed.acknowledged) - 1
             lines += _fresh_rows(level, seconds, pushed, first, seen, reached)
     distinct, rate = pushed.rows / len(pushed.acknowledged), pushed.rows / seconds
@@ -257,7 +215,13 @@ def _fresh_rows(
 
 
 def stopped(report: Report, directory: Path, rows: int, window: float, rounds: int) -> None:
-    """Run the section "stopped"."""
+    """Run the section "stopped" of the report.
+
+    directory  directory for the data of the servers
+    rows       number of rows of the table
+    window     seconds to push with each number of subscribers
+    rounds     how often to do so
+    """
     keys = keys_of(np.arange(rows))
     lines = []
     for batch in (1_000, 10_000):
@@ -270,43 +234,57 @@ def stopped(report: Report, directory: Path, rows: int, window: float, rounds: i
             memory: dict[int, list[int]] = {count: [] for count in rates}
             for turn in range(rounds + 1):
                 for count in np.roll(list(rates), turn).tolist():
-                    with ExitStack() as stack:
-                        idle = [
-                            stack.enter_context(Subscriber([server.address], start="latest"))
-                            for _ in range(count)
-                        ]
-                        for each in idle:
-                            each.next(30)  # subscribed; it reads no more
-                        push_for(
-                            table, keys, steps, 1.0
-                        )  # until the buffers of the connections are full
+                    with idle_subscribers(server.address, count):
+                        push_for(table, keys, steps, 1.0)  # fills the connections' buffers
                         rate = push_for(table, keys, steps, window)
                         one.wait_durable()
                         if turn:
                             rates[count].append(rate)
                             memory[count].append(rss(server.pid))
-            base = float(np.median(memory[0]))
-            for count, measured in rates.items():
-                median = float(np.median(measured))
-                kept = float(np.median(np.array(measured) / rates[0]))  # in each turn
-                more = (float(np.median(memory[count])) - base) / max(count, 1)
-                lines.append(
-                    {
-                        "B": batch,
-                        "stopped subscribers": count,
-                        "pushes/s": median,
-                        "lowest": min(measured),
-                        "highest": max(measured),
-                        "% slower (<= 5)": 100 * (1 - kept) if count else None,
-                        "server MB": float(np.median(memory[count])) / 1e6,
-                        "MB more each": more / 1e6 if count else None,
-                    }
-                )
+        lines += [_stopped_row(batch, count, rates, memory) for count in rates]
     report.section(f"stopped subscribers, {rows:,} rows, {rounds} turns of {window:g} s", lines)
 
 
+@contextmanager
+def idle_subscribers(address: str, count: int) -> Iterator[None]:
+    """Keep ``count`` subscribers of a server that do not read during a block."""
+    with ExitStack() as stack:
+        idle = [stack.enter_context(Subscriber([address], start="latest")) for _ in range(count)]
+        for each in idle:
+            each.next(30)  # returns once it is subscribed
+        yield
+
+
+def _stopped_row(
+    batch: int, count: int, rates: dict[int, list[float]], memory: dict[int, list[int]]
+) -> dict[str, Any]:
+    """Return a row of the section "stopped".
+
+    batch   ids per push
+    count   number of subscribers that do not read
+    rates   pushes per second in each turn, by number of subscribers
+    memory  bytes of memory of the server after each turn, by number of subscribers
+    """
+    kept = float(np.median(np.array(rates[count]) / rates[0]))  # in each turn
+    base, used = (float(np.median(memory[each])) for each in (0, count))
+    return {
+        "B": batch,
+        "stopped subscribers": count,
+        "pushes/s": float(np.median(rates[count])),
+        "lowest": min(rates[count]),
+        "highest": max(rates[count]),
+        "% slower (<= 5)": 100 * (1 - kept) if count else None,
+        "server MB": used / 1e6,
+        "MB more each": (used - base) / count / 1e6 if count else None,
+    }
+
+
 def push_for(table: Table, keys: Ids, steps: Sequence[Any], seconds: float) -> float:
-    """Push for ``seconds``, one push after the other; return pushes per second."""
+    """Push for ``seconds``, one push after the other; return pushes per second.
+
+    keys   int64[rows], the key of each id
+    steps  steps of the standard work, used in a cycle
+    """
     start, done = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - start) < seconds:
         _, distinct, gradients = steps[done % len(steps)]
@@ -333,12 +311,12 @@ class Came(NamedTuple):
 
     rows: int
     bytes: float
-    seconds: float  # until it had all
-    mode: str  # kind of the first message, which shows how it starts
+    seconds: float  # time until it had received everything
+    mode: str  # "tail" (only new changes), "catch_up" or "snapshot": how the subscription started
 
 
 def read_up_to(server: Server, version: int, **options: Any) -> Came:
-    """Subscribe, read up to ``version``, and return how many rows and bytes came, and when.
+    """Subscribe, read all changes up to ``version``, and return how much data was received.
 
     options  arguments of Subscriber
     """
@@ -353,9 +331,10 @@ def read_up_to(server: Server, version: int, **options: Any) -> Came:
 
 
 def updates(table: Table, keys: Ids, share: Ids, seconds: float) -> int:
-    """Push 1,000 rows ten times per second; return the number of row changes.
+    """Push 1,000 rows ten times per second, for ``seconds``; return the number of row changes.
 
-    share  ids of the rows to change; each is changed at least once, then random ones
+    keys   int64[rows], the key of each id
+    share  ids of the rows to change: first each of them once, then random ones
     """
     rng = np.random.default_rng(1)
     gradients = rng.standard_normal((1000, DIM), dtype=np.float32)
@@ -370,11 +349,17 @@ def updates(table: Table, keys: Ids, share: Ids, seconds: float) -> int:
 
 
 def streamed(report: Report, directory: Path, rows: int, seconds: float) -> None:
-    """Run the section "bytes"."""
+    """Run the section "bytes" of the report.
+
+    directory  data directory of the server
+    rows       number of rows of the table
+    seconds    duration of the updates
+    """
     keys = keys_of(np.arange(rows))
     share = np.random.default_rng(2).choice(rows, rows // 100, replace=False)
     name: dict[str, Any] = {"tables": ["rows"]}
     segments = ("--segment-bytes", str(4 << 20))  # the log is truncated by whole segments
+    came: dict[str, Came] = {}
     with ExitStack() as stack:
         flags = ("--flush-seconds", NEVER, *segments)
         server = stack.enter_context(serving(directory, *flags))
@@ -385,11 +370,10 @@ def streamed(report: Report, directory: Path, rows: int, seconds: float) -> None
         with Subscriber([server.address], start="latest", **name) as changes:
             changes.next(30)
             tokens = changes.tokens()
-        came: dict[str, Came] = {}
+        last = int(client.wait_durable()[0] + 10 * seconds)
         live = threading.Thread(
             target=lambda: came.update(live=read_up_to(server, last, tokens=tokens, **name))
         )
-        last = int(client.wait_durable()[0] + 10 * seconds)
         live.start()
         changed = updates(table, keys, share, seconds)
         assert client.wait_durable()[0] == last
@@ -401,33 +385,36 @@ def streamed(report: Report, directory: Path, rows: int, seconds: float) -> None
         while read_mode(server, tokens) != "catch_up":
             table.push(keys[share[:1]], np.zeros((1, DIM), np.float32))
             time.sleep(0.5)
-        last = client.wait_durable()[0]
-        came["catch-up"] = read_up_to(server, last, tokens=tokens, **name)
-    titles = {
-        "live": "follows, every change",
-        "coalesced": "was away, newest values of 32 MB of log at a time",
-        "catch-up": "was away, the log has been cut: catch-up",
-    }
+        version = client.wait_durable()[0]
+        came["catch-up"] = read_up_to(server, version, tokens=tokens, **name)
     report.section(
         f"bytes for {seconds:g} s of updates: {changed:,} changes of {len(share):,} of {rows:,}"
         f" rows (the table: {rows * ROW / 1e6:,.0f} MB of keys and embeddings)",
-        [
-            {
-                "a subscriber that": titles[how],
-                "rows sent": each.rows,
-                "MB": each.bytes / 1e6,
-                "x keys and embeddings (<= 1.2)": each.bytes / (each.rows * ROW),
-                "rows sent, x distinct": each.rows / len(share),
-                "% of the table": 100 * each.bytes / (rows * ROW),
-                "s": each.seconds,
-            }
-            for how, each in came.items()
-        ],
+        [_bytes_row(how, each, rows, len(share)) for how, each in came.items()],
     )
 
 
+def _bytes_row(how: str, came: Came, rows: int, changed: int) -> dict[str, Any]:
+    """Return a row of the section "bytes".
+
+    how      kind of subscriber, a key of TITLES
+    came     amount of data that it received
+    rows     number of rows of the table
+    changed  number of distinct rows that were changed
+    """
+    return {
+        "a subscriber that": TITLES[how],
+        "rows sent": came.rows,
+        "MB": came.bytes / 1e6,
+        "x keys and embeddings (<= 1.2)": came.bytes / (came.rows * ROW),
+        "rows sent, x distinct": came.rows / changed,
+        "% of the table": 100 * came.bytes / (rows * ROW),
+        "s": came.seconds,
+    }
+
+
 def read_mode(server: Server, tokens: tuple[bytes, ...]) -> str:
-    """Return the kind of the first message of a subscription that starts from ``tokens``."""
+    """Return the kind of the first change of a subscription that starts at ``tokens``."""
     with Subscriber([server.address], tables=["rows"], tokens=tokens) as changes:
         change = changes.next(60)
         assert change is not None
@@ -438,7 +425,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its tables."""
     parser = arguments(__doc__)
     parser.add_argument(
-        "--only", choices=("fresh", "stopped", "bytes"), help="run only this section"
+        "--only", choices=("fresh", "stopped", "bytes"), help="Run only this section. Default: all."
     )
     options = parser.parse_args(words)
     report = Report("freshness", options.json)

@@ -37,15 +37,15 @@ LINES_AHEAD = 32  # lines to prefetch ahead in a loop that does nothing else
 class Roofs(NamedTuple):
     """Limits of the hardware."""
 
-    line: float  # nanoseconds per random cache line
-    copied: float  # GB/s
+    line: float  # nanoseconds to read a random cache line
+    copied: float  # speed of copying memory, in GB/s
 
     def shares(self, ns: float, lines: int, size: int) -> dict[str, Any]:
-        """Return which share of each hardware limit a kernel reaches.
+        """Return the share of each limit that a kernel reaches, as columns of the report.
 
         ns     nanoseconds that the kernel takes per row
-        lines  cache lines per row
-        size   bytes per row
+        lines  cache lines that it needs per row
+        size   bytes that it needs per row
         """
         return {
             "of random lines": lines * self.line / ns,
@@ -54,7 +54,7 @@ class Roofs(NamedTuple):
 
 
 class Setup:
-    """A table of ``rows`` rows, and batches of uniform keys that are in it."""
+    """A table of ``rows`` rows, and batches of its keys, drawn with equal probability."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -99,7 +99,10 @@ def main() -> None:
 
 
 def _roofs(setup: Setup, cpp: Any) -> Roofs:
-    """Measure the limits of the hardware, with C++ if it is available, else with Numba, NumPy."""
+    """Measure the limits of the hardware.
+
+    cpp  library of C++ kernels; None: measure with Numba and NumPy
+    """
     lines = setup.slab.array[: setup.rows].view(np.uint64).reshape(-1)
     count, reads = len(lines) // 8, 500_000
     target, source = np.empty(256 << 20, np.uint8), np.ones(256 << 20, np.uint8)
@@ -124,9 +127,11 @@ def _seconds(call: Callable[[], Any]) -> float:
 def _read_lines(lines: Any, count: int, reads: int, seed: int) -> Any:
     """Read random cache lines that do not depend on each other; return their sum.
 
-    lines  uint64[count, 8], far more than the caches hold; count < 2**32
+    lines  uint64[count, 8], much larger than the caches; count < 2**32
+    reads  number of lines to read
+    seed   determines which lines are read
 
-    The sum keeps the compiler from removing the loop.
+    The sum is returned so that the compiler does not remove the loop.
     """
     total, most, first = np.uint64(0), np.uint64(count), np.uint64(seed * reads)
     for i in range(reads):
@@ -203,7 +208,12 @@ def _step(optimizer: Any, slab: Any, slots: Any, gradients: Any, i: int) -> None
 
 
 def _inserts(setup: Setup, cpp: Any) -> list[dict[str, Any]]:
-    """Measure inserts into an index that grows, and into indexes that have their final size."""
+    """Measure inserts into an index that grows, and into indexes that have their final size.
+
+    cpp  library of C++ kernels, or None
+
+    Returns rows of the report.
+    """
     index = Index(Budget(16 << 30))
     locations = np.arange(1, setup.rows + 1, dtype=np.uint64)
     starts = range(0, setup.rows, N)

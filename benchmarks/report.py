@@ -14,25 +14,38 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-Contender = Callable[[int], Any]  # what is measured: called with the number of the step
+Contender = Callable[[int], Any]  # does one step, which is timed; called with its number
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the options that every benchmark has."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", type=Path, help="file to write the figures to, as JSON")
-    parser.add_argument("--quick", action="store_true", help="do a tenth of the work, for a trial")
+    """Return a parser with the options that every benchmark has.
+
+    description  docstring of the benchmark, shown by --help
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="Write the results to this file too, as JSON."
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="Do about a tenth of the work, to check that the benchmark runs.",
+    )
     return parser
 
 
 def interleave(
     contenders: dict[str, Contender], *, steps: int, rounds: int, warm: int = 20
 ) -> dict[str, list[float]]:
-    """Run contenders in alternating turns; return the seconds of each step, by contender.
+    """Run contenders in alternating turns; return the seconds of each measured step, by contender.
 
-    steps   steps to measure per contender
-    rounds  turns of each contender, so that disturbances of the machine affect all of them
-    warm    steps at the start of each turn that are not measured
+    contenders  {name: function that does one step}
+    steps       steps to measure per contender, over all rounds
+    rounds      number of turns of each contender; they alternate so that disturbances of the
+                machine affect all contenders
+    warm        steps at the start of each turn that are not measured
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     at = dict.fromkeys(contenders, 0)
@@ -48,16 +61,16 @@ def interleave(
 
 
 def stolen() -> float:
-    """Return the seconds of processor time that the host has taken from this machine."""
+    """Return the seconds of processor time that the host has taken from this virtual machine."""
     with open("/proc/stat") as stat:
         return int(stat.readline().split()[8]) / 100
 
 
 class Report:
-    """Prints the results of a benchmark section by section, and writes them as JSON in the end.
+    """Prints the results of a benchmark in sections. ``close`` writes all of them as JSON.
 
     name  name of the benchmark
-    path  JSON file; None: write none
+    path  JSON file; None: write no file
     """
 
     def __init__(self, name: str, path: Path | None) -> None:
@@ -69,7 +82,10 @@ class Report:
         self._stolen = stolen()
 
     def section(self, title: str, rows: Sequence[dict[str, Any]]) -> None:
-        """Print a table of rows (column name to value); the first row's keys are the header."""
+        """Print a table with a title.
+
+        rows  {column name: value} for each row; all rows have the same columns
+        """
         self._sections[title] = list(rows)
         table = Table(title=title, title_justify="left", title_style="bold")
         for i, head in enumerate(rows[0]):
@@ -79,12 +95,12 @@ class Report:
         self._console.print(table)
 
     def note(self, text: str) -> None:
-        """Print a line of text, and add it to the JSON."""
+        """Print a line of text, and add it to the results."""
         self._sections.setdefault("notes", []).append({"note": text})
         self._console.print(text, highlight=False)
 
     def close(self) -> None:
-        """Print the run time and the processor time lost to the host, and write the JSON."""
+        """Print the run time and the processor time taken by the host; write the JSON file."""
         took = time.time() - self._started
         self.note(
             f"{took:.0f} s; processor time taken by the host: {stolen() - self._stolen:.1f} s"

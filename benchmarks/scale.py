@@ -26,7 +26,7 @@ from benchmarks.report import Report, arguments
 from benchmarks.servers import cpu, huge, rss, shards
 from benchmarks.step import Trainer, fill
 from benchmarks.work import Work, keys_of, standard_work
-from psclient import Client
+from psclient import Client, Table
 from storage.arena import Arena, Budget
 from storage.kernels import gather
 
@@ -38,6 +38,7 @@ INDEX_PLACES = 17  # index entries per ten rows, at the average load
 def _train(addresses: list[str], rows: int, steps: int, barrier: Any, answers: Any) -> None:
     """Train for ``steps`` exchanges. The body of a process.
 
+    rows     number of rows of the table
     barrier  lets all trainers start at the same time
     answers  queue that receives (start, end) in seconds
     """
@@ -54,8 +55,9 @@ def _train(addresses: list[str], rows: int, steps: int, barrier: Any, answers: A
 
 
 def throughput(addresses: list[str], rows: int, clients: int, steps: int) -> float:
-    """Return the rows per second (duplicates included) of several concurrent trainers together.
+    """Return the rows per second, duplicates included, that concurrent trainers process together.
 
+    rows     number of rows of the table
     clients  number of trainers, each a process
     steps    exchanges per trainer
     """
@@ -78,13 +80,16 @@ def main() -> None:
     """Run the benchmark and print its tables."""
     parser = arguments(__doc__)
     parser.add_argument(
-        "--largest", type=int, default=20_000_000, help="number of rows of the largest table"
+        "--largest",
+        type=int,
+        default=20_000_000,
+        help="Number of rows of the largest table in the part growth (default: %(default)s).",
     )
     parser.add_argument(
         "--parts",
         nargs="+",
         choices=("shards", "growth", "start"),
-        help="parts to run (default: all)",
+        help="Parts of the benchmark to run. Default: all.",
     )
     options = parser.parse_args()
     report = Report("scale", options.json)
@@ -101,7 +106,7 @@ def main() -> None:
 
 
 def _shards(quick: bool) -> list[dict[str, Any]]:
-    """Return a row of the report per number of shards and trainers: rows/s, server CPU time."""
+    """Train with different numbers of shards and trainers; return a row of the report for each."""
     rows, steps = (200_000, 30) if quick else (2_000_000, 800)
     measured = []
     for count, clients in ((1, 1), (2, 1), (4, 1), (1, 4)):
@@ -134,13 +139,14 @@ def _sizes(largest: int, quick: bool) -> list[int]:
 
 
 def _growth(sizes: list[int]) -> list[dict[str, Any]]:
-    """Grow one table; return a row of the report per size: pull time, memory, and peak memory."""
+    """Grow one table to each of ``sizes``, in rows; return a row of the report per size."""
     lines = []
     with ExitStack() as stack:
         addresses, pids = stack.enter_context(shards(1))
         client = stack.enter_context(Client(addresses))
         table = client.create_table("scale", DIM, lr=0.05)
-        other = client.create_table("other", DIM)  # memory of serving, which is not the table's
+        # fill and drop a table, so that the memory that serving needs is allocated before
+        other = client.create_table("other", DIM)
         fill(other, keys_of(np.arange(50_000)))
         client.drop_table("other")
         empty, filled, first = rss(pids[0]), 0, 0.0
@@ -152,14 +158,7 @@ def _growth(sizes: list[int]) -> list[dict[str, Any]]:
                 if filled >= min(2_000_000, sizes[-1]):
                     worst = max(worst, (rss(pids[0]) - empty) / (filled * ROW))
             filled = size
-            rng = np.random.default_rng(size)
-            batches = [keys_of(rng.integers(0, size, 10_000)) for _ in range(60)]
-            seconds = []
-            for batch in batches:
-                start = time.perf_counter()
-                table.pull(batch)
-                seconds.append(time.perf_counter() - start)
-            pull = float(np.median(seconds[10:])) / 10_000 * 1e9
+            pull = _pull_time(table, size)
             first = first or pull
             info = table.describe()
             lines.append(
@@ -177,8 +176,24 @@ def _growth(sizes: list[int]) -> list[dict[str, Any]]:
     return lines
 
 
+def _pull_time(table: Table, rows: int) -> float:
+    """Return the nanoseconds per key of pulls of uniform keys from a table of ``rows`` rows."""
+    rng = np.random.default_rng(rows)
+    batches = [keys_of(rng.integers(0, rows, 10_000)) for _ in range(60)]
+    seconds = []
+    for batch in batches:
+        start = time.perf_counter()
+        table.pull(batch)
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[10:])) / 10_000 * 1e9
+
+
 def _bare(sizes: list[int]) -> list[dict[str, Any]]:
-    """Read plain memory in a new process; return a row of the report per size: ns per key."""
+    """Read as much plain memory as tables of ``sizes`` rows need; return a row of the report per
+    size.
+
+    Runs in a new process, whose memory is empty.
+    """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_read_memory, (sizes,))
 
@@ -225,7 +240,7 @@ def _read_memory(sizes: list[int]) -> list[dict[str, Any]]:
 
 
 def _starts() -> list[dict[str, Any]]:
-    """Measure the start of a server with cached kernels; return rows of the report."""
+    """Measure how long a server with cached kernels takes to start; return rows of the report."""
     lines = []
     for _ in range(3):
         start = time.perf_counter()

@@ -91,13 +91,13 @@ def wait_until_ready(process: subprocess.Popen[str]) -> None:
 
 
 def rss(pid: int) -> int:
-    """Return the resident bytes of a process."""
+    """Return the bytes of memory that a process has in RAM (its resident set size)."""
     with open(f"/proc/{pid}/statm") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def huge(pid: int) -> int:
-    """Return the bytes of a process that are in huge pages."""
+    """Return the bytes of memory of a process that are in huge pages."""
     with open(f"/proc/{pid}/smaps_rollup") as maps:
         return next(int(line.split()[1]) * 1024 for line in maps if line.startswith("AnonHuge"))
 

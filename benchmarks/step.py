@@ -1,11 +1,12 @@
 """Measure the standard work through the public client, against the peers that are installed.
 
 A step pulls B rows in the order drawn, duplicates included, and pushes gradients for the distinct
-ids. Finding distinct keys and scattering rows are part of a step. All contenders take turns.
+ids. A step includes finding the distinct keys and copying their rows to all positions of the batch.
+All contenders take turns. The peers (redis, torch, tensorflow) are described in peers/__init__.py.
 
     table      the same work on a table in this process, without messages; no service can be faster
                than echo + table
-    echo       a bare gRPC stream that moves as many bytes as an exchange: the limit
+    echo       a bare gRPC stream that moves as many bytes as an exchange
     exchange   one message with the gradients of the last step and the keys of this step
     training   an exchange with a gradient for every id, duplicates included, as a network computes
     stream     a pull, then a push, on the stream
@@ -18,12 +19,12 @@ from __future__ import annotations
 
 from contextlib import ExitStack, closing
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
 
-from benchmarks.peers import PEERS, Unavailable
+from benchmarks.peers import PEERS, Peer, Unavailable
 from benchmarks.report import Contender, Report, arguments, interleave, milliseconds
 from benchmarks.servers import echo, shards
 from benchmarks.work import Ids, Step, Work, keys_of, of_every_id, standard_work
@@ -75,9 +76,9 @@ class Trainer:
 
 
 class Echo:
-    """Exchanges messages with an echo server that are as large as those of an exchange.
+    """Sends to an echo server, and receives, messages as large as those of an exchange.
 
-    item  bytes per number
+    item  bytes per number of an embedding or gradient
     """
 
     def __init__(self, address: str, steps: list[Step], dim: int, item: int) -> None:
@@ -104,7 +105,7 @@ class Echo:
 
 
 def fill(table: Table, keys: Ids) -> None:
-    """Create a row for every key by pushing zero gradients; values do not matter here."""
+    """Create a row for every key by pushing gradients of zero."""
     zero = np.zeros((CHUNK, table.dim), np.float32)
     for at in range(0, len(keys), CHUNK):
         part = keys[at : at + CHUNK]
@@ -127,7 +128,10 @@ def local_table(keys: Ids, dim: int) -> LocalTable:
 class Local:
     """Does the standard work on a table in this process.
 
-    Includes finding the distinct keys and copying their rows to all positions.
+    A step includes finding the distinct keys and copying their rows to all positions of the batch.
+
+    keys   int64[rows], the key of each id
+    steps  steps of the standard work, used in a cycle
     """
 
     def __init__(self, table: LocalTable, keys: Ids, steps: list[Step]) -> None:
@@ -148,11 +152,110 @@ class Local:
         routing.scatter(rows, 0, pull.split.inverse, np.empty((len(ids), dim), np.float32))
 
 
+class Tables(NamedTuple):
+    """The same table in each place where the standard work is measured."""
+
+    stream: Table  # on a server, through a stream
+    unary: Table  # the same table, through unary calls
+    busy: Table  # on a server that polls
+    durable: Table  # on a server with a log
+    local: LocalTable  # in this process
+
+
+def tables(stack: ExitStack, work: Work, keys: Ids) -> Tables:
+    """Start three servers, and create and fill a table on each and in this process.
+
+    stack  stops the servers when it is closed
+    keys   int64[rows], the key of each id
+    """
+
+    def table(addresses: list[str]) -> Table:
+        client = stack.enter_context(Client(addresses))
+        new = client.create_table("standard", work.dim, optimizer="adagrad", lr=0.05)
+        fill(new, keys)
+        return new
+
+    addresses, _ = stack.enter_context(shards(1))
+    durable, _ = stack.enter_context(shards(1, durable=True))
+    busy, _ = stack.enter_context(shards(1, busy_poll=BUSY_POLL))
+    stream = table(addresses)
+    unary = stack.enter_context(Client(addresses, transport="unary")).table("standard")
+    return Tables(stream, unary, table(busy), table(durable), local_table(keys, work.dim))
+
+
+def contenders_for(
+    stack: ExitStack, tables: Tables, address: str, keys: Ids, steps: list[Step]
+) -> dict[str, Contender]:
+    """Return our contenders by name (see the module docstring).
+
+    stack    closes the streams to the echo server
+    address  of the echo server
+    keys     int64[rows], the key of each id
+    steps    steps of the standard work, used in a cycle
+    """
+    dim = tables.stream.dim
+    contenders: dict[str, Contender] = {"table": Local(tables.local, keys, steps).step}
+    for wire, item in (("float32", 4), ("bfloat16", 2)):
+        trainer = Trainer(tables.stream, keys, steps, wire)
+        limit = Echo(address, steps, dim, item)
+        stack.callback(limit.close)
+        contenders[f"echo {wire}"] = limit.step
+        contenders[f"exchange {wire}"] = trainer.exchange
+        contenders[f"training {wire}"] = trainer.training
+        contenders[f"stream {wire}"] = trainer.pull_push
+        contenders[f"unary {wire}"] = Trainer(tables.unary, keys, steps, wire).pull_push
+    trainer = Trainer(tables.busy, keys, steps, "float32")
+    contenders["exchange busy"] = trainer.exchange
+    contenders["training busy"] = trainer.training
+    contenders["stream busy"] = trainer.pull_push
+    contenders["exchange durable"] = Trainer(tables.durable, keys, steps, "float32").exchange
+    return contenders
+
+
+def measure_peers(
+    peers: dict[str, Peer], contenders: dict[str, Contender], steps: list[Step], count: int
+) -> dict[str, list[float]]:
+    """Run each peer, and then our exchange; return the seconds of each step, by name.
+
+    count  steps of each peer
+
+    The exchange runs next to each peer, so that both see the same minute of the machine.
+    """
+    times: dict[str, list[float]] = {}
+    for name, peer in peers.items():
+        peer.run(steps[:20])
+        times[name] = peer.run((steps * 4)[:count])
+        ours = "training" if "training" in name else "exchange"
+        again = {each: contenders[each] for each in (f"{ours} float32", f"{ours} busy")}
+        for each, seconds in interleave(again, steps=60, rounds=2).items():
+            times[f"{each}, next to {name}"] = seconds
+    return times
+
+
+def lines(times: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Return the rows of the report. ``times`` has the seconds of each step, by contender."""
+    base = np.median(times["exchange float32"])
+    bound = np.median(times["echo float32"]) + np.median(times["table"])
+    return [
+        {
+            "contender": name,
+            **milliseconds(seconds),
+            "x exchange float32": float(np.median(seconds) / base),
+            "x (echo + table)": float(np.median(seconds) / bound),
+            "steps": len(seconds),
+        }
+        for name, seconds in times.items()
+    ]
+
+
 def main() -> None:
     """Run the benchmark and print its tables."""
     parser = arguments(__doc__)
     parser.add_argument(
-        "--peers", default=";".join(PEERS), help="names of the peers to run, separated by ;"
+        "--peers",
+        default=";".join(PEERS),
+        help="Names of the peers to run, separated by semicolons; an empty string runs none."
+        ' Default: "%(default)s".',
     )
     options = parser.parse_args()
     report = Report("step", options.json)
@@ -160,20 +263,9 @@ def main() -> None:
     count = 60 if options.quick else 300
     keys = keys_of(np.arange(work.rows))
     with ExitStack() as stack:
-        addresses, _ = stack.enter_context(shards(1))
-        logged, _ = stack.enter_context(shards(1, durable=True))
-        durable = stack.enter_context(Client(logged)).create_table("standard", work.dim, lr=0.05)
-        fill(durable, keys)
-        polling, _ = stack.enter_context(shards(1, busy_poll=BUSY_POLL))
-        busy = stack.enter_context(Client(polling)).create_table("standard", work.dim, lr=0.05)
-        fill(busy, keys)
-        streams = stack.enter_context(Client(addresses))
-        unaries = stack.enter_context(Client(addresses, transport="unary"))
-        echo_address = stack.enter_context(echo())
-        table = streams.create_table("standard", work.dim, optimizer="adagrad", lr=0.05)
-        fill(table, keys)
-        local = local_table(keys, work.dim)
-        peers = {}
+        ours = tables(stack, work, keys)
+        address = stack.enter_context(echo())
+        peers: dict[str, Peer] = {}
         for name in filter(None, options.peers.split(";")):
             try:
                 peers[name] = stack.enter_context(closing(PEERS[name](work)))
@@ -181,46 +273,13 @@ def main() -> None:
                 report.note(f"{name} is left out: {reason}")
         for batch in (10_000, 1_000):
             steps = standard_work(Work(rows=work.rows, batch=batch), 64)
-            contenders: dict[str, Contender] = {"table": Local(local, keys, steps).step}
-            for wire, item in (("float32", 4), ("bfloat16", 2)):
-                trainer = Trainer(table, keys, steps, wire)
-                unary = Trainer(unaries.table("standard"), keys, steps, wire)
-                limit = Echo(echo_address, steps, work.dim, item)
-                stack.callback(limit.close)
-                contenders[f"echo {wire}"] = limit.step
-                contenders[f"exchange {wire}"] = trainer.exchange
-                contenders[f"training {wire}"] = trainer.training
-                contenders[f"stream {wire}"] = trainer.pull_push
-                contenders[f"unary {wire}"] = unary.pull_push
-            trainer = Trainer(busy, keys, steps, "float32")
-            contenders["exchange busy"] = trainer.exchange
-            contenders["training busy"] = trainer.training
-            contenders["stream busy"] = trainer.pull_push
-            contenders["exchange durable"] = Trainer(durable, keys, steps, "float32").exchange
+            contenders = contenders_for(stack, ours, address, keys, steps)
             times = interleave(contenders, steps=count, rounds=6)
-            for name, peer in peers.items():
-                peer.run(steps[:20])
-                times[name] = peer.run((steps * 4)[: max(count * 2 // 3, 20)])
-                # an exchange next to each peer, so that both see the same minute of the machine
-                ours = "training" if "training" in name else "exchange"
-                again = {each: contenders[each] for each in (f"{ours} float32", f"{ours} busy")}
-                for each, seconds in interleave(again, steps=60, rounds=2).items():
-                    times[f"{each}, next to {name}"] = seconds
-            base = np.median(times["exchange float32"])
-            bound = np.median(times["echo float32"]) + np.median(times["table"])
+            times |= measure_peers(peers, contenders, steps, max(count * 2 // 3, 20))
             report.section(
                 f"step, B = {batch:,} ({np.mean([len(s[1]) for s in steps]):,.0f} distinct),"
                 f" {work.rows:,} rows, 1 shard",
-                [
-                    {
-                        "contender": name,
-                        **milliseconds(seconds),
-                        "x exchange float32": float(np.median(seconds) / base),
-                        "x (echo + table)": float(np.median(seconds) / bound),
-                        "steps": len(seconds),
-                    }
-                    for name, seconds in times.items()
-                ],
+                lines(times),
             )
     report.close()
 

@@ -1,8 +1,8 @@
 """Compare pulls and pushes with a bare gRPC echo that moves as many bytes in the same kind of call.
 
-Each has one server process (grpc.aio on uvloop) and one client process on loopback. The messages
-are built in advance, so that only the server's work is measured: decode, check, find rows, apply
-gradients, encode. The keys are the distinct keys of the standard work.
+Both servers are one process (grpc.aio on uvloop); the client is another process on the same
+machine. The messages are built in advance, so that only the server's work is measured: decode,
+check, find rows, apply gradients, encode. The keys are the distinct keys of the standard work.
 
 busy   our server, polling for 2 ms before it sleeps
 table  the same pull or push on a table in this process, without messages: the reads and writes of
@@ -14,7 +14,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
@@ -80,16 +80,18 @@ def messages(keys: list[Any], gradients: Any) -> dict[str, list[bytes]]:
 
 
 class Local:
-    """Does the table operations of a call in this process, without messages.
+    """Does the reads and writes of a call on a table in this process, without messages.
 
-    kind  kind of call, as in ``messages``
+    kind       kind of call, as in ``messages``
+    keys       keys of each step, uint64[n]
+    gradients  float32[m, dim], m >= n; each step uses the first n
     """
 
     def __init__(self, table: Table, kind: str, keys: list[Any], gradients: Any) -> None:
         self._table, self._kind, self._keys, self._gradients = table, kind, keys, gradients
 
     def __call__(self, i: int) -> None:
-        """Push, pull, or push and then pull the keys of step ``i``."""
+        """Push, pull, or first push and then pull the keys of step ``i``."""
         keys = self._keys[i % len(self._keys)]
         if not self._kind.endswith("pull"):
             gradients, ones = self._gradients[: len(keys)], np.ones(len(keys), np.uint32)
@@ -103,7 +105,7 @@ def _turn(call: Any, requests: list[bytes], i: int) -> None:
 
 
 def _row(kind: str, ours: Any, echoed: Any, table: Any, busy: Any) -> dict[str, Any]:
-    """Return a row of the report.
+    """Return a row of the report for one kind of call.
 
     kind                       kind of call
     ours, echoed, table, busy  seconds of each step of the four contenders
@@ -121,6 +123,55 @@ def _row(kind: str, ours: Any, echoed: Any, table: Any, busy: Any) -> dict[str, 
     }
 
 
+class Calls(NamedTuple):
+    """The functions that make one kind of call: each sends a request and returns the reply."""
+
+    ours: Any  # to our server
+    busy: Any  # to our server that polls
+    echo: Any  # to the bare echo server
+
+
+def calls(stack: ExitStack, ours: str, busy: str, bare: str) -> dict[str, Calls]:
+    """Connect to the three servers; return the Calls for each kind of call.
+
+    stack             closes the connections
+    ours, busy, bare  addresses of our server, of our server that polls, of the echo server
+    """
+    channels = [
+        stack.enter_context(grpc.insecure_channel(address, options=NO_LIMIT))
+        for address in (ours, busy, bare)
+    ]
+    found = {}
+    for kind in ("pull", "push"):
+        methods = 2 * [f"/ps.v1.RowService/{kind.title()}"] + ["/Echo/Unary"]
+        found[kind] = Calls(*(c.unary_unary(m) for c, m in zip(channels, methods, strict=True)))
+    methods = 2 * ["/ps.v1.RowService/Stream"] + ["/Echo/Stream"]
+    streams = [Stream(c, m) for c, m in zip(channels, methods, strict=True)]
+    for stream in streams:
+        stack.callback(stream.close)
+    kinds = ("stream pull", "stream push", "stream exchange")
+    return found | dict.fromkeys(kinds, Calls(*streams))
+
+
+def contenders_for(call: Calls, kind: str, requests: list[bytes]) -> dict[str, Contender]:
+    """Return the contenders for one kind of call that send messages, by name.
+
+    requests  encoded requests, used in a cycle
+
+    An echo gets requests of equal sizes, and replies with as many bytes as our server.
+    """
+    replies = [len(call.ours(request)) for request in requests]
+    echoed = [
+        reply.to_bytes(4, "little") + request[4:]
+        for request, reply in zip(requests, replies, strict=True)
+    ]
+    return {
+        kind: partial(_turn, call.ours, requests),
+        f"{kind} busy": partial(_turn, call.busy, requests),
+        f"{kind} echo": partial(_turn, call.echo, echoed),
+    }
+
+
 def main() -> None:
     """Run the benchmark and print its tables."""
     options = arguments(__doc__).parse_args()
@@ -129,52 +180,27 @@ def main() -> None:
     all_keys = keys_of(np.arange(work.rows))
     gradients = np.random.default_rng(0).standard_normal((10_000, DIM), dtype=np.float32)
     with ExitStack() as stack:
-        addresses, _ = stack.enter_context(shards(1))
-        polling, _ = stack.enter_context(shards(1, busy_poll=BUSY_POLL))
-        for each in (addresses, polling):
+        ours, _ = stack.enter_context(shards(1))
+        busy, _ = stack.enter_context(shards(1, busy_poll=BUSY_POLL))
+        for each in (ours, busy):
             client = stack.enter_context(Client(each))
             fill(client.create_table("wire", DIM, lr=0.05), all_keys)
         table = local_table(all_keys, DIM)
-        ours = stack.enter_context(grpc.insecure_channel(addresses[0], options=NO_LIMIT))
-        awake = stack.enter_context(grpc.insecure_channel(polling[0], options=NO_LIMIT))
-        bare = stack.enter_context(
-            grpc.insecure_channel(stack.enter_context(echo()), options=NO_LIMIT)
-        )
-        calls: dict[str, list[Any]] = {
-            kind: [
-                ours.unary_unary(f"/ps.v1.RowService/{kind.title()}"),
-                awake.unary_unary(f"/ps.v1.RowService/{kind.title()}"),
-                bare.unary_unary("/Echo/Unary"),
-            ]
-            for kind in ("pull", "push")
-        }
-        streams = [Stream(each, "/ps.v1.RowService/Stream") for each in (ours, awake)]
-        streams.append(Stream(bare, "/Echo/Stream"))
-        for stream in streams:
-            stack.callback(stream.close)
-        calls |= dict.fromkeys(("stream pull", "stream push", "stream exchange"), streams)
+        by_kind = calls(stack, ours[0], busy[0], stack.enter_context(echo()))
         for batch in (10_000, 1_000):
             steps = standard_work(Work(rows=work.rows, batch=batch), 64)
             keys = [all_keys[distinct].view(np.uint64) for _, distinct, _ in steps]
-            sent = messages(keys, gradients)
+            requests = messages(keys, gradients)
             contenders: dict[str, Contender] = {}
-            for kind, (call, polled, other) in calls.items():
-                requests = sent[kind]
-                replies = [len(call(request)) for request in requests]
-                echoed = [
-                    reply.to_bytes(4, "little") + request[4:]
-                    for request, reply in zip(requests, replies, strict=True)
-                ]
-                contenders[kind] = partial(_turn, call, requests)
-                contenders[f"{kind} busy"] = partial(_turn, polled, requests)
-                contenders[f"{kind} echo"] = partial(_turn, other, echoed)
+            for kind, call in by_kind.items():
+                contenders |= contenders_for(call, kind, requests[kind])
                 contenders[f"{kind} table"] = Local(table, kind, keys, gradients)
             times = interleave(contenders, steps=60 if options.quick else 300, rounds=6)
             report.section(
                 f"wire, {np.mean([len(k) for k in keys]):,.0f} distinct keys, dim {DIM}, float32",
                 [
                     _row(kind, *(times[kind + more] for more in ("", " echo", " table", " busy")))
-                    for kind in calls
+                    for kind in by_kind
                 ],
             )
     report.close()

@@ -28,9 +28,9 @@ class Work:
 
 
 def standard_work(work: Work, steps: int) -> list[Step]:
-    """Return the first ``steps`` steps of ``work``, the same in every process and on every call.
+    """Return the first ``steps`` steps of ``work``. Equal arguments give equal steps.
 
-    A fixed random permutation decides which ids are frequent.
+    A random permutation, which ``work.seed`` determines, decides which ids are frequent.
     """
     mass = np.cumsum(np.arange(1, work.rows + 1, dtype=np.float64) ** -work.zipf)
     mass /= mass[-1]
@@ -46,9 +46,10 @@ def standard_work(work: Work, steps: int) -> list[Step]:
 
 
 def of_every_id(step: Step) -> Rows:
-    """Return a gradient for each id of a step, float32[B, dim], as a network computes them.
+    """Return a gradient for each id of a step, duplicates included, float32[B, dim].
 
-    The gradients of equal ids sum up to the id's gradient in the step.
+    The gradients of equal ids sum up to the gradient of this id in the step. A neural network
+    computes its gradients in this form.
     """
     ids, distinct, grads = step
     _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
@@ -60,8 +61,10 @@ def of_every_id(step: Step) -> Rows:
 def keys_of(ids: Ids, seed: int = 0) -> Ids:
     """Return a random 63-bit key for every id; distinct ids have distinct keys.
 
-    This is the splitmix64 generator (Steele, Lea, Flood, 2014) modulo 2**63. It is a bijection
-    there too, because its multiplications by odd numbers and its shifts can be undone.
+    seed  a different seed gives different keys
+
+    This is the splitmix64 generator (Steele, Lea, Flood, 2014) modulo 2**63. It is a bijection,
+    because its multiplications by odd numbers and its shifts can be undone.
     """
     low = np.uint64((1 << 63) - 1)
     offset = np.uint64(np.random.default_rng((seed, 3)).integers(1 << 63))
@@ -75,6 +78,6 @@ def keys_of(ids: Ids, seed: int = 0) -> Ids:
 
 
 def initial_rows(work: Work) -> Rows:
-    """Return the initial rows of all peers, float32[rows, dim]."""
+    """Return the rows that every peer has before the first step, float32[rows, dim]."""
     rng = np.random.default_rng((work.seed, 4))
     return rng.standard_normal((work.rows, work.dim), dtype=np.float32) * np.float32(0.01)

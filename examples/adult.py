@@ -41,13 +41,14 @@ from typing import Protocol
 import numpy as np
 import torch
 from auc import auc
-from cluster import servers
+from cluster import arguments as cluster_arguments
+from cluster import require_empty, servers
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from psclient import Client, hash_keys
+from psclient import Client, Table, hash_keys
 from psclient.torch import Embedding, EmbeddingBag, EmbeddingGroup
 
 TARGET_AUC = 0.918  # on the test file; the example fails below it
@@ -170,7 +171,7 @@ def read(directory: Path, name: str) -> Samples:
 def featurize(columns: Mapping[str, Text]) -> Samples:
     """Return the samples made from the columns of a file.
 
-    columns  text of each column, by name; labels may end with "." as in the test file
+    columns  text of each column, by name; a label may end with ".", as in adult.test
     """
     values = {name: columns[name] for name in CATEGORICAL + EXACT}
     for name, (column, bounds) in BUCKETS.items():
@@ -233,7 +234,7 @@ class Group(Protocol):
 
 
 class InProcess:
-    """The two tables as torch.nn modules in this process, with torch's sparse Adagrad."""
+    """The two tables as torch.nn modules in this process, trained by torch's Adagrad."""
 
     def __init__(self, keys: Keys, wide: Rows, deep: Rows) -> None:
         """Create the modules with initial rows.
@@ -303,7 +304,11 @@ def batches(samples: Samples, generator: np.random.Generator) -> Iterator[Sample
 
 
 def train(group: Group, samples: Samples, *, epochs: int, seed: int, report: "Report") -> WideDeep:
-    """Train the tables of ``group`` and a new dense network; return the network."""
+    """Train the tables of ``group`` and a new dense network; return the network.
+
+    seed    determines the network's initial weights and the order of the samples
+    report  shows the progress
+    """
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     net = WideDeep(samples.deep.shape[1], samples.numbers.shape[1]).train()
@@ -336,9 +341,10 @@ def score(group: Group, net: WideDeep, samples: Samples) -> float:
 
 
 class Report:
-    """Shows progress: a bar on a terminal, and a line per epoch.
+    """Shows the progress of training: a bar if there is a terminal, and a line per epoch.
 
-    name     shown in each line
+    name     name of what is trained, shown in each line
+    epochs   number of epochs
     samples  number of training samples
     """
 
@@ -399,21 +405,8 @@ def main() -> None:
         servers(arguments.servers, arguments.shards) as addresses,
         Client(addresses) as ps,
     ):
-        wide = ps.create_table(
-            "adult.wide", dim=1, optimizer="adagrad", lr=WIDE_LR, initializer="zeros"
-        )
-        deep = ps.create_table(
-            "adult.deep",
-            dim=DEEP_DIM,
-            optimizer="adagrad",
-            lr=DEEP_LR,
-            initializer="normal",
-            initializer_args={"std": INITIAL_STD},
-            seed=arguments.seed,
-        )
-        for table in ("adult.wide", "adult.deep"):
-            if ps.describe_table(table).rows:
-                sys.exit(f"table {table!r} is trained already; this example needs fresh servers")
+        wide, deep = make_tables(ps, arguments.seed)
+        require_empty(ps, "adult.wide", "adult.deep")
         reference = None
         if arguments.reference:
             keys = np.unique(np.concatenate([train_samples.wide, test_samples.wide]))
@@ -438,6 +431,23 @@ def main() -> None:
         sys.exit(f"expected an AUC of at least {TARGET_AUC}, got {served:.4f}")
 
 
+def make_tables(ps: Client, seed: int) -> tuple[Table, Table]:
+    """Create the tables adult.wide and adult.deep."""
+    wide = ps.create_table(
+        "adult.wide", dim=1, optimizer="adagrad", lr=WIDE_LR, initializer="zeros"
+    )
+    deep = ps.create_table(
+        "adult.deep",
+        dim=DEEP_DIM,
+        optimizer="adagrad",
+        lr=DEEP_LR,
+        initializer="normal",
+        initializer_args={"std": INITIAL_STD},
+        seed=seed,
+    )
+    return wide, deep
+
+
 def load(directory: Path, *, validate: bool) -> tuple[Samples, Samples]:
     """Return the samples to train on and the samples to score."""
     samples = read(directory, "adult.data")
@@ -448,23 +458,25 @@ def load(directory: Path, *, validate: bool) -> tuple[Samples, Samples]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Wide and deep on the census-income data.")
-    parser.add_argument("directory", type=Path, help="directory with adult.data and adult.test")
+    parser = cluster_arguments(__doc__)
+    parser.add_argument("directory", type=Path, help="Directory with adult.data and adult.test.")
     parser.add_argument(
-        "--shards", type=int, default=2, help="number of shards of the cluster that is started"
+        "--epochs",
+        type=int,
+        default=8,
+        metavar="N",
+        help="Passes over the training data (default: %(default)s).",
     )
-    parser.add_argument("--servers", help="host:port,... of a running cluster to use instead")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--reference",
         action="store_true",
-        help="also train with torch embeddings instead of the server, and compare the AUCs",
+        help="Also train with torch embeddings instead of the server, and compare the AUCs.",
     )
     parser.add_argument(
         "--validate",
         action="store_true",
-        help="score held-out training data instead of the test file",
+        help="Do not train on the last fifth of the training file; score it instead of the test"
+        " file.",
     )
     return parser.parse_args()
 

@@ -12,8 +12,8 @@ class Bar:
 
     A subclass updates the bar and the text next to it.
 
-    steps  number of steps in total
-    lines  number of lines to print in total if there is no terminal
+    steps  total number of steps
+    lines  total number of lines to print if there is no terminal
     """
 
     def __init__(self, console: Console, steps: int, lines: int) -> None:
@@ -39,5 +39,5 @@ class Bar:
         self._progress.stop()
 
     def _has_line(self, step: int) -> bool:
-        """Return whether to print a line after this step. For output without a terminal."""
+        """Return whether to print a line after ``step`` if there is no terminal."""
         return step * self._lines // self._steps > (step - 1) * self._lines // self._steps

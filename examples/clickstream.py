@@ -42,7 +42,8 @@ from clicks import (
     scatter,
     share,
 )
-from cluster import servers
+from cluster import arguments as cluster_arguments
+from cluster import require_empty, servers
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table as Grid
@@ -113,7 +114,7 @@ def generation(places: NDArray[np.uint64], step: int) -> tuple[NDArray[np.uint64
 
 
 class Record:
-    """Records clicks, predicted and true probabilities of batches, to compute AUCs."""
+    """Collects the clicks, predicted and true probabilities of batches, to compute AUCs."""
 
     def __init__(self, last: int | None = None) -> None:
         """Create an empty record.
@@ -126,7 +127,7 @@ class Record:
         self._batches.append((batch.clicks, predicted, batch.truth))
 
     def aucs(self) -> tuple[float, float]:
-        """Return (AUC of the model, AUC of the true probabilities)."""
+        """Return (AUC of the model, AUC of the true probabilities) over the recorded batches."""
         clicks, predicted, truth = (
             np.concatenate(column) for column in zip(*self._batches, strict=True)
         )
@@ -164,7 +165,7 @@ class Display(Bar):
 
 
 def train(ps: Client, stream: Stream, steps: int, display: Display) -> Record:
-    """Train on ``steps`` batches; return the predictions for the second half of them."""
+    """Train on ``steps`` batches; return a Record of the second half of them."""
     record = Record()
     push: dict[str, tuple[Keys, Rows]] = {}
     for step, batch in enumerate(stream.batches(steps)):
@@ -199,8 +200,7 @@ def main() -> None:
                 initializer_args={"std": INITIAL_STD},
                 seed=arguments.seed,
             )
-            if ps.describe_table(field).rows:
-                sys.exit(f"table {field!r} is trained already; this example needs fresh servers")
+            require_empty(ps, field)
         stream = Stream(arguments.seed, arguments.batch)
         training = time.monotonic()
         with Display(console, ps, steps=arguments.steps, batch=arguments.batch) as display:
@@ -240,19 +240,28 @@ def tables(ps: Client) -> Grid:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="A drifting click stream with known truth.")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=2048)
+    parser = cluster_arguments(__doc__)
     parser.add_argument(
-        "--shards", type=int, default=2, help="number of shards of the cluster that is started"
+        "--steps",
+        type=int,
+        default=4000,
+        metavar="N",
+        help="Number of batches to train on (default: %(default)s).",
     )
-    parser.add_argument("--servers", help="host:port,... of a running cluster to use instead")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="Impressions per batch (default: %(default)s).",
+    )
     parser.add_argument(
         "--min-share",
         type=float,
         default=0.9,
-        help="share of the possible AUC below which the example fails",
+        metavar="SHARE",
+        help="Share of the possible AUC, 0..1, below which the example fails (default:"
+        " %(default)s).",
     )
     return parser.parse_args()
 

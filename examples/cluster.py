@@ -1,5 +1,6 @@
-"""Run a parameter-server cluster for the duration of an example."""
+"""Run a parameter-server cluster for the duration of an example, and parse its options."""
 
+import argparse
 import os
 import signal
 import socket
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from psclient import Client
+
 READY_SECONDS = 120.0  # limit for the start; the first one compiles the kernels
 STOP_SECONDS = 60.0
 
@@ -21,6 +24,47 @@ class ClusterFailed(RuntimeError):
     def __init__(self, what: str, log: Path) -> None:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
         super().__init__(f"psserver {what}; the end of its output:\n{tail}")
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that every example has.
+
+    description  docstring of the example, shown by --help
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shards",
+        type=int,
+        default=2,
+        metavar="N",
+        help="Number of shards of the cluster that the example starts (default: %(default)s).",
+    )
+    parser.add_argument(
+        "--servers",
+        metavar="HOST:PORT,...",
+        help="Addresses of all shards of a running cluster. Default: start a new cluster, and stop"
+        " it at the end.",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Seed of all random numbers (default: %(default)s).",
+    )
+    return parser
+
+
+def require_empty(ps: Client, *tables: str) -> None:
+    """End the example with an error unless the tables have no rows."""
+    for table in tables:
+        if ps.describe_table(table).rows:
+            sys.exit(
+                f"table {table!r} has rows of an earlier run; drop it with psctl drop, or run the"
+                " example without --servers"
+            )
 
 
 @contextmanager
@@ -67,7 +111,10 @@ def local_cluster(shards: int) -> Iterator[list[str]]:
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until the cluster has printed "ready" to its log; ClusterFailed if it does not."""
+    """Wait until the cluster has printed "ready" to its log.
+
+    Raises ClusterFailed if it ends, or is not ready after READY_SECONDS.
+    """
     deadline = time.monotonic() + READY_SECONDS
     while not any(line.startswith(b"ready") for line in log.read_bytes().splitlines()):
         if process.poll() is not None:
@@ -78,7 +125,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop a cluster with SIGTERM; kill it and its shards after STOP_SECONDS."""
+    """Stop a cluster with SIGTERM. If it still runs after STOP_SECONDS, kill it and its shards."""
     process.terminate()
     try:
         process.wait(STOP_SECONDS)
@@ -102,7 +149,7 @@ def free_ports(count: int) -> int:
 
 
 def bind(stack: ExitStack, port: int) -> int:
-    """Bind a local port (0: any free one) until ``stack`` is closed; return its number."""
+    """Occupy a local port until ``stack`` is closed; return its number. Port 0: any free port."""
     listener = stack.enter_context(socket.socket())
     listener.bind(("127.0.0.1", port))
     return int(listener.getsockname()[1])

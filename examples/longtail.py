@@ -35,6 +35,7 @@ import numpy as np
 from auc import auc
 from bar import Bar
 from clicks import Batch, Floats, Rows, predict, share
+from cluster import arguments as cluster_arguments
 from cluster import servers
 from numpy.typing import NDArray
 from rich.console import Console
@@ -57,7 +58,7 @@ WIDTH = 100  # characters per line if there is no terminal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Length of the stream, and the limits that the claims have for it."""
+    """Length of the stream, and the limits that the results must keep with this length."""
 
     scale: Scale
     max_loss: float  # AUC that admission and eviction may lose
@@ -72,7 +73,7 @@ QUICK = Size(scale=Scale(steps=15, batch=2048), max_loss=0.004, min_share=0.6)
 
 
 class Window:
-    """Records predictions of each way, true probabilities and clicks, to compute AUCs.
+    """Collects the clicks, true probabilities and predictions of each way, to compute AUCs.
 
     ways  number of ways
     """
@@ -94,7 +95,8 @@ class Window:
 def learn(ps: Client, stream: Stream, ways: list[Way], display: "Display") -> None:
     """Train all ways on the days that are not held out, in one pass.
 
-    Each batch is predicted before learning. Rows, bytes and AUCs of each day are added to the ways.
+    Each batch is predicted before it is learned. At the end of each day, appends rows, bytes and
+    AUC to each way.
     """
     push: dict[str, tuple[psclient.Batch, Rows]] = {}
     window = Window(len(ways))
@@ -203,7 +205,7 @@ def claims(results: list[Result], best: float, size: Size) -> list[Claim]:
 
 
 class Display(Bar):
-    """Progress bar that shows the current number of rows of two ways."""
+    """Progress bar that shows the current number of rows of two of the five ways."""
 
     def __init__(self, console: Console, ways: list[Way], steps: int) -> None:
         super().__init__(console, steps, LINES)
@@ -303,21 +305,19 @@ def html(text: str) -> Path | None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Five ways to keep embeddings of ids without end.")
+    parser = cluster_arguments(__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="use a stream of a ninth of the length"
+        "--quick",
+        action="store_true",
+        help="Use a stream of a ninth of the length, and less strict limits.",
     )
     parser.add_argument(
         "--html",
         type=html,
         default="longtail.html",
-        help="HTML file to write plots to; '': no plots",
+        metavar="FILE",
+        help="HTML file to write plots to (default: %(default)s). --html '' writes none.",
     )
-    parser.add_argument(
-        "--shards", type=int, default=2, help="number of shards of the cluster that is started"
-    )
-    parser.add_argument("--servers", help="host:port,... of a running cluster to use instead")
-    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 

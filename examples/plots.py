@@ -76,7 +76,7 @@ def _days(figure: go.Figure, ways: Sequence[Way]) -> None:
 
 
 def _price(figure: go.Figure, results: Sequence[Result]) -> None:
-    """Plot the AUC of each way against its memory."""
+    """Plot the AUC of each way over its memory, as one point per way."""
     for result in results:
         point = go.Scatter(
             x=[result.bytes / 1e6],

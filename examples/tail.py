@@ -50,8 +50,8 @@ def draw(generator: np.random.Generator, size: int) -> Places:
 class Stream:
     """A month of clicks with known probabilities; equal for equal seeds and scales.
 
-    learnt  number of steps to learn from; later steps are held out
-    steps   number of all steps
+    learnt  number of steps to learn from; the steps after them are held out
+    steps   number of steps, including those that are held out
     """
 
     def __init__(self, seed: int, scale: Scale) -> None:
@@ -76,7 +76,11 @@ class Stream:
         return Batch(keys=keys, clicks=clicks, truth=truth)
 
     def _holders(self, name: str, places: Places, step: int) -> Keys:
-        """Return the key of the id that is in each place at a step, int64[n]."""
+        """Return the key of the id that each place has at a step, int64[n].
+
+        name    field, "user" or "item"
+        places  uint64[n]
+        """
         mixed = scatter(places)
         phase = (mixed >> np.uint64(40)) / 2.0**24
         holder = phase + step / (2 * HALF_LIVES[name] * self.scale.steps)

@@ -11,12 +11,12 @@ row for each. The sizes of the fixed tables are computed from the number of ids 
 in practice would have to be guessed.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from clicks import FACTORS, Keys, Rows, gradients
+from cluster import require_empty
 from tail import LONG, Scale, Seen
 
 import psclient
@@ -38,19 +38,19 @@ INITIAL_STD = 0.02
 class Feature(Protocol):
     """Maps the keys of a field to rows of tables, and gradients back to these rows.
 
-    tables  the tables that have the rows
+    tables  the tables that contain the rows
     """
 
     tables: tuple[Table, ...]
 
     def set_aside(self) -> int | None:
-        """Return the number of rows allocated at creation; None if rows are created on demand."""
+        """Return the number of rows of a fixed table; None if rows are created on demand."""
 
     def collisions(self, keys: Keys) -> float:
-        """Return the share of distinct keys that share all their rows with another key."""
+        """Return the fraction of distinct keys that share all their rows with another key."""
 
     def batches(self, keys: Keys, batch: psclient.Batch) -> dict[str, psclient.Batch]:
-        """Return the rows to pull, by table name.
+        """Return the keys of the rows to pull, by table name.
 
         keys   int64[n]
         batch  psclient.Batch of the same keys, which a feature may return unchanged
@@ -125,7 +125,7 @@ class Hashed(Feature):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """Results of a way at the end; all but the AUC are for users and items together."""
+    """Results of a way at the end. All but the AUC count users and items together."""
 
     name: str
     collisions: float  # share of the ids that share all their rows with another id
@@ -148,7 +148,7 @@ class Way:
     aucs: list[float] = field(default_factory=list)  # AUC of each day's last predictions
 
     def measure(self, ps: Client) -> None:
-        """Append the present rows and bytes of users and items, as reported by the servers."""
+        """Ask the servers for the rows and bytes of users and items, and append them."""
         names = [table.name for name in LONG for table in self.features[name].tables]
         infos = [ps.describe_table(name) for name in names]
         self.rows.append(sum(info.rows for info in infos))
@@ -156,7 +156,7 @@ class Way:
         self.counter_bytes.append(sum(info.counter_bytes for info in infos))
 
     def result(self, seen: Mapping[str, Seen], auc: float) -> Result:
-        """Return the results of this way, after the last ``measure``.
+        """Return the results of this way. Rows and bytes are those of the last ``measure``.
 
         seen  ids of the stream, by field ("user", "item")
         auc   AUC on the held-out days
@@ -205,9 +205,11 @@ def embeddings(pulled: Mapping[str, PulledParts]) -> dict[str, Rows]:
 def make_ways(ps: Client, seen: Mapping[str, Seen], scale: Scale, seed: int) -> list[Way]:
     """Create the tables of the five ways; return the ways in the order of the module docstring.
 
-    seen  ids of the stream, by field, for the sizes of fixed tables
+    seen   ids of the stream, by field; the sizes of fixed tables are computed from their number
+    scale  length of the stream
+    seed   seed of the initial values of rows
 
-    Raises SystemExit if a table has rows already.
+    Ends the example with an error if a table has rows already.
     """
     admission = {"admission": "counter", "admission_args": {"threshold": ADMITTED}}
     eviction = {"eviction": {"step_ttl": {"steps": IDLE_DAYS * scale.steps}}}
@@ -224,8 +226,7 @@ def make_ways(ps: Client, seen: Mapping[str, Seen], scale: Scale, seed: int) -> 
             seed=seed,
             **rules,
         )
-        if ps.describe_table(made.name).rows:
-            sys.exit(f"table {made.name!r} is trained already; this example needs fresh servers")
+        require_empty(ps, made.name)
         return made
 
     def hashing(way: str, name: str) -> Feature:
@@ -251,7 +252,7 @@ def make_ways(ps: Client, seen: Mapping[str, Seen], scale: Scale, seed: int) -> 
 
 
 def buckets(seen: Seen) -> int:
-    """Return the number of buckets (rows) of the fixed table for hashing."""
+    """Return the number of rows of the fixed table for hashing: LOAD ids per row on average."""
     return round(len(seen.keys) / LOAD)
 
 

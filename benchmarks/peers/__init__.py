@@ -1,12 +1,13 @@
 """Other systems that do the standard work.
 
     torch in-process               an embedding and Adagrad in this process; no server, no keys
-    torch in-process, training     the same through autograd, which computes a gradient for every
-                                   id, duplicates included
+    torch in-process, training     the same with torch's autograd, which computes a gradient for
+                                   every id, duplicates included
     redis                          redis-server on loopback; Adagrad in the client
-    redis, one trainer             the same, but a push uses the rows that its pull read
-    tensorflow remote ps           TensorFlow's C++ gRPC server, used eagerly: pushes are not waited
-                                   for
+    redis, one trainer             the same, but a push does not read the rows again: it uses those
+                                   of the pull before it
+    tensorflow remote ps           TensorFlow's C++ gRPC server, used eagerly: a step does not wait
+                                   for its push
     tensorflow remote ps, session  the same server, used by a graph session that waits for pushes
 
 All peers start from ``initial_rows`` and take the same Adagrad step, so their rows are equal after

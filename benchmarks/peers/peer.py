@@ -21,7 +21,10 @@ class Unavailable(Exception):
 
 
 class Peer(Protocol):
-    """A table of another system, for one trainer. The constructor starts it and fills all rows."""
+    """A table of another system, for one trainer.
+
+    The constructor starts the system and fills the table with ``initial_rows``.
+    """
 
     name: str
 

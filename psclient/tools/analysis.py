@@ -5,8 +5,8 @@
         result.admitted(3), result.idle(5000), result.small(0.01)  # numbers of rows, exact
 
 An analysis changes nothing. The servers read every row once, in slices so short that pulls and
-pushes are not delayed. Different rows may show different moments, and rows that are created during
-the analysis may be missing.
+pushes are not delayed. So rows are read at different times, and rows that are created during the
+analysis may be missing.
 """
 
 from __future__ import annotations

@@ -41,11 +41,20 @@ def charts(result: Analysis, moments: Sequence[Moment]) -> list[Chart]:
 
     moments  earlier analyses of the table, ordered by time, for the charts of its growth
     """
-    grace = f" that were not pushed for {result.grace:,} steps" if result.grace else ""
     shards = [(f"{i}", rows) for i, rows in enumerate(result.shard_rows)]
     return [
         *(_growth(moments) if len(moments) > 1 else ()),
         *_admission(result),
+        *_eviction(result),
+        _memory(result),
+        _histogram("Shards", "Rows of each shard.", "shard", shards),
+    ]
+
+
+def _eviction(result: Analysis) -> tuple[Chart, ...]:
+    """Return the charts of ages and norms, and of the effect of step TTLs and norm thresholds."""
+    grace = f" that were not pushed for {result.grace:,} steps" if result.grace else ""
+    return (
         _histogram(
             "Age",
             "Steps since the last push of a row.",
@@ -67,9 +76,7 @@ def charts(result: Analysis, moments: Sequence[Moment]) -> list[Chart]:
             small(result),
             ("rows evicted",),
         ),
-        _memory(result),
-        _histogram("Shards", "Rows of each shard.", "shard", shards),
-    ]
+    )
 
 
 def _admission(result: Analysis) -> tuple[Chart, Chart]:
@@ -158,13 +165,20 @@ def _curves(
         "xaxis": {"title": {"text": axis}, "type": "log", "dtick": 1},
         "yaxis": {"tickformat": ".0%", "range": [-0.02, 1.04]},
     }
-    columns = [axis, "rows", "of rows"]
-    lines = [[*cells(each)] for each in chosen]
-    for line, each in zip(lines, chosen, strict=True):
-        line[0] += " ◆" if each.asked else ""
-        line += [percent(each.lost)] if len(names) > 1 else []
-    columns += ["of occurrences"] if len(names) > 1 else []
+    lost = len(names) > 1
+    columns = [axis, "rows", "of rows", *(["of occurrences"] if lost else [])]
+    lines = [_threshold_cells(each, lost=lost) for each in chosen]
     return Chart(head, about, traces, layout, columns, lines)
+
+
+def _threshold_cells(each: Threshold, *, lost: bool) -> list[str]:
+    """Return the cells for a threshold: value (marked if it was asked for), rows, share of rows.
+
+    lost  add the share of dropped occurrences
+    """
+    value, *counts = cells(each)
+    marked = f"{value} ◆" if each.asked else value
+    return [marked, *counts, *([percent(each.lost)] if lost else [])]
 
 
 def _memory(result: Analysis) -> Chart:

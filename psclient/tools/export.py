@@ -18,7 +18,7 @@ int64 by value, so a negative int64 key never matches the uint64 key with the sa
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,8 +50,8 @@ def export(
     checkpoint  name of a checkpoint to read the table from; None: the live table
     format      "parquet" or "safetensors"
     keys        type of the keys in the file, "uint64" or "int64"
-    parts       write one file per shard, in parallel. ``path`` is then a directory, which must not
-                exist or be empty; its files are part-00000.FORMAT, part-00001.FORMAT and so on
+    parts       write one file per shard, in parallel: part-00000.FORMAT, part-00001.FORMAT and so
+                on, in the directory ``path``, which must be empty or not exist
     progress    called with the number of rows written since the last call
 
     Raises InvalidArgument if ``path`` cannot be written or pyarrow is missing, TableNotFound,
@@ -63,7 +63,11 @@ def export(
     if not parts:
         with staged_file(path) as temporary:
             return work.write(temporary, None)
-    shards = range(len(links(client)))
+    return _export_parts(work, path, range(len(links(client))), format)
+
+
+def _export_parts(work: _Work, path: Path, shards: Sequence[int], format: str) -> int:
+    """Write one file per shard to the directory ``path``; return the number of rows."""
     with (
         staged_directory(path) as directory,
         ThreadPoolExecutor(len(shards), "psclient-export") as pool,

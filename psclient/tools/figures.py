@@ -216,5 +216,5 @@ def cells(each: Threshold) -> tuple[str, str, str]:
 
 
 def when(seconds: float) -> str:
-    """Format seconds since 1970 as local time: "2026-01-31 12:00:00"."""
+    """Format a time, in seconds since 1970, as local time: "2026-01-31 12:00:00"."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

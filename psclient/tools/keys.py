@@ -158,14 +158,16 @@ def _key(key: int, shard: int, facts: pb.KeyFacts, admission: pb.Rule) -> KeyInf
         np.array(facts.embedding, np.float32) if facts.embedding else None,
         facts.waiting,
         None if threshold is None else int(threshold),
-        tuple(
-            Deletion(
-                gone.version,
-                gone.cause,
-                gone.time_us / 1e6 if gone.HasField("time_us") else None,
-                gone.step if gone.HasField("step") else None,
-            )
-            for gone in facts.gone
-        ),
+        tuple(map(_deletion, facts.gone)),
         facts.why,
+    )
+
+
+def _deletion(gone: Any) -> Deletion:
+    """Convert a deletion in a shard's answer to a Deletion."""
+    return Deletion(
+        gone.version,
+        gone.cause,
+        gone.time_us / 1e6 if gone.HasField("time_us") else None,
+        gone.step if gone.HasField("step") else None,
     )

@@ -7,8 +7,10 @@ header  = {name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import IO, Any
 
@@ -16,6 +18,8 @@ import numpy as np
 
 from psclient.tools.arrow import SCHEMA, schema_text
 from psclient.tools.columns import OnProgress, Part
+
+Kind = tuple[str, tuple[int, ...]]  # (NumPy dtype of a column, shape of its value for one row)
 
 _DTYPES = {"<u8": "U64", "<i8": "I64", "<f4": "F32"}
 _PLURAL = {
@@ -36,7 +40,7 @@ def write_safetensors(part: Part, progress: OnProgress) -> int:
     """
     with ExitStack() as stack:
         files: dict[str, IO[bytes]] = {}
-        kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
+        kinds: dict[str, Kind] = {}
         total = 0
         for columns in part.columns():
             for name, values in columns.items():
@@ -46,21 +50,31 @@ def write_safetensors(part: Part, progress: OnProgress) -> int:
                 files[name].write(np.ascontiguousarray(values).data)
             total += len(columns["key"])
             progress(len(columns["key"]))
-        header: dict[str, Any] = {"__metadata__": {SCHEMA: schema_text(part.schema)}}
-        at = 0
-        for name, file in files.items():
-            dtype, shape = kinds[name]
-            header[_PLURAL[name]] = {
-                "dtype": _DTYPES[dtype],
-                "shape": [total, *shape],
-                "data_offsets": [at, at + file.tell()],
-            }
-            at += file.tell()
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        header = _header(schema_text(part.schema), total, kinds)
         with part.path.open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
+            out.write(len(header).to_bytes(8, "little") + header)
             for file in files.values():
                 file.seek(0)
                 shutil.copyfileobj(file, out, 1 << 20)
     return total
+
+
+def _header(schema: str, rows: int, kinds: Mapping[str, Kind]) -> bytes:
+    """Return the header of a file.
+
+    schema  the table's schema, as JSON
+    rows    number of rows
+    kinds   {column: its Kind}, in the order of the file
+    """
+    header: dict[str, Any] = {"__metadata__": {SCHEMA: schema}}
+    start = 0
+    for name, (dtype, shape) in kinds.items():
+        end = start + np.dtype(dtype).itemsize * math.prod((rows, *shape))
+        header[_PLURAL[name]] = {
+            "dtype": _DTYPES[dtype],
+            "shape": [rows, *shape],
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(header).encode()
+    return text + b" " * (-len(text) % 8)

@@ -46,12 +46,7 @@ def show(console: Console, result: Analysis, *, keys: KeyType = np.uint64) -> No
 
     keys  type in which keys are shown: np.uint64 or np.int64
     """
-    console.print(Text(title(result), style="bold"))
-    grid = Table.grid(padding=(0, 2))
-    for name, value in facts(result):
-        grid.add_row(Text(name, style="dim"), plain(value))
-    grid.add_row(Text("duration", style="dim"), f"{result.seconds:.2g} s")
-    print_whole(console, grid)
+    _print_facts(console, result)
     parts = _table("Memory", "part", "rows", "bytes")
     for name, rows, count in memory(result):
         parts.add_row(plain(name), "" if rows is None else f"{rows:,}", size(count))
@@ -79,6 +74,16 @@ def show(console: Console, result: Analysis, *, keys: KeyType = np.uint64) -> No
         extremes: RowList = getattr(result, field)
         if len(extremes.keys):
             print_whole(console, _extremes(head, extremes, keys))
+
+
+def _print_facts(console: Console, result: Analysis) -> None:
+    """Print the title and the main numbers of an analysis."""
+    console.print(Text(title(result), style="bold"))
+    grid = Table.grid(padding=(0, 2))
+    for name, value in facts(result):
+        grid.add_row(Text(name, style="dim"), plain(value))
+    grid.add_row(Text("duration", style="dim"), f"{result.seconds:.2g} s")
+    print_whole(console, grid)
 
 
 def _table(head: str, *columns: str) -> Table:

@@ -56,14 +56,19 @@ def alter(
         before = client.describe_table(name)
         done = client.alter_table(name, **_arguments(asked))
     changed = [field for field in asked if _shown(before, field) != _shown(done.table, field)]
+    _report(name, changed, done.dropped_counters)
+
+
+def _report(name: str, changed: Sequence[str], counters: int) -> None:
+    """Print which settings of a table changed, and how many admission counters were discarded."""
     typer.echo(
         f"{name}: altered {', '.join(changed)}"
         if changed
         else f"{name}: unchanged, it already has these settings"
     )
-    if done.dropped_counters:
+    if counters:
         typer.echo(
-            f"{name}: {done.dropped_counters:,} admission counters were discarded; their keys are"
+            f"{name}: {counters:,} admission counters were discarded; their keys are"
             " counted from zero again"
         )
 

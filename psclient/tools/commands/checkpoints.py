@@ -23,24 +23,28 @@ from psclient.tools.listing import listing, print_listing
 Name = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Name of the checkpoint.")]
 
 
+IncrementalOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Name of an earlier checkpoint: store only the changes since then. The new checkpoint"
+        " builds on the earlier one and cannot be restored without it."
+    ),
+]
+KeepOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Number of newest checkpoints to keep: afterwards delete all older ones, except those"
+        " that a kept one builds on (see psctl prune).",
+    ),
+]
+
+
 @app.command()
 def checkpoint(
     name: Name,
-    incremental_from: Annotated[
-        str | None,
-        typer.Option(
-            help="Name of an earlier checkpoint: store only the changes since then. The new"
-            " checkpoint builds on the earlier one and cannot be restored without it."
-        ),
-    ] = None,
-    keep: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Number of newest checkpoints to keep: afterwards delete all older ones, except"
-            " those that a kept one builds on (see psctl prune).",
-        ),
-    ] = None,
+    incremental_from: IncrementalOption = None,
+    keep: KeepOption = None,
     servers: Servers = DEFAULT,
 ) -> None:
     """Take a checkpoint of all tables while training continues.
@@ -98,39 +102,45 @@ def verify(name: Name, servers: Servers = DEFAULT) -> None:
     typer.echo(f"{name}: complete and undamaged, {size:,} bytes")
 
 
+OptionalName = Annotated[
+    str, typer.Argument(metavar="CHECKPOINT", help="Name of the checkpoint.", show_default=False)
+]
+ReplaceOption = Annotated[
+    bool,
+    typer.Option(
+        "--replace",
+        help="Overwrite: existing tables are deleted. With --into, only the table --into is"
+        " overwritten.",
+    ),
+]
+AbortOption = Annotated[
+    bool,
+    typer.Option(
+        "--abort",
+        help="Undo an interrupted restore: bring back the tables as they were before it. Use"
+        " --abort without CHECKPOINT.",
+    ),
+]
+TableOption = Annotated[
+    str | None,
+    typer.Option(help="Restore only this table of the checkpoint. Requires --into."),
+]
+IntoOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Name of the table that receives the rows of --table. It is created if it does not"
+        " exist. Other tables do not change."
+    ),
+]
+
+
 @app.command()
 def restore(
-    name: Annotated[
-        str,
-        typer.Argument(metavar="CHECKPOINT", help="Name of the checkpoint.", show_default=False),
-    ] = "",
-    replace: Annotated[
-        bool,
-        typer.Option(
-            "--replace",
-            help="Overwrite: existing tables are deleted. With --into, only the table --into is"
-            " overwritten.",
-        ),
-    ] = False,
-    abort: Annotated[
-        bool,
-        typer.Option(
-            "--abort",
-            help="Undo an interrupted restore: bring back the tables as they were before it. Use"
-            " --abort without CHECKPOINT.",
-        ),
-    ] = False,
-    table: Annotated[
-        str | None,
-        typer.Option(help="Restore only this table of the checkpoint. Requires --into."),
-    ] = None,
-    into: Annotated[
-        str | None,
-        typer.Option(
-            help="Name of the table that receives the rows of --table. It is created if it does"
-            " not exist. Other tables do not change."
-        ),
-    ] = None,
+    name: OptionalName = "",
+    replace: ReplaceOption = False,
+    abort: AbortOption = False,
+    table: TableOption = None,
+    into: IntoOption = None,
     servers: Servers = DEFAULT,
 ) -> None:
     """Restore all tables, or one table, from a checkpoint.

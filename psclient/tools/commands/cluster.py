@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import islice
 from typing import Annotated
 
 import typer
@@ -135,58 +136,63 @@ def _duration(seconds: float | None) -> str:
 # ---- changes
 
 
+TableOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Show only changes of this table; may be repeated for several tables."),
+]
+StartOption = Annotated[
+    str,
+    typer.Option(
+        help=f"Where to start: {', '.join(STARTS)}. snapshot: show all current rows, then changes;"
+        " earliest: start at the oldest change in the version log; latest: show only new changes."
+    ),
+]
+ContentOption = Annotated[
+    str,
+    typer.Option(
+        help=f"Contents of changed rows to receive: {', '.join(CONTENTS)}. values: embeddings;"
+        " keys: only the keys; values_and_state: embeddings and optimizer state."
+    ),
+]
+CoalesceOption = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Collect changes for this many milliseconds, then show only the newest value of each"
+        " key; 0: show every change at once.",
+    ),
+]
+KeysOption = Annotated[
+    int, typer.Option(min=0, help="Maximum number of keys to show for each change.")
+]
+ProgressOption = Annotated[
+    bool,
+    typer.Option(
+        "--progress", help="Also show the progress messages that shards send while nothing changes."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print each change as one line of JSON.")]
+LimitOption = Annotated[
+    int, typer.Option(min=0, help="Stop after this many changes; 0: do not stop.")
+]
+
+
 @app.command()
 def tail(
-    table: Annotated[
-        list[str] | None,
-        typer.Option(help="Show only changes of this table; may be repeated for several tables."),
-    ] = None,
-    start: Annotated[
-        str,
-        typer.Option(
-            help=f"Where to start: {', '.join(STARTS)}. snapshot: show all current rows, then"
-            " changes; earliest: start at the oldest change in the version log; latest: show only"
-            " new changes."
-        ),
-    ] = "latest",
-    content: Annotated[
-        str,
-        typer.Option(
-            help=f"What to receive of changed rows: {', '.join(CONTENTS)}. values: embeddings;"
-            " keys: nothing but the keys; values_and_state: embeddings and optimizer state."
-        ),
-    ] = "values",
-    coalesce_ms: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Collect changes for this many milliseconds, then show only the newest value of"
-            " each key; 0: show every change at once.",
-        ),
-    ] = 0,
-    keys: Annotated[
-        int, typer.Option(min=0, help="Maximum number of keys to show for each change.")
-    ] = 4,
-    progress: Annotated[
-        bool,
-        typer.Option(
-            "--progress",
-            help="Also show the progress messages that shards send while nothing changes.",
-        ),
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print each change as one line of JSON.")
-    ] = False,
-    limit: Annotated[
-        int, typer.Option(min=0, help="Stop after this many changes; 0: do not stop.")
-    ] = 0,
+    table: TableOption = None,
+    start: StartOption = "latest",
+    content: ContentOption = "values",
+    coalesce_ms: CoalesceOption = 0,
+    keys: KeysOption = 4,
+    progress: ProgressOption = False,
+    as_json: JsonOption = False,
+    limit: LimitOption = 0,
     servers: Servers = DEFAULT,
 ) -> None:
     """Print the changes of a cluster as they happen, one per line.
 
     Stop it with Ctrl-C.
     """
-    console = Console(highlight=False, soft_wrap=True)
     with (
         reported(),
         suppress(KeyboardInterrupt),
@@ -198,17 +204,18 @@ def tail(
             coalesce_ms=coalesce_ms,
         ) as changes,
     ):
-        shown = 0
-        for change in changes:
-            if change.kind == "progress" and not progress:
-                continue
-            if as_json:
-                print(json.dumps(_facts(change, keys)), flush=True)
-            else:
-                console.print(_line(change, keys))
-            shown += 1
-            if shown == limit:
-                return
+        shown = (each for each in changes if progress or each.kind != "progress")
+        _print_changes(islice(shown, limit or None), keys, as_json=as_json)
+
+
+def _print_changes(changes: Iterable[Change], keys: int, *, as_json: bool) -> None:
+    """Print each change as one line of text or JSON, with its first ``keys`` keys."""
+    console = Console(highlight=False, soft_wrap=True)
+    for change in changes:
+        if as_json:
+            print(json.dumps(_facts(change, keys)), flush=True)
+        else:
+            console.print(_line(change, keys))
 
 
 def _facts(change: Change, keys: int) -> dict[str, object]:

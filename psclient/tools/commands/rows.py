@@ -38,32 +38,39 @@ KeysOption = Annotated[
 ]
 
 
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of a live table, or of a checkpoint.")
+]
+OutOption = Annotated[
+    Path,
+    typer.Option(
+        help="File to write; it is replaced if it exists. To export all tables of a checkpoint:"
+        " directory in which one file per table is written."
+    ),
+]
+TableOption = Annotated[
+    str | None,
+    typer.Option(help="Export only this table of the checkpoint NAME. Default: all tables."),
+]
+FormatOption = Annotated[Format, typer.Option(help="Format of the files.")]
+PartsOption = Annotated[
+    bool,
+    typer.Option(
+        "--parts",
+        help="Write a directory instead of a file for each table, with one file per shard. The"
+        " files are written in parallel.",
+    ),
+]
+
+
 @app.command(name="export")
 def export_(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Name of a live table, or of a checkpoint.")
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            help="File to write; it is replaced if it exists. To export all tables of a"
-            " checkpoint: directory in which one file per table is written."
-        ),
-    ],
-    table: Annotated[
-        str | None,
-        typer.Option(help="Export only this table of the checkpoint NAME. Default: all tables."),
-    ] = None,
-    format: Annotated[Format, typer.Option(help="Format of the files.")] = Format.PARQUET,
+    name: NameArgument,
+    out: OutOption,
+    table: TableOption = None,
+    format: FormatOption = Format.PARQUET,
     keys: KeysOption = Keys.UINT64,
-    parts: Annotated[
-        bool,
-        typer.Option(
-            "--parts",
-            help="Write a directory instead of a file for each table, with one file per shard. The"
-            " files are written in parallel.",
-        ),
-    ] = False,
+    parts: PartsOption = False,
     servers: Servers = DEFAULT,
 ) -> None:
     """Write tables to Parquet or safetensors files.
@@ -122,18 +129,18 @@ def _exports(
     return [(each, name, out / f"{each.replace('/', '%2F')}{suffix}") for each in tables]
 
 
+TargetArgument = Annotated[str, typer.Argument(metavar="TABLE", help="Existing table to write to.")]
+ParquetOption = Annotated[
+    Path,
+    typer.Option(
+        help="Parquet file to read, or directory: all *.parquet files below it are read, in the"
+        " order of their paths."
+    ),
+]
+
+
 @app.command(name="import")
-def import_(
-    table: Annotated[str, typer.Argument(metavar="TABLE", help="Existing table to write to.")],
-    parquet: Annotated[
-        Path,
-        typer.Option(
-            help="Parquet file to read, or directory: all *.parquet files in it are read, in the"
-            " order of their names."
-        ),
-    ],
-    servers: Servers = DEFAULT,
-) -> None:
+def import_(table: TargetArgument, parquet: ParquetOption, servers: Servers = DEFAULT) -> None:
     """Import rows from Parquet files into an existing table.
 
     Existing rows of the same keys are replaced. Columns of the files (others are ignored):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -37,13 +38,7 @@ def tables(output: OutputOption = Output.TABLE, servers: Servers = DEFAULT) -> N
     """
     with connected(servers) as client:
         found, incomplete = client.list_tables(), client.incomplete_tables()
-    for name, shards in incomplete.items():
-        typer.echo(
-            f"psctl: table {name!r} exists only on shard {', '.join(map(str, shards))}, because a"
-            " create, drop or restore was interrupted. Repeat that command to complete it (a"
-            f" restore with --replace), or delete the table with psctl drop {name}",
-            err=True,
-        )
+    _warn_incomplete(incomplete)
     if output is Output.JSON:
         typer.echo(json.dumps([asdict(each) for each in found], indent=1))
         return
@@ -61,6 +56,20 @@ def tables(output: OutputOption = Output.TABLE, servers: Servers = DEFAULT) -> N
         for each in found
     ]
     print_listing(listing(*columns), lines)
+
+
+def _warn_incomplete(tables: Mapping[str, Sequence[int]]) -> None:
+    """Warn on stderr about tables that exist only on some shards.
+
+    tables  {name: numbers of the shards that have the table}
+    """
+    for name, shards in tables.items():
+        typer.echo(
+            f"psctl: table {name!r} exists only on shard {', '.join(map(str, shards))}, because a"
+            " create, drop or restore was interrupted. Repeat that command to complete it (a"
+            f" restore with --replace), or delete the table with psctl drop {name}",
+            err=True,
+        )
 
 
 @app.command()
