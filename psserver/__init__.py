@@ -11,6 +11,7 @@ alterations.py   which settings of a live table can be altered
 sessions.py      records of applied pushes, so that a retry is not applied twice
 requests.py      requests to a shard as Python objects
 tombstones.py    records of deleted keys
+tombstonequeue.py  the newest of them, within a limit
 tables.py        the tables of a shard, by name and by number
 sequencer.py     number the changes: each gets the next version and a log record
 afterimages.py   buffers for the new contents of pushed rows, for the log

@@ -136,15 +136,11 @@ def _check(position: Position, token: bytes) -> None:
         if value and field not in _USES[phase]:
             raise _malformed(token, f"field {field!r} must be 0 in phase {phase.name}, got {value}")
     if phase in SCANS and position.boot and position.after > position.version:
-        raise _malformed(
-            token,
-            f"field 'after' must be at most the version, {position.version}, got {position.after}",
-        )
+        rule = f"must be at most the version, {position.version}"
+        raise _malformed(token, f"field 'after' {rule}, got {position.after}")
     if phase in AFTER_SCAN.values() and position.until < position.version:
-        raise _malformed(
-            token,
-            f"field 'until' must be at least the version, {position.version}, got {position.until}",
-        )
+        rule = f"must be at least the version, {position.version}"
+        raise _malformed(token, f"field 'until' {rule}, got {position.until}")
     if position.slot > MAX_SLOT:
         raise _malformed(token, f"field 'slot' must be in 0..{MAX_SLOT}, got {position.slot}")
 

@@ -14,7 +14,8 @@ from psserver.capture import Capture, capture_table
 from psserver.requests import Pull, Push
 from psserver.sequencer import RECORD, Sequencer
 from psserver.tables import TableEntry, Tables
-from psserver.tombstones import TombstoneQueue, Tombstones
+from psserver.tombstonequeue import TombstoneQueue
+from psserver.tombstones import Tombstones
 from psserver.views import (
     KeyView,
     TableList,

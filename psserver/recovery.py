@@ -9,7 +9,8 @@ import numpy as np
 from psserver.schemas import from_json
 from psserver.sequencer import Sequencer
 from psserver.tables import TableEntry, Tables
-from psserver.tombstones import TombstoneQueue, Tombstones
+from psserver.tombstonequeue import TombstoneQueue
+from psserver.tombstones import Tombstones
 from storage import block as blocks
 from storage import records
 from storage.arena import Budget

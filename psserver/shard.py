@@ -29,7 +29,7 @@ from psserver.sequencer import MAX_BACKLOG, RECORD, Sequencer
 from psserver.sessions import Sessions
 from psserver.sweeps import Sweeps
 from psserver.tables import TableEntry, Tables
-from psserver.tombstones import TombstoneQueue
+from psserver.tombstonequeue import TombstoneQueue
 from storage import records
 from storage.arena import Budget
 from storage.kernels import Images, Keys, Rows

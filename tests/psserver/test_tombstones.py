@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from stores import Home, change, contents, push, schema
 
-from psserver import tombstones
-from psserver.tombstones import TombstoneQueue, Tombstones, joined
+from psserver import tombstonequeue
+from psserver.tombstonequeue import TombstoneQueue
+from psserver.tombstones import Tombstones, joined
 from storage.block import TOMBSTONES, tombstones_per_block
 from storage.records import Cause
 
@@ -50,7 +51,7 @@ def test_tombstones_of_each_table_keep_their_order() -> None:
 def test_the_queue_is_a_list_that_loses_its_oldest_versions(
     monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(tombstones, "CHUNK", 8)
+    monkeypatch.setattr(tombstonequeue, "CHUNK", 8)
     rng = random.Random(seed)
     queue, model, version, horizon = TombstoneQueue(40), list[tuple[int, ...]](), 0, 0
     for _ in range(150):
@@ -75,7 +76,7 @@ def test_the_queue_is_a_list_that_loses_its_oldest_versions(
 def test_what_was_captured_does_not_change_and_memory_is_bounded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tombstones, "CHUNK", 8192)
+    monkeypatch.setattr(tombstonequeue, "CHUNK", 8192)
     queue = TombstoneQueue(5000)
     for version in range(1, 2001):
         queue.add(1, u64(version), version, Cause.NORM)
