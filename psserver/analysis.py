@@ -38,7 +38,8 @@ from storage.eviction.contract import FIRST_STEP
 from storage.kernels import Rows
 from storage.part_reader import Piece, counters_of, rows_of
 from storage.schema import TableSchema
-from storage.tiers.base import FREQUENCY, KEY, STEP, VERSION, Scan
+from storage.slots import FREQUENCY, KEY, STEP, VERSION
+from storage.tiers.base import Scan
 from storage.versionlog import VersionLog
 
 SLICE_ROWS = 2_048  # maximum number of rows in a slice

@@ -23,7 +23,7 @@ from storage.block import (
     tombstones_per_block,
 )
 from storage.kernels import Keys
-from storage.tiers.base import EVERY, KEY, STEP, VERSION
+from storage.slots import EVERY, KEY, STEP, VERSION
 
 CELLS_BYTES = BLOCK_BYTES - 4096  # bytes of a sketch (approximate counters) per block
 

@@ -32,7 +32,7 @@ from psserver.work import Work
 from storage.kernels import Keys, Rows
 from storage.part_reader import rows_of
 from storage.schema import TableSchema
-from storage.tiers.base import KEY, STEP, VERSION
+from storage.slots import KEY, STEP, VERSION
 
 
 class RowTransfer:

@@ -29,7 +29,8 @@ from psserver.views import TableList
 from psserver.wanted import Wanted
 from storage import records
 from storage.schema import TableSchema
-from storage.tiers.base import KEY, STEP, VERSION, Scan
+from storage.slots import KEY, STEP, VERSION
+from storage.tiers.base import Scan
 
 SLICE_BYTES = 256 << 10  # bytes of rows that the engine thread copies per call
 SLICE_TOMBSTONES = 65_536  # tombstones (records of deletes) read per call of the engine thread

@@ -7,6 +7,7 @@ errors.py        what can go wrong
 kernels.py       the loops numpy cannot express
 registry.py      build objects by name
 arena.py         memory that grows in chunks, without copying
+slots.py         slots of a tier that pushes can write: key, metadata, home of each row
 index.py         key -> location of its row
 initializers.py  the initial embedding of a row
 optimizer.py     the contract of an optimizer
@@ -47,7 +48,7 @@ manifest.py      the fields of a checkpoint's manifests
 checkpoint.py    the files of a checkpoint, and its parents
 part_writer.py   write one shard's part of a checkpoint
 part_reader.py   read one shard's part of a checkpoint
-tiers/base.py    the contract of a tier, which stores rows
+tiers/base.py    the contract of a tier, which stores rows by place
 tiers/host.py    rows in host memory
 overflow.py      which pushes may leave infinity or NaN in a row
 results.py       the results of a table's methods

@@ -215,17 +215,34 @@ def split(
 
 
 @jit
-def _places(locations: Any, out: Any) -> None:
+def _places(locations: Any, code: int, out: Any) -> Any:
+    """Write the places of locations in the tier with this code, ABSENT for all others.
+
+    Returns how many locations are in other tiers.
+    """
+    others = 0
     for i in range(locations.shape[0]):
-        place = np.int64(locations[i] & _PLACE)
-        out[i] = place if locations[i] != 0 else np.int64(ABSENT)
+        mine = np.int64(locations[i] >> np.uint64(PLACE_BITS)) == code
+        out[i] = np.int64(locations[i] & _PLACE) if mine else np.int64(ABSENT)
+        others += not mine and locations[i] != 0
+    return others
 
 
-def places(locations: Locations) -> Slots:
-    """Return the places, int64[n], of locations uint64[n]; ABSENT for location 0."""
+def places(locations: Locations, code: int) -> tuple[Slots, int]:
+    """Return (places of locations in one tier, how many locations are in other tiers).
+
+    locations  uint64[n]; 0 for keys without a row
+    code       of the tier
+
+    The places are int64[n], ABSENT for location 0 and for other tiers.
+    """
     out = np.empty(len(locations), np.int64)
-    _places(locations, out)
-    return out
+    return out, _places(locations, code, out)
+
+
+def locations_of(places: Slots, code: int) -> Locations:
+    """Return the locations, uint64[n], of places int64[n] in the tier with this code."""
+    return places.view(np.uint64) | np.uint64(code << PLACE_BITS)
 
 
 class Index:

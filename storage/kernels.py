@@ -133,156 +133,22 @@ def fill_state(slab: Any, slots: Any, dim: int, state: Any) -> None:
             slab[slot, dim + j] = state[j]
 
 
-@inline
-def _frequency(meta: Any, slot: Any) -> Any:
-    low = np.uint64(0xFFFF)
-    return (meta[slot, 1] & low) << np.uint64(16) | (meta[slot, 2] & low)
-
-
-@inline
-def _record(meta: Any, slot: Any, version: Any, step: Any, frequency: Any) -> None:
-    """Pack version, step and frequency of a row after its key; a frequency stops at 2^32-1."""
-    shift, low = np.uint64(16), np.uint64(0xFFFF)
-    kept = min(np.uint64(frequency), np.uint64(0xFFFFFFFF))
-    meta[slot, 1] = np.uint64(version) << shift | kept >> shift
-    meta[slot, 2] = np.uint64(step) << shift | (kept & low)
-
-
 @jit
-def fresh(meta: Any, slots: Any, keys: Any) -> None:
-    """Write the metadata of new rows: their keys, and version, step and frequency 0.
+def scatter(slab: Any, slots: Any, rows: Any) -> None:
+    """Copy whole rows into their slots; rows whose slot is ABSENT are skipped.
 
-    meta   uint64[capacity, 3]  packed; see tiers/host.py
-    slots  int64[n]
-    keys   uint64[n]
-    """
-    for i in range(slots.shape[0]):
-        meta[slots[i], 0] = keys[i]
-        meta[slots[i], 1] = 0
-        meta[slots[i], 2] = 0
-
-
-@jit
-def touch(meta: Any, slots: Any, counts: Any, step: int, version: int) -> None:
-    """Record a push in the metadata of its rows.
-
-    meta    uint64[capacity, 3]  packed; see tiers/host.py
-    slots   int64[n]             distinct slots
-    counts  uint32[n]            occurrences of each key in the push, added to its frequency
-    step, version                recorded in every row
-    """
-    n = slots.shape[0]
-    for i in range(n):
-        if i + AHEAD < n:
-            prefetch(meta, slots[i + AHEAD], 0)
-            prefetch(meta, slots[i + AHEAD], 23)
-        slot = slots[i]
-        _record(meta, slot, version, step, _frequency(meta, slot) + np.uint64(counts[i]))
-
-
-@jit
-def unpack(meta: Any, slots: Any, out: Any) -> None:
-    """Read metadata: out[i] = key, version, step (the bits of an int64), frequency.
-
-    meta   uint64[capacity, 3]  packed; see tiers/host.py
-    slots  int64[n]
-    out    uint64[n, 4]         written
-    """
-    for i in range(slots.shape[0]):
-        slot = slots[i]
-        out[i, 0] = meta[slot, 0]  # before the version, which `release` clears before the key
-        out[i, 1] = meta[slot, 1] >> np.uint64(16)
-        out[i, 2] = np.uint64(np.int64(meta[slot, 2]) >> np.int64(16))
-        out[i, 3] = _frequency(meta, slot)
-
-
-@jit
-def release(meta: Any, slots: Any, first: Any) -> Any:
-    """Add ``slots`` to the list of free slots, and return the new head of the list.
-
-    meta   uint64[capacity, 3]  packed; see tiers/host.py
-    slots  int64[n]
-    first  head of the list so far; ABSENT if it is empty
-
-    A free slot has version 0, which no row has. Its key field has the next free slot, or ABSENT. So
-    the list takes no memory, and a delete cannot fail for want of memory.
-    """
-    for i in range(slots.shape[0]):
-        slot = slots[i]
-        meta[slot, 1] = 0
-        meta[slot, 0] = np.uint64(first)
-        first = slot
-    return first
-
-
-@jit
-def reuse(meta: Any, first: Any, slots: Any) -> Any:
-    """Fill ``slots`` with free slots, and return the new head of the list of free slots.
-
-    meta   uint64[capacity, 3]  meta[slot, 0] is the next free slot after ``slot``
-    first  head of the list
-    slots  int64[n]  written
-
-    Returns ABSENT if the list is empty afterwards. The list must have at least n entries.
-    """
-    for i in range(slots.shape[0]):
-        slots[i] = first
-        first = np.int64(meta[first, 0])
-    return first
-
-
-@jit
-def put(
-    slab: Any,
-    meta: Any,
-    slots: Any,
-    keys: Any,
-    versions: Any,
-    steps: Any,
-    frequencies: Any,
-    rows: Any,
-) -> None:
-    """Write whole rows and their metadata. A row that has a newer version is not overwritten.
-
-    slab         float32[capacity, width]  written
-    meta         uint64[capacity, 3]       written; packed, see tiers/host.py
-    slots        int64[n]                  distinct positions to write to
-    keys, versions, steps, frequencies, rows
-                 the rows; see Images
+    slab   float32[capacity, width]
+    slots  int64[n]           distinct slots, or ABSENT
+    rows   float32[n, width]
     """
     n, width = rows.shape
     for i in range(n):
-        if i + AHEAD < n:
-            prefetch_row(slab, slots[i + AHEAD], 4 * width)
-            prefetch(meta, slots[i + AHEAD], 0)
-            prefetch(meta, slots[i + AHEAD], 23)
-        slot = slots[i]
-        if meta[slot, 1] >> np.uint64(16) > versions[i]:
-            continue
-        meta[slot, 0] = keys[i]
-        _record(meta, slot, versions[i], steps[i], frequencies[i])
-        for j in range(width):
-            slab[slot, j] = rows[i, j]
-
-
-@jit
-def images(slab: Any, meta: Any, slots: Any, frequencies: Any, rows: Any) -> None:
-    """Copy whole rows and their frequencies.
-
-    slab         float32[capacity, width]
-    meta         uint64[capacity, 3]  packed; see tiers/host.py
-    slots        int64[n]
-    frequencies  uint64[n]          written
-    rows         float32[n, width]  written
-    """
-    n, width = rows.shape
-    for i in range(n):
-        if i + AHEAD < n:
+        if i + AHEAD < n and slots[i + AHEAD] >= 0:
             prefetch_row(slab, slots[i + AHEAD], 4 * width)
         slot = slots[i]
-        frequencies[i] = _frequency(meta, slot)
-        for j in range(width):
-            rows[i, j] = slab[slot, j]
+        if slot >= 0:
+            for j in range(width):
+                slab[slot, j] = rows[i, j]
 
 
 @jit
@@ -366,23 +232,3 @@ def measure(slab: Any, slots: Any, dim: int, norms: Any) -> None:
         if i + AHEAD < n:
             prefetch_row(slab, slots[i + AHEAD], 4 * dim)
         norms[i] = np.sqrt(square_sum(slab[slots[i]], dim))
-
-
-@jit
-def changed(meta: Any, start: int, stop: int, after: int, upto: int, slots: Any) -> Any:
-    """Find slots in start..stop-1 whose row has a version in after+1..upto.
-
-    meta   uint64[capacity, 3]  packed; see tiers/host.py
-    slots  int64[n]             written from index 0 on, ascending; n is the maximum to find
-
-    Returns (number of slots found, slot to continue at).
-    """
-    found = 0
-    for slot in range(start, stop):
-        version = np.int64(meta[slot, 1] >> np.uint64(16))
-        if after < version <= upto:
-            if found == slots.shape[0]:
-                return found, slot
-            slots[found] = slot
-            found += 1
-    return found, stop

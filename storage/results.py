@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from storage.admission.gates import Occurrences
 from storage.kernels import Keys, Rows, Slots
 from storage.records import Cause
-from storage.tiers.base import Meta
+from storage.slots import Meta
 
 
 @dataclass(frozen=True, slots=True)

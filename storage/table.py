@@ -17,14 +17,15 @@ from storage.arena import Budget
 from storage.errors import OutOfMemory
 from storage.eviction.contract import View
 from storage.eviction.evictor import Evictor
-from storage.index import PLACE_BITS, Index, Locations, places
+from storage.index import PLACE_BITS, Index, Locations, locations_of, places
 from storage.initializers import table_seed
 from storage.kernels import Images, Keys, Rows, Slots, largest_magnitude
 from storage.overflow import OverflowGuard
 from storage.records import NO_KEYS, NO_TOTALS
 from storage.results import Dump, Pushed, TableStats, Tally
 from storage.schema import TableSchema
-from storage.tiers.base import FREQUENCY, STEP, VERSION, Scan, Tier
+from storage.slots import FREQUENCY, STEP, VERSION, Meta
+from storage.tiers.base import Scan, Tier, Writable
 from storage.tiers.host import HostTier
 
 Mode = Literal["train", "serve"]
@@ -43,15 +44,15 @@ class Table:
         self._budget, self._share = budget, share
         self.evictor = Evictor([rule.on(share) for rule in schema.evictions])
         self._index = Index(budget)
-        self._host: Tier = HostTier(schema.dim, schema.width, budget)
-        self._seed = table_seed(schema.seed, schema.name)
         self._state = schema.optimizer.initial_state(schema.dim)
+        self._host: Writable = HostTier(schema.dim, self._state, budget)
+        self._tiers: dict[int, Tier] = {self._host.code: self._host}  # where rows are, by code
+        self._seed = table_seed(schema.seed, schema.name)
         self._guard = OverflowGuard(schema, self._copies)
         try:
             self.gate = self._make_gate(schema.admission.on(share))
         except BaseException:
-            self._index.close()
-            self._host.close()
+            self._close_rows()
             raise
 
     def __len__(self) -> int:
@@ -101,7 +102,7 @@ class Table:
         index, gate = self._index.bytes, self.gate
         return TableStats(
             rows=len(self),
-            bytes=index + self._host.bytes + gate.bytes,
+            bytes=index + sum(tier.bytes for tier in self._tiers.values()) + gate.bytes,
             index_bytes=index,
             waiting=gate.entries,
             counter_bytes=gate.bytes,
@@ -118,7 +119,7 @@ class Table:
         Returns the location of each key, uint64[n]; 0 for keys without a row.
         """
         locations, absent = self._index.find(keys)
-        self._host.read(places(locations), out)
+        self._gather(locations, out)
         if absent:
             missing = np.flatnonzero(locations == 0)
             if mode == "train":
@@ -133,9 +134,7 @@ class Table:
 
         locations  uint64[n], from ``pull``; 0 for keys without a row, for which all three are 0
         """
-        meta = np.zeros((len(locations), 4), np.uint64)
-        present = np.flatnonzero(locations)
-        meta[present] = self._host.meta(places(locations[present]))
+        meta = self._meta(locations)
         return meta[:, VERSION], meta[:, STEP].view(np.int64), meta[:, FREQUENCY]
 
     def push(
@@ -185,9 +184,10 @@ class Table:
                 locations = locations[present]
         optimizer = self.schema.optimizer
         lr = optimizer.lr if lr is None else lr
-        slots = places(locations)
+        slots, _ = places(locations, self._host.code)
         stamp = max(step, self.evictor.step)
-        self._host.push(slots, gradients, counts, optimizer, lr, step, version, stamp)
+        self._host.slots.touch(slots, counts, stamp, version)
+        self._host.step(slots, gradients, optimizer, lr, step)
         self._guard.pushed(optimizer, lr, largest)
         if self._guard.unsure and not copied:
             self._guard.written(self._host.largest(slots))
@@ -223,8 +223,7 @@ class Table:
         """
         locations, absent = self._index.find(keys)
         rows = np.empty((len(keys), self.schema.width), np.float32)
-        present = np.flatnonzero(locations)
-        rows[present] = self._host.dump(places(locations[present]))[0]
+        self._gather(locations, rows)
         if absent:
             missing = np.flatnonzero(locations == 0)
             dim = self.schema.dim
@@ -259,7 +258,7 @@ class Table:
             self.gate.settle(absent, more, admitted, totals, version)
         except BaseException:
             self._index.remove(fresh)
-            self._host.release(places(made))
+            self._release(made)
             raise
         locations[missing[admitted]] = made
         self.tally.admitted += len(fresh)
@@ -272,7 +271,8 @@ class Table:
         frequencies  uint64[n]          written
         rows         float32[n, width]  written
         """
-        self._host.images(slots, frequencies, rows)
+        self._host.gather(slots, rows)
+        self._host.slots.frequencies(slots, frequencies)
         if self._guard.unsure:
             self._guard.written(largest_magnitude(rows))
 
@@ -282,13 +282,15 @@ class Table:
         The admission counters of keys that had no row before are deleted. Raises OutOfMemory, and
         changes nothing then.
         """
-        keys, rows = images.keys, images.rows
+        keys, versions, steps, frequencies, rows = images
         locations, absent = self._index.find(keys)
         if absent:
             missing = np.flatnonzero(locations == 0)
             locations[missing] = self._place(keys[missing])
             self.gate.discard(keys[missing])
-        self._host.put(places(locations), images)
+        slots, _ = places(locations, self._host.code)
+        targets, _ = self._host.slots.record(slots, keys, versions, steps, frequencies)
+        self._host.scatter(targets, rows)
         self._guard.put(rows)
 
     def put_counters(self, keys: Keys, totals: Occurrences, versions: Versions) -> None:
@@ -312,11 +314,10 @@ class Table:
         locations, absent = self._index.find(keys)
         there = np.flatnonzero(locations)
         if before is not None:
-            meta = self._host.meta(places(locations[there]))
-            there = there[meta[:, VERSION] < before[there]]
+            there = there[self._meta(locations[there])[:, VERSION] < before[there]]
         gone = keys[there]
         self._index.remove(gone)
-        self._host.release(places(locations[there]))
+        self._release(locations[there])
         if absent:
             missing = np.flatnonzero(locations == 0)
             counted = missing[self.gate.waiting(keys[missing]) > 0]
@@ -335,28 +336,61 @@ class Table:
 
     def tiers(self) -> list[tuple[str, Scan, int]]:
         """Return (name, scan of all its rows, bytes of memory taken) for each tier."""
-        return [(self._host.name, self._host.scan(), self._host.bytes)]
+        return [(tier.name, tier.scan(), tier.bytes) for tier in self._tiers.values()]
 
     def tiers_of(self, locations: Locations) -> list[str]:
         """Return the name of each location's tier; "" for location 0, a key without a row."""
-        names = {0: "", self._host.code: self._host.name}
+        names = {0: "", **{code: tier.name for code, tier in self._tiers.items()}}
         return [names[code] for code in (locations >> np.uint64(PLACE_BITS)).tolist()]
 
     def dump(self) -> Dump:
         """Return copies of all rows and counters, for tests and tools. Doubles the memory."""
         keys = [k for k, _ in self._index.slices()]
         every = np.sort(np.concatenate(keys))
-        rows, meta = self._host.dump(places(self._index.find(every)[0]))
+        locations = self._index.find(every)[0]
+        rows = np.empty((len(every), self.schema.width), np.float32)
+        self._gather(locations, rows)
         parts = [np.stack([k, t, v], axis=1) for k, t, v in self.gate.changed(0)]
         counters = np.concatenate([np.empty((0, 3), np.uint64), *parts])
         counters = counters[np.argsort(counters[:, 0])]
-        return Dump(every, rows, meta, counters, self.gate.cells().copy())
+        return Dump(every, rows, self._meta(locations), counters, self.gate.cells().copy())
 
     def close(self) -> None:
         """Close the table. The memory is freed as soon as no scan refers to it."""
-        self._index.close()
-        self._host.close()
+        self._close_rows()
         self.gate.close()
+
+    def _close_rows(self) -> None:
+        self._index.close()
+        for tier in self._tiers.values():
+            tier.close()
+
+    def _gather(self, locations: Locations, out: Rows) -> None:
+        """Copy the first columns of rows to ``out``, from every tier.
+
+        locations  uint64[n]; 0 leaves a row of ``out`` unchanged
+        out        float32[n, dim] or float32[n, width]
+        """
+        for code, tier in self._tiers.items():
+            found, others = places(locations, code)
+            tier.gather(found, out)
+            if not others:
+                return
+
+    def _meta(self, locations: Locations) -> Meta:
+        """Return the metadata of rows, uint64[n, 4]; all zero for location 0."""
+        meta = np.zeros((len(locations), 4), np.uint64)
+        for code, tier in self._tiers.items():
+            found, others = places(locations, code)
+            there = np.flatnonzero(found >= 0)
+            meta[there] = tier.meta(found[there])
+            if not others:
+                break
+        return meta
+
+    def _release(self, locations: Locations) -> None:
+        """Free the places of rows that are no longer in the index."""
+        self._host.slots.release(places(locations, self._host.code)[0])
 
     def _create(self, keys: Keys) -> Locations:
         """Create initial rows for absent keys, and return their locations, uint64[n].
@@ -364,8 +398,9 @@ class Table:
         Raises OutOfMemory, and creates none then.
         """
         locations = self._place(keys)
-        slots = places(locations)
-        self._host.create(keys, slots, self.schema.initializer, self._seed, self._state)
+        slots, _ = places(locations, self._host.code)
+        self._host.create(keys, slots, self.schema.initializer, self._seed)
+        self._host.slots.create(keys, slots)
         return locations
 
     def _place(self, keys: Keys) -> Locations:
@@ -374,10 +409,10 @@ class Table:
         The contents of the rows are undefined. Raises OutOfMemory, and changes nothing then.
         """
         slots = self._host.allocate(len(keys))
-        locations = slots.view(np.uint64) | np.uint64(self._host.code << PLACE_BITS)
+        locations = locations_of(slots, self._host.code)
         try:
             self._index.insert(keys, locations)
         except BaseException:
-            self._host.release(slots)
+            self._host.slots.release(slots)
             raise
         return locations

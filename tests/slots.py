@@ -15,6 +15,7 @@ from storage.eviction.rules import (
     CapacityLru,
 )
 from storage.eviction.sweep import MOST, Sweep
+from storage.kernels import measure
 from storage.records import Cause
 
 MASK = 2**64 - 1
@@ -42,31 +43,36 @@ class Rows:
 
     def __init__(self, rows: Sequence[Row | None], dim: int = DIM, width: int = WIDTH) -> None:
         self.slab = np.full((len(rows) + 1, width), 1e9, np.float32)  # state counts for nothing
-        self.meta = np.zeros((len(rows) + 1, 3), np.uint64)
+        self.entries = np.zeros((len(rows) + 1, 4), np.uint64)
         self.used, self.dim = len(rows), dim
         for slot, row in enumerate(rows):
             if row is not None:
                 self.put(slot, row)
             else:
-                self.meta[slot] = 7, 0xFFFF, (FIRST_STEP << 16) & MASK  # what an old row left
+                self.entries[slot] = 7, 0xFFFF, (FIRST_STEP << 16) & MASK, 0  # what an old row left
 
     def put(self, slot: int, row: Row) -> None:
         frequency = row.frequency
-        self.meta[slot, 0] = row.key
-        self.meta[slot, 1] = row.version << 16 | frequency >> 16
-        self.meta[slot, 2] = (row.step << 16 | frequency & 0xFFFF) & MASK
+        self.entries[slot, 0] = row.key
+        self.entries[slot, 1] = row.version << 16 | frequency >> 16
+        self.entries[slot, 2] = (row.step << 16 | frequency & 0xFFFF) & MASK
         self.slab[slot, : self.dim] = row.embedding
 
     @property
     def rows(self) -> int:
-        return int((self.meta[: self.used, 1] >> np.uint64(16) != 0).sum())
+        return int((self.entries[: self.used, 1] >> np.uint64(16) != 0).sum())
 
     @property
     def view(self) -> View:
-        return View(self.slab, self.meta, self.used, self.rows, self.dim)
+        return View(self.entries, self.used, self.rows, self.norms, self.dim)
+
+    def norms(self, slots: Any) -> Any:
+        norms = np.empty(len(slots))
+        measure(self.slab, slots, self.dim, norms)
+        return norms
 
     def release(self, slots: Any) -> None:
-        self.meta[slots, 1] &= np.uint64(0xFFFF)
+        self.entries[slots, 1] &= np.uint64(0xFFFF)
 
 
 def run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import ClassVar, Self
@@ -11,8 +11,9 @@ from typing import ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.kernels import Rows
+from storage.kernels import Slots
 from storage.records import Cause
+from storage.slots import Entries
 
 FIRST_STEP, LAST_STEP = -(1 << 47), (1 << 47) - 1  # the range of steps
 LARGEST = 1e30  # the largest magnitude of a parameter
@@ -24,10 +25,10 @@ EMPTY = (1 << 63) - 1  # score of a slot without a row
 class View:
     """The arrays of a tier that eviction sweeps read. Valid until the table changes."""
 
-    slab: Rows  # float32[capacity, width]  [embedding | state]
-    meta: NDArray[np.uint64]  # [capacity, 3]  packed; see tiers/host.py
+    entries: Entries  # uint64[capacity, 4], key and metadata of the row in each slot
     used: int  # slots ever allocated; a slot of version 0 has no row
     rows: int  # slots with a row
+    norms: Callable[[Slots], NDArray[np.float64]]  # returns the L2 norms of embeddings by slot
     dim: int  # length of an embedding
 
 

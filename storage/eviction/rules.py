@@ -23,7 +23,7 @@ from storage.eviction.contract import (
     TableEviction,
     View,
 )
-from storage.kernels import AHEAD, jit, prefetch_row, square_sum
+from storage.kernels import jit
 from storage.records import Cause
 from storage.registry import build
 
@@ -32,52 +32,35 @@ SCALE = 1 << 14  # LFU scores are multiplied by this and rounded down to integer
 
 # ---- rules for rows
 #
-# meta    uint64[capacity, 3]  packed; version 0: no row
-# causes  uint8[stop - start]  causes[i] belongs to slot start + i; 0: no cause yet
+# entries  uint64[capacity, 4], see slots.py; version 0: no row
+# causes   uint8[stop - start]  causes[i] belongs to slot start + i; 0: no cause yet
 
 
 @jit
-def _idle_steps(meta: Any, start: int, stop: int, last: int, cause: int, causes: Any) -> None:
+def _idle_steps(entries: Any, start: int, stop: int, last: int, cause: int, causes: Any) -> None:
     """Set causes[i] to ``cause`` if slot start + i has a row whose step is at most ``last``.
 
-    meta    uint64[capacity, 3]  packed; see tiers/host.py
-    causes  uint8[stop - start]  entries that are not 0 are left unchanged
+    entries  uint64[capacity, 4]  see slots.py
+    causes   uint8[stop - start]  entries that are not 0 are left unchanged
     """
     most = (np.int64(last) << np.int64(16)) | np.int64(0xFFFF)  # largest metadata with that step
     for i in range(stop - start):
-        if np.int64(meta[start + i, 2]) <= most and causes[i] == 0:
-            present = meta[start + i, 1] >> np.uint64(16) != 0
+        if np.int64(entries[start + i, 2]) <= most and causes[i] == 0:
+            present = entries[start + i, 1] >> np.uint64(16) != 0
             causes[i] = cause if present else 0
 
 
 @jit
-def _idle_versions(meta: Any, start: int, stop: int, last: Any, cause: int, causes: Any) -> None:
+def _idle_versions(entries: Any, start: int, stop: int, last: Any, cause: int, causes: Any) -> None:
     """Set causes[i] to ``cause`` if slot start + i has a row whose version is at most ``last``.
 
-    meta    uint64[capacity, 3]  packed; see tiers/host.py
-    causes  uint8[stop - start]  entries that are not 0 are left unchanged
+    entries  uint64[capacity, 4]  see slots.py
+    causes   uint8[stop - start]  entries that are not 0 are left unchanged
     """
     for i in range(stop - start):
-        version = meta[start + i, 1] >> np.uint64(16)
+        version = entries[start + i, 1] >> np.uint64(16)
         if version <= last and version != 0 and causes[i] == 0:
             causes[i] = cause
-
-
-@jit
-def _small(
-    slab: Any, meta: Any, start: int, stop: int, dim: int, least: float, cause: int, causes: Any
-) -> None:
-    """Replace each causes[i] = 255 by ``cause`` if the row's L2 norm is below ``least``, else by 0.
-
-    slab    float32[capacity, >= dim]  rows; the first ``dim`` numbers are the embedding
-    causes  uint8[stop - start]        causes[i] belongs to slot start + i
-    """
-    n = stop - start
-    for i in range(n):
-        if i + AHEAD < n and causes[i + AHEAD] == 255:
-            prefetch_row(slab, start + i + AHEAD, 4 * dim)
-        if causes[i] == 255:
-            causes[i] = cause if np.sqrt(square_sum(slab[start + i], dim)) < least else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +84,7 @@ class StepTtl(RowEviction):
     def mark(self, view: View, start: int, stop: int, now: Now, causes: NDArray[np.uint8]) -> None:
         last = now.step - self.steps - 1
         if last >= FIRST_STEP:
-            _idle_steps(view.meta, start, stop, last, int(self.cause), causes)
+            _idle_steps(view.entries, start, stop, last, int(self.cause), causes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +103,7 @@ class TimeTtl(RowEviction):
         return now.idle > last.idle
 
     def mark(self, view: View, start: int, stop: int, now: Now, causes: NDArray[np.uint8]) -> None:
-        _idle_versions(view.meta, start, stop, np.uint64(now.idle), int(self.cause), causes)
+        _idle_versions(view.entries, start, stop, np.uint64(now.idle), int(self.cause), causes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,11 +134,11 @@ class Norm(RowEviction):
         last = now.step - self.grace
         if last < FIRST_STEP:
             return
-        judged = np.zeros(stop - start, np.uint8)
-        _idle_steps(view.meta, start, stop, last, 255, judged)
-        dim, least = view.dim, self.threshold
-        _small(view.slab, view.meta, start, stop, dim, least, int(self.cause), judged)
-        np.copyto(causes, judged, where=causes == 0)
+        idle = np.zeros(stop - start, np.uint8)
+        _idle_steps(view.entries, start, stop, last, 1, idle)
+        judged = np.flatnonzero((idle != 0) & (causes == 0))
+        small = view.norms(judged + start) < self.threshold
+        causes[judged[small]] = int(self.cause)
 
 
 # ---- rules for tables
@@ -164,17 +147,19 @@ class Norm(RowEviction):
 
 
 @jit
-def _score_lru(meta: Any, start: int, stop: int, scores: Any) -> None:
+def _score_lru(entries: Any, start: int, stop: int, scores: Any) -> None:
     for i in range(stop - start):
-        version = np.int64(meta[start + i, 1] >> np.uint64(16))
+        version = np.int64(entries[start + i, 1] >> np.uint64(16))
         scores[i] = version if version != 0 else EMPTY
 
 
 @jit
-def _score_lfu(meta: Any, start: int, stop: int, last: int, half_life: float, scores: Any) -> None:
+def _score_lfu(
+    entries: Any, start: int, stop: int, last: int, half_life: float, scores: Any
+) -> None:
     low = np.uint64(0xFFFF)
     for i in range(stop - start):
-        first, second = meta[start + i, 1], meta[start + i, 2]
+        first, second = entries[start + i, 1], entries[start + i, 2]
         if first >> np.uint64(16) == 0:
             scores[i] = EMPTY
             continue
@@ -219,7 +204,7 @@ class CapacityLru(Capacity):
     max_rows: int = 100_000_000  # over all shards
 
     def score(self, view: View, start: int, stop: int, now: Now, out: NDArray[np.int64]) -> None:
-        _score_lru(view.meta, start, stop, out)
+        _score_lru(view.entries, start, stop, out)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +225,7 @@ class CapacityLfu(Capacity):
         self._require("half_life", self.half_life >= 1, "1 or more")
 
     def score(self, view: View, start: int, stop: int, now: Now, out: NDArray[np.int64]) -> None:
-        _score_lfu(view.meta, start, stop, now.step, float(self.half_life), out)
+        _score_lfu(view.entries, start, stop, now.step, float(self.half_life), out)
 
 
 def make_eviction(name: str, params: Mapping[str, float]) -> Eviction:

@@ -84,7 +84,7 @@ class Victims:
     def keys(self, view: View) -> dict[Cause, Keys]:
         """Return the keys of the rows, uint64[], by cause. Causes without a row are left out."""
         return {
-            Cause(cause): view.meta[self.slots[self.causes == cause], 0]
+            Cause(cause): view.entries[self.slots[self.causes == cause], 0]
             for cause in np.unique(self.causes).tolist()
         }
 

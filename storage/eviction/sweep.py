@@ -5,7 +5,7 @@ all slots; the first rule that holds for a row is the cause of its eviction. The
 tables chooses the rows that exceed its limit; see selection.py.
 
 A sweep changes nothing. Its caller deletes the victims of a slice before it asks for the next one,
-and writes the deletes and their cause to the log. Slices read metadata in order, 24 bytes per slot.
+and writes the deletes and their cause to the log. Slices read metadata in order, 32 bytes per slot.
 Only the norm rule reads rows.
 """
 
@@ -100,8 +100,8 @@ class Sweep:
 
 def compile_all() -> None:
     """Run every rule once, to compile its kernels or load them from the cache."""
-    meta = np.ones((2, 3), np.uint64) << np.uint64(16)
-    view = View(np.ones((2, 1), np.float32), meta, 2, 2, 1)
+    entries = np.ones((2, 4), np.uint64) << np.uint64(16)
+    view = View(entries, 2, 2, lambda slots: np.ones(len(slots)), 1)
     for name in EVICTIONS:
         params = {"max_rows": 1} if issubclass(EVICTIONS[name], Capacity) else {}
         sweep = Sweep([make_eviction(name, params)])

@@ -1,9 +1,4 @@
-"""Rows in host memory: a slab of rows, an array of metadata, and a list of free slots.
-
-A place is a slot: the index of a row in the slab. Metadata is packed into 24 bytes per row:
-
-    key uint64 | version << 16 | frequency >> 16 | step << 16 | frequency & 0xffff
-"""
+"""Rows in host memory: a slab, float32[capacity, width], with one row per slot."""
 
 from __future__ import annotations
 
@@ -16,166 +11,115 @@ from storage.arena import Arena, Budget, Memory
 from storage.eviction.contract import View
 from storage.initializers import Initializer
 from storage.kernels import (
-    ABSENT,
-    Images,
     Keys,
     Rows,
     Slots,
-    changed,
     fill_state,
-    fresh,
     from_bits,
     gather,
-    images,
     largest_in,
     measure,
-    put,
-    release,
-    reuse,
-    touch,
-    unpack,
+    scatter,
 )
 from storage.optimizer import Optimizer
-from storage.tiers.base import LOOK, Meta, Scan
+from storage.slots import FREQUENCY, LOOK, Meta, SlotEntries, find_changed, unpack
+from storage.tiers.base import Scan
 
 
 class HostScan:
-    """Scans the slots of a HostTier in ascending order. See Scan for the contract.
+    """The slots in use so far, in ascending order. See Scan for the contract."""
 
-    slab  memory of the rows
-    meta  memory of the packed metadata
-    used  number of slots to scan: those that were ever allocated
-    dim   length of an embedding
-    """
-
-    def __init__(self, slab: Memory, meta: Memory, used: int, dim: int) -> None:
-        self._slab, self._meta, self._used, self._dim = slab, meta, used, dim
+    def __init__(self, slab: Memory, entries: Memory, used: int, dim: int) -> None:
+        self._slab, self._entries, self._used, self._dim = slab, entries, used, dim
 
     def find(
         self, start: int, after: int, upto: int, limit: int, look: int = LOOK
     ) -> tuple[Slots, int | None]:
         slots = np.empty(limit, np.int64)
         stop = min(start + look, self._used)
-        found, end = 0, start
-        while end < stop:  # in short calls, so that the metadata can move between them
-            part = min(end + LOOK, stop)
-            more, end = changed(self._meta.array(), end, part, after, upto, slots[found:])
-            found += more
-            if end < part:  # the limit is reached
-                break
+        found, end = find_changed(self._entries, start, stop, after, upto, slots)
         return slots[:found], None if end >= self._used else int(end)
 
     def copy(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> Meta:
-        meta = self._meta.array()
-        images(self._slab.array(), meta, places, frequencies, rows)
-        return _unpacked(meta, places)
+        gather(self._slab.array(), places, rows.shape[1], rows)
+        meta = unpack(self._entries.array(), places)
+        frequencies[:] = meta[:, FREQUENCY]
+        return meta
 
     def measure(self, places: Slots, norms: NDArray[Any]) -> Meta:
         measure(self._slab.array(), places, self._dim, norms)
-        return _unpacked(self._meta.array(), places)
+        return unpack(self._entries.array(), places)
 
     def read(self, places: Slots, out: Rows) -> None:
         gather(self._slab.array(), places, self._dim, out)
 
 
-def _unpacked(packed: NDArray[Any], slots: Slots) -> Meta:
-    meta = np.empty((len(slots), 4), np.uint64)
-    unpack(packed, slots, meta)
-    return meta
-
-
 class HostTier:
-    """Rows in host memory. See Tier for the contract."""
+    """Rows in host memory. See Writable for the contract.
+
+    dim    numbers in an embedding
+    state  float32[width - dim], initial optimizer state of every row
+    """
 
     name: ClassVar[str] = "host"
     code: ClassVar[int] = 2
 
-    def __init__(self, dim: int, width: int, budget: Budget) -> None:
-        self._dim = dim
+    def __init__(self, dim: int, state: Rows, budget: Budget) -> None:
+        width = dim + len(state)
+        self._dim, self._state = dim, state
         self._slab = Arena(width, np.float32, budget)
-        self._meta = Arena(3, np.uint64, budget)
-        self._used = 0  # slots ever allocated
-        self._first_free = ABSENT  # head of the list of free slots; see kernels.release
-        self._free_count = 0
+        self.slots = SlotEntries(budget)
         self._most = np.empty(width, np.uint32)  # scratch of ``largest``
 
     @property
     def rows(self) -> int:
-        return self._used - self._free_count
+        return self.slots.rows
 
     @property
     def bytes(self) -> int:
-        return self._slab.bytes + self._meta.bytes
+        return self._slab.bytes + self.slots.bytes
 
     def allocate(self, count: int) -> Slots:
-        recycled = min(count, self._free_count)
-        used = self._used + count - recycled
         before = self._slab.bytes
-        self._slab.grow(used)
+        self._slab.grow(self.slots.needed(count))
         try:
-            self._meta.grow(used)
+            return self.slots.allocate(count)
         except BaseException:
             self._slab.shrink(before)
             raise
-        slots = np.empty(count, np.int64)
-        self._first_free = reuse(self._meta.array, self._first_free, slots[:recycled])
-        slots[recycled:] = np.arange(self._used, used)
-        self._free_count -= recycled
-        self._used = used
-        return slots
 
-    def release(self, places: Slots) -> None:
-        self._first_free = release(self._meta.array, places, self._first_free)
-        self._free_count += len(places)
+    def create(self, keys: Keys, slots: Slots, initializer: Initializer, seed: int) -> None:
+        initializer.fill(seed, keys, slots, self._dim, self._slab.array)
+        fill_state(self._slab.array, slots, self._dim, self._state)
 
-    def create(
-        self, keys: Keys, places: Slots, initializer: Initializer, seed: int, state: Rows
+    def gather(self, places: Slots, out: Rows) -> None:
+        gather(self._slab.array, places, out.shape[1], out)
+
+    def scatter(self, slots: Slots, rows: Rows) -> None:
+        scatter(self._slab.array, slots, rows)
+
+    def step(
+        self, slots: Slots, gradients: Rows, optimizer: Optimizer, lr: float, step: int
     ) -> None:
-        initializer.fill(seed, keys, places, self._dim, self._slab.array)
-        fill_state(self._slab.array, places, self._dim, state)
-        fresh(self._meta.array, places, keys)
+        optimizer.step(self._slab.array, slots, gradients, lr, step)
 
-    def read(self, places: Slots, out: Rows) -> None:
-        gather(self._slab.array, places, self._dim, out)
-
-    def push(
-        self,
-        places: Slots,
-        gradients: Rows,
-        counts: NDArray[Any],
-        optimizer: Optimizer,
-        lr: float,
-        step: int,
-        version: int,
-        stamp: int | None = None,
-    ) -> None:
-        touch(self._meta.array, places, counts, step if stamp is None else stamp, version)
-        optimizer.step(self._slab.array, places, gradients, lr, step)
-
-    def images(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> None:
-        images(self._slab.array, self._meta.array, places, frequencies, rows)
-
-    def largest(self, places: Slots) -> float:
-        return from_bits(largest_in(self._slab.array.view(np.uint32), places, self._most))
-
-    def put(self, places: Slots, images: Images) -> None:
-        put(self._slab.array, self._meta.array, places, *images)
+    def largest(self, slots: Slots) -> float:
+        return from_bits(largest_in(self._slab.array.view(np.uint32), slots, self._most))
 
     def meta(self, places: Slots) -> Meta:
-        return _unpacked(self._meta.array, places)
+        return self.slots.meta(places)
 
     def scan(self) -> Scan:
-        return HostScan(self._slab.memory, self._meta.memory, self._used, self._dim)
+        return HostScan(self._slab.memory, self.slots.memory, self.slots.used, self._dim)
 
     def view(self) -> View:
-        rows = self._used - self._free_count
-        return View(self._slab.array, self._meta.array, self._used, rows, self._dim)
+        return View(self.slots.array, self.slots.used, self.rows, self._norms, self._dim)
 
-    def dump(self, places: Slots) -> tuple[Rows, Meta]:
-        return self._slab.array[places], self.meta(places)
+    def _norms(self, slots: Slots) -> NDArray[np.float64]:
+        norms = np.empty(len(slots))
+        measure(self._slab.array, slots, self._dim, norms)
+        return norms
 
     def close(self) -> None:
         self._slab.close()
-        self._meta.close()
-        self._used = self._free_count = 0
-        self._first_free = ABSENT
+        self.slots.close()

@@ -30,7 +30,7 @@ from storage.errors import DiskFull, LogFailed
 from storage.eviction.contract import FIRST_STEP
 from storage.eviction.rules import StepTtl
 from storage.records import Cause
-from storage.tiers.base import FREQUENCY, STEP, VERSION
+from storage.slots import FREQUENCY, STEP, VERSION
 
 LAZY = 1000.0  # seconds until the log syncs by itself: tests say when
 NAMES = st.sampled_from(["t", "u", "v"])

@@ -20,8 +20,8 @@ from storage.errors import OutOfMemory
 from storage.initializers import make_initializer
 from storage.optimizers import make_optimizer
 from storage.schema import TableSchema
+from storage.slots import EVERY, LOOK
 from storage.table import Table
-from storage.tiers.base import EVERY, LOOK
 
 MIB, GIB = 1 << 20, 1 << 30
 FEW = 256 * MIB  # bytes of address space: 1/64 of it is less than an arena needs later
@@ -300,7 +300,7 @@ def test_tables_that_are_dropped_and_filled_again_stay_within_the_budget() -> No
     def refill(times: int) -> None:
         for _ in range(times):
             table = Table(schema(), budget)
-            fill(table, range(300_000))
+            fill(table, range(250_000))
             scans.append(table.scan())
             table.close()
 
@@ -309,7 +309,7 @@ def test_tables_that_are_dropped_and_filled_again_stay_within_the_budget() -> No
         refill(3)  # the scans have the memory of the tables before
     assert resident() - before < budget.limit + 64 * MIB  # what the last push took for a moment
     scans.clear()
-    fill(Table(schema(), budget), range(300_000))
+    fill(Table(schema(), budget), range(250_000))
 
 
 @alone
@@ -388,14 +388,14 @@ def test_a_search_through_all_rows_lets_the_rows_move_in_between() -> None:
     table = Table(schema(dim=1), Budget(GIB))
     fill(table, range(3 * LOOK))
     scan, arrays = table.scan(), []
-    memory = scan._meta  # type: ignore[attr-defined]
+    memory = scan._entries  # type: ignore[attr-defined]
 
     class Watched:
         def array(self) -> Any:
             arrays.append(1)
             return memory.array()
 
-    scan._meta = Watched()  # type: ignore[attr-defined]
+    scan._entries = Watched()  # type: ignore[attr-defined]
     places, start = scan.find(0, 0, 1, 3 * LOOK, EVERY)
     assert (places.tolist(), start, len(arrays)) == (list(range(3 * LOOK)), None, 3)
     places, start = scan.find(0, 0, 1, LOOK, EVERY)

@@ -141,10 +141,10 @@ def test_a_table_without_rows_has_no_victims(rule: Eviction) -> None:
 @pytest.mark.parametrize("rule", EVERY, ids=repr)
 def test_a_dry_sweep_counts_the_same_and_changes_nothing(rule: Eviction) -> None:
     rows, now = Rows(random_rows(4)), Now(50, 100, 60)
-    before = rows.meta.copy(), rows.slab.copy()
+    before = rows.entries.copy(), rows.slab.copy()
     dry, real = Sweep([rule], dry=True), Sweep([rule])
     assert run(dry, rows, now, 100, 1) == []
-    assert (rows.meta == before[0]).all()
+    assert (rows.entries == before[0]).all()
     assert (rows.slab == before[1]).all()
     run(real, rows, now)
     assert dry.counts == real.counts
@@ -271,8 +271,8 @@ def test_the_choice_is_exact_for_large_tables(kind: Any, leave: int, seed: int) 
     steps = (-(rng.zipf(1.3, count) % (1 << 40))).astype(np.int64)
     frequencies = np.minimum(rng.zipf(1.3, count), 2**32 - 1).astype(np.uint64)
     low = np.uint64(0xFFFF)
-    rows.meta[:count, 1] = versions << np.uint64(16) | frequencies >> np.uint64(16)
-    rows.meta[:count, 2] = steps.view(np.uint64) << np.uint64(16) | frequencies & low
+    rows.entries[:count, 1] = versions << np.uint64(16) | frequencies >> np.uint64(16)
+    rows.entries[:count, 2] = steps.view(np.uint64) << np.uint64(16) | frequencies & low
     rule = kind(max_rows=count - leave)
     if kind is CapacityLru:
         scores = versions.astype(np.int64)
@@ -308,7 +308,7 @@ def test_rows_that_are_pushed_or_born_during_a_sweep_stay(kind: Any) -> None:
         gone += victims.slots.tolist()
         slot = int(rng.integers(0, 600))
         step += 1
-        if rows.meta[slot, 1] >> np.uint64(16):
+        if rows.entries[slot, 1] >> np.uint64(16):
             rows.put(slot, Row(slot, step, step, 3000))
             pushed.add(slot)
         if rows.used < count + 100 and step % 3 == 0:

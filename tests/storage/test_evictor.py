@@ -25,7 +25,7 @@ from storage.records import Cause
 def tick(evictor: Evictor, rows: Rows, seconds: float, **of: int) -> list[tuple[Cause, int]]:
     """One tick, and the deletes that it asks for."""
     found = evictor.tick(rows.view, seconds, **of)
-    slots = {int(rows.meta[slot, 0]): slot for slot in range(rows.used)}
+    slots = {int(rows.entries[slot, 0]): slot for slot in range(rows.used)}
     for keys in found.values():
         rows.release([slots[key] for key in keys.tolist()])
     return [(cause, key) for cause, keys in found.items() for key in keys.tolist()]

@@ -17,8 +17,8 @@ from storage.kernels import Images
 from storage.optimizers import OPTIMIZERS, make_optimizer
 from storage.records import Cause
 from storage.schema import TableSchema
+from storage.slots import FREQUENCY, STEP
 from storage.table import Table
-from storage.tiers.base import FREQUENCY, STEP
 
 DIM = 3
 ROOM = 1 << 30

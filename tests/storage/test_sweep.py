@@ -106,26 +106,24 @@ def test_a_slice_that_reads_rows_is_bounded_in_bytes() -> None:
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 def test_the_metadata_is_that_of_a_tier(optimizer: str) -> None:
     made = make_optimizer(optimizer, None, {})
-    width = 4 + made.state_width(4)
-    tier = HostTier(4, width, Budget(1 << 30))
+    tier = HostTier(4, made.initial_state(4), Budget(1 << 30))
     keys = np.array(EXTREMES, np.uint64)
     places = tier.allocate(len(keys))
-    state, zeros = made.initial_state(4), make_initializer("zeros", {})
-    tier.create(keys, places, zeros, 0, state)
+    tier.create(keys, places, make_initializer("zeros", {}), 0)
+    tier.slots.create(keys, places)
     evictor = Evictor([StepTtl(steps=5), Norm(threshold=1e-9, grace=2)])
     for version in range(1, 9):  # the first key at every step, another one with it
         slots = places[[0, version - 1]] if version > 1 else places[:1]
         grads = np.full((len(slots), 4), version != 5, np.float32)
         counts = np.ones(len(slots), np.uint32)
-        tier.push(slots, grads, counts, made, 0.1, version - 20, version)
+        tier.slots.touch(slots, counts, version - 20, version)
+        tier.step(slots, grads, made, 0.1, version - 20)
         evictor.pushed(version, version - 20, 0.0)
-    used = len(keys)
-    view = View(tier._slab.array, tier._meta.array, used, tier.rows, 4)
+    view = tier.view()
     found = {cause: each.tolist() for cause, each in evictor.tick(view, 0.0).items()}
     assert found == {Cause.STEP_TTL: [EXTREMES[1]], Cause.NORM: [EXTREMES[4]]}
-    tier.release(places[[1, 4]])
-    view = View(view.slab, view.meta, used, tier.rows, 4)
-    assert len(evictor.sweep().slice(view, evictor.now(0.0))) == 0
+    tier.slots.release(places[[1, 4]])
+    assert len(evictor.sweep().slice(tier.view(), evictor.now(0.0))) == 0
     tier.close()
 
 
