@@ -3,17 +3,20 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 RUN = .venv/bin/python
+PARALLEL = -n auto --maxprocesses 8 --dist worksteal  # each process has servers of its own
+
+unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of Python processes
 
 .PHONY: demo test quick check bench proto clean
 
 demo: .venv/server  ## a local cluster and a model that learns from a click stream
 	$(RUN) examples/clickstream.py
 
-test: .venv/dev  ## every test
-	$(RUN) -m pytest
+test: quick  ## every test; the slow ones, which kill processes and fill disks, one at a time
+	$(RUN) -m pytest -m slow
 
 quick: .venv/dev  ## the tests to run all day
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" $(PARALLEL)
 
 check: .venv/dev .venv/proto  ## format, lint, types, layering, generated code
 	$(RUN) -m ruff format --check .

@@ -7,6 +7,7 @@ name                          of a table that no other test has
 
 from __future__ import annotations
 
+import gc
 import itertools
 import re
 import tempfile
@@ -20,6 +21,12 @@ from servers import Cluster
 from psclient import Client
 
 _numbers = itertools.count(1)
+
+
+def pytest_collection_finish() -> None:
+    """Leave libraries and thousands of tests out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 def _shared(shards: int) -> Iterator[Cluster]:

@@ -24,10 +24,18 @@ SEGMENT = 16 << 20  # bytes of a log's file: many clusters run at once
 BELOW_EPHEMERAL = (12_000, 30_000)  # no outgoing connection takes a port from here
 
 
+def _port_range() -> range:
+    """Return the ports of this process of pytest: those that run beside it have others."""
+    first, end = BELOW_EPHEMERAL
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    each = (end - first) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    return range(first + number * each, first + (number + 1) * each)
+
+
 def free_ports(count: int) -> int:
     """Return the first of ``count`` consecutive local ports that are free at the moment."""
     for _ in range(1000):
-        first = random.SystemRandom().randrange(*BELOW_EPHEMERAL)
+        first = random.SystemRandom().choice(_port_range()[:-count])
         sockets = [socket.socket() for _ in range(count)]
         try:
             for at, listener in enumerate(sockets):
@@ -112,9 +120,11 @@ class Cluster:
         """Return the pids of the processes that reported to be ready, oldest first."""
         return [entry["pid"] for entry in self.log(shard) if entry["event"] == "ready"]
 
-    def metrics(self, shard: int) -> dict[tuple[str, Mapping[str, str]], float]:
-        """Return the samples of /metrics by name and labels."""
-        return scrape(self.metrics_port + shard)
+    def metrics(
+        self, shard: int, table: str | None = None
+    ) -> dict[tuple[str, Mapping[str, str]], float]:
+        """Return the samples of /metrics by name and labels; of one table, if it is given."""
+        return scrape(self.metrics_port + shard, table)
 
     def _ready(self) -> bool:
         assert self.process.poll() is None, f"psserver ended: {self.errors}"
@@ -131,11 +141,17 @@ class Labels(dict[str, str]):
         return hash(frozenset(self.items()))
 
 
-def scrape(port: int) -> dict[tuple[str, Mapping[str, str]], float]:
-    """Return the samples of http://127.0.0.1:port/metrics by name and labels."""
+def scrape(port: int, table: str | None = None) -> dict[tuple[str, Mapping[str, str]], float]:
+    """Return the samples of http://127.0.0.1:port/metrics by name and labels.
+
+    table  if given, only samples with this label are parsed: a page may have thousands of tables
+    """
     url = f"http://127.0.0.1:{port}/metrics"
     with urllib.request.urlopen(url, timeout=10) as page:
         text = page.read().decode()
+    if table is not None:
+        lines = text.splitlines(keepends=True)
+        text = "".join(line for line in lines if line[0] == "#" or f'table="{table}"' in line)
     return {
         (sample.name, Labels(sample.labels)): sample.value
         for family in text_string_to_metric_families(text)

@@ -153,7 +153,7 @@ def test_eviction_on_demand_counts_first_and_then_evicts_on_all_shards(
     keys = np.concatenate([np.arange(120), np.arange(2000, 2060)])
     assert table.pull_rows(keys).found.tolist() == [False] * 120 + [True] * 60
     label = Labels(table=name, cause="step_ttl")
-    pages = [cluster3.metrics(shard) for shard in range(3)]
+    pages = [cluster3.metrics(shard, name) for shard in range(3)]
     assert sum(page["ps_evicted_rows_total", label] for page in pages) == 180
 
 
@@ -204,7 +204,7 @@ def test_rows_leave_in_the_background_and_subscribers_are_told_why(
                 break
     assert sorted(gone) == list(range(100, 500))
     label = Labels(table=name, cause="step_ttl")
-    pages = [cluster2.metrics(shard) for shard in range(2)]
+    pages = [cluster2.metrics(shard, name) for shard in range(2)]
     assert sum(page["ps_evicted_rows_total", label] for page in pages) == 400
 
 
@@ -226,7 +226,7 @@ def test_rules_show_in_the_metrics(
     table = table_of(client, name, admission="counter", admission_args={"threshold": 3})
     push(table, np.repeat(np.arange(100), 2))
     push(table, np.arange(60))
-    pages = [cluster2.metrics(shard) for shard in range(2)]
+    pages = [cluster2.metrics(shard, name) for shard in range(2)]
     of = Labels(table=name)
 
     def total(metric: str) -> float:
@@ -249,7 +249,7 @@ def test_counters_that_expire_show_in_the_metrics(
     push(table, np.arange(100, 140), step=100)
 
     def expired() -> float:
-        pages = [cluster2.metrics(shard) for shard in range(2)]
+        pages = [cluster2.metrics(shard, name) for shard in range(2)]
         return sum(page["ps_expired_counters_total", Labels(table=name)] for page in pages)
 
     assert eventually(lambda: expired() == 100)

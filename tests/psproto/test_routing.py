@@ -200,21 +200,21 @@ def test_check_counts_repetitions_and_finds_the_first_key_of_another_shard(
 # ---- keys that were chosen to collide
 
 
-def unmix64(hashed: int) -> int:
-    """Return the key of a hash: mix64 is invertible."""
+def unmix64(hashes: np.ndarray) -> np.ndarray:
+    """Return the keys of hashes: mix64 is invertible."""
 
-    def unshift(x: int, bits: int) -> int:
-        key = x
+    def unshift(x: np.ndarray, bits: int) -> np.ndarray:
+        keys = x
         for _ in range(64 // bits):
-            key = x ^ (key >> bits)
-        return key
+            keys = x ^ (keys >> np.uint64(bits))
+        return keys
 
-    x = unshift(hashed, 31) * pow(0x94D049BB133111EB, -1, 2**64) & MASK
-    x = unshift(x, 27) * pow(0xBF58476D1CE4E5B9, -1, 2**64) & MASK
+    x = unshift(hashes, 31) * np.uint64(pow(0x94D049BB133111EB, -1, 2**64))
+    x = unshift(x, 27) * np.uint64(pow(0xBF58476D1CE4E5B9, -1, 2**64))
     return unshift(x, 30)
 
 
-CRAFTED = np.array([unmix64(i << 20) for i in range(60_000)], np.uint64)  # equal lower halves
+CRAFTED = unmix64(np.arange(60_000, dtype=np.uint64) << 20)  # equal lower halves
 TABLES = {
     "split": lambda keys: routing.split(keys, even_map(1)),
     "check": lambda keys: routing.check(keys, even_map(1), 0),

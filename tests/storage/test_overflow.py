@@ -216,14 +216,13 @@ def test_no_step_raises_a_number_by_more_than_its_reach(
     if optimizer.reach(dim, 1.0, 1.0) == np.inf:
         return
     tiny = [0.0, 1e-45, 1e-38, 1e-30, *np.geomspace(1e-24, 1e-18, 49), 1e-9, 1e-3]
-    sizes = [*tiny, 1.0, 16777215.0, 1e9, TAME_NUMBER]
-    rows = []
-    for weight, size, sign in itertools.product(sizes, sizes, (-1, 1)):
-        state = np.maximum(optimizer.initial_state(dim), np.float32(size))
-        if name == "adagrad_decay":
-            state[dim] = 2.0
-        rows.append(np.r_[np.full(dim, sign * weight), state])
-    corners = np.array(rows, np.float32)
+    sizes = np.array([*tiny, 1.0, 16777215.0, 1e9, TAME_NUMBER], np.float32)
+    weights, states, signs = np.meshgrid(sizes, sizes, [-1, 1])
+    state = np.maximum(optimizer.initial_state(dim), states.reshape(-1, 1))
+    if name == "adagrad_decay":
+        state[:, dim] = 2.0
+    corners = np.hstack([np.repeat((signs * weights).reshape(-1, 1), dim, 1), state])
+    corners = corners.astype(np.float32)
     for gradient in (*tiny, 0.5, 1.0, 3e3, TAME_GRADIENT):
         for given in ([gradient] * dim, [gradient] + [0.0] * (dim - 1)):
             slab = corners.copy()
