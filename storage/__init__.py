@@ -9,6 +9,7 @@ registry.py      build objects by name
 arena.py         memory that grows in chunks, without copying
 slots.py         slots of a tier that pushes can write: key, metadata, home of each row
 index.py         key -> location of its row
+normal.py        the inverse of the normal CDF
 initializers.py  the initial embedding of a row
 optimizer.py     the contract of an optimizer
 sgd.py           SGD and momentum

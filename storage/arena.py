@@ -218,7 +218,7 @@ class Memory:
 
 
 class _Charge:
-    """Bytes of memory and of address space that one Memory has taken from a budget."""
+    """The bytes of memory and of address space that one Memory has taken from a budget."""
 
     def __init__(self, budget: Budget, reserved: int) -> None:
         self._budget = budget

@@ -94,22 +94,25 @@ class BaseState:
             ),
             version=facts["version"],
             next_table=facts["next_table"],
-            tables=tuple(
-                BaseTable(
-                    number=number,
-                    schema=schema,
-                    created=created,
-                    policy=bytes.fromhex(policy),
-                    counting=facts.get("counting", {}).get(str(number), 0),
-                )
-                for number, schema, created, policy in facts["tables"]
-            ),
+            tables=tuple(_table(facts.get("counting", {}), *each) for each in facts["tables"]),
             horizon=facts["horizon"],
             cells=facts["cells"],
             logged=facts.get("logged", False),
             sessions=sessions,
             blocks=blocks,
         )
+
+
+def _table(
+    counting: dict[str, int], number: int, schema: str, created: int, policy: str
+) -> BaseTable:
+    return BaseTable(
+        number=number,
+        schema=schema,
+        created=created,
+        policy=bytes.fromhex(policy),
+        counting=counting.get(str(number), 0),
+    )
 
 
 def _verified(data: bytes, where: str) -> tuple[bytes, tuple[int, ...], bytes]:

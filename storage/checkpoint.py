@@ -104,14 +104,7 @@ def open_checkpoint(store: Store, name: str, *, depth: int = MAX_CHAIN) -> Check
         raise Corrupt(where, error)
     parent = None
     if manifest.parent is not None:
-        parent = _open_parent(store, manifest.parent, where, depth - 1)
-        for part, before in zip(parts, parent.parts, strict=False):
-            if not _follows(part, before):
-                raise Corrupt(
-                    where,
-                    f"shard {part.shard} does not continue its parent {parent.manifest.name!r}:"
-                    " versions, lineage, shards or buckets differ",
-                )
+        parent = _open_parent(store, manifest.parent, parts, where, depth - 1)
     return Checkpoint(manifest, checksum, parts, parent)
 
 
@@ -125,14 +118,17 @@ def _follows(part: Part, before: Part) -> bool:
     return needed == (before.version, before.lineage, before.shards, before.buckets)
 
 
-def _open_parent(store: Store, named: Parent, where: str, depth: int) -> Checkpoint:
+def _open_parent(
+    store: Store, named: Parent, parts: tuple[Part, ...], where: str, depth: int
+) -> Checkpoint:
     """Open the parent of a checkpoint.
 
     named  name of the parent, and the checksum that its MANIFEST.json must have
+    parts  the shards' manifests in the checkpoint, by number of the shard
     where  name of the checkpoint's manifest, for errors
     depth  maximum number of checkpoints in the chain that begins with the parent
 
-    Raises Corrupt if the parent is missing, was replaced, or the chain is too long.
+    Raises Corrupt if the parent is missing, was replaced or does not fit, or the chain is too long.
     """
     if depth <= 0:
         raise Corrupt(
@@ -146,6 +142,10 @@ def _open_parent(store: Store, named: Parent, where: str, depth: int) -> Checkpo
         raise Corrupt(where, f"its parent {named.name!r} is missing: {error}") from error
     if parent.checksum != named.checksum:
         raise Corrupt(where, f"its parent {named.name!r} was replaced by a different checkpoint")
+    for part, before in zip(parts, parent.parts, strict=False):
+        if not _follows(part, before):
+            what = f"shard {part.shard} does not continue its parent {named.name!r}"
+            raise Corrupt(where, f"{what}: versions, lineage, shards or buckets differ")
     return parent
 
 

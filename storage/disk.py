@@ -40,8 +40,7 @@ def open_file(path: Path, flags: int, mode: int = 0o640) -> int:
     flags  of ``os.open``
     mode   permissions of a file that is created
 
-    Raises Corrupt if ``path`` is a directory, FIFO or other special file, and OSError if the file
-    cannot be opened. Never blocks on a FIFO.
+    Raises Corrupt for a directory, FIFO or other special file, and OSError for other failures.
     """
     require_file(path)
     fd = os.open(path, flags | os.O_NONBLOCK, mode)
@@ -90,10 +89,7 @@ def replace(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def as_disk_full(directory: Path, wanted: int) -> Iterator[None]:
-    """Turn an OSError that reports a full disk into DiskFull.
-
-    wanted  bytes that the caller tried to write to ``directory``
-    """
+    """Turn an OSError about a full disk into DiskFull for ``wanted`` bytes in ``directory``."""
     try:
         yield
     except OSError as error:
@@ -129,7 +125,7 @@ def preallocate(disk: Disk, fd: int, path: Path, old: int, size: int) -> None:
     path  path of the open file ``fd``
 
     Raises DiskFull, or OSError for other errors; the file is unchanged then. Compares the free
-    space first, because on a full disk every push comes here, and a failing allocation is slow.
+    space first, because a failing allocation is slow.
     """
     wanted = size - old
     room = os.fstatvfs(fd)

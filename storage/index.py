@@ -185,12 +185,10 @@ def split(
 ) -> None:
     """Move the entries of segment ``source`` whose hash has bit ``bit`` set to segment ``target``.
 
-    entries  uint64[capacity, 2]  key, location
-    counts   int64[segments]      entries in use per segment, updated
+    entries, counts, salt         see ``insert``
     source   number of a segment
     target   number of an empty segment
     bit      number of a bit of the hash; 0 is the lowest
-    salt     uint64               random number of this index that is mixed into the hash
     scratch  uint64[SEGMENT, 2]   overwritten
     """
     first = source * SEGMENT

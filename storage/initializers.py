@@ -29,12 +29,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from storage.kernels import Keys, Rows, Slots, inline, jit, readonly
+from storage.normal import MIDDLE, normal_middle, normal_tail
 from storage.registry import build
 
 LARGEST = 1e30  # parameters beyond it may overflow float32
-SQRT_HALF = math.sqrt(0.5)
-LN_2 = math.log(2.0)
-MIDDLE = 0.425  # where AS 241 switches from one rational function to the next
 CUT = 2.0  # standard deviations at which truncated_normal is truncated
 BELOW_CUT = 0.022750131948179209  # Phi(-CUT)
 
@@ -47,7 +45,7 @@ def table_seed(seed: int, name: str) -> int:
 
 @inline
 def _mix(x: Any) -> Any:
-    """Return Stafford's mix13 of a uint64, a bijection."""
+    """Return a hash of the uint64 ``x``: Stafford's mix13, a bijection."""
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
     x ^= x >> np.uint64(27)
@@ -57,94 +55,12 @@ def _mix(x: Any) -> Any:
 
 @inline
 def _unit(stream: Any, j: Any) -> Any:
-    """Return draw ``j`` of a stream: the middle of one of 2^52 equal parts of (0, 1)."""
+    """Return draw ``j`` of a stream, a float64 in (0, 1): the middle of one of 2^52 equal parts.
+
+    stream  uint64 that identifies the stream: mix(key ^ seed)
+    """
     bits = _mix(stream + np.uint64(j + 1) * np.uint64(0x9E3779B97F4A7C15))
     return (np.float64(bits >> np.uint64(12)) + 0.5) * 2.0**-52
-
-
-@jit
-def _ln(x: Any) -> Any:
-    """Return ln x for x > 0 to about 2e-16, without libm, which differs between machines.
-
-    ln x = e ln 2 + 2 artanh s with x = m 2^e, sqrt(1/2) <= m < sqrt(2), s = (m - 1) / (m + 1).
-    """
-    m, e = math.frexp(x)
-    if m < SQRT_HALF:
-        m *= 2.0
-        e -= 1
-    s = (m - 1.0) / (m + 1.0)
-    t = s * s
-    series = 0.0
-    for k in range(21, 0, -2):  # t < 0.0295, so the first term left out is below 1e-18
-        series = series * t + 1.0 / k
-    return e * LN_2 + 2.0 * s * series
-
-
-@inline
-def _middle(q: Any) -> Any:
-    """Return the inverse of the normal CDF at 1/2 + q, abs(q) <= MIDDLE; relative error 1e-16.
-
-    Algorithm AS 241, PPND16: Wichura, "The percentage points of the normal distribution", Applied
-    Statistics 37 (1988); a rational function of q here, and of sqrt(-ln tail) in _tail.
-    """
-    r = 0.180625 - q * q
-    top = 2.5090809287301226727e3
-    top = top * r + 3.3430575583588128105e4
-    top = top * r + 6.7265770927008700853e4
-    top = top * r + 4.5921953931549871457e4
-    top = top * r + 1.3731693765509461125e4
-    top = top * r + 1.9715909503065514427e3
-    top = top * r + 1.3314166789178437745e2
-    top = top * r + 3.3871328727963666080e0
-    low = 5.2264952788528545610e3
-    low = low * r + 2.8729085735721942674e4
-    low = low * r + 3.9307895800092710610e4
-    low = low * r + 2.1213794301586595867e4
-    low = low * r + 5.3941960214247511077e3
-    low = low * r + 6.8718700749205790830e2
-    low = low * r + 4.2313330701600911252e1
-    return q * top / (low * r + 1.0)
-
-
-@jit
-def _tail(p: Any) -> Any:
-    """Return the inverse of the normal CDF at p, 0 < p < 1/2 - MIDDLE; AS 241 as in _middle."""
-    r = np.sqrt(-_ln(p))
-    if r <= 5.0:
-        r -= 1.6
-        top = 7.74545014278341407640e-4
-        top = top * r + 2.27238449892691845833e-2
-        top = top * r + 2.41780725177450611770e-1
-        top = top * r + 1.27045825245236838258e0
-        top = top * r + 3.64784832476320460504e0
-        top = top * r + 5.76949722146069140550e0
-        top = top * r + 4.63033784615654529590e0
-        top = top * r + 1.42343711074968357734e0
-        low = 1.05075007164441684324e-9
-        low = low * r + 5.47593808499534494600e-4
-        low = low * r + 1.51986665636164571966e-2
-        low = low * r + 1.48103976427480074590e-1
-        low = low * r + 6.89767334985100004550e-1
-        low = low * r + 1.67638483018380384940e0
-        low = low * r + 2.05319162663775882187e0
-    else:
-        r -= 5.0
-        top = 2.01033439929228813265e-7
-        top = top * r + 2.71155556874348757815e-5
-        top = top * r + 1.24266094738807843860e-3
-        top = top * r + 2.65321895265761230930e-2
-        top = top * r + 2.96560571828504891230e-1
-        top = top * r + 1.78482653991729133580e0
-        top = top * r + 5.46378491116411436990e0
-        top = top * r + 6.65790464350110377720e0
-        low = 2.04426310338993978564e-15
-        low = low * r + 1.42151175831644588870e-7
-        low = low * r + 1.84631831751005468180e-5
-        low = low * r + 7.86869131145613259100e-4
-        low = low * r + 1.48753612908506148525e-2
-        low = low * r + 1.36929880922735805310e-1
-        low = low * r + 5.99832206555887937690e-1
-    return -top / (low * r + 1.0)
 
 
 @jit
@@ -198,13 +114,13 @@ def _normal(
         stream = _mix(keys[i] ^ seed)
         for j in range(dim):  # right for most draws; no branch, so that the draws of a row overlap
             q = below + (1.0 - 2.0 * below) * _unit(stream, j) - 0.5
-            out[row, j] = np.float32(mean + std * _middle(q))
+            out[row, j] = np.float32(mean + std * normal_middle(q))
         for j in range(dim):
             p = below + (1.0 - 2.0 * below) * _unit(stream, j)
             if p < 0.5 - MIDDLE:
-                out[row, j] = np.float32(mean + std * max(-cut, _tail(p)))
+                out[row, j] = np.float32(mean + std * max(-cut, normal_tail(p)))
             elif p > 0.5 + MIDDLE:
-                out[row, j] = np.float32(mean - std * max(-cut, _tail(1.0 - p)))
+                out[row, j] = np.float32(mean - std * max(-cut, normal_tail(1.0 - p)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

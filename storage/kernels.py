@@ -157,7 +157,8 @@ def _largest(numbers: Any) -> Any:
 
     numbers  uint32[n]
 
-    The bits of magnitudes have the order of the magnitudes; infinity and NaN come last.
+    Compares the bits without the sign as integers: they have the same order as the magnitudes, and
+    infinity and NaN come last.
     """
     most = np.uint32(0)
     for i in range(numbers.shape[0]):

@@ -359,9 +359,8 @@ class LogFiles:
         after  version of the base (the on-disk copy of all rows at one log version), which the log
                must reach back to; None: no check
 
-        A torn tail is bytes at the end that a crash left incomplete. The bytes are read from the
-        disk and not from the OS's cache, because the two may differ if an earlier process failed to
-        sync. Raises Corrupt if a version that the file SYNCED records as on disk is missing.
+        A torn tail is bytes at the end that a crash left incomplete. Raises Corrupt if a version
+        that the file SYNCED records as on disk is missing.
         """
         segment = self.active
         self._marks = Marks(self.disk, self.directory / "SYNCED", self.lineage)
@@ -386,9 +385,12 @@ class LogFiles:
         return tail.last
 
     def _find_tail(self, segment: SegmentFile, mark: Mark) -> Tail:
-        """Open the last segment, verify its frames on disk, and return where they end.
+        """Open the last segment, verify its frames, and return where they end.
 
         mark  position up to which all frames are known to be on disk
+
+        Reads the bytes from the disk and not from the OS's cache, because the two may differ if an
+        earlier process failed to sync. Raises Corrupt on damage.
         """
         if mark.first > segment.first:
             raise Corrupt(

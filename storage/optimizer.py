@@ -37,8 +37,7 @@ NEXT = np.uint64(AHEAD)
 def square_sum32(numbers: Any) -> Any:
     """Return the sum of squares of float32[n], added in the order that is fastest on this machine.
 
-    So the last bits of the result may differ between machines, but not between runs. The results of
-    all other kernels are the same on all machines.
+    So the last bits of the result may differ between machines, unlike those of all other kernels.
     """
     total = np.float32(0.0)
     for j in range(numbers.shape[0]):
@@ -78,11 +77,8 @@ class Optimizer(ABC):
         return lr >= 0.0, ">= 0"
 
     def _check(self) -> None:
-        """Validate the hyper-parameters: call ``_require`` for each condition.
-
-        It raises ValueError. By default there are no conditions.
-        """
-        return
+        """Validate the parameters: call ``_require`` for each condition. It raises ValueError."""
+        return  # unless an optimizer has conditions
 
     def _require(self, field: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -126,8 +122,7 @@ class Optimizer(ABC):
 
         Gradients are tame if their magnitudes are at most 1e6 (TAME_GRADIENT). A row is tame if the
         magnitudes of its numbers are at most 1e12 (TAME_NUMBER), and the numbers in ``roots`` are
-        not less than in a new row. A push that is not known to be safe is first tried on copies of
-        the rows. So returning False is always correct, but makes pushes slower.
+        not less than in a new row. Returning False is always correct, but makes pushes slower.
         """
         return lr <= TAME_LR and self._is_tame(lr)
 
@@ -141,9 +136,8 @@ class Optimizer(ABC):
         lr        learning rate of the step
         gradient  largest magnitude of the gradients
 
-        Tame rows are defined in ``is_tame``. The bound must cover rounding errors; the factor
-        ROUNDED does that. Returns infinity, the default, if there is no bound for all tame rows.
-        The caller then examines the rows after each push.
+        See ``is_tame``. The factor ROUNDED covers rounding errors. Returns infinity, the default,
+        if there is no such bound; the caller then examines the rows after each push.
         """
         return math.inf
 

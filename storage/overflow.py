@@ -1,10 +1,11 @@
 """Find pushes that would leave infinity or NaN in a row, before they are applied.
 
-To try out every push on copies of its rows would double its cost. So a push is tried out only if it
-might overflow. It cannot if its gradients and all rows of the table are *tame*, which means not
-extremely large (see ``Optimizer.is_tame``). A bound on all rows is kept. A push raises the bound by
-``Optimizer.reach``. If the bound would become too large, the rows that the push left are checked
-instead, while they are still in the CPU's cache.
+To try every push on copies of its rows would double its cost. So a push is tried only if it might
+overflow. It cannot overflow if its gradients and all rows of the table are *tame*, which means not
+extremely large (see ``Optimizer.is_tame``). To know that the rows are tame, the guard keeps an
+upper bound of the magnitudes in all rows. Each push raises the bound by ``Optimizer.reach``. If the
+bound would become too large, the guard examines the rows after the push instead, while they are
+still in the CPU's cache.
 """
 
 from __future__ import annotations
@@ -87,11 +88,8 @@ class OverflowGuard:
         table      name of the table, for the error
         keys       uint64[n]  distinct
         gradients  float32[n, dim]
-        lr         learning rate of the push
-        step       step of the push
+        lr, step   learning rate and step of the push
         largest    largest magnitude of the gradients
-
-        Rows that have infinity or NaN already are ignored.
         """
         if self._tame and largest <= TAME_GRADIENT and optimizer.is_tame(lr):
             return

@@ -105,9 +105,8 @@ def rows_of(
     tables  numbers of the tables on that shard
     report  called with the bytes read since the last call
 
-    Each key comes once, in no particular order. Verifies the checksum of every file with rows, also
-    of files without rows of these tables. Raises Corrupt, which names the damaged file, or the
-    table if its number of rows differs from the manifest.
+    Each key comes once, in no particular order. Verifies the checksum of every file with rows.
+    Raises Corrupt, which names the damaged file, or the table if its number of rows is wrong.
     """
     part = checkpoint.parts[shard]
     asked = {table.number: table for table in part.tables}
@@ -122,20 +121,17 @@ def rows_of(
     finally:
         for each in seen.values():
             each.close()
+    where = store.where(f"{part.name}/{part.attempt}/{shard:05}")
     for number, table in asked.items():
-        if found[number] != table.rows:
-            raise Corrupt(
-                store.where(f"{part.name}/{part.attempt}/{shard:05}"),
-                f"table {table.name!r}: found {found[number]} rows, but the manifest says"
-                f" {table.rows}",
-            )
+        if found[number] != (rows := table.rows):
+            what = f"found {found[number]} rows, but the manifest says {rows}"
+            raise Corrupt(where, f"table {table.name!r}: {what}")
 
 
 def counters_of(
     store: Store, checkpoint: Checkpoint, shard: int, tables: Iterable[int], report: Report
 ) -> Iterator[tuple[int, Keys, NDArray[np.uint32], NDArray[np.uint64]]]:
-    """Yield the exact admission counters of some tables of one shard, as of the checkpoint's
-    version.
+    """Yield the exact admission counters of some tables of one shard in a checkpoint.
 
     shard   number of the shard
     tables  numbers of the tables on that shard
@@ -158,11 +154,7 @@ def counters_of(
             _update_counters(found, frame)
     for number, columns in found.items():
         if any(len(keys) for keys, _, _ in columns):
-            keys, totals, versions = map(np.concatenate, zip(*columns, strict=True))
-            order = np.argsort(keys, kind="stable")
-            last = order[np.append(np.flatnonzero(np.diff(keys[order])), len(order) - 1)]
-            last = last[totals[last] > 0]
-            yield number, keys[last], totals[last], versions[last]
+            yield number, *_newest_counters(columns)
 
 
 _Counters = tuple[Keys, NDArray[np.uint32], NDArray[np.uint64]]  # keys, totals, versions
@@ -185,6 +177,15 @@ def _update_counters(found: dict[int, list[_Counters]], frame: Frame) -> None:
         if isinstance(record, PushRecord):
             versions = np.full(len(record.waiting), frame.version, np.uint64)
             columns.append((record.waiting, record.totals, versions))
+
+
+def _newest_counters(columns: list[_Counters]) -> _Counters:
+    """Return the last counter of each key in ``columns``, except those with a total of 0."""
+    keys, totals, versions = map(np.concatenate, zip(*columns, strict=True))
+    order = np.argsort(keys, kind="stable")
+    last = order[np.append(np.flatnonzero(np.diff(keys[order])), len(order) - 1)]
+    last = last[totals[last] > 0]
+    return keys[last], totals[last], versions[last]
 
 
 def verify_part(

@@ -42,7 +42,7 @@ def _momentum(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sgd(Optimizer):
-    """w -= lr g. State: none. PyTorch's SGD."""
+    """PyTorch's SGD: w -= lr g. It has no state."""
 
     name: ClassVar[str] = "sgd"
 
@@ -63,9 +63,10 @@ class Momentum(Optimizer):
     """PyTorch's SGD with momentum, without dampening.
 
         b = momentum b + g
-        w -= lr b, or with nesterov lr (g + momentum b)
+        w -= lr b                     with nesterov = 0
+        w -= lr (g + momentum b)      with nesterov = 1
 
-    State: b[dim], initially 0. The buffer of a row decays only when the row is pushed.
+    State: b[dim], initially 0. The buffer b of a row decays only when the row is pushed.
     """
 
     name: ClassVar[str] = "momentum"

@@ -241,11 +241,9 @@ class Table:
     ) -> tuple[NDArray[np.bool_], Occurrences]:
         """Create rows for the missing keys that are admitted, and count the other missing keys.
 
-        keys       uint64[n]
-        counts     uint32[n]  occurrences of each key in the push
+        keys, counts, version  see ``push``
         missing    int64[m]   indices in ``keys`` of the keys without a row
         locations  uint64[n]  written for the keys that get a row
-        version    log version of the push
 
         Returns (bool[m], True for missing keys that have a row now; uint32[m], occurrences of each
         missing key so far).

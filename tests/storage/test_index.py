@@ -232,7 +232,7 @@ def test_an_insert_without_room_leaves_the_index_as_it_was(before: int) -> None:
     index, places = Index(budget), np.arange(1, len(keys) + 1, dtype=np.uint64)
     index.insert(keys[:before], places[:before])
     as_it_was = held(index)
-    with pytest.raises(OutOfMemory, match=r"2097152 of the memory budget of 2097152"):
+    with pytest.raises(OutOfMemory, match=r"2097152 bytes of the memory budget of 2097152"):
         index.insert(keys[before:], places[before:])
     assert held(index) == as_it_was
     assert np.array_equal(index.find(keys)[0], np.where(places <= before, places, 0))
