@@ -55,9 +55,10 @@ def push_header(step: int, lr: float | None, durability: str | None) -> Header:
 
 
 def versions_of(min_version: Sequence[int], shards: int) -> Versions:
-    """Return the argument ``min_version`` of a pull as Versions; unknown epochs become 0.
+    """Return the argument ``min_version`` of a pull as Versions.
 
-    shards  number of shards
+    min_version  Versions, or plain integers, which get the epoch 0 (unknown)
+    shards       number of shards
 
     Raises InvalidArgument unless ``min_version`` is empty or has one version per shard.
     """

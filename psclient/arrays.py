@@ -88,7 +88,8 @@ def as_gradients(gradients: Any, shape: tuple[int, ...], name: str) -> Rows:
     shape      shape that they must have
     name       name of the argument, for errors
 
-    Raises InvalidArgument if the shape differs or the numbers break the rule.
+    Raises InvalidArgument for a different shape, and for numbers that are neither floats nor such
+    integers.
     """
     array = as_array(gradients, name)
     if array.dtype.kind in "iu":

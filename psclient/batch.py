@@ -21,7 +21,7 @@ POOLINGS = ("sum", "mean", "sqrtn")
 
 
 class Batch:
-    """Keys with their distinct keys, which are found once and then used by several calls.
+    """A batch of keys and its distinct keys, which are found once for all calls that use the batch.
 
     keys       64-bit integers of any shape
     shard_map  which shard owns each key
@@ -149,7 +149,8 @@ def _bounds(offsets: Any, n: int) -> NDArray[np.int64]:
     bounds = given.astype(np.int64)
     ascending = bounds.ndim == 1 and bounds.size and not (np.diff(bounds) < 0).any()
     if not ascending or bounds[0] != 0 or bounds[-1] != n:
-        raise InvalidArgument(f"offsets must ascend from 0 to {n}, the number of keys")
+        shown = np.array2string(bounds, threshold=8)
+        raise InvalidArgument(f"offsets must ascend from 0 to {n}, the number of keys; got {shown}")
     return bounds
 
 

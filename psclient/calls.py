@@ -125,8 +125,8 @@ def on_all(
     method    name of a method of CheckpointService, such as "WriteCheckpoint"
     request   message to send to every shard
     progress  called with (bytes done, estimated total bytes), summed over the shards; 0: unknown
-    on_stage  called as on_stage(stage, newest message of each shard) when the last shard has
-              reached that stage, or a later one
+    on_stage  called as on_stage(stage, newest message of each shard) each time that all shards have
+              reached a further stage
     in_turn   True: call the other shards only after shard 0 has reported its first stage, which
               shows that it accepted the call. False: call all shards at once
 

@@ -90,7 +90,7 @@ def read_change(delta: codec.Delta, shard: int, stream: int, *, state: bool) -> 
     stream  number of streams opened to the shard before the one that delivered the message
     state   whether the subscriber asked for optimizer state, steps and frequencies
 
-    Raises codec.Malformed if the message contradicts itself or its kind is unknown.
+    Raises codec.Malformed if the kind of the message is unknown or an array has a wrong size.
     """
     header = delta.header
     kind = KINDS.get(header.kind)

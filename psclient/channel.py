@@ -49,7 +49,7 @@ Cancelled = grpc.FutureCancelledError  # raised after a fork cancelled a call: s
 
 
 def options(*, proxy: bool) -> Options:
-    """Return OPTIONS with the given choice about the proxy, for ``Channel``.
+    """Return the options of a gRPC channel that uses, or does not use, an HTTP proxy.
 
     proxy  whether to connect through the HTTP proxy that the environment variables name
     """
@@ -194,7 +194,7 @@ def _in_parent() -> None:
 
 
 def _in_child() -> None:
-    """Set the inherited channels aside and release the locks of ``_before``, in a forked child."""
+    """In a forked child: release the locks of ``_before``, keep inherited channels unused."""
     _inherited.extend(_channels)
     _channels.clear()
     _in_parent()

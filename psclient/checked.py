@@ -104,7 +104,9 @@ def mapping(field: str, value: Mapping[str, Any] | None) -> Mapping[str, Any]:
     Raises InvalidArgument, naming ``field``, for other types.
     """
     if value is not None and not isinstance(value, Mapping):
-        raise InvalidArgument(f"{field} must come with a mapping of its parameters, got {value!r}")
+        raise InvalidArgument(
+            f"{field} must come with a mapping {{parameter: number}}, got {value!r}"
+        )
     return value or {}
 
 

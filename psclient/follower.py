@@ -364,9 +364,10 @@ class Follower:
 
 
 def _wanted(versions: Any, shards: int) -> Versions:
-    """Return the argument of ``Follower.wait_for`` as Versions; unknown epochs become 0.
+    """Return the argument of ``Follower.wait_for`` as Versions.
 
-    shards  number of shards
+    versions  Versions, or plain integers, which get the epoch 0 (unknown)
+    shards    number of shards
 
     Raises InvalidArgument unless ``versions`` has one integer per shard.
     """

@@ -31,7 +31,8 @@ GOLDEN = 0x9E3779B97F4A7C15  # increment of the SplitMix64 generator
 def _hash(keys: Any, out: Any) -> None:
     """Compute k hashes of each key: ``out[i, j]`` is hash i of ``keys[j]``.
 
-    The hashes of a key are the first k outputs of the SplitMix64 generator that the key seeds.
+    The hashes of a key are the first k outputs of a SplitMix64 generator, which is seeded with
+    ``routing.mix64(key)``.
 
     keys  uint64[n]
     out   uint64[k, n]  written

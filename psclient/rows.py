@@ -226,8 +226,10 @@ def _checked_rows(table: str, keys: Any, rows: Any) -> tuple[NDArray[np.uint64],
         raise InvalidArgument(
             f"keys must have shape (n,) and rows (n, width), got {keys.shape} and {rows.shape}"
         )
-    if len(np.unique(keys)) != len(keys):
-        raise InvalidArgument(f"table {table!r}: keys must be distinct")
+    if (distinct := len(np.unique(keys))) != len(keys):
+        raise InvalidArgument(
+            f"table {table!r}: keys must be distinct, got {len(keys)} keys with {distinct} distinct"
+        )
     try:
         with np.errstate(over="ignore"):
             numbers = np.ascontiguousarray(rows, np.float32)

@@ -237,11 +237,8 @@ def _request(options: Mapping[str, Any]) -> pb.SubscribeRequest:
         "dtype": checked.one_of("wire", options["wire"], WIRES),
     }
     for name in ("coalesce_ms", "coalesce_rows", "progress_ms", "chunk_bytes"):
-        fields[name] = options[name]
-    try:
-        return pb.SubscribeRequest(**fields)
-    except (TypeError, ValueError) as error:  # a number out of range, or a wrong type
-        raise InvalidArgument(f"subscription: {error}") from error
+        fields[name] = checked.integer(name, options[name], 0, 1 << 32)
+    return pb.SubscribeRequest(**fields)
 
 
 def _tokens(tokens: Any, shards: int) -> list[bytes]:

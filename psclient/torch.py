@@ -165,7 +165,10 @@ class Embedding(_Remote):
 
     def combine(self, leaf: Tensor, places: Tensor, arguments: tuple[Any, ...]) -> Tensor:
         if arguments:
-            raise InvalidArgument(f"Embedding of {self.table.name!r} takes keys only")
+            raise InvalidArgument(
+                f"Embedding of table {self.table.name!r} takes keys only, got {len(arguments)} more"
+                " arguments"
+            )
         return functional.embedding(places, leaf)
 
 
@@ -213,7 +216,9 @@ class MultiHashEmbedding(_Feature):
 
     def requests(self, arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         if len(arguments) > 1:
-            raise InvalidArgument(f"{self.rows!r} takes keys only")
+            raise InvalidArgument(
+                f"{self.rows!r} takes keys only, got {len(arguments) - 1} more arguments"
+            )
         return [(keys,) for keys in self.rows.row_keys(arguments[0])]
 
     def merge(self, outputs: list[Tensor]) -> Tensor:

@@ -204,7 +204,7 @@ def test_coalescing_ends_with_the_same_rows(cluster1: Cluster, connect: Any, nam
         ({"when_lost": "ignore"}, "when_lost must be"),
         ({"tables": "user"}, "tables must be a list"),
         ({"tables": []}, "tables must name at least one table"),
-        ({"coalesce_ms": -1}, "subscription: "),
+        ({"coalesce_ms": -1}, r"coalesce_ms must be an integer in 0..2\^32-1, got -1"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_sent(options: Any, why: str) -> None:
