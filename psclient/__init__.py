@@ -6,7 +6,8 @@ strings.py     keys from strings
 addresses.py   addresses of servers
 choices.py     strings that arguments accept: modes, dtypes on the wire, durability levels
 arrays.py      keys and gradients from arrays of any framework
-batch.py       distinct keys, sums of gradients, pooling
+batch.py       distinct keys of a batch, sums of their gradients
+pooling.py     rows combined by bags of keys
 versions.py    versions of shards, and their epochs
 schema.py      schemas of tables
 alteration.py  settings of a live table
@@ -22,7 +23,8 @@ fanout.py      unary calls to several shards at once
 cluster.py     connections to all shards, and the shard map
 request.py     pushes and pulls of a request, and the messages that carry them
 arguments.py   check the arguments of pulls and pushes
-pending.py     requests in flight
+inflight.py    a request in progress: its messages and answers
+pending.py     the result of a request that may be in progress
 deletes.py     delete rows on every shard
 connection.py  base class of the client: addresses, options, connecting and closing
 rowclient.py   pull, push, exchange, delete
@@ -36,15 +38,17 @@ mixed.py       features whose embeddings grow with their frequency (imported on 
 changes.py     one change of rows or of a table, as a subscriber receives it
 shardstream.py  receive the changes of one shard
 subscriber.py  receive the changes of all shards
+hashtable.py   kernels that find, write and remove rows by key
 copies.py      copy in memory of one table's rows on one shard
 replica.py     copies in memory of all tables of one shard
 follower.py    copies in memory of tables of all shards, kept up to date
 torch.py       PyTorch modules (imported on demand)
 calls.py       unary and streaming calls to all shards, which may take hours
-checkpoints.py  take, list, verify and delete checkpoints
+checkpoints.py  take, list and verify checkpoints
+pruning.py     delete checkpoints
 restores.py    restore a cluster from a checkpoint
 rows.py        read and write whole rows of a table
-admin.py       the functions of checkpoints.py, restores.py and rows.py (imported on demand)
+admin.py       all functions of the four files above (imported on demand)
 
 None of the following is imported by the client:
 

@@ -10,15 +10,8 @@ checkpoints are stored. The servers do the work, all shards at once. If a client
 the next call finishes that work or removes the unfinished files.
 """
 
-from psclient.checkpoints import (
-    CheckpointInfo,
-    checkpoint,
-    checkpoints,
-    delete,
-    describe,
-    prune,
-    verify,
-)
+from psclient.checkpoints import CheckpointInfo, checkpoint, checkpoints, describe, verify
+from psclient.pruning import delete, prune
 from psclient.restores import abort_restore, restore
 from psclient.rows import RowBatch, read_rows, warm_start, write_rows
 

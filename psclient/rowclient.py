@@ -16,7 +16,8 @@ from psclient.choices import MODES, WIRES, Durability, Mode, Wire
 from psclient.connection import Connection
 from psclient.deletes import delete_rows
 from psclient.errors import InvalidArgument, PsError
-from psclient.pending import Pending, Request
+from psclient.inflight import Request
+from psclient.pending import Pending
 from psclient.request import Header, PullPart, PushPart
 from psclient.schema import TableInfo, table_info
 from psclient.versions import NO_VERSIONS, Versions

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from psclient.alteration import Alteration
 from psclient.arrays import Rows
-from psclient.batch import Batch, pool
+from psclient.batch import Batch
 from psclient.choices import Durability, Mode, Wire
 from psclient.pending import Pending
+from psclient.pooling import pool
 from psclient.rowclient import RowClient
 from psclient.schema import TableInfo
 
