@@ -44,10 +44,8 @@ def _round(
 ) -> int:
     """Send the keys of a batch to the shards that own them; return the number of rows deleted.
 
-    refused  list to which keys are appended that a shard refuses because it does not own them;
-             None: raise WrongShard instead
-
-    ``delete_rows`` explains the other arguments.
+    refused  list that receives the keys which a shard refuses because it does not own them; None:
+             raise WrongShard instead. ``delete_rows`` explains the other arguments
     """
     most = min(cluster.keys, cluster.message_bytes // 8)
 

@@ -129,14 +129,9 @@ class Follower:
             "coalesce_ms": coalesce_ms,
             "on_change": on_change,
         }
-        subscriber = Subscriber(
-            self._client,
-            tables=self._options["tables"],
-            wire=wire,
-            coalesce_ms=coalesce_ms,
-            timeout=float("inf"),
-            when_lost="snapshot",
-        )
+        options = {name: value for name, value in self._options.items() if name != "on_change"}
+        endless = float("inf")  # reconnect for as long as a shard is down
+        subscriber = Subscriber(self._client, timeout=endless, when_lost="snapshot", **options)
         self._following = _Following(subscriber, len(self._client._addresses), on_change)
         self._shard_map: routing.ShardMap | None = None  # None: not open
         self._process: int | None = None  # id of the process that opened it

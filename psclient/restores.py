@@ -46,15 +46,14 @@ def restore(
     interrupted and its client is gone, this call finishes that restore instead.
 
     Raises CheckpointNotFound; NotEmpty if there are tables and ``replace`` is False; DataLoss if
-    the checkpoint is damaged; RestoreConflict if another client is restoring, or an interrupted
-    restore of a different checkpoint must first be finished or undone (``abort_restore``); and
-    ResourceExhausted if memory or disk space do not suffice.
+    the checkpoint is damaged; ResourceExhausted if memory or disk space do not suffice; and
+    RestoreConflict if another client is restoring, or an interrupted restore of a different
+    checkpoint must first be finished or undone (``abort_restore``).
     """
     checked.name("checkpoint", name)
     owner = secrets.token_hex(8)
     statuses = statuses_of(client)
-    id = _unfinished(statuses, name)
-    if id:
+    if id := _unfinished(statuses, name):
         if not any(each.id == id and each.phase in BACK for each in statuses):
             _take_over(client, id, owner)
             _run(client, id, name, owner)
