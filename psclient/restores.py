@@ -70,8 +70,8 @@ def _unfinished(statuses: Sequence[pb.RestoreStatus], name: str) -> str:
 
     statuses  status of each shard
 
-    A restore is interrupted if a shard is past the phase PREPARED. Raises RestoreConflict if there
-    is another such restore.
+    A restore counts as interrupted if a shard has taken a step after prepare, and the restore has
+    not ended there. Raises RestoreConflict if another restore was interrupted.
     """
     left = {(each.id, each.name) for each in statuses if each.phase not in (*OVER, PREPARED)}
     if len(left) > 1 or any(other != name for _, other in left):

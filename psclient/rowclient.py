@@ -52,9 +52,10 @@ class RowClient(Connection):
 
         ``create_table`` explains the arguments. Other settings cannot be altered.
 
-        admission  new admission rule. The counts of keys that wait for admission are kept if the
-                   table has the same rule already, with other parameters (a sketch: of the same
-                   size). Otherwise they are dropped; ``Alteration.dropped_counters`` counts them
+        admission  new admission rule. If the table already has this rule with other parameters, the
+                   counts of keys that wait for admission are kept (for a sketch, only if its size
+                   stays the same). Otherwise they are dropped, and
+                   ``Alteration.dropped_counters`` is their number
         eviction   replaces all eviction rules of the table; {}: no row is evicted any more
 
         Idempotent. If a shard fails, the error names it, and other shards may already have the new
