@@ -164,7 +164,7 @@ class ShardReplica:
             self._next_history = None
 
     def _replace_history(self, history: History) -> None:
-        """Replace ``history``. Remember old epochs that ``history`` lacks: a restore undid them."""
+        """Adopt the shard's new epochs; remember old epochs that it lacks: a restore undid them."""
         if self.history is not None:
             gone = (epoch for epoch in self.history.epochs if epoch not in history.epochs)
             self._past.update(dict.fromkeys(gone))

@@ -33,7 +33,7 @@ LOST = 2.0  # seconds after the reader's deadline at which another caller replac
 
 
 class StreamLink(Link):
-    """Connection to one shard through a gRPC stream. Thread-safe. The base class explains it."""
+    """Connection to one shard through a gRPC stream. Thread-safe. Link explains the methods."""
 
     def __init__(
         self, where: str, address: str, session: Session, options: Options = OPTIONS
@@ -127,11 +127,11 @@ class StreamLink(Link):
                 self._pass_on()
 
     def _turn(self, call: Call) -> Any:
-        """Make this thread the reader of the stream, if no thread is, and return None.
+        """Make this thread the reader, which reads the replies to all calls, and return None.
 
         If another thread is the reader, return a locked lock instead. It is released when ``call``
-        is done or when this thread should try again to become the reader. Returns None, without
-        becoming the reader, if ``call`` is done.
+        is done, or when this thread should try again. If ``call`` is done, return None and change
+        nothing.
         """
         with self.lock:
             if call.done:
@@ -150,7 +150,7 @@ class StreamLink(Link):
             return turn
 
     def _reads(self, call: Call) -> bool:
-        """Return whether this thread is the reader of the stream, on behalf of ``call``."""
+        """Return whether this thread reads the replies to all calls, on behalf of ``call``."""
         return self._reader is call and self._reader_thread == threading.get_ident()
 
     def _read_one(self, reader: Call) -> None:

@@ -18,7 +18,7 @@ from psproto import codec
 
 
 class UnaryLink(Link):
-    """Connection to one shard through unary calls. Thread-safe. The base class explains it."""
+    """Connection to one shard through unary calls. Thread-safe. Link explains the methods."""
 
     def submit(self, call: Call, *, background: bool = False) -> None:
         with self.lock:
