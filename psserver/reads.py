@@ -97,7 +97,7 @@ class ShardReads:
         return step if step > FIRST_STEP else 0
 
     def tally(self, name: str) -> tuple[Tally, int]:
-        """Return what the admission and eviction rules of a table have done since the start.
+        """Return what the admission and eviction rules of a table did since the server started.
 
         The result is (keys admitted and refused, and rows evicted; number of admission counters
         that were discarded by age, for lack of room, or by an alteration).
