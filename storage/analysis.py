@@ -130,7 +130,7 @@ def _look(
 
 
 class Histogram:
-    """Counts of values between edges.
+    """Histogram: counts the values between each two neighboring edges.
 
     edges     float64[k], ascending
     upper     whether a value equal to an edge counts as below the edge; otherwise as above it

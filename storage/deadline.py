@@ -116,7 +116,7 @@ def _run(job: _Job) -> None:
 
 
 def _settle(future: Future[Any], *, result: Any = None, error: BaseException | None = None) -> bool:
-    """Set the result or error of a call. Returns False if it has one already, as a timeout."""
+    """Set the result or error of a call. Returns False if it has one already, or was timed out."""
     try:
         if error is not None:
             future.set_exception(error)

@@ -44,7 +44,10 @@ class LogProgress:
     # ---- any thread
 
     def wait(self, version: int, durable: bool, call: Callable[[], object]) -> None:
-        """Call ``call`` when ``version`` is written or durable; see ``VersionLog.wait``."""
+        """Call ``call`` when ``version`` is written (durable=False) or durable (durable=True).
+
+        See ``VersionLog.wait``.
+        """
         with self.lock:
             if version > (self.durable if durable or self.failed else self.written):
                 heapq.heappush(self._waiting[durable], (version, next(self._tickets), call))

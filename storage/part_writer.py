@@ -71,16 +71,16 @@ class PartWriter:
         self._append(kind, [ENTRY.pack(len(view)), view, _ZEROS[: -len(view) % 8]])
 
     def frames(self, frames: Iterable[Frame]) -> None:
-        """Append records of the log, given by their frames."""
+        """Append ``frames``, records of the log, to the files of records."""
         for frame in frames:
             size = len(frame.payload)
             head = RECORD.pack(frame.version, size, frame.kind)
             self._append("records", [head, frame.payload, _ZEROS[: -size % 8]])
 
     def sessions(self, data: bytes) -> None:
-        """Write the file of the clients' sessions, unless ``data`` is empty.
+        """Write the file of sessions, unless ``data`` is empty.
 
-        data  the sessions in the format of the engine
+        data  the record of the pushes already applied, by client, as the shard encodes it
         """
         if data:
             self._append("sessions", [data])
@@ -90,7 +90,7 @@ class PartWriter:
 
         rest  the fields of Part except ``name`` and the lists of files
 
-        Returns (manifest, path, size and checksum of the manifest's file).
+        Returns (the manifest; File with path, size and checksum of the manifest).
         """
         self._close(0)
         self._closer.shutdown()

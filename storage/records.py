@@ -63,7 +63,7 @@ class Kind(IntEnum):
 
 
 class Cause(IntEnum):
-    """Why rows were deleted."""
+    """The reason why rows were deleted."""
 
     REQUEST = 1
     STEP_TTL = 2

@@ -39,7 +39,7 @@ def _frequency(entries: Any, slot: Any) -> Any:
 
 @inline
 def _stamp(entries: Any, slot: Any, version: Any, step: Any, frequency: Any) -> None:
-    """Pack version, step and frequency of a row; a frequency stops at 2^32-1."""
+    """Write version, step and frequency of a row into its entry; a frequency stops at 2^32-1."""
     shift, low = np.uint64(16), np.uint64(0xFFFF)
     kept = min(np.uint64(frequency), np.uint64(0xFFFFFFFF))
     entries[slot, 1] = np.uint64(version) << shift | kept >> shift
@@ -48,7 +48,11 @@ def _stamp(entries: Any, slot: Any, version: Any, step: Any, frequency: Any) -> 
 
 @jit
 def _create(entries: Any, slots: Any, keys: Any) -> None:
-    """Write the entries of new rows: their keys, and version, step, frequency and home 0."""
+    """Write the entries of new rows: their keys, and version, step, frequency and home 0.
+
+    slots  int64[n]
+    keys   uint64[n]
+    """
     for i in range(slots.shape[0]):
         slot = slots[i]
         entries[slot, 0] = keys[i]
@@ -91,11 +95,11 @@ def _record(
     homes: Any,
     targets: Any,
 ) -> Any:
-    """Write the entries of whole rows, except over newer ones. The rows become dirty.
+    """Write the entries of whole rows, unless the slot has a newer row. The rows become dirty.
 
-    slots    int64[n]   distinct slots
+    slots    int64[n]   distinct slots; n also for keys, versions, steps and frequencies
     homes    uint64[n]  written from index 0 on: the homes of the rows that were clean
-    targets  int64[n]   written: the slot of each row to write, ABSENT where a newer row stays
+    targets  int64[n]   written: the slot of each row, or ABSENT if the slot has a newer row
 
     Returns how many of the overwritten rows were clean.
     """
@@ -144,7 +148,7 @@ def _release(entries: Any, slots: Any, first: Any, homes: Any) -> Any:
     homes  uint64[n]  written: the home of each row; 0 if it was dirty
 
     Returns the new head. The list is kept in the entries, so it takes no memory, and a delete
-    cannot fail for want of memory.
+    cannot fail for lack of memory.
     """
     for i in range(slots.shape[0]):
         slot = slots[i]
@@ -203,10 +207,11 @@ def unpack(entries: Entries, slots: Slots) -> Meta:
 def find_changed(
     memory: Memory, start: int, stop: int, after: int, upto: int, out: Slots, dirty: bool = False
 ) -> tuple[int, int]:
-    """Find slots in start..stop-1 whose row has a version in after+1..upto. From any thread.
+    """Find slots in start..stop-1 whose row has a version in after+1..upto. Any thread may call it.
 
-    out    int64[n]  written from index 0 on, ascending; n is the maximum to find
-    dirty  find only dirty rows
+    memory  memory of the entries
+    out     int64[n]  written from index 0 on, ascending; n is the maximum to find
+    dirty   find only dirty rows
 
     Returns (number of slots found, slot to continue at).
     """
@@ -223,7 +228,7 @@ def find_changed(
 class SlotEntries:
     """The slots of one tier, with the key, metadata and home of the row in each.
 
-    used  number of slots ever handed out; slots from there on have no entry
+    used  number of slots ever allocated; slots from this number on have no entry
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -253,13 +258,13 @@ class SlotEntries:
         return self._arena.memory
 
     def needed(self, count: int) -> int:
-        """Return how many slots the tier's memory must have before ``count`` are allocated."""
+        """Return how many slots the tier's memory must have before ``count`` more are allocated."""
         return self.used + max(0, count - self.free)
 
     def allocate(self, count: int) -> Slots:
-        """Return ``count`` slots for new rows, int64[count]; their entries are undefined.
+        """Allocate ``count`` slots for new rows, and return them as int64[count].
 
-        Raises OutOfMemory, and changes nothing then.
+        Their entries are undefined. Raises OutOfMemory, and changes nothing then.
         """
         used = self.needed(count)
         self._arena.grow(used)
@@ -272,7 +277,7 @@ class SlotEntries:
         return slots
 
     def release(self, slots: Slots) -> Homes:
-        """Free some slots. Returns the homes of their rows, uint64[n]; 0 for dirty ones."""
+        """Free some slots. Returns the homes of their rows, uint64[n]; 0 for dirty rows."""
         homes = np.empty(len(slots), np.uint64)
         self._first_free = _release(self._arena.array, slots, self._first_free, homes)
         self.free += len(slots)
@@ -302,10 +307,10 @@ class SlotEntries:
         steps: NDArray[np.int64],
         frequencies: NDArray[np.uint64],
     ) -> tuple[Slots, Homes]:
-        """Write the entries of whole rows, except over newer ones. The rows become dirty.
+        """Write the entries of whole rows, unless the slot has a newer row. The rows become dirty.
 
-        Returns (int64[n], the slot of each row to write, ABSENT where a newer row stays;
-        uint64[m], homes of the overwritten rows that were clean).
+        Returns (int64[n], the slot of each row, or ABSENT if the slot has a newer row; uint64[m],
+        homes of the overwritten rows that were clean).
         """
         homes, targets = np.empty(len(slots), np.uint64), np.empty(len(slots), np.int64)
         clean = _record(
@@ -322,7 +327,7 @@ class SlotEntries:
         _frequencies(self._arena.array, slots, out)
 
     def close(self) -> None:
-        """Free the memory once the last scan is dropped."""
+        """Close the entries. The memory is freed as soon as no scan refers to it."""
         self._arena.close()
         self.used = self.free = 0
         self._first_free = ABSENT

@@ -58,7 +58,7 @@ class VersionLog:
         fail: Callable[[Exception], None],
         wake: Callable[[], None],
     ) -> None:
-        """Store the settings. ``open`` reads the files and starts the threads."""
+        """Store the settings, which ``open`` describes. ``open`` also starts the threads."""
         self.files = files
         self.history = History((draw_epoch(),))
         self.last = 0

@@ -20,41 +20,48 @@ from storage.slots import LOOK, Meta, SlotEntries
 
 
 class Scan(Protocol):
-    """The rows of a tier at one moment, to be read in slices.
+    """Reads the rows that a tier had when the scan was created, one slice of places per call.
 
     Any thread may use it while the engine thread pushes. A row that is pushed meanwhile may be
-    missed, or read half written. Its version is then newer than the moment of the scan.
+    missed, or copied partly old and partly new. The row's version is then newer than all versions
+    that existed when the scan was created.
     """
 
     def find(
         self, start: int, after: int, upto: int, limit: int, look: int = LOOK
     ) -> tuple[Slots, int | None]:
-        """Return places of up to ``limit`` rows with versions after+1..upto, and the next start.
+        """Find rows with versions in after+1..upto.
 
-        start  0, or what the last call returned; None after the last call
-        look   places that this call looks at; EVERY where nobody waits
+        start  0 in the first call, then the next start that the previous call returned
+        limit  maximum number of rows to find
+        look   maximum number of places to examine, which makes the call short; EVERY: all
 
-        A call that has looked at ``look`` places may return no place and a next start.
+        Returns (places of the rows found, int64[<= limit]; next start, or None at the end of the
+        tier). A call may find no rows although later calls do.
         """
         ...
 
     def copy(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> Meta:
-        """Copy the first columns of rows and their frequencies; return their metadata.
+        """Copy the first k numbers of rows, and their frequencies. Return the rows' metadata.
 
-        frequencies  uint64[n]           written
-        rows         float32[n, k]  written; k at most the width
+        places       int64[n]       from ``find``
+        frequencies  uint64[n]      written
+        rows         float32[n, k]  written; k is at most the width of a row
         """
         ...
 
     def measure(self, places: Slots, norms: NDArray[Any]) -> Meta:
-        """Write the L2 norms of embeddings to ``norms``, float64[n]; return the rows' metadata.
+        """Write the L2 norms of embeddings to ``norms``, and return the rows' metadata.
 
-        A row whose metadata has version 0 was deleted meanwhile.
+        places  int64[n]    from ``find``
+        norms   float64[n]  written
+
+        Version 0 in the metadata means that the row was deleted after ``find`` returned it.
         """
         ...
 
     def read(self, places: Slots, out: Rows) -> None:
-        """Copy the embeddings of ``places`` to ``out``, float32[n, dim]."""
+        """Copy the embeddings at ``places``, int64[n], to ``out``, float32[n, dim]."""
         ...
 
 
@@ -82,10 +89,10 @@ class Tier(Protocol):
         ...
 
     def gather(self, places: Slots, out: Rows) -> None:
-        """Copy the first columns of rows to ``out``.
+        """Copy the embeddings, or the whole rows, at ``places`` to ``out``.
 
-        places  int64[n]  ABSENT leaves a row of ``out`` unchanged
-        out     float32[n, dim] or float32[n, width]
+        places  int64[n]  ABSENT (-1) at index i: leave out[i] unchanged
+        out     float32[n, dim] for embeddings, or float32[n, width] for whole rows
         """
         ...
 
@@ -94,55 +101,64 @@ class Tier(Protocol):
         ...
 
     def scan(self) -> Scan:
-        """Return all rows, for readers that go through them while pushes go on."""
+        """Return a scan of all rows, which other threads may use while pushes continue."""
         ...
 
     def close(self) -> None:
-        """Free the memory once the last scan is dropped."""
+        """Close the tier. The memory is freed as soon as no scan refers to it."""
         ...
 
 
 class Writable(Tier, Protocol):
-    """A tier whose rows pushes can write. A place is a slot, which has an entry in ``slots``.
+    """A tier whose rows pushes can write. Its places are slots: indexes of rows in its memory.
 
-    slots  key, metadata and home of the row in each slot
+    slots  key, metadata and home of the row in each slot; slots.py defines them
     """
 
     slots: SlotEntries
 
     def allocate(self, count: int) -> Slots:
-        """Return slots, int64[count], for new rows with undefined contents and entries.
+        """Allocate ``count`` slots, and return them as int64[count].
 
-        Raises OutOfMemory, and changes nothing then.
+        The caller must fill their rows and their entries in ``slots``. Raises OutOfMemory, and
+        changes nothing then.
         """
         ...
 
     def create(self, keys: Keys, slots: Slots, initializer: Initializer, seed: int) -> None:
         """Write the initial rows of new keys: initial embeddings, and initial optimizer state.
 
-        seed  seed of the table's initial values, from ``table_seed``
+        keys         uint64[n]  key of each row
+        slots        int64[n]   slot of each row, from ``allocate``
+        initializer  computes the embeddings
+        seed         seed of the table's initial values, from ``table_seed``
         """
         ...
 
     def scatter(self, slots: Slots, rows: Rows) -> None:
-        """Write whole rows float32[n, width]; rows whose slot is ABSENT are skipped."""
+        """Copy row i of ``rows``, float32[n, width], into slots[i]; skip it if that is ABSENT."""
         ...
 
     def step(
         self, slots: Slots, gradients: Rows, optimizer: Optimizer, lr: float, step: int
     ) -> None:
-        """Run one optimizer step over the rows.
+        """Run one optimizer step over the rows in ``slots``.
 
-        gradients  float32[n, dim]
+        slots      int64[n]         distinct
+        gradients  float32[n, dim]  gradient of each row
+        optimizer  the algorithm of the step
         lr         learning rate
         step       step passed to the optimizer
         """
         ...
 
     def largest(self, slots: Slots) -> float:
-        """Return the largest magnitude in whole rows; infinity and NaN count as the largest."""
+        """Return the largest magnitude of the numbers in the rows in ``slots``, int64[n].
+
+        Covers embeddings and optimizer state. Infinity and NaN count as the largest.
+        """
         ...
 
     def view(self) -> View:
-        """Return the rows as eviction sweeps read them; valid until the tier changes next."""
+        """Return the arrays of all rows for an eviction sweep; valid until the tier changes."""
         ...

@@ -27,7 +27,7 @@ from storage.tiers.base import Scan
 
 
 class HostScan:
-    """The slots in use so far, in ascending order. See Scan for the contract."""
+    """Scans the slots of a HostTier in ascending order. See Scan for the contract."""
 
     def __init__(self, slab: Memory, entries: Memory, used: int, dim: int) -> None:
         self._slab, self._entries, self._used, self._dim = slab, entries, used, dim
