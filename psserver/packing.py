@@ -1,8 +1,8 @@
 """Pack the rows, tombstones and admission counters of a captured shard into blocks.
 
 A tombstone records the delete of a key. A block (storage/block.py) is the unit of the files on disk
-that hold rows. A capture (capture.py) gives access to a shard as it was at one version, while pushes
-continue.
+that hold rows. A capture (capture.py) gives access to a shard as it was at one version, while
+pushes continue.
 """
 
 from __future__ import annotations
