@@ -25,6 +25,7 @@ FIRST_STEP = -(1 << 47)
 NAMES = list(EVICTIONS)
 DIM, WIDTH = 3, 5
 CAPACITIES = (CapacityLru, CapacityLfu)
+CAUSES = {int(cause): cause for cause in Cause}
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def run(
             return found
         victims = sweep.slice(rows.view, now, limit, most)
         assert len(victims) <= most
-        causes = [Cause(cause) for cause in victims.causes.tolist()]
+        causes = [CAUSES[cause] for cause in victims.causes.tolist()]
         found += list(zip(victims.slots.tolist(), causes, strict=True))
         rows.release(victims.slots)
     raise AssertionError("the sweep does not end")

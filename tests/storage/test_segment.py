@@ -36,7 +36,8 @@ HEAD = Header(lineage=LINEAGE, first=7, previous=3)
 
 
 def payload(version: int, size: int) -> bytes:
-    return bytes((version * 31 + i * 7) % 255 + 1 for i in range(size))
+    period = bytes((version * 31 + i * 7) % 255 + 1 for i in range(255))
+    return (period * (size // 255 + 1))[:size]
 
 
 def segment(
