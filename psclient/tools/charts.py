@@ -23,6 +23,8 @@ from psclient.tools.figures import (
 from psclient.tools.history import Moment
 from psclient.tools.summary import Analysis
 
+CATEGORIES = {"type": "category", "autorange": "reversed", "showgrid": False}  # axis of labels
+
 
 @dataclass(frozen=True, slots=True)
 class Chart:
@@ -120,13 +122,7 @@ def _histogram(head: str, about: str, axis: str, counts: Sequence[tuple[str, int
     }
     layout = {
         "xaxis": {"title": {"text": "rows"}, "rangemode": "tozero"},
-        "yaxis": {
-            "title": {"text": axis},
-            "type": "category",
-            "autorange": "reversed",
-            "dtick": 1,
-            "showgrid": False,
-        },
+        "yaxis": {"title": {"text": axis}, "dtick": 1, **CATEGORIES},
     }
     lines = [(label, f"{n:,}", share) for (label, n), share in zip(counts, shares, strict=True)]
     return Chart(head, about, [trace], layout, (axis, "rows", "of rows"), lines)
@@ -143,24 +139,8 @@ def _curves(
     chosen  the thresholds
     names   name of the curve of rows; optionally a second name, for a curve of occurrences
     """
-    at = [each.value for each in chosen]
     shares = [[each.share for each in chosen], [each.lost for each in chosen]]
-    traces: list[dict[str, Any]] = [
-        {
-            "type": "scatter",
-            "mode": "lines+markers",
-            "name": name,
-            "x": at,
-            "y": values,
-            "customdata": [each.rows for each in chosen],
-            "hovertemplate": f"%{{x}}: %{{y:.2%}} {name}<extra></extra>",
-            "marker": {
-                "size": [11 if each.asked else 6 for each in chosen],
-                "symbol": ["diamond" if each.asked else "circle" for each in chosen],
-            },
-        }
-        for name, values in zip(names, shares, strict=False)
-    ]
+    traces = [_curve(name, chosen, values) for name, values in zip(names, shares, strict=False)]
     layout = {
         "xaxis": {"title": {"text": axis}, "type": "log", "dtick": 1},
         "yaxis": {"tickformat": ".0%", "range": [-0.02, 1.04]},
@@ -169,6 +149,28 @@ def _curves(
     columns = [axis, "rows", "of rows", *(["of occurrences"] if lost else [])]
     lines = [_threshold_cells(each, lost=lost) for each in chosen]
     return Chart(head, about, traces, layout, columns, lines)
+
+
+def _curve(name: str, chosen: Sequence[Threshold], values: Sequence[float]) -> dict[str, Any]:
+    """Return a plotly trace of a value per threshold; thresholds that were asked for are marked.
+
+    name    name of the curve
+    chosen  the thresholds
+    values  value for each of them, in 0..1
+    """
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": name,
+        "x": [each.value for each in chosen],
+        "y": values,
+        "customdata": [each.rows for each in chosen],
+        "hovertemplate": f"%{{x}}: %{{y:.2%}} {name}<extra></extra>",
+        "marker": {
+            "size": [11 if each.asked else 6 for each in chosen],
+            "symbol": ["diamond" if each.asked else "circle" for each in chosen],
+        },
+    }
 
 
 def _threshold_cells(each: Threshold, *, lost: bool) -> list[str]:
@@ -194,7 +196,7 @@ def _memory(result: Analysis) -> Chart:
     }
     layout = {
         "xaxis": {"title": {"text": "bytes"}, "rangemode": "tozero", "tickformat": ".3~s"},
-        "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False},
+        "yaxis": CATEGORIES,
     }
     lines = [
         (name, "" if rows is None else f"{rows:,}", size(count)) for name, rows, count in parts

@@ -70,10 +70,7 @@ def show(console: Console, result: Analysis, *, keys: KeyType = np.uint64) -> No
         _bars("L2 norm of embeddings", "norm", buckets(result.norms)),
         _tries(f"Evicted by a norm threshold{grace}", "norm", small(result)),
     )
-    for field, head in LISTS:
-        extremes: RowList = getattr(result, field)
-        if len(extremes.keys):
-            print_whole(console, _extremes(head, extremes, keys))
+    _print_lists(console, result, keys)
 
 
 def _print_facts(console: Console, result: Analysis) -> None:
@@ -84,6 +81,14 @@ def _print_facts(console: Console, result: Analysis) -> None:
         grid.add_row(Text(name, style="dim"), plain(value))
     grid.add_row(Text("duration", style="dim"), f"{result.seconds:.2g} s")
     print_whole(console, grid)
+
+
+def _print_lists(console: Console, result: Analysis, keys: KeyType) -> None:
+    """Print the lists of extreme rows that are not empty; ``keys`` as in ``show``."""
+    for field, head in LISTS:
+        extremes: RowList = getattr(result, field)
+        if len(extremes.keys):
+            print_whole(console, _extremes(head, extremes, keys))
 
 
 def _table(head: str, *columns: str) -> Table:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from psclient import admin
+from psclient.client import Client
 from psclient.tools import figures
 from psclient.tools.commands.shell import (
     DEFAULT,
@@ -162,12 +163,23 @@ def restore(
         if abort:
             admin.abort_restore(client)
             return
-        with bar(f"restore {name}") as show:
-            if table is not None and into is not None:
-                rows = admin.warm_start(client, name, table, into, replace=replace, progress=show)
-            else:
-                rows = admin.restore(client, name, replace=replace, progress=show)
+        rows = _restore(client, name, table, into, replace=replace)
     typer.echo(f"{name}: {rows:,} rows")
+
+
+def _restore(
+    client: Client, name: str, table: str | None, into: str | None, *, replace: bool
+) -> int:
+    """Restore all tables of a checkpoint, or ``table`` into the table ``into``.
+
+    replace  delete what is overwritten
+
+    Returns the number of rows restored.
+    """
+    with bar(f"restore {name}") as show:
+        if table is not None and into is not None:
+            return admin.warm_start(client, name, table, into, replace=replace, progress=show)
+        return admin.restore(client, name, replace=replace, progress=show)
 
 
 DryRun = Annotated[

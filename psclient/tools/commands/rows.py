@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -88,18 +88,18 @@ def export_(
     with connected(servers) as client:
         suffix = "" if parts else f".{format}"
         for each, stored, path in _exports(client, name, table, out, suffix):
-            with bar(f"export {each}", unit="rows") as show:
-                rows = export.export(
-                    client,
-                    each,
-                    path,
-                    checkpoint=stored,
-                    format=format,
-                    keys=keys,
-                    parts=parts,
-                    progress=summed(show),
-                )
-            typer.echo(f"{path}: {rows:,} rows")
+            options = {"checkpoint": stored, "format": format, "keys": keys, "parts": parts}
+            _export(client, each, path, **options)
+
+
+def _export(client: Client, table: str, path: Path, **options: Any) -> None:
+    """Export a table with a progress bar, and print its number of rows.
+
+    options  arguments of ``export.export``
+    """
+    with bar(f"export {table}", unit="rows") as show:
+        rows = export.export(client, table, path, progress=summed(show), **options)
+    typer.echo(f"{path}: {rows:,} rows")
 
 
 def _exports(
