@@ -334,7 +334,7 @@ def train(group: Group, samples: Samples, *, epochs: int, seed: int, report: "Re
 
 @torch.no_grad()
 def score(group: Group, net: WideDeep, samples: Samples) -> float:
-    """Return the AUC of the network on ``samples``; untrained keys have their initial rows."""
+    """Return the AUC of a network on ``samples``. Keys that were not trained have initial rows."""
     parts = [samples.take(slice(start, start + 4096)) for start in range(0, len(samples), 4096)]
     logits = [net(group(part.keys()), torch.from_numpy(part.numbers)) for part in parts]
     return auc(samples.labels, torch.cat(logits).numpy())
@@ -432,7 +432,7 @@ def main() -> None:
 
 
 def make_tables(ps: Client, seed: int) -> tuple[Table, Table]:
-    """Create the tables adult.wide and adult.deep."""
+    """Create the tables adult.wide and adult.deep; return both. ``seed``: of the initial rows."""
     wide = ps.create_table(
         "adult.wide", dim=1, optimizer="adagrad", lr=WIDE_LR, initializer="zeros"
     )
@@ -449,7 +449,10 @@ def make_tables(ps: Client, seed: int) -> tuple[Table, Table]:
 
 
 def load(directory: Path, *, validate: bool) -> tuple[Samples, Samples]:
-    """Return the samples to train on and the samples to score."""
+    """Return (samples to train on, samples to score).
+
+    validate  score the last fifth of the training file instead of the test file
+    """
     samples = read(directory, "adult.data")
     if not validate:
         return samples, read(directory, "adult.test")

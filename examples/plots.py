@@ -60,7 +60,7 @@ def page(
 
 
 def _days(figure: go.Figure, ways: Sequence[Way]) -> None:
-    """Plot rows, and AUC lost against "everything", day by day."""
+    """Plot the rows of each way, and the AUC of "everything" minus its AUC, for each day."""
     days = np.arange(1, DAYS - HELD_OUT + 1)
     everything = next(way for way in ways if way.name == "everything")
     for way in ways:
@@ -108,7 +108,10 @@ def _memory(figure: go.Figure, results: Sequence[Result]) -> None:
 
 
 def _load(figure: go.Figure, seen: Seen, table: Table) -> None:
-    """Plot the share of ids that collide: measured, and expected (``1 - exp(-ids / codes)``).
+    """Plot the share of ids that share all their rows with another id, by the load of the table.
+
+    The lines are the expected share, ``1 - exp(-ids / codes)``, where a code is a combination of
+    one row from each part. The points are measured.
 
     seen   the ids
     table  any table: only its name is used, nothing is pulled
@@ -144,13 +147,13 @@ def _load(figure: go.Figure, seen: Seen, table: Table) -> None:
 
 
 def _feature(table: Table, size: int, parts: int) -> MultiHash:
-    """Return a hashed feature with ``parts`` parts of ``size`` rows."""
+    """Return a feature that maps a key to one row in each of ``parts`` parts of ``size`` rows."""
     kind = KHash if parts == 1 else QuotientRemainder
     return kind(table, (size,) * parts)
 
 
 def _law(figure: go.Figure, seen: Mapping[str, Seen]) -> None:
-    """Plot the share of ids that occur at least k times, over k."""
+    """Plot the share of ids that occur at least k times in the stream, over k."""
     for (name, those), colour in zip(seen.items(), ("#56B4E9", "#CC79A7"), strict=True):
         counts, ids = np.unique(those.counts, return_counts=True)
         share = ids[::-1].cumsum()[::-1] / len(those.keys)  # with at least this many occurrences

@@ -42,7 +42,7 @@ class Scale:
 
 
 def draw(generator: np.random.Generator, size: int) -> Places:
-    """Draw ``size`` places by their popularity, uint64[size]."""
+    """Draw ``size`` places of the ranking, uint64[size]; the first places are the most probable."""
     tail = (1 - generator.random(size)) ** (-1 / (EXPONENT - 1)) - 1
     return np.floor(FIRST * tail).view(np.uint64)
 
@@ -66,7 +66,7 @@ class Stream:
         return self._holders(name, draw(generator, self.scale.batch), step)
 
     def batch(self, step: int) -> Batch:
-        """Return the batch of a step."""
+        """Return the impressions of a step, with their click probabilities and clicks."""
         generator = np.random.default_rng([self._seed, step, len(LONG)])
         contexts = popular(generator, CONTEXTS, self.scale.batch)
         keys = {name: self.ids(name, step) for name in LONG}
