@@ -68,7 +68,7 @@ _DAMAGE = (
 
 
 class Base:
-    """The base of one shard.
+    """The base of one shard: the on-disk copy of its rows, in blocks, and one state record.
 
     state  the committed state record; None before the first commit
 
@@ -302,7 +302,11 @@ class Base:
                 self._env.set_mapsize(0)
 
     def _find_state(self) -> None:
-        """Read the state record into ``state``. Raises Corrupt if it or a listed block is bad."""
+        """Read the state record into ``state``.
+
+        Raises Corrupt or UnknownFormat if it cannot be read, or Corrupt if a block that it lists is
+        missing.
+        """
         where = f"{self._path}: state"
         txn = self._snapshot or self._env.begin(buffers=True)
         value = txn.get(_STATE)

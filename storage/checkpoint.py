@@ -109,7 +109,7 @@ def open_checkpoint(store: Store, name: str, *, depth: int = MAX_CHAIN) -> Check
 
 
 def _follows(part: Part, before: Part) -> bool:
-    """Return whether ``part`` contains exactly the changes after ``before``, in the same log.
+    """Return whether ``part`` contains the changes of the same log that follow on ``before``.
 
     part    manifest of a shard
     before  manifest of the same shard in the parent

@@ -58,7 +58,7 @@ Files = Annotated[tuple[File, ...], Field(max_length=MAX_FILES)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartTable:
-    """A table on one shard, as of the version that the checkpoint has of this shard."""
+    """A table on one shard, at the version of the shard that the checkpoint contains."""
 
     __pydantic_config__ = STRICT
     number: Natural  # number of the table on that shard
@@ -142,7 +142,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointTable:
-    """A table of the checkpoint, summed up over all shards."""
+    """A table of the checkpoint on all shards together."""
 
     __pydantic_config__ = STRICT
     name: TableName

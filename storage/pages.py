@@ -133,7 +133,10 @@ class Pages:
             self._check_free(page, _integer(key), value, meta.transaction)
 
     def _damage(self, page: int | None, what: str) -> Corrupt:
-        """Return the error for damage to a page; None: to no particular page."""
+        """Return Corrupt for damage to page number ``page``, or to the file as a whole (None).
+
+        what  description of the damage
+        """
         return Corrupt(self._path if page is None else f"{self._path}: page {page}", what)
 
     def _newest_meta(self) -> _Meta:
@@ -166,7 +169,7 @@ class Pages:
         return _Meta(free, main, *_TAIL.unpack_from(data, _META.size + 2 * _DATABASE.size))
 
     def _bytes(self, page: int, count: int) -> bytes:
-        """Read ``count`` pages from number ``page`` on. Raises Corrupt if the file ends before."""
+        """Read ``count`` pages from number ``page`` on. Raises Corrupt if the file is too short."""
         data = os.pread(self._file, count * self.size, page * self.size)
         if len(data) < count * self.size:
             raise self._damage(page, "the file ends before the end of the page")
@@ -191,8 +194,8 @@ class Pages:
     def _entries(self, database: _Database, free: bool) -> Iterator[tuple[bytes, int, bytes]]:
         """Yield (key, number of its page, value) of each entry of a database, and check the pages.
 
-        free  the database has the lists of free pages. Only then are values in overflow pages read;
-              otherwise they come as b""
+        free  True for the database of the lists of free pages. Only then are values in overflow
+              pages read; otherwise b"" is returned for them
         """
         self._counts = [0, 0, 0, 0]
         if database.root != _NONE:
@@ -212,7 +215,7 @@ class Pages:
         """Yield the entries (key, page, value) in the tree whose root is ``page``, and check it.
 
         depth      levels of this tree; 1: the page is a leaf
-        free       see ``_entries``
+        free       True for the database of the lists of free pages; see ``_entries``
         low, high  the keys must ascend, with low <= key < high; None: no bound
         """
         data = self._bytes(page, 1)
