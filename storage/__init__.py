@@ -39,6 +39,7 @@ cursor.py        a reader of the version log
 logprogress.py   which versions of the log are written and synced, and who waits
 versionlog.py    the version log: appended, synced, read, truncated
 block.py         many rows, or tombstones, as one run of bytes
+directory.py     which rows of the blocks of the base are current
 basestate.py     which blocks of the base are live
 pages.py         check LMDB's pages before LMDB follows them
 base.py          the base: an on-disk copy of all rows at one log version
@@ -49,8 +50,10 @@ manifest.py      the fields of a checkpoint's manifests
 checkpoint.py    the files of a checkpoint, and its parents
 part_writer.py   write one shard's part of a checkpoint
 part_reader.py   read one shard's part of a checkpoint
+blockfile.py     a memory map of the base's file, from which rows are read in place
 tiers/base.py    the contract of a tier, which stores rows by place
 tiers/host.py    rows in host memory
+tiers/lmdb.py    rows in the blocks of the base
 overflow.py      which pushes may leave infinity or NaN in a row
 results.py       the results of a table's methods
 table.py         the part of a table that one shard stores

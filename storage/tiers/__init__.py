@@ -2,4 +2,5 @@
 
 base.py   the contract of a tier
 host.py   rows in host memory
+lmdb.py   rows in the blocks of the base
 """
