@@ -197,6 +197,26 @@ def _changed(
     return found, stop
 
 
+@jit
+def _settle(entries: Any, slots: Any, homes: Any) -> None:
+    for i in range(slots.shape[0]):
+        entries[slots[i], 3] = homes[i]
+
+
+@jit
+def _same(entries: Any, slots: Any, keys: Any, versions: Any, out: Any) -> None:
+    """Write for each slot whether it has a dirty row of this key and version, to bool[n]."""
+    for i in range(slots.shape[0]):
+        slot = slots[i]
+        version = entries[slot, 1] >> np.uint64(16)
+        out[i] = (
+            entries[slot, 0] == keys[i]
+            and version == versions[i]
+            and version != 0
+            and entries[slot, 3] == 0
+        )
+
+
 def unpack(entries: Entries, slots: Slots) -> Meta:
     """Return a copy of the metadata (key, version, step, frequency) of the rows in some slots."""
     meta = np.empty((len(slots), 4), np.uint64)
@@ -325,6 +345,16 @@ class SlotEntries:
     def frequencies(self, slots: Slots, out: NDArray[np.uint64]) -> None:
         """Copy the frequencies of some rows to ``out``, uint64[n]."""
         _frequencies(self._arena.array, slots, out)
+
+    def settle(self, slots: Slots, homes: Homes) -> None:
+        """Make rows clean: ``homes``, uint64[n], are the locations of their copies in blocks."""
+        _settle(self._arena.array, slots, homes)
+
+    def same(self, slots: Slots, keys: Keys, versions: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Return for each slot whether it has a dirty row of this key and version."""
+        out = np.empty(len(slots), np.bool_)
+        _same(self._arena.array, slots, keys, versions, out)
+        return out
 
     def close(self) -> None:
         """Close the entries. The memory is freed as soon as no scan refers to it."""

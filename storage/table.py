@@ -17,17 +17,18 @@ from storage.arena import Budget
 from storage.errors import OutOfMemory
 from storage.eviction.contract import View
 from storage.eviction.evictor import Evictor
-from storage.index import PLACE_BITS, Index, Locations, locations_of, places
+from storage.index import Locations
 from storage.initializers import table_seed
 from storage.kernels import Images, Keys, Rows, Slots, largest_magnitude
 from storage.overflow import OverflowGuard
 from storage.records import NO_KEYS, NO_TOTALS
 from storage.results import Dump, Pushed, TableStats, Tally
+from storage.rowstore import RowStore
 from storage.schema import TableSchema
-from storage.slots import FREQUENCY, STEP, VERSION, Meta
-from storage.tiers.base import Scan, Tier, Writable
-from storage.tiers.host import HostTier
+from storage.slots import FREQUENCY, STEP, VERSION
+from storage.tiers.base import Scan
 
+ROUNDS = 8  # tries to make room for the rows of a push
 Mode = Literal["train", "serve"]
 
 
@@ -43,20 +44,18 @@ class Table:
         self.tally = Tally()
         self._budget, self._share = budget, share
         self.evictor = Evictor([rule.on(share) for rule in schema.evictions])
-        self._index = Index(budget)
         self._state = schema.optimizer.initial_state(schema.dim)
-        self._host: Writable = HostTier(schema.dim, self._state, budget)
-        self._tiers: dict[int, Tier] = {self._host.code: self._host}  # where rows are, by code
+        self.store = RowStore(schema.dim, self._state, budget)
         self._seed = table_seed(schema.seed, schema.name)
         self._guard = OverflowGuard(schema, self._copies)
         try:
             self.gate = self._make_gate(schema.admission.on(share))
         except BaseException:
-            self._close_rows()
+            self.store.close()
             raise
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.store)
 
     def alter(self, schema: TableSchema, version: int, seconds: float) -> int | None:
         """Replace the schema by one that differs only in fields that may be altered.
@@ -99,11 +98,11 @@ class Table:
 
     def stats(self) -> TableStats:
         """Return the current number of rows and the memory of the table."""
-        index, gate = self._index.bytes, self.gate
+        store, gate = self.store, self.gate
         return TableStats(
             rows=len(self),
-            bytes=index + sum(tier.bytes for tier in self._tiers.values()) + gate.bytes,
-            index_bytes=index,
+            bytes=store.memory_bytes + gate.bytes,
+            index_bytes=store.index_bytes,
             waiting=gate.entries,
             counter_bytes=gate.bytes,
         )
@@ -118,8 +117,8 @@ class Table:
 
         Returns the location of each key, uint64[n]; 0 for keys without a row.
         """
-        locations, absent = self._index.find(keys)
-        self._gather(locations, out)
+        locations, absent = self.store.find(keys)
+        self.store.gather(locations, out)
         if absent:
             missing = np.flatnonzero(locations == 0)
             if mode == "train":
@@ -134,7 +133,7 @@ class Table:
 
         locations  uint64[n], from ``pull``; 0 for keys without a row, for which all three are 0
         """
-        meta = self._meta(locations)
+        meta = self.store.meta(locations)
         return meta[:, VERSION], meta[:, STEP].view(np.int64), meta[:, FREQUENCY]
 
     def push(
@@ -167,8 +166,8 @@ class Table:
         """
         if largest is None:
             largest = largest_magnitude(gradients)
-        self.check_push(keys, gradients, step=step, lr=lr, largest=largest)
-        locations, absent = self._index.find(keys)
+        locations, absent = self._locate(keys)
+        self._check(keys, gradients, step, lr, largest)
         waiting, totals = NO_KEYS, NO_TOTALS
         if absent:
             missing = np.flatnonzero(locations == 0)
@@ -184,13 +183,13 @@ class Table:
                 locations = locations[present]
         optimizer = self.schema.optimizer
         lr = optimizer.lr if lr is None else lr
-        slots, _ = places(locations, self._host.code)
+        slots = self.store.slots(locations)
         stamp = max(step, self.evictor.step)
-        self._host.slots.touch(slots, counts, stamp, version)
-        self._host.step(slots, gradients, optimizer, lr, step)
+        self.store.touch(slots, counts, stamp, version)
+        self.store.host.step(slots, gradients, optimizer, lr, step)
         self._guard.pushed(optimizer, lr, largest)
         if self._guard.unsure and not copied:
-            self._guard.written(self._host.largest(slots))
+            self._guard.written(self.store.host.largest(slots))
         return Pushed(keys, slots, waiting, totals, stamp)
 
     def _count_refused(self, occurrences: NDArray[Any]) -> None:
@@ -210,20 +209,47 @@ class Table:
 
         For the parameters see ``push``. Changes nothing.
         """
-        optimizer = self.schema.optimizer
-        lr = optimizer.lr if lr is None else lr
         if largest is None:
             largest = largest_magnitude(gradients)
+        if self.store.blocks is not None:
+            self._locate(keys)
+        self._check(keys, gradients, step, lr, largest)
+
+    def _check(
+        self, keys: Keys, gradients: Rows, step: int, lr: float | None, largest: float
+    ) -> None:
+        """Raise RowOverflow as ``check_push`` does. All rows of ``keys`` are in host memory."""
+        optimizer = self.schema.optimizer
+        lr = optimizer.lr if lr is None else lr
         self._guard.check(self.schema.name, optimizer, keys, gradients, lr, step, largest)
+
+    def _locate(self, keys: Keys) -> tuple[Locations, int]:
+        """Find the rows of ``keys``, with room for those that are missing in host memory.
+
+        Rows that are in blocks on disk are copied to host memory. Returns (locations uint64[n], 0
+        for keys without a row; number of keys without a row). Raises OutOfMemory or Corrupt.
+        """
+        locations, absent = self.store.find(keys)
+        if self.store.blocks is None:
+            return locations, absent
+        for _ in range(ROUNDS):  # making room may demote rows of these keys
+            missing = absent + len(self.store.cold(locations))
+            if missing <= self.store.room() or not self.store.demote(missing):
+                break
+            locations, absent = self.store.find(keys)
+        rows = self.store.promote(keys, locations)
+        if len(rows):
+            self._guard.put(rows)
+        return locations, absent
 
     def _copies(self, keys: Keys) -> Rows:
         """Return copies of the rows of keys, float32[n, width].
 
         For keys without a row, returns the initial row that they would get.
         """
-        locations, absent = self._index.find(keys)
+        locations, absent = self.store.find(keys)
         rows = np.empty((len(keys), self.schema.width), np.float32)
-        self._gather(locations, rows)
+        self.store.gather(locations, rows)
         if absent:
             missing = np.flatnonzero(locations == 0)
             dim = self.schema.dim
@@ -251,12 +277,11 @@ class Table:
         absent, more = keys[missing], counts[missing]
         admitted, totals = self.gate.weigh(absent, more, version)
         fresh = absent[admitted]
-        made = self._create(fresh)
+        made = self.store.create(fresh, self.schema.initializer, self._seed)
         try:
             self.gate.settle(absent, more, admitted, totals, version)
         except BaseException:
-            self._index.remove(fresh)
-            self._release(made)
+            self.store.remove(fresh, made)
             raise
         locations[missing[admitted]] = made
         self.tally.admitted += len(fresh)
@@ -269,8 +294,8 @@ class Table:
         frequencies  uint64[n]          written
         rows         float32[n, width]  written
         """
-        self._host.gather(slots, rows)
-        self._host.slots.frequencies(slots, frequencies)
+        self.store.host.gather(slots, rows)
+        self.store.host.slots.frequencies(slots, frequencies)
         if self._guard.unsure:
             self._guard.written(largest_magnitude(rows))
 
@@ -280,15 +305,13 @@ class Table:
         The admission counters of keys that had no row before are deleted. Raises OutOfMemory, and
         changes nothing then.
         """
-        keys, versions, steps, frequencies, rows = images
-        locations, absent = self._index.find(keys)
+        keys, rows = images.keys, images.rows
+        locations, absent = self._locate(keys)
         if absent:
             missing = np.flatnonzero(locations == 0)
-            locations[missing] = self._place(keys[missing])
+            locations[missing] = self.store.place(keys[missing])
             self.gate.discard(keys[missing])
-        slots, _ = places(locations, self._host.code)
-        targets, _ = self._host.slots.record(slots, keys, versions, steps, frequencies)
-        self._host.scatter(targets, rows)
+        self.store.put(locations, images)
         self._guard.put(rows)
 
     def put_counters(self, keys: Keys, totals: Occurrences, versions: Versions) -> None:
@@ -298,7 +321,7 @@ class Table:
         totals    uint32[n]  occurrences of each key
         versions  uint64[n]  log version of each counter's last change
         """
-        absent = self._index.find(keys)[0] == 0
+        absent = self.store.find(keys)[0] == 0
         self.gate.put(keys[absent], totals[absent], versions[absent])
 
     def delete(self, keys: Keys, before: Versions | None = None) -> tuple[Keys, int]:
@@ -309,13 +332,12 @@ class Table:
 
         Returns (deleted keys, in the order of ``keys``; how many of them had a row).
         """
-        locations, absent = self._index.find(keys)
+        locations, absent = self.store.find(keys)
         there = np.flatnonzero(locations)
         if before is not None:
-            there = there[self._meta(locations[there])[:, VERSION] < before[there]]
+            there = there[self.store.meta(locations[there])[:, VERSION] < before[there]]
         gone = keys[there]
-        self._index.remove(gone)
-        self._release(locations[there])
+        self.store.remove(gone, locations[there])
         if absent:
             missing = np.flatnonzero(locations == 0)
             counted = missing[self.gate.waiting(keys[missing]) > 0]
@@ -326,91 +348,32 @@ class Table:
 
     def view(self) -> View:
         """Return the arrays of all rows for an eviction sweep; valid until the table changes."""
-        return self._host.view()
+        return self.store.host.view()
 
     def scan(self) -> Scan:
         """Return a scan of all rows, which other threads may use while pushes continue."""
-        return self._host.scan()
+        return self.store.host.scan()
 
     def tiers(self) -> list[tuple[str, Scan, int]]:
         """Return (name, scan of all its rows, bytes of memory taken) for each tier."""
-        return [(tier.name, tier.scan(), tier.bytes) for tier in self._tiers.values()]
+        return self.store.scans()
 
     def tiers_of(self, locations: Locations) -> list[str]:
         """Return the name of each location's tier; "" for location 0, a key without a row."""
-        names = {0: "", **{code: tier.name for code, tier in self._tiers.items()}}
-        return [names[code] for code in (locations >> np.uint64(PLACE_BITS)).tolist()]
+        return self.store.names(locations)
 
     def dump(self) -> Dump:
         """Return copies of all rows and counters, for tests and tools. Doubles the memory."""
-        keys = [k for k, _ in self._index.slices()]
-        every = np.sort(np.concatenate(keys))
-        locations = self._index.find(every)[0]
+        every = self.store.keys()
+        locations = self.store.find(every)[0]
         rows = np.empty((len(every), self.schema.width), np.float32)
-        self._gather(locations, rows)
+        self.store.gather(locations, rows)
         parts = [np.stack([k, t, v], axis=1) for k, t, v in self.gate.changed(0)]
         counters = np.concatenate([np.empty((0, 3), np.uint64), *parts])
         counters = counters[np.argsort(counters[:, 0])]
-        return Dump(every, rows, self._meta(locations), counters, self.gate.cells().copy())
+        return Dump(every, rows, self.store.meta(locations), counters, self.gate.cells().copy())
 
     def close(self) -> None:
         """Close the table. The memory is freed as soon as no scan refers to it."""
-        self._close_rows()
+        self.store.close()
         self.gate.close()
-
-    def _close_rows(self) -> None:
-        self._index.close()
-        for tier in self._tiers.values():
-            tier.close()
-
-    def _gather(self, locations: Locations, out: Rows) -> None:
-        """Copy the first columns of rows to ``out``, from every tier.
-
-        locations  uint64[n]; 0 leaves a row of ``out`` unchanged
-        out        float32[n, dim] or float32[n, width]
-        """
-        for code, tier in self._tiers.items():
-            found, others = places(locations, code)
-            tier.gather(found, out)
-            if not others:
-                return
-
-    def _meta(self, locations: Locations) -> Meta:
-        """Return the metadata of rows, uint64[n, 4]; all zero for location 0."""
-        meta = np.zeros((len(locations), 4), np.uint64)
-        for code, tier in self._tiers.items():
-            found, others = places(locations, code)
-            there = np.flatnonzero(found >= 0)
-            meta[there] = tier.meta(found[there])
-            if not others:
-                break
-        return meta
-
-    def _release(self, locations: Locations) -> None:
-        """Free the places of rows that are no longer in the index."""
-        self._host.slots.release(places(locations, self._host.code)[0])
-
-    def _create(self, keys: Keys) -> Locations:
-        """Create initial rows for absent keys, and return their locations, uint64[n].
-
-        Raises OutOfMemory, and creates none then.
-        """
-        locations = self._place(keys)
-        slots, _ = places(locations, self._host.code)
-        self._host.create(keys, slots, self.schema.initializer, self._seed)
-        self._host.slots.create(keys, slots)
-        return locations
-
-    def _place(self, keys: Keys) -> Locations:
-        """Add absent keys to the index, and return locations for their rows, uint64[n].
-
-        The contents of the rows are undefined. Raises OutOfMemory, and changes nothing then.
-        """
-        slots = self._host.allocate(len(keys))
-        locations = locations_of(slots, self._host.code)
-        try:
-            self._index.insert(keys, locations)
-        except BaseException:
-            self._host.slots.release(slots)
-            raise
-        return locations

@@ -237,8 +237,8 @@ def test_no_step_raises_a_number_by_more_than_its_reach(
 def test_rows_are_looked_at_only_once_the_bound_might_be_passed(name: str) -> None:
     table = make(name)
     looks: list[Any] = []
-    largest = table._host.largest
-    table._host.largest = lambda slots: (looks.append(slots), largest(slots))[1]  # type: ignore[method-assign]
+    largest = table.store.host.largest
+    table.store.host.largest = lambda slots: (looks.append(slots), largest(slots))[1]  # type: ignore[method-assign]
     for version in range(1, 50):
         push(table, [1, 2], 1.0, version)
     assert not looks

@@ -1,0 +1,129 @@
+"""Choose the clean rows that leave host memory: those with the lowest scores.
+
+    lru  score: version of the last push. Rows that were pushed once come before all others, so
+         that a scan over many new keys does not drive out rows that are used again and again
+    lfu  score: log2(frequency) - age / half_life, where age counts versions since the last push
+
+Finding the exact rows would need a pass over all rows. Instead, the scores of a sample of rows give
+a threshold, and a hand goes over the slots in circles, like a clock's, and takes the clean rows
+that score no higher.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+
+from storage.index import Locations
+from storage.kernels import Keys, Slots, inline, jit
+from storage.slots import SlotEntries
+
+Policy = Literal["lru", "lfu"]
+
+SAMPLE = 4096  # slots whose scores are looked at to find a threshold
+SHARE = 1 / 16  # the lowest-scoring part of the clean rows that may be chosen, at least
+BATCH = 8192  # maximum number of rows chosen per call
+HALF_LIFE = 1e6  # versions
+
+_NONE = np.empty(0, np.int64), np.empty(0, np.uint64), np.empty(0, np.uint64)
+
+
+@inline
+def _score(entries: Any, slot: Any, lfu: bool, newest: float, half_life: float) -> Any:
+    """Return the score of a row, a float64."""
+    low = np.uint64(0xFFFF)
+    version = np.float64(entries[slot, 1] >> np.uint64(16))
+    frequency = (entries[slot, 1] & low) << np.uint64(16) | (entries[slot, 2] & low)
+    if lfu:
+        return np.log2(max(np.float64(frequency), 1.0)) - (newest - version) / half_life
+    return version if frequency > np.uint64(1) else version - 2.0**48
+
+
+@inline
+def _clean(entries: Any, slot: Any) -> Any:
+    return entries[slot, 3] != 0 and entries[slot, 1] >> np.uint64(16) != 0
+
+
+@jit
+def _sample(entries: Any, slots: Any, lfu: bool, newest: float, half_life: float, out: Any) -> Any:
+    """Write the scores of the clean rows in some slots to ``out``; return how many there are."""
+    clean = 0
+    for i in range(slots.shape[0]):
+        if _clean(entries, slots[i]):
+            out[clean] = _score(entries, slots[i], lfu, newest, half_life)
+            clean += 1
+    return clean
+
+
+@jit
+def _take(
+    entries: Any,
+    used: int,
+    hand: int,
+    threshold: float,
+    lfu: bool,
+    newest: float,
+    half_life: float,
+    slots: Any,
+    keys: Any,
+    homes: Any,
+) -> Any:
+    """Take clean rows that score at most ``threshold``, from slot ``hand`` on, at most one circle.
+
+    slots, keys, homes  [n]  written from index 0 on; n is the maximum to take
+
+    Returns (number of rows taken, slot to continue at).
+    """
+    taken = 0
+    for _ in range(used):
+        if taken == slots.shape[0]:
+            break
+        slot = hand
+        hand = hand + 1 if hand + 1 < used else 0
+        if _clean(entries, slot) and _score(entries, slot, lfu, newest, half_life) <= threshold:
+            slots[taken] = slot
+            keys[taken] = entries[slot, 0]
+            homes[taken] = entries[slot, 3]
+            taken += 1
+    return taken, hand
+
+
+class Cache:
+    """Chooses rows of one table that leave host memory.
+
+    entries  the slots of the tier
+    """
+
+    def __init__(self, entries: SlotEntries, policy: Policy = "lru") -> None:
+        self._entries = entries
+        self._lfu = policy == "lfu"
+        self._hand = 0
+        self._rng = np.random.default_rng(0)
+        self.newest = 0  # version of the table's last push
+
+    def victims(self, count: int) -> tuple[Slots, Keys, Locations]:
+        """Return (slots, keys, homes) of up to ``count`` clean rows with the lowest scores.
+
+        Returns at most BATCH rows; none if there are no clean rows. The caller must release the
+        slots before the next call.
+        """
+        entries, used = self._entries.array, self._entries.used
+        count = min(count, BATCH)
+        if not used:
+            return _NONE
+        scoring = self._lfu, float(self.newest), HALF_LIFE
+        scores = np.empty(min(SAMPLE, used))
+        looked = np.arange(used) if used <= SAMPLE else self._rng.integers(0, used, SAMPLE)
+        clean = _sample(entries, looked, *scoring, scores)
+        threshold = np.inf
+        if clean:
+            share = max(SHARE, 2 * count * len(looked) / (clean * used))
+            threshold = np.quantile(scores[:clean], min(1.0, share))
+        slots, keys = np.empty(count, np.int64), np.empty(count, np.uint64)
+        homes = np.empty(count, np.uint64)
+        self._hand = self._hand if self._hand < used else 0
+        taken, self._hand = _take(
+            entries, used, self._hand, float(threshold), *scoring, slots, keys, homes
+        )
+        return slots[:taken], keys[:taken], homes[:taken]

@@ -1,0 +1,298 @@
+"""The rows of one table by key, wherever they are: an index, and the tiers that store the rows.
+
+Rows that are pushed must be in host memory. If the table has blocks on disk (a *cold tier*), a row
+whose copy in a block is up to date is *clean*. Host memory is then a cache over the blocks:
+
+    promote  copy a row from its block to host memory, because it is going to be pushed
+    demote   give up the host copy of a clean row; nothing is written
+    adopt    remember, after a flush wrote dirty rows to a block, that these rows are clean now
+
+Only the engine thread may use it. The keys within one call must be distinct.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.arena import Budget
+from storage.cache import Cache
+from storage.index import PLACE_BITS, Index, Locations, locations_of, places
+from storage.initializers import Initializer
+from storage.kernels import Images, Keys, Rows, Slots
+from storage.slots import VERSION, Meta
+from storage.tiers.base import Scan, Tier, Writable
+from storage.tiers.host import HostTier
+from storage.tiers.lmdb import Blocks
+
+MARGIN = 4096  # rows that ``demote`` demotes beyond those asked for, so that it is called rarely
+RESERVE = 16  # 1/RESERVE of the budget is left to indexes and counters where there is a cold tier
+
+
+class RowStore:
+    """Finds, creates, moves and deletes rows.
+
+    dim     numbers in an embedding
+    state   float32[width - dim], initial optimizer state of every row
+    budget  memory budget of the shard
+    blocks  the rows on disk; None: there is no cold tier
+    """
+
+    def __init__(self, dim: int, state: Rows, budget: Budget) -> None:
+        self._dim, self._width, self._budget = dim, dim + len(state), budget
+        self._index = Index(budget)
+        try:
+            self._host: Writable = HostTier(dim, state, budget)
+        except BaseException:
+            self._index.close()
+            raise
+        self._tiers: dict[int, Tier] = {self._host.code: self._host}  # where rows are, by code
+        self.blocks: Blocks | None = None
+        self._cache = Cache(self._host.slots)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    # ---- reading
+
+    def find(self, keys: Keys) -> tuple[Locations, int]:
+        """Return (locations uint64[n], 0 for keys without a row; how many keys have no row)."""
+        return self._index.find(keys)
+
+    def gather(self, locations: Locations, out: Rows) -> None:
+        """Copy the first columns of rows to ``out``.
+
+        locations  uint64[n]; 0 leaves a row of ``out`` unchanged
+        out        float32[n, dim] or float32[n, width]
+
+        Raises Corrupt if a row on disk is damaged.
+        """
+        for code, tier in self._tiers.items():
+            found, others = places(locations, code)
+            tier.gather(found, out)
+            if not others:
+                return
+
+    def meta(self, locations: Locations) -> Meta:
+        """Return (key, version, step, frequency) of rows, uint64[n, 4]; all 0 for location 0."""
+        meta = np.zeros((len(locations), 4), np.uint64)
+        for code, tier in self._tiers.items():
+            found, others = places(locations, code)
+            there = np.flatnonzero(found >= 0)
+            meta[there] = tier.meta(found[there])
+            if not others:
+                break
+        return meta
+
+    def cold(self, locations: Locations) -> NDArray[np.int64]:
+        """Return the indices, int64[m], of the locations that are in blocks on disk."""
+        if self.blocks is None:
+            return np.empty(0, np.int64)
+        return np.flatnonzero(locations >> np.uint64(PLACE_BITS) == self.blocks.code)
+
+    def keys(self) -> Keys:
+        """Return the keys of all rows, ascending. For tests and tools: takes much memory."""
+        return np.sort(np.concatenate([keys for keys, _ in self._index.slices()]))
+
+    # ---- writing
+
+    def create(self, keys: Keys, initializer: Initializer, seed: int) -> Locations:
+        """Create initial rows for absent keys, and return their locations, uint64[n].
+
+        Raises OutOfMemory, and creates none then.
+        """
+        locations = self.place(keys)
+        slots, _ = places(locations, self._host.code)
+        self._host.create(keys, slots, initializer, seed)
+        self._host.slots.create(keys, slots)
+        return locations
+
+    def place(self, keys: Keys) -> Locations:
+        """Add absent keys to the index, and return locations for their rows, uint64[n].
+
+        The contents of the rows are undefined. Raises OutOfMemory, and changes nothing then.
+        """
+        slots = self._host.allocate(len(keys))
+        locations = locations_of(slots, self._host.code)
+        try:
+            self._index.insert(keys, locations)
+        except BaseException:
+            self._host.slots.release(slots)
+            raise
+        return locations
+
+    def slots(self, locations: Locations) -> Slots:
+        """Return the slots, int64[n], of rows that are in host memory; ABSENT for others."""
+        return places(locations, self._host.code)[0]
+
+    def promote(self, keys: Keys, locations: Locations) -> Rows:
+        """Copy the cold ones of some rows to host memory, and update their ``locations`` in place.
+
+        Returns the copied rows, float32[m, width]. Raises OutOfMemory or Corrupt, and changes
+        nothing then.
+        """
+        at = self.cold(locations)
+        rows = np.empty((len(at), self._width), np.float32)
+        if not len(at):
+            return rows
+        assert self.blocks is not None
+        homes = locations[at]
+        found, _ = places(homes, self.blocks.code)
+        self.blocks.gather(found, rows)
+        meta = self.blocks.meta(found)
+        slots = self._host.allocate(len(at))
+        columns = (np.ascontiguousarray(column) for column in meta.T)
+        of_key, versions, steps, frequencies = columns
+        self._host.slots.record(slots, of_key, versions, steps.view(np.int64), frequencies)
+        self._host.slots.settle(slots, homes)
+        self._host.scatter(slots, rows)
+        self.blocks.cache(found)
+        made = locations_of(slots, self._host.code)
+        self._index.assign(keys[at], made)
+        locations[at] = made
+        return rows
+
+    def touch(self, slots: Slots, counts: NDArray[Any], step: int, version: int) -> None:
+        """Record a push in the metadata of its rows, which become dirty.
+
+        counts  uint32[n]  occurrences of each key in the push, added to its frequency
+        step, version      recorded in every row
+        """
+        self._forget(self._host.slots.touch(slots, counts, step, version))
+
+    def put(self, locations: Locations, images: Images) -> None:
+        """Write whole rows, none of which is cold. Never overwrites a newer row."""
+        targets, homes = self._host.slots.record(self.slots(locations), *images[:-1])
+        self._forget(homes)
+        self._host.scatter(targets, images.rows)
+
+    def remove(self, keys: Keys, locations: Locations) -> None:
+        """Delete rows."""
+        self._index.remove(keys)
+        slots, others = places(locations, self._host.code)
+        if others:
+            assert self.blocks is not None
+            self.blocks.forget(places(locations[self.cold(locations)], self.blocks.code)[0])
+            slots = slots[slots >= 0]
+        self._forget(self._host.slots.release(slots))
+
+    @property
+    def host(self) -> Writable:
+        """The tier whose rows can be pushed."""
+        return self._host
+
+    def _forget(self, homes: Locations) -> None:
+        """Mark the copies in blocks at some locations, 0 or not, as out of date."""
+        if self.blocks is not None and len(homes):
+            found, _ = places(homes, self.blocks.code)
+            self.blocks.forget(found[found >= 0])
+
+    # ---- the cold tier
+
+    def attach(self, blocks: Blocks) -> None:
+        """Add a cold tier, which may have rows already; ``place_cold`` makes their keys known."""
+        self.blocks = blocks
+        self._tiers[blocks.code] = blocks
+
+    def place_cold(self, keys: Keys, locations: Locations) -> None:
+        """Add absent keys whose rows are in blocks to the index."""
+        self._index.insert(keys, locations)
+
+    def room(self) -> int:
+        """Return how many slots are free or may be added within the budget."""
+        entries = self._host.slots
+        free = self._budget.free - (self._budget.limit // RESERVE if self.blocks else 0)
+        return entries.free + max(0, free) // (4 * self._width + 32)
+
+    def demote(self, count: int) -> int:
+        """Give up the host copies of at least ``count`` clean rows, those with the lowest scores.
+
+        Also of MARGIN further ones, so that this happens rarely. Returns the number of rows that
+        were demoted: fewer if there are not so many clean rows.
+        """
+        assert self.blocks is not None
+        demoted = 0
+        while demoted < count + MARGIN:
+            slots, keys, homes = self._cache.victims(count + MARGIN - demoted)
+            if not len(slots):
+                break
+            self._index.assign(keys, homes)
+            self.blocks.uncache(places(homes, self.blocks.code)[0])
+            self._host.slots.release(slots)
+            demoted += len(slots)
+        return demoted
+
+    def unchanged(
+        self, slots: Slots, keys: Keys, versions: NDArray[np.uint64]
+    ) -> NDArray[np.bool_]:
+        """Return for each slot whether it has a dirty row of this key and version."""
+        return self._host.slots.same(slots, keys, versions)
+
+    def adopt(self, extent: int, slots: Slots, keys: Keys, versions: NDArray[np.uint64]) -> None:
+        """Make rows clean that a flush wrote to a block, unless they were changed since.
+
+        extent    the block, whose rows are these in this order
+        slots     int64[n]   slots that had the rows
+        versions  uint64[n]  versions of the rows that were written
+        """
+        assert self.blocks is not None
+        positions = np.flatnonzero(self.unchanged(slots, keys, versions))
+        homes = self.blocks.locations(extent, positions)
+        self._host.slots.settle(slots[positions], homes)
+        self.blocks.revive(extent, positions, cached=True)
+
+    def move(self, old: int, positions: NDArray[np.int64], new: int, first: int) -> None:
+        """Replace the copies in block ``old`` by those that a flush made in block ``new``.
+
+        positions  int64[n]  rows of the old block, copied to the rows first..first+n-1 of the new
+
+        Rows that were changed meanwhile are skipped.
+        """
+        blocks = self.blocks
+        assert blocks is not None
+        live, cold = blocks.live(old)[positions], blocks.cold(old)[positions]
+        keys = blocks.keys(old)[positions]
+        for chosen in (cold, live & ~cold):
+            at = np.flatnonzero(chosen)
+            if not len(at):
+                continue
+            targets = blocks.locations(new, first + at)
+            if chosen is cold:
+                self._index.assign(keys[at], targets)
+            else:
+                self._host.slots.settle(self.slots(self.find(keys[at])[0]), targets)
+            blocks.revive(new, first + at, cached=chosen is not cold)
+        blocks.forget(places(blocks.locations(old, positions[live]), blocks.code)[0])
+
+    # ---- the whole
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of memory that the index takes."""
+        return self._index.bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of memory that the index and the rows in memory take."""
+        return self._index.bytes + self._host.bytes
+
+    def scans(self) -> list[tuple[str, Scan, int]]:
+        """Return (name, scan of all its rows, bytes taken) for each tier."""
+        return [(tier.name, tier.scan(), tier.bytes) for tier in self._tiers.values()]
+
+    def names(self, locations: Locations) -> list[str]:
+        """Return the name of each location's tier; "" for location 0, a key without a row."""
+        names = {0: "", **{code: tier.name for code, tier in self._tiers.items()}}
+        return [names[code] for code in (locations >> np.uint64(PLACE_BITS)).tolist()]
+
+    def older(self, locations: Locations, before: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Return for each row whether its version is older than ``before``, uint64[n]."""
+        return self.meta(locations)[:, VERSION] < before
+
+    def close(self) -> None:
+        """Close index and tiers. The memory is freed as soon as no scan refers to it."""
+        self._index.close()
+        for tier in self._tiers.values():
+            tier.close()
