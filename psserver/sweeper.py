@@ -3,13 +3,16 @@
 A sweep scans a table for rows that its eviction rules select, and deletes them. It runs in slices
 of about a millisecond on the engine thread. After each slice, background eviction pauses, so that
 it takes 3 % of the engine's time. While a table exceeds its row limit by more than 1/16, it takes
-half of the time. A sweep may end early, because the next sweep finds the same rows.
+half of the time. A sweep may end early, because the next sweep finds the same rows. If a slice
+needs rows that are on disk, the sweep's own thread reads them first, so that the engine need not
+wait for the disk.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import structlog
 
@@ -78,27 +81,31 @@ class Sweeper:
             start = time.monotonic()
             run(lambda: shard.sweeps.take_slice(number, sweep))
             self._stop.wait(time.monotonic() - start)  # leave pushes at least half of the time
+            if sweep.wanted is not None:
+                sweep.wanted()
         if not sweep.done:
             raise Draining("the sweep ended early: the server is stopping, or the caller is gone")
         evicted = {cause.name.lower(): count for cause, count in sweep.counts.items()}
         return pb.EvictResponse(evicted=evicted, rows=rows, version=shard.version)
 
-    def _tick(self) -> tuple[float, float]:
+    def _tick(self) -> tuple[float, float, Callable[[], None] | None]:
         """Run one slice of background eviction. Must run on the engine thread.
 
         Returns (share of the engine's time that eviction should get, or 0 if nothing is due;
-        seconds that the slice took).
+        seconds that the slice took; function to call before the next slice, or None).
         """
         start = time.monotonic()
         share = self._shard.sweeps.tick()
-        return share, time.monotonic() - start
+        return share, time.monotonic() - start, self._shard.sweeps.wanted
 
     def _run(self) -> None:
         """Evict rows in the background until ``stop`` is called. Runs on the sweeper's thread."""
         pause, warned = IDLE_SECONDS, False
         while not self._stop.wait(pause):
             try:
-                share, took = self._engine.run(self._tick)
+                share, took, wanted = self._engine.run(self._tick)
+                if wanted is not None:
+                    wanted()
             except LogFailed:
                 return
             except (DiskFull, Overloaded, OSError) as error:

@@ -23,6 +23,8 @@ class Sweeps:
 
     delete  called with (table, keys uint64[n], cause) to delete rows as the next version; returns
             how many existed
+    wanted  function that another thread should call before the next ``tick``, because it reads rows
+            from the disk that a sweep needs; None: there is none
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Sweeps:
         self._tables = tables
         self._sequencer = sequencer
         self._delete = delete
+        self.wanted: Callable[[], None] | None = None
         self._swept = self._expired = 0  # index in tables.ruled of the table handled last
 
     def tick(self) -> float:
@@ -44,7 +47,7 @@ class Sweeps:
         that eviction should get, or 0 if no table has anything to evict. Raises the errors of
         ``Sequencer.reserve``; then no row was evicted, and a later call tries again.
         """
-        seconds, ruled = self._sequencer.now(), self._tables.ruled
+        seconds, ruled, self.wanted = self._sequencer.now(), self._tables.ruled, None
         if not ruled:
             return 0.0
         self._expired = (self._expired + 1) % len(ruled)
@@ -57,10 +60,11 @@ class Sweeps:
             table, evictor = entry.table, entry.table.evictor
             if evictor.due(len(table), seconds):
                 try:
-                    self._evict(entry, evictor.tick(table.view(), seconds))
+                    self._evict(entry, evictor.tick(table.contents(), seconds))
                 except BaseException:
                     evictor.again()
                     raise
+                self.wanted = evictor.wanted
                 return URGENT if evictor.excess(len(table)) * 16 > len(table) else SWEEPING
         return 0.0
 
@@ -75,7 +79,8 @@ class Sweeps:
         return entry.number, entry.table.evictor.sweep(dry=dry)
 
     def take_slice(self, number: int, sweep: Sweep) -> None:
-        """Run the next slice of a sweep that ``begin`` returned.
+        """Run the next slice of a sweep that ``begin`` returned. Another thread should call
+        ``sweep.wanted``, if it is not None, before the next slice.
 
         Raises UnknownTable if the table was dropped, Overloaded if its rules were altered, and the
         errors of ``Sequencer.reserve``.
@@ -86,9 +91,8 @@ class Sweeps:
                 f"the rules of table {entry.schema.name!r} were altered during the sweep: start the"
                 " sweep again"
             )
-        view = entry.table.view()
-        victims = sweep.slice(view, entry.table.evictor.now(self._sequencer.now()))
-        self._evict(entry, victims.keys(view))
+        now = entry.table.evictor.now(self._sequencer.now())
+        self._evict(entry, sweep.slice(entry.table.contents(), now).by_cause())
 
     def _evict(self, entry: TableEntry, victims: dict[Cause, Keys]) -> None:
         """Delete the rows that a slice of a sweep selected. Raises the errors of

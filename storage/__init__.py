@@ -28,6 +28,7 @@ admission/rules.py    the admission rules of a table's schema
 eviction/timeline.py   which versions are older than a TTL
 eviction/contract.py   the contract of an eviction rule
 eviction/rules.py      the eviction rules of a table's schema
+eviction/passes.py     one pass over all rows of a table, in memory and on disk
 eviction/selection.py  find the rows with the lowest scores, one slice per call
 eviction/sweep.py      one pass of eviction rules over the rows of a table
 eviction/evictor.py    the eviction of one table: when to sweep

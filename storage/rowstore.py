@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from storage.arena import Budget
 from storage.cache import Cache
+from storage.eviction.contract import Contents
 from storage.index import PLACE_BITS, Index, Locations, locations_of, places
 from storage.initializers import Initializer
 from storage.kernels import Images, Keys, Rows, Slots
@@ -277,6 +278,10 @@ class RowStore:
     def memory_bytes(self) -> int:
         """Bytes of memory that the index and the rows in memory take."""
         return self._index.bytes + self._host.bytes
+
+    def contents(self) -> Contents:
+        """Return all rows for an eviction sweep; valid until a row changes."""
+        return Contents(len(self), self._host.view())
 
     def scans(self) -> list[tuple[str, Scan, int]]:
         """Return (name, scan of all its rows, bytes taken) for each tier."""

@@ -15,7 +15,7 @@ from storage.admission.gates import Gate, Occurrences, Versions
 from storage.admission.rules import Admission
 from storage.arena import Budget
 from storage.errors import OutOfMemory
-from storage.eviction.contract import View
+from storage.eviction.contract import Contents
 from storage.eviction.evictor import Evictor
 from storage.index import Locations
 from storage.initializers import table_seed
@@ -346,9 +346,9 @@ class Table:
                 return keys[np.sort(np.concatenate([there, counted]))], len(there)
         return gone, len(there)
 
-    def view(self) -> View:
-        """Return the arrays of all rows for an eviction sweep; valid until the table changes."""
-        return self.store.host.view()
+    def contents(self) -> Contents:
+        """Return all rows for an eviction sweep; valid until the table changes."""
+        return self.store.contents()
 
     def scan(self) -> Scan:
         """Return a scan of all rows, which other threads may use while pushes continue."""

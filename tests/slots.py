@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.eviction.contract import Now, View
+from storage.eviction.contract import Contents, Now, View
 from storage.eviction.rules import (
     EVICTIONS,
     CapacityLfu,
@@ -64,8 +64,8 @@ class Rows:
         return int((self.entries[: self.used, 1] >> np.uint64(16) != 0).sum())
 
     @property
-    def view(self) -> View:
-        return View(self.entries, self.used, self.rows, self.norms, self.dim)
+    def contents(self) -> Contents:
+        return Contents(self.rows, View(self.entries, self.used, self.norms, self.dim))
 
     def norms(self, slots: Any) -> Any:
         norms = np.empty(len(slots))
@@ -84,7 +84,7 @@ def run(
     for _ in range(100_000):
         if sweep.done:
             return found
-        victims = sweep.slice(rows.view, now, limit, most)
+        victims = sweep.slice(rows.contents, now, limit, most)
         assert len(victims) <= most
         causes = [CAUSES[cause] for cause in victims.causes.tolist()]
         found += list(zip(victims.slots.tolist(), causes, strict=True))

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +23,58 @@ EMPTY = (1 << 63) - 1  # score of a slot without a row
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The arrays of a tier that eviction sweeps read. Valid until the table changes."""
+    """The arrays of some rows that eviction sweeps read. Valid until the table changes."""
 
     entries: Entries  # uint64[capacity, 4], key and metadata of the row in each slot
-    used: int  # slots ever allocated; a slot of version 0 has no row
-    rows: int  # slots with a row
+    used: int  # slots that may have a row; a slot of version 0 has none
     norms: Callable[[Slots], NDArray[np.float64]]  # returns the L2 norms of embeddings by slot
     dim: int  # length of an embedding
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Some blocks of rows on disk, with bounds of the metadata of their rows; m blocks.
+
+    Slot i of ``least`` has the least version, step and frequency of any row in block i, and an
+    embedding of norm 0. ``greatest`` has the greatest ones. Both have key 0.
+    """
+
+    numbers: NDArray[np.int64]  # [m]  ascending
+    rows: NDArray[np.int64]  # [m]  rows of the table that are in the block and not in memory
+    least: View
+    greatest: View
+
+
+class ColdRows(Protocol):
+    """The rows of a table that are in blocks on disk, for eviction sweeps."""
+
+    def bounds(self, number: int) -> Bounds:
+        """Return the bounds of the first blocks from block ``number`` on; m is 0 at the end."""
+        ...
+
+    def reads(self, number: int, norms: bool) -> Callable[[], None] | None:
+        """Return a function that reads a block from the disk into memory; None: it is in memory.
+
+        norms  also read the embeddings, not only the metadata
+
+        Another thread should call the function before ``view``, which otherwise waits for the disk.
+        """
+        ...
+
+    def view(self, number: int) -> View | None:
+        """Return the rows of a block: slot i has row i of the block, or version 0 if that row is
+        in memory or out of date. None: the block is gone. Raises Corrupt.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """All rows of a table, for eviction sweeps. Valid until the table changes."""
+
+    rows: int  # number of rows
+    host: View  # rows in memory
+    cold: ColdRows | None = None  # other rows; None: there are none
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +141,9 @@ class RowEviction(Eviction):
         """Set causes[i] to this rule's cause if the row in slot start + i is to be evicted.
 
         causes  uint8[stop - start]; entries that are not 0 are left unchanged
+
+        If a row is to be evicted, so is every row with a smaller version, step, frequency and norm:
+        blocks are skipped if no row at their lower bounds would be evicted.
         """
 
 
@@ -115,7 +163,8 @@ class TableEviction(Eviction):
         now  values of the table when the sweep began, the same for all its slices
         out  int64[stop - start]; scores in -2^62..2^62, EMPTY (2^63 - 1) for slots without a row
 
-        A push during the sweep must not lower the score of a row.
+        A push during the sweep must not lower the score of a row. A row must not score higher than
+        one with a larger version, step and frequency, so that the bounds of a block bound scores.
         """
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from storage.eviction.contract import (
     FIRST_STEP,
     LAST_STEP,
+    Contents,
     Eviction,
     Now,
     TableEviction,
-    View,
     require_distinct,
 )
 from storage.eviction.rules import StepTtl, TimeTtl
@@ -181,27 +181,32 @@ class Evictor:
         return Sweep(self._rules, dry=dry)
 
     def tick(
-        self, view: View, seconds: float, limit: int = SLICE, most: int = MOST
+        self, contents: Contents, seconds: float, limit: int = SLICE, most: int = MOST
     ) -> dict[Cause, Keys]:
         """Scan the next slice of the background sweep; return the keys to evict, by cause.
 
-        view     rows of the table now
-        seconds  the time now
-        limit    maximum number of slots to scan
-        most     maximum number of keys to return
+        contents  rows of the table now
+        seconds   the time now
+        limit     maximum number of slots to scan
+        most      maximum number of keys to return
 
         Begins a sweep if one is due. The caller must delete the keys (uint64[]) before the next
         call, or call ``again``.
         """
-        if not self.due(view.rows, seconds):
+        if not self.due(contents.rows, seconds):
             return {}
         now = self.now(seconds)
         if self._sweep is None:
             self._sweep, self._last = self.sweep(), now
-        victims = self._sweep.slice(view, now, limit, most)
+        victims = self._sweep.slice(contents, now, limit, most)
         if self._sweep.done:
             self._sweep = None
-        return victims.keys(view)
+        return victims.by_cause()
+
+    @property
+    def wanted(self) -> Callable[[], None] | None:
+        """Function that another thread should call before the next ``tick``; see ``Sweep``."""
+        return None if self._sweep is None else self._sweep.wanted
 
     def again(self) -> None:
         """Begin a new sweep, because the keys of the last slice could not be deleted."""

@@ -113,7 +113,7 @@ class HostTier:
         return HostScan(self._slab.memory, self.slots.memory, self.slots.used, self._dim)
 
     def view(self) -> View:
-        return View(self.slots.array, self.slots.used, self.rows, self._norms, self._dim)
+        return View(self.slots.array, self.slots.used, self._norms, self._dim)
 
     def _norms(self, slots: Slots) -> NDArray[np.float64]:
         norms = np.empty(len(slots))

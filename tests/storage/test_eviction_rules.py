@@ -152,8 +152,8 @@ def test_a_dry_sweep_counts_the_same_and_changes_nothing(rule: Eviction) -> None
 
 def test_no_key_is_a_sentinel() -> None:
     rows = Rows([Row(key, 1) for key in EXTREMES])
-    victims = Sweep([TimeTtl()]).slice(rows.view, Now(0, 1, 1))
-    keys = victims.keys(rows.view)
+    victims = Sweep([TimeTtl()]).slice(rows.contents, Now(0, 1, 1))
+    keys = victims.by_cause()
     assert {cause: each.tolist() for cause, each in keys.items()} == {Cause.TIME_TTL: EXTREMES}
     assert keys[Cause.TIME_TTL].dtype == np.uint64
 
@@ -302,7 +302,7 @@ def test_rows_that_are_pushed_or_born_during_a_sweep_stay(kind: Any) -> None:
     sweep, pushed = Sweep([kind(max_rows=cap, **of)]), set()
     gone: list[int] = []
     while not sweep.done:
-        victims = sweep.slice(rows.view, Now(count, count), 97, 10)
+        victims = sweep.slice(rows.contents, Now(count, count), 97, 10)
         assert not pushed & set(victims.slots.tolist())
         rows.release(victims.slots)
         gone += victims.slots.tolist()
@@ -327,7 +327,7 @@ def test_a_choice_that_others_made_needless_takes_nobody(kind: Any, slices: int,
     rows = Rows([Row(i, 1 + i, i, 1 + i) for i in range(100)])
     sweep, now, taken = Sweep([kind(max_rows=90)]), Now(100, 100), 0
     for _ in range(slices):
-        victims = sweep.slice(rows.view, now, 40, 2)
+        victims = sweep.slice(rows.contents, now, 40, 2)
         rows.release(victims.slots)
         taken += len(victims)
     rows.release(np.arange(100 - left))

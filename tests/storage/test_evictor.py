@@ -24,7 +24,7 @@ from storage.records import Cause
 
 def tick(evictor: Evictor, rows: Rows, seconds: float, **of: int) -> list[tuple[Cause, int]]:
     """One tick, and the deletes that it asks for."""
-    found = evictor.tick(rows.view, seconds, **of)
+    found = evictor.tick(rows.contents, seconds, **of)
     slots = {int(rows.entries[slot, 0]): slot for slot in range(rows.used)}
     for keys in found.values():
         rows.release([slots[key] for key in keys.tolist()])
@@ -32,7 +32,7 @@ def tick(evictor: Evictor, rows: Rows, seconds: float, **of: int) -> list[tuple[
 
 
 def test_an_evictor_without_rules_or_rows_has_nothing_to_do() -> None:
-    assert Evictor([]).tick(Rows([Row(1, 1)]).view, 5.0) == {}
+    assert Evictor([]).tick(Rows([Row(1, 1)]).contents, 5.0) == {}
     evictor = Evictor([make_eviction(name, {}) for name in NAMES[:4]])
     assert tick(evictor, Rows([]), 5.0) == []
     evictor.pushed(1, 10, 1.0)

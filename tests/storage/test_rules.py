@@ -65,8 +65,8 @@ def evict(table: Table, seconds: float = 0.0) -> dict[Cause, int]:
     """A whole sweep, as the shard does it."""
     sweep = table.evictor.sweep()
     while not sweep.done:
-        view = table.view()
-        for keys in sweep.slice(view, table.evictor.now(seconds)).keys(view).values():
+        found = sweep.slice(table.contents(), table.evictor.now(seconds))
+        for keys in found.by_cause().values():
             table.delete(keys)
     return {cause: count for cause, count in sweep.counts.items() if count}
 

@@ -199,7 +199,7 @@ def summary_of(table: Table, **settings: Any) -> Summary:
 def swept(table: Table, rule: Any) -> int:
     sweep = Sweep([rule], dry=True)
     while not sweep.done:
-        sweep.slice(table.view(), Now(table.evictor.step, 100))
+        sweep.slice(table.contents(), Now(table.evictor.step, 100))
     return sweep.counts[rule.cause]
 
 

@@ -16,7 +16,7 @@ from slots import (
 )
 
 from storage.arena import Budget
-from storage.eviction.contract import Now, RowEviction, TableEviction, View
+from storage.eviction.contract import Contents, Now, RowEviction, TableEviction, View
 from storage.eviction.evictor import Evictor
 from storage.eviction.rules import (
     EVICTIONS,
@@ -87,7 +87,7 @@ def test_a_slice_is_bounded_and_a_sweep_ends_though_slots_are_added() -> None:
     rows.used = 10
     sweep = Sweep([spy])
     while not sweep.done:
-        sweep.slice(rows.view, Now(0, 0), 4)
+        sweep.slice(rows.contents, Now(0, 0), 4)
         rows.used += 4
     assert spy.seen == [(0, 4), (4, 8), (8, 10)]
 
@@ -119,11 +119,12 @@ def test_the_metadata_is_that_of_a_tier(optimizer: str) -> None:
         tier.slots.touch(slots, counts, version - 20, version)
         tier.step(slots, grads, made, 0.1, version - 20)
         evictor.pushed(version, version - 20, 0.0)
-    view = tier.view()
-    found = {cause: each.tolist() for cause, each in evictor.tick(view, 0.0).items()}
+    contents = Contents(tier.rows, tier.view())
+    found = {cause: each.tolist() for cause, each in evictor.tick(contents, 0.0).items()}
     assert found == {Cause.STEP_TTL: [EXTREMES[1]], Cause.NORM: [EXTREMES[4]]}
     tier.slots.release(places[[1, 4]])
-    assert len(evictor.sweep().slice(tier.view(), evictor.now(0.0))) == 0
+    contents = Contents(tier.rows, tier.view())
+    assert len(evictor.sweep().slice(contents, evictor.now(0.0))) == 0
     tier.close()
 
 
