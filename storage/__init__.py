@@ -39,6 +39,7 @@ logfiles.py      the version log's files
 cursor.py        a reader of the version log
 logprogress.py   which versions of the log are written and synced, and who waits
 versionlog.py    the version log: appended, synced, read, truncated
+sums.py          sums of the pieces of a block
 block.py         many rows, or tombstones, as one run of bytes
 directory.py     which rows of the blocks of the base are current
 basestate.py     which blocks of the base are live
@@ -52,6 +53,9 @@ checkpoint.py    the files of a checkpoint, and its parents
 part_writer.py   write one shard's part of a checkpoint
 part_reader.py   read one shard's part of a checkpoint
 blockfile.py     a memory map of the base's file, from which rows are read in place
+extents.py       the blocks of a table: where they are, bits of their rows
+inplace.py       read rows and metadata of blocks from the map
+blockscan.py     read blocks on other threads than the engine's
 tiers/base.py    the contract of a tier, which stores rows by place
 tiers/host.py    rows in host memory
 tiers/lmdb.py    rows in the blocks of the base

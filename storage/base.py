@@ -8,7 +8,13 @@ A shard loads the base when it starts, then replays its log from that version on
            | "seal" -> transaction u64
 
 A flush adds blocks in transactions of up to 32 MiB, then commits a state record that lists the live
-blocks. Every other block is deleted: it was replaced, or its flush did not commit.
+blocks. Every other block is deleted: it was replaced, or its flush did not commit. Only pinned
+blocks are kept for as long as they are pinned.
+
+**Blocks in place.** A block is a value in overflow pages of its own, which LMDB never moves until
+the block is deleted. So others can read it from the file, at the offset that ``offset`` returns.
+LMDB would store a small value within a page of the tree, which moves. So zeros are added to a small
+block until it needs a page of its own.
 
 **Integrity.** LMDB has no checksums and trusts its pages. Damaged pages can make it fail, hang or
 overwrite live blocks. So all pages that LMDB would follow are checked before it opens the file:
@@ -28,12 +34,14 @@ file never shrinks.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -43,10 +51,10 @@ import lmdb
 import numpy as np
 
 from storage.basestate import BaseState
-from storage.block import BLOCK_BYTES, Block, Bytes, Data, unpack
+from storage.block import BLOCK_BYTES, Block, Bytes, Data, header_of, unpack
 from storage.disk import NO_SPACE, open_file, require_file, sync
 from storage.errors import Corrupt, DiskFull
-from storage.pages import check
+from storage.pages import OVERFLOW, check, overflow_page
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -71,6 +79,7 @@ class Base:
     """The base of one shard: the on-disk copy of its rows, in blocks, and one state record.
 
     state  the committed state record; None before the first commit
+    pins   how often each block is pinned, by number; use ``pin`` and ``unpin``
 
     Only one thread may write (``add``, ``commit``, ``discard``). Any thread may call ``block`` and
     ``blocks`` meanwhile: they return copies, which stay valid.
@@ -89,6 +98,8 @@ class Base:
         """
         self.directory = directory
         self.state: BaseState | None = None
+        self.pins: Counter[int] = Counter()
+        self._pin_lock = threading.Lock()
         self._path = directory / DATA
         self._readonly = readonly
         self._map_bytes = map_bytes
@@ -172,7 +183,7 @@ class Base:
         The block is kept only if the next ``commit`` lists it. After DiskFull, any block that was
         added since the last commit may be lost: call ``discard``, and add all of them again.
         """
-        data = np.frombuffer(block, np.uint8).data
+        data = self._padded(np.frombuffer(block, np.uint8)).data
         if self._write is not None and (
             len(self._added) == BATCH_BLOCKS or self._taken(len(data)) > self._room
         ):
@@ -188,7 +199,8 @@ class Base:
         return number
 
     def commit(self, state: BaseState) -> None:
-        """Atomically replace the state record, and delete all blocks that ``state`` does not list.
+        """Atomically replace the state record, and delete all blocks that ``state`` does not list,
+        except pinned ones.
 
         On return the new state record is synced to disk. Raises DiskFull, and keeps the old state
         record then. Raises ValueError if a listed block is not stored.
@@ -200,24 +212,71 @@ class Base:
         data = state.pack()
         self._begin(self._taken(len(data)))
         self._try(self._write.put, _STATE, data)
-        self._delete(self._numbers - live)
+        self._delete(self._unused(state))
         self.state = state
         with suppress(DiskFull):  # the state record is committed already
             self._seal()
 
     def discard(self) -> None:
-        """Delete the blocks that the committed state record does not list.
+        """Delete the blocks that are neither listed by the committed state record nor pinned.
 
         Call it after a failed flush. The pages of the deleted blocks become free.
         """
         self._abort()
-        unlisted = self._numbers - set(self.state.blocks if self.state else ())
-        if unlisted:
+        unused = self._unused(self.state)
+        if unused:
             self._begin(0)
-            self._delete(unlisted)
+            self._delete(unused)
             self._seal()  # LMDB reuses free pages only one transaction later
 
+    def pin(self, numbers: Iterable[int]) -> None:
+        """Keep committed blocks, even if a later state record does not list them, until ``unpin``.
+
+        Any thread may call this. It must know that no commit deletes the blocks at the same time.
+        """
+        with self._pin_lock:
+            self.pins.update(numbers)
+
+    def unpin(self, numbers: Iterable[int]) -> None:
+        """Undo one ``pin`` of each block. The next commit deletes those that are not listed."""
+        with self._pin_lock:
+            self.pins.subtract(numbers)
+            self.pins = +self.pins  # drops zeros
+
+    def _unused(self, state: BaseState | None) -> set[int]:
+        """Return the numbers of stored blocks that are neither listed by ``state`` nor pinned."""
+        with self._pin_lock:
+            return self._numbers - set(state.blocks if state else ()) - set(self.pins)
+
+    def _padded(self, data: Bytes) -> Bytes:
+        """Return a block, followed by zeros if it is too small for a page of its own."""
+        if len(data) >= self._page // 2:
+            return data
+        padded = np.zeros(self._page - OVERFLOW.size, np.uint8)
+        padded[: len(data)] = data
+        return padded
+
     # ---- reading
+
+    def offset(self, number: int) -> int | None:
+        """Return the offset in the file of the first byte of a committed block.
+
+        None: the block has no page of its own, because an older release stored it. It may move. All
+        other blocks stay where they are until they are deleted. Any thread may call this. Raises
+        Corrupt if the block is missing.
+        """
+        with self._map_lock:
+            txn = self._snapshot or self._env.begin(buffers=True)
+            value = txn.get(_key(number))
+            if value is not None:
+                address, size = np.frombuffer(value, np.uint8).ctypes.data, len(value)
+                head = ctypes.string_at(address - OVERFLOW.size, OVERFLOW.size)
+                page = overflow_page(head, size, self._page)
+            if txn is not self._snapshot:
+                txn.abort()
+        if value is None:
+            raise Corrupt(f"{self._path}: block {number}", "the block is missing")
+        return None if page is None else page * self._page + OVERFLOW.size
 
     def block(self, number: int) -> Block:
         """Return a copy of the block with this number. Any thread may call this.
@@ -254,7 +313,8 @@ class Base:
                 txn.abort()
         if value is None:
             raise Corrupt(where, "the block is missing")
-        return unpack(data, where)
+        header = header_of(data)
+        return unpack(data if header is None else data[: header.size], where)
 
     # ---- opening
 

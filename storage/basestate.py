@@ -22,8 +22,8 @@ import xxhash
 from storage.errors import Corrupt, UnknownFormat
 from storage.history import History
 
-FORMAT = 2
-READABLE = (1, FORMAT)  # format 1 had one epoch, and at first no `logged`
+FORMAT = 3
+READABLE = (1, 2, FORMAT)  # 1: one epoch, and at first no `logged`; 2: no directory
 MAGIC = b"PSBASE\n\0"
 
 _HEAD = struct.Struct("<8sIIQQQ")  # magic format json blocks sessions checksum
@@ -54,6 +54,8 @@ class BaseState:
     blocks: tuple[int, ...] = ()  # numbers of the live blocks, in the order they were added
     cells: int = 0  # number of blocks at the end of ``blocks`` that contain sketches
     logged: bool = False  # True: a log was created, so a missing log is damage
+    directory: int = 0  # number of blocks of kind DIRECTORY in ``blocks``, just before the sketches
+    distinct: bool = False  # True: the directory lists each key's newest row as the only live one
 
     def pack(self) -> bytes:
         """Return the state record as bytes, in the format that the module docstring gives."""
@@ -68,6 +70,8 @@ class BaseState:
             "horizon": self.horizon,
             "cells": self.cells,
             "logged": self.logged,
+            "directory": self.directory,
+            "distinct": self.distinct,
         }
         if counting := {str(t.number): t.counting for t in self.tables if t.counting}:
             facts["counting"] = counting
@@ -98,6 +102,8 @@ class BaseState:
             horizon=facts["horizon"],
             cells=facts["cells"],
             logged=facts.get("logged", False),
+            directory=facts.get("directory", 0),
+            distinct=facts.get("distinct", False),
             sessions=sessions,
             blocks=blocks,
         )

@@ -12,19 +12,25 @@ DIRECTORY, which contain entries one after another:
             | dead u16[listed]                  positions of the rows that are not live, ascending
             zeros up to a multiple of 8 bytes
 
-Little-endian. The shorter of the two forms is used, so that a block whose rows are all live takes
-no more than the 72 bytes.
+Little-endian. The shorter of the two forms is used, so that the entry of a block whose rows are all
+live takes 72 bytes.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.block import Block
+from storage.block import BLOCK_BYTES, DIRECTORY, Block, pack_entries, size_of
+from storage.errors import Corrupt
+
+_ENTRY = struct.Struct("<QIIIIQQqqQQ")
+_BITS = 2**32 - 1  # value of `listed` where bits follow
+_ROOM = BLOCK_BYTES - size_of(DIRECTORY, 0, 0)  # bytes of entries in a block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +50,15 @@ class Zones:
     @classmethod
     def of(cls, block: Block) -> Zones:
         """Return the bounds of all rows of a block, which must have at least one."""
-        raise NotImplementedError
+        versions, steps, frequencies = block.versions, block.steps, block.frequencies
+        return cls(
+            least_version=int(versions.min()),
+            greatest_version=int(versions.max()),
+            least_step=int(steps.min()),
+            greatest_step=int(steps.max()),
+            least_frequency=int(frequencies.min()),
+            greatest_frequency=int(frequencies.max()),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +68,24 @@ class BlockEntry:
     number: int  # the block's number in the base
     table: int  # number of the table
     width: int  # float32 numbers per row
-    count: int  # number of rows, live or not
+    count: int  # number of rows, live or not; at most 65,536
     zones: Zones
     live: NDArray[np.bool_]  # [count]  True for live rows
 
 
 def pack(entries: Iterable[BlockEntry]) -> Iterator[memoryview]:
     """Yield the bytes of sealed DIRECTORY blocks that contain the entries, in their order."""
-    raise NotImplementedError
+    parts: list[bytes] = []
+    taken = 0
+    for entry in entries:
+        data = _pack(entry)
+        if taken + len(data) > _ROOM:
+            yield pack_entries(np.frombuffer(b"".join(parts), np.uint8))
+            parts, taken = [], 0
+        parts.append(data)
+        taken += len(data)
+    if parts:
+        yield pack_entries(np.frombuffer(b"".join(parts), np.uint8))
 
 
 def unpack(block: Block, where: str) -> list[BlockEntry]:
@@ -69,4 +93,64 @@ def unpack(block: Block, where: str) -> list[BlockEntry]:
 
     where  name of the block, for errors
     """
-    raise NotImplementedError
+    data, at = block.entries.tobytes(), 0
+    entries = []
+    while at < len(data):
+        if at + _ENTRY.size > len(data):
+            raise Corrupt(where, f"the block ends within the entry at byte {at}")
+        number, table, width, count, listed, *zones = _ENTRY.unpack_from(data, at)
+        at += _ENTRY.size
+        size = -(-count // 8) if listed == _BITS else 2 * listed
+        if size + -size % 8 > len(data) - at:
+            raise Corrupt(where, f"the block ends within the entry of block {number}")
+        live = _live(data[at : at + size], count, listed)
+        if live is None:
+            raise Corrupt(where, f"the entry of block {number} lists a row that it does not have")
+        at += size + -size % 8
+        entries.append(
+            BlockEntry(
+                number=number,
+                table=table,
+                width=width,
+                count=count,
+                zones=Zones(
+                    least_version=zones[0],
+                    greatest_version=zones[1],
+                    least_step=zones[2],
+                    greatest_step=zones[3],
+                    least_frequency=zones[4],
+                    greatest_frequency=zones[5],
+                ),
+                live=live,
+            )
+        )
+    return entries
+
+
+def _pack(entry: BlockEntry) -> bytes:
+    """Return the bytes of one entry."""
+    count, listed = entry.count, entry.count - int(np.count_nonzero(entry.live))
+    if 2 * listed <= -(-count // 8):
+        which = np.flatnonzero(~entry.live).astype("<u2").tobytes()
+    else:
+        listed = _BITS
+        which = np.packbits(entry.live, bitorder="little").tobytes()
+    head = _ENTRY.pack(entry.number, entry.table, entry.width, count, listed, *astuple(entry.zones))
+    return head + which + bytes(-len(which) % 8)
+
+
+def _live(which: bytes, count: int, listed: int) -> NDArray[np.bool_] | None:
+    """Return which rows of a block are live, bool[count]; None if ``which`` is invalid.
+
+    which   the bits, or the positions of dead rows
+    listed  number of positions; 2^32-1 if there are bits
+    """
+    if listed == _BITS:
+        bits = np.unpackbits(np.frombuffer(which, np.uint8), bitorder="little")
+        return None if bits[count:].any() else bits[:count].astype(np.bool_)
+    dead = np.frombuffer(which, "<u2")
+    if listed and (dead[-1] >= count or (dead[:-1] >= dead[1:]).any()):
+        return None
+    live = np.ones(count, np.bool_)
+    live[dead] = False
+    return live

@@ -40,7 +40,7 @@ _META = struct.Struct("<Q2xH4xIIQQ")  # number flags magic version address map
 _DATABASE = struct.Struct("<IHHQQQQQ")
 _TAIL = struct.Struct("<QQ")  # last page, transaction
 _PAGE = struct.Struct("<Q2xHHH")
-_OVERFLOW = struct.Struct("<Q2xHI")
+OVERFLOW = struct.Struct("<Q2xHI")
 _NODE = struct.Struct("<HHHH")
 _BRANCH, _LEAF, _BIG, _META_FLAG, _INTEGER_KEY = 1, 2, 4, 8, 8
 _NONE = 2**64 - 1  # root of an empty database
@@ -95,6 +95,18 @@ def check(path: Path, known: frozenset[bytes]) -> Pages:
         )
     finally:
         os.close(file)
+
+
+def overflow_page(head: bytes, size: int, page: int) -> int | None:
+    """Return the number of the first overflow page of a value; None if it is in a leaf.
+
+    head  the 16 bytes in front of the value
+    size  of the value
+    page  bytes per page
+    """
+    number, flags, count = OVERFLOW.unpack(head)
+    there = flags == _BIG and count == (OVERFLOW.size + size - 1) // page + 1
+    return number if there else None
 
 
 class Pages:
@@ -295,14 +307,14 @@ class Pages:
         if not head[2]:
             return data[place : place + size]
         first = int.from_bytes(data[place : place + 8], "little")
-        count = (_OVERFLOW.size + size - 1) // self.size + 1
+        count = (OVERFLOW.size + size - 1) // self.size + 1
         self._take(page, first, count)
         self._counts[2] += count
-        length = _OVERFLOW.size + (size if free else 0)
+        length = OVERFLOW.size + (size if free else 0)
         value = os.pread(self._file, length, first * self.size)
-        if _OVERFLOW.unpack_from(value) != (first, _BIG, count):
+        if OVERFLOW.unpack_from(value) != (first, _BIG, count):
             raise self._damage(first, "wrong page number, type or count of overflow pages")
-        return value[_OVERFLOW.size :]
+        return value[OVERFLOW.size :]
 
     def _check_free(self, page: int, transaction: int, value: bytes, newest: int) -> None:
         """Check a list of free pages, and mark its pages, so that nothing else may refer to them.

@@ -34,8 +34,22 @@ STATE = BaseState(
     blocks=(1, 2**40),
     cells=1,
     logged=True,
+    directory=1,
+    distinct=True,
 )
 STATE_GOLDEN = (
+    "5053424153450a00 03000000 08010000 0200000000000000 0900000000000000 407f3d4088817f2b"
+    + (
+        '{"lineage":"000102030405060708090a0b0c0d0e0f","epochs":[3,18446744073709551615],'
+        '"ends":[11],"version":17,"next_table":4,'
+        '"tables":[[1,"{\\"name\\":\\"a\\"}",2,"00ff"],[3,"{\\"name\\":\\"\u00fc\\"}",9,""]],'
+        '"horizon":5,"cells":1,"logged":true,"directory":1,"distinct":true}      '
+    )
+    .encode()
+    .hex()
+    + "0100000000000000 0000000000010000 0073657373696f6e73"
+)
+SECOND_GOLDEN = (  # format 2: no directory
     "5053424153450a00 02000000 e8000000 0200000000000000 0900000000000000 9cd95034f6b51a66"
     + (
         '{"lineage":"000102030405060708090a0b0c0d0e0f","epochs":[3,18446744073709551615],'

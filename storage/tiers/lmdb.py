@@ -11,7 +11,7 @@ value of its key. *cached*: the row also has a slot in host memory, which the in
 that is live but not cached is *cold*: the index refers to its place here.
 
 The first use of each 4 KiB piece of a block compares its bytes with the sum of the piece that the
-block contains (see block.py), so that damage on the disk is noticed when it is read.
+block contains (see sums.py), so that damage on the disk is noticed when it is read.
 """
 
 from __future__ import annotations
@@ -22,31 +22,27 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from storage import inplace
 from storage.arena import Budget
+from storage.block import ROWS, header_of, row_layout, unpack
 from storage.blockfile import BlockFile
+from storage.blockscan import BlockScan, ColdPages, damage, list_pages
 from storage.directory import Zones
-from storage.index import Locations
+from storage.extents import (
+    COUNT,
+    LIVE,
+    NUMBER,
+    POSITION_BITS,
+    ROWS_AT,
+    START,
+    Extents,
+    bits,
+    ready,
+)
+from storage.index import Locations, locations_of
+from storage.inplace import HEADER
 from storage.kernels import Keys, Rows, Slots
 from storage.slots import Meta
-from storage.tiers.base import Scan
-
-POSITION_BITS = 16  # low bits of a place that contain the position in the block
-
-
-class ColdPages:
-    """The pieces of the file that hold some rows, to be made ready by another thread.
-
-    ``Blocks.pages`` makes it on the engine thread, any thread calls ``warm``, and the engine thread
-    passes it to ``Blocks.settle``. Nothing stays reserved in between: the rows may move or change.
-    """
-
-    def warm(self) -> None:
-        """Read the pieces into memory, and verify those that were never verified.
-
-        Any thread may call this. Releases the GIL. Raises OSError if the disk fails. Damage is not
-        raised here but by ``Blocks.settle``, because the block may be gone by now.
-        """
-        raise NotImplementedError
 
 
 class Blocks:
@@ -57,64 +53,71 @@ class Blocks:
     file    the memory map of the base's file
     budget  memory budget of the shard; the bits of the rows are taken from it
 
-    Only the engine thread may call the methods, except those of scans, and ``ColdPages.warm``.
+    Only the engine thread may call the methods. Other threads may use scans and ``ColdPages.warm``.
     """
 
     name: ClassVar[str] = "lmdb"
     code: ClassVar[int] = 3
 
     def __init__(self, dim: int, width: int, file: BlockFile, budget: Budget) -> None:
-        raise NotImplementedError
+        self.dim, self.width = dim, width
+        self._file = file
+        self._extents = Extents(width, budget)
 
     @property
     def rows(self) -> int:
         """Number of cold rows: live rows that have no slot in host memory."""
-        raise NotImplementedError
+        return self._extents.live - self._extents.cached
 
     @property
     def live_rows(self) -> int:
         """Number of live rows, cold or cached."""
-        raise NotImplementedError
+        return self._extents.live
 
     @property
     def bytes(self) -> int:
         """Bytes that the blocks take on disk, in whole pages."""
-        raise NotImplementedError
+        return self._extents.bytes
 
     @property
     def memory(self) -> int:
         """Bytes of memory taken from the budget."""
-        raise NotImplementedError
+        return self._extents.memory_bytes
 
     # ---- the contract of a tier
 
     def gather(self, places: Slots, out: Rows) -> None:
         """Copy the first columns of rows to ``out``. Raises Corrupt if a row is damaged."""
-        raise NotImplementedError
+        extents, words, floats = self._extents, self._file.words, self._file.floats
+        records, seen_at = extents.records, extents.seen_at
+        self._check(
+            inplace.gather(records, seen_at, words, floats, self.width, places, out, True), places
+        )
 
     def meta(self, places: Slots) -> Meta:
         """Return a copy of the metadata of each row. Raises Corrupt if it is damaged."""
-        raise NotImplementedError
+        out = np.empty((len(places), 4), np.uint64)
+        records, seen_at = self._extents.records, self._extents.seen_at
+        self._check(
+            inplace.read_meta(records, seen_at, self._file.words, places, out, True), places
+        )
+        return out
 
-    def scan(self) -> Scan:
-        """Return a scan of the cold rows, by number of their block and position in it.
-
-        ``start`` of ``Scan.find`` is block number << 16 | position. Blocks that are added during
-        the scan are included.
-        """
-        raise NotImplementedError
+    def scan(self) -> BlockScan:
+        """Return a scan of the cold rows, by number of their block and position in it."""
+        return BlockScan(self.dim, self._extents, self._file)
 
     def close(self) -> None:
         """Forget all blocks and free the memory."""
-        raise NotImplementedError
+        self._extents.close()
 
     # ---- blocks
 
     def add(self, number: int, offset: int, count: int, zones: Zones, verified: bool) -> int:
         """Add a block of the base, and return its extent. None of its rows is live yet.
 
-        number    of the block in the base; larger than those of all blocks so far
-        offset    of the block in the file, from ``Base.offset``
+        number    of the block in the base
+        offset    of the block in the file, from ``Base.offset``; the file must cover all of it
         count     number of rows
         zones     bounds of the metadata of its rows
         verified  its bytes are known to be undamaged, so that no piece is verified later
@@ -122,95 +125,164 @@ class Blocks:
         Reads the header of the block. Raises Corrupt if it is damaged or does not fit, and
         OutOfMemory. Verifies a block of format 1, which has no sums, as a whole.
         """
-        raise NotImplementedError
+        header = header_of(self._file.bytes[offset : offset + HEADER])
+        expected = (ROWS, self.width, count)
+        if header is None or (header.kind, header.width, header.length) != expected:
+            raise damage(self._file, number, f"expected a block of kind, width and rows {expected}")
+        if not 1 <= count <= self._extents.most:
+            raise damage(
+                self._file, number, f"expected 1 to {self._extents.most} rows, got {count}"
+            )
+        if header.format == 1 and not verified:
+            unpack(
+                self._file.bytes[offset : offset + header.size],
+                f"{self._file.path}: block {number}",
+            )
+            verified = True
+        layout = row_layout(self.width, count, header.format)
+        extent = self._extents.add(number, offset, count, layout, zones)
+        if verified:
+            self._extents.see(extent)
+        return extent
 
     def remove(self, extent: int) -> int:
         """Forget a block without live rows, and return its number. The extent is reused.
 
-        Call this before the commit that deletes the block. The block must be in ``empty()``.
+        The block must be in ``empty()``. Call this before the commit that deletes the block.
         """
-        raise NotImplementedError
+        return self._extents.remove(extent)
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """Yield (extent, number) of each block, by ascending number."""
-        raise NotImplementedError
+        yield from self._extents.by_number()
 
     def zones(self, extent: int) -> Zones:
         """Return the bounds of the metadata of all rows of a block."""
-        raise NotImplementedError
+        return self._extents.zones(extent)
 
     def sparse(self, share: float) -> list[int]:
         """Return extents with live rows, but fewer than ``share`` of all rows; fewest first."""
-        raise NotImplementedError
+        live, count = self._extents.fields(LIVE), self._extents.fields(COUNT)
+        chosen = np.flatnonzero((count > 0) & (live > 0) & (live < share * count))
+        order = np.argsort(live[chosen] / count[chosen], kind="stable")
+        return [int(extent) for extent in chosen[order]]
 
     def empty(self) -> list[int]:
         """Return extents without live rows, except those that a scan is reading now."""
-        raise NotImplementedError
+        live, count = self._extents.fields(LIVE), self._extents.fields(COUNT)
+        held = self._extents.held().values()
+        return [int(e) for e in np.flatnonzero((count > 0) & (live == 0)) if int(e) not in held]
+
+    def held(self) -> list[int]:
+        """Return the numbers of the blocks that scans are reading now.
+
+        Even after ``close``, these blocks must not be deleted from the base.
+        """
+        return list(self._extents.held())
 
     # ---- contents
 
     def keys(self, extent: int) -> Keys:
         """Return the keys of all rows of a block, a view of the map. Raises Corrupt."""
-        raise NotImplementedError
+        return self._column(extent, 0)
 
     def versions(self, extent: int) -> NDArray[np.uint64]:
         """Return the versions of all rows of a block, a view of the map. Raises Corrupt."""
-        raise NotImplementedError
+        return self._column(extent, 1)
 
     def columns(self, extent: int) -> Meta:
         """Return a copy of the metadata of all rows of a block. Raises Corrupt."""
-        raise NotImplementedError
+        start, count = self._extents.field(extent, START) + HEADER, self._count(extent)
+        self._ready(extent, start, start + 32 * count)
+        out = np.empty((count, 4), np.uint64)
+        inplace.copy_columns(self._file.words, start // 8, out)
+        return out
 
     def rows_of(self, extent: int) -> Rows:
         """Return all rows of a block, float32[count, width], a view of the map. Raises Corrupt."""
-        raise NotImplementedError
+        start, count = self._extents.field(extent, ROWS_AT), self._count(extent)
+        self._ready(extent, start, start + 4 * count * self.width)
+        numbers = self._file.floats[start // 4 : start // 4 + count * self.width]
+        return numbers.reshape(count, self.width)
+
+    def _column(self, extent: int, column: int) -> NDArray[np.uint64]:
+        """Return a column of the metadata of a block: 0 keys, 1 versions. Raises Corrupt."""
+        count = self._count(extent)
+        start = self._extents.field(extent, START) + HEADER + 8 * count * column
+        self._ready(extent, start, start + 8 * count)
+        return self._file.words[start // 8 : start // 8 + count]
+
+    def _ready(self, extent: int, start: int, stop: int) -> None:
+        """Verify a part of a block: the bytes start..stop-1 of the file. Raises Corrupt."""
+        records, seen_at = self._extents.records, self._extents.seen_at
+        if not ready(records, seen_at, self._file.words, extent, start, stop, True):
+            raise damage(self._file, self._extents.field(extent, NUMBER))
 
     # ---- bits
 
     def locations(self, extent: int, positions: Slots) -> Locations:
         """Return the locations of rows of a block, uint64[n]."""
-        raise NotImplementedError
+        return locations_of(self._places(extent, positions), self.code)
 
     def revive(self, extent: int, positions: Slots, cached: bool) -> None:
         """Make rows live. cached: whether they have a slot in host memory, too."""
-        raise NotImplementedError
+        self._extents.mark(self._places(extent, positions), 1, int(cached))
 
     def forget(self, places: Slots) -> None:
         """Make rows neither live nor cached: their copies here are out of date. Skips ABSENT."""
-        raise NotImplementedError
+        self._extents.mark(places, 0, 0)
 
     def cache(self, places: Slots) -> None:
-        """Mark rows as cached: they got a slot in host memory."""
-        raise NotImplementedError
+        """Mark live rows as cached: they got a slot in host memory. Skips ABSENT."""
+        self._extents.mark(places, -1, 1)
 
     def uncache(self, places: Slots) -> None:
-        """Mark rows as not cached: their slots in host memory were given up."""
-        raise NotImplementedError
+        """Mark rows as not cached: their slots in host memory were given up. Skips ABSENT."""
+        self._extents.mark(places, -1, 0)
 
     def live(self, extent: int) -> NDArray[np.bool_]:
         """Return which rows of a block are live, bool[count], a copy."""
-        raise NotImplementedError
+        return bits(self._extents.records[extent], self._extents.live_at, self._count(extent))
 
     def cold(self, extent: int) -> NDArray[np.bool_]:
         """Return which rows of a block are live and not cached, bool[count], a copy."""
-        raise NotImplementedError
+        record, count = self._extents.records[extent], self._count(extent)
+        return self.live(extent) & ~bits(record, self._extents.cached_at, count)
+
+    def _count(self, extent: int) -> int:
+        return self._extents.field(extent, COUNT)
+
+    def _places(self, extent: int, positions: Slots) -> Slots:
+        return positions.astype(np.int64) | np.int64(extent << POSITION_BITS)
 
     # ---- reading ahead
 
-    def pages(self, places: Slots, meta: bool = False) -> ColdPages:
-        """Return the pieces of the file that ``gather`` would read; ABSENT is skipped.
+    def pages(self, places: Slots, *, whole: bool = False, meta: bool = False) -> ColdPages:
+        """Return the pages of the file that contain rows. ABSENT is skipped.
 
-        meta  also those that ``meta`` would read
+        whole  the pages of whole rows; otherwise only of the embeddings
+        meta   also the pages of the rows' metadata
         """
-        raise NotImplementedError
+        records, numbers = self._extents.records, self.width if whole else self.dim
+        return ColdPages(self._file, *list_pages(self._extents, records, places, numbers, meta))
 
     def settle(self, pages: ColdPages) -> None:
-        """Remember which pieces ``ColdPages.warm`` has verified.
+        """Remember which pages ``ColdPages.warm`` has verified.
 
-        Raises Corrupt if it found a damaged piece of a block that the tier still has.
+        Raises Corrupt if it found a damaged page of a block that the tier still has.
         """
-        raise NotImplementedError
+        records, seen_at = self._extents.records, self._extents.seen_at
+        bad = inplace.remember(records, seen_at, pages.fresh, pages.good)
+        if bad >= 0:
+            raise damage(self._file, int(pages.fresh[bad, 1]))
 
     def unverified(self, places: Slots) -> bool:
-        """Return whether ``gather`` of these places would have to verify a piece."""
-        raise NotImplementedError
+        """Return whether ``gather`` of whole rows would have to verify a page."""
+        records = self._extents.records
+        return len(list_pages(self._extents, records, places, self.width, False)[1]) > 0
+
+    def _check(self, intact: int, places: Slots) -> None:
+        """Raise Corrupt unless ``intact``, the result of a kernel, is the number of places."""
+        if intact < len(places):
+            extent = int(places[intact]) >> POSITION_BITS
+            raise damage(self._file, self._extents.field(extent, NUMBER))

@@ -161,6 +161,66 @@ def test_the_file_does_not_grow_with_the_number_of_checkpoints(tmp_path: Path) -
     assert verify_pages(str(tmp_path)) == []
 
 
+# ---- blocks in place
+
+
+def in_place(directory: Path, offset: int | None, size: int) -> bytes:
+    """Bytes of the file at an offset."""
+    assert offset is not None
+    return (directory / "data.mdb").read_bytes()[offset : offset + size]
+
+
+def test_a_committed_block_is_at_its_offset_in_the_file(tmp_path: Path) -> None:
+    blocks = [rows(1, 1, 1), rows(2, 30, 9), rows(3, 1000, 20), pack_tombstones(1, *three())]
+    blocks += [rows(n, n, 1) for n in range(4, 70)]
+    with Base(tmp_path) as base:
+        numbers = [base.add(block) for block in blocks]
+        base.commit(state(1, numbers))
+        offsets = [base.offset(number) for number in numbers]
+        for offset, block in zip(offsets, blocks, strict=True):
+            assert offset is not None
+            assert offset % 4096 == 16
+            assert in_place(tmp_path, offset, len(block)) == bytes(block)
+        with pytest.raises(Corrupt, match="block 1000"):
+            base.offset(1000)
+        for version in range(2, 10):  # other blocks come and go
+            more = [base.add(rows(100, 1000, 100)) for _ in range(3)]
+            base.commit(state(version, [*numbers, *more]))
+        assert [base.offset(number) for number in numbers] == offsets
+    for readonly in (True, False):
+        with Base(tmp_path, readonly=readonly) as base:
+            assert [base.offset(number) for number in numbers] == offsets
+
+
+def test_small_blocks_of_older_releases_have_no_offset(tmp_path: Path) -> None:
+    with Base(tmp_path) as base:
+        base._padded = lambda data: data  # type: ignore[method-assign]
+        numbers = [base.add(rows(n, count)) for n, count in ((1, 1), (2, 5), (3, 30), (4, 2000))]
+        base.commit(state(1, numbers))
+        assert [base.offset(number) is None for number in numbers] == [True, True, True, False]
+        assert len(listed(base)) == 4
+
+
+def test_pinned_blocks_stay_until_they_are_unpinned(tmp_path: Path) -> None:
+    with Base(tmp_path) as base:
+        first = [base.add(rows(i, 100)) for i in range(3)]
+        base.commit(state(1, first))
+        base.pin(first[:2])
+        base.pin(first[1:2])
+        base.commit(state(2, [base.add(rows(9))]))
+        assert stored(tmp_path) == {1, 2, 4}
+        base.discard()
+        assert contents(base.block(1)) == bytes(rows(0, 100))
+        base.unpin(first[:2])
+        assert dict(base.pins) == {2: 1}
+        base.commit(state(3, [4]))
+        assert stored(tmp_path) == {2, 4}
+        assert base.offset(2) is not None
+    with Base(tmp_path) as base:  # pins do not outlive the base
+        assert stored(tmp_path) == {4}
+        assert base.state == state(3, [4])
+
+
 def test_an_interrupted_creation_is_begun_anew(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "data.mdb").write_bytes(b"half")

@@ -8,6 +8,7 @@ import pytest
 from bases import (
     FIRST_GOLDEN,
     OLDER_GOLDEN,
+    SECOND_GOLDEN,
     STATE,
     STATE_GOLDEN,
 )
@@ -20,7 +21,9 @@ from storage.history import History
 def test_the_format_of_the_state_is_what_it_always_was() -> None:
     assert STATE.pack().hex(" ", 8) == bytes.fromhex(STATE_GOLDEN).hex(" ", 8)
     assert BaseState.unpack(bytes.fromhex(STATE_GOLDEN), "golden") == STATE
-    older = dataclasses.replace(STATE, history=History((3,)))
+    second = dataclasses.replace(STATE, directory=0, distinct=False)
+    assert BaseState.unpack(bytes.fromhex(SECOND_GOLDEN), "golden") == second
+    older = dataclasses.replace(second, history=History((3,)))
     assert BaseState.unpack(bytes.fromhex(OLDER_GOLDEN), "golden") == older
     first = dataclasses.replace(older, logged=False)
     assert BaseState.unpack(bytes.fromhex(FIRST_GOLDEN), "golden") == first

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from blocks import pack_rows, pack_tombstones
+from blocks import pack_rows, pack_tombstones, rows_to_fill
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -17,11 +17,15 @@ from storage.block import (
     BLOCK_BYTES,
     CELLS,
     COUNTERS,
+    DIRECTORY,
     ROWS,
     TOMBSTONES,
     Block,
+    header_of,
     pack_cells,
     pack_counters,
+    pack_entries,
+    row_layout,
     rows_per_block,
     size_of,
     tombstones_per_block,
@@ -31,6 +35,18 @@ from storage.block import (
 from storage.errors import Corrupt, UnknownFormat
 
 ROWS_GOLDEN = (
+    "5053424c4f434b0a 02000000 02000000 0200000000000000 07000000 01000000"
+    "0000000000000000 4a909ced317f45ec 00000000000000000000000000000000"
+    "0100000000000000 ffffffffffffffff"  # keys
+    "0300000000000000 0400000000000000"  # versions
+    "feffffffffffffff 0600000000000000"  # steps
+    "0700000000000000 0800000000000000"  # frequencies
+    "0000000000000000 0000000000000000 0000000000000000"  # the gap: rows begin at 192 in the file
+    "0000000000000000 0000000000000000 0000000000000000"
+    "0000003f 000080bf 00000000 000020c0"  # rows
+    "ed57b1e6 00000000"  # sums
+)
+OLD_ROWS_GOLDEN = (  # format 1
     "5053424c4f434b0a 01000000 02000000 0200000000000000 07000000 01000000"
     "0000000000000000 fdce9167a5080dbd 00000000000000000000000000000000"
     "0100000000000000 ffffffffffffffff"  # keys
@@ -53,6 +69,11 @@ COUNTERS_GOLDEN = (
     "0300000000000000 0400000000000000"  # versions
     "01000000 ffffffff"  # totals
 )
+DIRECTORY_GOLDEN = (
+    "5053424c4f434b0a 02000000 00000000 0300000000000000 00000000 05000000"
+    "0000000000000000 28d19b8c7f318bd4 00000000000000000000000000000000"
+    "01ff02"
+)
 CELLS_GOLDEN = (
     "5053424c4f434b0a 01000000 00000000 0300000000000000 07000000 04000000"
     "0900000000000000 c6b6bf862aa42df6 00000000000000000000000000000000"
@@ -68,6 +89,16 @@ def golden_rows() -> memoryview:
     rows = np.array([[0.5, -1], [0, -2.5]], np.float32)
     steps = np.array([-2, 6], np.int64)
     return pack_rows(7, u64(1, 2**64 - 1), u64(3, 4), steps, u64(7, 8), rows)
+
+
+def old_rows() -> memoryview:
+    block = rows_to_fill(7, 2, 2, old=True)
+    block.data[64:] = np.frombuffer(bytes.fromhex(OLD_ROWS_GOLDEN), np.uint8)[64:]
+    return block.seal()
+
+
+def golden_directory() -> memoryview:
+    return pack_entries(np.array([1, 255, 2], np.uint8))
 
 
 def golden_counters() -> memoryview:
@@ -86,12 +117,14 @@ def golden_tombstones() -> memoryview:
 
 def contents(block: Block) -> tuple[Any, ...]:
     arrays = (block.keys, block.versions, block.steps, block.frequencies, block.rows, block.causes)
-    arrays += block.totals, block.cells
+    arrays += block.totals, block.cells, block.entries
     return (block.table, block.kind, block.width, len(block), *(a.tolist() for a in arrays))
 
 
 GOLDEN = {
     "rows": (golden_rows, ROWS_GOLDEN),
+    "rows of format 1": (old_rows, OLD_ROWS_GOLDEN),
+    "directory": (golden_directory, DIRECTORY_GOLDEN),
     "tombstones": (golden_tombstones, TOMBSTONES_GOLDEN),
     "counters": (golden_counters, COUNTERS_GOLDEN),
     "cells": (golden_cells, CELLS_GOLDEN),
@@ -109,17 +142,23 @@ def test_the_format_is_what_it_always_was(name: str) -> None:
 
 def test_golden_bytes_read_back_as_what_was_packed() -> None:
     keys, versions = [1, 2**64 - 1], [3, 4]
-    assert contents(unpack(bytes.fromhex(ROWS_GOLDEN), "golden")) == (
-        *(7, ROWS, 2, 2, keys, versions, [-2, 6], [7, 8], [[0.5, -1], [0, -2.5]], [], [], []),
-    )
+    for golden in (ROWS_GOLDEN, OLD_ROWS_GOLDEN):
+        assert contents(unpack(bytes.fromhex(golden), "golden")) == (
+            *(7, ROWS, 2, 2, keys, versions, [-2, 6], [7, 8], [[0.5, -1], [0, -2.5]]),
+            *([], [], [], []),
+        )
     assert contents(unpack(bytes.fromhex(TOMBSTONES_GOLDEN), "golden")) == (
-        *(7, TOMBSTONES, 0, 2, keys, versions, [], [], [], [1, 5], [], []),
+        *(7, TOMBSTONES, 0, 2, keys, versions, [], [], [], [1, 5], [], [], []),
     )
     assert contents(unpack(bytes.fromhex(COUNTERS_GOLDEN), "golden")) == (
-        *(7, COUNTERS, 0, 2, keys, versions, [], [], [], [], [1, 2**32 - 1], []),
+        *(7, COUNTERS, 0, 2, keys, versions, [], [], [], [], [1, 2**32 - 1], [], []),
+    )
+    directory = unpack(bytes.fromhex(DIRECTORY_GOLDEN), "golden")
+    assert contents(directory) == (
+        *(0, DIRECTORY, 0, 3, [], [], [], [], [], [], [], [], [1, 255, 2]),
     )
     cells = unpack(bytes.fromhex(CELLS_GOLDEN), "golden")
-    assert contents(cells) == (7, CELLS, 0, 3, [], [], [], [], [], [], [], [1, 255, 2])
+    assert contents(cells) == (7, CELLS, 0, 3, [], [], [], [], [], [], [], [1, 255, 2], [])
     assert cells.start == 9
 
 
@@ -157,9 +196,12 @@ def test_rows_come_back_bit_for_bit(table: int, width: int, count: int, seed: in
     assert len(again.causes) == 0
 
 
-def test_a_block_is_built_in_the_buffer_that_it_is_given() -> None:
+@pytest.mark.parametrize(
+    "empty", [lambda b: Block.empty(1, 4, 10, b), lambda b: Block.tombstones(1, 10, b)]
+)
+def test_a_block_is_built_in_the_buffer_that_it_is_given(empty: Any) -> None:
     buffer = np.full(BLOCK_BYTES, 0xEE, np.uint8)
-    for block in (Block.empty(1, 4, 10, buffer), Block.tombstones(1, 10, buffer)):
+    for block in (empty(buffer), empty(buffer)):
         block.keys[:] = np.arange(10)
         data = block.seal()
         assert np.shares_memory(np.frombuffer(data, np.uint8), buffer)
@@ -233,9 +275,10 @@ def resealed(offset: int, value: int, size: int = 4) -> bytearray:
     ("offset", "value", "size", "what"),
     [
         (0, 0, 8, "begin"),
-        (12, 3, 4, "of 152 bytes, got"),
+        (12, 3, 4, "of 208 bytes, got"),
         (16, 2**64 - 1, 8, "bytes, got"),
-        (28, 5, 4, "kind 5"),
+        (28, 6, 4, "kind 6"),
+        (28, 2, 4, "kind 2 in format 2"),
     ],
 )
 def test_a_header_that_lies_is_found_though_its_checksum_fits(
@@ -247,5 +290,49 @@ def test_a_header_that_lies_is_found_though_its_checksum_fits(
 
 def test_a_newer_format_is_not_called_damage() -> None:
     with pytest.raises(UnknownFormat) as caught:
-        unpack(resealed(8, 2), "block 5")
-    assert (caught.value.where, caught.value.found, caught.value.known) == ("block 5", 2, 1)
+        unpack(resealed(8, 3), "block 5")
+    assert (caught.value.where, caught.value.found, caught.value.known) == ("block 5", 3, 2)
+
+
+# ---- rows in place
+
+
+@pytest.mark.parametrize("width", [1, 3, 16, 24, 64, 192, 1024, 5000])
+def test_rows_take_as_few_cache_lines_and_pages_of_the_file_as_possible(width: int) -> None:
+    size = 4 * width
+    for count in (0, 1, 2, 17, rows_per_block(width)):
+        layout = row_layout(width, count, 2)
+        start = layout.rows + 16
+        assert start % 64 == 0
+        assert 0 <= layout.rows - 64 - 32 * count < 4096
+        lines = {-(-((start + i * size) % 64 + size) // 64) for i in range(min(count, 64))}
+        assert size % 64 or lines <= {size // 64}
+        pages = {-(-((start + i * size) % 4096 + size) // 4096) for i in range(count)}
+        assert 4096 % size or pages <= {1}
+        assert layout.sums % 8 == 0
+        assert layout.sums - (layout.rows + count * size) in (0, 4)
+        assert layout.pieces == -(-(layout.sums + 16) // 4096)
+        assert layout.size == size_of(ROWS, width, count)
+
+
+def test_all_bytes_between_the_arrays_are_zero() -> None:
+    buffer = np.full(BLOCK_BYTES, 0xEE, np.uint8)
+    block = Block.empty(1, 3, 5, buffer)
+    for array in (block.keys, block.versions, block.steps, block.frequencies, block.rows):
+        array.view(np.uint8)[:] = 0xDD
+    data = bytes(block.seal())
+    assert data[64:].count(0xDD) == 5 * 32 + 5 * 12
+    assert 0xEE not in data
+    assert data == bytes(Block.empty(1, 3, 5, block.data.copy()).seal())
+
+
+def test_the_header_is_read_alone() -> None:
+    for pack, golden in GOLDEN.values():
+        header = header_of(bytes.fromhex(golden)[:64])
+        assert header is not None
+        block = unpack(pack(), "here")
+        assert header == (block.format, block.width, len(block), block.table, block.kind)
+        assert header.size == len(pack())
+    assert header_of(bytes.fromhex(ROWS_GOLDEN)[:63]) is None
+    assert header_of(bytes(64)) is None
+    assert header_of(bytes(resealed(8, 3))) is None

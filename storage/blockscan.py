@@ -1,0 +1,203 @@
+"""Read blocks on other threads than the engine's: for a request, or one after another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage import inplace
+from storage.blockfile import BlockFile
+from storage.errors import Corrupt
+from storage.extents import (
+    COUNT,
+    NUMBER,
+    POSITION_BITS,
+    SIZE,
+    START,
+    Extents,
+    Reader,
+    Records,
+    ready,
+    unpack_zones,
+)
+from storage.inplace import HEADER
+from storage.kernels import Rows, Slots
+from storage.slots import FREQUENCY, LOOK, Meta
+from storage.sums import PIECE, SHIFT
+
+_POSITION = (1 << POSITION_BITS) - 1
+
+
+def damage(
+    file: BlockFile, number: int, what: str = "the sum of a piece does not match"
+) -> Corrupt:
+    """Return the error for a damaged block.
+
+    number  of the block
+    what    what is wrong with it
+    """
+    return Corrupt(f"{file.path}: block {number}", what)
+
+
+def list_pages(
+    extents: Extents, records: Records, places: Slots, numbers: int, meta: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """List the pages of the file that contain rows.
+
+    numbers  float32 numbers to read of each row
+    meta     also list the pages with the metadata
+
+    Returns (``pages``, ``fresh``) of ``inplace.list_pages``.
+    """
+    most = len(places) * (-(-4 * numbers // PIECE) + 1 + (4 if meta else 0))
+    pages, fresh = np.empty(most, np.int64), np.empty((most, inplace.FRESH), np.int64)
+    counts = np.empty(2, np.int64)
+    inplace.list_pages(
+        records, extents.seen_at, extents.width, 4 * numbers, meta, places, pages, fresh, counts
+    )
+    return pages[: counts[0]], fresh[: counts[1]]
+
+
+class ColdPages:
+    """The pages of the file that hold some rows, to be made ready by another thread.
+
+    ``Blocks.pages`` makes it on the engine thread, any thread calls ``warm``, and the engine thread
+    passes it to ``Blocks.settle``. Nothing stays reserved in between: the rows may move or change.
+
+    fresh  int64[m, 5]  pages that were not verified yet, ascending; see ``inplace.list_pages``
+    good   bool[m]      which of them are intact; valid after ``warm``
+    """
+
+    def __init__(self, file: BlockFile, pages: NDArray[np.int64], fresh: NDArray[np.int64]) -> None:
+        """Store the pages, each of which may occur more than once in ``pages`` and ``fresh``."""
+        self._file, self._pages = file, pages
+        self.fresh = fresh
+        self.good = np.zeros(len(fresh), np.bool_)
+
+    def warm(self) -> None:
+        """Read the pages into memory, and verify those that were never verified.
+
+        Any thread may call this. Releases the GIL. Raises OSError if the disk fails. Damage is not
+        raised here but by ``Blocks.settle``, because the block may be gone by now.
+        """
+        first = np.unique(self.fresh[:, 0], return_index=True)[1]
+        fresh = self.fresh = self.fresh[first]
+        pieces = (fresh[:, 0] - fresh[:, 3] + SHIFT) // PIECE
+        sums = fresh[:, 3] + 8 * fresh[:, 4] + 4 * pieces
+        self._file.warm(np.unique(np.concatenate([self._pages, fresh[:, 0], sums & -PIECE])), PIECE)
+        self.good = np.zeros(len(fresh), np.bool_)
+        inplace.verify_pages(self._file.words, fresh, self.good)
+
+
+class BlockScan(Reader):
+    """A scan of the cold rows of a table. See Scan for the contract.
+
+    ``start`` of ``find`` is block number << 16 | position. Each call finds rows of one block, which
+    stays until the next call or until the scan is dropped, so that ``copy`` can read it. Blocks
+    that are added during the scan are included.
+
+    """
+
+    def __init__(self, dim: int, extents: Extents, file: BlockFile) -> None:
+        """Begin at the first block.
+
+        dim      numbers in an embedding
+        extents  the blocks
+        file     the map of the file that contains them
+        """
+        super().__init__(extents.memory)
+        self._dim, self._extents, self._file = dim, extents, file
+        extents.register(self)
+
+    def find(
+        self, start: int, after: int, upto: int, limit: int, look: int = LOOK
+    ) -> tuple[Slots, int | None]:
+        places = np.empty(limit, np.int64)
+        looked = 0
+        while looked < look:
+            if not self._extents.enter(self, start >> POSITION_BITS):
+                return places[:0], None
+            number, extent = self.number, self.extent
+            records = self.memory.array()
+            position = start & _POSITION if number == start >> POSITION_BITS else 0
+            count = int(records[extent, COUNT])
+            zones = unpack_zones(records[extent])
+            found, end = 0, count
+            if zones.least_version <= upto and zones.greatest_version > after:
+                end = min(count, position + look - looked)
+                found, end = self._search(records, extent, position, end, after, upto, places)
+            looked += max(1, end - position)
+            start = number << POSITION_BITS | end if end < count else number + 1 << POSITION_BITS
+            if found:
+                return places[:found], start
+        return places[:0], start
+
+    def _search(
+        self,
+        records: Records,
+        extent: int,
+        start: int,
+        stop: int,
+        after: int,
+        upto: int,
+        places: Slots,
+    ) -> tuple[int, int]:
+        """Find cold rows of one block; see ``inplace.find_cold``. Raises Corrupt."""
+        extents = self._extents
+        begin, count = int(records[extent, START]), int(records[extent, COUNT])
+        column = begin + HEADER + 8 * count
+        first, last = column + 8 * start, column + 8 * stop
+        self._file.warm(np.array([first]), last - first)
+        self._file.warm(np.array([begin + int(records[extent, SIZE]) - 1]), 1)  # a page of sums
+        words = self._file.words
+        if not ready(records, extents.seen_at, words, extent, first, last, False):
+            raise damage(self._file, int(records[extent, NUMBER]))
+        live_at, cached_at = extents.live_at, extents.cached_at
+        return inplace.find_cold(  # type: ignore[no-any-return]
+            records, live_at, cached_at, words, extent, start, stop, after, upto, places
+        )
+
+    def copy(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> Meta:
+        self._warm(places, rows.shape[1], True)
+        records, seen_at, width = self.memory.array(), self._extents.seen_at, self._extents.width
+        words, floats = self._file.words, self._file.floats
+        meta = np.empty((len(places), 4), np.uint64)
+        self._check(
+            inplace.gather(records, seen_at, words, floats, width, places, rows, False), places
+        )
+        self._check(inplace.read_meta(records, seen_at, words, places, meta, False), places)
+        frequencies[:] = meta[:, FREQUENCY]
+        return meta
+
+    def measure(self, places: Slots, norms: NDArray[Any]) -> Meta:
+        dim = self._dim
+        self._warm(places, dim, True)
+        records, seen_at, width = self.memory.array(), self._extents.seen_at, self._extents.width
+        words, floats = self._file.words, self._file.floats
+        meta = np.empty((len(places), 4), np.uint64)
+        self._check(
+            inplace.measure(records, seen_at, words, floats, width, dim, places, norms), places
+        )
+        self._check(inplace.read_meta(records, seen_at, words, places, meta, False), places)
+        return meta
+
+    def read(self, places: Slots, out: Rows) -> None:
+        self._warm(places, out.shape[1], False)
+        records, seen_at, width = self.memory.array(), self._extents.seen_at, self._extents.width
+        words, floats = self._file.words, self._file.floats
+        self._check(
+            inplace.gather(records, seen_at, words, floats, width, places, out, False), places
+        )
+
+    def _warm(self, places: Slots, numbers: int, meta: bool) -> None:
+        """Read the pages with rows into memory. See ``_list`` for the parameters."""
+        pages, fresh = list_pages(self._extents, self.memory.array(), places, numbers, meta)
+        self._file.warm(np.unique(np.concatenate([pages, fresh[:, 0]])), PIECE)
+
+    def _check(self, intact: int, places: Slots) -> None:
+        """Raise Corrupt unless ``intact``, the result of a kernel, is the number of places."""
+        if intact < len(places):
+            extent = int(places[intact]) >> POSITION_BITS
+            raise damage(self._file, int(self.memory.array()[extent, NUMBER]))

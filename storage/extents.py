@@ -1,0 +1,325 @@
+"""What is known in memory about the blocks of one table: where they are, and bits of their rows.
+
+An *extent* is a small number that stands for a block. When the block is gone, its extent is used
+again. A place is extent << 16 | position of a row in the block. Each extent has one record of
+64-bit words, so that a kernel finds everything about a row with one or two cache misses:
+
+    record = fields, see below | live bits | cached bits | seen bits
+
+live    one bit per row: the row is the current value of its key
+cached  one bit per row: the row is live, and has a slot in host memory, too
+seen    one bit per piece of 4 KiB of the block (see sums.py): its sum was verified
+
+A row that is live and not cached is *cold*.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from bisect import bisect_left, insort
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.arena import Arena, Budget, Memory
+from storage.block import BLOCK_BYTES, RowLayout, row_layout
+from storage.directory import Zones
+from storage.kernels import Slots, inline, jit
+from storage.sums import PIECE, SHIFT, intact
+
+POSITION_BITS = 16  # low bits of a place that contain the position in the block
+NONE = -1  # no block
+FIRST_LINE = 8  # words of a cache line
+
+# Fields of a record. Offsets are in bytes, in the file; a free extent has COUNT 0.
+ROWS_AT, START, BODY, COUNT, NUMBER, LIVE, CACHED, SIZE = range(8)
+ZONES = 8  # first of six fields with the bounds of the metadata
+FIELDS = 16
+# ROWS_AT  offset of the first row           START   offset of the block
+# BODY     words before the sums             COUNT   number of rows
+# NUMBER   of the block in the base          LIVE    number of live rows
+# CACHED   number of cached rows             SIZE    bytes of the block
+
+Records = NDArray[np.uint64]  # [capacity, words]
+
+
+@inline
+def get_bit(records: Any, extent: Any, first: Any, bit: Any) -> Any:
+    """Return bit number ``bit`` of the bits that begin at word ``first`` of a record."""
+    return (records[extent, first + (bit >> 6)] >> np.uint64(bit & 63)) & np.uint64(1)
+
+
+@inline
+def set_bit(records: Any, extent: Any, first: Any, bit: Any) -> None:
+    """Set bit number ``bit`` of the bits that begin at word ``first`` of a record."""
+    records[extent, first + (bit >> 6)] |= np.uint64(1) << np.uint64(bit & 63)
+
+
+@inline
+def clear_bit(records: Any, extent: Any, first: Any, bit: Any) -> None:
+    """Clear bit number ``bit`` of the bits that begin at word ``first`` of a record."""
+    records[extent, first + (bit >> 6)] &= ~(np.uint64(1) << np.uint64(bit & 63))
+
+
+@jit
+def mark(records: Any, live_at: int, cached_at: int, places: Any, live: int, cached: int) -> Any:
+    """Change the bits of rows, and count them.
+
+    records    uint64[extents, words]
+    live_at    first word of the live bits
+    cached_at  first word of the cached bits
+    places     int64[n]  negative ones are skipped
+    live       1: set the live bits, 0: clear them, -1: leave them
+    cached     1: set the cached bits of rows that are live then, 0: clear them
+
+    Returns by how much the numbers of (live, cached) rows grew.
+    """
+    more_live, more_cached = np.int64(0), np.int64(0)
+    for i in range(places.shape[0]):
+        if places[i] < 0:
+            continue
+        extent, position = places[i] >> 16, places[i] & 0xFFFF
+        was = np.int64(get_bit(records, extent, live_at, position))
+        had = np.int64(get_bit(records, extent, cached_at, position))
+        alive = was if live < 0 else live
+        holds = cached & alive
+        if alive:
+            set_bit(records, extent, live_at, position)
+        else:
+            clear_bit(records, extent, live_at, position)
+        if holds:
+            set_bit(records, extent, cached_at, position)
+        else:
+            clear_bit(records, extent, cached_at, position)
+        more_live += alive - was
+        more_cached += holds - had
+        records[extent, LIVE] = np.uint64(np.int64(records[extent, LIVE]) + alive - was)
+        records[extent, CACHED] = np.uint64(np.int64(records[extent, CACHED]) + holds - had)
+    return more_live, more_cached
+
+
+@jit
+def ready(
+    records: Any, seen_at: int, words: Any, extent: Any, start: Any, stop: Any, remember: bool
+) -> Any:
+    """Verify the pieces of a block that contain the bytes start..stop-1 of the file.
+
+    records   uint64[extents, words]
+    seen_at   first word of the seen bits
+    words     uint64[]  the map of the file
+    remember  set the seen bits of the pieces; only the engine thread may do that
+
+    Returns whether all of them are intact.
+    """
+    begin = np.int64(records[extent, START])
+    base = begin - SHIFT
+    for piece in range((start - base) // PIECE, (stop - 1 - base) // PIECE + 1):
+        if get_bit(records, extent, seen_at, piece) == 0:
+            if not intact(words, begin >> 3, np.int64(records[extent, BODY]), piece):
+                return False
+            if remember:
+                set_bit(records, extent, seen_at, piece)
+    return True
+
+
+class Reader:
+    """Reads blocks on another thread than the engine's. A block that it holds is not removed.
+
+    memory  the records of the blocks
+    extent  of the block that it holds; NONE (-1): none
+    number  of this block in the base; NONE: none
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.extent = self.number = NONE
+
+
+class Extents:
+    """The records of the blocks of one table.
+
+    width   float32 numbers per row
+    live    number of live rows
+    cached  number of cached rows
+    bytes   bytes of the blocks on disk, in whole pages
+
+    Only the engine thread may change them.
+    """
+
+    def __init__(self, width: int, budget: Budget) -> None:
+        most = max(1, BLOCK_BYTES // (32 + 4 * width))  # in format 1, too
+        pieces = row_layout(width, most, 2).pieces
+        self.width = width
+        self.most = most  # rows of a block
+        self.live_at = FIELDS
+        self.cached_at = self.live_at + -(-most // 64)
+        self.seen_at = self.cached_at + -(-most // 64)
+        size = self.seen_at + -(-pieces // 64)
+        self._arena = Arena(-(-size // FIRST_LINE) * FIRST_LINE, np.uint64, budget)
+        self._used = 0  # extents ever in use
+        self._free: list[int] = []
+        self._numbers: list[int] = []  # of the blocks, ascending
+        self._by_number: dict[int, int] = {}  # block number -> extent
+        self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()
+        self._lock = threading.Lock()  # held while a block is added, removed, or entered
+        self.live = self.cached = self.bytes = 0
+
+    @property
+    def records(self) -> Records:
+        """The records, for the engine thread; valid until the next call of ``add``."""
+        return self._arena.array
+
+    @property
+    def memory(self) -> Memory:
+        """The memory of the records, for other threads."""
+        return self._arena.memory
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of memory taken from the budget."""
+        return self._arena.bytes
+
+    def add(self, number: int, start: int, count: int, layout: RowLayout, zones: Zones) -> int:
+        """Add a block, none of whose rows is live, and return its extent.
+
+        number  of the block in the base
+        start   offset of the block in the file
+        count   number of rows, 1..``most``
+        layout  where the parts of the block are
+        zones   bounds of the metadata of its rows
+
+        Raises OutOfMemory, and changes nothing then.
+        """
+        if not self._free:
+            self._arena.grow(self._used + 1)
+            self._free.append(self._used)
+            self._used += 1
+        extent = self._free.pop()
+        record = self.records[extent]
+        record[:] = 0
+        record[[ROWS_AT, START, BODY]] = start + layout.rows, start, layout.sums // 8
+        record[[NUMBER, SIZE]] = number, layout.size
+        record[ZONES : ZONES + 6] = _pack(zones)
+        record[COUNT] = count
+        self.bytes += _pages(layout.size)
+        with self._lock:
+            self._by_number[number] = extent
+            insort(self._numbers, number)
+        return extent
+
+    def remove(self, extent: int) -> int:
+        """Forget a block without live rows, and return its number. Its extent is used again."""
+        record = self.records[extent]
+        assert record[COUNT], "the extent must have a block"
+        assert not record[LIVE], "the block must have no live rows"
+        number = int(record[NUMBER])
+        self.bytes -= _pages(int(record[SIZE]))
+        with self._lock:
+            del self._by_number[number]
+            self._numbers.remove(number)
+        record[COUNT] = 0
+        self._free.append(extent)
+        return number
+
+    def by_number(self) -> list[tuple[int, int]]:
+        """Return (extent, number) of each block, by ascending number."""
+        return [(self._by_number[number], number) for number in self._numbers]
+
+    def register(self, reader: Reader) -> None:
+        """Let a reader enter blocks, until it is dropped."""
+        self._readers.add(reader)
+
+    def enter(self, reader: Reader, number: int) -> bool:
+        """Make a reader hold the next block that has cold rows, and no other block.
+
+        number  the least number of the block
+
+        Any thread may call this. Returns False, and the reader holds none then, if there is none.
+        """
+        records = reader.memory.array()
+        with self._lock:
+            reader.extent = reader.number = NONE
+            for at in range(bisect_left(self._numbers, number), len(self._numbers)):
+                extent = self._by_number[self._numbers[at]]
+                if records[extent, LIVE] > records[extent, CACHED]:
+                    reader.extent, reader.number = extent, self._numbers[at]
+                    return True
+        return False
+
+    def held(self) -> dict[int, int]:
+        """Return the blocks that readers hold now: block number -> extent."""
+        with self._lock:
+            return {each.number: each.extent for each in self._readers if each.number != NONE}
+
+    def field(self, extent: int, field: int) -> int:
+        """Return one field of a record, for example COUNT."""
+        return int(self.records[extent, field])
+
+    def fields(self, field: int) -> NDArray[np.uint64]:
+        """Return one field of all records, a view; free extents have COUNT 0."""
+        return self.records[: self._used, field]
+
+    def zones(self, extent: int) -> Zones:
+        """Return the bounds of the metadata of all rows of a block."""
+        return unpack_zones(self.records[extent])
+
+    def see(self, extent: int) -> None:
+        """Mark all pieces of a block as verified."""
+        self.records[extent, self.seen_at :] = 2**64 - 1
+
+    def mark(self, places: Slots, live: int, cached: int) -> None:
+        """Change the bits of rows; see the kernel ``mark`` for the parameters."""
+        more_live, more_cached = mark(
+            self.records, self.live_at, self.cached_at, places, live, cached
+        )
+        self.live += int(more_live)
+        self.cached += int(more_cached)
+
+    def close(self) -> None:
+        """Free the memory once no other thread reads it."""
+        with self._lock:
+            self._numbers, self._by_number = [], {}
+        self._arena.close()
+        self._used, self._free = 0, []
+        self.live = self.cached = self.bytes = 0
+
+
+def bits(record: NDArray[np.uint64], first: int, count: int) -> NDArray[np.bool_]:
+    """Return ``count`` bits that begin at word ``first`` of a record, as bool[count], a copy."""
+    packed = record[first : first + -(-count // 64)].view(np.uint8)
+    return np.unpackbits(packed, count=count, bitorder="little").view(np.bool_)
+
+
+def _pack(zones: Zones) -> NDArray[np.uint64]:
+    return np.array(
+        [
+            zones.least_version,
+            zones.greatest_version,
+            zones.least_step % 2**64,
+            zones.greatest_step % 2**64,
+            zones.least_frequency,
+            zones.greatest_frequency,
+        ],
+        np.uint64,
+    )
+
+
+def unpack_zones(record: NDArray[np.uint64]) -> Zones:
+    """Return the bounds of the metadata that a record contains."""
+    fields = record[ZONES : ZONES + 6]
+    versions, steps, frequencies = fields[:2], fields[2:4].view(np.int64), fields[4:]
+    return Zones(
+        least_version=int(versions[0]),
+        greatest_version=int(versions[1]),
+        least_step=int(steps[0]),
+        greatest_step=int(steps[1]),
+        least_frequency=int(frequencies[0]),
+        greatest_frequency=int(frequencies[1]),
+    )
+
+
+def _pages(size: int) -> int:
+    """Return the bytes of the whole pages that a block of ``size`` bytes takes."""
+    return -(-(size + SHIFT) // PIECE) * PIECE

@@ -1,0 +1,275 @@
+"""Kernels that read rows and metadata of blocks straight from the map of the base's file.
+
+All of them take the records of the blocks (extents.py), and verify each piece of a block before its
+first use. Common parameters:
+
+    records   uint64[extents, words]
+    seen_at   first word of the seen bits in a record
+    words     uint64[]   the map of the file
+    floats    float32[]  the same memory
+    places    int64[n]   extent << 16 | position
+    remember  whether to record which pieces were verified; only the engine thread may do that
+
+A result is the index of the first place whose bytes are damaged, or n if none is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from storage.extents import BODY, COUNT, NUMBER, ROWS_AT, START, get_bit, ready, set_bit
+from storage.kernels import inline, jit, prefetch, prefetch_row, square_sum
+from storage.sums import PIECE, SHIFT, intact
+
+AHEAD = 8  # rows that are prefetched; records twice as many
+HEADER = 64  # bytes of a block before its keys
+FRESH = 5  # numbers per entry of ``list_pages``: page, number, extent, start of the block, body
+
+
+@inline
+def _row_at(records: Any, place: Any, size: Any) -> Any:
+    """Return the offset in the file of a row of ``size`` bytes."""
+    return np.int64(records[place >> 16, ROWS_AT]) + (place & 0xFFFF) * size
+
+
+@inline
+def _seen(records: Any, seen_at: Any, extent: Any, start: Any, stop: Any) -> Any:
+    """Return whether all pieces with the bytes start..stop-1 of the file were verified."""
+    base = np.int64(records[extent, START]) - SHIFT
+    first, last = (start - base) // PIECE, (stop - 1 - base) // PIECE
+    both = get_bit(records, extent, seen_at, first) & get_bit(records, extent, seen_at, last)
+    return both != 0 and last - first < 2
+
+
+@inline
+def _ahead(records: Any, floats: Any, places: Any, i: Any, width: Any, size: Any) -> None:
+    """Prefetch the row of place i + 8, and the record of place i + 16."""
+    n = places.shape[0]
+    if i + 2 * AHEAD < n:
+        prefetch(records, places[i + 2 * AHEAD] >> 16, 0)
+    if i + AHEAD < n and places[i + AHEAD] >= 0:
+        prefetch_row(floats, _row_at(records, places[i + AHEAD], 4 * width) >> 2, size)
+
+
+@jit
+def gather(
+    records: Any,
+    seen_at: int,
+    words: Any,
+    floats: Any,
+    width: int,
+    places: Any,
+    out: Any,
+    remember: bool,
+) -> Any:
+    """Copy the first columns of rows to ``out``; negative places leave a row unchanged.
+
+    width  float32 numbers per row
+    out    float32[n, k]  written; k at most ``width``
+    """
+    n, k = out.shape
+    for i in range(-AHEAD, 0):
+        _ahead(records, floats, places, i, width, 4 * k)
+    for i in range(n):
+        _ahead(records, floats, places, i, width, 4 * k)
+        place = places[i]
+        if place < 0:
+            continue
+        at = _row_at(records, place, 4 * width)
+        extent, stop = place >> 16, at + 4 * k
+        if not _seen(records, seen_at, extent, at, stop) and not ready(
+            records, seen_at, words, extent, at, stop, remember
+        ):
+            return i
+        first = at >> 2
+        for j in range(k):
+            out[i, j] = floats[first + j]
+    return n
+
+
+@jit
+def measure(
+    records: Any,
+    seen_at: int,
+    words: Any,
+    floats: Any,
+    width: int,
+    dim: int,
+    places: Any,
+    norms: Any,
+) -> Any:
+    """Write the L2 norms of embeddings to ``norms``, float64[n]. Remembers no verified piece.
+
+    width  float32 numbers per row
+    dim    numbers in an embedding
+    """
+    n = places.shape[0]
+    for i in range(n):
+        at = _row_at(records, places[i], 4 * width)
+        if not ready(records, seen_at, words, places[i] >> 16, at, at + 4 * dim, False):
+            return i
+        first = at >> 2
+        norms[i] = np.sqrt(square_sum(floats[first : first + dim], dim))
+    return n
+
+
+@jit
+def read_meta(records: Any, seen_at: int, words: Any, places: Any, out: Any, remember: bool) -> Any:
+    """Copy the metadata of rows to ``out``, uint64[n, 4]: key, version, step, frequency."""
+    n = places.shape[0]
+    for i in range(n):
+        extent, position = places[i] >> 16, places[i] & 0xFFFF
+        column = np.int64(records[extent, START]) + HEADER + 8 * position
+        step = 8 * np.int64(records[extent, COUNT])
+        for j in range(4):
+            at = column + j * step
+            if not _seen(records, seen_at, extent, at, at + 8) and not ready(
+                records, seen_at, words, extent, at, at + 8, remember
+            ):
+                return i
+            out[i, j] = words[at >> 3]
+    return n
+
+
+@jit
+def copy_columns(words: Any, first: Any, out: Any) -> None:
+    """Copy the metadata of all rows of a block to ``out``, uint64[count, 4].
+
+    first  index in ``words`` of the block's first key
+    """
+    count = out.shape[0]
+    for j in range(4):
+        for i in range(count):
+            out[i, j] = words[first + j * count + i]
+
+
+@jit
+def find_cold(
+    records: Any,
+    live_at: int,
+    cached_at: int,
+    words: Any,
+    extent: int,
+    start: int,
+    stop: int,
+    after: int,
+    upto: int,
+    places: Any,
+) -> Any:
+    """Find cold rows of a block, with versions after+1..upto, at positions start..stop-1.
+
+    live_at, cached_at  first words of the live and cached bits in a record
+    places              int64[n]  written from index 0 on; n is the maximum to find
+
+    The versions must have been verified. Returns (number found, position to continue at).
+    """
+    found = 0
+    column = (np.int64(records[extent, START]) + HEADER >> 3) + np.int64(records[extent, COUNT])
+    for position in range(start, stop):
+        if get_bit(records, extent, live_at, position) == 0:
+            continue
+        if get_bit(records, extent, cached_at, position) != 0:
+            continue
+        version = np.int64(words[column + position])
+        if after < version <= upto:
+            if found == places.shape[0]:
+                return found, position
+            places[found] = np.int64(extent) << 16 | position
+            found += 1
+    return found, stop
+
+
+@jit
+def _list(
+    records: Any,
+    seen_at: Any,
+    extent: Any,
+    start: Any,
+    stop: Any,
+    pages: Any,
+    fresh: Any,
+    counts: Any,
+) -> None:
+    """List the pieces with the bytes start..stop-1 of the file; see ``list_pages``."""
+    begin = np.int64(records[extent, START])
+    base = begin - SHIFT
+    for piece in range((start - base) // PIECE, (stop - 1 - base) // PIECE + 1):
+        if get_bit(records, extent, seen_at, piece) != 0:
+            pages[counts[0]] = base + piece * PIECE
+            counts[0] += 1
+        else:
+            entry = fresh[counts[1]]
+            entry[0], entry[1] = base + piece * PIECE, np.int64(records[extent, NUMBER])
+            entry[2], entry[3] = extent, begin
+            entry[4] = np.int64(records[extent, BODY])
+            counts[1] += 1
+
+
+@jit
+def list_pages(
+    records: Any,
+    seen_at: int,
+    width: int,
+    size: int,
+    meta: bool,
+    places: Any,
+    pages: Any,
+    fresh: Any,
+    counts: Any,
+) -> None:
+    """List the pages of the file that contain rows. A page may occur more than once.
+
+    width   float32 numbers per row
+    size    bytes of each row to read
+    meta    also list the pages that contain the metadata
+    pages   int64[]     written: offsets of pages whose piece was verified before
+    fresh   int64[, 5]  written: offset of each other page, number of its block, extent, offset of
+            the block, words before its sums
+    counts  int64[2]    written: how many of ``pages`` and of ``fresh`` were written
+    """
+    counts[:] = 0
+    for i in range(places.shape[0]):
+        if places[i] < 0:
+            continue
+        extent = places[i] >> 16
+        at = _row_at(records, places[i], 4 * width)
+        _list(records, seen_at, extent, at, at + size, pages, fresh, counts)
+        if meta:
+            at = np.int64(records[extent, START]) + HEADER + 8 * (places[i] & 0xFFFF)
+            for j in range(4):
+                start = at + 8 * j * np.int64(records[extent, COUNT])
+                _list(records, seen_at, extent, start, start + 8, pages, fresh, counts)
+
+
+@jit
+def verify_pages(words: Any, fresh: Any, good: Any) -> None:
+    """Verify the pages that ``list_pages`` wrote to ``fresh``.
+
+    good  bool[n]  written: which pages are intact
+    """
+    for i in range(fresh.shape[0]):
+        begin = fresh[i, 3]
+        piece = (fresh[i, 0] - begin + SHIFT) // PIECE
+        good[i] = intact(words, begin >> 3, fresh[i, 4], piece)
+
+
+@jit
+def remember(records: Any, seen_at: int, fresh: Any, good: Any) -> Any:
+    """Set the seen bits of pages that were verified, unless their block is gone by now.
+
+    fresh  int64[n, 5]  the pages, from ``list_pages``
+    good   bool[n]      which of them are intact
+
+    Returns the index of a page that is not intact, of a block that is still there; -1: none is.
+    """
+    bad = -1
+    for i in range(fresh.shape[0]):
+        extent = fresh[i, 2]
+        there = records[extent, COUNT] != 0 and records[extent, NUMBER] == np.uint64(fresh[i, 1])
+        if there and good[i]:
+            set_bit(records, extent, seen_at, (fresh[i, 0] - fresh[i, 3] + SHIFT) // PIECE)
+        elif there:
+            bad = i
+    return bad
