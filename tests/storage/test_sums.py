@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from storage.block import row_layout
 from storage.sums import _crc, crc_bitwise, intact, piece_count, sum_piece, sum_pieces
 
-
 _step = njit(lambda state, word: _crc(state, word))
 
 
