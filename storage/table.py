@@ -167,7 +167,9 @@ class Table:
         """
         if largest is None:
             largest = largest_magnitude(gradients)
-        self.check_push(keys, gradients, step=step, lr=lr, largest=largest)
+        optimizer = self.schema.optimizer
+        lr = optimizer.lr if lr is None else lr
+        self._guard.check(self.schema.name, optimizer, keys, gradients, lr, step, largest)
         locations, absent = self._index.find(keys)
         waiting, totals = NO_KEYS, NO_TOTALS
         if absent:
@@ -182,8 +184,6 @@ class Table:
                 self._count_refused(counts[refused])
                 keys, counts, gradients = keys[present], counts[present], gradients[present]
                 locations = locations[present]
-        optimizer = self.schema.optimizer
-        lr = optimizer.lr if lr is None else lr
         slots, _ = places(locations, self._host.code)
         stamp = max(step, self.evictor.step)
         self._host.slots.touch(slots, counts, stamp, version)
