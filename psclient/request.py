@@ -17,7 +17,7 @@ from psproto import codec, routing
 from psproto import ps_pb2 as pb
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Header:
     """Options of a push that hold for all tables of a request. Client.push explains them."""
 

@@ -81,8 +81,12 @@ class _Writer:
 
 def _varint(value: int) -> bytes:
     """Return an unsigned number as a protobuf varint: 7 bits per byte, lowest first."""
-    if value < 128:
+    if value < 1 << 7:
         return _BYTE[value]
+    if value < 1 << 14:
+        return _BYTE[value & 127 | 128] + _BYTE[value >> 7]
+    if value < 1 << 21:
+        return _BYTE[value & 127 | 128] + _BYTE[value >> 7 & 127 | 128] + _BYTE[value >> 14]
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)

@@ -95,7 +95,7 @@ def _read_field(data: bytes, at: int, end: int) -> tuple[tuple[int, int, int], i
 
     The field is a tuple as in ``fields``. Raises Malformed.
     """
-    tag, at = _read_varint(data, at, end, 32)
+    tag, at = (data[at], at + 1) if data[at] < 128 else _read_varint(data, at, end, 32)
     number, kind = tag >> 3, tag & 7
     if not number:
         raise Malformed(f"the field before byte {at} has the number 0, which is not valid")
