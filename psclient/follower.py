@@ -205,7 +205,7 @@ class Follower:
 
     @property
     def versions(self) -> Versions:
-        """Return the version of each shard whose rows are visible in this follower; -1: none yet.
+        """For each shard, the version up to which this follower has its rows; -1: none yet.
 
         After a restore to an older checkpoint, a version may be smaller than before.
         """

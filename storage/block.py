@@ -151,13 +151,13 @@ class Block:
 
     @property
     def start(self) -> int:
-        """Index in the sketch's bytes of the first byte of ``cells``. Only for a sealed block."""
+        """Position of ``cells`` in the whole sketch, in bytes. Only for a sealed block."""
         return int(_HEADER.unpack_from(self.data.data)[6])
 
     def seal(self, start: int = 0) -> memoryview:
         """Write header and checksum into ``data``, and return a view of ``data``, without a copy.
 
-        start  for CELLS: index in the sketch's bytes of the first byte of ``cells``
+        start  for CELLS: position of ``cells`` in the whole sketch, in bytes
 
         The caller must have filled the arrays, because the checksum covers them.
         """

@@ -102,7 +102,10 @@ def admissions(result: Analysis) -> list[Threshold]:
 
 
 def ttls(result: Analysis) -> list[Threshold]:
-    """Return how many rows different step TTLs would evict now, chosen as in ``admissions``."""
+    """Return how many rows eviction by age would delete now, for different TTLs in steps.
+
+    The TTLs are chosen as the thresholds in ``admissions``.
+    """
     chosen = _interesting(result.ages, result.asked.get("ages", ()), least=1)
     rows = [(value, asked, result.idle(int(value))) for value, asked in chosen]
     return [Threshold(value, asked, n, share(n, result.rows)) for value, asked, n in rows]
