@@ -228,7 +228,7 @@ class Follower:
             return tuple(max(each.head - each.version, 0) for each in self._following.shards)
 
     def tables(self) -> list[str]:
-        """Return the names of the tables of which this follower has the rows of every shard."""
+        """Return the names of the tables whose rows have arrived from every shard."""
         self._check_open()
         with self._following.changed:
             names = (set(shard.state.tables) for shard in self._following.shards)

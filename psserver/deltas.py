@@ -196,7 +196,7 @@ class Deltas:
         """Yield the encoded messages of a batch, which must have at least one change.
 
         token  encoded position after the batch; only the last message contains it
-        more   further messages of the same snapshot follow the batch
+        more   whether further messages of the same snapshot follow the batch
         """
         last = {"token": token, "more": more, "time_us": batch.changes[-1].record.origin.time_us}
         if len(batch.changes) == 1:

@@ -187,7 +187,7 @@ def pack_cells(table: int, start: int, cells: Bytes) -> memoryview:
     """Return the bytes of a sealed block with a copy of some bytes of a table's sketch.
 
     table  number of the table
-    start  index in the sketch's bytes of the first byte of ``cells``
+    start  position of ``cells`` in the whole sketch, in bytes
     cells  uint8[n]  the bytes to copy
     """
     size = size_of(CELLS, 0, len(cells))
