@@ -148,12 +148,11 @@ def metered(meter: Meter) -> Iterator[None]:
         def count(what: str, where: Any, name: str, size: Callable[..., int]) -> None:
             patch.setattr(where, name, meter.counting(what, getattr(where, name), size))
 
-        count("slots found", host, "changed", lambda result, _, start, *__: result[1] - start)
+        count("slots found", host, "find_changed", lambda result, _, start, *__: result[1] - start)
         for kernel in ("_idle_steps", "_score_lru"):
             count("slots swept", rules, kernel, stop)
-        for kernel in ("images", "measure"):
-            at = {"images": 2, "measure": 1}[kernel]
-            count("rows copied", host, kernel, lambda _, *args, at=at: len(args[at]))
+        for method in ("copy", "measure"):
+            count("rows copied", host.HostScan, method, lambda _, __, places, *___: len(places))
         count("rows deleted", Table, "delete", lambda _, table, keys, *__: len(keys))
         count("segments of counters", counter.Counters, "segment", lambda *_: 1)
         count("tables asked", evictor.Evictor, "due", lambda *_: 1)
