@@ -112,7 +112,9 @@ def as_gradients(gradients: Any, shape: tuple[int, ...], name: str) -> Rows:
 def _refuse_nulls(values: Any, name: str) -> None:
     """Raise InvalidArgument if ``values`` is a column of pyarrow or polars that contains nulls.
 
-    Converted to an array, its integers would become floats. name: name of the argument, for errors.
+    name  name of the argument, for errors
+
+    An array of such a column would have floats instead of integers.
     """
     nulls = getattr(values, "null_count", 0)
     if count := nulls() if callable(nulls) else nulls:

@@ -389,7 +389,10 @@ def _close(following: _Following, own: Client | None, process: int) -> None:
 
 
 def _load(where: Sequence[str] | Client, options: dict[str, Any], opened: bool) -> Follower:
-    """Recreate a pickled follower. opened: whether it opens itself at its first use."""
+    """Recreate a pickled follower.
+
+    opened  whether it was open, so that the new one opens itself at its first use
+    """
     follower = Follower(where, **options)
     follower._opens_itself = opened
     return follower

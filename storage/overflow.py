@@ -65,7 +65,10 @@ class OverflowGuard:
             self._tame &= largest <= TAME_NUMBER
 
     def put(self, rows: Rows) -> None:
-        """Record that whole rows, float32[n, width], were written, with any optimizer state."""
+        """Record that whole rows, float32[n, width], were written.
+
+        Their optimizer state need not result from pushes, so a root may be less than in a new row.
+        """
         self.written(largest_magnitude(rows))
         if self._tame:  # a root that is less than that of a new row is not tame
             self._tame = not any_below(readonly(rows), self._root, self._floors)
