@@ -120,7 +120,8 @@ def _run(
 def _awaited(method: Callable[P, Result]) -> Callable[P, Any]:
     """Return a coroutine method that awaits ``method``, which runs on a thread of the pool.
 
-    method  method of Client or Table; it is called on the blocking object of that type
+    method  method of Client or Table. It is called on the blocking Client or Table that belongs to
+            the object whose coroutine is awaited
     """
 
     @wraps(method)

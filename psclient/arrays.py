@@ -35,6 +35,8 @@ def as_array(values: Any, name: str) -> NDArray[Any]:
     Arrays in host memory are not copied, except bfloat16, which is converted to float32. Raises
     InvalidArgument if the array is not in host memory, or if values are masked or null.
     """
+    if type(values) is np.ndarray:
+        return values
     if isinstance(values, np.ma.MaskedArray):
         if np.ma.is_masked(values):
             count = int(np.ma.getmaskarray(values).sum())
@@ -65,6 +67,8 @@ def as_keys(keys: Any) -> NDArray[np.uint64]:
     Raises InvalidArgument if they are not such integers; the message tells how to convert them.
     """
     array = as_array(keys, "keys")
+    if array.dtype == np.int64 and array.flags.c_contiguous:
+        return array.view(np.uint64)
     if not array.size and array.dtype.kind in "fO":  # np.asarray([])
         array = array.astype(np.uint64)
     if array.dtype.kind == "O":
@@ -92,6 +96,8 @@ def as_gradients(gradients: Any, shape: tuple[int, ...], name: str) -> Rows:
     integers.
     """
     array = as_array(gradients, name)
+    if array.dtype == np.float32 and array.shape == shape and array.flags.c_contiguous:
+        return array
     if array.dtype.kind in "iu":
         _require_exact(array, name)
     elif array.dtype.kind != "f" and array.dtype.name != "bfloat16":  # ml_dtypes'
@@ -106,7 +112,9 @@ def as_gradients(gradients: Any, shape: tuple[int, ...], name: str) -> Rows:
 def _refuse_nulls(values: Any, name: str) -> None:
     """Raise InvalidArgument if ``values`` is a column of pyarrow or polars that contains nulls.
 
-    Converted to an array, its integers would become floats. name: name of the argument, for errors.
+    name  name of the argument, for errors
+
+    An array of such a column would have floats instead of integers.
     """
     nulls = getattr(values, "null_count", 0)
     if count := nulls() if callable(nulls) else nulls:

@@ -90,9 +90,8 @@ def _delete(link: Link, header: pb.PushHeader, keys: codec.Keys, deadline: float
 def _send(link: Link, header: pb.PushHeader, keys: codec.Keys, deadline: float) -> bytes:
     """Send a delete to one shard until it answers; return the encoded DeleteResponse.
 
-    If the shard refuses the first attempt with SessionExpired, the delete was never applied: it is
-    numbered again, in the client's next incarnation, and sent again. ``_delete`` explains the
-    arguments.
+    If the shard refuses the first attempt with SessionExpired, the delete was never applied. So it
+    gets a new number (``Session.renew``), and is sent again. ``_delete`` explains the arguments.
     """
     session, attempts = link.session, 0
 

@@ -205,7 +205,7 @@ class Follower:
 
     @property
     def versions(self) -> Versions:
-        """Return the version of each shard whose rows are visible in this follower; -1: none yet.
+        """For each shard, the version up to which this follower has its rows; -1: none yet.
 
         After a restore to an older checkpoint, a version may be smaller than before.
         """
@@ -228,7 +228,7 @@ class Follower:
             return tuple(max(each.head - each.version, 0) for each in self._following.shards)
 
     def tables(self) -> list[str]:
-        """Return the names of the tables of which this follower has the rows of every shard."""
+        """Return the names of the tables whose rows have arrived from every shard."""
         self._check_open()
         with self._following.changed:
             names = (set(shard.state.tables) for shard in self._following.shards)
@@ -389,7 +389,10 @@ def _close(following: _Following, own: Client | None, process: int) -> None:
 
 
 def _load(where: Sequence[str] | Client, options: dict[str, Any], opened: bool) -> Follower:
-    """Recreate a pickled follower. opened: whether it opens itself at its first use."""
+    """Recreate a pickled follower.
+
+    opened  whether it was open, so that the new one opens itself at its first use
+    """
     follower = Follower(where, **options)
     follower._opens_itself = opened
     return follower

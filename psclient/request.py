@@ -17,7 +17,7 @@ from psproto import codec, routing
 from psproto import ps_pb2 as pb
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Header:
     """Options of a push that hold for all tables of a request. Client.push explains them."""
 
@@ -179,7 +179,7 @@ def take(answer: codec.Exchanged, pulls: Sequence[Range], where: str) -> None:
         if pulled.header.dim != part.dim:
             raise SchemaMismatch(
                 f"{where}: table {part.table!r}: expected dim {part.dim}, got {pulled.header.dim}:"
-                " it was dropped and created anew; call client.table() again"
+                " the table was dropped and created anew; call client.table() again"
             )
         rows = codec.from_wire(pulled.embeddings, part.dtype).reshape(last - first, part.dim)
         if part.distinct:

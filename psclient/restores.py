@@ -76,8 +76,9 @@ def _unfinished(statuses: Sequence[pb.RestoreStatus], name: str) -> str:
     left = {(each.id, each.name) for each in statuses if each.phase not in (*OVER, PREPARED)}
     if len(left) > 1 or any(other != name for _, other in left):
         raise RestoreConflict(
-            f"expected no unfinished restore of another checkpoint, got {sorted(left)} (id,"
-            " checkpoint): finish it by restoring that checkpoint, or abort it first"
+            "another restore was interrupted, with (id, checkpoint)"
+            f" {', '.join(map(str, sorted(left)))}: first finish it by restoring that checkpoint,"
+            " or abort it"
         )
     return next(iter(left))[0] if left else ""
 

@@ -13,6 +13,7 @@ from psclient.arguments import by_table, check_range, pair, push_header, version
 from psclient.arrays import Rows
 from psclient.batch import Batch
 from psclient.choices import MODES, WIRES, Durability, Mode, Wire
+from psclient.cluster import Cluster
 from psclient.connection import Connection
 from psclient.deletes import delete_rows
 from psclient.errors import InvalidArgument, PsError
@@ -250,7 +251,7 @@ class RowClient(Connection):
         header = push_header(step, lr, durability)
         dtype = self._dtype if wire is None else checked.one_of("wire", wire, WIRES)
         wanted = checked.one_of("mode", mode, MODES)
-        self._connect(deadline)
+        cluster = self._connect(deadline)
         pushes = [
             self._push_part(name, *pair(name, each), dtype, distinct, deadline)
             for name, each in by_table("gradients", push).items()
@@ -263,7 +264,8 @@ class RowClient(Connection):
         def finish() -> dict[str, Rows]:
             return {part.table: part.shaped() for part in pulls}
 
-        return Pending(self._send(header, pushes, pulls, deadline, background=background), finish)
+        request = self._send(cluster, header, pushes, pulls, deadline, background=background)
+        return Pending(request, finish)
 
     def _pull_rows(self, name: str, keys: Any, mode: str, min_version: Sequence[int]) -> PullPart:
         """Pull rows of one table with their versions, steps and frequencies, and wait for them.
@@ -277,16 +279,18 @@ class RowClient(Connection):
         """
         deadline = self._deadline()
         wanted = checked.one_of("mode", mode, MODES)
-        least = versions_of(min_version, len(self._connect(deadline).links))
+        cluster = self._connect(deadline)
+        least = versions_of(min_version, len(cluster.links))
         part = self._pull_part(
             name, keys, self._dtype, wanted, deadline, metadata=True, min_version=least
         )
-        request = self._send(Header(), [], [part], deadline)
+        request = self._send(cluster, Header(), [], [part], deadline)
         Pending(request, lambda: None).result()
         return part
 
     def _send(
         self,
+        cluster: Cluster,
         header: Header,
         pushes: Sequence[PushPart],
         pulls: Sequence[PullPart],
@@ -296,13 +300,13 @@ class RowClient(Connection):
     ) -> Request:
         """Send the messages of a request, without waiting for answers; return the Request.
 
+        cluster     connections to the shards
         header      options of the pushes
         pushes      at most one per table
         pulls       at most one per table
         deadline    monotonic seconds
         background  whether a background thread reads the replies
         """
-        cluster = self._connect(deadline)
         request = Request(
             owner=self,
             dims=self._dims,
@@ -320,7 +324,10 @@ class RowClient(Connection):
 
         deadline  monotonic seconds
         """
-        return keys if isinstance(keys, Batch) else Batch(keys, self._connect(deadline).shard_map)
+        if isinstance(keys, Batch):
+            return keys
+        cluster = self._cluster or self._connect(deadline)  # that of another process will do, too
+        return Batch(keys, cluster.shard_map)
 
     def _pull_part(
         self,

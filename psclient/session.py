@@ -14,7 +14,7 @@ class Session:
     """Numbers the pushes of one client to one shard, so that the shard applies each once.
 
     client       id of the client
-    incarnation  number that grows with each use of the same client id
+    incarnation  number that grows each time the client begins to number its pushes from 1 again
 
     PushHeader in ps.proto defines the numbers. Callers of the methods hold the link's lock.
     """
@@ -62,7 +62,7 @@ class Call:
     deadline  monotonic seconds
     done      whether the call has ended; then ``answer`` or ``error`` is set
     attempts  how often the request was sent
-    renewed   whether the pushes were numbered again in a new incarnation
+    renewed   whether the pushes were numbered again after SessionExpired; see ``renumber``
     id        number of the request on the stream
     message   encoded request
     handle    gRPC's call object of the attempt in progress (unary calls only)
@@ -116,9 +116,9 @@ def pause_before(call: Call, error: PsError) -> float | None:
 
 
 def renumber(call: Call, session: Session) -> None:
-    """Number the pushes of a call again, in the client's next incarnation, after SessionExpired.
+    """Number the pushes of a call again after SessionExpired: from 1 on, in the next incarnation.
 
-    If the shard refuses the next incarnation too, another client with the same client id uses a
+    If the shard refuses that incarnation too, another client with the same client id uses a
     larger one; ``pause_before`` then treats the error as final. The caller holds the link's lock.
     """
     headers = [push.header for push in call.exchange.pushes]

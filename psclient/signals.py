@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import compress
 from typing import Any
 
 NAMES = (
@@ -74,11 +75,10 @@ class Shield:
             return
         self.up = True
         try:
-            for number in SIGNALS:
+            for number in compress(SIGNALS, map(callable, map(_signal.getsignal, SIGNALS))):
                 handler = _signal.getsignal(number)
-                if callable(handler):
-                    self._kept.append((number, handler))
-                    _signal.signal(number, _Delay(handler, self))
+                self._kept.append((number, handler))
+                _signal.signal(number, _Delay(handler, self))
             if self.wake is not None:
                 _waiting.append(self)
         except BaseException:
@@ -96,9 +96,8 @@ class Shield:
         self.up = False  # first: a _Delay left in place by an interruption then forwards
         for number, handler in self._kept:
             _signal.signal(number, handler)
-        if self.wake is not None:
-            with suppress(ValueError):
-                _waiting.remove(self)
+        if self.wake is not None and self in _waiting:
+            _waiting.remove(self)
 
 
 class Condition(threading.RLock().__class__):  # type: ignore[misc]

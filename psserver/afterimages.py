@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import deque
 from typing import Any
 
@@ -28,7 +27,7 @@ class ImageBuffers:
 
     def __init__(self) -> None:
         self._flying: deque[tuple[int, Buffer]] = deque()  # in use: version of the push, buffer
-        self._kept: list[Buffer] = []  # free, smallest first
+        self._kept: list[Buffer] = []  # free; the one freed last, which the CPU caches, is last
         self._kept_bytes = 0
         self.bytes = 0
 
@@ -41,19 +40,31 @@ class ImageBuffers:
 
         Both are views of one buffer, which stays in use until the log has written ``version``.
         """
-        self.reclaim(written)
-        size = count * (8 + 4 * width)
-        at = bisect_left(self._kept, size, key=len)
-        if at < len(self._kept):
-            buffer = self._kept.pop(at)
+        if self._flying and self._flying[0][0] <= written:
+            self.reclaim(written)
+        size, kept = count * (8 + 4 * width), self._kept
+        if kept and size <= len(kept[-1]) <= 2 * size:
+            buffer = kept.pop()
             self._kept_bytes -= len(buffer)
         else:
-            buffer = np.empty(size, np.uint8)
-            self.bytes += size
+            buffer = self._take_smallest(size)
         self._flying.append((version, buffer))
         frequencies = buffer[: 8 * count].view(np.uint64)
         rows = buffer[8 * count : size].view(np.float32).reshape(count, width)
         return frequencies, rows
+
+    def _take_smallest(self, size: int) -> Buffer:
+        """Remove and return the smallest free buffer that has at least ``size`` bytes.
+
+        Returns a new buffer of ``size`` bytes if there is none.
+        """
+        fitting = [at for at, each in enumerate(self._kept) if len(each) >= size]
+        if not fitting:
+            self.bytes += size
+            return np.empty(size, np.uint8)
+        buffer = self._kept.pop(min(fitting, key=lambda at: len(self._kept[at])))
+        self._kept_bytes -= len(buffer)
+        return buffer
 
     def reclaim(self, written: int) -> None:
         """Free the buffers of all versions up to ``written``, the newest that the log has written.
@@ -63,12 +74,12 @@ class ImageBuffers:
         """
         while self._flying and self._flying[0][0] <= written:
             buffer = self._flying.popleft()[1]
-            self._kept.insert(bisect_left(self._kept, len(buffer), key=len), buffer)
+            self._kept.append(buffer)
             self._kept_bytes += len(buffer)
             if len(self._kept) > KEPT:
-                self._free(0)
+                self._free(min(self._kept, key=len))
         while self._kept_bytes > KEPT_BYTES:
-            self._free(-1)
+            self._free(max(self._kept, key=len))
 
     def drain(self, written: int) -> None:
         """Delete all buffers, except those in use for versions newer than ``written``.
@@ -77,10 +88,10 @@ class ImageBuffers:
         """
         self.reclaim(written)
         while self._kept:
-            self._free(-1)
+            self._free(self._kept[-1])
 
-    def _free(self, at: int) -> None:
-        """Delete the free buffer at index ``at``."""
-        size = len(self._kept.pop(at))
-        self._kept_bytes -= size
-        self.bytes -= size
+    def _free(self, buffer: Buffer) -> None:
+        """Delete a free buffer."""
+        self._kept = [each for each in self._kept if each is not buffer]
+        self._kept_bytes -= len(buffer)
+        self.bytes -= len(buffer)

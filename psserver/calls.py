@@ -89,9 +89,10 @@ class Calls:
             self._ended.append(id)
 
     def proceed(self, request: pb.ContinueRequest) -> pb.ContinueResponse:
-        """Answer a Continue request: let the call with this id go on to the requested step.
+        """Answer a Continue request: let a waiting call start or finish its work.
 
-        Idempotent. Raises UnknownCall unless the call is running or has ended without an error.
+        The request has the call's id, and STEP_START or STEP_FINISH. Idempotent. Raises UnknownCall
+        unless the call is running, or ended recently without an error.
         """
         with self._lock:
             call = self._open.get(request.id)

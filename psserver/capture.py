@@ -16,7 +16,7 @@ from storage.tiers.base import Scan
 
 @dataclass(frozen=True, slots=True)
 class CapturedTable:
-    """A table of a captured shard: its settings and sizes, and access to its rows and counters."""
+    """A table in a Capture: its settings and sizes, and access to its rows and counters."""
 
     number: int  # number of the table
     schema: str  # schema as JSON

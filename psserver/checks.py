@@ -40,23 +40,23 @@ class Checks:
 
     def pull(self, pull: codec.PullMessage) -> Pull:
         """Check and convert a pull. Raises TooLarge, BadRequest, WrongShard or Malformed."""
-        header = pull.header
-        self._require_few(header.table, pull.keys)
-        if header.mode not in MODES:
+        header, keys = pull.header, pull.keys
+        if len(keys) > self._max_keys:
+            raise self._too_many(header.table, keys)
+        mode = MODES.get(header.mode)
+        if mode is None:
             raise BadRequest(
                 "INVALID_ARGUMENT",
                 f"field 'mode' must be one of {list(MODES)}, got {header.mode}",
             )
-        self._require_own(
-            header.table,
-            pull.keys,
-            routing.first_foreign(pull.keys, self._shard.shard_map, self._shard.number),
-        )
+        foreign = routing.first_foreign(keys, self._shard.shard_map, self._shard.number)
+        if foreign >= 0:
+            raise self._wrong_shard(header.table, keys[foreign])
         return Pull(
             table=header.table,
-            keys=pull.keys,
+            keys=keys,
             dtype=codec.wire_dtype(header.dtype),
-            mode=MODES[header.mode],
+            mode=mode,
             with_metadata=header.with_metadata,
             min_version=header.min_version,
             min_epoch=header.min_epoch,
@@ -67,9 +67,11 @@ class Checks:
 
         Raises TooLarge, BadRequest, WrongShard or Malformed.
         """
-        header, keys, counts = push.header, push.keys, push.counts
-        self._require_few(header.table, keys)
-        _require_step(header)
+        header, keys, counts, step = push.header, push.keys, push.counts, push.header.step
+        if len(keys) > self._max_keys:
+            raise self._too_many(header.table, keys)
+        if not -codec.STEPS <= step < codec.STEPS:
+            raise _wrong_step(header)
         gradients = _gradients(push)
         if counts is None:
             counts = np.ones(len(keys), np.uint32)
@@ -83,14 +85,14 @@ class Checks:
             keys=keys,
             counts=counts,
             gradients=gradients,
-            step=header.step,
+            step=step,
             lr=header.lr if header.HasField("lr") else None,
             largest=largest,
             client=header.client_id,
             incarnation=header.incarnation,
             sequence=header.sequence,
             acknowledged=header.acknowledged,
-            durability=_level(header),
+            durability=_level(header) if header.durability else None,
         )
 
     def delete(self, push: codec.PushMessage) -> Delete:
@@ -101,7 +103,8 @@ class Checks:
         Raises TooLarge, BadRequest or WrongShard.
         """
         header, keys = push.header, push.keys
-        self._require_few(header.table, keys)
+        if len(keys) > self._max_keys:
+            raise self._too_many(header.table, keys)
         if self._repeated(header.table, keys):
             keys = routing.split(keys, self._shard.shard_map).keys
         return Delete(
@@ -111,16 +114,15 @@ class Checks:
             incarnation=header.incarnation,
             sequence=header.sequence,
             acknowledged=header.acknowledged,
-            durability=_level(header),
+            durability=_level(header) if header.durability else None,
         )
 
-    def _require_few(self, table: str, keys: NDArray[np.uint64]) -> None:
-        if len(keys) > self._max_keys:
-            raise TooLarge(
-                "TOO_MANY_KEYS",
-                f"table {table[:200]!r}: {len(keys)} keys > max_keys={self._max_keys}; divide them"
-                " among several requests",
-            )
+    def _too_many(self, table: str, keys: NDArray[np.uint64]) -> TooLarge:
+        return TooLarge(
+            "TOO_MANY_KEYS",
+            f"table {table[:200]!r}: {len(keys)} keys > max_keys={self._max_keys}; divide them"
+            " among several requests",
+        )
 
     def _repeated(self, table: str, keys: NDArray[np.uint64]) -> bool:
         """Return whether a key occurs twice. Raises WrongShard if a key belongs to another shard.
@@ -128,27 +130,22 @@ class Checks:
         table  name of the table, for the error
         """
         repeated, foreign = routing.check(keys, self._shard.shard_map, self._shard.number)
-        self._require_own(table, keys, foreign)
+        if foreign >= 0:
+            raise self._wrong_shard(table, keys[foreign])
         return repeated > 0
 
-    def _require_own(self, table: str, keys: NDArray[np.uint64], foreign: int) -> None:
-        """Raise WrongShard for the key ``keys[foreign]``; do nothing if ``foreign`` is negative.
-
-        table  name of the table, for the error
-        """
-        if foreign < 0:
-            return
-        shard_map, key = self._shard.shard_map, keys[foreign]
+    def _wrong_shard(self, table: str, key: np.uint64) -> WrongShard:
+        """Return the error about a key that another shard owns."""
+        shard_map = self._shard.shard_map
         owner = int(shard_map.shard_of_bucket[int(routing.mix64(key)) >> 52])
-        raise WrongShard(table, int(key), owner, self._shard.number, shard_map.epoch)
+        return WrongShard(table, int(key), owner, self._shard.number, shard_map.epoch)
 
 
-def _require_step(header: pb.PushHeader) -> None:
-    if not -codec.STEPS <= header.step < codec.STEPS:
-        raise BadRequest(
-            "INVALID_ARGUMENT",
-            f"table {header.table!r}: field 'step' must be in -2^47..2^47-1, got {header.step}",
-        )
+def _wrong_step(header: pb.PushHeader) -> BadRequest:
+    return BadRequest(
+        "INVALID_ARGUMENT",
+        f"table {header.table!r}: field 'step' must be in -2^47..2^47-1, got {header.step}",
+    )
 
 
 def _gradients(push: codec.PushMessage) -> NDArray[np.float32]:

@@ -314,10 +314,10 @@ def _file(path: str | None) -> dict[str, Any]:
 
 
 def _causes(error: ValidationError) -> list[Any]:
-    """Return the items of ``error.errors()``, without defaults that could not be computed.
+    """Return the items of ``error.errors()`` that are causes, not consequences of other items.
 
-    A default is not computed if a setting that it depends on is invalid. That setting has its own
-    item.
+    If a setting is invalid, the defaults that are computed from it get items too. These are left
+    out, because the setting has its own item.
     """
     items = error.errors()
     return [item for item in items if item["type"] != "default_factory_not_called"] or items

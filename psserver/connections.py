@@ -124,7 +124,7 @@ class Connections:
         self.unfinished = sum(each.unfinished for each in seen.values())
 
     def _shed(self, excess: int) -> None:
-        """Close connections until their incomplete messages have at least ``excess`` bytes.
+        """Close so many connections that at least ``excess`` bytes of incomplete messages are gone.
 
         Connections with the oldest incomplete messages are closed first.
         """

@@ -196,7 +196,7 @@ class Deltas:
         """Yield the encoded messages of a batch, which must have at least one change.
 
         token  encoded position after the batch; only the last message contains it
-        more   further messages of the same snapshot follow the batch
+        more   whether further messages of the same snapshot follow the batch
         """
         last = {"token": token, "more": more, "time_us": batch.changes[-1].record.origin.time_us}
         if len(batch.changes) == 1:
@@ -238,13 +238,14 @@ class Deltas:
     def _newest(
         self, sequence: Sequence[LoggedChange], version: int
     ) -> Iterator[Callable[..., Any]]:
-        """Merge row changes: yield functions that make messages with the newest change of each key.
+        """Merge changes of rows: keep only the newest change of each key.
 
         sequence  pushes and deletes, oldest first
         version   version of the newest change
 
-        For each table the deletes come first, then the rows. A function takes the header fields of
-        its last message as keyword arguments, and returns an iterator of encoded messages.
+        Yields functions, for each table first those for its deletes, then one for its rows. A call
+        of a function returns an iterator of encoded messages. Its keyword arguments are header
+        fields to set in the last of these messages.
         """
         tables: dict[int, list[LoggedChange]] = {}
         for each in sequence:

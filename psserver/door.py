@@ -52,7 +52,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
     # ---- the interface of a server that generated code uses
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        """Do nothing: generated code passes each handler to the next method too."""
+        """Do nothing. Generated code also passes each handler to add_registered_method_handlers."""
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
         """Serve the methods of a service that is not ps.v1, for example of health checks.

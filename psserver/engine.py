@@ -72,10 +72,14 @@ class Engine:
         future: asyncio.Future[Result] = self._loop.create_future()
         if at_once and self._take_turn():
             try:
-                _settle(future, *_outcome(call, deadline))
+                result, error = _outcome(call, deadline)
             finally:
                 self._turn.release()
                 self._over()
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
         else:
             self._put((call, deadline, future))
         self._poll.stay()

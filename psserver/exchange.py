@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -46,6 +45,9 @@ class Checked:
     exchange: codec.Exchange
     pushes: list[Push]
     pulls: list[Pull]
+
+
+Read = tuple[Header, Checked | Exception]  # a message that was read; the error is of the checks
 
 
 class Exchanges:
@@ -111,7 +113,9 @@ class Exchanges:
         reservation  bytes in flight of the request and its reply
         """
         start = time.perf_counter()
-        change = await self._on_time(self._read_delete, data, reservation)
+        change = self._at_once(self._read_delete, data)
+        if change is None:
+            change = await self._on_thread(self._read_delete, data, reservation)
         try:
             done = await self._engine.submit(lambda: self._shard.delete(change), deadline)
         except asyncio.CancelledError:
@@ -134,9 +138,11 @@ class Exchanges:
         reservation  bytes in flight of the message and its reply
         """
         start = time.perf_counter()
-        _, checked = await self.read(decode, data, reservation)
-        begun = self.begin(checked, start, deadline, reservation)
-        del checked
+        read = self.read_at_once(decode, data)
+        if read is None:
+            read = await self.read_on_thread(decode, data, reservation)
+        begun = self.begin(read[1], start, deadline, reservation)
+        del read
         try:
             return await self.finish(begun)
         except asyncio.CancelledError:
@@ -145,39 +151,53 @@ class Exchanges:
         finally:
             del begun
 
-    async def read(
-        self, decode: Decode, data: bytes, reservation: Reservation
-    ) -> tuple[Header, Checked | Exception]:
-        """Decode and check a message. Returns (header, exchange or error of the checks).
+    def read_at_once(self, decode: Decode, data: bytes) -> Read | None:
+        """Decode and check a small message. Returns (header, exchange or error of the checks).
 
-        decode       converts the encoded message ``data`` to (header, exchange)
-        reservation  bytes in flight of the message
+        decode  converts the encoded message ``data`` to (header, exchange)
 
-        The header is None unless the message arrived on a stream. An error of the checks is
-        returned, not raised, so that the caller gets the header too. Raises Malformed if the
-        message cannot be decoded.
+        Returns None if the message is large: call ``read_on_thread`` for it. The header is None
+        unless the message arrived on a stream. An error of the checks is returned, not raised, so
+        that the caller gets the header too. Raises Malformed if the message cannot be decoded.
         """
-        return await self._on_time(partial(self._read, decode), data, reservation)
+        return self._at_once(partial(self._read, decode), data)
 
-    async def _on_time(
+    async def read_on_thread(self, decode: Decode, data: bytes, reservation: Reservation) -> Read:
+        """Decode and check a message of any size on a worker thread.
+
+        The arguments, result and errors are those of ``read_at_once``, but the result is not None.
+
+        reservation  bytes in flight of the message
+        """
+        return await self._on_thread(partial(self._read, decode), data, reservation)
+
+    def _at_once(self, read: Callable[[bytes, int], Result], data: bytes) -> Result | None:
+        """Return ``read(data, maximum number of protobuf fields)``; None if that would take long.
+
+        read  decodes and checks the encoded message ``data``
+        """
+        if len(data) <= AT_ONCE:
+            try:
+                return read(data, AT_ONCE_FIELDS)
+            except codec.TooManyFields:
+                pass
+        return None
+
+    async def _on_thread(
         self, read: Callable[[bytes, int], Result], data: bytes, reservation: Reservation
     ) -> Result:
-        """Return ``read(data, maximum number of protobuf fields)``.
+        """Return ``read(data, maximum number of protobuf fields)``, called on a worker thread.
 
         read         decodes and checks the encoded message ``data``
         reservation  bytes in flight of the message
 
-        A small message is read at once. A larger one is read on a worker thread, which releases the
-        interpreter lock often, so that the event loop stays responsive.
+        The thread releases the interpreter lock often, so that the event loop stays responsive.
         """
-        if len(data) <= AT_ONCE:
-            with suppress(codec.TooManyFields):
-                return read(data, AT_ONCE_FIELDS)
         work = partial(read, data, codec.MOST_FIELDS)
         del data
         return await self._workers.run(self._workers.checks, work, reservation=reservation)
 
-    def _read(self, decode: Decode, data: bytes, budget: int) -> tuple[Header, Checked | Exception]:
+    def _read(self, decode: Decode, data: bytes, budget: int) -> Read:
         """Decode and check a message. Returns (header, exchange or error of the checks).
 
         decode  converts the encoded message ``data`` to (header, exchange)
@@ -207,7 +227,7 @@ class Exchanges:
     ) -> Begun:
         """Submit an exchange to the engine and return at once. Pass the result to ``finish``.
 
-        checked      from ``read``: an exchange, or an error, which ``finish`` then raises
+        checked      second part of a Read: an exchange, or an error, which ``finish`` then raises
         start        time of arrival, in seconds of ``time.perf_counter``
         deadline     monotonic seconds; after it the exchange is not started
         reservation  bytes in flight of the message; the bytes of the reply are added
@@ -219,25 +239,28 @@ class Exchanges:
             return start, None, checked
         pushes, pulls = checked.pushes, checked.pulls
         try:
-            reservation.add(min(self._shard.reply_bytes(pulls), self._max_reply))
+            if pulls:
+                reservation.add(min(self._shard.reply_bytes(pulls), self._max_reply))
         except Exception as error:  # its traceback would keep the request in memory
             reservation.release()
             return start, None, error.with_traceback(None)
         work = self._engine.submit(
             lambda: self._shard.exchange(pushes, pulls),
             deadline,
-            at_once=self._is_small([*pushes, *pulls]),
+            at_once=self._is_small(pushes, pulls),
         )
         return start, checked.exchange, work
 
-    def _is_small(self, parts: Sequence[Push | Pull]) -> bool:
+    def _is_small(self, pushes: list[Push], pulls: list[Pull]) -> bool:
         """Return whether these pushes and pulls are so small that the event loop may run them.
 
         They are if they take at most a few milliseconds and need not wait for the disk.
         """
-        if len(parts) > AT_ONCE_PARTS:
+        if len(pushes) + len(pulls) > AT_ONCE_PARTS:
             return False
-        size = self._shard.size(parts)
+        size = self._shard.size(pushes) if pushes else 0
+        if pulls:
+            size += self._shard.size(pulls)
         return size <= AT_ONCE and (self._log is None or self._log.room > 2 * size)
 
     async def finish(self, begun: Begun) -> codec.Exchanged:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -65,12 +66,14 @@ class Feed:
         """Tell the subscriptions that there are new durable changes. Any thread may call this."""
         self.source.wake()
 
-    async def settled(self, version: int, level: int) -> int:
-        """Wait until ``version`` is as durable as ``level`` (a pb.Durability) requires.
+    def settled(self, version: int, level: int) -> Awaitable[int]:
+        """Return an awaitable that waits until a version is as durable as ``level`` requires.
 
-        Returns the newest durable version.
+        level  a pb.Durability
+
+        The result of the awaitable is the newest durable version.
         """
-        return await self.source.settled(version, level)
+        return self.source.settled(version, level)
 
     def drain(self) -> None:
         """End all subscriptions, because the server stops.

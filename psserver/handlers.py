@@ -29,6 +29,8 @@ class Handlers:
     """Builds gRPC handlers from methods of the service.
 
     An error that a method raises is sent as the status of its call.
+
+    arrived  counts a complete message for ``connections``: arrived(``context.peer()``, its bytes)
     """
 
     def __init__(
@@ -41,20 +43,12 @@ class Handlers:
         self._limits = limits
         self._workers = workers
         self._checkpoints = checkpoints
-        self._connections = connections
+        self.arrived = connections.arrived
 
     def count_error(self, method: str, error: Exception) -> None:
         """Count a failed request in the statistics of ``method``."""
         status = status_of(error)
         self._limits.stats.failed(method, code_of(status).name, reason_of(status))
-
-    def arrived(self, peer: str, data: bytes) -> None:
-        """Report a completely received message to the check of incomplete messages.
-
-        peer  name of the client's connection, from ``context.peer()``
-        data  the message
-        """
-        self._connections.arrived(peer, len(data))
 
     def counted(
         self, name: str, call: Callable[..., Awaitable[Any]]
@@ -94,21 +88,21 @@ class Handlers:
         arrays          requests may contain arrays; False: they must be small
         during_restore  the method may be called while a restore blocks the shard
         """
+        limits = self._limits
 
         async def call(data: bytes, context: Context) -> bytes:
             remaining = context.time_remaining()
             deadline = math.inf if remaining is None else time.monotonic() + remaining
-            reservation: Reservation | None = None
-            self.arrived(context.peer(), data)
+            began, reservation, size = False, None, len(data)
+            self.arrived(context.peer(), size)
             try:
-                reservation = self._limits.admit(
-                    len(data), arrays=arrays, during_restore=during_restore
-                )
+                limits.begin_call()
+                began = True
+                reservation = limits.admit(size, arrays=arrays, during_restore=during_restore)
                 answer = await method(data, deadline, reservation)
-                reservation.resize(len(answer))
                 task = asyncio.current_task()  # ends when the answer is sent
                 assert task is not None
-                reservation.release_after(task)
+                reservation.release_after(task, len(answer))
                 del task
                 return answer
             except Exception as error:
@@ -118,8 +112,10 @@ class Handlers:
             finally:
                 if reservation is not None:
                     reservation.release()
+                if began:
+                    limits.end_call()
 
-        return grpc.unary_unary_rpc_method_handler(self.counted(name, call))
+        return grpc.unary_unary_rpc_method_handler(call)
 
     def message(
         self,
@@ -239,7 +235,7 @@ class Handlers:
         """
 
         async def served(data: bytes, context: Context) -> None:
-            self.arrived(context.peer(), data)
+            self.arrived(context.peer(), len(data))
             try:
                 reservation = self._limits.admit(len(data), arrays=False)
                 try:

@@ -32,20 +32,17 @@ class Reservation:
 
         A reply larger than the limit is allowed if nothing else is in flight.
         """
-        if self._limits.stats.inflight_bytes > self.size:
+        stats = self._limits.stats
+        if stats.inflight_bytes > self.size:
             self._limits.require_room(more)
-        self._limits.stats.inflight_bytes += more
+        stats.inflight_bytes += more
         self.size += more
-
-    def resize(self, size: int) -> None:
-        """Change the size of the reservation to ``size`` bytes, even beyond max_inflight_bytes."""
-        self._limits.stats.inflight_bytes += size - self.size
-        self.size = size
 
     def release(self) -> None:
         """Release all bytes. Does nothing if ``hand_over`` was called before."""
         if not self._handed_over:
-            self.resize(0)
+            self._limits.stats.inflight_bytes -= self.size
+            self.size = 0
 
     def hand_over(self) -> None:
         """Make ``release`` do nothing, because the message is still in use.
@@ -56,12 +53,23 @@ class Reservation:
 
     def end(self) -> None:
         """Release all bytes after ``hand_over``."""
-        self.resize(0)
+        self._limits.stats.inflight_bytes -= self.size
+        self.size = 0
 
-    def release_after(self, work: asyncio.Future[Any]) -> None:
-        """Release all bytes when ``work``, which still uses the message, is done."""
-        self.hand_over()
-        work.add_done_callback(lambda _: self.end())
+    def release_after(self, work: asyncio.Future[Any], size: int | None = None) -> None:
+        """Release all bytes when ``work``, which still uses the message, is done.
+
+        size  bytes to keep reserved until then, even beyond max_inflight_bytes; None: all
+        """
+        if size is not None:
+            self._limits.stats.inflight_bytes += size - self.size
+            self.size = size
+        self._handed_over = True
+        work.add_done_callback(self._ended)
+
+    def _ended(self, _: asyncio.Future[Any]) -> None:
+        self._limits.stats.inflight_bytes -= self.size
+        self.size = 0
 
 
 class Limits:
@@ -79,8 +87,7 @@ class Limits:
         self._config = config
         self._restores = restores
         self._calls = 0  # running calls, without subscriptions
-        self._idle = asyncio.Event()  # set while no call is running
-        self._idle.set()
+        self._idle: asyncio.Event | None = None  # ``idle`` waits for it; set when no call runs
 
     def admit(self, size: int, *, arrays: bool = True, during_restore: bool = False) -> Reservation:
         """Admit a message of ``size`` bytes. Returns the reservation of its bytes.
@@ -90,7 +97,8 @@ class Limits:
 
         Raises Draining, Restoring, TooLarge or Overloaded.
         """
-        self.require_open(during_restore=during_restore)
+        if self.draining or self._restores.held:
+            self.require_open(during_restore=during_restore)
         most = self._config.max_message_bytes
         if size > most:
             raise TooLarge(
@@ -101,8 +109,10 @@ class Limits:
                 "MESSAGE_TOO_LARGE",
                 f"message of {size} bytes > {CONTROL_BYTES}, the limit for messages without arrays",
             )
-        self.require_room(size)
-        self.stats.inflight_bytes += size
+        inflight = self.stats.inflight_bytes + size
+        if inflight > self._config.max_inflight_bytes:
+            self.require_room(size)
+        self.stats.inflight_bytes = inflight
         return Reservation(self, size)
 
     def require_open(self, *, during_restore: bool = False) -> None:
@@ -131,14 +141,16 @@ class Limits:
                 f"{self._config.max_calls} calls are in progress, the limit max_calls; retry later"
             )
         self._calls += 1
-        self._idle.clear()
 
     def end_call(self) -> None:
         """Count a running call as ended."""
         self._calls -= 1
-        if not self._calls:
+        if self._idle is not None and not self._calls:
             self._idle.set()
 
     async def idle(self) -> None:
         """Wait until no call is running. Subscriptions do not count."""
-        await self._idle.wait()
+        if self._calls:
+            self._idle = self._idle or asyncio.Event()
+            self._idle.clear()
+            await self._idle.wait()

@@ -61,7 +61,7 @@ class LogTail:
 
     @property
     def within(self) -> bool:
-        """Whether the subscriber's snapshot, of all rows or of newer rows only, is incomplete."""
+        """Whether the snapshot or catch-up of the subscriber is not complete yet."""
         return self.position.phase != Phase.TAIL
 
     def messages(self, flush: bool) -> list[bytes]:

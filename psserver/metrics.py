@@ -93,7 +93,9 @@ class ShardCollector(Collector):
             yield GaugeMetricFamily(name, help, value)
 
     def _positions(self, log: VersionLog) -> Iterator[Metric]:
-        """Yield the metrics of the version log: its versions, backlog and torn bytes."""
+        """Yield the metrics of the version log: its versions, and the bytes of its backlog and of
+        the incomplete records that the last start removed.
+        """
         for name, help, value in (
             ("ps_log_written_version", "Newest version written to the log file.", log.written),
             ("ps_log_durable_version", "Newest version synced to disk.", log.durable),

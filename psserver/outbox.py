@@ -36,14 +36,14 @@ class Outbox:
         self._reported = time.monotonic()
 
     def put(self, rows: RowColumns, matrix: Rows | None, done: int) -> Iterator[pb.AnalyzeResponse]:
-        """Add n rows, and yield messages that are complete: with about 1 MiB, or with the last rows
-        of a tier (a kind of memory).
+        """Collect n rows of one tier. Yield a message when about 1 MiB is collected, and before the
+        first rows of a different tier.
 
-        If the request has no columns, drops the rows and only yields progress messages.
+        If the request selects no columns, drops the rows and only yields progress messages.
 
         rows    key, version, step, frequency and norm of each row
         matrix  float32[n, dim], the embeddings; None if they are not requested
-        done    new value of the attribute ``done``
+        done    rows or bytes read so far, including these rows
         """
         self.done = done
         if not self._columns:

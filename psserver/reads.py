@@ -212,7 +212,7 @@ def record_bytes(entry: TableEntry, part: Push | Pull) -> int:
 
     The record has a header and, for each key, 16 bytes and the row.
     """
-    return RECORD + len(part.keys) * (16 + 4 * entry.schema.width)
+    return RECORD + len(part.keys) * (16 + 4 * entry.width)
 
 
 def pulled_bytes(entry: TableEntry, pull: Pull) -> int:

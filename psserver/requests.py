@@ -1,6 +1,7 @@
 """Requests to a shard as Python objects.
 
 Code that creates them has already checked all that can be checked without the shard's tables.
+Nothing changes them; they are not frozen dataclasses because those take long to create.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from storage.schema import Durability
 from storage.table import Mode
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Change:
     """A request to push or delete rows of one table.
 
@@ -34,7 +35,7 @@ class Change:
     durability: Durability | None = None  # required before the reply; None: the table's default
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Push(Change):
     """A request to apply gradients to rows. All gradients are finite."""
 
@@ -45,12 +46,12 @@ class Push(Change):
     largest: float | None = None  # largest absolute value in ``gradients``; None: unknown
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Delete(Change):
     """A request to delete rows."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pull:
     """A request to read rows of one table."""
 

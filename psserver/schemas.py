@@ -90,7 +90,7 @@ def read_admission(message: pb.TableSchema) -> Admission:
 def read_evictions(message: pb.TableSchema) -> tuple[Eviction, ...]:
     """Return the table's eviction rules in a message, sorted by name.
 
-    Raises ValueError if one is invalid, or there are more than kinds of rules.
+    Raises ValueError if one is invalid, or if there are more rules than kinds of rules.
     """
     if len(message.evictions) > len(EVICTIONS):
         raise ValueError(

@@ -288,8 +288,8 @@ class Service:
         version = request.version or self._shard.version
         if version > self._shard.version:
             raise VersionInFuture(
-                f"field 'version' must be at most the version of shard {self._shard.number},"
-                f" {self._shard.version}, got {version}"
+                f"field 'version' is {version}, but the newest version of shard"
+                f" {self._shard.number} is {self._shard.version}"
             )
         await self._settled(version, pb.DURABILITY_FSYNC)
         return pb.WaitDurableResponse(

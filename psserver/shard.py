@@ -199,7 +199,7 @@ class Shard(ShardReads):
         """
         checked = [self._check_push(push) for push in pushes]
         check_order(pushes)
-        entries = self._check_pulls(pulls)
+        entries = self._check_pulls(pulls) if pulls else []
         self._sequencer.reserve([record_bytes(each.entry, each.push) for each in checked])
         if len(checked) > 1:  # a single one is checked as it is applied
             for each in checked:
@@ -349,7 +349,7 @@ class Shard(ShardReads):
         table.evictor.pushed(version, pushed.step, origin.time_us / 1e6)
         parts: Sequence[Any] = ()
         if sequencer.log is not None:
-            count, width = len(pushed.slots), table.schema.width
+            count, width = len(pushed.slots), entry.width
             images = self._buffers.take(count, width, version, sequencer.log.written)
             table.images(pushed.slots, *images)
             counted = pushed.waiting, pushed.totals

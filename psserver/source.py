@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 from psproto import ps_pb2 as pb
@@ -41,7 +42,8 @@ class Source:
         self.moved = asyncio.Event()
         self.draining = False
         self.readers = 0
-        self._awaited: dict[tuple[int, bool], asyncio.Event] = {}  # version, whether durable
+        # futures that ``_logged`` waits for, by its arguments
+        self._awaited: dict[tuple[int, bool], set[asyncio.Future[None]]] = {}
         self._pool = ThreadPoolExecutor(THREADS, "feed")
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -93,29 +95,36 @@ class Source:
                other levels do not wait
         """
         log = self.log
-        if level == pb.DURABILITY_FSYNC and version > log.durable:
-            await self._logged(version, durable=True)
-        elif level == pb.DURABILITY_LOG and version > log.written:
-            await self._logged(version, durable=False)
+        if level == pb.DURABILITY_LOG:
+            if version > log.written:
+                await self._logged(version, False)
+        elif level == pb.DURABILITY_FSYNC and version > log.durable:
+            await self._logged(version, True)
         return log.durable
 
     async def durable(self, version: int) -> None:
         """Wait until a version is on disk."""
         await self.settled(version, pb.DURABILITY_FSYNC)
 
-    async def _logged(self, version: int, *, durable: bool) -> None:
+    async def _logged(self, version: int, durable: bool) -> None:
         """Wait until a version is written to the log or, if ``durable``, on disk.
 
         All calls with equal arguments share one callback of the log, so that canceled calls do not
         leave callbacks behind.
         """
-        key = version, durable
-        reached = self._awaited.get(key)
-        if reached is None:
-            reached = self._awaited[key] = asyncio.Event()
-            self.log.wait(version, durable, lambda: post(self._loop, self._reach, key))
-        await reached.wait()
+        key, future = (version, durable), self._loop.create_future()
+        waiting = self._awaited.get(key)
+        if waiting is None:
+            waiting = self._awaited[key] = set()
+            self.log.wait(version, durable, partial(post, self._loop, self._reach, key))
+        waiting.add(future)
+        try:
+            await future
+        finally:
+            waiting.discard(future)
 
     def _reach(self, key: tuple[int, bool]) -> None:
         """Wake all calls of ``_logged`` with the arguments ``key``. Must run on the event loop."""
-        self._awaited.pop(key).set()
+        for future in self._awaited.pop(key):
+            if not future.done():
+                future.set_result(None)

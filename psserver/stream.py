@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Awaitable
 from typing import Any
 
 import grpc
@@ -13,7 +14,7 @@ from psproto import codec
 from psproto import ps_pb2 as pb
 from psserver.door import Context
 from psserver.errors import Draining
-from psserver.exchange import AT_ONCE_FIELDS, Begun, Exchanges
+from psserver.exchange import AT_ONCE_FIELDS, Begun, Exchanges, Read
 from psserver.handlers import Handlers
 from psserver.limits import Limits, Reservation
 from psserver.status import abort, status_of
@@ -113,11 +114,12 @@ class Streams:
                 self._streams[task] = False
                 if data is grpc.aio.EOF or flow.gone:
                     return None
-                self._handlers.arrived(peer, data)
+                self._handlers.arrived(peer, len(data))
                 accepted = self._accept(flow, data)
                 del data
-                await accepted
-                del accepted
+                if accepted is not None:
+                    await accepted
+                    del accepted
                 while flow.inflight >= self._share or flow.answers.qsize() >= PIPELINE:
                     flow.room.clear()
                     await flow.room.wait()
@@ -131,11 +133,13 @@ class Streams:
             del task
         return Draining("the server is stopping")
 
-    async def _accept(self, flow: _Flow, data: bytes) -> None:
+    def _accept(self, flow: _Flow, data: bytes) -> Awaitable[None] | None:
         """Reserve memory for one request, decode it, start it, and add its result to
         ``flow.answers``. If no memory can be reserved, adds the error as the result.
 
         data  the encoded request
+
+        Returns None or, if the request is large, an awaitable that decodes and starts it.
         """
         start = time.perf_counter()
         try:
@@ -144,15 +148,41 @@ class Streams:
             header = codec.decode_stream_header(data, AT_ONCE_FIELDS)
             begun: Begun = start, None, error.with_traceback(None)
             flow.answers.put_nowait((header.id, begun, Reservation(self._limits, 0)))
-            return
+            return None
         try:
-            head, checked = await self._exchanges.read(
-                codec.decode_stream_request, data, reservation
-            )
+            read = self._exchanges.read_at_once(codec.decode_stream_request, data)
+        except BaseException:
+            reservation.release()
+            raise
+        if read is None:
+            return self._accept_large(flow, data, start, reservation)
+        self._begin(flow, read, start, reservation)
+        return None
+
+    async def _accept_large(
+        self, flow: _Flow, data: bytes, start: float, reservation: Reservation
+    ) -> None:
+        """Decode an admitted request on a worker thread, start it, and add its result to
+        ``flow.answers``.
+
+        data   the encoded request
+        start  time of arrival, in seconds of ``time.perf_counter``
+        """
+        decode = codec.decode_stream_request
+        try:
+            read = await self._exchanges.read_on_thread(decode, data, reservation)
         except BaseException:
             reservation.release()
             raise
         del data
+        self._begin(flow, read, start, reservation)
+
+    def _begin(self, flow: _Flow, read: Read, start: float, reservation: Reservation) -> None:
+        """Start a decoded request and add its result to ``flow.answers``.
+
+        start  time of arrival, in seconds of ``time.perf_counter``
+        """
+        head, checked = read
         assert head is not None
         wait = head.timeout_ms / 1000 if head.timeout_ms else math.inf
         begun = self._exchanges.begin(checked, start, time.monotonic() + wait, reservation)

@@ -114,10 +114,11 @@ class Subscription:
 
 
 def _rescanned(position: Position) -> Position:
-    """Return the position at which a scan of the rows starts that takes the place of the log.
+    """Return the position from which a subscriber continues if the log lacks its next change.
 
-    position  position of a subscriber whose next change the log no longer has; the scan sends the
-              rows that are newer than its version
+    position  its position so far
+
+    It continues with a scan of the rows, which sends those newer than the version of ``position``.
     """
     return replace(
         position,

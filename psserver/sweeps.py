@@ -40,8 +40,7 @@ class Sweeps:
         self._swept = self._expired = 0  # index in tables.ruled of the table handled last
 
     def tick(self) -> float:
-        """Run the next slice of background eviction. Each call continues with the table after that
-        of the last call.
+        """Run the next slice of background eviction. The calls take the tables in turn.
 
         Also drops expired admission counters of one table. Returns the share of the engine's time
         that eviction should get, or 0 if no table has anything to evict. Raises the errors of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from psproto import names
 from psserver.errors import BadRequest, TableLoading
@@ -26,6 +26,10 @@ class TableEntry:
     created: int  # version of its creation
     text: str  # its schema as JSON
     counting: int = 0  # version of the last alteration that dropped admission counters; 0: none
+    width: int = field(init=False)  # number of float32 numbers in a row; never changes
+
+    def __post_init__(self) -> None:
+        self.width = self.table.schema.width
 
     @property
     def schema(self) -> TableSchema:

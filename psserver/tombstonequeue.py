@@ -16,7 +16,7 @@ class TombstoneQueue:
 
     The queue is a list of Tombstones that are slices of larger arrays. Filled elements of the
     arrays never change, so results of ``all`` stay valid, and neither ``all`` nor ``add`` copies
-    old tombstones. The tombstones of one version are never divided among two items of the list.
+    old tombstones. The tombstones of one version are always in one item of the list.
 
     limit    maximum number of tombstones
     horizon  largest version whose tombstones may have been discarded; 0: none

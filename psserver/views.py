@@ -48,7 +48,7 @@ class KeyView:
     waiting: NDArray[np.uint32]  # [n]  occurrences counted so far, for a key not admitted yet
     step: int  # largest training step pushed to the table
     schema: TableSchema  # schema of the table
-    loss_reason: str  # why a key without row and count may have been pushed; "": it never was
+    loss_reason: str  # how a key without row and count may have lost its count; "": it cannot
 
 
 class TableList(NamedTuple):
@@ -104,10 +104,11 @@ def view_keys(entry: TableEntry, keys: Keys, version: int, now: float) -> KeyVie
 
 
 def _loss_reason(entry: TableEntry, now: float) -> str:
-    """Return why a key of a table that has no row and no count may have been pushed before; "" if
-    it cannot have been.
+    """Return how a pushed key can have lost its count, so that it has neither row nor count now.
 
     now  seconds since 1970
+
+    Returns "" if that cannot have happened: every key without row and count was never pushed.
     """
     table = entry.table
     if entry.counting:

@@ -80,7 +80,8 @@ def _warm_scan(table: Table, keys: Keys, slots: Slots, written: bool) -> None:
     """Run the kernels that scan, copy and summarize the rows of a table.
 
     slots    int64[n], slots of the rows of ``keys``
-    written  whether the columns that are summarized like those of a checkpoint are writable
+    written  whether the metadata of a checkpoint, which is summarized like that of a live table, is
+             an array that can be written
     """
     rows, frequencies = np.empty((len(keys), 2), np.float32), np.empty(len(keys), np.uint64)
     places = table.scan().find(0, 0, 2, len(keys))[0]

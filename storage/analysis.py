@@ -188,9 +188,9 @@ class Extremes:
         return float(self._ranks[-1]), int(self.rows.keys[-1])
 
     def add(self, rows: RowColumns, values: NDArray[Any]) -> None:
-        """Add those rows that belong to the list; there must be at least one. NaN ranks last.
+        """Update the list with n rows: it keeps those that are among its k extremes.
 
-        values  float64[n]  value of each row
+        values  float64[n]  value of each row; NaN ranks last
         """
         ranks = np.where(np.isnan(values), np.inf, self._sign * values)
         if not self.room:

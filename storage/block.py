@@ -210,13 +210,13 @@ class Block:
 
     @property
     def start(self) -> int:
-        """Index in the sketch's bytes of the first byte of ``cells``. Only for a sealed block."""
+        """Position of ``cells`` in the whole sketch, in bytes. Only for a sealed block."""
         return int(_HEADER.unpack_from(self.data.data)[6])
 
     def seal(self, start: int = 0) -> memoryview:
         """Write header and checksum into ``data``, and return a view of ``data``, without a copy.
 
-        start  for CELLS: index in the sketch's bytes of the first byte of ``cells``
+        start  for CELLS: position of ``cells`` in the whole sketch, in bytes
 
         The caller must have filled the arrays, because the checksum covers them.
         """
@@ -255,7 +255,7 @@ def pack_cells(table: int, start: int, cells: Bytes) -> memoryview:
     """Return the bytes of a sealed block with a copy of some bytes of a table's sketch.
 
     table  number of the table
-    start  index in the sketch's bytes of the first byte of ``cells``
+    start  position of ``cells`` in the whole sketch, in bytes
     cells  uint8[n]  the bytes to copy
     """
     size = size_of(CELLS, 0, len(cells))

@@ -89,7 +89,11 @@ def replace(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def as_disk_full(directory: Path, wanted: int) -> Iterator[None]:
-    """Turn an OSError about a full disk into DiskFull for ``wanted`` bytes in ``directory``."""
+    """Raise DiskFull instead of an OSError about a full disk that the block raises.
+
+    directory  directory that the block writes to
+    wanted     bytes that it writes
+    """
     try:
         yield
     except OSError as error:

@@ -39,8 +39,8 @@ def _ftrl(
     """Run one step of Ftrl or GroupFtrl, whose hyper-parameters are power, l1, l2, l21, shrinkage
     and beta (power: learning_rate_power; shrinkage: l2_shrinkage; l21 = 0 for Ftrl).
 
-    First writes u = clip(z, -l1, l1) - z to w, then multiplies w by the factor of the row and
-    divides it. There are separate loops for the usual power, -0.5, which use sqrt.
+    First writes u = clip(z, -l1, l1) - z of GroupFtrl to w, then multiplies w by the factor of u.
+    There are separate loops for the usual power, -0.5, which use sqrt.
     """
     p, cut, shrink = np.float32(-power), np.float32(l1), np.float32(2.0 * shrinkage)
     inverse, ridge = np.float32(1.0 / lr), np.float32(beta / lr + 2.0 * l2)

@@ -109,9 +109,10 @@ class Optimizer(ABC):
         return np.zeros(self.state_width(dim), np.float32)
 
     def roots(self, dim: int) -> slice:
-        """Return the slice of a row with the numbers that ``step`` raises to a power in 0..1.
+        """Return which numbers of a row, as a slice, ``step`` raises to a power in 0..1.
 
-        Empty by default. A push never makes these numbers smaller than they are in a new row.
+        For example, Adagrad takes the square root of its accumulators. Empty by default. A push
+        never makes these numbers smaller than they are in a new row.
         """
         return slice(dim, dim)
 

@@ -40,12 +40,8 @@ class OverflowGuard:
         self._floors = state[roots.start - schema.dim : roots.stop - schema.dim]
         self._dim = schema.dim
         self._bound = float(max(_largest_initial(schema), np.abs(state).max(initial=0.0)))
-        self._low = False  # a root may be below that of a new row
+        self._tame = self._bound <= TAME_NUMBER  # once False, it stays False
         self.unsure = False  # ``written`` must follow the push
-
-    @property
-    def _tame(self) -> bool:
-        return not self._low and self._bound <= TAME_NUMBER
 
     def pushed(self, optimizer: Optimizer, lr: float, largest: float) -> None:
         """Record that a push was applied. Sets ``unsure`` if its rows must be examined.
@@ -54,7 +50,7 @@ class OverflowGuard:
         lr         learning rate of the push
         largest    largest magnitude of the gradients
         """
-        if not self._tame:  # and never again
+        if not self._tame:
             return
         bound = self._bound + optimizer.reach(self._dim, lr, largest)
         self.unsure = bound > TAME_NUMBER
@@ -66,12 +62,16 @@ class OverflowGuard:
         self.unsure = False
         if not largest <= self._bound:  # NaN too
             self._bound = largest
+            self._tame &= largest <= TAME_NUMBER
 
     def put(self, rows: Rows) -> None:
-        """Record that whole rows, float32[n, width], were written, with any optimizer state."""
+        """Record that whole rows, float32[n, width], were written.
+
+        Their optimizer state need not result from pushes, so a root may be less than in a new row.
+        """
         self.written(largest_magnitude(rows))
-        if self._tame:
-            self._low = any_below(readonly(rows), self._root, self._floors)
+        if self._tame:  # a root that is less than that of a new row is not tame
+            self._tame = not any_below(readonly(rows), self._root, self._floors)
 
     def check(
         self,

@@ -113,7 +113,10 @@ def place(path: Path, offset: int) -> str:
 
 
 def frame_bytes(size: int) -> int:
-    """Return the size in a segment of a frame with ``size`` bytes of payload, padding included."""
+    """Return how many bytes a frame takes in a segment, with header and padding.
+
+    size  bytes of its payload
+    """
     return FRAME.size + (size + 7 & ~7)
 
 

@@ -145,7 +145,7 @@ def _release(entries: Any, slots: Any, first: Any, homes: Any) -> Any:
     """Add ``slots`` to the list of free slots.
 
     first  head of the list so far; ABSENT if it is empty
-    homes  uint64[n]  written: the home of each row; 0 if it was dirty
+    homes  uint64[n]  written: location of each row's clean copy on disk; 0 if it has none
 
     Returns the new head. The list is kept in the entries, so it takes no memory, and a delete
     cannot fail for lack of memory.

@@ -347,7 +347,7 @@ def _mode(name: str, fd: int) -> int:
 
 @contextmanager
 def _translated(where: str) -> Iterator[None]:
-    """Turn the errors of a file system into DiskFull and StoreFailed.
+    """Raise DiskFull or StoreFailed instead of an OSError or other error that the block raises.
 
     where  URL of the file, for errors
 

@@ -166,8 +166,10 @@ class Table:
         """
         if largest is None:
             largest = largest_magnitude(gradients)
+        optimizer = self.schema.optimizer
+        lr = optimizer.lr if lr is None else lr
         locations, absent = self._locate(keys)
-        self._check(keys, gradients, step, lr, largest)
+        self._guard.check(self.schema.name, optimizer, keys, gradients, lr, step, largest)
         waiting, totals = NO_KEYS, NO_TOTALS
         if absent:
             missing = np.flatnonzero(locations == 0)
@@ -181,8 +183,6 @@ class Table:
                 self._count_refused(counts[refused])
                 keys, counts, gradients = keys[present], counts[present], gradients[present]
                 locations = locations[present]
-        optimizer = self.schema.optimizer
-        lr = optimizer.lr if lr is None else lr
         slots = self.store.slots(locations)
         stamp = max(step, self.evictor.step)
         self.store.touch(slots, counts, stamp, version)
@@ -213,12 +213,6 @@ class Table:
             largest = largest_magnitude(gradients)
         if self.store.blocks is not None:
             self._locate(keys)
-        self._check(keys, gradients, step, lr, largest)
-
-    def _check(
-        self, keys: Keys, gradients: Rows, step: int, lr: float | None, largest: float
-    ) -> None:
-        """Raise RowOverflow as ``check_push`` does. All rows of ``keys`` are in host memory."""
         optimizer = self.schema.optimizer
         lr = optimizer.lr if lr is None else lr
         self._guard.check(self.schema.name, optimizer, keys, gradients, lr, step, largest)

@@ -33,12 +33,10 @@ def _get_pull(data: bytes, at: int, end: int, left: list[int]) -> PullMessage:
     header: list[bytes] = []
     keys = NOWHERE
     for number, start, stop in fields(data, at, end, left):
-        if start < 0:
-            continue
-        if number == 1:
-            header.append(data[start:stop])
-        elif number == 3:
+        if number == 3 and start >= 0:
             keys = start, stop
+        elif number == 1 and start >= 0:
+            header.append(data[start:stop])
     return PullMessage(small(pb.PullHeader, header, MOST_HEADER), array(data, *keys, _U8))
 
 
@@ -46,7 +44,7 @@ def _get_push(data: bytes, at: int, end: int, left: list[int]) -> PushMessage:
     header: list[bytes] = []
     keys = counts = gradients = NOWHERE
     for number, start, stop in fields(data, at, end, left):
-        if start < 0:
+        if number == 2 or start < 0:  # padding, or no field of this message
             continue
         if number == 1:
             header.append(data[start:stop])

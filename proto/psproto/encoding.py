@@ -5,6 +5,7 @@ The functions _put_* append the fields of a message to a _Writer.
 
 from __future__ import annotations
 
+from struct import Struct
 from typing import Any
 
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from psproto import ps_pb2 as pb
 from psproto.messages import Delta, Exchange, Exchanged, Keys, Pulled, PullMessage, PushMessage
 
+_NESTED = Struct("<BIB")  # tag and length of a nested message; the length is a varint of 5 bytes
 _BYTE = [bytes((byte,)) for byte in range(256)]
 _PADDING = [bytes((2 << 3 | 2, spare)) + bytes(spare) for spare in range(8)]
 
@@ -69,14 +71,8 @@ class _Writer:
         """End the nested message for which ``begin`` returned ``mark``, and fill in its length."""
         field, piece, start = mark
         n = self._at - start
-        wide = (
-            n & 127 | 128,
-            n >> 7 & 127 | 128,
-            n >> 14 & 127 | 128,
-            n >> 21 & 127 | 128,
-            n >> 28,
-        )
-        self._pieces[piece] = bytes((field << 3 | 2, *wide))
+        low = n & 0x7F | n << 1 & 0x7F00 | n << 2 & 0x7F0000 | n << 3 & 0x7F000000
+        self._pieces[piece] = _NESTED.pack(field << 3 | 2, low | 0x80808080, n >> 28)
 
     def _append(self, piece: bytes) -> None:
         self._pieces.append(piece)
@@ -85,8 +81,12 @@ class _Writer:
 
 def _varint(value: int) -> bytes:
     """Return an unsigned number as a protobuf varint: 7 bits per byte, lowest first."""
-    if value < 128:
+    if value < 1 << 7:
         return _BYTE[value]
+    if value < 1 << 14:
+        return _BYTE[value & 127 | 128] + _BYTE[value >> 7]
+    if value < 1 << 21:
+        return _BYTE[value & 127 | 128] + _BYTE[value >> 7 & 127 | 128] + _BYTE[value >> 14]
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)

@@ -85,8 +85,8 @@ def _between(low: float, high: float) -> str:
 def admissions(result: Analysis) -> list[Threshold]:
     """Return how many rows admission rules with different thresholds would have refused.
 
-    The thresholds are those that the caller of the analysis asked for, and the built-in ones near
-    those that refuse some rows but not all.
+    The thresholds are those that the caller of the analysis asked for, the built-in ones that
+    refuse some rows but not all, and the next built-in one on either side of these.
     """
     chosen = _interesting(result.frequencies, result.asked.get("frequencies", ()), least=2)
     return [
@@ -102,7 +102,10 @@ def admissions(result: Analysis) -> list[Threshold]:
 
 
 def ttls(result: Analysis) -> list[Threshold]:
-    """Return how many rows different step TTLs would evict now, chosen as in ``admissions``."""
+    """Return how many rows eviction by age would delete now, for different TTLs in steps.
+
+    The TTLs are chosen in the same way as the thresholds in ``admissions``.
+    """
     chosen = _interesting(result.ages, result.asked.get("ages", ()), least=1)
     rows = [(value, asked, result.idle(int(value))) for value, asked in chosen]
     return [Threshold(value, asked, n, share(n, result.rows)) for value, asked, n in rows]
@@ -111,7 +114,7 @@ def ttls(result: Analysis) -> list[Threshold]:
 def small(result: Analysis) -> list[Threshold]:
     """Return how many rows the norm rule would evict now with different thresholds.
 
-    The thresholds are chosen as in ``admissions``.
+    The thresholds are chosen in the same way as in ``admissions``.
     """
     chosen = _interesting(result.idle_norms, result.asked.get("norms", ()), least=0)
     rows = [(value, asked, result.small(value)) for value, asked in chosen]

@@ -134,7 +134,7 @@ class Analysis:
         return self.frequencies.above(threshold)
 
     def dropped(self, threshold: int) -> int:
-        """Return how many occurrences' gradients an admission threshold would have dropped.
+        """Return for how many occurrences an admission threshold would have dropped the gradient.
 
         These are all occurrences of a refused key, and the first ``threshold - 1`` of an admitted
         key. The true number is lower if several occurrences of an admitted key came in one push.

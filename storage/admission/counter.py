@@ -123,11 +123,11 @@ class CounterGate(CountingGate):
         self._counters.close()
 
     def _trim(self, added: int) -> None:
-        """Drop stale counters until only ``cap`` are left, but at most ``added + 2048``.
+        """Drop stale counters until only ``cap`` are left, or ``added + 2048`` were dropped.
 
         added  number of counters that the caller has just added
 
-        The limit bounds the work of one call, even after an alteration has lowered ``cap``.
+        So one call never takes long, not even after an alteration has lowered ``cap``.
         """
         left = added + TRIMMED
         while left > 0 and (excess := len(self._counters) - self.cap) > 0:

@@ -115,14 +115,15 @@ class SketchGate(CountingGate):
 
     Early admission. A key is admitted too early only if it shares every one of its k cells. Ageing
     keeps at most half of the cells in use, so this happens to at most 2^-k <= error_rate of keys. A
-    push is weighed before it counts. After counting, it ages the sketch, 64 cells per counted cell.
+    push is weighed before it is counted.
 
     Late admission has three causes.
 
-    * Ageing halves all counts, rounding down, one slice per push. It begins when FULL of the cells
-      are in use, because more keys wait than were expected, and once per TTL through ``expire``.
-      What is counted meanwhile may be halved, too. After a push of more new keys than were
-      expected, cells are halved at once, until no more than FULL of them are in use.
+    * Ageing halves all counts, rounding down. It begins when 31/64 (FULL) of the cells are in use,
+      because more keys wait than were expected, and once per TTL through ``expire``. While it is in
+      progress, each push halves 64 cells per cell that it has counted. What is counted meanwhile
+      may be halved, too. A push of very many new keys ages the sketch several times at once, until
+      no more than 31/64 of the cells are in use.
     * A key whose estimate was too high subtracts more than it had added when it is admitted. Keys
       that share cells with it, k ln 2 on average, lose up to their whole count. Each is late by
       less than the threshold. Only keys that are admitted early do this, and they are rare.

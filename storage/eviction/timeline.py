@@ -47,8 +47,7 @@ class Timeline:
         """Record a push. Does nothing if ``version`` is not newer than the newest recorded version.
 
         version  log version of the push
-
-        time  time of the push, by a clock that continues while the process is down
+        time     time of the push, by a clock that continues while the process is down
         """
         part = self.ttl / PARTS
         if self._versions:

@@ -5,7 +5,8 @@
 The oracle: SGD with learning rate 1 on rows that start at 0. Push i has the gradient -4^(i % 8) for
 the keys of group i // 8. Each base-4 digit of a row then shows how often its push was applied: 0
 means that an acknowledged push was lost, 2 or 3 that it was applied more than once. Some groups are
-deleted once they are complete, and must stay deleted.
+deleted once they are complete, and must stay deleted. In each cycle an alteration gives the table
+another serving default; all shards and subscribers must have it afterwards.
 
 Kills happen while pushes are in flight, during flushes (which run all the time) and during
 recoveries. Subscribers are attached all the time. One stops and continues from its tokens. After
@@ -23,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +46,7 @@ ONCE = float(sum(4**digit for digit in range(DIGITS)))  # every digit is 1
 ROUND = 20  # cycles until all is verified and new trainers begin
 TRAINERS = 4
 STARTING = 0.04  # seconds that a start takes, about
+NOWHERE = [-1]  # a key that no trainer pushes
 TIMEOUT = 90.0  # seconds that a trainer goes on repeating a push
 FLAGS = "--metrics-port 0 --flush-seconds 0.1 --segment-bytes 1048576 --log-keep-bytes 0"
 FLAGS += " --memory-bytes 1073741824 --fsync-seconds 0.02"
@@ -140,9 +143,14 @@ def digits(got: np.ndarray, want: float) -> str:
     return f"{len(bad)} rows are not {want} but {sorted(set(bad.tolist()))[:5]}"
 
 
-def verify(client: Client, table: str, every: list[Series]) -> list[str]:
-    """Return the differences between the rows and the acknowledged pushes."""
+def verify(client: Client, table: str, every: list[Series], default: float) -> list[str]:
+    """Return the differences between the rows and the acknowledged pushes.
+
+    default  serving default that the table was given last
+    """
     rows, wrong = client.table(table), []
+    if rows.describe().serving_default != default:
+        wrong.append(f"serving default {rows.describe().serving_default}, not {default}")
     for series in every:
         groups = -(-series.done // DIGITS)
         for first in range(0, groups, max(1, 40_000 // series.width)):
@@ -247,6 +255,9 @@ class Resumer:
             )
         )
 
+    def defaults(self, table: str) -> list[float]:
+        return [state.tables[table].default for state in self._states]
+
     def _run(self, changes: Subscriber) -> None:
         try:
             for change in changes:
@@ -302,16 +313,24 @@ class Watchers:
         for follower in self._followers.values():
             follower.close()
 
-    def differ(self, client: Client, name: str) -> list[str]:
-        """Return the differences between the subscribers' rows and the shards'. Nobody may push."""
+    def differ(self, client: Client, name: str, default: float) -> list[str]:
+        """Return the differences between the subscribers' rows and the shards'. Nobody may push.
+
+        default  serving default that the table was given last
+        """
         versions = client.wait_durable()
         table, wrong = client.table(name), []
+        there = [table.describe().serving_default]
         for title, follower in self._followers.items():
             follower.wait_for(versions, TIMEOUT)
             keys = follower.keys(name)
             held = sorted_rows(keys, follower.row_versions(name, keys), follower.pull(name, keys))
             wrong += self._compare(table, title, held)
+            there += follower.pull(name, NOWHERE)[:, 0].tolist()
         self.resumer.wait_for(versions, TIMEOUT)
+        there += self.resumer.defaults(name)
+        if set(there) != {default}:
+            wrong.append(f"serving defaults {there}, not {default} everywhere")
         return wrong + self._compare(table, "the one that resumes", self.resumer.rows(name))
 
     def _compare(self, table: Table, title: str, held: Held) -> list[str]:
@@ -342,7 +361,8 @@ def run(cycles: int, seed: int, shards: int, say: Callable[[str], None] = print)
     ):
         addresses = addresses_of(alive)
         watchers = stack.enter_context(Watchers(addresses))
-        before: tuple[str, list[Series]] | None = None
+        before: tuple[str, list[Series], float] | None = None
+        pool = stack.enter_context(ThreadPoolExecutor(1))
         while done < cycles and not wrong:
             table = f"round-{done}"
             with Client(addresses, timeout=TIMEOUT) as client:
@@ -366,12 +386,14 @@ def run(cycles: int, seed: int, shards: int, say: Callable[[str], None] = print)
                     away = rng.random() < 0.5
                     if away:
                         watchers.resumer.stop()
+                    done += 1
+                    altering = pool.submit(client.alter_table, table, serving_default=float(done))
                     early += kill_one(rng, alive)
+                    altering.result()
                     if away:
                         watchers.resumer.resume()
                     with pause.all_still():
-                        wrong += watchers.differ(client, table)
-                    done += 1
+                        wrong += watchers.differ(client, table, float(done))
             stop.set()
             ends = [answers.get() for _ in trainers]
             for trainer in trainers:
@@ -380,11 +402,11 @@ def run(cycles: int, seed: int, shards: int, say: Callable[[str], None] = print)
             every = [series for _, both, _ in ends for series in both]
             pushed += sum(series.done for series in every)
             with Client(addresses, timeout=TIMEOUT) as client:
-                wrong += verify(client, table, every)
+                wrong += verify(client, table, every, float(done))
                 if before is not None:
                     wrong += verify(client, *before)
                     client.drop_table(before[0])
-            before = table, every
+            before = table, every, float(done)
             say(
                 f"{done} cycles, {early} more kills in a recovery, {pushed} pushes, subscribers"
                 f" compared in {watchers.compared} rows, {time.monotonic() - started:.0f} s:"

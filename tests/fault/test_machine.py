@@ -2,7 +2,8 @@
 
 The expected state is kept for each version. After a power loss the newest versions may be missing,
 and the shard must have exactly the state of the version that it recovered. Table "v" has rules: a
-key gets its row at its second occurrence, and is evicted when it was not pushed for three steps.
+key gets its row at its second occurrence, and is evicted when it was not pushed for three steps,
+until an alteration says otherwise.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,14 @@ from storage.errors import DiskFull, LogFailed
 from storage.eviction.contract import FIRST_STEP
 from storage.eviction.rules import StepTtl
 from storage.records import Cause
+from storage.schema import TableSchema
 from storage.slots import FREQUENCY, STEP, VERSION
 
 LAZY = 1000.0  # seconds until the log syncs by itself: tests say when
 NAMES = st.sampled_from(["t", "u", "v"])
 KEYS = st.lists(st.integers(0, 25) | st.sampled_from([2**63, 2**64 - 1]), unique=True, max_size=10)
 STEPS = st.integers(0, 12)
-THRESHOLD, TTL = 2, 3  # of "v"
+LR, THRESHOLD, TTL = 1.0, 2, 3  # of a new table; threshold and TTL of "v" alone
 
 
 @dataclass
@@ -46,9 +48,16 @@ class Model:
     rows: dict[int, tuple[float, int, int, int]]  # value, version, frequency, step
     waiting: dict[int, tuple[int, int]]  # occurrences, version of the last
     step: int  # the largest that was pushed
+    lr: float = LR
+    threshold: int = THRESHOLD
+    ttl: int = TTL
 
     def copy(self) -> Model:
-        return Model(dict(self.rows), dict(self.waiting), self.step)
+        return replace(self, rows=dict(self.rows), waiting=dict(self.waiting))
+
+
+def rules_of(threshold: int, ttl: int) -> dict[str, Any]:
+    return {"admission": Counter(threshold=threshold), "evictions": (StepTtl(steps=ttl),)}
 
 
 class Faulty:
@@ -130,10 +139,10 @@ class Machine(RuleBasedStateMachine):
             for key in keys:
                 old, _, seen, _ = model.rows.get(key, (0.0, 0, 0, 0))
                 seen += 1 + model.waiting.pop(key, (0, 0))[0]
-                if name == "v" and seen < THRESHOLD:
+                if name == "v" and seen < model.threshold:
                     model.waiting[key] = seen, version
                 else:
-                    model.rows[key] = (old - value, version, seen, model.step)
+                    model.rows[key] = (old - model.lr * value, version, seen, model.step)
             self.remember()
 
     @rule(dry=st.booleans())
@@ -141,7 +150,7 @@ class Machine(RuleBasedStateMachine):
         if "v" not in self.model:
             return
         shard, model = self.home.shard, self.model["v"]
-        dead = [key for key, row in model.rows.items() if model.step - row[3] > TTL]
+        dead = [key for key, row in model.rows.items() if model.step - row[3] > model.ttl]
         number, sweep = shard.sweeps.begin("v", dry)
         if dry or not dead:
             before = contents(shard)
@@ -177,8 +186,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(name=NAMES)
     def create(self, name: str) -> None:
-        rules = {"admission": Counter(threshold=THRESHOLD), "evictions": (StepTtl(steps=TTL),)}
-        made = schema(name, **(rules if name == "v" else {}))
+        made = schema(name, **(rules_of(THRESHOLD, TTL) if name == "v" else {}))
         if name not in self.model and self.change(lambda: self.home.shard.create_table(made)):
             self.model[name] = Model({}, {}, FIRST_STEP)
             self.remember()
@@ -188,6 +196,34 @@ class Machine(RuleBasedStateMachine):
         if name in self.model and self.change(lambda: self.home.shard.drop_table(name)):
             del self.model[name]
             self.remember()
+
+    @rule(
+        name=NAMES,
+        lr=st.sampled_from([0.5, 1.0, 2.0]),
+        threshold=st.integers(1, 4),
+        ttl=st.integers(1, 6),
+    )
+    def alter(self, name: str, lr: float, threshold: int, ttl: int) -> None:
+        if name not in self.model:
+            return
+        shard, model = self.home.shard, self.model[name]
+
+        def altered(old: TableSchema) -> TableSchema:
+            new = replace(old, optimizer=replace(old.optimizer, lr=lr))
+            return replace(new, **rules_of(threshold, ttl)) if name == "v" else new
+
+        before = model.copy()
+        model.lr = lr
+        if name == "v":
+            model.threshold, model.ttl = threshold, ttl
+        if model == before:
+            version = shard.version
+            shard.alter_table(name, altered)
+            assert shard.version == version
+        elif self.change(lambda: shard.alter_table(name, altered)):
+            self.remember()
+        else:
+            self.model[name] = before
 
     @rule()
     def barrier(self) -> None:
@@ -335,6 +371,9 @@ class Machine(RuleBasedStateMachine):
             return
         dump = self.home.shard.dump()
         assert sorted(dump) == sorted(self.model)
+        assert {
+            entry.schema.name: entry.schema.optimizer.lr for entry in self.home.shard._tables
+        } == {name: model.lr for name, model in self.model.items()}
         for name, model in self.model.items():
             table, rows, waiting = dump[name], model.rows, model.waiting
             assert table.keys.tolist() == sorted(rows)

@@ -161,21 +161,22 @@ def test_every_setting_is_tried_below() -> None:
 
 
 @pytest.mark.parametrize("field", VALUES)
-@pytest.mark.parametrize("sources", range(1, 8))
 def test_flags_stand_before_the_environment_before_the_file(
-    field: str, sources: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_file, in_environment, in_flags = VALUES[field]
     base = {} if field == "shards" else CLUSTER
-    flags = ["--config", str(file(tmp_path, **base, **({field: in_file} if sources & 1 else {})))]
-    want = in_file
-    if sources & 2:
-        environment(monkeypatch, **{field: in_environment})
-        want = in_environment
-    if sources & 4:
-        flags += flag(field, in_flags)
-        want = in_flags
-    assert getattr(load(flags), field) == want
+    for sources in range(1, 8):
+        path = file(tmp_path, **base, **({field: in_file} if sources & 1 else {}))
+        flags, want = ["--config", str(path)], in_file
+        with monkeypatch.context() as patch:
+            if sources & 2:
+                environment(patch, **{field: in_environment})
+                want = in_environment
+            if sources & 4:
+                flags += flag(field, in_flags)
+                want = in_flags
+            assert getattr(load(flags), field) == want, sources
 
 
 def test_settings_of_different_sources_come_together(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from alone import alone
 from stores import Home, make_shard
 
 from psproto.routing import ShardMap, even_map
@@ -87,6 +88,7 @@ class TestUnusable:
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
     @pytest.mark.parametrize("within", ["", "LOCK", "SHARD", "base", "log"])
+    @alone  # gRPC of other tests does not survive the fork
     def test_a_directory_of_another_user_names_both_users(
         self, public_path: Path, within: str
     ) -> None:

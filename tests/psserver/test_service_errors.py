@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,24 @@ def documented() -> dict[str, str]:
     return found
 
 
+@cache
+def calls() -> list[tuple[Path, ast.Call]]:
+    """Every call in the source of the server."""
+    return [
+        (path, node)
+        for path in (ROOT / "psserver").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+    ]
+
+
 def given(kind: type[Exception]) -> Iterator[str]:
     """The reasons that the source gives to errors of a kind."""
-    for path in (ROOT / "psserver").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == kind.__name__:
-                first = node.args[0]
-                assert isinstance(first, ast.Constant), f"{path}:{node.lineno} gives no literal"
-                yield first.value
+    for path, call in calls():
+        if getattr(call.func, "id", "") == kind.__name__:
+            first = call.args[0]
+            assert isinstance(first, ast.Constant), f"{path}:{call.lineno} gives no literal"
+            yield first.value
 
 
 def reasons(kind: type[Exception]) -> set[str]:
@@ -236,7 +247,7 @@ def test_there_is_an_example_of_every_error() -> None:
 
 def test_delays_are_given_where_ps_proto_says_so() -> None:
     text = (ROOT / "proto/psproto/ps.proto").read_text()
-    promised = set(re.findall(r"([A-Z_]{4,}) \(RetryInfo\)", text))
+    promised = set(re.findall(r"([A-Z_]{4,}) \(RetryInfo[;)]", text))
     assert promised == {reason for _, _, reason, _, delay in EXAMPLES if delay is not None}
 
 

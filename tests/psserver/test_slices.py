@@ -151,8 +151,8 @@ def metered(meter: Meter) -> Iterator[None]:
         count("slots found", host, "find_changed", lambda result, _, start, *__: result[1] - start)
         for kernel in ("_idle_steps", "_score_lru"):
             count("slots swept", rules, kernel, stop)
-        for kernel in ("gather", "measure"):
-            count("rows copied", host, kernel, lambda _, __, places, *___: len(places))
+        for method in ("copy", "measure"):
+            count("rows copied", host.HostScan, method, lambda _, __, places, *___: len(places))
         count("rows deleted", Table, "delete", lambda _, table, keys, *__: len(keys))
         count("segments of counters", counter.Counters, "segment", lambda *_: 1)
         count("tables asked", evictor.Evictor, "due", lambda *_: 1)

@@ -60,8 +60,8 @@ GraceOption = Annotated[
 TopOption = Annotated[
     int,
     typer.Option(
-        help="Maximum number of keys in each of the lists of the most and least frequent keys and"
-        " of the largest and smallest norms, up to 1000."
+        help="Maximum number of keys in each list, up to 1000. The lists show the most and least"
+        " frequent keys, and the rows with the largest and smallest norms."
     ),
 ]
 ParquetOption = Annotated[
