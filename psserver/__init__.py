@@ -26,9 +26,12 @@ loops.py         calls from other threads to an event loop
 busypoll.py      keep an event loop awake for a short time
 engine.py        the thread that owns the shard
 sweeper.py       evict rows in the background and on demand
-replay.py        recover a shard from its data directory when its server starts
 packing.py       pack the rows of a shard into blocks, the unit of files on disk
-flusher.py       write changed rows to the base
+compaction.py    move the live rows of sparse and small blocks to new blocks
+basewriter.py    write the changes of a shard to its base, as one flush
+replay.py        recover a shard from its data directory when its server starts
+pinned.py        read the rows of the base as of one flush
+flusher.py       write changed rows to the base in the background
 work.py          run one long operation on checkpoints at a time, with progress
 stored.py        read the contents of a checkpoint for one shard
 uses.py          record which checkpoints are being read

@@ -11,7 +11,7 @@ from storage.admission.gates import Gate
 from storage.basestate import BaseTable
 from storage.eviction.evictor import EvictorState
 from storage.table import Table
-from storage.tiers.base import Scan
+from storage.tiers.base import DirtyScan
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class CapturedTable:
     gate: Gate  # holds the admission counters of this version, even after an alteration
     edits: int  # number that grows with every change of a sketch; see Gate
     step: int  # largest training step pushed to the table
-    scan: Scan  # scan over its rows
+    scan: DirtyScan  # scan over its rows in host memory
 
     @property
     def base(self) -> BaseTable:
@@ -74,5 +74,5 @@ def capture_table(entry: TableEntry) -> CapturedTable:
         gate=gate,
         edits=gate.edits,
         step=table.evictor.step,
-        scan=table.scan(),
+        scan=table.store.host.scan(),
     )

@@ -1,11 +1,12 @@
 """Write one shard's part of a named checkpoint.
 
-To write a part, the shard notes its version S, copies rows while pushes continue, notes its version
-E, copies the log records ``S + 1`` to ``E``, and writes the manifest of the part. Then one shard
-completes the checkpoint (completion.py).
+To write a part, the shard flushes its changes to the base (the copy of all rows on disk). The base
+then has a version S. The shard copies the blocks of the base while pushes continue, notes its
+version E, copies the log records ``S + 1`` to ``E``, and writes the manifest of the part. Then one
+shard completes the checkpoint (completion.py).
 
 These methods block, so they must run on worker threads. On the engine thread they only note a
-version or copy one slice of rows. An attempt is one run of a client's checkpoint command; its
+version or read some counters. An attempt is one run of a client's checkpoint command; its
 random id names the directory of its files. The module storage/checkpoint.py describes the files.
 """
 
@@ -27,13 +28,15 @@ from psserver.completion import Completion
 from psserver.deletion import Deletion
 from psserver.engine import Engine
 from psserver.errors import CheckpointExists, CheckpointUnfit, NoLog
+from psserver.flusher import Flusher
 from psserver.loading import TableLoader
-from psserver.packing import blocks_of, counters_of
+from psserver.packing import counters_of, tombstone_blocks
+from psserver.pinned import PinnedBase
 from psserver.rows import RowTransfer
 from psserver.shard import Shard
 from psserver.stored import require_id, require_name, runs
 from psserver.work import Progress, Work
-from storage.block import BLOCK_BYTES, ROWS, pack_counters
+from storage.block import BLOCK_BYTES, pack_counters
 from storage.checkpoint import Checkpoint
 from storage.manifest import MANIFEST, MAX_CHAIN, File, Parent, Part, PartTable
 from storage.part_writer import PartWriter
@@ -47,7 +50,7 @@ class Checkpoints:
     """Writes named checkpoints of one shard, and owns the other operations on them. Thread-safe.
 
     log        version log; None: this shard cannot take checkpoints
-    pins       id of an attempt -> version; the flusher keeps all log records newer than the version
+    flusher    flushes changes to the base; None if ``log`` is None
     store      file store for checkpoints; None: checkpoint_url is not set
     now        returns seconds since 1970
     directory  data directory of the shard; None: it has none
@@ -58,7 +61,7 @@ class Checkpoints:
         shard: Shard,
         engine: Engine,
         log: VersionLog | None,
-        pins: dict[str, int],
+        flusher: Flusher | None,
         store: Store | None,
         now: Callable[[], float] = time.time,
         directory: Path | None = None,
@@ -66,7 +69,7 @@ class Checkpoints:
         self._shard = shard
         self._engine = engine
         self._log = log
-        self._pins = pins
+        self._flusher = flusher
         self._now = now
         self.catalog = Catalog(shard, store)
         self.completion = Completion(shard, self.catalog, now)
@@ -90,19 +93,22 @@ class Checkpoints:
         CheckpointBusy or CheckpointUnfit.
         """
         name, attempt = require_name(request.name), require_id("attempt", request.attempt)
-        if self._log is None:
+        log, flusher = self._log, self._flusher
+        if log is None or flusher is None:
             raise NoLog
         what = f"it takes checkpoint {name!r}"
         parents = self.catalog.reading(request.parent, what) if request.parent else nullcontext()
         with self.work.alone(what), self.catalog.uses.using([name], what), parents as opened:
             if self.catalog.store.exists(f"{name}/{MANIFEST}"):
                 raise CheckpointExists(name)
-            parent = self._parent(opened, self._log) if opened else None
-            self._pins[attempt] = 0  # until the version is known
+            parent = self._parent(opened, log) if opened else None
+            flusher.pins[attempt] = 0  # until the version is known
             try:
-                return self._write(name, attempt, parent, self._log, progress)
+                with flusher.pinned() as base:
+                    flusher.pins[attempt] = base.captured.version
+                    return self._write(name, attempt, parent, log, base, progress)
             finally:
-                del self._pins[attempt]
+                del flusher.pins[attempt]
 
     def _parent(self, parent: Checkpoint, log: VersionLog) -> tuple[Parent, Part]:
         """Return (reference to a parent checkpoint, this shard's part of that checkpoint).
@@ -138,6 +144,7 @@ class Checkpoints:
         attempt: str,
         parent: tuple[Parent, Part] | None,
         log: VersionLog,
+        base: PinnedBase,
         progress: Progress,
     ) -> pb.CheckpointProgress:
         """Write the files of this shard's part: rows, log records, sessions and manifest.
@@ -146,13 +153,12 @@ class Checkpoints:
         attempt  id of the attempt, which names the directory of the files
         parent   (reference to the parent checkpoint, this shard's part of it); None: write a full
                  checkpoint
+        base     the rows as of the flush
 
         Returns path, size and checksum of the manifest. After an error, the files written so far
         are removed.
         """
-        shard = self._shard
-        captured = self._engine.run(shard.capture)
-        self._pins[attempt] = captured.version
+        shard, captured = self._shard, base.captured
         if parent and captured.horizon > parent[1].version:
             raise CheckpointUnfit(
                 f"checkpoint {parent[0].name!r} is too old to be a parent: shard {shard.number} no"
@@ -162,7 +168,7 @@ class Checkpoints:
         progress.total = 0 if parent else _bytes_of(captured)
         writer = PartWriter(self.catalog.store, name, attempt, shard.number, progress.add)
         try:
-            end = self._copy(captured, parent[1].version if parent else None, log, writer)
+            end = self._copy(base, parent[1].version if parent else None, log, writer)
             part, file = self._finish(attempt, captured, end, parent, log, writer)
         except BaseException:
             writer.discard()
@@ -173,18 +179,21 @@ class Checkpoints:
         return pb.CheckpointProgress(bytes=progress.bytes, total=progress.bytes, part=written)
 
     def _copy(
-        self, captured: Capture, after: int | None, log: VersionLog, writer: PartWriter
+        self, base: PinnedBase, after: int | None, log: VersionLog, writer: PartWriter
     ) -> Capture:
         """Write rows, then log records of the changes made meanwhile, then the client sessions.
 
-        captured  the shard at the version from which rows are copied
-        after     write only rows changed and keys deleted after this version; None: all rows
+        base   the rows as of the flush
+        after  write only rows changed and keys deleted after this version; None: all rows
 
         Returns the shard as captured at the version that the part represents.
         """
-        for block in blocks_of(captured, after or 0, np.empty(BLOCK_BYTES, np.uint8)):
-            if after is not None or block.kind == ROWS:  # a full checkpoint needs no tombstones
+        captured = base.captured
+        if after is not None:  # a full checkpoint needs no tombstones
+            for block in tombstone_blocks(captured, after, np.empty(BLOCK_BYTES, np.uint8)):
                 writer.block(block.seal())
+        for data in base.rows(after or 0):
+            writer.block(data)
         for table, keys, totals, versions in counters_of(captured, 0, self._engine):
             writer.block(pack_counters(table, keys, versions, totals), "counters")
         end = self._engine.run(self._shard.capture)

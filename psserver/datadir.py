@@ -209,6 +209,7 @@ class DataDirectory:
         """Close log and base. The flusher must be closed first."""
         self.log.close()
         self.base.close()
+        self.shard.close_file()
 
     def _recover(self, excess: int | None = None) -> None:
         """Open log and base, and bring ``self.shard`` to the newest version in them.
@@ -229,12 +230,11 @@ class DataDirectory:
         self.flusher = Flusher(
             self.shard,
             self._engine,
-            self.base,
+            found.writer,
             self.log,
             fail=partial(_fail, "the base"),
             seconds=config.flush_seconds,
             keep=(config.log_keep_bytes, config.log_keep_seconds),
-            stored_rows=found.rows,
         )
         self._report(found, time.monotonic() - start)
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from psserver.busypoll import BusyPoll
 from psserver.errors import DeadlinePassed
@@ -22,6 +22,22 @@ from psserver.loops import post
 
 Result = TypeVar("Result")
 _Job = tuple[Callable[[], Any], float, "asyncio.Future[Any] | None"]
+
+
+class Runner(Protocol):
+    """Runs calls on the shard, one after the other, for other threads."""
+
+    def run(self, call: Callable[[], Result]) -> Result:
+        """Run ``call``, wait for it, and return its result or raise its error."""
+        ...
+
+
+class Inline:
+    """Runs calls on the caller's thread, for a shard that only this thread uses."""
+
+    def run(self, call: Callable[[], Result]) -> Result:
+        """Return the result of ``call``, or raise its error."""
+        return call()
 
 
 class Engine:

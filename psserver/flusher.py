@@ -1,48 +1,31 @@
 """Write changed rows to the base in the background, so that a restart replays little of the log.
 
-The base is the copy of all rows on disk, in blocks, at one version of the log. A flush notes the
-shard's version S, scans the rows while pushes continue, and packs the rows that changed since the
-last flush into new blocks. When the blocks are committed, a restart no longer needs the log up to
-S. If a push changes a row while it is copied, the copy may be half old and half new. But each such
-push has a log record newer than S, and the base is committed only after these records are on disk.
-So a restart always replays them over the damaged copies.
-
-A full flush replaces all blocks by new ones. It happens when the blocks contain more than twice as
-many entries as a full flush would write. It also happens when more keys were deleted since the last
-flush than the shard remembers. (It remembers a limited number of deletes, as tombstones.)
+The base is the copy of all rows on disk, at one version of the log; basewriter.py writes it. After
+a flush, a restart no longer needs the log up to the base's version. Rows that were flushed may
+leave host memory, so a flush is also asked for when host memory is full of rows that may not leave.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
-import numpy as np
 import structlog
 
+from psserver.basewriter import BaseWriter, Stopped
 from psserver.capture import Capture
 from psserver.engine import Engine
-from psserver.packing import blocks_of, cells_of, counters_of
+from psserver.errors import Draining
+from psserver.pinned import PinnedBase
 from psserver.shard import Shard
-from storage.base import Base
-from storage.basestate import BaseState
-from storage.block import BLOCK_BYTES, pack_cells, pack_counters
 from storage.errors import Corrupt, DiskFull, LogFailed
 from storage.versionlog import VersionLog
 
-STALE = 2  # a flush is full if the blocks have more than STALE times the entries it would write
+PAUSE_SECONDS = 0.2  # least time between a flush that failed and the next
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class _Sketch:
-    """The admission sketch (a counting Bloom filter) of one table, as stored in the base."""
-
-    edits: int  # Gate.edits when the sketch was written: the number of its changes until then
-    blocks: tuple[int, ...]  # numbers of the blocks that contain it; empty: it must be written
 
 
 class Flusher:
@@ -50,43 +33,47 @@ class Flusher:
 
     The base is the copy of all rows on disk, at one version of the log.
 
-    fail         called with the error, on the flusher's thread, if a failed write leaves the files
-                 in an unknown state; the thread then ends
-    seconds      seconds between flushes
-    keep         (b, s): keep the newest b bytes of the log for subscribers, and in any case the
-                 records of the last s seconds
-    stored_rows  number of rows in the blocks of the base
-    flushed      monotonic time of the last flush, in seconds; a restart replays only later changes
-    pins         reader of the log, for example a running checkpoint -> version; log records newer
-                 than the version are not deleted while the entry exists
+    writer   writes the base
+    fail     called with the error, on the flusher's thread, if a failed write leaves the files in
+             an unknown state; the thread then ends
+    seconds  seconds between flushes
+    keep     (b, s): keep the newest b bytes of the log for subscribers, and in any case the records
+             of the last s seconds
+    flushed  monotonic time of the last flush, in seconds; a restart replays only later changes
+    rounds   number of flushes that have ended, successfully or not
+    failure  why the last flush failed; "" if it did not
+    pins     reader of the log, for example a running checkpoint -> version; log records newer than
+             the version are not deleted while the entry exists
     """
 
     def __init__(
         self,
         shard: Shard,
         engine: Engine,
-        base: Base,
+        writer: BaseWriter,
         versions: VersionLog,
         *,
         fail: Callable[[Exception], None],
         seconds: float,
         keep: tuple[int, float],
-        stored_rows: int,
     ) -> None:
         self._shard = shard
         self._engine = engine
-        self._base = base
+        self._writer = writer
+        self._base = writer.base
         self._versions = versions
         self._fail = fail
         self._seconds = seconds
         self._keep = keep
-        self._stored = stored_rows
-        self._buffer = np.empty(BLOCK_BYTES, np.uint8)
-        self._sketches: dict[int, _Sketch] = {}  # by number of the table
         self.pins: dict[str, int] = {}
         self.flushed = time.monotonic()
+        self.rounds, self.failure = 0, ""
+        self._turn = threading.Lock()  # held during a flush
+        self._wanted = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="flusher", daemon=True)
+        writer.stop = self._stop.is_set
+        shard.on_pressure(self.ask)
 
     def open(self) -> None:
         """Start the thread."""
@@ -95,144 +82,99 @@ class Flusher:
     def close(self) -> None:
         """Stop the thread. A flush in progress is abandoned, and the base stays unchanged."""
         self._stop.set()
+        self._wanted.set()
         self._thread.join()
+
+    def ask(self) -> None:
+        """Have the thread flush soon, even if the time for it has not come. Any thread may call it.
+
+        ``rounds`` grows when the flush has ended. A flush that runs already may not include the
+        newest changes: then a second one follows it.
+        """
+        self._wanted.set()
 
     def flush(self) -> None:
         """Write all changes since the last flush to the base, then delete log that nobody needs.
 
-        If nothing has changed, only old log is deleted. Raises DiskFull if the disk is full; the
-        base then stays as the last flush left it.
+        If nothing has changed, only old log is deleted. Does nothing if the server stops. Raises
+        DiskFull if the disk is full; the base then stays as the last flush left it.
         """
-        state, began = self._base.state, time.monotonic()
-        captured = self._engine.run(self._shard.capture)
-        if (state is None or captured.version > state.version) and not self._write(captured, state):
-            return
-        self.flushed = began
-        needed = min([captured.version, *self.pins.values()])
-        self._versions.truncate(needed, *self._keep)
+        with self._turn, suppress(Stopped):
+            self._flush()
 
-    def _write(self, captured: Capture, state: BaseState | None) -> bool:
-        """Write the changes since the last flush to new blocks, and commit them to the base.
+    @contextmanager
+    def pinned(self) -> Iterator[PinnedBase]:
+        """Flush, and give access to all rows of the base as of this flush, while the block runs.
 
-        captured  the shard at the version that the base will have
-        state     the base as last committed; None: it is empty
-
-        Returns False, with the base unchanged, if the thread was told to stop.
+        Must run on a thread other than the engine's. Raises the errors of ``flush``, and Draining
+        if the server stops.
         """
-        full = self._must_be_full(captured, state)
-        after, kept = 0, tuple[int, ...]()
-        if not full and state is not None:
-            after, kept = state.version, state.blocks[: len(state.blocks) - state.cells]
-        written = self._write_changes(captured, after)
-        sketches = None if written is None else self._write_sketches(captured, state)
-        if written is None or sketches is None:
-            self._base.discard()
-            return False
-        blocks, rows = written
-        # a restart replays these records over rows that changed while they were copied
-        self._versions.sync(self._engine.run(lambda: self._shard.version))
-        cells = [block for sketch in sketches.values() for block in sketch.blocks]
-        self._commit(captured, [*kept, *blocks], cells)
-        self._sketches = sketches
-        self._stored = rows if full else self._stored + rows
-        return True
+        with self._turn:
+            try:
+                captured = self._flush()
+            except Stopped as error:
+                raise Draining from error
+            except Exception:
+                self._discard()
+                raise
+            pinned = PinnedBase(self._base, captured)
+            self._base.pin(pinned.numbers)
+        try:
+            yield pinned
+        finally:
+            self._base.unpin(pinned.numbers)
 
-    def _commit(self, captured: Capture, blocks: list[int], cells: list[int]) -> None:
-        """Commit new contents of the base.
+    def _flush(self) -> Capture:
+        """Flush, as ``flush`` describes, and return the captured shard. Needs ``_turn``.
 
-        captured  the shard at the version that the base gets
-        blocks    numbers of the blocks with rows, tombstones and counters
-        cells     numbers of the blocks with admission sketches
+        Raises Stopped if the server stops.
         """
-        self._base.commit(
-            BaseState(
-                lineage=self._versions.lineage,
-                history=self._versions.history,
-                version=captured.version,
-                next_table=captured.next_table,
-                tables=tuple(each.base for each in captured.tables),
-                horizon=captured.horizon,
-                sessions=captured.sessions.pack(),
-                blocks=(*blocks, *cells),
-                cells=len(cells),
-                logged=True,
-            )
-        )
-
-    def _must_be_full(self, captured: Capture, state: BaseState | None) -> bool:
-        """Return whether the flush must write all rows, not only those that changed.
-
-        captured  the shard at the version that the base will have
-        state     the base as last committed; None: it is empty
-        """
-        live = sum(each.rows + each.counters for each in captured.tables)
-        live += sum(map(len, captured.tombstones))  # a full flush writes them again
-        return (
-            state is None
-            or self._stored > STALE * live
-            or captured.horizon > state.version  # tombstones since then were discarded
-        )
-
-    def _write_changes(self, captured: Capture, after: int) -> tuple[list[int], int] | None:
-        """Write rows, counters and tombstones (deletes) that changed after version ``after``.
-
-        Returns (numbers of the new blocks, number of entries in them); None if the thread was told
-        to stop.
-        """
-        blocks, rows = [], 0
-        for block in blocks_of(captured, after, self._buffer):
-            blocks.append(self._base.add(block.seal()))
-            rows += len(block)
-            if self._stop.is_set():
-                return None
-        for table, keys, totals, versions in counters_of(captured, after, self._engine):
-            blocks.append(self._base.add(pack_counters(table, keys, versions, totals)))
-            rows += len(keys)
-        return blocks, rows
-
-    def _write_sketches(
-        self, captured: Capture, state: BaseState | None
-    ) -> dict[int, _Sketch] | None:
-        """Write the admission sketches that changed since they were last written.
-
-        Returns table number -> sketch for all tables, changed or not; None if the thread was told
-        to stop.
-        """
-        sketches = self._kept_sketches(captured, state)
-        written: dict[int, list[int]] = {}
-        unchanged = {table for table, sketch in sketches.items() if sketch.blocks}
-        for table, start, cells in cells_of(captured, unchanged):
-            block = self._base.add(pack_cells(table, start, cells))
-            written.setdefault(table, []).append(block)
-            if self._stop.is_set():
-                return None
-        for table, blocks in written.items():
-            sketches[table] = _Sketch(sketches[table].edits, tuple(blocks))
-        return sketches
-
-    def _kept_sketches(self, captured: Capture, state: BaseState | None) -> dict[int, _Sketch]:
-        """Return table number -> sketch, without blocks if the sketch must be written again."""
-        listed = set(state.blocks) if state is not None else set()
-        kept: dict[int, _Sketch] = {}
-        for each in captured.tables:
-            old = self._sketches.get(each.number, _Sketch(-1, ()))
-            same = old.edits == each.edits and listed.issuperset(old.blocks)
-            kept[each.number] = _Sketch(each.edits, old.blocks if same else ())
-        return kept
+        began, failure = time.monotonic(), "it was interrupted"
+        try:
+            captured = self._engine.run(self._shard.capture)
+            state = self._base.state
+            if state is None or not state.distinct or captured.version > state.version:
+                try:
+                    self._writer.write(captured, self._engine)
+                except Stopped:
+                    self._base.discard()
+                    raise
+            self.flushed, failure = began, ""
+            needed = min([captured.version, *self.pins.values()])
+            self._versions.truncate(needed, *self._keep)
+            return captured
+        except Exception as error:
+            failure = str(error) or type(error).__name__
+            raise
+        finally:
+            self.failure = failure
+            self.rounds += 1
 
     def _run(self) -> None:
-        while not self._stop.wait(self._seconds):
+        while not self._stop.is_set():
+            self._wanted.wait(self._seconds)
+            self._wanted.clear()
+            if self._stop.is_set():
+                return
             start = time.monotonic()
             try:
                 if self._succeeds(self.flush):
                     log.debug("flush", seconds=round(time.monotonic() - start, 3))
                 else:  # if this fails too, the next flush deletes the blocks
                     self._succeeds(self._base.discard)
+                    self._stop.wait(min(PAUSE_SECONDS, self._seconds))
             except LogFailed:  # the log has called its own ``fail``
                 return
             except Exception as error:
                 self._fail(error)
                 return
+
+    def _discard(self) -> None:
+        """Clean up after a failed flush. If the files are in an unknown state, ends the process."""
+        if self._base.failure is not None:
+            self._fail(self._base.failure)
+        with suppress(Exception):  # then the next flush deletes the blocks
+            self._base.discard()
 
     def _succeeds(self, call: Callable[[], None]) -> bool:
         """Run ``call`` and return True; if it fails but may succeed later, log it and return False.

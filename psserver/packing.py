@@ -8,11 +8,13 @@ pushes continue.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from psserver.capture import Capture
-from psserver.engine import Engine
+from psserver.capture import Capture, CapturedTable
+from psserver.engine import Runner
 from psserver.tombstones import joined
 from storage.admission.gates import Occurrences, Versions
 from storage.block import (
@@ -22,40 +24,38 @@ from storage.block import (
     rows_per_block,
     tombstones_per_block,
 )
-from storage.kernels import Keys
-from storage.slots import EVERY, KEY, STEP, VERSION
+from storage.kernels import Keys, Slots
+from storage.slots import KEY, STEP, VERSION
 
 CELLS_BYTES = BLOCK_BYTES - 4096  # bytes of a sketch (approximate counters) per block
 
 
-def blocks_of(captured: Capture, after: int, buffer: Bytes) -> Iterator[Block]:
-    """Yield blocks, without checksums, with the tombstones and then the rows that changed after
-    version ``after``, up to the captured version.
+def dirty_blocks(each: CapturedTable, upto: int, buffer: Bytes) -> Iterator[tuple[Block, Slots]]:
+    """Yield blocks, without checksums, with the dirty rows of a table: those without an up-to-date
+    copy in a block.
 
-    captured  the shard as of one version
-    after     version; 0: all rows
-    buffer    uint8[BLOCK_BYTES]  memory for the blocks: each is valid until the next is requested
+    upto    version; newer rows are skipped
+    buffer  uint8[BLOCK_BYTES]  memory for the blocks: each is valid until the next is requested
 
-    A row that is pushed while this generator runs may be missing, or be a mix of old and new
-    numbers. The log has its new contents.
+    Each block comes with the slots of its rows, int64[n]. A row that is pushed while this generator
+    runs may be missing, or be a mix of old and new numbers. Its slot then has a newer version.
     """
-    yield from _tombstone_blocks(captured, after, buffer)
-    for each in captured.tables:
-        number, width, scan = each.number, each.width, each.scan
-        start: int | None = 0
-        most = rows_per_block(width)
-        while start is not None:
-            places, start = scan.find(start, after, captured.version, most, EVERY)
-            if len(places):
-                # a row may be larger than a block
-                block = Block.empty(number, width, len(places), buffer if most > 1 else None)
-                meta = scan.copy(places, block.frequencies, block.rows)
-                block.keys[:], block.versions[:] = meta[:, KEY], meta[:, VERSION]
-                block.steps[:] = meta[:, STEP].view(np.int64)
-                yield from _unmoved(block, after, captured.version)
+    start: int | None = 0
+    most = rows_per_block(each.width)
+    while start is not None:
+        slots, start = each.scan.dirty(start, upto, most)
+        if len(slots):
+            # a row may be larger than a block
+            block = Block.empty(each.number, each.width, len(slots), buffer if most > 1 else None)
+            meta = each.scan.copy(slots, block.frequencies, block.rows)
+            block.keys[:], block.versions[:] = meta[:, KEY], meta[:, VERSION]
+            block.steps[:] = meta[:, STEP].view(np.int64)
+            kept = (block.versions > 0) & (block.versions <= np.uint64(upto))
+            if kept.any():  # others were pushed, or their slots used again, after they were found
+                yield (block, slots) if kept.all() else (reduced(block, kept), slots[kept])
 
 
-def _tombstone_blocks(captured: Capture, after: int, buffer: Bytes) -> Iterator[Block]:
+def tombstone_blocks(captured: Capture, after: int, buffer: Bytes) -> Iterator[Block]:
     """Yield blocks with the tombstones (records of deletes) that are newer than version ``after``.
 
     captured  the shard as of one version
@@ -74,7 +74,7 @@ def _tombstone_blocks(captured: Capture, after: int, buffer: Bytes) -> Iterator[
 Counted = tuple[int, Keys, Occurrences, Versions]  # number of the table, and counters of some keys
 
 
-def counters_of(captured: Capture, after: int, engine: Engine) -> Iterator[Counted]:
+def counters_of(captured: Capture, after: int, engine: Runner) -> Iterator[Counted]:
     """Yield (table number, keys, totals, versions) with the exact admission counters that changed
     after version ``after``. Each tuple has counters of many keys of one table.
 
@@ -115,18 +115,22 @@ def cells_of(captured: Capture, but: set[int]) -> Iterator[tuple[int, int, Bytes
             yield each.number, start, cells[start : start + CELLS_BYTES]
 
 
-def _unmoved(block: Block, after: int, upto: int) -> Iterator[Block]:
-    """Yield the block reduced to the rows with versions in ``after + 1..upto``; nothing if there
-    are none.
-
-    The other rows were pushed, or their slots reused for different keys, after the scan found them.
+def reduced(block: Block, kept: NDArray[np.bool_]) -> Block:
+    """Return a new block, without a checksum, with some rows of a block: those with True in
+    ``kept``, bool[n].
     """
-    kept = (block.versions > np.uint64(after)) & (block.versions <= np.uint64(upto))
-    if kept.all():
-        yield block
-    elif kept.any():
-        less = Block.empty(block.table, block.width, int(kept.sum()))
-        less.keys[:], less.versions[:] = block.keys[kept], block.versions[kept]
-        less.steps[:], less.frequencies[:] = block.steps[kept], block.frequencies[kept]
-        less.rows[:] = block.rows[kept]
-        yield less
+    less = Block.empty(block.table, block.width, int(np.count_nonzero(kept)))
+    copy_rows(block, kept, less, slice(None))
+    return less
+
+
+def copy_rows(source: Block, chosen: Any, target: Block, where: slice) -> None:
+    """Copy rows from one block to another.
+
+    chosen  index of the rows in ``source``: bool[n] or int64[m]
+    where   range of the rows in ``target``
+    """
+    target.keys[where], target.versions[where] = source.keys[chosen], source.versions[chosen]
+    target.steps[where] = source.steps[chosen]
+    target.frequencies[where] = source.frequencies[chosen]
+    target.rows[where] = source.rows[chosen]

@@ -8,12 +8,20 @@ The base has a copy of all rows at one log version. The log has the changes afte
 from __future__ import annotations
 
 import dataclasses
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 
+import numpy as np
+import structlog
+
+from psserver.basewriter import BaseWriter, Stored
+from psserver.engine import Inline
 from psserver.shard import Shard
-from storage.base import Base
+from storage.base import DATA, Base
 from storage.basestate import BaseState
+from storage.block import COUNTERS, ROWS, TOMBSTONES, rows_per_block
+from storage.blockfile import BlockFile
+from storage.directory import unpack
 from storage.errors import Corrupt, DiskFull
 from storage.history import History, draw_epoch
 from storage.records import decode
@@ -21,14 +29,17 @@ from storage.versionlog import VersionLog
 
 REPLAY_BYTES = 4 << 20  # bytes of the log per read
 
+log = structlog.get_logger()
+
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """How much data a recovery has read."""
+    """How much data a recovery has found, and what is needed to write to the base from now on."""
 
-    rows: int  # rows, tombstones and counters loaded from the base
+    rows: int  # rows, tombstones and counters found in the base
     records: int  # log records replayed
     record_bytes: int  # size of the replayed log records, in bytes
+    writer: BaseWriter
 
 
 def restore_excess(budget: int) -> int:
@@ -50,25 +61,31 @@ def recover(shard: Shard, base: Base, versions: VersionLog, excess: int | None =
     versions  log of the shard
     excess    bytes by which the tables may exceed the memory budget; None: no limit
 
-    Then draws the epoch (random number) of this server start, and records it in the base. Raises
-    Corrupt if stored bytes are damaged, OutOfMemory if the tables exceed the budget by more than
-    ``excess``.
+    The rows of the base stay there. If the replayed rows fill the memory, they are flushed to the
+    base, so that rows can leave the memory. Draws the epoch (random number) of this server start,
+    and records it in the base. Raises Corrupt if stored bytes are damaged, OutOfMemory if the
+    tables exceed the budget by more than ``excess``.
     """
+    shard.keep_in(BlockFile(base.directory / DATA).open())
+    try:
+        return _recover(shard, base, versions, excess)
+    except BaseException:
+        shard.close_file()
+        raise
+
+
+def _recover(shard: Shard, base: Base, versions: VersionLog, excess: int | None) -> Recovered:
     shard.recovery.begin(excess)
-    rows, records, size = _load_base(shard, base), 0, 0
+    stored, rows = _load_base(shard, base)
     if versions.first > shard.version + 1:
         raise Corrupt(
             str(base.directory),
             f"the base ends at version {shard.version}, but the log begins at version"
             f" {versions.first}: changes between them are missing",
         )
-    cursor = versions.cursor(shard.version)
-    while frames := cursor.read(upto=versions.last, max_bytes=REPLAY_BYTES):
-        for frame in frames:
-            shard.recovery.replay(frame.version, decode(frame))
-            size += len(frame.payload)
-        records += len(frames)
-    cursor.close()
+    _draw_epoch(base, versions)
+    writer = BaseWriter(shard, base, versions, stored)
+    records, size = _replay(shard, versions, writer)
     shard.recovery.finish()
     if shard.version != versions.last:
         raise Corrupt(
@@ -76,38 +93,100 @@ def recover(shard: Shard, base: Base, versions: VersionLog, excess: int | None =
             f"expected changes up to version {versions.last}, but recovery ended at version"
             f" {shard.version}",
         )
-    _begin_epoch(base, versions)
-    return Recovered(rows, records, size)
+    _store_epoch(base, versions)
+    return Recovered(rows, records, size, writer)
 
 
-def _load_base(shard: Shard, base: Base) -> int:
-    """Load the base into an empty shard; return the number of rows, tombstones and counters."""
-    if base.state is None:
-        return 0
-    shard.recovery.load_state(base.state)
-    rows = 0
-    for _, block in base.blocks():
-        shard.recovery.load_block(block)
-        rows += len(block.keys)
+def _replay(shard: Shard, versions: VersionLog, writer: BaseWriter) -> tuple[int, int]:
+    """Replay the log records after the shard's version. Returns (their number, their bytes)."""
+    records = size = 0
+    with closing(versions.cursor(shard.version)) as cursor:
+        while frames := cursor.read(upto=versions.last, max_bytes=REPLAY_BYTES):
+            for frame in frames:
+                shard.recovery.replay(frame.version, decode(frame))
+                size += len(frame.payload)
+                if shard.recovery.pressed:
+                    _relieve(shard, writer)
+            records += len(frames)
+    return records, size
+
+
+def _relieve(shard: Shard, writer: BaseWriter) -> None:
+    """Flush the replayed rows, so that they may leave the memory. If the disk is full, they stay:
+    a shard loads everything that it has acknowledged, whatever its memory budget is.
+    """
+    try:
+        writer.write(shard.capture(), Inline())
+    except DiskFull as error:
+        log.warning("no flush during the recovery", error=str(error))
+        with suppress(DiskFull):
+            writer.base.discard()
+    shard.recovery.pressed = False
+
+
+def _load_base(shard: Shard, base: Base) -> tuple[Stored, int]:
+    """Load the base into an empty shard.
+
+    Returns (what the base contains besides rows; number of its rows, tombstones and counters).
+    """
+    stored, rows, state = Stored(), 0, base.state
+    if state is None:
+        return stored, rows
+    shard.recovery.load_state(state)
+    end = len(state.blocks) - state.cells
+    start = end - state.directory
+    listed = set[int]()
+    for number in state.blocks[start:end]:
+        for entry in unpack(base.block(number), f"block {number} of the directory"):
+            shard.recovery.adopt(entry, _offset(base, entry.number))
+            listed.add(entry.number)
+            rows += int(np.count_nonzero(entry.live))
+            if entry.count < rows_per_block(entry.width) // 2:
+                stored.small.setdefault(entry.table, set()).add(entry.number)
+    for number in (*state.blocks[:start], *state.blocks[end:]):
+        if number in listed:
+            continue
+        block = base.block(number)
+        shard.recovery.load_block(block, number, base.offset(number))
+        if block.kind in (TOMBSTONES, COUNTERS):
+            stored.others.append(number)
+            stored.entries += len(block)
+        if block.kind != ROWS or not state.distinct:
+            rows += len(block.keys)
     shard.recovery.blocks_loaded()
-    return rows
+    return stored, rows
 
 
-def _begin_epoch(base: Base, versions: VersionLog) -> None:
-    """Draw the epoch (random number) of this server start, and commit it to the base, together with
-    the fact that a log exists.
+def _offset(base: Base, number: int) -> int:
+    """Return the offset in the base's file of a block that its directory lists."""
+    offset = base.offset(number)
+    if offset is None:
+        raise Corrupt(f"{base.directory}: block {number}", "it is not stored in pages of its own")
+    return offset
+
+
+def _draw_epoch(base: Base, versions: VersionLog) -> None:
+    """Draw the epoch (random number) of this server start."""
+    state, epoch = base.state, draw_epoch()
+    if state is None:
+        versions.history = History((epoch,))
+    else:
+        versions.history = state.history.begin(epoch, versions.last)
+
+
+def _store_epoch(base: Base, versions: VersionLog) -> None:
+    """Commit the epoch of this server start to the base, together with the fact that a log exists.
 
     If the disk is full, the next flush commits them instead. If the server restarts before that
     flush, it does not recognize versions of this epoch, and subscribers that have such versions
     start with a snapshot.
     """
-    state, epoch = base.state, draw_epoch()
-    if state is None:
-        versions.history = History((epoch,))
-        state = BaseState(
-            lineage=versions.lineage, history=versions.history, version=0, next_table=1
-        )
-    else:
-        versions.history = state.history.begin(epoch, versions.last)
+    state = base.state or BaseState(
+        lineage=versions.lineage,
+        history=versions.history,
+        version=0,
+        next_table=1,
+        distinct=True,
+    )
     with suppress(DiskFull):
         base.commit(dataclasses.replace(state, history=versions.history, logged=True))

@@ -132,10 +132,10 @@ class Server:
         """Create checkpoints, restores, feed, sweeper and service for the recovered shard."""
         config, data, shard, engine = self._config, self._data, self._shard, self._engine
         versions = None if data is None else data.log
-        pins: dict[str, int] = {} if data is None else data.flusher.pins
+        flusher = None if data is None else data.flusher
         restore: State | None = None if data is None else data.restore
         checkpoints = Checkpoints(
-            shard, engine, versions, pins, self._store(), directory=config.data_dir
+            shard, engine, versions, flusher, self._store(), directory=config.data_dir
         )
         restores = Restores(shard, engine, checkpoints, config.data_dir, restore, self._restart)
         if versions is not None:

@@ -32,6 +32,7 @@ from psserver.tables import TableEntry, Tables
 from psserver.tombstonequeue import TombstoneQueue
 from storage import records
 from storage.arena import Budget
+from storage.blockfile import BlockFile
 from storage.kernels import Images, Keys, Rows
 from storage.records import Cause, Kind
 from storage.schema import TableSchema
@@ -104,10 +105,31 @@ class Shard(ShardReads):
         assert log.last == self.version
         self._sequencer.log = log
 
+    def keep_in(self, file: BlockFile) -> None:
+        """Let rows that are not in use leave memory, once they are in ``file``, the open map of the
+        base's file. Call before the first table is created. The shard closes the file.
+        """
+        self._tables.file = file
+
+    def cover(self, size: int) -> None:
+        """Make the first ``size`` bytes of the base's file readable. Call when it has grown."""
+        if self._tables.file is not None:
+            self._tables.file.cover(size)
+
+    def on_pressure(self, call: Callable[[], None]) -> None:
+        """Call ``call`` whenever memory is nearly full of rows that the next flush must write."""
+        self._tables.pressed = call
+
     def close(self) -> None:
         """Free the memory of all tables. The shard must not be used afterwards."""
         for entry in self._tables:
             entry.table.close()
+        self.close_file()
+
+    def close_file(self) -> None:
+        """Close the base's file. Rows that are only there cannot be read afterwards."""
+        if self._tables.file is not None:
+            self._tables.file.close()
 
     # ---- tables
 

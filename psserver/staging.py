@@ -32,6 +32,7 @@ from storage.base import Base
 from storage.basestate import BaseState, BaseTable
 from storage.block import Block, pack_counters, rows_per_block, tombstones_per_block
 from storage.checkpoint import Checkpoint
+from storage.directory import BlockEntry, Zones, pack
 from storage.eviction.evictor import Evictor
 from storage.history import History, draw_epoch
 from storage.kernels import Keys
@@ -163,6 +164,7 @@ class _Writer:
         self._thread = ThreadPoolExecutor(1, "restore writer")
         self._begun: deque[Future[int]] = deque()
         self._added: list[int] = []
+        self._listed: list[BlockEntry] = []  # blocks of rows; numbers are positions in ``_added``
 
     def __enter__(self) -> Self:
         try:
@@ -189,6 +191,16 @@ class _Writer:
         If more than AHEAD_BLOCKS blocks wait, this waits until the oldest of them is written.
         """
         data = block.seal()
+        self._listed.append(
+            BlockEntry(
+                number=len(self._added) + len(self._begun),
+                table=block.table,
+                width=block.width,
+                count=len(block),
+                zones=Zones.of(block),
+                live=np.ones(len(block), np.bool_),
+            )
+        )
         self._begun.append(self._thread.submit(self._base.add, data))
         if len(self._begun) > AHEAD_BLOCKS:
             self._added.append(self._begun.popleft().result())
@@ -214,10 +226,22 @@ class _Writer:
             self._begun.append(self._thread.submit(self._base.add, block))
 
     def commit(self, state: BaseState) -> None:
-        """Wait until all queued blocks are written, then commit them and ``state`` to the base."""
+        """Wait until all queued blocks are written, then commit them and ``state`` to the base.
+
+        Also writes the directory: each key is in one block, so that all rows are current.
+        """
         self._added += [each.result() for each in self._begun]
         self._begun.clear()
-        whole = dataclasses.replace(state, blocks=tuple(self._added))
+        entries = (
+            dataclasses.replace(each, number=self._added[each.number]) for each in self._listed
+        )
+        directory = [self._thread.submit(self._base.add, data) for data in pack(entries)]
+        whole = dataclasses.replace(
+            state,
+            blocks=(*self._added, *(each.result() for each in directory)),
+            directory=len(directory),
+            distinct=True,
+        )
         self._thread.submit(self._base.commit, whole).result()
 
 

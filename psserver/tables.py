@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from psproto import names
 from psserver.errors import BadRequest, TableLoading
 from psserver.schemas import to_json
 from storage.arena import Budget
+from storage.blockfile import BlockFile
 from storage.errors import UnknownTable
 from storage.schema import TableSchema
 from storage.table import Table
+from storage.tiers.lmdb import Blocks
 
 MAX_DROPPED = 4096  # dropped tables whose schemas are kept
 
@@ -48,6 +50,8 @@ class Tables:
     claimed      names of tables that a load from a checkpoint is going to create or replace
     ruled        numbers of the tables with eviction rules
     next_number  number of the next new table
+    file         the base's file, in which rows may stay that are not in use; None: there is none
+    pressed      called when host memory is nearly full of rows that the next flush must write
     """
 
     def __init__(self, budget: Budget, share: float) -> None:
@@ -60,6 +64,8 @@ class Tables:
         self._schemas: dict[int, TableSchema] = {}  # by number, also of tables dropped recently
         self.ruled: list[int] = []
         self.next_number = 1
+        self.file: BlockFile | None = None
+        self.pressed: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -134,7 +140,7 @@ class Tables:
         hidden   keep clients from using it until ``reveal`` is called
         """
         text = json.dumps(to_json(schema), sort_keys=True)
-        entry = TableEntry(Table(schema, self._budget, self._share), number, created, text)
+        entry = TableEntry(self._make(schema), number, created, text)
         self._by_number[number] = entry
         (self._hidden if hidden else self._by_name)[schema.name] = entry
         self._list_ruled(entry)
@@ -143,6 +149,14 @@ class Tables:
         if len(self._schemas) > len(self._by_number) + MAX_DROPPED:
             del self._schemas[next(each for each in self._schemas if each not in self._by_number)]
         return entry
+
+    def _make(self, schema: TableSchema) -> Table:
+        """Return an empty table, with a cold tier if there is a file for its blocks."""
+        table = Table(schema, self._budget, self._share)
+        if self.file is not None:
+            blocks = Blocks(schema.dim, schema.width, self.file, self._budget)
+            table.attach(blocks, lambda: self.pressed())
+        return table
 
     def alter(
         self, entry: TableEntry, schema: TableSchema, version: int, seconds: float

@@ -29,6 +29,7 @@ from storage.tiers.host import HostTier
 from storage.tiers.lmdb import Blocks
 
 MARGIN = 4096  # rows that ``demote`` demotes beyond those asked for, so that it is called rarely
+NEARLY = 8  # host memory is nearly full if there is room for less than 1/NEARLY of its rows
 RESERVE = 16  # 1/RESERVE of the budget is left to indexes and counters where there is a cold tier
 
 
@@ -55,6 +56,11 @@ class RowStore:
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @property
+    def width(self) -> int:
+        """Float32 numbers per row: embedding and optimizer state."""
+        return self._width
 
     # ---- reading
 
@@ -201,6 +207,24 @@ class RowStore:
         """Add absent keys whose rows are in blocks to the index."""
         self._index.insert(keys, locations)
 
+    def place_newest(self, extent: int, keys: Keys, versions: NDArray[np.uint64]) -> None:
+        """Make the rows of a block current, except those of which there is a newer row.
+
+        extent    the block; none of its rows is live yet
+        keys      uint64[n]  keys of all its rows, distinct
+        versions  uint64[n]  versions of all its rows
+        """
+        blocks = self.blocks
+        assert blocks is not None
+        locations, _ = self.find(keys)
+        there = np.flatnonzero(locations)
+        newer = self.meta(locations[there])[:, VERSION] > versions[there]
+        replaced = there[~newer]
+        self.remove(keys[replaced], locations[replaced])
+        positions = np.delete(np.arange(len(keys)), there[newer])
+        self.place_cold(keys[positions], blocks.locations(extent, positions))
+        blocks.revive(extent, positions, cached=False)
+
     def room(self) -> int:
         """Return how many slots are free or may be added within the budget."""
         entries = self._host.slots
@@ -230,6 +254,22 @@ class RowStore:
     ) -> NDArray[np.bool_]:
         """Return for each slot whether it has a dirty row of this key and version."""
         return self._host.slots.same(slots, keys, versions)
+
+    def waiting(self, slots: Slots, upto: int) -> NDArray[np.bool_]:
+        """Return for each slot whether it has a dirty row of a version in 1..upto."""
+        return self._host.slots.waiting(slots, upto)
+
+    @property
+    def dirty(self) -> int:
+        """Number of rows in host memory that have no up-to-date copy in a block."""
+        cached = self.blocks.live_rows - self.blocks.rows if self.blocks is not None else 0
+        return self._host.slots.rows - cached
+
+    @property
+    def pressed(self) -> bool:
+        """True if a flush is needed soon: host memory is nearly full, mostly with dirty rows."""
+        rows = self._host.slots.rows
+        return self.room() < rows // NEARLY and 2 * self.dirty > rows
 
     def adopt(self, extent: int, slots: Slots, keys: Keys, versions: NDArray[np.uint64]) -> None:
         """Make rows clean that a flush wrote to a block, unless they were changed since.

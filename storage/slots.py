@@ -217,6 +217,14 @@ def _same(entries: Any, slots: Any, keys: Any, versions: Any, out: Any) -> None:
         )
 
 
+@jit
+def _waiting(entries: Any, slots: Any, upto: int, out: Any) -> None:
+    """Write for each slot whether it has a dirty row of a version in 1..upto, to bool[n]."""
+    for i in range(slots.shape[0]):
+        version = np.int64(entries[slots[i], 1] >> np.uint64(16))
+        out[i] = 0 < version <= upto and entries[slots[i], 3] == 0
+
+
 def unpack(entries: Entries, slots: Slots) -> Meta:
     """Return a copy of the metadata (key, version, step, frequency) of the rows in some slots."""
     meta = np.empty((len(slots), 4), np.uint64)
@@ -354,6 +362,12 @@ class SlotEntries:
         """Return for each slot whether it has a dirty row of this key and version."""
         out = np.empty(len(slots), np.bool_)
         _same(self._arena.array, slots, keys, versions, out)
+        return out
+
+    def waiting(self, slots: Slots, upto: int) -> NDArray[np.bool_]:
+        """Return for each slot whether it has a dirty row of a version in 1..upto."""
+        out = np.empty(len(slots), np.bool_)
+        _waiting(self._arena.array, slots, upto, out)
         return out
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ distinct unless a method says otherwise; the service has checked that.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ from storage.rowstore import RowStore
 from storage.schema import TableSchema
 from storage.slots import FREQUENCY, STEP, VERSION
 from storage.tiers.base import Scan
+from storage.tiers.lmdb import Blocks
 
 ROUNDS = 8  # tries to make room for the rows of a push
 Mode = Literal["train", "serve"]
@@ -48,6 +50,7 @@ class Table:
         self.store = RowStore(schema.dim, self._state, budget)
         self._seed = table_seed(schema.seed, schema.name)
         self._guard = OverflowGuard(schema, self._copies)
+        self._pressed: Callable[[], None] = lambda: None
         try:
             self.gate = self._make_gate(schema.admission.on(share))
         except BaseException:
@@ -56,6 +59,14 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.store)
+
+    def attach(self, blocks: Blocks, pressed: Callable[[], None]) -> None:
+        """Give the table a cold tier: rows that are not in use may leave host memory.
+
+        pressed  called when host memory is nearly full of rows that the next flush must write
+        """
+        self.store.attach(blocks)
+        self._pressed = pressed
 
     def alter(self, schema: TableSchema, version: int, seconds: float) -> int | None:
         """Replace the schema by one that differs only in fields that may be altered.
@@ -234,6 +245,8 @@ class Table:
         rows = self.store.promote(keys, locations)
         if len(rows):
             self._guard.put(rows)
+        if self.store.pressed:
+            self._pressed()
         return locations, absent
 
     def _copies(self, keys: Keys) -> Rows:
@@ -308,6 +321,18 @@ class Table:
         self.store.put(locations, images)
         self._guard.put(rows)
 
+    def place_newest(self, extent: int, keys: Keys, versions: Versions) -> None:
+        """Make the rows of a block on disk current, except those of which there is a newer row.
+
+        extent    the block; none of its rows is current yet
+        keys      uint64[n]  keys of all its rows, distinct
+        versions  uint64[n]  versions of all its rows
+
+        The admission counters of the keys are deleted.
+        """
+        self.store.place_newest(extent, keys, versions)
+        self.gate.discard(keys)
+
     def put_counters(self, keys: Keys, totals: Occurrences, versions: Versions) -> None:
         """Write admission counters from a block or a log record. Never overwrites newer counters.
 
@@ -317,6 +342,10 @@ class Table:
         """
         absent = self.store.find(keys)[0] == 0
         self.gate.put(keys[absent], totals[absent], versions[absent])
+
+    def discard_counters(self, keys: Keys) -> None:
+        """Delete the admission counters of those ``keys``, uint64[n], that have no row."""
+        self.gate.discard(keys[self.store.find(keys)[0] == 0])
 
     def delete(self, keys: Keys, before: Versions | None = None) -> tuple[Keys, int]:
         """Delete the rows of keys, and the admission counters of keys without a row.

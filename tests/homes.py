@@ -70,12 +70,11 @@ class Node:
     def _serve(self, state: State | None) -> None:
         home = self.home
         self.shard = home.shard
-        pins = home.flusher.pins
         self.checkpoints = Checkpoints(
             home.shard,
             self.engine,
             home.log,
-            pins,
+            home.flusher,
             self._store,
             now=lambda: 1.5,
             directory=self.directory,

@@ -118,12 +118,11 @@ class Home:
         self.flusher = Flusher(
             self.shard,
             self._engine,
-            self.base,
+            self.recovered.writer,
             self.log,
             fail=self.failures.append,
             seconds=NEVER,
             keep=self._keep,
-            stored_rows=self.recovered.rows,
         )
         return self
 
@@ -306,5 +305,5 @@ def shard_of_all_kinds() -> Shard:
 def analyses_of(shard: Shard, log: VersionLog | None = None) -> Analyses:
     """Return the analyses of a shard, without pauses."""
     engine: Any = Direct()
-    checkpoints = Checkpoints(shard, engine, None, {}, None)
+    checkpoints = Checkpoints(shard, engine, None, None, None)
     return Analyses(shard, engine, checkpoints, log, Pace(engine, 0.0))

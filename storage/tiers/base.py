@@ -109,6 +109,14 @@ class Tier(Protocol):
         ...
 
 
+class DirtyScan(Scan, Protocol):
+    """A scan that also finds the dirty rows: those without an up-to-date copy in a block."""
+
+    def dirty(self, start: int, upto: int, limit: int) -> tuple[Slots, int | None]:
+        """Find dirty rows with versions in 1..upto. For the rest see ``find``."""
+        ...
+
+
 class Writable(Tier, Protocol):
     """A tier whose rows pushes can write. Its places are slots: indexes of rows in its memory.
 
@@ -157,6 +165,10 @@ class Writable(Tier, Protocol):
 
         Covers embeddings and optimizer state. Infinity and NaN count as the largest.
         """
+        ...
+
+    def scan(self) -> DirtyScan:
+        """Return a scan of all rows, which other threads may use while pushes continue."""
         ...
 
     def view(self) -> View:

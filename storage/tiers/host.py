@@ -23,7 +23,7 @@ from storage.kernels import (
 )
 from storage.optimizer import Optimizer
 from storage.slots import FREQUENCY, LOOK, Meta, SlotEntries, find_changed, unpack
-from storage.tiers.base import Scan
+from storage.tiers.base import DirtyScan
 
 
 class HostScan:
@@ -38,6 +38,15 @@ class HostScan:
         slots = np.empty(limit, np.int64)
         stop = min(start + look, self._used)
         found, end = find_changed(self._entries, start, stop, after, upto, slots)
+        return slots[:found], None if end >= self._used else int(end)
+
+    def dirty(self, start: int, upto: int, limit: int) -> tuple[Slots, int | None]:
+        """Find dirty rows, which have no copy in a block, with versions in 1..upto.
+
+        For ``start``, ``limit`` and the result see ``find``. Looks at all slots.
+        """
+        slots = np.empty(limit, np.int64)
+        found, end = find_changed(self._entries, start, self._used, 0, upto, slots, dirty=True)
         return slots[:found], None if end >= self._used else int(end)
 
     def copy(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> Meta:
@@ -109,7 +118,7 @@ class HostTier:
     def meta(self, places: Slots) -> Meta:
         return self.slots.meta(places)
 
-    def scan(self) -> Scan:
+    def scan(self) -> DirtyScan:
         return HostScan(self._slab.memory, self.slots.memory, self.slots.used, self._dim)
 
     def view(self) -> View:

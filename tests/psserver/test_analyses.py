@@ -252,7 +252,7 @@ def test_rows_that_change_meanwhile_are_seen_as_they_are_then(
 def test_a_server_that_stops_gives_up(shard: Shard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(analysis, "SLICE_ROWS", 7)
     engine: Any = Direct()
-    checkpoints = Checkpoints(shard, engine, None, {}, None)
+    checkpoints = Checkpoints(shard, engine, None, None, None)
     work = Analyses(shard, engine, checkpoints, None, Pace(engine, 0.0))
     monkeypatch.setattr(outbox, "PROGRESS_SECONDS", 0.0)
     messages = work.analyze(pb.AnalyzeRequest(table="t"))

@@ -1,0 +1,436 @@
+"""Write the changes of a shard to its base, as one flush.
+
+The base is the on-disk copy of all rows at one version of the log, in immutable blocks. Rows in
+blocks may also be in host memory, or only in the block. A row is *live* in a block while the block
+has the current value of its key. A row is *dirty* if no block has it.
+
+    1  capture version S of the shard; choose sparse blocks, whose live rows are moved to new blocks
+    2  copy dirty rows, moved rows, and new tombstones and counters to new blocks, while the shard
+       works on
+    3  write the directory: which rows of which blocks are live *now*, at a version T >= S
+    4  sync the log up to T: it has the newest contents of rows that changed since S
+    5  commit the new blocks and the directory to the base, with version S
+    6  tell the shard where the rows are now (*adopt*), unless they changed meanwhile
+
+A restart believes the directory, and replays the log after S. A row that changed between S and T is
+not live in any block, so its row comes from the log. If the process is killed before step 5, the
+base is as before. Blocks without live rows are taken from the shard in step 3, and the commit
+deletes them. Blocks whose rows have been moved are needed until step 6, so the next flush deletes
+them. Steps 1, 3 and 6 run on the engine thread, in slices; the other steps do not stop it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from psserver.capture import Capture, CapturedTable
+from psserver.compaction import Run, Source, choose, moved_blocks
+from psserver.engine import Runner
+from psserver.packing import cells_of, counters_of, dirty_blocks, tombstone_blocks
+from psserver.shard import Shard
+from storage.base import Base
+from storage.basestate import BaseState
+from storage.block import BLOCK_BYTES, Block, pack_cells, pack_counters, rows_per_block
+from storage.directory import BlockEntry, Zones
+from storage.directory import pack as pack_directory
+from storage.errors import Corrupt, OutOfMemory
+from storage.kernels import Slots
+from storage.versionlog import VersionLog
+
+STALE = (
+    2  # tombstones and counters are all written again if more than STALE times too many are kept
+)
+LISTED = 32  # blocks whose live rows are read per call of the engine thread
+MOVED = 8192  # rows that are moved in memory per call of the engine thread
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Stored:
+    """What the base contains besides live rows, as far as a writer must know."""
+
+    others: list[int] = field(default_factory=list)  # blocks of tombstones and counters, in order
+    entries: int = 0  # number of tombstones and counters in them
+    small: dict[int, set[int]] = field(default_factory=dict)  # small blocks, by number of the table
+
+
+@dataclass(frozen=True, slots=True)
+class _Sketch:
+    """The admission sketch (a counting Bloom filter) of one table, as stored in the base."""
+
+    edits: int  # Gate.edits when the sketch was written: the number of its changes until then
+    blocks: tuple[int, ...]  # numbers of the blocks that contain it; empty: it must be written
+
+
+@dataclass(frozen=True, slots=True)
+class _New:
+    """A new block of rows. The rows were either dirty or moved: one of ``slots`` and ``runs`` is
+    empty.
+    """
+
+    number: int
+    table: CapturedTable
+    count: int
+    zones: Zones
+    slots: NDArray[Any]  # uint32[count] or int64[count], slots of the rows that were dirty
+    runs: list[Run]  # where the rows came from that were moved
+
+
+class Stopped(Exception):  # noqa: N818
+    """The server stops, so the flush was given up. The base is as before."""
+
+
+class BaseWriter:
+    """Writes flushes of one shard to its base. One thread at a time may use it.
+
+    stored  what the base contains
+    stop    returns True if a flush is to be given up
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        base: Base,
+        versions: VersionLog,
+        stored: Stored,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.base = base
+        self.stop = stop
+        self._shard, self._versions, self._stored = shard, versions, stored
+        self._buffer = np.empty(BLOCK_BYTES, np.uint8)
+        self._sketches: dict[int, _Sketch] = {}  # by number of the table
+        self._damaged: set[int] = set()  # numbers of blocks whose rows cannot be moved
+
+    def write(self, captured: Capture, engine: Runner) -> None:
+        """Write all changes up to a captured version, and commit them to the base.
+
+        captured  the shard at the version that the base will have
+        engine    runs calls on the shard
+
+        Raises Stopped if ``stop`` says so, DiskFull if the disk is full. After any error the caller
+        must call ``base.discard``.
+        """
+        state = self.base.state
+        sources = self._choose(captured, engine)
+        new = [*self._write_dirty(captured), *self._write_moved(captured, sources)]
+        others, entries = self._write_others(captured, state, engine)
+        sketches = self._write_sketches(captured, state)
+        rows, directory = self._write_directory(captured, new, sources, engine)
+        self._versions.sync(engine.run(lambda: self._shard.version))
+        cells = [block for sketch in sketches.values() for block in sketch.blocks]
+        self._commit(captured, [*rows, *others], directory, cells)
+        self._sketches = sketches
+        self._stored.others, self._stored.entries = others, entries
+        kept = set(rows)
+        self._adopt([each for each in new if each.number in kept], engine)
+
+    def _require_wanted(self) -> None:
+        if self.stop():
+            raise Stopped
+
+    # ---- rows
+
+    def _choose(self, captured: Capture, engine: Runner) -> dict[int, list[Source]]:
+        """Return the blocks whose live rows this flush moves, by number of the table."""
+        sources = {}
+        for each in captured.tables:
+            found = engine.run(partial(self._choose_in, each))
+            if found:
+                sources[each.number] = found
+        return sources
+
+    def _choose_in(self, each: CapturedTable) -> list[Source]:
+        """Return the blocks of a table whose live rows this flush moves."""
+        store, small = each.table.store, self._stored.small.setdefault(each.number, set())
+        if not self._holds(each) or store.blocks is None or not store.blocks.live_rows:
+            return []
+        found = choose(store.blocks, each.width, small, store.dirty)
+        return [source for source in found if source.number not in self._damaged]
+
+    def _write_dirty(self, captured: Capture) -> Iterator[_New]:
+        """Write the dirty rows of all tables to new blocks."""
+        for each in captured.tables:
+            for block, slots in dirty_blocks(each, captured.version, self._buffer):
+                few = slots.astype(np.uint32) if slots[-1] < 1 << 32 else slots.copy()
+                yield self._add(each, block, few, [])
+
+    def _write_moved(self, captured: Capture, sources: dict[int, list[Source]]) -> Iterator[_New]:
+        """Write the live rows of ``sources``, by number of the table, to new blocks."""
+        for each in captured.tables:
+            if each.number in sources:
+                found = moved_blocks(each.number, each.width, sources[each.number], self._read)
+                for block, runs in found:
+                    yield self._add(each, block, np.empty(0, np.int64), runs)
+
+    def _read(self, number: int) -> Block | None:
+        """Return a block of the base; None, and log it once, if it is damaged."""
+        try:
+            return self.base.block(number)
+        except Corrupt as error:
+            self._damaged.add(number)
+            log.error("a block of the base is damaged", error=str(error))
+            return None
+
+    def _add(self, each: CapturedTable, block: Block, slots: NDArray[Any], runs: list[Run]) -> _New:
+        """Write a new block of rows of a table."""
+        self._require_wanted()
+        number = self.base.add(block.seal())
+        return _New(number, each, len(block), Zones.of(block), slots, runs)
+
+    def _holds(self, each: CapturedTable) -> bool:
+        """Return whether a captured table still exists. Must run on the engine thread."""
+        return self._shard.holds(each.number)
+
+    # ---- other contents
+
+    def _write_others(
+        self, captured: Capture, state: BaseState | None, engine: Runner
+    ) -> tuple[list[int], int]:
+        """Write new tombstones and counters; or all, if too many outdated ones are stored.
+
+        state  the base as last committed; None: it is empty
+
+        All are written too if tombstones were discarded that are not in the base: a delete that
+        the base does not know could make an old counter appear again.
+
+        Returns (numbers of the blocks with tombstones and counters, in order; number of entries).
+        """
+        needed = sum(each.counters for each in captured.tables) + sum(map(len, captured.tombstones))
+        blocks, entries, after = [*self._stored.others], self._stored.entries, 0
+        if state is not None and entries <= STALE * needed and captured.horizon <= state.version:
+            after = state.version
+        else:
+            blocks, entries = [], 0
+        for block in tombstone_blocks(captured, after, self._buffer):
+            self._require_wanted()
+            blocks.append(self.base.add(block.seal()))
+            entries += len(block)
+        for table, keys, totals, versions in counters_of(captured, after, engine):
+            blocks.append(self.base.add(pack_counters(table, keys, versions, totals)))
+            entries += len(keys)
+        return blocks, entries
+
+    def _write_sketches(self, captured: Capture, state: BaseState | None) -> dict[int, _Sketch]:
+        """Write the admission sketches that changed since they were last written.
+
+        Returns table number -> sketch for all tables, changed or not.
+        """
+        sketches = self._kept_sketches(captured, state)
+        written: dict[int, list[int]] = {}
+        unchanged = {table for table, sketch in sketches.items() if sketch.blocks}
+        for table, start, cells in cells_of(captured, unchanged):
+            self._require_wanted()
+            block = self.base.add(pack_cells(table, start, cells))
+            written.setdefault(table, []).append(block)
+        for table, blocks in written.items():
+            sketches[table] = _Sketch(sketches[table].edits, tuple(blocks))
+        return sketches
+
+    def _kept_sketches(self, captured: Capture, state: BaseState | None) -> dict[int, _Sketch]:
+        """Return table number -> sketch, without blocks if the sketch must be written again."""
+        listed = set(state.blocks) if state is not None else set()
+        kept: dict[int, _Sketch] = {}
+        for each in captured.tables:
+            old = self._sketches.get(each.number, _Sketch(-1, ()))
+            same = old.edits == each.edits and listed.issuperset(old.blocks)
+            kept[each.number] = _Sketch(each.edits, old.blocks if same else ())
+        return kept
+
+    # ---- the directory
+
+    def _write_directory(
+        self,
+        captured: Capture,
+        new: list[_New],
+        sources: dict[int, list[Source]],
+        engine: Runner,
+    ) -> tuple[list[int], list[int]]:
+        """Write which rows are live, according to the shard as it is now.
+
+        Also takes blocks without live rows away from the shard.
+
+        Returns (numbers of the blocks with rows to keep, numbers of the blocks of the directory).
+        """
+        rows: list[int] = []
+        entries = self._entries(captured, new, sources, rows, engine)
+        directory = [self.base.add(data) for data in pack_directory(entries)]
+        return rows, directory
+
+    def _entries(
+        self,
+        captured: Capture,
+        new: list[_New],
+        sources: dict[int, list[Source]],
+        rows: list[int],
+        engine: Runner,
+    ) -> Iterator[BlockEntry]:
+        """Yield the entries of the directory.
+
+        rows  numbers of the blocks to keep are appended to it. Old blocks are kept even if the new
+              blocks have all their rows, because the shard still reads them
+        """
+        for each in captured.tables:
+            moved = {source.extent: source.positions for source in sources.get(each.number, ())}
+            extents = engine.run(partial(self._take_empty, each, moved.keys()))
+            rows += [number for _, number in extents]
+            for at in range(0, len(extents), LISTED):
+                some = extents[at : at + LISTED]
+                yield from engine.run(partial(self._old_entries, each, some, moved))
+        for block in new:
+            live = engine.run(partial(self._live_in, block, captured.version))
+            if live.any():
+                rows.append(block.number)
+                yield _entry(block.number, block.table, block.zones, live)
+
+    def _take_empty(self, each: CapturedTable, busy: Container[int]) -> list[tuple[int, int]]:
+        """Take blocks without live rows from a table. Return (extent, number) of its other blocks.
+
+        busy  extents that are kept, because this flush moves their rows
+        """
+        blocks = each.table.store.blocks
+        if blocks is None or not self._holds(each):
+            return []
+        for extent in blocks.empty():
+            if extent not in busy:
+                blocks.remove(extent)
+        return list(blocks.extents())
+
+    def _old_entries(
+        self,
+        each: CapturedTable,
+        extents: list[tuple[int, int]],
+        moved: dict[int, Slots],
+    ) -> list[BlockEntry]:
+        """Return the entries of blocks that the shard has, if they have live rows.
+
+        extents  (extent, number) of each block
+        moved    positions, by extent, of rows whose copies in a new block are to be live
+        """
+        blocks = each.table.store.blocks
+        if blocks is None or not self._holds(each):
+            return []
+        entries = []
+        for extent, number in extents:
+            live = blocks.live(extent)
+            if extent in moved and number not in self._damaged:
+                live[moved[extent]] = False
+            if live.any():
+                entries.append(_entry(number, each, blocks.zones(extent), live))
+        return entries
+
+    def _live_in(self, block: _New, upto: int) -> NDArray[np.bool_]:
+        """Return which rows of a new block, bool[count], have not changed since they were copied.
+
+        upto  version up to which rows were copied
+        """
+        store = block.table.table.store
+        if not self._holds(block.table) or store.blocks is None:
+            return np.zeros(block.count, np.bool_)
+        if not block.runs:
+            return store.waiting(block.slots.astype(np.int64), upto)
+        live = [store.blocks.live(run.extent)[run.positions] for run in block.runs]
+        return np.concatenate(live)
+
+    def _commit(
+        self, captured: Capture, blocks: list[int], directory: list[int], cells: list[int]
+    ) -> None:
+        """Commit new contents of the base.
+
+        captured   the shard at the version that the base gets
+        blocks     numbers of the blocks with rows, tombstones and counters
+        directory  numbers of the blocks with the directory
+        cells      numbers of the blocks with admission sketches
+        """
+        self.base.commit(
+            BaseState(
+                lineage=self._versions.lineage,
+                history=self._versions.history,
+                version=captured.version,
+                next_table=captured.next_table,
+                tables=tuple(each.base for each in captured.tables),
+                horizon=captured.horizon,
+                sessions=captured.sessions.pack(),
+                blocks=(*blocks, *directory, *cells),
+                cells=len(cells),
+                directory=len(directory),
+                distinct=True,
+                logged=True,
+            )
+        )
+
+    # ---- adoption
+
+    def _adopt(self, new: list[_New], engine: Runner) -> None:
+        """Tell the shard about committed new blocks.
+
+        A block for which there is no memory is not adopted: its rows stay dirty, or where they
+        were, and the next flush deletes the block.
+        """
+        size = self.base.bytes
+        for block in new:
+            offset = self.base.offset(block.number)
+            assert offset is not None, "a new block has pages of its own"
+            try:
+                extent = engine.run(partial(self._adopt_block, block, offset, size))
+            except OutOfMemory as error:
+                log.warning("no memory for a block on disk", error=str(error))
+                continue
+            if extent is None:
+                continue
+            if block.count < rows_per_block(block.table.width) // 2:
+                self._stored.small.setdefault(block.table.number, set()).add(block.number)
+            for run in block.runs:
+                for at in range(0, len(run.positions), MOVED):
+                    positions = run.positions[at : at + MOVED]
+                    part = Run(run.extent, positions, run.first + at)
+                    engine.run(partial(self._adopt_run, block, extent, part))
+
+    def _adopt_block(self, block: _New, offset: int, size: int) -> int | None:
+        """Add a new block to its table, and make its rows clean that were dirty.
+
+        offset  offset of the block in the file
+        size    size of the file in bytes
+
+        Returns the block's extent; None if the table was dropped. Raises OutOfMemory.
+        """
+        store = block.table.table.store
+        blocks = store.blocks
+        if blocks is None or not self._holds(block.table):
+            return None
+        self._shard.cover(size)
+        extent = blocks.add(block.number, offset, block.count, block.zones, verified=True)
+        if len(block.slots):
+            slots = block.slots.astype(np.int64)
+            store.adopt(extent, slots, blocks.keys(extent), blocks.versions(extent))
+        return extent
+
+    def _adopt_run(self, block: _New, extent: int, run: Run) -> None:
+        """Make copies of moved rows in a new block current, instead of those in the old block."""
+        if self._holds(block.table):
+            block.table.table.store.move(run.extent, run.positions, extent, run.first)
+
+
+def _entry(
+    number: int,
+    table: CapturedTable,
+    zones: Zones,
+    live: NDArray[np.bool_],
+) -> BlockEntry:
+    """Return the entry of a block in the directory."""
+    return BlockEntry(
+        number=number,
+        table=table.number,
+        width=table.width,
+        count=len(live),
+        zones=zones,
+        live=live,
+    )

@@ -1,0 +1,97 @@
+"""Move the live rows of sparse and small blocks of the base to new blocks.
+
+The base (the on-disk copy of all rows) consists of immutable blocks. A row in a block is *live*
+until the row is pushed or deleted, or moved to a new block. A *sparse* block has few live rows
+left. It keeps its space on the disk until all its live rows have moved. Many small blocks are
+merged too, because each block takes at least one page on the disk, and memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from psserver.packing import copy_rows
+from storage.block import Block, rows_per_block
+from storage.kernels import Slots
+from storage.tiers.lmdb import Blocks
+
+SPARSE = 1 / 2  # blocks with a smaller share of live rows are always moved
+LESS = 9 / 10  # the same while the blocks of a table take more than ROOMY times their live rows
+ROOMY = 4 / 3
+SMALL_BYTES = 4 << 20  # bytes of blocks for which disk space does not matter
+MOST_SMALL = 16  # number of small blocks of a table that are not merged
+LEAST_MOVED = 2  # full blocks whose rows may be moved by any flush
+
+
+class Source(NamedTuple):
+    """A block whose live rows are going to be moved."""
+
+    extent: int  # the block in the tier
+    number: int  # the block in the base
+    positions: Slots  # int64[n], positions in the block of the rows to move
+
+
+class Run(NamedTuple):
+    """Rows of one old block that are next to each other in a new block."""
+
+    extent: int  # the old block
+    positions: Slots  # int64[n], positions in the old block
+    first: int  # position in the new block of the first row
+
+
+def choose(blocks: Blocks, width: int, small: set[int], changed: int) -> list[Source]:
+    """Return the blocks whose live rows the next flush should move. Must run on the engine thread.
+
+    blocks   the blocks of a table
+    width    float32 numbers per row
+    small    numbers of the small blocks of the table; those that are gone are removed
+    changed  number of rows that the flush writes because they changed
+
+    The flush moves at most twice as many rows as it writes, or LEAST_MOVED full blocks.
+    """
+    numbers = dict(blocks.extents())
+    small.intersection_update(numbers.values())
+    chosen = blocks.sparse(SPARSE)
+    if len(small) > MOST_SMALL:
+        chosen += [extent for extent, number in numbers.items() if number in small]
+    if blocks.bytes > ROOMY * blocks.live_rows * (32 + 4 * width) + SMALL_BYTES:
+        chosen += blocks.sparse(LESS)
+    left = max(2 * changed, LEAST_MOVED * rows_per_block(width))
+    sources = []
+    for extent in dict.fromkeys(chosen):
+        positions = np.flatnonzero(blocks.live(extent))
+        if len(positions) and (left := left - len(positions)) >= 0:
+            sources.append(Source(extent, numbers[extent], positions))
+    return sources
+
+
+def moved_blocks(
+    table: int, width: int, sources: Iterable[Source], read: Callable[[int], Block | None]
+) -> Iterator[tuple[Block, list[Run]]]:
+    """Yield new blocks, without checksums, with the rows of ``sources``, and where they came from.
+
+    table  number of the table
+    width  float32 numbers per row
+    read   returns the block with this number; None if it is damaged: then it is left as it is
+    """
+    most = rows_per_block(width)
+    block, runs, used = Block.empty(table, width, most), list[Run](), 0
+    for source in sources:
+        found = read(source.number)
+        at, end = 0, len(source.positions)
+        while found is not None and at < end:
+            count = min(end - at, most - used)
+            positions = source.positions[at : at + count]
+            copy_rows(found, positions, block, slice(used, used + count))
+            runs.append(Run(source.extent, positions, used))
+            at, used = at + count, used + count
+            if used == most:
+                yield block, runs
+                block, runs, used = Block.empty(table, width, most), [], 0
+    if used:
+        last = Block.empty(table, width, used)
+        copy_rows(block, slice(used), last, slice(None))
+        yield last, runs
