@@ -84,7 +84,7 @@ class _New:
     runs: list[Run]  # where the rows came from that were moved
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):
     """The server stops, so the flush was given up. The base is as before."""
 
 
