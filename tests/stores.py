@@ -24,6 +24,8 @@ from psserver.requests import Delete, Push
 from psserver.shard import Shard
 from psserver.tombstones import joined
 from storage.base import Base
+from storage.block import COUNTERS, TOMBSTONES
+from storage.directory import unpack
 from storage.disk import Disk
 from storage.initializers import make_initializer
 from storage.logfiles import SEGMENT_NAME
@@ -152,6 +154,27 @@ class Home:
     def written(self) -> None:
         """Return once everything appended was handed to the operating system."""
         self.log.sync(self.log.last)
+
+
+def stored(base: Base) -> list[tuple[int, list[int], list[int]]]:
+    """Kind, keys and versions of each block: of the current rows, of tombstones, of counters."""
+    state = base.state
+    assert state is not None
+    end = len(state.blocks) - state.cells
+    live = {
+        entry.number: entry.live
+        for number in state.blocks[end - state.directory : end]
+        for entry in unpack(base.block(number), "directory")
+    }
+    found = []
+    for number, block in base.blocks():
+        if block.kind in (TOMBSTONES, COUNTERS):
+            found.append((block.kind, block.keys.tolist(), block.versions.tolist()))
+        elif number in live:
+            chosen = live[number]
+            keys, versions = block.keys[chosen].tolist(), block.versions[chosen].tolist()
+            found.append((block.kind, keys, versions))
+    return found
 
 
 def schema(name: str = "t", **changes: Any) -> TableSchema:

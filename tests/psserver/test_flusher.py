@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import DIM, Home, change, contents, copy_of, push, schema
+from stores import DIM, Home, change, contents, copy_of, push, schema, stored
 
+from psserver import compaction
+from psserver.compaction import MOST_SMALL
 from psserver.tombstones import joined
-from storage.block import ROWS, TOMBSTONES, rows_per_block
+from storage.admission.rules import Counter
+from storage.block import COUNTERS, DIRECTORY, ROWS, TOMBSTONES, rows_per_block
 from storage.initializers import make_initializer
 from storage.optimizers import make_optimizer
 from storage.records import Cause
@@ -21,14 +24,6 @@ def home(tmp_path: Path) -> Iterator[Home]:
     with Home(tmp_path / "shard") as home:
         home.shard.create_table(schema())
         yield home
-
-
-def blocks(home: Home) -> list[tuple[int, list[int], list[int]]]:
-    """Kind, keys and versions of each block of the base."""
-    return [
-        (block.kind, block.keys.tolist(), block.versions.tolist())
-        for _, block in home.base.blocks()
-    ]
 
 
 def assert_restarts_equal(home: Home) -> None:
@@ -52,7 +47,7 @@ def test_the_first_flush_holds_every_row_and_nothing_is_replayed(home: Home) -> 
     home.flush()
     assert home.base.state is not None
     assert home.base.state.version == home.shard.version == 3
-    assert blocks(home) == [(ROWS, [3, 1, 2], [2, 2, 3])]
+    assert stored(home.base) == [(ROWS, [3, 1, 2], [2, 2, 3])]
     assert_restarts_equal(home)
     assert (home.recovered.rows, home.recovered.records) == (3, 0)
 
@@ -62,9 +57,9 @@ def test_the_next_flush_holds_what_changed_since(home: Home) -> None:
     home.flush()
     home.shard.exchange([push([2, 4])], [])
     home.flush()
-    assert blocks(home) == [(ROWS, [1, 2, 3], [2, 2, 2]), (ROWS, [2, 4], [3, 3])]
+    assert stored(home.base) == [(ROWS, [1, 3], [2, 2]), (ROWS, [2, 4], [3, 3])]
     assert_restarts_equal(home)
-    assert (home.recovered.rows, home.recovered.records) == (5, 0)
+    assert (home.recovered.rows, home.recovered.records) == (4, 0)
 
 
 def test_what_came_after_a_flush_is_replayed_over_it(home: Home) -> None:
@@ -96,18 +91,79 @@ def test_an_empty_shard_makes_a_flush_too(tmp_path: Path) -> None:
         assert_restarts_equal(home)
 
 
-def test_at_two_stored_rows_for_one_that_lives_all_are_written_anew(home: Home) -> None:
+def counts(home: Home) -> list[int]:
+    """Rows in each block of rows, current or not, in the order in which they were written."""
+    return [len(block) for _, block in home.base.blocks() if block.kind == ROWS]
+
+
+def test_a_block_with_few_current_rows_is_moved_and_then_deleted(home: Home) -> None:
+    home.shard.exchange([push(list(range(10)))], [])
+    home.flush()
+    home.shard.exchange([push(list(range(5)))], [])
+    home.flush()
+    assert counts(home) == [10, 5]  # half of the first block is current
+    home.shard.exchange([push([5])], [])
+    home.flush()
+    assert counts(home) == [10, 5, 1, 4]  # the old block is needed until the shard knows the new
+    assert [keys for _, keys, _ in stored(home.base)] == [[0, 1, 2, 3, 4], [5], [6, 7, 8, 9]]
+    assert_restarts_equal(home)
+    home.shard.exchange([push([77])], [])
+    home.flush()
+    assert counts(home) == [5, 1, 4, 1]
+    assert_restarts_equal(home)
+
+
+def test_a_block_without_current_rows_is_deleted(home: Home) -> None:
+    home.shard.exchange([push([1, 2])], [])
+    home.flush()
     home.shard.exchange([push([1, 2, 3])], [])
     home.flush()
-    stored = []
-    for _ in range(12):
-        home.shard.exchange([push([1, 2])], [])
+    assert counts(home) == [3]
+    home.shard.delete(change([1, 2, 3]))
+    home.flush()
+    assert counts(home) == []
+    assert_restarts_equal(home)
+
+
+def test_rows_are_moved_whole(home: Home) -> None:
+    home.shard.exchange([push(list(range(10)), 3.0, step=7)], [])
+    home.flush()
+    home.shard.exchange([push(list(range(8)))], [])
+    for _ in range(3):
         home.flush()
-        stored.append(sum(len(keys) for _, keys, _ in blocks(home)))
-        before = contents(home.shard)
-        with Home(copy_of(home.directory, home.directory.with_name(f"c{len(stored)}"))) as other:
-            assert contents(other.shard) == before
-    assert stored == [5, 7, 3, 5, 7, 3, 5, 7, 3, 5, 7, 3]
+        assert_restarts_equal(home)
+        home.shard.exchange([push([0])], [])
+    assert home.shard.dump()["t"].meta[8:].tolist() == [[8, 2, 7, 1], [9, 2, 7, 1]]
+    assert home.shard.dump()["t"].rows[8:].tolist() == [[-3, -3], [-3, -3]]
+
+
+def test_many_small_blocks_are_merged(home: Home) -> None:
+    for key in range(60):
+        home.shard.exchange([push([key])], [])
+        home.flush()
+        if key % 10 == 5:
+            assert_restarts_equal(home)
+    assert len(counts(home)) <= MOST_SMALL + 3
+    assert sorted(key for _, keys, _ in stored(home.base) for key in keys) == list(range(60))
+
+
+def test_steady_changes_keep_the_disk_small(tmp_path: Path) -> None:
+    """Blocks of 100 rows, so that there are many of them."""
+    rng = np.random.default_rng(1)
+    with Home(tmp_path / "shard") as home, pytest.MonkeyPatch.context() as patch:
+        for where in ("packing", "compaction", "basewriter"):
+            patch.setattr(f"psserver.{where}.rows_per_block", lambda _: 100)
+        patch.setattr(compaction, "SMALL_BYTES", 0)
+        home.shard.create_table(schema(dim=100))
+        ones = np.ones((3000, 100), np.float32)
+        home.shard.exchange([push(range(3000), gradients=ones)], [])
+        for at in range(40):
+            keys = rng.choice(3000, 300, replace=False).tolist()
+            home.shard.exchange([push(keys, gradients=ones[:300])], [])
+            home.flush()
+            if at >= 20:
+                assert sum(counts(home)) <= 1.5 * 3000
+        assert_restarts_equal(home)
 
 
 def test_tombstones_that_are_kept_do_not_make_every_flush_write_all_rows(home: Home) -> None:
@@ -120,21 +176,23 @@ def test_tombstones_that_are_kept_do_not_make_every_flush_write_all_rows(home: H
         home.shard.exchange([push([1])], [])
         home.flush()
         new = [block for number, block in home.base.blocks() if number not in before]
-        written.append([block.keys.tolist() for block in new])
+        written.append([block.keys.tolist() for block in new if block.kind != DIRECTORY])
     assert written == [[[1]]] * 4
     assert_restarts_equal(home)
 
 
-def test_the_rows_stored_are_counted_across_a_restart(home: Home) -> None:
-    home.shard.exchange([push([1, 2, 3])], [])
-    home.flush()
-    stored = []
-    for _ in range(6):
-        home.reopen()
-        home.shard.exchange([push([1, 2])], [])
-        home.flush()
-        stored.append(sum(len(keys) for _, keys, _ in blocks(home)))
-    assert stored == [5, 7, 3, 5, 7, 3]
+def test_tombstones_and_counters_are_written_again_when_most_are_outdated(tmp_path: Path) -> None:
+    with Home(tmp_path / "shard") as home:
+        home.shard.create_table(schema(admission=Counter(threshold=100)))
+        entries = []
+        for at in range(9):
+            home.shard.exchange([push([1, 2, 3])], [])
+            home.flush()
+            found = [len(keys) for kind, keys, _ in stored(home.base) if kind == COUNTERS]
+            entries.append(sum(found))
+            if at % 3 == 1:
+                assert_restarts_equal(home)
+        assert entries == [3, 6, 9, 3, 6, 9, 3, 6, 9]
 
 
 def test_rows_that_fill_several_blocks(tmp_path: Path) -> None:
@@ -146,7 +204,7 @@ def test_rows_that_fill_several_blocks(tmp_path: Path) -> None:
         gradients = np.random.default_rng(1).normal(size=(len(keys), 1500)).astype(np.float32)
         home.shard.exchange([push(keys, table="wide", gradients=gradients)], [])
         home.flush()
-        assert [len(keys) for _, keys, _ in blocks(home)] == [most, most, 1]
+        assert counts(home) == [most, most, 1]
         assert_restarts_equal(home)
 
 
@@ -187,7 +245,11 @@ def test_deleted_rows_stay_deleted(home: Home) -> None:
     home.shard.delete(change([2, 3, 77]))
     home.shard.exchange([push([3])], [])
     home.flush()
-    assert blocks(home)[1:] == [(TOMBSTONES, [2, 3], [3, 3]), (ROWS, [3], [4])]
+    assert stored(home.base) == [
+        (ROWS, [3], [4]),
+        (ROWS, [1], [2]),  # moved
+        (TOMBSTONES, [2, 3], [3, 3]),
+    ]
     assert_restarts_equal(home)
     assert home.shard.dump()["t"].keys.tolist() == [1, 3]
 

@@ -29,14 +29,6 @@ def home(tmp_path: Path) -> Iterator[Home]:
         yield home
 
 
-def blocks(home: Home) -> list[tuple[int, list[int], list[int]]]:
-    """Kind, keys and versions of each block of the base."""
-    return [
-        (block.kind, block.keys.tolist(), block.versions.tolist())
-        for _, block in home.base.blocks()
-    ]
-
-
 def assert_restarts_equal(home: Home) -> None:
     """Stopped and started again, the shard holds what it held."""
     before = contents(home.shard)
