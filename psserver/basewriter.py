@@ -263,7 +263,8 @@ class BaseWriter:
         rows: list[int] = []
         entries = self._entries(captured, new, sources, rows, engine)
         directory = [self.base.add(data) for data in pack_directory(entries)]
-        return rows, directory
+        held = engine.run(self._shard.held_blocks)
+        return [*dict.fromkeys([*rows, *held])], directory
 
     def _entries(
         self,

@@ -91,6 +91,10 @@ class ShardReads:
         """Return whether the table with this number exists, that is, has not been dropped."""
         return self._tables.numbered(number) is not None
 
+    def held_blocks(self) -> list[int]:
+        """Return the numbers of blocks of dropped tables that scans are still reading."""
+        return self._tables.held()
+
     def step(self, name: str) -> int:
         """Return the largest training step pushed to a table; 0 before the first push."""
         step = self._tables.get(name).table.evictor.step

@@ -52,6 +52,7 @@ class Tables:
     next_number  number of the next new table
     file         the base's file, in which rows may stay that are not in use; None: there is none
     pressed      called when host memory is nearly full of rows that the next flush must write
+    dropped      blocks of dropped tables, which other threads may still be reading
     """
 
     def __init__(self, budget: Budget, share: float) -> None:
@@ -66,6 +67,7 @@ class Tables:
         self.next_number = 1
         self.file: BlockFile | None = None
         self.pressed: Callable[[], None] = lambda: None
+        self.dropped: list[Blocks] = []
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -187,6 +189,8 @@ class Tables:
 
     def remove(self, entry: TableEntry) -> None:
         """Drop a table, hidden or not, and free its memory."""
+        if entry.table.store.blocks is not None:
+            self.dropped.append(entry.table.store.blocks)
         entry.table.close()
         del self._by_number[entry.number]
         for by_name in (self._by_name, self._hidden):
@@ -194,6 +198,12 @@ class Tables:
                 del by_name[entry.schema.name]
         if entry.number in self.ruled:
             self.ruled.remove(entry.number)
+
+    def held(self) -> list[int]:
+        """Return the numbers of blocks of dropped tables that other threads are reading now."""
+        numbers = [each.held() for each in self.dropped]
+        self.dropped = [each for each, held in zip(self.dropped, numbers, strict=True) if held]
+        return [number for held in numbers for number in held]
 
     def reveal(self, entry: TableEntry) -> None:
         """Make a hidden table usable by clients."""

@@ -18,7 +18,8 @@ import resource
 import threading
 import time
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,15 @@ class Budget:
     def end_loading(self) -> None:
         """Refuse growth beyond the limit from now on. Memory that is taken already stays taken."""
         self._excess = 0
+
+    @contextmanager
+    def exceeding(self) -> Iterator[None]:
+        """Allow any number of bytes beyond the limit while the block runs."""
+        before, self._excess = self._excess, None
+        try:
+            yield
+        finally:
+            self._excess = before
 
     def take(self, size: int) -> None:
         """Count ``size`` more bytes of memory as taken, or raise OutOfMemory and count nothing."""

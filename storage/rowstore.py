@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from storage.arena import Budget
 from storage.cache import Cache
+from storage.errors import OutOfMemory
 from storage.eviction.contract import Contents
 from storage.index import PLACE_BITS, Index, Locations, locations_of, places
 from storage.initializers import Initializer
@@ -149,7 +150,7 @@ class RowStore:
         found, _ = places(homes, self.blocks.code)
         self.blocks.gather(found, rows)
         meta = self.blocks.meta(found)
-        slots = self._host.allocate(len(at))
+        slots = self._slots_for(len(at))
         columns = (np.ascontiguousarray(column) for column in meta.T)
         of_key, versions, steps, frequencies = columns
         self._host.slots.record(slots, of_key, versions, steps.view(np.int64), frequencies)
@@ -160,6 +161,20 @@ class RowStore:
         self._index.assign(keys[at], made)
         locations[at] = made
         return rows
+
+    def _slots_for(self, count: int) -> Slots:
+        """Allocate slots for rows that exist already.
+
+        If no row in host memory is dirty, a flush could not make room. Then the memory budget is
+        exceeded, so that rows can be pushed whatever the budget is. Otherwise raises OutOfMemory.
+        """
+        try:
+            return self._host.allocate(count)
+        except OutOfMemory:
+            if self.dirty:
+                raise
+        with self._budget.exceeding():
+            return self._host.allocate(count)
 
     def touch(self, slots: Slots, counts: NDArray[Any], step: int, version: int) -> None:
         """Record a push in the metadata of its rows, which become dirty.
