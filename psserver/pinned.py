@@ -9,7 +9,7 @@ import numpy as np
 from psserver.capture import Capture
 from psserver.packing import reduced
 from storage.base import Base
-from storage.block import Data
+from storage.block import BLOCK_BYTES, Data
 from storage.directory import BlockEntry, unpack
 
 
@@ -33,14 +33,15 @@ class PinnedBase:
     def rows(self, after: int = 0) -> Iterator[Data]:
         """Yield the bytes of sealed blocks with all rows that changed after version ``after``.
 
-        A block of which all rows are wanted is returned as it is stored. Rows that changed since
-        the version of the flush may be missing: the log has them. Any thread may call this. Raises
-        Corrupt if a block is damaged.
+        Each is valid until the next is requested. A block of which all rows are wanted is returned
+        as it is stored. Rows that changed since the version of the flush may be missing: the log
+        has them. Any thread may call this. Raises Corrupt if a block is damaged.
         """
+        buffer = np.empty(BLOCK_BYTES, np.uint8)
         for entry in self._entries():
             if entry.zones.greatest_version <= after:
                 continue
-            block = self._base.block(entry.number)
+            block = self._base.block(entry.number, buffer)
             kept = entry.live & (block.versions > np.uint64(after))
             if kept.all():
                 yield block.data

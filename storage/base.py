@@ -278,12 +278,14 @@ class Base:
             raise Corrupt(f"{self._path}: block {number}", "the block is missing")
         return None if page is None else page * self._page + OVERFLOW.size
 
-    def block(self, number: int) -> Block:
+    def block(self, number: int, buffer: Bytes | None = None) -> Block:
         """Return a copy of the block with this number. Any thread may call this.
+
+        buffer  uint8[]  memory for the copy, if it is large enough; None: new memory
 
         Raises Corrupt if the block is damaged or missing.
         """
-        return self._read(number, None)
+        return self._read(number, buffer)
 
     def blocks(self) -> Iterator[tuple[int, Block]]:
         """Yield (number, block) for each live block, in the order of the state record's list.

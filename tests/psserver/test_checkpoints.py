@@ -19,11 +19,12 @@ from stores import DIM, push, schema
 
 from psproto import ps_pb2 as pb
 from psproto import routing
-from psserver import checkpoints, staging
+from psserver import staging
 from psserver.engine import Engine
 from psserver.errors import (
     CheckpointUnfit,
 )
+from psserver.pinned import PinnedBase
 from storage import part_writer
 from storage.admission.rules import Counter
 from storage.checkpoint import open_checkpoint
@@ -243,8 +244,9 @@ def test_what_changes_while_rows_are_copied_is_as_it_is_at_the_end(
     source.push(range(3000))
     source.push(range(500), table="short")
     rng = random.Random(seed)
-    real = checkpoints.blocks_of
-    monkeypatch.setattr("psserver.packing.rows_per_block", lambda width: 100)
+    real = PinnedBase.rows
+    for where in ("packing", "compaction", "basewriter"):
+        monkeypatch.setattr(f"psserver.{where}.rows_per_block", lambda width: 100)
 
     def disturbed(*args: Any) -> Iterator[Any]:
         for block in real(*args):
@@ -259,7 +261,7 @@ def test_what_changes_while_rows_are_copied_is_as_it_is_at_the_end(
                 source.create(schema("new", dim=3))
                 source.push(range(40), table="new")
 
-    monkeypatch.setattr(checkpoints, "blocks_of", disturbed)
+    monkeypatch.setattr(PinnedBase, "rows", disturbed)
     attempt, parts = "a" * 16, []
     states: dict[str, dict[int, Any]] = {}
     for node in source.nodes:  # the cut of a shard is when its own copying ends
@@ -343,7 +345,7 @@ def test_the_log_is_kept_while_it_is_copied(make: Make, monkeypatch: pytest.Monk
     node = source.nodes[0]
     source.create(schema())
     source.push(range(500))
-    real = checkpoints.blocks_of
+    real = PinnedBase.rows
 
     def disturbed(*args: Any) -> Iterator[Any]:
         for block in real(*args):
@@ -352,7 +354,7 @@ def test_the_log_is_kept_while_it_is_copied(make: Make, monkeypatch: pytest.Monk
                 source.push(range(500))
             node.home.flush()  # which cuts the log
 
-    monkeypatch.setattr(checkpoints, "blocks_of", disturbed)
+    monkeypatch.setattr(PinnedBase, "rows", disturbed)
     source.checkpoint("full")
     first = node.home.log.first
     target.restore("full")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import DIM, Home, change, contents, copy_of, push, schema, stored
+from stores import DIM, Home, change, contents, push, schema, stored
 
 from psserver import compaction
 from psserver.compaction import MOST_SMALL
