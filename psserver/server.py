@@ -28,6 +28,7 @@ from psserver.feed import Feed
 from psserver.info import ServerInfo
 from psserver.listener import Listener
 from psserver.metrics import ConnectionCollector, FeedCollector, FlushCollector, ShardCollector
+from psserver.preloader import Preloader
 from psserver.restore import Restores
 from psserver.service import Service
 from psserver.shard import Shard
@@ -59,6 +60,7 @@ class Server:
         self._metrics: Exposition | None = None
         self._data: DataDirectory | None = None
         self._feed: Feed | None = None
+        self._preloader: Preloader | None = None
 
     def _new_shard(self) -> Shard:
         """Return an empty shard with the configured limits."""
@@ -108,6 +110,8 @@ class Server:
         self._register_collectors()
         if self._data is not None:
             self._data.flusher.open()
+            self._preloader = Preloader(self._shard.preloads, self._engine)
+            self._preloader.open()
         self._sweeper.open()
         await self._listener.serve(self._service)
         self._ready.set(1)
@@ -209,6 +213,8 @@ class Server:
 
     def _close_threads(self) -> None:
         """Stop all threads and close the data directory. Blocks while a file operation hangs."""
+        if self._preloader is not None:
+            self._preloader.close()
         self._sweeper.close()
         self._service.close()
         if self._feed is not None:

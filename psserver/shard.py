@@ -21,6 +21,7 @@ from psproto.routing import ShardMap
 from psserver.afterimages import ImageBuffers
 from psserver.errors import BadRequest, NoLog, StepTooFar, TooLarge, VersionInFuture
 from psserver.fills import Fills
+from psserver.preloads import Preloads
 from psserver.reads import ShardReads, pulled_bytes, record_bytes
 from psserver.recovery import Recovery
 from psserver.requests import Change, Delete, Pull, Push, check_order
@@ -98,6 +99,7 @@ class Shard(ShardReads):
         )
         self.recovery = Recovery(self.budget, self._tables, self._sequencer, self._tombstones)
         self.fills = Fills(self._tables, self._sequencer)
+        self.preloads = Preloads(self._tables)
         self.sweeps = Sweeps(self._tables, self._sequencer, self._delete)
 
     def attach(self, log: VersionLog) -> None:

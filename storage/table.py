@@ -18,7 +18,7 @@ from storage.arena import Budget
 from storage.errors import OutOfMemory
 from storage.eviction.contract import Contents
 from storage.eviction.evictor import Evictor
-from storage.index import Locations
+from storage.index import Locations, locations_of
 from storage.initializers import table_seed
 from storage.kernels import Images, Keys, Rows, Slots, largest_magnitude
 from storage.overflow import OverflowGuard
@@ -26,7 +26,7 @@ from storage.records import NO_KEYS, NO_TOTALS
 from storage.results import Dump, Pushed, TableStats, Tally
 from storage.rowstore import RowStore
 from storage.schema import TableSchema
-from storage.slots import FREQUENCY, STEP, VERSION
+from storage.slots import FREQUENCY, KEY, STEP, VERSION
 from storage.tiers.base import Scan
 from storage.tiers.lmdb import Blocks
 
@@ -248,6 +248,26 @@ class Table:
         if self.store.pressed:
             self._pressed()
         return locations, absent
+
+    def load(self, places: Slots) -> int:
+        """Copy rows on disk to host memory, where they are clean; return how many.
+
+        places  int64[n], places of rows in blocks; rows that left them meanwhile are ignored
+
+        Raises OutOfMemory or Corrupt; then none was copied.
+        """
+        blocks = self.store.blocks
+        assert blocks is not None
+        keys = np.ascontiguousarray(blocks.meta(places)[:, KEY])
+        locations, _ = self.store.find(keys)
+        still = locations == locations_of(places, blocks.code)
+        keys, locations = keys[still], locations[still]
+        if len(keys) > self.store.room():
+            raise OutOfMemory(self._budget.limit, self._budget.held, 4 * self.schema.width)
+        rows = self.store.promote(keys, locations)
+        if len(rows):
+            self._guard.put(rows)
+        return len(rows)
 
     def _copies(self, keys: Keys) -> Rows:
         """Return copies of the rows of keys, float32[n, width].

@@ -58,6 +58,8 @@ SITES = {
     "loading.py:load": SMALL,
     "pace.py:run": SLICES,
     "packing.py:counters_of": SLICES,
+    "preloader.py:_load": "as many rows as take 256 KiB",
+    "preloader.py:_run": ALL_TABLES,
     "restore.py:_require_empty": ALL_TABLES,
     "rows.py:_live_rows": SLICES,
     "rows.py:write_rows": SLICES,
