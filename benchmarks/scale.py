@@ -83,7 +83,7 @@ def main() -> None:
         "--largest",
         type=int,
         default=20_000_000,
-        help="Number of rows of the largest table in the part growth (default: %(default)s).",
+        help='Number of rows of the largest table in the part "growth" (default: %(default)s).',
     )
     parser.add_argument(
         "--parts",

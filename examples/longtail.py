@@ -309,7 +309,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="Use a stream of a ninth of the length, and less strict limits.",
+        help="Use only a ninth of the stream, and less strict limits.",
     )
     parser.add_argument(
         "--html",

@@ -151,9 +151,9 @@ class Client(RowClient):
                  the call raises DeadlineExceeded and the shards stop; the rows evicted by then stay
                  evicted
 
-        A row that several rules would evict counts for the first of them. Not counted are rows that
-        the servers' background sweep evicts at the same time, and rows evicted by an attempt that
-        failed and was repeated.
+        A row that several rules would evict counts for the first of them. The result does not count
+        rows that the servers' background sweep evicts at the same time, nor rows evicted by an
+        attempt that failed and was repeated.
         """
         request = pb.EvictRequest(
             table=checked.text("name of a table", name), dry_run=bool(dry_run)

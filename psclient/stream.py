@@ -2,8 +2,8 @@
 
 No dedicated thread reads replies. Of the callers that wait, one is the reader: it reads everybody's
 replies until its own arrives, then another waiting caller becomes the reader. This saves a switch
-between threads for each call. The caller of a prefetch does not wait, so a background thread,
-started at the first prefetch, waits for the replies to prefetches in its place.
+between threads for each call. The caller of a prefetch (``start_pull``, ``start_exchange``) does
+not wait. A background thread, started at the first prefetch, waits for the reply in its place.
 
 When the stream breaks, the reader opens a new one and sends every unanswered request again. Each
 push carries (client id, incarnation, sequence), so the server applies it once. If a signal handler

@@ -99,8 +99,9 @@ class ServerConfig(BaseSettings):
         65_536,
         ge=1,
         description="Maximum number of client sessions. A session records which pushes of a client"
-        " were applied, so that a retry is not applied twice. If there are more sessions, the one"
-        " that was idle longest expires",
+        " were applied, so that a retry is not applied twice. At the maximum, a new session takes"
+        " the place of the one that was idle longest, if that was idle for session_ttl_seconds;"
+        " otherwise the new client is refused",
     )
     max_calls: int = Field(
         4096,
@@ -120,8 +121,8 @@ class ServerConfig(BaseSettings):
     session_ttl_seconds: float = Field(
         86_400.0,
         ge=600,
-        description="Time after which an idle client session expires, in seconds. A session records"
-        " which pushes of a client were applied, so that a retry is not applied twice",
+        description="Time for which a client session must have been idle before a new session may"
+        " replace it, in seconds; see max_sessions",
     )
     segment_bytes: int = Field(
         256 << 20, ge=1 << 20, description="Size of a version-log segment file, in bytes"
@@ -130,8 +131,8 @@ class ServerConfig(BaseSettings):
         0.02,
         gt=0,
         le=10,
-        description="Maximum time between the write of a change and its sync to disk (fsync), in"
-        " seconds; all changes written in this time share one sync",
+        description="Maximum time between the write of a change and the start of its sync to disk"
+        " (fsync), in seconds; all changes written in this time share one sync",
     )
     log_keep_bytes: int = Field(
         2 << 30,

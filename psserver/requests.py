@@ -68,8 +68,8 @@ def check_order(pushes: Sequence[Push]) -> None:
     """Check the pushes of one exchange request, separately for each client.
 
     Raises BadRequest unless the pushes of a client have equal incarnations and ascending sequences,
-    and ``acknowledged`` in each is smaller than the sequence of the first. A retry of the exchange
-    could otherwise apply a push twice, because the shard keeps no record of acknowledged pushes.
+    and none of them acknowledges another one. A retry of the exchange could otherwise apply a push
+    twice, because the shard keeps no record of acknowledged pushes.
     """
     if len(pushes) < 2:
         return

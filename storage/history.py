@@ -5,8 +5,8 @@ its epochs. For each epoch except the current one it has the newest version of t
 
 A version number alone does not identify a change. If a data directory is put back from an old copy,
 the shard gives out the same version numbers again for different changes. So a version is compared
-together with its epoch. A version from after the copy was made does not belong to the history of
-the restored directory, because there its epoch is unknown or ended at an older version.
+together with its epoch. A version that was given out after the copy was made does not belong
+to the history of the restored directory: there its epoch is unknown, or ended at an older version.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 After a power failure or a crash of the process, the last frame of a segment may be incomplete: a
 *torn tail*. Intact frames may even follow it, since a disk writes pages in any order. A bad frame
 is a torn tail if it had not been synced, and damage if it had been synced. Two facts prove that it
-had been synced: it lies in the part that the file SYNCED records as synced (``synced_end``), or the
-field ``synced`` of a later intact frame has its version or a newer one.
+had been synced: it lies in the part that the file SYNCED records as synced (``synced_end``), or a
+later intact frame says so: its field ``synced`` has the version of the bad frame or a newer one.
 """
 
 from __future__ import annotations

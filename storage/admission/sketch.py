@@ -111,7 +111,7 @@ class SketchGate(CountingGate):
     IEEE/ACM Transactions on Networking 8 (2000). A cell contains the sum of the counts of its keys.
     (Conservative update would raise only the smallest cells of a key. A cell would then contain a
     maximum, from which no key can be subtracted. Keys that share cells with an admitted key would
-    lose their counts, and in streams of Zipf's law more than a tenth of admissions would be late.)
+    lose their counts. If keys follow Zipf's law, more than a tenth of admissions would be late.)
 
     Early admission. A key is admitted too early only if it shares every one of its k cells. Ageing
     keeps at most half of the cells in use, so this happens to at most 2^-k <= error_rate of keys. A

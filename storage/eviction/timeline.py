@@ -24,8 +24,8 @@ class Timeline:
     * By less than 1/256 of a TTL: time stands still until the clock has caught up.
     * By more: either the clock was ahead and is right again, or it is wrong now and will be
       corrected. No row may seem more idle than it is in either case. Therefore pushes at times that
-      are now in the future count as pushed now. When the clock reaches the time that it showed
-      before it went back, the next push makes all rows count as pushed at that push.
+      are now in the future count as pushed now. Later the clock reaches the time again that it
+      showed before it went back. At the next push after that, all rows count as pushed just then.
     """
 
     def __init__(self, ttl: float) -> None:
