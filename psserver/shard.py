@@ -327,8 +327,8 @@ class Shard(ShardReads):
                 self._sequencer.require(pull.min_version, pull.min_epoch)
             if pull.min_version > self.version:
                 raise VersionInFuture(
-                    f"field 'min_version' must be at most the version of shard {self.number},"
-                    f" {self.version}, got {pull.min_version}"
+                    f"field 'min_version' is {pull.min_version}, but the newest version of shard"
+                    f" {self.number} is {self.version}"
                 )
         if size > self._reply_bytes:
             raise TooLarge(

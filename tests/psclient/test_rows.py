@@ -176,7 +176,7 @@ class TestRows:
         ahead = [version + 1_000_000 for version in versions]
         with pytest.raises(
             VersionInFuture,
-            match=r"'min_version' must be at most the version of shard \d+, \d+, got \d+",
+            match=r"'min_version' is \d+, but the newest version of shard \d+ is \d+",
         ) as caught:
             table.pull_rows(np.arange(100), min_version=ahead)
         assert caught.value.reason == "VERSION_IN_FUTURE"

@@ -333,7 +333,7 @@ BAD_PARTS: dict[str, tuple[Any, type[Exception], str, str | None]] = {
     "pull from the future": (
         pull([1], min_version=5),
         VersionInFuture,
-        "field 'min_version' must be at most the version of shard 0, 4, got 5",
+        "field 'min_version' is 5, but the newest version of shard 0 is 4",
         "VERSION_IN_FUTURE",
     ),
     "pull of too much": (
