@@ -29,6 +29,8 @@ from storage.kernels import jit
 
 RESERVED = 1 << 40  # bytes of address space that a map reserves, if the system has them
 GROWTH = 4  # a new map reserves at least this many times the bytes that are needed
+LOOK = 4096  # pages that one system call looks at
+NEAR = 64  # pages between two ranges that one system call looks at
 PAGE = mmap.PAGESIZE
 
 _WILLNEED = os.POSIX_FADV_WILLNEED
@@ -53,11 +55,27 @@ _pread = types.ExternalFunction(
 
 
 @jit
-def _next_absent(states: Any, start: int, stop: int) -> Any:
-    """Return the index of the first page in start..stop-1 that is not in memory, or ``stop``."""
-    while start < stop and states[start] & 1:
-        start += 1
-    return start
+def _span(offsets: Any, first: int, size: int, page: int, most: int) -> Any:
+    """Find ranges that are close to each other, so that one system call can look at all of them.
+
+    offsets  int64[n]  start of each range
+    first    index of the first range
+    size     bytes in each range
+    page     bytes in a page of the system
+    most     maximum number of pages
+
+    Returns (index after the last range, offset of the first page, offset after the last page).
+    """
+    start = offsets[first] // page * page
+    stop = (offsets[first] + size + page - 1) // page * page
+    i = first + 1
+    while i < offsets.shape[0] and offsets[i - 1] <= offsets[i] <= stop + NEAR * page:
+        end = (offsets[i] + size + page - 1) // page * page
+        if end - start > most * page:
+            break
+        stop = max(stop, end)
+        i += 1
+    return i, start, stop
 
 
 @jit
@@ -76,28 +94,27 @@ def request(
 
     Returns the number of these pages, or of the first ``len(absent)`` of them.
     """
-    found, begun, done = 0, 0, 0  # begun..done-1: the pages of the last range
-    for i in range(offsets.shape[0]):
-        start = offsets[i] // page * page
-        stop = (offsets[i] + size + page - 1) // page * page
-        if begun <= start < done:
-            start = done
-        if start >= stop:
-            continue
-        begun, done = start, stop
-        count = (stop - start) // page
+    found, i = 0, 0
+    while i < offsets.shape[0]:
+        next_i, start, stop = _span(offsets, i, size, page, states.shape[0])
         base = np.uintp(address) + np.uintp(start)
         if _mincore(base, np.uintp(stop - start), np.uintp(states.ctypes.data)) != 0:
-            states[:count] = 0
-        first = _next_absent(states, 0, count)
-        while first < count and found < absent.shape[0]:
-            last = first
-            while last < count and not states[last] & 1 and found < absent.shape[0]:
-                absent[found] = start + last * page
-                found += 1
-                last += 1
-            _fadvise(file, start + first * page, (last - first) * page, np.int32(_WILLNEED))
-            first = _next_absent(states, last, count)
+            states[:] = 0
+        done = start
+        for each in range(i, next_i):
+            at = max(done, offsets[each] // page * page)
+            done = max(done, (offsets[each] + size + page - 1) // page * page)
+            while at < done:
+                begin = at
+                while at < done and not states[(at - start) // page] & 1:
+                    if found < absent.shape[0]:
+                        absent[found] = at
+                        found += 1
+                    at += page
+                if begin < at:
+                    _fadvise(file, begin, at - begin, np.int32(_WILLNEED))
+                at += page
+        i = next_i
     return found
 
 
@@ -205,7 +222,8 @@ class BlockFile:
         Releases the GIL. Raises OSError if the disk fails. The file must stay open meanwhile.
         """
         memory, pages = self.bytes, size // PAGE + 2
-        states, absent = np.empty(pages, np.uint8), np.empty(pages * len(offsets), np.int64)
+        states = np.empty(max(pages, LOOK), np.uint8)
+        absent = np.empty(pages * len(offsets), np.int64)
         address = np.uint64(memory.ctypes.data)
         found = request(address, self._file, offsets, size, PAGE, states, absent)
         read = await_pages(self._file, absent[:found], states)
