@@ -29,8 +29,8 @@ from storage.kernels import jit
 
 RESERVED = 1 << 40  # bytes of address space that a map reserves, if the system has them
 GROWTH = 4  # a new map reserves at least this many times the bytes that are needed
-LOOK = 4096  # pages that one system call looks at
-NEAR = 64  # pages between two ranges that one system call looks at
+LOOK = 1 << 16  # pages that one system call looks at
+NEAR = 200  # pages between two ranges that one system call looks at
 PAGE = mmap.PAGESIZE
 
 _WILLNEED = os.POSIX_FADV_WILLNEED

@@ -162,12 +162,12 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
 
 def test_a_state_of_a_newer_format_is_not_called_damage() -> None:
     data = bytearray(STATE.pack())
-    data[8] = 3
+    data[8] = 4
     checksum = xxhash.xxh3_64_intdigest(data[:32] + data[40:])
     data[32:40] = checksum.to_bytes(8, "little")
     with pytest.raises(UnknownFormat) as caught:
         BaseState.unpack(bytes(data), "here")
-    assert (caught.value.where, caught.value.found, caught.value.known) == ("here", 3, 2)
+    assert (caught.value.where, caught.value.found, caught.value.known) == ("here", 4, 3)
 
 
 def test_a_page_in_use_that_is_listed_as_free_is_found(tmp_path: Path) -> None:
