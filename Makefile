@@ -35,6 +35,8 @@ bench: .venv/dev  ## every benchmark; latest figures: docs/benchmarks.md
 	$(RUN) -m benchmarks.freshness
 	$(RUN) -m benchmarks.eviction
 	$(RUN) -m benchmarks.analyze
+	$(RUN) -m benchmarks.tiers
+	$(RUN) -m benchmarks.restart
 
 proto: .venv/proto  ## generate code from ps.proto
 	.venv-proto/bin/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto \

@@ -14,13 +14,10 @@ replay   Start a shard that replays its log.
 
 from __future__ import annotations
 
-import json
 import mmap
 import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -32,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import Report, arguments
-from benchmarks.servers import READY_SECONDS, free_ports
+from benchmarks.servers import Server
 from benchmarks.step import fill
 from benchmarks.work import Ids, Work, keys_of, standard_work
 from psclient import Client, Table, admin, calls, restores
@@ -51,61 +48,26 @@ TITLES = {  # kinds of checkpoints in the section "cost"
 }
 
 
-class Shard:
-    """A server process of a one-shard cluster, with a data directory.
+def shard(directory: Path, url: str, *, flush_seconds: float = NEVER) -> Server:
+    """Return a server that is not started yet.
 
     directory      directory for its data and for what it logs
     url            URL under which it stores checkpoints
     flush_seconds  time between flushes (writes of changed rows to disk)
     """
-
-    def __init__(self, directory: Path, url: str, *, flush_seconds: float = NEVER) -> None:
-        self.directory = directory
-        self.address = ""
-        self._command = [sys.executable, "-m", "psserver", "serve", "--metrics-port", "0"]
-        self._command += ["--data-dir", str(directory / "data")]
-        self._command += ["--checkpoint-url", url]
-        self._command += ["--flush-seconds", str(flush_seconds)]
-        self._command += ["--log-keep-bytes", "0"]
-
-    def start(self) -> Shard:
-        """Start the server and wait until it is ready."""
-        self.directory.mkdir(exist_ok=True)
-        port = free_ports(1)
-        self.address = f"127.0.0.1:{port}"
-        with (self.directory / "err").open("ab") as err:
-            self.process = subprocess.Popen(
-                [*self._command, "--port", str(port)], stdout=subprocess.PIPE, stderr=err, text=True
-            )
-        assert self.process.stdout is not None
-        if not self.process.stdout.readline().startswith("ready"):
-            raise RuntimeError(
-                f"the server exited with status {self.process.wait(READY_SECONDS)} before it was"
-                " ready"
-            )
-        return self
-
-    def stop(self) -> None:
-        """Stop the server and wait for it."""
-        self.process.terminate()
-        self.process.wait(READY_SECONDS)
-
-    def recovered(self) -> dict[str, Any]:
-        """Return the "recovered" event that the last start logged: records, bytes, seconds."""
-        lines = (self.directory / "err").read_text().splitlines()
-        events = [json.loads(line) for line in lines if '"event": "recovered"' in line]
-        return dict(events[-1])
+    flags = ["--checkpoint-url", url, "--flush-seconds", str(flush_seconds)]
+    return Server(directory, *flags, "--log-keep-bytes", "0")
 
 
 @contextmanager
-def running(shard: Shard) -> Iterator[Client]:
-    """Run a shard during a block; yield a client that is connected to it."""
-    shard.start()
+def running(server: Server) -> Iterator[Client]:
+    """Run a server during a block; yield a client that is connected to it."""
+    server.start()
     try:
-        with Client([shard.address], timeout=120.0) as client:
+        with Client([server.address], timeout=120.0) as client:
             yield client
     finally:
-        shard.stop()
+        server.stop()
 
 
 def rate(push: Callable[[int], None], seconds: float, at: list[int]) -> float:
@@ -141,8 +103,8 @@ def cost(report: Report, directory: Path, work: Work, window: float, rounds: int
     rounds     windows per kind of checkpoint
     """
     url = f"file://{directory}/cost-checkpoints"
-    plain = Shard(directory / "plain", url, flush_seconds=window)
-    local = Shard(directory / "local", url, flush_seconds=window / 2)
+    plain = shard(directory / "plain", url, flush_seconds=window)
+    local = shard(directory / "local", url, flush_seconds=window / 2)
     keys = keys_of(np.arange(work.rows))
     rates: dict[str, list[float]] = {"none": [], "full": [], "incremental": [], "local": []}
     spent: dict[str, list[float]] = {name: [] for name in rates}
@@ -215,7 +177,7 @@ def restore(report: Report, directory: Path, rows: int) -> None:
     rows       number of rows of the table
     """
     url = f"file://{directory}/checkpoints"
-    source = Shard(directory / "source", url)
+    source = shard(directory / "source", url)
     with running(source) as client:
         fill(client.create_table("rows", DIM, lr=0.05), keys_of(np.arange(rows)))
         start = time.perf_counter()
@@ -229,9 +191,9 @@ def restore(report: Report, directory: Path, rows: int) -> None:
     disk = size / _seconds(lambda: _each(_read_direct, paths)) / 1e6
     cached = size / _seconds(lambda: _each(_read, paths)) / 1e6
     new = {"take, with nobody pushing": taken}
-    new |= _restored(Shard(directory / "new", url), rows, lambda: time.sleep(IDLE_SECONDS))
+    new |= _restored(shard(directory / "new", url), rows, lambda: time.sleep(IDLE_SECONDS))
     shutil.rmtree(directory / "new")
-    had = _restored(Shard(directory / "had", url), rows, lambda: _touch(2 * size))
+    had = _restored(shard(directory / "had", url), rows, lambda: _touch(2 * size))
     time.sleep(IDLE_SECONDS)
     new["memory: touch as much"], had["memory: touch as much"] = _touch(size), _touch(size)
     bound = min(500.0, disk)
@@ -253,7 +215,7 @@ def restore(report: Report, directory: Path, rows: int) -> None:
     )
 
 
-def _restored(target: Shard, rows: int, before: Callable[[], Any]) -> dict[str, float]:
+def _restored(target: Server, rows: int, before: Callable[[], Any]) -> dict[str, float]:
     """Restore the checkpoint "full" onto an empty shard; return the seconds of each step, by name.
 
     rows    number of rows that the table must have afterwards
@@ -273,7 +235,7 @@ def _restored(target: Shard, rows: int, before: Callable[[], Any]) -> dict[str, 
             spent[name] = _seconds(call)
         restores.take_step(client, calls.links(client)[0], id, step.STEP_RELEASE)
         assert client.describe_table("rows").rows == rows
-    loaded = float(target.recovered()["seconds"])
+    loaded = float(target.logged("recovered")["seconds"])
     whole = spent["restore: prepare"] + spent["restore: start anew"]
     return {**spent, "  of which loading": loaded, "restore: whole": whole}
 
@@ -304,21 +266,21 @@ def replay(report: Report, directory: Path, work: Work, size: int) -> None:
 
     directory  directory for all files
     """
-    shard = Shard(directory / "replay", f"file://{directory}/none")
+    server = shard(directory / "replay", f"file://{directory}/none")
     keys = keys_of(np.arange(work.rows))
-    with running(shard) as client:
+    with running(server) as client:
         table = client.create_table("rows", DIM, lr=0.05)
         fill(table, keys)
         push = pusher(table, keys, work)
         i = 0
-        while _bytes(shard.directory / "data" / "log") < size:
+        while _bytes(server.data / "log") < size:
             for _ in range(20):
                 push(i)
                 i += 1
     start = time.perf_counter()
-    with running(shard):
+    with running(server):
         took = time.perf_counter() - start
-    recovered = shard.recovered()
+    recovered = server.logged("recovered")
     speed = recovered["record_bytes"] / recovered["seconds"] / 1e6
     report.section(
         f"replay of the log, {work.rows:,} rows, dim {DIM}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -10,11 +11,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
 import grpc
 import uvloop
-
-READY_SECONDS = 180.0
 
 
 def free_ports(count: int) -> int:
@@ -59,6 +60,46 @@ def shards(
         yield addresses, [process.pid for process in processes]
 
 
+class Server:
+    """The server process of a one-shard cluster with a data directory. It can be started again.
+
+    directory  for its data and for what it logs
+    flags      further flags of ``psserver serve``; may be changed before a start
+    address    "host:port", new at each start
+    """
+
+    def __init__(self, directory: Path, *flags: str) -> None:
+        self.directory = directory
+        self.data = directory / "data"
+        self.flags = list(flags)
+        self.address = ""
+
+    def start(self) -> None:
+        """Start the server and wait until it is ready."""
+        self.directory.mkdir(exist_ok=True)
+        port = free_ports(1)
+        self.address = f"127.0.0.1:{port}"
+        command = [sys.executable, "-m", "psserver", "serve", "--port", str(port)]
+        command += ["--metrics-port", "0", "--data-dir", str(self.data), *self.flags]
+        with (self.directory / "err").open("ab") as err:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True)
+        wait_until_ready(self.process)
+
+    def stop(self) -> None:
+        """Stop the server and wait for it."""
+        _stop(self.process)
+
+    def kill(self) -> None:
+        """End the server without giving it the time to write anything."""
+        self.process.kill()
+        self.process.wait(60)
+
+    def logged(self, event: str) -> dict[str, Any]:
+        """Return the last event of this name that the server logged."""
+        lines = (self.directory / "err").read_text().splitlines()
+        return dict([json.loads(line) for line in lines if f'"event": "{event}"' in line][-1])
+
+
 def _stop(process: subprocess.Popen[str]) -> None:
     process.send_signal(signal.SIGTERM)
     process.wait(60)
@@ -94,6 +135,13 @@ def rss(pid: int) -> int:
     """Return the bytes of memory that a process has in RAM (its resident set size)."""
     with open(f"/proc/{pid}/statm") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def unshared(pid: int) -> int:
+    """Return the bytes of memory of a process, without pages of files that it has mapped."""
+    with open(f"/proc/{pid}/status") as status:
+        sizes = dict(line.split(":", 1) for line in status)
+    return 1024 * sum(int(sizes[name].split()[0]) for name in ("RssAnon", "RssShmem"))
 
 
 def huge(pid: int) -> int:

@@ -23,7 +23,8 @@ class Work:
     rows: int = 2_000_000  # of the table; ids are 0..rows - 1
     dim: int = 32
     batch: int = 10_000  # ids per step, duplicates included
-    zipf: float = 1.05  # exponent; rank r is drawn with probability proportional to r ** -zipf
+    zipf: float = 1.05  # exponent; rank r is drawn with probability proportional to r ** -zipf.
+    # 0: all ids are equally frequent
     seed: int = 0
 
 
@@ -43,6 +44,25 @@ def standard_work(work: Work, steps: int) -> list[Step]:
         grads = rng.standard_normal((len(distinct), work.dim), dtype=np.float32)
         drawn.append((ids, distinct, grads))
     return drawn
+
+
+class Draws:
+    """Draws batches of ids without end. The same ids are frequent as in ``standard_work``.
+
+    hottest  int64[rows], all ids by descending probability
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._mass = np.cumsum(np.arange(1, work.rows + 1, dtype=np.float64) ** -work.zipf)
+        self._mass /= self._mass[-1]
+        self.hottest = np.random.default_rng((work.seed, 1)).permutation(work.rows)
+        self._rng = np.random.default_rng((work.seed, 5))
+        self._batch = work.batch
+
+    def ids(self) -> Ids:
+        """Return the ids of the next batch, int64[batch], with duplicates."""
+        drawn = np.searchsorted(self._mass, self._rng.random(self._batch), side="right")
+        return self.hottest[drawn]
 
 
 def of_every_id(step: Step) -> Rows:

@@ -82,8 +82,10 @@ def servers(given: str | None, shards: int) -> Iterator[list[str]]:
 
 
 @contextmanager
-def local_cluster(shards: int) -> Iterator[list[str]]:
+def local_cluster(shards: int, *flags: str) -> Iterator[list[str]]:
     """Run ``shards`` servers on free local ports during a block; yield their addresses.
+
+    flags  further flags of ``psserver up``
 
     Their data is in a temporary directory, which is deleted at the end. The servers run in their
     own session, so Ctrl-C interrupts only the trainer. During the block, SIGTERM has the same
@@ -95,6 +97,7 @@ def local_cluster(shards: int) -> Iterator[list[str]]:
         command = [sys.executable, "-u", "-m", "psserver", "up"]
         command += ["--shards", str(shards), "--port", str(port)]
         command += ["--metrics-port", "0", "--data-dir", str(Path(directory, "data"))]
+        command += flags
         previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
         stack.callback(signal.signal, signal.SIGTERM, previous)
         output = stack.enter_context(log.open("wb"))
