@@ -17,7 +17,7 @@ import contextvars
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import wraps
 from typing import Any, ParamSpec, Self, TypeVar
@@ -159,6 +159,13 @@ class AsyncTable:
     alter = _awaited(Table.alter)
     describe = _awaited(Table.describe)
 
+    async def prefetch(self, keys: Any) -> None:
+        """Ask the shards to read the rows of keys from disk into memory. See Table.prefetch.
+
+        Returns once the shards have accepted the request. They read the rows after that.
+        """
+        await self._calls.run(lambda: self._blocking.prefetch(keys).result())
+
     def __repr__(self) -> str:
         return f"AsyncTable({self.name!r}, dim={self.dim})"
 
@@ -212,6 +219,13 @@ class AsyncClient:
         return await self._calls.run_long(  # type: ignore[no-any-return]
             self._blocking.evict, *args, **options
         )
+
+    async def prefetch(self, keys: Mapping[str, Any]) -> None:
+        """Ask the shards to read the rows of keys from disk into memory. See Client.prefetch.
+
+        Returns once the shards have accepted the request. They read the rows after that.
+        """
+        await self._calls.run(lambda: self._blocking.prefetch(keys).result())
 
     alter_table = _awaited(Client.alter_table)
     describe_table = _awaited(Client.describe_table)

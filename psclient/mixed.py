@@ -18,6 +18,7 @@ from psclient.batch import Batch
 from psclient.choices import Durability, Mode, Wire
 from psclient.errors import InvalidArgument
 from psclient.parts import Keys, checked_gradients, checked_tables, whole
+from psclient.pending import Pending
 from psclient.table import Table
 
 MAX_FREQUENCY = (1 << 32) - 1  # the servers stop counting at this number
@@ -67,6 +68,15 @@ class MixedDimension:
         mode  result for keys without a row: "train" or "serve". Client.pull explains them
         """
         return self.pull_mixed(keys, mode=mode).embeddings
+
+    def prefetch(self, keys: Any) -> Pending:
+        """Ask the shards to read the rows of integer keys from disk; return at once.
+
+        Call it some time before a pull or push of these keys. Client.prefetch explains the result,
+        which need not be waited for.
+        """
+        batch = self.client.batch(keys)
+        return self.client.prefetch({self.small.name: batch, self.wide.name: batch})
 
     def pull_mixed(self, keys: Any, *, mode: Mode = "train") -> PulledMixed:
         """Return the embeddings of integer keys[*shape], and which of the keys are frequent.

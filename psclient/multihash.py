@@ -39,6 +39,7 @@ from psclient.parts import (
 )
 from psclient.parts import hashes as hashes
 from psclient.parts import sizes_for as sizes_for
+from psclient.pending import Pending
 from psclient.rowclient import RowClient
 from psclient.table import Table
 
@@ -184,6 +185,14 @@ class MultiHash:
         Client.pull explains ``mode`` and ``wire``.
         """
         return self.pull_parts(keys, mode=mode, wire=wire).embeddings
+
+    def prefetch(self, keys: Any) -> Pending:
+        """Ask the shards to read the rows of integer keys[*shape] from disk; return at once.
+
+        Call it some time before a pull or push of these keys. Client.prefetch explains the result,
+        which need not be waited for.
+        """
+        return self.client.prefetch(self.batches(keys))
 
     def pull_parts(
         self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None

@@ -40,6 +40,7 @@ class PullPart:
     min_version: Versions  # oldest version at which each shard may be read; (): any version
     out: Rows  # embeddings float32[n, dim], or [distinct, dim]; written by ``take``
     history: NDArray[np.uint64]  # [3, distinct]: versions, steps, frequencies; else [3, 0]
+    prefetch: bool = False  # the shards only read the rows into memory; the reply has no rows
 
     def shaped(self) -> Rows:
         """Return ``out`` as float32[*shape of the keys, dim], or as [distinct, dim]."""
@@ -109,6 +110,7 @@ def _pieces(
     for pull in pulls:
         first, last = pull.batch.split.bounds[shard : shard + 2].tolist()
         row = pull.dim * codec.WIRE[pull.dtype].itemsize + 24 * pull.metadata
+        row *= not pull.prefetch
         request += (last - first) * 8
         reply += (last - first) * row
         widest, most = max(widest, row), max(most, last - first)
@@ -150,6 +152,7 @@ def _pull_messages(
             with_metadata=pull.metadata,
             min_version=pull.min_version[shard] if pull.min_version else 0,
             min_epoch=pull.min_version.epochs[shard] if pull.min_version else 0,
+            prefetch=pull.prefetch,
         )
         yield codec.PullMessage(head, pull.batch.keys[low:high]), (pull, low, high)
 
@@ -176,6 +179,8 @@ def take(answer: codec.Exchanged, pulls: Sequence[Range], where: str) -> None:
     Raises SchemaMismatch if the dim of a table is not the one that the pull expects.
     """
     for pulled, (part, first, last) in zip(answer.pulls, pulls, strict=True):
+        if part.prefetch:
+            continue
         if pulled.header.dim != part.dim:
             raise SchemaMismatch(
                 f"{where}: table {part.table!r}: expected dim {part.dim}, got {pulled.header.dim}:"

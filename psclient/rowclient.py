@@ -224,6 +224,25 @@ class RowClient(Connection):
             gradients, {}, step=step, lr=lr, wire=wire, durability=durability, distinct=True
         ).result()
 
+    def prefetch(self, keys: Mapping[str, Any]) -> Pending:
+        """Ask the shards to read the rows of keys from disk into memory; return at once.
+
+        keys  {table: keys}; keys are integers of any shape, or a Batch
+
+        A pull or push of these keys that follows soon then need not wait for the disk. Changes no
+        row, and has no effect on rows that are in memory. It need not be waited for: ``result()``
+        of the returned Pending waits until the shards have accepted the request, not until they
+        have read the rows, and returns None.
+        """
+        deadline = self._deadline()
+        cluster = self._connect(deadline)
+        parts = [
+            self._pull_part(name, each, self._dtype, MODES["train"], deadline, prefetch=True)
+            for name, each in by_table("keys", keys).items()
+        ]
+        request = self._send(cluster, Header(), [], parts, deadline, background=True)
+        return Pending(request, lambda: None)
+
     # ---- from keys to messages
 
     def _start(
@@ -340,6 +359,7 @@ class RowClient(Connection):
         metadata: bool = False,
         distinct: bool = False,
         min_version: Versions = NO_VERSIONS,
+        prefetch: bool = False,
     ) -> PullPart:
         """Prepare the pull of one table: find the distinct keys, allocate the result.
 
@@ -351,13 +371,15 @@ class RowClient(Connection):
         metadata     whether to pull versions, steps and frequencies too
         distinct     whether the result has one row per distinct key
         min_version  oldest version at which each shard may be read
+        prefetch     whether the shards only read the rows into memory, and return none
         """
         dim, batch = self._dim(name, deadline), self._batch(keys, deadline)
         u = len(batch.keys)
-        out = np.empty((u if distinct else len(batch), dim), np.float32)
+        count = 0 if prefetch else u if distinct else len(batch)
+        out = np.empty((count, dim), np.float32)
         history = np.empty((3, u if metadata else 0), np.uint64)
         return PullPart(
-            name, dim, batch, dtype, mode, metadata, distinct, min_version, out, history
+            name, dim, batch, dtype, mode, metadata, distinct, min_version, out, history, prefetch
         )
 
     def _push_part(

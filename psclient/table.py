@@ -63,6 +63,16 @@ class Table:
         pending = self.client.start_pull({self.name: keys}, mode=mode, wire=wire)
         return pending.then(lambda rows: rows[self.name])
 
+    def prefetch(self, keys: Any) -> Pending:
+        """Ask the shards to read the rows of keys from disk into memory; return at once.
+
+        keys  integers of any shape, or a Batch
+
+        Call it some time before a pull or push of these keys. Client.prefetch explains the result,
+        which need not be waited for.
+        """
+        return self.client.prefetch({self.name: keys})
+
     def pull_rows(
         self, keys: Any, *, mode: Mode = "train", min_version: Sequence[int] = ()
     ) -> PulledRows:

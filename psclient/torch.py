@@ -33,6 +33,7 @@ from psclient.batch import Batch
 from psclient.errors import InvalidArgument
 from psclient.mixed import MixedDimension
 from psclient.multihash import MultiHash
+from psclient.pending import Pending
 from psclient.rowclient import RowClient
 from psclient.table import Table
 
@@ -93,6 +94,15 @@ class _Feature(nn.Module):
     def merge(self, outputs: list[Tensor]) -> Tensor:
         """Combine the outputs of the modules of ``remotes()`` into the output of this module."""
         raise NotImplementedError
+
+    def prefetch(self, keys: Any, *arguments: Any) -> Pending:
+        """Ask the shards to read the rows of a later batch from disk into memory; return at once.
+
+        keys, arguments  the arguments of a later call of this module
+
+        Client.prefetch explains the result, which need not be waited for.
+        """
+        return _prefetch(self.client, {"": self}, {"": (keys, *arguments)})
 
     def step(self, step: int = 0, *, lr: float | None = None) -> None:
         """Push the gradients that backward passes collected since the last call of ``step``.
@@ -261,6 +271,15 @@ class MixedDimensionEmbedding(nn.Module):
         out = torch.cat([functional.embedding(small.places(), small.leaf), rest], -1)
         return out.reshape(*array.shape, self.rows.dim)
 
+    def prefetch(self, keys: Any) -> Pending:
+        """Ask the shards to read the rows of a later batch from disk into memory; return at once.
+
+        keys  the keys of a later call of this module
+
+        Client.prefetch explains the result, which need not be waited for.
+        """
+        return self.rows.prefetch(as_keys(keys))
+
     def step(self, step: int = 0, *, lr: float | None = None) -> None:
         """Push the gradients that backward passes collected since the last call of ``step``.
 
@@ -294,12 +313,17 @@ class EmbeddingGroup(nn.Module):
 
         Raises InvalidArgument for an unknown feature.
         """
-        unknown = sorted(set(keys) - set(self.features))
-        if unknown:
-            raise InvalidArgument(
-                f"no feature {unknown[0]!r}; the features are {sorted(self.features)}"
-            )
-        return _forward(self.client, {name: self._feature(name) for name in keys}, keys)
+        return _forward(self.client, self._features(keys), keys)
+
+    def prefetch(self, keys: Mapping[str, Any]) -> Pending:
+        """Ask the shards to read the rows of a later batch from disk into memory; return at once.
+
+        keys  the argument of a later call of this module
+
+        Client.prefetch explains the result, which need not be waited for. Raises InvalidArgument
+        for an unknown feature.
+        """
+        return _prefetch(self.client, self._features(keys), keys)
 
     def step(self, step: int = 0, *, lr: float | None = None) -> None:
         """Push the gradients of all features, collected since the last call, in one round trip.
@@ -309,6 +333,18 @@ class EmbeddingGroup(nn.Module):
         """
         remotes = [remote for name in self.features for remote in self._feature(name).remotes()]
         _push(self.client, remotes, step, lr)
+
+    def _features(self, keys: Mapping[str, Any]) -> dict[str, _Feature]:
+        """Return {feature: its module} for the features in ``keys``.
+
+        Raises InvalidArgument for an unknown feature.
+        """
+        unknown = sorted(set(keys) - set(self.features))
+        if unknown:
+            raise InvalidArgument(
+                f"no feature {unknown[0]!r}; the features are {sorted(self.features)}"
+            )
+        return {name: self._feature(name) for name in keys}
 
     def _feature(self, name: str) -> _Feature:
         """Return the module of a feature. Raises InvalidArgument if a group cannot contain it."""
@@ -330,17 +366,45 @@ def _forward(
     features  {name: module}
     inputs    {name: keys, or a tuple of the module's arguments, keys first}
     """
+    modules, arguments = _requests(features, inputs)
+    outputs = _pull(client, modules, arguments)
+    return {
+        name: feature.merge([outputs[name, part] for part in range(len(feature.remotes()))])
+        for name, feature in features.items()
+    }
+
+
+def _requests(
+    features: Mapping[str, _Feature], inputs: Mapping[str, Any]
+) -> tuple[dict[Part, _Remote], dict[Part, tuple[Any, ...]]]:
+    """Return the modules of one table each that the features consist of, and their arguments.
+
+    features  {name: module}
+    inputs    {name: keys, or a tuple of the module's arguments, keys first}
+    """
     modules, arguments = {}, {}
     for name, feature in features.items():
         value = inputs[name] if isinstance(inputs[name], tuple) else (inputs[name],)
         requests = feature.requests(value)
         for part, (remote, request) in enumerate(zip(feature.remotes(), requests, strict=True)):
             modules[name, part], arguments[name, part] = remote, request
-    outputs = _pull(client, modules, arguments)
-    return {
-        name: feature.merge([outputs[name, part] for part in range(len(feature.remotes()))])
-        for name, feature in features.items()
-    }
+    return modules, arguments
+
+
+def _prefetch(
+    client: RowClient, features: Mapping[str, _Feature], inputs: Mapping[str, Any]
+) -> Pending:
+    """Ask the shards to read the rows of several features from disk, in one request.
+
+    client    client of all tables
+    features  {name: module}
+    inputs    {name: keys, or a tuple of the module's arguments, keys first}
+    """
+    modules, arguments = _requests(features, inputs)
+    keys: dict[str, list[Any]] = {}
+    for part, module in modules.items():
+        keys.setdefault(module.table.name, []).append(as_keys(arguments[part][0]).reshape(-1))
+    return client.prefetch({table: np.concatenate(each) for table, each in keys.items()})
 
 
 def _pull(

@@ -75,6 +75,7 @@ transport.py     gRPC options that limit memory
 door.py          checks that every gRPC method passes first
 health.py        the health service
 handlers.py      build the gRPC handlers of all kinds of methods
+coldruns.py      run exchanges whose rows may be on disk
 checks.py        checks of a request that need no tables
 exchange.py      pulls, pushes, deletes and exchanges
 stream.py        the bidirectional stream

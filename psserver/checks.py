@@ -60,6 +60,7 @@ class Checks:
             with_metadata=header.with_metadata,
             min_version=header.min_version,
             min_epoch=header.min_epoch,
+            prefetch=header.prefetch,
         )
 
     def push(self, push: codec.PushMessage) -> Push:

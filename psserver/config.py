@@ -12,9 +12,9 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -23,16 +23,44 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from psproto import names
 from psserver.addresses import bare_host
 from psserver.memory import Plan, default_inflight, memory_limit, show, transport_bytes
 
 PREFIX = "PSCONFIG_"  # not PS_: for a service named ps, Kubernetes injects variables PS_...
 CONFIG = "PSCONFIG_FILE"  # variable with the path of the TOML file
-METAVARS = {"int": "N", "float": "SECONDS", "str": "TEXT", "Path": "PATH"}
+METAVARS = {"dict[str,JSON]": "JSON", "int": "N", "float": "SECONDS", "str": "TEXT", "Path": "PATH"}
 
 
 class ConfigError(Exception):
     """A setting has an unknown name or an invalid value, or cannot be used on this machine."""
+
+
+class TableSettings(BaseModel):
+    """Settings of one table, from the section [tables.NAME] of the TOML file.
+
+    They may be changed at each start. They need not name a table that exists.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    host_bytes: int | None = Field(
+        None,
+        ge=1 << 20,
+        description="Maximum memory for the rows and the index of this table, in bytes. Without it,"
+        " only the setting host_bytes of the server limits the table",
+    )
+    cache: Literal["lru", "lfu"] = Field(
+        "lru",
+        description="Rule that decides which rows leave memory first: lru, those that were not"
+        " pushed for the longest time; lfu, those that were pushed least often",
+    )
+    half_life: float = Field(
+        1e6,
+        gt=0,
+        description="With cache = lfu: number of changes of the shard after which a row that is not"
+        " pushed counts as if it had been pushed half as often",
+    )
 
 
 class ServerConfig(BaseSettings):
@@ -73,7 +101,7 @@ class ServerConfig(BaseSettings):
         ge=1,
         le=1024,
         description="Number of shards that share the memory of this machine or container. The"
-        " defaults of memory_bytes and max_inflight_bytes are divided by it",
+        " defaults of host_bytes and max_inflight_bytes are divided by it",
     )
     max_message_bytes: int = Field(
         64 << 20, ge=1 << 16, le=1 << 30, description="Maximum size of a request, in bytes"
@@ -85,11 +113,33 @@ class ServerConfig(BaseSettings):
         " max_message_bytes. One stream may use an eighth of it. Further requests are refused, and"
         " clients retry them",
     )
-    memory_bytes: int = Field(
-        default_factory=lambda data: _left_for_tables(data),
+    memory_bytes: int | None = Field(
+        None, ge=1 << 20, description="Former name of host_bytes, in bytes; still accepted"
+    )
+    host_bytes: int = Field(
+        default_factory=lambda data: data["memory_bytes"] or _left_for_tables(data),
         ge=1 << 20,
-        description="Maximum memory for all tables of this shard, in bytes. A push that needs more"
-        " is refused",
+        description="Maximum memory for all tables of this shard, in bytes. With data_dir, rows for"
+        " which there is no room are kept on disk only. Without it, a push that needs more is"
+        " refused",
+    )
+    disk_bytes: int = Field(
+        0,
+        ge=0,
+        description="Maximum size of the rows on disk, in bytes; 0: no limit. Once it is reached,"
+        " pushes are refused with DISK_FULL. The version log is not included",
+    )
+    io_threads: int = Field(
+        8,
+        ge=1,
+        le=256,
+        description="Number of threads that read rows from the disk for requests; each reads many"
+        " rows at once",
+    )
+    tables: dict[str, TableSettings] = Field(
+        {},
+        description="Settings of single tables, by table name: host_bytes, cache and half_life. In"
+        " the file, write them as sections [tables.NAME]",
     )
     max_keys: int = Field(
         4_000_000, ge=1, description="Maximum number of keys in one pull, push or delete"
@@ -207,6 +257,27 @@ class ServerConfig(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_budget(self) -> ServerConfig:
+        if self.memory_bytes is not None and self.memory_bytes != self.host_bytes:
+            raise ValueError(
+                "memory_bytes is the former name of host_bytes: set only host_bytes, got"
+                f" host_bytes={self.host_bytes} and memory_bytes={self.memory_bytes}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tables_fit(self) -> ServerConfig:
+        for name, table in self.tables.items():
+            if problem := names.problem("table", name):
+                raise ValueError(f"tables: {problem}")
+            if table.host_bytes is not None and table.host_bytes > self.host_bytes:
+                raise ValueError(
+                    f"tables.{name}.host_bytes must be at most host_bytes={self.host_bytes}, got"
+                    f" {table.host_bytes}"
+                )
+        return self
+
     @property
     def memory(self) -> Plan:
         """Plan that divides the memory limit of this process among tables, requests and gRPC."""
@@ -251,7 +322,7 @@ class HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
         text = re.sub(r"\(default factory: .*\)", "(default: from the memory limit)", text)
-        text = text.replace(" (default: null)", "")
+        text = text.replace(" (default: null)", "").replace(" (default: {})", "")
         if action.dest.endswith("_bytes"):
             text = re.sub(r"\(default: (\d+)\)", _with_unit, text)
         return text

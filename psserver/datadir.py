@@ -194,7 +194,7 @@ class DataDirectory:
             self._recover()
             return self.shard
         try:
-            self._recover(restore_excess(self._config.memory_bytes))
+            self._recover(restore_excess(self._config.host_bytes))
         except ConfigError as error:
             log.error("restore failed", name=restore.name, error=str(error))
             self.restore = failed(self.directory, restore, str(error))
@@ -214,7 +214,7 @@ class DataDirectory:
     def _recover(self, excess: int | None = None) -> None:
         """Open log and base, and bring ``self.shard`` to the newest version in them.
 
-        excess  bytes that tables may use beyond memory_bytes during recovery; None: no limit
+        excess  bytes that tables may use beyond host_bytes during recovery; None: no limit
 
         Raises ConfigError if the files are damaged or do not belong together.
         """
@@ -241,7 +241,7 @@ class DataDirectory:
     def _replay(self, excess: int | None) -> Recovered:
         """Open base and log, load the base into ``self.shard``, and replay the newer log records.
 
-        excess  bytes that tables may use beyond memory_bytes during recovery; None: no limit
+        excess  bytes that tables may use beyond host_bytes during recovery; None: no limit
 
         After an error, base and log are closed.
         """
@@ -276,7 +276,7 @@ class DataDirectory:
         )
 
     def _report(self, found: Recovered, seconds: float) -> None:
-        """Log how much was recovered, and a warning if tables exceed memory_bytes.
+        """Log how much was recovered, and a warning if tables exceed host_bytes.
 
         seconds  duration of the recovery
         """
@@ -294,7 +294,7 @@ class DataDirectory:
         if budget.free < 0:
             log.warning(
                 "memory over budget: pushes that need more memory are refused until rows are"
-                " deleted, tables are dropped or memory_bytes is raised",
+                " deleted, tables are dropped or host_bytes is raised",
                 shard=self._config.shard,
                 memory_bytes=budget.held,
                 memory_budget_bytes=budget.limit,

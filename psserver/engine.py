@@ -117,6 +117,13 @@ class Engine:
         self._put((job, float("inf"), None))
         return done.result()
 
+    def post(self, call: Callable[[], Any]) -> None:
+        """Run ``call`` on the engine thread later; its result and its errors are ignored.
+
+        Any thread may call this, the engine's too.
+        """
+        self._put((call, float("inf"), None))
+
     def _put(self, job: _Job) -> None:
         with self._counting:
             self._unfinished += 1

@@ -16,6 +16,7 @@ from typing import TypeVar
 from psproto import codec
 from psproto import ps_pb2 as pb
 from psserver.checks import Checks
+from psserver.coldruns import ColdRuns, Held, Lane
 from psserver.config import ServerConfig
 from psserver.engine import Engine
 from psserver.feed import Feed
@@ -35,7 +36,7 @@ Header = pb.StreamRequestHeader | None  # None: the message did not arrive on a 
 # function of (message, maximum number of fields); raises codec.TooManyFields
 Decode = Callable[[bytes, int], tuple[Header, codec.Exchange]]
 # A submitted exchange: time of arrival, request, and the future of its result or an error
-Begun = tuple[float, codec.Exchange | None, "asyncio.Future[codec.Exchanged] | Exception"]
+Begun = tuple[float, codec.Exchange | None, "asyncio.Future[codec.Exchanged | Held] | Exception"]
 
 
 @dataclass(slots=True)
@@ -53,6 +54,7 @@ Read = tuple[Header, Checked | Exception]  # a message that was read; the error 
 class Exchanges:
     """Answers the gRPC methods that read and write rows. Must be used on the event loop.
 
+    runs  runs exchanges on the engine, and reads rows from disk for them
     log   version log; None: the shard has none
     feed  reports which versions are durable; None: the shard has no version log
 
@@ -69,6 +71,7 @@ class Exchanges:
         config: ServerConfig,
         log: VersionLog | None,
         feed: Feed | None,
+        runs: ColdRuns,
     ) -> None:
         self._shard = shard
         self._engine = engine
@@ -78,6 +81,7 @@ class Exchanges:
         self._max_reply = config.max_message_bytes
         self._log = log
         self._feed = feed
+        self._runs = runs
 
     async def pull(self, data: bytes, deadline: float, reservation: Reservation) -> bytes:
         """Run the encoded PullRequest ``data``; return the encoded PullResponse.
@@ -224,6 +228,7 @@ class Exchanges:
         start: float,
         deadline: float,
         reservation: Reservation,
+        lane: Lane | None = None,
     ) -> Begun:
         """Submit an exchange to the engine and return at once. Pass the result to ``finish``.
 
@@ -231,6 +236,7 @@ class Exchanges:
         start        time of arrival, in seconds of ``time.perf_counter``
         deadline     monotonic seconds; after it the exchange is not started
         reservation  bytes in flight of the message; the bytes of the reply are added
+        lane         keeps the exchanges of a stream in order; None: it has no order
 
         If the exchange is refused, the reservation is released before this returns.
         """
@@ -244,11 +250,8 @@ class Exchanges:
         except Exception as error:  # its traceback would keep the request in memory
             reservation.release()
             return start, None, error.with_traceback(None)
-        work = self._engine.submit(
-            lambda: self._shard.exchange(pushes, pulls),
-            deadline,
-            at_once=self._is_small(pushes, pulls),
-        )
+        small = self._is_small(pushes, pulls)
+        work = self._runs.submit(pushes, pulls, deadline, lane, at_once=small)
         return start, checked.exchange, work
 
     def _is_small(self, pushes: list[Push], pulls: list[Pull]) -> bool:
@@ -275,6 +278,8 @@ class Exchanges:
             if isinstance(work, Exception):
                 raise work
             done = await work
+            if isinstance(done, Held):
+                done = await self._runs.finish(done)
         finally:
             del begun, work  # an error refers to this frame, which must not refer to the error
         assert exchange is not None

@@ -3,14 +3,14 @@
 The limit is the smallest of: physical memory; the limits of this process's cgroup and of all groups
 that contain it (cgroup v1 and v2); the commit limit, if the kernel does not overcommit; ``ulimit
 -d`` and ``ulimit -v``. The kernel kills a process that exceeds the limit of a cgroup, so the
-default of memory_bytes leaves room for everything else:
+default of host_bytes leaves room for everything else:
 
     limit / colocated shards  =  base        the process itself: interpreter, kernels, gRPC
                               +  in flight   max_inflight_bytes
                               +  transport   messages received by gRPC and not yet admitted
                               +  backlog     log records not yet written, with their rows
                               +  slack       a tenth: heap, tombstones, sessions, pages of files
-                              +  tables      memory_bytes
+                              +  tables      host_bytes
 
 Colocated shards are the servers on the same machine or in the same container. The limits of
 ``ulimit`` hold for each process alone, so colocated shards do not divide them.
@@ -101,7 +101,7 @@ class Plan:
             f" {show(BASE_BYTES)} itself, {show(self.inflight)} for requests in flight,"
             f" {show(self.transport)} for messages that arrive and {show(self.backlog)} for the"
             " log; raise the limit, or lower max_inflight_bytes and max_message_bytes, or set"
-            " memory_bytes"
+            " host_bytes"
         )
 
 

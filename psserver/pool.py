@@ -26,13 +26,15 @@ class Pool(Executor):
         self._most = threads
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._starting = threading.Lock()
 
     def submit(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Future[Result]:
-        """Queue a call for a thread; return the future of its result. Call it on the event loop."""
-        if len(self._threads) < self._most:
-            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        """Queue a call for a thread; return the future of its result. Any thread may call this."""
+        with self._starting:
+            if len(self._threads) < self._most:
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._threads.append(thread)
+                thread.start()
         future: Future[Result] = Future()
         self._jobs.put((future, partial(fn, *args, **kwargs)))
         return future

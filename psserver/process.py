@@ -60,14 +60,14 @@ def report_memory(config: ServerConfig) -> None:
         max_inflight=show(plan.inflight),
         transport=show(plan.transport),
         log_backlog=show(plan.backlog),
-        tables=show(config.memory_bytes),
+        tables=show(config.host_bytes),
     )
-    if config.memory_bytes + plan.reserve > plan.part:
+    if config.host_bytes + plan.reserve > plan.part:
         log.warning(
             "memory limit may be exceeded",
             limit=str(plan.limit),
-            needed=show(plan.sharing * (config.memory_bytes + plan.reserve)),
-            advice="lower memory_bytes or max_inflight_bytes, or raise the limit",
+            needed=show(plan.sharing * (config.host_bytes + plan.reserve)),
+            advice="lower host_bytes or max_inflight_bytes, or raise the limit",
         )
 
 

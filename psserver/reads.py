@@ -6,7 +6,7 @@ Only the engine thread may call them, except where a docstring allows any thread
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from psproto.codec import WIRE
 from psserver.afterimages import ImageBuffers
@@ -23,11 +23,20 @@ from psserver.views import (
     view_keys,
     view_table,
 )
+from storage.blockscan import ColdPages
 from storage.eviction.contract import FIRST_STEP
 from storage.kernels import Keys
 from storage.results import TableStats, Tally
 from storage.schema import TableSchema
 from storage.tiers.base import Scan
+
+
+class ColdRead(NamedTuple):
+    """Pieces of the disk that a request needs, because they hold rows of one table."""
+
+    table: str  # name of the table
+    entry: TableEntry
+    pages: ColdPages
 
 
 class ShardReads:
@@ -78,6 +87,12 @@ class ShardReads:
         """
         entry = self._tables.find(name)
         return 0 if entry is None else len(entry.table)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes on disk of the blocks with rows of all tables."""
+        stores = (entry.table.store for entry in self._tables)
+        return sum(store.blocks.bytes for store in stores if store.blocks is not None)
 
     def tables(self) -> list[str]:
         """Return the table names, sorted, without tables that are still being filled."""
@@ -132,6 +147,47 @@ class ShardReads:
             if entry is not None:
                 size += pulled_bytes(entry, pull)
         return size
+
+    def cold_reads(
+        self, pushes: Sequence[Push], pulls: Sequence[Pull], *, prefetch: bool = False
+    ) -> list[ColdRead]:
+        """Return the pieces of the disk that some requests need; [] if all rows are in memory.
+
+        prefetch  return those of prefetches, instead of those of all other requests
+
+        Requests for tables that do not exist need nothing.
+        """
+        reads: list[ColdRead] = []
+        for push in pushes:
+            self._add_read(reads, push, whole=True, meta=True)
+        for pull in pulls:
+            if pull.prefetch is prefetch:  # a push probably follows a prefetch
+                meta = prefetch or pull.with_metadata
+                self._add_read(reads, pull, whole=prefetch, meta=meta)
+        return reads
+
+    def _add_read(
+        self, reads: list[ColdRead], part: Push | Pull, *, whole: bool, meta: bool
+    ) -> None:
+        """Append the pages of the disk that one request needs to ``reads``, if it needs any.
+
+        whole, meta  see Table.pages
+        """
+        entry = self._tables.find(part.table)
+        if entry is not None and entry.table.cold_rows:
+            pages = entry.table.pages(part.keys, whole=whole, meta=meta)
+            if pages is not None:
+                reads.append(ColdRead(part.table, entry, pages))
+
+    def settle(self, reads: Sequence[ColdRead]) -> None:
+        """Remember what was verified while the pieces of ``reads`` were read.
+
+        Raises Corrupt if a piece that is still in use is damaged.
+        """
+        for read in reads:
+            table = read.entry.table
+            if table.store.blocks is not None and self.holds(read.entry.number):
+                table.store.blocks.settle(read.pages)
 
     def scan(self, name: str) -> tuple[TableSchema, int, Scan]:
         """Return (schema of a table, version of the shard, scan over the table's rows).
@@ -221,4 +277,6 @@ def record_bytes(entry: TableEntry, part: Push | Pull) -> int:
 
 def pulled_bytes(entry: TableEntry, pull: Pull) -> int:
     """Return the size of the arrays in the reply to a pull, in bytes."""
+    if pull.prefetch:
+        return 0
     return len(pull.keys) * (entry.schema.dim * WIRE[pull.dtype].itemsize + 24 * pull.with_metadata)

@@ -61,6 +61,7 @@ class Pull:
     mode: Mode  # for keys without a row: "train" returns initial values, "serve" a constant
     with_metadata: bool  # also return version, step and frequency of each row
     min_version: int  # refuse if the shard's version is smaller
+    prefetch: bool = False  # return no rows, only begin to read them from disk
     min_epoch: int = 0  # epoch (id of a server start) that assigned min_version; 0: unknown
 
 

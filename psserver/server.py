@@ -37,6 +37,10 @@ from psserver.swap import State
 from psserver.sweeper import Sweeper
 from storage.store import Store
 
+NO_COLD_TIER = (  # end of the message of OutOfMemory
+    ": without data_dir, this shard cannot keep rows on disk only; set data_dir, or raise"
+    " host_bytes"
+)
 LAST_ANSWERS_SECONDS = 1.0  # maximum time, at a stop, for the last replies to reach their clients
 
 
@@ -68,7 +72,7 @@ class Server:
         return Shard(
             number=config.shard,
             shard_map=routing.even_map(config.shards),
-            memory_bytes=config.memory_bytes,
+            memory_bytes=config.host_bytes,
             reply_bytes=config.max_message_bytes,
             max_tables=config.max_tables,
             max_sessions=config.max_sessions,
@@ -76,6 +80,8 @@ class Server:
             clock=time.monotonic,
             max_tombstones=config.max_tombstones,
             max_backlog=config.memory.backlog,
+            disk_bytes=config.disk_bytes,
+            settings=config.tables,
         )
 
     async def listen(self) -> None:
@@ -126,6 +132,7 @@ class Server:
         directory = self._config.data_dir
         if directory is None:
             self._shard = self._new_shard()
+            self._shard.budget.advice = NO_COLD_TIER
             return
         self._data = DataDirectory(
             directory, self._config, self._engine, self._new_shard, self._wake
@@ -161,6 +168,7 @@ class Server:
             self._listener.connections,
             versions,
             self._feed,
+            flusher,
         )
 
     def _open_metrics(self) -> None:

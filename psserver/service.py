@@ -14,6 +14,7 @@ from psproto import ps_pb2 as pb
 from psserver.alterations import altered, require_alterable
 from psserver.analysis import Analyses
 from psserver.checkpoints import Checkpoints
+from psserver.coldruns import ColdRuns, Flushes
 from psserver.config import ServerConfig
 from psserver.connections import Connections
 from psserver.door import Context, Handler
@@ -30,7 +31,7 @@ from psserver.shard import Shard
 from psserver.stats import ServiceStats
 from psserver.stream import Streams
 from psserver.sweeper import Sweeper
-from psserver.workers import Workers
+from psserver.workers import CLOSE_SECONDS, Workers
 from storage.errors import UnknownTable
 from storage.schema import TableSchema
 from storage.versionlog import VersionLog
@@ -48,6 +49,7 @@ class Service:
     connections  closes connections whose peers do not finish their messages
     log          version log of the shard; None: the shard has no data directory
     feed         serves subscriptions, and waits until versions are durable; None without a log
+    flushes      the flusher; None: the shard has no data directory
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Service:
         connections: Connections,
         log: VersionLog | None = None,
         feed: Feed | None = None,
+        flushes: Flushes | None = None,
     ) -> None:
         self._shard = shard
         self._engine = engine
@@ -77,7 +80,10 @@ class Service:
         self._limits = Limits(config, counts, restores)
         self._workers = Workers()
         self._make = Handlers(self._limits, self._workers, checkpoints, connections)
-        self._exchanges = Exchanges(shard, engine, self._limits, self._workers, config, log, feed)
+        self._runs = ColdRuns(shard, engine, config.io_threads, counts, flushes)
+        self._exchanges = Exchanges(
+            shard, engine, self._limits, self._workers, config, log, feed, self._runs
+        )
         self._streams = Streams(
             self._exchanges, self._limits, self._make, config.max_inflight_bytes // SHARES
         )
@@ -103,6 +109,7 @@ class Service:
     def close(self) -> None:
         """Stop the worker threads. Call it when no call is running."""
         self._workers.close()
+        self._runs.close(CLOSE_SECONDS)
 
     def methods(self) -> dict[str, Handler]:
         """Return all gRPC handlers by full name, for example "/ps.v1.RowService/Pull"."""

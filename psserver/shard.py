@@ -8,7 +8,8 @@ if the shard has one.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +20,11 @@ from psproto import ps_pb2 as pb
 from psproto.codec import Exchanged, Pulled, to_wire_clamped
 from psproto.routing import ShardMap
 from psserver.afterimages import ImageBuffers
+from psserver.config import TableSettings
 from psserver.errors import BadRequest, NoLog, StepTooFar, TooLarge, VersionInFuture
 from psserver.fills import Fills
 from psserver.preloads import Preloads
+from psserver.reads import ColdRead as ColdRead
 from psserver.reads import ShardReads, pulled_bytes, record_bytes
 from psserver.recovery import Recovery
 from psserver.requests import Change, Delete, Pull, Push, check_order
@@ -34,11 +37,14 @@ from psserver.tombstonequeue import TombstoneQueue
 from storage import records
 from storage.arena import Budget
 from storage.blockfile import BlockFile
+from storage.errors import DiskFull, NoRoom, OutOfMemory
 from storage.kernels import Images, Keys, Rows
 from storage.records import Cause, Kind
 from storage.schema import TableSchema
 from storage.versionlog import VersionLog
 
+SPARE = 4 << 20  # bytes that a push which exceeds the budget may take beyond its rows
+_NO_ROWS = np.empty(0, np.float32)
 _NO_VERSIONS, _NO_STEPS = np.empty(0, np.uint64), np.empty(0, np.int64)
 
 
@@ -67,6 +73,8 @@ class Shard(ShardReads):
     log             version log; None: the shard has none, or gets it later by ``attach``
     max_tombstones  maximum number of recorded deletes, for subscribers that reconnect
     max_backlog     refuse changes while more bytes than this wait to be written to the log
+    disk_bytes      refuse pushes while the rows on disk take so many bytes or more; 0: no limit
+    settings        settings of single tables, by name
     """
 
     def __init__(
@@ -84,6 +92,8 @@ class Shard(ShardReads):
         log: VersionLog | None = None,
         max_tombstones: int = 1 << 20,
         max_backlog: int = MAX_BACKLOG,
+        disk_bytes: int = 0,
+        settings: Mapping[str, TableSettings] | None = None,
     ) -> None:
         self.number = number
         self.shard_map = shard_map
@@ -91,8 +101,9 @@ class Shard(ShardReads):
         owned = np.count_nonzero(shard_map.shard_of_bucket == number)
         self._reply_bytes = reply_bytes
         self._max_tables = max_tables
+        self._disk_bytes = disk_bytes
         super().__init__(
-            Tables(self.budget, float(owned) / len(shard_map.shard_of_bucket)),
+            Tables(self.budget, float(owned) / len(shard_map.shard_of_bucket), settings or {}),
             Sequencer(Sessions(max_sessions, session_ttl, clock), now, log, max_backlog),
             TombstoneQueue(max_tombstones),
             ImageBuffers(),
@@ -213,23 +224,70 @@ class Shard(ShardReads):
 
     # ---- rows
 
-    def exchange(self, pushes: Sequence[Push], pulls: Sequence[Pull]) -> Exchanged:
+    def exchange(
+        self, pushes: Sequence[Push], pulls: Sequence[Pull], *, exceed: bool = False
+    ) -> Exchanged:
         """Apply the pushes, each as one version, then read rows for the pulls.
 
+        exceed  exceed the memory budget if the rows of the pushes do not fit
+
         All pushes and pulls are checked, and disk space is reserved, before the first push is
-        applied. Two errors can still occur in a later push: OutOfMemory, and RowOverflow if an
-        earlier push changed the same row. Then the earlier pushes stay applied; a retry of the call
-        does not apply them again.
+        applied. Raises NoRoom, and applies nothing then, if room for the pushes needs a flush. Two
+        errors can still occur in a later push: OutOfMemory, and RowOverflow if an earlier push
+        changed the same row. Then the earlier pushes stay applied; a retry of the call does not
+        apply them again.
         """
         checked = [self._check_push(push) for push in pushes]
         check_order(pushes)
         entries = self._check_pulls(pulls) if pulls else []
         self._sequencer.reserve([record_bytes(each.entry, each.push) for each in checked])
-        if len(checked) > 1:  # a single one is checked as it is applied
+        with self._exceeding(checked) if exceed else nullcontext():
+            if checked and self.budget.holders:
+                self._make_room(checked)
+            if len(checked) > 1:  # a single one is checked as it is applied
+                for each in checked:
+                    _check_rows(each)
+            pushed: list[pb.PushResponse] = []
             for each in checked:
-                _check_rows(each)
-        pushed = [self._push(each) for each in checked]
+                try:
+                    pushed.append(self._push(each))
+                except NoRoom as error:
+                    if not pushed:
+                        raise
+                    raise OutOfMemory(error.budget, error.held, error.wanted, error.what) from error
         return Exchanged(pushed, [self._pull(*each) for each in zip(entries, pulls, strict=True)])
+
+    def _make_room(self, checked: Sequence[_CheckedPush]) -> None:
+        """Make room in memory for the rows of pushes. Raises NoRoom if that needs a flush, and
+        DiskFull if the rows on disk have reached their limit.
+        """
+        keys: dict[str, list[Keys]] = {}
+        for each in checked:
+            if each.applied is None:
+                keys.setdefault(each.push.table, []).append(each.push.keys)
+        if keys and self._disk_bytes and (size := self.disk_bytes) >= self._disk_bytes:
+            raise DiskFull(
+                "the rows on disk", 0, f"they take {size} bytes, disk_bytes={self._disk_bytes}"
+            )
+        for name, some in keys.items():
+            self._tables.get(name).table.make_room(some)
+
+    def _exceeding(self, checked: Sequence[_CheckedPush]) -> AbstractContextManager[None]:
+        """Return a context manager: in its block, pushes may exceed the memory budget."""
+        size = sum(record_bytes(each.entry, each.push) for each in checked)
+        return self.budget.exceeding(2 * size + max(0, -self.budget.free) + SPARE)
+
+    def tight(self, pushes: Sequence[Push]) -> bool:
+        """Return whether the tables of some pushes have so little room in memory that ``relieve``
+        should be called.
+        """
+        entries = (self._tables.find(push.table) for push in pushes)
+        return any(entry is not None and entry.table.store.tight for entry in entries)
+
+    def relieve(self) -> None:
+        """Make room in tables that have little left, ahead of need, without a flush."""
+        for entry in self._tables:
+            entry.table.store.relieve()
 
     def delete(self, change: Delete) -> pb.DeleteResponse:
         """Delete rows, as one version. Ignores keys without a row. A retry changes nothing, and
@@ -387,6 +445,9 @@ class Shard(ShardReads):
         entry  table of the pull
         """
         table = entry.table
+        if pull.prefetch:
+            header = pb.PullResponseHeader(version=self.version, dim=table.schema.dim)
+            return Pulled(header, _NO_ROWS, _NO_VERSIONS, _NO_STEPS, _NO_VERSIONS)
         rows = np.empty((len(pull.keys), table.schema.dim), np.float32)
         locations = table.pull(pull.keys, pull.mode, rows)
         header = pb.PullResponseHeader(

@@ -42,6 +42,7 @@ class ServiceStats:
     def __init__(self) -> None:
         self.traffic: dict[tuple[str, str], Traffic] = {}  # by method and table
         self.errors: dict[tuple[str, str, str], int] = {}  # by method, code and reason
+        self.waits: dict[str, Traffic] = {}  # requests that waited for the disk, by table
         self.inflight_bytes = 0  # reserved at present for requests and replies
         self.streams = 0  # open at present
 
@@ -58,8 +59,16 @@ class ServiceStats:
             traffic = self.traffic[method, table] = Traffic()
         traffic.add(keys, size, seconds)
 
+    def waited(self, table: str, seconds: float) -> None:
+        """Count one request that waited until rows were read from disk.
+
+        seconds  time that it waited
+        """
+        self.waits.setdefault(table, Traffic()).add(0, 0, seconds)
+
     def remove_table(self, table: str) -> None:
         """Delete the counts of a table that was dropped."""
+        self.waits.pop(table, None)
         for where in [each for each in self.traffic if each[1] == table]:
             del self.traffic[where]
 

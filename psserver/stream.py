@@ -12,6 +12,7 @@ import grpc
 
 from psproto import codec
 from psproto import ps_pb2 as pb
+from psserver.coldruns import Lane
 from psserver.door import Context
 from psserver.errors import Draining
 from psserver.exchange import AT_ONCE_FIELDS, Begun, Exchanges, Read
@@ -30,14 +31,16 @@ class _Flow:
     inflight  bytes of memory reserved for these requests and their replies
     room      event that the writer sets after each reply; the reader waits for it while too many
               requests are in flight
+    lane      keeps the requests in order while some wait for the disk
     gone      True once the client no longer reads replies
     """
 
-    __slots__ = ("answers", "gone", "inflight", "room")
+    __slots__ = ("answers", "gone", "inflight", "lane", "room")
 
     def __init__(self) -> None:
         self.answers: asyncio.Queue[tuple[int, Begun, Reservation] | None] = asyncio.Queue()
         self.inflight = 0
+        self.lane = Lane()
         self.room = asyncio.Event()
         self.gone = False
 
@@ -185,7 +188,8 @@ class Streams:
         head, checked = read
         assert head is not None
         wait = head.timeout_ms / 1000 if head.timeout_ms else math.inf
-        begun = self._exchanges.begin(checked, start, time.monotonic() + wait, reservation)
+        until = time.monotonic() + wait
+        begun = self._exchanges.begin(checked, start, until, reservation, flow.lane)
         flow.inflight += reservation.size
         flow.answers.put_nowait((head.id, begun, reservation))
 

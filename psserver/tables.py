@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from psproto import names
+from psserver.config import TableSettings
 from psserver.errors import BadRequest, TableLoading
 from psserver.schemas import to_json
 from storage.arena import Budget
@@ -47,6 +48,7 @@ class Tables:
 
     budget       memory that all tables share
     share        fraction of all keys that this shard owns, 0..1
+    settings     settings of single tables, by name
     claimed      names of tables that a load from a checkpoint is going to create or replace
     ruled        numbers of the tables with eviction rules
     next_number  number of the next new table
@@ -55,9 +57,10 @@ class Tables:
     dropped      blocks of dropped tables, which other threads may still be reading
     """
 
-    def __init__(self, budget: Budget, share: float) -> None:
+    def __init__(self, budget: Budget, share: float, settings: Mapping[str, TableSettings]) -> None:
         self._budget = budget
         self._share = share
+        self._settings = settings
         self._by_name: dict[str, TableEntry] = {}
         self._by_number: dict[int, TableEntry] = {}
         self._hidden: dict[str, TableEntry] = {}
@@ -155,6 +158,8 @@ class Tables:
     def _make(self, schema: TableSchema) -> Table:
         """Return an empty table, with a cold tier if there is a file for its blocks."""
         table = Table(schema, self._budget, self._share)
+        if settings := self._settings.get(schema.name):
+            table.store.configure(settings.host_bytes, settings.cache, settings.half_life)
         if self.file is not None:
             blocks = Blocks(schema.dim, schema.width, self.file, self._budget)
             table.attach(blocks, lambda: self.pressed())

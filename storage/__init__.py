@@ -59,10 +59,10 @@ blockscan.py     read blocks on other threads than the engine's
 tiers/base.py    the contract of a tier, which stores rows by place
 tiers/host.py    rows in host memory
 tiers/lmdb.py    rows in the blocks of the base
+results.py       the results of a table's methods
 cache.py         which rows leave host memory, if there are blocks on disk
 rowstore.py      the rows of one table by key, in every tier
 overflow.py      which pushes may leave infinity or NaN in a row
-results.py       the results of a table's methods
 table.py         the part of a table that one shard stores
 analysis.py      histograms, extremes and sums over the rows of a table
 """

@@ -20,7 +20,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -34,9 +34,24 @@ ADDRESSES = 32 << 40  # bytes of address space for the arenas of a budget: 1/4 o
 SHARE = 64  # an arena reserves about 1/SHARE of the address space that is left
 SMALLEST_RESERVATION = 64 << 20  # bytes
 OUTGROWN = 4  # a move reserves this many times the bytes that are needed
+LARGER = 1.25  # a table gives memory to tables that take less than 1/LARGER of its own
 MOVE_SECONDS = 1.0  # a move waits this long for readers
 ADDRESS_SPACE = "no address space (see ulimit -v and vm.overcommit_memory): "
 MAP_NORESERVE = 0x4000  # Linux; the mmap module names it from Python 3.13 on
+
+
+class Holder(Protocol):
+    """A table that can move rows to disk to give memory back.
+
+    held  bytes of memory that its rows take
+    """
+
+    @property
+    def held(self) -> int: ...
+
+    def shrink(self, size: int) -> int:
+        """Give about ``size`` bytes back to the budget; return how many it were."""
+        ...
 
 
 def address_space() -> int:
@@ -50,6 +65,9 @@ class Budget:
 
     limit      bytes of memory
     addresses  bytes of address space; None: the result of ``address_space``
+    set_aside  bytes that slots of rows must leave to indexes and counters; 0: none
+    holders    the tables that can move rows to disk to give memory back
+    advice     end of the message of OutOfMemory: what to do; "" or text that begins with ": "
 
     Only the engine thread takes memory. Any thread may give memory back, because the last reader of
     an arena frees it. The garbage collector may do that during any method here, so the lock is
@@ -59,6 +77,9 @@ class Budget:
     def __init__(self, limit: int, addresses: int | None = None) -> None:
         self.limit = limit
         self.addresses = address_space() if addresses is None else addresses
+        self.set_aside = 0
+        self.holders: list[Holder] = []
+        self.advice = ""
         self.reserved = 0  # bytes of address space that are reserved
         self._taken = 0
         self._excess: int | None = 0  # bytes that may be taken beyond the limit; None: any number
@@ -73,6 +94,33 @@ class Budget:
     def free(self) -> int:
         """Bytes that may still be taken up to the limit; negative if more than that is taken."""
         return self.limit - self._taken
+
+    @property
+    def spare(self) -> int:
+        """Bytes that slots of rows may still take: without ``set_aside``. Negative: too many."""
+        return self.limit - self.set_aside - self._taken
+
+    @property
+    def crowded(self) -> bool:
+        """True if what is not rows, for example indexes, leaves no room for rows."""
+        movable = sum(holder.held for holder in self.holders)
+        return self._taken - movable > self.limit - self.set_aside
+
+    def reclaim(self, size: int, asker: Holder | None = None) -> int:
+        """Make the tables that take the most memory give back about ``size`` bytes.
+
+        asker  the table that needs the memory. Only tables that are larger than it give memory;
+               None: any table gives
+
+        Returns how many bytes were given back.
+        """
+        given = 0
+        for holder in sorted(self.holders, key=lambda each: -each.held):
+            small = asker is not None and holder.held <= LARGER * asker.held
+            if given >= size or small or holder is asker:
+                break
+            given += holder.shrink(size - given)
+        return given
 
     @property
     def loading(self) -> bool:
@@ -92,9 +140,9 @@ class Budget:
         self._excess = 0
 
     @contextmanager
-    def exceeding(self) -> Iterator[None]:
-        """Allow any number of bytes beyond the limit while the block runs."""
-        before, self._excess = self._excess, None
+    def exceeding(self, excess: int | None = None) -> Iterator[None]:
+        """Allow ``excess`` bytes beyond the limit while the block runs; None: any number."""
+        before, self._excess = self._excess, excess
         try:
             yield
         finally:
@@ -104,7 +152,7 @@ class Budget:
         """Count ``size`` more bytes of memory as taken, or raise OutOfMemory and count nothing."""
         with self._lock:
             if self._excess is not None and self._taken + size > self.limit + self._excess:
-                raise OutOfMemory(self.limit, self._taken, size)
+                raise OutOfMemory(self.limit, self._taken, size, "", self.advice)
             self._taken += size
 
     def give(self, size: int) -> None:
@@ -175,6 +223,15 @@ class Memory:
         """Give the bytes from ``end`` on back to the budget. They must never have been accessed."""
         self._budget.give(self._charge.taken - end)
         self._charge.taken = end
+
+    def release(self, end: int) -> None:
+        """Give the bytes from ``end`` on, which is in whole pages, back to the system.
+
+        They are zero from then on. Readers on other threads may still look at them.
+        """
+        if end < self._charge.taken:
+            self._map.madvise(mmap.MADV_DONTNEED, end, self._charge.taken - end)
+            self.shrink(end)
 
     def _view(self) -> NDArray[Any]:
         """Return a new array [rows, width] over the whole reservation."""
@@ -291,8 +348,10 @@ class Arena:
         """Bytes of memory taken from the budget."""
         return self._memory.taken if self._memory is not None else 0
 
-    def grow(self, rows: int) -> None:
+    def grow(self, rows: int, *, exact: bool = False) -> None:
         """Make at least ``rows`` rows accessible, or raise OutOfMemory and change nothing.
+
+        exact  take no more memory than for ``rows``, in whole pages
 
         Takes at least 1/64 of the memory that the arena has already, so that growth is rare and
         little memory is unused. Takes only the memory for ``rows`` while stored rows are loaded, or
@@ -306,7 +365,7 @@ class Arena:
         unit = SMALLEST_CHUNK if wanted <= HUGE else HUGE
         chunk = min(max(taken // 64, unit), LARGEST_CHUNK)
         end = -(-max(wanted, taken + chunk) // unit) * unit
-        if self._budget.loading or end - taken > self._budget.free:
+        if exact or self._budget.loading or end - taken > self._budget.spare:
             end = -(-wanted // mmap.PAGESIZE) * mmap.PAGESIZE
         if memory.fits(end):
             memory.take(end)
@@ -325,6 +384,13 @@ class Arena:
         """
         self.memory.shrink(size)
         self.rows = size // self.memory.row_bytes
+
+    def release(self, rows: int) -> None:
+        """Give back the memory of all rows from index ``rows`` on. They are zero from then on."""
+        end = -(-rows * self.memory.row_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        if end < self.memory.taken:
+            self.memory.release(end)
+            self.rows = end // self.memory.row_bytes
 
     def close(self) -> None:
         """Close the arena. The memory is freed as soon as no reader refers to it."""

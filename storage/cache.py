@@ -89,15 +89,42 @@ def _take(
     return taken, hand
 
 
+@jit
+def _tail(entries: Any, first: int, used: int, slots: Any, keys: Any, homes: Any) -> Any:
+    """Find the clean rows after the last dirty row, from the last slot down to slot ``first``.
+
+    slots, keys, homes  [used - first]  written from index 0 on
+
+    Returns (number of rows found, slot after the last dirty row or ``first``).
+    """
+    found = 0
+    for slot in range(used - 1, first - 1, -1):
+        if entries[slot, 1] >> np.uint64(16) == 0:
+            continue
+        if entries[slot, 3] == 0:
+            return found, slot + 1
+        slots[found] = slot
+        keys[found] = entries[slot, 0]
+        homes[found] = entries[slot, 3]
+        found += 1
+    return found, first
+
+
 class Cache:
     """Chooses rows of one table that leave host memory.
 
-    entries  the slots of the tier
+    entries    the slots of the tier
+    policy     "lru" or "lfu"
+    half_life  for lfu: number of versions after which a row that is not pushed counts as if it had
+               been pushed half as often
     """
 
-    def __init__(self, entries: SlotEntries, policy: Policy = "lru") -> None:
+    def __init__(
+        self, entries: SlotEntries, policy: Policy = "lru", half_life: float = HALF_LIFE
+    ) -> None:
         self._entries = entries
         self._lfu = policy == "lfu"
+        self._half_life = half_life
         self._hand = 0
         self._rng = np.random.default_rng(0)
         self.newest = 0  # version of the table's last push
@@ -112,7 +139,7 @@ class Cache:
         count = min(count, BATCH)
         if not used:
             return _NONE
-        scoring = self._lfu, float(self.newest), HALF_LIFE
+        scoring = self._lfu, float(self.newest), self._half_life
         scores = np.empty(min(SAMPLE, used))
         looked = np.arange(used) if used <= SAMPLE else self._rng.integers(0, used, SAMPLE)
         clean = _sample(entries, looked, *scoring, scores)
@@ -127,3 +154,15 @@ class Cache:
             entries, used, self._hand, float(threshold), *scoring, slots, keys, homes
         )
         return slots[:taken], keys[:taken], homes[:taken]
+
+    def tail(self, first: int) -> tuple[Slots, Keys, Locations, int]:
+        """Return the clean rows after the last dirty row, but only those from slot ``first`` on.
+
+        Returns (slots, keys, homes, number of slots that must stay: up to the last dirty row, and
+        all before ``first``).
+        """
+        entries, used = self._entries.array, self._entries.used
+        n = max(0, used - first)
+        slots, keys, homes = np.empty(n, np.int64), np.empty(n, np.uint64), np.empty(n, np.uint64)
+        found, stay = _tail(entries, min(first, used), used, slots, keys, homes)
+        return slots[:found], keys[:found], homes[:found], stay

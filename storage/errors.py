@@ -5,6 +5,7 @@
   - SchemaMismatch   the table exists with a different schema
   - RowOverflow      a push would leave infinity or NaN in a row; it was not applied
   - OutOfMemory      a write needs more memory than the shard's memory budget has left
+  - NoRoom           a write needs memory that the next flush can free
   - Corrupt          stored bytes differ from what was written; never retried
   - UnknownFormat    stored bytes are undamaged, but this release cannot read their format
   - DiskFull         the disk has no room for a write; nothing was changed
@@ -68,14 +69,29 @@ class OutOfMemory(StorageError):
     held    bytes of the budget that are in use
     wanted  further bytes that the write needs
     what    prefix of the message: names whatever needs the memory; ends in ": "
+    advice  end of the message: what to do; "" or text that begins with ": "
     """
 
-    def __init__(self, budget: int, held: int, wanted: int, what: str = "") -> None:
+    def __init__(
+        self, budget: int, held: int, wanted: int, what: str = "", advice: str = ""
+    ) -> None:
         super().__init__(
             f"{what}{wanted} more bytes are needed, but {held} bytes of the memory budget of"
-            f" {budget} bytes are in use"
+            f" {budget} bytes are in use{advice}"
         )
         self.budget, self.held, self.wanted, self.what = budget, held, wanted, what
+        self.advice = advice
+
+
+class NoRoom(OutOfMemory):
+    """A write needs more rows in memory than have room now. A flush makes room, so try it again.
+
+    oversized  all rows of the table's share of memory would not suffice: a flush does not help
+    """
+
+    def __init__(self, budget: int, held: int, wanted: int, what: str, oversized: bool) -> None:
+        super().__init__(budget, held, wanted, what, " by rows that are not on disk yet")
+        self.oversized = oversized
 
 
 class Corrupt(StorageError):
@@ -111,11 +127,12 @@ class DiskFull(StorageError):
 
     directory  directory that was written to
     wanted     bytes that the write needs; 0: unknown
+    limit      the limit that was reached, as text; "": the size of the disk
     """
 
-    def __init__(self, directory: str, wanted: int) -> None:
+    def __init__(self, directory: str, wanted: int, limit: str = "") -> None:
         size = f"{wanted} more bytes" if wanted else "more bytes"
-        super().__init__(f"no room for {size} in {directory}")
+        super().__init__(f"no room for {size} in {directory}{limit and ': '}{limit}")
         self.directory = directory
         self.wanted = wanted
 

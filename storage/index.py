@@ -268,6 +268,11 @@ class Index:
         """Bytes of memory taken from the budget."""
         return self._entries.bytes
 
+    @staticmethod
+    def growth(count: int) -> int:
+        """Return how many bytes of memory the index may need for ``count`` more keys."""
+        return (1 + count * 2 // LEAST_FULL) * SEGMENT * 16 if count else 0
+
     def find(self, keys: Keys) -> tuple[Locations, int]:
         """Return (locations uint64[n] of keys uint64[n], number of absent keys).
 

@@ -48,6 +48,18 @@ class Pushed:
 
 
 @dataclass(slots=True)
+class Moves:
+    """What happened between the tiers of a table since the shard was started."""
+
+    hits: int = 0  # keys of pulls and pushes whose row was in host memory
+    misses: int = 0  # keys of pulls and pushes whose row was on disk
+    promotions: int = 0  # rows copied from disk to host memory
+    demotions: int = 0  # rows that left host memory
+    flushed: int = 0  # dirty rows written to disk
+    reflushed: int = 0  # blocks whose current rows were written again
+
+
+@dataclass(slots=True)
 class Tally:
     """Numbers of keys and rows that a table's rules admitted, refused and evicted.
 

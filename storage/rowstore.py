@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.arena import Budget
-from storage.cache import Cache
+from storage.cache import Cache, Policy
 from storage.errors import OutOfMemory
 from storage.eviction.contract import Contents
 from storage.index import PLACE_BITS, Index, Locations, locations_of, places
 from storage.initializers import Initializer
 from storage.kernels import Images, Keys, Rows, Slots
+from storage.results import Moves
 from storage.slots import VERSION, Meta
 from storage.tiers.base import Scan, Tier, Writable
 from storage.tiers.host import HostTier
@@ -31,6 +32,11 @@ from storage.tiers.lmdb import Blocks
 
 MARGIN = 4096  # rows that ``demote`` demotes beyond those asked for, so that it is called rarely
 NEARLY = 8  # host memory is nearly full if there is room for less than 1/NEARLY of its rows
+AHEAD = 32  # 1/AHEAD of the slots are kept free
+SHARE = 64  # a table that needs memory of others takes at least 1/SHARE of the budget
+MOST_SHRINK = 16 << 20  # maximum number of bytes that a table gives back per call
+NEAR_LIMIT = 8 << 20  # bytes
+LEAST_RESERVE = 1 << 20  # bytes
 RESERVE = 16  # 1/RESERVE of the budget is left to indexes and counters where there is a cold tier
 
 
@@ -41,6 +47,7 @@ class RowStore:
     state   float32[width - dim], initial optimizer state of every row
     budget  memory budget of the shard
     blocks  the rows on disk; None: there is no cold tier
+    moves   what happened between the tiers
     """
 
     def __init__(self, dim: int, state: Rows, budget: Budget) -> None:
@@ -53,7 +60,10 @@ class RowStore:
             raise
         self._tiers: dict[int, Tier] = {self._host.code: self._host}  # where rows are, by code
         self.blocks: Blocks | None = None
+        self.moves = Moves()
         self._cache = Cache(self._host.slots)
+        self._limit = budget.limit  # bytes of memory that the rows of this table may take
+        self._moved = -1  # the block whose rows were copied last
 
     def __len__(self) -> int:
         return len(self._index)
@@ -63,25 +73,37 @@ class RowStore:
         """Float32 numbers per row: embedding and optimizer state."""
         return self._width
 
+    def configure(self, limit: int | None, policy: Policy, half_life: float) -> None:
+        """Set how much memory the table may take, and which rows leave it first.
+
+        limit              bytes of memory; None: only the budget of the shard limits it
+        policy, half_life  see Cache
+        """
+        self._limit = self._budget.limit if limit is None else limit
+        self._cache = Cache(self._host.slots, policy, half_life)
+
     # ---- reading
 
     def find(self, keys: Keys) -> tuple[Locations, int]:
         """Return (locations uint64[n], 0 for keys without a row; how many keys have no row)."""
         return self._index.find(keys)
 
-    def gather(self, locations: Locations, out: Rows) -> None:
-        """Copy the first columns of rows to ``out``.
+    def gather(self, locations: Locations, out: Rows) -> int:
+        """Copy the first columns of rows to ``out``. Returns how many are not in host memory.
 
         locations  uint64[n]; 0 leaves a row of ``out`` unchanged
         out        float32[n, dim] or float32[n, width]
 
         Raises Corrupt if a row on disk is damaged.
         """
+        misses = 0
         for code, tier in self._tiers.items():
             found, others = places(locations, code)
             tier.gather(found, out)
             if not others:
-                return
+                break
+            misses = max(misses, others)
+        return misses
 
     def meta(self, locations: Locations) -> Meta:
         """Return (key, version, step, frequency) of rows, uint64[n, 4]; all 0 for location 0."""
@@ -93,6 +115,11 @@ class RowStore:
             if not others:
                 break
         return meta
+
+    def count(self, hits: int, misses: int) -> None:
+        """Count keys whose rows were in host memory (hits) or only on disk (misses)."""
+        self.moves.hits += hits
+        self.moves.misses += misses
 
     def cold(self, locations: Locations) -> NDArray[np.int64]:
         """Return the indices, int64[m], of the locations that are in blocks on disk."""
@@ -122,7 +149,7 @@ class RowStore:
 
         The contents of the rows are undefined. Raises OutOfMemory, and changes nothing then.
         """
-        slots = self._host.allocate(len(keys))
+        slots = self._host.allocate(len(keys), exact=self._near_limit)
         locations = locations_of(slots, self._host.code)
         try:
             self._index.insert(keys, locations)
@@ -160,6 +187,7 @@ class RowStore:
         made = locations_of(slots, self._host.code)
         self._index.assign(keys[at], made)
         locations[at] = made
+        self.moves.promotions += len(at)
         return rows
 
     def _slots_for(self, count: int) -> Slots:
@@ -169,12 +197,12 @@ class RowStore:
         exceeded, so that rows can be pushed whatever the budget is. Otherwise raises OutOfMemory.
         """
         try:
-            return self._host.allocate(count)
+            return self._host.allocate(count, exact=self._near_limit)
         except OutOfMemory:
             if self.dirty:
                 raise
         with self._budget.exceeding():
-            return self._host.allocate(count)
+            return self._host.allocate(count, exact=True)
 
     def touch(self, slots: Slots, counts: NDArray[Any], step: int, version: int) -> None:
         """Record a push in the metadata of its rows, which become dirty.
@@ -183,6 +211,7 @@ class RowStore:
         step, version      recorded in every row
         """
         self._forget(self._host.slots.touch(slots, counts, step, version))
+        self._cache.newest = version
 
     def put(self, locations: Locations, images: Images) -> None:
         """Write whole rows, none of which is cold. Never overwrites a newer row."""
@@ -217,6 +246,9 @@ class RowStore:
         """Add a cold tier, which may have rows already; ``place_cold`` makes their keys known."""
         self.blocks = blocks
         self._tiers[blocks.code] = blocks
+        limit = self._budget.limit
+        self._budget.set_aside = min(max(limit // RESERVE, LEAST_RESERVE), limit // 4)
+        self._budget.holders.append(self)
 
     def place_cold(self, keys: Keys, locations: Locations) -> None:
         """Add absent keys whose rows are in blocks to the index."""
@@ -242,9 +274,81 @@ class RowStore:
 
     def room(self) -> int:
         """Return how many slots are free or may be added within the budget."""
-        entries = self._host.slots
-        free = self._budget.free - (self._budget.limit // RESERVE if self.blocks else 0)
-        return entries.free + max(0, free) // (4 * self._width + 32)
+        host = self._host
+        own = max(self._limit - self.memory_bytes, self._limit // 4 - host.bytes)
+        spare = min(self._budget.spare, own)
+        free = host.slots.free + host.capacity - host.slots.used
+        return free + max(0, spare) // self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of memory per slot."""
+        return 4 * self._width + 32
+
+    @property
+    def _near_limit(self) -> bool:
+        """Whether the table must not take more memory than it needs."""
+        return self._limit - self.memory_bytes < NEAR_LIMIT
+
+    def fits(self, count: int, absent: int) -> bool:
+        """Return whether there is room for ``count`` more rows in host memory.
+
+        absent  how many of them have no entry in the index yet
+        """
+        return count <= self.room() and Index.growth(absent) <= max(0, self._budget.free)
+
+    def make_room(self, count: int, absent: int) -> bool:
+        """Make room for more rows in host memory, as far as that is possible without a flush.
+
+        Moves clean rows to disk, first those of larger tables. Returns whether there is room now.
+        While stored rows are loaded, the budget may be exceeded, and there is always room.
+
+        count, absent  see ``fits``
+        """
+        budget, index = self._budget, Index.growth(absent)
+        if budget.free < (needed := max(index, budget.set_aside // 2)):
+            budget.reclaim(needed - budget.free)
+        if count > self.room() and self.memory_bytes < self._limit:
+            size = max(self.row_bytes * (count - self.room()), budget.limit // SHARE)
+            budget.reclaim(size, self)
+        if count > self.room():
+            self.demote(count - self.room())
+        return budget.loading or self.fits(count, absent)
+
+    @property
+    def tight(self) -> bool:
+        """True if less than 1/AHEAD of the slots are free, but rows could leave."""
+        if self.blocks is None:
+            return False
+        rows = self._host.rows
+        return AHEAD * self.room() < rows and self.dirty < rows
+
+    def relieve(self) -> None:
+        """Demote clean rows until 1/AHEAD of the slots are free, so that later pushes find room."""
+        if self.tight:
+            self.demote(self._host.rows // AHEAD)
+
+    def oversized(self, count: int) -> bool:
+        """Return whether ``count`` rows are more than host memory can have at once."""
+        return count > self._host.rows + self.room()
+
+    @property
+    def held(self) -> int:
+        """Bytes of memory that the slots take. See arena.Holder."""
+        return self._host.bytes
+
+    def shrink(self, size: int) -> int:
+        """Give about ``size`` bytes of memory back; return how many it were. See arena.Holder.
+
+        Only the end of the memory can be given back. So the clean rows there leave, whatever their
+        scores are. Rows before the last dirty row stay: the next flush makes it clean.
+        """
+        host = self._host
+        before, count = host.bytes, -(-min(size, MOST_SHRINK) // self.row_bytes)
+        slots, keys, homes, stay = self._cache.tail(max(0, host.capacity - count))
+        self._leave(slots, keys, homes)
+        host.cut(min(stay, host.slots.used))
+        return before - host.bytes
 
     def demote(self, count: int) -> int:
         """Give up the host copies of at least ``count`` clean rows, those with the lowest scores.
@@ -258,11 +362,22 @@ class RowStore:
             slots, keys, homes = self._cache.victims(count + MARGIN - demoted)
             if not len(slots):
                 break
-            self._index.assign(keys, homes)
-            self.blocks.uncache(places(homes, self.blocks.code)[0])
-            self._host.slots.release(slots)
+            self._leave(slots, keys, homes)
             demoted += len(slots)
         return demoted
+
+    def _leave(self, slots: Slots, keys: Keys, homes: Locations) -> None:
+        """Give up the host copies of clean rows: from now on they are read from their blocks.
+
+        homes  uint64[n]  locations of their copies in blocks
+        """
+        if not len(slots):
+            return
+        assert self.blocks is not None
+        self._index.assign(keys, homes)
+        self.blocks.uncache(places(homes, self.blocks.code)[0])
+        self._host.slots.release(slots)
+        self.moves.demotions += len(slots)
 
     def unchanged(
         self, slots: Slots, keys: Keys, versions: NDArray[np.uint64]
@@ -298,6 +413,7 @@ class RowStore:
         homes = self.blocks.locations(extent, positions)
         self._host.slots.settle(slots[positions], homes)
         self.blocks.revive(extent, positions, cached=True)
+        self.moves.flushed += len(slots)
 
     def move(self, old: int, positions: NDArray[np.int64], new: int, first: int) -> None:
         """Replace the copies in block ``old`` by those that a flush made in block ``new``.
@@ -308,6 +424,9 @@ class RowStore:
         """
         blocks = self.blocks
         assert blocks is not None
+        if old != self._moved:
+            self._moved = old
+            self.moves.reflushed += 1
         live, cold = blocks.live(old)[positions], blocks.cold(old)[positions]
         keys = blocks.keys(old)[positions]
         for chosen in (cold, live & ~cold):
@@ -332,7 +451,8 @@ class RowStore:
     @property
     def memory_bytes(self) -> int:
         """Bytes of memory that the index and the rows in memory take."""
-        return self._index.bytes + self._host.bytes
+        bits = 0 if self.blocks is None else self.blocks.memory
+        return self._index.bytes + self._host.bytes + bits
 
     def contents(self) -> Contents:
         """Return all rows for an eviction sweep; valid until a row changes."""
@@ -353,6 +473,8 @@ class RowStore:
 
     def close(self) -> None:
         """Close index and tiers. The memory is freed as soon as no scan refers to it."""
+        if self.blocks is not None:
+            self._budget.holders.remove(self)
         self._index.close()
         for tier in self._tiers.values():
             tier.close()

@@ -198,6 +198,30 @@ def _changed(
 
 
 @jit
+def _cut(entries: Any, first: Any, used: int) -> Any:
+    """Take the slots from number ``used`` on out of the list of free slots.
+
+    first  head of the list; ABSENT if it is empty
+
+    Returns (new head, number of slots in the new list).
+    """
+    head, last, count = np.int64(ABSENT), np.int64(ABSENT), 0
+    while first != ABSENT:
+        following = np.int64(entries[first, 0])
+        if first < used:
+            if last == ABSENT:
+                head = first
+            else:
+                entries[last, 0] = np.uint64(first)
+            last = first
+            count += 1
+        first = following
+    if last != ABSENT:
+        entries[last, 0] = np.uint64(np.int64(ABSENT))
+    return head, count
+
+
+@jit
 def _settle(entries: Any, slots: Any, homes: Any) -> None:
     for i in range(slots.shape[0]):
         entries[slots[i], 3] = homes[i]
@@ -289,13 +313,15 @@ class SlotEntries:
         """Return how many slots the tier's memory must have before ``count`` more are allocated."""
         return self.used + max(0, count - self.free)
 
-    def allocate(self, count: int) -> Slots:
+    def allocate(self, count: int, *, exact: bool = False) -> Slots:
         """Allocate ``count`` slots for new rows, and return them as int64[count].
+
+        exact  take no more memory than is needed
 
         Their entries are undefined. Raises OutOfMemory, and changes nothing then.
         """
         used = self.needed(count)
-        self._arena.grow(used)
+        self._arena.grow(used, exact=exact)
         recycled = count - (used - self.used)
         slots = np.empty(count, np.int64)
         self._first_free = _reuse(self._arena.array, self._first_free, slots[:recycled])
@@ -310,6 +336,17 @@ class SlotEntries:
         self._first_free = _release(self._arena.array, slots, self._first_free, homes)
         self.free += len(slots)
         return homes
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots for which there is memory."""
+        return self._arena.rows
+
+    def cut(self, used: int) -> None:
+        """Forget the slots from number ``used`` on, all of which must be free, and their memory."""
+        self._first_free, self.free = _cut(self._arena.array, self._first_free, used)
+        self.used = used
+        self._arena.release(used)
 
     def create(self, keys: Keys, slots: Slots) -> None:
         """Write the entries of new rows: version, step and frequency 0, and dirty."""

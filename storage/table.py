@@ -6,7 +6,7 @@ distinct unless a method says otherwise; the service has checked that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from storage.admission.gates import Gate, Occurrences, Versions
 from storage.admission.rules import Admission
 from storage.arena import Budget
-from storage.errors import OutOfMemory
+from storage.blockscan import ColdPages
+from storage.errors import NoRoom, OutOfMemory
 from storage.eviction.contract import Contents
 from storage.eviction.evictor import Evictor
-from storage.index import Locations, locations_of
+from storage.index import Locations, locations_of, places
 from storage.initializers import table_seed
 from storage.kernels import Images, Keys, Rows, Slots, largest_magnitude
 from storage.overflow import OverflowGuard
@@ -30,6 +31,7 @@ from storage.slots import FREQUENCY, KEY, STEP, VERSION
 from storage.tiers.base import Scan
 from storage.tiers.lmdb import Blocks
 
+CROWDED = " by the indexes of tables, which cannot leave it: raise host_bytes"
 ROUNDS = 8  # tries to make room for the rows of a push
 Mode = Literal["train", "serve"]
 
@@ -129,7 +131,8 @@ class Table:
         Returns the location of each key, uint64[n]; 0 for keys without a row.
         """
         locations, absent = self.store.find(keys)
-        self.store.gather(locations, out)
+        misses = self.store.gather(locations, out)
+        self.store.count(len(keys) - absent - misses, misses)
         if absent:
             missing = np.flatnonzero(locations == 0)
             if mode == "train":
@@ -179,7 +182,10 @@ class Table:
             largest = largest_magnitude(gradients)
         optimizer = self.schema.optimizer
         lr = optimizer.lr if lr is None else lr
+        promotions = self.store.moves.promotions
         locations, absent = self._locate(keys)
+        misses = self.store.moves.promotions - promotions
+        self.store.count(len(keys) - absent - misses, misses)
         self._guard.check(self.schema.name, optimizer, keys, gradients, lr, step, largest)
         waiting, totals = NO_KEYS, NO_TOTALS
         if absent:
@@ -237,10 +243,11 @@ class Table:
         locations, absent = self.store.find(keys)
         if self.store.blocks is None:
             return locations, absent
-        for _ in range(ROUNDS):  # making room may demote rows of these keys
-            missing = absent + len(self.store.cold(locations))
-            if missing <= self.store.room() or not self.store.demote(missing):
-                break
+        missing = absent + len(self.store.cold(locations))
+        if not missing:
+            return locations, absent
+        if not self.store.fits(missing, absent):
+            self.make_room([keys])
             locations, absent = self.store.find(keys)
         rows = self.store.promote(keys, locations)
         if len(rows):
@@ -268,6 +275,65 @@ class Table:
         if len(rows):
             self._guard.put(rows)
         return len(rows)
+
+    def make_room(self, pushes: Sequence[Keys]) -> None:
+        """Make room in host memory for the rows of some keys.
+
+        pushes  uint64[n] each: the keys of one push or more
+
+        Does nothing without a cold tier. Raises NoRoom if a flush is needed first.
+        """
+        store = self.store
+        every = sum(map(len, pushes))
+        if store.blocks is None or store.fits(every, every):
+            return
+        for _ in range(ROUNDS):  # making room may demote rows of these keys
+            missing, new, demotions = 0, 0, store.moves.demotions
+            for keys in pushes:
+                locations, absent = store.find(keys)
+                missing += absent + len(store.cold(locations))
+                new += absent
+            fits = store.make_room(missing, new)
+            if store.moves.demotions == demotions:
+                break
+        if not fits:
+            self._refuse(missing, new, store.oversized(every))
+
+    def _refuse(self, missing: int, new: int, oversized: bool) -> None:
+        """Raise NoRoom if a flush can make room, or OutOfMemory if not even that helps.
+
+        missing, new  number of rows that are not in host memory, and that do not exist yet
+        oversized     see NoRoom
+
+        Does neither if rows that exist must be copied to host memory, and nothing else can leave
+        it: then they exceed the memory budget.
+        """
+        budget, what = self._budget, f"table {self.schema.name!r}: "
+        size = missing * self.store.row_bytes
+        if not budget.crowded:
+            raise NoRoom(budget.limit, budget.held, size, what, oversized)
+        if new:
+            raise OutOfMemory(budget.limit, budget.held, size, what, CROWDED)
+        if self.store.dirty:
+            raise NoRoom(budget.limit, budget.held, size, what, oversized)
+
+    @property
+    def cold_rows(self) -> int:
+        """Number of rows that are on disk only. Any thread may read this."""
+        return 0 if self.store.blocks is None else self.store.blocks.rows
+
+    def pages(self, keys: Keys, *, whole: bool = False, meta: bool = False) -> ColdPages | None:
+        """Return the pages of the disk that contain rows of ``keys``; None if all are in memory.
+
+        whole  the pages of whole rows, as a push needs them; otherwise only of the embeddings
+        meta   also the pages of their versions, steps and frequencies
+        """
+        store = self.store
+        locations, _ = store.find(keys)
+        if store.blocks is None or not len(store.cold(locations)):
+            return None
+        found, _ = places(locations, store.blocks.code)
+        return store.blocks.pages(found, whole=whole, meta=meta)
 
     def _copies(self, keys: Keys) -> Rows:
         """Return copies of the rows of keys, float32[n, width].

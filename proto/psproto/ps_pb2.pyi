@@ -100,16 +100,50 @@ class TableSchema(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dim: _Optional[int] = ..., optimizer: _Optional[_Union[Rule, _Mapping]] = ..., initializer: _Optional[_Union[Rule, _Mapping]] = ..., seed: _Optional[int] = ..., serving_default: _Optional[float] = ..., durability: _Optional[_Union[Durability, str]] = ..., admission: _Optional[_Union[Rule, _Mapping]] = ..., evictions: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ..., max_step_ahead: _Optional[int] = ...) -> None: ...
 
 class TableStats(_message.Message):
-    __slots__ = ("rows", "bytes", "waiting", "counter_bytes")
+    __slots__ = ("rows", "bytes", "waiting", "counter_bytes", "tiers", "cache")
     ROWS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     COUNTER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
     rows: int
     bytes: int
     waiting: int
     counter_bytes: int
-    def __init__(self, rows: _Optional[int] = ..., bytes: _Optional[int] = ..., waiting: _Optional[int] = ..., counter_bytes: _Optional[int] = ...) -> None: ...
+    tiers: _containers.RepeatedCompositeFieldContainer[TierStats]
+    cache: CacheStats
+    def __init__(self, rows: _Optional[int] = ..., bytes: _Optional[int] = ..., waiting: _Optional[int] = ..., counter_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., cache: _Optional[_Union[CacheStats, _Mapping]] = ...) -> None: ...
+
+class TierStats(_message.Message):
+    __slots__ = ("tier", "rows", "bytes", "hits", "misses")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    MISSES_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    rows: int
+    bytes: int
+    hits: int
+    misses: int
+    def __init__(self, tier: _Optional[str] = ..., rows: _Optional[int] = ..., bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ...) -> None: ...
+
+class CacheStats(_message.Message):
+    __slots__ = ("promotions", "demotions", "flushed_rows", "reflushed_blocks", "warm_reads", "warm_seconds")
+    PROMOTIONS_FIELD_NUMBER: _ClassVar[int]
+    DEMOTIONS_FIELD_NUMBER: _ClassVar[int]
+    FLUSHED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    REFLUSHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    WARM_READS_FIELD_NUMBER: _ClassVar[int]
+    WARM_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    promotions: int
+    demotions: int
+    flushed_rows: int
+    reflushed_blocks: int
+    warm_reads: int
+    warm_seconds: float
+    def __init__(self, promotions: _Optional[int] = ..., demotions: _Optional[int] = ..., flushed_rows: _Optional[int] = ..., reflushed_blocks: _Optional[int] = ..., warm_reads: _Optional[int] = ..., warm_seconds: _Optional[float] = ...) -> None: ...
 
 class CreateTableRequest(_message.Message):
     __slots__ = ("schema",)
@@ -211,20 +245,22 @@ class EvictResponse(_message.Message):
     def __init__(self, evicted: _Optional[_Mapping[str, int]] = ..., rows: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
 
 class PullHeader(_message.Message):
-    __slots__ = ("table", "dtype", "mode", "with_metadata", "min_version", "min_epoch")
+    __slots__ = ("table", "dtype", "mode", "with_metadata", "min_version", "min_epoch", "prefetch")
     TABLE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     WITH_METADATA_FIELD_NUMBER: _ClassVar[int]
     MIN_VERSION_FIELD_NUMBER: _ClassVar[int]
     MIN_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_FIELD_NUMBER: _ClassVar[int]
     table: str
     dtype: DType
     mode: Mode
     with_metadata: bool
     min_version: int
     min_epoch: int
-    def __init__(self, table: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., mode: _Optional[_Union[Mode, str]] = ..., with_metadata: bool = ..., min_version: _Optional[int] = ..., min_epoch: _Optional[int] = ...) -> None: ...
+    prefetch: bool
+    def __init__(self, table: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., mode: _Optional[_Union[Mode, str]] = ..., with_metadata: bool = ..., min_version: _Optional[int] = ..., min_epoch: _Optional[int] = ..., prefetch: bool = ...) -> None: ...
 
 class PullRequest(_message.Message):
     __slots__ = ("header", "padding", "keys")

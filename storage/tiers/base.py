@@ -125,11 +125,25 @@ class Writable(Tier, Protocol):
 
     slots: SlotEntries
 
-    def allocate(self, count: int) -> Slots:
+    def allocate(self, count: int, *, exact: bool = False) -> Slots:
         """Allocate ``count`` slots, and return them as int64[count].
+
+        exact  take no more memory than is needed
 
         The caller must fill their rows and their entries in ``slots``. Raises OutOfMemory, and
         changes nothing then.
+        """
+        ...
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots for which there is memory."""
+        ...
+
+    def cut(self, used: int) -> None:
+        """Forget the slots from number ``used`` on, all of which must be free.
+
+        Their memory is given back to the budget. Scans may still look at it: it is zero.
         """
         ...
 

@@ -88,14 +88,22 @@ class HostTier:
     def bytes(self) -> int:
         return self._slab.bytes + self.slots.bytes
 
-    def allocate(self, count: int) -> Slots:
+    def allocate(self, count: int, *, exact: bool = False) -> Slots:
         before = self._slab.bytes
-        self._slab.grow(self.slots.needed(count))
+        self._slab.grow(self.slots.needed(count), exact=exact)
         try:
-            return self.slots.allocate(count)
+            return self.slots.allocate(count, exact=exact)
         except BaseException:
             self._slab.shrink(before)
             raise
+
+    @property
+    def capacity(self) -> int:
+        return min(self._slab.rows, self.slots.capacity)
+
+    def cut(self, used: int) -> None:
+        self.slots.cut(used)
+        self._slab.release(used)
 
     def create(self, keys: Keys, slots: Slots, initializer: Initializer, seed: int) -> None:
         initializer.fill(seed, keys, slots, self._dim, self._slab.array)

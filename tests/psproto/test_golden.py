@@ -6,6 +6,7 @@ import pytest
 from google.protobuf.message import Message
 from wire_examples import (
     BF16,
+    CACHE,
     DESCRIBED,
     F16,
     F32,
@@ -20,6 +21,7 @@ from wire_examples import (
     STATS,
     STATUS,
     STREAM_HEADER,
+    TIER,
     U64,
     as_message,
     content,
@@ -175,6 +177,8 @@ SMALL = [
     pb.Rule(name="adam", parameters={"lr": 0.001, "beta1": 0.9}),
     SCHEMA,
     STATS,
+    TIER,
+    CACHE,
     pb.CreateTableRequest(schema=SCHEMA),
     pb.CreateTableResponse(schema=SCHEMA, stats=STATS),
     pb.DescribeTableRequest(name="users"),

@@ -115,6 +115,15 @@ SCHEMA = pb.TableSchema(
     evictions=[pb.Rule(name="norm"), pb.Rule(name="step_ttl", parameters={"steps": 100})],
 )
 STATS = pb.TableStats(rows=3, bytes=2 << 20, waiting=4, counter_bytes=1 << 20)
+TIER = pb.TierStats(tier="lmdb", rows=300, bytes=1 << 21, hits=5, misses=1 << 40)
+CACHE = pb.CacheStats(
+    promotions=1,
+    demotions=300,
+    flushed_rows=4,
+    reflushed_blocks=5,
+    warm_reads=6,
+    warm_seconds=0.5,
+)
 DESCRIBED = pb.DescribeTableResponse(schema=SCHEMA, stats=STATS, version=8)
 SHARD_MAP = pb.ShardMap(epoch=1, shards=2, shard_of_bucket=b"\0\0\1\0")
 LIMITS = pb.Limits(message_bytes=64 << 20, keys=4_000_000)

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from psserver import config as module
-from psserver.config import CONFIG, PREFIX, ConfigError, ServerConfig, load
+from psserver.config import CONFIG, PREFIX, ConfigError, ServerConfig, TableSettings, load
 from psserver.memory import Limit, memory_limit
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -24,6 +24,9 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "metrics_port": (0, 9401, 9402),
     "data_dir": (Path("/a"), Path("/b"), Path("/c")),
     "memory_bytes": (GIB, 2 * GIB, 3 * GIB),
+    "host_bytes": (GIB, 2 * GIB, 3 * GIB),
+    "disk_bytes": (0, GIB, 2 * GIB),
+    "io_threads": (1, 16, 256),
     "colocated_shards": (2, 3, 4),
     "max_message_bytes": (1 << 20, 2 << 20, 3 << 20),
     "max_keys": (10, 20, 30),
@@ -66,6 +69,10 @@ BAD: list[tuple[str, Any, str]] = [
     ("host", "[localhost]", "must be a host without a port"),
     ("host", "unix:/tmp/x", "must be a host without a port"),
     ("memory_bytes", (1 << 20) - 1, "greater than or equal to 1048576"),
+    ("host_bytes", (1 << 20) - 1, "greater than or equal to 1048576"),
+    ("disk_bytes", -1, "greater than or equal to 0"),
+    ("io_threads", 0, "greater than or equal to 1"),
+    ("io_threads", 257, "less than or equal to 256"),
     ("max_message_bytes", (1 << 16) - 1, "greater than or equal to 65536"),
     ("max_message_bytes", GIB + 1, "less than or equal to 1073741824"),
     ("max_keys", 0, "greater than or equal to 1"),
@@ -123,8 +130,12 @@ def file(directory: Path, **values: Any) -> Path:
 
 def test_without_any_source_the_defaults_hold() -> None:
     config = load([]).model_dump()
-    memory = config.pop("memory_bytes")
+    memory = config.pop("host_bytes")
     assert config == {
+        "memory_bytes": None,
+        "disk_bytes": 0,
+        "io_threads": 8,
+        "tables": {},
         "shard": 0,
         "shards": 1,
         "host": "127.0.0.1",
@@ -157,7 +168,7 @@ def test_without_any_source_the_defaults_hold() -> None:
 
 
 def test_every_setting_is_tried_below() -> None:
-    assert set(VALUES) == set(ServerConfig.model_fields)
+    assert {*VALUES, "tables"} == set(ServerConfig.model_fields)
 
 
 @pytest.mark.parametrize("field", VALUES)
@@ -325,6 +336,61 @@ def test_a_file_that_is_no_toml_is_refused_by_path(content: bytes, tmp_path: Pat
         load(["--config", str(path)])
 
 
+# ---- tables
+
+
+def sections(directory: Path, text: str) -> list[str]:
+    path = directory / "ps.toml"
+    path.write_text(text)
+    return ["--config", str(path)]
+
+
+def test_a_table_has_a_section_of_its_own(tmp_path: Path) -> None:
+    text = (
+        "host_bytes = 64_000_000\n[tables.user]\nhost_bytes = 2_000_000\ncache = 'lfu'\n"
+        "half_life = 500\n[tables.'item/v2.1']\nhost_bytes = 1_048_576\n"
+    )
+    config = load(sections(tmp_path, text))
+    assert config.tables == {
+        "user": TableSettings(host_bytes=2_000_000, cache="lfu", half_life=500.0),
+        "item/v2.1": TableSettings(host_bytes=1 << 20, cache="lru", half_life=1e6),
+    }
+
+
+def test_tables_may_be_set_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch, tables='{"user": {"cache": "lfu"}}')
+    assert load([]).tables == {"user": TableSettings(cache="lfu")}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[tables.t]\nhost_bytes = 1000", "tables.t.host_bytes: Input should be greater than or"),
+        (
+            "[tables.t]\ncache = 'fifo'",
+            "tables.t.cache: Input should be 'lru' or 'lfu', got 'fifo'",
+        ),
+        ("[tables.t]\nhalf_life = 0", "tables.t.half_life: Input should be greater than 0, got 0"),
+        ("[tables.t]\nrows = 1", "tables.t.rows: unknown setting"),
+        ("tables.t = 5", "tables.t: "),
+        ("[tables.'a b']\ncache = 'lru'", "tables: "),
+        (
+            "host_bytes = 2_000_000\n[tables.t]\nhost_bytes = 3_000_000",
+            "tables.t.host_bytes must be at most host_bytes=2000000, got 3000000",
+        ),
+        (
+            "host_bytes = 2_000_000\nmemory_bytes = 3_000_000",
+            "memory_bytes is the former name of host_bytes: set only host_bytes, got"
+            " host_bytes=2000000 and memory_bytes=3000000",
+        ),
+    ],
+)
+def test_a_bad_setting_of_a_table_is_refused_by_name(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(sections(tmp_path, text))
+    assert str(caught.value).startswith(said)
+
+
 # ---- memory, and what users read
 
 
@@ -332,9 +398,9 @@ def test_the_defaults_of_memory_follow_from_the_limit(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "memory_limit", lambda **_: Limit(8 * GIB, "test"))
     whole, half = load([]), load(["--colocated-shards", "2"])
     assert (whole.max_inflight_bytes, half.max_inflight_bytes) == (GIB, GIB // 2)
-    assert 4.5 * GIB < whole.memory_bytes == whole.memory.tables < 7 * GIB
-    assert 2 * half.memory_bytes <= whole.memory_bytes
-    assert load(["--max-inflight-bytes", str(2 * GIB)]).memory_bytes < whole.memory_bytes
+    assert 4.5 * GIB < whole.host_bytes == whole.memory.tables < 7 * GIB
+    assert 2 * half.host_bytes <= whole.host_bytes
+    assert load(["--max-inflight-bytes", str(2 * GIB)]).host_bytes < whole.host_bytes
 
 
 def test_a_message_that_could_never_be_admitted_is_refused_at_the_start() -> None:
@@ -365,7 +431,7 @@ def test_a_limit_that_leaves_nothing_is_refused_unless_the_budget_is_given(
     monkeypatch.setattr(module, "memory_limit", lambda **_: Limit(200 << 20, "test"))
     with pytest.raises(ConfigError, match=r"^no memory is left for tables: the limit is 200 MiB"):
         load([])
-    assert load(["--memory-bytes", str(64 << 20)]).memory_bytes == 64 << 20
+    assert load(["--memory-bytes", str(64 << 20)]).host_bytes == 64 << 20
 
 
 @pytest.mark.parametrize(

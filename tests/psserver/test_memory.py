@@ -251,7 +251,7 @@ def test_a_limit_that_leaves_nothing_is_refused_with_all_parts_of_it() -> None:
         "no memory is left for tables: the limit is 2 GiB (test), which 2 shards share; a server"
         " needs 256 MiB itself, 1 GiB for requests in flight, 128 MiB for messages that arrive and"
         " 64 MiB for the log; raise the limit, or lower max_inflight_bytes and max_message_bytes,"
-        " or set memory_bytes"
+        " or set host_bytes"
     )
 
 

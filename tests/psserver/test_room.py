@@ -1,0 +1,193 @@
+"""Tables that are larger than their memory: room for rows is made by moving others to disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stores import Home, change, make_shard, push, schema
+
+from psserver.config import TableSettings
+from psserver.requests import Pull, Push
+from storage.errors import DiskFull, NoRoom, OutOfMemory
+from storage.optimizers import make_optimizer
+
+MIB = 1 << 20
+DIM = 128
+BATCH = 1000
+ROW = 4 * 2 * DIM + 32  # bytes of a slot: embedding, Adagrad's state, entry
+
+ADAGRAD = make_optimizer("adagrad", 0.1, {})
+
+Open = Callable[..., Home]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Open]:
+    """home(memory): a shard with a table "t" of Adagrad, closed after the test."""
+    made: list[Home] = []
+
+    def new(memory: int, *tables: str, **more: Any) -> Home:
+        directory = tmp_path / f"home-{len(made)}"
+        made.append(Home(directory, memory_bytes=memory, segment_bytes=4 * MIB, **more).open())
+        for name in tables or ("t",):
+            made[-1].shard.create_table(schema(name=name, dim=DIM, optimizer=ADAGRAD))
+        return made[-1]
+
+    yield new
+    for each in made:
+        each.close()
+
+
+def batch(keys: np.ndarray, seed: int, table: str = "t", **more: Any) -> Push:
+    """A push of random gradients to distinct keys."""
+    gradients = np.random.default_rng(seed).normal(size=(len(keys), DIM)).astype(np.float32)
+    return push(keys.tolist(), table=table, gradients=gradients, **more)
+
+
+def apply(home: Home, item: Push) -> int:
+    """Push as the server does: wait for flushes. Returns how many there were."""
+    for flushes in range(20):
+        try:
+            home.shard.exchange([item], [])
+            return flushes
+        except NoRoom as error:
+            home.flusher.flush()
+            if flushes and error.oversized:
+                home.shard.exchange([item], [], exceed=True)
+                return flushes
+    raise AssertionError("no room after 20 flushes")
+
+
+def store(home: Home, table: str = "t") -> Any:
+    return home.shard._tables.get(table).table.store
+
+
+def rows_of(home: Home, table: str = "t") -> tuple[np.ndarray, np.ndarray]:
+    dump = home.shard.dump()[table]
+    return dump.rows.view(np.uint32), dump.meta
+
+
+def zipf(seed: int, keys: int, count: int) -> np.ndarray:
+    drawn = np.random.default_rng(seed).zipf(1.2, 4 * count) % keys
+    return np.unique(drawn)[:count].astype(np.uint64)
+
+
+@pytest.mark.parametrize("cache", ["lru", "lfu"])
+def test_training_over_ten_times_the_memory_gives_the_rows_of_an_unlimited_twin(
+    home: Open, cache: Any
+) -> None:
+    settings = {"t": TableSettings(cache=cache, half_life=100)}
+    small, twin = home(8 * MIB, settings=settings), home(256 * MIB)
+    keys = 10 * 8 * MIB // ROW
+    budget = small.shard.budget
+    for step in range(80):
+        new = np.arange(step * keys // 80, (step + 1) * keys // 80, dtype=np.uint64)
+        hot = zipf(step, max(1, step * keys // 80), BATCH // 4)
+        item = batch(np.union1d(new, hot), step, step=step)
+        apply(small, item)
+        apply(twin, item)
+        small.shard.relieve()
+        assert budget.held <= budget.limit
+    moves = store(small).moves
+    assert moves.demotions > keys // 2
+    assert moves.promotions > 0
+    assert store(small).host.rows < keys // 5
+    assert store(twin).moves.demotions == 0
+    for one, other in zip(rows_of(small), rows_of(twin), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_a_push_larger_than_memory_is_applied_beyond_the_budget_and_shrinks_again(
+    home: Open,
+) -> None:
+    small, twin = home(8 * MIB), home(256 * MIB)
+    first, huge = np.arange(1000, dtype=np.uint64), np.arange(500, 20_000, dtype=np.uint64)
+    for node in (small, twin):
+        for seed, keys in enumerate((first, huge, first)):
+            apply(node, batch(keys, seed))
+    small.flusher.flush()
+    apply(small, batch(first, 9))
+    apply(twin, batch(first, 9))
+    assert small.shard.budget.held <= small.shard.budget.limit
+    for one, other in zip(rows_of(small), rows_of(twin), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_two_tables_share_the_memory_and_a_new_one_always_gets_rows(home: Open) -> None:
+    node = home(16 * MIB, "a", "b")
+    for seed in range(20):  # "a" takes all there is
+        apply(node, batch(np.arange(seed * BATCH, (seed + 1) * BATCH, dtype=np.uint64), seed, "a"))
+    alone = store(node, "a").held
+    assert alone > 10 * MIB
+    for seed in range(20):
+        apply(node, batch(np.arange(seed * BATCH, (seed + 1) * BATCH, dtype=np.uint64), seed, "b"))
+        assert node.shard.budget.held <= node.shard.budget.limit
+    a, b = store(node, "a").held, store(node, "b").held
+    assert b > alone / 3
+    assert a < alone * 2 / 3
+    for seed in range(20):
+        apply(node, batch(np.arange(seed * BATCH, (seed + 1) * BATCH, dtype=np.uint64), seed, "a"))
+    assert abs(store(node, "a").held - store(node, "b").held) < alone / 2
+    assert len(store(node, "a")) == len(store(node, "b")) == 20 * BATCH
+
+
+def test_a_table_stays_within_its_own_limit(home: Open) -> None:
+    node = home(64 * MIB, settings={"t": TableSettings(host_bytes=8 * MIB)})
+    for seed in range(20):
+        apply(node, batch(np.arange(seed * BATCH, (seed + 1) * BATCH, dtype=np.uint64), seed))
+        assert store(node).memory_bytes <= 8 * MIB
+    assert len(store(node)) == 20 * BATCH
+
+
+def test_nothing_of_an_exchange_is_applied_if_one_of_its_pushes_finds_no_room(home: Open) -> None:
+    node = home(8 * MIB, "a", "b")
+    apply(node, batch(np.arange(5000, dtype=np.uint64), 0, "a"))
+    before = node.shard.version
+    few, many = np.arange(5, dtype=np.uint64), np.arange(5000, dtype=np.uint64)
+    with pytest.raises(NoRoom, match="'b'"):
+        node.shard.exchange([batch(few, 1, "a"), batch(many, 2, "b")], [])
+    assert node.shard.version == before
+
+
+def test_pulls_move_nothing(home: Open) -> None:
+    node = home(8 * MIB)
+    for seed in range(10):
+        apply(node, batch(np.arange(seed * BATCH, (seed + 1) * BATCH, dtype=np.uint64), seed))
+    moves = store(node).moves
+    before = moves.promotions, moves.demotions, moves.hits + moves.misses
+    keys = np.arange(10 * BATCH, dtype=np.uint64)
+    pull = Pull("t", keys[:1500], 1, "train", with_metadata=True, min_version=0)
+    node.shard.exchange([], [pull])
+    assert (moves.promotions, moves.demotions) == before[:2]
+    assert moves.hits + moves.misses == before[2] + 1500
+
+
+def test_more_bytes_on_disk_than_allowed_refuse_pushes_until_rows_are_deleted(home: Open) -> None:
+    node = home(8 * MIB, disk_bytes=16 * MIB)
+    seed = 0
+    with suppress(DiskFull):
+        for seed in range(40):
+            apply(node, batch(np.arange(seed * BATCH, (seed + 1) * BATCH, dtype=np.uint64), seed))
+    with pytest.raises(DiskFull, match=r"disk_bytes=16777216"):
+        node.shard.exchange([batch(np.arange(10, dtype=np.uint64), 0)], [])
+    pull = Pull("t", np.arange(100, dtype=np.uint64), 1, "train", False, 0)
+    assert node.shard.exchange([], [pull]).pulls[0].embeddings.any()
+    node.shard.delete(change(list(range(seed * BATCH))))
+    node.flusher.flush()
+    node.flusher.flush()
+    assert node.shard.disk_bytes < 16 * MIB
+    node.shard.exchange([batch(np.arange(10, dtype=np.uint64), 0)], [])
+
+
+def test_without_a_data_directory_the_error_says_so() -> None:
+    shard = make_shard(memory_bytes=2 * MIB)
+    shard.budget.advice = ": set data_dir"
+    shard.create_table(schema(name="t", dim=DIM, optimizer=ADAGRAD))
+    with pytest.raises(OutOfMemory, match=r"are in use: set data_dir$"):
+        shard.exchange([batch(np.arange(20_000, dtype=np.uint64), 0)], [])
+    shard.close()
