@@ -11,6 +11,7 @@ import pytest
 from cold import ColdTable
 
 from storage.arena import Budget
+from storage.errors import OutOfMemory
 from storage.initializers import make_initializer
 from storage.kernels import Images
 from storage.optimizers import make_optimizer
@@ -138,6 +139,34 @@ def test_a_whole_row_replaces_a_cold_one_unless_that_is_newer(cold: ColdTable) -
     assert new.rows[:5].tolist() == rows[:5].tolist()
     assert new.rows[5:].tobytes() == old.rows[5:].tobytes()
     assert new.meta[:, VERSION].tolist() == [9] * 5 + [5] * 5
+
+
+def test_rows_beyond_the_budget_are_pushed_while_their_neighbours_leave(cold: ColdTable) -> None:
+    twin = Table(schema(), Budget(1 << 30))
+    rng = np.random.default_rng(3)
+    for version in range(1, 100):
+        keys = rng.choice(20_000, 800, replace=False)
+        for table in (cold.table, twin):
+            push(table, keys, version)
+        cold.flush()
+        assert cold.budget.held <= cold.budget.limit
+    assert cold.table.store.host.rows < len(cold.table)
+    same(cold.table, twin)
+
+
+def test_a_push_without_room_changes_nothing_until_rows_are_flushed(cold: ColdTable) -> None:
+    most = SMALL // ROW
+    version = 1
+    while cold.table.store.room() >= 1000:
+        push(cold.table, np.arange(version * 1000, version * 1000 + 1000), version)
+        version += 1
+    with pytest.raises(OutOfMemory):
+        push(cold.table, np.arange(version * 1000, version * 1000 + 1000), version)
+    rows = (version - 1) * 1000
+    assert len(cold.table) == rows <= most
+    cold.flush()
+    push(cold.table, np.arange(version * 1000, version * 1000 + 1000), version)
+    assert len(cold.table) == rows + 1000
 
 
 @pytest.mark.parametrize("seed", range(3))
