@@ -16,6 +16,28 @@ MAX_DIM = 8192
 
 
 @dataclass(frozen=True, slots=True)
+class TierInfo:
+    """Rows of a table in one tier (kind of storage), over all shards."""
+
+    rows: int  # rows that are read from this tier
+    bytes: int  # memory or disk that the tier takes, including space that is not used yet
+    hits: int  # keys of pulls and pushes whose row was in this tier, since the servers started
+    misses: int  # keys of pulls and pushes whose row was only in a slower tier
+
+
+@dataclass(frozen=True, slots=True)
+class CacheInfo:
+    """Moves of a table's rows between memory and disk, over all shards, since they started."""
+
+    promotions: int  # rows copied from disk to memory, because they were pushed
+    demotions: int  # rows that left memory, because there was no room
+    flushed_rows: int  # changed rows written to disk
+    reflushed_blocks: int  # blocks on disk written again, because few of their rows were current
+    warm_reads: int  # requests that waited until rows were read from disk
+    warm_seconds: float  # total time that they waited, in seconds
+
+
+@dataclass(frozen=True, slots=True)
 class TableInfo:
     """Current settings of a table, alterations included, and its size over all shards.
 
@@ -42,6 +64,8 @@ class TableInfo:
     shard_rows: tuple[int, ...]  # ``rows`` of each shard
     shard_bytes: tuple[int, ...]  # ``bytes`` of each shard
     versions: Versions  # version of each shard when it was asked
+    tiers: dict[str, TierInfo]  # by name: "host" is memory, "lmdb" is disk
+    cache: CacheInfo  # moves between the tiers
 
 
 def table_schema(
@@ -135,6 +159,34 @@ def table_info(shards: Sequence[pb.DescribeTableResponse]) -> TableInfo:
         shard_rows=tuple(shard.stats.rows for shard in shards),
         shard_bytes=tuple(shard.stats.bytes for shard in shards),
         versions=Versions((shard.version for shard in shards), (shard.epoch for shard in shards)),
+        tiers=_tiers([shard.stats for shard in shards]),
+        cache=_cache([shard.stats.cache for shard in shards]),
+    )
+
+
+def _tiers(stats: Sequence[pb.TableStats]) -> dict[str, TierInfo]:
+    """Return the sums of all shards' rows, bytes, hits and misses, by name of the tier."""
+    tiers: dict[str, TierInfo] = {}
+    for each in (tier for shard in stats for tier in shard.tiers):
+        old = tiers.get(each.tier, TierInfo(0, 0, 0, 0))
+        tiers[each.tier] = TierInfo(
+            old.rows + each.rows,
+            old.bytes + each.bytes,
+            old.hits + each.hits,
+            old.misses + each.misses,
+        )
+    return tiers
+
+
+def _cache(shards: Sequence[pb.CacheStats]) -> CacheInfo:
+    """Return the sums of all shards' counts."""
+    return CacheInfo(
+        promotions=sum(each.promotions for each in shards),
+        demotions=sum(each.demotions for each in shards),
+        flushed_rows=sum(each.flushed_rows for each in shards),
+        reflushed_blocks=sum(each.reflushed_blocks for each in shards),
+        warm_reads=sum(each.warm_reads for each in shards),
+        warm_seconds=sum(each.warm_seconds for each in shards),
     )
 
 

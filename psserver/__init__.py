@@ -41,6 +41,7 @@ catalog.py       list, open and verify checkpoints
 calls.py         calls that wait until their client sends Continue
 deletion.py      delete checkpoints
 slices.py        split whole rows into slices for the engine thread
+rowwrites.py     write whole rows, after a flush has made room for them
 rows.py          read and write whole rows
 loading.py       fill a table from a checkpoint
 completion.py    make the parts of all shards one checkpoint

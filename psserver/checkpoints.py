@@ -76,9 +76,9 @@ class Checkpoints:
         self.work = Work(self.catalog.stop)
         self.calls = Calls()
         self.deletion = Deletion(shard, self.catalog, self.calls)
-        self.rows = RowTransfer(shard, engine, self.catalog, self.work)
+        self.rows = RowTransfer(shard, engine, self.catalog, self.work, flusher)
         self.loader = TableLoader(
-            shard, engine, log, self.catalog, self.work, self.calls, directory
+            shard, engine, log, self.catalog, self.work, self.calls, directory, flusher
         )
 
     def write(

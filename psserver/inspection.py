@@ -46,7 +46,7 @@ class Inspector:
         UnknownTable.
         """
         keys = self._keys(request)
-        known = self._engine.run(lambda: self._shard.view_keys(request.table, keys))
+        known = self._known(request.table, keys)
         gone, horizon = self._gone(known, keys)
         response = pb.InspectResponse(
             version=known.version,
@@ -64,6 +64,24 @@ class Inspector:
                     facts.embedding.extend(known.embeddings[i].tolist())
             _set_state(facts, known, i, horizon)
         return response
+
+    def _known(self, table: str, keys: Keys) -> KeyView:
+        """Return the rows of keys. Rows on disk are read first, because the engine must not wait.
+
+        Raises UnknownTable, and Corrupt if a row on disk is damaged.
+        """
+        shard = self._shard
+        number = self._engine.run(lambda: shard.number_of(table))
+        read = self._engine.run(lambda: shard.cold_read(number, keys))
+        reads = [] if read is None else [read]
+        for each in reads:
+            each.pages.warm()
+
+        def view() -> KeyView:
+            shard.settle(reads)
+            return shard.view_keys(table, keys)
+
+        return self._engine.run(view)
 
     def _keys(self, request: pb.InspectRequest) -> Keys:
         """Return the keys of a request: uint64[n], distinct, all owned by this shard.

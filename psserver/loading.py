@@ -28,6 +28,8 @@ from psserver.calls import Calls, Step
 from psserver.catalog import Catalog
 from psserver.engine import Engine
 from psserver.errors import BadRequest, Overloaded
+from psserver.flusher import Flusher
+from psserver.rowwrites import RowWrites
 from psserver.schemas import from_json, to_json
 from psserver.shard import Shard
 from psserver.slices import Slice, slices_of, with_state
@@ -73,6 +75,7 @@ class TableLoader:
 
     directory  data directory for the file LOADING; None: the shard has none, and a crash loses all
                tables anyway
+    flusher    makes room in memory for rows; None: the shard has no data directory
     """
 
     def __init__(
@@ -84,7 +87,9 @@ class TableLoader:
         work: Work,
         calls: Calls,
         directory: Path | None,
+        flusher: Flusher | None = None,
     ) -> None:
+        self._writes = RowWrites(shard, engine, flusher)
         self._shard = shard
         self._engine = engine
         self._log = log
@@ -241,17 +246,11 @@ class TableLoader:
         Waits while the log has too many unwritten records. Raises Draining if the client is gone or
         the server stops.
         """
-        left = list(reversed(slices))
-
-        def write() -> None:
-            while left:
-                self._shard.write_rows(number, *left[-1])
-                left.pop()
-
+        left = slices[::-1]
         while True:
             progress.require_wanted()
             try:
-                self._engine.run(write)
+                self._writes.write(number, left)
                 return
             except Overloaded:
                 time.sleep(PAUSE_SECONDS)

@@ -23,7 +23,7 @@ from psserver.engine import Engine
 from psserver.feed import Feed
 from psserver.flusher import Flusher
 from psserver.shard import Shard
-from psserver.stats import BOUNDS, ServiceStats
+from psserver.stats import BOUNDS, ServiceStats, Traffic
 from storage.errors import UnknownTable
 from storage.versionlog import VersionLog
 
@@ -31,6 +31,29 @@ from storage.versionlog import VersionLog
 RULE_GAUGES = (
     ("ps_waiting_keys", "Keys that are counted but not admitted yet."),
     ("ps_counter_bytes", "Memory of admission counters, in bytes."),
+)
+# (name, help text) of the metrics of tiers, by table and tier
+TIER_GAUGES = (
+    ("ps_table_rows", "Rows in a tier. Rows that are in memory and on disk count for memory."),
+    (
+        "ps_table_bytes",
+        "Bytes that a table takes: memory for the tier host, with index and counters; disk for the"
+        " tier lmdb.",
+    ),
+)
+TIER_COUNTERS = (
+    ("ps_tier_hits", "Keys of pulls and pushes whose row was in this tier."),
+    ("ps_tier_misses", "Keys of pulls and pushes whose row was only in a slower tier."),
+)
+# (name, help text) of the metrics of moves between memory and disk, by table
+MOVE_COUNTERS = (
+    ("ps_promoted_rows", "Rows copied from disk to memory, because they were pushed."),
+    ("ps_demoted_rows", "Rows that left memory, because there was no room."),
+    ("ps_flushed_rows", "Changed rows written to disk."),
+    (
+        "ps_reflushed_blocks",
+        "Blocks on disk that were written again, because few of their rows were current.",
+    ),
 )
 RULE_COUNTERS = (
     ("ps_admitted_keys", "Keys that a push admitted."),
@@ -135,11 +158,7 @@ class ShardCollector(Collector):
             requests.add_metric(where, traffic.requests)
             keys.add_metric(where, traffic.keys)
             size.add_metric(where, traffic.bytes)
-            total, buckets = 0, []
-            for bound, count in zip((*BOUNDS, float("inf")), traffic.buckets, strict=True):
-                total += count
-                buckets.append(("+Inf" if bound == float("inf") else str(bound), float(total)))
-            latency.add_metric(where, buckets, traffic.seconds)
+            latency.add_metric(where, _buckets(traffic), traffic.seconds)
         yield from (requests, keys, size, latency, self._errors())
 
     def _errors(self) -> Metric:
@@ -153,19 +172,38 @@ class ShardCollector(Collector):
 
     def _tables(self) -> Iterator[Metric]:
         """Yield the number of rows and the memory of each table, then the metrics of ``_rules``."""
-        rows = GaugeMetricFamily("ps_table_rows", "Rows in a table.", labels=["table", "tier"])
-        size = GaugeMetricFamily(
-            "ps_table_bytes", "Memory used by a table, in bytes.", labels=["table", "tier"]
-        )
+        labels = ["table", "tier"]
+        rows, size = (GaugeMetricFamily(*each, labels=labels) for each in TIER_GAUGES)
+        hits, misses = (CounterMetricFamily(*each, labels=labels) for each in TIER_COUNTERS)
+        moved = [CounterMetricFamily(*each, labels=["table"]) for each in MOVE_COUNTERS]
         for name in self._shard.tables():
             try:
-                stats = self._shard.describe(name)[1]
+                stats, moves = self._shard.describe(name)[1], self._shard.moves(name)
             except UnknownTable:  # dropped since
                 continue
-            rows.add_metric([name, "host"], stats.rows)
-            size.add_metric([name, "host"], stats.bytes)
-        yield from (rows, size)
+            disk = sum(tier.bytes for tier in stats.tiers[1:])
+            for tier in stats.tiers:
+                where = [name, tier.tier]
+                rows.add_metric(where, tier.rows)
+                size.add_metric(where, stats.bytes if tier is stats.tiers[0] else disk)
+                hits.add_metric(where, tier.hits)
+                misses.add_metric(where, tier.misses)
+            counts = moves.promotions, moves.demotions, moves.flushed, moves.reflushed
+            for metric, count in zip(moved, counts, strict=True):
+                metric.add_metric([name], count)
+        yield from (rows, size, hits, misses, *moved, self._waits())
         yield from self._rules()
+
+    def _waits(self) -> Metric:
+        """Return the histogram of the times that requests waited for rows on disk, by table."""
+        waits = HistogramMetricFamily(
+            "ps_warm_read_seconds",
+            "Time that requests waited until rows were read from disk.",
+            labels=["table"],
+        )
+        for table, traffic in list(self._stats.waits.items()):
+            waits.add_metric([table], _buckets(traffic), traffic.seconds)
+        return waits
 
     def _rules(self) -> Iterator[Metric]:
         """Yield, for each table, counts of the keys and rows that its rules admitted, refused and
@@ -192,6 +230,15 @@ class ShardCollector(Collector):
             for cause, count in list(tally.evicted.items()):
                 evicted.add_metric([name, cause.name.lower()], count)
         yield from (waiting, counters, admitted, refused, dropped, expired, evicted)
+
+
+def _buckets(traffic: Traffic) -> list[tuple[str, float]]:
+    """Return the latencies of some requests as (upper bound in seconds, cumulative number)."""
+    total, buckets = 0, []
+    for bound, count in zip((*BOUNDS, float("inf")), traffic.buckets, strict=True):
+        total += count
+        buckets.append(("+Inf" if bound == float("inf") else str(bound), float(total)))
+    return buckets
 
 
 class ConnectionCollector(Collector):

@@ -26,7 +26,7 @@ from psserver.views import (
 from storage.blockscan import ColdPages
 from storage.eviction.contract import FIRST_STEP
 from storage.kernels import Keys
-from storage.results import TableStats, Tally
+from storage.results import Moves, TableStats, Tally
 from storage.schema import TableSchema
 from storage.tiers.base import Scan
 
@@ -115,6 +115,10 @@ class ShardReads:
         step = self._tables.get(name).table.evictor.step
         return step if step > FIRST_STEP else 0
 
+    def moves(self, name: str) -> Moves:
+        """Return what happened between the tiers of a table since the server started."""
+        return self._tables.get(name).table.store.moves
+
     def tally(self, name: str) -> tuple[Tally, int]:
         """Return what the admission and eviction rules of a table did since the server started.
 
@@ -178,6 +182,17 @@ class ShardReads:
             pages = entry.table.pages(part.keys, whole=whole, meta=meta)
             if pages is not None:
                 reads.append(ColdRead(part.table, entry, pages))
+
+    def cold_read(self, number: int, keys: Keys) -> ColdRead | None:
+        """Return the pieces of the disk that hold rows of ``keys`` in the table with this number.
+
+        None: no row of them is on disk only, or the table was dropped.
+        """
+        entry = self._tables.numbered(number)
+        if entry is None or not entry.table.cold_rows:
+            return None
+        pages = entry.table.pages(keys, whole=True, meta=True)
+        return None if pages is None else ColdRead(entry.schema.name, entry, pages)
 
     def settle(self, reads: Sequence[ColdRead]) -> None:
         """Remember what was verified while the pieces of ``reads`` were read.

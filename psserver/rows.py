@@ -20,9 +20,11 @@ from psproto.codec import RowsMessage
 from psserver.catalog import Catalog
 from psserver.engine import Engine
 from psserver.errors import BadRequest
+from psserver.flusher import Flusher
+from psserver.rowwrites import RowWrites
 from psserver.schemas import write_schema
 from psserver.shard import Shard
-from psserver.slices import Slice, slice_rows, slices_of, with_state
+from psserver.slices import slice_rows, slices_of, with_state
 from psserver.stored import (
     number_in,
     require_width,
@@ -40,6 +42,7 @@ class RowTransfer:
 
     catalog  reads checkpoints from the checkpoint store
     work     makes reads of a checkpoint fail when the server stops
+    flusher  makes room in memory for rows; None: the shard has no data directory
     """
 
     def __init__(
@@ -48,11 +51,13 @@ class RowTransfer:
         engine: Engine,
         catalog: Catalog,
         work: Work,
+        flusher: Flusher | None = None,
     ) -> None:
         self._shard = shard
         self._engine = engine
         self._catalog = catalog
         self._work = work
+        self._writes = RowWrites(shard, engine, flusher)
 
     def read_rows(self, request: pb.ReadRowsRequest) -> Iterator[pb.Delta]:
         """Yield a message with the table's schema, then messages with rows.
@@ -123,12 +128,8 @@ class RowTransfer:
         keys, steps, frequencies, rows = self._read_message(request, schema, now)
         whole = with_state(rows, schema)
 
-        def apply(slices: list[Slice]) -> None:
-            for each in slices:
-                shard.write_rows(number, *each)
-
         for slices in slices_of(keys, steps, frequencies, whole):
-            self._engine.run(lambda slices=slices: apply(slices))  # type: ignore[misc]
+            self._writes.write(number, slices[::-1])
         return pb.WriteRowsResponse(version=self._shard.version)
 
     def _read_message(

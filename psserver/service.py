@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 
 import grpc
@@ -273,6 +274,7 @@ class Service:
     def _describe(self, name: str) -> pb.DescribeTableResponse:
         """Return schema and statistics of a table. Must run on the engine thread."""
         schema, stats = self._shard.describe(name)
+        moves, waits = self._shard.moves(name), self._limits.stats.waits.get(name)
         return pb.DescribeTableResponse(
             schema=write_schema(schema),
             stats=pb.TableStats(
@@ -280,6 +282,15 @@ class Service:
                 bytes=stats.bytes,
                 waiting=stats.waiting,
                 counter_bytes=stats.counter_bytes,
+                tiers=[pb.TierStats(**asdict(tier)) for tier in stats.tiers],
+                cache=pb.CacheStats(
+                    promotions=moves.promotions,
+                    demotions=moves.demotions,
+                    flushed_rows=moves.flushed,
+                    reflushed_blocks=moves.reflushed,
+                    warm_reads=0 if waits is None else waits.requests,
+                    warm_seconds=0.0 if waits is None else waits.seconds,
+                ),
             ),
             version=self._shard.version,
             epoch=self._log.history.epoch if self._log else 0,

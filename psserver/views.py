@@ -84,7 +84,7 @@ def view_keys(entry: TableEntry, keys: Keys, version: int, now: float) -> KeyVie
     """
     table = entry.table
     embeddings = np.empty((len(keys), table.schema.dim), np.float32)
-    locations = table.pull(keys, "serve", embeddings)
+    locations = table.pull(keys, "serve", embeddings, count=False)
     versions, steps, frequencies = table.metadata(locations)
     waiting = np.where(locations == 0, table.gate.waiting(keys), 0).astype(np.uint32)
     return KeyView(

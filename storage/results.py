@@ -15,6 +15,17 @@ from storage.slots import Meta
 
 
 @dataclass(frozen=True, slots=True)
+class TierStats:
+    """Number of rows of a table in one tier, and what they take there."""
+
+    tier: str  # name of the tier
+    rows: int
+    bytes: int  # memory or disk, including unused space
+    hits: int  # keys of pulls and pushes whose row was here, since the shard was started
+    misses: int  # keys of pulls and pushes whose row was only in a slower tier
+
+
+@dataclass(frozen=True, slots=True)
 class TableStats:
     """Number of rows and memory of a table on one shard."""
 
@@ -23,6 +34,7 @@ class TableStats:
     index_bytes: int  # memory of the index alone
     waiting: int  # keys that are counted but have no row; an estimate for a sketch
     counter_bytes: int  # memory of the counters alone
+    tiers: tuple[TierStats, ...] = ()  # fastest first
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from storage.eviction.contract import Contents
 from storage.index import PLACE_BITS, Index, Locations, locations_of, places
 from storage.initializers import Initializer
 from storage.kernels import Images, Keys, Rows, Slots
-from storage.results import Moves
+from storage.results import Moves, TierStats
 from storage.slots import VERSION, Meta
 from storage.tiers.base import Scan, Tier, Writable
 from storage.tiers.host import HostTier
@@ -457,6 +457,15 @@ class RowStore:
     def contents(self) -> Contents:
         """Return all rows for an eviction sweep; valid until a row changes."""
         return Contents(len(self), self._host.view())
+
+    def stats(self) -> tuple[TierStats, ...]:
+        """Return rows, bytes, hits and misses of each tier, host memory first."""
+        moves, host = self.moves, self._host
+        first = TierStats(host.name, host.rows, host.bytes, moves.hits, moves.misses)
+        if self.blocks is None:
+            return (first,)
+        blocks = self.blocks
+        return first, TierStats(blocks.name, blocks.rows, blocks.bytes, moves.misses, 0)
 
     def scans(self) -> list[tuple[str, Scan, int]]:
         """Return (name, scan of all its rows, bytes taken) for each tier."""

@@ -118,21 +118,24 @@ class Table:
             index_bytes=store.index_bytes,
             waiting=gate.entries,
             counter_bytes=gate.bytes,
+            tiers=store.stats(),
         )
 
-    def pull(self, keys: Keys, mode: Mode, out: Rows) -> Locations:
+    def pull(self, keys: Keys, mode: Mode, out: Rows, *, count: bool = True) -> Locations:
         """Write the embeddings of ``keys`` to ``out``. Does not change the table.
 
-        keys  uint64[n]        distinct or not
-        mode  for keys without a row: "train" writes their initial value, "serve" the table's
-              serving default
-        out   float32[n, dim]
+        keys   uint64[n]        distinct or not
+        mode   for keys without a row: "train" writes their initial value, "serve" the table's
+               serving default
+        out    float32[n, dim]
+        count  whether to count hits and misses of the tiers
 
         Returns the location of each key, uint64[n]; 0 for keys without a row.
         """
         locations, absent = self.store.find(keys)
         misses = self.store.gather(locations, out)
-        self.store.count(len(keys) - absent - misses, misses)
+        if count:
+            self.store.count(len(keys) - absent - misses, misses)
         if absent:
             missing = np.flatnonzero(locations == 0)
             if mode == "train":

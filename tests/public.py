@@ -156,7 +156,7 @@ def arguments(thing: Any, method: str, name: str) -> tuple[Any, ...]:
             return (name,)
         case "gradients":
             return (keys, ones)
-        case "forward" if isinstance(thing, EmbeddingGroup):
+        case "forward" | "prefetch" if isinstance(thing, EmbeddingGroup):
             return ({"a": torch.tensor([1, 2])},)
         case "forward":
             bag = isinstance(thing, EmbeddingBag)

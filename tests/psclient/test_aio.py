@@ -29,6 +29,8 @@ class TestAsyncio:
                 await asyncio.gather(*(table.push(np.arange(50), ones) for _ in range(40)))
                 pulls = await asyncio.gather(*(table.pull([n]) for n in range(50)))
                 assert (await table.describe()).rows == 50
+                assert await table.prefetch(np.arange(60)) is None
+                assert await ps.prefetch({name: np.arange(60)}) is None
                 assert name in [info.name for info in await ps.list_tables()]
                 rows = await (await ps.table(name)).pull_rows([0])
                 assert rows.frequencies.tolist() == [40]

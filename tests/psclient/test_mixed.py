@@ -62,6 +62,11 @@ class TestMixedDimension:
         assert_array_equal(pulled.embeddings[:10], [[-6, -6, 7, 7, 7]] * 10)
         assert_array_equal(pulled.embeddings[100:150], [[-2, -2, 0, 0, 0]] * 50)
 
+    def test_a_prefetch_changes_nothing(self, mixed: MixedDimension) -> None:
+        before = mixed.pull(np.arange(20))
+        assert mixed.prefetch(np.arange(20).reshape(4, 5)).result() is None
+        assert_array_equal(mixed.pull(np.arange(20)), before)
+
     @pytest.mark.parametrize("shape", [(), (0,), (40,), (3, 4, 5)])
     def test_integers_are_exact(self, mixed: MixedDimension, shape: tuple[int, ...]) -> None:
         mixed.push(np.repeat(np.arange(0, 20, 2), 3), ones(30))

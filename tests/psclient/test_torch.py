@@ -324,3 +324,30 @@ class TestModules:
         module(wanted).sum().backward()
         module.step()
         assert table.pull_rows(wanted).found.tolist() == [True] * 3
+
+
+def test_a_prefetch_is_one_message_for_all_features_and_moves_no_rows(
+    client: Client, name: str, messages: list[Any]
+) -> None:
+    users, items = (
+        client.create_table(f"{name}.{part}", DIM, optimizer="sgd", lr=0.1, initializer="normal")
+        for part in ("user", "item")
+    )
+    group = EmbeddingGroup(client, {"user": EmbeddingBag(users), "item": Embedding(items)})
+    batch = {"user": keys(1, 5, 3), "item": keys(2, 7)}
+    expected = {part: out.detach() for part, out in group(batch).items()}
+    messages.clear()
+    assert group.prefetch(batch).result() is None
+    assert group.features["item"].prefetch(batch["item"]).result() is None
+    pulls = [pull for message in messages for pull in message.pulls]
+    assert all(pull.header.prefetch for pull in pulls)
+    shards = len(client._connect().links)
+    assert len(messages) <= 2 * shards
+    wanted = {users.name: batch["user"], items.name: batch["item"]}
+    for table, some in wanted.items():
+        sent = np.concatenate([p.keys for p in pulls[: 2 * shards] if p.header.table == table])
+        assert set(sent.tolist()) == set(some.reshape(-1).tolist())
+    for part, out in group(batch).items():
+        assert_array_equal(out.detach().numpy(), expected[part].numpy())
+    with pytest.raises(InvalidArgument, match="no feature 'no'"):
+        group.prefetch({"no": batch["item"]})

@@ -341,3 +341,72 @@ def test_clients_that_compete_for_room_all_succeed(tmp_path: Path, transport: st
             assert values(await pull(peer, keys)) == [1.0] * 12
 
     serve(act, tmp_path)
+
+
+def test_inspect_reads_rows_on_disk_on_its_own_thread(tmp_path: Path) -> None:
+    async def act(peer: Peer) -> None:
+        await fill(peer)
+        request = pb.InspectRequest(table="t", keys=COLD[:3].tobytes(), embeddings=True)
+        data = await peer.call("AnalysisService/Inspect", request.SerializeToString())
+        facts = pb.InspectResponse.FromString(data).keys
+        assert [each.tier for each in facts] == ["lmdb"] * 3
+        assert [each.embedding[0] for each in facts] == [1.0, 2.0, 3.0]
+        assert len(cold_of(peer, COLD)) == BATCH
+
+    serve(act, tmp_path)
+
+
+def test_rows_are_imported_into_a_table_larger_than_memory(tmp_path: Path) -> None:
+    async def act(peer: Peer) -> None:
+        await fill(peer)
+        for first in range(0, 2 * ROWS, 2 * BATCH):  # over rows on disk, then new ones
+            keys = np.arange(first, first + 2 * BATCH, dtype=np.uint64)
+            rows = np.repeat(keys.astype(np.float32) * 2, DIM)
+            request = pb.WriteRowsRequest(
+                table="t", width=DIM, keys=keys.tobytes(), rows=rows.tobytes()
+            )
+            await peer.call("CheckpointService/WriteRows", request.SerializeToString())
+        assert len(table(peer)) == 2 * ROWS
+        assert peer.server._shard.budget.held <= 8 * MIB
+        for first in range(0, 2 * ROWS, ROWS // 4):
+            keys = np.arange(first, first + 50, dtype=np.uint64)
+            assert values(await pull(peer, keys)) == (keys * 2.0).tolist()
+
+    serve(act, tmp_path)
+
+
+def test_what_happens_between_the_tiers_is_counted(tmp_path: Path) -> None:
+    async def act(peer: Peer) -> None:
+        await fill(peer)
+        store = table(peer).store
+        before = store.moves.hits
+        await pull(peer, COLD)
+        await pull(peer, HOT)
+        await push(peer, COLD[:100], 1.0)
+        await pull(peer, np.array([1 << 50], np.uint64))  # a key without a row is neither
+        request = pb.DescribeTableRequest(name="t")
+        data = await peer.call("TableService/DescribeTable", request.SerializeToString())
+        stats = pb.DescribeTableResponse.FromString(data).stats
+        host, disk = stats.tiers
+        assert (host.tier, disk.tier) == ("host", "lmdb")
+        assert host.rows + disk.rows == stats.rows == ROWS
+        assert host.hits == before + len(HOT)
+        assert host.misses == disk.hits == BATCH + 100
+        assert disk.bytes > ROWS * DIM * 4 / 2
+        assert stats.cache.promotions == 100
+        assert stats.cache.demotions >= disk.rows
+        assert stats.cache.flushed_rows >= disk.rows
+        assert stats.cache.warm_reads == 2
+        assert stats.cache.warm_seconds > 0
+        samples = {
+            (sample.name, *sample.labels.values()): sample.value
+            for metric in peer.server._registry.collect()
+            for sample in metric.samples
+        }
+        assert samples["ps_table_rows", "t", "lmdb"] == disk.rows
+        assert samples["ps_table_bytes", "t", "lmdb"] == disk.bytes
+        assert samples["ps_tier_misses_total", "t", "host"] == BATCH + 100
+        assert samples["ps_promoted_rows_total", "t"] == 100
+        assert samples["ps_warm_read_seconds_count", "t"] == 2
+
+    serve(act, tmp_path)

@@ -92,6 +92,39 @@ def table(name: Name, output: OutputOption = Output.TABLE, servers: Servers = DE
     ]
     console.print()
     print_listing(listing("shard", "rows", "memory", "version"), lines)
+    console.print()
+    columns = "tier<", "rows", "share", "size", "hits", "misses"
+    print_listing(listing(*columns), _tiers(info))
+
+
+def _tiers(info: TableInfo) -> list[tuple[str, ...]]:
+    """Return a line for each tier: name, rows, share of all rows, size, hits, misses."""
+    return [
+        (
+            {"host": "host (memory)", "lmdb": "lmdb (disk)"}.get(name, name),
+            f"{tier.rows:,}",
+            figures.percent(tier.rows / max(info.rows, 1)),
+            figures.size(tier.bytes),
+            f"{tier.hits:,}",
+            f"{tier.misses:,}" if name == "host" else "-",
+        )
+        for name, tier in info.tiers.items()
+    ]
+
+
+def _moves(info: TableInfo) -> list[tuple[str, str]]:
+    """Return what moved between memory and disk, as (name, value), both as text."""
+    host, cache = info.tiers.get("host"), info.cache
+    if host is None or "lmdb" not in info.tiers:
+        return []
+    used = host.hits + host.misses
+    waited = f"{cache.warm_seconds / max(cache.warm_reads, 1) * 1e3:.3g} ms"
+    return [
+        ("hit rate of memory", figures.percent(host.hits / used) if used else "-"),
+        ("rows promoted, demoted", f"{cache.promotions:,}, {cache.demotions:,}"),
+        ("rows flushed", f"{cache.flushed_rows:,}, blocks again {cache.reflushed_blocks:,}"),
+        ("waits for the disk", f"{cache.warm_reads:,}, mean {waited}"),
+    ]
 
 
 def _fields(info: TableInfo) -> list[tuple[str, str]]:
@@ -111,6 +144,7 @@ def _fields(info: TableInfo) -> list[tuple[str, str]]:
         ("rows", f"{info.rows:,}"),
         ("memory", figures.size(info.bytes)),
         ("waiting keys", f"{info.waiting:,}, counters {figures.size(info.counter_bytes)}"),
+        *_moves(info),
     ]
 
 
