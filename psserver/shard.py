@@ -249,12 +249,7 @@ class Shard(ShardReads):
                     _check_rows(each)
             pushed: list[pb.PushResponse] = []
             for each in checked:
-                try:
-                    pushed.append(self._push(each))
-                except NoRoom as error:
-                    if not pushed:
-                        raise
-                    raise OutOfMemory(error.budget, error.held, error.wanted, error.what) from error
+                pushed.append(self._push_or_exceed(each, bool(pushed)))
         return Exchanged(pushed, [self._pull(*each) for each in zip(entries, pulls, strict=True)])
 
     def _make_room(self, checked: Sequence[_CheckedPush]) -> None:
@@ -271,6 +266,24 @@ class Shard(ShardReads):
             )
         for name, some in keys.items():
             self._tables.get(name).table.make_room(some)
+
+    def _push_or_exceed(self, each: _CheckedPush, begun: bool) -> pb.PushResponse:
+        """Apply a push for whose table room was made.
+
+        begun  an earlier push of the same call was applied
+
+        Room is made for each table alone. If it does not suffice, the push exceeds the memory
+        budget. Raises NoRoom if nothing was applied yet, and OutOfMemory if no rows can leave.
+        """
+        try:
+            return self._push(each)
+        except OutOfMemory as error:
+            if not self.budget.holders or (isinstance(error, NoRoom) and not begun):
+                raise
+            if self.budget.crowded:
+                raise OutOfMemory(error.budget, error.held, error.wanted, error.what) from error
+        with self._exceeding([each]):
+            return self._push(each)
 
     def _exceeding(self, checked: Sequence[_CheckedPush]) -> AbstractContextManager[None]:
         """Return a context manager: in its block, pushes may exceed the memory budget."""

@@ -64,6 +64,15 @@ def _full(segment: Any) -> Any:
 
 
 @jit
+def _limits(segments: int) -> Any:
+    """Return the number of entries at which each of the first ``segments`` segments is split."""
+    out = np.empty(segments, np.int64)
+    for i in range(segments):
+        out[i] = _full(i)
+    return out
+
+
+@jit
 def find(entries: Any, directory: Any, depth: int, salt: Any, keys: Any, out: Any) -> Any:
     """Write the location of each key to ``out``, 0 for absent keys; return how many are absent.
 
@@ -268,10 +277,20 @@ class Index:
         """Bytes of memory taken from the budget."""
         return self._entries.bytes
 
-    @staticmethod
-    def growth(count: int) -> int:
-        """Return how many bytes of memory the index may need for ``count`` more keys."""
-        return (1 + count * 2 // LEAST_FULL) * SEGMENT * 16 if count else 0
+    def growth(self, count: int) -> int:
+        """Return how many bytes of memory the index may need for ``count`` more keys.
+
+        Keys spread over the segments at random. So a segment may get some more of them than its
+        share, and several segments may have to be split at once.
+        """
+        if not count:
+            return 0
+        segments = len(self._depths)
+        share = count * np.exp2(-np.array(self._depths, np.float64))
+        most = self._counts[:segments] + share + 5 * np.sqrt(share) + 5
+        added = np.exp2(np.maximum(1, np.ceil(np.log2(most / LEAST_FULL)))) - 1
+        splits = np.where(most > _limits(segments), added, 0)
+        return int(splits.sum()) * SEGMENT * 16
 
     def find(self, keys: Keys) -> tuple[Locations, int]:
         """Return (locations uint64[n] of keys uint64[n], number of absent keys).

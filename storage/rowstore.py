@@ -35,6 +35,7 @@ NEARLY = 8  # host memory is nearly full if there is room for less than 1/NEARLY
 AHEAD = 32  # 1/AHEAD of the slots are kept free
 SHARE = 64  # a table that needs memory of others takes at least 1/SHARE of the budget
 MOST_SHRINK = 16 << 20  # maximum number of bytes that a table gives back per call
+LEAST_SHRINK = 64 << 10  # bytes; only whole pages can be given back
 NEAR_LIMIT = 8 << 20  # bytes
 LEAST_RESERVE = 1 << 20  # bytes
 RESERVE = 16  # 1/RESERVE of the budget is left to indexes and counters where there is a cold tier
@@ -277,8 +278,12 @@ class RowStore:
         host = self._host
         own = max(self._limit - self.memory_bytes, self._limit // 4 - host.bytes)
         spare = min(self._budget.spare, own)
-        free = host.slots.free + host.capacity - host.slots.used
-        return free + max(0, spare) // self.row_bytes
+        return self._free_slots + max(0, spare) // self.row_bytes
+
+    @property
+    def _free_slots(self) -> int:
+        """Number of rows for which there is memory already."""
+        return self._host.slots.free + self._host.capacity - self._host.slots.used
 
     @property
     def row_bytes(self) -> int:
@@ -295,7 +300,8 @@ class RowStore:
 
         absent  how many of them have no entry in the index yet
         """
-        return count <= self.room() and Index.growth(absent) <= max(0, self._budget.free)
+        slots = max(0, count - self._free_slots) * self.row_bytes
+        return count <= self.room() and slots + self._index.growth(absent) <= self._budget.free
 
     def make_room(self, count: int, absent: int) -> bool:
         """Make room for more rows in host memory, as far as that is possible without a flush.
@@ -305,7 +311,7 @@ class RowStore:
 
         count, absent  see ``fits``
         """
-        budget, index = self._budget, Index.growth(absent)
+        budget, index = self._budget, self._index.growth(absent)
         if budget.free < (needed := max(index, budget.set_aside // 2)):
             budget.reclaim(needed - budget.free)
         if count > self.room() and self.memory_bytes < self._limit:
@@ -343,8 +349,8 @@ class RowStore:
         Only the end of the memory can be given back. So the clean rows there leave, whatever their
         scores are. Rows before the last dirty row stay: the next flush makes it clean.
         """
-        host = self._host
-        before, count = host.bytes, -(-min(size, MOST_SHRINK) // self.row_bytes)
+        host, size = self._host, max(LEAST_SHRINK, min(size, MOST_SHRINK))
+        before, count = host.bytes, -(-size // self.row_bytes)
         slots, keys, homes, stay = self._cache.tail(max(0, host.capacity - count))
         self._leave(slots, keys, homes)
         host.cut(min(stay, host.slots.used))

@@ -226,6 +226,18 @@ def test_an_index_that_cannot_be_split_says_so_and_stays_as_it_was(
 # ---- room
 
 
+@pytest.mark.parametrize("batch", [1, 700, 10_000, 100_000])
+def test_growth_is_told_before_keys_are_inserted(batch: int) -> None:
+    index = Index(Budget(1 << 40))
+    keys = random_keys(min(600_000, 900 * batch), seed=batch)
+    for at in range(0, len(keys), batch):
+        new, before = keys[at : at + batch], len(index._depths)
+        growth = index.growth(len(new))
+        index.insert(new, new | np.uint64(1))
+        assert SEGMENT_BYTES * (len(index._depths) - before) <= growth
+    assert index.growth(0) == 0
+
+
 @pytest.mark.parametrize("before", [0, 10_000, 50_000])
 def test_an_insert_without_room_leaves_the_index_as_it_was(before: int) -> None:
     budget = Budget(4 * SEGMENT_BYTES)
