@@ -13,6 +13,12 @@ import pytest
 from stores import Home, change, contents, copy_of, push, schema, stored
 
 from psserver import basewriter, compaction, packing
+from storage.admission.rules import Counter
+from storage.arena import Budget
+from storage.base import Base
+from storage.basestate import BaseState
+from storage.block import DIRECTORY
+from storage.errors import DiskFull
 from storage.tiers.host import HostScan
 
 KEYS = 60
@@ -240,3 +246,107 @@ def test_flushes_and_restarts_of_rows_on_disk_keep_every_row(tmp_path: Path, see
                 home.written()
         home.reopen()
         world.check(home)
+
+
+# ---- recovery
+
+
+def fill(home: Home, rows: int, dim: int, seed: int = 1) -> None:
+    """Push to random ones of ``rows`` keys, without a flush."""
+    rng = np.random.default_rng(seed)
+    for _ in range(2 * rows // 1000):
+        keys = rng.choice(rows, 1000, replace=False).tolist()
+        gradients = rng.normal(size=(1000, dim)).astype(np.float32)
+        home.shard.exchange([push(keys, gradients=gradients)], [])
+        home.written()
+
+
+@pytest.mark.parametrize("flushes", [0, 1])
+def test_a_log_with_more_rows_than_fit_into_memory_is_replayed_in_it(
+    tmp_path: Path, flushes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, made = tmp_path / "shard", schema(dim=64, admission=Counter(threshold=2))
+    with Home(directory, segment_bytes=8 << 20) as home:
+        home.shard.create_table(made)
+        fill(home, 20_000, 64)
+        for _ in range(flushes):
+            home.flush()
+            fill(home, 20_000, 64, seed=2)
+        before = contents(home.shard)
+        held, limit = home.shard.budget.held, 4 << 20
+    assert held > limit
+    most, real = [0], Budget.take
+
+    def take(self: Budget, size: int) -> None:
+        real(self, size)
+        most[0] = max(most[0], self.held)
+
+    monkeypatch.setattr(Budget, "take", take)
+    with Home(directory, segment_bytes=8 << 20, memory_bytes=limit) as home:
+        assert contents(home.shard) == before
+        assert home.shard._tables.get("t").table.store.blocks.rows > 0
+    assert most[0] <= limit + (1 << 20), "more than the next push needs was taken"
+    for _ in range(2):
+        with Home(directory, segment_bytes=8 << 20, memory_bytes=limit) as home:
+            assert contents(home.shard) == before
+
+
+def test_a_full_disk_during_the_replay_is_no_hindrance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "shard"
+    with Home(directory, segment_bytes=8 << 20) as home:
+        home.shard.create_table(schema(dim=64))
+        fill(home, 20_000, 64)
+        before = contents(home.shard)
+
+    def refuse(*_: Any) -> int:
+        raise DiskFull("base", 1)
+
+    monkeypatch.setattr(Base, "add", refuse)
+    with Home(directory, segment_bytes=8 << 20, memory_bytes=2 << 20) as home:
+        assert contents(home.shard) == before
+
+
+def test_a_kill_during_the_replay_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, options = tmp_path / "shard", {"segment_bytes": 8 << 20}
+    with Home(directory, **options) as home:
+        home.shard.create_table(schema(dim=64))
+        fill(home, 20_000, 64)
+        before = contents(home.shard)
+    copies, real = list[Path](), Base.commit
+
+    def commit(self: Base, state: BaseState) -> None:
+        real(self, state)
+        if self.directory == directory / "base" and len(copies) < 3:
+            copies.append(copy_of(directory, tmp_path / f"copy{len(copies)}"))
+
+    monkeypatch.setattr(Base, "commit", commit)
+    with Home(directory, memory_bytes=2 << 20, **options):
+        pass
+    assert len(copies) == 3
+    for path in copies:
+        with Home(path, memory_bytes=2 << 20, **options) as home:
+            assert contents(home.shard) == before
+
+
+def test_a_restart_reads_keys_and_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Home(tmp_path / "shard") as home:
+        home.shard.create_table(schema(dim=64))
+        fill(home, 5000, 64)
+        home.flush()
+        before = contents(home.shard)
+        read = list[int]()
+        real = Base.block
+
+        def block(self: Base, number: int, *more: Any) -> Any:
+            found = real(self, number, *more)
+            read.append(found.kind)
+            return found
+
+        monkeypatch.setattr(Base, "block", block)
+        home.reopen()
+        assert read == [DIRECTORY]
+        assert contents(home.shard) == before
