@@ -17,5 +17,9 @@ freshness.py    latency and cost of followers (processes that mirror a table)
 checkpoint.py   cost of checkpoints, speed of restore and replay
 eviction.py     cost of eviction in the background
 analyze.py      cost of an analysis
+tierservice.py  pulls and training steps of tables that are larger than memory
+tierbudget.py   memory and disk of a server with more rows than fit into memory
+tierlatency.py  pulls of rows in memory while the server uses the disk
+tiers.py        tables that are larger than memory: all of the above, and other stores
 restart.py      time from the start of a shard until it serves
 """

@@ -123,6 +123,41 @@ class TestLongtail:
         assert "<script src" not in page
 
 
+class TestLargerThanMemory:
+    def test_its_memory_is_a_tenth_of_its_rows(self, module: Any) -> None:
+        example = module("larger_than_memory")
+        size, memory = example.budget(
+            module("tail").Stream(0, module("tail").Scale(steps=2, batch=2048))
+        )
+        assert size % example.ROW_BYTES == 0
+        assert memory == size // 10
+
+    def test_each_claim_can_fail(self, module: Any) -> None:
+        example = module("larger_than_memory")
+        size, memory = 1000 * example.ROW_BYTES, 100 * example.ROW_BYTES
+        good = example.Held(rows=1000, host_rows=90, memory=0, disk=0, hits=3, misses=1)
+        assert good.hit_rate == 0.75
+        assert example.problem((0.7, 0.7), good, size, memory) is None
+        apart = 0.7, float(np.nextafter(0.7, 1))
+        assert "AUC of the twin" in example.problem(apart, good, size, memory)
+        few = replace(good, rows=800)
+        assert "expected 1,000 rows" in example.problem((0.7, 0.7), few, size, memory)
+        many = replace(good, host_rows=110)
+        assert "do not fit" in example.problem((0.7, 0.7), many, size, memory)
+
+    @pytest.mark.slow
+    def test_its_auc_is_that_of_its_twin(self, tmp_path: Path) -> None:
+        command = [sys.executable, EXAMPLES / "larger_than_memory.py", "--quick"]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (run.returncode, run.stderr) == (0, "")
+        limited, twin = re.findall(r"0\.\d{10,}", run.stdout)
+        assert limited == twin
+        assert float(limited) > 0.55
+        rates = re.search(r"keys found in memory\D+([\d.]+)%\D+([\d.]+)%", run.stdout)
+        assert rates is not None
+        assert float(rates[1]) < float(rates[2]) == 100
+
+
 class TestAdult:
     PEOPLE = (
         "52, Private, 100001, Masters, 14, Divorced, Sales, Unmarried, Other, Female,"

@@ -1,0 +1,114 @@
+"""Measure the memory of a server that gets many more rows than fit, and its bytes on disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.disk import size_of
+from benchmarks.report import Report
+from benchmarks.servers import Server, unshared
+from benchmarks.step import CHUNK
+from benchmarks.tierservice import DIM, SLOT_BYTES, WIDTH, Trainer, fill
+from benchmarks.work import Draws, Work, keys_of
+from psclient import Client, Subscriber, Table
+
+SAMPLE = 20  # pushes between two measurements of the memory
+ROW_BYTES = 4 * WIDTH + 32  # bytes of a row in a block, its metadata included
+TIMES = 10  # rows are written for so many times the host memory
+
+
+def budget(report: Report, directory: Path, quick: bool) -> None:
+    """Run the section "budget": push new keys, ten times as many as fit into host memory."""
+    limit = (64 if quick else 512) << 20
+    server = Server(directory / "server", "--host-bytes", str(limit), "--flush-seconds", "5")
+    rows = TIMES * limit // SLOT_BYTES
+    lines = []
+    with ExitStack() as stack:
+        server.start()
+        stack.callback(server.stop)
+        client = stack.enter_context(Client([server.address], timeout=120.0))
+        _exercise(client.create_table("first", DIM, lr=0.05))
+        client.drop_table("first")
+        time.sleep(2.0)
+        before = unshared(server.process.pid)
+        table = client.create_table("rows", DIM, lr=0.05)
+        for part in range(TIMES):
+            most = 0
+            for each in _pushed(table, part * rows // TIMES, (part + 1) * rows // TIMES):
+                if each % SAMPLE == 0:
+                    most = max(most, unshared(server.process.pid) - before)
+            host = table.describe().tiers["host"]
+            lines.append(
+                {
+                    "rows": table.describe().rows,
+                    "in host memory": host.rows,
+                    "host bytes": host.bytes,
+                    "largest memory, MB": most / 1e6,
+                    "over the budget, % (<= 5)": 100 * (most / limit - 1),
+                }
+            )
+    report.section(
+        f"memory without file cache: host_bytes {limit >> 20} MiB, {TIMES} times as many rows"
+        f" (before: {before / 1e6:,.0f} MB)",
+        lines,
+    )
+
+
+def _exercise(table: Table) -> None:
+    """Push and pull for a while, so that the memory of threads, buffers and kernels is counted."""
+    for _ in _pushed(table, 0, 20 * CHUNK):
+        table.pull(keys_of(np.arange(CHUNK)))
+
+
+def _pushed(table: Table, start: int, stop: int) -> Iterator[int]:
+    """Push gradients for the ids start..stop-1, in batches. Yields the number of each push."""
+    gradients = np.ones((CHUNK, DIM), np.float32)
+    for number, at in enumerate(range(start, stop, CHUNK)):
+        keys = keys_of(np.arange(at, min(at + CHUNK, stop)))
+        table.push(keys, gradients[: len(keys)])
+        yield number
+
+
+def growth(report: Report, directory: Path, quick: bool) -> None:
+    """Run the section "disk": train for a while, without and with a snapshot that stays open."""
+    rows, seconds = (300_000, 15.0) if quick else (2_000_000, 60.0)
+    flags = ["--host-bytes", str(rows * SLOT_BYTES // 8 + rows * 40), "--flush-seconds", "2"]
+    server = Server(directory / "server", *flags, "--log-keep-bytes", "0")
+    draws = Draws(Work(rows=rows))
+    lines: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        server.start()
+        stack.callback(server.stop)
+        client = stack.enter_context(Client([server.address], timeout=120.0))
+        table = client.create_table("rows", DIM, lr=0.05)
+        fill(table, draws.hottest)
+        trainer = Trainer(table, draws, False)
+        lines.append(_churn("no snapshot", server, trainer, rows, seconds))
+        subscriber = stack.enter_context(Subscriber(client, start="snapshot"))
+        next(iter(subscriber))  # and no further: the snapshot stays open
+        lines.append(_churn("a snapshot is open", server, trainer, rows, seconds))
+    report.section(f"bytes on disk while {rows:,} rows are trained, flush every 2 s", lines)
+
+
+def _churn(name: str, server: Server, trainer: Trainer, rows: int, seconds: float) -> Any:
+    """Train for a time, and return a row of the report. ``rows`` is the number of live rows."""
+    end, most, steps = time.perf_counter() + seconds, 0, 0
+    while time.perf_counter() < end:
+        trainer.turn("step", SAMPLE, measured=False)
+        steps += SAMPLE
+        most = max(most, size_of(server.data / "base"))
+    cache = trainer.table.describe().cache
+    return {
+        "during": name,
+        "steps": steps,
+        "rows flushed so far": cache.flushed_rows,
+        "blocks flushed again so far": cache.reflushed_blocks,
+        "largest base, MB": most / 1e6,
+        "per byte of live rows (<= 1.5)": most / (rows * ROW_BYTES),
+    }
