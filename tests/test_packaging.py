@@ -74,6 +74,7 @@ def test_an_install_works_beside_proto_plus(python: Path, tmp_path: Path, kind: 
     assert done.stdout.strip().startswith(str(ROOT if kind == "editable" else tmp_path))
 
 
+@pytest.mark.slow
 def test_the_client_imports_nothing_of_the_server_or_of_the_extras() -> None:
     code = "import sys, psclient, psclient.aio; print(*{m.split('.')[0] for m in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -47,6 +47,7 @@ def pulled(table: Any, keys: Any) -> dict[int, tuple[float, ...]]:
 # ---- followers
 
 
+@pytest.mark.slow
 def test_a_follower_holds_what_the_servers_hold(cluster3: Cluster, connect: Any, name: str) -> None:
     client = connect(cluster3)
     table = client.create_table(
@@ -197,6 +198,7 @@ MEANINGLESS = st.integers(0, 2**64 - 1)
 KEYS = st.lists(st.integers(0, 40) | MEANINGLESS, unique=True, max_size=30)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     steps=st.lists(st.tuples(st.booleans(), KEYS, st.integers(1, 20)), max_size=30),

@@ -24,6 +24,7 @@ def addresses(cluster2: Cluster) -> list[str]:
     return cluster2.addresses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["stream", "unary"])
 @alone
 def test_clients_that_are_forgotten_leave_no_threads(
@@ -45,6 +46,7 @@ def test_clients_that_are_forgotten_leave_no_threads(
     eventually(lambda: threading.active_count() <= before)
 
 
+@pytest.mark.slow
 @alone
 def test_asyncio_clients_that_are_forgotten_leave_no_threads(addresses: list[str]) -> None:
     def forget() -> None:

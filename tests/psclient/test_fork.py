@@ -102,12 +102,14 @@ def test_children_pull_while_the_parent_goes_on(client: Client, name: str) -> No
     run_all(children, lambda: check(table, 9, 10))
 
 
+@pytest.mark.slow
 def test_forks_may_follow_each_other(client: Client, name: str) -> None:
     table = filled(client, name)
     for seed in range(8):
         run_all([FORK.Process(target=check, args=(table, seed, 2))], lambda: check(table, 9, 2))
 
 
+@pytest.mark.slow
 def test_a_fork_may_happen_while_other_threads_have_calls_in_flight(
     client: Client, name: str
 ) -> None:

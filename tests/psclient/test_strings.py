@@ -15,6 +15,7 @@ from psclient.errors import (
 
 
 class TestStrings:
+    @pytest.mark.slow
     def test_keys_of_strings_are_xxh64(self) -> None:
         random = np.random.default_rng(12)
         strings: list[Any] = ["", "a", "male", "ж", "日本語", "🙂" * 9, b"\0", b"\xff\xfe"]

@@ -112,6 +112,7 @@ class TestLongCalls:
         with pytest.raises(InvalidArgument, match="timeout must be "):
             client.evict("t", timeout=timeout)
 
+    @pytest.mark.slow
     @alone
     def test_all_parts_of_an_operation_share_its_timeout(self) -> None:
         """Connecting, asking for the dim, and the request itself."""
@@ -148,6 +149,7 @@ class TestLongCalls:
             assert seconds(lambda: (thread.start(), thread.join(10))) < 2
         assert [type(error) for error in errors] == [DeadlineExceeded]
 
+    @pytest.mark.slow
     @alone
     def test_a_request_to_wait_longer_than_the_timeout_is_not_obeyed(self) -> None:
         def refuse(_: bytes, context: Any) -> bytes:
@@ -226,6 +228,7 @@ class TestCancelled:
             client.drop_table("t")
         assert [method.left for method in methods.values()] == [-1] * 4
 
+    @pytest.mark.slow
     @alone
     def test_but_not_beyond_the_timeout(self) -> None:
         methods = {"TableService/DescribeTable": Cancelling(10**6, described)}

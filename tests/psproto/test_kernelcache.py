@@ -89,6 +89,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become 
 class TestAnotherUser:
     """What root has filled while an image was built."""
 
+    @pytest.mark.slow
     def test_a_filled_cache_that_cannot_be_written_is_used(self, source: Path) -> None:
         run(source)
         for path in source.rglob("*"):

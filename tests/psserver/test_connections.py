@@ -150,6 +150,7 @@ async def in_thread(call: Any, *args: Any) -> Any:
     return await asyncio.to_thread(call, *args)
 
 
+@pytest.mark.slow
 def test_a_large_message_that_is_not_finished_in_time_costs_its_connection() -> None:
     async def act(peer: Peer) -> None:
         with senders(peer, 1) as (sender,):

@@ -86,6 +86,7 @@ class TestUnusable:
             with pytest.raises(ConfigError, match=r"^data_dir: cannot use .*not a directory"):
                 lock(directory)
 
+    @pytest.mark.slow
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
     @pytest.mark.parametrize("within", ["", "LOCK", "SHARD", "base", "log"])
     @alone  # gRPC of other tests does not survive the fork

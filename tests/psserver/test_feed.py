@@ -312,6 +312,7 @@ async def test_an_idle_stream_says_that_it_lives(node: Node) -> None:
 # ---- many subscribers, slow subscribers
 
 
+@pytest.mark.slow
 @alone
 @run
 async def test_a_stopped_subscriber_is_sent_no_more_than_it_takes(node: Node) -> None:
@@ -379,6 +380,7 @@ async def test_a_server_that_stops_says_so_and_waits_for_nobody_to_read(node: No
     assert isinstance(await refused(node), Draining)
 
 
+@pytest.mark.slow
 @alone
 @run
 async def test_a_subscriber_that_goes_leaves_no_file_open(node: Node) -> None:

@@ -111,6 +111,7 @@ def test_a_flush_that_finds_the_disk_full_leaves_the_last_one(
     assert_restarts_equal(home)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [DiskFull("base", 1), OSError(5, "broken"), ZeroDivisionError("a defect")]
 )

@@ -290,6 +290,7 @@ def test_a_dropped_table_takes_memory_until_its_last_scan_is_gone() -> None:
     assert (budget.held, budget.reserved) == (0, 0)
 
 
+@pytest.mark.slow
 @alone
 def test_tables_that_are_dropped_and_filled_again_stay_within_the_budget() -> None:
     fill(Table(schema(), Budget(MIB)), range(1000))  # loads the kernels
@@ -312,6 +313,7 @@ def test_tables_that_are_dropped_and_filled_again_stay_within_the_budget() -> No
     fill(Table(schema(), budget), range(250_000))
 
 
+@pytest.mark.slow
 @alone
 def test_free_slots_take_no_memory() -> None:
     budget = Budget(GIB)

@@ -286,6 +286,7 @@ def reader(directory: str) -> None:
             sys.stdin.readline()
 
 
+@pytest.mark.slow
 def test_a_tool_beside_the_shard_stays_at_the_state_it_found(tmp_path: Path) -> None:
     with Base(tmp_path, map_bytes=1 << 20) as base:
         base.commit(state(1, [base.add(rows(i)) for i in range(3)]))
@@ -310,6 +311,7 @@ def newest(directory: str) -> None:
         print(json.dumps([base.state.version, [int(b.keys[0]) for _, b in base.blocks()]]))
 
 
+@pytest.mark.slow
 def test_readers_that_died_no_longer_hold_pages(tmp_path: Path) -> None:
     with Base(tmp_path) as base:
         base.commit(state(1, [base.add(rows(1))]))

@@ -233,6 +233,7 @@ def test_a_file_that_was_cut_is_found(tmp_path: Path) -> None:
     assert found > end // 4096
 
 
+@pytest.mark.slow
 def test_pages_that_change_while_they_are_checked_are_no_damage(tmp_path: Path) -> None:
     with Base(tmp_path) as base:
         done, checked = threading.Event(), 0

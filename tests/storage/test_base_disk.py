@@ -89,6 +89,7 @@ def file_limit(directory: str) -> None:
     print(json.dumps(verify_pages(directory)))
 
 
+@pytest.mark.slow
 def test_a_full_disk_changes_nothing(memory: Path) -> None:
     assert run(__file__, "file_limit", memory / "base") == []
 

@@ -260,6 +260,7 @@ def test_a_small_row_has_its_grace_and_each_push_renews_it() -> None:
 # ---- rules for tables
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("leave", [1, 1000, 65_537, 99_999])
 @pytest.mark.parametrize("kind", CAPACITIES)

@@ -158,6 +158,7 @@ TestCrowdedEntries = Crowd.TestCase
 # ---- many keys
 
 
+@pytest.mark.slow
 def test_many_keys_come_move_and_go_as_in_a_dict() -> None:
     keys, rng = random_keys(250_000, 1), np.random.default_rng(2)
     index, model = Index(Budget(1 << 30)), {}
@@ -210,6 +211,7 @@ def test_keys_that_share_their_first_bits_split_one_segment_after_another() -> N
     assert len(held(index)) == len(keys) + len(others)
 
 
+@pytest.mark.slow
 def test_an_index_that_cannot_be_split_says_so_and_stays_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -29,6 +29,7 @@ from storage.segment import HEADER, frame_bytes
 class TestBytes:
     """Every byte of a stopped log, changed or gone."""
 
+    @pytest.mark.slow
     def test_a_last_record_cut_anywhere_is_torn_or_if_synced_damage(
         self, opened: Opener, tmp_path: Path
     ) -> None:

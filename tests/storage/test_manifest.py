@@ -200,6 +200,7 @@ def test_a_path_stays_inside_the_checkpoint(path: str) -> None:
 # ---- sizes
 
 
+@pytest.mark.slow
 def test_many_parts_are_refused_soon() -> None:
     fields = fields_of(WHOLE)
     fields["parts"] = list(fields["parts"]) * 200_000

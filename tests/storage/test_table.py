@@ -215,6 +215,7 @@ def test_a_push_leaves_other_rows_and_its_arguments_alone() -> None:
     assert after.keys.tolist() == [*range(100), 200]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("known", [0, 1000])
 def test_a_push_without_room_changes_nothing_at_all(optimizer: str, known: int) -> None:

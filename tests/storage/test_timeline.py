@@ -55,6 +55,7 @@ TTL = 100.0
 AHEAD, BEHIND = [0.3, 1.0, 30.0, 150.0, 1e5, 1e9], [-1e5, -1e9]
 
 
+@pytest.mark.slow
 @given(
     pauses=st.lists(st.sampled_from([0.3, 1.0, 7.0, 40.0, 130.0]), min_size=1, max_size=60),
     errors=st.sampled_from([AHEAD, BEHIND]).flatmap(
