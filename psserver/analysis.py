@@ -1,9 +1,9 @@
 """Analyze a table: read every row once, in slices, and compute a summary. Nothing is changed.
 
-All methods block, so they must run on worker threads. Each slice of a live table is read on the
+All methods block, so they must run on worker threads. Each slice of rows in memory is read on the
 engine thread, so that no row is read while a push changes it. This takes about 50 us per slice.
-The rest of the work runs on the worker thread, mostly in one kernel that releases the interpreter
-lock.
+Rows on disk do not change, and are read on the worker thread. So is the rest of the work done,
+mostly in one kernel that releases the interpreter lock.
 
 Slices are small, so that a pull waits only briefly for a slice. All slices together use at most
 1/81 of a core, so that few pulls wait at all. The rows of a checkpoint do not need the engine, but
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from psproto import ps_pb2 as pb
 from psserver.checkpoints import Checkpoints
@@ -38,13 +37,12 @@ from storage.eviction.contract import FIRST_STEP
 from storage.kernels import Rows
 from storage.part_reader import Piece, counters_of, rows_of
 from storage.schema import TableSchema
-from storage.slots import FREQUENCY, KEY, STEP, VERSION
-from storage.tiers.base import Scan
+from storage.slots import KEY, STEP, VERSION
+from storage.tablescan import Part
 from storage.versionlog import VersionLog
 
 SLICE_ROWS = 2_048  # maximum number of rows in a slice
 SLICE_BYTES = 1 << 20  # maximum size of the embeddings in a slice, in bytes
-ALL = (1 << 48) - 1  # the largest version number: rows of all versions are read
 
 
 class Analyses:
@@ -91,69 +89,46 @@ class Analyses:
         view = self._engine.run(lambda: self._shard.view_table(request.table))
         outbox = Outbox(request, view.stats.rows)
 
-        def work(found: tuple[RowColumns, Rows | None]) -> list[pb.AnalyzeResponse]:
-            rows, embeddings = found
+        def work(read: Callable[[], Part]) -> list[pb.AnalyzeResponse]:
+            part = read()
+            meta = part.meta
+            if not len(meta):
+                return []
+            columns = meta[:, KEY], meta[:, VERSION], meta[:, STEP].view(np.int64), part.frequencies
+            rows = RowColumns(*columns, part.norms, part.tier)
             summary.add(rows, view.step)
-            return list(outbox.put(rows, embeddings, summary.rows))
+            return list(outbox.put(rows, part.rows if width else None, summary.rows))
 
-        for read in self._slices(request, view):
+        wanted = request.columns == Columns.COLUMNS_EMBEDDING
+        width = view.schema.dim if wanted else 0
+        while not view.scan.done:
             progress.add(0)
-            yield from self._pace.run(read, work)
+            yield from self._pace.run(partial(self._choose, request, view, width), work)
         yield from outbox.flush()
         message = write_summary(summary, view.schema, view.step)
         message.version, message.last_version = view.version, self._shard.version
-        for name, _, size in view.tiers:
-            message.tiers.add(name=name, rows=summary.tiers.get(name, 0), bytes=size)
+        for tier in view.stats.tiers:
+            rows = summary.tiers.get(tier.tier, 0)
+            message.tiers.add(name=tier.tier, rows=rows, bytes=tier.bytes)
         message.index_bytes, message.waiting = view.stats.index_bytes, view.stats.waiting
         message.waiting_bytes = view.stats.counter_bytes
         yield pb.AnalyzeResponse(done=outbox.done, total=outbox.done, summary=message)
 
-    def _slices(
-        self, request: pb.AnalyzeRequest, view: TableView
-    ) -> Iterator[Callable[[], tuple[RowColumns, Rows | None]]]:
-        """Yield functions without arguments that the engine must run; each reads one slice of rows.
+    def _choose(
+        self, request: pb.AnalyzeRequest, view: TableView, width: int
+    ) -> Callable[[], Part]:
+        """Choose the next slice of rows. Must run on the engine thread.
 
-        view  access to the table
+        view   access to the table
+        width  how many numbers of each row to copy
 
-        Each function calls ``_read``, and returns its result.
-        """
-        most = max(1, min(SLICE_ROWS, SLICE_BYTES // (4 * view.schema.dim)))
-        for tier, scan, _ in view.tiers:
-            start: int | None = 0
-            while start is not None:
-                places, start = scan.find(start, 0, ALL, most)
-                if len(places):
-                    yield partial(self._read, request, view, tier, scan, places)
-
-    def _read(
-        self,
-        request: pb.AnalyzeRequest,
-        view: TableView,
-        tier: str,
-        scan: Scan,
-        places: NDArray[np.int64],
-    ) -> tuple[RowColumns, Rows | None]:
-        """Read some rows of the table. Must run on the engine thread.
-
-        tier    name of the kind of memory that holds the rows
-        scan    reads the rows of this memory
-        places  int64[n], from ``scan.find``: where the rows are; rows deleted since are left out
-
-        Returns (metadata of the rows, embeddings float32[n, dim] or None if not requested).
-        Raises UnknownTable if the table was dropped meanwhile.
+        Returns a function that returns the rows with their norms. Raises UnknownTable if the table
+        was dropped meanwhile.
         """
         if not self._shard.holds(view.number):
             raise UnknownTable(request.table)
-        norms = np.empty(len(places), np.float64)
-        meta = scan.measure(places, norms)
-        if not (there := meta[:, VERSION] != 0).all():
-            meta, norms, places = meta[there], norms[there], places[there]
-        matrix = None
-        if request.columns == Columns.COLUMNS_EMBEDDING:
-            matrix = np.empty((len(places), view.schema.dim), np.float32)
-            scan.read(places, matrix)
-        columns = meta[:, KEY], meta[:, VERSION], meta[:, STEP].view(np.int64)
-        return RowColumns(*columns, meta[:, FREQUENCY], norms, tier), matrix
+        most = max(1, min(SLICE_ROWS, SLICE_BYTES // (4 * view.schema.dim)))
+        return view.scan.next(most, width, norms=True)
 
     def _stored(self, request: pb.AnalyzeRequest, summary: Summary) -> Iterator[pb.AnalyzeResponse]:
         """Analyze a table of the checkpoint ``request.checkpoint``; keep it from being deleted.

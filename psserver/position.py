@@ -18,8 +18,10 @@ process. tables: hash of the subscribed table names. A subscriber is in one of f
                     of the shard at one version)
 
 SNAPSHOT sends all rows (after = 0 at first), CATCH_UP those that changed after the last version
-that the subscriber has. A slot is the index of a row in memory, so a scan can only continue in the
-same process; in a different one it starts over.
+that the subscriber has. A slot is a position in the scan of a table: the index of a row in memory,
+or 2^56 + the number of a block on disk * 2^16 + the index of a row in the block. Another process
+has the rows at different indices in memory, so a scan can only continue in the same process; in a
+different one it starts over.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from xxhash import xxh3_64_intdigest
 from psserver.errors import BadRequest
 
 FORMAT = 1
-MAX_SLOT = 1 << 40  # upper bound on the slots of one table on one shard
+MAX_SLOT = 1 << 57  # upper bound on the positions in the scan of a table
 _TOKEN = struct.Struct("<BBHI16s7Q")
 _CHECKSUM = struct.Struct("<Q")
 _SEED = 0x70736665656431  # seed of the checksum; bytes of formats with other seeds are refused

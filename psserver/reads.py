@@ -28,7 +28,7 @@ from storage.eviction.contract import FIRST_STEP
 from storage.kernels import Keys
 from storage.results import Moves, TableStats, Tally
 from storage.schema import TableSchema
-from storage.tiers.base import Scan
+from storage.tablescan import ExactScan, TableScan
 
 
 class ColdRead(NamedTuple):
@@ -204,16 +204,16 @@ class ShardReads:
             if table.store.blocks is not None and self.holds(read.entry.number):
                 table.store.blocks.settle(read.pages)
 
-    def scan(self, name: str) -> tuple[TableSchema, int, Scan]:
-        """Return (schema of a table, version of the shard, scan over the table's rows).
+    def scan(self, name: str) -> tuple[TableSchema, int, int, ExactScan]:
+        """Return (schema of a table, its number, version of the shard, scan of the table's rows).
 
-        The scan stays valid while pushes continue. Only the engine thread may copy rows with it,
-        one slice per call.
+        The scan stays valid while pushes continue, until the table is dropped. It reads each row
+        exactly once.
         """
-        table = self._tables.get(name).table
-        return table.schema, self.version, table.scan()
+        entry = self._tables.get(name)
+        return entry.schema, entry.number, self.version, entry.table.exact_scan()
 
-    def rows_of(self, number: int) -> Scan | None:
+    def rows_of(self, number: int) -> TableScan | None:
         """Return a scan over the rows of the table with this number; None if it was dropped."""
         entry = self._tables.numbered(number)
         return None if entry is None else entry.table.scan()

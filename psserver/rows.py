@@ -8,7 +8,7 @@ The methods block, so they run on worker threads. The engine thread copies one s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -31,10 +31,12 @@ from psserver.stored import (
     schema_in,
 )
 from psserver.work import Work
+from storage.errors import UnknownTable
 from storage.kernels import Keys, Rows
 from storage.part_reader import rows_of
 from storage.schema import TableSchema
 from storage.slots import KEY, STEP, VERSION
+from storage.tablescan import Part
 
 
 class RowTransfer:
@@ -73,25 +75,25 @@ class RowTransfer:
     def _live_rows(self, name: str) -> Iterator[pb.Delta]:
         """Yield a header, then the rows of this shard's table ``name``, while pushes continue.
 
-        Each row is consistent, because the engine thread copies it, but rows may be of different
-        versions.
+        Each row is sent exactly once, and is consistent, but rows may be of different versions. The
+        engine thread copies rows in memory; this thread reads rows on disk. Raises UnknownTable if
+        the table is dropped meanwhile, and Corrupt if a row on disk is damaged.
         """
-        schema, version, scan = self._engine.run(lambda: self._shard.scan(name))
+        schema, number, version, scan = self._engine.run(lambda: self._shard.scan(name))
         yield _head(schema, version)
-        start: int | None = 0
         most = slice_rows(schema.width)
-        frequencies, rows = np.empty(most, np.uint64), np.empty((most, schema.width), np.float32)
 
-        def copy(start: int) -> tuple[Any, int | None]:
-            places, following = scan.find(start, 0, (1 << 48) - 1, most)
-            n = len(places)
-            return scan.copy(places, frequencies[:n], rows[:n]), following
+        def choose() -> Callable[[], Part]:
+            if not self._shard.holds(number):  # without its rows on disk the export has gaps
+                raise UnknownTable(name)
+            return scan.next(most, schema.width)
 
-        while start is not None:
-            meta, start = self._engine.run(lambda start=start: copy(start))  # type: ignore[misc]
-            n = len(meta)
-            steps = meta[:, STEP].view(np.int64)
-            yield _rows(schema, meta[:, KEY], meta[:, VERSION], steps, frequencies[:n], rows[:n])
+        while not scan.done:
+            part = self._engine.run(choose)()
+            meta, steps = part.meta, part.meta[:, STEP].view(np.int64)
+            if len(meta):
+                columns = meta[:, KEY], meta[:, VERSION], steps
+                yield _rows(schema, *columns, part.frequencies, part.rows)
 
     def _stored_rows(self, name: str, stored: str) -> Iterator[pb.Delta]:
         """Yield a header, then this shard's share of the rows of table ``name`` in a checkpoint.

@@ -3,11 +3,13 @@
 A scan is either a snapshot, which sends all rows, or a catch-up, which sends only the rows and
 deletes that are newer than the version the subscriber already has.
 
-A scan notes the shard's version V, then reads the rows in slices. The engine thread copies each
-slice, so every row is whole, and a push waits for at most one slice. Rows newer than V are skipped,
-because the subscriber then receives the log after V, which contains them. Once it has received the
-log up to the shard's version at the end of the scan, its rows are consistent (equal to those of the
-shard at one version). Then it gets the message SNAPSHOT_END.
+A scan notes the shard's version V, then reads the rows in slices: first those in memory, then those
+on disk. The engine thread copies each slice of rows in memory, so every row is whole, and a push
+waits for at most one slice. A thread of the feed reads the rows on disk, which never change. A row
+that moves to the disk meanwhile may be sent twice. Rows newer than V are skipped, because the
+subscriber then receives the log after V, which contains them. Once it has received the log up to
+the shard's version at the end of the scan, its rows are consistent (equal to those of the shard at
+one version). Then it gets the message SNAPSHOT_END.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from psserver.wanted import Wanted
 from storage import records
 from storage.schema import TableSchema
 from storage.slots import KEY, STEP, VERSION
-from storage.tiers.base import Scan
+from storage.tablescan import TableScan
 
 SLICE_BYTES = 256 << 10  # bytes of rows that the engine thread copies per call
 SLICE_TOMBSTONES = 65_536  # tombstones (records of deletes) read per call of the engine thread
@@ -209,11 +211,14 @@ class RowScan:
                 table=number + (slot is None),
                 slot=0 if slot is None else slot,
             )
-            copied = [
-                await source.engine.submit(partial(_copy, scan, some, width))
-                for some in _slices(slots, 32 + 4 * width)
-            ]
-            if copied:
+            if scan.changes(slots):
+                copied = [
+                    await source.engine.submit(partial(_copy, scan, some, width))
+                    for some in _slices(slots, 32 + 4 * width)
+                ]
+            else:
+                copied = [await source.work(partial(_copy, scan, slots, width))]
+            if len(slots):
                 make = partial(self._make_rows, schema, copied, position)
                 await self._send(await source.work(make))
             self._sender.position = position
@@ -257,14 +262,14 @@ def _slices(slots: Any, row_bytes: int) -> Iterator[Any]:
         yield slots[start : start + most]
 
 
-def _copy(scan: Scan, slots: Any, width: int) -> tuple[Any, Any, Any]:
+def _copy(scan: TableScan, slots: Any, width: int) -> tuple[Any, Any, Any]:
     """Copy rows. Return (metadata uint64[n, 4], frequencies uint64[n], rows float32[n, width]).
 
     scan   scan over the table
-    slots  int64[n], slots of the rows
+    slots  int64[n], places of the rows, from ``scan.find``
     width  how many numbers of each row to copy: the embedding comes first, then optimizer state
 
-    Must run on the engine thread.
+    Must run on the engine thread if pushes may change the rows.
     """
     frequencies = np.empty(len(slots), np.uint64)
     rows = np.empty((len(slots), width), np.float32)

@@ -12,21 +12,21 @@ from psserver.tables import TableEntry
 from storage.kernels import Keys, Rows
 from storage.results import TableStats
 from storage.schema import TableSchema
-from storage.tiers.base import Scan
+from storage.tablescan import ExactScan
 
 
 @dataclass(frozen=True, slots=True)
 class TableView:
     """Access to a table on this shard, for reading its rows in slices while pushes continue.
 
-    A tier is a kind of memory that holds rows.
+    A tier is a kind of memory, or the disk, that holds rows.
     """
 
     schema: TableSchema
     number: int  # number of the table
     version: int  # version of the shard when this object was created
     step: int  # largest training step pushed to the table; FIRST_STEP before the first push
-    tiers: list[tuple[str, Scan, int]]  # (name of the tier, scan over its rows, bytes of memory)
+    scan: ExactScan  # reads each row exactly once
     stats: TableStats
 
 
@@ -40,7 +40,7 @@ class KeyView:
     version: int  # version of the shard
     number: int  # number of the table
     created: int  # version of the table's creation
-    tiers: list[str]  # [n]  name of the memory that holds the row
+    tiers: list[str]  # [n]  name of the tier that holds the row
     versions: NDArray[np.uint64]  # [n]  version of the last change of the row
     steps: NDArray[np.int64]  # [n]  training step of the last push to the row
     frequencies: NDArray[np.uint64]  # [n]  occurrences pushed since the row exists
@@ -70,7 +70,7 @@ def view_table(entry: TableEntry, version: int) -> TableView:
         entry.number,
         version,
         table.evictor.step,
-        table.tiers(),
+        table.exact_scan(),
         table.stats(),
     )
 

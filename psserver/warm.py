@@ -15,7 +15,7 @@ from storage.analysis import RowColumns, Summary
 from storage.arena import Budget
 from storage.eviction import sweep as eviction
 from storage.index import SEGMENT, Index
-from storage.kernels import Images, Keys, Slots
+from storage.kernels import Images, Keys
 from storage.schema import TableSchema
 from storage.table import Table
 
@@ -69,27 +69,29 @@ def _warm_table(keys: Keys, written: bool) -> None:
     stored = _view(frequencies, written)
     table.put(Images(keys, versions, steps, stored, sent))  # as in a log record
     table.put(Images(keys, _view(versions, written), _view(steps, written), stored, sent))
-    _warm_scan(table, keys, slots, written)
+    _warm_scan(table, keys, written)
     table.pull(keys, "train", rows)
     table.pull(keys, "serve", rows)
     table.delete(keys[:1])
     table.close()
 
 
-def _warm_scan(table: Table, keys: Keys, slots: Slots, written: bool) -> None:
+def _warm_scan(table: Table, keys: Keys, written: bool) -> None:
     """Run the kernels that scan, copy and summarize the rows of a table.
 
-    slots    int64[n], slots of the rows of ``keys``
+    keys     uint64[n], keys of all rows of the table
     written  whether the metadata of a checkpoint, which is summarized like that of a live table, is
              an array that can be written
     """
     rows, frequencies = np.empty((len(keys), 2), np.float32), np.empty(len(keys), np.uint64)
-    places = table.scan().find(0, 0, 2, len(keys))[0]
+    scan = table.scan()
+    places = scan.find(0, 0, 2, len(keys))[0]
     assert len(places) == len(keys)  # else the kernels below would run on no rows
-    table.scan().copy(places, frequencies, rows)
+    scan.copy(places, frequencies, rows)
     norms = np.empty(len(keys))
-    meta = table.scan().measure(slots, norms)
-    table.scan().read(slots, rows)
+    meta = scan.measure(places, norms)
+    scan.read(places, rows)
+    table.exact_scan().next(len(keys), 1, norms=True)
     of_table = meta[:, 0], meta[:, 1], meta[:, 2].view(np.int64), meta[:, 3]
     of_checkpoint = [_view(column.copy(), written) for column in of_table]
     for columns in (of_table, of_checkpoint):

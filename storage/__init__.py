@@ -59,6 +59,9 @@ blockscan.py     read blocks on other threads than the engine's
 tiers/base.py    the contract of a tier, which stores rows by place
 tiers/host.py    rows in host memory
 tiers/lmdb.py    rows in the blocks of the base
+coldrows.py      the rows in blocks, for eviction sweeps
+visits.py        which rows a scan has read, although rows move
+tablescan.py     read all rows of a table in slices
 results.py       the results of a table's methods
 cache.py         which rows leave host memory, if there are blocks on disk
 rowstore.py      the rows of one table by key, in every tier

@@ -97,7 +97,6 @@ class BlockScan(Reader):
     ``start`` of ``find`` is block number << 16 | position. Each call finds rows of one block, which
     stays until the next call or until the scan is dropped, so that ``copy`` can read it. Blocks
     that are added during the scan are included.
-
     """
 
     def __init__(self, dim: int, extents: Extents, file: BlockFile) -> None:
@@ -134,6 +133,34 @@ class BlockScan(Reader):
                 return places[:found], start
         return places[:0], start
 
+    def cold_places(self, start: int, limit: int) -> tuple[Slots, int | None]:
+        """Find cold rows of any version, without reading the disk. Only for the engine thread.
+
+        For ``start``, ``limit`` and the result see ``find``.
+        """
+        if not self._extents.enter(self, start >> POSITION_BITS):
+            return np.empty(0, np.int64), None
+        position = start & _POSITION if self.number == start >> POSITION_BITS else 0
+        found = np.flatnonzero(self._extents.cold(self.extent)[position:])[:limit] + position
+        following = self.number + 1 << POSITION_BITS
+        if len(found) == limit:
+            following = self.number << POSITION_BITS | int(found[-1]) + 1
+        return found | self.extent << POSITION_BITS, following
+
+    def hold(self, places: Slots) -> Slots:
+        """Enter the block of some places, which must all be in one, and return those that are cold.
+
+        Some of the places may be gone by now. Only for the engine thread.
+        """
+        extent = int(places[0]) >> POSITION_BITS
+        records = self.memory.array()
+        number, count = int(records[extent, NUMBER]), int(records[extent, COUNT])
+        if not count or not self._extents.enter(self, number) or self.number != number:
+            return places[:0]  # the block has no cold rows any more
+        places = places[(places & _POSITION) < count]
+        found: Slots = places[self._extents.cold(extent)[places & _POSITION]]
+        return found
+
     def _search(
         self,
         records: Records,
@@ -154,9 +181,9 @@ class BlockScan(Reader):
         words = self._file.words
         if not ready(records, extents.seen_at, words, extent, first, last, False):
             raise damage(self._file, int(records[extent, NUMBER]))
-        live_at, cached_at = extents.live_at, extents.cached_at
+        at = extents.live_at, extents.cached_at, extents.promoted_at
         return inplace.find_cold(  # type: ignore[no-any-return]
-            records, live_at, cached_at, words, extent, start, stop, after, upto, places
+            records, *at, words, extent, start, stop, after, upto, places
         )
 
     def copy(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> Meta:

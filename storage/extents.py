@@ -4,11 +4,13 @@ An *extent* is a small number that stands for a block. When the block is gone, i
 again. A place is extent << 16 | position of a row in the block. Each extent has one record of
 64-bit words, so that a kernel finds everything about a row with one or two cache misses:
 
-    record = fields, see below | live bits | cached bits | seen bits
+    record = fields, see below | live bits | cached bits | promoted bits | seen bits
 
-live    one bit per row: the row is the current value of its key
-cached  one bit per row: the row is live, and has a slot in host memory, too
-seen    one bit per piece of 4 KiB of the block (see sums.py): its sum was verified
+live      one bit per row: the row is the current value of its key
+cached    one bit per row: the row is live, and has a slot in host memory, too
+promoted  one bit per row: the row was ever copied from here to a slot. If it is live and cached,
+          then the push that needed the slot has failed
+seen      one bit per piece of 4 KiB of the block (see sums.py): its sum was verified
 
 A row that is live and not cached is *cold*.
 """
@@ -101,6 +103,18 @@ def mark(records: Any, live_at: int, cached_at: int, places: Any, live: int, cac
 
 
 @jit
+def set_bits(records: Any, first: int, places: Any) -> None:
+    """Set one bit of each row, among the bits that begin at word ``first`` of a record.
+
+    records  uint64[extents, words]
+    places   int64[n]  negative ones are skipped
+    """
+    for i in range(places.shape[0]):
+        if places[i] >= 0:
+            set_bit(records, places[i] >> 16, first, places[i] & 0xFFFF)
+
+
+@jit
 def ready(
     records: Any, seen_at: int, words: Any, extent: Any, start: Any, stop: Any, remember: bool
 ) -> Any:
@@ -155,7 +169,8 @@ class Extents:
         self.most = most  # rows of a block
         self.live_at = FIELDS
         self.cached_at = self.live_at + -(-most // 64)
-        self.seen_at = self.cached_at + -(-most // 64)
+        self.promoted_at = self.cached_at + -(-most // 64)
+        self.seen_at = self.promoted_at + -(-most // 64)
         size = self.seen_at + -(-pieces // 64)
         self._arena = Arena(-(-size // FIRST_LINE) * FIRST_LINE, np.uint64, budget)
         self._used = 0  # extents ever in use
@@ -227,12 +242,22 @@ class Extents:
         """Return (extent, number) of each block, by ascending number."""
         return [(self._by_number[number], number) for number in self._numbers]
 
+    def extent_of(self, number: int) -> int | None:
+        """Return the extent of the block with this number; None if it is gone."""
+        return self._by_number.get(number)
+
+    def following(self, number: int, most: int) -> NDArray[np.int64]:
+        """Return the extents of up to ``most`` blocks, from block ``number`` on, by number."""
+        at = bisect_left(self._numbers, number)
+        extents = [self._by_number[each] for each in self._numbers[at : at + most]]
+        return np.array(extents, np.int64)
+
     def register(self, reader: Reader) -> None:
         """Let a reader enter blocks, until it is dropped."""
         self._readers.add(reader)
 
     def enter(self, reader: Reader, number: int) -> bool:
-        """Make a reader hold the next block that has cold rows, and no other block.
+        """Make a reader hold the next block that has cold or promoted rows, and no other block.
 
         number  the least number of the block
 
@@ -243,10 +268,31 @@ class Extents:
             reader.extent = reader.number = NONE
             for at in range(bisect_left(self._numbers, number), len(self._numbers)):
                 extent = self._by_number[self._numbers[at]]
-                if records[extent, LIVE] > records[extent, CACHED]:
+                if self._has_cold(records[extent]):
                     reader.extent, reader.number = extent, self._numbers[at]
                     return True
         return False
+
+    def _has_cold(self, record: NDArray[np.uint64]) -> bool:
+        """Return whether a block has cold or promoted rows. Any thread may call this.
+
+        The engine thread may be between changing one count and the other, so equal counts do not
+        prove that there is no cold row.
+        """
+        if record[LIVE] > record[CACHED]:
+            return True
+        live = record[self.live_at : self.cached_at]
+        cached = record[self.cached_at : self.promoted_at]
+        return bool((live & (~cached | record[self.promoted_at : self.seen_at])).any())
+
+    def live_bits(self, extent: int) -> NDArray[np.bool_]:
+        """Return which rows of a block are live, bool[count], a copy."""
+        return bits(self.records[extent], self.live_at, self.field(extent, COUNT))
+
+    def cold(self, extent: int) -> NDArray[np.bool_]:
+        """Return which rows of a block are live and not cached, bool[count], a copy."""
+        cached = bits(self.records[extent], self.cached_at, self.field(extent, COUNT))
+        return self.live_bits(extent) & ~cached
 
     def held(self) -> dict[int, int]:
         """Return the blocks that readers hold now: block number -> extent."""
@@ -276,6 +322,14 @@ class Extents:
         )
         self.live += int(more_live)
         self.cached += int(more_cached)
+
+    def promote(self, places: Slots) -> None:
+        """Set the promoted bits of rows."""
+        set_bits(self.records, self.promoted_at, places)
+
+    def promoted(self, extent: int) -> NDArray[np.bool_]:
+        """Return which rows of a block have their promoted bit set, bool[count], a copy."""
+        return bits(self.records[extent], self.promoted_at, self.field(extent, COUNT))
 
     def close(self) -> None:
         """Free the memory once no other thread reads it."""

@@ -157,6 +157,7 @@ def find_cold(
     records: Any,
     live_at: int,
     cached_at: int,
+    promoted_at: int,
     words: Any,
     extent: int,
     start: int,
@@ -165,19 +166,24 @@ def find_cold(
     upto: int,
     places: Any,
 ) -> Any:
-    """Find cold rows of a block, with versions after+1..upto, at positions start..stop-1.
+    """Find cold or promoted rows of a block, with versions after+1..upto, at start..stop-1.
 
-    live_at, cached_at  first words of the live and cached bits in a record
-    places              int64[n]  written from index 0 on; n is the maximum to find
+    live_at, cached_at, promoted_at  first words of these bits in a record
+    places                           int64[n]  written from index 0 on; n is the maximum to find
 
-    The versions must have been verified. Returns (number found, position to continue at).
+    A live row that was promoted is found, because its push failed, and the scan may have passed the
+    slot that it got. The versions must have been verified. Returns (number found, position to
+    continue at).
     """
     found = 0
     column = (np.int64(records[extent, START]) + HEADER >> 3) + np.int64(records[extent, COUNT])
     for position in range(start, stop):
         if get_bit(records, extent, live_at, position) == 0:
             continue
-        if get_bit(records, extent, cached_at, position) != 0:
+        if (
+            get_bit(records, extent, cached_at, position) != 0
+            and get_bit(records, extent, promoted_at, position) == 0
+        ):
             continue
         version = np.int64(words[column + position])
         if after < version <= upto:

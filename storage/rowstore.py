@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from storage.arena import Budget
 from storage.cache import Cache, Policy
+from storage.coldrows import ColdBlocks
 from storage.errors import OutOfMemory
 from storage.eviction.contract import Contents
 from storage.index import PLACE_BITS, Index, Locations, locations_of, places
@@ -26,9 +27,10 @@ from storage.initializers import Initializer
 from storage.kernels import Images, Keys, Rows, Slots
 from storage.results import Moves, TierStats
 from storage.slots import VERSION, Meta
-from storage.tiers.base import Scan, Tier, Writable
+from storage.tiers.base import Tier, Writable
 from storage.tiers.host import HostTier
 from storage.tiers.lmdb import Blocks
+from storage.visits import Watch
 
 MARGIN = 4096  # rows that ``demote`` demotes beyond those asked for, so that it is called rarely
 NEARLY = 8  # host memory is nearly full if there is room for less than 1/NEARLY of its rows
@@ -48,6 +50,7 @@ class RowStore:
     state   float32[width - dim], initial optimizer state of every row
     budget  memory budget of the shard
     blocks  the rows on disk; None: there is no cold tier
+    watch   the exact scans in progress
     moves   what happened between the tiers
     """
 
@@ -63,8 +66,9 @@ class RowStore:
         self.blocks: Blocks | None = None
         self.moves = Moves()
         self._cache = Cache(self._host.slots)
+        self.watch = Watch()
         self._limit = budget.limit  # bytes of memory that the rows of this table may take
-        self._moved = -1  # the block whose rows were copied last
+        self._rewritten = -1  # the block whose rows were copied last
 
     def __len__(self) -> int:
         return len(self._index)
@@ -157,6 +161,7 @@ class RowStore:
         except BaseException:
             self._host.slots.release(slots)
             raise
+        self.watch.moved(None, locations)
         return locations
 
     def slots(self, locations: Locations) -> Slots:
@@ -165,6 +170,8 @@ class RowStore:
 
     def promote(self, keys: Keys, locations: Locations) -> Rows:
         """Copy the cold ones of some rows to host memory, and update their ``locations`` in place.
+
+        The caller is going to push the rows.
 
         Returns the copied rows, float32[m, width]. Raises OutOfMemory or Corrupt, and changes
         nothing then.
@@ -184,9 +191,10 @@ class RowStore:
         self._host.slots.record(slots, of_key, versions, steps.view(np.int64), frequencies)
         self._host.slots.settle(slots, homes)
         self._host.scatter(slots, rows)
-        self.blocks.cache(found)
         made = locations_of(slots, self._host.code)
         self._index.assign(keys[at], made)
+        self.watch.moved(homes, made)
+        self.blocks.cache(found)
         locations[at] = made
         self.moves.promotions += len(at)
         return rows
@@ -381,6 +389,7 @@ class RowStore:
             return
         assert self.blocks is not None
         self._index.assign(keys, homes)
+        self.watch.moved(locations_of(slots, self._host.code), homes)
         self.blocks.uncache(places(homes, self.blocks.code)[0])
         self._host.slots.release(slots)
         self.moves.demotions += len(slots)
@@ -430,22 +439,22 @@ class RowStore:
         """
         blocks = self.blocks
         assert blocks is not None
-        if old != self._moved:
-            self._moved = old
+        if old != self._rewritten:
+            self._rewritten = old
             self.moves.reflushed += 1
-        live, cold = blocks.live(old)[positions], blocks.cold(old)[positions]
-        keys = blocks.keys(old)[positions]
-        for chosen in (cold, live & ~cold):
-            at = np.flatnonzero(chosen)
-            if not len(at):
-                continue
-            targets = blocks.locations(new, first + at)
-            if chosen is cold:
-                self._index.assign(keys[at], targets)
-            else:
-                self._host.slots.settle(self.slots(self.find(keys[at])[0]), targets)
-            blocks.revive(new, first + at, cached=chosen is not cold)
-        blocks.forget(places(blocks.locations(old, positions[live]), blocks.code)[0])
+        at = np.flatnonzero(blocks.live(old)[positions])
+        positions = positions[at]
+        keys, homes = blocks.keys(old)[positions], blocks.locations(old, positions)
+        locations, targets = self.find(keys)[0], blocks.locations(new, first + at)
+        cold = blocks.cold(old)[positions]
+        self._index.assign(keys[cold], targets[cold])
+        self.watch.moved(homes[cold], targets[cold])
+        self._host.slots.settle(self.slots(locations[~cold]), targets[~cold])
+        blocks.revive(new, first + at[cold], cached=False)
+        blocks.revive(new, first + at[~cold], cached=True)
+        promoted = ~cold & blocks.promoted(old)[positions]
+        blocks.cache(places(targets[promoted], blocks.code)[0])
+        blocks.forget(places(homes, blocks.code)[0])
 
     # ---- the whole
 
@@ -462,7 +471,8 @@ class RowStore:
 
     def contents(self) -> Contents:
         """Return all rows for an eviction sweep; valid until a row changes."""
-        return Contents(len(self), self._host.view())
+        cold = None if self.blocks is None else ColdBlocks(self.blocks)
+        return Contents(len(self), self._host.view(), cold)
 
     def stats(self) -> tuple[TierStats, ...]:
         """Return rows, bytes, hits and misses of each tier, host memory first."""
@@ -473,18 +483,10 @@ class RowStore:
         blocks = self.blocks
         return first, TierStats(blocks.name, blocks.rows, blocks.bytes, moves.misses, 0)
 
-    def scans(self) -> list[tuple[str, Scan, int]]:
-        """Return (name, scan of all its rows, bytes taken) for each tier."""
-        return [(tier.name, tier.scan(), tier.bytes) for tier in self._tiers.values()]
-
     def names(self, locations: Locations) -> list[str]:
         """Return the name of each location's tier; "" for location 0, a key without a row."""
         names = {0: "", **{code: tier.name for code, tier in self._tiers.items()}}
         return [names[code] for code in (locations >> np.uint64(PLACE_BITS)).tolist()]
-
-    def older(self, locations: Locations, before: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Return for each row whether its version is older than ``before``, uint64[n]."""
-        return self.meta(locations)[:, VERSION] < before
 
     def close(self) -> None:
         """Close index and tiers. The memory is freed as soon as no scan refers to it."""

@@ -28,7 +28,7 @@ from storage.results import Dump, Pushed, TableStats, Tally
 from storage.rowstore import RowStore
 from storage.schema import TableSchema
 from storage.slots import FREQUENCY, KEY, STEP, VERSION
-from storage.tiers.base import Scan
+from storage.tablescan import ExactScan, TableScan
 from storage.tiers.lmdb import Blocks
 
 CROWDED = " by the indexes of tables, which cannot leave it: raise host_bytes"
@@ -462,13 +462,13 @@ class Table:
         """Return all rows for an eviction sweep; valid until the table changes."""
         return self.store.contents()
 
-    def scan(self) -> Scan:
-        """Return a scan of all rows, which other threads may use while pushes continue."""
-        return self.store.host.scan()
+    def scan(self) -> TableScan:
+        """Return a scan of all rows, for copying those of some versions while pushes continue."""
+        return TableScan(self.store.host, self.store.blocks)
 
-    def tiers(self) -> list[tuple[str, Scan, int]]:
-        """Return (name, scan of all its rows, bytes of memory taken) for each tier."""
-        return self.store.scans()
+    def exact_scan(self) -> ExactScan:
+        """Return a scan that reads each row exactly once while pushes continue."""
+        return ExactScan(self.store.host, self.store.blocks, self.store.watch)
 
     def tiers_of(self, locations: Locations) -> list[str]:
         """Return the name of each location's tier; "" for location 0, a key without a row."""

@@ -94,7 +94,8 @@ class Pass:
             self._listed = -1
             return
         self._listed = int(bounds.numbers[-1]) + 1
-        self._blocks = bounds.numbers[self._choose(bounds)][::-1].tolist()
+        chosen = self._choose(bounds) & (bounds.rows > 0)
+        self._blocks = bounds.numbers[chosen][::-1].tolist()
 
     def _must_wait(self, cold: ColdRows, number: int) -> bool:
         """Return whether block ``number`` must be read from the disk first; set ``wanted`` then."""

@@ -36,7 +36,6 @@ from storage.extents import (
     ROWS_AT,
     START,
     Extents,
-    bits,
     ready,
 )
 from storage.index import Locations, locations_of
@@ -61,34 +60,34 @@ class Blocks:
 
     def __init__(self, dim: int, width: int, file: BlockFile, budget: Budget) -> None:
         self.dim, self.width = dim, width
-        self._file = file
-        self._extents = Extents(width, budget)
+        self.file = file
+        self.records = Extents(width, budget)
 
     @property
     def rows(self) -> int:
         """Number of cold rows: live rows that have no slot in host memory."""
-        return self._extents.live - self._extents.cached
+        return self.records.live - self.records.cached
 
     @property
     def live_rows(self) -> int:
         """Number of live rows, cold or cached."""
-        return self._extents.live
+        return self.records.live
 
     @property
     def bytes(self) -> int:
         """Bytes that the blocks take on disk, in whole pages."""
-        return self._extents.bytes
+        return self.records.bytes
 
     @property
     def memory(self) -> int:
         """Bytes of memory taken from the budget."""
-        return self._extents.memory_bytes
+        return self.records.memory_bytes
 
     # ---- the contract of a tier
 
     def gather(self, places: Slots, out: Rows) -> None:
         """Copy the first columns of rows to ``out``. Raises Corrupt if a row is damaged."""
-        extents, words, floats = self._extents, self._file.words, self._file.floats
+        extents, words, floats = self.records, self.file.words, self.file.floats
         records, seen_at = extents.records, extents.seen_at
         self._check(
             inplace.gather(records, seen_at, words, floats, self.width, places, out, True), places
@@ -97,19 +96,17 @@ class Blocks:
     def meta(self, places: Slots) -> Meta:
         """Return a copy of the metadata of each row. Raises Corrupt if it is damaged."""
         out = np.empty((len(places), 4), np.uint64)
-        records, seen_at = self._extents.records, self._extents.seen_at
-        self._check(
-            inplace.read_meta(records, seen_at, self._file.words, places, out, True), places
-        )
+        records, seen_at = self.records.records, self.records.seen_at
+        self._check(inplace.read_meta(records, seen_at, self.file.words, places, out, True), places)
         return out
 
     def scan(self) -> BlockScan:
         """Return a scan of the cold rows, by number of their block and position in it."""
-        return BlockScan(self.dim, self._extents, self._file)
+        return BlockScan(self.dim, self.records, self.file)
 
     def close(self) -> None:
         """Forget all blocks and free the memory."""
-        self._extents.close()
+        self.records.close()
 
     # ---- blocks
 
@@ -125,24 +122,22 @@ class Blocks:
         Reads the header of the block. Raises Corrupt if it is damaged or does not fit, and
         OutOfMemory. Verifies a block of format 1, which has no sums, as a whole.
         """
-        header = header_of(self._file.bytes[offset : offset + HEADER])
+        header = header_of(self.file.bytes[offset : offset + HEADER])
         expected = (ROWS, self.width, count)
         if header is None or (header.kind, header.width, header.length) != expected:
-            raise damage(self._file, number, f"expected a block of kind, width and rows {expected}")
-        if not 1 <= count <= self._extents.most:
-            raise damage(
-                self._file, number, f"expected 1 to {self._extents.most} rows, got {count}"
-            )
+            raise damage(self.file, number, f"expected a block of kind, width and rows {expected}")
+        if not 1 <= count <= self.records.most:
+            raise damage(self.file, number, f"expected 1 to {self.records.most} rows, got {count}")
         if header.format == 1 and not verified:
             unpack(
-                self._file.bytes[offset : offset + header.size],
-                f"{self._file.path}: block {number}",
+                self.file.bytes[offset : offset + header.size],
+                f"{self.file.path}: block {number}",
             )
             verified = True
         layout = row_layout(self.width, count, header.format)
-        extent = self._extents.add(number, offset, count, layout, zones)
+        extent = self.records.add(number, offset, count, layout, zones)
         if verified:
-            self._extents.see(extent)
+            self.records.see(extent)
         return extent
 
     def remove(self, extent: int) -> int:
@@ -150,27 +145,27 @@ class Blocks:
 
         The block must be in ``empty()``. Call this before the commit that deletes the block.
         """
-        return self._extents.remove(extent)
+        return self.records.remove(extent)
 
     def extents(self) -> Iterator[tuple[int, int]]:
         """Yield (extent, number) of each block, by ascending number."""
-        yield from self._extents.by_number()
+        yield from self.records.by_number()
 
     def zones(self, extent: int) -> Zones:
         """Return the bounds of the metadata of all rows of a block."""
-        return self._extents.zones(extent)
+        return self.records.zones(extent)
 
     def sparse(self, share: float) -> list[int]:
         """Return extents with live rows, but fewer than ``share`` of all rows; fewest first."""
-        live, count = self._extents.fields(LIVE), self._extents.fields(COUNT)
+        live, count = self.records.fields(LIVE), self.records.fields(COUNT)
         chosen = np.flatnonzero((count > 0) & (live > 0) & (live < share * count))
         order = np.argsort(live[chosen] / count[chosen], kind="stable")
         return [int(extent) for extent in chosen[order]]
 
     def empty(self) -> list[int]:
         """Return extents without live rows, except those that a scan is reading now."""
-        live, count = self._extents.fields(LIVE), self._extents.fields(COUNT)
-        held = self._extents.held().values()
+        live, count = self.records.fields(LIVE), self.records.fields(COUNT)
+        held = self.records.held().values()
         return [int(e) for e in np.flatnonzero((count > 0) & (live == 0)) if int(e) not in held]
 
     def held(self) -> list[int]:
@@ -178,7 +173,7 @@ class Blocks:
 
         Even after ``close``, these blocks must not be deleted from the base.
         """
-        return list(self._extents.held())
+        return list(self.records.held())
 
     # ---- contents
 
@@ -192,31 +187,31 @@ class Blocks:
 
     def columns(self, extent: int) -> Meta:
         """Return a copy of the metadata of all rows of a block. Raises Corrupt."""
-        start, count = self._extents.field(extent, START) + HEADER, self._count(extent)
+        start, count = self.records.field(extent, START) + HEADER, self._count(extent)
         self._ready(extent, start, start + 32 * count)
         out = np.empty((count, 4), np.uint64)
-        inplace.copy_columns(self._file.words, start // 8, out)
+        inplace.copy_columns(self.file.words, start // 8, out)
         return out
 
     def rows_of(self, extent: int) -> Rows:
         """Return all rows of a block, float32[count, width], a view of the map. Raises Corrupt."""
-        start, count = self._extents.field(extent, ROWS_AT), self._count(extent)
+        start, count = self.records.field(extent, ROWS_AT), self._count(extent)
         self._ready(extent, start, start + 4 * count * self.width)
-        numbers = self._file.floats[start // 4 : start // 4 + count * self.width]
+        numbers = self.file.floats[start // 4 : start // 4 + count * self.width]
         return numbers.reshape(count, self.width)
 
     def _column(self, extent: int, column: int) -> NDArray[np.uint64]:
         """Return a column of the metadata of a block: 0 keys, 1 versions. Raises Corrupt."""
         count = self._count(extent)
-        start = self._extents.field(extent, START) + HEADER + 8 * count * column
+        start = self.records.field(extent, START) + HEADER + 8 * count * column
         self._ready(extent, start, start + 8 * count)
-        return self._file.words[start // 8 : start // 8 + count]
+        return self.file.words[start // 8 : start // 8 + count]
 
     def _ready(self, extent: int, start: int, stop: int) -> None:
         """Verify a part of a block: the bytes start..stop-1 of the file. Raises Corrupt."""
-        records, seen_at = self._extents.records, self._extents.seen_at
-        if not ready(records, seen_at, self._file.words, extent, start, stop, True):
-            raise damage(self._file, self._extents.field(extent, NUMBER))
+        records, seen_at = self.records.records, self.records.seen_at
+        if not ready(records, seen_at, self.file.words, extent, start, stop, True):
+            raise damage(self.file, self.records.field(extent, NUMBER))
 
     # ---- bits
 
@@ -226,34 +221,38 @@ class Blocks:
 
     def revive(self, extent: int, positions: Slots, cached: bool) -> None:
         """Make rows live. cached: whether they have a slot in host memory, too."""
-        self._extents.mark(self._places(extent, positions), 1, int(cached))
+        self.records.mark(self._places(extent, positions), 1, int(cached))
 
     def forget(self, places: Slots) -> None:
         """Make rows neither live nor cached: their copies here are out of date. Skips ABSENT."""
-        self._extents.mark(places, 0, 0)
+        self.records.mark(places, 0, 0)
 
     def cache(self, places: Slots) -> None:
-        """Mark live rows as cached: they got a slot in host memory. Skips ABSENT."""
-        self._extents.mark(places, -1, 1)
+        """Mark live rows as cached: they were copied to host memory. Skips ABSENT."""
+        self.records.mark(places, -1, 1)
+        self.records.promote(places)
 
     def uncache(self, places: Slots) -> None:
         """Mark rows as not cached: their slots in host memory were given up. Skips ABSENT."""
-        self._extents.mark(places, -1, 0)
+        self.records.mark(places, -1, 0)
 
     def live(self, extent: int) -> NDArray[np.bool_]:
         """Return which rows of a block are live, bool[count], a copy."""
-        return bits(self._extents.records[extent], self._extents.live_at, self._count(extent))
+        return self.records.live_bits(extent)
 
     def cold(self, extent: int) -> NDArray[np.bool_]:
         """Return which rows of a block are live and not cached, bool[count], a copy."""
-        record, count = self._extents.records[extent], self._count(extent)
-        return self.live(extent) & ~bits(record, self._extents.cached_at, count)
+        return self.records.cold(extent)
 
     def _count(self, extent: int) -> int:
-        return self._extents.field(extent, COUNT)
+        return self.records.field(extent, COUNT)
 
     def _places(self, extent: int, positions: Slots) -> Slots:
         return positions.astype(np.int64) | np.int64(extent << POSITION_BITS)
+
+    def promoted(self, extent: int) -> NDArray[np.bool_]:
+        """Return for which rows of a block ``cache`` was ever called, bool[count], a copy."""
+        return self.records.promoted(extent)
 
     # ---- reading ahead
 
@@ -263,26 +262,26 @@ class Blocks:
         whole  the pages of whole rows; otherwise only of the embeddings
         meta   also the pages of the rows' metadata
         """
-        records, numbers = self._extents.records, self.width if whole else self.dim
-        return ColdPages(self._file, *list_pages(self._extents, records, places, numbers, meta))
+        records, numbers = self.records.records, self.width if whole else self.dim
+        return ColdPages(self.file, *list_pages(self.records, records, places, numbers, meta))
 
     def settle(self, pages: ColdPages) -> None:
         """Remember which pages ``ColdPages.warm`` has verified.
 
         Raises Corrupt if it found a damaged page of a block that the tier still has.
         """
-        records, seen_at = self._extents.records, self._extents.seen_at
+        records, seen_at = self.records.records, self.records.seen_at
         bad = inplace.remember(records, seen_at, pages.fresh, pages.good)
         if bad >= 0:
-            raise damage(self._file, int(pages.fresh[bad, 1]))
+            raise damage(self.file, int(pages.fresh[bad, 1]))
 
     def unverified(self, places: Slots) -> bool:
         """Return whether ``gather`` of whole rows would have to verify a page."""
-        records = self._extents.records
-        return len(list_pages(self._extents, records, places, self.width, False)[1]) > 0
+        records = self.records.records
+        return len(list_pages(self.records, records, places, self.width, False)[1]) > 0
 
     def _check(self, intact: int, places: Slots) -> None:
         """Raise Corrupt unless ``intact``, the result of a kernel, is the number of places."""
         if intact < len(places):
             extent = int(places[intact]) >> POSITION_BITS
-            raise damage(self._file, self._extents.field(extent, NUMBER))
+            raise damage(self.file, self.records.field(extent, NUMBER))

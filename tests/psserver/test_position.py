@@ -21,7 +21,7 @@ FULL = Position(
     version=MOST - 2,
     after=MOST - 3,
     table=2**32 - 1,
-    slot=MAX_SLOT,
+    slot=1 << 40,
     boot=MOST - 6,
 )
 FULL_TAIL = replace(FULL, phase=Phase.CATCH_UP_TAIL, until=MOST - 1, table=0, slot=0)

@@ -220,7 +220,7 @@ def test_scans_on_another_thread_read_rows_while_the_table_moves() -> None:
     table = Table(schema(), budget)
     fill(table, range(1000))
     expected = table.dump()
-    scan, stop = table.scan(), threading.Event()
+    scan, stop = table.store.host.scan(), threading.Event()
     counts: list[int] = []
 
     def read() -> None:
@@ -279,7 +279,7 @@ def test_a_dropped_table_takes_memory_until_its_last_scan_is_gone() -> None:
     budget = Budget(GIB)
     table = Table(schema(), budget)
     fill(table, range(100_000))
-    scan, held = table.scan(), table.stats().bytes - table.stats().index_bytes
+    scan, held = table.store.host.scan(), table.stats().bytes - table.stats().index_bytes
     table.close()
     assert budget.held == held
     places, _ = scan.find(0, 0, 9, 10)
@@ -302,7 +302,7 @@ def test_tables_that_are_dropped_and_filled_again_stay_within_the_budget() -> No
         for _ in range(times):
             table = Table(schema(), budget)
             fill(table, range(250_000))
-            scans.append(table.scan())
+            scans.append(table.store.host.scan())
             table.close()
 
     refill(1)
@@ -389,7 +389,7 @@ def test_a_table_that_cannot_be_made_gives_everything_back() -> None:
 def test_a_search_through_all_rows_lets_the_rows_move_in_between() -> None:
     table = Table(schema(dim=1), Budget(GIB))
     fill(table, range(3 * LOOK))
-    scan, arrays = table.scan(), []
+    scan, arrays = table.store.host.scan(), []
     memory = scan._entries  # type: ignore[attr-defined]
 
     class Watched:

@@ -415,7 +415,7 @@ def test_a_scan_finds_the_cold_rows_of_the_wanted_versions(shelf: Shelf) -> None
     blocks = [block_of(i, count, version=1 + 500 * i) for i, count in enumerate(counts)]
     extents = shelf.shelve(*blocks)
     shelf.blocks.forget(places_of(extents[0], *range(0, 300, 3)))
-    shelf.blocks.cache(places_of(extents[1], *range(0, 64, 2)))
+    shelf.blocks.revive(extents[1], np.arange(0, 64, 2), True)
     cold = {e: shelf.blocks.cold(e) for e in extents}
     for after, upto in ((0, EVERY), (0, 600), (700, 1200), (5000, EVERY), (1000, 1)):
         expected = [
@@ -428,6 +428,15 @@ def test_a_scan_finds_the_cold_rows_of_the_wanted_versions(shelf: Shelf) -> None
         ]
         for limit, look in ((1000, EVERY), (7, 100), (64, 1)):
             assert scanned(shelf.blocks.scan(), after, upto, limit, look) == expected
+
+
+def test_a_scan_finds_rows_that_were_promoted_and_not_pushed(shelf: Shelf) -> None:
+    block = block_of(1, 100)
+    [extent] = shelf.shelve(block)
+    shelf.blocks.cache(places_of(extent, *range(100)))
+    assert shelf.blocks.rows == 0
+    shelf.blocks.forget(places_of(extent, *range(10, 100)))  # these were pushed
+    assert scanned(shelf.blocks.scan(), 0, EVERY, 1000, EVERY) == block.keys[:10].tolist()
 
 
 def test_a_scan_holds_the_block_that_it_reads(shelf: Shelf) -> None:

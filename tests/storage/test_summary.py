@@ -185,14 +185,12 @@ def a_table(seed: int) -> Table:
 
 def summary_of(table: Table, **settings: Any) -> Summary:
     summary = Summary(**settings)
-    for tier, scan, _ in table.tiers():
-        start: int | None = 0
-        while start is not None:
-            places, start = scan.find(start, 0, 1 << 40, 37)
-            norms = np.empty(len(places))
-            meta = scan.measure(places, norms)
-            columns = (meta[:, 0], meta[:, 1], meta[:, 2].view(np.int64), meta[:, 3], norms)
-            summary.add(RowColumns(*columns, tier), table.evictor.step)
+    scan = table.exact_scan()
+    while not scan.done:
+        part = scan.next(37, 0, norms=True)()
+        meta = part.meta
+        columns = meta[:, 0], meta[:, 1], meta[:, 2].view(np.int64), meta[:, 3], part.norms
+        summary.add(RowColumns(*columns, part.tier), table.evictor.step)
     return summary
 
 
