@@ -20,6 +20,7 @@ capture.py       access to all data of a shard as of one version
 sweeps.py        evict rows on the engine thread, one slice per call
 recovery.py      load a shard from its base (rows at one version) and replay its log
 fills.py         tables that are hidden while they are filled
+pushroom.py      make room in memory for the rows of pushes
 reads.py         the methods of a shard that change nothing
 preloads.py      load rows from disk into host memory, on the engine thread
 shard.py         one shard's rows of every table, and the changes to them; no networking

@@ -408,7 +408,8 @@ class BaseWriter:
         if blocks is None or not self._holds(block.table):
             return None
         self._shard.cover(size)
-        extent = blocks.add(block.number, offset, block.count, block.zones, verified=True)
+        with self._shard.budget.exceeding():  # so that rows can leave memory when it is exceeded
+            extent = blocks.add(block.number, offset, block.count, block.zones, verified=True)
         if len(block.slots):
             slots = block.slots.astype(np.int64)
             store.adopt(extent, slots, blocks.keys(extent), blocks.versions(extent))

@@ -33,6 +33,8 @@ from psserver.shard import ColdRead, Shard
 from psserver.stats import ServiceStats
 from storage.errors import Corrupt, DiskFull, NoRoom
 
+MOST_FLUSHES = 16  # flushes that a push waits for; then it exceeds the memory budget
+TRIM_SECONDS = 0.1  # seconds between two flushes that give memory back
 LOOK_SECONDS = 0.002  # seconds between two checks whether a flush has ended
 MOST_PREFETCHES = 64  # prefetches that wait for an I/O thread; further ones are ignored
 
@@ -127,10 +129,13 @@ class ColdRuns:
         self._stats = stats
         self._flushes = flushes
         self._prefetching = 0  # prefetches that no I/O thread has begun or finished
+        self._trimming: asyncio.Task[None] | None = None  # the task that ``_trim`` began
         self._relieving = False  # a call of ``_relieve`` waits for the engine
 
     def close(self, seconds: float) -> None:
         """Stop the I/O threads; wait at most ``seconds`` for them."""
+        if self._trimming is not None:
+            self._trimming.get_loop().call_soon_threadsafe(self._trimming.cancel)
         self._pool.close(seconds)
 
     def submit(
@@ -171,6 +176,8 @@ class ColdRuns:
                     await self._flush(held)
                 done = await self._engine.submit(lambda: self._again(held))
                 if not isinstance(done, Held):
+                    if held.flushes and self._shard.budget.spare < 0:
+                        self._begin_trim()
                     return done
         finally:
             if not held.left:
@@ -197,6 +204,22 @@ class ColdRuns:
         if flushes.failure:
             raise DiskFull("memory", 0, f"changed rows cannot leave it: {flushes.failure}")
 
+    def _begin_trim(self) -> None:
+        if self._trimming is None or self._trimming.done():
+            self._trimming = asyncio.ensure_future(self._trim())
+
+    async def _trim(self) -> None:
+        """Flush until the memory budget is no longer exceeded. One push may have exceeded it."""
+        flushes, budget = self._flushes, self._shard.budget
+        assert flushes is not None
+        while budget.spare < 0:
+            before = flushes.rounds
+            flushes.ask()
+            while flushes.rounds == before:
+                await asyncio.sleep(LOOK_SECONDS)
+            await self._engine.submit(self._shard.pushroom.relieve)
+            await asyncio.sleep(TRIM_SECONDS)
+
     # ---- on the engine
 
     def _attempt(
@@ -217,7 +240,8 @@ class ColdRuns:
 
     def _again(self, held: Held) -> Exchanged | Held:
         """Run a held exchange, or return it if there is still no room for its pushes."""
-        exceed = held.no_room is not None and held.no_room.oversized and held.flushes > 0
+        no_room = held.no_room
+        exceed = no_room is not None and held.flushes >= (1 if no_room.oversized else MOST_FLUSHES)
         try:
             if time.monotonic() > held.deadline:
                 raise DeadlinePassed("the deadline passed before the rows were in memory")
@@ -241,14 +265,14 @@ class ColdRuns:
         for pull in pulls:
             if pull.prefetch:
                 self._prefetch(pull)
-        if pushes and not self._relieving and shard.tight(pushes):
+        if pushes and not self._relieving and shard.pushroom.tight(pushes):
             self._relieving = True
             self._engine.post(self._relieve)
         return done
 
     def _relieve(self) -> None:
         self._relieving = False
-        self._shard.relieve()
+        self._shard.pushroom.relieve()
 
     def _prefetch(self, pull: Pull) -> None:
         """Begin to read the rows of a pull that are on disk, unless too many others wait."""

@@ -88,12 +88,6 @@ class ShardReads:
         entry = self._tables.find(name)
         return 0 if entry is None else len(entry.table)
 
-    @property
-    def disk_bytes(self) -> int:
-        """Bytes on disk of the blocks with rows of all tables."""
-        stores = (entry.table.store for entry in self._tables)
-        return sum(store.blocks.bytes for store in stores if store.blocks is not None)
-
     def tables(self) -> list[str]:
         """Return the table names, sorted, without tables that are still being filled."""
         return self._tables.names()

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from psserver.config import TableSettings
 from psserver.errors import BadRequest, NoLog, StepTooFar, TooLarge, VersionInFuture
 from psserver.fills import Fills
 from psserver.preloads import Preloads
+from psserver.pushroom import CheckedPush, PushRoom
 from psserver.reads import ColdRead as ColdRead
 from psserver.reads import ShardReads, pulled_bytes, record_bytes
 from psserver.recovery import Recovery
@@ -37,24 +38,15 @@ from psserver.tombstonequeue import TombstoneQueue
 from storage import records
 from storage.arena import Budget
 from storage.blockfile import BlockFile
-from storage.errors import DiskFull, NoRoom, OutOfMemory
+from storage.errors import NoRoom, OutOfMemory
 from storage.kernels import Images, Keys, Rows
 from storage.records import Cause, Kind
 from storage.schema import TableSchema
 from storage.versionlog import VersionLog
 
-SPARE = 4 << 20  # bytes that a push which exceeds the budget may take beyond its rows
+WITHIN = nullcontext()  # within the memory budget
 _NO_ROWS = np.empty(0, np.float32)
 _NO_VERSIONS, _NO_STEPS = np.empty(0, np.uint64), np.empty(0, np.int64)
-
-
-class _CheckedPush(NamedTuple):
-    """A push that passed all checks against its table, and is ready to be applied."""
-
-    push: Push
-    entry: TableEntry
-    level: pb.Durability  # durability to reach before the reply
-    applied: int | None  # its version if it was applied before (this is a retry), else None
 
 
 class Shard(ShardReads):
@@ -101,13 +93,13 @@ class Shard(ShardReads):
         owned = np.count_nonzero(shard_map.shard_of_bucket == number)
         self._reply_bytes = reply_bytes
         self._max_tables = max_tables
-        self._disk_bytes = disk_bytes
         super().__init__(
             Tables(self.budget, float(owned) / len(shard_map.shard_of_bucket), settings or {}),
             Sequencer(Sessions(max_sessions, session_ttl, clock), now, log, max_backlog),
             TombstoneQueue(max_tombstones),
             ImageBuffers(),
         )
+        self.pushroom = PushRoom(self.budget, self._tables, disk_bytes)
         self.recovery = Recovery(self.budget, self._tables, self._sequencer, self._tombstones)
         self.fills = Fills(self._tables, self._sequencer)
         self.preloads = Preloads(self._tables)
@@ -241,9 +233,9 @@ class Shard(ShardReads):
         check_order(pushes)
         entries = self._check_pulls(pulls) if pulls else []
         self._sequencer.reserve([record_bytes(each.entry, each.push) for each in checked])
-        with self._exceeding(checked) if exceed else nullcontext():
+        with self.pushroom.exceeding(checked) if exceed else WITHIN:
             if checked and self.budget.holders:
-                self._make_room(checked)
+                self.pushroom.make(checked)
             if len(checked) > 1:  # a single one is checked as it is applied
                 for each in checked:
                     _check_rows(each)
@@ -252,22 +244,7 @@ class Shard(ShardReads):
                 pushed.append(self._push_or_exceed(each, bool(pushed)))
         return Exchanged(pushed, [self._pull(*each) for each in zip(entries, pulls, strict=True)])
 
-    def _make_room(self, checked: Sequence[_CheckedPush]) -> None:
-        """Make room in memory for the rows of pushes. Raises NoRoom if that needs a flush, and
-        DiskFull if the rows on disk have reached their limit.
-        """
-        keys: dict[str, list[Keys]] = {}
-        for each in checked:
-            if each.applied is None:
-                keys.setdefault(each.push.table, []).append(each.push.keys)
-        if keys and self._disk_bytes and (size := self.disk_bytes) >= self._disk_bytes:
-            raise DiskFull(
-                "the rows on disk", 0, f"they take {size} bytes, disk_bytes={self._disk_bytes}"
-            )
-        for name, some in keys.items():
-            self._tables.get(name).table.make_room(some)
-
-    def _push_or_exceed(self, each: _CheckedPush, begun: bool) -> pb.PushResponse:
+    def _push_or_exceed(self, each: CheckedPush, begun: bool) -> pb.PushResponse:
         """Apply a push for whose table room was made.
 
         begun  an earlier push of the same call was applied
@@ -282,25 +259,8 @@ class Shard(ShardReads):
                 raise
             if self.budget.crowded:
                 raise OutOfMemory(error.budget, error.held, error.wanted, error.what) from error
-        with self._exceeding([each]):
+        with self.pushroom.exceeding([each]):
             return self._push(each)
-
-    def _exceeding(self, checked: Sequence[_CheckedPush]) -> AbstractContextManager[None]:
-        """Return a context manager: in its block, pushes may exceed the memory budget."""
-        size = sum(record_bytes(each.entry, each.push) for each in checked)
-        return self.budget.exceeding(2 * size + max(0, -self.budget.free) + SPARE)
-
-    def tight(self, pushes: Sequence[Push]) -> bool:
-        """Return whether the tables of some pushes have so little room in memory that ``relieve``
-        should be called.
-        """
-        entries = (self._tables.find(push.table) for push in pushes)
-        return any(entry is not None and entry.table.store.tight for entry in entries)
-
-    def relieve(self) -> None:
-        """Make room in tables that have little left, ahead of need, without a flush."""
-        for entry in self._tables:
-            entry.table.store.relieve()
 
     def delete(self, change: Delete) -> pb.DeleteResponse:
         """Delete rows, as one version. Ignores keys without a row. A retry changes nothing, and
@@ -357,7 +317,7 @@ class Shard(ShardReads):
 
     # ---- single pushes and pulls
 
-    def _check_push(self, push: Push) -> _CheckedPush:
+    def _check_push(self, push: Push) -> CheckedPush:
         """Check a push against its table, without changing anything.
 
         Raises UnknownTable, BadRequest for a bad learning rate or dim, StepTooFar, NoLog, or the
@@ -380,7 +340,7 @@ class Shard(ShardReads):
         if applied is None and push.step > entry.table.evictor.last_step(schema.max_step_ahead):
             at = self.step(push.table)
             raise StepTooFar(push.table, push.step, max(at, 0), schema.max_step_ahead)
-        return _CheckedPush(push, entry, level, applied)
+        return CheckedPush(push, entry, level, applied)
 
     def _check_pulls(self, pulls: Sequence[Pull]) -> list[TableEntry]:
         """Check some pulls, and return the table of each.
@@ -422,7 +382,7 @@ class Shard(ShardReads):
             level = "applied"
         return DURABILITIES[level]
 
-    def _push(self, checked: _CheckedPush) -> pb.PushResponse:
+    def _push(self, checked: CheckedPush) -> pb.PushResponse:
         """Apply a checked push as the next version. If it was applied before, changes nothing and
         replies with its earlier version.
         """
@@ -491,7 +451,7 @@ class Shard(ShardReads):
         return rows
 
 
-def _check_rows(checked: _CheckedPush) -> None:
+def _check_rows(checked: CheckedPush) -> None:
     """Raise RowOverflow if the push, applied alone, would leave infinity or NaN in a row."""
     push = checked.push
     if checked.applied is None:

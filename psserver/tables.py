@@ -78,6 +78,12 @@ class Tables:
     def __iter__(self) -> Iterator[TableEntry]:
         return iter(self._by_number.values())
 
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes on disk of the blocks with rows of all tables."""
+        stores = (entry.table.store for entry in self)
+        return sum(store.blocks.bytes for store in stores if store.blocks is not None)
+
     def names(self) -> list[str]:
         """Return the names of the tables that are not hidden, sorted."""
         return sorted(self._by_name)

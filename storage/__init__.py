@@ -64,6 +64,7 @@ visits.py        which rows a scan has read, although rows move
 tablescan.py     read all rows of a table in slices
 results.py       the results of a table's methods
 cache.py         which rows leave host memory, if there are blocks on disk
+room.py          how many rows of a table have room in host memory
 rowstore.py      the rows of one table by key, in every tier
 overflow.py      which pushes may leave infinity or NaN in a row
 table.py         the part of a table that one shard stores

@@ -26,6 +26,7 @@ from storage.index import PLACE_BITS, Index, Locations, locations_of, places
 from storage.initializers import Initializer
 from storage.kernels import Images, Keys, Rows, Slots
 from storage.results import Moves, TierStats
+from storage.room import Room
 from storage.slots import VERSION, Meta
 from storage.tiers.base import Tier, Writable
 from storage.tiers.host import HostTier
@@ -38,7 +39,6 @@ AHEAD = 32  # 1/AHEAD of the slots are kept free
 SHARE = 64  # a table that needs memory of others takes at least 1/SHARE of the budget
 MOST_SHRINK = 16 << 20  # maximum number of bytes that a table gives back per call
 LEAST_SHRINK = 64 << 10  # bytes; only whole pages can be given back
-NEAR_LIMIT = 8 << 20  # bytes
 LEAST_RESERVE = 1 << 20  # bytes
 RESERVE = 16  # 1/RESERVE of the budget is left to indexes and counters where there is a cold tier
 
@@ -52,6 +52,7 @@ class RowStore:
     blocks  the rows on disk; None: there is no cold tier
     watch   the exact scans in progress
     moves   what happened between the tiers
+    space   how many more rows host memory can take
     """
 
     def __init__(self, dim: int, state: Rows, budget: Budget) -> None:
@@ -66,8 +67,8 @@ class RowStore:
         self.blocks: Blocks | None = None
         self.moves = Moves()
         self._cache = Cache(self._host.slots)
+        self.space = Room(budget, self._host, self._index, 4 * self._width + 32)
         self.watch = Watch()
-        self._limit = budget.limit  # bytes of memory that the rows of this table may take
         self._rewritten = -1  # the block whose rows were copied last
 
     def __len__(self) -> int:
@@ -84,7 +85,7 @@ class RowStore:
         limit              bytes of memory; None: only the budget of the shard limits it
         policy, half_life  see Cache
         """
-        self._limit = self._budget.limit if limit is None else limit
+        self.space.limit = self._budget.limit if limit is None else limit
         self._cache = Cache(self._host.slots, policy, half_life)
 
     # ---- reading
@@ -128,7 +129,7 @@ class RowStore:
 
     def cold(self, locations: Locations) -> NDArray[np.int64]:
         """Return the indices, int64[m], of the locations that are in blocks on disk."""
-        if self.blocks is None:
+        if self.blocks is None or not self.blocks.rows:
             return np.empty(0, np.int64)
         return np.flatnonzero(locations >> np.uint64(PLACE_BITS) == self.blocks.code)
 
@@ -154,7 +155,7 @@ class RowStore:
 
         The contents of the rows are undefined. Raises OutOfMemory, and changes nothing then.
         """
-        slots = self._host.allocate(len(keys), exact=self._near_limit)
+        slots = self._host.allocate(len(keys), exact=self.space.near_limit)
         locations = locations_of(slots, self._host.code)
         try:
             self._index.insert(keys, locations)
@@ -206,7 +207,7 @@ class RowStore:
         exceeded, so that rows can be pushed whatever the budget is. Otherwise raises OutOfMemory.
         """
         try:
-            return self._host.allocate(count, exact=self._near_limit)
+            return self._host.allocate(count, exact=self.space.near_limit)
         except OutOfMemory:
             if self.dirty:
                 raise
@@ -283,33 +284,7 @@ class RowStore:
 
     def room(self) -> int:
         """Return how many slots are free or may be added within the budget."""
-        host = self._host
-        own = max(self._limit - self.memory_bytes, self._limit // 4 - host.bytes)
-        spare = min(self._budget.spare, own)
-        return self._free_slots + max(0, spare) // self.row_bytes
-
-    @property
-    def _free_slots(self) -> int:
-        """Number of rows for which there is memory already."""
-        return self._host.slots.free + self._host.capacity - self._host.slots.used
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of memory per slot."""
-        return 4 * self._width + 32
-
-    @property
-    def _near_limit(self) -> bool:
-        """Whether the table must not take more memory than it needs."""
-        return self._limit - self.memory_bytes < NEAR_LIMIT
-
-    def fits(self, count: int, absent: int) -> bool:
-        """Return whether there is room for ``count`` more rows in host memory.
-
-        absent  how many of them have no entry in the index yet
-        """
-        slots = max(0, count - self._free_slots) * self.row_bytes
-        return count <= self.room() and slots + self._index.growth(absent) <= self._budget.free
+        return self.space.rows()
 
     def make_room(self, count: int, absent: int) -> bool:
         """Make room for more rows in host memory, as far as that is possible without a flush.
@@ -317,22 +292,22 @@ class RowStore:
         Moves clean rows to disk, first those of larger tables. Returns whether there is room now.
         While stored rows are loaded, the budget may be exceeded, and there is always room.
 
-        count, absent  see ``fits``
+        count, absent  see Room.fits
         """
         budget, index = self._budget, self._index.growth(absent)
         if budget.free < (needed := max(index, budget.set_aside // 2)):
             budget.reclaim(needed - budget.free)
-        if count > self.room() and self.memory_bytes < self._limit:
-            size = max(self.row_bytes * (count - self.room()), budget.limit // SHARE)
+        if count > self.room() and self.memory_bytes < self.space.limit:
+            size = max(self.space.row_bytes * (count - self.room()), budget.limit // SHARE)
             budget.reclaim(size, self)
         if count > self.room():
             self.demote(count - self.room())
-        return budget.loading or self.fits(count, absent)
+        return budget.loading or self.space.fits(count, absent)
 
     @property
     def tight(self) -> bool:
         """True if less than 1/AHEAD of the slots are free, but rows could leave."""
-        if self.blocks is None:
+        if self.blocks is None or self.space.slack:
             return False
         rows = self._host.rows
         return AHEAD * self.room() < rows and self.dirty < rows
@@ -357,8 +332,9 @@ class RowStore:
         Only the end of the memory can be given back. So the clean rows there leave, whatever their
         scores are. Rows before the last dirty row stay: the next flush makes it clean.
         """
+        self.space.slack = 0
         host, size = self._host, max(LEAST_SHRINK, min(size, MOST_SHRINK))
-        before, count = host.bytes, -(-size // self.row_bytes)
+        before, count = host.bytes, -(-size // self.space.row_bytes)
         slots, keys, homes, stay = self._cache.tail(max(0, host.capacity - count))
         self._leave(slots, keys, homes)
         host.cut(min(stay, host.slots.used))

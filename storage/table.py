@@ -249,7 +249,7 @@ class Table:
         missing = absent + len(self.store.cold(locations))
         if not missing:
             return locations, absent
-        if not self.store.fits(missing, absent):
+        if not self.store.space.fits(missing, absent):
             self.make_room([keys])
             locations, absent = self.store.find(keys)
         rows = self.store.promote(keys, locations)
@@ -288,7 +288,7 @@ class Table:
         """
         store = self.store
         every = sum(map(len, pushes))
-        if store.blocks is None or store.fits(every, every):
+        if store.blocks is None or store.space.surely_fits(every):
             return
         for _ in range(ROUNDS):  # making room may demote rows of these keys
             missing, new, demotions = 0, 0, store.moves.demotions
@@ -312,7 +312,7 @@ class Table:
         it: then they exceed the memory budget.
         """
         budget, what = self._budget, f"table {self.schema.name!r}: "
-        size = missing * self.store.row_bytes
+        size = missing * self.store.space.row_bytes
         if not budget.crowded:
             raise NoRoom(budget.limit, budget.held, size, what, oversized)
         if new:

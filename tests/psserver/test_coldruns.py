@@ -410,3 +410,19 @@ def test_what_happens_between_the_tiers_is_counted(tmp_path: Path) -> None:
         assert samples["ps_warm_read_seconds_count", "t"] == 2
 
     serve(act, tmp_path)
+
+
+def test_a_push_larger_than_memory_is_applied_and_the_memory_is_given_back(tmp_path: Path) -> None:
+    async def act(peer: Peer) -> None:
+        budget = peer.server._shard.budget
+        keys = np.arange(3 * ROWS // 4, dtype=np.uint64)
+        await push(peer, keys, 1.0)
+        await push(peer, keys, 1.0)
+        assert len(table(peer)) == len(keys)
+        some = keys[::1000].copy()
+        assert values(await pull(peer, some)) == [2.0] * len(some)
+        await until(lambda: budget.spare >= 0, 20)
+        await push(peer, HOT, 1.0)
+        assert budget.held <= budget.limit
+
+    serve(act, tmp_path, "--max-message-bytes", str(64 * MIB))

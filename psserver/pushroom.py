@@ -1,0 +1,94 @@
+"""Make room in memory for the rows of pushes, before any of the pushes is applied.
+
+Only the engine thread may call the methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+from psproto import ps_pb2 as pb
+from psserver.requests import Push
+from psserver.sequencer import RECORD
+from psserver.tables import TableEntry, Tables
+from storage.arena import Budget
+from storage.errors import DiskFull
+from storage.kernels import Keys
+
+SPARE = 4 << 20  # bytes that a push which exceeds the budget may take beyond its rows
+
+
+class CheckedPush(NamedTuple):
+    """A push that passed all checks against its table, and is ready to be applied."""
+
+    push: Push
+    entry: TableEntry
+    level: pb.Durability  # durability to reach before the reply
+    applied: int | None  # its version if it was applied before (this is a retry), else None
+
+
+class PushRoom:
+    """Makes room for the rows of pushes, in tables of one shard.
+
+    budget      memory budget of the tables
+    disk_bytes  refuse pushes while the rows on disk take so many bytes or more; 0: no limit
+    """
+
+    def __init__(self, budget: Budget, tables: Tables, disk_bytes: int) -> None:
+        self._budget = budget
+        self._tables = tables
+        self._disk_bytes = disk_bytes
+
+    def make(self, checked: Sequence[CheckedPush]) -> None:
+        """Make room in memory for the rows of pushes.
+
+        Raises NoRoom if that needs a flush, and DiskFull if the rows on disk have reached their
+        limit.
+        """
+        if self._disk_bytes and checked:
+            self._require_disk()
+        if len(checked) == 1:
+            if checked[0].applied is None:
+                checked[0].entry.table.make_room([checked[0].push.keys])
+            return
+        keys: dict[int, list[Keys]] = {}
+        for each in checked:
+            if each.applied is None:
+                keys.setdefault(each.entry.number, []).append(each.push.keys)
+        for number, some in keys.items():
+            self._tables.require_number(number).table.make_room(some)
+
+    def _require_disk(self) -> None:
+        if (size := self._tables.disk_bytes) >= self._disk_bytes:
+            raise DiskFull(
+                "the rows on disk", 0, f"they take {size} bytes, disk_bytes={self._disk_bytes}"
+            )
+
+    def exceeding(self, checked: Sequence[CheckedPush]) -> AbstractContextManager[None]:
+        """Return a context manager: in its block, pushes may exceed the memory budget."""
+        size = sum(
+            RECORD + len(each.push.keys) * (16 + 4 * each.entry.schema.width) for each in checked
+        )
+        return self._budget.exceeding(2 * size + max(0, -self._budget.free) + SPARE)
+
+    def tight(self, pushes: Sequence[Push]) -> bool:
+        """Return whether the tables of some pushes have so little room in memory that ``relieve``
+        should be called.
+        """
+        for push in pushes:
+            entry = self._tables.find(push.table)
+            if entry is not None and entry.table.store.tight:
+                return True
+        return False
+
+    def relieve(self) -> None:
+        """Make room in tables that have little left, ahead of need, without a flush.
+
+        If the budget is exceeded, memory is given back, as far as rows can leave it.
+        """
+        for entry in self._tables:
+            entry.table.store.relieve()
+        if self._budget.spare < 0:
+            self._budget.reclaim(-self._budget.spare)
