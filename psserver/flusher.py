@@ -113,10 +113,7 @@ class Flusher:
             try:
                 captured = self._flush()
             except Stopped as error:
-                raise Draining from error
-            except Exception:
-                self._discard()
-                raise
+                raise Draining("the server is stopping") from error
             pinned = PinnedBase(self._base, captured)
             self._base.pin(pinned.numbers)
         try:
@@ -134,11 +131,7 @@ class Flusher:
             captured = self._engine.run(self._shard.capture)
             state = self._base.state
             if state is None or not state.distinct or captured.version > state.version:
-                try:
-                    self._writer.write(captured, self._engine)
-                except Stopped:
-                    self._base.discard()
-                    raise
+                self._write(captured)
             self.flushed, failure = began, ""
             needed = min([captured.version, *self.pins.values()])
             self._versions.truncate(needed, *self._keep)
@@ -149,6 +142,21 @@ class Flusher:
         finally:
             self.failure = failure
             self.rounds += 1
+
+    def _write(self, captured: Capture) -> None:
+        """Write a captured shard to the base. After an error the base is as the last flush left it.
+
+        If the files are in an unknown state, the thread notices it when it flushes next: soon.
+        """
+        try:
+            self._writer.write(captured, self._engine)
+        except BaseException:
+            if self._base.failure is None:
+                with suppress(Exception):  # then the next flush deletes the blocks
+                    self._base.discard()
+            elif threading.current_thread() is not self._thread:
+                self.ask()
+            raise
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -168,13 +176,6 @@ class Flusher:
             except Exception as error:
                 self._fail(error)
                 return
-
-    def _discard(self) -> None:
-        """Clean up after a failed flush. If the files are in an unknown state, ends the process."""
-        if self._base.failure is not None:
-            self._fail(self._base.failure)
-        with suppress(Exception):  # then the next flush deletes the blocks
-            self._base.discard()
 
     def _succeeds(self, call: Callable[[], None]) -> bool:
         """Run ``call`` and return True; if it fails but may succeed later, log it and return False.

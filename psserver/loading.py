@@ -97,6 +97,7 @@ class TableLoader:
         self._work = work
         self._calls = calls
         self._directory = directory
+        self._on_disk = flusher is not None  # rows may leave memory; their index may not
 
     def load(self, request: pb.LoadTableRequest, progress: Progress) -> pb.CheckpointProgress:
         """Fill the table ``request.into`` with this shard's rows of a table in a checkpoint.
@@ -170,7 +171,8 @@ class TableLoader:
         if len(checkpoint.parts) == shards:  # else the number of rows is not known yet
             tables = checkpoint.parts[self._shard.number].tables
             rows = sum(each.rows for each in tables if each.name == request.table)
-            self._require_memory(rows * (KEY_BYTES + 4 * target.width), freed)
+            size = KEY_BYTES + (0 if self._on_disk else 4 * target.width)
+            self._require_memory(rows * size, freed)
         return target
 
     def _require_memory(self, size: int, freed: int) -> None:
@@ -179,8 +181,11 @@ class TableLoader:
         freed  bytes that are released before
         """
         budget = self._shard.budget
-        if size > budget.limit - budget.held + freed:
-            raise OutOfMemory(budget.limit, budget.held - freed, size)
+        held = budget.held - freed
+        if self._on_disk:  # rows can make room
+            held = max(0, held - sum(holder.held for holder in budget.holders))
+        if size > budget.limit - held:
+            raise OutOfMemory(budget.limit, held, size)
 
     def _begin(self, target: TableSchema, *, replace: bool) -> Loading:
         """Write the file LOADING, then replace the target by a hidden table without rows.

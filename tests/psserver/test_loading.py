@@ -166,14 +166,30 @@ def test_refusals_come_before_anything_is_deleted(make: Make, source: Homes) -> 
 
 
 def test_a_load_that_cannot_fit_is_refused(make: Make) -> None:
+    """The rows need no memory, but their index does."""
+    source = make(1)
+    source.create(schema("large"))
+    source.push(range(100_000), table="large")
+    source.checkpoint("large")
+    target = make(1, memory_bytes=1 << 20)
+    target.create(schema("mine"))
+    target.push(range(9), table="mine")
+    refuse(target, OutOfMemory, "budget", name="large", table="large", into="mine", replace=True)
+
+
+def test_rows_that_do_not_fit_into_memory_are_loaded_to_disk(make: Make) -> None:
     source = make(1)
     source.create(schema("large", dim=64))
     source.push(range(20_000), table="large")
     source.checkpoint("large")
     target = make(1, memory_bytes=3 << 20)
-    target.create(schema("mine", dim=64))
-    target.push(range(9), table="mine")
-    refuse(target, OutOfMemory, "budget", name="large", table="large", into="mine", replace=True)
+    assert target.load("large", "large", "mine") == 20_000
+    loaded, pushed = target.rows()["mine"], source.rows()["large"]
+    assert {key: row for key, (row, _) in loaded.items()} == {
+        key: row for key, (row, _) in pushed.items()
+    }
+    target.nodes[0].reopen()
+    assert target.rows()["mine"] == loaded
 
 
 def test_a_push_between_the_look_and_the_load_keeps_its_rows(make: Make, source: Homes) -> None:
