@@ -1,6 +1,7 @@
 """Kill shards at random moments while trainers push, and check that each push took effect once.
 
     python -m tests.fault.crash --cycles 1000 --seed 7
+    python -m tests.fault.crash --cycles 1000 --seed 7 --memory 2500000    many rows only on disk
 
 The oracle: SGD with learning rate 1 on rows that start at 0. Push i has the gradient -4^(i % 8) for
 the keys of group i // 8. Each base-4 digit of a row then shows how often its push was applied: 0
@@ -49,7 +50,8 @@ STARTING = 0.04  # seconds that a start takes, about
 NOWHERE = [-1]  # a key that no trainer pushes
 TIMEOUT = 90.0  # seconds that a trainer goes on repeating a push
 FLAGS = "--metrics-port 0 --flush-seconds 0.1 --segment-bytes 1048576 --log-keep-bytes 0"
-FLAGS += " --memory-bytes 1073741824 --fsync-seconds 0.02"
+FLAGS += " --fsync-seconds 0.02"
+MEMORY = 1 << 30  # bytes for the tables of a shard
 
 
 @dataclass
@@ -171,12 +173,13 @@ def verify(client: Client, table: str, every: list[Series], default: float) -> l
 
 
 @contextmanager
-def shards_of(nursery: Nursery, directory: Path, count: int) -> Iterator[list[Shard]]:
+def shards_of(nursery: Nursery, directory: Path, count: int, memory: int) -> Iterator[list[Shard]]:
     """Start shards, and stop them at the end."""
     port = free_ports(count)
     shards = []
     for number in range(count):
         flags = f"--shard {number} --shards {count} --port {port + number} {FLAGS}".split()
+        flags += ["--host-bytes", str(memory)]
         flags += ["--data-dir", str(directory / f"shard-{number}")]
         shards.append(Shard(nursery, directory / f"{number}.log", *flags))
     try:
@@ -346,7 +349,13 @@ class Watchers:
         return wrong
 
 
-def run(cycles: int, seed: int, shards: int, say: Callable[[str], None] = print) -> list[str]:
+def run(
+    cycles: int,
+    seed: int,
+    shards: int,
+    say: Callable[[str], None] = print,
+    memory: int = MEMORY,
+) -> list[str]:
     """Run the cycles and return all errors, which should be none."""
     say(f"seed {seed}, {cycles} cycles, {shards} shards, {TRAINERS} trainers")
     rng = random.Random(seed)
@@ -356,7 +365,7 @@ def run(cycles: int, seed: int, shards: int, say: Callable[[str], None] = print)
     with (
         tempfile.TemporaryDirectory(prefix="ps-crash-") as directory,
         Nursery() as nursery,
-        shards_of(nursery, Path(directory), shards) as alive,
+        shards_of(nursery, Path(directory), shards, memory) as alive,
         ExitStack() as stack,
     ):
         addresses = addresses_of(alive)
@@ -444,8 +453,13 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--shards", type=int, default=2)
+    parser.add_argument("--memory", type=int, default=MEMORY)
     given = parser.parse_args()
-    wrong = run(given.cycles, given.seed, given.shards, lambda text: print(text, flush=True))
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    wrong = run(given.cycles, given.seed, given.shards, say, given.memory)
     for line in wrong:
         print(line, file=sys.stderr)
     sys.exit(bool(wrong))
