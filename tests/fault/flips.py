@@ -5,7 +5,8 @@
 
 A start that refuses must name the file and the offset in it. A start that succeeds must recover
 exactly the state that was stopped: then the byte had no meaning, as in a free page or after the end
-of the log. A start between two steps of a restore may also recover the earlier state, if it reports
+of the log. Or the damage is reported when a row is read from the disk, and all other rows are as
+they were. A start between two steps of a restore may also recover the earlier state, if it reports
 that the restore failed. Every byte of a named checkpoint has a meaning, so its verification must
 name the damaged file.
 """
@@ -33,7 +34,7 @@ from stores import Home, change, contents, copy_of, push, schema
 from psproto import ps_pb2 as pb
 from psserver import swap
 from storage.admission.rules import Counter as Admission
-from storage.errors import StorageError
+from storage.errors import Corrupt, StorageError
 from storage.optimizers import make_optimizer
 
 MEMORY = Path("/dev/shm")  # noqa: S108  a disk that syncs at once, if there is one
@@ -256,7 +257,10 @@ def start(
         return type(error).__name__, None if named else f"does not name a file: {text}"
     except Exception as error:
         return type(error).__name__, f"{type(error).__name__}: {error}"
-    got = contents(node.shard)
+    try:
+        got = contents(node.shard)
+    except Corrupt as error:
+        return _read_in_part(node, want["rows"], str(error))
     torn = node.home.log.torn_bytes
     failed = node.restores.step(pb.RestoreRequest()).phase == pb.RestoreStatus.PHASE_FAILED
     node.close()
@@ -266,6 +270,25 @@ def start(
         return "the restore failed, identical", None
     differs = [key for key in want if got[key] != want[key]]
     return "another state", f"came up with other {', '.join(differs)}"
+
+
+def _read_in_part(node: Node, want: dict[str, Any], error: str) -> tuple[str, str | None]:
+    """Read each row of a shard of which some are damaged on disk. See ``start`` for the result.
+
+    want   what the shard should have: (keys, rows, ...) by name of the table
+    error  what a read of all rows has raised
+    """
+    wrong = None if any(place in error for place in PLACES) else f"does not name a file: {error}"
+    for name, (keys, rows, *_) in want.items():
+        store = node.shard._tables.get(name).table.store
+        for key, row in zip(keys, rows, strict=True):
+            found = np.full((1, len(row)), np.nan, np.float32)
+            with suppress(Corrupt):
+                store.gather(store.find(np.array([key], np.uint64))[0], found)
+                if found[0].tolist() != row:
+                    wrong = f"row {key} of {name} is {found[0].tolist()}, not {row}"
+    node.close()
+    return "Corrupt when rows were read, others identical", wrong
 
 
 def run(
