@@ -43,11 +43,15 @@ MAP_NORESERVE = 0x4000  # Linux; the mmap module names it from Python 3.13 on
 class Holder(Protocol):
     """A table that can move rows to disk to give memory back.
 
-    held  bytes of memory that its rows take
+    held   bytes of memory that its rows take
+    dirty  number of rows that cannot leave memory before a flush
     """
 
     @property
     def held(self) -> int: ...
+
+    @property
+    def dirty(self) -> int: ...
 
     def shrink(self, size: int) -> int:
         """Give about ``size`` bytes back to the budget; return how many it were."""

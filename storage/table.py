@@ -313,7 +313,8 @@ class Table:
         """
         budget, what = self._budget, f"table {self.schema.name!r}: "
         size = missing * self.store.space.row_bytes
-        if not budget.crowded:
+        dirty = any(holder.dirty for holder in budget.holders)
+        if not budget.crowded and (dirty or oversized):
             raise NoRoom(budget.limit, budget.held, size, what, oversized)
         if new:
             raise OutOfMemory(budget.limit, budget.held, size, what, CROWDED)

@@ -63,6 +63,11 @@ def apply(home: Home, item: Push) -> int:
     raise AssertionError("no room after 20 flushes")
 
 
+def apply_all(home: Home, items: list[Push]) -> None:
+    for item in items:
+        apply(home, item)
+
+
 def store(home: Home, table: str = "t") -> Any:
     return home.shard._tables.get(table).table.store
 
@@ -191,3 +196,21 @@ def test_without_a_data_directory_the_error_says_so() -> None:
     with pytest.raises(OutOfMemory, match=r"are in use: set data_dir$"):
         shard.exchange([batch(np.arange(20_000, dtype=np.uint64), 0)], [])
     shard.close()
+
+
+def test_a_flush_makes_rows_clean_although_no_memory_is_free(home: Open) -> None:
+    one = home(8 * MIB)
+    apply(one, batch(np.arange(BATCH), 0))
+    one.shard.budget.take(one.shard.budget.free)
+    one.flusher.flush()
+    assert store(one).dirty == 0
+    assert store(one).demote(BATCH) == BATCH
+
+
+def test_a_push_for_which_no_flush_can_make_room_is_refused(home: Open) -> None:
+    one = home(8 * MIB)
+    apply(one, batch(np.arange(BATCH), 0))
+    one.shard.budget.take(one.shard.budget.free)
+    with pytest.raises(OutOfMemory) as refused:
+        apply_all(one, [batch(np.arange(BATCH) + seed * BATCH, seed) for seed in range(1, 40)])
+    assert not isinstance(refused.value, NoRoom)
