@@ -31,6 +31,7 @@ from psserver.pool import Pool
 from psserver.requests import Pull, Push
 from psserver.shard import ColdRead, Shard
 from psserver.stats import ServiceStats
+from psserver.tables import TableEntry
 from storage.errors import Corrupt, DiskFull, NoRoom
 
 MOST_FLUSHES = 16  # flushes that a push waits for; then it exceeds the memory budget
@@ -217,7 +218,7 @@ class ColdRuns:
             flushes.ask()
             while flushes.rounds == before:
                 await asyncio.sleep(LOOK_SECONDS)
-            await self._engine.submit(self._shard.pushroom.relieve)
+            await self._engine.submit(self._shard.pushroom.trim)
             await asyncio.sleep(TRIM_SECONDS)
 
     # ---- on the engine
@@ -265,14 +266,14 @@ class ColdRuns:
         for pull in pulls:
             if pull.prefetch:
                 self._prefetch(pull)
-        if pushes and not self._relieving and shard.pushroom.tight(pushes):
+        if pushes and not self._relieving and (tight := shard.pushroom.tight(pushes)):
             self._relieving = True
-            self._engine.post(self._relieve)
+            self._engine.post(partial(self._relieve, tight))
         return done
 
-    def _relieve(self) -> None:
+    def _relieve(self, tight: Sequence[TableEntry]) -> None:
         self._relieving = False
-        self._shard.pushroom.relieve()
+        self._shard.pushroom.relieve(tight)
 
     def _prefetch(self, pull: Pull) -> None:
         """Begin to read the rows of a pull that are on disk, unless too many others wait."""

@@ -73,22 +73,18 @@ class PushRoom:
         )
         return self._budget.exceeding(2 * size + max(0, -self._budget.free) + SPARE)
 
-    def tight(self, pushes: Sequence[Push]) -> bool:
-        """Return whether the tables of some pushes have so little room in memory that ``relieve``
-        should be called.
-        """
-        for push in pushes:
-            entry = self._tables.find(push.table)
-            if entry is not None and entry.table.store.tight:
-                return True
-        return False
+    def tight(self, pushes: Sequence[Push]) -> list[TableEntry]:
+        """Return those tables of some pushes that have little room left: ``relieve`` them."""
+        entries = (self._tables.find(push.table) for push in pushes)
+        return [each for each in entries if each is not None and each.table.store.tight]
 
-    def relieve(self) -> None:
-        """Make room in tables that have little left, ahead of need, without a flush.
+    def relieve(self, entries: Sequence[TableEntry]) -> None:
+        """Make room in tables, ahead of need, without a flush."""
+        for entry in entries:
+            if self._tables.numbered(entry.number) is entry:  # it was not dropped
+                entry.table.store.relieve()
 
-        If the budget is exceeded, memory is given back, as far as rows can leave it.
-        """
-        for entry in self._tables:
-            entry.table.store.relieve()
+    def trim(self) -> None:
+        """If the budget is exceeded, give memory back, as far as rows can leave it now."""
         if self._budget.spare < 0:
             self._budget.reclaim(-self._budget.spare)

@@ -34,6 +34,7 @@ ADDRESSES = 32 << 40  # bytes of address space for the arenas of a budget: 1/4 o
 SHARE = 64  # an arena reserves about 1/SHARE of the address space that is left
 SMALLEST_RESERVATION = 64 << 20  # bytes
 OUTGROWN = 4  # a move reserves this many times the bytes that are needed
+FEW = 64  # more tables than this are ranked by size only in every FEW-th call of ``reclaim``
 LARGER = 1.25  # a table gives memory to tables that take less than 1/LARGER of its own
 MOVE_SECONDS = 1.0  # a move waits this long for readers
 ADDRESS_SPACE = "no address space (see ulimit -v and vm.overcommit_memory): "
@@ -83,6 +84,8 @@ class Budget:
         self.addresses = address_space() if addresses is None else addresses
         self.set_aside = 0
         self.holders: list[Holder] = []
+        self._ranking: list[Holder] = []  # the holders, largest first, as of some calls ago
+        self._calls = 0  # of ``reclaim``
         self.advice = ""
         self.reserved = 0  # bytes of address space that are reserved
         self._taken = 0
@@ -104,6 +107,16 @@ class Budget:
         """Bytes that slots of rows may still take: without ``set_aside``. Negative: too many."""
         return self.limit - self.set_aside - self._taken
 
+    def join(self, holder: Holder) -> None:
+        """Add a table that can give memory back."""
+        self.holders.append(holder)
+        self._ranking = []
+
+    def leave(self, holder: Holder) -> None:
+        """Remove a table that cannot give memory back any more."""
+        self.holders.remove(holder)
+        self._ranking = []
+
     @property
     def crowded(self) -> bool:
         """True if what is not rows, for example indexes, leaves no room for rows."""
@@ -118,8 +131,10 @@ class Budget:
 
         Returns how many bytes were given back.
         """
-        given = 0
-        for holder in sorted(self.holders, key=lambda each: -each.held):
+        given, self._calls = 0, self._calls + 1
+        if not self._ranking or len(self.holders) <= FEW or self._calls % FEW == 0:
+            self._ranking = sorted(self.holders, key=lambda each: -each.held)
+        for holder in self._ranking:
             small = asker is not None and holder.held <= LARGER * asker.held
             if given >= size or small or holder is asker:
                 break

@@ -258,7 +258,7 @@ class RowStore:
         self._tiers[blocks.code] = blocks
         limit = self._budget.limit
         self._budget.set_aside = min(max(limit // RESERVE, LEAST_RESERVE), limit // 4)
-        self._budget.holders.append(self)
+        self._budget.join(self)
 
     def place_cold(self, keys: Keys, locations: Locations) -> None:
         """Add absent keys whose rows are in blocks to the index."""
@@ -467,7 +467,7 @@ class RowStore:
     def close(self) -> None:
         """Close index and tiers. The memory is freed as soon as no scan refers to it."""
         if self.blocks is not None:
-            self._budget.holders.remove(self)
+            self._budget.leave(self)
         self._index.close()
         for tier in self._tiers.values():
             tier.close()

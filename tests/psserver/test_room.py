@@ -96,7 +96,7 @@ def test_training_over_ten_times_the_memory_gives_the_rows_of_an_unlimited_twin(
         item = batch(np.union1d(new, hot), step, step=step)
         apply(small, item)
         apply(twin, item)
-        small.shard.pushroom.relieve()
+        small.shard.pushroom.relieve(small.shard.pushroom.tight([item]))
         assert budget.held <= budget.limit
     moves = store(small).moves
     assert moves.demotions > keys // 2
