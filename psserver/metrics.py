@@ -47,8 +47,8 @@ TIER_COUNTERS = (
 )
 # (name, help text) of the metrics of moves between memory and disk, by table
 MOVE_COUNTERS = (
-    ("ps_promoted_rows", "Rows copied from disk to memory, because they were pushed."),
-    ("ps_demoted_rows", "Rows that left memory, because there was no room."),
+    ("ps_promotions", "Rows copied from disk to memory, because they were pushed."),
+    ("ps_demotions", "Rows that left memory, because there was no room."),
     ("ps_flushed_rows", "Changed rows written to disk."),
     (
         "ps_reflushed_blocks",

@@ -406,7 +406,7 @@ def test_what_happens_between_the_tiers_is_counted(tmp_path: Path) -> None:
         assert samples["ps_table_rows", "t", "lmdb"] == disk.rows
         assert samples["ps_table_bytes", "t", "lmdb"] == disk.bytes
         assert samples["ps_tier_misses_total", "t", "host"] == BATCH + 100
-        assert samples["ps_promoted_rows_total", "t"] == 100
+        assert samples["ps_promotions_total", "t"] == 100
         assert samples["ps_warm_read_seconds_count", "t"] == 2
 
     serve(act, tmp_path)
