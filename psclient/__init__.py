@@ -62,6 +62,7 @@ tools/cells.py                  columns of a Parquet file, checked and converted
 tools/source.py                 read and check the rows of Parquet files
 tools/importer.py               import Parquet files into a table
 tools/summary.py                summary statistics of a table
+tools/misses.py                 how often rows would miss in host memory of any size
 tools/analysis.py               compute the summary of a live table, or of one in a checkpoint
 tools/sink.py                   write the rows that an analysis read to a Parquet file
 tools/history.py                a file with the results of past analyses: how a table grew

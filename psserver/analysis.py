@@ -36,6 +36,7 @@ from storage.errors import UnknownTable
 from storage.eviction.contract import FIRST_STEP
 from storage.kernels import Rows
 from storage.part_reader import Piece, counters_of, rows_of
+from storage.reuse import EDGES
 from storage.schema import TableSchema
 from storage.slots import KEY, STEP, VERSION
 from storage.tablescan import Part
@@ -110,6 +111,8 @@ class Analyses:
         for tier in view.stats.tiers:
             rows = summary.tiers.get(tier.tier, 0)
             message.tiers.add(name=tier.tier, rows=rows, bytes=tier.bytes)
+        counts, message.first_pushes = view.reuse
+        message.reuses.CopyFrom(pb.Histogram(edges=EDGES.tolist(), counts=counts.tolist()))
         message.index_bytes, message.waiting = view.stats.index_bytes, view.stats.waiting
         message.waiting_bytes = view.stats.counter_bytes
         yield pb.AnalyzeResponse(done=outbox.done, total=outbox.done, summary=message)

@@ -25,6 +25,7 @@ from storage.kernels import Images, Keys, Rows, Slots, largest_magnitude
 from storage.overflow import OverflowGuard
 from storage.records import NO_KEYS, NO_TOTALS
 from storage.results import Dump, Pushed, TableStats, Tally
+from storage.reuse import Reuse
 from storage.rowstore import RowStore
 from storage.schema import TableSchema
 from storage.slots import FREQUENCY, KEY, STEP, VERSION
@@ -45,7 +46,7 @@ class Table:
 
     def __init__(self, schema: TableSchema, budget: Budget, share: float = 1.0) -> None:
         self.schema = schema
-        self.tally = Tally()
+        self.tally, self.reuse = Tally(), Reuse()
         self._budget, self._share = budget, share
         self.evictor = Evictor([rule.on(share) for rule in schema.evictions])
         self._state = schema.optimizer.initial_state(schema.dim)
@@ -205,6 +206,8 @@ class Table:
                 locations = locations[present]
         slots = self.store.slots(locations)
         stamp = max(step, self.evictor.step)
+        if (some := self.reuse.pushed(version, len(slots))) is not None:
+            self.reuse.add(self.store.host.slots.meta(slots[some])[:, VERSION])
         self.store.touch(slots, counts, stamp, version)
         self.store.host.step(slots, gradients, optimizer, lr, step)
         self._guard.pushed(optimizer, lr, largest)

@@ -971,7 +971,7 @@ class RowList(_message.Message):
     def __init__(self, keys: _Optional[_Iterable[int]] = ..., versions: _Optional[_Iterable[int]] = ..., steps: _Optional[_Iterable[int]] = ..., frequencies: _Optional[_Iterable[int]] = ..., norms: _Optional[_Iterable[float]] = ..., tiers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Summary(_message.Message):
-    __slots__ = ("schema", "width", "version", "last_version", "step", "rows", "occurrences", "norm_sum", "frequencies", "frequency_sums", "ages", "norms", "idle_norms", "grace", "tiers", "index_bytes", "waiting", "waiting_bytes", "most_frequent", "least_frequent", "largest", "smallest")
+    __slots__ = ("schema", "width", "version", "last_version", "step", "rows", "occurrences", "norm_sum", "frequencies", "frequency_sums", "ages", "norms", "idle_norms", "grace", "tiers", "index_bytes", "waiting", "waiting_bytes", "most_frequent", "least_frequent", "largest", "smallest", "reuses", "first_pushes")
     class Tier(_message.Message):
         __slots__ = ("name", "rows", "bytes")
         NAME_FIELD_NUMBER: _ClassVar[int]
@@ -1003,6 +1003,8 @@ class Summary(_message.Message):
     LEAST_FREQUENT_FIELD_NUMBER: _ClassVar[int]
     LARGEST_FIELD_NUMBER: _ClassVar[int]
     SMALLEST_FIELD_NUMBER: _ClassVar[int]
+    REUSES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_PUSHES_FIELD_NUMBER: _ClassVar[int]
     schema: TableSchema
     width: int
     version: int
@@ -1025,7 +1027,9 @@ class Summary(_message.Message):
     least_frequent: RowList
     largest: RowList
     smallest: RowList
-    def __init__(self, schema: _Optional[_Union[TableSchema, _Mapping]] = ..., width: _Optional[int] = ..., version: _Optional[int] = ..., last_version: _Optional[int] = ..., step: _Optional[int] = ..., rows: _Optional[int] = ..., occurrences: _Optional[int] = ..., norm_sum: _Optional[float] = ..., frequencies: _Optional[_Union[Histogram, _Mapping]] = ..., frequency_sums: _Optional[_Iterable[int]] = ..., ages: _Optional[_Union[Histogram, _Mapping]] = ..., norms: _Optional[_Union[Histogram, _Mapping]] = ..., idle_norms: _Optional[_Union[Histogram, _Mapping]] = ..., grace: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[Summary.Tier, _Mapping]]] = ..., index_bytes: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_bytes: _Optional[int] = ..., most_frequent: _Optional[_Union[RowList, _Mapping]] = ..., least_frequent: _Optional[_Union[RowList, _Mapping]] = ..., largest: _Optional[_Union[RowList, _Mapping]] = ..., smallest: _Optional[_Union[RowList, _Mapping]] = ...) -> None: ...
+    reuses: Histogram
+    first_pushes: int
+    def __init__(self, schema: _Optional[_Union[TableSchema, _Mapping]] = ..., width: _Optional[int] = ..., version: _Optional[int] = ..., last_version: _Optional[int] = ..., step: _Optional[int] = ..., rows: _Optional[int] = ..., occurrences: _Optional[int] = ..., norm_sum: _Optional[float] = ..., frequencies: _Optional[_Union[Histogram, _Mapping]] = ..., frequency_sums: _Optional[_Iterable[int]] = ..., ages: _Optional[_Union[Histogram, _Mapping]] = ..., norms: _Optional[_Union[Histogram, _Mapping]] = ..., idle_norms: _Optional[_Union[Histogram, _Mapping]] = ..., grace: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[Summary.Tier, _Mapping]]] = ..., index_bytes: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_bytes: _Optional[int] = ..., most_frequent: _Optional[_Union[RowList, _Mapping]] = ..., least_frequent: _Optional[_Union[RowList, _Mapping]] = ..., largest: _Optional[_Union[RowList, _Mapping]] = ..., smallest: _Optional[_Union[RowList, _Mapping]] = ..., reuses: _Optional[_Union[Histogram, _Mapping]] = ..., first_pushes: _Optional[int] = ...) -> None: ...
 
 class InspectRequest(_message.Message):
     __slots__ = ("table", "keys", "embeddings")

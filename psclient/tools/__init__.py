@@ -12,6 +12,7 @@ cells.py                  columns of a Parquet file, checked and converted to ar
 source.py                 read and check the rows of Parquet files
 importer.py               import Parquet files into a table
 summary.py                summary statistics of a table
+misses.py                 how often rows would miss in host memory of any size
 analysis.py               compute the summary of a live table, or of one in a checkpoint
 sink.py                   write the rows that an analysis read to a Parquet file
 history.py                a file with the results of past analyses: how a table grew

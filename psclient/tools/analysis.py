@@ -26,7 +26,7 @@ from psproto import ps_pb2 as pb
 
 SERVICE = "AnalysisService"
 Columns = pb.AnalyzeRequest.Columns
-METADATA_BYTES = 24  # server memory for the metadata of one row, in bytes
+METADATA_BYTES = 32  # server memory for the metadata of one row, in bytes
 LISTS = (  # lists of extreme rows: (field of Summary, measure, -1: largest first or 1: smallest)
     ("most_frequent", "frequencies", -1.0),
     ("least_frequent", "frequencies", 1.0),
@@ -195,6 +195,8 @@ def _merged(
         index_bytes=sum(part.index_bytes for part in parts),
         waiting=sum(part.waiting for part in parts),
         waiting_bytes=sum(part.waiting_bytes for part in parts),
+        reuses=_histogram([part.reuses for part in parts]),
+        first_pushes=sum(part.first_pushes for part in parts),
         **{
             name: _list([getattr(part, name) for part in parts], field, sign, top)
             for name, field, sign in LISTS

@@ -8,11 +8,13 @@ from html import escape
 from typing import Any
 
 from psclient.tools.figures import (
+    MISSES,
     Threshold,
     admissions,
     buckets,
     cells,
     memory,
+    misses,
     percent,
     share,
     size,
@@ -21,6 +23,7 @@ from psclient.tools.figures import (
     when,
 )
 from psclient.tools.history import Moment
+from psclient.tools.misses import curves
 from psclient.tools.summary import Analysis
 
 CATEGORIES = {"type": "category", "autorange": "reversed", "showgrid": False}  # axis of labels
@@ -49,6 +52,7 @@ def charts(result: Analysis, moments: Sequence[Moment]) -> list[Chart]:
         *_admission(result),
         *_eviction(result),
         _memory(result),
+        *_misses(result),
         _histogram("Shards", "Rows of each shard.", "shard", shards),
     ]
 
@@ -203,6 +207,32 @@ def _memory(result: Analysis) -> Chart:
     ]
     about = "Memory by part: rows of each tier, unused room included, index and counters."
     return Chart("Memory", about, [trace], layout, ("part", "rows", "bytes"), lines)
+
+
+def _misses(result: Analysis) -> list[Chart]:
+    """Return the chart of miss rates by size of host memory; [] if no key was pushed."""
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "name": policy.upper(),
+            "x": curve.rows[1:].tolist(),
+            "y": curve.misses[1:].tolist(),
+            "hovertemplate": f"%{{x:,.0f}} rows: %{{y:.2%}} {policy.upper()} misses<extra></extra>",
+        }
+        for policy, curve in curves(result).items()
+    ]
+    layout = {
+        "xaxis": {"title": {"text": "rows in host memory"}, "type": "log", "dtick": 1},
+        "yaxis": {"tickformat": ".0%", "range": [-0.02, 1.04]},
+    }
+    about = (
+        "Share of the pushed keys whose row would be missing in host memory. LFU: exact from the"
+        " frequencies. LRU: from a sample of the pushes since the start of the servers."
+    )
+    if not traces:
+        return []
+    return [Chart("Misses by size of memory", about, traces, layout, MISSES, misses(result))]
 
 
 def _growth(moments: Sequence[Moment]) -> list[Chart]:

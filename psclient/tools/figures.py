@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from psclient.tools.arrow import KeyType
-from psclient.tools.summary import Analysis, Histogram, RowList
+from psclient.tools.misses import CURVES, curves, sizes
+from psclient.tools.summary import ON_DISK, Analysis, Histogram, RowList
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -141,6 +142,23 @@ def _interesting(
     ]
 
 
+def misses(result: Analysis) -> list[tuple[str, ...]]:
+    """Return a line of text cells for each size of host memory to show; MISSES has the heads."""
+    found = curves(result)
+    return [
+        (
+            f"{rows:,}",
+            percent(share(rows, result.rows)),
+            size(rows * result.row_bytes),
+            *(percent(found[name].at(rows)) if name in found else "-" for name in CURVES),
+        )
+        for rows in (sizes(result) if found else [])
+    ]
+
+
+MISSES = ("rows in memory", "of rows", "bytes", "LFU misses", "LRU misses")
+
+
 def title(result: Analysis) -> str:
     """Return a title: the table's name, then the checkpoint if there is one, then the time."""
     taken = when(result.time)
@@ -168,12 +186,13 @@ def facts(result: Analysis) -> list[tuple[str, str]]:
 
 
 def memory(result: Analysis) -> list[tuple[str, int | None, int]]:
-    """Return (name, rows or None, bytes) of each part of a table's memory.
+    """Return (name, rows or None, bytes) of each part of a table's memory, and of its rows on disk.
 
     The parts are the tiers (kinds of storage for rows), the index and the admission counters.
     """
     parts: list[tuple[str, int | None, int]] = [
-        (tier.name, tier.rows, tier.bytes) for tier in result.tiers
+        (f"{tier.name} (disk)" if tier.name in ON_DISK else tier.name, tier.rows, tier.bytes)
+        for tier in result.tiers
     ]
     if result.index_bytes:
         parts.append(("index", None, result.index_bytes))

@@ -25,6 +25,7 @@ class RowColumns:
     embeddings: Rows | None  # float32[n, dim]; None: the caller did not ask for embeddings
 
 
+ON_DISK = frozenset(("lmdb",))  # names of the tiers that take no memory
 Sink = Callable[[RowColumns], None]  # receives the rows that an analysis reads
 
 
@@ -72,7 +73,7 @@ class Tier:
 
     name: str
     rows: int
-    bytes: int  # allocated, including unused space
+    bytes: int  # allocated, including unused space; on disk for a tier in ON_DISK
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,11 +124,14 @@ class Analysis:
     least_frequent: RowList
     largest: RowList
     smallest: RowList
+    reuses: Histogram  # sampled pushes by the keys pushed since the last push of the key, per shard
+    first_pushes: int  # sampled pushes of keys without a row
 
     @property
     def bytes(self) -> int:
         """Return the memory of the table in bytes: rows, index and admission counters."""
-        return sum(tier.bytes for tier in self.tiers) + self.index_bytes + self.waiting_bytes
+        tiers = sum(tier.bytes for tier in self.tiers if tier.name not in ON_DISK)
+        return tiers + self.index_bytes + self.waiting_bytes
 
     def admitted(self, threshold: int) -> int:
         """Return the number of rows that an admission threshold would have admitted."""

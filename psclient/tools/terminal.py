@@ -17,6 +17,7 @@ from psclient.tools.arrow import KeyType
 from psclient.tools.figures import (
     EXTREMES,
     LISTS,
+    MISSES,
     Threshold,
     admissions,
     buckets,
@@ -24,6 +25,7 @@ from psclient.tools.figures import (
     facts,
     lines,
     memory,
+    misses,
     percent,
     share,
     size,
@@ -70,6 +72,11 @@ def show(console: Console, result: Analysis, *, keys: KeyType = np.uint64) -> No
         _bars("L2 norm of embeddings", "norm", buckets(result.norms)),
         _tries(f"Evicted by a norm threshold{grace}", "norm", small(result)),
     )
+    if cells_of := misses(result):
+        table = _table("Pushed keys whose row is missing in host memory, by its size", *MISSES)
+        for line in cells_of:
+            table.add_row(*line)
+        print_whole(console, table)
     _print_lists(console, result, keys)
 
 

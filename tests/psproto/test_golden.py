@@ -91,6 +91,8 @@ SUMMARY = pb.Summary(
     least_frequent=ROW_LIST,
     largest=ROW_LIST,
     smallest=ROW_LIST,
+    reuses=EDGES,
+    first_pushes=5,
 )
 FACTS = pb.KeyFacts(
     key=U64,

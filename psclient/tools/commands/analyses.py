@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ from psclient.tools.arrow import key_type
 from psclient.tools.commands.rows import Keys, KeysOption
 from psclient.tools.commands.shell import DEFAULT, Servers, app, bar, connected
 from psclient.tools.history import Moment, append_history, read_history
+from psclient.tools.misses import as_json
 from psclient.tools.staged import staged_file
 from psclient.tools.summary import Analysis
 
@@ -76,6 +78,14 @@ EmbeddingsOption = Annotated[
 HtmlOption = Annotated[
     Path | None, typer.Option(help="Write a report with plots to this HTML file.")
 ]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        help="Write the sizes of the tiers, and the miss rates for every size of host memory, to"
+        " this JSON file.",
+    ),
+]
 HistoryOption = Annotated[
     Path | None,
     typer.Option(
@@ -98,14 +108,16 @@ def analyze(
     embeddings: EmbeddingsOption = False,
     keys: KeysOption = Keys.UINT64,
     html: HtmlOption = None,
+    to_json: JsonOption = None,
     history: HistoryOption = None,
     servers: Servers = DEFAULT,
 ) -> None:
     """Show statistics of a table, and what rules would do to it.
 
     Prints sizes, frequencies, ages and norms, and how many rows admission and eviction rules with
-    different thresholds would refuse or evict. Changes nothing in the cluster. Existing files of
-    --parquet and --html are replaced.
+    different thresholds would refuse or evict. Also prints how often pushed keys would miss their
+    row in host memory, by the size of the memory. Changes nothing in the cluster. Existing files of
+    --parquet, --html and --json are replaced.
     """
     shown = key_type(keys)
     with connected(servers) as client, staged_file(html) if html else nullcontext() as page:
@@ -134,7 +146,9 @@ def analyze(
         moments = [] if history is None else _remembered(history, result)
         if page is not None:
             page.write_text(pages.page(result, moments, keys=shown), encoding="utf-8")
-    for path in (parquet, html):
+    if to_json is not None:
+        to_json.write_text(json.dumps(as_json(result), indent=1), encoding="utf-8")
+    for path in (parquet, html, to_json):
         if path is not None:
             typer.echo(f"{path}: {path.stat().st_size:,} bytes")
 

@@ -78,8 +78,9 @@ def test_an_analysis_sums_up_all_shards(client: Client, filled: str) -> None:
     assert (found.rows, found.shard_rows) == (info.rows, info.shard_rows)
     assert (found.bytes, found.versions) == (info.bytes, info.versions)
     assert (found.step, found.dim, found.optimizer) == (95, DIM, "adagrad")
-    assert found.row_bytes == 4 * 2 * DIM + 24
-    assert [(tier.name, tier.rows) for tier in found.tiers] == [("host", info.rows)]
+    assert found.row_bytes == 4 * 2 * DIM + 32
+    tiers = [(tier.name, tier.rows) for tier in found.tiers]
+    assert tiers == [("host", info.rows), ("lmdb", 0)]
     assert found.occurrences == int(frequencies.sum())
     assert found.norm_mean == pytest.approx(norms.mean())
     for threshold in (1, 2, 3, 4, 8, 16):

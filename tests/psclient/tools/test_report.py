@@ -66,6 +66,8 @@ def an_analysis(**changes: Any) -> Analysis:
         "least_frequent": rows(43),
         "largest": rows(44),
         "smallest": rows(),
+        "reuses": histogram([1, 10, 100, 1000], [0, 20, 30, 40, 0]),
+        "first_pushes": 10,
     }
     return Analysis(**{**values, **changes})
 
