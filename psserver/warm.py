@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,18 @@ from storage import initializers, optimizers
 from storage.admission import rules as admission
 from storage.analysis import RowColumns, Summary
 from storage.arena import Budget
+from storage.block import Block
+from storage.blockfile import BlockFile
+from storage.directory import Zones
 from storage.eviction import sweep as eviction
 from storage.index import SEGMENT, Index
 from storage.kernels import Images, Keys
 from storage.schema import TableSchema
+from storage.slots import FREQUENCY, KEY, STEP, VERSION
 from storage.table import Table
+from storage.tiers.lmdb import Blocks
 
+BLOCK_AT = 4096 + 16  # offset of the first block in a file: as in the base's, after a page header
 BUDGET = 64 << 20  # memory limit, in bytes, of the tables created here
 
 
@@ -36,6 +44,7 @@ def warm() -> None:
     for written in (True, False):
         keys = _view(np.arange(4, dtype=np.uint64), written)
         _warm_table(keys, written)
+        _warm_blocks(keys, written)
         _warm_index(keys)
         _warm_routing(keys, written)
 
@@ -47,15 +56,18 @@ def _view(array: NDArray[Any], written: bool) -> Any:
     return view
 
 
-def _warm_table(keys: Keys, written: bool) -> None:
-    """Run the kernels of tables, with arrays that are writable if ``written``, else read-only."""
-    schema = TableSchema(
+def _schema() -> TableSchema:
+    return TableSchema(
         name="warm",
         dim=2,
         optimizer=optimizers.make_optimizer("sgd", None, {}),
         initializer=initializers.make_initializer("uniform", {}),
     )
-    table = Table(schema, Budget(BUDGET))
+
+
+def _warm_table(keys: Keys, written: bool) -> None:
+    """Run the kernels of tables, with arrays that are writable if ``written``, else read-only."""
+    table = Table(_schema(), Budget(BUDGET))
     rows, frequencies = np.ones((4, 2), np.float32), np.ones(4, np.uint64)
     sent = _view(rows, written)
     counts = _view(np.ones(4, np.uint32), written)
@@ -92,10 +104,103 @@ def _warm_scan(table: Table, keys: Keys, written: bool) -> None:
     meta = scan.measure(places, norms)
     scan.read(places, rows)
     table.exact_scan().next(len(keys), 1, norms=True)
-    of_table = meta[:, 0], meta[:, 1], meta[:, 2].view(np.int64), meta[:, 3]
+    of_table = meta[:, KEY], meta[:, VERSION], meta[:, STEP].view(np.int64), frequencies
     of_checkpoint = [_view(column.copy(), written) for column in of_table]
     for columns in (of_table, of_checkpoint):
         Summary().add(RowColumns._make([*columns, norms, "host"]), 0)
+
+
+def _warm_blocks(keys: Keys, written: bool) -> None:
+    """Run the kernels of rows on disk, in a file in memory.
+
+    keys     uint64[n], distinct
+    written  whether the arrays of pushes are writable
+    """
+    file = os.memfd_create("warm")
+    try:
+        os.truncate(file, BLOCK_AT + (1 << 20))
+        with BlockFile(Path(f"/proc/self/fd/{file}"), reserved=1 << 20) as mapped:
+            _use_blocks(mapped, file, keys, written)
+    finally:
+        os.close(file)
+
+
+def _use_blocks(mapped: BlockFile, file: int, keys: Keys, written: bool) -> None:
+    """Flush rows, demote and promote them, and read them from disk.
+
+    mapped  map of the file in which the rows are stored
+    file    its descriptor, to write to
+    """
+    budget, schema = Budget(BUDGET), _schema()
+    blocks = Blocks(schema.dim, schema.width, mapped, budget)
+    table = Table(schema, budget)
+    table.attach(blocks, lambda: None)
+    gradients = _view(np.ones((len(keys), 2), np.float32), written)
+    counts = _view(np.ones(len(keys), np.uint32), written)
+    table.push(keys, gradients, counts, version=1, step=0)
+    first = _flush(table, file, BLOCK_AT)
+    table.store.demote(1)
+    _read_blocks(table, keys)
+    table.store.move(first, np.arange(len(keys)), _write(table, file, BLOCK_AT + 65_536), 0)
+    for _ in range(2):  # promotes
+        table.push(keys, gradients, counts, version=2, step=0)
+    table.close()
+
+
+def _read_blocks(table: Table, keys: Keys) -> None:
+    """Read rows that are only on disk in all ways in which they are read."""
+    rows, n = np.empty((len(keys), 2), np.float32), len(keys)
+    pages = table.pages(keys, whole=True, meta=True)
+    assert pages is not None  # else the kernels below would run on no rows
+    pages.warm()
+    assert table.store.blocks is not None
+    table.store.blocks.settle(pages)
+    table.metadata(table.pull(keys, "train", rows))
+    scan = table.scan()
+    start: int | None = 0
+    while start is not None:
+        places, start = scan.find(start, 0, 2, n)
+        scan.copy(places, np.empty(len(places), np.uint64), rows[: len(places)])
+        scan.measure(places, np.empty(len(places)))
+        scan.read(places, rows[: len(places)])
+    exact = table.exact_scan()
+    for _ in range(3):
+        exact.next(n, 1, norms=True)()
+    cold = table.contents().cold
+    assert cold is not None
+    cold.bounds(0)
+    for _, number in table.store.blocks.extents():
+        if reads := cold.reads(number, True):
+            reads()
+        view = cold.view(number)
+        assert view is not None
+        view.norms(np.arange(n))
+
+
+def _flush(table: Table, file: int, at: int) -> int:
+    """Write the dirty rows of a table to a block at offset ``at``, and make them clean."""
+    scan = table.store.host.scan()
+    slots, _ = scan.dirty(0, 1, 64)
+    table.store.waiting(slots, 1)
+    extent = _write(table, file, at)
+    blocks = table.store.blocks
+    assert blocks is not None
+    table.store.adopt(extent, slots, blocks.keys(extent), blocks.versions(extent))
+    return extent
+
+
+def _write(table: Table, file: int, at: int) -> int:
+    """Write the rows of a table to a block at offset ``at`` of a file. Returns the extent."""
+    block = Block.empty(1, table.schema.width, len(table))
+    keys = table.store.keys()
+    locations, _ = table.store.find(keys)
+    table.store.gather(locations, block.rows)
+    meta = table.store.meta(locations)
+    block.keys[:], block.versions[:] = meta[:, KEY], meta[:, VERSION]
+    block.steps[:], block.frequencies[:] = meta[:, STEP].view(np.int64), meta[:, FREQUENCY]
+    os.pwrite(file, block.seal(), at)
+    assert table.store.blocks is not None
+    return table.store.blocks.add(at, at, len(block), Zones.of(block), verified=False)
 
 
 def _warm_index(keys: Keys) -> None:
