@@ -197,6 +197,8 @@ class Shard(ShardReads):
         earlier push changed the same row. Then the earlier pushes stay applied; a retry of the call
         does not apply them again.
         """
+        if not pushes:
+            return Exchanged([], list(map(self._pull, self._check_pulls(pulls), pulls)))
         checked = [self._check_push(push) for push in pushes]
         check_order(pushes)
         entries = self._check_pulls(pulls) if pulls else []
@@ -205,7 +207,7 @@ class Shard(ShardReads):
             for each in checked:
                 _check_rows(each)
         pushed = [self._push(each) for each in checked]
-        return Exchanged(pushed, [self._pull(*each) for each in zip(entries, pulls, strict=True)])
+        return Exchanged(pushed, list(map(self._pull, entries, pulls)))
 
     def delete(self, change: Delete) -> pb.DeleteResponse:
         """Delete rows, as one version. Ignores keys without a row. A retry changes nothing, and
