@@ -22,7 +22,7 @@ def by_table(field: str, value: Any) -> Mapping[str, Any]:
 
     Raises InvalidArgument, naming ``field``, if it is not a mapping.
     """
-    if not isinstance(value, Mapping):
+    if type(value) is not dict and not isinstance(value, Mapping):
         raise InvalidArgument(
             f"{field} must be a mapping {{table: ...}}, got {type(value).__name__}"
         )
@@ -34,7 +34,8 @@ def pair(name: str, value: Any) -> tuple[Any, Any]:
 
     Raises InvalidArgument unless it is a sequence of two objects.
     """
-    if not isinstance(value, Sequence) or len(value) != 2:
+    known = type(value) is tuple or isinstance(value, Sequence)
+    if not known or len(value) != 2:
         raise InvalidArgument(
             f"table {name!r}: a push must be a pair (keys, gradients), got {type(value).__name__}"
         )

@@ -23,6 +23,8 @@ class Batch:
     keys       64-bit integers of any shape
     shard_map  which shard owns each key
 
+    bounds     ``keys[bounds[s]:bounds[s + 1]]`` of the distinct keys belong to shard s
+
     Create one by ``Client.batch(keys)``. ``len(batch)`` is the number of keys, duplicates included.
     """
 
@@ -30,6 +32,7 @@ class Batch:
         array = as_keys(keys)
         self.shape = array.shape
         self.split = routing.split(array.reshape(-1), shard_map)
+        self.bounds: list[int] = self.split.bounds.tolist()
 
     def __len__(self) -> int:
         return len(self.split.inverse)
@@ -56,10 +59,10 @@ class Batch:
         if len(self.keys) < len(flat):
             sums = np.zeros((len(self.keys), dim), np.float32)
             routing.sum_rows(flat, self.split.inverse, sums)
-        elif len(self.split.bounds) > 2:
+        elif len(self.bounds) > 2:
             sums = np.empty_like(flat)
             sums[self.split.inverse] = flat
-        return self.check(sums, table, dim)
+        return self._finite(sums, table)
 
     def check(self, gradients: Any, table: str, dim: int) -> Rows:
         """Check gradients that are already summed per distinct key; return them as float32.
@@ -71,6 +74,13 @@ class Batch:
         Raises InvalidArgument if the shape is wrong or a number is infinite or NaN.
         """
         sums = as_gradients(gradients, (len(self.keys), dim), f"table {table!r}: gradients")
+        return self._finite(sums, table)
+
+    def _finite(self, sums: Rows, table: str) -> Rows:
+        """Return ``sums``, float32[distinct, dim], after checking that all numbers are finite.
+
+        table  name of the table, for errors
+        """
         if not routing.all_finite(sums.reshape(-1).view(np.uint32)):
             row, column = np.argwhere(~np.isfinite(sums))[0]
             raise InvalidArgument(

@@ -33,7 +33,6 @@ class Request:
     dims      the client's cache of dims by table; outdated entries are removed from it
     timeout   the client's timeout in seconds
     cluster   connections to the shards
-    tables    names of the tables in the request
     deadline  monotonic seconds
     late      whether ``wait`` may be called after the deadline, as for a prefetch; messages sent
               so late get a new deadline
@@ -45,7 +44,6 @@ class Request:
     dims: dict[str, int]
     timeout: float
     cluster: Cluster
-    tables: tuple[str, ...]
     deadline: float
     late: bool
     sent: list[Sent] = field(default_factory=list)
@@ -93,6 +91,16 @@ class Request:
                 self.submit(item)
             self._take_answers()
 
+    def complete(self) -> None:
+        """Do the same as ``wait``, but give the request up if a signal handler interrupts that."""
+        try:
+            self.wait()
+        except PsError:
+            raise
+        except BaseException:
+            self.abandon()
+            raise
+
     def abandon(self) -> None:
         """Give up every message after an interruption, so that none is sent again."""
         for item in self.sent:
@@ -128,8 +136,12 @@ class Request:
     def _note(self, error: PsError) -> None:
         """Remove the request's tables from ``dims`` if ``error`` shows that a dim is outdated."""
         if isinstance(error, SchemaMismatch | TableNotFound):
-            for name in self.tables:
-                self.dims.pop(name, None)
+            for item in (*self.sent, *self.later):
+                exchange = item.call.exchange
+                names = [each.header.table for each in exchange.pushes]
+                names += [each.header.table for each in exchange.pulls]
+                for name in names:
+                    self.dims.pop(name, None)
 
     def _resend(self, item: Sent) -> codec.Exchanged:
         """Fetch the newest shard map, and send the keys of a refused message to their owners."""

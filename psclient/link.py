@@ -90,7 +90,8 @@ class Link(ABC):
         """
         if self._closed:
             raise Unavailable(f"{self.where}: the client is closed")
-        self._identify(call)
+        call.id = next(self._ids)
+        self._open[call.id] = call
         for push in call.exchange.pushes:
             self.session.number(push.header)
 

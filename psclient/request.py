@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,9 @@ class Header:
     step: int = 0
     lr: float | None = None
     durability: int = 0  # number in ps.proto; 0: the durability of each table
+
+
+NO_HEADER = Header()  # of requests without pushes
 
 
 @dataclass(slots=True)
@@ -82,15 +85,22 @@ def messages(
     there are several messages, each contains one push or one pull; messages with pushes come first.
     """
     pieces = _pieces(cluster, shard, pushes, pulls)
-    sent = [message for push in pushes for message in _push_messages(push, shard, pieces, header)]
-    asked = [message for pull in pulls for message in _pull_messages(pull, shard, pieces)]
+    sent: list[codec.PushMessage] = []
+    asked: list[codec.PullMessage] = []
+    ranges: list[Range] = []
+    for push in pushes:
+        sent += _push_messages(push, shard, pieces, header)
+    for pull in pulls:
+        for low, high in _ranges(pull.batch, shard, pieces):
+            asked.append(_pull_message(pull, shard, low, high))
+            ranges.append((pull, low, high))
     if not sent and not asked:
         return []
     if pieces == 1 and len(sent) + len(asked) <= codec.MOST_PARTS:
-        return [(codec.Exchange(sent, [pull for pull, _ in asked]), [at for _, at in asked])]
+        return [(codec.Exchange(sent, asked), ranges)]
     each: list[tuple[codec.Exchange, list[Range]]] = []
     each += [(codec.Exchange([push], []), []) for push in sent]
-    each += [(codec.Exchange([], [pull]), [at]) for pull, at in asked]
+    each += [(codec.Exchange([], [pull]), [at]) for pull, at in zip(asked, ranges, strict=True)]
     return each
 
 
@@ -103,12 +113,12 @@ def _pieces(
     """
     request = reply = most = widest = 0
     for push in pushes:
-        first, last = push.batch.split.bounds[shard : shard + 2].tolist()
+        first, last = push.batch.bounds[shard], push.batch.bounds[shard + 1]
         row = 12 + push.gradients.shape[1] * codec.WIRE[push.dtype].itemsize
         request += (last - first) * row
         widest, most = max(widest, row), max(most, last - first)
     for pull in pulls:
-        first, last = pull.batch.split.bounds[shard : shard + 2].tolist()
+        first, last = pull.batch.bounds[shard], pull.batch.bounds[shard + 1]
         row = pull.dim * codec.WIRE[pull.dtype].itemsize + 24 * pull.metadata
         row *= not pull.prefetch
         request += (last - first) * 8
@@ -123,8 +133,9 @@ def _pieces(
 
 def _push_messages(
     push: PushPart, shard: int, pieces: int, header: Header
-) -> Iterator[codec.PushMessage]:
-    """Yield the messages, at most ``pieces``, that push a table's gradients to one shard."""
+) -> list[codec.PushMessage]:
+    """Return the messages, at most ``pieces``, that push a table's gradients to one shard."""
+    found = []
     for low, high in _ranges(push.batch, shard, pieces):
         head = pb.PushHeader(
             table=push.table,
@@ -134,27 +145,24 @@ def _push_messages(
             durability=header.durability,  # type: ignore[arg-type]
         )
         gradients = codec.to_wire(push.gradients[low:high], push.dtype)
-        yield codec.PushMessage(head, push.batch.keys[low:high], push.counts[low:high], gradients)
+        keys, counts = push.batch.keys[low:high], push.counts[low:high]
+        found.append(codec.PushMessage(head, keys, counts, gradients))
+    return found
 
 
-def _pull_messages(
-    pull: PullPart, shard: int, pieces: int
-) -> Iterator[tuple[codec.PullMessage, Range]]:
-    """Yield the messages, at most ``pieces``, that pull a table's rows from one shard.
-
-    Each comes with the range of distinct keys whose rows it requests.
-    """
-    for low, high in _ranges(pull.batch, shard, pieces):
-        head = pb.PullHeader(
-            table=pull.table,
-            dtype=pull.dtype,  # type: ignore[arg-type]
-            mode=pull.mode,  # type: ignore[arg-type]
-            with_metadata=pull.metadata,
-            min_version=pull.min_version[shard] if pull.min_version else 0,
-            min_epoch=pull.min_version.epochs[shard] if pull.min_version else 0,
-            prefetch=pull.prefetch,
-        )
-        yield codec.PullMessage(head, pull.batch.keys[low:high]), (pull, low, high)
+def _pull_message(pull: PullPart, shard: int, low: int, high: int) -> codec.PullMessage:
+    """Return the message that pulls the rows of the distinct keys low..high-1 from one shard."""
+    head = pb.PullHeader(
+        table=pull.table,
+        dtype=pull.dtype,  # type: ignore[arg-type]
+        mode=pull.mode,  # type: ignore[arg-type]
+        with_metadata=pull.metadata,
+        prefetch=pull.prefetch,
+    )
+    if pull.min_version:
+        head.min_version = pull.min_version[shard]
+        head.min_epoch = pull.min_version.epochs[shard]
+    return codec.PullMessage(head, pull.batch.keys[low:high])
 
 
 def _ranges(batch: Batch, shard: int, pieces: int) -> list[tuple[int, int]]:
@@ -162,9 +170,11 @@ def _ranges(batch: Batch, shard: int, pieces: int) -> list[tuple[int, int]]:
 
     Returns (low, high) of each range, which is ``batch.keys[low:high]`` and not empty.
     """
-    first, last = batch.split.bounds[shard : shard + 2].tolist()
+    first, last = batch.bounds[shard], batch.bounds[shard + 1]
     if first == last:
         return []
+    if pieces == 1:
+        return [(first, last)]
     step = -(-(last - first) // pieces)
     return [(low, min(low + step, last)) for low in range(first, last, step)]
 

@@ -19,7 +19,7 @@ from psclient.deletes import delete_rows
 from psclient.errors import InvalidArgument, PsError
 from psclient.inflight import Request
 from psclient.pending import Pending
-from psclient.request import Header, PullPart, PushPart
+from psclient.request import NO_HEADER, Header, PullPart, PushPart
 from psclient.schema import TableInfo, table_info
 from psclient.versions import NO_VERSIONS, Versions
 from psproto import ps_pb2 as pb
@@ -107,7 +107,7 @@ class RowClient(Connection):
         Takes one round trip. A pull never creates a row. Raises TableNotFound if a table does not
         exist, and InvalidArgument for keys that are not integers.
         """
-        return self._start({}, keys, mode=mode, wire=wire).result()  # type: ignore[no-any-return]
+        return _results(*self._begin({}, keys, mode=mode, wire=wire))
 
     def start_pull(
         self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
@@ -116,7 +116,7 @@ class RowClient(Connection):
 
         ``result()`` of the returned Pending waits for the embeddings and returns them.
         """
-        return self._start({}, keys, mode=mode, wire=wire, background=True)
+        return _pending(*self._begin({}, keys, mode=mode, wire=wire, background=True))
 
     def push(
         self,
@@ -143,7 +143,8 @@ class RowClient(Connection):
         than a server's message limit is sent in several messages. Raises InvalidArgument, and
         applies nothing, if gradients have a wrong shape, or a sum that is infinite or NaN.
         """
-        self._start(gradients, {}, step=step, lr=lr, wire=wire, durability=durability).result()
+        header = push_header(step, lr, durability)
+        self._begin(gradients, {}, header, wire=wire)[0].complete()
 
     def exchange(
         self,
@@ -165,10 +166,8 @@ class RowClient(Connection):
         they are after the push. A request that is larger than a server's message limit is sent in
         several messages: first all pushes, then the pulls.
         """
-        pending = self._start(
-            push, pull, step=step, lr=lr, mode=mode, wire=wire, durability=durability
-        )
-        return pending.result()  # type: ignore[no-any-return]
+        header = push_header(step, lr, durability)
+        return _results(*self._begin(push, pull, header, mode=mode, wire=wire))
 
     def start_exchange(
         self,
@@ -189,8 +188,8 @@ class RowClient(Connection):
         effect before it is sent again. If an exchange needs several messages, its pulls are sent
         only when ``result()`` is called.
         """
-        options: dict[str, Any] = {"mode": mode, "wire": wire, "durability": durability}
-        return self._start(push, pull, step=step, lr=lr, background=True, **options)
+        header = push_header(step, lr, durability)
+        return _pending(*self._begin(push, pull, header, mode=mode, wire=wire, background=True))
 
     def pull_distinct(
         self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
@@ -202,8 +201,7 @@ class RowClient(Connection):
 
         ``pull`` explains the other arguments.
         """
-        pending = self._start({}, keys, mode=mode, wire=wire, distinct=True)
-        return pending.result()  # type: ignore[no-any-return]
+        return _results(*self._begin({}, keys, mode=mode, wire=wire, distinct=True))
 
     def push_distinct(
         self,
@@ -220,9 +218,8 @@ class RowClient(Connection):
 
         ``push`` explains the other arguments.
         """
-        self._start(
-            gradients, {}, step=step, lr=lr, wire=wire, durability=durability, distinct=True
-        ).result()
+        header = push_header(step, lr, durability)
+        self._begin(gradients, {}, header, wire=wire, distinct=True)[0].complete()
 
     def prefetch(self, keys: Mapping[str, Any]) -> Pending:
         """Ask the shards to read the rows of keys from disk into memory; return at once.
@@ -245,29 +242,27 @@ class RowClient(Connection):
 
     # ---- from keys to messages
 
-    def _start(
+    def _begin(
         self,
         push: Mapping[str, tuple[Any, Any]],
         pull: Mapping[str, Any],
+        header: Header = NO_HEADER,
         *,
-        step: int = 0,
-        lr: float | None = None,
         mode: str = "train",
         wire: str | None = None,
-        durability: str | None = None,
         distinct: bool = False,
         background: bool = False,
-    ) -> Pending:
-        """Send a request and return at once; ``result()`` of the Pending is {table: embeddings}.
+    ) -> tuple[Request, list[PullPart]]:
+        """Send a request and return at once, with the PullParts that will contain its result.
 
+        header      options of the pushes
         distinct    whether keys are Batches, and gradients and embeddings have one row per
                     distinct key
-        background  whether a background thread reads the replies before ``result()`` is called
+        background  whether a background thread reads the replies before anybody waits for them
 
         ``exchange`` explains the other arguments.
         """
         deadline = self._deadline()
-        header = push_header(step, lr, durability)
         dtype = self._dtype if wire is None else checked.one_of("wire", wire, WIRES)
         wanted = checked.one_of("mode", mode, MODES)
         cluster = self._connect(deadline)
@@ -279,12 +274,7 @@ class RowClient(Connection):
             self._pull_part(name, keys, dtype, wanted, deadline, distinct=distinct)
             for name, keys in by_table("keys", pull).items()
         ]
-
-        def finish() -> dict[str, Rows]:
-            return {part.table: part.shaped() for part in pulls}
-
-        request = self._send(cluster, header, pushes, pulls, deadline, background=background)
-        return Pending(request, finish)
+        return self._send(cluster, header, pushes, pulls, deadline, background=background), pulls
 
     def _pull_rows(self, name: str, keys: Any, mode: str, min_version: Sequence[int]) -> PullPart:
         """Pull rows of one table with their versions, steps and frequencies, and wait for them.
@@ -303,8 +293,7 @@ class RowClient(Connection):
         part = self._pull_part(
             name, keys, self._dtype, wanted, deadline, metadata=True, min_version=least
         )
-        request = self._send(cluster, Header(), [], [part], deadline)
-        Pending(request, lambda: None).result()
+        self._send(cluster, NO_HEADER, [], [part], deadline).complete()
         return part
 
     def _send(
@@ -331,7 +320,6 @@ class RowClient(Connection):
             dims=self._dims,
             timeout=self._timeout,
             cluster=cluster,
-            tables=(*(part.table for part in pushes), *(part.table for part in pulls)),
             deadline=deadline,
             late=background,
         )
@@ -423,3 +411,14 @@ class RowClient(Connection):
         header = push_header(0, None, durability)
         cluster = self._connect(deadline)
         return delete_rows(cluster, name, self._batch(keys, deadline), header.durability, deadline)
+
+
+def _results(request: Request, pulls: Sequence[PullPart]) -> dict[str, Rows]:
+    """Wait for the answers to a request, and return the result of each of its pulls by table."""
+    request.complete()
+    return {part.table: part.shaped() for part in pulls}
+
+
+def _pending(request: Request, pulls: Sequence[PullPart]) -> Pending:
+    """Return a Pending whose ``result()`` is the result of each pull of a request, by table."""
+    return Pending(request, lambda: {part.table: part.shaped() for part in pulls})

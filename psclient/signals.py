@@ -67,17 +67,18 @@ class Shield:
     def __init__(self, wake: Callable[[], object] | None = None) -> None:
         self.wake = wake
         self.up = False
-        self.delayed: list[tuple[Handler, int, Any]] = []
-        self._kept: list[tuple[int, Handler]] = []
 
     def __enter__(self) -> None:
         if threading.get_ident() != threading.main_thread().ident:  # no other thread runs handlers
             return
+        self.delayed: list[tuple[Handler, int, Any]] = []
+        kept: list[tuple[int, Handler]] = []
+        self._kept = kept
         self.up = True
         try:
             for number in compress(SIGNALS, map(callable, map(_signal.getsignal, SIGNALS))):
                 handler = _signal.getsignal(number)
-                self._kept.append((number, handler))
+                kept.append((number, handler))
                 _signal.signal(number, _Delay(handler, self))
             if self.wake is not None:
                 _waiting.append(self)
@@ -88,8 +89,9 @@ class Shield:
     def __exit__(self, *_: object) -> None:
         if self.up:
             self._restore()
-            for handler, number, frame in self.delayed:
-                handler(number, frame)
+            if self.delayed:
+                for handler, number, frame in self.delayed:
+                    handler(number, frame)
 
     def _restore(self) -> None:
         """Reinstall the original signal handlers."""

@@ -241,7 +241,8 @@ class StreamLink(Link):
         call.answer, call.error, call.done = answer, error, True
         if error is None or pause_before(call, error) is None:
             self._finish(call, applied=error is None)
-        self._wake(call)
+        if self._sleeping:
+            self._wake(call)
 
     def _give_up(self, call: Call, why: str) -> None:
         super()._give_up(call, why)

@@ -209,8 +209,8 @@ class Exchanges:
         """
         header, exchange = decode(data, budget)
         try:
-            pushes = [self._checks.push(push) for push in exchange.pushes]
-            pulls = [self._checks.pull(pull) for pull in exchange.pulls]
+            pushes = list(map(self._checks.push, exchange.pushes))
+            pulls = list(map(self._checks.pull, exchange.pulls))
         except Exception as error:  # its traceback would keep the request in memory
             return header, error.with_traceback(None)
         return header, Checked(exchange, pushes, pulls)

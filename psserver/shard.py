@@ -229,12 +229,14 @@ class Shard(ShardReads):
         changed the same row. Then the earlier pushes stay applied; a retry of the call does not
         apply them again.
         """
+        if not pushes:
+            return Exchanged([], list(map(self._pull, self._check_pulls(pulls), pulls)))
         checked = [self._check_push(push) for push in pushes]
         check_order(pushes)
         entries = self._check_pulls(pulls) if pulls else []
         self._sequencer.reserve([record_bytes(each.entry, each.push) for each in checked])
         with self.pushroom.exceeding(checked) if exceed else WITHIN:
-            if checked and self.budget.holders:
+            if self.budget.holders:
                 self.pushroom.make(checked)
             if len(checked) > 1:  # a single one is checked as it is applied
                 for each in checked:
@@ -242,7 +244,7 @@ class Shard(ShardReads):
             pushed: list[pb.PushResponse] = []
             for each in checked:
                 pushed.append(self._push_or_exceed(each, bool(pushed)))
-        return Exchanged(pushed, [self._pull(*each) for each in zip(entries, pulls, strict=True)])
+        return Exchanged(pushed, list(map(self._pull, entries, pulls)))
 
     def _push_or_exceed(self, each: CheckedPush, begun: bool) -> pb.PushResponse:
         """Apply a push for whose table room was made.

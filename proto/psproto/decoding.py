@@ -11,6 +11,7 @@ left[0], the remaining budget.
 from __future__ import annotations
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from psproto import ps_pb2 as pb
 from psproto.dtypes import WIRE, Malformed, wire_dtype
@@ -26,6 +27,7 @@ from psproto.messages import (
 )
 
 MOST_HEADER = 4096  # maximum size of a request's header, in bytes
+FEW_BYTES = 128  # a reply of fewer bytes is parsed by protobuf, because that is faster
 _U8, _U4, _I8 = np.dtype("<u8"), np.dtype("<u4"), np.dtype("<i8")
 
 
@@ -222,6 +224,12 @@ def decode_stream_response(data: bytes) -> tuple[int, Exchanged | pb.Status]:
 
     The reply is a pb.Status with the error if the request failed.
     """
+    if len(data) < FEW_BYTES:
+        parsed = _parsed(data)
+        if parsed.HasField("error"):
+            return parsed.id, parsed.error
+        if not parsed.exchange.pulls:
+            return parsed.id, Exchanged(list(parsed.exchange.pushes), [])
     id = 0
     exchanged, left = Exchanged([], []), [MOST_FIELDS]
     error: list[bytes] = []
@@ -233,3 +241,11 @@ def decode_stream_response(data: bytes) -> tuple[int, Exchanged | pb.Status]:
         elif number == 3 and start >= 0:
             error.append(data[start:stop])
     return id, small(pb.Status, error) if error else exchanged
+
+
+def _parsed(data: bytes) -> pb.StreamResponse:
+    try:
+        parsed: pb.StreamResponse = pb.StreamResponse.FromString(data)
+    except DecodeError as error:
+        raise Malformed(f"StreamResponse: {error}") from error
+    return parsed

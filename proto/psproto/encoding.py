@@ -14,6 +14,7 @@ from psproto import ps_pb2 as pb
 from psproto.messages import Delta, Exchange, Exchanged, Keys, Pulled, PullMessage, PushMessage
 
 _NESTED = Struct("<BIB")  # tag and length of a nested message; the length is a varint of 5 bytes
+_UNKNOWN = bytes(6)  # in place of the tag and length of a nested message until ``end``
 _BYTE = [bytes((byte,)) for byte in range(256)]
 _PADDING = [bytes((2 << 3 | 2, spare)) + bytes(spare) for spare in range(8)]
 
@@ -35,7 +36,9 @@ class _Writer:
         Appends nothing if ``body`` is empty.
         """
         if body:
-            self._append(_BYTE[field << 3 | 2] + _varint(len(body)) + body)
+            piece = _BYTE[field << 3 | 2] + _varint(len(body)) + body
+            self._pieces.append(piece)
+            self._at += len(piece)
 
     def number(self, field: int, value: int) -> None:
         """Append an unsigned number as a varint field; append nothing if it is 0."""
@@ -47,9 +50,9 @@ class _Writer:
 
         Appends nothing if the array is empty or None.
         """
-        if array is None or not array.size:
+        if array is None or not (size := array.nbytes):
             return
-        size, item = array.nbytes, array.itemsize
+        item = array.itemsize
         head = _BYTE[field << 3 | 2] + _varint(size)
         at = self._at + len(head)
         if at % item:
@@ -64,8 +67,10 @@ class _Writer:
 
         Returns a mark, the argument for ``end``.
         """
-        self._append(bytes(6))
-        return field, len(self._pieces) - 1, self._at
+        pieces = self._pieces
+        pieces.append(_UNKNOWN)
+        self._at += 6
+        return field, len(pieces) - 1, self._at
 
     def end(self, mark: tuple[int, int, int]) -> None:
         """End the nested message for which ``begin`` returned ``mark``, and fill in its length."""
