@@ -170,9 +170,10 @@ class RowStore:
         return places(locations, self._host.code)[0]
 
     def promote(self, keys: Keys, locations: Locations) -> Rows:
-        """Copy the cold ones of some rows to host memory, and update their ``locations`` in place.
+        """Copy those rows that are cold (on disk only) to host memory, where they are clean.
 
-        The caller is going to push the rows.
+        keys       uint64[n]
+        locations  uint64[n]  of the rows of ``keys``; updated in place for the copied rows
 
         Returns the copied rows, float32[m, width]. Raises OutOfMemory or Corrupt, and changes
         nothing then.
@@ -327,10 +328,10 @@ class RowStore:
         return self._host.bytes
 
     def shrink(self, size: int) -> int:
-        """Give about ``size`` bytes of memory back; return how many it were. See arena.Holder.
+        """Give about ``size`` bytes of memory back; return how many were given. See arena.Holder.
 
         Only the end of the memory can be given back. So the clean rows there leave, whatever their
-        scores are. Rows before the last dirty row stay: the next flush makes it clean.
+        scores are. Rows before the last dirty row stay until the next flush makes that row clean.
         """
         self.space.slack = 0
         host, size = self._host, max(LEAST_SHRINK, min(size, MOST_SHRINK))
@@ -343,8 +344,8 @@ class RowStore:
     def demote(self, count: int) -> int:
         """Give up the host copies of at least ``count`` clean rows, those with the lowest scores.
 
-        Also of MARGIN further ones, so that this happens rarely. Returns the number of rows that
-        were demoted: fewer if there are not so many clean rows.
+        Tries to demote some more (MARGIN), so that it need not be called soon again. Returns how
+        many rows were demoted, which is less than ``count`` if there were too few clean rows.
         """
         assert self.blocks is not None
         demoted = 0
@@ -373,11 +374,11 @@ class RowStore:
     def unchanged(
         self, slots: Slots, keys: Keys, versions: NDArray[np.uint64]
     ) -> NDArray[np.bool_]:
-        """Return for each slot whether it has a dirty row of this key and version."""
+        """Return bool[n]: whether slots[i] has a dirty row with keys[i] and versions[i]."""
         return self._host.slots.same(slots, keys, versions)
 
     def waiting(self, slots: Slots, upto: int) -> NDArray[np.bool_]:
-        """Return for each slot whether it has a dirty row of a version in 1..upto."""
+        """Return bool[n]: whether slots[i] has a dirty row with a version in 1..upto."""
         return self._host.slots.waiting(slots, upto)
 
     @property
