@@ -37,7 +37,7 @@ MARGIN = 4096  # rows that ``demote`` demotes beyond those asked for, so that it
 NEARLY = 8  # host memory is nearly full if there is room for less than 1/NEARLY of its rows
 AHEAD = 32  # 1/AHEAD of the slots are kept free
 SHARE = 64  # a table that needs memory of others takes at least 1/SHARE of the budget
-MOST_SHRINK = 16 << 20  # maximum number of bytes that a table gives back per call
+MOST_SHRINK = 4 << 20  # maximum number of bytes that a table gives back per call
 LEAST_SHRINK = 64 << 10  # bytes; only whole pages can be given back
 LEAST_RESERVE = 1 << 20  # bytes
 RESERVE = 16  # 1/RESERVE of the budget is left to indexes and counters where there is a cold tier
@@ -313,10 +313,12 @@ class RowStore:
         rows = self._host.rows
         return AHEAD * self.room() < rows and self.dirty < rows
 
-    def relieve(self) -> None:
-        """Demote clean rows until 1/AHEAD of the slots are free, so that later pushes find room."""
-        if self.tight:
-            self.demote(self._host.rows // AHEAD)
+    def relieve(self) -> bool:
+        """Demote some clean rows if little room is left, so that later pushes find room.
+
+        Returns whether to call it again. It demotes few rows per call, so that others can run.
+        """
+        return self.tight and self.demote(0) > 0 and self.tight
 
     def oversized(self, count: int) -> bool:
         """Return whether ``count`` rows are more than host memory can have at once."""
