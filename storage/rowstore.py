@@ -49,6 +49,7 @@ class RowStore:
     dim     numbers in an embedding
     state   float32[width - dim], initial optimizer state of every row
     budget  memory budget of the shard
+    host    the tier whose rows can be pushed
     blocks  the rows on disk; None: there is no cold tier
     watch   the exact scans in progress
     moves   what happened between the tiers
@@ -63,6 +64,7 @@ class RowStore:
         except BaseException:
             self._index.close()
             raise
+        self.host = self._host
         self._tiers: dict[int, Tier] = {self._host.code: self._host}  # where rows are, by code
         self.blocks: Blocks | None = None
         self.moves = Moves()
@@ -239,11 +241,6 @@ class RowStore:
             self.blocks.forget(places(locations[self.cold(locations)], self.blocks.code)[0])
             slots = slots[slots >= 0]
         self._forget(self._host.slots.release(slots))
-
-    @property
-    def host(self) -> Writable:
-        """The tier whose rows can be pushed."""
-        return self._host
 
     def _forget(self, homes: Locations) -> None:
         """Mark the copies in blocks at some locations, 0 or not, as out of date."""
