@@ -82,6 +82,10 @@ class ColdTable:
     def get(self, keys: Keys) -> Rows:
         """Pull the embeddings, after the pieces of the file that are not in memory were read."""
         self.warm(keys)
+        return self.pull(keys)
+
+    def pull(self, keys: Keys) -> Rows:
+        """Pull the embeddings at once; pieces of the file that are not in memory are waited for."""
         out = np.empty((len(keys), self._dim), np.float32)
         self.table.pull(keys, "serve", out)
         return out

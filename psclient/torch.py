@@ -81,7 +81,10 @@ class _Feature(nn.Module):
         self.client = client
 
     def remotes(self) -> list[_Remote]:
-        """Return the modules that provide the rows, each from one table: one, or one per part."""
+        """Return the modules that pull the rows of this module's parts, one per part.
+
+        Each uses one table. A module that has no parts returns only itself.
+        """
         raise NotImplementedError
 
     def requests(self, arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:

@@ -26,7 +26,7 @@ from typing import Protocol
 
 from psproto.codec import Exchanged
 from psserver.engine import Engine
-from psserver.errors import DeadlinePassed
+from psserver.errors import DeadlinePassed, Draining
 from psserver.pool import Pool
 from psserver.requests import Pull, Push
 from psserver.shard import ColdRead, Shard
@@ -130,11 +130,13 @@ class ColdRuns:
         self._stats = stats
         self._flushes = flushes
         self._prefetching = 0  # prefetches that no I/O thread has begun or finished
+        self._closed = False
         self._trimming: asyncio.Task[None] | None = None  # the task that ``_trim`` began
         self._relieving = False  # a call of ``_relieve`` waits for the engine
 
     def close(self, seconds: float) -> None:
         """Stop the I/O threads; wait at most ``seconds`` for them."""
+        self._closed = True
         if self._trimming is not None:
             self._trimming.get_loop().call_soon_threadsafe(self._trimming.cancel)
         self._pool.close(seconds)
@@ -198,6 +200,8 @@ class ColdRuns:
         before = flushes.rounds
         flushes.ask()
         while flushes.rounds == before:
+            if self._closed:
+                raise Draining("the server is stopping")
             if time.monotonic() > held.deadline:
                 raise DeadlinePassed("the deadline passed before there was room in memory")
             await asyncio.sleep(LOOK_SECONDS)
@@ -218,7 +222,8 @@ class ColdRuns:
             flushes.ask()
             while flushes.rounds == before:
                 await asyncio.sleep(LOOK_SECONDS)
-            await self._engine.submit(self._shard.pushroom.trim)
+            while await self._engine.submit(self._shard.pushroom.trim):
+                pass
             await asyncio.sleep(TRIM_SECONDS)
 
     # ---- on the engine
@@ -272,8 +277,10 @@ class ColdRuns:
         return done
 
     def _relieve(self, tight: Sequence[TableEntry]) -> None:
-        self._relieving = False
-        self._shard.pushroom.relieve(tight)
+        tight = self._shard.pushroom.relieve(tight)
+        self._relieving = bool(tight)
+        if tight:
+            self._engine.post(partial(self._relieve, tight))
 
     def _prefetch(self, pull: Pull) -> None:
         """Begin to read the rows of a pull that are on disk, unless too many others wait."""

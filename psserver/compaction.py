@@ -50,7 +50,7 @@ def choose(blocks: Blocks, width: int, small: set[int], changed: int) -> list[So
     small    numbers of the small blocks of the table; those that are gone are removed
     changed  number of rows that the flush writes because they changed
 
-    The flush moves at most twice as many rows as it writes, or LEAST_MOVED full blocks.
+    The flush moves at most ``2 * changed`` rows, or the rows of two full blocks if that is more.
     """
     numbers = dict(blocks.extents())
     small.intersection_update(numbers.values())
@@ -71,11 +71,13 @@ def choose(blocks: Blocks, width: int, small: set[int], changed: int) -> list[So
 def moved_blocks(
     table: int, width: int, sources: Iterable[Source], read: Callable[[int], Block | None]
 ) -> Iterator[tuple[Block, list[Run]]]:
-    """Yield new blocks, without checksums, with the rows of ``sources``, and where they came from.
+    """Yield (new block without a checksum, origins of its rows) with the live rows of old blocks.
 
-    table  number of the table
-    width  float32 numbers per row
-    read   returns the block with this number; None if it is damaged: then it is left as it is
+    table    number of the table
+    width    float32 numbers per row
+    sources  the old blocks
+    read     returns the block with a given number, or None if it is damaged; the rows of a damaged
+             block are not moved
     """
     most = rows_per_block(width)
     block, runs, used = Block.empty(table, width, most), list[Run](), 0

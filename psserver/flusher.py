@@ -122,7 +122,7 @@ class Flusher:
             self._base.unpin(pinned.numbers)
 
     def _flush(self) -> Capture:
-        """Flush, as ``flush`` describes, and return the captured shard. Needs ``_turn``.
+        """Flush, as ``flush`` describes, and return the captured shard. The caller has ``_turn``.
 
         Raises Stopped if the server stops.
         """
@@ -146,7 +146,8 @@ class Flusher:
     def _write(self, captured: Capture) -> None:
         """Write a captured shard to the base. After an error the base is as the last flush left it.
 
-        If the files are in an unknown state, the thread notices it when it flushes next: soon.
+        If the files are in an unknown state, makes the thread flush soon: its flush then fails, and
+        the thread calls ``fail``.
         """
         try:
             self._writer.write(captured, self._engine)

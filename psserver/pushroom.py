@@ -78,13 +78,18 @@ class PushRoom:
         entries = (self._tables.find(push.table) for push in pushes)
         return [each for each in entries if each is not None and each.table.store.tight]
 
-    def relieve(self, entries: Sequence[TableEntry]) -> None:
-        """Make room in tables, ahead of need, without a flush."""
-        for entry in entries:
-            if self._tables.numbered(entry.number) is entry:  # it was not dropped
-                entry.table.store.relieve()
+    def relieve(self, entries: Sequence[TableEntry]) -> list[TableEntry]:
+        """Make some room in tables, ahead of need, without a flush.
 
-    def trim(self) -> None:
-        """If the budget is exceeded, give memory back, as far as rows can leave it now."""
-        if self._budget.spare < 0:
-            self._budget.reclaim(-self._budget.spare)
+        Returns the tables that need more: call it again for them.
+        """
+        there = [each for each in entries if self._tables.numbered(each.number) is each]
+        return [each for each in there if each.table.store.relieve()]
+
+    def trim(self) -> bool:
+        """If the budget is exceeded, give some memory back, as far as rows can leave it now.
+
+        Returns whether to call it again, because that helped but did not suffice.
+        """
+        spare = self._budget.spare
+        return spare < 0 and self._budget.reclaim(-spare) > 0 and self._budget.spare < 0

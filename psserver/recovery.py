@@ -1,8 +1,8 @@
 """Load a shard from its base (the copy of all rows at one log version) and replay its log.
 
-Rows stay in the base: only their keys are read, and put into the index. A base that an older
-release wrote has no directory, which tells which rows are current. Then the versions of the rows
-tell.
+Rows stay in the base: only their keys are read, and put into the index. The base's directory tells
+which rows are current. A base that an older release wrote has no directory. Of such a base, the row
+with the largest version is the current one of its key.
 """
 
 from __future__ import annotations

@@ -92,8 +92,8 @@ def _warm_scan(table: Table, keys: Keys, written: bool) -> None:
     """Run the kernels that scan, copy and summarize the rows of a table.
 
     keys     uint64[n], keys of all rows of the table
-    written  whether the metadata of a checkpoint, which is summarized like that of a live table, is
-             an array that can be written
+    written  whether the arrays of metadata that are summarized as those of a checkpoint are
+             writable
     """
     rows, frequencies = np.empty((len(keys), 2), np.float32), np.empty(len(keys), np.uint64)
     scan = table.scan()

@@ -55,7 +55,7 @@ class Holder(Protocol):
     def dirty(self) -> int: ...
 
     def shrink(self, size: int) -> int:
-        """Give about ``size`` bytes back to the budget; return how many it were."""
+        """Give about ``size`` bytes back to the budget; return how many were given."""
         ...
 
 

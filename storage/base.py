@@ -232,7 +232,7 @@ class Base:
     def pin(self, numbers: Iterable[int]) -> None:
         """Keep committed blocks, even if a later state record does not list them, until ``unpin``.
 
-        Any thread may call this. It must know that no commit deletes the blocks at the same time.
+        Any thread may call this. The caller makes sure that no commit deletes them meanwhile.
         """
         with self._pin_lock:
             self.pins.update(numbers)

@@ -94,9 +94,9 @@ class ColdPages:
 class BlockScan(Reader):
     """A scan of the cold rows of a table. See Scan for the contract.
 
-    ``start`` of ``find`` is block number << 16 | position. Each call finds rows of one block, which
-    stays until the next call or until the scan is dropped, so that ``copy`` can read it. Blocks
-    that are added during the scan are included.
+    ``start`` of ``find`` is block number << 16 | position. Each call finds rows of one block. The
+    block is not deleted before the next call or the end of the scan, so that ``copy`` can read it.
+    Blocks that are added during the scan are included.
     """
 
     def __init__(self, dim: int, extents: Extents, file: BlockFile) -> None:
@@ -219,7 +219,7 @@ class BlockScan(Reader):
         )
 
     def _warm(self, places: Slots, numbers: int, meta: bool) -> None:
-        """Read the pages with rows into memory. See ``_list`` for the parameters."""
+        """Read the pages with rows into memory. See ``list_pages`` for the parameters."""
         pages, fresh = list_pages(self._extents, self.memory.array(), places, numbers, meta)
         self._file.warm(np.unique(np.concatenate([pages, fresh[:, 0]])), PIECE)
 

@@ -101,6 +101,10 @@ class ColdBlocks:
 
 
 def _warm(file: BlockFile, first: NDArray[np.int64], size: int, sums: NDArray[np.int64]) -> None:
-    """Read the first ``size`` bytes of a block into memory, and the page with its last sum."""
+    """Read the first ``size`` bytes of a block into memory, and the page with its last sum.
+
+    first  int64[1]  offset of the block in the file
+    sums   int64[1]  offset of the last byte of the block
+    """
     file.warm(first, size)
     file.warm(sums, 1)

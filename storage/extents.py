@@ -67,7 +67,7 @@ def clear_bit(records: Any, extent: Any, first: Any, bit: Any) -> None:
 
 @jit
 def mark(records: Any, live_at: int, cached_at: int, places: Any, live: int, cached: int) -> Any:
-    """Change the bits of rows, and count them.
+    """Set or clear the live and cached bits of rows, and update the counts of their blocks.
 
     records    uint64[extents, words]
     live_at    first word of the live bits
@@ -247,21 +247,22 @@ class Extents:
         return self._by_number.get(number)
 
     def following(self, number: int, most: int) -> NDArray[np.int64]:
-        """Return the extents of up to ``most`` blocks, from block ``number`` on, by number."""
+        """Return the extents of up to ``most`` blocks, numbered ``number`` or higher, in order."""
         at = bisect_left(self._numbers, number)
         extents = [self._by_number[each] for each in self._numbers[at : at + most]]
         return np.array(extents, np.int64)
 
     def register(self, reader: Reader) -> None:
-        """Let a reader enter blocks, until it is dropped."""
+        """Allow a reader to call ``enter``. Blocks that it holds stay as long as it exists."""
         self._readers.add(reader)
 
     def enter(self, reader: Reader, number: int) -> bool:
-        """Make a reader hold the next block that has cold or promoted rows, and no other block.
+        """Let go of the block that a reader holds, and make it hold the next one worth reading.
 
-        number  the least number of the block
+        number  number in the base from which to look for a block with cold or promoted rows
 
-        Any thread may call this. Returns False, and the reader holds none then, if there is none.
+        Any thread may call this. Returns False if there is no such block; the reader then holds
+        none.
         """
         records = reader.memory.array()
         with self._lock:

@@ -171,9 +171,9 @@ def find_cold(
     live_at, cached_at, promoted_at  first words of these bits in a record
     places                           int64[n]  written from index 0 on; n is the maximum to find
 
-    A live row that was promoted is found, because its push failed, and the scan may have passed the
-    slot that it got. The versions must have been verified. Returns (number found, position to
-    continue at).
+    A live row that was promoted is found even if it has a slot, because the scan may have passed
+    the slot before the row was copied there. The pieces with the versions must have been verified.
+    Returns (number found, position to continue at).
     """
     found = 0
     column = (np.int64(records[extent, START]) + HEADER >> 3) + np.int64(records[extent, COUNT])
@@ -275,7 +275,7 @@ def remember(records: Any, seen_at: int, fresh: Any, good: Any) -> Any:
     fresh  int64[n, 5]  the pages, from ``list_pages``
     good   bool[n]      which of them are intact
 
-    Returns the index of a page that is not intact, of a block that is still there; -1: none is.
+    Returns the index in ``fresh`` of a damaged page whose block still exists; -1 if there is none.
     """
     bad = -1
     for i in range(fresh.shape[0]):

@@ -37,7 +37,7 @@ MARGIN = 4096  # rows that ``demote`` demotes beyond those asked for, so that it
 NEARLY = 8  # host memory is nearly full if there is room for less than 1/NEARLY of its rows
 AHEAD = 32  # 1/AHEAD of the slots are kept free
 SHARE = 64  # a table that needs memory of others takes at least 1/SHARE of the budget
-MOST_SHRINK = 16 << 20  # maximum number of bytes that a table gives back per call
+MOST_SHRINK = 4 << 20  # maximum number of bytes that a table gives back per call
 LEAST_SHRINK = 64 << 10  # bytes; only whole pages can be given back
 LEAST_RESERVE = 1 << 20  # bytes
 RESERVE = 16  # 1/RESERVE of the budget is left to indexes and counters where there is a cold tier
@@ -49,6 +49,7 @@ class RowStore:
     dim     numbers in an embedding
     state   float32[width - dim], initial optimizer state of every row
     budget  memory budget of the shard
+    host    the tier whose rows can be pushed
     blocks  the rows on disk; None: there is no cold tier
     watch   the exact scans in progress
     moves   what happened between the tiers
@@ -63,6 +64,7 @@ class RowStore:
         except BaseException:
             self._index.close()
             raise
+        self.host = self._host
         self._tiers: dict[int, Tier] = {self._host.code: self._host}  # where rows are, by code
         self.blocks: Blocks | None = None
         self.moves = Moves()
@@ -170,9 +172,10 @@ class RowStore:
         return places(locations, self._host.code)[0]
 
     def promote(self, keys: Keys, locations: Locations) -> Rows:
-        """Copy the cold ones of some rows to host memory, and update their ``locations`` in place.
+        """Copy those rows that are cold (on disk only) to host memory, where they are clean.
 
-        The caller is going to push the rows.
+        keys       uint64[n]
+        locations  uint64[n]  of the rows of ``keys``; updated in place for the copied rows
 
         Returns the copied rows, float32[m, width]. Raises OutOfMemory or Corrupt, and changes
         nothing then.
@@ -238,11 +241,6 @@ class RowStore:
             self.blocks.forget(places(locations[self.cold(locations)], self.blocks.code)[0])
             slots = slots[slots >= 0]
         self._forget(self._host.slots.release(slots))
-
-    @property
-    def host(self) -> Writable:
-        """The tier whose rows can be pushed."""
-        return self._host
 
     def _forget(self, homes: Locations) -> None:
         """Mark the copies in blocks at some locations, 0 or not, as out of date."""
@@ -312,10 +310,12 @@ class RowStore:
         rows = self._host.rows
         return AHEAD * self.room() < rows and self.dirty < rows
 
-    def relieve(self) -> None:
-        """Demote clean rows until 1/AHEAD of the slots are free, so that later pushes find room."""
-        if self.tight:
-            self.demote(self._host.rows // AHEAD)
+    def relieve(self) -> bool:
+        """Demote some clean rows if little room is left, so that later pushes find room.
+
+        Returns whether to call it again. It demotes few rows per call, so that others can run.
+        """
+        return self.tight and self.demote(0) > 0 and self.tight
 
     def oversized(self, count: int) -> bool:
         """Return whether ``count`` rows are more than host memory can have at once."""
@@ -327,10 +327,10 @@ class RowStore:
         return self._host.bytes
 
     def shrink(self, size: int) -> int:
-        """Give about ``size`` bytes of memory back; return how many it were. See arena.Holder.
+        """Give about ``size`` bytes of memory back; return how many were given. See arena.Holder.
 
         Only the end of the memory can be given back. So the clean rows there leave, whatever their
-        scores are. Rows before the last dirty row stay: the next flush makes it clean.
+        scores are. Rows before the last dirty row stay until the next flush makes that row clean.
         """
         self.space.slack = 0
         host, size = self._host, max(LEAST_SHRINK, min(size, MOST_SHRINK))
@@ -343,8 +343,8 @@ class RowStore:
     def demote(self, count: int) -> int:
         """Give up the host copies of at least ``count`` clean rows, those with the lowest scores.
 
-        Also of MARGIN further ones, so that this happens rarely. Returns the number of rows that
-        were demoted: fewer if there are not so many clean rows.
+        Tries to demote some more (MARGIN), so that it need not be called soon again. Returns how
+        many rows were demoted, which is less than ``count`` if there were too few clean rows.
         """
         assert self.blocks is not None
         demoted = 0
@@ -373,11 +373,11 @@ class RowStore:
     def unchanged(
         self, slots: Slots, keys: Keys, versions: NDArray[np.uint64]
     ) -> NDArray[np.bool_]:
-        """Return for each slot whether it has a dirty row of this key and version."""
+        """Return bool[n]: whether slots[i] has a dirty row with keys[i] and versions[i]."""
         return self._host.slots.same(slots, keys, versions)
 
     def waiting(self, slots: Slots, upto: int) -> NDArray[np.bool_]:
-        """Return for each slot whether it has a dirty row of a version in 1..upto."""
+        """Return bool[n]: whether slots[i] has a dirty row with a version in 1..upto."""
         return self._host.slots.waiting(slots, upto)
 
     @property

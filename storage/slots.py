@@ -199,7 +199,7 @@ def _changed(
 
 @jit
 def _cut(entries: Any, first: Any, used: int) -> Any:
-    """Take the slots from number ``used`` on out of the list of free slots.
+    """Remove the slots with numbers of at least ``used`` from the list of free slots.
 
     first  head of the list; ABSENT if it is empty
 
@@ -229,7 +229,7 @@ def _settle(entries: Any, slots: Any, homes: Any) -> None:
 
 @jit
 def _same(entries: Any, slots: Any, keys: Any, versions: Any, out: Any) -> None:
-    """Write for each slot whether it has a dirty row of this key and version, to bool[n]."""
+    """Set out[i] to whether slots[i] has a dirty row with key keys[i] and version versions[i]."""
     for i in range(slots.shape[0]):
         slot = slots[i]
         version = entries[slot, 1] >> np.uint64(16)
@@ -243,7 +243,7 @@ def _same(entries: Any, slots: Any, keys: Any, versions: Any, out: Any) -> None:
 
 @jit
 def _waiting(entries: Any, slots: Any, upto: int, out: Any) -> None:
-    """Write for each slot whether it has a dirty row of a version in 1..upto, to bool[n]."""
+    """Set out[i] to whether slots[i] has a dirty row with a version in 1..upto."""
     for i in range(slots.shape[0]):
         version = np.int64(entries[slots[i], 1] >> np.uint64(16))
         out[i] = 0 < version <= upto and entries[slots[i], 3] == 0
@@ -343,7 +343,10 @@ class SlotEntries:
         return self._arena.rows
 
     def cut(self, used: int) -> None:
-        """Forget the slots from number ``used`` on, all of which must be free, and their memory."""
+        """Remove the slots with numbers of at least ``used``, and give back their memory.
+
+        All of them must be free.
+        """
         self._first_free, self.free = _cut(self._arena.array, self._first_free, used)
         self.used = used
         self._arena.release(used)
@@ -396,13 +399,13 @@ class SlotEntries:
         _settle(self._arena.array, slots, homes)
 
     def same(self, slots: Slots, keys: Keys, versions: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Return for each slot whether it has a dirty row of this key and version."""
+        """Return bool[n]: whether slots[i] has a dirty row with keys[i] and versions[i]."""
         out = np.empty(len(slots), np.bool_)
         _same(self._arena.array, slots, keys, versions, out)
         return out
 
     def waiting(self, slots: Slots, upto: int) -> NDArray[np.bool_]:
-        """Return for each slot whether it has a dirty row of a version in 1..upto."""
+        """Return bool[n]: whether slots[i] has a dirty row with a version in 1..upto."""
         out = np.empty(len(slots), np.bool_)
         _waiting(self._arena.array, slots, upto, out)
         return out

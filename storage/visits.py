@@ -42,8 +42,8 @@ def _write_bits(words: Any, at: Any, values: Any) -> None:
 class Visits:
     """Which rows one scan has read. Use it on the engine thread only.
 
-    strides  code of a tier -> rows of an extent, if its places are extent << 16 | position; the
-             places of other tiers are small numbers
+    strides  code of a tier -> maximum number of rows in an extent. Only for tiers whose places are
+             ``extent << 16 | position``; the places of other tiers are the numbers of their bits
     """
 
     def __init__(self, strides: dict[int, int]) -> None:
@@ -70,8 +70,8 @@ class Visits:
     def strays(self) -> Locations:
         """Return the places of rows that moved before they were read, and forget the list.
 
-        Ascending and distinct. Some rows may be gone by now. Give back with ``keep`` what is not
-        read at once.
+        Ascending and distinct. Some rows may be gone by now. Pass those that are not
+        read at once to ``keep``.
         """
         found = np.unique(np.concatenate([np.empty(0, np.uint64), *self._listed]))
         self._listed, self._count = [], 0

@@ -49,7 +49,10 @@ class ColdRows(Protocol):
     """The rows of a table that are in blocks on disk, for eviction sweeps."""
 
     def bounds(self, number: int) -> Bounds:
-        """Return the bounds of the first blocks from block ``number`` on; m is 0 at the end."""
+        """Return the bounds of some blocks, the next ones from block ``number`` on.
+
+        The result has no blocks if there are none with this or a higher number.
+        """
         ...
 
     def reads(self, number: int, norms: bool) -> Callable[[], None] | None:
@@ -142,8 +145,9 @@ class RowEviction(Eviction):
 
         causes  uint8[stop - start]; entries that are not 0 are left unchanged
 
-        If a row is to be evicted, so is every row with a smaller version, step, frequency and norm:
-        blocks are skipped if no row at their lower bounds would be evicted.
+        A rule that evicts a row must also evict each row whose version, step, frequency and norm
+        are all at most as large. Sweeps rely on that: they call this with the bounds of a block on
+        disk, and skip the block if a row with the least values of all would stay.
         """
 
 
@@ -164,7 +168,8 @@ class TableEviction(Eviction):
         out  int64[stop - start]; scores in -2^62..2^62, EMPTY (2^63 - 1) for slots without a row
 
         A push during the sweep must not lower the score of a row. A row must not score higher than
-        one with a larger version, step and frequency, so that the bounds of a block bound scores.
+        one whose version, step and frequency are all at least as large: so the scores of a block's
+        Bounds are bounds for the scores of its rows.
         """
 
 

@@ -30,7 +30,8 @@ class Pass:
     """One pass over the rows of a table.
 
     contents  the rows of the table when the pass begins; None: there is nothing to do
-    choose    called once for each block, with the bounds of some blocks; returns which must be read
+    choose    function of the Bounds of some blocks; returns which of them must be read, bool[m].
+              Each block is passed to it once
     norms     whether the embeddings are needed, too
 
     wanted   function that another thread should call before the next call of ``next``, to read a

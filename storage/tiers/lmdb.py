@@ -156,7 +156,10 @@ class Blocks:
         return self.records.zones(extent)
 
     def sparse(self, share: float) -> list[int]:
-        """Return extents with live rows, but fewer than ``share`` of all rows; fewest first."""
+        """Return the blocks whose share of live rows is above 0 but below ``share``.
+
+        Returns their extents, those with the smallest share first.
+        """
         live, count = self.records.fields(LIVE), self.records.fields(COUNT)
         chosen = np.flatnonzero((count > 0) & (live > 0) & (live < share * count))
         order = np.argsort(live[chosen] / count[chosen], kind="stable")

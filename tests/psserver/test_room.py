@@ -214,3 +214,24 @@ def test_a_push_for_which_no_flush_can_make_room_is_refused(home: Open) -> None:
     with pytest.raises(OutOfMemory) as refused:
         apply_all(one, [batch(np.arange(BATCH) + seed * BATCH, seed) for seed in range(1, 40)])
     assert not isinstance(refused.value, NoRoom)
+
+
+def test_a_scan_goes_on_while_memory_is_given_back(home: Open) -> None:
+    node = home(32 * MIB)
+    for seed in range(10):
+        apply(node, batch(np.arange(seed * BATCH, (seed + 1) * BATCH, dtype=np.uint64), seed))
+    node.flusher.flush()
+    host = store(node).host
+    scan, rows = host.scan(), np.empty((500, DIM), np.float32)
+    frequencies = np.empty(500, np.uint64)
+    places, start = scan.find(0, 0, 1 << 47, 500)
+    assert store(node).shrink(4 * MIB) > 3 * MIB
+    assert host.rows < 10 * BATCH
+    seen = set(scan.copy(places, frequencies, rows)[:, 0].tolist())
+    while start is not None:
+        places, start = scan.find(start, 0, 1 << 47, 500)
+        seen |= set(scan.copy(places, frequencies[: len(places)], rows[: len(places)])[:, 0])
+    assert len(seen) == host.rows
+    assert len(store(node)) == 10 * BATCH
+    apply(node, batch(np.arange(10 * BATCH, dtype=np.uint64), 99))
+    assert host.rows == 10 * BATCH

@@ -212,8 +212,8 @@ def prune(
 ) -> None:
     """Delete all checkpoints except the newest ones.
 
-    Keeps the number of newest checkpoints that --keep gives, and the checkpoints that these build
-    on. Incomplete and damaged checkpoints are not counted and not deleted.
+    Keeps the newest checkpoints, as many as --keep says, and the checkpoints that these build on.
+    Incomplete and damaged checkpoints are not counted and not deleted.
     """
     with connected(servers) as client:
         _print_deleted(admin.prune(client, keep, dry_run=dry_run), dry_run=dry_run)
