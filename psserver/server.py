@@ -30,6 +30,7 @@ from psserver.listener import Listener
 from psserver.metrics import ConnectionCollector, FeedCollector, FlushCollector, ShardCollector
 from psserver.preloader import Preloader
 from psserver.restore import Restores
+from psserver.scrubber import Scrubber
 from psserver.service import Service
 from psserver.shard import Shard
 from psserver.stats import ServiceStats
@@ -65,6 +66,7 @@ class Server:
         self._data: DataDirectory | None = None
         self._feed: Feed | None = None
         self._preloader: Preloader | None = None
+        self._scrubber: Scrubber | None = None
 
     def _new_shard(self) -> Shard:
         """Return an empty shard with the configured limits."""
@@ -118,6 +120,8 @@ class Server:
             self._data.flusher.open()
             self._preloader = Preloader(self._shard.preloads, self._engine)
             self._preloader.open()
+            assert self._scrubber is not None
+            self._scrubber.open()
         self._sweeper.open()
         await self._listener.serve(self._service)
         self._ready.set(1)
@@ -153,6 +157,8 @@ class Server:
             self._feed = Feed(shard, engine, versions, max_subscribers=config.max_subscribers)
             self._feed.open(asyncio.get_running_loop())
         self._sweeper = Sweeper(shard, engine)
+        if flusher is not None:
+            self._scrubber = Scrubber(shard.checks, engine, flusher, config.scrub_seconds)
         flushed = None if data is None else lambda: data.flusher.flushed
         info = ServerInfo(shard, config, versions, flushed)
         self._service = Service(
@@ -229,6 +235,8 @@ class Server:
             self._feed.close()
         if self._data is not None:
             self._data.flusher.close()
+        if self._scrubber is not None:
+            self._scrubber.close()
         self._engine.close()
         if self._data is not None:
             self._data.close()
