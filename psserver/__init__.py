@@ -36,8 +36,8 @@ replay.py        recover a shard from its data directory when its server starts
 pinned.py        read the rows of the base as of one flush
 preloader.py     the thread that loads rows into host memory after a start
 flusher.py       write changed rows to the base in the background
-scrubber.py      the thread that verifies the blocks on disk
 work.py          run one long operation on checkpoints at a time, with progress
+scrubber.py      the thread that verifies the blocks on disk
 stored.py        read the contents of a checkpoint for one shard
 uses.py          record which checkpoints are being read
 catalog.py       list, open and verify checkpoints

@@ -51,6 +51,14 @@ class BlockChecks:
                 count, size = count + len(blocks), size + blocks.bytes
         return count, size
 
+    def counts(self, name: str) -> tuple[int, int]:
+        """Return how many blocks of a table are known to be damaged, and how many of their rows
+        cannot be read. Any thread may call this.
+        """
+        entry = self._tables.find(name)
+        blocks = None if entry is None else entry.table.store.blocks
+        return (0, 0) if blocks is None else blocks.damage_counts
+
     def begin(self, number: int) -> BlockCheck | None:
         """Return a reader that verifies the blocks of a table; None if there are none."""
         entry = self._tables.numbered(number)

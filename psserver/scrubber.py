@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from queue import Empty
 
+import numpy as np
 import structlog
 
-from psserver.blockchecks import BlockChecks, DamagedBlock
+from psproto import ps_pb2 as pb
+from psserver.blockchecks import BlockChecks
 from psserver.engine import Engine
 from psserver.flusher import Flusher
+from psserver.work import Progress
 from storage.blockcheck import BlockCheck
 from storage.damage import Damage
 
@@ -56,21 +59,36 @@ class Scrubber:
         self._checks.suspects.put(None)
         self._thread.join()
 
-    def verify(self, table: str, progress: Callable[[int, int], None]) -> list[DamagedBlock]:
-        """Verify all blocks of a table, as fast as possible, and return the damaged ones.
+    def verify(
+        self, request: pb.VerifyRowsRequest, progress: Progress
+    ) -> Iterator[pb.VerifyRowsResponse]:
+        """Verify all blocks of a table, as fast as possible: yield progress, then damaged blocks.
 
-        progress  called with (bytes verified, estimate of all bytes)
+        progress  raises an error if the server stops
 
         Must run on a worker thread. Raises UnknownTable, OSError.
         """
         run, checks = self._engine.run, self._checks
-        number = run(partial(checks.number_of, table))
-        _, total = run(partial(checks.count, number))
-        done = 0
+        number = run(partial(checks.number_of, request.table))
+        _, progress.total = run(partial(checks.count, number))
         for size in self._over(number):
-            done += size
-            progress(done, total)
-        return run(partial(checks.damaged, number))
+            progress.add(size)
+            yield pb.VerifyRowsResponse(bytes=progress.bytes, total=progress.total)
+        for each in run(partial(checks.damaged, number)):
+            keys = np.empty(0, np.uint64)
+            if request.keys:
+                found = run(partial(checks.lost_keys, number, each.number))
+                if found is None:
+                    continue
+                keys = found
+            damaged = pb.DamagedBlock(
+                number=each.number,
+                rows=each.live,
+                lost_rows=each.lost,
+                problem=each.what,
+                keys=keys.astype("<u8").tobytes(),
+            )
+            yield pb.VerifyRowsResponse(bytes=progress.bytes, total=progress.bytes, damaged=damaged)
 
     def _run(self) -> None:
         blocks, due = self._endless(), time.monotonic() + self._pause()

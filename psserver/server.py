@@ -27,7 +27,13 @@ from psserver.exposition import Exposition
 from psserver.feed import Feed
 from psserver.info import ServerInfo
 from psserver.listener import Listener
-from psserver.metrics import ConnectionCollector, FeedCollector, FlushCollector, ShardCollector
+from psserver.metrics import (
+    ConnectionCollector,
+    FeedCollector,
+    FlushCollector,
+    ScrubCollector,
+    ShardCollector,
+)
 from psserver.preloader import Preloader
 from psserver.restore import Restores
 from psserver.scrubber import Scrubber
@@ -175,6 +181,7 @@ class Server:
             versions,
             self._feed,
             flusher,
+            self._scrubber,
         )
 
     def _open_metrics(self) -> None:
@@ -206,6 +213,8 @@ class Server:
             register(FeedCollector(self._feed))
         if data is not None:
             register(FlushCollector(data.flusher))
+        if self._scrubber is not None:
+            register(ScrubCollector(self._shard, self._scrubber))
 
     async def close(self) -> None:
         """Refuse new calls, and wait at most drain_seconds for the calls in flight. Then stop all
