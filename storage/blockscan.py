@@ -11,6 +11,7 @@ from storage import inplace
 from storage.blockfile import BlockFile
 from storage.extents import (
     COUNT,
+    NUMBER,
     POSITION_BITS,
     SIZE,
     START,

@@ -253,10 +253,6 @@ class Extents:
         self._free.append(extent)
         return number
 
-    def extent_of(self, number: int) -> int | None:
-        """Return the extent of a block; None if the block is not here any more."""
-        return self._by_number.get(number)
-
     def corrupt(self, path: Path, extent: int) -> Corrupt:
         """Return the error for a read of a damaged block, which is examined soon.
 
