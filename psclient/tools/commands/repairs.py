@@ -23,7 +23,7 @@ OptionalName = Annotated[
 
 @app.command()
 def verify(name: OptionalName = "", servers: Servers = DEFAULT) -> None:
-    """Check that a checkpoint, or the live rows on the disks of all shards, are undamaged.
+    """Check a checkpoint, or the live rows on disk, for damage.
 
     \b
       psctl verify monday   the checkpoint monday, and the checkpoints that it builds on
@@ -82,7 +82,7 @@ def repair(
     ] = False,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Replace the rows of a table that cannot be read because the disk has damaged them.
+    """Replace the rows of a table that are damaged on disk.
 
     \b
       psctl repair user --from monday                    take them from a checkpoint
