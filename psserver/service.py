@@ -287,8 +287,8 @@ class Service:
                 bytes=stats.bytes,
                 waiting=stats.waiting,
                 counter_bytes=stats.counter_bytes,
-                damaged_blocks=stats.damaged_blocks,
-                lost_rows=stats.lost_rows,
+                damaged_blocks=stats.damage[0],
+                lost_rows=stats.damage[1],
                 tiers=[pb.TierStats(**asdict(tier)) for tier in stats.tiers],
                 cache=pb.CacheStats(
                     promotions=moves.promotions,

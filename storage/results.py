@@ -35,8 +35,8 @@ class TableStats:
     waiting: int  # keys that are counted but have no row; an estimate for a sketch
     counter_bytes: int  # memory of the counters alone
     tiers: tuple[TierStats, ...] = ()  # fastest first
-    damaged_blocks: int = 0  # blocks on disk that are known to be damaged and have rows
-    lost_rows: int = 0  # rows that cannot be read, because they are in a damaged part of a block
+    # (blocks on disk that are known to be damaged, their rows that cannot be read)
+    damage: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,6 @@ class Table:
     def stats(self) -> TableStats:
         """Return the current number of rows and the memory of the table."""
         store, gate = self.store, self.gate
-        damaged, lost = (0, 0) if store.blocks is None else store.blocks.damage_counts
         return TableStats(
             rows=len(self),
             bytes=store.memory_bytes + gate.bytes,
@@ -122,8 +121,7 @@ class Table:
             waiting=gate.entries,
             counter_bytes=gate.bytes,
             tiers=store.stats(),
-            damaged_blocks=damaged,
-            lost_rows=lost,
+            damage=(0, 0) if store.blocks is None else store.blocks.damage_counts,
         )
 
     def pull(self, keys: Keys, mode: Mode, out: Rows, *, count: bool = True) -> Locations:
@@ -262,9 +260,7 @@ class Table:
         Returns (locations uint64[n], 0 for keys without a row; number of keys without a row).
         """
         locations, absent = self.store.find(keys)
-        if self.store.blocks is None:
-            return locations, absent
-        missing = absent + len(self.store.cold(locations))
+        missing = 0 if self.store.blocks is None else absent + len(self.store.cold(locations))
         if missing and not self.store.space.fits(missing, absent):
             self.make_room([keys])
             locations, absent = self.store.find(keys)

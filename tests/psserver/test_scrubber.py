@@ -107,7 +107,7 @@ def test_a_scrub_finds_damage_of_rows_and_the_readable_ones_move(home: Home, war
     assert [(each.table, each.number, each.live) for each in found] == [("t", number, count)]
     lost = found[0].lost
     assert 0 < lost <= PIECE // 8 + 1
-    assert home.shard.describe("t")[1].lost_rows == lost
+    assert home.shard.describe("t")[1].damage[1] == lost
     assert len(readable(home)) == ROWS - lost
     home.flush()
     (after,) = home.shard.checks.damaged(1)
@@ -140,7 +140,7 @@ def test_lost_rows_can_be_overwritten_or_deleted_and_then_the_block_is_gone(home
     rows, ones = np.full((half, DIM), 7.0, np.float32), np.ones(half, np.uint64)
     home.shard.write_rows(1, 5, keys[:half], ones, rows)
     home.shard.delete(change(keys[half:].tolist()))
-    assert home.shard.describe("t")[1].lost_rows == 0
+    assert home.shard.describe("t")[1].damage[1] == 0
     home.flush()
     home.flush()
     assert verified(home) == []
@@ -189,7 +189,7 @@ def test_flips_anywhere_in_a_block_never_give_a_wrong_row(home: Home) -> None:
         assert len(readable(home)) >= ROWS - found[0].lost, byte
         flip(home, number, byte)
         assert verified(home) == []
-        assert home.shard.describe("t")[1].damaged_blocks == 0
+        assert home.shard.describe("t")[1].damage[0] == 0
 
 
 def test_pages_that_a_scrub_read_leave_memory_again(home: Home) -> None:
