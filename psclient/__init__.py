@@ -48,7 +48,8 @@ checkpoints.py  take, list and verify checkpoints
 pruning.py     delete checkpoints
 restores.py    restore a cluster from a checkpoint
 rows.py        read and write whole rows of a table
-admin.py       all functions of the four files above (imported on demand)
+repairs.py     verify live rows on disk, and replace those that cannot be read
+admin.py       all functions of the five files above (imported on demand)
 
 None of the following is imported by the client:
 
@@ -78,7 +79,8 @@ tools/commands/shell.py         options, connection and error handling of all co
 tools/commands/cluster.py       psctl status, tail
 tools/commands/tables.py        psctl tables, table, create, drop, evict
 tools/commands/alter.py         psctl alter
-tools/commands/checkpoints.py   psctl checkpoint, checkpoints, verify, restore, delete, prune
+tools/commands/checkpoints.py   psctl checkpoint, checkpoints, restore, delete, prune
+tools/commands/repairs.py       psctl verify, repair
 tools/commands/rows.py          psctl export, import
 tools/commands/analyses.py      psctl analyze, inspect
 tools/ctl.py                    the command psctl

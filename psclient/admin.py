@@ -12,11 +12,14 @@ the next call finishes that work or removes the unfinished files.
 
 from psclient.checkpoints import CheckpointInfo, checkpoint, checkpoints, describe, verify
 from psclient.pruning import delete, prune
+from psclient.repairs import DamagedBlock, Repaired, repair, verify_rows
 from psclient.restores import abort_restore, restore
 from psclient.rows import RowBatch, read_rows, warm_start, write_rows
 
 __all__ = [
     "CheckpointInfo",
+    "DamagedBlock",
+    "Repaired",
     "RowBatch",
     "abort_restore",
     "checkpoint",
@@ -25,8 +28,10 @@ __all__ = [
     "describe",
     "prune",
     "read_rows",
+    "repair",
     "restore",
     "verify",
+    "verify_rows",
     "warm_start",
     "write_rows",
 ]

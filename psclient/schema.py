@@ -66,6 +66,8 @@ class TableInfo:
     versions: Versions  # version of each shard when it was asked
     tiers: dict[str, TierInfo]  # by name: "host" is memory, "lmdb" is disk
     cache: CacheInfo  # moves between the tiers
+    damaged_blocks: int  # blocks on disk that are known to be damaged
+    lost_rows: int  # rows that cannot be read, because a block is damaged
 
 
 def table_schema(
@@ -161,6 +163,8 @@ def table_info(shards: Sequence[pb.DescribeTableResponse]) -> TableInfo:
         versions=Versions((shard.version for shard in shards), (shard.epoch for shard in shards)),
         tiers=_tiers([shard.stats for shard in shards]),
         cache=_cache([shard.stats.cache for shard in shards]),
+        damaged_blocks=sum(shard.stats.damaged_blocks for shard in shards),
+        lost_rows=sum(shard.stats.lost_rows for shard in shards),
     )
 
 

@@ -21,6 +21,7 @@ sweeps.py        evict rows on the engine thread, one slice per call
 recovery.py      load a shard from its base (rows at one version) and replay its log
 fills.py         tables that are hidden while they are filled
 pushroom.py      make room in memory for the rows of pushes
+blockchecks.py   verify the blocks on disk, on the engine thread
 reads.py         the methods of a shard that change nothing
 preloads.py      load rows from disk into host memory, on the engine thread
 shard.py         one shard's rows of every table, and the changes to them; no networking
@@ -36,6 +37,7 @@ pinned.py        read the rows of the base as of one flush
 preloader.py     the thread that loads rows into host memory after a start
 flusher.py       write changed rows to the base in the background
 work.py          run one long operation on checkpoints at a time, with progress
+scrubber.py      the thread that verifies the blocks on disk
 stored.py        read the contents of a checkpoint for one shard
 uses.py          record which checkpoints are being read
 catalog.py       list, open and verify checkpoints

@@ -37,7 +37,15 @@ from psserver.packing import cells_of, counters_of, dirty_blocks, tombstone_bloc
 from psserver.shard import Shard
 from storage.base import Base
 from storage.basestate import BaseState
-from storage.block import BLOCK_BYTES, Block, pack_cells, pack_counters, rows_per_block
+from storage.block import (
+    BLOCK_BYTES,
+    Block,
+    pack_cells,
+    pack_counters,
+    rows_over,
+    rows_per_block,
+)
+from storage.damage import examine
 from storage.directory import BlockEntry, Zones
 from storage.directory import pack as pack_directory
 from storage.errors import Corrupt, OutOfMemory
@@ -108,7 +116,6 @@ class BaseWriter:
         self._shard, self._versions, self._stored = shard, versions, stored
         self._buffer = np.empty(BLOCK_BYTES, np.uint8)
         self._sketches: dict[int, _Sketch] = {}  # by number of the table
-        self._damaged: set[int] = set()  # numbers of blocks whose rows cannot be moved
 
     def write(self, captured: Capture, engine: Runner) -> None:
         """Write all changes up to a captured version, and commit them to the base.
@@ -124,7 +131,7 @@ class BaseWriter:
         new = [*self._write_dirty(captured), *self._write_moved(captured, sources)]
         others, entries = self._write_others(captured, state, engine)
         sketches = self._write_sketches(captured, state)
-        rows, directory = self._write_directory(captured, new, sources, engine)
+        rows, directory = self._write_directory(captured, new, engine)
         self._versions.sync(engine.run(lambda: self._shard.version))
         cells = [block for sketch in sketches.values() for block in sketch.blocks]
         self._commit(captured, [*rows, *others], directory, cells)
@@ -153,8 +160,7 @@ class BaseWriter:
         store, small = each.table.store, self._stored.small.setdefault(each.number, set())
         if not self._holds(each) or store.blocks is None or not store.blocks.live_rows:
             return []
-        found = choose(store.blocks, each.width, small, store.dirty)
-        return [source for source in found if source.number not in self._damaged]
+        return choose(store.blocks, each.width, small, store.dirty)
 
     def _write_dirty(self, captured: Capture) -> Iterator[_New]:
         """Write the dirty rows of all tables to new blocks."""
@@ -167,18 +173,27 @@ class BaseWriter:
         """Write the live rows of ``sources``, by number of the table, to new blocks."""
         for each in captured.tables:
             if each.number in sources:
-                found = moved_blocks(each.number, each.width, sources[each.number], self._read)
+                read = partial(self._read, each)
+                found = moved_blocks(each.number, each.width, sources[each.number], read)
                 for block, runs in found:
                     yield self._add(each, block, np.empty(0, np.int64), runs)
 
-    def _read(self, number: int) -> Block | None:
-        """Return a block of the base; None, and log it once, if it is damaged."""
+    def _read(self, each: CapturedTable, source: Source) -> tuple[Block, Slots]:
+        """Return a block of the base, and the positions of rows to move that can be read.
+
+        If the block is damaged, its other rows stay where they are.
+        """
         try:
-            return self.base.block(number)
-        except Corrupt as error:
-            self._damaged.add(number)
-            log.error("a block of the base is damaged", error=str(error))
-            return None
+            return self.base.block(source.number), source.positions
+        except Corrupt:
+            self._shard.suspect(each.number, source.number)
+        data = self.base.raw(source.number)
+        block = rows_over(data, each.number, each.width, source.size)
+        if block is None:
+            return Block.empty(each.number, each.width, 0), source.positions[:0]
+        damage = examine(data, each.width, source.size, block.format)
+        lost = np.zeros(source.size, np.bool_) if damage is None else damage.lost
+        return block, source.positions[~lost[source.positions]]
 
     def _add(self, each: CapturedTable, block: Block, slots: NDArray[Any], runs: list[Run]) -> _New:
         """Write a new block of rows of a table."""
@@ -251,7 +266,6 @@ class BaseWriter:
         self,
         captured: Capture,
         new: list[_New],
-        sources: dict[int, list[Source]],
         engine: Runner,
     ) -> tuple[list[int], list[int]]:
         """Write which rows are live, according to the shard as it is now.
@@ -261,7 +275,7 @@ class BaseWriter:
         Returns (numbers of the blocks with rows to keep, numbers of the blocks of the directory).
         """
         rows: list[int] = []
-        entries = self._entries(captured, new, sources, rows, engine)
+        entries = self._entries(captured, new, rows, engine)
         directory = [self.base.add(data) for data in pack_directory(entries)]
         held = engine.run(self._shard.held_blocks)
         return [*dict.fromkeys([*rows, *held])], directory
@@ -270,7 +284,6 @@ class BaseWriter:
         self,
         captured: Capture,
         new: list[_New],
-        sources: dict[int, list[Source]],
         rows: list[int],
         engine: Runner,
     ) -> Iterator[BlockEntry]:
@@ -280,7 +293,7 @@ class BaseWriter:
               blocks have all their rows, because the shard still reads them
         """
         for each in captured.tables:
-            moved = {source.extent: source.positions for source in sources.get(each.number, ())}
+            moved = _moved(each.number, new)
             extents = engine.run(partial(self._take_empty, each, moved.keys()))
             rows += [number for _, number in extents]
             for at in range(0, len(extents), LISTED):
@@ -322,7 +335,7 @@ class BaseWriter:
         entries = []
         for extent, number in extents:
             live = blocks.live(extent)
-            if extent in moved and number not in self._damaged:
+            if extent in moved:
                 live[moved[extent]] = False
             if live.any():
                 entries.append(_entry(number, each, blocks.zones(extent), live))
@@ -419,6 +432,20 @@ class BaseWriter:
         """Make copies of moved rows in a new block current, instead of those in the old block."""
         if self._holds(block.table):
             block.table.table.store.move(run.extent, run.positions, extent, run.first)
+
+
+def _moved(table: int, new: list[_New]) -> dict[int, Slots]:
+    """Return which rows of old blocks were copied to new blocks: extent -> positions.
+
+    table  number of the table
+    new    all new blocks of the flush
+    """
+    found: dict[int, list[Slots]] = {}
+    for block in new:
+        if block.table.number == table:
+            for run in block.runs:
+                found.setdefault(run.extent, []).append(run.positions)
+    return {extent: np.concatenate(positions) for extent, positions in found.items()}
 
 
 def _entry(

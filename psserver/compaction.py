@@ -32,6 +32,7 @@ class Source(NamedTuple):
     extent: int  # the block in the tier
     number: int  # the block in the base
     positions: Slots  # int64[n], positions in the block of the rows to move
+    size: int  # number of rows of the block
 
 
 class Run(NamedTuple):
@@ -51,10 +52,11 @@ def choose(blocks: Blocks, width: int, small: set[int], changed: int) -> list[So
     changed  number of rows that the flush writes because they changed
 
     The flush moves at most ``2 * changed`` rows, or the rows of two full blocks if that is more.
+    Rows of a damaged block move first, except those that cannot be read.
     """
     numbers = dict(blocks.extents())
     small.intersection_update(numbers.values())
-    chosen = blocks.sparse(SPARSE)
+    chosen = blocks.damaged() + blocks.sparse(SPARSE)
     if len(small) > MOST_SMALL:
         chosen += [extent for extent, number in numbers.items() if number in small]
     if blocks.bytes > ROOMY * blocks.live_rows * (32 + 4 * width) + SMALL_BYTES:
@@ -62,31 +64,31 @@ def choose(blocks: Blocks, width: int, small: set[int], changed: int) -> list[So
     left = max(2 * changed, LEAST_MOVED * rows_per_block(width))
     sources = []
     for extent in dict.fromkeys(chosen):
-        positions = np.flatnonzero(blocks.live(extent))
+        live = blocks.live(extent)
+        positions = np.flatnonzero(live & ~blocks.lost(extent))
         if len(positions) and (left := left - len(positions)) >= 0:
-            sources.append(Source(extent, numbers[extent], positions))
+            sources.append(Source(extent, numbers[extent], positions, len(live)))
     return sources
 
 
 def moved_blocks(
-    table: int, width: int, sources: Iterable[Source], read: Callable[[int], Block | None]
+    table: int, width: int, sources: Iterable[Source], read: Callable[[Source], tuple[Block, Slots]]
 ) -> Iterator[tuple[Block, list[Run]]]:
     """Yield (new block without a checksum, origins of its rows) with the live rows of old blocks.
 
     table    number of the table
     width    float32 numbers per row
     sources  the old blocks
-    read     returns the block with a given number, or None if it is damaged; the rows of a damaged
-             block are not moved
+    read     returns an old block, and the positions of those rows to move that can be read
     """
     most = rows_per_block(width)
     block, runs, used = Block.empty(table, width, most), list[Run](), 0
     for source in sources:
-        found = read(source.number)
-        at, end = 0, len(source.positions)
-        while found is not None and at < end:
+        found, readable = read(source)
+        at, end = 0, len(readable)
+        while at < end:
             count = min(end - at, most - used)
-            positions = source.positions[at : at + count]
+            positions = readable[at : at + count]
             copy_rows(found, positions, block, slice(used, used + count))
             runs.append(Run(source.extent, positions, used))
             at, used = at + count, used + count

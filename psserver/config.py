@@ -202,6 +202,12 @@ class ServerConfig(BaseSettings):
         description="Seconds between flushes of changed rows to the data directory. A restart"
         " replays all changes since the last flush",
     )
+    scrub_seconds: float = Field(
+        86_400.0,
+        ge=0,
+        description="Time in which all rows on disk are read once in the background, to notice"
+        " damage, in seconds; 0: never",
+    )
     checkpoint_url: str | None = Field(
         None,
         description="Location of named checkpoints, file:///path or s3://bucket/path; it must be"

@@ -114,12 +114,18 @@ class Flusher:
                 captured = self._flush()
             except Stopped as error:
                 raise Draining("the server is stopping") from error
-            pinned = PinnedBase(self._base, captured)
+            pinned = PinnedBase(self._base, captured, self._shard.suspect)
             self._base.pin(pinned.numbers)
         try:
             yield pinned
         finally:
             self._base.unpin(pinned.numbers)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let no flush run while the block runs. Waits until a running flush has ended."""
+        with self._turn:
+            yield
 
     def _flush(self) -> Capture:
         """Flush, as ``flush`` describes, and return the captured shard. The caller has ``_turn``.
@@ -130,7 +136,8 @@ class Flusher:
         try:
             captured = self._engine.run(self._shard.capture)
             state = self._base.state
-            if state is None or not state.distinct or captured.version > state.version:
+            wanted = state is None or not state.distinct or captured.version > state.version
+            if wanted or self._engine.run(self._shard.checks.readable):
                 self._write(captured)
             self.flushed, failure = began, ""
             needed = min([captured.version, *self.pins.values()])

@@ -63,5 +63,6 @@ class ServerInfo:
             rows=rows,
             log_bytes=0 if log is None else sum(each.size for each in log.files.segments),
             log_first_version=0 if log is None else log.first,
+            damaged_blocks=sum(shard.checks.counts(name)[0] for name in tables),
             flush_age_seconds=0.0 if self._flushed is None else now - self._flushed(),
         )

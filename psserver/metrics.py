@@ -22,6 +22,7 @@ from psserver.connections import Connections
 from psserver.engine import Engine
 from psserver.feed import Feed
 from psserver.flusher import Flusher
+from psserver.scrubber import Scrubber
 from psserver.shard import Shard
 from psserver.stats import BOUNDS, ServiceStats, Traffic
 from storage.errors import UnknownTable
@@ -66,6 +67,11 @@ RULE_COUNTERS = (
         "ps_expired_counters",
         "Admission counters removed by age, for lack of room, or by an alteration.",
     ),
+)
+
+DAMAGE_GAUGES = (
+    ("ps_damaged_blocks", "Blocks on disk that are known to be damaged."),
+    ("ps_lost_rows", "Rows that cannot be read, because a block on disk is damaged."),
 )
 
 
@@ -304,4 +310,28 @@ class FlushCollector(Collector):
             "ps_flush_age_seconds",
             "Seconds since the last flush to the data directory.",
             time.monotonic() - self._flusher.flushed,
+        )
+
+
+class ScrubCollector(Collector):
+    """Collects, at each scrape, how many blocks on disk are damaged, and how many were verified."""
+
+    def __init__(self, shard: Shard, scrubber: Scrubber) -> None:
+        self._shard, self._scrubber = shard, scrubber
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield damaged blocks and lost rows by table, then the work of the scrubber."""
+        blocks, lost = (GaugeMetricFamily(*each, labels=["table"]) for each in DAMAGE_GAUGES)
+        for name in self._shard.tables():
+            damaged, rows = self._shard.checks.counts(name)
+            blocks.add_metric([name], damaged)
+            lost.add_metric([name], rows)
+        yield from (blocks, lost)
+        yield CounterMetricFamily(
+            "ps_scrubbed_bytes", "Bytes on disk verified in the background.", self._scrubber.bytes
+        )
+        yield CounterMetricFamily(
+            "ps_scrub_passes",
+            "Passes over all rows on disk that have ended.",
+            self._scrubber.passes,
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from psserver.packing import reduced
 from storage.base import Base
 from storage.block import BLOCK_BYTES, Data
 from storage.directory import BlockEntry, unpack
+from storage.errors import Corrupt
 
 
 class PinnedBase:
@@ -21,12 +23,20 @@ class PinnedBase:
               that no later flush deletes them
     """
 
-    def __init__(self, base: Base, captured: Capture) -> None:
-        """Note the blocks that the base has now. No flush may run meanwhile."""
+    def __init__(
+        self,
+        base: Base,
+        captured: Capture,
+        suspect: Callable[[int, int], None] = lambda table, block: None,
+    ) -> None:
+        """Note the blocks that the base has now. No flush may run meanwhile.
+
+        suspect  called with (number of the table, number of the block) if a block is damaged
+        """
         assert base.state is not None
         self.captured = captured
         self.numbers = base.state.blocks
-        self._base = base
+        self._base, self._suspect = base, suspect
         end = len(self.numbers) - base.state.cells
         self._directory = self.numbers[end - base.state.directory : end]
 
@@ -41,12 +51,23 @@ class PinnedBase:
         for entry in self._entries():
             if entry.zones.greatest_version <= after:
                 continue
-            block = self._base.block(entry.number, buffer)
+            try:
+                block = self._base.block(entry.number, buffer)
+            except Corrupt as error:
+                raise self._named(entry, error) from error
             kept = entry.live & (block.versions > np.uint64(after))
             if kept.all():
                 yield block.data
             elif kept.any():
                 yield reduced(block, kept).seal()
+
+    def _named(self, entry: BlockEntry, error: Corrupt) -> Corrupt:
+        """Return the error for a damaged block, with the name of its table."""
+        self._suspect(entry.table, entry.number)
+        names = {each.number: json.loads(each.schema)["name"] for each in self.captured.tables}
+        live = int(np.count_nonzero(entry.live))
+        where = f"{error.where} of table {names.get(entry.table, '')!r}, with {live} live rows"
+        return Corrupt(where, error.what)
 
     def _entries(self) -> Iterator[BlockEntry]:
         """Yield the entries of the directory: which rows of each block are current."""

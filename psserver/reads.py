@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from psproto.codec import WIRE
 from psserver.afterimages import ImageBuffers
+from psserver.blockchecks import BlockChecks
 from psserver.capture import Capture, capture_table
 from psserver.requests import Pull, Push
 from psserver.sequencer import RECORD, Sequencer
@@ -57,6 +58,7 @@ class ShardReads:
         self._sequencer = sequencer
         self._tombstones = tombstones
         self._buffers = buffers
+        self.checks = BlockChecks(tables)
         self.sessions = sequencer.sessions
 
     @property
@@ -99,6 +101,13 @@ class ShardReads:
     def holds(self, number: int) -> bool:
         """Return whether the table with this number exists, that is, has not been dropped."""
         return self._tables.numbered(number) is not None
+
+    def suspect(self, number: int, block: int) -> None:
+        """Note that a block of the table with this number is damaged, so that it is examined soon.
+
+        Any thread may call this.
+        """
+        self._tables.suspect(number, block)
 
     def held_blocks(self) -> list[int]:
         """Return the numbers of blocks of dropped tables that scans are still reading."""

@@ -19,8 +19,9 @@ from psserver.engine import Inline
 from psserver.shard import Shard
 from storage.base import DATA, Base
 from storage.basestate import BaseState
-from storage.block import COUNTERS, ROWS, TOMBSTONES, rows_per_block
+from storage.block import COUNTERS, ROWS, TOMBSTONES, Block, header_of, rows_per_block
 from storage.blockfile import BlockFile
+from storage.damage import examine
 from storage.directory import unpack
 from storage.errors import Corrupt, DiskFull
 from storage.history import History, draw_epoch
@@ -146,7 +147,9 @@ def _load_base(shard: Shard, base: Base) -> tuple[Stored, int]:
     for number in (*state.blocks[:start], *state.blocks[end:]):
         if number in listed:
             continue
-        block = base.block(number)
+        block = _other_block(base, number)
+        if block is None:
+            continue
         shard.recovery.load_block(block, number, base.offset(number))
         if block.kind in (TOMBSTONES, COUNTERS):
             stored.others.append(number)
@@ -155,6 +158,25 @@ def _load_base(shard: Shard, base: Base) -> tuple[Stored, int]:
             rows += len(block.keys)
     shard.recovery.blocks_loaded()
     return stored, rows
+
+
+def _other_block(base: Base, number: int) -> Block | None:
+    """Return a block that the directory does not list; None if its rows are not needed.
+
+    If there is a directory, rows of other blocks are outdated: such blocks may be damaged. Raises
+    Corrupt for other damage.
+    """
+    try:
+        return base.block(number)
+    except Corrupt:
+        data = base.raw(number)
+        header = header_of(data)
+        if base.state is None or not base.state.distinct or header is None or header.kind != ROWS:
+            raise
+        damage = examine(data, header.width, header.length, header.format)
+        if damage is None or not damage.intact[:1].any():  # the header may be damaged, too
+            raise
+        return None
 
 
 def _offset(base: Base, number: int) -> int:

@@ -25,15 +25,11 @@ class RowWrites:
 
         left  the slices; each is removed once it was written
 
-        Blocks, so it must run on a worker thread. Older rows of the keys that are on disk are read
-        first. If there is no room in memory, flushes until there is. Raises the errors of
-        ``Shard.write_rows``, Corrupt, and DiskFull if rows cannot leave memory.
+        Blocks, so it must run on a worker thread. Older rows of the keys are not read, so that even
+        rows that are damaged on disk can be replaced. If there is no room in memory, flushes until
+        there is. Raises the errors of ``Shard.write_rows``, and DiskFull if rows cannot leave
+        memory.
         """
-        for _, keys, *_ in left if self._flusher is not None else ():
-            read = self._engine.run(lambda keys=keys: self._shard.cold_read(number, keys))  # type: ignore[misc]
-            if read is not None:
-                read.pages.warm()
-                self._engine.run(lambda read=read: self._shard.settle([read]))  # type: ignore[misc]
         flushed = False
         while left:
             before = len(left)

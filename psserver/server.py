@@ -27,9 +27,16 @@ from psserver.exposition import Exposition
 from psserver.feed import Feed
 from psserver.info import ServerInfo
 from psserver.listener import Listener
-from psserver.metrics import ConnectionCollector, FeedCollector, FlushCollector, ShardCollector
+from psserver.metrics import (
+    ConnectionCollector,
+    FeedCollector,
+    FlushCollector,
+    ScrubCollector,
+    ShardCollector,
+)
 from psserver.preloader import Preloader
 from psserver.restore import Restores
+from psserver.scrubber import Scrubber
 from psserver.service import Service
 from psserver.shard import Shard
 from psserver.stats import ServiceStats
@@ -65,6 +72,7 @@ class Server:
         self._data: DataDirectory | None = None
         self._feed: Feed | None = None
         self._preloader: Preloader | None = None
+        self._scrubber: Scrubber | None = None
 
     def _new_shard(self) -> Shard:
         """Return an empty shard with the configured limits."""
@@ -118,6 +126,8 @@ class Server:
             self._data.flusher.open()
             self._preloader = Preloader(self._shard.preloads, self._engine)
             self._preloader.open()
+            assert self._scrubber is not None
+            self._scrubber.open()
         self._sweeper.open()
         await self._listener.serve(self._service)
         self._ready.set(1)
@@ -153,6 +163,8 @@ class Server:
             self._feed = Feed(shard, engine, versions, max_subscribers=config.max_subscribers)
             self._feed.open(asyncio.get_running_loop())
         self._sweeper = Sweeper(shard, engine)
+        if flusher is not None:
+            self._scrubber = Scrubber(shard.checks, engine, flusher, config.scrub_seconds)
         flushed = None if data is None else lambda: data.flusher.flushed
         info = ServerInfo(shard, config, versions, flushed)
         self._service = Service(
@@ -169,6 +181,7 @@ class Server:
             versions,
             self._feed,
             flusher,
+            self._scrubber,
         )
 
     def _open_metrics(self) -> None:
@@ -200,6 +213,8 @@ class Server:
             register(FeedCollector(self._feed))
         if data is not None:
             register(FlushCollector(data.flusher))
+        if self._scrubber is not None:
+            register(ScrubCollector(self._shard, self._scrubber))
 
     async def close(self) -> None:
         """Refuse new calls, and wait at most drain_seconds for the calls in flight. Then stop all
@@ -229,6 +244,8 @@ class Server:
             self._feed.close()
         if self._data is not None:
             self._data.flusher.close()
+        if self._scrubber is not None:
+            self._scrubber.close()
         self._engine.close()
         if self._data is not None:
             self._data.close()

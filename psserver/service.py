@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -28,6 +28,7 @@ from psserver.info import ServerInfo
 from psserver.limits import Limits, Reservation
 from psserver.restore import Restores
 from psserver.schemas import read_schema, write_schema
+from psserver.scrubber import Scrubber
 from psserver.shard import Shard
 from psserver.stats import ServiceStats
 from psserver.stream import Streams
@@ -51,6 +52,7 @@ class Service:
     log          version log of the shard; None: the shard has no data directory
     feed         serves subscriptions, and waits until versions are durable; None without a log
     flushes      the flusher; None: the shard has no data directory
+    scrubber     verifies rows on disk; None: the shard has no data directory
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Service:
         log: VersionLog | None = None,
         feed: Feed | None = None,
         flushes: Flushes | None = None,
+        scrubber: Scrubber | None = None,
     ) -> None:
         self._shard = shard
         self._engine = engine
@@ -78,6 +81,7 @@ class Service:
         self._restores = restores
         self._sweeper = sweeper
         self._analyses = analyses
+        self._scrubber = scrubber
         self._limits = Limits(config, counts, restores)
         self._workers = Workers()
         self._make = Handlers(self._limits, self._workers, checkpoints, connections)
@@ -170,6 +174,7 @@ class Service:
         return {
             "Analyze": make.many(pb.AnalyzeRequest, analyses.analyze),
             "Inspect": make.blocking(pb.InspectRequest, analyses.inspect, self._workers.short),
+            "VerifyRows": make.many(pb.VerifyRowsRequest, self.verify_rows),
         }
 
     def _log_methods(self) -> dict[str, Handler]:
@@ -282,6 +287,8 @@ class Service:
                 bytes=stats.bytes,
                 waiting=stats.waiting,
                 counter_bytes=stats.counter_bytes,
+                damaged_blocks=stats.damage[0],
+                lost_rows=stats.damage[1],
                 tiers=[pb.TierStats(**asdict(tier)) for tier in stats.tiers],
                 cache=pb.CacheStats(
                     promotions=moves.promotions,
@@ -345,6 +352,11 @@ class Service:
             return await self._workers.start_long(self._sweeper.evict, request, gone)
         finally:
             gone.set()  # stops the eviction if the caller was canceled
+
+    def verify_rows(self, request: pb.VerifyRowsRequest) -> Iterator[pb.VerifyRowsResponse]:
+        """Verify the rows of a table that are on disk; without a data directory, there are none."""
+        if self._scrubber is not None:
+            yield from self._scrubber.verify(request, self._checkpoints.work.progress())
 
     async def _settled(self, version: int, level: pb.Durability) -> None:
         """Wait until a version has reached a durability level; returns at once without a log.

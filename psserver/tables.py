@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
 
 from psproto import names
 from psserver.config import TableSettings
@@ -55,6 +57,8 @@ class Tables:
     file         the base's file, in which rows may stay that are not in use; None: there is none
     pressed      called when host memory is nearly full of rows that the next flush must write
     dropped      blocks of dropped tables, which other threads may still be reading
+    suspects     (number of the table, number of the block) for each block of which damage was
+                 noticed; None: the server stops
     """
 
     def __init__(self, budget: Budget, share: float, settings: Mapping[str, TableSettings]) -> None:
@@ -71,6 +75,7 @@ class Tables:
         self.file: BlockFile | None = None
         self.pressed: Callable[[], None] = lambda: None
         self.dropped: list[Blocks] = []
+        self.suspects: SimpleQueue[tuple[int, int] | None] = SimpleQueue()
 
     def __len__(self) -> int:
         return len(self._by_number)
@@ -151,7 +156,7 @@ class Tables:
         hidden   keep clients from using it until ``reveal`` is called
         """
         text = json.dumps(to_json(schema), sort_keys=True)
-        entry = TableEntry(self._make(schema), number, created, text)
+        entry = TableEntry(self._make(schema, number), number, created, text)
         self._by_number[number] = entry
         (self._hidden if hidden else self._by_name)[schema.name] = entry
         self._list_ruled(entry)
@@ -161,13 +166,15 @@ class Tables:
             del self._schemas[next(each for each in self._schemas if each not in self._by_number)]
         return entry
 
-    def _make(self, schema: TableSchema) -> Table:
+    def _make(self, schema: TableSchema, number: int) -> Table:
         """Return an empty table, with a cold tier if there is a file for its blocks."""
         table = Table(schema, self._budget, self._share)
         if settings := self._settings.get(schema.name):
             table.store.configure(settings.host_bytes, settings.cache, settings.half_life)
         if self.file is not None:
-            blocks = Blocks(schema.dim, schema.width, self.file, self._budget)
+            suspect = partial(self.suspect, number)
+            shape = schema.dim, schema.width
+            blocks = Blocks(*shape, self.file, self._budget, schema.name, suspect)
             table.attach(blocks, lambda: self.pressed())
         return table
 
@@ -209,6 +216,14 @@ class Tables:
                 del by_name[entry.schema.name]
         if entry.number in self.ruled:
             self.ruled.remove(entry.number)
+
+    def suspect(self, number: int, block: int) -> None:
+        """Note that a block is damaged, so that it is examined soon. Any thread may call this.
+
+        number  number of the table
+        block   number of the block
+        """
+        self.suspects.put((number, block))
 
     def held(self) -> list[int]:
         """Return the numbers of blocks of dropped tables that other threads are reading now."""

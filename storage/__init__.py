@@ -41,6 +41,7 @@ logprogress.py   which versions of the log are written and synced, and who waits
 versionlog.py    the version log: appended, synced, read, truncated
 sums.py          sums of the pieces of a block
 block.py         many rows, or tombstones, as one run of bytes
+damage.py        which rows of a damaged block can still be read
 directory.py     which rows of the blocks of the base are current
 basestate.py     which blocks of the base are live
 pages.py         check LMDB's pages before LMDB follows them
@@ -56,6 +57,7 @@ blockfile.py     a memory map of the base's file, from which rows are read in pl
 extents.py       the blocks of a table: where they are, bits of their rows
 inplace.py       read rows and metadata of blocks from the map
 blockscan.py     read blocks on other threads than the engine's
+blockcheck.py    verify whole blocks on another thread than the engine's
 tiers/base.py    the contract of a tier, which stores rows by place
 tiers/host.py    rows in host memory
 tiers/lmdb.py    rows in the blocks of the base
@@ -66,7 +68,9 @@ reuse.py         how many keys are pushed between two pushes of a key
 results.py       the results of a table's methods
 cache.py         which rows leave host memory, if there are blocks on disk
 room.py          how many rows of a table have room in host memory
+rescue.py        what a table does when a block is found to be damaged
 rowstore.py      the rows of one table by key, in every tier
+overwrite.py     overwrite whole rows without reading them
 overflow.py      which pushes may leave infinity or NaN in a row
 table.py         the part of a table that one shard stores
 analysis.py      histograms, extremes and sums over the rows of a table

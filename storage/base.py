@@ -287,6 +287,13 @@ class Base:
         """
         return self._read(number, buffer)
 
+    def raw(self, number: int) -> Bytes:
+        """Return a copy of the bytes of a block, which may be damaged, and may end with zeros.
+
+        Any thread may call this. Raises Corrupt if the block is missing.
+        """
+        return self._copy(number, None)
+
     def blocks(self) -> Iterator[tuple[int, Block]]:
         """Yield (number, block) for each live block, in the order of the state record's list.
 
@@ -298,11 +305,17 @@ class Base:
             yield number, self._read(number, buffer)
 
     def _read(self, number: int, buffer: Bytes | None) -> Block:
-        """Return a verified copy of a block.
+        """Return a verified copy of a block; for ``buffer`` see ``_copy``."""
+        data = self._copy(number, buffer)
+        header = header_of(data)
+        where = f"{self._path}: block {number}"
+        return unpack(data if header is None else data[: header.size], where)
+
+    def _copy(self, number: int, buffer: Bytes | None) -> Bytes:
+        """Return a copy of the bytes of a block.
 
         buffer  memory for the copy; None or too small: new memory
         """
-        where = f"{self._path}: block {number}"
         with self._map_lock:
             txn = self._snapshot or self._env.begin(buffers=True)
             value = txn.get(_key(number))
@@ -314,9 +327,8 @@ class Base:
             if txn is not self._snapshot:
                 txn.abort()
         if value is None:
-            raise Corrupt(where, "the block is missing")
-        header = header_of(data)
-        return unpack(data if header is None else data[: header.size], where)
+            raise Corrupt(f"{self._path}: block {number}", "the block is missing")
+        return data
 
     # ---- opening
 

@@ -335,6 +335,20 @@ def unpack(data: Data, where: str) -> Block:
     return Block._over(raw, table, kind, width, count, version)
 
 
+def rows_over(data: Bytes, table: int, width: int, count: int) -> Block | None:
+    """Return the block of rows in ``data``, which may be damaged; None if ``data`` is too short.
+
+    table, width, count  number of the table, float32 numbers per row, and number of rows of the
+                         block that was written
+
+    Verifies nothing. The format follows from the length of ``data``, which may end with zeros.
+    """
+    for version in (2, 1):
+        if len(data) >= row_layout(width, count, version).size:
+            return Block._over(data, table, ROWS, width, count, version)
+    return None
+
+
 def verify(data: Data, where: str) -> None:
     """Raise Corrupt or UnknownFormat unless ``data`` is an intact block; see ``unpack``."""
     unpack(data, where)

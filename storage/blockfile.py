@@ -43,6 +43,7 @@ _libc.mmap.argtypes = (
 )
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 
 # Functions of the C library, which kernels call. Addresses are integers.
 _mincore = types.ExternalFunction("mincore", types.int32(types.uintp, types.uintp, types.uintp))
@@ -241,6 +242,28 @@ class BlockFile:
         states, absent = np.empty(size // PAGE + 2, np.uint8), np.empty(1, np.int64)
         address = np.uint64(self.bytes.ctypes.data)
         return not request(address, self._file, offsets, size, PAGE, states, absent)
+
+    def copy(self, offset: int, out: NDArray[np.uint8]) -> None:
+        """Copy bytes of the file, from ``offset`` on, to ``out``. Any thread may call this.
+
+        Pages that were not in memory leave it again, so that a reader of the whole file does not
+        drive out the pages that others need. Raises OSError if the disk fails.
+        """
+        start, stop = offset // PAGE * PAGE, -(-(offset + len(out)) // PAGE) * PAGE
+        states = np.ones((stop - start) // PAGE, np.uint8)
+        _libc.mincore(self.bytes.ctypes.data + start, stop - start, states.ctypes.data)
+        done = 0
+        while done < len(out):
+            count = os.preadv(self._file, [out[done:].data], offset + done)
+            if not count:
+                raise EOFError(f"{self.path}: the file ends before byte {offset + len(out)}")
+            done += count
+        absent = np.diff(np.concatenate([[0], (states & 1) ^ 1, [0]]).astype(np.int8))
+        for first, last in zip(
+            np.flatnonzero(absent == 1).tolist(), np.flatnonzero(absent == -1).tolist(), strict=True
+        ):
+            at, size = start + first * PAGE, (last - first) * PAGE
+            os.posix_fadvise(self._file, at, size, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Close the file. The memory is unmapped once nobody refers to the arrays.

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from storage import inplace
 from storage.blockfile import BlockFile
-from storage.errors import Corrupt
 from storage.extents import (
     COUNT,
     NUMBER,
@@ -28,17 +27,6 @@ from storage.slots import FREQUENCY, LOOK, Meta
 from storage.sums import PIECE, SHIFT
 
 _POSITION = (1 << POSITION_BITS) - 1
-
-
-def damage(
-    file: BlockFile, number: int, what: str = "the sum of a piece does not match"
-) -> Corrupt:
-    """Return the error for a damaged block.
-
-    number  of the block
-    what    what is wrong with it
-    """
-    return Corrupt(f"{file.path}: block {number}", what)
 
 
 def list_pages(
@@ -180,7 +168,7 @@ class BlockScan(Reader):
         self._file.warm(np.array([begin + int(records[extent, SIZE]) - 1]), 1)  # a page of sums
         words = self._file.words
         if not ready(records, extents.seen_at, words, extent, first, last, False):
-            raise damage(self._file, int(records[extent, NUMBER]))
+            raise extents.corrupt(self._file.path, extent)
         at = extents.live_at, extents.cached_at, extents.promoted_at
         return inplace.find_cold(  # type: ignore[no-any-return]
             records, *at, words, extent, start, stop, after, upto, places
@@ -226,5 +214,4 @@ class BlockScan(Reader):
     def _check(self, intact: int, places: Slots) -> None:
         """Raise Corrupt unless ``intact``, the result of a kernel, is the number of places."""
         if intact < len(places):
-            extent = int(places[intact]) >> POSITION_BITS
-            raise damage(self._file, int(self.memory.array()[extent, NUMBER]))
+            raise self._extents.corrupt(self._file.path, int(places[intact]) >> POSITION_BITS)

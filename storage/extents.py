@@ -20,6 +20,8 @@ from __future__ import annotations
 import threading
 import weakref
 from bisect import bisect_left, insort
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,9 @@ from numpy.typing import NDArray
 
 from storage.arena import Arena, Budget, Memory
 from storage.block import BLOCK_BYTES, RowLayout, row_layout
+from storage.damage import Damage
 from storage.directory import Zones
+from storage.errors import Corrupt
 from storage.kernels import Slots, inline, jit
 from storage.sums import PIECE, SHIFT, intact
 
@@ -38,6 +42,7 @@ FIRST_LINE = 8  # words of a cache line
 # Fields of a record. Offsets are in bytes, in the file; a free extent has COUNT 0.
 ROWS_AT, START, BODY, COUNT, NUMBER, LIVE, CACHED, SIZE = range(8)
 ZONES = 8  # first of six fields with the bounds of the metadata
+GREATEST_VERSION = ZONES + 1
 FIELDS = 16
 # ROWS_AT  offset of the first row           START   offset of the block
 # BODY     words before the sums             COUNT   number of rows
@@ -154,10 +159,13 @@ class Reader:
 class Extents:
     """The records of the blocks of one table.
 
-    width   float32 numbers per row
-    live    number of live rows
-    cached  number of cached rows
-    bytes   bytes of the blocks on disk, in whole pages
+    width    float32 numbers per row
+    live     number of live rows
+    cached   number of cached rows
+    bytes    bytes of the blocks on disk, in whole pages
+    table    name of the table, for errors
+    suspect  called with the number of a block, on any thread, when damage of it is noticed
+    damaged  what is wrong with each damaged block, by number
 
     Only the engine thread may change them.
     """
@@ -180,6 +188,12 @@ class Extents:
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()
         self._lock = threading.Lock()  # held while a block is added, removed, or entered
         self.live = self.cached = self.bytes = 0
+        self.table = ""
+        self.suspect: Callable[[int], None] = lambda number: None
+        self.damaged: dict[int, Damage] = {}
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
     @property
     def records(self) -> Records:
@@ -234,9 +248,26 @@ class Extents:
         with self._lock:
             del self._by_number[number]
             self._numbers.remove(number)
+        self.damaged.pop(number, None)
         record[COUNT] = 0
         self._free.append(extent)
         return number
+
+    def corrupt(self, path: Path, extent: int) -> Corrupt:
+        """Return the error for a read of a damaged block, which is examined soon.
+
+        path  file that contains the block
+
+        Any thread may call this, while the block is here.
+        """
+        record = self._arena.memory.array()[extent]
+        number = int(record[NUMBER])
+        if number not in self.damaged:
+            self.suspect(number)
+        where = (
+            f"{path}: block {number} of table {self.table!r}, with {int(record[LIVE])} live rows"
+        )
+        return Corrupt(where, "the sum of a piece does not match")
 
     def by_number(self) -> list[tuple[int, int]]:
         """Return (extent, number) of each block, by ascending number."""
@@ -256,10 +287,11 @@ class Extents:
         """Allow a reader to call ``enter``. Blocks that it holds stay as long as it exists."""
         self._readers.add(reader)
 
-    def enter(self, reader: Reader, number: int) -> bool:
+    def enter(self, reader: Reader, number: int, *, cached: bool = False) -> bool:
         """Let go of the block that a reader holds, and make it hold the next one worth reading.
 
         number  number in the base from which to look for a block with cold or promoted rows
+        cached  whether a block whose live rows are all cached is worth reading, too
 
         Any thread may call this. Returns False if there is no such block; the reader then holds
         none.
@@ -269,7 +301,7 @@ class Extents:
             reader.extent = reader.number = NONE
             for at in range(bisect_left(self._numbers, number), len(self._numbers)):
                 extent = self._by_number[self._numbers[at]]
-                if self._has_cold(records[extent]):
+                if self._has_cold(records[extent]) or (cached and records[extent, LIVE]):
                     reader.extent, reader.number = extent, self._numbers[at]
                     return True
         return False
@@ -316,6 +348,14 @@ class Extents:
         """Mark all pieces of a block as verified."""
         self.records[extent, self.seen_at :] = 2**64 - 1
 
+    def see_pieces(self, extent: int, intact: NDArray[np.bool_]) -> None:
+        """Mark the pieces of a block that are intact, bool[pieces], as verified, and no others."""
+        words = self.records[extent, self.seen_at :]
+        packed = np.zeros(8 * len(words), np.uint8)
+        found = np.packbits(intact, bitorder="little")
+        packed[: len(found)] = found
+        words[:] = packed.view(np.uint64)
+
     def mark(self, places: Slots, live: int, cached: int) -> None:
         """Change the bits of rows; see the kernel ``mark`` for the parameters."""
         more_live, more_cached = mark(
@@ -338,6 +378,7 @@ class Extents:
             self._numbers, self._by_number = [], {}
         self._arena.close()
         self._used, self._free = 0, []
+        self.damaged.clear()
         self.live = self.cached = self.bytes = 0
 
 

@@ -35,6 +35,8 @@ class TableStats:
     waiting: int  # keys that are counted but have no row; an estimate for a sketch
     counter_bytes: int  # memory of the counters alone
     tiers: tuple[TierStats, ...] = ()  # fastest first
+    # (blocks on disk that are known to be damaged, their rows that cannot be read)
+    damage: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)

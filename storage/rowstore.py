@@ -53,28 +53,29 @@ class RowStore:
     blocks  the rows on disk; None: there is no cold tier
     watch   the exact scans in progress
     moves   what happened between the tiers
+    index   finds the location of each row by its key
     space   how many more rows host memory can take
     """
 
     def __init__(self, dim: int, state: Rows, budget: Budget) -> None:
         self._dim, self._width, self._budget = dim, dim + len(state), budget
-        self._index = Index(budget)
+        self.index = Index(budget)
         try:
             self._host: Writable = HostTier(dim, state, budget)
         except BaseException:
-            self._index.close()
+            self.index.close()
             raise
         self.host = self._host
         self._tiers: dict[int, Tier] = {self._host.code: self._host}  # where rows are, by code
         self.blocks: Blocks | None = None
         self.moves = Moves()
         self._cache = Cache(self._host.slots)
-        self.space = Room(budget, self._host, self._index, 4 * self._width + 32)
+        self.space = Room(budget, self._host, self.index, 4 * self._width + 32)
         self.watch = Watch()
         self._rewritten = -1  # the block whose rows were copied last
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
 
     @property
     def width(self) -> int:
@@ -94,7 +95,7 @@ class RowStore:
 
     def find(self, keys: Keys) -> tuple[Locations, int]:
         """Return (locations uint64[n], 0 for keys without a row; how many keys have no row)."""
-        return self._index.find(keys)
+        return self.index.find(keys)
 
     def gather(self, locations: Locations, out: Rows) -> int:
         """Copy the first columns of rows to ``out``. Returns how many are not in host memory.
@@ -137,7 +138,7 @@ class RowStore:
 
     def keys(self) -> Keys:
         """Return the keys of all rows, ascending. For tests and tools: takes much memory."""
-        return np.sort(np.concatenate([keys for keys, _ in self._index.slices()]))
+        return np.sort(np.concatenate([keys for keys, _ in self.index.slices()]))
 
     # ---- writing
 
@@ -160,7 +161,7 @@ class RowStore:
         slots = self._host.allocate(len(keys), exact=self.space.near_limit)
         locations = locations_of(slots, self._host.code)
         try:
-            self._index.insert(keys, locations)
+            self.index.insert(keys, locations)
         except BaseException:
             self._host.slots.release(slots)
             raise
@@ -189,21 +190,21 @@ class RowStore:
         found, _ = places(homes, self.blocks.code)
         self.blocks.gather(found, rows)
         meta = self.blocks.meta(found)
-        slots = self._slots_for(len(at))
+        slots = self.slots_for(len(at))
         columns = (np.ascontiguousarray(column) for column in meta.T)
         of_key, versions, steps, frequencies = columns
         self._host.slots.record(slots, of_key, versions, steps.view(np.int64), frequencies)
         self._host.slots.settle(slots, homes)
         self._host.scatter(slots, rows)
         made = locations_of(slots, self._host.code)
-        self._index.assign(keys[at], made)
+        self.index.assign(keys[at], made)
         self.watch.moved(homes, made)
         self.blocks.cache(found)
         locations[at] = made
         self.moves.promotions += len(at)
         return rows
 
-    def _slots_for(self, count: int) -> Slots:
+    def slots_for(self, count: int) -> Slots:
         """Allocate slots for rows that exist already.
 
         If no row in host memory is dirty, a flush could not make room. Then the memory budget is
@@ -234,7 +235,7 @@ class RowStore:
 
     def remove(self, keys: Keys, locations: Locations) -> None:
         """Delete rows."""
-        self._index.remove(keys)
+        self.index.remove(keys)
         slots, others = places(locations, self._host.code)
         if others:
             assert self.blocks is not None
@@ -260,7 +261,7 @@ class RowStore:
 
     def place_cold(self, keys: Keys, locations: Locations) -> None:
         """Add absent keys whose rows are in blocks to the index."""
-        self._index.insert(keys, locations)
+        self.index.insert(keys, locations)
 
     def place_newest(self, extent: int, keys: Keys, versions: NDArray[np.uint64]) -> None:
         """Make the rows of a block current, except those of which there is a newer row.
@@ -292,7 +293,7 @@ class RowStore:
 
         count, absent  see Room.fits
         """
-        budget, index = self._budget, self._index.growth(absent)
+        budget, index = self._budget, self.index.growth(absent)
         if budget.free < (needed := max(index, budget.set_aside // 2)):
             budget.reclaim(needed - budget.free)
         if count > self.room() and self.memory_bytes < self.space.limit:
@@ -364,7 +365,7 @@ class RowStore:
         if not len(slots):
             return
         assert self.blocks is not None
-        self._index.assign(keys, homes)
+        self.index.assign(keys, homes)
         self.watch.moved(locations_of(slots, self._host.code), homes)
         self.blocks.uncache(places(homes, self.blocks.code)[0])
         self._host.slots.release(slots)
@@ -420,10 +421,10 @@ class RowStore:
             self.moves.reflushed += 1
         at = np.flatnonzero(blocks.live(old)[positions])
         positions = positions[at]
-        keys, homes = blocks.keys(old)[positions], blocks.locations(old, positions)
+        keys, homes = blocks.keys(new)[first + at], blocks.locations(old, positions)
         locations, targets = self.find(keys)[0], blocks.locations(new, first + at)
         cold = blocks.cold(old)[positions]
-        self._index.assign(keys[cold], targets[cold])
+        self.index.assign(keys[cold], targets[cold])
         self.watch.moved(homes[cold], targets[cold])
         self._host.slots.settle(self.slots(locations[~cold]), targets[~cold])
         blocks.revive(new, first + at[cold], cached=False)
@@ -437,13 +438,13 @@ class RowStore:
     @property
     def index_bytes(self) -> int:
         """Bytes of memory that the index takes."""
-        return self._index.bytes
+        return self.index.bytes
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of memory that the index and the rows in memory take."""
         bits = 0 if self.blocks is None else self.blocks.memory
-        return self._index.bytes + self._host.bytes + bits
+        return self.index.bytes + self._host.bytes + bits
 
     def contents(self) -> Contents:
         """Return all rows for an eviction sweep; valid until a row changes."""
@@ -468,6 +469,6 @@ class RowStore:
         """Close index and tiers. The memory is freed as soon as no scan refers to it."""
         if self.blocks is not None:
             self._budget.leave(self)
-        self._index.close()
+        self.index.close()
         for tier in self._tiers.values():
             tier.close()

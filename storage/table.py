@@ -23,6 +23,7 @@ from storage.index import Locations, locations_of, places
 from storage.initializers import table_seed
 from storage.kernels import Images, Keys, Rows, Slots, largest_magnitude
 from storage.overflow import OverflowGuard
+from storage.overwrite import overwrite
 from storage.records import NO_KEYS, NO_TOTALS
 from storage.results import Dump, Pushed, TableStats, Tally
 from storage.reuse import Reuse
@@ -120,6 +121,7 @@ class Table:
             waiting=gate.entries,
             counter_bytes=gate.bytes,
             tiers=store.stats(),
+            damage=(0, 0) if store.blocks is None else store.blocks.damage_counts,
         )
 
     def pull(self, keys: Keys, mode: Mode, out: Rows, *, count: bool = True) -> Locations:
@@ -246,19 +248,23 @@ class Table:
         Rows that are in blocks on disk are copied to host memory. Returns (locations uint64[n], 0
         for keys without a row; number of keys without a row). Raises OutOfMemory or Corrupt.
         """
-        locations, absent = self.store.find(keys)
-        if self.store.blocks is None:
-            return locations, absent
-        missing = absent + len(self.store.cold(locations))
-        if not missing:
-            return locations, absent
-        if not self.store.space.fits(missing, absent):
-            self.make_room([keys])
-            locations, absent = self.store.find(keys)
+        locations, absent = self._find_with_room(keys)
         rows = self.store.promote(keys, locations)
         if len(rows):
             self._guard.put(rows)
-        if self.store.pressed:
+        return locations, absent
+
+    def _find_with_room(self, keys: Keys) -> tuple[Locations, int]:
+        """Find the rows of ``keys``; make room for those that are missing in host memory.
+
+        Returns (locations uint64[n], 0 for keys without a row; number of keys without a row).
+        """
+        locations, absent = self.store.find(keys)
+        missing = 0 if self.store.blocks is None else absent + len(self.store.cold(locations))
+        if missing and not self.store.space.fits(missing, absent):
+            self.make_room([keys])
+            locations, absent = self.store.find(keys)
+        if missing and self.store.pressed:
             self._pressed()
         return locations, absent
 
@@ -405,14 +411,12 @@ class Table:
         The admission counters of keys that had no row before are deleted. Raises OutOfMemory, and
         changes nothing then.
         """
-        keys, rows = images.keys, images.rows
-        locations, absent = self._locate(keys)
-        if absent:
-            missing = np.flatnonzero(locations == 0)
-            locations[missing] = self.store.place(keys[missing])
-            self.gate.discard(keys[missing])
-        self.store.put(locations, images)
-        self._guard.put(rows)
+        keys = images.keys
+        locations, absent = self._find_with_room(keys)
+        fresh = keys[locations == 0] if absent else NO_KEYS
+        images = overwrite(self.store, images, locations)
+        self.gate.discard(fresh)
+        self._guard.put(images.rows)
 
     def place_newest(self, extent: int, keys: Keys, versions: Versions) -> None:
         """Make the rows of a block on disk current, except those of which there is a newer row.

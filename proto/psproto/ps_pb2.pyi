@@ -100,20 +100,24 @@ class TableSchema(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dim: _Optional[int] = ..., optimizer: _Optional[_Union[Rule, _Mapping]] = ..., initializer: _Optional[_Union[Rule, _Mapping]] = ..., seed: _Optional[int] = ..., serving_default: _Optional[float] = ..., durability: _Optional[_Union[Durability, str]] = ..., admission: _Optional[_Union[Rule, _Mapping]] = ..., evictions: _Optional[_Iterable[_Union[Rule, _Mapping]]] = ..., max_step_ahead: _Optional[int] = ...) -> None: ...
 
 class TableStats(_message.Message):
-    __slots__ = ("rows", "bytes", "waiting", "counter_bytes", "tiers", "cache")
+    __slots__ = ("rows", "bytes", "waiting", "counter_bytes", "tiers", "cache", "damaged_blocks", "lost_rows")
     ROWS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     COUNTER_BYTES_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LOST_ROWS_FIELD_NUMBER: _ClassVar[int]
     rows: int
     bytes: int
     waiting: int
     counter_bytes: int
     tiers: _containers.RepeatedCompositeFieldContainer[TierStats]
     cache: CacheStats
-    def __init__(self, rows: _Optional[int] = ..., bytes: _Optional[int] = ..., waiting: _Optional[int] = ..., counter_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., cache: _Optional[_Union[CacheStats, _Mapping]] = ...) -> None: ...
+    damaged_blocks: int
+    lost_rows: int
+    def __init__(self, rows: _Optional[int] = ..., bytes: _Optional[int] = ..., waiting: _Optional[int] = ..., counter_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., cache: _Optional[_Union[CacheStats, _Mapping]] = ..., damaged_blocks: _Optional[int] = ..., lost_rows: _Optional[int] = ...) -> None: ...
 
 class TierStats(_message.Message):
     __slots__ = ("tier", "rows", "bytes", "hits", "misses")
@@ -861,7 +865,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("release", "shard", "shard_map", "limits", "version", "memory_bytes", "memory_budget_bytes", "lineage", "durable_version", "uptime_seconds", "tables", "rows", "log_bytes", "log_first_version", "flush_age_seconds")
+    __slots__ = ("release", "shard", "shard_map", "limits", "version", "memory_bytes", "memory_budget_bytes", "lineage", "durable_version", "uptime_seconds", "tables", "rows", "log_bytes", "log_first_version", "flush_age_seconds", "damaged_blocks")
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     SHARD_MAP_FIELD_NUMBER: _ClassVar[int]
@@ -877,6 +881,7 @@ class GetServerInfoResponse(_message.Message):
     LOG_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOG_FIRST_VERSION_FIELD_NUMBER: _ClassVar[int]
     FLUSH_AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     release: str
     shard: int
     shard_map: ShardMap
@@ -892,7 +897,8 @@ class GetServerInfoResponse(_message.Message):
     log_bytes: int
     log_first_version: int
     flush_age_seconds: float
-    def __init__(self, release: _Optional[str] = ..., shard: _Optional[int] = ..., shard_map: _Optional[_Union[ShardMap, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., version: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., lineage: _Optional[bytes] = ..., durable_version: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., tables: _Optional[int] = ..., rows: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_first_version: _Optional[int] = ..., flush_age_seconds: _Optional[float] = ...) -> None: ...
+    damaged_blocks: int
+    def __init__(self, release: _Optional[str] = ..., shard: _Optional[int] = ..., shard_map: _Optional[_Union[ShardMap, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., version: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., lineage: _Optional[bytes] = ..., durable_version: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., tables: _Optional[int] = ..., rows: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_first_version: _Optional[int] = ..., flush_age_seconds: _Optional[float] = ..., damaged_blocks: _Optional[int] = ...) -> None: ...
 
 class AnalyzeRequest(_message.Message):
     __slots__ = ("table", "checkpoint", "frequencies", "ages", "norms", "grace", "top", "columns")
@@ -1030,6 +1036,38 @@ class Summary(_message.Message):
     reuses: Histogram
     first_pushes: int
     def __init__(self, schema: _Optional[_Union[TableSchema, _Mapping]] = ..., width: _Optional[int] = ..., version: _Optional[int] = ..., last_version: _Optional[int] = ..., step: _Optional[int] = ..., rows: _Optional[int] = ..., occurrences: _Optional[int] = ..., norm_sum: _Optional[float] = ..., frequencies: _Optional[_Union[Histogram, _Mapping]] = ..., frequency_sums: _Optional[_Iterable[int]] = ..., ages: _Optional[_Union[Histogram, _Mapping]] = ..., norms: _Optional[_Union[Histogram, _Mapping]] = ..., idle_norms: _Optional[_Union[Histogram, _Mapping]] = ..., grace: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[Summary.Tier, _Mapping]]] = ..., index_bytes: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_bytes: _Optional[int] = ..., most_frequent: _Optional[_Union[RowList, _Mapping]] = ..., least_frequent: _Optional[_Union[RowList, _Mapping]] = ..., largest: _Optional[_Union[RowList, _Mapping]] = ..., smallest: _Optional[_Union[RowList, _Mapping]] = ..., reuses: _Optional[_Union[Histogram, _Mapping]] = ..., first_pushes: _Optional[int] = ...) -> None: ...
+
+class VerifyRowsRequest(_message.Message):
+    __slots__ = ("table", "keys")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    keys: bool
+    def __init__(self, table: _Optional[str] = ..., keys: bool = ...) -> None: ...
+
+class VerifyRowsResponse(_message.Message):
+    __slots__ = ("bytes", "total", "damaged")
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    total: int
+    damaged: DamagedBlock
+    def __init__(self, bytes: _Optional[int] = ..., total: _Optional[int] = ..., damaged: _Optional[_Union[DamagedBlock, _Mapping]] = ...) -> None: ...
+
+class DamagedBlock(_message.Message):
+    __slots__ = ("number", "rows", "lost_rows", "problem", "keys")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    LOST_ROWS_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    rows: int
+    lost_rows: int
+    problem: str
+    keys: bytes
+    def __init__(self, number: _Optional[int] = ..., rows: _Optional[int] = ..., lost_rows: _Optional[int] = ..., problem: _Optional[str] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
 class InspectRequest(_message.Message):
     __slots__ = ("table", "keys", "embeddings")

@@ -1359,6 +1359,11 @@ class AnalysisServiceStub(object):
                 request_serializer=psproto_dot_ps__pb2.InspectRequest.SerializeToString,
                 response_deserializer=psproto_dot_ps__pb2.InspectResponse.FromString,
                 _registered_method=True)
+        self.VerifyRows = channel.unary_stream(
+                '/ps.v1.AnalysisService/VerifyRows',
+                request_serializer=psproto_dot_ps__pb2.VerifyRowsRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.VerifyRowsResponse.FromString,
+                _registered_method=True)
 
 
 class AnalysisServiceServicer(object):
@@ -1380,6 +1385,15 @@ class AnalysisServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def VerifyRows(self, request, context):
+        """Reads all rows of this shard's table that are on disk, verifies them, and reports damaged
+        blocks. A block is the unit of up to 2 MiB in which rows are stored on disk. Messages without
+        `damaged` report progress.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AnalysisServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -1392,6 +1406,11 @@ def add_AnalysisServiceServicer_to_server(servicer, server):
                     servicer.Inspect,
                     request_deserializer=psproto_dot_ps__pb2.InspectRequest.FromString,
                     response_serializer=psproto_dot_ps__pb2.InspectResponse.SerializeToString,
+            ),
+            'VerifyRows': grpc.unary_stream_rpc_method_handler(
+                    servicer.VerifyRows,
+                    request_deserializer=psproto_dot_ps__pb2.VerifyRowsRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.VerifyRowsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1449,6 +1468,33 @@ class AnalysisService(object):
             '/ps.v1.AnalysisService/Inspect',
             psproto_dot_ps__pb2.InspectRequest.SerializeToString,
             psproto_dot_ps__pb2.InspectResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyRows(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/ps.v1.AnalysisService/VerifyRows',
+            psproto_dot_ps__pb2.VerifyRowsRequest.SerializeToString,
+            psproto_dot_ps__pb2.VerifyRowsResponse.FromString,
             options,
             channel_credentials,
             insecure,

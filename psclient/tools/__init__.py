@@ -28,7 +28,8 @@ commands/shell.py         options, connection and error handling of all commands
 commands/cluster.py       psctl status, tail
 commands/tables.py        psctl tables, table, create, drop, evict
 commands/alter.py         psctl alter
-commands/checkpoints.py   psctl checkpoint, checkpoints, verify, restore, delete, prune
+commands/checkpoints.py   psctl checkpoint, checkpoints, restore, delete, prune
+commands/repairs.py       psctl verify, repair
 commands/rows.py          psctl export, import
 commands/analyses.py      psctl analyze, inspect
 ctl.py                    the command psctl

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from psclient.tools.commands import alter, analyses, checkpoints, cluster, rows, tables
+from psclient.tools.commands import alter, analyses, checkpoints, cluster, repairs, rows, tables
 from psclient.tools.commands.shell import app
 
-GROUPS = [each.__name__ for each in (cluster, tables, alter, checkpoints, rows, analyses)]
+GROUPS = [each.__name__ for each in (cluster, tables, alter, checkpoints, repairs, rows, analyses)]
 app.registered_commands.sort(key=lambda each: GROUPS.index(each.callback.__module__))
 
 

@@ -44,6 +44,7 @@ class ShardStatus:
     rows: int | None = None
     memory_bytes: int | None = None
     memory_budget_bytes: int | None = None
+    damaged_blocks: int | None = None  # blocks of rows on disk that are known to be damaged
 
     @property
     def ready(self) -> bool:
@@ -107,6 +108,7 @@ def _answered(
         rows=answer.rows,
         memory_bytes=answer.memory_bytes,
         memory_budget_bytes=answer.memory_budget_bytes,
+        damaged_blocks=answer.damaged_blocks,
     )
 
 

@@ -16,7 +16,8 @@ block contains (see sums.py), so that damage on the disk is noticed when it is r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import ClassVar
 
 import numpy as np
@@ -25,11 +26,15 @@ from numpy.typing import NDArray
 from storage import inplace
 from storage.arena import Budget
 from storage.block import ROWS, header_of, row_layout, unpack
+from storage.blockcheck import BlockCheck
 from storage.blockfile import BlockFile
-from storage.blockscan import BlockScan, ColdPages, damage, list_pages
+from storage.blockscan import BlockScan, ColdPages, list_pages
+from storage.damage import Damage
 from storage.directory import Zones
+from storage.errors import Corrupt
 from storage.extents import (
     COUNT,
+    GREATEST_VERSION,
     LIVE,
     NUMBER,
     POSITION_BITS,
@@ -41,7 +46,7 @@ from storage.extents import (
 from storage.index import Locations, locations_of
 from storage.inplace import HEADER
 from storage.kernels import Keys, Rows, Slots
-from storage.slots import Meta
+from storage.slots import VERSION, Meta
 
 
 class Blocks:
@@ -51,6 +56,8 @@ class Blocks:
     width   float32 numbers per row
     file    the memory map of the base's file
     budget  memory budget of the shard; the bits of the rows are taken from it
+    table   name of the table, for errors
+    suspect called with the number of a block, on any thread, when damage of it is noticed
 
     Only the engine thread may call the methods. Other threads may use scans and ``ColdPages.warm``.
     """
@@ -58,10 +65,23 @@ class Blocks:
     name: ClassVar[str] = "lmdb"
     code: ClassVar[int] = 3
 
-    def __init__(self, dim: int, width: int, file: BlockFile, budget: Budget) -> None:
+    def __init__(
+        self,
+        dim: int,
+        width: int,
+        file: BlockFile,
+        budget: Budget,
+        table: str = "",
+        suspect: Callable[[int], None] = lambda number: None,
+    ) -> None:
         self.dim, self.width = dim, width
         self.file = file
         self.records = Extents(width, budget)
+        self.records.table, self.records.suspect = table, suspect
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return len(self.records)
 
     @property
     def rows(self) -> int:
@@ -122,17 +142,15 @@ class Blocks:
         Reads the header of the block. Raises Corrupt if it is damaged or does not fit, and
         OutOfMemory. Verifies a block of format 1, which has no sums, as a whole.
         """
+        where = f"{self.file.path}: block {number} of table {self.records.table!r}"
         header = header_of(self.file.bytes[offset : offset + HEADER])
         expected = (ROWS, self.width, count)
         if header is None or (header.kind, header.width, header.length) != expected:
-            raise damage(self.file, number, f"expected a block of kind, width and rows {expected}")
+            raise Corrupt(where, f"expected a block of kind, width and rows {expected}")
         if not 1 <= count <= self.records.most:
-            raise damage(self.file, number, f"expected 1 to {self.records.most} rows, got {count}")
+            raise Corrupt(where, f"expected 1 to {self.records.most} rows, got {count}")
         if header.format == 1 and not verified:
-            unpack(
-                self.file.bytes[offset : offset + header.size],
-                f"{self.file.path}: block {number}",
-            )
+            unpack(self.file.bytes[offset : offset + header.size], where)
             verified = True
         layout = row_layout(self.width, count, header.format)
         extent = self.records.add(number, offset, count, layout, zones)
@@ -214,7 +232,79 @@ class Blocks:
         """Verify a part of a block: the bytes start..stop-1 of the file. Raises Corrupt."""
         records, seen_at = self.records.records, self.records.seen_at
         if not ready(records, seen_at, self.file.words, extent, start, stop, True):
-            raise damage(self.file, self.records.field(extent, NUMBER))
+            raise self.records.corrupt(self.file.path, extent)
+
+    # ---- damage
+
+    def newer(self, places: Slots, versions: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Return for each row whether its version is newer than the one in ``versions``, uint64[n].
+
+        Reads the versions of rows only if the bounds of their blocks leave it open. A row whose
+        version cannot be read is not newer.
+        """
+        greatest = self.records.fields(GREATEST_VERSION)[places >> POSITION_BITS]
+        out: NDArray[np.bool_] = greatest > versions
+        for i in np.flatnonzero(out).tolist():
+            with suppress(Corrupt):
+                out[i] = self.meta(places[i : i + 1])[0, VERSION] > versions[i]
+                continue
+            out[i] = False
+        return out
+
+    def check(self) -> BlockCheck:
+        """Return a reader that verifies blocks as a whole, on another thread."""
+        return BlockCheck(self.records, self.file)
+
+    def checked(self, number: int, damage: Damage | None) -> bool:
+        """Record the result of a ``BlockCheck`` of a block. Returns whether its damage is new.
+
+        number  of the block, which may be gone by now
+        damage  what is wrong with it; None: nothing
+        """
+        extents = self.records
+        extent = extents.extent_of(number)
+        if extent is None:
+            return False
+        if damage is None:
+            extents.damaged.pop(number, None)
+            extents.see(extent)
+            return False
+        new = number not in extents.damaged
+        extents.damaged[number] = damage
+        extents.see_pieces(extent, damage.intact)
+        return new
+
+    def damaged_numbers(self) -> dict[int, int]:
+        """Return number -> extent of the blocks that are known to be damaged and have live rows.
+
+        Any thread may call this.
+        """
+        extents = self.records
+        found = [(number, extents.extent_of(number)) for number in list(extents.damaged)]
+        return {n: e for n, e in found if e is not None and extents.field(e, LIVE)}
+
+    def damaged(self) -> list[int]:
+        """Return the extents of the blocks that are known to be damaged and have live rows."""
+        return list(self.damaged_numbers().values())
+
+    @property
+    def damage_counts(self) -> tuple[int, int]:
+        """Number of blocks that are known to be damaged, and of their rows that cannot be read."""
+        damaged = self.damaged()
+        return len(damaged), sum(int(self.lost(extent).sum()) for extent in damaged)
+
+    def damage(self, extent: int) -> Damage | None:
+        """Return what is wrong with a block, as far as it is known; None: nothing."""
+        return self.records.damaged.get(self.records.field(extent, NUMBER))
+
+    def lost(self, extent: int) -> NDArray[np.bool_]:
+        """Return which rows of a block are live but cannot be read, as far as it is known."""
+        damage, live = self.damage(extent), self.live(extent)
+        return np.zeros_like(live) if damage is None else live & damage.lost
+
+    def number(self, extent: int) -> int:
+        """Return the number in the base of a block."""
+        return self.records.field(extent, NUMBER)
 
     # ---- bits
 
@@ -276,7 +366,7 @@ class Blocks:
         records, seen_at = self.records.records, self.records.seen_at
         bad = inplace.remember(records, seen_at, pages.fresh, pages.good)
         if bad >= 0:
-            raise damage(self.file, int(pages.fresh[bad, 1]))
+            raise self.records.corrupt(self.file.path, int(pages.fresh[bad, 2]))
 
     def unverified(self, places: Slots) -> bool:
         """Return whether ``gather`` of whole rows would have to verify a page."""
@@ -286,5 +376,4 @@ class Blocks:
     def _check(self, intact: int, places: Slots) -> None:
         """Raise Corrupt unless ``intact``, the result of a kernel, is the number of places."""
         if intact < len(places):
-            extent = int(places[intact]) >> POSITION_BITS
-            raise damage(self.file, self.records.field(extent, NUMBER))
+            raise self.records.corrupt(self.file.path, int(places[intact]) >> POSITION_BITS)

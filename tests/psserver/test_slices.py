@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ import psserver
 from psproto import ps_pb2 as pb
 from psserver.pace import Pace
 from psserver.service import Service
+from psserver.stats import ServiceStats
 from psserver.sweeper import Sweeper
 from storage.admission import counter
 from storage.admission.rules import make_admission
@@ -43,14 +45,15 @@ SITES = {
     "basewriter.py:_write_directory": SMALL,
     "basewriter.py:write": SMALL,
     "checkpoints.py:_copy": SLICES,
-    "exchange.py:begin": REQUEST,
+    "coldruns.py:_trim": "rows that leave at most 4 MiB of memory, per table",
+    "coldruns.py:finish": REQUEST,
+    "coldruns.py:submit": REQUEST,
     "exchange.py:delete": REQUEST,
     "exchange.py:_exchange": SMALL,
     "flusher.py:_flush": SLICES,
     "inspection.py:_gone": SLICES,
-    "inspection.py:inspect": REQUEST,
+    "inspection.py:_known": REQUEST,
     "loading.py:_accept": SMALL,
-    "loading.py:_apply": SLICES,
     "loading.py:_begin": SMALL,
     "loading.py:_cancel": SMALL,
     "loading.py:_claimed": SMALL,
@@ -63,6 +66,7 @@ SITES = {
     "restore.py:_require_empty": ALL_TABLES,
     "rows.py:_live_rows": SLICES,
     "rows.py:write_rows": SLICES,
+    "rowwrites.py:write": SLICES,
     "rowscan.py:_send_rows": "as many rows as take 256 KiB",
     "rowscan.py:_send_tables": "4,096 changes with tombstones, which are not copied",
     "rowscan.py:run": ALL_TABLES,
@@ -229,6 +233,7 @@ def work(homes: Homes, node: Any, meter: Meter) -> None:
     rows.write_rows(pb.WriteRowsRequest(table="loaded", width=2, keys=many.tobytes(), rows=values))
     serving = Service.__new__(Service)
     serving._shard, serving._engine, serving._log = shard, meter, None  # type: ignore[assignment]
+    serving._limits = SimpleNamespace(stats=ServiceStats())  # type: ignore[assignment]
     listed = asyncio.run(serving.list_tables(pb.ListTablesRequest(), 0.0))
     assert len(listed.tables) == len(shard.tables())
     sweeper = Sweeper(shard, meter)  # type: ignore[arg-type]

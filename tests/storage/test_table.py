@@ -252,7 +252,7 @@ def test_a_push_that_the_index_has_no_room_for_gives_its_places_back(
     push(table, u64([1, 2]))
     before = table.dump()
     with monkeypatch.context() as broken:
-        broken.setattr(table.store._index, "insert", refuse)
+        broken.setattr(table.store.index, "insert", refuse)
         with pytest.raises(OutOfMemory):
             push(table, u64(range(5000)), version=2)
     assert_equal(table.dump(), before)

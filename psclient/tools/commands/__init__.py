@@ -4,7 +4,8 @@ shell.py         options, connection and error handling of all commands
 cluster.py       psctl status, tail
 tables.py        psctl tables, table, create, drop, evict
 alter.py         psctl alter
-checkpoints.py   psctl checkpoint, checkpoints, verify, restore, delete, prune
+checkpoints.py   psctl checkpoint, checkpoints, restore, delete, prune
+repairs.py       psctl verify, repair
 rows.py          psctl export, import
 analyses.py      psctl analyze, inspect
 """

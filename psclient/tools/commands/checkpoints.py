@@ -1,4 +1,4 @@
-"""psctl checkpoint, checkpoints, verify, restore, delete, prune: take and use checkpoints."""
+"""psctl checkpoint, checkpoints, restore, delete, prune: take and use checkpoints."""
 
 from __future__ import annotations
 
@@ -89,18 +89,6 @@ def checkpoints(servers: Servers = DEFAULT) -> None:
         if each.problem:
             problem = f"{escape(each.name)} cannot be restored: {escape(each.problem)}"
             console.print(problem, soft_wrap=True)
-
-
-@app.command()
-def verify(name: Name, servers: Servers = DEFAULT) -> None:
-    """Check that a checkpoint is complete and undamaged.
-
-    Reads every byte of the checkpoint, and of the checkpoints that it builds on, and compares all
-    checksums. Changes nothing.
-    """
-    with connected(servers) as client, bar(f"verify {name}") as show:
-        size = admin.verify(client, name, progress=show)
-    typer.echo(f"{name}: complete and undamaged, {size:,} bytes")
 
 
 OptionalName = Annotated[

@@ -105,6 +105,10 @@ def _show_shards(shards: Sequence[ShardStatus]) -> None:
         if each.problem:
             problem = f"shard {each.shard} is {each.state}: {each.problem}"
             console.print(Text(" ".join(problem.split())), soft_wrap=True)
+    for each in answered:
+        if each.damaged_blocks:
+            text = f"shard {each.shard} has {each.damaged_blocks} damaged blocks: see psctl verify"
+            console.print(Text(text, style="bold red"), soft_wrap=True)
 
 
 def _data(shard: ShardStatus) -> tuple[str, ...]:

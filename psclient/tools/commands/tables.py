@@ -145,7 +145,15 @@ def _fields(info: TableInfo) -> list[tuple[str, str]]:
         ("memory", figures.size(info.bytes)),
         ("waiting keys", f"{info.waiting:,}, counters {figures.size(info.counter_bytes)}"),
         *_moves(info),
+        *_damage(info),
     ]
+
+
+def _damage(info: TableInfo) -> list[tuple[str, str]]:
+    """Return how much of the table is damaged on disk, as (name, value); [] if nothing is."""
+    if not info.damaged_blocks:
+        return []
+    return [("damaged blocks", f"{info.damaged_blocks:,}, rows lost {info.lost_rows:,}")]
 
 
 DimOption = Annotated[int, typer.Option(help="Length of the embeddings.", show_default=False)]
