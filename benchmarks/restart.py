@@ -62,7 +62,7 @@ def seconds(server: Server, dropped: bool) -> tuple[float, float]:
 
     dropped  drop its files from the file cache before each start
 
-    Returns (seconds from the start until it serves; seconds of these that it read the base).
+    Returns (seconds from the start until it serves; how many of them it spent reading the base).
     """
     taken, reading = [], []
     for _ in range(RUNS):

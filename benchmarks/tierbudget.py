@@ -64,9 +64,9 @@ def budget(report: Report, directory: Path, quick: bool) -> None:
 
 
 def _exercise(table: Table, pid: int) -> int:
-    """Push, pull and flush for a while, and return the largest memory besides that of the table.
+    """Push, pull and flush for a while; return the most memory that was taken by all but the table.
 
-    It is that of the process itself: kernels, messages, the log, and the blocks of a flush.
+    That memory holds kernels, messages, the log, and the blocks of a flush.
     """
     most, end = 0, time.perf_counter() + 2 * FLUSH_SECONDS
     while time.perf_counter() < end:

@@ -131,7 +131,7 @@ def _gets_row(
 
     name     name of the store
     warm     seconds of each batch with files in the file cache, by store
-    dropped  seconds of each batch without, by store
+    dropped  seconds of each batch with no file in the file cache, by store
     reads    random reads per second of the disk
     size     bytes on disk per row
     """

@@ -105,7 +105,7 @@ def budget(rows: int, share: float, index_bytes: int) -> int:
     """Return the host_bytes with which a part of the rows fit into host memory.
 
     rows         number of rows of the table
-    share        the part of them
+    share        fraction of the rows that must fit
     index_bytes  memory of the index, which has an entry for every row, in memory or not
     """
     spare = 8 << 20  # chunks that are not full
@@ -157,8 +157,8 @@ def compare(
 ) -> Sequence[dict[str, Any]]:
     """Do all kinds of work on both servers in turns; return the rows of the report.
 
-    draws  by exponent
-    share  of the rows for which the limited server has room
+    draws  source of batches, by exponent of the Zipf distribution
+    share  fraction of the rows for which the limited server has room
     """
     lines = []
     for zipf, each in draws.items():
@@ -189,7 +189,7 @@ def _line(
     """Return a row of the report.
 
     hit      share of the keys with a row whose row was in host memory
-    seconds  of each step, by trainer
+    seconds  time of each step in seconds, by trainer
     """
     judged = (zipf, kind, share) == (1.05, STEP, 0.1)
     columns: dict[str, Any] = {

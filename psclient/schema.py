@@ -183,7 +183,7 @@ def _tiers(stats: Sequence[pb.TableStats]) -> dict[str, TierInfo]:
 
 
 def _cache(shards: Sequence[pb.CacheStats]) -> CacheInfo:
-    """Return the sums of all shards' counts."""
+    """Return the sums over all shards of their counts of moves between memory and disk."""
     return CacheInfo(
         promotions=sum(each.promotions for each in shards),
         demotions=sum(each.demotions for each in shards),

@@ -380,10 +380,12 @@ def _forward(
 def _requests(
     features: Mapping[str, _Feature], inputs: Mapping[str, Any]
 ) -> tuple[dict[Part, _Remote], dict[Part, tuple[Any, ...]]]:
-    """Return the modules of one table each that the features consist of, and their arguments.
+    """Split features into their parts, each of which is a module that uses one table.
 
     features  {name: module}
     inputs    {name: keys, or a tuple of the module's arguments, keys first}
+
+    Returns ({part: its module}, {part: arguments to call that module with}).
     """
     modules, arguments = {}, {}
     for name, feature in features.items():

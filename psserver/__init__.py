@@ -1,4 +1,4 @@
-"""The server of one shard: its rows in memory, its log on disk, and the gRPC services.
+"""The server of one shard: its rows in memory and on disk, its log, and the gRPC services.
 
 A shard is the part of every table that one server stores. The modules, from the lowest layer up:
 

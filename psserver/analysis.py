@@ -2,7 +2,7 @@
 
 All methods block, so they must run on worker threads. Each slice of rows in memory is read on the
 engine thread, so that no row is read while a push changes it. This takes about 50 us per slice.
-Rows on disk do not change, and are read on the worker thread. So is the rest of the work done,
+Rows on disk do not change, so the worker thread reads them. It also does the rest of the work,
 mostly in one kernel that releases the interpreter lock.
 
 Slices are small, so that a pull waits only briefly for a slice. All slices together use at most

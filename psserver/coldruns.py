@@ -207,7 +207,9 @@ class ColdRuns:
             await asyncio.sleep(LOOK_SECONDS)
         held.flushes += 1
         if flushes.failure:
-            raise DiskFull("memory", 0, f"changed rows cannot leave it: {flushes.failure}")
+            raise DiskFull(
+                "memory", 0, f"changed rows cannot be written to disk: {flushes.failure}"
+            )
 
     def _begin_trim(self) -> None:
         if self._trimming is None or self._trimming.done():

@@ -63,7 +63,9 @@ class PushRoom:
     def _require_disk(self) -> None:
         if (size := self._tables.disk_bytes) >= self._disk_bytes:
             raise DiskFull(
-                "the rows on disk", 0, f"they take {size} bytes, disk_bytes={self._disk_bytes}"
+                "data_dir",
+                0,
+                f"the rows on disk take {size} bytes, but disk_bytes={self._disk_bytes}",
             )
 
     def exceeding(self, checked: Sequence[CheckedPush]) -> AbstractContextManager[None]:

@@ -98,7 +98,9 @@ class Recovery:
         positions = np.flatnonzero(listed.live)
         keys = tier.keys(extent)
         if len(keys) != listed.count or store.width != listed.width:
-            raise Corrupt(f"block {listed.number} of the base", "it does not fit the directory")
+            raise Corrupt(
+                f"block {listed.number} of the base", "it differs from its directory entry"
+            )
         store.place_cold(keys[positions], tier.locations(extent, positions))
         tier.revive(extent, positions, cached=False)
         self._note_newest(entry, listed.zones)

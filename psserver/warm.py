@@ -111,7 +111,7 @@ def _warm_scan(table: Table, keys: Keys, written: bool) -> None:
 
 
 def _warm_blocks(keys: Keys, written: bool) -> None:
-    """Run the kernels of rows on disk, in a file in memory.
+    """Run the kernels for rows on disk, with a file that exists only in memory.
 
     keys     uint64[n], distinct
     written  whether the arrays of pushes are writable
@@ -148,7 +148,7 @@ def _use_blocks(mapped: BlockFile, file: int, keys: Keys, written: bool) -> None
 
 
 def _read_blocks(table: Table, keys: Keys) -> None:
-    """Read rows that are only on disk in all ways in which they are read."""
+    """Read rows that are on disk only, in each way in which a server reads them."""
     rows, n = np.empty((len(keys), 2), np.float32), len(keys)
     pages = table.pages(keys, whole=True, meta=True)
     assert pages is not None  # else the kernels below would run on no rows

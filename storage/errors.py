@@ -86,7 +86,8 @@ class OutOfMemory(StorageError):
 class NoRoom(OutOfMemory):
     """A write needs more rows in memory than have room now. A flush makes room, so try it again.
 
-    oversized  all rows of the table's share of memory would not suffice: a flush does not help
+    oversized  True: the write needs more rows than memory can have at once, so a flush alone does
+               not help
     """
 
     def __init__(self, budget: int, held: int, wanted: int, what: str, oversized: bool) -> None:

@@ -8,8 +8,8 @@ again. A place is extent << 16 | position of a row in the block. Each extent has
 
 live      one bit per row: the row is the current value of its key
 cached    one bit per row: the row is live, and has a slot in host memory, too
-promoted  one bit per row: the row was ever copied from here to a slot. If it is live and cached,
-          then the push that needed the slot has failed
+promoted  one bit per row: the row was once copied from here to a slot. If it is live and cached,
+          it was not pushed since: it was only loaded, or its push failed
 seen      one bit per piece of 4 KiB of the block (see sums.py): its sum was verified
 
 A row that is live and not cached is *cold*.

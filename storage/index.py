@@ -278,7 +278,7 @@ class Index:
         return self._entries.bytes
 
     def most_growth(self, count: int) -> int:
-        """Return a number that ``growth`` does not exceed, but much faster."""
+        """Return an upper bound of ``growth(count)``, which is faster to compute."""
         return 2 * self.bytes + (1 + 2 * count // LEAST_FULL) * SEGMENT * 16 if count else 0
 
     def growth(self, count: int) -> int:

@@ -48,7 +48,7 @@ def overwrite(store: RowStore, images: Images, locations: Locations) -> Images:
 def _displace(
     store: RowStore, images: Images, locations: Locations, cold: Slots, slots: Slots
 ) -> None:
-    """Let rows that are only on disk be in host memory, with undefined contents.
+    """Give rows that are on disk only a slot in host memory, with undefined contents.
 
     locations  uint64[n]  updated
     cold       int64[m]   indices of the rows

@@ -21,7 +21,7 @@ def record(blocks: Blocks, slots: SlotEntries, number: int, damage: Damage | Non
     damage  what is wrong with it; None: nothing
 
     Rows that cannot be read in the block, but are in host memory, too, become dirty. So the next
-    flush writes them. No flush may run now, because it would miss them.
+    flush writes them. The caller makes sure that no flush is running, which would miss them.
     """
     new = blocks.checked(number, damage)
     extent = blocks.damaged_numbers().get(number)

@@ -52,7 +52,10 @@ class Reuse:
         return slice((self._random >> 20) % STRIDE, None, STRIDE)
 
     def add(self, versions: NDArray[np.uint64]) -> None:
-        """Count sampled keys. versions: uint64[n], of their last pushes; 0 for new rows."""
+        """Count sampled keys.
+
+        versions  uint64[n]  version of the last push of each key; 0 for new rows
+        """
         known = versions[versions > 0].astype(np.float64)
         self.first += len(versions) - len(known)
         before = np.interp(known, self._versions, self._totals)

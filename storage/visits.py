@@ -70,8 +70,8 @@ class Visits:
     def strays(self) -> Locations:
         """Return the places of rows that moved before they were read, and forget the list.
 
-        Ascending and distinct. Some rows may be gone by now. Pass those that are not
-        read at once to ``keep``.
+        Ascending and distinct. Some rows may be gone by now. Pass those that are
+        not read at once to ``keep``.
         """
         found = np.unique(np.concatenate([np.empty(0, np.uint64), *self._listed]))
         self._listed, self._count = [], 0

@@ -143,7 +143,7 @@ def _interesting(
 
 
 def misses(result: Analysis) -> list[tuple[str, ...]]:
-    """Return a line of text cells for each size of host memory to show; MISSES has the heads."""
+    """Return a line of text cells for each size of host memory; MISSES has the column titles."""
     found = curves(result)
     return [
         (

@@ -22,7 +22,7 @@ SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # sizes of a memory, as shares 
 
 
 class Curve(NamedTuple):
-    """Miss rates by size of the memory. Between two sizes they are about linear."""
+    """Miss rates for some sizes of the memory; ``at`` interpolates between these sizes."""
 
     rows: NDArray[np.float64]  # [k]  sizes in rows, ascending
     misses: NDArray[np.float64]  # [k]  share of the pushed keys that miss, 0..1

@@ -146,7 +146,7 @@ class Blocks:
         header = header_of(self.file.bytes[offset : offset + HEADER])
         expected = (ROWS, self.width, count)
         if header is None or (header.kind, header.width, header.length) != expected:
-            raise Corrupt(where, f"expected a block of kind, width and rows {expected}")
+            raise Corrupt(where, f"expected (kind, width and rows) = {expected}")
         if not 1 <= count <= self.records.most:
             raise Corrupt(where, f"expected 1 to {self.records.most} rows, got {count}")
         if header.format == 1 and not verified:
