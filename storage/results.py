@@ -16,13 +16,16 @@ from storage.slots import Meta
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """Number of rows of a table in one tier, and what they take there."""
+    """Number of rows of a table in one tier, and what they take there.
+
+    Two of them are equal if name, rows and bytes are: hits and misses are not compared.
+    """
 
     tier: str  # name of the tier
     rows: int
     bytes: int  # memory or disk, including unused space
-    hits: int  # keys of pulls and pushes whose row was here, since the shard was started
-    misses: int  # keys of pulls and pushes whose row was only in a slower tier
+    hits: int = field(compare=False)  # keys of pulls and pushes whose row was here, since the start
+    misses: int = field(compare=False)  # keys of pulls and pushes whose row was in a slower tier
 
 
 @dataclass(frozen=True, slots=True)
