@@ -7,16 +7,19 @@ PARALLEL = -n auto --maxprocesses 8 --dist worksteal  # each process has servers
 
 unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of Python processes
 
-.PHONY: demo test quick check bench proto clean
+.PHONY: demo test quick cold check bench proto clean
 
 demo: .venv/server  ## a local cluster and a model that learns from a click stream
 	$(RUN) examples/clickstream.py
 
-test: quick  ## every test; the slow ones, which kill processes and fill disks, one at a time
+test: quick cold  ## every test; the slow ones, which kill processes and fill disks, one at a time
 	$(RUN) -m pytest -m slow
 
 quick: .venv/dev  ## the tests to run all day
 	$(RUN) -m pytest -m "not slow" $(PARALLEL)
+
+cold: .venv/dev  ## the tests of shards again, while nearly all rows are on disk
+	$(RUN) -m pytest --cold -m "not slow" $(PARALLEL)
 
 check: .venv/dev .venv/proto  ## format, lint, types, layering, generated code
 	$(RUN) -m ruff format --check .

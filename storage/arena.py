@@ -113,8 +113,9 @@ class Budget:
         self._ranking = []
 
     def leave(self, holder: Holder) -> None:
-        """Remove a table that cannot give memory back any more."""
-        self.holders.remove(holder)
+        """Remove a table, if it is there, that cannot give memory back any more."""
+        if holder in self.holders:
+            self.holders.remove(holder)
         self._ranking = []
 
     @property

@@ -467,8 +467,7 @@ class RowStore:
 
     def close(self) -> None:
         """Close index and tiers. The memory is freed as soon as no scan refers to it."""
-        if self.blocks is not None:
-            self._budget.leave(self)
+        self._budget.leave(self)
         self.index.close()
         for tier in self._tiers.values():
             tier.close()

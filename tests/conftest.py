@@ -16,11 +16,31 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import squeeze
 from servers import Cluster
 
 from psclient import Client
 
 _numbers = itertools.count(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cold", action="store_true", help="run tests while rows are on disk")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--cold"):
+        squeeze.activate()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--cold"):
+        items[:], others = squeeze.choose(items)
+        config.hook.pytest_deselected(items=others)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    squeeze.begin(item.nodeid)
 
 
 def pytest_collection_finish() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
+from squeeze import environment
 
 READY_SECONDS = 100.0  # the first start compiles the kernels
 STOP_SECONDS = 30.0
@@ -87,7 +88,9 @@ class Cluster:
         command += ["--data-dir", str(self.directory / "data"), "--segment-bytes", str(SEGMENT)]
         command += self.flags
         with self._file("out").open("wb") as out, self._file("err").open("wb") as err:
-            self.process = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=err, env=environment(), start_new_session=True
+            )
 
     def stop(self) -> int:
         """Send SIGTERM, and SIGKILL to all if that does not help. Return the exit status."""
@@ -159,14 +162,14 @@ def scrape(port: int, table: str | None = None) -> dict[tuple[str, Mapping[str, 
     }
 
 
-def serve(*flags: str, **environment: str) -> subprocess.Popen[str]:
+def serve(*flags: str, **variables: str) -> subprocess.Popen[str]:
     """`psserver serve` as a process; its first line of output is "ready"."""
     return subprocess.Popen(
         [sys.executable, "-m", "psserver", "serve", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **environment},
+        env={**environment(), **variables},
     )
 
 

@@ -1,0 +1,240 @@
+"""Run tests while nearly all rows are on disk: `pytest --cold`.
+
+Without this, the tables of most tests fit into memory, and no row ever leaves it. With it, the
+classes of the server are changed so that after most changes of a shard its dirty rows are flushed,
+and all rows in memory are given up. Shards without a data directory get blocks in a temporary one.
+Real servers do the same every few milliseconds, on their flusher's thread.
+
+What happens after which change is drawn at random, with the name of the test as the seed.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import random
+import shutil
+import tempfile
+import weakref
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from psserver.basewriter import BaseWriter, Stored
+from psserver.engine import Inline
+from psserver.flusher import Flusher
+from psserver.shard import Shard
+from psserver.sweeps import Sweeps
+from storage.base import DATA, Base
+from storage.blockfile import BlockFile
+from storage.errors import DiskFull, LogFailed
+from storage.history import History, draw_epoch
+
+CHANGES = ("create_table", "alter_table", "exchange", "delete", "write_rows", "barrier")
+OFTEN = 150  # after so many flushes of a shard, only some of its changes are followed by one
+RARELY = 0.1  # share of these changes
+SERVERS = Path(__file__).parent / "coldservers"
+HERE = ("psserver", "cluster", "psclient", "contract")  # directories of tests
+SHARDS = {"make_shard", "Home", "Homes", "Node", "Cluster", "Make", "shard_of_all_kinds", "serve"}
+CLUSTERS = {"cluster1", "cluster2", "cluster3", "start_cluster"}
+
+# Tests that cannot run while their rows leave memory: beginning of the name -> why.
+WARM = {
+    "psserver/test_flusher": "they count flushes and blocks, and choose when a flush happens",
+    "psserver/test_cold_flushes.py": "they choose when a flush happens",
+    "psserver/test_coldruns.py": "they choose which rows are on disk",
+    "psserver/test_older_data.py": "they compare files with those of older releases",
+    "psserver/test_room.py": "they choose when room is made",
+    "psserver/test_preloader.py": "they choose which rows are on disk",
+    "psserver/test_full_shard.py": "they measure memory",
+    "psserver/test_many_tables.py": "they measure memory and time",
+    "psserver/test_memory.py": "they measure memory",
+    "psserver/test_buffers.py": "they measure the buffers that a flush frees",
+    "psserver/test_slices.py": "they measure the work of each call of the engine",
+    "psserver/test_exposition.py": "they assert the numbers of rows and bytes in memory",
+    "psserver/test_tombstones.py::test_many_small_deletes": "it counts the blocks of one flush",
+    "psserver/test_tombstones.py::test_a_flush_and_a_recovery": "it counts the blocks of one flush",
+    "psserver/test_feed.py::test_only_what_is_on_disk": "it delays the sync that a flush needs",
+    "psserver/test_feed.py::test_calls_that_wait_for_the_disk": "it delays that sync, too",
+    "psserver/test_shard.py::test_memory_may_run_out": "it fills the memory with rows",
+    "psserver/test_checkpoints.py::test_no_piece_of_work": "it measures memory",
+    "psserver/test_sweeper.py::test_rows_that_stay_for_want_of_room": "it expects evictions in one"
+    " call, but rows on disk are read before",
+    "psserver/test_sweeper.py::test_a_sweep_on_demand_leaves_pushes": "it counts slices",
+}
+
+_state = {"active": False, "seed": 0}
+
+
+class _NoLog:
+    """What a flush needs of a log, for a shard that has none."""
+
+    lineage, history = bytes(16), History((draw_epoch(),))
+
+    def sync(self, version: int) -> None:
+        """Everything is durable."""
+
+
+class _Squeezer:
+    """Flushes one shard, and gives up its rows in memory.
+
+    turn  None: only this object flushes the shard
+    """
+
+    def __init__(self, shard: Shard, writer: BaseWriter) -> None:
+        self._shard, self._writer = weakref.proxy(shard), writer
+        self.turn: Any = None
+        self._rng = random.Random(_state["seed"])
+        self._busy, self._count = False, 0
+
+    def squeeze(self) -> None:
+        """Do one of the things that may happen between two changes."""
+        if self._busy or (self._count > OFTEN and self._rng.random() > RARELY):
+            return
+        self._busy = True
+        try:
+            chance = self._rng.random()
+            if chance > 0.2:
+                self._count += 1
+                self._flush()
+            if not 0.15 < chance < 0.3:
+                self._demote()
+        finally:
+            self._busy = False
+
+    def _flush(self) -> None:
+        if self.turn is not None and not self.turn.acquire(blocking=False):
+            return  # the test is flushing
+        try:
+            self._writer.write(self._shard.capture(), Inline())
+        except (DiskFull, LogFailed):
+            if self._writer.base.failure is None:
+                self._writer.base.discard()
+        finally:
+            if self.turn is not None:
+                self.turn.release()
+
+    def _demote(self) -> None:
+        for entry in self._shard._tables:
+            store = entry.table.store
+            if store.blocks is not None:
+                store.demote(store.host.slots.rows)
+
+
+def _squeezer_of(shard: Shard) -> _Squeezer | None:
+    return vars(shard).get("_squeezer")
+
+
+def _before_first_table(shard: Shard) -> None:
+    """Give a shard without a data directory blocks in a temporary directory."""
+    if shard._tables.file is not None or _squeezer_of(shard) is not None:
+        return
+    directory = Path(tempfile.mkdtemp(prefix="ps-cold-", dir=_fast()))
+    base = Base(directory).open()
+    file = BlockFile(directory / DATA).open()
+    shard.keep_in(file)
+    weakref.finalize(shard, _remove, base, file, directory)
+    BaseWriter(shard, base, _NoLog(), Stored())  # type: ignore[arg-type]
+
+
+def _remove(base: Base, file: BlockFile, directory: Path) -> None:
+    base.close()
+    file.close()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _fast() -> str | None:
+    return "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108
+
+
+def _squeezing(method: Callable[..., Any], shard_of: Callable[[Any], Shard | None]) -> Any:
+    """Return a method that also squeezes the shard, unless nothing was changed."""
+
+    @functools.wraps(method)
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if method.__name__ == "create_table":
+            _before_first_table(self)
+        shard = shard_of(self)
+        version = -1 if shard is None or shard is not self else shard.version
+        result = method(self, *args, **kwargs)
+        squeezer = None if shard is None else _squeezer_of(shard)
+        if shard is not None and squeezer is not None and shard.version != version:
+            squeezer.squeeze()
+        return result
+
+    return changed
+
+
+def _patch() -> None:
+    """Change the classes of the server."""
+    for name in CHANGES:
+        setattr(Shard, name, _squeezing(getattr(Shard, name), lambda shard: shard))
+    owners: weakref.WeakKeyDictionary[Sweeps, weakref.ref[Shard]] = weakref.WeakKeyDictionary()
+    make_shard, make_writer, make_flusher = Shard.__init__, BaseWriter.__init__, Flusher.__init__
+
+    def new_shard(self: Shard, *args: Any, **kwargs: Any) -> None:
+        make_shard(self, *args, **kwargs)
+        owners[self.sweeps] = weakref.ref(self)
+
+    def new_writer(self: BaseWriter, shard: Shard, *args: Any, **kwargs: Any) -> None:
+        make_writer(self, shard, *args, **kwargs)
+        vars(shard)["_squeezer"] = _Squeezer(shard, self)
+
+    def new_flusher(self: Flusher, shard: Shard, *args: Any, **kwargs: Any) -> None:
+        make_flusher(self, shard, *args, **kwargs)
+        if (squeezer := _squeezer_of(shard)) is not None:
+            squeezer.turn = self._turn
+
+    Shard.__init__ = new_shard  # type: ignore[method-assign]
+    BaseWriter.__init__ = new_writer  # type: ignore[method-assign]
+    Flusher.__init__ = new_flusher  # type: ignore[method-assign]
+
+    def shard_of(sweeps: Sweeps) -> Shard | None:
+        return owners[sweeps]() if sweeps in owners else None
+
+    for name in ("begin", "take_slice"):
+        setattr(Sweeps, name, _squeezing(getattr(Sweeps, name), shard_of))
+
+
+# ---- pytest
+
+
+def activate() -> None:
+    """Squeeze all shards of this process, and of the servers that it starts."""
+    _state["active"] = True
+    _patch()
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a server's process."""
+    if not _state["active"]:
+        return dict(os.environ)
+    paths = [str(SERVERS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def begin(test: str) -> None:
+    """Draw what happens in a test from its name. Frees the shards of earlier tests."""
+    _state["seed"] = zlib.crc32(test.encode())
+    if _state["active"]:
+        gc.collect()  # each has a large part of the address space
+
+
+def choose(items: list[pytest.Item]) -> tuple[list[Any], list[Any]]:
+    """Return (the tests that use shards, all others). Those in WARM are others."""
+    chosen: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    tests = Path(__file__).parent
+    for item in items:
+        path = item.path.relative_to(tests).as_posix()
+        name = f"{path}::{item.name}"
+        module = set(vars(item.getparent(pytest.Module).obj))  # type: ignore[union-attr]
+        uses = SHARDS & module or CLUSTERS & set(getattr(item, "fixturenames", ()))
+        excluded = any(name.startswith(each) for each in WARM)
+        here = path.split("/")[0] in HERE
+        (chosen if uses and here and not excluded else others).append(item)
+    return chosen, others
