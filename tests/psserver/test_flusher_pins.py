@@ -155,7 +155,7 @@ def test_blocks_of_a_dropped_table_stay_while_a_scan_reads_them(home: Home) -> N
 # ---- damage
 
 
-def test_a_damaged_block_is_not_moved_and_the_others_are(
+def test_an_unreadable_block_is_not_moved_and_the_others_are(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home.shard.exchange([push(range(10))], [])
@@ -170,8 +170,15 @@ def test_a_damaged_block_is_not_moved_and_the_others_are(
             raise Corrupt(f"data.mdb: block {number}", "the checksum does not match")
         return real(number, *more)
 
+    raw = home.base.raw
+
+    def noise(number: int) -> Any:
+        data = raw(number)
+        return data ^ np.uint8(0xFF) if number == first else data
+
     with monkeypatch.context() as patch:
         patch.setattr(home.base, "block", block)
+        patch.setattr(home.base, "raw", noise)
         for _ in range(4):
             home.shard.exchange([push([*range(7), *range(10, 17)])], [])
             home.flush()
