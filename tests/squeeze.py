@@ -64,6 +64,9 @@ WARM = {
     "psserver/test_checkpoints.py::test_no_piece_of_work": "it measures memory",
     "psserver/test_sweeper.py::test_rows_that_stay_for_want_of_room": "it expects evictions in one"
     " call, but rows on disk are read before",
+    "psserver/test_sweeper.py::test_saving_and_exporting": "it counts messages",
+    "psserver/test_rowscan.py::test_who_was_cut_off": "it counts messages",
+    "psserver/test_rowscan.py::test_the_engine_copies": "rows on disk are not copied on the engine",
     "psserver/test_sweeper.py::test_a_sweep_on_demand_leaves_pushes": "it counts slices",
 }
 
