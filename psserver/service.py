@@ -354,7 +354,11 @@ class Service:
             gone.set()  # stops the eviction if the caller was canceled
 
     def verify_rows(self, request: pb.VerifyRowsRequest) -> Iterator[pb.VerifyRowsResponse]:
-        """Verify the rows of a table that are on disk; without a data directory, there are none."""
+        """Verify the rows of a table that are on disk; without a data directory, there are none.
+
+        Raises UnknownTable.
+        """
+        self._engine.run(lambda: self._shard.number_of(request.table))
         if self._scrubber is not None:
             yield from self._scrubber.verify(request, self._checkpoints.work.progress())
 

@@ -43,6 +43,23 @@ def conversation(peer: Peer) -> Iterator[Conversation]:
 
 
 @pytest.fixture(scope="module")
+def small() -> Iterator[Peer]:
+    """A server with little memory and without a data directory, so that no row can leave memory."""
+    port = free_ports(1)
+    flags = "--metrics-port 0 --memory-bytes 8388608"
+    with serve("--port", str(port), *flags.split()) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        peer = Peer(f"127.0.0.1:{port}")
+        peer.create("limits")
+        yield peer
+        peer.channel.close()
+        process.terminate()
+        process.communicate(timeout=WAIT)
+    assert process.returncode == 0
+
+
+@pytest.fixture(scope="module")
 def forgetful() -> Iterator[Peer]:
     """A server without a data directory, and so without a log."""
     port = free_ports(1)

@@ -313,15 +313,15 @@ def test_too_many_sessions_are_refused(limited: Peer) -> None:
     limited.rows.Push(push_request("limits", [1], [[1, 1]]))  # unprotected
 
 
-def test_a_push_without_memory_is_refused_and_pulls_go_on(limited: Peer) -> None:
-    limited.create("big", dim=1024)
+def test_a_push_without_memory_is_refused_and_pulls_go_on(small: Peer) -> None:
+    small.create("big", dim=1024)
     try:
         wanted = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", {}, False)
         rows = 0
         while True:
             request = push_request("big", range(rows, rows + 10), np.ones((10, 1024)))
             try:
-                limited.rows.Push(request)
+                small.rows.Push(request)
             except grpc.RpcError:
                 break
             rows += 10
@@ -329,14 +329,14 @@ def test_a_push_without_memory_is_refused_and_pulls_go_on(limited: Peer) -> None
         assert rows > 100
         exchange = pb.ExchangeRequest(pushes=[request])
         memory = "/".join(wanted[:2])
-        check_refused(limited, memory, lambda: limited.rows.Push(request), exchange)
-        described = limited.tables.DescribeTable(pb.DescribeTableRequest(name="big"))
+        check_refused(small, memory, lambda: small.rows.Push(request), exchange)
+        described = small.tables.DescribeTable(pb.DescribeTableRequest(name="big"))
         assert described.stats.rows == rows
-        pulled = limited.rows.Pull(pull_request("big", [0, rows - 1, rows]))
+        pulled = small.rows.Pull(pull_request("big", [0, rows - 1, rows]))
         assert [row[0] for row in embeddings(pulled)] == [-1, -1, 0]
     finally:
-        limited.tables.DropTable(pb.DropTableRequest(name="big"))
-    limited.rows.Push(push_request("limits", range(500), np.ones((500, DIM))))
+        small.tables.DropTable(pb.DropTableRequest(name="big"))
+    small.rows.Push(push_request("limits", range(500), np.ones((500, DIM))))
 
 
 def test_work_past_its_deadline_is_not_done(

@@ -7,6 +7,7 @@ from google.protobuf.message import Message
 from wire_examples import (
     BF16,
     CACHE,
+    DAMAGED,
     DESCRIBED,
     F16,
     F32,
@@ -168,6 +169,9 @@ SMALL = [
     pb.RestoreRequest(id="x", step=1),  # type: ignore[arg-type]
     pb.RestoreStatus(id="x", name="daily", phase=1, why="no"),  # type: ignore[arg-type]
     pb.VerifyCheckpointRequest(name="daily"),
+    pb.VerifyRowsRequest(table="users", keys=True),
+    pb.VerifyRowsResponse(bytes=300, total=1 << 20, damaged=DAMAGED),
+    DAMAGED,
     pb.DeleteCheckpointsRequest(id="x", names=["daily"], keep=3, dry_run=True),
     pb.ContinueRequest(id="x", step=1),  # type: ignore[arg-type]
     pb.ContinueResponse(),
