@@ -15,6 +15,6 @@ codec.py        re-exports the five modules above
 
 from psproto import kernelcache
 
-RELEASE = "0.2.0"
+RELEASE = "0.3.0"
 
 kernelcache.install()  # before any module with kernels is imported
