@@ -47,6 +47,7 @@ WARM = {
     "psserver/test_flusher": "they count flushes and blocks, and choose when a flush happens",
     "psserver/test_cold_flushes.py": "they choose when a flush happens",
     "psserver/test_coldruns.py": "they choose which rows are on disk",
+    "psserver/test_scrubber.py": "they choose which rows are on disk",
     "psserver/test_older_data.py": "they compare files with those of older releases",
     "psserver/test_room.py": "they choose when room is made",
     "psserver/test_preloader.py": "they choose which rows are on disk",
