@@ -252,7 +252,7 @@ def _waiting(entries: Any, slots: Any, upto: int, out: Any) -> None:
 def unpack(entries: Entries, slots: Slots) -> Meta:
     """Return a copy of the metadata (key, version, step, frequency) of the rows in some slots."""
     meta = np.empty((len(slots), 4), np.uint64)
-    _unpack(entries, slots, meta)
+    _unpack(entries, np.ascontiguousarray(slots), meta)  # else compiled for strided slots too
     return meta
 
 

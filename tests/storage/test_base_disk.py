@@ -125,6 +125,7 @@ def kills(directory: str, seed: str) -> None:
     """Kill writers at any time; after each, the last committed state must be there, whole."""
     dice = random.Random(int(seed))
     path, beyond = Path(directory), 0
+    rows(1)  # loads the kernels once, not in each child
     for _ in range(KILLS):
         heard, said = os.pipe()
         child = os.fork()
