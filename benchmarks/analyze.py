@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from threading import Thread
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import Report, arguments, milliseconds
-from benchmarks.servers import shards
+from benchmarks.servers import helper, shards
 from benchmarks.step import fill
 from benchmarks.work import Ids, Work, keys_of, standard_work
 from psclient import Client, Table
@@ -116,28 +115,6 @@ def sleep_until(moment: float) -> None:
     time.sleep(max(0.0, moment - time.perf_counter()))
 
 
-@contextmanager
-def running(role: str, address: str, rows: int) -> Iterator[subprocess.Popen[str]]:
-    """Run the pusher or the analyst process during a block, which starts when it is ready.
-
-    role     "pusher" or "analyst"
-    address  "host:port" of the shard
-    rows     number of rows of the table
-    """
-    command = [sys.executable, "-m", "benchmarks.analyze", role, address, str(rows)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    )
-    try:
-        assert process.stdout is not None
-        if process.stdout.readline() != "ready\n":
-            raise RuntimeError(f"the {role} process exited with status {process.wait(10)}")
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
 def pulls(table: Table, draws: Sequence[Ids], done: Callable[[], bool]) -> list[float]:
     """Pull at a steady rate until ``done()`` is true; return the seconds of each pull.
 
@@ -165,8 +142,8 @@ def measure(address: str, rows: int, kinds: Sequence[str], rounds: int) -> list[
     lines = []
     with (
         Client([address]) as client,
-        running("pusher", address, rows),
-        running("analyst", address, rows) as process,
+        helper("benchmarks.analyze", "pusher", address, str(rows)),
+        helper("benchmarks.analyze", "analyst", address, str(rows)) as process,
     ):
         table = client.table("rows")
         warm = time.perf_counter() + 3.0

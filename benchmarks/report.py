@@ -36,6 +36,16 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_directory(parser: argparse.ArgumentParser) -> None:
+    """Add the option --directory of benchmarks that measure a disk."""
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        help="Directory for all files, on the disk to measure. Default: the one for temporary"
+        " files.",
+    )
+
+
 def interleave(
     contenders: dict[str, Contender], *, steps: int, rounds: int, warm: int = 20
 ) -> dict[str, list[float]]:

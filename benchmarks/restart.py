@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import disk
-from benchmarks.report import Report, arguments
+from benchmarks.report import Report, add_directory, arguments
 from benchmarks.servers import Server, unshared
 from benchmarks.work import keys_of
 from psclient import Client
@@ -105,12 +105,7 @@ def measure(directory: Path, dim: int, rows: int) -> dict[str, Any]:
 def main(words: Sequence[str] | None = None) -> None:
     """Run the benchmark and print its table."""
     parser = arguments(__doc__)
-    parser.add_argument(
-        "--directory",
-        type=Path,
-        help="Directory for all files, on the disk to measure. Default: the one for temporary"
-        " files.",
-    )
+    add_directory(parser)
     options = parser.parse_args(words)
     report = Report("restart", options.json)
     lines = []

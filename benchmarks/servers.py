@@ -123,6 +123,32 @@ def echo() -> Iterator[str]:
         process.wait()
 
 
+@contextmanager
+def helper(module: str, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a module as a process during a block, which starts when the process prints "ready".
+
+    module  for example "benchmarks.analyze"
+    words   its arguments
+
+    Its standard input and output are pipes. It is killed at the end of the block.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    )
+    try:
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            raise RuntimeError(f"{module} exited with status {process.wait(10)}")
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
 def wait_until_ready(process: subprocess.Popen[str]) -> None:
     """Wait until a server process prints "ready"; RuntimeError if it ends or prints other text."""
     assert process.stdout is not None

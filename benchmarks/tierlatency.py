@@ -9,11 +9,9 @@ another machine.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 from threading import Event, Thread
@@ -23,7 +21,7 @@ import numpy as np
 
 from benchmarks.analyze import pulls, sleep_until, ticks
 from benchmarks.report import Report, milliseconds
-from benchmarks.servers import Server
+from benchmarks.servers import Server, helper
 from benchmarks.tierservice import DIM, budget, fill
 from benchmarks.work import Draws, Work, keys_of
 from psclient import Client
@@ -66,23 +64,6 @@ def _follow(going: Event) -> None:
             going.clear()
 
 
-@contextmanager
-def disturber(address: str, rows: int) -> Iterator[subprocess.Popen[str]]:
-    """Run the disturber during a block, which starts when it is ready."""
-    command = [sys.executable, "-m", "benchmarks.tierlatency", address, str(rows)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    )
-    try:
-        assert process.stdout is not None
-        if process.stdout.readline() != "ready\n":
-            raise RuntimeError(f"the disturber exited with status {process.wait(10)}")
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
 def run(report: Report, directory: Path, quick: bool) -> None:
     """Run the section "latency" of the benchmark; ``directory`` is for all files."""
     rows, windows, seconds = (500_000, 4, 4.0) if quick else (5_000_000, 12, 10.0)
@@ -102,7 +83,7 @@ def run(report: Report, directory: Path, quick: bool) -> None:
         fill(table, draws.hottest)
         for _ in range(2):  # rows that were pushed more than once stay in memory
             fill(table, hot)
-        process = stack.enter_context(disturber(server.address, rows))
+        process = stack.enter_context(helper("benchmarks.tierlatency", server.address, str(rows)))
         assert process.stdin is not None
         before = table.describe()
         for window in range(windows):

@@ -31,7 +31,7 @@ import numpy as np
 from benchmarks import disk, tierbudget, tierlatency, tierservice
 from benchmarks.coldtable import ColdTable
 from benchmarks.peers import Unavailable
-from benchmarks.report import Report, arguments, interleave
+from benchmarks.report import Report, add_directory, arguments, interleave
 from benchmarks.rowstores import STORES, RowStore, batches
 from benchmarks.servers import unshared
 from benchmarks.work import keys_of
@@ -237,12 +237,7 @@ def main(words: Sequence[str] | None = None) -> None:
         action="append",
         help="Run only this section; may be repeated. Default: all.",
     )
-    parser.add_argument(
-        "--directory",
-        type=Path,
-        help="Directory for all files, on the disk to measure. Default: the one for temporary"
-        " files.",
-    )
+    add_directory(parser)
     options = parser.parse_args(words)
     report, quick = Report("tiers", options.json), options.quick
     rows = 500_000 if quick else 5_000_000

@@ -58,7 +58,6 @@ ITEMS = 5_000  # items that are shown at any time
 LIFETIMES = (500, 2500)  # steps, shortest and longest life of an item
 
 WINDOW = 50  # the AUC shown during training covers this many last batches
-REFRESH_SECONDS = 1.0  # seconds between updates of the text on a terminal
 LINES = 10  # number of lines to print instead of the bar if there is no terminal
 
 
@@ -142,17 +141,10 @@ class Display(Bar):
         self._ps = ps
         self._batch = batch
         self._window = Record(last=WINDOW)
-        self._shown = time.monotonic()
 
     def step(self, step: int, batch: Batch, predicted: Floats) -> None:
         self._window.add(batch, predicted)
-        if self._console.is_terminal:
-            self._progress.update(self._task, completed=step)
-            if step == self._steps or time.monotonic() - self._shown >= REFRESH_SECONDS:
-                self._progress.update(self._task, description=self._figures(step))
-                self._shown = time.monotonic()
-        elif self._has_line(step):
-            self._console.print(f"step {step:>6}  {self._figures(step)}", highlight=False)
+        self._update(step)
 
     def _figures(self, step: int) -> str:
         rate = step / (time.monotonic() - self._start)

@@ -38,7 +38,6 @@ TIMES = 10  # size of the rows, divided by the memory of the limited server
 LR = 0.2
 INITIAL_STD = 0.02
 LINES = 10  # number of lines to print instead of the bar if there is no terminal
-REFRESH_SECONDS = 1.0  # seconds between updates of the text on a terminal
 MIB = 1 << 20
 
 FULL = Scale(steps=30, batch=4096)
@@ -127,16 +126,9 @@ class Display(Bar):
     def __init__(self, console: Console, ps: Client, steps: int) -> None:
         super().__init__(console, steps, LINES)
         self._ps = ps
-        self._shown = time.monotonic()
 
     def step(self, step: int) -> None:
-        if self._console.is_terminal:
-            self._progress.update(self._task, completed=step)
-            if step == self._steps or time.monotonic() - self._shown >= REFRESH_SECONDS:
-                self._progress.update(self._task, description=self._figures(step))
-                self._shown = time.monotonic()
-        elif self._has_line(step):
-            self._console.print(f"step {step:>5}  {self._figures(step)}", highlight=False)
+        self._update(step)
 
     def _figures(self, step: int) -> str:
         held = Held.by(self._ps)

@@ -19,14 +19,14 @@ class Room:
 
     host       the tier whose slots the rows take
     index      the index of the table, which grows with new keys
-    row_bytes  bytes of memory per slot
+    row_bytes  bytes of memory that a slot takes
     limit      bytes of memory that the table may take
     slack      number of rows for which there is room, as of the last look of ``surely_fits``
     """
 
-    def __init__(self, budget: Budget, host: Writable, index: Index, row_bytes: int) -> None:
+    def __init__(self, budget: Budget, host: Writable, index: Index) -> None:
         self._budget, self._host, self._index = budget, host, index
-        self.row_bytes = row_bytes
+        self.row_bytes = host.row_bytes
         self.limit = budget.limit
         self.slack = 0
 

@@ -61,18 +61,18 @@ class RowStore:
         self._dim, self._width, self._budget = dim, dim + len(state), budget
         self.index = Index(budget)
         try:
-            self._host: Writable = HostTier(dim, state, budget)
+            self.host: Writable = HostTier(dim, state, budget)
         except BaseException:
             self.index.close()
             raise
-        self.host = self._host
-        self._tiers: dict[int, Tier] = {self._host.code: self._host}  # where rows are, by code
+        self._tiers: dict[int, Tier] = {self.host.code: self.host}  # where rows are, by code
         self.blocks: Blocks | None = None
         self.moves = Moves()
-        self._cache = Cache(self._host.slots)
-        self.space = Room(budget, self._host, self.index, 4 * self._width + 32)
+        self._cache = Cache(self.host.slots)
+        self.space = Room(budget, self.host, self.index)
         self.watch = Watch()
         self._rewritten = -1  # the block whose rows were copied last
+        self._no_rows = np.empty((0, self._width), np.float32)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -89,7 +89,7 @@ class RowStore:
         policy, half_life  see Cache
         """
         self.space.limit = self._budget.limit if limit is None else limit
-        self._cache = Cache(self._host.slots, policy, half_life)
+        self._cache = Cache(self.host.slots, policy, half_life)
 
     # ---- reading
 
@@ -148,9 +148,9 @@ class RowStore:
         Raises OutOfMemory, and creates none then.
         """
         locations = self.place(keys)
-        slots, _ = places(locations, self._host.code)
-        self._host.create(keys, slots, initializer, seed)
-        self._host.slots.create(keys, slots)
+        slots, _ = places(locations, self.host.code)
+        self.host.create(keys, slots, initializer, seed)
+        self.host.slots.create(keys, slots)
         return locations
 
     def place(self, keys: Keys) -> Locations:
@@ -158,19 +158,19 @@ class RowStore:
 
         The contents of the rows are undefined. Raises OutOfMemory, and changes nothing then.
         """
-        slots = self._host.allocate(len(keys), exact=self.space.near_limit)
-        locations = locations_of(slots, self._host.code)
+        slots = self.host.allocate(len(keys), exact=self.space.near_limit)
+        locations = locations_of(slots, self.host.code)
         try:
             self.index.insert(keys, locations)
         except BaseException:
-            self._host.slots.release(slots)
+            self.host.slots.release(slots)
             raise
         self.watch.moved(None, locations)
         return locations
 
     def slots(self, locations: Locations) -> Slots:
         """Return the slots, int64[n], of rows that are in host memory; ABSENT for others."""
-        return places(locations, self._host.code)[0]
+        return places(locations, self.host.code)[0]
 
     def promote(self, keys: Keys, locations: Locations) -> Rows:
         """Copy those rows that are cold (on disk only) to host memory, where they are clean.
@@ -182,10 +182,10 @@ class RowStore:
         nothing then.
         """
         at = self.cold(locations)
-        rows = np.empty((len(at), self._width), np.float32)
         if not len(at):
-            return rows
+            return self._no_rows
         assert self.blocks is not None
+        rows = np.empty((len(at), self._width), np.float32)
         homes = locations[at]
         found, _ = places(homes, self.blocks.code)
         self.blocks.gather(found, rows)
@@ -193,10 +193,10 @@ class RowStore:
         slots = self.slots_for(len(at))
         columns = (np.ascontiguousarray(column) for column in meta.T)
         of_key, versions, steps, frequencies = columns
-        self._host.slots.record(slots, of_key, versions, steps.view(np.int64), frequencies)
-        self._host.slots.settle(slots, homes)
-        self._host.scatter(slots, rows)
-        made = locations_of(slots, self._host.code)
+        self.host.slots.record(slots, of_key, versions, steps.view(np.int64), frequencies)
+        self.host.slots.settle(slots, homes)
+        self.host.scatter(slots, rows)
+        made = locations_of(slots, self.host.code)
         self.index.assign(keys[at], made)
         self.watch.moved(homes, made)
         self.blocks.cache(found)
@@ -211,12 +211,12 @@ class RowStore:
         exceeded, so that rows can be pushed whatever the budget is. Otherwise raises OutOfMemory.
         """
         try:
-            return self._host.allocate(count, exact=self.space.near_limit)
+            return self.host.allocate(count, exact=self.space.near_limit)
         except OutOfMemory:
             if self.dirty:
                 raise
         with self._budget.exceeding():
-            return self._host.allocate(count, exact=True)
+            return self.host.allocate(count, exact=True)
 
     def touch(self, slots: Slots, counts: NDArray[Any], step: int, version: int) -> None:
         """Record a push in the metadata of its rows, which become dirty.
@@ -224,24 +224,24 @@ class RowStore:
         counts  uint32[n]  occurrences of each key in the push, added to its frequency
         step, version      recorded in every row
         """
-        self._forget(self._host.slots.touch(slots, counts, step, version))
+        self._forget(self.host.slots.touch(slots, counts, step, version))
         self._cache.newest = version
 
     def put(self, locations: Locations, images: Images) -> None:
         """Write whole rows, none of which is cold. Never overwrites a newer row."""
-        targets, homes = self._host.slots.record(self.slots(locations), *images[:-1])
+        targets, homes = self.host.slots.record(self.slots(locations), *images[:-1])
         self._forget(homes)
-        self._host.scatter(targets, images.rows)
+        self.host.scatter(targets, images.rows)
 
     def remove(self, keys: Keys, locations: Locations) -> None:
         """Delete rows."""
         self.index.remove(keys)
-        slots, others = places(locations, self._host.code)
+        slots, others = places(locations, self.host.code)
         if others:
             assert self.blocks is not None
             self.blocks.forget(places(locations[self.cold(locations)], self.blocks.code)[0])
             slots = slots[slots >= 0]
-        self._forget(self._host.slots.release(slots))
+        self._forget(self.host.slots.release(slots))
 
     def _forget(self, homes: Locations) -> None:
         """Mark the copies in blocks at some locations, 0 or not, as out of date."""
@@ -308,7 +308,7 @@ class RowStore:
         """True if less than 1/AHEAD of the slots are free, but rows could leave."""
         if self.blocks is None or self.space.slack:
             return False
-        rows = self._host.rows
+        rows = self.host.rows
         return AHEAD * self.room() < rows and self.dirty < rows
 
     def relieve(self) -> bool:
@@ -320,12 +320,12 @@ class RowStore:
 
     def oversized(self, count: int) -> bool:
         """Return whether ``count`` rows are more than host memory can have at once."""
-        return count > self._host.rows + self.room()
+        return count > self.host.rows + self.room()
 
     @property
     def held(self) -> int:
         """Bytes of memory that the slots take. See arena.Holder."""
-        return self._host.bytes
+        return self.host.bytes
 
     def shrink(self, size: int) -> int:
         """Give about ``size`` bytes of memory back; return how many were given. See arena.Holder.
@@ -334,7 +334,7 @@ class RowStore:
         scores are. Rows before the last dirty row stay until the next flush makes that row clean.
         """
         self.space.slack = 0
-        host, size = self._host, max(LEAST_SHRINK, min(size, MOST_SHRINK))
+        host, size = self.host, max(LEAST_SHRINK, min(size, MOST_SHRINK))
         before, count = host.bytes, -(-size // self.space.row_bytes)
         slots, keys, homes, stay = self._cache.tail(max(0, host.capacity - count))
         self._leave(slots, keys, homes)
@@ -366,31 +366,31 @@ class RowStore:
             return
         assert self.blocks is not None
         self.index.assign(keys, homes)
-        self.watch.moved(locations_of(slots, self._host.code), homes)
+        self.watch.moved(locations_of(slots, self.host.code), homes)
         self.blocks.uncache(places(homes, self.blocks.code)[0])
-        self._host.slots.release(slots)
+        self.host.slots.release(slots)
         self.moves.demotions += len(slots)
 
     def unchanged(
         self, slots: Slots, keys: Keys, versions: NDArray[np.uint64]
     ) -> NDArray[np.bool_]:
         """Return bool[n]: whether slots[i] has a dirty row with keys[i] and versions[i]."""
-        return self._host.slots.same(slots, keys, versions)
+        return self.host.slots.same(slots, keys, versions)
 
     def waiting(self, slots: Slots, upto: int) -> NDArray[np.bool_]:
         """Return bool[n]: whether slots[i] has a dirty row with a version in 1..upto."""
-        return self._host.slots.waiting(slots, upto)
+        return self.host.slots.waiting(slots, upto)
 
     @property
     def dirty(self) -> int:
         """Number of rows in host memory that have no up-to-date copy in a block."""
         cached = self.blocks.live_rows - self.blocks.rows if self.blocks is not None else 0
-        return self._host.slots.rows - cached
+        return self.host.slots.rows - cached
 
     @property
     def pressed(self) -> bool:
         """True if a flush is needed soon: host memory is nearly full, mostly with dirty rows."""
-        rows = self._host.slots.rows
+        rows = self.host.slots.rows
         return self.room() < rows // NEARLY and 2 * self.dirty > rows
 
     def adopt(self, extent: int, slots: Slots, keys: Keys, versions: NDArray[np.uint64]) -> None:
@@ -403,7 +403,7 @@ class RowStore:
         assert self.blocks is not None
         positions = np.flatnonzero(self.unchanged(slots, keys, versions))
         homes = self.blocks.locations(extent, positions)
-        self._host.slots.settle(slots[positions], homes)
+        self.host.slots.settle(slots[positions], homes)
         self.blocks.revive(extent, positions, cached=True)
         self.moves.flushed += len(slots)
 
@@ -426,7 +426,7 @@ class RowStore:
         cold = blocks.cold(old)[positions]
         self.index.assign(keys[cold], targets[cold])
         self.watch.moved(homes[cold], targets[cold])
-        self._host.slots.settle(self.slots(locations[~cold]), targets[~cold])
+        self.host.slots.settle(self.slots(locations[~cold]), targets[~cold])
         blocks.revive(new, first + at[cold], cached=False)
         blocks.revive(new, first + at[~cold], cached=True)
         promoted = ~cold & blocks.promoted(old)[positions]
@@ -444,16 +444,16 @@ class RowStore:
     def memory_bytes(self) -> int:
         """Bytes of memory that the index and the rows in memory take."""
         bits = 0 if self.blocks is None else self.blocks.memory
-        return self.index.bytes + self._host.bytes + bits
+        return self.index.bytes + self.host.bytes + bits
 
     def contents(self) -> Contents:
         """Return all rows for an eviction sweep; valid until a row changes."""
         cold = None if self.blocks is None else ColdBlocks(self.blocks)
-        return Contents(len(self), self._host.view(), cold)
+        return Contents(len(self), self.host.view(), cold)
 
     def stats(self) -> tuple[TierStats, ...]:
         """Return rows, bytes, hits and misses of each tier, host memory first."""
-        moves, host = self.moves, self._host
+        moves, host = self.moves, self.host
         first = TierStats(host.name, host.rows, host.bytes, moves.hits, moves.misses)
         if self.blocks is None:
             return (first,)

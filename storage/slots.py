@@ -300,6 +300,11 @@ class SlotEntries:
         return self._arena.bytes
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of memory that one entry takes."""
+        return self._arena.memory.row_bytes
+
+    @property
     def array(self) -> Entries:
         """The entries, uint64[capacity, 4]; valid until the next call of ``allocate``."""
         return self._arena.array

@@ -249,10 +249,14 @@ class Table:
         for keys without a row; number of keys without a row). Raises OutOfMemory or Corrupt.
         """
         locations, absent = self._find_with_room(keys)
-        rows = self.store.promote(keys, locations)
-        if len(rows):
-            self._guard.put(rows)
+        self._promote(keys, locations)
         return locations, absent
+
+    def _promote(self, keys: Keys, locations: Locations) -> int:
+        """Copy those rows that are on disk only to host memory; return how many."""
+        if len(rows := self.store.promote(keys, locations)):
+            self._guard.put(rows)
+        return len(rows)
 
     def _find_with_room(self, keys: Keys) -> tuple[Locations, int]:
         """Find the rows of ``keys``; make room for those that are missing in host memory.
@@ -280,13 +284,10 @@ class Table:
         keys = np.ascontiguousarray(blocks.meta(places)[:, KEY])
         locations, _ = self.store.find(keys)
         still = locations == locations_of(places, blocks.code)
-        keys, locations = keys[still], locations[still]
-        if len(keys) > self.store.room():
-            raise OutOfMemory(self._budget.limit, self._budget.held, 4 * self.schema.width)
-        rows = self.store.promote(keys, locations)
-        if len(rows):
-            self._guard.put(rows)
-        return len(rows)
+        if (count := int(still.sum())) > self.store.room():
+            wanted = count * self.store.space.row_bytes
+            raise OutOfMemory(self._budget.limit, self._budget.held, wanted)
+        return self._promote(keys[still], locations[still])
 
     def make_room(self, pushes: Sequence[Keys]) -> None:
         """Make room in host memory for the rows of some keys.

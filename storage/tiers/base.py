@@ -136,6 +136,11 @@ class Writable(Tier, Protocol):
         ...
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of memory that one slot takes: its row and its entry in ``slots``."""
+        ...
+
+    @property
     def capacity(self) -> int:
         """Number of slots for which there is memory."""
         ...

@@ -98,6 +98,10 @@ class HostTier:
             raise
 
     @property
+    def row_bytes(self) -> int:
+        return self._slab.memory.row_bytes + self.slots.row_bytes
+
+    @property
     def capacity(self) -> int:
         return min(self._slab.rows, self.slots.capacity)
 
