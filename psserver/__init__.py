@@ -6,6 +6,7 @@ errors.py        exceptions with which a request is refused
 addresses.py     hosts and ports to listen on
 memory.py        find the memory limit of the process, and divide it among its uses
 config.py        settings of a server
+settings.py      write a TOML file that lists all settings
 schemas.py       table schemas as messages and as JSON
 alterations.py   which settings of a live table can be altered
 sessions.py      records of applied pushes, so that a retry is not applied twice

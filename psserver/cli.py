@@ -10,11 +10,12 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from psproto import kernelcache
+from psproto import cpu, kernelcache
 from psserver import cluster
 from psserver.config import ConfigError, load
 from psserver.logs import log_to_stderr
 from psserver.process import serve as serve_shard
+from psserver.settings import document, given
 from psserver.warm import warm as warm_kernels
 
 app = typer.Typer(
@@ -94,8 +95,12 @@ def warm(
     set, `__pycache__` next to the installed sources, `~/.cache/numba`. A server loads them from the
     first that has them, even if it is read-only or belongs to another user.
     """
+    if problem := cpu.problem():
+        _refuse(ConfigError(problem))
     if not check:
         warm_kernels()
+        if kernelcache.KernelCache.unsaved:
+            _refuse(ConfigError("the kernels are compiled, but none could be saved: see above"))
         return
     kernelcache.require()
     try:
@@ -104,6 +109,19 @@ def warm(
         typer.echo(f"psserver: kernels would be compiled at each start: {error}", err=True)
         raise typer.Exit(1) from None
     typer.echo("all kernels are in the cache")
+
+
+@app.command(context_settings=_PASS_ON)
+def settings(context: typer.Context) -> None:
+    """Print a TOML file that lists and explains all settings of a server.
+
+    Takes the flags of `psserver serve`. Settings that a flag, a variable or the file of `--config`
+    gives are set in the printed file. All others are comments with their defaults.
+    """
+    try:
+        typer.echo(document(given(load(context.args))), nl=False)
+    except ConfigError as error:
+        _refuse(error)
 
 
 def _refuse(error: ConfigError) -> NoReturn:

@@ -47,6 +47,7 @@ class TableSettings(BaseModel):
     host_bytes: int | None = Field(
         None,
         ge=1 << 20,
+        examples=[1 << 30],
         description="Maximum memory for the rows and the index of this table, in bytes. Without it,"
         " only the setting host_bytes of the server limits the table",
     )
@@ -80,8 +81,19 @@ class ServerConfig(BaseSettings):
         cli_prog_name="psserver serve",
     )
 
-    shard: int = Field(0, ge=0, description="Number of this shard, from 0")
-    shards: int = Field(1, ge=1, le=1024, description="Number of shards in the cluster")
+    shard: int = Field(
+        0,
+        ge=0,
+        description="Number of this shard, from 0. A server whose number is not below shards stores"
+        " no rows and never becomes ready",
+    )
+    shards: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Number of shards in the cluster; the same for all of them. It is fixed when"
+        " the first row is stored: to change it, restore a checkpoint into a new cluster",
+    )
     host: str = Field(
         "127.0.0.1",
         description="Address to listen on, for clients and for metrics: a name, an IPv4 or an IPv6"
@@ -93,6 +105,7 @@ class ServerConfig(BaseSettings):
     )
     data_dir: Path | None = Field(
         None,
+        examples=["/data"],
         description="Directory for the rows and the version log; each shard needs its own. Without"
         " it, all rows are lost when the server stops",
     )
@@ -109,16 +122,21 @@ class ServerConfig(BaseSettings):
     max_inflight_bytes: int = Field(
         default_factory=lambda data: _inflight(data),
         ge=1 << 16,
+        examples=[1 << 30],
         description="Maximum total size of requests in flight and their replies, in bytes; at least"
         " max_message_bytes. One stream may use an eighth of it. Further requests are refused, and"
         " clients retry them",
     )
     memory_bytes: int | None = Field(
-        None, ge=1 << 20, description="Former name of host_bytes, in bytes; still accepted"
+        None,
+        ge=1 << 20,
+        examples=[8 << 30],
+        description="Former name of host_bytes, in bytes; still accepted",
     )
     host_bytes: int = Field(
         default_factory=lambda data: data["memory_bytes"] or _left_for_tables(data),
         ge=1 << 20,
+        examples=[8 << 30],
         description="Maximum memory for all tables of this shard, in bytes. With data_dir, rows for"
         " which there is no room are kept on disk only. Without it, a push that needs more is"
         " refused",
@@ -210,6 +228,7 @@ class ServerConfig(BaseSettings):
     )
     checkpoint_url: str | None = Field(
         None,
+        examples=["s3://bucket/checkpoints"],
         description="Location of named checkpoints, file:///path or s3://bucket/path; it must be"
         " the same for all shards",
     )
@@ -248,12 +267,6 @@ class ServerConfig(BaseSettings):
         return bare_host(host)
 
     @model_validator(mode="after")
-    def _shard_in_cluster(self) -> ServerConfig:
-        if self.shard >= self.shards:
-            raise ValueError(f"shard must be below shards ({self.shards}), got {self.shard}")
-        return self
-
-    @model_validator(mode="after")
     def _largest_message_fits(self) -> ServerConfig:
         if self.max_message_bytes > self.max_inflight_bytes:
             raise ValueError(
@@ -283,6 +296,11 @@ class ServerConfig(BaseSettings):
                     f" {table.host_bytes}"
                 )
         return self
+
+    @property
+    def surplus(self) -> bool:
+        """Whether this server's number is not below the number of shards, so it has no rows."""
+        return self.shard >= self.shards
 
     @property
     def memory(self) -> Plan:

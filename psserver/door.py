@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 
 from psproto import codec
 from psserver.connections import Connections
-from psserver.errors import Overloaded, Refused, Starting, TooLarge
+from psserver.errors import Overloaded, Refused, TooLarge
 from psserver.limits import CONTROL_BYTES
 from psserver.status import abort
 
@@ -25,14 +25,19 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
     """Finds the handler of each gRPC method. Until ``open``, it refuses methods of ps.v1.
 
     connections  counts the complete messages of each connection
+    refusal      the error with which calls are refused until ``open``
     """
 
-    def __init__(self, connections: Connections) -> None:
+    def __init__(self, connections: Connections, refusal: Refused) -> None:
         self._connections = connections
         self._methods: dict[str, Handler] = {}
         self._opened = False
         self._streams = 0  # open streams of services other than ps.v1
-        self._closed = grpc.stream_stream_rpc_method_handler(_refuse)  # fits all kinds of methods
+
+        async def refuse(_: Any, context: Context) -> None:
+            await abort(context, refusal)
+
+        self._closed = grpc.stream_stream_rpc_method_handler(refuse)  # fits all kinds of methods
 
     def open(self, methods: Mapping[str, Handler]) -> None:
         """Begin to serve methods.
@@ -129,8 +134,3 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(watch, None, answer)
         return grpc.unary_unary_rpc_method_handler(unary, None, answer)
-
-
-async def _refuse(_: Any, context: Context) -> None:
-    """Refuse a call, because the shard is starting."""
-    await abort(context, Starting())

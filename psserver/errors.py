@@ -26,6 +26,7 @@ A token is a subscriber's position in the version log, the shard's record of eve
   - Overloaded        too many requests are in flight; retry later
   - Busy              too many long operations are running; retry later
   - Starting          the shard is not ready yet
+  - NotAShard         the server has a number that no shard of the cluster has
   - Draining          the server is stopping, or the client has gone away
   - DeadlinePassed    the deadline passed before the request began; nothing was applied
 """
@@ -272,6 +273,26 @@ class Starting(Refused):
 
     def __init__(self) -> None:
         super().__init__("the shard is starting and loads its data; retry later")
+
+
+class NotAShard(Refused):
+    """The server's number is not below the number of shards, so it stores no rows."""
+
+    reason = "NOT_A_SHARD"
+
+    def __init__(self, shard: int, shards: int) -> None:
+        super().__init__(
+            f"this server has number {shard}, but the cluster has {shards} shards, numbered from 0"
+            f" to {shards - 1}: it stores no rows and answers no requests; start only {shards}"
+            f" servers (kubectl scale --replicas={shards}). To get more shards: take a checkpoint"
+            " (psctl checkpoint), start a new cluster with a larger setting shards and new data"
+            " directories, then restore the checkpoint there (psctl restore)"
+        )
+        self._numbers = {"shard": str(shard), "shards": str(shards)}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return self._numbers
 
 
 class Draining(Refused):

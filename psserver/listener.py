@@ -2,7 +2,8 @@
 
 The port opens at once. Until the kernels are loaded and the shard is recovered, the health service
 reports that the server is alive but not ready. Meanwhile all calls are refused with UNAVAILABLE and
-a delay for the retry.
+a delay for the retry. A server whose number is not below the number of shards stays in this state,
+and refuses calls with NOT_A_SHARD.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from psserver.addresses import bind, cannot_listen, join
 from psserver.config import ConfigError, ServerConfig
 from psserver.connections import Connections
 from psserver.door import Door
+from psserver.errors import NotAShard, Starting
 from psserver.health import Health
 from psserver.service import Service
 
@@ -41,7 +43,8 @@ class Listener:
         self._config = config
         self._health = Health()
         self.connections = Connections(config.port, config.memory.transport, config.receive_seconds)
-        self._door = Door(self.connections)
+        surplus = NotAShard(config.shard, config.shards) if config.surplus else None
+        self._door = Door(self.connections, surplus or Starting())
 
     async def listen(self) -> None:
         """Open the port and report that the shard is alive but not ready.

@@ -3,6 +3,9 @@
 On SIGTERM or SIGINT the health service reports NOT_SERVING, new calls are refused with UNAVAILABLE,
 and calls in flight have drain_seconds to finish. Then the process exits with status 0. A signal
 before the shard is ready ends the process immediately.
+
+A server whose number is not below the number of shards is alive, but never ready. It does not exit,
+because a supervisor would start it again and again.
 """
 
 from __future__ import annotations
@@ -18,9 +21,12 @@ import time
 import structlog
 import uvloop
 
+from psproto import cpu
+from psproto.kernelcache import KernelCache
 from psserver.addresses import join
 from psserver.config import ConfigError, ServerConfig
 from psserver.datadir import lock
+from psserver.errors import NotAShard
 from psserver.memory import BASE_BYTES, show
 from psserver.server import Server
 from psserver.warm import warm
@@ -95,6 +101,11 @@ async def _serve(config: ServerConfig) -> bool:
 
     server = Server(config, restart)
     await server.listen()
+    if config.surplus:
+        log.error("not a shard of the cluster", advice=str(NotAShard(config.shard, config.shards)))
+        await stop.wait()
+        await server.abandon()
+        return False
     if not await _start(server, stop):
         log.info("stopped before it was ready", shard=config.shard)
         return False
@@ -150,13 +161,31 @@ async def _start(server: Server, stop: asyncio.Event) -> bool:
 
 
 def _warm() -> None:
-    """Load the compiled kernels; raise ConfigError if the address space does not suffice."""
+    """Load the compiled kernels; compile those that no cache directory has.
+
+    Raises ConfigError if the address space does not suffice.
+    """
+    started = time.monotonic()
     try:
         warm()
     except OutOfMemory as error:
         raise ConfigError(
             f"not enough address space to start ({error}): raise ulimit -v and -d, or remove them"
         ) from error
+    log.info(
+        "kernels",
+        loaded=KernelCache.loaded,
+        compiled=KernelCache.compiled,
+        cpu=cpu.target(),
+        seconds=round(time.monotonic() - started, 2),
+    )
+    if KernelCache.compiled:
+        again = "at each start, because they cannot be saved" if KernelCache.unsaved else "once"
+        log.warning(
+            f"kernels were compiled, which delays the start {again}",
+            advice="run psserver warm while the image is built, with the same NUMBA_CPU_NAME,"
+            " NUMBA_CPU_FEATURES and NUMBA_CACHE_DIR; psserver doctor shows where it looks",
+        )
 
 
 async def _serve_and_exit(config: ServerConfig) -> None:
@@ -179,7 +208,9 @@ def serve(config: ServerConfig) -> None:
     A restore restarts the shard: the process executes its own command line again and keeps its
     process id. So a supervisor only sees that the shard is not ready for a while.
     """
-    lock_file = lock(config.data_dir) if config.data_dir else None
+    if problem := cpu.problem():
+        raise ConfigError(problem)
+    lock_file = lock(config.data_dir) if config.data_dir and not config.surplus else None
     report_memory(config)
     sys.setswitchinterval(SWITCH_SECONDS)
     keep_freed_memory()

@@ -1,6 +1,7 @@
 """The protocol of client and server: messages, their encoding, and the routing of keys to shards.
 
 ps.proto        messages and services; its comments specify their behavior
+cpu.py          check that the processor can run the compiled kernels
 kernelcache.py  cache of kernels that Numba compiled
 names.py        rules for names of tables, barriers, checkpoints
 keepalive.py    gRPC options of clients and servers for pings on quiet connections

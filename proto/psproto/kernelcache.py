@@ -11,8 +11,9 @@ these directories that has it, and saves it to the first that can be written:
 If none can be written, each process compiles the kernels, and one warning is shown. A cached kernel
 is used only if its source file, and all files of this project that it imports, have the same
 contents as when it was compiled. File times and owners do not matter. It must also have been
-compiled by the same release of Numba for the same type of processor. Set NUMBA_CPU_NAME=generic to
-build an image for all processors.
+compiled by the same release of Numba for the same type of processor. To build an image for several
+types, name one whose instructions they all have: NUMBA_CPU_NAME=x86-64-v3 and NUMBA_CPU_FEATURES=
+(empty). Where that is more than the machine's processor has, kernels raise UnfitProcessor.
 
 Numba writes the index of a cache before the kernel. If it is interrupted between the two, the index
 may refer to the file of an older kernel. So each kernel is saved with the checksum of its sources
@@ -37,6 +38,8 @@ from numba.core import config, dispatcher
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 from numba.misc.appdirs import AppDirs
 
+from psproto import cpu
+
 PACKAGES = ("psproto", "storage", "psserver", "psclient")
 _IMPORTS = re.compile(r"^from ([\w.]+) import (\([^)]*\)|.*)$", re.M)
 
@@ -49,6 +52,7 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
     """Cache of the compiled versions of one kernel; Numba creates one per kernel."""
 
     required = False  # True: raise NotCached instead of compiling
+    loaded, compiled, unsaved = 0, 0, 0  # kernels of this process; ``unsaved`` are compiled ones
     _warned = False
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -72,8 +76,9 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
         target     Numba's target context
 
         If no directory has it, returns None, so that Numba compiles it, or raises NotCached if
-        ``required`` is set.
+        ``required`` is set. Raises UnfitProcessor if the processor cannot run it.
         """
+        cpu.require()
         if not self._enabled:
             return None
         key = self._index_key(signature, target.codegen())
@@ -81,7 +86,9 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
             try:
                 stored = file.load(key)
                 if stored is not None and stored[:2] == (self._stamp, key):
-                    return self._impl.rebuild(target, stored[2])
+                    kernel = self._impl.rebuild(target, stored[2])
+                    KernelCache.loaded += 1
+                    return kernel
             except Exception:  # noqa: S112  # unreadable or damaged files are ignored
                 continue
         if KernelCache.required:
@@ -99,6 +106,7 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
         """
         if not self._enabled or not self._impl.check_cachable(result):
             return
+        KernelCache.compiled += 1
         key, data = self._index_key(signature, result.codegen), self._impl.reduce(result)
         for directory, file in zip(self._directories, self._files, strict=True):
             try:
@@ -107,6 +115,7 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
             except Exception:  # noqa: S112  # not writable, no space, or a damaged index
                 continue
             return
+        KernelCache.unsaved += 1
         if not KernelCache._warned:
             KernelCache._warned = True
             warnings.warn(

@@ -17,7 +17,12 @@ from psclient.restores import OVER, PREPARED
 from psclient.retry import rpc_error
 from psproto import ps_pb2 as pb
 
-STATES = {"STARTING": "starting", "DRAINING": "draining", "RESTORING": "restoring"}  # by error
+STATES = {  # by reason of the error
+    "STARTING": "starting",
+    "DRAINING": "draining",
+    "RESTORING": "restoring",
+    "NOT_A_SHARD": "misplaced",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,6 +68,7 @@ class TestUp:
         for shard in range(2):
             assert [entry["event"] for entry in cluster.log(shard)] == [
                 "memory",
+                "kernels",
                 "recovered",
                 "ready",
                 "stopping",
@@ -297,7 +298,7 @@ class TestServe:
         [
             (["--prot", "1"], {}, "unrecognized arguments: --prot 1"),
             (["--port", "x"], {}, "port: Input should be a valid integer"),
-            (["--shard", "2", "--shards", "2"], {}, "shard must be below shards (2), got 2"),
+            (["--shard", "-1"], {}, "shard: Input should be greater than or equal to 0"),
             ([], {"PSCONFIG_PROT": "1"}, "unknown environment variables: PSCONFIG_PROT"),
         ],
     )
