@@ -7,7 +7,7 @@ PARALLEL = -n auto --maxprocesses 8 --dist worksteal  # each process has servers
 
 unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of Python processes
 
-.PHONY: demo test quick cold check bench proto clean
+.PHONY: demo test quick cold check manifests bench proto clean
 
 demo: .venv/server  ## a local cluster and a model that learns from a click stream
 	$(RUN) examples/clickstream.py
@@ -21,12 +21,20 @@ quick: .venv/dev  ## the tests to run all day
 cold: .venv/dev  ## the tests of shards again, while nearly all rows are on disk
 	$(RUN) -m pytest --cold -m "not slow" $(PARALLEL)
 
-check: .venv/dev .venv/proto  ## format, lint, types, layering, generated code
+check: .venv/dev .venv/proto manifests  ## format, lint, types, layering, generated code, manifests
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q tests/test_layering.py
 	tests/generated.sh
+
+manifests: .venv/dev  ## render and check deploy/: kustomize, helm, yamllint, schema, cross-checks
+	.venv/bin/kubectl kustomize deploy/overlays/laptop > /dev/null
+	.venv/bin/kubectl kustomize deploy/overlays/production > /dev/null
+	.venv/bin/helm template ps deploy/chart --namespace ps > /dev/null
+	.venv/bin/yamllint --strict -c tests/deploy/yamllint.yaml deploy/base deploy/components deploy/overlays
+	$(RUN) -m pytest -q -m "not slow" tests/deploy/test_manifests.py tests/deploy/test_chart.py \
+	    tests/deploy/test_mutations.py tests/deploy/test_monitoring.py
 
 bench: .venv/dev  ## every benchmark; latest figures: docs/benchmarks.md
 	$(RUN) -m benchmarks.kernels
@@ -57,7 +65,8 @@ clean:
 	touch $@
 
 .venv/dev: .venv/server
-	$(PIP) -e '.[server,torch,export,report,dev]'
+	$(PIP) -e '.[server,torch,export,report,deploy,dev]'
+	$(RUN) tests/deploy/tools.py .venv/bin
 	touch $@
 
 .venv/proto: .venv/bin/python  # a release whose output both protobuf 6 and 7 load

@@ -1,0 +1,82 @@
+"""The overlays: valid, consistent, strict YAML, and applicable one after the other."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from checks_changes import refused
+from checks_server import config_of
+from crosscheck import problems
+from rendering import DEPLOY, OVERLAYS, ROOT, kustomized, named, only, parse
+from schema import violations
+from tools import program, run
+
+VERSIONS = ("1.28", "1.31", "1.37")  # of Kubernetes: the oldest supported, and newer ones
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_object_satisfies_the_schema(overlay: str, version: str) -> None:
+    objects = parse(kustomized(overlay))
+    assert len(objects) >= 8
+    assert violations(objects, version) == []
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_objects_fit_each_other_and_the_server(overlay: str) -> None:
+    assert problems(parse(kustomized(overlay))) == []
+
+
+def test_each_overlay_can_be_applied_where_the_other_runs() -> None:
+    laptop, production = (parse(kustomized(overlay)) for overlay in OVERLAYS)
+    assert laptop != production
+    assert refused(laptop, production) == []
+    assert refused(production, laptop) == []
+
+
+def test_a_growing_checkpoint_claim_is_not_refused() -> None:
+    old = parse(kustomized("production"))
+    new = copy.deepcopy(old)
+    only(new, "PersistentVolumeClaim")["spec"]["resources"]["requests"]["storage"] = "200Gi"
+    assert refused(old, new) == []
+
+
+def test_the_servers_of_both_overlays_get_the_same_settings() -> None:
+    """Only what follows from the memory limit differs."""
+    small, large = (config_of(parse(kustomized(overlay)), 2) for overlay in OVERLAYS)
+    assert small.shard == large.shard == 2
+    different = {
+        name for name in type(small).model_fields if getattr(small, name) != getattr(large, name)
+    }
+    assert different == {"host_bytes", "max_inflight_bytes"}
+    assert small.host_bytes >= 256 << 20
+    assert large.host_bytes >= 4 << 30
+
+
+def test_yaml_has_no_key_twice_and_one_style() -> None:
+    run(
+        [program("yamllint"), "--strict", "-c", str(ROOT / "tests/deploy/yamllint.yaml"), *_files()]
+    )
+
+
+def test_no_file_of_an_overlay_is_left_out() -> None:
+    """Each file of base and component is listed in its kustomization.yaml."""
+    for directory in (DEPLOY / "base", DEPLOY / "components" / "monitoring"):
+        listed = (directory / "kustomization.yaml").read_text()
+        for path in directory.iterdir():
+            if path.suffix in (".yaml", ".toml", ".json") and path.name != "kustomization.yaml":
+                assert path.name in listed, path
+
+
+def test_production_adds_only_monitoring() -> None:
+    laptop, production = (named(parse(kustomized(overlay))) for overlay in OVERLAYS)
+    assert {kind for kind, _ in production.keys() - laptop.keys()} == {
+        *("PodMonitor", "PrometheusRule", "ConfigMap", "PersistentVolumeClaim")
+    }
+
+
+def _files() -> list[str]:
+    """Return the YAML files that are not templates."""
+    found = [*DEPLOY.rglob("*.yaml"), *(ROOT / "tests/deploy").glob("*.yaml")]
+    return sorted(str(path) for path in found if "templates" not in path.parts)
