@@ -7,7 +7,7 @@ PARALLEL = -n auto --maxprocesses 8 --dist worksteal  # each process has servers
 
 unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of Python processes
 
-.PHONY: demo test quick cold check manifests bench proto clean
+.PHONY: demo test quick cold check manifests image bench proto clean
 
 demo: .venv/server  ## a local cluster and a model that learns from a click stream
 	$(RUN) examples/clickstream.py
@@ -35,6 +35,9 @@ manifests: .venv/dev  ## render and check deploy/: kustomize, helm, yamllint, sc
 	.venv/bin/yamllint --strict -c tests/deploy/yamllint.yaml deploy/base deploy/components deploy/overlays
 	$(RUN) -m pytest -q -m "not slow" tests/deploy/test_manifests.py tests/deploy/test_chart.py \
 	    tests/deploy/test_mutations.py tests/deploy/test_monitoring.py
+
+image: .venv/bin/python  ## the container image localhost/embedding-ps:dev, in build/deploy; needs root
+	$(RUN) -m tests.deploy.image
 
 bench: .venv/dev  ## every benchmark; latest figures: docs/benchmarks.md
 	$(RUN) -m benchmarks.kernels
