@@ -28,6 +28,13 @@ from psclient.tools.importer import ImportIncomplete, import_parquet
 from psproto import ps_pb2 as pb
 
 N = 1000
+SLOW_IMPORT = """
+import time
+from psclient.tools import ctl, importer
+write = importer._write
+importer._write = lambda *batch: (write(*batch), time.sleep(0.05))
+ctl.main()
+"""  # psctl that is not done before the test can interrupt it
 
 
 @pytest.fixture
@@ -158,7 +165,7 @@ def test_ctrl_c_while_rows_are_written_ends_with_the_status_of_incomplete_work(
         write(tmp_path / f"{i:03}.parquet", np.arange(N * i, N * (i + 1)))
     words = ["import", table, "--parquet", str(tmp_path)]
     importing = subprocess.Popen(
-        [sys.executable, "-c", "from psclient.tools.ctl import main; main()", *words],
+        [sys.executable, "-c", SLOW_IMPORT, *words],
         env={**os.environ, "PSCTL_SERVERS": ",".join(cluster2.addresses)},
         stderr=subprocess.PIPE,
         text=True,
