@@ -11,7 +11,8 @@ EVERY = 0.02  # seconds between flushes
 SHARE = 0.3  # of the time that flushes may take
 
 
-def _squeeze() -> None:
+def squeeze() -> None:
+    """Change the flusher of this process as described above."""
     from psserver.flusher import Flusher
 
     flush = Flusher._flush
@@ -35,4 +36,4 @@ def _demote(shard) -> None:  # type: ignore[no-untyped-def]
 
 
 if {"psserver", "serve"} <= set(sys.orig_argv):
-    _squeeze()
+    squeeze()

@@ -1,7 +1,7 @@
 """Kill shards at random moments while trainers push, and check that each push took effect once.
 
     python -m tests.fault.crash --cycles 1000 --seed 7
-    python -m tests.fault.crash --cycles 1000 --seed 7 --memory 2500000    many rows only on disk
+    python -m tests.fault.crash --cycles 200 --seed 7 --cold    nearly all rows only on disk
 
 The oracle: SGD with learning rate 1 on rows that start at 0. Push i has the gradient -4^(i % 8) for
 the keys of group i // 8. Each base-4 digit of a row then shows how often its push was applied: 0
@@ -10,7 +10,10 @@ deleted once they are complete, and must stay deleted. In each cycle an alterati
 another serving default; all shards and subscribers must have it afterwards.
 
 Kills happen while pushes are in flight, during flushes (which run all the time) and during
-recoveries. Subscribers are attached all the time. One stops and continues from its tokens. After
+recoveries. With --cold, memory is so small that nearly all rows are on disk only, shards with even
+numbers give up all rows in memory after each flush, and most kills are at the beginning or end of a
+step of a flush, of a demotion, of a promotion, or of moving rows between blocks: see moments.py.
+Subscribers are attached all the time. One stops and continues from its tokens. After
 each cycle the trainers pause, and the subscribers' rows must equal the shards' rows. The seed
 decides what is done and when; the outcome also depends on the machine's timing.
 """
@@ -22,9 +25,9 @@ import multiprocessing
 import random
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -36,22 +39,32 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs by itself
 
+from fault import moments
 from fault.nursery import Nursery, Shard
+from fault.watchers import TIMEOUT, Watchers
 from servers import free_ports
 
-from psclient import Client, Follower, Subscriber, Table
-from psclient.replica import State
+from psclient import Client
 
 DIGITS = 8
 ONCE = float(sum(4**digit for digit in range(DIGITS)))  # every digit is 1
 ROUND = 20  # cycles until all is verified and new trainers begin
 TRAINERS = 4
 STARTING = 0.04  # seconds that a start takes, about
-NOWHERE = [-1]  # a key that no trainer pushes
-TIMEOUT = 90.0  # seconds that a trainer goes on repeating a push
 FLAGS = "--metrics-port 0 --flush-seconds 0.1 --segment-bytes 1048576 --log-keep-bytes 0"
 FLAGS += " --fsync-seconds 0.02"
-MEMORY = 1 << 30  # bytes for the tables of a shard
+CONTROLLED = 0.8  # share of the kills that are at a chosen moment, with --cold
+
+
+class Sizes(NamedTuple):
+    """How large rows and memory are."""
+
+    dim: int
+    memory: int  # bytes for the tables of a shard
+
+
+ROOMY = Sizes(1, 1 << 30)
+TINY = Sizes(64, 2 << 20)
 
 
 @dataclass
@@ -60,6 +73,7 @@ class Series:
 
     base: int
     width: int
+    dim: int
     done: int = 0  # pushes acknowledged
     deleted: list[int] = field(default_factory=list)  # groups
 
@@ -67,7 +81,7 @@ class Series:
         return np.arange(self.width) + (self.base + group * self.width)
 
     def gradients(self) -> np.ndarray:
-        return np.full((self.width, 1), -(4.0 ** (self.done % DIGITS)), np.float32)
+        return np.full((self.width, self.dim), -(4.0 ** (self.done % DIGITS)), np.float32)
 
     def expected(self, group: int) -> float:
         digits = min(max(self.done - group * DIGITS, 0), DIGITS)
@@ -101,6 +115,7 @@ def train(
     number: int,
     addresses: list[str],
     table: str,
+    dim: int,
     seed: str,
     stop: Any,
     pause: Pause,
@@ -110,7 +125,7 @@ def train(
     """Push until asked to stop, then report the progress."""
     rng = random.Random(f"{seed} {number}")
     base = number << 40
-    small, large = Series(base, 6), Series(base + (1 << 39), 2000)
+    small, large = Series(base, 6, dim), Series(base + (1 << 39), 2000, dim)
     try:
         transport: Any = ("stream", "unary")[number % 2]
         with Client(addresses, timeout=TIMEOUT, transport=transport) as client:
@@ -159,7 +174,7 @@ def verify(client: Client, table: str, every: list[Series], default: float) -> l
             some = range(first, min(groups, first + max(1, 40_000 // series.width)))
             keys = np.concatenate([series.keys(group) for group in some])
             got = rows.pull_rows(keys)
-            values = got.embeddings.reshape(len(some), series.width)
+            values = got.embeddings.reshape(len(some), -1)
             found = got.found.reshape(len(some), series.width)
             for at, group in enumerate(some):
                 if group in series.deleted:
@@ -173,15 +188,22 @@ def verify(client: Client, table: str, every: list[Series], default: float) -> l
 
 
 @contextmanager
-def shards_of(nursery: Nursery, directory: Path, count: int, memory: int) -> Iterator[list[Shard]]:
-    """Start shards, and stop them at the end."""
+def shards_of(
+    nursery: Nursery, directory: Path, count: int, memory: int, cold: bool
+) -> Iterator[list[Shard]]:
+    """Start shards, and stop them at the end.
+
+    memory  bytes for the tables of each
+    cold    those with even numbers give up all rows in memory after each flush
+    """
     port = free_ports(count)
     shards = []
     for number in range(count):
         flags = f"--shard {number} --shards {count} --port {port + number} {FLAGS}".split()
         flags += ["--host-bytes", str(memory)]
         flags += ["--data-dir", str(directory / f"shard-{number}")]
-        shards.append(Shard(nursery, directory / f"{number}.log", *flags))
+        squeezed = cold and not number % 2
+        shards.append(Shard(nursery, directory / f"{number}.log", *flags, cold=squeezed))
     try:
         for shard in shards:
             shard.start()
@@ -197,156 +219,51 @@ def addresses_of(shards: list[Shard]) -> list[str]:
     return [f"127.0.0.1:{shard.flags[shard.flags.index('--port') + 1]}" for shard in shards]
 
 
-def kill_one(rng: random.Random, shards: list[Shard]) -> int:
-    """Kill a shard and let it recover. Return the number of further kills during the recovery."""
-    shard, early = rng.choice(shards), 0
-    time.sleep(rng.choice((0.05, 0.3, 0.8)) * rng.random())
-    shard.kill()
-    time.sleep(rng.choice((0.0, 0.0, 0.1)))
-    shard.start()
-    while rng.random() < 0.35:
-        time.sleep(rng.uniform(0.0, STARTING))
-        early += not shard.said("ready")
-        shard.kill()
+class Killer:
+    """Kills shards and lets them recover.
+
+    cold   most kills are at a moment of a flush or of a move between the tiers
+    early  number of further kills during a recovery
+    came   kills at a chosen moment, by what happened; those that did not come in time are at ""
+    """
+
+    def __init__(self, rng: random.Random, shards: list[Shard], cold: bool) -> None:
+        self.early = 0
+        self.came: Counter[str] = Counter()
+        self._rng, self._shards, self._cold = rng, shards, cold
+
+    def kill_one(self) -> None:
+        rng = self._rng
+        shard = rng.choice(self._shards)
+        time.sleep(rng.choice((0.05, 0.3, 0.8)) * rng.random())
+        if self._cold and rng.random() < CONTROLLED:
+            what, moment = moments.draw(rng)
+            self.came[what if shard.kill_at(moment) else ""] += 1
+        else:
+            shard.kill()
+        time.sleep(rng.choice((0.0, 0.0, 0.1)))
         shard.start()
-    shard.wait()
-    return early
+        while rng.random() < 0.35:
+            time.sleep(rng.uniform(0.0, STARTING))
+            self.early += not shard.said("ready")
+            shard.kill()
+            shard.start()
+        shard.wait()
 
 
-class Resumer:
-    """A subscriber that stores its tokens with its rows, stops, and continues from the tokens."""
+class Temperature:
+    """Adds up where the rows of a table were, each time that it is asked to look."""
 
-    def __init__(self, addresses: list[str]) -> None:
-        self.resumed = -1
-        self._addresses = addresses
-        self._tokens: tuple[bytes, ...] | None = None
-        self._states = [State() for _ in addresses]
-        self._building: list[State | None] = [None for _ in addresses]
-        self._versions = [-1 for _ in addresses]
-        self._changed = threading.Condition()
-        self._failure: BaseException | None = None
+    def __init__(self) -> None:
+        self.rows = self.cold = self.promotions = self.demotions = self.reflushed = 0
 
-    def resume(self) -> None:
-        self.resumed += 1
-        self._subscriber = Subscriber(
-            self._addresses, tokens=self._tokens, timeout=TIMEOUT, chunk_bytes=4096
-        ).open()
-        self._thread = threading.Thread(target=self._run, args=(self._subscriber,), daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._subscriber.close()
-        self._thread.join()
-        self._tokens = self._subscriber.tokens()
-
-    def wait_for(self, versions: Sequence[int], timeout: float) -> None:
-        def there() -> bool:
-            pairs = zip(self._versions, versions, strict=True)
-            return self._failure is not None or all(at >= version for at, version in pairs)
-
-        with self._changed:
-            assert self._changed.wait_for(there, timeout), f"at {self._versions}, not {versions}"
-        if self._failure is not None:
-            raise self._failure
-
-    def rows(self, table: str) -> Held:
-        copies = [state.tables[table] for state in self._states]
-        return sorted_rows(
-            *(
-                np.concatenate([getattr(copy, name)[: copy.count] for copy in copies])
-                for name in ("keys", "versions", "rows")
-            )
-        )
-
-    def defaults(self, table: str) -> list[float]:
-        return [state.tables[table].default for state in self._states]
-
-    def _run(self, changes: Subscriber) -> None:
-        try:
-            for change in changes:
-                shard = change.shard
-                if change.kind == "snapshot":
-                    self._building[shard] = State()
-                (self._building[shard] or self._states[shard]).apply(change)
-                if change.more:
-                    continue
-                with self._changed:
-                    self._states[shard] = self._building[shard] or self._states[shard]
-                    self._building[shard] = None
-                    self._versions[shard] = max(self._versions[shard], change.version)
-                    self._changed.notify_all()
-        except BaseException as error:
-            with self._changed:
-                self._failure = error
-                self._changed.notify_all()
-
-
-class Held(NamedTuple):
-    """Return the rows of a table, by key."""
-
-    keys: np.ndarray
-    versions: np.ndarray
-    rows: np.ndarray
-
-
-def sorted_rows(keys: np.ndarray, versions: np.ndarray, rows: np.ndarray) -> Held:
-    order = np.argsort(keys)
-    return Held(keys[order], versions[order], rows[order])
-
-
-class Watchers:
-    """Three subscribers: one sees every change, one coalesces, one disconnects and comes back."""
-
-    def __init__(self, addresses: list[str]) -> None:
-        self.compared = 0  # rows
-        self.resumer = Resumer(addresses)
-        self._followers = {
-            "every change": Follower(addresses),
-            "coalesced": Follower(addresses, coalesce_ms=30),
-        }
-
-    def __enter__(self) -> Watchers:
-        self.resumer.resume()
-        for follower in self._followers.values():
-            follower.open()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.resumer.stop()
-        for follower in self._followers.values():
-            follower.close()
-
-    def differ(self, client: Client, name: str, default: float) -> list[str]:
-        """Return the differences between the subscribers' rows and the shards'. Nobody may push.
-
-        default  serving default that the table was given last
-        """
-        versions = client.wait_durable()
-        table, wrong = client.table(name), []
-        there = [table.describe().serving_default]
-        for title, follower in self._followers.items():
-            follower.wait_for(versions, TIMEOUT)
-            keys = follower.keys(name)
-            held = sorted_rows(keys, follower.row_versions(name, keys), follower.pull(name, keys))
-            wrong += self._compare(table, title, held)
-            there += follower.pull(name, NOWHERE)[:, 0].tolist()
-        self.resumer.wait_for(versions, TIMEOUT)
-        there += self.resumer.defaults(name)
-        if set(there) != {default}:
-            wrong.append(f"serving defaults {there}, not {default} everywhere")
-        return wrong + self._compare(table, "the one that resumes", self.resumer.rows(name))
-
-    def _compare(self, table: Table, title: str, held: Held) -> list[str]:
-        there, wrong = table.describe().rows, []
-        if len(held.keys) != there:
-            wrong.append(f"{title}: holds {len(held.keys)} rows, the shards {there}")
-        got = table.pull_rows(held.keys)
-        self.compared += len(held.keys)
-        same = got.found & (got.versions == held.versions) & (got.embeddings == held.rows).all(1)
-        if not same.all():
-            some = held.keys[~same][:5].tolist()
-            wrong.append(f"{title}: {(~same).sum()} rows differ, those of {some} among them")
-        return wrong
+    def look(self, client: Client, table: str) -> None:
+        info = client.describe_table(table)
+        self.rows += info.rows
+        self.cold += info.tiers["lmdb"].rows
+        self.promotions += info.cache.promotions
+        self.demotions += info.cache.demotions
+        self.reflushed += info.cache.reflushed_blocks
 
 
 def run(
@@ -354,34 +271,37 @@ def run(
     seed: int,
     shards: int,
     say: Callable[[str], None] = print,
-    memory: int = MEMORY,
+    *,
+    cold: bool = False,
 ) -> list[str]:
     """Run the cycles and return all errors, which should be none."""
+    dim, memory = TINY if cold else ROOMY
     say(f"seed {seed}, {cycles} cycles, {shards} shards, {TRAINERS} trainers")
     rng = random.Random(seed)
     spawn = multiprocessing.get_context("spawn")
     wrong: list[str] = []
-    started, done, pushed, early = time.monotonic(), 0, 0, 0
+    started, done, pushed = time.monotonic(), 0, 0
     with (
         tempfile.TemporaryDirectory(prefix="ps-crash-") as directory,
         Nursery() as nursery,
-        shards_of(nursery, Path(directory), shards, memory) as alive,
+        shards_of(nursery, Path(directory), shards, memory, cold) as alive,
         ExitStack() as stack,
     ):
         addresses = addresses_of(alive)
         watchers = stack.enter_context(Watchers(addresses))
+        killer, temperature = Killer(rng, alive, cold), Temperature()
         before: tuple[str, list[Series], float] | None = None
         pool = stack.enter_context(ThreadPoolExecutor(1))
         while done < cycles and not wrong:
             table = f"round-{done}"
             with Client(addresses, timeout=TIMEOUT) as client:
-                client.create_table(table, 1, optimizer="sgd", lr=1.0, initializer="zeros")
+                client.create_table(table, dim, optimizer="sgd", lr=1.0, initializer="zeros")
             stop, began, answers = spawn.Event(), spawn.SimpleQueue(), spawn.SimpleQueue()
             pause = Pause(spawn, TRAINERS)
             trainers = [
                 spawn.Process(
                     target=train,
-                    args=(n, addresses, table, f"{seed} {done}", stop, pause, began, answers),
+                    args=(n, addresses, table, dim, f"{seed} {done}", stop, pause, began, answers),
                     daemon=True,
                 )
                 for n in range(TRAINERS)
@@ -397,12 +317,13 @@ def run(
                         watchers.resumer.stop()
                     done += 1
                     altering = pool.submit(client.alter_table, table, serving_default=float(done))
-                    early += kill_one(rng, alive)
+                    killer.kill_one()
                     altering.result()
                     if away:
                         watchers.resumer.resume()
                     with pause.all_still():
                         wrong += watchers.differ(client, table, float(done))
+                        temperature.look(client, table)
             stop.set()
             ends = [answers.get() for _ in trainers]
             for trainer in trainers:
@@ -417,9 +338,9 @@ def run(
                     client.drop_table(before[0])
             before = table, every, float(done)
             say(
-                f"{done} cycles, {early} more kills in a recovery, {pushed} pushes, subscribers"
-                f" compared in {watchers.compared} rows, {time.monotonic() - started:.0f} s:"
-                f" {'; '.join(wrong[:5]) or 'all as it should'}"
+                f"{done} cycles, {killer.early} more kills in a recovery, {pushed} pushes,"
+                f" {time.monotonic() - started:.0f} s, subscribers compared in"
+                f" {watchers.compared} rows: {'; '.join(wrong[:5]) or 'all as it should'}"
             )
         if before is not None and not wrong:
             for shard in alive:
@@ -437,6 +358,14 @@ def run(
             f"{len(recovered)} recoveries, {torn} with a torn tail, {replayed} records and"
             f" {rows} rows of blocks read"
         )
+        if cold:
+            say(
+                f"{temperature.cold / max(1, temperature.rows):.0%} of the rows were only on disk;"
+                f" {temperature.promotions} promotions, {temperature.demotions} demotions and"
+                f" {temperature.reflushed} blocks flushed again, at least; kills at a moment of a"
+                f" {', '.join(f'{what}: {n}' for what, n in sorted(killer.came.items()) if what)};"
+                f" {killer.came['']} moments did not come"
+            )
         unexpected = {
             line["event"]
             for shard in alive
@@ -453,13 +382,13 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--shards", type=int, default=2)
-    parser.add_argument("--memory", type=int, default=MEMORY)
+    parser.add_argument("--cold", action="store_true", help="nearly all rows only on disk")
     given = parser.parse_args()
 
     def say(text: str) -> None:
         print(text, flush=True)
 
-    wrong = run(given.cycles, given.seed, given.shards, say, given.memory)
+    wrong = run(given.cycles, given.seed, given.shards, say, cold=given.cold)
     for line in wrong:
         print(line, file=sys.stderr)
     sys.exit(bool(wrong))

@@ -1,7 +1,7 @@
 """Shards that start in a tenth of a second, forked from a process with all modules loaded.
 
-python nursery.py     prints "ready"; then, for each line of JSON {"flags": [...], "out": PATH},
-                      starts `psserver serve FLAGS` with its output in PATH and prints its pid
+python nursery.py     prints "ready"; then, for each line of JSON, starts `psserver serve FLAGS` and
+                      prints its pid. The line is a dict with the arguments of Nursery.start
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs by itself
+
+from fault import moments
 
 DIE_WITH_PARENT = 1  # of prctl
 
@@ -40,12 +44,18 @@ class Nursery:
         self._process.wait(30)
         self._process.stdout.close()
 
-    def start(self, flags: list[str], out: Path, broken: Path) -> int:
-        """Start a shard and return its pid."""
+    def start(self, flags: list[str], out: Path, broken: Path, order: Path, cold: bool) -> int:
+        """Start a shard and return its pid.
+
+        flags   of `psserver serve`
+        out     file for its output
+        broken  file with the names of the system calls that fail while the file exists
+        order   file that orders it to kill itself: see moments.py
+        cold    flush all the time, and give up all rows in memory after each flush
+        """
         assert self._process.stdin is not None
-        self._process.stdin.write(
-            json.dumps({"flags": flags, "out": str(out), "broken": str(broken)}) + "\n"
-        )
+        paths = {"out": str(out), "broken": str(broken), "order": str(order)}
+        self._process.stdin.write(json.dumps({"flags": flags, **paths, "cold": cold}) + "\n")
         self._process.stdin.flush()
         return int(self._read())
 
@@ -55,18 +65,23 @@ class Nursery:
 
 
 class Shard:
-    """A shard's server process. It can be killed and started again."""
+    """A shard's server process. It can be killed and started again.
 
-    def __init__(self, nursery: Nursery, out: Path, *flags: str) -> None:
+    cold  it flushes all the time, and gives up all rows in memory after each flush
+    """
+
+    def __init__(self, nursery: Nursery, out: Path, *flags: str, cold: bool = False) -> None:
         self.out = out
         self.flags = list(flags)
         self.broken = out.with_suffix(".broken")
+        self.order = out.with_suffix(".order")
+        self.cold = cold
         self.starts = 0
         self._nursery = nursery
 
     def start(self) -> Shard:
         self.starts += 1
-        self.pid = self._nursery.start(self.flags, self.out, self.broken)
+        self.pid = self._nursery.start(self.flags, self.out, self.broken, self.order, self.cold)
         return self
 
     def wait(self, seconds: float = 60.0) -> None:
@@ -88,6 +103,20 @@ class Shard:
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
         self.ended(seconds)
+
+    def kill_at(self, moment: moments.Moment, seconds: float = 2.0) -> bool:
+        """Have the process kill itself at a moment. Return whether the moment came in time.
+
+        If it did not, the process is killed without it.
+        """
+        moments.give(self.order, moment)
+        deadline = time.monotonic() + seconds
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        came = not self.alive()
+        self.kill()
+        self.order.unlink()
+        return came
 
     def ended(self, seconds: float = 30.0) -> None:
         """Wait until the process has ended."""
@@ -157,8 +186,10 @@ def _break(broken: Path) -> None:
     base.Base._try = attempt  # type: ignore[method-assign]
 
 
-def _serve(flags: list[str], out: str, broken: str) -> None:
+def _serve(flags: list[str], out: str, broken: str, order: str, cold: bool) -> None:
     """Run a shard in the child process."""
+    from coldservers.sitecustomize import squeeze
+
     from psserver.config import ConfigError, load
     from psserver.logs import log_to_stderr
     from psserver.process import serve
@@ -172,6 +203,9 @@ def _serve(flags: list[str], out: str, broken: str) -> None:
     os.dup2(fd, 2)
     log_to_stderr()
     _break(Path(broken))
+    moments.install(Path(order))
+    if cold:
+        squeeze()
     try:
         serve(load(flags))
     except ConfigError as error:

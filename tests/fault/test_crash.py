@@ -1,4 +1,4 @@
-"""Twenty kills under load. `python -m tests.fault.crash` does a thousand."""
+"""Thirty kills under load. `python -m tests.fault.crash` does a thousand."""
 
 from __future__ import annotations
 
@@ -15,6 +15,5 @@ def test_no_push_is_lost_or_applied_twice(shards: int, cycles: int, seed: int) -
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("seed", [3])
-def test_no_push_is_lost_or_applied_twice_if_rows_are_on_disk(seed: int) -> None:
-    assert crash.run(10, seed, 1, memory=2_500_000) == []
+def test_no_push_is_lost_or_applied_twice_while_nearly_all_rows_are_only_on_disk() -> None:
+    assert crash.run(10, 3, 2, cold=True) == []
