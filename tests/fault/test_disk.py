@@ -3,6 +3,8 @@
 The oracle of the first two cases: SGD with learning rate 1 on rows that start at 0, and pushes of
 -1 to all keys. Every row must then be the number of acknowledged pushes. A refused push must be in
 no row. A push whose reply was lost must be in all rows or in none.
+
+Each test runs twice: all rows in memory, and nearly all rows on disk only.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import numpy as np
 import pytest
 from fault import disks
 from fault.nursery import Nursery, Shard
-from servers import free_ports
+from servers import eventually, free_ports
 
 from psclient import Client, Table
 from psclient.errors import PsError, ResourceExhausted
@@ -37,14 +39,18 @@ def nursery() -> Iterator[Nursery]:
         yield nursery
 
 
-@pytest.fixture
-def shard(nursery: Nursery, tmp_path: Path) -> Iterator[Callable[..., Shard]]:
+@pytest.fixture(params=[False, True], ids=["in memory", "on disk"])
+def shard(
+    request: pytest.FixtureRequest, nursery: Nursery, tmp_path: Path
+) -> Iterator[Callable[..., Shard]]:
     made: list[Shard] = []
+    memory = 2 << 20 if request.param else 256 << 20
 
     def make(directory: Path, flags: str = "") -> Shard:
-        common = f"--port {free_ports(1)} --metrics-port 0 --memory-bytes 268435456"
-        flags = f"{common} --data-dir {directory} {flags}"
-        made.append(Shard(nursery, tmp_path / f"{len(made)}.log", *flags.split()).start())
+        common = f"--port {free_ports(1)} --metrics-port 0 --host-bytes {memory}"
+        words = f"{common} --data-dir {directory} {flags}".split()
+        out = tmp_path / f"{len(made)}.log"
+        made.append(Shard(nursery, out, *words, cold=request.param).start())
         made[-1].wait()
         return made[-1]
 
@@ -112,6 +118,8 @@ def test_a_full_disk_refuses_pushes_whole_and_serves_pulls(
             for _ in range(30):
                 table.push(KEYS, ONES)
                 pushed += 1
+            if one.cold:
+                eventually(lambda: table.describe().tiers["lmdb"].rows == len(KEYS))
             fill(disk / "ballast")
             pushed += until_refused(quick)
             large = np.arange(10**6, 10**6 + 5000)
