@@ -12,9 +12,13 @@ versions.py    versions of shards, and their epochs
 schema.py      schemas of tables
 alteration.py  settings of a live table
 signals.py     signal handlers, delayed while they could do harm
+routes.py      the address of one shard, and the shard expected there
 channel.py     gRPC channels that survive forks and signals
 retry.py       errors of failed calls, pauses between attempts
 session.py     one request to one shard, and the sequence numbers of its pushes
+lookup.py      look up all addresses of a DNS name
+discovery.py   find the shards of a cluster behind one DNS name
+places.py      where the shards are: at listed addresses, or behind one name
 link.py        connection to one shard: base class of stream.py and unary.py
 stream.py      connection to one shard through a gRPC stream
 unary.py       connection to one shard through unary calls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Sequence
@@ -26,12 +27,42 @@ def checked_addresses(addresses: Any) -> list[str]:
         or not all(isinstance(each, str) for each in addresses)
     ):
         raise InvalidArgument(
-            f"addresses must be a non-empty list of 'host:port', got {addresses!r}"
+            "addresses must be a non-empty list of 'host:port', or one string 'name:port' with a"
+            f" DNS name that leads to all shards, got {addresses!r}"
         )
     for shard, address in enumerate(addresses):
         if wrong := problem(address):
             raise InvalidArgument(f"addresses: shard {shard} at {address!r}: {wrong}")
     return list(addresses)
+
+
+def checked_where(where: Any) -> str | list[str]:
+    """Return where the shards of a cluster are, after checking the format.
+
+    where  one DNS name with a port, such as "ps:7000", that leads to all shards; or a list of the
+           addresses of all shards, in order
+
+    Raises InvalidArgument if the format is wrong. A string with an IP address is refused too: it
+    leads to one shard, so it must be in a list.
+    """
+    if isinstance(where, str) and where:
+        if wrong := problem(where):
+            raise InvalidArgument(f"addresses: {where!r}: {wrong}")
+        if is_name(where):
+            return where
+    return checked_addresses(where)
+
+
+def is_name(address: str) -> bool:
+    """Return whether an address is "name:port", and not an IP address or a path."""
+    host, colon, _ = address.rpartition(":")
+    if address.startswith("unix:") or host.startswith("[") or not colon:
+        return False
+    try:
+        ipaddress.IPv4Address(host)
+    except ValueError:
+        return True
+    return False
 
 
 def problem(address: str) -> str | None:

@@ -8,6 +8,11 @@ again. The child never touches the channels that it inherited; it opens its own.
 inherited channels it cannot shut down.) numba's compiler lock is also taken during a fork: if
 another thread held it while it loaded a kernel, the lock would stay locked in the child.
 
+Outages. When a name cannot be resolved for a while, a gRPC channel finds the server late: after
+each failed look-up its resolver pauses longer, up to two minutes, and no option shortens that. So
+the first call after a failure opens a new gRPC channel, which looks the name up at once. This
+happens at most every REOPEN_SECONDS. Calls that still run on the old gRPC channel end there.
+
 Signals. A signal handler may raise an exception in the middle of gRPC's Python code, which would
 leave locks locked and a stream that can never be read again. So every call into gRPC is made inside
 a Shield (signals.py), which delays signal handlers. A signal that arrives during a wait cancels the
@@ -21,26 +26,31 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 from numba.core.compiler_lock import global_compiler_lock
 
 from psclient.errors import Unavailable
+from psclient.routes import Route
 from psclient.signals import Shield
 from psproto import keepalive
 
 Options = tuple[tuple[str, int], ...]
 
 FORK_PATIENCE = 2.0  # maximum time that a fork waits for cancelled calls to end, in seconds
+REOPEN_SECONDS = 0.5  # shortest time between two gRPC channels to a server that is not reached
+DETAILS = "grpc-status-details-bin"  # trailer with details of a server's error
 PROXY = "grpc.enable_http_proxy"
 OPTIONS: Options = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 1000),  # maximum time to connect, despite its name
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.dns_min_time_between_resolutions_ms", 1000),
+    ("grpc.dns_ares_query_timeout", 5000),  # ms; then the look-up of a name fails, and is repeated
     *keepalive.client_options(),
     ("grpc.use_local_subchannel_pool", 1),  # else a forked child reuses its parent's connections
     (PROXY, 0),
@@ -56,21 +66,33 @@ def options(*, proxy: bool) -> Options:
     return tuple((name, int(proxy) if name == PROXY else value) for name, value in OPTIONS)
 
 
+@dataclass(eq=False, slots=True)
+class _Opened:
+    """A gRPC channel, and what happened on it."""
+
+    channel: Any  # gRPC's object
+    address: str  # "host:port" that it connects to
+    since: float  # when it was opened, in monotonic seconds
+    calls: set[Any] = field(default_factory=set)  # running calls: gRPC's objects
+    failed: bool = False  # whether a call failed because the server was not reached, or another was
+
+
 class Channel:
     """Connection to one server. Thread-safe.
 
-    address  "host:port"
+    route    address of the server, which may change
     options  options of the gRPC channel
 
-    A gRPC channel is opened by the first call. ``method`` is a path in all methods, such as
-    "/ps.v1.RowService/Stream". Calls on a closed Channel raise Unavailable.
+    A gRPC channel is opened by the first call, and a new one by the first call after a failure (see
+    the top of this file) or after the address has changed. ``method`` is a path in all methods,
+    such as "/ps.v1.RowService/Stream". Calls on a closed Channel raise Unavailable.
     """
 
-    def __init__(self, address: str, options: Options = OPTIONS) -> None:
-        self._address = address
+    def __init__(self, route: Route, options: Options = OPTIONS) -> None:
+        self.route = route
         self._options = options
-        self._channel: Any = None  # gRPC's, once the first call is made
-        self._calls: set[Any] = set()
+        self._opened: _Opened | None = None  # once the first call is made
+        self._replaced: list[_Opened] = []  # former gRPC channels; some calls may still run on them
         self._closed = False
 
     def open_stream(self, method: str, requests: Iterator[bytes]) -> Any:
@@ -80,7 +102,9 @@ class Channel:
         requests  encoded messages to send; the stream takes each as soon as it can be sent
         """
         with Shield(), _gate:
-            return self._note(self._open().stream_stream(method)(requests))
+            opened = self._open()
+            call = opened.channel.stream_stream(method)
+            return self._note(opened, call(requests, metadata=self.route.metadata))
 
     def start(self, method: str, message: bytes, timeout: float) -> Any:
         """Start a unary call and return it, to be passed to ``result`` and ``cancel``.
@@ -90,7 +114,11 @@ class Channel:
         timeout  seconds
         """
         with Shield(), _gate:
-            return self._note(self._open().unary_unary(method).future(message, timeout=timeout))
+            opened = self._open()
+            call = opened.channel.unary_unary(method)
+            return self._note(
+                opened, call.future(message, timeout=timeout, metadata=self.route.metadata)
+            )
 
     def call(self, method: str, message: bytes, timeout: float) -> bytes:
         """Make a unary call and return the encoded reply.
@@ -135,42 +163,91 @@ class Channel:
         """Close the connection and end all its calls."""
         with Shield(), _gate:
             self._closed = True
-            if self._channel is not None:
-                self._channel.close()
+            for opened in self._all():
+                opened.channel.close()
 
     def quiet(self) -> None:
         """Cancel every call, before a fork; wait until gRPC's threads for the calls have ended.
 
         Waits at most FORK_PATIENCE seconds. The caller holds ``_gate``, so that no call can start.
         """
-        for call in self._calls.copy():
-            call.cancel()
         deadline = time.monotonic() + FORK_PATIENCE
-        state: Any = getattr(self._channel, "_call_state", None)  # gRPC has no public name for it
-        while len(self._calls) or getattr(state, "managed_calls", 0):
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.0005)
+        for opened in self._all():
+            for call in opened.calls.copy():
+                call.cancel()
+        for opened in self._all():
+            state: Any = getattr(opened.channel, "_call_state", None)  # gRPC has no public name
+            while len(opened.calls) or getattr(state, "managed_calls", 0):
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.0005)
 
-    def _open(self) -> Any:
-        """Return the gRPC channel; create it at the first call.
+    def _all(self) -> list[_Opened]:
+        """Return the gRPC channel in use, if there is one, and the former ones."""
+        return [*self._replaced, *([self._opened] if self._opened else [])]
+
+    def _open(self) -> _Opened:
+        """Return the gRPC channel; create it at the first call, and anew where that may help.
 
         Raises Unavailable if this Channel was closed.
         """
         if self._closed:
-            raise Unavailable(f"the connection to {self._address} is closed")
-        if self._channel is None:
-            self._channel = grpc.insecure_channel(self._address, options=self._options)
+            raise Unavailable(f"the connection to {self.route.address} is closed")
+        opened = self._opened
+        if opened is not None and self._outdated(opened):
+            self._replaced.append(opened)
+            opened = None
+        if opened is None:
+            self._close_unused()
+            address = self.route.address
+            channel = grpc.insecure_channel(address, options=self._options)
+            opened = self._opened = _Opened(channel, address, time.monotonic())
             _channels.add(self)
             _register_hooks()
-        return self._channel
+        return opened
 
-    def _note(self, call: Any) -> Any:
-        """Remember a gRPC call until it ends, so that a fork can cancel it. Returns ``call``."""
-        self._calls.add(call)
-        if not call.add_callback(lambda: self._calls.discard(call)):  # it has ended already
-            self._calls.discard(call)
+    def _outdated(self, opened: _Opened) -> bool:
+        """Return whether to replace a gRPC channel: it failed, or the address has changed."""
+        if opened.address != self.route.address:
+            return True
+        return opened.failed and time.monotonic() - opened.since >= REOPEN_SECONDS
+
+    def _close_unused(self) -> None:
+        """Close the former gRPC channels on which no call runs any more."""
+        unused = [each for each in self._replaced if not each.calls]
+        self._replaced = [each for each in self._replaced if each.calls]
+        for opened in unused:
+            opened.channel.close()
+
+    def _note(self, opened: _Opened, call: Any) -> Any:
+        """Remember a gRPC call until it ends, so that a fork can cancel it. Returns ``call``.
+
+        opened  the gRPC channel on which it runs. If the call fails because the server was not
+                reached, or is another one, that is recorded there
+        """
+        opened.calls.add(call)
+
+        def end() -> None:
+            opened.calls.discard(call)
+            if _unreached(call):
+                opened.failed = True
+                self.route.failed(opened.address)
+
+        if not call.add_callback(end):  # it has ended already
+            end()
         return call
+
+
+def _unreached(call: Any) -> bool:
+    """Return whether a gRPC call that has ended failed because it did not reach the right server.
+
+    A server that answers with an error adds a trailer, and names OTHER_SHARD in it if the call was
+    meant for another server.
+    """
+    if call.code() is not grpc.StatusCode.UNAVAILABLE:
+        return False
+    details = dict(call.trailing_metadata() or ()).get(DETAILS, b"")
+    return not details or b"OTHER_SHARD" in details
 
 
 _gate = threading.RLock()  # held during every call into gRPC, and for the duration of a fork

@@ -28,7 +28,8 @@ from psproto import ps_pb2 as pb
 class Client(RowClient):
     """Client of a cluster of shards. Thread-safe; usable in forked processes; can be pickled.
 
-    addresses    "host:port" of every shard, in the order of the shards
+    addresses    list with "host:port" of every shard, in the order of the shards; or one string
+                 "name:port", in which the DNS name leads to all shards, in any order
     wire         dtype of embeddings and gradients on the wire: "float32", "bfloat16", "float16"
     timeout      seconds that an operation may take, connecting and retries included
     transport    "stream" (fast), or "unary" (one RPC per message)
@@ -39,6 +40,9 @@ class Client(RowClient):
     proxy        whether to use the HTTP proxy that the environment variables (http_proxy etc.) name
 
     The client connects at the first use. Its methods raise subclasses of PsError (psclient.errors).
+    Given one DNS name, it looks up all addresses of the name, and waits until all shards of the
+    cluster have answered there. It follows shards whose addresses change.
+
     It closes itself once it is no longer referenced. Pickling keeps addresses and options, but not
     client_id and incarnation: the unpickled client opens its own connections, under a random
     client_id. copy.copy and copy.deepcopy return the same client.

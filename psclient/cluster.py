@@ -17,6 +17,7 @@ from psclient.channel import options
 from psclient.errors import InvalidArgument, PsError, Unavailable
 from psclient.fanout import Ask, ask_all
 from psclient.link import Link
+from psclient.places import Places
 from psclient.session import Session
 from psclient.signals import Shield, wake_delayed
 from psclient.stream import StreamLink
@@ -36,7 +37,7 @@ class Cluster:
 
     Arguments:
 
-    addresses    "host:port" of every shard, in order
+    places       where the shards are
     transport    "stream" or "unary"
     client_id    identity of the client; 0: a random one for each shard
     incarnation  number that grows with each use of the same client_id
@@ -57,7 +58,7 @@ class Cluster:
 
     def __init__(
         self,
-        addresses: Sequence[str],
+        places: Places,
         transport: str,
         client_id: int,
         incarnation: int,
@@ -68,11 +69,11 @@ class Cluster:
         self.process = os.getpid()
         self._stop: SimpleQueue[None] = SimpleQueue()
         self.links: list[Link] = []
-        for shard, address in enumerate(addresses):
-            session = Session(client_id or secrets.randbits(63) + 1, incarnation)
-            where = f"shard {shard} at {address}"
-            self.links.append(LINKS[transport](where, address, session, options(proxy=proxy)))
         try:
+            for shard, route in enumerate(places.routes(deadline)):
+                session = Session(client_id or secrets.randbits(63) + 1, incarnation)
+                link = LINKS[transport](places.where(shard), route, session, options(proxy=proxy))
+                self.links.append(link)
             infos = self.refresh(deadline)
         except Unavailable as error:
             self.close()
@@ -80,6 +81,8 @@ class Cluster:
         except BaseException:
             self.close()
             raise
+        for shard, (link, info) in enumerate(zip(self.links, infos, strict=True)):
+            link.channel.route.expect(shard, len(infos), info.cluster)
         self.message_bytes = min(int(info.limits.message_bytes) for info in infos) - ROOM
         self.keys = min(int(info.limits.keys) for info in infos)
         with Shield():

@@ -12,10 +12,11 @@ from contextlib import suppress
 from typing import Any, Self
 
 from psclient import checked
-from psclient.addresses import checked_addresses
+from psclient.addresses import checked_where
 from psclient.choices import WIRES, Transport, Wire
 from psclient.cluster import Cluster
 from psclient.errors import DeadlineExceeded, InvalidArgument
+from psclient.places import places_of
 
 started: contextvars.ContextVar[float | None] = contextvars.ContextVar("started", default=None)
 """When the running operation began, in monotonic seconds; None: now.
@@ -33,7 +34,7 @@ class Connection:
 
     def __init__(
         self,
-        addresses: Sequence[str],
+        addresses: str | Sequence[str],
         *,
         wire: Wire = "float32",
         timeout: float = 30.0,
@@ -42,13 +43,14 @@ class Connection:
         incarnation: int | None = None,
         proxy: bool = False,
     ) -> None:
-        self._addresses = checked_addresses(addresses)
+        self._addresses = checked_where(addresses)
         if transport not in ("stream", "unary"):
             raise InvalidArgument(f"transport must be 'stream' or 'unary', got {transport!r}")
         self._dtype = checked.one_of("wire", wire, WIRES)
         self._timeout = checked.seconds("timeout", timeout)
         self._transport = transport
         self._proxy = bool(proxy)
+        self._places = places_of(self._addresses, proxy=self._proxy)
         self._client_id = checked.integer("client_id", client_id, 0, 1 << 64)
         if incarnation is None:
             incarnation = time.time_ns()
@@ -148,7 +150,7 @@ class Connection:
         cluster = self._cluster
         if cluster is None or cluster.process != os.getpid():
             cluster = Cluster(
-                self._addresses,
+                self._places,
                 self._transport,
                 self._client_id,
                 self._incarnation,
@@ -163,12 +165,20 @@ class Connection:
                 self._require_open()
         return cluster
 
+    def _shards(self) -> int:
+        """Return the number of shards. Searches for them if the client was given one DNS name."""
+        if isinstance(self._addresses, str):
+            return len(self._places.routes(self._deadline()))
+        return len(self._addresses)
+
     def _require_open(self) -> None:
         if self._closed:
             raise InvalidArgument("the client is closed")
 
 
-def _load(kind: type[Connection], addresses: Sequence[str], options: dict[str, Any]) -> Connection:
+def _load(
+    kind: type[Connection], addresses: str | Sequence[str], options: dict[str, Any]
+) -> Connection:
     """Recreate a pickled client."""
     return kind(addresses, **options)
 

@@ -93,7 +93,8 @@ class _Following:
 class Follower:
     """Copies in memory of tables of all shards, kept up to date. Thread-safe.
 
-    where        "host:port" of every shard in order, or a Client
+    where        "host:port" of every shard in order, or one "name:port", or a Client, which
+                 explains both
     tables       names of the tables to follow; None: all tables
     wire         dtype of embeddings on the wire: "float32", "bfloat16" or "float16"
     coalesce_ms  servers may hold back changes for this many milliseconds, to send only the newest
@@ -101,7 +102,8 @@ class Follower:
     on_change    called with every Change after the follower has accepted it, on the follower's
                  thread
 
-    Creating it only checks the arguments; ``open`` connects.
+    Creating it only checks the arguments; ``open`` connects. Given one DNS name, creating it also
+    searches for the shards, and may raise Unavailable.
 
     While a shard is down, the follower tries to reconnect and serves the rows that it has. Any
     other error stops it; from then on ``pull`` and ``wait_for`` raise that error.
@@ -113,7 +115,7 @@ class Follower:
 
     def __init__(
         self,
-        where: Sequence[str] | Client,
+        where: str | Sequence[str] | Client,
         *,
         tables: Iterable[str] | None = None,
         wire: Wire = "float32",
@@ -122,7 +124,7 @@ class Follower:
     ) -> None:
         self._own = None if isinstance(where, Client) else Client(where)
         self._client: Client = where if isinstance(where, Client) else self._own  # type: ignore[assignment]
-        self._where = where if isinstance(where, Client) else list(where)
+        self._where = where if isinstance(where, Client) else self._client._addresses
         self._options: dict[str, Any] = {
             "tables": None if tables is None else checked.names_of("tables", tables),
             "wire": wire,
@@ -132,7 +134,7 @@ class Follower:
         options = {name: value for name, value in self._options.items() if name != "on_change"}
         endless = float("inf")  # reconnect for as long as a shard is down
         subscriber = Subscriber(self._client, timeout=endless, when_lost="snapshot", **options)
-        self._following = _Following(subscriber, len(self._client._addresses), on_change)
+        self._following = _Following(subscriber, self._client._shards(), on_change)
         self._shard_map: routing.ShardMap | None = None  # None: not open
         self._process: int | None = None  # id of the process that opened it
         self._opens_itself = False
@@ -388,7 +390,7 @@ def _close(following: _Following, own: Client | None, process: int) -> None:
             own.close()
 
 
-def _load(where: Sequence[str] | Client, options: dict[str, Any], opened: bool) -> Follower:
+def _load(where: str | Sequence[str] | Client, options: dict[str, Any], opened: bool) -> Follower:
     """Recreate a pickled follower.
 
     opened  whether it was open, so that the new one opens itself at its first use

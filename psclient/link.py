@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 
 from psclient.channel import OPTIONS, Channel, Options
 from psclient.errors import Unavailable
+from psclient.routes import Route
 from psclient.session import Call, Session
 from psproto import codec
 
@@ -26,16 +27,16 @@ class Link(ABC):
     """Connection to one shard, over which requests are sent and answered. Thread-safe.
 
     where    name of the shard in error messages: "shard 1 at 127.0.0.1:7001"
-    address  "host:port"
+    route    address of the shard
     session  numbers the pushes, so that the shard applies each once
     options  options of the gRPC channel
     """
 
     def __init__(
-        self, where: str, address: str, session: Session, options: Options = OPTIONS
+        self, where: str, route: Route, session: Session, options: Options = OPTIONS
     ) -> None:
         self.where = where
-        self.channel = Channel(address, options)
+        self.channel = Channel(route, options)
         self.session = session
         self.lock = threading.RLock()
         self._ids = itertools.count(1)

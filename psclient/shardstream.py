@@ -13,6 +13,7 @@ from psclient.changes import Change, read_change
 from psclient.channel import Channel, options
 from psclient.errors import LogDiverged, PsError, Unavailable, VersionCompacted, VersionInFuture
 from psclient.retry import FIRST_PAUSE, LONGEST_PAUSE, RETRYABLE, rpc_error
+from psclient.routes import Route
 from psclient.signals import Condition
 from psproto import codec
 from psproto import ps_pb2 as pb
@@ -101,7 +102,8 @@ class ShardStream:
 
     queue      receives the changes, and a PsError if the subscription cannot continue
     shard      number of the shard
-    address    "host:port"
+    where      name of the shard in error messages: "shard 1 at 127.0.0.1:7001"
+    route      address of the shard
     request    request to send, with the token to continue from; its token is kept up to date
     timeout    if the shard cannot be reached for this many seconds, Unavailable is queued
     when_lost  what to do if the shard cannot continue from the token: "raise" queues the error,
@@ -115,20 +117,21 @@ class ShardStream:
         self,
         queue: ChangeQueue,
         shard: int,
-        address: str,
+        where: str,
+        route: Route,
         request: pb.SubscribeRequest,
         timeout: float,
         when_lost: WhenLost,
         *,
         proxy: bool = False,
     ) -> None:
-        self.where = f"shard {shard} at {address}"
+        self.where = where
         self._queue = queue
         self._shard = shard
         self._request = request
         self._timeout = timeout
         self._when_lost = when_lost
-        self._channel = Channel(address, options(proxy=proxy))
+        self._channel = Channel(route, options(proxy=proxy))
         self._call: Any = None
         self._count = 0
         self._received = False  # whether the newest stream has delivered a message

@@ -24,6 +24,7 @@ from psclient.channel import OPTIONS, Options
 from psclient.errors import DeadlineExceeded, PsError, SessionExpired, Unavailable, error_of
 from psclient.link import Link
 from psclient.retry import FIRST_PAUSE, LONGEST_PAUSE, RETRYABLE
+from psclient.routes import Route
 from psclient.session import Call, Session, pause_before, renumber
 from psclient.signals import Shield
 from psproto import codec
@@ -36,9 +37,9 @@ class StreamLink(Link):
     """Connection to one shard through a gRPC stream. Thread-safe. Link explains the methods."""
 
     def __init__(
-        self, where: str, address: str, session: Session, options: Options = OPTIONS
+        self, where: str, route: Route, session: Session, options: Options = OPTIONS
     ) -> None:
-        super().__init__(where, address, session, options)
+        super().__init__(where, route, session, options)
         self._stream: Any = None
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         self._reader: Call | None = None  # the call of the reader; None: nobody reads

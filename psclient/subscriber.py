@@ -26,11 +26,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from psclient import checked
-from psclient.addresses import checked_addresses
 from psclient.changes import Change
 from psclient.choices import WIRES, Wire
 from psclient.client import Client
 from psclient.errors import InvalidArgument
+from psclient.routes import Route
 from psclient.shardstream import ChangeQueue, ShardStream, WhenLost
 from psclient.signals import Shield
 from psproto import ps_pb2 as pb
@@ -54,7 +54,8 @@ READY = 4  # maximum number of changes per shard that wait in the queue
 class Subscriber:
     """Iterator over the changes of all shards. One thread may iterate; any thread may close it.
 
-    where          "host:port" of every shard in order, or a Client
+    where          "host:port" of every shard in order, or one "name:port", or a Client, which
+                   explains both
     tables         names of tables, which need not exist yet; None: all tables
     content        what to send of changed rows. "values": keys and embeddings. "keys": keys only.
                    "values_and_state": embeddings, optimizer state, steps, frequencies
@@ -74,7 +75,8 @@ class Subscriber:
                    VersionCompacted, LogDiverged or VersionInFuture. "snapshot": begin again with a
                    snapshot
 
-    Creating it only checks the arguments, and raises InvalidArgument if one is invalid. ``open``
+    Creating it only checks the arguments, and raises InvalidArgument if one is invalid. Given one
+    DNS name, it also searches for the shards, and may raise Unavailable. ``open``
     connects, or else the first ``next``. Iterating may raise a PsError, such as NoLog if a shard
     has no data directory.
 
@@ -85,7 +87,7 @@ class Subscriber:
 
     def __init__(
         self,
-        where: Sequence[str] | Client,
+        where: str | Sequence[str] | Client,
         *,
         tables: Iterable[str] | None = None,
         content: Content = "values",
@@ -99,8 +101,6 @@ class Subscriber:
         timeout: float = 30.0,
         when_lost: WhenLost = "raise",
     ) -> None:
-        addresses = where._addresses if isinstance(where, Client) else checked_addresses(where)
-        start_from = _tokens(tokens, len(addresses))
         self._options: dict[str, Any] = {
             "tables": None if tables is None else checked.names_of("tables", tables),
             "content": content,
@@ -114,9 +114,10 @@ class Subscriber:
             "when_lost": when_lost,
         }
         self._request = _request(self._options)
-        self._where = where if isinstance(where, Client) else addresses
-        self._addresses = addresses
-        self._queue = ChangeQueue(start_from, READY * len(addresses))
+        self._client = where if isinstance(where, Client) else Client(where)
+        self._where = where if isinstance(where, Client) else self._client._addresses
+        self._shards = self._client._shards()
+        self._queue = ChangeQueue(_tokens(tokens, self._shards), READY * self._shards)
         self._process: int | None = None  # id of the process that opened it
         self._end: weakref.finalize[..., Subscriber] | None = None
 
@@ -142,9 +143,10 @@ class Subscriber:
         if self._queue.closed:
             raise InvalidArgument("the subscriber is closed")
         if self._process is None:
+            routes = self._client._places.routes(self._client._deadline())
             with Shield():
                 self._process = os.getpid()
-                streams = [self._stream(shard) for shard in range(len(self._addresses))]
+                streams = [self._stream(shard, route) for shard, route in enumerate(routes)]
                 self._end = weakref.finalize(self, _close, self._queue, streams, self._process)
                 for stream in streams:
                     stream.open()
@@ -192,7 +194,7 @@ class Subscriber:
         if self._end is not None:
             self._end()
 
-    def _stream(self, shard: int) -> ShardStream:
+    def _stream(self, shard: int, route: Route) -> ShardStream:
         """Create the ShardStream of one shard, without connecting."""
         request = pb.SubscribeRequest()
         request.CopyFrom(self._request)
@@ -201,11 +203,12 @@ class Subscriber:
         return ShardStream(
             self._queue,
             shard,
-            self._addresses[shard],
+            self._client._places.where(shard),
+            route,
             request,
             options["timeout"],
             options["when_lost"],
-            proxy=isinstance(self._where, Client) and self._where._proxy,
+            proxy=self._client._proxy,
         )
 
     def _check_process(self) -> None:
@@ -268,6 +271,6 @@ def _close(queue: ChangeQueue, streams: list[ShardStream], process: int) -> None
             stream.close()
 
 
-def _load(where: Sequence[str] | Client, options: dict[str, Any]) -> Subscriber:
+def _load(where: str | Sequence[str] | Client, options: dict[str, Any]) -> Subscriber:
     """Recreate a pickled subscriber."""
     return Subscriber(where, **options)

@@ -77,6 +77,7 @@ limits.py        admit requests: memory in flight, restore, drain
 pool.py          thread pool whose threads do not block the exit of the process
 workers.py       the thread pools of a server
 transport.py     gRPC options that limit memory
+identity.py      the shard that this server is, and the one that a call is for
 door.py          checks that every gRPC method passes first
 health.py        the health service
 handlers.py      build the gRPC handlers of all kinds of methods

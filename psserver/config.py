@@ -29,6 +29,7 @@ from psserver.memory import Plan, default_inflight, memory_limit, show, transpor
 
 PREFIX = "PSCONFIG_"  # not PS_: for a service named ps, Kubernetes injects variables PS_...
 CONFIG = "PSCONFIG_FILE"  # variable with the path of the TOML file
+LAST_PORT = 65535
 METAVARS = {"dict[str,JSON]": "JSON", "int": "N", "float": "SECONDS", "str": "TEXT", "Path": "PATH"}
 
 
@@ -93,6 +94,17 @@ class ServerConfig(BaseSettings):
         le=1024,
         description="Number of shards in the cluster; the same for all of them. It is fixed when"
         " the first row is stored: to change it, restore a checkpoint into a new cluster",
+    )
+    cluster: str = Field(
+        "",
+        description="Name of the cluster, the same for all its shards: at most 128 letters, digits"
+        " and _ . / - . With it, clients never mistake a shard of another cluster for one of"
+        " theirs, even if it gets the same address",
+    )
+    advertise: str = Field(
+        "",
+        description="Address HOST:PORT under which clients that look up one DNS name reach this"
+        " shard. Without it, they use the address at which the shard answered them",
     )
     host: str = Field(
         "127.0.0.1",
@@ -260,6 +272,24 @@ class ServerConfig(BaseSettings):
         ge=0,
         description="Maximum time to finish requests in flight when the server stops, in seconds",
     )
+
+    @field_validator("cluster")
+    @classmethod
+    def _check_cluster(cls, cluster: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9_./-]{0,128}", cluster):
+            raise ValueError("must have at most 128 characters, all letters, digits or _ . / -")
+        return cluster
+
+    @field_validator("advertise")
+    @classmethod
+    def _check_advertise(cls, advertise: str) -> str:
+        if advertise:
+            host, _, port = advertise.rpartition(":")
+            if not (port.isascii() and port.isdigit() and 1 <= int(port) <= LAST_PORT and host):
+                raise ValueError("must be HOST:PORT, such as ps-0.ps:7000 or [fd00::1]:7000")
+            if ":" in bare_host(host) and not host.startswith("["):
+                raise ValueError("an IPv6 address must be in brackets: [fd00::1]:7000")
+        return advertise
 
     @field_validator("host")
     @classmethod

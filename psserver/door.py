@@ -11,7 +11,8 @@ from google.protobuf.message import DecodeError
 
 from psproto import codec
 from psserver.connections import Connections
-from psserver.errors import Overloaded, Refused, TooLarge
+from psserver.errors import OtherShard, Overloaded, Refused, TooLarge
+from psserver.identity import IDENTITY, Identity
 from psserver.limits import CONTROL_BYTES
 from psserver.status import abort
 
@@ -26,18 +27,17 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     connections  counts the complete messages of each connection
     refusal      the error with which calls are refused until ``open``
+    identity     this shard; calls of ps.v1 that name a different one are refused
     """
 
-    def __init__(self, connections: Connections, refusal: Refused) -> None:
+    def __init__(self, connections: Connections, refusal: Refused, identity: Identity) -> None:
         self._connections = connections
+        self._identity = identity
+        self._right = ""  # newest value of the metadata IDENTITY that named this shard
         self._methods: dict[str, Handler] = {}
         self._opened = False
         self._streams = 0  # open streams of services other than ps.v1
-
-        async def refuse(_: Any, context: Context) -> None:
-            await abort(context, refusal)
-
-        self._closed = grpc.stream_stream_rpc_method_handler(refuse)  # fits all kinds of methods
+        self._closed = _refusing(refusal)
 
     def open(self, methods: Mapping[str, Handler]) -> None:
         """Begin to serve methods.
@@ -50,8 +50,14 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
         """Return the handler of the called method; None if there is no such method."""
         method = handler_call_details.method
-        if not self._opened and method.startswith("/ps.v1."):
-            return self._closed
+        if method.startswith("/ps.v1."):
+            for key, value in handler_call_details.invocation_metadata:
+                if key == IDENTITY and value != self._right:
+                    if (expected := self._identity.differs(value)) is not None:
+                        return _refusing(OtherShard(str(self._identity), expected))
+                    self._right = value
+            if not self._opened:
+                return self._closed
         return self._methods.get(method)
 
     # ---- the interface of a server that generated code uses
@@ -134,3 +140,12 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(watch, None, answer)
         return grpc.unary_unary_rpc_method_handler(unary, None, answer)
+
+
+def _refusing(error: Refused) -> Handler:
+    """Return a handler, for all kinds of methods, that refuses each call with ``error``."""
+
+    async def refuse(_: Any, context: Context) -> None:
+        await abort(context, error)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)

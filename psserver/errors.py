@@ -27,6 +27,7 @@ A token is a subscriber's position in the version log, the shard's record of eve
   - Busy              too many long operations are running; retry later
   - Starting          the shard is not ready yet
   - NotAShard         the server has a number that no shard of the cluster has
+  - OtherShard        the call was meant for a different shard or cluster
   - Draining          the server is stopping, or the client has gone away
   - DeadlinePassed    the deadline passed before the request began; nothing was applied
 """
@@ -293,6 +294,21 @@ class NotAShard(Refused):
     @property
     def metadata(self) -> dict[str, str]:
         return self._numbers
+class OtherShard(Refused):
+    """The call was meant for a different shard or cluster.
+
+    here      identity of this server: "shard 1 of 3 of cluster 'prod'"
+    expected  the same of the server that the client expected
+    """
+
+    reason = "OTHER_SHARD"
+    retry_after = 0.5
+
+    def __init__(self, here: str, expected: str) -> None:
+        super().__init__(
+            f"this server is {here}, but the client expected {expected}: the address now leads to"
+            " a different server"
+        )
 
 
 class Draining(Refused):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable
 
@@ -36,6 +37,7 @@ class ServerInfo:
         self._log = log
         self._flushed = flushed
         self._started = time.monotonic()
+        self._start = 1 + secrets.randbits(63)
 
     async def read(self) -> pb.GetServerInfoResponse:
         """Return the response. While many tables are counted, the event loop runs other calls."""
@@ -64,5 +66,8 @@ class ServerInfo:
             log_bytes=0 if log is None else sum(each.size for each in log.files.segments),
             log_first_version=0 if log is None else log.first,
             damaged_blocks=sum(shard.checks.counts(name)[0] for name in tables),
+            cluster=config.cluster,
+            advertise=config.advertise,
+            start=self._start,
             flush_age_seconds=0.0 if self._flushed is None else now - self._flushed(),
         )

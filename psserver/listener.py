@@ -21,6 +21,7 @@ from psserver.connections import Connections
 from psserver.door import Door
 from psserver.errors import NotAShard, Starting
 from psserver.health import Health
+from psserver.identity import Identity
 from psserver.service import Service
 
 SERVICES = (
@@ -44,7 +45,8 @@ class Listener:
         self._health = Health()
         self.connections = Connections(config.port, config.memory.transport, config.receive_seconds)
         surplus = NotAShard(config.shard, config.shards) if config.surplus else None
-        self._door = Door(self.connections, surplus or Starting())
+        identity = Identity(config.shard, config.shards, config.cluster)
+        self._door = Door(self.connections, surplus or Starting(), identity)
 
     async def listen(self) -> None:
         """Open the port and report that the shard is alive but not ready.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -12,9 +13,11 @@ import grpc
 
 from psclient import addresses
 from psclient.channel import OPTIONS, Channel
+from psclient.discovery import Discovery
 from psclient.errors import InvalidArgument, PsError
 from psclient.restores import OVER, PREPARED
 from psclient.retry import rpc_error
+from psclient.routes import Route
 from psproto import ps_pb2 as pb
 
 STATES = {  # by reason of the error
@@ -57,15 +60,47 @@ class ShardStatus:
         return self.state == "ready"
 
 
-def status(where: Sequence[str], *, timeout: float = 5.0) -> list[ShardStatus]:
-    """Return the state of every shard, in the order of ``where``. Raises nothing.
+def status(where: str | Sequence[str], *, timeout: float = 5.0) -> list[ShardStatus]:
+    """Return the state of every shard, in order. Raises nothing.
 
-    where    "host:port" of every shard, in order
-    timeout  seconds to wait for each shard
+    where    "host:port" of every shard, in order; or one "name:port" that leads to all shards
+    timeout  seconds to wait for each shard, and for the search behind a name
     """
+    if isinstance(where, str):
+        return _behind(where, max(timeout, 0.01))
     shards = range(len(where))
     with ThreadPoolExecutor(max(1, min(len(where), 64)), "psclient-status") as pool:
         return list(pool.map(lambda i: _ask(i, len(where), where[i], max(timeout, 0.01)), shards))
+
+
+def _behind(name: str, timeout: float) -> list[ShardStatus]:
+    """Return the state of every shard behind a DNS name; see ``status``.
+
+    Shards that were not found are "unreachable". If there is none, or more than one cluster, the
+    list has one item, with the reason.
+    """
+    if wrong := addresses.problem(name):
+        text = f"{name!r}: {wrong}"
+        return [ShardStatus(shard=0, address=name, state="unreachable", problem=text)]
+    discovery = Discovery(name, OPTIONS)
+    deadline = time.monotonic() + timeout
+    with closing(discovery):
+        while not (discovery.complete() or discovery.heard) and time.monotonic() < deadline:
+            discovery.step(deadline)
+        known, problem = {each.shard: each for each in discovery.best()}, discovery.problem()
+    if not known or isinstance(problem, InvalidArgument):
+        return [ShardStatus(shard=0, address=name, state="unreachable", problem=str(problem))]
+    shards = next(iter(known.values())).shards
+    with ThreadPoolExecutor(min(shards, 64), "psclient-status") as pool:
+        asked = {
+            i: pool.submit(_ask, i, shards, each.address, timeout) for i, each in known.items()
+        }
+    gone = [i for i in range(shards) if i not in asked]
+    missing = [
+        ShardStatus(shard=i, address=name, state="unreachable", problem=str(problem)) for i in gone
+    ]
+    answered = [each.result() for each in asked.values()]
+    return sorted((*answered, *missing), key=lambda each: each.shard)
 
 
 def _ask(shard: int, shards: int, address: str, timeout: float) -> ShardStatus:
@@ -80,7 +115,7 @@ def _ask(shard: int, shards: int, address: str, timeout: float) -> ShardStatus:
             shard=shard, address=address, state="unreachable", problem=f"{address!r}: {wrong}"
         )
     try:
-        with closing(Channel(address, OPTIONS)) as channel:
+        with closing(Channel(Route(address), OPTIONS)) as channel:
             info = _call(
                 channel, "InfoService/GetServerInfo", pb.GetServerInfoRequest(), timeout, address
             )

@@ -18,7 +18,7 @@ from rich import filesize
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from psclient.addresses import checked_addresses
+from psclient.addresses import checked_where, is_name
 from psclient.client import Client
 from psclient.errors import DeadlineExceeded, InvalidArgument, PsError, Unavailable
 from psclient.tools.importer import ImportIncomplete
@@ -29,7 +29,8 @@ Servers = Annotated[
     str,
     typer.Option(
         envvar="PSCTL_SERVERS",
-        help="Addresses of all shards, in the order of their numbers: HOST:PORT,HOST:PORT,...",
+        help="Addresses of all shards, in the order of their numbers: HOST:PORT,HOST:PORT,... Or"
+        " one NAME:PORT, if the DNS name has the addresses of all shards.",
     ),
 ]
 
@@ -90,7 +91,7 @@ def connected(servers: str) -> Iterator[Client]:
     unreachable later, the client retries until its timeout, because a restore restarts the shards.
     """
     try:
-        shards = checked_addresses(addresses(servers))
+        shards = checked_where(addresses(servers))
     except InvalidArgument as error:
         raise typer.BadParameter(str(error), param_hint="--servers") from None
     for each in status(shards):
@@ -100,9 +101,10 @@ def connected(servers: str) -> Iterator[Client]:
         yield client
 
 
-def addresses(servers: str) -> list[str]:
-    """Split the value of --servers into addresses."""
-    return [each.strip() for each in servers.split(",")]
+def addresses(servers: str) -> str | list[str]:
+    """Return the value of --servers as ``Client`` takes it: one name, or a list of addresses."""
+    listed = [each.strip() for each in servers.split(",")]
+    return listed[0] if len(listed) == 1 and is_name(listed[0]) else listed
 
 
 @contextmanager
