@@ -54,9 +54,9 @@ def checked_where(where: Any) -> str | list[str]:
 
 
 def is_name(address: str) -> bool:
-    """Return whether an address is "name:port", and not an IP address or a path."""
-    host, colon, _ = address.rpartition(":")
-    if address.startswith("unix:") or host.startswith("[") or not colon:
+    """Return whether an address is a valid "name:port", and not an IP address or a path."""
+    host = address.rpartition(":")[0]
+    if problem(address) or address.startswith("unix:") or host.startswith("["):
         return False
     try:
         ipaddress.IPv4Address(host)

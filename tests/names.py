@@ -47,11 +47,10 @@ def reply(question: bytes, zone: Zone) -> tuple[str, bytes]:
 
 
 def answer(sock: socket.socket, zone: Callable[[], Zone], asked: list[tuple[float, str]]) -> None:
-    """Answer questions until the socket is closed; append (time, name) of each to ``asked``."""
+    """Answer questions until an empty one; append (time, name) of each to ``asked``."""
     while True:
-        try:
-            question, peer = sock.recvfrom(4096)
-        except OSError:
+        question, peer = sock.recvfrom(4096)
+        if not question:
             return
         name, message = reply(question, zone())
         asked.append((time.monotonic(), name))
@@ -68,10 +67,12 @@ class Names:
         self._socket.bind(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
         arguments = (self._socket, lambda: dict(self.zone), self.asked)
-        threading.Thread(target=answer, args=arguments, daemon=True).start()
+        self._thread = threading.Thread(target=answer, args=arguments)
+        self._thread.start()
 
     def close(self) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.sendto(b"", ("127.0.0.1", self.port))
+        self._thread.join()
         self._socket.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,11 +29,16 @@ def info(shard: int, shards: int, *, cluster: str = "", start: int = 0, advertis
 
 
 class Pod(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """A server at host:port that answers every call with ``says``: a message, or an error."""
+    """A server at host:port that answers every call with ``says``: a message, or an error.
+
+    Calls wait while ``may_answer`` is not set.
+    """
 
     def __init__(self, host: str, port: int, says: Any) -> None:
         self.says = says
         self.asked = 0
+        self.may_answer = threading.Event()
+        self.may_answer.set()
         self.address = f"{host}:{port}"
         self._server = grpc.server(ThreadPoolExecutor(2), options=[("grpc.so_reuseport", 0)])
         self._server.add_generic_rpc_handlers((self,))
@@ -44,6 +50,7 @@ class Pod(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     def _answer(self, _: bytes, context: grpc.ServicerContext) -> bytes:
         self.asked += 1
+        self.may_answer.wait(20)
         if isinstance(self.says, Refused):
             status = status_of(self.says)
             context.set_trailing_metadata(
