@@ -294,6 +294,8 @@ class NotAShard(Refused):
     @property
     def metadata(self) -> dict[str, str]:
         return self._numbers
+
+
 class OtherShard(Refused):
     """The call was meant for a different shard or cluster.
 

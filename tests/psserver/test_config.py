@@ -49,6 +49,8 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "checkpoint_url": ("file:///a", "file:///b", "s3://c"),
     "checkpoint_store_seconds": (1.0, 2.5, 120.0),
     "drain_seconds": (0.0, 1.5, 2.0),
+    "cluster": ("", "a", "prod/ps-0.b_c"),
+    "advertise": ("ps-0.ps:7000", "10.0.0.1:1", "[fd00::1]:65535"),
 }
 CLUSTER = {"shards": 100}  # so that every shard number above is one of the cluster
 
@@ -96,6 +98,13 @@ BAD: list[tuple[str, Any, str]] = [
     ("max_tombstones", -1, "greater than or equal to 0"),
     ("checkpoint_store_seconds", 0, "greater than 0"),
     ("drain_seconds", -0.5, "greater than or equal to 0"),
+    ("cluster", "a b", "must have at most 128 characters"),
+    ("cluster", 129 * "a", "must have at most 128 characters"),
+    ("advertise", "ps-0.ps", "must be HOST:PORT"),
+    ("advertise", "ps-0.ps:0", "must be HOST:PORT"),
+    ("advertise", "ps-0.ps:65536", "must be HOST:PORT"),
+    ("advertise", "http://ps-0.ps:7000", "must be a host without a port"),
+    ("advertise", "fd00::1:7000", "an IPv6 address must be in brackets"),
     ("port", "seventy", "valid integer"),
     ("drain_seconds", "soon", "valid number"),
 ]
@@ -166,6 +175,8 @@ def test_without_any_source_the_defaults_hold() -> None:
         "max_subscribers": 64,
         "busy_poll_seconds": 0.0,
         "drain_seconds": 10.0,
+        "cluster": "",
+        "advertise": "",
     }
     assert 0 < memory < memory_limit().bytes
 
