@@ -117,6 +117,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
             try:
                 request = read(data, context)
             except (Refused, codec.Malformed) as error:
+                del data
                 await abort(context, error)
             return await handler.unary_unary(request, context)
 
@@ -125,6 +126,7 @@ class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
                 with self._stream():
                     await handler.unary_stream(read(data, context), context)
             except (Refused, codec.Malformed) as error:
+                del data
                 await abort(context, error)
 
         async def stream(many: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:

@@ -64,9 +64,12 @@ class Handlers:
                 self._limits.begin_call()
             except Exception as error:
                 self.count_error(name, error)
+                del data
                 await abort(context, error)
+            work = call(data, context)
+            del data  # see ``abort``
             try:
-                return await call(data, context)
+                return await work
             finally:
                 self._limits.end_call()
 
@@ -107,6 +110,7 @@ class Handlers:
                 return answer
             except Exception as error:
                 self.count_error(name, error)
+                del data
                 await abort(context, error)
                 raise AssertionError("abort returned") from None
             finally:
@@ -244,6 +248,7 @@ class Handlers:
                     reservation.release()
             except Exception as error:
                 self.count_error(name, error)
+                del data
                 await abort(context, error)
 
         return served

@@ -147,8 +147,26 @@ def reason_of(status: Status) -> str:
     return str(ErrorInfo.FromString(status.details[0].value).reason)
 
 
+def _forget_traceback(error: BaseException) -> None:
+    """Remove the tracebacks of an error and of the errors that led to it."""
+    todo, seen = [error], set[int]()
+    while todo:
+        each = todo.pop()
+        if id(each) not in seen:
+            seen.add(id(each))
+            each.__traceback__ = None
+            todo += [other for other in (each.__cause__, each.__context__) if other is not None]
+
+
 async def abort(context: grpc.aio.ServicerContext[bytes, bytes], error: Exception) -> None:
-    """End a gRPC call with the status for ``error``. Always raises gRPC's AbortError."""
+    """End a gRPC call with the status for ``error``. Always raises gRPC's AbortError.
+
+    gRPC's objects for a failed call refer to each other, so they stay in memory until Python's next
+    garbage collection, and with them the local variables of all functions in tracebacks. So this
+    function removes the traceback of ``error``. The caller must delete its variables that refer to
+    the request.
+    """
+    _forget_traceback(error)
     status = status_of(error)
     context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
     await context.abort(code_of(status), status.message)

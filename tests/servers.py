@@ -164,12 +164,20 @@ def scrape(port: int, table: str | None = None) -> dict[tuple[str, Mapping[str, 
 
 def serve(*flags: str, **variables: str) -> subprocess.Popen[str]:
     """`psserver serve` as a process; its first line of output is "ready"."""
+    return serve_in(None, *flags, **variables)
+
+
+def serve_in(
+    enter: Callable[[], None] | None, *flags: str, **variables: str
+) -> subprocess.Popen[str]:
+    """`psserver serve` as a process that first calls ``enter``, for example to enter a cgroup."""
     return subprocess.Popen(
         [sys.executable, "-m", "psserver", "serve", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**environment(), **variables},
+        preexec_fn=enter,
     )
 
 
