@@ -30,11 +30,11 @@ from psserver.stored import number_in, require_width, schema_in
 from psserver.summaries import read_summary, write_summary
 from psserver.views import TableView
 from storage.admission.rules import Counter
-from storage.analysis import RowColumns, Summary, norms_of
+from storage.analysis import RowColumns, Summary
 from storage.checkpoint import Checkpoint
 from storage.errors import UnknownTable
 from storage.eviction.contract import FIRST_STEP
-from storage.kernels import Rows
+from storage.kernels import Rows, norms_of
 from storage.part_reader import Piece, counters_of, rows_of
 from storage.reuse import EDGES
 from storage.schema import TableSchema

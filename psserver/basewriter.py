@@ -188,17 +188,17 @@ class BaseWriter:
         except Corrupt:
             self._shard.suspect(each.number, source.number)
         data = self.base.raw(source.number)
-        block = rows_over(data, each.number, each.width, source.size)
+        block = rows_over(data, each.number, each.width, source.size, source.format)
         if block is None:
             return Block.empty(each.number, each.width, 0), source.positions[:0]
-        damage = examine(data, each.width, source.size, block.format)
+        damage = examine(data, each.width, source.size, source.format)
         lost = np.zeros(source.size, np.bool_) if damage is None else damage.lost
         return block, source.positions[~lost[source.positions]]
 
     def _add(self, each: CapturedTable, block: Block, slots: NDArray[Any], runs: list[Run]) -> _New:
         """Write a new block of rows of a table."""
         self._require_wanted()
-        number = self.base.add(block.seal())
+        number = self.base.add(block.seal(each.table.schema.dim))
         return _New(number, each, len(block), Zones.of(block), slots, runs)
 
     def _holds(self, each: CapturedTable) -> bool:

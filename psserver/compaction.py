@@ -33,6 +33,7 @@ class Source(NamedTuple):
     number: int  # the block in the base
     positions: Slots  # int64[n], positions in the block of the rows to move
     size: int  # number of rows of the block
+    format: int  # of the block
 
 
 class Run(NamedTuple):
@@ -67,7 +68,8 @@ def choose(blocks: Blocks, width: int, small: set[int], changed: int) -> list[So
         live = blocks.live(extent)
         positions = np.flatnonzero(live & ~blocks.lost(extent))
         if len(positions) and (left := left - len(positions)) >= 0:
-            sources.append(Source(extent, numbers[extent], positions, len(live)))
+            found = extent, numbers[extent], positions, len(live), blocks.format(extent)
+            sources.append(Source(*found))
     return sources
 
 

@@ -58,10 +58,10 @@ class TableSettings(BaseModel):
         " pushed for the longest time; lfu, those that were pushed least often",
     )
     half_life: float = Field(
-        1e6,
+        1e5,
         gt=0,
-        description="With cache = lfu: number of changes of the shard after which a row that is not"
-        " pushed counts as if it had been pushed half as often",
+        description="With cache = lfu: number of training steps of the table after which a row that"
+        " is not pushed counts as if it had been pushed half as often",
     )
 
 

@@ -15,9 +15,8 @@ from psserver.schemas import write_schema
 from psserver.shard import Shard
 from psserver.tombstones import Tombstones, joined, no_tombstones
 from psserver.views import KeyView
-from storage.analysis import norms_of
 from storage.errors import Compacted
-from storage.kernels import Keys
+from storage.kernels import Keys, norms_of
 from storage.records import Cause, DeleteRecord, decode
 from storage.versionlog import VersionLog
 

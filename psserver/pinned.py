@@ -48,6 +48,7 @@ class PinnedBase:
         has them. Any thread may call this. Raises Corrupt if a block is damaged.
         """
         buffer = np.empty(BLOCK_BYTES, np.uint8)
+        dims = {each.number: each.table.schema.dim for each in self.captured.tables}
         for entry in self._entries():
             if entry.zones.greatest_version <= after:
                 continue
@@ -59,7 +60,7 @@ class PinnedBase:
             if kept.all():
                 yield block.data
             elif kept.any():
-                yield reduced(block, kept).seal()
+                yield reduced(block, kept).seal(dims[entry.table])
 
     def _named(self, entry: BlockEntry, error: Corrupt) -> Corrupt:
         """Return the error for a damaged block, with the name of its table."""

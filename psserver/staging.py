@@ -64,9 +64,7 @@ def stage(
     parts = overlapping(checkpoint, shard)
     progress.total = checkpoint.bytes_of(parts)
     with _Writer(directory) as writer:
-        packers = {
-            name: _Packer(numbers[name], schema.width, writer) for name, schema in schemas.items()
-        }
+        packers = {name: _Packer(numbers[name], schema, writer) for name, schema in schemas.items()}
         for part in parts:
             of = _names(checkpoint, part)
             for piece in rows_of(store, checkpoint, part, of, progress.add):
@@ -185,12 +183,14 @@ class _Writer:
         self._thread.submit(self._base.close).result()
         self._thread.shutdown()
 
-    def add(self, block: Block) -> None:
+    def add(self, block: Block, dim: int) -> None:
         """Queue a block to be written. The caller must not change its arrays afterwards.
+
+        dim  numbers in an embedding
 
         If more than AHEAD_BLOCKS blocks wait, this waits until the oldest of them is written.
         """
-        data = block.seal()
+        data = block.seal(dim)
         self._listed.append(
             BlockEntry(
                 number=len(self._added) + len(self._begun),
@@ -249,15 +249,15 @@ class _Packer:
     """Collects the rows of one table into full blocks, and passes the blocks to a writer.
 
     number  number of the table in the new base
-    width   numbers per row
+    schema  of the table
     rows    rows added so far
     """
 
-    def __init__(self, number: int, width: int, writer: _Writer) -> None:
+    def __init__(self, number: int, schema: TableSchema, writer: _Writer) -> None:
         self.rows = 0
         self._writer = writer
-        self._most = rows_per_block(width)
-        self._number, self._width = number, width
+        self._most = rows_per_block(schema.width)
+        self._number, self._width, self._dim = number, schema.width, schema.dim
         self._block: Block | None = None
         self._used = 0
 
@@ -278,7 +278,7 @@ class _Packer:
                 target[self._used : self._used + n] = array[at : at + n]
             at, self._used = at + n, self._used + n
             if self._used == self._most:
-                self._writer.add(self._block)
+                self._writer.add(self._block, self._dim)
                 self._block, self._used = None, 0
 
     def flush(self) -> None:
@@ -287,7 +287,7 @@ class _Packer:
             rest = Block.empty(self._number, self._width, self._used)
             for target, array in zip(_arrays(rest), _arrays(self._block), strict=True):
                 target[:] = array[: self._used]
-            self._writer.add(rest)
+            self._writer.add(rest, self._dim)
         self._block, self._used = None, 0
 
 

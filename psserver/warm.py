@@ -198,7 +198,7 @@ def _write(table: Table, file: int, at: int) -> int:
     meta = table.store.meta(locations)
     block.keys[:], block.versions[:] = meta[:, KEY], meta[:, VERSION]
     block.steps[:], block.frequencies[:] = meta[:, STEP].view(np.int64), meta[:, FREQUENCY]
-    os.pwrite(file, block.seal(), at)
+    os.pwrite(file, block.seal(table.schema.dim), at)
     assert table.store.blocks is not None
     return table.store.blocks.add(at, at, len(block), Zones.of(block), verified=False)
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.kernels import Keys, Rows, inline, jit, measure
+from storage.kernels import Keys, inline, jit
 
 FREQUENCIES = tuple(2.0**i for i in range(32))
 AGES = (0.0, *(2.0**i for i in range(33)))  # steps
@@ -39,13 +39,6 @@ class RowColumns(NamedTuple):
     def take(self, chosen: Any) -> RowColumns:
         """Return the rows that ``chosen`` selects, a mask bool[n] or indices int64[k]."""
         return RowColumns._make([*(column[chosen] for column in self[:-1]), self.tier])
-
-
-def norms_of(matrix: Rows, dim: int) -> NDArray[np.float64]:
-    """Return the L2 norms, float64[n], of the first ``dim`` numbers of rows float32[n, >= dim]."""
-    norms = np.empty(len(matrix), np.float64)
-    measure(np.array(matrix), np.arange(len(matrix)), dim, norms)
-    return norms
 
 
 def edges_of(usual: tuple[float, ...], asked: Any) -> Edges:

@@ -10,7 +10,7 @@ base describes its blocks of rows.
                   | start u64 | checksum u64 | zero[16]                           (64 bytes)
     body        = rows | tombstones | counters | cells | directory       depending on kind
     rows        = keys u64[count] | versions u64[count] | steps i64[count]
-                  | frequencies u64[count] | gap | rows f32[count, width]
+                  | frequencies u64[count] | norms f32[count] | gap | rows f32[count, width]
                   | zeros up to a multiple of 8 bytes
                   | sums u32[pieces] | zeros up to a multiple of 8 bytes          (kind 1)
     tombstones  = keys u64[count] | versions u64[count] | causes u32[count]
@@ -29,9 +29,10 @@ Rows are also read in place, from the base's file, where a block begins 16 bytes
 a page. ``gap`` is zeros, so many that the first row begins at a multiple of 64 bytes in the file,
 or of the largest power of two, up to 4,096, that divides the size of a row: so a row is in as few
 cache lines and pages as possible. ``sums`` verify the parts of the block before them; see sums.py.
+``norms`` are the L2 norms of the embeddings, so that readers who need only norms read no rows.
 
-Format 1 of kind 1 has no gap, no sums and no zeros. It is still read. The other kinds but 5 have
-format 1; kind 5 has format 2.
+Older formats of kind 1 are still read: format 2 has no norms, and format 1 also no gap, no sums and
+no zeros. Kind 5 has format 3, or 2 in older bases. The other kinds have format 1.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from storage.errors import Corrupt, UnknownFormat
-from storage.kernels import Keys, Rows
+from storage.kernels import Keys, Rows, norms_of
 from storage.sums import SHIFT, piece_count, sum_pieces
 
 Bytes = NDArray[np.uint8]
@@ -54,18 +55,20 @@ Data = bytes | bytearray | memoryview | Bytes
 BLOCK_BYTES = (2 << 20) - 16  # size of a full block; with LMDB's 16 bytes it fills 512 pages
 MAGIC = b"PSBLOCK\n"
 ROWS, TOMBSTONES, COUNTERS, CELLS, DIRECTORY = KINDS = 1, 2, 3, 4, 5
-FORMATS = {ROWS: 2, TOMBSTONES: 1, COUNTERS: 1, CELLS: 1, DIRECTORY: 2}  # that are written
+FORMATS = {ROWS: 3, TOMBSTONES: 1, COUNTERS: 1, CELLS: 1, DIRECTORY: 3}  # that are written
+READABLE = {ROWS: (1, 2, 3), TOMBSTONES: (1,), COUNTERS: (1,), CELLS: (1,), DIRECTORY: (2, 3)}
 NEWEST = max(FORMATS.values())
 
 _HEADER = struct.Struct("<8sIIQIIQQ16x")  # magic format width count table kind start checksum
 _CHECKSUM = 40  # offset of the checksum
-_ROW_META = 32  # bytes per row in addition to its numbers: key, version, step, frequency
+_ROW_META = 32  # bytes per row: key, version, step, frequency
+_NORM = 4  # bytes per row
 _TOMBSTONE = 20  # bytes: key, version, cause; or of a counter: key, version, total
 
 
 def rows_per_block(width: int) -> int:
     """Return how many rows of ``width`` float32 numbers fit into a block of 2 MiB; at least 1."""
-    count = (BLOCK_BYTES - _HEADER.size) // (_ROW_META + 4 * width)
+    count = (BLOCK_BYTES - _HEADER.size) // (_ROW_META + _NORM + 4 * width)
     while count > 1 and size_of(ROWS, width, count) > BLOCK_BYTES:
         count -= 1
     return max(1, count)
@@ -91,6 +94,7 @@ def size_of(kind: int, width: int, count: int) -> int:
 class RowLayout(NamedTuple):
     """Offsets in a block of kind ROWS, in bytes."""
 
+    norms: int  # of the first norm; 0: the block has no norms
     rows: int  # of the first row
     sums: int  # of the sums; also the number of bytes that they verify
     pieces: int  # number of sums
@@ -102,17 +106,20 @@ def row_layout(width: int, count: int, version: int) -> RowLayout:
 
     width    float32 numbers per row
     count    number of rows
-    version  format of the block, 1 or 2
+    version  format of the block, 1 to 3
     """
     rows = _HEADER.size + _ROW_META * count
     if version == 1:
         end = rows + 4 * width * count
-        return RowLayout(rows, end, 0, end)
+        return RowLayout(0, rows, end, 0, end)
+    norms = 0
+    if version > 2:
+        norms, rows = rows, rows + _NORM * count
     align = max(64, min(4096, 4 * width & -4 * width))
     rows = _whole(rows + SHIFT, align) - SHIFT
     end = _whole(rows + 4 * width * count, 8)
     pieces = piece_count(end // 8)
-    return RowLayout(rows, end, pieces, _whole(end + 4 * pieces, 8))
+    return RowLayout(norms, rows, end, pieces, _whole(end + 4 * pieces, 8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +138,14 @@ class Block:
     versions: NDArray[np.uint64]  # [count]  version of the last push, or of the delete
     steps: NDArray[np.int64]  # [count]  step of the last push
     frequencies: NDArray[np.uint64]  # [count]
+    norms: NDArray[np.float32]  # [count]  L2 norm of the embedding; empty in formats 1 and 2
     rows: Rows  # float32[count, width]  [embedding | state]
     causes: NDArray[np.uint32]  # [count]  Cause (records.py) of each delete
     totals: NDArray[np.uint32]  # [count]  occurrences of keys without a row
     cells: Bytes  # uint8[count]  a part of the bytes of a sketch
     entries: Bytes  # uint8[count]  entries of the directory
     sums: NDArray[np.uint32]  # [pieces]  sums of the pieces of the block; none in format 1
+    format: int  # see the module docstring
 
     @classmethod
     def empty(cls, table: int, width: int, count: int, buffer: Bytes | None = None) -> Block:
@@ -175,7 +184,8 @@ class Block:
         each = {of: count if of == kind else 0 for of in KINDS}
         keyed = count - each[CELLS] - each[DIRECTORY]
         alive = each[ROWS]
-        layout = row_layout(width, alive, version or FORMATS[ROWS])
+        version = version or FORMATS[kind]
+        layout = row_layout(width, alive, version)
 
         def part(dtype: str, length: int, start: int | None = None) -> NDArray[Any]:
             nonlocal end
@@ -185,13 +195,14 @@ class Block:
 
         keys, versions = part("<u8", keyed), part("<u8", keyed)
         steps, frequencies = part("<i8", alive), part("<u8", alive)
+        norms = part("<f4", alive if layout.norms else 0)
         causes, totals = part("<u4", each[TOMBSTONES]), part("<u4", each[COUNTERS])
         cells, entries = part("u1", each[CELLS]), part("u1", each[DIRECTORY])
         rows = part("<f4", alive * width, layout.rows).reshape(alive, width)
         sums = part("<u4", layout.pieces if kind == ROWS else 0, layout.sums)
         return cls(
-            *(data, table, kind, keys, versions, steps, frequencies, rows, causes, totals),
-            *(cells, entries, sums),
+            *(data, table, kind, keys, versions, steps, frequencies, norms, rows, causes, totals),
+            *(cells, entries, sums, version),
         )
 
     def __len__(self) -> int:
@@ -204,28 +215,25 @@ class Block:
         return int(self.rows.shape[1])
 
     @property
-    def format(self) -> int:
-        """Format of the block: 1 or 2. See the module docstring."""
-        return FORMATS[self.kind] if self.kind != ROWS or len(self.sums) else 1
-
-    @property
     def start(self) -> int:
         """Position of ``cells`` in the whole sketch, in bytes. Only for a sealed block."""
         return int(_HEADER.unpack_from(self.data.data)[6])
 
-    def seal(self, start: int = 0) -> memoryview:
-        """Write header and checksum into ``data``, and return a view of ``data``, without a copy.
+    def seal(self, dim: int = 0, start: int = 0) -> memoryview:
+        """Write header, norms and checksum into ``data``, and return a view of ``data``.
 
+        dim    for ROWS: numbers in an embedding, the first part of a row; 0: all numbers of a row
         start  for CELLS: position of ``cells`` in the whole sketch, in bytes
 
-        The caller must have filled the arrays, because the checksum covers them.
+        The caller must have filled the other arrays, because the checksum covers them.
         """
-        version = self.format
-        fields = (MAGIC, version, self.width, len(self), self.table, self.kind, start)
+        if len(self.norms):
+            self.norms[:] = norms_of(self.rows, dim or self.width)
+        fields = (MAGIC, self.format, self.width, len(self), self.table, self.kind, start)
         _HEADER.pack_into(self.data.data, 0, *fields, 0)
         if len(self.sums):
-            layout = row_layout(self.width, len(self), version)
-            meta = _HEADER.size + _ROW_META * len(self)
+            layout = row_layout(self.width, len(self), self.format)
+            meta = _HEADER.size + _ROW_META * len(self) + self.norms.nbytes
             self.data[meta : layout.rows] = 0
             self.data[layout.rows + self.rows.nbytes : layout.sums] = 0
             self.data[layout.sums + self.sums.nbytes :] = 0
@@ -261,7 +269,7 @@ def pack_cells(table: int, start: int, cells: Bytes) -> memoryview:
     size = size_of(CELLS, 0, len(cells))
     block = Block._over(np.empty(size, np.uint8), table, CELLS, 0, len(cells))
     block.cells[:] = cells
-    return block.seal(start)
+    return block.seal(start=start)
 
 
 def pack_entries(entries: Bytes) -> memoryview:
@@ -301,7 +309,7 @@ def header_of(data: Data) -> Header | None:
     if len(raw) < _HEADER.size:
         return None
     magic, version, width, count, table, kind, _, _ = _HEADER.unpack_from(raw.data)
-    readable = magic == MAGIC and kind in KINDS and version in _readable(kind)
+    readable = magic == MAGIC and version in READABLE.get(kind, ())
     return Header(version, width, count, table, kind) if readable else None
 
 
@@ -325,7 +333,7 @@ def unpack(data: Data, where: str) -> Block:
         raise Corrupt(where, "the checksum of the block does not match its bytes")
     if not 1 <= version <= NEWEST:
         raise UnknownFormat(where, version, NEWEST)
-    if kind not in KINDS or version not in _readable(kind):
+    if version not in READABLE.get(kind, ()):
         raise Corrupt(
             where, f"expected a block of kind 1 to 5, got kind {kind} in format {version}"
         )
@@ -335,28 +343,22 @@ def unpack(data: Data, where: str) -> Block:
     return Block._over(raw, table, kind, width, count, version)
 
 
-def rows_over(data: Bytes, table: int, width: int, count: int) -> Block | None:
+def rows_over(data: Bytes, table: int, width: int, count: int, version: int) -> Block | None:
     """Return the block of rows in ``data``, which may be damaged; None if ``data`` is too short.
 
-    table, width, count  number of the table, float32 numbers per row, and number of rows of the
-                         block that was written
+    table, width, count, version  number of the table, float32 numbers per row, number of rows, and
+                                  format of the block that was written
 
-    Verifies nothing. The format follows from the length of ``data``, which may end with zeros.
+    Verifies nothing. ``data`` may end with zeros.
     """
-    for version in (2, 1):
-        if len(data) >= row_layout(width, count, version).size:
-            return Block._over(data, table, ROWS, width, count, version)
-    return None
+    if len(data) < row_layout(width, count, version).size:
+        return None
+    return Block._over(data, table, ROWS, width, count, version)
 
 
 def verify(data: Data, where: str) -> None:
     """Raise Corrupt or UnknownFormat unless ``data`` is an intact block; see ``unpack``."""
     unpack(data, where)
-
-
-def _readable(kind: int) -> tuple[int, ...]:
-    """Return the formats in which blocks of a kind are read."""
-    return (1, 2) if kind == ROWS else (FORMATS[kind],)
 
 
 def _whole(size: int, unit: int) -> int:

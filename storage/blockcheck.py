@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from storage.block import row_layout
 from storage.blockfile import BlockFile
 from storage.damage import Damage, examine
-from storage.extents import COUNT, SIZE, START, Extents, Reader
+from storage.extents import COUNT, SIZE, START, Extents, Reader, block_format
 
 BUFFER = np.uint64  # so that a block begins at a multiple of 8 bytes
 
@@ -51,5 +50,4 @@ class BlockCheck(Reader):
         data = self._buffer.view(np.uint8)[:size]
         self._file.copy(int(record[START]), data)
         width = self._extents.width
-        version = 2 if size == row_layout(width, count, 2).size else 1
-        return examine(data, width, count, version)
+        return examine(data, width, count, block_format(record))

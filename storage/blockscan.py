@@ -30,12 +30,18 @@ _POSITION = (1 << POSITION_BITS) - 1
 
 
 def list_pages(
-    extents: Extents, records: Records, places: Slots, numbers: int, meta: bool
+    extents: Extents,
+    records: Records,
+    places: Slots,
+    numbers: int,
+    meta: bool,
+    norms: bool = False,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """List the pages of the file that contain rows.
 
     numbers  float32 numbers to read of each row
     meta     also list the pages with the metadata
+    norms    list the pages with the rows' norms instead, where the block has norms
 
     Returns (``pages``, ``fresh``) of ``inplace.list_pages``.
     """
@@ -43,7 +49,16 @@ def list_pages(
     pages, fresh = np.empty(most, np.int64), np.empty((most, inplace.FRESH), np.int64)
     counts = np.empty(2, np.int64)
     inplace.list_pages(
-        records, extents.seen_at, extents.width, 4 * numbers, meta, places, pages, fresh, counts
+        records,
+        extents.seen_at,
+        extents.width,
+        4 * numbers,
+        norms,
+        meta,
+        places,
+        pages,
+        fresh,
+        counts,
     )
     return pages[: counts[0]], fresh[: counts[1]]
 
@@ -188,7 +203,7 @@ class BlockScan(Reader):
 
     def measure(self, places: Slots, norms: NDArray[Any]) -> Meta:
         dim = self._dim
-        self._warm(places, dim, True)
+        self._warm(places, dim, True, norms=True)
         records, seen_at, width = self.memory.array(), self._extents.seen_at, self._extents.width
         words, floats = self._file.words, self._file.floats
         meta = np.empty((len(places), 4), np.uint64)
@@ -206,9 +221,10 @@ class BlockScan(Reader):
             inplace.gather(records, seen_at, words, floats, width, places, out, False), places
         )
 
-    def _warm(self, places: Slots, numbers: int, meta: bool) -> None:
+    def _warm(self, places: Slots, numbers: int, meta: bool, norms: bool = False) -> None:
         """Read the pages with rows into memory. See ``list_pages`` for the parameters."""
-        pages, fresh = list_pages(self._extents, self.memory.array(), places, numbers, meta)
+        records = self.memory.array()
+        pages, fresh = list_pages(self._extents, records, places, numbers, meta, norms)
         self._file.warm(np.unique(np.concatenate([pages, fresh[:, 0]])), PIECE)
 
     def _check(self, intact: int, places: Slots) -> None:

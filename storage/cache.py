@@ -2,7 +2,8 @@
 
     lru  score: version of the last push. Rows that were pushed once come before all others, so
          that a scan over many new keys does not drive out rows that are used again and again
-    lfu  score: log2(frequency) - age / half_life, where age counts versions since the last push
+    lfu  score: log2(frequency) + step / half_life, where step is the training step of the last
+         push. So a frequency counts half after half_life steps without a push of the row
 
 Finding the exact rows would need a pass over all rows. Instead, the scores of a sample of rows give
 a threshold, and a hand goes over the slots in circles, like a clock's, and takes the clean rows
@@ -24,19 +25,20 @@ Policy = Literal["lru", "lfu"]
 SAMPLE = 4096  # slots whose scores are looked at to find a threshold
 SHARE = 1 / 16  # the lowest-scoring part of the clean rows that may be chosen, at least
 BATCH = 8192  # maximum number of rows chosen per call
-HALF_LIFE = 1e6  # versions
+HALF_LIFE = 1e5  # steps, as of the eviction rule capacity_lfu
 
 _NONE = np.empty(0, np.int64), np.empty(0, np.uint64), np.empty(0, np.uint64)
 
 
 @inline
-def _score(entries: Any, slot: Any, lfu: bool, newest: float, half_life: float) -> Any:
+def _score(entries: Any, slot: Any, lfu: bool, half_life: float) -> Any:
     """Return the score of a row, a float64."""
     low = np.uint64(0xFFFF)
     version = np.float64(entries[slot, 1] >> np.uint64(16))
     frequency = (entries[slot, 1] & low) << np.uint64(16) | (entries[slot, 2] & low)
     if lfu:
-        return np.log2(max(np.float64(frequency), 1.0)) - (newest - version) / half_life
+        step = np.float64(np.int64(entries[slot, 2]) >> np.int64(16))
+        return np.log2(max(np.float64(frequency), 1.0)) + step / half_life
     return version if frequency > np.uint64(1) else version - 2.0**48
 
 
@@ -46,12 +48,12 @@ def _clean(entries: Any, slot: Any) -> Any:
 
 
 @jit
-def _sample(entries: Any, slots: Any, lfu: bool, newest: float, half_life: float, out: Any) -> Any:
+def _sample(entries: Any, slots: Any, lfu: bool, half_life: float, out: Any) -> Any:
     """Write the scores of the clean rows in some slots to ``out``; return how many there are."""
     clean = 0
     for i in range(slots.shape[0]):
         if _clean(entries, slots[i]):
-            out[clean] = _score(entries, slots[i], lfu, newest, half_life)
+            out[clean] = _score(entries, slots[i], lfu, half_life)
             clean += 1
     return clean
 
@@ -63,7 +65,6 @@ def _take(
     hand: int,
     threshold: float,
     lfu: bool,
-    newest: float,
     half_life: float,
     slots: Any,
     keys: Any,
@@ -81,7 +82,7 @@ def _take(
             break
         slot = hand
         hand = hand + 1 if hand + 1 < used else 0
-        if _clean(entries, slot) and _score(entries, slot, lfu, newest, half_life) <= threshold:
+        if _clean(entries, slot) and _score(entries, slot, lfu, half_life) <= threshold:
             slots[taken] = slot
             keys[taken] = entries[slot, 0]
             homes[taken] = entries[slot, 3]
@@ -115,8 +116,8 @@ class Cache:
 
     entries    the slots of the tier
     policy     "lru" or "lfu"
-    half_life  for lfu: number of versions after which a row that is not pushed counts as if it had
-               been pushed half as often
+    half_life  for lfu: number of training steps of the table after which a row that is not pushed
+               counts as if it had been pushed half as often
     """
 
     def __init__(
@@ -127,7 +128,6 @@ class Cache:
         self._half_life = half_life
         self._hand = 0
         self._rng = np.random.default_rng(0)
-        self.newest = 0  # version of the table's last push
 
     def victims(self, count: int) -> tuple[Slots, Keys, Locations]:
         """Return (slots, keys, homes) of up to ``count`` clean rows with the lowest scores.
@@ -139,7 +139,7 @@ class Cache:
         count = min(count, BATCH)
         if not used:
             return _NONE
-        scoring = self._lfu, float(self.newest), self._half_life
+        scoring = self._lfu, self._half_life
         scores = np.empty(min(SAMPLE, used))
         looked = np.arange(used) if used <= SAMPLE else self._rng.integers(0, used, SAMPLE)
         clean = _sample(entries, looked, *scoring, scores)

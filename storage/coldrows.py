@@ -12,9 +12,21 @@ from numpy.typing import NDArray
 from storage.blockfile import BlockFile
 from storage.errors import Corrupt
 from storage.eviction.contract import Bounds, View
-from storage.extents import CACHED, COUNT, FIELDS, LIVE, NUMBER, POSITION_BITS, SIZE, START, ZONES
+from storage.extents import (
+    CACHED,
+    COUNT,
+    FIELDS,
+    LIVE,
+    NORM_ZONES,
+    NORMS_AT,
+    NUMBER,
+    POSITION_BITS,
+    SIZE,
+    START,
+    ZONES,
+)
 from storage.inplace import HEADER
-from storage.kernels import Slots, jit, measure
+from storage.kernels import Slots, jit, norms_of
 from storage.slots import Entries, Meta
 from storage.tiers.lmdb import Blocks
 
@@ -48,10 +60,6 @@ def pack_entries(meta: Meta, present: NDArray[np.bool_]) -> Entries:
     return entries
 
 
-def _no_norms(slots: Slots) -> NDArray[np.float64]:
-    return np.zeros(len(slots))
-
-
 class ColdBlocks:
     """The rows in the blocks of a table. See ColdRows for the contract."""
 
@@ -63,11 +71,13 @@ class ColdBlocks:
         fields = self._records.records[extents[:, None], np.arange(FIELDS)]
         counts = fields.view(np.int64)
         present, nothing = np.ones(len(extents), np.bool_), np.zeros(len(extents), np.uint64)
+        norms = np.ascontiguousarray(fields[:, NORM_ZONES]).view(np.float32).reshape(-1, 2)
         sides = []
         for side in (0, 1):  # the least ones, then the greatest ones
             zones = [fields[:, ZONES + 2 * column + side] for column in range(3)]
             entries = pack_entries(np.stack([nothing, *zones], axis=1), present)
-            sides.append(View(entries, len(extents), _no_norms, self._blocks.dim))
+            bound = norms[:, side].astype(np.float64)
+            sides.append(View(entries, len(extents), bound.__getitem__, self._blocks.dim))
         return Bounds(counts[:, NUMBER], counts[:, LIVE] - counts[:, CACHED], *sides)
 
     def reads(self, number: int, norms: bool) -> Callable[[], None] | None:
@@ -75,7 +85,11 @@ class ColdBlocks:
         if extent is None:
             return None
         start, size = self._records.field(extent, START), self._records.field(extent, SIZE)
-        columns = size if norms else HEADER + 32 * self._records.field(extent, COUNT)
+        columns = HEADER + 32 * self._records.field(extent, COUNT)
+        if norms:
+            columns += 4 * self._records.field(extent, COUNT)
+            if not self._records.field(extent, NORMS_AT):  # norms must be computed from all rows
+                columns = size
         file, first, sums = self._blocks.file, np.array([start]), np.array([start + size - 1])
         if file.resident(first, columns) and file.resident(sums, 1):
             return None
@@ -89,15 +103,19 @@ class ColdBlocks:
         return View(entries, len(entries), partial(self._norms, extent), self._blocks.dim)
 
     def _norms(self, extent: int, slots: Slots) -> NDArray[np.float64]:
-        """Return the L2 norms of embeddings of a block; infinity if any of them is damaged."""
+        """Return the L2 norms of embeddings of a block; infinity if any of them is damaged.
+
+        Reads the embeddings only if the block is of an older format, which has no norms.
+        """
         dim = self._blocks.dim
-        embeddings, norms = np.empty((len(slots), dim), np.float32), np.empty(len(slots))
         try:
+            if (stored := self._blocks.norms(extent)) is not None:
+                return stored[slots].astype(np.float64)
+            embeddings = np.empty((len(slots), dim), np.float32)
             self._blocks.gather(slots | extent << POSITION_BITS, embeddings)
         except Corrupt:  # who reads these rows gets the error
             return np.full(len(slots), np.inf)
-        measure(embeddings, np.arange(len(slots)), dim, norms)
-        return norms
+        return norms_of(embeddings, dim)
 
 
 def _warm(file: BlockFile, first: NDArray[np.int64], size: int, sums: NDArray[np.int64]) -> None:

@@ -2,7 +2,8 @@
 
 A block of rows has a checksum of all its bytes, and a sum for each piece of 4 KiB (see sums.py). If
 the checksum does not match, the sums tell which pieces are damaged. A row is *lost* if a piece with
-its numbers or its metadata (key, version, step, frequency) is damaged.
+its numbers or its metadata (key, version, step, frequency) is damaged. Its norm can be computed
+again from its numbers.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def examine(data: Bytes, width: int, count: int, version: int) -> Damage | None:
     data     uint8[n], 8-byte aligned, the bytes of the block
     width    float32 numbers per row
     count    number of rows
-    version  format of the block, 1 or 2; if it is 1, damage makes all rows unreadable
+    version  format of the block, 1 to 3; if it is 1, damage makes all rows unreadable
 
     The last three describe the block that was written, so that a damaged header is noticed.
     """

@@ -7,20 +7,22 @@ DIRECTORY, which contain entries one after another:
 
     entry   = number u64 | table u32 | width u32 | count u32 | listed u32
               | least version u64 | greatest version u64 | least step i64 | greatest step i64
-              | least frequency u64 | greatest frequency u64 | which                 (72 bytes)
+              | least frequency u64 | greatest frequency u64
+              | least norm f32 | greatest norm f32 | which                           (80 bytes)
     which   = bits u8[(count + 7) / 8]          listed is 2^32-1: bit i % 8 of byte i / 8 is row i
             | dead u16[listed]                  positions of the rows that are not live, ascending
             zeros up to a multiple of 8 bytes
 
 Little-endian. The shorter of the two forms is used, so that the entry of a block whose rows are all
-live takes 72 bytes.
+live takes 80 bytes. Format 2 of the block has entries without norms, which are still read.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +30,8 @@ from numpy.typing import NDArray
 from storage.block import BLOCK_BYTES, DIRECTORY, Block, pack_entries, size_of
 from storage.errors import Corrupt
 
-_ENTRY = struct.Struct("<QIIIIQQqqQQ")
+_ENTRY = struct.Struct("<QIIIIQQqqQQff")
+_OLD_ENTRY = struct.Struct("<QIIIIQQqqQQ")  # of format 2
 _BITS = 2**32 - 1  # value of `listed` where bits follow
 _ROOM = BLOCK_BYTES - size_of(DIRECTORY, 0, 0)  # bytes of entries in a block
 
@@ -37,7 +40,7 @@ _ROOM = BLOCK_BYTES - size_of(DIRECTORY, 0, 0)  # bytes of entries in a block
 class Zones:
     """Bounds of the metadata of some rows, so that readers can skip all of them at once.
 
-    A block's zones are those of all its rows, live or not.
+    A block's zones are those of all its rows, live or not. Norms of 0 to infinity are unknown.
     """
 
     least_version: int
@@ -46,10 +49,13 @@ class Zones:
     greatest_step: int
     least_frequency: int
     greatest_frequency: int
+    least_norm: float = 0.0  # of the embeddings, in float32
+    greatest_norm: float = math.inf
 
     @classmethod
     def of(cls, block: Block) -> Zones:
-        """Return the bounds of all rows of a block, which must have at least one."""
+        """Return the bounds of all rows of a sealed block, which must have at least one."""
+        norms = block.norms if len(block.norms) else np.array([0.0, np.inf], np.float32)
         versions, steps, frequencies = block.versions, block.steps, block.frequencies
         return cls(
             least_version=int(versions.min()),
@@ -58,7 +64,12 @@ class Zones:
             greatest_step=int(steps.max()),
             least_frequency=int(frequencies.min()),
             greatest_frequency=int(frequencies.max()),
+            least_norm=float(np.fmin.reduce(norms, initial=np.inf)),
+            greatest_norm=float(np.fmax.reduce(norms, initial=0.0)),
         )
+
+
+_FIELDS = tuple(field.name for field in fields(Zones))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +105,13 @@ def unpack(block: Block, where: str) -> list[BlockEntry]:
     where  name of the block, for errors
     """
     data, at = block.entries.tobytes(), 0
+    head = _ENTRY if block.format > 2 else _OLD_ENTRY
     entries = []
     while at < len(data):
-        if at + _ENTRY.size > len(data):
+        if at + head.size > len(data):
             raise Corrupt(where, f"the block ends within the entry at byte {at}")
-        number, table, width, count, listed, *zones = _ENTRY.unpack_from(data, at)
-        at += _ENTRY.size
+        number, table, width, count, listed, *zones = head.unpack_from(data, at)
+        at += head.size
         size = -(-count // 8) if listed == _BITS else 2 * listed
         if size + -size % 8 > len(data) - at:
             raise Corrupt(where, f"the block ends within the entry of block {number}")
@@ -113,14 +125,7 @@ def unpack(block: Block, where: str) -> list[BlockEntry]:
                 table=table,
                 width=width,
                 count=count,
-                zones=Zones(
-                    least_version=zones[0],
-                    greatest_version=zones[1],
-                    least_step=zones[2],
-                    greatest_step=zones[3],
-                    least_frequency=zones[4],
-                    greatest_frequency=zones[5],
-                ),
+                zones=Zones(**dict(zip(_FIELDS, zones, strict=False))),
                 live=live,
             )
         )

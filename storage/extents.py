@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.arena import Arena, Budget, Memory
-from storage.block import BLOCK_BYTES, RowLayout, row_layout
+from storage.block import BLOCK_BYTES, FORMATS, ROWS, RowLayout, row_layout
 from storage.damage import Damage
 from storage.directory import Zones
 from storage.errors import Corrupt
@@ -43,11 +43,14 @@ FIRST_LINE = 8  # words of a cache line
 ROWS_AT, START, BODY, COUNT, NUMBER, LIVE, CACHED, SIZE = range(8)
 ZONES = 8  # first of six fields with the bounds of the metadata
 GREATEST_VERSION = ZONES + 1
+NORM_ZONES = ZONES + 6  # least and greatest norm, two float32
+NORMS_AT = ZONES + 7
 FIELDS = 16
 # ROWS_AT  offset of the first row           START   offset of the block
 # BODY     words before the sums             COUNT   number of rows
 # NUMBER   of the block in the base          LIVE    number of live rows
 # CACHED   number of cached rows             SIZE    bytes of the block
+# NORMS_AT offset of the first norm; 0: the block has none, it is of an older format
 
 Records = NDArray[np.uint64]  # [capacity, words]
 
@@ -172,7 +175,7 @@ class Extents:
 
     def __init__(self, width: int, budget: Budget) -> None:
         most = max(1, BLOCK_BYTES // (32 + 4 * width))  # in format 1, too
-        pieces = row_layout(width, most, 2).pieces
+        pieces = row_layout(width, most, FORMATS[ROWS]).pieces
         self.width = width
         self.most = most  # rows of a block
         self.live_at = FIELDS
@@ -230,7 +233,8 @@ class Extents:
         record[:] = 0
         record[[ROWS_AT, START, BODY]] = start + layout.rows, start, layout.sums // 8
         record[[NUMBER, SIZE]] = number, layout.size
-        record[ZONES : ZONES + 6] = _pack(zones)
+        record[ZONES : ZONES + 7] = _pack(zones)
+        record[NORMS_AT] = start + layout.norms if layout.norms else 0
         record[COUNT] = count
         self.bytes += _pages(layout.size)
         with self._lock:
@@ -397,15 +401,21 @@ def _pack(zones: Zones) -> NDArray[np.uint64]:
             zones.greatest_step % 2**64,
             zones.least_frequency,
             zones.greatest_frequency,
+            _norms(zones).view(np.uint64)[0],
         ],
         np.uint64,
     )
 
 
+def _norms(zones: Zones) -> NDArray[np.float32]:
+    return np.array([zones.least_norm, zones.greatest_norm], np.float32)
+
+
 def unpack_zones(record: NDArray[np.uint64]) -> Zones:
     """Return the bounds of the metadata that a record contains."""
-    fields = record[ZONES : ZONES + 6]
-    versions, steps, frequencies = fields[:2], fields[2:4].view(np.int64), fields[4:]
+    fields = record[ZONES : ZONES + 7]
+    versions, steps, frequencies = fields[:2], fields[2:4].view(np.int64), fields[4:6]
+    norms = fields[6:].view(np.float32)
     return Zones(
         least_version=int(versions[0]),
         greatest_version=int(versions[1]),
@@ -413,7 +423,16 @@ def unpack_zones(record: NDArray[np.uint64]) -> Zones:
         greatest_step=int(steps[1]),
         least_frequency=int(frequencies[0]),
         greatest_frequency=int(frequencies[1]),
+        least_norm=float(norms[0]),
+        greatest_norm=float(norms[1]),
     )
+
+
+def block_format(record: NDArray[np.uint64]) -> int:
+    """Return the format of the block that a record describes; see block.py."""
+    if record[NORMS_AT]:
+        return 3
+    return 2 if int(record[SIZE]) - 8 * int(record[BODY]) >= 8 else 1  # format 1 has no sums
 
 
 def _pages(size: int) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from storage.extents import BODY, COUNT, NUMBER, ROWS_AT, START, get_bit, ready, set_bit
+from storage.extents import BODY, COUNT, NORMS_AT, NUMBER, ROWS_AT, START, get_bit, ready, set_bit
 from storage.kernels import inline, jit, prefetch, prefetch_row, square_sum
 from storage.sums import PIECE, SHIFT, intact
 
@@ -106,14 +106,23 @@ def measure(
 
     width  float32 numbers per row
     dim    numbers in an embedding
+
+    Reads the norms that the block has, or else computes them as ``measure`` in kernels.py does.
     """
     n = places.shape[0]
     for i in range(n):
+        at = np.int64(records[places[i] >> 16, NORMS_AT])
+        if at > 0:
+            at += 4 * (places[i] & 0xFFFF)
+            if not ready(records, seen_at, words, places[i] >> 16, at, at + 4, False):
+                return i
+            norms[i] = floats[at >> 2]
+            continue
         at = _row_at(records, places[i], 4 * width)
         if not ready(records, seen_at, words, places[i] >> 16, at, at + 4 * dim, False):
             return i
         first = at >> 2
-        norms[i] = np.sqrt(square_sum(floats[first : first + dim], dim))
+        norms[i] = np.float32(np.sqrt(square_sum(floats[first : first + dim], dim)))
     return n
 
 
@@ -226,6 +235,7 @@ def list_pages(
     seen_at: int,
     width: int,
     size: int,
+    norms: bool,
     meta: bool,
     places: Any,
     pages: Any,
@@ -236,6 +246,7 @@ def list_pages(
 
     width   float32 numbers per row
     size    bytes of each row to read
+    norms   list the pages with the rows' norms instead, where the block has norms
     meta    also list the pages that contain the metadata
     pages   int64[]     written: offsets of pages whose piece was verified before
     fresh   int64[, 5]  written: offset of each other page, number of its block, extent, offset of
@@ -247,8 +258,10 @@ def list_pages(
         if places[i] < 0:
             continue
         extent = places[i] >> 16
-        at = _row_at(records, places[i], 4 * width)
-        _list(records, seen_at, extent, at, at + size, pages, fresh, counts)
+        at, wanted = _row_at(records, places[i], 4 * width), size
+        if norms and records[extent, NORMS_AT] != 0:
+            at, wanted = np.int64(records[extent, NORMS_AT]) + 4 * (places[i] & 0xFFFF), 4
+        _list(records, seen_at, extent, at, at + wanted, pages, fresh, counts)
         if meta:
             at = np.int64(records[extent, START]) + HEADER + 8 * (places[i] & 0xFFFF)
             for j in range(4):

@@ -222,7 +222,9 @@ def square_sum(row: Any, dim: int) -> Any:
 
 @jit
 def measure(slab: Any, slots: Any, dim: int, norms: Any) -> None:
-    """Write the L2 norms of embeddings, the first ``dim`` numbers of rows.
+    """Write the L2 norms of embeddings, the first ``dim`` numbers of rows, rounded to float32.
+
+    Blocks on disk have norms in float32. So a row has the same norm wherever it is.
 
     slab   float32[capacity, width]  width >= dim
     slots  int64[n]
@@ -232,4 +234,16 @@ def measure(slab: Any, slots: Any, dim: int, norms: Any) -> None:
     for i in range(n):
         if i + AHEAD < n:
             prefetch_row(slab, slots[i + AHEAD], 4 * dim)
-        norms[i] = np.sqrt(square_sum(slab[slots[i]], dim))
+        norms[i] = np.float32(np.sqrt(square_sum(slab[slots[i]], dim)))
+
+
+def norms_of(matrix: Rows, dim: int) -> NDArray[np.float64]:
+    """Return the L2 norms of the first ``dim`` numbers of rows, as ``measure`` computes them.
+
+    matrix  float32[n, >= dim]
+    """
+    norms = np.empty(len(matrix), np.float64)
+    if not (matrix.flags.writeable and matrix.flags.c_contiguous):
+        matrix = np.array(matrix, order="C")  # so that the kernel is compiled once
+    measure(matrix, np.arange(len(matrix)), dim, norms)
+    return norms

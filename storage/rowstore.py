@@ -225,7 +225,6 @@ class RowStore:
         step, version      recorded in every row
         """
         self._forget(self.host.slots.touch(slots, counts, step, version))
-        self._cache.newest = version
 
     def put(self, locations: Locations, images: Images) -> None:
         """Write whole rows, none of which is cold. Never overwrites a newer row."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.block import ROWS, Block, row_layout
+from storage.block import FORMATS, ROWS, Block, row_layout
 from storage.kernels import Keys, Rows
 
 
@@ -30,12 +30,10 @@ def pack_rows(
     return block.seal()
 
 
-def rows_to_fill(table: int, width: int, count: int, old: bool = False) -> Block:
-    """Return a block of rows to fill. old: in format 1, without sums."""
-    if not old:
-        return Block.empty(table, width, count)
-    size = row_layout(width, count, 1).size
-    return Block._over(np.zeros(size, np.uint8), table, ROWS, width, count, 1)
+def rows_to_fill(table: int, width: int, count: int, version: int = FORMATS[ROWS]) -> Block:
+    """Return a block of rows to fill. version: its format."""
+    size = row_layout(width, count, version).size
+    return Block._over(np.zeros(size, np.uint8), table, ROWS, width, count, version)
 
 
 def pack_tombstones(

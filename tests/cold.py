@@ -45,7 +45,7 @@ class ColdTable:
 
     def _store(self, block: Block) -> int:
         """Commit a block, and return its extent."""
-        number = self.base.add(block.seal())
+        number = self.base.add(block.seal(self.table.schema.dim))
         self._commit(number)
         offset = self.base.offset(number)
         assert offset is not None

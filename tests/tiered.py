@@ -135,7 +135,7 @@ class Tiered:
         block.keys[:], block.versions[:] = meta[:, 0], meta[:, 1]
         block.steps[:], block.frequencies[:] = meta[:, 2].view(np.int64), meta[:, 3]
         block.rows[:] = rows
-        return block, self.base.add(block.seal())
+        return block, self.base.add(block.seal(DIM))
 
     def _commit(self, written: list[tuple[Any, Block, int]]) -> list[tuple[Any, int, NDArray[Any]]]:
         self.listed += [number for _, _, number in written]

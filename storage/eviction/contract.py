@@ -27,7 +27,8 @@ class View:
 
     entries: Entries  # uint64[capacity, 4], key and metadata of the row in each slot
     used: int  # slots that may have a row; a slot of version 0 has none
-    norms: Callable[[Slots], NDArray[np.float64]]  # returns the L2 norms of embeddings by slot
+    norms: Callable[[Slots], NDArray[np.float64]]  # returns the L2 norms of embeddings by slot,
+    # rounded to float32; see ``measure`` in kernels.py
     dim: int  # length of an embedding
 
 
@@ -35,8 +36,8 @@ class View:
 class Bounds:
     """Some blocks of rows on disk, with bounds of the metadata of their rows; m blocks.
 
-    Slot i of ``least`` has the least version, step and frequency of any row in block i, and an
-    embedding of norm 0. ``greatest`` has the greatest ones. Both have key 0.
+    Slot i of ``least`` has the least version, step, frequency and norm of any row in block i.
+    ``greatest`` has the greatest ones. Both have key 0.
     """
 
     numbers: NDArray[np.int64]  # [m]  ascending
@@ -58,7 +59,7 @@ class ColdRows(Protocol):
     def reads(self, number: int, norms: bool) -> Callable[[], None] | None:
         """Return a function that reads a block from the disk into memory; None: it is in memory.
 
-        norms  also read the embeddings, not only the metadata
+        norms  also read the norms, or what they are computed from
 
         Another thread should call the function before ``view``, which otherwise waits for the disk.
         """
@@ -137,7 +138,7 @@ class RowEviction(Eviction):
 
     __slots__ = ()
 
-    reads_rows: ClassVar[bool] = False  # whether it reads rows, or metadata only
+    reads_norms: ClassVar[bool] = False  # whether it also reads norms, or metadata only
 
     @abstractmethod
     def mark(self, view: View, start: int, stop: int, now: Now, causes: NDArray[np.uint8]) -> None:

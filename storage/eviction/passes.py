@@ -32,7 +32,7 @@ class Pass:
     contents  the rows of the table when the pass begins; None: there is nothing to do
     choose    function of the Bounds of some blocks; returns which of them must be read, bool[m].
               Each block is passed to it once
-    norms     whether the embeddings are needed, too
+    norms     whether norms are needed, too
 
     wanted   function that another thread should call before the next call of ``next``, to read a
              block from the disk; None: there is none

@@ -117,7 +117,7 @@ class Norm(RowEviction):
 
     name: ClassVar[str] = "norm"
     cause: ClassVar[Cause] = Cause.NORM
-    reads_rows: ClassVar[bool] = True
+    reads_norms: ClassVar[bool] = True
 
     threshold: float = 1e-3
     grace: int = 10_000  # steps

@@ -6,7 +6,7 @@ each rule for tables chooses the rows that exceed its limit; see selection.py.
 
 A sweep changes nothing. Its caller deletes the victims of a slice before it asks for the next one,
 and writes the deletes and their cause to the log. Slices read metadata in order, 32 bytes per row.
-Only the norm rule reads embeddings.
+Only the norm rule reads embeddings, and only those of rows in memory: blocks on disk have norms.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Sweep:
         self.wanted: Callable[[], None] | None = None
         self._dry = dry
         self._rows = [rule for rule in rules if isinstance(rule, RowEviction)]
-        self._norms = any(rule.reads_rows for rule in self._rows)
+        self._norms = any(rule.reads_norms for rule in self._rows)
         self._tables = [rule for rule in rules if isinstance(rule, TableEviction)]  # not done yet
         self._pass: Pass | None = None  # of the rules for rows; None: not begun
         self._now = Now(0, 0)  # values of the table now

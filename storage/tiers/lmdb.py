@@ -36,11 +36,13 @@ from storage.extents import (
     COUNT,
     GREATEST_VERSION,
     LIVE,
+    NORMS_AT,
     NUMBER,
     POSITION_BITS,
     ROWS_AT,
     START,
     Extents,
+    block_format,
     ready,
 )
 from storage.index import Locations, locations_of
@@ -173,6 +175,10 @@ class Blocks:
         """Return the bounds of the metadata of all rows of a block."""
         return self.records.zones(extent)
 
+    def format(self, extent: int) -> int:
+        """Return the format of a block; see block.py."""
+        return block_format(self.records.records[extent])
+
     def sparse(self, share: float) -> list[int]:
         """Return the blocks whose share of live rows is above 0 but below ``share``.
 
@@ -220,6 +226,17 @@ class Blocks:
         self._ready(extent, start, start + 4 * count * self.width)
         numbers = self.file.floats[start // 4 : start // 4 + count * self.width]
         return numbers.reshape(count, self.width)
+
+    def norms(self, extent: int) -> NDArray[np.float32] | None:
+        """Return the norms of the embeddings of all rows of a block, a view of the map.
+
+        Returns None if the block is of an older format, without norms. Raises Corrupt.
+        """
+        start, count = self.records.field(extent, NORMS_AT), self._count(extent)
+        if not start:
+            return None
+        self._ready(extent, start, start + 4 * count)
+        return self.file.floats[start // 4 : start // 4 + count]
 
     def _column(self, extent: int, column: int) -> NDArray[np.uint64]:
         """Return a column of the metadata of a block: 0 keys, 1 versions. Raises Corrupt."""

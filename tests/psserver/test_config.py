@@ -366,7 +366,7 @@ def test_a_table_has_a_section_of_its_own(tmp_path: Path) -> None:
     config = load(sections(tmp_path, text))
     assert config.tables == {
         "user": TableSettings(host_bytes=2_000_000, cache="lfu", half_life=500.0),
-        "item/v2.1": TableSettings(host_bytes=1 << 20, cache="lru", half_life=1e6),
+        "item/v2.1": TableSettings(host_bytes=1 << 20, cache="lru", half_life=1e5),
     }
 
 

@@ -101,7 +101,7 @@ def test_a_scrub_finds_damage_of_rows_and_the_readable_ones_move(home: Home, war
     if warm:
         assert len(readable(home)) == ROWS  # all pieces were verified before
     number, count = first_block(home)
-    byte = row_layout(DIM, count, 2).rows + 8 * 3000
+    byte = row_layout(DIM, count, 3).rows + 8 * 3000
     flip(home, number, byte)
     found = verified(home)
     assert [(each.table, each.number, each.live) for each in found] == [("t", number, count)]
@@ -121,7 +121,7 @@ def test_a_scrub_finds_damage_of_rows_and_the_readable_ones_move(home: Home, war
 
 def test_a_checkpoint_of_a_damaged_block_fails_by_name_and_others_go_on(home: Home) -> None:
     number, count = first_block(home)
-    flip(home, number, row_layout(DIM, count, 2).rows + 100)
+    flip(home, number, row_layout(DIM, count, 3).rows + 100)
     with home.flusher.pinned() as base, pytest.raises(Corrupt) as caught:
         list(base.rows())
     assert f"block {number} of table 't', with {count} live rows" in str(caught.value)
@@ -130,7 +130,7 @@ def test_a_checkpoint_of_a_damaged_block_fails_by_name_and_others_go_on(home: Ho
 
 def test_lost_rows_can_be_overwritten_or_deleted_and_then_the_block_is_gone(home: Home) -> None:
     number, count = first_block(home)
-    flip(home, number, row_layout(DIM, count, 2).rows + 8 * 3000)
+    flip(home, number, row_layout(DIM, count, 3).rows + 8 * 3000)
     assert verified(home)
     keys = home.shard.checks.lost_keys(1, number)
     assert keys is not None
@@ -157,7 +157,7 @@ def test_a_replay_overwrites_rows_that_cannot_be_read(home: Home) -> None:
     number, count = first_block(home)
     home.shard.exchange([push([5], 1.0)], [])
     home.written()
-    offset = row_layout(DIM, count, 2).rows
+    offset = row_layout(DIM, count, 3).rows
     at = int(np.flatnonzero(blocks_of(home).keys(0) == 5)[0])
     flip(home, number, offset + 8 * at)
     home.reopen()
@@ -171,7 +171,7 @@ def test_rows_that_are_in_memory_too_are_written_again(home: Home) -> None:
     home.flush()
     number, count = first_block(home)
     assert blocks_of(home).rows == 0  # all are cached
-    flip(home, number, row_layout(DIM, count, 2).rows + 8 * 3000)
+    flip(home, number, row_layout(DIM, count, 3).rows + 8 * 3000)
     assert [each.lost for each in verified(home)] == [0]
     home.flush()
     home.reopen()
@@ -181,7 +181,7 @@ def test_rows_that_are_in_memory_too_are_written_again(home: Home) -> None:
 def test_flips_anywhere_in_a_block_never_give_a_wrong_row(home: Home) -> None:
     rng = random.Random(3)
     number, count = first_block(home)
-    size = row_layout(DIM, count, 2).size
+    size = row_layout(DIM, count, 3).size
     for byte in [0, 8, 40, 63, 64, size - 1, *(rng.randrange(size) for _ in range(12))]:
         flip(home, number, byte)
         found = verified(home)
@@ -196,7 +196,7 @@ def test_pages_that_a_scrub_read_leave_memory_again(home: Home) -> None:
     number, count = first_block(home)
     offset = home.base.offset(number)
     assert offset is not None
-    size = row_layout(DIM, count, 2).size
+    size = row_layout(DIM, count, 3).size
     check = blocks_of(home).check()
     assert check.next(0)
     assert check.number == number

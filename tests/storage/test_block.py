@@ -35,6 +35,19 @@ from storage.block import (
 from storage.errors import Corrupt, UnknownFormat
 
 ROWS_GOLDEN = (
+    "5053424c4f434b0a 03000000 02000000 0200000000000000 07000000 01000000"
+    "0000000000000000 d6ed72edf416a55f 00000000000000000000000000000000"
+    "0100000000000000 ffffffffffffffff"  # keys
+    "0300000000000000 0400000000000000"  # versions
+    "feffffffffffffff 0600000000000000"  # steps
+    "0700000000000000 0800000000000000"  # frequencies
+    "bd1b8f3f 00002040"  # norms
+    "0000000000000000 0000000000000000 0000000000000000"  # the gap: rows begin at 192 in the file
+    "0000000000000000 0000000000000000"
+    "0000003f 000080bf 00000000 000020c0"  # rows
+    "ff74d4af 00000000"  # sums
+)
+SECOND_ROWS_GOLDEN = (  # format 2
     "5053424c4f434b0a 02000000 02000000 0200000000000000 07000000 01000000"
     "0000000000000000 4a909ced317f45ec 00000000000000000000000000000000"
     "0100000000000000 ffffffffffffffff"  # keys
@@ -70,6 +83,11 @@ COUNTERS_GOLDEN = (
     "01000000 ffffffff"  # totals
 )
 DIRECTORY_GOLDEN = (
+    "5053424c4f434b0a 03000000 00000000 0300000000000000 00000000 05000000"
+    "0000000000000000 899f9c4b137010e2 00000000000000000000000000000000"
+    "01ff02"
+)
+OLD_DIRECTORY_GOLDEN = (  # format 2
     "5053424c4f434b0a 02000000 00000000 0300000000000000 00000000 05000000"
     "0000000000000000 28d19b8c7f318bd4 00000000000000000000000000000000"
     "01ff02"
@@ -91,9 +109,9 @@ def golden_rows() -> memoryview:
     return pack_rows(7, u64(1, 2**64 - 1), u64(3, 4), steps, u64(7, 8), rows)
 
 
-def old_rows() -> memoryview:
-    block = rows_to_fill(7, 2, 2, old=True)
-    block.data[64:] = np.frombuffer(bytes.fromhex(OLD_ROWS_GOLDEN), np.uint8)[64:]
+def old_rows(version: int, golden: str) -> memoryview:
+    block = rows_to_fill(7, 2, 2, version)
+    block.data[64:] = np.frombuffer(bytes.fromhex(golden), np.uint8)[64:]
     return block.seal()
 
 
@@ -123,7 +141,8 @@ def contents(block: Block) -> tuple[Any, ...]:
 
 GOLDEN = {
     "rows": (golden_rows, ROWS_GOLDEN),
-    "rows of format 1": (old_rows, OLD_ROWS_GOLDEN),
+    "rows of format 2": (lambda: old_rows(2, SECOND_ROWS_GOLDEN), SECOND_ROWS_GOLDEN),
+    "rows of format 1": (lambda: old_rows(1, OLD_ROWS_GOLDEN), OLD_ROWS_GOLDEN),
     "directory": (golden_directory, DIRECTORY_GOLDEN),
     "tombstones": (golden_tombstones, TOMBSTONES_GOLDEN),
     "counters": (golden_counters, COUNTERS_GOLDEN),
@@ -142,7 +161,7 @@ def test_the_format_is_what_it_always_was(name: str) -> None:
 
 def test_golden_bytes_read_back_as_what_was_packed() -> None:
     keys, versions = [1, 2**64 - 1], [3, 4]
-    for golden in (ROWS_GOLDEN, OLD_ROWS_GOLDEN):
+    for golden in (ROWS_GOLDEN, SECOND_ROWS_GOLDEN, OLD_ROWS_GOLDEN):
         assert contents(unpack(bytes.fromhex(golden), "golden")) == (
             *(7, ROWS, 2, 2, keys, versions, [-2, 6], [7, 8], [[0.5, -1], [0, -2.5]]),
             *([], [], [], []),
@@ -153,10 +172,10 @@ def test_golden_bytes_read_back_as_what_was_packed() -> None:
     assert contents(unpack(bytes.fromhex(COUNTERS_GOLDEN), "golden")) == (
         *(7, COUNTERS, 0, 2, keys, versions, [], [], [], [], [1, 2**32 - 1], [], []),
     )
-    directory = unpack(bytes.fromhex(DIRECTORY_GOLDEN), "golden")
-    assert contents(directory) == (
-        *(0, DIRECTORY, 0, 3, [], [], [], [], [], [], [], [], [1, 255, 2]),
-    )
+    for golden in (DIRECTORY_GOLDEN, OLD_DIRECTORY_GOLDEN):
+        assert contents(unpack(bytes.fromhex(golden), "golden")) == (
+            *(0, DIRECTORY, 0, 3, [], [], [], [], [], [], [], [], [1, 255, 2]),
+        )
     cells = unpack(bytes.fromhex(CELLS_GOLDEN), "golden")
     assert contents(cells) == (7, CELLS, 0, 3, [], [], [], [], [], [], [], [1, 255, 2], [])
     assert cells.start == 9
@@ -278,7 +297,7 @@ def resealed(offset: int, value: int, size: int = 4) -> bytearray:
         (12, 3, 4, "of 208 bytes, got"),
         (16, 2**64 - 1, 8, "bytes, got"),
         (28, 6, 4, "kind 6"),
-        (28, 2, 4, "kind 2 in format 2"),
+        (28, 2, 4, "kind 2 in format 3"),
     ],
 )
 def test_a_header_that_lies_is_found_though_its_checksum_fits(
@@ -290,21 +309,26 @@ def test_a_header_that_lies_is_found_though_its_checksum_fits(
 
 def test_a_newer_format_is_not_called_damage() -> None:
     with pytest.raises(UnknownFormat) as caught:
-        unpack(resealed(8, 3), "block 5")
-    assert (caught.value.where, caught.value.found, caught.value.known) == ("block 5", 3, 2)
+        unpack(resealed(8, 4), "block 5")
+    assert (caught.value.where, caught.value.found, caught.value.known) == ("block 5", 4, 3)
 
 
 # ---- rows in place
 
 
+@pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("width", [1, 3, 16, 24, 64, 192, 1024, 5000])
-def test_rows_take_as_few_cache_lines_and_pages_of_the_file_as_possible(width: int) -> None:
+def test_rows_take_as_few_cache_lines_and_pages_of_the_file_as_possible(
+    width: int, version: int
+) -> None:
     size = 4 * width
     for count in (0, 1, 2, 17, rows_per_block(width)):
-        layout = row_layout(width, count, 2)
+        layout = row_layout(width, count, version)
         start = layout.rows + 16
         assert start % 64 == 0
-        assert 0 <= layout.rows - 64 - 32 * count < 4096
+        columns = 64 + (32 if version == 2 else 36) * count
+        assert 0 <= layout.rows - columns < 4096
+        assert layout.norms == (0 if version == 2 else 64 + 32 * count)
         lines = {-(-((start + i * size) % 64 + size) // 64) for i in range(min(count, 64))}
         assert size % 64 or lines <= {size // 64}
         pages = {-(-((start + i * size) % 4096 + size) // 4096) for i in range(count)}
@@ -312,7 +336,7 @@ def test_rows_take_as_few_cache_lines_and_pages_of_the_file_as_possible(width: i
         assert layout.sums % 8 == 0
         assert layout.sums - (layout.rows + count * size) in (0, 4)
         assert layout.pieces == -(-(layout.sums + 16) // 4096)
-        assert layout.size == size_of(ROWS, width, count)
+        assert version == 2 or layout.size == size_of(ROWS, width, count)
 
 
 def test_all_bytes_between_the_arrays_are_zero() -> None:
@@ -326,6 +350,20 @@ def test_all_bytes_between_the_arrays_are_zero() -> None:
     assert data == bytes(Block.empty(1, 3, 5, block.data.copy()).seal())
 
 
+@pytest.mark.parametrize(("dim", "norms"), [(0, [13.0, 0.0]), (2, [5.0, 0.0]), (1, [3.0, 0.0])])
+def test_a_block_has_the_norms_of_the_embeddings(dim: int, norms: list[float]) -> None:
+    block = Block.empty(1, 3, 2)
+    for part in (block.keys, block.versions, block.steps, block.frequencies):
+        part[:] = 1
+    block.rows[:] = [[3, -4, 12], [0, 0, 0]]
+    data = block.seal(dim)
+    assert unpack(data, "here").norms.tolist() == norms
+    flipped = bytearray(data)
+    flipped[row_layout(3, 2, 3).norms] ^= 1
+    with pytest.raises(Corrupt, match="checksum"):
+        unpack(flipped, "here")
+
+
 def test_the_header_is_read_alone() -> None:
     for pack, golden in GOLDEN.values():
         header = header_of(bytes.fromhex(golden)[:64])
@@ -335,4 +373,4 @@ def test_the_header_is_read_alone() -> None:
         assert header.size == len(pack())
     assert header_of(bytes.fromhex(ROWS_GOLDEN)[:63]) is None
     assert header_of(bytes(64)) is None
-    assert header_of(bytes(resealed(8, 3))) is None
+    assert header_of(bytes(resealed(8, 4))) is None

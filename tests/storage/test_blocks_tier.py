@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from storage.arena import Budget
 from storage.base import Base
-from storage.block import Block, row_layout, rows_per_block
+from storage.block import FORMATS, ROWS, Block, row_layout, rows_per_block
 from storage.blockfile import BlockFile
 from storage.directory import Zones
 from storage.errors import Corrupt
@@ -30,11 +30,14 @@ FREE = 1 << 30
 
 
 def block_of(
-    seed: int, count: int = 700, width: int = WIDTH, version: int = 1, old: bool = False
+    seed: int, count: int = 700, width: int = WIDTH, version: int = 1, form: int = FORMATS[ROWS]
 ) -> Block:
-    """A block of random rows, unsealed. Keys are distinct over all seeds; versions >= version."""
+    """A block of random rows, unsealed. Keys are distinct over all seeds; versions >= version.
+
+    form  format of the block
+    """
     random = np.random.default_rng(seed)
-    block = rows_to_fill(1, width, count, old)
+    block = rows_to_fill(1, width, count, form)
     block.keys[:] = np.uint64(seed << 32) | np.arange(count, dtype=np.uint64)
     block.versions[:] = random.integers(version, version + 1000, count)
     block.steps[:] = random.integers(-(1 << 47), 1 << 47, count)
@@ -149,7 +152,7 @@ def test_rows_and_metadata_are_those_of_the_block_bit_for_bit(shelf: Shelf) -> N
 def test_rows_of_any_width_are_read(width: int, memory: Path) -> None:
     shelf = Shelf(memory, width, min(DIM, width))
     count = min(rows_per_block(width), 5000)
-    for block in (block_of(1, count, width), block_of(2, count - 1, width, old=True)):
+    for block in (block_of(1, count, width), block_of(2, count - 1, width, form=1)):
         [extent] = shelf.shelve(block)
         out = np.empty((len(block), width), np.float32)
         places = np.arange(len(block)) | extent << 16
@@ -188,7 +191,7 @@ def test_locations_name_the_tier_the_extent_and_the_position(shelf: Shelf) -> No
 
 
 def test_blocks_of_format_1_are_verified_as_a_whole_when_they_are_added(shelf: Shelf) -> None:
-    intact, damaged = shelf.put(block_of(1, old=True), block_of(2, old=True))
+    intact, damaged = shelf.put(block_of(1, form=1), block_of(2, form=1))
     assert intact
     extent = shelf.add(intact)
     assert not shelf.blocks.unverified(places_of(extent, *range(700)))
@@ -233,7 +236,7 @@ REGIONS = {
 @pytest.mark.parametrize("bit", [0, 7])
 def test_a_flipped_bit_is_noticed_when_it_is_touched(shelf: Shelf, region: str, bit: int) -> None:
     [first, extent] = shelf.shelve(block_of(1), block_of(2))
-    layout = row_layout(WIDTH, 700, 2)
+    layout = row_layout(WIDTH, 700, FORMATS[ROWS])
     shelf.damage(extent, REGIONS[region](layout), bit)
     everything = places_of(extent, *range(700))
     touch: list[Callable[[], Any]]
@@ -253,7 +256,7 @@ def test_a_flipped_bit_is_noticed_when_it_is_touched(shelf: Shelf, region: str, 
 
 
 def test_every_byte_of_a_small_block_is_verified_by_some_read(memory: Path) -> None:
-    layout = row_layout(3, 4, 2)
+    layout = row_layout(3, 4, FORMATS[ROWS])
     shelf = Shelf(memory, 3, 3)
     block = block_of(1, 4, 3)
     [number] = shelf.put(block)
@@ -272,7 +275,7 @@ def test_every_byte_of_a_small_block_is_verified_by_some_read(memory: Path) -> N
 def test_only_damaged_pieces_are_refused(shelf: Shelf) -> None:
     block = block_of(1, 5000)
     [extent] = shelf.shelve(block)
-    layout = row_layout(WIDTH, 5000, 2)
+    layout = row_layout(WIDTH, 5000, FORMATS[ROWS])
     shelf.damage(extent, layout.rows + 4 * WIDTH * 2500)
     bad = 0
     for position in range(0, 5000, 20):
@@ -373,7 +376,7 @@ def test_warm_pages_are_verified_once_settled(shelf: Shelf) -> None:
 
 def test_damage_is_raised_only_while_the_block_is_there(shelf: Shelf) -> None:
     good, bad = shelf.shelve(block_of(1, 500), block_of(2, 500))
-    layout = row_layout(WIDTH, 500, 2)
+    layout = row_layout(WIDTH, 500, FORMATS[ROWS])
     shelf.damage(bad, layout.rows)
     pages = shelf.blocks.pages(np.concatenate([places_of(good, 7), places_of(bad, 0, 499)]))
     pages.warm()
@@ -485,7 +488,7 @@ def test_a_scan_goes_on_to_blocks_that_are_added_meanwhile(shelf: Shelf) -> None
 def test_a_scan_of_damaged_rows_raises(shelf: Shelf) -> None:
     [extent] = shelf.shelve(block_of(1, 2000))
     scan = shelf.blocks.scan()
-    layout = row_layout(WIDTH, 2000, 2)
+    layout = row_layout(WIDTH, 2000, FORMATS[ROWS])
     places, _ = scan.find(0, 0, EVERY, 2000)
     shelf.damage(extent, layout.rows + 2)
     with pytest.raises(Corrupt, match="block 1"):
@@ -508,7 +511,7 @@ def test_blocks_stay_where_they_are_while_others_come_and_go(memory: Path) -> No
         shelf.blocks.revive(shelf.add(number), np.arange(300), False)
     maps = {len(shelf.file.bytes)}
     reused, freed = 0, set()
-    for seed in range(3, 30):
+    for seed in range(3, 36):
         passing = [number for number in shelf.kept if number not in lasting]
         drop = tuple(int(n) for n in random.permutation(passing)[: len(passing) // 2])
         extents = {number: extent for extent, number in shelf.blocks.extents()}

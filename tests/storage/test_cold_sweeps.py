@@ -138,6 +138,44 @@ def test_cold_rows_leave_without_being_read(memory: Path, monkeypatch: Any) -> N
     assert max(found[Cause.CAPACITY]) == 399
 
 
+def test_norms_of_cold_rows_are_known_without_reading_the_rows(
+    memory: Path, monkeypatch: Any
+) -> None:
+    tiered = Tiered(memory)
+    for start in range(0, 500, 50):
+        tiered.push(range(start, start + 50))
+    rows = tiered.table.dump()
+    norms = np.sqrt((rows.rows[:, :DIM].astype(np.float64) ** 2).sum(axis=1)).astype(np.float32)
+    threshold = float(np.sort(norms)[200])
+    rule = Norm(threshold=threshold, grace=0)
+    tiered.table.evictor = tiered.table.evictor.altered([rule], tiered.version, 0.0)
+    tiered.cool()
+    for name in ("gather", "rows_of"):
+        monkeypatch.setattr(tiered.blocks, name, lambda *_: pytest.fail("a row was read"))
+    assert sweep(tiered.table, 0.0) == {Cause.NORM: rows.keys[norms < threshold].tolist()}
+    assert len(tiered.table) == 300
+
+
+def test_a_row_has_the_same_norm_in_memory_and_in_a_block(memory: Path) -> None:
+    tiered = Tiered(memory)
+    for start in range(0, 3000, 500):
+        tiered.push(range(start, start + 500), scale=10.0 ** (start // 500 - 3))
+    view = tiered.table.contents().host
+    slots = np.arange(view.used)
+    norms = dict(zip(view.entries[: view.used, 0].tolist(), view.norms(slots), strict=True))
+    tiered.cool()
+    cold = tiered.table.contents().cold
+    assert cold is not None
+    found: dict[int, float] = {}
+    for _, number in tiered.blocks.extents():
+        block = cold.view(number)
+        assert block is not None
+        keys = block.entries[: block.used, 0].tolist()
+        found |= dict(zip(keys, block.norms(np.arange(block.used)), strict=True))
+    assert found == norms
+    assert len(found) == 3000
+
+
 def reads_of(tiered: Tiered, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Note the blocks whose metadata is read."""
     reads: list[int] = []
@@ -156,7 +194,8 @@ def reads_of(tiered: Tiered, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     [
         (StepTtl(steps=1000), 0),
         (StepTtl(steps=17), 2),
-        (Norm(threshold=1e-9, grace=18), 2),
+        (Norm(threshold=1e-9, grace=18), 0),
+        (Norm(threshold=9e9, grace=18), 2),
         (CapacityLru(max_rows=1000), 0),
         (CapacityLru(max_rows=950), 1),
     ],

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import struct
+
 import numpy as np
 import pytest
+import xxhash
 from blocks import pack_rows
 
 from storage.block import BLOCK_BYTES, DIRECTORY, pack_entries, unpack
@@ -18,8 +22,20 @@ ZONES = Zones(
     greatest_step=-3,
     least_frequency=5,
     greatest_frequency=2**32 - 1,
+    least_norm=0.5,
+    greatest_norm=3.0,
 )
 GOLDEN = (
+    "0900000000000000 07000000 02000000 0a000000 ffffffff"
+    "0100000000000000 ffffffffffff0000 000000000080ffff fdffffffffffffff"
+    "0500000000000000 ffffffff00000000 0000003f 00004040"
+    "f101000000000000"  # bits: rows 0 and 4 to 8 are live
+    "0a00000000000000 07000000 02000000 18000000 01000000"
+    "0100000000000000 ffffffffffff0000 000000000080ffff fdffffffffffffff"
+    "0500000000000000 ffffffff00000000 0000003f 00004040"
+    "0300000000000000"  # all rows but row 3 are live
+)
+OLD_GOLDEN = (  # format 2
     "0900000000000000 07000000 02000000 0a000000 ffffffff"
     "0100000000000000 ffffffffffff0000 000000000080ffff fdffffffffffffff"
     "0500000000000000 ffffffff00000000"
@@ -29,6 +45,14 @@ GOLDEN = (
     "0500000000000000 ffffffff00000000"
     "0300000000000000"  # all rows but row 3 are live
 )
+
+
+def rebuilt(data: memoryview, version: int) -> bytes:
+    """Return the same block with another format in its header."""
+    changed = bytearray(data)
+    struct.pack_into("<I", changed, 8, version)
+    struct.pack_into("<Q", changed, 40, xxhash.xxh3_64_intdigest(changed[:40] + changed[48:]))
+    return bytes(changed)
 
 
 def entry(number: int, live: list[bool] | np.ndarray) -> BlockEntry:
@@ -55,6 +79,14 @@ def test_the_format_of_the_directory_is_what_it_always_was() -> None:
     ]
 
 
+def test_entries_of_an_older_release_have_no_norms() -> None:
+    block = rebuilt(pack_entries(np.frombuffer(bytes.fromhex(OLD_GOLDEN), np.uint8)), 2)
+    found = entries_of(unpack(block, "here"), "here")
+    unknown = dataclasses.replace(ZONES, least_norm=0.0, greatest_norm=float("inf"))
+    assert [each.zones for each in found] == [unknown, unknown]
+    assert [(each.number, int(each.live.sum())) for each in found] == [(9, 6), (10, 23)]
+
+
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 1000, 58_250, 65_536])
 def test_entries_come_back(count: int) -> None:
     random = np.random.default_rng(count)
@@ -76,28 +108,28 @@ def test_many_entries_take_many_blocks() -> None:
     assert list(pack([])) == []
 
 
-def test_a_block_whose_rows_are_all_live_takes_72_bytes() -> None:
+def test_a_block_whose_rows_are_all_live_takes_80_bytes() -> None:
     [block] = pack([entry(1, np.ones(60_000, bool))])
-    assert len(block) == 64 + 72
+    assert len(block) == 64 + 80
 
 
-@pytest.mark.parametrize("cut", range(1, 160))
+@pytest.mark.parametrize("cut", range(1, 176))
 def test_a_truncated_directory_is_damage(cut: int) -> None:
     data = np.frombuffer(bytes.fromhex(GOLDEN), np.uint8)[:-cut]
-    if len(data) == 80:  # exactly one entry
+    if len(data) == 88:  # exactly one entry
         return
     with pytest.raises(Corrupt, match="here"):
         entries_of(unpack(pack_entries(data), "here"), "here")
 
 
-@pytest.mark.parametrize(("at", "value"), [(72, 0xFF), (73, 4), (152, 24), (20, 1)])
+@pytest.mark.parametrize(("at", "value"), [(80, 0xFF), (81, 4), (168, 24), (20, 1)])
 def test_rows_that_the_block_does_not_have_are_damage(at: int, value: int) -> None:
     data = np.frombuffer(bytes.fromhex(GOLDEN), np.uint8).copy()
     data[at] = value
     if at == 20:
         data[20:24] = [3, 0, 0, 0]  # positions instead of bits
-    if at == 72:
-        data[73] = value
+    if at == 80:
+        data[81] = value
     with pytest.raises(Corrupt, match="lists a row"):
         entries_of(unpack(pack_entries(data), "here"), "here")
 
@@ -106,7 +138,7 @@ def test_zones_are_the_bounds_of_all_rows() -> None:
     keys = np.arange(3, dtype=np.uint64)
     versions, frequencies = keys + np.uint64(5), np.array([9, 2, 4], np.uint64)
     steps = np.array([0, -7, 3])
-    data = pack_rows(1, keys, versions, steps, frequencies, np.zeros((3, 1), np.float32))
+    data = pack_rows(1, keys, versions, steps, frequencies, np.array([[2], [-3], [1]], np.float32))
     assert Zones.of(unpack(data, "here")) == Zones(
         least_version=5,
         greatest_version=7,
@@ -114,4 +146,6 @@ def test_zones_are_the_bounds_of_all_rows() -> None:
         greatest_step=3,
         least_frequency=2,
         greatest_frequency=9,
+        least_norm=1.0,
+        greatest_norm=3.0,
     )

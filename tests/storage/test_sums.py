@@ -8,7 +8,7 @@ from blocks import rows_to_fill
 from numba import njit
 from numpy.typing import NDArray
 
-from storage.block import row_layout
+from storage.block import FORMATS, ROWS, row_layout
 from storage.sums import _crc, crc_bitwise, intact, piece_count, sum_piece, sum_pieces
 
 _step = njit(lambda state, word: _crc(state, word))
@@ -73,7 +73,7 @@ def test_pieces_are_compared_with_the_sums_in_the_block() -> None:
     block = rows_to_fill(1, 4, 1000)
     block.data[64:] = random_words(len(block.data) // 8).view(np.uint8)[: len(block.data) - 64]
     block.seal()
-    layout = row_layout(4, 1000, 2)
+    layout = row_layout(4, 1000, FORMATS[ROWS])
     words = np.zeros(len(block.data) // 8 + 100, np.uint64)
     words[100:] = block.data.view(np.uint64)
     pieces = range(layout.pieces)
