@@ -1,0 +1,111 @@
+"""Run trainer.py in a pod of a simulator during a block, and read its report."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from tests.deploy import image
+from tests.deploy.simulator.objects import Object
+from tests.deploy.simulator.pods import Simulator
+
+SCRIPT = Path(__file__).with_name("trainer.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a trainer saw: steps, errors, stalls as (Unix time, seconds), and whether the sums of
+    its gradients were exact."""
+
+    steps: int
+    errors: list[str]
+    stalls: list[tuple[float, float]]
+    exact: bool
+    off: int  # rows with a wrong sum
+
+
+class Trainer:
+    """A trainer in a pod of its own. It trains from the begin of the block to its end.
+
+    address  of the shards: the name of the headless service, and its port
+    """
+
+    report: Report
+
+    def __init__(self, pods: Simulator, name: str, address: str = "ps:7000") -> None:
+        self._pods, self._name = pods, name
+        self._objects = [_script(), _pod(name, ["python", "/trainer/trainer.py", address, name])]
+
+    def __enter__(self) -> Trainer:
+        self._pods.apply(self._objects)
+        self._pods.wait(f"{self._name} has connected", lambda: bool(self._told("connected")))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pods.control.delete(self._name)
+        if kind is None:
+            self._pods.wait(f"{self._name} has ended", lambda: bool(self._told("steps")), 200)
+            (told,) = self._told("steps")
+            stalls = [(at, took) for at, took in told["stalls"]]
+            self.report = Report(told["steps"], told["errors"], stalls, told["exact"], told["off"])
+
+    def _told(self, key: str) -> list[Object]:
+        """Return the lines of the trainer's output that have a key. Raises if it failed."""
+        text = self._pods.log(self._name)
+        if "Traceback" in text:
+            raise RuntimeError(f"the trainer failed:\n{text[-3000:]}")
+        lines = [line for line in text.splitlines(keepends=True) if line.startswith("{")]
+        found = [json.loads(line) for line in lines if line.endswith("}\n")]
+        return [one for one in found if key in one]
+
+    def stalled(self, since: float) -> float:
+        """Return the longest stall, in seconds, that began after a Unix time and has ended."""
+        stalls = [one["stall"] for one in self._told("stall")]
+        return max((took for at, took in stalls if at + took >= since), default=0.0)
+
+
+def now() -> float:
+    """Return the Unix time, as it is in the reports of trainers."""
+    return time.time()
+
+
+def _script() -> Object:
+    data = {SCRIPT.name: SCRIPT.read_text()}
+    return {"kind": "ConfigMap", "metadata": {"name": "trainer"}, "data": data}
+
+
+def _pod(name: str, command: list[str]) -> Object:
+    """Return a pod that runs a command from the server's image once."""
+    locked = {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    container = {
+        "name": "trainer",
+        "image": image.TAG,
+        "command": command,
+        "securityContext": locked,
+        "volumeMounts": [{"name": "trainer", "mountPath": "/trainer"}],
+    }
+    labels = {"app.kubernetes.io/name": "trainer", "embedding-ps/client": "true"}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": "ps", "uid": f"{name}-pod", "labels": labels},
+        "spec": {
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": 180,
+            "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [container],
+            "volumes": [{"name": "trainer", "configMap": {"name": "trainer"}}],
+        },
+    }
