@@ -121,7 +121,7 @@ def next_steps(
     """
     steps = Steps()
     wait = _replicas(rules, pods, current, update, now, steps)
-    if wait or _condemned(rules, pods, now, steps) or not rules.rolling:
+    if wait or _condemned(rules, pods, steps) or not rules.rolling:
         return steps
     for ordinal in reversed(range(rules.partition, rules.replicas)):
         pod = pods.get(ordinal)
@@ -130,7 +130,7 @@ def next_steps(
         if revision_of(pod) != update and not is_terminating(pod):
             steps.delete.append(name_of(pod))
             break
-        if not is_available(pod, rules.seconds, now):
+        if is_terminating(pod) or not is_available(pod, rules.seconds, now):
             break
     return steps
 
@@ -156,7 +156,7 @@ def _replicas(
     return False
 
 
-def _condemned(rules: Rules, pods: dict[int, Object], now: float, steps: Steps) -> bool:
+def _condemned(rules: Rules, pods: dict[int, Object], steps: Steps) -> bool:
     """Add the deletion of pods beyond the replicas to ``steps``, highest ordinal first.
 
     Returns True if all else has to wait.
