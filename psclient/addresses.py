@@ -46,6 +46,11 @@ def checked_where(where: Any) -> str | list[str]:
     leads to one shard, so it must be in a list.
     """
     if isinstance(where, str) and where:
+        if "," in where:
+            raise InvalidArgument(
+                f"addresses: write several addresses as a list, {where.split(',')!r}, not as one"
+                f" string, {where!r}"
+            )
         if wrong := problem(where):
             raise InvalidArgument(f"addresses: {where!r}: {wrong}")
         if is_name(where):

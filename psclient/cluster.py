@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from psclient.addresses import hint
+from psclient.addresses import hint, is_name
 from psclient.channel import options
 from psclient.errors import InvalidArgument, PsError, Unavailable
 from psclient.fanout import Ask, ask_all
@@ -173,9 +173,12 @@ class Cluster:
         """
         for shard, (link, info) in enumerate(zip(self.links, infos, strict=True)):
             if info.shard_map.shards != len(self.links):
+                address = link.channel.route.address
+                alone = len(self.links) == 1 and is_name(address)
+                rest = f"; for a name that leads to all shards, pass {address!r}, not in a list"
                 raise InvalidArgument(
                     f"addresses: {link.where} belongs to a cluster of {info.shard_map.shards}"
-                    f" shards, but {len(self.links)} addresses were given"
+                    f" shards, but {len(self.links)} addresses were given{rest if alone else ''}"
                 )
             if info.shard != shard:
                 raise InvalidArgument(

@@ -6,6 +6,7 @@ callers.py lists the kinds of calls. Each runs with a list of addresses, and wit
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -134,8 +135,13 @@ def longest(pauses: list[tuple[float, float]], since: float) -> float:
     return max((end - begin for begin, end in pauses if end > since), default=0.0)
 
 
-def test_no_call_fails_when_a_machine_is_lost(lab: Lab) -> None:
+@pytest.mark.parametrize("hangs", [False, True], ids=["drops packets", "hangs, then drops them"])
+def test_no_call_fails_when_a_machine_is_lost(lab: Lab, hangs: bool) -> None:
+    """A machine that hangs still acknowledges requests, so only its missing ping shows the loss."""
     callers = lab.call()
+    if hangs:
+        lab.shards[1].send_signal(signal.SIGSTOP)
+        time.sleep(1)
     lab.hosts[1].lose()
     lost = time.time()
     lab.shards[1].kill()  # it is lost too: nobody gets to know
