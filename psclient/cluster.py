@@ -69,11 +69,11 @@ class Cluster:
         self.process = os.getpid()
         self._stop: SimpleQueue[None] = SimpleQueue()
         self.links: list[Link] = []
+        for shard, route in enumerate(places.routes(deadline)):
+            session = Session(client_id or secrets.randbits(63) + 1, incarnation)
+            link = LINKS[transport](places.where(shard), route, session, options(proxy=proxy))
+            self.links.append(link)
         try:
-            for shard, route in enumerate(places.routes(deadline)):
-                session = Session(client_id or secrets.randbits(63) + 1, incarnation)
-                link = LINKS[transport](places.where(shard), route, session, options(proxy=proxy))
-                self.links.append(link)
             infos = self.refresh(deadline)
         except Unavailable as error:
             self.close()

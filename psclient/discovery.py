@@ -23,6 +23,7 @@ from psclient.lookup import look_up
 from psclient.retry import rpc_error
 from psclient.routes import Route
 from psproto import ps_pb2 as pb
+from psproto.routing import MAX_SHARDS
 
 LOOK_SECONDS = 0.5  # time between two look-ups, and between two questions to an address
 ASK_SECONDS = 5.0  # maximum time of one question
@@ -211,15 +212,18 @@ class Discovery:
 
     def _take(self, address: str, info: pb.GetServerInfoResponse) -> None:
         """Remember that a server answered ``info`` at ``address``."""
-        now = time.monotonic()
+        now, shards = time.monotonic(), info.shard_map.shards
         alone = len(self._addresses) == 1  # may be a load balancer: the next answer may differ
         self._due[address] = now + (LOOK_SECONDS if alone or self._skip else AGAIN_SECONDS)
+        if not info.shard < shards <= MAX_SHARDS:
+            self.errors[address] = f"it answers as shard {info.shard} of {shards}, which is invalid"
+            return
         self.errors.pop(address, None)
         found = Found(
             asked=address,
             address=info.advertise or address,
             cluster=info.cluster,
-            shards=info.shard_map.shards,
+            shards=shards,
             shard=info.shard,
             start=info.start,
             at=now,
@@ -230,13 +234,19 @@ class Discovery:
 
     def _names(self) -> set[str]:
         """Return the names of all clusters whose servers answered."""
-        return {each.cluster for each in self.found.values()}
+        return {each.cluster for each in self.found.values() if each.cluster}
 
     def _groups(self) -> dict[tuple[str, int], list[Found]]:
-        """Return the answers by name of the cluster and its number of shards."""
+        """Return the answers by name of the cluster and its number of shards.
+
+        If only one cluster has a name, servers without a name count as its shards: the setting may
+        just be rolled out.
+        """
+        names = self._names()
+        alone = names.pop() if len(names) == 1 else ""
         groups: dict[tuple[str, int], list[Found]] = {}
         for each in self.found.values():
-            groups.setdefault((each.cluster, each.shards), []).append(each)
+            groups.setdefault((each.cluster or alone, each.shards), []).append(each)
         return groups
 
 
@@ -252,7 +262,8 @@ def _whole(group: list[Found]) -> bool:
 
 def _group_text(group: list[Found]) -> str:
     """Describe the servers of one cluster: its name, its number of shards, and their addresses."""
-    name = f"cluster {group[0].cluster!r}" if group[0].cluster else "a cluster without a name"
+    cluster = max(each.cluster for each in group)
+    name = f"cluster {cluster!r}" if cluster else "a cluster without a name"
     where = ", ".join(sorted(each.asked for each in group))
     return f"{name} of {group[0].shards} shards at {where}"
 
@@ -262,8 +273,8 @@ def _missing(group: list[Found]) -> str:
     numbers = _numbers(group)
     lost = [shard for shard in range(group[0].shards) if shard not in numbers]
     texts = [f"found {len(set(numbers))} of {group[0].shards} shards"]
-    if group[0].cluster:
-        texts[0] += f" of cluster {group[0].cluster!r}"
+    if cluster := max(each.cluster for each in group):
+        texts[0] += f" of cluster {cluster!r}"
     if lost:
         some = ", ".join(map(str, lost[:8])) + (", ..." if len(lost) > 8 else "")
         texts.append(f"missing: shard {some}")

@@ -117,7 +117,10 @@ class Named(Places):
             self._lost[route] = time.monotonic()
             start, self._searching = not self._searching, True
         if start:
-            threading.Thread(target=self._search, name="psclient-search", daemon=True).start()
+            try:
+                threading.Thread(target=self._search, name="psclient-search", daemon=True).start()
+            except RuntimeError:  # the process is ending
+                self._searching = False
 
     def _search(self) -> None:
         """Search for the lost shards until they are found or nobody needs them.
@@ -165,8 +168,9 @@ class Named(Places):
 
     def _fits(self, found: Found) -> bool:
         """Return whether a server that answered is a shard of this cluster."""
-        cluster, shards = self._found[0].cluster, self._found[0].shards
-        return found.shards == shards and (found.cluster == cluster or not found.cluster)
+        names = {each.cluster for each in self._found if each.cluster}
+        named = found.cluster in names or not found.cluster or not names
+        return named and found.shards == self._found[0].shards
 
 
 def _of(found: Found) -> tuple[str, str]:

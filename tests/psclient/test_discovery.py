@@ -111,10 +111,16 @@ class TestFind:
         "other",
         [
             info(5, 6),
+            info(5, 5),
             Starting(),
             BadRequest("NOT_A_SHARD", "shard 3 of 3"),
         ],
-        ids=["of a cluster with another number of shards", "starting", "beyond the shard count"],
+        ids=[
+            "of a cluster with another number of shards",
+            "that answers nonsense",
+            "starting",
+            "beyond the shard count",
+        ],
     )
     def test_another_pod_disturbs_nobody(self, service: Service, other: Any) -> None:
         pods = [service.add(10 + shard, info(shard, 3)) for shard in range(3)]
@@ -150,6 +156,10 @@ class TestFind:
         assert [route.metadata for route in routes] == [
             (("ps-shard", f"{shard}/2/prod"),) for shard in range(2)
         ]
+
+    def test_servers_that_do_not_know_the_name_of_their_cluster_yet(self, service: Service) -> None:
+        pods = [service.add(10 + n, info(n, 3, cluster="prod" if n else "")) for n in range(3)]
+        assert service.found() == [pod.address for pod in pods]
 
 
 class TestRefusal:

@@ -21,7 +21,7 @@ from psserver.errors import OtherShard, Starting
 
 METHOD = "/ps.v1.InfoService/GetServerInfo"
 REQUEST = pb.GetServerInfoRequest().SerializeToString()
-GONE_SECONDS = 6.0  # gRPC would look the name up 5 s and 9 s after it was gone
+GONE_SECONDS = 11.0  # gRPC would look the name up about 9 s and 16 s after it was gone
 SOON = 2.0  # maximum seconds after which a server whose name is back is reached
 
 
