@@ -73,6 +73,7 @@ tools/sink.py                   write the rows that an analysis read to a Parque
 tools/history.py                a file with the results of past analyses: how a table grew
 tools/keys.py                   where a key's row is, or why it has none
 tools/status.py                 the state of each shard
+tools/doctor.py                 what is wrong with a cluster, and what to do
 tools/rules.py                  rules as typed on the command line: counter:threshold=3
 tools/figures.py                numbers and counts of an analysis, formatted as text
 tools/listing.py                aligned columns of text for the terminal
@@ -81,6 +82,7 @@ tools/charts.py                 an analysis as plots
 tools/page.py                   an analysis as an HTML page
 tools/commands/shell.py         options, connection and error handling of all commands
 tools/commands/cluster.py       psctl status, tail
+tools/commands/doctor.py        psctl doctor
 tools/commands/tables.py        psctl tables, table, create, drop, evict
 tools/commands/alter.py         psctl alter
 tools/commands/checkpoints.py   psctl checkpoint, checkpoints, restore, delete, prune

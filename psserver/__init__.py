@@ -71,7 +71,10 @@ feed.py          the subscriptions of one shard
 stats.py         count requests, bytes and errors
 peers.py         list the connections of the process, with their byte counts
 connections.py   close connections whose peers do not finish their messages
-info.py          what GetServerInfo reports
+warm.py          compile the kernels before they are needed
+datadir.py       lock, recover and close a shard's data directory
+doctor.py        check whether the machine and the settings suit a server
+info.py          what GetServerInfo and Diagnose report
 status.py        convert errors to gRPC statuses
 limits.py        admit requests: memory in flight, restore, drain
 pool.py          thread pool whose threads do not block the exit of the process
@@ -86,12 +89,10 @@ checks.py        checks of a request that need no tables
 exchange.py      pulls, pushes, deletes and exchanges
 stream.py        the bidirectional stream
 service.py       the gRPC methods of all services
-datadir.py       lock, recover and close a shard's data directory
 metrics.py       collect the metrics of a shard
 exposition.py    serve /metrics over HTTP
 listener.py      open the gRPC port, with health and reflection
 server.py        open and close the components of one server, in order
-warm.py          compile the kernels before they are needed
 logs.py          write log lines to stderr
 process.py       run one shard as a process: signals, restart, exit status
 member.py        run and restart the process of one shard of a local cluster

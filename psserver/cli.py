@@ -5,6 +5,8 @@ Run one shard with `psserver serve`, or a cluster on this machine with `psserver
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -13,6 +15,7 @@ import typer
 from psproto import cpu, kernelcache
 from psserver import cluster
 from psserver.config import ConfigError, load
+from psserver.doctor import Finding, examine
 from psserver.logs import log_to_stderr
 from psserver.process import serve as serve_shard
 from psserver.settings import document, given
@@ -25,6 +28,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help=__doc__,
 )
+COLORS = {"ok": "green", "warning": "yellow", "error": "red"}  # of the states of findings
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -122,6 +126,33 @@ def settings(context: typer.Context) -> None:
         typer.echo(document(given(load(context.args))), nl=False)
     except ConfigError as error:
         _refuse(error)
+
+
+@app.command(context_settings=_PASS_ON)
+def doctor(
+    context: typer.Context,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON list with one object per check")
+    ] = False,
+) -> None:
+    """Check whether this machine and the settings suit a server, and say what to do if not.
+
+    Takes the flags of `psserver serve`. Needs no server, and does not disturb one. To check all
+    shards of a running cluster, use `psctl doctor`. Exit status: 0, or 1 if there is an error.
+    """
+    try:
+        found = examine(load(context.args), running=False)
+    except ConfigError as error:
+        found = [Finding("settings", "error", str(error), "correct this setting")]
+    if as_json:
+        typer.echo(json.dumps([asdict(each) for each in found], indent=1))
+    else:
+        for each in found:
+            typer.secho(f"{each.state:8}", fg=COLORS[each.state], nl=False)
+            typer.echo(f"{each.check:15} {each.found}")
+            if each.advice:
+                typer.echo(f"{'':23} What to do: {each.advice}")
+    raise typer.Exit(any(each.state == "error" for each in found))
 
 
 def _refuse(error: ConfigError) -> NoReturn:

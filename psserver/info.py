@@ -1,4 +1,4 @@
-"""Answer GetServerInfo: number, shard map, limits, versions, memory and uptime of a shard."""
+"""Answer GetServerInfo (number, shard map, limits and statistics of a shard) and Diagnose."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from psproto import RELEASE
 from psproto import ps_pb2 as pb
 from psserver.config import ServerConfig
+from psserver.doctor import examine
 from psserver.shard import Shard
 from storage.versionlog import VersionLog
 
@@ -19,7 +20,7 @@ COUNTED = 128  # tables whose rows are counted without a pause; takes less than 
 class ServerInfo:
     """Reads versions, sizes and limits of a shard. Never waits for the engine.
 
-    Must be used on the event loop.
+    Must be used on the event loop, except ``diagnose``, which blocks.
 
     log      version log; None: the shard has no data directory
     flushed  returns the monotonic time of the last flush, in seconds; None: no data directory
@@ -71,3 +72,16 @@ class ServerInfo:
             start=self._start,
             flush_age_seconds=0.0 if self._flushed is None else now - self._flushed(),
         )
+
+    def diagnose(self, _: pb.DiagnoseRequest) -> pb.DiagnoseResponse:
+        """Return the findings about this machine and the settings. Blocks for about a second."""
+        found = [
+            pb.Finding(
+                check=each.check,
+                state=pb.Finding.State.Value(f"STATE_{each.state.upper()}"),
+                found=each.found,
+                advice=each.advice,
+            )
+            for each in examine(self._config, running=True)
+        ]
+        return pb.DiagnoseResponse(findings=found, time=time.time())

@@ -147,7 +147,13 @@ class Service:
         return {
             "GetServerInfo": self._make.message(
                 pb.GetServerInfoRequest, self.get_server_info, during_restore=True
-            )
+            ),
+            "Diagnose": self._make.blocking(
+                pb.DiagnoseRequest,
+                self._info.diagnose,
+                self._workers.short,
+                during_restore=True,
+            ),
         }
 
     def _checkpoint_methods(self) -> dict[str, Handler]:

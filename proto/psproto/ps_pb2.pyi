@@ -860,6 +860,40 @@ class Limits(_message.Message):
     keys: int
     def __init__(self, message_bytes: _Optional[int] = ..., keys: _Optional[int] = ...) -> None: ...
 
+class DiagnoseRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DiagnoseResponse(_message.Message):
+    __slots__ = ("findings", "time")
+    FINDINGS_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    findings: _containers.RepeatedCompositeFieldContainer[Finding]
+    time: float
+    def __init__(self, findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., time: _Optional[float] = ...) -> None: ...
+
+class Finding(_message.Message):
+    __slots__ = ("check", "state", "found", "advice")
+    class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STATE_UNSPECIFIED: _ClassVar[Finding.State]
+        STATE_OK: _ClassVar[Finding.State]
+        STATE_WARNING: _ClassVar[Finding.State]
+        STATE_ERROR: _ClassVar[Finding.State]
+    STATE_UNSPECIFIED: Finding.State
+    STATE_OK: Finding.State
+    STATE_WARNING: Finding.State
+    STATE_ERROR: Finding.State
+    CHECK_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    ADVICE_FIELD_NUMBER: _ClassVar[int]
+    check: str
+    state: Finding.State
+    found: str
+    advice: str
+    def __init__(self, check: _Optional[str] = ..., state: _Optional[_Union[Finding.State, str]] = ..., found: _Optional[str] = ..., advice: _Optional[str] = ...) -> None: ...
+
 class GetServerInfoRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

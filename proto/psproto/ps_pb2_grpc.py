@@ -1520,6 +1520,11 @@ class InfoServiceStub(object):
                 request_serializer=psproto_dot_ps__pb2.GetServerInfoRequest.SerializeToString,
                 response_deserializer=psproto_dot_ps__pb2.GetServerInfoResponse.FromString,
                 _registered_method=True)
+        self.Diagnose = channel.unary_unary(
+                '/ps.v1.InfoService/Diagnose',
+                request_serializer=psproto_dot_ps__pb2.DiagnoseRequest.SerializeToString,
+                response_deserializer=psproto_dot_ps__pb2.DiagnoseResponse.FromString,
+                _registered_method=True)
 
 
 class InfoServiceServicer(object):
@@ -1532,6 +1537,14 @@ class InfoServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Diagnose(self, request, context):
+        """Checks whether the shard's machine and settings suit it: memory limit, open files, processor,
+        kernels, disk, clock. Writes a small temporary file to measure the disk. Takes about a second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InfoServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -1539,6 +1552,11 @@ def add_InfoServiceServicer_to_server(servicer, server):
                     servicer.GetServerInfo,
                     request_deserializer=psproto_dot_ps__pb2.GetServerInfoRequest.FromString,
                     response_serializer=psproto_dot_ps__pb2.GetServerInfoResponse.SerializeToString,
+            ),
+            'Diagnose': grpc.unary_unary_rpc_method_handler(
+                    servicer.Diagnose,
+                    request_deserializer=psproto_dot_ps__pb2.DiagnoseRequest.FromString,
+                    response_serializer=psproto_dot_ps__pb2.DiagnoseResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1568,6 +1586,33 @@ class InfoService(object):
             '/ps.v1.InfoService/GetServerInfo',
             psproto_dot_ps__pb2.GetServerInfoRequest.SerializeToString,
             psproto_dot_ps__pb2.GetServerInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Diagnose(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ps.v1.InfoService/Diagnose',
+            psproto_dot_ps__pb2.DiagnoseRequest.SerializeToString,
+            psproto_dot_ps__pb2.DiagnoseResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,6 +18,7 @@ sink.py                   write the rows that an analysis read to a Parquet file
 history.py                a file with the results of past analyses: how a table grew
 keys.py                   find the row of a key, or the reason why it has none
 status.py                 ask every shard for its state
+doctor.py                 what is wrong with a cluster, and what to do
 rules.py                  rules as typed on the command line: counter:threshold=3
 figures.py                numbers and counts of an analysis, formatted as text
 listing.py                aligned columns of text for the terminal
@@ -26,6 +27,7 @@ charts.py                 an analysis as plots
 page.py                   an analysis as an HTML page
 commands/shell.py         options, connection and error handling of all commands
 commands/cluster.py       psctl status, tail
+commands/doctor.py        psctl doctor
 commands/tables.py        psctl tables, table, create, drop, evict
 commands/alter.py         psctl alter
 commands/checkpoints.py   psctl checkpoint, checkpoints, restore, delete, prune

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from psclient.tools.commands import alter, analyses, checkpoints, cluster, repairs, rows, tables
+from psclient.tools.commands import (
+    alter,
+    analyses,
+    checkpoints,
+    cluster,
+    doctor,
+    repairs,
+    rows,
+    tables,
+)
 from psclient.tools.commands.shell import app
 
-GROUPS = [each.__name__ for each in (cluster, tables, alter, checkpoints, repairs, rows, analyses)]
+COMMANDS = (cluster, doctor, tables, alter, checkpoints, repairs, rows, analyses)
+GROUPS = [each.__name__ for each in COMMANDS]
 app.registered_commands.sort(key=lambda each: GROUPS.index(each.callback.__module__))
 
 

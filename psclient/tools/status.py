@@ -116,7 +116,7 @@ def _ask(shard: int, shards: int, address: str, timeout: float) -> ShardStatus:
         )
     try:
         with closing(Channel(Route(address), OPTIONS)) as channel:
-            info = _call(
+            info = call_shard(
                 channel, "InfoService/GetServerInfo", pb.GetServerInfoRequest(), timeout, address
             )
             answer = pb.GetServerInfoResponse.FromString(info)
@@ -169,7 +169,7 @@ def _state(
             f"{address} is shard {info.shard} of {info.shard_map.shards},"
             f" but is listed as shard {shard} of {shards}"
         )
-    data = _call(channel, "CheckpointService/Restore", pb.RestoreRequest(), timeout, address)
+    data = call_shard(channel, "CheckpointService/Restore", pb.RestoreRequest(), timeout, address)
     restore = pb.RestoreStatus.FromString(data)
     if restore.phase in (*OVER, PREPARED):
         return "ready", None
@@ -177,7 +177,7 @@ def _state(
     return "restoring", f"restore of checkpoint {restore.name!r}, phase {phase}"
 
 
-def _call(channel: Channel, method: str, request: Any, timeout: float, address: str) -> bytes:
+def call_shard(channel: Channel, method: str, request: Any, timeout: float, address: str) -> bytes:
     """Call a method of a shard; return the encoded answer. Raises a PsError.
 
     method   "Service/Method", in the package ps.v1

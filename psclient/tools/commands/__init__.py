@@ -2,6 +2,7 @@
 
 shell.py         options, connection and error handling of all commands
 cluster.py       psctl status, tail
+doctor.py        psctl doctor
 tables.py        psctl tables, table, create, drop, evict
 alter.py         psctl alter
 checkpoints.py   psctl checkpoint, checkpoints, restore, delete, prune

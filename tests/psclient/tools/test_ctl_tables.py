@@ -117,7 +117,7 @@ def test_status_shows_why_a_shard_refuses_work(
         error.reason = reason
         raise error
 
-    monkeypatch.setattr(states, "_call", refuse)
+    monkeypatch.setattr(states, "call_shard", refuse)
     [found] = status(["a:1"])
     assert (found.state, found.problem, found.ready) == (reason.lower(), "a:1: refused", False)
     assert found.version is None
@@ -132,7 +132,7 @@ def test_status_shows_a_restore_between_its_steps(
             return pb.GetServerInfoResponse(shard_map=pb.ShardMap(shards=1)).SerializeToString()
         return pb.RestoreStatus(name="monday", phase=phase[1]).SerializeToString()
 
-    monkeypatch.setattr(states, "_call", answer)
+    monkeypatch.setattr(states, "call_shard", answer)
     [found] = status(["a:1"])
     ready = phase[0] in {
         f"PHASE_{each}" for each in ("UNSPECIFIED", "PREPARED", "RELEASED", "ABORTED")

@@ -1,0 +1,135 @@
+"""`psctl doctor`: every finding about a cluster, made to happen."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from fakes import fake_server, info
+from servers import Cluster, free_ports
+from typer.testing import CliRunner
+
+from psclient.tools import ctl, doctor
+from psclient.tools.commands.shell import Exit
+from psclient.tools.doctor import Finding, examine
+from psclient.tools.status import ShardStatus
+from psproto import RELEASE
+from psproto import ps_pb2 as pb
+
+OWN = {"release", "number", "memory", "open files", "processor", "kernels", "disk", "fsync"}
+
+
+def psctl(servers: list[str], *words: str) -> tuple[int, str]:
+    """Run psctl doctor; return its exit status and output."""
+    environment = {"PSCTL_SERVERS": ",".join(servers), "COLUMNS": "100"}
+    done = CliRunner().invoke(ctl.app, ["doctor", *words], env=environment)
+    return done.exit_code, done.output
+
+
+def answering(**fields: Any) -> Any:
+    """Return a method that answers Diagnose."""
+    data = pb.DiagnoseResponse(**fields).SerializeToString()
+    return {"InfoService/Diagnose": lambda _, __: data, "CheckpointService/Restore": idle}
+
+
+def idle(_: bytes, __: Any) -> bytes:
+    return bytes(pb.RestoreStatus().SerializeToString())
+
+
+def only(found: list[Finding], check: str) -> Finding:
+    [one] = [each for each in found if each.check == check]
+    return one
+
+
+def test_a_cluster_in_order(cluster2: Cluster) -> None:
+    found = examine(cluster2.addresses)
+    assert [each for each in found if each.state == "error"] == []
+    for shard in range(2):
+        checks = {each.check for each in found if each.shard == shard}
+        assert OWN | {"shard", "data directory", "clock", "time"} == checks
+    status, text = psctl(cluster2.addresses, "--json")
+    listed = json.loads(text)
+    assert status == Exit.OK
+    assert [each["check"] for each in listed] == [each.check for each in found]
+    assert set(listed[0]) == {"shard", "check", "state", "found", "advice"}
+    status, text = psctl(cluster2.addresses)
+    assert status == Exit.OK
+    assert "0 errors" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_shard_that_is_gone(cluster1: Cluster) -> None:
+    gone = f"127.0.0.1:{free_ports(1)}"
+    status, text = psctl([*cluster1.addresses, gone], "--timeout", "2")
+    assert status == Exit.UNREACHABLE
+    assert text.startswith("error ")
+    assert "What to do: check that its server runs" in text
+
+
+def test_a_shard_in_a_wrong_place(cluster2: Cluster) -> None:
+    status, text = psctl(cluster2.addresses[::-1], "--json")
+    assert status == Exit.FAILED
+    wrong = [each for each in json.loads(text) if each["state"] == "error"]
+    assert [each["found"].split(":")[0] for each in wrong] == ["misplaced"] * 2
+
+
+def test_a_name_that_is_gone_or_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = examine(["no.such.host.example:7000"], timeout=1.0)
+    assert (only(found, "name").state, only(found, "shard").state) == ("error", "error")
+    assert doctor._name("nonsense").state == "error"
+    monkeypatch.setattr(doctor, "look_up", lambda _: time.sleep(0.6) or ["a", "b"])
+    one = doctor._name("ps:7000")
+    assert (one.state, "2 addresses" in one.found) == ("warning", True)
+
+
+def test_different_releases() -> None:
+    def shard(number: int, release: str) -> ShardStatus:
+        return ShardStatus(shard=number, address="a:1", state="ready", release=release)
+
+    assert doctor._releases([shard(0, RELEASE), shard(1, RELEASE)]).state == "ok"
+    one = doctor._releases([shard(0, RELEASE), shard(1, "9.9")])
+    assert (one.state, "9.9" in one.found) == ("warning", True)
+
+
+def test_damaged_blocks() -> None:
+    shard = ShardStatus(shard=1, address="a:1", state="ready", damaged_blocks=2)
+    one = doctor._state(shard)
+    assert (one.shard, one.state, "psctl verify" in one.advice) == (1, "error", True)
+
+
+@pytest.mark.parametrize("state", doctor.ADVICE)
+def test_every_state_that_is_not_ready_has_advice(state: str) -> None:
+    one = doctor._state(ShardStatus(shard=0, address="a:1", state=state, problem="why"))
+    assert (one.state, one.found) == ("error", f"{state}: why")
+    assert one.advice
+
+
+def test_what_a_shard_finds_is_an_error_of_the_cluster() -> None:
+    finding = pb.Finding(
+        check="memory", state=pb.Finding.STATE_ERROR, found="too little", advice="more"
+    )
+    with fake_server(answering(findings=[finding], time=time.time())) as address:
+        found = examine([address])
+        assert only(found, "memory") == Finding(0, "memory", "error", "too little", "more")
+        assert psctl([address])[0] == Exit.FAILED
+
+
+@pytest.mark.parametrize(
+    ("ahead", "state"), [(0.0, "ok"), (-20.0, "warning"), (20.0, "warning"), (300.0, "error")]
+)
+def test_clocks_that_differ(ahead: float, state: str) -> None:
+    with fake_server(answering(time=time.time() + ahead)) as address:
+        assert only(examine([address]), "time").state == state
+
+
+def test_a_server_of_an_older_release() -> None:
+    told = pb.GetServerInfoResponse.FromString(info())
+    told.release = "0.2.0"
+    data = told.SerializeToString()
+    methods = {"InfoService/GetServerInfo": lambda _, __: data, "CheckpointService/Restore": idle}
+    with fake_server(methods) as address:
+        found = examine([address])
+    assert only(found, "release").state == "warning"
+    assert only(found, "machine").state == "warning"
