@@ -68,7 +68,7 @@ def options(*, proxy: bool) -> Options:
 
 @dataclass(eq=False, slots=True)
 class _Opened:
-    """A gRPC channel, and what happened on it."""
+    """A gRPC channel with its running calls."""
 
     channel: Any  # gRPC's object
     address: str  # "host:port" that it connects to
@@ -187,7 +187,7 @@ class Channel:
         return [*self._replaced, *([self._opened] if self._opened else [])]
 
     def _open(self) -> _Opened:
-        """Return the gRPC channel; create it at the first call, and anew where that may help.
+        """Return the gRPC channel; open one at the first call, and a new one if it is outdated.
 
         Raises Unavailable if this Channel was closed.
         """
@@ -222,8 +222,8 @@ class Channel:
     def _note(self, opened: _Opened, call: Any) -> Any:
         """Remember a gRPC call until it ends, so that a fork can cancel it. Returns ``call``.
 
-        opened  the gRPC channel on which it runs. If the call fails because the server was not
-                reached, or is another one, that is recorded there
+        opened  the gRPC channel on which it runs. Its field ``failed`` is set if the call fails
+                because it did not reach the right server
         """
         opened.calls.add(call)
 

@@ -48,7 +48,7 @@ class Found:
 
     @property
     def process(self) -> tuple[int, str]:
-        """Return what is equal for two answers of one process, and differs between processes."""
+        """Return a key that identifies the server process: its start, or else its address."""
         return self.start, "" if self.start else self.address
 
 
@@ -62,8 +62,8 @@ class Discovery:
 
     Attributes:
 
-    found     newest answer of each process, by ``Found.process``
-    errors    address -> reason why it has not answered with a shard
+    found   newest answer of each process, by ``Found.process``
+    errors  address -> reason why its last question found no shard; "" -> why the look-up failed
     """
 
     def __init__(
@@ -111,7 +111,8 @@ class Discovery:
     def complete(self) -> list[Found] | None:
         """Return one answer per shard, in order, if all shards of one cluster were found.
 
-        Returns None as long as shards are missing, or it is not certain which servers to use.
+        Returns None while shards are missing, while an address has not answered for less than
+        FIRST_SECONDS, and while two servers answer as one shard or more than one cluster answers.
         """
         now = time.monotonic()
         self.found = {k: each for k, each in self.found.items() if now - each.at < FRESH_SECONDS}

@@ -146,8 +146,8 @@ class Named(Places):
     def _follow(self, discovery: Discovery) -> bool:
         """Change the routes of lost shards to where they answered; return whether to search on.
 
-        A shard counts as found again if it answered after the failure. The search also ends if no
-        call has failed for SEARCH_SECONDS: then nobody needs the shard.
+        A shard counts as found again if it answered after the failure. The search also ends when
+        no call has failed for SEARCH_SECONDS, because then nobody needs the lost shards.
         """
         assert self._routes is not None
         for each in sorted(discovery.found.values(), key=lambda each: each.at):
@@ -174,7 +174,7 @@ class Named(Places):
 
 
 def _of(found: Found) -> tuple[str, str]:
-    """Return the two addresses of a server that answered."""
+    """Return the address at which a server was asked, and the one that clients should use."""
     return found.asked, found.address
 
 

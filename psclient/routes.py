@@ -30,7 +30,7 @@ class Route:
         shards   number of shards in the cluster
         cluster  name of the cluster; "": not known, so it is not checked
 
-        This matters if a server stops and another one gets its address.
+        So a call has no effect on a server that has got the address of the shard.
         """
         self.metadata = ((IDENTITY, f"{shard}/{shards}/{cluster}"),)
 

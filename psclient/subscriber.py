@@ -199,6 +199,8 @@ class Subscriber:
         request = pb.SubscribeRequest()
         request.CopyFrom(self._request)
         request.token = self._queue.tokens[shard]
+        if not route.metadata:  # Places that searched for the shards have set it
+            route.expect(shard, self._shards, "")
         options = self._options
         return ShardStream(
             self._queue,

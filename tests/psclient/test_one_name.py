@@ -124,6 +124,16 @@ class TestOneName:
                     call()
 
 
+def test_a_subscriber_with_addresses_in_another_order_receives_nothing(cluster2: Cluster) -> None:
+    with (
+        Subscriber(cluster2.addresses[::-1], timeout=1.0) as changes,
+        pytest.raises(
+            Unavailable, match=r"this server is shard (\d) of 2, but the client expected"
+        ),
+    ):
+        changes.next(20)
+
+
 class TestPsctl:
     @staticmethod
     def run(*words: str, exit: int) -> str:

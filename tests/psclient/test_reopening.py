@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,6 +14,7 @@ from names import Names
 from pods import Pod, info
 from servers import eventually, free_ports
 
+import psclient
 from psclient.channel import REOPEN_SECONDS, Channel
 from psclient.errors import Unavailable
 from psclient.routes import Route
@@ -188,3 +190,15 @@ class TestReopening:
         for each in direct._all():
             with pytest.raises(ValueError, match="closed"):
                 each.channel.unary_unary(METHOD)(REQUEST)
+
+
+def test_every_connection_of_clients_and_servers_is_a_channel() -> None:
+    """So all of them find a server again that was gone: nothing else opens a gRPC channel."""
+    root = Path(psclient.__file__).parents[1]
+    opening = [
+        str(path.relative_to(root))
+        for package in ("psclient", "psserver", "storage")
+        for path in sorted((root / package).rglob("*.py"))
+        if "secure_channel(" in path.read_text()
+    ]
+    assert opening == ["psclient/channel.py"]
