@@ -29,6 +29,7 @@ LOOK_SECONDS = 0.5  # time between two look-ups, and between two questions to an
 ASK_SECONDS = 5.0  # maximum time of one question
 FIRST_SECONDS = 1.0  # time to wait for the first answer of an address, once all shards are found
 AGAIN_SECONDS = 2.0  # time after which an address that answered as a shard is asked again
+SPARE_SECONDS = 10.0  # the same for an address that is probably of no use
 FORGET_SECONDS = 60.0  # an address is forgotten that look-ups have not returned for this time
 FRESH_SECONDS = 5.0  # an answer that is older is forgotten
 INFO = "/ps.v1.InfoService/GetServerInfo"
@@ -58,7 +59,8 @@ class Discovery:
     name     "host:port" with a DNS name
     options  options of the gRPC channels
     known    addresses to ask in addition to those of the name
-    skip     returns addresses that need not be asked at the moment; None: there are none
+    spare    returns addresses that are probably of no use at the moment, so that they are asked
+             only every SPARE_SECONDS
 
     Attributes:
 
@@ -71,13 +73,13 @@ class Discovery:
         name: str,
         options: Options,
         known: Iterable[str] = (),
-        skip: Callable[[], set[str]] | None = None,
+        spare: Callable[[], set[str]] = set,
     ) -> None:
         self.name = name
         self.found: dict[tuple[int, str], Found] = {}
         self.errors: dict[str, str] = {}
         self._options = options
-        self._skip = skip
+        self._spare = spare
         self._events: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         # address -> since when it is known, in monotonic seconds
         self._addresses = dict.fromkeys(known, time.monotonic())
@@ -94,9 +96,11 @@ class Discovery:
         if now >= self._look and not self._looking:
             self._looking = True
             threading.Thread(target=self._look_up, name="psclient-lookup", daemon=True).start()
-        busy = {*self._asking, *(self._skip() if self._skip else ())}
+        spare = self._spare()
         for address in self._addresses:
-            if address not in busy and now >= self._due.get(address, 0.0):
+            if address in spare:
+                self._due.setdefault(address, now + SPARE_SECONDS)
+            if address not in self._asking and now >= self._due.get(address, 0.0):
                 self._ask(address)
         try:
             pause = min(until, now + LOOK_SECONDS / 5) - now
@@ -215,7 +219,8 @@ class Discovery:
         """Remember that a server answered ``info`` at ``address``."""
         now, shards = time.monotonic(), info.shard_map.shards
         alone = len(self._addresses) == 1  # may be a load balancer: the next answer may differ
-        self._due[address] = now + (LOOK_SECONDS if alone or self._skip else AGAIN_SECONDS)
+        pause = LOOK_SECONDS if alone else AGAIN_SECONDS
+        self._due[address] = now + (SPARE_SECONDS if address in self._spare() else pause)
         if not info.shard < shards <= MAX_SHARDS:
             self.errors[address] = f"it answers as shard {info.shard} of {shards}, which is invalid"
             return

@@ -136,7 +136,11 @@ class Named(Places):
             discovery.close()
 
     def _settled(self) -> set[str]:
-        """Return the addresses of the shards that need not be searched for."""
+        """Return the addresses of the shards that are not lost.
+
+        A lost shard may still be at one of them: two shards may have swapped their addresses while
+        calls were made to only one of them.
+        """
         assert self._routes is not None
         with self._starting:
             lost = set(self._lost)

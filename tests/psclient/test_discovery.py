@@ -270,6 +270,16 @@ class TestFollow:
             route.failed(route.address)
         eventually(lambda: (routes[0].address, routes[1].address) == (second, first), 3.0)
 
+    def test_a_shard_is_found_at_the_address_of_one_that_nobody_calls(
+        self, service: Service, places: Named, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(discovery, "SPARE_SECONDS", 1.0)
+        routes = places.routes(0)
+        there = routes[1].address
+        service.pods[0].says, service.pods[1].says = Starting(), info(0, 3, cluster="prod", start=9)
+        routes[0].failed(routes[0].address)
+        eventually(lambda: routes[0].address == there, 4.0)
+
     def test_a_failure_at_a_former_address_starts_no_search(self, places: Named) -> None:
         places.routes(0)[1].failed("127.0.0.99:1")
         assert not places._searching
