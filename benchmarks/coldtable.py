@@ -16,7 +16,6 @@ from storage.block import Block, rows_per_block
 from storage.blockfile import BlockFile
 from storage.directory import Zones
 from storage.history import History
-from storage.index import places
 from storage.initializers import make_initializer
 from storage.kernels import Images, Keys, Rows, Slots
 from storage.optimizers import make_optimizer
@@ -92,10 +91,10 @@ class ColdTable:
 
     def warm(self, keys: Keys) -> None:
         """Read the pieces of the file that a pull of these keys needs."""
-        locations, _ = self.table.store.find(keys)
-        pages = self.blocks.pages(places(locations, self.blocks.code)[0])
-        pages.warm()
-        self.blocks.settle(pages)
+        pages = self.table.store.pages(keys)
+        if pages is not None and not pages.empty:
+            pages.warm()
+            self.blocks.settle(pages)
 
     def put(self, keys: Keys, rows: Rows) -> None:
         """Write the rows to host memory. ``sync`` flushes and demotes them."""

@@ -3,8 +3,10 @@
 The engine is the thread that reads and writes all rows of a shard, so it must not wait for the
 disk. An exchange therefore runs in three steps:
 
-    1. on the engine: run it if all its rows are in memory and there is room for its pushes. If not,
-       hold it: change nothing, and find out which pieces of the disk it needs
+    1. on the engine: run it if all its rows are in memory and there is room for its pushes. Rows on
+       disk count as in memory if their pieces of the disk are in the file cache, as far as it is
+       known (see storage/residency.py). Otherwise hold it: change nothing, and find out which
+       pieces of the disk it needs
     2. on an I/O thread: read these pieces into memory, and verify them. If there is no room in
        memory, wait for a flush, which writes changed rows to disk, so that they can leave memory
     3. on the engine: look up all rows again, and run it
@@ -233,17 +235,22 @@ class ColdRuns:
     def _attempt(
         self, pushes: Sequence[Push], pulls: Sequence[Pull], deadline: float, lane: Lane | None
     ) -> Exchanged | Held:
-        """Run an exchange if it need not wait, or hold it and begin to read its rows."""
+        """Run an exchange if it need not wait, or hold it and begin to read its rows.
+
+        The event loop holds every exchange with rows on disk, because a page may have left memory.
+        """
         reads = self._shard.cold_reads(pushes, pulls)
+        needed = [read for read in reads if not read.pages.empty]
+        ready = not reads or (not needed and self._engine.is_here())
         no_room = None
-        if not reads and (lane is None or not lane.held):
+        if ready and (lane is None or not lane.held):
             try:
                 return self._run(pushes, pulls)
             except NoRoom as error:
                 no_room = error.with_traceback(None)
-        held = Held(pushes, pulls, deadline, lane or Lane(), reads, no_room)
-        if reads:
-            held.warmed = self._pool.submit(_warm, reads)
+        held = Held(pushes, pulls, deadline, lane or Lane(), needed, no_room)
+        if needed:
+            held.warmed = self._pool.submit(_warm, needed)
         return held
 
     def _again(self, held: Held) -> Exchanged | Held:
@@ -287,6 +294,7 @@ class ColdRuns:
     def _prefetch(self, pull: Pull) -> None:
         """Begin to read the rows of a pull that are on disk, unless too many others wait."""
         reads = self._shard.cold_reads([], [pull], prefetch=True)
+        reads = [read for read in reads if not read.pages.empty]
         if not reads or self._prefetching >= MOST_PREFETCHES:
             return
         self._prefetching += 1

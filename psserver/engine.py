@@ -117,6 +117,10 @@ class Engine:
         self._put((job, float("inf"), None))
         return done.result()
 
+    def is_here(self) -> bool:
+        """Return whether the caller runs on the engine thread."""
+        return threading.get_ident() == self._thread.ident
+
     def post(self, call: Callable[[], Any]) -> None:
         """Run ``call`` on the engine thread later; its result and its errors are ignored.
 

@@ -77,8 +77,12 @@ class PushRoom:
 
     def tight(self, pushes: Sequence[Push]) -> list[TableEntry]:
         """Return those tables of some pushes that have little room left: ``relieve`` them."""
-        entries = (self._tables.find(push.table) for push in pushes)
-        return [each for each in entries if each is not None and each.table.store.tight]
+        tight = []
+        for push in pushes:
+            entry = self._tables.find(push.table)
+            if entry is not None and entry.table.store.tight:
+                tight.append(entry)
+        return tight
 
     def relieve(self, entries: Sequence[TableEntry]) -> list[TableEntry]:
         """Make some room in tables, ahead of need, without a flush.

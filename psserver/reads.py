@@ -33,7 +33,10 @@ from storage.tablescan import ExactScan, TableScan
 
 
 class ColdRead(NamedTuple):
-    """Pieces of the disk that a request needs, because they hold rows of one table."""
+    """Pieces of the disk that a request needs, because they hold rows of one table.
+
+    If all of them are in memory already, ``pages`` is empty.
+    """
 
     table: str  # name of the table
     entry: TableEntry
@@ -158,7 +161,7 @@ class ShardReads:
     def cold_reads(
         self, pushes: Sequence[Push], pulls: Sequence[Pull], *, prefetch: bool = False
     ) -> list[ColdRead]:
-        """Return the pieces of the disk that some requests need; [] if all rows are in memory.
+        """Return the pieces of the disk that some requests need; [] if no row is on disk only.
 
         prefetch  return those of prefetches, instead of those of all other requests
 
@@ -166,36 +169,28 @@ class ShardReads:
         """
         reads: list[ColdRead] = []
         for push in pushes:
-            self._add_read(reads, push, whole=True, meta=True)
+            entry = self._tables.find(push.table)
+            if entry is not None and entry.table.cold_rows:
+                _add_read(reads, entry, push, whole=True, meta=True)
         for pull in pulls:
-            if pull.prefetch is prefetch:  # a push probably follows a prefetch
-                meta = prefetch or pull.with_metadata
-                self._add_read(reads, pull, whole=prefetch, meta=meta)
+            entry = self._tables.find(pull.table)
+            if entry is not None and entry.table.cold_rows and pull.prefetch is prefetch:
+                meta = prefetch or pull.with_metadata  # a push probably follows a prefetch
+                _add_read(reads, entry, pull, whole=prefetch, meta=meta)
         return reads
-
-    def _add_read(
-        self, reads: list[ColdRead], part: Push | Pull, *, whole: bool, meta: bool
-    ) -> None:
-        """Append the pages of the disk that one request needs to ``reads``, if it needs any.
-
-        whole, meta  see Table.pages
-        """
-        entry = self._tables.find(part.table)
-        if entry is not None and entry.table.cold_rows:
-            pages = entry.table.pages(part.keys, whole=whole, meta=meta)
-            if pages is not None:
-                reads.append(ColdRead(part.table, entry, pages))
 
     def cold_read(self, number: int, keys: Keys) -> ColdRead | None:
         """Return the pieces of the disk that hold rows of ``keys`` in the table with this number.
 
-        None: no row of them is on disk only, or the table was dropped.
+        None: no row of them is on disk only, all pieces are in memory, or the table was dropped.
         """
         entry = self._tables.numbered(number)
         if entry is None or not entry.table.cold_rows:
             return None
-        pages = entry.table.pages(keys, whole=True, meta=True)
-        return None if pages is None else ColdRead(entry.schema.name, entry, pages)
+        pages = entry.table.store.pages(keys, whole=True, meta=True)
+        if pages is None or pages.empty:
+            return None
+        return ColdRead(entry.schema.name, entry, pages)
 
     def settle(self, reads: Sequence[ColdRead]) -> None:
         """Remember what was verified while the pieces of ``reads`` were read.
@@ -283,6 +278,18 @@ class ShardReads:
     def dump(self) -> dict[str, Any]:
         """Return copies of all rows, by table name. Only for tests: takes much memory."""
         return {name: self._tables.get(name).table.dump() for name in self.tables()}
+
+
+def _add_read(
+    reads: list[ColdRead], entry: TableEntry, part: Push | Pull, *, whole: bool, meta: bool
+) -> None:
+    """Append the pages of the disk that one request needs to ``reads``, if it needs any.
+
+    whole, meta  see RowStore.pages
+    """
+    pages = entry.table.store.pages(part.keys, whole=whole, meta=meta)
+    if pages is not None:
+        reads.append(ColdRead(part.table, entry, pages))
 
 
 def record_bytes(entry: TableEntry, part: Push | Pull) -> int:

@@ -243,24 +243,25 @@ class Shard(ShardReads):
                     _check_rows(each)
             pushed: list[pb.PushResponse] = []
             for each in checked:
-                pushed.append(self._push_or_exceed(each, bool(pushed)))
+                try:
+                    pushed.append(self._push(each))
+                except OutOfMemory as error:
+                    pushed.append(self._exceed(each, error, bool(pushed)))
         return Exchanged(pushed, list(map(self._pull, entries, pulls)))
 
-    def _push_or_exceed(self, each: CheckedPush, begun: bool) -> pb.PushResponse:
-        """Apply a push for whose table room was made.
+    def _exceed(self, each: CheckedPush, error: OutOfMemory, begun: bool) -> pb.PushResponse:
+        """Apply a push beyond the memory budget, because the room made for it did not suffice.
 
+        error  raised by the push; it is raised again if the budget must not be exceeded
         begun  an earlier push of the same call was applied
 
-        Room is made for each table alone. If it does not suffice, the push exceeds the memory
-        budget. Raises NoRoom if nothing was applied yet, and OutOfMemory if no rows can leave.
+        Room is made for each table alone, so that one push may take the room of another. Raises
+        NoRoom if nothing was applied yet, and OutOfMemory if no rows can leave.
         """
-        try:
-            return self._push(each)
-        except OutOfMemory as error:
-            if not self.budget.holders or (isinstance(error, NoRoom) and not begun):
-                raise
-            if self.budget.crowded:
-                raise OutOfMemory(error.budget, error.held, error.wanted, error.what) from error
+        if not self.budget.holders or (isinstance(error, NoRoom) and not begun):
+            raise error
+        if self.budget.crowded:
+            raise OutOfMemory(error.budget, error.held, error.wanted, error.what) from error
         with self.pushroom.exceeding([each]):
             return self._push(each)
 

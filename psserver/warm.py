@@ -150,11 +150,12 @@ def _use_blocks(mapped: BlockFile, file: int, keys: Keys, written: bool) -> None
 def _read_blocks(table: Table, keys: Keys) -> None:
     """Read rows that are on disk only, in each way in which a server reads them."""
     rows, n = np.empty((len(keys), 2), np.float32), len(keys)
-    pages = table.pages(keys, whole=True, meta=True)
-    assert pages is not None  # else the kernels below would run on no rows
-    pages.warm()
     assert table.store.blocks is not None
-    table.store.blocks.settle(pages)
+    for _ in range(2):  # the second time, the pages are in memory
+        pages = table.store.pages(keys, whole=True, meta=True)
+        assert pages is not None  # else the kernels below would run on no rows
+        pages.warm()
+        table.store.blocks.settle(pages)
     table.metadata(table.pull(keys, "train", rows))
     scan = table.scan()
     start: int | None = 0

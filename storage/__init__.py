@@ -56,6 +56,7 @@ part_reader.py   read one shard's part of a checkpoint
 blockfile.py     a memory map of the base's file, from which rows are read in place
 extents.py       the blocks of a table: where they are, bits of their rows
 inplace.py       read rows and metadata of blocks from the map
+residency.py     which pages of blocks are in memory
 blockscan.py     read blocks on other threads than the engine's
 blockcheck.py    verify whole blocks on another thread than the engine's
 tiers/base.py    the contract of a tier, which stores rows by place

@@ -46,7 +46,7 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 
 # Functions of the C library, which kernels call. Addresses are integers.
-_mincore = types.ExternalFunction("mincore", types.int32(types.uintp, types.uintp, types.uintp))
+mincore = types.ExternalFunction("mincore", types.int32(types.uintp, types.uintp, types.uintp))
 _fadvise = types.ExternalFunction(
     "posix_fadvise", types.int32(types.int32, types.int64, types.int64, types.int32)
 )
@@ -99,7 +99,7 @@ def request(
     while i < offsets.shape[0]:
         next_i, start, stop = _span(offsets, i, size, page, states.shape[0])
         base = np.uintp(address) + np.uintp(start)
-        if _mincore(base, np.uintp(stop - start), np.uintp(states.ctypes.data)) != 0:
+        if mincore(base, np.uintp(stop - start), np.uintp(states.ctypes.data)) != 0:
             states[:] = 0
         done = start
         for each in range(i, next_i):

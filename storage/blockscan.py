@@ -23,6 +23,7 @@ from storage.extents import (
 )
 from storage.inplace import HEADER
 from storage.kernels import Rows, Slots
+from storage.residency import Look, clock
 from storage.slots import FREQUENCY, LOOK, Meta
 from storage.sums import PIECE, SHIFT
 
@@ -36,31 +37,21 @@ def list_pages(
     numbers: int,
     meta: bool,
     norms: bool = False,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """List the pages of the file that contain rows.
 
     numbers  float32 numbers to read of each row
     meta     also list the pages with the metadata
     norms    list the pages with the rows' norms instead, where the block has norms
 
-    Returns (``pages``, ``fresh``) of ``inplace.list_pages``.
+    Returns (``pages``, ``pieces``, ``fresh``) of ``inplace.list_pages``.
     """
     most = len(places) * (-(-4 * numbers // PIECE) + 1 + (4 if meta else 0))
-    pages, fresh = np.empty(most, np.int64), np.empty((most, inplace.FRESH), np.int64)
-    counts = np.empty(2, np.int64)
-    inplace.list_pages(
-        records,
-        extents.seen_at,
-        extents.width,
-        4 * numbers,
-        norms,
-        meta,
-        places,
-        pages,
-        fresh,
-        counts,
-    )
-    return pages[: counts[0]], fresh[: counts[1]]
+    pages, pieces = np.empty(most, np.int64), np.empty(most, np.int64)
+    fresh, counts = np.empty((most, inplace.FRESH), np.int64), np.empty(2, np.int64)
+    sizes = extents.seen_at, extents.width, 4 * numbers
+    inplace.list_pages(records, *sizes, norms, meta, places, pages, pieces, fresh, counts)
+    return pages[: counts[0]], pieces[: counts[0]], fresh[: counts[1]]
 
 
 class ColdPages:
@@ -69,15 +60,33 @@ class ColdPages:
     ``Blocks.pages`` makes it on the engine thread, any thread calls ``warm``, and the engine thread
     passes it to ``Blocks.settle``. Nothing stays reserved in between: the rows may move or change.
 
-    fresh  int64[m, 5]  pages that were not verified yet, ascending; see ``inplace.list_pages``
-    good   bool[m]      which of them are intact; valid after ``warm``
+    pieces  int64[n]     the pieces that are needed, see ``inplace.list_pages``
+    fresh   int64[m, 5]  those that were not verified yet, see there
+    good    bool[m]      which of ``fresh`` are intact; valid after ``warm``
+    blocks  the blocks of the pieces
+    every   whether ``warm`` also looks which other pages of the blocks are in memory
+    when    time before ``warm`` read the pages, see ``residency.clock``; 0: it did not yet
     """
 
-    def __init__(self, file: BlockFile, pages: NDArray[np.int64], fresh: NDArray[np.int64]) -> None:
-        """Store the pages, each of which may occur more than once in ``pages`` and ``fresh``."""
+    def __init__(
+        self,
+        file: BlockFile,
+        pages: NDArray[np.int64],
+        pieces: NDArray[np.int64],
+        fresh: NDArray[np.int64],
+        blocks: Look,
+        every: bool,
+    ) -> None:
+        """Store the arguments. pages: offset of each page, which may occur more than once."""
         self._file, self._pages = file, pages
-        self.fresh = fresh
+        self.pieces, self.fresh, self.blocks, self.every = pieces, fresh, blocks, every
         self.good = np.zeros(len(fresh), np.bool_)
+        self.when = 0
+
+    @property
+    def empty(self) -> bool:
+        """True if there is nothing to read: all pages are in memory, as far as it is known."""
+        return not len(self._pages)
 
     def warm(self) -> None:
         """Read the pages into memory, and verify those that were never verified.
@@ -85,13 +94,20 @@ class ColdPages:
         Any thread may call this. Releases the GIL. Raises OSError if the disk fails. Damage is not
         raised here but by ``Blocks.settle``, because the block may be gone by now.
         """
-        first = np.unique(self.fresh[:, 0], return_index=True)[1]
-        fresh = self.fresh = self.fresh[first]
-        pieces = (fresh[:, 0] - fresh[:, 3] + SHIFT) // PIECE
-        sums = fresh[:, 3] + 8 * fresh[:, 4] + 4 * pieces
-        self._file.warm(np.unique(np.concatenate([self._pages, fresh[:, 0], sums & -PIECE])), PIECE)
-        self.good = np.zeros(len(fresh), np.bool_)
-        inplace.verify_pages(self._file.words, fresh, self.good)
+        when, pages = clock(), self._pages
+        if len(self.fresh):
+            first = np.unique(self.fresh[:, 0], return_index=True)[1]
+            fresh = self.fresh = self.fresh[first]
+            sums = (
+                fresh[:, 3] + 8 * fresh[:, 4] + 4 * ((fresh[:, 0] - fresh[:, 3] + SHIFT) // PIECE)
+            )
+            pages = np.concatenate([pages, sums & -PIECE])
+        self._file.warm(np.sort(pages), PIECE)
+        self.good = np.zeros(len(self.fresh), np.bool_)
+        inplace.verify_pages(self._file.words, self.fresh, self.good)
+        if self.every:
+            self.blocks.run()
+        self.when = when
 
 
 class BlockScan(Reader):
@@ -224,8 +240,8 @@ class BlockScan(Reader):
     def _warm(self, places: Slots, numbers: int, meta: bool, norms: bool = False) -> None:
         """Read the pages with rows into memory. See ``list_pages`` for the parameters."""
         records = self.memory.array()
-        pages, fresh = list_pages(self._extents, records, places, numbers, meta, norms)
-        self._file.warm(np.unique(np.concatenate([pages, fresh[:, 0]])), PIECE)
+        pages, _, _ = list_pages(self._extents, records, places, numbers, meta, norms)
+        self._file.warm(np.sort(pages), PIECE)
 
     def _check(self, intact: int, places: Slots) -> None:
         """Raise Corrupt unless ``intact``, the result of a kernel, is the number of places."""

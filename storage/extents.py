@@ -4,13 +4,14 @@ An *extent* is a small number that stands for a block. When the block is gone, i
 again. A place is extent << 16 | position of a row in the block. Each extent has one record of
 64-bit words, so that a kernel finds everything about a row with one or two cache misses:
 
-    record = fields, see below | live bits | cached bits | promoted bits | seen bits
+    record = fields, see below | live bits | cached bits | promoted bits | seen bits | resident bits
 
 live      one bit per row: the row is the current value of its key
 cached    one bit per row: the row is live, and has a slot in host memory, too
 promoted  one bit per row: the row was once copied from here to a slot. If it is live and cached,
           it was not pushed since: it was only loaded, or its push failed
 seen      one bit per piece of 4 KiB of the block (see sums.py): its sum was verified
+resident  one bit per piece: the page that contains it was in memory; see residency.py
 
 A row that is live and not cached is *cold*.
 """
@@ -45,12 +46,15 @@ ZONES = 8  # first of six fields with the bounds of the metadata
 GREATEST_VERSION = ZONES + 1
 NORM_ZONES = ZONES + 6  # least and greatest norm, two float32
 NORMS_AT = ZONES + 7
-FIELDS = 16
+LOOKED, WHOLE = ZONES + 8, ZONES + 9
+FIELDS = 18
 # ROWS_AT  offset of the first row           START   offset of the block
 # BODY     words before the sums             COUNT   number of rows
 # NUMBER   of the block in the base          LIVE    number of live rows
 # CACHED   number of cached rows             SIZE    bytes of the block
 # NORMS_AT offset of the first norm; 0: the block has none, it is of an older format
+# LOOKED   when it was looked whether the    WHOLE   1: all of them were, and all are verified
+#          pages are in memory
 
 Records = NDArray[np.uint64]  # [capacity, words]
 
@@ -165,6 +169,7 @@ class Extents:
     width    float32 numbers per row
     live     number of live rows
     cached   number of cached rows
+    cold_rows  number of cold rows
     bytes    bytes of the blocks on disk, in whole pages
     table    name of the table, for errors
     suspect  called with the number of a block, on any thread, when damage of it is noticed
@@ -182,15 +187,16 @@ class Extents:
         self.cached_at = self.live_at + -(-most // 64)
         self.promoted_at = self.cached_at + -(-most // 64)
         self.seen_at = self.promoted_at + -(-most // 64)
-        size = self.seen_at + -(-pieces // 64)
-        self._arena = Arena(-(-size // FIRST_LINE) * FIRST_LINE, np.uint64, budget)
+        self.resident_at = self.seen_at + -(-pieces // 64)
+        self.words = self.resident_at + -(-pieces // 64)  # of a record
+        self._arena = Arena(-(-self.words // FIRST_LINE) * FIRST_LINE, np.uint64, budget)
         self._used = 0  # extents ever in use
         self._free: list[int] = []
         self._numbers: list[int] = []  # of the blocks, ascending
         self._by_number: dict[int, int] = {}  # block number -> extent
         self._readers: weakref.WeakSet[Reader] = weakref.WeakSet()
         self._lock = threading.Lock()  # held while a block is added, removed, or entered
-        self.live = self.cached = self.bytes = 0
+        self.live = self.cached = self.cold_rows = self.bytes = 0
         self.table = ""
         self.suspect: Callable[[int], None] = lambda number: None
         self.damaged: dict[int, Damage] = {}
@@ -350,11 +356,12 @@ class Extents:
 
     def see(self, extent: int) -> None:
         """Mark all pieces of a block as verified."""
-        self.records[extent, self.seen_at :] = 2**64 - 1
+        self.records[extent, self.seen_at : self.resident_at] = 2**64 - 1
 
     def see_pieces(self, extent: int, intact: NDArray[np.bool_]) -> None:
         """Mark the pieces of a block that are intact, bool[pieces], as verified, and no others."""
-        words = self.records[extent, self.seen_at :]
+        self.records[extent, WHOLE] = 0
+        words = self.records[extent, self.seen_at : self.resident_at]
         packed = np.zeros(8 * len(words), np.uint8)
         found = np.packbits(intact, bitorder="little")
         packed[: len(found)] = found
@@ -367,6 +374,7 @@ class Extents:
         )
         self.live += int(more_live)
         self.cached += int(more_cached)
+        self.cold_rows = self.live - self.cached
 
     def promote(self, places: Slots) -> None:
         """Set the promoted bits of rows."""
@@ -383,7 +391,7 @@ class Extents:
         self._arena.close()
         self._used, self._free = 0, []
         self.damaged.clear()
-        self.live = self.cached = self.bytes = 0
+        self.live = self.cached = self.cold_rows = self.bytes = 0
 
 
 def bits(record: NDArray[np.uint64], first: int, count: int) -> NDArray[np.bool_]:

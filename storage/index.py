@@ -19,6 +19,7 @@ segment.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,7 @@ PLACE_BITS = 56  # low bits of a location that contain the place
 AHEAD = 16  # keys whose entries are prefetched in advance
 
 Locations = NDArray[np.uint64]
+Ahead = tuple[weakref.ref[Keys], Locations, int]  # keys, locations, how many keys are absent
 
 _MASK = np.uint64(SEGMENT - 1)
 _PLACE = np.uint64((1 << PLACE_BITS) - 1)
@@ -148,7 +150,12 @@ def assign(entries: Any, directory: Any, depth: int, salt: Any, keys: Any, locat
     keys       uint64[n]
     locations  uint64[n]  the new location of each key, not 0
     """
-    for i in range(keys.shape[0]):
+    n = keys.shape[0]
+    for i in range(-AHEAD, n):
+        if i + AHEAD < n:
+            prefetch(entries, np.int64(_home(directory, depth, mix64(keys[i + AHEAD] ^ salt))), 0)
+        if i < 0:
+            continue
         at = _home(directory, depth, mix64(keys[i] ^ salt))
         while entries[at, 0] != keys[i] or entries[at, 1] == 0:
             at = _next(at)
@@ -268,6 +275,7 @@ class Index:
         self._depth = 0
         self._depths = [0]  # per segment: number of leading hash bits that its keys share
         self._counts = np.zeros(1, np.int64)
+        self._ahead: Ahead | None = None  # the last result of ``find_ahead``
 
     def __len__(self) -> int:
         return int(self._counts.sum())
@@ -301,15 +309,26 @@ class Index:
 
         The location of an absent key is 0.
         """
+        if self._ahead is not None and self._ahead[0]() is keys:
+            return self._ahead[1:]
         out = np.empty(len(keys), np.uint64)
         return out, find(self._entries.array, self._directory, self._depth, self._salt, keys, out)
+
+    def find_ahead(self, keys: Keys) -> tuple[Locations, int]:
+        """Return the result of ``find``, and let ``find`` use it again for the same array.
+
+        ``find`` uses it until the index changes. The contents of ``keys`` must not change.
+        """
+        found = self.find(keys)
+        self._ahead = weakref.ref(keys), *found
+        return found
 
     def insert(self, keys: Keys, locations: Locations) -> None:
         """Add absent keys uint64[n] with their locations uint64[n].
 
         Raises OutOfMemory, and adds no key then, if the budget does not suffice for a new segment.
         """
-        done = 0
+        done, self._ahead = 0, None
         try:
             while True:
                 done = insert(
@@ -335,10 +354,12 @@ class Index:
         keys       uint64[n]  all of them present
         locations  uint64[n]  the new locations
         """
+        self._ahead = None
         assign(self._entries.array, self._directory, self._depth, self._salt, keys, locations)
 
     def remove(self, keys: Keys) -> int:
         """Remove keys uint64[n], ignoring absent ones; return how many were present."""
+        self._ahead = None
         return int(
             remove(
                 self._entries.array, self._directory, self._depth, self._salt, self._counts, keys

@@ -211,6 +211,7 @@ def _list(
     start: Any,
     stop: Any,
     pages: Any,
+    pieces: Any,
     fresh: Any,
     counts: Any,
 ) -> None:
@@ -218,10 +219,10 @@ def _list(
     begin = np.int64(records[extent, START])
     base = begin - SHIFT
     for piece in range((start - base) // PIECE, (stop - 1 - base) // PIECE + 1):
-        if get_bit(records, extent, seen_at, piece) != 0:
-            pages[counts[0]] = base + piece * PIECE
-            counts[0] += 1
-        else:
+        pages[counts[0]] = base + piece * PIECE
+        pieces[counts[0]] = extent << 16 | piece
+        counts[0] += 1
+        if get_bit(records, extent, seen_at, piece) == 0:
             entry = fresh[counts[1]]
             entry[0], entry[1] = base + piece * PIECE, np.int64(records[extent, NUMBER])
             entry[2], entry[3] = extent, begin
@@ -239,6 +240,7 @@ def list_pages(
     meta: bool,
     places: Any,
     pages: Any,
+    pieces: Any,
     fresh: Any,
     counts: Any,
 ) -> None:
@@ -248,9 +250,10 @@ def list_pages(
     size    bytes of each row to read
     norms   list the pages with the rows' norms instead, where the block has norms
     meta    also list the pages that contain the metadata
-    pages   int64[]     written: offsets of pages whose piece was verified before
-    fresh   int64[, 5]  written: offset of each other page, number of its block, extent, offset of
-            the block, words before its sums
+    pages   int64[]     written: offset of each page
+    pieces  int64[]     written: extent << 16 | number of the piece in its block, of each page
+    fresh   int64[, 5]  written, only for pages that were not verified yet: offset of the page,
+            number of its block, extent, offset of the block, words before its sums
     counts  int64[2]    written: how many of ``pages`` and of ``fresh`` were written
     """
     counts[:] = 0
@@ -261,12 +264,12 @@ def list_pages(
         at, wanted = _row_at(records, places[i], 4 * width), size
         if norms and records[extent, NORMS_AT] != 0:
             at, wanted = np.int64(records[extent, NORMS_AT]) + 4 * (places[i] & 0xFFFF), 4
-        _list(records, seen_at, extent, at, at + wanted, pages, fresh, counts)
+        _list(records, seen_at, extent, at, at + wanted, pages, pieces, fresh, counts)
         if meta:
             at = np.int64(records[extent, START]) + HEADER + 8 * (places[i] & 0xFFFF)
             for j in range(4):
                 start = at + 8 * j * np.int64(records[extent, COUNT])
-                _list(records, seen_at, extent, start, start + 8, pages, fresh, counts)
+                _list(records, seen_at, extent, start, start + 8, pages, pieces, fresh, counts)
 
 
 @jit

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.arena import Budget
+from storage.blockscan import ColdPages
 from storage.cache import Cache, Policy
 from storage.coldrows import ColdBlocks
 from storage.errors import OutOfMemory
@@ -136,6 +137,20 @@ class RowStore:
             return np.empty(0, np.int64)
         return np.flatnonzero(locations >> np.uint64(PLACE_BITS) == self.blocks.code)
 
+    def pages(self, keys: Keys, *, whole: bool = False, meta: bool = False) -> ColdPages | None:
+        """Return the pages of the disk that contain rows of ``keys``; None if there are none.
+
+        The result is empty if all of these pages are in memory, see ``Blocks.pages``.
+
+        whole  the pages of whole rows, as a push needs them; otherwise only of the embeddings
+        meta   also the pages of their versions, steps and frequencies
+        """
+        locations, _ = self.index.find_ahead(keys)
+        if self.blocks is None or not len(self.cold(locations)):
+            return None
+        found, _ = places(locations, self.blocks.code)
+        return self.blocks.pages(found, whole=whole, meta=meta)
+
     def keys(self) -> Keys:
         """Return the keys of all rows, ascending. For tests and tools: takes much memory."""
         return np.sort(np.concatenate([keys for keys, _ in self.index.slices()]))
@@ -224,7 +239,9 @@ class RowStore:
         counts  uint32[n]  occurrences of each key in the push, added to its frequency
         step, version      recorded in every row
         """
-        self._forget(self.host.slots.touch(slots, counts, step, version))
+        homes = self.host.slots.touch(slots, counts, step, version)
+        if len(homes):
+            self._forget(homes)
 
     def put(self, locations: Locations, images: Images) -> None:
         """Write whole rows, none of which is cold. Never overwrites a newer row."""

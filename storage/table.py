@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from storage.admission.gates import Gate, Occurrences, Versions
 from storage.admission.rules import Admission
 from storage.arena import Budget
-from storage.blockscan import ColdPages
 from storage.errors import NoRoom, OutOfMemory
 from storage.eviction.contract import Contents
 from storage.eviction.evictor import Evictor
-from storage.index import Locations, locations_of, places
+from storage.index import Locations, locations_of
 from storage.initializers import table_seed
 from storage.kernels import Images, Keys, Rows, Slots, largest_magnitude
 from storage.overflow import OverflowGuard
@@ -188,10 +187,12 @@ class Table:
             largest = largest_magnitude(gradients)
         optimizer = self.schema.optimizer
         lr = optimizer.lr if lr is None else lr
-        promotions = self.store.moves.promotions
+        moves = self.store.moves
+        promotions = moves.promotions
         locations, absent = self._locate(keys)
-        misses = self.store.moves.promotions - promotions
-        self.store.count(len(keys) - absent - misses, misses)
+        misses = moves.promotions - promotions
+        moves.hits += len(keys) - absent - misses
+        moves.misses += misses
         self._guard.check(self.schema.name, optimizer, keys, gradients, lr, step, largest)
         waiting, totals = NO_KEYS, NO_TOTALS
         if absent:
@@ -248,8 +249,10 @@ class Table:
         Rows that are in blocks on disk are copied to host memory. Returns (locations uint64[n], 0
         for keys without a row; number of keys without a row). Raises OutOfMemory or Corrupt.
         """
-        locations, absent = self._find_with_room(keys)
-        self._promote(keys, locations)
+        locations, absent = self.store.find(keys)
+        if absent or self.cold_rows:
+            locations, absent = self._find_with_room(keys)
+            self._promote(keys, locations)
         return locations, absent
 
     def _promote(self, keys: Keys, locations: Locations) -> int:
@@ -334,20 +337,8 @@ class Table:
     @property
     def cold_rows(self) -> int:
         """Number of rows that are on disk only. Any thread may read this."""
-        return 0 if self.store.blocks is None else self.store.blocks.rows
-
-    def pages(self, keys: Keys, *, whole: bool = False, meta: bool = False) -> ColdPages | None:
-        """Return the pages of the disk that contain rows of ``keys``; None if all are in memory.
-
-        whole  the pages of whole rows, as a push needs them; otherwise only of the embeddings
-        meta   also the pages of their versions, steps and frequencies
-        """
-        store = self.store
-        locations, _ = store.find(keys)
-        if store.blocks is None or not len(store.cold(locations)):
-            return None
-        found, _ = places(locations, store.blocks.code)
-        return store.blocks.pages(found, whole=whole, meta=meta)
+        blocks = self.store.blocks
+        return 0 if blocks is None else blocks.records.cold_rows
 
     def _copies(self, keys: Keys) -> Rows:
         """Return copies of the rows of keys, float32[n, width].

@@ -48,7 +48,10 @@ from storage.extents import (
 from storage.index import Locations, locations_of
 from storage.inplace import HEADER
 from storage.kernels import Keys, Rows, Slots
+from storage.residency import Look, Residency
 from storage.slots import VERSION, Meta
+
+LOOK_SHARE = 8  # a read of at least 1/LOOK_SHARE of the blocks looks at all of their pages
 
 
 class Blocks:
@@ -80,6 +83,7 @@ class Blocks:
         self.file = file
         self.records = Extents(width, budget)
         self.records.table, self.records.suspect = table, suspect
+        self.residency = Residency(file, self.records)
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -88,7 +92,7 @@ class Blocks:
     @property
     def rows(self) -> int:
         """Number of cold rows: live rows that have no slot in host memory."""
-        return self.records.live - self.records.cached
+        return self.records.cold_rows
 
     @property
     def live_rows(self) -> int:
@@ -156,8 +160,9 @@ class Blocks:
             verified = True
         layout = row_layout(self.width, count, header.format)
         extent = self.records.add(number, offset, count, layout, zones)
-        if verified:
+        if verified:  # a flush has just written it, so it is in memory
             self.records.see(extent)
+            self.residency.look(np.array([extent]))
         return extent
 
     def remove(self, extent: int) -> int:
@@ -371,24 +376,36 @@ class Blocks:
 
         whole  the pages of whole rows; otherwise only of the embeddings
         meta   also the pages of the rows' metadata
+
+        The result is empty if all pages are verified and in memory, as far as it is known. If they
+        are not, a read of the rows waits for the disk.
         """
-        records, numbers = self.records.records, self.width if whole else self.dim
-        return ColdPages(self.file, *list_pages(self.records, records, places, numbers, meta))
+        extents, numbers = self.records, self.width if whole else self.dim
+        if self.residency.at_hand(places, 4 * numbers, meta):
+            places = places[:0]
+        listed = list_pages(extents, extents.records, places, numbers, meta)
+        chosen = np.flatnonzero(np.bincount(places[places >= 0] >> POSITION_BITS))
+        every = LOOK_SHARE * len(chosen) >= len(extents)
+        return ColdPages(self.file, *listed, Look(self.file, extents, chosen), every)
 
     def settle(self, pages: ColdPages) -> None:
-        """Remember which pages ``ColdPages.warm`` has verified.
+        """Remember which pages ``ColdPages.warm`` has read and verified.
 
         Raises Corrupt if it found a damaged page of a block that the tier still has.
         """
         records, seen_at = self.records.records, self.records.seen_at
         bad = inplace.remember(records, seen_at, pages.fresh, pages.good)
+        if pages.blocks.found is not None:
+            self.residency.note(pages.blocks)
+        if pages.when:
+            self.residency.read(pages.blocks, pages.pieces, pages.when)
         if bad >= 0:
             raise self.records.corrupt(self.file.path, int(pages.fresh[bad, 2]))
 
     def unverified(self, places: Slots) -> bool:
         """Return whether ``gather`` of whole rows would have to verify a page."""
         records = self.records.records
-        return len(list_pages(self.records, records, places, self.width, False)[1]) > 0
+        return len(list_pages(self.records, records, places, self.width, False)[2]) > 0
 
     def _check(self, intact: int, places: Slots) -> None:
         """Raise Corrupt unless ``intact``, the result of a kernel, is the number of places."""

@@ -17,6 +17,7 @@ from peers import Peer, refusal, until, with_server
 from psproto import codec
 from psproto import ps_pb2 as pb
 from psserver import coldruns
+from storage import residency
 from storage.base import Base
 from storage.errors import DiskFull
 
@@ -106,14 +107,22 @@ class Disk:
 
 
 @pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+def uncached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No page of the disk is ever known to be in memory."""
+    monkeypatch.setattr(residency, "WINDOW", -60_000)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch, uncached: None) -> Iterator[Disk]:
     disk = Disk()
     monkeypatch.setattr(coldruns, "_warm", disk.warm)
     yield disk
     disk.gate.set()
 
 
-def test_pushes_wait_for_room_and_rows_on_disk_are_pulled_and_pushed(tmp_path: Path) -> None:
+def test_pushes_wait_for_room_and_rows_on_disk_are_pulled_and_pushed(
+    tmp_path: Path, uncached: None
+) -> None:
     async def act(peer: Peer) -> None:
         await fill(peer)
         assert values(await pull(peer, COLD)) == [key + 1.0 for key in range(BATCH)]
@@ -176,6 +185,25 @@ def test_hot_pulls_are_quick_while_cold_rows_are_read(tmp_path: Path, disk: Disk
         disk.gate.set()
         for n, each in enumerate(waiting):
             assert values(await each)[0] == n + 1.0
+
+    serve(act, tmp_path)
+
+
+def test_rows_on_disk_whose_pages_are_in_memory_do_not_wait(tmp_path: Path) -> None:
+    async def act(peer: Peer) -> None:
+        await fill(peer)
+        await pull(peer, COLD, with_metadata=True)  # reads and verifies the pages
+        waits = peer.stats.waits.get("t")
+        before = 0 if waits is None else waits.requests
+        for _ in range(20):
+            assert values(await pull(peer, COLD)) == [key + 1.0 for key in range(BATCH)]
+        await push(peer, COLD, 5.0)
+        assert len(cold_of(peer, COLD)) == 0
+        waits = peer.stats.waits.get("t")
+        assert (0 if waits is None else waits.requests) <= before + 2  # a look lasts a second
+        table(peer).store.blocks.residency._distrusted = 1 << 62  # now no page is in memory
+        await pull(peer, COLD + BATCH)
+        assert peer.stats.waits["t"].requests > before
 
     serve(act, tmp_path)
 
@@ -375,7 +403,7 @@ def test_rows_are_imported_into_a_table_larger_than_memory(tmp_path: Path) -> No
     serve(act, tmp_path)
 
 
-def test_what_happens_between_the_tiers_is_counted(tmp_path: Path) -> None:
+def test_what_happens_between_the_tiers_is_counted(tmp_path: Path, uncached: None) -> None:
     async def act(peer: Peer) -> None:
         await fill(peer)
         store = table(peer).store
