@@ -104,7 +104,7 @@ def warm(
     if not check:
         warm_kernels()
         if kernelcache.KernelCache.unsaved:
-            _refuse(ConfigError("the kernels are compiled, but none could be saved: see above"))
+            _refuse(ConfigError("the kernels are compiled, but could not be saved: see above"))
         return
     kernelcache.require()
     try:

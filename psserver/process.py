@@ -180,9 +180,9 @@ def _warm() -> None:
         seconds=round(time.monotonic() - started, 2),
     )
     if KernelCache.compiled:
-        again = "at each start, because they cannot be saved" if KernelCache.unsaved else "once"
+        why = ": they cannot be saved, so each start compiles them" if KernelCache.unsaved else ""
         log.warning(
-            f"kernels were compiled, which delays the start {again}",
+            f"kernels were compiled, which delayed this start{why}",
             advice="run psserver warm while the image is built, with the same NUMBA_CPU_NAME,"
             " NUMBA_CPU_FEATURES and NUMBA_CACHE_DIR; psserver doctor shows where it looks",
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -103,9 +104,9 @@ def until_refused(table: Table) -> int:
     return done
 
 
-@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("restart", [0, signal.SIGKILL, signal.SIGTERM])
 def test_a_full_disk_refuses_pushes_whole_and_serves_pulls(
-    shard: Callable[..., Shard], restart: bool
+    shard: Callable[..., Shard], restart: int
 ) -> None:
     with disks.small(96) as disk:
         # nothing of the log is given back, so that the disk stays full
@@ -135,11 +136,16 @@ def test_a_full_disk_refuses_pushes_whole_and_serves_pulls(
                 assert caught.value.reason == "DISK_FULL"
                 assert count(quick) == pushed
             assert client.list_tables()[0].rows == len(KEYS)
-            if restart:
-                one.kill()
+            for _ in range(2 if restart else 0):
+                fill(disk / "more")
+                one.kill(restart)
                 one.start().wait()
                 assert count(quick) == pushed
+                with pytest.raises(ResourceExhausted):
+                    quick.push(large, np.ones((5000, DIM), np.float32))
+                assert count(quick) == pushed
             (disk / "ballast").unlink()
+            (disk / "more").unlink(missing_ok=True)
             for _ in range(300):
                 table.push(KEYS, ONES, durability="fsync")
                 pushed += 1
