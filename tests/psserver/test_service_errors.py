@@ -212,6 +212,14 @@ EXAMPLES: list[tuple[Exception, str, str, dict[str, str], float | None]] = [
         (kind(), CODES[kind][0].name, kind.reason, {}, kind.retry_after)  # type: ignore[attr-defined]
         for kind in (refusals.NoCheckpointUrl, refusals.Restoring, refusals.Starting)
     ),
+    (
+        refusals.NotAShard(3, 2),
+        "FAILED_PRECONDITION",
+        "NOT_A_SHARD",
+        {"shard": "3", "shards": "2"},
+        None,
+    ),
+    (refusals.OtherShard("shard 0 of 2", "shard 1 of 2"), "UNAVAILABLE", "OTHER_SHARD", {}, 0.5),
     (refusals.TableLoading("t"), "UNAVAILABLE", "TABLE_LOADING", {}, 1.0),
     (storage_errors.StoreFailed("file", "io"), "UNAVAILABLE", "STORE_FAILED", {}, None),
     (
