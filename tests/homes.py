@@ -67,6 +67,11 @@ class Node:
         self.home = Home(self.directory, engine=self.engine, excess=excess, **self._settings).open()
         settle_load(self.directory, self.home.shard, self.home.log)
 
+    def serve(self, home: Home) -> None:
+        """Begin to serve a shard that is open already."""
+        self.home = home
+        self._serve(None)
+
     def _serve(self, state: State | None) -> None:
         home = self.home
         self.shard = home.shard

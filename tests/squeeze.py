@@ -42,33 +42,78 @@ HERE = ("psserver", "cluster", "psclient", "contract")  # directories of tests
 SHARDS = {"make_shard", "Home", "Homes", "Node", "Cluster", "Make", "shard_of_all_kinds", "serve"}
 CLUSTERS = {"cluster1", "cluster2", "cluster3", "start_cluster"}
 
-# Tests that cannot run while their rows leave memory: beginning of the name -> why.
+# Tests that cannot run while their rows leave memory: file -> beginning of the name -> why.
 WARM = {
-    "psserver/test_flusher": "they count flushes and blocks, and choose when a flush happens",
-    "psserver/test_cold_flushes.py": "they choose when a flush happens",
-    "psserver/test_coldruns.py": "they choose which rows are on disk",
-    "psserver/test_scrubber.py": "they choose which rows are on disk",
-    "psserver/test_older_data.py": "they compare files with those of older releases",
-    "psserver/test_room.py": "they choose when room is made",
-    "psserver/test_preloader.py": "they choose which rows are on disk",
-    "psserver/test_full_shard.py": "they measure memory",
-    "psserver/test_many_tables.py": "they measure memory and time",
-    "psserver/test_memory.py": "they measure memory",
-    "psserver/test_buffers.py": "they measure the buffers that a flush frees",
-    "psserver/test_slices.py": "they measure the work of each call of the engine",
-    "psserver/test_exposition.py": "they assert the numbers of rows and bytes in memory",
-    "psserver/test_tombstones.py::test_many_small_deletes": "it counts the blocks of one flush",
-    "psserver/test_tombstones.py::test_a_flush_and_a_recovery": "it counts the blocks of one flush",
-    "psserver/test_feed.py::test_only_what_is_on_disk": "it delays the sync that a flush needs",
-    "psserver/test_feed.py::test_calls_that_wait_for_the_disk": "it delays that sync, too",
-    "psserver/test_shard.py::test_memory_may_run_out": "it fills the memory with rows",
-    "psserver/test_checkpoints.py::test_no_piece_of_work": "it measures memory",
-    "psserver/test_sweeper.py::test_rows_that_stay_for_want_of_room": "it expects evictions in one"
-    " call, but rows on disk are read before",
-    "psserver/test_sweeper.py::test_saving_and_exporting": "it counts messages",
-    "psserver/test_rowscan.py::test_who_was_cut_off": "it counts messages",
-    "psserver/test_rowscan.py::test_the_engine_copies": "rows on disk are not copied on the engine",
-    "psserver/test_sweeper.py::test_a_sweep_on_demand_leaves_pushes": "it counts slices",
+    "psserver/test_cold_flushes.py": {
+        "test_a_slot_that_gets_an_older_row": "it chooses when a flush happens",
+        "test_a_log_with_more_rows": "it counts the bytes that a replay leaves in the log",
+        "test_a_kill_during_the_replay": "it counts the flushes of a replay",
+        "test_a_restart_reads_keys": "it counts the blocks that a restart reads",
+    },
+    "psserver/test_coldruns.py": {
+        "test_pushes_wait_for_room": "it counts dirty rows",
+        "test_requests_of_a_stream": "it chooses which rows are on disk",
+        "test_hot_pulls_are_quick": "it needs rows in memory",
+        "test_a_damaged_row_fails": "it chooses which block is damaged",
+        "test_what_happens_between": "it counts moves between the tiers",
+    },
+    "psserver/test_flusher.py": {
+        "test_a_shard_without_a_flush": "there is always a flush",
+        "test_what_came_after_a_flush": "there is always a flush after it",
+        "test_a_block_with_few_current_rows": "it lists the blocks of each flush",
+    },
+    "psserver/test_flusher_log.py": {
+        "test_a_sketch_is_written_again": "it counts the blocks of each flush",
+        "test_a_flush_that_finds_the_disk_full": "it chooses when a flush happens",
+        "test_damage_that_a_flush_meets": "it chooses when a flush happens",
+        "test_a_sync_of_the_base_that_fails": "it chooses when a flush happens",
+        "test_the_log_is_kept_for_a_time": "it chooses when a flush happens",
+        "test_a_lost_base_is_damage": "it chooses when a flush happens",
+    },
+    "psserver/test_flusher_pins.py": {
+        "test_a_flush_is_asked_for": "memory is never full of changed rows",
+        "test_a_server_that_stops": "nothing is left to flush",
+    },
+    "psserver/test_scrubber.py": {
+        "test_rows_that_are_in_memory_too": "no row is in memory too",
+    },
+    "psserver/test_room.py": {
+        "test_training_over_ten_times": "it counts rows and bytes in memory",
+        "test_a_push_larger_than_memory": "it measures memory",
+        "test_two_tables_share": "it measures memory",
+        "test_without_a_data_directory": "every shard gets blocks",
+        "test_a_flush_makes_rows_clean": "it counts clean rows in memory",
+        "test_a_scan_goes_on": "it measures memory",
+    },
+    "psserver/test_preloader.py": {
+        "test_all_rows_return": "rows that return to memory leave it again",
+        "test_rows_that_change_meanwhile": "rows that return to memory leave it again",
+    },
+    "psserver/test_slices.py": {
+        "test_no_slice_does_more": "it counts the slots that each call reads",
+    },
+    "psserver/test_tombstones.py": {
+        "test_many_small_deletes": "it counts the blocks of one flush",
+    },
+    "psserver/test_feed.py": {
+        "test_only_what_is_on_disk": "it delays the sync that a flush needs",
+        "test_calls_that_wait_for_the_disk": "it delays that sync, too",
+    },
+    "psserver/test_shard.py": {
+        "test_memory_may_run_out": "it fills the memory with rows",
+    },
+    "psserver/test_checkpoints.py": {
+        "test_no_piece_of_work": "it measures memory",
+    },
+    "psserver/test_sweeper.py": {
+        "test_rows_that_stay_for_want_of_room": "rows on disk are read before they leave",
+        "test_saving_and_exporting": "it counts messages",
+        "test_a_sweep_on_demand_leaves_pushes": "it counts slices",
+    },
+    "psserver/test_rowscan.py": {
+        "test_who_was_cut_off": "it counts messages",
+        "test_the_engine_copies": "rows on disk are not copied on the engine",
+    },
 }
 
 _state = {"active": False, "seed": 0}
@@ -235,10 +280,9 @@ def choose(items: list[pytest.Item]) -> tuple[list[Any], list[Any]]:
     tests = Path(__file__).parent
     for item in items:
         path = item.path.relative_to(tests).as_posix()
-        name = f"{path}::{item.name}"
         module = set(vars(item.getparent(pytest.Module).obj))  # type: ignore[union-attr]
         uses = SHARDS & module or CLUSTERS & set(getattr(item, "fixturenames", ()))
-        excluded = any(name.startswith(each) for each in WARM)
+        excluded = any(item.name.startswith(each) for each in WARM.get(path, ()))
         here = path.split("/")[0] in HERE
         (chosen if uses and here and not excluded else others).append(item)
     return chosen, others

@@ -1,10 +1,9 @@
 """Compare a shard with log and base with a dict, over random orders of changes and crashes.
 
 The expected state is kept for each version. After a power loss the newest versions may be missing,
-and the shard must have exactly the state of the version that it recovered. Table "v" has rules: a
-key gets its row at its second occurrence, and is evicted when it was not pushed for three steps,
-until an alteration says otherwise. Rows leave memory at random, and in some runs the memory budget
-is so small that most rows are on disk.
+and the shard must have exactly the state of the version that it recovered. Tables "v" and "w" have
+rules for admission and eviction: see policyrules.py. Rows leave memory at random, and in some runs
+the memory budget is so small that most rows are on disk: see tierrules.py.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from policyrules import RULE, RULED, THRESHOLD, Model, PolicyRules, settings_of
 from stores import (
     DIM,
     MEMORY,
@@ -37,36 +36,11 @@ from stores import (
 )
 from tierrules import KEYS, LITTLE, NAMES, STEPS, TierRules
 
-from storage.admission.rules import Counter
 from storage.disk import Disk
 from storage.errors import DiskFull, LogFailed, OutOfMemory
-from storage.eviction.contract import FIRST_STEP
-from storage.eviction.rules import StepTtl
-from storage.records import Cause
-from storage.schema import TableSchema
 from storage.slots import FREQUENCY, STEP, VERSION
 
 LAZY = 1000.0  # seconds until the log syncs by itself: tests say when
-LR, THRESHOLD, TTL = 1.0, 2, 3  # of a new table; threshold and TTL of "v" alone
-
-
-@dataclass
-class Model:
-    """The expected rows of a table, by key."""
-
-    rows: dict[int, tuple[float, int, int, int]]  # value, version, frequency, step
-    waiting: dict[int, tuple[int, int]]  # occurrences, version of the last
-    step: int  # the largest that was pushed
-    lr: float = LR
-    threshold: int = THRESHOLD
-    ttl: int = TTL
-
-    def copy(self) -> Model:
-        return replace(self, rows=dict(self.rows), waiting=dict(self.waiting))
-
-
-def rules_of(threshold: int, ttl: int) -> dict[str, Any]:
-    return {"admission": Counter(threshold=threshold), "evictions": (StepTtl(steps=ttl),)}
 
 
 class Faulty:
@@ -96,7 +70,7 @@ class Faulty:
         os.posix_fallocate(fd, offset, size)
 
 
-class Machine(TierRules, RuleBasedStateMachine):
+class Machine(PolicyRules, TierRules, RuleBasedStateMachine):
     """The state machine: all operations on a shard."""
 
     def __init__(self) -> None:
@@ -109,6 +83,8 @@ class Machine(TierRules, RuleBasedStateMachine):
         self.faults = Faulty()
         self.acknowledged = 0  # newest version that was awaited on disk
         self.deaths = set[tuple[int, ...]]()  # every tombstone that the shard has ever had
+        self.clock = 1.5  # seconds
+        self.pushed: dict[int, float] = {}  # the time of each version
         self.dropped = False  # whether a table was ever dropped
 
     @initialize(
@@ -125,6 +101,7 @@ class Machine(TierRules, RuleBasedStateMachine):
             "sync_seconds": LAZY,
             "disk": self.faults.disk,
             "memory_bytes": memory,
+            "now": lambda: self.clock,
         }
         self.home = Home(self.root / "0", **self.options).open()
         self.remember()
@@ -152,41 +129,11 @@ class Machine(TierRules, RuleBasedStateMachine):
             for key in keys:
                 old, _, seen, _ = model.rows.get(key, (0.0, 0, 0, 0))
                 seen += 1 + model.waiting.pop(key, (0, 0))[0]
-                if name == "v" and key not in model.rows and seen < model.threshold:
+                if name in RULED and key not in model.rows and seen < model.threshold:
                     model.waiting[key] = seen, version
                 else:
                     model.rows[key] = (old - model.lr * value, version, seen, model.step)
             self.remember()
-
-    @rule(dry=st.booleans())
-    def evict(self, dry: bool) -> None:
-        if "v" not in self.model:
-            return
-        shard, model = self.home.shard, self.model["v"]
-        dead = [key for key, row in model.rows.items() if model.step - row[3] > model.ttl]
-        number, sweep = shard.sweeps.begin("v", dry)
-        while not sweep.done:
-            before, version = contents(shard), shard.version
-            try:
-                shard.sweeps.take_slice(number, sweep)
-            except DiskFull:  # there must be room for what it may find
-                assert self.faults.full
-                assert not dry
-                assert contents(shard) == before
-                return
-            if shard.version == version:
-                assert contents(shard) == before
-                continue
-            assert shard.version == version + 1
-            kept = set(shard.dump()["v"].keys.tolist())
-            gone = [key for key in model.rows if key not in kept]
-            assert gone
-            assert not dry
-            assert set(gone) <= set(dead)
-            for key in gone:
-                del model.rows[key]
-            self.remember()
-        assert sweep.counts == {Cause.STEP_TTL: len(dead)}
 
     @rule(name=NAMES, keys=KEYS, client=st.integers(0, 2))
     def delete(self, name: str, keys: list[int], client: int) -> None:
@@ -202,9 +149,9 @@ class Machine(TierRules, RuleBasedStateMachine):
 
     @rule(name=NAMES)
     def create(self, name: str) -> None:
-        made = schema(name, **(rules_of(THRESHOLD, TTL) if name == "v" else {}))
+        made = schema(name, **settings_of(name, THRESHOLD, RULE))
         if name not in self.model and self.change(lambda: self.home.shard.create_table(made)):
-            self.model[name] = Model({}, {}, FIRST_STEP)
+            self.model[name] = Model()
             self.remember()
 
     @rule(name=NAMES)
@@ -213,34 +160,6 @@ class Machine(TierRules, RuleBasedStateMachine):
             del self.model[name]
             self.dropped = True
             self.remember()
-
-    @rule(
-        name=NAMES,
-        lr=st.sampled_from([0.5, 1.0, 2.0]),
-        threshold=st.integers(1, 4),
-        ttl=st.integers(1, 6),
-    )
-    def alter(self, name: str, lr: float, threshold: int, ttl: int) -> None:
-        if name not in self.model:
-            return
-        shard, model = self.home.shard, self.model[name]
-
-        def altered(old: TableSchema) -> TableSchema:
-            new = replace(old, optimizer=replace(old.optimizer, lr=lr))
-            return replace(new, **rules_of(threshold, ttl)) if name == "v" else new
-
-        before = model.copy()
-        model.lr = lr
-        if name == "v":
-            model.threshold, model.ttl = threshold, ttl
-        if model == before:
-            version = shard.version
-            shard.alter_table(name, altered)
-            assert shard.version == version
-        elif self.change(lambda: shard.alter_table(name, altered)):
-            self.remember()
-        else:
-            self.model[name] = before
 
     @rule()
     def barrier(self) -> None:
@@ -392,12 +311,12 @@ class Machine(TierRules, RuleBasedStateMachine):
             entry.schema.name: entry.schema.optimizer.lr for entry in self.home.shard._tables
         } == {name: model.lr for name, model in self.model.items()}
         for name, model in self.model.items():
-            table, rows, waiting = dump[name], model.rows, model.waiting
+            table, rows = dump[name], model.rows
             assert table.keys.tolist() == sorted(rows)
             assert table.rows.tolist() == [[rows[key][0]] * DIM for key in sorted(rows)]
             meta = [[*rows[key][1:]] for key in sorted(rows)]
             assert table.meta[:, [VERSION, FREQUENCY, STEP]].tolist() == meta
-            assert table.counters.tolist() == [[key, *waiting[key]] for key in sorted(waiting)]
+            self.check_waiting(name, model, table.counters.tolist())
 
     # ---- helpers
 
@@ -416,6 +335,7 @@ class Machine(TierRules, RuleBasedStateMachine):
     def remember(self) -> None:
         model = {name: each.copy() for name, each in self.model.items()}
         shard, held = self.home.shard, contents(self.home.shard)
+        self.pushed[shard.version] = self.clock
         self.past[shard.version] = held, model, shard.tombstone_horizon
         self.deaths.update(held["tombstones"])
 

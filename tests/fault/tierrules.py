@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from homes import Homes
+from hypothesis import event
 from hypothesis import strategies as st
-from hypothesis.stateful import rule
+from hypothesis.stateful import precondition, rule
 from stores import DIM, Home, analyses_of
 
 from psproto import ps_pb2 as pb
-from psserver.requests import Push
+from psserver.requests import Pull, Push
 from storage.errors import NoRoom
-from storage.slots import KEY
+from storage.slots import FREQUENCY, KEY, STEP
 
-NAMES = st.sampled_from(["t", "u", "v"])
+NAMES = st.sampled_from(["t", "u", "v", "w"])
 KEYS = st.lists(st.integers(0, 25) | st.sampled_from([2**63, 2**64 - 1]), unique=True, max_size=10)
 STEPS = st.integers(0, 12)
-LITTLE = 3050 << 10  # bytes of memory: for three indexes, the counters of "v", and few rows
+LITTLE = 3900 << 10  # bytes of memory: for four indexes, the counters of "v" and "w", and few rows
 
 
 class TierRules:
@@ -34,6 +38,10 @@ class TierRules:
     create: Callable[..., None]
     checkpoint: Callable[..., None]
     change: Callable[..., bool]
+    fresh: Callable[[], Path]
+    options: dict[str, Any]
+    acknowledged: int
+    faults: Any
     remember: Callable[..., None]
 
     @rule(name=NAMES, start=st.integers(0, 3), count=st.integers(1, 300))
@@ -96,13 +104,13 @@ class TierRules:
         """An analysis must see each row once, wherever it is, and move none."""
         if name not in self.model:
             return
-        before = [(store.host.slots.rows, store.dirty) for store in self.stores()]
+        before = self.where()
         request = pb.AnalyzeRequest(table=name)
         *_, last = analyses_of(self.home.shard).analyze(request)
         rows = self.model[name].rows.values()
         assert last.summary.rows == len(rows)
         assert last.summary.occurrences == sum(frequency for _, _, frequency, _ in rows)
-        assert [(store.host.slots.rows, store.dirty) for store in self.stores()] == before
+        assert self.where() == before
 
     @rule(name=NAMES, after=st.integers(0, 10))
     def scan(self, name: str, after: int) -> None:
@@ -119,6 +127,75 @@ class TierRules:
             found.update(scan.copy(places, frequencies, rows)[:, KEY].tolist())
         rows_of = self.model[name].rows
         assert found == {key for key, row in rows_of.items() if row[1] > newest - after}
+
+    @rule(name=NAMES, keys=KEYS, prefetch=st.booleans())
+    def pull(self, name: str, keys: list[int], prefetch: bool) -> None:
+        """A pull must find each row where it is and move none, whether it was prefetched or not."""
+        if name not in self.model:
+            return
+        shard, rows = self.home.shard, self.model[name].rows
+        asked = Pull(name, np.array(keys, np.uint64), pb.DTYPE_FLOAT32, "serve", True, 0)
+        before = self.where()
+        if prefetch:
+            ahead = replace(asked, prefetch=True)
+            reads = shard.cold_reads([], [ahead], prefetch=True)
+            for read in reads:
+                read.pages.warm()
+            shard.settle(reads)
+            event("rows prefetched" if reads else "nothing to prefetch")
+        got = shard.exchange([], [asked]).pulls[0]
+        want = [rows.get(key, (0.0, 0, 0, 0)) for key in keys]  # absent rows have version 0
+        assert got.embeddings.reshape(-1, DIM).tolist() == [[value] * DIM for value, *_ in want]
+        assert got.versions.tolist() == [version for _, version, *_ in want]
+        assert got.frequencies.tolist() == [frequency for _, _, frequency, _ in want]
+        assert self.where() == before
+
+    @rule(name=NAMES, keys=KEYS)
+    def pull_from_disk(self, name: str, keys: list[int]) -> None:
+        self.create(name)
+        self.push(name, keys, 1, 0, 0)
+        self.checkpoint()
+        self.demote(1.0)
+        self.pull(name, keys, True)
+        self.pull(name, keys, False)
+
+    @precondition(lambda self: not self.home.failures and not self.faults.full)
+    @rule(shards=st.integers(1, 3))
+    def restore_elsewhere(self, shards: int) -> None:
+        """A checkpoint, restored to another number of shards with as little memory, has all rows.
+
+        The machine goes on with its own shard.
+        """
+        store = self.fresh()
+        url = f"file://{store}"
+        source = Homes(store, 1, url)
+        source.nodes[0].serve(self.home)
+        source.checkpoint("c")
+        self.acknowledged = max(self.acknowledged, self.home.base.state.version)  # type: ignore[union-attr]
+        memory = self.options["memory_bytes"]
+        with Homes(self.fresh(), shards, url, memory_bytes=memory) as restored:
+            restored.restore("c")
+            self.check_restored(restored)
+            for node in restored.nodes:
+                node.reopen()
+            self.check_restored(restored)
+
+    def check_restored(self, restored: Homes) -> None:
+        """Compare the shards of another cluster with the model, except versions."""
+        rows = restored.rows()
+        assert sorted(rows) == sorted(self.model)
+        for name, model in self.model.items():
+            want = {
+                key: ([value] * DIM, frequency, step)
+                for key, (value, _, frequency, step) in model.rows.items()
+            }
+            assert want == {
+                key: (row, meta[FREQUENCY], meta[STEP]) for key, (row, meta) in rows[name].items()
+            }
+
+    def where(self) -> list[tuple[int, int]]:
+        """Return (rows in memory, dirty rows) of each table."""
+        return [(store.host.slots.rows, store.dirty) for store in self.stores()]
 
     def stores(self) -> list[Any]:
         """Return where the rows of each table are."""
