@@ -20,6 +20,7 @@ quick: .venv/dev  ## the tests to run all day
 
 cold: .venv/dev  ## the tests of shards again, while nearly all rows are on disk
 	$(RUN) -m pytest --cold -m "not slow" $(PARALLEL)
+	$(RUN) -m pytest --cold -m slow tests/cluster
 
 check: .venv/dev .venv/proto manifests  ## format, lint, types, layering, generated code, manifests
 	$(RUN) -m ruff format --check .

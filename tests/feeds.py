@@ -196,6 +196,16 @@ class Node:
         await self.durable()
         await asyncio.to_thread(self.home.flush)
 
+    async def cool(self) -> None:
+        """Flush, and give up all rows in memory, so that they are only on disk."""
+
+        def demote() -> None:
+            for entry in self.shard._tables:
+                entry.table.store.demote(entry.table.store.host.slots.rows)
+
+        await asyncio.to_thread(self.home.flush)
+        await self.engine.submit(demote)
+
     @asynccontextmanager
     async def subscribe(self, copied: Copy | None = None, **fields: Any) -> AsyncIterator[Reader]:
         reader = Reader(self, copied or Copy(), pb.SubscribeRequest(**fields))

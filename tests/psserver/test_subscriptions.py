@@ -40,6 +40,7 @@ OPERATIONS = st.lists(
         st.tuples(st.just("barrier")),
         st.tuples(st.just("burst"), st.integers(0, 1)),
         st.tuples(st.just("cut")),
+        st.tuples(st.just("leave memory")),
         st.tuples(st.just("sync")),
         st.tuples(st.just("restart")),
         st.tuples(st.just("kill")),
@@ -112,6 +113,8 @@ async def play_all(node: Node, operations: list[tuple[Any, ...]]) -> None:
                 await fill(node, 40, "ab"[table])
             case "cut", _:
                 await node.cut()
+            case "leave memory", _:
+                await node.cool()
             case "sync", _:
                 await node.durable()
             case "restart", _:
