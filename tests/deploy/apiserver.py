@@ -203,7 +203,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._write(
                     {**({"status": old["status"]} if "status" in old else {}), **body}
                 )
-            return self._write(merge(self.api.store.get(key), body))
+            old = self.api.store.get(key)
+            return self._write(merge(_scale(old) if sub == "scale" else old, body))
 
         self._try(patch)
 

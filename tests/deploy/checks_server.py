@@ -26,7 +26,7 @@ FIELDS = re.compile(
     r"|spec\.(nodeName|serviceAccountName)|status\.(hostIP|podIP|podIPs|hostIPs)"
 )
 ORDINAL = "metadata.labels['apps.kubernetes.io/pod-index']"
-OTHER_VARIABLES = {"PSCTL_SERVERS"}  # of psctl, not of the server
+OTHER_VARIABLES = {"PSCTL_SERVERS", "POD_NAMESPACE"}  # not read by the server
 SPARE_SECONDS = 30  # for the end of the process after it has closed its files
 
 
@@ -48,7 +48,12 @@ def config_of(objects: list[Object], shard: int) -> ServerConfig:
     """
     container = container_of(objects)
     limit = int(quantity(container["resources"]["limits"]["memory"]))
-    variables = {n: str(v.get("value", shard)) for n, v in _variables(objects).items()}
+    fields = {ORDINAL: str(shard), "metadata.namespace": container_namespace(objects)}
+    variables = dict[str, str]()
+    for name, each in _variables(objects).items():
+        path = each.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath", "")
+        value = each["value"] if "value" in each else fields.get(path, "")
+        variables[name] = re.sub(r"\$\((\w+)\)", lambda of: variables[of[1]], value)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "psserver.toml"
         path.write_text(settings_text(objects))
@@ -61,6 +66,11 @@ def config_of(objects: list[Object], shard: int) -> ServerConfig:
             config = load(container["args"][1:])
             assert config.memory.limit == found
             return config
+
+
+def container_namespace(objects: list[Object]) -> str:
+    """Return the namespace of the pods."""
+    return str(only(objects, "StatefulSet")["metadata"]["namespace"])
 
 
 def _variables(objects: list[Object]) -> dict[str, dict[str, Any]]:

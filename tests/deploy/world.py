@@ -60,6 +60,8 @@ class Pod:
         self.number, self.revision, self.node = number, revision, node
         self.output = world.directory / f"{world.name}-pod-{number}.out"
         self.errors = world.directory / f"{world.name}-pod-{number}.err"
+        for path in (self.output, self.errors):
+            path.unlink(missing_ok=True)
         self.frozen = False  # its node is lost: nothing starts or reports it
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -212,7 +214,7 @@ class World:
         self._show(pod)
 
     def _flags(self, target: Object, number: int) -> list[str]:
-        """Return the arguments of the server of a pod: the file of the manifest, on this machine."""
+        """Return the arguments of the server of a pod: the manifest's file, and local paths."""
         config = self.directory / f"{self.name}-{number}.toml"
         config.write_text(self._settings(target))
         claim = self._claim(target, number)["metadata"]["uid"]
