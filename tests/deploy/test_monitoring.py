@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,17 @@ def test_promtool_accepts_the_alerts_and_they_fire(tmp_path: Path) -> None:
     (tmp_path / "rules_test.yaml").write_text(tests)
     run([promtool, "check", "rules", "--lint-fatal", tmp_path / "rules.yaml"])
     run([promtool, "test", "rules", tmp_path / "rules_test.yaml"])
+
+
+def test_every_alert_names_a_section_that_says_what_to_do() -> None:
+    for rule in alerts():
+        page, _, section = rule["annotations"]["action"].partition(", ")
+        headings = set(_headings(ROOT / page))
+        assert not section or section in headings, f"{rule['alert']}: {page} has no {section!r}"
+
+
+def _headings(page: Path) -> Iterator[str]:
+    """Yield the headings of a page, in lower case."""
+    for line in page.read_text().splitlines():
+        if line.startswith("#"):
+            yield line.lstrip("# ").lower()
