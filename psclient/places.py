@@ -13,6 +13,7 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 
 from psclient.channel import options
 from psclient.discovery import Discovery, Found
@@ -72,11 +73,11 @@ class Named(Places):
         _named.add(self)
 
     def routes(self, deadline: float) -> list[Route]:
-        if not self._finding.acquire(timeout=max(deadline - time.monotonic(), 0)):
-            raise DeadlineExceeded(
-                f"{self._name}: another thread is still searching for the shards"
-            )
-        try:
+        try:  # a signal handler may raise after the lock is taken, before ``acquire`` returns
+            if not self._finding.acquire(timeout=max(deadline - time.monotonic(), 0)):
+                raise DeadlineExceeded(
+                    f"{self._name}: another thread is still searching for the shards"
+                )
             if self._routes is None:
                 self._found = self._find(deadline)
                 self._routes = [Route(each.address, self._failed) for each in self._found]
@@ -84,7 +85,8 @@ class Named(Places):
                     route.expect(each.shard, each.shards, each.cluster)
             return list(self._routes)
         finally:
-            self._finding.release()
+            with suppress(RuntimeError):  # raised if this thread does not hold the lock
+                self._finding.release()
 
     def where(self, shard: int) -> str:
         return f"shard {shard} of {self._name}"
@@ -106,15 +108,18 @@ class Named(Places):
 
     def _prepare(self) -> None:
         """Create the locks, at the start and in a forked child, where no search is running."""
-        self._finding = threading.Lock()
+        self._finding = threading.RLock()
         self._starting = threading.Lock()  # held for an instant, also on gRPC's threads
-        self._lost: dict[Route, float] = {}  # when a call on a route failed, in monotonic seconds
+        # route -> when a call first failed at its current address, in monotonic seconds
+        self._lost: dict[Route, float] = {}
+        self._last_failure = 0.0  # on any route, in monotonic seconds
         self._searching = False
 
     def _failed(self, route: Route) -> None:
         """Search for the shard of ``route`` in the background, unless a search is running."""
         with self._starting:
-            self._lost[route] = time.monotonic()
+            self._last_failure = time.monotonic()
+            self._lost.setdefault(route, self._last_failure)
             start, self._searching = not self._searching, True
         if start:
             try:
@@ -150,8 +155,8 @@ class Named(Places):
     def _follow(self, discovery: Discovery) -> bool:
         """Change the routes of lost shards to where they answered; return whether to search on.
 
-        A shard counts as found again if it answered after the failure. The search also ends when
-        no call has failed for SEARCH_SECONDS, because then nobody needs the lost shards.
+        A shard counts as found again if it answered after the first failure. The search also ends
+        when no call has failed for SEARCH_SECONDS, because then nobody needs the lost shards.
         """
         assert self._routes is not None
         for each in sorted(discovery.found.values(), key=lambda each: each.at):
@@ -164,8 +169,8 @@ class Named(Places):
                     self._found[each.shard] = each
                     route.address = each.address
         with self._starting:
-            latest = max(self._lost.values(), default=0.0)
-            self._searching = latest > time.monotonic() - SEARCH_SECONDS
+            idle = time.monotonic() - self._last_failure
+            self._searching = bool(self._lost) and idle < SEARCH_SECONDS
             if not self._searching:
                 self._lost.clear()
             return self._searching

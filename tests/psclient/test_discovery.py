@@ -270,6 +270,16 @@ class TestFollow:
             route.failed(route.address)
         eventually(lambda: (routes[0].address, routes[1].address) == (second, first), 3.0)
 
+    def test_a_shard_is_found_while_many_calls_fail(self, service: Service, places: Named) -> None:
+        routes = places.routes(0)
+        before = routes[1].address
+        there = self.move(service, 1, 20, info(1, 3, cluster="prod", start=99))
+        end = time.monotonic() + SOON
+        while routes[1].address == before:
+            routes[1].failed(before)
+            assert time.monotonic() < end
+        assert routes[1].address == there
+
     def test_a_shard_is_found_at_the_address_of_one_that_nobody_calls(
         self, service: Service, places: Named, monkeypatch: pytest.MonkeyPatch
     ) -> None:
