@@ -183,7 +183,10 @@ class ControlPlane:
         with self._lock:
             for pod in self.pods():
                 if pod["metadata"]["uid"] == uid:
+                    was = is_ready(pod)
                     pod["status"] = copy.deepcopy(status)
+                    if is_ready(pod) != was:
+                        self._note("unready" if was else "ready", name_of(pod))
 
     def remove(self, uid: str) -> None:
         """Remove a terminating pod, all of whose containers have ended."""

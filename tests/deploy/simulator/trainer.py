@@ -4,9 +4,11 @@
 
 ADDRESS  "host:port" of the service of all shards, or several separated by commas
 
-Prints one JSON object per line. First {"connected": SECONDS}. After SIGTERM {"steps", "errors",
-"stalls", "exact"}: stalls are [seconds since the Unix epoch, duration] of each step that took more
-than half a second; exact is whether every row has the sum of its acknowledged gradients.
+Prints one JSON object per line. First {"connected": SECONDS}. Then {"beat": number of steps}, at
+most twice per second. After SIGTERM {"steps", "errors",
+"stalls", "exact", "off"}: stalls are [seconds of the monotonic clock, duration] of each step that
+took more than half a second; exact is whether every row has the sum of its acknowledged gradients,
+and off is how many rows have not.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import numpy as np
 from psclient import Client, PsError
 
 KEYS, BATCH, DIM = 3000, 300, 4
-STALL = 0.5  # seconds
+STALL = BEAT = 0.5  # seconds
 PAUSE = 0.02  # seconds between two steps
 TIMEOUT = 150.0  # seconds in which the client retries a step
 
@@ -48,10 +50,10 @@ def train(target: str, name: str) -> None:
         table.pull(keys)
         tell(connected=round(time.monotonic() - start, 2))
         generator = np.random.default_rng(1)
-        stalls, errors, steps = [], [], 0
+        stalls, errors, steps, told = [], [], 0, start
         while not stopping:
             chosen = np.unique(generator.integers(1, KEYS + 1, BATCH))
-            begun, at = time.monotonic(), time.time()
+            begun = time.monotonic()
             try:
                 table.push(chosen, -np.ones((len(chosen), DIM), np.float32), step=steps)
                 counts[chosen - 1] += 1
@@ -62,8 +64,11 @@ def train(target: str, name: str) -> None:
             steps += 1
             took = time.monotonic() - begun
             if took > STALL:
-                stalls.append((round(at, 1), round(took, 2)))
+                stalls.append((round(begun, 2), round(took, 2)))
                 tell(stall=stalls[-1])
+            if time.monotonic() - told >= BEAT:
+                told = time.monotonic()
+                tell(beat=steps)
             time.sleep(PAUSE)
         rows = table.pull(keys)
         exact = bool((rows == counts[:, None]).all())

@@ -17,18 +17,28 @@ SCRIPT = Path(__file__).with_name("trainer.py")
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a trainer saw: steps, errors, stalls as (Unix time, seconds), and whether the sums of
-    its gradients were exact."""
+    """What a trainer saw.
+
+    steps   number of steps
+    errors  messages of the steps that failed
+    stalls  (time on the monotonic clock, seconds) of each step that took more than half a second
+    exact   whether each row is the sum of its acknowledged gradients
+    off     number of rows that are not
+    """
 
     steps: int
     errors: list[str]
     stalls: list[tuple[float, float]]
     exact: bool
-    off: int  # rows with a wrong sum
+    off: int
+
+    def stall(self, begin: float, end: float) -> float:
+        """Return the longest stall that began between two times, in seconds; 0 if there is none."""
+        return max((took for at, took in self.stalls if begin <= at <= end), default=0.0)
 
 
 class Trainer:
-    """A trainer in a pod of its own. It trains from the begin of the block to its end.
+    """A trainer in a pod of its own. It trains from the start of the block to its end.
 
     address  of the shards: the name of the headless service, and its port
     """
@@ -57,6 +67,12 @@ class Trainer:
             stalls = [(at, took) for at, took in told["stalls"]]
             self.report = Report(told["steps"], told["errors"], stalls, told["exact"], told["off"])
 
+    def is_waiting(self, seconds: float = 3.0) -> bool:
+        """Return whether the trainer makes no step for some seconds."""
+        beats = len(self._told("beat"))
+        time.sleep(seconds)
+        return len(self._told("beat")) == beats
+
     def _told(self, key: str) -> list[Object]:
         """Return the lines of the trainer's output that have a key. Raises if it failed."""
         text = self._pods.log(self._name)
@@ -65,16 +81,6 @@ class Trainer:
         lines = [line for line in text.splitlines(keepends=True) if line.startswith("{")]
         found = [json.loads(line) for line in lines if line.endswith("}\n")]
         return [one for one in found if key in one]
-
-    def stalled(self, since: float) -> float:
-        """Return the longest stall, in seconds, that began after a Unix time and has ended."""
-        stalls = [one["stall"] for one in self._told("stall")]
-        return max((took for at, took in stalls if at + took >= since), default=0.0)
-
-
-def now() -> float:
-    """Return the Unix time, as it is in the reports of trainers."""
-    return time.time()
 
 
 def _script() -> Object:
