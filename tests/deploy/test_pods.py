@@ -16,14 +16,14 @@ import pytest
 
 from tests.deploy import image
 from tests.deploy.simulator.controlplane import Refused
-from tests.deploy.simulator.objects import Object, is_ready, restarts_of
+from tests.deploy.simulator.objects import Object, is_ready, phase_of, restarts_of
 from tests.deploy.simulator.pods import Simulator, rendered
-from tests.deploy.simulator.training import Trainer
+from tests.deploy.simulator.training import Trainer, run_once
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 EXTRA = 2.0  # seconds that a stall may be longer than the shard was away
-DISK = 192  # mebibytes of the disk of shard 1
+DISK = 256  # mebibytes of the disk of shard 1
 PULL = (
     "from psclient import Client; print(Client('ps:7000').table('full').pull([1, 2, 3, 4]).shape)"
 )
@@ -43,10 +43,15 @@ def pods() -> Iterator[Simulator]:
 
 
 def prepared(objects: list[Object]) -> list[Object]:
-    """Add the file that can slow down the start of a shard to the pods' container."""
+    """Make shards that can be slowed down at their start, and that soon notice a full disk.
+
+    A shard reserves space for the log in units of segment_bytes.
+    """
     script = Path(__file__).with_name("slowstart") / "sitecustomize.py"
     data = {script.name: script.read_text()}
     for one in objects:
+        if one["kind"] == "ConfigMap" and "psserver.toml" in one["data"]:
+            one["data"]["psserver.toml"] += f"segment_bytes = {1 << 20}\n"
         if one["kind"] == "StatefulSet":
             spec = one["spec"]["template"]["spec"]
             container = spec["containers"][0]
@@ -81,6 +86,33 @@ def check(trainer: Trainer, steps: int = 100) -> None:
     assert report.errors == []
     assert report.exact, f"{report.off} rows have wrong sums"
     assert report.steps >= steps
+
+
+def test_a_pod_is_locked_as_its_manifest_says_and_compiles_nothing(pods: Simulator) -> None:
+    said = pods.execute("ps-0", "sh", "-c", "id -u; id -g; id -G; cat /proc/1/status; touch /x")
+    lines = said.stdout.splitlines()
+    assert lines[:3] == ["10001", "10001", "10001"]
+    status = dict(line.split(":", 1) for line in lines[3:])
+    assert {status[f"Cap{one}"].strip() for one in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {
+        "0" * 16
+    }
+    assert (status["NoNewPrivs"].strip(), status["Seccomp"].strip()) == ("1", "2")
+    assert "Read-only file system" in said.stderr
+    warm = pods.execute("ps-0", "psserver", "warm", "--check")
+    assert warm.returncode == 0, warm.stdout + warm.stderr
+    assert '"compiled": 0' in pods.log("ps-0")
+
+
+def test_the_demo_runs_from_the_image_against_the_pods(pods: Simulator) -> None:
+    servers = ",".join(f"ps-{at}.ps:7000" for at in range(3))
+    command = ["python", "/opt/ps/examples/clickstream.py", "--servers", servers]
+    command += ["--steps", "200", "--batch", "512", "--min-share", "0.3"]
+    pods.apply(run_once("demo", command))
+    over = ("Succeeded", "Failed")
+    pods.wait("the demo has ended", lambda: phase_of(pods.control.get("Pod", "demo")) in over, 120)
+    assert phase_of(pods.control.get("Pod", "demo")) == "Succeeded", pods.log("demo")
+    assert "share (AUC - 0.5) / (best - 0.5)" in pods.log("demo")
+    pods.control.delete("demo")
 
 
 def test_a_rolling_restart_stalls_each_shard_only_while_it_restarts(pods: Simulator) -> None:

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tests.deploy.image import Image
+from tests.deploy.image import CALLS, Image
 from tests.deploy.simulator.objects import Object, labels_of, name_of, quantity
 
 # What container runtimes give to a container that drops no capability.
 CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETGID"]
 CAPABILITIES += ["SETPCAP", "SETUID", "SYS_CHROOT"]
-CALLS = Path("/usr/share/containers/seccomp.json")  # the default profile of container runtimes
 NAMESPACES = ("pid", "ipc", "uts", "mount")
 
 
@@ -62,7 +61,7 @@ def configuration(pod: Object, container: Object, image: Image, place: Place) ->
     if Path("/sys/fs/cgroup/cgroup.controllers").exists():
         linux["namespaces"] += [{"type": "cgroup"}]
     profile = security.get("seccompProfile", {}).get("type", "Unconfined")
-    if profile == "RuntimeDefault" and CALLS.exists():
+    if profile == "RuntimeDefault":
         linux["seccomp"] = _allowed_calls()
     return {
         "ociVersion": "1.0.2",

@@ -47,7 +47,7 @@ class Trainer:
 
     def __init__(self, pods: Simulator, name: str, address: str = "ps:7000") -> None:
         self._pods, self._name = pods, name
-        self._objects = [_script(), _pod(name, ["python", "/trainer/trainer.py", address, name])]
+        self._objects = run_once(name, ["python", "/trainer/trainer.py", address, name])
 
     def __enter__(self) -> Trainer:
         self._pods.apply(self._objects)
@@ -83,13 +83,13 @@ class Trainer:
         return [one for one in found if key in one]
 
 
-def _script() -> Object:
+def run_once(name: str, command: list[str]) -> list[Object]:
+    """Return the objects of a pod that runs a command from the server's image once.
+
+    It has the file trainer.py in the directory /trainer.
+    """
     data = {SCRIPT.name: SCRIPT.read_text()}
-    return {"kind": "ConfigMap", "metadata": {"name": "trainer"}, "data": data}
-
-
-def _pod(name: str, command: list[str]) -> Object:
-    """Return a pod that runs a command from the server's image once."""
+    script = {"kind": "ConfigMap", "metadata": {"name": "trainer"}, "data": data}
     locked = {
         "allowPrivilegeEscalation": False,
         "readOnlyRootFilesystem": True,
@@ -103,8 +103,7 @@ def _pod(name: str, command: list[str]) -> Object:
         "volumeMounts": [{"name": "trainer", "mountPath": "/trainer"}],
     }
     labels = {"app.kubernetes.io/name": "trainer", "embedding-ps/client": "true"}
-    return {
-        "apiVersion": "v1",
+    pod = {
         "kind": "Pod",
         "metadata": {"name": name, "namespace": "ps", "uid": f"{name}-pod", "labels": labels},
         "spec": {
@@ -115,3 +114,4 @@ def _pod(name: str, command: list[str]) -> Object:
             "volumes": [{"name": "trainer", "configMap": {"name": "trainer"}}],
         },
     }
+    return [script, pod]
