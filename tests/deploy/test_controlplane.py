@@ -86,6 +86,7 @@ def test_ordered_waits_until_each_pod_is_available(ordered: FakeCluster) -> None
 def test_a_pod_has_its_ordinal_names_and_claims(cluster: FakeCluster) -> None:
     pod = cluster.control.get("Pod", "ps-2")
     assert labels_of(pod)["apps.kubernetes.io/pod-index"] == "2"
+    assert pod["metadata"]["namespace"] == "ps"
     assert (pod["spec"]["hostname"], pod["spec"]["subdomain"]) == ("ps-2", "ps")
     claimed = {"name": "data", "persistentVolumeClaim": {"claimName": "data-ps-2"}}
     assert pod["spec"]["volumes"] == [claimed]

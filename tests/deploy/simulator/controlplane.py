@@ -288,7 +288,7 @@ class ControlPlane:
 
     def _create(self, one: Object, ordinal: int, revision: str) -> None:
         pod = statefulset.new_pod(one, self._revisions[revision], ordinal, revision)
-        pod["metadata"]["uid"] = str(uuid.uuid4())
+        pod["metadata"] |= {"uid": str(uuid.uuid4()), "namespace": self.namespace}
         for template in one["spec"].get("volumeClaimTemplates", ()):
             claim = f"{name_of(template)}-{name_of(pod)}"
             made = {"metadata": {"name": claim}, "spec": template["spec"]}

@@ -6,6 +6,7 @@ Runtime and Prober, so that tests can give it containers that do not exist.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -335,6 +336,6 @@ class Kubelet:
             pod.kill()
         for pod in self._pods.values():
             while not pod.is_over():
-                pass
+                time.sleep(0.01)
             self._runtime.tear_down(pod.object)
         self._pods.clear()
