@@ -26,6 +26,8 @@ from storage.eviction.rules import CapacityLfu, Norm, StepTtl, TimeTtl
 
 # ---- crashes
 
+SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))]
+
 
 def script(rng: random.Random) -> list[tuple[str, Any]]:
     """Operations: pushes, deletes, alterations of every field, flushes."""
@@ -58,7 +60,7 @@ def script(rng: random.Random) -> list[tuple[str, Any]]:
     return done
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_what_is_recovered_after_a_kill_is_what_there_was(tmp_path: Path, seed: int) -> None:
     rng, seconds = random.Random(seed), [1000.0]
     with Home(tmp_path / "home", now=lambda: seconds[0]) as home:

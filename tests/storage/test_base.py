@@ -167,7 +167,9 @@ def test_the_file_does_not_grow_with_the_number_of_checkpoints(tmp_path: Path) -
 def in_place(directory: Path, offset: int | None, size: int) -> bytes:
     """Bytes of the file at an offset."""
     assert offset is not None
-    return (directory / "data.mdb").read_bytes()[offset : offset + size]
+    with (directory / "data.mdb").open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 def test_a_committed_block_is_at_its_offset_in_the_file(tmp_path: Path) -> None:
