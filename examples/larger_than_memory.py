@@ -105,14 +105,15 @@ class Held:
     @classmethod
     def by(cls, ps: Client) -> "Held":
         infos = [ps.describe_table(field) for field in FIELDS]
-        tiers = [info.tiers for info in infos]
+        tiers = [tier for info in infos for tier in info.tiers.values()]
+        memory = [tier for tier in tiers if not tier.on_disk]
         return cls(
             rows=sum(info.rows for info in infos),
-            host_rows=sum(each["host"].rows for each in tiers),
+            host_rows=sum(tier.rows for tier in memory),
             memory=sum(info.bytes for info in infos),
-            disk=sum(each["lmdb"].bytes for each in tiers if "lmdb" in each),
-            hits=sum(each["host"].hits for each in tiers),
-            misses=sum(each["host"].misses for each in tiers),
+            disk=sum(tier.bytes for tier in tiers if tier.on_disk),
+            hits=sum(tier.hits for tier in memory),
+            misses=sum(tier.misses for tier in memory),
         )
 
     @property

@@ -212,10 +212,7 @@ class Display(Bar):
         self._ways = ways
 
     def step(self, step: int) -> None:
-        if self._console.is_terminal:
-            self._progress.update(self._task, completed=step, description=self._figures(step))
-        elif self._has_line(step):
-            self._console.print(f"step {step:>5}  {self._figures(step)}", highlight=False)
+        self._update(step)
 
     def _figures(self, step: int) -> str:
         rate = step / (time.monotonic() - self._start)

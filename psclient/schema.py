@@ -23,6 +23,7 @@ class TierInfo:
     bytes: int  # memory or disk that the tier takes, including space that is not used yet
     hits: int  # keys of pulls and pushes whose row was in this tier, since the servers started
     misses: int  # keys of pulls and pushes whose row was only in a slower tier
+    on_disk: bool = False  # the tier is on disk, so that ``bytes`` is no memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class TableInfo:
     shard_rows: tuple[int, ...]  # ``rows`` of each shard
     shard_bytes: tuple[int, ...]  # ``bytes`` of each shard
     versions: Versions  # version of each shard when it was asked
-    tiers: dict[str, TierInfo]  # by name: "host" is memory, "lmdb" is disk
+    tiers: dict[str, TierInfo]  # by name, the fastest first
     cache: CacheInfo  # moves between the tiers
     damaged_blocks: int  # blocks on disk that are known to be damaged
     lost_rows: int  # rows that cannot be read, because a block is damaged
@@ -178,6 +179,7 @@ def _tiers(stats: Sequence[pb.TableStats]) -> dict[str, TierInfo]:
             old.bytes + each.bytes,
             old.hits + each.hits,
             old.misses + each.misses,
+            each.on_disk,
         )
     return tiers
 

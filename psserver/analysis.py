@@ -110,9 +110,12 @@ class Analyses:
         message.version, message.last_version = view.version, self._shard.version
         for tier in view.stats.tiers:
             rows = summary.tiers.get(tier.tier, 0)
-            message.tiers.add(name=tier.tier, rows=rows, bytes=tier.bytes)
-        counts, message.first_pushes = view.reuse
-        message.reuses.CopyFrom(pb.Histogram(edges=EDGES.tolist(), counts=counts.tolist()))
+            name, on_disk = tier.tier, tier.on_disk
+            message.tiers.add(name=name, rows=rows, bytes=tier.bytes, on_disk=on_disk)
+        edges, (pushes, pulls) = EDGES.tolist(), view.reuse
+        message.reuses.CopyFrom(pb.Histogram(edges=edges, counts=pushes.tolist()))
+        message.pull_reuses.CopyFrom(pb.Histogram(edges=edges, counts=pulls.tolist()))
+        message.first_pushes = view.first
         message.index_bytes, message.waiting = view.stats.index_bytes, view.stats.waiting
         message.waiting_bytes = view.stats.counter_bytes
         yield pb.AnalyzeResponse(done=outbox.done, total=outbox.done, summary=message)

@@ -187,11 +187,10 @@ class ShardCollector(Collector):
                 stats, moves = self._shard.describe(name)[1], self._shard.moves(name)
             except UnknownTable:  # dropped since
                 continue
-            disk = sum(tier.bytes for tier in stats.tiers[1:])
             for tier in stats.tiers:
                 where = [name, tier.tier]
                 rows.add_metric(where, tier.rows)
-                size.add_metric(where, stats.bytes if tier is stats.tiers[0] else disk)
+                size.add_metric(where, stats.bytes if tier is stats.tiers[0] else tier.bytes)
                 hits.add_metric(where, tier.hits)
                 misses.add_metric(where, tier.misses)
             counts = moves.promotions, moves.demotions, moves.flushed, moves.reflushed

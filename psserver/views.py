@@ -27,7 +27,8 @@ class TableView:
     version: int  # version of the shard when this object was created
     step: int  # largest training step pushed to the table; FIRST_STEP before the first push
     scan: ExactScan  # reads each row exactly once
-    reuse: tuple[NDArray[np.int64], int]  # copies of Reuse.counts and Reuse.first
+    reuse: tuple[NDArray[np.int64], NDArray[np.int64]]  # Reuse.counts: of pushes, and of pulls
+    first: int  # Reuse.first
     stats: TableStats
 
 
@@ -72,7 +73,8 @@ def view_table(entry: TableEntry, version: int) -> TableView:
         version,
         table.evictor.step,
         table.exact_scan(),
-        (table.reuse.counts.copy(), table.reuse.first),
+        table.reuse.counts,
+        table.reuse.first,
         table.stats(),
     )
 

@@ -85,6 +85,7 @@ def _warm_table(keys: Keys, written: bool) -> None:
     table.pull(keys, "train", rows)
     table.pull(keys, "serve", rows)
     table.delete(keys[:1])
+    table.reuse.make_room()
     table.close()
 
 

@@ -65,7 +65,7 @@ tiers/lmdb.py    rows in the blocks of the base
 coldrows.py      the rows in blocks, for eviction sweeps
 visits.py        which rows a scan has read, although rows move
 tablescan.py     read all rows of a table in slices
-reuse.py         how many keys are pushed between two pushes of a key
+reuse.py         how many keys are pushed between the uses of a row
 results.py       the results of a table's methods
 cache.py         which rows leave host memory, if there are blocks on disk
 room.py          how many rows of a table have room in host memory

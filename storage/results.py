@@ -16,16 +16,14 @@ from storage.slots import Meta
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
-    """Number of rows of a table in one tier, and what they take there.
-
-    Two of them are equal if name, rows and bytes are: hits and misses are not compared.
-    """
+    """Number of rows of a table in one tier, and what they take there."""
 
     tier: str  # name of the tier
     rows: int
     bytes: int  # memory or disk, including unused space
-    hits: int = field(compare=False)  # keys of pulls and pushes whose row was here, since the start
-    misses: int = field(compare=False)  # keys of pulls and pushes whose row was in a slower tier
+    hits: int  # keys of pulls and pushes whose row was here, since the start
+    misses: int  # keys of pulls and pushes whose row was in a slower tier
+    on_disk: bool  # the tier is on disk, so that ``bytes`` is no memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -470,11 +470,12 @@ class RowStore:
     def stats(self) -> tuple[TierStats, ...]:
         """Return rows, bytes, hits and misses of each tier, host memory first."""
         moves, host = self.moves, self.host
-        first = TierStats(host.name, host.rows, host.bytes, moves.hits, moves.misses)
+        first = TierStats(host.name, host.rows, host.bytes, moves.hits, moves.misses, on_disk=False)
         if self.blocks is None:
             return (first,)
         blocks = self.blocks
-        return first, TierStats(blocks.name, blocks.rows, blocks.bytes, moves.misses, 0)
+        disk = TierStats(blocks.name, blocks.rows, blocks.bytes, moves.misses, 0, on_disk=True)
+        return first, disk
 
     def names(self, locations: Locations) -> list[str]:
         """Return the name of each location's tier; "" for location 0, a key without a row."""

@@ -138,6 +138,7 @@ class Table:
         misses = self.store.gather(locations, out)
         if count:
             self.store.count(len(keys) - absent - misses, misses)
+            self.reuse.pulled(keys, locations, len(keys) - absent)
         if absent:
             missing = np.flatnonzero(locations == 0)
             if mode == "train":
@@ -209,8 +210,7 @@ class Table:
                 locations = locations[present]
         slots = self.store.slots(locations)
         stamp = max(step, self.evictor.step)
-        if (some := self.reuse.pushed(version, len(slots))) is not None:
-            self.reuse.add(self.store.host.slots.meta(slots[some])[:, VERSION])
+        self.reuse.pushed(keys, slots, self.store.host.slots.array)
         self.store.touch(slots, counts, stamp, version)
         self.store.host.step(slots, gradients, optimizer, lr, step)
         self._guard.pushed(optimizer, lr, largest)

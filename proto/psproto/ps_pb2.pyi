@@ -120,18 +120,20 @@ class TableStats(_message.Message):
     def __init__(self, rows: _Optional[int] = ..., bytes: _Optional[int] = ..., waiting: _Optional[int] = ..., counter_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStats, _Mapping]]] = ..., cache: _Optional[_Union[CacheStats, _Mapping]] = ..., damaged_blocks: _Optional[int] = ..., lost_rows: _Optional[int] = ...) -> None: ...
 
 class TierStats(_message.Message):
-    __slots__ = ("tier", "rows", "bytes", "hits", "misses")
+    __slots__ = ("tier", "rows", "bytes", "hits", "misses", "on_disk")
     TIER_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     HITS_FIELD_NUMBER: _ClassVar[int]
     MISSES_FIELD_NUMBER: _ClassVar[int]
+    ON_DISK_FIELD_NUMBER: _ClassVar[int]
     tier: str
     rows: int
     bytes: int
     hits: int
     misses: int
-    def __init__(self, tier: _Optional[str] = ..., rows: _Optional[int] = ..., bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ...) -> None: ...
+    on_disk: bool
+    def __init__(self, tier: _Optional[str] = ..., rows: _Optional[int] = ..., bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., on_disk: bool = ...) -> None: ...
 
 class CacheStats(_message.Message):
     __slots__ = ("promotions", "demotions", "flushed_rows", "reflushed_blocks", "warm_reads", "warm_seconds")
@@ -1017,16 +1019,18 @@ class RowList(_message.Message):
     def __init__(self, keys: _Optional[_Iterable[int]] = ..., versions: _Optional[_Iterable[int]] = ..., steps: _Optional[_Iterable[int]] = ..., frequencies: _Optional[_Iterable[int]] = ..., norms: _Optional[_Iterable[float]] = ..., tiers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Summary(_message.Message):
-    __slots__ = ("schema", "width", "version", "last_version", "step", "rows", "occurrences", "norm_sum", "frequencies", "frequency_sums", "ages", "norms", "idle_norms", "grace", "tiers", "index_bytes", "waiting", "waiting_bytes", "most_frequent", "least_frequent", "largest", "smallest", "reuses", "first_pushes")
+    __slots__ = ("schema", "width", "version", "last_version", "step", "rows", "occurrences", "norm_sum", "frequencies", "frequency_sums", "ages", "norms", "idle_norms", "grace", "tiers", "index_bytes", "waiting", "waiting_bytes", "most_frequent", "least_frequent", "largest", "smallest", "reuses", "first_pushes", "pull_reuses")
     class Tier(_message.Message):
-        __slots__ = ("name", "rows", "bytes")
+        __slots__ = ("name", "rows", "bytes", "on_disk")
         NAME_FIELD_NUMBER: _ClassVar[int]
         ROWS_FIELD_NUMBER: _ClassVar[int]
         BYTES_FIELD_NUMBER: _ClassVar[int]
+        ON_DISK_FIELD_NUMBER: _ClassVar[int]
         name: str
         rows: int
         bytes: int
-        def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+        on_disk: bool
+        def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., bytes: _Optional[int] = ..., on_disk: bool = ...) -> None: ...
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -1051,6 +1055,7 @@ class Summary(_message.Message):
     SMALLEST_FIELD_NUMBER: _ClassVar[int]
     REUSES_FIELD_NUMBER: _ClassVar[int]
     FIRST_PUSHES_FIELD_NUMBER: _ClassVar[int]
+    PULL_REUSES_FIELD_NUMBER: _ClassVar[int]
     schema: TableSchema
     width: int
     version: int
@@ -1075,7 +1080,8 @@ class Summary(_message.Message):
     smallest: RowList
     reuses: Histogram
     first_pushes: int
-    def __init__(self, schema: _Optional[_Union[TableSchema, _Mapping]] = ..., width: _Optional[int] = ..., version: _Optional[int] = ..., last_version: _Optional[int] = ..., step: _Optional[int] = ..., rows: _Optional[int] = ..., occurrences: _Optional[int] = ..., norm_sum: _Optional[float] = ..., frequencies: _Optional[_Union[Histogram, _Mapping]] = ..., frequency_sums: _Optional[_Iterable[int]] = ..., ages: _Optional[_Union[Histogram, _Mapping]] = ..., norms: _Optional[_Union[Histogram, _Mapping]] = ..., idle_norms: _Optional[_Union[Histogram, _Mapping]] = ..., grace: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[Summary.Tier, _Mapping]]] = ..., index_bytes: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_bytes: _Optional[int] = ..., most_frequent: _Optional[_Union[RowList, _Mapping]] = ..., least_frequent: _Optional[_Union[RowList, _Mapping]] = ..., largest: _Optional[_Union[RowList, _Mapping]] = ..., smallest: _Optional[_Union[RowList, _Mapping]] = ..., reuses: _Optional[_Union[Histogram, _Mapping]] = ..., first_pushes: _Optional[int] = ...) -> None: ...
+    pull_reuses: Histogram
+    def __init__(self, schema: _Optional[_Union[TableSchema, _Mapping]] = ..., width: _Optional[int] = ..., version: _Optional[int] = ..., last_version: _Optional[int] = ..., step: _Optional[int] = ..., rows: _Optional[int] = ..., occurrences: _Optional[int] = ..., norm_sum: _Optional[float] = ..., frequencies: _Optional[_Union[Histogram, _Mapping]] = ..., frequency_sums: _Optional[_Iterable[int]] = ..., ages: _Optional[_Union[Histogram, _Mapping]] = ..., norms: _Optional[_Union[Histogram, _Mapping]] = ..., idle_norms: _Optional[_Union[Histogram, _Mapping]] = ..., grace: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[Summary.Tier, _Mapping]]] = ..., index_bytes: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_bytes: _Optional[int] = ..., most_frequent: _Optional[_Union[RowList, _Mapping]] = ..., least_frequent: _Optional[_Union[RowList, _Mapping]] = ..., largest: _Optional[_Union[RowList, _Mapping]] = ..., smallest: _Optional[_Union[RowList, _Mapping]] = ..., reuses: _Optional[_Union[Histogram, _Mapping]] = ..., first_pushes: _Optional[int] = ..., pull_reuses: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
 
 class VerifyRowsRequest(_message.Message):
     __slots__ = ("table", "keys")

@@ -197,6 +197,7 @@ def _merged(
         waiting_bytes=sum(part.waiting_bytes for part in parts),
         reuses=_histogram([part.reuses for part in parts]),
         first_pushes=sum(part.first_pushes for part in parts),
+        pull_reuses=_histogram([part.pull_reuses for part in parts]),
         **{
             name: _list([getattr(part, name) for part in parts], field, sign, top)
             for name, field, sign in LISTS
@@ -206,12 +207,13 @@ def _merged(
 
 def _tiers(parts: Sequence[pb.Summary]) -> tuple[Tier, ...]:
     """Add up the sizes of each tier over all shards."""
-    tiers: dict[str, list[int]] = {}
-    for tier in (tier for part in parts for tier in part.tiers):
-        sums = tiers.setdefault(tier.name, [0, 0])
-        sums[0] += tier.rows
-        sums[1] += tier.bytes
-    return tuple(Tier(name, *sums) for name, sums in tiers.items())
+    tiers: dict[str, Tier] = {}
+    for each in (tier for part in parts for tier in part.tiers):
+        old = tiers.get(each.name, Tier(each.name, 0, 0))
+        tiers[each.name] = Tier(
+            each.name, old.rows + each.rows, old.bytes + each.bytes, each.on_disk
+        )
+    return tuple(tiers.values())
 
 
 def _histogram(parts: Sequence[pb.Histogram]) -> Histogram:

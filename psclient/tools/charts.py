@@ -210,7 +210,7 @@ def _memory(result: Analysis) -> Chart:
 
 
 def _misses(result: Analysis) -> list[Chart]:
-    """Return the chart of miss rates by size of host memory; [] if no key was pushed."""
+    """Return the chart of miss rates by size of host memory; [] if none is known."""
     traces = [
         {
             "type": "scatter",
@@ -227,8 +227,9 @@ def _misses(result: Analysis) -> list[Chart]:
         "yaxis": {"tickformat": ".0%", "range": [-0.02, 1.04]},
     }
     about = (
-        "Share of the pushed keys whose row would be missing in host memory. LFU: exact from the"
-        " frequencies. LRU: from a sample of the pushes since the start of the servers."
+        "Share of the keys whose row would not be in host memory, by the number of rows that it"
+        " keeps. LFU: of pushed keys, exact from the frequencies. LRU: of pulled and pushed keys,"
+        " from a sample since the start of the servers."
     )
     if not traces:
         return []

@@ -11,7 +11,7 @@ import numpy as np
 
 from psclient.tools.arrow import KeyType
 from psclient.tools.misses import CURVES, curves, sizes
-from psclient.tools.summary import ON_DISK, Analysis, Histogram, RowList
+from psclient.tools.summary import Analysis, Histogram, RowList
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -156,7 +156,7 @@ def misses(result: Analysis) -> list[tuple[str, ...]]:
     ]
 
 
-MISSES = ("rows in memory", "of rows", "bytes", "LFU misses", "LRU misses")
+MISSES = ("rows in memory", "share of rows", "size of rows", "misses, LFU", "misses, LRU")
 
 
 def title(result: Analysis) -> str:
@@ -191,7 +191,7 @@ def memory(result: Analysis) -> list[tuple[str, int | None, int]]:
     The parts are the tiers (kinds of storage for rows), the index and the admission counters.
     """
     parts: list[tuple[str, int | None, int]] = [
-        (f"{tier.name} (disk)" if tier.name in ON_DISK else tier.name, tier.rows, tier.bytes)
+        (f"{tier.name} (disk)" if tier.on_disk else tier.name, tier.rows, tier.bytes)
         for tier in result.tiers
     ]
     if result.index_bytes:

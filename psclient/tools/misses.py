@@ -2,10 +2,12 @@
 
 lfu  the memory keeps the rows that were pushed most often. Follows exactly from the frequencies
      of all rows, if these stay what they are
-lru  the memory keeps the rows that were pushed last. Follows from the sampled number of keys
-     that were pushed between two pushes of a key: a row leaves a memory of n rows once n other
-     rows were pushed or used again since. (Hu et al., Kinetic Modeling of Data Eviction in
-     Cache, USENIX ATC 2016)
+lru  the memory keeps the rows that were pushed last. Follows from the number of keys that were
+     pushed since the last push of a key, when it is pulled or pushed, sampled by the servers: a
+     row leaves a memory of n rows once n other rows were pushed or used again since. (Hu et al.,
+     Kinetic Modeling of Data Eviction in Cache, USENIX ATC 2016)
+
+A miss is a pull or push of a row that is not in memory. Keys without a row are not counted.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ class Curve(NamedTuple):
     """Miss rates for some sizes of the memory; ``at`` interpolates between these sizes."""
 
     rows: NDArray[np.float64]  # [k]  sizes in rows, ascending
-    misses: NDArray[np.float64]  # [k]  share of the pushed keys that miss, 0..1
+    misses: NDArray[np.float64]  # [k]  share of the pulled and pushed keys that miss, 0..1
 
     def at(self, rows: float) -> float:
         """Return the miss rate of a memory of ``rows`` rows."""
@@ -45,17 +47,18 @@ def lfu(result: Analysis) -> Curve | None:
 
 def lru(result: Analysis) -> Curve | None:
     """Return the miss rates of LRU; None without samples, as for a checkpoint."""
-    counts, edges = result.reuses.counts, result.reuses.edges
-    total = int(counts.sum()) + result.first_pushes
-    if not total:
+    pushes, edges = result.reuses.counts, result.reuses.edges
+    uses = pushes + result.pull_reuses.counts if len(result.pull_reuses.counts) else pushes
+    pushed, used = int(pushes.sum()) + result.first_pushes, int(uses.sum())
+    if not used:
         return None
-    longer = 1 - np.cumsum(counts[:-1]) / total  # share of keys with a distance above each edge
+    missing = np.concatenate([[1.0], 1 - np.cumsum(uses[:-1]) / used])  # with each distance or more
+    above = np.concatenate([[1.0], 1 - np.cumsum(pushes[:-1]) / pushed])
     steps = np.diff(edges, prepend=0.0)
-    above = np.concatenate([[1.0], longer])
     sizes = np.cumsum(steps * (above[:-1] + above[1:]) / 2) * len(result.shard_rows)
-    last = int(np.searchsorted(-longer, -longer[-1]))  # afterwards nothing changes
-    rows = np.concatenate([[0.0], sizes[: last + 1]])
-    return Curve(rows, np.concatenate([[1.0], longer[: last + 1]]))
+    rows = np.concatenate([[0.0], sizes])
+    smaller = rows < result.rows  # a memory of all rows misses none
+    return Curve(np.append(rows[smaller], result.rows), np.append(missing[smaller], 0.0))
 
 
 CURVES: dict[Policy, Any] = {"lfu": lfu, "lru": lru}
@@ -75,7 +78,7 @@ def sizes(result: Analysis) -> list[int]:
 def as_json(result: Analysis) -> dict[str, Any]:
     """Return the sizes of an analysis and its miss rates, for a JSON file.
 
-    The miss rates are lists of [rows in host memory, share of the pushed keys that miss].
+    The miss rates are lists of [rows in host memory, share of the keys that miss].
     """
     return {
         "table": result.table,

@@ -25,7 +25,6 @@ class RowColumns:
     embeddings: Rows | None  # float32[n, dim]; None: the caller did not ask for embeddings
 
 
-ON_DISK = frozenset(("lmdb",))  # names of the tiers that take no memory
 Sink = Callable[[RowColumns], None]  # receives the rows that an analysis reads
 
 
@@ -73,7 +72,8 @@ class Tier:
 
     name: str
     rows: int
-    bytes: int  # allocated, including unused space; on disk for a tier in ON_DISK
+    bytes: int  # allocated, including unused space
+    on_disk: bool = False  # the tier is on disk, so that ``bytes`` is no memory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,13 +124,16 @@ class Analysis:
     least_frequent: RowList
     largest: RowList
     smallest: RowList
-    reuses: Histogram  # sampled pushes by the keys pushed since the last push of the key, per shard
-    first_pushes: int  # sampled pushes of keys without a row
+    reuses: (
+        Histogram  # pushes of rows, by the keys pushed since the last push of the row, per shard
+    )
+    first_pushes: int  # pushes of keys without a row
+    pull_reuses: Histogram  # pulls of rows, as ``reuses``
 
     @property
     def bytes(self) -> int:
         """Return the memory of the table in bytes: rows, index and admission counters."""
-        tiers = sum(tier.bytes for tier in self.tiers if tier.name not in ON_DISK)
+        tiers = sum(tier.bytes for tier in self.tiers if not tier.on_disk)
         return tiers + self.index_bytes + self.waiting_bytes
 
     def admitted(self, threshold: int) -> int:

@@ -73,7 +73,7 @@ def show(console: Console, result: Analysis, *, keys: KeyType = np.uint64) -> No
         _tries(f"Evicted by a norm threshold{grace}", "norm", small(result)),
     )
     if cells_of := misses(result):
-        table = _table("Pushed keys whose row is missing in host memory, by its size", *MISSES)
+        table = _table("Keys whose row would not be in host memory, by its size", *MISSES)
         for line in cells_of:
             table.add_row(*line)
         print_whole(console, table)

@@ -94,6 +94,7 @@ SUMMARY = pb.Summary(
     smallest=ROW_LIST,
     reuses=EDGES,
     first_pushes=5,
+    pull_reuses=EDGES,
 )
 FACTS = pb.KeyFacts(
     key=U64,

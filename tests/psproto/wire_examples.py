@@ -118,7 +118,7 @@ STATS = pb.TableStats(rows=3, bytes=2 << 20, waiting=4, counter_bytes=1 << 20)
 DAMAGED = pb.DamagedBlock(
     number=7, rows=300, lost_rows=2, problem="piece 3 is damaged", keys=bytes(16)
 )
-TIER = pb.TierStats(tier="lmdb", rows=300, bytes=1 << 21, hits=5, misses=1 << 40)
+TIER = pb.TierStats(tier="lmdb", rows=300, bytes=1 << 21, hits=5, misses=1 << 40, on_disk=True)
 CACHE = pb.CacheStats(
     promotions=1,
     demotions=300,

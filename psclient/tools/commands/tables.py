@@ -101,12 +101,12 @@ def _tiers(info: TableInfo) -> list[tuple[str, ...]]:
     """Return a line for each tier: name, rows, share of all rows, size, hits, misses."""
     return [
         (
-            {"host": "host (memory)", "lmdb": "lmdb (disk)"}.get(name, name),
+            f"{escape(name)} ({'disk' if tier.on_disk else 'memory'})",
             f"{tier.rows:,}",
             figures.percent(tier.rows / max(info.rows, 1)),
             figures.size(tier.bytes),
             f"{tier.hits:,}",
-            f"{tier.misses:,}" if name == "host" else "-",
+            "-" if tier.on_disk else f"{tier.misses:,}",
         )
         for name, tier in info.tiers.items()
     ]
@@ -114,13 +114,13 @@ def _tiers(info: TableInfo) -> list[tuple[str, ...]]:
 
 def _moves(info: TableInfo) -> list[tuple[str, str]]:
     """Return what moved between memory and disk, as (name, value), both as text."""
-    host, cache = info.tiers.get("host"), info.cache
-    if host is None or "lmdb" not in info.tiers:
+    if not any(tier.on_disk for tier in info.tiers.values()):
         return []
-    used = host.hits + host.misses
+    used, cache = sum(tier.hits for tier in info.tiers.values()), info.cache
+    hits = sum(tier.hits for tier in info.tiers.values() if not tier.on_disk)
     waited = f"{cache.warm_seconds / max(cache.warm_reads, 1) * 1e3:.3g} ms"
     return [
-        ("hit rate of memory", figures.percent(host.hits / used) if used else "-"),
+        ("hit rate of memory", figures.percent(hits / used) if used else "-"),
         ("rows promoted, demoted", f"{cache.promotions:,}, {cache.demotions:,}"),
         ("rows flushed", f"{cache.flushed_rows:,}, blocks again {cache.reflushed_blocks:,}"),
         ("waits for the disk", f"{cache.warm_reads:,}, mean {waited}"),

@@ -68,6 +68,7 @@ def an_analysis(**changes: Any) -> Analysis:
         "smallest": rows(),
         "reuses": histogram([1, 10, 100, 1000], [0, 20, 30, 40, 0]),
         "first_pushes": 10,
+        "pull_reuses": histogram([1, 10, 100, 1000], [0, 50, 10, 0, 0]),
     }
     return Analysis(**{**values, **changes})
 
