@@ -207,11 +207,10 @@ class Reuse:
 
 
 def _adjust(counts: NDArray[np.int64], total: int) -> None:
-    """Change the first counts so that their sum is ``total``, as far as possible."""
-    counts[0] += total - counts.sum()
-    for i in range(len(counts) - 2):
+    """Change the first counts so that the sum of all is ``total``, or 0 if that is negative."""
+    counts[0] += max(total, 0) - counts.sum()
+    for i in range(len(counts) - 1):
         if counts[i] >= 0:
             break
         counts[i + 1] += counts[i]
         counts[i] = 0
-    counts[-1] = max(0, counts[-1])

@@ -34,7 +34,7 @@ from storage.tiers.host import HostTier
 from storage.tiers.lmdb import Blocks
 from storage.visits import Watch
 
-MARGIN = 4096  # rows that ``demote`` demotes beyond those asked for, so that it is called rarely
+MARGIN = 4096  # maximum number of rows that ``demote`` demotes beyond those asked for
 NEARLY = 8  # host memory is nearly full if there is room for less than 1/NEARLY of its rows
 AHEAD = 32  # 1/AHEAD of the slots are kept free
 SHARE = 64  # a table that needs memory of others takes at least 1/SHARE of the budget
@@ -110,9 +110,10 @@ class RowStore:
         for code, tier in self._tiers.items():
             found, others = places(locations, code)
             tier.gather(found, out)
+            if code == self.host.code:
+                misses = others
             if not others:
                 break
-            misses = max(misses, others)
         return misses
 
     def meta(self, locations: Locations) -> Meta:
@@ -360,13 +361,13 @@ class RowStore:
     def demote(self, count: int) -> int:
         """Give up the host copies of at least ``count`` clean rows, those with the lowest scores.
 
-        Tries to demote some more (MARGIN), so that it need not be called soon again. Returns how
-        many rows were demoted, which is less than ``count`` if there were too few clean rows.
+        Tries to demote 1/AHEAD of the rows more, so that it need not be called soon again. Returns
+        how many rows were demoted, which is less than ``count`` if there were too few clean rows.
         """
         assert self.blocks is not None
-        demoted = 0
-        while demoted < count + MARGIN:
-            slots, keys, homes = self._cache.victims(count + MARGIN - demoted)
+        demoted, wanted = 0, count + min(MARGIN, self.host.rows // AHEAD)
+        while demoted < wanted:
+            slots, keys, homes = self._cache.victims(wanted - demoted)
             if not len(slots):
                 break
             self._leave(slots, keys, homes)

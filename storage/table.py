@@ -54,6 +54,7 @@ class Table:
         self._seed = table_seed(schema.seed, schema.name)
         self._guard = OverflowGuard(schema, self._copies)
         self._pressed: Callable[[], None] = lambda: None
+        self._missed = 0  # rows that were on disk when the next push was checked
         try:
             self.gate = self._make_gate(schema.admission.on(share))
         except BaseException:
@@ -188,11 +189,10 @@ class Table:
             largest = largest_magnitude(gradients)
         optimizer = self.schema.optimizer
         lr = optimizer.lr if lr is None else lr
-        moves = self.store.moves
-        promotions = moves.promotions
         locations, absent = self._locate(keys)
-        misses = moves.promotions - promotions
-        moves.hits += len(keys) - absent - misses
+        moves, present = self.store.moves, len(keys) - absent
+        misses, self._missed = min(self._missed, present), 0
+        moves.hits += present - misses
         moves.misses += misses
         self._guard.check(self.schema.name, optimizer, keys, gradients, lr, step, largest)
         waiting, totals = NO_KEYS, NO_TOTALS
@@ -252,7 +252,7 @@ class Table:
         locations, absent = self.store.find(keys)
         if absent or self.cold_rows:
             locations, absent = self._find_with_room(keys)
-            self._promote(keys, locations)
+            self._missed += self._promote(keys, locations)
         return locations, absent
 
     def _promote(self, keys: Keys, locations: Locations) -> int:

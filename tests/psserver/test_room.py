@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from stores import Home, change, make_shard, push, schema
 
+from psclient.tools.misses import lru
+from psclient.tools.summary import Histogram
 from psserver.config import TableSettings
 from psserver.requests import Pull, Push
 from storage.errors import DiskFull, NoRoom, OutOfMemory
 from storage.optimizers import make_optimizer
+from storage.reuse import EDGES, Reuse
 
 MIB = 1 << 20
 DIM = 128
@@ -235,3 +239,68 @@ def test_a_scan_goes_on_while_memory_is_given_back(home: Open) -> None:
     assert len(store(node)) == 10 * BATCH
     apply(node, batch(np.arange(10 * BATCH, dtype=np.uint64), 99))
     assert host.rows == 10 * BATCH
+
+
+@pytest.mark.parametrize("share", [10, 4])
+def test_the_curve_of_an_analysis_predicts_the_misses_of_the_tier(home: Open, share: int) -> None:
+    """Training over a Zipf stream, and as many pulls of other keys, with 1/share of the rows."""
+    keys, rng = 40_000, np.random.default_rng(0)
+    weights = np.cumsum(1 / np.arange(1, keys + 1) ** 1.05)
+    order = rng.permutation(keys).astype(np.uint64)
+
+    def draw() -> np.ndarray:
+        return np.unique(order[np.searchsorted(weights, weights[-1] * rng.random(600))])
+
+    node = home(keys * (ROW // share + 36) * 16 // 15)
+    table = node.shard._tables.get("t").table
+    for at in range(0, keys, BATCH):
+        apply(node, batch(order[at : at + BATCH], at))
+    table.reuse = Reuse()
+    hits, misses, held = table.store.moves.hits, table.store.moves.misses, []
+    for step in range(400):
+        item = batch(draw(), step, step=step)
+        apply(node, item)
+        node.shard.pushroom.relieve(node.shard.pushroom.tight([item]))
+        wanted = draw()
+        table.pull(wanted, "train", np.empty((len(wanted), DIM), np.float32))
+        held.append(table.store.host.rows)
+    moves = table.store.moves
+    hits, misses = moves.hits - hits, moves.misses - misses
+    pushes, pulls = table.reuse.counts
+    assert pushes.sum() + pulls.sum() == pytest.approx(hits + misses, rel=1e-6)
+    seen: Any = SimpleNamespace(
+        reuses=Histogram(EDGES, pushes),
+        pull_reuses=Histogram(EDGES, pulls),
+        first_pushes=table.reuse.first,
+        rows=len(table),
+        shard_rows=(len(table),),
+    )
+    curve = lru(seen)
+    assert curve is not None
+    assert 0.1 < misses / (hits + misses) < 0.9
+    assert curve.at(np.mean(held)) == pytest.approx(misses / (hits + misses), abs=0.05)
+
+
+def test_a_key_of_a_pull_or_push_is_a_hit_or_a_miss_by_where_its_row_was(home: Open) -> None:
+    node, keys = home(256 * MIB), np.arange(100, dtype=np.uint64)
+    apply(node, batch(keys, 0))
+    node.flusher.flush()
+    table, counted = node.shard._tables.get("t").table, [(0, 0)]
+
+    def more() -> tuple[int, int]:
+        """(hits, misses) since the last call, the same in the statistics of both tiers."""
+        host, disk = table.store.stats()
+        assert (disk.hits, disk.misses) == (host.misses, 0)
+        counted.append((host.hits, host.misses))
+        (hits, misses), (now_hits, now_misses) = counted[-2:]
+        return now_hits - hits, now_misses - misses
+
+    assert table.store.demote(100) == 100
+    apply(node, batch(keys[:10], 1))
+    assert more() == (0, 10), "rows that the check of a push copied to memory were on disk"
+    apply(node, batch(keys[5:20], 2))
+    assert more() == (5, 10)
+    for hot, cold, absent in ((5, 30, 7), (15, 3, 0), (0, 4, 2), (6, 0, 1)):
+        wanted = np.concatenate([keys[:hot], keys[20 : 20 + cold], keys[:absent] + np.uint64(1000)])
+        table.pull(wanted, "train", np.empty((len(wanted), DIM), np.float32))
+        assert more() == (hot, cold)

@@ -150,6 +150,16 @@ def test_the_sample_is_bounded_and_stands_for_all_keys() -> None:
     assert reuse.pushes.sum() == pytest.approx(20_000, rel=0.3)
 
 
+def test_no_count_is_negative_whatever_the_sample_says() -> None:
+    for keys in range(1, 40):
+        table = table_of()
+        for version in (1, 2, 3):
+            push(table, np.arange(keys, dtype=np.uint64), version)
+        pushes, _ = table.reuse.counts
+        assert pushes.min() >= 0
+        assert pushes.sum() == max(0, 3 * keys - table.reuse.first)
+
+
 def test_rows_whose_last_push_was_before_the_start_are_known_to_be_unknown() -> None:
     table, keys = table_of(), np.arange(10_000, dtype=np.uint64)
     push(table, keys, 1)
