@@ -122,7 +122,8 @@ def _moves(info: TableInfo) -> list[tuple[str, str]]:
     return [
         ("hit rate of memory", figures.percent(hits / used) if used else "-"),
         ("rows promoted, demoted", f"{cache.promotions:,}, {cache.demotions:,}"),
-        ("rows flushed", f"{cache.flushed_rows:,}, blocks again {cache.reflushed_blocks:,}"),
+        ("rows flushed", f"{cache.flushed_rows:,}"),
+        ("blocks flushed again", f"{cache.reflushed_blocks:,}"),
         ("waits for the disk", f"{cache.warm_reads:,}, mean {waited}"),
     ]
 
@@ -142,7 +143,7 @@ def _fields(info: TableInfo) -> list[tuple[str, str]]:
         ("eviction", "\n".join(evictions) or "none"),
         ("max step ahead", f"{info.max_step_ahead:,}" if info.max_step_ahead else "no limit"),
         ("rows", f"{info.rows:,}"),
-        ("memory", figures.size(info.bytes)),
+        ("memory", f"{figures.size(info.bytes)}, with index and counters"),
         ("waiting keys", f"{info.waiting:,}, counters {figures.size(info.counter_bytes)}"),
         *_moves(info),
         *_damage(info),
