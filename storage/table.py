@@ -190,9 +190,9 @@ class Table:
         optimizer = self.schema.optimizer
         lr = optimizer.lr if lr is None else lr
         locations, absent = self._locate(keys)
-        moves, present = self.store.moves, len(keys) - absent
-        misses, self._missed = min(self._missed, present), 0
-        moves.hits += present - misses
+        moves, there = self.store.moves, len(keys) - absent
+        misses, self._missed = min(self._missed, there), 0
+        moves.hits += there - misses
         moves.misses += misses
         self._guard.check(self.schema.name, optimizer, keys, gradients, lr, step, largest)
         waiting, totals = NO_KEYS, NO_TOTALS
