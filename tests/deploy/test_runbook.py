@@ -25,7 +25,7 @@ from tests.fault import disks
 RUNBOOK = ROOT / "docs" / "runbook.md"
 KEYS = np.arange(1000)
 DIM = 4
-SECONDS = 90.0  # maximum time of a command
+SECONDS = 300.0  # maximum time of a command, on a machine that does other things too
 
 
 def sections() -> dict[str, list[str]]:
@@ -107,7 +107,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     yield from _desk(tmp_path_factory.mktemp("desk"))
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_start(shared: Desk) -> None:
@@ -210,14 +210,17 @@ def test_growing_a_claim(shared: Desk) -> None:
 
 
 def test_slow_shard(shared: Desk) -> None:
-    pid = shared.world.pods[1].process
+    shared.run("kubectl delete pod ps-1 -n ps")  # wherever it is, it comes back on node-1
+    shared.run("kubectl rollout status statefulset/ps -n ps --timeout=2m")
+    assert shared.world.pods[1].node == "node-1"
+    process = shared.world.pods[1].process
     *look, drain, status, uncordon = sections()["Slow shard"]
     for command in look:
         shared.run(command)
     assert "evicting pod ps/ps-1" in shared.run(drain)
     shared.run(status)
     assert shared.world.pods[1].node != "node-1"
-    assert shared.world.pods[1].process is not pid
+    assert shared.world.pods[1].process is not process
     shared.run(uncordon)
     assert shared.pushes() >= 1
 
