@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from benchmarks.rowstores import batches
 from storage.arena import Budget
-from storage.base import DATA, Base
+from storage.base import Base
 from storage.basestate import BaseState
 from storage.block import Block, rows_per_block
 from storage.blockfile import BlockFile
 from storage.directory import Zones
+from storage.emptybase import DATA
 from storage.history import History
 from storage.initializers import make_initializer
 from storage.kernels import Images, Keys, Rows, Slots
@@ -162,7 +163,7 @@ class ColdTable:
                 blocks=tuple(numbers),
             )
         )
-        self._file.cover(self._base.bytes)
+        self._file.cover(self._base.size)
         for each in written:
             self._adopt(each)
 

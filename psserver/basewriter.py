@@ -11,18 +11,20 @@ has the current value of its key. A row is *dirty* if no block has it.
     4  sync the log up to T: it has the newest contents of rows that changed since S
     5  commit the new blocks and the directory to the base, with version S
     6  tell the shard where the rows are now (*adopt*), unless they changed meanwhile
+    7  delete blocks that have no live row any more
 
 A restart believes the directory, and replays the log after S. A row that changed between S and T is
 not live in any block, so its row comes from the log. If the process is killed before step 5, the
 base is as before. Blocks without live rows are taken from the shard in step 3, and the commit
-deletes them. Blocks whose rows have been moved are needed until step 6, so the next flush deletes
-them. Steps 1, 3 and 6 run on the engine thread, in slices; the other steps do not stop it.
+deletes them. Blocks whose rows have been moved or written anew are needed until step 6. If they
+take much space, a second commit deletes them (step 7); otherwise the next flush does. Steps 1, 3
+and 6 run on the engine thread, in slices; the other steps do not stop it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -31,17 +33,24 @@ import structlog
 from numpy.typing import NDArray
 
 from psserver.capture import Capture, CapturedTable
-from psserver.compaction import Run, Source, choose, moved_blocks
+from psserver.compaction import (
+    PART,
+    SMALL_BYTES,
+    Run,
+    Source,
+    choose,
+    moved_blocks,
+    roomy,
+)
+from psserver.counterwriter import CounterWriter, Layer, SketchWriter
 from psserver.engine import Runner
-from psserver.packing import cells_of, counters_of, dirty_blocks, tombstone_blocks
+from psserver.packing import dirty_blocks
 from psserver.shard import Shard
 from storage.base import Base
 from storage.basestate import BaseState
 from storage.block import (
     BLOCK_BYTES,
     Block,
-    pack_cells,
-    pack_counters,
     rows_over,
     rows_per_block,
 )
@@ -52,9 +61,6 @@ from storage.errors import Corrupt, OutOfMemory
 from storage.kernels import Slots
 from storage.versionlog import VersionLog
 
-STALE = (
-    2  # tombstones and counters are all written again if more than STALE times too many are kept
-)
 LISTED = 32  # blocks whose live rows are read per call of the engine thread
 MOVED = 8192  # rows that are moved in memory per call of the engine thread
 
@@ -65,17 +71,8 @@ log = structlog.get_logger()
 class Stored:
     """What the base contains besides live rows, as far as a writer must know."""
 
-    others: list[int] = field(default_factory=list)  # blocks of tombstones and counters, in order
-    entries: int = 0  # number of tombstones and counters in them
+    layers: list[Layer] = field(default_factory=list)  # tombstones and counters, oldest first
     small: dict[int, set[int]] = field(default_factory=dict)  # small blocks, by number of the table
-
-
-@dataclass(frozen=True, slots=True)
-class _Sketch:
-    """The admission sketch (a counting Bloom filter) of one table, as stored in the base."""
-
-    edits: int  # Gate.edits when the sketch was written: the number of its changes until then
-    blocks: tuple[int, ...]  # numbers of the blocks that contain it; empty: it must be written
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +110,11 @@ class BaseWriter:
     ) -> None:
         self.base = base
         self.stop = stop
-        self._shard, self._versions, self._stored = shard, versions, stored
+        self._shard, self._versions, self._small = shard, versions, stored.small
         self._buffer = np.empty(BLOCK_BYTES, np.uint8)
-        self._sketches: dict[int, _Sketch] = {}  # by number of the table
+        self._counters = CounterWriter(base, stored.layers, self._buffer, self._require_wanted)
+        self._sketches = SketchWriter(base, self._require_wanted)
+        self._listed = set[int]()  # numbers of the blocks in the newest directory
 
     def write(self, captured: Capture, engine: Runner) -> None:
         """Write all changes up to a captured version, and commit them to the base.
@@ -129,16 +128,31 @@ class BaseWriter:
         state = self.base.state
         sources = self._choose(captured, engine)
         new = [*self._write_dirty(captured), *self._write_moved(captured, sources)]
-        others, entries = self._write_others(captured, state, engine)
-        sketches = self._write_sketches(captured, state)
+        layers = self._counters.write(captured, state, engine)
+        sketches = self._sketches.write(captured, state)
         rows, directory = self._write_directory(captured, new, engine)
         self._versions.sync(engine.run(lambda: self._shard.version))
         cells = [block for sketch in sketches.values() for block in sketch.blocks]
+        others = [block for layer in layers for block in layer.blocks]
         self._commit(captured, [*rows, *others], directory, cells)
-        self._sketches = sketches
-        self._stored.others, self._stored.entries = others, entries
+        self._sketches.stored, self._counters.layers = sketches, layers
         kept = set(rows)
         self._adopt([each for each in new if each.number in kept], engine)
+        self._delete_moved(sources, captured, engine)
+
+    def crowded(self, captured: Capture, engine: Runner) -> bool:
+        """Return whether another flush should follow at once, because blocks waste much space.
+
+        captured  the shard as of the last flush
+        """
+        return any(engine.run(partial(self._crowded_in, each)) for each in captured.tables)
+
+    def _crowded_in(self, each: CapturedTable) -> bool:
+        """Return whether the blocks of a table waste much space, and another flush can help."""
+        blocks = each.table.store.blocks
+        if blocks is None or not self._holds(each) or not roomy(blocks, each.width):
+            return False
+        return bool(choose(blocks, each.width, set()))
 
     def _require_wanted(self) -> None:
         if self.stop():
@@ -157,10 +171,10 @@ class BaseWriter:
 
     def _choose_in(self, each: CapturedTable) -> list[Source]:
         """Return the blocks of a table whose live rows this flush moves."""
-        store, small = each.table.store, self._stored.small.setdefault(each.number, set())
+        store, small = each.table.store, self._small.setdefault(each.number, set())
         if not self._holds(each) or store.blocks is None or not store.blocks.live_rows:
             return []
-        return choose(store.blocks, each.width, small, store.dirty)
+        return choose(store.blocks, each.width, small)
 
     def _write_dirty(self, captured: Capture) -> Iterator[_New]:
         """Write the dirty rows of all tables to new blocks."""
@@ -205,61 +219,6 @@ class BaseWriter:
         """Return whether a captured table still exists. Must run on the engine thread."""
         return self._shard.holds(each.number)
 
-    # ---- other contents
-
-    def _write_others(
-        self, captured: Capture, state: BaseState | None, engine: Runner
-    ) -> tuple[list[int], int]:
-        """Write new tombstones and counters; or all, if too many outdated ones are stored.
-
-        state  the base as last committed; None: it is empty
-
-        All are written too if tombstones were discarded that are not in the base: a delete that
-        the base does not know could make an old counter appear again.
-
-        Returns (numbers of the blocks with tombstones and counters, in order; number of entries).
-        """
-        needed = sum(each.counters for each in captured.tables) + sum(map(len, captured.tombstones))
-        blocks, entries, after = [*self._stored.others], self._stored.entries, 0
-        if state is not None and entries <= STALE * needed and captured.horizon <= state.version:
-            after = state.version
-        else:
-            blocks, entries = [], 0
-        for block in tombstone_blocks(captured, after, self._buffer):
-            self._require_wanted()
-            blocks.append(self.base.add(block.seal()))
-            entries += len(block)
-        for table, keys, totals, versions in counters_of(captured, after, engine):
-            blocks.append(self.base.add(pack_counters(table, keys, versions, totals)))
-            entries += len(keys)
-        return blocks, entries
-
-    def _write_sketches(self, captured: Capture, state: BaseState | None) -> dict[int, _Sketch]:
-        """Write the admission sketches that changed since they were last written.
-
-        Returns table number -> sketch for all tables, changed or not.
-        """
-        sketches = self._kept_sketches(captured, state)
-        written: dict[int, list[int]] = {}
-        unchanged = {table for table, sketch in sketches.items() if sketch.blocks}
-        for table, start, cells in cells_of(captured, unchanged):
-            self._require_wanted()
-            block = self.base.add(pack_cells(table, start, cells))
-            written.setdefault(table, []).append(block)
-        for table, blocks in written.items():
-            sketches[table] = _Sketch(sketches[table].edits, tuple(blocks))
-        return sketches
-
-    def _kept_sketches(self, captured: Capture, state: BaseState | None) -> dict[int, _Sketch]:
-        """Return table number -> sketch, without blocks if the sketch must be written again."""
-        listed = set(state.blocks) if state is not None else set()
-        kept: dict[int, _Sketch] = {}
-        for each in captured.tables:
-            old = self._sketches.get(each.number, _Sketch(-1, ()))
-            same = old.edits == each.edits and listed.issuperset(old.blocks)
-            kept[each.number] = _Sketch(each.edits, old.blocks if same else ())
-        return kept
-
     # ---- the directory
 
     def _write_directory(
@@ -275,6 +234,7 @@ class BaseWriter:
         Returns (numbers of the blocks with rows to keep, numbers of the blocks of the directory).
         """
         rows: list[int] = []
+        self._listed = set()
         entries = self._entries(captured, new, rows, engine)
         directory = [self.base.add(data) for data in pack_directory(entries)]
         held = engine.run(self._shard.held_blocks)
@@ -339,6 +299,7 @@ class BaseWriter:
                 live[moved[extent]] = False
             if live.any():
                 entries.append(_entry(number, each, blocks.zones(extent), live))
+                self._listed.add(number)
         return entries
 
     def _live_in(self, block: _New, upto: int) -> NDArray[np.bool_]:
@@ -381,6 +342,39 @@ class BaseWriter:
             )
         )
 
+    def _delete_moved(
+        self, sources: dict[int, list[Source]], captured: Capture, engine: Runner
+    ) -> None:
+        """Delete blocks whose rows have been moved, if they take much space.
+
+        sources  the blocks whose rows this flush has moved, by number of the table
+        """
+        state, gone = self.base.state, set[int]()
+        assert state is not None, "the flush has committed it"
+        for each in captured.tables:
+            moved = {source.extent for source in sources.get(each.number, ())}
+            gone.update(engine.run(partial(self._take_moved, each, moved)))
+        if gone:
+            blocks = tuple(number for number in state.blocks if number not in gone)
+            self.base.commit(replace(state, blocks=blocks))
+
+    def _take_moved(self, each: CapturedTable, moved: set[int]) -> list[int]:
+        """Take blocks without live rows from a table, if they take much space. Blocks that a scan
+        reads stay, and blocks that the directory lists.
+
+        moved  extents of the blocks whose rows have been moved
+
+        Returns the numbers of the blocks.
+        """
+        blocks = each.table.store.blocks
+        if blocks is None or not moved or not self._holds(each):
+            return []
+        numbers = {extent: blocks.number(extent) for extent in moved.intersection(blocks.empty())}
+        empty = [extent for extent, number in numbers.items() if number not in self._listed]
+        if blocks.size_of(empty) <= max(blocks.bytes // PART, SMALL_BYTES) // 4:
+            return []
+        return [blocks.remove(extent) for extent in empty]
+
     # ---- adoption
 
     def _adopt(self, new: list[_New], engine: Runner) -> None:
@@ -389,7 +383,7 @@ class BaseWriter:
         A block for which there is no memory is not adopted: its rows stay dirty, or where they
         were, and the next flush deletes the block.
         """
-        size = self.base.bytes
+        size = self.base.size
         for block in new:
             offset = self.base.offset(block.number)
             assert offset is not None, "a new block has pages of its own"
@@ -401,7 +395,7 @@ class BaseWriter:
             if extent is None:
                 continue
             if block.count < rows_per_block(block.table.width) // 2:
-                self._stored.small.setdefault(block.table.number, set()).add(block.number)
+                self._small.setdefault(block.table.number, set()).add(block.number)
             for run in block.runs:
                 for at in range(0, len(run.positions), MOVED):
                     positions = run.positions[at : at + MOVED]

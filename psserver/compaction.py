@@ -20,8 +20,9 @@ from storage.tiers.lmdb import Blocks
 
 SPARSE = 1 / 2  # blocks with a smaller share of live rows are always moved
 LESS = 9 / 10  # the same while the blocks of a table take more than ROOMY times their live rows
-ROOMY = 4 / 3
+ROOMY = 1.2
 SMALL_BYTES = 4 << 20  # bytes of blocks for which disk space does not matter
+PART = 16  # a flush moves at most 1/PART of the live rows of a table
 MOST_SMALL = 16  # number of small blocks of a table that are not merged
 LEAST_MOVED = 2  # full blocks whose rows may be moved by any flush
 
@@ -44,25 +45,33 @@ class Run(NamedTuple):
     first: int  # position in the new block of the first row
 
 
-def choose(blocks: Blocks, width: int, small: set[int], changed: int) -> list[Source]:
+def roomy(blocks: Blocks, width: int) -> bool:
+    """Return whether the blocks of a table take much more space than their live rows need.
+
+    width  float32 numbers per row
+    """
+    return blocks.bytes > ROOMY * blocks.live_rows * (32 + 4 * width) + SMALL_BYTES
+
+
+def choose(blocks: Blocks, width: int, small: set[int]) -> list[Source]:
     """Return the blocks whose live rows the next flush should move. Must run on the engine thread.
 
     blocks   the blocks of a table
     width    float32 numbers per row
     small    numbers of the small blocks of the table; those that are gone are removed
-    changed  number of rows that the flush writes because they changed
 
-    The flush moves at most ``2 * changed`` rows, or the rows of two full blocks if that is more.
-    Rows of a damaged block move first, except those that cannot be read.
+    A row that is moved takes space twice until the flush has ended. So a flush moves at most
+    1/PART of the live rows, or the rows of two full blocks if that is more. Rows of a damaged block
+    move first, except those that cannot be read.
     """
     numbers = dict(blocks.extents())
     small.intersection_update(numbers.values())
     chosen = blocks.damaged() + blocks.sparse(SPARSE)
     if len(small) > MOST_SMALL:
         chosen += [extent for extent, number in numbers.items() if number in small]
-    if blocks.bytes > ROOMY * blocks.live_rows * (32 + 4 * width) + SMALL_BYTES:
+    if roomy(blocks, width):
         chosen += blocks.sparse(LESS)
-    left = max(2 * changed, LEAST_MOVED * rows_per_block(width))
+    left = max(blocks.live_rows // PART, LEAST_MOVED * rows_per_block(width))
     sources = []
     for extent in dict.fromkeys(chosen):
         live = blocks.live(extent)

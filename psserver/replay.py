@@ -15,14 +15,16 @@ import numpy as np
 import structlog
 
 from psserver.basewriter import BaseWriter, Stored
+from psserver.counterwriter import Layer
 from psserver.engine import Inline
 from psserver.shard import Shard
-from storage.base import DATA, Base
+from storage.base import Base
 from storage.basestate import BaseState
 from storage.block import COUNTERS, ROWS, TOMBSTONES, Block, header_of, rows_per_block
 from storage.blockfile import BlockFile
 from storage.damage import examine
 from storage.directory import unpack
+from storage.emptybase import DATA
 from storage.errors import Corrupt, DiskFull
 from storage.history import History, draw_epoch
 from storage.records import decode
@@ -136,7 +138,7 @@ def _load_base(shard: Shard, base: Base) -> tuple[Stored, int]:
     shard.recovery.load_state(state)
     end = len(state.blocks) - state.cells
     start = end - state.directory
-    listed = set[int]()
+    listed, others = set[int](), Layer(0)
     for number in state.blocks[start:end]:
         for entry in unpack(base.block(number), f"block {number} of the directory"):
             shard.recovery.adopt(entry, _offset(base, entry.number))
@@ -152,10 +154,11 @@ def _load_base(shard: Shard, base: Base) -> tuple[Stored, int]:
             continue
         shard.recovery.load_block(block, number, base.offset(number))
         if block.kind in (TOMBSTONES, COUNTERS):
-            stored.others.append(number)
-            stored.entries += len(block)
+            others.blocks.append(number)
+            others.entries += len(block)
         if block.kind != ROWS or not state.distinct:
             rows += len(block.keys)
+    stored.layers += [others] if others.blocks else []
     shard.recovery.blocks_loaded()
     return stored, rows
 

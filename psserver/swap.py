@@ -37,8 +37,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from storage.base import DATA
 from storage.disk import read_file, replace, sync
+from storage.emptybase import DATA
 from storage.errors import Corrupt
 from storage.manifest import Attempt, Format, Name
 from storage.sealed import FORMAT, STRICT, seal, unseal

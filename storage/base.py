@@ -2,7 +2,7 @@
 
 A shard loads the base when it starts, then replays its log from that version on.
 
-    base   = data.mdb lock.mdb               an LMDB environment with one database
+    base   = data.mdb lock.mdb spare         an LMDB environment with one database
     entry  = number u64, big-endian -> block     see block.py; numbers begin at 1
            | "state" -> state                    see basestate.py
            | "seal" -> transaction u64
@@ -26,10 +26,14 @@ the *seal*, after which both meta pages lead to the newest state record. If the 
 between commit and seal, the next ``open`` seals. Damage to unused bytes is not noticed. Damage to
 the tree of an open base is noticed at the next ``open``.
 
-**A full disk.** LMDB reports a full disk like a broken disk. So disk space for the file is
-allocated before each transaction. If there is no space, the transaction is tried nevertheless,
-because it may fit into free pages. If it fails, DiskFull is raised and nothing has changed. The
-file never shrinks.
+**A full disk.** LMDB reports a full disk like a broken disk. So after a failed transaction, the
+base tries to allocate as much space as the transaction may have needed. If that fails for lack of
+space, DiskFull is raised, and nothing has changed. Blocks are only added while the file "spare"
+takes some space, too. If a transaction that deletes blocks does not find enough space, this file is
+emptied, so that a full disk can always be freed.
+
+**Space on disk.** The length of the file never shrinks. But free pages are turned into holes, which
+take no space on disk, except for some that the next transactions will use (holes.py).
 """
 
 from __future__ import annotations
@@ -37,12 +41,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import shutil
 import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
@@ -52,14 +56,16 @@ import numpy as np
 
 from storage.basestate import BaseState
 from storage.block import BLOCK_BYTES, Block, Bytes, Data, header_of, unpack
-from storage.disk import NO_SPACE, open_file, require_file, sync
+from storage.disk import NO_SPACE, open_file, require_file
+from storage.emptybase import DATA, begin_read, create
 from storage.errors import Corrupt, DiskFull
+from storage.holes import Spare, allocated, give_back, oldest_seen
 from storage.pages import OVERFLOW, check, overflow_page
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-DATA, LOCK = "data.mdb", "lock.mdb"
+LOCK, SPARE = "lock.mdb", "spare"
 MAP_BYTES = 1 << 30  # smallest size of LMDB's memory map: address space, not memory
 BATCH_BLOCKS = 16  # maximum number of blocks per transaction
 BATCH_BYTES = 32 << 20  # maximum bytes of blocks per transaction of more than one block
@@ -114,7 +120,8 @@ class Base:
         self._room = 0  # bytes of blocks for which the write transaction has room left
         self._failure: OSError | None = None
         self._page = 4096  # size of LMDB's pages in bytes
-        self._short = 0  # bytes that could not be allocated for the transaction
+        self._spare = Spare(directory / SPARE, SLACK)
+        self._wanted = 0  # bytes that the transaction may need on disk
 
     def open(self) -> Self:
         """Check the file, read the state record, and delete blocks that it does not list.
@@ -124,7 +131,10 @@ class Base:
         still opens; creating one raises DiskFull.
         """
         if not self._readonly and not self._path.exists():
-            self._create()
+            try:
+                create(self.directory, SLACK)
+            except lmdb.Error as error:
+                raise self._meaning(error) from error
         pages = check(self._path, frozenset((_STATE, _SEAL)))
         self._page = pages.size
         self._numbers, self._next = pages.numbers, max(pages.numbers, default=0) + 1
@@ -135,7 +145,7 @@ class Base:
             self._find_state()
             if not self._readonly:
                 with suppress(DiskFull):
-                    self._seal()
+                    self._shrink(self._seal)
                     self.discard()
         except BaseException:
             self.close()
@@ -172,7 +182,12 @@ class Base:
 
     @property
     def bytes(self) -> int:
-        """Size of the file in bytes: live blocks, free pages and space allocated in advance."""
+        """Bytes that the file takes on disk: blocks, the tree, and free pages that are no holes."""
+        return allocated(self._file)
+
+    @property
+    def size(self) -> int:
+        """Length of the file in bytes, with holes."""
         return os.fstat(self._file).st_size
 
     # ---- writing
@@ -189,6 +204,7 @@ class Base:
         ):
             self._finish()
         if self._write is None:
+            self._spare.hold()
             self._room = max(BATCH_BYTES, self._taken(len(data)))
             self._begin(self._room)
         number = self._next
@@ -216,6 +232,7 @@ class Base:
         self.state = state
         with suppress(DiskFull):  # the state record is committed already
             self._seal()
+            self._give_back()
 
     def discard(self) -> None:
         """Delete the blocks that are neither listed by the committed state record nor pinned.
@@ -225,9 +242,8 @@ class Base:
         self._abort()
         unused = self._unused(self.state)
         if unused:
-            self._begin(0)
-            self._delete(unused)
-            self._seal()  # LMDB reuses free pages only one transaction later
+            self._shrink(partial(self._remove, unused))
+        self._give_back()
 
     def pin(self, numbers: Iterable[int]) -> None:
         """Keep committed blocks, even if a later state record does not list them, until ``unpin``.
@@ -242,6 +258,26 @@ class Base:
         with self._pin_lock:
             self.pins.subtract(numbers)
             self.pins = +self.pins  # drops zeros
+
+    def _remove(self, numbers: set[int]) -> None:
+        """Delete the blocks with these numbers in a transaction of its own."""
+        self._begin(0)
+        self._delete(numbers)
+        self._seal()  # LMDB reuses free pages only one transaction later
+
+    def _shrink(self, call: Callable[[], None]) -> None:
+        """Call a function that frees space. If the disk is too full for it, use the spare space."""
+        try:
+            call()
+        except DiskFull:
+            self._give_back()
+            self._spare.release()
+            call()
+
+    def _give_back(self) -> None:
+        """Give disk space of free pages back to the file system."""
+        with suppress(OSError):  # then the space stays allocated, and the next commit tries again
+            give_back(self._file, str(self._path), oldest_seen(self._env))
 
     def _unused(self, state: BaseState | None) -> set[int]:
         """Return the numbers of stored blocks that are neither listed by ``state`` nor pinned."""
@@ -332,28 +368,9 @@ class Base:
 
     # ---- opening
 
-    def _create(self) -> None:
-        """Atomically create an empty base: make it in the directory "new", then move it."""
-        fresh = self.directory / "new"
-        try:
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir(parents=True)
-            lmdb.open(str(fresh), map_size=MAP_BYTES, mode=0o644).close()
-            sync(fresh / DATA)
-            os.replace(fresh / DATA, self._path)
-            sync(self.directory)
-            sync(self.directory.parent)
-            shutil.rmtree(fresh)
-        except lmdb.Error as error:
-            raise self._meaning(error) from error
-        except OSError as error:
-            if error.errno in NO_SPACE:
-                raise DiskFull(str(self.directory), SLACK) from error
-            raise
-
     def _open_map(self) -> None:
         size = self._map_bytes
-        while size < 2 * self.bytes:
+        while size < 2 * self.size:
             size *= 2
         try:
             self._env = lmdb.open(
@@ -361,19 +378,9 @@ class Base:
             )
             self._env.reader_check()  # slots of readers that died
             if self._readonly:
-                self._snapshot = self._take_snapshot()
+                self._snapshot = begin_read(self._env)
         except lmdb.Error as error:
             raise self._meaning(error) from error
-
-    def _take_snapshot(self) -> Any:
-        """Begin and return a read transaction. Enlarges the memory map if the file has grown since
-        the map was made.
-        """
-        while True:
-            try:
-                return self._env.begin(buffers=True)
-            except lmdb.MapResizedError:
-                self._env.set_mapsize(0)
 
     def _find_state(self) -> None:
         """Read the state record into ``state``.
@@ -414,7 +421,7 @@ class Base:
     def _begin(self, size: int) -> None:
         """Begin a write transaction.
 
-        size  bytes of values that it will write; space for them is allocated
+        size  bytes of values that it will write
 
         Raises the error of an earlier failed write or sync, if there was one.
         """
@@ -437,26 +444,25 @@ class Base:
             self._write, self._added = None, []
 
     def _reserve(self, size: int) -> None:
-        """Enlarge the memory map and the file for a transaction that writes ``size`` bytes.
+        """Enlarge the memory map for a transaction that writes ``size`` bytes.
 
         Assumes that the transaction uses no free page and rewrites the whole list of free pages, 8
-        bytes per page. If the disk is full, only records that in ``_short``: the transaction may
-        still fit into free pages.
+        bytes per page.
         """
         info = self._env.info()
         used = (info["last_pgno"] + 1) * self._page
-        end = used + size + used // 512 + SLACK
-        held, self._short = self.bytes, 0
-        if held < end:
-            try:
-                os.posix_fallocate(self._file, held, end - held)
-            except OSError as error:
-                if error.errno not in NO_SPACE:
-                    raise
-                self._short = end - held
-        if info["map_size"] < end:
+        self._wanted = size + used // 512 + SLACK
+        if info["map_size"] < used + self._wanted:
             with self._map_lock:
-                self._try(self._env.set_mapsize, max(2 * info["map_size"], end))
+                self._try(self._env.set_mapsize, max(2 * info["map_size"], used + self._wanted))
+
+    def _disk_is_full(self) -> bool:
+        """Return whether the disk lacks the space that the last transaction may have needed."""
+        try:
+            os.posix_fallocate(self._file, self.size, self._wanted)
+        except OSError as error:
+            return error.errno in NO_SPACE
+        return False
 
     def _taken(self, size: int) -> int:
         """Return the bytes of the whole pages that a value of ``size`` bytes takes in the file."""
@@ -478,8 +484,8 @@ class Base:
 
         An OSError is also stored as ``failure``, so that nothing is written any more.
         """
-        if error.code in NO_SPACE or (self._short and error.code == errno.EIO):
-            return DiskFull(str(self.directory), self._short or SLACK)
+        if error.code in NO_SPACE or (error.code == errno.EIO and self._disk_is_full()):
+            return DiskFull(str(self.directory), self._wanted)
         if isinstance(error, _DAMAGE):
             return Corrupt(str(self._path), str(error))
         # After a failed sync it is unknown what is on disk, so nothing may be written any more.

@@ -263,6 +263,10 @@ class Extents:
         self._free.append(extent)
         return number
 
+    def size_of(self, extents: list[int]) -> int:
+        """Return the bytes that some blocks take on disk, in whole pages."""
+        return sum(_pages(self.field(extent, SIZE)) for extent in extents)
+
     def corrupt(self, path: Path, extent: int) -> Corrupt:
         """Return the error for a read of a damaged block, which is examined soon.
 

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from storage.disk import open_file
 from storage.errors import Corrupt
@@ -69,6 +70,13 @@ class _Meta(NamedTuple):
     main: _Database  # the entries
     last: int  # number of the last page in use
     transaction: int  # number of the transaction that wrote this meta page
+
+
+class FreeList(NamedTuple):
+    """Pages that one transaction freed, and that are still free."""
+
+    transaction: int
+    pages: NDArray[np.int64]  # [n]  their numbers, ascending
 
 
 def check(path: Path, known: frozenset[bytes]) -> Pages:
@@ -123,6 +131,21 @@ class Pages:
         path   its name, for errors
         known  keys that the file may contain besides numbers of blocks
         """
+        meta = self._begin(file, path)
+        self.numbers: set[int] = set()
+        for key, page, _ in self._entries(meta.main, free=False):
+            if len(key) == 8:
+                self.numbers.add(int.from_bytes(key, "big"))
+            elif key not in known:
+                raise self._damage(page, f"unexpected entry {key!r}")
+        for _ in self._free_lists(meta):
+            pass
+
+    def _begin(self, file: int, path: str) -> _Meta:
+        """Check the meta pages, and return the newer one. For the parameters see the constructor.
+
+        Sets the attributes that the other methods need.
+        """
         self._file = file
         self._path = path
         self._length = os.fstat(file).st_size
@@ -133,16 +156,14 @@ class Pages:
         self._used = np.zeros(meta.last + 1, np.bool_)
         self._used[:2] = True
         self._counts = [0, 0, 0, 0]  # branches, leaves, overflow pages, entries
-        self.numbers: set[int] = set()
         if meta.main.flags != 0 or meta.free.flags != _INTEGER_KEY:
             raise self._damage(None, "invalid flags of a database in the meta page")
-        for key, page, _ in self._entries(meta.main, free=False):
-            if len(key) == 8:
-                self.numbers.add(int.from_bytes(key, "big"))
-            elif key not in known:
-                raise self._damage(page, f"unexpected entry {key!r}")
+        return meta
+
+    def _free_lists(self, meta: _Meta) -> Iterator[FreeList]:
+        """Check and yield the lists of free pages, oldest first."""
         for key, page, value in self._entries(meta.free, free=True):
-            self._check_free(page, _integer(key), value, meta.transaction)
+            yield self._check_free(page, _integer(key), value, meta.transaction)
 
     def _damage(self, page: int | None, what: str) -> Corrupt:
         """Return Corrupt for damage to page number ``page``, or to the file as a whole (None).
@@ -316,8 +337,10 @@ class Pages:
             raise self._damage(first, "wrong page number, type or count of overflow pages")
         return value[OVERFLOW.size :]
 
-    def _check_free(self, page: int, transaction: int, value: bytes, newest: int) -> None:
+    def _check_free(self, page: int, transaction: int, value: bytes, newest: int) -> FreeList:
         """Check a list of free pages, and mark its pages, so that nothing else may refer to them.
+
+        Returns the list.
 
         page         number of the page that contains the list, for errors
         transaction  number of the transaction that freed the pages
@@ -337,6 +360,27 @@ class Pages:
         if self._used[pages].any():
             raise self._damage(page, f"pages freed by transaction {transaction} are in use")
         self._used[pages] = True
+        return FreeList(transaction, pages[::-1].astype(np.int64))
+
+
+class FreePages(Pages):
+    """The free pages of an LMDB file, as of its newest transaction. Only they are checked.
+
+    size   bytes per page
+    last   number of the last page in use
+    older  the older one of the two transactions to which the meta pages lead
+    lists  the lists of free pages, in the order in which LMDB uses them
+    """
+
+    def __init__(self, file: int, path: str) -> None:
+        """Read the lists of free pages. Raises Corrupt if they are damaged.
+
+        file  descriptor of the file, to which nobody writes meanwhile
+        path  its name, for errors
+        """
+        meta = self._begin(file, path)
+        self.last, self.older = meta.last, meta.transaction - 1
+        self.lists = list(self._free_lists(meta))
 
 
 def _integer(key: bytes) -> int:

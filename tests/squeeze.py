@@ -29,8 +29,9 @@ from psserver.engine import Inline
 from psserver.flusher import Flusher
 from psserver.shard import Shard
 from psserver.sweeps import Sweeps
-from storage.base import DATA, Base
+from storage.base import Base
 from storage.blockfile import BlockFile
+from storage.emptybase import DATA
 from storage.errors import DiskFull, LogFailed
 from storage.history import History, draw_epoch
 

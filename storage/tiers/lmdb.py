@@ -200,6 +200,10 @@ class Blocks:
         held = self.records.held().values()
         return [int(e) for e in np.flatnonzero((count > 0) & (live == 0)) if int(e) not in held]
 
+    def size_of(self, extents: list[int]) -> int:
+        """Return the bytes that some blocks take on disk, in whole pages."""
+        return self.records.size_of(extents)
+
     def held(self) -> list[int]:
         """Return the numbers of the blocks that scans are reading now.
 
