@@ -11,14 +11,15 @@ has the current value of its key. A row is *dirty* if no block has it.
     4  sync the log up to T: it has the newest contents of rows that changed since S
     5  commit the new blocks and the directory to the base, with version S
     6  tell the shard where the rows are now (*adopt*), unless they changed meanwhile
-    7  delete blocks that have no live row any more
+    7  while the blocks of a table waste much space: move rows of more blocks, in steps 2 to 6
+    8  delete the blocks whose rows the last commit has moved
 
 A restart believes the directory, and replays the log after S. A row that changed between S and T is
 not live in any block, so its row comes from the log. If the process is killed before step 5, the
 base is as before. Blocks without live rows are taken from the shard in step 3, and the commit
-deletes them. Blocks whose rows have been moved or written anew are needed until step 6. If they
-take much space, a second commit deletes them (step 7); otherwise the next flush does. Steps 1, 3
-and 6 run on the engine thread, in slices; the other steps do not stop it.
+deletes them. Blocks whose rows have been moved are needed until step 6, so a later commit deletes
+them. A commit moves only a few rows, because they take space twice meanwhile. Steps 1, 3 and 6 run
+on the engine thread, in slices; the other steps do not stop it.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ from psserver.compaction import (
     Source,
     choose,
     moved_blocks,
+    moved_rows,
     roomy,
 )
-from psserver.counterwriter import CounterWriter, Layer, SketchWriter
+from psserver.counterwriter import CounterWriter, Layer, Sketch, SketchWriter
 from psserver.engine import Runner
 from psserver.packing import dirty_blocks
 from psserver.shard import Shard
@@ -57,11 +59,12 @@ from storage.block import (
 from storage.damage import examine
 from storage.directory import BlockEntry, Zones
 from storage.directory import pack as pack_directory
-from storage.errors import Corrupt, OutOfMemory
+from storage.errors import Corrupt, DiskFull, OutOfMemory
 from storage.kernels import Slots
 from storage.versionlog import VersionLog
 
 LISTED = 32  # blocks whose live rows are read per call of the engine thread
+MOST_ROUNDS = 32  # maximum number of times that a flush moves rows
 MOVED = 8192  # rows that are moved in memory per call of the engine thread
 
 log = structlog.get_logger()
@@ -130,6 +133,50 @@ class BaseWriter:
         new = [*self._write_dirty(captured), *self._write_moved(captured, sources)]
         layers = self._counters.write(captured, state, engine)
         sketches = self._sketches.write(captured, state)
+        self._store(captured, new, layers, sketches, engine)
+        sources = self._make_space(captured, sources, engine)
+        self._delete_moved(sources, captured, engine)
+
+    def _make_space(
+        self, captured: Capture, sources: dict[int, list[Source]], engine: Runner
+    ) -> dict[int, list[Source]]:
+        """Move rows of sparse blocks while the blocks of a table waste much space.
+
+        captured  the shard at the version that the base has
+        sources   blocks whose rows the last commit has moved, by number of the table
+
+        Returns those whose rows the last commit has moved then. Stops if the disk is full.
+        """
+        for _ in range(MOST_ROUNDS):
+            if not self.crowded(captured, engine):
+                break
+            found = self._choose(captured, engine)
+            layers, sketches = self._counters.layers, self._sketches.stored
+            try:
+                new = list(self._write_moved(captured, found))
+                self._store(captured, new, layers, sketches, engine)
+            except DiskFull as error:
+                log.warning("the disk is too full to move rows", error=str(error))
+                self.base.discard()
+                break
+            sources = found
+        return sources
+
+    def _store(
+        self,
+        captured: Capture,
+        new: list[_New],
+        layers: list[Layer],
+        sketches: dict[int, Sketch],
+        engine: Runner,
+    ) -> None:
+        """Write the directory, commit, and tell the shard where its rows are.
+
+        captured  the shard at the version that the base gets
+        new       the new blocks of rows
+        layers    the tombstones and counters that the base gets
+        sketches  the admission sketches that it gets, by number of the table
+        """
         rows, directory = self._write_directory(captured, new, engine)
         self._versions.sync(engine.run(lambda: self._shard.version))
         cells = [block for sketch in sketches.values() for block in sketch.blocks]
@@ -138,17 +185,16 @@ class BaseWriter:
         self._sketches.stored, self._counters.layers = sketches, layers
         kept = set(rows)
         self._adopt([each for each in new if each.number in kept], engine)
-        self._delete_moved(sources, captured, engine)
 
     def crowded(self, captured: Capture, engine: Runner) -> bool:
-        """Return whether another flush should follow at once, because blocks waste much space.
+        """Return whether blocks waste much space, and moving their live rows can help.
 
         captured  the shard as of the last flush
         """
         return any(engine.run(partial(self._crowded_in, each)) for each in captured.tables)
 
     def _crowded_in(self, each: CapturedTable) -> bool:
-        """Return whether the blocks of a table waste much space, and another flush can help."""
+        """Return what ``crowded`` does, for one table."""
         blocks = each.table.store.blocks
         if blocks is None or not self._holds(each) or not roomy(blocks, each.width):
             return False
@@ -253,7 +299,8 @@ class BaseWriter:
               blocks have all their rows, because the shard still reads them
         """
         for each in captured.tables:
-            moved = _moved(each.number, new)
+            runs = [run for block in new if block.table is each for run in block.runs]
+            moved = moved_rows(runs)
             extents = engine.run(partial(self._take_empty, each, moved.keys()))
             rows += [number for _, number in extents]
             for at in range(0, len(extents), LISTED):
@@ -426,20 +473,6 @@ class BaseWriter:
         """Make copies of moved rows in a new block current, instead of those in the old block."""
         if self._holds(block.table):
             block.table.table.store.move(run.extent, run.positions, extent, run.first)
-
-
-def _moved(table: int, new: list[_New]) -> dict[int, Slots]:
-    """Return which rows of old blocks were copied to new blocks: extent -> positions.
-
-    table  number of the table
-    new    all new blocks of the flush
-    """
-    found: dict[int, list[Slots]] = {}
-    for block in new:
-        if block.table.number == table:
-            for run in block.runs:
-                found.setdefault(run.extent, []).append(run.positions)
-    return {extent: np.concatenate(positions) for extent, positions in found.items()}
 
 
 def _entry(

@@ -14,15 +14,15 @@ from typing import NamedTuple
 import numpy as np
 
 from psserver.packing import copy_rows
-from storage.block import Block, rows_per_block
+from storage.block import Block, disk_bytes, rows_per_block
 from storage.kernels import Slots
 from storage.tiers.lmdb import Blocks
 
 SPARSE = 1 / 2  # blocks with a smaller share of live rows are always moved
 LESS = 9 / 10  # the same while the blocks of a table take more than ROOMY times their live rows
-ROOMY = 1.2
-SMALL_BYTES = 4 << 20  # bytes of blocks for which disk space does not matter
-PART = 16  # a flush moves at most 1/PART of the live rows of a table
+ROOMY = 1.15
+SMALL_BYTES = 1 << 20  # bytes of blocks for which disk space does not matter
+PART = 32  # a commit moves at most 1/PART of the live rows of a table
 MOST_SMALL = 16  # number of small blocks of a table that are not merged
 LEAST_MOVED = 2  # full blocks whose rows may be moved by any flush
 
@@ -50,19 +50,19 @@ def roomy(blocks: Blocks, width: int) -> bool:
 
     width  float32 numbers per row
     """
-    return blocks.bytes > ROOMY * blocks.live_rows * (32 + 4 * width) + SMALL_BYTES
+    return blocks.bytes > ROOMY * blocks.live_rows * disk_bytes(width) + SMALL_BYTES
 
 
 def choose(blocks: Blocks, width: int, small: set[int]) -> list[Source]:
-    """Return the blocks whose live rows the next flush should move. Must run on the engine thread.
+    """Return the blocks whose live rows the next commit should move. Must run on the engine thread.
 
     blocks   the blocks of a table
     width    float32 numbers per row
     small    numbers of the small blocks of the table; those that are gone are removed
 
-    A row that is moved takes space twice until the flush has ended. So a flush moves at most
-    1/PART of the live rows, or the rows of two full blocks if that is more. Rows of a damaged block
-    move first, except those that cannot be read.
+    A row that is moved takes space twice until the next commit. So a commit moves at most 1/PART of
+    the live rows, or the rows of two full blocks if that is more. Rows of a damaged block move
+    first, except those that cannot be read.
     """
     numbers = dict(blocks.extents())
     small.intersection_update(numbers.values())
@@ -110,3 +110,11 @@ def moved_blocks(
         last = Block.empty(table, width, used)
         copy_rows(block, slice(used), last, slice(None))
         yield last, runs
+
+
+def moved_rows(runs: Iterable[Run]) -> dict[int, Slots]:
+    """Return which rows of old blocks were copied to new blocks: extent -> int64[n], positions."""
+    found: dict[int, list[Slots]] = {}
+    for run in runs:
+        found.setdefault(run.extent, []).append(run.positions)
+    return {extent: np.concatenate(positions) for extent, positions in found.items()}

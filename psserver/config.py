@@ -156,8 +156,9 @@ class ServerConfig(BaseSettings):
     disk_bytes: int = Field(
         0,
         ge=0,
-        description="Maximum size of the rows on disk, in bytes; 0: no limit. Once it is reached,"
-        " pushes are refused with DISK_FULL. The version log is not included",
+        description="Maximum size of the base (the on-disk copy of all rows) in bytes; 0: no limit."
+        " Pushes that would exceed it are refused with DISK_FULL. A sixteenth of it is reserved for"
+        " flushes. The version log is not included",
     )
     io_threads: int = Field(
         8,

@@ -23,7 +23,6 @@ from psserver.shard import Shard
 from storage.errors import Corrupt, DiskFull, LogFailed
 from storage.versionlog import VersionLog
 
-MOST_ROUNDS = 8  # flushes that follow one flush at once to save disk space
 PAUSE_SECONDS = 0.2  # least time between a flush that failed and the next
 
 log = structlog.get_logger()
@@ -138,9 +137,9 @@ class Flusher:
             captured = self._engine.run(self._shard.capture)
             state = self._base.state
             wanted = state is None or not state.distinct or captured.version > state.version
+            wanted = wanted or self._writer.crowded(captured, self._engine)
             if wanted or self._engine.run(self._shard.checks.readable):
                 self._write(captured)
-                captured = self._make_space(captured)
             self.flushed, failure = began, ""
             needed = min([captured.version, *self.pins.values()])
             self._versions.truncate(needed, *self._keep)
@@ -151,20 +150,6 @@ class Flusher:
         finally:
             self.failure = failure
             self.rounds += 1
-
-    def _make_space(self, captured: Capture) -> Capture:
-        """Flush again while blocks waste much space, because one flush moves only some rows.
-
-        captured  the shard as it was flushed
-
-        Returns the shard as it was flushed last.
-        """
-        for _ in range(MOST_ROUNDS):
-            if not self._writer.crowded(captured, self._engine):
-                break
-            captured = self._engine.run(self._shard.capture)
-            self._write(captured)
-        return captured
 
     def _write(self, captured: Capture) -> None:
         """Write a captured shard to the base. After an error the base is as the last flush left it.

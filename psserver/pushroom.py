@@ -14,9 +14,11 @@ from psserver.requests import Push
 from psserver.sequencer import RECORD
 from psserver.tables import TableEntry, Tables
 from storage.arena import Budget
+from storage.block import disk_bytes
 from storage.errors import DiskFull
 from storage.kernels import Keys
 
+MOVING = 16  # 1/MOVING of disk_bytes is reserved for the rows that a flush moves
 SPARE = 4 << 20  # bytes that a push which exceeds the budget may take beyond its rows
 
 
@@ -33,7 +35,8 @@ class PushRoom:
     """Makes room for the rows of pushes, in tables of one shard.
 
     budget      memory budget of the tables
-    disk_bytes  refuse pushes while the rows on disk take so many bytes or more; 0: no limit
+    disk_bytes  refuse pushes that would make the base (the on-disk copy of all rows) take more
+                bytes than this; 0: no limit
     """
 
     def __init__(self, budget: Budget, tables: Tables, disk_bytes: int) -> None:
@@ -44,11 +47,11 @@ class PushRoom:
     def make(self, checked: Sequence[CheckedPush]) -> None:
         """Make room in memory for the rows of pushes.
 
-        Raises NoRoom if that needs a flush, and DiskFull if the rows on disk have reached their
-        limit.
+        Raises NoRoom if that needs a flush, and DiskFull if the rows would exceed the limit of the
+        base on disk.
         """
         if self._disk_bytes and checked:
-            self._require_disk()
+            self._require_disk(checked)
         if len(checked) == 1:
             if checked[0].applied is None:
                 checked[0].entry.table.make_room([checked[0].push.keys])
@@ -60,12 +63,24 @@ class PushRoom:
         for number, some in keys.items():
             self._tables.require_number(number).table.make_room(some)
 
-    def _require_disk(self) -> None:
-        if (size := self._tables.disk_bytes) >= self._disk_bytes:
+    def _require_disk(self, checked: Sequence[CheckedPush]) -> None:
+        """Raise DiskFull if the base has no space for the rows of pushes.
+
+        1/MOVING of the limit is not given to pushes, because a flush needs space for rows that it
+        moves, before it can delete their old blocks.
+        """
+        size = self._tables.disk_bytes
+        more = sum(
+            len(each.push.keys) * disk_bytes(each.entry.schema.width)
+            for each in checked
+            if each.applied is None
+        )
+        if size + more > self._disk_bytes - self._disk_bytes // MOVING:
             raise DiskFull(
                 "data_dir",
-                0,
-                f"the rows on disk take {size} bytes, but disk_bytes={self._disk_bytes}",
+                more,
+                f"the rows on disk take {size} bytes, with those that changed since the last flush,"
+                f" but disk_bytes={self._disk_bytes}, of which 1/{MOVING} is reserved for flushes",
             )
 
     def exceeding(self, checked: Sequence[CheckedPush]) -> AbstractContextManager[None]:

@@ -65,7 +65,7 @@ class Shard(ShardReads):
     log             version log; None: the shard has none, or gets it later by ``attach``
     max_tombstones  maximum number of recorded deletes, for subscribers that reconnect
     max_backlog     refuse changes while more bytes than this wait to be written to the log
-    disk_bytes      refuse pushes while the rows on disk take so many bytes or more; 0: no limit
+    disk_bytes      maximum size of the rows on disk; pushes beyond it are refused; 0: no limit
     settings        settings of single tables, by name
     """
 

@@ -13,6 +13,7 @@ from psserver.config import TableSettings
 from psserver.errors import BadRequest, TableLoading
 from psserver.schemas import to_json
 from storage.arena import Budget
+from storage.block import disk_bytes
 from storage.blockfile import BlockFile
 from storage.errors import UnknownTable
 from storage.schema import TableSchema
@@ -85,9 +86,13 @@ class Tables:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes on disk of the blocks with rows of all tables."""
-        stores = (entry.table.store for entry in self)
-        return sum(store.blocks.bytes for store in stores if store.blocks is not None)
+        """Bytes on disk that the base takes, and those that the next flush adds.
+
+        The base is the on-disk copy of all rows. A flush adds the rows that changed.
+        """
+        stores = [entry.table.store for entry in self]
+        added = sum(store.dirty * disk_bytes(store.width) for store in stores)
+        return added + (self.file.allocated if self.file is not None else 0)
 
     def names(self) -> list[str]:
         """Return the names of the tables that are not hidden, sorted."""

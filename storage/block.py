@@ -79,6 +79,11 @@ def tombstones_per_block() -> int:
     return (BLOCK_BYTES - _HEADER.size) // _TOMBSTONE
 
 
+def disk_bytes(width: int) -> int:
+    """Return the bytes of a row with ``width`` numbers in a block, with its metadata."""
+    return 32 + 4 * width
+
+
 def size_of(kind: int, width: int, count: int) -> int:
     """Return the size in bytes of a block, in the format in which its kind is written.
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from storage.arena import MAP_NORESERVE, address_space
 from storage.disk import open_file
+from storage.holes import allocated
 from storage.kernels import jit
 
 RESERVED = 1 << 40  # bytes of address space that a map reserves, if the system has them
@@ -189,6 +190,11 @@ class BlockFile:
             self.close()
             raise
         return self
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that the file takes on disk; holes take none."""
+        return allocated(self._file)
 
     def cover(self, size: int) -> None:
         """Make sure that the first ``size`` bytes of the file are mapped. Raises OSError."""

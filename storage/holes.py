@@ -30,7 +30,7 @@ from storage.errors import DiskFull
 from storage.pages import FreeList, FreePages
 
 KEPT = 32  # 1/KEPT of the file is kept as free pages without holes,
-LEAST_KEPT, MOST_KEPT = 4 << 20, 64 << 20  # within these bounds, in bytes
+LEAST_KEPT, MOST_KEPT = 1 << 20, 64 << 20  # within these bounds, in bytes
 
 _PUNCH = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 _UNABLE = (errno.EOPNOTSUPP, errno.ENOSYS)  # the file system has no holes

@@ -56,7 +56,7 @@ class ColdTable:
         listed = (*(number for _, number in self.blocks.extents()), *more)
         state = dataclasses.replace(STATE, version=self.commits, blocks=listed, cells=0)
         self.base.commit(state)
-        self.file.cover(self.base.bytes)
+        self.file.cover(self.base.size)
 
     def flush(self) -> int:
         """Write all dirty rows to blocks, and make them clean; return how many there were."""

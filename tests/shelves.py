@@ -63,7 +63,7 @@ class Shelf:
         self.version += 1
         listed = tuple(self.kept)
         self.base.commit(dataclasses.replace(STATE, version=self.version, blocks=listed, cells=0))
-        self.file.cover(self.base.bytes)
+        self.file.cover(self.base.size)
         return numbers
 
     def add(self, number: int, verified: bool = False) -> int:

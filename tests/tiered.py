@@ -154,7 +154,7 @@ class Tiered:
             STATE, version=self.version, blocks=listed, cells=0, directory=0, distinct=False
         )
         self.base.commit(state)
-        self.file.cover(self.base.bytes)
+        self.file.cover(self.base.size)
 
     # ---- what is there
 

@@ -178,19 +178,39 @@ def test_pulls_move_nothing(home: Open) -> None:
 
 def test_more_bytes_on_disk_than_allowed_refuse_pushes_until_rows_are_deleted(home: Open) -> None:
     node = home(8 * MIB, disk_bytes=16 * MIB)
-    seed = 0
-    with suppress(DiskFull):
-        for seed in range(40):
-            apply(node, batch(np.arange(seed * BATCH, (seed + 1) * BATCH, dtype=np.uint64), seed))
+    seed, sizes = 0, []
     with pytest.raises(DiskFull, match=r"disk_bytes=16777216"):
-        node.shard.exchange([batch(np.arange(10, dtype=np.uint64), 0)], [])
+        for seed in range(40):
+            some = np.arange(seed * BATCH, (seed + 1) * BATCH, dtype=np.uint64)
+            apply(node, batch(some, seed))
+            sizes.append(node.base.bytes)
+    assert len(sizes) > 10
+    with pytest.raises(DiskFull, match=r"of which 1/16 is reserved for flushes"):
+        node.shard.exchange([batch(np.arange(BATCH, dtype=np.uint64), 0)], [])
     pull = Pull("t", np.arange(100, dtype=np.uint64), 1, "train", False, 0)
     assert node.shard.exchange([], [pull]).pulls[0].embeddings.any()
+    node.flusher.flush()
+    sizes.append(node.base.bytes)
+    assert 12 * MIB < max(sizes) <= 16 * MIB
     node.shard.delete(change(list(range(seed * BATCH))))
     node.flusher.flush()
-    node.flusher.flush()
-    assert node.shard._tables.disk_bytes < 16 * MIB
-    node.shard.exchange([batch(np.arange(10, dtype=np.uint64), 0)], [])
+    assert node.base.bytes < 4 * MIB
+    node.shard.exchange([batch(np.arange(BATCH, dtype=np.uint64), 0)], [])
+
+
+def test_changes_of_rows_never_exceed_the_bytes_allowed_on_disk(home: Open) -> None:
+    node = home(8 * MIB, disk_bytes=24 * MIB)
+    rng, sizes, refused = np.random.default_rng(3), [], 0
+    for seed in range(60):
+        some = rng.choice(12 * BATCH, BATCH, replace=False).astype(np.uint64)
+        try:
+            apply(node, batch(some, seed))
+        except DiskFull:
+            refused += 1
+            node.flusher.flush()
+        sizes.append(node.base.bytes)
+    assert refused < 30
+    assert max(sizes) <= 24 * MIB
 
 
 def test_without_a_data_directory_the_error_says_so() -> None:

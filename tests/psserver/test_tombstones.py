@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from stores import Home, change, contents, push, schema
+from stores import Home, change, contents, push, schema, stored
 
 from psserver import tombstonequeue
+from psserver.counterwriter import CounterWriter, Layer
 from psserver.tombstonequeue import TombstoneQueue
 from psserver.tombstones import Tombstones, joined
 from storage.block import TOMBSTONES, tombstones_per_block
@@ -159,3 +162,45 @@ def test_a_flush_and_a_recovery_of_sixty_thousand_single_deletes(tmp_path: Path)
         assert blocks == -(-count // tombstones_per_block())
         home.reopen()
         assert len(joined(home.shard.capture().tombstones)) == count
+
+
+def test_a_delete_in_each_of_many_flushes_is_few_blocks(tmp_path: Path) -> None:
+    count = 200
+    with Home(tmp_path / "shard", segment_bytes=1 << 20, max_tombstones=150) as home:
+        home.shard.create_table(schema())
+        home.shard.exchange([push(list(range(count)))], [])
+        home.flush()
+        most = 0
+        for key in range(count):
+            home.shard.delete(change([key]))
+            home.flush()
+            blocks = [dead for kind, *dead in stored(home.base) if kind == TOMBSTONES]
+            most = max(most, len(blocks))
+            assert blocks[-1][1][-1] == home.shard.version
+        assert most <= 10
+        assert {key for keys, _ in blocks for key in keys} >= set(range(count - 150, count))
+        before = contents(home.shard)
+        home.reopen()
+        assert contents(home.shard) == before
+
+
+@pytest.mark.parametrize("horizon", [0, 20_000])
+def test_layers_of_tombstones_grow_with_the_logarithm_of_the_flushes(horizon: int) -> None:
+    """What 60,000 flushes with one delete each keep, without writing any block."""
+    base: Any = SimpleNamespace()
+    writer = CounterWriter(base, [], np.empty(0, np.uint8), lambda: None)
+    most = written = 0
+    for version in range(1, 60_001):
+        oldest = max(0, version - horizon) if horizon else 0  # of which tombstones are discarded
+        captured: Any = SimpleNamespace(
+            tables=[], tombstones=[range(oldest, version)], horizon=oldest if horizon else 0
+        )
+        state: Any = SimpleNamespace(version=version - 1) if version > 1 else None
+        kept = writer._kept(captured, state)
+        start = writer.layers[len(kept)].after if len(kept) < len(writer.layers) else version - 1
+        after = start if kept else oldest
+        writer.layers = [*kept, Layer(after if kept else 0, [version], version - after)]
+        written += version - after
+        most = max(most, len(writer.layers))
+    assert most <= 20
+    assert written < 20 * 60_000

@@ -511,7 +511,7 @@ def test_blocks_stay_where_they_are_while_others_come_and_go(memory: Path) -> No
         if seed % 10 == 0:
             shelf.check()
     shelf.check()
-    assert len(maps) == 4
+    assert len(maps) >= 4
     assert reused > 10
     shelf.close()
     with Base(memory) as base:
