@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ SAMPLE = 20  # pushes between two measurements of the memory
 ROW_BYTES = 4 * WIDTH + 32  # bytes of a row in a block, its metadata included
 TIMES = 10  # rows are written for so many times the host memory
 FLUSH_SECONDS = 5.0
+LOOK_SECONDS = 0.05  # time between two looks at the bytes on disk
 LONG = 64  # dim of these rows: with much shorter ones, the index alone would fill the memory
 LONG_SLOT = 4 * 2 * LONG + 32  # bytes of one of them in memory
 
@@ -108,17 +110,31 @@ def growth(report: Report, directory: Path, quick: bool) -> None:
 
 def _churn(name: str, server: Server, trainer: Trainer, rows: int, seconds: float) -> Any:
     """Train for a time, and return a row of the report. ``rows`` is the number of live rows."""
-    end, most, steps = time.perf_counter() + seconds, 0, 0
-    while time.perf_counter() < end:
-        trainer.turn("step", SAMPLE, measured=False)
-        steps += SAMPLE
-        most = max(most, size_of(server.data / "base"))
-    cache = trainer.table.describe().cache
+    end, steps, stop, sizes = time.perf_counter() + seconds, 0, threading.Event(), list[int]()
+
+    def look() -> None:
+        while not stop.wait(LOOK_SECONDS):
+            sizes.append(size_of(server.data / "base"))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        while time.perf_counter() < end:
+            trainer.turn("step", SAMPLE, measured=False)
+            steps += SAMPLE
+    finally:
+        stop.set()
+        looking.join()
+    described = trainer.table.describe()
+    cache, live, most = described.cache, rows * ROW_BYTES, max(sizes)
     return {
         "during": name,
         "steps": steps,
         "rows flushed so far": cache.flushed_rows,
         "blocks flushed again so far": cache.reflushed_blocks,
+        "live rows, MB": live / 1e6,
+        "blocks of rows at the end, MB": described.tiers["lmdb"].bytes / 1e6,
         "largest base, MB": most / 1e6,
-        "per byte of live rows (<= 1.5)": most / (rows * ROW_BYTES),
+        "mean per byte of live rows": float(np.mean(sizes)) / live,
+        "largest per byte of live rows (<= 1.5)": most / live,
     }

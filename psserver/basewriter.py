@@ -25,6 +25,7 @@ on the engine thread, in slices; the other steps do not stop it.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -403,7 +404,8 @@ class BaseWriter:
             gone.update(engine.run(partial(self._take_moved, each, moved)))
         if gone:
             blocks = tuple(number for number in state.blocks if number not in gone)
-            self.base.commit(replace(state, blocks=blocks))
+            with suppress(DiskFull):  # then the next commit deletes them
+                self.base.commit(replace(state, blocks=blocks))
 
     def _take_moved(self, each: CapturedTable, moved: set[int]) -> list[int]:
         """Take blocks without live rows from a table, if they take much space. Blocks that a scan

@@ -8,6 +8,7 @@ The base has a copy of all rows at one log version. The log has the changes afte
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 
@@ -20,16 +21,26 @@ from psserver.engine import Inline
 from psserver.shard import Shard
 from storage.base import Base
 from storage.basestate import BaseState
-from storage.block import COUNTERS, ROWS, TOMBSTONES, Block, header_of, rows_per_block
+from storage.block import (
+    COUNTERS,
+    ROWS,
+    TOMBSTONES,
+    Block,
+    header_of,
+    row_layout,
+    rows_per_block,
+)
 from storage.blockfile import BlockFile
 from storage.damage import examine
-from storage.directory import unpack
+from storage.directory import BlockEntry, unpack
 from storage.emptybase import DATA
 from storage.errors import Corrupt, DiskFull
 from storage.history import History, draw_epoch
+from storage.inplace import HEADER
 from storage.records import decode
 from storage.versionlog import VersionLog
 
+WARMED = 64  # blocks whose keys are read from the disk at once
 REPLAY_BYTES = 4 << 20  # bytes of the log per read
 
 log = structlog.get_logger()
@@ -69,17 +80,20 @@ def recover(shard: Shard, base: Base, versions: VersionLog, excess: int | None =
     and records it in the base. Raises Corrupt if stored bytes are damaged, OutOfMemory if the
     tables exceed the budget by more than ``excess``.
     """
-    shard.keep_in(BlockFile(base.directory / DATA).open())
+    file = BlockFile(base.directory / DATA).open()
+    shard.keep_in(file)
     try:
-        return _recover(shard, base, versions, excess)
+        return _recover(shard, base, file, versions, excess)
     except BaseException:
         shard.close_file()
         raise
 
 
-def _recover(shard: Shard, base: Base, versions: VersionLog, excess: int | None) -> Recovered:
+def _recover(
+    shard: Shard, base: Base, file: BlockFile, versions: VersionLog, excess: int | None
+) -> Recovered:
     shard.recovery.begin(excess)
-    stored, rows = _load_base(shard, base)
+    stored, rows = _load_base(shard, base, file)
     if versions.first > shard.version + 1:
         raise Corrupt(
             str(base.directory),
@@ -127,8 +141,10 @@ def _relieve(shard: Shard, writer: BaseWriter) -> None:
     shard.recovery.pressed = False
 
 
-def _load_base(shard: Shard, base: Base) -> tuple[Stored, int]:
+def _load_base(shard: Shard, base: Base, file: BlockFile) -> tuple[Stored, int]:
     """Load the base into an empty shard.
+
+    file  the map of the base's file
 
     Returns (what the base contains besides rows; number of its rows, tombstones and counters).
     """
@@ -140,8 +156,9 @@ def _load_base(shard: Shard, base: Base) -> tuple[Stored, int]:
     start = end - state.directory
     listed, others = set[int](), Layer(0)
     for number in state.blocks[start:end]:
-        for entry in unpack(base.block(number), f"block {number} of the directory"):
-            shard.recovery.adopt(entry, _offset(base, entry.number))
+        entries = unpack(base.block(number), f"block {number} of the directory")
+        for entry, offset in _warmed(base, file, entries):
+            shard.recovery.adopt(entry, offset)
             listed.add(entry.number)
             rows += int(np.count_nonzero(entry.live))
             if entry.count < rows_per_block(entry.width) // 2:
@@ -180,6 +197,23 @@ def _other_block(base: Base, number: int) -> Block | None:
         if damage is None or not damage.intact[:1].any():  # the header may be damaged, too
             raise
         return None
+
+
+def _warmed(
+    base: Base, file: BlockFile, entries: list[BlockEntry]
+) -> Iterator[tuple[BlockEntry, int]]:
+    """Yield (entry, offset of its block in the file), after the keys of the block were read.
+
+    The keys of many blocks, and the sums that verify them, are read from the disk at once.
+    """
+    for at in range(0, len(entries), WARMED):
+        some = entries[at : at + WARMED]
+        offsets = np.array([_offset(base, entry.number) for entry in some], np.int64)
+        size = min(HEADER + 8 * max(entry.count for entry in some), base.size)
+        file.warm(np.minimum(offsets, base.size - size), size)
+        sums = offsets + [row_layout(entry.width, entry.count, 2).sums for entry in some]
+        file.warm(np.minimum(sums, base.size - 1), 1)
+        yield from zip(some, offsets.tolist(), strict=True)
 
 
 def _offset(base: Base, number: int) -> int:

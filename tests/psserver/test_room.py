@@ -179,12 +179,14 @@ def test_pulls_move_nothing(home: Open) -> None:
 def test_more_bytes_on_disk_than_allowed_refuse_pushes_until_rows_are_deleted(home: Open) -> None:
     node = home(8 * MIB, disk_bytes=16 * MIB)
     seed, sizes = 0, []
-    with pytest.raises(DiskFull, match=r"disk_bytes=16777216"):
+    with suppress(DiskFull):
         for seed in range(40):
             some = np.arange(seed * BATCH, (seed + 1) * BATCH, dtype=np.uint64)
             apply(node, batch(some, seed))
             sizes.append(node.base.bytes)
-    assert len(sizes) > 10
+    assert 10 < len(sizes) < 40
+    with pytest.raises(DiskFull, match=r"disk_bytes=16777216"):
+        node.shard.exchange([batch(np.arange(BATCH, dtype=np.uint64), 0)], [])
     with pytest.raises(DiskFull, match=r"of which 1/16 is reserved for flushes"):
         node.shard.exchange([batch(np.arange(BATCH, dtype=np.uint64), 0)], [])
     pull = Pull("t", np.arange(100, dtype=np.uint64), 1, "train", False, 0)
