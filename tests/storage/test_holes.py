@@ -31,7 +31,7 @@ def test_deleted_blocks_give_their_space_back(tmp_path: Path) -> None:
         assert full >= 40 * MB
         base.commit(state(2, numbers[::4]))
         assert base.bytes < 10 * MIB + LEAST_KEPT + 2 * MIB
-        assert base.size == size
+        assert size <= base.size < size + MIB
         expected = listed(base)
     assert verify_pages(str(tmp_path)) == []
     with Base(tmp_path) as base:
@@ -55,11 +55,11 @@ def test_a_reader_keeps_what_it_sees(tmp_path: Path) -> None:
     with Base(tmp_path) as base:
         numbers = [base.add(block) for block in megabytes(0, 20)]
         base.commit(state(1, numbers))
-        with Base(tmp_path, readonly=True) as reader:
-            expected = listed(reader)
+        with base._env.begin() as reader:  # as a tool that reads the base of a running shard
+            expected = [reader.get(number.to_bytes(8, "big")) for number in numbers]
             for version in range(2, 6):
                 base.commit(state(version, numbers[:1]))
-                assert listed(reader) == expected
+                assert [reader.get(number.to_bytes(8, "big")) for number in numbers] == expected
             assert base.bytes >= 20 * MB
         base.commit(state(6, numbers[:1]))
         assert base.bytes < 2 * MIB + LEAST_KEPT
