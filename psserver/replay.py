@@ -23,6 +23,7 @@ from storage.base import Base
 from storage.basestate import BaseState
 from storage.block import (
     COUNTERS,
+    FORMATS,
     ROWS,
     TOMBSTONES,
     Block,
@@ -211,7 +212,9 @@ def _warmed(
         offsets = np.array([_offset(base, entry.number) for entry in some], np.int64)
         size = min(HEADER + 8 * max(entry.count for entry in some), base.size)
         file.warm(np.minimum(offsets, base.size - size), size)
-        sums = offsets + [row_layout(entry.width, entry.count, 2).sums for entry in some]
+        sums = offsets + [
+            row_layout(entry.width, entry.count, FORMATS[ROWS]).sums for entry in some
+        ]
         file.warm(np.minimum(sums, base.size - 1), 1)
         yield from zip(some, offsets.tolist(), strict=True)
 

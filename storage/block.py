@@ -81,7 +81,7 @@ def tombstones_per_block() -> int:
 
 def disk_bytes(width: int) -> int:
     """Return the bytes of a row with ``width`` numbers in a block, with its metadata."""
-    return 32 + 4 * width
+    return _ROW_META + _NORM + 4 * width
 
 
 def size_of(kind: int, width: int, count: int) -> int:
