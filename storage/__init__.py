@@ -45,6 +45,8 @@ damage.py        which rows of a damaged block can still be read
 directory.py     which rows of the blocks of the base are current
 basestate.py     which blocks of the base are live
 pages.py         check LMDB's pages before LMDB follows them
+holes.py         give the disk space of free pages of an LMDB file back
+emptybase.py     create the LMDB file of a new base, and begin to read one
 base.py          the base: an on-disk copy of all rows at one log version
 deadline.py      blocking calls with a deadline
 store.py         files under a URL
