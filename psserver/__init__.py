@@ -31,7 +31,7 @@ busypoll.py      keep an event loop awake for a short time
 engine.py        the thread that owns the shard
 sweeper.py       evict rows in the background and on demand
 packing.py       pack the rows of a shard into blocks, the unit of files on disk
-counterwriter.py write tombstones and admission counters to the base
+counted.py       write tombstones and admission counters to the base
 compaction.py    move the live rows of sparse and small blocks to new blocks
 basewriter.py    write the changes of a shard to its base, as one flush
 replay.py        recover a shard from its data directory when its server starts

@@ -45,7 +45,7 @@ from psserver.compaction import (
     moved_rows,
     roomy,
 )
-from psserver.counterwriter import CounterWriter, Layer, Sketch, SketchWriter
+from psserver.counted import CounterWriter, Layer, Sketch, SketchWriter
 from psserver.engine import Runner
 from psserver.packing import dirty_blocks
 from psserver.shard import Shard

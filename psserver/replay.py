@@ -16,7 +16,7 @@ import numpy as np
 import structlog
 
 from psserver.basewriter import BaseWriter, Stored
-from psserver.counterwriter import Layer
+from psserver.counted import Layer
 from psserver.engine import Inline
 from psserver.shard import Shard
 from storage.base import Base

@@ -12,7 +12,7 @@ import pytest
 from stores import Home, change, contents, push, schema, stored
 
 from psserver import tombstonequeue
-from psserver.counterwriter import CounterWriter, Layer
+from psserver.counted import CounterWriter, Layer
 from psserver.tombstonequeue import TombstoneQueue
 from psserver.tombstones import Tombstones, joined
 from storage.block import TOMBSTONES, tombstones_per_block
