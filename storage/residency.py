@@ -265,10 +265,10 @@ class Residency:
         at = extents.seen_at, extents.resident_at, extents.width
         if not all_marked(extents.records, *at, size, meta, places, since):
             return False
+        cold = places[places >= 0]
         self._turn = (self._turn + 1) % 1024
-        step = max(1, len(places) // SAMPLES)
-        drawn = places[self._turn % step :: step]
-        return not self.look(np.unique(drawn[drawn >= 0] >> POSITION_BITS))
+        step = max(1, len(cold) // SAMPLES)
+        return not self.look(np.unique(cold[self._turn % step :: step] >> POSITION_BITS))
 
     def look(self, chosen: NDArray[np.int64]) -> bool:
         """Look at blocks on this thread.
