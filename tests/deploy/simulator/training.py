@@ -38,7 +38,7 @@ class Report:
 
 
 class Trainer:
-    """A trainer in a pod of its own. It trains from the start of the block to its end.
+    """A trainer in a pod of its own. It trains before the block begins, until its end.
 
     address  of the shards: the name of the headless service, and its port
     """
@@ -51,7 +51,7 @@ class Trainer:
 
     def __enter__(self) -> Trainer:
         self._pods.apply(self._objects)
-        self._pods.wait(f"{self._name} has connected", lambda: bool(self._told("connected")))
+        self._pods.wait(f"{self._name} trains", lambda: bool(self._told("beat")))
         return self
 
     def __exit__(
@@ -60,6 +60,9 @@ class Trainer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is None:
+            beats = len(self._told("beat"))
+            self._pods.wait(f"{self._name} still trains", lambda: len(self._told("beat")) > beats)
         self._pods.control.delete(self._name)
         if kind is None:
             self._pods.wait(f"{self._name} has ended", lambda: bool(self._told("steps")), 200)
