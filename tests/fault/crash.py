@@ -53,6 +53,8 @@ TRAINERS = 4
 STARTING = 0.04  # seconds that a start takes, about
 FLAGS = "--metrics-port 0 --flush-seconds 0.1 --segment-bytes 1048576 --log-keep-bytes 0"
 FLAGS += " --fsync-seconds 0.02"
+COLD = 0.75  # share of the rows that must be only on disk, with --cold
+ENOUGH = 100  # cycles after which each kind of moment must have come
 CONTROLLED = 0.8  # share of the kills that are at a chosen moment, with --cold
 
 
@@ -359,6 +361,10 @@ def run(
             f" {rows} rows of blocks read"
         )
         if cold:
+            if done >= ENOUGH and temperature.cold < COLD * temperature.rows:
+                wrong.append(f"{temperature.cold} of {temperature.rows} rows were only on disk")
+            if done >= ENOUGH and (missed := moments.STEPS.keys() - killer.came.keys()):
+                wrong.append(f"no kill was at a moment of a {', '.join(sorted(missed))}")
             say(
                 f"{temperature.cold / max(1, temperature.rows):.0%} of the rows were only on disk;"
                 f" {temperature.promotions} promotions, {temperature.demotions} demotions and"

@@ -46,10 +46,10 @@ RULES: st.SearchStrategy[Eviction] = st.one_of(
 class Model:
     """The expected rows of a table, by key."""
 
+    # key -> (value, version, frequency, step)
     rows: dict[int, tuple[float, int, int, int]] = field(default_factory=dict)
-    """value, version, frequency, step"""
+    # key -> (occurrences, version of the last)
     waiting: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """occurrences, version of the last"""
     step: int = FIRST_STEP  # the largest that was pushed
     lr: float = LR
     threshold: int = THRESHOLD
