@@ -12,6 +12,7 @@ import pytest
 from tiered import DIM, Tiered
 
 from storage.arena import Budget
+from storage.block import FORMATS, ROWS
 from storage.eviction.contract import Eviction, TableEviction
 from storage.eviction.rules import CapacityLfu, CapacityLru, Norm, StepTtl, TimeTtl
 from storage.initializers import make_initializer
@@ -156,8 +157,12 @@ def test_norms_of_cold_rows_are_known_without_reading_the_rows(
     assert len(tiered.table) == 300
 
 
-def test_a_row_has_the_same_norm_in_memory_and_in_a_block(memory: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_row_has_the_same_norm_in_memory_and_in_a_block_of_any_format(
+    version: int, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiered = Tiered(memory)
+    monkeypatch.setitem(FORMATS, ROWS, version)  # that is written
     for start in range(0, 3000, 500):
         tiered.push(range(start, start + 500), scale=10.0 ** (start // 500 - 3))
     view = tiered.table.contents().host
