@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,8 @@ class Machine(PolicyRules, TierRules, RuleBasedStateMachine):
         told: list[int] = []
         self.faults.broken = True
         if name in self.model:
-            self.push(name, [1, 2], 1, 0)
+            with suppress(LogFailed):  # if there was no room, it waited for a flush
+                self.push(name, [1, 2], 1, 0)
         home.log.wait(home.log.last, True, lambda: told.append(home.log.last))
         if home.log.durable < home.log.last:
             while not home.failures:
