@@ -112,6 +112,7 @@ FACTS = pb.KeyFacts(
 
 # Messages without arrays are protobuf's to encode; here an example of each.
 PART = pb.CheckpointPart(path="0/000001.blocks", bytes=1 << 21, checksum="0f", version=9)
+FINDING = pb.Finding(check="disk", state=pb.Finding.STATE_ERROR, found="full", advice="free some")
 SMALL = [
     EDGES,
     ROW_LIST,
@@ -243,6 +244,9 @@ SMALL = [
     pb.RetryInfo(retry_delay=pb.RetryInfo.Delay(seconds=1, nanos=500_000_000)),
     SHARD_MAP,
     LIMITS,
+    FINDING,
+    pb.DiagnoseRequest(),
+    pb.DiagnoseResponse(findings=[FINDING], time=1.5),
     pb.GetServerInfoRequest(),
     pb.GetServerInfoResponse(
         release="0.1.0",
