@@ -130,6 +130,7 @@ class Base:
         UnknownFormat, and OSError if the file cannot be opened. On a full disk an existing base
         still opens; creating one raises DiskFull.
         """
+        require_file(self.directory / SPARE)
         if not self._readonly and not self._path.exists():
             try:
                 create(self.directory, SLACK)

@@ -70,7 +70,16 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-FILES = ["LOCK", "SHARD", "log/SYNCED", "log/first", "log/last", "base/data.mdb", "base/lock.mdb"]
+FILES = [
+    "LOCK",
+    "SHARD",
+    "log/SYNCED",
+    "log/first",
+    "log/last",
+    "base/data.mdb",
+    "base/lock.mdb",
+    "base/spare",
+]
 SPECIAL: dict[str, Callable[[Path], None]] = {
     "a FIFO": os.mkfifo,
     "a directory": Path.mkdir,

@@ -66,5 +66,5 @@ def test_training_beyond_memory_gives_the_rows_of_a_twin_with_room_for_all(
         assert sum(tier.rows for tier in info.tiers.values()) == info.rows == ours.found.sum()
     if shards == 1:
         assert disk > 0
-        assert info.cache.warm_reads > 0
+        assert info.cache.promotions > 0
         assert info.cache.demotions > 0

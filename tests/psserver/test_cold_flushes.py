@@ -74,7 +74,7 @@ class World:
             self.rows[name].pop(key, None)
 
     def _demote(self, name: str, _: list[int]) -> None:
-        self.home.shard._tables.get(name).table.store.demote(1)
+        self.home.shard._tables.get(name).table.store.demote(100)
 
     def _promote(self, name: str, some: list[int]) -> None:
         """Do what a push does that is refused because a row would overflow."""
@@ -210,7 +210,7 @@ def test_a_slot_that_gets_an_older_row_while_it_is_copied_does_not_make_it_twofo
         home.shard.exchange([push([1, 2])], [])
         home.flush()
         table = home.shard._tables.get("t").table
-        table.store.demote(1)
+        table.store.demote(2)
         home.shard.exchange([push([3])], [])
         real = HostScan.copy
 

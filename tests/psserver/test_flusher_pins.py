@@ -133,7 +133,7 @@ def test_blocks_of_a_dropped_table_stay_while_a_scan_reads_them(home: Home) -> N
     home.shard.exchange([push(range(20), 3.0)], [])
     home.flush()
     table = home.shard._tables.get("t").table
-    table.store.demote(1)
+    table.store.demote(20)
     scan = table.store.blocks.scan()
     places, _ = scan.find(0, 0, 1 << 47, 100)
     home.shard.drop_table("t")

@@ -133,7 +133,7 @@ RULES: dict[str, tuple[Callable[[Peer], Any], tuple[str, str], set[str]]] = {
     "restores": (
         restoring,
         ("UNAVAILABLE", "RESTORING"),
-        {"InfoService/GetServerInfo", "CheckpointService/Restore"},
+        {"InfoService/GetServerInfo", "InfoService/Diagnose", "CheckpointService/Restore"},
     ),
     "has its hands full": (full, ("RESOURCE_EXHAUSTED", "OVERLOADED"), set()),
     "has too many calls": (
