@@ -38,7 +38,7 @@ from storage.errors import Corrupt, StorageError
 from storage.optimizers import make_optimizer
 
 MEMORY = Path("/dev/shm")  # noqa: S108  a disk that syncs at once, if there is one
-PLACES = ("data.mdb", ".log", "SYNCED", ".spare", "STATE")  # of which an error names one
+PLACES = ("data.mdb", ".log", "SYNCED", ".spare", "base/spare", "STATE")  # an error names one
 PARTS = (".blocks", ".records", ".counters", ".sessions", "MANIFEST.json", ".json")
 WHOLE = ("log", "base")  # directories that an error names, and that may be lost
 BYTE = ("bit", "bit", "bit", "byte")
