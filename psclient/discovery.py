@@ -16,6 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from psclient.channel import Cancelled, Channel, Options
 from psclient.errors import InvalidArgument, PsError, Unavailable
@@ -95,7 +96,10 @@ class Discovery:
         now = time.monotonic()
         if now >= self._look and not self._looking:
             self._looking = True
-            threading.Thread(target=self._look_up, name="psclient-lookup", daemon=True).start()
+            try:
+                threading.Thread(target=self._look_up, name="psclient-lookup", daemon=True).start()
+            except RuntimeError as error:  # no thread can be started at the moment
+                self._looked_up(error)
         spare = self._spare()
         for address in self._addresses:
             if address in spare:
@@ -209,6 +213,10 @@ class Discovery:
             self._heard.add(address)
             self._due[address] = time.monotonic() + LOOK_SECONDS
             self.errors[address] = str(rpc_error(error, "")).removeprefix(": ")
+        except DecodeError:  # not a shard
+            self._heard.add(address)
+            self._due[address] = time.monotonic() + LOOK_SECONDS
+            self.errors[address] = "its answer is not a valid message: it is not a parameter server"
         else:
             self._heard.add(address)
             self._take(address, info)

@@ -137,6 +137,10 @@ class Named(Places):
         try:
             while self._follow(discovery):
                 discovery.step(time.monotonic() + STEP_SECONDS)
+        except BaseException:  # this search has failed: the next failure of a call starts another
+            with self._starting:
+                self._searching = False
+            raise
         finally:
             discovery.close()
 

@@ -29,7 +29,7 @@ def info(shard: int, shards: int, *, cluster: str = "", start: int = 0, advertis
 
 
 class Pod(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """A server at host:port that answers every call with ``says``: a message, or an error.
+    """A server at host:port that answers with ``says``: a message, its bytes, or an error.
 
     Calls wait while ``may_answer`` is not set.
     """
@@ -57,6 +57,8 @@ class Pod(grpc.GenericRpcHandler):  # type: ignore[misc]
                 (("grpc-status-details-bin", status.SerializeToString()),)
             )
             context.abort(code_of(status), status.message)
+        if isinstance(self.says, bytes):
+            return self.says
         return self.says.SerializeToString()  # type: ignore[no-any-return]
 
     def stop(self) -> None:

@@ -21,6 +21,7 @@ from psserver.errors import BadRequest, Starting
 
 SOON = 6.0  # seconds for a search that succeeds
 SHORT = 1.5  # seconds for one that cannot
+NONSENSE = b"\xff"  # an answer that is not a protobuf message
 
 
 class Service:
@@ -100,6 +101,22 @@ class TestFind:
         later(0.7, lambda: setattr(service, "missing", False))
         assert service.found() == [service.pods[0].address]
 
+    def test_waits_until_a_thread_can_be_started(
+        self, service: Service, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        service.add(10, info(0, 1))
+        start, refused = threading.Thread.start, []
+
+        def refuse_once(thread: threading.Thread) -> None:
+            if thread.name == "psclient-lookup" and not refused:
+                refused.append(thread)
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", refuse_once)
+        assert service.found() == [service.pods[0].address]
+        assert refused
+
     def test_look_ups_may_return_some_of_the_addresses(self, service: Service) -> None:
         pods = [service.add(10 + shard, info(shard, 3)) for shard in range(3)]
         service.addresses = [pods[0].address]
@@ -114,12 +131,14 @@ class TestFind:
             info(5, 5),
             Starting(),
             BadRequest("NOT_A_SHARD", "shard 3 of 3"),
+            NONSENSE,
         ],
         ids=[
             "of a cluster with another number of shards",
             "that answers nonsense",
             "starting",
             "beyond the shard count",
+            "that is not a parameter server",
         ],
     )
     def test_another_pod_disturbs_nobody(self, service: Service, other: Any) -> None:
@@ -171,6 +190,10 @@ class TestRefusal:
             f"{service.name}: found 1 of 3 shards of cluster 'prod'; missing: shard 0, 2; "
             f"127.0.0.11:{service.port}: the shard is starting"
         )
+
+    def test_names_an_address_of_another_service(self, service: Service) -> None:
+        other = service.add(10, NONSENSE)
+        assert f"{other.address}: its answer is not a valid message" in service.refuses()
 
     def test_names_two_clusters(self, service: Service) -> None:
         service.add(10, info(0, 1, cluster="a"))
@@ -289,6 +312,23 @@ class TestFollow:
         service.pods[0].says, service.pods[1].says = Starting(), info(0, 3, cluster="prod", start=9)
         routes[0].failed(routes[0].address)
         eventually(lambda: routes[0].address == there, 4.0)
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+    def test_a_search_that_failed_is_followed_by_another(
+        self, service: Service, places: Named, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: Any) -> None:
+            raise MemoryError
+
+        routes = places.routes(0)
+        there = self.move(service, 1, 20, info(1, 3, cluster="prod", start=99))
+        with monkeypatch.context() as patch:
+            patch.setattr(Discovery, "step", fail)
+            routes[1].failed(routes[1].address)
+            eventually(lambda: not places._searching)
+        assert routes[1].address != there
+        routes[1].failed(routes[1].address)
+        eventually(lambda: routes[1].address == there, 3.0)
 
     def test_a_failure_at_a_former_address_starts_no_search(self, places: Named) -> None:
         places.routes(0)[1].failed("127.0.0.99:1")
