@@ -33,7 +33,8 @@ from psserver.warm import warm
 from storage.errors import StorageError
 
 FILES = 256  # open files of a server, apart from connections: log, base, checkpoints, libraries
-WRITES = 10  # writes whose sync to disk is measured
+WRITES = 10  # maximum number of writes whose sync to disk is measured
+SYNC_SECONDS = 2.0  # time after which no further write is measured
 SLOW_SYNC, STUCK_SYNC = 0.05, 1.0  # seconds of a sync that are a warning, and an error
 SLOW_NAME = 0.5  # seconds of a look-up of a name that are a warning
 LITTLE = 0.1  # part of the disk; a warning if less is free
@@ -172,10 +173,10 @@ def _data(config: ServerConfig) -> Iterator[Finding]:
 
 def _sync(directory: Path) -> Finding:
     """Measure how long the disk takes to sync a small write."""
-    seconds = []
+    seconds: list[float] = []
+    end = time.perf_counter() + SYNC_SECONDS
     with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
-        for _ in range(WRITES):
-            start = time.perf_counter()
+        while len(seconds) < WRITES and (start := time.perf_counter()) < end:
             file.write(bytes(4096))
             os.fdatasync(file.fileno())
             seconds.append(time.perf_counter() - start)

@@ -8,17 +8,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 
+import grpc
+
 from psclient.channel import OPTIONS, Channel
-from psclient.errors import PsError
 from psclient.lookup import look_up
+from psclient.retry import rpc_error
 from psclient.routes import Route
-from psclient.tools.status import ShardStatus, call_shard, status
+from psclient.tools.status import ShardStatus, status
 from psproto import RELEASE
 from psproto import ps_pb2 as pb
 
 SLOW_NAME = 0.5  # seconds of a look-up of a name that are a warning
 CLOCK_SECONDS, CLOCK_ERROR = 1.0, 60.0  # differences of clocks that are a warning, and an error
 UPGRADE = "complete or undo the upgrade: run the same release everywhere"
+AGAIN = "repeat this with a longer --timeout, or run psserver doctor where the shard runs"
 ADVICE = {  # by the state of a shard that is not ready
     "starting": "wait; if it takes long, read its log: it replays its version log",
     "draining": "wait until it has stopped and started again",
@@ -53,7 +56,7 @@ def examine(where: str | Sequence[str], *, timeout: float = 10.0) -> list[Findin
     timeout  seconds to wait for each shard
     """
     servers = [where] if isinstance(where, str) else where
-    found = [_name(each) for each in dict.fromkeys(servers)]
+    found = [_name(each) for each in dict.fromkeys(servers) if not each.startswith("unix:")]
     shards = status(where, timeout=timeout)
     found += [_state(each) for each in shards]
     found.append(_releases(shards))
@@ -106,12 +109,12 @@ def _ask(shard: ShardStatus, timeout: float) -> Iterator[Finding]:
     try:
         with closing(Channel(Route(shard.address), OPTIONS)) as channel:
             sent = time.time()
-            data = call_shard(
-                channel, "InfoService/Diagnose", pb.DiagnoseRequest(), timeout, shard.address
-            )
+            data = channel.call("/ps.v1.InfoService/Diagnose", b"", timeout)
             received = time.time()
-    except PsError as error:
-        yield Finding(shard.shard, "machine", "warning", f"cannot be checked: {error}", UPGRADE)
+    except grpc.RpcError as error:
+        advice = UPGRADE if error.code() is grpc.StatusCode.UNIMPLEMENTED else AGAIN
+        found = f"cannot be checked: {rpc_error(error, shard.address)}"
+        yield Finding(shard.shard, "machine", "warning", found, advice)
         return
     answer = pb.DiagnoseResponse.FromString(data)
     for each in answer.findings:

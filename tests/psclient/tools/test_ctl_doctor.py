@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,4 +133,17 @@ def test_a_server_of_an_older_release() -> None:
     with fake_server(methods) as address:
         found = examine([address])
     assert only(found, "release").state == "warning"
-    assert only(found, "machine").state == "warning"
+    one = only(found, "machine")
+    assert (one.state, one.advice) == ("warning", doctor.UPGRADE)
+
+
+def test_a_shard_whose_checks_take_long() -> None:
+    methods = {"InfoService/Diagnose": lambda _, __: time.sleep(1) or b""}
+    with fake_server(methods | {"CheckpointService/Restore": idle}) as address:
+        one = only(examine([address], timeout=0.5), "machine")
+    assert (one.state, one.advice) == ("warning", doctor.AGAIN)
+
+
+def test_a_socket_has_no_name_to_look_up(tmp_path: Path) -> None:
+    found = examine([f"unix:{tmp_path}/socket"], timeout=0.5)
+    assert [each.check for each in found] == ["shard", "release"]
