@@ -102,6 +102,7 @@ class BaseWriter:
 
     stored  what the base contains
     stop    returns True if a flush is to be given up
+    hurry   returns True if another flush is waited for
     """
 
     def __init__(
@@ -114,11 +115,13 @@ class BaseWriter:
     ) -> None:
         self.base = base
         self.stop = stop
+        self.hurry: Callable[[], bool] = lambda: False
         self._shard, self._versions, self._small = shard, versions, stored.small
         self._buffer = np.empty(BLOCK_BYTES, np.uint8)
         self._counters = CounterWriter(base, stored.layers, self._buffer, self._require_wanted)
         self._sketches = SketchWriter(base, self._require_wanted)
-        self._listed = set[int]()  # numbers of the blocks in the newest directory
+        self._listed = set[int]()  # numbers of the blocks in the committed directory
+        self._listing = set[int]()  # the same for the directory that is being written
 
     def write(self, captured: Capture, engine: Runner) -> None:
         """Write all changes up to a captured version, and commit them to the base.
@@ -134,8 +137,8 @@ class BaseWriter:
         new = [*self._write_dirty(captured), *self._write_moved(captured, sources)]
         layers = self._counters.write(captured, state, engine)
         sketches = self._sketches.write(captured, state)
-        self._store(captured, new, layers, sketches, engine)
-        sources = self._make_space(captured, sources, engine)
+        if self._store(captured, new, layers, sketches, engine):
+            sources = self._make_space(captured, sources, engine)
         self._delete_moved(sources, captured, engine)
 
     def _make_space(
@@ -146,21 +149,23 @@ class BaseWriter:
         captured  the shard at the version that the base has
         sources   blocks whose rows the last commit has moved, by number of the table
 
-        Returns those whose rows the last commit has moved then. Stops if the disk is full.
+        Returns those whose rows the last commit has moved then. Stops if the disk is full, and
+        earlier if another flush is waited for.
         """
         for _ in range(MOST_ROUNDS):
             if not self.crowded(captured, engine):
                 break
-            found = self._choose(captured, engine)
-            layers, sketches = self._counters.layers, self._sketches.stored
+            found, layers = self._choose(captured, engine), self._counters.layers
             try:
                 new = list(self._write_moved(captured, found))
-                self._store(captured, new, layers, sketches, engine)
+                adopted = self._store(captured, new, layers, self._sketches.stored, engine)
             except DiskFull as error:
                 log.warning("the disk is too full to move rows", error=str(error))
                 self.base.discard()
                 break
             sources = found
+            if not adopted:
+                break
         return sources
 
     def _store(
@@ -170,13 +175,16 @@ class BaseWriter:
         layers: list[Layer],
         sketches: dict[int, Sketch],
         engine: Runner,
-    ) -> None:
+    ) -> bool:
         """Write the directory, commit, and tell the shard where its rows are.
 
         captured  the shard at the version that the base gets
         new       the new blocks of rows
         layers    the tombstones and counters that the base gets
         sketches  the admission sketches that it gets, by number of the table
+
+        Returns False if the shard had no memory for a block. The block is then only in the base,
+        and the next commit deletes it: that commit must write all dirty rows again.
         """
         rows, directory = self._write_directory(captured, new, engine)
         self._versions.sync(engine.run(lambda: self._shard.version))
@@ -184,8 +192,9 @@ class BaseWriter:
         others = [block for layer in layers for block in layer.blocks]
         self._commit(captured, [*rows, *others], directory, cells)
         self._sketches.stored, self._counters.layers = sketches, layers
+        self._listed = self._listing
         kept = set(rows)
-        self._adopt([each for each in new if each.number in kept], engine)
+        return self._adopt([each for each in new if each.number in kept], engine)
 
     def crowded(self, captured: Capture, engine: Runner) -> bool:
         """Return whether blocks waste much space, and moving their live rows can help.
@@ -196,8 +205,8 @@ class BaseWriter:
 
     def _crowded_in(self, each: CapturedTable) -> bool:
         """Return what ``crowded`` does, for one table."""
-        blocks = each.table.store.blocks
-        if blocks is None or not self._holds(each) or not roomy(blocks, each.width):
+        blocks, urgent = each.table.store.blocks, self.hurry()
+        if blocks is None or not self._holds(each) or not roomy(blocks, each.width, urgent):
             return False
         return bool(choose(blocks, each.width, set()))
 
@@ -209,12 +218,8 @@ class BaseWriter:
 
     def _choose(self, captured: Capture, engine: Runner) -> dict[int, list[Source]]:
         """Return the blocks whose live rows this flush moves, by number of the table."""
-        sources = {}
-        for each in captured.tables:
-            found = engine.run(partial(self._choose_in, each))
-            if found:
-                sources[each.number] = found
-        return sources
+        chosen = {t.number: engine.run(partial(self._choose_in, t)) for t in captured.tables}
+        return {number: sources for number, sources in chosen.items() if sources}
 
     def _choose_in(self, each: CapturedTable) -> list[Source]:
         """Return the blocks of a table whose live rows this flush moves."""
@@ -281,7 +286,7 @@ class BaseWriter:
         Returns (numbers of the blocks with rows to keep, numbers of the blocks of the directory).
         """
         rows: list[int] = []
-        self._listed = set()
+        self._listing = set()
         entries = self._entries(captured, new, rows, engine)
         directory = [self.base.add(data) for data in pack_directory(entries)]
         held = engine.run(self._shard.held_blocks)
@@ -347,7 +352,7 @@ class BaseWriter:
                 live[moved[extent]] = False
             if live.any():
                 entries.append(_entry(number, each, blocks.zones(extent), live))
-                self._listed.add(number)
+                self._listing.add(number)
         return entries
 
     def _live_in(self, block: _New, upto: int) -> NDArray[np.bool_]:
@@ -360,8 +365,7 @@ class BaseWriter:
             return np.zeros(block.count, np.bool_)
         if not block.runs:
             return store.waiting(block.slots.astype(np.int64), upto)
-        live = [store.blocks.live(run.extent)[run.positions] for run in block.runs]
-        return np.concatenate(live)
+        return np.concatenate([store.blocks.live(r.extent)[r.positions] for r in block.runs])
 
     def _commit(
         self, captured: Capture, blocks: list[int], directory: list[int], cells: list[int]
@@ -426,13 +430,13 @@ class BaseWriter:
 
     # ---- adoption
 
-    def _adopt(self, new: list[_New], engine: Runner) -> None:
-        """Tell the shard about committed new blocks.
+    def _adopt(self, new: list[_New], engine: Runner) -> bool:
+        """Tell the shard about committed new blocks. Returns whether it has all of them now.
 
         A block for which there is no memory is not adopted: its rows stay dirty, or where they
         were, and the next flush deletes the block.
         """
-        size = self.base.size
+        size, adopted = self.base.size, True
         for block in new:
             offset = self.base.offset(block.number)
             assert offset is not None, "a new block has pages of its own"
@@ -440,7 +444,7 @@ class BaseWriter:
                 extent = engine.run(partial(self._adopt_block, block, offset, size))
             except OutOfMemory as error:
                 log.warning("no memory for a block on disk", error=str(error))
-                continue
+                extent, adopted = None, False
             if extent is None:
                 continue
             if block.count < rows_per_block(block.table.width) // 2:
@@ -450,6 +454,7 @@ class BaseWriter:
                     positions = run.positions[at : at + MOVED]
                     part = Run(run.extent, positions, run.first + at)
                     engine.run(partial(self._adopt_run, block, extent, part))
+        return adopted
 
     def _adopt_block(self, block: _New, offset: int, size: int) -> int | None:
         """Add a new block to its table, and make its rows clean that were dirty.

@@ -21,6 +21,7 @@ from storage.tiers.lmdb import Blocks
 SPARSE = 1 / 2  # blocks with a smaller share of live rows are always moved
 LESS = 9 / 10  # the same while the blocks of a table take more than ROOMY times their live rows
 ROOMY = 1.15
+URGENT = 4 / 3  # the same while another flush is waited for
 SMALL_BYTES = 1 << 20  # bytes of blocks for which disk space does not matter
 PART = 32  # a commit moves at most 1/PART of the live rows of a table
 MOST_SMALL = 16  # number of small blocks of a table that are not merged
@@ -45,12 +46,14 @@ class Run(NamedTuple):
     first: int  # position in the new block of the first row
 
 
-def roomy(blocks: Blocks, width: int) -> bool:
+def roomy(blocks: Blocks, width: int, urgent: bool = False) -> bool:
     """Return whether the blocks of a table take much more space than their live rows need.
 
-    width  float32 numbers per row
+    width   float32 numbers per row
+    urgent  whether another flush is waited for: then they may take more
     """
-    return blocks.bytes > ROOMY * blocks.live_rows * disk_bytes(width) + SMALL_BYTES
+    share = URGENT if urgent else ROOMY
+    return blocks.bytes > share * blocks.live_rows * disk_bytes(width) + SMALL_BYTES
 
 
 def choose(blocks: Blocks, width: int, small: set[int]) -> list[Source]:
@@ -76,9 +79,13 @@ def choose(blocks: Blocks, width: int, small: set[int]) -> list[Source]:
     for extent in dict.fromkeys(chosen):
         live = blocks.live(extent)
         positions = np.flatnonzero(live & ~blocks.lost(extent))
-        if len(positions) and (left := left - len(positions)) >= 0:
-            found = extent, numbers[extent], positions, len(live), blocks.format(extent)
-            sources.append(Source(*found))
+        if not len(positions):
+            continue
+        left -= len(positions)
+        if left < 0:
+            break
+        found = extent, numbers[extent], positions, len(live), blocks.format(extent)
+        sources.append(Source(*found))
     return sources
 
 

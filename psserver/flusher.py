@@ -72,7 +72,7 @@ class Flusher:
         self._wanted = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="flusher", daemon=True)
-        writer.stop = self._stop.is_set
+        writer.stop, writer.hurry = self._stop.is_set, self._wanted.is_set
         shard.on_pressure(self.ask)
 
     def open(self) -> None:
@@ -167,6 +167,11 @@ class Flusher:
                 self.ask()
             raise
 
+    def _discard(self) -> None:
+        """Delete the blocks of a flush that failed."""
+        with self._turn:  # a flush of another thread may be adding blocks
+            self._base.discard()
+
     def _run(self) -> None:
         while not self._stop.is_set():
             self._wanted.wait(self._seconds)
@@ -178,7 +183,7 @@ class Flusher:
                 if self._succeeds(self.flush):
                     log.debug("flush", seconds=round(time.monotonic() - start, 3))
                 else:  # if this fails too, the next flush deletes the blocks
-                    self._succeeds(self._base.discard)
+                    self._succeeds(self._discard)
                     self._stop.wait(min(PAUSE_SECONDS, self._seconds))
             except LogFailed:  # the log has called its own ``fail``
                 return

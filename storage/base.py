@@ -241,9 +241,9 @@ class Base:
         Call it after a failed flush. The pages of the deleted blocks become free.
         """
         self._abort()
-        unused = self._unused(self.state)
-        if unused:
-            self._shrink(partial(self._remove, unused))
+        unused = sorted(self._unused(self.state))
+        for at in range(0, len(unused), BATCH_BLOCKS):
+            self._shrink(partial(self._remove, set(unused[at : at + BATCH_BLOCKS])))
         self._give_back()
 
     def pin(self, numbers: Iterable[int]) -> None:
@@ -277,6 +277,7 @@ class Base:
 
     def _give_back(self) -> None:
         """Give disk space of free pages back to the file system."""
+        assert self._write is None, "a transaction may use free pages"
         with suppress(OSError):  # then the space stays allocated, and the next commit tries again
             give_back(self._file, str(self._path), oldest_seen(self._env))
 

@@ -232,7 +232,8 @@ class Look:
         """Look at the pages, and return ``found``. Any thread may call this."""
         self.when = clock()
         found = self.found = np.zeros(self._shape, np.uint64)
-        address = np.uint64(self._file.bytes.ctypes.data)
+        memory = self._file.bytes  # stays mapped meanwhile, even if the file gets a larger map
+        address = np.uint64(memory.ctypes.data)
         look(address, self._starts, self._pages, PAGE, np.empty(MOST, np.uint8), found)
         return found
 
