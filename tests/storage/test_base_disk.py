@@ -132,7 +132,7 @@ def kills(directory: str, seed: str) -> None:
         if child == 0:
             write_for_ever(path, said, dice.randrange(1 << 30))
         os.close(said)
-        time.sleep(dice.uniform(0.0, 0.06))
+        time.sleep(dice.uniform(0.0, 0.12))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         promised = last_number(heard)
@@ -185,3 +185,20 @@ def test_a_killed_process_loses_no_committed_state(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
+
+
+@pytest.mark.slow
+def test_many_blocks_of_a_failed_flush_are_deleted_from_a_full_disk(tmp_path: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=820500k", "none", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        with Base(tmp_path / "base") as base:
+            first = state(1, [base.add(rows(0))])
+            base.commit(first)
+            assert fill(base, 100) > 700  # the list of their free pages exceeds the spare file
+            base.discard()
+            assert base.bytes < 64 << 20
+            base.commit(state(2, [*first.blocks, base.add(rows(1))]))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
