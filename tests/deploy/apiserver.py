@@ -59,6 +59,7 @@ class Store:
 
     def __init__(self) -> None:
         self.objects: dict[Key, Object] = {}
+        self.changed_by_others: set[Key] = set()  # by other commands than apply
         self.lock = threading.RLock()
         self._numbers = itertools.count(1)
 
@@ -155,6 +156,7 @@ class Api:
         """Delete an object. policy "Orphan": the caller keeps what belongs to it."""
         gone = self.store.get(key)
         del self.store.objects[key]
+        self.store.changed_by_others.discard(key)
         self.removed(gone, policy)
         return gone
 
@@ -192,18 +194,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         body = self._body()
-        self._try(lambda key, sub: self._write(body))
+
+        def replace(key: Key, sub: str) -> Object:
+            self.api.store.changed_by_others.add(key)
+            return self._write(body)
+
+        self._try(replace)
 
     def do_PATCH(self) -> None:
         body, apply = self._body(), "apply" in self.headers["Content-Type"]
+        force = ("force", "true") in parse_qsl(urlsplit(self.path).query)
 
         def patch(key: Key, sub: str) -> Object:
             if apply:
-                old = self.api.store.objects.get(key, {})
-                return self._write(
-                    {**({"status": old["status"]} if "status" in old else {}), **body}
-                )
+                return self._apply(key, body, force)
             old = self.api.store.get(key)
+            self.api.store.changed_by_others.add(key)
             return self._write(merge(_scale(old) if sub == "scale" else old, body))
 
         self._try(patch)
@@ -217,6 +223,16 @@ class _Handler(BaseHTTPRequestHandler):
             return gone
 
         self._try(delete)
+
+    def _apply(self, key: Key, body: Object, force: bool) -> Object:
+        """Store an applied object. Only ``force`` overwrites what another command has changed."""
+        store = self.api.store
+        old = store.objects.get(key, {})
+        if force:
+            store.changed_by_others.discard(key)
+        elif key in store.changed_by_others and old.get("spec") != body.get("spec"):
+            raise Refusal(409, "Conflict", f"conflict: another command has changed {key[2]!r}")
+        return self._write({**({"status": old["status"]} if "status" in old else {}), **body})
 
     def _read(self, key: Key, sub: str, query: dict[str, str]) -> Object | str:
         """Return an object, a list of objects, a scale or a log."""

@@ -64,9 +64,9 @@ def kinds(objects: list[Object]) -> Iterator[str]:
         if (kind, name) in seen:
             yield f"two objects are {kind} {name}"
         seen.add((kind, name))
-    for kind in KINDS.keys() - {"PodMonitor", "PrometheusRule"} - {kind for kind, _ in seen}:
-        if kind != "Namespace":
-            yield f"there is no {kind}"
+    optional = {"Namespace", "PersistentVolumeClaim", "PodMonitor", "PrometheusRule"}
+    for kind in KINDS.keys() - optional - {kind for kind, _ in seen}:
+        yield f"there is no {kind}"
 
 
 def names(objects: list[Object]) -> Iterator[str]:
@@ -140,6 +140,9 @@ def selectors(objects: list[Object]) -> Iterator[str]:
     allowed = only(objects, "NetworkPolicy")["spec"]["ingress"][0]["from"]
     if {"podSelector": {"matchLabels": chosen}} not in allowed:
         yield "NetworkPolicy: the pods may not talk to each other"
+    clients = {"podSelector": {"matchLabels": {"embedding-ps/client": "true"}}}
+    if {**clients, "namespaceSelector": {}} not in allowed:
+        yield "NetworkPolicy: clients in other namespaces may not connect"
 
 
 def service(objects: list[Object]) -> Iterator[str]:

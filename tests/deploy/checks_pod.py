@@ -108,10 +108,14 @@ def claims(objects: list[Object]) -> Iterator[str]:
         if each["spec"]["accessModes"] != ["ReadWriteOncePod"]:
             yield f"claim {each['metadata']['name']}: accessModes must be [ReadWriteOncePod]"
         quantity(each["spec"]["resources"]["requests"]["storage"])
-    shared = only(objects, "PersistentVolumeClaim")["spec"]
-    if shared["accessModes"] not in (["ReadWriteMany"], ["ReadWriteOnce"]):
-        yield f"claim for checkpoints: {shared['accessModes']} cannot be shared by pods"
-    quantity(shared["resources"]["requests"]["storage"])
+    shared = [each["spec"] for each in objects if each["kind"] == "PersistentVolumeClaim"]
+    volumes = [v for v in template_of(objects)["spec"]["volumes"] if "persistentVolumeClaim" in v]
+    if len(shared) > 1 or len(shared) != len(volumes):  # 0: checkpoints are in an object store
+        yield f"{len(shared)} claims for checkpoints, but {len(volumes)} volumes of them"
+    for claim in shared:
+        if claim["accessModes"] not in (["ReadWriteMany"], ["ReadWriteOnce"]):
+            yield f"claim for checkpoints: {claim['accessModes']} cannot be shared by pods"
+        quantity(claim["resources"]["requests"]["storage"])
 
 
 def ports(objects: list[Object]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from checks_server import config_of
 from crosscheck import problems
-from rendering import CHART, Object, charted, kustomized, named, parse
+from rendering import CHART, Object, charted, kustomized, named, only, parse
 from schema import violations
 from tools import program
 
@@ -46,6 +46,32 @@ def test_settings_of_a_table_reach_the_server() -> None:
     assert config_of(objects, 0).tables["user"].cache == "lfu"
 
 
+def test_an_object_store_takes_the_place_of_the_claim_for_checkpoints() -> None:
+    objects = parse(charted("--set", "checkpoints.url=s3://bucket/ps"))
+    assert problems(objects) == []
+    assert violations(objects) == []
+    assert config_of(objects, 0).checkpoint_url == "s3://bucket/ps"
+    assert all(each["kind"] != "PersistentVolumeClaim" for each in objects)
+    pod = only(objects, "StatefulSet")["spec"]["template"]["spec"]
+    assert "checkpoints" not in {volume["name"] for volume in pod["volumes"]}
+
+
+def test_helm_keeps_the_settings_of_old_pods_and_the_checkpoints() -> None:
+    kept = {
+        each["kind"]
+        for each in parse(charted())
+        if each["metadata"].get("annotations", {}).get("helm.sh/resource-policy") == "keep"
+    }
+    assert kept == {"ConfigMap", "PersistentVolumeClaim"}
+
+
+def test_alerts_are_about_the_claims_of_the_release() -> None:
+    rules = only(parse(charted(release="click", namespace="models")), "PrometheusRule")
+    text = json.dumps(rules["spec"])
+    assert text.count('namespace=\\"models\\", persistentvolumeclaim=~\\"data-click-.+') == 2
+    assert "data-ps-" not in text
+
+
 def test_storage_classes_are_used() -> None:
     options = ("--set", "data.storageClass=fast,checkpoints.storageClass=shared")
     objects = named(parse(charted(*options)))
@@ -64,6 +90,7 @@ def test_storage_classes_are_used() -> None:
         ("settings.port=7001", "settings"),
         ("image.registry=x", "registry"),
         ("checkpoints.accessMode=ReadWriteOncePod", "accessMode"),
+        ("checkpoints.url=file:///mnt", "url"),
     ],
 )
 def test_an_unknown_or_invalid_value_is_refused(option: str, field: str) -> None:

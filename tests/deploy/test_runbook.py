@@ -149,6 +149,14 @@ def test_broken_revision(desk: Desk) -> None:
         desk.run(command)
     assert all(pod.ready for pod in desk.world.pods.values())
     assert desk.pushes() == 1
+    desk.world.images = {"0.3.0", "0.3.1"}
+    plain = "kubectl apply --server-side -k overlays/production"
+    assert "conflict" in desk.run(plain, fails=True)  # why the runbook has --force-conflicts
+    desk.follow("Start")
+    image = "registry.example.com/embedding-ps:0.3.1"
+    (container,) = desk.world.template()["spec"]["containers"]
+    assert container["image"] == image
+    assert desk.pushes() == 1
 
 
 def test_lost_node(shared: Desk) -> None:

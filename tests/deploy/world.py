@@ -133,6 +133,11 @@ class World:
         count = self._shards(target) if target else 0
         return [f"127.0.0.1:{self.port + number}" for number in range(count)]
 
+    def template(self) -> Object:
+        """Return the pod template of the StatefulSet."""
+        found: Object = self.api.store.get(("StatefulSet", NAMESPACE, SET))["spec"]["template"]
+        return found
+
     def lose(self, node: str) -> None:
         """Let a node fail: its pods die, and nothing on it starts again."""
         with self.api.store.lock:

@@ -12,10 +12,14 @@ labels:
   app.kubernetes.io/part-of: embedding-ps
 {{- end }}
 
-{{/* The file psserver.toml of the kustomize base, with the values shards and settings. */}}
+{{/* The file psserver.toml of the kustomize base, with the values shards, checkpoints.url and
+     settings. */}}
 {{- define "ps.config" -}}
 {{- $shards := printf "shards = %d" (int .Values.shards) -}}
-{{- regexReplaceAll "(?m)^shards = [0-9]+" (.Files.Get "files/psserver.toml") $shards -}}
+{{- $url := .Values.checkpoints.url | default "file:///checkpoints" | toJson -}}
+{{- $file := .Files.Get "files/psserver.toml" -}}
+{{- $file = regexReplaceAll "(?m)^shards = [0-9]+" $file $shards -}}
+{{- $file | replace "\"file:///checkpoints\"" $url -}}
 {{- with .Values.settings }}{{ toToml . }}{{ end -}}
 {{- end }}
 
