@@ -67,6 +67,7 @@ class Discovery:
 
     found   newest answer of each process, by ``Found.process``
     errors  address -> reason why its last question found no shard; "" -> why the look-up failed
+    surplus addresses in ``errors`` whose server belongs to no shard: its number is too large
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Discovery:
         self.name = name
         self.found: dict[tuple[int, str], Found] = {}
         self.errors: dict[str, str] = {}
+        self.surplus: set[str] = set()
         self._options = options
         self._spare = spare
         self._events: SimpleQueue[tuple[str, Any]] = SimpleQueue()
@@ -192,6 +194,7 @@ class Discovery:
         for address in [each for each, at in self._seen.items() if now - at > FORGET_SECONDS]:
             del self._addresses[address], self._seen[address]
             self.errors.pop(address, None)
+            self.surplus.discard(address)
 
     def _ask(self, address: str) -> None:
         """Ask an address for its shard, on a new connection: it may lead to another server."""
@@ -205,6 +208,7 @@ class Discovery:
         channel, asked = self._asking.pop(address, (None, None))
         if channel is None or asked is not call:
             return
+        self.surplus.discard(address)
         try:
             info = pb.GetServerInfoResponse.FromString(channel.result(call))
         except Cancelled:  # by a fork
@@ -212,7 +216,10 @@ class Discovery:
         except grpc.RpcError as error:
             self._heard.add(address)
             self._due[address] = time.monotonic() + LOOK_SECONDS
-            self.errors[address] = str(rpc_error(error, "")).removeprefix(": ")
+            failure = rpc_error(error, "")
+            self.errors[address] = str(failure).removeprefix(": ")
+            if failure.reason == "NOT_A_SHARD":
+                self.surplus.add(address)
         except DecodeError:  # not a shard
             self._heard.add(address)
             self._due[address] = time.monotonic() + LOOK_SECONDS

@@ -26,7 +26,8 @@ ADVICE = {  # by the state of a shard that is not ready
     "starting": "wait; if it takes long, read its log: it replays its version log",
     "draining": "wait until it has stopped and started again",
     "restoring": "wait, or see psctl restore --abort",
-    "misplaced": "list all shards in the order of their numbers, or give the one name of all",
+    "misplaced": "start only as many servers as there are shards; list them in the order of their"
+    " numbers, or give the one name of all",
     "unreachable": "check that its server runs, then the name, the port and the network policy",
 }
 

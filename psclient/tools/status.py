@@ -33,7 +33,8 @@ class ShardStatus:
     """State of one shard. All numbers are None if it did not answer.
 
     state    "ready"; "starting", "draining" or "restoring": it refuses requests for a while;
-             "misplaced": its address is at the wrong position of the list; "unreachable"
+             "misplaced": its address is at the wrong position of the list, or its server belongs
+             to no shard; "unreachable"
     problem  reason why it is not ready; None: it is ready
     """
 
@@ -76,7 +77,8 @@ def status(where: str | Sequence[str], *, timeout: float = 5.0) -> list[ShardSta
 def _behind(name: str, timeout: float) -> list[ShardStatus]:
     """Return the state of every shard behind a DNS name; see ``status``.
 
-    Shards that were not found are "unreachable". If there is none, or more than one cluster, the
+    Shards that were not found are "unreachable". Servers that belong to no shard follow after the
+    shards, and are "misplaced". If there is none, or more than one cluster, the
     list has one item, with the reason.
     """
     if wrong := addresses.problem(name):
@@ -100,7 +102,11 @@ def _behind(name: str, timeout: float) -> list[ShardStatus]:
         ShardStatus(shard=i, address=name, state="unreachable", problem=str(problem)) for i in gone
     ]
     answered = [each.result() for each in asked.values()]
-    return sorted((*answered, *missing), key=lambda each: each.shard)
+    surplus = [
+        ShardStatus(shard=i, address=each, state="misplaced", problem=discovery.errors[each])
+        for i, each in enumerate(sorted(discovery.surplus), shards)
+    ]
+    return sorted((*answered, *missing, *surplus), key=lambda each: each.shard)
 
 
 def _ask(shard: int, shards: int, address: str, timeout: float) -> ShardStatus:

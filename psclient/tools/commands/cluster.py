@@ -51,7 +51,7 @@ def status(
       starting     It loads its data, and refuses requests until it is ready.
       restoring    It is being restored from a checkpoint, and refuses requests.
       draining     It is stopping, and refuses new requests.
-      misplaced    Its address is at the wrong position in --servers.
+      misplaced    Its address is at the wrong position in --servers, or it is one server too many.
       unreachable  It does not answer.
 
     \b

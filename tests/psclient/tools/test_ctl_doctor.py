@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 from fakes import fake_server, info
+from pods import Pod
 from servers import Cluster, free_ports
 from typer.testing import CliRunner
 
+from psclient import discovery
 from psclient.tools import ctl, doctor
 from psclient.tools.commands.shell import Exit
 from psclient.tools.doctor import Finding, examine
-from psclient.tools.status import ShardStatus
+from psclient.tools.status import ShardStatus, status
 from psproto import RELEASE
 from psproto import ps_pb2 as pb
+from psserver.errors import NotAShard
 
 OWN = {"release", "number", "memory", "open files", "processor", "kernels", "disk", "fsync"}
 
@@ -142,6 +145,20 @@ def test_a_shard_whose_checks_take_long() -> None:
     with fake_server(methods | {"CheckpointService/Restore": idle}) as address:
         one = only(examine([address], timeout=0.5), "machine")
     assert (one.state, one.advice) == ("warning", doctor.AGAIN)
+
+
+def test_a_server_too_many_behind_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    pod = Pod("127.0.0.9", free_ports(1), NotAShard(3, 1))
+    with fake_server(answering(time=time.time())) as address:
+        for module in (discovery, doctor):
+            monkeypatch.setattr(module, "look_up", lambda _: [address, pod.address])
+        shards = [(each.address, each.state) for each in status("ps.test:7000")]
+        assert shards == [(address, "ready"), (pod.address, "misplaced")]
+        [one] = [each for each in examine("ps.test:7000") if each.state == "error"]
+    pod.stop()
+    assert (one.shard, one.check) == (1, "shard")
+    assert "this server has number 3, but the cluster has 1 shards" in one.found
+    assert one.advice.startswith("start only as many servers as there are shards")
 
 
 def test_a_socket_has_no_name_to_look_up(tmp_path: Path) -> None:
