@@ -85,6 +85,8 @@ WARM = {
         "test_without_a_data_directory": "every shard gets blocks",
         "test_a_flush_makes_rows_clean": "it counts clean rows in memory",
         "test_a_scan_goes_on": "it measures memory",
+        "test_the_curve_of_an_analysis": "it chooses which rows are in memory",
+        "test_a_key_of_a_pull_or_push": "it chooses which rows are in memory",
     },
     "psserver/test_preloader.py": {
         "test_all_rows_return": "rows that return to memory leave it again",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from stores import schema
 
 from psproto import ps_pb2 as pb
 from psserver.deletion import newest_first, surplus
-from psserver.errors import BadRequest, CheckpointBusy, CheckpointNeeded, Draining
+from psserver.errors import BadRequest, CheckpointBusy, CheckpointNeeded, Draining, UnknownCall
 from storage.errors import StoreFailed, UnknownCheckpoint
 from storage.manifest import MANIFEST
 
@@ -53,6 +54,7 @@ def delete(cluster: Homes, *wanted: str, keep: int = 0, dry_run: bool = False) -
             result.append(error)
 
     other = threading.Thread(target=run)
+    ended = threading.Event()
     if not dry_run:
         other.start()
         while not progress[1].stage and not result:
@@ -63,20 +65,25 @@ def delete(cluster: Homes, *wanted: str, keep: int = 0, dry_run: bool = False) -
         if not dry_run:
             for each in work:
                 each.calls._ended.clear()
-            starter = threading.Timer(0.02, lambda: start(work[0]))
+            starter = threading.Thread(target=start, args=(work[0], ended))
             starter.start()
         return list(work[0].deletion.delete(request, progress[0]).names)
     finally:
+        ended.set()
         if not dry_run:
-            starter.cancel()
+            starter.join()
             progress[1].given_up = True
             other.join()
             for each in work:
                 each.calls._ended.clear()
 
 
-def start(checkpoints: Any) -> None:
-    checkpoints.calls.proceed(pb.ContinueRequest(id=ID, step=Continue.STEP_START))
+def start(checkpoints: Any, ended: threading.Event) -> None:
+    """Let the deletion start, as soon as it waits for that."""
+    while not ended.wait(0.005):
+        with suppress(UnknownCall):
+            checkpoints.calls.proceed(pb.ContinueRequest(id=ID, step=Continue.STEP_START))
+            return
 
 
 # ---- what is deleted
