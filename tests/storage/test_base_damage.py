@@ -263,7 +263,7 @@ def test_every_flipped_byte_is_found_or_changes_nothing(memory: Path) -> None:
     last = (memory / "base" / "last").read_text()
     assert process.returncode == 0, f"status {process.returncode} at (place, mask) {last}"
     found, harmless = json.loads(output)
-    assert found > 2000
+    assert found > 1500
     assert harmless > 500
 
 
