@@ -75,6 +75,9 @@ WARM = {
         "test_a_flush_is_asked_for": "memory is never full of changed rows",
         "test_a_server_that_stops": "nothing is left to flush",
     },
+    "psserver/test_disk_space.py": {
+        "test_a_disk_too_full_to_move_rows": "it chooses when a flush happens",
+    },
     "psserver/test_scrubber.py": {
         "test_rows_that_are_in_memory_too": "no row is in memory too",
     },
