@@ -69,7 +69,7 @@ class TestOneName:
             pushes(copy.copy(client), name)
             child = FORK.Process(target=pushes, args=(client, name))
             child.start()
-            child.join(20)
+            child.join(60)
             assert child.exitcode == 0
 
             async def awaits() -> None:
@@ -107,7 +107,7 @@ class TestOneName:
         client.close()
         child = FORK.Process(target=lambda: pushes(Client(named, timeout=20), name))
         child.start()
-        child.join(20)
+        child.join(60)
         assert child.exitcode == 0
 
     def test_a_name_without_shards(self, named: str) -> None:
