@@ -73,11 +73,10 @@ def flips(directory: str, seed: str, share: str) -> None:
             with Base(path, readonly=True) as base:
                 assert (base.state, listed(base)) == (state(4, list(after)), after), (place, mask)
             harmless += 1
-            os.truncate(path / "data.mdb", len(whole))
-            os.pwrite(file, whole, 0)
         except Corrupt as error:
             found += error.where.startswith(str(path / "data.mdb"))
-            os.pwrite(file, whole[place : place + 1], place)
+        os.truncate(path / "data.mdb", len(whole))
+        os.pwrite(file, whole, 0)  # also what was written before the damage was found
     print(json.dumps([found, harmless]))
 
 
@@ -258,12 +257,12 @@ def test_pages_that_change_while_they_are_checked_are_no_damage(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_every_flipped_byte_is_found_or_changes_nothing(memory: Path) -> None:
-    process = start(__file__, "flips", memory / "base", 11, 0.05)
+    process = start(__file__, "flips", memory / "base", 11, 0.2)
     output, _ = process.communicate(timeout=100)
     last = (memory / "base" / "last").read_text()
     assert process.returncode == 0, f"status {process.returncode} at (place, mask) {last}"
     found, harmless = json.loads(output)
-    assert found > 1500
+    assert found > 2000
     assert harmless > 500
 
 
