@@ -118,3 +118,8 @@ def meta_of(block: Block) -> NDArray[np.uint64]:
     return np.stack(
         [block.keys, block.versions, block.steps.view(np.uint64), block.frequencies], axis=1
     )
+
+
+def places_of(extent: int, *positions: int) -> NDArray[np.int64]:
+    """Return the places of some rows of a block."""
+    return np.array(positions, np.int64) | extent << 16

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from logs import SMALL, Opener, refuse
+from shelves import Shelf
 
 from storage.errors import LogFailed
 from storage.versionlog import VersionLog
@@ -45,3 +46,11 @@ def memory(tmp_path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         yield Path(name)
+
+
+@pytest.fixture
+def shelf(memory: Path) -> Iterator[Shelf]:
+    """Blocks in a base of their own."""
+    shelf = Shelf(memory)
+    yield shelf
+    shelf.close()

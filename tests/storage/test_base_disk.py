@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,21 @@ def fill(base: Base, first: int) -> int:
             base.add(rows(first + i, count=256, width=1000))
         raise AssertionError("the disk never got full")
     return i
+
+
+@contextlib.contextmanager
+def small_disk(directory: Path, size: str) -> Iterator[None]:
+    """Mount a file system in memory at a directory. Skips the test if that is not permitted.
+
+    size  as the mount option of tmpfs, for example "80m"
+    """
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(directory)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(directory)], check=True)
 
 
 def file_limit(directory: str) -> None:
@@ -95,10 +111,7 @@ def test_a_full_disk_changes_nothing(memory: Path) -> None:
 
 
 def test_a_small_disk_that_is_full_changes_nothing(tmp_path: Path) -> None:
-    mount = ["mount", "-t", "tmpfs", "-o", "size=80m", "none", str(tmp_path)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
+    with small_disk(tmp_path, "80m"):
         with Base(tmp_path / "base") as base:
             first = state(1, [base.add(rows(i)) for i in range(3)])
             base.commit(first)
@@ -112,8 +125,6 @@ def test_a_small_disk_that_is_full_changes_nothing(tmp_path: Path) -> None:
             base.commit(state(2, [*first.blocks, base.add(rows(9))]))
             assert listed(base).items() > expected.items()
         assert verify_pages(str(tmp_path / "base")) == []
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 # ---- a process that is killed
@@ -189,16 +200,10 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_many_blocks_of_a_failed_flush_are_deleted_from_a_full_disk(tmp_path: Path) -> None:
-    mount = ["mount", "-t", "tmpfs", "-o", "size=820500k", "none", str(tmp_path)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
-        with Base(tmp_path / "base") as base:
-            first = state(1, [base.add(rows(0))])
-            base.commit(first)
-            assert fill(base, 100) > 700  # the list of their free pages exceeds the spare file
-            base.discard()
-            assert base.bytes < 64 << 20
-            base.commit(state(2, [*first.blocks, base.add(rows(1))]))
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+    with small_disk(tmp_path, "820500k"), Base(tmp_path / "base") as base:
+        first = state(1, [base.add(rows(0))])
+        base.commit(first)
+        assert fill(base, 100) > 700  # the list of their free pages exceeds the spare file
+        base.discard()
+        assert base.bytes < 64 << 20
+        base.commit(state(2, [*first.blocks, base.add(rows(1))]))
