@@ -107,7 +107,7 @@ class Report:
     def note(self, text: str) -> None:
         """Print a line of text, and add it to the results."""
         self._sections.setdefault("notes", []).append({"note": text})
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False)
 
     def close(self) -> None:
         """Print the run time and the processor time taken by the host; write the JSON file."""

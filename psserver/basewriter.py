@@ -51,12 +51,7 @@ from psserver.packing import dirty_blocks
 from psserver.shard import Shard
 from storage.base import Base
 from storage.basestate import BaseState
-from storage.block import (
-    BLOCK_BYTES,
-    Block,
-    rows_over,
-    rows_per_block,
-)
+from storage.block import BLOCK_BYTES, Block, rows_over, rows_per_block
 from storage.damage import examine
 from storage.directory import BlockEntry, Zones
 from storage.directory import pack as pack_directory
