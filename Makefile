@@ -5,22 +5,30 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c con
 RUN = .venv/bin/python
 PARALLEL = -n auto --maxprocesses 8 --dist worksteal  # each process has servers of its own
 
+# Run tests. Those that fail run once more, alone, and are named; a second failure counts.
+define pytest
+$(RUN) -m pytest $(1) $(2) || $(RUN) -m pytest $(1) -v --last-failed --last-failed-no-failures none
+endef
+
 unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of Python processes
 
-.PHONY: demo test quick cold check manifests image pods bench proto clean
+.PHONY: demo test quick cold slow check manifests image pods bench proto clean
 
 demo: .venv/server  ## a local cluster and a model that learns from a click stream
 	$(RUN) examples/clickstream.py
 
-test: quick cold  ## every test; the slow ones, which kill processes and fill disks, one at a time
-	$(RUN) -m pytest -m slow
+test: quick cold slow  ## every test
 
 quick: .venv/dev  ## the tests to run all day
-	$(RUN) -m pytest -m "not slow" $(PARALLEL)
+	$(call pytest,-m "not slow",$(PARALLEL))
 
 cold: .venv/dev  ## the tests of shards again, while nearly all rows are on disk
-	$(RUN) -m pytest --cold -m "not slow" $(PARALLEL)
-	$(RUN) -m pytest --cold -m slow tests/cluster
+	$(call pytest,--cold -m "not slow",$(PARALLEL))
+	$(call pytest,--cold -m slow tests/cluster,$(PARALLEL))
+
+slow: .venv/dev  ## tests that kill processes, fill disks and start pods
+	$(call pytest,-m slow --ignore tests/deploy,$(PARALLEL))
+	$(call pytest,-m slow tests/deploy)
 
 check: .venv/dev .venv/proto manifests  ## format, lint, types, layering, generated code, manifests
 	$(RUN) -m ruff format --check .

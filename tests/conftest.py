@@ -106,7 +106,7 @@ def connect() -> Iterator[Callable[..., Client]]:
     with ExitStack() as stack:
 
         def make(cluster: Cluster, **options: object) -> Client:
-            client = Client(cluster.addresses, **{"timeout": 20.0, **options})  # type: ignore[arg-type]
+            client = Client(cluster.addresses, **{"timeout": 60.0, **options})  # type: ignore[arg-type]
             stack.callback(client.close)
             return client
 

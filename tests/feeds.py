@@ -262,7 +262,7 @@ class Reader:
 
     async def _take(self) -> codec.Delta:
         get = asyncio.create_task(self._messages.get())
-        await asyncio.wait({get, self.task}, return_when=asyncio.FIRST_COMPLETED, timeout=20)
+        await asyncio.wait({get, self.task}, return_when=asyncio.FIRST_COMPLETED, timeout=60)
         if not get.done():
             get.cancel()
             self.task.result()

@@ -77,7 +77,7 @@ MAKERS: dict[str, Callable[[Client, str], Any]] = {
 
 def awaited(client: Client, name: str) -> tuple[AsyncClient, AsyncTable]:
     """An AsyncClient of the same cluster that has been used, and its table."""
-    made = AsyncClient(client._addresses, timeout=20.0)
+    made = AsyncClient(client._addresses, timeout=60.0)
 
     async def use() -> AsyncTable:
         table = await made.create_table(name, DIM, optimizer="sgd", lr=1.0, initializer="zeros")

@@ -50,7 +50,7 @@ def free_ports(count: int) -> int:
     raise OSError(f"found no {count} consecutive free ports")
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+def eventually(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     """Wait until ``condition()`` is true, and return its value. Fail after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

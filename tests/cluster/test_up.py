@@ -279,7 +279,7 @@ class TestServe:
                 PSCONFIG_PORT=str(port + 1),
                 PSCONFIG_MAX_KEYS="22",
             ),
-            Client([f"127.0.0.1:{port + 2}"], timeout=20) as client,
+            Client([f"127.0.0.1:{port + 2}"], timeout=60) as client,
         ):
             client.list_tables()
             cluster = client._connect()

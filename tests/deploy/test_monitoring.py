@@ -60,7 +60,7 @@ def metrics_of(expression: str) -> set[str]:
 @pytest.fixture(scope="module")
 def exposed(cluster1: Cluster) -> dict[str, set[str]]:
     """The metrics of a server that has a table and served requests, and the labels of each."""
-    with Client(cluster1.addresses, timeout=20) as client:
+    with Client(cluster1.addresses, timeout=60) as client:
         table = client.create_table("monitored", dim=4, optimizer="sgd", lr=0.1)
         keys = np.arange(10)
         table.push(keys, np.ones((10, 4), np.float32))

@@ -125,7 +125,7 @@ class World:
 
     def client(self, **options: Any) -> Client:
         """Return a client of all shards."""
-        return Client(self.servers(), **{"timeout": 20.0, **options})
+        return Client(self.servers(), **{"timeout": 60.0, **options})
 
     def servers(self) -> list[str]:
         """Return the addresses of all shards, in order."""

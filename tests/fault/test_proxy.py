@@ -102,7 +102,7 @@ def test_a_push_that_arrives_twice_is_applied_once(cluster2: Cluster, name: str)
 def test_a_network_that_holds_everything_ends_in_an_error_at_the_deadline(
     proxies: list[Proxy], name: str
 ) -> None:
-    with through(proxies, timeout=20.0) as client:
+    with through(proxies, timeout=60.0) as client:
         client.create_table(name, 2)
     with through(proxies, timeout=1.5) as client:
         table = client.table(name)

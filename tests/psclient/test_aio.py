@@ -21,7 +21,7 @@ from psclient.errors import (
 class TestAsyncio:
     def test_pulls_and_pushes_run_concurrently(self, cluster: Cluster, name: str) -> None:
         async def train() -> np.ndarray:
-            async with AsyncClient(cluster.addresses, timeout=20.0) as ps:
+            async with AsyncClient(cluster.addresses, timeout=60.0) as ps:
                 table = await ps.create_table(
                     name, DIM, optimizer="sgd", lr=1.0, initializer="zeros"
                 )
@@ -49,7 +49,7 @@ class TestAsyncio:
 
     def test_deletes_barriers_and_durability(self, cluster: Cluster, name: str) -> None:
         async def work() -> None:
-            async with AsyncClient(cluster.addresses, timeout=20.0) as ps:
+            async with AsyncClient(cluster.addresses, timeout=60.0) as ps:
                 table = await ps.create_table(name, DIM)
                 await table.push(np.arange(50), np.ones((50, DIM), np.float32))
                 assert await table.delete(np.arange(40)) == 40

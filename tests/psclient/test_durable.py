@@ -47,10 +47,10 @@ def forgetful() -> Iterator[Client]:
     with serve("--port", str(port), "--metrics-port", "0") as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        with Client([f"127.0.0.1:{port}"], timeout=20.0) as client:
+        with Client([f"127.0.0.1:{port}"], timeout=60.0) as client:
             yield client
         process.terminate()
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
 
 
 # ---- durability
@@ -182,7 +182,7 @@ def test_a_delete_from_an_unknown_table_is_refused(client: Client, name: str) ->
 def test_a_delete_larger_than_a_message_is_sent_in_parts(start_cluster: Any, name: str) -> None:
     cluster = start_cluster(2, "--max-message-bytes", "65536", "--max-keys", "5000")
     keys = np.arange(40_000)
-    with Client(cluster.addresses, timeout=20.0) as client:
+    with Client(cluster.addresses, timeout=60.0) as client:
         rows = plain(client, name)
         rows.push(keys, ones(len(keys)))
         assert rows.delete(keys[:-1]) == len(keys) - 1

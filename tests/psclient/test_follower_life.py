@@ -22,7 +22,7 @@ from psclient.versions import History
 FORK = multiprocessing.get_context("fork")
 DIM = 4
 pytestmark = [
-    pytest.mark.timeout(60),
+    pytest.mark.timeout(240),
     pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning"),
 ]
 

@@ -31,7 +31,7 @@ def test_clients_that_are_forgotten_leave_no_threads(
     addresses: list[str], name: str, transport: Any
 ) -> None:
     def forget() -> weakref.ref[Client]:
-        client = Client(addresses, transport=transport, timeout=20.0)
+        client = Client(addresses, transport=transport, timeout=60.0)
         table = summing(client, name)
         table.push([1], np.ones((1, DIM), np.float32))
         table.start_pull([1]).result()
@@ -50,7 +50,7 @@ def test_clients_that_are_forgotten_leave_no_threads(
 @alone
 def test_asyncio_clients_that_are_forgotten_leave_no_threads(addresses: list[str]) -> None:
     def forget() -> None:
-        client = AsyncClient(addresses, timeout=20.0)
+        client = AsyncClient(addresses, timeout=60.0)
         asyncio.run(client.list_tables())
 
     forget()

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from psclient import Client, PsError, Table
 
 pytestmark = [
-    pytest.mark.timeout(60),
+    pytest.mark.timeout(240),
     pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning"),  # from Python 3.12 on
 ]
 FORK = multiprocessing.get_context("fork")

@@ -84,7 +84,7 @@ class TestAddresses:
     def test_in_another_order_are_refused(self, cluster2: Cluster) -> None:
         first, second = cluster2.addresses
         with (
-            Client([second, first], timeout=20) as client,
+            Client([second, first], timeout=60) as client,
             pytest.raises(InvalidArgument) as caught,
         ):
             client.list_tables()
@@ -97,7 +97,7 @@ class TestAddresses:
         first, second = cluster2.addresses
         for given in ([first], [first, second, second]):
             with (
-                Client(given, timeout=20) as client,
+                Client(given, timeout=60) as client,
                 pytest.raises(InvalidArgument) as caught,
             ):
                 client.list_tables()

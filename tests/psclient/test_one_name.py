@@ -60,7 +60,7 @@ def pushes(client: Client, table: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 class TestOneName:
     def test_every_kind_of_client_finds_all_shards(self, named: str, name: str) -> None:
-        with Client(named, timeout=20) as client:
+        with Client(named, timeout=60) as client:
             table = summing(client, name, 1)
             pushes(client, name)
             again = pickle.loads(pickle.dumps(client))  # noqa: S301
@@ -73,14 +73,14 @@ class TestOneName:
             assert child.exitcode == 0
 
             async def awaits() -> None:
-                async with AsyncClient(named, timeout=20) as other:
+                async with AsyncClient(named, timeout=60) as other:
                     await other.push({name: (KEYS, ONES)})
 
             asyncio.run(awaits())
             assert_array_equal(table.pull(KEYS), -5 * ONES)
             for where in (named, client):
                 with Follower(where, tables=[name]) as follower:
-                    follower.wait_for(client.wait_durable(), timeout=20)
+                    follower.wait_for(client.wait_durable(), timeout=60)
                     assert_array_equal(follower.pull(name, KEYS), -5 * ONES)
                 with Subscriber(where, tables=[name]) as changes:
                     found = [changes.next(20) for _ in range(2)]
@@ -96,16 +96,16 @@ class TestOneName:
         self, cluster2: Cluster
     ) -> None:
         port = cluster2.port
-        with Client([f"localhost:{port}"], timeout=20) as client:
+        with Client([f"localhost:{port}"], timeout=60) as client:
             text = f"pass 'localhost:{port}', not in a list"
             with pytest.raises(InvalidArgument, match=text):
                 client.list_tables()
 
     def test_a_fork_before_the_first_use(self, named: str, name: str) -> None:
-        client = Client(named, timeout=20)
+        client = Client(named, timeout=60)
         summing(client, name, 1)
         client.close()
-        child = FORK.Process(target=lambda: pushes(Client(named, timeout=20), name))
+        child = FORK.Process(target=lambda: pushes(Client(named, timeout=60), name))
         child.start()
         child.join(60)
         assert child.exitcode == 0

@@ -36,7 +36,7 @@ from psclient.errors import InvalidArgument, PsError
 from psclient.torch import Embedding, EmbeddingGroup
 
 pytestmark = [
-    pytest.mark.timeout(90),
+    pytest.mark.timeout(240),
     pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning"),
 ]
 FORK = multiprocessing.get_context("fork")
@@ -232,7 +232,7 @@ def test_a_data_loader_with_spawned_workers_pulls(
 
 
 def test_a_request_in_flight_keeps_its_client(cluster2: Cluster, name: str) -> None:
-    pending = summing(Client(cluster2.addresses, timeout=20.0), name).start_pull([1])
+    pending = summing(Client(cluster2.addresses, timeout=60.0), name).start_pull([1])
     gc.collect()
     time.sleep(0.3)
     assert_array_equal(pending.result(), np.zeros((1, DIM), np.float32))
@@ -256,7 +256,7 @@ def test_a_closed_client_can_be_closed_in_a_child_and_again(
 
 def test_an_async_table_knows_its_client(cluster2: Cluster, name: str) -> None:
     async def make() -> AsyncTable:
-        async with AsyncClient(cluster2.addresses, timeout=20.0) as client:
+        async with AsyncClient(cluster2.addresses, timeout=60.0) as client:
             table = await client.create_table(name, DIM)
             assert table.client is client
             await client.close()

@@ -55,7 +55,7 @@ async def outcome(channel: grpc.aio.Channel, value: str) -> dict[str, tuple[str,
         ("grpc.health.v1.Health/Check", "unary_unary"),
     ):
         request: Any = () if kind == "stream_stream" else (b"",)
-        call = getattr(channel, kind)(f"/{method}")(*request, metadata=metadata, timeout=20)
+        call = getattr(channel, kind)(f"/{method}")(*request, metadata=metadata, timeout=60)
         if kind == "stream_stream":
             await call.done_writing()
         code, info = await call.code(), explained(await call.trailing_metadata())

@@ -27,7 +27,7 @@ READY = ("ps_ready", Labels())
 
 def healthy(channel: grpc.Channel, name: str) -> int:
     request = health_pb2.HealthCheckRequest(service=name)
-    return int(health_pb2_grpc.HealthStub(channel).Check(request, timeout=5).status)
+    return int(health_pb2_grpc.HealthStub(channel).Check(request, timeout=60).status)
 
 
 def reason(error: grpc.RpcError) -> tuple[str, dict[str, str]]:
@@ -50,7 +50,7 @@ def test_it_says_what_to_do_and_serves_nothing(tmp_path: Path) -> None:
             assert healthy(channel, "readiness") != serving
             for call in CALLS:
                 with pytest.raises(grpc.RpcError) as caught:
-                    channel.unary_unary(f"/ps.v1.{call}")(b"", timeout=5)
+                    channel.unary_unary(f"/ps.v1.{call}")(b"", timeout=60)
                 assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
                 assert reason(caught.value) == ("NOT_A_SHARD", {"shard": "3", "shards": "3"})
         assert scrape(port + 1)[READY] == 0
@@ -59,7 +59,7 @@ def test_it_says_what_to_do_and_serves_nothing(tmp_path: Path) -> None:
         assert "kubectl scale --replicas=3" in str(found.problem)
     finally:
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "")
     said = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
     advice = next(each["advice"] for each in said if each["event"] == "not a shard of the cluster")

