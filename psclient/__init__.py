@@ -46,7 +46,6 @@ hashtable.py   kernels that find, write and remove rows by key
 copies.py      copy in memory of one table's rows on one shard
 replica.py     copies in memory of all tables of one shard
 follower.py    copies in memory of tables of all shards, kept up to date
-torch.py       PyTorch modules (imported on demand)
 calls.py       unary and streaming calls to all shards, which may take hours
 checkpoints.py  take, list and verify checkpoints
 pruning.py     delete checkpoints
@@ -54,6 +53,16 @@ restores.py    restore a cluster from a checkpoint
 rows.py        read and write whole rows of a table
 repairs.py     verify live rows on disk, and replace those that cannot be read
 admin.py       all functions of the five files above (imported on demand)
+
+PyTorch modules (imported on demand):
+
+torch/gradients.py  rows that a forward pass pulled, and the push of their gradients
+torch/feature.py    base classes of the modules, and the pull of a batch
+torch/embedding.py  Embedding
+torch/bag.py        EmbeddingBag
+torch/multihash.py  MultiHashEmbedding
+torch/mixed.py      MixedDimensionEmbedding
+torch/group.py      EmbeddingGroup
 
 None of the following is imported by the client:
 

@@ -41,9 +41,14 @@ def public_classes() -> dict[str, type]:
         found |= {
             name: each
             for name, each in vars(module).items()
-            if inspect.isclass(each) and each.__module__ == module.__name__ and name[0] != "_"
+            if inspect.isclass(each) and _in(module.__name__, each) and name[0] != "_"
         }
     return {name: each for name, each in found.items() if inspect.isclass(each)}
+
+
+def _in(module: str, each: type) -> bool:
+    """Whether a class is defined in a module, or in a file of it if it is a package."""
+    return f"{each.__module__}.".startswith(f"{module}.")
 
 
 def two(client: Client, name: str) -> list[Table]:

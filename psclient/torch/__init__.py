@@ -1,0 +1,39 @@
+"""PyTorch modules whose rows are stored on the servers.
+
+    group = EmbeddingGroup(client, {"user": EmbeddingBag(users), "item": Embedding(items)})
+    out = group({"user": user_keys, "item": item_keys})   # one round trip
+    loss(out).backward()
+    group.step(step)                                      # one round trip
+
+A forward pass pulls one row for each distinct key into a leaf tensor. Autograd sums the gradients
+of equal keys in this tensor, and ``step`` pushes them to the servers, whose optimizer applies them.
+The modules have no parameters, and their ``state_dict`` contains no rows. Modules of a group may
+share a table. MultiHashEmbedding and MixedDimensionEmbedding combine rows of several tables.
+
+Under ``torch.no_grad()`` no gradients are collected. In ``eval()`` mode, keys without a row get the
+table's serving_default. Pickling a module keeps its client's addresses and options; the unpickled
+module opens its own connections. A deep copy shares the client. Neither includes gradients
+collected so far.
+
+gradients.py  rows that a forward pass pulled, and the push of their gradients
+feature.py    base classes of the modules, and the pull of a batch
+embedding.py  Embedding
+bag.py        EmbeddingBag
+multihash.py  MultiHashEmbedding
+mixed.py      MixedDimensionEmbedding
+group.py      EmbeddingGroup
+"""
+
+from psclient.torch.bag import EmbeddingBag
+from psclient.torch.embedding import Embedding
+from psclient.torch.group import EmbeddingGroup
+from psclient.torch.mixed import MixedDimensionEmbedding
+from psclient.torch.multihash import MultiHashEmbedding
+
+__all__ = [
+    "Embedding",
+    "EmbeddingBag",
+    "EmbeddingGroup",
+    "MixedDimensionEmbedding",
+    "MultiHashEmbedding",
+]
