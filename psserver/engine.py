@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 from psserver.busypoll import BusyPoll
 from psserver.errors import DeadlinePassed
 from psserver.loops import post
+from storage.threads import Background
 
 Result = TypeVar("Result")
 _Job = tuple[Callable[[], Any], float, "asyncio.Future[Any] | None"]
@@ -48,7 +49,7 @@ class Engine:
         self._counting = threading.Lock()
         self._unfinished = 0  # calls submitted and not finished
         self._turn = threading.Lock()  # held by the thread that runs a call
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = Background("engine", self._run)
 
     def open(self, loop: asyncio.AbstractEventLoop, busy_poll: float = 0.0) -> None:
         """Start the thread.

@@ -21,6 +21,7 @@ from psserver.errors import Draining
 from psserver.pinned import PinnedBase
 from psserver.shard import Shard
 from storage.errors import Corrupt, DiskFull, LogFailed
+from storage.threads import Background
 from storage.versionlog import VersionLog
 
 PAUSE_SECONDS = 0.2  # least time between a flush that failed and the next
@@ -71,7 +72,7 @@ class Flusher:
         self._turn = threading.Lock()  # held during a flush
         self._wanted = threading.Event()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="flusher", daemon=True)
+        self._thread = Background("flusher", self._run)
         writer.stop, writer.hurry = self._stop.is_set, self._wanted.is_set
         shard.on_pressure(self.ask)
 

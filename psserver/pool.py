@@ -10,6 +10,8 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from storage.threads import Background
+
 Result = TypeVar("Result")
 _Job = tuple["Future[Any]", Callable[[], Any]]
 
@@ -32,7 +34,7 @@ class Pool(Executor):
         """Queue a call for a thread; return the future of its result. Any thread may call this."""
         with self._starting:
             if len(self._threads) < self._most:
-                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                thread = Background(self._name, self._run)
                 self._threads.append(thread)
                 thread.start()
         future: Future[Result] = Future()

@@ -16,6 +16,7 @@ import structlog
 from psserver.engine import Engine
 from psserver.preloads import Preloads
 from storage.errors import Corrupt, OutOfMemory
+from storage.threads import Background
 
 SHARE = 0.2  # share of the engine's time
 ALL = (1 << 48) - 1  # the largest version
@@ -30,7 +31,7 @@ class Preloader:
         self._preloads = preloads
         self._engine = engine
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="preloader", daemon=True)
+        self._thread = Background("preloader", self._run)
 
     def open(self) -> None:
         """Start the thread. It ends when all tables are loaded."""

@@ -24,6 +24,7 @@ from psserver.flusher import Flusher
 from psserver.work import Progress
 from storage.blockcheck import BlockCheck
 from storage.damage import Damage
+from storage.threads import Background
 
 LONGEST = 60.0  # seconds between two looks at how many blocks there are
 
@@ -47,7 +48,7 @@ class Scrubber:
         self._seconds = seconds
         self._stop = threading.Event()
         self._turn = threading.Lock()  # held while a block is verified
-        self._thread = threading.Thread(target=self._run, name="scrubber", daemon=True)
+        self._thread = Background("scrubber", self._run)
 
     def open(self) -> None:
         """Start the thread."""

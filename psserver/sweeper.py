@@ -21,6 +21,7 @@ from psserver.engine import Engine
 from psserver.errors import Draining, Overloaded
 from psserver.shard import Shard
 from storage.errors import DiskFull, LogFailed
+from storage.threads import Background
 
 IDLE_SECONDS = 0.1  # seconds until the next check, if no sweep was due
 FULL_SECONDS = 1.0  # seconds until the next try after an error, such as a full disk
@@ -37,7 +38,7 @@ class Sweeper:
         self._engine = engine
         self._stop = threading.Event()
         self._on_demand = threading.Lock()  # locked by a sweep on demand
-        self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
+        self._thread = Background("sweeper", self._run)
 
     def open(self) -> None:
         """Start the thread of background eviction."""

@@ -17,6 +17,7 @@ adagrad.py       Adagrad, row-wise Adagrad, AdagradDecay
 adam.py          Adam, AdamW, AdamAsync
 ftrl.py          FTRL and group FTRL
 optimizers.py    all optimizers by name
+threads.py       background threads that the system shows by name
 disk.py          system calls that write; names and files that survive a power failure
 segment.py       one file of the version log, made of frames
 tail.py          the end of a segment: torn tail or damage

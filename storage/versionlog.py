@@ -32,6 +32,7 @@ from storage.history import History, draw_epoch
 from storage.logfiles import Append, LogFiles, SegmentFile, uncache
 from storage.logprogress import LogProgress
 from storage.segment import HEADER, MAX_PAYLOAD, Frame, Part, encode, frame_bytes
+from storage.threads import Background
 
 SEGMENT_BYTES = 256 << 20
 SYNC_SECONDS = 0.02
@@ -73,11 +74,11 @@ class VersionLog:
         # the log thread's
         self._handed = 0  # bytes since opening
         self._spare_refused = False  # preallocating this segment's successor failed
-        self._thread = threading.Thread(target=self._run, name="version log", daemon=True)
+        self._thread = Background("version log", self._run)
 
         # the sync thread's
         self._syncing = threading.Lock()  # held while a segment is synced or replaced
-        self._syncer = threading.Thread(target=self._keep_synced, name="log sync", daemon=True)
+        self._syncer = Background("log sync", self._keep_synced)
 
         # shared, under the lock
         self._progress = LogProgress(sync_seconds)
