@@ -18,6 +18,7 @@ checkpoint.py   cost of checkpoints, speed of restore and replay
 eviction.py     cost of eviction in the background
 analyze.py      cost of an analysis
 tierservice.py  pulls and training steps of tables that are larger than memory
+threads.py      processor time of a server, by thread
 tierbudget.py   memory and disk of a server with more rows than fit into memory
 tierlatency.py  pulls of rows in memory while the server uses the disk
 tiers.py        tables that are larger than memory: all of the above, and other stores

@@ -15,7 +15,7 @@ from benchmarks.disk import size_of
 from benchmarks.report import Report
 from benchmarks.servers import Server, unshared
 from benchmarks.step import CHUNK
-from benchmarks.tierservice import DIM, SLOT_BYTES, WIDTH, Trainer, fill
+from benchmarks.tierservice import DIM, SLOT_BYTES, STEP, WIDTH, Trainer, fill
 from benchmarks.work import Draws, Work, keys_of
 from psclient import Client, Subscriber, Table
 
@@ -100,7 +100,7 @@ def growth(report: Report, directory: Path, quick: bool) -> None:
         client = stack.enter_context(Client([server.address], timeout=120.0))
         table = client.create_table("rows", DIM, lr=0.05)
         fill(table, draws.hottest)
-        trainer = Trainer(table, draws, False)
+        trainer = Trainer(client, table, draws, False)
         lines.append(_churn("no snapshot", server, trainer, rows, seconds))
         subscriber = stack.enter_context(Subscriber(client, start="snapshot"))
         next(iter(subscriber))  # and no further: the snapshot stays open
@@ -120,7 +120,7 @@ def _churn(name: str, server: Server, trainer: Trainer, rows: int, seconds: floa
     looking.start()
     try:
         while time.perf_counter() < end:
-            trainer.turn("step", SAMPLE, measured=False)
+            trainer.turn(STEP, SAMPLE, measured=False)
             steps += SAMPLE
     finally:
         stop.set()

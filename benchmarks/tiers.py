@@ -246,10 +246,24 @@ def main(words: Sequence[str] | None = None) -> None:
         action="append",
         help="Run only this section; may be repeated. Default: all.",
     )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        help="Number of rows of all sections but budget and disk. Default: 5 million; section"
+        " service 10 million. With --quick, a tenth of that.",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="PERCENT",
+        help="Section service: host memory has room for this part of the rows, and the work is"
+        " training steps with Zipf 1.05. Default: several budgets, distributions and kinds of"
+        " work.",
+    )
     add_directory(parser)
     options = parser.parse_args(words)
     report, quick = Report("tiers", options.json), options.quick
-    rows = 500_000 if quick else 5_000_000
+    rows = options.rows or (500_000 if quick else 5_000_000)
     for section in options.only or SECTIONS:
         with tempfile.TemporaryDirectory(prefix="ps-bench-", dir=options.directory) as name:
             directory = Path(name)
@@ -261,13 +275,14 @@ def main(words: Sequence[str] | None = None) -> None:
                 case "memory":
                     memory(report, directory, rows)
                 case "service":
-                    tierservice.run(report, directory, quick)
+                    size = tierservice.chosen(quick, options.rows, options.budget)
+                    tierservice.run(report, directory, size)
                 case "budget":
                     tierbudget.budget(report, directory, quick)
                 case "disk":
                     tierbudget.growth(report, directory, quick)
                 case _:
-                    tierlatency.run(report, directory, quick)
+                    tierlatency.run(report, directory, quick, rows)
     report.close()
 
 

@@ -4,12 +4,16 @@ Two servers have equal tables, and do the same kind of work in alternating turns
 has all rows in host memory. The *limited* server has room for a part of them; all others are on
 disk only. Both write a log and flush. The work draws new batches without end: a repeated batch
 would find all its rows in memory.
+
+A trainer that computes nothing between two steps leaves a prefetch no time. So there is also a
+trainer that computes; its computation is not part of the measured times.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +23,9 @@ import numpy as np
 from benchmarks.report import Report, milliseconds
 from benchmarks.servers import Server
 from benchmarks.step import CHUNK
+from benchmarks.threads import Clock, Use, cores, spent, spread
 from benchmarks.work import Draws, Ids, Rows, Work, keys_of
-from psclient import Client, Table
+from psclient import Batch, Client, Table
 
 DIM = 32
 WIDTH = 2 * DIM  # embedding and Adagrad's state
@@ -30,9 +35,22 @@ FLUSH_SECONDS = 10.0
 UNIFORM = 0.0  # "exponent" with which all ids are equally frequent
 NEW = 1 << 40  # first id of the keys that no batch of the work contains
 
-PULL, STEP, CHURN = "pull", "step", "step, 5 % new keys"
-KINDS = {PULL: 0.0, STEP: 0.0, CHURN: 0.05}  # share of the ids that are new in each batch
+
+class Kind(NamedTuple):
+    """What a trainer does in each step."""
+
+    name: str
+    push: bool = True  # an exchange; else only a pull
+    fresh: float = 0.0  # share of the ids that are new in each batch
+    compute: float = 0.0  # seconds for which it computes between two steps
+
+
+STEP = Kind("step")
+COMPUTING = Kind("step, computes 7 ms", compute=0.007)
+PULL = Kind("pull", push=False)
+CHURN = Kind("step, 5 % new keys", fresh=0.05)
 TARGETS = {False: 0.6, True: 0.8}  # ratio for a step, budget 10 %, Zipf 1.05; by prefetch
+WHOLE, LIMITED, PREFETCH = "whole", "limited", "limited, prefetch"  # trainers
 
 
 class Size(NamedTuple):
@@ -41,56 +59,92 @@ class Size(NamedTuple):
     rows: int
     shares: tuple[float, ...]  # of the rows for which the limited server has room
     zipf: tuple[float, ...]  # exponents
+    kinds: tuple[Kind, ...]
     warm: int  # steps after a change of the work, which are not measured
     turns: int
     steps: int  # per turn
 
 
-FULL = Size(10_000_000, (1.0, 0.5, 0.1, 0.02), (0.99, 1.05, 1.2, UNIFORM), 400, 6, 50)
-QUICK = Size(1_000_000, (0.1,), (1.05, UNIFORM), 100, 2, 30)
+KINDS = STEP, COMPUTING, PULL, CHURN
+FULL = Size(10_000_000, (1.0, 0.5, 0.1, 0.02), (0.99, 1.05, 1.2, UNIFORM), KINDS, 400, 6, 50)
+QUICK = Size(1_000_000, (0.1,), (1.05, UNIFORM), KINDS, 100, 2, 30)
+LONG = 12  # turns if there is only one budget
+
+
+def chosen(quick: bool, rows: int | None, percent: float | None) -> Size:
+    """Return the amount of work.
+
+    rows     of the table; None: the default
+    percent  of the rows for which the limited server has room; then training steps with Zipf 1.05
+             are the only work. None: all shares and all kinds of work
+    """
+    size = QUICK if quick else FULL
+    if rows is not None:
+        size = size._replace(rows=rows)
+    if percent is not None:
+        size = size._replace(shares=(percent / 100,), zipf=(1.05,), kinds=(STEP, COMPUTING))
+        size = size._replace(warm=FULL.warm, turns=LONG)
+    return size
 
 
 class Trainer:
     """Does pulls and training steps on one table.
 
-    table  the table, filled
+    client    of the table
+    table     filled
     prefetch  ask for the rows of a batch one step before they are needed
     """
 
-    def __init__(self, table: Table, draws: Draws, prefetch: bool) -> None:
+    def __init__(self, client: Client, table: Table, draws: Draws, prefetch: bool) -> None:
         self.table = table
-        self.times: list[float] = []  # seconds of each measured step
-        self._draws, self._prefetch = draws, prefetch
+        self.times: list[float] = []  # seconds of each measured step, without its computation
+        self.clock = Clock()  # of the measured steps
+        self._client, self._draws, self._prefetch = client, draws, prefetch
         self._gradients = np.random.default_rng(0).standard_normal((CHUNK, DIM), dtype=np.float32)
         self._fresh = NEW + prefetch * (NEW >> 1)
         self._step = 0
 
-    def turn(self, kind: str, steps: int, measured: bool) -> None:
-        """Do ``steps`` pulls or training steps of one kind, a key of KINDS."""
-        last, current = self._batch(kind), self._batch(kind)
+    def turn(self, kind: Kind, steps: int, measured: bool) -> None:
+        """Do ``steps`` pulls or training steps of one kind."""
+        last, current = (self._client.batch(self._keys(kind)) for _ in range(2))
         for _ in range(steps):
-            following = self._batch(kind)
-            start = time.perf_counter()
-            if self._prefetch:
-                self.table.prefetch(following)
-            if kind == PULL:
-                self.table.pull(current)
-            else:
-                push = last, self._gradients[: len(last)]
-                self.table.exchange(current, push, step=self._step)
+            keys, clock = self._keys(kind), Clock()
+            with clock:
+                following = self._work(kind, last, current, keys)
             if measured:
-                self.times.append(time.perf_counter() - start)
+                self.times.append(clock.wall)
+                self.clock.add(clock)
+            compute(self._gradients, kind.compute)
             last, current = current, following
             self._step += 1
 
-    def _batch(self, kind: str) -> Ids:
+    def _work(self, kind: Kind, last: Batch, current: Batch, keys: Ids) -> Batch:
+        """Do one step. Returns the batch of the next step, whose keys are ``keys``."""
+        following = self._client.batch(keys)
+        if self._prefetch:
+            self.table.prefetch(following)
+        if kind.push:
+            push = last, self._gradients[: len(last)]
+            self.table.exchange(current, push, step=self._step)
+        else:
+            self.table.pull(current)
+        return following
+
+    def _keys(self, kind: Kind) -> Ids:
         """Return the distinct keys of the next batch."""
         ids = self._draws.ids()
-        fresh = int(KINDS[kind] * len(ids))
+        fresh = int(kind.fresh * len(ids))
         if fresh:
             ids[:fresh] = np.arange(self._fresh, self._fresh + fresh)
             self._fresh += fresh
         return keys_of(np.unique(ids))
+
+
+def compute(numbers: Rows, seconds: float) -> None:
+    """Compute on one core for a time, as a model does between two steps."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        np.tanh(numbers[:1000])
 
 
 def fill(table: Table, hottest: Ids) -> None:
@@ -98,7 +152,7 @@ def fill(table: Table, hottest: Ids) -> None:
     gradients: Rows = np.ones((CHUNK, DIM), np.float32)
     for at in range(len(hottest), 0, -CHUNK):
         keys = keys_of(hottest[max(0, at - CHUNK) : at])
-        table.push(keys, gradients[: len(keys)])
+        table.push(keys, gradients[: len(keys)], durability="applied")
 
 
 def budget(rows: int, share: float, index_bytes: int) -> int:
@@ -118,89 +172,132 @@ def hits(table: Table) -> tuple[int, int]:
     return host.hits, host.hits + host.misses
 
 
-def run(report: Report, directory: Path, quick: bool) -> None:
+class Loaded(NamedTuple):
+    """A running server with a filled table."""
+
+    pid: int
+    client: Client
+    table: Table
+
+    def trainer(self, draws: Draws, *, prefetch: bool = False) -> Trainer:
+        """Return a new trainer."""
+        return Trainer(self.client, self.table, draws, prefetch)
+
+
+def run(report: Report, directory: Path, size: Size) -> None:
     """Run the section "service" of the benchmark; ``directory`` is for all files."""
-    size = QUICK if quick else FULL
     draws = {zipf: Draws(Work(rows=size.rows, zipf=zipf)) for zipf in size.zipf}
     hottest = draws[size.zipf[0]].hottest
     flush = ["--flush-seconds", str(FLUSH_SECONDS), "--log-keep-bytes", "0"]
     with ExitStack() as stack:
-        whole = started(stack, Server(directory / "whole", *flush), hottest)
-        index_bytes = size.rows * 30  # largest average between two moments of growth
+        whole: Loaded | None = None
         for share in size.shares:
             with ExitStack() as inner:
-                memory = budget(size.rows, share, index_bytes)
+                memory = budget(size.rows, share, size.rows * 30)
                 server = Server(directory / f"{share}", *flush, "--host-bytes", str(memory))
-                limited = started(inner, server, hottest)
-                report.section(
+                started = [start(inner, server)]
+                if whole is None:
+                    started.append(start(stack, Server(directory / "whole", *flush)))
+                load([each.table for each in started], hottest)
+                whole = whole or started[1]
+                lines, uses = compare(whole, started[0], draws, size, share)
+                title = (
                     f"service: {size.rows:,} rows of {DIM} + {DIM} numbers, room for {share:.0%}"
-                    f" ({memory / 1e6:,.0f} MB with the index)",
-                    compare(whole, limited, draws, size, share),
+                    f" ({memory / 1e6:,.0f} MB with the index)"
+                )
+                report.section(title, lines)
+                report.section(
+                    f"processor time per step in ms, {cores()} cores, room for {share:.0%}", uses
                 )
 
 
-def started(stack: ExitStack, server: Server, hottest: Ids) -> Table:
-    """Start a server, and return a new table on it with a row for every id.
-
-    stack  stops the server
-    """
+def start(stack: ExitStack, server: Server) -> Loaded:
+    """Start a server, and create a table on it. ``stack`` stops it."""
     server.start()
     stack.callback(server.stop)
     client = stack.enter_context(Client([server.address], timeout=120.0))
-    table = client.create_table("rows", DIM, lr=0.05)
-    fill(table, hottest)
-    return table
+    return Loaded(server.process.pid, client, client.create_table("rows", DIM, lr=0.05))
+
+
+def load(tables: Sequence[Table], hottest: Ids) -> None:
+    """Fill tables at the same time, and wait until all their rows are flushed."""
+    with ThreadPoolExecutor(len(tables)) as pool:
+        list(pool.map(lambda table: fill(table, hottest), tables))
+    for table in tables:
+        while table.describe().cache.flushed_rows < len(hottest):
+            time.sleep(0.1)
 
 
 def compare(
-    whole: Table, limited: Table, draws: dict[float, Draws], size: Size, share: float
-) -> Sequence[dict[str, Any]]:
-    """Do all kinds of work on both servers in turns; return the rows of the report.
+    whole: Loaded, limited: Loaded, draws: dict[float, Draws], size: Size, share: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Do all kinds of work on both servers in turns.
 
     draws  source of batches, by exponent of the Zipf distribution
     share  fraction of the rows for which the limited server has room
+
+    Returns the rows of the report about time per step, and of that about processor time.
     """
-    lines = []
+    lines, uses = [], []
     for zipf, each in draws.items():
-        for kind in (STEP, PULL, CHURN):
+        for kind in size.kinds:
             trainers = {
-                "whole": Trainer(whole, each, False),
-                "limited": Trainer(limited, each, False),
-                "prefetch": Trainer(limited, each, True),
+                WHOLE: whole.trainer(each),
+                LIMITED: limited.trainer(each),
+                PREFETCH: limited.trainer(each, prefetch=True),
             }
-            for name in ("whole", "limited"):
+            for name in (WHOLE, LIMITED):
                 trainers[name].turn(kind, size.warm, measured=False)
-            there, every = 0, 0
-            for _ in range(size.turns):
-                for name, trainer in trainers.items():
-                    before = hits(limited)
-                    trainer.turn(kind, size.steps, measured=True)
-                    if name == "limited":
-                        there += hits(limited)[0] - before[0]
-                        every += hits(limited)[1] - before[1]
-            seconds = {name: trainer.times for name, trainer in trainers.items()}
-            lines.append(_line(zipf, kind, share, there / max(1, every), seconds))
-    return lines
+            before = hits(limited.table)
+            used = take_turns(trainers, whole.pid, limited.pid, kind, size)
+            there, every = np.subtract(hits(limited.table), before)
+            times = {name: trainer.times for name, trainer in trainers.items()}
+            work = f"{f'Zipf {zipf}' if zipf else 'uniform'}, {kind.name}"
+            judged = (zipf, kind, share) == (1.05, STEP, 0.1)
+            lines.append({"work": work, **_times(times, there / max(1, every), judged)})
+            uses += [
+                {"work": work, "trainer": name, **use.per_step()} for name, use in used.items()
+            ]
+    return lines, uses
 
 
-def _line(
-    zipf: float, kind: str, share: float, hit: float, seconds: dict[str, list[float]]
-) -> dict[str, Any]:
-    """Return a row of the report.
+def take_turns(
+    trainers: dict[str, Trainer], whole: int, limited: int, kind: Kind, size: Size
+) -> dict[str, Use]:
+    """Let trainers work in turns, and return what each of them and its server used.
 
-    hit      share of the keys with a row whose row was in host memory
-    seconds  time of each step in seconds, by trainer
+    whole, limited  process ids of the servers
+
+    What a server does later, while others have their turns, counts for its own trainers.
     """
-    judged = (zipf, kind, share) == (1.05, STEP, 0.1)
-    columns: dict[str, Any] = {
-        "work": f"{f'Zipf {zipf}' if zipf else 'uniform'}, {kind}",
-        "hits %": 100 * hit,
-        "whole: mean ms": 1e3 * float(np.mean(seconds["whole"])),
-        "limited: mean ms": 1e3 * float(np.mean(seconds["limited"])),
-        "p99 ms": milliseconds(seconds["limited"])["p99 ms"],
-    }
-    for name, prefetch in (("limited", False), ("prefetch", True)):
-        ratio = float(np.mean(seconds["whole"]) / np.mean(seconds[name]))
+    used = {name: Use() for name in trainers}
+    first = {pid: spent(pid) for pid in (whole, limited)}
+    for _ in range(size.turns):
+        for name, trainer in trainers.items():
+            pid = whole if name == WHOLE else limited
+            before = spent(pid)
+            trainer.turn(kind, size.steps, measured=True)
+            used[name].add(before, spent(pid))
+    for name, trainer in trainers.items():
+        used[name].steps, used[name].clock = len(trainer.times), trainer.clock
+    for pid, names in ((whole, [WHOLE]), (limited, [LIMITED, PREFETCH])):
+        spread([used[name] for name in names], first[pid], spent(pid))
+    return used
+
+
+def _times(times: dict[str, list[float]], hit: float, judged: bool) -> dict[str, Any]:
+    """Return columns of the report.
+
+    times   seconds of each step, by trainer
+    hit     share of the keys with a row whose row was in host memory
+    judged  whether there are targets for this work
+    """
+    means = {name: 1e3 * float(np.mean(each)) for name, each in times.items()}
+    columns: dict[str, Any] = {"hits %": 100 * hit}
+    columns |= {f"{name}: mean ms": mean for name, mean in means.items()}
+    columns["limited: p99 ms"] = milliseconds(times[LIMITED])["p99 ms"]
+    for name, prefetch in ((LIMITED, False), (PREFETCH, True)):
+        ratio = means[WHOLE] / means[name]
         target = f" (>= {TARGETS[prefetch]})" if judged else ""
         columns["prefetch: ratio" if prefetch else "throughput ratio"] = f"{ratio:.3g}{target}"
     return columns
