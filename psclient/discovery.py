@@ -150,18 +150,18 @@ class Discovery:
             return Unavailable(f"{self.name}: {self.errors.get('', 'the name was not looked up')}")
         groups = self._groups()
         if len(self._names()) > 1 or sum(map(_whole, groups.values())) > 1:
-            which = "; ".join(_group_text(group) for group in groups.values())
+            which = "; ".join(sorted(map(_group_text, groups.values())))
             return InvalidArgument(
                 f"{self.name}: the name leads to more than one cluster: {which}. Use a name that"
                 " leads to the shards of one cluster"
             )
-        texts = [_missing(group) for group in groups.values()] or ["no shard was found"]
+        texts = sorted(map(_missing, groups.values())) or ["no shard was found"]
         if len(self._addresses) == 1 and groups:
             texts.append(
                 "the name has one address only: in Kubernetes, use the name of a headless Service"
                 " (clusterIP: None)"
             )
-        texts += [f"{address}: {text}" for address, text in self.errors.items() if address][:8]
+        texts += [f"{each}: {text}" for each, text in sorted(self.errors.items()) if each][:8]
         if (text := self.errors.get("")) is not None:
             texts.append(text)
         return Unavailable(f"{self.name}: {'; '.join(texts)}")

@@ -19,8 +19,8 @@ from psclient.errors import InvalidArgument, PsError, Unavailable
 from psclient.places import Named
 from psserver.errors import BadRequest, Starting
 
-SOON = 6.0  # seconds for a search that succeeds
-SHORT = 1.5  # seconds for one that cannot
+SOON = 60.0  # seconds within which a search that can succeed does so
+SHORT = 3.0  # seconds after which a search that must fail does so
 NONSENSE = b"\xff"  # an answer that is not a protobuf message
 
 
