@@ -142,7 +142,7 @@ def test_a_version_can_be_awaited_on_disk(peer: Peer, name: str) -> None:
 def test_everything_is_on_disk_soon_although_nobody_asks(peer: Peer, name: str) -> None:
     peer.create(name)
     pushed = peer.rows.Push(push_request(name, peer.keys(1), [[1, 1]], durability=APPLIED))
-    eventually(lambda: durable(peer) >= pushed.version, 5.0)
+    eventually(lambda: durable(peer) >= pushed.version, 60.0)
 
 
 @pytest.mark.parametrize("barrier", ["a", "epoch-1", "0" * 128, "a/b.c_d"])

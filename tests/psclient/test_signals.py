@@ -211,7 +211,7 @@ def test_every_other_call_survives_too(
             call()
     client.drop_table(name)
     session = client._connect().links[0].session
-    eventually(lambda: not session._open, 1)
+    eventually(lambda: not session._open, 60)
 
 
 @TRANSPORTS
