@@ -56,7 +56,9 @@ admin.py       all functions of the five files above (imported on demand)
 
 PyTorch modules (imported on demand):
 
-torch/gradients.py  rows that a forward pass pulled, and the push of their gradients
+torch/gradients.py  how backward passes collect gradients, and how they are pushed
+torch/reach.py      base class of modules with rows, which torch's methods for parameters reach
+torch/optimizer.py  RowOptimizer, and the base class of modules that push
 torch/feature.py    base classes of the modules, and the pull of a batch
 torch/embedding.py  Embedding
 torch/bag.py        EmbeddingBag

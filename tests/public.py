@@ -31,7 +31,9 @@ PLAIN = {  # values and exceptions: no cluster
     *("Alteration", "Batch", "Change", "PsError", "PulledRows", "TableInfo", "Versions"),
     *("PulledParts", "PulledMixed"),
 }
-ELSEWHERE = {"Follower", "Subscriber", "Pending", "MultiHash"}  # tests of their own; abstract
+ELSEWHERE = {  # tests of their own; abstract
+    *("Follower", "Subscriber", "Pending", "MultiHash", "RowOptimizer"),
+}
 
 
 def public_classes() -> dict[str, type]:

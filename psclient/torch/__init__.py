@@ -15,7 +15,9 @@ table's serving_default. Pickling a module keeps its client's addresses and opti
 module opens its own connections. A deep copy shares the client. Neither includes gradients
 collected so far.
 
-gradients.py  rows that a forward pass pulled, and the push of their gradients
+gradients.py  how backward passes collect gradients, and how they are pushed
+reach.py      base class of modules with rows, which torch's methods for parameters reach
+optimizer.py  RowOptimizer, and the base class of modules that push
 feature.py    base classes of the modules, and the pull of a batch
 embedding.py  Embedding
 bag.py        EmbeddingBag
@@ -29,6 +31,7 @@ from psclient.torch.embedding import Embedding
 from psclient.torch.group import EmbeddingGroup
 from psclient.torch.mixed import MixedDimensionEmbedding
 from psclient.torch.multihash import MultiHashEmbedding
+from psclient.torch.optimizer import RowOptimizer
 
 __all__ = [
     "Embedding",
@@ -36,4 +39,5 @@ __all__ = [
     "EmbeddingGroup",
     "MixedDimensionEmbedding",
     "MultiHashEmbedding",
+    "RowOptimizer",
 ]

@@ -7,14 +7,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from psclient.arrays import as_keys
 from psclient.batch import Batch
 from psclient.pending import Pending
 from psclient.rowclient import RowClient
 from psclient.table import Table
-from psclient.torch.gradients import Rows, push
+from psclient.torch.optimizer import Trained
+from psclient.torch.reach import Holder
 
 Part = tuple[str, int]  # (name of a feature, index in its ``remotes()``)
 
@@ -24,15 +25,11 @@ MODE: dict[bool, Literal["train", "serve"]] = {
 }  # mode of pulls, by nn.Module.training
 
 
-class Feature(nn.Module):
+class Feature(Trained):
     """Base class of modules that an EmbeddingGroup may contain.
 
     Its output combines rows of one table or, for several parts, of several tables.
     """
-
-    def __init__(self, client: RowClient) -> None:
-        super().__init__()
-        self.client = client
 
     def remotes(self) -> list[Remote]:
         """Return the modules that pull the rows of this module's parts, one per part.
@@ -61,16 +58,7 @@ class Feature(nn.Module):
         """
         return start_prefetch(self.client, {"": self}, {"": (keys, *arguments)})
 
-    def step(self, step: int = 0, *, lr: float | None = None) -> None:
-        """Push the gradients that backward passes collected since the last call of ``step``.
-
-        step  training step
-        lr    learning rate; None: that of each table
-
-        Takes one round trip.
-        """
-        push(self.client, (remote.collected for remote in self.remotes()), step, lr)
-
+    @torch.compiler.disable
     def forward(self, keys: Any, *arguments: Any) -> Tensor:
         """Pull the rows of integer keys[*shape] in one round trip; return the output.
 
@@ -79,17 +67,12 @@ class Feature(nn.Module):
         return pull_features(self.client, {"": self}, {"": (keys, *arguments)})[""]
 
 
-class Remote(Feature):
+class Remote(Holder, Feature):
     """Base class of Embedding and EmbeddingBag: modules that use the rows of one table."""
 
     def __init__(self, table: Table) -> None:
-        super().__init__(table.client)
-        self.table = table
-        self.collected: list[Rows] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state to pickle or copy: without the gradients collected so far."""
-        return {**self.__dict__, "collected": []}
+        super().__init__(table)
+        self.client = table.client
 
     def remotes(self) -> list[Remote]:
         return [self]
@@ -108,17 +91,6 @@ class Remote(Feature):
         arguments  arguments of ``forward`` after the keys
         """
         raise NotImplementedError
-
-    def collect(self, batch: Batch, embeddings: Any) -> Rows:
-        """Wrap pulled rows for a forward pass; keep them for ``step`` if gradients are enabled.
-
-        batch       keys of the forward pass
-        embeddings  float32[distinct, dim], the rows of ``batch.keys``
-        """
-        rows = Rows(self.table, batch, embeddings, torch.is_grad_enabled())
-        if torch.is_grad_enabled():
-            self.collected.append(rows)
-        return rows
 
     def extra_repr(self) -> str:
         return f"{self.table.name!r}, dim={self.table.dim}"
@@ -179,13 +151,31 @@ def start_prefetch(
 def _pull(
     client: RowClient, modules: Mapping[Part, Remote], arguments: Mapping[Part, tuple[Any, ...]]
 ) -> dict[Part, Tensor]:
-    """Pull the rows of several modules in one request; return the output of each.
+    """Pull the rows of several modules; return the output of each.
 
     client     client of all tables
     modules    modules that use the rows of one table each; modules of the same table share rows
     arguments  arguments (keys, ...) of each module's ``forward``
+
+    Takes one request, or two if trainable and frozen modules use the same table: otherwise a push
+    would contain keys of frozen modules.
     """
-    keys = {name: as_keys(values[0]) for name, values in arguments.items()}
+    trained = {module.table.name for module in modules.values() if module.trainable}
+    apart = {
+        part for part, each in modules.items() if each.table.name in trained and not each.trainable
+    }
+    outputs: dict[Part, Tensor] = {}
+    for some in ([part for part in modules if part not in apart], list(apart)):
+        if some:
+            outputs |= _pull_once(client, {part: modules[part] for part in some}, arguments)
+    return outputs
+
+
+def _pull_once(
+    client: RowClient, modules: Mapping[Part, Remote], arguments: Mapping[Part, tuple[Any, ...]]
+) -> dict[Part, Tensor]:
+    """Do what ``_pull`` does in one request, for modules that share a table only if all train."""
+    keys = {name: as_keys(arguments[name][0]) for name in modules}
     by_table: dict[str, list[Part]] = {}
     for name, module in modules.items():
         by_table.setdefault(module.table.name, []).append(name)
@@ -197,12 +187,19 @@ def _pull(
     pulled = client.pull_distinct(batches, mode=MODE[training])
     outputs = {}
     for table, names in by_table.items():
-        rows = modules[names[0]].collect(batches[table], pulled[table])
-        places = rows.places()
+        leaf = modules[names[0]].collect(batches[table], pulled[table])
+        places = places_of(batches[table])
         at = 0
         for name in names:
             size = keys[name].size
-            place = places[at : at + size].reshape(keys[name].shape)
-            outputs[name] = modules[name].combine(rows.leaf, place, arguments[name][1:])
+            place = places[at : at + size].reshape(keys[name].shape).to(modules[name].like.device)
+            outputs[name] = modules[name].combine(
+                modules[name].seen(leaf), place, arguments[name][1:]
+            )
             at += size
     return outputs
+
+
+def places_of(batch: Batch) -> Tensor:
+    """Return the place of each key's row among the rows of the distinct keys, int64[n]."""
+    return torch.from_numpy(batch.split.inverse.astype(np.int64))

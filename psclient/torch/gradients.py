@@ -1,73 +1,160 @@
-"""Rows that a forward pass pulled, and the push of their gradients."""
+"""Gradients of pulled rows: how backward passes collect them, and how they are pushed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from psclient import checked
 from psclient.batch import Batch
 from psclient.rowclient import RowClient
 from psclient.table import Table
+from psproto import routing
+
+Ranks = Literal["mean", "sum"]
+RANKS = {"mean": 1, "sum": 0}  # whether to divide by the number of ranks
+
+DISCARDED = "the gradients of this step were discarded: the next step does not contain them"
 
 
+@dataclass(slots=True)
 class Rows:
     """Rows that one forward pass pulled from one table, one per distinct key.
 
-    batch       keys of the forward pass
-    embeddings  float32[distinct, dim], the rows of ``batch.keys``
-    collect     whether to collect gradients
-    leaf        ``embeddings`` as a tensor; backward passes add the gradients to its ``grad``
+    batch  keys of the forward pass
+    leaf   float32[distinct, dim], the rows of ``batch.keys``; backward passes add the gradients to
+           its ``grad``
     """
 
-    def __init__(self, table: Table, batch: Batch, embeddings: Any, collect: bool) -> None:
-        self.table = table
-        self.batch = batch
-        self.leaf = torch.from_numpy(embeddings).requires_grad_(collect)
-
-    def places(self) -> Tensor:
-        """Return the index in ``leaf`` of the row of each key of the batch, int64[n]."""
-        return torch.from_numpy(self.batch.split.inverse.astype(np.int64))
+    table: Table
+    batch: Batch
+    leaf: Tensor
 
 
-def push(client: RowClient, collected: Iterable[list[Rows]], step: int, lr: float | None) -> None:
-    """Push the gradients of pulled rows, summed per table, in one request; then clear the lists.
+class Gradients:
+    """Gradients of one module that backward passes computed, and that were not pushed yet.
 
-    client     client of all tables
-    collected  lists of the rows of forward passes
-    step       training step
-    lr         learning rate; None: that of each table
+    rows  rows of the forward passes that a backward pass has reached
+
+    A forward pass only registers a hook on its leaf, so what no backward pass reaches is freed with
+    the output. A copy is empty, and so is what is loaded from a pickle.
     """
-    by_table: dict[str, list[Rows]] = {}
-    lists = list(collected)
-    for rows in (rows for each in lists for rows in each):
-        if rows.leaf.grad is not None:  # None: no backward pass reached these rows
-            by_table.setdefault(rows.table.name, []).append(rows)
-    client.push_distinct(
-        {name: _merge(client, rows) for name, rows in by_table.items()}, step=step, lr=lr
-    )
-    for each in lists:
-        each.clear()
+
+    def __init__(self) -> None:
+        self.rows: list[Rows] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    def watch(self, table: Table, batch: Batch, leaf: Tensor) -> None:
+        """Add the rows of a forward pass to ``rows`` as soon as a backward pass reaches ``leaf``.
+
+        table, batch, leaf  see Rows; ``leaf`` requires a gradient
+        """
+        owner = weakref.ref(
+            self
+        )  # the hook lives as long as the graph, which may outlive the module
+
+        def reached(leaf: Tensor) -> None:
+            mine = owner()
+            if mine is not None and all(leaf is not rows.leaf for rows in mine.rows):
+                mine.rows.append(Rows(table, batch, leaf))
+
+        leaf.register_post_accumulate_grad_hook(reached)  # type: ignore[no-untyped-call]
+
+    def discard(self) -> None:
+        """Forget all gradients."""
+        for rows in self.rows:
+            rows.leaf.grad = None  # a later backward pass through the same graph begins anew
+        self.rows = []
 
 
-def _merge(client: RowClient, passes: list[Rows]) -> tuple[Batch, Any]:
-    """Sum the gradients of several forward passes over one table.
+def gather(parts: Sequence[Gradients]) -> list[Rows]:
+    """Sum the gradients of several forward passes over the same table; return the Rows, by table.
 
-    passes  rows of each forward pass, with their gradients
+    parts  gradients of modules of one client
 
-    Returns (batch of all keys, gradients float32[distinct, dim] of its distinct keys).
+    The sums replace what they were computed from: afterwards each table occurs once in ``parts``.
+    Infinite and NaN gradients are summed, too.
     """
-    gradients = [rows.leaf.grad.numpy() for rows in passes if rows.leaf.grad is not None]
-    if len(passes) == 1:
-        return passes[0].batch, gradients[0]
+    by_table: dict[str, list[tuple[Gradients, Rows]]] = {}
+    for part in parts:
+        for rows in part.rows:
+            if rows.leaf.grad is not None:  # None: the caller has set it
+                by_table.setdefault(rows.table.name, []).append((part, rows))
+    for part in parts:
+        part.rows = []
+    gathered = []
+    for found in by_table.values():
+        rows = _merge([rows for _, rows in found]) if len(found) > 1 else found[0][1]
+        found[0][0].rows.append(rows)
+        gathered.append(rows)
+    return gathered
+
+
+def push(
+    client: RowClient, parts: Iterable[Gradients], step: int, lr: float | None, ranks: Ranks
+) -> None:
+    """Push the gradients of modules, summed per table, in one request, and forget them.
+
+    client  client of all tables
+    parts   gradients of the modules
+    step    training step
+    lr      learning rate; None: that of each table
+    ranks   with torch.distributed, "mean": divide by the number of ranks; "sum": do not
+
+    They are forgotten even if the push fails, because some shards may have applied it. The error
+    then has a note that says so.
+    """
+    count = _world() if checked.one_of("ranks", ranks, RANKS) else 1
+    parts = list(parts)
+    gradients = {}
+    for rows in gather(parts):
+        assert rows.leaf.grad is not None
+        summed = rows.leaf.grad if count == 1 else rows.leaf.grad / count
+        gradients[rows.table.name] = (rows.batch, summed.numpy())
+    for part in parts:
+        part.discard()
+    try:
+        client.push_distinct(gradients, step=step, lr=lr)
+    except BaseException as error:
+        error.add_note(DISCARDED)
+        raise
+
+
+def _world() -> int:
+    """Return the number of ranks of torch.distributed; 1 if it is not used."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size()
+    return 1
+
+
+def _merge(passes: Sequence[Rows]) -> Rows:
+    """Sum the gradients of several forward passes over one table, and take them from the passes.
+
+    passes  at least two, each with gradients
+
+    Returns the Rows of all their distinct keys. Row values are those of one of the passes.
+    """
     table = passes[0].table
-    batch = client.batch(np.concatenate([rows.batch.keys for rows in passes]))
-    sums = batch.sum(np.concatenate(gradients), table.name, table.dim)
+    batch = table.client.batch(np.concatenate([rows.batch.keys for rows in passes]))
+    inverse, shape = batch.split.inverse, (len(batch.keys), table.dim)
+    sums, values = np.zeros(shape, np.float32), np.empty(shape, np.float32)
+    gradients = [rows.leaf.grad.numpy() for rows in passes if rows.leaf.grad is not None]
+    routing.sum_rows(np.concatenate(gradients), inverse, sums)
+    values[inverse] = np.concatenate([rows.leaf.detach().numpy() for rows in passes])
     counts = np.concatenate([rows.batch.split.counts for rows in passes])
-    total = np.bincount(batch.split.inverse, weights=counts).astype(np.uint32)
+    total = np.bincount(inverse, weights=counts, minlength=len(batch.keys)).astype(np.uint32)
     batch.split = replace(batch.split, counts=total)
-    return batch, sums
+    for rows in passes:
+        rows.leaf.grad = None
+    leaf = torch.from_numpy(values).requires_grad_()
+    leaf.grad = torch.from_numpy(sums)
+    return Rows(table, batch, leaf)

@@ -2,30 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, KeysView, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from psclient.errors import InvalidArgument
 from psclient.pending import Pending
 from psclient.rowclient import RowClient
 from psclient.torch.feature import Feature, pull_features, start_prefetch
-from psclient.torch.gradients import push
+from psclient.torch.optimizer import Trained
 
 
-class EmbeddingGroup(nn.Module):
+class Features(nn.Module):
+    """Modules by name, as in nn.ModuleDict, but any string may be a name.
+
+    nn.ModuleDict refuses names that contain a dot, and those of its own attributes, such as "type".
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self._names: dict[str, str] = {}
+        for name, module in modules.items():
+            if not isinstance(name, str):
+                raise InvalidArgument(f"the name of a feature must be a string, got {name!r}")
+            inner = name.replace("%", "%25").replace(".", "%2E") or "%"  # a path joins names by "."
+            if hasattr(self, inner):
+                inner = f"%{inner}"
+            self._names[name] = inner
+            self._modules[inner] = module
+
+    def __getitem__(self, name: str) -> nn.Module:
+        module = self._modules[self._names[name]]
+        assert module is not None
+        return module
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def keys(self) -> KeysView[str]:
+        """Return the names of the features."""
+        return self._names.keys()
+
+    def values(self) -> list[nn.Module]:
+        """Return the modules, in the order of ``keys()``."""
+        return [self[name] for name in self]
+
+    def items(self) -> list[tuple[str, nn.Module]]:
+        """Return (name, module) of each feature."""
+        return [(name, self[name]) for name in self]
+
+
+class EmbeddingGroup(Trained):
     """Module of several features, whose rows are pulled and pushed in one round trip each.
 
     client   the client of all tables
-    modules  {name of a feature: Embedding, EmbeddingBag or MultiHashEmbedding}
+    modules  {name of a feature, any string: Embedding, EmbeddingBag or MultiHashEmbedding}
     """
 
     def __init__(self, client: RowClient, modules: Mapping[str, Feature]) -> None:
         super().__init__()
         self.client = client
-        self.features = nn.ModuleDict(modules)
+        self.features = Features(modules)
 
+    @torch.compiler.disable
     def forward(self, keys: Mapping[str, Any]) -> dict[str, Tensor]:
         """Pull the rows of all features in one round trip; return {feature: output}.
 
@@ -44,15 +91,6 @@ class EmbeddingGroup(nn.Module):
         for an unknown feature.
         """
         return start_prefetch(self.client, self._features(keys), keys)
-
-    def step(self, step: int = 0, *, lr: float | None = None) -> None:
-        """Push the gradients of all features, collected since the last call, in one round trip.
-
-        step  training step
-        lr    learning rate; None: that of each table
-        """
-        remotes = [remote for name in self.features for remote in self._feature(name).remotes()]
-        push(self.client, (remote.collected for remote in remotes), step, lr)
 
     def _features(self, keys: Mapping[str, Any]) -> dict[str, Feature]:
         """Return {feature: its module} for the features in ``keys``.

@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from psclient.arrays import as_keys
 from psclient.mixed import MixedDimension
 from psclient.pending import Pending
 from psclient.torch.embedding import Embedding
-from psclient.torch.feature import MODE
-from psclient.torch.gradients import push
+from psclient.torch.feature import MODE, places_of
+from psclient.torch.optimizer import Trained
 
 
-class MixedDimensionEmbedding(nn.Module):
+class MixedDimensionEmbedding(Trained):
     """Module that returns float32[*shape, dim] for integer keys[*shape].
 
     Frequent keys have more trained numbers than rare keys; the other numbers of rare keys are 0.
@@ -28,10 +28,12 @@ class MixedDimensionEmbedding(nn.Module):
 
     def __init__(self, rows: MixedDimension) -> None:
         super().__init__()
+        self.client = rows.client
         self.rows = rows
         self.small = Embedding(rows.small)
         self.wide = Embedding(rows.wide)
 
+    @torch.compiler.disable
     def forward(self, keys: Any) -> Tensor:
         """Pull the embeddings of integer keys[*shape]: float32[*shape, dim], in two round trips.
 
@@ -41,12 +43,13 @@ class MixedDimensionEmbedding(nn.Module):
         flat = array.reshape(-1)
         batch = self.rows.client.batch(flat)
         pulled = self.rows.small.pull_rows(batch.keys, mode=MODE[self.training])
-        small = self.small.collect(batch, pulled.embeddings)
+        small = self.small.seen(self.small.collect(batch, pulled.embeddings))
         earned = batch.spread(pulled.frequencies >= self.rows.threshold)
-        rest = torch.zeros(len(flat), self.rows.wide.dim)
+        rest = small.new_zeros(len(flat), self.rows.wide.dim)
         if earned.any():
-            rest = rest.index_put((torch.from_numpy(earned),), self.wide(flat[earned]))
-        out = torch.cat([functional.embedding(small.places(), small.leaf), rest], -1)
+            where = torch.from_numpy(earned).to(small.device)
+            rest = rest.index_put((where,), self.wide(flat[earned]))
+        out = torch.cat([functional.embedding(places_of(batch).to(small.device), small), rest], -1)
         return out.reshape(*array.shape, self.rows.dim)
 
     def prefetch(self, keys: Any) -> Pending:
@@ -57,16 +60,6 @@ class MixedDimensionEmbedding(nn.Module):
         Client.prefetch explains the result, which need not be waited for.
         """
         return self.rows.prefetch(as_keys(keys))
-
-    def step(self, step: int = 0, *, lr: float | None = None) -> None:
-        """Push the gradients that backward passes collected since the last call of ``step``.
-
-        step  training step
-        lr    learning rate; None: that of each table
-
-        Takes one round trip.
-        """
-        push(self.rows.client, [self.small.collected, self.wide.collected], step, lr)
 
     def extra_repr(self) -> str:
         return repr(self.rows)

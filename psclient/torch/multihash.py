@@ -29,7 +29,8 @@ class MultiHashEmbedding(Feature):
     """
 
     def __init__(self, rows: MultiHash) -> None:
-        super().__init__(rows.client)
+        super().__init__()
+        self.client = rows.client
         self.rows = rows
         self.parts = nn.ModuleList(Embedding(table) for table in rows.tables)
 

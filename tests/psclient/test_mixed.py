@@ -171,7 +171,7 @@ class TestMixedModule:
         module = MixedModule(mixed).eval()
         with torch.no_grad():
             assert module(torch.tensor([1, 2])).tolist() == [[-3, -3, 0, 0, 0], [0] * 5]
-        assert module.small._collected == module.wide._collected == []
+        assert module.small.gradients.rows == module.wide.gradients.rows == []
         assert (dict(module.state_dict()), list(module.parameters())) == ({}, [])
 
     def test_a_group_refuses_it(self, mixed: MixedDimension) -> None:

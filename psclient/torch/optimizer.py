@@ -1,0 +1,160 @@
+"""RowOptimizer, a torch.optim.Optimizer for rows, and the base class of modules that push."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psclient import checked
+from psclient.errors import InvalidArgument
+from psclient.rowclient import RowClient
+from psclient.torch.gradients import RANKS, Gradients, Ranks, gather, push
+from psclient.torch.reach import holders
+
+STEPS = 1 << 47  # a training step is in -STEPS..STEPS - 1
+
+
+class RowOptimizer(torch.optim.Optimizer):
+    """Optimizer handle of rows on the servers: ``step`` pushes their gradients in one request.
+
+    modules  an Embedding, EmbeddingGroup or other module that contains such modules, or a list of
+             them; all their tables belong to one client
+    lr       learning rate, sent with each push; None: that of each table. A scheduler needs a
+             number, which it then changes
+    ranks    with torch.distributed, "mean": the gradients are divided by the number of ranks, as
+             DistributedDataParallel does; "sum": they are pushed as they are
+    step     training step of the first push; each push adds 1
+
+    The servers run the optimizer that the table was created with. This handle only has its param
+    group, so that GradScaler, gradient clipping and schedulers work as with torch's optimizers:
+    ``param_groups[0]["params"]`` is ``leaves()``. It has no parameters before a backward pass.
+    """
+
+    def __init__(
+        self,
+        modules: nn.Module | Iterable[nn.Module],
+        lr: float | None = None,
+        *,
+        ranks: Ranks = "mean",
+        step: int = 0,
+    ) -> None:
+        given = nn.ModuleList([modules] if isinstance(modules, nn.Module) else modules)
+        if not (found := holders(given)):
+            raise InvalidArgument(f"modules must contain an Embedding or EmbeddingBag, got {given}")
+        if any(holder.table.client is not found[0].table.client for holder in found):
+            raise InvalidArgument(
+                "modules must use tables of one client: make an optimizer for each client"
+            )
+        checked.one_of("ranks", ranks, RANKS)
+        self._client = found[0].table.client
+        self._parts: list[Gradients] = [holder.gradients for holder in found]
+        self._ranks = ranks
+        self._next = checked.integer("step", step, -STEPS, STEPS)
+        self._groups: list[dict[str, Any]] = []
+        lr = None if lr is None else checked.number("lr", lr)
+        super().__init__([{"params": []}], {"lr": lr})
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Return the only param group. Its "params" are those of ``leaves()`` at this moment."""
+        for group in self._groups:
+            group["params"] = self.leaves()
+        return self._groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._groups = groups
+
+    def leaves(self) -> list[Tensor]:
+        """Return for each table the rows that have gradients, which the next ``step`` pushes.
+
+        Each is a tensor float32[distinct, dim], with the rows of the distinct keys since the last
+        ``step`` or ``zero_grad``, in the order of their first backward pass. Its ``grad``, of the
+        same shape, may be changed, for example by clip_grad_norm_.
+        """
+        return [rows.leaf for rows in gather(self._parts)]
+
+    def step(self, closure: Callable[[], Any] | None = None, *, step: int | None = None) -> Any:
+        """Push the gradients of all modules, summed per table, in one request; forget them.
+
+        closure  computes the loss anew and returns it; called first
+        step     training step of this push; None: 1 more than that of the last push
+
+        Returns the loss of ``closure``. If the push fails, the gradients are forgotten too, because
+        some shards may have applied it: they are never pushed with those of a later batch.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        number = self._next if step is None else checked.integer("step", step, -STEPS, STEPS)
+        self._next = number + 1
+        push(self._client, self._parts, number, self._groups[0]["lr"], self._ranks)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of all modules, so that they are not pushed.
+
+        set_to_none  has no effect
+        """
+        for part in self._parts:
+            part.discard()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: the only param group has the rows of the modules. Raises InvalidArgument."""
+        if self._groups:
+            raise InvalidArgument(
+                "this optimizer has one param group: make another optimizer for other modules"
+            )
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return learning rate and next training step. The servers keep the optimizer's state."""
+        group = {name: value for name, value in self._groups[0].items() if name != "params"}
+        return {"state": {}, "param_groups": [{**group, "params": []}], "step": self._next}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Set learning rate and next training step to those of a ``state_dict()``."""
+        (group,) = state_dict["param_groups"]
+        self._groups[0].update({name: group[name] for name in group if name != "params"})
+        self._next = checked.integer("step", state_dict["step"], -STEPS, STEPS)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "a RowOptimizer cannot be pickled or copied: save its state_dict(), and make one of the"
+            " loaded or copied module"
+        )
+
+
+class Trained(nn.Module):
+    """Base class of the public modules: pushes the gradients of the rows that it contains.
+
+    client  client of all tables
+    """
+
+    client: RowClient
+
+    def step(self, step: int = 0, *, lr: float | None = None, ranks: Ranks = "mean") -> None:
+        """Push the gradients that backward passes collected since the last ``step``; forget them.
+
+        step   training step
+        lr     learning rate; None: that of each table
+        ranks  with torch.distributed, "mean": the gradients are divided by the number of ranks, as
+               DistributedDataParallel does; "sum": they are pushed as they are
+
+        Takes one round trip. ``zero_grad`` forgets gradients that should not be pushed. If the push
+        fails, they are forgotten too: they are never pushed with those of a later batch.
+        """
+        push(self.client, [holder.gradients for holder in holders(self)], step, lr, ranks)
+
+    def optimizer(
+        self, lr: float | None = None, *, ranks: Ranks = "mean", step: int = 0
+    ) -> RowOptimizer:
+        """Return an optimizer for GradScaler, gradient clipping and learning rate schedulers.
+
+        RowOptimizer explains the arguments. Use its ``step`` instead of that of this module.
+        """
+        return RowOptimizer(self, lr, ranks=ranks, step=step)

@@ -1,0 +1,89 @@
+"""Holder: base class of modules with rows, which torch's methods for parameters reach.
+
+The rows are on the servers, so the modules have no parameters. But ``zero_grad`` and
+``requires_grad_`` of nn.Module are loops over the parameters. Importing this file replaces both
+methods of nn.Module: after torch's loop they visit each Holder in the module. Modules without a
+Holder behave as before.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from psclient.batch import Batch
+from psclient.table import Table
+from psclient.torch.gradients import Gradients
+
+
+class Holder(nn.Module):
+    """Base class of modules that use the rows of one table.
+
+    gradients  gradients that were not pushed yet
+    trainable  whether backward passes collect gradients; set by ``requires_grad_``
+    like       empty tensor with the dtype and device of the outputs; set by ``half``, ``to`` etc.
+    """
+
+    def __init__(self, table: Table) -> None:
+        super().__init__()
+        self.table = table
+        self.gradients = Gradients()
+        self.trainable = True
+        self.like = torch.empty(0)
+
+    def collect(self, batch: Batch, embeddings: NDArray[np.float32]) -> Tensor:
+        """Return pulled rows as a tensor; collect its gradients if this module trains.
+
+        batch       keys of the forward pass
+        embeddings  float32[distinct, dim], the rows of ``batch.keys``
+        """
+        leaf = torch.from_numpy(embeddings)
+        if self.trainable and torch.is_grad_enabled():
+            self.gradients.watch(self.table, batch, leaf.requires_grad_())
+        return leaf
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Change dtype or device: ``half``, ``bfloat16``, ``to`` and ``cuda`` call this method."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.like = fn(self.like)
+        return self
+
+    def seen(self, leaf: Tensor) -> Tensor:
+        """Return the pulled rows ``leaf`` with the dtype and on the device of this module.
+
+        Gradients flow back to ``leaf`` if this module is trainable.
+        """
+        return (leaf if self.trainable else leaf.detach()).to(self.like)
+
+
+def holders(module: nn.Module) -> list[Holder]:
+    """Return each Holder in a module, once."""
+    return [each for each in module.modules() if isinstance(each, Holder)]
+
+
+def _extend() -> None:
+    """Replace ``zero_grad`` and ``requires_grad_`` of nn.Module."""
+    zero_grad, requires_grad_ = nn.Module.zero_grad, nn.Module.requires_grad_
+
+    @wraps(zero_grad)
+    def extended_zero_grad(self: nn.Module, set_to_none: bool = True) -> None:
+        zero_grad(self, set_to_none)
+        for holder in holders(self):
+            holder.gradients.discard()
+
+    @wraps(requires_grad_)
+    def extended_requires_grad_(self: nn.Module, requires_grad: bool = True) -> nn.Module:
+        for holder in holders(self):
+            holder.trainable = requires_grad
+        return requires_grad_(self, requires_grad)
+
+    nn.Module.zero_grad = extended_zero_grad  # type: ignore[method-assign]
+    nn.Module.requires_grad_ = extended_requires_grad_  # type: ignore[method-assign,assignment]
+
+
+_extend()
