@@ -4,6 +4,7 @@ A shard is the part of every table that one server stores. The modules, from the
 
 errors.py        exceptions with which a request is refused
 addresses.py     hosts and ports to listen on
+unusable.py      the error of a setting that cannot be used
 memory.py        find the memory limit of the process, and divide it among its uses
 config.py        settings of a server
 settings.py      write a TOML file that lists all settings

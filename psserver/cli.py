@@ -12,14 +12,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from psproto import cpu, kernelcache
 from psserver import cluster
-from psserver.config import ConfigError, load
-from psserver.doctor import Finding, examine
-from psserver.logs import log_to_stderr
-from psserver.process import serve as serve_shard
-from psserver.settings import document, given
-from psserver.warm import warm as warm_kernels
+from psserver.unusable import ConfigError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,10 +25,17 @@ app = typer.Typer(
 COLORS = {"ok": "green", "warning": "yellow", "error": "red"}  # of the states of findings
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
+# Each command imports what it needs. `psserver up` needs neither Numba nor the server, whose import
+# takes ten times as long as all else that it does before it starts the shards.
+
 
 @app.command(context_settings={**_PASS_ON, "help_option_names": []})
 def serve(context: typer.Context) -> None:
     """Run one shard. `psserver serve --help` lists the settings."""
+    from psserver.config import load
+    from psserver.logs import log_to_stderr
+    from psserver.process import serve as serve_shard
+
     log_to_stderr()
     try:
         serve_shard(load(context.args))
@@ -99,6 +100,9 @@ def warm(
     set, `__pycache__` next to the installed sources, `~/.cache/numba`. A server loads them from the
     first that has them, even if it is read-only or belongs to another user.
     """
+    from psproto import cpu, kernelcache
+    from psserver.warm import warm as warm_kernels
+
     if problem := cpu.problem():
         _refuse(ConfigError(problem))
     if not check:
@@ -122,6 +126,9 @@ def settings(context: typer.Context) -> None:
     Takes the flags of `psserver serve`. Settings that a flag, a variable or the file of `--config`
     gives are set in the printed file. All others are comments with their defaults.
     """
+    from psserver.config import load
+    from psserver.settings import document, given
+
     try:
         typer.echo(document(given(load(context.args))), nl=False)
     except ConfigError as error:
@@ -140,6 +147,9 @@ def doctor(
     Takes the flags of `psserver serve`. Needs no server, and does not disturb one. To check all
     shards of a running cluster, use `psctl doctor`. Exit status: 0, or 1 if there is an error.
     """
+    from psserver.config import load
+    from psserver.doctor import Finding, examine
+
     try:
         found = examine(load(context.args), running=False)
     except ConfigError as error:

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from psserver.addresses import bare_host, join
-from psserver.config import ConfigError
-from psserver.datadir import unusable
 from psserver.member import Member
+from psserver.unusable import ConfigError, unusable
 
 LAST_PORT = 65535
 LOOK_SECONDS = 0.05  # seconds between two checks of the processes

@@ -26,15 +26,12 @@ from pydantic_settings import (
 from psproto import names
 from psserver.addresses import bare_host
 from psserver.memory import Plan, default_inflight, memory_limit, show, transport_bytes
+from psserver.unusable import ConfigError
 
 PREFIX = "PSCONFIG_"  # not PS_: for a service named ps, Kubernetes injects variables PS_...
 CONFIG = "PSCONFIG_FILE"  # variable with the path of the TOML file
 LAST_PORT = 65535
 METAVARS = {"dict[str,JSON]": "JSON", "int": "N", "float": "SECONDS", "str": "TEXT", "Path": "PATH"}
-
-
-class ConfigError(Exception):
-    """A setting has an unknown name or an invalid value, or cannot be used on this machine."""
 
 
 class TableSettings(BaseModel):

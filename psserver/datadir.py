@@ -10,11 +10,8 @@ Recovery loads the base, then applies the log records that are newer than the ba
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
-import pwd
-import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,13 +22,14 @@ from typing import IO
 import structlog
 
 from psproto import routing
-from psserver.config import ConfigError, ServerConfig
+from psserver.config import ServerConfig
 from psserver.engine import Engine
 from psserver.flusher import Flusher
 from psserver.loading import settle_load
 from psserver.replay import Recovered, recover, restore_excess
 from psserver.shard import Shard
 from psserver.swap import COMMITTED, State, failed, loaded, settle
+from psserver.unusable import ConfigError, unusable
 from storage.base import Base
 from storage.disk import read_file, replace, require_file
 from storage.errors import Corrupt, StorageError
@@ -69,45 +67,6 @@ def lock(directory: Path) -> IO[str]:
         file.close()
         raise unusable(directory, error) from error
     return file
-
-
-def unusable(directory: Path, error: OSError) -> ConfigError:
-    """Return a one-line error with reason and advice for a data directory that cannot be used.
-
-    error  raised by the operating system
-    """
-    path = Path(os.fsdecode(error.filename)) if error.filename else directory
-    reason, advice = os.strerror(error.errno or 0), "choose another data_dir"
-    match error.errno:
-        case errno.EROFS:
-            advice = "mount it for writing, or choose another data_dir"
-        case errno.EACCES | errno.EPERM:
-            reason += f" for user {_user(os.geteuid())}; {_owner(path)}"
-            advice = "start the server as its owner, change the owner, or choose another data_dir"
-        case errno.ENOTDIR | errno.EEXIST:
-            reason = "it is not a directory"
-        case errno.ENOSPC | errno.EDQUOT:
-            advice = "free some space, or choose another data_dir"
-    return ConfigError(f"data_dir: cannot use {path}: {reason}; {advice}")
-
-
-def _owner(path: Path) -> str:
-    """Return the owner and mode of ``path`` or its nearest existing parent directory, as text."""
-    for each in (path, *path.parents):
-        try:
-            found = each.stat()
-        except OSError:
-            continue
-        return f"{each} belongs to {_user(found.st_uid)}, mode {stat.S_IMODE(found.st_mode):o}"
-    return "its owner is unknown"
-
-
-def _user(uid: int) -> str:
-    """Return name and number of a user as text."""
-    try:
-        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
-    except KeyError:
-        return f"uid {uid}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,10 +25,11 @@ from numba.core import config as numba_config
 
 from psproto import RELEASE, cpu, kernelcache, routing
 from psproto.kernelcache import KernelCache
-from psserver.config import ConfigError, ServerConfig
-from psserver.datadir import OWNER, claim, unusable
+from psserver.config import ServerConfig
+from psserver.datadir import OWNER, claim
 from psserver.errors import NotAShard
 from psserver.memory import BASE_BYTES, show
+from psserver.unusable import ConfigError, unusable
 from psserver.warm import warm
 from storage.errors import StorageError
 

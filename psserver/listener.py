@@ -16,13 +16,14 @@ from grpc_reflection.v1alpha._async import ReflectionServicer
 from psproto import keepalive
 from psserver import transport
 from psserver.addresses import bind, cannot_listen, join
-from psserver.config import ConfigError, ServerConfig
+from psserver.config import ServerConfig
 from psserver.connections import Connections
 from psserver.door import Door
 from psserver.errors import NotAShard, Starting
 from psserver.health import Health
 from psserver.identity import Identity
 from psserver.service import Service
+from psserver.unusable import ConfigError
 
 SERVICES = (
     "ps.v1.TableService",

@@ -24,11 +24,12 @@ import uvloop
 from psproto import cpu
 from psproto.kernelcache import KernelCache
 from psserver.addresses import join
-from psserver.config import ConfigError, ServerConfig
+from psserver.config import ServerConfig
 from psserver.datadir import lock
 from psserver.errors import NotAShard
 from psserver.memory import BASE_BYTES, show
 from psserver.server import Server
+from psserver.unusable import ConfigError
 from psserver.warm import warm
 from storage.errors import OutOfMemory
 

@@ -20,7 +20,7 @@ from psproto import routing
 from psserver.addresses import cannot_listen
 from psserver.analysis import Analyses
 from psserver.checkpoints import Checkpoints
-from psserver.config import ConfigError, ServerConfig
+from psserver.config import ServerConfig
 from psserver.datadir import DataDirectory
 from psserver.engine import Engine
 from psserver.exposition import Exposition
@@ -42,6 +42,7 @@ from psserver.shard import Shard
 from psserver.stats import ServiceStats
 from psserver.swap import State
 from psserver.sweeper import Sweeper
+from psserver.unusable import ConfigError
 from storage.store import Store
 
 NO_COLD_TIER = (  # end of the message of OutOfMemory

@@ -36,6 +36,7 @@ from typing import Any
 
 from numba.core import config, dispatcher
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
+from numba.core.runtime import rtsys
 from numba.misc.appdirs import AppDirs
 
 from psproto import cpu
@@ -68,6 +69,15 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
         ]
         self._cache_file = self._files[0]
         self.enable()
+
+    def load_overload(self, signature: Any, target: Any) -> Any:
+        """Load a compiled kernel as ``_load_overload`` does. Numba calls this for each kernel.
+
+        Numba's own method first looks for new rules of compilation, of which a compiled kernel needs
+        none. It needs only Numba's runtime, which allocates arrays.
+        """
+        rtsys.initialize(target)
+        return self._load_overload(signature, target)
 
     def _load_overload(self, signature: Any, target: Any) -> Any:
         """Load a compiled kernel from the first directory that has it.
@@ -142,9 +152,17 @@ class _Impl(CompileResultCacheImpl):  # type: ignore[misc]
 
 def directories(function: Callable[..., Any]) -> list[Path]:
     """Return the directories in which the cache looks for a kernel, in this order."""
-    source = Path(function.__code__.co_filename).absolute().parent
+    return _directories_of(Path(function.__code__.co_filename).absolute().parent, config.CACHE_DIR)
+
+
+@functools.cache
+def _directories_of(source: Path, named: str) -> list[Path]:
+    """Return the directories for the kernels whose sources are in the directory ``source``.
+
+    named  value of NUMBA_CACHE_DIR; "" if it is not set
+    """
     below = f"{source.name}_{hashlib.sha256(bytes(source)).hexdigest()[:40]}"
-    found = [Path(config.CACHE_DIR) / below] if config.CACHE_DIR else []
+    found = [Path(named) / below] if named else []
     user = Path(AppDirs(appname="numba", appauthor=False).user_cache_dir)
     return [*found, source / "__pycache__", user / below]
 
@@ -171,14 +189,17 @@ def source_stamp(module: str) -> str:
 
 
 def _imports(module: str) -> list[str]:
-    """Return the names of the modules of PACKAGES that a module imports directly."""
+    """Return the names of the loaded modules of PACKAGES that a module imports directly."""
+    return [each for each in _named(module) if each in sys.modules and each not in PACKAGES]
+
+
+@functools.cache
+def _named(module: str) -> list[str]:
+    """Return the names of the modules of PACKAGES that the source of a module may import."""
     found = []
     for package, names in _IMPORTS.findall(_source(module).decode(errors="replace")):
         if package.partition(".")[0] in PACKAGES:
-            below = (f"{package}.{name}" for name in re.findall(r"\w+", names))
-            found += [
-                each for each in (package, *below) if each in sys.modules and each not in PACKAGES
-            ]
+            found += [package, *(f"{package}.{name}" for name in re.findall(r"\w+", names))]
     return found
 
 

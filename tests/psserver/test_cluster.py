@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,14 @@ def test_what_no_shard_could_use_is_refused_at_once(
     with pytest.raises(ConfigError) as caught:
         cluster.up(**{**settings, **changes})
     assert str(caught.value).startswith(message)
+
+
+def test_up_starts_without_the_imports_of_a_server() -> None:
+    code = "import sys, psserver.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "typer" in loaded
+    assert not loaded & {"numba", "numpy", "grpc", "pydantic", "psproto", "storage"}
 
 
 def test_a_log_file_that_cannot_be_written_is_refused_before_a_shard_starts(tmp_path: Path) -> None:
