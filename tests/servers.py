@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -22,7 +24,18 @@ from squeeze import environment
 READY_SECONDS = 100.0  # the first start compiles the kernels
 STOP_SECONDS = 30.0
 SEGMENT = 16 << 20  # bytes of a log's file: many clusters run at once
+SETPRIV = shutil.which("setpriv")
 BELOW_EPHEMERAL = (12_000, 30_000)  # no outgoing connection takes a port from here
+
+
+def _with_me(command: list[str]) -> list[str]:
+    """Return a command whose process gets SIGTERM when this process ends, even if it is killed.
+
+    The system sends the signal at the end of the thread that starts the command. So commands of
+    other threads than the main one stay as they are.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    return ["setpriv", "--pdeathsig", "TERM", *command] if main and SETPRIV else command
 
 
 def _port_range() -> range:
@@ -89,7 +102,11 @@ class Cluster:
         command += self.flags
         with self._file("out").open("wb") as out, self._file("err").open("wb") as err:
             self.process = subprocess.Popen(
-                command, stdout=out, stderr=err, env=environment(), start_new_session=True
+                _with_me(command),
+                stdout=out,
+                stderr=err,
+                env=environment(),
+                start_new_session=True,
             )
 
     def stop(self) -> int:
@@ -172,7 +189,7 @@ def serve_in(
 ) -> subprocess.Popen[str]:
     """`psserver serve` as a process that first calls ``enter``, for example to enter a cgroup."""
     return subprocess.Popen(
-        [sys.executable, "-m", "psserver", "serve", *flags],
+        _with_me([sys.executable, "-m", "psserver", "serve", *flags]),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -73,8 +73,8 @@ class KernelCache(FunctionCache):  # type: ignore[misc]  # numba has no types
     def load_overload(self, signature: Any, target: Any) -> Any:
         """Load a compiled kernel as ``_load_overload`` does. Numba calls this for each kernel.
 
-        Numba's own method first looks for new rules of compilation, of which a compiled kernel needs
-        none. It needs only Numba's runtime, which allocates arrays.
+        Numba's own method first looks for new rules of compilation. A compiled kernel needs none of
+        them, only Numba's runtime, which allocates arrays.
         """
         rtsys.initialize(target)
         return self._load_overload(signature, target)

@@ -1,13 +1,14 @@
 """Python imports this file at the start of a server's process in `pytest --cold`.
 
-The server then flushes its rows every few milliseconds, and after each flush gives up all rows in
-memory, so that nearly all of them are on disk.
+The server then flushes its rows a few milliseconds after each change, and after each flush gives up
+all rows in memory, so that nearly all of them are on disk.
 """
 
 import sys
 import time
 
-EVERY = 0.02  # seconds between flushes
+EVERY = 0.02  # seconds between flushes while rows change
+IDLE = 0.16  # seconds after which a server looks for changes when there were none for a while
 SHARE = 0.3  # of the time that flushes may take
 
 
@@ -15,17 +16,27 @@ def squeeze() -> None:
     """Change the flusher of this process as described above."""
     from psserver.flusher import Flusher
 
-    flush = Flusher._flush
+    opened, flush = Flusher.open, Flusher._flush
+
+    def begin(self):  # type: ignore[no-untyped-def]
+        self._seconds = EVERY
+        opened(self)
 
     def squeezed(self):  # type: ignore[no-untyped-def]
-        began = time.monotonic()
+        began, captured = time.monotonic(), None
         try:
-            return flush(self)
+            captured = flush(self)
+            return captured
         finally:
             self._engine.run(lambda: _demote(self._shard))
-            self._seconds = max(EVERY, (time.monotonic() - began) / SHARE)
+            if captured is not None and captured.version == self._flushed_version:
+                self._seconds = min(2 * self._seconds, IDLE)
+            else:
+                self._seconds = max(EVERY, (time.monotonic() - began) / SHARE)
+                self._flushed_version = -1 if captured is None else captured.version
 
-    Flusher._flush = squeezed
+    Flusher._flushed_version = -1
+    Flusher.open, Flusher._flush = begin, squeezed
 
 
 def _demote(shard) -> None:  # type: ignore[no-untyped-def]
