@@ -117,14 +117,16 @@ def push(
     gradients = {}
     for rows in gather(parts):
         assert rows.leaf.grad is not None
-        summed = rows.leaf.grad if count == 1 else rows.leaf.grad / count
+        summed = rows.leaf.grad.detach()
+        summed = summed if count == 1 else summed / count
         gradients[rows.table.name] = (rows.batch, summed.numpy())
     for part in parts:
         part.discard()
     try:
         client.push_distinct(gradients, step=step, lr=lr)
     except BaseException as error:
-        error.add_note(DISCARDED)
+        if gradients:
+            error.add_note(DISCARDED)
         raise
 
 
@@ -147,7 +149,7 @@ def _merge(passes: Sequence[Rows]) -> Rows:
     batch = table.client.batch(np.concatenate([rows.batch.keys for rows in passes]))
     inverse, shape = batch.split.inverse, (len(batch.keys), table.dim)
     sums, values = np.zeros(shape, np.float32), np.empty(shape, np.float32)
-    gradients = [rows.leaf.grad.numpy() for rows in passes if rows.leaf.grad is not None]
+    gradients = [rows.leaf.grad.detach().numpy() for rows in passes if rows.leaf.grad is not None]
     routing.sum_rows(np.concatenate(gradients), inverse, sums)
     values[inverse] = np.concatenate([rows.leaf.detach().numpy() for rows in passes])
     counts = np.concatenate([rows.batch.split.counts for rows in passes])
