@@ -12,7 +12,7 @@ endef
 
 unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of Python processes
 
-.PHONY: demo test quick cold slow check manifests image pods bench proto clean
+.PHONY: demo test quick cold slow gpu check manifests image pods bench proto clean
 
 demo: .venv/server  ## a local cluster and a model that learns from a click stream
 	$(RUN) examples/clickstream.py
@@ -29,6 +29,12 @@ cold: .venv/dev  ## the tests of shards again, while nearly all rows are on disk
 slow: .venv/dev  ## tests that kill processes, fill disks and start pods
 	$(call pytest,-m slow --ignore tests/deploy,$(PARALLEL))
 	$(call pytest,-m slow tests/deploy)
+
+# Needs an NVIDIA GPU, and no network: RUN is a Python >= 3.11 that has the packages cupy-cuda13x,
+# nvidia-cuda-nvrtc, numba, pytest, pytest-timeout and rich. For example: make gpu RUN=python3
+gpu:  ## on a machine with a GPU: tests of the device, bit for bit, and the benchmark
+	$(RUN) -m pytest -m gpu tests/gpu --confcutdir=tests/gpu -W default -rs --tb=short
+	$(RUN) -m benchmarks.hbm
 
 check: .venv/dev .venv/proto manifests  ## format, lint, types, layering, generated code, manifests
 	$(RUN) -m ruff format --check .

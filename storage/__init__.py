@@ -11,12 +11,17 @@ slots.py         slots of a tier that pushes can write: key, metadata, home of e
 index.py         key -> location of its row
 normal.py        the inverse of the normal CDF
 initializers.py  the initial embedding of a row
+formula.py       formulas of optimizers, written once for the CPU and for a GPU
 optimizer.py     the contract of an optimizer
 sgd.py           SGD and momentum
 adagrad.py       Adagrad, row-wise Adagrad, AdagradDecay
 adam.py          Adam, AdamW, AdamAsync
 ftrl.py          FTRL and group FTRL
 optimizers.py    all optimizers by name
+gpu/source.py    the CUDA C of all kernels
+gpu/nvrtc.py     compile CUDA C for a GPU
+gpu/device.py    the contract of a device, which runs kernels on its own memory
+gpu/cuda.py      the device that CuPy gives: an NVIDIA GPU
 threads.py       background threads that the system shows by name
 disk.py          system calls that write; names and files that survive a power failure
 segment.py       one file of the version log, made of frames

@@ -8,8 +8,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from storage.kernels import Rows, Slots, jit, prefetch_row, readonly
-from storage.optimizer import NEXT, ONE, ROUNDED, Optimizer, square_sum32
+from storage.formula import Single, formula
+from storage.kernels import Rows, jit, prefetch_row
+from storage.optimizer import (
+    F32,
+    NEXT,
+    ONE,
+    ROUNDED,
+    Number,
+    Optimizer,
+    StepKernel,
+    power,
+    square_sum32,
+)
 
 LAST_COUNT = 1 << 24  # float32 cannot count further
 VANISHES = 1e-22  # the float32 square of a smaller number may be 0, or half of the exact square
@@ -26,55 +37,108 @@ def _reach(lr: float, gradient: float, eps: float) -> float:
     return ROUNDED * max(gradient * gradient, lr * max(2.0, VANISHES / eps))
 
 
+@formula
+def _adagrad_number(g: Single, w: Single, n: Single, rate: Single, tiny: Single) -> Any:
+    n = n + g * g
+    return w - rate * g / (np.sqrt(n) + tiny), n
+
+
 @jit
-def _adagrad(slab: Any, slots: Any, grads: Any, lr: float, eps: float) -> None:
-    rate, tiny = np.float32(lr), np.float32(eps)
+def _adagrad(slab: Any, slots: Any, grads: Any, rate: Single, tiny: Single) -> None:
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
     for i in range(n):
         prefetch_row(slab, slots[min(i + NEXT, n - ONE)], size)
         s = np.uint64(slots[i])
         for j in range(dim):
-            g = grads[i, j]
-            acc = slab[s, dim + j] + g * g
-            slab[s, dim + j] = acc
-            slab[s, j] -= rate * g / (np.sqrt(acc) + tiny)
+            slab[s, j], slab[s, dim + j] = _adagrad_number(
+                grads[i, j], slab[s, j], slab[s, dim + j], rate, tiny
+            )
+
+
+@formula
+def _rowwise_rate(n: Single, lr: Single, tiny: Single) -> Any:
+    return lr / (np.sqrt(n) + tiny)
+
+
+@formula
+def _rowwise_number(g: Single, w: Single, rate: Single) -> Any:
+    return w - rate * g
 
 
 @jit
-def _rowwise_adagrad(slab: Any, slots: Any, grads: Any, lr: float, eps: float) -> None:
-    tiny = np.float32(eps)
+def _rowwise_adagrad(slab: Any, slots: Any, grads: Any, lr: Single, tiny: Single) -> None:
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
     for i in range(n):
         prefetch_row(slab, slots[min(i + NEXT, n - ONE)], size)
         s = np.uint64(slots[i])
         acc = slab[s, dim] + square_sum32(grads[i]) / np.float32(dim)
         slab[s, dim] = acc
-        rate = np.float32(lr) / (np.sqrt(acc) + tiny)
+        rate = _rowwise_rate(acc, lr, tiny)
         for j in range(dim):
-            slab[s, j] -= rate * grads[i, j]
+            slab[s, j] = _rowwise_number(grads[i, j], slab[s, j], rate)
+
+
+@formula
+def _decaying_number(
+    g: Single, w: Single, n: Single, rate: Single, factor: Single, least: Single
+) -> Any:
+    n = n * factor
+    n = (n if n > least else least) + g * g
+    return w - rate * g / np.sqrt(n), n
+
+
+@formula
+def _decay_factor(decay: float, missed: Single) -> Any:
+    return np.float32(power(decay, missed))
 
 
 @jit
 def _adagrad_decay(
-    slab: Any, slots: Any, grads: Any, lr: float, decay: float, floor: float, period: float
+    slab: Any, slots: Any, grads: Any, rate: Single, decay: float, floor: Single, now: Single
 ) -> None:
-    rate, least, now = np.float32(lr), np.float32(floor), np.float32(period)
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
     last = dim + dim
     for i in range(n):
         prefetch_row(slab, slots[min(i + NEXT, n - ONE)], size)
         s = np.uint64(slots[i])
-        missed = now - slab[s, last]
+        missed, factor, least = now - slab[s, last], np.float32(1.0), np.float32(0.0)
         if missed > np.float32(0.0):
-            factor = np.float32(decay**missed)
-            for j in range(dim):
-                slab[s, dim + j] = max(slab[s, dim + j] * factor, least)
+            factor, least = _decay_factor(decay, missed), floor
             slab[s, last] = now
         for j in range(dim):
-            g = grads[i, j]
-            acc = slab[s, dim + j] + g * g
-            slab[s, dim + j] = acc
-            slab[s, j] -= rate * g / np.sqrt(acc)
+            slab[s, j], slab[s, dim + j] = _decaying_number(
+                grads[i, j], slab[s, j], slab[s, dim + j], rate, factor, least
+            )
+
+
+_ADAGRAD = StepKernel(name="adagrad", loop=_adagrad, number=_adagrad_number)
+_ROWWISE = StepKernel(
+    name="rowwise_adagrad",
+    loop=_rowwise_adagrad,
+    number=_rowwise_number,
+    row="""
+        const float mean = square_sum(group, grad, lane, dim) / (float)dim;
+        const float acc = from_first(group, row[dim]) + mean;
+        if (lane == 0) row[dim] = acc;
+        const float rate = rowwise_rate(acc, lr, tiny);
+    """,
+    formulas=(_rowwise_rate,),
+)
+_DECAY = StepKernel(
+    name="adagrad_decay",
+    loop=_adagrad_decay,
+    number=_decaying_number,
+    row="""
+        const float missed = now - from_first(group, row[2 * dim]);
+        float factor = 1.0f, least = 0.0f;
+        if (missed > 0.0f) {
+            factor = decay_factor(decay, missed);
+            least = floor;
+            if (lane == 0) row[2 * dim] = now;
+        }
+    """,
+    formulas=(_decay_factor,),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +173,12 @@ class Adagrad(Optimizer):
     def reach(self, dim: int, lr: float, gradient: float) -> float:
         return _reach(lr, gradient, self.eps)
 
-    def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
-        _adagrad(slab, readonly(slots), readonly(grads), float(lr), self.eps)
+    @property
+    def kernel(self) -> StepKernel:
+        return _ADAGRAD
+
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
+        return F32(lr), F32(self.eps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,8 +208,12 @@ class RowwiseAdagrad(Optimizer):
     def reach(self, dim: int, lr: float, gradient: float) -> float:
         return _reach(lr * math.sqrt(dim), gradient, self.eps)  # n is a mean over the row
 
-    def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
-        _rowwise_adagrad(slab, readonly(slots), readonly(grads), float(lr), self.eps)
+    @property
+    def kernel(self) -> StepKernel:
+        return _ROWWISE
+
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
+        return F32(lr), F32(self.eps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,10 +254,14 @@ class AdagradDecay(Optimizer):
     def roots(self, dim: int) -> slice:
         return slice(dim, 2 * dim)
 
-    def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
-        period = float(min(step // self.accumulator_decay_step, LAST_COUNT))
-        decay = self.accumulator_decay_rate, self.initial_accumulator, period
-        _adagrad_decay(slab, readonly(slots), readonly(grads), float(lr), *decay)
+    @property
+    def kernel(self) -> StepKernel:
+        return _DECAY
+
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
+        period = min(step // self.accumulator_decay_step, LAST_COUNT)
+        decay = np.float64(self.accumulator_decay_rate)
+        return F32(lr), decay, F32(self.initial_accumulator), F32(period)
 
 
 ADAGRAD: tuple[type[Optimizer], ...] = (Adagrad, RowwiseAdagrad, AdagradDecay)

@@ -2,13 +2,58 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from storage.kernels import Rows, Slots, jit, prefetch_row, readonly
-from storage.optimizer import NEXT, ONE, Optimizer
+from storage.formula import Single, formula
+from storage.kernels import jit, prefetch_row
+from storage.optimizer import F32, NEXT, ONE, Number, Optimizer, StepKernel, power
+
+VANISHED = 2.0**-60  # 1 less a number up to this is 1 in float64
+
+
+def _last_count(beta: float) -> Number:
+    """Return a count t, float32, from which on 1 - beta^t is 1 in float64."""
+    return F32(1.0 if beta <= 0.0 else math.ceil(math.log(VANISHED) / math.log(beta)))
+
+
+@formula
+def _rest(beta: float, t: Single, last: Single) -> Any:
+    """Return 1 - beta^t, float64; ``last`` is _last_count(beta)."""
+    return 1.0 - power(beta, t if t < last else last)
+
+
+@formula
+def _adam_rate(lr: float, beta1: float, t: Single, last1: Single) -> Any:
+    return np.float32(lr / _rest(beta1, t, last1))
+
+
+@formula
+def _adam_unbias(beta2: float, t: Single, last2: Single) -> Any:
+    return np.float32(1.0 / np.sqrt(_rest(beta2, t, last2)))
+
+
+@formula
+def _adam_number(
+    g: Single,
+    w: Single,
+    m: Single,
+    v: Single,
+    rate: Single,
+    unbias: Single,
+    b1: Single,
+    b2: Single,
+    rest1: Single,
+    rest2: Single,
+    tiny: Single,
+    keep: Single,
+) -> Any:
+    m = b1 * m + rest1 * g
+    v = b2 * v + rest2 * (g * g)
+    return keep * w - rate * m / (unbias * np.sqrt(v) + tiny), m, v
 
 
 @jit
@@ -19,74 +64,183 @@ def _adam(
     lr: float,
     beta1: float,
     beta2: float,
-    eps: float,
-    weight_decay: float,
+    last1: Single,
+    last2: Single,
+    b1: Single,
+    b2: Single,
+    rest1: Single,
+    rest2: Single,
+    tiny: Single,
+    keep: Single,
 ) -> None:
-    b1, b2, tiny = np.float32(beta1), np.float32(beta2), np.float32(eps)
-    rest1, rest2 = np.float32(1.0 - beta1), np.float32(1.0 - beta2)
-    keep = np.float32(1.0 - lr * weight_decay)
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
-    log1, log2 = np.log(beta1), np.log(beta2)
     second, count = dim + dim, dim + dim + dim
     for i in range(n):
         prefetch_row(slab, slots[min(i + NEXT, n - ONE)], size)
         s = np.uint64(slots[i])
         t = slab[s, count] + np.float32(1.0)
         slab[s, count] = t
-        rate = np.float32(lr / (1.0 - np.exp(t * log1)))
-        unbias = np.float32(1.0 / np.sqrt(1.0 - np.exp(t * log2)))
+        rate = _adam_rate(lr, beta1, t, last1)
+        unbias = _adam_unbias(beta2, t, last2)
         for j in range(dim):
-            g = grads[i, j]
-            m = b1 * slab[s, dim + j] + rest1 * g
-            v = b2 * slab[s, second + j] + rest2 * (g * g)
-            slab[s, dim + j] = m
-            slab[s, second + j] = v
-            slab[s, j] = keep * slab[s, j] - rate * m / (unbias * np.sqrt(v) + tiny)
+            slab[s, j], slab[s, dim + j], slab[s, second + j] = _adam_number(
+                grads[i, j],
+                slab[s, j],
+                slab[s, dim + j],
+                slab[s, second + j],
+                rate,
+                unbias,
+                b1,
+                b2,
+                rest1,
+                rest2,
+                tiny,
+                keep,
+            )
+
+
+@formula
+def _async_rate(
+    lr: float, beta1: float, beta2: float, t: Single, last1: Single, last2: Single
+) -> Any:
+    return np.float32(lr * np.sqrt(_rest(beta2, t, last2)) / _rest(beta1, t, last1))
+
+
+@formula
+def _async_number(
+    g: Single,
+    w: Single,
+    m: Single,
+    v: Single,
+    rate: Single,
+    b1: Single,
+    b2: Single,
+    rest1: Single,
+    rest2: Single,
+    tiny: Single,
+) -> Any:
+    m = b1 * m + rest1 * g
+    v = b2 * v + rest2 * (g * g)
+    return w - rate * m / (np.sqrt(v) + tiny), m, v
 
 
 @jit
 def _adam_async(
-    slab: Any, slots: Any, grads: Any, lr: float, beta1: float, beta2: float, eps: float
+    slab: Any,
+    slots: Any,
+    grads: Any,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    last1: Single,
+    last2: Single,
+    b1: Single,
+    b2: Single,
+    rest1: Single,
+    rest2: Single,
+    tiny: Single,
 ) -> None:
-    b1, b2, tiny = np.float32(beta1), np.float32(beta2), np.float32(eps)
-    rest1, rest2 = np.float32(1.0 - beta1), np.float32(1.0 - beta2)
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
-    log1, log2 = np.log(beta1), np.log(beta2)
     second, count = dim + dim, dim + dim + dim
     for i in range(n):
         prefetch_row(slab, slots[min(i + NEXT, n - ONE)], size)
         s = np.uint64(slots[i])
         t = slab[s, count] + np.float32(1.0)
         slab[s, count] = t
-        rate = np.float32(lr * np.sqrt(1.0 - np.exp(t * log2)) / (1.0 - np.exp(t * log1)))
+        rate = _async_rate(lr, beta1, beta2, t, last1, last2)
         for j in range(dim):
-            g = grads[i, j]
-            m = b1 * slab[s, dim + j] + rest1 * g
-            v = b2 * slab[s, second + j] + rest2 * (g * g)
-            slab[s, dim + j] = m
-            slab[s, second + j] = v
-            slab[s, j] -= rate * m / (np.sqrt(v) + tiny)
+            slab[s, j], slab[s, dim + j], slab[s, second + j] = _async_number(
+                grads[i, j],
+                slab[s, j],
+                slab[s, dim + j],
+                slab[s, second + j],
+                rate,
+                b1,
+                b2,
+                rest1,
+                rest2,
+                tiny,
+            )
+
+
+@formula
+def _rmsprop_number(
+    g: Single,
+    w: Single,
+    m: Single,
+    v: Single,
+    rate: Single,
+    b1: Single,
+    b2: Single,
+    rest2: Single,
+    tiny: Single,
+) -> Any:
+    v = b2 * v + rest2 * (g * g)
+    m = b1 * m + rate * g / np.sqrt(v + tiny)
+    return w - m, m, v
 
 
 @jit
 def _rmsprop(
-    slab: Any, slots: Any, grads: Any, lr: float, beta1: float, beta2: float, eps: float
+    slab: Any,
+    slots: Any,
+    grads: Any,
+    rate: Single,
+    b1: Single,
+    b2: Single,
+    rest2: Single,
+    tiny: Single,
 ) -> None:
     """Run one step of AdamAsync with apply_sparse_rmsprop = 1. It does not change t."""
-    b1, b2, tiny = np.float32(beta1), np.float32(beta2), np.float32(eps)
-    rate, rest2 = np.float32(lr), np.float32(1.0 - beta2)
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
     second = dim + dim
     for i in range(n):
         prefetch_row(slab, slots[min(i + NEXT, n - ONE)], size)
         s = np.uint64(slots[i])
         for j in range(dim):
-            g = grads[i, j]
-            v = b2 * slab[s, second + j] + rest2 * (g * g)
-            m = b1 * slab[s, dim + j] + rate * g / np.sqrt(v + tiny)
-            slab[s, second + j] = v
-            slab[s, dim + j] = m
-            slab[s, j] -= m
+            slab[s, j], slab[s, dim + j], slab[s, second + j] = _rmsprop_number(
+                grads[i, j],
+                slab[s, j],
+                slab[s, dim + j],
+                slab[s, second + j],
+                rate,
+                b1,
+                b2,
+                rest2,
+                tiny,
+            )
+
+
+_COUNT = """
+        const float t = from_first(group, row[3 * dim]) + 1.0f;
+        if (lane == 0) row[3 * dim] = t;
+"""
+_ADAM = StepKernel(
+    name="adam",
+    loop=_adam,
+    number=_adam_number,
+    row=_COUNT
+    + """
+        const float rate = adam_rate(lr, beta1, t, last1);
+        const float unbias = adam_unbias(beta2, t, last2);
+    """,
+    formulas=(_adam_rate, _adam_unbias),
+)
+_ASYNC = StepKernel(
+    name="adam_async",
+    loop=_adam_async,
+    number=_async_number,
+    row=_COUNT + "const float rate = async_rate(lr, beta1, beta2, t, last1, last2);",
+    formulas=(_async_rate,),
+)
+_RMSPROP = StepKernel(name="rmsprop", loop=_rmsprop, number=_rmsprop_number)
+
+
+def _adam_numbers(lr: float, beta1: float, beta2: float, eps: float) -> tuple[Number, ...]:
+    """Return the numbers of both kernels that count t, in the order of their parameters."""
+    counts = np.float64(lr), np.float64(beta1), np.float64(beta2)
+    lasts = _last_count(beta1), _last_count(beta2)
+    return *counts, *lasts, F32(beta1), F32(beta2), F32(1.0 - beta1), F32(1.0 - beta2), F32(eps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +275,12 @@ class Adam(Optimizer):
     def _is_tame(self, lr: float) -> bool:
         return _is_tame(self.beta1, self.beta2, self.eps)
 
-    def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
-        rows = slab, readonly(slots), readonly(grads)
-        _adam(*rows, float(lr), self.beta1, self.beta2, self.eps, 0.0)
+    @property
+    def kernel(self) -> StepKernel:
+        return _ADAM
+
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
+        return *_adam_numbers(lr, self.beta1, self.beta2, self.eps), F32(1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,9 +312,13 @@ class AdamW(Optimizer):
     def _is_tame(self, lr: float) -> bool:
         return _is_tame(self.beta1, self.beta2, self.eps) and lr * self.weight_decay <= 1e6
 
-    def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
-        rows = slab, readonly(slots), readonly(grads)
-        _adam(*rows, float(lr), self.beta1, self.beta2, self.eps, self.weight_decay)
+    @property
+    def kernel(self) -> StepKernel:
+        return _ADAM
+
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
+        keep = F32(1.0 - lr * self.weight_decay)
+        return *_adam_numbers(lr, self.beta1, self.beta2, self.eps), keep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,10 +362,15 @@ class AdamAsync(Optimizer):
     def _is_tame(self, lr: float) -> bool:
         return _is_tame(self.beta1, self.beta2, self.eps)
 
-    def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
-        kernel = _rmsprop if self.apply_sparse_rmsprop else _adam_async
-        rows = slab, readonly(slots), readonly(grads)
-        kernel(*rows, float(lr), self.beta1, self.beta2, self.eps)
+    @property
+    def kernel(self) -> StepKernel:
+        return _RMSPROP if self.apply_sparse_rmsprop else _ASYNC
+
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
+        if self.apply_sparse_rmsprop:
+            betas = F32(self.beta1), F32(self.beta2), F32(1.0 - self.beta2)
+            return F32(lr), *betas, F32(self.eps)
+        return _adam_numbers(lr, self.beta1, self.beta2, self.eps)
 
 
 def _is_tame(beta1: float, beta2: float, eps: float) -> bool:

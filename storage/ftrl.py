@@ -2,25 +2,61 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from storage.kernels import Rows, Slots, inline, jit, prefetch_row, readonly
-from storage.optimizer import NEXT, ONE, Optimizer, square_sum32
+from storage.formula import Single, formula
+from storage.kernels import Rows, jit, prefetch_row
+from storage.optimizer import F32, NEXT, ONE, Number, Optimizer, StepKernel, square_sum32
+
+HALF = np.float32(0.5)  # the usual power
 
 
-@inline
-def _linear(z: Any, g: Any, w: Any, growth: Any, shrink: Any) -> Any:
+@formula
+def _root(n: Single, p: Single) -> Any:
+    """Return n^p. The usual p = 0.5 takes the square root."""
+    return np.sqrt(n) if p == np.float32(0.5) else n**p
+
+
+@formula
+def _linear(
+    g: Single, w: Single, n: Single, z: Single, p: Single, shrink: Single, inverse: Single
+) -> Any:
     """Return the next z of FTRL, z + g + shrink w - growth w."""
+    growth = (_root(n + g * g, p) - _root(n, p)) * inverse
     return z + (g + shrink * w) - growth * w
 
 
-@inline
-def _excess(z: Any, cut: Any) -> Any:
+@formula
+def _excess(z: Single, cut: Single) -> Any:
     """Return clip(z, -cut, cut) - z."""
     return (cut if z > cut else z if z > -cut else -cut) - z
+
+
+@formula
+def _factor(n: Single, p: Single, inverse: Single, ridge: Single, scale: Single) -> Any:
+    """Return the number that turns u = clip(z, -l1, l1) - z into w."""
+    return scale / (_root(n, p) * inverse + ridge)
+
+
+@formula
+def _ftrl_number(
+    g: Single,
+    w: Single,
+    n: Single,
+    z: Single,
+    p: Single,
+    cut: Single,
+    shrink: Single,
+    inverse: Single,
+    ridge: Single,
+) -> Any:
+    z = _linear(g, w, n, z, p, shrink, inverse)
+    n = n + g * g
+    return _excess(z, cut) * _factor(n, p, inverse, ridge, np.float32(1.0)), n, z
 
 
 @jit
@@ -28,56 +64,106 @@ def _ftrl(
     slab: Any,
     slots: Any,
     grads: Any,
-    lr: float,
-    power: float,
-    l1: float,
-    l2: float,
-    l21: float,
-    shrinkage: float,
-    beta: float,
+    p: Single,
+    cut: Single,
+    shrink: Single,
+    inverse: Single,
+    ridge: Single,
 ) -> None:
-    """Run one step of Ftrl or GroupFtrl, whose hyper-parameters are power, l1, l2, l21, shrinkage
-    and beta (power: learning_rate_power; shrinkage: l2_shrinkage; l21 = 0 for Ftrl).
-
-    First writes u = clip(z, -l1, l1) - z of GroupFtrl to w, then multiplies w by the factor of u.
-    There are separate loops for the usual power, -0.5, which use sqrt.
-    """
-    p, cut, shrink = np.float32(-power), np.float32(l1), np.float32(2.0 * shrinkage)
-    inverse, ridge = np.float32(1.0 / lr), np.float32(beta / lr + 2.0 * l2)
+    """Run one step of Ftrl. There is a separate loop for the usual power, which takes roots."""
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
-    linear = dim + dim
-    group_cut = np.float32(l21 * np.sqrt(np.float64(dim)))
+    second = dim + dim
     for i in range(n):
         prefetch_row(slab, slots[min(i + NEXT, n - ONE)], size)
         s = np.uint64(slots[i])
-        if power == -0.5:
+        if p == HALF:
             for j in range(dim):
-                g, w, acc = grads[i, j], slab[s, j], slab[s, dim + j]
-                more = acc + g * g
-                growth = (np.sqrt(more) - np.sqrt(acc)) * inverse
-                z = _linear(slab[s, linear + j], g, w, growth, shrink)
-                slab[s, j] = _excess(z, cut)
-                slab[s, dim + j] = more
-                slab[s, linear + j] = z
+                g, w, acc, z = grads[i, j], slab[s, j], slab[s, dim + j], slab[s, second + j]
+                slab[s, j], slab[s, dim + j], slab[s, second + j] = _ftrl_number(
+                    g, w, acc, z, HALF, cut, shrink, inverse, ridge
+                )
         else:
             for j in range(dim):
-                g, w, acc = grads[i, j], slab[s, j], slab[s, dim + j]
-                more = acc + g * g
-                growth = (more**p - acc**p) * inverse
-                z = _linear(slab[s, linear + j], g, w, growth, shrink)
-                slab[s, j] = _excess(z, cut)
-                slab[s, dim + j] = more
-                slab[s, linear + j] = z
-        scale = np.float32(1.0)
-        if l21 > 0.0:
-            norm = np.sqrt(square_sum32(slab[s, :dim]))
-            scale = scale - group_cut / norm if norm > group_cut else np.float32(0.0)
-        if power == -0.5:
+                g, w, acc, z = grads[i, j], slab[s, j], slab[s, dim + j], slab[s, second + j]
+                slab[s, j], slab[s, dim + j], slab[s, second + j] = _ftrl_number(
+                    g, w, acc, z, p, cut, shrink, inverse, ridge
+                )
+
+
+@formula
+def _group_number(
+    g: Single,
+    w: Single,
+    n: Single,
+    z: Single,
+    p: Single,
+    cut: Single,
+    shrink: Single,
+    inverse: Single,
+) -> Any:
+    """Return u = clip(z, -l1, l1) - z in place of w, and the new n and z."""
+    z = _linear(g, w, n, z, p, shrink, inverse)
+    return _excess(z, cut), n + g * g, z
+
+
+@formula
+def _group_scale(norm: Single, group_cut: Single) -> Any:
+    one = np.float32(1.0)
+    return one - group_cut / norm if norm > group_cut else np.float32(0.0)
+
+
+@jit
+def _group_ftrl(
+    slab: Any,
+    slots: Any,
+    grads: Any,
+    p: Single,
+    cut: Single,
+    shrink: Single,
+    inverse: Single,
+    ridge: Single,
+    group_cut: Single,
+) -> None:
+    """Run one step of GroupFtrl: write u to w, then multiply it by the factor of its row."""
+    n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
+    second = dim + dim
+    for i in range(n):
+        prefetch_row(slab, slots[min(i + NEXT, n - ONE)], size)
+        s = np.uint64(slots[i])
+        if p == HALF:
             for j in range(dim):
-                slab[s, j] *= scale / (np.sqrt(slab[s, dim + j]) * inverse + ridge)
+                g, w, acc, z = grads[i, j], slab[s, j], slab[s, dim + j], slab[s, second + j]
+                slab[s, j], slab[s, dim + j], slab[s, second + j] = _group_number(
+                    g, w, acc, z, HALF, cut, shrink, inverse
+                )
         else:
             for j in range(dim):
-                slab[s, j] *= scale / (slab[s, dim + j] ** p * inverse + ridge)
+                g, w, acc, z = grads[i, j], slab[s, j], slab[s, dim + j], slab[s, second + j]
+                slab[s, j], slab[s, dim + j], slab[s, second + j] = _group_number(
+                    g, w, acc, z, p, cut, shrink, inverse
+                )
+        scale = _group_scale(np.sqrt(square_sum32(slab[s, :dim])), group_cut)
+        if p == HALF:
+            for j in range(dim):
+                slab[s, j] *= _factor(slab[s, dim + j], HALF, inverse, ridge, scale)
+        else:
+            for j in range(dim):
+                slab[s, j] *= _factor(slab[s, dim + j], p, inverse, ridge, scale)
+
+
+_FTRL = StepKernel(name="ftrl", loop=_ftrl, number=_ftrl_number)
+_GROUP = StepKernel(
+    name="group_ftrl",
+    loop=_group_ftrl,
+    number=_group_number,
+    after="""
+        const float norm = sqrtf(square_sum(group, row, lane, dim));
+        const float scale = group_scale(norm, group_cut);
+        for (int j = lane; j < dim; j += LANES)
+            row[j] *= factor(row[dim + j], p, inverse, ridge, scale);
+    """,
+    formulas=(_group_scale, _factor),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,10 +214,13 @@ class Ftrl(Optimizer):
         root: float = self.initial_accumulator**-self.learning_rate_power
         return bool((root + self.beta) / lr + 2.0 * self.l2 >= 1e-6)  # the least divisor of z
 
-    def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
-        rows = slab, readonly(slots), readonly(grads)
-        penalties = self.l1, self.l2, 0.0, self.l2_shrinkage, self.beta
-        _ftrl(*rows, float(lr), self.learning_rate_power, *penalties)
+    @property
+    def kernel(self) -> StepKernel:
+        return _FTRL
+
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
+        cuts = F32(-self.learning_rate_power), F32(self.l1), F32(2.0 * self.l2_shrinkage)
+        return *cuts, F32(1.0 / lr), F32(self.beta / lr + 2.0 * self.l2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,10 +247,13 @@ class GroupFtrl(Ftrl):
         Ftrl._check(self)
         self._require_not_negative("l21")
 
-    def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
-        rows = slab, readonly(slots), readonly(grads)
-        penalties = self.l1, self.l2, self.l21, self.l2_shrinkage, self.beta
-        _ftrl(*rows, float(lr), self.learning_rate_power, *penalties)
+    @property
+    def kernel(self) -> StepKernel:
+        return _GROUP if self.l21 else _FTRL
+
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
+        numbers = Ftrl.numbers(self, lr, step, dim)
+        return (*numbers, F32(self.l21 * math.sqrt(dim))) if self.l21 else numbers
 
 
 FTRL: tuple[type[Optimizer], ...] = (Ftrl, GroupFtrl)

@@ -1,12 +1,16 @@
 """The contract of an optimizer: an in-place step over rows of a slab.
 
 In the formulas g is the gradient and w the embedding. A formula is for one number, unless it says
-that it is for a row. The kernels take hyper-parameters as Python floats and compute in float32.
-They count in uint64, so that the compiler need not handle negative indexes. They read
+that it is for a row. It is written once, as a Python function (see formula.py), and runs in two
+places: in the loops of the CPU, and in CUDA kernels, which are generated from ``StepKernel``.
+
+The loops count in uint64, so that the compiler need not handle negative indexes. They take
 
     slab   float32[capacity, width]  C-contiguous; rows in ``slots`` are written, no others
     slots  int64[n]                  distinct positions of existing rows
     grads  float32[n, dim]           C-contiguous, finite
+
+and then the numbers of ``Optimizer.numbers``, which are the same for all rows of a step.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numba import njit
 
-from storage.kernels import AHEAD, Rows, Slots
+from storage.formula import Single, formula
+from storage.kernels import AHEAD, Rows, Slots, readonly
 
 TAME_NUMBER = 1e12  # largest magnitude of a number in a tame row; see Optimizer.is_tame
 TAME_GRADIENT = 1e6  # largest magnitude of a tame gradient
@@ -31,6 +36,23 @@ LARGEST = 1e30  # largest magnitude of a hyper-parameter
 
 ONE = np.uint64(1)
 NEXT = np.uint64(AHEAD)
+F32 = np.float32
+Number = np.float32 | np.float64
+
+
+@formula
+def power(base: float, count: Single) -> Any:
+    """Return base to the power of a whole number >= 0, by multiplications alone.
+
+    Their results are the same on every machine, unlike those of exp and pow.
+    """
+    left = np.uint32(count)
+    result = 1.0
+    while left != np.uint32(0):
+        result = result * base if (left & np.uint32(1)) != np.uint32(0) else result
+        base = base * base
+        left = left >> np.uint32(1)
+    return result
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
@@ -43,6 +65,31 @@ def square_sum32(numbers: Any) -> Any:
     for j in range(numbers.shape[0]):
         total += numbers[j] * numbers[j]
     return total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepKernel:
+    """A loop that runs an optimizer's step on the CPU, and what its CUDA kernel is made of.
+
+    name      name of the CUDA kernel
+    loop      the loop of the CPU; takes slab, slots and grads, then the numbers of the step
+    number    the formula of one number. Its parameters begin with g, w and then the number's state,
+              one for each vector of state that begins each ``dim`` numbers after the last. Further
+              parameters are numbers of the step or variables that ``row`` declares. It returns the
+              new w and the new state
+    row       CUDA C that runs once per row before its numbers. It may use the numbers of the step,
+              ``row`` (the row), ``grad`` (its gradient), ``dim``, ``lane`` (0 in one thread of the
+              row), ``group`` (the threads of the row) and the functions in rows.cu
+    after     CUDA C that runs once per row after its numbers
+    formulas  other formulas that ``row`` and ``after`` call
+    """
+
+    name: str
+    loop: Any
+    number: Any
+    row: str = ""
+    after: str = ""
+    formulas: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +189,15 @@ class Optimizer(ABC):
         """
         return math.inf
 
+    @property
     @abstractmethod
+    def kernel(self) -> StepKernel:
+        """What runs a step with these hyper-parameters."""
+
+    @abstractmethod
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
+        """Return what the kernel computes with besides rows, in the order of its parameters."""
+
     def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
         """Apply one gradient to each row in ``slots``, in place.
 
@@ -152,6 +207,8 @@ class Optimizer(ABC):
         lr     learning rate, accepted by ``require_lr``
         step   the trainer's global step
         """
+        numbers = self.numbers(lr, step, grads.shape[1])
+        self.kernel.loop(slab, readonly(slots), readonly(grads), *numbers)
 
 
 def _is_number(value: Any) -> tuple[bool, str]:

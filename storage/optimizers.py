@@ -20,8 +20,8 @@ import numpy as np
 
 from storage.adagrad import ADAGRAD
 from storage.adam import ADAM, AdamAsync
-from storage.ftrl import FTRL
-from storage.optimizer import Optimizer
+from storage.ftrl import FTRL, GroupFtrl
+from storage.optimizer import Optimizer, StepKernel
 from storage.registry import build
 from storage.sgd import SGD
 
@@ -38,10 +38,20 @@ def make_optimizer(name: str, lr: float | None, parameters: Mapping[str, float])
     return build("optimizer", OPTIMIZERS, name, every)
 
 
+def variants() -> list[Optimizer]:
+    """Return optimizers that have every kernel between them."""
+    every = [make_optimizer(name, None, {}) for name in OPTIMIZERS]
+    return [*every, AdamAsync(apply_sparse_rmsprop=1), GroupFtrl(l21=1.0)]
+
+
+def step_kernels() -> tuple[StepKernel, ...]:
+    """Return the kernels of all optimizers, each once."""
+    return tuple({each.kernel.name: each.kernel for each in variants()}.values())
+
+
 def compile_all() -> None:
     """Run every optimizer once: each kernel is then compiled, or loaded from the cache."""
-    every = [make_optimizer(name, None, {}) for name in OPTIMIZERS]
-    for optimizer in (*every, AdamAsync(apply_sparse_rmsprop=1)):
+    for optimizer in variants():
         slab = np.zeros((1, 1 + optimizer.state_width(1)), np.float32)
         slab[0, 1:] = optimizer.initial_state(1)
         gradient = np.ones((1, 1), np.float32)

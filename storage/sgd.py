@@ -7,37 +7,50 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from storage.kernels import Rows, Slots, jit, prefetch_row, readonly
-from storage.optimizer import NEXT, ONE, ROUNDED, Optimizer
+from storage.formula import Single, formula
+from storage.kernels import jit, prefetch_row
+from storage.optimizer import F32, NEXT, ONE, ROUNDED, Number, Optimizer, StepKernel
+
+
+@formula
+def _sgd_number(g: Single, w: Single, rate: Single) -> Any:
+    return w - rate * g
 
 
 @jit
-def _sgd(slab: Any, slots: Any, grads: Any, lr: float) -> None:
-    rate = np.float32(lr)
+def _sgd(slab: Any, slots: Any, grads: Any, rate: Single) -> None:
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
     for i in range(n):
         prefetch_row(slab, slots[min(i + NEXT, n - ONE)], size)
         s = np.uint64(slots[i])
         for j in range(dim):
-            slab[s, j] -= rate * grads[i, j]
+            slab[s, j] = _sgd_number(grads[i, j], slab[s, j], rate)
+
+
+@formula
+def _momentum_number(
+    g: Single, w: Single, b: Single, keep: Single, of_grad: Single, of_buffer: Single
+) -> Any:
+    b = keep * b + g
+    return w - (of_grad * g + of_buffer * b), b
 
 
 @jit
 def _momentum(
-    slab: Any, slots: Any, grads: Any, lr: float, momentum: float, nesterov: float
+    slab: Any, slots: Any, grads: Any, keep: Single, of_grad: Single, of_buffer: Single
 ) -> None:
-    keep = np.float32(momentum)
-    of_grad = np.float32(lr * nesterov)
-    of_buffer = np.float32(lr * (momentum if nesterov else 1.0))
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
     for i in range(n):
         prefetch_row(slab, slots[min(i + NEXT, n - ONE)], size)
         s = np.uint64(slots[i])
         for j in range(dim):
-            g = grads[i, j]
-            b = keep * slab[s, dim + j] + g
-            slab[s, dim + j] = b
-            slab[s, j] -= of_grad * g + of_buffer * b
+            slab[s, j], slab[s, dim + j] = _momentum_number(
+                grads[i, j], slab[s, j], slab[s, dim + j], keep, of_grad, of_buffer
+            )
+
+
+_SGD = StepKernel(name="sgd", loop=_sgd, number=_sgd_number)
+_MOMENTUM = StepKernel(name="momentum", loop=_momentum, number=_momentum_number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +67,12 @@ class Sgd(Optimizer):
     def reach(self, dim: int, lr: float, gradient: float) -> float:
         return ROUNDED * lr * gradient
 
-    def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
-        _sgd(slab, readonly(slots), readonly(grads), float(lr))
+    @property
+    def kernel(self) -> StepKernel:
+        return _SGD
+
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
+        return (F32(lr),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,9 +99,13 @@ class Momentum(Optimizer):
     def state_width(self, dim: int) -> int:
         return dim
 
-    def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:
-        rows = slab, readonly(slots), readonly(grads)
-        _momentum(*rows, float(lr), self.momentum, float(self.nesterov))
+    @property
+    def kernel(self) -> StepKernel:
+        return _MOMENTUM
+
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
+        of_buffer = lr * self.momentum if self.nesterov else lr
+        return F32(self.momentum), F32(lr * self.nesterov), F32(of_buffer)
 
 
 SGD: tuple[type[Optimizer], ...] = (Sgd, Momentum)

@@ -1,0 +1,237 @@
+"""Measure rows in GPU memory: kernels against a copy, and batches from and to host memory.
+
+The roof of a kernel is a copy within GPU memory, measured in the same run: the bytes that a kernel
+reads and writes per second, divided by those of the copy. Times of kernels are taken by events of
+CUDA. Rows are drawn from 16 GiB, so that no cache has them.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import Report, arguments
+from storage.gpu.cuda import CudaDevice
+from storage.gpu.device import NoDevice, address
+from storage.gpu.nvrtc import find_library
+from storage.gpu.source import kernel_name
+from storage.optimizer import Optimizer
+from storage.optimizers import make_optimizer
+
+SHIFT = 16  # rows of a piece of the slab: 65,536
+BATCHES = (10_000, 100_000, 1_000_000)
+CASES = (("adagrad", 32), ("adagrad", 128), ("adam", 32), ("adam", 128))
+GIB = 1 << 30
+
+
+class Slab:
+    """Rows in GPU memory, all 0."""
+
+    def __init__(self, device: CudaDevice, width: int, size: int) -> None:
+        self.device, self.width, self.stride = device, width, -(-width // 4) * 4
+        self.queue = device.queue()
+        piece = 4 * self.stride << SHIFT
+        self.pieces = [device.memory(piece) for _ in range(size // piece)]
+        self.rows = len(self.pieces) << SHIFT
+        runtime = device.cuda.runtime
+        for each in self.pieces:
+            runtime.memsetAsync(each.address, 0, piece, self.queue.stream.ptr)
+        self.table = device.memory(8 * len(self.pieces))
+        known = device.pinned(8 * len(self.pieces)).view(np.uint64)
+        known[:] = [each.address for each in self.pieces]
+        whole = np.uint64(self.table.address), np.int64(len(known)), np.int64(0), address(known)
+        self.queue.run("add_pieces", len(known), *whole)
+        self.queue.mark().wait()
+
+    def run(self, kernel: str, slots: int, n: int, count: int, *more: Any) -> None:
+        """Run a kernel over ``n`` rows, whose slots are at an address."""
+        head = np.uint64(self.table.address), np.int32(SHIFT), np.int64(self.stride)
+        self.queue.run(kernel, n, *head, np.uint64(slots), np.int64(n), np.int32(count), *more)
+
+
+def main() -> int:
+    """Run the benchmark and print its tables; return the exit status."""
+    options = arguments(__doc__).parse_args()
+    try:
+        device = CudaDevice()
+    except NoDevice as error:
+        print(f"no GPU, nothing to measure: {error}", file=sys.stderr)
+        return 1
+    report = Report("hbm", options.json)
+    report.note(_machine(device))
+    size = 2 * GIB if options.quick else 16 * GIB
+    copied = _copies(device, report)
+    for name, dim in CASES:
+        optimizer = make_optimizer(name, None, {})
+        slab = Slab(device, dim + optimizer.state_width(dim), size)
+        title = f"{name}, dim {dim}, {4 * slab.width} bytes per row, {slab.rows:,} rows"
+        rows = [row for n in BATCHES for row in _kernels(slab, optimizer, dim, n, copied)]
+        report.section(title, rows)
+    report.section("launches", _launches(device))
+    report.close()
+    return 0
+
+
+def _machine(device: CudaDevice) -> str:
+    names = "name,driver_version,pcie.link.gen.max,pcie.link.width.max"
+    command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    runtime = device.cuda.runtime.runtimeGetVersion()
+    return f"GPU, driver, PCIe: {found}; CUDA runtime {runtime}, NVRTC {find_library()}"
+
+
+def _timed(device: CudaDevice, stream: Any, call: Callable[[], Any], times: int = 20) -> float:
+    """Return the median time of what a call asks a stream for, in seconds."""
+    event, seconds = device.cuda.Event, []
+    for _ in range(times + 3):
+        begin, end = event(), event()
+        begin.record(stream)
+        call()
+        end.record(stream)
+        end.synchronize()
+        seconds.append(device.cuda.get_elapsed_time(begin, end) / 1e3)
+    return float(np.median(seconds[3:]))
+
+
+def _copies(device: CudaDevice, report: Report) -> float:
+    """Report the speed of copies; return that of the copy within GPU memory, in bytes per second.
+
+    Bytes that are read and written count twice.
+    """
+    stream, size = device.queue().stream, 2 * GIB
+    copy = device.cuda.runtime.memcpyAsync
+    first, second = device.memory(size), device.memory(size)
+    pinned = device.pinned(GIB // 2)
+    host, half = pinned.ctypes.data, len(pinned)
+    within = _timed(
+        device, stream, lambda: copy(second.address, first.address, size, 3, stream.ptr)
+    )
+    up = _timed(device, stream, lambda: copy(first.address, host, half, 1, stream.ptr))
+    down = _timed(device, stream, lambda: copy(host, first.address, half, 2, stream.ptr))
+    rows = [
+        {"copy": "within GPU memory, read and written", "GB/s": 2 * size / within / 1e9},
+        {"copy": "host to GPU, page-locked", "GB/s": half / up / 1e9},
+        {"copy": "GPU to host, page-locked", "GB/s": half / down / 1e9},
+    ]
+    report.section("copies", rows)
+    return 2 * size / within
+
+
+def _kernels(
+    slab: Slab, optimizer: Optimizer, dim: int, n: int, copied: float
+) -> list[dict[str, Any]]:
+    """Measure gather and step over ``n`` random rows, with buffers on the GPU and on the host.
+
+    copied  bytes per second that a copy within GPU memory reads and writes together
+    """
+    device, stream, copy = slab.device, slab.queue.stream, slab.device.cuda.runtime.memcpyAsync
+    rng = np.random.default_rng(n)
+    chosen = rng.permutation(np.unique(rng.integers(0, slab.rows, n + n // 8))[:n])
+    n = len(chosen)
+    slots, numbers = device.pinned(8 * n), device.pinned(4 * n * dim)
+    slots.view(np.int64)[:] = chosen
+    numbers.view(np.float32)[:] = rng.standard_normal(n * dim, dtype=np.float32)
+    near_slots, near = device.memory(8 * n), device.memory(4 * n * dim)
+    there, here = np.uint64(near.address), address(numbers)
+    step, own = kernel_name(optimizer.kernel), optimizer.numbers(optimizer.lr, 1, dim)
+    far_slots, size = slots.ctypes.data, 4 * n * dim
+
+    def up() -> None:
+        copy(near_slots.address, far_slots, 8 * n, 1, stream.ptr)
+        copy(near.address, numbers.ctypes.data, size, 1, stream.ptr)
+
+    def gather_and_copy() -> None:
+        copy(near_slots.address, far_slots, 8 * n, 1, stream.ptr)
+        slab.run("gather", near_slots.address, n, dim, there)
+        copy(numbers.ctypes.data, near.address, size, 2, stream.ptr)
+
+    def copy_and_step() -> None:
+        up()
+        slab.run(step, near_slots.address, n, dim, there, *own)
+
+    up()
+    moved_by_step = 8 + 4 * dim + 8 * slab.width
+    on_gpu, via_pcie = "buffers on the GPU", "buffers on the host"
+    calls: list[tuple[str, str, int, Callable[[], None]]] = [
+        (
+            "gather",
+            on_gpu,
+            8 + 8 * dim,
+            lambda: slab.run("gather", near_slots.address, n, dim, there),
+        ),
+        (
+            step,
+            on_gpu,
+            moved_by_step,
+            lambda: slab.run(step, near_slots.address, n, dim, there, *own),
+        ),
+        (
+            "gather",
+            via_pcie + ", written by the kernel",
+            8 + 4 * dim,
+            lambda: slab.run("gather", far_slots, n, dim, here),
+        ),
+        ("gather", via_pcie + ", copied", 8 + 4 * dim, gather_and_copy),
+        (
+            step,
+            via_pcie + ", read by the kernel",
+            8 + 4 * dim,
+            lambda: slab.run(step, far_slots, n, dim, here, *own),
+        ),
+        (step, via_pcie + ", copied", 8 + 4 * dim, copy_and_step),
+    ]
+    rows = []
+    for what, where, moved, call in calls:
+        seconds = _timed(device, stream, call)
+        share = n * moved / seconds / copied if where == on_gpu else None
+        rows.append(
+            {
+                "kernel": what,
+                "rows": n,
+                "buffers": where,
+                "us": seconds * 1e6,
+                "million rows/s": n / seconds / 1e6,
+                "GB/s": n * moved / seconds / 1e9,
+                "of a copy (>= 0.6)": share,
+            }
+        )
+    return rows
+
+
+def _launches(device: CudaDevice) -> list[dict[str, Any]]:
+    """Measure the cost of a small batch on the host."""
+    slab = Slab(device, 64, 64 << 20)
+    slots, rows = device.pinned(8000), device.pinned(4 * 32 * 1000)
+    slots.view(np.int64)[:] = np.arange(1000)
+
+    def launch() -> None:
+        slab.run("gather", slots.ctypes.data, 1000, 32, address(rows))
+
+    def wait() -> None:
+        launch()
+        slab.queue.mark().wait()
+
+    wait()
+    begin = time.perf_counter()
+    for _ in range(1000):
+        launch()
+    each = (time.perf_counter() - begin) / 1000
+    slab.queue.mark().wait()
+    waits = []
+    for _ in range(1000):
+        begin = time.perf_counter()
+        wait()
+        waits.append(time.perf_counter() - begin)
+    return [
+        {"what": "launch of a kernel, time of the host", "us": each * 1e6},
+        {"what": "gather 1,000 rows of dim 32 to the host and wait", "us": np.median(waits) * 1e6},
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""Formulas: small functions of numbers, written once in Python for the CPU and for a GPU.
+
+Numba compiles a formula into the loops that call it. ``to_cuda`` translates its source to CUDA C.
+Both compute the same bits, because both round after every operation, to the type of its operands.
+
+A formula consists of assignments to names, ``while`` loops and one ``return`` at the end. It may
+use + - * / ** & >>, comparisons, conditional expressions, np.sqrt, np.float32, np.uint32 and other
+formulas. A name keeps the type of its first value:
+
+    Single   a float32 number
+    float    a float64 number; so is a number that is written in the formula
+    Count    an unsigned 32-bit number
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from storage.kernels import inline
+
+Single = Any  # a float32 number
+Count = Any  # an unsigned 32-bit number
+formula = inline  # decorator of formulas
+
+RANKS = ("bool", "unsigned", "float", "double")  # of two operands, the type further right wins
+_OPERATORS: dict[type[ast.AST], str] = {
+    ast.Add: "+",
+    ast.Sub: "-",
+    ast.Mult: "*",
+    ast.Div: "/",
+    ast.BitAnd: "&",
+    ast.RShift: ">>",
+    ast.Gt: ">",
+    ast.GtE: ">=",
+    ast.Lt: "<",
+    ast.LtE: "<=",
+    ast.Eq: "==",
+    ast.NotEq: "!=",
+}
+_PARAMETERS = {"Single": "float", "float": "double", "Count": "unsigned"}  # annotation: C type
+_CASTS = {"float32": "float", "uint32": "unsigned"}
+
+
+class CannotTranslate(Exception):
+    """A formula contains something that has no translation to CUDA C."""
+
+    def __init__(self, function: str, line: int, what: str) -> None:
+        super().__init__(f"formula {function!r}, line {line}: cannot translate {what}")
+
+
+def c_name(formula: Any) -> str:
+    """Return the name of a formula in CUDA C: that of the function, without underscores ahead."""
+    name: str = formula.py_func.__name__
+    return name.lstrip("_")
+
+
+def c_parameters(function: Any, skip: int = 0) -> list[tuple[str, str]]:
+    """Return (C type, name) of the parameters of a compiled function, except the first ``skip``."""
+    parameters = list(inspect.signature(function.py_func).parameters.values())[skip:]
+    return [(_PARAMETERS[each.annotation], each.name) for each in parameters]
+
+
+def with_callees(formula: Any) -> Iterator[Any]:
+    """Yield the formulas that a formula calls, directly or not, and last the formula itself."""
+    for node in ast.walk(_parsed(formula)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            yield from with_callees(formula.py_func.__globals__[node.func.id])
+    yield formula
+
+
+def result_types(formula: Any) -> list[str]:
+    """Return the C types of the numbers that a formula returns."""
+    return _Translator(formula).results
+
+
+def to_cuda(formula: Any) -> str:
+    """Return a formula as a device function in CUDA C.
+
+    A formula that returns a tuple becomes a function that returns nothing: its results are
+    written to references, which are parameters after its own. It reads all of its parameters before
+    it writes the first result, so that a variable may be both.
+    """
+    return _Translator(formula).text
+
+
+def _parsed(formula: Any) -> ast.FunctionDef:
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(formula.py_func))).body
+    assert isinstance(tree, ast.FunctionDef)
+    return tree
+
+
+class _Translator:
+    """The translation of one formula.
+
+    text     a device function in CUDA C
+    results  C types of the numbers that the formula returns
+    """
+
+    def __init__(self, formula: Any) -> None:
+        self._formula, self._tree = formula, _parsed(formula)
+        parameters = c_parameters(formula)
+        self._types = {name: kind for kind, name in parameters}
+        self.results: list[str] = []
+        self._returned: list[str] = []
+        body = self._block(self._tree.body)
+        given = [f"{kind} {name}" for kind, name in parameters]
+        if len(self.results) == 1:
+            kind, body = self.results[0], [*body, f"return {self._returned[0]};"]
+        else:
+            kind = "void"
+            values = list(zip(self.results, self._returned, strict=True))
+            given += [f"{of}& result{k}" for k, (of, _) in enumerate(values)]
+            body += [f"const {of} value{k} = {value};" for k, (of, value) in enumerate(values)]
+            body += [f"result{k} = value{k};" for k in range(len(values))]
+        inside = textwrap.indent("\n".join(body), "    ")
+        head = f"__device__ inline {kind} {c_name(formula)}({', '.join(given)})"
+        self.text = f"{head} {{\n{inside}\n}}\n"
+
+    def _block(self, statements: list[ast.stmt]) -> list[str]:
+        """Return the lines of some statements in C."""
+        lines: list[str] = []
+        for each in statements:
+            if isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant):
+                continue  # the docstring
+            if isinstance(each, ast.Assign):
+                lines.append(self._assign(each))
+            elif isinstance(each, ast.While):
+                condition, _ = self._value(each.test)
+                inner = textwrap.indent("\n".join(self._block(each.body)), "    ")
+                lines += [f"while ({condition}) {{", inner, "}"]
+            elif isinstance(each, ast.Return) and each is self._tree.body[-1]:
+                assert each.value is not None
+                several = isinstance(each.value, ast.Tuple)
+                for value in each.value.elts if several else [each.value]:  # type: ignore[attr-defined]
+                    text, kind = self._value(value)
+                    self._returned.append(text)
+                    self.results.append(kind)
+            else:
+                raise self._refusal(each)
+        return lines
+
+    def _assign(self, statement: ast.Assign) -> str:
+        (target,) = statement.targets
+        if not isinstance(target, ast.Name):
+            raise self._refusal(target)
+        text, kind = self._value(statement.value)
+        if target.id not in self._types:
+            self._types[target.id] = kind
+            return f"{kind} {target.id} = {text};"
+        if self._types[target.id] != kind:
+            raise self._refusal(target, f"a {kind} for {target.id!r} of another type")
+        return f"{target.id} = {text};"
+
+    def _value(self, node: ast.AST) -> tuple[str, str]:
+        """Return (an expression in C, its type)."""
+        match node:
+            case ast.Name():
+                return node.id, self._types[node.id]
+            case ast.Constant(value=float()):
+                return repr(node.value), "double"
+            case ast.UnaryOp(op=ast.USub()):
+                text, kind = self._value(node.operand)
+                return f"(-{text})", kind
+            case ast.BinOp():
+                return self._binary(node)
+            case ast.Compare(ops=[operator], comparators=[right]) if type(operator) in _OPERATORS:
+                (left, _), (other, _) = self._value(node.left), self._value(right)
+                return f"({left} {_OPERATORS[type(operator)]} {other})", "bool"
+            case ast.IfExp():
+                test, _ = self._value(node.test)
+                (yes, kind), (no, other) = self._value(node.body), self._value(node.orelse)
+                if kind != other:
+                    raise self._refusal(node, f"a choice between {kind} and {other}")
+                return f"({test} ? {yes} : {no})", kind
+            case ast.Call():
+                return self._call(node)
+        raise self._refusal(node)
+
+    def _binary(self, node: ast.BinOp) -> tuple[str, str]:
+        (left, kind), (right, other) = self._value(node.left), self._value(node.right)
+        kind = max(kind, other, key=RANKS.index)
+        if isinstance(node.op, ast.Pow) and kind == "float":
+            return f"powf({left}, {right})", kind
+        if type(node.op) not in _OPERATORS:
+            raise self._refusal(node, type(node.op).__name__)
+        return f"({left} {_OPERATORS[type(node.op)]} {right})", kind
+
+    def _call(self, node: ast.Call) -> tuple[str, str]:
+        if isinstance(node.func, ast.Attribute):
+            return self._numpy(node, node.func.attr)
+        assert isinstance(node.func, ast.Name)
+        callee = self._formula.py_func.__globals__[node.func.id]
+        wanted = [kind for kind, _ in c_parameters(callee)]
+        values = [self._value(each) for each in node.args]
+        if [kind for _, kind in values] != wanted:
+            raise self._refusal(node, f"arguments of other types than {wanted}")
+        (kind,) = result_types(callee)
+        return f"{c_name(callee)}({', '.join(text for text, _ in values)})", kind
+
+    def _numpy(self, node: ast.Call, function: str) -> tuple[str, str]:
+        """Return the translation of a call of numpy's ``function``."""
+        (argument,) = node.args
+        if function in _CASTS and isinstance(argument, ast.Constant):
+            return f"(({_CASTS[function]}){argument.value!r})", _CASTS[function]
+        text, kind = self._value(argument)
+        if function in _CASTS:
+            return f"(({_CASTS[function]}){text})", _CASTS[function]
+        if function == "sqrt" and kind in ("float", "double"):
+            return f"{'sqrtf' if kind == 'float' else 'sqrt'}({text})", kind
+        raise self._refusal(node, f"np.{function}")
+
+    def _refusal(self, node: ast.AST, what: str = "") -> CannotTranslate:
+        line = getattr(node, "lineno", 0)
+        return CannotTranslate(c_name(self._formula), line, what or type(node).__name__)

@@ -1,0 +1,7 @@
+"""What runs on a GPU. Nothing here imports CuPy before somebody asks for a CUDA device.
+
+source.py   the CUDA C of all kernels, generated from the formulas of the optimizers
+nvrtc.py    compile CUDA C for a GPU; no GPU is needed
+device.py   the contract of a device: memory, page-locked host memory, queues, marks
+cuda.py     the device that CuPy gives: an NVIDIA GPU
+"""

@@ -1,0 +1,118 @@
+"""Compile CUDA C to machine code with NVRTC, NVIDIA's compiler as a library. No GPU is needed.
+
+CuPy could compile too, but it always adds -ftz=true, which makes the smallest numbers 0. Then rows
+would have other bits on a GPU than on the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+OPTIONS = ("--std=c++17", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "-default-device")
+
+
+class CannotCompile(Exception):
+    """NVRTC is not installed, or it refused the source; the message has its reasons."""
+
+
+def machine_code(source: str, capability: int) -> bytes:
+    """Return the machine code of some kernels, from the cache if they were compiled before.
+
+    capability  compute capability of the GPU, for example 90
+
+    The cache is $XDG_CACHE_HOME/embedding-ps, or ~/.cache/embedding-ps. Compiling takes seconds.
+    """
+    key = repr((source, OPTIONS, capability, _version()))
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embedding-ps"
+    cached = home / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
+    if cached.exists():
+        return cached.read_bytes()
+    code, _ = compile_source(source, capability)
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=home, delete=False) as file:
+        file.write(code)
+    os.replace(file.name, cached)
+    return code
+
+
+def compile_source(source: str, capability: int, *options: str) -> tuple[bytes, str]:
+    """Compile a source; return (machine code, log of the compiler).
+
+    For a GPU that is newer than NVRTC, the result is PTX, which the driver compiles to machine code
+    when it is loaded.
+    """
+    library, program = _library(), ctypes.c_void_p()
+    named = ctypes.byref(program), source.encode(), b"rows.cu"
+    _check(library.nvrtcCreateProgram(*named, 0, None, None), "nvrtcCreateProgram")
+    try:
+        known = max((each for each in _capabilities() if each <= capability), default=capability)
+        kind = "sm" if known == capability else "compute"
+        given = [f"-arch={kind}_{known}", *OPTIONS, *options]
+        array = (ctypes.c_char_p * len(given))(*(each.encode() for each in given))
+        status = library.nvrtcCompileProgram(program, len(given), array)
+        log = _text(program, "ProgramLog").decode(errors="replace").strip("\0\n")
+        if status:
+            raise CannotCompile(f"NVRTC refused the kernels for capability {capability}: {log}")
+        return _text(program, "CUBIN" if kind == "sm" else "PTX"), log
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def find_library() -> str | None:
+    """Return the path of NVRTC's library: from a Python package, or from a CUDA toolkit."""
+    folders = [Path(each) / "nvidia" for each in sys.path if each]
+    toolkit = Path(os.environ.get("CUDA_PATH", "/usr/local/cuda"))
+    found = [path for folder in folders for path in folder.glob("*/lib/libnvrtc.so.*")]
+    found += [path for at in ("lib64", "lib") for path in (toolkit / at).glob("libnvrtc.so.*")]
+    names = re.compile(r"libnvrtc\.so\.\d+(\.\d+)*")
+    paths = [str(path) for path in found if names.fullmatch(path.name)]
+    return paths[0] if paths else None
+
+
+@cache
+def _library() -> Any:
+    path = find_library()
+    if path is None:
+        raise CannotCompile(
+            "NVRTC is not installed: install embedding-ps[gpu13], or [gpu12] for drivers of CUDA 12"
+        )
+    return ctypes.CDLL(path)
+
+
+@cache
+def _version() -> tuple[int, int]:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check(_library().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "nvrtcVersion")
+    return major.value, minor.value
+
+
+@cache
+def _capabilities() -> tuple[int, ...]:
+    """Return the compute capabilities that NVRTC knows."""
+    count = ctypes.c_int()
+    _check(_library().nvrtcGetNumSupportedArchs(ctypes.byref(count)), "nvrtcGetNumSupportedArchs")
+    known = (ctypes.c_int * count.value)()
+    _check(_library().nvrtcGetSupportedArchs(known), "nvrtcGetSupportedArchs")
+    return tuple(known)
+
+
+def _text(program: Any, what: str) -> bytes:
+    """Return a result of a compilation; ``what`` ends the name of NVRTC's function for it."""
+    size = ctypes.c_size_t()
+    _check(getattr(_library(), f"nvrtcGet{what}Size")(program, ctypes.byref(size)), what)
+    buffer = ctypes.create_string_buffer(size.value)
+    _check(getattr(_library(), f"nvrtcGet{what}")(program, buffer), what)
+    return buffer.raw
+
+
+def _check(status: int, function: str) -> None:
+    if status:
+        raise CannotCompile(f"{function} of NVRTC failed with status {status}")
