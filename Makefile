@@ -31,7 +31,8 @@ slow: .venv/dev  ## tests that kill processes, fill disks and start pods
 	$(call pytest,-m slow tests/deploy)
 
 # Needs an NVIDIA GPU, and no network: RUN is a Python >= 3.11 that has the packages cupy-cuda13x,
-# nvidia-cuda-nvrtc, numba, pytest, pytest-timeout and rich. For example: make gpu RUN=python3
+# nvidia-cuda-nvrtc, numba, pytest, pytest-timeout and rich; and torch, grpcio and protobuf, without
+# which the tests of psclient.torch are skipped. For example: make gpu RUN=python3
 gpu:  ## on a machine with a GPU: tests of the device, bit for bit, and the benchmark
 	$(RUN) -m pytest -m gpu tests/gpu --confcutdir=tests/gpu -W default -rs --tb=short
 	$(RUN) -m benchmarks.hbm

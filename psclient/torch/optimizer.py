@@ -18,7 +18,7 @@ STEPS = 1 << 47  # a training step is in -STEPS..STEPS - 1
 
 
 class RowOptimizer(torch.optim.Optimizer):
-    """Optimizer handle of rows on the servers: ``step`` pushes their gradients in one request.
+    """A torch.optim.Optimizer for rows on the servers: ``step`` pushes gradients in one request.
 
     modules  an Embedding, EmbeddingGroup or other module that contains such modules, or a list of
              them; all their tables belong to one client
@@ -28,9 +28,9 @@ class RowOptimizer(torch.optim.Optimizer):
              DistributedDataParallel does; "sum": they are pushed as they are
     step     training step of the first push; each push adds 1
 
-    The servers run the optimizer that the table was created with. This handle only has its param
-    group, so that GradScaler, gradient clipping and schedulers work as with torch's optimizers:
-    ``param_groups[0]["params"]`` is ``leaves()``. It has no parameters before a backward pass.
+    The servers run the optimizer that each table was created with. This class only has the
+    interface of torch's optimizers, so that GradScaler, gradient clipping and schedulers work: it
+    has one param group, whose "params" are ``leaves()``, and are [] before a backward pass.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class RowOptimizer(torch.optim.Optimizer):
         self._groups = groups
 
     def leaves(self) -> list[Tensor]:
-        """Return for each table the rows that have gradients, which the next ``step`` pushes.
+        """Return one tensor per table: the rows whose gradients the next ``step`` will push.
 
-        Each is a tensor float32[distinct, dim], with the rows of the distinct keys since the last
-        ``step`` or ``zero_grad``, in the order of their first backward pass. Its ``grad``, of the
-        same shape, may be changed, for example by clip_grad_norm_.
+        Each is float32[distinct, dim], one row per distinct key of all backward passes since the
+        last ``step`` or ``zero_grad``. Its ``grad`` has the same shape, and contains the sums over
+        these passes. Change ``grad`` to change what is pushed, for example by clip_grad_norm_.
         """
         return [rows.leaf for rows in gather(self._parts)]
 
