@@ -10,7 +10,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from benchmarks.report import Report, arguments
 from storage.gpu.cuda import CudaDevice
 from storage.gpu.device import NoDevice, address
 from storage.gpu.nvrtc import find_library
+from storage.gpu.slab import row_stride
 from storage.gpu.source import kernel_name
 from storage.optimizer import Optimizer
 from storage.optimizers import make_optimizer
@@ -27,13 +29,14 @@ SHIFT = 16  # rows of a piece of the slab: 65,536
 BATCHES = (10_000, 100_000, 1_000_000)
 CASES = (("adagrad", 32), ("adagrad", 128), ("adam", 32), ("adam", 128))
 GIB = 1 << 30
+DELAY = 512 << 20  # bytes of a copy that takes longer than launching a few kernels
 
 
 class Slab:
     """Rows in GPU memory, all 0."""
 
     def __init__(self, device: CudaDevice, width: int, size: int) -> None:
-        self.device, self.width, self.stride = device, width, -(-width // 4) * 4
+        self.device, self.width, self.stride = device, width, row_stride(width)
         self.queue = device.queue()
         piece = 4 * self.stride << SHIFT
         self.pieces = [device.memory(piece) for _ in range(size // piece)]
@@ -85,16 +88,24 @@ def _machine(device: CudaDevice) -> str:
     return f"GPU, driver, PCIe: {found}; CUDA runtime {runtime}, NVRTC {find_library()}"
 
 
-def _timed(device: CudaDevice, stream: Any, call: Callable[[], Any], times: int = 20) -> float:
-    """Return the median time of what a call asks a stream for, in seconds."""
-    event, seconds = device.cuda.Event, []
+def _timed(
+    device: CudaDevice, stream: Any, calls: Sequence[Callable[[], Any]], times: int = 20
+) -> float:
+    """Return the median time of what one call asks a stream for, in seconds.
+
+    calls  run one after another between two events
+    """
+    event, seconds, copy = device.cuda.Event, [], device.cuda.runtime.memcpyAsync
+    delay = device.memory(2 * DELAY)
     for _ in range(times + 3):
         begin, end = event(), event()
+        copy(delay.address, delay.address + DELAY, DELAY, 3, stream.ptr)
         begin.record(stream)
-        call()
+        for call in calls:
+            call()
         end.record(stream)
         end.synchronize()
-        seconds.append(device.cuda.get_elapsed_time(begin, end) / 1e3)
+        seconds.append(device.cuda.get_elapsed_time(begin, end) / 1e3 / len(calls))
     return float(np.median(seconds[3:]))
 
 
@@ -109,10 +120,10 @@ def _copies(device: CudaDevice, report: Report) -> float:
     pinned = device.pinned(GIB // 2)
     host, half = pinned.ctypes.data, len(pinned)
     within = _timed(
-        device, stream, lambda: copy(second.address, first.address, size, 3, stream.ptr)
+        device, stream, [lambda: copy(second.address, first.address, size, 3, stream.ptr)]
     )
-    up = _timed(device, stream, lambda: copy(first.address, host, half, 1, stream.ptr))
-    down = _timed(device, stream, lambda: copy(host, first.address, half, 2, stream.ptr))
+    up = _timed(device, stream, [lambda: copy(first.address, host, half, 1, stream.ptr)])
+    down = _timed(device, stream, [lambda: copy(host, first.address, half, 2, stream.ptr)])
     rows = [
         {"copy": "within GPU memory, read and written", "GB/s": 2 * size / within / 1e9},
         {"copy": "host to GPU, page-locked", "GB/s": half / up / 1e9},
@@ -122,82 +133,89 @@ def _copies(device: CudaDevice, report: Report) -> float:
     return 2 * size / within
 
 
+class Batch:
+    """A batch of random rows, with buffers on the GPU and on the host."""
+
+    def __init__(self, slab: Slab, optimizer: Optimizer, dim: int, chosen: Any) -> None:
+        device, self._slab, self._dim, self._n = slab.device, slab, dim, len(chosen)
+        self._far_slots, self._far = device.pinned(8 * self._n), device.pinned(4 * self._n * dim)
+        self._far_slots.view(np.int64)[:] = chosen
+        self._far.view(np.float32)[:] = np.random.default_rng(0).random(self._n * dim) - 0.5
+        self._near_slots, self._near = device.memory(8 * self._n), device.memory(len(self._far))
+        self._step = kernel_name(optimizer.kernel)
+        self._numbers = optimizer.numbers(optimizer.lr, 1, dim)
+        self._copy, self._stream = device.cuda.runtime.memcpyAsync, slab.queue.stream.ptr
+        self._up()
+
+    def _up(self) -> None:
+        far_slots, far = self._far_slots, self._far
+        self._copy(self._near_slots.address, far_slots.ctypes.data, len(far_slots), 1, self._stream)
+        self._copy(self._near.address, far.ctypes.data, len(far), 1, self._stream)
+
+    def _run(self, kernel: str, near: bool, *numbers: Any) -> None:
+        slots = self._near_slots.address if near else self._far_slots.ctypes.data
+        buffer = np.uint64(self._near.address) if near else address(self._far)
+        self._slab.run(kernel, slots, self._n, self._dim, buffer, *numbers)
+
+    def gather(self) -> None:
+        self._run("gather", True)
+
+    def step(self) -> None:
+        self._run(self._step, True, *self._numbers)
+
+    def gather_to_host(self) -> None:
+        self._run("gather", False)
+
+    def step_from_host(self) -> None:
+        self._run(self._step, False, *self._numbers)
+
+    def gather_and_copy(self) -> None:
+        far, far_slots = self._far, self._far_slots
+        self._copy(self._near_slots.address, far_slots.ctypes.data, len(far_slots), 1, self._stream)
+        self.gather()
+        self._copy(far.ctypes.data, self._near.address, len(far), 2, self._stream)
+
+    def copy_and_step(self) -> None:
+        self._up()
+        self.step()
+
+
+# (kernel, where slots and rows are, method of Batch)
+CALLS = (
+    ("gather", "GPU", Batch.gather),
+    ("step", "GPU", Batch.step),
+    ("gather", "host, written by the kernel", Batch.gather_to_host),
+    ("gather", "host, copied", Batch.gather_and_copy),
+    ("step", "host, read by the kernel", Batch.step_from_host),
+    ("step", "host, copied", Batch.copy_and_step),
+)
+
+
 def _kernels(
     slab: Slab, optimizer: Optimizer, dim: int, n: int, copied: float
 ) -> list[dict[str, Any]]:
-    """Measure gather and step over ``n`` random rows, with buffers on the GPU and on the host.
+    """Measure gather and step over ``n`` random rows per batch.
 
     copied  bytes per second that a copy within GPU memory reads and writes together
     """
-    device, stream, copy = slab.device, slab.queue.stream, slab.device.cuda.runtime.memcpyAsync
-    rng = np.random.default_rng(n)
-    chosen = rng.permutation(np.unique(rng.integers(0, slab.rows, n + n // 8))[:n])
-    n = len(chosen)
-    slots, numbers = device.pinned(8 * n), device.pinned(4 * n * dim)
-    slots.view(np.int64)[:] = chosen
-    numbers.view(np.float32)[:] = rng.standard_normal(n * dim, dtype=np.float32)
-    near_slots, near = device.memory(8 * n), device.memory(4 * n * dim)
-    there, here = np.uint64(near.address), address(numbers)
-    step, own = kernel_name(optimizer.kernel), optimizer.numbers(optimizer.lr, 1, dim)
-    far_slots, size = slots.ctypes.data, 4 * n * dim
-
-    def up() -> None:
-        copy(near_slots.address, far_slots, 8 * n, 1, stream.ptr)
-        copy(near.address, numbers.ctypes.data, size, 1, stream.ptr)
-
-    def gather_and_copy() -> None:
-        copy(near_slots.address, far_slots, 8 * n, 1, stream.ptr)
-        slab.run("gather", near_slots.address, n, dim, there)
-        copy(numbers.ctypes.data, near.address, size, 2, stream.ptr)
-
-    def copy_and_step() -> None:
-        up()
-        slab.run(step, near_slots.address, n, dim, there, *own)
-
-    up()
-    moved_by_step = 8 + 4 * dim + 8 * slab.width
-    on_gpu, via_pcie = "buffers on the GPU", "buffers on the host"
-    calls: list[tuple[str, str, int, Callable[[], None]]] = [
-        (
-            "gather",
-            on_gpu,
-            8 + 8 * dim,
-            lambda: slab.run("gather", near_slots.address, n, dim, there),
-        ),
-        (
-            step,
-            on_gpu,
-            moved_by_step,
-            lambda: slab.run(step, near_slots.address, n, dim, there, *own),
-        ),
-        (
-            "gather",
-            via_pcie + ", written by the kernel",
-            8 + 4 * dim,
-            lambda: slab.run("gather", far_slots, n, dim, here),
-        ),
-        ("gather", via_pcie + ", copied", 8 + 4 * dim, gather_and_copy),
-        (
-            step,
-            via_pcie + ", read by the kernel",
-            8 + 4 * dim,
-            lambda: slab.run(step, far_slots, n, dim, here, *own),
-        ),
-        (step, via_pcie + ", copied", 8 + 4 * dim, copy_and_step),
-    ]
+    rng, count = np.random.default_rng(n), max(2, min(8, 2_000_000 // n))
+    chosen = [rng.permutation(np.unique(rng.integers(0, slab.rows, n))) for _ in range(count)]
+    n = min(map(len, chosen))
+    batches = [Batch(slab, optimizer, dim, each[:n]) for each in chosen]
+    moved = {"gather": 8 + 8 * dim, "step": 8 + 4 * dim + 8 * slab.width}
     rows = []
-    for what, where, moved, call in calls:
-        seconds = _timed(device, stream, call)
-        share = n * moved / seconds / copied if where == on_gpu else None
+    for kernel, where, method in CALLS:
+        seconds = _timed(slab.device, slab.queue.stream, [partial(method, b) for b in batches])
+        size = n * (moved[kernel] if where == "GPU" else 8 + 4 * dim)
         rows.append(
             {
-                "kernel": what,
+                "kernel": kernel,
                 "rows": n,
                 "buffers": where,
                 "us": seconds * 1e6,
                 "million rows/s": n / seconds / 1e6,
-                "GB/s": n * moved / seconds / 1e9,
-                "of a copy (>= 0.6)": share,
+                "GB/s": size / seconds / 1e9,
+                "of a copy (>= 0.6)": size / seconds / copied if where == "GPU" else None,
             }
         )
     return rows

@@ -69,6 +69,9 @@ blockscan.py     read blocks on other threads than the engine's
 blockcheck.py    verify whole blocks on another thread than the engine's
 tiers/base.py    the contract of a tier, which stores rows by place
 tiers/host.py    rows in host memory
+gpu/staging.py   a queue, and the page-locked memory through which batches reach its kernels
+gpu/slab.py      rows in device memory, in pieces that never move
+tiers/hbm.py     rows in GPU memory
 tiers/lmdb.py    rows in the blocks of the base
 coldrows.py      the rows in blocks, for eviction sweeps
 visits.py        which rows a scan has read, although rows move

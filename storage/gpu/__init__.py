@@ -4,4 +4,6 @@ source.py   the CUDA C of all kernels, generated from the formulas of the optimi
 nvrtc.py    compile CUDA C for a GPU; no GPU is needed
 device.py   the contract of a device: memory, page-locked host memory, queues, marks
 cuda.py     the device that CuPy gives: an NVIDIA GPU
+staging.py  a queue, and the page-locked memory through which batches reach its kernels
+slab.py     rows in device memory, in pieces that never move
 """

@@ -26,11 +26,15 @@ from storage.slots import FREQUENCY, LOOK, Meta, SlotEntries, find_changed, unpa
 from storage.tiers.base import DirtyScan
 
 
-class HostScan:
-    """Scans the slots of a HostTier in ascending order. See Scan for the contract."""
+class SlotScan:
+    """Finds the slots of a tier in ascending order, by their entries. See Scan for the contract.
 
-    def __init__(self, slab: Memory, entries: Memory, used: int, dim: int) -> None:
-        self._slab, self._entries, self._used, self._dim = slab, entries, used, dim
+    entries  memory of the entries of all slots
+    used     number of slots to look at
+    """
+
+    def __init__(self, entries: Memory, used: int) -> None:
+        self._entries, self._used = entries, used
 
     def find(
         self, start: int, after: int, upto: int, limit: int, look: int = LOOK
@@ -48,6 +52,14 @@ class HostScan:
         slots = np.empty(limit, np.int64)
         found, end = find_changed(self._entries, start, self._used, 0, upto, slots, dirty=True)
         return slots[:found], None if end >= self._used else int(end)
+
+
+class HostScan(SlotScan):
+    """Scans the slots of a HostTier in ascending order. See Scan for the contract."""
+
+    def __init__(self, slab: Memory, entries: Memory, used: int, dim: int) -> None:
+        super().__init__(entries, used)
+        self._slab, self._dim = slab, dim
 
     def copy(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> Meta:
         gather(self._slab.array(), places, rows.shape[1], rows)

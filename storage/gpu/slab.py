@@ -1,0 +1,266 @@
+"""Rows in device memory, in pieces that never move."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from storage.arena import Budget
+from storage.errors import OutOfMemory
+from storage.gpu.device import Device, Mark, Memory, Number, OutOfDeviceMemory, address
+from storage.gpu.source import kernel_name
+from storage.gpu.staging import Staging
+from storage.kernels import Rows, Slots
+from storage.optimizer import Optimizer
+
+PIECE = 16 << 20  # bytes of a piece of a slab, about
+PART = 8 << 20  # bytes of rows that one launch takes from or to page-locked memory, at most
+WIDE = 32  # numbers of a row that is worth 16 bytes more
+LEAST_TABLE = 64  # pointers in the first table of pieces
+
+
+class Piece:
+    """Rows in one piece of device memory, which is given back to the budget when it is garbage."""
+
+    def __init__(self, size: int, device: Device, budget: Budget) -> None:
+        budget.take(size)
+        try:
+            self._memory: Memory = device.memory(size)
+        except OutOfDeviceMemory as error:
+            budget.give(size)
+            raise OutOfMemory(
+                budget.limit, budget.held, size, "GPU memory is full: ", budget.advice
+            ) from error
+        except BaseException:
+            budget.give(size)
+            raise
+        self.address = self._memory.address
+        weakref.finalize(self, budget.give, size).atexit = False
+
+
+class Table:
+    """The addresses of pieces, in device memory, where kernels read them.
+
+    address  address of the table
+    """
+
+    def __init__(self, device: Device, room: int) -> None:
+        self._room = room
+        self._memory: Memory | NDArray[Any]
+        try:
+            self._memory = device.memory(8 * room)
+            self.address = self._memory.address
+        except OutOfDeviceMemory:  # the host's memory is slower, but always there
+            self._memory = device.pinned(8 * room)
+            self.address = int(address(self._memory))
+
+    def fits(self, count: int) -> bool:
+        return count <= self._room
+
+    def write(self, staging: Staging, first: int, pieces: list[Piece]) -> None:
+        """Write the addresses of pieces number ``first`` and on, in the order of the queue."""
+        (block,) = staging.lend(8 * len(pieces))
+        block.view(np.uint64)[:] = [piece.address for piece in pieces]
+        numbers = np.uint64(self.address), np.int64(len(pieces)), np.int64(first)
+        staging.queue.run("add_pieces", len(pieces), *numbers, address(block))
+        staging.launched()
+
+
+class Pieces:
+    """Runs kernels over rows of some pieces.
+
+    width    numbers per row
+    staging  the queue that runs the kernels; each call of a method is one batch of its own
+    """
+
+    def __init__(self, width: int, shift: int, staging: Staging, table: Table | None) -> None:
+        self.width, self._shift, self.staging, self._table = width, shift, staging, table
+        self.stride = row_stride(width)
+
+    def gather(self, slots: Slots, out: Rows) -> None:
+        """Copy the first columns of rows to ``out``; leave out[i] unchanged if slots[i] is ABSENT.
+
+        slots  int64[n]
+        out    float32[n, k]  written; k is at most the width
+        """
+        there = np.flatnonzero(slots >= 0)
+        if len(there) < len(slots):
+            rows = np.empty((len(there), out.shape[1]), np.float32)
+            self.gather(slots[there], rows)
+            out[there] = rows
+            return
+        count = out.shape[1]
+        unread: list[tuple[Mark, slice, Rows]] = []
+        for some in self._parts(len(slots), count):
+            rows = self._launch("gather", slots[some], count, (some.stop - some.start, count))[0]
+            unread.append((self.staging.launched(), some, rows))
+            if len(unread) > 1:  # the next part is being gathered while this one is copied
+                _finish(unread, out)
+        while unread:
+            _finish(unread, out)
+
+    def scatter(self, slots: Slots, rows: Rows) -> None:
+        """Copy row i of ``rows``, float32[n, width], into slots[i]; skip it if that is ABSENT."""
+        for some in self._parts(len(slots), self.width):
+            shape = some.stop - some.start, self.width
+            self._launch("scatter", slots[some], self.width, shape, rows[some])
+            self.staging.launched()
+
+    def step(
+        self, slots: Slots, gradients: Rows, optimizer: Optimizer, lr: float, step: int
+    ) -> None:
+        """Run one step of an optimizer over rows; see Writable.step. Returns before it is done."""
+        dim = gradients.shape[1]
+        kernel, numbers = kernel_name(optimizer.kernel), optimizer.numbers(lr, step, dim)
+        for some in self._parts(len(slots), dim):
+            shape = some.stop - some.start, dim
+            self._launch(kernel, slots[some], dim, shape, gradients[some], *numbers)
+            self.staging.launched()
+
+    def measure(self, slots: Slots, dim: int) -> NDArray[np.float64]:
+        """Return the L2 norms of the first ``dim`` numbers of rows, rounded to float32."""
+        return self._per_row("measure", slots, dim, np.float64)
+
+    def largest(self, slots: Slots) -> NDArray[np.uint32]:
+        """Return the bits of the largest magnitude in each row, uint32[n]."""
+        return self._per_row("largest", slots, self.width, np.uint32)
+
+    def _per_row(self, kernel: str, slots: Slots, count: int, dtype: Any) -> NDArray[Any]:
+        """Run a kernel that writes one number for each row, and return these numbers."""
+        out = np.empty(len(slots), dtype)
+        for some in self._parts(len(slots), 2):
+            rows = self._launch(kernel, slots[some], count, (some.stop - some.start, 2))[0]
+            self.staging.launched().wait()
+            out[some] = rows.reshape(-1).view(dtype)[: some.stop - some.start]
+        return out
+
+    def _launch(
+        self,
+        kernel: str,
+        slots: Slots,
+        count: int,
+        shape: tuple[int, int],
+        given: Rows | None = None,
+        *numbers: Number,
+    ) -> tuple[Rows, Slots]:
+        """Give the queue a kernel over some rows; the caller then calls ``staging.launched``.
+
+        count    how many numbers of each row are meant
+        shape    shape of the float32 array that the kernel reads or writes
+        given    what the kernel reads from this array; None: it writes it
+        numbers  further arguments of the kernel
+
+        Returns (that array, the slots), in page-locked memory.
+        """
+        assert self._table is not None
+        staging, n = self.staging, len(slots)
+        of_slots, of_rows = staging.lend(8 * n, 4 * shape[0] * shape[1])
+        there, rows = of_slots.view(np.int64), of_rows.view(np.float32).reshape(shape)
+        there[:] = slots
+        if given is not None:
+            rows[:] = given
+        head = np.uint64(self._table.address), np.int32(self._shift), np.int64(self.stride)
+        batch = address(there), np.int64(n), np.int32(count), address(rows)
+        staging.queue.run(kernel, n, *head, *batch, *numbers)
+        return rows, there
+
+    def _parts(self, count: int, columns: int) -> Iterator[slice]:
+        """Yield slices of ``count`` rows that page-locked memory takes at once."""
+        most = max(1, PART // (4 * columns))
+        for at in range(0, count, most):
+            yield slice(at, min(at + most, count))
+
+
+def _finish(unread: list[tuple[Mark, slice, Rows]], out: Rows) -> None:
+    """Copy the oldest part of a gather from page-locked memory, once it is there."""
+    mark, some, rows = unread.pop(0)
+    mark.wait()
+    out[some] = rows
+
+
+def row_stride(width: int) -> int:
+    """Return the numbers from one row to the next, a multiple of 16 bytes, or 32 for wide rows.
+
+    A GPU reads and writes memory in sectors of 32 bytes.
+    """
+    unit = 4 if width < WIDE else 8
+    return -(-width // unit) * unit
+
+
+class Slab(Pieces):
+    """The rows of one table. Only the engine thread uses it; others use a ``snapshot``.
+
+    budget  budget of device memory
+    piece   bytes of a piece, about
+    """
+
+    def __init__(self, width: int, staging: Staging, budget: Budget, piece: int = PIECE) -> None:
+        shift = max(0, (piece // (4 * row_stride(width))).bit_length() - 1)
+        super().__init__(width, shift, staging, None)
+        self._budget, self._pieces = budget, list[Piece]()
+
+    @property
+    def piece_bytes(self) -> int:
+        """Bytes of one piece."""
+        return (4 * self.stride) << self._shift
+
+    @property
+    def rows(self) -> int:
+        """Number of rows for which there is memory."""
+        return len(self._pieces) << self._shift
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of device memory taken from the budget."""
+        return len(self._pieces) * self.piece_bytes
+
+    def grow(self, rows: int) -> None:
+        """Take memory for at least ``rows`` rows, or raise OutOfMemory and change nothing."""
+        device, size, had = self.staging.device, self.piece_bytes, len(self._pieces)
+        count = -(-rows >> self._shift) - had
+        more = [Piece(size, device, self._budget) for _ in range(count)]
+        if not more:
+            return
+        self._pieces += more
+        if self._table is None or not self._table.fits(len(self._pieces)):
+            self.staging.finish()  # kernels may still read the table so far
+            self._table = Table(device, max(LEAST_TABLE, 2 * len(self._pieces)))
+            had = 0
+        self._table.write(self.staging, had, self._pieces[had:])
+
+    def shrink(self, rows: int) -> None:
+        """Give back the pieces that have only rows from number ``rows`` on."""
+        keep = -(-rows >> self._shift)
+        if keep < len(self._pieces):
+            self.staging.finish()
+            del self._pieces[keep:]
+
+    def close(self) -> None:
+        """Give all memory back. Snapshots keep theirs."""
+        self.shrink(0)
+        self._table = None
+
+    def snapshot(self) -> Snapshot:
+        """Return the rows as they are now, for reading by another thread with its own queue."""
+        return Snapshot(self.width, self._shift, self.staging, list(self._pieces))
+
+
+class Snapshot(Pieces):
+    """The pieces that a slab had at one moment. They are not freed while this object exists.
+
+    Reads wait for all kernels that the slab had been given at that moment. Later kernels may change
+    rows while they are read.
+    """
+
+    def __init__(self, width: int, shift: int, engine: Staging, pieces: list[Piece]) -> None:
+        staging = Staging(engine.device)
+        table = Table(engine.device, max(1, len(pieces)))
+        super().__init__(width, shift, staging, table)
+        self._pieces = pieces
+        staging.queue.follow(engine.queue.mark())
+        if pieces:
+            table.write(staging, 0, pieces)
