@@ -57,7 +57,7 @@ admin.py       all functions of the five files above (imported on demand)
 PyTorch modules (imported on demand):
 
 torch/gradients.py  how backward passes collect gradients, and how they are pushed
-torch/reach.py      base class of modules with rows, which torch's methods for parameters reach
+torch/reach.py      base class of modules with rows; zero_grad and requires_grad_ of models reach it
 torch/optimizer.py  RowOptimizer, and the base class of modules that push
 torch/feature.py    base classes of the modules, and the pull of a batch
 torch/embedding.py  Embedding

@@ -1,7 +1,7 @@
 """Ways to combine one row of each of several parts into an embedding: add, multiply, concatenate.
 
 To add a combination: write the class, add it to COMBINATIONS, and its counterpart for tensors to
-COMBINE in psclient.torch.multihash.
+COMBINE in psclient.torch.
 """
 
 from __future__ import annotations

@@ -7,16 +7,18 @@
 
 A forward pass pulls one row for each distinct key into a leaf tensor. Autograd sums the gradients
 of equal keys in this tensor, and ``step`` pushes them to the servers, whose optimizer applies them.
+``zero_grad`` discards them instead. ``group.optimizer(lr)`` returns a torch.optim.Optimizer, which
+GradScaler, gradient clipping and schedulers need.
+
 The modules have no parameters, and their ``state_dict`` contains no rows. Modules of a group may
 share a table. MultiHashEmbedding and MixedDimensionEmbedding combine rows of several tables.
 
-Under ``torch.no_grad()`` no gradients are collected. In ``eval()`` mode, keys without a row get the
-table's serving_default. Pickling a module keeps its client's addresses and options; the unpickled
-module opens its own connections. A deep copy shares the client. Neither includes gradients
-collected so far.
+In ``eval()`` mode, keys without a row get the table's serving_default. Pickling a module keeps its
+client's addresses and options; the unpickled module opens its own connections. A deep copy shares
+the client. Neither includes gradients that were not pushed. docs/trainers.md explains more.
 
 gradients.py  how backward passes collect gradients, and how they are pushed
-reach.py      base class of modules with rows, which torch's methods for parameters reach
+reach.py      base class of modules with rows; zero_grad and requires_grad_ of models reach it
 optimizer.py  RowOptimizer, and the base class of modules that push
 feature.py    base classes of the modules, and the pull of a batch
 embedding.py  Embedding
@@ -30,10 +32,11 @@ from psclient.torch.bag import EmbeddingBag
 from psclient.torch.embedding import Embedding
 from psclient.torch.group import EmbeddingGroup
 from psclient.torch.mixed import MixedDimensionEmbedding
-from psclient.torch.multihash import MultiHashEmbedding
+from psclient.torch.multihash import COMBINE, MultiHashEmbedding
 from psclient.torch.optimizer import RowOptimizer
 
 __all__ = [
+    "COMBINE",
     "Embedding",
     "EmbeddingBag",
     "EmbeddingGroup",

@@ -1,9 +1,10 @@
-"""Holder: base class of modules with rows, which torch's methods for parameters reach.
+"""Holder: base class of modules with rows, and how methods of torch's modules reach it.
 
 The rows are on the servers, so the modules have no parameters. But ``zero_grad`` and
-``requires_grad_`` of nn.Module are loops over the parameters. Importing this file replaces both
-methods of nn.Module: after torch's loop they visit each Holder in the module. Modules without a
-Holder behave as before.
+``requires_grad_`` of nn.Module are loops over the parameters of a model. Importing this file
+replaces both methods of nn.Module, so that they also visit each Holder in the model: ``zero_grad``
+discards its gradients, ``requires_grad_`` freezes it or makes it trainable. Models without a Holder
+behave as before.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Holder(nn.Module):
 
     gradients  gradients that were not pushed yet
     trainable  whether backward passes collect gradients; set by ``requires_grad_``
-    like       empty tensor with the dtype and device of the outputs; set by ``half``, ``to`` etc.
+    like       empty tensor with the dtype and device of the outputs; changed by methods of
+               nn.Module such as ``half`` and ``to``
     """
 
     def __init__(self, table: Table) -> None:
@@ -37,7 +39,7 @@ class Holder(nn.Module):
         self.like = torch.empty(0)
 
     def collect(self, batch: Batch, embeddings: NDArray[np.float32]) -> Tensor:
-        """Return pulled rows as a tensor; collect its gradients if this module trains.
+        """Return pulled rows as a tensor; collect its gradients if this module is trainable.
 
         batch       keys of the forward pass
         embeddings  float32[distinct, dim], the rows of ``batch.keys``
