@@ -43,8 +43,31 @@ HERE = ("psserver", "cluster", "psclient", "contract")  # directories of tests
 SHARDS = {"make_shard", "Home", "Homes", "Node", "Cluster", "Make", "shard_of_all_kinds", "serve"}
 CLUSTERS = {"cluster1", "cluster2", "cluster3", "start_cluster"}
 
-# Tests that cannot run while their rows leave memory: file -> beginning of the name -> why.
+# Tests that cannot run while their rows leave memory, or that have nothing to do with rows:
+# file -> beginning of the name -> why.
 WARM = {
+    "cluster/test_restore.py": {
+        "test_a_server_without_a_place": "no row is read",
+        "test_of_two_restores": "it is about which of two requests wins",
+    },
+    "cluster/test_servers.py": {
+        "test_a_server_ends": "no row is read",
+        "test_rows_of_a_cold_server": "its server is cold anyway",
+    },
+    "cluster/test_up.py": {
+        "test_ready_means": "no row is read",
+        "test_a_signal_stops": "no row is read",
+        "test_shards_end_with_a_parent": "no row is read",
+        "test_a_port_in_use": "no row is read",
+        "test_an_unknown_flag": "no row is read",
+        "test_a_data_directory": "no row is read",
+        "test_flags_stand": "no row is read",
+        "test_a_metrics_port": "no row is read",
+        "test_a_setting_that_is": "no row is read",
+    },
+    "cluster/test_warm_start.py": {
+        "test_an_empty_parent": "no row is read",
+    },
     "psserver/test_cold_flushes.py": {
         "test_a_slot_that_gets_an_older_row": "it chooses when a flush happens",
         "test_a_log_with_more_rows": "it counts the bytes that a replay leaves in the log",
