@@ -47,7 +47,7 @@ def train(client: Client, name: str, steps: int, *, prefetch: bool) -> None:
         rows, keys = client.exchange(push, pull, step=step), following
 
 
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("shards", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_beyond_memory_gives_the_rows_of_a_twin_with_room_for_all(
     start_cluster: Callable[..., Cluster], connect: Any, cluster3: Cluster, name: str, shards: int
 ) -> None:

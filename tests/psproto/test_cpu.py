@@ -62,7 +62,9 @@ def test_a_kernel_for_a_better_processor_is_not_run() -> None:
     assert "does not have tbm" in done.stderr
 
 
-@pytest.mark.parametrize("command", [["serve"], ["warm"], ["warm", "--check"]])
+@pytest.mark.parametrize(
+    "command", [["serve"], ["warm"], pytest.param(["warm", "--check"], marks=pytest.mark.slow)]
+)
 def test_a_server_names_the_processor_and_what_it_lacks(command: list[str], tmp_path: Path) -> None:
     named = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ABSENT}
     words = [sys.executable, "-m", "psserver", *command]

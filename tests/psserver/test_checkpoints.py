@@ -89,7 +89,7 @@ def test_an_empty_cluster_makes_a_checkpoint_too(make: Make) -> None:
     assert target.rows() == {}
 
 
-@pytest.mark.parametrize("shards", [2, 3])
+@pytest.mark.parametrize("shards", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_changes_and_deletes_come_back_from_a_chain(make: Make, shards: int) -> None:
     source = make(3)
     source.create(schema())
@@ -115,7 +115,7 @@ def test_changes_and_deletes_come_back_from_a_chain(make: Make, shards: int) -> 
         assert target.rows() == rows
 
 
-@pytest.mark.parametrize("shards", [2, 3])
+@pytest.mark.parametrize("shards", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_counters_come_back_as_they_were_at_the_cut(make: Make, shards: int) -> None:
     """Keys are counted, admitted and deleted while the checkpoint is taken."""
     source = make(3)

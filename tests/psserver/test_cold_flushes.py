@@ -261,7 +261,7 @@ def fill(home: Home, rows: int, dim: int, seed: int = 1) -> None:
         home.written()
 
 
-@pytest.mark.parametrize("flushes", [0, 1])
+@pytest.mark.parametrize("flushes", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_log_with_more_rows_than_fit_into_memory_is_replayed_in_it(
     tmp_path: Path, flushes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,8 +308,9 @@ def test_a_full_disk_during_the_replay_is_no_hindrance(
         assert contents(home.shard) == before
 
 
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_kill_during_the_replay_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int
 ) -> None:
     directory, options = tmp_path / "shard", {"segment_bytes": 8 << 20}
     with Home(directory, **options) as home:
@@ -320,13 +321,13 @@ def test_a_kill_during_the_replay_loses_nothing(
 
     def commit(self: Base, state: BaseState) -> None:
         real(self, state)
-        if self.directory == directory / "base" and len(copies) < 3:
+        if self.directory == directory / "base" and len(copies) < kills:
             copies.append(copy_of(directory, tmp_path / f"copy{len(copies)}"))
 
     monkeypatch.setattr(Base, "commit", commit)
     with Home(directory, memory_bytes=2 << 20, **options):
         pass
-    assert len(copies) == 3
+    assert len(copies) == kills
     for path in copies:
         with Home(path, memory_bytes=2 << 20, **options) as home:
             assert contents(home.shard) == before

@@ -147,7 +147,8 @@ def test_many_small_blocks_are_merged(home: Home) -> None:
     assert sorted(key for _, keys, _ in stored(home.base) for key in keys) == list(range(60))
 
 
-def test_steady_changes_keep_the_disk_small(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flushes", [25, pytest.param(40, marks=pytest.mark.slow)])
+def test_steady_changes_keep_the_disk_small(tmp_path: Path, flushes: int) -> None:
     """Blocks of 100 rows, so that there are many of them."""
     rng = np.random.default_rng(1)
     with Home(tmp_path / "shard") as home, pytest.MonkeyPatch.context() as patch:
@@ -157,7 +158,7 @@ def test_steady_changes_keep_the_disk_small(tmp_path: Path) -> None:
         home.shard.create_table(schema(dim=100))
         ones = np.ones((3000, 100), np.float32)
         home.shard.exchange([push(range(3000), gradients=ones)], [])
-        for at in range(40):
+        for at in range(flushes):
             keys = rng.choice(3000, 300, replace=False).tolist()
             home.shard.exchange([push(keys, gradients=ones[:300])], [])
             home.flush()

@@ -86,7 +86,7 @@ def zipf(seed: int, keys: int, count: int) -> np.ndarray:
     return np.unique(drawn)[:count].astype(np.uint64)
 
 
-@pytest.mark.parametrize("cache", ["lru", "lfu"])
+@pytest.mark.parametrize("cache", ["lru", pytest.param("lfu", marks=pytest.mark.slow)])
 def test_training_over_ten_times_the_memory_gives_the_rows_of_an_unlimited_twin(
     home: Open, cache: Any
 ) -> None:
@@ -263,7 +263,7 @@ def test_a_scan_goes_on_while_memory_is_given_back(home: Open) -> None:
     assert host.rows == 10 * BATCH
 
 
-@pytest.mark.parametrize("share", [10, 4])
+@pytest.mark.parametrize("share", [10, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_curve_of_an_analysis_predicts_the_misses_of_the_tier(home: Open, share: int) -> None:
     """Training over a Zipf stream, and as many pulls of other keys, with 1/share of the rows."""
     keys, rng = 40_000, np.random.default_rng(0)

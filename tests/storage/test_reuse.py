@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -89,9 +90,20 @@ def push(table: Table, keys: Any, version: int) -> None:
     table.push(keys, gradients, np.ones(len(keys), np.uint32), version=version, step=version)
 
 
-@pytest.mark.parametrize("share", [1, 16])
-@pytest.mark.parametrize("pulls", [0, 3])
-@pytest.mark.parametrize("draw", [zipf, uniform, Loop()], ids=["zipf", "uniform", "loop"])
+def streams() -> list[Any]:
+    """Every combination of draw, pulls and share; those that are not listed here are slow."""
+    quick = {("zipf", 3, 16), ("uniform", 0, 1), ("loop", 3, 1)}
+    draws = {"zipf": zipf, "uniform": uniform, "loop": Loop()}
+    found = []
+    for name, pulls, share in itertools.product(draws, [0, 3], [1, 16]):
+        marks = () if (name, pulls, share) in quick else pytest.mark.slow
+        found.append(
+            pytest.param(draws[name], pulls, share, marks=marks, id=f"{name}-{pulls}-{share}")
+        )
+    return found
+
+
+@pytest.mark.parametrize(("draw", "pulls", "share"), streams())
 def test_the_curve_is_that_of_a_simulated_memory(
     draw: Any, pulls: int, share: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,10 +141,13 @@ def test_a_whole_row_replaces_a_cold_one_unless_that_is_newer(cold: ColdTable) -
     assert new.meta[:, VERSION].tolist() == [9] * 5 + [5] * 5
 
 
-def test_rows_beyond_the_budget_are_pushed_while_their_neighbours_leave(cold: ColdTable) -> None:
+@pytest.mark.parametrize("pushes", [60, pytest.param(99, marks=pytest.mark.slow)])
+def test_rows_beyond_the_budget_are_pushed_while_their_neighbours_leave(
+    cold: ColdTable, pushes: int
+) -> None:
     twin = Table(schema(), Budget(1 << 30))
     rng = np.random.default_rng(3)
-    for version in range(1, 100):
+    for version in range(1, pushes + 1):
         keys = rng.choice(20_000, 800, replace=False)
         for table in (cold.table, twin):
             push(table, keys, version)
