@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from psclient.client import Client
-from psclient.errors import Unavailable
+from psclient.errors import Unavailable, answer_of
 from psclient.link import Link
 from psclient.retry import retry, rpc_error
 from psclient.signals import Condition, Shield
@@ -54,7 +54,7 @@ def call(
         return link.channel.call(f"/ps.v1.{service}/{method}", message, left)
 
     deadline = time.monotonic() + (seconds or client._timeout)
-    return answer.FromString(retry(attempt, link.where, deadline))
+    return answer_of(answer, retry(attempt, link.where, deadline), link.where)
 
 
 def stream(
@@ -87,7 +87,7 @@ def stream(
                 data = link.channel.read(call)
             except StopIteration:
                 return
-            yield answer.FromString(data)
+            yield answer_of(answer, data, link.where)
     except grpc.RpcError as error:
         raise rpc_error(error, link.where) from None
     finally:

@@ -14,7 +14,7 @@ import numpy as np
 
 from psclient.addresses import hint, is_name
 from psclient.channel import options
-from psclient.errors import InvalidArgument, PsError, Unavailable
+from psclient.errors import InvalidArgument, PsError, Unavailable, answer_of
 from psclient.fanout import Ask, ask_all
 from psclient.link import Link
 from psclient.places import Places
@@ -114,7 +114,7 @@ class Cluster:
         first     call shard 0 before the others, so that of several clients with conflicting
                   requests one wins on all shards
 
-        Raises the error of the first shard that failed.
+        Raises the error of the first shard that failed, or whose reply is not a valid message.
         """
         message = request.SerializeToString()
         asks = [Ask(link, method, message) for link in self.links]
@@ -123,7 +123,7 @@ class Cluster:
             for ask in some:
                 if ask.error is not None:
                     raise ask.error
-        return [answer.FromString(ask.answer) for ask in asks]
+        return [answer_of(answer, ask.answer or b"", ask.link.where) for ask in asks]
 
     def on_each(self, work: Callable[[int], Result]) -> list[Result]:
         """Run ``work(shard number)`` for every shard, each on a new thread.

@@ -6,7 +6,7 @@ import numpy as np
 
 from psclient.batch import Batch
 from psclient.cluster import Cluster
-from psclient.errors import SessionExpired, WrongShard
+from psclient.errors import SessionExpired, WrongShard, answer_of
 from psclient.link import Link
 from psclient.retry import retry
 from psproto import codec
@@ -84,7 +84,7 @@ def _delete(link: Link, header: pb.PushHeader, keys: codec.Keys, deadline: float
     finally:
         with link.lock:
             session.over(header, applied=data is not None)
-    return int(pb.DeleteResponse.FromString(data).deleted)
+    return int(answer_of(pb.DeleteResponse, data, link.where).deleted)
 
 
 def _send(link: Link, header: pb.PushHeader, keys: codec.Keys, deadline: float) -> bytes:

@@ -16,10 +16,9 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from psclient.channel import Cancelled, Channel, Options
-from psclient.errors import InvalidArgument, PsError, Unavailable
+from psclient.errors import InvalidArgument, PsError, ServerFailure, Unavailable, answer_of
 from psclient.lookup import look_up
 from psclient.retry import rpc_error
 from psclient.routes import Route
@@ -210,7 +209,7 @@ class Discovery:
             return
         self.surplus.discard(address)
         try:
-            info = pb.GetServerInfoResponse.FromString(channel.result(call))
+            info = answer_of(pb.GetServerInfoResponse, channel.result(call), "")
         except Cancelled:  # by a fork
             self._due[address] = 0.0
         except grpc.RpcError as error:
@@ -220,10 +219,10 @@ class Discovery:
             self.errors[address] = str(failure).removeprefix(": ")
             if failure.reason == "NOT_A_SHARD":
                 self.surplus.add(address)
-        except DecodeError:  # not a shard
+        except ServerFailure as failure:  # not a shard
             self._heard.add(address)
             self._due[address] = time.monotonic() + LOOK_SECONDS
-            self.errors[address] = "its answer is not a valid message: it is not a parameter server"
+            self.errors[address] = str(failure).removeprefix(": ")
         else:
             self._heard.add(address)
             self._take(address, info)

@@ -28,7 +28,13 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
 from psproto import ps_pb2 as pb
+
+Answer = TypeVar("Answer", bound=Message)
 
 
 class PsError(Exception):
@@ -166,16 +172,43 @@ def error_of(status: pb.Status, where: str) -> PsError:
     """Convert the error status of a reply to a PsError, with its reason and retry_after.
 
     where  name of the server, which the error message starts with
+
+    Details that are not valid messages are ignored: then the status code decides the class.
     """
     info, delay = pb.ErrorInfo(), None
     for detail in status.details:
         if detail.type_url.endswith("/google.rpc.ErrorInfo"):
-            info = pb.ErrorInfo.FromString(detail.value)
+            info = decoded(pb.ErrorInfo, detail.value) or info
         elif detail.type_url.endswith("/google.rpc.RetryInfo"):
-            retry = pb.RetryInfo.FromString(detail.value).retry_delay
-            delay = retry.seconds + retry.nanos / 1e9
+            retry = decoded(pb.RetryInfo, detail.value)
+            if retry is not None:
+                delay = max(retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9, 0.0)
     kind = REASONS.get(info.reason) or CODES.get(status.code, ServerFailure)
     error = kind(f"{where}: {status.message}")
     error.reason = info.reason
     error.retry_after = delay
     return error
+
+
+def decoded(kind: type[Answer], data: bytes) -> Answer | None:
+    """Decode a protobuf message of class ``kind``; return None if ``data`` is not one."""
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        return None
+
+
+def answer_of(kind: type[Answer], data: bytes, where: str) -> Answer:
+    """Decode the reply to a call, a protobuf message of class ``kind``.
+
+    where  name of the server, which the error message starts with
+
+    Raises ServerFailure if ``data`` is not such a message.
+    """
+    answer = decoded(kind, data)
+    if answer is None:
+        raise ServerFailure(
+            f"{where}: its answer is not a valid message {kind.__name__}: it is not a parameter"
+            " server, or a proxy has damaged the answer"
+        )
+    return answer

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from psclient.errors import PsError, Unavailable, error_of
+from psclient.errors import PsError, Unavailable, decoded, error_of
 from psproto import ps_pb2 as pb
 
 FIRST_PAUSE = 0.02  # seconds to pause after the first failed attempt; doubles with each attempt
@@ -64,10 +64,12 @@ def rpc_error(error: grpc.RpcError, where: str) -> PsError:
     """Convert the error of a failed gRPC call to a PsError.
 
     where  name of the server, which the error message starts with
+
+    If the details that the server sent are not a valid message, those of gRPC are used.
     """
     trailers = dict(error.trailing_metadata() or ())
     status = pb.Status(code=error.code().value[0], message=error.details() or "")
     details = trailers.get("grpc-status-details-bin")
     if details:
-        status = pb.Status.FromString(details)
+        status = decoded(pb.Status, details) or status
     return error_of(status, where)

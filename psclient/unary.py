@@ -41,6 +41,9 @@ class UnaryLink(Link):
                 self._send(call)
             except grpc.RpcError as failure:
                 self._again(call, rpc_error(failure, self.where))
+            except codec.Malformed as failure:
+                text = f"{self.where}: its answer is not a valid message: {failure}"
+                self._again(call, Unavailable(text))
         return call.answer
 
     def abandon(self, call: Call) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import grpc
 
 from psclient.channel import OPTIONS, Channel
+from psclient.errors import ServerFailure, answer_of
 from psclient.lookup import look_up
 from psclient.retry import rpc_error
 from psclient.routes import Route
@@ -117,7 +118,11 @@ def _ask(shard: ShardStatus, timeout: float) -> Iterator[Finding]:
         found = f"cannot be checked: {rpc_error(error, shard.address)}"
         yield Finding(shard.shard, "machine", "warning", found, advice)
         return
-    answer = pb.DiagnoseResponse.FromString(data)
+    try:
+        answer = answer_of(pb.DiagnoseResponse, data, shard.address)
+    except ServerFailure as failure:
+        yield Finding(shard.shard, "machine", "warning", f"cannot be checked: {failure}", AGAIN)
+        return
     for each in answer.findings:
         name = pb.Finding.State.Name(each.state).removeprefix("STATE_").lower()
         yield Finding(shard.shard, each.check, name, each.found, each.advice)

@@ -14,7 +14,7 @@ import grpc
 from psclient import addresses
 from psclient.channel import OPTIONS, Channel
 from psclient.discovery import Discovery
-from psclient.errors import InvalidArgument, PsError
+from psclient.errors import InvalidArgument, PsError, answer_of
 from psclient.restores import OVER, PREPARED
 from psclient.retry import rpc_error
 from psclient.routes import Route
@@ -125,7 +125,7 @@ def _ask(shard: int, shards: int, address: str, timeout: float) -> ShardStatus:
             info = call_shard(
                 channel, "InfoService/GetServerInfo", pb.GetServerInfoRequest(), timeout, address
             )
-            answer = pb.GetServerInfoResponse.FromString(info)
+            answer = answer_of(pb.GetServerInfoResponse, info, address)
             state, problem = _state(channel, answer, shard, shards, address, timeout)
     except PsError as error:
         state = STATES.get(error.reason, "unreachable")
@@ -176,7 +176,7 @@ def _state(
             f" but is listed as shard {shard} of {shards}"
         )
     data = call_shard(channel, "CheckpointService/Restore", pb.RestoreRequest(), timeout, address)
-    restore = pb.RestoreStatus.FromString(data)
+    restore = answer_of(pb.RestoreStatus, data, address)
     if restore.phase in (*OVER, PREPARED):
         return "ready", None
     phase = pb.RestoreStatus.Phase.Name(restore.phase).removeprefix("PHASE_").lower()
