@@ -193,9 +193,10 @@ def error_of(status: pb.Status, where: str) -> PsError:
 def decoded(kind: type[Answer], data: bytes) -> Answer | None:
     """Decode a protobuf message of class ``kind``; return None if ``data`` is not one."""
     try:
-        return kind.FromString(data)
+        message: Answer = kind.FromString(data)
     except DecodeError:
         return None
+    return message
 
 
 def answer_of(kind: type[Answer], data: bytes, where: str) -> Answer:

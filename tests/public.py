@@ -165,7 +165,7 @@ def arguments(thing: Any, method: str, name: str) -> tuple[Any, ...]:
             return (keys, ones)
         case "forward" | "prefetch" if isinstance(thing, EmbeddingGroup):
             return ({"a": torch.tensor([1, 2])},)
-        case "forward":
+        case "forward" | "prefetch" if isinstance(thing, torch.nn.Module):
             bag = isinstance(thing, EmbeddingBag)
             return (torch.tensor([[1], [2]] if bag else [1, 2]),)
     return (pull,)

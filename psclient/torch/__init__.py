@@ -21,6 +21,7 @@ gradients.py  how backward passes collect gradients, and how they are pushed
 reach.py      base class of modules with rows; zero_grad and requires_grad_ of models reach it
 optimizer.py  RowOptimizer, and the base class of modules that push
 feature.py    base classes of the modules, and the pull of a batch
+inputs.py     checks of the arguments of a call: which keys to pull, and bags
 embedding.py  Embedding
 bag.py        EmbeddingBag
 multihash.py  MultiHashEmbedding

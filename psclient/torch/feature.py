@@ -11,6 +11,7 @@ from torch import Tensor
 
 from psclient.arrays import as_keys
 from psclient.batch import Batch
+from psclient.errors import InvalidArgument
 from psclient.pending import Pending
 from psclient.rowclient import RowClient
 from psclient.table import Table
@@ -121,12 +122,16 @@ def _requests(
     features  {name: module}
     inputs    {name: keys, or a tuple of the module's arguments, keys first}
 
-    Returns ({part: its module}, {part: arguments to call that module with}).
+    Returns ({part: its module}, {part: arguments to call that module with}). Raises InvalidArgument
+    if a module refuses its arguments.
     """
     modules, arguments = {}, {}
     for name, feature in features.items():
         value = inputs[name] if isinstance(inputs[name], tuple) else (inputs[name],)
-        requests = feature.requests(value)
+        try:
+            requests = feature.requests(value)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"feature {name!r}: {error}" if name else str(error)) from error
         for part, (remote, request) in enumerate(zip(feature.remotes(), requests, strict=True)):
             modules[name, part], arguments[name, part] = remote, request
     return modules, arguments

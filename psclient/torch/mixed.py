@@ -13,6 +13,7 @@ from psclient.mixed import MixedDimension
 from psclient.pending import Pending
 from psclient.torch.embedding import Embedding
 from psclient.torch.feature import MODE, places_of
+from psclient.torch.inputs import host
 from psclient.torch.optimizer import Trained
 
 
@@ -39,7 +40,7 @@ class MixedDimensionEmbedding(Trained):
 
         The first pulls the short rows of all keys, the second the wide rows of frequent keys.
         """
-        array = as_keys(keys)
+        array = as_keys(host(keys))
         flat = array.reshape(-1)
         batch = self.rows.client.batch(flat)
         pulled = self.rows.small.pull_rows(batch.keys, mode=MODE[self.training])
@@ -59,7 +60,7 @@ class MixedDimensionEmbedding(Trained):
 
         Client.prefetch explains the result, which need not be waited for.
         """
-        return self.rows.prefetch(as_keys(keys))
+        return self.rows.prefetch(as_keys(host(keys)))
 
     def extra_repr(self) -> str:
         return repr(self.rows)

@@ -13,6 +13,7 @@ from psclient.errors import InvalidArgument
 from psclient.multihash import MultiHash
 from psclient.torch.embedding import Embedding
 from psclient.torch.feature import Feature, Remote
+from psclient.torch.inputs import host
 
 COMBINE: dict[str, Callable[[list[Tensor]], Tensor]] = {  # as psclient.combine, for tensors
     "add": lambda parts: reduce(torch.add, parts),
@@ -38,11 +39,11 @@ class MultiHashEmbedding(Feature):
         return list(self.parts)  # type: ignore[arg-type]
 
     def requests(self, arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        if len(arguments) > 1:
+        if len(arguments) != 1:
             raise InvalidArgument(
                 f"{self.rows!r} takes keys only, got {len(arguments) - 1} more arguments"
             )
-        return [(keys,) for keys in self.rows.row_keys(arguments[0])]
+        return [(keys,) for keys in self.rows.row_keys(host(arguments[0]))]
 
     def merge(self, outputs: list[Tensor]) -> Tensor:
         return COMBINE[self.rows.combine](outputs)

@@ -101,8 +101,8 @@ class TestForward:
     def test_arguments_that_do_not_fit_are_refused(self, client: Client, table: Table) -> None:
         with pytest.raises(InvalidArgument, match="takes keys only"):
             Embedding(table)(keys(0, 3), torch.tensor([0]))
-        with pytest.raises(InvalidArgument, match="mode must be 'sum' or 'mean', got 'max'"):
-            EmbeddingBag(table, "max")  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgument, match="mode must be 'sum', 'mean' or 'max', got 'avg'"):
+            EmbeddingBag(table, "avg")  # type: ignore[arg-type]
         group = EmbeddingGroup(client, {"a": Embedding(table)})
         with pytest.raises(InvalidArgument, match=r"no feature 'b'; the features are \['a'\]"):
             group({"b": keys(0, 3)})
