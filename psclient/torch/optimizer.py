@@ -17,6 +17,18 @@ from psclient.torch.reach import holders
 STEPS = 1 << 47  # a training step is in -STEPS..STEPS - 1
 
 
+class _Group(dict[str, Any]):
+    """Param group that says what to do if a scheduler needs a learning rate and there is none."""
+
+    def __missing__(self, name: str) -> Any:
+        if name == "lr":
+            raise InvalidArgument(
+                "lr is not set, so each table uses its own, and a scheduler cannot change it: pass"
+                " lr to the optimizer"
+            )
+        raise KeyError(name)
+
+
 class RowOptimizer(torch.optim.Optimizer):
     """A torch.optim.Optimizer for rows on the servers: ``step`` pushes gradients in one request.
 
@@ -54,8 +66,9 @@ class RowOptimizer(torch.optim.Optimizer):
         self._ranks = ranks
         self._next = checked.integer("step", step, -STEPS, STEPS)
         self._groups: list[dict[str, Any]] = []
-        lr = None if lr is None else checked.number("lr", lr)
-        super().__init__([{"params": []}], {"lr": lr})
+        super().__init__([_Group(params=[])], {})
+        if lr is not None:
+            self._groups[0]["lr"] = checked.number("lr", lr)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -92,7 +105,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 loss = closure()
         number = self._next if step is None else checked.integer("step", step, -STEPS, STEPS)
         self._next = number + 1
-        push(self._client, self._parts, number, self._groups[0]["lr"], self._ranks)
+        push(self._client, self._parts, number, self._groups[0].get("lr"), self._ranks)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

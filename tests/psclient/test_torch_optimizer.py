@@ -152,6 +152,10 @@ class TestSchedule:
         rows.step()
         assert number(table) == -1.0
 
+    def test_a_scheduler_needs_a_learning_rate(self, table: Table) -> None:
+        with pytest.raises(InvalidArgument, match="pass lr to the optimizer"):
+            torch.optim.lr_scheduler.StepLR(Embedding(table).optimizer(), step_size=1)
+
     def test_its_state_is_saved(self, table: Table) -> None:
         module = Embedding(table)
         rows = module.optimizer(lr=0.5, step=10)
