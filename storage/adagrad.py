@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from storage.formula import Single, formula
+from storage.formula import Single, formula, power
 from storage.kernels import Rows, jit, prefetch_row
 from storage.optimizer import (
     F32,
@@ -18,7 +18,6 @@ from storage.optimizer import (
     Number,
     Optimizer,
     StepKernel,
-    power,
     square_sum32,
 )
 

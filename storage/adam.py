@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from storage.formula import Single, formula
+from storage.formula import Single, formula, power
 from storage.kernels import jit, prefetch_row
-from storage.optimizer import F32, NEXT, ONE, Number, Optimizer, StepKernel, power
+from storage.optimizer import F32, NEXT, ONE, Number, Optimizer, StepKernel
 
 VANISHED = 2.0**-60  # 1 less a number up to this is 1 in float64
 

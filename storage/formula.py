@@ -4,12 +4,15 @@ Numba compiles a formula into the loops that call it. ``to_cuda`` translates its
 Both compute the same bits, because both round after every operation, to the type of its operands.
 
 A formula consists of assignments to names, ``while`` loops and one ``return`` at the end. It may
-use + - * / ** & >>, comparisons, conditional expressions, np.sqrt, np.float32, np.uint32 and other
-formulas. A name keeps the type of its first value:
+use + - * / & << >>, comparisons, conditional expressions, other formulas, and np.sqrt, np.floor,
+np.float32, np.float64, np.int64 and np.uint32. There is no exp, log or pow, whose last bits differ
+between machines; ``power`` and ``raised`` take their place. A name keeps the type of its first
+value:
 
     Single   a float32 number
     float    a float64 number; so is a number that is written in the formula
     Count    an unsigned 32-bit number
+    Whole    a signed 64-bit number
 """
 
 from __future__ import annotations
@@ -20,19 +23,23 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from storage.kernels import inline
 
 Single = Any  # a float32 number
 Count = Any  # an unsigned 32-bit number
+Whole = Any  # a signed 64-bit number
 formula = inline  # decorator of formulas
 
-RANKS = ("bool", "unsigned", "float", "double")  # of two operands, the type further right wins
+FLOATS = ("float", "double")
 _OPERATORS: dict[type[ast.AST], str] = {
     ast.Add: "+",
     ast.Sub: "-",
     ast.Mult: "*",
     ast.Div: "/",
     ast.BitAnd: "&",
+    ast.LShift: "<<",
     ast.RShift: ">>",
     ast.Gt: ">",
     ast.GtE: ">=",
@@ -41,8 +48,64 @@ _OPERATORS: dict[type[ast.AST], str] = {
     ast.Eq: "==",
     ast.NotEq: "!=",
 }
-_PARAMETERS = {"Single": "float", "float": "double", "Count": "unsigned"}  # annotation: C type
-_CASTS = {"float32": "float", "uint32": "unsigned"}
+# annotation: C type
+_PARAMETERS = {"Single": "float", "float": "double", "Count": "unsigned", "Whole": "long long"}
+_CASTS = {"float32": "float", "float64": "double", "int64": "long long", "uint32": "unsigned"}
+# formulas that CUDA has already: (type of the result, name)
+_BUILT_IN = {
+    "bits_of": ("long long", "__double_as_longlong"),
+    "number_of": ("double", "__longlong_as_double"),
+}
+
+
+@formula
+def bits_of(number: float) -> Any:
+    """Return the bits of a float64 number, as an int64."""
+    return np.float64(number).view(np.int64)
+
+
+@formula
+def number_of(bits: Whole) -> Any:
+    """Return the float64 number that has these bits."""
+    return np.int64(bits).view(np.float64)
+
+
+@formula
+def power(base: float, count: Single) -> Any:
+    """Return base to the power of a whole number >= 0, by multiplications alone."""
+    left = np.uint32(count)
+    result = 1.0
+    while left != np.uint32(0):
+        result = result * base if (left & np.uint32(1)) != np.uint32(0) else result
+        base = base * base
+        left = left >> np.uint32(1)
+    return result
+
+
+@formula
+def raised(n: Single, p: Single) -> Any:
+    """Return n^p for finite n >= 0 and p in 0..1, rounded to float32.
+
+    n is m 2^k with m from sqrt(1/2) to sqrt(2). The logarithm of m and the power of 2 are sums of
+    their series, with errors below 1e-13.
+    """
+    bits = bits_of(np.float64(n))
+    k = (bits - np.int64(0x3FE6A09E667F3BCD)) >> np.int64(52)
+    m = number_of(bits - (k << np.int64(52)))
+    s = (m - 1.0) / (m + 1.0)
+    q = s * s
+    series = q * (1.0 / 13.0 + q * (1.0 / 15.0 + q * (1.0 / 17.0)))
+    series = q * (1.0 / 7.0 + q * (1.0 / 9.0 + q * (1.0 / 11.0 + series)))
+    series = 1.0 + q * (1.0 / 3.0 + q * (1.0 / 5.0 + series))
+    y = np.float64(p) * (np.float64(k) + 2.8853900817779268 * (s * series))  # 2 / ln 2
+    whole = np.floor(y + 0.5)
+    z = (y - whole) * 0.6931471805599453  # ln 2
+    more = 1.0 + z * (1.0 / 9.0) * (1.0 + z * 0.1 * (1.0 + z * (1.0 / 11.0)))
+    more = 1.0 + z * (1.0 / 6.0) * (1.0 + z * (1.0 / 7.0) * (1.0 + z * 0.125 * more))
+    more = 1.0 + z * (1.0 / 3.0) * (1.0 + z * 0.25 * (1.0 + z * 0.2 * more))
+    more = 1.0 + z * (1.0 + z * 0.5 * more)
+    result = np.float32(more * number_of((np.int64(whole) + np.int64(1023)) << np.int64(52)))
+    return result if n > np.float32(0.0) else n if p > np.float32(0.0) else np.float32(1.0)
 
 
 class CannotTranslate(Exception):
@@ -67,7 +130,8 @@ def c_parameters(function: Any, skip: int = 0) -> list[tuple[str, str]]:
 def with_callees(formula: Any) -> Iterator[Any]:
     """Yield the formulas that a formula calls, directly or not, and last the formula itself."""
     for node in ast.walk(_parsed(formula)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        if named and node.func.id not in _BUILT_IN:
             yield from with_callees(formula.py_func.__globals__[node.func.id])
     yield formula
 
@@ -182,11 +246,11 @@ class _Translator:
 
     def _binary(self, node: ast.BinOp) -> tuple[str, str]:
         (left, kind), (right, other) = self._value(node.left), self._value(node.right)
-        kind = max(kind, other, key=RANKS.index)
-        if isinstance(node.op, ast.Pow) and kind == "float":
-            return f"powf({left}, {right})", kind
+        if kind != other and not (kind in FLOATS and other in FLOATS):
+            raise self._refusal(node, f"an operation of {kind} and {other}")
         if type(node.op) not in _OPERATORS:
             raise self._refusal(node, type(node.op).__name__)
+        kind = "double" if "double" in (kind, other) else kind
         return f"({left} {_OPERATORS[type(node.op)]} {right})", kind
 
     def _call(self, node: ast.Call) -> tuple[str, str]:
@@ -198,8 +262,11 @@ class _Translator:
         values = [self._value(each) for each in node.args]
         if [kind for _, kind in values] != wanted:
             raise self._refusal(node, f"arguments of other types than {wanted}")
-        (kind,) = result_types(callee)
-        return f"{c_name(callee)}({', '.join(text for text, _ in values)})", kind
+        if node.func.id in _BUILT_IN:
+            kind, name = _BUILT_IN[node.func.id]
+        else:
+            (kind,), name = result_types(callee), c_name(callee)
+        return f"{name}({', '.join(text for text, _ in values)})", kind
 
     def _numpy(self, node: ast.Call, function: str) -> tuple[str, str]:
         """Return the translation of a call of numpy's ``function``."""
@@ -209,8 +276,8 @@ class _Translator:
         text, kind = self._value(argument)
         if function in _CASTS:
             return f"(({_CASTS[function]}){text})", _CASTS[function]
-        if function == "sqrt" and kind in ("float", "double"):
-            return f"{'sqrtf' if kind == 'float' else 'sqrt'}({text})", kind
+        if function in ("sqrt", "floor") and kind in FLOATS:
+            return f"{function}{'f' if kind == 'float' else ''}({text})", kind
         raise self._refusal(node, f"np.{function}")
 
     def _refusal(self, node: ast.AST, what: str = "") -> CannotTranslate:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from storage.formula import Single, formula
+from storage.formula import Single, formula, raised
 from storage.kernels import Rows, jit, prefetch_row
 from storage.optimizer import F32, NEXT, ONE, Number, Optimizer, StepKernel, square_sum32
 
@@ -18,7 +18,7 @@ HALF = np.float32(0.5)  # the usual power
 @formula
 def _root(n: Single, p: Single) -> Any:
     """Return n^p. The usual p = 0.5 takes the square root."""
-    return np.sqrt(n) if p == np.float32(0.5) else n**p
+    return np.sqrt(n) if p == np.float32(0.5) else raised(n, p)
 
 
 @formula

@@ -24,7 +24,6 @@ from typing import Any, ClassVar
 import numpy as np
 from numba import njit
 
-from storage.formula import Single, formula
 from storage.kernels import AHEAD, Rows, Slots, readonly
 
 TAME_NUMBER = 1e12  # largest magnitude of a number in a tame row; see Optimizer.is_tame
@@ -38,21 +37,6 @@ ONE = np.uint64(1)
 NEXT = np.uint64(AHEAD)
 F32 = np.float32
 Number = np.float32 | np.float64
-
-
-@formula
-def power(base: float, count: Single) -> Any:
-    """Return base to the power of a whole number >= 0, by multiplications alone.
-
-    Their results are the same on every machine, unlike those of exp and pow.
-    """
-    left = np.uint32(count)
-    result = 1.0
-    while left != np.uint32(0):
-        result = result * base if (left & np.uint32(1)) != np.uint32(0) else result
-        base = base * base
-        left = left >> np.uint32(1)
-    return result
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})

@@ -15,6 +15,16 @@
 #define __device__
 struct __attribute__((aligned(16))) float4 { float x, y, z, w; };
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline long long __double_as_longlong(double number) {
+    long long bits;
+    memcpy(&bits, &number, sizeof(bits));
+    return bits;
+}
+static inline double __longlong_as_double(long long bits) {
+    double number;
+    memcpy(&number, &bits, sizeof(number));
+    return number;
+}
 struct Index { unsigned x; };
 static Index threadIdx, blockIdx, blockDim;
 

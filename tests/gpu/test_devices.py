@@ -193,7 +193,7 @@ class TestCudaDevice(DeviceContract):
             del held
         got = slab.read(every, host.shape[1])
         differ = np.flatnonzero((got.view(np.int32) != host.view(np.int32)).any(axis=0))
-        assert agree(optimizer, got, host, cuda=True), f"columns {differ.tolist()} differ"
+        assert agree(optimizer, got, host), f"columns {differ.tolist()} differ"
 
     def test_norms_are_those_of_the_host_up_to_one_rounding(self, device: Device) -> None:
         rows = np.random.default_rng(1).standard_normal((1000, 33)).astype(np.float32)
