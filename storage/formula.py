@@ -130,9 +130,9 @@ def c_parameters(function: Any, skip: int = 0) -> list[tuple[str, str]]:
 def with_callees(formula: Any) -> Iterator[Any]:
     """Yield the formulas that a formula calls, directly or not, and last the formula itself."""
     for node in ast.walk(_parsed(formula)):
-        named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-        if named and node.func.id not in _BUILT_IN:
-            yield from with_callees(formula.py_func.__globals__[node.func.id])
+        match node:
+            case ast.Call(func=ast.Name(id=name)) if name not in _BUILT_IN:
+                yield from with_callees(formula.py_func.__globals__[name])
     yield formula
 
 
