@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
 from psclient.client import Client
-from psclient.errors import Unavailable, answer_of
+from psclient.errors import PsError, Unavailable, answer_of
 from psclient.link import Link
-from psclient.retry import retry, rpc_error
+from psclient.retry import pause_after, retry, rpc_error
 from psclient.signals import Condition, Shield
 from psproto import ps_pb2 as pb
 
 OnProgress = Callable[[int, int], Any]  # called with (bytes done, estimated total; 0: unknown)
 SERVICE = "CheckpointService"
 LOOK_SECONDS = 0.02  # seconds between two checks whether shard 0 has accepted a call
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """When to repeat a streaming call after a failure that may pass, such as a lost shard.
+
+    seconds   how long after the first failure the call may be repeated
+    delivers  whether a reply has contents that the caller must not get twice: delivers(reply). A
+              call that has yielded such a reply is not repeated
+    """
+
+    seconds: float
+    delivers: Callable[[Any], bool]
 
 
 def links(client: Client) -> Sequence[Link]:
@@ -65,6 +79,7 @@ def stream(
     *,
     service: str = SERVICE,
     opened: Callable[[Any], None] | None = None,
+    repeat: Repeat | None = None,
 ) -> Generator[Any, None, None]:
     """Call a method of one shard that streams its replies; yield them.
 
@@ -73,25 +88,58 @@ def stream(
     request  message to send
     answer   class of the reply messages
     service  name of the gRPC service that has the method
-    opened   called with gRPC's call object once the call has started; None: not called
+    opened   called with gRPC's call object each time that the call has started; None: not called
+    repeat   when to repeat the call after a failure; None: never
 
-    Closing the generator cancels the call. Raises a PsError if the call fails; it is not retried.
+    Closing the generator cancels the call. Raises a PsError if the call fails for good.
     """
-    requests = iter([request.SerializeToString()])
-    call = link.channel.open_stream(f"/ps.v1.{service}/{method}", requests)
-    try:
-        if opened is not None:
-            opened(call)
-        while True:
-            try:
-                data = link.channel.read(call)
-            except StopIteration:
-                return
-            yield answer_of(answer, data, link.where)
-    except grpc.RpcError as error:
-        raise rpc_error(error, link.where) from None
-    finally:
-        link.channel.cancel(call)
+    message = request.SerializeToString()
+    attempts, deadline, delivered = 0, 0.0, False
+    while True:
+        call = link.channel.open_stream(f"/ps.v1.{service}/{method}", iter([message]))
+        try:
+            if opened is not None:
+                opened(call)
+            for data in _replies(link, call):
+                reply = answer_of(answer, data, link.where)
+                delivered = delivered or (repeat is not None and repeat.delivers(reply))
+                yield reply
+            return
+        except grpc.RpcError as error:
+            failure = rpc_error(error, link.where)
+        finally:
+            link.channel.cancel(call)
+        now = time.monotonic()
+        pause = None if repeat is None or delivered else pause_after(failure, attempts)
+        deadline = deadline or now + (repeat.seconds if repeat is not None else 0.0)
+        if pause is None or now + pause >= deadline:
+            raise _incomplete(failure)
+        attempts += 1
+        time.sleep(pause)
+
+
+def _replies(link: Link, call: Any) -> Iterator[bytes]:
+    """Yield the encoded replies of a streaming call until it ends."""
+    while True:
+        try:
+            data = link.channel.read(call)
+        except StopIteration:
+            return
+        yield data
+
+
+def _incomplete(failure: PsError) -> PsError:
+    """Return the error of a streaming call that failed for good.
+
+    If the shard was not reached or was lost, the error says what to do.
+    """
+    if not isinstance(failure, Unavailable):
+        return failure
+    told = Unavailable(
+        f"{failure}; the operation was not completed: repeat it once the shard serves"
+    )
+    told.reason, told.retry_after = failure.reason, failure.retry_after
+    return told
 
 
 def proceed(
@@ -119,6 +167,7 @@ def on_all(
     *,
     on_stage: Callable[[int, Sequence[pb.CheckpointProgress]], None] | None = None,
     in_turn: bool = False,
+    repeat: Repeat | None = None,
 ) -> list[pb.CheckpointProgress]:
     """Run a long call on all shards and wait for its end. Returns the last message of each shard.
 
@@ -129,6 +178,7 @@ def on_all(
               reached a further stage
     in_turn   True: call the other shards only after shard 0 has reported its first stage, which
               shows that it accepted the call. False: call all shards at once
+    repeat    when to repeat the call to one shard after a failure; None: never
 
     The first failure stops the call on all shards and is raised.
     """
@@ -151,7 +201,9 @@ def on_all(
                 on_stage(stage, latest)
 
     wait_for = accepted if in_turn else None
-    return all_streams(client, method, request, pb.CheckpointProgress, take, wait_for=wait_for)
+    return all_streams(
+        client, method, request, pb.CheckpointProgress, take, wait_for=wait_for, repeat=repeat
+    )
 
 
 def all_streams(
@@ -163,6 +215,7 @@ def all_streams(
     *,
     service: str = SERVICE,
     wait_for: threading.Event | None = None,
+    repeat: Repeat | None = None,
 ) -> list[Any]:
     """Call a method that streams its replies on all shards; wait until all calls have ended.
 
@@ -173,12 +226,14 @@ def all_streams(
     service   name of the gRPC service that has the method
     wait_for  event that ``take`` sets. Shard 0 is called first; the other shards are called after
               the event is set or the call to shard 0 has ended. None: all are called at once
+    repeat    when to repeat the call to one shard after a failure; None: never
 
     Returns the last reply of each shard. The first failure stops all calls and is raised.
     """
 
     def open_(shard: int, opened: Callable[[Any], None]) -> Generator[Any, None, None]:
-        return stream(shards[shard], method, request, answer, service=service, opened=opened)
+        link = shards[shard]
+        return stream(link, method, request, answer, service=service, opened=opened, repeat=repeat)
 
     shards = links(client)
     streams = _Streams(open_, [answer() for _ in shards], take, wait_for)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from psclient import checked
-from psclient.calls import OnProgress, call, links, on_all
+from psclient.calls import OnProgress, Repeat, call, links, on_all
 from psclient.client import Client
 from psclient.errors import InvalidArgument
 from psproto import ps_pb2 as pb
@@ -82,7 +82,9 @@ def verify(client: Client, name: str, *, progress: OnProgress | None = None) -> 
     the file.
     """
     checked.name("checkpoint", name)
-    done = on_all(client, "VerifyCheckpoint", pb.VerifyCheckpointRequest(name=name), progress)
+    request = pb.VerifyCheckpointRequest(name=name)
+    repeat = Repeat(client._timeout, lambda _: False)
+    done = on_all(client, "VerifyCheckpoint", request, progress, repeat=repeat)
     return sum(each.bytes for each in done)
 
 

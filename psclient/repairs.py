@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from psclient import checked
-from psclient.calls import OnProgress, links, stream
+from psclient.calls import OnProgress, Repeat, links, stream
 from psclient.client import Client
 from psclient.errors import InvalidArgument
 from psclient.rows import RowBatch, read_rows, write_rows
@@ -56,10 +56,16 @@ def verify_rows(
     Pulls and pushes go on meanwhile. Raises TableNotFound.
     """
     request = pb.VerifyRowsRequest(table=checked.text("name of a table", table), keys=keys)
+    repeat = Repeat(client._timeout, lambda answer: bool(answer.HasField("damaged")))
     found = []
     for shard, link in enumerate(links(client)):
         answers = stream(
-            link, "VerifyRows", request, pb.VerifyRowsResponse, service="AnalysisService"
+            link,
+            "VerifyRows",
+            request,
+            pb.VerifyRowsResponse,
+            service="AnalysisService",
+            repeat=repeat,
         )
         for answer in answers:
             if progress is not None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from psclient import checked
 from psclient.arrays import Rows, as_array, as_keys
-from psclient.calls import OnProgress, call, links, on_all, proceed, stream
+from psclient.calls import OnProgress, Repeat, call, links, on_all, proceed, stream
 from psclient.checkpoints import list_stored, verify
 from psclient.client import Client
 from psclient.errors import DataLoss, InvalidArgument, NotEmpty, TableNotFound
@@ -134,15 +134,17 @@ def read_rows(
     then RowBatches with rows. A live table is read while pushes continue, so different rows may be
     from different moments.
 
-    Raises TableNotFound, CheckpointNotFound, and DataLoss if the checkpoint is damaged.
+    Raises TableNotFound, CheckpointNotFound, and DataLoss if the checkpoint is damaged. Raises
+    Unavailable if a shard is lost after it has sent rows: the rows so far are not the whole table.
     """
     stored = "" if checkpoint is None else checked.name("checkpoint", checkpoint)
     request = pb.ReadRowsRequest(table=checked.text("name of a table", table), checkpoint=stored)
     schema_seen = False
+    repeat = Repeat(client._timeout, lambda answer: bool(answer.keys))
     all_links = links(client)
     chosen = range(len(all_links)) if shards is None else shards
     for link in [all_links[checked.integer("shard", n, 0, len(all_links))] for n in chosen]:
-        for answer in stream(link, "ReadRows", request, pb.Delta):
+        for answer in stream(link, "ReadRows", request, pb.Delta, repeat=repeat):
             head = answer.header
             if head.HasField("schema") and not schema_seen:
                 schema_seen = True

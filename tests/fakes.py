@@ -13,6 +13,7 @@ from psproto import ps_pb2 as pb
 from psproto import routing
 
 Method = Callable[[bytes, Any], bytes]
+Stream = Callable[[bytes, Any], Iterator[bytes]]
 
 
 def info(shards: int = 1) -> bytes:
@@ -25,13 +26,22 @@ def info(shards: int = 1) -> bytes:
 
 
 @contextmanager
-def fake_server(methods: dict[str, Method], threads: int = 64) -> Iterator[str]:
-    """Serve unary methods ("TableService/Evict") on a free port; yields the address."""
+def fake_server(
+    methods: dict[str, Method], threads: int = 64, streams: dict[str, Stream] | None = None
+) -> Iterator[str]:
+    """Serve methods ("TableService/Evict") on a free port; yields the address.
+
+    methods  answer one reply
+    streams  answer several replies
+    """
     known: dict[str, Method] = {"InfoService/GetServerInfo": lambda _, __: info(), **methods}
 
     class Handler(grpc.GenericRpcHandler):
         def service(self, details: Any) -> Any:
-            method = known.get(details.method.removeprefix("/ps.v1."))
+            name = details.method.removeprefix("/ps.v1.")
+            if streams is not None and name in streams:
+                return grpc.unary_stream_rpc_method_handler(streams[name])
+            method = known.get(name)
             return None if method is None else grpc.unary_unary_rpc_method_handler(method)
 
     server = grpc.server(ThreadPoolExecutor(threads), handlers=[Handler()])

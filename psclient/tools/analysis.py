@@ -122,7 +122,10 @@ def _summaries(
         if progress is not None:
             progress(*map(sum, zip(*amounts, strict=True)))
 
-    last = calls.all_streams(client, "Analyze", request, pb.AnalyzeResponse, take, service=SERVICE)
+    repeat = calls.Repeat(client._timeout, lambda message: bool(message.keys))
+    last = calls.all_streams(
+        client, "Analyze", request, pb.AnalyzeResponse, take, service=SERVICE, repeat=repeat
+    )
     return [message.summary for message in last]
 
 

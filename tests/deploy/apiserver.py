@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import yaml
 from checks_changes import refused
+from helmsecrets import MARK, decode_secret
 from rendering import Object
 
 # kind -> (API group, name in URLs, whether it is in a namespace); all have the version v1
@@ -28,6 +29,7 @@ RESOURCES = {
     "Service": ("", "services", True),
     "ServiceAccount": ("", "serviceaccounts", True),
     "ConfigMap": ("", "configmaps", True),
+    "Secret": ("", "secrets", True),
     "PersistentVolumeClaim": ("", "persistentvolumeclaims", True),
     "StatefulSet": ("apps", "statefulsets", True),
     "ControllerRevision": ("apps", "controllerrevisions", True),
@@ -322,8 +324,10 @@ class _Handler(BaseHTTPRequestHandler):
         return events
 
     def _body(self) -> Any:
-        length = int(self.headers.get("Content-Length") or 0)
-        return yaml.safe_load(self.rfile.read(length)) or {}
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if content.startswith(MARK):
+            return decode_secret(content, _target(urlsplit(self.path).path)[1])
+        return yaml.safe_load(content) or {}
 
     def _answer(self, status: int, page: Object) -> None:
         self._send(status, json.dumps(page), "application/json")
