@@ -93,7 +93,8 @@ def _memory(config: ServerConfig) -> Finding:
     plan = config.memory
     parts = (
         f"tables {show(config.host_bytes)}, requests in flight {show(plan.inflight)}, transport"
-        f" {show(plan.transport)}, log {show(plan.backlog)}, base {show(BASE_BYTES)}"
+        f" {show(plan.transport)}, log {show(plan.backlog)}, psctl {show(plan.tool)}, base"
+        f" {show(BASE_BYTES)}"
     )
     shared = f", shared by {plan.sharing} shards" if plan.sharing > 1 else ""
     found = f"limit {plan.limit}{shared}: {parts}"

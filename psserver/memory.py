@@ -9,6 +9,7 @@ default of host_bytes leaves room for everything else:
                               +  in flight   max_inflight_bytes
                               +  transport   messages received by gRPC and not yet admitted
                               +  backlog     log records not yet written, with their rows
+                              +  tool        psctl, run in the server's container by an operator
                               +  slack       a tenth: heap, tombstones, sessions, pages of files
                               +  tables      host_bytes
 
@@ -27,6 +28,9 @@ from pathlib import Path, PurePosixPath
 # with cached kernels, 222 MiB after compiling all of them. Another 105 MiB are mapped libraries,
 # whose pages the kernel can reclaim.
 BASE_BYTES = 256 << 20
+# Memory for one psctl that runs in the same container, whose limit it shares. Measured: 57 MiB of
+# private memory for each command, except those that hold rows, such as exports.
+TOOL_BYTES = 64 << 20
 ADDRESS_BYTES = 3 << 30  # address space of an idle server: stacks, heaps, reserved ranges
 ADDRESS_PARTS = 4  # bytes of address space per byte of a table: reserved ranges, mapped files
 DATA_BYTES, DATA_PARTS = 512 << 20, 2  # the same for private memory, which ulimit -d limits
@@ -81,9 +85,14 @@ class Plan:
         return min(self.part // 16, MOST_BACKLOG)
 
     @property
+    def tool(self) -> int:
+        """This server's share of the memory for one psctl in the same container, in bytes."""
+        return 0 if self.limit.of_process else TOOL_BYTES // self.colocated
+
+    @property
     def reserve(self) -> int:
         """Bytes of this server's share for everything except tables and slack."""
-        return BASE_BYTES + self.inflight + self.transport + self.backlog
+        return BASE_BYTES + self.inflight + self.transport + self.backlog + self.tool
 
     @property
     def tables(self) -> int:
@@ -99,9 +108,9 @@ class Plan:
         return (
             f"no memory is left for tables: the limit is {self.limit}{shared}; a server needs"
             f" {show(BASE_BYTES)} itself, {show(self.inflight)} for requests in flight,"
-            f" {show(self.transport)} for messages that arrive and {show(self.backlog)} for the"
-            " log; raise the limit, or lower max_inflight_bytes and max_message_bytes, or set"
-            " host_bytes"
+            f" {show(self.transport)} for messages that arrive, {show(self.backlog)} for the log"
+            f" and {show(self.tool)} for psctl; raise the limit, or lower max_inflight_bytes and"
+            " max_message_bytes, or set host_bytes"
         )
 
 

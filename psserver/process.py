@@ -67,6 +67,7 @@ def report_memory(config: ServerConfig) -> None:
         max_inflight=show(plan.inflight),
         transport=show(plan.transport),
         log_backlog=show(plan.backlog),
+        psctl=show(plan.tool),
         tables=show(config.host_bytes),
     )
     if config.host_bytes + plan.reserve > plan.part:

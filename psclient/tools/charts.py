@@ -26,6 +26,7 @@ from psclient.tools.history import Moment
 from psclient.tools.misses import curves
 from psclient.tools.summary import Analysis
 
+MARKED = 20  # a curve with more points has no markers, which would hide it
 CATEGORIES = {"type": "category", "autorange": "reversed", "showgrid": False}  # axis of labels
 
 
@@ -214,7 +215,7 @@ def _misses(result: Analysis) -> list[Chart]:
     traces = [
         {
             "type": "scatter",
-            "mode": "lines+markers",
+            "mode": "lines+markers" if len(curve.rows) <= MARKED else "lines",
             "name": policy.upper(),
             "x": curve.rows[1:].tolist(),
             "y": curve.misses[1:].tolist(),

@@ -92,7 +92,8 @@ def _list_card(head: str, rows: RowList, keys: KeyType) -> str:
     if not len(rows.keys):
         return ""
     table = _html_table(EXTREMES, lines(rows, keys))
-    return f"<section class=card><h2>{escape(head)}</h2><div class=scroll>{table}</div></section>"
+    heading = f"<h2>{escape(head)}</h2>"
+    return f"<section class='card wide'>{heading}<div class=scroll>{table}</div></section>"
 
 
 def _html_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -148,6 +149,7 @@ dd { margin: 0; font-size: 17px; font-weight: 600; font-variant-numeric: tabular
 h2 { font-size: 17px; margin: 0; }
 .card p { margin: 2px 0 6px; font-size: 14px; min-height: 2.9em; }
 .plot { height: 300px; }
+.wide { grid-column: 1 / -1; }
 .scroll { overflow-x: auto; margin-top: 8px; }
 details { margin-top: 6px; }
 summary { cursor: pointer; color: var(--soft); font-size: 14px; }

@@ -197,17 +197,22 @@ def account(objects: list[Object]) -> Iterator[str]:
             yield f"{where}: automountServiceAccountToken must be false"
 
 
+def config_hash(data: dict[str, str]) -> str:
+    """Return the hash with which kustomize ends the name of a ConfigMap with these contents."""
+    content = {"kind": "ConfigMap", "name": "", "data": data}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    for char in "&<>":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+    return digest.translate(str.maketrans("013ae", "ghkmt"))
+
+
 def config_names(objects: list[Object]) -> Iterator[str]:
     """The name of a ConfigMap with settings ends with the hash of its contents."""
     for each in objects:
         if each["kind"] != "ConfigMap" or "psserver.toml" not in each["data"]:
             continue
-        content = {"kind": "ConfigMap", "name": "", "data": each["data"]}
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        for char in "&<>":
-            text = text.replace(char, f"\\u{ord(char):04x}")
-        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
-        expected = digest.translate(str.maketrans("013ae", "ghkmt"))
+        expected = config_hash(each["data"])
         if not each["metadata"]["name"].endswith(f"-{expected}"):
             yield f"ConfigMap {each['metadata']['name']}: expected a name that ends with {expected}"
         if each.get("immutable") is not True:

@@ -1,7 +1,8 @@
 """Broken variants of the manifests. Each must be caught before it reaches a cluster.
 
 A mutation is a function that breaks a list of objects in place. MUTATIONS has, for each, its name
-and the check that must catch it: SCHEMA, CROSS or CHANGE.
+and the check that must catch it: SCHEMA, CROSS or CHANGE. RUNNING has those that no check of text
+sees; only running them shows the fault (test_pods.py).
 
     SCHEMA  the JSON schema of Kubernetes, in strict mode
     CROSS   crosscheck.problems
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from checks_objects import config_hash
 from rendering import Object, only
 
 SCHEMA, CROSS, CHANGE = "schema", "cross-check", "change check"
@@ -228,6 +230,38 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
         ),
         CHANGE,
     ),
+}
+
+
+def _hide(path: str) -> Mutation:
+    """Return the mutation that mounts an empty volume over a directory of the image."""
+
+    def change(pod: Part) -> None:
+        pod["volumes"].append({"name": "hides", "emptyDir": {"sizeLimit": "64Mi"}})
+        pod["containers"][0]["volumeMounts"].append({"name": "hides", "mountPath": path})
+
+    return _pod(change)
+
+
+def _fourth_shard(objects: list[Object]) -> None:
+    """Change both numbers and the name of the ConfigMap, as a person would."""
+    _spec(lambda s: s.update(replicas=4))(objects)
+    _settings("shards = 3", "shards = 4")(objects)
+    (config,) = (each for each in objects if "psserver.toml" in each.get("data", {}))
+    config["metadata"]["name"] = f"ps-config-{config_hash(config['data'])}"
+    _pod(lambda p: _volume(p, "config")["configMap"].update(name=config["metadata"]["name"]))(
+        objects
+    )
+
+
+# name -> (mutation, what the log of a pod, or `psserver warm --check` in it, then says)
+RUNNING: dict[str, tuple[Mutation, str]] = {
+    "volume over the program": (_hide("/opt/ps/lib"), "No module named"),
+    "volume over the compiled kernels": (
+        _hide("/opt/ps/kernels"),
+        "kernels would be compiled at each start",
+    ),
+    "more shards, although there are rows": (_fourth_shard, "belongs to shard 2 of 3"),
 }
 
 

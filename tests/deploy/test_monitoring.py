@@ -141,6 +141,17 @@ def test_promtool_accepts_the_alerts_and_they_fire(tmp_path: Path) -> None:
     run([promtool, "test", "rules", tmp_path / "rules_test.yaml"])
 
 
+def test_promtool_accepts_the_queries_of_the_dashboard(tmp_path: Path) -> None:
+    promtool = program("promtool", in_ci=False)
+    targets = [each for panel in panels() for each in panel.get("targets", [])]
+    queries = [each["expr"].replace("$__rate_interval", "1m") for each in targets]
+    rules = [{"record": f"query{at}", "expr": query} for at, query in enumerate(queries)]
+    assert len(rules) > 10
+    file = tmp_path / "queries.yaml"
+    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    run([promtool, "check", "rules", file])
+
+
 def test_every_alert_names_a_section_that_says_what_to_do() -> None:
     for rule in alerts():
         page, _, section = rule["annotations"]["action"].partition(", ")

@@ -13,6 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checks_changes import refused
+from crosscheck import problems
+from mutations import RUNNING
+from schema import violations
 
 from tests.deploy import image
 from tests.deploy.simulator.controlplane import Refused
@@ -263,3 +267,33 @@ def test_a_full_disk_stalls_pushes_until_space_is_free_even_over_a_restart(pods:
     finally:
         filler.unlink(missing_ok=True)
     wait_until_settled(pods)
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_what_no_check_of_the_manifests_finds_stops_at_the_first_pod(
+    pods: Simulator, name: str
+) -> None:
+    mutate, said = RUNNING[name]
+    good, bad = rendered("laptop"), rendered("laptop")
+    mutate(bad)
+    assert (violations(bad), problems(bad), refused(good, bad)) == ([], [], [])
+    counts = [restarts(pods, each) for each in ("ps-0", "ps-1")]
+    before, mark = pods.control.get("Pod", "ps-2")["metadata"]["uid"], len(pods.log("ps-2"))
+
+    def shown() -> bool:
+        try:
+            if pods.control.get("Pod", "ps-2")["metadata"]["uid"] == before:
+                return False
+            checked = pods.execute("ps-2", "psserver", "warm", "--check")
+        except (LookupError, Refused):  # it is just being replaced
+            return False
+        return said in pods.log("ps-2")[mark:] + checked.stderr
+
+    with Trainer(pods, "mutated") as trainer:
+        pods.apply(prepared(bad))
+        pods.wait(f"ps-2 says: {said}", shown, 200)
+        assert [restarts(pods, each) for each in ("ps-0", "ps-1")] == counts
+        pods.apply(prepared(good))
+        pods.control.delete("ps-2", grace=0)  # it may ignore SIGTERM while it compiles
+        wait_until_settled(pods)
+    check(trainer)

@@ -6,6 +6,7 @@ checks the result. See world.py for what stands in for Kubernetes.
 
 from __future__ import annotations
 
+import random
 import re
 import shutil
 import subprocess
@@ -19,8 +20,9 @@ from servers import eventually
 from world import World, kubectl_for
 
 from psclient import Table
-from psclient.errors import ResourceExhausted
+from psclient.errors import DataLoss, ResourceExhausted
 from tests.fault import disks
+from tests.fault.rowflips import flip
 
 RUNBOOK = ROOT / "docs" / "runbook.md"
 KEYS = np.arange(1000)
@@ -264,6 +266,47 @@ def test_backup_and_restore_to_another_cluster(tmp_path: Path) -> None:
     finally:
         for world in worlds:
             world.close()
+
+
+def test_damaged_block(tmp_path: Path) -> None:
+    world = World("main", tmp_path)
+    world.flags = {"flush-seconds": 0.2}
+    try:
+        desk = Desk(tmp_path, [world])
+        desk.start()
+        desk.run("kubectl exec -n ps ps-0 -- psctl checkpoint monday")
+        with world.client() as client:
+            eventually(lambda: client.describe_table("user").cache.flushed_rows >= len(KEYS))
+        with world.api.store.lock:  # until then, the controller does not start it again
+            world.pods[1].kill()
+            flip(_data_of(world, "data-ps-1"), random.Random(7), 1)
+        desk.run("kubectl rollout status statefulset/ps -n ps --timeout=2m")
+        verify, repair, again, checkpoint = sections()["Damaged block"]
+        desk.run(verify, fails=True)
+        with world.client() as client, pytest.raises(DataLoss):
+            client.table("user").pull(KEYS)
+        assert "0 left" in desk.run(repair)
+        assert desk.pushes() == 1
+        with world.client() as client:
+            eventually(lambda: not client.describe_table("user").damaged_blocks)
+        assert "undamaged" in desk.run(again)
+        desk.run(checkpoint)
+    finally:
+        world.close()
+
+
+def _data_of(world: World, claim: str) -> Path:
+    """Return the directory of a claim."""
+    uid = world.api.store.get(("PersistentVolumeClaim", "ps", claim))["metadata"]["uid"]
+    (data,) = (path for path in world.volumes(uid) if path.exists())
+    return data
+
+
+def test_the_list_of_procedures_has_every_section() -> None:
+    text = (ROOT / "docs" / "operating.md").read_text()
+    (listed,) = re.findall(r"^## Procedures$(.*?)^## ", text, re.M | re.S)
+    links = set(re.findall(r"runbook\.md#([\w-]+)", listed))
+    assert links == {heading.lower().replace(" ", "-") for heading in sections()}
 
 
 def test_every_section_with_commands_has_a_test() -> None:

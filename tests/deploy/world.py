@@ -103,6 +103,7 @@ class World:
     def __init__(self, name: str, directory: Path, disks: dict[int, Path] | None = None) -> None:
         self.name, self.directory, self.disks = name, directory, disks or {}
         self.images = {"0.3.0", "0.3.1"}
+        self.flags: dict[str, object] = {}  # further flags of servers that start from now on
         self.pods: dict[int, Pod] = {}
         self.port = free_ports(MOST_PODS)
         self.checkpoints = directory / f"{name}-checkpoints"
@@ -236,6 +237,7 @@ class World:
             "host-bytes": MEMORY,
             "segment-bytes": 2 << 20,
             "log-keep-bytes": 1 << 30,
+            **self.flags,
         }
         return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
@@ -280,10 +282,11 @@ class World:
                 raise Refusal(429, "TooManyRequests", "the disruption budget allows one pod away")
             self.pods.pop(number).stop()
         if gone["kind"] == "PersistentVolumeClaim":
-            for directory in self._volumes(gone["metadata"]["uid"]):
+            for directory in self.volumes(gone["metadata"]["uid"]):
                 shutil.rmtree(directory, ignore_errors=True)
 
-    def _volumes(self, claim: str) -> Iterator[Path]:
+    def volumes(self, claim: str) -> Iterator[Path]:
+        """Yield the places where the directory of a claim may be. claim: its uid."""
         for place in (self.directory / f"{self.name}-volumes", *self.disks.values()):
             yield place / claim
 

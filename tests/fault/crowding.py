@@ -6,7 +6,7 @@
 The server has default settings in a cgroup with the limit. Outside, PROCESSES clients push new
 keys from so many threads that requests exceed max_inflight_bytes several times; their pushes are
 refused and sent again. Two subscribers follow the changes, one of which never reads. Checkpoints
-are written one after the other.
+are written one after the other, and psctl runs in the cgroup of the server again and again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -30,6 +31,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from cgroups import Group, limited  # noqa: E402
 from servers import free_ports, serve_in  # noqa: E402
+from squeeze import environment  # noqa: E402
 
 from psclient import Client, PsError, Subscriber, admin  # noqa: E402
 from psclient.errors import ResourceExhausted  # noqa: E402
@@ -52,6 +54,7 @@ class Found:
     refused: int = 0  # pushes that ended with OUT_OF_MEMORY
     checkpoints: int = 0
     changes: int = 0  # that the subscriber received
+    tools: int = 0  # psctl that ran in the cgroup
     anonymous: int = 0  # maximum of bytes that the kernel cannot reclaim
     kills: int = 0
     status: int | None = None  # exit status of the server; None: it was alive to the end
@@ -99,10 +102,13 @@ def pusher(address: str, number: int, stop: Any, results: Any) -> None:
 
 
 class Crowd:
-    """The clients of one server, and what they found."""
+    """The clients of one server, and what they found.
 
-    def __init__(self, address: str, found: Found, checkpoints: bool) -> None:
-        self._address, self._found = address, found
+    group  cgroup of the server
+    """
+
+    def __init__(self, address: str, found: Found, checkpoints: bool, group: Group) -> None:
+        self._address, self._found, self._group = address, found, group
         context = multiprocessing.get_context("spawn")
         self._stop, self._results = context.Event(), context.Queue()
         self._processes = [
@@ -110,6 +116,7 @@ class Crowd:
             for each in range(PROCESSES)
         ]
         kinds = (self._follow, self._ignore, self._save) if checkpoints else ()
+        kinds = (*kinds, self._operate)
         self._threads = [threading.Thread(target=each, daemon=True) for each in kinds]
 
     def start(self) -> None:
@@ -137,6 +144,23 @@ class Crowd:
         """Open a subscription, and read nothing."""
         with suppress(PsError), Subscriber([self._address], start="earliest"):
             self._stop.wait()
+
+    def _operate(self) -> None:
+        """Run psctl in the container of the server, as ``kubectl exec`` does.
+
+        A shell enters the cgroup: a fork of this process would cancel the calls of its clients.
+        """
+        code = "from psclient.tools.ctl import main; main()"
+        command = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', f"{self._group.inner}/cgroup.procs"]
+        command += [sys.executable, "-c", code, "status", "--servers", self._address]
+        while not self._stop.is_set():
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=environment(), check=False
+            )
+            if done.returncode:
+                self._found.errors.append(f"psctl: {done.returncode}: {done.stderr}")
+            self._found.tools += 1
+            self._stop.wait(1.0)
 
     def _save(self) -> None:
         """Write checkpoints, and delete each when the next is complete."""
@@ -182,7 +206,7 @@ def crowd(
         assert process.stdout.readline() == "ready\n"
         with Client([address], timeout=60) as client:
             client.create_table("t", dim=DIM, optimizer="adagrad", lr=0.1)
-            clients = Crowd(address, found, directory is not None)
+            clients = Crowd(address, found, directory is not None, group)
             clients.start()
             _watch(address, group, found, beyond if directory else None, seconds, say, process)
             clients.finish()

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fault.nursery import Nursery, Shard
+from fault.rowflips import flip
 from servers import eventually, free_ports
 from typer.testing import CliRunner, Result
 
 from psclient import Client, Table
 from psclient.errors import DataLoss
 from psclient.tools import ctl
-from storage.base import Base
-from storage.block import ROWS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -45,24 +44,6 @@ def psctl(shard: Shard, *words: str, status: int = 0) -> str:
     done: Result = CliRunner().invoke(ctl.app, words, env=environment)
     assert done.exit_code == status, (done.exception, done.stdout, done.stderr)
     return done.stdout
-
-
-def flip(directory: Path, rng: random.Random, count: int) -> None:
-    """Flip bits of rows in blocks of a running shard."""
-    with Base(directory / "base", readonly=True) as base:
-        assert base.state is not None
-        blocks = [(number, block) for number in base.state.blocks if (block := base.block(number))]
-        rows = [(number, block) for number, block in blocks if block.kind == ROWS]
-        with (directory / "base" / "data.mdb").open("r+b", buffering=0) as file:
-            for number, block in rng.sample(rows, min(count, len(rows))):
-                start = base.offset(number)
-                assert start is not None
-                first = block.rows.ctypes.data - block.data.ctypes.data
-                at = start + first + rng.randrange(block.rows.nbytes)
-                file.seek(at)
-                old = file.read(1)[0]
-                file.seek(at)
-                file.write(bytes([old ^ 1 << rng.randrange(8)]))
 
 
 def lost(table: Table) -> int:

@@ -14,6 +14,7 @@ from psserver.memory import (
     DATA_BYTES,
     DATA_PARTS,
     LEAST_TABLES,
+    TOOL_BYTES,
     Limit,
     Plan,
     default_inflight,
@@ -240,7 +241,7 @@ def plan(limit: int, **changes: Any) -> Plan:
 @pytest.mark.parametrize("colocated", [1, 2, 7])
 def test_colocated_servers_together_stay_below_the_limit(colocated: int) -> None:
     each = plan(PHYSICAL, colocated=colocated)
-    parts = each.tables, BASE_BYTES, each.inflight, each.transport, each.backlog
+    parts = each.tables, BASE_BYTES, each.inflight, each.transport, each.backlog, each.tool
     total = colocated * sum(parts)
     assert 0.85 * PHYSICAL < total < PHYSICAL
     assert each.problem() is None
@@ -249,10 +250,17 @@ def test_colocated_servers_together_stay_below_the_limit(colocated: int) -> None
 def test_a_limit_that_leaves_nothing_is_refused_with_all_parts_of_it() -> None:
     assert plan(2 * GIB, colocated=2, inflight=GIB).problem() == (
         "no memory is left for tables: the limit is 2 GiB (test), which 2 shards share; a server"
-        " needs 256 MiB itself, 1 GiB for requests in flight, 128 MiB for messages that arrive and"
-        " 64 MiB for the log; raise the limit, or lower max_inflight_bytes and max_message_bytes,"
-        " or set host_bytes"
+        " needs 256 MiB itself, 1 GiB for requests in flight, 128 MiB for messages that arrive,"
+        " 64 MiB for the log and 32 MiB for psctl; raise the limit, or lower max_inflight_bytes"
+        " and max_message_bytes, or set host_bytes"
     )
+
+
+def test_an_operator_can_run_psctl_in_the_container_of_a_server() -> None:
+    """It shares the limit of the container, but not the limit of a process."""
+    assert plan(GIB).tool == TOOL_BYTES
+    assert plan(8 * GIB, colocated=4).tool == TOOL_BYTES // 4
+    assert Plan(Limit(GIB, "ulimit", of_process=True), 1, GIB // 8, GIB // 8).tool == 0
 
 
 def test_by_default_a_small_container_has_room_for_tables() -> None:

@@ -68,9 +68,9 @@ PANELS = (
     ),
     Panel(
         row="Traffic",
-        title="Keys",
+        title="Keys per second",
         unit="short",
-        help="Keys per second in pulls, pushes and deletes.",
+        help="Keys in pulls, pushes and deletes.",
         lines={"{{method}}": rate("ps_keys_total", "method")},
     ),
     Panel(

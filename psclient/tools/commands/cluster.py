@@ -95,6 +95,7 @@ def _show_shards(shards: Sequence[ShardStatus]) -> None:
     )
     answered = [each for each in shards if each.version is not None]
     if answered:
+        console.print()
         print_listing(
             listing(
                 "shard", *("version", "durable", "tables", "rows", "memory", "log", "flush age")
