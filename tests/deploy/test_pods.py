@@ -289,7 +289,7 @@ def test_what_no_check_of_the_manifests_finds_stops_at_the_first_pod(
             return False
         return said in pods.log("ps-2")[mark:] + checked.stderr
 
-    with Trainer(pods, "mutated") as trainer:
+    with Trainer(pods, f"mutated-{list(RUNNING).index(name)}") as trainer:
         pods.apply(prepared(bad))
         pods.wait(f"ps-2 says: {said}", shown, 200)
         assert [restarts(pods, each) for each in ("ps-0", "ps-1")] == counts
