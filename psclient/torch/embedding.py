@@ -48,10 +48,10 @@ class Embedding(Remote):
         self.sparse = check_bool("Embedding", "sparse", sparse)
 
     def requests(self, arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        return [places(self.table.name, self.padding_idx, arguments)]
+        return [places(f"Embedding of table {self.table.name!r}", self.padding_idx, arguments)]
 
     def combine(self, leaf: Tensor, places: Tensor, arguments: tuple[Any, ...]) -> Tensor:
-        padding, jagged = arguments or (None, None)  # see Places; MultiHashEmbedding has keys only
+        padding, jagged = arguments  # see Places
         rows = functional.embedding(places, leaf, scale_grad_by_freq=self.scale_grad_by_freq)
         if padding is not None:
             kept = ~padding.reshape(-1).to(leaf.device)

@@ -51,7 +51,7 @@ class Bags(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Arguments of a call of an Embedding, checked.
+    """Arguments of a call of an Embedding or MultiHashEmbedding, checked.
 
     keys     uint64[*shape] to pull; uint64[n] without the padding keys if there are some
     padding  bool[*shape], True where a key is the padding key; None: nowhere
@@ -194,17 +194,15 @@ class Bagging:
         return InvalidArgument(f"EmbeddingBag of table {self.table!r}: {rule}; got {got}")
 
 
-def places(table: str, padding: int | None, arguments: tuple[Any, ...]) -> Places:
-    """Check the arguments of a call of an Embedding.
+def places(module: str, padding: int | None, arguments: tuple[Any, ...]) -> Places:
+    """Check the arguments of a call of an Embedding or MultiHashEmbedding.
 
-    table      name of the table, for errors
+    module     description of the module, for errors
     padding    key whose embedding is zero, and whose row is not pulled; None: no key
     arguments  (keys,): integers of any shape, or a jagged nested tensor of integers
     """
     if len(arguments) != 1:
-        raise InvalidArgument(
-            f"Embedding of table {table!r} takes keys only, got {len(arguments) - 1} more arguments"
-        )
+        raise InvalidArgument(f"{module} takes keys only, got {len(arguments) - 1} more arguments")
     (given,) = arguments
     nested = given if jagged(given) else None
     keys = as_keys(host(given if nested is None else nested.values()))

@@ -16,7 +16,7 @@ from torch import nn  # noqa: E402
 
 from psclient.batch import Batch  # noqa: E402
 from psclient.table import Table  # noqa: E402
-from psclient.torch import EmbeddingBag, EmbeddingGroup  # noqa: E402
+from psclient.torch import Embedding, EmbeddingBag, EmbeddingGroup  # noqa: E402
 from psproto import routing  # noqa: E402
 
 DIM, ROWS = 8, 50
@@ -111,3 +111,38 @@ def test_outputs_have_the_dtype_and_device_of_the_module(device: str, dtype: Any
     before = client.rows.copy()
     bag.step(lr=1.0)
     np.testing.assert_array_equal(client.rows[:6], before[:6] - np.float32(0.5))
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+@pytest.mark.parametrize("nested", [False, True])
+def test_all_inputs_may_be_on_the_device(device: str, padding: int | None, nested: bool) -> None:
+    keys = torch.tensor([1, 3, 2, 3, 1, 4, 4, 9], device=device)
+    offsets = torch.tensor([0, 2, 2, 8], device=device)
+    weights = torch.linspace(-1, 1, 8, device=device)
+    jagged = torch.nested.nested_tensor_from_jagged
+    whole = jagged(keys, offsets) if nested else keys
+    bags = (whole, None, jagged(weights, offsets)) if nested else (keys, offsets, weights)
+    options: Any = {"padding_idx": padding, "include_last_offset": True}
+    for ours, theirs, inputs, chosen in (
+        (EmbeddingBag, nn.EmbeddingBag, bags, {**options, "mode": "sum"}),
+        (EmbeddingBag, nn.EmbeddingBag, bags[:2], {**options, "mode": "max"}),
+        (Embedding, nn.Embedding, (whole,), {"padding_idx": padding}),
+    ):
+        client: Any = RowsHere()
+        if padding is not None:
+            client.rows[padding] = 0
+        before = client.rows.copy()
+        module = ours(Table(client, "t", DIM), device=device, **chosen)
+        reference = theirs(ROWS, DIM, device=device, **chosen)
+        with torch.no_grad():
+            reference.weight.copy_(torch.from_numpy(before))
+        outputs = []
+        for each in (module, reference):
+            out = each(*inputs)
+            outputs.append(out.values() if out.is_nested else out)
+            outputs[-1].square().sum().backward()
+        assert outputs[0].device.type == device
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-6, atol=1e-6)
+        module.step(lr=1.0)
+        gradients = reference.weight.grad.cpu().numpy()
+        np.testing.assert_allclose(before - client.rows, gradients, rtol=1e-5, atol=1e-6)

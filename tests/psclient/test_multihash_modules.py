@@ -106,6 +106,39 @@ class TestModules:
         module = HashModule(KHash(table, (5, 7), "multiply")).eval()
         assert module(torch.arange(3)).tolist() == [[6.25, 6.25]] * 3
 
+    @pytest.mark.parametrize("combine", COMBINATIONS)
+    @pytest.mark.parametrize("shape", [(), (4,), (2, 2)])
+    def test_a_padding_key_is_zeros_and_moves_no_row(
+        self, make: Callable[..., MultiHash], messages: list[Any], combine: str, shape: Any
+    ) -> None:
+        feature = make(QuotientRemainder, combine)
+        module, plain = HashModule(feature, padding_idx=-7), HashModule(feature)
+        keys = torch.tensor([-7, 3, -7, 5])[: max(1, 4 * len(shape))].reshape(shape)
+        expected = torch.where((keys == -7)[..., None], 0.0, plain(keys).detach())
+        del messages[:]
+        out = module(keys)
+        assert torch.equal(out.detach(), expected)
+        wanted = {key for rows in feature.row_keys(keys[keys != -7].numpy()) for key in rows}
+        assert {key for m in messages for pull in m.pulls for key in pull.keys} == wanted
+        del messages[:]
+        out.sum().backward()
+        module.step()
+        assert {key for m in messages for push in m.pushes for key in push.keys} == wanted
+
+    @pytest.mark.parametrize("combine", COMBINATIONS)
+    def test_nested_keys_give_nested_embeddings(
+        self, make: Callable[..., MultiHash], combine: str
+    ) -> None:
+        module = HashModule(make(QuotientRemainder, combine), padding_idx=3)
+        keys, offsets = torch.tensor([1, 2, 3, 4, 1]), torch.tensor([0, 2, 2, 5])
+        out = module(torch.nested.nested_tensor_from_jagged(keys, offsets))
+        assert torch.equal(out.offsets(), offsets)
+        assert torch.equal(out.values(), module(keys))
+
+    def test_a_padding_key_that_is_none_is_refused(self, client: Client, name: str) -> None:
+        with pytest.raises(InvalidArgument, match=r"padding_idx must be a key.*got 1\.5"):
+            HashModule(KHash(summing(client, name, 2), (5, 7)), padding_idx=1.5)  # type: ignore[arg-type]
+
     def test_it_takes_keys_alone(self, client: Client, name: str) -> None:
         module = HashModule(KHash(summing(client, name, 2), (5, 7)))
         with pytest.raises(InvalidArgument, match=r"KHash\(.*takes keys only"):
