@@ -14,7 +14,6 @@ import squeeze
 from servers import SETPRIV, Cluster, alive, eventually, free_ports
 from tables import summing
 
-TESTS = Path(__file__).parents[1]
 STARTS = """
 import sys, time
 from servers import serve
@@ -25,11 +24,10 @@ time.sleep(600)
 
 @pytest.mark.skipif(not SETPRIV, reason="needs setpriv")
 def test_a_server_ends_with_the_process_that_started_it() -> None:
-    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     tests = subprocess.Popen(
         [sys.executable, "-c", STARTS, str(free_ports(1))],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     with tests:
         assert tests.stdout is not None

@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs by itself
+sys.path.extend(str(Path(__file__).parents[2] / each) for each in ("", "proto"))
 
 from fault import moments
 from fault.nursery import Nursery, Shard

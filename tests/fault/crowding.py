@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / each) for each in ("proto", "", "tests", "tests/fault")]
 
 from cgroups import Group, limited  # noqa: E402
 from servers import free_ports, serve_in  # noqa: E402

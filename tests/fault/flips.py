@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs by itself
+sys.path.extend(str(Path(__file__).parents[2] / each) for each in ("", "proto"))
 
 import numpy as np
 from homes import Homes, Node, Step
