@@ -29,7 +29,7 @@ from pathlib import Path, PurePosixPath
 # whose pages the kernel can reclaim.
 BASE_BYTES = 256 << 20
 # Memory for one psctl that runs in the same container, whose limit it shares. Measured: 57 MiB of
-# private memory for each command, except those that hold rows, such as exports.
+# private memory for status, doctor, table, analyze, checkpoint, verify, repair and prune.
 TOOL_BYTES = 64 << 20
 ADDRESS_BYTES = 3 << 30  # address space of an idle server: stacks, heaps, reserved ranges
 ADDRESS_PARTS = 4  # bytes of address space per byte of a table: reserved ranges, mapped files
