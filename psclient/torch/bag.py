@@ -98,5 +98,9 @@ class EmbeddingBag(Remote):
     def extra_repr(self) -> str:
         names = ("padding_idx", "include_last_offset")
         some = {name: getattr(self, name) for name in names}
-        shown = [f"{name}={value}" for name, value in some.items() if value not in (None, False)]
+        shown = [
+            f"{name}={value}"
+            for name, value in some.items()
+            if value is not None and value is not False
+        ]
         return ", ".join([super().extra_repr(), f"mode={self.mode!r}", *shown])

@@ -63,5 +63,9 @@ class Embedding(Remote):
 
     def extra_repr(self) -> str:
         some = {name: getattr(self, name) for name in ("padding_idx", "scale_grad_by_freq")}
-        shown = [f"{name}={value}" for name, value in some.items() if value not in (None, False)]
+        shown = [
+            f"{name}={value}"
+            for name, value in some.items()
+            if value is not None and value is not False
+        ]
         return ", ".join([super().extra_repr(), *shown])

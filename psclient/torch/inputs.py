@@ -4,8 +4,8 @@ The rules are those of torch.nn.Embedding and torch.nn.EmbeddingBag, with these 
 are any 64-bit integers, arguments may also be NumPy arrays or sequences, and what torch does not
 check, such as offsets that decrease, is refused too. docs/trainers.md has the list.
 
-All functions raise InvalidArgument, with the name of the table, if an argument breaks a rule. A
-module calls them before it pulls anything.
+All functions raise InvalidArgument if an argument breaks a rule. A module calls them before it
+pulls anything.
 """
 
 from __future__ import annotations
@@ -133,13 +133,15 @@ class Bagging:
         bounds = given.astype(np.int64)
         if not bounds.size and (self.closed or n):
             least = "the end of the last bag" if self.closed else f"the start of a bag of {n} keys"
-            raise self._wrong(f"offsets must have at least 1 number, {least}", _text(bounds))
+            raise self._wrong(f"offsets must have at least 1 number, {least}", "none")
         if bounds.size and bounds[0]:
-            raise self._wrong("offsets must start at 0", _text(bounds))
-        if (np.diff(bounds) < 0).any():
-            raise self._wrong("offsets must not decrease", _text(bounds))
+            raise self._wrong("offsets must start at 0", str(bounds[0]))
+        if (falls := np.flatnonzero(np.diff(bounds) < 0)).size:
+            at = int(falls[0])
+            got = f"{bounds[at]}, {bounds[at + 1]} at position {at}"
+            raise self._wrong("offsets must not decrease", got)
         if bounds.size and bounds[-1] > n:
-            raise self._wrong(f"offsets must be at most {n}, the number of keys", _text(bounds))
+            raise self._wrong(f"offsets must be at most {n}, the number of keys", str(bounds[-1]))
         return bounds if self.closed else np.append(bounds, n)
 
     def _weights(self, weights: Any, shape: tuple[int, ...]) -> Tensor | None:
@@ -281,8 +283,6 @@ def _tensor(array: NDArray[Any], like: Tensor) -> Tensor:
 
 def _text(value: Any) -> str:
     """Return a short text that shows a value in an error."""
-    if isinstance(value, np.ndarray):
-        return np.array2string(value, threshold=8)
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
     return repr(value) if value is None or np.isscalar(value) else f"a {type(value).__name__}"

@@ -314,6 +314,8 @@ class TestModules:
 
     def test_modules_describe_themselves(self, table: Table) -> None:
         assert repr(Embedding(table)) == f"Embedding({table.name!r}, dim={DIM})"
+        padded = Embedding(table, 0, scale_grad_by_freq=True)
+        assert repr(padded).endswith(", padding_idx=0, scale_grad_by_freq=True)")
         assert repr(EmbeddingBag(table, "mean")) == (
             f"EmbeddingBag({table.name!r}, dim={DIM}, mode='mean')"
         )

@@ -193,13 +193,24 @@ def refused() -> Iterator[Case]:
         return Case(name, "Embedding", inputs, options, BOTH, says=says)
 
     last: dict[str, Any] = {"include_last_offset": True}
-    yield bag("offsets from 1", r"offsets must start at 0; got \[1 3\]", KEYS, longs(1, 3))
-    yield bag("beyond", r"offsets must be at most 10.*got \[ 0 11\]", KEYS, longs(0, 11))
+    yield bag("offsets from 1", r"offsets must start at 0; got 1$", KEYS, longs(1, 3))
     yield bag(
-        "beyond, last", r"offsets must be at most 10.*got \[ 0 11\]", KEYS, longs(0, 11), **last
+        "beyond", r"offsets must be at most 10, the number of keys; got 11", KEYS, longs(0, 11)
     )
-    yield bag("beyond no keys", r"offsets must be at most 0.*got \[0 1\]", longs(), longs(0, 1))
-    yield bag("no last", r"offsets must have at least 1 number.*got \[\]", longs(), longs(), **last)
+    yield bag(
+        "beyond, last",
+        r"offsets must be at most 10, the number of keys; got 11",
+        KEYS,
+        longs(0, 11),
+        **last,
+    )
+    yield bag(
+        "beyond no keys",
+        r"offsets must be at most 0, the number of keys; got 1",
+        longs(),
+        longs(0, 1),
+    )
+    yield bag("no last", r"offsets must have at least 1 number.*got none", longs(), longs(), **last)
     yield bag("no offsets", "offsets must be given if keys have 1 dimension; got None", KEYS)
     yield bag("offsets 2-D", r"offsets must have 1 dimension; got shape \[1, 2\]", KEYS, at[None])
     yield bag("offset", r"offsets must have 1 dimension; got shape \[\]", KEYS, tensor(0))
@@ -257,13 +268,13 @@ def stricter() -> Iterator[Case]:
         chosen = {"mode": "mean", **options}
         return Case(name, "EmbeddingBag", inputs, chosen, STRICTER, (), foreign, says)
 
-    falling = r"offsets must not decrease; got \[0 7 5\]"
+    falling = r"offsets must not decrease; got 7, 5 at position 1"
     yield bag("decreasing", falling, KEYS, longs(0, 7, 5), foreign=True)
     last = {"include_last_offset": True}
     yield bag("decreasing, last", falling, KEYS, longs(0, 7, 5), foreign=True, **last)
-    negative = r"offsets must not decrease; got \[ 0 -1\]"
+    negative = r"offsets must not decrease; got 0, -1 at position 0"
     yield bag("negative", negative, KEYS, longs(0, -1), foreign=True)
-    none = r"offsets must have at least 1 number, the start of a bag of 10 keys; got \[\]"
+    none = r"offsets must have at least 1 number, the start of a bag of 10 keys; got none"
     yield bag("keys without bags", none, KEYS, longs(), foreign=True)
     yield bag("bool keys", "keys must be integers, got dtype bool", KEYS.bool(), at)
     yield bag("bool offsets", "offsets must be integers; got dtype bool", KEYS, tensor([False]))
