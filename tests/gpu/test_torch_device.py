@@ -83,7 +83,8 @@ def train(embed: Any, rows: Any, device: str, on_device: bool) -> tuple[list[flo
     return losses, head.weight.detach().cpu().numpy()
 
 
-def test_it_trains_as_torchs_module_on_the_same_device(device: str) -> None:
+@pytest.mark.parametrize("on_device", [False, True], ids=["host keys", "device keys"])
+def test_it_trains_as_torchs_module_on_the_same_device(device: str, on_device: bool) -> None:
     client: Any = RowsHere()
     theirs = nn.EmbeddingBag.from_pretrained(
         torch.from_numpy(client.rows.copy()), mode="sum", freeze=False
@@ -92,7 +93,7 @@ def test_it_trains_as_torchs_module_on_the_same_device(device: str) -> None:
     expected = train(theirs, reference, device, on_device=True)
     group = EmbeddingGroup(client, {"a": EmbeddingBag(Table(client, "t", DIM))}).to(device)
     losses, weight = train(
-        lambda keys: group({"a": keys})["a"], group.optimizer(lr=0.2), device, on_device=False
+        lambda keys: group({"a": keys})["a"], group.optimizer(lr=0.2), device, on_device
     )
     np.testing.assert_allclose(losses, expected[0], rtol=1e-5)
     np.testing.assert_allclose(weight, expected[1], rtol=1e-4, atol=1e-6)
