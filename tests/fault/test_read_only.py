@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -68,18 +67,16 @@ class Isolated:
         words = [sys.executable, "-m", "psserver", "warm"]
         subprocess.run(words, env=self._environment, check=True)
 
-    def serve(self) -> tuple[float, str]:
-        """Start a server and stop it. Return (seconds until it was ready, its stderr)."""
+    def serve(self) -> str:
+        """Start a server and stop it once it is ready. Return its stderr."""
         flags = ["--port", str(free_ports(1)), "--metrics-port", "0"]
-        start = time.monotonic()
         process = self.start("serve", *flags, "--data-dir", str(self.data / "shard"))
         assert process.stdout is not None
         first = process.stdout.readline()
-        seconds = time.monotonic() - start
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
         assert (first, process.returncode) == ("ready\n", 0), err
-        return seconds, err
+        return err
 
 
 def events(err: str, event: str) -> list[dict[str, object]]:
@@ -90,21 +87,19 @@ def events(err: str, event: str) -> list[dict[str, object]]:
 def test_a_full_cache_that_cannot_be_written_is_loaded(tmp_path: Path) -> None:
     one = Isolated(tmp_path, FILLED)
     one.warm()
-    seconds, err = one.serve()
-    print(f"ready after {seconds:.1f} s")
+    err = one.serve()
     [told] = events(err, "kernels")
     assert (told["compiled"], told["cpu"]) == (0, "x86-64-v3")
     assert int(str(told["loaded"])) > 90
     assert "RuntimeWarning" not in err
-    assert seconds < 20  # about 4 where nothing else runs; compiling takes longer
     process = one.start("warm", "--check")
-    assert process.communicate(timeout=60)[0] == "all kernels are in the cache\n"
+    assert process.communicate()[0] == "all kernels are in the cache\n"
     assert process.returncode == 0
 
 
 def test_kernels_that_are_nowhere_are_compiled_in_memory_and_it_says_so(tmp_path: Path) -> None:
     one = Isolated(tmp_path, EMPTY)
-    _, err = one.serve()
+    err = one.serve()
     told, warned = events(err, "kernels")
     assert int(str(told["compiled"])) > 90
     assert warned["event"] == (
@@ -114,6 +109,6 @@ def test_kernels_that_are_nowhere_are_compiled_in_memory_and_it_says_so(tmp_path
     assert "psserver warm" in str(warned["advice"])
     assert err.count("compiled kernels cannot be saved") == 1
     process = one.start("warm")
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate()
     assert process.returncode == 2
     assert "could not be saved: see above" in err

@@ -313,7 +313,7 @@ def test_a_condition_stays_usable(bell: Bell) -> None:
         with condition:
             seen = count[0]
             assert not condition.wait_for(lambda: False, 0.02)
-        assert count[0] > seen
+            assert condition.wait_for(lambda: count[0] > seen, 60)
     finally:
         stop.set()
         thread.join(10)

@@ -175,7 +175,7 @@ class TestLongCalls:
                 begun = time.monotonic()
                 with pytest.raises(PsError, match="busy"):
                     call()
-                assert time.monotonic() - begun < 1.5
+                assert time.monotonic() - begun < 15
 
     @alone
     def test_an_operation_may_have_begun_before(self) -> None:

@@ -97,7 +97,7 @@ def refusal(error: Any) -> tuple[str, str]:
     return error.code().name, "" if info is None else info.reason
 
 
-async def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.01)

@@ -32,9 +32,9 @@ SLOW_IMPORT = """
 import time
 from psclient.tools import ctl, importer
 write = importer._write
-importer._write = lambda *batch: (write(*batch), time.sleep(0.05))
+importer._write = lambda *batch: (write(*batch), time.sleep(120))
 ctl.main()
-"""  # psctl that is not done before the test can interrupt it
+"""  # psctl that waits after the first rows until the test interrupts it
 
 
 @pytest.fixture
