@@ -120,6 +120,6 @@ def start(file: str, *arguments: object, **options: Any) -> subprocess.Popen[str
 def run(file: str, *arguments: object) -> Any:
     """Run a function of a test file in a process of its own, and return what it prints as JSON."""
     process = start(file, *arguments)
-    output, _ = process.communicate(timeout=100)
+    output, _ = process.communicate(timeout=220)
     assert process.returncode == 0, f"exit status {process.returncode}: {output}"
     return json.loads(output)

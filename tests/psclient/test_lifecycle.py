@@ -115,7 +115,7 @@ class TestAddresses:
             pytest.raises(Unavailable) as caught,
         ):
             client.list_tables()
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10
         assert str(caught.value).startswith(f"shard 0 at {address}: failed to connect")
 
 

@@ -70,5 +70,5 @@ def test_a_restore_that_cannot_begin_is_refused_at_once(monkeypatch: pytest.Monk
     monkeypatch.setattr(restores, "PATIENCE", 5.0)
     with pytest.raises(PsError, match="shard 1 is away"):
         restores._prepare(None, ID, "full", "b" * 16, False, None)  # type: ignore[arg-type]
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 4
     assert shards.phases == [Status.PHASE_ABORTED, None]

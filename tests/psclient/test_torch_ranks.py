@@ -64,7 +64,6 @@ def run_rank(rank: int, store: str, addresses: list[str], name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_two_ranks_equal_one_process(
     cluster2: Any, connect: Any, name: str, tmp_path: Path
 ) -> None:

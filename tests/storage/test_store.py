@@ -86,7 +86,7 @@ def test_a_fifo_is_refused_and_does_not_block(store: Store, place: Path) -> None
         store.publish("a/fifo", b"")
     assert store.exists("a/fifo")
     assert store.directories() == ["a"]
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_large_file_is_refused_before_it_is_read(store: Store, place: Path) ->
     started = time.monotonic()
     with pytest.raises(Corrupt, match=f"at most 1000 bytes, got {300 << 30} bytes"):
         store.read("a/sparse", 1000)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10
 
 
 def test_what_is_written_in_pieces_is_read_back(store: Store) -> None:
