@@ -68,7 +68,7 @@ def run(report: Report, directory: Path, quick: bool, rows: int) -> None:
     """Run the section "latency" of the benchmark; ``directory`` is for all files."""
     windows, seconds = (4, 4.0) if quick else (12, 10.0)
     draws = Draws(Work(rows=rows, batch=PULLED))
-    memory = budget(rows, SHARE, rows * 30)
+    memory = budget(rows, SHARE)
     flags = ["--host-bytes", str(memory), "--flush-seconds", "1", "--log-keep-bytes", "0"]
     server = Server(directory / "server", *flags)
     hot = draws.hottest[: int(rows * SHARE / 4)]

@@ -26,6 +26,9 @@ from benchmarks.step import CHUNK
 from benchmarks.threads import Clock, Use, cores, spent, spread
 from benchmarks.work import Draws, Ids, Rows, Work, keys_of
 from psclient import Batch, Client, Table
+from storage.arena import Budget
+from storage.index import Index
+from storage.rowstore import AHEAD
 
 DIM = 32
 WIDTH = 2 * DIM  # embedding and Adagrad's state
@@ -155,15 +158,23 @@ def fill(table: Table, hottest: Ids) -> None:
         table.push(keys, gradients[: len(keys)], durability="applied")
 
 
-def budget(rows: int, share: float, index_bytes: int) -> int:
+def budget(rows: int, share: float) -> int:
     """Return the host_bytes with which a part of the rows fit into host memory.
 
-    rows         number of rows of the table
-    share        fraction of the rows that must fit
-    index_bytes  memory of the index, which has an entry for every row, in memory or not
+    rows   number of rows of the table
+    share  fraction of the rows that must fit
+
+    The index has an entry for every row, in memory or not. Its memory depends on the number of rows
+    in an irregular way, so it is measured.
     """
+    index = Index(Budget(1 << 40))
+    for at in range(0, rows, CHUNK):
+        keys = keys_of(np.arange(at, min(at + CHUNK, rows))).view(np.uint64)
+        index.insert(keys, keys | np.uint64(1))
+    size = share * rows * SLOT_BYTES * (1 + 1 / AHEAD) + index.bytes
+    index.close()
     spare = 8 << 20  # chunks that are not full
-    return int((share * rows * SLOT_BYTES + index_bytes) * RESERVE) + spare
+    return int(size * RESERVE) + spare
 
 
 def hits(table: Table) -> tuple[int, int]:
@@ -193,7 +204,7 @@ def run(report: Report, directory: Path, size: Size) -> None:
         whole: Loaded | None = None
         for share in size.shares:
             with ExitStack() as inner:
-                memory = budget(size.rows, share, size.rows * 30)
+                memory = budget(size.rows, share)
                 server = Server(directory / f"{share}", *flush, "--host-bytes", str(memory))
                 started = [start(inner, server)]
                 if whole is None:
@@ -248,9 +259,7 @@ def compare(
             }
             for name in (WHOLE, LIMITED):
                 trainers[name].turn(kind, size.warm, measured=False)
-            before = hits(limited.table)
-            used = take_turns(trainers, whole.pid, limited.pid, kind, size)
-            there, every = np.subtract(hits(limited.table), before)
+            used, (there, every) = take_turns(trainers, whole.pid, limited.pid, kind, size)
             times = {name: trainer.times for name, trainer in trainers.items()}
             work = f"{f'Zipf {zipf}' if zipf else 'uniform'}, {kind.name}"
             judged = (zipf, kind, share) == (1.05, STEP, 0.1)
@@ -263,26 +272,30 @@ def compare(
 
 def take_turns(
     trainers: dict[str, Trainer], whole: int, limited: int, kind: Kind, size: Size
-) -> dict[str, Use]:
-    """Let trainers work in turns, and return what each of them and its server used.
+) -> tuple[dict[str, Use], tuple[int, int]]:
+    """Let trainers work in turns.
 
     whole, limited  process ids of the servers
 
+    Returns what each trainer and its server used, and the ``hits`` of the turns of LIMITED.
     What a server does later, while others have their turns, counts for its own trainers.
     """
-    used = {name: Use() for name in trainers}
+    used, there, every = {name: Use() for name in trainers}, 0, 0
     first = {pid: spent(pid) for pid in (whole, limited)}
     for _ in range(size.turns):
         for name, trainer in trainers.items():
             pid = whole if name == WHOLE else limited
-            before = spent(pid)
+            before, counted = spent(pid), hits(trainer.table)
             trainer.turn(kind, size.steps, measured=True)
             used[name].add(before, spent(pid))
+            if name == LIMITED:
+                more = np.subtract(hits(trainer.table), counted)
+                there, every = there + int(more[0]), every + int(more[1])
     for name, trainer in trainers.items():
         used[name].steps, used[name].clock = len(trainer.times), trainer.clock
     for pid, names in ((whole, [WHOLE]), (limited, [LIMITED, PREFETCH])):
         spread([used[name] for name in names], first[pid], spent(pid))
-    return used
+    return used, (there, every)
 
 
 def _times(times: dict[str, list[float]], hit: float, judged: bool) -> dict[str, Any]:

@@ -24,7 +24,7 @@ on the engine thread, in slices; the other steps do not stop it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -57,9 +57,10 @@ from storage.directory import BlockEntry, Zones
 from storage.directory import pack as pack_directory
 from storage.errors import Corrupt, DiskFull, OutOfMemory
 from storage.kernels import Slots
+from storage.tiers.lmdb import Listed, Listing
 from storage.versionlog import VersionLog
 
-LISTED = 32  # blocks whose live rows are read per call of the engine thread
+LISTED = 128  # blocks whose live rows are copied per call of the engine thread
 MOST_ROUNDS = 32  # maximum number of times that a flush moves rows
 MOVED = 8192  # rows that are moved in memory per call of the engine thread
 
@@ -305,8 +306,9 @@ class BaseWriter:
             extents = engine.run(partial(self._take_empty, each, moved.keys()))
             rows += [number for _, number in extents]
             for at in range(0, len(extents), LISTED):
-                some = extents[at : at + LISTED]
-                yield from engine.run(partial(self._old_entries, each, some, moved))
+                some = [extent for extent, _ in extents[at : at + LISTED]]
+                if (read := engine.run(partial(self._listing_of, each, some))) is not None:
+                    yield from self._old_entries(each, zip(some, read(), strict=True), moved)
         for block in new:
             live = engine.run(partial(self._live_in, block, captured.version))
             if live.any():
@@ -326,29 +328,25 @@ class BaseWriter:
                 blocks.remove(extent)
         return list(blocks.extents())
 
-    def _old_entries(
-        self,
-        each: CapturedTable,
-        extents: list[tuple[int, int]],
-        moved: dict[int, Slots],
-    ) -> list[BlockEntry]:
-        """Return the entries of blocks that the shard has, if they have live rows.
-
-        extents  (extent, number) of each block
-        moved    positions, by extent, of rows whose copies in a new block are to be live
-        """
+    def _listing_of(self, each: CapturedTable, extents: list[int]) -> Listing | None:
+        """Return ``Blocks.listing`` of some blocks; None if the table was dropped."""
         blocks = each.table.store.blocks
-        if blocks is None or not self._holds(each):
-            return []
-        entries = []
-        for extent, number in extents:
-            live = blocks.live(extent)
+        return None if blocks is None or not self._holds(each) else blocks.listing(extents)
+
+    def _old_entries(
+        self, each: CapturedTable, listed: Iterable[tuple[int, Listed]], moved: dict[int, Slots]
+    ) -> Iterator[BlockEntry]:
+        """Yield the entries of those blocks of the shard that have live rows.
+
+        listed  (extent, what ``Blocks.listing`` found) of each block
+        moved   positions, by extent, of rows whose copies in a new block are to be live
+        """
+        for extent, (number, zones, live) in listed:
             if extent in moved:
                 live[moved[extent]] = False
             if live.any():
-                entries.append(_entry(number, each, blocks.zones(extent), live))
                 self._listing.add(number)
-        return entries
+                yield _entry(number, each, zones, live)
 
     def _live_in(self, block: _New, upto: int) -> NDArray[np.bool_]:
         """Return which rows of a new block, bool[count], have not changed since they were copied.

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -34,11 +34,12 @@ from psserver.requests import Pull, Push
 from psserver.shard import ColdRead, Shard
 from psserver.stats import ServiceStats
 from psserver.tables import TableEntry
-from storage.errors import Corrupt, DiskFull, NoRoom
+from storage.errors import Corrupt, DiskFull, NoRoom, OutOfMemory
 
 MOST_FLUSHES = 16  # flushes that a push waits for; then it exceeds the memory budget
 TRIM_SECONDS = 0.1  # seconds between two flushes that give memory back
 LOOK_SECONDS = 0.002  # seconds between two checks whether a flush has ended
+NOTHING: list[ColdRead] = []
 MOST_PREFETCHES = 64  # prefetches that wait for an I/O thread; further ones are ignored
 
 
@@ -61,12 +62,17 @@ class Lane:
     """Keeps the exchanges of one stream in order.
 
     held  number of exchanges of the stream that are held; only the engine changes it
+    cold  whether the last exchange of the stream needed rows that are on disk only. The next one
+          probably does too, so it is not worth trying on the event loop
+    pushes  whether the stream ever pushed. If so, a prefetch copies rows to memory, because a push
+          of them probably follows
     """
 
-    __slots__ = ("held",)
+    __slots__ = ("cold", "held", "pushes")
 
     def __init__(self) -> None:
         self.held = 0
+        self.cold = self.pushes = False
 
 
 class Held:
@@ -162,8 +168,10 @@ class ColdRuns:
             return self._engine.submit(
                 lambda: self._shard.exchange(pushes, pulls), deadline, at_once=at_once
             )
+        if lane is None:
+            lane = Lane()
         work = partial(self._attempt, pushes, pulls, deadline, lane)
-        return self._engine.submit(work, deadline, at_once=at_once)
+        return self._engine.submit(work, deadline, at_once=at_once and not lane.cold)
 
     async def finish(self, held: Held) -> Exchanged:
         """Run an exchange that is held, once its rows are in memory and there is room.
@@ -233,22 +241,25 @@ class ColdRuns:
     # ---- on the engine
 
     def _attempt(
-        self, pushes: Sequence[Push], pulls: Sequence[Pull], deadline: float, lane: Lane | None
+        self, pushes: Sequence[Push], pulls: Sequence[Pull], deadline: float, lane: Lane
     ) -> Exchanged | Held:
         """Run an exchange if it need not wait, or hold it and begin to read its rows.
 
         The event loop holds every exchange with rows on disk, because a page may have left memory.
         """
-        reads = self._shard.cold_reads(pushes, pulls)
-        needed = [read for read in reads if not read.pages.empty]
-        ready = not reads or (not needed and self._engine.is_here())
-        no_room = None
-        if ready and (lane is None or not lane.held):
+        shard, needed, no_room, ready = self._shard, NOTHING, None, True
+        if shard.budget.cold_rows and (reads := shard.cold_reads(pushes, pulls)):
+            needed = [read for read in reads if not read.pages.empty]
+            ready = not needed and self._engine.is_here()
+            lane.cold = True
+        elif lane.cold:
+            lane.cold = not pushes and all(pull.prefetch for pull in pulls)
+        if ready and not lane.held:
             try:
-                return self._run(pushes, pulls)
+                return self._run(pushes, pulls, lane)
             except NoRoom as error:
                 no_room = error.with_traceback(None)
-        held = Held(pushes, pulls, deadline, lane or Lane(), needed, no_room)
+        held = Held(pushes, pulls, deadline, lane, needed, no_room)
         if needed:
             held.warmed = self._pool.submit(_warm, needed)
         return held
@@ -261,7 +272,7 @@ class ColdRuns:
             if time.monotonic() > held.deadline:
                 raise DeadlinePassed("the deadline passed before the rows were in memory")
             self._shard.settle(held.reads)
-            done = self._run(held.pushes, held.pulls, exceed=exceed)
+            done = self._run(held.pushes, held.pulls, held.lane, exceed=exceed)
         except NoRoom as error:
             held.no_room = error.with_traceback(None)
             return held
@@ -272,17 +283,20 @@ class ColdRuns:
         return done
 
     def _run(
-        self, pushes: Sequence[Push], pulls: Sequence[Pull], *, exceed: bool = False
+        self, pushes: Sequence[Push], pulls: Sequence[Pull], lane: Lane, *, exceed: bool = False
     ) -> Exchanged:
         """Run an exchange; begin its prefetches; see to it that the next push finds room."""
         shard = self._shard
         done = shard.exchange(pushes, pulls, exceed=exceed)
+        if pushes:
+            lane.pushes = True
+            narrow = shard.pushroom.narrow and not self._relieving
+            if narrow and (tight := shard.pushroom.tight(pushes)):
+                self._relieving = True
+                self._engine.post(partial(self._relieve, tight))
         for pull in pulls:
-            if pull.prefetch:
-                self._prefetch(pull)
-        if pushes and not self._relieving and (tight := shard.pushroom.tight(pushes)):
-            self._relieving = True
-            self._engine.post(partial(self._relieve, tight))
+            if pull.prefetch and shard.budget.cold_rows:  # after the reply, which is not to wait
+                self._engine.post(partial(self._prefetch, pull, lane.pushes))
         return done
 
     def _relieve(self, tight: Sequence[TableEntry]) -> None:
@@ -291,24 +305,39 @@ class ColdRuns:
         if tight:
             self._engine.post(partial(self._relieve, tight))
 
-    def _prefetch(self, pull: Pull) -> None:
-        """Begin to read the rows of a pull that are on disk, unless too many others wait."""
+    def _prefetch(self, pull: Pull, fetch: bool) -> None:
+        """Begin to read the rows of a pull that are on disk, unless too many others wait.
+
+        fetch  also copy them to memory
+        """
         reads = self._shard.cold_reads([], [pull], prefetch=True)
-        reads = [read for read in reads if not read.pages.empty]
-        if not reads or self._prefetching >= MOST_PREFETCHES:
+        needed = [read for read in reads if not read.pages.empty]
+        then = partial(self._fetch, pull) if fetch and reads else None
+        if not needed:
+            if then is not None:
+                then()
+            return
+        if self._prefetching >= MOST_PREFETCHES:
             return
         self._prefetching += 1
 
         def ended(_: Future[None]) -> None:
-            self._engine.post(lambda: self._prefetched(reads))
+            self._engine.post(lambda: self._prefetched(needed, then))
 
-        self._pool.submit(_warm, reads).add_done_callback(ended)
+        self._pool.submit(_warm, needed).add_done_callback(ended)
 
-    def _prefetched(self, reads: list[ColdRead]) -> None:
+    def _prefetched(self, reads: list[ColdRead], then: Callable[[], None] | None) -> None:
         """Remember what a prefetch has verified. Whoever reads a damaged row gets the error."""
         self._prefetching -= 1
         with suppress(Corrupt):
             self._shard.settle(reads)
+            if then is not None:
+                then()
+
+    def _fetch(self, pull: Pull) -> None:
+        """Copy rows of a prefetch to memory. If that fails, the push that follows does it."""
+        with suppress(Corrupt, OutOfMemory):
+            self._shard.pushroom.fetch(pull)
 
 
 def _warm(reads: Sequence[ColdRead]) -> None:

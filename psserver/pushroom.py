@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+import numpy as np
+
 from psproto import ps_pb2 as pb
-from psserver.requests import Push
+from psserver.requests import Pull, Push
 from psserver.sequencer import RECORD
 from psserver.tables import TableEntry, Tables
 from storage.arena import Budget
 from storage.block import disk_bytes
 from storage.errors import DiskFull
+from storage.index import places
 from storage.kernels import Keys
 
 MOVING = 16  # 1/MOVING of disk_bytes is reserved for the rows that a flush moves
@@ -37,12 +40,14 @@ class PushRoom:
     budget      memory budget of the tables
     disk_bytes  refuse pushes that would make the base (the on-disk copy of all rows) take more
                 bytes than this; 0: no limit
+    narrow      whether little room may be left after the last pushes
     """
 
     def __init__(self, budget: Budget, tables: Tables, disk_bytes: int) -> None:
         self._budget = budget
         self._tables = tables
         self._disk_bytes = disk_bytes
+        self.narrow = False
 
     def make(self, checked: Sequence[CheckedPush]) -> None:
         """Make room in memory for the rows of pushes.
@@ -53,9 +58,11 @@ class PushRoom:
         if self._disk_bytes and checked:
             self._require_disk(checked)
         if len(checked) == 1:
-            if checked[0].applied is None:
-                checked[0].entry.table.make_room([checked[0].push.keys])
-            return
+            push, entry, _, applied = checked[0]
+            if applied is not None or entry.table.store.space.has(len(push.keys)):
+                self.narrow = False
+                return
+        self.narrow = True
         keys: dict[int, list[Keys]] = {}
         for each in checked:
             if each.applied is None:
@@ -98,6 +105,22 @@ class PushRoom:
             if entry is not None and entry.table.store.tight:
                 tight.append(entry)
         return tight
+
+    def fetch(self, pull: Pull) -> None:
+        """Copy those rows of a pull that are on disk only to memory, because a push may follow.
+
+        Rows for which there is no room without a flush are left where they are. Raises Corrupt if a
+        row is damaged.
+        """
+        entry = self._tables.find(pull.table)
+        if entry is None or entry.table.store.blocks is None:
+            return
+        store, code = entry.table.store, entry.table.store.blocks.code
+        locations, _ = store.find(pull.keys)
+        found = np.unique(locations[store.cold(locations)])
+        if not store.has_ahead(len(found)):  # now, because later these rows might leave first
+            store.demote(max(0, len(found) - store.room()))
+        entry.table.load(places(found[: max(0, store.room())], code)[0])
 
     def relieve(self, entries: Sequence[TableEntry]) -> list[TableEntry]:
         """Make some room in tables, ahead of need, without a flush.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,6 @@ from storage.records import Cause, Kind
 from storage.schema import TableSchema
 from storage.versionlog import VersionLog
 
-WITHIN = nullcontext()  # within the memory budget
 _NO_ROWS = np.empty(0, np.float32)
 _NO_VERSIONS, _NO_STEPS = np.empty(0, np.uint64), np.empty(0, np.int64)
 
@@ -235,19 +233,27 @@ class Shard(ShardReads):
         check_order(pushes)
         entries = self._check_pulls(pulls) if pulls else []
         self._sequencer.reserve([record_bytes(each.entry, each.push) for each in checked])
-        with self.pushroom.exceeding(checked) if exceed else WITHIN:
-            if self.budget.holders:
-                self.pushroom.make(checked)
-            if len(checked) > 1:  # a single one is checked as it is applied
-                for each in checked:
-                    _check_rows(each)
-            pushed: list[pb.PushResponse] = []
-            for each in checked:
-                try:
-                    pushed.append(self._push(each))
-                except OutOfMemory as error:
-                    pushed.append(self._exceed(each, error, bool(pushed)))
+        if exceed:
+            with self.pushroom.exceeding(checked):
+                pushed = self._apply(checked)
+        else:
+            pushed = self._apply(checked)
         return Exchanged(pushed, list(map(self._pull, entries, pulls)))
+
+    def _apply(self, checked: Sequence[CheckedPush]) -> list[pb.PushResponse]:
+        """Apply pushes for which there is room in the log. For the errors see ``exchange``."""
+        if self.budget.holders:
+            self.pushroom.make(checked)
+        if len(checked) > 1:  # a single one is checked as it is applied
+            for each in checked:
+                _check_rows(each)
+        pushed: list[pb.PushResponse] = []
+        for each in checked:
+            try:
+                pushed.append(self._push(each))
+            except OutOfMemory as error:
+                pushed.append(self._exceed(each, error, bool(pushed)))
+        return pushed
 
     def _exceed(self, each: CheckedPush, error: OutOfMemory, begun: bool) -> pb.PushResponse:
         """Apply a push beyond the memory budget, because the room made for it did not suffice.

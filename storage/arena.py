@@ -72,6 +72,7 @@ class Budget:
     addresses  bytes of address space; None: the result of ``address_space``
     set_aside  bytes that slots of rows must leave to indexes and counters; 0: none
     holders    the tables that can move rows to disk to give memory back
+    cold_rows  number of rows of all tables that are on disk only; any thread may read it
     advice     end of the message of OutOfMemory: what to do; "" or text that begins with ": "
 
     Only the engine thread takes memory. Any thread may give memory back, because the last reader of
@@ -84,6 +85,7 @@ class Budget:
         self.addresses = address_space() if addresses is None else addresses
         self.set_aside = 0
         self.holders: list[Holder] = []
+        self.cold_rows = 0
         self._ranking: list[Holder] = []  # the holders, largest first, as of some calls ago
         self._calls = 0  # of ``reclaim``
         self.advice = ""

@@ -146,7 +146,8 @@ class Cache:
         threshold = np.inf
         if clean:
             share = max(SHARE, 2 * count * len(looked) / (clean * used))
-            threshold = np.quantile(scores[:clean], min(1.0, share))
+            last = min(clean - 1, int(share * clean))
+            threshold = np.partition(scores[:clean], last)[last]
         slots, keys = np.empty(count, np.int64), np.empty(count, np.uint64)
         homes = np.empty(count, np.uint64)
         self._hand = self._hand if self._hand < used else 0

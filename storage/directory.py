@@ -22,7 +22,8 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +71,7 @@ class Zones:
 
 
 _FIELDS = tuple(field.name for field in fields(Zones))
+_values = attrgetter(*_FIELDS)  # of Zones, as a tuple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +142,7 @@ def _pack(entry: BlockEntry) -> bytes:
     else:
         listed = _BITS
         which = np.packbits(entry.live, bitorder="little").tobytes()
-    head = _ENTRY.pack(entry.number, entry.table, entry.width, count, listed, *astuple(entry.zones))
+    head = _ENTRY.pack(entry.number, entry.table, entry.width, count, listed, *_values(entry.zones))
     return head + which + bytes(-len(which) % 8)
 
 

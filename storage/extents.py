@@ -181,7 +181,7 @@ class Extents:
     def __init__(self, width: int, budget: Budget) -> None:
         most = max(1, BLOCK_BYTES // (32 + 4 * width))  # in format 1, too
         pieces = row_layout(width, most, FORMATS[ROWS]).pieces
-        self.width = width
+        self.width, self._budget = width, budget
         self.most = most  # rows of a block
         self.live_at = FIELDS
         self.cached_at = self.live_at + -(-most // 64)
@@ -332,6 +332,11 @@ class Extents:
         cached = record[self.cached_at : self.promoted_at]
         return bool((live & (~cached | record[self.promoted_at : self.seen_at])).any())
 
+    def copies(self, extents: list[int]) -> Records:
+        """Return copies of the records of some blocks, without the bits after the live bits."""
+        found: Records = self.records[:, : self.cached_at][extents]
+        return found
+
     def live_bits(self, extent: int) -> NDArray[np.bool_]:
         """Return which rows of a block are live, bool[count], a copy."""
         return bits(self.records[extent], self.live_at, self.field(extent, COUNT))
@@ -378,7 +383,11 @@ class Extents:
         )
         self.live += int(more_live)
         self.cached += int(more_cached)
-        self.cold_rows = self.live - self.cached
+        self._count_cold()
+
+    def _count_cold(self) -> None:
+        before, self.cold_rows = self.cold_rows, self.live - self.cached
+        self._budget.cold_rows += self.cold_rows - before
 
     def promote(self, places: Slots) -> None:
         """Set the promoted bits of rows."""
@@ -395,7 +404,8 @@ class Extents:
         self._arena.close()
         self._used, self._free = 0, []
         self.damaged.clear()
-        self.live = self.cached = self.cold_rows = self.bytes = 0
+        self.live = self.cached = self.bytes = 0
+        self._count_cold()
 
 
 def bits(record: NDArray[np.uint64], first: int, count: int) -> NDArray[np.bool_]:

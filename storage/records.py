@@ -31,13 +31,12 @@ Encoding copies no array. Decoding returns read-only views of the frame.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,8 +71,7 @@ class Cause(IntEnum):
     CAPACITY = 5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
+class Origin(NamedTuple):
     """The request that caused a change: client, sequence number, step and time."""
 
     client: int = 0  # id of the client; 0: retries are not recognized
@@ -148,7 +146,7 @@ Record = PushRecord | DeleteRecord | CreateRecord | AlterRecord | DropRecord | B
 
 CAUSES = {int(cause): cause for cause in Cause}
 NO_KEYS, NO_TOTALS = np.empty(0, np.uint64), np.empty(0, np.uint32)
-ORIGIN = tuple(field.name for field in dataclasses.fields(Origin))
+ORIGIN = Origin._fields
 
 
 # ---- encoding: each function returns the payload of a frame as a list of buffers, in order.
@@ -251,18 +249,7 @@ def encode_barrier(origin: Origin, name: str) -> list[Part]:
 
 
 def _head(origin: Origin, table: int = 0, width: int = 0, count: int = 0, extra: int = 0) -> bytes:
-    return HEAD.pack(
-        origin.client,
-        origin.incarnation,
-        origin.sequence,
-        origin.acknowledged,
-        origin.step,
-        origin.time_us,
-        table,
-        width,
-        count,
-        extra,
-    )
+    return HEAD.pack(*origin, table, width, count, extra)
 
 
 # ---- decoding

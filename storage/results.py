@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,8 +51,7 @@ class Dump:
     cells: NDArray[Any]  # uint8 or uint16, the counters of a sketch; empty without a sketch
 
 
-@dataclass(frozen=True, slots=True)
-class Pushed:
+class Pushed(NamedTuple):
     """The result of a push: the keys that have rows, and the keys that are not admitted yet."""
 
     keys: Keys  # uint64[n]  keys that have a row after the push
@@ -72,6 +71,12 @@ class Moves:
     demotions: int = 0  # rows that left host memory
     flushed: int = 0  # dirty rows written to disk
     reflushed: int = 0  # blocks whose current rows were written again
+
+    def used(self, rows: int, misses: int) -> None:
+        """Count the keys of a push that have a row; ``misses`` of them at most were on disk."""
+        misses = min(misses, rows)
+        self.hits += rows - misses
+        self.misses += misses
 
 
 @dataclass(slots=True)

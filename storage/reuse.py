@@ -139,7 +139,7 @@ class Reuse:
         self.pulls = np.zeros(len(EDGES) + 1, np.int64)
         self.first = 0
         self._sampled = np.zeros((LEAST, 2), np.uint64)
-        self._used = 0  # slots of ``_sampled``
+        self._room = 3 * LEAST // 4  # free slots of ``_sampled`` that may be used
         self._share = SHARE  # 1/_share of the keys are in the sample
         self._pushed = 0  # keys pushed so far
         self._pulled = 0  # pulled keys with a row so far
@@ -181,19 +181,20 @@ class Reuse:
         slots    int64[n]   slots of their rows
         entries  uint64[capacity, 4]  metadata by slot; see slots.py
         """
-        self._pushed += len(keys)
-        at = 0
-        while at < len(keys):
-            room = 3 * len(self._sampled) // 4 - self._used
+        n = len(keys)
+        self._pushed += n
+        while True:
+            share = self._share
             used, looked, first = _pushed(
-                *(self._sampled, (1 << 32) // self._share, keys[at:], slots[at:], entries),
-                *(self._pushed, room, self._share, self.pushes),
-            )
-            self._used += used
+                self._sampled, (1 << 32) // share, keys, slots, entries,
+                self._pushed, self._room, share, self.pushes,
+            )  # fmt: skip
+            self._room -= used
             self.first += first
-            at += looked
-            if at < len(keys):
-                self.make_room()
+            if looked == n:
+                return
+            keys, slots, n = keys[looked:], slots[looked:], n - looked
+            self.make_room()
 
     def make_room(self) -> None:
         """Enlarge the hash table, or halve the sample if it is large enough."""
@@ -203,7 +204,7 @@ class Reuse:
         else:
             self._share *= 2
         old, self._sampled = self._sampled, np.zeros((size, 2), np.uint64)
-        self._used = _move(old, (1 << 32) // self._share, self._sampled)
+        self._room = 3 * size // 4 - _move(old, (1 << 32) // self._share, self._sampled)
 
 
 def _adjust(counts: NDArray[np.int64], total: int) -> None:

@@ -60,14 +60,20 @@ class Room:
         left = self._budget.free - max(0, count - free) * self.row_bytes
         return index.most_growth(absent) <= left or index.growth(absent) <= left
 
+    def has(self, count: int) -> bool:
+        """Return whether the last look of ``surely_fits`` found room for ``count`` more rows."""
+        if count > self.slack:
+            return False
+        self.slack -= count
+        return True
+
     def surely_fits(self, count: int) -> bool:
         """Return whether there is room for ``count`` more rows, whether their keys are new or not.
 
         Looks only now and then, and does not know what other tables take meanwhile. So the answer
         may be wrong while memory is nearly full.
         """
-        if count <= self.slack:
-            self.slack -= count
+        if self.has(count):
             return True
         many = LOOK_AHEAD * count
         if self.fits(many, many):

@@ -36,7 +36,8 @@ from storage.visits import Watch
 
 MARGIN = 4096  # maximum number of rows that ``demote`` demotes beyond those asked for
 NEARLY = 8  # host memory is nearly full if there is room for less than 1/NEARLY of its rows
-AHEAD = 32  # 1/AHEAD of the slots are kept free
+AHEAD = 32  # 1/AHEAD of the slots are kept free, but at most MOST_AHEAD
+MOST_AHEAD = 1 << 16
 SHARE = 64  # a table that needs memory of others takes at least 1/SHARE of the budget
 MOST_SHRINK = 4 << 20  # maximum number of bytes that a table gives back per call
 LEAST_SHRINK = 64 << 10  # bytes; only whole pages can be given back
@@ -322,11 +323,14 @@ class RowStore:
 
     @property
     def tight(self) -> bool:
-        """True if less than 1/AHEAD of the slots are free, but rows could leave."""
+        """True if fewer slots are free than are kept free, but rows could leave."""
         if self.blocks is None or self.space.slack:
             return False
-        rows = self.host.rows
-        return AHEAD * self.room() < rows and self.dirty < rows
+        return not self.has_ahead(0) and self.dirty < self.host.rows
+
+    def has_ahead(self, count: int) -> bool:
+        """Return whether enough slots are free for ``count`` rows and for the next pushes."""
+        return self.room() - count >= min(self.host.rows // AHEAD, MOST_AHEAD)
 
     def relieve(self) -> bool:
         """Demote some clean rows if little room is left, so that later pushes find room.

@@ -190,10 +190,8 @@ class Table:
         optimizer = self.schema.optimizer
         lr = optimizer.lr if lr is None else lr
         locations, absent = self._locate(keys)
-        moves, there = self.store.moves, len(keys) - absent
-        misses, self._missed = min(self._missed, there), 0
-        moves.hits += there - misses
-        moves.misses += misses
+        self.store.moves.used(len(keys) - absent, self._missed)
+        self._missed = 0
         self._guard.check(self.schema.name, optimizer, keys, gradients, lr, step, largest)
         waiting, totals = NO_KEYS, NO_TOTALS
         if absent:
@@ -250,8 +248,9 @@ class Table:
         for keys without a row; number of keys without a row). Raises OutOfMemory or Corrupt.
         """
         locations, absent = self.store.find(keys)
-        if absent or self.cold_rows:
-            locations, absent = self._find_with_room(keys)
+        blocks = self.store.blocks
+        if blocks is not None and (absent or blocks.records.cold_rows):
+            locations, absent = self._with_room(keys, locations, absent)
             self._missed += self._promote(keys, locations)
         return locations, absent
 
@@ -261,12 +260,14 @@ class Table:
             self._guard.put(rows)
         return len(rows)
 
-    def _find_with_room(self, keys: Keys) -> tuple[Locations, int]:
-        """Find the rows of ``keys``; make room for those that are missing in host memory.
+    def _with_room(self, keys: Keys, locations: Locations, absent: int) -> tuple[Locations, int]:
+        """Make room for those rows of ``keys`` that are missing in host memory.
 
-        Returns (locations uint64[n], 0 for keys without a row; number of keys without a row).
+        locations  uint64[n]  of the rows; 0 for keys without a row
+        absent     number of keys without a row
+
+        Returns both as they are then: other rows of ``keys`` may have had to leave memory.
         """
-        locations, absent = self.store.find(keys)
         missing = 0 if self.store.blocks is None else absent + len(self.store.cold(locations))
         if missing and not self.store.space.fits(missing, absent):
             self.make_room([keys])
@@ -404,7 +405,7 @@ class Table:
         changes nothing then.
         """
         keys = images.keys
-        locations, absent = self._find_with_room(keys)
+        locations, absent = self._with_room(keys, *self.store.find(keys))
         fresh = keys[locations == 0] if absent else NO_KEYS
         images = overwrite(self.store, images, locations)
         self.gate.discard(fresh)

@@ -42,14 +42,19 @@ from storage.extents import (
     ROWS_AT,
     START,
     Extents,
+    bits,
     block_format,
     ready,
+    unpack_zones,
 )
 from storage.index import Locations, locations_of
 from storage.inplace import HEADER
 from storage.kernels import Keys, Rows, Slots
 from storage.residency import Look, Residency
 from storage.slots import VERSION, Meta
+
+Listed = tuple[int, Zones, NDArray[np.bool_]]  # of a block: number, bounds, which rows are live
+Listing = Callable[[], list[Listed]]
 
 LOOK_SHARE = 8  # a read of at least 1/LOOK_SHARE of the blocks looks at all of their pages
 
@@ -175,6 +180,18 @@ class Blocks:
     def extents(self) -> Iterator[tuple[int, int]]:
         """Yield (extent, number) of each block, by ascending number."""
         yield from self.records.by_number()
+
+    def listing(self, extents: list[int]) -> Listing:
+        """Note which rows of some blocks are live now.
+
+        The returned function may be called once, later and on another thread. It returns (number,
+        bounds of the metadata of all rows, which rows are live) of each block.
+        """
+        records, at = self.records.copies(extents), self.records.live_at
+        return lambda: [
+            (int(record[NUMBER]), unpack_zones(record), bits(record, at, int(record[COUNT])))
+            for record in records
+        ]
 
     def zones(self, extent: int) -> Zones:
         """Return the bounds of the metadata of all rows of a block."""
