@@ -106,6 +106,8 @@ class TestForward:
         group = EmbeddingGroup(client, {"a": Embedding(table)})
         with pytest.raises(InvalidArgument, match=r"no feature 'b'; the features are \['a'\]"):
             group({"b": keys(0, 3)})
+        with pytest.raises(InvalidArgument, match=r"^feature 'a': Embedding of .* takes keys only"):
+            group({"a": (keys(0, 3), torch.tensor([0]))})
 
 
 def train(
