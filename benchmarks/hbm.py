@@ -21,7 +21,7 @@ from storage.gpu.cuda import CudaDevice
 from storage.gpu.device import NoDevice, address
 from storage.gpu.nvrtc import find_library
 from storage.gpu.slab import row_stride
-from storage.gpu.source import kernel_name
+from storage.gpu.source import kernel_name, kernel_numbers
 from storage.optimizer import Optimizer
 from storage.optimizers import make_optimizer
 
@@ -143,7 +143,7 @@ class Batch:
         self._far.view(np.float32)[:] = np.random.default_rng(0).random(self._n * dim) - 0.5
         self._near_slots, self._near = device.memory(8 * self._n), device.memory(len(self._far))
         self._step = kernel_name(optimizer.kernel)
-        self._numbers = optimizer.numbers(optimizer.lr, 1, dim)
+        self._numbers = kernel_numbers(optimizer, optimizer.lr, 1, dim)
         self._copy, self._stream = device.cuda.runtime.memcpyAsync, slab.queue.stream.ptr
         self._up()
 

@@ -11,11 +11,9 @@ import numpy as np
 from storage.formula import Single, formula, power
 from storage.kernels import Rows, jit, prefetch_row
 from storage.optimizer import (
-    F32,
     NEXT,
     ONE,
     ROUNDED,
-    Number,
     Optimizer,
     StepKernel,
     square_sum32,
@@ -44,6 +42,7 @@ def _adagrad_number(g: Single, w: Single, n: Single, rate: Single, tiny: Single)
 
 @jit
 def _adagrad(slab: Any, slots: Any, grads: Any, rate: Single, tiny: Single) -> None:
+    rate, tiny = np.float32(rate), np.float32(tiny)
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
     for i in range(n):
         prefetch_row(slab, slots[min(i + NEXT, n - ONE)], size)
@@ -66,6 +65,7 @@ def _rowwise_number(g: Single, w: Single, rate: Single) -> Any:
 
 @jit
 def _rowwise_adagrad(slab: Any, slots: Any, grads: Any, lr: Single, tiny: Single) -> None:
+    lr, tiny = np.float32(lr), np.float32(tiny)
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
     for i in range(n):
         prefetch_row(slab, slots[min(i + NEXT, n - ONE)], size)
@@ -95,6 +95,7 @@ def _decay_factor(decay: float, missed: Single) -> Any:
 def _adagrad_decay(
     slab: Any, slots: Any, grads: Any, rate: Single, decay: float, floor: Single, now: Single
 ) -> None:
+    rate, floor, now = np.float32(rate), np.float32(floor), np.float32(now)
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
     last = dim + dim
     for i in range(n):
@@ -176,8 +177,8 @@ class Adagrad(Optimizer):
     def kernel(self) -> StepKernel:
         return _ADAGRAD
 
-    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
-        return F32(lr), F32(self.eps)
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[float, ...]:
+        return float(lr), self.eps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,8 +212,8 @@ class RowwiseAdagrad(Optimizer):
     def kernel(self) -> StepKernel:
         return _ROWWISE
 
-    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
-        return F32(lr), F32(self.eps)
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[float, ...]:
+        return float(lr), self.eps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,10 +258,10 @@ class AdagradDecay(Optimizer):
     def kernel(self) -> StepKernel:
         return _DECAY
 
-    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[float, ...]:
         period = min(step // self.accumulator_decay_step, LAST_COUNT)
-        decay = np.float64(self.accumulator_decay_rate)
-        return F32(lr), decay, F32(self.initial_accumulator), F32(period)
+        decay = self.accumulator_decay_rate, self.initial_accumulator
+        return float(lr), *decay, float(period)
 
 
 ADAGRAD: tuple[type[Optimizer], ...] = (Adagrad, RowwiseAdagrad, AdagradDecay)

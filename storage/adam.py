@@ -4,36 +4,43 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
 
-from storage.formula import Single, formula, power
+from storage.formula import Single, formula, powers
 from storage.kernels import jit, prefetch_row
-from storage.optimizer import F32, NEXT, ONE, Number, Optimizer, StepKernel
+from storage.optimizer import NEXT, ONE, Optimizer, StepKernel
 
 VANISHED = 2.0**-60  # 1 less a number up to this is 1 in float64
 
 
-def _last_count(beta: float) -> Number:
-    """Return a count t, float32, from which on 1 - beta^t is 1 in float64."""
-    return F32(1.0 if beta <= 0.0 else math.ceil(math.log(VANISHED) / math.log(beta)))
+@lru_cache(maxsize=256)
+def _last_count(beta1: float, beta2: float) -> float:
+    """Return a count t from which on 1 - beta^t is 1 in float64, for both betas."""
+    beta = max(beta1, beta2)
+    return 1.0 if beta <= 0.0 else float(math.ceil(math.log(VANISHED) / math.log(beta)))
 
 
 @formula
-def _rest(beta: float, t: Single, last: Single) -> Any:
-    """Return 1 - beta^t, float64; ``last`` is _last_count(beta)."""
-    return 1.0 - power(beta, t if t < last else last)
+def _counted(t: Single, last: Single) -> Any:
+    return t if t < last else last
 
 
 @formula
-def _adam_rate(lr: float, beta1: float, t: Single, last1: Single) -> Any:
-    return np.float32(lr / _rest(beta1, t, last1))
+def _adam_rate(lr: float, power1: float) -> Any:
+    return np.float32(lr / (1.0 - power1))
 
 
 @formula
-def _adam_unbias(beta2: float, t: Single, last2: Single) -> Any:
-    return np.float32(1.0 / np.sqrt(_rest(beta2, t, last2)))
+def _adam_unbias(power2: float) -> Any:
+    return np.float32(1.0 / np.sqrt(1.0 - power2))
+
+
+@formula
+def _async_rate(lr: float, power1: float, power2: float) -> Any:
+    return np.float32(lr * np.sqrt(1.0 - power2) / (1.0 - power1))
 
 
 @formula
@@ -64,15 +71,14 @@ def _adam(
     lr: float,
     beta1: float,
     beta2: float,
-    last1: Single,
-    last2: Single,
-    b1: Single,
-    b2: Single,
-    rest1: Single,
-    rest2: Single,
+    last: Single,
     tiny: Single,
     keep: Single,
 ) -> None:
+    last = np.float32(last)
+    tiny, keep = np.float32(tiny), np.float32(keep)
+    b1, b2 = np.float32(beta1), np.float32(beta2)
+    rest1, rest2 = np.float32(1.0 - beta1), np.float32(1.0 - beta2)
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
     second, count = dim + dim, dim + dim + dim
     for i in range(n):
@@ -80,8 +86,8 @@ def _adam(
         s = np.uint64(slots[i])
         t = slab[s, count] + np.float32(1.0)
         slab[s, count] = t
-        rate = _adam_rate(lr, beta1, t, last1)
-        unbias = _adam_unbias(beta2, t, last2)
+        power1, power2 = powers(beta1, beta2, _counted(t, last))
+        rate, unbias = _adam_rate(lr, power1), _adam_unbias(power2)
         for j in range(dim):
             slab[s, j], slab[s, dim + j], slab[s, second + j] = _adam_number(
                 grads[i, j],
@@ -97,13 +103,6 @@ def _adam(
                 tiny,
                 keep,
             )
-
-
-@formula
-def _async_rate(
-    lr: float, beta1: float, beta2: float, t: Single, last1: Single, last2: Single
-) -> Any:
-    return np.float32(lr * np.sqrt(_rest(beta2, t, last2)) / _rest(beta1, t, last1))
 
 
 @formula
@@ -132,14 +131,13 @@ def _adam_async(
     lr: float,
     beta1: float,
     beta2: float,
-    last1: Single,
-    last2: Single,
-    b1: Single,
-    b2: Single,
-    rest1: Single,
-    rest2: Single,
+    last: Single,
     tiny: Single,
 ) -> None:
+    last = np.float32(last)
+    tiny = np.float32(tiny)
+    b1, b2 = np.float32(beta1), np.float32(beta2)
+    rest1, rest2 = np.float32(1.0 - beta1), np.float32(1.0 - beta2)
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
     second, count = dim + dim, dim + dim + dim
     for i in range(n):
@@ -147,7 +145,8 @@ def _adam_async(
         s = np.uint64(slots[i])
         t = slab[s, count] + np.float32(1.0)
         slab[s, count] = t
-        rate = _async_rate(lr, beta1, beta2, t, last1, last2)
+        power1, power2 = powers(beta1, beta2, _counted(t, last))
+        rate = _async_rate(lr, power1, power2)
         for j in range(dim):
             slab[s, j], slab[s, dim + j], slab[s, second + j] = _async_number(
                 grads[i, j],
@@ -182,16 +181,11 @@ def _rmsprop_number(
 
 @jit
 def _rmsprop(
-    slab: Any,
-    slots: Any,
-    grads: Any,
-    rate: Single,
-    b1: Single,
-    b2: Single,
-    rest2: Single,
-    tiny: Single,
+    slab: Any, slots: Any, grads: Any, rate: Single, beta1: float, beta2: float, tiny: Single
 ) -> None:
     """Run one step of AdamAsync with apply_sparse_rmsprop = 1. It does not change t."""
+    rate, tiny = np.float32(rate), np.float32(tiny)
+    b1, b2, rest2 = np.float32(beta1), np.float32(beta2), np.float32(1.0 - beta2)
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
     second = dim + dim
     for i in range(n):
@@ -211,36 +205,37 @@ def _rmsprop(
             )
 
 
+_BETAS = """
+        const float b1 = (float)beta1, b2 = (float)beta2;
+        const float rest1 = (float)(1.0 - beta1), rest2 = (float)(1.0 - beta2);
+        (void)rest1;
+"""
 _COUNT = """
         const float t = from_first(group, row[3 * dim]) + 1.0f;
         if (lane == 0) row[3 * dim] = t;
+        double power1, power2;
+        powers(beta1, beta2, counted(t, last), power1, power2);
 """
 _ADAM = StepKernel(
     name="adam",
     loop=_adam,
     number=_adam_number,
-    row=_COUNT
+    row=_BETAS
+    + _COUNT
     + """
-        const float rate = adam_rate(lr, beta1, t, last1);
-        const float unbias = adam_unbias(beta2, t, last2);
+        const float rate = adam_rate(lr, power1);
+        const float unbias = adam_unbias(power2);
     """,
-    formulas=(_adam_rate, _adam_unbias),
+    formulas=(powers, _counted, _adam_rate, _adam_unbias),
 )
 _ASYNC = StepKernel(
     name="adam_async",
     loop=_adam_async,
     number=_async_number,
-    row=_COUNT + "const float rate = async_rate(lr, beta1, beta2, t, last1, last2);",
-    formulas=(_async_rate,),
+    row=_BETAS + _COUNT + "        const float rate = async_rate(lr, power1, power2);",
+    formulas=(powers, _counted, _async_rate),
 )
-_RMSPROP = StepKernel(name="rmsprop", loop=_rmsprop, number=_rmsprop_number)
-
-
-def _adam_numbers(lr: float, beta1: float, beta2: float, eps: float) -> tuple[Number, ...]:
-    """Return the numbers of both kernels that count t, in the order of their parameters."""
-    counts = np.float64(lr), np.float64(beta1), np.float64(beta2)
-    lasts = _last_count(beta1), _last_count(beta2)
-    return *counts, *lasts, F32(beta1), F32(beta2), F32(1.0 - beta1), F32(1.0 - beta2), F32(eps)
+_RMSPROP = StepKernel(name="rmsprop", loop=_rmsprop, number=_rmsprop_number, row=_BETAS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,8 +274,9 @@ class Adam(Optimizer):
     def kernel(self) -> StepKernel:
         return _ADAM
 
-    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
-        return *_adam_numbers(lr, self.beta1, self.beta2, self.eps), F32(1.0)
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[float, ...]:
+        betas = self.beta1, self.beta2
+        return float(lr), *betas, _last_count(*betas), self.eps, 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,9 +312,9 @@ class AdamW(Optimizer):
     def kernel(self) -> StepKernel:
         return _ADAM
 
-    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
-        keep = F32(1.0 - lr * self.weight_decay)
-        return *_adam_numbers(lr, self.beta1, self.beta2, self.eps), keep
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[float, ...]:
+        betas, keep = (self.beta1, self.beta2), 1.0 - lr * self.weight_decay
+        return float(lr), *betas, _last_count(*betas), self.eps, float(keep)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -366,11 +362,11 @@ class AdamAsync(Optimizer):
     def kernel(self) -> StepKernel:
         return _RMSPROP if self.apply_sparse_rmsprop else _ASYNC
 
-    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[float, ...]:
+        betas = self.beta1, self.beta2
         if self.apply_sparse_rmsprop:
-            betas = F32(self.beta1), F32(self.beta2), F32(1.0 - self.beta2)
-            return F32(lr), *betas, F32(self.eps)
-        return _adam_numbers(lr, self.beta1, self.beta2, self.eps)
+            return float(lr), *betas, self.eps
+        return float(lr), *betas, _last_count(*betas), self.eps
 
 
 def _is_tame(beta1: float, beta2: float, eps: float) -> bool:

@@ -6,8 +6,8 @@ Both compute the same bits, because both round after every operation, to the typ
 A formula consists of assignments to names, ``while`` loops and one ``return`` at the end. It may
 use + - * / & << >>, comparisons, conditional expressions, other formulas, and np.sqrt, np.floor,
 np.float32, np.float64, np.int64 and np.uint32. There is no exp, log or pow, whose last bits differ
-between machines; ``power`` and ``raised`` take their place. A name keeps the type of its first
-value:
+between machines; ``power``, ``powers`` and ``raised`` take their place. A name keeps the type of
+its first value:
 
     Single   a float32 number
     float    a float64 number; so is a number that is written in the formula
@@ -80,6 +80,22 @@ def power(base: float, count: Single) -> Any:
         base = base * base
         left = left >> np.uint32(1)
     return result
+
+
+@formula
+def powers(base: float, other: float, count: Single) -> Any:
+    """Return (base, other), each to the power of a whole number >= 0, by multiplications alone."""
+    left = np.uint32(count)
+    first = 1.0
+    second = 1.0
+    while left != np.uint32(0):
+        odd = (left & np.uint32(1)) != np.uint32(0)
+        first = first * base if odd else first
+        second = second * other if odd else second
+        base = base * base
+        other = other * other
+        left = left >> np.uint32(1)
+    return first, second
 
 
 @formula

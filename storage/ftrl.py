@@ -10,7 +10,7 @@ import numpy as np
 
 from storage.formula import Single, formula, raised
 from storage.kernels import Rows, jit, prefetch_row
-from storage.optimizer import F32, NEXT, ONE, Number, Optimizer, StepKernel, square_sum32
+from storage.optimizer import NEXT, ONE, Optimizer, StepKernel, square_sum32
 
 HALF = np.float32(0.5)  # the usual power
 
@@ -71,6 +71,8 @@ def _ftrl(
     ridge: Single,
 ) -> None:
     """Run one step of Ftrl. There is a separate loop for the usual power, which takes roots."""
+    p, cut, shrink = np.float32(p), np.float32(cut), np.float32(shrink)
+    inverse, ridge = np.float32(inverse), np.float32(ridge)
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
     second = dim + dim
     for i in range(n):
@@ -125,6 +127,9 @@ def _group_ftrl(
     group_cut: Single,
 ) -> None:
     """Run one step of GroupFtrl: write u to w, then multiply it by the factor of its row."""
+    p, cut, shrink = np.float32(p), np.float32(cut), np.float32(shrink)
+    group_cut = np.float32(group_cut)
+    inverse, ridge = np.float32(inverse), np.float32(ridge)
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
     second = dim + dim
     for i in range(n):
@@ -218,9 +223,9 @@ class Ftrl(Optimizer):
     def kernel(self) -> StepKernel:
         return _FTRL
 
-    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
-        cuts = F32(-self.learning_rate_power), F32(self.l1), F32(2.0 * self.l2_shrinkage)
-        return *cuts, F32(1.0 / lr), F32(self.beta / lr + 2.0 * self.l2)
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[float, ...]:
+        cuts = -self.learning_rate_power, self.l1, 2.0 * self.l2_shrinkage
+        return *cuts, 1.0 / lr, self.beta / lr + 2.0 * self.l2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,9 +256,9 @@ class GroupFtrl(Ftrl):
     def kernel(self) -> StepKernel:
         return _GROUP if self.l21 else _FTRL
 
-    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[float, ...]:
         numbers = Ftrl.numbers(self, lr, step, dim)
-        return (*numbers, F32(self.l21 * math.sqrt(dim))) if self.l21 else numbers
+        return (*numbers, self.l21 * math.sqrt(dim)) if self.l21 else numbers
 
 
 FTRL: tuple[type[Optimizer], ...] = (Ftrl, GroupFtrl)

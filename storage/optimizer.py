@@ -10,7 +10,8 @@ The loops count in uint64, so that the compiler need not handle negative indexes
     slots  int64[n]                  distinct positions of existing rows
     grads  float32[n, dim]           C-contiguous, finite
 
-and then the numbers of ``Optimizer.numbers``, which are the same for all rows of a step.
+and then the numbers of ``Optimizer.numbers``, which are the same for all rows of a step. They are
+Python floats. A loop rounds those to float32 that it declares as Single, as CUDA does.
 """
 
 from __future__ import annotations
@@ -35,8 +36,6 @@ LARGEST = 1e30  # largest magnitude of a hyper-parameter
 
 ONE = np.uint64(1)
 NEXT = np.uint64(AHEAD)
-F32 = np.float32
-Number = np.float32 | np.float64
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
@@ -179,7 +178,7 @@ class Optimizer(ABC):
         """What runs a step with these hyper-parameters."""
 
     @abstractmethod
-    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[float, ...]:
         """Return what the kernel computes with besides rows, in the order of its parameters."""
 
     def step(self, slab: Rows, slots: Slots, grads: Rows, lr: float, step: int) -> None:

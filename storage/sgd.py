@@ -9,7 +9,7 @@ import numpy as np
 
 from storage.formula import Single, formula
 from storage.kernels import jit, prefetch_row
-from storage.optimizer import F32, NEXT, ONE, ROUNDED, Number, Optimizer, StepKernel
+from storage.optimizer import NEXT, ONE, ROUNDED, Optimizer, StepKernel
 
 
 @formula
@@ -19,6 +19,7 @@ def _sgd_number(g: Single, w: Single, rate: Single) -> Any:
 
 @jit
 def _sgd(slab: Any, slots: Any, grads: Any, rate: Single) -> None:
+    rate = np.float32(rate)
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
     for i in range(n):
         prefetch_row(slab, slots[min(i + NEXT, n - ONE)], size)
@@ -39,6 +40,7 @@ def _momentum_number(
 def _momentum(
     slab: Any, slots: Any, grads: Any, keep: Single, of_grad: Single, of_buffer: Single
 ) -> None:
+    keep, of_grad, of_buffer = np.float32(keep), np.float32(of_grad), np.float32(of_buffer)
     n, dim, size = np.uint64(slots.shape[0]), np.uint64(grads.shape[1]), 4 * slab.shape[1]
     for i in range(n):
         prefetch_row(slab, slots[min(i + NEXT, n - ONE)], size)
@@ -71,8 +73,8 @@ class Sgd(Optimizer):
     def kernel(self) -> StepKernel:
         return _SGD
 
-    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
-        return (F32(lr),)
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[float, ...]:
+        return (float(lr),)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,9 +105,9 @@ class Momentum(Optimizer):
     def kernel(self) -> StepKernel:
         return _MOMENTUM
 
-    def numbers(self, lr: float, step: int, dim: int) -> tuple[Number, ...]:
+    def numbers(self, lr: float, step: int, dim: int) -> tuple[float, ...]:
         of_buffer = lr * self.momentum if self.nesterov else lr
-        return F32(self.momentum), F32(lr * self.nesterov), F32(of_buffer)
+        return self.momentum, float(lr * self.nesterov), float(of_buffer)
 
 
 SGD: tuple[type[Optimizer], ...] = (Sgd, Momentum)

@@ -36,14 +36,14 @@ template <int W> __device__ inline void store(float* to, const Pack<W>& pack) {
         to[0] = pack.at[0];
 }
 
-// Declares the row number i of this thread, its lane (0..LANES-1) and the threads of the row
-// (``group``), and leaves if there is no such row.
-#define THREAD                                                                    \
+// Declares the number i of this thread's row, its lane (0..LANES-1) and the threads of the row
+// (``group``), and leaves if there are not so many rows.
+#define THREAD(ROWS)                                                              \
     const i64 i = (i64)blockIdx.x * (blockDim.x / LANES) + threadIdx.x / LANES;   \
     const int lane = threadIdx.x % LANES;                                         \
     const unsigned group = 0xffu << (threadIdx.x & 24);                           \
     (void)lane; (void)group;                                                      \
-    if (i >= n) return;
+    if (i >= (ROWS)) return;
 
 __device__ inline float* row_at(float* const* pieces, int shift, i64 stride, i64 slot) {
     return pieces[slot >> shift] + (slot & ((1LL << shift) - 1)) * stride;
@@ -72,19 +72,34 @@ __device__ inline void copy(float* to, const float* from, int lane, int count) {
     for (int j = W * lane; j < count; j += W * LANES) store<W>(to + j, load<W>(from + j));
 }
 
-// out[i] = the first ``count`` numbers of the row in slots[i]
+// Copies two rows at once; one of the addresses may be null, and its row is then not copied.
+template <int W>
+__device__ inline void copy_two(
+    float* to, const float* from, float* to2, const float* from2, int lane, int count) {
+    for (int j = W * lane; j < count; j += W * LANES) {
+        Pack<W> first, second;
+        if (from) first = load<W>(from + j);
+        if (from2) second = load<W>(from2 + j);
+        if (from) store<W>(to + j, first);
+        if (from2) store<W>(to2 + j, second);
+    }
+}
+
+// out[i] = the first ``count`` numbers of the row in slots[i]. Each thread copies parts of two rows,
+// so that it waits for both reads at once.
 extern "C" __global__ void gather(SLAB, float* out) {
-    THREAD
-    const i64 slot = slots[i];
-    if (slot < 0) return;
-    const float* row = row_at(pieces, shift, stride, slot);
-    if (count & 3) copy<1>(out + i * count, row, lane, count);
-    else copy<4>(out + i * count, row, lane, count);
+    const i64 half = (n + 1) / 2;
+    THREAD(half)
+    const i64 k = i + half, slot = slots[i], slot2 = k < n ? slots[k] : -1;
+    const float* row = slot < 0 ? nullptr : row_at(pieces, shift, stride, slot);
+    const float* row2 = slot2 < 0 ? nullptr : row_at(pieces, shift, stride, slot2);
+    if (count & 3) copy_two<1>(out + i * count, row, out + k * count, row2, lane, count);
+    else copy_two<4>(out + i * count, row, out + k * count, row2, lane, count);
 }
 
 // the first ``count`` numbers of the row in slots[i] = rows[i]
 extern "C" __global__ void scatter(SLAB, const float* rows) {
-    THREAD
+    THREAD(n)
     const i64 slot = slots[i];
     if (slot < 0) return;
     float* row = row_at(pieces, shift, stride, slot);
@@ -94,7 +109,7 @@ extern "C" __global__ void scatter(SLAB, const float* rows) {
 
 // norms[i] = the L2 norm of the first ``count`` numbers of a row, rounded to float32
 extern "C" __global__ void measure(SLAB, double* norms) {
-    THREAD
+    THREAD(n)
     const float* row = row_at(pieces, shift, stride, slots[i]);
     const double sum = square_sum64(group, row, lane, count);
     if (lane == 0) norms[i] = (double)(float)sqrt(sum);
@@ -102,7 +117,7 @@ extern "C" __global__ void measure(SLAB, double* norms) {
 
 // most[i] = the bits of the largest magnitude in a row; infinity and NaN count as the largest
 extern "C" __global__ void largest(SLAB, unsigned* most) {
-    THREAD
+    THREAD(n)
     const unsigned* row =
         reinterpret_cast<const unsigned*>(row_at(pieces, shift, stride, slots[i]));
     unsigned bits = 0;
@@ -119,6 +134,6 @@ extern "C" __global__ void largest(SLAB, unsigned* most) {
 
 // pieces[first + i] = address[i]: makes new pieces of the slab known
 extern "C" __global__ void add_pieces(float** pieces, i64 n, i64 first, float* const* address) {
-    THREAD
+    THREAD(n)
     if (lane == 0) pieces[first + i] = address[i];
 }

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from storage.arena import Budget
 from storage.errors import OutOfMemory
 from storage.gpu.device import Device, Mark, Memory, Number, OutOfDeviceMemory, address
-from storage.gpu.source import kernel_name
+from storage.gpu.source import kernel_name, kernel_numbers
 from storage.gpu.staging import Staging
 from storage.kernels import Rows, Slots
 from storage.optimizer import Optimizer
@@ -115,7 +115,7 @@ class Pieces:
     ) -> None:
         """Run one step of an optimizer over rows; see Writable.step. Returns before it is done."""
         dim = gradients.shape[1]
-        kernel, numbers = kernel_name(optimizer.kernel), optimizer.numbers(lr, step, dim)
+        kernel, numbers = kernel_name(optimizer.kernel), kernel_numbers(optimizer, lr, step, dim)
         for some in self._parts(len(slots), dim):
             shape = some.stop - some.start, dim
             self._launch(kernel, slots[some], dim, shape, gradients[some], *numbers)

@@ -13,8 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from storage.formula import c_name, c_parameters, result_types, to_cuda, with_callees
-from storage.optimizer import StepKernel
+from storage.optimizer import Optimizer, StepKernel
 
 ROW_KERNELS = ("gather", "scatter", "measure", "largest", "add_pieces")  # in rows.cu
 LANES = 8  # threads that work on a row; the same number is in rows.cu
@@ -40,7 +42,7 @@ __device__ inline void {name}_row(
 }}
 
 extern "C" __global__ void step_{name}(SLAB, const float* grads{numbers}) {{
-    THREAD
+    THREAD(n)
     float* row = row_at(pieces, shift, stride, slots[i]);
     const float* grad = grads + i * count;
     if (count & 3) {name}_row<1>(row, grad, count, lane, group{values});
@@ -62,10 +64,21 @@ def cuda_source(steps: Iterable[StepKernel]) -> str:
     return "\n".join([*parts, *(_step(each) for each in steps)])
 
 
-@cache
 def kernel_name(step: StepKernel) -> str:
     """Return the name of the CUDA kernel that runs a step."""
     return f"step_{step.name}"
+
+
+def kernel_numbers(optimizer: Optimizer, lr: float, step: int, dim: int) -> list[Any]:
+    """Return the numbers of a step, of the types that its CUDA kernel declares."""
+    numbers = optimizer.numbers(lr, step, dim)
+    return [kind(each) for kind, each in zip(_kinds(optimizer.kernel), numbers, strict=True)]
+
+
+@cache
+def _kinds(step: StepKernel) -> list[Any]:
+    types = {"float": np.float32, "double": np.float64}
+    return [types[kind] for kind, _ in c_parameters(step.loop, skip=3)]
 
 
 def _step(step: StepKernel) -> str:

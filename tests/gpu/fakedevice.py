@@ -98,6 +98,7 @@ class FakeDevice:
         self.kernels.reverse = bool(seed % 2)
         self.mode, self.limit, self.held, self.launches = mode, limit, 0, 0
         self.queues: list[FakeQueue] = []
+        self._pinned: list[Any] = []
         self._random = random.Random(seed)
 
     @property
@@ -111,6 +112,7 @@ class FakeDevice:
 
     def pinned(self, size: int) -> Any:
         memory = np.full(size + 256, 0xFF, np.uint8)
+        self._pinned.append(memory)  # kernels that have not run yet may use it
         start = -memory.ctypes.data % 256
         return memory[start : start + size]
 

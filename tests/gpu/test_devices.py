@@ -13,7 +13,7 @@ from fakedevice import MODES, FakeDevice
 
 from storage.gpu.cuda import CudaDevice
 from storage.gpu.device import Device, NoDevice, OutOfDeviceMemory, Queue, address
-from storage.gpu.source import kernel_name
+from storage.gpu.source import kernel_name, kernel_numbers
 from storage.optimizers import make_optimizer
 
 SHIFT = 3  # pieces of 8 rows
@@ -187,7 +187,7 @@ class TestCudaDevice(DeviceContract):
             optimizer.step(host, slots, gradients, optimizer.lr, step)
             there = numbers(device, gradients.size)
             there[:] = gradients.ravel()
-            own = optimizer.numbers(optimizer.lr, step, dim)
+            own = kernel_numbers(optimizer, optimizer.lr, step, dim)
             held = slab.run(kernel_name(optimizer.kernel), slots, dim, address(there), *own)
             slab.queue.mark().wait()
             del held

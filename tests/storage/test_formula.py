@@ -13,6 +13,7 @@ from storage.formula import (
     Single,
     formula,
     power,
+    powers,
     raised,
     result_types,
     to_cuda,
@@ -44,7 +45,10 @@ def test_raised_rounds_correctly(p: float) -> None:
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 1000, 1 << 24])
 def test_power_multiplies(count: int) -> None:
     for base in (0.0, 0.5, 0.999, 0.9999999):
-        assert power(base, np.float32(count)) == pytest.approx(base**count, rel=1e-9)
+        wanted = pytest.approx(base**count, rel=1e-9)
+        assert power(base, np.float32(count)) == wanted
+        assert powers(base, 0.25, np.float32(count)) == (wanted, 0.25**count)
+        assert powers(0.25, base, np.float32(count)) == (0.25**count, wanted)
 
 
 @formula
