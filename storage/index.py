@@ -4,20 +4,27 @@ A location is the tier that stores the row, and the row's place (int64) in that 
 extendible hashing over segments, each a hash table with open addressing:
 
     hash      = mix64(key ^ salt), a random salt for each index
-    segment   = directory[top `depth` bits of hash]
-    position  = low bits of hash, then the next ones (linear probing), wrapping in the segment
-    entry     = key uint64, location uint64, next to each other in one cache line
+    segment   = directory[top `depth` bits of hash]; each segment has a range of hashes
+    position  = low bits of hash; then the other entries of the same cache line, then those of the
+                next cache lines, wrapping in the segment
+    entry     = key uint64, location uint64; four in a cache line
     location  = tier code << 56 | place; 0 marks an empty entry, so that every key is valid
 
-A full segment is split in two by the next bit of the hash. That moves at most 26,624 entries (under
-a millisecond), whatever the size of the table, so that growth never pauses the shard. Each segment
-has its own load at which it counts as full, from 5/8 to 13/16: since the hash fills all segments
-evenly, they would otherwise all split within a few pushes. New memory is zero, which is an empty
-segment.
+A key is never in a cache line after one that has an empty entry. So most searches need one cache
+line, even if the segment is nearly full.
+
+A full segment is split in two. That moves 27,136 entries (under a millisecond), whatever the size
+of the table, so that growth never pauses the shard. New memory is zero, which is an empty segment.
+
+Segments with ranges of equal size would fill evenly. They would all split within a few pushes, and
+the memory per key would double. So the first splits make ranges of unequal sizes; see ``_middle``.
+Then the number of segments grows in proportion to the number of keys. They take 27.9 bytes per key
+on average, and at most 29 if there are more than a million keys.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Iterator
@@ -27,19 +34,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.arena import Arena, Budget
-from storage.kernels import ABSENT, Keys, Slots, jit, mix64, prefetch
+from storage.kernels import ABSENT, Keys, Slots, inline, jit, mix64, prefetch
 
 SEGMENT = 1 << 15  # entries
-LEAST_FULL = SEGMENT * 5 // 8
-FULL_RANGE = SEGMENT * 3 // 16
-MAX_DEPTH = 22  # bits of the directory, which then takes 16 MiB: room for about 10^11 keys
+FULL = SEGMENT * 53 // 64  # entries of a segment that is split before it gets another
+LARGER = 0.6  # the larger part of a split segment gets at most this share of its entries
+PARTS = 2.5  # keys for n full segments, in one segment, need at most PARTS * n segments
+CELLS = 32  # a segment that is split has at least so many elements of the directory
+LEAST_DEPTH = 10  # bits of the directory after the first split; it takes 4 KiB then
+MAX_DEPTH = 24  # bits of the directory, which then takes 64 MiB: room for about 10^10 keys
 PLACE_BITS = 56  # low bits of a location that contain the place
+PER_LINE = 4  # entries in a cache line
+NOWHERE = np.uint64(2**64 - 1)  # no entry
 AHEAD = 16  # keys whose entries are prefetched in advance
 
 Locations = NDArray[np.uint64]
 Ahead = tuple[weakref.ref[Keys], Locations, int]  # keys, locations, how many keys are absent
 
 _MASK = np.uint64(SEGMENT - 1)
+_LINE = np.uint64(PER_LINE - 1)
+_LINE_BITS = np.uint64(PER_LINE.bit_length() - 1)
 _PLACE = np.uint64((1 << PLACE_BITS) - 1)
 
 
@@ -53,25 +67,73 @@ def _home(directory: Any, depth: int, hashed: Any) -> Any:
     return np.uint64(segment) * np.uint64(SEGMENT) + (hashed & _MASK)
 
 
-@jit
-def _next(at: Any) -> Any:
-    """Return the index of the entry after ``at`` in the same segment, cyclically."""
-    return (at & ~_MASK) | ((at + np.uint64(1)) & _MASK)
+@inline
+def _beside(at: Any) -> Any:
+    """Return the index of the entry after ``at`` in the same cache line, cyclically."""
+    return (at & ~_LINE) | ((at + np.uint64(1)) & _LINE)
 
 
-@jit
-def _full(segment: Any) -> Any:
-    """Return the number of entries at which segment number ``segment`` is split."""
-    return LEAST_FULL + (((np.int64(segment) * 40503) & 0xFFFF) * FULL_RANGE >> 16)
+@inline
+def _next_line(at: Any) -> Any:
+    """Return the index of the entry a cache line after ``at`` in the same segment, cyclically."""
+    return (at & ~_MASK) | ((at + _LINE + np.uint64(1)) & _MASK)
 
 
-@jit
-def _limits(segments: int) -> Any:
-    """Return the number of entries at which each of the first ``segments`` segments is split."""
-    out = np.empty(segments, np.int64)
-    for i in range(segments):
-        out[i] = _full(i)
-    return out
+@inline
+def _lines(first: Any, last: Any) -> Any:
+    """Return how many cache lines the line of entry ``last`` comes after that of ``first``.
+
+    Both entries are in the same segment, and lines are counted cyclically. ``first`` may also be
+    the hash of a key, instead of the entry at which a search for this key begins.
+    """
+    return ((last >> _LINE_BITS) - (first >> _LINE_BITS)) & (_MASK >> _LINE_BITS)
+
+
+@inline
+def _seek(entries: Any, home: Any, key: Any) -> Any:
+    """Return the index of the entry of ``key``, or NOWHERE if it is absent.
+
+    home  first entry at which the key may be, see ``_home``
+    """
+    at = home
+    while True:
+        empty = 0
+        for _ in range(PER_LINE):
+            if entries[at, 0] == key and entries[at, 1] != 0:
+                return at
+            empty += entries[at, 1] == 0
+            at = _beside(at)
+        if empty:
+            return NOWHERE
+        at = _next_line(at)
+
+
+@inline
+def _vacancy(entries: Any, home: Any) -> Any:
+    """Return the index of the first empty entry at or after ``home``, for an absent key."""
+    at = home
+    while True:
+        for _ in range(PER_LINE):
+            if entries[at, 1] == 0:
+                return at
+            at = _beside(at)
+        at = _next_line(at)
+
+
+def _middle(start: int, stop: int, count: int) -> int:
+    """Return the first element of the directory that the second half of a split segment gets.
+
+    start, stop  the segment has the elements start..stop-1 of the directory
+    count        number of elements of the directory
+
+    Let ``f(u) = 2 - 2 ** (1 - u)``, which maps 0..1 to itself. The result halves not the range
+    ``start..stop``, but ``f(start / count)..f(stop / count)``. So the sizes of the ranges become
+    different, up to a factor of two, and their segments are full at different times: just so that
+    the number of splits per added key stays the same. A small range is halved, since f is nearly
+    linear there.
+    """
+    mean = (2 ** (-start / count) + 2 ** (-stop / count)) / 2
+    return min(max(round(-count * math.log2(mean)), start + 1), stop - 1)
 
 
 @jit
@@ -95,12 +157,12 @@ def find(entries: Any, directory: Any, depth: int, salt: Any, keys: Any, out: An
             out[i + AHEAD] = home
             prefetch(entries, np.int64(home), 0)
         key = keys[i]
-        at = out[i]
-        while entries[at, 1] != 0 and entries[at, 0] != key:
-            at = _next(at)
-        location = entries[at, 1]
-        out[i] = location
-        absent += location == 0
+        at = _seek(entries, out[i], key)
+        if at == NOWHERE:
+            absent += 1
+            out[i] = 0
+        else:
+            out[i] = entries[at, 1]
     return absent
 
 
@@ -132,11 +194,10 @@ def insert(
             prefetch(entries, np.int64(_home(directory, depth, mix64(keys[i + AHEAD] ^ salt))), 0)
         at = _home(directory, depth, mix64(keys[i] ^ salt))
         segment = at // np.uint64(SEGMENT)
-        if counts[segment] >= _full(segment):
+        if counts[segment] >= FULL:
             return i
         counts[segment] += 1
-        while entries[at, 1] != 0:
-            at = _next(at)
+        at = _vacancy(entries, at)
         entries[at, 0] = keys[i]
         entries[at, 1] = locations[i]
     return n
@@ -156,10 +217,54 @@ def assign(entries: Any, directory: Any, depth: int, salt: Any, keys: Any, locat
             prefetch(entries, np.int64(_home(directory, depth, mix64(keys[i + AHEAD] ^ salt))), 0)
         if i < 0:
             continue
-        at = _home(directory, depth, mix64(keys[i] ^ salt))
-        while entries[at, 0] != keys[i] or entries[at, 1] == 0:
-            at = _next(at)
-        entries[at, 1] = locations[i]
+        home = _home(directory, depth, mix64(keys[i] ^ salt))
+        entries[_seek(entries, home, keys[i]), 1] = locations[i]
+
+
+@inline
+def _room_beside(entries: Any, at: Any) -> Any:
+    """Return whether the cache line of entry ``at`` has another entry that is empty."""
+    for _ in range(PER_LINE - 1):
+        at = _beside(at)
+        if entries[at, 1] == 0:
+            return True
+    return False
+
+
+@inline
+def _displaced(entries: Any, hole: Any, salt: Any) -> Any:
+    """Return the index of an entry that may move to entry ``hole``, or NOWHERE if there is none.
+
+    That is an entry of a later cache line, whose search comes through the line of the hole.
+    """
+    at, full, found = hole, True, NOWHERE
+    while full and found == NOWHERE:
+        at = _next_line(at)
+        for _ in range(PER_LINE):
+            at = _beside(at)
+            if entries[at, 1] == 0:
+                full = False
+            elif _lines(mix64(entries[at, 0] ^ salt), at) >= _lines(hole, at):
+                found = at
+    return found
+
+
+@jit
+def _vacate(entries: Any, hole: Any, salt: Any) -> None:
+    """Empty entry number ``hole``.
+
+    If its cache line was full, searches for entries of later lines may come through it. One of
+    these entries moves to the hole, so that the line stays full, and leaves a hole itself.
+    """
+    while not _room_beside(entries, hole):
+        moved = _displaced(entries, hole, salt)
+        if moved == NOWHERE:
+            break
+        entries[hole, 0] = entries[moved, 0]
+        entries[hole, 1] = entries[moved, 1]
+        hole = moved
+    entries[hole, 0] = 0
+    entries[hole, 1] = 0
 
 
 @jit
@@ -167,44 +272,28 @@ def remove(entries: Any, directory: Any, depth: int, salt: Any, counts: Any, key
     """Remove keys, uint64[n], and return how many of them were present.
 
     entries, directory, depth, salt, counts  see ``insert``
-
-    Moves later entries of the same probe sequence into the hole that a removed entry leaves.
     """
     removed = 0
     for i in range(keys.shape[0]):
         key = keys[i]
-        at = _home(directory, depth, mix64(key ^ salt))
-        while entries[at, 1] != 0 and entries[at, 0] != key:
-            at = _next(at)
-        if entries[at, 1] == 0:
-            continue
-        removed += 1
-        counts[at // np.uint64(SEGMENT)] -= 1
-        hole = at
-        at = _next(at)
-        while entries[at, 1] != 0:
-            home = mix64(entries[at, 0] ^ salt) & _MASK
-            # The entry at `at` may move to `hole` only if its home is not between them.
-            if ((at - home) & _MASK) >= ((at - hole) & _MASK):
-                entries[hole, 0] = entries[at, 0]
-                entries[hole, 1] = entries[at, 1]
-                hole = at
-            at = _next(at)
-        entries[hole, 0] = 0
-        entries[hole, 1] = 0
+        at = _seek(entries, _home(directory, depth, mix64(key ^ salt)), key)
+        if at != NOWHERE:
+            removed += 1
+            counts[at // np.uint64(SEGMENT)] -= 1
+            _vacate(entries, at, salt)
     return removed
 
 
 @jit
 def split(
-    entries: Any, counts: Any, source: int, target: int, bit: int, salt: Any, scratch: Any
+    entries: Any, counts: Any, source: int, target: int, bound: Any, salt: Any, scratch: Any
 ) -> None:
-    """Move the entries of segment ``source`` whose hash has bit ``bit`` set to segment ``target``.
+    """Move the entries of segment ``source`` whose hash is at least ``bound`` to ``target``.
 
     entries, counts, salt         see ``insert``
     source   number of a segment
     target   number of an empty segment
-    bit      number of a bit of the hash; 0 is the lowest
+    bound    uint64, a hash
     scratch  uint64[SEGMENT, 2]   overwritten
     """
     first = source * SEGMENT
@@ -219,11 +308,10 @@ def split(
         if scratch[i, 1] == 0:
             continue
         hashed = mix64(scratch[i, 0] ^ salt)
-        segment = target if (hashed >> np.uint64(bit)) & np.uint64(1) else source
+        segment = target if hashed >= bound else source
         counts[segment] += 1
         at = np.uint64(segment) * np.uint64(SEGMENT) + (hashed & _MASK)
-        while entries[at, 1] != 0:
-            at = _next(at)
+        at = _vacancy(entries, at)
         entries[at, 0] = scratch[i, 0]
         entries[at, 1] = scratch[i, 1]
 
@@ -273,7 +361,7 @@ class Index:
         self._entries.grow(SEGMENT)
         self._directory = np.zeros(1, np.int32)
         self._depth = 0
-        self._depths = [0]  # per segment: number of leading hash bits that its keys share
+        self._segments = 1  # number of segments
         self._counts = np.zeros(1, np.int64)
         self._ahead: Ahead | None = None  # the last result of ``find_ahead``
 
@@ -287,7 +375,7 @@ class Index:
 
     def most_growth(self, count: int) -> int:
         """Return an upper bound of ``growth(count)``, which is faster to compute."""
-        return 2 * self.bytes + (1 + 2 * count // LEAST_FULL) * SEGMENT * 16 if count else 0
+        return 4 * self.bytes + (1 + 3 * count // FULL) * SEGMENT * 16 if count else 0
 
     def growth(self, count: int) -> int:
         """Return how many bytes of memory the index may need for ``count`` more keys.
@@ -297,12 +385,10 @@ class Index:
         """
         if not count:
             return 0
-        segments = len(self._depths)
-        share = count * np.exp2(-np.array(self._depths, np.float64))
-        most = self._counts[:segments] + share + 5 * np.sqrt(share) + 5
-        added = np.exp2(np.maximum(1, np.ceil(np.log2(most / LEAST_FULL)))) - 1
-        splits = np.where(most > _limits(segments), added, 0)
-        return int(splits.sum()) * SEGMENT * 16
+        share = np.bincount(self._directory) * (count / len(self._directory))
+        most = (self._counts[: self._segments] + share + 5 * np.sqrt(share) + 5) / FULL
+        added = np.where(LARGER * most <= 1, most > 1, np.ceil(PARTS * most))
+        return int(added.sum()) * SEGMENT * 16
 
     def find(self, keys: Keys) -> tuple[Locations, int]:
         """Return (locations uint64[n] of keys uint64[n], number of absent keys).
@@ -371,7 +457,7 @@ class Index:
 
         The arrays are copies.
         """
-        for segment in range(len(self._depths)):
+        for segment in range(self._segments):
             entries = self._entries.array[segment * SEGMENT : (segment + 1) * SEGMENT]
             used = entries[entries[:, 1] != 0]
             yield used[:, 0].copy(), used[:, 1].copy()
@@ -382,24 +468,23 @@ class Index:
 
     def _split(self, key: np.uint64) -> None:
         """Split the segment of ``key`` in two. Raises OutOfMemory, and changes nothing then."""
-        prefix = int(mix64(key ^ self._salt)) >> (64 - self._depth) if self._depth else 0
-        source = int(self._directory[prefix])
-        target = len(self._depths)
-        if self._depths[source] == MAX_DEPTH:
+        hashed, target = int(mix64(key ^ self._salt)), self._segments
+        source = int(self._directory[hashed >> (64 - self._depth)])
+        mine = np.flatnonzero(self._directory == source)  # ascending, without gaps
+        while self._depth < MAX_DEPTH and (len(mine) < CELLS or self._depth < LEAST_DEPTH):
+            self._directory = np.repeat(self._directory, 2)
+            self._depth += 1
+            mine = np.flatnonzero(self._directory == source)
+        if len(mine) == 1:
             raise RuntimeError(
                 f"the index is unbalanced: {MAX_DEPTH} bits of the hash do not split a segment"
             )
         self._entries.grow((target + 1) * SEGMENT)
-        if self._depths[source] == self._depth:
-            self._directory = np.repeat(self._directory, 2)
-            self._depth += 1
         if target == len(self._counts):
             self._counts = np.concatenate([self._counts, np.zeros(target, np.int64)])
+        middle = _middle(int(mine[0]), int(mine[-1]) + 1, len(self._directory))
+        bound = np.uint64(middle << (64 - self._depth))
         scratch = np.empty((SEGMENT, 2), np.uint64)  # 512 KiB, freed again
-        depth = self._depths[source] + 1
-        self._depths[source] = depth
-        self._depths.append(depth)
-        split(self._entries.array, self._counts, source, target, 64 - depth, self._salt, scratch)
-        mine = np.flatnonzero(self._directory == source)
-        upper = (mine >> (self._depth - depth)) & 1 == 1
-        self._directory[mine[upper]] = target
+        split(self._entries.array, self._counts, source, target, bound, self._salt, scratch)
+        self._directory[middle : mine[-1] + 1] = target
+        self._segments += 1

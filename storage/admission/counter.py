@@ -40,7 +40,7 @@ class Counters(Index):
     @property
     def segments(self) -> int:
         """Number of segments, of up to SEGMENT keys each; a split appends one. 0 once closed."""
-        return len(self._depths) if self.bytes else 0
+        return self._segments if self.bytes else 0
 
     def segment(self, number: int) -> tuple[Keys, NDArray[np.uint64]]:
         """Return copies of the keys and counters of one segment."""

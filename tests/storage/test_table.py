@@ -296,7 +296,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(operations)
 def test_pushes_do_to_a_table_what_they_do_to_a_dict(pushes: list[Any]) -> None:
     made = schema(
