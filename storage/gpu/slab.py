@@ -96,7 +96,7 @@ class Pieces:
         count = out.shape[1]
         unread: list[tuple[Mark, slice, Rows]] = []
         for some in self._parts(len(slots), count):
-            rows = self._launch("gather", slots[some], count, (some.stop - some.start, count))[0]
+            rows = self._launch("gather", slots[some], count, (some.stop - some.start, count))
             unread.append((self.staging.launched(), some, rows))
             if len(unread) > 1:  # the next part is being gathered while this one is copied
                 _finish(unread, out)
@@ -133,7 +133,7 @@ class Pieces:
         """Run a kernel that writes one number for each row, and return these numbers."""
         out = np.empty(len(slots), dtype)
         for some in self._parts(len(slots), 2):
-            rows = self._launch(kernel, slots[some], count, (some.stop - some.start, 2))[0]
+            rows = self._launch(kernel, slots[some], count, (some.stop - some.start, 2))
             self.staging.launched().wait()
             out[some] = rows.reshape(-1).view(dtype)[: some.stop - some.start]
         return out
@@ -146,7 +146,7 @@ class Pieces:
         shape: tuple[int, int],
         given: Rows | None = None,
         *numbers: Number,
-    ) -> tuple[Rows, Slots]:
+    ) -> Rows:
         """Give the queue a kernel over some rows; the caller then calls ``staging.launched``.
 
         count    how many numbers of each row are meant
@@ -154,7 +154,7 @@ class Pieces:
         given    what the kernel reads from this array; None: it writes it
         numbers  further arguments of the kernel
 
-        Returns (that array, the slots), in page-locked memory.
+        Returns that array, in page-locked memory.
         """
         assert self._table is not None
         staging, n = self.staging, len(slots)
@@ -166,7 +166,7 @@ class Pieces:
         head = np.uint64(self._table.address), np.int32(self._shift), np.int64(self.stride)
         batch = address(there), np.int64(n), np.int32(count), address(rows)
         staging.queue.run(kernel, n, *head, *batch, *numbers)
-        return rows, there
+        return rows
 
     def _parts(self, count: int, columns: int) -> Iterator[slice]:
         """Yield slices of ``count`` rows that page-locked memory takes at once."""
