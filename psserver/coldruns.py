@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -34,7 +34,7 @@ from psserver.requests import Pull, Push
 from psserver.shard import ColdRead, Shard
 from psserver.stats import ServiceStats
 from psserver.tables import TableEntry
-from storage.errors import Corrupt, DiskFull, NoRoom, OutOfMemory
+from storage.errors import Corrupt, DiskFull, NoRoom
 
 MOST_FLUSHES = 16  # flushes that a push waits for; then it exceeds the memory budget
 TRIM_SECONDS = 0.1  # seconds between two flushes that give memory back
@@ -64,15 +64,13 @@ class Lane:
     held  number of exchanges of the stream that are held; only the engine changes it
     cold  whether the last exchange of the stream needed rows that are on disk only. The next one
           probably does too, so it is not worth trying on the event loop
-    pushes  whether the stream ever pushed. If so, a prefetch copies rows to memory, because a push
-          of them probably follows
     """
 
-    __slots__ = ("cold", "held", "pushes")
+    __slots__ = ("cold", "held")
 
     def __init__(self) -> None:
         self.held = 0
-        self.cold = self.pushes = False
+        self.cold = False
 
 
 class Held:
@@ -256,7 +254,7 @@ class ColdRuns:
             lane.cold = not pushes and all(pull.prefetch for pull in pulls)
         if ready and not lane.held:
             try:
-                return self._run(pushes, pulls, lane)
+                return self._run(pushes, pulls)
             except NoRoom as error:
                 no_room = error.with_traceback(None)
         held = Held(pushes, pulls, deadline, lane, needed, no_room)
@@ -272,7 +270,7 @@ class ColdRuns:
             if time.monotonic() > held.deadline:
                 raise DeadlinePassed("the deadline passed before the rows were in memory")
             self._shard.settle(held.reads)
-            done = self._run(held.pushes, held.pulls, held.lane, exceed=exceed)
+            done = self._run(held.pushes, held.pulls, exceed=exceed)
         except NoRoom as error:
             held.no_room = error.with_traceback(None)
             return held
@@ -283,20 +281,19 @@ class ColdRuns:
         return done
 
     def _run(
-        self, pushes: Sequence[Push], pulls: Sequence[Pull], lane: Lane, *, exceed: bool = False
+        self, pushes: Sequence[Push], pulls: Sequence[Pull], *, exceed: bool = False
     ) -> Exchanged:
         """Run an exchange; begin its prefetches; see to it that the next push finds room."""
         shard = self._shard
         done = shard.exchange(pushes, pulls, exceed=exceed)
         if pushes:
-            lane.pushes = True
             narrow = shard.pushroom.narrow and not self._relieving
             if narrow and (tight := shard.pushroom.tight(pushes)):
                 self._relieving = True
                 self._engine.post(partial(self._relieve, tight))
         for pull in pulls:
             if pull.prefetch and shard.budget.cold_rows:  # after the reply, which is not to wait
-                self._engine.post(partial(self._prefetch, pull, lane.pushes))
+                self._engine.post(partial(self._prefetch, pull))
         return done
 
     def _relieve(self, tight: Sequence[TableEntry]) -> None:
@@ -305,39 +302,24 @@ class ColdRuns:
         if tight:
             self._engine.post(partial(self._relieve, tight))
 
-    def _prefetch(self, pull: Pull, fetch: bool) -> None:
-        """Begin to read the rows of a pull that are on disk, unless too many others wait.
-
-        fetch  also copy them to memory
-        """
+    def _prefetch(self, pull: Pull) -> None:
+        """Begin to read the rows of a pull that are on disk, unless too many others wait."""
         reads = self._shard.cold_reads([], [pull], prefetch=True)
-        needed = [read for read in reads if not read.pages.empty]
-        then = partial(self._fetch, pull) if fetch and reads else None
-        if not needed:
-            if then is not None:
-                then()
-            return
-        if self._prefetching >= MOST_PREFETCHES:
+        reads = [read for read in reads if not read.pages.empty]
+        if not reads or self._prefetching >= MOST_PREFETCHES:
             return
         self._prefetching += 1
 
         def ended(_: Future[None]) -> None:
-            self._engine.post(lambda: self._prefetched(needed, then))
+            self._engine.post(lambda: self._prefetched(reads))
 
-        self._pool.submit(_warm, needed).add_done_callback(ended)
+        self._pool.submit(_warm, reads).add_done_callback(ended)
 
-    def _prefetched(self, reads: list[ColdRead], then: Callable[[], None] | None) -> None:
+    def _prefetched(self, reads: list[ColdRead]) -> None:
         """Remember what a prefetch has verified. Whoever reads a damaged row gets the error."""
         self._prefetching -= 1
         with suppress(Corrupt):
             self._shard.settle(reads)
-            if then is not None:
-                then()
-
-    def _fetch(self, pull: Pull) -> None:
-        """Copy rows of a prefetch to memory. If that fails, the push that follows does it."""
-        with suppress(Corrupt, OutOfMemory):
-            self._shard.pushroom.fetch(pull)
 
 
 def _warm(reads: Sequence[ColdRead]) -> None:

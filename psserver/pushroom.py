@@ -9,16 +9,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-import numpy as np
-
 from psproto import ps_pb2 as pb
-from psserver.requests import Pull, Push
+from psserver.requests import Push
 from psserver.sequencer import RECORD
 from psserver.tables import TableEntry, Tables
 from storage.arena import Budget
 from storage.block import disk_bytes
 from storage.errors import DiskFull
-from storage.index import places
 from storage.kernels import Keys
 
 MOVING = 16  # 1/MOVING of disk_bytes is reserved for the rows that a flush moves
@@ -105,22 +102,6 @@ class PushRoom:
             if entry is not None and entry.table.store.tight:
                 tight.append(entry)
         return tight
-
-    def fetch(self, pull: Pull) -> None:
-        """Copy those rows of a pull that are on disk only to memory, because a push may follow.
-
-        Rows for which there is no room without a flush are left where they are. Raises Corrupt if a
-        row is damaged.
-        """
-        entry = self._tables.find(pull.table)
-        if entry is None or entry.table.store.blocks is None:
-            return
-        store, code = entry.table.store, entry.table.store.blocks.code
-        locations, _ = store.find(pull.keys)
-        found = np.unique(locations[store.cold(locations)])
-        if not store.has_ahead(len(found)):  # now, because later these rows might leave first
-            store.demote(max(0, len(found) - store.room()))
-        entry.table.load(places(found[: max(0, store.room())], code)[0])
 
     def relieve(self, entries: Sequence[TableEntry]) -> list[TableEntry]:
         """Make some room in tables, ahead of need, without a flush.

@@ -326,11 +326,8 @@ class RowStore:
         """True if fewer slots are free than are kept free, but rows could leave."""
         if self.blocks is None or self.space.slack:
             return False
-        return not self.has_ahead(0) and self.dirty < self.host.rows
-
-    def has_ahead(self, count: int) -> bool:
-        """Return whether enough slots are free for ``count`` rows and for the next pushes."""
-        return self.room() - count >= min(self.host.rows // AHEAD, MOST_AHEAD)
+        rows = self.host.rows
+        return self.room() < min(rows // AHEAD, MOST_AHEAD) and self.dirty < rows
 
     def relieve(self) -> bool:
         """Demote some clean rows if little room is left, so that later pushes find room.

@@ -256,50 +256,6 @@ def test_a_prefetch_is_answered_at_once_and_reads_the_rows(tmp_path: Path, disk:
     serve(act, tmp_path)
 
 
-@pytest.mark.parametrize("warm", [False, True])
-def test_a_prefetch_of_a_stream_that_pushes_copies_the_rows_to_memory(
-    tmp_path: Path, warm: bool, request: pytest.FixtureRequest
-) -> None:
-    if not warm:
-        request.getfixturevalue("uncached")
-
-    async def act(peer: Peer) -> None:
-        await fill(peer)
-        await asyncio.to_thread(peer.server._data.flusher.flush)  # so that rows can leave memory
-        store, stream = table(peer).store, peer.stream()
-        before = await peer.engine.submit(table(peer).dump)
-        ahead = codec.Exchange([], [pulls(np.append(COLD, COLD[:7]), prefetch=True)])
-        await stream.write(message(1, ahead))
-        await stream.read()
-        await pull(peer, COLD)  # the prefetch has begun before it
-        await until(lambda: peer.service._runs._prefetching == 0)
-        assert len(cold_of(peer, COLD)) == BATCH  # the stream did not push yet
-        await stream.write(message(2, codec.Exchange([pushes(HOT[:1], 0.0)], [])))
-        await stream.write(message(3, ahead))
-        await until(lambda: not len(cold_of(peer, COLD)))
-        assert not store.waiting(store.slots(store.find(COLD)[0]), 1 << 40).any()  # all are clean
-        after, others = await peer.engine.submit(table(peer).dump), before.keys != HOT[0]
-        assert np.array_equal(before.rows, after.rows)
-        assert np.array_equal(before.meta[others], after.meta[others])
-        await stream.done_writing()
-
-    serve(act, tmp_path)
-
-
-def test_a_prefetch_of_more_rows_than_fit_copies_as_many_as_do(tmp_path: Path) -> None:
-    async def act(peer: Peer) -> None:
-        await fill(peer)
-        await asyncio.to_thread(peer.server._data.flusher.flush)  # so that rows can leave memory
-        ahead = pulls(np.arange(ROWS, dtype=np.uint64), prefetch=True)
-        stream, moves = peer.stream(), table(peer).store.moves
-        await stream.write(message(1, codec.Exchange([pushes(HOT[:1], 0.0)], [ahead])))
-        await until(lambda: moves.promotions > 0)
-        assert table(peer).cold_rows > 0
-        assert values(await pull(peer, COLD)) == [key + 1.0 for key in range(BATCH)]
-
-    serve(act, tmp_path)
-
-
 def test_a_request_whose_deadline_passes_while_it_waits_is_not_applied(
     tmp_path: Path, disk: Disk
 ) -> None:
