@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from psclient.arrays import as_keys
@@ -20,10 +21,8 @@ from psclient.torch.reach import Holder
 
 Part = tuple[str, int]  # (name of a feature, index in its ``remotes()``)
 
-MODE: dict[bool, Literal["train", "serve"]] = {
-    True: "train",
-    False: "serve",
-}  # mode of pulls, by nn.Module.training
+Mode = Literal["train", "serve"]
+MODE: dict[bool, Mode] = {True: "train", False: "serve"}  # mode of pulls, by nn.Module.training
 
 
 class Feature(Trained):
@@ -159,52 +158,59 @@ def _pull(
     """Pull the rows of several modules; return the output of each.
 
     client     client of all tables
-    modules    modules that use the rows of one table each; modules of the same table share rows
+    modules    modules that use the rows of one table each
     arguments  arguments (keys, ...) of each module's ``forward``
 
-    Takes one request, or two if trainable and frozen modules use the same table: otherwise a push
-    would contain keys of frozen modules.
+    Takes one request, or two if some modules are in training mode and others are not.
     """
-    trained = {module.table.name for module in modules.values() if module.trainable}
-    apart = {
-        part for part, each in modules.items() if each.table.name in trained and not each.trainable
-    }
     outputs: dict[Part, Tensor] = {}
-    for some in ([part for part in modules if part not in apart], list(apart)):
+    for training, mode in MODE.items():
+        some = {part: each for part, each in modules.items() if each.training == training}
         if some:
-            outputs |= _pull_once(client, {part: modules[part] for part in some}, arguments)
+            outputs |= _pull_once(client, some, arguments, mode)
     return outputs
 
 
 def _pull_once(
-    client: RowClient, modules: Mapping[Part, Remote], arguments: Mapping[Part, tuple[Any, ...]]
+    client: RowClient,
+    modules: Mapping[Part, Remote],
+    arguments: Mapping[Part, tuple[Any, ...]],
+    mode: Mode,
 ) -> dict[Part, Tensor]:
-    """Do what ``_pull`` does in one request, for modules that share a table only if all train."""
-    keys = {name: as_keys(arguments[name][0]) for name in modules}
+    """Do what ``_pull`` does in one request, with this mode of the pull."""
+    batches = {part: client.batch(as_keys(arguments[part][0])) for part in modules}
     by_table: dict[str, list[Part]] = {}
-    for name, module in modules.items():
-        by_table.setdefault(module.table.name, []).append(name)
-    batches = {
-        table: client.batch(np.concatenate([keys[name].reshape(-1) for name in names]))
-        for table, names in by_table.items()
+    for part, module in modules.items():
+        by_table.setdefault(module.table.name, []).append(part)
+    joint = {
+        table: batches[parts[0]]
+        if len(parts) == 1
+        else client.batch(np.concatenate([batches[part].keys for part in parts]))
+        for table, parts in by_table.items()
     }
-    training = any(module.training for module in modules.values())
-    pulled = client.pull_distinct(batches, mode=MODE[training])
+    pulled = client.pull_distinct(joint, mode=mode)
     outputs = {}
-    for table, names in by_table.items():
-        leaf = modules[names[0]].collect(batches[table], pulled[table])
-        places = places_of(batches[table])
-        at = 0
-        for name in names:
-            size = keys[name].size
-            place = places[at : at + size].reshape(keys[name].shape).to(modules[name].like.device)
-            outputs[name] = modules[name].combine(
-                modules[name].seen(leaf), place, arguments[name][1:]
-            )
-            at += size
+    for table, parts in by_table.items():
+        ends = np.cumsum([len(batches[part].keys) for part in parts])[:-1]
+        places = np.split(joint[table].split.inverse, ends)  # of the keys of each part in the rows
+        for part, place in zip(parts, places, strict=True):
+            rows = pulled[table] if len(parts) == 1 else pulled[table][place]
+            outputs[part] = _output(modules[part], batches[part], rows, arguments[part])
     return outputs
 
 
+def _output(
+    module: Remote, batch: Batch, rows: NDArray[np.float32], arguments: tuple[Any, ...]
+) -> Tensor:
+    """Compute the output of a module from the rows of the distinct keys of its batch.
+
+    rows       float32[distinct, dim]
+    arguments  arguments (keys, ...) of the module's ``forward``
+    """
+    leaf = module.seen(module.collect(batch, rows))
+    return module.combine(leaf, places_of(batch).to(module.like.device), arguments[1:])
+
+
 def places_of(batch: Batch) -> Tensor:
-    """Return the place of each key's row among the rows of the distinct keys, int64[n]."""
-    return torch.from_numpy(batch.split.inverse.astype(np.int64))
+    """Return the index of each key's row among the rows of the distinct keys, int64[*shape]."""
+    return torch.from_numpy(batch.split.inverse.astype(np.int64)).reshape(batch.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +22,13 @@ Ranks = Literal["mean", "sum"]
 RANKS = {"mean": 1, "sum": 0}  # whether to divide by the number of ranks
 
 DISCARDED = "the gradients of this step were discarded: the next step does not contain them"
+FEW = 8  # passes that a module keeps before it sums their gradients
+FORGOTTEN = 1000  # backward passes without step or zero_grad after which a warning is shown
 
 
 @dataclass(slots=True)
-class Rows:
-    """Rows that one forward pass pulled from one table, one per distinct key.
+class Pass:
+    """Rows that one forward pass of a module pulled from its table, one per distinct key.
 
     batch  keys of the forward pass
     leaf   float32[distinct, dim], the rows of ``batch.keys``; backward passes add the gradients to
@@ -40,61 +43,88 @@ class Rows:
 class Gradients:
     """Gradients of one module that backward passes computed, and that were not pushed yet.
 
-    rows  rows of the forward passes that a backward pass has reached
+    trainable  whether backward passes add gradients
+    passes     {id of the leaf: forward pass that a backward pass has reached}
+    reached    number of backward passes since the last step or zero_grad
 
     A forward pass only registers a hook on its leaf, so what no backward pass reaches is freed with
-    the output. A copy is empty, and so is what is loaded from a pickle.
+    the output. A copy has no passes, and neither has what is loaded from a pickle.
     """
 
-    def __init__(self) -> None:
-        self.rows: list[Rows] = []
+    def __init__(self, trainable: bool = True) -> None:
+        self.trainable = trainable
+        self.passes: dict[int, Pass] = {}
+        self.reached = 0
+        self._rows = self._summed = 0  # number of rows in passes, and in the last sum of passes
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()
+        return type(self), (self.trainable,)
 
     def watch(self, table: Table, batch: Batch, leaf: Tensor) -> None:
-        """Add the rows of a forward pass to ``rows`` as soon as a backward pass reaches ``leaf``.
+        """Add a forward pass to ``passes`` as soon as a backward pass reaches ``leaf``.
 
-        table, batch, leaf  see Rows; ``leaf`` requires a gradient
+        table, batch, leaf  see Pass; ``leaf`` requires a gradient
         """
         owner = weakref.ref(
             self
         )  # the hook lives as long as the graph, which may outlive the module
 
-        def reached(leaf: Tensor) -> None:
-            mine = owner()
-            if mine is not None and all(leaf is not rows.leaf for rows in mine.rows):
-                mine.rows.append(Rows(table, batch, leaf))
+        def hook(leaf: Tensor) -> None:
+            if (mine := owner()) is None:
+                return
+            if mine.trainable:
+                mine._reach(Pass(table, batch, leaf))
+            else:  # frozen after the forward pass
+                leaf.grad = None
 
-        leaf.register_post_accumulate_grad_hook(reached)  # type: ignore[no-untyped-call]
+        leaf.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    def _reach(self, each: Pass) -> None:
+        """Add a pass that a backward pass has reached. Sum the passes if they are many."""
+        self.reached += 1
+        if self.reached == FORGOTTEN:
+            warnings.warn(
+                f"table {each.table.name!r}: {FORGOTTEN} backward passes without a step or"
+                " zero_grad; the next step pushes the sum of all their gradients",
+                stacklevel=2,
+            )
+        self.keep(each)
+        if len(self.passes) > FEW and self._rows > 2 * self._summed:  # bounds memory and time
+            self.keep(_merge(self.take()))
+            self._summed = self._rows
+
+    def keep(self, each: Pass) -> None:
+        """Add a pass that has gradients."""
+        if id(each.leaf) not in self.passes:
+            self.passes[id(each.leaf)] = each
+            self._rows += len(each.leaf)
+
+    def take(self) -> list[Pass]:
+        """Remove all passes and return them."""
+        taken, self.passes = self.passes, {}
+        self._rows = self._summed = 0
+        return list(taken.values())
 
     def discard(self) -> None:
         """Forget all gradients."""
-        for rows in self.rows:
-            rows.leaf.grad = None  # a later backward pass through the same graph begins anew
-        self.rows = []
+        self.reached = 0
+        for each in self.take():
+            each.leaf.grad = None  # a later backward pass through the same graph begins anew
 
 
-def gather(parts: Sequence[Gradients]) -> list[Rows]:
-    """Sum the gradients of several forward passes over the same table; return the Rows, by table.
+def gather(parts: Iterable[Gradients]) -> list[Pass]:
+    """Sum the gradients of several modules per table; return a Pass for each table.
 
     parts  gradients of modules of one client
 
-    The sums replace what they were computed from: afterwards each table occurs once in ``parts``.
-    Infinite and NaN gradients are summed, too.
+    The sums replace what they were computed from: they belong to the first module that uses the
+    table. Infinite and NaN gradients are summed, too.
     """
-    by_table: dict[str, list[tuple[Gradients, Rows]]] = {}
-    for part in parts:
-        for rows in part.rows:
-            if rows.leaf.grad is not None:  # None: the caller has set it
-                by_table.setdefault(rows.table.name, []).append((part, rows))
-    for part in parts:
-        part.rows = []
-    gathered = []
-    for found in by_table.values():
-        rows = _merge([rows for _, rows in found]) if len(found) > 1 else found[0][1]
-        found[0][0].rows.append(rows)
-        gathered.append(rows)
+    taken = [(part, part.take()) for part in parts]
+    owners = {each.table.name: part for part, some in reversed(taken) for each in some}
+    gathered = _sums(each for _, some in taken for each in some)
+    for each in gathered:
+        owners[each.table.name].keep(each)
     return gathered
 
 
@@ -109,25 +139,29 @@ def push(
     lr      learning rate; None: that of each table
     ranks   with torch.distributed, "mean": divide by the number of ranks; "sum": do not
 
-    They are forgotten even if the push fails, because some shards may have applied it. The error
-    then has a note that says so.
+    They are forgotten even if an argument is invalid or the push fails, because some shards may
+    have applied it. The error then has a note that says so.
     """
-    count = _world() if checked.one_of("ranks", ranks, RANKS) else 1
-    parts = list(parts)
-    gradients = {}
-    for rows in gather(parts):
-        assert rows.leaf.grad is not None
-        summed = rows.leaf.grad.detach()
-        summed = summed if count == 1 else summed / count
-        gradients[rows.table.name] = (rows.batch, summed.numpy())
+    taken = []
     for part in parts:
-        part.discard()
+        taken += part.take()
+        part.reached = 0
     try:
+        count = _world() if checked.one_of("ranks", ranks, RANKS) else 1
+        gradients = {}
+        for each in _sums(taken):
+            assert each.leaf.grad is not None
+            summed = each.leaf.grad.detach()
+            summed = summed if count == 1 else summed / count
+            gradients[each.table.name] = (each.batch, summed.numpy())
         client.push_distinct(gradients, step=step, lr=lr)
     except BaseException as error:
-        if gradients:
+        if taken:
             error.add_note(DISCARDED)
         raise
+    finally:
+        for each in taken:
+            each.leaf.grad = None
 
 
 def _world() -> int:
@@ -138,25 +172,37 @@ def _world() -> int:
     return 1
 
 
-def _merge(passes: Sequence[Rows]) -> Rows:
+def _sums(passes: Iterable[Pass]) -> list[Pass]:
+    """Sum gradients per table: return a Pass for each table.
+
+    Passes whose ``grad`` the caller has set to None are left out.
+    """
+    by_table: dict[str, list[Pass]] = {}
+    for each in passes:
+        if each.leaf.grad is not None:
+            by_table.setdefault(each.table.name, []).append(each)
+    return [some[0] if len(some) == 1 else _merge(some) for some in by_table.values()]
+
+
+def _merge(passes: Sequence[Pass]) -> Pass:
     """Sum the gradients of several forward passes over one table, and take them from the passes.
 
     passes  at least two, each with gradients
 
-    Returns the Rows of all their distinct keys. Row values are those of one of the passes.
+    Returns the Pass of all their distinct keys. Row values are those of one of the passes.
     """
     table = passes[0].table
-    batch = table.client.batch(np.concatenate([rows.batch.keys for rows in passes]))
+    batch = table.client.batch(np.concatenate([each.batch.keys for each in passes]))
     inverse, shape = batch.split.inverse, (len(batch.keys), table.dim)
     sums, values = np.zeros(shape, np.float32), np.empty(shape, np.float32)
-    gradients = [rows.leaf.grad.detach().numpy() for rows in passes if rows.leaf.grad is not None]
+    gradients = [each.leaf.grad.detach().numpy() for each in passes if each.leaf.grad is not None]
     routing.sum_rows(np.concatenate(gradients), inverse, sums)
-    values[inverse] = np.concatenate([rows.leaf.detach().numpy() for rows in passes])
-    counts = np.concatenate([rows.batch.split.counts for rows in passes])
+    values[inverse] = np.concatenate([each.leaf.detach().numpy() for each in passes])
+    counts = np.concatenate([each.batch.split.counts for each in passes])
     total = np.bincount(inverse, weights=counts, minlength=len(batch.keys)).astype(np.uint32)
     batch.split = replace(batch.split, counts=total)
-    for rows in passes:
-        rows.leaf.grad = None
+    for each in passes:
+        each.leaf.grad = None
     leaf = torch.from_numpy(values).requires_grad_()
     leaf.grad = torch.from_numpy(sums)
-    return Rows(table, batch, leaf)
+    return Pass(table, batch, leaf)

@@ -21,7 +21,7 @@ class Features(nn.Module):
     nn.ModuleDict refuses names that contain a dot, and those of its own attributes, such as "type".
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, Feature]) -> None:
         super().__init__()
         self._names: dict[str, str] = {}
         for name, module in modules.items():
@@ -33,9 +33,9 @@ class Features(nn.Module):
             self._names[name] = inner
             self._modules[inner] = module
 
-    def __getitem__(self, name: str) -> nn.Module:
+    def __getitem__(self, name: str) -> Feature:
         module = self._modules[self._names[name]]
-        assert module is not None
+        assert isinstance(module, Feature)
         return module
 
     def __contains__(self, name: object) -> bool:
@@ -51,11 +51,11 @@ class Features(nn.Module):
         """Return the names of the features."""
         return self._names.keys()
 
-    def values(self) -> list[nn.Module]:
+    def values(self) -> list[Feature]:
         """Return the modules, in the order of ``keys()``."""
         return [self[name] for name in self]
 
-    def items(self) -> list[tuple[str, nn.Module]]:
+    def items(self) -> list[tuple[str, Feature]]:
         """Return (name, module) of each feature."""
         return [(name, self[name]) for name in self]
 
@@ -64,11 +64,23 @@ class EmbeddingGroup(Trained):
     """Module of several features, whose rows are pulled and pushed in one round trip each.
 
     client   the client of all tables
-    modules  {name of a feature, any string: Embedding, EmbeddingBag or MultiHashEmbedding}
+    modules  {name of a feature, any string: Embedding, EmbeddingBag or MultiHashEmbedding of tables
+             of ``client``}
     """
 
     def __init__(self, client: RowClient, modules: Mapping[str, Feature]) -> None:
         super().__init__()
+        for name, module in modules.items():
+            if not isinstance(module, Feature):
+                raise InvalidArgument(
+                    f"feature {name!r} must be an Embedding, EmbeddingBag or MultiHashEmbedding,"
+                    f" got {module}"
+                )
+            if module.client is not client:
+                raise InvalidArgument(
+                    f"feature {name!r} must use tables of the client of the group: make a group for"
+                    f" each client; got {module}"
+                )
         self.client = client
         self.features = Features(modules)
 
@@ -102,14 +114,4 @@ class EmbeddingGroup(Trained):
             raise InvalidArgument(
                 f"no feature {unknown[0]!r}; the features are {sorted(self.features)}"
             )
-        return {name: self._feature(name) for name in keys}
-
-    def _feature(self, name: str) -> Feature:
-        """Return the module of a feature. Raises InvalidArgument if a group cannot contain it."""
-        module = self.features[name]
-        if not isinstance(module, Feature):
-            raise InvalidArgument(
-                f"feature {name!r} must be an Embedding, EmbeddingBag or MultiHashEmbedding, got"
-                f" {module}"
-            )
-        return module
+        return {name: self.features[name] for name in keys}

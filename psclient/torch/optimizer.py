@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from psclient import checked
 from psclient.errors import InvalidArgument
 from psclient.rowclient import RowClient
-from psclient.torch.gradients import RANKS, Gradients, Ranks, gather, push
+from psclient.torch.gradients import DISCARDED, RANKS, Gradients, Ranks, gather, push
 from psclient.torch.reach import holders
 
 STEPS = 1 << 47  # a training step is in -STEPS..STEPS - 1
@@ -96,16 +96,21 @@ class RowOptimizer(torch.optim.Optimizer):
         closure  computes the loss anew and returns it; called first
         step     training step of this push; None: 1 more than that of the last push
 
-        Returns the loss of ``closure``. If the push fails, the gradients are forgotten too, because
-        some shards may have applied it: they are never pushed with those of a later batch.
+        Returns the loss of ``closure``. If ``closure`` or the push fails, the gradients are
+        forgotten too: they are never pushed with those of a later batch.
         """
         loss = None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        number = self._next if step is None else checked.integer("step", step, -STEPS, STEPS)
-        self._next = number + 1
+            try:
+                with torch.enable_grad():
+                    loss = closure()
+            except BaseException as error:
+                self.zero_grad()
+                error.add_note(DISCARDED)
+                raise
+        number = self._next if step is None else step
         push(self._client, self._parts, number, self._groups[0].get("lr"), self._ranks)
+        self._next = int(number) + 1
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

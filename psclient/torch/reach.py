@@ -26,7 +26,6 @@ class Holder(nn.Module):
     """Base class of modules that use the rows of one table.
 
     gradients  gradients that were not pushed yet
-    trainable  whether backward passes collect gradients; set by ``requires_grad_``
     like       empty tensor with the dtype and device of the outputs; changed by methods of
                nn.Module such as ``half`` and ``to``
     """
@@ -35,8 +34,19 @@ class Holder(nn.Module):
         super().__init__()
         self.table = table
         self.gradients = Gradients()
-        self.trainable = True
         self.like = torch.empty(0)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether backward passes collect gradients; ``requires_grad_`` sets it."""
+        return self.gradients.trainable
+
+    def __copy__(self) -> Self:
+        """Return a module of the same rows that has no gradients yet, and collects its own."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        copied.gradients = Gradients(self.trainable)
+        return copied
 
     def collect(self, batch: Batch, embeddings: NDArray[np.float32]) -> Tensor:
         """Return pulled rows as a tensor; collect its gradients if this module is trainable.
@@ -81,7 +91,7 @@ def _extend() -> None:
     @wraps(requires_grad_)
     def extended_requires_grad_(self: nn.Module, requires_grad: bool = True) -> nn.Module:
         for holder in holders(self):
-            holder.trainable = requires_grad
+            holder.gradients.trainable = requires_grad
         return requires_grad_(self, requires_grad)
 
     nn.Module.zero_grad = extended_zero_grad  # type: ignore[method-assign]

@@ -295,7 +295,7 @@ class TestModules:
         with torch.no_grad():
             out = module(keys(0, 5))
         assert not out.requires_grad
-        assert module.gradients.rows == []
+        assert module.gradients.passes == {}
 
     def test_evaluation_pulls_serve(self, client: Client, name: str) -> None:
         table = client.create_table(name, DIM, initializer="normal", serving_default=2.5)

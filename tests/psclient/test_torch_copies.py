@@ -75,6 +75,19 @@ class TestNames:
             EmbeddingGroup(client, {7: Embedding(table)})  # type: ignore[dict-item]
 
 
+class TestMembers:
+    def test_a_module_of_another_client_is_refused(
+        self, cluster1: Any, connect: Any, client: Client, table: Table
+    ) -> None:
+        far = connect(cluster1).table(table.name)
+        with pytest.raises(InvalidArgument, match="feature 'b' must use tables of the client of"):
+            EmbeddingGroup(client, {"a": Embedding(table), "b": Embedding(far)})
+
+    def test_other_modules_are_refused(self, client: Client) -> None:
+        with pytest.raises(InvalidArgument, match="feature 'a' must be an Embedding, EmbeddingBag"):
+            EmbeddingGroup(client, {"a": nn.Linear(1, 1)})  # type: ignore[dict-item]
+
+
 class TestCopies:
     def test_a_deep_copy_shares_the_rows_but_no_gradients(
         self, client: Client, table: Table

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +25,10 @@ from psclient.torch import (
     EmbeddingGroup,
     MixedDimensionEmbedding,
     MultiHashEmbedding,
+    RowOptimizer,
+    gradients,
 )
+from psclient.torch.gradients import FEW, FORGOTTEN
 
 DIM = 4
 BAD = 1e6  # gradient of a batch that must not be pushed
@@ -138,6 +143,72 @@ class TestDiscarded:
         assert table.pull([1]).tolist() == [[-2.0] * DIM]
 
 
+class TestSharedTable:
+    """Features of one table, pulled together, have gradients of their own."""
+
+    @pytest.fixture
+    def group(self, client: Client, table: Table) -> EmbeddingGroup:
+        return EmbeddingGroup(client, {"a": Embedding(table), "b": EmbeddingBag(table)})
+
+    def test_zero_grad_of_one_feature_discards_its_gradients_only(
+        self, table: Table, group: EmbeddingGroup
+    ) -> None:
+        out = group({"a": torch.tensor([1, 2, 2]), "b": torch.tensor([[2, 3]])})
+        (out["a"].sum() + out["b"].sum() * BAD).backward()
+        group.features["b"].zero_grad()
+        group.step()
+        pulled = table.pull_rows([1, 2, 3])
+        assert pulled.embeddings[:, 0].tolist() == [-1.0, -2.0, 0.0]
+        assert pulled.found.tolist() == [True, True, False]
+        assert pulled.frequencies[:2].tolist() == [1, 2]
+
+    def test_each_optimizer_pushes_its_own_feature(
+        self, table: Table, group: EmbeddingGroup
+    ) -> None:
+        first, second = (
+            RowOptimizer(group.features["a"], lr=1.0),
+            RowOptimizer(group.features["b"], lr=0.5),
+        )
+        out = group({"a": torch.tensor([1, 2]), "b": torch.tensor([[2, 3]])})
+        (out["a"].sum() + out["b"].sum()).backward()
+        first.step()
+        assert table.pull([1, 2, 3])[:, 0].tolist() == [-1.0, -1.0, 0.0]
+        second.step()
+        assert table.pull([1, 2, 3])[:, 0].tolist() == [-1.0, -1.5, -0.5]
+
+    def test_one_step_of_the_group_counts_each_key_once(
+        self, table: Table, group: EmbeddingGroup
+    ) -> None:
+        out = group({"a": torch.tensor([1, 2, 2]), "b": torch.tensor([[2, 3]])})
+        (out["a"].sum() + out["b"].sum()).backward()
+        group.step()
+        pulled = table.pull_rows([1, 2, 3])
+        assert pulled.embeddings[:, 0].tolist() == [-1.0, -3.0, -1.0]
+        assert pulled.frequencies.tolist() == [1, 3, 1]
+
+    def test_a_feature_in_eval_mode_is_served_beside_one_that_trains(
+        self, client: Client, name: str
+    ) -> None:
+        table = client.create_table(name, DIM, initializer="zeros", serving_default=2.5)
+        group = EmbeddingGroup(client, {"a": Embedding(table), "b": Embedding(table)})
+        group.features["a"].eval()
+        out = group({"a": torch.tensor([1]), "b": torch.tensor([1])})
+        assert (out["a"][0, 0].item(), out["b"][0, 0].item()) == (2.5, 0.0)
+
+
+class TestCopied:
+    def test_a_shallow_copy_has_gradients_of_its_own(self, table: Table) -> None:
+        module = Embedding(table).requires_grad_(False)
+        other = copy.copy(module.requires_grad_())
+        rows = RowOptimizer([module, other])
+        backward(module, 1, 1.0)
+        other.zero_grad()
+        rows.step()
+        assert table.pull([1]).tolist() == [[-1.0] * DIM]
+        assert copy.copy(module.requires_grad_(False)).trainable is False
+        assert other.trainable is True
+
+
 class TestFailed:
     @pytest.mark.parametrize("number", [float("nan"), float("inf")])
     def test_the_step_after_a_batch_of_nan_succeeds(self, table: Table, number: float) -> None:
@@ -169,13 +240,39 @@ class TestFailed:
         step()
         assert table.pull([first]).tolist() == [[-4.0] * DIM]
 
-    def test_an_invalid_argument_discards_too(self, table: Table) -> None:
+    @pytest.mark.parametrize(
+        "fail",
+        [
+            lambda module: module.step(1 << 60),
+            lambda module: module.step(ranks="avg"),
+            lambda module: module.optimizer().step(step=1 << 60),
+            lambda module: module.optimizer().step(step="first"),
+            lambda module: module.optimizer().step(lambda: 1 / 0),
+        ],
+        ids=["step", "ranks", "step of a handle", "no number", "closure"],
+    )
+    def test_whatever_fails_discards(self, table: Table, fail: Callable[[Any], Any]) -> None:
         module = Embedding(table)
         backward(module, 1, BAD)
-        with pytest.raises(InvalidArgument, match="step must be an integer"):
-            module.step(1 << 60)
+        with pytest.raises((InvalidArgument, ZeroDivisionError)) as raised:
+            fail(module)
+        assert "gradients of this step were discarded" in raised.value.__notes__[0]
+        backward(module, 2, 1.0)
         module.step()
-        assert table.describe().rows == 0
+        assert table.pull([1, 2])[:, 0].tolist() == [0.0, -1.0]
+
+    def test_a_closed_client_says_that_gradients_are_gone(
+        self, cluster3: Any, connect: Any, table: Table
+    ) -> None:
+        client = connect(cluster3)
+        module = Embedding(client.table(table.name))
+        for key in (1, 2):
+            backward(module, key, 1.0)
+        client.close()
+        with pytest.raises(PsError) as raised:
+            module.step()
+        assert "gradients of this step were discarded" in raised.value.__notes__[0]
+        assert module.gradients.passes == {}
 
 
 class TestMemory:
@@ -197,7 +294,7 @@ class TestMemory:
         gc.collect()
         assert len(batches) == 3
         assert [batch() for batch in batches] == [None] * 3
-        assert module.gradients.rows == []
+        assert module.gradients.passes == {}
 
     def test_a_pushed_batch_is_freed(self, table: Table) -> None:
         module = Embedding(table)
@@ -206,6 +303,68 @@ class TestMemory:
         module.step()
         gc.collect()
         assert leaf() is None
+
+    def test_many_passes_hold_the_memory_of_few(self, table: Table) -> None:
+        module = Embedding(table)
+        for _ in range(10 * FEW):
+            module(torch.arange(50)).sum().backward()
+            assert len(module.gradients.passes) <= FEW
+        module.step()
+        pulled = table.pull_rows(np.arange(50))
+        assert_array_equal(pulled.embeddings, np.full((50, DIM), -10.0 * FEW))
+        assert_array_equal(pulled.frequencies, np.full(50, 10 * FEW))
+
+    def test_sums_are_rare_if_passes_have_new_keys(
+        self, table: Table, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sums = []
+        inner = gradients._merge
+        monkeypatch.setattr(
+            gradients, "_merge", lambda passes: sums.append(len(passes)) or inner(passes)
+        )
+        module = Embedding(table)
+        for number in range(128):
+            backward(module, number, 1.0)
+        assert 1 <= len(sums) <= 5
+        module.step()
+        assert_array_equal(table.pull(np.arange(128)), -np.ones((128, DIM)))
+
+    def test_a_loop_without_step_is_warned_once(
+        self, table: Table, recwarn: pytest.WarningsRecorder
+    ) -> None:
+        module = Embedding(table)
+        rows = module.optimizer()
+        loss = module(torch.tensor([1])).sum()
+        for _ in range(FORGOTTEN - 1):
+            loss.backward(retain_graph=True)
+        assert len(rows.leaves()) == 1
+        with pytest.warns(UserWarning, match="1000 backward passes without a step or zero_grad"):
+            loss.backward(retain_graph=True)
+        recwarn.clear()
+        loss.backward(retain_graph=True)
+        assert len(recwarn) == 0
+
+    def test_a_gradient_that_arrives_during_a_sum_is_kept(
+        self, table: Table, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another thread ends its backward pass while ``leaves`` sums those of this one."""
+        module = Embedding(table)
+        rows = module.optimizer()
+        inner = gradients._merge
+
+        def merge(passes: Any) -> Any:
+            other = threading.Thread(target=backward, args=(module, 3, 1.0))
+            other.start()
+            other.join()
+            return inner(passes)
+
+        backward(module, 1, 1.0)
+        backward(module, 2, 1.0)
+        monkeypatch.setattr(gradients, "_merge", merge)
+        rows.leaves()
+        monkeypatch.undo()
+        rows.step()
+        assert table.pull([1, 2, 3])[:, 0].tolist() == [-1.0] * 3
 
 
 class TestFrozen:
@@ -235,6 +394,27 @@ class TestFrozen:
         group.step()
         assert table.pull_rows([1, 2, 3]).found.tolist() == [True, True, False]
         assert_array_equal(table.pull([1, 2]), -np.ones((2, DIM)))
+
+    def test_freezing_between_forward_and_backward_pass_pushes_nothing(self, table: Table) -> None:
+        module = Embedding(table)
+        loss = module(torch.tensor([1])).sum()
+        module.requires_grad_(False)
+        loss.backward()
+        module.step()
+        assert table.describe().rows == 0
+
+    def test_frozen_and_trained_features_are_one_request(
+        self, client: Client, table: Table, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        group = EmbeddingGroup(client, {"a": Embedding(table), "b": Embedding(table)})
+        group.features["b"].requires_grad_(False)
+        calls = []
+        inner = Client.pull_distinct
+        monkeypatch.setattr(
+            Client, "pull_distinct", lambda *args, **rest: calls.append(1) or inner(*args, **rest)
+        )
+        group({"a": torch.tensor([1]), "b": torch.tensor([1])})
+        assert calls == [1]
 
 
 def test_evaluation_with_gradients_equals_torchs(table: Table) -> None:
