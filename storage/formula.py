@@ -7,7 +7,7 @@ A formula consists of assignments to names, ``while`` loops and one ``return`` a
 use + - * / & << >>, comparisons, conditional expressions, other formulas, and np.sqrt, np.floor,
 np.float32, np.float64, np.int64 and np.uint32. There is no exp, log or pow, whose last bits differ
 between machines; ``power``, ``powers`` and ``raised`` take their place. A name keeps the type of
-its first value:
+its first value. Counts have only & >> and comparisons, and Wholes have no division:
 
     Single   a float32 number
     float    a float64 number; so is a number that is written in the formula
@@ -33,6 +33,12 @@ Whole = Any  # a signed 64-bit number
 formula = inline  # decorator of formulas
 
 FLOATS = ("float", "double")
+# Numba computes + - * << of Counts in 64 bits, and / of integers in float64; C does neither.
+_OF_INTEGERS = {
+    "unsigned": (ast.BitAnd, ast.RShift),
+    "long long": (ast.Add, ast.Sub, ast.Mult, ast.BitAnd, ast.LShift, ast.RShift),
+}
+_OF_FLOATS = (ast.Add, ast.Sub, ast.Mult, ast.Div)
 _OPERATORS: dict[type[ast.AST], str] = {
     ast.Add: "+",
     ast.Sub: "-",
@@ -238,18 +244,23 @@ class _Translator:
     def _value(self, node: ast.AST) -> tuple[str, str]:
         """Return (an expression in C, its type)."""
         match node:
-            case ast.Name():
-                return node.id, self._types[node.id]
+            case ast.Name(id=name):
+                if name not in self._types:
+                    raise self._refusal(node, f"{name!r}, which is no parameter or variable")
+                return name, self._types[name]
             case ast.Constant(value=float()):
                 return repr(node.value), "double"
             case ast.UnaryOp(op=ast.USub()):
                 text, kind = self._value(node.operand)
+                if kind == "unsigned":
+                    raise self._refusal(node, "a negative Count")
                 return f"(-{text})", kind
             case ast.BinOp():
                 return self._binary(node)
             case ast.Compare(ops=[operator], comparators=[right]) if type(operator) in _OPERATORS:
-                (left, _), (other, _) = self._value(node.left), self._value(right)
-                return f"({left} {_OPERATORS[type(operator)]} {other})", "bool"
+                (left, kind), (text, other) = self._value(node.left), self._value(right)
+                self._same(node, kind, other, "a comparison")
+                return f"({left} {_OPERATORS[type(operator)]} {text})", "bool"
             case ast.IfExp():
                 test, _ = self._value(node.test)
                 (yes, kind), (no, other) = self._value(node.body), self._value(node.orelse)
@@ -262,18 +273,24 @@ class _Translator:
 
     def _binary(self, node: ast.BinOp) -> tuple[str, str]:
         (left, kind), (right, other) = self._value(node.left), self._value(node.right)
-        if kind != other and not (kind in FLOATS and other in FLOATS):
-            raise self._refusal(node, f"an operation of {kind} and {other}")
-        if type(node.op) not in _OPERATORS:
-            raise self._refusal(node, type(node.op).__name__)
+        self._same(node, kind, other, "an operation")
+        if not isinstance(node.op, _OF_FLOATS if kind in FLOATS else _OF_INTEGERS.get(kind, ())):
+            raise self._refusal(node, f"{type(node.op).__name__} of {kind}")
         kind = "double" if "double" in (kind, other) else kind
         return f"({left} {_OPERATORS[type(node.op)]} {right})", kind
+
+    def _same(self, node: ast.AST, kind: str, other: str, what: str) -> None:
+        """Refuse numbers of two types, except a float32 and a float64 number."""
+        if kind != other and not (kind in FLOATS and other in FLOATS):
+            raise self._refusal(node, f"{what} of {kind} and {other}")
 
     def _call(self, node: ast.Call) -> tuple[str, str]:
         if isinstance(node.func, ast.Attribute):
             return self._numpy(node, node.func.attr)
         assert isinstance(node.func, ast.Name)
-        callee = self._formula.py_func.__globals__[node.func.id]
+        callee = self._formula.py_func.__globals__.get(node.func.id)
+        if not hasattr(callee, "py_func"):
+            raise self._refusal(node, f"{node.func.id!r}, which is no formula")
         wanted = [kind for kind, _ in c_parameters(callee)]
         values = [self._value(each) for each in node.args]
         if [kind for _, kind in values] != wanted:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from storage.gpu.device import DeviceLost, Mark, Memory, NoDevice, Number, OutOfDeviceMemory
 from storage.gpu.nvrtc import CannotCompile, machine_code
-from storage.gpu.source import BLOCK, LANES, cuda_source
+from storage.gpu.source import BLOCK, LANES, ROW_KERNELS, cuda_source, kernel_name
 from storage.optimizers import step_kernels
 
 ADVICE = "install embedding-ps[gpu13] (or [gpu12]), and check nvidia-smi"
@@ -47,20 +47,16 @@ class CudaQueue:
     stream  the stream of CuPy
     """
 
-    def __init__(self, cuda: Any, module: Any) -> None:
-        self._cuda, self._module = cuda, module
-        self._kernels: dict[str, Any] = {}
+    def __init__(self, cuda: Any, kernels: dict[str, Any]) -> None:
+        self._cuda, self._kernels = cuda, kernels
         self.stream = cuda.Stream(non_blocking=True)
 
     def run(self, kernel: str, rows: int, *arguments: Number) -> None:
         if not rows:
             return
         with _final_errors():
-            function = self._kernels.get(kernel)
-            if function is None:
-                function = self._kernels[kernel] = self._module.get_function(kernel)
             blocks = -(-rows * LANES // BLOCK)
-            function((blocks,), (BLOCK,), arguments, stream=self.stream)
+            self._kernels[kernel]((blocks,), (BLOCK,), arguments, stream=self.stream)
 
     def mark(self) -> CudaMark:
         with _final_errors():
@@ -93,10 +89,13 @@ class CudaDevice:
                 raise NoDevice(f"CUDA finds no GPU: {ADVICE}")
         except self.cuda.runtime.CUDARuntimeError as error:
             raise NoDevice(f"{error}: {ADVICE}") from error
-        self._module = self.cuda.function.Module()
+        steps, module = step_kernels(), self.cuda.function.Module()
+        names = [*ROW_KERNELS, *map(kernel_name, steps)]
         with _final_errors():
             capability = int(self.cuda.Device(0).compute_capability)
-            self._module.load(machine_code(cuda_source(step_kernels()), capability))
+            module.load(machine_code(cuda_source(steps), capability))
+            # all of them now: CUDA takes memory for a kernel when it is first asked for
+            self._kernels = {name: module.get_function(name) for name in names}
 
     @property
     def free(self) -> int:
@@ -104,24 +103,31 @@ class CudaDevice:
             return int(self.cuda.runtime.memGetInfo()[0])
 
     def memory(self, size: int) -> Memory:
-        try:
+        with self._asking(size):
             return CudaMemory(self.cuda.Memory(size))
-        except self.cuda.runtime.CUDARuntimeError as error:
-            if error.status == OUT_OF_MEMORY:
-                raise OutOfDeviceMemory(size, self.free) from error
-            raise DeviceLost(str(error)) from error
 
     def pinned(self, size: int) -> NDArray[np.uint8]:
         runtime = self.cuda.runtime
         flags = runtime.hostAllocPortable | runtime.hostAllocMapped
-        with _final_errors():
+        with self._asking(size, "page-locked memory of the host"):
             block = self.cuda.PinnedMemory(max(size, 1), flags)
             pointer = self.cuda.PinnedMemoryPointer(block, 0)
         return np.frombuffer(pointer, np.uint8, size)
 
     def queue(self) -> CudaQueue:
+        with self._asking(0):
+            return CudaQueue(self.cuda, self._kernels)
+
+    @contextmanager
+    def _asking(self, size: int, what: str = "GPU memory") -> Iterator[None]:
+        """Raise OutOfDeviceMemory if ``size`` bytes are too many; DeviceLost for other errors."""
         with _final_errors():
-            return CudaQueue(self.cuda, self._module)
+            try:
+                yield
+            except self.cuda.runtime.CUDARuntimeError as error:
+                if error.status != OUT_OF_MEMORY:
+                    raise
+                raise OutOfDeviceMemory(size, self.free, what) from error
 
 
 @contextmanager

@@ -29,14 +29,17 @@ class DeviceLost(Exception):
 
 
 class OutOfDeviceMemory(Exception):
-    """The device has no such piece of memory. Everything else goes on.
+    """There is no such piece of memory. Everything else goes on.
 
-    wanted  bytes that were asked for
+    wanted  bytes that were asked for; 0: unknown
     free    bytes that the device has left, possibly in smaller pieces
+    what    the memory that is full
     """
 
-    def __init__(self, wanted: int, free: int) -> None:
-        super().__init__(f"GPU memory is full: {wanted} bytes wanted, {free} bytes free")
+    def __init__(self, wanted: int, free: int, what: str = "GPU memory") -> None:
+        super().__init__(
+            f"{what} is full: {wanted or 'more'} bytes wanted; the GPU has {free} bytes free"
+        )
         self.wanted, self.free = wanted, free
 
 
@@ -86,11 +89,14 @@ class Device(Protocol):
         ...
 
     def pinned(self, size: int) -> NDArray[np.uint8]:
-        """Return page-locked host memory that kernels reach at the same address."""
+        """Return page-locked host memory that kernels reach at the same address.
+
+        Raises OutOfDeviceMemory.
+        """
         ...
 
     def queue(self) -> Queue:
-        """Return a new queue."""
+        """Return a new queue. Raises OutOfDeviceMemory."""
         ...
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,31 @@ def machine_code(source: str, capability: int) -> bytes:
     capability  compute capability of the GPU, for example 90
 
     The cache is $XDG_CACHE_HOME/embedding-ps, or ~/.cache/embedding-ps. Compiling takes seconds.
+    Without a cache that can be written, every process compiles.
     """
     key = repr((source, OPTIONS, capability, _version()))
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embedding-ps"
     cached = home / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
-    if cached.exists():
+    with suppress(OSError):  # it is not there, or cannot be read
         return cached.read_bytes()
     code, _ = compile_source(source, capability)
-    home.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=home, delete=False) as file:
-        file.write(code)
-    os.replace(file.name, cached)
+    with suppress(OSError):  # for example a read-only file system
+        _save(code, cached)
     return code
+
+
+def _save(code: bytes, path: Path) -> None:
+    """Write a file that is either whole or absent, even if the machine crashes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(code)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 def compile_source(source: str, capability: int, *options: str) -> tuple[bytes, str]:

@@ -27,19 +27,26 @@ class Piece:
     """Rows in one piece of device memory, which is given back to the budget when it is garbage."""
 
     def __init__(self, size: int, device: Device, budget: Budget) -> None:
-        budget.take(size)
+        try:
+            budget.take(size)
+        except OutOfMemory as error:
+            what = "no GPU memory: "
+            raise OutOfMemory(budget.limit, budget.held, size, what, budget.advice) from error
         try:
             self._memory: Memory = device.memory(size)
-        except OutOfDeviceMemory as error:
+        except BaseException as error:
             budget.give(size)
-            raise OutOfMemory(
-                budget.limit, budget.held, size, "GPU memory is full: ", budget.advice
-            ) from error
-        except BaseException:
-            budget.give(size)
+            if isinstance(error, OutOfDeviceMemory):
+                raise _full(error, budget) from error
             raise
         self.address = self._memory.address
         weakref.finalize(self, budget.give, size).atexit = False
+
+
+def _full(error: OutOfDeviceMemory, budget: Budget) -> OutOfMemory:
+    """Return the error of storage for memory that the device has not, though the budget has."""
+    what = f"{error}, fewer than the budget leaves: "
+    return OutOfMemory(budget.limit, budget.held, error.wanted, what, budget.advice)
 
 
 class Table:
@@ -77,9 +84,10 @@ class Pieces:
     staging  the queue that runs the kernels; each call of a method is one batch of its own
     """
 
-    def __init__(self, width: int, shift: int, staging: Staging, table: Table | None) -> None:
-        self.width, self._shift, self.staging, self._table = width, shift, staging, table
+    def __init__(self, width: int, shift: int, staging: Staging, pieces: list[Piece]) -> None:
+        self.width, self._shift, self.staging, self._pieces = width, shift, staging, pieces
         self.stride = row_stride(width)
+        self._table: Table | None = None  # of the pieces, for kernels
 
     def gather(self, slots: Slots, out: Rows) -> None:
         """Copy the first columns of rows to ``out``; leave out[i] unchanged if slots[i] is ABSENT.
@@ -156,17 +164,21 @@ class Pieces:
 
         Returns that array, in page-locked memory.
         """
-        assert self._table is not None
-        staging, n = self.staging, len(slots)
+        table, staging, n = self._written_table(), self.staging, len(slots)
         of_slots, of_rows = staging.lend(8 * n, 4 * shape[0] * shape[1])
         there, rows = of_slots.view(np.int64), of_rows.view(np.float32).reshape(shape)
         there[:] = slots
         if given is not None:
             rows[:] = given
-        head = np.uint64(self._table.address), np.int32(self._shift), np.int64(self.stride)
+        head = np.uint64(table.address), np.int32(self._shift), np.int64(self.stride)
         batch = address(there), np.int64(n), np.int32(count), address(rows)
         staging.queue.run(kernel, n, *head, *batch, *numbers)
         return rows
+
+    def _written_table(self) -> Table:
+        """Return the table of the pieces. All later kernels of the queue find the pieces in it."""
+        assert self._table is not None, "the slab has no rows"
+        return self._table
 
     def _parts(self, count: int, columns: int) -> Iterator[slice]:
         """Yield slices of ``count`` rows that page-locked memory takes at once."""
@@ -200,8 +212,8 @@ class Slab(Pieces):
 
     def __init__(self, width: int, staging: Staging, budget: Budget, piece: int = PIECE) -> None:
         shift = max(0, (piece // (4 * row_stride(width))).bit_length() - 1)
-        super().__init__(width, shift, staging, None)
-        self._budget, self._pieces = budget, list[Piece]()
+        super().__init__(width, shift, staging, [])
+        self._budget = budget
 
     @property
     def piece_bytes(self) -> int:
@@ -220,17 +232,21 @@ class Slab(Pieces):
 
     def grow(self, rows: int) -> None:
         """Take memory for at least ``rows`` rows, or raise OutOfMemory and change nothing."""
-        device, size, had = self.staging.device, self.piece_bytes, len(self._pieces)
-        count = -(-rows >> self._shift) - had
-        more = [Piece(size, device, self._budget) for _ in range(count)]
-        if not more:
+        device, size, known = self.staging.device, self.piece_bytes, len(self._pieces)
+        count = -(-rows >> self._shift) - known
+        pieces = [*self._pieces, *(Piece(size, device, self._budget) for _ in range(count))]
+        if len(pieces) == known:
             return
-        self._pieces += more
-        if self._table is None or not self._table.fits(len(self._pieces)):
+        table = self._table
+        try:
+            if table is None or not table.fits(len(pieces)):
+                table, known = Table(device, max(LEAST_TABLE, 2 * len(pieces))), 0
+            table.write(self.staging, known, pieces[known:])
+        except OutOfDeviceMemory as error:
+            raise _full(error, self._budget) from error
+        if table is not self._table:
             self.staging.finish()  # kernels may still read the table so far
-            self._table = Table(device, max(LEAST_TABLE, 2 * len(self._pieces)))
-            had = 0
-        self._table.write(self.staging, had, self._pieces[had:])
+        self._pieces, self._table = pieces, table
 
     def shrink(self, rows: int) -> None:
         """Give back the pieces that have only rows from number ``rows`` on."""
@@ -254,13 +270,18 @@ class Snapshot(Pieces):
 
     Reads wait for all kernels that the slab had been given at that moment. Later kernels may change
     rows while they are read.
+
+    Its queue gets no kernel before the first read, and each read waits for its kernels. So no
+    kernel uses its memory when it is freed.
     """
 
     def __init__(self, width: int, shift: int, engine: Staging, pieces: list[Piece]) -> None:
-        staging = Staging(engine.device)
-        table = Table(engine.device, max(1, len(pieces)))
-        super().__init__(width, shift, staging, table)
-        self._pieces = pieces
-        staging.queue.follow(engine.queue.mark())
-        if pieces:
-            table.write(staging, 0, pieces)
+        super().__init__(width, shift, Staging(engine.device), pieces)
+        self.staging.queue.follow(engine.queue.mark())
+
+    def _written_table(self) -> Table:
+        if self._table is None:  # not earlier: nobody may wait for the kernel that writes it
+            table = Table(self.staging.device, len(self._pieces))
+            table.write(self.staging, 0, self._pieces)
+            self._table = table
+        return self._table

@@ -22,6 +22,8 @@ class Staging:
     For each launch, call ``lend``, fill the memory, give the queue its kernel, and call
     ``launched``. The memory then belongs to the kernel until the mark was waited for. What the
     kernel wrote can be read from then on until ``lend`` is called BLOCKS times more.
+
+    If ``lend`` raises OutOfDeviceMemory, the queue has run everything.
     """
 
     def __init__(self, device: Device) -> None:
@@ -38,9 +40,16 @@ class Staging:
             self._marks[turn] = None
         starts = np.cumsum([0, *(-(-size // ALIGNED) * ALIGNED for size in sizes)]).tolist()
         if len(self._blocks[turn]) < starts[-1]:
-            self._blocks[turn] = self.device.pinned(starts[-1])
+            self._enlarge(starts[-1])
         block = self._blocks[turn]
         return [block[at : at + size] for at, size in zip(starts, sizes, strict=False)]
+
+    def _enlarge(self, size: int) -> None:
+        """Make all blocks at least so large: then later parts of a batch do not lack memory."""
+        self.finish()  # also so that nothing is being used if the caller gives up
+        for turn, block in enumerate(self._blocks):
+            if len(block) < size:
+                self._blocks[turn] = self.device.pinned(size)
 
     def launched(self) -> Mark:
         """Return the mark of the kernel that uses the lent memory; the next block is lent next."""

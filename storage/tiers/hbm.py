@@ -1,7 +1,8 @@
 """Rows in GPU memory. Their keys and metadata are in host memory.
 
 The engine thread gives all its kernels to one queue, so that reads see the pushes before them. It
-does not wait for a push. A read waits once, for its own rows.
+does not wait for the kernel of a push. It waits only for the launch before the last, whose
+page-locked memory it uses again. A read waits for its rows.
 
 No server uses this tier yet.
 """
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from storage.arena import Budget, Memory
 from storage.eviction.contract import View
-from storage.gpu.slab import PIECE, Slab, Snapshot
+from storage.gpu.slab import PART, PIECE, Slab, Snapshot
 from storage.gpu.staging import Staging
 from storage.initializers import Initializer
 from storage.kernels import Keys, Rows, Slots, fill_state, from_bits
@@ -23,8 +24,6 @@ from storage.optimizer import Optimizer
 from storage.slots import FREQUENCY, Meta, SlotEntries, unpack
 from storage.tiers.base import DirtyScan
 from storage.tiers.host import SlotScan
-
-CREATED = 1 << 16  # rows whose initial values are computed at once
 
 
 class HbmScan(SlotScan):
@@ -109,12 +108,13 @@ class HbmTier:
         self._slab.shrink(used)
 
     def create(self, keys: Keys, slots: Slots, initializer: Initializer, seed: int) -> None:
-        for at in range(0, len(keys), CREATED):
-            some = keys[at : at + CREATED]
+        most = max(1, PART // (4 * self._width))  # rows whose initial values are computed at once
+        for at in range(0, len(keys), most):
+            some = keys[at : at + most]
             rows, here = np.empty((len(some), self._width), np.float32), np.arange(len(some))
             initializer.fill(seed, some, here, self._dim, rows)
             fill_state(rows, here, self._dim, self._state)
-            self._slab.scatter(slots[at : at + CREATED], rows)
+            self._slab.scatter(slots[at : at + most], rows)
 
     def gather(self, places: Slots, out: Rows) -> None:
         self._slab.gather(places, out)

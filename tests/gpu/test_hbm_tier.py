@@ -19,11 +19,12 @@ from storage.arena import Budget
 from storage.errors import OutOfMemory
 from storage.gpu import slab, staging
 from storage.gpu.cuda import CudaDevice
-from storage.gpu.device import Device, NoDevice
+from storage.gpu.device import Device, NoDevice, OutOfDeviceMemory
 from storage.gpu.staging import Staging
 from storage.kernels import ABSENT, Images
 from storage.optimizer import Optimizer
 from storage.optimizers import make_optimizer
+from storage.tiers import hbm
 from storage.tiers.base import Writable
 from storage.tiers.hbm import HbmTier
 from storage.tiers.host import HostTier
@@ -263,7 +264,7 @@ class TestMemory:
         keys = np.arange(100, dtype=np.uint64)
         tier.create(keys, places, UNIFORM, SEED)
         before = tier.rows, tier.bytes, device.held
-        with pytest.raises(OutOfMemory, match=r"^GPU memory is full: "):
+        with pytest.raises(OutOfMemory, match=r"^GPU memory is full: .* has 512 bytes free"):
             tier.allocate(100_000)
         assert (tier.rows, tier.bytes, device.held) == before
         assert np.isfinite(dump(tier, places)[0]).all()
@@ -274,7 +275,7 @@ class TestMemory:
         tier = HbmTier(3, STATE, Budget(1 << 30), room, Staging(device), PIECE)
         tier.allocate(2 * PIECE // 32)
         assert room.held == 2 * PIECE
-        with pytest.raises(OutOfMemory):
+        with pytest.raises(OutOfMemory, match=r"^no GPU memory: .* of the memory budget"):
             tier.allocate(1)
         tier.close()
         assert room.held == 0
@@ -300,6 +301,55 @@ class TestMemory:
         gc.collect()
         assert budget.held == 0
         assert device.held == 0
+
+    def test_a_scan_that_is_dropped_unread_leaves_no_kernel_behind(self) -> None:
+        device = FakeDevice("late")
+        tier = tier_on(device, Budget(1 << 30), DIM, STATE)
+        tier.create(np.arange(50, dtype=np.uint64), tier.allocate(50), UNIFORM, SEED)
+        device.queues[0].run_to(device.queues[0].given)
+        given = device.launches
+        scan = tier.scan()
+        assert len(device.queues) == 2
+        assert device.launches == given  # a kernel would use memory that is freed now
+        del scan
+        device.queues[1].run_to(device.queues[1].given)
+
+    def test_a_slab_whose_table_has_no_room_is_as_before(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(slab, "LEAST_TABLE", 1)
+        device, budget = FakeDevice("late"), Budget(1 << 30)
+        tier = tier_on(device, budget, 3, STATE)
+        places, keys = tier.allocate(100), np.arange(100, dtype=np.uint64)
+        tier.create(keys, places, UNIFORM, SEED)
+        wanted, before = dump(tier, places)[0], (tier.rows, tier.bytes, device.held)
+
+        def full(size: int) -> Any:
+            raise OutOfDeviceMemory(size, 0, "page-locked memory of the host")
+
+        device.limit = device.held + 3 * PIECE  # pieces, but no table
+        device.pinned, pinned = full, device.pinned  # type: ignore[method-assign]
+        with pytest.raises(OutOfMemory, match=r"^page-locked memory of the host is full: "):
+            tier.allocate(4 * PIECE // 32 - 100)
+        gc.collect()
+        assert (tier.rows, tier.bytes, device.held) == before
+        device.pinned = pinned  # type: ignore[method-assign]
+        tier.allocate(4 * PIECE // 32 - 100)
+        assert dump(tier, places)[0].tobytes() == wanted.tobytes()
+
+    @pytest.mark.parametrize("dim", [3, 10_000])
+    def test_new_rows_take_little_memory_of_the_host(
+        self, dim: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        part, sizes = 1 << 16, list[int]()
+        monkeypatch.setattr(slab, "PART", part)
+        monkeypatch.setattr(hbm, "PART", part)
+        monkeypatch.setattr(slab.Slab, "scatter", lambda _, slots, rows: sizes.append(rows.nbytes))
+        tier = tier_on(FakeDevice("late"), Budget(1 << 30), dim, STATE)
+        keys, width = np.arange(9000 if dim == 3 else 20, dtype=np.uint64), dim + len(STATE)
+        tier.create(keys, tier.allocate(len(keys)), UNIFORM, SEED)
+        assert sum(sizes) == 4 * width * len(keys)
+        assert max(sizes) <= max(part, 4 * width)
 
     def test_many_scans_leave_no_memory_behind(self) -> None:
         device = FakeDevice("random")

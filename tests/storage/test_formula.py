@@ -11,6 +11,7 @@ from storage.formula import (
     CannotTranslate,
     Count,
     Single,
+    Whole,
     formula,
     power,
     powers,
@@ -113,6 +114,33 @@ def _choice(a: Single, b: float) -> Any:
     return a if a > b else b
 
 
+def _whole_division(a: Whole, b: Whole) -> Any:
+    return a / b  # float64 in Python, a whole number in C
+
+
+def _count_difference(a: Count, b: Count) -> Any:
+    return a - b  # 64 bits in Python, 32 in C
+
+
+def _negative_count(a: Count) -> Any:
+    return -a
+
+
+def _comparison(a: Single, b: Whole) -> Any:
+    return a if a > b else a * a  # compared as float64 in Python, as float32 in C
+
+
+CONSTANT = 2.0
+
+
+def _constant(a: float) -> Any:
+    return a * CONSTANT
+
+
+def _built_in(a: float) -> Any:
+    return abs(a)
+
+
 @pytest.mark.parametrize(
     ("function", "what"),
     [
@@ -123,6 +151,12 @@ def _choice(a: Single, b: float) -> Any:
         (_early, "Return"),
         (_wrong_argument, "arguments of other types than"),
         (_choice, "a choice between float and double"),
+        (_whole_division, "Div of long long"),
+        (_count_difference, "Sub of unsigned"),
+        (_negative_count, "a negative Count"),
+        (_comparison, "a comparison of float and long long"),
+        (_constant, "'CONSTANT', which is no parameter or variable"),
+        (_built_in, "'abs', which is no formula"),
     ],
 )
 def test_what_could_differ_between_machines_is_refused(function: Any, what: str) -> None:
