@@ -30,11 +30,17 @@ slow: .venv/dev  ## tests that kill processes, fill disks and start pods
 	$(call pytest,-m slow --ignore tests/deploy,$(PARALLEL))
 	$(call pytest,-m slow tests/deploy)
 
+GPU = -m pytest --confcutdir=tests/gpu -W default -rs --tb=short
+
 # Needs an NVIDIA GPU, and no network: RUN is a Python >= 3.11 that has the packages cupy-cuda13x,
 # nvidia-cuda-nvrtc, numba, pytest, pytest-timeout and rich; and torch, grpcio and protobuf, without
 # which the tests of psclient.torch are skipped. For example: make gpu RUN=python3
 gpu:  ## on a machine with a GPU: tests of the device, bit for bit, and the benchmark
-	$(RUN) -m pytest -m gpu tests/gpu --confcutdir=tests/gpu -W default -rs --tb=short
+	$(RUN) $(GPU) tests/gpu/test_nvrtc.py
+	$(RUN) $(GPU) -m gpu tests/gpu
+	@command -v compute-sanitizer || echo "no compute-sanitizer: accesses are not checked"
+	! command -v compute-sanitizer || compute-sanitizer --error-exitcode 9 $(RUN) $(GPU) -m gpu \
+	    tests/gpu/test_hbm_tier.py -k random_operations
 	$(RUN) -m benchmarks.hbm
 
 check: .venv/dev .venv/proto manifests  ## format, lint, types, layering, generated code, manifests

@@ -75,6 +75,7 @@ def main() -> int:
         title = f"{name}, dim {dim}, {4 * slab.width} bytes per row, {slab.rows:,} rows"
         rows = [row for n in BATCHES for row in _kernels(slab, optimizer, dim, n, copied)]
         report.section(title, rows)
+        del slab  # before the next one takes its memory
     report.section("launches", _launches(device))
     report.close()
     return 0
@@ -85,7 +86,9 @@ def _machine(device: CudaDevice) -> str:
     command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"]
     found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     runtime = device.cuda.runtime.runtimeGetVersion()
-    return f"GPU, driver, PCIe: {found}; CUDA runtime {runtime}, NVRTC {find_library()}"
+    return (
+        f"GPU, driver, PCIe: {found}; CUDA runtime {runtime}, NVRTC {find_library(runtime // 1000)}"
+    )
 
 
 def _timed(

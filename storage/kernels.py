@@ -224,7 +224,8 @@ def square_sum(row: Any, dim: int) -> Any:
 def measure(slab: Any, slots: Any, dim: int, norms: Any) -> None:
     """Write the L2 norms of embeddings, the first ``dim`` numbers of rows, rounded to float32.
 
-    Blocks on disk have norms in float32. So a row has the same norm wherever it is.
+    Blocks on disk have norms in float32. So a row has the same norm in memory and on disk, and in
+    GPU memory up to one rounding.
 
     slab   float32[capacity, width]  width >= dim
     slots  int64[n]

@@ -93,7 +93,8 @@ class CudaDevice:
         names = [*ROW_KERNELS, *map(kernel_name, steps)]
         with _final_errors():
             capability = int(self.cuda.Device(0).compute_capability)
-            module.load(machine_code(cuda_source(steps), capability))
+            major = self.cuda.runtime.runtimeGetVersion() // 1000
+            module.load(machine_code(cuda_source(steps), capability, major))
             # all of them now: CUDA takes memory for a kernel when it is first asked for
             self._kernels = {name: module.get_function(name) for name in names}
 

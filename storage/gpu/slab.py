@@ -18,7 +18,9 @@ from storage.kernels import Rows, Slots
 from storage.optimizer import Optimizer
 
 PIECE = 16 << 20  # bytes of a piece of a slab, about
-PART = 8 << 20  # bytes of rows that one launch takes from or to page-locked memory, at most
+PART = 8 << 20  # bytes of slots and rows that one launch takes from or to page-locked memory
+SCAN_PART = 1 << 20  # the same for a scan, of which there may be many
+GRANULE = 2 << 20  # bytes; larger pieces of GPU memory take a multiple of it
 WIDE = 32  # numbers of a row that is worth 16 bytes more
 LEAST_TABLE = 64  # pointers in the first table of pieces
 
@@ -88,6 +90,7 @@ class Pieces:
         self.width, self._shift, self.staging, self._pieces = width, shift, staging, pieces
         self.stride = row_stride(width)
         self._table: Table | None = None  # of the pieces, for kernels
+        self._part = PART
 
     def gather(self, slots: Slots, out: Rows) -> None:
         """Copy the first columns of rows to ``out``; leave out[i] unchanged if slots[i] is ABSENT.
@@ -180,9 +183,13 @@ class Pieces:
         assert self._table is not None, "the slab has no rows"
         return self._table
 
+    def at_once(self, columns: int) -> int:
+        """Return the number of rows of so many numbers that one launch takes."""
+        return max(1, self._part // (8 + 4 * columns))
+
     def _parts(self, count: int, columns: int) -> Iterator[slice]:
-        """Yield slices of ``count`` rows that page-locked memory takes at once."""
-        most = max(1, PART // (4 * columns))
+        """Yield slices of ``count`` rows that one launch takes."""
+        most = self.at_once(columns)
         for at in range(0, count, most):
             yield slice(at, min(at + most, count))
 
@@ -203,6 +210,12 @@ def row_stride(width: int) -> int:
     return -(-width // unit) * unit
 
 
+def _size(width: int, shift: int) -> int:
+    """Return the bytes of GPU memory that a piece of ``1 << shift`` rows takes."""
+    size = (4 * row_stride(width)) << shift
+    return size if size < GRANULE else -(-size // GRANULE) * GRANULE
+
+
 class Slab(Pieces):
     """The rows of one table. Only the engine thread uses it; others use a ``snapshot``.
 
@@ -212,13 +225,15 @@ class Slab(Pieces):
 
     def __init__(self, width: int, staging: Staging, budget: Budget, piece: int = PIECE) -> None:
         shift = max(0, (piece // (4 * row_stride(width))).bit_length() - 1)
+        if _size(width, shift + 1) < 2 * _size(width, shift):
+            shift += 1  # larger pieces waste less
         super().__init__(width, shift, staging, [])
         self._budget = budget
 
     @property
     def piece_bytes(self) -> int:
         """Bytes of one piece."""
-        return (4 * self.stride) << self._shift
+        return _size(self.width, self._shift)
 
     @property
     def rows(self) -> int:
@@ -277,6 +292,7 @@ class Snapshot(Pieces):
 
     def __init__(self, width: int, shift: int, engine: Staging, pieces: list[Piece]) -> None:
         super().__init__(width, shift, Staging(engine.device), pieces)
+        self._part = SCAN_PART
         self.staging.queue.follow(engine.queue.mark())
 
     def _written_table(self) -> Table:

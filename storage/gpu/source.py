@@ -72,7 +72,8 @@ def kernel_name(step: StepKernel) -> str:
 def kernel_numbers(optimizer: Optimizer, lr: float, step: int, dim: int) -> list[Any]:
     """Return the numbers of a step, of the types that its CUDA kernel declares."""
     numbers = optimizer.numbers(lr, step, dim)
-    return [kind(each) for kind, each in zip(_kinds(optimizer.kernel), numbers, strict=True)]
+    with np.errstate(over="ignore"):  # too large for a float32: infinity, as on the CPU
+        return [kind(each) for kind, each in zip(_kinds(optimizer.kernel), numbers, strict=True)]
 
 
 @cache

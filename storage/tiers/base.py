@@ -148,7 +148,8 @@ class Writable(Tier, Protocol):
     def cut(self, used: int) -> None:
         """Forget the slots from number ``used`` on, all of which must be free.
 
-        Their memory is given back to the budget. Scans may still look at it: it is zero.
+        Their memory is given back to the budget. Scans may still look at it: the entries in
+        ``slots`` are zero.
         """
         ...
 
@@ -187,7 +188,10 @@ class Writable(Tier, Protocol):
         ...
 
     def scan(self) -> DirtyScan:
-        """Return a scan of all rows, which other threads may use while pushes continue."""
+        """Return a scan of all rows, which other threads may use while pushes continue.
+
+        Only the engine thread calls this.
+        """
         ...
 
     def view(self) -> View:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from storage.arena import Budget, Memory
 from storage.eviction.contract import View
-from storage.gpu.slab import PART, PIECE, Slab, Snapshot
+from storage.gpu.slab import PIECE, Slab, Snapshot
 from storage.gpu.staging import Staging
 from storage.initializers import Initializer
 from storage.kernels import Keys, Rows, Slots, fill_state, from_bits
@@ -87,6 +87,7 @@ class HbmTier:
         return self._slab.bytes + self.slots.bytes
 
     def allocate(self, count: int, *, exact: bool = False) -> Slots:
+        """See Writable.allocate. GPU memory comes in whole pieces, even if ``exact``."""
         before = self._slab.rows
         self._slab.grow(self.slots.needed(count))
         try:
@@ -108,7 +109,7 @@ class HbmTier:
         self._slab.shrink(used)
 
     def create(self, keys: Keys, slots: Slots, initializer: Initializer, seed: int) -> None:
-        most = max(1, PART // (4 * self._width))  # rows whose initial values are computed at once
+        most = self._slab.at_once(self._width)
         for at in range(0, len(keys), most):
             some = keys[at : at + most]
             rows, here = np.empty((len(some), self._width), np.float32), np.arange(len(some))

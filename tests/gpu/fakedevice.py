@@ -6,7 +6,7 @@ early   a queue runs everything at once, so that what must come later is found t
 random  at each call, one of the queues runs some of what it was given
 
 Device memory is NaN at first, has pages before and after it that cannot be touched, and cannot be
-touched when it is freed.
+touched when it is freed. Page-locked memory is NaN at first, and again when it is freed.
 """
 
 from __future__ import annotations
@@ -45,6 +45,22 @@ class FakeMemory:
 
     def __del__(self) -> None:
         self._device.held -= self._size
+
+
+class FakePinned:
+    """Memory of a numpy array, which is garbage when the array and all its views are."""
+
+    def __init__(self, size: int, device: FakeDevice) -> None:
+        self._size, self._device = size, device
+        self._whole = np.full(size + 256, 0xFF, np.uint8)
+        start = -self._whole.ctypes.data % 256
+        self.__array_interface__ = self._whole[start : start + size].__array_interface__
+        device.pinned_bytes += size
+
+    def __del__(self) -> None:
+        self._whole[:] = 0xFF
+        self._device.pinned_bytes -= self._size
+        self._device.freed.append(self._whole)  # kernels that have not run yet may use it
 
 
 class FakeMark:
@@ -87,10 +103,11 @@ class FakeQueue:
 class FakeDevice:
     """See device.Device.
 
-    mode      see above
-    limit     bytes of device memory
-    held      bytes of device memory that are in use
-    launches  number of kernels that queues were given
+    mode          see above
+    limit         bytes of device memory
+    held          bytes of device memory that are in use
+    pinned_bytes  bytes of page-locked memory that are in use
+    launches      number of kernels that queues were given
     """
 
     def __init__(self, mode: str, limit: int = 1 << 30, seed: int = 0) -> None:
@@ -98,7 +115,8 @@ class FakeDevice:
         self.kernels.reverse = bool(seed % 2)
         self.mode, self.limit, self.held, self.launches = mode, limit, 0, 0
         self.queues: list[FakeQueue] = []
-        self._pinned: list[Any] = []
+        self.pinned_bytes = 0
+        self.freed: list[Any] = []
         self._random = random.Random(seed)
 
     @property
@@ -111,10 +129,9 @@ class FakeDevice:
         return FakeMemory(size, self)
 
     def pinned(self, size: int) -> Any:
-        memory = np.full(size + 256, 0xFF, np.uint8)
-        self._pinned.append(memory)  # kernels that have not run yet may use it
-        start = -memory.ctypes.data % 256
-        return memory[start : start + size]
+        if all(queue.done == queue.given for queue in self.queues):
+            self.freed.clear()
+        return np.asarray(FakePinned(size, self))
 
     def queue(self) -> FakeQueue:
         return FakeQueue(self)

@@ -33,6 +33,7 @@ class FakeCupy:
             runtime=SimpleNamespace(
                 CUDARuntimeError=CUDARuntimeError,
                 getDeviceCount=lambda: 1,
+                runtimeGetVersion=lambda: 13000,
                 memGetInfo=lambda: (123, 456),
                 hostAllocPortable=1,
                 hostAllocMapped=2,
@@ -63,7 +64,7 @@ class FakeCupy:
 def cupy(monkeypatch: pytest.MonkeyPatch) -> FakeCupy:
     fake = FakeCupy()
     monkeypatch.setitem(sys.modules, "cupy", fake)
-    monkeypatch.setattr(cuda, "machine_code", lambda source, capability: b"")
+    monkeypatch.setattr(cuda, "machine_code", lambda source, capability, major: b"")
     return fake
 
 
@@ -102,9 +103,9 @@ def test_a_kernel_that_runs_for_the_first_time_takes_no_memory(cupy: FakeCupy) -
 def compiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The sources that were compiled."""
     sources: list[str] = []
-    monkeypatch.setattr(nvrtc, "_version", lambda: (13, 0))
+    monkeypatch.setattr(nvrtc, "_version", lambda major: (13, 0))
 
-    def compile_source(source: str, capability: int) -> tuple[bytes, str]:
+    def compile_source(source: str, capability: int, major: int | None) -> tuple[bytes, str]:
         sources.append(source)
         return b"code of " + source.encode(), ""
 
@@ -139,3 +140,21 @@ def test_a_full_disk_leaves_no_file(
     monkeypatch.setattr(os, "fsync", full)
     assert nvrtc.machine_code("a", 90) == b"code of a"
     assert list((tmp_path / "embedding-ps").iterdir()) == []
+
+
+@pytest.mark.parametrize(("major", "chosen"), [(12, "12"), (13, "13"), (14, "13"), (None, "13")])
+@pytest.mark.parametrize("first", ["cuda_nvrtc", "cu13"])
+def test_nvrtc_is_of_the_version_of_the_runtime_or_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, major: int | None, chosen: str
+) -> None:
+    places = [("cuda_nvrtc", "12"), ("cu13", "13")]
+    for name, version in sorted(places, key=lambda each: each[0] != first):
+        folder = tmp_path / name / "nvidia" / name / "lib"
+        folder.mkdir(parents=True)
+        for file in (f"libnvrtc.so.{version}", f"libnvrtc.alt.so.{version}"):
+            (folder / file).touch()
+        monkeypatch.syspath_prepend(tmp_path / name)
+    monkeypatch.setenv("CUDA_PATH", str(tmp_path))
+    found = nvrtc.find_library(major)
+    assert found is not None
+    assert Path(found).name == f"libnvrtc.so.{chosen}"

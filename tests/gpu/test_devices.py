@@ -11,9 +11,12 @@ from cases import CASES, DIMS, agree, batches, first_rows
 from cpukernels import compiler
 from fakedevice import MODES, FakeDevice
 
+from storage.arena import Budget
+from storage.gpu import slab as slab_module
 from storage.gpu.cuda import CudaDevice
 from storage.gpu.device import Device, NoDevice, OutOfDeviceMemory, Queue, address
 from storage.gpu.source import kernel_name, kernel_numbers
+from storage.gpu.staging import Staging
 from storage.optimizers import make_optimizer
 
 SHIFT = 3  # pieces of 8 rows
@@ -26,11 +29,13 @@ def numbers(device: Device, count: int) -> Any:
 class Rows:
     """Rows in device memory, in pieces."""
 
-    def __init__(self, device: Device, queue: Queue, capacity: int, width: int) -> None:
-        self.queue, self.device = queue, device
+    def __init__(
+        self, device: Device, queue: Queue, capacity: int, width: int, shift: int = SHIFT
+    ) -> None:
+        self.queue, self.device, self.shift = queue, device, shift
         self.stride = -(-width // 4) * 4
-        size = 4 * self.stride << SHIFT
-        self.pieces = [device.memory(size) for _ in range(-(-capacity >> SHIFT))]
+        size = 4 * self.stride << shift
+        self.pieces = [device.memory(size) for _ in range(-(-capacity >> shift))]
         self.table = device.memory(8 * len(self.pieces))
         known = device.pinned(8 * len(self.pieces)).view(np.uint64)
         known[:] = [piece.address for piece in self.pieces]
@@ -42,7 +47,7 @@ class Rows:
         """Run a kernel over slots; return the host memory that it uses until it is done."""
         there = self.device.pinned(8 * len(slots)).view(np.int64)
         there[:] = slots
-        head = np.uint64(self.table.address), np.int32(SHIFT), np.int64(self.stride)
+        head = np.uint64(self.table.address), np.int32(self.shift), np.int64(self.stride)
         rows = address(there), np.int64(len(there)), np.int32(count)
         self.queue.run(kernel, len(there), *head, *rows, *more)
         return there
@@ -111,6 +116,21 @@ class TestFakeDevice(DeviceContract):
     @pytest.fixture(params=MODES)
     def device(self, request: pytest.FixtureRequest) -> Device:
         return FakeDevice(request.param)
+
+    def test_no_rows_are_no_launch(self, device: FakeDevice) -> None:
+        slab = Rows(device, device.queue(), 8, 4)
+        before = device.launches
+        assert slab.read(np.empty(0, np.int64), 4).shape == (0, 4)
+        assert device.launches == before
+
+    def test_page_locked_memory_freed_before_the_mark_gives_wrong_rows(self) -> None:
+        device = FakeDevice("late")
+        slab, memory = Rows(device, device.queue(), 8, 4), numbers(device, 32)
+        memory[:] = 1
+        held = slab.run("scatter", np.arange(8), 4, address(memory))
+        del memory  # without a wait
+        assert np.isnan(slab.read(np.arange(8), 4)).all()
+        del held
 
     @pytest.mark.parametrize("mode", ["late", "random"])
     def test_host_memory_reused_before_the_mark_gives_wrong_rows(self, mode: str) -> None:
@@ -194,6 +214,25 @@ class TestCudaDevice(DeviceContract):
         got = slab.read(every, host.shape[1])
         differ = np.flatnonzero((got.view(np.int32) != host.view(np.int32)).any(axis=0))
         assert agree(optimizer, got, host), f"columns {differ.tolist()} differ"
+
+    def test_rows_beyond_2_31_numbers_have_a_place(self, device: Device) -> None:
+        slab, slots = (
+            Rows(device, device.queue(), 1 << 21, 1028, 21),
+            np.array([0, 1, (1 << 21) - 1]),
+        )
+        rows = np.random.default_rng(1).standard_normal((3, 1028)).astype(np.float32)
+        slab.write(slots, rows)
+        assert slab.stride * int(slots[-1]) > 1 << 31
+        assert slab.read(slots, 1028).tobytes() == rows.tobytes()
+
+    @pytest.mark.parametrize("width", [32, 36, 50, 132])
+    def test_pieces_take_the_memory_that_is_counted(self, device: Device, width: int) -> None:
+        gc.collect()
+        slab = slab_module.Slab(width, Staging(device), Budget(1 << 30))
+        slab.grow(1)
+        before = device.free
+        slab.grow(20 * slab.rows)
+        assert abs(before - device.free - slab.bytes * 19 // 20) <= 2 << 20
 
     def test_norms_are_those_of_the_host_up_to_one_rounding(self, device: Device) -> None:
         rows = np.random.default_rng(1).standard_normal((1000, 33)).astype(np.float32)

@@ -24,7 +24,6 @@ from storage.gpu.staging import Staging
 from storage.kernels import ABSENT, Images
 from storage.optimizer import Optimizer
 from storage.optimizers import make_optimizer
-from storage.tiers import hbm
 from storage.tiers.base import Writable
 from storage.tiers.hbm import HbmTier
 from storage.tiers.host import HostTier
@@ -343,7 +342,6 @@ class TestMemory:
     ) -> None:
         part, sizes = 1 << 16, list[int]()
         monkeypatch.setattr(slab, "PART", part)
-        monkeypatch.setattr(hbm, "PART", part)
         monkeypatch.setattr(slab.Slab, "scatter", lambda _, slots, rows: sizes.append(rows.nbytes))
         tier = tier_on(FakeDevice("late"), Budget(1 << 30), dim, STATE)
         keys, width = np.arange(9000 if dim == 3 else 20, dtype=np.uint64), dim + len(STATE)
@@ -357,11 +355,34 @@ class TestMemory:
         tier.create(np.arange(50, dtype=np.uint64), tier.allocate(50), UNIFORM, SEED)
         tier.scan().read(np.arange(50), np.empty((50, DIM), np.float32))
         gc.collect()
-        held = device.held
+        held, pinned = device.held, device.pinned_bytes
         for _ in range(20):
             tier.scan().read(np.arange(50), np.empty((50, DIM), np.float32))
         gc.collect()
-        assert device.held == held
+        assert (device.held, device.pinned_bytes) == (held, pinned)
+
+    @pytest.mark.parametrize("dim", [1, 32, 300_000])
+    def test_page_locked_memory_is_bounded(self, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(slab, "PART", 1 << 18)
+        monkeypatch.setattr(slab, "SCAN_PART", 1 << 15)
+        device, count = FakeDevice("early"), max(3, (3 << 18) // (8 + 4 * dim))
+        tier = tier_on(device, Budget(1 << 30), dim, np.empty(0, np.float32))
+        places = tier.allocate(count)
+        for _ in range(2):
+            tier.scatter(places, np.zeros((count, dim), np.float32))
+        engine = device.pinned_bytes
+        assert engine <= 2 * max(slab.PART, 4 * dim + 8) + 4096
+        scan = tier.scan()
+        scan.read(places, np.empty((count, dim), np.float32))
+        assert device.pinned_bytes - engine <= 2 * max(slab.SCAN_PART, 4 * dim + 8) + 4096
+
+    @pytest.mark.parametrize("width", [1, 32, 36, 50, 132, 200, 1000, 5_000_000])
+    def test_a_piece_takes_the_memory_that_is_counted(self, width: int) -> None:
+        rows = slab.Slab(width, Staging(FakeDevice("late")), Budget(1 << 30))
+        used = 4 * rows.stride << rows._shift
+        assert rows.piece_bytes % (2 << 20) == 0
+        assert used <= rows.piece_bytes <= used * 9 // 8
+        assert rows.piece_bytes <= max(32 << 20, used * 9 // 8)
 
 
 @needs_compiler

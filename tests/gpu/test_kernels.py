@@ -69,6 +69,10 @@ def test_the_numbers_of_a_step_are_floats_and_as_many_as_its_kernel_declares() -
         assert len(numbers) == len(c_parameters(optimizer.kernel.loop, skip=3))
 
 
+def test_a_number_that_is_too_large_is_infinite() -> None:
+    assert kernel_numbers(make_optimizer("sgd", None, {}), 1e300, 1, 8) == [np.float32(np.inf)]
+
+
 @pytest.mark.parametrize("n", [1, 2, 32, 33])
 @pytest.mark.parametrize("count", [1, 3, 4, 33, 64])
 def test_gather_and_scatter_copy_rows_and_skip_absent_ones(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from typing import Any
 
@@ -15,7 +16,7 @@ from storage.initializers import INITIALIZERS, make_initializer, table_seed
 from storage.kernels import ABSENT, Images
 from storage.optimizers import OPTIMIZERS, make_optimizer
 from storage.slots import FREQUENCY, KEY, STEP, VERSION
-from storage.tiers.base import Writable
+from storage.tiers.base import Scan, Writable
 from storage.tiers.host import HostTier
 
 DIM = 3
@@ -368,13 +369,11 @@ class WritableContract:
         zero = np.zeros((4000, DIM), np.float32)
         push(tier, places, zero, ones(4000), sgd, 1.0, 0, 1)
         still = dict(zip(keys[::2].tolist(), dump(tier, places[::2])[0].tolist(), strict=True))
-        stop, broken = threading.Event(), []
+        made, broken = queue.Queue[Scan | None](1), []
 
         def scans() -> None:
-            count = 0
-            while not stop.is_set() or count < 20:
-                count += 1
-                scan, start, seen = tier.scan(), 0, {}
+            while (scan := made.get(timeout=60)) is not None:
+                start, seen = 0, {}
                 while start is not None:
                     found, start = scan.find(start, 0, 1, 333)
                     rows = np.zeros((len(found), WIDTH), np.float32)
@@ -395,7 +394,8 @@ class WritableContract:
             tier.slots.release(moving)
             moving = create(tier, keys[1::2])
             push(tier, moving, zero[: len(moving)], ones(len(moving)), sgd, 1.0, 0, version)
-        stop.set()
+            made.put(tier.scan(), timeout=60)
+        made.put(None, timeout=60)
         thread.join()
         assert broken == []
 
