@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,14 @@ from torch.nn import functional
 from psclient.errors import InvalidArgument
 from psclient.table import Table
 from psclient.torch.feature import Remote, pull_features
-from psclient.torch.inputs import POOLINGS, Bagging, check_bool, check_options, padding_key
-
-Mode = Literal["sum", "mean", "max"]
+from psclient.torch.inputs import (
+    POOLINGS,
+    Bagging,
+    Pooling,
+    check_bool,
+    check_options,
+    padding_key,
+)
 
 
 class EmbeddingBag(Remote):
@@ -35,10 +40,12 @@ class EmbeddingBag(Remote):
     torch.nn.EmbeddingBag, such as max_norm, are refused unless they have their default values.
     """
 
+    shown = ("mode", "padding_idx", "include_last_offset")
+
     def __init__(
         self,
         table: Table,
-        mode: Mode = "sum",
+        mode: Pooling = "sum",
         *,
         padding_idx: int | None = None,
         include_last_offset: bool = False,
@@ -73,12 +80,12 @@ class EmbeddingBag(Remote):
         return [bagging.bags(keys, offsets, weights)]
 
     @torch.compiler.disable
-    def forward(self, keys: Any, offsets: Any = None, per_sample_weights: Any = None) -> Tensor:
-        """Pull the rows of the keys in one round trip; return float32[bags, dim].
+    def forward(self, input: Any, offsets: Any = None, per_sample_weights: Any = None) -> Tensor:
+        """Pull the rows of the keys ``input`` in one round trip; return float32[bags, dim].
 
         The class explains the arguments.
         """
-        inputs = {"": (keys, offsets, per_sample_weights)}
+        inputs = {"": (input, offsets, per_sample_weights)}
         return pull_features(self.client, {"": self}, inputs)[""]
 
     def combine(self, leaf: Tensor, places: Tensor, arguments: tuple[Any, ...]) -> Tensor:
@@ -94,13 +101,3 @@ class EmbeddingBag(Remote):
             per_sample_weights=weights,
             include_last_offset=True,
         )
-
-    def extra_repr(self) -> str:
-        names = ("padding_idx", "include_last_offset")
-        some = {name: getattr(self, name) for name in names}
-        shown = [
-            f"{name}={value}"
-            for name, value in some.items()
-            if value is not None and value is not False
-        ]
-        return ", ".join([super().extra_repr(), f"mode={self.mode!r}", *shown])

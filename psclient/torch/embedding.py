@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from psclient.table import Table
-from psclient.torch.feature import Remote
-from psclient.torch.inputs import check_bool, check_options, padding_key, places
+from psclient.torch.feature import Remote, pull_features
+from psclient.torch.inputs import check_bool, check_keys, check_options, padding_key
 
 
 class Embedding(Remote):
@@ -28,6 +28,8 @@ class Embedding(Remote):
     they have their default values. Keys may also be a nested tensor with layout=torch.jagged; the
     embeddings are then one, too.
     """
+
+    shown = ("padding_idx", "scale_grad_by_freq")
 
     def __init__(
         self,
@@ -48,10 +50,18 @@ class Embedding(Remote):
         self.sparse = check_bool("Embedding", "sparse", sparse)
 
     def requests(self, arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        return [places(f"Embedding of table {self.table.name!r}", self.padding_idx, arguments)]
+        return [check_keys(f"Embedding of table {self.table.name!r}", self.padding_idx, arguments)]
+
+    @torch.compiler.disable
+    def forward(self, input: Any, *others: Any) -> Tensor:
+        """Pull the rows of integer keys ``input``[*shape] in one round trip; return their rows.
+
+        others  must be empty
+        """
+        return pull_features(self.client, {"": self}, {"": (input, *others)})[""]
 
     def combine(self, leaf: Tensor, places: Tensor, arguments: tuple[Any, ...]) -> Tensor:
-        padding, jagged = arguments  # see Places
+        padding, jagged = arguments  # see CheckedKeys
         rows = functional.embedding(places, leaf, scale_grad_by_freq=self.scale_grad_by_freq)
         if padding is not None:
             kept = ~padding.reshape(-1).to(leaf.device)
@@ -60,12 +70,3 @@ class Embedding(Remote):
         if jagged is not None:
             return torch.nested.nested_tensor_from_jagged(rows, jagged.offsets())
         return rows
-
-    def extra_repr(self) -> str:
-        some = {name: getattr(self, name) for name in ("padding_idx", "scale_grad_by_freq")}
-        shown = [
-            f"{name}={value}"
-            for name, value in some.items()
-            if value is not None and value is not False
-        ]
-        return ", ".join([super().extra_repr(), *shown])

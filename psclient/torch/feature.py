@@ -68,11 +68,21 @@ class Feature(Trained):
 
 
 class Remote(Holder, Feature):
-    """Base class of Embedding and EmbeddingBag: modules that use the rows of one table."""
+    """Base class of Embedding and EmbeddingBag: modules that use the rows of one table.
+
+    shown  names of the attributes that ``repr`` shows unless they are None or False
+    """
+
+    shown: tuple[str, ...] = ()
 
     def __init__(self, table: Table) -> None:
         super().__init__(table)
         self.client = table.client
+
+    @property
+    def embedding_dim(self) -> int:
+        """Length of the rows."""
+        return self.table.dim
 
     def remotes(self) -> list[Remote]:
         return [self]
@@ -93,7 +103,13 @@ class Remote(Holder, Feature):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        return f"{self.table.name!r}, dim={self.table.dim}"
+        some = {name: getattr(self, name) for name in self.shown}
+        texts = [
+            f", {name}={value!r}"
+            for name, value in some.items()
+            if not (value is None or value is False)
+        ]
+        return f"{self.table.name!r}, dim={self.table.dim}{''.join(texts)}"
 
 
 def pull_features(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from psclient.arrays import END, LOW, MASK, as_array, as_keys
 from psclient.errors import InvalidArgument
 
 Keys = NDArray[np.uint64]
-POOLINGS = ("sum", "mean", "max")  # modes of EmbeddingBag
+Pooling = Literal["sum", "mean", "max"]  # modes of EmbeddingBag
+POOLINGS = get_args(Pooling)
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # arguments of torch's modules without counterpart here,
     "max_norm": (None,),  # and values of each that change nothing
     "norm_type": (2, 2.0),
@@ -50,7 +51,7 @@ class Bags(NamedTuple):
     weights: Tensor | None
 
 
-class Places(NamedTuple):
+class CheckedKeys(NamedTuple):
     """Arguments of a call of an Embedding or MultiHashEmbedding, checked.
 
     keys     uint64[*shape] to pull; uint64[n] without the padding keys if there are some
@@ -196,7 +197,7 @@ class Bagging:
         return InvalidArgument(f"EmbeddingBag of table {self.table!r}: {rule}; got {got}")
 
 
-def places(module: str, padding: int | None, arguments: tuple[Any, ...]) -> Places:
+def check_keys(module: str, padding: int | None, arguments: tuple[Any, ...]) -> CheckedKeys:
     """Check the arguments of a call of an Embedding or MultiHashEmbedding.
 
     module     description of the module, for errors
@@ -209,8 +210,8 @@ def places(module: str, padding: int | None, arguments: tuple[Any, ...]) -> Plac
     nested = given if jagged(given) else None
     keys = as_keys(host(given if nested is None else nested.values()))
     if padding is None or not (found := np.asarray(keys == np.uint64(padding))).any():
-        return Places(keys, None, nested)
-    return Places(keys[~found], torch.from_numpy(found), nested)
+        return CheckedKeys(keys, None, nested)
+    return CheckedKeys(keys[~found], torch.from_numpy(found), nested)
 
 
 def host(values: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from psclient.multihash import MultiHash
 from psclient.torch.embedding import Embedding
 from psclient.torch.feature import Feature, Remote
-from psclient.torch.inputs import padding_key, places
+from psclient.torch.inputs import check_keys, padding_key
 
 COMBINE: dict[str, Callable[[list[Tensor]], Tensor]] = {  # as psclient.combine, for tensors
     "add": lambda parts: reduce(torch.add, parts),
@@ -43,7 +43,7 @@ class MultiHashEmbedding(Feature):
         return list(self.parts)  # type: ignore[arg-type]
 
     def requests(self, arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-        keys, padding, jagged = places(repr(self.rows), self.padding_idx, arguments)
+        keys, padding, jagged = check_keys(repr(self.rows), self.padding_idx, arguments)
         return [(each, padding, jagged) for each in self.rows.row_keys(keys)]
 
     def merge(self, outputs: list[Tensor]) -> Tensor:

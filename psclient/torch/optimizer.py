@@ -36,8 +36,8 @@ class RowOptimizer(torch.optim.Optimizer):
              them; all their tables belong to one client
     lr       learning rate, sent with each push; None: that of each table. A scheduler needs a
              number, which it then changes
-    ranks    with torch.distributed, "mean": the gradients are divided by the number of ranks, as
-             DistributedDataParallel does; "sum": they are pushed as they are
+    ranks    with torch.distributed, "mean": the gradients are divided by the number of all
+             ranks, as DistributedDataParallel does; "sum": they are pushed as they are
     step     training step of the first push; each push adds 1
 
     The servers run the optimizer that each table was created with. This class only has the
@@ -72,7 +72,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Return the only param group. Its "params" are those of ``leaves()`` at this moment."""
+        """Return the only param group. Its "params" are those of ``leaves()``, which it calls."""
         for group in self._groups:
             group["params"] = self.leaves()
         return self._groups
@@ -86,7 +86,8 @@ class RowOptimizer(torch.optim.Optimizer):
 
         Each is float32[distinct, dim], one row per distinct key of all backward passes since the
         last ``step`` or ``zero_grad``. Its ``grad`` has the same shape, and contains the sums over
-        these passes. Change ``grad`` to change what is pushed, for example by clip_grad_norm_.
+        these passes. Change ``grad`` to change what is pushed, for example by clip_grad_norm_. The
+        sums belong to the first module of each table: ``zero_grad`` of this module discards them.
         """
         return [rows.leaf for rows in gather(self._parts)]
 
@@ -135,7 +136,15 @@ class RowOptimizer(torch.optim.Optimizer):
         return {"state": {}, "param_groups": [{**group, "params": []}], "step": self._next}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Set learning rate and next training step to those of a ``state_dict()``."""
+        """Set learning rate and next training step to those of a ``state_dict()``.
+
+        Raises InvalidArgument if it is that of another optimizer.
+        """
+        if "step" not in state_dict:
+            raise InvalidArgument(
+                "state_dict must be that of a RowOptimizer, which has 'step'; got"
+                f" {sorted(state_dict)}"
+            )
         (group,) = state_dict["param_groups"]
         self._groups[0].update({name: group[name] for name in group if name != "params"})
         self._next = checked.integer("step", state_dict["step"], -STEPS, STEPS)

@@ -1,10 +1,10 @@
 """Holder: base class of modules with rows, and how methods of torch's modules reach it.
 
 The rows are on the servers, so the modules have no parameters. But ``zero_grad`` and
-``requires_grad_`` of nn.Module are loops over the parameters of a model. Importing this file
-replaces both methods of nn.Module, so that they also visit each Holder in the model: ``zero_grad``
-discards its gradients, ``requires_grad_`` freezes it or makes it trainable. Models without a Holder
-behave as before.
+``requires_grad_`` of nn.Module are loops over the parameters of a model. The first Holder that is
+made or loaded replaces both methods of nn.Module, so that they also visit each Holder in the model:
+``zero_grad`` discards its gradients, ``requires_grad_`` freezes it or makes it trainable. Models
+without a Holder behave as before. docs/trainers.md lists what does not reach a Holder.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from psclient.batch import Batch
 from psclient.table import Table
 from psclient.torch.gradients import Gradients
 
+MARK = "reaches_rows"  # attribute of the replaced ``zero_grad``
+
 
 class Holder(nn.Module):
     """Base class of modules that use the rows of one table.
@@ -30,8 +32,11 @@ class Holder(nn.Module):
                nn.Module such as ``half`` and ``to``
     """
 
+    holds_ps_rows = True  # tells Holders from other modules, also if this file is loaded twice
+
     def __init__(self, table: Table) -> None:
         super().__init__()
+        _extend()
         self.table = table
         self.gradients = Gradients()
         self.like = torch.empty(0)
@@ -40,6 +45,10 @@ class Holder(nn.Module):
     def trainable(self) -> bool:
         """Whether backward passes collect gradients; ``requires_grad_`` sets it."""
         return self.gradients.trainable
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _extend()
 
     def __copy__(self) -> Self:
         """Return a module of the same rows that has no gradients yet, and collects its own."""
@@ -75,12 +84,17 @@ class Holder(nn.Module):
 
 def holders(module: nn.Module) -> list[Holder]:
     """Return each Holder in a module, once."""
-    return [each for each in module.modules() if isinstance(each, Holder)]
+    found: list[Any] = [
+        each for each in module.modules() if getattr(type(each), "holds_ps_rows", False)
+    ]
+    return found
 
 
 def _extend() -> None:
-    """Replace ``zero_grad`` and ``requires_grad_`` of nn.Module."""
+    """Replace ``zero_grad`` and ``requires_grad_`` of nn.Module, unless that was done before."""
     zero_grad, requires_grad_ = nn.Module.zero_grad, nn.Module.requires_grad_
+    if hasattr(zero_grad, MARK):
+        return
 
     @wraps(zero_grad)
     def extended_zero_grad(self: nn.Module, set_to_none: bool = True) -> None:
@@ -94,8 +108,6 @@ def _extend() -> None:
             holder.gradients.trainable = requires_grad
         return requires_grad_(self, requires_grad)
 
+    setattr(extended_zero_grad, MARK, True)
     nn.Module.zero_grad = extended_zero_grad  # type: ignore[method-assign]
     nn.Module.requires_grad_ = extended_requires_grad_  # type: ignore[method-assign,assignment]
-
-
-_extend()

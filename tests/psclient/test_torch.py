@@ -137,6 +137,19 @@ def train(
     return losses
 
 
+class TestNames:
+    """Arguments and attributes have the names that they have in torch."""
+
+    def test_keys_may_be_passed_by_name(self, table: Table) -> None:
+        theirs = nn.EmbeddingBag.from_pretrained(weights(table), mode="sum")
+        flat, offsets = keys(2, 20), torch.tensor([0, 3])
+        close(EmbeddingBag(table)(input=flat, offsets=offsets), theirs(input=flat, offsets=offsets))
+        assert torch.equal(Embedding(table)(input=flat), weights(table)[flat])
+
+    def test_modules_have_the_length_of_their_rows(self, table: Table) -> None:
+        assert Embedding(table).embedding_dim == EmbeddingBag(table).embedding_dim == DIM
+
+
 class TestTraining:
     @pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
     @pytest.mark.parametrize("mode", ["sum", "mean"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from psclient import Client, Table
 from psclient.errors import InvalidArgument
-from psclient.torch import Embedding, EmbeddingBag, EmbeddingGroup
+from psclient.torch import Embedding, EmbeddingBag, EmbeddingGroup, reach
 
 DIM = 4
 NAMES = ["type", "items", "user.id", "user%2Eid", "a/b c", "", "forward", "0", "naïve"]
@@ -73,6 +76,46 @@ class TestNames:
     def test_other_names_are_refused(self, client: Client, table: Table) -> None:
         with pytest.raises(InvalidArgument, match="must be a string, got 7"):
             EmbeddingGroup(client, {7: Embedding(table)})  # type: ignore[dict-item]
+
+
+class TestMethods:
+    """How ``zero_grad`` of any model reaches the modules in it."""
+
+    def run(self, program: str, *arguments: str) -> str:
+        """Run a program in a process of its own; what it has printed."""
+        command = [sys.executable, "-c", program, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    def test_an_import_changes_no_method(self) -> None:
+        program = (
+            "from torch import nn; before = nn.Module.zero_grad; import psclient.torch;"
+            " print(nn.Module.zero_grad is before)"
+        )
+        assert self.run(program) == "True\n"
+
+    def test_a_loaded_module_is_reached(self, table: Table, tmp_path: Path) -> None:
+        torch.save(nn.Sequential(Embedding(table)), tmp_path / "model.pt")
+        program = (
+            "import sys, torch; model = torch.load(sys.argv[1], weights_only=False);"
+            " model(torch.tensor([1])).sum().backward(); kept = len(model[0].gradients.passes);"
+            " model.zero_grad(); print(kept, len(model[0].gradients.passes))"
+        )
+        assert self.run(program, str(tmp_path / "model.pt")) == "1 0\n"
+
+    def test_a_file_that_is_loaded_again_changes_nothing(self, table: Table) -> None:
+        model = nn.Sequential(Embedding(table))
+        before = nn.Module.zero_grad
+        old = sys.modules.pop(reach.__name__)
+        try:
+            again = importlib.import_module(reach.__name__)
+            model(torch.arange(5)).sum().backward()
+            assert again.holders(model) == reach.holders(model) == [model[0]]
+            again.Holder(table)
+            assert nn.Module.zero_grad is before
+        finally:
+            sys.modules[reach.__name__] = old
+        model.zero_grad()
+        assert model[0].gradients.passes == {}
 
 
 class TestMembers:

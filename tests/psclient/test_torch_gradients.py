@@ -366,6 +366,24 @@ class TestMemory:
         rows.step()
         assert table.pull([1, 2, 3])[:, 0].tolist() == [-1.0] * 3
 
+    def test_a_gradient_that_arrives_while_others_are_discarded_is_kept(
+        self, client: Client, table: Table
+    ) -> None:
+        module = Embedding(table)
+
+        class Leaf:
+            def __setattr__(self, name: str, value: Any) -> None:
+                backward(module, 3, 1.0)  # the backward pass of another thread ends now
+
+            def __len__(self) -> int:
+                return 1
+
+        leaf: Any = Leaf()
+        module.gradients.keep(gradients.Pass(table, client.batch([1]), leaf))
+        module.zero_grad()
+        module.step()
+        assert table.pull([1, 3])[:, 0].tolist() == [0.0, -1.0]
+
 
 class TestFrozen:
     def test_a_frozen_module_pushes_nothing(self, table: Table) -> None:

@@ -175,6 +175,11 @@ class TestSchedule:
         schedule = torch.optim.lr_scheduler.StepLR(again, step_size=1, gamma=0.5, last_epoch=1)
         assert schedule.base_lrs == [0.5]
 
+    def test_a_state_of_another_optimizer_is_refused(self, table: Table) -> None:
+        state = torch.optim.SGD([torch.zeros(1)], lr=0.1).state_dict()
+        with pytest.raises(InvalidArgument, match="state_dict must be that of a RowOptimizer"):
+            Embedding(table).optimizer().load_state_dict(state)
+
 
 class TestAccumulation:
     def test_several_passes_are_one_push(self, table: Table) -> None:
