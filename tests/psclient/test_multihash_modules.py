@@ -98,7 +98,7 @@ class TestModules:
         assert (dict(module.state_dict()), list(module.parameters())) == ({}, [])
         with torch.no_grad():
             assert not module(torch.arange(3)).requires_grad
-        assert [part.gradients.rows for part in module.remotes()] == [[], []]
+        assert [part.gradients.passes for part in module.remotes()] == [{}, {}]
         assert repr(module).startswith("MultiHashEmbedding(\n  KHash('")
 
     def test_evaluation_pulls_serve(self, client: Client, name: str) -> None:
