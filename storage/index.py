@@ -204,21 +204,26 @@ def insert(
 
 
 @jit
-def assign(entries: Any, directory: Any, depth: int, salt: Any, keys: Any, locations: Any) -> None:
-    """Change the locations of keys that are present.
+def assign(entries: Any, directory: Any, depth: int, salt: Any, keys: Any, locations: Any) -> Any:
+    """Change the locations of keys; return how many keys are absent.
 
     entries, directory, depth, salt  see ``find``
     keys       uint64[n]
     locations  uint64[n]  the new location of each key, not 0
     """
-    n = keys.shape[0]
+    n, absent = keys.shape[0], 0
     for i in range(-AHEAD, n):
         if i + AHEAD < n:
             prefetch(entries, np.int64(_home(directory, depth, mix64(keys[i + AHEAD] ^ salt))), 0)
         if i < 0:
             continue
         home = _home(directory, depth, mix64(keys[i] ^ salt))
-        entries[_seek(entries, home, keys[i]), 1] = locations[i]
+        at = _seek(entries, home, keys[i])
+        if at == NOWHERE:
+            absent += 1
+        else:
+            entries[at, 1] = locations[i]
+    return absent
 
 
 @inline
@@ -354,15 +359,15 @@ class Index:
     """
 
     def __init__(self, budget: Budget) -> None:
-        self._salt = np.uint64(
-            int.from_bytes(os.urandom(8))
-        )  # so that no client can choose keys that all fall into one segment
+        # Random, so that no client can choose keys that all fall into one segment.
+        self._salt = np.uint64(int.from_bytes(os.urandom(8)))
         self._entries = Arena(2, np.uint64, budget)
         self._entries.grow(SEGMENT)
         self._directory = np.zeros(1, np.int32)
         self._depth = 0
         self._segments = 1  # number of segments
         self._counts = np.zeros(1, np.int64)
+        self._spans = np.ones(1, np.int64)  # elements of the directory of each segment
         self._ahead: Ahead | None = None  # the last result of ``find_ahead``
 
     def __len__(self) -> int:
@@ -385,7 +390,7 @@ class Index:
         """
         if not count:
             return 0
-        share = np.bincount(self._directory) * (count / len(self._directory))
+        share = self._spans[: self._segments] * (count / len(self._directory))
         most = (self._counts[: self._segments] + share + 5 * np.sqrt(share) + 5) / FULL
         added = np.where(LARGER * most <= 1, most > 1, np.ceil(PARTS * most))
         return int(added.sum()) * SEGMENT * 16
@@ -418,15 +423,9 @@ class Index:
         try:
             while True:
                 done = insert(
-                    self._entries.array,
-                    self._directory,
-                    self._depth,
-                    self._salt,
-                    self._counts,
-                    keys,
-                    locations,
-                    done,
-                )
+                    self._entries.array, self._directory, self._depth, self._salt,
+                    self._counts, keys, locations, done,
+                )  # fmt: skip
                 if done == len(keys):
                     return
                 self._split(keys[done])
@@ -439,9 +438,13 @@ class Index:
 
         keys       uint64[n]  all of them present
         locations  uint64[n]  the new locations
+
+        Raises RuntimeError if a key is absent; those of the present keys are replaced then.
         """
-        self._ahead = None
-        assign(self._entries.array, self._directory, self._depth, self._salt, keys, locations)
+        self._ahead, entries = None, self._entries.array
+        absent = assign(entries, self._directory, self._depth, self._salt, keys, locations)
+        if absent:
+            raise RuntimeError(f"{absent} of {len(keys)} keys are not in the index")
 
     def remove(self, keys: Keys) -> int:
         """Remove keys uint64[n], ignoring absent ones; return how many were present."""
@@ -473,6 +476,7 @@ class Index:
         mine = np.flatnonzero(self._directory == source)  # ascending, without gaps
         while self._depth < MAX_DEPTH and (len(mine) < CELLS or self._depth < LEAST_DEPTH):
             self._directory = np.repeat(self._directory, 2)
+            self._spans *= 2
             self._depth += 1
             mine = np.flatnonzero(self._directory == source)
         if len(mine) == 1:
@@ -482,9 +486,11 @@ class Index:
         self._entries.grow((target + 1) * SEGMENT)
         if target == len(self._counts):
             self._counts = np.concatenate([self._counts, np.zeros(target, np.int64)])
+            self._spans = np.concatenate([self._spans, np.zeros(target, np.int64)])
         middle = _middle(int(mine[0]), int(mine[-1]) + 1, len(self._directory))
         bound = np.uint64(middle << (64 - self._depth))
         scratch = np.empty((SEGMENT, 2), np.uint64)  # 512 KiB, freed again
         split(self._entries.array, self._counts, source, target, bound, self._salt, scratch)
         self._directory[middle : mine[-1] + 1] = target
+        self._spans[source], self._spans[target] = middle - mine[0], mine[-1] + 1 - middle
         self._segments += 1

@@ -10,7 +10,7 @@ from storage.arena import Budget
 from storage.index import Index
 from storage.tiers.base import Writable
 
-LOOK_AHEAD = 64  # ``surely_fits`` looks for room for so many times the rows that it is asked for
+LOOK_AHEAD = 64  # ``surely_fits`` looks for room for at most so many times the rows asked for
 NEAR_LIMIT = 8 << 20  # bytes
 
 
@@ -75,8 +75,8 @@ class Room:
         """
         if self.has(count):
             return True
-        many = LOOK_AHEAD * count
-        if self.fits(many, many):
+        self.slack, many = 0, min(LOOK_AHEAD * count, self.rows())
+        if many > count and self.fits(many, many):
             self.slack = many - count
             return True
         return self.fits(count, count)

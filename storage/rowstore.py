@@ -324,10 +324,11 @@ class RowStore:
     @property
     def tight(self) -> bool:
         """True if fewer slots are free than are kept free, but rows could leave."""
-        if self.blocks is None or self.space.slack:
-            return False
         rows = self.host.rows
-        return self.room() < min(rows // AHEAD, MOST_AHEAD) and self.dirty < rows
+        kept = min(-(-rows // AHEAD), MOST_AHEAD)
+        if self.blocks is None or self.space.slack >= kept:
+            return False
+        return self.room() < kept and self.dirty < rows
 
     def relieve(self) -> bool:
         """Demote some clean rows if little room is left, so that later pushes find room.
@@ -366,7 +367,7 @@ class RowStore:
         how many rows were demoted, which is less than ``count`` if there were too few clean rows.
         """
         assert self.blocks is not None
-        demoted, wanted = 0, count + min(MARGIN, self.host.rows // AHEAD)
+        demoted, wanted = 0, count + min(MARGIN, -(-self.host.rows // AHEAD))
         while demoted < wanted:
             slots, keys, homes = self._cache.victims(wanted - demoted)
             if not len(slots):
