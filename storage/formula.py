@@ -7,12 +7,12 @@ A formula consists of assignments to names, ``while`` loops and one ``return`` a
 use + - * / & << >>, comparisons, conditional expressions, other formulas, and np.sqrt, np.floor,
 np.float32, np.float64, np.int64 and np.uint32. There is no exp, log or pow, whose last bits differ
 between machines; ``power``, ``powers`` and ``raised`` take their place. A name keeps the type of
-its first value. Counts have only & >> and comparisons, and Wholes have no division:
+its first value:
 
     Single   a float32 number
     float    a float64 number; so is a number that is written in the formula
-    Count    an unsigned 32-bit number
-    Whole    a signed 64-bit number
+    Count    an unsigned 32-bit number; has only & >> and comparisons
+    Whole    a signed 64-bit number; has no division
 """
 
 from __future__ import annotations
@@ -154,7 +154,9 @@ def with_callees(formula: Any) -> Iterator[Any]:
     for node in ast.walk(_parsed(formula)):
         match node:
             case ast.Call(func=ast.Name(id=name)) if name not in _BUILT_IN:
-                yield from with_callees(formula.py_func.__globals__[name])
+                callee = formula.py_func.__globals__.get(name)
+                if hasattr(callee, "py_func"):  # else its translation will be refused
+                    yield from with_callees(callee)
     yield formula
 
 

@@ -47,7 +47,7 @@ class Piece:
 
 def _full(error: OutOfDeviceMemory, budget: Budget) -> OutOfMemory:
     """Return the error of storage for memory that the device has not, though the budget has."""
-    what = f"{error}, fewer than the budget leaves: "
+    what = f"{error} (the budget is not the limit): "
     return OutOfMemory(budget.limit, budget.held, error.wanted, what, budget.advice)
 
 

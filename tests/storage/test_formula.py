@@ -65,6 +65,11 @@ def _calls(a: Single) -> Any:
     return np.sqrt(power(0.5, a)) + 1.0
 
 
+def test_a_function_that_is_no_formula_is_refused_by_its_translation_alone() -> None:
+    refused = formula(_built_in)
+    assert list(with_callees(refused)) == [refused]
+
+
 def test_a_formula_is_translated_with_the_types_of_its_numbers() -> None:
     assert result_types(_two) == ["float", "double"]
     assert to_cuda(_two) == (
