@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 import venv
 from pathlib import Path
 
@@ -79,3 +80,19 @@ def test_the_client_imports_nothing_of_the_server_or_of_the_extras() -> None:
     code = "import sys, psclient, psclient.aio; print(*{m.split('.')[0] for m in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) & NOT_THE_CLIENTS == set()
+
+
+def resolves(*requirements: str) -> str:
+    """Return what pip says if it cannot find versions that fit together; else nothing."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", *requirements]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", ["gpu12", "gpu13"])
+def test_an_extra_for_gpus_can_be_installed(extra: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    said = resolves(*project["dependencies"], *project["optional-dependencies"][extra])
+    if "ERROR" in said and "ERROR" in resolves("--ignore-installed", "--no-deps", "proto-plus"):
+        pytest.skip("no package registry here")
+    assert "ERROR" not in said
