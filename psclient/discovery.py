@@ -88,7 +88,7 @@ class Discovery:
         self._seen: dict[str, float] = {}  # address -> when a look-up last returned it
         self._asking: dict[str, tuple[Channel, Any]] = {}  # address -> channel, gRPC's call
         self._due: dict[str, float] = {}  # address -> when to ask it again
-        self._heard: set[str] = set()  # addresses that have answered, or failed to
+        self._heard: dict[str, float] = {}  # address -> when it last answered, or failed to
         self._look = 0.0  # when to look up next, in monotonic seconds
         self._looking = False
 
@@ -103,9 +103,10 @@ class Discovery:
                 self._looked_up(error)
         spare = self._spare()
         for address in self._addresses:
+            due = self._due.get(address, 0.0)
             if address in spare:
-                self._due.setdefault(address, now + SPARE_SECONDS)
-            if address not in self._asking and now >= self._due.get(address, 0.0):
+                due = max(due, self._heard.get(address, self._addresses[address]) + SPARE_SECONDS)
+            if address not in self._asking and now >= due:
                 self._ask(address)
         try:
             pause = min(until, now + LOOK_SECONDS / 5) - now
@@ -141,7 +142,7 @@ class Discovery:
     @property
     def heard(self) -> bool:
         """Return whether the name was looked up, and every address has answered or failed to."""
-        return bool(self._addresses) and self._heard.issuperset(self._addresses)
+        return bool(self._addresses) and self._addresses.keys() <= self._heard.keys()
 
     def problem(self) -> PsError:
         """Return the error that explains why ``complete`` returned None."""
@@ -213,18 +214,18 @@ class Discovery:
         except Cancelled:  # by a fork
             self._due[address] = 0.0
         except grpc.RpcError as error:
-            self._heard.add(address)
+            self._heard[address] = time.monotonic()
             self._due[address] = time.monotonic() + LOOK_SECONDS
             failure = rpc_error(error, "")
             self.errors[address] = str(failure).removeprefix(": ")
             if failure.reason == "NOT_A_SHARD":
                 self.surplus.add(address)
         except ServerFailure as failure:  # not a shard
-            self._heard.add(address)
+            self._heard[address] = time.monotonic()
             self._due[address] = time.monotonic() + LOOK_SECONDS
             self.errors[address] = str(failure).removeprefix(": ")
         else:
-            self._heard.add(address)
+            self._heard[address] = time.monotonic()
             self._take(address, info)
         finally:
             channel.close()
@@ -233,8 +234,7 @@ class Discovery:
         """Remember that a server answered ``info`` at ``address``."""
         now, shards = time.monotonic(), info.shard_map.shards
         alone = len(self._addresses) == 1  # may be a load balancer: the next answer may differ
-        pause = LOOK_SECONDS if alone else AGAIN_SECONDS
-        self._due[address] = now + (SPARE_SECONDS if address in self._spare() else pause)
+        self._due[address] = now + (LOOK_SECONDS if alone else AGAIN_SECONDS)
         if not info.shard < shards <= MAX_SHARDS:
             self.errors[address] = f"it answers as shard {info.shard} of {shards}, which is invalid"
             return

@@ -293,6 +293,23 @@ class TestFollow:
             route.failed(route.address)
         eventually(lambda: (routes[0].address, routes[1].address) == (second, first), SOON)
 
+    def test_shards_that_swap_addresses_are_found_if_one_fails_later(
+        self, service: Service, places: Named
+    ) -> None:
+        routes = places.routes(0)
+        (first, second), asked = (route.address for route in routes[:2]), service.pods[0].asked
+        service.pods[0].says, service.pods[1].says = (
+            info(1, 3, cluster="prod", start=98),
+            info(0, 3, cluster="prod", start=99),
+        )
+        routes[0].failed(first)
+        eventually(lambda: service.pods[0].asked > asked)
+        assert routes[0].address == first  # the other shard is not lost, so it is not asked
+        start = time.monotonic()
+        routes[1].failed(second)
+        eventually(lambda: (routes[0].address, routes[1].address) == (second, first))
+        assert time.monotonic() - start < discovery.SPARE_SECONDS / 2
+
     def test_a_shard_is_found_while_many_calls_fail(self, service: Service, places: Named) -> None:
         routes = places.routes(0)
         before = routes[1].address
