@@ -65,9 +65,7 @@ class Gradients:
 
         table, batch, leaf  see Pass; ``leaf`` requires a gradient
         """
-        owner = weakref.ref(
-            self
-        )  # the hook lives as long as the graph, which may outlive the module
+        owner = weakref.ref(self)  # the hook lives as long as the graph: longer than the module
 
         def hook(leaf: Tensor) -> None:
             if (mine := owner()) is None:
@@ -90,7 +88,8 @@ class Gradients:
             )
         self.keep(each)
         if len(self.passes) > FEW and self._rows > 2 * self._summed:  # bounds memory and time
-            self.keep(_merge(self.take()))
+            for summed in _sums(self.take()):
+                self.keep(summed)
             self._summed = self._rows
 
     def keep(self, each: Pass) -> None:

@@ -314,6 +314,16 @@ class TestMemory:
         assert_array_equal(pulled.embeddings, np.full((50, DIM), -10.0 * FEW))
         assert_array_equal(pulled.frequencies, np.full(50, 10 * FEW))
 
+    def test_many_passes_of_which_some_were_set_to_none_are_summed(self, table: Table) -> None:
+        module = Embedding(table)
+        for number in range(2 * FEW):
+            backward(module, number, 1.0)
+            if number == 2:
+                for each in module.gradients.passes.values():
+                    each.leaf.grad = None
+        module.step()
+        assert table.pull_rows(np.arange(2 * FEW)).found.tolist() == [False] * 3 + [True] * 13
+
     def test_sums_are_rare_if_passes_have_new_keys(
         self, table: Table, monkeypatch: pytest.MonkeyPatch
     ) -> None:
