@@ -27,7 +27,8 @@ LOOK_SECONDS = 0.02  # seconds between two checks whether shard 0 has accepted a
 class Repeat:
     """When to repeat a streaming call after a failure that may pass, such as a lost shard.
 
-    seconds   how long after the first failure the call may be repeated
+    seconds   how long after the first failure the call may be repeated. If a repeated call runs for
+              longer than this and then fails, the time begins anew
     delivers  whether a reply has contents that the caller must not get twice: delivers(reply). A
               call that has yielded such a reply is not repeated
     """
@@ -80,6 +81,7 @@ def stream(
     service: str = SERVICE,
     opened: Callable[[Any], None] | None = None,
     repeat: Repeat | None = None,
+    pause: Callable[[float], bool] | None = None,
 ) -> Generator[Any, None, None]:
     """Call a method of one shard that streams its replies; yield them.
 
@@ -90,18 +92,23 @@ def stream(
     service  name of the gRPC service that has the method
     opened   called with gRPC's call object each time that the call has started; None: not called
     repeat   when to repeat the call after a failure; None: never
+    pause    waits before the call is repeated: pause(seconds) returns whether to repeat it; None:
+             it always is
 
     Closing the generator cancels the call. Raises a PsError if the call fails for good.
     """
     message = request.SerializeToString()
     attempts, deadline, delivered = 0, 0.0, False
     while True:
+        first = last = 0.0  # times of the first and the last reply
         call = link.channel.open_stream(f"/ps.v1.{service}/{method}", iter([message]))
         try:
             if opened is not None:
                 opened(call)
             for data in _replies(link, call):
                 reply = answer_of(answer, data, link.where)
+                last = time.monotonic()
+                first = first or last
                 delivered = delivered or (repeat is not None and repeat.delivers(reply))
                 yield reply
             return
@@ -109,13 +116,20 @@ def stream(
             failure = rpc_error(error, link.where)
         finally:
             link.channel.cancel(call)
+        if repeat is None or delivered:
+            raise _incomplete(failure)
         now = time.monotonic()
-        pause = None if repeat is None or delivered else pause_after(failure, attempts)
-        deadline = deadline or now + (repeat.seconds if repeat is not None else 0.0)
-        if pause is None or now + pause >= deadline:
+        if not deadline or last - first > repeat.seconds:
+            attempts, deadline = 0, now + repeat.seconds
+        seconds = pause_after(failure, attempts)
+        if seconds is None or now + seconds >= deadline or not (pause or _sleep)(seconds):
             raise _incomplete(failure)
         attempts += 1
-        time.sleep(pause)
+
+
+def _sleep(seconds: float) -> bool:
+    time.sleep(seconds)
+    return True
 
 
 def _replies(link: Link, call: Any) -> Iterator[bytes]:
@@ -173,7 +187,9 @@ def on_all(
 
     method    name of a method of CheckpointService, such as "WriteCheckpoint"
     request   message to send to every shard
-    progress  called with (bytes done, estimated total bytes), summed over the shards; 0: unknown
+    progress  called with (bytes done, estimated total bytes), summed over the shards; 0: unknown.
+              The bytes done never become less: those of a repeated call are counted from its start,
+              so they stay the same for a while
     on_stage  called as on_stage(stage, newest message of each shard) each time that all shards have
               reached a further stage
     in_turn   True: call the other shards only after shard 0 has reported its first stage, which
@@ -184,16 +200,17 @@ def on_all(
     """
     shards = len(links(client))
     latest = [pb.CheckpointProgress()] * shards
-    reached = pb.CheckpointProgress.STAGE_UNSPECIFIED
+    reached, most = pb.CheckpointProgress.STAGE_UNSPECIFIED, 0
     accepted = threading.Event()
 
     def take(shard: int, message: pb.CheckpointProgress) -> None:
-        nonlocal reached
+        nonlocal reached, most
         latest[shard] = message
         if message.stage:
             accepted.set()
         if progress is not None:
-            progress(sum(each.bytes for each in latest), sum(each.total for each in latest))
+            most = max(most, sum(each.bytes for each in latest))
+            progress(most, sum(each.total for each in latest))
         stage = min(each.stage for each in latest)
         if stage > reached:
             reached = stage
@@ -232,8 +249,10 @@ def all_streams(
     """
 
     def open_(shard: int, opened: Callable[[Any], None]) -> Generator[Any, None, None]:
-        link = shards[shard]
-        return stream(link, method, request, answer, service=service, opened=opened, repeat=repeat)
+        return stream(
+            shards[shard], method, request, answer,
+            service=service, opened=opened, repeat=repeat, pause=streams.pause,
+        )  # fmt: skip
 
     shards = links(client)
     streams = _Streams(open_, [answer() for _ in shards], take, wait_for)
@@ -289,6 +308,7 @@ class _Streams:
         finally:
             with self._changed:
                 self._stopped = True
+                self._changed.notify_all()
                 calls = list(self._calls.items())
             for shard, call in calls:
                 cancel(shard, call)
@@ -296,6 +316,12 @@ class _Streams:
                 self._changed.wait_for(lambda: not self._running)
         if self._failure is not None:
             raise self._failure
+
+    def pause(self, seconds: float) -> bool:
+        """Wait before the call to a shard is repeated. Returns False if all calls are stopped."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped, seconds)
+        return not self._stopped
 
     def _work(self, shard: int) -> None:
         """Call one shard and read its replies; a failure stops the calls to all shards."""

@@ -32,7 +32,7 @@ def pause_after(error: PsError, attempts: int) -> float | None:
     attempts  number of failed attempts before the one that failed with ``error``
     """
     if error.retry_after is not None:
-        return error.retry_after
+        return max(error.retry_after, FIRST_PAUSE)
     return backoff(attempts) if isinstance(error, Unavailable) else None
 
 

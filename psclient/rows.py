@@ -18,7 +18,7 @@ from psclient.arrays import Rows, as_array, as_keys
 from psclient.calls import OnProgress, Repeat, call, links, on_all, proceed, stream
 from psclient.checkpoints import list_stored, verify
 from psclient.client import Client
-from psclient.errors import DataLoss, InvalidArgument, NotEmpty, TableNotFound
+from psclient.errors import DataLoss, InvalidArgument, NotEmpty, SchemaMismatch, TableNotFound
 from psproto import ps_pb2 as pb
 from psproto import routing
 
@@ -135,23 +135,35 @@ def read_rows(
     from different moments.
 
     Raises TableNotFound, CheckpointNotFound, and DataLoss if the checkpoint is damaged. Raises
+    SchemaMismatch if the table was created anew meanwhile, with rows of another shape. Raises
     Unavailable if a shard is lost after it has sent rows: the rows so far are not the whole table.
     """
     stored = "" if checkpoint is None else checked.name("checkpoint", checkpoint)
     request = pb.ReadRowsRequest(table=checked.text("name of a table", table), checkpoint=stored)
-    schema_seen = False
+    seen: pb.DeltaHeader | None = None  # the first header with a schema
     repeat = Repeat(client._timeout, lambda answer: bool(answer.keys))
     all_links = links(client)
     chosen = range(len(all_links)) if shards is None else shards
     for link in [all_links[checked.integer("shard", n, 0, len(all_links))] for n in chosen]:
         for answer in stream(link, "ReadRows", request, pb.Delta, repeat=repeat):
             head = answer.header
-            if head.HasField("schema") and not schema_seen:
-                schema_seen = True
-                yield head.schema
-            elif head.HasField("schema"):
+            if head.HasField("schema") and seen is not None:
+                _check_same(table, seen, head)
                 continue
+            if head.HasField("schema"):
+                seen = head
+                yield head.schema
             yield _row_batch(answer)
+
+
+def _check_same(table: str, first: pb.DeltaHeader, later: pb.DeltaHeader) -> None:
+    """Raise SchemaMismatch if the rows after two headers of one table have different shapes."""
+    one, other = ((head.schema.dim, head.width) for head in (first, later))
+    if one != other:
+        raise SchemaMismatch(
+            f"table {table!r} was created anew while it was read: its rows had dim {one[0]} and"
+            f" width {one[1]}, and now have dim {other[0]} and width {other[1]}; read it again"
+        )
 
 
 def _row_batch(message: pb.Delta) -> RowBatch:

@@ -60,7 +60,7 @@ from storage.kernels import Slots
 from storage.tiers.lmdb import Listed, Listing
 from storage.versionlog import VersionLog
 
-LISTED = 128  # blocks whose live rows are copied per call of the engine thread
+LISTED = 32  # blocks whose live rows are copied per call of the engine thread
 MOST_ROUNDS = 32  # maximum number of times that a flush moves rows
 MOVED = 8192  # rows that are moved in memory per call of the engine thread
 

@@ -86,8 +86,15 @@ class Plan:
 
     @property
     def tool(self) -> int:
-        """This server's share of the memory for one psctl in the same container, in bytes."""
-        return 0 if self.limit.of_process else TOOL_BYTES // self.colocated
+        """This server's share of the memory for one psctl in the same container, in bytes.
+
+        Less, down to 0, if the tables would otherwise get less than LEAST_TABLES.
+        """
+        if self.limit.of_process:
+            return 0
+        least = LEAST_TABLES * SLACK // (SLACK - 1) + 1  # with their slack
+        rest = self.part - BASE_BYTES - self.inflight - self.transport - self.backlog - least
+        return max(0, min(TOOL_BYTES // self.colocated, rest))
 
     @property
     def reserve(self) -> int:
@@ -108,9 +115,9 @@ class Plan:
         return (
             f"no memory is left for tables: the limit is {self.limit}{shared}; a server needs"
             f" {show(BASE_BYTES)} itself, {show(self.inflight)} for requests in flight,"
-            f" {show(self.transport)} for messages that arrive, {show(self.backlog)} for the log"
-            f" and {show(self.tool)} for psctl; raise the limit, or lower max_inflight_bytes and"
-            " max_message_bytes, or set host_bytes"
+            f" {show(self.transport)} for messages that arrive and {show(self.backlog)} for the"
+            " log; raise the limit, or lower max_inflight_bytes and max_message_bytes, or set"
+            " host_bytes"
         )
 
 

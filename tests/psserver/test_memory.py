@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -250,15 +251,29 @@ def test_colocated_servers_together_stay_below_the_limit(colocated: int) -> None
 def test_a_limit_that_leaves_nothing_is_refused_with_all_parts_of_it() -> None:
     assert plan(2 * GIB, colocated=2, inflight=GIB).problem() == (
         "no memory is left for tables: the limit is 2 GiB (test), which 2 shards share; a server"
-        " needs 256 MiB itself, 1 GiB for requests in flight, 128 MiB for messages that arrive,"
-        " 64 MiB for the log and 32 MiB for psctl; raise the limit, or lower max_inflight_bytes"
-        " and max_message_bytes, or set host_bytes"
+        " needs 256 MiB itself, 1 GiB for requests in flight, 128 MiB for messages that arrive and"
+        " 64 MiB for the log; raise the limit, or lower max_inflight_bytes and max_message_bytes,"
+        " or set host_bytes"
     )
+
+
+def test_a_small_server_starts_without_memory_for_psctl() -> None:
+    """Its tables get the least memory first, then psctl gets its part, then the tables the rest."""
+    sizes = range(300 * MIB, 600 * MIB, MIB // 2)
+    plans = [plan(size, inflight=64 * MIB, transport=128 * MIB) for size in sizes]
+    first = next(at for at, each in enumerate(plans) if each.problem() is None)
+    assert plans[first].tool < MIB
+    assert plans[first - 1].tool == 0
+    for one, next_ in pairwise(plans):
+        assert one.tool <= next_.tool <= TOOL_BYTES
+        assert one.tables <= next_.tables
+    assert all(each.problem() is None for each in plans[first:])
+    assert plans[-1].tool == TOOL_BYTES
 
 
 def test_an_operator_can_run_psctl_in_the_container_of_a_server() -> None:
     """It shares the limit of the container, but not the limit of a process."""
-    assert plan(GIB).tool == TOOL_BYTES
+    assert plan(4 * GIB).tool == TOOL_BYTES
     assert plan(8 * GIB, colocated=4).tool == TOOL_BYTES // 4
     assert Plan(Limit(GIB, "ulimit", of_process=True), 1, GIB // 8, GIB // 8).tool == 0
 
