@@ -29,8 +29,9 @@ from psproto import ps_pb2 as pb
 
 N = 1000
 SLOW_IMPORT = """
-import time
+import signal, time
 from psclient.tools import ctl, importer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 write = importer._write
 importer._write = lambda *batch: (write(*batch), time.sleep(120))
 ctl.main()
