@@ -23,6 +23,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -40,7 +41,7 @@ MOST_FLUSHES = 16  # flushes that a push waits for; then it exceeds the memory b
 TRIM_SECONDS = 0.1  # seconds between two flushes that give memory back
 LOOK_SECONDS = 0.002  # seconds between two checks whether a flush has ended
 NOTHING: list[ColdRead] = []
-MOST_PREFETCHES = 64  # prefetches that wait for an I/O thread; further ones are ignored
+MOST_PREFETCHES = 64  # prefetches that wait for the engine or an I/O thread; others are ignored
 
 
 class Flushes(Protocol):
@@ -135,7 +136,7 @@ class ColdRuns:
         self._pool = Pool("cold reads", threads)
         self._stats = stats
         self._flushes = flushes
-        self._prefetching = 0  # prefetches that no I/O thread has begun or finished
+        self._prefetching = 0  # prefetches that wait or are read
         self._closed = False
         self._trimming: asyncio.Task[None] | None = None  # the task that ``_trim`` began
         self._relieving = False  # a call of ``_relieve`` waits for the engine
@@ -258,6 +259,9 @@ class ColdRuns:
             except NoRoom as error:
                 no_room = error.with_traceback(None)
         held = Held(pushes, pulls, deadline, lane, needed, no_room)
+        if needed and self._closed:
+            held.leave()
+            raise Draining("the server is stopping")
         if needed:
             held.warmed = self._pool.submit(_warm, needed)
         return held
@@ -292,8 +296,10 @@ class ColdRuns:
                 self._relieving = True
                 self._engine.post(partial(self._relieve, tight))
         for pull in pulls:
-            if pull.prefetch and shard.budget.cold_rows:  # after the reply, which is not to wait
-                self._engine.post(partial(self._prefetch, pull))
+            if pull.prefetch and shard.budget.cold_rows and self._prefetching < MOST_PREFETCHES:
+                self._prefetching += 1
+                copied = replace(pull, keys=pull.keys.copy())  # so that the message can be freed
+                self._engine.post(partial(self._prefetch, copied))  # the reply must not wait
         return done
 
     def _relieve(self, tight: Sequence[TableEntry]) -> None:
@@ -303,10 +309,13 @@ class ColdRuns:
             self._engine.post(partial(self._relieve, tight))
 
     def _prefetch(self, pull: Pull) -> None:
-        """Begin to read the rows of a pull that are on disk, unless too many others wait."""
+        """Begin to read the rows of a pull that are on disk."""
+        self._prefetching -= 1
+        if self._closed:
+            return
         reads = self._shard.cold_reads([], [pull], prefetch=True)
         reads = [read for read in reads if not read.pages.empty]
-        if not reads or self._prefetching >= MOST_PREFETCHES:
+        if not reads:
             return
         self._prefetching += 1
 

@@ -29,16 +29,23 @@ class Pool(Executor):
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._starting = threading.Lock()
+        self._closed = False
 
     def submit(self, fn: Callable[..., Result], /, *args: Any, **kwargs: Any) -> Future[Result]:
-        """Queue a call for a thread; return the future of its result. Any thread may call this."""
+        """Queue a call for a thread; return the future of its result. Any thread may call this.
+
+        After ``close`` the call is not run, and the future is cancelled.
+        """
+        future: Future[Result] = Future()
         with self._starting:
+            if self._closed:
+                future.cancel()
+                return future
             if len(self._threads) < self._most:
                 thread = Background(self._name, self._run)
                 self._threads.append(thread)
                 thread.start()
-        future: Future[Result] = Future()
-        self._jobs.put((future, partial(fn, *args, **kwargs)))
+            self._jobs.put((future, partial(fn, *args, **kwargs)))
         return future
 
     def close(self, seconds: float) -> None:
@@ -46,6 +53,8 @@ class Pool(Executor):
         left running.
         """
         end = time.monotonic() + seconds
+        with self._starting:
+            self._closed = True
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
