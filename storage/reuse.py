@@ -28,7 +28,7 @@ LEAST, MOST = 256, 1 << 13  # slots of the hash table: at first, and at most
 EDGES = 2.0 ** (np.arange(4 * 44 + 1) / 4)  # distances that divide the counts; 4 per power of two
 UNKNOWN = len(EDGES)  # bucket of rows whose last push was not seen
 
-Sampled = NDArray[np.uint64]  # [slots, 2]  key, keys pushed until its last push + 1; 0: free
+Sampled = NDArray[np.uint64]  # [slots, 2]  key, keys pushed up to it and with it; 0: free
 
 
 @jit
@@ -56,7 +56,7 @@ def _pulled(
     sampled    uint64[slots, 2]
     limit      a key is in the sample if its hash is less than limit
     locations  uint64[n]  0: the key has no row
-    now        keys pushed to the table so far
+    now        keys pushed to the table so far; a key's distance is the number of those after it
     weight     number of keys that one sampled key stands for
     counts     int64[len(EDGES) + 1]  updated
     """
@@ -64,7 +64,7 @@ def _pulled(
         hashed = mix64(keys[i])
         if hashed >> np.uint64(32) < limit and locations[i] != 0:
             then = sampled[_slot(sampled, keys[i], hashed), 1]
-            at = counts.shape[0] - 1 if then == 0 else _bucket(np.int64(now + 1 - then))
+            at = counts.shape[0] - 1 if then == 0 else _bucket(np.int64(now - then))
             counts[at] += weight
 
 
@@ -79,19 +79,20 @@ def _pushed(
     room: int,
     weight: Any,
     counts: Any,
+    start: int,
 ) -> Any:
-    """Count the sampled keys of a push by distance, and remember the push.
+    """Count the sampled keys of a push by distance, from ``keys[start]`` on; remember the push.
 
     slots    int64[n]  slots of their rows
     entries  uint64[capacity, 4]  see slots.py; the version of a new row is 0
-    now      keys pushed to the table so far, with this push
+    now      keys pushed to the table before this push
     room     number of free slots of ``sampled`` that may be used
 
-    For the other parameters see ``_pulled``. Returns (number of slots that were used, number of
-    keys that were looked at: fewer than all if there was no room, weight of the new rows).
+    For the other parameters see ``_pulled``. Returns (number of slots that were used, index of the
+    first key that was not looked at: n, or less if there was no room, weight of the new rows).
     """
     used, first = 0, np.int64(0)
-    for i in range(keys.shape[0]):
+    for i in range(start, keys.shape[0]):
         hashed = mix64(keys[i])
         if hashed >> np.uint64(32) >= limit:
             continue
@@ -106,9 +107,9 @@ def _pushed(
         elif then == 0:
             counts[counts.shape[0] - 1] += weight
         else:
-            counts[_bucket(np.int64(now + 1 - then))] += weight
+            counts[_bucket(np.int64(now - then))] += weight
         sampled[slot, 0] = keys[i]
-        sampled[slot, 1] = now + 1
+        sampled[slot, 1] = now + i + 1
     return used, keys.shape[0], first
 
 
@@ -181,19 +182,18 @@ class Reuse:
         slots    int64[n]   slots of their rows
         entries  uint64[capacity, 4]  metadata by slot; see slots.py
         """
-        n = len(keys)
-        self._pushed += n
+        at = 0
         while True:
             share = self._share
-            used, looked, first = _pushed(
+            used, at, first = _pushed(
                 self._sampled, (1 << 32) // share, keys, slots, entries,
-                self._pushed, self._room, share, self.pushes,
+                self._pushed, self._room, share, self.pushes, at,
             )  # fmt: skip
             self._room -= used
             self.first += first
-            if looked == n:
+            if at == len(keys):
+                self._pushed += len(keys)
                 return
-            keys, slots, n = keys[looked:], slots[looked:], n - looked
             self.make_room()
 
     def make_room(self) -> None:

@@ -134,6 +134,19 @@ def test_the_curve_is_that_of_a_simulated_memory(
     assert two.at(1000) == pytest.approx(curve.at(500))
 
 
+def test_distances_are_counted_in_keys_not_in_pushes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1000 keys are pushed twice and pulled: a memory of n rows misses all but the last n."""
+    monkeypatch.setattr("storage.reuse.SHARE", 1)
+    monkeypatch.setattr("storage.reuse.EVERY", 1)
+    table, keys = table_of(), np.arange(1000, dtype=np.uint64)
+    for version in (1, 2):
+        push(table, keys, version)
+    table.pull(keys, "serve", np.empty((1000, 2), np.float32))
+    expected = np.histogram(keys, np.concatenate([[0], EDGES]))[0]
+    for counts in table.reuse.counts:
+        assert counts[:-1].tolist() == expected.tolist()
+
+
 def test_pulls_that_are_not_counted_are_no_uses() -> None:
     table, keys = table_of(), np.arange(1000, dtype=np.uint64)
     push(table, keys, 1)
