@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -125,17 +126,27 @@ def test_a_refused_request_leaves_nothing_in_memory() -> None:
 
 
 def test_replies_that_wait_count_against_the_limit_of_the_process() -> None:
+    async def ask(stream: Any) -> None:
+        for id in itertools.count():
+            await stream.write(message(id, pull()))
+
     async def act(peer: Peer) -> None:
+        async def refused() -> Any:
+            while True:
+                try:
+                    await peer.call("RowService/Pull", codec.encode_pull(pull()))
+                except grpc.aio.AioRpcError as error:
+                    return error
+                await asyncio.sleep(0.01)
+
         streams = [peer.stream() for _ in range(8)]
-        for stream in streams:
-            for id in range(24):
-                await stream.write(message(id, pull()))
-        await until(lambda: peer.stats.inflight_bytes > LIMIT - REPLY)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await peer.call("RowService/Pull", codec.encode_pull(pull()))
-        assert refusal(caught.value) == ("RESOURCE_EXHAUSTED", "OVERLOADED")
-        for stream in streams:
+        asking = [asyncio.create_task(ask(stream)) for stream in streams]
+        error = await asyncio.wait_for(refused(), 60)
+        assert refusal(error) == ("RESOURCE_EXHAUSTED", "OVERLOADED")
+        for task, stream in zip(asking, streams, strict=True):
+            task.cancel()
             stream.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
         await until(lambda: peer.stats.inflight_bytes == 0)
         await peer.call("RowService/Pull", codec.encode_pull(pull()))
 
