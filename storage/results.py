@@ -32,7 +32,7 @@ class TableStats:
 
     rows: int
     bytes: int  # memory of rows, metadata, index and counters, including unused reserves
-    index_bytes: int  # memory of the index alone
+    index_bytes: int  # memory of the index, and of what it knows of the blocks on disk
     waiting: int  # keys that are counted but have no row; an estimate for a sketch
     counter_bytes: int  # memory of the counters alone
     tiers: tuple[TierStats, ...] = ()  # fastest first

@@ -456,14 +456,13 @@ class RowStore:
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of memory that the index takes."""
-        return self.index.bytes
+        """Bytes of memory that the index takes, with what it knows of the blocks on disk."""
+        return self.index.bytes + (0 if self.blocks is None else self.blocks.memory)
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of memory that the index and the rows in memory take."""
-        bits = 0 if self.blocks is None else self.blocks.memory
-        return self.index.bytes + self.host.bytes + bits
+        return self.index_bytes + self.host.bytes
 
     def contents(self) -> Contents:
         """Return all rows for an eviction sweep; valid until a row changes."""
