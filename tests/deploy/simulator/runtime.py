@@ -115,7 +115,7 @@ class RuncRuntime:
         if not content["root"]["readonly"]:
             content["root"]["path"] = str(self._writable(bundle))
         (bundle / "config.json").write_text(json.dumps(content))
-        name = f"{self._network.node}-{uid[:8]}-{container['name']}-{attempt}"
+        name = f"{self._network.node}-{uid}-{container['name']}-{attempt}"
         self._running[uid] = Runc(self._command, name, bundle, self.log(name_of(pod)))
         return self._running[uid]
 
