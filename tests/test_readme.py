@@ -33,7 +33,7 @@ def test_the_example_runs_as_it_stands(cluster2: Cluster) -> None:
 def test_the_example_for_pytorch_runs_as_it_stands(cluster2: Cluster, name: str) -> None:
     """Only the addresses, the data, the loss and the names of the tables are the test's own."""
     page = (ROOT / "docs" / "trainers.md").read_text()
-    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    code, *_ = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
     (addresses,) = re.findall(r"\[\"127.0.0.1:7000\", \"127.0.0.1:7001\"\]", code)
     before = """
 import torch
