@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -90,14 +91,16 @@ class FakeQueue:
         self._give(mark.wait)
 
     def _give(self, work: Callable[[], None]) -> None:
-        self._work.append(work)
-        self.given += 1
-        self._device.progress()
+        with self._device.lock:
+            self._work.append(work)
+            self.given += 1
+            self._device.progress()
 
     def run_to(self, end: int) -> None:
-        while self.done < end:
-            self.done += 1
-            self._work.pop(0)()
+        with self._device.lock:
+            while self.done < end:
+                self.done += 1
+                self._work.pop(0)()
 
 
 class FakeDevice:
@@ -117,6 +120,7 @@ class FakeDevice:
         self.queues: list[FakeQueue] = []
         self.pinned_bytes = 0
         self.freed: list[Any] = []
+        self.lock = threading.RLock()  # held while kernels run: each thread may run those of all
         self._random = random.Random(seed)
 
     @property
@@ -129,8 +133,9 @@ class FakeDevice:
         return FakeMemory(size, self)
 
     def pinned(self, size: int) -> Any:
-        if all(queue.done == queue.given for queue in self.queues):
-            self.freed.clear()
+        with self.lock:
+            if all(queue.done == queue.given for queue in self.queues):
+                self.freed.clear()
         return np.asarray(FakePinned(size, self))
 
     def queue(self) -> FakeQueue:
