@@ -26,13 +26,21 @@ def backoff(attempts: int) -> float:
     return min(FIRST_PAUSE * 2.0 ** min(attempts, 8), LONGEST_PAUSE)
 
 
+def asked_pause(error: PsError) -> float | None:
+    """Return the seconds to pause that the server asked for; None if it did not ask.
+
+    It is at least FIRST_PAUSE, so that a server that asks for 0 is not called without end.
+    """
+    return None if error.retry_after is None else max(error.retry_after, FIRST_PAUSE)
+
+
 def pause_after(error: PsError, attempts: int) -> float | None:
     """Return the seconds to pause before the next attempt, or None if ``error`` is final.
 
     attempts  number of failed attempts before the one that failed with ``error``
     """
-    if error.retry_after is not None:
-        return max(error.retry_after, FIRST_PAUSE)
+    if (pause := asked_pause(error)) is not None:
+        return pause
     return backoff(attempts) if isinstance(error, Unavailable) else None
 
 

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from psclient.errors import PsError, SessionExpired
+from psclient.retry import asked_pause
 from psproto import codec
 from psproto import ps_pb2 as pb
 
@@ -110,9 +111,8 @@ def pause_before(call: Call, error: PsError) -> float | None:
     if isinstance(error, SessionExpired):  # at the first attempt: the pushes were never applied
         first = call.attempts == 1 and not call.renewed
         return 0.0 if first and call.exchange.pushes else None
-    if error.retry_after is None or time.monotonic() + error.retry_after >= call.deadline:
-        return None
-    return error.retry_after
+    pause = asked_pause(error)
+    return None if pause is None or time.monotonic() + pause >= call.deadline else pause
 
 
 def renumber(call: Call, session: Session) -> None:

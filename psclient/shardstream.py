@@ -12,7 +12,7 @@ import grpc
 from psclient.changes import Change, read_change
 from psclient.channel import Channel, options
 from psclient.errors import LogDiverged, PsError, Unavailable, VersionCompacted, VersionInFuture
-from psclient.retry import FIRST_PAUSE, LONGEST_PAUSE, RETRYABLE, rpc_error
+from psclient.retry import RETRYABLE, asked_pause, backoff, rpc_error
 from psclient.routes import Route
 from psclient.signals import Condition
 from psproto import codec
@@ -199,9 +199,8 @@ class ShardStream:
         # the server may still count this subscriber's own broken stream
         crowded = self._met and failure.reason == "TOO_MANY_SUBSCRIBERS"
         if crowded or isinstance(failure, Unavailable):
-            return float(min(FIRST_PAUSE * 2 ** min(failures, 8), LONGEST_PAUSE))
-        seconds: float | None = failure.retry_after
-        return seconds
+            return backoff(failures)
+        return asked_pause(failure)
 
     def _read(self) -> None:
         """Open a stream and put its changes into the queue, until the queue is closed.

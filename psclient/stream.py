@@ -23,7 +23,7 @@ import grpc
 from psclient.channel import OPTIONS, Options
 from psclient.errors import DeadlineExceeded, PsError, SessionExpired, Unavailable, error_of
 from psclient.link import Link
-from psclient.retry import FIRST_PAUSE, LONGEST_PAUSE, RETRYABLE
+from psclient.retry import RETRYABLE, backoff
 from psclient.routes import Route
 from psclient.session import Call, Session, pause_before, renumber
 from psclient.signals import Shield
@@ -287,7 +287,7 @@ class StreamLink(Link):
                     self._settle(call, None, error_of(status, self.where))
                 return
         left = reader.deadline - time.monotonic()
-        pause = min(FIRST_PAUSE * 2 ** min(self._failures - 1, 8), LONGEST_PAUSE, max(left, 0))
+        pause = min(backoff(self._failures - 1), max(left, 0))
         if self._failures > 1:
             time.sleep(pause)
 

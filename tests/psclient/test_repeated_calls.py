@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +19,10 @@ from psclient import calls
 from psclient.calls import Repeat, on_all, stream
 from psclient.channel import Channel
 from psclient.errors import SchemaMismatch, Unavailable
+from psclient.retry import FIRST_PAUSE
 from psclient.routes import Route
 from psclient.rows import RowBatch, read_rows
+from psclient.session import pause_before
 from psproto import ps_pb2 as pb
 
 METHOD, REQUEST = "VerifyCheckpoint", pb.VerifyCheckpointRequest(name="c")
@@ -120,6 +123,13 @@ def test_a_pause_ends_when_the_calls_are_stopped() -> None:
     streams.run(lambda *_: None)
     thread.join(60)
     assert paused == [False]
+
+
+def test_an_exchange_is_not_sent_again_without_a_pause() -> None:
+    error, call = Unavailable("busy"), SimpleNamespace(deadline=math.inf)
+    assert pause_before(call, error) is None  # type: ignore[arg-type]
+    error.retry_after = 0.0
+    assert pause_before(call, error) == FIRST_PAUSE  # type: ignore[arg-type]
 
 
 def test_a_server_that_wants_no_pause_is_not_called_without_a_pause(served: Served) -> None:
