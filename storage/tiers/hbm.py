@@ -21,7 +21,7 @@ from storage.gpu.staging import Staging
 from storage.initializers import Initializer
 from storage.kernels import Keys, Rows, Slots, fill_state, from_bits
 from storage.optimizer import Optimizer
-from storage.slots import FREQUENCY, Meta, SlotEntries, unpack
+from storage.slots import Meta, SlotEntries, unpack
 from storage.tiers.base import DirtyScan
 from storage.tiers.host import SlotScan
 
@@ -36,12 +36,6 @@ class HbmScan(SlotScan):
     def __init__(self, rows: Snapshot, entries: Memory, used: int, dim: int) -> None:
         super().__init__(entries, used)
         self._rows, self._dim = rows, dim
-
-    def copy(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> Meta:
-        self._rows.gather(places, rows)
-        meta = unpack(self._entries.array(), places)
-        frequencies[:] = meta[:, FREQUENCY]
-        return meta
 
     def measure(self, places: Slots, norms: NDArray[Any]) -> Meta:
         norms[:] = self._rows.measure(places, self._dim)

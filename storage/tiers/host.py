@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,8 +27,10 @@ from storage.slots import FREQUENCY, LOOK, Meta, SlotEntries, find_changed, unpa
 from storage.tiers.base import DirtyScan
 
 
-class SlotScan:
-    """Finds the slots of a tier in ascending order, by their entries. See Scan for the contract.
+class SlotScan(ABC):
+    """Scans the slots of a tier in ascending order. See Scan for the contract.
+
+    A subclass adds ``read`` and ``measure``.
 
     entries  memory of the entries of all slots
     used     number of slots to look at
@@ -53,6 +56,16 @@ class SlotScan:
         found, end = find_changed(self._entries, start, self._used, 0, upto, slots, dirty=True)
         return slots[:found], None if end >= self._used else int(end)
 
+    def copy(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> Meta:
+        self.read(places, rows)
+        meta = unpack(self._entries.array(), places)
+        frequencies[:] = meta[:, FREQUENCY]
+        return meta
+
+    @abstractmethod
+    def read(self, places: Slots, out: Rows) -> None:
+        """Copy the first k numbers of rows to ``out``, float32[n, k]."""
+
 
 class HostScan(SlotScan):
     """Scans the slots of a HostTier in ascending order. See Scan for the contract."""
@@ -61,18 +74,12 @@ class HostScan(SlotScan):
         super().__init__(entries, used)
         self._slab, self._dim = slab, dim
 
-    def copy(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> Meta:
-        gather(self._slab.array(), places, rows.shape[1], rows)
-        meta = unpack(self._entries.array(), places)
-        frequencies[:] = meta[:, FREQUENCY]
-        return meta
-
     def measure(self, places: Slots, norms: NDArray[Any]) -> Meta:
         measure(self._slab.array(), places, self._dim, norms)
         return unpack(self._entries.array(), places)
 
     def read(self, places: Slots, out: Rows) -> None:
-        gather(self._slab.array(), places, self._dim, out)
+        gather(self._slab.array(), places, out.shape[1], out)
 
 
 class HostTier:
