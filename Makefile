@@ -10,25 +10,46 @@ define pytest
 $(RUN) -m pytest $(1) $(2) || $(RUN) -m pytest $(1) -v --last-failed --last-failed-no-failures none
 endef
 
+BACKENDS = with-keras-torch with-keras-jax with-keras-tensorflow  # Keras has three backends
+
 unexport PYTHONDONTWRITEBYTECODE  # the tests start hundreds of Python processes
 
 .PHONY: demo test quick cold slow gpu check manifests image pods bench proto clean
+.PHONY: frameworks with-torchrec with-jax $(BACKENDS)
 
 demo: .venv/server  ## a local cluster and a model that learns from a click stream
 	$(RUN) examples/clickstream.py
 
-test: quick cold slow  ## every test
+test: quick cold slow frameworks  ## every test
 
 quick: .venv/dev  ## the tests to run all day
-	$(call pytest,-m "not slow",$(PARALLEL))
+	$(call pytest,-m "not slow" --ignore tests/frameworks,$(PARALLEL))
 
 cold: .venv/dev  ## the tests of shards again, while nearly all rows are on disk
-	$(call pytest,--cold -m "not slow",$(PARALLEL))
+	$(call pytest,--cold -m "not slow" --ignore tests/frameworks,$(PARALLEL))
 	$(call pytest,--cold -m slow tests/cluster,$(PARALLEL))
 
 slow: .venv/dev  ## tests that kill processes, fill disks and start pods
-	$(call pytest,-m slow --ignore tests/deploy,$(PARALLEL))
+	$(call pytest,-m slow --ignore tests/deploy --ignore tests/frameworks,$(PARALLEL))
 	$(call pytest,-m slow tests/deploy)
+
+# Each framework has its tests in tests/frameworks, in an environment that has the framework.
+# FRAMEWORKS=required: a test fails, instead of being skipped, if its framework is missing.
+frameworks: with-torchrec with-jax $(BACKENDS)  ## what psclient has for trainers, with their frameworks
+
+IN_TORCHREC = torchrec lightning ddp  # directories of tests/frameworks
+
+with-torchrec: private RUN = FRAMEWORKS=required .venv-torchrec/bin/python
+with-torchrec: .venv-torchrec/ready
+	$(call pytest,$(wildcard $(IN_TORCHREC:%=tests/frameworks/%)),$(PARALLEL))
+
+with-jax: private RUN = FRAMEWORKS=required .venv-keras/bin/python
+with-jax: .venv-keras/ready
+	$(call pytest,tests/frameworks/jax)
+
+$(BACKENDS): private RUN = FRAMEWORKS=required KERAS_BACKEND=$* .venv-keras/bin/python
+$(BACKENDS): with-keras-%: .venv-keras/ready
+	$(call pytest,tests/frameworks/keras)
 
 GPU = -m pytest --confcutdir=tests/gpu -W default -rs --tb=short
 
@@ -83,7 +104,7 @@ proto: .venv/proto  ## generate code from ps.proto
 	    --grpc_python_out=proto psproto/ps.proto
 
 clean:
-	rm -rf .venv .venv-proto build *.egg-info
+	rm -rf .venv .venv-proto .venv-keras .venv-torchrec build *.egg-info
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -100,6 +121,27 @@ clean:
 .venv/dev: .venv/server
 	$(PIP) -e '.[server,torch,export,report,deploy,dev]'
 	$(RUN) tests/deploy/tools.py .venv/bin
+	touch $@
+
+# An environment that adds packages to those of .venv. Its site.pth makes them importable.
+define layer
+$(RUN) -m venv --without-pip $(1)
+echo "import site; site.addsitedir('$$(echo $(CURDIR)/.venv/lib/python*/site-packages)')" \
+    > $$(echo $(1)/lib/python*/site-packages)/site.pth
+endef
+
+ADD = -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+    -c tests/frameworks/constraints.txt
+
+.venv-keras/ready: .venv/dev tests/frameworks/constraints.txt
+	$(call layer,.venv-keras)
+	.venv-keras/bin/python $(ADD) keras jax flax tensorflow-cpu
+	touch $@
+
+.venv-torchrec/ready: .venv/dev tests/frameworks/constraints.txt
+	$(call layer,.venv-torchrec)
+	.venv-torchrec/bin/python $(ADD) lightning fbgemm-gpu-cpu tensordict torchmetrics tqdm pyre-extensions
+	.venv-torchrec/bin/python $(ADD) --no-deps torchrec  # it asks for fbgemm-gpu, which needs CUDA
 	touch $@
 
 .venv/proto: .venv/bin/python  # a release whose output both protobuf 6 and 7 load

@@ -18,6 +18,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import squeeze
+from absent import pytest_pycollect_makemodule  # noqa: F401
 from servers import Cluster
 
 from psclient import Client
