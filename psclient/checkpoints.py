@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from psclient import checked
 from psclient.calls import OnProgress, Repeat, call, links, on_all
 from psclient.client import Client
-from psclient.errors import InvalidArgument
+from psclient.errors import CheckpointUnfit, InvalidArgument
 from psproto import ps_pb2 as pb
+
+MOST_MS = 2**32 - 1  # longest barrier_timeout that a message can carry, in milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,21 +30,37 @@ class CheckpointInfo:
 
 
 def checkpoint(
-    client: Client, name: str, *, parent: str | None = None, progress: OnProgress | None = None
+    client: Client,
+    name: str,
+    *,
+    parent: str | None = None,
+    until_barrier: str | None = None,
+    barrier_timeout: float = 600.0,
+    on_ready: Callable[[], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> CheckpointInfo:
     """Take a checkpoint of all tables while pushes continue; return its description.
 
-    name      name of the new checkpoint
-    parent    name of an existing checkpoint. The new one then stores only the changes since the
-              parent was taken, and cannot be read without the parent. None: take a full checkpoint
-    progress  called with (bytes written, estimated total bytes; 0: unknown)
+    name             name of the new checkpoint
+    parent           name of an existing checkpoint. The new one then stores only the changes since
+                     the parent was taken, and cannot be read without the parent. None: take a full
+                     checkpoint
+    until_barrier    name of a barrier. The checkpoint then contains, on all shards, exactly the
+                     changes before the next barrier of this name (``Client.barrier``), which
+                     another thread or process must place once all shards wait for it. None: each
+                     shard ends its part of the checkpoint once it has copied its rows
+    barrier_timeout  seconds that the shards wait for the barrier
+    on_ready         called once, when all shards have copied their rows and wait for the barrier.
+                     It must return soon
+    progress         called with (bytes written, estimated total bytes; 0: unknown)
 
     For each shard the checkpoint contains exactly the changes up to one version of the shard.
 
     Raises CheckpointExists if the name is in use, NoLog if a shard has no data directory, and
     DataLoss if the parent is damaged. Raises CheckpointUnfit if the parent was taken before a
     restore, or is so old that the version log no longer has the changes since then: take a full
-    checkpoint.
+    checkpoint. Raises BarrierMissed if the barrier was not placed in time, or was placed before a
+    shard began to copy its rows.
     """
     checked.name("checkpoint", name)
     if parent == "":
@@ -51,7 +69,21 @@ def checkpoint(
         checked.name("checkpoint", parent)
     attempt = secrets.token_hex(8)
     request = pb.WriteCheckpointRequest(name=name, attempt=attempt, parent=parent or "")
-    done = on_all(client, "WriteCheckpoint", request, progress)
+    if until_barrier is not None:
+        request.until_barrier = checked.name("barrier", until_barrier)
+        seconds = checked.seconds("barrier_timeout", barrier_timeout)
+        request.barrier_timeout_ms = min(max(int(seconds * 1000), 1), MOST_MS)
+
+    def on_stage(*_: object) -> None:
+        if on_ready is not None:
+            on_ready()
+
+    done = on_all(client, "WriteCheckpoint", request, progress, on_stage=on_stage)
+    if until_barrier is not None and not all(each.stage for each in done):
+        raise CheckpointUnfit(
+            f"checkpoint {name!r} was not completed: a server of an older release took its part"
+            " without waiting for the barrier; upgrade all servers, or omit until_barrier"
+        )
     complete = pb.CompleteCheckpointRequest(
         name=name, attempt=attempt, parent=parent or "", parts=[each.part for each in done]
     )

@@ -20,6 +20,9 @@
   - CheckpointExists   a checkpoint of that name exists already
   - CheckpointUnfit    the checkpoint, or the server's configuration, does not allow this operation
   - CheckpointNeeded   another checkpoint builds on this one and cannot be read without it
+  - BarrierMissed      the barrier at which a checkpoint was to end came too early or not in time
+  - TrainerBehind      a trainer and the servers do not stand at the same training step: choose a
+                       policy of Checkpointer.resume
   - NotEmpty           the operation would delete rows
   - RestoreConflict    another restore is in progress, or this restore must first take another step
   - DataLoss           stored bytes are damaged. Never retried
@@ -122,6 +125,17 @@ class CheckpointNeeded(PsError):
     """Another checkpoint builds on this one and cannot be read without it."""
 
 
+class BarrierMissed(PsError):
+    """The barrier at which a checkpoint was to end came too early, or not in time."""
+
+
+class TrainerBehind(PsError):
+    """A trainer and the servers do not stand at the same training step.
+
+    Choose how to go on with the argument ``policy`` of ``Checkpointer.resume``.
+    """
+
+
 class NotEmpty(PsError):
     """The operation would delete rows."""
 
@@ -155,6 +169,7 @@ REASONS: dict[str, type[PsError]] = {
     "CHECKPOINT_UNFIT": CheckpointUnfit,
     "NO_CHECKPOINT_URL": CheckpointUnfit,
     "CHECKPOINT_NEEDED": CheckpointNeeded,
+    "BARRIER_MISSED": BarrierMissed,
     "NOT_EMPTY": NotEmpty,
     "RESTORE_CONFLICT": RestoreConflict,
 }

@@ -19,6 +19,8 @@ sequencer.py     number the changes: each gets the next version and a log record
 afterimages.py   buffers for the new contents of pushed rows, for the log
 views.py         results of reads from a shard
 capture.py       access to all data of a shard as of one version
+work.py          run one long operation on checkpoints at a time, with progress
+cuts.py          capture a shard at the moment at which a barrier is placed
 sweeps.py        evict rows on the engine thread, one slice per call
 recovery.py      load a shard from its base (rows at one version) and replay its log
 fills.py         tables that are hidden while they are filled
@@ -39,7 +41,6 @@ replay.py        recover a shard from its data directory when its server starts
 pinned.py        read the rows of the base as of one flush
 preloader.py     the thread that loads rows into host memory after a start
 flusher.py       write changed rows to the base in the background
-work.py          run one long operation on checkpoints at a time, with progress
 scrubber.py      the thread that verifies the blocks on disk
 stored.py        read the contents of a checkpoint for one shard
 uses.py          record which checkpoints are being read

@@ -3,7 +3,8 @@
 To write a part, the shard flushes its changes to the base (the copy of all rows on disk). The base
 then has a version S. The shard copies the blocks of the base while pushes continue, notes its
 version E, copies the log records ``S + 1`` to ``E``, and writes the manifest of the part. Then one
-shard completes the checkpoint (completion.py).
+shard completes the checkpoint (completion.py). If the client names a barrier, E is the version of
+this barrier, so that all parts of the checkpoint are of one moment (cuts.py).
 
 These methods block, so they must run on worker threads. On the engine thread they only note a
 version or read some counters. An attempt is one run of a client's checkpoint command; its
@@ -14,20 +15,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 
+from psproto import names
 from psproto import ps_pb2 as pb
 from psserver.calls import Calls
 from psserver.capture import Capture
 from psserver.catalog import Catalog
 from psserver.completion import Completion
+from psserver.cuts import Cut
 from psserver.deletion import Deletion
 from psserver.engine import Engine
-from psserver.errors import CheckpointExists, CheckpointUnfit, NoLog
+from psserver.errors import BadRequest, CheckpointExists, CheckpointUnfit, NoLog
 from psserver.flusher import Flusher
 from psserver.loading import TableLoader
 from psserver.packing import counters_of, tombstone_blocks
@@ -43,6 +46,7 @@ from storage.part_writer import PartWriter
 from storage.store import Store
 from storage.versionlog import VersionLog
 
+BARRIER_MS = 600_000  # default of barrier_timeout_ms
 RECORD_BYTES = 4 << 20  # maximum size of log records copied at once, in bytes
 
 
@@ -89,14 +93,18 @@ class Checkpoints:
         progress  counts the bytes written
 
         With ``request.parent`` the part contains only the changes since that checkpoint. Returns
-        path, size and checksum of the part's manifest. Raises NoLog, CheckpointExists,
-        CheckpointBusy or CheckpointUnfit.
+        path, size and checksum of the part's manifest. With ``request.until_barrier`` the part ends
+        at that barrier; this then waits for it. Raises NoLog, CheckpointExists, CheckpointBusy,
+        CheckpointUnfit or BarrierMissed.
         """
         name, attempt = require_name(request.name), require_id("attempt", request.attempt)
         log, flusher = self._log, self._flusher
         if log is None or flusher is None:
             raise NoLog
         what = f"it takes checkpoint {name!r}"
+        cut = _cut_of(request)
+        if cut is not None:
+            what += f" up to barrier {cut.barrier!r}"
         parents = self.catalog.reading(request.parent, what) if request.parent else nullcontext()
         with self.work.alone(what), self.catalog.uses.using([name], what), parents as opened:
             if self.catalog.store.exists(f"{name}/{MANIFEST}"):
@@ -104,11 +112,25 @@ class Checkpoints:
             parent = self._parent(opened, log) if opened else None
             flusher.pins[attempt] = 0  # until the version is known
             try:
-                with flusher.pinned() as base:
+                with self._expecting(cut), flusher.pinned() as base:
                     flusher.pins[attempt] = base.captured.version
-                    return self._write(name, attempt, parent, log, base, progress)
+                    if cut is not None:
+                        cut.require_after(base.captured.version)
+                    return self._write(name, attempt, parent, log, base, cut, progress)
             finally:
                 del flusher.pins[attempt]
+
+    @contextmanager
+    def _expecting(self, cut: Cut | None) -> Iterator[None]:
+        """Return a context manager; a barrier that is placed during its block ends ``cut``."""
+        if cut is None:
+            yield
+            return
+        self._engine.run(lambda: self._shard.cuts.expect(cut))
+        try:
+            yield
+        finally:
+            self._engine.run(lambda: self._shard.cuts.forget(cut))
 
     def _parent(self, parent: Checkpoint, log: VersionLog) -> tuple[Parent, Part]:
         """Return (reference to a parent checkpoint, this shard's part of that checkpoint).
@@ -145,6 +167,7 @@ class Checkpoints:
         parent: tuple[Parent, Part] | None,
         log: VersionLog,
         base: PinnedBase,
+        cut: Cut | None,
         progress: Progress,
     ) -> pb.CheckpointProgress:
         """Write the files of this shard's part: rows, log records, sessions and manifest.
@@ -154,6 +177,7 @@ class Checkpoints:
         parent   (reference to the parent checkpoint, this shard's part of it); None: write a full
                  checkpoint
         base     the rows as of the flush
+        cut      the wait for the barrier at which the part ends; None: it ends after the copy
 
         Returns path, size and checksum of the manifest. After an error, the files written so far
         are removed.
@@ -168,7 +192,11 @@ class Checkpoints:
         progress.total = 0 if parent else _bytes_of(captured)
         writer = PartWriter(self.catalog.store, name, attempt, shard.number, progress.add)
         try:
-            end = self._copy(base, parent[1].version if parent else None, log, writer)
+            after = parent[1].version if parent else None
+            self._copy(base, after, writer)
+            end = self._end(cut, progress)
+            _copy_log(log, captured.version, end.version, writer)
+            writer.sessions(end.sessions.pack())
             part, file = self._finish(attempt, captured, end, parent, log, writer)
         except BaseException:
             writer.discard()
@@ -176,17 +204,15 @@ class Checkpoints:
         written = pb.CheckpointPart(
             path=file.path, bytes=file.bytes, checksum=file.checksum, version=part.version
         )
-        return pb.CheckpointProgress(bytes=progress.bytes, total=progress.bytes, part=written)
+        return pb.CheckpointProgress(
+            bytes=progress.bytes, total=progress.bytes, part=written, stage=progress.stage
+        )
 
-    def _copy(
-        self, base: PinnedBase, after: int | None, log: VersionLog, writer: PartWriter
-    ) -> Capture:
-        """Write rows, then log records of the changes made meanwhile, then the client sessions.
+    def _copy(self, base: PinnedBase, after: int | None, writer: PartWriter) -> None:
+        """Write the deletes, rows and admission counters of the base.
 
         base   the rows as of the flush
         after  write only rows changed and keys deleted after this version; None: all rows
-
-        Returns the shard as captured at the version that the part represents.
         """
         captured = base.captured
         if after is not None:  # a full checkpoint needs no tombstones
@@ -196,10 +222,16 @@ class Checkpoints:
             writer.block(data)
         for table, keys, totals, versions in counters_of(captured, 0, self._engine):
             writer.block(pack_counters(table, keys, versions, totals), "counters")
-        end = self._engine.run(self._shard.capture)
-        _copy_log(log, captured.version, end.version, writer)
-        writer.sessions(end.sessions.pack())
-        return end
+
+    def _end(self, cut: Cut | None, progress: Progress) -> Capture:
+        """Return the shard as captured at the version that the part represents.
+
+        cut  the wait for the barrier of this version; None: the shard's present version
+        """
+        if cut is None:
+            return self._engine.run(self._shard.capture)
+        progress.stage = pb.CheckpointProgress.STAGE_READY
+        return cut.wait(progress)
 
     def _finish(
         self,
@@ -232,6 +264,19 @@ class Checkpoints:
             tables=_tables_of(end),
             micros=int(self._now() * 1e6),
         )
+
+
+def _cut_of(request: pb.WriteCheckpointRequest) -> Cut | None:
+    """Return the wait for the barrier that a request names; None if it names none.
+
+    Raises BadRequest if the name is not valid for a barrier.
+    """
+    name = request.until_barrier
+    if not name:
+        return None
+    if problem := names.problem("barrier", name):
+        raise BadRequest("INVALID_ARGUMENT", f"field 'until_barrier': {problem}")
+    return Cut(name, (request.barrier_timeout_ms or BARRIER_MS) / 1000)
 
 
 def _copy_log(log: VersionLog, after: int, upto: int, writer: PartWriter) -> None:

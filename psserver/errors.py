@@ -15,6 +15,7 @@ A token is a subscriber's position in the version log, the shard's record of eve
   - NoCheckpointUrl   the setting checkpoint_url is not set
   - CheckpointExists  a checkpoint of this name exists already
   - CheckpointUnfit   the checkpoint cannot be used for this operation
+  - BarrierMissed     the barrier that a checkpoint waits for came too early or not in time
   - CheckpointBusy    another operation on checkpoints is running on this shard
   - NotEmpty          the operation would overwrite existing rows
   - RestoreConflict   another restore is in progress, or the restore is not ready for this step
@@ -192,6 +193,12 @@ class CheckpointUnfit(Refused):
     """The checkpoint cannot be used for this operation; the message contains the reason."""
 
     reason = "CHECKPOINT_UNFIT"
+
+
+class BarrierMissed(Refused):
+    """The barrier that a checkpoint waits for came too early, or not in time."""
+
+    reason = "BARRIER_MISSED"
 
 
 class CheckpointBusy(Refused):

@@ -20,6 +20,7 @@ from psproto.codec import Exchanged, Pulled, to_wire_clamped
 from psproto.routing import ShardMap
 from psserver.afterimages import ImageBuffers
 from psserver.config import TableSettings
+from psserver.cuts import Cuts
 from psserver.errors import BadRequest, NoLog, StepTooFar, TooLarge, VersionInFuture
 from psserver.fills import Fills
 from psserver.preloads import Preloads
@@ -102,6 +103,7 @@ class Shard(ShardReads):
         self.fills = Fills(self._tables, self._sequencer)
         self.preloads = Preloads(self._tables)
         self.sweeps = Sweeps(self._tables, self._sequencer, self._delete)
+        self.cuts = Cuts()
 
     def attach(self, log: VersionLog) -> None:
         """Append all later changes to ``log``, whose last version must be the shard's version."""
@@ -313,7 +315,8 @@ class Shard(ShardReads):
         return version
 
     def barrier(self, name: str) -> int:
-        """Append a named mark to the log, as the next version, and return this version.
+        """Append a named mark to the log, as the next version, and return this version. Checkpoints
+        that wait for the mark capture the shard.
 
         Raises NoLog without a log.
         """
@@ -322,6 +325,7 @@ class Shard(ShardReads):
         parts = records.encode_barrier(self._sequencer.origin(), name)
         self._sequencer.reserve([RECORD + len(parts[1])])
         self._sequencer.append(Kind.BARRIER, parts)
+        self.cuts.placed(name, self.capture)
         return self.version
 
     # ---- single pushes and pulls

@@ -12,6 +12,7 @@ from google.rpc.status_pb2 import Status
 from psproto import codec
 from psserver.errors import (
     BadRequest,
+    BarrierMissed,
     Busy,
     CheckpointBusy,
     CheckpointExists,
@@ -71,6 +72,7 @@ CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     CheckpointExists: (Code.ALREADY_EXISTS, ""),
     NoCheckpointUrl: (Code.FAILED_PRECONDITION, ""),
     CheckpointUnfit: (Code.FAILED_PRECONDITION, ""),
+    BarrierMissed: (Code.FAILED_PRECONDITION, ""),
     NotEmpty: (Code.FAILED_PRECONDITION, ""),
     RestoreConflict: (Code.FAILED_PRECONDITION, ""),
     NotAShard: (Code.FAILED_PRECONDITION, ""),

@@ -599,14 +599,18 @@ class Delta(_message.Message):
     def __init__(self, header: _Optional[_Union[DeltaHeader, _Mapping]] = ..., padding: _Optional[bytes] = ..., keys: _Optional[bytes] = ..., versions: _Optional[bytes] = ..., rows: _Optional[bytes] = ..., steps: _Optional[bytes] = ..., frequencies: _Optional[bytes] = ...) -> None: ...
 
 class WriteCheckpointRequest(_message.Message):
-    __slots__ = ("name", "attempt", "parent")
+    __slots__ = ("name", "attempt", "parent", "until_barrier", "barrier_timeout_ms")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_BARRIER_FIELD_NUMBER: _ClassVar[int]
+    BARRIER_TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     name: str
     attempt: str
     parent: str
-    def __init__(self, name: _Optional[str] = ..., attempt: _Optional[str] = ..., parent: _Optional[str] = ...) -> None: ...
+    until_barrier: str
+    barrier_timeout_ms: int
+    def __init__(self, name: _Optional[str] = ..., attempt: _Optional[str] = ..., parent: _Optional[str] = ..., until_barrier: _Optional[str] = ..., barrier_timeout_ms: _Optional[int] = ...) -> None: ...
 
 class CheckpointPart(_message.Message):
     __slots__ = ("path", "bytes", "checksum", "version")

@@ -860,6 +860,7 @@ class CheckpointServiceServicer(object):
 
     def WriteCheckpoint(self, request, context):
         """Writes this shard's part of a checkpoint while pushes continue. The last message has `part`.
+        With `until_barrier`, all parts are of the moment of one barrier; see WriteCheckpointRequest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -12,7 +12,7 @@ import pytest
 from fakes import fake_server
 
 from psclient import Client, admin, calls, repairs, rows
-from psclient.errors import TableNotFound, Unavailable
+from psclient.errors import CheckpointUnfit, TableNotFound, Unavailable
 from psclient.tools import analysis
 from psproto import ps_pb2 as pb
 
@@ -158,3 +158,15 @@ def test_a_call_that_changes_something_is_never_repeated() -> None:
         assert method.calls == 1
         last = calls.on_all(client, "WriteCheckpoint", pb.WriteCheckpointRequest(), None)
         assert last == [pb.CheckpointProgress()]
+
+
+def test_a_server_that_does_not_wait_for_the_barrier_takes_no_checkpoint() -> None:
+    part = pb.CheckpointProgress(part=pb.CheckpointPart(version=7))
+    method = Lossy([part], 0, losses=0)
+    with (
+        served("CheckpointService/WriteCheckpoint", method) as client,
+        pytest.raises(
+            CheckpointUnfit, match=r"^checkpoint 'monday' was not completed: a server of"
+        ),
+    ):
+        admin.checkpoint(client, "monday", until_barrier="epoch/1")

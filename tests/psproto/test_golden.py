@@ -177,7 +177,13 @@ SMALL = [
     pb.DeleteCheckpointsRequest(id="x", names=["daily"], keep=3, dry_run=True),
     pb.ContinueRequest(id="x", step=1),  # type: ignore[arg-type]
     pb.ContinueResponse(),
-    pb.WriteCheckpointRequest(name="daily", attempt="a", parent="first"),
+    pb.WriteCheckpointRequest(
+        name="daily",
+        attempt="a",
+        parent="first",
+        until_barrier="epoch/1",
+        barrier_timeout_ms=600_000,
+    ),
     pb.WriteRowsRequest(
         table="users", width=1, keys=bytes(8), rows=bytes(4), steps=bytes(8), frequencies=bytes(8)
     ),
@@ -303,3 +309,10 @@ def test_a_stream_response_of_id_0_without_parts_is_read_back() -> None:
     data = codec.encode_stream_response(0, Exchanged([], []))
     assert pb.StreamResponse.FromString(data) == pb.StreamResponse(exchange=pb.ExchangeResponse())
     assert codec.decode_stream_response(data) == (0, Exchanged([], []))
+
+
+def test_a_checkpoint_request_of_an_older_client_waits_for_no_barrier() -> None:
+    data = bytes.fromhex("0a056461696c791201611a056669727374")
+    expected = pb.WriteCheckpointRequest(name="daily", attempt="a", parent="first")
+    assert pb.WriteCheckpointRequest.FromString(data) == expected
+    assert not expected.until_barrier

@@ -201,6 +201,7 @@ EXAMPLES: list[tuple[Exception, str, str, dict[str, str], float | None]] = [
             refusals.RestoreConflict,
             refusals.NotEmpty,
             refusals.Busy,
+            refusals.BarrierMissed,
             refusals.CheckpointBusy,
             refusals.CheckpointUnfit,
             refusals.CheckpointExists,

@@ -31,6 +31,21 @@ IncrementalOption = Annotated[
         " builds on the earlier one and cannot be restored without it."
     ),
 ]
+BarrierOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Name of a barrier: on all shards, the checkpoint then has exactly the changes before"
+        " the next barrier of this name. A trainer places it (Client.barrier) after this command"
+        " has reported that all shards wait for it."
+    ),
+]
+BarrierTimeoutOption = Annotated[
+    float,
+    typer.Option(
+        help="Seconds that the shards wait for --until-barrier. The command then fails, and no"
+        " checkpoint is taken."
+    ),
+]
 KeepOption = Annotated[
     int | None,
     typer.Option(
@@ -45,10 +60,16 @@ KeepOption = Annotated[
 def checkpoint(
     name: Name,
     incremental_from: IncrementalOption = None,
+    until_barrier: BarrierOption = None,
+    barrier_timeout: BarrierTimeoutOption = 600.0,
     keep: KeepOption = None,
     servers: Servers = DEFAULT,
 ) -> None:
     """Take a checkpoint of all tables while training continues.
+
+    \b
+      psctl checkpoint monday                             each shard at a moment of its own
+      psctl checkpoint monday --until-barrier epoch-3     all shards at the barrier epoch-3
 
     The servers store it under the URL in the field checkpoint_url of their configuration.
     """
@@ -57,7 +78,18 @@ def checkpoint(
             "--incremental-from must be the name of a checkpoint, got an empty name"
         )
     with connected(servers) as client, bar(f"checkpoint {name}") as show:
-        done = admin.checkpoint(client, name, parent=incremental_from, progress=show)
+        done = admin.checkpoint(
+            client,
+            name,
+            parent=incremental_from,
+            until_barrier=until_barrier,
+            barrier_timeout=barrier_timeout,
+            on_ready=lambda: typer.echo(
+                f"all shards wait for barrier {until_barrier}, at most {barrier_timeout:g} s",
+                err=True,
+            ),
+            progress=show,
+        )
         typer.echo(f"{name}: {sum(done.rows.values()):,} rows, {done.bytes:,} bytes")
         if keep is not None:
             _print_deleted(admin.prune(client, keep), dry_run=False)
