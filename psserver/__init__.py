@@ -29,6 +29,7 @@ blockchecks.py   verify the blocks on disk, on the engine thread
 reads.py         the methods of a shard that change nothing
 preloads.py      load rows from disk into host memory, on the engine thread
 shard.py         one shard's rows of every table, and the changes to them; no networking
+gpu.py           open the GPU, and end the process if it fails
 loops.py         calls from other threads to an event loop
 busypoll.py      keep an event loop awake for a short time
 engine.py        the thread that owns the shard

@@ -25,7 +25,14 @@ from pydantic_settings import (
 
 from psproto import names
 from psserver.addresses import bare_host
-from psserver.memory import Plan, default_inflight, memory_limit, show, transport_bytes
+from psserver.memory import (
+    GPU_BYTES,
+    Plan,
+    default_inflight,
+    memory_limit,
+    show,
+    transport_bytes,
+)
 from psserver.unusable import ConfigError
 
 PREFIX = "PSCONFIG_"  # not PS_: for a service named ps, Kubernetes injects variables PS_...
@@ -49,6 +56,13 @@ class TableSettings(BaseModel):
         description="Maximum memory for the rows and the index of this table, in bytes. Without it,"
         " only the setting host_bytes of the server limits the table",
     )
+    hbm_bytes: int | None = Field(
+        None,
+        ge=0,
+        examples=[0],
+        description="Maximum GPU memory for the rows of this table, in bytes; 0: none. Without it,"
+        " only the setting hbm_bytes of the server limits the table",
+    )
     cache: Literal["lru", "lfu"] = Field(
         "lru",
         description="Rule that decides which rows leave memory first: lru, those that were not"
@@ -68,7 +82,7 @@ class ServerConfig(BaseSettings):
     Each setting can be given as a flag, as an environment variable PSCONFIG_<SETTING>, or as a line
     of a TOML file. The file is named by --config FILE or by the variable PSCONFIG_FILE. A flag
     overrides a variable, and a variable overrides the file. Exit status: 0 after a signal, 2 if the
-    shard cannot start, 74 if its disk fails.
+    shard cannot start, 74 if its disk fails, 75 if its GPU fails.
     """
 
     model_config = SettingsConfigDict(
@@ -136,6 +150,14 @@ class ServerConfig(BaseSettings):
         " max_message_bytes. One stream may use an eighth of it. Further requests are refused, and"
         " clients retry them",
     )
+    hbm_bytes: int = Field(
+        0,
+        ge=0,
+        examples=[32 << 30],
+        description="Maximum GPU memory for rows of all tables of this shard, in bytes; 0: do not"
+        " use a GPU. Needs an NVIDIA GPU and the extra gpu12 or gpu13. Keys and metadata of these"
+        " rows stay in host memory, within host_bytes",
+    )
     memory_bytes: int | None = Field(
         None,
         ge=1 << 20,
@@ -166,8 +188,8 @@ class ServerConfig(BaseSettings):
     )
     tables: dict[str, TableSettings] = Field(
         {},
-        description="Settings of single tables, by table name: host_bytes, cache and half_life. In"
-        " the file, write them as sections [tables.NAME]",
+        description="Settings of single tables, by table name: host_bytes, hbm_bytes, cache and"
+        " half_life. In the file, write them as sections [tables.NAME]",
     )
     max_keys: int = Field(
         4_000_000, ge=1, description="Maximum number of keys in one pull, push or delete"
@@ -318,11 +340,12 @@ class ServerConfig(BaseSettings):
         for name, table in self.tables.items():
             if problem := names.problem("table", name):
                 raise ValueError(f"tables: {problem}")
-            if table.host_bytes is not None and table.host_bytes > self.host_bytes:
-                raise ValueError(
-                    f"tables.{name}.host_bytes must be at most host_bytes={self.host_bytes}, got"
-                    f" {table.host_bytes}"
-                )
+            for field in ("host_bytes", "hbm_bytes"):
+                given, most = getattr(table, field), getattr(self, field)
+                if given is not None and given > most:
+                    raise ValueError(
+                        f"tables.{name}.{field} must be at most {field}={most}, got {given}"
+                    )
         return self
 
     @property
@@ -358,6 +381,7 @@ def _plan(data: Mapping[str, Any]) -> Plan:
         colocated=data["colocated_shards"],
         inflight=data["max_inflight_bytes"],
         transport=transport_bytes(data["max_message_bytes"], data["max_inflight_bytes"]),
+        gpu=GPU_BYTES if data["hbm_bytes"] else 0,
     )
 
 

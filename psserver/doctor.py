@@ -32,6 +32,9 @@ from psserver.memory import BASE_BYTES, show
 from psserver.unusable import ConfigError, unusable
 from psserver.warm import warm
 from storage.errors import StorageError
+from storage.gpu.cuda import INSTALL, probe
+from storage.gpu.device import NoDevice
+from storage.gpu.nvrtc import find_library
 
 FILES = 256  # open files of a server, apart from connections: log, base, checkpoints, libraries
 WRITES = 10  # maximum number of writes whose sync to disk is measured
@@ -70,6 +73,8 @@ def examine(config: ServerConfig, *, running: bool) -> list[Finding]:
     if cpu.problem() is None:
         found.append(_loaded() if running else _kernels())
     found += _data(config)
+    if config.hbm_bytes:
+        found.append(_gpu(config.hbm_bytes))
     if config.advertise:
         found.append(_name(config.advertise))
     return [*found, _clock()]
@@ -96,6 +101,7 @@ def _memory(config: ServerConfig) -> Finding:
         f" {show(plan.transport)}, log {show(plan.backlog)}, psctl {show(plan.tool)}, base"
         f" {show(BASE_BYTES)}"
     )
+    parts += f", GPU {show(plan.gpu)}" if plan.gpu else ""
     shared = f", shared by {plan.sharing} shards" if plan.sharing > 1 else ""
     found = f"limit {plan.limit}{shared}: {parts}"
     if config.host_bytes + plan.reserve > plan.part:
@@ -149,6 +155,21 @@ def _kernels() -> Finding:
         return Finding("kernels", "warning", found, WARM)
     seconds = time.monotonic() - start
     return Finding("kernels", "ok", f"{KernelCache.loaded} loaded in {seconds:.1f} s")
+
+
+def _gpu(limit: int) -> Finding:
+    """Check that CuPy finds a GPU, and that the compiler of its kernels is installed.
+
+    limit  the setting hbm_bytes
+    """
+    found = f"hbm_bytes is {show(limit)}"
+    try:
+        count = probe().runtime.getDeviceCount()
+    except NoDevice as error:
+        return Finding("GPU", "error", f"{found}; {error}", "correct this, or set hbm_bytes=0")
+    if find_library() is None:
+        return Finding("GPU", "error", f"{found}; NVRTC is not installed", INSTALL)
+    return Finding("GPU", "ok", f"{found}; CUDA finds {count}, and the server uses the first")
 
 
 def _data(config: ServerConfig) -> Iterator[Finding]:

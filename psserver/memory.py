@@ -10,6 +10,7 @@ default of host_bytes leaves room for everything else:
                               +  transport   messages received by gRPC and not yet admitted
                               +  backlog     log records not yet written, with their rows
                               +  tool        psctl, run in the server's container by an operator
+                              +  gpu         CUDA and page-locked memory, with hbm_bytes only
                               +  slack       a tenth: heap, tombstones, sessions, pages of files
                               +  tables      host_bytes
 
@@ -31,6 +32,8 @@ BASE_BYTES = 256 << 20
 # Memory for one psctl that runs in the same container, whose limit it shares. Measured: 57 MiB of
 # private memory for status, doctor, table, analyze, checkpoint, verify, repair and prune.
 TOOL_BYTES = 64 << 20
+# Host memory of a server that uses a GPU: CUDA itself, CuPy, and page-locked memory for batches.
+GPU_BYTES = 384 << 20
 ADDRESS_BYTES = 3 << 30  # address space of an idle server: stacks, heaps, reserved ranges
 ADDRESS_PARTS = 4  # bytes of address space per byte of a table: reserved ranges, mapped files
 DATA_BYTES, DATA_PARTS = 512 << 20, 2  # the same for private memory, which ulimit -d limits
@@ -68,6 +71,7 @@ class Plan:
     colocated: int  # number of servers on this machine or in this container
     inflight: int  # requests in flight and their replies
     transport: int  # messages received by gRPC and not yet admitted
+    gpu: int = 0  # CUDA and page-locked memory; 0: the server uses no GPU
 
     @property
     def part(self) -> int:
@@ -93,13 +97,17 @@ class Plan:
         if self.limit.of_process:
             return 0
         least = LEAST_TABLES * SLACK // (SLACK - 1) + 1  # with their slack
-        rest = self.part - BASE_BYTES - self.inflight - self.transport - self.backlog - least
-        return max(0, min(TOOL_BYTES // self.colocated, rest))
+        return max(0, min(TOOL_BYTES // self.colocated, self.part - self._fixed - least))
+
+    @property
+    def _fixed(self) -> int:
+        """Bytes that a server needs at least, apart from tables."""
+        return BASE_BYTES + self.inflight + self.transport + self.backlog + self.gpu
 
     @property
     def reserve(self) -> int:
         """Bytes of this server's share for everything except tables and slack."""
-        return BASE_BYTES + self.inflight + self.transport + self.backlog + self.tool
+        return self._fixed + self.tool
 
     @property
     def tables(self) -> int:
@@ -112,9 +120,10 @@ class Plan:
         if self.tables >= LEAST_TABLES:
             return None
         shared = f", which {self.sharing} shards share" if self.sharing > 1 else ""
+        gpu = f", {show(self.gpu)} for CUDA" if self.gpu else ""
         return (
             f"no memory is left for tables: the limit is {self.limit}{shared}; a server needs"
-            f" {show(BASE_BYTES)} itself, {show(self.inflight)} for requests in flight,"
+            f" {show(BASE_BYTES)} itself{gpu}, {show(self.inflight)} for requests in flight,"
             f" {show(self.transport)} for messages that arrive and {show(self.backlog)} for the"
             " log; raise the limit, or lower max_inflight_bytes and max_message_bytes, or set"
             " host_bytes"

@@ -68,6 +68,7 @@ def report_memory(config: ServerConfig) -> None:
         transport=show(plan.transport),
         log_backlog=show(plan.backlog),
         psctl=show(plan.tool),
+        gpu=show(plan.gpu),
         tables=show(config.host_bytes),
     )
     if config.host_bytes + plan.reserve > plan.part:

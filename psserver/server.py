@@ -25,6 +25,7 @@ from psserver.datadir import DataDirectory
 from psserver.engine import Engine
 from psserver.exposition import Exposition
 from psserver.feed import Feed
+from psserver.gpu import open_gpu
 from psserver.info import ServerInfo
 from psserver.listener import Listener
 from psserver.metrics import (
@@ -43,6 +44,7 @@ from psserver.stats import ServiceStats
 from psserver.swap import State
 from psserver.sweeper import Sweeper
 from psserver.unusable import ConfigError
+from storage.gpu.gpu import Gpu
 from storage.store import Store
 
 NO_COLD_TIER = (  # end of the message of OutOfMemory
@@ -70,6 +72,7 @@ class Server:
             "ps_ready", "1 while the shard serves, 0 before.", registry=self._registry
         )
         self._metrics: Exposition | None = None
+        self._gpu: Gpu | None = None
         self._data: DataDirectory | None = None
         self._feed: Feed | None = None
         self._preloader: Preloader | None = None
@@ -91,6 +94,7 @@ class Server:
             max_backlog=config.memory.backlog,
             disk_bytes=config.disk_bytes,
             settings=config.tables,
+            gpu=self._gpu,
         )
 
     async def listen(self) -> None:
@@ -119,6 +123,8 @@ class Server:
     async def _open(self) -> None:
         """Do what ``open`` describes, but leave the ports open after an error."""
         config = self._config
+        if config.hbm_bytes:
+            self._gpu = await asyncio.to_thread(open_gpu, config.hbm_bytes)
         await self._open_shard()
         self._open_parts()
         self._engine.open(asyncio.get_running_loop(), config.busy_poll_seconds)

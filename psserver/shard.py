@@ -39,6 +39,7 @@ from storage import records
 from storage.arena import Budget
 from storage.blockfile import BlockFile
 from storage.errors import NoRoom, OutOfMemory
+from storage.gpu.gpu import Gpu
 from storage.kernels import Images, Keys, Rows
 from storage.records import Cause, Kind
 from storage.schema import TableSchema
@@ -66,6 +67,7 @@ class Shard(ShardReads):
     max_backlog     refuse changes while more bytes than this wait to be written to the log
     disk_bytes      maximum size of the rows on disk; pushes beyond it are refused; 0: no limit
     settings        settings of single tables, by name
+    gpu             the GPU for rows that are used often; None: there is none
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Shard(ShardReads):
         max_backlog: int = MAX_BACKLOG,
         disk_bytes: int = 0,
         settings: Mapping[str, TableSettings] | None = None,
+        gpu: Gpu | None = None,
     ) -> None:
         self.number = number
         self.shard_map = shard_map
@@ -93,7 +96,7 @@ class Shard(ShardReads):
         self._reply_bytes = reply_bytes
         self._max_tables = max_tables
         super().__init__(
-            Tables(self.budget, float(owned) / len(shard_map.shard_of_bucket), settings or {}),
+            Tables(self.budget, float(owned) / len(shard_map.shard_of_bucket), settings or {}, gpu),
             Sequencer(Sessions(max_sessions, session_ttl, clock), now, log, max_backlog),
             TombstoneQueue(max_tombstones),
             ImageBuffers(),

@@ -16,6 +16,7 @@ from storage.arena import Budget
 from storage.block import disk_bytes
 from storage.blockfile import BlockFile
 from storage.errors import UnknownTable
+from storage.gpu.gpu import Gpu
 from storage.schema import TableSchema
 from storage.table import Table
 from storage.tiers.lmdb import Blocks
@@ -52,6 +53,7 @@ class Tables:
     budget       memory that all tables share
     share        fraction of all keys that this shard owns, 0..1
     settings     settings of single tables, by name
+    gpu          the GPU that all tables share; None: there is none
     claimed      names of tables that a load from a checkpoint is going to create or replace
     ruled        numbers of the tables with eviction rules
     next_number  number of the next new table
@@ -62,10 +64,17 @@ class Tables:
                  noticed; None: the server stops
     """
 
-    def __init__(self, budget: Budget, share: float, settings: Mapping[str, TableSettings]) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        share: float,
+        settings: Mapping[str, TableSettings],
+        gpu: Gpu | None = None,
+    ) -> None:
         self._budget = budget
         self._share = share
         self._settings = settings
+        self.gpu = gpu
         self._by_name: dict[str, TableEntry] = {}
         self._by_number: dict[int, TableEntry] = {}
         self._hidden: dict[str, TableEntry] = {}

@@ -6,4 +6,5 @@ device.py   the contract of a device: memory, page-locked host memory, queues, m
 cuda.py     the device that CuPy gives: an NVIDIA GPU
 staging.py  a queue, and the page-locked memory through which batches reach its kernels
 slab.py     rows in device memory, in pieces that never move
+gpu.py      the device of a shard, its budget, and page-locked memory for its batches
 """

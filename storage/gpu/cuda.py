@@ -6,7 +6,7 @@ is not taken from CuPy's pools, which would keep it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,16 @@ from storage.gpu.nvrtc import CannotCompile, machine_code
 from storage.gpu.source import BLOCK, LANES, ROW_KERNELS, cuda_source, kernel_name
 from storage.optimizers import step_kernels
 
-ADVICE = "install embedding-ps[gpu13] (or [gpu12]), and check nvidia-smi"
+INSTALL = (
+    "pip install 'embedding-ps[gpu13]' for a driver of CUDA 13, or 'embedding-ps[gpu12]' for 12"
+)
+ADVICE = {  # name of an error of CUDA -> what to do
+    "cudaErrorInsufficientDriver": "install or update NVIDIA's driver: nvidia-smi shows which CUDA"
+    f" it has; {INSTALL}",
+    "cudaErrorNoDevice": "check nvidia-smi and CUDA_VISIBLE_DEVICES; a container must be given a"
+    " GPU, for example nvidia.com/gpu: 1",
+}
+Lost = Callable[[DeviceLost], None]
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation; the only error after which a GPU can be used
 
 
@@ -30,14 +39,36 @@ class CudaMemory:
         self.address = int(memory.ptr)
 
 
-class CudaMark:
-    """A point in a stream. See device.Mark."""
+def probe() -> Any:
+    """Check that this process can use a GPU, without starting CUDA. Returns the module cupy.cuda.
 
-    def __init__(self, event: Any) -> None:
-        self.event = event
+    Raises NoDevice, with the error of CUDA and what to do.
+    """
+    try:
+        import cupy
+    except ImportError as error:
+        raise NoDevice(f"cannot import CuPy ({error}): {INSTALL}") from error
+    runtime = cupy.cuda.runtime
+    try:
+        if not runtime.getDeviceCount():
+            raise NoDevice(f"CUDA finds no GPU: {ADVICE['cudaErrorNoDevice']}")
+    except runtime.CUDARuntimeError as error:
+        name = str(error).partition(":")[0]
+        raise NoDevice(f"{error}: {ADVICE.get(name, 'check nvidia-smi')}") from error
+    return cupy.cuda
+
+
+class CudaMark:
+    """A point in a stream. See device.Mark.
+
+    lost  see CudaDevice; the same in CudaQueue
+    """
+
+    def __init__(self, event: Any, lost: Lost) -> None:
+        self.event, self._lost = event, lost
 
     def wait(self) -> None:
-        with _final_errors():
+        with _final_errors(self._lost):
             self.event.synchronize()
 
 
@@ -47,26 +78,26 @@ class CudaQueue:
     stream  the stream of CuPy
     """
 
-    def __init__(self, cuda: Any, kernels: dict[str, Any]) -> None:
-        self._cuda, self._kernels = cuda, kernels
+    def __init__(self, cuda: Any, kernels: dict[str, Any], lost: Lost) -> None:
+        self._cuda, self._kernels, self._lost = cuda, kernels, lost
         self.stream = cuda.Stream(non_blocking=True)
 
     def run(self, kernel: str, rows: int, *arguments: Number) -> None:
         if not rows:
             return
-        with _final_errors():
+        with _final_errors(self._lost):
             blocks = -(-rows * LANES // BLOCK)
             self._kernels[kernel]((blocks,), (BLOCK,), arguments, stream=self.stream)
 
     def mark(self) -> CudaMark:
-        with _final_errors():
+        with _final_errors(self._lost):
             event = self._cuda.Event(disable_timing=True)
             event.record(self.stream)
-        return CudaMark(event)
+        return CudaMark(event, self._lost)
 
     def follow(self, mark: Mark) -> None:
         assert isinstance(mark, CudaMark)
-        with _final_errors():
+        with _final_errors(self._lost):
             self.stream.wait_event(mark.event)
 
 
@@ -75,23 +106,24 @@ class CudaDevice:
 
     cuda  the module cupy.cuda
 
-    Raises NoDevice, or CannotCompile if the kernels do not compile.
+    Raises NoDevice, CannotCompile if the kernels do not compile, or DeviceLost.
     """
 
-    def __init__(self) -> None:
-        try:
-            import cupy
-        except ImportError as error:
-            raise NoDevice(f"cannot import CuPy ({error}): {ADVICE}") from error
-        self.cuda = cupy.cuda
-        try:
-            if not self.cuda.runtime.getDeviceCount():
-                raise NoDevice(f"CUDA finds no GPU: {ADVICE}")
-        except self.cuda.runtime.CUDARuntimeError as error:
-            raise NoDevice(f"{error}: {ADVICE}") from error
+    def __init__(self, lost: Lost = lambda error: None) -> None:
+        """Start CUDA in this process, and load the kernels.
+
+        lost  called when the GPU fails later, on the thread that notices it, before DeviceLost is
+              raised there
+        """
+        self._lost: Lost = lambda error: None
+        self._open()
+        self._lost = lost
+
+    def _open(self) -> None:
+        self.cuda = probe()
         steps, module = step_kernels(), self.cuda.function.Module()
         names = [*ROW_KERNELS, *map(kernel_name, steps)]
-        with _final_errors():
+        with _final_errors(self._lost):
             capability = int(self.cuda.Device(0).compute_capability)
             major = self.cuda.runtime.runtimeGetVersion() // 1000
             module.load(machine_code(cuda_source(steps), capability, major))
@@ -100,7 +132,7 @@ class CudaDevice:
 
     @property
     def free(self) -> int:
-        with _final_errors():
+        with _final_errors(self._lost):
             return int(self.cuda.runtime.memGetInfo()[0])
 
     def memory(self, size: int) -> Memory:
@@ -117,12 +149,12 @@ class CudaDevice:
 
     def queue(self) -> CudaQueue:
         with self._asking(0):
-            return CudaQueue(self.cuda, self._kernels)
+            return CudaQueue(self.cuda, self._kernels, self._lost)
 
     @contextmanager
     def _asking(self, size: int, what: str = "GPU memory") -> Iterator[None]:
         """Raise OutOfDeviceMemory if ``size`` bytes are too many; DeviceLost for other errors."""
-        with _final_errors():
+        with _final_errors(self._lost):
             try:
                 yield
             except self.cuda.runtime.CUDARuntimeError as error:
@@ -132,13 +164,18 @@ class CudaDevice:
 
 
 @contextmanager
-def _final_errors() -> Iterator[None]:
-    """Raise DeviceLost for an error of CUDA: after most of them, a process cannot go on."""
+def _final_errors(lost: Lost) -> Iterator[None]:
+    """Raise DeviceLost for an error of CUDA: after most of them, a process cannot go on.
+
+    lost  called before it is raised
+    """
     try:
         yield
     except CannotCompile:
         raise
     except Exception as error:
         if type(error).__name__ in ("CUDARuntimeError", "CUDADriverError"):
-            raise DeviceLost(str(error)) from error
+            failure = DeviceLost(str(error))
+            lost(failure)
+            raise failure from error
         raise

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.errors import OutOfMemory
+
 Number = np.float32 | np.float64 | np.int32 | np.int64 | np.uint64
 
 
@@ -28,8 +30,8 @@ class DeviceLost(Exception):
     """The GPU failed. This process can use it no more, and what its memory had is lost."""
 
 
-class OutOfDeviceMemory(Exception):
-    """There is no such piece of memory. Everything else goes on.
+class OutOfDeviceMemory(OutOfMemory):
+    """The device has no such piece of memory, whatever the budgets are. Everything else goes on.
 
     wanted  bytes that were asked for; 0: unknown
     free    bytes that the device has left, possibly in smaller pieces
@@ -37,10 +39,9 @@ class OutOfDeviceMemory(Exception):
     """
 
     def __init__(self, wanted: int, free: int, what: str = "GPU memory") -> None:
-        super().__init__(
-            f"{what} is full: {wanted or 'more'} bytes wanted; the GPU has {free} bytes free"
-        )
-        self.wanted, self.free = wanted, free
+        super().__init__(free, 0, wanted)
+        text = f"{what} is full: {wanted or 'more'} bytes wanted; the GPU has {free} bytes free"
+        self.args, self.free = (text,), free
 
 
 class Memory(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -101,9 +102,13 @@ class Pieces:
         there = np.flatnonzero(slots >= 0)
         if len(there) < len(slots):
             rows = np.empty((len(there), out.shape[1]), np.float32)
-            self.gather(slots[there], rows)
+            self._gather(slots[there], rows)
             out[there] = rows
-            return
+        else:
+            self._gather(slots, out)
+
+    def _gather(self, slots: Slots, out: Rows) -> None:
+        """Do what ``gather`` describes, if no slot is ABSENT."""
         count = out.shape[1]
         unread: list[tuple[Mark, slice, Rows]] = []
         for some in self._parts(len(slots), count):
@@ -286,14 +291,28 @@ class Snapshot(Pieces):
     Reads wait for all kernels that the slab had been given at that moment. Later kernels may change
     rows while they are read.
 
-    Its queue gets no kernel before the first read, and each read waits for its kernels. So no
-    kernel uses its memory when it is freed.
+    Each read borrows a queue, and returns it when its kernels have run. So no kernel uses the
+    memory of this object when it is freed.
     """
 
     def __init__(self, width: int, shift: int, engine: Staging, pieces: list[Piece]) -> None:
-        super().__init__(width, shift, Staging(engine.device), pieces)
+        super().__init__(width, shift, engine, pieces)
         self._part = SCAN_PART
-        self.staging.queue.follow(engine.queue.mark())
+        self._mark, self._scans = engine.queue.mark(), engine.scans
+
+    def _gather(self, slots: Slots, out: Rows) -> None:
+        with self._borrowed():
+            super()._gather(slots, out)
+
+    def _per_row(self, kernel: str, slots: Slots, count: int, dtype: Any) -> NDArray[Any]:
+        with self._borrowed():
+            return super()._per_row(kernel, slots, count, dtype)
+
+    @contextmanager
+    def _borrowed(self) -> Iterator[None]:
+        """Use a queue of the scans for one batch."""
+        with self._scans.borrow(self._mark) as self.staging:
+            yield
 
     def _written_table(self) -> Table:
         if self._table is None:  # not earlier: nobody may wait for the kernel that writes it

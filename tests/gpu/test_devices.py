@@ -247,5 +247,5 @@ class TestCudaDevice(DeviceContract):
 
 def test_without_a_gpu_the_refusal_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cupy", None)  # import fails
-    with pytest.raises(NoDevice, match=r"cannot import CuPy .*install embedding-ps\[gpu13\]"):
+    with pytest.raises(NoDevice, match=r"cannot import CuPy .*pip install 'embedding-ps\[gpu13\]'"):
         CudaDevice()

@@ -308,10 +308,10 @@ class TestMemory:
         device.queues[0].run_to(device.queues[0].given)
         given = device.launches
         scan = tier.scan()
-        assert len(device.queues) == 2
         assert device.launches == given  # a kernel would use memory that is freed now
         del scan
-        device.queues[1].run_to(device.queues[1].given)
+        for queue in device.queues:
+            queue.run_to(queue.given)
 
     def test_a_slab_whose_table_has_no_room_is_as_before(
         self, monkeypatch: pytest.MonkeyPatch

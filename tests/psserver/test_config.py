@@ -25,6 +25,7 @@ VALUES: dict[str, tuple[Any, Any, Any]] = {
     "data_dir": (Path("/a"), Path("/b"), Path("/c")),
     "memory_bytes": (GIB, 2 * GIB, 3 * GIB),
     "host_bytes": (GIB, 2 * GIB, 3 * GIB),
+    "hbm_bytes": (0, GIB, 2 * GIB),
     "disk_bytes": (0, GIB, 2 * GIB),
     "io_threads": (1, 16, 256),
     "colocated_shards": (2, 3, 4),
@@ -58,6 +59,7 @@ CLUSTER = {"shards": 100}  # so that every shard number above is one of the clus
 BAD: list[tuple[str, Any, str]] = [
     ("shard", -1, "greater than or equal to 0"),
     ("shards", 0, "greater than or equal to 1"),
+    ("hbm_bytes", -1, "greater than or equal to 0"),
     ("shards", 1025, "less than or equal to 1024"),
     ("port", 0, "greater than or equal to 1"),
     ("port", 65536, "less than or equal to 65535"),
@@ -144,6 +146,7 @@ def test_without_any_source_the_defaults_hold() -> None:
     memory = config.pop("host_bytes")
     assert config == {
         "memory_bytes": None,
+        "hbm_bytes": 0,
         "disk_bytes": 0,
         "io_threads": 8,
         "tables": {},
@@ -390,6 +393,11 @@ def test_tables_may_be_set_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> Non
         (
             "host_bytes = 2_000_000\n[tables.t]\nhost_bytes = 3_000_000",
             "tables.t.host_bytes must be at most host_bytes=2000000, got 3000000",
+        ),
+        ("[tables.t]\nhbm_bytes = -1", "tables.t.hbm_bytes: Input should be greater than or"),
+        (
+            "[tables.t]\nhbm_bytes = 3_000_000",
+            "tables.t.hbm_bytes must be at most hbm_bytes=0, got 3000000",
         ),
         (
             "host_bytes = 2_000_000\nmemory_bytes = 3_000_000",

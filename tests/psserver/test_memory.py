@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from psserver.config import load
 from psserver.memory import (
     ADDRESS_BYTES,
     ADDRESS_PARTS,
     BASE_BYTES,
     DATA_BYTES,
     DATA_PARTS,
+    GPU_BYTES,
     LEAST_TABLES,
     TOOL_BYTES,
     Limit,
@@ -22,6 +24,7 @@ from psserver.memory import (
     memory_limit,
     show,
 )
+from storage.gpu.gpu import PINNED_BYTES
 
 MIB, GIB = 1 << 20, 1 << 30
 PHYSICAL = 64 * GIB
@@ -255,6 +258,21 @@ def test_a_limit_that_leaves_nothing_is_refused_with_all_parts_of_it() -> None:
         " 64 MiB for the log; raise the limit, or lower max_inflight_bytes and max_message_bytes,"
         " or set host_bytes"
     )
+
+
+def test_a_server_with_a_gpu_leaves_memory_to_cuda() -> None:
+    """Page-locked memory is a part of it, which never grows."""
+    without, using = plan(8 * GIB), plan(8 * GIB, gpu=GPU_BYTES)
+    assert using.reserve == without.reserve + GPU_BYTES
+    assert without.tables - using.tables == pytest.approx(GPU_BYTES * 9 / 10, abs=1)
+    assert GPU_BYTES > 2 * PINNED_BYTES
+    assert "256 MiB itself, 384 MiB for CUDA, " in (plan(GIB, gpu=GPU_BYTES).problem() or "")
+
+
+def test_only_a_server_with_hbm_bytes_plans_memory_for_cuda() -> None:
+    assert load([]).memory.gpu == 0
+    assert load(["--hbm-bytes", "1"]).memory.gpu == GPU_BYTES
+    assert load(["--hbm-bytes", "1"]).host_bytes < load([]).host_bytes
 
 
 def test_a_small_server_starts_without_memory_for_psctl() -> None:

@@ -1,0 +1,118 @@
+"""What the tables of a shard share of a GPU: its budget, page-locked memory, queues for scans."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from cpukernels import compiler
+from fakedevice import MODES, FakeDevice
+
+from storage.arena import Budget
+from storage.errors import OutOfMemory
+from storage.gpu.device import OutOfDeviceMemory
+from storage.gpu.gpu import PAUSE_SECONDS, PINNED_BYTES, Gpu
+from storage.gpu.slab import Slab
+from storage.gpu.staging import SCANS
+from storage.optimizers import OPTIMIZERS, make_optimizer
+from storage.schema import MAX_DIM
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ to compile the CUDA kernels")
+ROWS, WIDTH = 3000, 200
+
+
+def slab_of(gpu: Gpu) -> tuple[Slab, np.ndarray]:
+    """A slab with ROWS rows, and these rows."""
+    slab = Slab(WIDTH, gpu.staging, gpu.budget)
+    slab.grow(ROWS)
+    rows = np.random.default_rng(1).standard_normal((ROWS, WIDTH)).astype(np.float32)
+    slab.scatter(np.arange(ROWS), rows)
+    return slab, rows
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_any_number_of_scans_use_the_page_locked_memory_of_the_start(mode: str) -> None:
+    device = FakeDevice(mode)
+    gpu = Gpu(device, 1 << 30)
+    assert device.pinned_bytes == PINNED_BYTES
+    slab, rows = slab_of(gpu)
+    threads = 3 * SCANS
+    together = threading.Barrier(threads)
+
+    def read(number: int) -> bool:
+        scan, slots = slab.snapshot(), np.random.default_rng(number).permutation(ROWS)
+        together.wait()
+        for _ in range(3):
+            out = np.full((ROWS, WIDTH), np.nan, np.float32)
+            scan.gather(slots, out)
+            norms = scan.measure(slots, WIDTH)
+            if out.tobytes() != rows[slots].tobytes() or not np.isfinite(norms).all():
+                return False
+        return True
+
+    with ThreadPoolExecutor(threads) as pool:
+        assert all(pool.map(read, range(threads)))
+    assert device.pinned_bytes == PINNED_BYTES
+    assert len(device.queues) == 1 + SCANS
+
+
+def test_a_scan_whose_memory_is_borrowed_waits_until_it_is_returned() -> None:
+    gpu = Gpu(FakeDevice("early"), 1 << 30)
+    slab, rows = slab_of(gpu)
+    out, done = np.empty_like(rows), threading.Event()
+    held = [gpu.staging.scans.borrow(gpu.staging.queue.mark()) for _ in range(SCANS)]
+    for each in held:
+        each.__enter__()
+    scan = slab.snapshot()
+    thread = threading.Thread(
+        target=lambda: (scan.gather(np.arange(ROWS), out), done.set()), daemon=True
+    )
+    thread.start()
+    assert not done.wait(0.2)
+    for each in held:
+        each.__exit__(None, None, None)
+    assert done.wait(60)
+    assert out.tobytes() == rows.tobytes()
+
+
+def test_a_row_of_every_table_fits_into_page_locked_memory() -> None:
+    gpu = Gpu(FakeDevice("early"), 1 << 30)
+    for name in OPTIMIZERS:
+        assert gpu.takes(MAX_DIM + make_optimizer(name, None, {}).state_width(MAX_DIM))
+    assert not gpu.takes(1 << 20)
+
+
+def test_without_page_locked_memory_there_is_no_gpu() -> None:
+    class Swamped(FakeDevice):
+        def pinned(self, size: int) -> object:
+            raise OutOfDeviceMemory(size, self.free, "page-locked memory of the host")
+
+    with pytest.raises(OutOfMemory, match=r"^page-locked memory of the host is full: "):
+        Gpu(Swamped("early"), 1 << 30)
+
+
+class TestPause:
+    """A full device pauses promotion, and is asked again from time to time."""
+
+    def test_only_a_full_device_pauses_and_is_reported_once(self) -> None:
+        now, told = [0.0], list[str]()
+        device = FakeDevice("early", limit=40 << 20)
+        gpu = Gpu(device, 1 << 30, told.append, clock=lambda: now[0])
+        slab = Slab(WIDTH, gpu.staging, gpu.budget)
+        small = Slab(WIDTH, gpu.staging, Budget(1 << 20))
+        for each in (small, slab, slab):
+            with pytest.raises(OutOfMemory) as raised:
+                each.grow(1_000_000)
+            gpu.full(raised.value)
+            assert gpu.paused == (each is slab)
+            assert gpu.promotes == (each is small)
+        assert len(told) == 1
+        assert told[0].startswith("GPU memory is full: ")
+        now[0] += PAUSE_SECONDS
+        assert (gpu.promotes, gpu.promotes, gpu.paused) == (True, False, True)
+        device.limit = 1 << 30
+        slab.grow(1000)
+        gpu.resume()
+        assert (gpu.promotes, gpu.promotes, gpu.paused) == (True, True, False)
