@@ -33,6 +33,10 @@ deletes.py     delete rows on every shard
 connection.py  base class of the client: addresses, options, connecting and closing
 rowclient.py   pull, push, exchange, delete
 table.py       one table
+hashtable.py   kernels that find, write and remove rows by key
+outstanding.py  requests of a Pipeline in progress, oldest first
+ticket.py      batches on their way through a Pipeline
+pipeline.py    pull rows ahead and push gradients while a batch is computed
 client.py      the client: create, describe, evict and drop tables
 aio.py         the client for asyncio
 combine.py     rows of several parts combined into one embedding (imported on demand)
@@ -42,7 +46,6 @@ mixed.py       features whose embeddings grow with their frequency (imported on 
 changes.py     one change of rows or of a table, as a subscriber receives it
 shardstream.py  receive the changes of one shard
 subscriber.py  receive the changes of all shards
-hashtable.py   kernels that find, write and remove rows by key
 copies.py      copy in memory of one table's rows on one shard
 replica.py     copies in memory of all tables of one shard
 follower.py    copies in memory of tables of all shards, kept up to date
@@ -111,6 +114,7 @@ from psclient.client import Client
 from psclient.errors import PsError
 from psclient.follower import Follower
 from psclient.pending import Pending
+from psclient.pipeline import Pipeline
 from psclient.schema import TableInfo
 from psclient.strings import hash_keys
 from psclient.subscriber import Subscriber
@@ -124,6 +128,7 @@ __all__ = [
     "Client",
     "Follower",
     "Pending",
+    "Pipeline",
     "PsError",
     "PulledRows",
     "Subscriber",

@@ -42,6 +42,20 @@ class Batch:
         """Return the distinct keys of the batch, uint64[distinct], grouped by shard."""
         return self.split.keys
 
+    def part(self, index: NDArray[np.int64]) -> Batch:
+        """Return a Batch of some of the distinct keys, once each.
+
+        index  int64[m], ascending: which of ``keys``
+        """
+        chosen = Batch.__new__(Batch)
+        bounds = np.searchsorted(index, self.split.bounds)
+        places = np.arange(len(index), dtype=np.int32)
+        chosen.split = routing.Split(
+            self.keys[index], np.ones(len(index), np.uint32), places, bounds
+        )
+        chosen.shape, chosen.bounds = (len(index),), bounds.tolist()
+        return chosen
+
     def sum(self, gradients: Any, table: str, dim: int) -> Rows:
         """Sum the gradients of equal keys.
 

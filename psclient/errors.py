@@ -26,11 +26,13 @@
   - NotEmpty           the operation would delete rows
   - RestoreConflict    another restore is in progress, or this restore must first take another step
   - DataLoss           stored bytes are damaged. Never retried
+  - PushFailed         a push of a Pipeline failed; it may have taken effect on some shards
   - ServerFailure      the server answered with an error that no other class describes
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -150,6 +152,28 @@ class DataLoss(PsError):
 
 class ServerFailure(PsError):
     """The server answered with an error that no other class describes."""
+
+
+class PushFailed(PsError):
+    """A push of a Pipeline failed. It may have taken effect on some shards, and not on others.
+
+    step    training step of the push
+    tables  names of the tables that it pushed to; ``table`` is the one that the error names, or
+            the first one
+
+    ``__cause__`` is the original error.
+    """
+
+    def __init__(self, step: int, tables: Sequence[str], why: BaseException) -> None:
+        named = [name for name in tables if repr(name) in str(why)]
+        self.step, self.tables = step, tuple(tables)
+        self.table = (named or tables)[0]
+        shown = f"table {self.table!r}" if named or len(tables) == 1 else f"tables {list(tables)}"
+        super().__init__(f"the push of step {step} to {shown} failed: {why}")
+        self.reason = getattr(why, "reason", "")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.step, self.tables, self.__cause__ or Exception(str(self)))
 
 
 REASONS: dict[str, type[PsError]] = {

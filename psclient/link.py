@@ -30,7 +30,10 @@ class Link(ABC):
     route    address of the shard
     session  numbers the pushes, so that the shard applies each once
     options  options of the gRPC channel
+    ordered  whether requests take effect in the order of ``submit``, unless one is sent again
     """
+
+    ordered = False
 
     def __init__(
         self, where: str, route: Route, session: Session, options: Options = OPTIONS

@@ -44,6 +44,9 @@ class PullPart:
     out: Rows  # embeddings float32[n, dim], or [distinct, dim]; written by ``take``
     history: NDArray[np.uint64]  # [3, distinct]: versions, steps, frequencies; else [3, 0]
     prefetch: bool = False  # the shards only read the rows into memory; the reply has no rows
+    at: NDArray[np.int64] | None = (
+        None  # index in ``out`` of each distinct key's row; None: its own
+    )
 
     def shaped(self) -> Rows:
         """Return ``out`` as float32[*shape of the keys, dim], or as [distinct, dim]."""
@@ -197,7 +200,9 @@ def take(answer: codec.Exchanged, pulls: Sequence[Range], where: str) -> None:
                 " the table was dropped and created anew; call client.table() again"
             )
         rows = codec.from_wire(pulled.embeddings, part.dtype).reshape(last - first, part.dim)
-        if part.distinct:
+        if part.at is not None:
+            part.out[part.at[first:last]] = rows
+        elif part.distinct:
             part.out[first:last] = rows
         else:
             routing.scatter(rows, first, part.batch.split.inverse, part.out)

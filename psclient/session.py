@@ -48,6 +48,14 @@ class Session:
             self._open.pop(header.sequence, None)
             self._answered |= applied
 
+    def state(self) -> dict[str, int]:
+        """Return the numbers of the last push; ``sequence`` is 0 if there was none."""
+        return {
+            "client_id": self.client,
+            "incarnation": self.incarnation,
+            "sequence": self._next - 1,
+        }
+
     def renew(self) -> None:
         """Start the next incarnation: add 1 to it, and number the next push 1."""
         self.incarnation += 1

@@ -36,6 +36,8 @@ LOST = 2.0  # seconds after the reader's deadline at which another caller replac
 class StreamLink(Link):
     """Connection to one shard through a gRPC stream. Thread-safe. Link explains the methods."""
 
+    ordered = True
+
     def __init__(
         self, where: str, route: Route, session: Session, options: Options = OPTIONS
     ) -> None:
