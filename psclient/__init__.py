@@ -38,6 +38,7 @@ outstanding.py  requests of a Pipeline in progress, oldest first
 ticket.py      batches on their way through a Pipeline
 pipeline.py    pull rows ahead and push gradients while a batch is computed
 client.py      the client: create, describe, evict and drop tables
+identity.py    identity of a rank of a distributed job
 aio.py         the client for asyncio
 combine.py     rows of several parts combined into one embedding (imported on demand)
 parts.py       parts of features over several tables: sizes, checks, hashes
@@ -59,6 +60,7 @@ admin.py       all functions of the five files above (imported on demand)
 
 PyTorch modules (imported on demand):
 
+torch/ranks.py      ranks of torch.distributed: gradients summed by owner, steps checked
 torch/gradients.py  how backward passes collect gradients, and how they are pushed
 torch/reach.py      base class of modules with rows; zero_grad and requires_grad_ of models reach it
 torch/optimizer.py  RowOptimizer, and the base class of modules that push
@@ -113,6 +115,7 @@ from psclient.changes import Change
 from psclient.client import Client
 from psclient.errors import PsError
 from psclient.follower import Follower
+from psclient.identity import rank_identity
 from psclient.pending import Pending
 from psclient.pipeline import Pipeline
 from psclient.schema import TableInfo
@@ -136,4 +139,5 @@ __all__ = [
     "TableInfo",
     "Versions",
     "hash_keys",
+    "rank_identity",
 ]

@@ -37,6 +37,9 @@ class Client(RowClient):
                  random
     incarnation  number in 0..2^63-1 that must grow with each use of the same client_id; else pushes
                  raise SessionExpired. None: nanoseconds since 1970
+    renew        what to do if a shard does not know the client's numbers any more. True: number
+                 the pushes anew, under the next incarnation. False: raise SessionExpired, so that
+                 a process whose client_id another process has taken over cannot push again
     proxy        whether to use the HTTP proxy that the environment variables (http_proxy etc.) name
 
     The client connects at the first use. Its methods raise subclasses of PsError (psclient.errors).
@@ -44,7 +47,7 @@ class Client(RowClient):
     cluster have answered there. It follows shards whose addresses change.
 
     It closes itself once it is no longer referenced. Pickling keeps addresses and options, but not
-    client_id and incarnation: the unpickled client opens its own connections, under a random
+    client_id, incarnation and renew: the unpickled client opens its own connections, under a random
     client_id. copy.copy and copy.deepcopy return the same client.
 
     If a signal handler raises (for example KeyboardInterrupt), the running call ends at once. Its

@@ -41,6 +41,7 @@ class Cluster:
     transport    "stream" or "unary"
     client_id    identity of the client; 0: a random one for each shard
     incarnation  number that grows with each use of the same client_id
+    renew        whether to go on with the next incarnation after SessionExpired
     proxy        whether to use the HTTP proxy that the environment variables name
     deadline     monotonic seconds at which the shards must have answered
 
@@ -63,6 +64,7 @@ class Cluster:
         client_id: int,
         incarnation: int,
         *,
+        renew: bool = True,
         proxy: bool,
         deadline: float,
     ) -> None:
@@ -70,7 +72,8 @@ class Cluster:
         self._stop: SimpleQueue[None] = SimpleQueue()
         self.links: list[Link] = []
         for shard, route in enumerate(places.routes(deadline)):
-            session = Session(client_id or secrets.randbits(63) + 1, incarnation)
+            client = client_id or secrets.randbits(63) + 1
+            session = Session(client, incarnation, renews=renew)
             link = LINKS[transport](places.where(shard), route, session, options(proxy=proxy))
             self.links.append(link)
         try:

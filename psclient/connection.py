@@ -41,6 +41,7 @@ class Connection:
         transport: Transport = "stream",
         client_id: int = 0,
         incarnation: int | None = None,
+        renew: bool = True,
         proxy: bool = False,
     ) -> None:
         self._addresses = checked_where(addresses)
@@ -55,6 +56,7 @@ class Connection:
         if incarnation is None:
             incarnation = time.time_ns()
         self._incarnation = checked.integer("incarnation", incarnation, 0, 1 << 63)
+        self._renew = bool(renew)
         self._options = {"wire": wire, "transport": transport, "proxy": self._proxy}
         self._cluster: Cluster | None = None
         self._connecting = threading.RLock()
@@ -69,7 +71,7 @@ class Connection:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle addresses and options, but not client_id and incarnation.
+        """Pickle addresses and options, but not client_id, incarnation and renew.
 
         The unpickled client opens its own connections, under a random client_id.
         """
@@ -154,6 +156,7 @@ class Connection:
                 self._transport,
                 self._client_id,
                 self._incarnation,
+                renew=self._renew,
                 proxy=self._proxy,
                 deadline=deadline,
             )

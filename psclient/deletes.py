@@ -90,8 +90,9 @@ def _delete(link: Link, header: pb.PushHeader, keys: codec.Keys, deadline: float
 def _send(link: Link, header: pb.PushHeader, keys: codec.Keys, deadline: float) -> bytes:
     """Send a delete to one shard until it answers; return the encoded DeleteResponse.
 
-    If the shard refuses the first attempt with SessionExpired, the delete was never applied. So it
-    gets a new number (``Session.renew``), and is sent again. ``_delete`` explains the arguments.
+    If the shard refuses the first attempt with SessionExpired, the delete was never applied. So,
+    if the session may be renewed, it gets a new number (``Session.renew``), and is sent again.
+    ``_delete`` explains the arguments.
     """
     session, attempts = link.session, 0
 
@@ -104,7 +105,7 @@ def _send(link: Link, header: pb.PushHeader, keys: codec.Keys, deadline: float) 
     try:
         return retry(attempt, link.where, deadline)  # type: ignore[no-any-return]
     except SessionExpired:
-        if attempts > 1:
+        if attempts > 1 or not session.renews:
             raise
     with link.lock:
         if header.incarnation == session.incarnation:

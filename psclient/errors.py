@@ -27,6 +27,8 @@
   - RestoreConflict    another restore is in progress, or this restore must first take another step
   - DataLoss           stored bytes are damaged. Never retried
   - PushFailed         a push of a Pipeline failed; it may have taken effect on some shards
+  - StepsDisagree      ranks of one job push with different training steps
+  - RankFailed         another rank of the job failed, or did not answer in time
   - ServerFailure      the server answered with an error that no other class describes
 """
 
@@ -47,6 +49,14 @@ class PsError(Exception):
 
     reason = ""  # code of the error from the server, such as "TABLE_NOT_FOUND"; "": none
     retry_after: float | None = None  # seconds after which the server asks to try again
+
+
+class StepsDisagree(PsError):
+    """Ranks of one torch.distributed job push with different training steps."""
+
+
+class RankFailed(PsError):
+    """Another rank of a torch.distributed job failed, or did not answer in time."""
 
 
 class InvalidArgument(PsError, ValueError):

@@ -16,13 +16,15 @@ class Session:
 
     client       id of the client
     incarnation  number that grows each time the client begins to number its pushes from 1 again
+    renews       whether the client goes on with the next incarnation after SessionExpired
 
     PushHeader in ps.proto defines the numbers. Callers of the methods hold the link's lock.
     """
 
-    def __init__(self, client: int, incarnation: int) -> None:
+    def __init__(self, client: int, incarnation: int, *, renews: bool = True) -> None:
         self.client = client
         self.incarnation = incarnation
+        self.renews = renews
         self._next = 1
         self._open: dict[int, None] = {}  # sequence numbers that may be sent again, ascending
         self._answered = False  # whether the shard has answered a push of this incarnation
@@ -110,14 +112,15 @@ class Call:
         self.message = codec.encode_stream_request(header, self.exchange)
 
 
-def pause_before(call: Call, error: PsError) -> float | None:
+def pause_before(call: Call, error: PsError, *, renews: bool = True) -> float | None:
     """Return the seconds to pause before a failed call is sent again; None: its error is final.
 
-    call   the call
-    error  the error with which it failed
+    call    the call
+    error   the error with which it failed
+    renews  whether its pushes may be numbered again after SessionExpired
     """
     if isinstance(error, SessionExpired):  # at the first attempt: the pushes were never applied
-        first = call.attempts == 1 and not call.renewed
+        first = renews and call.attempts == 1 and not call.renewed
         return 0.0 if first and call.exchange.pushes else None
     pause = asked_pause(error)
     return None if pause is None or time.monotonic() + pause >= call.deadline else pause

@@ -242,7 +242,7 @@ class StreamLink(Link):
     def _settle(self, call: Call, answer: codec.Exchanged | None, error: PsError | None) -> None:
         """Complete a call with its answer or its error, and wake the threads that wait for it."""
         call.answer, call.error, call.done = answer, error, True
-        if error is None or pause_before(call, error) is None:
+        if error is None or pause_before(call, error, renews=self.session.renews) is None:
             self._finish(call, applied=error is None)
         if self._sleeping:
             self._wake(call)
@@ -298,7 +298,7 @@ class StreamLink(Link):
 
         Returns whether the call was sent.
         """
-        pause = pause_before(call, error)
+        pause = pause_before(call, error, renews=self.session.renews)
         if pause is not None:
             time.sleep(pause)
         with self.lock:

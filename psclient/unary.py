@@ -70,7 +70,7 @@ class UnaryLink(Link):
 
     def _again(self, call: Call, error: PsError) -> None:
         """Send a failed call again after a pause, if ``error`` permits it; else raise ``error``."""
-        pause = pause_before(call, error)
+        pause = pause_before(call, error, renews=self.session.renews)
         if pause is None and isinstance(error, Unavailable):
             pause = backoff(call.attempts)
         if self._closed:

@@ -17,6 +17,7 @@ In ``eval()`` mode, keys without a row get the table's serving_default. Pickling
 client's addresses and options; the unpickled module opens its own connections. A deep copy shares
 the client. Neither includes gradients that were not pushed. docs/trainers.md explains more.
 
+ranks.py      ranks of torch.distributed: gradients summed by owner, steps checked
 gradients.py  how backward passes collect gradients, and how they are pushed
 reach.py      base class of modules with rows; zero_grad and requires_grad_ of models reach it
 optimizer.py  RowOptimizer, and the base class of modules that push

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from psclient import checked
+from psclient.arguments import push_header
+from psclient.arrays import Rows
 from psclient.batch import Batch
+from psclient.errors import InvalidArgument
 from psclient.rowclient import RowClient
 from psclient.table import Table
+from psclient.torch.ranks import Job, Sum, Turn
 from psproto import routing
 
 Ranks = Literal["mean", "sum"]
@@ -128,32 +132,35 @@ def gather(parts: Iterable[Gradients]) -> list[Pass]:
 
 
 def push(
-    client: RowClient, parts: Iterable[Gradients], step: int, lr: float | None, ranks: Ranks
-) -> None:
+    client: RowClient,
+    parts: Iterable[Gradients],
+    turn: Turn,
+    ranks: Ranks,
+    job: Job | None = None,
+) -> Turn:
     """Push the gradients of modules, summed per table, in one request, and forget them.
 
     client  client of all tables
     parts   gradients of the modules
-    step    training step
-    lr      learning rate; None: that of each table
+    turn    training step, and learning rate
     ranks   with torch.distributed, "mean": divide by the number of ranks; "sum": do not
+    job     all ranks, which push together; None: this rank pushes on its own
 
-    They are forgotten even if an argument is invalid or the push fails, because some shards may
-    have applied it. The error then has a note that says so.
+    Returns ``turn``, or that of the other ranks if this one has no batch. The gradients are
+    forgotten even if an argument is invalid or the push fails, because some shards may have applied
+    it. The error then has a note that says so.
     """
     taken = []
     for part in parts:
         taken += part.take()
         part.reached = 0
     try:
-        count = _world() if checked.one_of("ranks", ranks, RANKS) else 1
-        gradients = {}
-        for each in _sums(taken):
-            assert each.leaf.grad is not None
-            summed = each.leaf.grad.detach()
-            summed = summed if count == 1 else summed / count
-            gradients[each.table.name] = (each.batch, summed.numpy())
-        client.push_distinct(gradients, step=step, lr=lr)
+        count = _world(job) if checked.one_of("ranks", ranks, RANKS) else 1
+        sums = {each.table.name: _divided(each, count) for each in _sums(taken)}
+        if job is None:
+            client.push_distinct(sums, step=turn.step, lr=turn.lr)
+            return turn
+        return _push_together(client, sums, turn, job)
     except BaseException as error:
         if taken:
             error.add_note(DISCARDED)
@@ -163,8 +170,64 @@ def push(
             each.leaf.grad = None
 
 
-def _world() -> int:
-    """Return the number of ranks of torch.distributed; 1 if it is not used."""
+def _divided(each: Pass, count: int) -> tuple[Batch, Rows]:
+    """Return the keys and gradients of a Pass; the gradients are divided by ``count``."""
+    assert each.leaf.grad is not None
+    summed = each.leaf.grad.detach()
+    return each.batch, (summed if count == 1 else summed / count).numpy()
+
+
+def _push_together(
+    client: RowClient, sums: Mapping[str, tuple[Batch, Rows]], turn: Turn, job: Job
+) -> Turn:
+    """Push as one rank of a job: wait for the other ranks as the job requires it.
+
+    sums  {table: (keys, gradients)} of this rank
+
+    If ranks wait for each other, and an argument is invalid on one of them, or a gradient is
+    infinite or NaN, no rank pushes. ``push`` explains the result.
+    """
+    problem, given = None, {}
+    try:
+        push_header(turn.step, turn.lr, None)
+        for name, (batch, gradients) in sums.items():
+            checked_sums = batch.check(gradients, name, gradients.shape[1])
+            given[name] = Sum(batch.keys, batch.split.counts, checked_sums)
+    except InvalidArgument as error:
+        problem, turn = error, Turn(0, None)
+    turn, parts = job.reduce(turn, given, problem)
+    try:
+        if job.sums:
+            sums = {name: added(client, some) for name, some in parts.items()}
+            sums = {name: each for name, each in sums.items() if len(each[0].keys)}
+        client.push_distinct(sums, step=turn.step, lr=turn.lr)
+    except Exception as error:
+        job.settle(turn, error)
+        raise
+    job.settle(turn, None)
+    return turn
+
+
+def added(client: RowClient, parts: Sequence[Sum]) -> tuple[Batch, Rows]:
+    """Add gradients of one table: return (Batch, float32[distinct, dim] per key of the Batch).
+
+    parts  at least one; those of the same key are added in this order
+    """
+    batch = client.batch(np.concatenate([each.keys for each in parts]))
+    inverse, distinct = batch.split.inverse, len(batch.keys)
+    gradients = np.concatenate([each.gradients for each in parts])
+    sums = np.zeros((distinct, gradients.shape[1]), np.float32)
+    routing.sum_rows(gradients, inverse, sums)
+    counts = np.concatenate([each.counts for each in parts])
+    total = np.bincount(inverse, weights=counts, minlength=distinct).astype(np.uint32)
+    batch.split = replace(batch.split, counts=total)
+    return batch, sums
+
+
+def _world(job: Job | None) -> int:
+    """Return the number of ranks: of a job, or of torch.distributed; 1 if it is not used."""
+    if job is not None:
+        return job.size
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_world_size()
@@ -191,15 +254,16 @@ def _merge(passes: Sequence[Pass]) -> Pass:
     Returns the Pass of all their distinct keys. Row values are those of one of the passes.
     """
     table = passes[0].table
-    batch = table.client.batch(np.concatenate([each.batch.keys for each in passes]))
-    inverse, shape = batch.split.inverse, (len(batch.keys), table.dim)
-    sums, values = np.zeros(shape, np.float32), np.empty(shape, np.float32)
-    gradients = [each.leaf.grad.detach().numpy() for each in passes if each.leaf.grad is not None]
-    routing.sum_rows(np.concatenate(gradients), inverse, sums)
-    values[inverse] = np.concatenate([each.leaf.detach().numpy() for each in passes])
-    counts = np.concatenate([each.batch.split.counts for each in passes])
-    total = np.bincount(inverse, weights=counts, minlength=len(batch.keys)).astype(np.uint32)
-    batch.split = replace(batch.split, counts=total)
+    batch, sums = added(
+        table.client,
+        [
+            Sum(each.batch.keys, each.batch.split.counts, each.leaf.grad.detach().numpy())
+            for each in passes
+            if each.leaf.grad is not None
+        ],
+    )
+    values = np.empty_like(sums)
+    values[batch.split.inverse] = np.concatenate([each.leaf.detach().numpy() for each in passes])
     for each in passes:
         each.leaf.grad = None
     leaf = torch.from_numpy(values).requires_grad_()

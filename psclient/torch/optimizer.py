@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
 from psclient import checked
 from psclient.errors import InvalidArgument
 from psclient.rowclient import RowClient
 from psclient.torch.gradients import DISCARDED, RANKS, Gradients, Ranks, gather, push
+from psclient.torch.ranks import REDUCE, TIMEOUT, Job, Reduce, Turn, several
 from psclient.torch.reach import holders
 
 STEPS = 1 << 47  # a training step is in -STEPS..STEPS - 1
@@ -29,16 +31,29 @@ class _Group(dict[str, Any]):
         raise KeyError(name)
 
 
-class RowOptimizer(torch.optim.Optimizer):
+class RowOptimizer(torch.optim.Optimizer, Joinable):
     """A torch.optim.Optimizer for rows on the servers: ``step`` pushes gradients in one request.
 
     modules  an Embedding, EmbeddingGroup or other module that contains such modules, or a list of
              them; all their tables belong to one client
     lr       learning rate, sent with each push; None: that of each table. A scheduler needs a
              number, which it then changes
-    ranks    with torch.distributed, "mean": the gradients are divided by the number of all
-             ranks, as DistributedDataParallel does; "sum": they are pushed as they are
+    ranks    with torch.distributed, "mean": the gradients are divided by the number of ranks, as
+             DistributedDataParallel does; "sum": they are pushed as they are
     step     training step of the first push; each push adds 1
+
+    With several ranks of torch.distributed, each must create the optimizer, in the same order:
+
+    reduce         "none": each rank pushes the gradients of its batch. "sum": the gradients of a
+                   key are first summed over all ranks, and one rank pushes the sum, as one process
+                   with the whole batch would
+    sync           whether all ranks push a step before any pulls rows for the next one
+    process_group  the ranks that take part, a torch.distributed group; None: all
+    timeout        seconds that one rank waits for the others before it raises RankFailed
+
+    If the training steps of ranks differ, ``step`` raises StepsDisagree: at once with reduce="sum"
+    or sync=True; else one of 1000 pushes is checked. If ranks have different numbers of batches,
+    use the optimizer in torch.distributed.algorithms.Join, as a model of DistributedDataParallel.
 
     The servers run the optimizer that each table was created with. This class only has the
     interface of torch's optimizers, so that GradScaler, gradient clipping and schedulers work: it
@@ -52,6 +67,10 @@ class RowOptimizer(torch.optim.Optimizer):
         *,
         ranks: Ranks = "mean",
         step: int = 0,
+        reduce: Reduce = "none",
+        sync: bool = False,
+        process_group: Any = None,
+        timeout: float = TIMEOUT,
     ) -> None:
         given = nn.ModuleList([modules] if isinstance(modules, nn.Module) else modules)
         if not (found := holders(given)):
@@ -67,8 +86,22 @@ class RowOptimizer(torch.optim.Optimizer):
         self._next = checked.integer("step", step, -STEPS, STEPS)
         self._groups: list[dict[str, Any]] = []
         super().__init__([_Group(params=[])], {})
+        Joinable.__init__(self)
         if lr is not None:
             self._groups[0]["lr"] = checked.number("lr", lr)
+        checked.one_of("reduce", reduce, REDUCE)
+        checked.seconds("timeout", timeout)
+        self._process_group = process_group
+        self._job: Job | None = None
+        if several(process_group):
+            tables = {holder.table.name: holder.table for holder in found}
+            self._job = Job(
+                list(tables.values()),
+                reduce,
+                sync=sync,
+                process_group=process_group,
+                timeout=timeout,
+            )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -109,10 +142,34 @@ class RowOptimizer(torch.optim.Optimizer):
                 self.zero_grad()
                 error.add_note(DISCARDED)
                 raise
-        number = self._next if step is None else step
-        push(self._client, self._parts, number, self._groups[0].get("lr"), self._ranks)
-        self._next = int(number) + 1
+        Join.notify_join_context(self)
+        self._push(self._next if step is None else step)
         return loss
+
+    def _push(self, step: int, *, active: bool = True) -> None:
+        """Push with this training step. active=False: only take part in the push of other ranks."""
+        turn = Turn(step, self._groups[0].get("lr"), active)
+        pushed = push(self._client, self._parts, turn, self._ranks, self._job)
+        self._next = int(pushed.step) + 1
+
+    def join_hook(self, **options: Any) -> JoinHook:
+        """Return what a rank without further batches does while others train: it takes part.
+
+        options  have no effect
+        """
+        return _Joined(self)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Return the device on which ranks tell each other that they have further batches."""
+        if torch.distributed.get_backend(self.join_process_group) == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    @property
+    def join_process_group(self) -> Any:
+        """Return the ranks that take part."""
+        return self._process_group or torch.distributed.group.WORLD
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of all modules, so that they are not pushed.
@@ -156,6 +213,21 @@ class RowOptimizer(torch.optim.Optimizer):
         )
 
 
+class _Joined(JoinHook):
+    """Takes part in the pushes of other ranks, for a rank that has no further batches.
+
+    optimizer  the optimizer of this rank
+    """
+
+    def __init__(self, optimizer: RowOptimizer) -> None:
+        self._optimizer = optimizer
+
+    def main_hook(self) -> None:
+        optimizer = self._optimizer
+        optimizer.zero_grad()
+        optimizer._push(optimizer._next, active=False)
+
+
 class Trained(nn.Module):
     """Base class of the public modules: pushes the gradients of the rows that it contains.
 
@@ -175,13 +247,24 @@ class Trained(nn.Module):
         Takes one round trip. ``zero_grad`` forgets gradients that should not be pushed. If the push
         fails, they are forgotten too: they are never pushed with those of a later batch.
         """
-        push(self.client, [holder.gradients for holder in holders(self)], step, lr, ranks)
+        push(self.client, [holder.gradients for holder in holders(self)], Turn(step, lr), ranks)
 
     def optimizer(
-        self, lr: float | None = None, *, ranks: Ranks = "mean", step: int = 0
+        self,
+        lr: float | None = None,
+        *,
+        ranks: Ranks = "mean",
+        step: int = 0,
+        reduce: Reduce = "none",
+        sync: bool = False,
+        process_group: Any = None,
+        timeout: float = TIMEOUT,
     ) -> RowOptimizer:
         """Return an optimizer for GradScaler, gradient clipping and learning rate schedulers.
 
         RowOptimizer explains the arguments. Use its ``step`` instead of that of this module.
         """
-        return RowOptimizer(self, lr, ranks=ranks, step=step)
+        return RowOptimizer(
+            self, lr, ranks=ranks, step=step,
+            reduce=reduce, sync=sync, process_group=process_group, timeout=timeout,
+        )  # fmt: skip

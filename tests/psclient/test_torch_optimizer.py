@@ -218,11 +218,27 @@ class TestAccumulation:
         assert number(table) == -1.0
 
 
+class FourRanks:
+    """A Job whose other ranks neither answer nor need an answer."""
+
+    size, sums = 4, False
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def reduce(self, turn: Any, sums: Any, error: Any) -> Any:
+        assert error is None
+        return turn, sums
+
+    def settle(self, turn: Any, error: Any) -> None:
+        assert error is None
+
+
 class TestRanks:
     @pytest.fixture(autouse=True)
     def _four_ranks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 4)
+        monkeypatch.setattr("psclient.torch.optimizer.Job", FourRanks)
 
     def test_gradients_are_divided_by_the_number_of_ranks(self, table: Table) -> None:
         module = Embedding(table)
