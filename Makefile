@@ -54,15 +54,32 @@ $(BACKENDS): with-keras-%: .venv-keras/ready
 GPU = -m pytest --confcutdir=tests/gpu -W default -rs --tb=short
 
 # Needs an NVIDIA GPU, and no network: RUN is a Python >= 3.11 that has the packages cupy-cuda13x,
-# nvidia-cuda-nvrtc, numba, pytest, pytest-timeout and rich; and torch, grpcio and protobuf, without
-# which the tests of psclient.torch are skipped. For example: make gpu RUN=python3
-gpu:  ## on a machine with a GPU: tests of the device, bit for bit, and the benchmark
+# nvidia-cuda-nvrtc, numba, pytest, pytest-timeout and rich; and torch, without which the tests of
+# psclient.torch are skipped. For Python 3.12, all that a server needs besides comes in build/wheels,
+# which `make build/wheels` fills where there is a network. Otherwise RUN must have embedding-ps[server],
+# or the tests of servers are skipped. For example: make gpu RUN=python3
+gpu: export PYTHONPATH = $(CURDIR)/build/gpu:$(CURDIR)/proto:$(CURDIR)
+gpu:  ## on a machine with a GPU: tests of the device and of servers, bit for bit, and the benchmark
+	[ ! -d build/wheels ] || $(RUN) -m pip install --quiet --disable-pip-version-check --no-index \
+	    --no-deps --upgrade --target build/gpu build/wheels/*.whl
 	$(RUN) $(GPU) tests/gpu/test_nvrtc.py
 	$(RUN) $(GPU) -m gpu tests/gpu
 	@command -v compute-sanitizer || echo "no compute-sanitizer: accesses are not checked"
 	! command -v compute-sanitizer || compute-sanitizer --error-exitcode 9 $(RUN) $(GPU) -m gpu \
 	    tests/gpu/test_hbm_tier.py -k random_operations
 	$(RUN) -m benchmarks.hbm
+
+# Python 3.12, x86-64; 20 MB. Without CuPy, NVRTC, Numba and NumPy.
+WHEELS = annotated-doc annotated-types fsspec googleapis-common-protos grpcio grpcio-health-checking \
+    grpcio-reflection lmdb markdown-it-py mdurl prometheus_client protobuf pydantic pydantic_core \
+    pydantic-settings Pygments python-dotenv rich shellingham structlog typer typing_extensions \
+    typing-inspection uvloop xxhash
+
+build/wheels: .venv/bin/python constraints.txt  ## what `make gpu` installs where there is no network
+	rm -rf $@
+	$(PIP:install=download) --only-binary=:all: --no-deps --python-version 3.12 --implementation cp \
+	    --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+	    --platform manylinux2014_x86_64 --dest $@ $(WHEELS)
 
 check: .venv/dev .venv/proto manifests  ## format, lint, types, layering, generated code, manifests
 	$(RUN) -m ruff format --check .

@@ -20,7 +20,7 @@ class TierInfo:
     """Rows of a table in one tier (kind of storage), over all shards."""
 
     rows: int  # rows that are read from this tier
-    bytes: int  # memory or disk that the tier takes, including space that is not used yet
+    bytes: int  # GPU memory, memory or disk that the tier takes, including unused space
     hits: int  # keys of pulls and pushes whose row was in this tier, since the servers started
     misses: int  # keys of pulls and pushes whose row was only in a slower tier
     on_disk: bool = False  # the tier is on disk, so that ``bytes`` is no memory
@@ -28,7 +28,7 @@ class TierInfo:
 
 @dataclass(frozen=True, slots=True)
 class CacheInfo:
-    """Moves of a table's rows between memory and disk, over all shards, since they started."""
+    """Moves of a table's rows between its tiers, over all shards, since they started."""
 
     promotions: int  # rows copied from disk to memory, because they were pushed
     demotions: int  # rows that left memory, because there was no room
@@ -36,6 +36,8 @@ class CacheInfo:
     reflushed_blocks: int  # blocks on disk written again, because few of their rows were current
     warm_reads: int  # requests that waited until rows were read from disk
     warm_seconds: float  # total time that they waited, in seconds
+    gpu_promotions: int = 0  # rows moved from memory to GPU memory, because they are used often
+    gpu_demotions: int = 0  # rows that left GPU memory, because there was no room
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +187,7 @@ def _tiers(stats: Sequence[pb.TableStats]) -> dict[str, TierInfo]:
 
 
 def _cache(shards: Sequence[pb.CacheStats]) -> CacheInfo:
-    """Return the sums over all shards of their counts of moves between memory and disk."""
+    """Return the sums over all shards of their counts of moves between tiers."""
     return CacheInfo(
         promotions=sum(each.promotions for each in shards),
         demotions=sum(each.demotions for each in shards),
@@ -193,6 +195,8 @@ def _cache(shards: Sequence[pb.CacheStats]) -> CacheInfo:
         reflushed_blocks=sum(each.reflushed_blocks for each in shards),
         warm_reads=sum(each.warm_reads for each in shards),
         warm_seconds=sum(each.warm_seconds for each in shards),
+        gpu_promotions=sum(each.gpu_promotions for each in shards),
+        gpu_demotions=sum(each.gpu_demotions for each in shards),
     )
 
 

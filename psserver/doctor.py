@@ -34,6 +34,7 @@ from psserver.warm import warm
 from storage.errors import StorageError
 from storage.gpu.cuda import INSTALL, probe
 from storage.gpu.device import NoDevice
+from storage.gpu.gpu import Gpu
 from storage.gpu.nvrtc import find_library
 
 FILES = 256  # open files of a server, apart from connections: log, base, checkpoints, libraries
@@ -64,16 +65,19 @@ class Finding:
     advice: str = ""
 
 
-def examine(config: ServerConfig, *, running: bool) -> list[Finding]:
+def examine(config: ServerConfig, *, running: bool, gpu: Gpu | None = None) -> list[Finding]:
     """Return the results of all checks.
 
     running  this process is the server, so its kernels are loaded already
+    gpu      the GPU that the server uses; None: this is no server, or it uses no GPU
     """
     found = [_release(), _number(config), _memory(config), _files(config), _processor()]
     if cpu.problem() is None:
         found.append(_loaded() if running else _kernels())
     found += _data(config)
-    if config.hbm_bytes:
+    if gpu is not None:
+        found.append(_used_gpu(gpu))
+    elif config.hbm_bytes:
         found.append(_gpu(config.hbm_bytes))
     if config.advertise:
         found.append(_name(config.advertise))
@@ -170,6 +174,16 @@ def _gpu(limit: int) -> Finding:
     if find_library() is None:
         return Finding("GPU", "error", f"{found}; NVRTC is not installed", INSTALL)
     return Finding("GPU", "ok", f"{found}; CUDA finds {count}, and the server uses the first")
+
+
+def _used_gpu(gpu: Gpu) -> Finding:
+    """Check that the GPU had the memory that rows were to be moved to."""
+    used, limit = show(gpu.budget.held), show(gpu.budget.limit)
+    found = f"rows take {used} of hbm_bytes, {limit}; the GPU has {show(gpu.device.free)} free"
+    if gpu.paused:
+        advice = "lower hbm_bytes, or stop the other processes that nvidia-smi shows"
+        return Finding("GPU", "warning", f"{found}: no more rows are moved to it for now", advice)
+    return Finding("GPU", "ok", found)
 
 
 def _data(config: ServerConfig) -> Iterator[Finding]:

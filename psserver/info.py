@@ -70,6 +70,9 @@ class ServerInfo:
             cluster=config.cluster,
             advertise=config.advertise,
             start=self._start,
+            gpu_bytes=0 if shard.gpu is None else shard.gpu.budget.held,
+            gpu_budget_bytes=0 if shard.gpu is None else shard.gpu.budget.limit,
+            gpu_paused=shard.gpu is not None and shard.gpu.paused,
             flush_age_seconds=0.0 if self._flushed is None else now - self._flushed(),
         )
 
@@ -82,6 +85,6 @@ class ServerInfo:
                 found=each.found,
                 advice=each.advice,
             )
-            for each in examine(self._config, running=True)
+            for each in examine(self._config, running=True, gpu=self._shard.gpu)
         ]
         return pb.DiagnoseResponse(findings=found, time=time.time())

@@ -26,6 +26,8 @@ from psserver.scrubber import Scrubber
 from psserver.shard import Shard
 from psserver.stats import BOUNDS, ServiceStats, Traffic
 from storage.errors import UnknownTable
+from storage.gpu.gpu import PINNED_BYTES, Gpu
+from storage.tiers.host import HostTier
 from storage.versionlog import VersionLog
 
 # (name, help text) of the metrics of admission, by table
@@ -38,8 +40,8 @@ TIER_GAUGES = (
     ("ps_table_rows", "Rows in a tier. Rows that are in memory and on disk count for memory."),
     (
         "ps_table_bytes",
-        "Bytes that a table takes: memory for the tier host, with index and counters; disk for the"
-        " tier lmdb.",
+        "Bytes that a table takes: GPU memory for the tier hbm; memory for the tier host, with"
+        " index and counters; disk for the tier lmdb.",
     ),
 )
 TIER_COUNTERS = (
@@ -55,6 +57,11 @@ MOVE_COUNTERS = (
         "ps_reflushed_blocks",
         "Blocks on disk that were written again, because few of their rows were current.",
     ),
+)
+# (name, help text) of the metrics of moves between GPU memory and host memory, by table
+GPU_COUNTERS = (
+    ("ps_gpu_promotions", "Rows moved to GPU memory, because they are used often."),
+    ("ps_gpu_demotions", "Rows that left GPU memory, because there was no room."),
 )
 RULE_COUNTERS = (
     ("ps_admitted_keys", "Keys that a push admitted."),
@@ -120,6 +127,8 @@ class ShardCollector(Collector):
             ("ps_engine_waiting", "Calls that wait for the engine thread.", self._engine.waiting),
         ):
             yield GaugeMetricFamily(name, help, value)
+        if shard.gpu is not None:
+            yield from _gpu(shard.gpu)
 
     def _positions(self, log: VersionLog) -> Iterator[Metric]:
         """Yield the metrics of the version log: its versions, and the bytes of its backlog and of
@@ -181,7 +190,8 @@ class ShardCollector(Collector):
         labels = ["table", "tier"]
         rows, size = (GaugeMetricFamily(*each, labels=labels) for each in TIER_GAUGES)
         hits, misses = (CounterMetricFamily(*each, labels=labels) for each in TIER_COUNTERS)
-        moved = [CounterMetricFamily(*each, labels=["table"]) for each in MOVE_COUNTERS]
+        counters = MOVE_COUNTERS if self._shard.gpu is None else MOVE_COUNTERS + GPU_COUNTERS
+        moved = [CounterMetricFamily(name, help, labels=["table"]) for name, help in counters]
         for name in self._shard.tables():
             try:
                 stats, moves = self._shard.describe(name)[1], self._shard.moves(name)
@@ -190,11 +200,12 @@ class ShardCollector(Collector):
             for tier in stats.tiers:
                 where = [name, tier.tier]
                 rows.add_metric(where, tier.rows)
-                size.add_metric(where, stats.bytes if tier is stats.tiers[0] else tier.bytes)
+                size.add_metric(where, stats.bytes if tier.tier == HostTier.name else tier.bytes)
                 hits.add_metric(where, tier.hits)
                 misses.add_metric(where, tier.misses)
-            counts = moves.promotions, moves.demotions, moves.flushed, moves.reflushed
-            for metric, count in zip(moved, counts, strict=True):
+            counts = [moves.promotions, moves.demotions, moves.flushed, moves.reflushed]
+            counts += [moves.hbm_promotions, moves.hbm_demotions]
+            for metric, count in zip(moved, counts, strict=False):
                 metric.add_metric([name], count)
         yield from (rows, size, hits, misses, *moved, self._waits())
         yield from self._rules()
@@ -235,6 +246,26 @@ class ShardCollector(Collector):
             for cause, count in list(tally.evicted.items()):
                 evicted.add_metric([name, cause.name.lower()], count)
         yield from (waiting, counters, admitted, refused, dropped, expired, evicted)
+
+
+def _gpu(gpu: Gpu) -> Iterator[Metric]:
+    """Yield the metrics of the GPU: its memory, and whether promotion is paused."""
+    budget = gpu.budget
+    for name, help, value in (
+        ("ps_gpu_bytes", "GPU memory used by tables, in bytes.", budget.held),
+        ("ps_gpu_budget_bytes", "Limit of GPU memory for tables, in bytes.", budget.limit),
+        (
+            "ps_gpu_pinned_bytes",
+            "Page-locked host memory for batches of rows in GPU memory, in bytes.",
+            PINNED_BYTES,
+        ),
+        (
+            "ps_gpu_paused",
+            "1 while no rows are moved to the GPU because it has no memory, 0 otherwise.",
+            int(gpu.paused),
+        ),
+    ):
+        yield GaugeMetricFamily(name, help, value)
 
 
 def _buckets(traffic: Traffic) -> list[tuple[str, float]]:

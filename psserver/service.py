@@ -301,6 +301,8 @@ class Service:
                     demotions=moves.demotions,
                     flushed_rows=moves.flushed,
                     reflushed_blocks=moves.reflushed,
+                    gpu_promotions=moves.hbm_promotions,
+                    gpu_demotions=moves.hbm_demotions,
                     warm_reads=0 if waits is None else waits.requests,
                     warm_seconds=0.0 if waits is None else waits.seconds,
                 ),

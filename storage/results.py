@@ -71,6 +71,8 @@ class Moves:
     demotions: int = 0  # rows that left host memory
     flushed: int = 0  # dirty rows written to disk
     reflushed: int = 0  # blocks whose current rows were written again
+    hbm_promotions: int = 0  # rows moved from host memory to GPU memory
+    hbm_demotions: int = 0  # rows that left GPU memory
 
     def used(self, rows: int, misses: int) -> None:
         """Count the keys of a push that have a row; ``misses`` of them at most were on disk."""

@@ -136,20 +136,24 @@ class TierStats(_message.Message):
     def __init__(self, tier: _Optional[str] = ..., rows: _Optional[int] = ..., bytes: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., on_disk: bool = ...) -> None: ...
 
 class CacheStats(_message.Message):
-    __slots__ = ("promotions", "demotions", "flushed_rows", "reflushed_blocks", "warm_reads", "warm_seconds")
+    __slots__ = ("promotions", "demotions", "flushed_rows", "reflushed_blocks", "warm_reads", "warm_seconds", "gpu_promotions", "gpu_demotions")
     PROMOTIONS_FIELD_NUMBER: _ClassVar[int]
     DEMOTIONS_FIELD_NUMBER: _ClassVar[int]
     FLUSHED_ROWS_FIELD_NUMBER: _ClassVar[int]
     REFLUSHED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     WARM_READS_FIELD_NUMBER: _ClassVar[int]
     WARM_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    GPU_PROMOTIONS_FIELD_NUMBER: _ClassVar[int]
+    GPU_DEMOTIONS_FIELD_NUMBER: _ClassVar[int]
     promotions: int
     demotions: int
     flushed_rows: int
     reflushed_blocks: int
     warm_reads: int
     warm_seconds: float
-    def __init__(self, promotions: _Optional[int] = ..., demotions: _Optional[int] = ..., flushed_rows: _Optional[int] = ..., reflushed_blocks: _Optional[int] = ..., warm_reads: _Optional[int] = ..., warm_seconds: _Optional[float] = ...) -> None: ...
+    gpu_promotions: int
+    gpu_demotions: int
+    def __init__(self, promotions: _Optional[int] = ..., demotions: _Optional[int] = ..., flushed_rows: _Optional[int] = ..., reflushed_blocks: _Optional[int] = ..., warm_reads: _Optional[int] = ..., warm_seconds: _Optional[float] = ..., gpu_promotions: _Optional[int] = ..., gpu_demotions: _Optional[int] = ...) -> None: ...
 
 class CreateTableRequest(_message.Message):
     __slots__ = ("schema",)
@@ -905,7 +909,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("release", "shard", "shard_map", "limits", "version", "memory_bytes", "memory_budget_bytes", "lineage", "durable_version", "uptime_seconds", "tables", "rows", "log_bytes", "log_first_version", "flush_age_seconds", "damaged_blocks", "cluster", "advertise", "start")
+    __slots__ = ("release", "shard", "shard_map", "limits", "version", "memory_bytes", "memory_budget_bytes", "lineage", "durable_version", "uptime_seconds", "tables", "rows", "log_bytes", "log_first_version", "flush_age_seconds", "damaged_blocks", "cluster", "advertise", "start", "gpu_bytes", "gpu_budget_bytes", "gpu_paused")
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     SHARD_MAP_FIELD_NUMBER: _ClassVar[int]
@@ -925,6 +929,9 @@ class GetServerInfoResponse(_message.Message):
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     ADVERTISE_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
+    GPU_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPU_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GPU_PAUSED_FIELD_NUMBER: _ClassVar[int]
     release: str
     shard: int
     shard_map: ShardMap
@@ -944,7 +951,10 @@ class GetServerInfoResponse(_message.Message):
     cluster: str
     advertise: str
     start: int
-    def __init__(self, release: _Optional[str] = ..., shard: _Optional[int] = ..., shard_map: _Optional[_Union[ShardMap, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., version: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., lineage: _Optional[bytes] = ..., durable_version: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., tables: _Optional[int] = ..., rows: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_first_version: _Optional[int] = ..., flush_age_seconds: _Optional[float] = ..., damaged_blocks: _Optional[int] = ..., cluster: _Optional[str] = ..., advertise: _Optional[str] = ..., start: _Optional[int] = ...) -> None: ...
+    gpu_bytes: int
+    gpu_budget_bytes: int
+    gpu_paused: bool
+    def __init__(self, release: _Optional[str] = ..., shard: _Optional[int] = ..., shard_map: _Optional[_Union[ShardMap, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., version: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., lineage: _Optional[bytes] = ..., durable_version: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., tables: _Optional[int] = ..., rows: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_first_version: _Optional[int] = ..., flush_age_seconds: _Optional[float] = ..., damaged_blocks: _Optional[int] = ..., cluster: _Optional[str] = ..., advertise: _Optional[str] = ..., start: _Optional[int] = ..., gpu_bytes: _Optional[int] = ..., gpu_budget_bytes: _Optional[int] = ..., gpu_paused: bool = ...) -> None: ...
 
 class AnalyzeRequest(_message.Message):
     __slots__ = ("table", "checkpoint", "frequencies", "ages", "norms", "grace", "top", "columns")

@@ -11,7 +11,7 @@ import numpy as np
 
 from psclient.tools.arrow import KeyType
 from psclient.tools.misses import CURVES, curves, sizes
-from psclient.tools.summary import Analysis, Histogram, RowList
+from psclient.tools.summary import GPU, Analysis, Histogram, RowList, Tier
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -185,14 +185,23 @@ def facts(result: Analysis) -> list[tuple[str, str]]:
     return shown
 
 
+def storage(tier: str, on_disk: bool) -> str:
+    """Return the kind of storage that a tier is, as text."""
+    return "disk" if on_disk else "GPU memory" if tier == GPU else "memory"
+
+
+def _named(tier: Tier) -> str:
+    kind = storage(tier.name, tier.on_disk)
+    return tier.name if tier.in_memory else f"{tier.name} ({kind})"
+
+
 def memory(result: Analysis) -> list[tuple[str, int | None, int]]:
-    """Return (name, rows or None, bytes) of each part of a table's memory, and of its rows on disk.
+    """Return (name, rows or None, bytes) of each part of a table's memory, and of other tiers.
 
     The parts are the tiers (kinds of storage for rows), the index and the admission counters.
     """
     parts: list[tuple[str, int | None, int]] = [
-        (f"{tier.name} (disk)" if tier.on_disk else tier.name, tier.rows, tier.bytes)
-        for tier in result.tiers
+        (_named(tier), tier.rows, tier.bytes) for tier in result.tiers
     ]
     if result.index_bytes:
         parts.append(("index", None, result.index_bytes))

@@ -53,6 +53,9 @@ class ShardStatus:
     rows: int | None = None
     memory_bytes: int | None = None
     memory_budget_bytes: int | None = None
+    gpu_bytes: int | None = None  # this and the next two: None if the server uses no GPU
+    gpu_budget_bytes: int | None = None
+    gpu_paused: bool | None = None  # no rows are moved to the GPU, because it has no memory
     damaged_blocks: int | None = None  # blocks of rows on disk that are known to be damaged
 
     @property
@@ -154,6 +157,9 @@ def _answered(
         rows=answer.rows,
         memory_bytes=answer.memory_bytes,
         memory_budget_bytes=answer.memory_budget_bytes,
+        gpu_bytes=answer.gpu_bytes if answer.gpu_budget_bytes else None,
+        gpu_budget_bytes=answer.gpu_budget_bytes or None,
+        gpu_paused=answer.gpu_paused if answer.gpu_budget_bytes else None,
         damaged_blocks=answer.damaged_blocks,
     )
 

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from psclient.arrays import Rows
 from psclient.errors import InvalidArgument
 
+GPU = "hbm"  # name of the tier whose rows are in GPU memory
+
 
 @dataclass(frozen=True, slots=True)
 class RowColumns:
@@ -75,6 +77,11 @@ class Tier:
     bytes: int  # allocated, including unused space
     on_disk: bool = False  # the tier is on disk, so that ``bytes`` is no memory
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether ``bytes`` is memory of the server: not of its disk or its GPU."""
+        return not self.on_disk and self.name != GPU
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowList:
@@ -133,7 +140,7 @@ class Analysis:
     @property
     def bytes(self) -> int:
         """Return the memory of the table in bytes: rows, index and admission counters."""
-        tiers = sum(tier.bytes for tier in self.tiers if not tier.on_disk)
+        tiers = sum(tier.bytes for tier in self.tiers if tier.in_memory)
         return tiers + self.index_bytes + self.waiting_bytes
 
     def admitted(self, threshold: int) -> int:

@@ -96,12 +96,12 @@ def _show_shards(shards: Sequence[ShardStatus]) -> None:
     answered = [each for each in shards if each.version is not None]
     if answered:
         console.print()
-        print_listing(
-            listing(
-                "shard", *("version", "durable", "tables", "rows", "memory", "log", "flush age")
-            ),
-            [_data(each) for each in answered],
-        )
+        columns = ["version", "durable", "tables", "rows", "memory", "log", "flush age"]
+        lines = [_data(each) for each in answered]
+        if any(each.gpu_budget_bytes for each in answered):
+            columns.append("GPU memory")
+            lines = [(*cells, _gpu(each)) for cells, each in zip(lines, answered, strict=True)]
+        print_listing(listing("shard", *columns), lines)
     for each in shards:
         if each.problem:
             problem = f"shard {each.shard} is {each.state}: {each.problem}"
@@ -109,6 +109,9 @@ def _show_shards(shards: Sequence[ShardStatus]) -> None:
     for each in answered:
         if each.damaged_blocks:
             text = f"shard {each.shard} has {each.damaged_blocks} damaged blocks: see psctl verify"
+            console.print(Text(text, style="bold red"), soft_wrap=True)
+        if each.gpu_paused:
+            text = f"the GPU of shard {each.shard} is full: see psctl doctor"
             console.print(Text(text, style="bold red"), soft_wrap=True)
 
 
@@ -126,6 +129,13 @@ def _data(shard: ShardStatus) -> tuple[str, ...]:
         figures.size(shard.log_bytes or 0) if logged else "-",
         _duration(shard.flush_age_seconds),
     )
+
+
+def _gpu(shard: ShardStatus) -> str:
+    """Return the cell for the GPU memory of a shard: how much of its budget is used."""
+    if not shard.gpu_budget_bytes:
+        return "-"
+    return f"{figures.size(shard.gpu_bytes or 0)} of {figures.size(shard.gpu_budget_bytes)}"
 
 
 def _duration(seconds: float | None) -> str:

@@ -26,6 +26,7 @@ from psclient.tools.commands.shell import (
 )
 from psclient.tools.listing import listing, print_listing
 from psclient.tools.rules import parse_rule, parse_rules, rule_text
+from psclient.tools.summary import GPU
 
 Name = Annotated[str, typer.Argument(metavar="TABLE", help="Name of the table.")]
 
@@ -101,7 +102,7 @@ def _tiers(info: TableInfo) -> list[tuple[str, ...]]:
     """Return a line for each tier: name, rows, share of all rows, size, hits, misses."""
     return [
         (
-            f"{escape(name)} ({'disk' if tier.on_disk else 'memory'})",
+            f"{escape(name)} ({figures.storage(name, tier.on_disk)})",
             f"{tier.rows:,}",
             figures.percent(tier.rows / max(info.rows, 1)),
             figures.size(tier.bytes),
@@ -113,13 +114,19 @@ def _tiers(info: TableInfo) -> list[tuple[str, ...]]:
 
 
 def _moves(info: TableInfo) -> list[tuple[str, str]]:
-    """Return what moved between memory and disk, as (name, value), both as text."""
-    if not any(tier.on_disk for tier in info.tiers.values()):
-        return []
+    """Return what moved between the tiers, as (name, value), both as text."""
     used, cache = sum(tier.hits for tier in info.tiers.values()), info.cache
+    gpu = []
+    if GPU in info.tiers:
+        rate = figures.percent(info.tiers[GPU].hits / used) if used else "-"
+        moved = f"{cache.gpu_promotions:,}, {cache.gpu_demotions:,}"
+        gpu = [("hit rate of GPU memory", rate), ("rows to, from GPU memory", moved)]
+    if not any(tier.on_disk for tier in info.tiers.values()):
+        return gpu
     hits = sum(tier.hits for tier in info.tiers.values() if not tier.on_disk)
     waited = f"{cache.warm_seconds / max(cache.warm_reads, 1) * 1e3:.3g} ms"
     return [
+        *gpu,
         ("hit rate of memory", figures.percent(hits / used) if used else "-"),
         ("rows promoted, demoted", f"{cache.promotions:,}, {cache.demotions:,}"),
         ("rows flushed", f"{cache.flushed_rows:,}"),
