@@ -36,6 +36,7 @@ table.py       one table
 hashtable.py   kernels that find, write and remove rows by key
 outstanding.py  requests of a Pipeline in progress, oldest first
 ticket.py      batches on their way through a Pipeline
+schedule.py    which rows a Pipeline requests when
 pipeline.py    pull rows ahead and push gradients while a batch is computed
 client.py      the client: create, describe, evict and drop tables
 identity.py    identity of a rank of a distributed job

@@ -67,7 +67,7 @@ class Outstanding:
         try:
             request = self._client._send(cluster, header, pushes, pulls, deadline, background=True)
         except BaseException as error:
-            self._fail(step, pushes, error)
+            self.fail(step, [part.table for part in pushes], error)
             if not isinstance(error, PsError):
                 raise
             self.raise_failure()
@@ -80,7 +80,7 @@ class Outstanding:
         try:
             sent.request.complete()
         except BaseException as error:
-            self._fail(sent.step, sent.pushes, error)
+            self.fail(sent.step, [part.table for part in sent.pushes], error)
             if not isinstance(error, PsError):
                 raise
             return
@@ -126,12 +126,16 @@ class Outstanding:
                 for pushed in item.call.answer.pushes:
                     self.versions[shard] = max(self.versions[shard], pushed.version)
 
-    def _fail(self, step: int, pushes: list[PushPart], error: BaseException) -> None:
-        """Keep the first error: a PushFailed if the request carried pushes, else a PsError."""
+    def fail(self, step: int, tables: list[str], error: BaseException) -> None:
+        """Keep the first error of a request, for ``raise_failure``.
+
+        step    training step of the push
+        tables  tables that it pushed to; []: it only pulled
+        """
         if self.failure is not None:
             return
-        if pushes:
-            self.failure = PushFailed(step, [part.table for part in pushes], error)
+        if tables:
+            self.failure = PushFailed(step, tables, error)
         elif isinstance(error, PsError):
             self.failure = error
             return

@@ -17,10 +17,10 @@ batches are computed. docs/trainers.md explains which staleness to choose.
 
 from __future__ import annotations
 
-import time
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
 import numpy as np
@@ -28,56 +28,17 @@ import numpy as np
 from psclient import checked
 from psclient.arguments import by_table, push_header
 from psclient.arrays import Rows
-from psclient.choices import MODES, WIRES, Durability, Wire
+from psclient.batch import Batch
+from psclient.choices import WIRES, Durability, Wire
 from psclient.errors import InvalidArgument
-from psclient.outstanding import Outstanding, Sent
-from psclient.request import NO_HEADER, Header, PullPart, PushPart
+from psclient.request import NO_HEADER, Header, PushPart
 from psclient.rowclient import RowClient
+from psclient.schedule import KeysOf, Schedule, Stats
 from psclient.table import Table
-from psclient.ticket import (
-    REQUESTED,
-    Index,
-    KeySet,
-    Ring,
-    Ticket,
-    Wanted,
-    counted,
-    due,
-    gradients_of,
-    plan,
-    wait_for,
-)
-from psclient.versions import NO_VERSIONS
+from psclient.ticket import Ring, Ticket
 
 MOST = 1024  # largest lookahead and staleness
 STEPS = 1 << 47  # a training step is in -STEPS..STEPS - 1
-_END = object()  # returned by a loader that has no more batches
-
-KeysOf = Callable[[Any], Mapping[str, Any]]
-
-
-@dataclass(slots=True)
-class Stats:
-    """What a Pipeline has done so far.
-
-    batches         batches handed out
-    pushes          pushes sent
-    skipped         batches without a push
-    rows            rows pulled
-    fused_rows      rows pulled by a request that also carried a push
-    stale_rows      rows handed out that lack pushes to their keys, as ``staleness`` allows
-    repeated_rows   rows pulled a second time, because a push before them had to be sent again
-    waited_seconds  time for which the loop waited for rows
-    """
-
-    batches: int = 0
-    pushes: int = 0
-    skipped: int = 0
-    rows: int = 0
-    fused_rows: int = 0
-    stale_rows: int = 0
-    repeated_rows: int = 0
-    waited_seconds: float = 0.0
 
 
 class Pipeline:
@@ -87,17 +48,18 @@ class Pipeline:
     features    {name of a feature: its Table, or the table's name}; features may share a table
     lookahead   number of batches whose rows are pulled while a batch is computed; None: as many as
                 ``staleness``, but at least 1
-    staleness   the rows of a batch may lack the pushes of so many batches just before it. More than
-                ``lookahead`` has no further effect
+    staleness   number of pushes, those of the batches just before it, that the rows of a batch may
+                lack. A number larger than ``lookahead`` has the effect of ``lookahead``
     step        training step of the first batch; each batch adds 1
     wire        dtype of rows and gradients on the wire; None: the client's
     durability  when a push counts as answered, see Client.push; None: each table's
     empty       allocates the buffers that rows are written to: ``empty(shape)`` returns a float32
                 array
+    unpushed    number of batches that may be at hand at the same time, in 1..staleness + 1: the
+                turn of a batch may begin before the batches before it are pushed
 
-    At most ``lookahead + 1`` batches hold rows, and at most ``staleness + 1`` pushes are
-    unanswered: then the loop waits. No push is dropped. All calls must come from one thread at a
-    time. ``stats`` counts; ``step`` is the training step of the next batch that is handed out.
+    At most ``lookahead + unpushed`` batches hold rows, and at most ``staleness + 1`` pushes are
+    unanswered: then the loop waits. No push is dropped.
     """
 
     def __init__(
@@ -111,45 +73,64 @@ class Pipeline:
         wire: Wire | None = None,
         durability: Durability | None = None,
         empty: Callable[[tuple[int, int]], Rows] | None = None,
+        unpushed: int = 1,
     ) -> None:
         self._client = client
-        self._tables = _tables(client, features)
         self.staleness = checked.integer("staleness", staleness, 0, MOST)
         given = max(1, self.staleness) if lookahead is None else lookahead
         self.lookahead = checked.integer("lookahead", given, 0, MOST)
-        self.step = checked.integer("step", step, -STEPS, STEPS)
-        self.stats = Stats()
-        self._wire = None if wire is None else checked.one_of("wire", wire, WIRES)
+        self._unpushed = checked.integer("unpushed", unpushed, 1, self.staleness + 2)
         push_header(0, None, durability)
         self._durability = durability
-        self._empty = empty or (lambda shape: np.empty(shape, np.float32))
-        self._rings: dict[str, Ring] = {}
-        self._keys_of: KeysOf = lambda batch: batch
-        self._source: Iterator[Any] | None = None  # the batches of ``over``; None: not in ``over``
-        self._source_error: BaseException | None = None  # to raise when its batch is due
-        self._open: Ticket | None = None  # handed out, neither pushed nor skipped
-        self._held: deque[Ticket] = deque()  # tickets that hold rows, after ``_open``
-        self._planned: deque[Ticket] = deque()  # tickets without rows, after ``_held``
-        self._requests = Outstanding(client, self._repair)
-        self._pushed: deque[tuple[int, dict[str, KeySet]]] = deque(maxlen=self.staleness)
+        self._dtype = client._dtype if wire is None else checked.one_of("wire", wire, WIRES)
+        make = empty or (lambda shape: np.empty(shape, np.float32))
+        buffers = self.lookahead + 1 + self._unpushed
+        self._schedule = Schedule(
+            client,
+            _tables(client, features),
+            lookahead=self.lookahead,
+            staleness=self.staleness,
+            step=checked.integer("step", step, -STEPS, STEPS),
+            dtype=self._dtype,
+            ring=lambda dim: Ring(dim, buffers, make),
+        )
+        self._open: deque[Ticket] = deque()  # at hand: neither pushed nor skipped
+        self._lock = threading.RLock()  # held by whoever uses ``_schedule``
+        self._worker: ThreadPoolExecutor | None = None
+        self._jobs: deque[tuple[int, Future[None]]] = deque()  # (step, push by the worker)
+
+    @property
+    def step(self) -> int:
+        """Training step of the next batch that is handed out."""
+        return self._schedule.step
+
+    @property
+    def stats(self) -> Stats:
+        """Counts of what the pipeline has done so far."""
+        return self._schedule.stats
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Wait for all pushes; drop rows that were pulled ahead.
+        """Wait for all pushes, and drop rows that were pulled ahead.
 
-        If the block raised an error, a push that fails does not replace it: it becomes a note.
+        If the block raised an error, that of a push that fails does not replace it: it becomes a
+        note.
         """
-        self._drop()
-        self._open = None
         if error is None:
-            self.flush()
+            self._finish()
+            self._schedule.requests.raise_failure()
             return
-        before = self._requests.failure
-        self._requests.settle_all()
-        if before is None and self._requests.failure is not None:
-            error.add_note(f"after that, {self._requests.failure}")
+        before = self._schedule.requests.failure
+        self._finish()
+        after = self._schedule.requests.failure
+        if before is None and after is not None:
+            error.add_note(f"after that, {after}")
+
+    def close(self) -> None:
+        """Wait for all pushes, and drop rows that were pulled ahead. Raises no error of a push."""
+        self._finish()
 
     def over(self, keys_of: KeysOf, batches: Iterable[Any]) -> Iterator[Ticket]:
         """Yield a Ticket for each batch, with the rows of its keys.
@@ -163,15 +144,15 @@ class Pipeline:
         or ``keys_of`` is raised in the turn of its batch. When the loop ends, the last pushes may
         still be unanswered: ``flush`` waits for them.
         """
-        if self._source is not None:
+        if self._schedule.reading:
             raise InvalidArgument("over: this pipeline is in a loop already; end that loop first")
-        self._source, self._keys_of, self._source_error = iter(batches), keys_of, None
+        self._schedule.begin(iter(batches), keys_of)
         try:
             while (ticket := self._turn()) is not None:
                 yield ticket
         finally:
-            self._source = None
-            self._drop()
+            with self._lock:
+                self._schedule.end()
 
     def push(
         self, ticket: Ticket, gradients: Mapping[str, Any], *, lr: float | None = None
@@ -182,26 +163,26 @@ class Pipeline:
         gradients  {table: float[distinct, dim]}, for every table of the pipeline: row i is the
                    gradient of ``ticket.keys[table].keys[i]``. None: no gradients. Or (Batch, float
                    array): gradients of the distinct keys of that Batch, for example sums over
-                   several tickets
+                   several tickets. Or a function that returns one of these: a worker thread calls
+                   it, so that the loop need not wait for an accelerator
         lr         learning rate of this push; None: the tables'
 
-        The arrays are copied. Raises InvalidArgument, and sends nothing, if gradients have a wrong
-        shape or are infinite or NaN; the ticket then waits for another ``push`` or ``skip``.
+        Arrays are copied. Raises InvalidArgument, and sends nothing, if gradients have a wrong
+        shape or are infinite or NaN; the ticket then waits for another ``push`` or ``skip``. The
+        errors of a function, and of its gradients, are raised as PushFailed by a later turn.
         """
         self._require_open(ticket)
-        self._requests.raise_failure()
-        parts = self._push_parts(ticket, gradients)
+        given = by_table("gradients", gradients)
+        if set(given) != set(ticket.keys):
+            raise InvalidArgument(
+                f"gradients of step {ticket.step} must have the tables {sorted(ticket.keys)},"
+                f" got {sorted(map(str, given))}; None: no gradients"
+            )
         header = push_header(ticket.step, lr, self._durability)
-        self._requests.settle_pushes(self.staleness)
-        self._requests.raise_failure()
-        self._overtaken(ticket, parts)
-        self._close(ticket)
-        self.stats.pushes += 1
-        if self.staleness:
-            sets = {part.table: _set_of(ticket, part) for part in parts}
-            self._pushed.append((ticket.step, sets))
-        self._request(ticket.step, header, parts)
-        self._plan()
+        if any(map(callable, given.values())):
+            self._submit(ticket, header, given)
+        else:
+            self._send(ticket, header, self._parts(ticket, given))
 
     def skip(self, ticket: Ticket) -> None:
         """End the turn of a batch without a push.
@@ -210,19 +191,17 @@ class Pipeline:
         ``push`` then gets (Batch, gradients).
         """
         self._require_open(ticket)
-        self._requests.raise_failure()
-        self._close(ticket)
-        self.stats.skipped += 1
-        self._request(ticket.step, NO_HEADER, [])
-        self._plan()
+        self._send(ticket, NO_HEADER, [])
 
     def flush(self) -> None:
         """Wait until all pushes are answered. Raises the error of the first push that failed.
 
         May be called anywhere, also within the loop: rows that were pulled ahead stay valid.
         """
-        self._requests.settle_all()
-        self._requests.raise_failure()
+        self._await_jobs()
+        with self._lock:
+            self._schedule.requests.settle_all()
+            self._schedule.requests.raise_failure()
 
     def state(self) -> dict[str, Any]:
         """Return what identifies this trainer's pushes. Call ``flush`` first.
@@ -231,220 +210,125 @@ class Pipeline:
         sessions  per shard {"client_id", "incarnation", "sequence"}: the numbers of its last push
         versions  per shard the version of the newest push that was answered; 0: none
         """
-        cluster = self._client._connect(self._client._deadline())
+        links = self._client._connect(self._client._deadline()).links
         return {
-            "step": self.step if self._open is None else self._open.step,
-            "sessions": [link.session.state() for link in cluster.links],
-            "versions": self._requests.versions or [0] * len(cluster.links),
+            "step": self._open[0].step if self._open else self.step,
+            "sessions": [link.session.state() for link in links],
+            "versions": self._schedule.requests.versions or [0] * len(links),
         }
 
     # ---- turns
 
     def _turn(self) -> Ticket | None:
         """Return the ticket of the next batch, whose rows are there; None: there is none."""
-        if self._open is not None:
-            raise InvalidArgument(
-                f"the batch of step {self._open.step} was neither pushed nor skipped: call"
-                " push(ticket, gradients) or skip(ticket) before the next batch"
-            )
-        self._requests.raise_failure()
-        self._hold(1)
-        if not self._held:
-            error, self._source_error = self._source_error, None
-            if error is not None:
-                raise error
-            return None
-        ticket = self._held[0]
-        self._request(ticket.step - 1, NO_HEADER, [], only=ticket)
-        self._arrive(ticket)
-        self._held.popleft()
-        self._open, self.step = ticket, ticket.step + 1
-        self._hold(self.lookahead)
-        self._request(ticket.step - 1, NO_HEADER, [])
-        self._count(ticket)
+        if len(self._open) >= self._unpushed:
+            raise self._unfinished()
+        self._await_jobs(self.step - 1 - self.staleness)
+        with self._lock:
+            ticket = self._schedule.hand_out()
+        if ticket is not None:
+            self._open.append(ticket)
+        elif self._open and self._unpushed == 1:
+            raise self._unfinished()
         return ticket
 
-    def _arrive(self, ticket: Ticket) -> None:
-        """Wait for the rows of a ticket."""
-        begin = time.perf_counter()
-        self._requests.settle_until(ticket.last)
-        self._requests.raise_failure()
-        if ticket.again:
-            parts = []
-            for table, some in ticket.again.items():
-                index = np.unique(np.concatenate(some))
-                self.stats.repeated_rows += len(index)
-                parts.append(self._pull_part(table, ticket.wanted[table], index))
-            self._requests.send(ticket.step, NO_HEADER, [], parts)
-            self._requests.settle_all()
-            self._requests.raise_failure()
-        self.stats.waited_seconds += time.perf_counter() - begin
-
-    def _count(self, ticket: Ticket) -> None:
-        """Count a ticket that is handed out, and its rows that lack pushes."""
-        self.stats.batches += 1
-        lacking = min(self.staleness, self.lookahead)
-        missing = [sets for step, sets in self._pushed if step >= ticket.step - lacking]
-        for table, wanted in ticket.wanted.items():
-            sets = [each[table] for each in missing if table in each]
-            self.stats.stale_rows += counted(wanted, sets)
-
-    def _hold(self, count: int) -> None:
-        """Let the next batches hold rows, until ``count`` do or there are no more batches."""
-        while len(self._held) < count:
-            if not self._planned:
-                self._plan()
-                if not self._planned:
-                    return
-            ticket = self._planned.popleft()
-            for table, wanted in ticket.wanted.items():
-                if table not in self._rings:
-                    dim = self._client._dim(table, self._client._deadline())
-                    self._rings[table] = Ring(dim, self.lookahead + 2, self._empty)
-                wanted.rows = ticket.rows[table] = self._rings[table].take(len(wanted.after))
-            self._held.append(ticket)
-
-    def _plan(self) -> None:
-        """Read the next batch and find its distinct keys, unless a batch is planned already."""
-        if self._planned or self._source is None or self._source_error is not None:
-            return
-        step = self.step + len(self._held)
-        try:
-            batch = next(self._source, _END)
-            if batch is _END:
-                return
-            keys = self._keys_of(batch)
-            self._check_features(keys)
-            ticket = plan(step, batch, keys, self._tables, self._client.batch)
-        except Exception as error:
-            self._source_error = error
-            return
-        earlier = [*([self._open] if self._open else []), *self._held]
-        wait_for(ticket, earlier, step - 1 - self.staleness)
-        self._planned.append(ticket)
-
-    def _check_features(self, keys: Any) -> None:
-        """Raise InvalidArgument unless ``keys`` maps exactly the features of the pipeline."""
-        if not isinstance(keys, Mapping) or set(keys) != set(self._tables):
-            got = sorted(keys) if isinstance(keys, Mapping) else type(keys).__name__
-            raise InvalidArgument(
-                f"keys_of(batch) must return a mapping with the features {sorted(self._tables)},"
-                f" got {got}"
-            )
+    def _unfinished(self) -> InvalidArgument:
+        """Return the error about the oldest batch at hand."""
+        return InvalidArgument(
+            f"the batch of step {self._open[0].step} was neither pushed nor skipped: call"
+            " push(ticket, gradients) or skip(ticket) before the next batch"
+        )
 
     def _require_open(self, ticket: Ticket) -> None:
-        """Raise InvalidArgument unless ``ticket`` is the one at hand."""
-        if ticket is not self._open:
+        """Raise InvalidArgument unless ``ticket`` is the oldest one at hand."""
+        self._schedule.requests.raise_failure()
+        if not self._open or ticket is not self._open[0]:
             step = getattr(ticket, "step", ticket)
-            hand = (
-                "no batch is" if self._open is None else f"the batch of step {self._open.step} is"
-            )
+            hand = f"the batch of step {self._open[0].step} is" if self._open else "no batch is"
             raise InvalidArgument(
-                f"ticket of step {step}: each ticket is pushed or skipped once, before the next"
-                f" batch; {hand} at hand"
+                f"ticket of step {step}: each ticket is pushed or skipped once, in the order of the"
+                f" batches; {hand} at hand"
             )
 
-    def _close(self, ticket: Ticket) -> None:
-        """Take the rows of a ticket that is pushed or skipped: their buffers are used again."""
-        self._open = None
-        ticket.rows.clear()
-        if self.lookahead <= self.staleness:  # else its rows wait for pushes of later batches
-            self._hold(self.lookahead + 1)
-
-    def _drop(self) -> None:
-        """Drop the tickets that were not handed out, and the pulls of their rows."""
-        self._held.clear()
-        self._planned.clear()
-        self._requests.drop_pulls()
-
-    # ---- requests
-
-    def _push_parts(self, ticket: Ticket, gradients: Mapping[str, Any]) -> list[PushPart]:
+    def _parts(self, ticket: Ticket, given: Mapping[str, Any]) -> list[PushPart]:
         """Check the gradients of a batch, and copy them; return the push to each table."""
-        given = by_table("gradients", gradients)
-        if set(given) != set(ticket.keys):
-            raise InvalidArgument(
-                f"gradients of step {ticket.step} must have the tables {sorted(ticket.keys)},"
-                f" got {sorted(map(str, given))}; None: no gradients"
-            )
         deadline, parts = self._client._deadline(), []
         for table, each in given.items():
-            if each is None:
+            values = each() if callable(each) else each
+            if values is None:
                 continue
-            batch, values = gradients_of(ticket, table, each)
-            part = self._client._push_part(table, batch, values, self._dtype(), True, deadline)
+            batch = ticket.keys[table]
+            if isinstance(values, tuple) and len(values) == 2 and isinstance(values[0], Batch):
+                batch, values = values
+            part = self._client._push_part(table, batch, values, self._dtype, True, deadline)
             part.gradients = part.gradients.copy()  # the message may have to be sent again
             parts.append(part)
         return parts
 
-    def _overtaken(self, ticket: Ticket, parts: list[PushPart]) -> None:
-        """Mark rows that were requested too early to contain a push of keys of other batches."""
-        for part in parts:
-            if part.batch is ticket.keys[part.table]:
-                continue
-            pushed = KeySet(part.batch.keys)
-            for each in self._held:
-                if each.step - 1 - self.staleness >= ticket.step:
-                    wanted = each.wanted[part.table]
-                    early = pushed.has(wanted.batch.keys) & (wanted.after == REQUESTED)
-                    wanted.after[early] = ticket.step
+    # ---- sending
 
-    def _request(
-        self, step: int, header: Header, pushes: list[PushPart], *, only: Ticket | None = None
+    def _send(self, ticket: Ticket, header: Header, parts: list[PushPart]) -> None:
+        """End the turn of a ticket: send its push, or none if ``parts`` is empty."""
+        if self._jobs:
+            self._submit(ticket, header, parts)
+            return
+        self._close(ticket)
+        with self._lock:
+            self._schedule.send(ticket, header, parts)
+            self._schedule.plan()
+
+    def _close(self, ticket: Ticket) -> None:
+        """Take the rows from a ticket that is pushed or skipped: their buffers are used again."""
+        self._open.popleft()
+        ticket.rows.clear()
+
+    def _submit(
+        self, ticket: Ticket, header: Header, given: Mapping[str, Any] | list[PushPart]
     ) -> None:
-        """Send pushes, and pull the rows that need not wait for later pushes, in one request.
+        """Let the worker thread send a push, after those that it was given before.
 
-        step    step of the last batch that was pushed or skipped, including this push
-        header  options of the pushes
-        only    the ticket whose rows to pull; None: all that hold rows
+        given  gradients by table, or the push to each table
         """
-        pulls: list[PullPart] = []
-        for ticket in [only] if only else self._held:
-            for table, wanted in ticket.wanted.items():
-                index = due(wanted, step)
-                if len(index):
-                    pulls.append(self._pull_part(table, wanted, index))
-                    wanted.after[index] = REQUESTED
-                    ticket.last = self._requests.next
-        self.stats.fused_rows += sum(len(part.batch.keys) for part in pulls) if pushes else 0
-        if pushes or pulls:
-            self._requests.send(step, header, pushes, pulls)
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, "psclient pipeline")
+        self._close(ticket)
+        job = self._worker.submit(self._work, ticket, header, given)
+        self._jobs.append((ticket.step, job))
+        with self._lock:
+            self._schedule.plan()
 
-    def _pull_part(self, table: str, wanted: Wanted, index: Index) -> PullPart:
-        """Return the pull of some of the rows that a ticket needs; ``index`` says which."""
-        assert wanted.rows is not None
-        whole = len(index) == len(wanted.after)
-        self.stats.rows += len(index)
-        return PullPart(
-            table=table,
-            dim=wanted.rows.shape[1],
-            batch=wanted.batch if whole else wanted.batch.part(index),
-            dtype=self._dtype(),
-            mode=MODES["train"],
-            metadata=False,
-            distinct=True,
-            min_version=NO_VERSIONS,
-            out=wanted.rows,
-            history=np.empty((3, 0), np.uint64),
-            at=None if whole else index,
-        )
+    def _work(
+        self, ticket: Ticket, header: Header, given: Mapping[str, Any] | list[PushPart]
+    ) -> None:
+        """Send a push. The worker thread runs this method. Errors are kept for the next turn."""
+        requests = self._schedule.requests
+        if requests.failure is not None:
+            return
+        try:
+            parts = given if isinstance(given, list) else self._parts(ticket, given)
+            with self._lock:
+                self._schedule.send(ticket, header, parts)
+        except BaseException as error:
+            with self._lock:
+                requests.fail(ticket.step, list(ticket.keys), error)
 
-    def _repair(self, sent: Sent) -> None:
-        """Note which rows to pull again, because a later request may have overtaken a push.
+    def _await_jobs(self, last: int = STEPS) -> None:
+        """Wait until the worker thread has sent all pushes up to that of step ``last``."""
+        while self._jobs and (self._jobs[0][0] <= last or self._jobs[0][1].done()):
+            self._jobs[0][1].result()
+            self._jobs.popleft()
 
-        sent  the request with the push, which was sent more than once
-        """
-        for part in sent.pushes:
-            pushed = KeySet(part.batch.keys)
-            for ticket in self._held:
-                if ticket.last > sent.number and ticket.step - 1 - self.staleness >= sent.step:
-                    found = np.flatnonzero(pushed.has(ticket.wanted[part.table].batch.keys))
-                    if len(found):
-                        ticket.again.setdefault(part.table, []).append(found)
-
-    def _dtype(self) -> int:
-        """Return the number in ps.proto of the dtype on the wire."""
-        return self._client._dtype if self._wire is None else self._wire
+    def _finish(self) -> None:
+        """Wait for all pushes; drop tickets; end the worker thread."""
+        self._await_jobs()
+        with self._lock:
+            self._open.clear()
+            self._schedule.end()
+            self._schedule.unsent.clear()
+            self._schedule.requests.settle_all()
+        if self._worker is not None:
+            self._worker.shutdown()
+            self._worker = None
 
 
 def _tables(client: RowClient, features: Mapping[str, Table | str]) -> dict[str, str]:
@@ -462,9 +346,3 @@ def _tables(client: RowClient, features: Mapping[str, Table | str]) -> dict[str,
         name: table.name if isinstance(table, Table) else checked.text("name of a table", table)
         for name, table in features.items()
     }
-
-
-def _set_of(ticket: Ticket, part: PushPart) -> KeySet:
-    """Return the keys of a push as a set."""
-    wanted = ticket.wanted[part.table]
-    return wanted.keys if part.batch is wanted.batch else KeySet(part.batch.keys)

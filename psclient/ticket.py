@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from psclient import hashtable
 from psclient.arrays import Rows, as_keys
 from psclient.batch import Batch
+from psclient.errors import InvalidArgument
 
 Places = NDArray[np.int32]
 Index = NDArray[np.int64]
@@ -96,7 +97,14 @@ def plan(
     keys    {feature: integers of any shape, or a Batch}
     tables  {feature: name of its table}
     make    function that turns keys into a Batch
+
+    Raises InvalidArgument unless ``keys`` has exactly the features of ``tables``.
     """
+    if not isinstance(keys, Mapping) or set(keys) != set(tables):
+        got = sorted(map(str, keys)) if isinstance(keys, Mapping) else type(keys).__name__
+        raise InvalidArgument(
+            f"keys_of(batch) must return a mapping with the features {sorted(tables)}, got {got}"
+        )
     by_table: dict[str, list[str]] = {}
     for feature, table in tables.items():
         by_table.setdefault(table, []).append(feature)
@@ -191,10 +199,3 @@ def counted(wanted: Wanted, sets: Sequence[KeySet]) -> int:
     for other in sets[1:]:
         found |= other.has(wanted.batch.keys)
     return int(found.sum())
-
-
-def gradients_of(ticket: Ticket, table: str, given: Any) -> tuple[Batch, Any]:
-    """Return the gradients of one table, as given to ``Pipeline.push``, as (Batch, gradients)."""
-    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Batch):
-        return given
-    return ticket.keys[table], given

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +14,8 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from psclient import Client, Pipeline, Table
-from psclient.errors import InvalidArgument
+from psclient.errors import InvalidArgument, PushFailed, ResourceExhausted
+from psclient.stream import StreamLink
 from psclient.ticket import Ticket
 
 EVERY = np.arange(60)  # the keys of ``batches``
@@ -204,3 +210,264 @@ class TestTurn:
                 pipe.push(ticket, {name: (batch, gradients)})
                 some.clear()
         assert_array_equal(digits.table.pull(EVERY), digits.expected(EVERY, STEPS))
+
+    def test_worker_sends_what_a_function_returns(self, client: Client, name: str) -> None:
+        """Also if other pushes have arrays, and one is skipped."""
+        digits = Digits(client, name)
+        pipe = Pipeline(client, {"f": digits.table}, lookahead=2, staleness=2)
+        threads = set[int]()
+
+        def later(gradients: Any) -> Any:
+            time.sleep(0.005)
+            threads.add(threading.get_ident())
+            return gradients
+
+        with pipe:
+            for ticket in pipe.over(first, batches(6, STEPS, 25)):
+                digits.check(ticket, 2)
+                if ticket.step == 5:
+                    pipe.skip(ticket)
+                    continue
+                gradients = digits.gradients(ticket)
+                pipe.push(
+                    ticket, {name: partial(later, gradients) if ticket.step % 4 else gradients}
+                )
+        assert_array_equal(digits.table.pull(EVERY), digits.expected(EVERY, STEPS))
+        assert len(threads) == 1
+        assert threading.get_ident() not in threads
+
+    @pytest.mark.parametrize("lookahead", [1, 2, 3])
+    def test_a_turn_may_begin_before_the_last_is_pushed(
+        self, client: Client, name: str, lookahead: int
+    ) -> None:
+        digits = Digits(client, name)
+        pipe = Pipeline(client, {"f": digits.table}, lookahead=lookahead, staleness=2, unpushed=3)
+        hand: list[Ticket] = []
+        with pipe:
+            for ticket in pipe.over(first, batches(7, STEPS, 25)):
+                digits.check(ticket, 2)
+                hand.append(ticket)
+                if len(hand) == 3:
+                    ticket = hand.pop(0)
+                    pipe.push(ticket, {name: digits.gradients(ticket)})
+            for ticket in hand:
+                pipe.push(ticket, {name: digits.gradients(ticket)})
+        assert_array_equal(digits.table.pull(EVERY), digits.expected(EVERY, STEPS))
+
+    def test_epochs(self, client: Client, name: str) -> None:
+        """Each begins while pushes of the last are unanswered; one ends early."""
+        digits = Digits(client, name)
+        pipe = Pipeline(client, {"f": digits.table}, staleness=1, step=3)
+        for epoch in range(3):
+            for turn, ticket in enumerate(pipe.over(first, batches(epoch, 8, 25))):
+                digits.check(ticket, 1)
+                pipe.push(ticket, {name: digits.gradients(ticket)})
+                if (epoch, turn) == (1, 4):
+                    break
+        pipe.flush()
+        assert pipe.step == 3 + 8 + 5 + 8
+        assert_array_equal(digits.table.pull(EVERY), digits.expected(EVERY, STEPS))
+        pipe.close()
+
+    def test_buffers_are_used_again(self, client: Client, name: str) -> None:
+        """They grow by doubling."""
+        shapes: list[tuple[int, int]] = []
+
+        def empty(shape: tuple[int, int]) -> np.ndarray[Any, Any]:
+            shapes.append(shape)
+            return np.full(shape, np.nan, np.float32)
+
+        digits = Digits(client, name)
+        sizes = [10, 200, 257, 700, 20, 900, 3, 4, 5, 1100]
+        rng = np.random.default_rng(8)
+        data = [[rng.permutation(2000)[:size]] for size in sizes]
+        with Pipeline(client, {"f": digits.table}, staleness=1, empty=empty) as pipe:
+            for ticket in pipe.over(first, data):
+                digits.check(ticket, 1)
+                pipe.push(ticket, {name: digits.gradients(ticket)})
+        assert set(shapes) <= {(256 << power, STEPS) for power in range(4)}
+        assert len(shapes) <= 3 * 4
+
+    def test_state(self, client: Client, name: str) -> None:
+        digits = Digits(client, name)
+        with Pipeline(client, {"f": digits.table}, staleness=1, step=7) as pipe:
+            assert pipe.state()["versions"] == [0, 0]
+            for ticket in pipe.over(first, batches(9, 5, 200)):
+                assert pipe.state()["step"] == ticket.step
+                pipe.push(ticket, {name: digits.gradients(ticket)})
+                pipe.flush()
+                state = pipe.state()
+                assert state["step"] == ticket.step + 1
+                assert [each["sequence"] for each in state["sessions"]] == [ticket.step - 6] * 2
+                assert state["versions"] == list(digits.table.describe().versions)
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Let the pushes of some steps be refused at first, as by a server without memory.
+
+    The client sends them again, after the requests that were sent in the meantime.
+    """
+    inner = StreamLink._send
+
+    def send(self: StreamLink, call: Any) -> None:
+        pushes = call.exchange.pushes
+        if pushes and pushes[0].header.step in steps and call.attempts == 0:
+            call.attempts = 1
+            error = ResourceExhausted("memory is short")
+            error.reason, error.retry_after = "OVERLOADED", 0.001
+            self._settle(call, None, error)
+        else:
+            inner(self, call)
+
+    monkeypatch.setattr(StreamLink, "_send", send)
+
+
+class TestErrors:
+    @pytest.mark.parametrize("staleness", [0, 1, 3])
+    def test_a_push_that_is_sent_again_is_in_the_rows(
+        self, client: Client, name: str, monkeypatch: pytest.MonkeyPatch, staleness: int
+    ) -> None:
+        digits = Digits(client, name)
+        refuse(monkeypatch, {2, 3, 9, 20, 22, 24})
+        with Pipeline(client, {"f": digits.table}, staleness=staleness) as pipe:
+            for ticket in pipe.over(first, batches(10, STEPS, 25)):
+                digits.check(ticket, staleness)
+                pipe.push(ticket, {name: digits.gradients(ticket)})
+        assert_array_equal(digits.table.pull(EVERY), digits.expected(EVERY, STEPS))
+        assert bool(pipe.stats.repeated_rows) == (staleness > 0)
+
+    def test_invalid_gradients_are_refused_at_once(self, client: Client, name: str) -> None:
+        digits = Digits(client, name)
+        with Pipeline(client, {"f": digits.table}) as pipe:
+            for ticket in pipe.over(first, batches(11, 5, 25)):
+                good = digits.gradients(ticket)
+                bad = good.copy()
+                bad[1, 1] = np.nan
+                for wrong, message in (
+                    ({name: bad}, f"table '{name}': the gradient of key .* is nan"),
+                    ({name: good[1:]}, "gradients must have shape"),
+                    ({}, f"gradients of step {ticket.step} must have the tables"),
+                ):
+                    with pytest.raises(InvalidArgument, match=message):
+                        pipe.push(ticket, wrong)
+                if ticket.step == 3:
+                    digits.pushed.pop(3)
+                    pipe.skip(ticket)
+                else:
+                    pipe.push(ticket, {name: good})
+        assert_array_equal(digits.table.pull(EVERY), digits.expected(EVERY, STEPS))
+
+    @pytest.mark.parametrize("later", [False, True])
+    @pytest.mark.parametrize("staleness", [0, 2])
+    def test_a_refused_push_is_raised_by_the_next_turns(
+        self, client: Client, name: str, staleness: int, later: bool
+    ) -> None:
+        digits = Digits(client, name)
+        pipe = Pipeline(client, {"f": digits.table}, staleness=staleness)
+        seen = []
+
+        def run() -> None:
+            for ticket in pipe.over(first, batches(12, 20, 25)):
+                seen.append(ticket.step)
+                gradients = digits.gradients(ticket)
+                given = (lambda it=gradients: it) if later else gradients
+                pipe.push(ticket, {name: given}, lr=np.nan if ticket.step == 4 else None)
+
+        expected = rf"the push of step 4 to table '{name}' failed: .*lr"
+        with pytest.raises(PushFailed, match=expected) as caught:
+            run()
+        assert (caught.value.step, caught.value.table) == (4, name)
+        assert isinstance(caught.value.__cause__, InvalidArgument)
+        assert str(copy.copy(caught.value)) == str(caught.value)
+        assert max(seen) <= 4 + staleness + later
+        for call in (pipe.flush, lambda: next(pipe.over(first, [[1]]))):
+            with pytest.raises(PushFailed, match="step 4"):
+                call()
+        pipe.close()
+
+    def test_an_error_in_the_loop_leaves_its_pushes(self, client: Client, name: str) -> None:
+        digits = Digits(client, name)
+
+        def run() -> None:
+            with Pipeline(client, {"f": digits.table}, staleness=2) as pipe:
+                for ticket in pipe.over(first, batches(13, STEPS, 25)):
+                    if ticket.step == 7:
+                        raise KeyError("mine")
+                    pipe.push(ticket, {name: digits.gradients(ticket)})
+
+        with pytest.raises(KeyError, match="mine"):
+            run()
+        assert len(digits.pushed) == 7
+        assert_array_equal(digits.table.pull(EVERY), digits.expected(EVERY, STEPS))
+
+    def test_an_error_of_the_loader_is_raised_in_its_turn(self, client: Client, name: str) -> None:
+        digits = Digits(client, name)
+
+        def loader() -> Iterator[Any]:
+            yield from batches(14, 6, 25)
+            raise OSError("no more")
+
+        pipe = Pipeline(client, {"f": digits.table}, staleness=2)
+        seen = []
+
+        def run() -> None:
+            for ticket in pipe.over(first, loader()):
+                seen.append(ticket.step)
+                pipe.push(ticket, {name: digits.gradients(ticket)})
+
+        with pytest.raises(OSError, match="no more"), pipe:
+            run()
+        assert seen == list(range(6))
+        assert_array_equal(digits.table.pull(EVERY), digits.expected(EVERY, STEPS))
+
+    def test_an_interruption_does_not_lose_pushes(
+        self, client: Client, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Those that were sent before the interrupted wait are in the rows."""
+        digits = Digits(client, name)
+        pipe = Pipeline(client, {"f": digits.table}, staleness=2)
+        inner = StreamLink.wait
+
+        def wait(self: StreamLink, call: Any) -> Any:
+            if call.exchange.pushes and call.exchange.pushes[0].header.step == 6:
+                raise KeyboardInterrupt
+            return inner(self, call)
+
+        monkeypatch.setattr(StreamLink, "wait", wait)
+
+        def run() -> None:
+            for ticket in pipe.over(first, batches(15, STEPS, 25)):
+                pipe.push(ticket, {name: digits.gradients(ticket)})
+
+        with pytest.raises(KeyboardInterrupt), pipe:
+            run()
+        rows = digits.table.pull(EVERY)
+        for step in digits.pushed:
+            if step != 6:  # once or not at all
+                assert_array_equal(rows[:, step], digits.expected(EVERY, step)[:, step])
+        with pytest.raises(PushFailed, match="step 6"):
+            pipe.flush()
+
+    def test_wrong_arguments(self, client: Client, connect: Any, cluster2: Any, name: str) -> None:
+        table = client.create_table(name, 2)
+        elsewhere = connect(cluster2).table(name)
+        for features, options, message in (
+            ({}, {}, r"features must be a mapping"),
+            ({"f": elsewhere}, {}, r"feature 'f': table .* must belong to the client"),
+            ({"f": table}, {"staleness": -1}, r"staleness must be an integer in 0..1023"),
+            ({"f": table}, {"lookahead": 1.5}, r"lookahead must be an integer in 0..1023"),
+            ({"f": table}, {"unpushed": 2}, r"unpushed must be an integer in 1..1"),
+            ({"f": table}, {"durability": "x"}, r"durability must be one of"),
+        ):
+            with pytest.raises(InvalidArgument, match=message):
+                Pipeline(client, features, **options)
+        pipe = Pipeline(client, {"f": table})
+        turns = pipe.over(lambda batch: {"g": batch}, [[1]])
+        with pytest.raises(
+            InvalidArgument, match=r"must return a mapping with the features \['f'\]"
+        ):
+            next(turns)
+        turns = pipe.over(lambda batch: {"f": batch}, [[1], [2]])
+        next(turns)
+        with pytest.raises(InvalidArgument, match=r"this pipeline is in a loop already"):
+            next(pipe.over(lambda batch: {"f": batch}, [[1]]))
