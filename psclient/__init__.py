@@ -58,6 +58,11 @@ restores.py    restore a cluster from a checkpoint
 rows.py        read and write whole rows of a table
 repairs.py     verify live rows on disk, and replace those that cannot be read
 admin.py       all functions of the five files above (imported on demand)
+together.py    what the processes of one trainer do together
+trainerstate.py  the files of a Checkpointer: the dense state, and where the servers stood
+behind.py      compare a saved trainer with its servers: how it can come back
+writing.py     one checkpoint on a background thread, up to a barrier
+checkpointer.py  Checkpointer: save a trainer with its rows (imported on demand)
 
 PyTorch modules (imported on demand):
 

@@ -17,6 +17,9 @@ class Session:
     client       id of the client
     incarnation  number that grows each time the client begins to number its pushes from 1 again
     renews       whether the client goes on with the next incarnation after SessionExpired
+    held         the shard is asked to remember all pushes with larger numbers, although they were
+                 answered, because a trainer that comes back may send them again (see ``go_back``).
+                 None: it need not
 
     PushHeader in ps.proto defines the numbers. Callers of the methods hold the link's lock.
     """
@@ -25,9 +28,23 @@ class Session:
         self.client = client
         self.incarnation = incarnation
         self.renews = renews
+        self.held: int | None = None
         self._next = 1
         self._open: dict[int, None] = {}  # sequence numbers that may be sent again, ascending
         self._answered = False  # whether the shard has answered a push of this incarnation
+
+    def go_back(self, client: int, incarnation: int, last: int) -> None:
+        """Continue a session of an earlier process: the next push has the number ``last`` + 1.
+
+        client, incarnation  those of the earlier session
+        last                 number of its last push that will not be sent again
+
+        The shard answers ``duplicate`` to pushes that it has applied. No push may be in progress.
+        """
+        self.client, self.incarnation = client, incarnation
+        self._next, self.held = last + 1, last
+        self._open.clear()
+        self._answered = last > 0
 
     def number(self, header: pb.PushHeader) -> None:
         """Write the client id, the incarnation and the next sequence number into a push header."""
@@ -36,7 +53,8 @@ class Session:
         header.sequence = self._next
         self._open[self._next] = None
         self._next += 1
-        header.acknowledged = next(iter(self._open)) - 1 if self._answered else 0
+        done = next(iter(self._open)) - 1 if self._answered else 0
+        header.acknowledged = done if self.held is None else min(done, self.held)
 
     def over(self, header: pb.PushHeader, *, applied: bool) -> None:
         """Record that a push will not be sent again, so the shard need not remember its answer.
@@ -62,6 +80,7 @@ class Session:
         """Start the next incarnation: add 1 to it, and number the next push 1."""
         self.incarnation += 1
         self._next = 1
+        self.held = None if self.held is None else 0
         self._open.clear()
         self._answered = False
 
