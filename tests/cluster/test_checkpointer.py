@@ -1,0 +1,217 @@
+"""A trainer that ends in the middle and comes back, under each policy, beside one that never did.
+
+The oracle: SGD with learning rate 1 on rows that start at 0. The batch of step t has the gradient
+-4^(t % 8) for the keys of group t // 8. Each base-4 digit of a row then shows how often its push
+took effect.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from servers import Cluster
+
+from psclient import Client
+from psclient.checkpointer import Checkpointer, Start
+from psclient.errors import (
+    TrainerBehind,
+)
+from psclient.pipeline import Pipeline
+
+pytestmark = pytest.mark.slow
+DIGITS, WIDTH = 8, 6
+DENSE = "dense.json"
+_numbers = iter(range(1000))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    url = f"file://{tmp_path_factory.mktemp('stored')}"
+    servers = Cluster(2, "--checkpoint-url", url).start()
+    try:
+        yield servers
+    finally:
+        assert servers.stop() == 0
+
+
+@pytest.fixture
+def table(cluster: Cluster) -> Iterator[str]:
+    """Name of a new table, the only one of the cluster."""
+    name = f"t{next(_numbers)}"
+    with Client(cluster.addresses) as client:
+        for each in client.list_tables():
+            client.drop_table(each.name)
+        client.create_table(name, 1, optimizer="sgd", lr=1.0, initializer="zeros")
+    yield name
+    with Client(cluster.addresses) as client:
+        client.drop_table(name)
+
+
+def keys_of(step: int) -> np.ndarray:
+    return np.arange(WIDTH) + step // DIGITS * WIDTH
+
+
+def digit(step: int) -> float:
+    return float(4 ** (step % DIGITS))
+
+
+def assert_once(client: Client, table: str, last: int) -> None:
+    """Assert that the pushes of the steps up to ``last`` took effect exactly once, on all rows."""
+    keys = np.concatenate([keys_of(group * DIGITS) for group in range(last // DIGITS + 1)])
+    rows = client.table(table).pull(keys).reshape(-1, WIDTH)
+    for group, found in enumerate(rows):
+        steps = range(max(1, group * DIGITS), min(last, group * DIGITS + DIGITS - 1) + 1)
+        assert set(found.tolist()) == {sum(map(digit, steps))}, f"steps {steps}"
+
+
+class Trainer:
+    """A trainer in this process: its dense state is the sum of what it has pulled and pushed."""
+
+    def __init__(self, cluster: Cluster, table: str, directory: Path, **options: Any) -> None:
+        self.client = Client(cluster.addresses, timeout=60)
+        self.table, self.name = self.client.table(table), table
+        self.piped = options.pop("piped", False)
+        self.dense = 0.0
+        self.seen: list[int] = []  # steps computed by this process
+        self.pipe = Pipeline(self.client, {"f": table}) if self.piped else None
+        self.ck = Checkpointer(
+            self.client, self.pipe, directory=directory, **{"every": 5, **options}
+        )
+
+    def resume(self, policy: Any = None) -> Start:
+        start = self.ck.resume(policy)
+        self.dense = 0.0
+        if start.path is not None:
+            self.dense = json.loads((start.path / DENSE).read_text())
+        self.next = start.step
+        return start
+
+    def run(self, until: int) -> None:
+        """Compute the steps up to ``until``, inclusive."""
+        if self.pipe is not None:
+            self.pipe.step = self.next
+            for ticket in self.pipe.over(lambda t: {"f": keys_of(t)}, range(self.next, until + 1)):
+                gradients = self._compute(ticket.step, ticket.rows[self.name])
+                self.pipe.push(ticket, {self.name: gradients})
+                self._end(ticket.step)
+            return
+        for step in range(self.next, until + 1):
+            keys = keys_of(step)
+            self.table.push(keys, self._compute(step, self.table.pull(keys)), step=step)
+            self._end(step)
+
+    def _compute(self, step: int, rows: np.ndarray) -> np.ndarray:
+        self.seen.append(step)
+        self.dense += float(rows.sum()) + digit(step)
+        return np.full((WIDTH, 1), -digit(step), np.float32)
+
+    def _end(self, step: int) -> None:
+        self.ck.at(step, save=self._save, position={"batch": step})
+        self.next = step + 1
+
+    def _save(self, path: Path) -> None:
+        (path / DENSE).write_text(json.dumps(self.dense))
+
+    def die(self) -> None:
+        """End as a killed process does: the servers see its connections close, nothing else."""
+        if self.ck._writing is not None and self.ck._writing.placed:
+            self.ck._writing.join()  # what a test needs to know which cut is the newest
+        self.client.close()
+
+    def end(self) -> None:
+        self.ck.close()
+        self.client.close()
+
+
+@pytest.fixture
+def trainer(cluster: Cluster, table: str, tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
+    made: list[Trainer] = []
+
+    def make(**options: Any) -> Trainer:
+        made.append(Trainer(cluster, table, tmp_path / "run", **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.client.close()
+
+
+PIPED = pytest.mark.parametrize("piped", [False, True], ids=["blocking", "pipeline"])
+
+
+@PIPED
+def test_rewind_ends_as_if_nothing_had_happened(
+    trainer: Callable[..., Trainer], piped: bool
+) -> None:
+    one = trainer(piped=piped)
+    assert one.resume() == Start(1, None, None, 0, 0, None)
+    one.run(13)
+    one.die()
+    other = trainer(piped=piped)
+    with pytest.raises(TrainerBehind, match=r"^dense is at step 10, servers saw 13; shard 0 was"):
+        other.ck.resume()
+    start = other.resume("rewind")
+    assert (start.step, start.position, start.gap) == (11, {"batch": 10}, 3)
+    other.run(20)
+    other.end()
+    assert other.seen == list(range(11, 21))
+    assert other.dense == twin(20)
+    assert_once(trainer().client, one.name, 20)
+
+
+@PIPED
+def test_once_computes_again_and_each_push_takes_effect_once(
+    trainer: Callable[..., Trainer], piped: bool
+) -> None:
+    one = trainer(piped=piped)
+    one.resume()
+    one.run(13)
+    one.die()
+    other = trainer(piped=piped)
+    start = other.resume("once")
+    assert (start.step, start.gap, start.policy) == (11, 3, "once")
+    other.run(12)
+    other.die()  # and again, before the place of the first death
+    third = trainer(piped=piped)
+    assert third.resume("once").step == 11
+    third.run(21)
+    third.end()
+    assert_once(trainer().client, one.name, 21)
+
+
+@PIPED
+def test_ahead_leaves_out_what_the_rows_have_seen(
+    trainer: Callable[..., Trainer], piped: bool
+) -> None:
+    one = trainer(piped=piped)
+    one.resume()
+    one.run(13)
+    one.die()
+    other = trainer(piped=piped)
+    start = other.resume("ahead")
+    assert (start.step, start.skip, start.gap) == (14, 3, 3)
+    assert start.position == {"batch": 10}
+    other.run(14)
+    other.die()
+    third = trainer(piped=piped)
+    assert third.resume("once").step == 14  # its numbers are those since the policy "ahead"
+    third.run(18)
+    third.end()
+    assert_once(trainer().client, one.name, 18)
+
+
+def twin(steps: int) -> float:
+    """Return the dense state of a trainer that was never interrupted."""
+    rows: dict[int, float] = {}
+    dense = 0.0
+    for step in range(1, steps + 1):
+        for key in keys_of(step).tolist():
+            dense += rows.get(key, 0.0)
+            rows[key] = rows.get(key, 0.0) + digit(step)
+        dense += digit(step)
+    return dense
