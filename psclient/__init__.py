@@ -78,6 +78,13 @@ torch/multihash.py  MultiHashEmbedding
 torch/mixed.py      MixedDimensionEmbedding
 torch/group.py      EmbeddingGroup
 
+TorchRec's collections (imported on demand):
+
+torchrec/tables.py      tables on the servers for the configs of a collection
+torchrec/collection.py  base class of both collections: the keys of a batch, per feature
+torchrec/pooled.py      EmbeddingBagCollection
+torchrec/sequences.py   EmbeddingCollection
+
 None of the following is imported by the client:
 
 tools/staged.py                 files that get their final name once they are complete
