@@ -8,6 +8,7 @@ choices.py     strings that arguments accept: modes, dtypes on the wire, durabil
 arrays.py      keys and gradients from arrays of any framework
 batch.py       distinct keys of a batch, sums of their gradients
 pooling.py     rows combined by bags of keys
+padding.py     sizes of padded arrays
 versions.py    versions of shards, and their epochs
 schema.py      schemas of tables
 alteration.py  settings of a live table
@@ -84,6 +85,15 @@ torchrec/tables.py      tables on the servers for the configs of a collection
 torchrec/collection.py  base class of both collections: the keys of a batch, per feature
 torchrec/pooled.py      EmbeddingBagCollection
 torchrec/sequences.py   EmbeddingCollection
+
+Keras models (imported on demand):
+
+keras/clients.py    tables of layers in saved models
+keras/layer.py      Embedding
+keras/features.py   the features of a model, and the inputs made of them
+keras/feed.py       feed: batches with rows, for fit, evaluate and predict
+keras/push.py       Push: the callback of fit
+keras/saving.py     load_model
 
 None of the following is imported by the client:
 

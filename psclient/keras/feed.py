@@ -1,0 +1,302 @@
+"""feed: the batches of a dataset with the rows of their keys, as Keras takes them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import keras
+import numpy as np
+from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+
+from psclient.choices import Wire
+from psclient.errors import InvalidArgument
+from psclient.keras.features import Features, Split
+from psclient.padding import Room
+from psclient.pipeline import Pipeline
+from psclient.ticket import Ticket
+
+NUMBERS = 4096  # batches have the numbers 1..4095, again and again
+LOST = (
+    "the gradients of the batch of step {} were not pushed: pass"
+    " callbacks=[psclient.keras.Push(model)] to fit"
+)
+
+_feeds: weakref.WeakKeyDictionary[Any, Feed] = weakref.WeakKeyDictionary()  # the newest by model
+
+
+def feed(
+    dataset: Iterable[Any],
+    model: keras.Model,
+    *,
+    training: bool = True,
+    staleness: int = 0,
+    lookahead: int | None = None,
+    step: int = 0,
+    wire: Wire | None = None,
+) -> Feed | Lookup:
+    """Return the argument x of ``fit``, ``evaluate`` or ``predict`` for a model with Embeddings.
+
+    dataset    batches: a dict {input: array}, or a tuple that begins with it, such as (inputs,
+               targets). Inputs that are features of the model's Embedding layers are integer keys.
+               A list, PyDataset, tf.data.Dataset, DataLoader, or any other iterable. An iterator
+               can be read once only, so it does for one epoch
+    model      the model, built or not
+    training   True: for ``fit``. False: for ``evaluate``, ``predict`` and ``validation_data``; keys
+               without a row then get the table's serving_default
+    staleness  the rows of a batch may lack the pushes of so many batches just before it. 0: exact
+    lookahead  number of batches whose rows are pulled while a batch is computed; None: as many as
+               ``staleness``, but at least 1
+    step       training step of the first batch; each batch adds 1
+    wire       dtype of rows and gradients on the wire; None: the client's
+
+    ``fit`` also needs the callback ``Push(model)``.
+    """
+    features = Features(model)
+    if not training:
+        return Lookup(dataset, features, wire)
+    made = Feed(dataset, features, staleness, lookahead, step, wire)
+    _feeds[model] = made
+    return made
+
+
+def feed_of(model: keras.Model) -> Feed:
+    """Return the newest training feed of a model. Raises InvalidArgument if there is none."""
+    found = _feeds.get(model)
+    if found is None:
+        raise InvalidArgument(
+            "the model has no feed: pass psclient.keras.feed(dataset, model) to fit as x"
+        )
+    return found
+
+
+class _Adapter(DataAdapter):
+    """What Keras asks of a feed: iterators of batches, and how many there are."""
+
+    def __init__(self, dataset: Iterable[Any]) -> None:
+        self._dataset = dataset
+
+    def _batches(self) -> Iterator[Any]:
+        """Yield the batches of one epoch."""
+        raise NotImplementedError
+
+    def get_numpy_iterator(self) -> Iterator[Any]:
+        return self._batches()
+
+    def get_jax_iterator(self) -> Iterator[Any]:
+        return self._batches()
+
+    def get_torch_dataloader(self) -> Iterator[Any]:
+        return self._batches()
+
+    def get_tf_dataset(self) -> Iterable[Any]:
+        """Return an iterable, not a tf.data.Dataset: that would read batches ahead of training."""
+        return _Once(self)
+
+    @property
+    def num_batches(self) -> int | None:
+        try:
+            return len(self._dataset)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+
+    @property
+    def batch_size(self) -> int | None:
+        return None
+
+    @property
+    def has_partial_batch(self) -> bool | None:
+        return None
+
+    @property
+    def partial_batch_size(self) -> int | None:
+        return None
+
+    def on_epoch_begin(self) -> None:
+        self._hook("on_epoch_begin")
+
+    def on_epoch_end(self) -> None:
+        self._hook("on_epoch_end")
+
+    def _hook(self, name: str) -> None:
+        """Call a method of the dataset, if it is a PyDataset."""
+        if isinstance(self._dataset, keras.utils.PyDataset):
+            getattr(self._dataset, name)()
+
+
+class _Once:
+    """Iterable whose iterators are new epochs of an adapter."""
+
+    def __init__(self, adapter: _Adapter) -> None:
+        self._adapter = adapter
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = self._adapter._batches()
+        if keras.backend.backend() == "tensorflow":
+            return _ends_as_tensorflow_expects(batches)
+        return batches
+
+
+def _ends_as_tensorflow_expects(batches: Iterator[Any]) -> Iterator[Any]:
+    """Yield batches; raise OutOfRangeError at their end, which Keras expects of an iterator."""
+    import tensorflow as tf
+
+    yield from batches
+    raise tf.errors.OutOfRangeError(None, None, "end of the dataset")
+
+
+class Feed(_Adapter):
+    """Batches for ``fit``, from a Pipeline that pulls rows ahead. Made by ``feed``.
+
+    stats     counters of the pipeline of the newest ``fit``: batches, pushes, skipped, ...; None
+              before
+    step      training step of the next batch
+    """
+
+    def __init__(
+        self,
+        dataset: Iterable[Any],
+        features: Features,
+        staleness: int,
+        lookahead: int | None,
+        step: int,
+        wire: Wire | None,
+    ) -> None:
+        first = next(iter(dataset), None)
+        if first is None:
+            raise InvalidArgument("the dataset has no batch")
+        one_pass = isinstance(dataset, Iterator)
+        super().__init__(chain([first], dataset) if one_pass else dataset)
+        self._features = features
+        self._split = features.split(first)
+        features.make_room(self._split)
+        self._new = partial(
+            Pipeline,
+            features.client,
+            features.tables,
+            staleness=staleness,
+            lookahead=lookahead,
+            wire=wire,
+        )
+        self._pipe = self._new(step=step)
+        self._started = False
+        self._open: Ticket | None = None  # handed to Keras, neither pushed nor skipped
+        self._number = 0  # of the open batch
+
+    @property
+    def stats(self) -> Any:
+        return self._pipe.stats
+
+    @property
+    def step(self) -> int:
+        return self._pipe.step
+
+    @property
+    def features(self) -> Features:
+        return self._features
+
+    def start(self) -> None:
+        """Let the following iterators train. Called when ``fit`` has built the model."""
+        if self._started:  # an earlier fit ended by an error
+            self._pipe.close()
+            self._pipe = self._new(step=self.step)
+        self._started, self._open = True, None
+
+    def stop(self) -> None:
+        """Wait for all pushes. Raises the error of the first that failed."""
+        self._started = False
+        self._pipe.flush()
+
+    def flush(self) -> None:
+        """Wait for all pushes. Raises the error of the first that failed."""
+        self._pipe.flush()
+
+    @property
+    def number(self) -> int:
+        """Number of the batch that Keras has; 0: it has none."""
+        return 0 if self._open is None else self._number
+
+    def count(self, table: str) -> int:
+        """Return the number of distinct keys of a table in the batch that Keras has."""
+        assert self._open is not None
+        return len(self._open.keys[table].keys)
+
+    def push(self, gradients: dict[str, Any] | None, lr: float | None) -> None:
+        """Push the gradients of the batch that Keras has. None: do not push it."""
+        assert self._open is not None
+        if gradients is None:
+            self._pipe.skip(self._open)
+        else:
+            self._pipe.push(self._open, gradients, lr=lr)
+        self._open = None
+
+    def _batches(self) -> Iterator[Any]:
+        if not self._started:  # Keras builds the model from the shapes of a batch
+            yield self._example()
+            raise InvalidArgument(LOST.format(self.step))
+        splits = (self._features.split(batch) for batch in self._dataset)
+        for ticket in self._pipe.over(lambda split: split.keys, splits):
+            for table, batch in ticket.keys.items():
+                self._features.require_room(table, len(batch.keys), ticket.step)
+            self._open = ticket
+            self._number = self._number % (NUMBERS - 1) + 1
+            yield self._features.batch(ticket.batch, ticket.rows, ticket.places, self._number)
+            if self._open is not None:
+                raise InvalidArgument(LOST.format(ticket.step))
+
+    def _example(self) -> Any:
+        """Return the first batch with shapes in place of arrays."""
+        split, features = self._split, self._features
+        rows = {name: np.zeros((1, each.dim), np.float32) for name, each in _by_name(features)}
+        places = {name: np.zeros(each.shape, np.int32) for name, each in split.keys.items()}
+        return keras.tree.map_structure(_Shape, features.batch(split, rows, places, 1))
+
+
+class _Shape:
+    """Shape and dtype of an array. To use it as an array is an error: it is not there."""
+
+    def __init__(self, array: Any) -> None:
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise InvalidArgument(LOST.format("the first batch").replace("the batch of step ", ""))
+
+    __jax_array__ = __array__
+
+
+class Lookup(_Adapter):
+    """Batches for ``evaluate`` and ``predict``, with rows as they are when they are read."""
+
+    def __init__(self, dataset: Iterable[Any], features: Features, wire: Wire | None) -> None:
+        super().__init__(dataset)
+        self._features = features
+        self._wire: Wire | None = wire
+        self._rooms = {name: Room() for name, _ in _by_name(features)}
+
+    def _batches(self) -> Iterator[Any]:
+        for batch in self._dataset:
+            yield self._look_up(self._features.split(batch))
+
+    def _look_up(self, split: Split) -> Any:
+        """Pull the rows of one batch; return the batch for Keras."""
+        client = self._features.client
+        flat: dict[str, list[Any]] = {}
+        for feature, table in self._features.tables.items():
+            flat.setdefault(table.name, []).append(split.keys[feature].reshape(-1))
+        batches = {name: client.batch(np.concatenate(keys)) for name, keys in flat.items()}
+        rows = client.pull_distinct(batches, mode="serve", wire=self._wire)
+        places, taken = {}, dict.fromkeys(flat, 0)
+        for feature, table in self._features.tables.items():
+            keys, begin = split.keys[feature], taken[table.name]
+            taken[table.name] = begin + keys.size
+            index = batches[table.name].split.inverse[begin : begin + keys.size]
+            places[feature] = index.reshape(keys.shape)
+        return self._features.batch(split, rows, places, 1, self._rooms)
+
+
+def _by_name(features: Features) -> list[tuple[str, Any]]:
+    """Return (name, table) of each table."""
+    return list({table.name: table for table in features.tables.values()}.items())
