@@ -77,6 +77,8 @@ torch/embedding.py  Embedding
 torch/bag.py        EmbeddingBag
 torch/multihash.py  MultiHashEmbedding
 torch/mixed.py      MixedDimensionEmbedding
+torch/transfer.py   copies of rows to a GPU, and of gradients back
+torch/pipeline.py   batches of a DataLoader with outputs of a group, pulled ahead
 torch/group.py      EmbeddingGroup
 
 TorchRec's collections (imported on demand):

@@ -155,7 +155,12 @@ class Pipeline:
                 self._schedule.end()
 
     def push(
-        self, ticket: Ticket, gradients: Mapping[str, Any], *, lr: float | None = None
+        self,
+        ticket: Ticket,
+        gradients: Mapping[str, Any],
+        *,
+        lr: float | None = None,
+        step: int | None = None,
     ) -> None:
         """Send the gradients of a batch, and return at once.
 
@@ -166,6 +171,7 @@ class Pipeline:
                    several tickets. Or a function that returns one of these: a worker thread calls
                    it, so that the loop need not wait for an accelerator
         lr         learning rate of this push; None: the tables'
+        step       training step of this push; None: that of the ticket
 
         Arrays are copied. Raises InvalidArgument, and sends nothing, if gradients have a wrong
         shape or are infinite or NaN; the ticket then waits for another ``push`` or ``skip``. The
@@ -178,7 +184,7 @@ class Pipeline:
                 f"gradients of step {ticket.step} must have the tables {sorted(ticket.keys)},"
                 f" got {sorted(map(str, given))}; None: no gradients"
             )
-        header = push_header(ticket.step, lr, self._durability)
+        header = push_header(ticket.step if step is None else step, lr, self._durability)
         if any(map(callable, given.values())):
             self._submit(ticket, header, given)
         else:

@@ -27,6 +27,8 @@ embedding.py  Embedding
 bag.py        EmbeddingBag
 multihash.py  MultiHashEmbedding
 mixed.py      MixedDimensionEmbedding
+transfer.py   copies of rows to a GPU, and of gradients back
+pipeline.py   batches of a DataLoader with outputs of a group, pulled ahead
 group.py      EmbeddingGroup
 """
 

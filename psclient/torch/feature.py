@@ -121,15 +121,19 @@ def pull_features(
     features  {name: module}
     inputs    {name: keys, or a tuple of the module's arguments, keys first}
     """
-    modules, arguments = _requests(features, inputs)
-    outputs = _pull(client, modules, arguments)
+    modules, arguments = requests_of(features, inputs)
+    return merged(features, _pull(client, modules, arguments))
+
+
+def merged(features: Mapping[str, Feature], outputs: Mapping[Part, Tensor]) -> dict[str, Tensor]:
+    """Return {feature: output}, combined from the outputs of the parts of each feature."""
     return {
         name: feature.merge([outputs[name, part] for part in range(len(feature.remotes()))])
         for name, feature in features.items()
     }
 
 
-def _requests(
+def requests_of(
     features: Mapping[str, Feature], inputs: Mapping[str, Any]
 ) -> tuple[dict[Part, Remote], dict[Part, tuple[Any, ...]]]:
     """Split features into their parts, each of which is a module that uses one table.
@@ -161,7 +165,7 @@ def start_prefetch(
     features  {name: module}
     inputs    {name: keys, or a tuple of the module's arguments, keys first}
     """
-    modules, arguments = _requests(features, inputs)
+    modules, arguments = requests_of(features, inputs)
     keys: dict[str, list[Any]] = {}
     for part, module in modules.items():
         keys.setdefault(module.table.name, []).append(as_keys(arguments[part][0]).reshape(-1))
@@ -211,12 +215,15 @@ def _pull_once(
         places = np.split(joint[table].split.inverse, ends)  # of the keys of each part in the rows
         for part, place in zip(parts, places, strict=True):
             rows = pulled[table] if len(parts) == 1 else pulled[table][place]
-            outputs[part] = _output(modules[part], batches[part], rows, arguments[part])
+            outputs[part] = output_of(modules[part], batches[part], rows, arguments[part])
     return outputs
 
 
-def _output(
-    module: Remote, batch: Batch, rows: NDArray[np.float32], arguments: tuple[Any, ...]
+def output_of(
+    module: Remote,
+    batch: Batch,
+    rows: NDArray[np.float32] | Tensor,
+    arguments: tuple[Any, ...],
 ) -> Tensor:
     """Compute the output of a module from the rows of the distinct keys of its batch.
 

@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -44,10 +44,18 @@ class Pass:
     leaf: Tensor
 
 
+class Route(Protocol):
+    """What pushes gradients in place of the client: the pipeline of a group, while it runs."""
+
+    def push_sums(self, sums: Mapping[str, tuple[Batch, Tensor]], turn: Turn) -> None:
+        """Push {table: (keys, float32[distinct, dim])} as the gradients of the batch at hand."""
+
+
 class Gradients:
     """Gradients of one module that backward passes computed, and that were not pushed yet.
 
     trainable  whether backward passes add gradients
+    route      the pipeline that pushes the gradients while it runs; None: ``push`` does
     passes     {id of the leaf: forward pass that a backward pass has reached}
     reached    number of backward passes since the last step or zero_grad
 
@@ -57,6 +65,7 @@ class Gradients:
 
     def __init__(self, trainable: bool = True) -> None:
         self.trainable = trainable
+        self.route: Route | None = None  # where to push; None: to the client
         self.passes: dict[int, Pass] = {}
         self.reached = 0
         self._rows = self._summed = 0  # number of rows in passes, and in the last sum of passes
@@ -150,17 +159,18 @@ def push(
     forgotten even if an argument is invalid or the push fails, because some shards may have applied
     it. The error then has a note that says so.
     """
-    taken = []
+    taken, parts = [], list(parts)
     for part in parts:
         taken += part.take()
         part.reached = 0
     try:
         count = _world(job) if checked.one_of("ranks", ranks, RANKS) else 1
         sums = {each.table.name: _divided(each, count) for each in _sums(taken)}
+        route = _route(parts, job)
         if job is None:
-            client.push_distinct(sums, step=turn.step, lr=turn.lr)
+            _push_sums(client, route, sums, turn)
             return turn
-        return _push_together(client, sums, turn, job)
+        return _push_together(client, route, sums, turn, job)
     except BaseException as error:
         if taken:
             error.add_note(DISCARDED)
@@ -170,15 +180,54 @@ def push(
             each.leaf.grad = None
 
 
-def _divided(each: Pass, count: int) -> tuple[Batch, Rows]:
+def _divided(each: Pass, count: int) -> tuple[Batch, Tensor]:
     """Return the keys and gradients of a Pass; the gradients are divided by ``count``."""
     assert each.leaf.grad is not None
     summed = each.leaf.grad.detach()
-    return each.batch, (summed if count == 1 else summed / count).numpy()
+    return each.batch, summed if count == 1 else summed / count
+
+
+def _route(parts: Sequence[Gradients], job: Job | None) -> Route | None:
+    """Return the pipeline that pushes the gradients of these modules; None: the client does.
+
+    Raises InvalidArgument if only some of the modules are in a pipeline, or if the ranks of the job
+    wait for each other's pushes.
+    """
+    routes = {id(part.route): part.route for part in parts}
+    if len(routes) > 1:
+        raise InvalidArgument(
+            "while the pipeline of a group runs, an optimizer must have modules of this group only:"
+            " make one optimizer for the group, and another for other modules"
+        )
+    (route,) = routes.values() or (None,)
+    if route is not None and job is not None and job.sync:
+        raise InvalidArgument(
+            "sync must be False while a pipeline runs, because it pulls rows before all ranks have"
+            " pushed; got True"
+        )
+    return route
+
+
+def _push_sums(
+    client: RowClient, route: Route | None, sums: Mapping[str, tuple[Batch, Tensor]], turn: Turn
+) -> None:
+    """Push gradients through ``route``; if it is None, in one request that is waited for.
+
+    sums  {table: (keys, gradients)}
+    """
+    if route is None:
+        given = {name: (batch, each.cpu().numpy()) for name, (batch, each) in sums.items()}
+        client.push_distinct(given, step=turn.step, lr=turn.lr)
+    else:
+        route.push_sums(sums, turn)
 
 
 def _push_together(
-    client: RowClient, sums: Mapping[str, tuple[Batch, Rows]], turn: Turn, job: Job
+    client: RowClient,
+    route: Route | None,
+    sums: Mapping[str, tuple[Batch, Tensor]],
+    turn: Turn,
+    job: Job,
 ) -> Turn:
     """Push as one rank of a job: wait for the other ranks as the job requires it.
 
@@ -191,16 +240,20 @@ def _push_together(
     try:
         push_header(turn.step, turn.lr, None)
         for name, (batch, gradients) in sums.items():
-            checked_sums = batch.check(gradients, name, gradients.shape[1])
+            checked_sums = batch.check(gradients.cpu(), name, gradients.shape[1])
             given[name] = Sum(batch.keys, batch.split.counts, checked_sums)
     except InvalidArgument as error:
         problem, turn = error, Turn(0, None)
     turn, parts = job.reduce(turn, given, problem)
     try:
         if job.sums:
-            sums = {name: added(client, some) for name, some in parts.items()}
-            sums = {name: each for name, each in sums.items() if len(each[0].keys)}
-        client.push_distinct(sums, step=turn.step, lr=turn.lr)
+            summed = {name: added(client, some) for name, some in parts.items()}
+            sums = {
+                name: (batch, torch.from_numpy(rows))
+                for name, (batch, rows) in summed.items()
+                if len(batch.keys)
+            }
+        _push_sums(client, route, sums, turn)
     except Exception as error:
         job.settle(turn, error)
         raise
@@ -257,13 +310,15 @@ def _merge(passes: Sequence[Pass]) -> Pass:
     batch, sums = added(
         table.client,
         [
-            Sum(each.batch.keys, each.batch.split.counts, each.leaf.grad.detach().numpy())
+            Sum(each.batch.keys, each.batch.split.counts, each.leaf.grad.detach().cpu().numpy())
             for each in passes
             if each.leaf.grad is not None
         ],
     )
     values = np.empty_like(sums)
-    values[batch.split.inverse] = np.concatenate([each.leaf.detach().numpy() for each in passes])
+    values[batch.split.inverse] = np.concatenate(
+        [each.leaf.detach().cpu().numpy() for each in passes]
+    )
     for each in passes:
         each.leaf.grad = None
     leaf = torch.from_numpy(values).requires_grad_()

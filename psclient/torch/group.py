@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, KeysView, Mapping
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from psclient.choices import Durability, Wire
 from psclient.errors import InvalidArgument
 from psclient.pending import Pending
 from psclient.rowclient import RowClient
 from psclient.torch.feature import Feature, pull_features, start_prefetch
 from psclient.torch.optimizer import Trained
+from psclient.torch.pipeline import GroupPipeline
 
 
 class Features(nn.Module):
@@ -103,6 +105,57 @@ class EmbeddingGroup(Trained):
         for an unknown feature.
         """
         return start_prefetch(self.client, self._features(keys), keys)
+
+    def pipeline(
+        self,
+        loader: Iterable[Any],
+        keys: Callable[[Any], Mapping[str, Any]],
+        *,
+        lookahead: int | None = None,
+        staleness: int = 0,
+        step: int = 0,
+        accumulate: int = 1,
+        device: Any = None,
+        wire: Wire | None = None,
+        durability: Durability | None = None,
+    ) -> GroupPipeline:
+        """Return an iterable of (batch, outputs) that pulls ahead, and pushes in the background.
+
+        loader      a DataLoader, or any iterable of batches; each ``for`` begins anew
+        keys        function that returns the argument of ``forward`` for a batch, with all features
+        lookahead   number of batches whose rows are pulled while a batch is computed; None: as many
+                    as ``staleness``, but at least 1
+        staleness   number of pushes, those of the batches just before it, that the rows of a batch
+                    may lack. 0: the results are those of a loop without pipeline
+        step        number of the first batch, in errors and ``pipe.step``
+        accumulate  number of batches whose gradients may be summed in one push
+        device      GPU to which rows are copied ahead; None: they stay in host memory
+        wire        dtype of rows and gradients on the wire; None: the client's
+        durability  when a push counts as answered, see Client.push; None: each table's
+
+            rows = group.optimizer(lr=0.05)
+            with group.pipeline(loader, lambda batch: batch.keys, staleness=1) as batches:
+                for batch, outputs in batches:
+                    loss_fn(net(outputs), batch.labels).backward()
+                    rows.step()
+
+        Each batch must be pushed by ``step``, or discarded by ``zero_grad``, before the next turn,
+        which raises InvalidArgument otherwise. A batch without a backward pass pushes nothing.
+        Errors of a push are raised as PushFailed by a later turn, or at the end of the block.
+        """
+        return GroupPipeline(
+            self.client,
+            dict(self.features.items()),
+            loader,
+            keys,
+            lookahead=lookahead,
+            staleness=staleness,
+            step=step,
+            accumulate=accumulate,
+            device=device,
+            wire=wire,
+            durability=durability,
+        )
 
     def _features(self, keys: Mapping[str, Any]) -> dict[str, Feature]:
         """Return {feature: its module} for the features in ``keys``.

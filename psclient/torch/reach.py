@@ -57,13 +57,13 @@ class Holder(nn.Module):
         copied.gradients = Gradients(self.trainable)
         return copied
 
-    def collect(self, batch: Batch, embeddings: NDArray[np.float32]) -> Tensor:
+    def collect(self, batch: Batch, embeddings: NDArray[np.float32] | Tensor) -> Tensor:
         """Return pulled rows as a tensor; collect its gradients if this module is trainable.
 
         batch       keys of the forward pass
         embeddings  float32[distinct, dim], the rows of ``batch.keys``
         """
-        leaf = torch.from_numpy(embeddings)
+        leaf = embeddings if isinstance(embeddings, Tensor) else torch.from_numpy(embeddings)
         if self.trainable and torch.is_grad_enabled():
             self.gradients.watch(self.table, batch, leaf.requires_grad_())
         return leaf
