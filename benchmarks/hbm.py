@@ -1,4 +1,4 @@
-"""Measure rows in GPU memory: kernels against a copy, and batches from and to host memory.
+"""Measure rows in GPU memory: kernels against a copy, batches from and to host memory, servers.
 
 The roof of a kernel is a copy within GPU memory, measured in the same run: the bytes that a kernel
 reads and writes per second, divided by those of the copy. Times of kernels are taken by events of
@@ -77,6 +77,12 @@ def main() -> int:
         report.section(title, rows)
         del slab  # before the next one takes its memory
     report.section("launches", _launches(device))
+    try:
+        from benchmarks import hbmservice
+    except ImportError as error:
+        report.note(f"no servers, because a package is missing: {error}")
+    else:
+        hbmservice.measure(report, quick=options.quick)
     report.close()
     return 0
 

@@ -61,17 +61,21 @@ def shards(
 
 
 class Server:
-    """The server process of a one-shard cluster with a data directory. It can be started again.
+    """The server process of a one-shard cluster. It can be started again.
 
     directory  for its data and for what it logs
     flags      further flags of ``psserver serve``; may be changed before a start
     address    "host:port", new at each start
     """
 
-    def __init__(self, directory: Path, *flags: str) -> None:
+    def __init__(self, directory: Path, *flags: str, durable: bool = True) -> None:
+        """Start nothing yet.
+
+        durable  give it a data directory
+        """
         self.directory = directory
         self.data = directory / "data"
-        self.flags = list(flags)
+        self.flags = [*(["--data-dir", str(self.data)] if durable else []), *flags]
         self.address = ""
 
     def start(self) -> None:
@@ -80,7 +84,7 @@ class Server:
         port = free_ports(1)
         self.address = f"127.0.0.1:{port}"
         command = [sys.executable, "-m", "psserver", "serve", "--port", str(port)]
-        command += ["--metrics-port", "0", "--data-dir", str(self.data), *self.flags]
+        command += ["--metrics-port", "0", *self.flags]
         with (self.directory / "err").open("ab") as err:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True)
         wait_until_ready(self.process)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -10,6 +11,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from servers import free_ports
 
 ROOT = Path(__file__).parent.parent
 NOT_THE_CLIENTS = {  # what the extras bring
@@ -31,6 +33,14 @@ import proto, psproto, psclient, storage, psserver
 from psproto import ps_pb2
 assert hasattr(proto, "Message"), "proto is no longer proto-plus"
 print(psproto.__file__)
+"""
+REFUSED = """
+import sys
+from psserver.cli import main
+from storage.gpu.nvrtc import find_library
+print(find_library(), flush=True)
+sys.argv = ["psserver", "serve", "--hbm-bytes", "1000", "--metrics-port=0", "--port", sys.argv[1]]
+main()
 """
 
 
@@ -90,9 +100,29 @@ def resolves(*requirements: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", ["gpu12", "gpu13"])
-def test_an_extra_for_gpus_can_be_installed(extra: str) -> None:
+def test_an_extra_for_gpus_is_installed_and_refused_without_a_gpu(
+    extra: str, tmp_path: Path
+) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    said = resolves(*project["dependencies"], *project["optional-dependencies"][extra])
+    chosen = project["optional-dependencies"][extra]
+    said = resolves(*project["dependencies"], *chosen)
     if "ERROR" in said and "ERROR" in resolves("--ignore-installed", "--no-deps", "proto-plus"):
         pytest.skip("no package registry here")
     assert "ERROR" not in said
+    into = ["--target", str(tmp_path), *chosen]
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *into], check=True)
+    paths = [str(tmp_path), str(ROOT / "proto"), str(ROOT)]
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED, str(free_ports(1))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.startswith(str(tmp_path))  # where NVRTC is
+    assert re.search(
+        r"^psserver: hbm_bytes=1000 needs a GPU: cudaError(InsufficientDriver|NoDevice): ",
+        done.stderr,
+        re.M,
+    ), done.stderr

@@ -22,8 +22,8 @@ INSTALL = (
     "pip install 'embedding-ps[gpu13]' for a driver of CUDA 13, or 'embedding-ps[gpu12]' for 12"
 )
 ADVICE = {  # name of an error of CUDA -> what to do
-    "cudaErrorInsufficientDriver": "install or update NVIDIA's driver: nvidia-smi shows which CUDA"
-    f" it has; {INSTALL}",
+    "cudaErrorInsufficientDriver": "install NVIDIA's driver, or make CuPy fit to it (nvidia-smi"
+    f" shows its CUDA version): {INSTALL}",
     "cudaErrorNoDevice": "check nvidia-smi and CUDA_VISIBLE_DEVICES; a container must be given a"
     " GPU, for example nvidia.com/gpu: 1",
 }

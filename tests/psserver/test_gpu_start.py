@@ -48,7 +48,7 @@ NO_GPU = [
     ),
     (
         "cudaErrorInsufficientDriver: CUDA driver version is insufficient",
-        r"cudaErrorInsufficientDriver: .*install or update NVIDIA's driver.*embedding-ps\[gpu13\]",
+        r"cudaErrorInsufficientDriver: .*install NVIDIA's driver, .*embedding-ps\[gpu13\]",
     ),
     ("cudaErrorInitializationError: bad", "cudaErrorInitializationError: bad: check nvidia-smi"),
 ]
