@@ -88,6 +88,10 @@ torchrec/collection.py  base class of both collections: the keys of a batch, per
 torchrec/pooled.py      EmbeddingBagCollection
 torchrec/sequences.py   EmbeddingCollection
 
+JAX (imported on demand):
+
+jax.py  Feed: rows as inputs of a compiled step; lookup inside jit
+
 Keras models (imported on demand):
 
 keras/clients.py    tables of layers in saved models
