@@ -183,6 +183,8 @@ class Tables:
     def _make(self, schema: TableSchema, number: int) -> Table:
         """Return an empty table, with a cold tier if there is a file for its blocks."""
         table = Table(schema, self._budget, self._share)
+        if self.gpu is not None:
+            table.attach_gpu(self.gpu)
         if settings := self._settings.get(schema.name):
             table.store.configure(settings.host_bytes, settings.cache, settings.half_life)
         if self.file is not None:

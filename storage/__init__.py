@@ -8,6 +8,7 @@ kernels.py       the loops numpy cannot express
 registry.py      build objects by name
 arena.py         memory that grows in chunks, without copying
 slots.py         slots of a tier that pushes can write: key, metadata, home of each row
+owners.py        which slots own the rows of a slab
 index.py         key -> location of its row
 normal.py        the inverse of the normal CDF
 initializers.py  the initial embedding of a row
@@ -72,14 +73,16 @@ tiers/host.py    rows in host memory
 gpu/staging.py   a queue, and the page-locked memory through which batches reach its kernels
 gpu/slab.py      rows in device memory, in pieces that never move
 gpu/gpu.py       the GPU of a shard: device, budget, page-locked memory
-tiers/hbm.py     rows in GPU memory
+tiers/hbm.py     rows in GPU memory and in host memory
 tiers/lmdb.py    rows in the blocks of the base
 coldrows.py      the rows in blocks, for eviction sweeps
+results.py       the results of a table's methods
+tierstats.py     the tiers of a table as statistics and tools show them
 visits.py        which rows a scan has read, although rows move
 tablescan.py     read all rows of a table in slices
 reuse.py         how many keys are pushed between the uses of a row
-results.py       the results of a table's methods
 cache.py         which rows leave host memory, if there are blocks on disk
+balance.py       which rows of a table are in GPU memory
 room.py          how many rows of a table have room in host memory
 rescue.py        what a table does when a block is found to be damaged
 rowstore.py      the rows of one table by key, in every tier

@@ -31,7 +31,7 @@ _NONE = np.empty(0, np.int64), np.empty(0, np.uint64), np.empty(0, np.uint64)
 
 
 @inline
-def _score(entries: Any, slot: Any, lfu: bool, half_life: float) -> Any:
+def score(entries: Any, slot: Any, lfu: bool, half_life: float) -> Any:
     """Return the score of a row, a float64."""
     low = np.uint64(0xFFFF)
     version = np.float64(entries[slot, 1] >> np.uint64(16))
@@ -53,7 +53,7 @@ def _sample(entries: Any, slots: Any, lfu: bool, half_life: float, out: Any) -> 
     clean = 0
     for i in range(slots.shape[0]):
         if _clean(entries, slots[i]):
-            out[clean] = _score(entries, slots[i], lfu, half_life)
+            out[clean] = score(entries, slots[i], lfu, half_life)
             clean += 1
     return clean
 
@@ -82,7 +82,7 @@ def _take(
             break
         slot = hand
         hand = hand + 1 if hand + 1 < used else 0
-        if _clean(entries, slot) and _score(entries, slot, lfu, half_life) <= threshold:
+        if _clean(entries, slot) and score(entries, slot, lfu, half_life) <= threshold:
             slots[taken] = slot
             keys[taken] = entries[slot, 0]
             homes[taken] = entries[slot, 3]

@@ -6,10 +6,12 @@ So even a row whose block on disk is damaged can be overwritten.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from storage.index import Locations, locations_of, places
-from storage.kernels import Images, Slots
+from storage.kernels import Images, Keys, Slots
 from storage.rowstore import RowStore
+from storage.slots import VERSION
 
 
 def overwrite(store: RowStore, images: Images, locations: Locations) -> Images:
@@ -35,7 +37,7 @@ def overwrite(store: RowStore, images: Images, locations: Locations) -> Images:
     try:
         made = store.place(images.keys[missing]) if len(missing) else missing
     except BaseException:
-        store.host.slots.release(slots)
+        store.host.release(slots)
         raise
     if len(missing):
         locations[missing] = made
@@ -62,3 +64,22 @@ def _displace(
     store.index.assign(images.keys[cold], made)
     store.blocks.forget(found)
     locations[cold] = made
+
+
+def place_newest(store: RowStore, extent: int, keys: Keys, versions: NDArray[np.uint64]) -> None:
+    """Make the rows of a block on disk current, except those of which there is a newer row.
+
+    extent    the block; none of its rows is live yet
+    keys      uint64[n]  keys of all its rows, distinct
+    versions  uint64[n]  versions of all its rows
+    """
+    blocks = store.blocks
+    assert blocks is not None
+    locations, _ = store.find(keys)
+    there = np.flatnonzero(locations)
+    newer = store.meta(locations[there])[:, VERSION] > versions[there]
+    replaced = there[~newer]
+    store.remove(keys[replaced], locations[replaced])
+    positions = np.delete(np.arange(len(keys)), there[newer])
+    store.place_cold(keys[positions], blocks.locations(extent, positions))
+    blocks.revive(extent, positions, cached=False)

@@ -35,12 +35,7 @@ class Room:
         held = self._host.bytes
         own = max(self.limit - self._index.bytes - held, self.limit // 4 - held)
         spare = min(self._budget.spare, own)
-        return self._free + max(0, spare) // self.row_bytes
-
-    @property
-    def _free(self) -> int:
-        """Number of rows for which there is memory already."""
-        return self._host.slots.free + self._host.capacity - self._host.slots.used
+        return self._host.room(spare)
 
     @property
     def near_limit(self) -> bool:
@@ -52,12 +47,12 @@ class Room:
 
         absent  how many of them have no entry in the index yet
         """
-        free, index = self._free, self._index
+        free, index = self._host.room(0), self._index
         if count > free and count > self.rows():
             return False
         if count <= free and not absent:
             return True
-        left = self._budget.free - max(0, count - free) * self.row_bytes
+        left = self._budget.free - self._host.cost(count)
         return index.most_growth(absent) <= left or index.growth(absent) <= left
 
     def has(self, count: int) -> bool:

@@ -1,6 +1,7 @@
 """The rows of one table by key, wherever they are: an index, and the tiers that store the rows.
 
-Rows that are pushed must be in host memory. If the table has blocks on disk (a *cold tier*), a row
+Rows that are pushed must be in host memory, or in GPU memory, which tiers/hbm.py hides: here, such
+rows count as in host memory. If the table has blocks on disk (a *cold tier*), a row
 whose copy in a block is up to date is *clean*. Host memory is then a cache over the blocks:
 
     promote  copy a row from its block to host memory, because it is going to be pushed
@@ -18,20 +19,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.arena import Budget
+from storage.balance import Balance
 from storage.blockscan import ColdPages
 from storage.cache import Cache, Policy
 from storage.coldrows import ColdBlocks
 from storage.errors import OutOfMemory
 from storage.eviction.contract import Contents
+from storage.gpu.gpu import Gpu
 from storage.index import PLACE_BITS, Index, Locations, locations_of, places
 from storage.initializers import Initializer
 from storage.kernels import Images, Keys, Rows, Slots
 from storage.results import Moves, TierStats
 from storage.room import Room
-from storage.slots import VERSION, Meta
+from storage.slots import Meta
 from storage.tiers.base import Tier, Writable
+from storage.tiers.hbm import HbmTier
 from storage.tiers.host import HostTier
 from storage.tiers.lmdb import Blocks
+from storage.tierstats import tier_names, tier_stats
 from storage.visits import Watch
 
 MARGIN = 4096  # maximum number of rows that ``demote`` demotes beyond those asked for
@@ -53,6 +58,7 @@ class RowStore:
     budget  memory budget of the shard
     host    the tier whose rows can be pushed
     blocks  the rows on disk; None: there is no cold tier
+    balance  chooses which rows are in GPU memory; None: the table has none
     watch   the exact scans in progress
     moves   what happened between the tiers
     index   finds the location of each row by its key
@@ -61,6 +67,7 @@ class RowStore:
 
     def __init__(self, dim: int, state: Rows, budget: Budget) -> None:
         self._dim, self._width, self._budget = dim, dim + len(state), budget
+        self._state = state
         self.index = Index(budget)
         try:
             self.host: Writable = HostTier(dim, state, budget)
@@ -71,6 +78,7 @@ class RowStore:
         self.blocks: Blocks | None = None
         self.moves = Moves()
         self._cache = Cache(self.host.slots)
+        self.balance: Balance | None = None
         self.space = Room(budget, self.host, self.index)
         self.watch = Watch()
         self._rewritten = -1  # the block whose rows were copied last
@@ -92,6 +100,23 @@ class RowStore:
         """
         self.space.limit = self._budget.limit if limit is None else limit
         self._cache = Cache(self.host.slots, policy, half_life)
+        if isinstance(self.host, HbmTier):
+            self.balance = Balance(self.host, policy, half_life)
+
+    def attach_gpu(self, gpu: Gpu, limit: int | None = None) -> None:
+        """Let rows be in GPU memory. Call it before the first row, ``configure`` and ``attach``.
+
+        limit  bytes of GPU memory that the table may take; None: only that of the GPU limits it
+
+        Rows that are too long for a batch stay in host memory.
+        """
+        if not gpu.takes(self._width):
+            return
+        self.host.close()
+        tier = HbmTier(self._dim, self._state, self._budget, gpu, limit)
+        self.host, self._tiers = tier, {tier.code: tier}
+        self._cache, self.balance = Cache(tier.slots), Balance(tier)
+        self.space = Room(self._budget, tier, self.index)
 
     # ---- reading
 
@@ -132,6 +157,8 @@ class RowStore:
         """Count keys whose rows were in host memory (hits) or only on disk (misses)."""
         self.moves.hits += hits
         self.moves.misses += misses
+        if self.balance is not None:
+            self.balance.count()
 
     def cold(self, locations: Locations) -> NDArray[np.int64]:
         """Return the indices, int64[m], of the locations that are in blocks on disk."""
@@ -180,7 +207,7 @@ class RowStore:
         try:
             self.index.insert(keys, locations)
         except BaseException:
-            self.host.slots.release(slots)
+            self.host.release(slots)
             raise
         self.watch.moved(None, locations)
         return locations
@@ -259,7 +286,7 @@ class RowStore:
             assert self.blocks is not None
             self.blocks.forget(places(locations[self.cold(locations)], self.blocks.code)[0])
             slots = slots[slots >= 0]
-        self._forget(self.host.slots.release(slots))
+        self._forget(self.host.release(slots))
 
     def _forget(self, homes: Locations) -> None:
         """Mark the copies in blocks at some locations, 0 or not, as out of date."""
@@ -280,24 +307,6 @@ class RowStore:
     def place_cold(self, keys: Keys, locations: Locations) -> None:
         """Add absent keys whose rows are in blocks to the index."""
         self.index.insert(keys, locations)
-
-    def place_newest(self, extent: int, keys: Keys, versions: NDArray[np.uint64]) -> None:
-        """Make the rows of a block current, except those of which there is a newer row.
-
-        extent    the block; none of its rows is live yet
-        keys      uint64[n]  keys of all its rows, distinct
-        versions  uint64[n]  versions of all its rows
-        """
-        blocks = self.blocks
-        assert blocks is not None
-        locations, _ = self.find(keys)
-        there = np.flatnonzero(locations)
-        newer = self.meta(locations[there])[:, VERSION] > versions[there]
-        replaced = there[~newer]
-        self.remove(keys[replaced], locations[replaced])
-        positions = np.delete(np.arange(len(keys)), there[newer])
-        self.place_cold(keys[positions], blocks.locations(extent, positions))
-        blocks.revive(extent, positions, cached=False)
 
     def room(self) -> int:
         """Return how many slots are free or may be added within the budget."""
@@ -355,9 +364,12 @@ class RowStore:
         self.space.slack = 0
         host, size = self.host, max(LEAST_SHRINK, min(size, MOST_SHRINK))
         before, count = host.bytes, -(-size // self.space.row_bytes)
-        slots, keys, homes, stay = self._cache.tail(max(0, host.capacity - count))
-        self._leave(slots, keys, homes)
-        host.cut(min(stay, host.slots.used))
+        host.compact(size)
+        if before - host.bytes < size:
+            slots, keys, homes, stay = self._cache.tail(max(0, host.capacity - count))
+            self._leave(slots, keys, homes)
+            host.cut(min(stay, host.slots.used))
+            host.compact(size - (before - host.bytes))
         return before - host.bytes
 
     def demote(self, count: int) -> int:
@@ -387,7 +399,7 @@ class RowStore:
         self.index.assign(keys, homes)
         self.watch.moved(locations_of(slots, self.host.code), homes)
         self.blocks.uncache(places(homes, self.blocks.code)[0])
-        self.host.slots.release(slots)
+        self.host.release(slots)
         self.moves.demotions += len(slots)
 
     def unchanged(
@@ -470,19 +482,12 @@ class RowStore:
         return Contents(len(self), self.host.view(), cold)
 
     def stats(self) -> tuple[TierStats, ...]:
-        """Return rows, bytes, hits and misses of each tier, host memory first."""
-        moves, host = self.moves, self.host
-        first = TierStats(host.name, host.rows, host.bytes, moves.hits, moves.misses, on_disk=False)
-        if self.blocks is None:
-            return (first,)
-        blocks = self.blocks
-        disk = TierStats(blocks.name, blocks.rows, blocks.bytes, moves.misses, 0, on_disk=True)
-        return first, disk
+        """Return rows, bytes, hits and misses of each tier, the fastest first."""
+        return tier_stats(self.host, self.blocks, self.moves)
 
     def names(self, locations: Locations) -> list[str]:
         """Return the name of each location's tier; "" for location 0, a key without a row."""
-        names = {0: "", **{code: tier.name for code, tier in self._tiers.items()}}
-        return [names[code] for code in (locations >> np.uint64(PLACE_BITS)).tolist()]
+        return tier_names(self.host, self.blocks, locations, self.slots(locations))
 
     def close(self) -> None:
         """Close index and tiers. The memory is freed as soon as no scan refers to it."""

@@ -18,11 +18,12 @@ from storage.arena import Budget
 from storage.errors import NoRoom, OutOfMemory
 from storage.eviction.contract import Contents
 from storage.eviction.evictor import Evictor
+from storage.gpu.gpu import Gpu
 from storage.index import Locations, locations_of
 from storage.initializers import table_seed
 from storage.kernels import Images, Keys, Rows, Slots, largest_magnitude
 from storage.overflow import OverflowGuard
-from storage.overwrite import overwrite
+from storage.overwrite import overwrite, place_newest
 from storage.records import NO_KEYS, NO_TOTALS
 from storage.results import Dump, Pushed, TableStats, Tally
 from storage.reuse import Reuse
@@ -71,6 +72,10 @@ class Table:
         """
         self.store.attach(blocks)
         self._pressed = pressed
+
+    def attach_gpu(self, gpu: Gpu, limit: int | None = None) -> None:
+        """Let rows be in GPU memory; see RowStore.attach_gpu."""
+        self.store.attach_gpu(gpu, limit)
 
     def alter(self, schema: TableSchema, version: int, seconds: float) -> int | None:
         """Replace the schema by one that differs only in fields that may be altered.
@@ -420,7 +425,7 @@ class Table:
 
         The admission counters of the keys are deleted.
         """
-        self.store.place_newest(extent, keys, versions)
+        place_newest(self.store, extent, keys, versions)
         self.gate.discard(keys)
 
     def put_counters(self, keys: Keys, totals: Occurrences, versions: Versions) -> None:

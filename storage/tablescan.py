@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from storage.kernels import Rows, Slots
 from storage.slots import LOOK, VERSION, Meta
 from storage.tiers.base import Scan, Writable
 from storage.tiers.lmdb import Blocks
+from storage.tierstats import by_tier
 from storage.visits import Watch
 
 ALL = (1 << 48) - 1  # the largest version
@@ -39,7 +41,7 @@ class TableScan:
 
     def __init__(self, host: Writable, blocks: Blocks | None) -> None:
         """Begin a scan of rows in memory, and then of the cold rows of blocks."""
-        self._scans: list[tuple[int, Scan]] = [(host.code, host.scan())]
+        self._scans: list[tuple[int, Scan]] = [(host.code, host.look())]
         if blocks is not None:
             self._scans.append((blocks.code, blocks.scan()))
         self._by_code = dict(self._scans)
@@ -107,10 +109,11 @@ class ExactScan:
         watch  tells the scan when rows move
         """
         self.done = False
-        self._host, self._slots = host, host.scan()
+        self._host, self._slots = host, host.look()
         self._blocks = blocks
         self._cold = None if blocks is None else blocks.scan()
         self._visits = watch.begin({} if blocks is None else {blocks.code: blocks.records.most})
+        self._read: list[Callable[[], Part]] = []  # rows that were copied but not returned yet
         self._slot: int | None = 0  # next slot in memory; None: all were visited
         self._start: int | None = 0 if blocks else None  # next row in blocks; None: all visited
 
@@ -124,6 +127,8 @@ class ExactScan:
         of ``next``. It raises Corrupt if a row on disk is damaged.
         """
         wanted = _Wanted(width, norms)
+        if self._read:
+            return self._read.pop()
         if self._slot is not None:
             found, self._slot = self._slots.find(self._slot, 0, ALL, limit)
             return self._take_slots(found, wanted)
@@ -140,9 +145,10 @@ class ExactScan:
 
     def _take_slots(self, slots: Slots, wanted: _Wanted) -> Callable[[], Part]:
         """Copy rows in memory that were not read yet."""
-        fresh = self._visits.visit(locations_of(slots, self._host.code))
-        part = wanted.read(self._host.name, self._slots, slots[fresh])
-        return lambda: part
+        slots = slots[self._visits.visit(locations_of(slots, self._host.code))]
+        for tier, at in by_tier(self._host, np.arange(len(slots)), slots):
+            self._read.append(partial(_identity, wanted.read(tier, self._slots, slots[at])))
+        return self._read.pop()
 
     def _take_strays(
         self, blocks: Blocks, strays: Locations, limit: int, wanted: _Wanted
@@ -164,6 +170,10 @@ class ExactScan:
         assert self._cold is not None
         found = self._cold.hold(chosen)
         return wanted.later(blocks.name, self._cold, found)
+
+
+def _identity(part: Part) -> Part:
+    return part
 
 
 @dataclass(frozen=True, slots=True)

@@ -241,6 +241,11 @@ class Slab(Pieces):
         return _size(self.width, self._shift)
 
     @property
+    def piece_rows(self) -> int:
+        """Number of rows of one piece."""
+        return 1 << self._shift
+
+    @property
     def rows(self) -> int:
         """Number of rows for which there is memory."""
         return len(self._pieces) << self._shift
@@ -299,6 +304,11 @@ class Snapshot(Pieces):
         super().__init__(width, shift, engine, pieces)
         self._part = SCAN_PART
         self._mark, self._scans = engine.queue.mark(), engine.scans
+
+    def renew(self, slab: Slab) -> None:
+        """Know all pieces that ``slab`` has now. Nobody may change it meanwhile."""
+        if self._pieces != slab._pieces:
+            self._pieces, self._table = list(slab._pieces), None
 
     def _gather(self, slots: Slots, out: Rows) -> None:
         with self._borrowed():

@@ -2,6 +2,6 @@
 
 base.py   the contract of a tier
 host.py   rows in host memory
-hbm.py    rows in GPU memory
+hbm.py    rows in GPU memory, with others in host memory
 lmdb.py   rows in the blocks of the base
 """

@@ -16,7 +16,7 @@ from storage.eviction.contract import View
 from storage.initializers import Initializer
 from storage.kernels import Keys, Rows, Slots
 from storage.optimizer import Optimizer
-from storage.slots import LOOK, Meta, SlotEntries
+from storage.slots import LOOK, Homes, Meta, SlotEntries
 
 
 class Scan(Protocol):
@@ -85,7 +85,7 @@ class Tier(Protocol):
 
     @property
     def bytes(self) -> int:
-        """Bytes that the rows take in this tier, including unused places."""
+        """Bytes of host memory, or of the disk, that the rows take, including unused places."""
         ...
 
     def gather(self, places: Slots, out: Rows) -> None:
@@ -135,14 +135,26 @@ class Writable(Tier, Protocol):
         """
         ...
 
+    def release(self, slots: Slots) -> Homes:
+        """Free some slots. Returns the homes of their rows, uint64[n]; 0 for dirty rows."""
+        ...
+
     @property
     def row_bytes(self) -> int:
-        """Bytes of memory that one slot takes: its row and its entry in ``slots``."""
+        """Bytes of host memory that one slot takes: its row and its entry in ``slots``."""
         ...
 
     @property
     def capacity(self) -> int:
         """Number of slots for which there is memory."""
+        ...
+
+    def room(self, spare: int) -> int:
+        """Return how many rows fit in the memory that is there, and in ``spare`` bytes more."""
+        ...
+
+    def cost(self, count: int) -> int:
+        """Return how many bytes of memory the tier needs for ``count`` more rows; 0: none."""
         ...
 
     def cut(self, used: int) -> None:
@@ -151,6 +163,10 @@ class Writable(Tier, Protocol):
         Their memory is given back to the budget. Scans may still look at it: the entries in
         ``slots`` are zero.
         """
+        ...
+
+    def compact(self, size: int) -> None:
+        """Give back up to about ``size`` bytes of memory that no row needs."""
         ...
 
     def create(self, keys: Keys, slots: Slots, initializer: Initializer, seed: int) -> None:
@@ -192,6 +208,10 @@ class Writable(Tier, Protocol):
 
         Only the engine thread calls this.
         """
+        ...
+
+    def look(self) -> Scan:
+        """Return a scan of all rows. Any thread may call its ``find``; the others, the engine."""
         ...
 
     def view(self) -> View:

@@ -1,62 +1,130 @@
-"""Rows in GPU memory. Their keys and metadata are in host memory.
+"""Rows in GPU memory, and in host memory those for which the GPU has no room.
+
+Keys and metadata of all rows are in host memory, by slot. The numbers of a row (embedding and
+optimizer state) are in one of two slabs: one in host memory, one in GPU memory. An array says where
+the numbers of each slot are. So a row keeps its slot when its numbers move, and nobody else needs
+to know of a move: neither the index nor a scan, a flush or a sweep. A row may move whether it is
+dirty (changed since its last copy on disk) or not.
+
+A move copies the numbers, waits for the GPU, switches the array, and frees the old place. It
+happens on the engine thread, between requests. Another thread that copies rows for a flush holds a
+lock meanwhile; then the engine thread does not move rows, and does not wait.
 
 The engine thread gives all its kernels to one queue, so that reads see the pushes before them. It
 does not wait for the kernel of a push. It waits only for the launch before the last, whose
 page-locked memory it uses again. A read waits for its rows.
-
-No server uses this tier yet.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.arena import Budget, Memory
+from storage.arena import Arena, Budget
+from storage.errors import OutOfMemory
 from storage.eviction.contract import View
-from storage.gpu.slab import PIECE, Slab, Snapshot
-from storage.gpu.staging import Staging
+from storage.gpu.gpu import Gpu
+from storage.gpu.slab import PIECE, Pieces, Slab
 from storage.initializers import Initializer
-from storage.kernels import Keys, Rows, Slots, fill_state, from_bits
+from storage.kernels import (
+    ABSENT,
+    AHEAD,
+    Keys,
+    Rows,
+    Slots,
+    fill_state,
+    from_bits,
+    gather,
+    jit,
+    largest_in,
+    measure,
+    prefetch,
+    scatter,
+)
 from storage.optimizer import Optimizer
-from storage.slots import Meta, SlotEntries, unpack
-from storage.tiers.base import DirtyScan
+from storage.owners import Owners
+from storage.slots import Homes, Meta, SlotEntries, unpack
+from storage.tiers.base import DirtyScan, Scan
 from storage.tiers.host import SlotScan
 
 
-class HbmScan(SlotScan):
-    """Scans the slots of an HbmTier in ascending order. See Scan for the contract.
+@jit
+def _split(where: Any, slots: Any, far: Any, near: Any) -> Any:
+    """Look up where the numbers of some slots are.
 
-    It has a queue of its own, which waits for the pushes before the scan. Otherwise it could read a
-    row from before a push whose version the row's metadata already have.
+    where  int64[capacity]  number of the row in the slab of the host; or -2 - (its number in that
+           of the GPU); or ABSENT for a slot without a row
+    slots  int64[n]  may be ABSENT
+    far    int64[n]  written: number in the slab of the host, or ABSENT
+    near   int64[n]  written: number in the slab of the GPU, or ABSENT
+
+    Returns how many are in the slab of the GPU.
     """
+    n, count = slots.shape[0], 0
+    for i in range(n):
+        if i + AHEAD < n and slots[i + AHEAD] >= 0:
+            prefetch(where, slots[i + AHEAD], 0)
+        at = where[slots[i]] if slots[i] >= 0 else ABSENT
+        far[i] = max(at, ABSENT)
+        near[i] = max(-2 - at, ABSENT)
+        count += at < ABSENT
+    return count
 
-    def __init__(self, rows: Snapshot, entries: Memory, used: int, dim: int) -> None:
-        super().__init__(entries, used)
-        self._rows, self._dim = rows, dim
 
-    def measure(self, places: Slots, norms: NDArray[Any]) -> Meta:
-        norms[:] = self._rows.measure(places, self._dim)
-        return unpack(self._entries.array(), places)
+class Places:
+    """Where the numbers of some slots are; see ``_split``."""
 
-    def read(self, places: Slots, out: Rows) -> None:
-        self._rows.gather(places, out)
+    __slots__ = ("far", "here", "near", "there")
+
+    def __init__(self, where: NDArray[np.int64], slots: Slots) -> None:
+        n = len(slots)
+        self.far, self.near = np.empty(n, np.int64), np.empty(n, np.int64)
+        count = _split(where, np.ascontiguousarray(slots), self.far, self.near)
+        # indices of the slots in GPU memory, and in host memory; None: all others
+        self.here = np.flatnonzero(self.near >= 0) if count else None
+        self.there = None if count == 0 else np.flatnonzero(self.far >= 0)
+
+
+def _norms(at: Places, slab: Rows, rows: Pieces, dim: int) -> NDArray[np.float64]:
+    """Return the L2 norms of embeddings, rounded to float32; 0 for slots without a row.
+
+    slab  the slab in host memory
+    rows  the slab in GPU memory
+    """
+    norms, there = np.zeros(len(at.far)), np.flatnonzero(at.far >= 0)
+    others = np.empty(len(there))
+    measure(slab, at.far[there], dim, others)
+    norms[there] = others
+    if at.here is not None:
+        norms[at.here] = rows.measure(at.near[at.here], dim)
+    return norms
 
 
 class HbmTier:
-    """Rows in GPU memory. See Writable for the contract.
+    """Rows in GPU memory and in host memory. See Writable for the contract.
 
-    dim      numbers in an embedding
-    state    float32[width - dim], initial optimizer state of every row
-    budget   memory budget of the host, for keys and metadata
-    device   budget of GPU memory, for rows
-    staging  the queue of the engine thread; tables share it
-    piece    bytes of GPU memory that are taken at once, about
+    New rows are in host memory; ``move`` exchanges rows between the two.
+
+    dim     numbers in an embedding
+    width   numbers in a row
+    state   float32[width - dim], initial optimizer state of every row
+    budget  memory budget of the host, for keys, metadata, and the rows in host memory
+    gpu     the GPU, which other tables use, too
+    limit   bytes of GPU memory that this tier may take; None: only the budget of the GPU limits it
+    piece   bytes of GPU memory that are taken at once, about
+
+    closed  True after ``close``
+    hits    rows of pushes, and those that the caller adds, that were in GPU memory
+    recent  rows that the last ``gather`` found in GPU memory
+    stirred  rows that were pushed or written; it only grows
     """
 
-    name: ClassVar[str] = "hbm"
+    name: ClassVar[str] = "host"  # of a row that is not in GPU memory
     code: ClassVar[int] = 1
 
     def __init__(
@@ -64,13 +132,24 @@ class HbmTier:
         dim: int,
         state: Rows,
         budget: Budget,
-        device: Budget,
-        staging: Staging,
+        gpu: Gpu,
+        limit: int | None = None,
         piece: int = PIECE,
     ) -> None:
-        self._dim, self._state, self._width = dim, state, dim + len(state)
-        self._slab = Slab(self._width, staging, device, piece)
+        self.dim, self._state, self.width = dim, state, dim + len(state)
+        self.gpu, self._limit = gpu, limit
         self.slots = SlotEntries(budget)
+        self._where = Arena(1, np.int64, budget)
+        self._slab = Arena(self.width, np.float32, budget)
+        self._far = Owners(budget)  # of the slab in host memory
+        self._near = Owners(budget)  # of the slab in GPU memory
+        self._rows = Slab(self.width, gpu.staging, gpu.budget, piece)
+        self._most = np.empty(self.width, np.uint32)  # scratch of ``largest``
+        self._copying = threading.Lock()  # held while another thread copies rows, or rows move
+        self.closed = False
+        self.hits = self.recent = self.stirred = 0
+
+    # ---- sizes
 
     @property
     def rows(self) -> int:
@@ -78,66 +157,317 @@ class HbmTier:
 
     @property
     def bytes(self) -> int:
-        return self._slab.bytes + self.slots.bytes
+        """Bytes of host memory."""
+        parts = self.slots, self._where, self._slab, self._far, self._near
+        return sum(each.bytes for each in parts)
 
-    def allocate(self, count: int, *, exact: bool = False) -> Slots:
-        """See Writable.allocate. GPU memory comes in whole pieces, even if ``exact``."""
-        before = self._slab.rows
-        self._slab.grow(self.slots.needed(count))
-        try:
-            return self.slots.allocate(count, exact=exact)
-        except BaseException:
-            self._slab.shrink(before)
-            raise
+    @property
+    def hbm_rows(self) -> int:
+        """Number of rows in GPU memory."""
+        return self._near.rows
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Bytes of GPU memory that the tier has taken, including unused places."""
+        return self._rows.bytes
 
     @property
     def row_bytes(self) -> int:
-        return 4 * self._slab.stride + self.slots.row_bytes
+        return self._slab.memory.row_bytes + self._slot_bytes + 8
+
+    @property
+    def _slot_bytes(self) -> int:
+        return self.slots.row_bytes + 8
 
     @property
     def capacity(self) -> int:
-        return min(self._slab.rows, self.slots.capacity)
+        return min(self.slots.capacity, self._where.rows)
+
+    def _free(self) -> tuple[int, int]:
+        """Return for how many more slots, and for how many more rows, there is memory."""
+        return self.capacity - self.slots.rows, min(
+            self._slab.rows, self._far.capacity
+        ) - self._far.rows
+
+    def cost(self, count: int) -> int:
+        slots, rows = self._free()
+        of_row = self.row_bytes - self._slot_bytes
+        return max(0, count - slots) * self._slot_bytes + max(0, count - rows) * of_row
+
+    def room(self, spare: int) -> int:
+        spare, (slots, rows) = max(0, spare), self._free()
+        unit = self._slot_bytes if slots < rows else self.row_bytes - self._slot_bytes
+        half = min(abs(slots - rows), spare // unit)  # rows that lack only one of the two
+        return min(slots, rows) + half + (spare - half * unit) // self.row_bytes
+
+    def hbm_room(self) -> int:
+        """Return how many rows GPU memory can have, as far as the budgets and the GPU allow."""
+        slab, budget = self._rows, self.gpu.budget
+        spare = budget.free if self.gpu.promotes else 0
+        if self._limit is not None:
+            spare = min(spare, self._limit - slab.bytes)
+        return slab.rows + max(0, spare) // slab.piece_bytes * slab.piece_rows
+
+    # ---- rows
+
+    def allocate(self, count: int, *, exact: bool = False) -> Slots:
+        arenas: tuple[Arena | Owners, ...] = self._where, self._slab, self._far
+        before = [each.bytes for each in arenas]
+        rows = self._far.needed(count)
+        try:
+            self._slab.grow(rows, exact=exact)
+            self._far.grow(rows, exact=exact)
+            self._where.grow(self.slots.needed(count), exact=exact)
+            slots = self.slots.allocate(count, exact=exact)
+        except BaseException:
+            for arena, size in zip(arenas, before, strict=True):
+                arena.shrink(size)
+            raise
+        self._where.array[slots, 0] = self._far.take(slots)
+        return slots
+
+    def release(self, slots: Slots) -> Homes:
+        homes = self.slots.release(slots)
+        self._give_up(Places(self._where.array[:, 0], slots))
+        self._where.array[slots, 0] = ABSENT
+        return homes
+
+    def _give_up(self, at: Places) -> None:
+        """Make the places free where the numbers of some slots are."""
+        self._far.give(at.far if at.there is None else at.far[at.there])
+        if at.here is not None:
+            self._near.give(at.near[at.here])
 
     def cut(self, used: int) -> None:
         self.slots.cut(used)
-        self._slab.shrink(used)
+        self._where.release(used)
+
+    def compact(self, size: int) -> None:
+        """See Writable.compact. Rows at the end of the slab move to free places before them."""
+        row = self.row_bytes - self._slot_bytes
+        end = max(self._far.rows, self._slab.rows - -(-size // row))
+        if end >= self._slab.rows or not self._copying.acquire(blocking=False):
+            return
+        try:
+            slots, old, new = self._far.empty_from(end)
+            if len(slots):
+                rows = np.empty((len(slots), self.width), np.float32)
+                gather(self._slab.array, old, self.width, rows)
+                scatter(self._slab.array, new, rows)
+                self._where.array[slots, 0] = new
+            self._slab.release(end)
+            self._far.cut()
+        finally:
+            self._copying.release()
 
     def create(self, keys: Keys, slots: Slots, initializer: Initializer, seed: int) -> None:
-        most = self._slab.at_once(self._width)
-        for at in range(0, len(keys), most):
-            some = keys[at : at + most]
-            rows, here = np.empty((len(some), self._width), np.float32), np.arange(len(some))
-            initializer.fill(seed, some, here, self._dim, rows)
-            fill_state(rows, here, self._dim, self._state)
-            self._slab.scatter(slots[at : at + most], rows)
+        numbers = self._where.array[slots, 0]
+        initializer.fill(seed, keys, numbers, self.dim, self._slab.array)
+        fill_state(self._slab.array, numbers, self.dim, self._state)
 
     def gather(self, places: Slots, out: Rows) -> None:
-        self._slab.gather(places, out)
+        at = Places(self._where.array[:, 0], places)
+        self.recent = 0
+        if at.here is not None:
+            self.recent = len(at.here)
+            self._rows.gather(at.near, out)
+        gather(self._slab.array, at.far, out.shape[1], out)
 
     def scatter(self, slots: Slots, rows: Rows) -> None:
-        self._slab.scatter(slots, rows)
+        at = Places(self._where.array[:, 0], slots)
+        self.stirred += len(slots)
+        if at.here is not None:
+            self._rows.scatter(at.near[at.here], rows[at.here])
+        scatter(self._slab.array, at.far, rows)
 
     def step(
         self, slots: Slots, gradients: Rows, optimizer: Optimizer, lr: float, step: int
     ) -> None:
-        self._slab.step(slots, gradients, optimizer, lr, step)
+        at = Places(self._where.array[:, 0], slots)
+        self.stirred += len(slots)
+        if at.here is None or at.there is None:
+            optimizer.step(self._slab.array, at.far, gradients, lr, step)
+            return
+        self.hits += len(at.here)
+        if not len(at.there):
+            self._rows.step(at.near, gradients, optimizer, lr, step)
+            return
+        self._rows.step(at.near[at.here], gradients[at.here], optimizer, lr, step)
+        optimizer.step(self._slab.array, at.far[at.there], gradients[at.there], lr, step)
 
     def largest(self, slots: Slots) -> float:
-        return from_bits(int(self._slab.largest(slots).max(initial=0)))
+        at = Places(self._where.array[:, 0], slots)
+        far = at.far if at.there is None else at.far[at.there]
+        most = int(largest_in(self._slab.array.view(np.uint32), far, self._most))
+        if at.here is not None:
+            most = max(most, int(self._rows.largest(at.near[at.here]).max(initial=0)))
+        return from_bits(most)
 
     def meta(self, places: Slots) -> Meta:
         return self.slots.meta(places)
 
+    def in_hbm(self, slots: Slots) -> NDArray[np.bool_]:
+        """Return which rows are in GPU memory, bool[n]."""
+        where: NDArray[np.int64] = self._where.array[slots, 0]
+        return where < ABSENT
+
+    @property
+    def where(self) -> NDArray[np.int64]:
+        """Where the numbers of each slot are; see ``_split``. Any thread may use it shortly."""
+        return self._where.memory.array()[:, 0]
+
+    @contextmanager
+    def still(self) -> Iterator[Rows | None]:
+        """Keep rows from moving while the block runs, which another thread does that copies some.
+
+        Yields the slab of the rows in host memory; None: the tier was closed.
+        """
+        with self._copying:
+            yield None if self.closed else self._slab.memory.array()
+
+    # ---- scans and sweeps
+
     def scan(self) -> DirtyScan:
-        rows = self._slab.snapshot()
-        return HbmScan(rows, self.slots.memory, self.slots.used, self._dim)
+        return HbmScan(self, self._rows)
+
+    def look(self) -> Scan:
+        return EngineScan(self)
 
     def view(self) -> View:
-        return View(self.slots.array, self.slots.used, self._norms, self._dim)
+        return View(self.slots.array, self.slots.used, self.norms, self.dim)
 
-    def _norms(self, slots: Slots) -> NDArray[np.float64]:
-        return self._slab.measure(slots, self._dim)
+    def norms(self, slots: Slots) -> NDArray[np.float64]:
+        """Return the L2 norms of the embeddings of some rows, rounded to float32."""
+        at = Places(self._where.array[:, 0], slots)
+        return _norms(at, self._slab.array, self._rows, self.dim)
+
+    # ---- moves
+
+    def move(self, up: Slots, down: Slots) -> bool:
+        """Move rows between host and GPU memory.
+
+        up    int64[n], slots of rows in host memory that move to the GPU
+        down  int64[m], slots of rows in GPU memory that move to the host
+
+        Rows that change places take no more memory. Returns False, and moves nothing, while another
+        thread copies rows. Raises OutOfMemory, and moves nothing then.
+        """
+        if not self._copying.acquire(blocking=False):
+            return False
+        try:
+            self._reserve(len(up), len(down))
+            self._move(up, down)
+        finally:
+            self._copying.release()
+        return True
+
+    def _reserve(self, up: int, down: int) -> None:
+        """Take the memory for moves of so many rows. Raises OutOfMemory."""
+        near = self._near.needed(max(0, up - down))
+        self._near.grow(near)
+        if near > self._rows.rows:
+            try:
+                self._rows.grow(near)
+            except OutOfMemory as error:
+                self.gpu.full(error)
+                raise
+            self.gpu.resume()
+        rows = self._far.needed(max(0, down - up))
+        before = self._slab.bytes
+        self._slab.grow(rows, exact=True)
+        try:
+            self._far.grow(rows, exact=True)
+        except BaseException:
+            self._slab.shrink(before)
+            raise
+
+    def _move(self, up: Slots, down: Slots) -> None:
+        """Do what ``move`` describes; there is memory for all rows."""
+        where = self._where.array[:, 0]
+        old_far, old_near = where[up], -2 - where[down]
+        rising = np.empty((len(up), self.width), np.float32)
+        gather(self._slab.array, old_far, self.width, rising)
+        sinking = np.empty((len(down), self.width), np.float32)
+        self._rows.gather(old_near, sinking)
+        self._far.give(old_far)
+        self._near.give(old_near)
+        new_near, new_far = self._near.take(up), self._far.take(down)
+        self._rows.scatter(new_near, rising)
+        self._rows.staging.finish()
+        scatter(self._slab.array, new_far, sinking)
+        where[up], where[down] = -2 - new_near, new_far
+
+    def shrink_hbm(self) -> None:
+        """Give back the pieces of GPU memory after the last row that is there."""
+        if self._copying.acquire(blocking=False):
+            try:
+                self._rows.shrink(self._near.used)
+            finally:
+                self._copying.release()
 
     def close(self) -> None:
-        self._slab.close()
-        self.slots.close()
+        with self._copying:  # another thread may be copying rows
+            self.closed = True
+            for each in (self.slots, self._where, self._slab, self._far, self._near, self._rows):
+                each.close()
+
+
+class EngineScan(SlotScan):
+    """Scans the slots of an HbmTier. Only the engine thread may copy, measure and read rows.
+
+    It uses the queue of the engine thread. Rows of a closed tier count as deleted.
+    """
+
+    def __init__(self, tier: HbmTier) -> None:
+        super().__init__(tier.slots.memory, tier.slots.used)
+        self._tier = tier
+
+    def copy(self, places: Slots, frequencies: NDArray[Any], rows: Rows) -> Meta:
+        return self._unless_closed(super().copy(places, frequencies, rows))
+
+    def measure(self, places: Slots, norms: NDArray[Any]) -> Meta:
+        norms[:] = self._norms(places)
+        return self._unless_closed(unpack(self._entries.array(), places))
+
+    def read(self, places: Slots, out: Rows) -> None:
+        if not self._tier.closed:
+            self._tier.gather(places, out)
+
+    def _norms(self, places: Slots) -> NDArray[np.float64]:
+        return np.zeros(len(places)) if self._tier.closed else self._tier.norms(places)
+
+    def _unless_closed(self, meta: Meta) -> Meta:
+        if self._tier.closed:
+            meta[:] = 0
+        return meta
+
+
+class HbmScan(EngineScan):
+    """Scans the slots of an HbmTier. Any one thread may use it. See Scan for the contract.
+
+    It reads rows in GPU memory with a queue of its own, which waits for the pushes before the scan.
+    Otherwise it could read a row from before a push whose version the row's metadata already have.
+    """
+
+    def __init__(self, tier: HbmTier, slab: Slab) -> None:
+        super().__init__(tier)
+        self._slab, self._rows = slab, slab.snapshot()
+
+    def read(self, places: Slots, out: Rows) -> None:
+        tier = self._tier
+        with tier.still() as far_rows:
+            if far_rows is None:
+                return
+            at = Places(tier.where, places)
+            if at.here is not None:
+                self._rows.renew(self._slab)
+                self._rows.gather(at.near, out)
+            gather(far_rows, at.far, out.shape[1], out)
+
+    def _norms(self, places: Slots) -> NDArray[np.float64]:
+        tier = self._tier
+        with tier.still() as far_rows:
+            if far_rows is None:
+                return np.zeros(len(places))
+            self._rows.renew(self._slab)
+            return _norms(Places(tier.where, places), far_rows, self._rows, tier.dim)

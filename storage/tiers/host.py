@@ -23,8 +23,8 @@ from storage.kernels import (
     scatter,
 )
 from storage.optimizer import Optimizer
-from storage.slots import FREQUENCY, LOOK, Meta, SlotEntries, find_changed, unpack
-from storage.tiers.base import DirtyScan
+from storage.slots import FREQUENCY, LOOK, Homes, Meta, SlotEntries, find_changed, unpack
+from storage.tiers.base import DirtyScan, Scan
 
 
 class SlotScan(ABC):
@@ -116,6 +116,9 @@ class HostTier:
             self._slab.shrink(before)
             raise
 
+    def release(self, slots: Slots) -> Homes:
+        return self.slots.release(slots)
+
     @property
     def row_bytes(self) -> int:
         return self._slab.memory.row_bytes + self.slots.row_bytes
@@ -124,9 +127,18 @@ class HostTier:
     def capacity(self) -> int:
         return min(self._slab.rows, self.slots.capacity)
 
+    def room(self, spare: int) -> int:
+        return self.capacity - self.slots.rows + max(0, spare) // self.row_bytes
+
+    def cost(self, count: int) -> int:
+        return max(0, count - self.room(0)) * self.row_bytes
+
     def cut(self, used: int) -> None:
         self.slots.cut(used)
         self._slab.release(used)
+
+    def compact(self, size: int) -> None:
+        """See Writable.compact. ``cut`` gives back everything that no row needs."""
 
     def create(self, keys: Keys, slots: Slots, initializer: Initializer, seed: int) -> None:
         initializer.fill(seed, keys, slots, self._dim, self._slab.array)
@@ -151,6 +163,9 @@ class HostTier:
 
     def scan(self) -> DirtyScan:
         return HostScan(self._slab.memory, self.slots.memory, self.slots.used, self._dim)
+
+    def look(self) -> Scan:
+        return self.scan()
 
     def view(self) -> View:
         return View(self.slots.array, self.slots.used, self._norms, self._dim)

@@ -143,7 +143,7 @@ class Twins:
     def leave(self) -> None:
         chosen = self.rng.random(len(self.places)) < 0.1
         for k, tier in enumerate((self.near, self.far)):
-            tier.slots.release(np.ascontiguousarray(self.places[chosen, k]))
+            tier.release(np.ascontiguousarray(self.places[chosen, k]))
         self.places = self.places[~chosen]
 
     def examine(self) -> None:
@@ -288,7 +288,7 @@ class TestMemory:
         tier.slots.create(keys, places)
         wanted = dump(tier, places)[0]
         scan = tier.scan()
-        tier.slots.release(places)
+        tier.release(places)
         tier.cut(0)
         tier.create(keys[:9], tier.allocate(9), UNIFORM, SEED + 1)
         rows = np.empty_like(wanted)

@@ -26,6 +26,12 @@ class Slots:
         self.free, self.used = free, self.capacity
         self.row_bytes, self.bytes = 64, 64 * self.capacity
 
+    def room(self, spare: int) -> int:
+        return self.free + max(0, spare) // self.row_bytes
+
+    def cost(self, count: int) -> int:
+        return max(0, count - self.free) * self.row_bytes
+
 
 def full_room(free: int) -> tuple[Room, list[int]]:
     """A room with ``free`` free slots and no memory for more; and the rows it has looked for."""

@@ -122,7 +122,7 @@ def test_the_metadata_is_that_of_a_tier(optimizer: str) -> None:
     contents = Contents(tier.rows, tier.view())
     found = {cause: each.tolist() for cause, each in evictor.tick(contents, 0.0).items()}
     assert found == {Cause.STEP_TTL: [EXTREMES[1]], Cause.NORM: [EXTREMES[4]]}
-    tier.slots.release(places[[1, 4]])
+    tier.release(places[[1, 4]])
     contents = Contents(tier.rows, tier.view())
     assert len(evictor.sweep().slice(contents, evictor.now(0.0))) == 0
     tier.close()

@@ -111,7 +111,7 @@ class WritableContract:
     def test_places_given_back_are_used_again_before_new_ones(self, tier: Writable) -> None:
         places = create(tier, u64(*range(10)))
         size = tier.bytes
-        tier.slots.release(places[2:7])
+        tier.release(places[2:7])
         assert tier.rows == 5
         again = tier.allocate(6)
         assert set(places[2:7].tolist()) < set(again.tolist())
@@ -129,7 +129,7 @@ class WritableContract:
             assert len(set(new)) == len(new)
             held |= set(new)
             leave = rng.permutation(sorted(held))[: int(rng.integers(0, len(held) + 1))]
-            tier.slots.release(leave.astype(np.int64))
+            tier.release(leave.astype(np.int64))
             held -= set(leave.tolist())
             assert tier.rows == len(held)
 
@@ -155,7 +155,7 @@ class WritableContract:
         places = create(tier, u64(1, 2))
         sgd = make_optimizer("sgd", None, {})
         push(tier, places, np.ones((2, DIM), np.float32), ones(2), sgd, 1.0, 5, 6)
-        tier.slots.release(places)
+        tier.release(places)
         keys = u64(3, 4)
         rows, meta = dump(tier, create(tier, keys))
         assert np.array_equal(rows, initial(keys))
@@ -233,7 +233,7 @@ class WritableContract:
         budget = Budget(chunks * HUGE)
         tier, keys = self.make(budget, DIM, STATE), u64(*range(100))
         places = create(tier, keys)
-        tier.slots.release(places[:10])
+        tier.release(places[:10])
         before = dump(tier, places[10:])
         with pytest.raises(OutOfMemory):
             tier.allocate(MANY * 2)
@@ -336,7 +336,7 @@ class WritableContract:
         places = create(tier, u64(1, 2, 3))
         push(tier, places, np.zeros((3, DIM), np.float32), ones(3), sgd, 1.0, 0, 4)
         scan = tier.scan()
-        tier.slots.release(places[1:2])
+        tier.release(places[1:2])
         assert sorted(key for key, _ in self.found(tier, 0, 9, 10)) == [1, 3]
         found, _ = scan.find(0, 0, 9, 10)
         assert sorted(found.tolist()) == sorted(places[[0, 2]].tolist())
@@ -391,7 +391,7 @@ class WritableContract:
         thread = threading.Thread(target=scans)
         thread.start()
         for version in range(3, 63):
-            tier.slots.release(moving)
+            tier.release(moving)
             moving = create(tier, keys[1::2])
             push(tier, moving, zero[: len(moving)], ones(len(moving)), sgd, 1.0, 0, version)
             made.put(tier.scan(), timeout=60)

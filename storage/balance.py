@@ -1,0 +1,182 @@
+"""Choose which rows of a table are in GPU memory: those with the highest scores.
+
+The scores are those by which rows leave host memory; see cache.py. The GPU has room for some share
+of the rows in memory. Scores of a sample of rows give two thresholds. A row in host memory enters
+the GPU if its score is at least that of the best ENTER of this share. A row in GPU memory may leave
+it, to make room for another, if its score is not among the best of this share. Rows between the two
+stay where they are, so that they do not move back and forth.
+
+A hand goes over the slots in circles, a slice per call, between requests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from storage.cache import HALF_LIFE, SAMPLE, Policy, score
+from storage.errors import OutOfMemory
+from storage.kernels import ABSENT, Slots, jit
+from storage.tiers.hbm import HbmTier
+
+ENTER = 0.9  # share of the rows for which the GPU has room that are good enough to enter it
+STIR = 16  # a circle begins when 1/STIR of the rows in memory were pushed or written
+LEAST_STIR = 1024  # the same in rows, but at most the number of rows
+LOOK, LEAST_LOOK = 1 << 16, 1 << 12  # slots that a slice looks at: at most, and at least
+LOOKED = 16  # slots that a slice looks at per row that was pushed since the last slice
+MOVED = 256 << 10  # bytes of rows that a slice moves each way at most; but at least one row
+LEAST_MOVED = 64  # rows that a slice may move if little was pushed since the last slice
+
+
+@jit
+def _scores(entries: Any, slots: Any, lfu: bool, half_life: float, out: Any) -> Any:
+    """Write the scores of the rows in some slots to ``out``; return how many rows there are."""
+    rows = 0
+    for i in range(slots.shape[0]):
+        if entries[slots[i], 1] >> np.uint64(16) != 0:
+            out[rows] = score(entries, slots[i], lfu, half_life)
+            rows += 1
+    return rows
+
+
+@jit
+def _choose(
+    entries: Any,
+    where: Any,
+    start: int,
+    stop: int,
+    enter: float,
+    leave: float,
+    lfu: bool,
+    half_life: float,
+    up: Any,
+    down: Any,
+) -> Any:
+    """Find rows to move among the slots start..stop-1.
+
+    where       of the numbers of each slot; see tiers/hbm.py
+    enter       rows in host memory with at least this score enter the GPU
+    leave       rows in GPU memory with a lower score may leave it
+    up, down    int64[n]  written: slots of rows that enter, and that may leave
+
+    Returns (rows that enter, rows that may leave, slot to continue at).
+    """
+    rising, sinking, slot = 0, 0, start
+    while slot < stop:
+        if entries[slot, 1] >> np.uint64(16) != 0:
+            if where[slot] >= 0:
+                if score(entries, slot, lfu, half_life) >= enter:
+                    if rising == up.shape[0]:
+                        break
+                    up[rising] = slot
+                    rising += 1
+            elif (
+                where[slot] < ABSENT
+                and sinking < down.shape[0]
+                and score(entries, slot, lfu, half_life) < leave
+            ):
+                down[sinking] = slot
+                sinking += 1
+        slot += 1
+    return rising, sinking, slot
+
+
+class Balance:
+    """Moves rows of one table between host memory and GPU memory.
+
+    policy, half_life  see Cache
+    promotions  rows that moved to the GPU
+    demotions   rows that moved back to host memory
+    """
+
+    def __init__(self, tier: HbmTier, policy: Policy = "lru", half_life: float = HALF_LIFE) -> None:
+        self._tier = tier
+        self._scoring = policy == "lfu", half_life
+        self._rng = np.random.default_rng(0)
+        self._most = max(1, MOVED // (4 * tier.width))  # rows that a slice moves
+        self._hand: int | None = None  # next slot of this circle; None: it has ended
+        self._begun = self._seen = 0  # ``tier.stirred`` when circle and last slice began
+        self._limits = np.inf, -np.inf  # scores of rows that enter, and that may leave
+        self._leavers = np.empty(0, np.int64)  # slots of rows that may leave
+        self.promotions = self.demotions = 0
+
+    def count(self) -> None:
+        """Count those rows of a pull that were in GPU memory. Call it after ``gather``."""
+        self._tier.hits += self._tier.recent
+
+    @property
+    def due(self) -> bool:
+        """True if ``slice`` may find rows to move."""
+        stirred, rows = self._tier.stirred - self._begun, self._tier.rows
+        if self._hand is not None or not stirred:
+            return self._hand is not None
+        return stirred >= max(min(LEAST_STIR, rows), rows // STIR)
+
+    def slice(self, *, idle: bool = True) -> bool:
+        """Move some rows, if there are any to move. Returns whether to call it again soon.
+
+        idle  nobody waits; otherwise the slice takes little time, compared with the last pushes
+        """
+        if not self.due:
+            return False
+        tier, entries = self._tier, self._tier.slots
+        room = tier.hbm_room()
+        if self._hand is None:
+            self._begin(room)
+        fresh, self._seen = tier.stirred - self._seen, tier.stirred
+        look = LOOK if idle else min(LOOK, max(LEAST_LOOK, LOOKED * fresh))
+        most = self._most if idle else min(self._most, max(LEAST_MOVED, fresh // 2))
+        start, used = self._hand or 0, entries.used
+        up, down = np.empty(most, np.int64), np.empty(most, np.int64)
+        rising, sinking, following = _choose(
+            *(entries.array, tier.where, start, min(used, start + look)),
+            *self._limits, *self._scoring, up, down,
+        )  # fmt: skip
+        self._leavers = np.concatenate([self._leavers, down[:sinking]])
+        if rising and not self._enter(up[:rising], room - tier.hbm_rows):
+            return False  # a flush is copying rows; the next slice begins where this one did
+        self._leavers = self._leavers[-4 * self._most :]
+        self._hand = int(following) if following < used else None
+        return self._hand is not None
+
+    def _begin(self, room: int) -> None:
+        """Begin a circle: compute the thresholds. room: rows that GPU memory can have."""
+        tier, entries = self._tier, self._tier.slots
+        self._hand, self._begun = 0, tier.stirred
+        self._leavers = self._leavers[:0]
+        share = room / max(1, tier.rows)
+        self._limits = -np.inf, -np.inf
+        if share >= 1:
+            return
+        used, scores = entries.used, np.empty(min(SAMPLE, entries.used))
+        looked = np.arange(used) if used <= SAMPLE else self._rng.integers(0, used, SAMPLE)
+        count = _scores(entries.array, looked, *self._scoring, scores)
+        if count:
+            scores = np.sort(scores[:count])
+            enter, leave = (int(count * (1 - part * share)) for part in (ENTER, 1.0))
+            self._limits = float(scores[min(enter, count - 1)]), float(scores[leave])
+
+    def _enter(self, up: Slots, room: int) -> bool:
+        """Move rows to the GPU, and others to host memory if it is full.
+
+        up    slots of rows in host memory
+        room  rows for which there may be room in GPU memory
+
+        Returns False, and moves nothing, if rows cannot be moved now.
+        """
+        tier = self._tier
+        leavers = np.unique(self._leavers)
+        leavers = leavers[tier.in_hbm(leavers)]  # others left meanwhile, or were deleted
+        down = leavers[: max(0, len(up) - max(0, room))]
+        up = up[: max(0, room) + len(down)]
+        try:
+            moved = tier.move(up, down)
+        except OutOfMemory:  # no more than there is
+            up, down = up[: len(leavers)], leavers[: len(up)]
+            moved = tier.move(up, down)
+        if moved:
+            self._leavers = np.setdiff1d(leavers, down, assume_unique=True)
+            self.promotions += len(up)
+            self.demotions += len(down)
+        return moved
