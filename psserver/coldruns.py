@@ -139,6 +139,7 @@ class ColdRuns:
         self._prefetching = 0  # prefetches that wait or are read
         self._closed = False
         self._trimming: asyncio.Task[None] | None = None  # the task that ``_trim`` began
+        self._balancing = False  # a call of ``_balance`` waits for the engine
         self._relieving = False  # a call of ``_relieve`` waits for the engine
 
     def close(self, seconds: float) -> None:
@@ -165,7 +166,7 @@ class ColdRuns:
         """
         if self._flushes is None:
             return self._engine.submit(
-                lambda: self._shard.exchange(pushes, pulls), deadline, at_once=at_once
+                lambda: self._exchange(pushes, pulls), deadline, at_once=at_once
             )
         if lane is None:
             lane = Lane()
@@ -289,7 +290,7 @@ class ColdRuns:
     ) -> Exchanged:
         """Run an exchange; begin its prefetches; see to it that the next push finds room."""
         shard = self._shard
-        done = shard.exchange(pushes, pulls, exceed=exceed)
+        done = self._exchange(pushes, pulls, exceed=exceed)
         if pushes:
             narrow = shard.pushroom.narrow and not self._relieving
             if narrow and (tight := shard.pushroom.tight(pushes)):
@@ -301,6 +302,27 @@ class ColdRuns:
                 copied = replace(pull, keys=pull.keys.copy())  # so that the message can be freed
                 self._engine.post(partial(self._prefetch, copied))  # the reply must not wait
         return done
+
+    def _exchange(
+        self, pushes: Sequence[Push], pulls: Sequence[Pull], *, exceed: bool = False
+    ) -> Exchanged:
+        """Run an exchange, and see to it that rows move to GPU memory or back later."""
+        shard = self._shard
+        done = shard.exchange(pushes, pulls, exceed=exceed)
+        if shard.gpu is not None and not self._balancing:
+            tables = {each.table for each in (*pushes, *pulls)}
+            if entries := shard.pushroom.unbalanced(tables):
+                self._balancing = True
+                self._engine.post(partial(self._balance, entries))
+        return done
+
+    def _balance(self, entries: Sequence[TableEntry]) -> None:
+        """Move some rows of tables. Goes on while nobody waits for the engine."""
+        idle = not self._engine.waiting
+        again = self._shard.pushroom.balance(entries, idle=idle)
+        self._balancing = bool(again) and idle and not self._closed
+        if self._balancing:
+            self._engine.post(partial(self._balance, again))
 
     def _relieve(self, tight: Sequence[TableEntry]) -> None:
         tight = self._shard.pushroom.relieve(tight)

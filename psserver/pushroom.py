@@ -5,7 +5,7 @@ Only the engine thread may call the methods.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -110,6 +110,26 @@ class PushRoom:
         """
         there = [each for each in entries if self._tables.numbered(each.number) is each]
         return [each for each in there if each.table.store.relieve()]
+
+    def unbalanced(self, names: Collection[str]) -> list[TableEntry]:
+        """Return those of some tables that may have rows to move between host and GPU memory."""
+        entries = map(self._tables.find, names)
+        return [
+            each
+            for each in entries
+            if each is not None and (balance := each.table.store.balance) and balance.due
+        ]
+
+    def balance(self, entries: Sequence[TableEntry], *, idle: bool) -> list[TableEntry]:
+        """Move some rows of tables between host and GPU memory.
+
+        idle  see Balance.slice
+
+        Returns the tables with more rows to move: call it again for them.
+        """
+        there = [each for each in entries if self._tables.numbered(each.number) is each]
+        balances = [(each, each.table.store.balance) for each in there]
+        return [each for each, balance in balances if balance and balance.slice(idle=idle)]
 
     def trim(self) -> bool:
         """If the budget is exceeded, give some memory back, as far as rows can leave it now.

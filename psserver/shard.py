@@ -91,7 +91,7 @@ class Shard(ShardReads):
     ) -> None:
         self.number = number
         self.shard_map = shard_map
-        self.budget = Budget(memory_bytes)
+        self.budget, self.gpu = Budget(memory_bytes), gpu
         owned = np.count_nonzero(shard_map.shard_of_bucket == number)
         self.gpu = gpu
         self._reply_bytes = reply_bytes

@@ -182,10 +182,10 @@ class Tables:
 
     def _make(self, schema: TableSchema, number: int) -> Table:
         """Return an empty table, with a cold tier if there is a file for its blocks."""
-        table = Table(schema, self._budget, self._share)
+        table, settings = Table(schema, self._budget, self._share), self._settings.get(schema.name)
         if self.gpu is not None:
-            table.attach_gpu(self.gpu)
-        if settings := self._settings.get(schema.name):
+            table.attach_gpu(self.gpu, settings.hbm_bytes if settings else None)
+        if settings:
             table.store.configure(settings.host_bytes, settings.cache, settings.half_life)
         if self.file is not None:
             suspect = partial(self.suspect, number)

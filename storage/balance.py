@@ -18,6 +18,7 @@ import numpy as np
 from storage.cache import HALF_LIFE, SAMPLE, Policy, score
 from storage.errors import OutOfMemory
 from storage.kernels import ABSENT, Slots, jit
+from storage.results import Moves
 from storage.tiers.hbm import HbmTier
 
 ENTER = 0.9  # share of the rows for which the GPU has room that are good enough to enter it
@@ -99,7 +100,6 @@ class Balance:
         self._begun = self._seen = 0  # ``tier.stirred`` when circle and last slice began
         self._limits = np.inf, -np.inf  # scores of rows that enter, and that may leave
         self._leavers = np.empty(0, np.int64)  # slots of rows that may leave
-        self.promotions = self.demotions = 0
 
     def count(self) -> None:
         """Count those rows of a pull that were in GPU memory. Call it after ``gather``."""
@@ -145,6 +145,8 @@ class Balance:
         tier, entries = self._tier, self._tier.slots
         self._hand, self._begun = 0, tier.stirred
         self._leavers = self._leavers[:0]
+        if tier.hbm_unused > 1:
+            tier.shrink_hbm()
         share = room / max(1, tier.rows)
         self._limits = -np.inf, -np.inf
         if share >= 1:
@@ -177,6 +179,6 @@ class Balance:
             moved = tier.move(up, down)
         if moved:
             self._leavers = np.setdiff1d(leavers, down, assume_unique=True)
-            self.promotions += len(up)
-            self.demotions += len(down)
+            self._moves.hbm_promotions += len(up)
+            self._moves.hbm_demotions += len(down)
         return moved

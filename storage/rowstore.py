@@ -101,21 +101,21 @@ class RowStore:
         self.space.limit = self._budget.limit if limit is None else limit
         self._cache = Cache(self.host.slots, policy, half_life)
         if isinstance(self.host, HbmTier):
-            self.balance = Balance(self.host, policy, half_life)
+            self.balance = Balance(self.host, self.moves, policy, half_life)
 
     def attach_gpu(self, gpu: Gpu, limit: int | None = None) -> None:
         """Let rows be in GPU memory. Call it before the first row, ``configure`` and ``attach``.
 
-        limit  bytes of GPU memory that the table may take; None: only that of the GPU limits it
+        limit  bytes of GPU memory that the table may take; 0: none; None: as many as the GPU gives
 
         Rows that are too long for a batch stay in host memory.
         """
-        if not gpu.takes(self._width):
+        if limit == 0 or not gpu.takes(self._width):
             return
         self.host.close()
         tier = HbmTier(self._dim, self._state, self._budget, gpu, limit)
         self.host, self._tiers = tier, {tier.code: tier}
-        self._cache, self.balance = Cache(tier.slots), Balance(tier)
+        self._cache, self.balance = Cache(tier.slots), Balance(tier, self.moves)
         self.space = Room(self._budget, tier, self.index)
 
     # ---- reading

@@ -137,7 +137,7 @@ class HbmTier:
         piece: int = PIECE,
     ) -> None:
         self.dim, self._state, self.width = dim, state, dim + len(state)
-        self.gpu, self._limit = gpu, limit
+        self.budget, self.gpu, self._limit = budget, gpu, limit
         self.slots = SlotEntries(budget)
         self._where = Arena(1, np.int64, budget)
         self._slab = Arena(self.width, np.float32, budget)
@@ -165,6 +165,11 @@ class HbmTier:
     def hbm_rows(self) -> int:
         """Number of rows in GPU memory."""
         return self._near.rows
+
+    @property
+    def hbm_unused(self) -> int:
+        """Number of pieces of GPU memory that the rows there do not need."""
+        return (self._rows.rows - self._near.rows) // self._rows.piece_rows
 
     @property
     def hbm_bytes(self) -> int:
@@ -362,23 +367,24 @@ class HbmTier:
         return True
 
     def _reserve(self, up: int, down: int) -> None:
-        """Take the memory for moves of so many rows. Raises OutOfMemory."""
-        near = self._near.needed(max(0, up - down))
-        self._near.grow(near)
-        if near > self._rows.rows:
+        """Take memory for moves of so many rows. Raises OutOfMemory, and takes none then."""
+        near, far = self._near.needed(max(0, up - down)), self._far.needed(max(0, down - up))
+        arenas: tuple[Arena | Owners, ...] = self._near, self._slab, self._far
+        before, rows = [each.bytes for each in arenas], self._rows.rows
+        if near > rows:
             try:
                 self._rows.grow(near)
             except OutOfMemory as error:
                 self.gpu.full(error)
                 raise
             self.gpu.resume()
-        rows = self._far.needed(max(0, down - up))
-        before = self._slab.bytes
-        self._slab.grow(rows, exact=True)
         try:
-            self._far.grow(rows, exact=True)
+            for arena, needed in zip(arenas, (near, far, far), strict=True):
+                arena.grow(needed, exact=True)
         except BaseException:
-            self._slab.shrink(before)
+            for arena, size in zip(arenas, before, strict=True):
+                arena.shrink(size)
+            self._rows.shrink(rows)
             raise
 
     def _move(self, up: Slots, down: Slots) -> None:
@@ -398,12 +404,22 @@ class HbmTier:
         where[up], where[down] = -2 - new_near, new_far
 
     def shrink_hbm(self) -> None:
-        """Give back the pieces of GPU memory after the last row that is there."""
-        if self._copying.acquire(blocking=False):
-            try:
-                self._rows.shrink(self._near.used)
-            finally:
-                self._copying.release()
+        """Give back one piece of GPU memory, if the rows there fit into the others."""
+        slab = self._rows
+        end = slab.rows - slab.piece_rows
+        if self._near.rows > end or not self._copying.acquire(blocking=False):
+            return
+        try:
+            slots, old, new = self._near.empty_from(end)
+            rows = np.empty((len(slots), self.width), np.float32)
+            slab.gather(old, rows)
+            slab.scatter(new, rows)
+            slab.staging.finish()
+            self._where.array[slots, 0] = -2 - new
+            slab.shrink(end)
+            self._near.cut()
+        finally:
+            self._copying.release()
 
     def close(self) -> None:
         with self._copying:  # another thread may be copying rows

@@ -14,6 +14,7 @@ import pytest
 from cases import CASES, DIMS, exact
 from cpukernels import compiler
 from fakedevice import MODES, FakeDevice
+from lifted import NONE, PIECE, LiftedTier, tier_on
 
 from storage.arena import Budget
 from storage.errors import OutOfMemory
@@ -25,16 +26,21 @@ from storage.kernels import ABSENT, Images
 from storage.optimizer import Optimizer
 from storage.optimizers import make_optimizer
 from storage.tiers.base import Writable
-from storage.tiers.hbm import HbmTier
 from storage.tiers.host import HostTier
-from tests.storage.test_tiers import DIM, SEED, STATE, UNIFORM, WritableContract, dump, push, put
+from tests.storage.test_tiers import (
+    DIM,
+    SEED,
+    STATE,
+    UNIFORM,
+    WIDTH,
+    WritableContract,
+    create,
+    dump,
+    push,
+    put,
+)
 
-PIECE = 1 << 16  # bytes
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no g++ to compile the CUDA kernels")
-
-
-def tier_on(device: Device, budget: Budget, dim: int, state: Any) -> HbmTier:
-    return HbmTier(dim, state, budget, budget, Staging(device), PIECE)
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +53,10 @@ def gpu() -> CudaDevice:
 
 @needs_compiler
 class TestLateDevice(WritableContract):
-    mode = "late"
+    mode, share = "late", 1.0
 
     def make(self, budget: Budget, dim: int, state: np.ndarray) -> Writable:
-        return tier_on(FakeDevice(self.mode), budget, dim, state)
+        return tier_on(FakeDevice(self.mode), budget, dim, state, self.share)
 
 
 class TestEarlyDevice(TestLateDevice):
@@ -59,6 +65,14 @@ class TestEarlyDevice(TestLateDevice):
 
 class TestRandomDevice(TestLateDevice):
     mode = "random"
+
+
+class TestHalfInHostMemory(TestLateDevice):
+    mode, share = "random", 0.5
+
+
+class TestAllInHostMemory(TestLateDevice):
+    share = 0.0
 
 
 @pytest.mark.gpu
@@ -81,7 +95,8 @@ class Twins:
         self.rng, self.dim = np.random.default_rng(seed), dim
         self.optimizer, state = optimizer, optimizer.initial_state(dim)
         self.width, self.version, self.next_key = dim + len(state), 0, 0
-        self.near = tier_on(device, Budget(1 << 30), dim, state)
+        self.near = tier_on(device, Budget(1 << 30), dim, state, 0.6)
+        self.old: tuple[Any, Any, int] | None = None  # earlier scans, and the version then
         self.far = HostTier(dim, state, Budget(1 << 30))
         self.far.allocate(3)  # so that places differ
         self.places = np.empty((0, 2), np.int64)  # of each row in both tiers
@@ -130,7 +145,7 @@ class Twins:
         self.same(read, some)
 
     def write(self) -> None:
-        some = self.some()
+        some, self.old = self.some(), None
         n = len(some)
         rows = self.rng.standard_normal((n, self.width)).astype(np.float32)
         keys = self.near.meta(some[:, 0])[:, 0].copy()
@@ -146,6 +161,23 @@ class Twins:
             tier.release(np.ascontiguousarray(self.places[chosen, k]))
         self.places = self.places[~chosen]
 
+    def move(self) -> None:
+        self.near.stir(self.rng)
+
+    def look_back(self) -> None:
+        """Compare rows that were not changed since the scans were created, whatever moved."""
+        near, far, version = self.old or (None, None, 0)
+        self.old = self.near.scan(), self.far.scan(), self.version
+        if near is None or not len(self.places):
+            return
+        n, found = len(self.places), []
+        for k, scan in enumerate((near, far)):
+            rows, frequencies = np.empty((n, self.width), np.float32), np.empty(n, np.uint64)
+            meta = scan.copy(np.ascontiguousarray(self.places[:, k]), frequencies, rows)
+            same = meta[:, 1] <= version
+            found.append((meta[same].tobytes(), frequencies[same].tobytes(), rows[same].tobytes()))
+        assert found[0] == found[1]
+
     def examine(self) -> None:
         def read(tier: Writable, places: Any) -> Any:
             places = np.ascontiguousarray(places)
@@ -160,7 +192,7 @@ class Twins:
 
     def run(self, rounds: int) -> None:
         verbs = (self.create, self.push, self.push, self.push, self.read, self.write)
-        every = (*verbs, self.leave, self.examine)
+        every = (*verbs, self.leave, self.examine, self.move, self.move, self.look_back)
         self.create()
         for choice in self.rng.integers(0, len(every), rounds):
             every[choice]()
@@ -254,58 +286,157 @@ class TestFaults:
         assert found(NeverFollows(FakeDevice(mode)), rounds=300)
 
 
+def filled(device: FakeDevice, rows: int, **more: Any) -> tuple[LiftedTier, Any]:
+    """A tier of dim 3 with pushed rows in host memory, and their slots."""
+    tier = tier_on(device, Budget(1 << 30), DIM, STATE, 0.0, **more)
+    places = create(tier, np.arange(rows, dtype=np.uint64))
+    zero, sgd = np.zeros((rows, DIM), np.float32), make_optimizer("sgd", None, {})
+    push(tier, places, zero, np.ones(rows, np.uint32), sgd, 1.0, 1, 1)
+    return tier, places
+
+
 @needs_compiler
 class TestMemory:
-    def test_a_full_gpu_refuses_rows_and_everything_else_goes_on(self) -> None:
+    def test_a_full_gpu_pauses_moves_and_everything_else_goes_on(self) -> None:
         device = FakeDevice("late", limit=3 * PIECE + 1024)
-        tier = HbmTier(3, STATE, Budget(1 << 30), Budget(1 << 30), Staging(device), PIECE)
-        places = tier.allocate(100)
-        keys = np.arange(100, dtype=np.uint64)
-        tier.create(keys, places, UNIFORM, SEED)
-        before = tier.rows, tier.bytes, device.held
+        full: list[str] = []
+        tier, places = filled(device, 20_000, on_pause=full.append)
+        wanted = dump(tier, places)[0]
+        tier.move(places[:100], NONE)
+        before = tier.rows, tier.bytes, tier.hbm_rows, device.held
         with pytest.raises(OutOfMemory, match=r"^GPU memory is full: .* has 512 bytes free"):
-            tier.allocate(100_000)
-        assert (tier.rows, tier.bytes, device.held) == before
-        assert np.isfinite(dump(tier, places)[0]).all()
-        tier.allocate(3 * PIECE // 32 - 100)
+            tier.move(places[100:], NONE)
+        assert (tier.rows, tier.bytes, tier.hbm_rows, device.held) == before
+        assert full
+        assert not tier.gpu.promotes
+        assert tier.hbm_room() == PIECE // 32
+        assert dump(tier, places)[0].tobytes() == wanted.tobytes()
+        tier.move(places[100:200], places[:100])
+        assert (tier.hbm_rows, device.held) == before[2:]
+        assert tier.in_hbm(places[:200]).tolist() == [False] * 100 + [True] * 100
+        device.limit += PIECE
+        tier.move(places[1000 : 1000 + PIECE // 32], NONE)
+        assert tier.gpu.promotes
+        assert dump(tier, places)[0].tobytes() == wanted.tobytes()
 
     def test_the_budget_of_gpu_memory_limits_rows_alone(self) -> None:
-        device, room = FakeDevice("late"), Budget(2 * PIECE)
-        tier = HbmTier(3, STATE, Budget(1 << 30), room, Staging(device), PIECE)
-        tier.allocate(2 * PIECE // 32)
-        assert room.held == 2 * PIECE
+        device = FakeDevice("late")
+        tier, places = filled(device, 5 * PIECE // 32, limit=2 * PIECE)
+        assert tier.hbm_room() == 2 * PIECE // 32
+        tier.move(places[: tier.hbm_room()], NONE)
+        assert tier.gpu.budget.held == tier.hbm_bytes == 2 * PIECE
         with pytest.raises(OutOfMemory, match=r"^no GPU memory: .* of the memory budget"):
-            tier.allocate(1)
+            tier.move(places[tier.hbm_room() :][:1], NONE)
+        assert tier.gpu.promotes
+        assert create(tier, np.arange(10**6, 10**6 + 9, dtype=np.uint64)).tolist()
         tier.close()
-        assert room.held == 0
+        assert tier.gpu.budget.held == 0
 
-    def test_a_scan_keeps_the_memory_of_rows_that_are_cut(self) -> None:
-        device, budget = FakeDevice("late"), Budget(1 << 30)
-        tier = tier_on(device, budget, DIM, STATE)
-        keys = np.arange(5000, dtype=np.uint64)
-        places = tier.allocate(5000)
-        tier.create(keys, places, UNIFORM, SEED)
-        tier.slots.create(keys, places)
-        wanted = dump(tier, places)[0]
+    def test_a_full_host_keeps_rows_in_the_gpu(self) -> None:
+        tier, places = filled(FakeDevice("early"), 50_000)
+        tier.move(places, NONE)
+        create(tier, np.arange(10**6, 10**6 + 50_000, dtype=np.uint64))  # in their old places
+        wanted, budget = dump(tier, places), tier.budget
+        budget.limit = budget.held
+        with pytest.raises(OutOfMemory):
+            tier.move(NONE, places)
+        assert tier.hbm_rows == 50_000
+        for a, b in zip(wanted, dump(tier, places), strict=True):
+            assert a.tobytes() == b.tobytes()
+
+    def test_rows_in_the_gpu_leave_room_for_others_in_host_memory(self) -> None:
+        tier, places = filled(FakeDevice("early"), 50_000)
+        tier.budget.limit = tier.budget.held + 60_000 * 48
+        before = tier.room(tier.budget.free)
+        tier.move(places, NONE)
+        assert tier.room(tier.budget.free) >= before + 10_000
+        fits = tier.room(tier.budget.free - (1 << 20))
+        assert tier.cost(fits) <= tier.budget.free
+        create(tier, np.arange(10**6, 10**6 + fits, dtype=np.uint64))
+
+    def test_memory_of_rows_that_moved_is_given_back(self) -> None:
+        device = FakeDevice("random")
+        tier, places = filled(device, 50_000)
+        wanted, before = dump(tier, places)[0], tier.bytes
+        up = np.ascontiguousarray(places[::2])
+        tier.move(up, NONE)
+        tier.compact(1 << 30)
+        assert tier.bytes <= before - 25_000 * 4 * WIDTH
+        assert dump(tier, places)[0].tobytes() == wanted.tobytes()
+        tier.move(NONE, np.ascontiguousarray(up[1000:]))
+        while tier.hbm_unused:
+            tier.shrink_hbm()
+        assert tier.hbm_rows == 1000
+        assert tier.hbm_bytes == PIECE
+        assert dump(tier, places)[0].tobytes() == wanted.tobytes()
+
+    def test_rows_do_not_move_while_another_thread_copies_them(self) -> None:
+        tier, places = filled(FakeDevice("early"), 1000)
+        with tier.still():
+            assert not tier.move(places, NONE)
+            tier.compact(1 << 30)
+        assert tier.hbm_rows == 0
+        assert tier.move(places, NONE)
+
+    def test_no_verb_takes_page_locked_memory(self) -> None:
+        device = FakeDevice("late")
+        tier, places = filled(device, 9000, part=slab.PART)
+        scan, pinned = tier.scan(), device.pinned
+
+        def full(size: int) -> Any:
+            raise OutOfDeviceMemory(size, 0, "page-locked memory of the host")
+
+        device.pinned = full  # type: ignore[method-assign]
+        tier.move(places, NONE)
+        rows, meta = dump(tier, places)
+        scan.copy(places, np.empty(9000, np.uint64), np.empty_like(rows))
+        sgd = make_optimizer("sgd", None, {})
+        push(tier, places, rows[:, :DIM].copy(), np.ones(9000, np.uint32), sgd, 1.0, 2, 2)
+        put(
+            tier, places, Images(meta[:, 0].copy(), meta[:, 1] + 9, places, meta[:, 3].copy(), rows)
+        )
+        assert tier.largest(places) > 0
+        assert tier.norms(places).max() > 0
+        device.pinned = pinned  # type: ignore[method-assign]
+
+    def test_a_scan_of_rows_that_were_cut_finds_them_deleted(self) -> None:
+        device = FakeDevice("late")
+        tier, places = filled(device, 5000)
+        tier.move(places, NONE)
         scan = tier.scan()
         tier.release(places)
         tier.cut(0)
-        tier.create(keys[:9], tier.allocate(9), UNIFORM, SEED + 1)
-        rows = np.empty_like(wanted)
-        meta = scan.copy(places, np.empty(5000, np.uint64), rows)
-        assert rows.tobytes() == wanted.tobytes()
-        assert not meta[9:].any()
+        tier.compact(1 << 30)
+        tier.shrink_hbm()
+        create(tier, np.arange(9, dtype=np.uint64))
+        rows, norms = np.empty((5000, WIDTH), np.float32), np.empty(5000)
+        assert not scan.copy(places, np.empty(5000, np.uint64), rows)[:, 1].any()
+        assert not scan.measure(places, norms)[:, 1].any()
         del scan
         tier.close()
         gc.collect()
-        assert budget.held == 0
+        assert tier.budget.held == 0
+        assert device.held == 0
+
+    def test_a_scan_of_a_closed_tier_finds_all_rows_deleted(self) -> None:
+        device = FakeDevice("random")
+        tier, places = filled(device, 500)
+        scan, look = tier.scan(), tier.look()
+        tier.move(places[::2].copy(), NONE)
+        tier.close()
+        for each in (scan, look):
+            rows, norms = np.empty((500, WIDTH), np.float32), np.empty(500)
+            assert not each.copy(places, np.empty(500, np.uint64), rows).any()
+            assert not each.measure(places, norms).any()
+        del scan, look, each
+        gc.collect()
+        assert tier.budget.held == 0
         assert device.held == 0
 
     def test_a_scan_that_is_dropped_unread_leaves_no_kernel_behind(self) -> None:
         device = FakeDevice("late")
         tier = tier_on(device, Budget(1 << 30), DIM, STATE)
-        tier.create(np.arange(50, dtype=np.uint64), tier.allocate(50), UNIFORM, SEED)
-        device.queues[0].run_to(device.queues[0].given)
+        create(tier, np.arange(50, dtype=np.uint64))
         given = device.launches
         scan = tier.scan()
         assert device.launches == given  # a kernel would use memory that is freed now
@@ -317,11 +448,10 @@ class TestMemory:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(slab, "LEAST_TABLE", 1)
-        device, budget = FakeDevice("late"), Budget(1 << 30)
-        tier = tier_on(device, budget, 3, STATE)
-        places, keys = tier.allocate(100), np.arange(100, dtype=np.uint64)
-        tier.create(keys, places, UNIFORM, SEED)
-        wanted, before = dump(tier, places)[0], (tier.rows, tier.bytes, device.held)
+        device = FakeDevice("late")
+        tier, places = filled(device, 4 * PIECE // 32)
+        tier.move(places[:100], NONE)
+        wanted, before = dump(tier, places)[0], (tier.hbm_rows, tier.hbm_bytes, device.held)
 
         def full(size: int) -> Any:
             raise OutOfDeviceMemory(size, 0, "page-locked memory of the host")
@@ -329,25 +459,12 @@ class TestMemory:
         device.limit = device.held + 3 * PIECE  # pieces, but no table
         device.pinned, pinned = full, device.pinned  # type: ignore[method-assign]
         with pytest.raises(OutOfMemory, match=r"^page-locked memory of the host is full: "):
-            tier.allocate(4 * PIECE // 32 - 100)
+            tier.move(places[100:], NONE)
         gc.collect()
-        assert (tier.rows, tier.bytes, device.held) == before
+        assert (tier.hbm_rows, tier.hbm_bytes, device.held) == before
         device.pinned = pinned  # type: ignore[method-assign]
-        tier.allocate(4 * PIECE // 32 - 100)
+        tier.move(places[100:], NONE)
         assert dump(tier, places)[0].tobytes() == wanted.tobytes()
-
-    @pytest.mark.parametrize("dim", [3, 10_000])
-    def test_new_rows_take_little_memory_of_the_host(
-        self, dim: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        part, sizes = 1 << 16, list[int]()
-        monkeypatch.setattr(slab, "PART", part)
-        monkeypatch.setattr(slab.Slab, "scatter", lambda _, slots, rows: sizes.append(rows.nbytes))
-        tier = tier_on(FakeDevice("late"), Budget(1 << 30), dim, STATE)
-        keys, width = np.arange(9000 if dim == 3 else 20, dtype=np.uint64), dim + len(STATE)
-        tier.create(keys, tier.allocate(len(keys)), UNIFORM, SEED)
-        assert sum(sizes) == 4 * width * len(keys)
-        assert max(sizes) <= max(part, 4 * width)
 
     def test_many_scans_leave_no_memory_behind(self) -> None:
         device = FakeDevice("random")
@@ -366,12 +483,12 @@ class TestMemory:
         monkeypatch.setattr(slab, "PART", 1 << 18)
         monkeypatch.setattr(slab, "SCAN_PART", 1 << 15)
         device, count = FakeDevice("early"), max(3, (3 << 18) // (8 + 4 * dim))
-        tier = tier_on(device, Budget(1 << 30), dim, np.empty(0, np.float32))
-        places = tier.allocate(count)
+        tier = tier_on(device, Budget(1 << 30), dim, np.empty(0, np.float32), part=1)
+        places, at_first = tier.allocate(count), device.pinned_bytes
         for _ in range(2):
             tier.scatter(places, np.zeros((count, dim), np.float32))
         engine = device.pinned_bytes
-        assert engine <= 2 * max(slab.PART, 4 * dim + 8) + 4096
+        assert engine - at_first <= 2 * max(slab.PART, 4 * dim + 8) + 4096
         scan = tier.scan()
         scan.read(places, np.empty((count, dim), np.float32))
         assert device.pinned_bytes - engine <= 2 * max(slab.SCAN_PART, 4 * dim + 8) + 4096
