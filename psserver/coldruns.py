@@ -310,7 +310,7 @@ class ColdRuns:
         shard = self._shard
         done = shard.exchange(pushes, pulls, exceed=exceed)
         if shard.gpu is not None and not self._balancing:
-            tables = {each.table for each in (*pushes, *pulls)}
+            tables = {push.table for push in pushes} | {pull.table for pull in pulls}
             if entries := shard.pushroom.unbalanced(tables):
                 self._balancing = True
                 self._engine.post(partial(self._balance, entries))

@@ -86,13 +86,14 @@ def _choose(
 class Balance:
     """Moves rows of one table between host memory and GPU memory.
 
+    moves              counts the rows that move
     policy, half_life  see Cache
-    promotions  rows that moved to the GPU
-    demotions   rows that moved back to host memory
     """
 
-    def __init__(self, tier: HbmTier, policy: Policy = "lru", half_life: float = HALF_LIFE) -> None:
-        self._tier = tier
+    def __init__(
+        self, tier: HbmTier, moves: Moves, policy: Policy = "lru", half_life: float = HALF_LIFE
+    ) -> None:
+        self._tier, self._moves = tier, moves
         self._scoring = policy == "lfu", half_life
         self._rng = np.random.default_rng(0)
         self._most = max(1, MOVED // (4 * tier.width))  # rows that a slice moves

@@ -146,8 +146,11 @@ class ExactScan:
     def _take_slots(self, slots: Slots, wanted: _Wanted) -> Callable[[], Part]:
         """Copy rows in memory that were not read yet."""
         slots = slots[self._visits.visit(locations_of(slots, self._host.code))]
-        for tier, at in by_tier(self._host, np.arange(len(slots)), slots):
-            self._read.append(partial(_identity, wanted.read(tier, self._slots, slots[at])))
+        every = np.arange(len(slots))
+        parts = [each for each in by_tier(self._host, every, slots) if len(each[1])]
+        for tier, at in parts or [(self._host.name, every)]:
+            part = wanted.read(tier, self._slots, slots[at])
+            self._read.append(partial(_identity, part))
         return self._read.pop()
 
     def _take_strays(

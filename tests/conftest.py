@@ -17,6 +17,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import raised
 import squeeze
 from absent import pytest_pycollect_makemodule  # noqa: F401
 from servers import Cluster
@@ -31,11 +32,14 @@ hypothesis.settings.load_profile("patient")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cold", action="store_true", help="run tests while rows are on disk")
+    parser.addoption("--hbm", action="store_true", help="run tests while rows are on a fake GPU")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--cold"):
         squeeze.activate()
+    if config.getoption("--hbm"):
+        raised.activate()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -46,6 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     squeeze.begin(item.nodeid)
+    raised.begin(item.nodeid)
 
 
 def pytest_collection_finish() -> None:

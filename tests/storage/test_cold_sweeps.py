@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import raised
 from tiered import DIM, Tiered
 
 from storage.arena import Budget
@@ -18,6 +19,8 @@ from storage.eviction.rules import CapacityLfu, CapacityLru, Norm, StepTtl, Time
 from storage.initializers import make_initializer
 from storage.records import Cause
 from storage.table import Table
+
+both = raised.both
 
 KEYS = 600
 RULES: dict[str, tuple[Eviction, ...]] = {

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import raised
 from cold import ColdTable
 
 from storage.arena import Budget
@@ -18,6 +19,8 @@ from storage.optimizers import make_optimizer
 from storage.schema import TableSchema
 from storage.slots import FREQUENCY, VERSION
 from storage.table import Table
+
+both = raised.both
 
 ROW = 4 * 16 + 32  # bytes that a row of dim 8 with Adagrad takes in memory
 SMALL = 3 << 20

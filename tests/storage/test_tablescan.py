@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import raised
 from tiered import ALL, Tiered
 
 from storage.slots import FREQUENCY
 from storage.tablescan import ExactScan, TableScan
+
+both = raised.both
 
 KEYS = 200
 
