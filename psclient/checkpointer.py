@@ -28,7 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
-from psclient import behind, checked, pruning
+from psclient import behind, checked, pruning, restores
 from psclient.calls import links
 from psclient.checkpoints import CheckpointInfo
 from psclient.client import Client
@@ -41,6 +41,7 @@ from psclient.errors import (
     LogDiverged,
     PsError,
     ResourceExhausted,
+    RestoreConflict,
     Unavailable,
 )
 from psclient.restores import restore
@@ -52,6 +53,7 @@ Policy = Literal["rewind", "once", "ahead"]
 Save = Callable[[Path], Any]
 PASSING = (Unavailable, DeadlineExceeded, ResourceExhausted, BarrierMissed)  # errors to try again
 ATTEMPTS = 2  # checkpoints that are begun for one cut, if the first fails
+BUSY_SECONDS, BUSY_PAUSE = 60.0, 0.2  # how long and how often to ask shards that are busy
 STEPS = 1 << 47  # training steps are smaller
 log = logging.getLogger("psclient")
 
@@ -81,7 +83,9 @@ class Checkpointer:
     client      client of the trainer. From ``resume`` on, a push whose session is lost raises
                 SessionExpired: the servers were restored, so the trainer must resume, too
     pipe        Pipeline, or anything else with pushes in progress, with a method ``flush`` that
-                waits for them; None: each push is answered before ``at`` is called
+                waits for them; None: each push is answered before ``at`` is called. It may be set
+                later, as attribute ``pipe``, because a Pipeline is made with the step at which
+                ``resume`` begins
     directory   directory for the dense state, which must survive a crash. Only rank 0 uses it
     every       training steps from one cut to the next
     keep        number of newest cuts to keep, at least 1; older ones are deleted, here and on the
@@ -116,7 +120,7 @@ class Checkpointer:
         self.waited = 0.0
         self.failure: PsError | None = None
         self._client = client
-        self._pipe = pipe
+        self.pipe = pipe
         self._every = checked.integer("every", every, 1, STEPS)
         self._keep = checked.integer("keep", keep, 1, 1 << 20)
         self._name = checked.name("checkpoint", name)
@@ -208,8 +212,17 @@ class Checkpointer:
 
         everybody  the new sessions of all ranks, without pushes
         """
+        state = self._directory.newest()
+        if interrupted := _interrupted(self._client):
+            if state is None or policy != "rewind" or interrupted != {state.checkpoint}:
+                raise RestoreConflict(
+                    f"a restore of {', '.join(sorted(interrupted))} was interrupted: resume with"
+                    " policy 'rewind' if that is the checkpoint of the newest cut, or finish or"
+                    " abort it (psctl restore)"
+                )
+            self._restore(state.checkpoint)
         self._clean()
-        state, servers = self._directory.newest(), behind.look(self._client)
+        servers = behind.look(self._client)
         if state is None:
             ranks = [RankState(None, each) for each in everybody]
             state = TrainerState(0, servers.shards, ranks)
@@ -220,7 +233,7 @@ class Checkpointer:
         if applied in (None, "once"):
             return state, gap, applied
         if applied == "rewind":
-            restore(self._client, state.checkpoint, replace=True)
+            self._restore(state.checkpoint)
             state = replace(state, shards=behind.shards_of(self._client), seen=state.step)
         else:
             seen = max(state.seen, servers.step)
@@ -229,6 +242,18 @@ class Checkpointer:
         self._directory.change(state)
         log.info("trainer resumes at step %d: %s, gap of %d steps", state.seen + 1, applied, gap)
         return state, gap, applied
+
+    def _restore(self, name: str) -> None:
+        """Restore the servers. Waits while they end what a trainer before has left unfinished."""
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                restore(self._client, name, replace=True)
+                return
+            except ResourceExhausted as error:
+                if error.reason != "CHECKPOINT_BUSY" or time.monotonic() > deadline:
+                    raise
+            time.sleep(BUSY_PAUSE)
 
     def _clean(self) -> None:
         """Remove what interrupted cuts have left, here and on the servers."""
@@ -288,8 +313,8 @@ class Checkpointer:
         """
         failure: Exception | None = None
         try:
-            if self._pipe is not None:
-                self._pipe.flush()
+            if self.pipe is not None:
+                self.pipe.flush()
         except Exception as error:
             failure = error
         everybody = self._ranks.gather((step, RankState(position, self._sessions()), failure))
@@ -440,6 +465,14 @@ class Checkpointer:
                 with link.lock:
                     link.session.held = at.sequence
             self._pending = {step: each for step, each in self._pending.items() if step > complete}
+
+
+def _interrupted(client: Client) -> set[str]:
+    """Return the names of the checkpoints of restores that have begun and not ended. While there is
+    one, the shards refuse other calls.
+    """
+    over = (*restores.OVER, restores.PREPARED)
+    return {each.name for each in restores.statuses_of(client) if each.phase not in over}
 
 
 def _renumbered(state: TrainerState, everybody: list[list[SessionState]]) -> list[RankState]:

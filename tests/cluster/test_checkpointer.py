@@ -78,10 +78,8 @@ class Trainer:
         self.piped = options.pop("piped", False)
         self.dense = 0.0
         self.seen: list[int] = []  # steps computed by this process
-        self.pipe = Pipeline(self.client, {"f": table}) if self.piped else None
-        self.ck = Checkpointer(
-            self.client, self.pipe, directory=directory, **{"every": 5, **options}
-        )
+        self.pipe: Pipeline | None = None
+        self.ck = Checkpointer(self.client, directory=directory, **{"every": 5, **options})
 
     def resume(self, policy: Any = None) -> Start:
         start = self.ck.resume(policy)
@@ -89,12 +87,13 @@ class Trainer:
         if start.path is not None:
             self.dense = json.loads((start.path / DENSE).read_text())
         self.next = start.step
+        if self.piped:
+            self.pipe = self.ck.pipe = Pipeline(self.client, {"f": self.name}, step=start.step)
         return start
 
     def run(self, until: int) -> None:
         """Compute the steps up to ``until``, inclusive."""
         if self.pipe is not None:
-            self.pipe.step = self.next
             for ticket in self.pipe.over(lambda t: {"f": keys_of(t)}, range(self.next, until + 1)):
                 gradients = self._compute(ticket.step, ticket.rows[self.name])
                 self.pipe.push(ticket, {self.name: gradients})

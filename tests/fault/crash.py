@@ -192,12 +192,13 @@ def verify(client: Client, table: str, every: list[Series], default: float) -> l
 
 @contextmanager
 def shards_of(
-    nursery: Nursery, directory: Path, count: int, memory: int, cold: bool
+    nursery: Nursery, directory: Path, count: int, memory: int, cold: bool, url: str = ""
 ) -> Iterator[list[Shard]]:
     """Start shards, and stop them at the end.
 
     memory  bytes for the tables of each
     cold    those with even numbers give up all rows in memory after each flush
+    url     place for their checkpoints; "": none
     """
     port = free_ports(count)
     shards = []
@@ -205,6 +206,7 @@ def shards_of(
         flags = f"--shard {number} --shards {count} --port {port + number} {FLAGS}".split()
         flags += ["--host-bytes", str(memory)]
         flags += ["--data-dir", str(directory / f"shard-{number}")]
+        flags += ["--checkpoint-url", url] if url else []
         squeezed = cold and not number % 2
         shards.append(Shard(nursery, directory / f"{number}.log", *flags, cold=squeezed))
     try:

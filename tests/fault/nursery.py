@@ -207,8 +207,12 @@ def _serve(flags: list[str], out: str, broken: str, order: str, cold: bool) -> N
     moments.install(Path(order))
     if cold:
         squeeze()
+    os.execv = _again  # type: ignore[assignment]
     try:
-        serve(load(flags))
+        while True:
+            with suppress(_Again):
+                serve(load(flags))
+                break
     except ConfigError as error:
         print(f"psserver: {error}", flush=True)
         os._exit(2)
@@ -216,6 +220,15 @@ def _serve(flags: list[str], out: str, broken: str, order: str, cold: bool) -> N
         traceback.print_exc()
         os._exit(1)
     os._exit(0)
+
+
+class _Again(BaseException):
+    """The server restarts after a restore."""
+
+
+def _again(*_: object) -> None:
+    """Take the place of os.execv: a new process would load all modules again."""
+    raise _Again
 
 
 def main() -> None:
