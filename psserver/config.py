@@ -203,6 +203,15 @@ class ServerConfig(BaseSettings):
         " the place of the one that was idle longest, if that was idle for session_ttl_seconds;"
         " otherwise the new client is refused",
     )
+    session_pushes: int = Field(
+        4096,
+        ge=64,
+        le=1 << 20,
+        description="Maximum number of pushes that a session records, about 100 bytes each. A push"
+        " that is sent again is recognized if it is recorded. A trainer that comes back with policy"
+        " 'once' (docs/trainers.md) needs as many as it pushes to a shard between two checkpoints."
+        " All sessions together record 1048576 pushes, and each at least 64",
+    )
     max_calls: int = Field(
         4096,
         ge=1,

@@ -89,6 +89,7 @@ class Server:
             max_tables=config.max_tables,
             max_sessions=config.max_sessions,
             session_ttl=config.session_ttl_seconds,
+            session_pushes=config.session_pushes,
             clock=time.monotonic,
             max_tombstones=config.max_tombstones,
             max_backlog=config.memory.backlog,

@@ -3,7 +3,7 @@
 A client numbers its pushes 1, 2, 3, ...; this number is the push's sequence. Each time the client
 begins again at 1, it draws a new, larger incarnation number. A session belongs to one incarnation
 of a client. It records the versions of the pushes that the client may still retry: those after the
-sequence that the client has acknowledged, but at most WINDOW pushes.
+sequence that the client has acknowledged, but at most ``window`` pushes.
 
     packed   = session*                          least recently used first
     session  = client incarnation newest horizon count_idle sequence[count] version[count]
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from psserver.errors import BadRequest, SessionExpired, TooLarge
 
-WINDOW = 4096  # maximum number of pushes recorded per session
+WINDOW = 4096  # default of the maximum number of pushes recorded per session
 LEAST_WINDOW = 64  # the same when there are many sessions: pushes that a stream has in flight
 RECORDED = 1 << 20  # pushes recorded for all sessions together, unless LEAST_WINDOW needs more
 HALF = (1 << 32) - 1  # mask of the lower 32 bits of count_idle
@@ -61,16 +61,20 @@ class SessionsSnapshot:
 class Sessions:
     """The sessions of all clients of one shard: records of the pushes already applied.
 
-    limit  maximum number of sessions; when it is reached, a new session replaces the least recently
-           used one if that was unused for ``ttl`` seconds, and is refused otherwise
-    ttl    seconds; much longer than any client retries a push
-    clock  returns monotonic seconds
+    limit   maximum number of sessions; when it is reached, a new session replaces the least
+            recently used one if that was unused for ``ttl`` seconds, and is refused otherwise
+    ttl     seconds; much longer than any client retries a push
+    clock   returns monotonic seconds
+    window  maximum number of pushes recorded per session
     """
 
-    def __init__(self, limit: int, ttl: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, limit: int, ttl: float, clock: Callable[[], float], window: int = WINDOW
+    ) -> None:
         self._limit = limit
         self._ttl = ttl
         self._clock = clock
+        self._most = window
         self._sessions: dict[int, _Session] = {}  # least recently used first
 
     def __len__(self) -> int:
@@ -116,6 +120,8 @@ class Sessions:
             raise SessionExpired(
                 f"client {client:#x}: push {sequence} is too old to know whether it was applied:"
                 f" this shard has records of pushes after {session.horizon} only"
+                " (session_pushes); a trainer that computes its batches again must resume with"
+                " policy 'rewind' instead of 'once'"
             )
         return session.versions.get(sequence)
 
@@ -160,10 +166,10 @@ class Sessions:
             session.horizon = horizon
 
     def _window(self) -> int:
-        """Return the maximum number of recorded pushes per session: 64 to 4096, smaller the more
-        sessions there are, so that clients that acknowledge nothing take limited memory.
+        """Return the maximum number of recorded pushes per session: 64 to ``window``, smaller the
+        more sessions there are, so that clients that acknowledge nothing take limited memory.
         """
-        return max(LEAST_WINDOW, min(WINDOW, RECORDED // len(self._sessions)))
+        return max(LEAST_WINDOW, min(self._most, RECORDED // len(self._sessions)))
 
     def snapshot(self) -> SessionsSnapshot:
         """Return a copy of all sessions. Any thread can pack it later."""

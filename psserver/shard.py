@@ -31,7 +31,7 @@ from psserver.recovery import Recovery
 from psserver.requests import Change, Delete, Pull, Push, check_order
 from psserver.schemas import DURABILITIES, to_json
 from psserver.sequencer import MAX_BACKLOG, RECORD, Sequencer
-from psserver.sessions import Sessions
+from psserver.sessions import WINDOW, Sessions
 from psserver.sweeps import Sweeps
 from psserver.tables import TableEntry, Tables
 from psserver.tombstonequeue import TombstoneQueue
@@ -60,6 +60,7 @@ class Shard(ShardReads):
     max_tables      maximum number of tables
     max_sessions    maximum number of sessions
     session_ttl     seconds after which an unused session may be replaced by that of a new client
+    session_pushes  maximum number of pushes recorded per session
     clock           returns monotonic seconds
     now             returns seconds since 1970, so that subscribers see the age of a change
     log             version log; None: the shard has none, or gets it later by ``attach``
@@ -80,6 +81,7 @@ class Shard(ShardReads):
         max_tables: int,
         max_sessions: int,
         session_ttl: float,
+        session_pushes: int = WINDOW,
         clock: Callable[[], float],
         now: Callable[[], float] = time.time,
         log: VersionLog | None = None,
@@ -98,7 +100,9 @@ class Shard(ShardReads):
         self._max_tables = max_tables
         super().__init__(
             Tables(self.budget, float(owned) / len(shard_map.shard_of_bucket), settings or {}, gpu),
-            Sequencer(Sessions(max_sessions, session_ttl, clock), now, log, max_backlog),
+            Sequencer(
+                Sessions(max_sessions, session_ttl, clock, session_pushes), now, log, max_backlog
+            ),
             TombstoneQueue(max_tombstones),
             ImageBuffers(),
         )

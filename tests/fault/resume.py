@@ -3,9 +3,10 @@
     python -m tests.fault.resume --policy rewind --cycles 100 --seed 7
     python -m tests.fault.resume --cycles 100                            all three policies
 
-Each cycle starts a trainer process that resumes, and kills it, or a shard, or first a shard and then
-the trainer, at a random moment: while it resumes (and restores), trains, makes a cut, or saves. A
-killed shard starts again at once. The trainer uses the blocking client or a pipeline, in turns.
+Each cycle starts a trainer process that resumes, and kills it, or a shard, or first a shard and
+then the trainer, at a random moment: while it resumes (and restores), trains, makes a cut, or
+saves. A killed shard starts again at once. The trainer uses the blocking client or a pipeline, in
+turns.
 
 In the end a trainer resumes and is not killed. Then:
 
@@ -323,9 +324,8 @@ def run(
             if error := one.cycle():
                 return [f"cycle {done} of {policy}: {error}"]
             if done % 20 == 0:
-                say(
-                    f"{policy}: {done} cycles, cut at {one.cuts()}, {time.monotonic() - began:.0f} s"
-                )
+                seconds = time.monotonic() - began
+                say(f"{policy}: {done} cycles, cut at {one.cuts()}, {seconds:.0f} s")
         end = one.finish()
         wrong = [end["error"]] if "error" in end else verify(one, end)
         say(

@@ -100,7 +100,8 @@ def test_what_was_acknowledged_is_forgotten_and_refused_and_the_rest_is_known(
             push(sessions, A, sequence)
         assert str(caught.value) == (
             f"client 0xa: push {sequence} is too old to know whether it was applied: this shard has"
-            f" records of pushes after {acknowledged} only"
+            f" records of pushes after {acknowledged} only (session_pushes); a trainer that"
+            " computes its batches again must resume with policy 'rewind' instead of 'once'"
         )
     assert set(sessions._sessions[A].versions) == set(range(acknowledged + 1, 6))
 
@@ -119,7 +120,9 @@ def test_pushes_further_back_than_the_window_are_refused(sessions: Sessions, new
     push(sessions, A, 1)
     push(sessions, A, newest)
     for sequence in {s for s in (1, horizon, horizon - 1) if 1 <= s <= horizon}:
-        with pytest.raises(SessionExpired, match=rf"pushes after {horizon} only$"):
+        with pytest.raises(
+            SessionExpired, match=rf"pushes after {horizon} only \(session_pushes\)"
+        ):
             push(sessions, A, sequence)
     for sequence in (horizon + 1, horizon + 2, newest - 1, newest):
         known = version(A, sequence) if sequence in (1, newest) else None
@@ -134,6 +137,16 @@ def test_the_window_holds_4096_pushes_and_no_more(sessions: Sessions) -> None:
     held = sessions._sessions[A].versions
     assert set(held) == set(range(WINDOW + 11, 2 * WINDOW + 11))
     assert all(held[sequence] == version(A, sequence) for sequence in held)
+
+
+def test_the_window_can_be_chosen(clock: Clock) -> None:
+    sessions = Sessions(1, TTL, clock, 3 * WINDOW)
+    for sequence in range(1, 4 * WINDOW + 1):
+        assert push(sessions, A, sequence) is None
+    assert set(sessions._sessions[A].versions) == set(range(WINDOW + 1, 4 * WINDOW + 1))
+    assert sessions.applied(A, 0, WINDOW + 1, 0) == version(A, WINDOW + 1)
+    with pytest.raises(SessionExpired, match=r"with policy 'rewind' instead of 'once'$"):
+        sessions.applied(A, 0, WINDOW, 0)
 
 
 def test_a_jump_forgets_as_much_as_single_steps_do(sessions: Sessions) -> None:
