@@ -21,7 +21,11 @@ lookup.py      look up all addresses of a DNS name
 discovery.py   find the shards of a cluster behind one DNS name
 places.py      where the shards are: at listed addresses, or behind one name
 link.py        connection to one shard: base class of stream.py and unary.py
-stream.py      connection to one shard through a gRPC stream
+pipe.py        connections that carry many requests at once, and the one through gRPC
+stream.py      connection to one shard through a stream, which is a pipe
+regions.py     shared memory of a same-host lane
+lanepipe.py    the pipe through a same-host lane
+lanelink.py    connection to one shard through its same-host lane, or else through gRPC
 unary.py       connection to one shard through unary calls
 moved.py       requests sent again to the owners of their keys
 fanout.py      unary calls to several shards at once

@@ -9,6 +9,7 @@ from psproto import ps_pb2 as pb
 Mode = Literal["train", "serve"]
 Wire = Literal["float32", "bfloat16", "float16"]
 Transport = Literal["stream", "unary"]
+Lane = Literal["auto", "never", "require"]
 Durability = Literal["applied", "log", "fsync"]
 
 WIRES: dict[str, int] = {

@@ -33,6 +33,9 @@ class Client(RowClient):
     wire         dtype of embeddings and gradients on the wire: "float32", "bfloat16", "float16"
     timeout      seconds that an operation may take, connecting and retries included
     transport    "stream" (fast), or "unary" (one RPC per message)
+    lane         "auto": send requests to shards on this machine through shared memory, if they
+                 offer a same-host lane, and all others through gRPC; "never": only gRPC;
+                 "require": raise NoLane if a shard's lane cannot be used (docs/lane.md)
     client_id    identity of the client in 1..2^64-1, to keep it over restarts of the process; 0:
                  random
     incarnation  number in 0..2^63-1 that must grow with each use of the same client_id; else pushes

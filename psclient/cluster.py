@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from psclient.addresses import hint, is_name
-from psclient.channel import options
+from psclient.channel import Options, options
 from psclient.errors import InvalidArgument, PsError, Unavailable, answer_of
 from psclient.fanout import Ask, ask_all
+from psclient.lanelink import LaneLink
 from psclient.link import Link
 from psclient.places import Places
+from psclient.routes import Route
 from psclient.session import Session
 from psclient.signals import Shield, wake_delayed
 from psclient.stream import StreamLink
@@ -27,7 +29,6 @@ from psproto import routing
 
 WATCH = 0.1  # seconds between two checks for calls past their deadline
 ROOM = 4096  # bytes of each message that are reserved for headers
-LINKS: dict[str, type[Link]] = {"stream": StreamLink, "unary": UnaryLink}  # by transport
 
 Result = TypeVar("Result")
 
@@ -39,6 +40,7 @@ class Cluster:
 
     places       where the shards are
     transport    "stream" or "unary"
+    lane         whether streams use the same-host lane: "auto", "never" or "require"
     client_id    identity of the client; 0: a random one for each shard
     incarnation  number that grows with each use of the same client_id
     renew        whether to go on with the next incarnation after SessionExpired
@@ -61,6 +63,7 @@ class Cluster:
         self,
         places: Places,
         transport: str,
+        lane: str,
         client_id: int,
         incarnation: int,
         *,
@@ -74,10 +77,13 @@ class Cluster:
         for shard, route in enumerate(places.routes(deadline)):
             client = client_id or secrets.randbits(63) + 1
             session = Session(client, incarnation, renews=renew)
-            link = LINKS[transport](places.where(shard), route, session, options(proxy=proxy))
+            link = _link(transport, lane, places.where(shard), route, session, options(proxy=proxy))
             self.links.append(link)
         try:
             infos = self.refresh(deadline)
+            for link, info in zip(self.links, infos, strict=True):
+                if isinstance(link, LaneLink):
+                    link.offered(info)
         except Unavailable as error:
             self.close()
             raise _explained(error, proxy) from None
@@ -191,6 +197,23 @@ class Cluster:
         newest = max(infos, key=lambda info: info.shard_map.epoch).shard_map
         table = np.frombuffer(newest.shard_of_bucket, "<u2")
         return routing.ShardMap(newest.epoch, newest.shards, table)
+
+
+def _link(
+    transport: str, lane: str, where: str, route: Route, session: Session, options: Options
+) -> Link:
+    """Return a connection to one shard.
+
+    transport  "stream" or "unary"
+    lane       whether a stream uses the same-host lane: "auto", "never" or "require"
+
+    ``Link`` explains the other arguments.
+    """
+    if transport == "unary":
+        return UnaryLink(where, route, session, options)
+    if lane == "never":
+        return StreamLink(where, route, session, options)
+    return LaneLink(where, route, session, options, demanded=lane == "require")
 
 
 def _watch(links: Sequence[Link], stop: SimpleQueue[None]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from psclient import checked
 from psclient.addresses import checked_where
-from psclient.choices import WIRES, Transport, Wire
+from psclient.choices import WIRES, Lane, Transport, Wire
 from psclient.cluster import Cluster
 from psclient.errors import DeadlineExceeded, InvalidArgument
 from psclient.places import places_of
@@ -39,6 +39,7 @@ class Connection:
         wire: Wire = "float32",
         timeout: float = 30.0,
         transport: Transport = "stream",
+        lane: Lane = "auto",
         client_id: int = 0,
         incarnation: int | None = None,
         renew: bool = True,
@@ -47,6 +48,11 @@ class Connection:
         self._addresses = checked_where(addresses)
         if transport not in ("stream", "unary"):
             raise InvalidArgument(f"transport must be 'stream' or 'unary', got {transport!r}")
+        if lane not in ("auto", "never", "require"):
+            raise InvalidArgument(f"lane must be 'auto', 'never' or 'require', got {lane!r}")
+        if lane == "require" and transport == "unary":
+            raise InvalidArgument("lane='require' needs transport='stream', got 'unary'")
+        self._lane = lane
         self._dtype = checked.one_of("wire", wire, WIRES)
         self._timeout = checked.seconds("timeout", timeout)
         self._transport = transport
@@ -57,7 +63,9 @@ class Connection:
             incarnation = time.time_ns()
         self._incarnation = checked.integer("incarnation", incarnation, 0, 1 << 63)
         self._renew = bool(renew)
-        self._options = {"wire": wire, "transport": transport, "proxy": self._proxy}
+        self._options = {
+            "wire": wire, "transport": transport, "lane": lane, "proxy": self._proxy,
+        }  # fmt: skip
         self._cluster: Cluster | None = None
         self._connecting = threading.RLock()
         self._dims: dict[str, int] = {}
@@ -154,6 +162,7 @@ class Connection:
             cluster = Cluster(
                 self._places,
                 self._transport,
+                self._lane,
                 self._client_id,
                 self._incarnation,
                 renew=self._renew,

@@ -25,6 +25,7 @@
                        policy of Checkpointer.resume
   - NotEmpty           the operation would delete rows
   - RestoreConflict    another restore is in progress, or this restore must first take another step
+  - NoLane             lane="require", but the same-host lane to a shard cannot be used
   - DataLoss           stored bytes are damaged. Never retried
   - PushFailed         a push of a Pipeline failed; it may have taken effect on some shards
   - StepsDisagree      ranks of one job push with different training steps
@@ -88,6 +89,10 @@ class SessionExpired(PsError):
 
 class ResourceExhausted(PsError):
     """The server is over one of its limits, or out of memory or disk space."""
+
+
+class NoLane(PsError):
+    """The client was created with lane="require", but the lane to a shard cannot be used."""
 
 
 class DeadlineExceeded(PsError, TimeoutError):

@@ -131,7 +131,7 @@ def _some_pull(
     header.CopyFrom(pull.header)
     header.min_version = least[shard] if least else 0
     header.min_epoch = least.epochs[shard] if least else 0
-    return codec.PullMessage(header, pull.keys[at])
+    return codec.PullMessage(header, pull.keys[at], pull.dim)
 
 
 def _joined(answers: Sequence[tuple[Indices, codec.Pulled]]) -> codec.Pulled:

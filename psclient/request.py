@@ -165,7 +165,7 @@ def _pull_message(pull: PullPart, shard: int, low: int, high: int) -> codec.Pull
     if pull.min_version:
         head.min_version = pull.min_version[shard]
         head.min_epoch = pull.min_version.epochs[shard]
-    return codec.PullMessage(head, pull.batch.keys[low:high])
+    return codec.PullMessage(head, pull.batch.keys[low:high], pull.dim)
 
 
 def _ranges(batch: Batch, shard: int, pieces: int) -> list[tuple[int, int]]:

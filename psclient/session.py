@@ -94,8 +94,9 @@ class Call:
     attempts  how often the request was sent
     renewed   whether the pushes were numbered again after SessionExpired; see ``renumber``
     id        number of the request on the stream
-    message   encoded request
-    handle    gRPC's call object of the attempt in progress (unary calls only)
+    message   encoded request; b"": not encoded yet, or not sent through gRPC
+    handle    unary calls: gRPC's call object of the attempt in progress; lanes: the memory of the
+              request, which also has the arrays of the answer
     """
 
     __slots__ = (
@@ -123,12 +124,14 @@ class Call:
         self.message = b""
         self.handle: Any = None
 
-    def encode(self, id: int) -> None:
-        """Set ``id``, and set ``message`` to the request encoded for a stream."""
-        self.id = id
+    def encode(self) -> None:
+        """Set ``message`` to the request encoded for a stream."""
+        self.message = codec.encode_stream_request(self.stream_header(), self.exchange)
+
+    def stream_header(self) -> pb.StreamRequestHeader:
+        """Return the header of the request on a stream: its id, and the time left for it."""
         left = max(self.deadline - time.monotonic(), 0.001)
-        header = pb.StreamRequestHeader(id=id, timeout_ms=min(int(left * 1000) + 1, 2**32 - 1))
-        self.message = codec.encode_stream_request(header, self.exchange)
+        return pb.StreamRequestHeader(id=self.id, timeout_ms=min(int(left * 1000) + 1, 2**32 - 1))
 
 
 def pause_before(call: Call, error: PsError, *, renews: bool = True) -> float | None:

@@ -1,4 +1,6 @@
-"""Connection to one shard through one gRPC stream, which carries many requests at once.
+"""Connection to one shard through a stream, which carries many requests at once.
+
+The stream is a pipe (pipe.py): a call of a gRPC method, or a same-host lane (lanelink.py).
 
 No dedicated thread reads replies. Of the callers that wait, one is the reader: it reads everybody's
 replies until its own arrives, then another waiting caller becomes the reader. This saves a switch
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -23,6 +26,7 @@ import grpc
 from psclient.channel import OPTIONS, Options
 from psclient.errors import DeadlineExceeded, PsError, SessionExpired, Unavailable, error_of
 from psclient.link import Link
+from psclient.pipe import BROKEN, GrpcPipe, Pipe
 from psclient.retry import RETRYABLE, backoff
 from psclient.routes import Route
 from psclient.session import Call, Session, pause_before, renumber
@@ -34,7 +38,7 @@ LOST = 2.0  # seconds after the reader's deadline at which another caller replac
 
 
 class StreamLink(Link):
-    """Connection to one shard through a gRPC stream. Thread-safe. Link explains the methods."""
+    """Connection to one shard through a stream. Thread-safe. Link explains the methods."""
 
     ordered = True
 
@@ -42,8 +46,7 @@ class StreamLink(Link):
         self, where: str, route: Route, session: Session, options: Options = OPTIONS
     ) -> None:
         super().__init__(where, route, session, options)
-        self._stream: Any = None
-        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
+        self._pipe: Pipe | None = None
         self._reader: Call | None = None  # the call of the reader; None: nobody reads
         self._reader_thread = 0  # identity of the thread that reads
         self._sleeping: dict[Any, Call] = {}  # waiting calls, by the lock that wakes each
@@ -56,7 +59,6 @@ class StreamLink(Link):
         with self.lock:
             try:
                 self._begin(call)
-                call.encode(call.id)
                 self._send(call)
             except PsError:
                 self._finish(call, applied=False)
@@ -84,16 +86,16 @@ class StreamLink(Link):
             self._give_up(call, "the call was interrupted")
             if self._reads(call):
                 self._reader = None
-            stream = self._drop_stream() if unfinished else None
+            pipe = self._drop_pipe() if unfinished else None
             self._pass_on()
-        if stream is not None:
-            self.channel.cancel(stream)
+        if pipe is not None:
+            pipe.cancel()
 
     def watch(self, now: float) -> None:
         super().watch(now)
-        reader, stream = self._reader, self._stream
-        if reader is not None and reader.deadline < now and stream is not None:
-            self.channel.cancel(stream)
+        reader, pipe = self._reader, self._pipe
+        if reader is not None and reader.deadline < now and pipe is not None:
+            pipe.cancel()
         with self.lock:
             if self._reader is not None and self._reader.deadline + LOST < now:
                 self._reader = None
@@ -102,12 +104,12 @@ class StreamLink(Link):
     def close(self) -> None:
         with self.lock:
             self._closed = True
-            stream = self._drop_stream()
+            pipe = self._drop_pipe()
             for call in list(self._open.values()):
                 self._give_up(call, "the client was closed")
             self._prefetches.put(None)
-        if stream is not None:
-            self.channel.cancel(stream)
+        if pipe is not None:
+            pipe.cancel()
         super().close()
 
     # ---- one caller reads for all
@@ -142,9 +144,9 @@ class StreamLink(Link):
             mine = self._reader_thread == threading.get_ident()
             if self._reader is None or mine:
                 if self._reader is not None:  # a signal handler calls this inside its own read
-                    stream = self._drop_stream()
-                    if stream is not None:
-                        self.channel.cancel(stream)
+                    pipe = self._drop_pipe()
+                    if pipe is not None:
+                        pipe.cancel()
                 self._reader, self._reader_thread = call, threading.get_ident()
                 return None
             turn = threading.Lock()
@@ -168,13 +170,15 @@ class StreamLink(Link):
             if time.monotonic() >= reader.deadline:
                 self._expire(reader)
                 return
-            stream = self._stream or self._reopen()
+            pipe = self._pipe or self._reopen()
         try:
-            id, answer = codec.decode_stream_response(self.channel.read(stream))
-        except (grpc.RpcError, StopIteration, codec.Malformed) as error:
-            self._broken(stream, error, reader)
+            id, answer = pipe.receive()
+        except BROKEN as error:
+            self._broken(pipe, error, reader)
             return
-        self._failures = 0
+        if self._failures:
+            self._failures = 0
+            self._recovered()
         with self.lock:
             call = self._open.get(id)
             if call is not None and not call.done:
@@ -209,35 +213,30 @@ class StreamLink(Link):
     def _send(self, call: Call) -> None:
         """Queue a call's message on the stream; open a stream if there is none."""
         call.attempts += 1
-        if self._stream is None:
+        if self._pipe is None:
             self._reopen()
         else:
-            self._outbox.put(call.message)
+            self._pipe.send(call)
 
-    def _reopen(self) -> Any:
-        """Open a stream, queue the messages of all unanswered calls on it, and return it."""
-        outbox: SimpleQueue[bytes | None] = SimpleQueue()
-        for call in list(self._open.values()):
-            if not call.done:
-                outbox.put(call.message)
-        try:
-            requests = iter(outbox.get, None)
-            stream = self.channel.open_stream("/ps.v1.RowService/Stream", requests)
-        except BaseException:
-            outbox.put(None)  # ends the stream, if it was opened before the exception
-            raise
-        self._outbox.put(None)
-        self._outbox, self._stream = outbox, stream
-        return stream
+    def _reopen(self) -> Pipe:
+        """Open a pipe, send all unanswered calls on it, and return it."""
+        self._drop_pipe()
+        self._pipe = self._new_pipe([call for call in self._open.values() if not call.done])
+        return self._pipe
 
-    def _drop_stream(self) -> Any:
-        """Stop using the current stream and return it; None if there is none.
+    def _new_pipe(self, calls: Sequence[Call]) -> Pipe:
+        """Open a pipe, and send ``calls`` on it. Does not wait for the shard."""
+        return GrpcPipe(self.channel, calls)
 
-        The caller cancels the stream after it has released the lock.
+    def _drop_pipe(self) -> Pipe | None:
+        """Stop using the current pipe and return it; None if there is none.
+
+        The caller cancels the pipe after it has released the lock.
         """
-        self._outbox.put(None)
-        stream, self._stream = self._stream, None
-        return stream
+        pipe, self._pipe = self._pipe, None
+        if pipe is not None:
+            pipe.end()
+        return pipe
 
     def _settle(self, call: Call, answer: codec.Exchanged | None, error: PsError | None) -> None:
         """Complete a call with its answer or its error, and wake the threads that wait for it."""
@@ -262,10 +261,10 @@ class StreamLink(Link):
 
     # ---- failures; the caller of these methods does not hold the lock
 
-    def _broken(self, stream: Any, error: Exception, reader: Call) -> None:
-        """Stop using a stream that failed; then fail the unanswered calls, or pause.
+    def _broken(self, pipe: Pipe, error: Exception, reader: Call) -> None:
+        """Stop using a pipe that failed; then fail the unanswered calls, or pause.
 
-        stream  the stream that failed
+        pipe    the pipe that failed
         error   exception that reading it raised. If its gRPC status code is in RETRYABLE, this
                 method pauses. Otherwise all unanswered calls fail with this error
         reader  call on whose behalf this thread read. The pause ends at its deadline. If the
@@ -274,8 +273,8 @@ class StreamLink(Link):
         code = error.code() if isinstance(error, grpc.RpcError) else grpc.StatusCode.UNAVAILABLE
         text = error.details() if isinstance(error, grpc.RpcError) else str(error)
         with self.lock:
-            if self._stream is stream:
-                self._drop_stream()
+            if self._pipe is pipe:
+                self._drop_pipe()
             for call in list(self._open.values()):
                 call.attempts += not call.done
             if time.monotonic() >= reader.deadline:
@@ -288,10 +287,20 @@ class StreamLink(Link):
                 for call in [each for each in self._open.values() if not each.done]:
                     self._settle(call, None, error_of(status, self.where))
                 return
+        self._lost(pipe, reader.deadline)
         left = reader.deadline - time.monotonic()
         pause = min(backoff(self._failures - 1), max(left, 0))
         if self._failures > 1:
             time.sleep(pause)
+
+    def _lost(self, pipe: Pipe, deadline: float) -> None:
+        """Prepare for the next pipe, after ``pipe`` broke.
+
+        deadline  monotonic seconds; the preparation must end before
+        """
+
+    def _recovered(self) -> None:
+        """Note that a reply arrived, the first one after a pipe broke."""
 
     def _again(self, call: Call, error: PsError) -> bool:
         """Send a failed call again, after a pause, if its error permits another attempt.
@@ -309,6 +318,6 @@ class StreamLink(Link):
             if isinstance(error, SessionExpired):
                 renumber(call, self.session)
                 self._identify(call)  # a new id: a reply to the refused message may still arrive
-                call.encode(call.id)
+                call.message = b""
             self._send(call)
         return True

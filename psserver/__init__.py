@@ -92,6 +92,8 @@ coldruns.py      run exchanges whose rows may be on disk
 checks.py        checks of a request that need no tables
 exchange.py      pulls, pushes, deletes and exchanges
 stream.py        the bidirectional stream
+regions.py       map the memory that clients of the same-host lane register
+lane.py          the same-host lane: streams over a Unix socket
 service.py       the gRPC methods of all services
 metrics.py       collect the metrics of a shard
 exposition.py    serve /metrics over HTTP

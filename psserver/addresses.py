@@ -11,6 +11,7 @@ import os
 import re
 import socket
 
+UNDER_UP = "PS_UNDER_UP"  # environment variable that ``psserver up`` sets for its shards
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,253})")
 
 

@@ -61,6 +61,7 @@ class Checks:
             min_version=header.min_version,
             min_epoch=header.min_epoch,
             prefetch=header.prefetch,
+            room=pull.room,
         )
 
     def push(self, push: codec.PushMessage) -> Push:

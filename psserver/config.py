@@ -24,7 +24,7 @@ from pydantic_settings import (
 )
 
 from psproto import names
-from psserver.addresses import bare_host
+from psserver.addresses import UNDER_UP, bare_host
 from psserver.memory import (
     GPU_BYTES,
     Plan,
@@ -179,6 +179,20 @@ class ServerConfig(BaseSettings):
         " Pushes that would exceed it are refused with DISK_FULL. A sixteenth of it is reserved for"
         " flushes. The version log is not included",
     )
+    lane: str = Field(
+        "auto",
+        description="Same-host lane, over which clients on this machine send exchanges through"
+        " shared memory: on, its Unix socket is lane.sock in data_dir; a directory, its socket is"
+        " lane-SHARD.sock there, and clients must find it under the same path; off; auto, on for"
+        " the shards of psserver up, otherwise off",
+    )
+    lane_bytes: int = Field(
+        4 << 30,
+        ge=1 << 20,
+        description="Maximum size of the shared memory that all clients of the same-host lane"
+        " register, in bytes. It is memory of the clients, which this server only maps. Clients"
+        " beyond it use gRPC",
+    )
     io_threads: int = Field(
         8,
         ge=1,
@@ -320,6 +334,13 @@ class ServerConfig(BaseSettings):
                 raise ValueError("an IPv6 address must be in brackets: [fd00::1]:7000")
         return advertise
 
+    @field_validator("lane")
+    @classmethod
+    def _check_lane(cls, lane: str) -> str:
+        if lane not in ("auto", "on", "off") and not lane.startswith("/"):
+            raise ValueError("must be auto, on, off or the absolute path of a directory")
+        return lane
+
     @field_validator("host")
     @classmethod
     def _host_alone(cls, host: str) -> str:
@@ -332,6 +353,14 @@ class ServerConfig(BaseSettings):
                 f"max_inflight_bytes must be at least max_message_bytes={self.max_message_bytes},"
                 f" got {self.max_inflight_bytes}: larger messages would always be refused; raise"
                 " max_inflight_bytes or lower max_message_bytes"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lane_has_a_place(self) -> ServerConfig:
+        if self.lane == "on" and self.data_dir is None:
+            raise ValueError(
+                "lane=on needs data_dir, where its socket is: set data_dir, or lane to a directory"
             )
         return self
 
@@ -356,6 +385,19 @@ class ServerConfig(BaseSettings):
                         f"tables.{name}.{field} must be at most {field}={most}, got {given}"
                     )
         return self
+
+    @property
+    def lane_path(self) -> Path | None:
+        """Path of the Unix socket of the same-host lane; None: the server offers no lane."""
+        lane = self.lane
+        if lane == "auto":
+            lane = "on" if os.environ.get(UNDER_UP) and self.data_dir is not None else "off"
+        if lane == "off":
+            return None
+        if lane == "on":
+            assert self.data_dir is not None
+            return self.data_dir.absolute() / "lane.sock"
+        return Path(lane) / f"lane-{self.shard}.sock"
 
     @property
     def surplus(self) -> bool:

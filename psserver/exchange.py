@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from psproto import codec
 from psproto import ps_pb2 as pb
@@ -33,8 +33,9 @@ AT_ONCE_FIELDS = 512  # protobuf fields in a message; a push or a pull counts as
 
 Result = TypeVar("Result")
 Header = pb.StreamRequestHeader | None  # None: the message did not arrive on a stream
-# function of (message, maximum number of fields); raises codec.TooManyFields
-Decode = Callable[[bytes, int], tuple[Header, codec.Exchange]]
+# function of (message, maximum number of fields); raises codec.TooManyFields. It returns the
+# exchange, or an error with which to answer it
+Decode = Callable[[Any, int], tuple[Header, "codec.Exchange | Exception"]]
 # A submitted exchange: time of arrival, request, and the future of its result or an error
 Begun = tuple[float, codec.Exchange | None, "asyncio.Future[codec.Exchanged | Held] | Exception"]
 
@@ -117,7 +118,7 @@ class Exchanges:
         reservation  bytes in flight of the request and its reply
         """
         start = time.perf_counter()
-        change = self._at_once(self._read_delete, data)
+        change = self._at_once(self._read_delete, data, len(data))
         if change is None:
             change = await self._on_thread(self._read_delete, data, reservation)
         try:
@@ -142,7 +143,7 @@ class Exchanges:
         reservation  bytes in flight of the message and its reply
         """
         start = time.perf_counter()
-        read = self.read_at_once(decode, data)
+        read = self.read_at_once(decode, data, len(data))
         if read is None:
             read = await self.read_on_thread(decode, data, reservation)
         begun = self.begin(read[1], start, deadline, reservation)
@@ -155,18 +156,19 @@ class Exchanges:
         finally:
             del begun
 
-    def read_at_once(self, decode: Decode, data: bytes) -> Read | None:
+    def read_at_once(self, decode: Decode, data: Any, size: int) -> Read | None:
         """Decode and check a small message. Returns (header, exchange or error of the checks).
 
         decode  converts the encoded message ``data`` to (header, exchange)
+        size    bytes of the message and its arrays
 
         Returns None if the message is large: call ``read_on_thread`` for it. The header is None
         unless the message arrived on a stream. An error of the checks is returned, not raised, so
         that the caller gets the header too. Raises Malformed if the message cannot be decoded.
         """
-        return self._at_once(partial(self._read, decode), data)
+        return self._at_once(partial(self._read, decode), data, size)
 
-    async def read_on_thread(self, decode: Decode, data: bytes, reservation: Reservation) -> Read:
+    async def read_on_thread(self, decode: Decode, data: Any, reservation: Reservation) -> Read:
         """Decode and check a message of any size on a worker thread.
 
         The arguments, result and errors are those of ``read_at_once``, but the result is not None.
@@ -175,12 +177,13 @@ class Exchanges:
         """
         return await self._on_thread(partial(self._read, decode), data, reservation)
 
-    def _at_once(self, read: Callable[[bytes, int], Result], data: bytes) -> Result | None:
+    def _at_once(self, read: Callable[[Any, int], Result], data: Any, size: int) -> Result | None:
         """Return ``read(data, maximum number of protobuf fields)``; None if that would take long.
 
         read  decodes and checks the encoded message ``data``
+        size  bytes of the message and its arrays
         """
-        if len(data) <= AT_ONCE:
+        if size <= AT_ONCE:
             try:
                 return read(data, AT_ONCE_FIELDS)
             except codec.TooManyFields:
@@ -188,7 +191,7 @@ class Exchanges:
         return None
 
     async def _on_thread(
-        self, read: Callable[[bytes, int], Result], data: bytes, reservation: Reservation
+        self, read: Callable[[Any, int], Result], data: Any, reservation: Reservation
     ) -> Result:
         """Return ``read(data, maximum number of protobuf fields)``, called on a worker thread.
 
@@ -201,13 +204,15 @@ class Exchanges:
         del data
         return await self._workers.run(self._workers.checks, work, reservation=reservation)
 
-    def _read(self, decode: Decode, data: bytes, budget: int) -> Read:
+    def _read(self, decode: Decode, data: Any, budget: int) -> Read:
         """Decode and check a message. Returns (header, exchange or error of the checks).
 
         decode  converts the encoded message ``data`` to (header, exchange)
         budget  maximum number of protobuf fields; raises codec.TooManyFields if there are more
         """
         header, exchange = decode(data, budget)
+        if isinstance(exchange, Exception):
+            return header, exchange
         try:
             pushes = list(map(self._checks.push, exchange.pushes))
             pulls = list(map(self._checks.pull, exchange.pulls))

@@ -24,6 +24,7 @@ class ServerInfo:
 
     log      version log; None: the shard has no data directory
     flushed  returns the monotonic time of the last flush, in seconds; None: no data directory
+    lane     how clients reach the same-host lane; None: the server offers none
     """
 
     def __init__(
@@ -32,11 +33,13 @@ class ServerInfo:
         config: ServerConfig,
         log: VersionLog | None = None,
         flushed: Callable[[], float] | None = None,
+        lane: pb.Lane | None = None,
     ) -> None:
         self._shard = shard
         self._config = config
         self._log = log
         self._flushed = flushed
+        self._lane = lane
         self._started = time.monotonic()
         self._start = 1 + secrets.randbits(63)
 
@@ -73,6 +76,7 @@ class ServerInfo:
             gpu_bytes=0 if shard.gpu is None else shard.gpu.budget.held,
             gpu_budget_bytes=0 if shard.gpu is None else shard.gpu.budget.limit,
             gpu_paused=shard.gpu is not None and shard.gpu.paused,
+            lane=self._lane,
             flush_age_seconds=0.0 if self._flushed is None else now - self._flushed(),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from psserver.addresses import UNDER_UP
 
 QUICK = 5.0  # seconds; a process that ends within them after its start is restarted after a pause
 LONGEST_PAUSE = 10.0  # maximum length of this pause, in seconds
@@ -46,6 +49,7 @@ class Member:
                 self._command,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                env={**os.environ, UNDER_UP: "1"},
                 preexec_fn=_die_with_parent,
             )
         threading.Thread(target=self._listen, args=(self.process,), daemon=True).start()

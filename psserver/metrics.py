@@ -22,6 +22,7 @@ from psserver.connections import Connections
 from psserver.engine import Engine
 from psserver.feed import Feed
 from psserver.flusher import Flusher
+from psserver.lane import Lanes
 from psserver.scrubber import Scrubber
 from psserver.shard import Shard
 from psserver.stats import BOUNDS, ServiceStats, Traffic
@@ -296,6 +297,24 @@ class ConnectionCollector(Collector):
             "ps_closed_connections",
             "Connections closed because their messages were not finished.",
             self._connections.closed,
+        )
+
+
+class LaneCollector(Collector):
+    """Collects, at each scrape, the number of clients of the same-host lane, and their memory."""
+
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes = lanes
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield ps_lane_clients and ps_lane_bytes."""
+        yield GaugeMetricFamily(
+            "ps_lane_clients", "Clients connected to the same-host lane.", self._lanes.clients
+        )
+        yield GaugeMetricFamily(
+            "ps_lane_bytes",
+            "Shared memory that clients of the same-host lane have registered, in bytes.",
+            self._lanes.regions.bytes,
         )
 
 

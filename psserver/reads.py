@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from psproto import lanes
 from psproto.codec import WIRE
 from psserver.afterimages import ImageBuffers
 from psserver.blockchecks import BlockChecks
@@ -26,7 +29,7 @@ from psserver.views import (
 )
 from storage.blockscan import ColdPages
 from storage.eviction.contract import FIRST_STEP
-from storage.kernels import Keys
+from storage.kernels import Keys, Rows
 from storage.results import Moves, TableStats, Tally
 from storage.schema import TableSchema
 from storage.tablescan import ExactScan, TableScan
@@ -305,3 +308,19 @@ def pulled_bytes(entry: TableEntry, pull: Pull) -> int:
     if pull.prefetch:
         return 0
     return len(pull.keys) * (entry.schema.dim * WIRE[pull.dtype].itemsize + 24 * pull.with_metadata)
+
+
+def rows_for(pull: Pull, dim: int) -> Rows | None:
+    """Return memory for the embeddings of a pull, float32[n, dim]: in its room, if it has one.
+
+    Returns None if the size of the room is not that of the reply's arrays, because the client
+    expects a different dim.
+    """
+    n, room = len(pull.keys), pull.room
+    if room is None or (not n and not len(room)):
+        return np.empty((n, dim), np.float32)
+    if len(room) != lanes.room_bytes(n, dim, pull.dtype, pull.with_metadata):
+        return None
+    if WIRE[pull.dtype] != np.float32:
+        return np.empty((n, dim), np.float32)
+    return lanes.rows_in(room, n, dim)

@@ -63,6 +63,7 @@ class Pull:
     min_version: int  # refuse if the shard's version is smaller
     prefetch: bool = False  # return no rows, only begin to read them from disk
     min_epoch: int = 0  # epoch (id of a server start) that assigned min_version; 0: unknown
+    room: NDArray[np.uint8] | None = None  # shared memory for the reply's arrays; None: not a lane
 
 
 def check_order(pushes: Sequence[Push]) -> None:

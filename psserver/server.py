@@ -27,11 +27,13 @@ from psserver.exposition import Exposition
 from psserver.feed import Feed
 from psserver.gpu import open_gpu
 from psserver.info import ServerInfo
+from psserver.lane import Lanes
 from psserver.listener import Listener
 from psserver.metrics import (
     ConnectionCollector,
     FeedCollector,
     FlushCollector,
+    LaneCollector,
     ScrubCollector,
     ShardCollector,
 )
@@ -77,6 +79,8 @@ class Server:
         self._feed: Feed | None = None
         self._preloader: Preloader | None = None
         self._scrubber: Scrubber | None = None
+        path = config.lane_path
+        self._lanes = None if path is None else Lanes(path, config.lane_bytes)
 
     def _new_shard(self) -> Shard:
         """Return an empty shard with the configured limits."""
@@ -137,6 +141,8 @@ class Server:
             assert self._scrubber is not None
             self._scrubber.open()
         self._sweeper.open()
+        if self._lanes is not None:
+            self._lanes.open(self._service.streams, self._service.limits)
         await self._listener.serve(self._service)
         self._ready.set(1)
 
@@ -174,7 +180,8 @@ class Server:
         if flusher is not None:
             self._scrubber = Scrubber(shard.checks, engine, flusher, config.scrub_seconds)
         flushed = None if data is None else lambda: data.flusher.flushed
-        info = ServerInfo(shard, config, versions, flushed)
+        offer = None if self._lanes is None else self._lanes.offer
+        info = ServerInfo(shard, config, versions, flushed, offer)
         self._service = Service(
             shard,
             engine,
@@ -217,6 +224,8 @@ class Server:
         versions = None if data is None else data.log
         register(ShardCollector(self._shard, self._engine, self._stats, versions))
         register(ConnectionCollector(self._listener.connections))
+        if self._lanes is not None:
+            register(LaneCollector(self._lanes))
         if self._feed is not None:
             register(FeedCollector(self._feed))
         if data is not None:
@@ -239,6 +248,8 @@ class Server:
         if not stopping.done():  # some replies are still being sent; a client may not read its own
             await self._listener.stop(min(grace, LAST_ANSWERS_SECONDS))
         await stopping
+        if self._lanes is not None:
+            await self._lanes.close(LAST_ANSWERS_SECONDS)
         await asyncio.to_thread(self._close_threads)
         self._close_metrics()
 

@@ -53,6 +53,9 @@ class Service:
     feed         serves subscriptions, and waits until versions are durable; None without a log
     flushes      the flusher; None: the shard has no data directory
     scrubber     verifies rows on disk; None: the shard has no data directory
+
+    streams      serves streams of requests; the same-host lane uses it too
+    limits       admits messages and calls
     """
 
     def __init__(
@@ -82,34 +85,34 @@ class Service:
         self._sweeper = sweeper
         self._analyses = analyses
         self._scrubber = scrubber
-        self._limits = Limits(config, counts, restores)
+        self.limits = Limits(config, counts, restores)
         self._workers = Workers()
-        self._make = Handlers(self._limits, self._workers, checkpoints, connections)
+        self._make = Handlers(self.limits, self._workers, checkpoints, connections)
         self._runs = ColdRuns(shard, engine, config.io_threads, counts, flushes)
         self._exchanges = Exchanges(
-            shard, engine, self._limits, self._workers, config, log, feed, self._runs
+            shard, engine, self.limits, self._workers, config, log, feed, self._runs
         )
-        self._streams = Streams(
-            self._exchanges, self._limits, self._make, config.max_inflight_bytes // SHARES
+        self.streams = Streams(
+            self._exchanges, self.limits, self._make, config.max_inflight_bytes // SHARES
         )
 
     def drain(self) -> None:
         """Refuse new requests from now on. Each stream ends after the replies to the requests that
         it has already received.
         """
-        self._limits.draining = True
+        self.limits.draining = True
         self._checkpoints.work.stop()
         self._sweeper.stop()
         if self._feed is not None:
             self._feed.drain()
-        self._streams.drain()
+        self.streams.drain()
 
     async def finished(self) -> None:
         """Wait until no call is running, apart from subscriptions.
 
         A subscriber that never reads its messages would otherwise block this forever.
         """
-        await self._limits.idle()
+        await self.limits.idle()
 
     def close(self) -> None:
         """Stop the worker threads. Call it when no call is running."""
@@ -201,7 +204,7 @@ class Service:
             "Exchange": make.unary("Exchange", self._exchanges.exchange),
             "Delete": make.unary("Delete", self._exchanges.delete),
             "Stream": grpc.stream_stream_rpc_method_handler(
-                make.counted("Stream", self._streams.stream)
+                make.counted("Stream", self.streams.stream)
             ),
         }
 
@@ -256,7 +259,7 @@ class Service:
         self, request: pb.DropTableRequest, deadline: float
     ) -> pb.DropTableResponse:
         await self._engine.submit(lambda: self._shard.drop_table(request.name), deadline)
-        self._limits.stats.remove_table(request.name)
+        self.limits.stats.remove_table(request.name)
         await self._settled(self._shard.version, pb.DURABILITY_LOG)
         return pb.DropTableResponse()
 
@@ -285,7 +288,7 @@ class Service:
     def _describe(self, name: str) -> pb.DescribeTableResponse:
         """Return schema and statistics of a table. Must run on the engine thread."""
         schema, stats = self._shard.describe(name)
-        moves, waits = self._shard.moves(name), self._limits.stats.waits.get(name)
+        moves, waits = self._shard.moves(name), self.limits.stats.waits.get(name)
         return pb.DescribeTableResponse(
             schema=write_schema(schema),
             stats=pb.TableStats(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from psproto import names
+from psproto import lanes, names
 from psproto import ps_pb2 as pb
 from psproto.codec import Exchanged, Pulled, to_wire_clamped
 from psproto.routing import ShardMap
@@ -26,7 +26,7 @@ from psserver.fills import Fills
 from psserver.preloads import Preloads
 from psserver.pushroom import CheckedPush, PushRoom
 from psserver.reads import ColdRead as ColdRead
-from psserver.reads import ShardReads, pulled_bytes, record_bytes
+from psserver.reads import ShardReads, pulled_bytes, record_bytes, rows_for
 from psserver.recovery import Recovery
 from psserver.requests import Change, Delete, Pull, Push, check_order
 from psserver.schemas import DURABILITIES, to_json
@@ -442,17 +442,24 @@ class Shard(ShardReads):
         if pull.prefetch:
             header = pb.PullResponseHeader(version=self.version, dim=table.schema.dim)
             return Pulled(header, _NO_ROWS, _NO_VERSIONS, _NO_STEPS, _NO_VERSIONS)
-        rows = np.empty((len(pull.keys), table.schema.dim), np.float32)
-        locations = table.pull(pull.keys, pull.mode, rows)
         header = pb.PullResponseHeader(
             version=self.version,
             dim=table.schema.dim,
             dtype=pull.dtype,  # type: ignore[arg-type]
         )
-        embeddings = to_wire_clamped(rows, pull.dtype)
-        if not pull.with_metadata:
-            return Pulled(header, embeddings, _NO_VERSIONS, _NO_STEPS, _NO_VERSIONS)
-        return Pulled(header, embeddings, *map(np.ascontiguousarray, table.metadata(locations)))
+        rows = rows_for(pull, table.schema.dim)
+        if rows is None:
+            return Pulled(header, _NO_ROWS, _NO_VERSIONS, _NO_STEPS, _NO_VERSIONS)
+        locations = table.pull(pull.keys, pull.mode, rows)
+        pulled = Pulled(
+            header, to_wire_clamped(rows, pull.dtype), _NO_VERSIONS, _NO_STEPS, _NO_VERSIONS
+        )
+        if pull.with_metadata:
+            metadata = map(np.ascontiguousarray, table.metadata(locations))
+            pulled.versions, pulled.steps, pulled.frequencies = metadata
+        if pull.room is not None and len(pull.keys):
+            lanes.fill(pull.room, pulled)
+        return pulled
 
     def _delete(
         self, entry: TableEntry, keys: Keys, cause: Cause, change: Change | None = None

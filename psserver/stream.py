@@ -1,12 +1,16 @@
-"""Serve the bidirectional Stream method: requests may be pipelined; replies come in their order."""
+"""Serve streams of requests: requests may be pipelined; replies come in their order.
+
+A stream is a call of the gRPC method Stream, or a same-host lane (lane.py). Both are served by the
+same code; a Caller hides what differs: how messages arrive, and how they are encoded.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
 import time
-from collections.abc import Awaitable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
 import grpc
 
@@ -23,6 +27,65 @@ from psserver.status import abort, status_of
 PIPELINE = 64  # maximum number of requests in flight per stream
 
 
+class Caller(Protocol):
+    """The client's end of a stream: reads its requests, and writes the replies."""
+
+    async def read(self) -> Any:
+        """Wait for the next message and return it; None: the client ended the stream."""
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Send an encoded reply. Raises any exception if the client is gone."""
+        ...
+
+    def size(self, message: Any) -> int:
+        """Return the bytes of a message and its arrays."""
+        ...
+
+    def id(self, message: Any) -> int:
+        """Return the id of a request without decoding its arrays. Raises codec.Malformed."""
+        ...
+
+    def decode(self, message: Any, budget: int) -> tuple[Any, codec.Exchange | Exception]:
+        """Return (header, exchange, or the error with which to answer it) of a message.
+
+        budget  maximum number of its fields
+
+        Raises codec.Malformed and codec.TooManyFields.
+        """
+        ...
+
+    def encode(self, id: int, answer: codec.Exchanged | pb.Status) -> bytes:
+        """Encode the reply to the request ``id``; a Status reports an error."""
+        ...
+
+
+class _Stream:
+    """Caller that uses the gRPC method Stream.
+
+    arrived  counts a complete message: arrived(name of the connection, bytes)
+    """
+
+    def __init__(self, context: Context, arrived: Callable[[str, int], None]) -> None:
+        self._context = context
+        self._peer = context.peer()
+        self._arrived = arrived
+        self.write = context.write
+        self.size = len
+        self.decode = codec.decode_stream_request
+        self.encode = codec.encode_stream_response
+
+    async def read(self) -> bytes | None:
+        data: Any = await self._context.read()
+        if data is grpc.aio.EOF:
+            return None
+        self._arrived(self._peer, len(data))
+        return bytes(data)
+
+    def id(self, message: bytes) -> int:
+        return codec.decode_stream_header(message, AT_ONCE_FIELDS).id
+
+
 class _Flow:
     """The requests of one stream that are in flight: received, but not yet answered.
 
@@ -33,11 +96,14 @@ class _Flow:
               requests are in flight
     lane      keeps the requests in order while some wait for the disk
     gone      True once the client no longer reads replies
+    method    name of the method that failed requests count for
     """
 
-    __slots__ = ("answers", "gone", "inflight", "lane", "room")
+    __slots__ = ("answers", "caller", "gone", "inflight", "lane", "method", "room")
 
-    def __init__(self) -> None:
+    def __init__(self, caller: Caller, method: str) -> None:
+        self.caller = caller
+        self.method = method
         self.answers: asyncio.Queue[tuple[int, Begun, Reservation] | None] = asyncio.Queue()
         self.inflight = 0
         self.lane = Lane()
@@ -82,42 +148,54 @@ class Streams:
         The first argument, an iterator over the client's messages, is not used: they are read with
         ``context.read``.
         """
-        flow = _Flow()
-        writer = asyncio.create_task(self._write(flow, context))
-        self._writers.add(writer)
-        writer.add_done_callback(self._writers.discard)
         self._limits.stats.streams += 1
         try:
-            broken = await self._read(flow, context)
+            broken = await self.serve(_Stream(context, self._handlers.arrived), "Stream")
+        finally:
+            self._limits.stats.streams -= 1
+        if broken is not None:
+            await abort(context, broken)
+
+    async def serve(self, caller: Caller, method: str) -> Exception | None:
+        """Serve one stream until the client ends it, the server stops, or a message of the client
+        cannot be decoded.
+
+        method  name of the method that failed requests count for
+
+        Returns the error with which to end the stream; None if the client ended it.
+        """
+        flow = _Flow(caller, method)
+        writer = asyncio.create_task(self._write(flow))
+        self._writers.add(writer)
+        writer.add_done_callback(self._writers.discard)
+        try:
+            broken = await self._read(flow)
             flow.answers.put_nowait(None)
             await asyncio.shield(writer)
         except BaseException:
             flow.gone = True
             flow.answers.put_nowait(None)
             raise
-        finally:
-            self._limits.stats.streams -= 1
         if broken is not None:
-            self._handlers.count_error("Stream", broken)
-            await abort(context, broken)
+            self._handlers.count_error(method, broken)
+        return broken
 
-    async def _read(self, flow: _Flow, context: Context) -> Exception | None:
+    async def _read(self, flow: _Flow) -> Exception | None:
         """Read requests from the client and start them; pause while too many are in flight.
 
         Returns the error with which to end the stream: codec.Malformed, or Draining if the server
         stops; None if the client ended the stream. The ``del`` statements free the memory of each
         message as soon as it has been decoded.
         """
-        task, peer = asyncio.current_task(), context.peer()
+        task = asyncio.current_task()
         assert task is not None
         try:
             while not self._limits.draining:
                 self._streams[task] = True
-                data = await context.read()
+                data = await flow.caller.read()
                 self._streams[task] = False
-                if data is grpc.aio.EOF or flow.gone:
+                if data is None or flow.gone:
                     return None
-                self._handlers.arrived(peer, len(data))
                 accepted = self._accept(flow, data)
                 del data
                 if accepted is not None:
@@ -136,7 +214,7 @@ class Streams:
             del task
         return Draining("the server is stopping")
 
-    def _accept(self, flow: _Flow, data: bytes) -> Awaitable[None] | None:
+    def _accept(self, flow: _Flow, data: Any) -> Awaitable[None] | None:
         """Reserve memory for one request, decode it, start it, and add its result to
         ``flow.answers``. If no memory can be reserved, adds the error as the result.
 
@@ -146,14 +224,15 @@ class Streams:
         """
         start = time.perf_counter()
         try:
-            reservation = self._limits.admit(len(data))
+            size = flow.caller.size(data)
+            reservation = self._limits.admit(size)
         except Exception as error:
-            header = codec.decode_stream_header(data, AT_ONCE_FIELDS)
             begun: Begun = start, None, error.with_traceback(None)
-            flow.answers.put_nowait((header.id, begun, Reservation(self._limits, 0)))
+            answer = flow.caller.id(data), begun, Reservation(self._limits, 0)
+            flow.answers.put_nowait(answer)
             return None
         try:
-            read = self._exchanges.read_at_once(codec.decode_stream_request, data)
+            read = self._exchanges.read_at_once(flow.caller.decode, data, size)
         except BaseException:
             reservation.release()
             raise
@@ -163,7 +242,7 @@ class Streams:
         return None
 
     async def _accept_large(
-        self, flow: _Flow, data: bytes, start: float, reservation: Reservation
+        self, flow: _Flow, data: Any, start: float, reservation: Reservation
     ) -> None:
         """Decode an admitted request on a worker thread, start it, and add its result to
         ``flow.answers``.
@@ -171,9 +250,8 @@ class Streams:
         data   the encoded request
         start  time of arrival, in seconds of ``time.perf_counter``
         """
-        decode = codec.decode_stream_request
         try:
-            read = await self._exchanges.read_on_thread(decode, data, reservation)
+            read = await self._exchanges.read_on_thread(flow.caller.decode, data, reservation)
         except BaseException:
             reservation.release()
             raise
@@ -193,24 +271,25 @@ class Streams:
         flow.inflight += reservation.size
         flow.answers.put_nowait((head.id, begun, reservation))
 
-    async def _write(self, flow: _Flow, context: Context) -> None:
+    async def _write(self, flow: _Flow) -> None:
         """Wait for each result in ``flow.answers`` and send it to the client, until None is queued.
 
         If sending fails, the client is gone: later results are discarded.
         """
+        encode = flow.caller.encode
         while (answer := await flow.answers.get()) is not None:
             id, begun, reservation = answer
             try:
                 done = await self._exchanges.finish(begun)
-                data = b"" if flow.gone else codec.encode_stream_response(id, done)
+                data = b"" if flow.gone else encode(id, done)
                 del done
             except Exception as error:
-                self._handlers.count_error("Stream", error)
+                self._handlers.count_error(flow.method, error)
                 mirrored = pb.Status.FromString(status_of(error).SerializeToString())
-                data = codec.encode_stream_response(id, mirrored)
+                data = encode(id, mirrored)
             if not flow.gone:
                 try:
-                    await context.write(data)
+                    await flow.caller.write(data)
                 except Exception:  # gRPC raises several types; each means that the call has ended
                     flow.gone = True
             flow.inflight -= reservation.size

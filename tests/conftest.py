@@ -112,11 +112,15 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def connect() -> Iterator[Callable[..., Client]]:
-    """Return connect(cluster, **options). Its clients are closed after the test."""
+    """Return connect(cluster, **options). Its clients are closed after the test.
+
+    They use gRPC, unless they are given lane="auto" or "require".
+    """
     with ExitStack() as stack:
 
         def make(cluster: Cluster, **options: object) -> Client:
-            client = Client(cluster.addresses, **{"timeout": 60.0, **options})  # type: ignore[arg-type]
+            chosen = {"timeout": 60.0, "lane": "never", **options}
+            client = Client(cluster.addresses, **chosen)  # type: ignore[arg-type]
             stack.callback(client.close)
             return client
 

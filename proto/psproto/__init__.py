@@ -12,6 +12,7 @@ fields.py       splits a message into fields, with a limit on their number
 encoding.py     converts messages to bytes
 decoding.py     converts bytes to messages
 codec.py        re-exports the five modules above
+lanes.py        messages of the same-host lane, whose arrays are in shared memory
 """
 
 from psproto import kernelcache

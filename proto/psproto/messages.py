@@ -19,6 +19,8 @@ class PullMessage:
 
     header: pb.PullHeader
     keys: Keys  # uint64[n]
+    dim: int = 0  # length of the embeddings that the client expects; a received message has 0
+    room: NDArray[np.uint8] | None = None  # memory for the reply's arrays; None: not on a lane
 
 
 @dataclass(slots=True)

@@ -27,6 +27,11 @@ class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MODE_TRAIN: _ClassVar[Mode]
     MODE_SERVE: _ClassVar[Mode]
 
+class LaneKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LANE_KIND_UNSPECIFIED: _ClassVar[LaneKind]
+    LANE_KIND_MEMFD: _ClassVar[LaneKind]
+
 class Start(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     START_UNSPECIFIED: _ClassVar[Start]
@@ -51,6 +56,8 @@ DURABILITY_FSYNC: Durability
 MODE_UNSPECIFIED: Mode
 MODE_TRAIN: Mode
 MODE_SERVE: Mode
+LANE_KIND_UNSPECIFIED: LaneKind
+LANE_KIND_MEMFD: LaneKind
 START_UNSPECIFIED: Start
 START_SNAPSHOT: Start
 START_EARLIEST: Start
@@ -469,6 +476,72 @@ class RetryInfo(_message.Message):
     RETRY_DELAY_FIELD_NUMBER: _ClassVar[int]
     retry_delay: RetryInfo.Delay
     def __init__(self, retry_delay: _Optional[_Union[RetryInfo.Delay, _Mapping]] = ...) -> None: ...
+
+class Lane(_message.Message):
+    __slots__ = ("path", "token")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    token: bytes
+    def __init__(self, path: _Optional[str] = ..., token: _Optional[bytes] = ...) -> None: ...
+
+class LaneRequest(_message.Message):
+    __slots__ = ("id", "timeout_ms", "pushes", "pulls", "token", "regions")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    PUSHES_FIELD_NUMBER: _ClassVar[int]
+    PULLS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    REGIONS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    timeout_ms: int
+    pushes: _containers.RepeatedCompositeFieldContainer[LanePush]
+    pulls: _containers.RepeatedCompositeFieldContainer[LanePull]
+    token: bytes
+    regions: _containers.RepeatedCompositeFieldContainer[LaneRegion]
+    def __init__(self, id: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., pushes: _Optional[_Iterable[_Union[LanePush, _Mapping]]] = ..., pulls: _Optional[_Iterable[_Union[LanePull, _Mapping]]] = ..., token: _Optional[bytes] = ..., regions: _Optional[_Iterable[_Union[LaneRegion, _Mapping]]] = ...) -> None: ...
+
+class LaneRegion(_message.Message):
+    __slots__ = ("region", "kind", "size")
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    region: int
+    kind: LaneKind
+    size: int
+    def __init__(self, region: _Optional[int] = ..., kind: _Optional[_Union[LaneKind, str]] = ..., size: _Optional[int] = ...) -> None: ...
+
+class Slice(_message.Message):
+    __slots__ = ("region", "offset", "size")
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    region: int
+    offset: int
+    size: int
+    def __init__(self, region: _Optional[int] = ..., offset: _Optional[int] = ..., size: _Optional[int] = ...) -> None: ...
+
+class LanePush(_message.Message):
+    __slots__ = ("header", "keys", "counts", "gradients")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    header: PushHeader
+    keys: Slice
+    counts: Slice
+    gradients: Slice
+    def __init__(self, header: _Optional[_Union[PushHeader, _Mapping]] = ..., keys: _Optional[_Union[Slice, _Mapping]] = ..., counts: _Optional[_Union[Slice, _Mapping]] = ..., gradients: _Optional[_Union[Slice, _Mapping]] = ...) -> None: ...
+
+class LanePull(_message.Message):
+    __slots__ = ("header", "keys", "room")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    ROOM_FIELD_NUMBER: _ClassVar[int]
+    header: PullHeader
+    keys: Slice
+    room: Slice
+    def __init__(self, header: _Optional[_Union[PullHeader, _Mapping]] = ..., keys: _Optional[_Union[Slice, _Mapping]] = ..., room: _Optional[_Union[Slice, _Mapping]] = ...) -> None: ...
 
 class WaitDurableRequest(_message.Message):
     __slots__ = ("version",)
@@ -909,7 +982,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("release", "shard", "shard_map", "limits", "version", "memory_bytes", "memory_budget_bytes", "lineage", "durable_version", "uptime_seconds", "tables", "rows", "log_bytes", "log_first_version", "flush_age_seconds", "damaged_blocks", "cluster", "advertise", "start", "gpu_bytes", "gpu_budget_bytes", "gpu_paused")
+    __slots__ = ("release", "shard", "shard_map", "limits", "version", "memory_bytes", "memory_budget_bytes", "lineage", "durable_version", "uptime_seconds", "tables", "rows", "log_bytes", "log_first_version", "flush_age_seconds", "damaged_blocks", "cluster", "advertise", "start", "gpu_bytes", "gpu_budget_bytes", "gpu_paused", "lane")
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     SHARD_MAP_FIELD_NUMBER: _ClassVar[int]
@@ -932,6 +1005,7 @@ class GetServerInfoResponse(_message.Message):
     GPU_BYTES_FIELD_NUMBER: _ClassVar[int]
     GPU_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     GPU_PAUSED_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
     release: str
     shard: int
     shard_map: ShardMap
@@ -954,7 +1028,8 @@ class GetServerInfoResponse(_message.Message):
     gpu_bytes: int
     gpu_budget_bytes: int
     gpu_paused: bool
-    def __init__(self, release: _Optional[str] = ..., shard: _Optional[int] = ..., shard_map: _Optional[_Union[ShardMap, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., version: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., lineage: _Optional[bytes] = ..., durable_version: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., tables: _Optional[int] = ..., rows: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_first_version: _Optional[int] = ..., flush_age_seconds: _Optional[float] = ..., damaged_blocks: _Optional[int] = ..., cluster: _Optional[str] = ..., advertise: _Optional[str] = ..., start: _Optional[int] = ..., gpu_bytes: _Optional[int] = ..., gpu_budget_bytes: _Optional[int] = ..., gpu_paused: bool = ...) -> None: ...
+    lane: Lane
+    def __init__(self, release: _Optional[str] = ..., shard: _Optional[int] = ..., shard_map: _Optional[_Union[ShardMap, _Mapping]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., version: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., memory_budget_bytes: _Optional[int] = ..., lineage: _Optional[bytes] = ..., durable_version: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., tables: _Optional[int] = ..., rows: _Optional[int] = ..., log_bytes: _Optional[int] = ..., log_first_version: _Optional[int] = ..., flush_age_seconds: _Optional[float] = ..., damaged_blocks: _Optional[int] = ..., cluster: _Optional[str] = ..., advertise: _Optional[str] = ..., start: _Optional[int] = ..., gpu_bytes: _Optional[int] = ..., gpu_budget_bytes: _Optional[int] = ..., gpu_paused: bool = ..., lane: _Optional[_Union[Lane, _Mapping]] = ...) -> None: ...
 
 class AnalyzeRequest(_message.Message):
     __slots__ = ("table", "checkpoint", "frequencies", "ages", "norms", "grace", "top", "columns")

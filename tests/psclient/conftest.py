@@ -1,4 +1,4 @@
-"""Clients of one shard and of three, over streams and unary calls."""
+"""Clients of one shard and of three, over streams, unary calls and same-host lanes."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ def client(cluster: Cluster, connect: Any) -> Client:
     return connect(cluster)
 
 
-@pytest.fixture(params=["stream", "unary"])
+@pytest.fixture(params=["stream", "unary", "lane"])
 def any_client(request: pytest.FixtureRequest, cluster: Cluster, connect: Any) -> Client:
+    if request.param == "lane":
+        return connect(cluster, lane="require")
     return connect(cluster, transport=request.param)
 
 

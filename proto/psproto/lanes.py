@@ -1,0 +1,310 @@
+"""Encode and decode the messages of the same-host lane, which ps.proto specifies.
+
+A lane is a way to send exchanges without gRPC: the arrays are in regions, memory that client and
+server both map. Only small messages go over a Unix socket. A slice of a region has an array of a
+request. A room is a slice that receives the arrays of the reply to a pull.
+
+The server copies every array of a request before it checks it. A client that changes a region
+meanwhile can therefore do no more than one that sends other arrays.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from struct import Struct
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from psproto import ps_pb2 as pb
+from psproto.dtypes import WIRE, Malformed, TooManyFields, wire_dtype
+from psproto.fields import FIELDS_PER_PART
+from psproto.messages import Exchange, Exchanged, Pulled, PullMessage, PushMessage
+
+LENGTH = Struct("<I")  # the size of a message, which is sent before it
+MOST_MESSAGE = 4 << 20  # maximum size of a message on the socket, in bytes
+HEADER = Struct("<8sQ16s")  # the header of a region: MAGIC, size in bytes, token of the lane
+HEADER_BYTES = 64  # offset of the first slice in a region
+MAGIC = b"pslane01"
+LONGEST_PATH = 107  # bytes of a Unix socket's path
+ALIGNMENT = 8  # the offset of each slice is a multiple of it
+
+_U8, _U4, _I8 = np.dtype("<u8"), np.dtype("<u4"), np.dtype("<i8")
+_EMPTY: dict[Any, NDArray[Any]] = {dtype: np.empty(0, dtype) for dtype in (_U8, _U4, _I8)}
+
+Memory = Any  # an object with a writable buffer: the memory of a region
+
+
+class BadSlice(ValueError):
+    """A slice of a request is not in the regions that the client has registered."""
+
+
+def framed(message: bytes) -> bytes:
+    """Return a message with its size before it, as it is sent over the socket."""
+    return LENGTH.pack(len(message)) + message
+
+
+@contextmanager
+def reachable(path: Path) -> Iterator[str]:
+    """Yield a name for a Unix socket's path that is short enough for the kernel, in a block."""
+    if len(os.fsencode(path)) <= LONGEST_PATH:
+        yield str(path)
+        return
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
+
+
+def room_bytes(n: int, dim: int, dtype: int, metadata: bool) -> int:
+    """Return the size of a room for the rows of n keys, in bytes.
+
+    dtype     pb.DType of the embeddings
+    metadata  whether versions, steps and frequencies follow
+    """
+    size = n * dim * WIRE[dtype].itemsize
+    return _aligned(size) + 24 * n if metadata else size
+
+
+def _aligned(size: int) -> int:
+    return size + ALIGNMENT - 1 & -ALIGNMENT
+
+
+# ---- the client
+
+
+def exchange_bytes(exchange: Exchange) -> int:
+    """Return the size of the slices and rooms of an exchange, with the gaps that align them."""
+    size = 0
+    for push in exchange.pushes:
+        size += _aligned(push.keys.nbytes) + _aligned(push.gradients.nbytes)
+        if push.counts is not None:
+            size += _aligned(push.counts.nbytes)
+    for pull in exchange.pulls:
+        size += _aligned(pull.keys.nbytes) + _aligned(_room_of(pull))
+    return size
+
+
+def _room_of(pull: PullMessage) -> int:
+    head = pull.header
+    if head.prefetch:
+        return 0
+    return room_bytes(len(pull.keys), pull.dim, wire_dtype(head.dtype), head.with_metadata)
+
+
+def encode_request(
+    header: pb.StreamRequestHeader, exchange: Exchange, memory: Memory, region: int, at: int
+) -> bytes:
+    """Copy the arrays of an exchange to a region; return the bytes of its LaneRequest.
+
+    header  id and timeout of the request
+    memory  memory of the region
+    region  number of the region
+    at      offset in the region, a multiple of 8; ``exchange_bytes(exchange)`` bytes there are
+            overwritten
+
+    The gradients in ``exchange`` are replaced by their copies in the region: the arrays of the
+    caller may change, and the request may have to be encoded again.
+    """
+    request = pb.LaneRequest(id=header.id, timeout_ms=header.timeout_ms)
+
+    def put(field: pb.Slice, array: NDArray[Any]) -> NDArray[Any]:
+        nonlocal at
+        size = array.nbytes
+        field.region, field.offset, field.size = region, at, size
+        if size:
+            copy = np.frombuffer(memory, array.dtype, array.size, at)
+            copy[:] = array.reshape(-1)
+            array = copy
+        at += size + 7 & -8
+        return array
+
+    for push in exchange.pushes:
+        sent = request.pushes.add()
+        sent.header.CopyFrom(push.header)
+        put(sent.keys, push.keys)
+        if push.counts is not None:
+            put(sent.counts, push.counts)
+        push.gradients = put(sent.gradients, push.gradients)
+    for pull in exchange.pulls:
+        asked = request.pulls.add()
+        asked.header.CopyFrom(pull.header)
+        put(asked.keys, pull.keys)
+        room = asked.room
+        room.region, room.offset, room.size = region, at, _room_of(pull)
+        at += room.size + 7 & -8
+    return bytes(request.SerializeToString())
+
+
+def decode_response(data: bytes) -> pb.StreamResponse:
+    """Parse a StreamResponse without arrays. Raises Malformed."""
+    try:
+        reply: pb.StreamResponse = pb.StreamResponse.FromString(data)
+    except DecodeError as error:
+        raise Malformed(f"StreamResponse: {error}") from error
+    return reply
+
+
+def exchanged(reply: pb.ExchangeResponse, exchange: Exchange, memory: Memory, at: int) -> Exchanged:
+    """Return the reply to an exchange, with arrays that are views of the rooms.
+
+    exchange  the exchange that ``encode_request`` encoded with these ``memory`` and ``at``
+
+    Raises Malformed if the reply has another number of pulls.
+    """
+    if len(reply.pulls) != len(exchange.pulls):
+        raise Malformed(f"expected {len(exchange.pulls)} pulls, got {len(reply.pulls)}")
+    for push in exchange.pushes:
+        at += _aligned(push.keys.nbytes) + _aligned(push.gradients.nbytes)
+        at += 0 if push.counts is None else _aligned(push.counts.nbytes)
+    pulls = []
+    for pull, answer in zip(exchange.pulls, reply.pulls, strict=True):
+        at += _aligned(pull.keys.nbytes)
+        size = _room_of(pull)
+        pulls.append(_pulled(answer.header, pull, memory, at, size))
+        at += _aligned(size)
+    return Exchanged(list(reply.pushes), pulls)
+
+
+def _pulled(
+    header: pb.PullResponseHeader, pull: PullMessage, memory: Memory, at: int, size: int
+) -> Pulled:
+    n, dim = len(pull.keys), header.dim
+    dtype = wire_dtype(header.dtype)
+    if not size or header.dim != pull.dim or dtype != wire_dtype(pull.header.dtype):
+        return Pulled(header, np.empty(0, WIRE[dtype]), _EMPTY[_U8], _EMPTY[_I8], _EMPTY[_U8])
+    return Pulled(header, *_columns(memory, at, n, dim, dtype, pull.header.with_metadata))
+
+
+# ---- the server
+
+
+def parse(data: bytes) -> pb.LaneRequest:
+    """Parse a LaneRequest. Raises Malformed."""
+    try:
+        request: pb.LaneRequest = pb.LaneRequest.FromString(data)
+    except DecodeError as error:
+        raise Malformed(f"LaneRequest: {error}") from error
+    return request
+
+
+def request_bytes(request: pb.LaneRequest) -> int:
+    """Return the size of the slices of a request, in bytes, as the client claims it."""
+    size = sum(pull.keys.size for pull in request.pulls)
+    for push in request.pushes:
+        size += push.keys.size + push.counts.size + push.gradients.size
+    return int(size)
+
+
+def decode_request(request: pb.LaneRequest, regions: Mapping[int, Memory], budget: int) -> Exchange:
+    """Return the exchange of a request, with copies of its arrays and views of its rooms.
+
+    regions  the regions of the client, by number
+    budget   maximum number of fields; each push or pull counts as FIELDS_PER_PART (16)
+
+    Raises BadSlice, Malformed if a dtype is unknown, and TooManyFields.
+    """
+    if FIELDS_PER_PART * (len(request.pushes) + len(request.pulls)) > budget:
+        raise TooManyFields
+    pushes, pulls = [], []
+    for push in request.pushes:
+        keys = _array(regions, push.keys, _U8, "keys").copy()
+        counts = None
+        if push.counts.size:
+            counts = _array(regions, push.counts, _U4, "counts").copy()
+        numbers = WIRE[wire_dtype(push.header.dtype)]
+        gradients = _array(regions, push.gradients, numbers, "gradients").copy()
+        pushes.append(PushMessage(push.header, keys, counts, gradients))
+    for pull in request.pulls:
+        keys = _array(regions, pull.keys, _U8, "keys").copy()
+        room = _array(regions, pull.room, np.dtype(np.uint8), "room")
+        pulls.append(PullMessage(pull.header, keys, room=room))
+    return Exchange(pushes, pulls)
+
+
+def _array(
+    regions: Mapping[int, Memory], at: pb.Slice, dtype: np.dtype[Any], field: str
+) -> NDArray[Any]:
+    """Return a slice as an array, a view of its region.
+
+    field  name of the slice, for errors
+
+    Raises BadSlice.
+    """
+    region, offset, size = at.region, at.offset, at.size
+    if not size:
+        return np.empty(0, dtype)
+    memory = regions.get(region)
+    if memory is None:
+        raise BadSlice(f"field {field!r}: region {region} is not registered")
+    count, rest = divmod(size, dtype.itemsize)
+    if rest or offset % ALIGNMENT or not HEADER_BYTES <= offset <= len(memory) - size:
+        raise BadSlice(
+            f"field {field!r}: expected a multiple of {dtype.itemsize} bytes, at a multiple of"
+            f" {ALIGNMENT}, from {HEADER_BYTES} on, in region {region} of {len(memory)} bytes; got"
+            f" {size} bytes at {offset}"
+        )
+    return np.frombuffer(memory, dtype, count, offset)
+
+
+def rows_in(room: NDArray[np.uint8], n: int, dim: int) -> NDArray[np.float32]:
+    """Return the part of a room that receives embeddings, as float32[n, dim].
+
+    room  room of at least ``4 * n * dim`` bytes
+    """
+    return room[: 4 * n * dim].view(np.float32).reshape(n, dim)
+
+
+def fill(room: NDArray[np.uint8], pulled: Pulled) -> None:
+    """Copy the arrays of a reply to its room, except those that are there already.
+
+    room  room whose size is that of the arrays, see ``room_bytes``
+    """
+    n = pulled.embeddings.size // max(pulled.header.dim, 1)
+    columns = _columns(
+        room, 0, n, pulled.header.dim, wire_dtype(pulled.header.dtype), len(pulled.versions) > 0
+    )
+    arrays = (pulled.embeddings.reshape(-1), pulled.versions, pulled.steps, pulled.frequencies)
+    for column, array in zip(columns, arrays, strict=True):
+        if len(column) and not np.may_share_memory(column, array):
+            column[:] = array
+
+
+def _columns(
+    memory: Memory, at: int, n: int, dim: int, dtype: int, metadata: bool
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Return (embeddings, versions, steps, frequencies) as flat views of a room.
+
+    memory  memory that contains the room
+    at      offset of the room in it
+    n       number of keys; not 0
+    """
+    kind = WIRE[dtype]
+    embeddings = np.frombuffer(memory, kind, n * dim, at)
+    if not metadata:
+        return embeddings, _EMPTY[_U8], _EMPTY[_I8], _EMPTY[_U8]
+    at += _aligned(n * dim * kind.itemsize)
+    versions, steps, frequencies = (
+        np.frombuffer(memory, each, n, at + 8 * n * i) for i, each in enumerate((_U8, _I8, _U8))
+    )
+    return embeddings, versions, steps, frequencies
+
+
+def encode_response(id: int, answer: Exchanged | pb.Status) -> bytes:
+    """Return the bytes of a StreamResponse without arrays; a Status reports an error."""
+    reply = pb.StreamResponse(id=id)
+    if isinstance(answer, pb.Status):
+        reply.error.CopyFrom(answer)
+        return bytes(reply.SerializeToString())
+    exchange = reply.exchange
+    exchange.SetInParent()
+    exchange.pushes.extend(answer.pushes)
+    for pulled in answer.pulls:
+        exchange.pulls.add().header.CopyFrom(pulled.header)
+    return bytes(reply.SerializeToString())

@@ -1,0 +1,156 @@
+"""LaneLink: connection to one shard through the same-host lane, or else through a gRPC stream.
+
+A shard that offers a lane says so in its answer to GetServerInfo. The client opens the socket that
+the answer names, and sends the token that it has: so it knows that the server there is the shard,
+and that both are on one host. If the lane cannot be used, the link uses gRPC, or refuses every call
+if the user demands the lane. When the lane breaks, the link asks the shard for its lane again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from psclient.channel import OPTIONS, Cancelled, Options
+from psclient.errors import NoLane, PsError
+from psclient.lanepipe import LanePipe
+from psclient.pipe import GrpcPipe, Pipe
+from psclient.routes import Route
+from psclient.session import Call, Session
+from psclient.stream import StreamLink
+from psproto import codec
+from psproto import ps_pb2 as pb
+
+ASK_SECONDS = 1.0  # maximum time to ask the shard for its lane
+INFO = "/ps.v1.InfoService/GetServerInfo"
+
+
+class _NoPipe:
+    """A pipe that cannot be used: a lane that is demanded, but not there.
+
+    why  the reason
+    """
+
+    def __init__(self, why: str) -> None:
+        self._why = why
+
+    def send(self, call: Call) -> None:
+        for push in call.exchange.pushes:  # the caller may change its arrays
+            push.gradients = push.gradients.copy()
+
+    def receive(self) -> tuple[int, codec.Exchanged | pb.Status]:
+        raise ConnectionError(self._why)
+
+    def end(self) -> None:
+        pass
+
+    def cancel(self) -> None:
+        pass
+
+
+class LaneLink(StreamLink):
+    """Connection to one shard through the same-host lane, if possible. Link explains the methods.
+
+    demanded  whether calls fail if there is no lane; otherwise they use gRPC
+
+    why  why the lane is not in use; "": it is
+    """
+
+    def __init__(
+        self,
+        where: str,
+        route: Route,
+        session: Session,
+        options: Options = OPTIONS,
+        *,
+        demanded: bool = False,
+    ) -> None:
+        super().__init__(where, route, session, options)
+        self.why = "the shard was not asked yet"
+        self._demanded = demanded
+        self._offer: pb.Lane | None = None
+        self._look = False  # whether to ask the shard for its lane before the next call
+
+    def offered(self, info: pb.GetServerInfoResponse) -> None:
+        """Take the shard's answer to GetServerInfo, and open its lane.
+
+        Raises NoLane if the lane is demanded, but cannot be used.
+        """
+        with self.lock:
+            self._take_offer(info)
+            if self._offer is not None and self._pipe is None:
+                self._reopen()
+            if self._demanded and self.why:
+                raise NoLane(
+                    f"{self.where}: lane='require', but the lane cannot be used: {self.why}"
+                )
+
+    def submit(self, call: Call, *, background: bool = False) -> None:
+        if self._look:
+            self._look = False
+            self._ask(call.deadline)
+            if self._offer is not None:
+                with self.lock:
+                    pipe = self._drop_pipe()
+                if pipe is not None:
+                    pipe.cancel()
+        super().submit(call, background=background)
+
+    def _new_pipe(self, calls: Sequence[Call]) -> Pipe:
+        if self._offer is not None:
+            try:
+                pipe = LanePipe(self._offer)
+                for call in calls:
+                    pipe.send(call)
+            except (NoLane, OSError) as error:
+                self.why, self._offer = str(error), None
+            else:
+                self.why = ""
+                return pipe
+        return _NoPipe(self.why) if self._demanded else GrpcPipe(self.channel, calls)
+
+    def _send(self, call: Call) -> None:
+        try:
+            super()._send(call)
+        except OSError as error:  # no memory for a region
+            self.why, self._offer = str(error), None
+            pipe = self._drop_pipe()
+            self._reopen()
+            if pipe is not None:
+                pipe.cancel()
+
+    def _lost(self, pipe: Pipe, deadline: float) -> None:
+        if isinstance(pipe, LanePipe) and pipe.refused:
+            with self.lock:
+                self.why, self._offer = pipe.refused, None
+        elif isinstance(pipe, LanePipe | _NoPipe):
+            self._ask(deadline)
+
+    def _recovered(self) -> None:
+        self._look = not isinstance(self._pipe, LanePipe)
+
+    def _ask(self, deadline: float) -> None:
+        """Ask the shard for its lane. The caller does not hold the lock.
+
+        deadline  monotonic seconds at which the caller must have its answer
+        """
+        seconds = min(ASK_SECONDS, max(deadline - time.monotonic(), 0.001))
+        try:
+            request = pb.GetServerInfoRequest().SerializeToString()
+            answer = self.channel.call(INFO, request, seconds)
+            info = pb.GetServerInfoResponse.FromString(answer)
+        except (grpc.RpcError, Cancelled, PsError, DecodeError) as error:
+            with self.lock:
+                self._offer, self.why = None, f"the shard does not answer: {error}"
+            return
+        with self.lock:
+            self._take_offer(info)
+
+    def _take_offer(self, info: pb.GetServerInfoResponse) -> None:
+        """Remember the lane that the shard offers. The caller holds the lock."""
+        self._offer = info.lane if info.HasField("lane") else None
+        if self._offer is None:
+            self.why = "the server offers none: start it with lane=on"

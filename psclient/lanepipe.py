@@ -1,0 +1,224 @@
+"""LanePipe: a pipe through the same-host lane of a server.
+
+The arrays of requests and answers are in shared memory (regions.py); messages without arrays go
+over a Unix socket. psproto/lanes.py describes them.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import threading
+import weakref
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+
+from psclient.errors import NoLane
+from psclient.regions import Chunk, Regions
+from psclient.session import Call
+from psproto import codec, lanes
+from psproto import ps_pb2 as pb
+
+HELLO_SECONDS = 5.0  # maximum time for the server to answer the first message
+PIECE = 1 << 16  # maximum bytes that one call reads from the socket
+LANE_REASONS = ("LANE_REFUSED", "LANE_LIMIT")
+
+
+class LaneLost(ConnectionError):
+    """The lane cannot be used any more: the server refused memory, or closed the socket."""
+
+
+class LanePipe:
+    """Pipe through the same-host lane of a server.
+
+    offer  the server's answer to GetServerInfo: the path of its socket, and the token
+
+    refused  why the server refused the memory of this client; "": it did not
+
+    Raises NoLane with the reason if the lane cannot be used.
+    """
+
+    def __init__(self, offer: pb.Lane) -> None:
+        self.refused = ""
+        self._regions = Regions(offer.token)
+        self._waiting: dict[int, tuple[Chunk, codec.Exchange]] = {}  # by id of the call
+        self._received = bytearray()  # the beginning of a message that is not complete
+        self._unsent: deque[tuple[bytes, list[int]]] = deque()  # messages and their descriptors
+        self._sending = threading.Lock()
+        self._socket = _connected(offer.path)
+        try:
+            self._greet(offer)
+        except BaseException:
+            self._socket.close()
+            raise
+        _pipes.add(self)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_socket"):
+            self._socket.close()
+
+    def send(self, call: Call) -> None:
+        chunk = self._regions.take(lanes.exchange_bytes(call.exchange))
+        region = chunk.region
+        request = lanes.encode_request(
+            call.stream_header(), call.exchange, region.memory, region.number, chunk.start
+        )
+        call.handle = chunk
+        self._waiting[call.id] = chunk, call.exchange
+        fds: list[int] = []
+        if self._regions.fresh:
+            request += _registration(self._regions).SerializeToString()  # protobuf merges them
+            fds = [each.fd for each in self._regions.fresh]
+        self._put(lanes.framed(request), fds)
+        if fds:
+            for each in self._regions.fresh:
+                each.sent()
+            self._regions.fresh.clear()
+
+    def receive(self) -> tuple[int, codec.Exchanged | pb.Status]:
+        reply = lanes.decode_response(self._message())
+        chunk, exchange = self._waiting.pop(reply.id, (None, None))
+        if reply.HasField("error"):
+            if _reason(reply.error) in LANE_REASONS:
+                self.refused = reply.error.message
+            if not reply.id or self.refused:
+                raise LaneLost(reply.error.message)
+            return reply.id, reply.error
+        if chunk is None or exchange is None:
+            return reply.id, codec.Exchanged([], [])
+        return reply.id, lanes.exchanged(reply.exchange, exchange, chunk.region.memory, chunk.start)
+
+    def end(self) -> None:
+        pass
+
+    def cancel(self) -> None:
+        with suppress(OSError):  # it is not connected any more
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: close the socket, and forget the memory. The parent keeps both."""
+        self._socket.close()
+        self._regions.forget()
+        self._waiting.clear()
+
+    # ---- bytes of the socket
+
+    def _greet(self, offer: pb.Lane) -> None:
+        """Send the token, and wait for the answer. Raises NoLane."""
+        self._socket.settimeout(HELLO_SECONDS)
+        try:
+            self._socket.sendall(
+                lanes.framed(pb.LaneRequest(token=offer.token).SerializeToString())
+            )
+            reply = lanes.decode_response(self._message())
+        except (OSError, codec.Malformed) as error:
+            raise NoLane(f"the server at {offer.path} did not answer: {error}") from error
+        if reply.HasField("error"):
+            raise NoLane(reply.error.message)
+        self._socket.settimeout(None)
+
+    def _message(self) -> bytes:
+        """Return the bytes of the next message. Raises OSError if the socket was closed."""
+        received, head = self._received, lanes.LENGTH.size
+        while True:
+            if len(received) >= head:
+                end = head + lanes.LENGTH.unpack_from(received)[0]
+                if len(received) >= end:
+                    message = bytes(received[head:end])
+                    del received[:end]
+                    return message
+            data = self._socket.recv(PIECE)
+            if not data:
+                raise LaneLost("the server closed the lane")
+            received += data
+            if self._unsent:
+                with self._sending:
+                    self._flush()
+
+    def _put(self, message: bytes, fds: list[int]) -> None:
+        """Send a message as soon as the socket has room, after those that wait."""
+        with self._sending:
+            self._unsent.append((message, fds))
+            self._flush()
+
+    def _flush(self) -> None:
+        """Send messages that wait, as far as the socket has room.
+
+        While it has none, the server has requests to answer: the thread that reads the answers
+        sends the rest. Errors are left to this thread. The caller holds the lock ``_sending``.
+        """
+        while self._unsent:
+            message, fds = self._unsent[0]
+            try:
+                if fds:
+                    rights = socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds)
+                    sent = self._socket.sendmsg([message], [rights], socket.MSG_DONTWAIT)
+                else:
+                    sent = self._socket.send(message, socket.MSG_DONTWAIT)
+            except OSError:
+                return
+            if sent == len(message):
+                self._unsent.popleft()
+            else:
+                self._unsent[0] = message[sent:], []
+
+
+def _registration(regions: Regions) -> pb.LaneRequest:
+    """Return a message that registers the regions that the server does not know."""
+    return pb.LaneRequest(
+        regions=[
+            pb.LaneRegion(region=each.number, kind=pb.LANE_KIND_MEMFD, size=len(each.memory))
+            for each in regions.fresh
+        ]
+    )
+
+
+def _connected(path: str) -> socket.socket:
+    """Return a socket that is connected to the server at ``path``. Raises NoLane."""
+    if not hasattr(os, "memfd_create"):
+        raise NoLane("this system has no memfd_create, which Linux has")
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        with lanes.reachable(Path(path)) as short:
+            connection.settimeout(HELLO_SECONDS)
+            connection.connect(short)
+    except OSError as error:
+        connection.close()
+        raise NoLane(
+            f"cannot connect to {path}: {error.strerror or error}; {_advice(error)}"
+        ) from error
+    return connection
+
+
+def _advice(error: OSError) -> str:
+    """Return what may cause an error of ``connect``."""
+    if isinstance(error, PermissionError):
+        return "client and server must run as the same user"
+    return (
+        "the server is on a different host, or in a container that does not share the directory of"
+        " the socket under the same path"
+    )
+
+
+def _reason(status: pb.Status) -> str:
+    """Return the reason of an error, such as "LANE_LIMIT"; "" if it has none."""
+    for detail in status.details:
+        if detail.type_url.endswith("ErrorInfo"):
+            return str(pb.ErrorInfo.FromString(detail.value).reason)
+    return ""
+
+
+_pipes: weakref.WeakSet[LanePipe] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    """In a forked child: leave all lanes to the parent."""
+    for pipe in list(_pipes):
+        pipe.leave_to_parent()
+    _pipes.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,81 @@
+"""Pipes: connections that carry requests to one shard, and its replies back, many at once.
+
+A pipe breaks, and is then replaced by a new one (stream.py). GrpcPipe is a call of the gRPC method
+Stream; LanePipe (lanepipe.py) uses shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import grpc
+
+from psclient.channel import Channel
+from psclient.session import Call
+from psproto import codec
+from psproto import ps_pb2 as pb
+
+METHOD = "/ps.v1.RowService/Stream"
+BROKEN = (grpc.RpcError, StopIteration, codec.Malformed, OSError)  # what ``receive`` may raise
+
+
+class Pipe(Protocol):
+    """A connection to one shard that carries many requests at once."""
+
+    def send(self, call: Call) -> None:
+        """Send a request without waiting, in the order of the calls of this method.
+
+        The caller may change the arrays of the request afterwards.
+        """
+        ...
+
+    def receive(self) -> tuple[int, codec.Exchanged | pb.Status]:
+        """Wait for the next reply; return (id of the call, its answer or its error).
+
+        Raises one of BROKEN if the pipe broke.
+        """
+        ...
+
+    def end(self) -> None:
+        """Send nothing any more. Does not block, and does not end ``receive``."""
+        ...
+
+    def cancel(self) -> None:
+        """End the pipe: a thread in ``receive`` gets an error."""
+        ...
+
+
+class GrpcPipe:
+    """Pipe through a call of the gRPC method Stream.
+
+    channel  connection to the shard
+    calls    requests to send first
+    """
+
+    def __init__(self, channel: Channel, calls: Iterable[Call]) -> None:
+        self._channel = channel
+        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
+        for call in calls:
+            self.send(call)
+        try:
+            requests = iter(self._outbox.get, None)
+            self._stream: Any = channel.open_stream(METHOD, requests)
+        except BaseException:
+            self._outbox.put(None)  # ends the stream, if it was opened before the exception
+            raise
+
+    def send(self, call: Call) -> None:
+        if not call.message:
+            call.encode()
+        self._outbox.put(call.message)
+
+    def receive(self) -> tuple[int, codec.Exchanged | pb.Status]:
+        return codec.decode_stream_response(self._channel.read(self._stream))
+
+    def end(self) -> None:
+        self._outbox.put(None)
+
+    def cancel(self) -> None:
+        self._channel.cancel(self._stream)

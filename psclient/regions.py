@@ -1,0 +1,144 @@
+"""Shared memory of a same-host lane: regions, and the chunks in which requests are.
+
+A region is a file in memory (memfd) that client and server both map. A chunk is a part of a region
+that holds the arrays of one request and of its answer. It is freed once nobody refers to it: the
+pipe does until the answer arrives, and the call does until its caller has copied the answer.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from bisect import insort
+from collections import deque
+
+from psproto import lanes
+
+SMALLEST = 4 << 20  # bytes of the first region; each further one has at least twice as many
+PAGE = 4096
+LINE = 64  # chunks begin at a multiple of it, a cache line
+
+
+class Region:
+    """Shared memory for requests.
+
+    number  its number on the lane
+    size    bytes
+    token   token of the lane, which the header of the region has
+
+    memory  the mapped memory
+    fd      descriptor of the file, until ``sent``; -1 afterwards
+
+    Raises OSError if the system has no memory.
+    """
+
+    def __init__(self, number: int, size: int, token: bytes) -> None:
+        self.number = number
+        self.fd = os.memfd_create("ps-lane", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.posix_fallocate(self.fd, 0, size)  # so that the memory is charged to this process
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+            self.memory = mmap.mmap(
+                self.fd, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            )
+        except BaseException:
+            self.sent()
+            raise
+        header = lanes.HEADER.pack(lanes.MAGIC, size, token)
+        self.memory[: len(header)] = header
+        self._free = [(lanes.HEADER_BYTES, size)]  # ascending, not adjacent: (start, end)
+        self._freed: deque[tuple[int, int]] = deque()
+
+    def sent(self) -> None:
+        """Close the descriptor, because the server has its own."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.sent()
+
+    def take(self, size: int) -> Chunk | None:
+        """Return a free chunk of at least ``size`` bytes; None if there is none.
+
+        The caller holds the lock of the lane.
+        """
+        while self._freed:
+            self._put_back(*self._freed.popleft())
+        size = max(size + LINE - 1 & -LINE, LINE)
+        for i, (start, end) in enumerate(self._free):
+            if end - start >= size:
+                if end - start == size:
+                    del self._free[i]
+                else:
+                    self._free[i] = start + size, end
+                return Chunk(self, start, start + size, self._freed)
+        return None
+
+    def _put_back(self, start: int, end: int) -> None:
+        """Add a part to the free ones, and join it with its neighbours."""
+        free = self._free
+        insort(free, (start, end))
+        i = free.index((start, end))
+        if i + 1 < len(free) and free[i + 1][0] == end:
+            free[i : i + 2] = [(start, free[i + 1][1])]
+        if i and free[i - 1][1] == start:
+            free[i - 1 : i + 1] = [(free[i - 1][0], free[i][1])]
+
+
+class Chunk:
+    """A part of a region, which holds the arrays of one request. Freed with its last reference.
+
+    region  the region
+    start   offset of its first byte in the region
+    end     offset after its last byte
+    freed   receives (start, end) when the chunk is freed; any thread may free it
+    """
+
+    __slots__ = ("_freed", "end", "region", "start")
+
+    def __init__(self, region: Region, start: int, end: int, freed: deque[tuple[int, int]]) -> None:
+        self.region = region
+        self.start = start
+        self.end = end
+        self._freed = freed
+
+    def __del__(self) -> None:
+        self._freed.append((self.start, self.end))
+
+
+class Regions:
+    """The regions of one lane.
+
+    token  token of the lane
+
+    fresh  regions that the server does not know yet
+    """
+
+    def __init__(self, token: bytes) -> None:
+        self.fresh: list[Region] = []
+        self._token = token
+        self._all: list[Region] = []
+
+    def take(self, size: int) -> Chunk:
+        """Return a chunk of at least ``size`` bytes; create a region if none has room.
+
+        Raises OSError if the system has no memory.
+        """
+        for region in reversed(self._all):
+            if (chunk := region.take(size)) is not None:
+                return chunk
+        least = 2 * len(self._all[-1].memory) if self._all else SMALLEST
+        wanted = max(least, size + lanes.HEADER_BYTES + LINE)
+        region = Region(len(self._all), wanted + PAGE - 1 & -PAGE, self._token)
+        self._all.append(region)
+        self.fresh.append(region)
+        chunk = region.take(size)
+        assert chunk is not None
+        return chunk
+
+    def forget(self) -> None:
+        """Forget all regions. Each is unmapped once no chunk of it is in use."""
+        self._all.clear()
+        self.fresh.clear()

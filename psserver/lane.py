@@ -1,0 +1,389 @@
+"""Serve the same-host lane: exchanges over a Unix socket, with arrays in shared memory.
+
+Each connection is a stream (stream.py). Only processes with the user id of the server may connect.
+psproto/lanes.py describes the messages, regions.py the memory.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import mmap
+import os
+import secrets
+import socket
+import stat
+import struct
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+from psproto import codec, lanes
+from psproto import ps_pb2 as pb
+from psserver.errors import BadRequest, Refused
+from psserver.limits import Limits
+from psserver.regions import Regions
+from psserver.status import status_of
+from psserver.stream import Streams
+from psserver.unusable import ConfigError
+
+PIECE = 1 << 16  # maximum bytes that one call reads from a socket
+MOST_FDS = 16  # maximum number of descriptors that wait for the message that names them
+BACKLOG = 128  # connections that wait to be accepted
+ANCILLARY = socket.CMSG_SPACE(MOST_FDS * array.array("i").itemsize)
+METHOD = "Lane"  # name under which failed requests are counted
+
+log = structlog.get_logger()
+
+
+class Gone(ConnectionError):
+    """The client has closed the socket."""
+
+
+class Lanes:
+    """The same-host lane of a server, from ``open`` to ``close``. Must be used on the event loop.
+
+    path  path of the Unix socket
+    most  maximum total size of the memory that clients register, in bytes
+
+    offer    what GetServerInfo tells clients about the lane
+    regions  the memory that clients have registered
+    """
+
+    def __init__(self, path: Path, most: int) -> None:
+        self.offer = pb.Lane(path=str(path), token=secrets.token_bytes(16))
+        self.regions = Regions(most, self.offer.token)
+        self._path = path
+        self._listener: socket.socket | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def clients(self) -> int:
+        """Number of connected clients."""
+        return len(self._tasks)
+
+    def open(self, streams: Streams, limits: Limits) -> None:
+        """Listen on the socket. Raises ConfigError if its path cannot be used.
+
+        streams  serves the connections
+        limits   limits the number of connections, together with the calls in progress
+        """
+        self._streams, self._limits = streams, limits
+        self._loop = asyncio.get_running_loop()
+        try:
+            self._listener = _listen(self._path)
+        except OSError as error:
+            raise ConfigError(f"lane: cannot listen on {self._path}: {error}") from error
+        self._loop.add_reader(self._listener.fileno(), self._accept)
+
+    async def close(self, grace: float) -> None:
+        """Close the socket, and end the connections that remain after ``grace`` seconds."""
+        if self._listener is None:
+            return
+        self._loop.remove_reader(self._listener.fileno())
+        self._listener.close()
+        with suppress(OSError):
+            self._path.unlink()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=grace)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _accept(self) -> None:
+        """Accept one connection, and serve it in a task."""
+        assert self._listener is not None
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # the client is gone already, or there are no descriptors
+            return
+        connection.setblocking(False)
+        task = self._loop.create_task(self._serve(connection))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, connection: socket.socket) -> None:
+        """Serve one connection until its end."""
+        client = _Client(connection, self._loop, self.regions, self.offer.token)
+        began = False
+        try:
+            client.require_same_user()
+            self._limits.begin_call()
+            began = True
+            if (broken := await self._streams.serve(client, METHOD)) is not None:
+                await client.refuse(broken)
+        except Refused as error:
+            with suppress(OSError):
+                await client.refuse(error)
+        except OSError:
+            pass
+        finally:
+            if began:
+                self._limits.end_call()
+            client.close()
+
+
+class _Client:
+    """A connection of the lane: the Caller of a stream.
+
+    regions  the regions of all clients
+    token    16 bytes that the first message must have
+    """
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        loop: asyncio.AbstractEventLoop,
+        regions: Regions,
+        token: bytes,
+    ) -> None:
+        self._socket = connection
+        self._fd = connection.fileno()
+        self._loop = loop
+        self._regions = regions
+        self._own: dict[int, mmap.mmap] = {}
+        self._token: bytes | None = token  # None: the client has sent it
+        self._received = bytearray()  # the beginning of a message that is not complete
+        self._fds: list[int] = []  # descriptors that no message has named yet
+        self._waiter: asyncio.Future[bytes] | None = None  # of the task that reads
+        self._listening = False  # whether the loop watches the socket for data
+        self._unsent = bytearray()
+        self._sent: asyncio.Future[None] | None = None  # done when ``_unsent`` is empty
+        self.encode = lanes.encode_response
+
+    def require_same_user(self) -> None:
+        """Raise BadRequest if the client's user id is not that of this process."""
+        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        _, user, _ = struct.unpack("iII", credentials)
+        if user != os.geteuid():
+            raise BadRequest(
+                "LANE_REFUSED",
+                f"the lane serves only processes with the user id of the server, {os.geteuid()},"
+                f" got {user}",
+            )
+
+    def close(self) -> None:
+        """Close the socket, and unmap the client's regions."""
+        self._loop.remove_reader(self._fd)
+        self._loop.remove_writer(self._fd)
+        self._socket.close()
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
+        self._regions.remove(self._own)
+
+    # ---- as stream.py wants it
+
+    async def read(self) -> pb.LaneRequest | None:
+        while True:
+            message = await self._message()
+            if message is None:
+                return None
+            request = lanes.parse(message)
+            if self._token is None and not request.regions:
+                return request
+            try:
+                self._register(request)
+            except Refused as error:
+                await self.write(self.encode(request.id, _status(error)))
+                if self._token is not None:
+                    return None
+                continue
+            if request.pushes or request.pulls:
+                return request
+            await self.write(self.encode(request.id, codec.Exchanged([], [])))
+
+    async def write(self, data: bytes) -> None:
+        message = lanes.framed(data)
+        if self._unsent:
+            self._unsent += message
+        else:
+            try:
+                sent = self._socket.send(message)
+            except BlockingIOError:
+                sent = 0
+            if sent == len(message):
+                return
+            self._unsent += message[sent:]
+            self._sent = self._loop.create_future()
+            self._loop.add_writer(self._fd, self._send_more)
+        assert self._sent is not None
+        await asyncio.shield(self._sent)
+
+    def size(self, message: pb.LaneRequest) -> int:
+        return int(message.ByteSize()) + lanes.request_bytes(message)
+
+    def id(self, message: pb.LaneRequest) -> int:
+        return message.id
+
+    def decode(
+        self, message: pb.LaneRequest, budget: int
+    ) -> tuple[pb.LaneRequest, codec.Exchange | Exception]:
+        try:
+            return message, lanes.decode_request(message, self._own, budget)
+        except codec.TooManyFields:
+            raise
+        except (lanes.BadSlice, codec.Malformed) as error:
+            return message, error.with_traceback(None)
+
+    async def refuse(self, error: Exception) -> None:
+        """Send an error that ends the connection."""
+        await self.write(self.encode(0, _status(error)))
+
+    # ---- registration
+
+    def _register(self, request: pb.LaneRequest) -> None:
+        """Check the token of the first message; map the regions of a message.
+
+        Raises BadRequest or TooLarge.
+        """
+        if self._token is not None and request.token != self._token:
+            raise BadRequest(
+                "LANE_REFUSED",
+                "the first message must have the token of the lane that GetServerInfo returns; the"
+                " server there may be a different one",
+            )
+        self._token = None
+        fds, self._fds = self._fds[: len(request.regions)], self._fds[len(request.regions) :]
+        try:
+            if len(fds) < len(request.regions):
+                raise BadRequest(
+                    "LANE_REFUSED",
+                    f"shared memory: expected {len(request.regions)} descriptors with the message,"
+                    f" got {len(fds)}",
+                )
+            for region, fd in zip(request.regions, fds, strict=True):
+                self._regions.add(self._own, region, fd)
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    # ---- bytes of the socket
+
+    async def _message(self) -> bytes | None:
+        """Return the bytes of the next message; None at the end. Raises Malformed."""
+        received = self._received
+        while True:
+            if len(received) >= lanes.LENGTH.size:
+                (size,) = lanes.LENGTH.unpack_from(received)
+                if size > lanes.MOST_MESSAGE:
+                    raise codec.Malformed(
+                        f"a message must have at most {lanes.MOST_MESSAGE} bytes, got {size}"
+                    )
+                end = lanes.LENGTH.size + size
+                if len(received) >= end:
+                    message = bytes(received[lanes.LENGTH.size : end])
+                    del received[:end]
+                    return message
+            data = await self._receive()
+            if not data:
+                return None
+            received += data
+
+    async def _receive(self) -> bytes:
+        """Wait for bytes, and return them; b"" at the end of the connection."""
+        try:
+            return self._take()
+        except BlockingIOError:
+            pass
+        self._waiter = self._loop.create_future()
+        if not self._listening:
+            self._listening = True
+            self._loop.add_reader(self._fd, self._readable)
+        try:
+            return await self._waiter
+        finally:
+            self._waiter = None
+
+    def _readable(self) -> None:
+        """Pass received bytes to the task that waits for them. The loop calls this."""
+        waiter = self._waiter
+        if waiter is None or waiter.done():  # the task is busy: it will listen again
+            self._loop.remove_reader(self._fd)
+            self._listening = False
+            return
+        try:
+            waiter.set_result(self._take())
+        except BlockingIOError:
+            pass
+        except Exception as error:
+            waiter.set_exception(error)
+
+    def _take(self) -> bytes:
+        """Return bytes that have arrived, and keep the descriptors that came with them.
+
+        Raises BlockingIOError if none have. Raises Malformed if there are too many descriptors.
+        """
+        try:
+            data, ancillary, flags, _ = self._socket.recvmsg(
+                PIECE, ANCILLARY, socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionError:
+            return b""
+        if ancillary:
+            fds = array.array("i")
+            for level, kind, contents in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    fds.frombytes(contents[: len(contents) - len(contents) % fds.itemsize])
+            self._fds += fds
+        if flags & socket.MSG_CTRUNC or len(self._fds) > MOST_FDS:
+            raise codec.Malformed(f"more than {MOST_FDS} descriptors arrived without their message")
+        return data
+
+    def _send_more(self) -> None:
+        """Send what is left. The loop calls this when the socket has room."""
+        sent = self._sent
+        assert sent is not None
+        try:
+            del self._unsent[: self._socket.send(self._unsent)]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._loop.remove_writer(self._fd)
+            if not sent.done():
+                sent.set_exception(error)
+            return
+        if not self._unsent:
+            self._loop.remove_writer(self._fd)
+            if not sent.done():
+                sent.set_result(None)
+
+
+def _status(error: Exception) -> pb.Status:
+    status: pb.Status = pb.Status.FromString(status_of(error).SerializeToString())
+    return status
+
+
+def _listen(path: Path) -> socket.socket:
+    """Return a socket that listens at ``path``, which only this user can open.
+
+    Removes the socket file of a server that was killed. Raises OSError.
+    """
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        with lanes.reachable(path) as short:
+            with suppress(FileNotFoundError):
+                if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                    raise FileExistsError(f"{path} exists, and is not a socket")
+                _require_unused(short)
+                path.unlink()
+            listener.bind(short)
+        path.chmod(0o600)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _require_unused(path: str) -> None:
+    """Raise OSError if another server listens at ``path``."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return
+    raise FileExistsError("another server listens there")
