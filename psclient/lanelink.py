@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from psclient.channel import OPTIONS, Cancelled, Options
 from psclient.errors import NoLane, PsError
 from psclient.lanepipe import LanePipe
-from psclient.pipe import GrpcPipe, Pipe
+from psclient.pipe import GrpcPipe, Pipe, PipeLost
 from psclient.routes import Route
 from psclient.session import Call, Session
 from psclient.stream import StreamLink
@@ -42,7 +42,7 @@ class _NoPipe:
             push.gradients = push.gradients.copy()
 
     def receive(self) -> tuple[int, codec.Exchanged | pb.Status]:
-        raise ConnectionError(self._why)
+        raise PipeLost(self._why)
 
     def end(self) -> None:
         pass
@@ -105,7 +105,7 @@ class LaneLink(StreamLink):
                 pipe = LanePipe(self._offer)
                 for call in calls:
                     pipe.send(call)
-            except (NoLane, OSError) as error:
+            except NoLane as error:
                 self.why, self._offer = str(error), None
             else:
                 self.why = ""
@@ -115,7 +115,7 @@ class LaneLink(StreamLink):
     def _send(self, call: Call) -> None:
         try:
             super()._send(call)
-        except OSError as error:  # no memory for a region
+        except NoLane as error:  # no memory for a region
             self.why, self._offer = str(error), None
             pipe = self._drop_pipe()
             self._reopen()

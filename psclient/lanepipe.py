@@ -16,18 +16,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from psclient.errors import NoLane
+from psclient.pipe import PipeLost
 from psclient.regions import Chunk, Regions
 from psclient.session import Call
+from psclient.signals import Shield
 from psproto import codec, lanes
 from psproto import ps_pb2 as pb
 
 HELLO_SECONDS = 5.0  # maximum time for the server to answer the first message
 PIECE = 1 << 16  # maximum bytes that one call reads from the socket
 LANE_REASONS = ("LANE_REFUSED", "LANE_LIMIT")
-
-
-class LaneLost(ConnectionError):
-    """The lane cannot be used any more: the server refused memory, or closed the socket."""
 
 
 class LanePipe:
@@ -47,13 +45,10 @@ class LanePipe:
         self._received = bytearray()  # the beginning of a message that is not complete
         self._unsent: deque[tuple[bytes, list[int]]] = deque()  # messages and their descriptors
         self._sending = threading.Lock()
-        self._socket = _connected(offer.path)
-        try:
+        with Shield():
+            self._socket = _connected(offer.path)
+            _pipes.add(self)
             self._greet(offer)
-        except BaseException:
-            self._socket.close()
-            raise
-        _pipes.add(self)
 
     def __del__(self) -> None:
         if hasattr(self, "_socket"):
@@ -84,7 +79,7 @@ class LanePipe:
             if _reason(reply.error) in LANE_REASONS:
                 self.refused = reply.error.message
             if not reply.id or self.refused:
-                raise LaneLost(reply.error.message)
+                raise PipeLost(reply.error.message)
             return reply.id, reply.error
         if chunk is None or exchange is None:
             return reply.id, codec.Exchanged([], [])
@@ -113,7 +108,7 @@ class LanePipe:
                 lanes.framed(pb.LaneRequest(token=offer.token).SerializeToString())
             )
             reply = lanes.decode_response(self._message())
-        except (OSError, codec.Malformed) as error:
+        except (OSError, PipeLost, codec.Malformed) as error:
             raise NoLane(f"the server at {offer.path} did not answer: {error}") from error
         if reply.HasField("error"):
             raise NoLane(reply.error.message)
@@ -129,17 +124,22 @@ class LanePipe:
                     message = bytes(received[head:end])
                     del received[:end]
                     return message
-            data = self._socket.recv(PIECE)
+            try:
+                data = self._socket.recv(PIECE)
+            except OSError as error:
+                if error.errno is None:  # a signal handler raised it
+                    raise
+                data = b""
             if not data:
-                raise LaneLost("the server closed the lane")
+                raise PipeLost("the server closed the lane")
             received += data
             if self._unsent:
-                with self._sending:
+                with Shield(), self._sending:
                     self._flush()
 
     def _put(self, message: bytes, fds: list[int]) -> None:
         """Send a message as soon as the socket has room, after those that wait."""
-        with self._sending:
+        with Shield(), self._sending:
             self._unsent.append((message, fds))
             self._flush()
 

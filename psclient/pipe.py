@@ -18,7 +18,13 @@ from psproto import codec
 from psproto import ps_pb2 as pb
 
 METHOD = "/ps.v1.RowService/Stream"
-BROKEN = (grpc.RpcError, StopIteration, codec.Malformed, OSError)  # what ``receive`` may raise
+
+
+class PipeLost(Exception):
+    """A pipe broke that does not use gRPC. Not an OSError, which a signal handler may raise."""
+
+
+BROKEN = (grpc.RpcError, StopIteration, codec.Malformed, PipeLost)  # what ``receive`` may raise
 
 
 class Pipe(Protocol):

@@ -13,6 +13,8 @@ import os
 from bisect import insort
 from collections import deque
 
+from psclient.errors import NoLane
+from psclient.signals import Shield
 from psproto import lanes
 
 SMALLEST = 4 << 20  # bytes of the first region; each further one has at least twice as many
@@ -124,14 +126,21 @@ class Regions:
     def take(self, size: int) -> Chunk:
         """Return a chunk of at least ``size`` bytes; create a region if none has room.
 
-        Raises OSError if the system has no memory.
+        Raises NoLane if the system has no memory.
         """
         for region in reversed(self._all):
             if (chunk := region.take(size)) is not None:
                 return chunk
         least = 2 * len(self._all[-1].memory) if self._all else SMALLEST
         wanted = max(least, size + lanes.HEADER_BYTES + LINE)
-        region = Region(len(self._all), wanted + PAGE - 1 & -PAGE, self._token)
+        wanted = wanted + PAGE - 1 & -PAGE
+        try:
+            with Shield():
+                region = Region(len(self._all), wanted, self._token)
+        except OSError as error:
+            if error.errno is None:  # a signal handler raised it
+                raise
+            raise NoLane(f"no memory for a region of {wanted} bytes: {error.strerror}") from error
         self._all.append(region)
         self.fresh.append(region)
         chunk = region.take(size)

@@ -113,6 +113,18 @@ FACTS = pb.KeyFacts(
 # Messages without arrays are protobuf's to encode; here an example of each.
 PART = pb.CheckpointPart(path="0/000001.blocks", bytes=1 << 21, checksum="0f", version=9)
 FINDING = pb.Finding(check="disk", state=pb.Finding.STATE_ERROR, found="full", advice="free some")
+LANE = pb.Lane(path="/data/lane.sock", token=bytes(range(16)))
+SLICE = pb.Slice(region=1, offset=64, size=16)
+LANE_REGION = pb.LaneRegion(region=1, kind=pb.LANE_KIND_MEMFD, size=1 << 22)
+LANE_PUSH = pb.LanePush(
+    header=pb.PushHeader(table="users", sequence=2),
+    keys=SLICE,
+    counts=pb.Slice(region=1, offset=80, size=8),
+    gradients=pb.Slice(region=1, offset=88, size=64),
+)
+LANE_PULL = pb.LanePull(
+    header=pb.PullHeader(table="users"), keys=SLICE, room=pb.Slice(region=1, offset=152, size=64)
+)
 SMALL = [
     EDGES,
     ROW_LIST,
@@ -264,6 +276,19 @@ SMALL = [
         memory_budget_bytes=2,
         lineage=bytes(range(16)),
         durable_version=4,
+    ),
+    LANE,
+    SLICE,
+    LANE_REGION,
+    LANE_PUSH,
+    LANE_PULL,
+    pb.LaneRequest(
+        id=300,
+        timeout_ms=1500,
+        pushes=[LANE_PUSH],
+        pulls=[LANE_PULL],
+        token=LANE.token,
+        regions=[LANE_REGION],
     ),
 ]
 
