@@ -6,11 +6,10 @@ unknown name is an error, whether it is a flag, a variable or a line of the file
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,20 +24,13 @@ from pydantic_settings import (
 
 from psproto import names
 from psserver.addresses import UNDER_UP, bare_host
-from psserver.memory import (
-    GPU_BYTES,
-    Plan,
-    default_inflight,
-    memory_limit,
-    show,
-    transport_bytes,
-)
+from psserver.flaghelp import HelpFormatter
+from psserver.memory import GPU_BYTES, Plan, default_inflight, memory_limit, transport_bytes
 from psserver.unusable import ConfigError
 
 PREFIX = "PSCONFIG_"  # not PS_: for a service named ps, Kubernetes injects variables PS_...
 CONFIG = "PSCONFIG_FILE"  # variable with the path of the TOML file
 LAST_PORT = 65535
-METAVARS = {"dict[str,JSON]": "JSON", "int": "N", "float": "SECONDS", "str": "TEXT", "Path": "PATH"}
 
 
 class TableSettings(BaseModel):
@@ -441,28 +433,6 @@ def _left_for_tables(data: Mapping[str, Any]) -> int:
     if problem := plan.problem():
         raise ConfigError(problem)
     return plan.tables
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    """Formats ``--help``: sizes have units, and computed defaults read "from the memory limit"."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        text = action.help or ""
-        text = re.sub(r"\(default factory: .*\)", "(default: from the memory limit)", text)
-        text = text.replace(" (default: null)", "").replace(" (default: {})", "")
-        if action.dest.endswith("_bytes"):
-            text = re.sub(r"\(default: (\d+)\)", _with_unit, text)
-        return text
-
-    def _metavar_formatter(
-        self, action: argparse.Action, default_metavar: str
-    ) -> Callable[[int], tuple[str, ...]]:
-        kind = re.sub(r"[{}]|,null", "", str(action.metavar or default_metavar or ""))
-        return lambda count: (METAVARS.get(kind, kind),) * count
-
-
-def _with_unit(match: re.Match[str]) -> str:
-    return f"(default: {match[1]}, {show(int(match[1]))})"
 
 
 def load(flags: Sequence[str], environment: Mapping[str, str] | None = None) -> ServerConfig:
