@@ -352,7 +352,7 @@ class ServerConfig(BaseSettings):
     def _lane_has_a_place(self) -> ServerConfig:
         if self.lane == "on" and self.data_dir is None:
             raise ValueError(
-                "lane=on needs data_dir, where its socket is: set data_dir, or lane to a directory"
+                "lane: needs data_dir, where its socket is, or the path of a directory; got on"
             )
         return self
 

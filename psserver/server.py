@@ -142,7 +142,7 @@ class Server:
             self._scrubber.open()
         self._sweeper.open()
         if self._lanes is not None:
-            self._lanes.open(self._service.streams, self._service.limits)
+            self._service.open_lanes(self._lanes)
         await self._listener.serve(self._service)
         self._ready.set(1)
 

@@ -25,6 +25,7 @@ from psserver.exchange import Exchanges
 from psserver.feed import Feed
 from psserver.handlers import Handlers
 from psserver.info import ServerInfo
+from psserver.lane import Lanes
 from psserver.limits import Limits, Reservation
 from psserver.restore import Restores
 from psserver.schemas import read_schema, write_schema
@@ -53,9 +54,6 @@ class Service:
     feed         serves subscriptions, and waits until versions are durable; None without a log
     flushes      the flusher; None: the shard has no data directory
     scrubber     verifies rows on disk; None: the shard has no data directory
-
-    streams      serves streams of requests; the same-host lane uses it too
-    limits       admits messages and calls
     """
 
     def __init__(
@@ -85,34 +83,38 @@ class Service:
         self._sweeper = sweeper
         self._analyses = analyses
         self._scrubber = scrubber
-        self.limits = Limits(config, counts, restores)
+        self._limits = Limits(config, counts, restores)
         self._workers = Workers()
-        self._make = Handlers(self.limits, self._workers, checkpoints, connections)
+        self._make = Handlers(self._limits, self._workers, checkpoints, connections)
         self._runs = ColdRuns(shard, engine, config.io_threads, counts, flushes)
         self._exchanges = Exchanges(
-            shard, engine, self.limits, self._workers, config, log, feed, self._runs
+            shard, engine, self._limits, self._workers, config, log, feed, self._runs
         )
-        self.streams = Streams(
-            self._exchanges, self.limits, self._make, config.max_inflight_bytes // SHARES
+        self._streams = Streams(
+            self._exchanges, self._limits, self._make, config.max_inflight_bytes // SHARES
         )
+
+    def open_lanes(self, lanes: Lanes) -> None:
+        """Serve the same-host lane from now on. Raises ConfigError if its path cannot be used."""
+        lanes.open(self._streams, self._limits)
 
     def drain(self) -> None:
         """Refuse new requests from now on. Each stream ends after the replies to the requests that
         it has already received.
         """
-        self.limits.draining = True
+        self._limits.draining = True
         self._checkpoints.work.stop()
         self._sweeper.stop()
         if self._feed is not None:
             self._feed.drain()
-        self.streams.drain()
+        self._streams.drain()
 
     async def finished(self) -> None:
         """Wait until no call is running, apart from subscriptions.
 
         A subscriber that never reads its messages would otherwise block this forever.
         """
-        await self.limits.idle()
+        await self._limits.idle()
 
     def close(self) -> None:
         """Stop the worker threads. Call it when no call is running."""
@@ -204,7 +206,7 @@ class Service:
             "Exchange": make.unary("Exchange", self._exchanges.exchange),
             "Delete": make.unary("Delete", self._exchanges.delete),
             "Stream": grpc.stream_stream_rpc_method_handler(
-                make.counted("Stream", self.streams.stream)
+                make.counted("Stream", self._streams.stream)
             ),
         }
 
@@ -259,7 +261,7 @@ class Service:
         self, request: pb.DropTableRequest, deadline: float
     ) -> pb.DropTableResponse:
         await self._engine.submit(lambda: self._shard.drop_table(request.name), deadline)
-        self.limits.stats.remove_table(request.name)
+        self._limits.stats.remove_table(request.name)
         await self._settled(self._shard.version, pb.DURABILITY_LOG)
         return pb.DropTableResponse()
 
@@ -288,7 +290,7 @@ class Service:
     def _describe(self, name: str) -> pb.DescribeTableResponse:
         """Return schema and statistics of a table. Must run on the engine thread."""
         schema, stats = self._shard.describe(name)
-        moves, waits = self._shard.moves(name), self.limits.stats.waits.get(name)
+        moves, waits = self._shard.moves(name), self._limits.stats.waits.get(name)
         return pb.DescribeTableResponse(
             schema=write_schema(schema),
             stats=pb.TableStats(
