@@ -349,14 +349,6 @@ class ServerConfig(BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _lane_has_a_place(self) -> ServerConfig:
-        if self.lane == "on" and self.data_dir is None:
-            raise ValueError(
-                "lane: needs data_dir, where its socket is, or the path of a directory; got on"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _one_budget(self) -> ServerConfig:
         if self.memory_bytes is not None and self.memory_bytes != self.host_bytes:
             raise ValueError(
@@ -380,16 +372,15 @@ class ServerConfig(BaseSettings):
 
     @property
     def lane_path(self) -> Path | None:
-        """Path of the Unix socket of the same-host lane; None: the server offers no lane."""
-        lane = self.lane
-        if lane == "auto":
-            lane = "on" if os.environ.get(UNDER_UP) and self.data_dir is not None else "off"
-        if lane == "off":
+        """Path of the Unix socket of the same-host lane; None: off. Raises ConfigError."""
+        lane, data = self.lane, self.data_dir
+        if lane == "off" or (lane == "auto" and not (data and os.environ.get(UNDER_UP))):
             return None
-        if lane == "on":
-            assert self.data_dir is not None
-            return self.data_dir.absolute() / "lane.sock"
-        return Path(lane) / f"lane-{self.shard}.sock"
+        if lane not in ("on", "auto"):
+            return Path(lane) / f"lane-{self.shard}.sock"
+        if data is None:
+            raise ConfigError("lane: on needs data_dir, where its socket is; or give a directory")
+        return data.absolute() / "lane.sock"
 
     @property
     def surplus(self) -> bool:

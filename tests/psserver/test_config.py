@@ -80,7 +80,6 @@ BAD: list[tuple[str, Any, str]] = [
     ("host_bytes", (1 << 20) - 1, "greater than or equal to 1048576"),
     ("disk_bytes", -1, "greater than or equal to 0"),
     ("lane", "data", "must be auto, on, off or the absolute path of a directory"),
-    ("lane", "on", "needs data_dir"),
     ("lane_bytes", 1, "greater than or equal to 1048576"),
     ("io_threads", 0, "greater than or equal to 1"),
     ("io_threads", 257, "less than or equal to 256"),
