@@ -72,6 +72,7 @@ checkpointer.py  Checkpointer: save a trainer with its rows (imported on demand)
 PyTorch modules (imported on demand):
 
 torch/ranks.py      ranks of torch.distributed: gradients summed by owner, steps checked
+frozen.py           a table as a plain module, without servers
 torch/gradients.py  how backward passes collect gradients, and how they are pushed
 torch/reach.py      base class of modules with rows; zero_grad and requires_grad_ of models reach it
 torch/optimizer.py  RowOptimizer, and the base class of modules that push
@@ -111,11 +112,28 @@ tools/staged.py                 files that get their final name once they are co
 tools/arrow.py                  helpers for reading and writing Parquet
 tools/columns.py                columns of an exported table, for every file format
 tools/parquet.py                a table as a Parquet file
+tools/spool.py                  columns of an exported table in temporary files
 tools/safetensors.py            a table as a safetensors file
+tools/numpyfiles.py             a table as .npz, and as the sparse model of HugeCTR
+tools/models.py                 a table as a model of PyTorch or TorchRec
+tools/onnxfile.py               a table as an ONNX model
+tools/offline.py                read a checkpoint without running servers
 tools/export.py                 export a table to one file, or to one file per shard
+tools/locations.py              files by path or by URL
+tools/incoming.py               rows on their way from a file into a table
 tools/cells.py                  columns of a Parquet file, checked and converted to arrays
 tools/source.py                 read and check the rows of Parquet files
-tools/importer.py               import Parquet files into a table
+tools/stored.py                 arrays in files, of which any range of rows can be read
+tools/arraypiece.py             rows whose fields are arrays
+tools/kinds.py                  arrays of NumPy, safetensors, HugeCTR, TFRA, DynamicEmb
+tools/csvsource.py              rows of CSV files
+tools/inert.py                  read a pickle as data, so that no code of it can run
+tools/distributed.py            tensors of PyTorch's distributed checkpoints
+tools/torchfiles.py             files of PyTorch and TorchRec
+tools/deeprec.py                checkpoints of DeepRec
+tools/duplicates.py             count keys that occur several times
+tools/journal.py                how far an import got
+tools/importer.py               import files into a table
 tools/summary.py                summary statistics of a table
 tools/misses.py                 how often rows would miss in host memory of any size
 tools/analysis.py               compute the summary of a live table, or of one in a checkpoint

@@ -6,11 +6,28 @@ staged.py                 files that get their final name once they are complete
 arrow.py                  load pyarrow; read and write the metadata of Parquet files
 columns.py                columns of an exported table, for every file format
 parquet.py                a table as a Parquet file
+spool.py                  columns of an exported table in temporary files
 safetensors.py            a table as a safetensors file
+numpyfiles.py             a table as .npz, and as the sparse model of HugeCTR
+models.py                 a table as a model of PyTorch or TorchRec
+onnxfile.py               a table as an ONNX model
+offline.py                read a checkpoint without running servers
 export.py                 export a table to one file, or to one file per shard
+locations.py              files by path or by URL
+incoming.py               rows on their way from a file into a table
 cells.py                  columns of a Parquet file, checked and converted to arrays
 source.py                 read and check the rows of Parquet files
-importer.py               import Parquet files into a table
+stored.py                 arrays in files, of which any range of rows can be read
+arraypiece.py             rows whose fields are arrays
+kinds.py                  arrays of NumPy, safetensors, HugeCTR, TFRA, DynamicEmb
+csvsource.py              rows of CSV files
+inert.py                  read a pickle as data, so that no code of it can run
+distributed.py            tensors of PyTorch's distributed checkpoints
+torchfiles.py             files of PyTorch and TorchRec
+deeprec.py                checkpoints of DeepRec
+duplicates.py             count keys that occur several times
+journal.py                how far an import got
+importer.py               import files into a table
 summary.py                summary statistics of a table
 misses.py                 how often rows would miss in host memory of any size
 analysis.py               compute the summary of a live table, or of one in a checkpoint

@@ -118,11 +118,11 @@ def to_integers(arrow: Any, name: str, column: Any, bounds: tuple[int, int]) -> 
     return np.asarray(values.astype(np.int64))
 
 
-def to_matrix(name: str, column: Any, length: int) -> NDArray[np.float32]:
+def to_matrix(name: str, column: Any, length: int, *, finite: bool = True) -> NDArray[np.float32]:
     """Convert a column of lists to float32[n, length].
 
-    Raises BadColumn if a list does not have ``length`` numbers, or if a number is not finite as
-    float32.
+    Raises BadColumn if a list does not have ``length`` numbers, or, with ``finite``, if a number is
+    not finite as float32.
     """
     n = len(column)
     _refuse_nulls(name, column)
@@ -139,7 +139,7 @@ def to_matrix(name: str, column: Any, length: int) -> NDArray[np.float32]:
     values = numbers.to_numpy(zero_copy_only=False).reshape(n, length)
     with np.errstate(over="ignore"):
         matrix = np.asarray(values.astype(np.float32, copy=False))
-    if not np.isfinite(matrix).all():
+    if finite and not np.isfinite(matrix).all():
         row, position = np.argwhere(~np.isfinite(matrix))[0].tolist()
         rule = f"must be finite as float32, got {values[row, position]} at position {position}"
         raise BadColumn(name, rule, row)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,18 @@ OnProgress = Callable[[int], Any]  # called with the number of rows written sinc
 class Part:
     """Rows to write to one file.
 
-    path     the file
+    path     the file; a directory if the format has several files
     schema   schema of the table
     keys     type of the column of keys: np.uint64 or np.int64
     batches  the rows; at least one batch, which may be empty
+    options  {name: value} of options that only some formats have
     """
 
     path: Path
     schema: pb.TableSchema
     keys: KeyType
     batches: Iterator[RowBatch]
+    options: Mapping[str, str | int] = field(default_factory=dict)
 
     def columns(self) -> Iterator[dict[str, NDArray[Any]]]:
         """Yield the columns by name, in groups of at least GROUP_ROWS rows, except the last group.

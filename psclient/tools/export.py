@@ -1,10 +1,15 @@
-"""Export tables to files that other programs read: Parquet and safetensors.
+"""Export tables to files that other programs read, and as models that run without servers.
 
     Parquet      columns key uint64 | embedding float32[dim] | state float32[width - dim]
                  | version uint64 | step int64 | frequency uint64; lists have a fixed size; the
                  file's metadata has the table's schema as JSON under "ps.schema"
     safetensors  tensors keys U64[n], embeddings F32[n, dim], states F32[n, width - dim],
                  versions U64[n], steps I64[n], frequencies U64[n]; "ps.schema" in __metadata__
+    npz          arrays of NumPy with the names of these tensors
+    hps          a directory for HugeCTR: files key (int64) and emb_vector (float32)
+    torch        a file for psclient.frozen: the embeddings as a PyTorch module
+    state_dict   one tensor whose row i is that of the key i, as TorchRec and PyTorch have it
+    onnx         a directory with an ONNX model
 
 The column ``state`` is missing if the optimizer has no state. Rows are in no particular order, and
 each key occurs once. The memory used does not grow with the table. A file gets its final name once
@@ -17,17 +22,24 @@ int64 by value, so a negative int64 key never matches the uint64 key with the sa
 
 from __future__ import annotations
 
+import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from psclient import checkpoints, pruning
 from psclient.calls import links
 from psclient.client import Client
 from psclient.errors import InvalidArgument
 from psclient.rows import RowBatch, read_rows
 from psclient.tools.arrow import KeyType, key_type
 from psclient.tools.columns import OnProgress, Part
+from psclient.tools.models import write_state_dict, write_torch
+from psclient.tools.numpyfiles import write_hps, write_npz
+from psclient.tools.onnxfile import write_onnx
 from psclient.tools.parquet import write_parquet
 from psclient.tools.safetensors import write_safetensors
 from psclient.tools.staged import staged_directory, staged_file
@@ -43,27 +55,52 @@ def export(
     format: str = "parquet",
     keys: str = "uint64",
     parts: bool = False,
+    options: Mapping[str, str | int] | None = None,
     progress: OnProgress | None = None,
 ) -> int:
     """Write a table to a file, or to a directory of files; return the number of rows written.
 
     checkpoint  name of a checkpoint to read the table from; None: the live table
-    format      "parquet" or "safetensors"
+    format      one of FORMATS
     keys        type of the keys in the file, "uint64" or "int64"
     parts       write one file per shard, in parallel: part-00000.FORMAT, part-00001.FORMAT and so
                 on, in the directory ``path``, which must be empty or not exist
+    options     options of the format. state_dict: "rows", "name"; onnx: "mode"
     progress    called with the number of rows written since the last call
 
-    Raises InvalidArgument if ``path`` cannot be written or pyarrow is missing, TableNotFound,
+    Raises InvalidArgument if ``path`` cannot be written or a package is missing, TableNotFound,
     CheckpointNotFound, DataLoss. After an error ``path`` is as it was before.
     """
     if format not in FORMATS:
         raise InvalidArgument(f"'format' must be one of {', '.join(FORMATS)}, got {format!r}")
-    work = _Work(client, table, checkpoint, format, key_type(keys), progress)
+    for each in options or {}:
+        if each not in FORMATS[format].options:
+            raise InvalidArgument(f"the format {format} has no option {each!r}")
+    work = _Work(client, table, checkpoint, format, key_type(keys), options or {}, progress)
+    if parts and not FORMATS[format].parts:
+        raise InvalidArgument(f"'parts': the format {format} cannot be written in parts")
     if not parts:
-        with staged_file(path) as temporary:
+        staged = staged_directory if FORMATS[format].directory else staged_file
+        with staged(path) as temporary:
             return work.write(temporary, None)
     return _export_parts(work, path, range(len(links(client))), format)
+
+
+@contextmanager
+def at_barrier(client: Client, barrier: str, *, seconds: float = 600.0) -> Iterator[str]:
+    """Take a checkpoint of all tables up to a barrier; yield its name, and delete it in the end.
+
+    barrier  name of the barrier, which the trainer places (Client.barrier)
+    seconds  how long the shards wait for it
+
+    Raises the errors of ``admin.checkpoint``.
+    """
+    name = f"export-{secrets.token_hex(8)}"
+    checkpoints.checkpoint(client, name, until_barrier=barrier, barrier_timeout=seconds)
+    try:
+        yield name
+    finally:
+        pruning.delete(client, name)
 
 
 def _export_parts(work: _Work, path: Path, shards: Sequence[int], format: str) -> int:
@@ -94,12 +131,14 @@ class _Work:
         checkpoint: str | None,
         format: str,
         keys: KeyType,
+        options: Mapping[str, str | int],
         progress: OnProgress | None,
     ) -> None:
         self._client = client
         self._table = table
         self._checkpoint = checkpoint
-        self._write = FORMATS[format]
+        self._write = FORMATS[format].write
+        self._options = options
         self._keys = keys
         self._progress = progress
         self._telling = threading.Lock()
@@ -119,7 +158,8 @@ class _Work:
         try:
             schema = next(messages)
             assert isinstance(schema, pb.TableSchema)
-            return self._write(Part(path, schema, self._keys, self._batches(messages)), self._tell)
+            part = Part(path, schema, self._keys, self._batches(messages), self._options)
+            return self._write(part, self._tell)
         except BaseException:
             self.stop.set()
             raise
@@ -141,7 +181,30 @@ class _Work:
                 self._progress(rows)
 
 
-FORMATS: dict[str, Callable[[Part, OnProgress], int]] = {
-    "parquet": write_parquet,
-    "safetensors": write_safetensors,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """A file format of an export.
+
+    write      writes the rows of a Part; returns their number
+    suffix     end of the names of its files
+    directory  it is a directory of files
+    parts      it can be written in parts, one file per shard
+    options    names of its options
+    """
+
+    write: Callable[[Part, OnProgress], int]
+    suffix: str
+    directory: bool = False
+    parts: bool = False
+    options: tuple[str, ...] = ()
+
+
+FORMATS = {
+    "parquet": Format(write=write_parquet, suffix=".parquet", parts=True),
+    "safetensors": Format(write=write_safetensors, suffix=".safetensors", parts=True),
+    "npz": Format(write=write_npz, suffix=".npz", parts=True),
+    "hps": Format(write=write_hps, suffix="", directory=True),
+    "torch": Format(write=write_torch, suffix=".pt"),
+    "state_dict": Format(write=write_state_dict, suffix=".pt", options=("rows", "name")),
+    "onnx": Format(write=write_onnx, suffix="", directory=True, options=("mode",)),
 }

@@ -19,39 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from psclient.errors import InvalidArgument, PsError
 from psclient.rows import FREQUENCIES, STEPS
-from psclient.tools import cells
+from psclient.tools import cells, locations
 from psclient.tools.arrow import GROUP_ROWS, optimizer_of, pyarrow
+from psclient.tools.incoming import BATCH_BYTES, Rows, Target
 
-BATCH_BYTES = 32 << 20  # maximum size in memory of a batch of rows
 BUFFER_BYTES = 1 << 20  # bytes of a column that are read from the file at a time
 SMALL_GROUP = 256 << 20  # up to this size in memory, a row group is read to find an invalid row
 LARGE_GROUP = 1 << 30  # above this size in memory, EXPANSION limits a column of a row group
 EXPANSION = 100  # maximum ratio of size in memory to size in the file
 NUMBER_BYTES = 8  # maximum size in memory of a number in a list
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The table to which the rows of a file will be written."""
-
-    table: str
-    dim: int
-    width: int  # numbers in a row: embedding and optimizer state
-    optimizer: str
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """A batch of rows that were read from a file, in the order of the file."""
-
-    keys: NDArray[np.uint64]  # [n]
-    rows: NDArray[np.float32]  # [n, dim], or [n, width] with optimizer state
-    steps: NDArray[np.int64] | None  # [n]; None: the file has no such column
-    frequencies: NDArray[np.int64] | None  # [n]; None: the file has no such column
 
 
 def files_of(path: Path) -> list[Path]:
@@ -77,7 +56,47 @@ def files_of(path: Path) -> list[Path]:
     return found
 
 
-def require(path: Path, target: Target) -> int:
+@dataclass(frozen=True, slots=True)
+class ParquetPiece:
+    """The rows of one Parquet file.
+
+    location  path or URL of the file
+    target    the table
+    rows      number of rows
+    state     why the optimizer state is not read; None: it is read, or the table has none
+    """
+
+    location: str
+    target: Target
+    rows: int
+    state: str | None
+
+    @property
+    def label(self) -> str:
+        """Location of the file."""
+        return self.location
+
+    def read(self, start: int = 0) -> Iterator[Rows]:
+        """Yield the rows from row ``start`` on, in batches. Numbers need not be finite."""
+        return read(self.location, self.target, start=start, finite=False)
+
+    def place(self, row: int) -> str:
+        """Return the number of a row, as text."""
+        return f"row {row} (counted from 0)"
+
+
+def piece(location: str, target: Target) -> ParquetPiece:
+    """Return the rows of a file, after checking it as ``require`` does."""
+    rows = require(location, target)
+    with _opened(location) as (arrow, file):
+        has_state = "state" in _lists(file, target, arrow)
+    if has_state or target.width == target.dim:
+        return ParquetPiece(location, target, rows, None)
+    why = f"the file has none of the optimizer {target.optimizer!r}"
+    return ParquetPiece(location, target, rows, why)
+
+
+def require(path: Path | str, target: Target) -> int:
     """Check that a file can be imported, by its footer, without reading rows.
 
     Returns its number of rows. Raises InvalidArgument if the type of a column is wrong, or if lists
@@ -89,37 +108,60 @@ def require(path: Path, target: Target) -> int:
         return int(file.metadata.num_rows)
 
 
-def read(path: Path, target: Target) -> Iterator[Rows]:
+def read(
+    path: Path | str, target: Target, *, start: int = 0, finite: bool = True
+) -> Iterator[Rows]:
     """Yield the rows of a file in batches of limited size.
+
+    start   number of the first row to yield
+    finite  refuse NaN and infinities
 
     Checks each batch before it is yielded. Raises InvalidArgument for the first invalid row.
     """
-    start = 0
     with _opened(path) as (arrow, file):
         lists = _lists(file, target, arrow)
         columns = ["key", *lists, *(set(file.schema_arrow.names) & {"step", "frequency"})]
         most = BATCH_BYTES // (NUMBER_BYTES * sum(lists.values()) + 24)
         size = max(1, min(GROUP_ROWS, most))
-        for batch in file.iter_batches(batch_size=size, columns=columns):
-            yield _rows(arrow, batch, lists, start)
-            start += batch.num_rows
-        if start != file.metadata.num_rows:
+        groups, at = _groups_from(file.metadata, start)
+        for batch in file.iter_batches(batch_size=size, columns=columns, row_groups=groups):
+            skipped = min(max(start - at, 0), batch.num_rows)
+            at += batch.num_rows
+            if skipped < batch.num_rows or not batch.num_rows:
+                some = batch.slice(skipped)
+                yield _rows(arrow, some, lists, at - some.num_rows, finite=finite)
+        if at != file.metadata.num_rows:
             raise InvalidArgument(
-                f"the file has {start:,} rows, but its footer says {file.metadata.num_rows:,}"
+                f"the file has {at:,} rows, but its footer says {file.metadata.num_rows:,}"
             )
 
 
-def _rows(arrow: Any, batch: Any, lists: dict[str, int], start: int) -> Rows:
+def _groups_from(metadata: Any, start: int) -> tuple[list[int], int]:
+    """Return (the row groups that have row ``start`` and later rows, number of their first row).
+
+    metadata  footer of the Parquet file
+    """
+    first, at = 0, 0
+    while first < metadata.num_row_groups and at + metadata.row_group(first).num_rows <= start:
+        at += metadata.row_group(first).num_rows
+        first += 1
+    return list(range(first, metadata.num_row_groups)), at
+
+
+def _rows(arrow: Any, batch: Any, lists: dict[str, int], start: int, *, finite: bool) -> Rows:
     """Check and convert a batch of a Parquet file. Raises InvalidArgument for an invalid row.
 
-    arrow  the module pyarrow
-    batch  pyarrow record batch
-    lists  {name: length} of the columns of lists
-    start  index in the file of the batch's first row
+    arrow   the module pyarrow
+    batch   pyarrow record batch
+    lists   {name: length} of the columns of lists
+    start   index in the file of the batch's first row
+    finite  refuse NaN and infinities
     """
     names = batch.schema.names
     try:
-        matrices = [cells.to_matrix(name, batch[name], n) for name, n in lists.items()]
+        matrices = [
+            cells.to_matrix(name, batch[name], n, finite=finite) for name, n in lists.items()
+        ]
         integers = {
             name: cells.to_integers(arrow, name, batch[name], bounds)
             for name, bounds in (("step", STEPS), ("frequency", FREQUENCIES))
@@ -197,16 +239,19 @@ def _require_counts(metadata: Any, name: str, length: int) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+def _opened(path: Path | str) -> Iterator[tuple[Any, Any]]:
     """Open a Parquet file during a block; yield (the module pyarrow, ParquetFile).
+
+    path  local path, or URL
 
     Turns an error of pyarrow in the block into InvalidArgument, and prefixes InvalidArgument with
     the path. A different PsError is not changed.
     """
     arrow, parquet = pyarrow()
+    source = locations.open_file(str(path)) if locations.is_url(str(path)) else path
     try:
         with parquet.ParquetFile(
-            path, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+            source, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
         ) as file:
             yield arrow, file
     except InvalidArgument as error:

@@ -11,15 +11,18 @@ import typer
 from psclient import admin
 from psclient.client import Client
 from psclient.errors import CheckpointNotFound, InvalidArgument
-from psclient.tools import export, importer
-from psclient.tools.commands.shell import DEFAULT, Servers, app, bar, connected, summed
-
-
-class Format(StrEnum):
-    """File formats of an export."""
-
-    PARQUET = "parquet"
-    SAFETENSORS = "safetensors"
+from psclient.tools import export, importer, offline
+from psclient.tools.commands.shell import (
+    DEFAULT,
+    Exit,
+    Servers,
+    app,
+    bar,
+    connected,
+    reported,
+    summed,
+)
+from psclient.tools.journal import journal_of
 
 
 class Keys(StrEnum):
@@ -52,7 +55,38 @@ TableOption = Annotated[
     str | None,
     typer.Option(help="Export only this table of the checkpoint NAME. Default: all tables."),
 ]
-FormatOption = Annotated[Format, typer.Option(help="Format of the files.")]
+FormatOption = Annotated[
+    str,
+    typer.Option(metavar="FORMAT", help=f"Format of the files: {', '.join(export.FORMATS)}."),
+]
+CheckpointOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Directory or URL of a checkpoint: NAME is one of its tables. It is read without the"
+        " servers of the cluster."
+    ),
+]
+BarrierOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Name of a barrier that a trainer will place: write the live table NAME as it is then,"
+        " on all shards."
+    ),
+]
+RowsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="state_dict: number of rows of the tensor. Default: the largest key plus 1."
+    ),
+]
+TensorOption = Annotated[
+    str | None,
+    typer.Option(help="state_dict: name of the tensor. Default: embedding_bags.TABLE.weight."),
+]
+ModeOption = Annotated[
+    str | None,
+    typer.Option(help="onnx: how the rows of a line of keys are combined: sum, mean, max or none."),
+]
 PartsOption = Annotated[
     bool,
     typer.Option(
@@ -68,28 +102,57 @@ def export_(
     name: NameArgument,
     out: OutOption,
     table: TableOption = None,
-    format: FormatOption = Format.PARQUET,
+    format: FormatOption = "parquet",
     keys: KeysOption = Keys.UINT64,
     parts: PartsOption = False,
+    checkpoint: CheckpointOption = None,
+    barrier: BarrierOption = None,
+    rows: RowsOption = None,
+    tensor: TensorOption = None,
+    mode: ModeOption = None,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Write tables to Parquet or safetensors files.
+    """Write tables to files of rows, or as models that run without servers.
 
     \b
       psctl export user --out user.parquet                   the live table user
       psctl export monday --table user --out user.parquet    table user of a checkpoint
       psctl export monday --out directory                    all tables of a checkpoint
+      psctl export user --barrier end --out user.npz         as it is at the barrier end
+      psctl export user --checkpoint /backup/monday --format torch --out user.pt
+                                                             without servers
 
-    Changes nothing in the cluster. A file gets its name only once it is complete.
+    Changes nothing in the cluster. A file gets its name only once it is complete. docs/models.md
+    describes all formats.
 
     Use --keys int64 if the file will be joined with data that has int64 keys: pandas, polars and
     DuckDB compare uint64 with int64 by value, so that negative keys would never match.
     """
+    if format not in export.FORMATS:
+        raise typer.BadParameter(
+            f"--format must be one of {', '.join(export.FORMATS)}, got {format!r}"
+        )
+    if (checkpoint is not None) + (barrier is not None) + (table is not None) > 1:
+        raise typer.BadParameter("expected at most one of --table, --checkpoint and --barrier")
+    given = {"rows": rows, "name": tensor, "mode": mode}
+    options: dict[str, Any] = {
+        "format": format,
+        "keys": keys,
+        "parts": parts,
+        "options": {key: value for key, value in given.items() if value is not None},
+    }
+    if checkpoint is not None:
+        with reported(), offline.opened(checkpoint) as (client, stored):
+            _export(client, name, out, checkpoint=stored, **options)
+        return
     with connected(servers) as client:
-        suffix = "" if parts else f".{format}"
-        for each, stored, path in _exports(client, name, table, out, suffix):
-            options = {"checkpoint": stored, "format": format, "keys": keys, "parts": parts}
-            _export(client, each, path, **options)
+        if barrier is not None:
+            with export.at_barrier(client, barrier) as stored:
+                _export(client, name, out, checkpoint=stored, **options)
+            return
+        suffix = "" if parts else export.FORMATS[format].suffix
+        for each, held, path in _exports(client, name, table, out, suffix):
+            _export(client, each, path, checkpoint=held, **options)
 
 
 def _export(client: Client, table: str, path: Path, **options: Any) -> None:
@@ -130,35 +193,135 @@ def _exports(
 
 
 TargetArgument = Annotated[str, typer.Argument(metavar="TABLE", help="Existing table to write to.")]
-ParquetOption = Annotated[
-    Path,
+PathArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="PATH", show_default=False, help="File or directory to read, or a URL of one."
+    ),
+]
+KindOption = Annotated[
+    str | None,
     typer.Option(
-        help="Parquet file to read, or directory: all *.parquet files below it are read, in the"
-        " order of their paths."
+        "--from",
+        metavar="KIND",
+        help=f"Kind of the files: {', '.join(importer.KINDS)}. Default: by the end of the name,"
+        " such as .npy or .parquet.",
+    ),
+]
+MapOption = Annotated[
+    list[str],
+    typer.Option(
+        "--map",
+        metavar="FIELD=NAME",
+        help="Name in the file of a field: key, embedding, state, step, frequency, or table. May be"
+        " given several times.",
+    ),
+]
+OffsetOption = Annotated[
+    int, typer.Option(help="Key of the first row, for files without keys; the next has 1 more.")
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Write nothing: count rows, duplicate keys and rows with NaN or infinity."
+    ),
+]
+ParquetOption = Annotated[
+    str | None, typer.Option(help="The same as PATH with --from parquet.", show_default=False)
+]
+JournalOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory for the file with which a repeated import continues where a killed one"
+        " stopped. Default: ~/.local/state/embedding-ps."
     ),
 ]
 
 
 @app.command(name="import")
-def import_(table: TargetArgument, parquet: ParquetOption, servers: Servers = DEFAULT) -> None:
-    """Import rows from Parquet files into an existing table.
-
-    Existing rows of the same keys are replaced. Columns of the files (others are ignored):
+def import_(
+    table: TargetArgument,
+    path: PathArgument = "",
+    kind: KindOption = None,
+    map: MapOption = [],  # noqa: B006  typer does not change it
+    offset: OffsetOption = 0,
+    dry_run: DryRunOption = False,
+    parquet: ParquetOption = None,
+    journal: JournalOption = None,
+    servers: Servers = DEFAULT,
+) -> None:
+    """Import rows from files into an existing table.
 
     \b
-      key        integers, or decimals without fraction
-      embedding  lists of floats, as many as the table's dim
-      state      optional: optimizer state, as written by psctl export
-      step       optional: training step of the last push
-                 (default: the largest step pushed to the table)
-      frequency  optional: number of pushed occurrences, 0..2^32-1 (default: 1)
+      psctl import user rows.parquet                      columns key, embedding, step, frequency
+      psctl import user rows.npy --map key=keys.npy       row i has the i-th key of keys.npy
+      psctl import user rows.npy --offset 1000            row i has the key 1000 + i
+      psctl import user model.pt --from torchrec          tensor ...embedding_bags.user.weight
+      psctl import user s3://bucket/rows.npz --dry-run    count and check, write nothing
+
+    Existing rows of the same keys are replaced. docs/models.md describes all kinds of files.
 
     All files are checked before the first row is written. Exit status 1: nothing was written. Exit
-    status 4: some rows were written and stay; repeat the command to complete the import.
+    status 4: some rows were written and stay; repeat the command to complete the import. It
+    continues where it stopped, unless the files changed.
     """
+    if (parquet is None) == (not path) or (parquet is not None and kind is not None):
+        raise typer.BadParameter(
+            "expected TABLE PATH, with or without --from; or TABLE --parquet PATH"
+        )
     with connected(servers) as client:
-        with bar(f"check {parquet.name}", unit="rows") as checked:
-            source = importer.check_parquet(client, table, parquet, progress=checked)
-        with bar(f"import {parquet.name}", unit="rows") as written:
-            rows = importer.write_parquet(client, source, progress=written)
+        source = importer.open_source(
+            client,
+            table,
+            parquet or path,
+            kind=kind if parquet is None else "parquet",
+            map=_pairs(map),
+            offset=offset,
+        )
+        for note in source.notes:
+            typer.echo(f"note: {note}", err=True)
+        if dry_run:
+            _dry_run(table, source)
+            return
+        record = journal_of(journal, source.id)
+        begun = importer.resumed(client, source, record)
+        if begun is None:
+            with bar(f"check {_last(path or parquet)}", unit="rows") as show:
+                importer.check(source, progress=show)
+        elif begun != (0, 0):
+            typer.echo("note: an earlier import of these files is continued", err=True)
+        with bar(f"import {_last(path or parquet)}", unit="rows") as show:
+            rows = importer.write(
+                client, source, progress=show, journal=record, begin=begun or (0, 0)
+            )
     typer.echo(f"{table}: {rows:,} rows")
+
+
+def _dry_run(table: str, source: importer.Source) -> None:
+    """Count the rows of a source and print the result. Exits with status 1 if a row is refused."""
+    with bar("check", unit="rows") as show:
+        found = importer.count(source, progress=show)
+    typer.echo(f"{table}: {found.rows:,} rows of dim {found.dim} in {len(source.pieces):,} files")
+    typer.echo(f"duplicate keys: {found.duplicates:,}; the last row of each counts")
+    if found.first_duplicate:
+        typer.echo(f"  first: {found.first_duplicate}")
+    typer.echo(f"rows with NaN or infinity: {found.not_finite:,}")
+    if found.first_not_finite:
+        typer.echo(f"  first: {found.first_not_finite}")
+        raise typer.Exit(Exit.FAILED)
+
+
+def _pairs(words: list[str]) -> dict[str, str]:
+    """Return {field: name} for values of --map. Exits with status 2 if one is not FIELD=NAME."""
+    pairs = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name and equals and value) or name in pairs:
+            raise typer.BadParameter(f"--map must be FIELD=NAME, once per field, got {word!r}")
+        pairs[name] = value
+    return pairs
+
+
+def _last(location: str | None) -> str:
+    """Return the last part of a path or URL."""
+    return (location or "").rstrip("/").rsplit("/", 1)[-1]
