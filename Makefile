@@ -136,7 +136,7 @@ clean:
 	touch $@
 
 .venv/dev: .venv/server
-	$(PIP) -e '.[server,torch,export,report,deploy,dev]'
+	$(PIP) -e '.[server,torch,export,onnx,report,deploy,dev]'
 	$(RUN) tests/deploy/tools.py .venv/bin
 	touch $@
 

@@ -117,9 +117,9 @@ tools/safetensors.py            a table as a safetensors file
 tools/numpyfiles.py             a table as .npz, and as the sparse model of HugeCTR
 tools/models.py                 a table as a model of PyTorch or TorchRec
 tools/onnxfile.py               a table as an ONNX model
+tools/locations.py              files by path or by URL
 tools/offline.py                read a checkpoint without running servers
 tools/export.py                 export a table to one file, or to one file per shard
-tools/locations.py              files by path or by URL
 tools/incoming.py               rows on their way from a file into a table
 tools/cells.py                  columns of a Parquet file, checked and converted to arrays
 tools/source.py                 read and check the rows of Parquet files

@@ -11,9 +11,9 @@ safetensors.py            a table as a safetensors file
 numpyfiles.py             a table as .npz, and as the sparse model of HugeCTR
 models.py                 a table as a model of PyTorch or TorchRec
 onnxfile.py               a table as an ONNX model
+locations.py              files by path or by URL
 offline.py                read a checkpoint without running servers
 export.py                 export a table to one file, or to one file per shard
-locations.py              files by path or by URL
 incoming.py               rows on their way from a file into a table
 cells.py                  columns of a Parquet file, checked and converted to arrays
 source.py                 read and check the rows of Parquet files
