@@ -54,7 +54,8 @@ class Journal:
 
     def remove(self) -> None:
         """Delete the file: the import is complete."""
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.unlink()
 
 
 def journal_of(directory: Path | None, identity: Sequence[object]) -> Journal:
