@@ -106,14 +106,21 @@ class Features:
             split.kept[feature], keys = kept, keys[kept]
         split.keys[feature] = keys
 
-    def make_room(self, split: Split) -> None:
+    def make_room(self, split: Split, model: keras.Model) -> None:
         """Let the layers without a fixed room have room for batches like ``split``."""
         counts: dict[str, int] = {}
         for feature, shape in split.shape.items():
             table = self.tables[feature].name
             counts[table] = counts.get(table, 0) + int(np.prod(shape))
         for layer in self.layers:
-            layer.grow(counts[layer.table.name])
+            count = counts[layer.table.name]
+            if layer.limit is None and layer.built and _is_built(model) and count > layer.room:
+                raise InvalidArgument(
+                    f"layer {layer.name!r} has room for batches with {layer.room} keys, like the"
+                    f" first batch that its model was trained with, but this one has {count}. For"
+                    f" larger batches, make the layer with rows={count}"
+                )
+            layer.grow(count)
         for table in counts:
             least = min(each.room for each in self.layers if each.table.name == table)
             self._rooms[table] = Room(least)
@@ -171,3 +178,31 @@ class Features:
             np.asarray if jax else keras.ops.convert_to_tensor, whole
         )
         return made
+
+
+def _is_built(model: keras.Model) -> bool:
+    """Return whether the optimizer of a model knows the model's weights."""
+    optimizer = getattr(model, "optimizer", None)
+    return optimizer is not None and optimizer.built
+
+
+def require_gradients(model: keras.Model) -> None:
+    """Raise InvalidArgument for settings of a compiled model with which gradients would be lost."""
+    if model.steps_per_execution > 1:
+        raise InvalidArgument(
+            f"steps_per_execution must be 1, got {model.steps_per_execution}: the gradients of all"
+            " but the last step would be lost"
+        )
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    steps = getattr(optimizer, "gradient_accumulation_steps", None)
+    if steps:
+        raise InvalidArgument(
+            f"gradient_accumulation_steps must be None, got {steps}: Keras does not add up the"
+            " gradients of rows. Use a larger batch"
+        )
+    strategy = getattr(model, "distribute_strategy", None)
+    if getattr(strategy, "num_replicas_in_sync", 1) > 1 or keras.distribution.distribution():
+        raise InvalidArgument(
+            "a model with psclient.keras.Embedding runs on one device: train on several by several"
+            " processes, each with a client of its own"
+        )

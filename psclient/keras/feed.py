@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -14,16 +15,13 @@ from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from psclient.choices import Wire
 from psclient.errors import InvalidArgument
-from psclient.keras.features import Features, Split
+from psclient.keras.features import Features, Split, require_gradients
 from psclient.padding import Room
 from psclient.pipeline import Pipeline
 from psclient.ticket import Ticket
 
 NUMBERS = 4096  # batches have the numbers 1..4095, again and again
-LOST = (
-    "the gradients of the batch of step {} were not pushed: pass"
-    " callbacks=[psclient.keras.Push(model)] to fit"
-)
+NO_CALLBACK = "nothing pushes the gradients: pass callbacks=[psclient.keras.Push(model)] to fit"
 
 _feeds: weakref.WeakKeyDictionary[Any, Feed] = weakref.WeakKeyDictionary()  # the newest by model
 
@@ -58,7 +56,9 @@ def feed(
     features = Features(model)
     if not training:
         return Lookup(dataset, features, wire)
-    made = Feed(dataset, features, staleness, lookahead, step, wire)
+    if model.compiled:
+        require_gradients(model)
+    made = Feed(dataset, model, features, staleness, lookahead, step, wire)
     _feeds[model] = made
     return made
 
@@ -151,14 +151,14 @@ def _ends_as_tensorflow_expects(batches: Iterator[Any]) -> Iterator[Any]:
 class Feed(_Adapter):
     """Batches for ``fit``, from a Pipeline that pulls rows ahead. Made by ``feed``.
 
-    stats     counters of the pipeline of the newest ``fit``: batches, pushes, skipped, ...; None
-              before
-    step      training step of the next batch
+    features  those of the model
+    pipe      the Pipeline; ``pipe.stats`` counts its batches, pushes, ...
     """
 
     def __init__(
         self,
         dataset: Iterable[Any],
+        model: keras.Model,
         features: Features,
         staleness: int,
         lookahead: int | None,
@@ -170,9 +170,9 @@ class Feed(_Adapter):
             raise InvalidArgument("the dataset has no batch")
         one_pass = isinstance(dataset, Iterator)
         super().__init__(chain([first], dataset) if one_pass else dataset)
-        self._features = features
+        self.features = features
         self._split = features.split(first)
-        features.make_room(self._split)
+        features.make_room(self._split, model)
         self._new = partial(
             Pipeline,
             features.client,
@@ -180,79 +180,102 @@ class Feed(_Adapter):
             staleness=staleness,
             lookahead=lookahead,
             wire=wire,
+            unpushed=_batches_at_hand(staleness),
         )
-        self._pipe = self._new(step=step)
+        self.pipe = self._new(step=step)
         self._started = False
-        self._open: Ticket | None = None  # handed to Keras, neither pushed nor skipped
-        self._number = 0  # of the open batch
-
-    @property
-    def stats(self) -> Any:
-        return self._pipe.stats
-
-    @property
-    def step(self) -> int:
-        return self._pipe.step
-
-    @property
-    def features(self) -> Features:
-        return self._features
+        self._epochs = 0  # begun since the last ``fit`` with the callback ended
+        self._open: deque[tuple[int, Ticket]] = deque()  # (number, ticket), not pushed
+        self._number = 0  # of the newest batch
 
     def start(self) -> None:
         """Let the following iterators train. Called when ``fit`` has built the model."""
         if self._started:  # an earlier fit ended by an error
-            self._pipe.close()
-            self._pipe = self._new(step=self.step)
-        self._started, self._open = True, None
+            self.pipe.close()
+            self.pipe = self._new(step=self._open[0][1].step if self._open else self.pipe.step)
+        self._started, self._epochs = True, 0
+        self._open.clear()
 
     def stop(self) -> None:
         """Wait for all pushes. Raises the error of the first that failed."""
         self._started = False
-        self._pipe.flush()
+        self.pipe.flush()
 
     def flush(self) -> None:
         """Wait for all pushes. Raises the error of the first that failed."""
-        self._pipe.flush()
+        self.pipe.flush()
 
-    @property
-    def number(self) -> int:
-        """Number of the batch that Keras has; 0: it has none."""
-        return 0 if self._open is None else self._number
+    def oldest(self) -> tuple[int, Ticket]:
+        """Return (number, ticket) of the batch that Keras has just trained."""
+        if not self._open:
+            raise InvalidArgument(
+                "fit trained a batch that is not of the feed: pass"
+                " psclient.keras.feed(dataset, model) to fit as x"
+            )
+        return self._open[0]
 
-    def count(self, table: str) -> int:
-        """Return the number of distinct keys of a table in the batch that Keras has."""
-        assert self._open is not None
-        return len(self._open.keys[table].keys)
-
-    def push(self, gradients: dict[str, Any] | None, lr: float | None) -> None:
-        """Push the gradients of the batch that Keras has. None: do not push it."""
-        assert self._open is not None
+    def push(self, gradients: Mapping[str, Any] | None, lr: float | None) -> None:
+        """Push the gradients of the oldest batch. None: do not push it."""
+        _, ticket = self._open.popleft()
         if gradients is None:
-            self._pipe.skip(self._open)
+            self.pipe.skip(ticket)
         else:
-            self._pipe.push(self._open, gradients, lr=lr)
-        self._open = None
+            self.pipe.push(ticket, gradients, lr=lr)
+
+    def on_epoch_begin(self) -> None:
+        """Raise InvalidArgument if ``fit`` trains without the callback.
+
+        Keras begins an epoch to build the model, and then the first that trains. The error in the
+        first step would come too late on JAX, where Keras then loses the weights of the model.
+        """
+        self._epochs += 1
+        if self._epochs > 1 and not self._started:
+            raise InvalidArgument(NO_CALLBACK)
+        super().on_epoch_begin()
 
     def _batches(self) -> Iterator[Any]:
+        at_hand = _batches_at_hand(self.pipe.staleness)
         if not self._started:  # Keras builds the model from the shapes of a batch
             yield self._example()
-            raise InvalidArgument(LOST.format(self.step))
-        splits = (self._features.split(batch) for batch in self._dataset)
-        for ticket in self._pipe.over(lambda split: split.keys, splits):
+            if at_hand > 1:  # Keras asks for a second batch before it uses the first
+                return
+            raise InvalidArgument(NO_CALLBACK)
+        splits = (self.features.split(batch) for batch in self._dataset)
+        for ticket in self.pipe.over(lambda split: split.keys, splits):
             for table, batch in ticket.keys.items():
-                self._features.require_room(table, len(batch.keys), ticket.step)
-            self._open = ticket
+                self.features.require_room(table, len(batch.keys), ticket.step)
             self._number = self._number % (NUMBERS - 1) + 1
-            yield self._features.batch(ticket.batch, ticket.rows, ticket.places, self._number)
-            if self._open is not None:
-                raise InvalidArgument(LOST.format(ticket.step))
+            self._open.append((self._number, ticket))
+            yield self.features.batch(ticket.batch, ticket.rows, ticket.places, self._number)
+            if len(self._open) >= at_hand:
+                step = self._open[0][1].step
+                raise InvalidArgument(f"the gradients of step {step} are lost: {NO_CALLBACK}")
 
     def _example(self) -> Any:
         """Return the first batch with shapes in place of arrays."""
-        split, features = self._split, self._features
+        split, features = self._split, self.features
         rows = {name: np.zeros((1, each.dim), np.float32) for name, each in _by_name(features)}
         places = {name: np.zeros(each.shape, np.int32) for name, each in split.keys.items()}
         return keras.tree.map_structure(_Shape, features.batch(split, rows, places, 1))
+
+
+def _batches_at_hand(staleness: int) -> int:
+    """Return how many batches Keras takes before it has trained the first of them.
+
+    Raises InvalidArgument if the staleness does not allow that.
+    """
+    if keras.backend.backend() != "jax":
+        return 1
+    import jax
+
+    if jax.default_backend() == "cpu":
+        return 1
+    if staleness < 1:
+        raise InvalidArgument(
+            f"staleness must be at least 1 on JAX with a {jax.default_backend()}, got {staleness}:"
+            " Keras copies each batch to the device while it trains the batch before"
+        )
+    return 2
 
 
 class _Shape:
@@ -262,9 +285,13 @@ class _Shape:
         self.shape, self.dtype = array.shape, array.dtype
 
     def __array__(self, *_: Any, **__: Any) -> Any:
-        raise InvalidArgument(LOST.format("the first batch").replace("the batch of step ", ""))
+        raise InvalidArgument(NO_CALLBACK)
 
-    __jax_array__ = __array__
+
+if keras.backend.backend() == "jax":  # let it pass through jax.device_put and jax.jit
+    import jax
+
+    jax.tree_util.register_pytree_node(_Shape, lambda shape: ((), shape), lambda shape, _: shape)
 
 
 class Lookup(_Adapter):

@@ -8,9 +8,10 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+from numpy.typing import NDArray
 
 from psclient import checked
-from psclient.arrays import END, LOW, Rows
+from psclient.arrays import END, LOW
 from psclient.errors import InvalidArgument
 from psclient.keras.clients import table_of, table_settings
 from psclient.table import Table
@@ -56,7 +57,7 @@ class Embedding(keras.layers.Layer):
         features: Sequence[str] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(autocast=False, **options)  # marks and rows stay as they are
         if not isinstance(table, Table):
             raise InvalidArgument(f"table must be a psclient Table, got {table!r}")
         self.table = table
@@ -82,7 +83,7 @@ class Embedding(keras.layers.Layer):
                 f"feature must be one of {', '.join(self.features)}, got {feature!r}"
             )
         return {
-            "marks": keras.Input((), dtype="float32", name=f"{name}_marks"),
+            "marks": keras.Input((), dtype="int32", name=f"{name}_marks"),
             "places": keras.Input(shape, dtype="int32", name=f"{name}_places"),
             "rows": keras.Input((self.table.dim,), dtype="float32", name=f"{name}_rows"),
         }
@@ -91,11 +92,11 @@ class Embedding(keras.layers.Layer):
         self._make_tap()
 
     def grow(self, rows: int) -> None:
-        """Make room for batches with ``rows`` distinct keys, unless the argument fixes the room.
+        """Make room for batches with ``rows`` distinct keys, unless ``rows`` was given.
 
-        Must be called before the model's optimizer is built.
+        Must be called before an optimizer knows the weight ``tap``.
         """
-        if self.limit is None and rows > self.room:
+        if rows > self.room and self.limit is None:
             self.room = rows
             if self.built:
                 self._tracker.unlock()  # as Keras' own layers do to replace a weight
@@ -105,11 +106,12 @@ class Embedding(keras.layers.Layer):
 
     def call(self, inputs: dict[str, Any], training: bool | None = None) -> Any:
         """Return the embeddings of a batch. ``inputs`` has "rows", "places" and "marks"."""
-        rows, places = inputs["rows"], inputs["places"]
+        rows, places = ops.cast(inputs["rows"], "float32"), inputs["places"]
         if training:
+            marks = ops.cast(inputs["marks"], "float32")
             nothing = self.tap - ops.stop_gradient(self.tap)  # zeros, with a gradient
             rows = rows + nothing[: ops.shape(rows)[0]]
-            self.add_loss(ops.sum(nothing[self.room :, 0] * inputs["marks"]))
+            self.add_loss(ops.sum(nothing[self.room :, 0] * marks))
         rows = ops.cast(rows, self.compute_dtype)
         if self.padding is None:
             taken = ops.take(rows, places, axis=0)
@@ -131,12 +133,12 @@ class Embedding(keras.layers.Layer):
         kept = shape if self.combiner is None else shape[:-1]
         return keras.KerasTensor((*kept, self.table.dim), dtype=self.compute_dtype)
 
-    def marks(self, feature: str, number: int) -> Rows:
-        """Return the input "marks" of a feature in the batch of this number, float32[2 * features].
+    def marks(self, feature: str, number: int) -> NDArray[np.int32]:
+        """Return the input "marks" of a feature in the batch of this number, int32[2 * features].
 
         number  in 1..4095, so that float32 has it exactly
         """
-        marks = np.zeros(2 * len(self.features), np.float32)
+        marks = np.zeros(2 * len(self.features), np.int32)
         at = self.features.index(feature)
         marks[at], marks[len(self.features) + at] = 1, number
         return marks
@@ -163,13 +165,18 @@ class Embedding(keras.layers.Layer):
             "table": table_settings(self.table),
             "combiner": self.combiner,
             "rows": self.limit,
+            "room": self.room,
             "padding": self.padding,
             "features": list(self.features),
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Embedding:
-        return cls(**{**config, "table": table_of(config["table"])})
+        options = {**config, "table": table_of(config["table"])}
+        room = options.pop("room")
+        made = cls(**options)
+        made.room = room
+        return made
 
     def save_own_variables(self, store: Any) -> None:
         """Save nothing: the servers have the rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -10,8 +10,10 @@ import numpy as np
 
 from psclient.arrays import Rows
 from psclient.errors import InvalidArgument
+from psclient.keras.features import require_gradients
 from psclient.keras.feed import Feed, feed_of
 from psclient.keras.layer import Embedding
+from psclient.ticket import Ticket
 
 
 class Push(keras.callbacks.Callback):
@@ -36,23 +38,26 @@ class Push(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         if self.model is not self._of:
             raise InvalidArgument("Push(model) must get the model whose fit gets the callback")
-        _refuse(self._of)
+        require_gradients(self._of)
         self._feed = feed_of(self._of)
         for layer in self._feed.features.layers:
-            layer.tap.assign(np.zeros(layer.tap.shape, np.float32))
+            if layer.built:  # on TensorFlow, a layer may be built by the first step
+                layer.tap.assign(np.zeros(layer.tap.shape, np.float32))
         self._feed.start()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         feed = self._feed
         assert feed is not None
-        if not feed.number:
-            raise InvalidArgument(
-                "fit trained a batch that is not of the feed: pass"
-                " psclient.keras.feed(dataset, model) to fit as x"
-            )
-        step = feed.step - 1
-        lr = self._lr(step) if callable(self._lr) else self._lr
-        feed.push(self._gradients(feed, step), lr)
+        number, ticket = feed.oldest()
+        taps = {each: _value(self._of, each) for each in feed.features.layers if each.trainable}
+        if _may_skip(self._of.optimizer) and any(
+            layer.read(np.asarray(tap))[0] != number for layer, tap in taps.items()
+        ):
+            gradients = None
+        else:
+            gradients = {table: _gradients(table, taps, number, ticket) for table in ticket.keys}
+        lr = self._lr(ticket.step) if callable(self._lr) else self._lr
+        feed.push(gradients, lr)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Wait for the pushes, so that validation and callbacks see them."""
@@ -63,32 +68,54 @@ class Push(keras.callbacks.Callback):
         assert self._feed is not None
         self._feed.stop()
 
-    def _gradients(self, feed: Feed, step: int) -> dict[str, Rows | None] | None:
-        """Return the gradients of the open batch per table; None: the optimizer skipped it."""
-        sums: dict[str, Rows | None] = {}
-        for layer in feed.features.layers:
-            table = layer.table.name
-            sums.setdefault(table, None)
-            if not layer.trainable:
-                continue
-            tap = _value(self._of, layer)
-            number, scale = layer.read(tap)
-            if number != feed.number:
-                if isinstance(self._of.optimizer, keras.optimizers.LossScaleOptimizer):
-                    return None
-                raise InvalidArgument(
-                    f"the gradients of layer {layer.name!r} in the batch of step {step} were lost:"
-                    " the training step must call the layer with training=True, and the optimizer"
-                    " must apply the gradients of all trainable weights"
-                )
-            gradients = tap[: feed.count(table)] / np.float32(scale)
-            before = sums[table]
-            sums[table] = gradients if before is None else before + gradients
-        return sums
+
+def _may_skip(optimizer: Any) -> bool:
+    """Return whether an optimizer skips batches whose gradients are infinite."""
+    return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
 
 
-def _value(model: keras.Model, layer: Embedding) -> Rows:
-    """Return the value of a layer's tap after a step, as an array."""
+def _gradients(
+    table: str, taps: Mapping[Embedding, Any], number: int, ticket: Ticket
+) -> Callable[[], Rows] | Rows | None:
+    """Return the gradients of the distinct keys of a table in one batch; None: it has none.
+
+    taps    the taps of the layers that are not frozen, after the training step
+    number  that of the batch, see Embedding.marks
+    ticket  that of the batch
+
+    On JAX, the step may still be running. The result is then a function that waits for it.
+    """
+    mine = {layer: tap for layer, tap in taps.items() if layer.table.name == table}
+    if not mine:
+        return None
+    count = len(ticket.keys[table].keys)
+
+    def total() -> Rows:
+        parts = [
+            _read(layer, np.asarray(tap), count, number, ticket.step) for layer, tap in mine.items()
+        ]
+        return sum(parts[1:], start=parts[0])
+
+    return total if keras.backend.backend() == "jax" else total()
+
+
+def _read(layer: Embedding, tap: Rows, count: int, number: int, step: int) -> Rows:
+    """Return the first ``count`` gradients of a tap.
+
+    Raises InvalidArgument if they are not of the batch with this number and training step.
+    """
+    found, scale = layer.read(tap)
+    if found != number:
+        raise InvalidArgument(
+            f"the gradients of layer {layer.name!r} in the batch of step {step} were lost: the"
+            " training step must call the layer with training=True, and the optimizer must apply"
+            " the gradients of all trainable weights"
+        )
+    return tap[:count] / np.float32(scale)
+
+
+def _value(model: keras.Model, layer: Embedding) -> Any:
+    """Return the value of a layer's tap after a step, as an array of NumPy or JAX."""
     state = getattr(model, "_jax_state", None)  # the weights, while fit runs on JAX
     if state is None:
         value = layer.tap.value  # of torch or TensorFlow
@@ -98,27 +125,5 @@ def _value(model: keras.Model, layer: Embedding) -> Rows:
         model.trainable_variables, state["trainable_variables"], strict=True
     ):
         if variable is layer.tap:
-            return np.asarray(value)
+            return value.copy()  # the next step overwrites the value
     raise AssertionError("a trainable layer's weight is among those of its model")
-
-
-def _refuse(model: keras.Model) -> None:
-    """Raise InvalidArgument for settings of a model with which gradients would be lost."""
-    if model.steps_per_execution > 1:
-        raise InvalidArgument(
-            f"steps_per_execution must be 1, got {model.steps_per_execution}: the gradients of all"
-            " but the last step would be lost"
-        )
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    steps = getattr(optimizer, "gradient_accumulation_steps", None)
-    if steps:
-        raise InvalidArgument(
-            f"gradient_accumulation_steps must be None, got {steps}: Keras does not add up the"
-            " gradients of rows. Use a larger batch"
-        )
-    strategy = getattr(model, "distribute_strategy", None)
-    if getattr(strategy, "num_replicas_in_sync", 1) > 1 or keras.distribution.distribution():
-        raise InvalidArgument(
-            "a model with psclient.keras.Embedding runs on one device: train on several by several"
-            " processes, each with a client of its own"
-        )
