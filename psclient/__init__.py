@@ -89,6 +89,7 @@ torch/group.py      EmbeddingGroup
 TorchRec's collections (imported on demand):
 
 torchrec/tables.py      tables on the servers for the configs of a collection
+torchrec/pipeline.py    batches of a loader, whose rows a collection has pulled ahead
 torchrec/collection.py  base class of both collections: the keys of a batch, per feature
 torchrec/pooled.py      EmbeddingBagCollection
 torchrec/sequences.py   EmbeddingCollection

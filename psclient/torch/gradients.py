@@ -17,6 +17,7 @@ from psclient.arguments import push_header
 from psclient.arrays import Rows
 from psclient.batch import Batch
 from psclient.errors import InvalidArgument
+from psclient.pipeline import Pipeline
 from psclient.rowclient import RowClient
 from psclient.table import Table
 from psclient.torch.ranks import Job, Sum, Turn
@@ -47,8 +48,13 @@ class Pass:
 class Route(Protocol):
     """What pushes gradients in place of the client: the pipeline of a group, while it runs."""
 
+    pipe: Pipeline
+
     def push_sums(self, sums: Mapping[str, tuple[Batch, Tensor]], turn: Turn) -> None:
         """Push {table: (keys, float32[distinct, dim])} as the gradients of the batch at hand."""
+
+    def pushed(self) -> None:
+        """End the turn of the batch at hand, whose gradients were pushed by the client."""
 
 
 class Gradients:
@@ -200,10 +206,10 @@ def _route(parts: Sequence[Gradients], job: Job | None) -> Route | None:
             " make one optimizer for the group, and another for other modules"
         )
     (route,) = routes.values() or (None,)
-    if route is not None and job is not None and job.sync:
+    if route is not None and job is not None and job.sync and route.pipe.lookahead:
         raise InvalidArgument(
-            "sync must be False while a pipeline runs, because it pulls rows before all ranks have"
-            " pushed; got True"
+            "with sync=True, a pipeline must have lookahead=0, so that it pulls no rows before all"
+            f" ranks have pushed; got {route.pipe.lookahead}"
         )
     return route
 
@@ -253,11 +259,13 @@ def _push_together(
                 for name, (batch, rows) in summed.items()
                 if len(batch.keys)
             }
-        _push_sums(client, route, sums, turn)
+        _push_sums(client, None if job.sync else route, sums, turn)
     except Exception as error:
         job.settle(turn, error)
         raise
     job.settle(turn, None)
+    if route is not None and job.sync:  # all ranks have pushed: pull the rows of the next batch
+        route.pushed()
     return turn
 
 

@@ -135,6 +135,11 @@ class GroupPipeline:
         self.pipe.push(ticket, gradients, lr=turn.lr, step=turn.step)
         self._ticket, self._held = None, 0
 
+    def pushed(self) -> None:
+        """End the turn of the batch at hand, whose gradients were pushed by the client."""
+        self._held = 0
+        self._skip()
+
     # ---- one batch
 
     def _keys_of(self, batch: Any) -> dict[str, Batch]:

@@ -9,6 +9,7 @@
 Needs the package torchrec, of which only the classes of configs and batches are used.
 
 tables.py      tables on the servers for the configs of a collection, and their initial embeddings
+pipeline.py    batches of a loader, whose rows a collection has pulled ahead
 collection.py  base class of both collections: the keys of a KeyedJaggedTensor, per feature
 pooled.py      EmbeddingBagCollection
 sequences.py   EmbeddingCollection

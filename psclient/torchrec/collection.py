@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from psclient.table import Table
 from psclient.torch.feature import Remote
 from psclient.torch.group import EmbeddingGroup
 from psclient.torch.optimizer import Trained
+from psclient.torchrec.pipeline import CollectionPipeline
 from psclient.torchrec.tables import Initializer, tables_of
 
 
@@ -53,6 +54,7 @@ class Collection(Trained):
             for name in names
         }
         self.group = EmbeddingGroup(client, modules)
+        self._pipeline: CollectionPipeline | None = None
         self.to(device=device)
 
     def _module(self, config: Any, table: Table) -> Remote:
@@ -107,10 +109,42 @@ class Collection(Trained):
     def _check_weights(self, features: KeyedJaggedTensor) -> None:
         """Raise InvalidArgument if the features have weights that the collection does not use."""
 
-    def _outputs(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        """Pull the rows of all outputs in one request; return the outputs as float32."""
-        outputs = self.group(inputs)
+    def _outputs(self, features: KeyedJaggedTensor, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """Return the outputs as float32. Pull their rows in one request, unless a pipeline did.
+
+        features, inputs  the batch, and the keys of each output
+        """
+        outputs = None if self._pipeline is None else self._pipeline.outputs_of(features)
+        if outputs is None:
+            outputs = self.group(inputs)
         return [outputs[name].float() for name in inputs]
+
+    def pipeline(
+        self,
+        loader: Iterable[Any],
+        features: Callable[[Any], KeyedJaggedTensor],
+        **options: Any,
+    ) -> CollectionPipeline:
+        """Return an iterable of a loader's batches that pulls ahead, and pushes in the background.
+
+        loader    a DataLoader, or any iterable of batches; each ``for`` begins anew
+        features  function that returns the KeyedJaggedTensor of a batch
+        options   further arguments of EmbeddingGroup.pipeline, such as staleness
+
+            rows = ebc.optimizer()
+            with ebc.pipeline(loader, lambda batch: batch.sparse_features, staleness=1) as batches:
+                for batch in batches:
+                    loss_fn(model(batch.dense_features, batch.sparse_features)).backward()
+                    rows.step()
+
+        Within the block, the collection uses the rows that were pulled ahead when the model calls
+        it with the features of the batch at hand.
+        """
+        return CollectionPipeline(self, loader, features, options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out a pipeline: copies and pickles are not in its block."""
+        return {**self.__dict__, "_pipeline": None}
 
     def _traced(self, features: Any) -> fx.Proxy | None:
         """Return a call of this module, as one node, if torch.fx is tracing it; else None.

@@ -98,7 +98,7 @@ class EmbeddingBagCollection(EmbeddingBagCollectionInterface, Collection):  # ty
         return KeyedTensor(
             keys=list(inputs),
             values=process_pooled_embeddings(
-                pooled_embeddings=self._outputs(inputs),
+                pooled_embeddings=self._outputs(features, inputs),
                 inverse_indices=reorder_inverse_indices(inverse, self._features),
             ),
             length_per_key=self._dims,

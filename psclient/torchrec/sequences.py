@@ -78,7 +78,7 @@ class EmbeddingCollection(EmbeddingCollectionInterface, Collection):  # type: ig
         if (traced := self._traced(features)) is not None:
             return traced  # type: ignore[return-value]
         values, inputs = self.inputs(features)
-        rows = zip(inputs, values, self._outputs(inputs), strict=True)
+        rows = zip(inputs, values, self._outputs(features, inputs), strict=True)
         return {
             name: JaggedTensor(
                 values=output,

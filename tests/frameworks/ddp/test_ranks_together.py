@@ -81,10 +81,11 @@ def one(client: Client) -> tuple[list[str], list[float]]:
 
 @pytest.fixture(scope="module")
 def small(client: Client) -> Callable[[str], list[str]]:
-    """small(case): names of three or four tables of plain SGD with zeros."""
+    """small(case): names of some tables of plain SGD with zeros."""
 
     def make(case: str) -> list[str]:
-        names = [f"ranks.{case}.{each}" for each in range(4 if case == "uneven" else 3)]
+        count = {"uneven": 4, "uneven_piped": 2}.get(case, 3)
+        names = [f"ranks.{case}.{each}" for each in range(count)]
         for each in names:
             client.create_table(each, DIM, optimizer="sgd", lr=1.0, initializer="zeros")
         return names
@@ -100,8 +101,10 @@ def two(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Notes:
     """The notes of two ranks, of all cases but those of four ranks."""
-    cases = {case: small(case) for case in worker.CASES if case not in ("equal", "halves")}
-    cases = {"equal": create(client, "ranks.two"), **cases}
+    others = {"equal", "piped", "halves"}
+    cases = {case: small(case) for case in worker.CASES if case not in others}
+    both = {case: create(client, f"ranks.{case}") for case in ("equal", "piped")}
+    cases = {**both, **cases}
     return run(cluster2.addresses, 2, cases, tmp_path_factory.mktemp("two") / "notes")
 
 
@@ -116,11 +119,12 @@ def assert_equal(client: Client, tables: list[str], expected: list[str]) -> None
         assert np.abs(got.embeddings - initial).max() > 1e-3  # has learned something
 
 
-def test_two_ranks_equal_one_process(client: Client, one: Any, two: Notes) -> None:
+@pytest.mark.parametrize("case", ["equal", "piped"])
+def test_two_ranks_equal_one_process(client: Client, one: Any, two: Notes, case: str) -> None:
     tables, head = one
-    assert_equal(client, [f"ranks.two.{each}" for each in OPTIMIZERS], tables)
+    assert_equal(client, [f"ranks.{case}.{each}" for each in OPTIMIZERS], tables)
     for notes in two:
-        assert_allclose(notes["equal"], head, atol=1e-5)
+        assert_allclose(notes[case], head, atol=1e-5)
 
 
 def test_one_rank_equals_one_process(
@@ -150,7 +154,11 @@ def test_uneven_ranks_end(client: Client, two: Notes) -> None:
     for each in range(4):
         row = client.table(f"ranks.uneven.{each}").pull([KEY])
         assert_array_equal(row, np.full((1, DIM), -4.0))
+    for each in range(2):
+        row = client.table(f"ranks.uneven_piped.{each}").pull([KEY])
+        assert_array_equal(row, np.full((1, DIM), -4.0))
     assert [notes["uneven"] for notes in two] == [3, 3]
+    assert [notes["uneven_piped"] for notes in two] == [[3, 3], [3, 3]]
 
 
 @pytest.mark.parametrize("case", ["disagree", "other_lr", "infinite"])
@@ -166,6 +174,11 @@ def test_ranks_that_do_not_fit_push_nothing(client: Client, two: Notes, case: st
             assert error.startswith(rule[min(rank, len(rule) - 1)])
     for each in range(3):
         assert_array_equal(client.table(f"ranks.{case}.{each}").pull([KEY]), np.zeros((1, DIM)))
+
+
+def test_a_pipeline_that_pulls_ahead_cannot_wait_for_all(two: Notes) -> None:
+    for notes in two:
+        assert notes["refused"].startswith("InvalidArgument: with sync=True, a pipeline must have")
 
 
 def test_steps_are_checked_in_passing(two: Notes) -> None:

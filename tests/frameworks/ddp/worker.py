@@ -75,6 +75,28 @@ def equal(client: Client, tables: list[str], group: Any = None, **options: Any) 
     return model.head.weight.flatten().tolist()
 
 
+def piped(client: Client, tables: list[str]) -> list[float]:
+    """Do the same as ``equal``, but pull and push through a pipeline."""
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    model = Model(client, tables)
+    rows = model.group.optimizer(reduce="sum", sync=True)
+    head = DistributedDataParallel(model.head)
+    dense = torch.optim.SGD(model.parameters(), lr=0.1)
+    shares = [[part.chunk(size)[rank] for part in batch(step)] for step in range(STEPS)]
+
+    def keys(share: list[Tensor]) -> dict[str, Tensor]:
+        return dict.fromkeys(tables, share[0])
+
+    with model.group.pipeline(shares, keys, lookahead=0) as batches:
+        for (_, labels), outputs in batches:
+            dense.zero_grad()
+            scores = head(torch.cat([outputs[each] for each in tables], -1))
+            (scores - labels).square().mean().backward()
+            dense.step()
+            rows.step()
+    return model.head.weight.flatten().tolist()
+
+
 def halves(client: Client, tables: list[str]) -> list[float]:
     """Train as two groups of ranks, each with a table of its own."""
     size, rank = distributed.get_world_size(), distributed.get_rank()
@@ -99,6 +121,35 @@ def uneven(client: Client, tables: list[str]) -> int:
                 module(torch.tensor([[KEY]])).sum().backward()
                 rows.step()
     return int(rows.state_dict()["step"])
+
+
+def uneven_piped(client: Client, tables: list[str]) -> list[int]:
+    """Do the same as ``uneven`` through pipelines that pull ahead; return the next steps."""
+    steps = []
+    for table, staleness in zip(tables, (0, 2), strict=True):
+        group = EmbeddingGroup(client, {"a": EmbeddingBag(client.table(table))})
+        rows = group.optimizer(ranks="sum", reduce="sum")
+        loader = [torch.tensor([[KEY]])] * (1 + 2 * distributed.get_rank())
+        with (
+            Join([rows]),
+            group.pipeline(loader, lambda each: {"a": each}, staleness=staleness) as batches,
+        ):
+            for _, outputs in batches:
+                outputs["a"].sum().backward()
+                rows.step()
+        steps.append(int(rows.state_dict()["step"]))
+    return steps
+
+
+def refused(client: Client, tables: list[str]) -> str:
+    """A pipeline that pulls ahead cannot wait for all ranks."""
+    group = EmbeddingGroup(client, {"a": EmbeddingBag(client.table(tables[0]))})
+    rows = group.optimizer(sync=True)
+    with group.pipeline([torch.tensor([[KEY]])], lambda each: {"a": each}) as batches:
+        for _, outputs in batches:
+            outputs["a"].sum().backward()
+            return error_of(rows.step)
+    return ""
 
 
 OPTIONS = ({"reduce": "sum"}, {"reduce": "sum", "sync": True}, {"sync": True}, {})
@@ -179,8 +230,11 @@ def gone(client: Client, tables: list[str]) -> str:
 
 CASES: dict[str, Callable[[Client, list[str]], Any]] = {
     "equal": equal,
+    "piped": piped,
     "halves": halves,
     "uneven": uneven,
+    "uneven_piped": uneven_piped,
+    "refused": refused,
     "disagree": disagree,
     "other_lr": other_lr,
     "infinite": infinite,

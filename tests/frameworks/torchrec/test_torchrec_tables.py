@@ -26,6 +26,7 @@ from torchrec.modules.embedding_configs import (
 
 from psclient import Client
 from psclient.errors import InvalidArgument, SchemaMismatch
+from psclient.rows import write_rows
 from psclient.torch import RowOptimizer
 from psclient.torchrec import EmbeddingBagCollection
 
@@ -229,6 +230,51 @@ def test_optimizer_handle(client: Client, name: str) -> None:
     scaler.step(rows)
     change = np.abs(before - table.pull(np.arange(50)))
     assert norm > 1e-3 > change.max() > 0
+
+
+def test_a_pipeline_trains_as_the_loop_does(client: Client, name: str) -> None:
+    """Bit for bit; and only the features of the batch at hand may be trained."""
+    batches = [batch("ab", 16, seed=step) for step in range(12)]
+    first = client.create_table(f"first_{name}", 4, optimizer="adam", lr=0.1)
+    rows = first.pull(np.arange(50))
+    weights = []
+    for prefix in ("loop", "pipe"):
+        collection, model = dlrm(client, f"{prefix}_{name}", optimizer="adam", lr=0.1)
+        tables = [client.table(f"{each}_{prefix}_{name}") for each in "ab"]
+        for table in tables:
+            write_rows(client, table.name, np.arange(50), rows)
+        optimizer, dense = RowOptimizer(model), torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step(
+            features: Any, model: Any = model, optimizer: Any = optimizer, dense: Any = dense
+        ) -> None:
+            dense.zero_grad()
+            model(torch.ones(16, 3), features).square().mean().backward()
+            dense.step()
+            optimizer.step()
+
+        if prefix == "loop":
+            for features in batches:
+                step(features)
+        else:
+            with collection.pipeline(batches, lambda each: each, lookahead=2) as ahead:
+                for features in ahead:
+                    with pytest.raises(InvalidArgument, match="must be those that its function"):
+                        collection(batches[0] if features is batches[1] else batches[1])
+                    with torch.no_grad():
+                        assert len(collection(batch("ab")).keys()) == 2
+                    step(features)
+                assert ahead.pipe.stats.pushes == 12
+            step(batches[0])
+        weights.append([table.pull(np.arange(50)) for table in tables])
+        weights[-1].append(model.over_arch.model[1].weight.detach().clone())
+        if prefix == "loop":
+            step(batches[0])
+            weights[-1] = [table.pull(np.arange(50)) for table in tables] + [
+                model.over_arch.model[1].weight.detach().clone()
+            ]
+    for one, other in zip(*weights, strict=True):
+        assert np.array_equal(one, other)
 
 
 def test_fx_sees_a_leaf(client: Client, name: str) -> None:
