@@ -140,7 +140,13 @@ class Collection(Trained):
         Within the block, the collection uses the rows that were pulled ahead when the model calls
         it with the features of the batch at hand.
         """
-        return CollectionPipeline(self, loader, features, options)
+
+        def enter(pipeline: CollectionPipeline | None) -> None:
+            self._pipeline = pipeline
+
+        return CollectionPipeline(
+            self.group, lambda given: self.inputs(given)[1], enter, loader, features, options
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out a pipeline: copies and pickles are not in its block."""

@@ -4,34 +4,41 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from psclient.errors import InvalidArgument
 from psclient.pipeline import Pipeline
-
-if TYPE_CHECKING:
-    from psclient.torchrec.collection import Collection
+from psclient.torch.group import EmbeddingGroup
 
 
 class CollectionPipeline:
     """Iterates over a loader, and pulls the rows of later batches in the meantime.
 
-    Collection.pipeline creates it, and explains the arguments. Use it in a ``with`` block.
+    Collection.pipeline creates it. Use it in a ``with`` block.
+
+    group     module that computes the outputs of the collection
+    inputs    returns the keys of each output, for features: inputs(features)
+    enter     called with this object when the block begins, and with None when it ends
+    loader    the batches
+    features  function that returns the features of a batch
+    options   further arguments of EmbeddingGroup.pipeline
     """
 
     def __init__(
         self,
-        collection: Collection,
+        group: EmbeddingGroup,
+        inputs: Callable[[Any], dict[str, Any]],
+        enter: Callable[[CollectionPipeline | None], None],
         loader: Iterable[Any],
         features: Callable[[Any], Any],
         options: Mapping[str, Any],
     ) -> None:
-        self._collection, self._features = collection, features
+        self._inputs, self._enter, self._features = inputs, enter, features
         self._planned: deque[Any] = deque()  # features of batches that were read ahead
-        self._batches = collection.group.pipeline(loader, self._keys_of, **options)
+        self._batches = group.pipeline(loader, self._keys_of, **options)
         self._ready: tuple[Any, dict[str, Tensor]] | None = None  # of the batch at hand
 
     @property
@@ -41,12 +48,12 @@ class CollectionPipeline:
 
     def __enter__(self) -> Self:
         self._batches.__enter__()
-        self._collection._pipeline = self
+        self._enter(self)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Wait for all pushes. After this, the collection pulls by itself again."""
-        self._collection._pipeline = None
+        self._enter(None)
         self._batches.__exit__(kind, error, trace)
 
     def __iter__(self) -> Iterator[Any]:
@@ -62,7 +69,7 @@ class CollectionPipeline:
     def _keys_of(self, batch: Any) -> dict[str, Any]:
         """Return the keys of each output of a batch that is read ahead."""
         features = self._features(batch)
-        inputs: dict[str, Any] = self._collection.inputs(features)[1]
+        inputs = self._inputs(features)
         self._planned.append(features)
         return inputs
 
