@@ -18,6 +18,7 @@ batches are computed. docs/trainers.md explains which staleness to choose.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -96,13 +97,17 @@ class Pipeline:
         )
         self._open: deque[Ticket] = deque()  # at hand: neither pushed nor skipped
         self._lock = threading.RLock()  # held by whoever uses ``_schedule``
+        self._ahead = self.lookahead > 0 and self._unpushed <= self.staleness
         self._worker: ThreadPoolExecutor | None = None
         self._jobs: deque[tuple[int, Future[None]]] = deque()  # (step, push by the worker)
+        self._ready: deque[Ticket] = deque()  # handed out by the worker, not seen by the loop
+        self._changed = threading.Condition()  # notified when ``_ready`` grows or a job ends
 
     @property
     def step(self) -> int:
         """Training step of the next batch that is handed out."""
-        return self._schedule.step
+        with self._changed:
+            return self._ready[0].step if self._ready else self._schedule.step
 
     @property
     def stats(self) -> Stats:
@@ -136,7 +141,8 @@ class Pipeline:
         """Yield a Ticket for each batch, with the rows of its keys.
 
         keys_of  function that returns {feature: keys} of a batch; keys are integers of any shape,
-                 or a psclient Batch
+                 or a psclient Batch, or a function that returns one of these, which another thread
+                 may call
         batches  any iterable, such as a DataLoader. It is read ``lookahead + 2`` batches ahead
 
         Call ``push`` or ``skip`` with each ticket before the next turn, which raises
@@ -151,8 +157,7 @@ class Pipeline:
             while (ticket := self._turn()) is not None:
                 yield ticket
         finally:
-            with self._lock:
-                self._schedule.end()
+            self._end()
 
     def push(
         self,
@@ -229,14 +234,24 @@ class Pipeline:
         """Return the ticket of the next batch, whose rows are there; None: there is none."""
         if len(self._open) >= self._unpushed:
             raise self._unfinished()
-        self._await_jobs(self.step - 1 - self.staleness)
-        with self._lock:
-            ticket = self._schedule.hand_out()
+        begin = time.perf_counter()
+        ticket = self._await_ready()
+        self._schedule.requests.raise_failure()
+        if ticket is None:
+            self._await_jobs(self._schedule.step - 1 - self.staleness)
+            with self._lock:
+                ticket = self._schedule.hand_out()
+        self.stats.waited_seconds += time.perf_counter() - begin
         if ticket is not None:
             self._open.append(ticket)
-        elif self._open and self._unpushed == 1:
-            raise self._unfinished()
         return ticket
+
+    def _await_ready(self) -> Ticket | None:
+        """Return the ticket that the worker has handed out; None: it will hand out none."""
+        with self._changed:
+            while self._ahead and not self._ready and any(not job.done() for _, job in self._jobs):
+                self._changed.wait()
+            return self._ready.popleft() if self._ready else None
 
     def _unfinished(self) -> InvalidArgument:
         """Return the error about the oldest batch at hand."""
@@ -275,7 +290,7 @@ class Pipeline:
 
     def _send(self, ticket: Ticket, header: Header, parts: list[PushPart]) -> None:
         """End the turn of a ticket: send its push, or none if ``parts`` is empty."""
-        if self._jobs:
+        if self._ahead or self._jobs:
             self._submit(ticket, header, parts)
             return
         self._close(ticket)
@@ -298,15 +313,18 @@ class Pipeline:
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, "psclient pipeline")
         self._close(ticket)
+        self._schedule.read()
         job = self._worker.submit(self._work, ticket, header, given)
+        job.add_done_callback(self._notify)
         self._jobs.append((ticket.step, job))
-        with self._lock:
-            self._schedule.plan()
 
     def _work(
         self, ticket: Ticket, header: Header, given: Mapping[str, Any] | list[PushPart]
     ) -> None:
-        """Send a push. The worker thread runs this method. Errors are kept for the next turn."""
+        """Send a push, and hand out tickets ahead of their turns. The worker thread runs this.
+
+        Errors are kept for the next turn.
+        """
         requests = self._schedule.requests
         if requests.failure is not None:
             return
@@ -314,9 +332,22 @@ class Pipeline:
             parts = given if isinstance(given, list) else self._parts(ticket, given)
             with self._lock:
                 self._schedule.send(ticket, header, parts)
+                self._schedule.plan(read=False)
+                while self._ahead:
+                    ready = self._schedule.prepare(self._unpushed + 1)
+                    if ready is None:
+                        break
+                    with self._changed:
+                        self._ready.append(ready)
+                        self._changed.notify_all()
         except BaseException as error:
             with self._lock:
                 requests.fail(ticket.step, list(ticket.keys), error)
+
+    def _notify(self, job: object) -> None:
+        """Wake the loop: a job has ended."""
+        with self._changed:
+            self._changed.notify_all()
 
     def _await_jobs(self, last: int = STEPS) -> None:
         """Wait until the worker thread has sent all pushes up to that of step ``last``."""
@@ -324,12 +355,18 @@ class Pipeline:
             self._jobs[0][1].result()
             self._jobs.popleft()
 
+    def _end(self) -> None:
+        """End a loop: drop the tickets that it did not see."""
+        self._await_jobs()
+        with self._lock, self._changed:
+            self._schedule.end(self._ready)
+            self._ready.clear()
+
     def _finish(self) -> None:
         """Wait for all pushes; drop tickets; end the worker thread."""
-        self._await_jobs()
+        self._end()
         with self._lock:
             self._open.clear()
-            self._schedule.end()
             self._schedule.unsent.clear()
             self._schedule.requests.settle_all()
         if self._worker is not None:

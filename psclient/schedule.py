@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +96,7 @@ class Schedule:
         self._rings: dict[str, Ring] = {}
         self._keys_of: KeysOf = lambda batch: batch
         self._source: Iterator[Any] | None = None
+        self._read: deque[tuple[Any, Any]] = deque()  # (batch, its keys), before ``_planned``
         self._source_error: BaseException | None = None  # to raise when its batch is due
         self._pushed: deque[tuple[int, dict[str, KeySet]]] = deque(maxlen=staleness)
 
@@ -109,24 +109,32 @@ class Schedule:
         """Read batches from ``source`` from now on; ``keys_of`` returns {feature: keys} of each."""
         self._source, self._keys_of, self._source_error = source, keys_of, None
 
-    def end(self) -> None:
-        """Forget the source, and the tickets that were not handed out with their pulls."""
+    def end(self, unseen: Iterable[Ticket] = ()) -> None:
+        """Forget the source, the batches that were not handed out, and the pulls of their rows.
+
+        unseen  tickets that were handed out, but the loop did not see
+        """
+        for ticket in unseen:
+            self.unsent.remove(ticket)
+            self.step = min(self.step, ticket.step)
         self._source = None
+        self._read.clear()
         self._held.clear()
         self._planned.clear()
         self.requests.drop_pulls()
 
-    def hand_out(self) -> Ticket | None:
+    def hand_out(self, *, read: bool = True) -> Ticket | None:
         """Return the ticket of the next batch once its rows are there; None: there is none.
+
+        read  whether to read further batches
 
         Raises the error of the source, or of a request that failed.
         """
         self.requests.raise_failure()
-        self._hold(1)
+        self._hold(1, read=read)
         if not self._held:
-            error, self._source_error = self._source_error, None
-            if error is not None:
-                raise error
+            if self._source_error is not None:
+                raise self._source_error
             return None
         ticket = self._held[0]
         self._request(NO_HEADER, [], only=ticket)
@@ -134,12 +142,26 @@ class Schedule:
         self._held.popleft()
         self.unsent.append(ticket)
         self.step = ticket.step + 1
-        self._hold(self._lookahead)
+        self._hold(self._lookahead + 1 - len(self.unsent), read=read)
         self._request(NO_HEADER, [])
         if self._lookahead <= self._staleness:  # the rows of the batch after those come with a push
-            self.plan()
+            self.plan(read=read)
         self._count(ticket)
         return ticket
+
+    def prepare(self, most: int) -> Ticket | None:
+        """Hand out the next ticket ahead of its turn; None: it is too early, or there is none.
+
+        most  maximum number of unsent tickets afterwards
+
+        Reads no batches, so it may be called by any thread.
+        """
+        last = self.unsent[0].step - 1 if self.unsent else self.step - 1  # was sent
+        early = last < self.step - 1 - self._staleness or len(self.unsent) >= most
+        if early or self.requests.failure is not None:
+            return None
+        self._hold(1, read=False)
+        return self.hand_out(read=False) if self._held else None
 
     def send(self, ticket: Ticket, header: Header, parts: list[PushPart]) -> None:
         """Send the push of the oldest unsent ticket, and pull the rows that waited for it.
@@ -164,26 +186,41 @@ class Schedule:
             self.stats.skipped += 1
         self._request(header, parts)
 
-    def plan(self) -> None:
-        """Read the next batch and find its distinct keys, unless a batch is planned already."""
-        if self._planned or self._source is None or self._source_error is not None:
+    def read(self) -> None:
+        """Read the next batch, unless enough are read already. For the thread of the loop."""
+        if self._read or self._source is None or self._source_error is not None:
             return
-        step = self.step + len(self._held)
         try:
             batch = next(self._source, _END)
-            if batch is _END:
-                return
-            keys = self._keys_of(batch)
+            if batch is not _END:
+                self._read.append((batch, self._keys_of(batch)))
+        except Exception as error:
+            self._source_error = error
+
+    def plan(self, *, read: bool = True) -> None:
+        """Find the distinct keys of the next batch, unless a batch is planned already.
+
+        read  whether to read a batch if none is read
+        """
+        if self._planned:
+            return
+        if read:
+            self.read()
+        if not self._read:
+            return
+        step = self.step + len(self._held)
+        batch, keys = self._read.popleft()
+        try:
             ticket = plan(step, batch, keys, self._tables, self._client.batch)
         except Exception as error:
             self._source_error = error
+            self._read.clear()
             return
         wait_for(ticket, [*self.unsent, *self._held], step - 1 - self._staleness)
         self._planned.append(ticket)
 
     def _arrive(self, ticket: Ticket) -> None:
         """Wait for the rows of a ticket."""
-        begin = time.perf_counter()
         self.requests.settle_until(ticket.last)
         self.requests.raise_failure()
         if ticket.again:
@@ -195,18 +232,15 @@ class Schedule:
             self.requests.send(ticket.step, NO_HEADER, [], parts)
             self.requests.settle_all()
             self.requests.raise_failure()
-        self.stats.waited_seconds += time.perf_counter() - begin
 
     def _count(self, ticket: Ticket) -> None:
         """Count a ticket that is handed out, and its rows that lack pushes."""
         self.stats.batches += 1
-        lacking = min(self._staleness, self._lookahead)
-        missing = [sets for step, sets in self._pushed if step >= ticket.step - lacking]
-        unsent = [each.wanted for each in self.unsent if each is not ticket]
+        unsent = [each for each in self.unsent if each is not ticket]
         for table, wanted in ticket.wanted.items():
-            sets = [each[table] for each in missing if table in each]
-            sets += [each[table].keys for each in unsent]
-            self.stats.stale_rows += counted(wanted, sets)
+            pushes = [(step, sets[table]) for step, sets in self._pushed if table in sets]
+            pushes += [(each.step, each.wanted[table].keys) for each in unsent]
+            self.stats.stale_rows += counted(wanted, pushes)
 
     def _hold(self, count: int, *, read: bool = True) -> None:
         """Let the next batches hold rows, until ``count`` do or there are no more batches.
@@ -214,11 +248,9 @@ class Schedule:
         read  whether to read further batches
         """
         while len(self._held) < count:
+            self.plan(read=read)
             if not self._planned:
-                if read:
-                    self.plan()
-                if not self._planned:
-                    return
+                return
             ticket = self._planned.popleft()
             for table, wanted in ticket.wanted.items():
                 if table not in self._rings:
@@ -236,7 +268,7 @@ class Schedule:
             for each in self._held:
                 if each.step - 1 - self._staleness >= ticket.step:
                     wanted = each.wanted[part.table]
-                    early = pushed.has(wanted.batch.keys) & (wanted.after == REQUESTED)
+                    early = pushed.has(wanted.batch.keys) & wanted.requested
                     wanted.after[early] = ticket.step
 
     def _request(
@@ -254,7 +286,7 @@ class Schedule:
                 index = due(wanted, step)
                 if len(index):
                     pulls.append(self._pull_part(table, wanted, index))
-                    wanted.after[index] = REQUESTED
+                    wanted.after[index] = REQUESTED + step
                     ticket.last = self.requests.next
         self.stats.fused_rows += sum(len(part.batch.keys) for part in pulls) if pushes else 0
         if pushes or pulls:

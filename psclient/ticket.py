@@ -19,7 +19,7 @@ Places = NDArray[np.int32]
 Index = NDArray[np.int64]
 
 ANY_TIME = -(1 << 62)  # in Wanted.after: the row need not wait for any push
-REQUESTED = 1 << 62  # in Wanted.after: the row was requested
+REQUESTED = 1 << 62  # in Wanted.after: plus the step of the last push sent before the request
 LEAST = 256  # rows that a buffer has at least
 
 _SALT = np.uint64(secrets.randbits(64))
@@ -48,8 +48,8 @@ class Wanted:
     """The rows of one table that one batch needs.
 
     batch  the distinct keys, and where each key of the batch is among them
-    after  int64[distinct]: step of the last push that must be sent before the row is requested;
-           or ANY_TIME or REQUESTED
+    after  int64[distinct]: before a row is requested, step of the last push that must be sent
+           before, or ANY_TIME; then REQUESTED + step of the last push that was sent before
     rows   float32[distinct, dim], a part of a buffer; None until the first row is requested
     """
 
@@ -57,6 +57,11 @@ class Wanted:
     after: Index
     rows: Rows | None = None
     _set: KeySet | None = None
+
+    @property
+    def requested(self) -> NDArray[np.bool_]:
+        """Return for each row whether it was requested."""
+        return self.after > REQUESTED // 2
 
     @property
     def keys(self) -> KeySet:
@@ -94,7 +99,7 @@ def plan(
 ) -> Ticket:
     """Find the distinct keys of a batch, per table; return its Ticket, without rows.
 
-    keys    {feature: integers of any shape, or a Batch}
+    keys    {feature: integers of any shape, or a Batch, or a function that returns one of these}
     tables  {feature: name of its table}
     make    function that turns keys into a Batch
 
@@ -111,12 +116,17 @@ def plan(
     places: dict[str, Places] = {}
     batches: dict[str, Batch] = {}
     for table, features in by_table.items():
-        batches[table], found = _join([keys[each] for each in features], make)
+        batches[table], found = _join([_called(keys[each]) for each in features], make)
         places.update(zip(features, found, strict=True))
     ticket = Ticket(step, batch, {name: places[name] for name in tables}, batches)
     for table, each in batches.items():
         ticket.wanted[table] = Wanted(each, np.full(len(each.keys), ANY_TIME))
     return ticket
+
+
+def _called(value: Any) -> Any:
+    """Return what ``value`` returns if it is a function, else itself."""
+    return value() if callable(value) else value
 
 
 def _join(parts: Sequence[Any], make: Callable[[Any], Batch]) -> tuple[Batch, list[Places]]:
@@ -191,11 +201,13 @@ class Ring:
         return buffer[:rows]
 
 
-def counted(wanted: Wanted, sets: Sequence[KeySet]) -> int:
-    """Return how many rows belong to keys that are in at least one of ``sets``."""
-    if not sets:
-        return 0
-    found = sets[0].has(wanted.batch.keys)
-    for other in sets[1:]:
-        found |= other.has(wanted.batch.keys)
-    return int(found.sum())
+def counted(wanted: Wanted, pushes: Sequence[tuple[int, KeySet]]) -> int:
+    """Return how many rows lack at least one of some pushes to their keys.
+
+    pushes  (step, keys) of each
+    """
+    keys = wanted.batch.keys
+    lacking = np.zeros(len(keys), np.bool_)
+    for step, pushed in pushes:
+        lacking |= pushed.has(keys) & (wanted.after < REQUESTED + step)
+    return int(lacking.sum())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -142,8 +143,8 @@ class GroupPipeline:
 
     # ---- one batch
 
-    def _keys_of(self, batch: Any) -> dict[str, Batch]:
-        """Return the keys of each part of each feature of a batch; keep the other arguments."""
+    def _keys_of(self, batch: Any) -> dict[str, Callable[[], Batch]]:
+        """Return functions that find the distinct keys of each part of each feature of a batch."""
         inputs = self._keys(batch)
         if not isinstance(inputs, Mapping) or set(inputs) != set(self._features):
             got = sorted(map(str, inputs)) if isinstance(inputs, Mapping) else type(inputs).__name__
@@ -152,9 +153,15 @@ class GroupPipeline:
                 f" {sorted(self._features)}, got {got}"
             )
         _, arguments = requests_of(self._features, inputs)
-        batches = {part: self._client.batch(as_keys(each[0])) for part, each in arguments.items()}
+        keys = {part: as_keys(each[0]) for part, each in arguments.items()}
+        batches: dict[Part, Batch] = {}
+
+        def batch_of(part: Part) -> Batch:
+            batches[part] = self._client.batch(keys[part])
+            return batches[part]
+
         self._planned.append((arguments, batches))
-        return {self._names[part]: each for part, each in batches.items()}
+        return {self._names[part]: partial(batch_of, part) for part in keys}
 
     def _outputs(self, ticket: Ticket) -> dict[str, Tensor]:
         """Return {feature: output} of the batch at hand."""
