@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from psclient import restores
 from psclient.client import Client
 from psclient.errors import TrainerBehind
-from psclient.trainerstate import ShardState, TrainerState
+from psclient.trainerstate import RankState, SessionState, ShardState, TrainerState
 from psproto import ps_pb2 as pb
 
 POLICIES = ("rewind", "once", "ahead")
@@ -92,10 +93,6 @@ def require_policy(
 def _problem(policy: str, state: TrainerState, servers: Servers, ranks: int) -> str | None:
     """Return why a policy is not possible; None: it is."""
     if policy == "rewind":
-        if not state.checkpoint:
-            return (
-                "no cut was completed yet, so there is no checkpoint: drop the tables, begin anew"
-            )
         return None
     same = [one.lineage for one in state.shards] == [one.lineage for one in servers.shards]
     if policy == "ahead":
@@ -138,3 +135,32 @@ def _choice(
     ]
     why = "; ".join(found[:3]) or "the number of ranks is another"
     return f"{_where(state, servers)}; {why}; call resume with a policy: {', '.join(parts)}"
+
+
+def interrupted(client: Client) -> set[str]:
+    """Return the names of the checkpoints of restores that have begun and not ended. While there is
+    one, the shards refuse other calls.
+    """
+    over = (*restores.OVER, restores.PREPARED)
+    return {each.name for each in restores.statuses_of(client) if each.phase not in over}
+
+
+def renumbered(state: TrainerState, everybody: list[list[SessionState]]) -> list[RankState]:
+    """Return the ranks of a trainer whose pushes are numbered from 1 again.
+
+    state      has the ranks' sessions before
+    everybody  the new sessions of all ranks
+
+    If the ranks and shards are the same, they keep their client ids, with a larger incarnation: so
+    the shards refuse pushes that a process from before has left on the way.
+    """
+    ranks = []
+    for rank, sessions in enumerate(everybody):
+        before = state.ranks[rank] if rank < len(state.ranks) else RankState(None, [])
+        if len(before.sessions) == len(sessions):
+            sessions = [
+                SessionState(old.client_id, max(old.incarnation + 1, new.incarnation), 0)
+                for old, new in zip(before.sessions, sessions, strict=True)
+            ]
+        ranks.append(RankState(before.position, sessions))
+    return ranks

@@ -28,9 +28,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
-from psclient import behind, checked, pruning, restores
+from psclient import behind, checked, pruning
 from psclient.calls import links
-from psclient.checkpoints import CheckpointInfo
+from psclient.checkpoints import CheckpointInfo, checkpoint
 from psclient.client import Client
 from psclient.errors import (
     BarrierMissed,
@@ -46,7 +46,14 @@ from psclient.errors import (
 )
 from psclient.restores import restore
 from psclient.together import Alone, Ranks, on_rank_0
-from psclient.trainerstate import Directory, RankState, SessionState, ShardState, TrainerState
+from psclient.trainerstate import (
+    Directory,
+    RankState,
+    SessionState,
+    ShardState,
+    TrainerState,
+    require_json,
+)
 from psclient.writing import Pace, Writing
 
 Policy = Literal["rewind", "once", "ahead"]
@@ -128,7 +135,7 @@ class Checkpointer:
         self._ranks: Ranks = ranks or Alone()
         self._timeout = checked.seconds("timeout", timeout)
         self._directory = Directory(directory)
-        self._pace = Pace(self._every)
+        self._pace = Pace(self._every, 0.0)
         self._writing: Writing | None = None
         self._partial: Path | None = None  # directory of the cut that is being taken
         self._pending: dict[int, list[SessionState]] = {}  # sessions of this rank at cuts, by step
@@ -179,8 +186,8 @@ class Checkpointer:
                           the dense state never sees them
                 None:     raise TrainerBehind
 
-        If the directory is empty, the trainer begins at step 1. Raises TrainerBehind, too, if the
-        policy is not possible.
+        If the directory is empty, the trainer begins at step 1, and the servers first take a
+        checkpoint. Raises TrainerBehind, too, if the policy is not possible.
         """
         if policy is not None and policy not in behind.POLICIES:
             known = ", ".join(behind.POLICIES)
@@ -195,10 +202,11 @@ class Checkpointer:
                 link.session.go_back(at.client_id, at.incarnation, at.sequence)
                 link.session.renews = False
         self._complete, self._last = state.step, state.seen
+        self._pace = Pace(self._every, state.seconds)
         self._lineages = [each.lineage for each in state.shards]
         return Start(
             step=state.seen + 1,
-            path=self._directory.of(state.step) if state.checkpoint else None,
+            path=self._directory.of(state.step) if state.step else None,
             position=mine.position,
             skip=state.seen - state.step,
             gap=gap,
@@ -213,7 +221,7 @@ class Checkpointer:
         everybody  the new sessions of all ranks, without pushes
         """
         state = self._directory.newest()
-        if interrupted := _interrupted(self._client):
+        if interrupted := behind.interrupted(self._client):
             if state is None or policy != "rewind" or interrupted != {state.checkpoint}:
                 raise RestoreConflict(
                     f"a restore of {', '.join(sorted(interrupted))} was interrupted: resume with"
@@ -224,10 +232,7 @@ class Checkpointer:
         self._clean()
         servers = behind.look(self._client)
         if state is None:
-            ranks = [RankState(None, each) for each in everybody]
-            state = TrainerState(0, servers.shards, ranks)
-            self._directory.begin(state)
-            return state, 0, None
+            return self._first(everybody), 0, None
         gap = behind.gap_of(state, servers)
         applied = behind.require_policy(policy, state, servers, len(everybody))
         if applied in (None, "once"):
@@ -238,10 +243,31 @@ class Checkpointer:
         else:
             seen = max(state.seen, servers.step)
             state = replace(state, shards=servers.shards, seen=seen)
-        state = replace(state, ranks=_renumbered(state, everybody))
+        state = replace(state, ranks=behind.renumbered(state, everybody))
         self._directory.change(state)
         log.info("trainer resumes at step %d: %s, gap of %d steps", state.seen + 1, applied, gap)
         return state, gap, applied
+
+    def _first(self, everybody: list[list[SessionState]]) -> TrainerState:
+        """Make the cut before the first step, of which there is no dense state; return it."""
+        name, partial = self._new_partial(0)
+        began = time.monotonic()
+        info = checkpoint(self._client, name)
+        seconds = time.monotonic() - began
+        shards = [
+            ShardState(each.lineage, version)
+            for each, version in zip(behind.shards_of(self._client), info.versions, strict=True)
+        ]
+        ranks = [RankState(None, each) for each in everybody]
+        state = TrainerState(0, shards, ranks, name, seconds=seconds)
+        self._directory.complete(partial, state)
+        return state
+
+    def _new_partial(self, step: int) -> tuple[str, Path]:
+        """Return (name of a new checkpoint, directory of its cut after ``step``)."""
+        attempt = secrets.token_hex(4)
+        name = f"{self._name}-{step:012}-{attempt}"
+        return name, self._directory.partial(step, attempt, name)
 
     def _restore(self, name: str) -> None:
         """Restore the servers. Waits while they end what a trainer before has left unfinished."""
@@ -284,11 +310,13 @@ class Checkpointer:
         """
         if not self._lineages:
             raise InvalidArgument("resume must be called before at")
+        require_json("position", position)
         self._last = checked.integer("step", step, self._last + 1, STEPS)
         first, due = self._ranks.rank == 0, now or step % self._every == 0
         if first:
             self._collect()
-            if self._writing is None and not due and self._pace.begins(step):
+            begins = self._pace.begins(step)
+            if begins and self._writing is None and not due:
                 self._begin(step + (-step) % self._every)
         if due:
             self._cut(step, save, position)
@@ -304,7 +332,7 @@ class Checkpointer:
         self._pending[step] = ranks[self._ranks.rank].sessions
         self._hold(complete)
         if self._ranks.rank == 0:
-            self._save(TrainerState(step, shards, ranks, seen=step), save)
+            self._save(step, shards, ranks, save)
 
     def _drained(self, step: int, position: Any) -> list[RankState]:
         """Wait until the pushes of all ranks are answered; return where each rank stands.
@@ -320,11 +348,11 @@ class Checkpointer:
         everybody = self._ranks.gather((step, RankState(position, self._sessions()), failure))
         failures = [error for _, _, error in everybody if error is not None]
         if failures:
-            self._abandon()
+            self._abandon(placed=False)
             raise failure or failures[0]
         steps = [each for each, _, _ in everybody]
         if len(set(steps)) > 1:
-            self._abandon()
+            self._abandon(placed=False)
             raise InvalidArgument(f"step must be equal on all ranks, got {steps}")
         return [each for _, each, _ in everybody]
 
@@ -356,7 +384,7 @@ class Checkpointer:
                 self._note(error)
             else:
                 writing.placed = True
-                self._pace.cut(step, writing.copied)
+                self._pace.seconds = writing.copied
                 shards = [
                     ShardState(each.lineage, version)
                     for each, version in zip(now, versions, strict=True)
@@ -366,16 +394,16 @@ class Checkpointer:
 
     def _begin(self, step: int) -> Writing:
         """Let the servers begin to copy their rows for the cut after ``step``."""
-        attempt = secrets.token_hex(4)
-        name = f"{self._name}-{step:012}-{attempt}"
-        self._partial = self._directory.partial(step, attempt, name)
+        name, self._partial = self._new_partial(step)
         parent = None
         if self._newest is not None and self._newest[1] + 1 < self._full_every:
             parent = self._newest[0]
         self._writing = Writing(self._client, name, parent, self._timeout)
         return self._writing
 
-    def _save(self, state: TrainerState, save: Save) -> None:
+    def _save(
+        self, step: int, shards: list[ShardState], ranks: list[RankState], save: Save
+    ) -> None:
         """Save the dense state, and let the background thread complete the cut."""
         writing, partial = self._writing, self._partial
         assert writing is not None
@@ -385,14 +413,14 @@ class Checkpointer:
         except BaseException:
             self._abandon()
             raise
-        state = replace(state, checkpoint=writing.name)
 
         def finish(info: CheckpointInfo) -> None:
-            shards = [
+            at = [
                 replace(each, version=version)
-                for each, version in zip(state.shards, info.versions, strict=True)
+                for each, version in zip(shards, info.versions, strict=True)
             ]
-            self._directory.complete(partial, state.step, replace(state, shards=shards))
+            state = TrainerState(step, at, ranks, info.name, seen=step, seconds=writing.copied)
+            self._directory.complete(partial, state)
             self._prune()
 
         writing.finish(finish)
@@ -413,10 +441,14 @@ class Checkpointer:
         self._complete = max(self._pending, default=self._complete)
         self._hold(self._complete)
 
-    def _abandon(self) -> None:
-        """Give up the checkpoint that is being taken, if there is one."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
+    def _abandon(self, *, placed: bool = True) -> None:
+        """Give up the checkpoint that is being taken, if there is one.
+
+        placed  whether also if its barrier was placed
+        """
+        writing = self._writing
+        if writing is not None and (placed or not writing.placed):
+            self._writing = None
             writing.give_up()
             self._discard()
 
@@ -465,32 +497,3 @@ class Checkpointer:
                 with link.lock:
                     link.session.held = at.sequence
             self._pending = {step: each for step, each in self._pending.items() if step > complete}
-
-
-def _interrupted(client: Client) -> set[str]:
-    """Return the names of the checkpoints of restores that have begun and not ended. While there is
-    one, the shards refuse other calls.
-    """
-    over = (*restores.OVER, restores.PREPARED)
-    return {each.name for each in restores.statuses_of(client) if each.phase not in over}
-
-
-def _renumbered(state: TrainerState, everybody: list[list[SessionState]]) -> list[RankState]:
-    """Return the ranks of a trainer whose pushes are numbered from 1 again.
-
-    state      has the ranks' sessions before
-    everybody  the new sessions of all ranks
-
-    If the ranks and shards are the same, they keep their client ids, with a larger incarnation: so
-    the shards refuse pushes that a process from before has left on the way.
-    """
-    ranks = []
-    for rank, sessions in enumerate(everybody):
-        before = state.ranks[rank] if rank < len(state.ranks) else RankState(None, [])
-        if len(before.sessions) == len(sessions):
-            sessions = [
-                SessionState(old.client_id, max(old.incarnation + 1, new.incarnation), 0)
-                for old, new in zip(before.sessions, sessions, strict=True)
-            ]
-        ranks.append(RankState(before.position, sessions))
-    return ranks

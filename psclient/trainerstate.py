@@ -1,6 +1,6 @@
 """The files of a Checkpointer: what a trainer needs to come back, one directory per cut.
 
-    directory    = START  step-N/*  .partial-*/*
+    directory    = step-N/*  .partial-*/*
     step-N/      = STATE  CHECKPOINT  the files that the caller's ``save`` wrote
     .partial-*/  = the same, incomplete: while it is written, or deleted
     CHECKPOINT   = the name of the servers' checkpoint of this moment
@@ -8,8 +8,8 @@
 A cut is the moment between two training steps at which the dense state was saved and a barrier was
 placed on the servers. ``step-N`` gets its name once the servers have completed the checkpoint that
 ends at this barrier, and everything in the directory is on disk. So it exists completely or not
-at all. START has the same contents as STATE, of the moment before the first training step; there is
-no checkpoint of it. Both are JSON with a checksum.
+at all. ``step-000000000000`` is the moment before the first training step, without files of
+``save``. STATE is JSON with a checksum.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from typing import Any
 from psclient.errors import DataLoss, InvalidArgument
 
 FORMAT = 1
-STATE, START, CHECKPOINT = "STATE", "START", "CHECKPOINT"
+STATE, CHECKPOINT = "STATE", "CHECKPOINT"
+_NOTHING = object()  # no value that JSON can store
 NAME = re.compile(r"step-(\d{12})")
 
 
@@ -62,8 +63,9 @@ class TrainerState:
     step: int  # last training step before the cut; 0: none was done
     shards: list[ShardState]
     ranks: list[RankState]
-    checkpoint: str = ""  # name of the servers' checkpoint; "": there is none (START)
+    checkpoint: str  # name of the servers' checkpoint
     seen: int = 0  # last step whose pushes are in the rows but not to be replayed; see "ahead"
+    seconds: float = 0.0  # how long the servers took to copy their rows, for the next cut
     files: dict[str, int] = field(default_factory=dict)  # size of each file that ``save`` wrote
 
 
@@ -92,14 +94,12 @@ class Directory:
         return sorted(int(each.group(1)) for each in found if each)
 
     def newest(self) -> TrainerState | None:
-        """Return the state at the newest complete cut, or else at the start. None: there is none.
+        """Return the state at the newest complete cut; None: there is none.
 
         Raises DataLoss if a file is missing or damaged.
         """
-        if steps := self.steps():
-            return self.read(steps[-1])
-        path = self.path / START
-        return _decode(path, path.read_bytes()) if path.exists() else None
+        steps = self.steps()
+        return self.read(steps[-1]) if steps else None
 
     def read(self, step: int) -> TrainerState:
         """Return the state at the complete cut after ``step``, after checking that all its files
@@ -119,18 +119,10 @@ class Directory:
                 )
         return state
 
-    def begin(self, state: TrainerState) -> None:
-        """Write START, durably."""
-        _write(self.path / START, _encode(state))
-        _sync(self.path)
-
     def change(self, state: TrainerState) -> None:
-        """Replace the stored state of a complete cut, or of the start, durably.
-
-        state  has the step of the cut
-        """
-        at = self.of(state.step) if state.checkpoint else self.path
-        _write(at / (STATE if state.checkpoint else START), _encode(state))
+        """Replace the stored state of a complete cut, durably."""
+        at = self.of(state.step)
+        _write(at / STATE, _encode(state))
         _sync(at)
 
     def partial(self, step: int, attempt: str, checkpoint: str) -> Path:
@@ -154,12 +146,11 @@ class Directory:
             found.append((path, name.read_text() if name.exists() else ""))
         return found
 
-    def complete(self, partial: Path, step: int, state: TrainerState) -> None:
+    def complete(self, partial: Path, state: TrainerState) -> None:
         """Write STATE into the directory of a cut, sync all its files, and give it its final name.
 
         partial  path that the method ``partial`` returned
-        step     training step of the cut
-        state    its ``files`` are set here
+        state    the state at this cut; its ``files`` are set here
         """
         files = {
             str(each.relative_to(partial)): each.stat().st_size
@@ -173,7 +164,7 @@ class Directory:
             if each.is_dir():
                 _sync(each)
         _sync(partial)
-        os.rename(partial, self.of(step))
+        os.rename(partial, self.of(state.step))
         _sync(self.path)
 
     def remove(self, path: Path) -> None:
@@ -185,23 +176,23 @@ class Directory:
         shutil.rmtree(path)
 
 
-def _encode(state: TrainerState) -> bytes:
-    """Return the contents of a file STATE.
-
-    Raises InvalidArgument if a rank's position is not made of what JSON has.
-    """
-    content = {"format": FORMAT, **asdict(state)}
+def require_json(field: str, value: Any) -> None:
+    """Raise InvalidArgument, naming ``field``, unless JSON can store ``value`` as it is."""
     try:
-        text = json.dumps(content, sort_keys=True, indent=1, allow_nan=False)
-        same = json.loads(text) == content
-    except (TypeError, ValueError) as error:
+        stored = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError):
+        stored = _NOTHING
+    if stored is _NOTHING or stored != value:
         raise InvalidArgument(
-            f"position must be made of numbers, texts and lists: {error}"
-        ) from error
-    if not same:
-        raise InvalidArgument(
-            "position must be made of numbers, texts, lists and objects with texts as keys"
+            f"{field} must be made of numbers, texts, lists, and dicts whose keys are texts, got"
+            f" {value!r}"
         )
+
+
+def _encode(state: TrainerState) -> bytes:
+    """Return the contents of a file STATE."""
+    content = {"format": FORMAT, **asdict(state)}
+    text = json.dumps(content, sort_keys=True, indent=1)
     return f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n".encode()
 
 

@@ -124,28 +124,26 @@ class Writing:
 
 
 class Pace:
-    """Decides how many steps before a cut the servers begin to copy.
+    """Decides how many steps before a cut the servers begin to copy their rows.
 
-    every  steps from one cut to the next
+    every    steps from one cut to the next
+    seconds  how long the servers took to copy the last time
     """
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int, seconds: float) -> None:
+        self.seconds = seconds
         self._every = every
-        self._lead = every // 2
-        self._at, self._since = 0, 0.0
+        self._first: tuple[int, float] | None = None  # (step, time) of the first call
 
     def begins(self, step: int) -> bool:
-        """Return whether to begin to copy after ``step``, for the next multiple of ``every``."""
-        return (-step) % self._every <= self._lead
+        """Return whether to begin after ``step``, for the cut at the next multiple of ``every``.
 
-    def cut(self, step: int, copied: float) -> None:
-        """Learn from a cut.
-
-        step    training step of the cut
-        copied  seconds that the servers took to copy
+        Call it after each step: it measures how long a step takes.
         """
         now = time.monotonic()
-        if self._since:
-            per_second = (step - self._at) / max(now - self._since, 1e-6)
-            self._lead = min(max(1, math.ceil(EARLY * copied * per_second)), self._every - 1)
-        self._at, self._since = step, now
+        if self._first is None:
+            self._first = step, now
+        since, began = self._first
+        pace = (step - since) / max(now - began, 1e-6)  # steps per second
+        left = -step % self._every
+        return left <= max(1, math.ceil(EARLY * self.seconds * pace))

@@ -8,7 +8,12 @@ took effect.
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +21,14 @@ import numpy as np
 import pytest
 from servers import Cluster
 
-from psclient import Client
+from psclient import Client, admin
 from psclient.checkpointer import Checkpointer, Start
 from psclient.errors import (
+    BarrierMissed,
+    DataLoss,
+    InvalidArgument,
+    LogDiverged,
+    SessionExpired,
     TrainerBehind,
 )
 from psclient.pipeline import Pipeline
@@ -32,7 +42,7 @@ _numbers = iter(range(1000))
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     url = f"file://{tmp_path_factory.mktemp('stored')}"
-    servers = Cluster(2, "--checkpoint-url", url).start()
+    servers = Cluster(2, "--checkpoint-url", url, "--session-pushes", "64").start()
     try:
         yield servers
     finally:
@@ -202,6 +212,352 @@ def test_ahead_leaves_out_what_the_rows_have_seen(
     third.run(18)
     third.end()
     assert_once(trainer().client, one.name, 18)
+
+
+def test_a_trainer_that_dies_before_its_first_cut_comes_back_from_the_start(
+    trainer: Callable[..., Trainer],
+) -> None:
+    one = trainer()
+    one.resume()
+    one.run(4)
+    one.die()
+    other = trainer()
+    assert other.resume("once") == Start(1, None, None, 0, 4, "once")
+    other.run(5)
+    other.end()
+    assert_once(trainer().client, one.name, 5)
+
+
+def test_rewind_goes_back_to_the_start_before_the_first_cut(
+    trainer: Callable[..., Trainer],
+) -> None:
+    one = trainer()
+    one.resume()
+    one.run(4)
+    one.die()
+    other = trainer()
+    assert other.resume("rewind") == Start(1, None, None, 0, 4, "rewind")
+    other.run(5)
+    other.end()
+    assert other.dense == twin(5)
+    assert_once(trainer().client, one.name, 5)
+
+
+def test_a_trainer_that_ended_goes_on_without_a_policy(trainer: Callable[..., Trainer]) -> None:
+    one = trainer()
+    one.resume()
+    one.run(10)
+    one.end()
+    other = trainer()
+    start = other.resume()
+    assert (start.step, start.gap, start.policy) == (11, 0, None)
+    other.run(15)
+    other.end()
+    assert other.dense == twin(15)
+
+
+def test_a_refusal_names_steps_versions_and_what_each_policy_does(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    one = trainer()
+    one.resume()
+    one.run(7)
+    one.end()
+    with pytest.raises(TrainerBehind) as caught:
+        trainer().ck.resume()
+    name = newest(tmp_path)
+    text = str(caught.value)
+    assert text.startswith("dense is at step 5, servers saw 7; shard 0 was at version ")
+    assert text.endswith(
+        f"call resume with a policy: 'rewind' (restore checkpoint {name!r}, which undoes all pushes"
+        " since), 'once' (compute the 2 steps again, each push taking effect once), 'ahead' (keep"
+        " the rows, and leave the 2 steps out of the dense state)"
+    )
+
+
+def settle(trainer: Trainer) -> None:
+    """Wait until the cut of a trainer is complete, or give up one whose barrier has not come."""
+    trainer.ck.close()
+
+
+def one_more(trainer: Trainer) -> Client:
+    return Client(trainer.client._addresses)
+
+
+def test_more_pushes_than_the_servers_remember_are_refused_by_name(
+    trainer: Callable[..., Trainer],
+) -> None:
+    one = trainer(every=100)
+    one.resume()
+    one.run(166)
+    one.die()
+    other = trainer(every=100)
+    assert other.resume("once").step == 101
+    with pytest.raises(SessionExpired, match=r"must resume with policy 'rewind' instead of 'once'"):
+        other.run(101)
+    third = trainer(every=100)
+    third.resume("rewind")
+    third.run(110)
+    third.end()
+    assert_once(trainer().client, one.name, 110)
+
+
+def test_servers_that_were_restored_meanwhile_are_named(trainer: Callable[..., Trainer]) -> None:
+    one = trainer()
+    one.resume()
+    one.run(6)
+    settle(one)
+    with one_more(one) as operator:
+        admin.checkpoint(operator, f"by-hand-{one.name}")
+        one.run(8)
+        settle(one)
+        admin.restore(operator, f"by-hand-{one.name}", replace=True)
+    with pytest.raises(LogDiverged, match=r"servers were restored while the trainer ran"):
+        one.run(10)
+    one.client.close()
+    other = trainer()
+    with pytest.raises(TrainerBehind, match=r"shard 0 has a new log"):
+        other.ck.resume()
+    with pytest.raises(TrainerBehind, match=r"with policy 'once': the servers were restored"):
+        other.ck.resume("once")
+    assert other.resume("rewind").step == 6
+
+
+def test_old_cuts_are_removed_here_and_on_the_servers(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    one = trainer(keep=2)
+    one.resume()
+    one.run(30)
+    one.end()
+    left = ["step-000000000025", "step-000000000030"]
+    assert sorted(each.name for each in (tmp_path / "run").iterdir()) == sorted(left)
+    with one_more(one) as client:
+        names = [each.name for each in admin.checkpoints(client) if each.name.startswith("trainer")]
+        mine = [name for name in names if name in stored(tmp_path)]
+        assert len(mine) == 2
+
+
+def stored(tmp_path: Path) -> list[str]:
+    """Return the names of the checkpoints of all complete cuts, oldest first."""
+    return [each.read_text() for each in sorted((tmp_path / "run").glob("step-*/CHECKPOINT"))]
+
+
+def newest(tmp_path: Path) -> str:
+    return stored(tmp_path)[-1]
+
+
+def parents(trainer: Trainer) -> dict[str, str | None]:
+    with one_more(trainer) as client:
+        return {each.name: each.parent for each in admin.checkpoints(client)}
+
+
+def test_cuts_between_full_ones_contain_only_changes(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    one = trainer(full_every=3, keep=1)
+    one.resume()
+    one.run(10)
+    one.ck.close()
+    parent = parents(one)[newest(tmp_path)]
+    assert parents(one)[parent or ""] is None  # full; it stays, because the newest needs it
+    assert stored(tmp_path) == [parent, newest(tmp_path)]
+    one.run(20)
+    one.die()
+    assert parents(one)[newest(tmp_path)] is None
+    assert len(stored(tmp_path)) == 1
+    other = trainer(full_every=3)
+    other.resume()
+    other.run(23)
+    other.die()
+    third = trainer(full_every=3)
+    third.resume("rewind")
+    third.run(25)
+    third.end()
+    assert third.dense == twin(25)
+
+
+# ---- what goes wrong at a cut
+
+
+def test_a_shard_that_is_killed_while_it_waits_costs_one_checkpoint_at_most(
+    cluster: Cluster, trainer: Callable[..., Trainer]
+) -> None:
+    one = trainer()
+    one.resume()
+    one.run(4)
+    assert one.ck._writing is not None
+    one.ck._writing.ready()
+    os.kill(cluster.pids(1)[-1], signal.SIGKILL)
+    one.run(10)
+    one.ck.close()
+    assert one.ck.failure is None
+    with one_more(one) as client:
+        assert admin.checkpoint(client, f"free-{one.name}").name == f"free-{one.name}"
+    one.client.close()
+    other = trainer()
+    assert other.resume().step == 11
+    assert_once(other.client, one.name, 10)
+
+
+def test_a_cut_that_does_not_come_in_time_is_given_up_and_named(
+    trainer: Callable[..., Trainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = trainer(timeout=0.2)
+    one.resume()
+    one.run(4)
+    assert one.ck._writing is not None
+    writing = one.ck._writing
+    writing.join()
+    assert isinstance(writing.error, BarrierMissed)
+    assert f"barrier '{writing.name}' was not placed within 0.2 s" in str(writing.error)
+    one.ck._timeout = 60.0
+    one.run(5)  # takes another one
+    one.end()
+    assert f"no checkpoint of this cut: {writing.error}" in capsys.readouterr().err
+    assert one.ck.failure is None
+    assert trainer().resume().step == 6
+
+
+def test_an_error_of_save_ends_the_cut_and_is_raised(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    one = trainer()
+    one.resume()
+    one.run(5)
+
+    def save(path: Path) -> None:
+        (path / "half").write_text("half")
+        raise OSError("the disk is full")
+
+    one._save = save  # type: ignore[method-assign]
+    with pytest.raises(OSError, match=r"the disk is full"):
+        one.run(10)
+    assert list((tmp_path / "run").glob(".partial*")) == []
+    with one_more(one) as client:
+        assert admin.checkpoint(client, f"free-{one.name}").name == f"free-{one.name}"
+    one.die()
+    assert trainer().resume("once").step == 6
+
+
+def test_what_an_interrupted_cut_left_is_removed(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    one = trainer()
+    one.resume()
+    one.run(8)
+    settle(one)
+    partial = one.ck._directory.partial(10, "0" * 8, f"orphan-{one.name}")
+    (partial / DENSE).write_text("1")
+    admin.checkpoint(one.client, f"orphan-{one.name}")
+    one.die()
+    other = trainer()
+    assert other.resume("once").step == 6
+    assert list((tmp_path / "run").glob(".partial*")) == []
+    assert f"orphan-{one.name}" not in [each.name for each in admin.checkpoints(other.client)]
+
+
+@pytest.mark.parametrize("what", ["changed", "missing", "truncated"])
+def test_a_damaged_cut_is_named(trainer: Callable[..., Trainer], tmp_path: Path, what: str) -> None:
+    one = trainer()
+    one.resume()
+    one.run(5)
+    one.end()
+    cut = tmp_path / "run" / "step-000000000005"
+    if what == "changed":
+        (cut / "STATE").write_text((cut / "STATE").read_text().replace('"step": 5', '"step": 6'))
+    elif what == "missing":
+        (cut / "STATE").unlink()
+    else:
+        (cut / DENSE).write_text("")
+    with pytest.raises(DataLoss, match=re.escape(str(cut))):
+        trainer().ck.resume("rewind")
+
+
+def test_wrong_calls_are_named(trainer: Callable[..., Trainer], table: str) -> None:
+    one = trainer()
+    with pytest.raises(InvalidArgument, match=r"^resume must be called before at$"):
+        one.ck.at(1, save=one._save)
+    with pytest.raises(
+        InvalidArgument, match=r"^policy must be one of rewind, once, ahead or None"
+    ):
+        one.ck.resume("back")
+    one.resume()
+    one.run(3)
+    with pytest.raises(InvalidArgument, match=r"^step must be an integer in 4\.\."):
+        one.ck.at(3, save=one._save)
+    with pytest.raises(InvalidArgument, match=r"^position must be made of"):
+        one.ck.at(5, save=one._save, position={1: 2})
+    with pytest.raises(InvalidArgument, match=r"^resume must be called before the first push"):
+        one.ck.resume()
+
+
+# ---- several ranks
+
+
+class Threads:
+    """Ranks that are threads of this process."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.values: list[Any] = [None] * size
+        self.gate = threading.Barrier(size)
+
+    def of(self, rank: int) -> Any:
+        return Rank(self, rank)
+
+
+class Rank:
+    def __init__(self, threads: Threads, rank: int) -> None:
+        self.threads, self.rank, self.size = threads, rank, threads.size
+
+    def gather(self, value: Any) -> list[Any]:
+        self.threads.values[self.rank] = value
+        self.threads.gate.wait(60)
+        values = list(self.threads.values)
+        self.threads.gate.wait(60)
+        return values
+
+
+def together(trainers: list[Trainer], work: Callable[[Trainer], Any]) -> list[Any]:
+    """Run ``work`` of each rank on a thread; return the results, or raise the first error."""
+    with ThreadPoolExecutor(len(trainers)) as pool:
+        return [each.result(120) for each in [pool.submit(work, one) for one in trainers]]
+
+
+def test_ranks_are_cut_together_and_each_pushes_once(
+    cluster: Cluster, trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    def ranks() -> list[Trainer]:
+        threads = Threads(2)
+        return [trainer(ranks=threads.of(rank)) for rank in range(2)]
+
+    with Client(cluster.addresses) as client:
+        client.create_table("other", 1, optimizer="sgd", lr=1.0, initializer="zeros")
+    first = ranks()
+    first[1].table, first[1].name = first[1].client.table("other"), "other"
+    together(first, lambda one: one.resume())
+    together(first, lambda one: one.run(12))
+    first[0].ck.close()
+    for each in first:
+        each.client.close()
+    second = ranks()
+    second[1].table, second[1].name = second[1].client.table("other"), "other"
+    starts = together(second, lambda one: one.resume("once"))
+    assert [(each.step, each.position) for each in starts] == [(11, {"batch": 10})] * 2
+    together(second, lambda one: one.run(20))
+    second[0].end()
+    for name in (first[0].name, "other"):
+        assert_once(trainer().client, name, 20)
+    third = ranks()
+    with pytest.raises(TrainerBehind, match=r"the cut has 2 ranks, and the trainer now has 1"):
+        trainer().ck.resume("once")
+    together(third, lambda one: one.resume())
+    steps = iter((25, 30))
+    with pytest.raises(
+        InvalidArgument, match=r"^step must be equal on all ranks, got \[(25, 30|30, 25)\]"
+    ):
+        together(third, lambda one: one.ck.at(next(steps), save=one._save))
 
 
 def twin(steps: int) -> float:
