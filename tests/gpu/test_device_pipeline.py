@@ -1,0 +1,104 @@
+"""The pipeline of a group with rows on a device, beside modules that wait for each copy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("grpc")
+pytest.importorskip("google.protobuf")
+pytest.importorskip("uvloop")  # of servers
+
+from torch import nn  # noqa: E402
+
+from psclient import Client  # noqa: E402
+from psclient.torch import Embedding, EmbeddingBag, EmbeddingGroup  # noqa: E402
+
+DIM, KEYS, BATCHES = 16, 400, 30
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.slow),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return str(request.param)
+
+
+def batches(device: str) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "user": torch.from_numpy(rng.integers(0, KEYS, 300)).to(device),
+            "tags": torch.from_numpy(rng.integers(0, KEYS, (300, 3))),
+            "y": torch.from_numpy(rng.random(300).astype(np.float32)).to(device),
+        }
+        for _ in range(BATCHES)
+    ]
+
+
+def keys_of(batch: dict[str, Any]) -> dict[str, Any]:
+    return {"user": batch["user"], "tags": batch["tags"]}
+
+
+def train(client: Client, device: str, staleness: int | None) -> tuple[list[float], Any]:
+    """Train with a scaler, clipping and accumulation; return the losses and the rows.
+
+    staleness  None: without the pipeline
+    """
+    users = client.create_table("user", DIM, optimizer="adagrad", lr=0.1, initializer="normal")
+    tags = client.create_table("tags", DIM, optimizer="sgd", lr=0.1, initializer="normal")
+    group = EmbeddingGroup(client, {"user": Embedding(users), "tags": EmbeddingBag(tags)})
+    group.to(device)
+    torch.manual_seed(0)
+    net = nn.Linear(2 * DIM, 1).to(device)
+    dense, rows = torch.optim.SGD(net.parameters(), lr=0.1), group.optimizer()
+    scaler = torch.amp.GradScaler(device, init_scale=256.0)
+    losses = []
+
+    def step(number: int, batch: dict[str, Any], outputs: dict[str, Any]) -> None:
+        assert outputs["user"].device.type == device
+        logits = net(torch.cat([outputs["user"], outputs["tags"]], 1))[:, 0]
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, batch["y"])
+        losses.append(loss.detach())
+        scaler.scale(loss).backward()
+        if number < 10 or number % 2:
+            for each in (dense, rows):
+                scaler.unscale_(each)
+            nn.utils.clip_grad_norm_(rows.leaves(), 0.5)
+            for each in (dense, rows):
+                scaler.step(each)
+                each.zero_grad()
+            scaler.update()
+
+    data = batches(device)
+    if staleness is None:
+        for number, batch in enumerate(data):
+            step(number, batch, group(keys_of(batch)))
+    else:
+        options: Any = {"staleness": staleness, "accumulate": 2, "device": device}
+        with group.pipeline(data, keys_of, **options) as turns:
+            for number, (batch, outputs) in enumerate(turns):
+                step(number, batch, outputs)
+    found = {table.name: table.pull(np.arange(KEYS)) for table in (users, tags)}
+    for name in found:
+        client.drop_table(name)
+    return [loss.item() for loss in losses], found
+
+
+def test_training_equals_modules_that_wait(start_cluster: Any, connect: Any, device: str) -> None:
+    """With staleness 0 the same numbers, up to the order of sums on the device; else close ones."""
+    client = connect(start_cluster(1))
+    wanted, rows = train(client, device, None)
+    for staleness, tolerance in ((0, 1e-5), (1, 0.05), (3, 0.15)):
+        losses, found = train(client, device, staleness)
+        np.testing.assert_allclose(losses, wanted, rtol=tolerance)
+        if not staleness:
+            for name, mine in found.items():
+                np.testing.assert_allclose(mine, rows[name], rtol=1e-4, atol=1e-6)
