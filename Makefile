@@ -45,7 +45,7 @@ with-torchrec: .venv-torchrec/ready
 
 with-jax: private RUN = FRAMEWORKS=required .venv-keras/bin/python
 with-jax: .venv-keras/ready
-	$(call pytest,tests/frameworks/jax)
+	$(call pytest,tests/frameworks/jax tests/frameworks/deeprec)
 
 $(BACKENDS): private RUN = FRAMEWORKS=required KERAS_BACKEND=$* .venv-keras/bin/python
 $(BACKENDS): with-keras-%: .venv-keras/ready

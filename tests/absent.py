@@ -13,6 +13,7 @@ import pytest
 FRAMEWORKS = Path(__file__).parent / "frameworks"
 NEEDED = {  # directory of tests -> the packages that they import
     "ddp": ("torch",),
+    "deeprec": ("tensorflow",),
     "jax": ("jax", "flax", "optax"),
     "keras": ("keras", "torch", "jax", "tensorflow"),
     "lightning": ("lightning",),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from psclient.errors import InvalidArgument
 from psclient.rows import FREQUENCIES, STEPS
 from psclient.tools.incoming import Rows, Target, batch_rows
-from psclient.tools.stored import BFLOAT16, Stored, as_float32
+from psclient.tools.stored import BFLOAT16, Stored, as_float32, dtype_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class ArrayPiece:
                     f"{array.label}: 'state' must have {self.rows:,} rows, as the embeddings have,"
                     f" got shape {list(array.shape)}"
                 )
-        got, expected = sum(map(_per_row, self.states)), self.target.width - self.target.dim
+        got, expected = sum(map(per_row, self.states)), self.target.width - self.target.dim
         if got != expected:
             raise InvalidArgument(
                 f"{self.states[0].label}: 'state' must have {expected} numbers per row (optimizer"
@@ -152,7 +152,7 @@ def chosen_state(
     return tuple(arrays), None
 
 
-def _per_row(array: Stored) -> int:
+def per_row(array: Stored) -> int:
     """Return how many numbers an array has per row."""
     return int(np.prod(array.shape[1:], dtype=np.int64))
 
@@ -162,15 +162,16 @@ def _require_numbers(array: Stored, field: str) -> None:
     if array.dtype != BFLOAT16 and np.dtype(array.dtype).kind != "f":
         raise InvalidArgument(
             f"{array.label}: {field!r} must be float16, bfloat16, float32 or float64, got"
-            f" {np.dtype(array.dtype)}"
+            f" {dtype_name(array.dtype)}"
         )
 
 
 def _require_integers(array: Stored, field: str, rows: int) -> None:
     """Raise InvalidArgument unless an array has the shape [rows] and contains integers."""
     if array.dtype == BFLOAT16 or np.dtype(array.dtype).kind not in "iu":
-        kind = array.dtype if array.dtype == BFLOAT16 else np.dtype(array.dtype)
-        raise InvalidArgument(f"{array.label}: {field!r} must be integers, got {kind}")
+        raise InvalidArgument(
+            f"{array.label}: {field!r} must be integers, got {dtype_name(array.dtype)}"
+        )
     if tuple(array.shape) != (rows,):
         raise InvalidArgument(
             f"{array.label}: {field!r} must have one integer for each of the {rows:,} embeddings,"

@@ -207,7 +207,10 @@ def named(request: Request, arrays: Mapping[str, Stored], optimizer: str | None)
 
 def listed(arrays: Mapping[str, Stored]) -> str:
     """Return names, dtypes and shapes of at most 8 arrays, as text."""
-    shown = [f"{name} {a.dtype}{list(a.shape)}" for name, a in list(arrays.items())[:8]]
+    shown = [
+        f"{name} {stored.dtype_name(a.dtype)}{list(a.shape)}"
+        for name, a in list(arrays.items())[:8]
+    ]
     return ", ".join(shown) + (f" and {len(arrays) - 8} more" if len(arrays) > 8 else "")
 
 

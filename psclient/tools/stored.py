@@ -179,6 +179,11 @@ def item_bytes(dtype: str) -> int:
     return 2 if dtype == BFLOAT16 else np.dtype(dtype).itemsize
 
 
+def dtype_name(dtype: str) -> str:
+    """Return the name of a dtype, such as "float32"."""
+    return dtype if dtype == BFLOAT16 else np.dtype(dtype).name
+
+
 def numpy_array(location: str) -> FileArray:
     """Return the array of a .npy file. Raises InvalidArgument if the file is not one."""
     with open_file(location) as file:
@@ -233,7 +238,7 @@ def raw_array(location: str, dtype: str, columns: int | None = None) -> FileArra
     """
     size, row = size_of(location), np.dtype(dtype).itemsize * (columns or 1)
     if size % row:
-        shown = f"{columns} numbers of {dtype}" if columns else dtype
+        shown = f"{columns or 1} {dtype_name(dtype)}"
         raise InvalidArgument(
             f"{location}: the size must be a multiple of {row} bytes ({shown}), got {size:,} bytes"
         )
@@ -256,8 +261,8 @@ def _complete(array: FileArray) -> FileArray:
         raise InvalidArgument(f"{array.label}: invalid shape {array.shape}")
     if (size := size_of(array.location)) < needed:
         raise InvalidArgument(
-            f"{array.label}: the file is truncated: an array of {array.dtype} with the shape"
-            f" {array.shape} ends at byte {needed:,}, but the file has {size:,} bytes"
+            f"{array.label}: the file is truncated: an array of {dtype_name(array.dtype)} with the"
+            f" shape {array.shape} ends at byte {needed:,}, but the file has {size:,} bytes"
         )
     return array
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from psclient.errors import InvalidArgument
 from psclient.tools import locations, stored
-from psclient.tools.arraypiece import ArrayPiece
+from psclient.tools.arraypiece import ArrayPiece, per_row
 from psclient.tools.distributed import distributed_arrays
 from psclient.tools.incoming import Piece
 from psclient.tools.kinds import FIELDS, Request, listed, named, piece_of
@@ -135,9 +136,13 @@ def _with_state(
         rf"(?:{re.escape(table)}\.)?(?:{ends})"
     )
     found = [each for each in arrays if ends and pattern.fullmatch(each)]
-    if len(found) == 1:
-        chosen["state"] = arrays[found[0]]
-    return piece_of(request, chosen, optimizer if found else None)
+    if len(found) != 1:
+        return piece_of(request, chosen, None)
+    state, needed = arrays[found[0]], request.target.width - request.target.dim
+    if (numbers := per_row(state)) != needed:
+        why = f"{found[0]} has {numbers} numbers per row, but {optimizer!r} has {needed}"
+        return replace(piece_of(request, chosen, None), state=why)
+    return piece_of(request, {**chosen, "state": state}, optimizer)
 
 
 def _tensors(value: Any, name: str) -> Iterator[tuple[str, Any]]:

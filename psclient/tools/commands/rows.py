@@ -10,7 +10,7 @@ import typer
 
 from psclient import admin
 from psclient.client import Client
-from psclient.errors import CheckpointNotFound, InvalidArgument
+from psclient.errors import CheckpointNotFound, InvalidArgument, TableNotFound
 from psclient.tools import export, importer, offline
 from psclient.tools.commands.shell import (
     DEFAULT,
@@ -143,6 +143,10 @@ def export_(
     }
     if checkpoint is not None:
         with reported(), offline.opened(checkpoint) as (client, stored):
+            if name not in (known := admin.describe(client, stored).rows):
+                raise TableNotFound(
+                    f"checkpoint {checkpoint} has no table {name!r}; it has {', '.join(known)}"
+                )
             _export(client, name, out, checkpoint=stored, **options)
         return
     with connected(servers) as client:
@@ -301,7 +305,8 @@ def _dry_run(table: str, source: importer.Source) -> None:
     """Count the rows of a source and print the result. Exits with status 1 if a row is refused."""
     with bar("check", unit="rows") as show:
         found = importer.count(source, progress=show)
-    typer.echo(f"{table}: {found.rows:,} rows of dim {found.dim} in {len(source.pieces):,} files")
+    files = f"{len(source.pieces):,} file" + ("" if len(source.pieces) == 1 else "s")
+    typer.echo(f"{table}: {found.rows:,} rows of dim {found.dim} in {files}")
     typer.echo(f"duplicate keys: {found.duplicates:,}; the last row of each counts")
     if found.first_duplicate:
         typer.echo(f"  first: {found.first_duplicate}")

@@ -310,6 +310,10 @@ def test_a_checkpoint_is_exported_without_servers(
     assert (done.exit_code, done.stdout) == (0, f"{tmp_path}/d.pt: 50 rows\n"), done.stderr
     assert np.array_equal(frozen.load(str(tmp_path / "d.pt")).weight[:-1].numpy(), before)
     assert not (tmp_path / "unused").exists()
+    words = ["export", "x", "--out", str(tmp_path / "x"), "--checkpoint", str(directory / "full")]
+    refused = CliRunner().invoke(ctl.app, words)
+    assert refused.exit_code == 1
+    assert refused.stderr.endswith("full has no table 'x'; it has d, t\n")
     client.table("d").push(DENSE, -np.ones((50, 4)))
 
 

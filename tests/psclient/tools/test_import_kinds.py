@@ -189,6 +189,19 @@ class TestTorch:
             keys=np.arange(N),
         )
 
+    def test_state_of_another_size_is_said_and_not_read(self, tmp_path: Path) -> None:
+        rowwise = {"t.weight": torch.from_numpy(WEIGHT), "t.weight.t.momentum1": torch.zeros(N)}
+        named = {f"ebc.embedding_bags.{name}": each for name, each in rowwise.items()}
+        torch.save(named, tmp_path / "x.pt")
+        found = pieces("torchrec", tmp_path / "x.pt")
+        assert found[0].state == (
+            "ebc.embedding_bags.t.weight.t.momentum1 has 1 numbers per row, but 'adagrad' has 2"
+        )
+        require(joined(found), keys=np.arange(N))
+        target = Target("t", DIM, DIM + 1, "rowwise_adagrad")
+        rows = joined(pieces("torchrec", tmp_path / "x.pt", target)).rows
+        assert np.array_equal(rows, np.hstack([WEIGHT, np.zeros((N, 1))]))
+
     @pytest.mark.slow
     def test_a_distributed_checkpoint_of_several_parts_is_joined(self, tmp_path: Path) -> None:
         """Parts of rows and of columns, as TorchRec writes them for sharded tables."""
@@ -360,7 +373,7 @@ REFUSED: dict[str, tuple[Callable[[Path], list[Piece]], str]] = {
     ),
     "cut off": (
         lambda path: (cut(array(path, np.zeros((3, 2), "f4"))), pieces("npy", path / "x.npy"))[1],
-        "the file is truncated: an array of <f4 with the shape (3, 2) ends at byte",
+        "the file is truncated: an array of float32 with the shape (3, 2) ends at byte",
     ),
     "nothing there": (lambda path: pieces("npy", path / "x.npy"), "x.npy does not exist"),
     "a directory": (lambda path: pieces("npy", path), "must be a file"),
@@ -401,7 +414,7 @@ REFUSED: dict[str, tuple[Callable[[Path], list[Piece]], str]] = {
             np.savez(path / "x.npz", a=WEIGHT),
             pieces("npz", path / "x.npz", map={"embedding": "b"}),
         )[1],
-        "'map': embedding must be one of the arrays a <f4[7, 2], got 'b'",
+        "'map': embedding must be one of the arrays a float32[7, 2], got 'b'",
     ),
     "two matrices": (
         lambda path: (np.savez(path / "x.npz", a=WEIGHT, b=WEIGHT), pieces("npz", path / "x.npz"))[
@@ -415,7 +428,7 @@ REFUSED: dict[str, tuple[Callable[[Path], list[Piece]], str]] = {
             (path / "emb_vector").write_bytes(bytes(12)),
             pieces("hps", path),
         )[2],
-        "emb_vector: the size must be a multiple of 8 bytes (2 numbers of <f4), got 12 bytes",
+        "emb_vector: the size must be a multiple of 8 bytes (2 float32), got 12 bytes",
     ),
     "no files of the kind": (
         lambda path: pieces("tfra", path),
