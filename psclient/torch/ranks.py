@@ -325,8 +325,16 @@ def several(process_group: Any) -> bool:
     """Return whether this process is one of several ranks of torch.distributed.
 
     process_group  a torch.distributed group; None: all ranks
+
+    Raises InvalidArgument if this process is not in the group.
     """
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    if (size := dist.get_world_size(process_group)) < 0:
+        raise InvalidArgument(
+            f"process_group must contain this process, rank {dist.get_rank()}; it does not"
+        )
+    return size > 1
 
 
 def _owners(keys: NDArray[np.uint64], ranks: int) -> NDArray[np.uint64]:

@@ -161,6 +161,15 @@ def test_uneven_ranks_end(client: Client, two: Notes) -> None:
     assert [notes["uneven_piped"] for notes in two] == [[3, 3], [3, 3]]
 
 
+def test_an_uneven_model_ends_with_the_rows_of_all_batches(client: Client, two: Notes) -> None:
+    tables = [client.table(f"ranks.uneven_model.{each}") for each in range(3)]
+    keys = np.unique([worker.batch(step)[0] for step in range(3)])
+    for table in tables:  # the last batch was that of rank 1 alone
+        assert np.abs(table.pull(keys)).max(1).min() > 0
+        assert table.pull_rows(keys).steps.max() == 2
+    assert all(np.isfinite(notes["uneven_model"]).all() for notes in two)
+
+
 @pytest.mark.parametrize("case", ["disagree", "other_lr", "infinite"])
 def test_ranks_that_do_not_fit_push_nothing(client: Client, two: Notes, case: str) -> None:
     rule = {

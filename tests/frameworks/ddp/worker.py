@@ -123,6 +123,22 @@ def uneven(client: Client, tables: list[str]) -> int:
     return int(rows.state_dict()["step"])
 
 
+def uneven_model(client: Client, tables: list[str]) -> list[float]:
+    """Train a model by 2 + rank batches; return the weights of the dense layer."""
+    model = Model(client, tables)
+    rows = model.group.optimizer(reduce="sum", sync=True)
+    wrapped = DistributedDataParallel(model)
+    dense = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Join([wrapped, rows]):
+        for step in range(2 + distributed.get_rank()):
+            keys, labels = batch(step)
+            dense.zero_grad()
+            (wrapped(keys) - labels).square().mean().backward()
+            dense.step()
+            rows.step()
+    return model.head.weight.flatten().tolist()
+
+
 def uneven_piped(client: Client, tables: list[str]) -> list[int]:
     """Do the same as ``uneven`` through pipelines that pull ahead; return the next steps."""
     steps = []
@@ -233,6 +249,7 @@ CASES: dict[str, Callable[[Client, list[str]], Any]] = {
     "piped": piped,
     "halves": halves,
     "uneven": uneven,
+    "uneven_model": uneven_model,
     "uneven_piped": uneven_piped,
     "refused": refused,
     "disagree": disagree,

@@ -15,8 +15,10 @@ import torch
 from servers import Cluster
 from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
+from torchrec.datasets.utils import Batch
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.fx import symbolic_trace
-from torchrec.models.dlrm import DLRM
+from torchrec.models.dlrm import DLRM, DLRMTrain
 from torchrec.modules.embedding_configs import (
     CountBasedEvictionPolicy,
     DataType,
@@ -199,6 +201,43 @@ def test_dlrm_trains(client: Client, name: str) -> None:
     assert np.mean(losses[:10]) > 0.65
     assert np.mean(losses[-20:]) < 0.75 * np.mean(losses[:10])
     assert client.describe_table(f"a_{name}").rows == 50
+
+
+class Both(torch.optim.Optimizer):
+    """Several optimizers as one, which is what a train pipeline of torchrec takes."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+        self.param_groups: list[Any] = []
+
+    def step(self, closure: Any = None) -> None:
+        for each in self.optimizers:
+            each.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for each in self.optimizers:
+            each.zero_grad()
+
+
+@pytest.mark.parametrize("kind", [TrainPipelineBase, TrainPipelineSparseDist])
+def test_train_pipelines_of_torchrec_run_the_collection(
+    client: Client, name: str, kind: Any
+) -> None:
+    collection, model = dlrm(client, name, optimizer="sgd", lr=0.1)
+    dense = torch.optim.SGD(model.parameters(), lr=0.1)
+    pipeline = kind(DLRMTrain(model), Both(dense, collection.optimizer()), torch.device("cpu"))
+    batches = iter(
+        [Batch(torch.ones(8, 3), batch("ab", 8, seed), torch.ones(8).int()) for seed in range(6)]
+    )
+    losses = []
+    while True:
+        try:
+            losses.append(float(pipeline.progress(batches)[0]))
+        except StopIteration:
+            break
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    assert client.describe_table(f"a_{name}").rows > 20
 
 
 def test_optimizer_handle(client: Client, name: str) -> None:
