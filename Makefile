@@ -95,6 +95,7 @@ manifests: .venv/dev  ## render and check deploy/: kustomize, helm, yamllint, sc
 	.venv/bin/yamllint --strict -c tests/deploy/yamllint.yaml deploy/base deploy/components deploy/overlays
 	$(RUN) -m pytest -q -m "not slow" tests/deploy/test_manifests.py tests/deploy/test_chart.py \
 	    tests/deploy/test_mutations.py tests/deploy/test_monitoring.py
+	$(RUN) -m pytest -q tests/deploy/test_monitoring.py -k promtool
 
 pods: .venv/pods  ## from nothing to three shards in pods on this machine, and a trainer; needs root
 	tests/deploy/debian.sh

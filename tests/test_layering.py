@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -145,6 +146,12 @@ def test_a_file_is_named_for_what_is_in_it() -> None:
     for path in FILES:
         parts = {part.removesuffix(".py") for part in path.relative_to(ROOT).parts}
         assert not parts & NAMELESS, shown(path)
+
+
+def test_files_of_tests_have_different_names() -> None:
+    """pytest imports them by name alone, and refuses a second one of the same name."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, count in names.items() if count > 1]
 
 
 def test_a_file_begins_with_what_it_is_for() -> None:

@@ -30,6 +30,7 @@ def test_the_example_runs_as_it_stands(cluster2: Cluster) -> None:
     assert 0.7 < float(printed[2]) < 1.1
 
 
+@pytest.mark.slow
 def test_the_example_for_pytorch_runs_as_it_stands(cluster2: Cluster, name: str) -> None:
     """Only the addresses, the data, the loss and the names of the tables are the test's own."""
     page = (ROOT / "docs" / "trainers.md").read_text()

@@ -60,6 +60,7 @@ def mounted(api: Api) -> str:
     return str(name)
 
 
+@pytest.mark.slow
 def test_a_rollback_mounts_the_old_settings_again(api: Api, helm: Helm) -> None:
     options = (
         "ps",

@@ -131,6 +131,7 @@ def test_panels_do_not_overlap_and_have_explanations() -> None:
             assert panel["targets"]
 
 
+@pytest.mark.slow
 def test_promtool_accepts_the_alerts_and_they_fire(tmp_path: Path) -> None:
     promtool = program("promtool", in_ci=False)
     spec = only(parse(kustomized("production")), "PrometheusRule")["spec"]

@@ -181,6 +181,7 @@ class TestFind:
         assert service.found() == [pod.address for pod in pods]
 
 
+@pytest.mark.slow  # each waits until a search has failed
 class TestRefusal:
     def test_names_the_shards_that_are_missing(self, service: Service) -> None:
         service.add(10, info(1, 3, cluster="prod"))

@@ -107,7 +107,7 @@ def refusing(details: bytes) -> Method:
 @pytest.mark.parametrize(
     ("way", "details"),
     [
-        (way, details)
+        pytest.param(way, details, marks=[pytest.mark.slow] * (way == "search"))
         for way in WAYS
         for details in DETAILS
         if way != "search" or details in ("no status", "no ErrorInfo")  # a search takes 3 s
@@ -124,7 +124,9 @@ def test_an_error_with_malformed_details_is_raised_with_its_message(way: str, de
     assert not caught.value.reason
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.slow] * (way == "search")) for way in WAYS]
+)
 def test_an_answer_that_is_no_message_is_a_ps_error(way: str) -> None:
     method, work = WAYS[way]
     with server(method, lambda _, __: NONSENSE) as address:

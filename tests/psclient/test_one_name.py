@@ -173,6 +173,7 @@ class TestPsctl:
 class TestWrongShard:
     """A shard's address leads to another shard for a while, as when pods swap addresses."""
 
+    @pytest.mark.slow
     def test_no_call_takes_effect_there_and_none_fails(
         self, cluster2: Cluster, connect: Any, name: str, transport: Any
     ) -> None:

@@ -86,6 +86,7 @@ class TestMethods:
         command = [sys.executable, "-c", program, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
+    @pytest.mark.slow
     def test_an_import_changes_no_method(self) -> None:
         program = (
             "from torch import nn; before = nn.Module.zero_grad; import psclient.torch;"
@@ -93,6 +94,7 @@ class TestMethods:
         )
         assert self.run(program) == "True\n"
 
+    @pytest.mark.slow
     def test_a_loaded_module_is_reached(self, table: Table, tmp_path: Path) -> None:
         torch.save(nn.Sequential(Embedding(table)), tmp_path / "model.pt")
         program = (

@@ -164,6 +164,7 @@ def test_a_large_message_that_is_not_finished_in_time_costs_its_connection() -> 
     with_server(act, "--receive-seconds", "15")  # longer than the message takes on a busy machine
 
 
+@pytest.mark.slow
 def test_unfinished_messages_are_held_up_to_a_limit_in_all() -> None:
     async def act(peer: Peer) -> None:
         with senders(peer, 6) as there:
