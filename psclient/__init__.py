@@ -115,7 +115,7 @@ tools/columns.py                columns of an exported table, for every file for
 tools/parquet.py                a table as a Parquet file
 tools/spool.py                  columns of an exported table in temporary files
 tools/safetensors.py            a table as a safetensors file
-tools/numpyfiles.py             a table as .npz, and as the sparse model of HugeCTR
+tools/numpyfiles.py             a table as files of plain numbers: NumPy, HugeCTR, TFRA
 tools/models.py                 a table as a model of PyTorch or TorchRec
 tools/onnxfile.py               a table as an ONNX model
 tools/locations.py              files by path or by URL

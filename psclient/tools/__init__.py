@@ -8,7 +8,7 @@ columns.py                columns of an exported table, for every file format
 parquet.py                a table as a Parquet file
 spool.py                  columns of an exported table in temporary files
 safetensors.py            a table as a safetensors file
-numpyfiles.py             a table as .npz, and as the sparse model of HugeCTR
+numpyfiles.py             a table as files of plain numbers: NumPy, HugeCTR, TFRA
 models.py                 a table as a model of PyTorch or TorchRec
 onnxfile.py               a table as an ONNX model
 locations.py              files by path or by URL

@@ -7,6 +7,7 @@
                  versions U64[n], steps I64[n], frequencies U64[n]; "ps.schema" in __metadata__
     npz          arrays of NumPy with the names of these tensors
     hps          a directory for HugeCTR: files key (int64) and emb_vector (float32)
+    tfra         a directory for TensorFlow Recommenders Addons: files TABLE_mht_1of1-keys, -values
     torch        a file for psclient.frozen: the embeddings as a PyTorch module
     state_dict   one tensor whose row i is that of the key i, as TorchRec and PyTorch have it
     onnx         a directory with an ONNX model
@@ -38,7 +39,7 @@ from psclient.rows import RowBatch, read_rows
 from psclient.tools.arrow import KeyType, key_type
 from psclient.tools.columns import OnProgress, Part
 from psclient.tools.models import write_state_dict, write_torch
-from psclient.tools.numpyfiles import write_hps, write_npz
+from psclient.tools.numpyfiles import write_hps, write_npz, write_tfra
 from psclient.tools.onnxfile import write_onnx
 from psclient.tools.parquet import write_parquet
 from psclient.tools.safetensors import write_safetensors
@@ -204,6 +205,7 @@ FORMATS = {
     "safetensors": Format(write=write_safetensors, suffix=".safetensors", parts=True),
     "npz": Format(write=write_npz, suffix=".npz", parts=True),
     "hps": Format(write=write_hps, suffix="", directory=True),
+    "tfra": Format(write=write_tfra, suffix="", directory=True),
     "torch": Format(write=write_torch, suffix=".pt"),
     "state_dict": Format(write=write_state_dict, suffix=".pt", options=("rows", "name")),
     "onnx": Format(write=write_onnx, suffix="", directory=True, options=("mode",)),

@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 
+from psclient.calls import links
 from psclient.client import Client
 from psclient.errors import InvalidArgument, NoLog, PsError
 from psclient.rows import RowBatch, read_rows, write_rows
@@ -136,7 +137,8 @@ def open_source(
         for name in request.map.values()
         if locations.is_file(each := locations.joined(locations.parent_of(location), name))
     ]
-    settings = (table, target.dim, target.width, target.optimizer, kind, offset)
+    servers = [each.where for each in links(client)]
+    settings = (servers, table, target.dim, target.width, target.optimizer, kind, offset)
     return Source(
         target,
         pieces,
@@ -207,9 +209,9 @@ def count(source: Source, *, progress: Progress | None = None) -> Report:
 def resumed(client: Client, source: Source, journal: Journal) -> tuple[int, int] | None:
     """Return (piece, row) at which an earlier run of the same import stopped, or None.
 
-    Looks up rows that the earlier run wrote last. If the servers lack one (the table was dropped
-    and created anew, or servers without a data directory were restarted), returns None, so that the
-    import begins anew.
+    Looks up rows that the earlier run wrote last. If the servers lack one of them, or none of them
+    is still as it was written, returns None, so that the import begins anew: the table was dropped
+    and created anew, or servers without a data directory were restarted.
     """
     begun = journal.position()
     if begun is None or begun == (0, 0):
@@ -223,8 +225,10 @@ def resumed(client: Client, source: Source, journal: Journal) -> tuple[int, int]
     last = next(source.pieces[number].read(max(0, row - PROBED)), None)
     if last is None or not len(last.keys):
         return None
-    found = client.table(source.target.table).pull_rows(last.keys[:row][:PROBED])
-    return begun if bool(np.all(found.found)) else None
+    wanted = last.rows[: min(row, PROBED), : source.target.dim]
+    found = client.table(source.target.table).pull_rows(last.keys[: len(wanted)])
+    same = (found.embeddings == wanted).all(axis=1)
+    return begun if bool(found.found.all() and same.any()) else None
 
 
 def write(

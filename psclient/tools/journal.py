@@ -3,8 +3,8 @@
 file = JSON {"import": id of the import, "piece": p, "row": r}: all rows of the pieces before piece
 p and the rows before row r of piece p were written, and are on the servers' disks if they have any
 
-The id is a hash of the table, the arguments and the names, sizes and times of the files. So the
-file is ignored if any of them changed.
+The id is a hash of the servers' addresses, the table, the arguments, and the names, sizes and times
+of the files. So the file is ignored if any of them changed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write a table to files of plain numbers: .npz of NumPy, and the sparse model of HugeCTR."""
+"""Write a table to files of plain numbers: for NumPy, HugeCTR, TensorFlow Recommenders Addons."""
 
 from __future__ import annotations
 
@@ -36,14 +36,32 @@ def write_npz(part: Part, progress: OnProgress) -> int:
 def write_hps(part: Part, progress: OnProgress) -> int:
     """Write the keys and embeddings of ``part`` as HugeCTR reads them for its Hierarchical
     Parameter Server: the files key (int64) and emb_vector (float32). Return the number of rows."""
+    return _write_pair(part, "key", "emb_vector", progress)
+
+
+def write_tfra(part: Part, progress: OnProgress) -> int:
+    """Write the keys and embeddings of ``part`` as TensorFlow Recommenders Addons reads the table
+    of this name: TABLE_mht_1of1-keys (int64) and -values (float32). Return the number of rows."""
+    name = part.schema.name.replace("/", "_")
+    return _write_pair(part, f"{name}_mht_1of1-keys", f"{name}_mht_1of1-values", progress)
+
+
+def _write_pair(part: Part, keys: str, embeddings: str, progress: OnProgress) -> int:
+    """Write the keys and embeddings of ``part`` to two files of plain numbers in a directory.
+
+    keys        name of the file with the keys
+    embeddings  name of the file with the embeddings
+
+    Returns the number of rows.
+    """
     rows = 0
     with (
-        (part.path / "key").open("wb") as keys,
-        (part.path / "emb_vector").open("wb") as embeddings,
+        (part.path / keys).open("wb") as key_file,
+        (part.path / embeddings).open("wb") as embedding_file,
     ):
         for columns in part.columns():
-            keys.write(columns["key"].tobytes())
-            embeddings.write(np.ascontiguousarray(columns["embedding"]).data)
+            key_file.write(columns["key"].tobytes())
+            embedding_file.write(np.ascontiguousarray(columns["embedding"]).data)
             rows += len(columns["key"])
             progress(len(columns["key"]))
     return rows

@@ -250,6 +250,7 @@ def test_an_onnx_model_is_valid_and_says_what_it_is(client: Client, tmp_path: Pa
         ("npz", "x.npz", None, True),
         ("torch", "x.pt", None, False),
         ("hps", "x", "hps", False),
+        ("tfra", "x", "tfra", False),
     ],
 )
 def test_what_is_exported_is_imported_bit_for_bit(

@@ -150,6 +150,7 @@ def test_a_repeated_import_continues_and_checks_nothing_again(
     client: Client, table: str, stopped: Any, tmp_path: Path, journal: Path
 ) -> None:
     source, record = stopped
+    client.table(table).push(np.arange(150, 170), np.ones((20, DIM)))  # training goes on
     assert importer.resumed(client, source, record) == (0, 200)
     told: list[tuple[int, int]] = []
     done = import_rows(
@@ -179,8 +180,10 @@ def test_a_table_created_anew_is_filled_from_the_start(
     client.drop_table(table)
     client.create_table(table, DIM, optimizer="adagrad")
     assert importer.resumed(client, source, record) is None
+    client.table(table).push(np.arange(N), np.ones((N, DIM)))  # the same keys, other rows
+    assert importer.resumed(client, source, record) is None
     assert import_rows(client, table, tmp_path / "x.npy", journal=journal) == N
-    assert client.describe_table(table).rows == N
+    assert np.array_equal(client.table(table).pull(np.arange(N), mode="serve"), WEIGHT)
 
 
 def test_a_journal_that_is_damaged_or_cannot_be_written_does_no_harm(
