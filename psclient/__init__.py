@@ -30,6 +30,7 @@ unary.py       connection to one shard through unary calls
 moved.py       requests sent again to the owners of their keys
 fanout.py      unary calls to several shards at once
 cluster.py     connections to all shards, and the shard map
+outputs.py     arrays of the caller that rows are written to
 request.py     pushes and pulls of a request, and the messages that carry them
 arguments.py   check the arguments of pulls and pushes
 inflight.py    a request in progress: its messages and answers

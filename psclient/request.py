@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from psclient.arrays import Rows
 from psclient.batch import Batch
 from psclient.cluster import Cluster
 from psclient.errors import SchemaMismatch
+from psclient.outputs import Output
 from psclient.versions import Versions
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
@@ -44,12 +46,16 @@ class PullPart:
     out: Rows  # embeddings float32[n, dim], or [distinct, dim]; written by ``take``
     history: NDArray[np.uint64]  # [3, distinct]: versions, steps, frequencies; else [3, 0]
     prefetch: bool = False  # the shards only read the rows into memory; the reply has no rows
-    at: NDArray[np.int64] | None = (
-        None  # index in ``out`` of each distinct key's row; None: its own
-    )
+    output: Output | None = None  # array of the caller, whose memory ``out`` is; None: ours
+    at: NDArray[np.int64] | None = None  # index in ``out`` of each distinct key; None: its own
 
-    def shaped(self) -> Rows:
-        """Return ``out`` as float32[*shape of the keys, dim], or as [distinct, dim]."""
+    def shaped(self) -> Any:
+        """Return ``out`` as float32[*shape of the keys, dim], or as [distinct, dim].
+
+        If the caller passed an array for the result, returns that array.
+        """
+        if self.output is not None:
+            return self.output.finish()
         shape = (-1,) if self.distinct else self.batch.shape
         return self.out.reshape(*shape, self.dim)
 

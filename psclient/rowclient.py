@@ -18,6 +18,7 @@ from psclient.connection import Connection
 from psclient.deletes import delete_rows
 from psclient.errors import InvalidArgument, PsError
 from psclient.inflight import Request
+from psclient.outputs import output_of, outputs_of
 from psclient.pending import Pending
 from psclient.request import NO_HEADER, Header, PullPart, PushPart
 from psclient.schema import TableInfo, table_info
@@ -95,7 +96,12 @@ class RowClient(Connection):
         return self._batch(keys, self._deadline())
 
     def pull(
-        self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
+        self,
+        keys: Mapping[str, Any],
+        *,
+        mode: Mode = "train",
+        wire: Wire | None = None,
+        out: Mapping[str, Any] | None = None,
     ) -> dict[str, Rows]:
         """Return embeddings of keys of several tables: {table: float32[*shape of its keys, dim]}.
 
@@ -103,20 +109,30 @@ class RowClient(Connection):
         mode  embedding of a key without a row. "train": the initial embedding that the key's row
               will have; "serve": all numbers are the table's serving_default
         wire  dtype of the embeddings on the wire; None: the client's
+        out   {table: float32[*shape of its keys, dim]}: contiguous arrays that the embeddings are
+              written to, and that are returned; of NumPy, of PyTorch or CuPy, also on a GPU, or
+              in host memory with support for DLPack. If the pull fails, they may contain anything.
+              Tables that are left out, and None: new arrays
 
         Takes one round trip. A pull never creates a row. Raises TableNotFound if a table does not
         exist, and InvalidArgument for keys that are not integers.
         """
-        return _results(*self._begin({}, keys, mode=mode, wire=wire))
+        return _results(*self._begin({}, keys, mode=mode, wire=wire, out=out))
 
     def start_pull(
-        self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
+        self,
+        keys: Mapping[str, Any],
+        *,
+        mode: Mode = "train",
+        wire: Wire | None = None,
+        out: Mapping[str, Any] | None = None,
     ) -> Pending:
         """Start a ``pull`` with these arguments and return at once.
 
-        ``result()`` of the returned Pending waits for the embeddings and returns them.
+        ``result()`` of the returned Pending waits for the embeddings and returns them. Only then
+        are they written to the arrays of ``out``.
         """
-        return _pending(*self._begin({}, keys, mode=mode, wire=wire, background=True))
+        return _pending(*self._begin({}, keys, mode=mode, wire=wire, background=True, out=out))
 
     def push(
         self,
@@ -156,6 +172,7 @@ class RowClient(Connection):
         mode: Mode = "train",
         wire: Wire | None = None,
         durability: Durability | None = None,
+        out: Mapping[str, Any] | None = None,
     ) -> dict[str, Rows]:
         """Push gradients and pull rows in one round trip; return {table: embeddings}.
 
@@ -167,7 +184,7 @@ class RowClient(Connection):
         several messages: first all pushes, then the pulls.
         """
         header = push_header(step, lr, durability)
-        return _results(*self._begin(push, pull, header, mode=mode, wire=wire))
+        return _results(*self._begin(push, pull, header, mode=mode, wire=wire, out=out))
 
     def start_exchange(
         self,
@@ -179,6 +196,7 @@ class RowClient(Connection):
         mode: Mode = "train",
         wire: Wire | None = None,
         durability: Durability | None = None,
+        out: Mapping[str, Any] | None = None,
     ) -> Pending:
         """Start an ``exchange`` with these arguments and return at once.
 
@@ -189,19 +207,26 @@ class RowClient(Connection):
         only when ``result()`` is called.
         """
         header = push_header(step, lr, durability)
-        return _pending(*self._begin(push, pull, header, mode=mode, wire=wire, background=True))
+        begun = self._begin(push, pull, header, mode=mode, wire=wire, background=True, out=out)
+        return _pending(*begun)
 
     def pull_distinct(
-        self, keys: Mapping[str, Any], *, mode: Mode = "train", wire: Wire | None = None
+        self,
+        keys: Mapping[str, Any],
+        *,
+        mode: Mode = "train",
+        wire: Wire | None = None,
+        out: Mapping[str, Any] | None = None,
     ) -> dict[str, Rows]:
         """Return one embedding for each distinct key: {table: float32[distinct, dim]}.
 
         keys  {table: Batch}. Row i of the result belongs to ``batch.keys[i]``;
               ``batch.spread(rows)`` returns one row for each key of the batch
+        out   {table: float32[distinct, dim]}, see ``pull``
 
         ``pull`` explains the other arguments.
         """
-        return _results(*self._begin({}, keys, mode=mode, wire=wire, distinct=True))
+        return _results(*self._begin({}, keys, mode=mode, wire=wire, distinct=True, out=out))
 
     def push_distinct(
         self,
@@ -252,6 +277,7 @@ class RowClient(Connection):
         wire: str | None = None,
         distinct: bool = False,
         background: bool = False,
+        out: Mapping[str, Any] | None = None,
     ) -> tuple[Request, list[PullPart]]:
         """Send a request and return at once, with the PullParts that will contain its result.
 
@@ -270,9 +296,12 @@ class RowClient(Connection):
             self._push_part(name, *pair(name, each), dtype, distinct, deadline)
             for name, each in by_table("gradients", push).items()
         ]
+        given = outputs_of(out, by_table("keys", pull))
         pulls = [
-            self._pull_part(name, keys, dtype, wanted, deadline, distinct=distinct)
-            for name, keys in by_table("keys", pull).items()
+            self._pull_part(
+                name, keys, dtype, wanted, deadline, distinct=distinct, out=given.get(name)
+            )
+            for name, keys in pull.items()
         ]
         return self._send(cluster, header, pushes, pulls, deadline, background=background), pulls
 
@@ -348,6 +377,7 @@ class RowClient(Connection):
         distinct: bool = False,
         min_version: Versions = NO_VERSIONS,
         prefetch: bool = False,
+        out: Any = None,
     ) -> PullPart:
         """Prepare the pull of one table: find the distinct keys, allocate the result.
 
@@ -360,15 +390,19 @@ class RowClient(Connection):
         distinct     whether the result has one row per distinct key
         min_version  oldest version at which each shard may be read
         prefetch     whether the shards only read the rows into memory, and return none
+        out          array of the caller for the result; None: a new one
         """
         dim, batch = self._dim(name, deadline), self._batch(keys, deadline)
         u = len(batch.keys)
         count = 0 if prefetch else u if distinct else len(batch)
-        out = np.empty((count, dim), np.float32)
         history = np.empty((3, u if metadata else 0), np.uint64)
+        shape = (count, dim) if distinct else (*batch.shape, dim)
+        output = None if out is None else output_of(out, shape, name)
+        rows = np.empty((count, dim), np.float32) if output is None else output.rows
         return PullPart(
-            name, dim, batch, dtype, mode, metadata, distinct, min_version, out, history, prefetch
-        )
+            name, dim, batch, dtype, mode, metadata, distinct, min_version,
+            rows.reshape(count, dim), history, prefetch, output,
+        )  # fmt: skip
 
     def _push_part(
         self, name: str, keys: Any, gradients: Any, dtype: int, distinct: bool, deadline: float

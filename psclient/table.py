@@ -47,20 +47,27 @@ class Table:
         self.name = name
         self.dim = dim
 
-    def pull(self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None) -> Rows:
+    def pull(
+        self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None, out: Any = None
+    ) -> Rows:
         """Return the embeddings float32[*shape, dim] of integer keys[*shape], or of a Batch.
 
         mode  embedding of a key without a row: "train": the initial one; "serve": serving_default
         wire  dtype of the embeddings on the wire; None: the client's
+        out   float32[*shape, dim] that the embeddings are written to, see Client.pull
         """
-        return self.client.pull({self.name: keys}, mode=mode, wire=wire)[self.name]
+        given = self._out(out)
+        return self.client.pull({self.name: keys}, mode=mode, wire=wire, out=given)[self.name]
 
-    def start_pull(self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None) -> Pending:
+    def start_pull(
+        self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None, out: Any = None
+    ) -> Pending:
         """Start a ``pull`` with these arguments and return at once.
 
         ``result()`` of the returned Pending waits for the embeddings and returns them.
         """
-        pending = self.client.start_pull({self.name: keys}, mode=mode, wire=wire)
+        given = self._out(out)
+        pending = self.client.start_pull({self.name: keys}, mode=mode, wire=wire, out=given)
         return pending.then(lambda rows: rows[self.name])
 
     def prefetch(self, keys: Any) -> Pending:
@@ -90,18 +97,20 @@ class Table:
         return PulledRows(part.shaped(), versions > 0, versions, steps.view(np.int64), frequencies)
 
     def pull_distinct(
-        self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None
+        self, keys: Any, *, mode: Mode = "train", wire: Wire | None = None, out: Any = None
     ) -> tuple[Batch, Rows]:
         """Return one embedding for each distinct key, as (batch, float32[distinct, dim]).
 
-        keys  integers of any shape; ``batch`` is a Batch of them
+        keys  integers of any shape, and ``batch`` is a Batch of them; or a Batch
+        out   float32[distinct, dim] that the rows are written to, see Client.pull
 
         Row i belongs to ``batch.keys[i]``. ``batch.spread(rows)`` returns the embeddings of all
         ``keys``. Client.push_distinct pushes gradients of the distinct rows. Client.pull explains
         ``mode`` and ``wire``.
         """
         batch = self.client.batch(keys)
-        rows = self.client.pull_distinct({self.name: batch}, mode=mode, wire=wire)
+        given = self._out(out)
+        rows = self.client.pull_distinct({self.name: batch}, mode=mode, wire=wire, out=given)
         return batch, rows[self.name]
 
     def pull_pooled(
@@ -157,6 +166,7 @@ class Table:
         mode: Mode = "train",
         wire: Wire | None = None,
         durability: Durability | None = None,
+        out: Any = None,
     ) -> Rows:
         """Push gradients and then pull ``keys``, in one round trip; return the embeddings.
 
@@ -173,8 +183,13 @@ class Table:
             mode=mode,
             wire=wire,
             durability=durability,
+            out=self._out(out),
         )
         return tables[self.name]
+
+    def _out(self, out: Any) -> dict[str, Any] | None:
+        """Return the argument ``out`` of a method of this class as that of the client's method."""
+        return None if out is None else {self.name: out}
 
     def delete(self, keys: Any, *, durability: Durability | None = None) -> int:
         """Delete the rows of keys, with optimizer state and counters; ignore keys without a row.

@@ -102,3 +102,24 @@ def test_training_equals_modules_that_wait(start_cluster: Any, connect: Any, dev
         if not staleness:
             for name, mine in found.items():
                 np.testing.assert_allclose(mine, rows[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_pulls_into_arrays_on_the_device(start_cluster: Any, connect: Any) -> None:
+    """Of torch and CuPy, two at the same time."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    cupy = pytest.importorskip("cupy")
+    client = connect(start_cluster(1))
+    table = client.create_table("t", DIM, initializer="normal")
+    keys = [np.arange(count) % 900 for count in (1000, 70, 3000)]
+    for make in (torch.empty, cupy.empty):
+        options = {"device": "cuda"} if make is torch.empty else {}
+        dtype = torch.float32 if make is torch.empty else np.float32
+        out = [make((len(each), DIM), dtype=dtype, **options) for each in keys]
+        pairs = list(zip(keys, out, strict=True))
+        started = [table.start_pull(each, out=array) for each, array in pairs]
+        for pending, (each, array) in zip(started, pairs, strict=True):
+            assert pending.result() is array
+            host = array.cpu().numpy() if make is torch.empty else array.get()
+            np.testing.assert_array_equal(host, table.pull(each))
