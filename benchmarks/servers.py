@@ -33,13 +33,14 @@ def free_ports(count: int) -> int:
 
 @contextmanager
 def shards(
-    count: int, *, durable: bool = False, busy_poll: float = 0.0
+    count: int, *, durable: bool = False, busy_poll: float = 0.0, lane: bool = False
 ) -> Iterator[tuple[list[str], list[int]]]:
     """Run a cluster during a block; yield the addresses and process ids of its shards.
 
     count      number of shards
     durable    give each shard a data directory; without one it has no log, like the peers
     busy_poll  seconds for which a shard polls for the next request before it sleeps
+    lane       let each shard offer a same-host lane
     """
     port = free_ports(count)
     addresses = [f"127.0.0.1:{port + shard}" for shard in range(count)]
@@ -49,6 +50,8 @@ def shards(
             command = [sys.executable, "-m", "psserver", "serve", "--metrics-port", "0"]
             command += ["--shard", str(shard), "--shards", str(count), "--port", str(port + shard)]
             command += ["--busy-poll-seconds", str(busy_poll)]
+            if lane:
+                command += ["--lane", directory]
             if durable:
                 command += ["--data-dir", f"{directory}/{shard}"]
             log = stack.enter_context(open(f"{directory}/{shard}.err", "wb"))

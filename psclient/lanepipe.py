@@ -41,7 +41,8 @@ class LanePipe:
     def __init__(self, offer: pb.Lane) -> None:
         self.refused = ""
         self._regions = Regions(offer.token)
-        self._waiting: dict[int, tuple[Chunk, codec.Exchange]] = {}  # by id of the call
+        # by id of the call: its memory, its request, and the offset of the room of each pull
+        self._waiting: dict[int, tuple[Chunk, codec.Exchange, list[int]]] = {}
         self._received = bytearray()  # the beginning of a message that is not complete
         self._unsent: deque[tuple[bytes, list[int]]] = deque()  # messages and their descriptors
         self._sending = threading.Lock()
@@ -57,11 +58,11 @@ class LanePipe:
     def send(self, call: Call) -> None:
         chunk = self._regions.take(lanes.exchange_bytes(call.exchange))
         region = chunk.region
-        request = lanes.encode_request(
+        request, rooms = lanes.encode_request(
             call.stream_header(), call.exchange, region.memory, region.number, chunk.start
         )
         call.handle = chunk
-        self._waiting[call.id] = chunk, call.exchange
+        self._waiting[call.id] = chunk, call.exchange, rooms
         fds: list[int] = []
         if self._regions.fresh:
             request += _registration(self._regions).SerializeToString()  # protobuf merges them
@@ -74,16 +75,17 @@ class LanePipe:
 
     def receive(self) -> tuple[int, codec.Exchanged | pb.Status]:
         reply = lanes.decode_response(self._message())
-        chunk, exchange = self._waiting.pop(reply.id, (None, None))
+        sent = self._waiting.pop(reply.id, None)
         if reply.HasField("error"):
             if _reason(reply.error) in LANE_REASONS:
                 self.refused = reply.error.message
             if not reply.id or self.refused:
                 raise PipeLost(reply.error.message)
             return reply.id, reply.error
-        if chunk is None or exchange is None:
+        if sent is None:
             return reply.id, codec.Exchanged([], [])
-        return reply.id, lanes.exchanged(reply.exchange, exchange, chunk.region.memory, chunk.start)
+        chunk, exchange, rooms = sent
+        return reply.id, lanes.exchanged(reply.exchange, exchange, chunk.region.memory, rooms)
 
     def end(self) -> None:
         pass
@@ -138,7 +140,19 @@ class LanePipe:
                     self._flush()
 
     def _put(self, message: bytes, fds: list[int]) -> None:
-        """Send a message as soon as the socket has room, after those that wait."""
+        """Send a message as soon as the socket has room, after those that wait.
+
+        The caller holds the lock of the link. If a signal handler raises here, the caller drops the
+        pipe.
+        """
+        if not self._unsent and not fds:
+            try:
+                message = message[self._socket.send(message, socket.MSG_DONTWAIT) :]
+            except OSError as error:
+                if error.errno is None:  # a signal handler raised it
+                    raise
+            if not message:
+                return
         with Shield(), self._sending:
             self._unsent.append((message, fds))
             self._flush()

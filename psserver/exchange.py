@@ -271,6 +271,19 @@ class Exchanges:
             size += self._shard.size(pulls)
         return size <= AT_ONCE and (self._log is None or self._log.room > 2 * size)
 
+    def finish_now(self, begun: Begun) -> codec.Exchanged | None:
+        """Do the same as ``finish`` if that does not wait and raises no error; else return None."""
+        start, exchange, work = begun
+        if isinstance(work, Exception) or exchange is None or not work.done():
+            return None
+        if work.exception() is not None or (exchange.pushes and self._feed is not None):
+            return None
+        done = work.result()
+        if isinstance(done, Held):
+            return None
+        self._count(exchange, done, start)
+        return done
+
     async def finish(self, begun: Begun) -> codec.Exchanged:
         """Wait until an exchange has run and its pushes are as durable as they require.
 
@@ -291,6 +304,14 @@ class Exchanges:
         if self._feed is not None:
             for pushed in done.pushes:
                 pushed.durable_version = await self._feed.settled(pushed.version, pushed.achieved)
+        self._count(exchange, done, start)
+        return done
+
+    def _count(self, exchange: codec.Exchange, done: codec.Exchanged, start: float) -> None:
+        """Count the pushes and pulls of an exchange that succeeded in the statistics.
+
+        start  time of arrival, in seconds of ``time.perf_counter``
+        """
         seconds, served = time.perf_counter() - start, self._limits.stats.served
         for push in exchange.pushes:
             arrays = push.keys.nbytes + push.gradients.nbytes
@@ -298,7 +319,6 @@ class Exchanges:
         for pull, pulled in zip(exchange.pulls, done.pulls, strict=True):
             arrays = pull.keys.nbytes + pulled.embeddings.nbytes
             served("Pull", pull.header.table, len(pull.keys), arrays, seconds)
-        return done
 
 
 def _decode_pull(data: bytes, budget: int) -> tuple[Header, codec.Exchange]:

@@ -132,6 +132,8 @@ class _Client:
     token    16 bytes that the first message must have
     """
 
+    prompt = True
+
     def __init__(
         self,
         connection: socket.socket,

@@ -28,7 +28,12 @@ PIPELINE = 64  # maximum number of requests in flight per stream
 
 
 class Caller(Protocol):
-    """The client's end of a stream: reads its requests, and writes the replies."""
+    """The client's end of a stream: reads its requests, and writes the replies.
+
+    prompt  whether ``write`` seldom waits, so that the task that reads may also write
+    """
+
+    prompt: bool
 
     async def read(self) -> Any:
         """Wait for the next message and return it; None: the client ended the stream."""
@@ -66,6 +71,8 @@ class _Stream:
     arrived  counts a complete message: arrived(name of the connection, bytes)
     """
 
+    prompt = False
+
     def __init__(self, context: Context, arrived: Callable[[str, int], None]) -> None:
         self._context = context
         self._peer = context.peer()
@@ -94,18 +101,20 @@ class _Flow:
     inflight  bytes of memory reserved for these requests and their replies
     room      event that the writer sets after each reply; the reader waits for it while too many
               requests are in flight
+    waiting   number of results in ``answers``, or taken from it and not yet written
     lane      keeps the requests in order while some wait for the disk
     gone      True once the client no longer reads replies
     method    name of the method that failed requests count for
     """
 
-    __slots__ = ("answers", "caller", "gone", "inflight", "lane", "method", "room")
+    __slots__ = ("answers", "caller", "gone", "inflight", "lane", "method", "room", "waiting")
 
     def __init__(self, caller: Caller, method: str) -> None:
         self.caller = caller
         self.method = method
         self.answers: asyncio.Queue[tuple[int, Begun, Reservation] | None] = asyncio.Queue()
         self.inflight = 0
+        self.waiting = 0
         self.lane = Lane()
         self.room = asyncio.Event()
         self.gone = False
@@ -229,6 +238,7 @@ class Streams:
         except Exception as error:
             begun: Begun = start, None, error.with_traceback(None)
             answer = flow.caller.id(data), begun, Reservation(self._limits, 0)
+            flow.waiting += 1
             flow.answers.put_nowait(answer)
             return None
         try:
@@ -238,8 +248,7 @@ class Streams:
             raise
         if read is None:
             return self._accept_large(flow, data, start, reservation)
-        self._begin(flow, read, start, reservation)
-        return None
+        return self._begin(flow, read, start, reservation)
 
     async def _accept_large(
         self, flow: _Flow, data: Any, start: float, reservation: Reservation
@@ -256,20 +265,41 @@ class Streams:
             reservation.release()
             raise
         del data
-        self._begin(flow, read, start, reservation)
+        if (written := self._begin(flow, read, start, reservation)) is not None:
+            await written
 
-    def _begin(self, flow: _Flow, read: Read, start: float, reservation: Reservation) -> None:
+    def _begin(
+        self, flow: _Flow, read: Read, start: float, reservation: Reservation
+    ) -> Awaitable[None] | None:
         """Start a decoded request and add its result to ``flow.answers``.
 
         start  time of arrival, in seconds of ``time.perf_counter``
+
+        If the result is there at once and no other one waits, returns instead an awaitable that
+        writes it. This saves a switch to the task that writes.
         """
         head, checked = read
         assert head is not None
         wait = head.timeout_ms / 1000 if head.timeout_ms else math.inf
         until = time.monotonic() + wait
         begun = self._exchanges.begin(checked, start, until, reservation, flow.lane)
+        if flow.caller.prompt and not flow.waiting:
+            done = self._exchanges.finish_now(begun)
+            if done is not None:
+                return self._write_now(flow, flow.caller.encode(head.id, done), reservation)
+        flow.waiting += 1
         flow.inflight += reservation.size
         flow.answers.put_nowait((head.id, begun, reservation))
+        return None
+
+    async def _write_now(self, flow: _Flow, data: bytes, reservation: Reservation) -> None:
+        """Write an encoded reply on the task that reads, and release its reservation."""
+        try:
+            await flow.caller.write(data)
+        except Exception:
+            flow.gone = True
+        finally:
+            reservation.release()
 
     async def _write(self, flow: _Flow) -> None:
         """Wait for each result in ``flow.answers`` and send it to the client, until None is queued.
@@ -292,6 +322,7 @@ class Streams:
                     await flow.caller.write(data)
                 except Exception:  # gRPC raises several types; each means that the call has ended
                     flow.gone = True
+            flow.waiting -= 1
             flow.inflight -= reservation.size
             reservation.release()
             del answer, begun, data

@@ -114,12 +114,15 @@ def name(request: pytest.FixtureRequest) -> str:
 def connect() -> Iterator[Callable[..., Client]]:
     """Return connect(cluster, **options). Its clients are closed after the test.
 
-    They use gRPC, unless they are given lane="auto" or "require".
+    They use gRPC, unless they are given lane="auto" or "require". transport="lane" means the
+    latter.
     """
     with ExitStack() as stack:
 
         def make(cluster: Cluster, **options: object) -> Client:
             chosen = {"timeout": 60.0, "lane": "never", **options}
+            if chosen.get("transport") == "lane":
+                chosen |= {"transport": "stream", "lane": "require"}
             client = Client(cluster.addresses, **chosen)  # type: ignore[arg-type]
             stack.callback(client.close)
             return client

@@ -11,7 +11,7 @@ meanwhile can therefore do no more than one that sends other arrays.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from struct import Struct
@@ -31,6 +31,7 @@ MOST_MESSAGE = 4 << 20  # maximum size of a message on the socket, in bytes
 HEADER = Struct("<8sQ16s")  # the header of a region: MAGIC, size in bytes, token of the lane
 HEADER_BYTES = 64  # offset of the first slice in a region
 MAGIC = b"pslane01"
+LARGE = 4 << 20  # bytes from which NumPy puts an array into huge pages
 LONGEST_PATH = 107  # bytes of a Unix socket's path
 ALIGNMENT = 8  # the offset of each slice is a multiple of it
 
@@ -100,8 +101,10 @@ def _room_of(pull: PullMessage) -> int:
 
 def encode_request(
     header: pb.StreamRequestHeader, exchange: Exchange, memory: Memory, region: int, at: int
-) -> bytes:
-    """Copy the arrays of an exchange to a region; return the bytes of its LaneRequest.
+) -> tuple[bytes, list[int]]:
+    """Copy the arrays of an exchange to a region.
+
+    Returns (bytes of the LaneRequest, offset of the room of each pull in the region).
 
     header  id and timeout of the request
     memory  memory of the region
@@ -132,14 +135,16 @@ def encode_request(
         if push.counts is not None:
             put(sent.counts, push.counts)
         push.gradients = put(sent.gradients, push.gradients)
+    rooms = []
     for pull in exchange.pulls:
         asked = request.pulls.add()
         asked.header.CopyFrom(pull.header)
         put(asked.keys, pull.keys)
-        room = asked.room
-        room.region, room.offset, room.size = region, at, _room_of(pull)
-        at += room.size + 7 & -8
-    return bytes(request.SerializeToString())
+        room, size = asked.room, _room_of(pull)
+        room.region, room.offset, room.size = region, at, size
+        rooms.append(at)
+        at += size + 7 & -8
+    return request.SerializeToString(), rooms
 
 
 def decode_response(data: bytes) -> pb.StreamResponse:
@@ -151,35 +156,36 @@ def decode_response(data: bytes) -> pb.StreamResponse:
     return reply
 
 
-def exchanged(reply: pb.ExchangeResponse, exchange: Exchange, memory: Memory, at: int) -> Exchanged:
+def exchanged(
+    reply: pb.ExchangeResponse, exchange: Exchange, memory: Memory, rooms: Sequence[int]
+) -> Exchanged:
     """Return the reply to an exchange, with arrays that are views of the rooms.
 
-    exchange  the exchange that ``encode_request`` encoded with these ``memory`` and ``at``
+    memory  memory of the region with the rooms
+    rooms   offset of the room of each pull
 
     Raises Malformed if the reply has another number of pulls.
     """
-    if len(reply.pulls) != len(exchange.pulls):
-        raise Malformed(f"expected {len(exchange.pulls)} pulls, got {len(reply.pulls)}")
-    for push in exchange.pushes:
-        at += _aligned(push.keys.nbytes) + _aligned(push.gradients.nbytes)
-        at += 0 if push.counts is None else _aligned(push.counts.nbytes)
-    pulls = []
-    for pull, answer in zip(exchange.pulls, reply.pulls, strict=True):
-        at += _aligned(pull.keys.nbytes)
-        size = _room_of(pull)
-        pulls.append(_pulled(answer.header, pull, memory, at, size))
-        at += _aligned(size)
+    answers = reply.pulls
+    if len(answers) != len(exchange.pulls):
+        raise Malformed(f"expected {len(exchange.pulls)} pulls, got {len(answers)}")
+    pulls = [
+        _pulled(answer.header, pull, memory, at)
+        for answer, pull, at in zip(answers, exchange.pulls, rooms, strict=True)
+    ]
     return Exchanged(list(reply.pushes), pulls)
 
 
-def _pulled(
-    header: pb.PullResponseHeader, pull: PullMessage, memory: Memory, at: int, size: int
-) -> Pulled:
-    n, dim = len(pull.keys), header.dim
+def _pulled(header: pb.PullResponseHeader, pull: PullMessage, memory: Memory, at: int) -> Pulled:
+    """Return the reply to a pull. It has no arrays if the table has another dim than expected."""
+    n, dim, head = len(pull.keys), pull.dim, pull.header
     dtype = wire_dtype(header.dtype)
-    if not size or header.dim != pull.dim or dtype != wire_dtype(pull.header.dtype):
+    if not n or head.prefetch or header.dim != dim or dtype != wire_dtype(head.dtype):
         return Pulled(header, np.empty(0, WIRE[dtype]), _EMPTY[_U8], _EMPTY[_I8], _EMPTY[_U8])
-    return Pulled(header, *_columns(memory, at, n, dim, dtype, pull.header.with_metadata))
+    columns = _columns(memory, at, n, dim, dtype, head.with_metadata)
+    for column in columns:
+        column.setflags(write=False)  # like those of a gRPC message, so that kernels are shared
+    return Pulled(header, *columns)
 
 
 # ---- the server
@@ -214,43 +220,59 @@ def decode_request(request: pb.LaneRequest, regions: Mapping[int, Memory], budge
         raise TooManyFields
     pushes, pulls = [], []
     for push in request.pushes:
-        keys = _array(regions, push.keys, _U8, "keys").copy()
-        counts = None
-        if push.counts.size:
-            counts = _array(regions, push.counts, _U4, "counts").copy()
-        numbers = WIRE[wire_dtype(push.header.dtype)]
-        gradients = _array(regions, push.gradients, numbers, "gradients").copy()
-        pushes.append(PushMessage(push.header, keys, counts, gradients))
+        header = push.header
+        keys = _copied(regions, push.keys, _U8, "keys")
+        counts = _copied(regions, push.counts, _U4, "counts")
+        gradients = _copied(regions, push.gradients, WIRE[wire_dtype(header.dtype)], "gradients")
+        pushes.append(PushMessage(header, keys, counts if len(counts) else None, gradients))
     for pull in request.pulls:
-        keys = _array(regions, pull.keys, _U8, "keys").copy()
-        room = _array(regions, pull.room, np.dtype(np.uint8), "room")
+        keys = _copied(regions, pull.keys, _U8, "keys")
+        memory, offset, size = _checked(regions, pull.room, 1, "room")
+        room = np.frombuffer(memory, np.uint8, size, offset)
         pulls.append(PullMessage(pull.header, keys, room=room))
     return Exchange(pushes, pulls)
 
 
-def _array(
+def _copied(
     regions: Mapping[int, Memory], at: pb.Slice, dtype: np.dtype[Any], field: str
 ) -> NDArray[Any]:
-    """Return a slice as an array, a view of its region.
+    """Return a copy of a slice as an array, which cannot be written, like one of a gRPC message.
 
+    field  name of the slice, for errors
+
+    Raises BadSlice.
+    """
+    memory, offset, size = _checked(regions, at, dtype.itemsize, field)
+    if size < LARGE:
+        return np.frombuffer(memory[offset : offset + size], dtype)
+    array = np.frombuffer(memory, dtype, size // dtype.itemsize, offset).copy()  # in huge pages
+    array.setflags(write=False)
+    return array
+
+
+def _checked(
+    regions: Mapping[int, Memory], at: pb.Slice, item: int, field: str
+) -> tuple[Memory, int, int]:
+    """Return (memory of a slice's region, offset, size in bytes), after checking them.
+
+    item   size of an item of the array, in bytes
     field  name of the slice, for errors
 
     Raises BadSlice.
     """
     region, offset, size = at.region, at.offset, at.size
     if not size:
-        return np.empty(0, dtype)
+        return b"", 0, 0
     memory = regions.get(region)
     if memory is None:
         raise BadSlice(f"field {field!r}: region {region} is not registered")
-    count, rest = divmod(size, dtype.itemsize)
-    if rest or offset % ALIGNMENT or not HEADER_BYTES <= offset <= len(memory) - size:
+    if size % item or offset % ALIGNMENT or not HEADER_BYTES <= offset <= len(memory) - size:
         raise BadSlice(
-            f"field {field!r}: expected a multiple of {dtype.itemsize} bytes, at a multiple of"
+            f"field {field!r}: expected a multiple of {item} bytes, at a multiple of"
             f" {ALIGNMENT}, from {HEADER_BYTES} on, in region {region} of {len(memory)} bytes; got"
             f" {size} bytes at {offset}"
         )
-    return np.frombuffer(memory, dtype, count, offset)
+    return memory, offset, size
 
 
 def rows_in(room: NDArray[np.uint8], n: int, dim: int) -> NDArray[np.float32]:

@@ -36,8 +36,6 @@ def client(cluster: Cluster, connect: Any) -> Client:
 
 @pytest.fixture(params=["stream", "unary", "lane"])
 def any_client(request: pytest.FixtureRequest, cluster: Cluster, connect: Any) -> Client:
-    if request.param == "lane":
-        return connect(cluster, lane="require")
     return connect(cluster, transport=request.param)
 
 

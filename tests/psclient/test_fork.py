@@ -27,7 +27,7 @@ DIM = 4
 ROWS = 200
 
 
-@pytest.fixture(params=["stream", "unary"])
+@pytest.fixture(params=["stream", "unary", "lane"])
 def client(request: pytest.FixtureRequest, connect: Any, cluster2: Any) -> Client:
     return connect(cluster2, transport=request.param)
 

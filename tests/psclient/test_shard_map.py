@@ -24,7 +24,7 @@ class TestShardMap:
 
     KEYS = np.arange(300)
 
-    @pytest.fixture(params=["stream", "unary"])
+    @pytest.fixture(params=["stream", "unary", "lane"])
     def astray(
         self, request: pytest.FixtureRequest, cluster3: Cluster, connect: Any
     ) -> Callable[[], Client]:

@@ -30,7 +30,7 @@ from psproto import ps_pb2 as pb
 
 DIGITS = 8
 WIDTH = 5  # keys of a group
-TRANSPORTS = pytest.mark.parametrize("transport", ["stream", "unary"])
+TRANSPORTS = pytest.mark.parametrize("transport", ["stream", "unary", "lane"])
 
 
 class Stop(BaseException):
