@@ -259,4 +259,3 @@ def test_the_memory_of_a_client_that_is_gone_is_unmapped(cluster1: Cluster, offe
         assert cluster1.metrics(0)["ps_lane_bytes", Labels()] == registered + 3 * memory.size
     eventually(lambda: mapped(pid) == before)
     assert cluster1.metrics(0)["ps_lane_bytes", Labels()] == registered
-
