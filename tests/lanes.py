@@ -96,7 +96,8 @@ class RawLane:
     def send(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         sent = self.socket.sendmsg([data], rights)
-        self.socket.sendall(data[sent:])
+        if sent < len(data):
+            self.socket.sendall(data[sent:])
 
     def receive(self) -> pb.StreamResponse | None:
         """Return the next reply; None if the server closed the connection."""

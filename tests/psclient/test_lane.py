@@ -83,6 +83,7 @@ def refused(cluster: Cluster) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_reason_is_told_where_the_lane_is_required(
     start_cluster: Callable[..., Cluster],
 ) -> None:
@@ -120,6 +121,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_server_without_a_lane_and_one_with_a_limit(tmp_path: Path) -> None:
     def start(*flags: str) -> Any:
         port = free_ports(1)
