@@ -20,18 +20,23 @@ class Servers:
     """Where the servers stand.
 
     shards  lineage and version of each shard
-    step    largest training step pushed to any table; 0: none
+    step    largest training step pushed to any of the trainer's tables; 0: none
     """
 
     shards: list[ShardState]
     step: int
 
 
-def look(client: Client) -> Servers:
-    """Ask all shards where they stand."""
+def look(client: Client, tables: Sequence[str] | None) -> Servers:
+    """Ask all shards where they stand.
+
+    tables  names of the trainer's tables, of which some may not exist; None: all tables
+    """
     shards = shards_of(client)
     step = 0
     for table in client.list_tables():
+        if tables is not None and table.name not in tables:
+            continue
         request = pb.InspectRequest(table=table.name)
         for answer in client._on_all("AnalysisService/Inspect", request, pb.InspectResponse):
             step = max(step, answer.step)

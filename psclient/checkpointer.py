@@ -21,12 +21,12 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 from psclient import behind, checked, pruning
 from psclient.calls import links
@@ -45,7 +45,7 @@ from psclient.errors import (
     Unavailable,
 )
 from psclient.restores import restore
-from psclient.together import Alone, Ranks, on_rank_0
+from psclient.together import Alone, Flushes, Ranks, on_rank_0
 from psclient.trainerstate import (
     Directory,
     RankState,
@@ -63,13 +63,6 @@ ATTEMPTS = 2  # checkpoints that are begun for one cut, if the first fails
 BUSY_SECONDS, BUSY_PAUSE = 60.0, 0.2  # how long and how often to ask shards that are busy
 STEPS = 1 << 47  # training steps are smaller
 log = logging.getLogger("psclient")
-
-
-class Flushes(Protocol):
-    """What can have pushes in progress, such as a Pipeline."""
-
-    def flush(self) -> Any:
-        """Wait until all pushes are answered. Raises the error of the first that failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +92,8 @@ class Checkpointer:
                 servers
     name        beginning of the names that the checkpoints have on the servers
     full_every  take one full checkpoint out of this many; the others contain only changes
+    tables      names of the tables that the trainer pushes to: their steps tell how far the servers
+                are; None: all tables of the cluster, which must all be those of this trainer
     ranks       the processes that train together; None: only this one. Rank 0 takes the
                 checkpoints and saves. All ranks make the same calls with the same steps
     timeout     seconds that the servers wait for a cut. If it has not come by then, they give this
@@ -121,6 +116,7 @@ class Checkpointer:
         keep: int = 3,
         name: str = "trainer",
         full_every: int = 1,
+        tables: Iterable[str] | None = None,
         ranks: Ranks | None = None,
         timeout: float = 600.0,
     ) -> None:
@@ -132,6 +128,7 @@ class Checkpointer:
         self._keep = checked.integer("keep", keep, 1, 1 << 20)
         self._name = checked.name("checkpoint", name)
         self._full_every = checked.integer("full_every", full_every, 1, 65)
+        self._tables = None if tables is None else checked.names_of("tables", tables)
         self._ranks: Ranks = ranks or Alone()
         self._timeout = checked.seconds("timeout", timeout)
         self._directory = Directory(directory)
@@ -164,12 +161,9 @@ class Checkpointer:
 
         Raises the error of a checkpoint that failed for good.
         """
-        writing = self._writing
-        if writing is not None:
-            if writing.placed:
-                writing.join()
-            else:
-                writing.give_up()
+        self._abandon(placed=False)
+        if self._writing is not None:
+            self._writing.join()
             self._collect()
 
     # ---- coming back
@@ -230,7 +224,7 @@ class Checkpointer:
                 )
             self._restore(state.checkpoint)
         self._clean()
-        servers = behind.look(self._client)
+        servers = behind.look(self._client, self._tables)
         if state is None:
             return self._first(everybody), 0, None
         gap = behind.gap_of(state, servers)

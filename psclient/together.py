@@ -35,6 +35,13 @@ class Alone:
         return [value]
 
 
+class Flushes(Protocol):
+    """What can have pushes in progress, such as a Pipeline."""
+
+    def flush(self) -> Any:
+        """Wait until all pushes are answered. Raises the error of the first that failed."""
+
+
 def on_rank_0(ranks: Ranks, decide: Callable[[], Result]) -> Result:
     """Run ``decide`` on rank 0, and return its result, or raise its error, on all ranks.
 

@@ -228,6 +228,20 @@ def test_a_trainer_that_dies_before_its_first_cut_comes_back_from_the_start(
     assert_once(trainer().client, one.name, 5)
 
 
+def test_the_steps_of_other_tables_do_not_count(
+    cluster: Cluster, trainer: Callable[..., Trainer], table: str
+) -> None:
+    one = trainer(tables=[table, "absent"])
+    one.resume()
+    with Client(cluster.addresses) as client:
+        other = client.create_table("other", 1)
+        other.push([1], np.ones((1, 1)), step=1000)
+    one.run(7)
+    one.die()
+    start = trainer(tables=[table]).resume("ahead")
+    assert (start.step, start.gap) == (8, 2)
+
+
 def test_rewind_goes_back_to_the_start_before_the_first_cut(
     trainer: Callable[..., Trainer],
 ) -> None:

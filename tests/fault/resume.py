@@ -192,7 +192,7 @@ class Run:
         self.out, self.began = home / "out.json", home / "began"
         self.killed: Counter[str] = Counter()
         self._processes = multiprocessing.get_context("forkserver")
-        self._processes.set_forkserver_preload(["fault.resume"])
+        self._processes.set_forkserver_preload(["psclient.checkpointer", "psclient.pipeline"])
         self._cycle = 0
 
     def start(self) -> Any:
