@@ -107,7 +107,7 @@ keras/layer.py      Embedding
 keras/features.py   the features of a model, and the inputs made of them
 keras/feed.py       feed: batches with rows, for fit, evaluate and predict
 keras/push.py       Push: the callback of fit
-keras/saving.py     load_model
+keras/saving.py     load_model, export
 
 None of the following is imported by the client:
 

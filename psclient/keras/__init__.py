@@ -16,12 +16,12 @@ layer.py     Embedding
 features.py  the features of a model, and the inputs made of them
 feed.py      feed: batches with rows, for fit, evaluate and predict
 push.py      Push: the callback of fit
-saving.py    load_model
+saving.py    load_model, export
 """
 
 from psclient.keras.feed import feed
 from psclient.keras.layer import COMBINERS, Embedding
 from psclient.keras.push import Push
-from psclient.keras.saving import load_model
+from psclient.keras.saving import export, load_model
 
-__all__ = ["COMBINERS", "Embedding", "Push", "feed", "load_model"]
+__all__ = ["COMBINERS", "Embedding", "Push", "export", "feed", "load_model"]

@@ -187,6 +187,7 @@ class Feed(_Adapter):
         self._epochs = 0  # begun since the last ``fit`` with the callback ended
         self._open: deque[tuple[int, Ticket]] = deque()  # (number, ticket), not pushed
         self._number = 0  # of the newest batch
+        self._loop: Any = None  # the newest generator of the pipeline
 
     def start(self) -> None:
         """Let the following iterators train. Called when ``fit`` has built the model."""
@@ -197,8 +198,10 @@ class Feed(_Adapter):
         self._open.clear()
 
     def stop(self) -> None:
-        """Wait for all pushes. Raises the error of the first that failed."""
+        """Wait for all pushes, and drop rows pulled ahead. Raises the first error of a push."""
         self._started = False
+        if self._loop is not None:
+            self._loop.close()  # after an early stop, Keras may still hold its iterator
         self.pipe.flush()
 
     def flush(self) -> None:
@@ -241,7 +244,8 @@ class Feed(_Adapter):
                 return
             raise InvalidArgument(NO_CALLBACK)
         splits = (self.features.split(batch) for batch in self._dataset)
-        for ticket in self.pipe.over(lambda split: split.keys, splits):
+        self._loop = self.pipe.over(lambda split: split.keys, splits)
+        for ticket in self._loop:
             for table, batch in ticket.keys.items():
                 self.features.require_room(table, len(batch.keys), ticket.step)
             self._number = self._number % (NUMBERS - 1) + 1

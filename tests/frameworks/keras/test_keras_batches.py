@@ -102,6 +102,17 @@ def test_every_batch_is_pushed_once(ps: Client, name: str, staleness: int) -> No
     check(table, batches, 3)
     assert fed.pipe.stats.pushes == fed.pipe.stats.batches == 36
 
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            self.model.stop_training = batch == 2
+
+    model.fit(fed, callbacks=[Push(model), Stop()], verbose=0)
+    model.fit(fed, steps_per_epoch=5, callbacks=[Push(model)], verbose=0)
+    more = [*batches[:3], *batches[:5]]
+    found = np.abs(table.pull(np.arange(KEYS)) - expected(batches, 3) - expected(more)).max()
+    assert found < 1e-5
+    assert fed.pipe.step == 100 + 36 + 8
+
 
 class Sequence(keras.utils.PyDataset):
     def __init__(self, batches: list[Any]) -> None:

@@ -14,7 +14,7 @@ from training import BATCH, KEYS, LR, PADDING, Twin, batches, functional_model, 
 
 from psclient import Client
 from psclient.errors import InvalidArgument
-from psclient.keras import Embedding, Push, feed, load_model
+from psclient.keras import Embedding, Push, export, feed, load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ impl:DeprecationWarning")
 
@@ -113,3 +113,38 @@ def test_mixed_precision(ps: Client, name: str) -> None:
     total = {1: gradient[0] + 2 * gradient[1], 2: gradient[0], 3: gradient[0], 4: gradient[1]}
     for key, sums in total.items():
         assert moved[keys == key] == pytest.approx(sums, rel=0.02, abs=0.01)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="SavedModels need TensorFlow")
+def test_a_saved_model_of_tensorflow_serves_with_rows_or_frozen(
+    model: keras.Model, tmp_path: Path
+) -> None:
+    import tensorflow as tf
+
+    data = batches(3)
+    model.fit(feed(data, model), callbacks=[Push(model)], verbose=0)
+    expected = outputs(model, data)
+    inputs = {name: np.concatenate([each[name] for each, _ in data]) for name in data[0][0]}
+    export(model, tmp_path / "frozen", data[0], serve="frozen")
+    export(model, tmp_path / "rows", data[0])
+    frozen = tf.saved_model.load(tmp_path / "frozen")
+    served = frozen.serve({name: tf.constant(each) for name, each in inputs.items()})
+    assert np.abs(served.numpy() - expected).max() < 1e-5
+    given = {"age": inputs["age"]}
+    for layer in (model.get_layer("users"), model.get_layer("items")):
+        (feature,) = layer.features
+        keys, places = np.unique(inputs[feature], return_inverse=True)
+        given[f"{feature}_rows"] = layer.table.pull(keys, mode="serve")
+        places = places.reshape(inputs[feature].shape).astype(np.int32)
+        given[f"{feature}_places"] = np.where(inputs[feature] == layer.padding, -1, places)
+    rows = tf.saved_model.load(tmp_path / "rows")
+    served = rows.serve({name: tf.constant(each) for name, each in given.items()})
+    assert np.abs(served.numpy() - expected).max() < 1e-5
+
+
+@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="others cannot")
+def test_other_backends_refuse_to_export(model: keras.Model, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="export needs the backend tensorflow, got"):
+        export(model, tmp_path / "model", batches(1)[0])
+    with pytest.raises(InvalidArgument, match="serve must be one of inputs, frozen, got 'rows'"):
+        export(model, tmp_path / "model", batches(1)[0], serve="rows")
