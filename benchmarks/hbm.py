@@ -59,7 +59,9 @@ class Slab:
 
 def main() -> int:
     """Run the benchmark and print its tables; return the exit status."""
-    options = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument("--only", choices=["kernels", "servers"], help="Measure only these.")
+    options = parser.parse_args()
     try:
         device = CudaDevice()
     except NoDevice as error:
@@ -67,7 +69,16 @@ def main() -> int:
         return 1
     report = Report("hbm", options.json)
     report.note(_machine(device))
-    size = 2 * GIB if options.quick else 16 * GIB
+    if options.only != "servers":
+        _measure_kernels(device, report, 2 * GIB if options.quick else 16 * GIB)
+    if options.only != "kernels":
+        _measure_servers(report, quick=options.quick)
+    report.close()
+    return 0
+
+
+def _measure_kernels(device: CudaDevice, report: Report, size: int) -> None:
+    """Measure copies, kernels and launches. size: bytes of the rows."""
     copied = _copies(device, report)
     for name, dim in CASES:
         optimizer = make_optimizer(name, None, {})
@@ -77,14 +88,16 @@ def main() -> int:
         report.section(title, rows)
         del slab  # before the next one takes its memory
     report.section("launches", _launches(device))
+
+
+def _measure_servers(report: Report, *, quick: bool) -> None:
+    """Measure servers, if all packages that they need are installed."""
     try:
         from benchmarks import hbmservice
     except ImportError as error:
         report.note(f"no servers, because a package is missing: {error}")
     else:
-        hbmservice.measure(report, quick=options.quick)
-    report.close()
-    return 0
+        hbmservice.measure(report, quick=quick)
 
 
 def _machine(device: CudaDevice) -> str:

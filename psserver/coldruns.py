@@ -319,6 +319,7 @@ class ColdRuns:
     def _balance(self, entries: Sequence[TableEntry]) -> None:
         """Move some rows of tables. Goes on while nobody waits for the engine."""
         idle = not self._engine.waiting
+        self._balancing = False  # so that an error does not end this for good
         again = self._shard.pushroom.balance(entries, idle=idle)
         self._balancing = bool(again) and idle and not self._closed
         if self._balancing:

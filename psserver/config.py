@@ -11,9 +11,14 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     CliApp,
@@ -26,46 +31,12 @@ from psproto import names
 from psserver.addresses import UNDER_UP, bare_host
 from psserver.flaghelp import HelpFormatter
 from psserver.memory import GPU_BYTES, Plan, default_inflight, memory_limit, transport_bytes
+from psserver.tablesettings import HbmBytes, TableSettings
 from psserver.unusable import ConfigError
 
 PREFIX = "PSCONFIG_"  # not PS_: for a service named ps, Kubernetes injects variables PS_...
 CONFIG = "PSCONFIG_FILE"  # variable with the path of the TOML file
 LAST_PORT = 65535
-
-
-class TableSettings(BaseModel):
-    """Settings of one table, from the section [tables.NAME] of the TOML file.
-
-    They may be changed at each start. They need not name a table that exists.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    host_bytes: int | None = Field(
-        None,
-        ge=1 << 20,
-        examples=[1 << 30],
-        description="Maximum memory for the rows and the index of this table, in bytes. Without it,"
-        " only the setting host_bytes of the server limits the table",
-    )
-    hbm_bytes: int | None = Field(
-        None,
-        ge=0,
-        examples=[0],
-        description="Maximum GPU memory for the rows of this table, in bytes; 0: none. Without it,"
-        " only the setting hbm_bytes of the server limits the table",
-    )
-    cache: Literal["lru", "lfu"] = Field(
-        "lru",
-        description="Rule that decides which rows leave memory first: lru, those that were not"
-        " pushed for the longest time; lfu, those that were pushed least often",
-    )
-    half_life: float = Field(
-        1e5,
-        gt=0,
-        description="With cache = lfu: number of training steps of the table after which a row that"
-        " is not pushed counts as if it had been pushed half as often",
-    )
 
 
 class ServerConfig(BaseSettings):
@@ -142,13 +113,13 @@ class ServerConfig(BaseSettings):
         " max_message_bytes. One stream may use an eighth of it. Further requests are refused, and"
         " clients retry them",
     )
-    hbm_bytes: int = Field(
+    hbm_bytes: HbmBytes = Field(
         0,
         ge=0,
         examples=[32 << 30],
-        description="Maximum GPU memory for rows of all tables of this shard, in bytes; 0: do not"
-        " use a GPU. Needs an NVIDIA GPU and the extra gpu12 or gpu13. Keys and metadata of these"
-        " rows stay in host memory, within host_bytes",
+        description="Maximum GPU memory for rows of all tables of this shard, in bytes, at least 32"
+        " MiB; 0: do not use a GPU. Needs an NVIDIA GPU and the extra gpu12 or gpu13. Keys and"
+        " metadata of these rows stay in host memory, within host_bytes",
     )
     memory_bytes: int | None = Field(
         None,

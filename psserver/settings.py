@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from psserver.config import ServerConfig, TableSettings
+from psserver.config import ServerConfig
 from psserver.memory import show
+from psserver.tablesettings import TableSettings
 
 WIDTH = 100  # maximum length of a line
 TABLES = "tables"  # the only setting that is a section

@@ -19,7 +19,6 @@ from psproto import ps_pb2 as pb
 from psproto.codec import Exchanged, Pulled, to_wire_clamped
 from psproto.routing import ShardMap
 from psserver.afterimages import ImageBuffers
-from psserver.config import TableSettings
 from psserver.cuts import Cuts
 from psserver.errors import BadRequest, NoLog, StepTooFar, TooLarge, VersionInFuture
 from psserver.fills import Fills
@@ -34,6 +33,7 @@ from psserver.sequencer import MAX_BACKLOG, RECORD, Sequencer
 from psserver.sessions import WINDOW, Sessions
 from psserver.sweeps import Sweeps
 from psserver.tables import TableEntry, Tables
+from psserver.tablesettings import TableSettings
 from psserver.tombstonequeue import TombstoneQueue
 from storage import records
 from storage.arena import Budget

@@ -9,9 +9,9 @@ from functools import partial
 from queue import SimpleQueue
 
 from psproto import names
-from psserver.config import TableSettings
 from psserver.errors import BadRequest, TableLoading
 from psserver.schemas import to_json
+from psserver.tablesettings import TableSettings
 from storage.arena import Budget
 from storage.block import disk_bytes
 from storage.blockfile import BlockFile

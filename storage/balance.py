@@ -149,8 +149,8 @@ class Balance:
         if tier.hbm_unused > 1:
             tier.shrink_hbm()
         share = room / max(1, tier.rows)
-        self._limits = -np.inf, -np.inf
-        if share >= 1:
+        self._limits = (-np.inf, -np.inf) if room else (np.inf, -np.inf)
+        if share >= 1 or not room:
             return
         used, scores = entries.used, np.empty(min(SAMPLE, entries.used))
         looked = np.arange(used) if used <= SAMPLE else self._rng.integers(0, used, SAMPLE)

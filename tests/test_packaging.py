@@ -39,7 +39,7 @@ import sys
 from psserver.cli import main
 from storage.gpu.nvrtc import find_library
 print(find_library(), flush=True)
-sys.argv = ["psserver", "serve", "--hbm-bytes", "1000", "--metrics-port=0", "--port", sys.argv[1]]
+sys.argv = ["psserver", "serve", "--hbm-bytes=99000000", "--metrics-port=0", "--port", sys.argv[1]]
 main()
 """
 
@@ -122,7 +122,7 @@ def test_an_extra_for_gpus_is_installed_and_refused_without_a_gpu(
     assert done.returncode == 2, done.stderr
     assert done.stdout.startswith(str(tmp_path))  # where NVRTC is
     assert re.search(
-        r"^psserver: hbm_bytes=1000 needs a GPU: cudaError(InsufficientDriver|NoDevice): ",
+        r"^psserver: hbm_bytes=99000000 needs a GPU: cudaError(InsufficientDriver|NoDevice): ",
         done.stderr,
         re.M,
     ), done.stderr

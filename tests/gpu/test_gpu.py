@@ -16,8 +16,10 @@ from storage.gpu.device import OutOfDeviceMemory
 from storage.gpu.gpu import PAUSE_SECONDS, PINNED_BYTES, Gpu
 from storage.gpu.slab import Slab
 from storage.gpu.staging import SCANS
+from storage.initializers import make_initializer
 from storage.optimizers import OPTIMIZERS, make_optimizer
-from storage.schema import MAX_DIM
+from storage.schema import MAX_DIM, TableSchema
+from storage.table import Table
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ to compile the CUDA kernels")
 ROWS, WIDTH = 3000, 200
@@ -91,6 +93,27 @@ def test_without_page_locked_memory_there_is_no_gpu() -> None:
 
     with pytest.raises(OutOfMemory, match=r"^page-locked memory of the host is full: "):
         Gpu(Swamped("early"), 1 << 30)
+
+
+def test_a_table_for_which_the_gpu_has_no_room_stays_in_host_memory() -> None:
+    gpu = Gpu(FakeDevice("early"), 40 << 20)
+    optimizer = make_optimizer("adam", None, {})
+    tables = []
+    for name in ("first", "second"):
+        initializer = make_initializer("uniform", {})
+        schema = TableSchema(name=name, dim=512, optimizer=optimizer, initializer=initializer)
+        tables.append(Table(schema, Budget(1 << 30)))
+        tables[-1].attach_gpu(gpu)
+    keys = np.arange(2000, dtype=np.uint64)
+    for version, table in enumerate(tables, 1):
+        gradients = np.ones((len(keys), 512), np.float32)
+        table.push(keys, gradients, np.ones(len(keys), np.uint32), version=version, step=1)
+        balance = table.store.balance
+        assert balance is not None
+        while balance.slice():
+            pass
+    found = [{tier.tier: tier.rows for tier in table.stats().tiers} for table in tables]
+    assert found == [{"hbm": 2000, "host": 0}, {"hbm": 0, "host": 2000}]
 
 
 class TestPause:

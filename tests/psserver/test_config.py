@@ -10,8 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from psserver import config as module
-from psserver.config import CONFIG, PREFIX, ConfigError, ServerConfig, TableSettings, load
+from psserver.config import CONFIG, PREFIX, ConfigError, ServerConfig, load
 from psserver.memory import Limit, memory_limit
+from psserver.tablesettings import TableSettings
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -63,6 +64,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("shard", -1, "greater than or equal to 0"),
     ("shards", 0, "greater than or equal to 1"),
     ("hbm_bytes", -1, "greater than or equal to 0"),
+    ("hbm_bytes", (32 << 20) - 1, "must be 0, or at least 33554432 (32 MiB)"),
     ("shards", 1025, "less than or equal to 1024"),
     ("port", 0, "greater than or equal to 1"),
     ("port", 65536, "less than or equal to 65535"),
@@ -406,8 +408,12 @@ def test_tables_may_be_set_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> Non
         ),
         ("[tables.t]\nhbm_bytes = -1", "tables.t.hbm_bytes: Input should be greater than or"),
         (
-            "[tables.t]\nhbm_bytes = 3_000_000",
-            "tables.t.hbm_bytes must be at most hbm_bytes=0, got 3000000",
+            "[tables.t]\nhbm_bytes = 40_000_000",
+            "tables.t.hbm_bytes must be at most hbm_bytes=0, got 40000000",
+        ),
+        (
+            "hbm_bytes = 40_000_000\n[tables.t]\nhbm_bytes = 3",
+            "tables.t.hbm_bytes: must be 0, or at least 33554432",
         ),
         (
             "host_bytes = 2_000_000\nmemory_bytes = 3_000_000",

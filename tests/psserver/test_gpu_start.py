@@ -62,7 +62,9 @@ def test_the_refusal_has_the_error_of_cuda_and_what_to_do(
     with pytest.raises(ConfigError, match=f"^hbm_bytes=7 needs a GPU: {said}.*set hbm_bytes=0$"):
         open_gpu(7)
     (found,) = (
-        each for each in examine(load(["--hbm-bytes", "7"]), running=True) if each.check == "GPU"
+        each
+        for each in examine(load(["--hbm-bytes", "33554432"]), running=True)
+        if each.check == "GPU"
     )
     assert found.state == "error"
     assert not error or error in found.found
@@ -133,10 +135,10 @@ def test_a_gpu_that_fails_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.slow
 @pytest.mark.skipif(WITH_CUPY, reason="CuPy is installed")
 def test_a_server_without_cupy_exits_with_status_2_and_says_what_to_install() -> None:
-    command = [sys.executable, "-m", "psserver", "serve", "--hbm-bytes", "1000000"]
+    command = [sys.executable, "-m", "psserver", "serve", "--hbm-bytes", "99000000"]
     command += ["--port", str(free_ports(1)), "--metrics-port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("psserver: hbm_bytes=1000000 needs a GPU: cannot import CuPy (")
+    assert last.startswith("psserver: hbm_bytes=99000000 needs a GPU: cannot import CuPy (")
     assert "pip install 'embedding-ps[gpu13]'" in last

@@ -271,8 +271,8 @@ def test_a_server_with_a_gpu_leaves_memory_to_cuda() -> None:
 
 def test_only_a_server_with_hbm_bytes_plans_memory_for_cuda() -> None:
     assert load([]).memory.gpu == 0
-    assert load(["--hbm-bytes", "1"]).memory.gpu == GPU_BYTES
-    assert load(["--hbm-bytes", "1"]).host_bytes < load([]).host_bytes
+    assert load(["--hbm-bytes", "33554432"]).memory.gpu == GPU_BYTES
+    assert load(["--hbm-bytes", "33554432"]).host_bytes < load([]).host_bytes
 
 
 def test_a_small_server_starts_without_memory_for_psctl() -> None:

@@ -14,8 +14,8 @@ from stores import Home, change, make_shard, push, schema
 
 from psclient.tools.misses import lru
 from psclient.tools.summary import Histogram
-from psserver.config import TableSettings
 from psserver.requests import Pull, Push
+from psserver.tablesettings import TableSettings
 from storage.errors import DiskFull, NoRoom, OutOfMemory
 from storage.optimizers import make_optimizer
 from storage.reuse import EDGES, Reuse

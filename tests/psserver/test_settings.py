@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from servers import environment
 
-from psserver.config import ServerConfig, TableSettings, load
+from psserver.config import ServerConfig, load
 from psserver.settings import WIDTH, document, given
+from psserver.tablesettings import TableSettings
 
 ROOT = Path(__file__).parents[2]
 DEPLOYED = ROOT / "deploy" / "psserver.toml"
