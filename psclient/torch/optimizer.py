@@ -92,6 +92,7 @@ class RowOptimizer(torch.optim.Optimizer, Joinable):
         checked.one_of("reduce", reduce, REDUCE)
         checked.seconds("timeout", timeout)
         self._process_group = process_group
+        self._together = reduce == "sum" or bool(sync)  # whether ranks need each other
         self._job: Job | None = None
         if several(process_group):
             tables = {holder.table.name: holder.table for holder in found}
@@ -153,6 +154,12 @@ class RowOptimizer(torch.optim.Optimizer, Joinable):
 
     def _push(self, step: int, *, active: bool = True) -> None:
         """Push with this training step. active=False: only take part in the push of other ranks."""
+        if self._together and self._job is None and several(self._process_group):
+            self.zero_grad()
+            raise InvalidArgument(
+                "with reduce or sync, make the optimizer after torch.distributed was initialized:"
+                f" it was made before. {DISCARDED.capitalize()}"
+            )
         turn = Turn(step, self._groups[0].get("lr"), active)
         pushed = push(self._client, self._parts, turn, self._ranks, self._job)
         self._next = int(pushed.step) + 1

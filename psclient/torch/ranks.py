@@ -10,11 +10,11 @@ gradients of its batch to the owners of their keys. An owner sums them in the or
 and pushes one gradient per key. So each key is pushed once per step, as if one process had the
 whole batch.
 
-Whenever all ranks wait for each other, each tells its Turn to all others. A rank that has no more
-batches takes part with ``active=False``, so that the others need not wait for it in vain.
+Whenever all ranks wait for each other, each tells its Turn (training step, learning rate) to all
+others. A rank that has no more batches takes part, too, with ``active=False``.
 
-All of this uses a process group of its own with gloo, so it cannot be mixed up with what other
-parts of the model send, and works with NCCL beside it.
+A Job makes a gloo process group of its own. So its messages are never mixed up with those of other
+parts of the model, and the model itself may use NCCL.
 """
 
 from __future__ import annotations
@@ -61,11 +61,12 @@ class Sum(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One call of ``step`` on one rank, as told to all ranks.
+    """One call of ``step`` on one rank, as that rank tells it to all ranks.
 
     step    training step
     lr      learning rate; None: that of each table
-    active  whether the rank has a batch; False: it only takes part for the others
+    active  whether the rank has a batch. False: it has no gradients, takes part so that the others
+            need not wait for it, and pushes the sums of the keys that it owns
     """
 
     step: int
@@ -204,7 +205,11 @@ class Job:
         return mine, [int(size) for size in table[:, SIZES + self.rank]]
 
     def _row(self, turn: Turn, failed: bool, sizes: Sequence[int]) -> Tensor:
-        """Encode a Turn as int64[5 + ranks]."""
+        """Encode a Turn as int64[5 + ranks]: the columns ACTIVE, FAILED, ... and one size per rank.
+
+        failed  whether this rank cannot push
+        sizes   bytes to send to each rank later; (): none
+        """
         row = np.zeros(SIZES + self.size, np.int64)
         row[:SIZES] = turn.active, failed, turn.step, 0, self._digest
         row[RATE : RATE + 1].view(np.float64)[0] = np.nan if turn.lr is None else turn.lr
@@ -212,7 +217,10 @@ class Job:
         return torch.from_numpy(row)
 
     def _agree(self, met: NDArray[np.int64]) -> None:
-        """Raise an error if the Turns of all ranks, int64[ranks, 5 + ranks], do not fit."""
+        """Raise an error if a rank has failed, or if steps, rates or tables differ.
+
+        met  int64[ranks, 5 + ranks], the encoded Turn of each rank
+        """
         if (failed := np.flatnonzero(met[:, FAILED])).size:
             raise RankFailed(
                 f"rank {failed[0]} could not push at step {met[failed[0], STEP]}; its own error"
@@ -228,7 +236,12 @@ class Job:
     def _differ(
         self, what: str, met: NDArray[np.int64], one: int, other: int
     ) -> StepsDisagree | InvalidArgument:
-        """Return the error for two ranks whose step, lr or tables differ."""
+        """Return the error for two ranks that differ.
+
+        what        "training step", "lr" or "tables"
+        met         int64[ranks, 5 + ranks], the encoded Turn of each rank
+        one, other  numbers of the two ranks
+        """
         if what == "training step":
             return StepsDisagree(
                 f"training step must be the same on all ranks: rank {one} is at step"
@@ -243,9 +256,10 @@ class Job:
         )
 
     def _check_in_passing(self, turn: Turn) -> None:
-        """Check the steps of all ranks at every CHECKED-th push, without waiting for the others.
+        """Compare the steps of all ranks at the first of every CHECKED pushes, without waiting.
 
-        The result is looked at by later pushes. A rank that has ended does not disturb the others.
+        A later push looks at the result and raises StepsDisagree. A rank that has ended does not
+        disturb the others.
         """
         if self._pending is not None and self._pending[0].is_completed():
             (work, met), self._pending = self._pending, None
@@ -261,7 +275,11 @@ class Job:
             self._pending = work, met
 
     def _lost(self, when: str, error: Exception) -> RankFailed:
-        """Return the error for ranks that do not answer."""
+        """Return the error for a rank that does not answer.
+
+        when   text such as "at step 5"
+        error  gloo's error
+        """
         text = str(error).strip().split("\n")[0]
         return RankFailed(
             f"not all ranks answered {when} (waiting at most {self._timeout:g} s): a rank has ended"

@@ -262,6 +262,39 @@ class TestRanks:
 
 
 class TestRefused:
+    @pytest.mark.parametrize("options", [{"reduce": "sum"}, {"sync": True}])
+    def test_an_optimizer_made_before_its_ranks(
+        self, table: Table, monkeypatch: pytest.MonkeyPatch, options: Any
+    ) -> None:
+        module = Embedding(table)
+        rows = module.optimizer(**options)
+        module(torch.tensor([1])).sum().backward()
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 4)
+        with pytest.raises(InvalidArgument, match=r"after torch\.distributed was initialized"):
+            rows.step()
+        assert (rows.leaves(), number(table)) == ([], 0.0)
+
+    def test_ranks_that_are_not_in_the_group(
+        self, table: Table, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: -1)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: 3)
+        with pytest.raises(InvalidArgument, match=r"process_group must contain .* rank 3"):
+            Embedding(table).optimizer(process_group="others")
+
+    @pytest.mark.parametrize(
+        ("options", "error"),
+        [
+            ({"reduce": "mean"}, "reduce must be one of none, sum, got 'mean'"),
+            ({"timeout": 0}, "timeout must be a positive number of seconds, got 0"),
+        ],
+    )
+    def test_invalid_options_of_ranks(self, table: Table, options: Any, error: str) -> None:
+        with pytest.raises(InvalidArgument, match=error):
+            Embedding(table).optimizer(**options)
+
     def test_modules_without_rows(self) -> None:
         with pytest.raises(InvalidArgument, match="must contain an Embedding"):
             RowOptimizer(nn.Linear(2, 2))
