@@ -116,6 +116,7 @@ bench: .venv/dev  ## every benchmark; latest figures: docs/benchmarks.md
 	$(RUN) -m benchmarks.analyze
 	$(RUN) -m benchmarks.tiers
 	$(RUN) -m benchmarks.restart
+	$(RUN) -m benchmarks.models
 
 proto: .venv/proto  ## generate code from ps.proto
 	.venv-proto/bin/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto \

@@ -88,7 +88,7 @@ class ArrayPiece:
 
     @property
     def _numbers(self) -> int:
-        """How many numbers an array of embeddings that is not of shape [n, dim] has."""
+        """Number of numbers in an array of embeddings of shape [n * dim]; 1 for other shapes."""
         return self.embedding.shape[0] if len(self.embedding.shape) == 1 else 1
 
     def read(self, start: int = 0) -> Iterator[Rows]:
@@ -143,7 +143,7 @@ def chosen_state(
     if target.width == target.dim:
         return (), None
     if not arrays:
-        return (), f"the file has none for the optimizer {target.optimizer!r}"
+        return (), f"the file has none that fits the optimizer {target.optimizer!r}"
     if optimizer != target.optimizer:
         named = f"is that of {optimizer!r}" if optimizer else "is of an unknown optimizer"
         return (), f"the state in the file {named}, but the table's optimizer is" + (

@@ -86,7 +86,7 @@ class CsvPiece:
         return matrix
 
     def place(self, row: int) -> str:
-        """Return the number of a row and of its line, as text."""
+        """Return the number of a row, as text."""
         return f"row {row} (counted from 0)"
 
 

@@ -13,8 +13,9 @@
     onnx         a directory with an ONNX model
 
 The column ``state`` is missing if the optimizer has no state. Rows are in no particular order, and
-each key occurs once. The memory used does not grow with the table. A file gets its final name once
-it is complete. Parquet needs pyarrow: pip install 'embedding-ps[export]'.
+each key occurs once. The memory used does not grow with the table, except that torch and onnx sort
+the keys: 24 bytes per row. A file gets its final name once it is complete. Parquet needs pyarrow:
+pip install 'embedding-ps[export]'.
 
 Keys have 64 bits, and a server does not know whether a trainer treats them as signed. Choose the
 type of the column that the keys will be joined with: pandas, polars and DuckDB compare uint64 with

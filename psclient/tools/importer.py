@@ -1,16 +1,18 @@
 """Import the rows of files into an existing table.
 
-    parquet     columns key, embedding, state, step, frequency; a file, or a directory of files
-    csv         columns key, embedding_0, embedding_1, ..., step, frequency
-    npy, npz    arrays of NumPy
-    safetensors tensors keys, embeddings, states, steps, frequencies, or one matrix
-    torch       a file of torch.save: a tensor, or a state dict
-    torchrec    the state dict of a model of TorchRec: a file, or a distributed checkpoint
-    hps, tfra, dynamicemb, deeprec  files of HugeCTR, TensorFlow Recommenders Addons, DynamicEmb and
-                DeepRec
+    parquet      columns key, embedding, state, step, frequency; a file, or a directory of files
+    csv          columns key, embedding_0, embedding_1 and so on, step, frequency
+    npy, npz     arrays of NumPy
+    safetensors  tensors keys, embeddings, states, steps, frequencies, or one matrix
+    torch        a file of torch.save: a tensor, or a state dict
+    torchrec     the state dict of a model of TorchRec: a file, or a distributed checkpoint
+    hps          a directory of HugeCTR
+    tfra         a directory of TensorFlow Recommenders Addons
+    dynamicemb   a directory of NVIDIA's DynamicEmb
+    deeprec      a checkpoint of DeepRec
 
-docs/models.md describes each kind. A source without keys has the key of a row in its number, plus
-an offset. Optimizer state is read where the file names the table's optimizer or ``map`` names the
+docs/models.md describes each kind. In a file without keys, the key of a row is its number plus an
+offset. Optimizer state is read where the file names the table's optimizer or ``map`` names the
 array; otherwise rows get the optimizer state of new rows, and ``Source.notes`` says why.
 
 Values that cannot be stored exactly are refused: null, NaN, infinity, numbers too large for

@@ -1,7 +1,7 @@
 """Rows on their way from a file into a table: what every file format of an import delivers.
 
-A source is a list of pieces. A piece is one file, or one array in a file. Its rows are read in
-order, in batches of limited size, from any row on.
+The source of an import is a list of pieces. A piece is one file, or one array in a file. Its rows
+are read in order, in batches of limited size, from any row on.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ NAMES = {  # names of the arrays in files that hold several, in order of prefere
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to import.
+    """The source of an import, as the caller names it, and the table for its rows.
 
     location  file or directory: a local path or a URL
     target    the table
@@ -69,7 +69,10 @@ def npy(request: Request) -> Sequence[Piece]:
 
 
 def npz(request: Request) -> Sequence[Piece]:
-    """A .npz file with arrays of the names in NAMES, or of the names in ``map``."""
+    """A .npz file with one matrix, or with the arrays keys, embeddings, states, steps, frequencies.
+
+    ``map`` gives the names of arrays that have other names.
+    """
     request.require(*FIELDS)
     arrays = stored.zipped_arrays(request.location)
     schema = arrays.pop(SCHEMA, None)
@@ -82,7 +85,7 @@ def npz(request: Request) -> Sequence[Piece]:
 
 
 def safetensors(request: Request) -> Sequence[Piece]:
-    """A safetensors file with tensors of the names in NAMES, or of the names in ``map``."""
+    """A safetensors file with tensors of the names that arrays have in a .npz file."""
     request.require(*FIELDS)
     arrays, metadata = stored.safetensors_arrays(request.location)
     text = metadata.get(SCHEMA)
@@ -148,12 +151,11 @@ def dynamicemb(request: Request) -> Sequence[Piece]:
         arrays["embedding"] = stored.raw_array(values, "<f4", request.target.dim)
         for name in {"step", "frequency"} & set(request.map):
             arrays[name] = stored.raw_array(f"{head}_emb_scores.{tail}", "<i8")
-        state = f"{head}_emb_opt_values.{tail}"
-        meta = _optimizer(f"{head}_opt_args.json")
-        width = request.target.width - request.target.dim
-        if meta is not None and meta == request.target.optimizer and meta in ("adagrad",):
-            arrays["state"] = stored.raw_array(state, "<f4", width)
-        pieces.append(piece_of(request, arrays, meta))
+        optimizer = _optimizer(f"{head}_opt_args.json")
+        if optimizer is not None and optimizer == request.target.optimizer:
+            state = f"{head}_emb_opt_values.{tail}"
+            arrays["state"] = stored.raw_array(state, "<f4", request.target.dim)
+        pieces.append(piece_of(request, arrays, optimizer))
     return pieces
 
 
@@ -215,8 +217,8 @@ def listed(arrays: Mapping[str, Stored]) -> str:
 
 
 def _of_table(request: Request, found: Mapping[str, list[str]], pattern: str) -> list[str]:
-    """Return the files of the table that ``map`` names, or that has the target's name, or of the
-    only table.
+    """Return the files of the table that ``map`` names. Without a name, return those of the table
+    with the target's name, or of the only table.
 
     found    {table: files}
     pattern  name of a file that was looked for, for errors
@@ -241,4 +243,5 @@ def _optimizer(location: str) -> str | None:
             kind = json.loads(file.read(1 << 16)).get("opt_type")
     except (InvalidArgument, ValueError, AttributeError):
         return None
-    return {"ADAGRAD": "adagrad", "EXACT_ADAGRAD": "adagrad"}.get(str(kind))
+    # The state of its other optimizers is padded, or lacks what ours have.
+    return "adagrad" if str(kind).lower() in ("adagrad", "exact_adagrad") else None

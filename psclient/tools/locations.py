@@ -44,8 +44,11 @@ def size_of(location: str) -> int:
 
 
 def identity(location: str) -> list[str]:
-    """Return the location of a file and what changes with its contents: size and time, or the tag
-    that the file system of a URL gives it."""
+    """Return the location of a file, and values that differ once its contents differ.
+
+    The values are the size and the time of the last change. For a URL, they are the tag that its
+    file system gives the file.
+    """
     if is_url(location):
         system, path = _system(location)
         return [location, str(system.ukey(path))]

@@ -92,7 +92,7 @@ def piece(location: str, target: Target) -> ParquetPiece:
         has_state = "state" in _lists(file, target, arrow)
     if has_state or target.width == target.dim:
         return ParquetPiece(location, target, rows, None)
-    why = f"the file has none of the optimizer {target.optimizer!r}"
+    why = f"the file has none that fits the optimizer {target.optimizer!r}"
     return ParquetPiece(location, target, rows, why)
 
 

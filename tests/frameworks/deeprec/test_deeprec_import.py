@@ -42,7 +42,9 @@ def save(path: Path, **variables: slice) -> str:
 
 def everything(location: str, **more: Any) -> tuple[Any, ...]:
     pieces = KINDS["deeprec"](Request(location, TARGET, **more))
-    assert {each.state for each in pieces} == {"the file has none for the optimizer 'adagrad'"}
+    assert {each.state for each in pieces} == {
+        "the file has none that fits the optimizer 'adagrad'"
+    }
     rows = [each for piece in pieces for each in piece.read()]
     return tuple(
         np.concatenate([getattr(each, name) for each in rows])

@@ -79,7 +79,7 @@ class TestNumPy:
         require(joined(pieces("npy", tmp_path / "x.npy")), keys=np.arange(N))
         found = pieces("npy", tmp_path / "x.npy", offset=-3)
         require(joined(found), keys=np.arange(N) - 3)
-        assert found[0].state == "the file has none for the optimizer 'adagrad'"
+        assert found[0].state == "the file has none that fits the optimizer 'adagrad'"
         assert pieces("npy", tmp_path / "x.npy", SGD)[0].state is None
 
     def test_other_fields_are_files_in_the_same_directory(self, tmp_path: Path) -> None:

@@ -319,7 +319,8 @@ def test_psctl_imports_and_says_what_it_does_not_read(
     done = psctl(cluster2, journal, "import", table, str(tmp_path / "x.npy"), "--offset", "7")
     assert (done.exit_code, done.stdout) == (0, f"{table}: 1,000 rows\n")
     assert done.stderr == (
-        "note: optimizer state is not imported: the file has none for the optimizer 'adagrad'\n"
+        "note: optimizer state is not imported: the file has none that fits the optimizer"
+        " 'adagrad'\n"
     )
     rows = client.table(table).pull(np.arange(7, 7 + N), mode="serve")
     assert np.array_equal(rows, WEIGHT)
