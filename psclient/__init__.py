@@ -86,6 +86,7 @@ torch/mixed.py      MixedDimensionEmbedding
 torch/transfer.py   copies of rows to a GPU, and of gradients back
 torch/pipeline.py   batches of a DataLoader with outputs of a group, pulled ahead
 torch/group.py      EmbeddingGroup
+torch/job.py        JobRanks: the ranks of a job, for a Checkpointer
 lightning.py        callback and loader for PyTorch Lightning
 
 TorchRec's collections (imported on demand):

@@ -192,8 +192,8 @@ def require_json(field: str, value: Any) -> None:
 def _encode(state: TrainerState) -> bytes:
     """Return the contents of a file STATE."""
     content = {"format": FORMAT, **asdict(state)}
-    text = json.dumps(content, sort_keys=True, indent=1)
-    return f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}\n".encode()
+    text = json.dumps(content, sort_keys=True, indent=1) + "\n"
+    return f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}".encode()
 
 
 def _decode(path: Path, data: bytes) -> TrainerState:
@@ -203,7 +203,7 @@ def _decode(path: Path, data: bytes) -> TrainerState:
     data  its contents
     """
     checksum, _, text = data.partition(b"\n")
-    if hashlib.sha256(text.removesuffix(b"\n")).hexdigest().encode() != checksum:
+    if hashlib.sha256(text).hexdigest().encode() != checksum:
         raise DataLoss(f"{path} is damaged: its checksum is wrong")
     content = json.loads(text)
     if content.pop("format") != FORMAT:

@@ -30,11 +30,13 @@ mixed.py      MixedDimensionEmbedding
 transfer.py   copies of rows to a GPU, and of gradients back
 pipeline.py   batches of a DataLoader with outputs of a group, pulled ahead
 group.py      EmbeddingGroup
+job.py        JobRanks: the ranks of a job, for a Checkpointer
 """
 
 from psclient.torch.bag import EmbeddingBag
 from psclient.torch.embedding import Embedding
 from psclient.torch.group import EmbeddingGroup
+from psclient.torch.job import JobRanks
 from psclient.torch.mixed import MixedDimensionEmbedding
 from psclient.torch.multihash import COMBINE, MultiHashEmbedding
 from psclient.torch.optimizer import RowOptimizer
@@ -44,6 +46,7 @@ __all__ = [
     "Embedding",
     "EmbeddingBag",
     "EmbeddingGroup",
+    "JobRanks",
     "MixedDimensionEmbedding",
     "MultiHashEmbedding",
     "RowOptimizer",
