@@ -221,7 +221,7 @@ class TestAccumulation:
 class FourRanks:
     """A Job whose other ranks neither answer nor need an answer."""
 
-    size, sums = 4, False
+    size, sums, sync = 4, False, False
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
