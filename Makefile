@@ -108,6 +108,7 @@ bench: .venv/dev  ## every benchmark; latest figures: docs/benchmarks.md
 	$(RUN) -m benchmarks.kernels
 	$(RUN) -m benchmarks.wire
 	$(RUN) -m benchmarks.step
+	$(RUN) -m benchmarks.trainers
 	$(RUN) -m benchmarks.scale
 	$(RUN) -m benchmarks.durability
 	$(RUN) -m benchmarks.checkpoint

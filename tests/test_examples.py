@@ -15,6 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from servers import Cluster
+
+from psclient import Client
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -207,3 +211,29 @@ class TestAdult:
         served, in_process = map(float, re.findall(r"AUC (0\.\d+)", run.stdout))
         assert served >= 0.918
         assert served >= in_process - 0.002
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(1800)  # twenty runs of about 2 s, more on a busy machine
+    def test_staleness_keeps_the_auc(self, module: Any, cluster1: Cluster) -> None:
+        """Of rows that lack up to 1, 2 and 4 pushes; means over five seeds."""
+        directory = os.environ.get("ADULT_DATA")
+        if not directory:
+            pytest.skip(
+                "ADULT_DATA names no directory with adult.data and adult.test: see adult.py"
+            )
+        samples, held = module("adult").load(Path(directory), validate=False)
+        example, means, threads = module("adult_torch"), {}, torch.get_num_threads()
+        torch.set_num_threads(1)
+        with Client(cluster1.addresses, timeout=60.0) as client:
+            for staleness in (0, 1, 2, 4):
+                found = []
+                for seed in range(5):
+                    options = {"epochs": 2, "staleness": staleness, "seed": seed}
+                    group, net = example.train(client, samples, **options)
+                    found.append(example.score(group, net, held))
+                    for table in ("adult.wide", "adult.deep"):
+                        client.drop_table(table)
+                means[staleness] = float(np.mean(found))
+        torch.set_num_threads(threads)
+        assert means[0] > 0.91
+        assert max(abs(means[each] - means[0]) for each in (1, 2, 4)) <= 0.002, means
