@@ -201,21 +201,29 @@ def wide(report: Report, *, quick: bool) -> None:
         report.note(f"{kind}: {gain:.2f} x the rows/s of the stream, target {WIDE}")
 
 
-def train(addresses: list[str], lane: str, seed: int, batch: int, rows: int, out: Any) -> None:
-    """Exchange for SECONDS in this process; put the number of steps in ``out``."""
-    steps = standard_work(Work(rows=rows, batch=batch, seed=seed), 8)
+TURNS = [(batch, lane) for batch in (10_000, 1_000) for lane in ("never", "require") * 2]
+
+
+def train(addresses: list[str], seed: int, rows: int, together: Any, out: Any) -> None:
+    """Exchange for SECONDS in each of TURNS, in this process.
+
+    together  barrier at which all trainers wait before each turn
+    out       queue that receives (number of the turn, steps done)
+    """
     keys = keys_of(np.arange(rows))
-    with Client(addresses, lane=lane) as client:  # type: ignore[arg-type]
-        trainer = Trainer(client.table("standard"), keys, steps, "float32")
-        for i in range(10):
-            trainer.exchange(i)
-        out.put(-1)
-        end = time.monotonic() + SECONDS
-        done = 0
-        while time.monotonic() < end:
-            trainer.exchange(done)
-            done += 1
-    out.put(done)
+    with Client(addresses, lane="never") as stream, Client(addresses, lane="require") as lane:
+        tables = {"never": stream.table("standard"), "require": lane.table("standard")}
+        for turn, (batch, which) in enumerate(TURNS):
+            steps = standard_work(Work(rows=rows, batch=batch, seed=seed), 8)
+            trainer = Trainer(tables[which], keys, steps, "float32")
+            for i in range(10):
+                trainer.exchange(i)
+            together.wait()
+            done, end = 0, time.monotonic() + SECONDS
+            while time.monotonic() < end:
+                trainer.exchange(done)
+                done += 1
+            out.put((turn, done))
 
 
 def trainers(report: Report, work: Work) -> None:
@@ -224,24 +232,27 @@ def trainers(report: Report, work: Work) -> None:
     keys = keys_of(np.arange(work.rows))
     with ExitStack() as stack:
         _, _, addresses = open_tables(stack, work, keys, 1, durable=False)
-        rows = []
-        for batch in (10_000, 1_000):
-            for lane in ("never", "require") * 2:
-                out = context.Queue()
-                several = [
-                    context.Process(
-                        target=train, args=(addresses, lane, seed, batch, work.rows, out)
-                    )
-                    for seed in range(TRAINERS)
-                ]
-                for each in several:
-                    each.start()
-                done = sum(max(out.get(), 0) for _ in range(2 * TRAINERS))
-                for each in several:
-                    each.join()
-                name = "stream" if lane == "never" else "lane"
-                rows.append({"B": batch, "contender": name, "steps/s": done / SECONDS})
-    report.section(f"{TRAINERS} trainers at once, {os.cpu_count()} cores", rows)
+        together, out = context.Barrier(TRAINERS), context.Queue()
+        several = [
+            context.Process(target=train, args=(addresses, seed, work.rows, together, out))
+            for seed in range(TRAINERS)
+        ]
+        for each in several:
+            each.start()
+        done = [0] * len(TURNS)
+        for _ in range(TRAINERS * len(TURNS)):
+            turn, steps = out.get()
+            done[turn] += steps
+        for each in several:
+            each.join()
+    names = {"never": "stream", "require": "lane"}
+    report.section(
+        f"{TRAINERS} trainers at once, {os.cpu_count()} cores",
+        [
+            {"B": f"{batch:,}", "contender": names[which], "steps/s": steps / SECONDS}
+            for (batch, which), steps in zip(TURNS, done, strict=True)
+        ],
+    )
 
 
 def main() -> None:
