@@ -116,6 +116,7 @@ bench: .venv/dev  ## every benchmark; latest figures: docs/benchmarks.md
 	$(RUN) -m benchmarks.eviction
 	$(RUN) -m benchmarks.analyze
 	$(RUN) -m benchmarks.tiers
+	$(RUN) -m benchmarks.lane
 	$(RUN) -m benchmarks.restart
 	$(RUN) -m benchmarks.models
 
