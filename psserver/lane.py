@@ -225,10 +225,8 @@ class _Client:
     ) -> tuple[pb.LaneRequest, codec.Exchange | Exception]:
         try:
             return message, lanes.decode_request(message, self._own, budget)
-        except codec.TooManyFields:
-            raise
-        except (lanes.BadSlice, codec.Malformed) as error:
-            return message, error.with_traceback(None)
+        except lanes.BadSlice as error:
+            return message, BadRequest("INVALID_ARGUMENT", str(error))
 
     async def refuse(self, error: Exception) -> None:
         """Send an error that ends the connection."""

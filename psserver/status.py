@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from psproto import codec, lanes
+from psproto import codec
 from psserver.errors import (
     BadRequest,
     BarrierMissed,
@@ -61,7 +61,6 @@ MESSAGE = 1024  # maximum bytes of an error message: it is sent twice, and gRPC 
 Code = grpc.StatusCode
 CODES: dict[type[Exception], tuple[grpc.StatusCode, str]] = {
     codec.Malformed: (Code.INVALID_ARGUMENT, "MALFORMED_MESSAGE"),
-    lanes.BadSlice: (Code.INVALID_ARGUMENT, "INVALID_ARGUMENT"),
     BadRequest: (Code.INVALID_ARGUMENT, ""),  # an empty reason: the error has its own
     UnknownTable: (Code.NOT_FOUND, "TABLE_NOT_FOUND"),
     SchemaMismatch: (Code.FAILED_PRECONDITION, "SCHEMA_MISMATCH"),
