@@ -48,12 +48,13 @@ class Twin(keras.optimizers.AdamW):
             super().update_step(gradient, variable, learning_rate)
         else:
             sums = self._velocities[self._get_variable_index(variable)]
-            sums.assign_add((gradient := ops.convert_to_tensor(gradient)) ** 2)
+            sums.assign_add((gradient := ops.zeros(variable.shape) + gradient) ** 2)
             lr = adult.WIDE_LR if variable.shape[1] == 1 else adult.DEEP_LR
             variable.assign_sub(lr * gradient / (ops.sqrt(sums.value) + 1e-10))
 
 
 def network(inputs: Any, wide: Any, deep: Any, optimizer: Any) -> keras.Model:
+    keras.utils.set_random_seed(0)
     inputs["numbers"] = keras.Input((7,), name="numbers")
     hidden = layers.Concatenate()([layers.Flatten()(deep), inputs["numbers"]])
     for width in adult.HIDDEN:
@@ -68,7 +69,6 @@ def main() -> None:
     samples, held = adult.load(given.directory, validate=given.validate)
     keys = np.unique(np.concatenate([samples.wide, held.wide]))
     shapes = {name: each.shape[1:] for name, each in samples.ids().items()}
-    keras.utils.set_random_seed(given.seed)
 
     def train(name: str, model: Any, x: Any, scored: Any, callbacks: Any) -> float:
         model.fit(x, epochs=given.epochs, callbacks=callbacks, verbose=0)

@@ -173,9 +173,9 @@ class Features:
                 "rows": padded[layer.table.name],
             }
         whole = (inputs, *split.more)
-        jax = keras.backend.backend() == "jax"
+        convert = np.asarray if keras.backend.backend() == "jax" else keras.ops.convert_to_tensor
         made: tuple[Any, ...] = keras.tree.map_structure(
-            np.asarray if jax else keras.ops.convert_to_tensor, whole
+            lambda each: None if each is None else convert(each), whole
         )
         return made
 

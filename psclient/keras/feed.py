@@ -199,7 +199,7 @@ class Feed(_Adapter):
 
     def stop(self) -> None:
         """Wait for all pushes, and drop rows pulled ahead. Raises the first error of a push."""
-        self._started = False
+        self._started, self._epochs = False, 0
         if self._loop is not None:
             self._loop.close()  # after an early stop, Keras may still hold its iterator
         self.pipe.flush()
@@ -260,7 +260,8 @@ class Feed(_Adapter):
         split, features = self._split, self.features
         rows = {name: np.zeros((1, each.dim), np.float32) for name, each in _by_name(features)}
         places = {name: np.zeros(each.shape, np.int32) for name, each in split.keys.items()}
-        return keras.tree.map_structure(_Shape, features.batch(split, rows, places, 1))
+        batch = features.batch(split, rows, places, 1)
+        return keras.tree.map_structure(lambda each: None if each is None else _Shape(each), batch)
 
 
 def _batches_at_hand(staleness: int) -> int:

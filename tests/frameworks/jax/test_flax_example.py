@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # minutes on a busy machine
 def test_its_auc_is_that_of_its_twin() -> None:
     directory = os.environ.get("ADULT_DATA")
     if not directory:

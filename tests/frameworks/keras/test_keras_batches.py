@@ -107,6 +107,7 @@ def test_every_batch_is_pushed_once(ps: Client, name: str, staleness: int) -> No
             self.model.stop_training = batch == 2
 
     model.fit(fed, callbacks=[Push(model), Stop()], verbose=0)
+    model.compile(keras.optimizers.SGD(0.1), linear, metrics=["mse"])
     model.fit(fed, steps_per_epoch=5, callbacks=[Push(model)], verbose=0)
     more = [*batches[:3], *batches[:5]]
     found = np.abs(table.pull(np.arange(KEYS)) - expected(batches, 3) - expected(more)).max()
@@ -151,6 +152,17 @@ def test_datasets_of_all_frameworks(ps: Client, name: str, kind: str) -> None:
     batches = data(5)
     model.fit(feed(dataset(kind, batches), model, staleness=1), callbacks=[Push(model)], verbose=0)
     check(table, batches)
+
+
+def test_sample_weights(ps: Client, name: str) -> None:
+    table = zeros(ps, name)
+    model = model_of(Embedding(table, features=["item"]), weighted_metrics=[])
+    (batch, other), weights = data(2), np.linspace(0, 1, BATCH, dtype=np.float32)
+    given = [(*batch, weights), (*other, None)]
+    for each in given:  # Keras wants one form in all batches of a fit
+        model.fit(feed([each], model), callbacks=[Push(model)], verbose=0)
+    weighted = (batch[0], batch[1] * weights[:, None])
+    assert np.abs(table.pull(np.arange(KEYS)) - expected([weighted, other])).max() < 1e-5
 
 
 def test_loss_scales_are_divided_out(ps: Client, name: str) -> None:
