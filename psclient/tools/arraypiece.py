@@ -20,7 +20,7 @@ class ArrayPiece:
     """Rows in arrays of equal length.
 
     target     the table
-    embedding  float[n, dim], or float[n * dim]
+    embedding  float[n, dim]; float[n] if dim is 1
     keys       integers[n]; or the key of row 0, and each row has the key of the row before, plus 1
     states     arrays whose numbers per row, one array after the other, are the optimizer state;
                empty: rows get the optimizer state of new rows
@@ -40,15 +40,11 @@ class ArrayPiece:
     def __post_init__(self) -> None:
         """Raise InvalidArgument if the dtype or shape of an array is wrong."""
         _require_numbers(self.embedding, "embedding")
-        if len(self.embedding.shape) == 2 and self.embedding.shape[1] != self.target.dim:
+        shape, dim = tuple(self.embedding.shape), self.target.dim
+        if not (len(shape) == 2 and shape[1] == dim) and not (len(shape) == dim == 1):
             raise InvalidArgument(
-                f"{self.embedding.label}: 'embedding' must have dim {self.target.dim} (table"
-                f" {self.target.table!r}), got dim {self.embedding.shape[1]}"
-            )
-        if len(self.embedding.shape) != 2 and self._numbers % self.target.dim:
-            raise InvalidArgument(
-                f"{self.embedding.label}: 'embedding' must have shape [n, {self.target.dim}]"
-                f" (table {self.target.table!r}), got {list(self.embedding.shape)}"
+                f"{self.embedding.label}: 'embedding' must have shape [n, {dim}] (table"
+                f" {self.target.table!r}, dim {dim}), got {list(shape)}"
             )
         named = [("key", self.keys), ("step", self.step), ("frequency", self.frequency)]
         for name, array in named:
@@ -82,14 +78,7 @@ class ArrayPiece:
     @property
     def rows(self) -> int:
         """Number of rows."""
-        if len(self.embedding.shape) == 2:
-            return self.embedding.shape[0]
-        return self._numbers // self.target.dim
-
-    @property
-    def _numbers(self) -> int:
-        """Number of numbers in an array of embeddings of shape [n * dim]; 1 for other shapes."""
-        return self.embedding.shape[0] if len(self.embedding.shape) == 1 else 1
+        return self.embedding.shape[0]
 
     def read(self, start: int = 0) -> Iterator[Rows]:
         """Yield the rows from row ``start`` on, in batches."""
@@ -105,10 +94,7 @@ class ArrayPiece:
 
     def _batch(self, start: int, stop: int) -> Rows:
         """Read the rows start..stop-1."""
-        scale = self.target.dim if len(self.embedding.shape) == 1 else 1
-        flat = as_float32(self.embedding, start * scale, stop * scale)
-        matrices = [flat.reshape(stop - start, self.target.dim)]
-        matrices += [as_float32(each, start, stop) for each in self.states]
+        matrices = [as_float32(each, start, stop) for each in (self.embedding, *self.states)]
         return Rows(
             self._keys(start, stop),
             matrices[0] if len(matrices) == 1 else np.concatenate(matrices, axis=1),
@@ -127,8 +113,7 @@ class ArrayPiece:
 
     def place(self, row: int) -> str:
         """Return where a row is: its number, and its byte offset in the file if it has one."""
-        scale = self.target.dim if len(self.embedding.shape) == 1 else 1
-        at = self.embedding.offset(row * scale)
+        at = self.embedding.offset(row)
         return f"row {row} (counted from 0" + (")" if at is None else f", at byte {at:,})")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ class ZippedArray:
                 self._stream.read(rows * self._row_bytes)
                 self._at += rows
             data = self._stream.read((stop - start) * self._row_bytes)
-        except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError) as error:
             raise InvalidArgument(f"{self.label}: cannot be read: {error}") from error
         self._at = stop
         return _decoded(self, data, stop - start)
