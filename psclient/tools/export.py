@@ -89,16 +89,25 @@ def export(
 
 
 @contextmanager
-def at_barrier(client: Client, barrier: str, *, seconds: float = 600.0) -> Iterator[str]:
+def at_barrier(
+    client: Client,
+    barrier: str,
+    *,
+    seconds: float = 600.0,
+    on_ready: Callable[[], None] | None = None,
+) -> Iterator[str]:
     """Take a checkpoint of all tables up to a barrier; yield its name, and delete it in the end.
 
-    barrier  name of the barrier, which the trainer places (Client.barrier)
-    seconds  how long the shards wait for it
+    barrier   name of the barrier, which the trainer places (Client.barrier)
+    seconds   how long the shards wait for it
+    on_ready  called once, when all shards wait for the barrier
 
     Raises the errors of ``admin.checkpoint``.
     """
     name = f"export-{secrets.token_hex(8)}"
-    checkpoints.checkpoint(client, name, until_barrier=barrier, barrier_timeout=seconds)
+    checkpoints.checkpoint(
+        client, name, until_barrier=barrier, barrier_timeout=seconds, on_ready=on_ready
+    )
     try:
         yield name
     finally:

@@ -151,7 +151,10 @@ def export_(
         return
     with connected(servers) as client:
         if barrier is not None:
-            with export.at_barrier(client, barrier) as stored:
+            told = f"all shards wait for the barrier {barrier}, at most 600 s"
+            with export.at_barrier(
+                client, barrier, on_ready=lambda: typer.echo(told, err=True)
+            ) as stored:
                 _export(client, name, out, checkpoint=stored, **options)
             return
         suffix = "" if parts else export.FORMATS[format].suffix
