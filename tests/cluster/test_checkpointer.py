@@ -11,6 +11,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -504,6 +506,36 @@ def test_wrong_calls_are_named(trainer: Callable[..., Trainer], table: str) -> N
         one.ck.at(5, save=one._save, position={1: 2})
     with pytest.raises(InvalidArgument, match=r"^resume must be called before the first push"):
         one.ck.resume()
+
+
+# ---- psctl
+
+
+def psctl(cluster: Cluster, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", "from psclient.tools.ctl import main; main()", *words]
+    environment = {**os.environ, "PSCTL_SERVERS": ",".join(cluster.addresses)}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_psctl_takes_a_checkpoint_up_to_a_barrier(cluster: Cluster, table: str) -> None:
+    with Client(cluster.addresses) as client:
+        client.table(table).push([1, 2, 3], np.ones((3, 1)))
+        with psctl(cluster, "checkpoint", table, "--until-barrier", "epoch/1") as command:
+            assert command.stderr is not None
+            line = command.stderr.readline()
+            assert line == "all shards wait for barrier epoch/1, at most 600 s\n"
+            client.table(table).push([4], np.ones((1, 1)))
+            versions = client.barrier("epoch/1")
+            client.table(table).push([5], np.ones((1, 1)))
+        assert command.returncode == 0
+        stored = admin.describe(client, table)
+        assert (stored.versions, stored.rows) == (tuple(versions), {table: 4})
+        words = "checkpoint", f"{table}-2", "--until-barrier", "b", "--barrier-timeout", "0.3"
+        with psctl(cluster, *words) as command:
+            assert command.stderr is not None
+            told = command.stderr.read()
+        assert command.returncode == 1
+        assert "barrier 'b' was not placed within 0.3 s" in told
 
 
 # ---- several ranks
