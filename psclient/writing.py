@@ -14,7 +14,7 @@ from psclient.client import Client
 from psclient.errors import CheckpointUnfit, PsError, Unavailable
 from psclient.signals import Shield
 
-EARLY = 1.5  # begin to copy this many times earlier than the last copy would have needed
+EARLY = 2.0  # begin to copy this many times earlier than the last copy would have needed
 
 
 class Writing:

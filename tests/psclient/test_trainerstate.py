@@ -197,5 +197,5 @@ def test_the_copy_begins_as_late_as_the_last_one_allows(monkeypatch: pytest.Monk
     for step in range(1, 100):
         if pace.begins(step):
             begun.append(step)
-        now[0] += 0.5  # two steps per second: copies take 4 steps, and begin 6 before the cut
-    assert begun == [*range(44, 51), *range(94, 100)]
+        now[0] += 0.5  # two steps per second: copies take 4 steps, and begin 8 before the cut
+    assert begun == [*range(42, 51), *range(92, 100)]
