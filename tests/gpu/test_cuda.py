@@ -90,6 +90,24 @@ def test_a_device_without_memory_goes_on_and_other_errors_are_final(
         take(device)
 
 
+def test_a_gpu_that_fails_is_reported_before_anybody_can_swallow_the_error(cupy: FakeCupy) -> None:
+    told: list[DeviceLost] = []
+    cupy.status = 46  # cudaErrorDevicesUnavailable
+    with pytest.raises(DeviceLost):
+        CudaDevice(told.append)
+    assert told == []  # at the start it is a refusal
+    cupy.status = 0
+    device = CudaDevice(told.append)
+    cupy.status = 2
+    with pytest.raises(OutOfDeviceMemory):
+        device.memory(64)
+    assert told == []
+    cupy.status = 700
+    with pytest.raises(DeviceLost) as raised:
+        device.memory(64)
+    assert told == [raised.value]
+
+
 def test_a_kernel_that_runs_for_the_first_time_takes_no_memory(cupy: FakeCupy) -> None:
     queue, fetched = CudaDevice().queue(), list(cupy.fetched)
     cupy.status = 2
