@@ -183,23 +183,21 @@ def dlrm(client: Client, name: str, **options: Any) -> tuple[EmbeddingBagCollect
 
 
 def test_dlrm_trains(client: Client, name: str) -> None:
-    """It learns labels that depend on the keys alone."""
+    """It learns labels that depend on the keys of feature a alone."""
     _, model = dlrm(client, name, optimizer="adagrad", lr=0.1)
     rows, dense = RowOptimizer(model), torch.optim.Adagrad(model.parameters(), lr=0.05)
     losses = []
     for step in range(150):
         features = batch("ab", 64, seed=step)
-        labels = (features["a"].values().reshape(64, 2).sum(1) % 2).float()
-        loss = nn.functional.binary_cross_entropy_with_logits(
-            model(torch.ones(64, 3), features).squeeze(1), labels
-        )
+        labels = (features["a"].values().reshape(64, 2) < 25).float().mean(1)
+        logits = model(torch.ones(64, 3), features).squeeze(1)
+        loss = (logits - labels).square().mean()
         model.zero_grad()
         loss.backward()
         dense.step()
         rows.step()
         losses.append(loss.item())
-    assert np.mean(losses[:10]) > 0.65
-    assert np.mean(losses[-20:]) < 0.75 * np.mean(losses[:10])
+    assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:10])
     assert client.describe_table(f"a_{name}").rows == 50
 
 
