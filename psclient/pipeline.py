@@ -11,8 +11,8 @@ The rows of batch t contain every push of this trainer up to that of batch ``t -
 With staleness 0, training computes bit for bit what a loop of ``pull_distinct`` and
 ``push_distinct`` does. Rows of keys that are not in the batch at hand are pulled while it is
 computed. The others come back in the request that carries its push. With staleness s >= 1, the
-request that carries the push of batch t pulls batch ``t + 1 + s``, and nobody waits for it while
-batches are computed. docs/trainers.md explains which staleness to choose.
+request that carries the push of batch t pulls batch ``t + 1 + s``. A worker thread sends it and
+waits for it while batches are computed. docs/trainers.md explains which staleness to choose.
 """
 
 from __future__ import annotations

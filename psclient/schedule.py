@@ -174,7 +174,8 @@ class Schedule:
         self.requests.settle_pushes(self._staleness)
         self.requests.raise_failure()
         self._overtaken(ticket, parts)
-        assert self.unsent.popleft() is ticket
+        oldest = self.unsent.popleft()
+        assert oldest is ticket, "tickets are sent in the order in which they were handed out"
         if self._lookahead <= self._staleness:  # else its rows wait for pushes of later batches
             self._hold(self._lookahead + 1 - len(self.unsent), read=False)
         if parts:
