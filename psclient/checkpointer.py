@@ -415,7 +415,10 @@ class Checkpointer:
             ]
             state = TrainerState(step, at, ranks, info.name, seen=step, seconds=writing.copied)
             self._directory.complete(partial, state)
-            self._prune()
+            try:
+                self._prune()
+            except Exception as error:
+                log.warning("old cuts remain: %s", error)
 
         writing.finish(finish)
 
@@ -426,6 +429,8 @@ class Checkpointer:
             return
         self._writing = None
         if writing.error is not None:
+            if writing.stored:  # the next ``resume`` finds out whether the cut is complete
+                self._partial = None
             self._discard()
             self._note(writing.error)
             return

@@ -23,6 +23,8 @@ class Writing:
     name    name of the checkpoint, and of the barrier at which it ends
     full    whether the checkpoint has no parent
     placed  whether the caller has placed the barrier
+    stored  whether the servers have completed it and the job of ``finish`` has begun. From then on
+            an error does not delete the checkpoint, because the job may have recorded it
     error   why it failed; None: it did not, so far
     """
 
@@ -34,7 +36,7 @@ class Writing:
         """
         self.name = name
         self.full = parent is None
-        self.placed = False
+        self.placed = self.stored = False
         self.error: BaseException | None = None
         self.began, self.copied = time.monotonic(), 0.0
         self._client, self._parent, self._timeout = client, parent, timeout
@@ -84,11 +86,13 @@ class Writing:
             self._decided.wait()
             if self._job is None or self._given_up:
                 raise Unavailable(f"checkpoint {self.name!r} was given up")
+            self.stored = True
             self._job(info)
         except BaseException as error:
             self.error = error
-            with suppress(PsError):
-                pruning.delete(self._client, self.name)
+            if not self.stored:
+                with suppress(PsError):
+                    pruning.delete(self._client, self.name)
         finally:
             self._changed.set()
 

@@ -456,6 +456,42 @@ def test_an_error_of_save_ends_the_cut_and_is_raised(
     assert trainer().resume("once").step == 6
 
 
+def test_old_cuts_that_cannot_be_removed_do_not_harm_the_new_one(
+    trainer: Callable[..., Trainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = trainer(keep=1)
+    one.resume()
+    (tmp_path / "run" / "step-000000000000" / "STATE").write_text("damaged")
+    one.run(5)
+    one.ck.close()
+    assert "old cuts remain: " in capsys.readouterr().err
+    one.run(7)
+    one.die()
+    other = trainer()
+    assert other.resume("rewind").step == 6
+
+
+def test_an_error_at_the_end_of_a_cut_leaves_the_cut_before(
+    trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trainer()
+    one.resume()
+    one.run(5)
+    settle(one)
+
+    def complete(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(one.ck._directory, "complete", complete)
+    one.run(10)
+    with pytest.raises(OSError, match=r"the disk is full"):
+        one.ck.close()
+    one.client.close()
+    other = trainer()
+    assert other.resume("once").step == 6
+    assert other.ck._directory.partials() == []
+
+
 def test_what_an_interrupted_cut_left_is_removed(
     trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
