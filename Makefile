@@ -25,8 +25,8 @@ test: quick cold slow frameworks  ## every test
 quick: .venv/dev  ## the tests to run all day
 	$(call pytest,-m "not slow" --ignore tests/frameworks,$(PARALLEL))
 
-cold: .venv/dev  ## the tests of shards again, while nearly all rows are on disk
-	$(call pytest,--cold -m "not slow" --ignore tests/frameworks,$(PARALLEL))
+cold: .venv/dev  ## the tests of shards again, while nearly all rows are on disk, or on a fake GPU
+	$(call pytest,--cold --hbm -m "not slow" --ignore tests/frameworks,$(PARALLEL))
 	$(call pytest,--cold -m slow tests/cluster,$(PARALLEL))
 
 slow: .venv/dev  ## tests that kill processes, fill disks and start pods

@@ -2,9 +2,10 @@
 
 The scores are those by which rows leave host memory; see cache.py. The GPU has room for some share
 of the rows in memory. Scores of a sample of rows give two thresholds. A row in host memory enters
-the GPU if its score is at least that of the best ENTER of this share. A row in GPU memory may leave
-it, to make room for another, if its score is not among the best of this share. Rows between the two
-stay where they are, so that they do not move back and forth.
+the GPU if its score is at least that of the best ENTER of this share. If the GPU is full, the row
+changes places with one whose score is not among the best of this share. Rows between the two stay
+where they are. At most one row per SWAPPED pushed rows changes places. Otherwise, rows would move
+back and forth if more of them are in use than the GPU has room for.
 
 A hand goes over the slots in circles, a slice per call, between requests.
 """
@@ -27,6 +28,7 @@ LEAST_STIR = 1024  # the same in rows, but at most the number of rows
 LOOK, LEAST_LOOK = 1 << 16, 1 << 12  # slots that a slice looks at: at most, and at least
 LOOKED = 16  # slots that a slice looks at per row that was pushed since the last slice
 MOVED = 256 << 10  # bytes of rows that a slice moves each way at most; but at least one row
+SWAPPED = 8  # pushed rows per row that changes places
 LEAST_MOVED = 64  # rows that a slice may move if little was pushed since the last slice
 
 
@@ -58,7 +60,7 @@ def _choose(
 
     where       of the numbers of each slot; see tiers/hbm.py
     enter       rows in host memory with at least this score enter the GPU
-    leave       rows in GPU memory with a lower score may leave it
+    leave       rows in GPU memory with at most this score may leave it
     up, down    int64[n]  written: slots of rows that enter, and that may leave
 
     Returns (rows that enter, rows that may leave, slot to continue at).
@@ -75,7 +77,7 @@ def _choose(
             elif (
                 where[slot] < ABSENT
                 and sinking < down.shape[0]
-                and score(entries, slot, lfu, half_life) < leave
+                and score(entries, slot, lfu, half_life) <= leave
             ):
                 down[sinking] = slot
                 sinking += 1
@@ -96,10 +98,13 @@ class Balance:
         self._tier, self._moves = tier, moves
         self._scoring = policy == "lfu", half_life
         self._rng = np.random.default_rng(0)
-        self._most = max(1, MOVED // (4 * tier.width))  # rows that a slice moves
+        # rows that a slice moves; one more piece of GPU memory is enough for them
+        self._most = min(max(1, MOVED // (4 * tier.width)), tier.piece_rows)
         self._hand: int | None = None  # next slot of this circle; None: it has ended
         self._begun = self._seen = 0  # ``tier.stirred`` when circle and last slice began
         self._limits = np.inf, -np.inf  # scores of rows that enter, and that may leave
+        self._all = False  # fill the GPU, although many rows have the score of the threshold
+        self._swaps = 0.0  # rows that may change places now
         self._leavers = np.empty(0, np.int64)  # slots of rows that may leave
 
     def count(self) -> None:
@@ -123,42 +128,57 @@ class Balance:
             return False
         tier, entries = self._tier, self._tier.slots
         room = tier.hbm_room()
-        if self._hand is None:
-            self._begin(room)
         fresh, self._seen = tier.stirred - self._seen, tier.stirred
+        self._swaps = min(self._swaps + fresh / SWAPPED, tier.rows)
+        if self._hand is None and not self._begin(room):
+            return False
         look = LOOK if idle else min(LOOK, max(LEAST_LOOK, LOOKED * fresh))
         most = self._most if idle else min(self._most, max(LEAST_MOVED, fresh // 2))
-        start, used = self._hand or 0, entries.used
+        start, used, (enter, leave) = self._hand or 0, entries.used, self._limits
+        left, worse = room - tier.hbm_rows, enter <= leave  # many rows have the same score
+        if left > 0:
+            most = min(most, left)
+        if left <= 0 or not self._all:  # rows that are no better must not take places
+            enter = max(enter, np.nextafter(leave, np.inf))
         up, down = np.empty(most, np.int64), np.empty(most, np.int64)
         rising, sinking, following = _choose(
             *(entries.array, tier.where, start, min(used, start + look)),
-            *self._limits, *self._scoring, up, down,
+            enter, leave, *self._scoring, up, down,
         )  # fmt: skip
         self._leavers = np.concatenate([self._leavers, down[:sinking]])
-        if rising and not self._enter(up[:rising], room - tier.hbm_rows):
+        if rising and not self._enter(up[:rising], max(0, left)):
             return False  # a flush is copying rows; the next slice begins where this one did
         self._leavers = self._leavers[-4 * self._most :]
         self._hand = int(following) if following < used else None
+        if self._hand is None and worse and not self._all and room > tier.hbm_rows:
+            self._hand, self._all = 0, True
         return self._hand is not None
 
-    def _begin(self, room: int) -> None:
-        """Begin a circle: compute the thresholds. room: rows that GPU memory can have."""
+    def _begin(self, room: int) -> bool:
+        """Begin a circle: compute the thresholds. Returns False if no row can move.
+
+        room  rows that GPU memory can have
+        """
         tier, entries = self._tier, self._tier.slots
-        self._hand, self._begun = 0, tier.stirred
-        self._leavers = self._leavers[:0]
+        self._begun, self._leavers = tier.stirred, self._leavers[:0]
         if tier.hbm_unused > 1:
             tier.shrink_hbm()
-        share = room / max(1, tier.rows)
-        self._limits = (-np.inf, -np.inf) if room else (np.inf, -np.inf)
-        if share >= 1 or not room:
-            return
+        if room <= 0:
+            return False
+        self._hand, self._all, self._limits = 0, room >= tier.rows, (-np.inf, -np.inf)
+        if self._all:
+            return True
         used, scores = entries.used, np.empty(min(SAMPLE, entries.used))
         looked = np.arange(used) if used <= SAMPLE else self._rng.integers(0, used, SAMPLE)
         count = _scores(entries.array, looked, *self._scoring, scores)
         if count:
-            scores = np.sort(scores[:count])
+            scores, share = np.sort(scores[:count]), room / tier.rows
             enter, leave = (int(count * (1 - part * share)) for part in (ENTER, 1.0))
-            self._limits = float(scores[min(enter, count - 1)]), float(scores[leave])
+            self._limits = (
+                float(scores[min(enter, count - 1)]),
+                float(scores[min(leave, count - 1)]),
+            )
+        return True
 
     def _enter(self, up: Slots, room: int) -> bool:
         """Move rows to the GPU, and others to host memory if it is full.
@@ -171,8 +191,9 @@ class Balance:
         tier = self._tier
         leavers = np.unique(self._leavers)
         leavers = leavers[tier.in_hbm(leavers)]  # others left meanwhile, or were deleted
-        down = leavers[: max(0, len(up) - max(0, room))]
-        up = up[: max(0, room) + len(down)]
+        leavers = leavers[: int(self._swaps)]
+        down = leavers[: max(0, len(up) - room)]
+        up = up[: room + len(down)]
         try:
             moved = tier.move(up, down)
         except OutOfMemory:  # no more than there is
@@ -180,6 +201,7 @@ class Balance:
             moved = tier.move(up, down)
         if moved:
             self._leavers = np.setdiff1d(leavers, down, assume_unique=True)
+            self._swaps -= len(down)
             self._moves.hbm_promotions += len(up)
             self._moves.hbm_demotions += len(down)
         return moved

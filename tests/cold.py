@@ -15,6 +15,7 @@ from storage.base import Base
 from storage.block import Block, rows_per_block
 from storage.blockfile import BlockFile
 from storage.directory import Zones
+from storage.gpu.gpu import Gpu
 from storage.schema import TableSchema
 from storage.slots import FREQUENCY, KEY, STEP, VERSION, Meta, find_changed
 from storage.table import Table
@@ -27,11 +28,15 @@ class ColdTable:
     version  of the last push
     """
 
-    def __init__(self, schema: TableSchema, directory: Path, budget: int) -> None:
+    def __init__(
+        self, schema: TableSchema, directory: Path, budget: int, gpu: Gpu | None = None
+    ) -> None:
         self.base = Base(directory, map_bytes=1 << 20).open()
         self.file = BlockFile(directory / "data.mdb").open()
         self.budget = Budget(budget)
         self.table = Table(schema, self.budget)
+        if gpu is not None:
+            self.table.attach_gpu(gpu)
         self.blocks = Blocks(schema.dim, schema.width, self.file, self.budget)
         self.table.store.attach(self.blocks)
         self.commits = 0

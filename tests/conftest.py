@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     squeeze.begin(item.nodeid)
-    raised.begin(item.nodeid)
+    raised.begin(item)
 
 
 def pytest_collection_finish() -> None:

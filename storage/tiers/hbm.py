@@ -167,6 +167,11 @@ class HbmTier:
         return self._near.rows
 
     @property
+    def piece_rows(self) -> int:
+        """Number of rows in one piece of GPU memory."""
+        return self._rows.piece_rows
+
+    @property
     def hbm_unused(self) -> int:
         """Number of pieces of GPU memory that the rows there do not need."""
         return (self._rows.rows - self._near.rows) // self._rows.piece_rows
@@ -321,14 +326,20 @@ class HbmTier:
         """Where the numbers of each slot are; see ``_split``. Any thread may use it shortly."""
         return self._where.memory.array()[:, 0]
 
+    @property
+    def slab(self) -> Rows:
+        """The rows in host memory. Any thread may use it shortly."""
+        rows: Rows = self._slab.memory.array()
+        return rows
+
     @contextmanager
-    def still(self) -> Iterator[Rows | None]:
+    def still(self) -> Iterator[bool]:
         """Keep rows from moving while the block runs, which another thread does that copies some.
 
-        Yields the slab of the rows in host memory; None: the tier was closed.
+        Yields whether there are rows: False if the tier was closed.
         """
         with self._copying:
-            yield None if self.closed else self._slab.memory.array()
+            yield not self.closed
 
     # ---- scans and sweeps
 
@@ -471,19 +482,19 @@ class HbmScan(EngineScan):
 
     def read(self, places: Slots, out: Rows) -> None:
         tier = self._tier
-        with tier.still() as far_rows:
-            if far_rows is None:
+        with tier.still() as there:
+            if not there:
                 return
             at = Places(tier.where, places)
             if at.here is not None:
                 self._rows.renew(self._slab)
                 self._rows.gather(at.near, out)
-            gather(far_rows, at.far, out.shape[1], out)
+            gather(tier.slab, at.far, out.shape[1], out)
 
     def _norms(self, places: Slots) -> NDArray[np.float64]:
         tier = self._tier
-        with tier.still() as far_rows:
-            if far_rows is None:
+        with tier.still() as there:
+            if not there:
                 return np.zeros(len(places))
             self._rows.renew(self._slab)
-            return _norms(Places(tier.where, places), far_rows, self._rows, tier.dim)
+            return _norms(Places(tier.where, places), tier.slab, self._rows, tier.dim)

@@ -282,6 +282,18 @@ class TestFaults:
         monkeypatch.setattr(slab, "_finish", read_without_waiting)
         assert found(FakeDevice(mode))
 
+    def test_a_move_that_mixes_rows_up_is_seen(
+        self, mode: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        move = LiftedTier._move
+
+        def mix(self: LiftedTier, up: Any, down: Any) -> None:
+            move(self, up, down)
+            self._where.array[up, 0] = np.roll(self._where.array[up, 0], 1)  # of another row
+
+        monkeypatch.setattr(LiftedTier, "_move", mix)
+        assert found(FakeDevice(mode))
+
     def test_a_scan_that_does_not_follow_the_engine_is_seen(self, mode: str) -> None:
         assert found(NeverFollows(FakeDevice(mode)), rounds=300)
 

@@ -292,7 +292,7 @@ def test_a_checkpoint_under_pushes_of_another_thread_is_one_cut(
     loop = asyncio.new_event_loop()
     engine = Engine()
     engine.open(loop)
-    node.checkpoints._engine = engine
+    node.checkpoints._engine = node.home.flusher._engine = engine
     keys = np.arange(60_000, dtype=np.uint64)
     engine.run(lambda: source.create(schema()))
     stop = threading.Event()

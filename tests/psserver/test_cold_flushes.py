@@ -19,7 +19,7 @@ from storage.base import Base
 from storage.basestate import BaseState
 from storage.block import DIRECTORY
 from storage.errors import DiskFull
-from storage.tiers.host import HostScan
+from storage.tiers.host import SlotScan
 
 KEYS = 60
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))]
@@ -155,7 +155,7 @@ def steps(home: Home, hook: Callable[[], None]) -> Iterator[None]:
         for name in ("add", "commit", "block"):
             patch.setattr(home.base, name, hooked(getattr(home.base, name)))
         patch.setattr(home.log, "sync", hooked(home.log.sync))
-        patch.setattr(HostScan, "copy", hooked(HostScan.copy))
+        patch.setattr(SlotScan, "copy", hooked(SlotScan.copy))
         patch.setattr(home.flusher, "_engine", Steps())
         yield
 
@@ -212,16 +212,17 @@ def test_a_slot_that_gets_an_older_row_while_it_is_copied_does_not_make_it_twofo
         table = home.shard._tables.get("t").table
         table.store.demote(2)
         home.shard.exchange([push([3])], [])
-        real = HostScan.copy
+        kind = type(table.store.host.scan())
+        real = kind.copy
 
         def copy(*args: Any) -> Any:
             """Key 3 leaves its slot, and key 1, which is older, comes there from the disk."""
-            monkeypatch.setattr(HostScan, "copy", real)
+            monkeypatch.setattr(kind, "copy", real)
             home.shard.delete(change([3]))
             table._locate(np.array([1], np.uint64))
             return real(*args)
 
-        monkeypatch.setattr(HostScan, "copy", copy)
+        monkeypatch.setattr(kind, "copy", copy)
         home.flush()
         assert [keys for _, keys, _ in stored(home.base)] == [[1, 2]]
         before = contents(home.shard)

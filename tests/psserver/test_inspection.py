@@ -68,7 +68,7 @@ def test_a_key_with_a_row_tells_where_it_is(shard: Shard) -> None:
         at = int(np.searchsorted(dump.keys, np.uint64(key % (1 << 64))))
         row = dump.rows[at]
         assert facts.state == State.STATE_ROW
-        assert facts.tier in ("host", "lmdb")
+        assert facts.tier in ("hbm", "host", "lmdb")
         assert (facts.version, facts.step) == (shard.version, 177)
         assert facts.frequency == dump.meta[at, 3]
         assert facts.embedding == row.tolist()
