@@ -115,11 +115,6 @@ class RowOptimizer(torch.optim.Optimizer, Joinable):
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self._groups = groups
 
-    @property
-    def job(self) -> Job | None:
-        """All ranks, of which this process is one; None if there is only one."""
-        return self._job
-
     def leaves(self) -> list[Tensor]:
         """Return one tensor per table: the rows whose gradients the next ``step`` will push.
 

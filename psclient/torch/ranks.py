@@ -122,20 +122,6 @@ class Job:
         except RuntimeError as error:
             raise self._lost("when the optimizer was created", error) from error
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return ``value`` of every rank, in the order of the ranks. All ranks must call this.
-
-        value  any object that can be pickled
-
-        Raises RankFailed if another rank does not answer before the timeout.
-        """
-        values: list[Any] = [None] * self.size
-        try:
-            dist.all_gather_object(values, value, group=self._group)
-        except RuntimeError as error:
-            raise self._lost("to gather", error) from error
-        return values
-
     # ---- one step
 
     def reduce(

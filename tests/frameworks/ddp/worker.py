@@ -217,10 +217,10 @@ def in_passing(client: Client, tables: list[str]) -> str:
 
     push()
     distributed.barrier()
-    assert rows.job is not None
-    assert rows.job._pending is not None
+    assert rows._job is not None
+    assert rows._job._pending is not None
     deadline = time.monotonic() + 60
-    while not rows.job._pending[0].is_completed():
+    while not rows._job._pending[0].is_completed():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     return error_of(push)
