@@ -37,7 +37,8 @@ def proxies(cluster2: Cluster) -> Iterator[list[Proxy]]:
 
 
 def through(proxies: list[Proxy], **options: float) -> Client:
-    return Client([proxy.address for proxy in proxies], **options)  # type: ignore[arg-type]
+    addresses = [proxy.address for proxy in proxies]
+    return Client(addresses, lane="never", **options)  # type: ignore[arg-type]
 
 
 def in_threads(count: int, work: Callable[[int], None]) -> None:
@@ -67,7 +68,7 @@ def push_all(cluster: Cluster, addresses: list[str], name: str, transport: Any) 
         keys_of = [np.arange(PUSHES // DIGITS) + 1000 * number for number in range(CLIENTS)]
 
         def push(number: int) -> None:
-            with Client(addresses, transport=transport, timeout=60.0) as client:
+            with Client(addresses, lane="never", transport=transport, timeout=60.0) as client:
                 mine = client.table(name)
                 for i in range(PUSHES):
                     gradient = np.full((1, 2), -(4.0 ** (i % DIGITS)), np.float32)
