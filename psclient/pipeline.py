@@ -17,6 +17,7 @@ waits for it while batches are computed. docs/trainers.md explains which stalene
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -77,6 +78,7 @@ class Pipeline:
         unpushed: int = 1,
     ) -> None:
         self._client = client
+        self._process = os.getpid()
         self.staleness = checked.integer("staleness", staleness, 0, MOST)
         given = max(1, self.staleness) if lookahead is None else lookahead
         self.lookahead = checked.integer("lookahead", given, 0, MOST)
@@ -102,6 +104,9 @@ class Pipeline:
         self._jobs: deque[tuple[int, Future[None]]] = deque()  # (step, push by the worker)
         self._ready: deque[Ticket] = deque()  # handed out by the worker, not seen by the loop
         self._changed = threading.Condition()  # notified when ``_ready`` grows or a job ends
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("cannot pickle a pipeline: it has requests in flight; make one per process")
 
     @property
     def step(self) -> int:
@@ -150,6 +155,7 @@ class Pipeline:
         or ``keys_of`` is raised in the turn of its batch. When the loop ends, the last pushes may
         still be unanswered: ``flush`` waits for them.
         """
+        self._require_process()
         if self._schedule.reading:
             raise InvalidArgument("over: this pipeline is in a loop already; end that loop first")
         self._schedule.begin(iter(batches), keys_of)
@@ -209,6 +215,7 @@ class Pipeline:
 
         May be called anywhere, also within the loop: rows that were pulled ahead stay valid.
         """
+        self._require_process()
         self._await_jobs()
         with self._lock:
             self._schedule.requests.settle_all()
@@ -262,6 +269,7 @@ class Pipeline:
 
     def _require_open(self, ticket: Ticket) -> None:
         """Raise InvalidArgument unless ``ticket`` is the oldest one at hand."""
+        self._require_process()
         self._schedule.requests.raise_failure()
         if not self._open or ticket is not self._open[0]:
             step = getattr(ticket, "step", ticket)
@@ -269,6 +277,13 @@ class Pipeline:
             raise InvalidArgument(
                 f"ticket of step {step}: each ticket is pushed or skipped once, in the order of the"
                 f" batches; {hand} at hand"
+            )
+
+    def _require_process(self) -> None:
+        """Raise InvalidArgument in a forked child."""
+        if self._process != os.getpid():
+            raise InvalidArgument(
+                "the pipeline was made before a fork, in the parent process; make one in the child"
             )
 
     def _parts(self, ticket: Ticket, given: Mapping[str, Any]) -> list[PushPart]:
@@ -363,7 +378,9 @@ class Pipeline:
             self._ready.clear()
 
     def _finish(self) -> None:
-        """Wait for all pushes; drop tickets; end the worker thread."""
+        """Wait for all pushes; drop tickets; end the worker thread. A forked child does nothing."""
+        if self._process != os.getpid():
+            return
         self._end()
         with self._lock:
             self._open.clear()

@@ -32,7 +32,7 @@ PLAIN = {  # values and exceptions: no cluster
     *("PulledParts", "PulledMixed"),
 }
 ELSEWHERE = {  # tests of their own; abstract
-    *("Follower", "Subscriber", "Pending", "MultiHash", "RowOptimizer"),
+    *("Follower", "Subscriber", "Pending", "Pipeline", "MultiHash", "RowOptimizer", "JobRanks"),
 }
 
 

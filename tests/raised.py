@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import psproto  # noqa: F401 - installs the cache of kernels before storage has any
+
 sys.path.append(str(Path(__file__).parent / "gpu"))
 
 from cpukernels import compiler

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import pickle
 import threading
 import time
 from collections.abc import Iterator
@@ -471,3 +473,48 @@ class TestErrors:
         next(turns)
         with pytest.raises(InvalidArgument, match=r"this pipeline is in a loop already"):
             next(pipe.over(lambda batch: {"f": batch}, [[1]]))
+
+
+def test_a_closed_client(cluster2: Any, connect: Any, name: str) -> None:
+    client = connect(cluster2)
+    pipe = Pipeline(client, {"a": Digits(client, name).table}, staleness=1)
+    client.close()
+    with pytest.raises(InvalidArgument, match="the client is closed"):
+        next(iter(pipe.over(lambda keys: {"a": keys}, [[1]])))
+    pipe.close()
+
+
+def test_it_is_neither_pickled_nor_copied(client: Client, name: str) -> None:
+    pipe = Pipeline(client, {"a": Digits(client, name).table})
+    for how in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="cannot pickle"):
+            how(pipe)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_a_forked_child_is_refused(client: Client, name: str) -> None:
+    digits = Digits(client, name)
+    told, tell = multiprocessing.Pipe(duplex=False)
+
+    def use(pipe: Pipeline, ticket: Ticket) -> None:
+        said = []
+        for do in (pipe.flush, lambda: pipe.skip(ticket), lambda: next(pipe.over(dict, []))):
+            try:
+                do()
+            except InvalidArgument as error:
+                said.append(str(error))
+        pipe.close()
+        tell.send(said)
+
+    with Pipeline(client, {"a": digits.table}, staleness=1) as pipe:
+        for ticket in pipe.over(lambda keys: {"a": keys}, [[1], [2], [3]]):
+            if ticket.step == 1:
+                child = multiprocessing.get_context("fork").Process(target=use, args=(pipe, ticket))
+                child.start()
+                assert told.poll(60)
+                said = told.recv()
+                child.join(60)
+                assert len(said) == 3
+                assert all("made before a fork" in text for text in said)
+            pipe.push(ticket, {digits.table.name: digits.gradients(ticket)})
+    assert_array_equal(digits.table.pull([1, 2, 3])[:, :3], np.eye(3))

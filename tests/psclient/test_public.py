@@ -43,7 +43,7 @@ FORK = multiprocessing.get_context("fork")
 EVERY = pytest.mark.parametrize("kind", MAKERS)
 LOCAL = {  # methods that ask no server, and what ends or describes an object
     *("close", "codes", "row_keys", "collisions", "compose", "combine", "collect", "merge"),
-    *("remotes", "requests", "extra_repr", "optimizer", "seen"),
+    *("remotes", "requests", "extra_repr", "optimizer", "seen", "pipeline"),
 }
 
 

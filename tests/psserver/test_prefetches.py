@@ -25,7 +25,10 @@ def test_prefetches_that_wait_are_few_and_do_not_keep_their_messages() -> None:
         return []
 
     shard: Any = SimpleNamespace(
-        budget=SimpleNamespace(cold_rows=1), exchange=lambda *_, **__: None, cold_reads=cold_reads
+        budget=SimpleNamespace(cold_rows=1),
+        exchange=lambda *_, **__: None,
+        cold_reads=cold_reads,
+        gpu=None,
     )
     engine: Any = SimpleNamespace(post=posted.append)
     runs = ColdRuns(shard, engine, 1, None, None)  # type: ignore[arg-type]

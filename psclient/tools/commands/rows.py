@@ -76,16 +76,16 @@ BarrierOption = Annotated[
 RowsOption = Annotated[
     int | None,
     typer.Option(
-        min=1, help="state_dict: number of rows of the tensor. Default: the largest key plus 1."
+        min=1, help="State dict: number of rows of the tensor. Default: the largest key plus 1."
     ),
 ]
 TensorOption = Annotated[
     str | None,
-    typer.Option(help="state_dict: name of the tensor. Default: embedding_bags.TABLE.weight."),
+    typer.Option(help="State dict: name of the tensor. Default: embedding_bags.TABLE.weight."),
 ]
 ModeOption = Annotated[
     str | None,
-    typer.Option(help="onnx: how the rows of a line of keys are combined: sum, mean, max or none."),
+    typer.Option(help="ONNX: how the rows of a line of keys are combined: sum, mean, max or none."),
 ]
 PartsOption = Annotated[
     bool,
@@ -112,7 +112,7 @@ def export_(
     mode: ModeOption = None,
     servers: Servers = DEFAULT,
 ) -> None:
-    """Write tables to files of rows, or as models that run without servers.
+    """Write tables to files, as rows or as models.
 
     \b
       psctl export user --out user.parquet                   the live table user
