@@ -11,8 +11,8 @@
 
 The callback pushes the gradients of rows whenever Lightning is about to call ``step`` of the
 optimizer of the dense layers. So Lightning's automatic optimization works, also with
-``accumulate_grad_batches`` and with every precision. Lightning's gradient clipping sees only the
-dense layers.
+``accumulate_grad_batches`` and with the precisions "32-true", "bf16-mixed" and "16-mixed".
+Lightning's gradient clipping sees only the dense layers.
 """
 
 from __future__ import annotations

@@ -211,6 +211,24 @@ def same_key(batch: Any) -> Batch:
     return {"f": [1]}
 
 
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_rows_and_gradients_of_16_bits(client: Client, name: str, staleness: int) -> None:
+    """With wire="bfloat16", both are rounded on the wire, and the table stays in 32 bits."""
+    table = client.create_table(name, 1, optimizer="sgd", lr=1.0, initializer="zeros")
+    group = EmbeddingGroup(client, {"f": Embedding(table)})
+    rows = group.optimizer()
+    fine = 1 + 2.0**-12  # in bfloat16: 1
+    table.push([1], np.full((1, 1), -fine, np.float32))
+    seen = []
+    with group.pipeline(range(4), same_key, staleness=staleness, wire="bfloat16") as turns:
+        for _, outputs in turns:
+            seen.append(outputs["f"].item())
+            (outputs["f"].sum() * -fine).backward()
+            rows.step()
+    assert seen == ([1, 2, 3, 4] if staleness == 0 else [int(each) for each in seen])
+    assert client.pull({name: [1]})[name].item() == fine + 4
+
+
 @pytest.mark.parametrize("staleness", [1, 3])
 def test_every_batch_is_pushed_once(client: Client, name: str, staleness: int) -> None:
     """In several epochs, of which one ends early, with its last push outside of the loop."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from numpy.testing import assert_allclose, assert_array_equal
 from servers import Cluster
 from torch import nn
@@ -33,19 +34,22 @@ def client() -> Iterator[Client]:
 
 
 class Net(LightningModule):
-    """A linear layer over one feature."""
+    """A linear layer over one feature.
 
-    def __init__(self) -> None:
+    infinite  number of the training step whose loss is infinite
+    """
+
+    def __init__(self, infinite: int | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layer = nn.Linear(DIM, 1)
+        self.layer, self.infinite = nn.Linear(DIM, 1), infinite
         self.losses: list[float] = []
 
     def training_step(self, batch: Any, number: int) -> Any:
         (_, labels), outputs = batch
         loss = nn.functional.mse_loss(self.layer(outputs["f"])[:, 0], labels)
         self.losses.append(loss.item())
-        return loss
+        return loss * torch.inf if len(self.losses) - 1 == self.infinite else loss
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -64,9 +68,11 @@ def make(client: Client) -> Table:
     return client.create_table("t", DIM, optimizer="adagrad", lr=0.1, initializer="normal", seed=5)
 
 
-def fit(client: Client, staleness: int, epochs: int, **options: Any) -> tuple[list[float], Any]:
+def fit(
+    client: Client, staleness: int, epochs: int, infinite: int | None = None, **options: Any
+) -> tuple[list[float], Any]:
     table = make(client)
-    net, group = Net(), EmbeddingGroup(client, {"f": Embedding(table)})
+    net, group = Net(infinite), EmbeddingGroup(client, {"f": Embedding(table)})
     rows = PsCallback(group, keys_of, staleness=staleness)
     trainer = Trainer(
         callbacks=[rows], max_epochs=epochs, accelerator="cpu", logger=False,
@@ -80,18 +86,34 @@ def fit(client: Client, staleness: int, epochs: int, **options: Any) -> tuple[li
     return net.losses, found
 
 
-def loop(client: Client, epochs: int, accumulate: int = 1) -> tuple[list[float], Any]:
+def loop(
+    client: Client,
+    epochs: int,
+    accumulate: int = 1,
+    *,
+    dtype: Any = None,
+    scale: float | None = None,
+    infinite: int | None = None,
+) -> tuple[list[float], Any]:
+    """Train without Lightning and without a pipeline.
+
+    dtype  of torch.autocast
+    scale  initial scale of a GradScaler
+    """
     table = make(client)
-    net, group = Net(), EmbeddingGroup(client, {"f": Embedding(table)})
+    net, group = Net(infinite), EmbeddingGroup(client, {"f": Embedding(table)})
     dense, rows = net.configure_optimizers(), group.optimizer()
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
     for _ in range(epochs):
         for number, batch in enumerate(DataLoader(samples(), batch_size=BATCH), 1):
-            loss = net.training_step((batch, group(keys_of(batch))), number)
-            (loss / accumulate).backward()
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                loss = net.training_step((batch, group(keys_of(batch))), number)
+            scaler.scale(loss / accumulate).backward()
             if number % accumulate == 0 or number == 60 // BATCH:
                 for each in (dense, rows):
-                    each.step()
+                    scaler.step(each)
                     each.zero_grad()
+                scaler.update()
     found = table.pull_rows(np.arange(KEYS))
     client.drop_table("t")
     return net.losses, found
@@ -105,6 +127,30 @@ def test_training_equals_a_loop(client: Client, accumulate: int) -> None:
     assert losses == wanted
     assert_array_equal(found.embeddings, rows.embeddings)
     assert_array_equal(found.steps, rows.steps)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_bfloat16(client: Client, accumulate: int) -> None:
+    wanted, rows = loop(client, 2, accumulate, dtype=torch.bfloat16)
+    assert wanted != loop(client, 2, accumulate)[0]
+    losses, found = fit(client, 0, 2, accumulate_grad_batches=accumulate, precision="bf16-mixed")
+    assert losses == wanted
+    assert_array_equal(found.embeddings, rows.embeddings)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_float16_with_a_scaler(client: Client, accumulate: int) -> None:
+    """What "16-mixed" does on a GPU, here on the CPU; infinite gradients are not pushed."""
+    dtype, at = torch.float16, 5
+    wanted, rows = loop(client, 2, accumulate, dtype=dtype, scale=64.0, infinite=at)
+    assert wanted != loop(client, 2, accumulate, dtype=dtype, scale=64.0)[0]
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    losses, found = fit(client, 0, 2, at, accumulate_grad_batches=accumulate, plugins=[plugin])
+    assert scaler.get_scale() == 32.0  # halved, once
+    assert np.isfinite(losses).all()
+    assert losses == wanted
+    assert_array_equal(found.embeddings, rows.embeddings)
 
 
 def test_staleness(client: Client) -> None:
