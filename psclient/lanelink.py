@@ -8,6 +8,7 @@ if the user demands the lane. When the lane breaks, the link asks the shard for 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from psclient.channel import OPTIONS, Cancelled, Options
 from psclient.errors import NoLane, PsError
-from psclient.lanepipe import LanePipe
+from psclient.lanepipe import HELLO_SECONDS, LanePipe
 from psclient.pipe import GrpcPipe, Pipe, PipeLost
 from psclient.routes import Route
 from psclient.session import Call, Session
@@ -25,6 +26,7 @@ from psproto import codec
 from psproto import ps_pb2 as pb
 
 ASK_SECONDS = 1.0  # maximum time to ask the shard for its lane
+SHORTEST = 0.05  # seconds that a server gets to answer the first message, whatever the deadlines
 INFO = "/ps.v1.InfoService/GetServerInfo"
 
 
@@ -102,7 +104,7 @@ class LaneLink(StreamLink):
     def _new_pipe(self, calls: Sequence[Call]) -> Pipe:
         if self._offer is not None:
             try:
-                pipe = LanePipe(self._offer)
+                pipe = LanePipe(self._offer, _patience(calls))
                 for call in calls:
                     pipe.send(call)
             except NoLane as error:
@@ -116,6 +118,7 @@ class LaneLink(StreamLink):
         try:
             super()._send(call)
         except NoLane as error:  # no memory for a region
+            call.attempts -= 1
             self.why, self._offer = str(error), None
             pipe = self._drop_pipe()
             self._reopen()
@@ -154,3 +157,9 @@ class LaneLink(StreamLink):
         self._offer = info.lane if info.HasField("lane") else None
         if self._offer is None:
             self.why = "the server offers none: start it with lane=on"
+
+
+def _patience(calls: Sequence[Call]) -> float:
+    """Return how long to wait for a lane to open, in seconds: until the first of the deadlines."""
+    first = min((call.deadline for call in calls), default=math.inf)
+    return min(HELLO_SECONDS, max(first - time.monotonic(), SHORTEST))

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import array
 import os
+import select
 import socket
 import threading
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from psclient.errors import NoLane
 from psclient.pipe import PipeLost
-from psclient.regions import Chunk, Regions
+from psclient.regions import Chunk, Region, Regions
 from psclient.session import Call
 from psclient.signals import Shield
 from psproto import codec, lanes
@@ -31,25 +33,27 @@ LANE_REASONS = ("LANE_REFUSED", "LANE_LIMIT")
 class LanePipe:
     """Pipe through the same-host lane of a server.
 
-    offer  the server's answer to GetServerInfo: the path of its socket, and the token
+    offer    the server's answer to GetServerInfo: the path of its socket, and the token
+    seconds  maximum time to wait for the server's answer to the first message
 
     refused  why the server refused the memory of this client; "": it did not
 
     Raises NoLane with the reason if the lane cannot be used.
     """
 
-    def __init__(self, offer: pb.Lane) -> None:
+    def __init__(self, offer: pb.Lane, seconds: float = HELLO_SECONDS) -> None:
         self.refused = ""
         self._regions = Regions(offer.token)
         # by id of the call: its memory, its request, and the offset of the room of each pull
         self._waiting: dict[int, tuple[Chunk, codec.Exchange, list[int]]] = {}
         self._received = bytearray()  # the beginning of a message that is not complete
-        self._unsent: deque[tuple[bytes, list[int]]] = deque()  # messages and their descriptors
+        # messages, and the regions that each registers
+        self._unsent: deque[tuple[bytes, list[Region]]] = deque()
         self._sending = threading.Lock()
         with Shield():
             self._socket = _connected(offer.path)
             _pipes.add(self)
-            self._greet(offer)
+            self._greet(offer, seconds)
 
     def __del__(self) -> None:
         if hasattr(self, "_socket"):
@@ -63,15 +67,11 @@ class LanePipe:
         )
         call.handle = chunk
         self._waiting[call.id] = chunk, call.exchange, rooms
-        fds: list[int] = []
-        if self._regions.fresh:
-            request += _registration(self._regions).SerializeToString()  # protobuf merges them
-            fds = [each.fd for each in self._regions.fresh]
-        self._put(lanes.framed(request), fds)
-        if fds:
-            for each in self._regions.fresh:
-                each.sent()
-            self._regions.fresh.clear()
+        fresh = self._regions.fresh
+        if fresh:
+            request += _registration(fresh).SerializeToString()  # protobuf merges them
+        self._put(lanes.framed(request), list(fresh))
+        fresh.clear()
 
     def receive(self) -> tuple[int, codec.Exchanged | pb.Status]:
         reply = lanes.decode_response(self._message())
@@ -99,12 +99,13 @@ class LanePipe:
         self._socket.close()
         self._regions.forget()
         self._waiting.clear()
+        self._unsent.clear()
 
     # ---- bytes of the socket
 
-    def _greet(self, offer: pb.Lane) -> None:
+    def _greet(self, offer: pb.Lane, seconds: float) -> None:
         """Send the token, and wait for the answer. Raises NoLane."""
-        self._socket.settimeout(HELLO_SECONDS)
+        self._socket.settimeout(seconds)
         try:
             self._socket.sendall(
                 lanes.framed(pb.LaneRequest(token=offer.token).SerializeToString())
@@ -126,6 +127,8 @@ class LanePipe:
                     message = bytes(received[head:end])
                     del received[:end]
                     return message
+            if self._unsent and not self._readable():
+                continue
             try:
                 data = self._socket.recv(PIECE)
             except OSError as error:
@@ -135,17 +138,29 @@ class LanePipe:
             if not data:
                 raise PipeLost("the server closed the lane")
             received += data
-            if self._unsent:
-                with Shield(), self._sending:
-                    self._flush()
 
-    def _put(self, message: bytes, fds: list[int]) -> None:
+    def _readable(self) -> bool:
+        """Wait until the socket has data, or room for messages that wait, and send those.
+
+        Returns whether it has data, or is closed. The server may be waiting for the rest of a
+        message: then there is no answer to wait for.
+        """
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN | select.POLLOUT)
+        ((_, events),) = poll.poll()
+        with Shield(), self._sending:
+            self._flush()
+        return bool(events & ~select.POLLOUT)
+
+    def _put(self, message: bytes, regions: list[Region]) -> None:
         """Send a message as soon as the socket has room, after those that wait.
+
+        regions  the regions that it registers
 
         The caller holds the lock of the link. If a signal handler raises here, the caller drops the
         pipe.
         """
-        if not self._unsent and not fds:
+        if not self._unsent and not regions:
             try:
                 message = message[self._socket.send(message, socket.MSG_DONTWAIT) :]
             except OSError as error:
@@ -154,7 +169,7 @@ class LanePipe:
             if not message:
                 return
         with Shield(), self._sending:
-            self._unsent.append((message, fds))
+            self._unsent.append((message, regions))
             self._flush()
 
     def _flush(self) -> None:
@@ -164,27 +179,30 @@ class LanePipe:
         sends the rest. Errors are left to this thread. The caller holds the lock ``_sending``.
         """
         while self._unsent:
-            message, fds = self._unsent[0]
+            message, regions = self._unsent[0]
             try:
-                if fds:
-                    rights = socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds)
+                if regions:
+                    fds = array.array("i", [each.fd for each in regions])
+                    rights = socket.SOL_SOCKET, socket.SCM_RIGHTS, fds
                     sent = self._socket.sendmsg([message], [rights], socket.MSG_DONTWAIT)
                 else:
                     sent = self._socket.send(message, socket.MSG_DONTWAIT)
             except OSError:
                 return
+            for each in regions:
+                each.sent()
             if sent == len(message):
                 self._unsent.popleft()
             else:
                 self._unsent[0] = message[sent:], []
 
 
-def _registration(regions: Regions) -> pb.LaneRequest:
-    """Return a message that registers the regions that the server does not know."""
+def _registration(regions: Sequence[Region]) -> pb.LaneRequest:
+    """Return a message that registers regions."""
     return pb.LaneRequest(
         regions=[
             pb.LaneRegion(region=each.number, kind=pb.LANE_KIND_MEMFD, size=len(each.memory))
-            for each in regions.fresh
+            for each in regions
         ]
     )
 
@@ -203,6 +221,12 @@ def _connected(path: str) -> socket.socket:
         raise NoLane(
             f"cannot connect to {path}: {error.strerror or error}; {_advice(error)}"
         ) from error
+    if (user := lanes.peer_user(connection)) != os.geteuid():
+        connection.close()
+        raise NoLane(
+            f"the process that listens at {path} has the user id {user}, and this one"
+            f" {os.geteuid()}: client and server must run as the same user"
+        )
     return connection
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,22 @@ def output_of(given: Any, shape: tuple[int, ...], table: str) -> Output:
     if not array.flags.writeable:
         raise InvalidArgument(f"{name} must be writable, but it is read-only: pass a copy of it")
     return Output(array, given)
+
+
+def check_apart(outputs: Mapping[str, Output]) -> None:
+    """Raise InvalidArgument if the arrays for two tables share memory."""
+    spans = sorted(
+        (start, start + each.rows.nbytes, table)
+        for table, each in outputs.items()
+        if each.rows.nbytes
+        for start in [each.rows.ctypes.data]
+    )
+    for (_, end, table), (start, _, other) in pairwise(spans):
+        if start < end:
+            raise InvalidArgument(
+                f"out: the arrays of tables {table!r} and {other!r} must not share memory: pass"
+                " different arrays"
+            )
 
 
 def _device(given: Any, name: str) -> int:

@@ -18,7 +18,7 @@ from psclient.connection import Connection
 from psclient.deletes import delete_rows
 from psclient.errors import InvalidArgument, PsError
 from psclient.inflight import Request
-from psclient.outputs import output_of, outputs_of
+from psclient.outputs import check_apart, output_of, outputs_of
 from psclient.pending import Pending
 from psclient.request import NO_HEADER, Header, PullPart, PushPart
 from psclient.schema import TableInfo, table_info
@@ -303,6 +303,8 @@ class RowClient(Connection):
             )
             for name, keys in pull.items()
         ]
+        if len(given) > 1:
+            check_apart({each.table: each.output for each in pulls if each.output is not None})
         return self._send(cluster, header, pushes, pulls, deadline, background=background), pulls
 
     def _pull_rows(self, name: str, keys: Any, mode: str, min_version: Sequence[int]) -> PullPart:

@@ -236,6 +236,8 @@ class StreamLink(Link):
         pipe, self._pipe = self._pipe, None
         if pipe is not None:
             pipe.end()
+            for call in self._open.values():
+                call.attempts += not call.done  # it is sent again, on the next pipe
         return pipe
 
     def _settle(self, call: Call, answer: codec.Exchanged | None, error: PsError | None) -> None:
@@ -275,8 +277,6 @@ class StreamLink(Link):
         with self.lock:
             if self._pipe is pipe:
                 self._drop_pipe()
-            for call in list(self._open.values()):
-                call.attempts += not call.done
             if time.monotonic() >= reader.deadline:
                 self._expire(reader)
                 return

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import array
 import asyncio
+import errno
 import mmap
 import os
 import secrets
 import socket
 import stat
-import struct
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from psserver.unusable import ConfigError
 PIECE = 1 << 16  # maximum bytes that one call reads from a socket
 MOST_FDS = 16  # maximum number of descriptors that wait for the message that names them
 BACKLOG = 128  # connections that wait to be accepted
+NO_DESCRIPTORS_SECONDS = 1.0  # pause after a connection for which there was no descriptor
 ANCILLARY = socket.CMSG_SPACE(MOST_FDS * array.array("i").itemsize)
 METHOD = "Lane"  # name under which failed requests are counted
 
@@ -38,11 +39,11 @@ log = structlog.get_logger()
 
 
 class Gone(ConnectionError):
-    """The client has closed the socket."""
+    """The connection was closed before a reply was sent."""
 
 
 class Lanes:
-    """The same-host lane of a server, from ``open`` to ``close``. Must be used on the event loop.
+    """The same-host lane of a server, from ``listen`` to ``close``. Must be used on the event loop.
 
     path  path of the Unix socket
     most  maximum total size of the memory that clients register, in bytes
@@ -63,18 +64,22 @@ class Lanes:
         """Number of connected clients."""
         return len(self._tasks)
 
-    def open(self, streams: Streams, limits: Limits) -> None:
-        """Listen on the socket. Raises ConfigError if its path cannot be used.
-
-        streams  serves the connections
-        limits   limits the number of connections, together with the calls in progress
-        """
-        self._streams, self._limits = streams, limits
+    def listen(self) -> None:
+        """Create the socket. Raises ConfigError if its path cannot be used."""
         self._loop = asyncio.get_running_loop()
         try:
             self._listener = _listen(self._path)
         except OSError as error:
             raise ConfigError(f"lane: cannot listen on {self._path}: {error}") from error
+
+    def open(self, streams: Streams, limits: Limits) -> None:
+        """Serve the connections from now on, after ``listen``.
+
+        streams  serves the connections
+        limits   limits the number of connections, together with the calls in progress
+        """
+        assert self._listener is not None
+        self._streams, self._limits = streams, limits
         self._loop.add_reader(self._listener.fileno(), self._accept)
 
     async def close(self, grace: float) -> None:
@@ -97,16 +102,24 @@ class Lanes:
         assert self._listener is not None
         try:
             connection, _ = self._listener.accept()
-        except OSError:  # the client is gone already, or there are no descriptors
-            return
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._loop.remove_reader(self._listener.fileno())  # else it is called all the time
+                self._loop.call_later(NO_DESCRIPTORS_SECONDS, self._listen_again)
+            return  # or the client is gone already
         connection.setblocking(False)
         task = self._loop.create_task(self._serve(connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def _listen_again(self) -> None:
+        """Accept connections again after a pause, unless the lane was closed meanwhile."""
+        if self._listener is not None and self._listener.fileno() >= 0:
+            self._loop.add_reader(self._listener.fileno(), self._accept)
+
     async def _serve(self, connection: socket.socket) -> None:
         """Serve one connection until its end."""
-        client = _Client(connection, self._loop, self.regions, self.offer.token)
+        client = _Client(connection, self._loop, self.regions, self.offer.token, self._limits)
         began = False
         try:
             client.require_same_user()
@@ -130,6 +143,7 @@ class _Client:
 
     regions  the regions of all clients
     token    16 bytes that the first message must have
+    limits   count long messages that are not complete yet
     """
 
     prompt = True
@@ -140,16 +154,19 @@ class _Client:
         loop: asyncio.AbstractEventLoop,
         regions: Regions,
         token: bytes,
+        limits: Limits,
     ) -> None:
         self._socket = connection
         self._fd = connection.fileno()
         self._loop = loop
         self._regions = regions
+        self._limits = limits
         self._own: dict[int, mmap.mmap] = {}
         self._token: bytes | None = token  # None: the client has sent it
         self._received = bytearray()  # the beginning of a message that is not complete
         self._fds: list[int] = []  # descriptors that no message has named yet
         self._waiter: asyncio.Future[bytes] | None = None  # of the task that reads
+        self._waited = False  # whether the task has waited since the last message
         self._listening = False  # whether the loop watches the socket for data
         self._unsent = bytearray()
         self._sent: asyncio.Future[None] | None = None  # done when ``_unsent`` is empty
@@ -157,8 +174,7 @@ class _Client:
 
     def require_same_user(self) -> None:
         """Raise BadRequest if the client's user id is not that of this process."""
-        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        _, user, _ = struct.unpack("iII", credentials)
+        user = lanes.peer_user(self._socket)
         if user != os.geteuid():
             raise BadRequest(
                 "LANE_REFUSED",
@@ -175,6 +191,8 @@ class _Client:
             os.close(fd)
         self._fds.clear()
         self._regions.remove(self._own)
+        if self._sent is not None and not self._sent.done():
+            self._sent.set_exception(Gone("the connection was closed"))
 
     # ---- as stream.py wants it
 
@@ -263,24 +281,42 @@ class _Client:
     # ---- bytes of the socket
 
     async def _message(self) -> bytes | None:
-        """Return the bytes of the next message; None at the end. Raises Malformed."""
-        received = self._received
-        while True:
-            if len(received) >= lanes.LENGTH.size:
-                (size,) = lanes.LENGTH.unpack_from(received)
-                if size > lanes.MOST_MESSAGE:
-                    raise codec.Malformed(
-                        f"a message must have at most {lanes.MOST_MESSAGE} bytes, got {size}"
-                    )
-                end = lanes.LENGTH.size + size
-                if len(received) >= end:
-                    message = bytes(received[lanes.LENGTH.size : end])
-                    del received[:end]
-                    return message
-            data = await self._receive()
-            if not data:
-                return None
-            received += data
+        """Return the bytes of the next message; None at the end.
+
+        Lets other connections be served first, if the message was there already. Raises Malformed;
+        Overloaded if the message is long and there is no room for it.
+        """
+        message = await self._next()
+        if not self._waited:
+            await asyncio.sleep(0)
+        self._waited = False
+        return message
+
+    async def _next(self) -> bytes | None:
+        """Return the bytes of the next message; None at the end. ``_message`` has the errors."""
+        received, reservation = self._received, None
+        try:
+            while True:
+                if len(received) >= lanes.LENGTH.size:
+                    (size,) = lanes.LENGTH.unpack_from(received)
+                    if size > lanes.MOST_MESSAGE:
+                        raise codec.Malformed(
+                            f"a message must have at most {lanes.MOST_MESSAGE} bytes, got {size}"
+                        )
+                    end = lanes.LENGTH.size + size
+                    if len(received) >= end:
+                        message = bytes(received[lanes.LENGTH.size : end])
+                        del received[:end]
+                        return message
+                    if size > PIECE and reservation is None:
+                        reservation = self._limits.admit(size)
+                data = await self._receive()
+                if not data:
+                    return None
+                received += data
+        finally:
+            if reservation is not None:
+                reservation.release()
 
     async def _receive(self) -> bytes:
         """Wait for bytes, and return them; b"" at the end of the connection."""
@@ -288,6 +324,7 @@ class _Client:
             return self._take()
         except BlockingIOError:
             pass
+        self._waited = True
         self._waiter = self._loop.create_future()
         if not self._listening:
             self._listening = True
@@ -382,8 +419,11 @@ def _listen(path: Path) -> socket.socket:
 def _require_unused(path: str) -> None:
     """Raise OSError if another server listens at ``path``."""
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(0)  # a server that hangs may have no room for another connection
         try:
             probe.connect(path)
-        except OSError:
+        except (ConnectionRefusedError, FileNotFoundError):
             return
+        except BlockingIOError:
+            pass
     raise FileExistsError("another server listens there")

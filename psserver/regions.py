@@ -91,6 +91,7 @@ def _mapped(region: pb.LaneRegion, fd: int, token: bytes) -> mmap.mmap:
     except (OSError, ValueError) as error:
         raise _refused(f"the file cannot be mapped: {error}; its seals are {seals:#x}") from None
     _seal(fd)
+    os.ftruncate(fd, region.size)  # frees blocks after the end, which must not count
     if (allocated := os.fstat(fd).st_blocks * BLOCK) < region.size:
         raise _refused(
             f"the file must have no holes: only {allocated} of {region.size} bytes are allocated"

@@ -14,6 +14,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
+import structlog
 from prometheus_client import CollectorRegistry, Gauge, GCCollector, ProcessCollector
 
 from psproto import routing
@@ -54,6 +55,8 @@ NO_COLD_TIER = (  # end of the message of OutOfMemory
     " host_bytes"
 )
 LAST_ANSWERS_SECONDS = 1.0  # maximum time, at a stop, for the last replies to reach their clients
+
+log = structlog.get_logger()
 
 
 class Server:
@@ -131,6 +134,7 @@ class Server:
         if config.hbm_bytes:
             self._gpu = await asyncio.to_thread(open_gpu, config.hbm_bytes)
         await self._open_shard()
+        self._create_lane()
         self._open_parts()
         self._engine.open(asyncio.get_running_loop(), config.busy_poll_seconds)
         self._register_collectors()
@@ -146,8 +150,26 @@ class Server:
         await self._listener.serve(self._service)
         self._ready.set(1)
 
+    def _create_lane(self) -> None:
+        """Create the socket of the same-host lane.
+
+        Raises ConfigError if that fails, unless the lane is only offered by default: some file
+        systems cannot have sockets.
+        """
+        if self._lanes is None:
+            return
+        try:
+            self._lanes.listen()
+        except ConfigError as error:
+            if self._config.lane != "auto":
+                raise
+            log.warning("no same-host lane", reason=str(error))
+            self._lanes = None
+
     async def abandon(self) -> None:
-        """Close both ports of a server whose start failed."""
+        """Close the ports and the socket of a server whose start failed."""
+        if self._lanes is not None:
+            await self._lanes.close(0)
         await self._listener.stop(0)
         self._close_metrics()
 

@@ -95,7 +95,7 @@ class Service:
         )
 
     def open_lanes(self, lanes: Lanes) -> None:
-        """Serve the same-host lane from now on. Raises ConfigError if its path cannot be used."""
+        """Serve the same-host lane, whose socket exists, from now on."""
         lanes.open(self._streams, self._limits)
 
     def drain(self) -> None:

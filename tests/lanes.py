@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import os
 import socket
+from ctypes import CDLL, c_long
 from typing import Any, Self
 
 import numpy as np
@@ -16,6 +17,7 @@ from psproto import lanes
 from psproto import ps_pb2 as pb
 
 SIZE = 1 << 20
+KEEP_SIZE = 1  # flag of fallocate: the size of the file stays
 INFO = "/ps.v1.InfoService/GetServerInfo"
 
 
@@ -44,6 +46,7 @@ class Memory:
     size    bytes of the file
     claimed  size in the header; None: the true one
     holes   leave a hole in the file
+    beyond  leave a hole in the file, and allocate as much memory after its end
     """
 
     def __init__(
@@ -55,11 +58,15 @@ class Memory:
         magic: bytes = lanes.MAGIC,
         claimed: int | None = None,
         holes: bool = False,
+        beyond: bool = False,
     ) -> None:
         self.size = size
         self.fd = os.memfd_create("ps-lane", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, size)
-        if not holes:
+        if beyond:
+            allocate = CDLL(None).fallocate
+            assert allocate(self.fd, KEEP_SIZE, c_long(size), c_long(size)) == 0
+        elif not holes:
             os.posix_fallocate(self.fd, 0, size)
         self.memory = mmap.mmap(self.fd, size)
         header = lanes.HEADER.pack(magic, size if claimed is None else claimed, token)

@@ -11,6 +11,7 @@ meanwhile can therefore do no more than one that sends other arrays.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from psproto import ps_pb2 as pb
 from psproto.dtypes import WIRE, Malformed, TooManyFields, wire_dtype
-from psproto.fields import FIELDS_PER_PART
+from psproto.fields import FIELDS_PER_PART, MOST_PARTS, fields
 from psproto.messages import Exchange, Exchanged, Pulled, PullMessage, PushMessage
 
 LENGTH = Struct("<I")  # the size of a message, which is sent before it
@@ -33,8 +34,11 @@ HEADER_BYTES = 64  # offset of the first slice in a region
 MAGIC = b"pslane01"
 LARGE = 4 << 20  # bytes from which NumPy puts an array into huge pages
 LONGEST_PATH = 107  # bytes of a Unix socket's path
+LONG = 16 << 10  # bytes of a message from which its fields are counted before it is parsed
+MOST_OTHERS = 128  # maximum number of fields of a LaneRequest that are neither pushes nor pulls
 ALIGNMENT = 8  # the offset of each slice is a multiple of it
 
+_CREDENTIALS = Struct("iII")  # of the process at the other end of a socket: pid, uid, gid
 _U8, _U4, _I8 = np.dtype("<u8"), np.dtype("<u4"), np.dtype("<i8")
 _EMPTY: dict[Any, NDArray[Any]] = {dtype: np.empty(0, dtype) for dtype in (_U8, _U4, _I8)}
 
@@ -61,6 +65,15 @@ def reachable(path: Path) -> Iterator[str]:
         yield f"/proc/self/fd/{directory}/{path.name}"
     finally:
         os.close(directory)
+
+
+def peer_user(connection: socket.socket) -> int:
+    """Return the user id of the process at the other end of a Unix socket, asked of the kernel.
+
+    It is the effective user id at the time of ``connect`` or ``listen``.
+    """
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(credentials)[1])
 
 
 def room_bytes(n: int, dim: int, dtype: int, metadata: bool) -> int:
@@ -192,7 +205,12 @@ def _pulled(header: pb.PullResponseHeader, pull: PullMessage, memory: Memory, at
 
 
 def parse(data: bytes) -> pb.LaneRequest:
-    """Parse a LaneRequest. Raises Malformed."""
+    """Parse a LaneRequest. Raises Malformed.
+
+    Empty pushes and pulls take two bytes each, but protobuf needs hundreds for each.
+    """
+    if len(data) > LONG:
+        fields(data, 0, len(data), [MOST_PARTS + MOST_OTHERS])
     try:
         request: pb.LaneRequest = pb.LaneRequest.FromString(data)
     except DecodeError as error:

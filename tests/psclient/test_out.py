@@ -127,6 +127,16 @@ def test_other_arrays_are_refused_before_anything_is_sent(
     assert not messages
 
 
+def test_arrays_of_two_tables_must_not_share_memory(client: Client, name: str) -> None:
+    tables = [client.create_table(f"{name}.{part}", DIM).name for part in "ab"]
+    out = np.zeros((3, DIM), np.float32)
+    parts = {tables[0]: out[:2], tables[1]: out[1:]}
+    with pytest.raises(InvalidArgument, match=r"tables '.*' and '.*' must not share"):
+        client.pull({each: [1, 2] for each in tables}, out=parts)
+    parts = {tables[0]: out[:1], tables[1]: out[1:]}
+    client.pull({tables[0]: [1], tables[1]: [1, 2]}, out=parts)
+
+
 def test_out_must_name_tables_that_are_pulled(client: Client, name: str) -> None:
     table = client.create_table(name, DIM)
     out = np.zeros((*KEYS.shape, DIM), np.float32)

@@ -18,6 +18,7 @@ from servers import Cluster, Labels, eventually
 from tables import DIM, summing
 
 from psclient import Client, Table
+from psproto import lanes
 from psproto import ps_pb2 as pb
 
 N = 100
@@ -80,6 +81,7 @@ def test_a_push_and_a_pull_in_one_message(lane: RawLane, memory: Memory, table: 
         ({"seals": 0}, "must have the seal F_SEAL_SHRINK, got the seals 0x0"),
         ({"seals": fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL}, "must not have the seal F_SEAL_SEAL"),
         ({"holes": True}, "must have no holes: only 4096 of 1048576 bytes are allocated"),
+        ({"beyond": True}, "must have no holes: only 4096 of 1048576 bytes are allocated"),
         ({"magic": b"garbage!"}, "must begin with b'pslane01', got b'garbage!'"),
         ({"claimed": 5}, "must have its size, 1048576, got 5"),
         ({"token": bytes(16)}, "must have the token of this server"),
@@ -216,6 +218,19 @@ def test_garbage_ends_the_connection_with_an_error(
     assert reply is not None
     assert (reply.id, reason(reply)) == (0, "MALFORMED_MESSAGE")
     assert lane.receive() is None
+
+
+def test_long_messages_that_are_not_complete_count_as_in_flight(
+    cluster1: Cluster, offer: pb.Lane
+) -> None:
+    def inflight() -> float:
+        return cluster1.metrics(0)["ps_inflight_bytes", Labels()]
+
+    with RawLane(offer.path, offer.token) as lane:
+        eventually(lambda: inflight() == 0)
+        lane.send(lanes.LENGTH.pack(1 << 20) + bytes(100))
+        eventually(lambda: inflight() == 1 << 20)
+    eventually(lambda: inflight() == 0)
 
 
 def test_gradients_that_change_while_they_are_pushed_cannot_ruin_a_row(
