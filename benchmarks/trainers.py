@@ -4,23 +4,29 @@ One process trains an MLP (multilayer perceptron) on rows of one table on one se
 time from one batch to the next. Its compute is the forward and backward pass and the step of the
 dense optimizer; the rest is "outside". All loops take turns.
 
-    alone        the same model on rows that stay in this process; nothing is sent
-    blocking     a pull, then a push, each waited for
-    exact        EmbeddingGroup.pipeline with staleness 0, whose results equal those of "blocking"
-    staleness 1  with staleness 1
-    staleness 2  with staleness 2
+    alone           the same model on rows that stay in this process; nothing is sent
+    blocking        a pull, then a push, each waited for
+    exact           EmbeddingGroup.pipeline with staleness 0, whose results equal those of
+                    "blocking"
+    staleness 1     with staleness 1
+    staleness 2     with staleness 2
+    exchange alone  no model: only the message that "exact" must wait for, and its reply. It pushes
+                    the gradients of a batch, and pulls the rows that the next batch has in common
 
-"cores busy" is the processor time of the trainer and the server, divided by the time of the loop.
-With as many cores as the machine has, only less work could make the loop faster.
+"outside, own" is the processor time of the loop's thread outside of compute; the rest of the time
+outside it waits. "cores busy" is the processor time of the trainer and the server, divided by the
+time of the loop. With as many cores as the machine has, only less work could make the loop faster.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -50,12 +56,14 @@ class Times:
 
     steps    of each whole step
     compute  of each step's forward pass, backward pass and dense optimizer
+    own      processor time of the loop's thread outside of compute, of each step
     busy     processor time of trainer and server, over all measured turns
     wall     time of all measured turns
     """
 
     steps: list[float] = field(default_factory=list)
     compute: list[float] = field(default_factory=list)
+    own: list[float] = field(default_factory=list)
     busy: float = 0.0
     wall: float = 0.0
 
@@ -99,6 +107,13 @@ class Model:
 Outputs = Iterator[tuple[Batch, Tensor]]
 
 
+class NoModel:
+    """Stands in for a Model, and computes nothing."""
+
+    def compute(self, rows: Tensor, labels: Tensor) -> None:
+        pass
+
+
 class Loop:
     """A training loop: yields each batch with its rows, and pushes after it.
 
@@ -108,7 +123,7 @@ class Loop:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | NoModel,
         outputs: Callable[[list[Batch]], Any],
         push: Callable[[], None],
         pids: Iterable[int],
@@ -120,19 +135,20 @@ class Loop:
     def turn(self, batches: list[Batch]) -> None:
         """Train on some batches, and measure all but the first WARM steps."""
         with self._outputs(batches) as outputs:
-            begin = before = 0.0
+            begin = used = before = 0.0
             for number, ((_, labels), rows) in enumerate(outputs):
-                started = time.perf_counter()
+                started, working = time.perf_counter(), time.thread_time()
                 self._model.compute(rows, labels)
-                computed = time.perf_counter() - started
+                computed, worked = time.perf_counter() - started, time.thread_time() - working
                 self._push()
-                now = time.perf_counter()
+                now, spent = time.perf_counter(), time.thread_time()
                 if number > WARM:
                     self.times.steps.append(now - begin)
                     self.times.compute.append(computed)
+                    self.times.own.append(spent - used - worked)
                 if number == WARM:
                     before, first = sum(map(cpu, self._pids)), now
-                begin = now
+                begin, used = now, spent
             self.times.busy += sum(map(cpu, self._pids)) - before
             self.times.wall += now - first
 
@@ -153,6 +169,7 @@ def loops(hidden: list[int], table: Table, pids: list[int]) -> dict[str, Loop]:
     for name, staleness in (("exact", 0), ("staleness 1", 1), ("staleness 2", 2)):
         group, rows = _group(table)
         made[name] = loop(_pipeline(group, staleness), rows.step)
+    made["exchange alone"] = Loop(NoModel(), *_exchanges(table), pids)
     return made
 
 
@@ -195,6 +212,26 @@ def _pipeline(group: EmbeddingGroup, staleness: int) -> Any:
     return outputs
 
 
+def _exchanges(table: Table) -> tuple[Any, Callable[[], None]]:
+    """Return what a Loop needs to exchange only: its outputs and its push."""
+    unsent: deque[tuple[Any, Any]] = deque()  # (push, keys to pull) of each batch
+
+    @contextmanager
+    def outputs(batches: list[Batch]) -> Iterator[Outputs]:
+        found = [np.unique(keys) for keys, _ in batches]
+        for keys, following in pairwise([*found, found[0]]):
+            shared = table.client.batch(np.intersect1d(keys, following))
+            gradients = np.full((len(keys), table.dim), 1e-3, np.float32)
+            unsent.append(((table.client.batch(keys), gradients), shared))
+        yield ((batch, torch.empty(0)) for batch in batches)
+
+    def push() -> None:
+        given, shared = unsent.popleft()
+        table.exchange(shared, given)
+
+    return outputs, push
+
+
 def rows_of(made: dict[str, Loop]) -> list[dict[str, Any]]:
     """Return the rows of the report."""
     base, alone = made["blocking"].times, made["alone"].times
@@ -204,9 +241,10 @@ def rows_of(made: dict[str, Loop]) -> list[dict[str, Any]]:
             "step p50 ms": loop.times.step * 1e3,
             "compute p50 ms": float(np.median(loop.times.compute)) * 1e3,
             "outside p50 ms": loop.times.outside * 1e3,
+            "outside, own p50 ms": float(np.median(loop.times.own)) * 1e3,
             "outside / blocking": loop.times.outside / base.outside if name != "alone" else None,
             "target": TARGETS.get(name),
-            "step / alone": loop.times.step / alone.step,
+            "step / alone": loop.times.step / alone.step if name != "exchange alone" else None,
             "step target": STEP if name == "staleness 1" else None,
             "cores busy": loop.times.busy / loop.times.wall,
             "steps": len(loop.times.steps),
