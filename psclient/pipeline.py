@@ -41,6 +41,7 @@ from psclient.ticket import Ring, Ticket
 
 MOST = 1024  # largest lookahead and staleness
 STEPS = 1 << 47  # a training step is in -STEPS..STEPS - 1
+Given = Mapping[str, PushPart | Callable[[], Any] | None]  # by table; a function returns gradients
 
 
 class Pipeline:
@@ -158,12 +159,14 @@ class Pipeline:
         self._require_process()
         if self._schedule.reading:
             raise InvalidArgument("over: this pipeline is in a loop already; end that loop first")
-        self._schedule.begin(iter(batches), keys_of)
+        source = iter(batches)
+        self._schedule.begin(source, keys_of)
         try:
             while (ticket := self._turn()) is not None:
                 yield ticket
         finally:
-            self._end()
+            if self._schedule.reads(source):  # else the loop was ended before, maybe by ``close``
+                self._end()
 
     def push(
         self,
@@ -196,10 +199,11 @@ class Pipeline:
                 f" got {sorted(map(str, given))}; None: no gradients"
             )
         header = push_header(ticket.step if step is None else step, lr, self._durability)
-        if any(map(callable, given.values())):
-            self._submit(ticket, header, given)
-        else:
-            self._send(ticket, header, self._parts(ticket, given))
+        parts = {
+            table: each if callable(each) else self._part(ticket, table, each)
+            for table, each in given.items()
+        }
+        self._send(ticket, header, parts)
 
     def skip(self, ticket: Ticket) -> None:
         """End the turn of a batch without a push.
@@ -208,7 +212,7 @@ class Pipeline:
         ``push`` then gets (Batch, gradients).
         """
         self._require_open(ticket)
-        self._send(ticket, NO_HEADER, [])
+        self._send(ticket, NO_HEADER, {})
 
     def flush(self) -> None:
         """Wait until all pushes are answered. Raises the error of the first push that failed.
@@ -245,7 +249,8 @@ class Pipeline:
         ticket = self._await_ready()
         self._schedule.requests.raise_failure()
         if ticket is None:
-            self._await_jobs(self._schedule.step - 1 - self.staleness)
+            unsent = min(self.staleness, self.lookahead + self._unpushed)  # their rows may be read
+            self._await_jobs(self._schedule.step - 1 - unsent)
             with self._lock:
                 ticket = self._schedule.hand_out()
         self.stats.waited_seconds += time.perf_counter() - begin
@@ -286,31 +291,39 @@ class Pipeline:
                 "the pipeline was made before a fork, in the parent process; make one in the child"
             )
 
-    def _parts(self, ticket: Ticket, given: Mapping[str, Any]) -> list[PushPart]:
-        """Check the gradients of a batch, and copy them; return the push to each table."""
-        deadline, parts = self._client._deadline(), []
-        for table, each in given.items():
-            values = each() if callable(each) else each
-            if values is None:
-                continue
-            batch = ticket.keys[table]
-            if isinstance(values, tuple) and len(values) == 2 and isinstance(values[0], Batch):
-                batch, values = values
-            part = self._client._push_part(table, batch, values, self._dtype, True, deadline)
-            part.gradients = part.gradients.copy()  # the message may have to be sent again
-            parts.append(part)
-        return parts
+    def _part(self, ticket: Ticket, table: str, values: Any) -> PushPart | None:
+        """Check the gradients of a table, and copy them; return its push, None if there are none.
+
+        values  an argument of ``push``, or what a function has returned
+        """
+        if values is None:
+            return None
+        batch = ticket.keys[table]
+        if isinstance(values, tuple) and len(values) == 2 and isinstance(values[0], Batch):
+            batch, values = values
+        deadline = self._client._deadline()
+        part = self._client._push_part(table, batch, values, self._dtype, True, deadline)
+        part.gradients = part.gradients.copy()  # the message may have to be sent again
+        return part
+
+    def _parts(self, ticket: Ticket, given: Given) -> list[PushPart]:
+        """Call the functions among the gradients of a batch; return the push to each table."""
+        found = [
+            self._part(ticket, table, each()) if callable(each) else each
+            for table, each in given.items()
+        ]
+        return [part for part in found if part is not None]
 
     # ---- sending
 
-    def _send(self, ticket: Ticket, header: Header, parts: list[PushPart]) -> None:
-        """End the turn of a ticket: send its push, or none if ``parts`` is empty."""
-        if self._ahead or self._jobs:
-            self._submit(ticket, header, parts)
+    def _send(self, ticket: Ticket, header: Header, given: Given) -> None:
+        """End the turn of a ticket: send its push, or none if ``given`` is empty."""
+        if self._ahead or self._jobs or any(map(callable, given.values())):
+            self._submit(ticket, header, given)
             return
         self._close(ticket)
         with self._lock:
-            self._schedule.send(ticket, header, parts)
+            self._schedule.send(ticket, header, self._parts(ticket, given))
             self._schedule.plan()
 
     def _close(self, ticket: Ticket) -> None:
@@ -318,13 +331,8 @@ class Pipeline:
         self._open.popleft()
         ticket.rows.clear()
 
-    def _submit(
-        self, ticket: Ticket, header: Header, given: Mapping[str, Any] | list[PushPart]
-    ) -> None:
-        """Let the worker thread send a push, after those that it was given before.
-
-        given  gradients by table, or the push to each table
-        """
+    def _submit(self, ticket: Ticket, header: Header, given: Given) -> None:
+        """Let the worker thread send a push, after those that it was given before."""
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, "psclient pipeline")
         self._close(ticket)
@@ -333,9 +341,7 @@ class Pipeline:
         job.add_done_callback(self._notify)
         self._jobs.append((ticket.step, job))
 
-    def _work(
-        self, ticket: Ticket, header: Header, given: Mapping[str, Any] | list[PushPart]
-    ) -> None:
+    def _work(self, ticket: Ticket, header: Header, given: Given) -> None:
         """Send a push, and hand out tickets ahead of their turns. The worker thread runs this.
 
         Errors are kept for the next turn.
@@ -344,7 +350,7 @@ class Pipeline:
         if requests.failure is not None:
             return
         try:
-            parts = given if isinstance(given, list) else self._parts(ticket, given)
+            parts = self._parts(ticket, given)
             with self._lock:
                 self._schedule.send(ticket, header, parts)
                 self._schedule.plan(read=False)

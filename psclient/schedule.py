@@ -98,6 +98,7 @@ class Schedule:
         self._source: Iterator[Any] | None = None
         self._read: deque[tuple[Any, Any]] = deque()  # (batch, its keys), before ``_planned``
         self._source_error: BaseException | None = None  # to raise when its batch is due
+        self._ended = False  # whether that batch was read, but its keys are wrong
         self._pushed: deque[tuple[int, dict[str, KeySet]]] = deque(maxlen=staleness)
 
     @property
@@ -105,9 +106,14 @@ class Schedule:
         """Whether there is a source of batches."""
         return self._source is not None
 
+    def reads(self, source: Iterator[Any]) -> bool:
+        """Return whether ``source`` is that of the loop in progress."""
+        return self._source is source
+
     def begin(self, source: Iterator[Any], keys_of: KeysOf) -> None:
         """Read batches from ``source`` from now on; ``keys_of`` returns {feature: keys} of each."""
         self._source, self._keys_of, self._source_error = source, keys_of, None
+        self._ended = False
 
     def end(self, unseen: Iterable[Ticket] = ()) -> None:
         """Forget the source, the batches that were not handed out, and the pulls of their rows.
@@ -203,7 +209,7 @@ class Schedule:
 
         read  whether to read a batch if none is read
         """
-        if self._planned:
+        if self._planned or self._ended:  # the loop's thread may still read the batch after it
             return
         if read:
             self.read()
@@ -214,7 +220,7 @@ class Schedule:
         try:
             ticket = plan(step, batch, keys, self._tables, self._client.batch)
         except Exception as error:
-            self._source_error = error
+            self._source_error, self._ended = error, True
             self._read.clear()
             return
         wait_for(ticket, [*self.unsent, *self._held], step - 1 - self._staleness)

@@ -202,6 +202,8 @@ class Feed(_Adapter):
         self._started, self._epochs = False, 0
         if self._loop is not None:
             self._loop.close()  # after an early stop, Keras may still hold its iterator
+        while self._open:  # taken by Keras, and not trained
+            self.pipe.skip(self._open.popleft()[1])
         self.pipe.flush()
 
     def flush(self) -> None:

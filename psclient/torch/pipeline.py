@@ -132,7 +132,9 @@ class GroupPipeline:
         ticket = self._ticket
         gradients: dict[str, Any] = dict.fromkeys(ticket.keys)
         for table, (batch, tensor) in sums.items():
-            gradients[table] = _with_keys(batch, self._transfer.gradients(tensor))
+            gradients[table] = _with_keys(batch, self._transfer.gradients(table, tensor))
+        if not any(map(callable, gradients.values())):  # nothing else waits for the rows' copies
+            self._transfer.finish()
         self.pipe.push(ticket, gradients, lr=turn.lr, step=turn.step)
         self._ticket, self._held = None, 0
 

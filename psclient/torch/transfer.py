@@ -27,8 +27,11 @@ class Transfer:
         """Return pulled rows float32[n, dim] as a tensor."""
         return torch.from_numpy(array)
 
-    def gradients(self, tensor: Tensor) -> Any:
-        """Return gradients float32[n, dim] as an array, or as a function that returns one."""
+    def gradients(self, table: str, tensor: Tensor) -> Any:
+        """Return gradients of a table, float32[n, dim], as an array or a function that returns one.
+
+        The numbers of the array may change once ``pushes`` later gradients of the table were given.
+        """
         return tensor.cpu().numpy()
 
     def finish(self) -> None:
@@ -49,7 +52,7 @@ class CudaTransfer(Transfer):
         self._device = device
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pushes = pushes
-        self._rings: dict[int, Ring] = {}  # by length of a row: buffers for gradients
+        self._rings: dict[str, Ring] = {}  # by table: buffers for gradients
 
     def empty(self, shape: tuple[int, int]) -> Rows:
         """Allocate page-locked memory."""
@@ -64,13 +67,13 @@ class CudaTransfer(Transfer):
         copied.record_stream(current)
         return copied
 
-    def gradients(self, tensor: Tensor) -> Any:
+    def gradients(self, table: str, tensor: Tensor) -> Any:
         if tensor.device.type != "cuda":  # sums over several batches
             return tensor.numpy()
         n, dim = tensor.shape
-        if dim not in self._rings:
-            self._rings[dim] = Ring(dim, self._pushes, self.empty)
-        buffer = torch.from_numpy(self._rings[dim].take(n))
+        if table not in self._rings:
+            self._rings[table] = Ring(dim, self._pushes, self.empty)
+        buffer = torch.from_numpy(self._rings[table].take(n))
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             buffer.copy_(tensor, non_blocking=True)

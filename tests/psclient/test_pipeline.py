@@ -16,12 +16,19 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from psclient import Client, Pipeline, Table
-from psclient.errors import InvalidArgument, PushFailed, ResourceExhausted
+from psclient.errors import (
+    InvalidArgument,
+    PsError,
+    PushFailed,
+    ResourceExhausted,
+    SessionExpired,
+)
 from psclient.stream import StreamLink
 from psclient.ticket import Ticket
 
 EVERY = np.arange(60)  # the keys of ``batches``
 STEPS = 40  # of the runs with a digit for each step
+WRONG = 5  # a batch with wrong keys
 
 
 class Digits:
@@ -238,6 +245,28 @@ class TestTurn:
         assert len(threads) == 1
         assert threading.get_ident() not in threads
 
+    def test_arrays_beside_functions_are_checked_and_copied_at_once(
+        self, client: Client, name: str
+    ) -> None:
+        a, b = f"{name}.a", f"{name}.b"
+        for each in (a, b):
+            client.create_table(each, 1, optimizer="sgd", lr=1.0, initializer="zeros")
+        free = threading.Event()
+
+        def later() -> Any:
+            assert free.wait(60)
+            return np.ones((1, 1))
+
+        with Pipeline(client, {"x": a, "y": b}) as pipe:
+            for ticket in pipe.over(lambda _: {"x": [1], "y": [1]}, [0]):
+                with pytest.raises(InvalidArgument, match=f"table '{b}': the gradient .* is nan"):
+                    pipe.push(ticket, {a: later, b: np.full((1, 1), np.nan)})
+                gradient = np.ones((1, 1), np.float32)
+                pipe.push(ticket, {a: later, b: gradient})
+                gradient[:] = 1000
+                free.set()
+        assert client.pull({a: [1], b: [1]}) == {a: [[-1]], b: [[-1]]}
+
     @pytest.mark.parametrize("lookahead", [1, 2, 3])
     def test_a_turn_may_begin_before_the_last_is_pushed(
         self, client: Client, name: str, lookahead: int
@@ -304,19 +333,25 @@ class TestTurn:
                 assert state["versions"] == list(digits.table.describe().versions)
 
 
-def refuse(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+def refuse(
+    monkeypatch: pytest.MonkeyPatch, steps: set[int], kind: type[PsError] = ResourceExhausted
+) -> None:
     """Let the pushes of some steps be refused at first, as by a server without memory.
 
     The client sends them again, after the requests that were sent in the meantime.
+
+    kind  SessionExpired: as by a server that has lost the client's session
     """
     inner = StreamLink._send
 
     def send(self: StreamLink, call: Any) -> None:
         pushes = call.exchange.pushes
-        if pushes and pushes[0].header.step in steps and call.attempts == 0:
+        first = call.attempts == 0 and not call.renewed
+        if pushes and pushes[0].header.step in steps and first:
             call.attempts = 1
-            error = ResourceExhausted("memory is short")
-            error.reason, error.retry_after = "OVERLOADED", 0.001
+            error = kind("memory is short")
+            if kind is ResourceExhausted:
+                error.reason, error.retry_after = "OVERLOADED", 0.001
             self._settle(call, None, error)
         else:
             inner(self, call)
@@ -325,12 +360,18 @@ def refuse(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
 
 
 class TestErrors:
+    @pytest.mark.parametrize("kind", [ResourceExhausted, SessionExpired])
     @pytest.mark.parametrize("staleness", [0, 1, 3])
     def test_a_push_that_is_sent_again_is_in_the_rows(
-        self, client: Client, name: str, monkeypatch: pytest.MonkeyPatch, staleness: int
+        self,
+        client: Client,
+        name: str,
+        monkeypatch: pytest.MonkeyPatch,
+        staleness: int,
+        kind: type[PsError],
     ) -> None:
         digits = Digits(client, name)
-        refuse(monkeypatch, {2, 3, 9, 20, 22, 24})
+        refuse(monkeypatch, {2, 3, 9, 20, 22, 24}, kind)
         with Pipeline(client, {"f": digits.table}, staleness=staleness) as pipe:
             for ticket in pipe.over(first, batches(10, STEPS, 25)):
                 digits.check(ticket, staleness)
@@ -420,6 +461,53 @@ class TestErrors:
         with pytest.raises(OSError, match="no more"), pipe:
             run()
         assert seen == list(range(6))
+        assert_array_equal(digits.table.pull(EVERY), digits.expected(EVERY, STEPS))
+
+    def test_no_batch_follows_one_with_wrong_keys(self, client: Client, name: str) -> None:
+        """Also if the loop reads it while the worker looks for the distinct keys of the wrong."""
+        digits = Digits(client, name)
+        pipe = Pipeline(client, {"f": digits.table}, staleness=2)
+        planning, reading = threading.Event(), threading.Event()
+
+        def wrong() -> Any:
+            planning.set()
+            assert reading.wait(60)
+            raise KeyError("mine")
+
+        def loader() -> Iterator[Any]:
+            for step in range(STEPS):
+                if step == WRONG + 1:
+                    reading.set()
+                    while pipe._schedule._source_error is None:
+                        time.sleep(0.001)
+                yield step
+
+        seen = []
+
+        def run() -> None:
+            for ticket in pipe.over(
+                lambda step: {"f": wrong if step == WRONG else [step, 50]}, loader()
+            ):
+                seen.append(ticket.batch)
+                if ticket.batch == WRONG - 3:
+                    assert planning.wait(60)
+                pipe.push(ticket, {name: digits.gradients(ticket)})
+
+        with pytest.raises(KeyError, match="mine"), pipe:
+            run()
+        assert seen == list(range(WRONG))
+
+    def test_an_old_loop_does_not_end_a_new_one(self, client: Client, name: str) -> None:
+        digits = Digits(client, name)
+        pipe = Pipeline(client, {"f": digits.table})
+        old = pipe.over(first, batches(16, 5, 25))
+        pipe.push(ticket := next(old), {name: digits.gradients(ticket)})
+        pipe.close()
+        with pipe:
+            for ticket in pipe.over(first, batches(17, 5, 25)):
+                pipe.push(ticket, {name: digits.gradients(ticket)})
+                old.close()  # type: ignore[attr-defined]
+        assert pipe.stats.pushes == 6
         assert_array_equal(digits.table.pull(EVERY), digits.expected(EVERY, STEPS))
 
     def test_an_interruption_does_not_lose_pushes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from psclient.torch import (
     RowOptimizer,
     pipeline,
 )
-from psclient.torch.transfer import Transfer
+from psclient.torch.transfer import CudaTransfer, Transfer
 
 DIM = 4
 KEYS = 50
@@ -254,7 +255,8 @@ def test_every_batch_is_pushed_once(client: Client, name: str, staleness: int) -
 class Delayed(Transfer):
     """Stands in for a GPU: copies of rows and gradients end only when somebody waits for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = 0.002) -> None:
+        self.seconds = seconds
         self.under_way: list[tuple[Any, Any]] = []  # (buffer that is read, its numbers)
         self.waits = 0
 
@@ -262,9 +264,9 @@ class Delayed(Transfer):
         self.under_way.append((array, array.copy()))
         return torch.from_numpy(array.copy())
 
-    def gradients(self, tensor: Tensor) -> Any:
+    def gradients(self, table: str, tensor: Tensor) -> Any:
         def wait() -> Any:
-            time.sleep(0.002)
+            time.sleep(self.seconds)
             self.finish()
             return tensor.numpy()
 
@@ -281,7 +283,7 @@ class Delayed(Transfer):
 def test_buffers_are_not_used_again_before_they_are_copied(
     client: Client, name: str, monkeypatch: pytest.MonkeyPatch, staleness: int
 ) -> None:
-    """And a batch that is skipped waits for its copies, too."""
+    """A batch that is skipped waits for its copies, too, and so does one without gradients."""
     delayed = Delayed()
     monkeypatch.setattr(pipeline, "transfer_to", lambda device, pushes: delayed)
     table = client.create_table(name, 1, optimizer="sgd", lr=1.0, initializer="zeros")
@@ -294,8 +296,55 @@ def test_buffers_are_not_used_again_before_they_are_copied(
             if batch % 5:
                 (outputs["f"].sum() * -1).backward()
                 rows.step()
+            elif batch % 2:
+                before = delayed.waits
+                rows.step()
+                assert delayed.waits > before
     assert delayed.waits >= 30
     assert client.pull({name: [0]})[name].item() == 24
+
+
+def test_buffers_if_the_staleness_is_larger_than_the_lookahead(
+    client: Client, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop waits for the copy of an older batch while its gradients are under way."""
+    delayed = Delayed(seconds=0.05)
+    monkeypatch.setattr(pipeline, "transfer_to", lambda device, pushes: delayed)
+    group = EmbeddingGroup(client, {"f": Embedding(client.create_table(name, DIM))})
+    rows = group.optimizer()
+    with group.pipeline(
+        range(9), lambda each: {"f": np.arange(10 * each, 10 * each + 10)}, staleness=4, lookahead=0
+    ) as turns:
+        for _, outputs in turns:
+            outputs["f"].sum().backward()
+            rows.step()
+    assert delayed.waits >= 9
+
+
+class OnGpu(Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    device = torch.device("cuda")
+
+    def record_stream(self, stream: Any) -> None:
+        """Do nothing."""
+
+
+def test_tables_do_not_share_buffers_for_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those whose rows have the same length."""
+    for each in ("Stream", "Event", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, each, MagicMock())
+    monkeypatch.setattr(
+        CudaTransfer, "empty", lambda self, shape: np.full(shape, np.nan, np.float32)
+    )
+    copies = CudaTransfer(torch.device("cuda"), pushes=3)
+    for _ in range(2):
+        waits = [
+            copies.gradients(f"t{number}", torch.full((5, DIM), number).as_subclass(OnGpu))
+            for number in range(8)
+        ]
+        for number, wait in enumerate(waits):
+            assert_array_equal(wait(), np.full((5, DIM), number))
 
 
 class TestRefusals:

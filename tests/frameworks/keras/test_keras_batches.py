@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -113,6 +114,27 @@ def test_every_batch_is_pushed_once(ps: Client, name: str, staleness: int) -> No
     found = np.abs(table.pull(np.arange(KEYS)) - expected(batches, 3) - expected(more)).max()
     assert found < 1e-5
     assert fed.pipe.step == 100 + 36 + 8
+
+
+def test_batches_that_were_taken_and_not_trained(
+    ps: Client, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on JAX with a GPU, if training ends before its batches do."""
+    module = sys.modules["psclient.keras.feed"]  # the package has a function of this name
+    monkeypatch.setattr(module, "_batches_at_hand", lambda staleness: 2)
+    table = zeros(ps, name)
+    model = model_of(Embedding(table, features=["item"]))
+    fed = feed(data(5, ("item",)), model, staleness=1)
+    for trained in range(2):
+        fed.start()
+        batches = fed.get_numpy_iterator()
+        for _ in range(2):
+            next(batches)
+        _, ticket = fed.oldest()
+        assert ticket.step == 2 * trained
+        fed.push({name: np.ones((len(ticket.keys[name].keys), table.dim))}, None)
+        fed.stop()
+    assert (fed.pipe.stats.pushes, fed.pipe.stats.skipped) == (2, 2)
 
 
 class Sequence(keras.utils.PyDataset):
