@@ -9,13 +9,18 @@ time from one batch to the next; "outside" is its time beyond a step of "alone".
     input, exact    psclient.jax.Feed with staleness 0: rows are inputs, gradients are outputs
     input, stale 1  the same with staleness 1
 
+"processor ms" is the processor time of the trainer and the server per step; "cores busy" is this
+time divided by that of the step. XLA computes with as many threads as the machine has cores.
+
 Needs the extra jax (docs/trainers.md).
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -23,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.report import Report, arguments
-from benchmarks.servers import shards
+from benchmarks.servers import cpu, shards
 from benchmarks.step import fill
 from benchmarks.work import Work, standard_work
 from psclient import Client, Table
@@ -112,20 +117,40 @@ def rows_as_inputs(staleness: int, pad: int) -> Loop:
     return steps
 
 
-def measure(made: dict[str, Any], table: Table, turns: list[list[Batch]]) -> dict[str, list[float]]:
-    """Return the seconds of each step, by loop. The first turn compiles, and is not measured.
+@dataclass
+class Times:
+    """Seconds of the measured steps of one loop.
+
+    steps  of each step
+    busy   processor time of trainer and server, over all measured steps
+    """
+
+    steps: list[float] = field(default_factory=list)
+    busy: float = 0.0
+
+
+def measure(
+    made: dict[str, Any], table: Table, turns: list[list[Batch]], pids: list[int]
+) -> dict[str, Times]:
+    """Return the times by loop. The first turn compiles, and is not measured.
 
     made  {name of the loop: (weights, function that makes its steps)}
+    pids  process ids of the servers
     """
-    times: dict[str, list[float]] = {name: [] for name in made}
+    times, pids = {name: Times() for name in made}, [os.getpid(), *pids]
     for number, batches in enumerate(turns):
         for name, (weights, steps) in made.items():
-            begin = 0.0
+            begin = used = 0.0
             for at, _ in enumerate(steps(weights, table, batches)):
                 now = time.perf_counter()
                 if at > WARM and number:
-                    times[name].append(now - begin)
+                    times[name].steps.append(now - begin)
+                if at == WARM:
+                    used = sum(map(cpu, pids))
+                    now = time.perf_counter()
                 begin = now
+            if number:
+                times[name].busy += sum(map(cpu, pids)) - used
     return times
 
 
@@ -149,7 +174,7 @@ def main() -> None:
     pad = padded(max(len(np.unique(batch["key"])) for batch in drawn))
     turns = [drawn[at : at + count] for at in range(0, len(drawn), count)]
     for name, hidden in MODELS.items():
-        with shards(1) as (addresses, _), Client(addresses) as client:
+        with shards(1) as (addresses, pids), Client(addresses) as client:
             table = client.create_table("t", work.dim, optimizer="adagrad", lr=0.05)
             fill(table, np.arange(work.rows))
             loops: dict[str, Loop] = {
@@ -159,8 +184,8 @@ def main() -> None:
                 "input, stale 1": rows_as_inputs(1, pad),
             }
             weights = new_model(hidden, FIELDS * work.dim)
-            times = measure({each: (weights, f) for each, f in loops.items()}, table, turns)
-        p50 = {each: float(np.median(some)) * 1e3 for each, some in times.items()}
+            times = measure({each: (weights, f) for each, f in loops.items()}, table, turns, pids)
+        p50 = {each: float(np.median(some.steps)) * 1e3 for each, some in times.items()}
         base = p50["callback"] - p50["alone"]
         report.section(
             f"{name} model, hidden layers {hidden}, {given.samples:,} samples of {FIELDS} keys,"
@@ -172,7 +197,9 @@ def main() -> None:
                     "outside p50 ms": ms - p50["alone"],
                     "outside / callback": None if each == "alone" else (ms - p50["alone"]) / base,
                     "target": TARGET if each == "input, exact" else None,
-                    "steps": len(times[each]),
+                    "processor ms": times[each].busy / len(times[each].steps) * 1e3,
+                    "cores busy": times[each].busy / sum(times[each].steps),
+                    "steps": len(times[each].steps),
                 }
                 for each, ms in p50.items()
             ],
