@@ -3,6 +3,8 @@
 A region is a file in memory (memfd) that client and server both map. A chunk is a part of a region
 that holds the arrays of one request and of its answer. It is freed once nobody refers to it: the
 pipe does until the answer arrives, and the call does until its caller has copied the answer.
+
+A chunk has no ``__del__``: if a signal handler raised in it, the exception would be lost.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import mmap
 import os
 from bisect import insort
 from collections import deque
+from weakref import ref
 
 from psclient.errors import NoLane
 from psclient.signals import Shield
@@ -50,7 +53,8 @@ class Region:
         header = lanes.HEADER.pack(lanes.MAGIC, size, token)
         self.memory[: len(header)] = header
         self._free = [(lanes.HEADER_BYTES, size)]  # ascending, not adjacent: (start, end)
-        self._freed: deque[tuple[int, int]] = deque()
+        self._uses: set[Use] = set()
+        self._freed: deque[ref[Chunk]] = deque()  # of the uses that ended; any thread appends
 
     def sent(self) -> None:
         """Close the descriptor, because the server has its own."""
@@ -67,7 +71,10 @@ class Region:
         The caller holds the lock of the lane.
         """
         while self._freed:
-            self._put_back(*self._freed.popleft())
+            use = self._freed.popleft()
+            assert isinstance(use, Use)
+            self._uses.discard(use)
+            self._put_back(use.start, use.end)
         size = max(size + LINE - 1 & -LINE, LINE)
         for i, (start, end) in enumerate(self._free):
             if end - start >= size:
@@ -75,7 +82,9 @@ class Region:
                     del self._free[i]
                 else:
                     self._free[i] = start + size, end
-                return Chunk(self, start, start + size, self._freed)
+                chunk = Chunk(self, start, start + size)
+                self._uses.add(Use(chunk, self._freed))
+                return chunk
         return None
 
     def _put_back(self, start: int, end: int) -> None:
@@ -95,19 +104,31 @@ class Chunk:
     region  the region
     start   offset of its first byte in the region
     end     offset after its last byte
-    freed   receives (start, end) when the chunk is freed; any thread may free it
     """
 
-    __slots__ = ("_freed", "end", "region", "start")
+    __slots__ = ("__weakref__", "end", "region", "start")
 
-    def __init__(self, region: Region, start: int, end: int, freed: deque[tuple[int, int]]) -> None:
+    def __init__(self, region: Region, start: int, end: int) -> None:
         self.region = region
         self.start = start
         self.end = end
-        self._freed = freed
 
-    def __del__(self) -> None:
-        self._freed.append((self.start, self.end))
+
+class Use(ref[Chunk]):
+    """Reference to a chunk that outlives it, to tell its region which part is free then.
+
+    start, end  offsets of the chunk in the region
+    """
+
+    __slots__ = ("end", "start")
+
+    def __new__(cls, chunk: Chunk, freed: deque[ref[Chunk]]) -> Use:
+        """Create a reference that is appended to ``freed`` once the chunk is freed."""
+        return super().__new__(cls, chunk, freed.append)
+
+    def __init__(self, chunk: Chunk, freed: deque[ref[Chunk]]) -> None:
+        super().__init__(chunk, freed.append)  # type: ignore[call-arg]
+        self.start, self.end = chunk.start, chunk.end
 
 
 class Regions:

@@ -29,6 +29,8 @@ from psclient.tools.analysis import analyze
 from psclient.tools.ctl import app
 from psclient.tools.keys import inspect
 from psproto import ps_pb2 as pb
+from storage.gpu.cuda import CudaDevice
+from storage.gpu.device import NoDevice
 
 DIM, KEYS = 512, 8000
 TTL = 1000  # steps: more than the tests make, so that rows are evicted only when they ask for it
@@ -138,6 +140,11 @@ def whole(client: Client, table: str, **more: Any) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module", params=[FAKE, GPU])
 def shared(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Twins]:
+    if request.param == "gpu":
+        try:
+            CudaDevice()
+        except NoDevice as error:
+            pytest.skip(f"no GPU: {error}")
     twins = Twins(tmp_path_factory.mktemp("twins"), request.param)
     try:
         yield twins
