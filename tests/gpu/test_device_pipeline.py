@@ -22,6 +22,7 @@ from psclient import Client  # noqa: E402
 from psclient.torch import Embedding, EmbeddingBag, EmbeddingGroup  # noqa: E402
 
 DIM, KEYS, BATCHES = 16, 400, 30
+MORE = ("a", "b", "c", "d")  # further tables
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.slow),
     pytest.param("cuda", marks=pytest.mark.gpu),
@@ -56,27 +57,36 @@ def batches(device: str) -> list[dict[str, Any]]:
 
 
 def keys_of(batch: dict[str, Any]) -> dict[str, Any]:
-    return {"user": batch["user"], "tags": batch["tags"]}
+    more = {name: batch["user"] // (number + 2) for number, name in enumerate(MORE)}
+    return {"user": batch["user"], "tags": batch["tags"], **more}
 
 
 def train(client: Client, device: str, staleness: int | None) -> tuple[list[float], Any]:
     """Train with a scaler, clipping and accumulation; return the losses and the rows.
 
+    There are more tables with rows of one length than pushes under way.
+
     staleness  None: without the pipeline
     """
     users = client.create_table("user", DIM, optimizer="adagrad", lr=0.1, initializer="normal")
     tags = client.create_table("tags", DIM, optimizer="sgd", lr=0.1, initializer="normal")
-    group = EmbeddingGroup(client, {"user": Embedding(users), "tags": EmbeddingBag(tags)})
+    more = [
+        client.create_table(name, DIM, optimizer="sgd", lr=0.1, initializer="normal")
+        for name in MORE
+    ]
+    features: Any = {"user": Embedding(users), "tags": EmbeddingBag(tags)}
+    features |= {table.name: Embedding(table) for table in more}
+    group = EmbeddingGroup(client, features)
     group.to(device)
     torch.manual_seed(0)
-    net = nn.Linear(2 * DIM, 1).to(device)
+    net = nn.Linear(len(features) * DIM, 1).to(device)
     dense, rows = torch.optim.SGD(net.parameters(), lr=0.1), group.optimizer()
     scaler = torch.amp.GradScaler(device, init_scale=256.0)
     losses = []
 
     def step(number: int, batch: dict[str, Any], outputs: dict[str, Any]) -> None:
         assert outputs["user"].device.type == device
-        logits = net(torch.cat([outputs["user"], outputs["tags"]], 1))[:, 0]
+        logits = net(torch.cat([outputs[name] for name in features], 1))[:, 0]
         loss = nn.functional.binary_cross_entropy_with_logits(logits, batch["y"])
         losses.append(loss.detach())
         scaler.scale(loss).backward()
@@ -98,7 +108,7 @@ def train(client: Client, device: str, staleness: int | None) -> tuple[list[floa
         with group.pipeline(data, keys_of, **options) as turns:
             for number, (batch, outputs) in enumerate(turns):
                 step(number, batch, outputs)
-    found = {table.name: table.pull(np.arange(KEYS)) for table in (users, tags)}
+    found = {table.name: table.pull(np.arange(KEYS)) for table in (users, tags, *more)}
     for name in found:
         client.drop_table(name)
     return [loss.item() for loss in losses], found
