@@ -275,6 +275,7 @@ class Table:
         """
         missing = 0 if self.store.blocks is None else absent + len(self.store.cold(locations))
         if missing and not self.store.space.fits(missing, absent):
+            self.store.space.slack = 0  # other tables have taken what the last look found
             self.make_room([keys])
             locations, absent = self.store.find(keys)
         if missing and self.store.pressed:

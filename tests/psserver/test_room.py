@@ -53,16 +53,16 @@ def batch(keys: np.ndarray, seed: int, table: str = "t", **more: Any) -> Push:
     return push(keys.tolist(), table=table, gradients=gradients, **more)
 
 
-def apply(home: Home, item: Push) -> int:
+def apply(home: Home, *items: Push) -> int:
     """Push as the server does: wait for flushes. Returns how many there were."""
     for flushes in range(20):
         try:
-            home.shard.exchange([item], [])
+            home.shard.exchange(items, [])
             return flushes
         except NoRoom as error:
             home.flusher.flush()
             if flushes and error.oversized:
-                home.shard.exchange([item], [], exceed=True)
+                home.shard.exchange(items, [], exceed=True)
                 return flushes
     raise AssertionError("no room after 20 flushes")
 
@@ -161,6 +161,26 @@ def test_nothing_of_an_exchange_is_applied_if_one_of_its_pushes_finds_no_room(ho
     with pytest.raises(NoRoom, match="'b'"):
         node.shard.exchange([batch(few, 1, "a"), batch(many, 2, "b")], [])
     assert node.shard.version == before
+
+
+def test_a_push_finds_room_although_another_of_its_exchange_took_what_there_was(
+    home: Open,
+) -> None:
+    small, twin = home(8 * MIB, "a", "b"), home(256 * MIB, "a", "b")
+    for node in (small, twin):
+        for seed, name in enumerate("ab"):
+            for keys in np.split(np.arange(9000, dtype=np.uint64), 6):
+                apply(node, batch(keys, seed, name))
+        node.flusher.flush()
+        node.reopen()  # all rows are on disk
+        apply(node, batch(np.arange(10, dtype=np.uint64), 2, "b"))
+    most = np.arange(store(small, "a").room() - 20, dtype=np.uint64)
+    some = np.arange(10, 2010, dtype=np.uint64)
+    for node in (small, twin):
+        apply(node, batch(most, 3, "a"), batch(some, 4, "b"))
+    for name in "ab":
+        for one, other in zip(rows_of(small, name), rows_of(twin, name), strict=True):
+            assert np.array_equal(one, other)
 
 
 def test_pulls_move_nothing(home: Open) -> None:
