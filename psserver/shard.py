@@ -95,7 +95,6 @@ class Shard(ShardReads):
         self.shard_map = shard_map
         self.budget, self.gpu = Budget(memory_bytes), gpu
         owned = np.count_nonzero(shard_map.shard_of_bucket == number)
-        self.gpu = gpu
         self._reply_bytes = reply_bytes
         self._max_tables = max_tables
         super().__init__(

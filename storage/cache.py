@@ -15,10 +15,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from storage.index import Locations
 from storage.kernels import Keys, Slots, inline, jit
-from storage.slots import SlotEntries
+from storage.tiers.base import Writable
+from storage.tiers.hbm import HbmTier
 
 Policy = Literal["lru", "lfu"]
 
@@ -27,6 +29,7 @@ SHARE = 1 / 16  # the lowest-scoring part of the clean rows that may be chosen, 
 BATCH = 8192  # maximum number of rows chosen per call
 HALF_LIFE = 1e5  # steps, as of the eviction rule capacity_lfu
 
+_EVERYWHERE = np.empty(0, np.int64)
 _NONE = np.empty(0, np.int64), np.empty(0, np.uint64), np.empty(0, np.uint64)
 
 
@@ -43,16 +46,20 @@ def score(entries: Any, slot: Any, lfu: bool, half_life: float) -> Any:
 
 
 @inline
-def _clean(entries: Any, slot: Any) -> Any:
-    return entries[slot, 3] != 0 and entries[slot, 1] >> np.uint64(16) != 0
+def _clean(entries: Any, where: Any, slot: Any) -> Any:
+    clean = entries[slot, 3] != 0 and entries[slot, 1] >> np.uint64(16) != 0
+    return clean and (where.shape[0] == 0 or where[slot] >= 0)
 
 
 @jit
-def _sample(entries: Any, slots: Any, lfu: bool, half_life: float, out: Any) -> Any:
-    """Write the scores of the clean rows in some slots to ``out``; return how many there are."""
+def _sample(entries: Any, where: Any, slots: Any, lfu: bool, half_life: float, out: Any) -> Any:
+    """Write the scores of the clean rows in some slots to ``out``; return how many there are.
+
+    where  of the numbers of each slot, see tiers/hbm.py: only rows in host memory count; empty: all
+    """
     clean = 0
     for i in range(slots.shape[0]):
-        if _clean(entries, slots[i]):
+        if _clean(entries, where, slots[i]):
             out[clean] = score(entries, slots[i], lfu, half_life)
             clean += 1
     return clean
@@ -61,6 +68,7 @@ def _sample(entries: Any, slots: Any, lfu: bool, half_life: float, out: Any) -> 
 @jit
 def _take(
     entries: Any,
+    where: Any,
     used: int,
     hand: int,
     threshold: float,
@@ -72,6 +80,7 @@ def _take(
 ) -> Any:
     """Take clean rows that score at most ``threshold``, from slot ``hand`` on, at most one circle.
 
+    where               see ``_sample``
     slots, keys, homes  [n]  written from index 0 on; n is the maximum to take
 
     Returns (number of rows taken, slot to continue at).
@@ -82,7 +91,7 @@ def _take(
             break
         slot = hand
         hand = hand + 1 if hand + 1 < used else 0
-        if _clean(entries, slot) and score(entries, slot, lfu, half_life) <= threshold:
+        if _clean(entries, where, slot) and score(entries, slot, lfu, half_life) <= threshold:
             slots[taken] = slot
             keys[taken] = entries[slot, 0]
             homes[taken] = entries[slot, 3]
@@ -114,16 +123,16 @@ def _tail(entries: Any, first: int, used: int, slots: Any, keys: Any, homes: Any
 class Cache:
     """Chooses rows of one table that leave host memory.
 
-    entries    the slots of the tier
+    tier       has the rows
     policy     "lru" or "lfu"
     half_life  for lfu: number of training steps of the table after which a row that is not pushed
                counts as if it had been pushed half as often
     """
 
     def __init__(
-        self, entries: SlotEntries, policy: Policy = "lru", half_life: float = HALF_LIFE
+        self, tier: Writable, policy: Policy = "lru", half_life: float = HALF_LIFE
     ) -> None:
-        self._entries = entries
+        self._tier, self._entries = tier, tier.slots
         self._lfu = policy == "lfu"
         self._half_life = half_life
         self._hand = 0
@@ -133,8 +142,19 @@ class Cache:
         """Return (slots, keys, homes) of up to ``count`` clean rows with the lowest scores.
 
         Returns at most BATCH rows; none if there are no clean rows. The caller must release the
-        slots before the next call.
+        slots before the next call. Rows in GPU memory stay as long as that would make no room:
+        while host memory has other rows, and has slots for all the rows that fit into it.
         """
+        tier = self._tier
+        if not isinstance(tier, HbmTier):
+            return self._victims(count, _EVERYWHERE)
+        found = self._victims(count, tier.where)
+        if len(found[0]) or (tier.in_host and not tier.few_slots):
+            return found
+        return self._victims(count, _EVERYWHERE)
+
+    def _victims(self, count: int, where: NDArray[np.int64]) -> tuple[Slots, Keys, Locations]:
+        """Do what ``victims`` describes. where: see ``_sample``."""
         entries, used = self._entries.array, self._entries.used
         count = min(count, BATCH)
         if not used:
@@ -142,7 +162,7 @@ class Cache:
         scoring = self._lfu, self._half_life
         scores = np.empty(min(SAMPLE, used))
         looked = np.arange(used) if used <= SAMPLE else self._rng.integers(0, used, SAMPLE)
-        clean = _sample(entries, looked, *scoring, scores)
+        clean = _sample(entries, where, looked, *scoring, scores)
         threshold = np.inf
         if clean:
             share = max(SHARE, 2 * count * len(looked) / (clean * used))
@@ -152,7 +172,7 @@ class Cache:
         homes = np.empty(count, np.uint64)
         self._hand = self._hand if self._hand < used else 0
         taken, self._hand = _take(
-            entries, used, self._hand, float(threshold), *scoring, slots, keys, homes
+            entries, where, used, self._hand, float(threshold), *scoring, slots, keys, homes
         )
         return slots[:taken], keys[:taken], homes[:taken]
 

@@ -37,6 +37,10 @@ class Room:
         spare = min(self._budget.spare, own)
         return self._host.room(spare)
 
+    def oversized(self, count: int) -> bool:
+        """Return whether ``count`` rows are more than host memory can have at once."""
+        return count > self._host.in_host + self.rows()
+
     @property
     def near_limit(self) -> bool:
         """True if the table must take no more memory than it needs."""

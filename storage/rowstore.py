@@ -77,7 +77,7 @@ class RowStore:
         self._tiers: dict[int, Tier] = {self.host.code: self.host}  # where rows are, by code
         self.blocks: Blocks | None = None
         self.moves = Moves()
-        self._cache = Cache(self.host.slots)
+        self._cache = Cache(self.host)
         self.balance: Balance | None = None
         self.space = Room(budget, self.host, self.index)
         self.watch = Watch()
@@ -99,7 +99,7 @@ class RowStore:
         policy, half_life  see Cache
         """
         self.space.limit = self._budget.limit if limit is None else limit
-        self._cache = Cache(self.host.slots, policy, half_life)
+        self._cache = Cache(self.host, policy, half_life)
         if isinstance(self.host, HbmTier):
             self.balance = Balance(self.host, self.moves, policy, half_life)
 
@@ -115,7 +115,7 @@ class RowStore:
         self.host.close()
         tier = HbmTier(self._dim, self._state, self._budget, gpu, limit)
         self.host, self._tiers = tier, {tier.code: tier}
-        self._cache, self.balance = Cache(tier.slots), Balance(tier, self.moves)
+        self._cache, self.balance = Cache(tier), Balance(tier, self.moves)
         self.space = Room(self._budget, tier, self.index)
 
     # ---- reading
@@ -346,10 +346,6 @@ class RowStore:
         """
         return self.tight and self.demote(0) > 0 and self.tight
 
-    def oversized(self, count: int) -> bool:
-        """Return whether ``count`` rows are more than host memory can have at once."""
-        return count > self.host.rows + self.room()
-
     @property
     def held(self) -> int:
         """Bytes of memory that the slots take. See arena.Holder."""
@@ -360,20 +356,25 @@ class RowStore:
 
         Only the end of the memory can be given back. So the clean rows there leave, whatever their
         scores are. Rows before the last dirty row stay until the next flush makes that row clean.
+        Beside GPU memory, rows in host memory leave first, wherever they are.
         """
         self.space.slack = 0
         host, size = self.host, max(LEAST_SHRINK, min(size, MOST_SHRINK))
-        before, count = host.bytes, -(-size // self.space.row_bytes)
+        before, count, end = host.bytes, -(-size // self.space.row_bytes), host.capacity
         host.compact(size)
+        if before - host.bytes < size and isinstance(host, HbmTier):
+            self.demote(count)
+            host.compact(size - (before - host.bytes))
+            size, end = LEAST_SHRINK, host.slots.used
         if before - host.bytes < size:
-            slots, keys, homes, stay = self._cache.tail(max(0, host.capacity - count))
+            slots, keys, homes, stay = self._cache.tail(max(0, end - count))
             self._leave(slots, keys, homes)
             host.cut(min(stay, host.slots.used))
             host.compact(size - (before - host.bytes))
         return before - host.bytes
 
     def demote(self, count: int) -> int:
-        """Give up the host copies of at least ``count`` clean rows, those with the lowest scores.
+        """Give up the copies in memory of at least ``count`` clean rows; see Cache.victims.
 
         Tries to demote 1/AHEAD of the rows more, so that it need not be called soon again. Returns
         how many rows were demoted, which is less than ``count`` if there were too few clean rows.

@@ -320,7 +320,7 @@ class Table:
             if store.moves.demotions == demotions:
                 break
         if not fits:
-            self._refuse(missing, new, store.oversized(every))
+            self._refuse(missing, new, store.space.oversized(every))
 
     def _refuse(self, missing: int, new: int, oversized: bool) -> None:
         """Raise NoRoom if a flush can make room, or OutOfMemory if not even that helps.

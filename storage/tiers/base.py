@@ -145,6 +145,11 @@ class Writable(Tier, Protocol):
         ...
 
     @property
+    def in_host(self) -> int:
+        """Number of rows whose numbers are in host memory."""
+        ...
+
+    @property
     def capacity(self) -> int:
         """Number of slots for which there is memory."""
         ...

@@ -156,6 +156,16 @@ class HbmTier:
         return self.slots.rows
 
     @property
+    def in_host(self) -> int:
+        return self._far.rows
+
+    @property
+    def few_slots(self) -> bool:
+        """True if there is memory for more rows than slots: then any row that leaves makes room."""
+        slots, rows = self._free()
+        return slots < rows
+
+    @property
     def bytes(self) -> int:
         """Bytes of host memory."""
         parts = self.slots, self._where, self._slab, self._far, self._near

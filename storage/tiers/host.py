@@ -104,6 +104,10 @@ class HostTier:
         return self.slots.rows
 
     @property
+    def in_host(self) -> int:
+        return self.slots.rows
+
+    @property
     def bytes(self) -> int:
         return self._slab.bytes + self.slots.bytes
 
