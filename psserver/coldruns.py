@@ -326,6 +326,7 @@ class ColdRuns:
             self._engine.post(partial(self._balance, again))
 
     def _relieve(self, tight: Sequence[TableEntry]) -> None:
+        self._relieving = False  # so that an error does not end this for good
         tight = self._shard.pushroom.relieve(tight)
         self._relieving = bool(tight)
         if tight:

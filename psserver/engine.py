@@ -13,13 +13,20 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
+
+import structlog
 
 from psserver.busypoll import BusyPoll
 from psserver.errors import DeadlinePassed
 from psserver.loops import post
 from storage.threads import Background
+
+LOG_SECONDS = 60.0  # least time between two log lines about posted calls that failed
+
+log = structlog.get_logger()
 
 Result = TypeVar("Result")
 _Job = tuple[Callable[[], Any], float, "asyncio.Future[Any] | None"]
@@ -42,13 +49,17 @@ class Inline:
 
 
 class Engine:
-    """One thread that runs calls on the shard, on behalf of an event loop and of worker threads."""
+    """One thread that runs calls on the shard, on behalf of an event loop and of worker threads.
+
+    failures  number of posted calls that failed
+    """
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._counting = threading.Lock()
         self._unfinished = 0  # calls submitted and not finished
         self._turn = threading.Lock()  # held by the thread that runs a call
+        self.failures, self._logged = 0, -LOG_SECONDS
         self._thread = Background("engine", self._run)
 
     def open(self, loop: asyncio.AbstractEventLoop, busy_poll: float = 0.0) -> None:
@@ -123,11 +134,24 @@ class Engine:
         return threading.get_ident() == self._thread.ident
 
     def post(self, call: Callable[[], Any]) -> None:
-        """Run ``call`` on the engine thread later; its result and its errors are ignored.
+        """Run ``call`` on the engine thread later; its result is ignored, its error is logged.
 
         Any thread may call this, the engine's too.
         """
-        self._put((call, float("inf"), None))
+        self._put((partial(self._alone, call), float("inf"), None))
+
+    def _alone(self, call: Callable[[], Any]) -> None:
+        """Run a posted call. Nobody waits for it, so an error is counted, and logged now and then.
+
+        Such calls move rows, or prepare to read them. Requests go on without them.
+        """
+        try:
+            call()
+        except Exception:
+            self.failures += 1
+            if time.monotonic() - self._logged >= LOG_SECONDS:
+                self._logged = time.monotonic()
+                log.exception("work between requests failed", failures=self.failures)
 
     def _put(self, job: _Job) -> None:
         with self._counting:

@@ -128,6 +128,11 @@ class ShardCollector(Collector):
             ("ps_engine_waiting", "Calls that wait for the engine thread.", self._engine.waiting),
         ):
             yield GaugeMetricFamily(name, help, value)
+        yield CounterMetricFamily(
+            "ps_engine_failures",
+            "Failures of work between requests: moves of rows, and reads ahead of requests.",
+            self._engine.failures,
+        )
         if shard.gpu is not None:
             yield from _gpu(shard.gpu)
 

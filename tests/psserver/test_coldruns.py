@@ -458,3 +458,22 @@ def test_a_push_larger_than_memory_is_applied_and_the_memory_is_given_back(tmp_p
         assert budget.held <= budget.limit
 
     serve(act, tmp_path, "--max-message-bytes", str(64 * MIB))
+
+
+def test_work_between_requests_goes_on_after_it_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+
+    def fails(entries: Any) -> Any:
+        calls.append(len(entries))
+        raise ZeroDivisionError
+
+    async def act(peer: Peer) -> int:
+        monkeypatch.setattr(peer.server._shard.pushroom, "relieve", fails)
+        monkeypatch.setattr(peer.server._shard.pushroom, "tight", lambda pushes: [None])
+        await fill(peer)
+        await until(lambda: len(calls) > 1)
+        return peer.engine.failures
+
+    assert serve(act, tmp_path) > 1

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from psserver.busypoll import BusyPoll
 from psserver.engine import Engine
@@ -51,6 +52,19 @@ def test_calls_run_on_the_thread_named_engine_and_no_other() -> None:
         return set(await asyncio.gather(*names))
 
     assert with_engine(act) == {"engine"}
+
+
+def test_a_posted_call_that_fails_is_counted_and_logged_and_others_go_on() -> None:
+    async def act(engine: Engine) -> int:
+        for _ in range(3):
+            engine.post(lambda: 1 // 0)
+        return await engine.submit(lambda: engine.failures)
+
+    with capture_logs() as logged:
+        assert with_engine(act) == 3
+    (line,) = logged  # not one for each request
+    assert (line["event"], line["log_level"]) == ("work between requests failed", "error")
+    assert line["exc_info"]
 
 
 def test_results_are_delivered_on_the_loop() -> None:
