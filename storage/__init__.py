@@ -73,6 +73,7 @@ tiers/host.py    rows in host memory
 gpu/staging.py   a queue, and the page-locked memory through which batches reach its kernels
 gpu/slab.py      rows in device memory, in pieces that never move
 gpu/gpu.py       the GPU of a shard: device, budget, page-locked memory
+tiers/places.py  where the rows of an HbmTier are: in host memory, or in GPU memory
 tiers/hbm.py     rows in GPU memory and in host memory
 tiers/lmdb.py    rows in the blocks of the base
 coldrows.py      the rows in blocks, for eviction sweeps

@@ -58,7 +58,7 @@ def _choose(
 ) -> Any:
     """Find rows to move among the slots start..stop-1.
 
-    where       of the numbers of each slot; see tiers/hbm.py
+    where       of the numbers of each slot; see tiers/places.py
     enter       rows in host memory with at least this score enter the GPU
     leave       rows in GPU memory with at most this score may leave it
     up, down    int64[n]  written: slots of rows that enter, and that may leave

@@ -55,7 +55,8 @@ def _clean(entries: Any, where: Any, slot: Any) -> Any:
 def _sample(entries: Any, where: Any, slots: Any, lfu: bool, half_life: float, out: Any) -> Any:
     """Write the scores of the clean rows in some slots to ``out``; return how many there are.
 
-    where  of the numbers of each slot, see tiers/hbm.py: only rows in host memory count; empty: all
+    where  of the numbers of each slot, see tiers/places.py: only rows in host memory count; if it
+           is empty, all rows
     """
     clean = 0
     for i in range(slots.shape[0]):
