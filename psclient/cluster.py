@@ -28,6 +28,7 @@ from psproto import ps_pb2 as pb
 from psproto import routing
 
 WATCH = 0.1  # seconds between two checks for calls past their deadline
+PATIENCE = 0.05  # seconds that such a check waits for a link that is busy
 ROOM = 4096  # bytes of each message that are reserved for headers
 
 Result = TypeVar("Result")
@@ -229,7 +230,9 @@ def _watch(links: Sequence[Link], stop: SimpleQueue[None]) -> None:
             wake_delayed()
             now = time.monotonic()
             for link in links:
-                link.watch(now)
+                if link.lock.acquire(timeout=PATIENCE):  # else it opens a lane: the others go on
+                    link.lock.release()
+                    link.watch(now)
         else:
             for link in links:
                 link.close()

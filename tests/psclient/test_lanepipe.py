@@ -9,12 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import pytest
 
-from psclient import lanelink
+from psclient import cluster, lanelink
 from psclient.errors import NoLane
 from psclient.lanelink import LaneLink
 from psclient.lanepipe import LanePipe
@@ -183,6 +184,24 @@ def test_a_lane_opens_before_the_first_deadline(monkeypatch: pytest.MonkeyPatch)
     assert 0 < allowed[0] <= 0.5
     assert allowed[1:] == [lanelink.HELLO_SECONDS, lanelink.SHORTEST]
     link.close()
+
+
+def test_deadlines_of_other_shards_are_watched_while_a_lane_opens() -> None:
+    """A server that hangs may take some seconds, in which the lock of its link is held."""
+    busy, other = (StreamLink("a shard", Route("127.0.0.1:1"), Session(1, 1)) for _ in range(2))
+    late = call(0)
+    late.deadline = time.monotonic() - 60
+    other._open[0] = late
+    stop: SimpleQueue[None] = SimpleQueue()
+    thread = threading.Thread(target=cluster._watch, args=([busy, other], stop))
+    with busy.lock:
+        thread.start()
+        until = time.monotonic() + 60
+        while not late.done:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    stop.put(None)
+    thread.join()
 
 
 def test_a_call_that_is_sent_on_two_pipes_was_tried_twice(monkeypatch: pytest.MonkeyPatch) -> None:
