@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from psproto import codec, routing
 from psproto import ps_pb2 as pb
-from storage import initializers, optimizers
+from storage import balance, initializers, optimizers
 from storage.admission import rules as admission
 from storage.analysis import RowColumns, Summary
 from storage.arena import Budget
@@ -41,6 +41,7 @@ def warm() -> None:
     optimizers.compile_all()
     admission.compile_all()
     eviction.compile_all()
+    balance.compile_all()
     for written in (True, False):
         keys = _view(np.arange(4, dtype=np.uint64), written)
         _warm_table(keys, written)

@@ -16,11 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from storage.arena import Budget
 from storage.cache import HALF_LIFE, SAMPLE, Policy, score
 from storage.errors import OutOfMemory
 from storage.kernels import ABSENT, Slots, jit
+from storage.owners import Owners
 from storage.results import Moves
 from storage.tiers.hbm import HbmTier
+from storage.tiers.places import Places
 
 ENTER = 0.9  # share of the rows for which the GPU has room that are good enough to enter it
 STIR = 16  # a circle begins when 1/STIR of the rows in memory were pushed or written
@@ -205,3 +208,17 @@ class Balance:
             self._moves.hbm_promotions += len(up)
             self._moves.hbm_demotions += len(down)
         return moved
+
+
+def compile_all() -> None:
+    """Run the kernels that move rows once: they are compiled, or loaded. No GPU is needed."""
+    entries, slots = np.zeros((1, 4), np.uint64), np.zeros(1, np.int64)
+    for lfu in (False, True):
+        _scores(entries, slots, lfu, HALF_LIFE, np.empty(1))
+        _choose(entries, slots, 0, 1, 0.0, 0.0, lfu, HALF_LIFE, slots, slots.copy())
+    Places(slots, slots)
+    owners = Owners(Budget(1 << 20))
+    owners.grow(1)
+    owners.give(owners.take(slots))
+    owners.empty_from(0)
+    owners.close()

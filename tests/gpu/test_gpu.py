@@ -10,6 +10,7 @@ import pytest
 from cpukernels import compiler
 from fakedevice import MODES, FakeDevice
 
+from storage import balance, owners
 from storage.arena import Budget
 from storage.errors import OutOfMemory
 from storage.gpu.device import OutOfDeviceMemory
@@ -20,6 +21,8 @@ from storage.initializers import make_initializer
 from storage.optimizers import OPTIMIZERS, make_optimizer
 from storage.schema import MAX_DIM, TableSchema
 from storage.table import Table
+from storage.tiers import places
+from storage.tiers.hbm import HbmTier
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ to compile the CUDA kernels")
 ROWS, WIDTH = 1500, 200  # more than page-locked memory takes at once
@@ -92,14 +95,16 @@ def test_without_page_locked_memory_there_is_no_gpu() -> None:
         Gpu(Swamped("early"), 1 << 30)
 
 
+def schema_of(name: str) -> TableSchema:
+    optimizer, initializer = make_optimizer("adam", None, {}), make_initializer("uniform", {})
+    return TableSchema(name=name, dim=512, optimizer=optimizer, initializer=initializer)
+
+
 def test_a_table_for_which_the_gpu_has_no_room_stays_in_host_memory() -> None:
     gpu = Gpu(FakeDevice("early"), 40 << 20)
-    optimizer = make_optimizer("adam", None, {})
     tables = []
     for name in ("first", "second"):
-        initializer = make_initializer("uniform", {})
-        schema = TableSchema(name=name, dim=512, optimizer=optimizer, initializer=initializer)
-        tables.append(Table(schema, Budget(1 << 30)))
+        tables.append(Table(schema_of(name), Budget(1 << 30)))
         tables[-1].attach_gpu(gpu)
     keys = np.arange(2000, dtype=np.uint64)
     for version, table in enumerate(tables, 1):
@@ -111,6 +116,34 @@ def test_a_table_for_which_the_gpu_has_no_room_stays_in_host_memory() -> None:
             pass
     found = [{tier.tier: tier.rows for tier in table.stats().tiers} for table in tables]
     assert found == [{"hbm": 2000, "host": 0}, {"hbm": 0, "host": 2000}]
+
+
+def test_a_server_compiles_nothing_when_rows_first_move() -> None:
+    kernels = balance._scores, balance._choose, owners._take, owners._give, owners._without
+    kernels = *kernels, places._split
+    pytest.importorskip("psserver.warm").warm()
+    compiled = [len(each.signatures) for each in kernels]
+    assert all(compiled)
+    table = Table(schema_of("t"), Budget(1 << 30))
+    table.attach_gpu(Gpu(FakeDevice("early"), 64 << 20))
+    keys = np.arange(12_000, dtype=np.uint64)  # more than the GPU has room for
+    for version in (1, 2, 3):
+        pushed = np.split(keys, 6) if version < 3 else [keys[:3000], keys[9000:]]
+        for some in pushed:
+            gradients = np.ones((len(some), 512), np.float32)
+            table.push(some, gradients, np.ones(len(some), np.uint32), version=version, step=1)
+            chooses = table.store.balance
+            assert chooses is not None
+            while chooses.slice():
+                pass
+        table.delete(keys[:1000])
+    host = table.store.host
+    assert isinstance(host, HbmTier)
+    assert 0 < host.hbm_rows < len(table)
+    host.compact(1 << 30)
+    table.delete(keys)
+    host.shrink_hbm()
+    assert [len(each.signatures) for each in kernels] == compiled
 
 
 class TestPause:
