@@ -146,6 +146,7 @@ def _use_blocks(mapped: BlockFile, file: int, keys: Keys, written: bool) -> None
     table.store.move(first, np.arange(len(keys)), _write(table, file, BLOCK_AT + 65_536), 0)
     for _ in range(2):  # promotes
         table.push(keys, gradients, counts, version=2, step=0)
+    table.store.shrink(1)
     table.close()
 
 

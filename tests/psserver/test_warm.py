@@ -15,7 +15,13 @@ from servers import free_ports
 from psclient import Client, Follower, admin
 from psclient.tools.analysis import analyze
 from psclient.tools.keys import inspect
-from storage.optimizers import OPTIMIZERS
+from psserver.warm import warm
+from storage import cache, slots
+from storage.arena import Budget
+from storage.initializers import make_initializer
+from storage.optimizers import OPTIMIZERS, make_optimizer
+from storage.schema import TableSchema
+from storage.table import Table
 
 SERVE = """
 import sys
@@ -132,3 +138,18 @@ def test_nothing_is_compiled_after_the_start(tmp_path: Path) -> None:
         server.stop(15)
     assert "\n".join(server.cold()) == ""
     assert os.path.exists(tmp_path / "checkpoints")
+
+
+def test_nothing_is_compiled_when_a_table_gives_memory_back() -> None:
+    """Another table takes the memory, which happens late in the life of a server."""
+    warm()
+    kernels = cache._tail, slots._cut
+    compiled = [list(each.signatures) for each in kernels]
+    assert all(compiled)
+    optimizer, initializer = make_optimizer("sgd", None, {}), make_initializer("zeros", {})
+    schema = TableSchema(name="t", dim=3, optimizer=optimizer, initializer=initializer)
+    table = Table(schema, Budget(64 << 20))
+    keys, counts = np.arange(100, dtype=np.uint64), np.ones(100, np.uint32)
+    table.push(keys, np.ones((100, 3), np.float32), counts, version=1, step=0)
+    table.store.shrink(1)
+    assert [list(each.signatures) for each in kernels] == compiled
