@@ -14,11 +14,11 @@ pytest.importorskip("lmdb")
 
 from cpukernels import compiler
 from fakedevice import FakeDevice
-from stores import Home, push, schema
 
 from storage.errors import NoRoom
 from storage.gpu.gpu import Gpu
 from storage.optimizers import make_optimizer
+from tests.stores import Home, push, schema
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ to compile the CUDA kernels")
 MIB, DIM = 1 << 20, 256
