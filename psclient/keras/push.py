@@ -50,7 +50,7 @@ class Push(keras.callbacks.Callback):
         assert feed is not None
         number, ticket = feed.oldest()
         taps = {each: _value(self._of, each) for each in feed.features.layers if each.trainable}
-        if _may_skip(self._of.optimizer) and any(
+        if _may_skip(self._of.optimizer) and all(  # else a layer's gradients may be lost
             layer.read(np.asarray(tap))[0] != number for layer, tap in taps.items()
         ):
             gradients = None

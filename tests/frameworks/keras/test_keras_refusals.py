@@ -146,3 +146,26 @@ def test_a_step_that_takes_no_gradients(table: Table) -> None:
     with pytest.raises((InvalidArgument, PushFailed), match=r"gradients of layer 'items'.*lost"):
         model.fit(feed(DATA, model), callbacks=[Push(model)], verbose=0)
     assert table.describe().rows == 0
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_layer_that_takes_no_gradients(table: Table, scaled: bool) -> None:
+    """A batch is skipped only if the optimizer has skipped all layers."""
+    good, deaf = (Embedding(table, name=each, features=[each]) for each in ("good", "deaf"))
+
+    class Model(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.good, self.deaf, self.head = good, deaf, keras.layers.Dense(1)
+
+        def call(self, inputs: Any, training: bool = False) -> Any:
+            taken = self.good(inputs["good"], training=training)
+            return self.head(taken + self.deaf(inputs["deaf"], training=False))
+
+    model = Model()
+    optimizer = keras.optimizers.SGD(0.1)
+    model.compile(keras.optimizers.LossScaleOptimizer(optimizer) if scaled else optimizer, "mse")
+    data = [({"good": batch["item"], "deaf": batch["item"]}, y) for batch, y in DATA]
+    with pytest.raises((InvalidArgument, PushFailed), match=r"gradients of layer 'deaf'.*lost"):
+        model.fit(feed(data, model), callbacks=[Push(model)], verbose=0)
