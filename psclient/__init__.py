@@ -24,12 +24,14 @@ link.py        connection to one shard: base class of stream.py and unary.py
 pipe.py        connections that carry many requests at once, and the one through gRPC
 stream.py      connection to one shard through a stream, which is a pipe
 regions.py     shared memory of a same-host lane
+gpuregions.py  GPU memory of a same-host lane
 lanepipe.py    the pipe through a same-host lane
 lanelink.py    connection to one shard through its same-host lane, or else through gRPC
 unary.py       connection to one shard through unary calls
 moved.py       requests sent again to the owners of their keys
 fanout.py      unary calls to several shards at once
 cluster.py     connections to all shards, and the shard map
+gpurows.py     copy pulled rows within GPU memory
 outputs.py     arrays of the caller that rows are written to
 request.py     pushes and pulls of a request, and the messages that carry them
 arguments.py   check the arguments of pulls and pushes

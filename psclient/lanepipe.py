@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from psclient.errors import NoLane
+from psclient.gpuregions import GpuRegions
 from psclient.pipe import PipeLost
 from psclient.regions import Chunk, Region, Regions
 from psclient.session import Call
@@ -36,14 +37,15 @@ class LanePipe:
     offer    the server's answer to GetServerInfo: the path of its socket, and the token
     seconds  maximum time to wait for the server's answer to the first message
 
-    refused  why the server refused the memory of this client; "": it did not
+    refused      why the server refused the memory of this client; "": it did not
+    gpu_regions  GPU memory that the server writes rows to
 
     Raises NoLane with the reason if the lane cannot be used.
     """
 
     def __init__(self, offer: pb.Lane, seconds: float = HELLO_SECONDS) -> None:
         self.refused = ""
-        self._regions = Regions(offer.token)
+        self._regions, self.gpu_regions = Regions(offer.token), GpuRegions(offer.gpu)
         # by id of the call: its memory, its request, and the offset of the room of each pull
         self._waiting: dict[int, tuple[Chunk, codec.Exchange, list[int]]] = {}
         self._received = bytearray()  # the beginning of a message that is not complete
@@ -60,6 +62,9 @@ class LanePipe:
             self._socket.close()
 
     def send(self, call: Call) -> None:
+        for pull in call.exchange.pulls:
+            if pull.device is not None:
+                self._find_room(pull, pull.device)
         chunk = self._regions.take(lanes.exchange_bytes(call.exchange))
         region = chunk.region
         request, rooms = lanes.encode_request(
@@ -73,8 +78,24 @@ class LanePipe:
         self._put(lanes.framed(request), list(fresh))
         fresh.clear()
 
+    def _find_room(self, pull: codec.PullMessage, device: int) -> None:
+        """Take GPU memory for the rows of a pull; ask the server to map more if it is too little.
+
+        Until the server has answered, rows go through shared memory.
+
+        device  number of the GPU that needs the rows
+        """
+        regions = self.gpu_regions
+        pull.gpu_room = regions.room(device, 4 * len(pull.keys) * pull.dim)
+        if (region := regions.fresh) is not None:
+            regions.fresh = None
+            self._put(lanes.framed(region.registration().SerializeToString()), [])
+
     def receive(self) -> tuple[int, codec.Exchanged | pb.Status]:
         reply = lanes.decode_response(self._message())
+        if reply.id >= lanes.REGISTRATION:
+            self.gpu_regions.answered(reply.error.message)
+            return reply.id, codec.Exchanged([], [])
         sent = self._waiting.pop(reply.id, None)
         if reply.HasField("error"):
             if _reason(reply.error) in LANE_REASONS:
@@ -98,6 +119,7 @@ class LanePipe:
         """In a forked child: close the socket, and forget the memory. The parent keeps both."""
         self._socket.close()
         self._regions.forget()
+        self.gpu_regions.forget()
         self._waiting.clear()
         self._unsent.clear()
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from psclient.arrays import Rows
 from psclient.errors import InvalidArgument
+from psclient.gpurows import Arrived
 
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13  # device types of DLPack
 
@@ -21,17 +22,33 @@ class Output:
 
     rows   float32[*shape], in host memory, into which the answer is decoded
     given  what the caller passed
-    copy   copies ``rows`` into ``given``, which is on a GPU; None: ``rows`` is its memory
+    copy   copies ``rows`` into ``given``, which is on a GPU, if it is passed True, and gives
+           ``rows`` back; None: ``rows`` is the memory of ``given``
+
+    device   number of the GPU that has ``given``; None: it is in host memory
+    arrived  parts of the answer that are in GPU memory, not in ``rows``
+    in_host  whether ``rows`` has parts of the answer
     """
 
-    def __init__(self, rows: Rows, given: Any, copy: Callable[[], None] | None = None) -> None:
-        self.rows, self._given, self._copy = rows, given, copy
+    def __init__(
+        self,
+        rows: Rows,
+        given: Any,
+        copy: Callable[[bool], None] | None = None,
+        device: int | None = None,
+    ) -> None:
+        self.rows, self._given, self._copy, self.device = rows, given, copy, device
+        self.arrived: list[Arrived] = []
+        self.in_host = False
 
     def finish(self) -> Any:
         """Return what the caller passed, once it has the rows."""
         copy, self._copy = self._copy, None
         if copy is not None:
-            copy()
+            copy(self.in_host)
+        for part in self.arrived:
+            part.put(_framework(self._given), self._given)
+        self.arrived.clear()
         return self._given
 
 
@@ -175,7 +192,7 @@ def _allocate(framework: str, count: int) -> Rows:
 
 def _on_gpu(given: Any, shape: tuple[int, ...], name: str) -> Output:
     """Return the Output of an array on a GPU: rows are decoded into page-locked memory first."""
-    framework = type(given).__module__.split(".")[0]
+    framework = _framework(given)
     if framework not in ("torch", "cupy"):
         raise InvalidArgument(
             f"{name}: arrays on a GPU must be those of PyTorch or CuPy, got {framework}"
@@ -184,8 +201,10 @@ def _on_gpu(given: Any, shape: tuple[int, ...], name: str) -> Output:
     buffer = _pool.take(framework, count)
     rows = buffer[:count].reshape(shape)
 
-    def copy() -> None:
-        if framework == "torch":
+    def copy(needed: bool) -> None:
+        if not needed:
+            pass
+        elif framework == "torch":
             import torch
 
             given.detach().copy_(torch.from_numpy(rows), non_blocking=True)
@@ -197,4 +216,9 @@ def _on_gpu(given: Any, shape: tuple[int, ...], name: str) -> Output:
             cupy.cuda.get_current_stream().synchronize()
         _pool.give_back(framework, buffer)
 
-    return Output(rows, given, copy)
+    return Output(rows, given, copy, int(given.__dlpack_device__()[1]))
+
+
+def _framework(given: Any) -> str:
+    """Return the name of the package that an array is of."""
+    return type(given).__module__.split(".")[0]

@@ -14,6 +14,7 @@ import mmap
 import os
 from bisect import insort
 from collections import deque
+from typing import Any
 from weakref import ref
 
 from psclient.errors import NoLane
@@ -25,45 +26,16 @@ PAGE = 4096
 LINE = 64  # chunks begin at a multiple of it, a cache line
 
 
-class Region:
-    """Shared memory for requests.
+class Space:
+    """Memory that is divided into chunks.
 
-    number  its number on the lane
-    size    bytes
-    token   token of the lane, which the header of the region has
-
-    memory  the mapped memory
-    fd      descriptor of the file, until ``sent``; -1 afterwards
-
-    Raises OSError if the system has no memory.
+    start, end  offsets of the part that chunks may take
     """
 
-    def __init__(self, number: int, size: int, token: bytes) -> None:
-        self.number = number
-        self.fd = os.memfd_create("ps-lane", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            os.posix_fallocate(self.fd, 0, size)  # so that the memory is charged to this process
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-            self.memory = mmap.mmap(
-                self.fd, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-            )
-        except BaseException:
-            self.sent()
-            raise
-        header = lanes.HEADER.pack(lanes.MAGIC, size, token)
-        self.memory[: len(header)] = header
-        self._free = [(lanes.HEADER_BYTES, size)]  # ascending, not adjacent: (start, end)
+    def __init__(self, start: int, end: int) -> None:
+        self._free = [(start, end)]  # ascending, not adjacent: (start, end)
         self._uses: set[Use] = set()
         self._freed: deque[ref[Chunk]] = deque()  # of the uses that ended; any thread appends
-
-    def sent(self) -> None:
-        """Close the descriptor, because the server has its own."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __del__(self) -> None:
-        self.sent()
 
     def take(self, size: int) -> Chunk | None:
         """Return a free chunk of at least ``size`` bytes; None if there is none.
@@ -98,17 +70,56 @@ class Region:
             free[i - 1 : i + 1] = [(free[i - 1][0], free[i][1])]
 
 
+class Region(Space):
+    """Shared memory for requests.
+
+    number  its number on the lane
+    size    bytes
+    token   token of the lane, which the header of the region has
+
+    memory  the mapped memory
+    fd      descriptor of the file, until ``sent``; -1 afterwards
+
+    Raises OSError if the system has no memory.
+    """
+
+    def __init__(self, number: int, size: int, token: bytes) -> None:
+        self.number = number
+        self.fd = os.memfd_create("ps-lane", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.posix_fallocate(self.fd, 0, size)  # so that the memory is charged to this process
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+            self.memory = mmap.mmap(
+                self.fd, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            )
+        except BaseException:
+            self.sent()
+            raise
+        header = lanes.HEADER.pack(lanes.MAGIC, size, token)
+        self.memory[: len(header)] = header
+        super().__init__(lanes.HEADER_BYTES, size)
+
+    def sent(self) -> None:
+        """Close the descriptor, because the server has its own."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.sent()
+
+
 class Chunk:
     """A part of a region, which holds the arrays of one request. Freed with its last reference.
 
-    region  the region
+    region  the region, a Space
     start   offset of its first byte in the region
     end     offset after its last byte
     """
 
     __slots__ = ("__weakref__", "end", "region", "start")
 
-    def __init__(self, region: Region, start: int, end: int) -> None:
+    def __init__(self, region: Any, start: int, end: int) -> None:
         self.region = region
         self.start = start
         self.end = end

@@ -13,6 +13,7 @@ from psclient.arrays import Rows
 from psclient.batch import Batch
 from psclient.cluster import Cluster
 from psclient.errors import SchemaMismatch
+from psclient.gpurows import Arrived
 from psclient.outputs import Output
 from psclient.versions import Versions
 from psproto import codec, routing
@@ -171,7 +172,10 @@ def _pull_message(pull: PullPart, shard: int, low: int, high: int) -> codec.Pull
     if pull.min_version:
         head.min_version = pull.min_version[shard]
         head.min_epoch = pull.min_version.epochs[shard]
-    return codec.PullMessage(head, pull.batch.keys[low:high], pull.dim)
+    device = None if pull.output is None else pull.output.device
+    if pull.metadata or pull.dtype != pb.DTYPE_FLOAT32:
+        device = None  # the same-host lane has no GPU memory for them
+    return codec.PullMessage(head, pull.batch.keys[low:high], pull.dim, device=device)
 
 
 def _ranges(batch: Batch, shard: int, pieces: int) -> list[tuple[int, int]]:
@@ -205,6 +209,12 @@ def take(answer: codec.Exchanged, pulls: Sequence[Range], where: str) -> None:
                 f"{where}: table {part.table!r}: expected dim {part.dim}, got {pulled.header.dim}:"
                 " the table was dropped and created anew; call client.table() again"
             )
+        if pulled.gpu_room is not None and part.output is not None:
+            there = Arrived(pulled.gpu_room, first, last, part.batch, part.distinct, part.at)
+            part.output.arrived.append(there)
+            continue
+        if part.output is not None:
+            part.output.in_host = True
         rows = codec.from_wire(pulled.embeddings, part.dtype).reshape(last - first, part.dim)
         if part.at is not None:
             part.out[part.at[first:last]] = rows

@@ -62,6 +62,7 @@ class Checks:
             min_epoch=header.min_epoch,
             prefetch=header.prefetch,
             room=pull.room,
+            gpu_room=pull.gpu_room,
         )
 
     def push(self, push: codec.PushMessage) -> Push:

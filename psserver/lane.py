@@ -19,11 +19,11 @@ from pathlib import Path
 
 import structlog
 
-from psproto import codec, lanes
+from psproto import codec, cudaipc, lanes
 from psproto import ps_pb2 as pb
 from psserver.errors import BadRequest, Refused
 from psserver.limits import Limits
-from psserver.regions import Regions
+from psserver.regions import GpuRegion, Regions
 from psserver.status import status_of
 from psserver.stream import Streams
 from psserver.unusable import ConfigError
@@ -58,6 +58,17 @@ class Lanes:
         self._path = path
         self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def use_gpu(self) -> None:
+        """Let clients register memory of the first GPU that this process sees; call it before
+        ``open``. If CUDA cannot tell its id, they cannot.
+        """
+        try:
+            self.regions.gpu = cudaipc.gpu()
+        except cudaipc.CudaError as error:
+            log.warning("clients cannot share GPU memory with this server", error=str(error))
+        else:
+            self.offer.gpu = self.regions.gpu.uuid
 
     @property
     def clients(self) -> int:
@@ -162,6 +173,7 @@ class _Client:
         self._regions = regions
         self._limits = limits
         self._own: dict[int, mmap.mmap] = {}
+        self._own_gpu: dict[int, GpuRegion] = {}
         self._token: bytes | None = token  # None: the client has sent it
         self._received = bytearray()  # the beginning of a message that is not complete
         self._fds: list[int] = []  # descriptors that no message has named yet
@@ -191,6 +203,7 @@ class _Client:
             os.close(fd)
         self._fds.clear()
         self._regions.remove(self._own)
+        self._own_gpu.clear()
         if self._sent is not None and not self._sent.done():
             self._sent.set_exception(Gone("the connection was closed"))
 
@@ -242,7 +255,7 @@ class _Client:
         self, message: pb.LaneRequest, budget: int
     ) -> tuple[pb.LaneRequest, codec.Exchange | Exception]:
         try:
-            return message, lanes.decode_request(message, self._own, budget)
+            return message, lanes.decode_request(message, self._own, budget, self._own_gpu)
         except lanes.BadSlice as error:
             return message, BadRequest("INVALID_ARGUMENT", str(error))
 
@@ -264,19 +277,23 @@ class _Client:
                 " server there may be a different one",
             )
         self._token = None
-        fds, self._fds = self._fds[: len(request.regions)], self._fds[len(request.regions) :]
+        regions = [each for each in request.regions if each.kind != pb.LANE_KIND_CUDA]
+        fds, self._fds = self._fds[: len(regions)], self._fds[len(regions) :]
         try:
-            if len(fds) < len(request.regions):
+            if len(fds) < len(regions):
                 raise BadRequest(
                     "LANE_REFUSED",
-                    f"shared memory: expected {len(request.regions)} descriptors with the message,"
+                    f"shared memory: expected {len(regions)} descriptors with the message,"
                     f" got {len(fds)}",
                 )
-            for region, fd in zip(request.regions, fds, strict=True):
+            for region, fd in zip(regions, fds, strict=True):
                 self._regions.add(self._own, region, fd)
         finally:
             for fd in fds:
                 os.close(fd)
+        for region in request.regions:
+            if region.kind == pb.LANE_KIND_CUDA:
+                self._regions.add_gpu(self._own_gpu, region)
 
     # ---- bytes of the socket
 

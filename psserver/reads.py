@@ -29,9 +29,12 @@ from psserver.views import (
 )
 from storage.blockscan import ColdPages
 from storage.eviction.contract import FIRST_STEP
+from storage.gpu.gpu import Gpu
+from storage.gpupull import pull_to_gpu
 from storage.kernels import Keys, Rows
 from storage.results import Moves, TableStats, Tally
 from storage.schema import TableSchema
+from storage.table import Table
 from storage.tablescan import ExactScan, TableScan
 
 
@@ -324,3 +327,16 @@ def rows_for(pull: Pull, dim: int) -> Rows | None:
     if WIRE[pull.dtype] != np.float32:
         return np.empty((n, dim), np.float32)
     return lanes.rows_in(room, n, dim)
+
+
+def pull_to_room(gpu: Gpu | None, table: Table, pull: Pull) -> None:
+    """Write the rows of a pull to its room in GPU memory, and wait until they are there.
+
+    Writes nothing if the room has another size than the rows, because the client expects a
+    different dim.
+    """
+    room = pull.gpu_room
+    assert gpu is not None
+    assert room is not None
+    if len(pull.keys) and room.size == 4 * len(pull.keys) * table.schema.dim:
+        pull_to_gpu(gpu, table, pull.keys, pull.mode, room.address)

@@ -14,14 +14,35 @@ import fcntl
 import mmap
 import os
 import stat
+from contextlib import suppress
 
+from psproto import cudaipc
 from psproto import ps_pb2 as pb
 from psproto.lanes import HEADER, HEADER_BYTES, MAGIC
 from psserver.errors import BadRequest, TooLarge
 
 F_SEAL_FUTURE_WRITE = 0x10  # no new writable mapping, no hole; Linux 5.1
 MOST_REGIONS = 64  # per client
+MOST_GPU_REGIONS = 8  # per client
 BLOCK = 512  # bytes in the unit of ``st_blocks``
+
+
+class GpuRegion:
+    """GPU memory of a client, mapped. It is unmapped when no request uses it.
+
+    size  bytes
+
+    address  address in this process
+    """
+
+    def __init__(self, gpu: cudaipc.CudaGpu, handle: bytes, size: int) -> None:
+        self._gpu, self.size = gpu, size
+        self.address = gpu.map(handle, size)
+
+    def __del__(self) -> None:
+        if hasattr(self, "address"):
+            with suppress(cudaipc.CudaError):  # the GPU failed, which others notice
+                self._gpu.unmap(self.address)
 
 
 class Regions:
@@ -30,11 +51,13 @@ class Regions:
     limit  maximum total size of the regions, in bytes
     token  16 bytes that the header of each region must have
 
-    bytes  total size of the regions
+    bytes  total size of the regions in host memory
+    gpu    the GPU whose memory clients may register; None: none
     """
 
     def __init__(self, limit: int, token: bytes) -> None:
         self.bytes = 0
+        self.gpu: cudaipc.CudaGpu | None = None
         self._limit = limit
         self._token = token
 
@@ -61,6 +84,37 @@ class Regions:
             )
         own[region.region] = _mapped(region, fd, self._token)
         self.bytes += region.size
+
+    def add_gpu(self, own: dict[int, GpuRegion], region: pb.LaneRegion) -> None:
+        """Map a region in GPU memory, and add it to those of its client.
+
+        own  the client's regions in GPU memory, by number
+
+        Raises BadRequest (LANE_REFUSED) or TooLarge (LANE_LIMIT).
+        """
+        if self.gpu is None:
+            raise _gpu_refused("the server has no GPU memory: it was started without hbm_bytes")
+        if region.gpu != self.gpu.uuid:
+            raise _gpu_refused(
+                f"the memory must be on the GPU of the server, {self.gpu.uuid.hex()},"
+                f" got {region.gpu.hex()}"
+            )
+        if len(region.handle) != cudaipc.HANDLE_BYTES or not region.size:
+            raise _gpu_refused(
+                f"field 'handle' must have {cudaipc.HANDLE_BYTES} bytes, got {len(region.handle)},"
+                f" and field 'size' must be positive, got {region.size}"
+            )
+        if region.region in own:
+            raise _gpu_refused(f"region {region.region} is registered already")
+        if len(own) >= MOST_GPU_REGIONS:
+            raise TooLarge(
+                "LANE_LIMIT",
+                f"this client already has {MOST_GPU_REGIONS} regions of GPU memory, the limit",
+            )
+        try:
+            own[region.region] = GpuRegion(self.gpu, region.handle, region.size)
+        except cudaipc.CudaError as error:
+            raise _gpu_refused(f"it cannot be mapped: {error}") from error
 
     def remove(self, own: dict[int, mmap.mmap]) -> None:
         """Remove all regions of a client that is gone.
@@ -125,6 +179,10 @@ def _check_header(header: bytes, size: int, token: bytes) -> None:
         raise _refused(f"the header of the region must have its size, {size}, got {claimed}")
     if tokened != token:
         raise _refused("the header of the region must have the token of this server")
+
+
+def _gpu_refused(why: str) -> BadRequest:
+    return BadRequest("LANE_REFUSED", f"GPU memory: {why}")
 
 
 def _refused(why: str) -> BadRequest:

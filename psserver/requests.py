@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from psproto.lanes import GpuRoom
 from psserver.errors import BadRequest
 from storage.kernels import Keys, Rows
 from storage.schema import Durability
@@ -64,6 +65,7 @@ class Pull:
     prefetch: bool = False  # return no rows, only begin to read them from disk
     min_epoch: int = 0  # epoch (id of a server start) that assigned min_version; 0: unknown
     room: NDArray[np.uint8] | None = None  # shared memory for the reply's arrays; None: not a lane
+    gpu_room: GpuRoom | None = None  # GPU memory for the rows; None: they are in the reply
 
 
 def check_order(pushes: Sequence[Push]) -> None:

@@ -133,6 +133,8 @@ class Server:
         config = self._config
         if config.hbm_bytes:
             self._gpu = await asyncio.to_thread(open_gpu, config.hbm_bytes)
+            if self._lanes is not None:
+                self._lanes.use_gpu()
         await self._open_shard()
         self._create_lane()
         self._open_parts()

@@ -25,7 +25,7 @@ from psserver.fills import Fills
 from psserver.preloads import Preloads
 from psserver.pushroom import CheckedPush, PushRoom
 from psserver.reads import ColdRead as ColdRead
-from psserver.reads import ShardReads, pulled_bytes, record_bytes, rows_for
+from psserver.reads import ShardReads, pull_to_room, pulled_bytes, record_bytes, rows_for
 from psserver.recovery import Recovery
 from psserver.requests import Change, Delete, Pull, Push, check_order
 from psserver.schemas import DURABILITIES, to_json
@@ -446,6 +446,9 @@ class Shard(ShardReads):
             dim=table.schema.dim,
             dtype=pull.dtype,  # type: ignore[arg-type]
         )
+        if pull.gpu_room is not None:
+            pull_to_room(self.gpu, table, pull)
+            return Pulled(header, _NO_ROWS, _NO_VERSIONS, _NO_STEPS, _NO_VERSIONS)
         rows = rows_for(pull, table.schema.dim)
         if rows is None:
             return Pulled(header, _NO_ROWS, _NO_VERSIONS, _NO_STEPS, _NO_VERSIONS)

@@ -90,5 +90,6 @@ rowstore.py      the rows of one table by key, in every tier
 overwrite.py     overwrite whole rows without reading them
 overflow.py      which pushes may leave infinity or NaN in a row
 table.py         the part of a table that one shard stores
+gpupull.py       pull rows of a table into GPU memory
 analysis.py      histograms, extremes and sums over the rows of a table
 """

@@ -13,6 +13,7 @@ encoding.py     converts messages to bytes
 decoding.py     converts bytes to messages
 codec.py        re-exports the five modules above
 lanes.py        messages of the same-host lane, whose arrays are in shared memory
+cudaipc.py      GPU memory that two processes share
 """
 
 from psproto import kernelcache

@@ -14,6 +14,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -37,12 +38,32 @@ LONGEST_PATH = 107  # bytes of a Unix socket's path
 LONG = 16 << 10  # bytes of a message from which its fields are counted before it is parsed
 MOST_OTHERS = 128  # maximum number of fields of a LaneRequest that are neither pushes nor pulls
 ALIGNMENT = 8  # the offset of each slice is a multiple of it
+GPU_ALIGNMENT = 16  # the same in GPU memory
+REGISTRATION = 1 << 63  # least id of messages that only register a region of GPU memory
 
 _CREDENTIALS = Struct("iII")  # of the process at the other end of a socket: pid, uid, gid
 _U8, _U4, _I8 = np.dtype("<u8"), np.dtype("<u4"), np.dtype("<i8")
 _EMPTY: dict[Any, NDArray[Any]] = {dtype: np.empty(0, dtype) for dtype in (_U8, _U4, _I8)}
 
 Memory = Any  # an object with a writable buffer: the memory of a region
+
+
+@dataclass(frozen=True)
+class GpuRoom:
+    """GPU memory that receives the rows of a pull.
+
+    region   number of the region
+    offset   offset in the region
+    size     bytes
+    address  address in this process
+    owner    object that keeps the memory mapped
+    """
+
+    region: int
+    offset: int
+    size: int
+    address: int
+    owner: Any = field(repr=False)
 
 
 class BadSlice(ValueError):
@@ -107,7 +128,7 @@ def exchange_bytes(exchange: Exchange) -> int:
 
 def _room_of(pull: PullMessage) -> int:
     head = pull.header
-    if head.prefetch:
+    if head.prefetch or pull.gpu_room is not None:
         return 0
     return room_bytes(len(pull.keys), pull.dim, wire_dtype(head.dtype), head.with_metadata)
 
@@ -153,6 +174,8 @@ def encode_request(
         asked = request.pulls.add()
         asked.header.CopyFrom(pull.header)
         put(asked.keys, pull.keys)
+        if (far := pull.gpu_room) is not None:
+            asked.rows.region, asked.rows.offset, asked.rows.size = far.region, far.offset, far.size
         room, size = asked.room, _room_of(pull)
         room.region, room.offset, room.size = region, at, size
         rooms.append(at)
@@ -195,6 +218,9 @@ def _pulled(header: pb.PullResponseHeader, pull: PullMessage, memory: Memory, at
     dtype = wire_dtype(header.dtype)
     if not n or head.prefetch or header.dim != dim or dtype != wire_dtype(head.dtype):
         return Pulled(header, np.empty(0, WIRE[dtype]), _EMPTY[_U8], _EMPTY[_I8], _EMPTY[_U8])
+    if pull.gpu_room is not None:
+        nothing = np.empty(0, WIRE[dtype]), _EMPTY[_U8], _EMPTY[_I8], _EMPTY[_U8]
+        return Pulled(header, *nothing, pull.gpu_room)
     columns = _columns(memory, at, n, dim, dtype, head.with_metadata)
     for column in columns:
         column.setflags(write=False)  # like those of a gRPC message, so that kernels are shared
@@ -226,11 +252,17 @@ def request_bytes(request: pb.LaneRequest) -> int:
     return int(size)
 
 
-def decode_request(request: pb.LaneRequest, regions: Mapping[int, Memory], budget: int) -> Exchange:
+def decode_request(
+    request: pb.LaneRequest,
+    regions: Mapping[int, Memory],
+    budget: int,
+    gpu_regions: Mapping[int, Any] | None = None,
+) -> Exchange:
     """Return the exchange of a request, with copies of its arrays and views of its rooms.
 
-    regions  the regions of the client, by number
-    budget   maximum number of fields; each push or pull counts as FIELDS_PER_PART (16)
+    regions      the regions of the client in host memory, by number
+    budget       maximum number of fields; each push or pull counts as FIELDS_PER_PART (16)
+    gpu_regions  those in GPU memory: objects with ``address`` and ``size``
 
     Raises BadSlice, Malformed if a dtype is unknown, and TooManyFields.
     """
@@ -247,7 +279,8 @@ def decode_request(request: pb.LaneRequest, regions: Mapping[int, Memory], budge
         keys = _copied(regions, pull.keys, _U8, "keys")
         memory, offset, size = _checked(regions, pull.room, 1, "room")
         room = np.frombuffer(memory, np.uint8, size, offset)
-        pulls.append(PullMessage(pull.header, keys, room=room))
+        far = _gpu_room(pull, gpu_regions or {}) if pull.HasField("rows") else None
+        pulls.append(PullMessage(pull.header, keys, room=room, gpu_room=far))
     return Exchange(pushes, pulls)
 
 
@@ -291,6 +324,22 @@ def _checked(
             f" {size} bytes at {offset}"
         )
     return memory, offset, size
+
+
+def _gpu_room(pull: pb.LanePull, regions: Mapping[int, Any]) -> GpuRoom:
+    """Check the GPU memory that receives the rows of a pull, and return it. Raises BadSlice."""
+    head, at = pull.header, pull.rows
+    if wire_dtype(head.dtype) != pb.DTYPE_FLOAT32 or head.with_metadata or head.prefetch:
+        raise BadSlice("field 'rows': only for pulls of float32 without metadata")
+    memory = regions.get(at.region)
+    if memory is None:
+        raise BadSlice(f"field 'rows': region {at.region} of GPU memory is not registered")
+    if at.offset % GPU_ALIGNMENT or not at.offset <= memory.size - at.size:
+        raise BadSlice(
+            f"field 'rows': expected a multiple of {GPU_ALIGNMENT} as offset, in region {at.region}"
+            f" of {memory.size} bytes; got {at.size} bytes at {at.offset}"
+        )
+    return GpuRoom(at.region, at.offset, at.size, memory.address + at.offset, memory)
 
 
 def rows_in(room: NDArray[np.uint8], n: int, dim: int) -> NDArray[np.float32]:

@@ -21,6 +21,8 @@ class PullMessage:
     keys: Keys  # uint64[n]
     dim: int = 0  # length of the embeddings that the client expects; a received message has 0
     room: NDArray[np.uint8] | None = None  # memory for the reply's arrays; None: not on a lane
+    device: int | None = None  # number of the GPU on which the client wants the rows; None: host
+    gpu_room: Any = None  # GPU memory for the rows, a GpuRoom; None: they are in the reply
 
 
 @dataclass(slots=True)
@@ -42,6 +44,7 @@ class Pulled:
     versions: NDArray[np.uint64]  # [n], or empty: metadata not requested
     steps: NDArray[np.int64]  # [n], or empty: metadata not requested
     frequencies: NDArray[np.uint64]  # [n], or empty: metadata not requested
+    gpu_room: Any = None  # GPU memory that has the embeddings instead, a GpuRoom
 
 
 @dataclass(slots=True)

@@ -31,6 +31,7 @@ class LaneKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     LANE_KIND_UNSPECIFIED: _ClassVar[LaneKind]
     LANE_KIND_MEMFD: _ClassVar[LaneKind]
+    LANE_KIND_CUDA: _ClassVar[LaneKind]
 
 class Start(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -58,6 +59,7 @@ MODE_TRAIN: Mode
 MODE_SERVE: Mode
 LANE_KIND_UNSPECIFIED: LaneKind
 LANE_KIND_MEMFD: LaneKind
+LANE_KIND_CUDA: LaneKind
 START_UNSPECIFIED: Start
 START_SNAPSHOT: Start
 START_EARLIEST: Start
@@ -478,12 +480,14 @@ class RetryInfo(_message.Message):
     def __init__(self, retry_delay: _Optional[_Union[RetryInfo.Delay, _Mapping]] = ...) -> None: ...
 
 class Lane(_message.Message):
-    __slots__ = ("path", "token")
+    __slots__ = ("path", "token", "gpu")
     PATH_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    GPU_FIELD_NUMBER: _ClassVar[int]
     path: str
     token: bytes
-    def __init__(self, path: _Optional[str] = ..., token: _Optional[bytes] = ...) -> None: ...
+    gpu: bytes
+    def __init__(self, path: _Optional[str] = ..., token: _Optional[bytes] = ..., gpu: _Optional[bytes] = ...) -> None: ...
 
 class LaneRequest(_message.Message):
     __slots__ = ("id", "timeout_ms", "pushes", "pulls", "token", "regions")
@@ -502,14 +506,18 @@ class LaneRequest(_message.Message):
     def __init__(self, id: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., pushes: _Optional[_Iterable[_Union[LanePush, _Mapping]]] = ..., pulls: _Optional[_Iterable[_Union[LanePull, _Mapping]]] = ..., token: _Optional[bytes] = ..., regions: _Optional[_Iterable[_Union[LaneRegion, _Mapping]]] = ...) -> None: ...
 
 class LaneRegion(_message.Message):
-    __slots__ = ("region", "kind", "size")
+    __slots__ = ("region", "kind", "size", "handle", "gpu")
     REGION_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    GPU_FIELD_NUMBER: _ClassVar[int]
     region: int
     kind: LaneKind
     size: int
-    def __init__(self, region: _Optional[int] = ..., kind: _Optional[_Union[LaneKind, str]] = ..., size: _Optional[int] = ...) -> None: ...
+    handle: bytes
+    gpu: bytes
+    def __init__(self, region: _Optional[int] = ..., kind: _Optional[_Union[LaneKind, str]] = ..., size: _Optional[int] = ..., handle: _Optional[bytes] = ..., gpu: _Optional[bytes] = ...) -> None: ...
 
 class Slice(_message.Message):
     __slots__ = ("region", "offset", "size")
@@ -534,14 +542,16 @@ class LanePush(_message.Message):
     def __init__(self, header: _Optional[_Union[PushHeader, _Mapping]] = ..., keys: _Optional[_Union[Slice, _Mapping]] = ..., counts: _Optional[_Union[Slice, _Mapping]] = ..., gradients: _Optional[_Union[Slice, _Mapping]] = ...) -> None: ...
 
 class LanePull(_message.Message):
-    __slots__ = ("header", "keys", "room")
+    __slots__ = ("header", "keys", "room", "rows")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     ROOM_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
     header: PullHeader
     keys: Slice
     room: Slice
-    def __init__(self, header: _Optional[_Union[PullHeader, _Mapping]] = ..., keys: _Optional[_Union[Slice, _Mapping]] = ..., room: _Optional[_Union[Slice, _Mapping]] = ...) -> None: ...
+    rows: Slice
+    def __init__(self, header: _Optional[_Union[PullHeader, _Mapping]] = ..., keys: _Optional[_Union[Slice, _Mapping]] = ..., room: _Optional[_Union[Slice, _Mapping]] = ..., rows: _Optional[_Union[Slice, _Mapping]] = ...) -> None: ...
 
 class WaitDurableRequest(_message.Message):
     __slots__ = ("version",)

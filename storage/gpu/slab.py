@@ -14,7 +14,7 @@ from storage.arena import Budget
 from storage.errors import OutOfMemory
 from storage.gpu.device import Device, Mark, Memory, Number, OutOfDeviceMemory, address
 from storage.gpu.source import kernel_name, kernel_numbers
-from storage.gpu.staging import Staging
+from storage.gpu.staging import ALIGNED, Staging
 from storage.kernels import Rows, Slots
 from storage.optimizer import Optimizer
 
@@ -23,6 +23,7 @@ PART = 8 << 20  # bytes of slots and rows that one launch takes from or to page-
 SCAN_PART = 1 << 20  # the same for a scan, of which there may be many
 GRANULE = 2 << 20  # bytes; larger pieces of GPU memory take a multiple of it
 WIDE = 32  # numbers of a row that is worth 16 bytes more
+ONE_PIECE = 62  # log2 of the rows of a piece that has all rows
 LEAST_TABLE = 64  # pointers in the first table of pieces
 
 
@@ -119,6 +120,22 @@ class Pieces:
         while unread:
             _finish(unread, out)
 
+    def gather_into(self, slots: Slots, count: int, target: int) -> None:
+        """Copy the first ``count`` numbers of rows within device memory; return before it is done.
+
+        slots   int64[n]; ABSENT leaves a row of the result unchanged
+        target  address of the result, float32[n, count]
+        """
+        table = self._written_table()
+        head = np.uint64(table.address), np.int32(self._shift), np.int64(self.stride)
+        for some in self._parts(len(slots), 0):
+            n, out = some.stop - some.start, np.uint64(target + 4 * count * some.start)
+            (there,) = self.staging.lend(8 * n)
+            there.view(np.int64)[:] = slots[some]
+            batch = address(there), np.int64(n), np.int32(count), out
+            self.staging.queue.run("gather", n, *head, *batch)
+            self.staging.launched()
+
     def scatter(self, slots: Slots, rows: Rows) -> None:
         """Copy row i of ``rows``, float32[n, width], into slots[i]; skip it if that is ABSENT."""
         for some in self._parts(len(slots), self.width):
@@ -204,6 +221,28 @@ def _finish(unread: list[tuple[Mark, slice, Rows]], out: Rows) -> None:
     mark, some, rows = unread.pop(0)
     mark.wait()
     out[some] = rows
+
+
+def write_rows(staging: Staging, target: int, places: Slots, rows: Rows) -> None:
+    """Copy rows to device memory that is no slab; return before it is done.
+
+    target  address of float32[m, dim], a multiple of 16
+    places  int64[n], where in it each row goes
+    rows    float32[n, dim]
+    """
+    dim = rows.shape[1]
+    most = (PART - ALIGNED) // (8 + 4 * dim)
+    for at in range(0, len(rows), most):
+        some = rows[at : at + most]
+        n = len(some)
+        pieces, slots, there = staging.lend(8, 8 * n, some.nbytes)
+        pieces.view(np.uint64)[0] = target
+        slots.view(np.int64)[:] = places[at : at + n]
+        there.view(np.float32).reshape(n, dim)[:] = some
+        head = address(pieces), np.int32(ONE_PIECE), np.int64(dim)
+        batch = address(slots), np.int64(n), np.int32(dim), address(there)
+        staging.queue.run("scatter", n, *head, *batch)
+        staging.launched()
 
 
 def row_stride(width: int) -> int:

@@ -79,6 +79,7 @@ class HbmTier:
     limit   bytes of GPU memory that this tier may take; None: only the budget of the GPU limits it
     piece   bytes of GPU memory that are taken at once, about
 
+    hbm     the rows in GPU memory
     closed  True after ``close``
     hits    rows of pushes, and those that the caller adds, that were in GPU memory
     recent  rows that the last ``gather`` found in GPU memory
@@ -104,7 +105,7 @@ class HbmTier:
         self._slab = Arena(self.width, np.float32, budget)
         self._far = Owners(budget)  # of the slab in host memory
         self._near = Owners(budget)  # of the slab in GPU memory
-        self._rows = Slab(self.width, gpu.staging, gpu.budget, piece)
+        self.hbm = Slab(self.width, gpu.staging, gpu.budget, piece)
         self._most = np.empty(self.width, np.uint32)  # scratch of ``largest``
         self._copying = threading.Lock()  # held while another thread copies rows, or rows move
         self.closed = False
@@ -140,17 +141,17 @@ class HbmTier:
     @property
     def piece_rows(self) -> int:
         """Number of rows in one piece of GPU memory."""
-        return self._rows.piece_rows
+        return self.hbm.piece_rows
 
     @property
     def hbm_unused(self) -> int:
         """Number of pieces of GPU memory that the rows there do not need."""
-        return (self._rows.rows - self._near.rows) // self._rows.piece_rows
+        return (self.hbm.rows - self._near.rows) // self.hbm.piece_rows
 
     @property
     def hbm_bytes(self) -> int:
         """Bytes of GPU memory that the tier has taken, including unused places."""
-        return self._rows.bytes
+        return self.hbm.bytes
 
     @property
     def row_bytes(self) -> int:
@@ -183,7 +184,7 @@ class HbmTier:
 
     def hbm_room(self) -> int:
         """Return how many rows GPU memory can have, as far as the budgets and the GPU allow."""
-        slab, budget = self._rows, self.gpu.budget
+        slab, budget = self.hbm, self.gpu.budget
         spare = budget.free if self.gpu.promotes else 0
         if self._limit is not None:
             spare = min(spare, self._limit - slab.bytes)
@@ -251,14 +252,14 @@ class HbmTier:
         self.recent = 0
         if at.here is not None:
             self.recent = len(at.here)
-            self._rows.gather(at.near, out)
+            self.hbm.gather(at.near, out)
         gather(self._slab.array, at.far, out.shape[1], out)
 
     def scatter(self, slots: Slots, rows: Rows) -> None:
         at = Places(self._where.array[:, 0], slots)
         self.stirred += len(slots)
         if at.here is not None:
-            self._rows.scatter(at.near[at.here], rows[at.here])
+            self.hbm.scatter(at.near[at.here], rows[at.here])
         scatter(self._slab.array, at.far, rows)
 
     def step(
@@ -271,9 +272,9 @@ class HbmTier:
             return
         self.hits += len(at.here)
         if not len(at.there):
-            self._rows.step(at.near, gradients, optimizer, lr, step)
+            self.hbm.step(at.near, gradients, optimizer, lr, step)
             return
-        self._rows.step(at.near[at.here], gradients[at.here], optimizer, lr, step)
+        self.hbm.step(at.near[at.here], gradients[at.here], optimizer, lr, step)
         optimizer.step(self._slab.array, at.far[at.there], gradients[at.there], lr, step)
 
     def largest(self, slots: Slots) -> float:
@@ -281,7 +282,7 @@ class HbmTier:
         far = at.far if at.there is None else at.far[at.there]
         most = int(largest_in(self._slab.array.view(np.uint32), far, self._most))
         if at.here is not None:
-            most = max(most, int(self._rows.largest(at.near[at.here]).max(initial=0)))
+            most = max(most, int(self.hbm.largest(at.near[at.here]).max(initial=0)))
         return from_bits(most)
 
     def meta(self, places: Slots) -> Meta:
@@ -315,7 +316,7 @@ class HbmTier:
     # ---- scans and sweeps
 
     def scan(self) -> DirtyScan:
-        return HbmScan(self, self._rows)
+        return HbmScan(self, self.hbm)
 
     def look(self) -> Scan:
         return EngineScan(self)
@@ -326,7 +327,7 @@ class HbmTier:
     def norms(self, slots: Slots) -> NDArray[np.float64]:
         """Return the L2 norms of the embeddings of some rows, rounded to float32."""
         at = Places(self._where.array[:, 0], slots)
-        return _norms(at, self._slab.array, self._rows, self.dim)
+        return _norms(at, self._slab.array, self.hbm, self.dim)
 
     # ---- moves
 
@@ -352,10 +353,10 @@ class HbmTier:
         """Take memory for moves of so many rows. Raises OutOfMemory, and takes none then."""
         near, far = self._near.needed(max(0, up - down)), self._far.needed(max(0, down - up))
         arenas: tuple[Arena | Owners, ...] = self._near, self._slab, self._far
-        before, rows = [each.bytes for each in arenas], self._rows.rows
+        before, rows = [each.bytes for each in arenas], self.hbm.rows
         if near > rows:
             try:
-                self._rows.grow(near)
+                self.hbm.grow(near)
             except OutOfMemory as error:
                 self.gpu.full(error)
                 raise
@@ -366,7 +367,7 @@ class HbmTier:
         except BaseException:
             for arena, size in zip(arenas, before, strict=True):
                 arena.shrink(size)
-            self._rows.shrink(rows)
+            self.hbm.shrink(rows)
             raise
 
     def _move(self, up: Slots, down: Slots) -> None:
@@ -376,18 +377,18 @@ class HbmTier:
         rising = np.empty((len(up), self.width), np.float32)
         gather(self._slab.array, old_far, self.width, rising)
         sinking = np.empty((len(down), self.width), np.float32)
-        self._rows.gather(old_near, sinking)
+        self.hbm.gather(old_near, sinking)
         self._far.give(old_far)
         self._near.give(old_near)
         new_near, new_far = self._near.take(up), self._far.take(down)
-        self._rows.scatter(new_near, rising)
-        self._rows.staging.finish()
+        self.hbm.scatter(new_near, rising)
+        self.hbm.staging.finish()
         scatter(self._slab.array, new_far, sinking)
         where[up], where[down] = -2 - new_near, new_far
 
     def shrink_hbm(self) -> None:
         """Give back one piece of GPU memory, if the rows there fit into the others."""
-        slab = self._rows
+        slab = self.hbm
         end = slab.rows - slab.piece_rows
         if self._near.rows > end or not self._copying.acquire(blocking=False):
             return
@@ -406,7 +407,7 @@ class HbmTier:
     def close(self) -> None:
         with self._copying:  # another thread may be copying rows
             self.closed = True
-            for each in (self.slots, self._where, self._slab, self._far, self._near, self._rows):
+            for each in (self.slots, self._where, self._slab, self._far, self._near, self.hbm):
                 each.close()
 
 

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fakedevice import FakeDevice, FakeMark, FakeMemory, FakeQueue
+from fakeipc import FakeCudaGpu
 
 import psserver.gpu
+from psproto import cudaipc
 from psserver.cli import main
 from storage.gpu.device import DeviceLost, Mark, Number, OutOfDeviceMemory
 
@@ -78,4 +80,6 @@ class FailingDevice(FakeDevice):
 if __name__ == "__main__":
     open_device: Any = FailingDevice
     psserver.gpu.open_device = open_device
+    shared: Any = FakeCudaGpu()
+    cudaipc.gpu = lambda number=0: shared  # type: ignore[assignment]
     main()
