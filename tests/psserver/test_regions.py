@@ -274,3 +274,17 @@ def test_the_memory_of_a_client_that_is_gone_is_unmapped(cluster1: Cluster, offe
         assert cluster1.metrics(0)["ps_lane_bytes", Labels()] == registered + 3 * memory.size
     eventually(lambda: mapped(pid) == before)
     assert cluster1.metrics(0)["ps_lane_bytes", Labels()] == registered
+
+
+def test_gpu_memory_is_refused_by_a_server_without_a_gpu(
+    lane: RawLane, memory: Memory, table: Table
+) -> None:
+    region = pb.LaneRegion(region=5, kind=pb.LANE_KIND_CUDA, size=4096, handle=bytes(64))
+    reply = lane.ask(pb.LaneRequest(id=3, regions=[region]))
+    assert reason(reply) == "LANE_REFUSED"
+    assert "without hbm_bytes" in reply.error.message
+    asked = pull(table.name, N, DIM, at=AFTER, room=AFTER + 8 * N)
+    asked.rows.region, asked.rows.size = 5, 4 * N * DIM
+    reply = lane.ask(pb.LaneRequest(id=4, pulls=[asked]))
+    assert reason(reply) == "INVALID_ARGUMENT"
+    assert "region 5 of GPU memory is not registered" in reply.error.message
