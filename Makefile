@@ -68,6 +68,7 @@ gpu:  ## on a machine with a GPU: tests of the device and of servers, bit for bi
 	! command -v compute-sanitizer || compute-sanitizer --error-exitcode 9 $(RUN) $(GPU) -m gpu \
 	    tests/gpu/test_hbm_tier.py -k random_operations
 	$(RUN) -m benchmarks.hbm
+	$(RUN) -m benchmarks.cudalane
 
 # Python 3.12, x86-64; 20 MB. Without CuPy, NVRTC, Numba and NumPy.
 WHEELS = annotated-doc annotated-types fsspec googleapis-common-protos grpcio grpcio-health-checking \
