@@ -6,6 +6,7 @@ All contenders pull the same rows into the same CUDA tensor, in turns.
     shm lane           the same rows through shared memory of the host, then to the GPU
     shm lane, no GPU   the same, from a server whose rows are in host memory
     ..., batch         the distinct keys were found before (Client.batch)
+    cuda lane, narrow  the same keys of a table of dim 4, batch: what keys and messages cost
     keys               only finds the distinct keys: what the client does before a pull
     copy               only copies so many rows from page-locked memory to the GPU
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,9 @@ import numpy as np
 
 from benchmarks.report import Report, arguments, interleave, milliseconds
 from benchmarks.servers import Server
-from psclient import Client
+from psclient import Client, Table
 
-DIM, BATCH, ROWS = 128, 100_000, 400_000
+DIM, NARROW, BATCH, ROWS = 128, 4, 100_000, 400_000
 HBM_BYTES = 4 << 30
 PUSHES = 60  # maximum number of pushes of all rows until they are in GPU memory
 TARGET = 5.0  # rows per second of the cuda lane / those of the shm lane
@@ -32,20 +34,41 @@ TARGET = 5.0  # rows per second of the cuda lane / those of the shm lane
 
 def open_table(stack: ExitStack, directory: Path, *flags: str) -> tuple[str, Client]:
     """Start a server, which ends with ``stack``; return its address, and a client that uses
-    its lane. The table "t" is filled."""
+    its lane. The tables "t" and "narrow" are filled."""
     server = Server(directory, "--lane", str(directory), *flags, durable=False)
     server.start()
     stack.callback(server.stop)
     client = stack.enter_context(Client([server.address], timeout=300, lane="require"))
-    table = client.create_table("t", DIM, optimizer="adagrad", initializer="normal")
-    gradients = np.random.default_rng(1).standard_normal((BATCH, DIM), dtype=np.float32)
-    for _ in range(PUSHES if flags else 1):
+    for name, dim in (("t", DIM), ("narrow", NARROW)):
+        fill(client.create_table(name, dim, optimizer="adagrad", initializer="normal"))
+    return server.address, client
+
+
+def fill(table: Table) -> None:
+    """Push to all rows, until they are in GPU memory if the server has any."""
+    gradients = np.random.default_rng(1).standard_normal((BATCH, table.dim), dtype=np.float32)
+    for _ in range(PUSHES):
         for at in range(0, ROWS, BATCH):
             table.push(np.arange(at, at + BATCH), gradients)
-        tiers = client.describe_table("t").tiers
-        if "hbm" in tiers and tiers["hbm"].rows == ROWS:
+        tiers = table.describe().tiers
+        if "hbm" not in tiers or tiers["hbm"].rows == ROWS:
             break
-    return server.address, client
+
+
+def parts(table: Table, batches: list[Any], out: Any) -> str:
+    """Return the median times of the parts of a pull."""
+    seen = []
+    for i in range(40):
+        start = time.perf_counter()
+        pending = table.start_pull(batches[i % 4], out=out)
+        sent = time.perf_counter()
+        assert pending._request is not None
+        pending._request.wait()
+        answered = time.perf_counter()
+        pending.result()
+        seen.append((sent - start, answered - sent, time.perf_counter() - answered))
+    send, wait, copy = 1e3 * np.median(np.array(seen[10:]), axis=0)
+    return f"send {send:.2f} ms, wait for the answer {wait:.2f} ms, copy to the array {copy:.2f} ms"
 
 
 def without_gpu_regions(client: Client) -> None:
@@ -89,9 +112,17 @@ def main() -> int:
             table, batches = client.table("t"), [client.batch(each) for each in keys]
             contenders[name] = lambda i, t=table: t.pull(keys[i % 4], out=out)
             contenders[f"{name}, batch"] = lambda i, t=table, b=batches: t.pull(b[i % 4], out=out)
+        narrow, thin = near.table("narrow"), torch.empty((BATCH, NARROW), device="cuda")
+        batches = [near.batch(each) for each in keys]
+        contenders["cuda lane, narrow"] = lambda i: narrow.pull(batches[i % 4], out=thin)
         contenders["keys"] = lambda i: near.batch(keys[i % 4])
         contenders["copy"] = copy
         times = interleave(contenders, steps=12 if options.quick else 40, rounds=4, warm=3)
+        shares = {
+            "cuda lane, batch": parts(near.table("t"), batches, out),
+            "cuda lane, narrow": parts(narrow, batches, thin),
+            "shm lane, batch": parts(other.table("t"), batches, out),
+        }
         in_gpu = near.describe_table("t").tiers["hbm"].rows
     medians = {name: float(np.median(each)) for name, each in times.items()}
     rows = [
@@ -99,6 +130,8 @@ def main() -> int:
         for name, each in times.items()
     ]
     report.section(f"pull of {BATCH:,} distinct rows of dim {DIM} into a CUDA tensor", rows)
+    for name, text in shares.items():
+        report.note(f"{name}: {text}")
     report.note(f"{in_gpu:,} of {ROWS:,} rows in GPU memory")
     for name in ("", ", batch"):
         for base in ("shm lane", "shm lane, no GPU"):

@@ -23,7 +23,7 @@ from storage.kernels import ABSENT, Slots, jit
 from storage.owners import Owners
 from storage.results import Moves
 from storage.tiers.hbm import HbmTier
-from storage.tiers.places import Places
+from storage.tiers.places import Places, find_near
 
 ENTER = 0.9  # share of the rows for which the GPU has room that are good enough to enter it
 STIR = 16  # a circle begins when 1/STIR of the rows in memory were pushed or written
@@ -217,6 +217,7 @@ def compile_all() -> None:
         _scores(entries, slots, lfu, HALF_LIFE, np.empty(1))
         _choose(entries, slots, 0, 1, 0.0, 0.0, lfu, HALF_LIFE, slots, slots.copy())
     Places(slots, slots)
+    find_near(slots, slots, slots.copy())
     owners = Owners(Budget(1 << 20))
     owners.grow(1)
     owners.give(owners.take(slots))

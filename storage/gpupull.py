@@ -10,7 +10,7 @@ from storage.index import places
 from storage.kernels import Keys
 from storage.table import Mode, Table
 from storage.tiers.hbm import HbmTier
-from storage.tiers.places import Places
+from storage.tiers.places import find_near
 
 
 def pull_to_gpu(gpu: Gpu, table: Table, keys: Keys, mode: Mode, target: int) -> None:
@@ -27,9 +27,10 @@ def pull_to_gpu(gpu: Gpu, table: Table, keys: Keys, mode: Mode, target: int) -> 
     rest = np.arange(len(keys))
     try:
         if isinstance(tier, HbmTier) and tier.hbm_rows:
-            near = Places(tier.where, slots).near
+            near = np.empty(len(keys), np.int64)
+            there = find_near(tier.where, slots, near)
             tier.hbm.gather_into(near, dim, target)
-            rest = np.flatnonzero(near < 0)
+            rest = rest[:0] if there == len(keys) else np.flatnonzero(near < 0)
         if len(rest):
             rows = np.empty((len(rest), dim), np.float32)
             table.pull(keys[rest], mode, rows, count=False)

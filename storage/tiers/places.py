@@ -33,6 +33,19 @@ def _split(where: Any, slots: Any, far: Any, near: Any) -> Any:
     return count
 
 
+@jit
+def find_near(where: Any, slots: Any, near: Any) -> Any:
+    """Do what ``_split`` does for the slab of the GPU alone."""
+    n, count = slots.shape[0], 0
+    for i in range(n):
+        if i + AHEAD < n and slots[i + AHEAD] >= 0:
+            prefetch(where, slots[i + AHEAD], 0)
+        at = where[slots[i]] if slots[i] >= 0 else ABSENT
+        near[i] = max(-2 - at, ABSENT)
+        count += at < ABSENT
+    return count
+
+
 class Places:
     """Where the numbers of some slots are; see ``_split``."""
 
