@@ -114,10 +114,10 @@ class TestStop:
                 pass
 
             async def listen(self) -> None:
-                asyncio.get_running_loop().call_later(0.2, signal.raise_signal, signal.SIGTERM)
-
-            async def open(self) -> None:
                 pass
+
+            async def open(self) -> None:  # the server is ready right after it
+                asyncio.get_running_loop().call_later(1, signal.raise_signal, signal.SIGTERM)
 
             async def close(self) -> None:
                 await asyncio.sleep(3600)
