@@ -24,7 +24,8 @@ def tier_stats(host: Writable, blocks: Blocks | None, moves: Moves) -> tuple[Tie
     """
     hits, rows, found = moves.hits, host.rows, []
     if isinstance(host, HbmTier):
-        hits, rows = hits - host.hits, rows - host.hbm_rows
+        # pushes that are replayed from the log count as hits of GPU memory alone
+        hits, rows = max(0, hits - host.hits), rows - host.hbm_rows
         slower = hits + moves.misses
         found.append(
             TierStats(HBM, host.hbm_rows, host.hbm_bytes, host.hits, slower, on_disk=False)

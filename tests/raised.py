@@ -101,6 +101,7 @@ HOST = {
         ("test_a_table_is_created", "test_a_pull_changes", "test_an_exchange_with", "test_memory_"),
         "it compares bytes of memory",
     ),
+    "psserver/test_slices.py": (("test_",), "it counts rows that the CPU's kernels copy"),
     "psserver/test_sweeper.py": (
         ("test_the_optimizer_takes",),
         "it counts calls of the CPU's step",
