@@ -24,7 +24,7 @@ def tier_stats(host: Writable, blocks: Blocks | None, moves: Moves) -> tuple[Tie
     """
     hits, rows, found = moves.hits, host.rows, []
     if isinstance(host, HbmTier):
-        # pushes that are replayed from the log count as hits of GPU memory alone
+        # every push adds to host.hits, but only requests of clients add to moves.hits
         hits, rows = max(0, hits - host.hits), rows - host.hbm_rows
         slower = hits + moves.misses
         found.append(

@@ -79,10 +79,10 @@ class HbmTier:
     limit   bytes of GPU memory that this tier may take; None: only the budget of the GPU limits it
     piece   bytes of GPU memory that are taken at once, about
 
-    hbm     the rows in GPU memory
-    closed  True after ``close``
-    hits    rows of pushes, and those that the caller adds, that were in GPU memory
-    recent  rows that the last ``gather`` found in GPU memory
+    hbm      the rows in GPU memory
+    closed   True after ``close``
+    hits     rows of pushes, and those that the caller adds, that were in GPU memory
+    recent   rows that the last ``gather`` found in GPU memory
     stirred  rows that were pushed or written; it only grows
     """
 
