@@ -24,7 +24,8 @@ def tier_stats(host: Writable, blocks: Blocks | None, moves: Moves) -> tuple[Tie
     """
     hits, rows, found = moves.hits, host.rows, []
     if isinstance(host, HbmTier):
-        # every push adds to host.hits, but only requests of clients add to moves.hits
+        # moves.hits leaves out rows that their push created or read from disk. host.hits has those
+        # of them that moved to the GPU before the step: a server moves none so soon, tests do.
         hits, rows = max(0, hits - host.hits), rows - host.hbm_rows
         slower = hits + moves.misses
         found.append(
