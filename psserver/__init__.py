@@ -8,6 +8,7 @@ unusable.py      the error of a setting that cannot be used
 memory.py        find the memory limit of the process, and divide it among its uses
 flaghelp.py      format the text of `psserver serve --help`
 tablesettings.py  settings of single tables
+shardsettings.py  settings of a shard, without those of security
 config.py        settings of a server
 settings.py      write a TOML file that lists all settings
 schemas.py       table schemas as messages and as JSON

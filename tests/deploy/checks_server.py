@@ -60,7 +60,7 @@ def config_of(objects: list[Object], shard: int) -> ServerConfig:
         variables[CONFIG] = str(path)
         found = Limit(limit, "limit of the container")
         with (
-            mock.patch("psserver.config.memory_limit", return_value=found),
+            mock.patch("psserver.shardsettings.memory_limit", return_value=found),
             mock.patch.dict(os.environ, variables, clear=True),
         ):
             config = load(container["args"][1:])

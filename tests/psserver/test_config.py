@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from psserver import config as module
+from psserver import shardsettings as module
 from psserver.config import CONFIG, PREFIX, ConfigError, ServerConfig, load
 from psserver.memory import Limit, memory_limit
 from psserver.tablesettings import TableSettings
